@@ -1,0 +1,167 @@
+"""What travels between rooms, and the one legend of shape letters.
+
+    B bundles   L languages   P prompts (all languages of all bundles)   T tokens   R response tokens
+    H hidden size   D extractor size   V vocabulary   S min(L, D) singular values
+
+A *bundle* is one prompt in several languages. Sequences are *packed*: all of them lie one after another in a single
+row of T tokens, and `position_ids` restarts at 0 where a sequence starts, which is what keeps attention inside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+if TYPE_CHECKING:  # torch is imported by whoever makes tensors, not by whoever names them
+    import torch
+    from torch import Tensor
+
+Kind = Literal["harmful", "benign"]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One prompt in several languages, with answers in one of them.
+
+    `chosen` and `rejected` are absent in prompt-only and evaluation bundles; `bundle_id` is a hash of the content.
+    """
+
+    bundle_id: str
+    kind: Kind
+    prompts: Mapping[str, str]
+    chosen: str | None = None
+    rejected: str | None = None
+    response_language: str = "en"
+    source: str = ""
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A bundle as token ids.
+
+    `prompts[i]` is the whole chat-templated prompt of `languages[i]`, generation prompt included; `tapped[i]` is the
+    index in it of the last token of the generation prompt. `chosen` and `rejected` are the answer's ids alone,
+    end-of-turn token included, and continue `prompts[response_prompt]`. `truncated_*` count tokens cut off.
+    """
+
+    bundle_id: str
+    kind: Kind
+    languages: list[str]
+    prompts: list[list[int]]
+    tapped: list[int]
+    response_prompt: int
+    chosen: list[int] | None = None
+    rejected: list[int] | None = None
+    truncated_prompt_tokens: int = 0
+    truncated_response_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class PackedSequences:
+    """Sequences laid one after another: `input_ids` and `position_ids` are [1, T]."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+
+
+@dataclass(frozen=True)
+class PackedResponses:
+    """Prompt + answer sequences of B bundles, one answer each.
+
+    `predicting` [R] are the positions in the packed row whose next token is a response token, `targets` [R] those
+    response tokens, and `bundle_of_target` [R] the bundle (0..B-1) each belongs to.
+    """
+
+    sequences: PackedSequences
+    predicting: Tensor
+    targets: Tensor
+    bundle_of_target: Tensor
+
+
+@dataclass(frozen=True)
+class PackedPrompts:
+    """All prompts of B bundles: `tapped` [P] are positions in the packed row of the last prompt tokens.
+
+    `bundle_of_prompt` [P] and `language_of_prompt` [P] place each prompt in a [B, L] grid.
+    """
+
+    sequences: PackedSequences
+    tapped: Tensor
+    bundle_of_prompt: Tensor
+    language_of_prompt: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one worker forwards at once.
+
+    `weight` [B] multiplies each bundle's losses before the mean over the B slots: 0 for a padding bundle, otherwise
+    (slots of the whole round) / (real bundles of the whole round), so that all workers together take the mean over
+    real bundles. `languages` names the L columns of the grid; it is the same list on every worker and step.
+    `reference_*` [B] are summed response log-probs of the frozen reference where those were cached.
+    """
+
+    bundle_ids: tuple[str, ...]
+    languages: tuple[str, ...]
+    weight: Tensor
+    chosen: PackedResponses
+    rejected: PackedResponses | None
+    prompts: PackedPrompts
+    reference_chosen: Tensor | None = None
+    reference_rejected: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ResponseLogProbs:
+    """Per bundle: `total` [B] is the summed log-prob of its answer in nats, `length` [B] its number of tokens."""
+
+    total: Tensor
+    length: Tensor
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss to differentiate, and detached numbers to log (each a scalar or [B])."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one response. `unparsed` means the judge could not tell, and never counts as safe."""
+
+    label: Literal["refused", "complied", "unparsed"]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """Counts of one (benchmark, kind, language); `rate` is refused / n with its 95 % interval (Wilson)."""
+
+    benchmark: str
+    kind: Kind
+    language: str
+    n: int
+    refused: int
+    complied: int
+    unparsed: int
+    rate: float
+    low: float
+    high: float
+
+
+T = TypeVar("T")
+
+
+def move(value: T, device: torch.device | str) -> T:
+    """`value` with every tensor in it (dataclasses are walked) on `device`."""
+
+    def walk(item: Any) -> Any:
+        if is_dataclass(item) and not isinstance(item, type):
+            return type(item)(**{f.name: walk(getattr(item, f.name)) for f in fields(item)})
+        return item.to(device, non_blocking=True) if hasattr(item, "to") else item
+
+    return walk(value)
