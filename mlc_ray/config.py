@@ -15,6 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mlc_ray.errors import MlcRayError
+
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -22,7 +24,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 BundleFormat = Literal["auto", "mlc", "preference", "sft", "multijail", "dataset"]
 
 
-class ConfigError(ValueError):
+class ConfigError(MlcRayError, ValueError):
     """A setting is unknown, ill-typed or unsupported; the message quotes it and names the fix."""
 
 
@@ -319,7 +321,7 @@ def parse_config(schema: type[ConfigT], raw: Mapping[str, Any]) -> ConfigT:
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(schema, item) for item in error.errors()]
+        lines: list[str] = [_explain(schema, item) for item in error.errors()]
         raise ConfigError("\n".join(["invalid configuration:", *(f"  - {line}" for line in lines)])) from None
 
 

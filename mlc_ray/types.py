@@ -10,8 +10,8 @@ row of T tokens, and `position_ids` restarts at 0 where a sequence starts, which
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 if TYPE_CHECKING:  # torch is imported by whoever makes tensors, not by whoever names them
     import torch
@@ -161,7 +161,7 @@ def move(value: T, device: torch.device | str) -> T:
 
     def walk(item: Any) -> Any:
         if is_dataclass(item) and not isinstance(item, type):
-            return type(item)(**{f.name: walk(getattr(item, f.name)) for f in fields(item)})
+            return replace(item, **{f.name: walk(getattr(item, f.name)) for f in fields(item)})
         return item.to(device, non_blocking=True) if hasattr(item, "to") else item
 
-    return walk(value)
+    return cast(T, walk(value))

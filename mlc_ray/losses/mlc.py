@@ -1,0 +1,117 @@
+"""The multilingual-consistency (MLC) loss and what to watch beside it.
+
+Source: "Align Once, Benefit Multilingually", ICLR 2026, arXiv 2602.16660. Rows of Z [L, D] are the unit-length
+extractor outputs of one bundle's languages; s1 >= s2 >= ... are its singular values; the loss is the cross-entropy of
+softmax(s / tau) against index 0, which is least when Z has rank 1, that is when all languages are collinear.
+
+Blind spots, both measured: a language whose representation points the *opposite* way costs nothing (singular values
+do not see signs), and neither does mapping bundles of every meaning onto one direction (`between_bundle_cosine` does).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Scaling = Literal["leading", "none"]
+
+
+def mlc_loss(
+    representations: Tensor,
+    *,
+    temperature: float = 0.2,
+    scaling: Scaling = "leading",
+    present: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean MLC loss over bundles: a scalar, and the singular values [B, S] (float64, descending).
+
+    Arguments are those of `mlc_losses`.
+    """
+    losses, values = mlc_losses(representations, temperature=temperature, scaling=scaling, present=present)
+    return losses.mean(), values
+
+
+def mlc_losses(
+    representations: Tensor,
+    *,
+    temperature: float = 0.2,
+    scaling: Scaling = "leading",
+    present: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """MLC loss of each bundle [B], and its singular values [B, S], both float64.
+
+    `representations` [B, L, D] need not be normalised. `present` [B, L] marks the languages a bundle has: an absent
+    one takes no part, neither its row nor its logit. With `leading` the logits are s / stop_gradient(s1) / tau, as in
+    the authors' code; with `none` they are s / tau, as in the paper's equation. A bundle with fewer than two
+    languages has loss 0.
+    """
+    if representations.dim() != 3:
+        raise ValueError(f"representations must be [B, L, D], got shape {tuple(representations.shape)}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    values = singular_values(unit_rows(representations, present))
+    n_bundles, n_languages, size = representations.shape
+    if present is None:
+        counts = torch.full((n_bundles,), n_languages, device=values.device)
+    else:
+        counts = present.sum(dim=1)
+    rank_limit = counts.clamp(max=size).unsqueeze(1)
+    valid = torch.arange(values.shape[1], device=values.device).unsqueeze(0) < rank_limit
+    if scaling == "leading":
+        # A bundle with no language at all has s1 = 0: divide by 1 there, its logits are masked anyway.
+        leading = values[:, :1].detach()
+        logits = values / torch.where(leading > 0, leading, torch.ones_like(leading)) / temperature
+    elif scaling == "none":
+        logits = values / temperature
+    else:
+        raise ValueError(f"scaling must be 'leading' or 'none', got {scaling!r}")
+    # The finite fill keeps a bundle without languages at loss 0 rather than NaN.
+    logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
+    losses = -F.log_softmax(logits, dim=1)[:, 0]
+    return torch.where(counts > 1, losses, torch.zeros_like(losses)), values
+
+
+def unit_rows(representations: Tensor, present: Tensor | None = None) -> Tensor:
+    """Rows of [B, L, D] scaled to unit length in float64; absent rows become zero.
+
+    Float64 because training drives Z toward rank 1, where the small eigenvalues of the Gram matrix are differences of
+    nearly equal numbers: in float32 they are off by 1e-3 in the gradient. Z is tiny (L x D), so this costs nothing.
+    """
+    rows = F.normalize(representations.double(), dim=-1)
+    return rows if present is None else rows * present.unsqueeze(-1)
+
+
+def singular_values(rows: Tensor) -> Tensor:
+    """Singular values [B, S] of [B, L, D], descending, as square roots of the eigenvalues of the L x L Gram matrix.
+
+    The backward of `eigvalsh` has no 1 / (lambda_i - lambda_j), so ties are safe; the square root's 1 / (2 s) is cut
+    off where an eigenvalue is rounding noise, with gradient 0 there, a valid subgradient of a singular value at 0.
+    """
+    gram = rows @ rows.transpose(1, 2)
+    eigenvalues = torch.linalg.eigvalsh(gram).flip(-1)[:, : min(rows.shape[1], rows.shape[2])]
+    noise = 8 * rows.shape[1] ** 2 * torch.finfo(eigenvalues.dtype).eps
+    above = eigenvalues > noise
+    return torch.where(above, torch.where(above, eigenvalues, torch.ones_like(eigenvalues)).sqrt(), 0.0)
+
+
+def leading_share(values: Tensor) -> Tensor:
+    """s1^2 / sum s^2 of each bundle [B]: 1 when all its languages are collinear, 1 / L when they are orthogonal."""
+    squares = values.detach().square()
+    return squares[:, 0] / squares.sum(dim=1).clamp(min=torch.finfo(squares.dtype).tiny)
+
+
+def between_bundle_cosine(representations: Tensor, present: Tensor) -> Tensor:
+    """Mean |cosine| between rows [N, L, D] that belong to *different* bundles, over present [N, L] rows: a scalar.
+
+    The collapse detector: near 1 means that bundles of different meanings share one direction, which the MLC loss
+    does not forbid. NaN when fewer than two bundles have a language.
+    """
+    rows = unit_rows(representations.detach(), present)
+    flat, mask = rows.flatten(0, 1), present.flatten()
+    bundle = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.shape[1])
+    different = (bundle.unsqueeze(0) != bundle.unsqueeze(1)) & mask.unsqueeze(0) & mask.unsqueeze(1)
+    cosines = (flat @ flat.T).abs()
+    return (cosines * different).sum() / different.sum()
