@@ -167,7 +167,6 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path={settings.path!r} cannot be loaded: {error}") from error
     final_norm(model)  # an unsupported architecture is refused here, not at the first step
-    model.config.use_cache = False
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

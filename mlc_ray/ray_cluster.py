@@ -1,0 +1,68 @@
+"""Joining or starting a Ray cluster, and asking whether it can hold what a run wants."""
+
+from __future__ import annotations
+
+import os
+
+import ray
+
+from mlc_ray.errors import MlcRayError
+
+# Read by Ray when it is first used in this process and inherited by its workers; a user's own setting wins.
+DEFAULTS = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it, every printed line appears twice
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next check; the default is 2 s
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without GPUs must not change CUDA_VISIBLE_DEVICES
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+class ClusterError(MlcRayError):
+    """The cluster cannot be reached or cannot hold the run; the message says what is missing and what to set."""
+
+
+def connect(address: str) -> None:
+    """Join or start a cluster: `auto`, `local` or an address. Does nothing where Ray is already up."""
+    if ray.is_initialized():
+        return
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    options = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
+    if address == "local":
+        ray.init(address="local", include_dashboard=False, **options)
+        return
+    try:
+        # None follows RAY_ADDRESS, which `ray job submit` sets, or the file that `ray start` leaves, or starts one.
+        ray.init(address=None if address == "auto" else address, **options)
+    except ConnectionError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at address {address!r} ({error}); start one with `ray start --head`, or set "
+            "the address to 'local'"
+        ) from None
+
+
+def use_gpu(accelerator: str) -> bool:
+    """Whether to run on GPUs: `auto` does if the cluster has any. Raises `ClusterError` if asked for and there is none."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if accelerator == "gpu" and not gpus:
+        raise ClusterError("accelerator='gpu', but the Ray cluster has no GPU; set it to 'cpu' or 'auto'")
+    return accelerator != "cpu" and gpus > 0
+
+
+def check_capacity(what: str, *, workers: int, cpus_each: float, gpus_each: float) -> None:
+    """Raise `ClusterError` when the cluster can never hold `workers` at once: Ray would wait for ever, silently.
+
+    Some CPU must stay free for Ray Data, which feeds the workers.
+    """
+    resources = ray.cluster_resources()
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    if workers * gpus_each > gpus:
+        raise ClusterError(
+            f"{what} needs {workers} x {gpus_each:g} GPUs, the Ray cluster has {gpus:g}; ask for fewer workers or add nodes"
+        )
+    if workers * cpus_each >= cpus:
+        raise ClusterError(
+            f"{what} needs {workers} x {cpus_each:g} CPUs and some left for Ray Data, the Ray cluster has {cpus:g}; "
+            f"ask for fewer CPUs each (below {cpus / workers:g}) or add nodes"
+        )

@@ -1,0 +1,290 @@
+"""One training run on Ray: prepare data, start Ray Train workers, run the loop in each, keep checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import yaml
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from mlc_ray.artifacts import fingerprint, fingerprint_model, library_versions, write_json_atomic
+from mlc_ray.config import TrainConfig, load_config, parse_config
+from mlc_ray.data.order import plan_rank, total_steps
+from mlc_ray.data.ray_data import TokenArtifact, prepare_token_rows, stream_batches
+from mlc_ray.data.tokens import load_tokenizer
+from mlc_ray.errors import MlcRayError
+from mlc_ray.losses.objective import Objective
+from mlc_ray.ray_cluster import check_capacity, connect, use_gpu
+from mlc_ray.train import engine as engines
+from mlc_ray.train.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from mlc_ray.train.console import RunDisplay
+from mlc_ray.train.loop import Metrics, Progress, train_loop
+from mlc_ray.train.model import (
+    PolicyWithExtractor,
+    add_adapters,
+    check_tap,
+    load_policy,
+    model_depth,
+    resolve_layer,
+)
+from mlc_ray.train.ray_reference import load_reference, prepare_reference
+from mlc_ray.train.reference import ReferenceLogProbs, ReferenceModel, cached_reference, online_reference
+from mlc_ray.train.tracking import Tracker, check_trackers
+from mlc_ray.types import Batch
+
+CONFIG_FILE = "config.yaml"
+
+
+class RunError(MlcRayError):
+    """A run cannot start or go on; the message quotes the folder and names the fix."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a finished run is, its newest checkpoint, and the last step's metrics."""
+
+    run_folder: Path
+    checkpoint: Path
+    metrics: Metrics
+
+
+def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
+    """Train to the end and return where everything is.
+
+    With `resume`, the folder of an earlier try, training goes on from its last complete checkpoint. Raises `RunError`
+    when a new run's folder exists already or a resumed one's does not.
+    """
+    check_trackers(config)
+    depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    resolve_layer(config.mlc.layer, depth)
+    run_folder = _run_folder(config, resume)
+    connect(config.cluster.address)
+    gpu = use_gpu(config.cluster.accelerator)
+    check_capacity(
+        "training (cluster.workers x cluster.cpus_per_worker)",
+        workers=config.cluster.workers,
+        cpus_each=config.cluster.cpus_per_worker,
+        gpus_each=1 if gpu else 0,
+    )
+    cache_dir = run_folder.parent / "cache"
+    tokens = prepare_token_rows(config.data, config.model, cache_dir=cache_dir)
+    fingerprints = {
+        "model": fingerprint_model(config.model.path),
+        "tokens": tokens.fingerprint,
+        "training": fingerprint(_what_must_not_change(config)),
+    }
+    reference_folder = None
+    if config.objective.needs_reference and config.reference == "cached":
+        reference_folder, fingerprints["reference"] = prepare_reference(config, tokens, cache_dir=cache_dir, gpu=gpu)
+    steps = _total_steps(config, tokens)
+    _describe_run(run_folder, config, fingerprints, tokens, steps)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json", exclude_unset=True),
+            "run_folder": str(run_folder),
+            "tokens_folder": str(tokens.folder),
+            "reference_folder": str(reference_folder) if reference_folder else None,
+            "fingerprints": fingerprints,
+            "total_steps": steps,
+        },
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(run_folder),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+        ),
+    )
+    with RunDisplay(run_folder, steps, config.logging.every):
+        result = trainer.fit()
+    return TrainResult(run_folder, find_checkpoint(run_folder), dict(result.metrics or {}))
+
+
+def load_run_config(run: Path) -> TrainConfig:
+    """The config a run was started with. Raises `RunError` if `run` is not a run folder."""
+    path = run / CONFIG_FILE
+    if not path.is_file():
+        raise RunError(f"{str(run)!r} is not a run folder: it has no {CONFIG_FILE}")
+    return load_config(TrainConfig, path)
+
+
+def _run_folder(config: TrainConfig, resume: Path | None) -> Path:
+    if resume is not None:
+        folder = Path(resume).expanduser().resolve()
+        if not (folder / CONFIG_FILE).is_file():
+            raise RunError(f"--resume {str(resume)!r}: not a run folder, it has no {CONFIG_FILE}")
+        return folder
+    folder = (Path(config.output_dir).expanduser() / config.name).resolve()
+    if (folder / CONFIG_FILE).exists():
+        raise RunError(
+            f"run folder {str(folder)!r} exists already: choose another name, remove it, or go on with "
+            f"`mlc-ray train --resume {folder}`"
+        )
+    return folder
+
+
+def _what_must_not_change(config: TrainConfig) -> dict[str, Any]:
+    """Settings that a resumed run must share with its checkpoint; where and how to log or keep may differ."""
+    return config.model_dump(
+        mode="json", include={"seed", "reference", "model", "objective", "mlc", "optimizer", "train"}
+    )
+
+
+def _total_steps(config: TrainConfig, tokens: TokenArtifact) -> int:
+    return total_steps(
+        len(tokens.bundle_ids),
+        epochs=config.train.epochs,
+        world_size=config.cluster.workers,
+        bundles_per_worker=config.train.bundles_per_worker,
+        accumulation=config.train.gradient_accumulation_steps,
+        max_steps=config.train.max_steps,
+    )
+
+
+def _describe_run(
+    folder: Path, config: TrainConfig, fingerprints: dict[str, str], tokens: TokenArtifact, steps: int
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(
+        folder / "run.json",
+        {
+            "resolved_config": config.model_dump(mode="json"),
+            "fingerprints": fingerprints,
+            "bundles": len(tokens.bundle_ids),
+            "languages": list(tokens.languages),
+            "total_steps": steps,
+            "versions": library_versions(),
+        },
+    )
+    if not (folder / CONFIG_FILE).exists():
+        text = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _worker(spec: dict[str, Any]) -> None:
+    """What every Ray Train worker runs; one process per GPU."""
+    config = parse_config(TrainConfig, spec["config"])
+    run_folder, total = Path(spec["run_folder"]), spec["total_steps"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    engines.select_accelerator(device)
+    torch.manual_seed(config.seed + rank)  # dropout; order and extractor have their own seeded generators
+
+    engine, reference_engine = _build(config, device)
+    checkpoint = ray.train.get_checkpoint()
+    progress = Progress()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            progress = load_checkpoint(Path(folder), engine=engine, config=config, fingerprints=spec["fingerprints"])
+    tokens = TokenArtifact.open(Path(spec["tokens_folder"]))
+    table = load_reference(Path(spec["reference_folder"])) if spec["reference_folder"] else None
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    with (
+        contextlib.closing(Tracker(config, run_folder, progress.step))
+        if rank == 0
+        else contextlib.nullcontext() as tracker
+    ):
+
+        def log(step: int, metrics: Metrics) -> None:
+            if tracker is not None:
+                tracker.log(step, metrics)
+
+        def save(at: Progress, metrics: Metrics) -> None:
+            with tempfile.TemporaryDirectory(prefix="mlc_ray-checkpoint-") as folder:
+                save_checkpoint(
+                    Path(folder),
+                    engine=engine,
+                    tokenizer=tokenizer,
+                    config=config,
+                    progress=at,
+                    fingerprints=spec["fingerprints"],
+                )
+                ray.train.report(
+                    {"step": at.step, **metrics},
+                    checkpoint=Checkpoint.from_directory(folder),
+                    checkpoint_dir_name=f"checkpoint_{at.step:06d}",
+                )
+            # report() returns before the checkpoint is registered; a worker that died now would lose it.
+            ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+
+        train_loop(
+            config,
+            engine=engine,
+            batches=_batches(config, tokens, table, rank, world_size, progress.step),
+            reference=_reference(reference_engine, table),
+            progress=progress,
+            total_steps=total,
+            device=device,
+            log=log,
+            save=save,
+        )
+
+
+def _build(config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
+    """The policy's engine, and the reference's where one runs online."""
+    with engines.partitioned_loading(config):
+        policy = load_policy(config.model)
+    layer = resolve_layer(config.mlc.layer, policy.config.get_text_config().num_hidden_layers)
+    policy = add_adapters(policy, config.model)
+    module = PolicyWithExtractor(policy, layer=layer, extractor_dim=config.mlc.extractor_dim, seed=config.seed)
+    module.to(dtype=getattr(torch, config.model.dtype))
+    engine = engines.policy_engine(module, config, device)
+    check_tap(engine.module.language_model, layer)
+    if not (config.objective.needs_reference and config.reference == "online"):
+        return engine, None
+    with engines.partitioned_loading(config):
+        frozen = load_policy(config.model)
+    return engine, engines.reference_engine(ReferenceModel(frozen), config)
+
+
+def _reference(reference_engine: Any, table: dict[str, tuple[float, float]] | None) -> ReferenceLogProbs | None:
+    if reference_engine is not None:
+        return online_reference(reference_engine)
+    return cached_reference if table is not None else None
+
+
+def _batches(
+    config: TrainConfig,
+    tokens: TokenArtifact,
+    table: dict[str, tuple[float, float]] | None,
+    rank: int,
+    world_size: int,
+    start_step: int,
+) -> Iterator[Batch]:
+    slots = plan_rank(
+        tokens.bundle_ids,
+        seed=config.seed,
+        epochs=config.train.epochs,
+        world_size=world_size,
+        rank=rank,
+        bundles_per_worker=config.train.bundles_per_worker,
+        accumulation=config.train.gradient_accumulation_steps,
+        max_steps=config.train.max_steps,
+        start_step=start_step,
+    )
+    stream = stream_batches(
+        tokens.folder,
+        slots,
+        bundles_per_worker=config.train.bundles_per_worker,
+        languages=tokens.languages,
+        needs_rejected=Objective(config.objective, config.mlc).needs_rejected,
+        reference=table,
+    )
+    return (batch for _, batch in stream)
