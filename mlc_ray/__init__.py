@@ -1,0 +1,22 @@
+"""Multilingual-consistency (MLC) safety alignment on Ray: from prompts in many languages to a scored model.
+
+The data flows one way, and this is the order in which to read the rooms:
+
+    data/        a file of *bundles* (one prompt in many languages, an answer pair in one of them) is read and
+                 validated (`readers`, `bundles`), tokenised with the model's own template (`tokens`), put in an order
+                 that a seed decides (`order`), and packed into batches (`batches`); `ray_data` wires it to Ray Data
+    losses/      pure tensor functions: the alignment losses (`preference`), the consistency term (`mlc`), and the
+                 objective that adds them (`objective`)
+    train/       one optimizer step after another: the policy (`model`), DeepSpeed (`engine`), the frozen reference
+                 (`reference`), the loop (`loop`), what is saved and exported (`checkpoint`); `ray_train` starts the
+                 workers and `ray_reference` fills the reference's cache
+    score/       responses by vLLM (`generate`), verdicts (`judges`), counts (`metrics`), tables and figures (`report`);
+                 `ray_score` feeds the engines
+    cli.py       the commands, in terms of the rooms; quickstart.py is the whole road on one small model
+
+Beneath them lie `config` (every setting), `types` (what travels between rooms), `artifacts` (what is on disk, and
+whether to trust it), `ray_cluster` (joining one) and `errors`. An import points down this list, never up; train and
+score meet only through a checkpoint folder. Importing `mlc_ray` itself loads nothing heavy.
+"""
+
+__version__ = "0.1.0"

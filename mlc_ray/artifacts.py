@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlc_ray.errors import MlcRayError
+
 MANIFEST = "manifest.json"
 LIBRARIES = (
     "mlc_ray", "torch", "ray", "deepspeed", "transformers", "tokenizers", "safetensors", "peft", "datasets",
@@ -35,7 +37,7 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-class ArtifactError(ValueError):
+class ArtifactError(MlcRayError, ValueError):
     """Something on disk is not the artefact it should be; the message names the path."""
 
 
@@ -153,7 +155,7 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary sibling of `path`; it takes the name `path` when the block ends, and is removed on error.
+    """Yield an empty temporary sibling of `path`, renamed to `path` when the block ends, removed on error.
 
     Raises `FileExistsError` if `path` is there already, at the start or (another process was faster) at the end,
     unless `replace`: then the old folder is moved aside before and deleted after the rename. A killed process leaves
@@ -170,17 +172,19 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         yield temporary
         if replace and path.exists():
             retired = _temporary_sibling(path)
-            os.replace(path, retired)
+            os.rename(path, retired)
         try:
             os.rename(temporary, path)
         except OSError as error:
-            if path.exists():
+            if retired is not None and not path.exists():
+                os.rename(retired, path)
+            elif path.exists():
                 raise FileExistsError(f"folder {str(path)!r} already exists") from error
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
         if retired is not None:
             shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _temporary_sibling(path: Path) -> Path:

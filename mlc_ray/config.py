@@ -106,7 +106,8 @@ class ObjectiveSection(Section):
         for field, owner in {"label_smoothing": "dpo", "margin": "simpo"}.items():
             if field in self.model_fields_set and self.loss != owner:
                 raise ValueError(
-                    f"objective.{field}={getattr(self, field)!r} is read by {owner} only, but loss={self.loss!r}; remove it"
+                    f"objective.{field}={getattr(self, field)!r} is read by {owner} only, but loss={self.loss!r}; "
+                    "remove it"
                 )
         if "beta" in self.model_fields_set and self.loss == "sft":
             raise ValueError(f"objective.beta={self.beta!r} is not read by loss='sft'; remove it")
@@ -119,12 +120,16 @@ class MlcSection(Section):
     weight: Annotated[float, Field(ge=0)] = Field(0.8, description="Lambda. 0 switches the term off.")
     layer: int | Annotated[float, Field(gt=0, lt=1)] | Literal["last"] = Field(
         "last",
-        description="Index into hidden_states: 0 embeddings, N after the last block and final norm; or a fraction of N.",
+        description=(
+            "Index into hidden_states: 0 embeddings, N after the last block and final norm; or a fraction of N."
+        ),
     )
     temperature: PositiveFloat = Field(0.2, description="Tau of the softmax over singular values.")
     scaling: Literal["leading", "none"] = Field(
         "leading",
-        description="`leading` divides by the detached first singular value (published code); `none` is the paper's equation.",
+        description=(
+            "`leading` divides by the detached first singular value (published code); `none` is the paper's equation."
+        ),
     )
     every: PositiveInt = Field(
         1, description="Add the term every this many optimizer steps; other steps skip its forward."
@@ -175,7 +180,8 @@ class ZeroSection(Section):
             raise ValueError(f"zero.offload_parameters=True needs zero.stage=3, but zero.stage={self.stage}")
         if self.persistence_threshold is not None and self.stage != 3:
             raise ValueError(
-                f"zero.persistence_threshold={self.persistence_threshold} is read at zero.stage=3 only, but zero.stage={self.stage}"
+                f"zero.persistence_threshold={self.persistence_threshold} is read at zero.stage=3 only, "
+                f"but zero.stage={self.stage}"
             )
         return self
 
@@ -242,7 +248,8 @@ class TrainConfig(Section):
             )
         if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
             raise ValueError(
-                "model.attention='flash_attention_2' has no float32 kernel; use model.dtype='bfloat16' or attention='sdpa'"
+                "model.attention='flash_attention_2' has no float32 kernel; "
+                "use model.dtype='bfloat16' or attention='sdpa'"
             )
         if self.model.attention == "flash_attention_2" and self.cluster.accelerator == "cpu":
             raise ValueError(
@@ -341,7 +348,8 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
                 raise ConfigError(
-                    f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(node)}, {key!r} is not an index of it"
+                    f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(node)}, "
+                    f"{key!r} is not an index of it"
                 )
             if last:
                 node[int(key)] = value

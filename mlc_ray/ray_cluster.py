@@ -43,7 +43,7 @@ def connect(address: str) -> None:
 
 
 def use_gpu(accelerator: str) -> bool:
-    """Whether to run on GPUs: `auto` does if the cluster has any. Raises `ClusterError` if asked for and there is none."""
+    """Whether to run on GPUs: `auto` does if there are any. Raises `ClusterError` for `gpu` on a cluster without."""
     gpus = ray.cluster_resources().get("GPU", 0)
     if accelerator == "gpu" and not gpus:
         raise ClusterError("accelerator='gpu', but the Ray cluster has no GPU; set it to 'cpu' or 'auto'")
@@ -59,7 +59,7 @@ def check_capacity(what: str, *, workers: int, cpus_each: float, gpus_each: floa
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     if workers * gpus_each > gpus:
         raise ClusterError(
-            f"{what} needs {workers} x {gpus_each:g} GPUs, the Ray cluster has {gpus:g}; ask for fewer workers or add nodes"
+            f"{what} needs {workers} x {gpus_each:g} GPUs, the Ray cluster has {gpus:g}; ask for fewer or add nodes"
         )
     if workers * cpus_each >= cpus:
         raise ClusterError(

@@ -116,9 +116,20 @@ def set_learning_rate(engine: Any, value: float) -> None:
         group["lr"] = value
 
 
-def gradient_norm(engine: Any) -> float:
-    """Global gradient norm of the last step, before clipping; NaN where the engine does not compute one."""
-    norm = engine.get_global_grad_norm()
+def backward_and_step(engine: Any, loss: torch.Tensor) -> float:
+    """One micro-batch's backward and, where it completes an optimizer step, that step.
+
+    Returns the global gradient norm before clipping (of the last completed optimizer step).
+    """
+    engine.backward(loss)
+    norm = None
+    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+        # In float32 without ZeRO, DeepSpeed clips but does not say by what norm; gradients are already averaged here.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+    engine.step()
+    if norm is None:
+        norm = engine.get_global_grad_norm()
     return float("nan") if norm is None else float(norm)
 
 

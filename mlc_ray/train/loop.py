@@ -17,7 +17,7 @@ from torch import Tensor
 from mlc_ray.config import TrainConfig
 from mlc_ray.losses.mlc import between_bundle_cosine
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.engine import gradient_norm, learning_rate, set_learning_rate
+from mlc_ray.train.engine import backward_and_step, learning_rate, set_learning_rate
 from mlc_ray.train.model import ModelOutput
 from mlc_ray.train.reference import ReferenceLogProbs
 from mlc_ray.types import Batch, LossOutput, move
@@ -72,8 +72,7 @@ def train_loop(
                 representations=output.representations,
                 present=output.present,
             )
-            engine.backward(result.loss)
-            engine.step()
+            norm = backward_and_step(engine, result.loss)
             meter.add(batch, output, result)
         metrics = meter.reduce(config.mlc.weight)
         if not math.isfinite(metrics["loss/total"]):
@@ -86,7 +85,7 @@ def train_loop(
         seconds = time.perf_counter() - started
         metrics |= {
             "learning_rate": rate,
-            "gradient_norm": gradient_norm(engine),
+            "gradient_norm": norm,
             "tokens_per_second": metrics["tokens"] / seconds,
             "step_seconds": seconds,
             "peak_memory_gib": peak_memory_gib(device),

@@ -265,7 +265,9 @@ def _rows_into_final_norm(model: PreTrainedModel, rows: Tensor) -> Iterator[list
         captured.append(arguments[0].index_select(1, rows))
         return (captured[-1], *arguments[1:])
 
-    handle = final_norm(model).register_forward_pre_hook(select)
+    # Before any hook of DeepSpeed's: what is captured must not pass through the norm's own ZeRO-3 bookkeeping, which
+    # expects a backward through the norm that a tap below it never has.
+    handle = final_norm(model).register_forward_pre_hook(select, prepend=True)
     try:
         yield captured
     finally:

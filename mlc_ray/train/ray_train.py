@@ -26,7 +26,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
 from mlc_ray.ray_cluster import check_capacity, connect, use_gpu
 from mlc_ray.train import engine as engines
-from mlc_ray.train.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.loop import Metrics, Progress, train_loop
 from mlc_ray.train.model import (
@@ -65,6 +65,7 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
     when a new run's folder exists already or a resumed one's does not.
     """
     check_trackers(config)
+    config = _with_absolute_model_path(config)
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
     resolve_layer(config.mlc.layer, depth)
     run_folder = _run_folder(config, resume)
@@ -122,6 +123,14 @@ def load_run_config(run: Path) -> TrainConfig:
     if not path.is_file():
         raise RunError(f"{str(run)!r} is not a run folder: it has no {CONFIG_FILE}")
     return load_config(TrainConfig, path)
+
+
+def _with_absolute_model_path(config: TrainConfig) -> TrainConfig:
+    """Workers run in folders of their own, where a relative path of the driver's means nothing."""
+    folder = Path(config.model.path).expanduser()
+    if not folder.is_dir():
+        return config  # a hub name
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder.resolve())})})
 
 
 def _run_folder(config: TrainConfig, resume: Path | None) -> Path:
@@ -188,11 +197,12 @@ def _worker(spec: dict[str, Any]) -> None:
     torch.manual_seed(config.seed + rank)  # dropout; order and extractor have their own seeded generators
 
     engine, reference_engine = _build(config, device)
-    checkpoint = ray.train.get_checkpoint()
+    # From the folder, not from Ray's list: only checkpoints whose every file is there count, and the newest such one
+    # is the same for all workers, since they share the run folder.
+    complete = list_checkpoints(run_folder)
     progress = Progress()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            progress = load_checkpoint(Path(folder), engine=engine, config=config, fingerprints=spec["fingerprints"])
+    if complete:
+        progress = load_checkpoint(complete[-1], engine=engine, config=config, fingerprints=spec["fingerprints"])
     tokens = TokenArtifact.open(Path(spec["tokens_folder"]))
     table = load_reference(Path(spec["reference_folder"])) if spec["reference_folder"] else None
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)

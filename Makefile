@@ -1,0 +1,42 @@
+# make quickstart    install, then align and score a real small model (README, "Quickstart")
+# make test          install, then run every test; make test-fast leaves out the slow end-to-end ones
+# make lint          install, then ruff, mypy and the import rules
+# make install       only install;  make clean  removes the environment and build leftovers, never runs/
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# Converted models are cached beside the code, so that removing the checkout removes everything.
+export MLC_RAY_CACHE ?= $(CURDIR)/.cache
+export RAY_USAGE_STATS_ENABLED ?= 0
+
+.PHONY: help install quickstart test test-fast lint format clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+install:
+	@cluster/install.sh "$(VENV)" dev quickstart
+
+quickstart: install
+	$(BIN)/python -m mlc_ray quickstart
+
+test: install
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

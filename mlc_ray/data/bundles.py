@@ -1,0 +1,191 @@
+"""The Bundle contract: a mapping that somebody wrote becomes a `Bundle`, or an error that says why not."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+from mlc_ray.artifacts import fingerprint
+from mlc_ray.errors import MlcRayError
+from mlc_ray.types import Bundle, Kind
+
+FIELDS = ("bundle_id", "kind", "prompts", "chosen", "rejected", "response_language", "source", "category")
+KINDS: tuple[str, ...] = get_args(Kind)
+
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?")
+_QUOTED = 60
+
+
+class BundleError(MlcRayError, ValueError):
+    """A row breaks the contract; the message is the reason, and quotes the value."""
+
+
+class BundleFileError(MlcRayError, ValueError):
+    """A whole file cannot be read as bundles; the message names the file, and the line where there is one."""
+
+
+@dataclass(frozen=True)
+class RejectedRow:
+    """A row that is not a bundle: where it stands (line or row number, from 1), why, and what it said."""
+
+    file: str
+    line: int
+    reason: str
+    text: str
+
+
+def make_bundle(raw: Mapping[str, Any]) -> Bundle:
+    """Check a raw bundle and build it. Its keys are `FIELDS`; None counts as absent except inside `prompts`.
+
+    A `bundle_id` may be given, and must then be the one that the content has. Raises `BundleError`.
+    """
+    raw = {key: value for key, value in raw.items() if value is not None}
+    for key in raw:
+        if key not in FIELDS:
+            raise BundleError(f"unknown key {key!r}; did you mean {_nearest(key, FIELDS)!r}?")
+    kind = _kind(raw.get("kind"))
+    prompts = _prompts(raw.get("prompts"))
+    response_language = check_language(raw.get("response_language", "en"), "response_language")
+    chosen, rejected = (_text(raw[name], name) if name in raw else None for name in ("chosen", "rejected"))
+    if rejected is not None and chosen is None:
+        raise BundleError(f"rejected is given ({_quote(rejected)}) but chosen is not")
+    if chosen is not None and response_language not in prompts:
+        raise BundleError(
+            f"answers are given in {response_language!r}, but there is no prompt in it (languages: {sorted(prompts)!r})"
+        )
+    if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
+        raise BundleError(f"chosen and rejected are the same: {_quote(chosen)}")
+    bundle = Bundle(
+        bundle_id=bundle_id_of(kind, prompts, chosen, rejected, response_language),
+        kind=kind,
+        prompts=prompts,
+        chosen=chosen,
+        rejected=rejected,
+        response_language=response_language,
+        source=_label(raw.get("source", ""), "source"),
+        category=_label(raw.get("category", ""), "category"),
+    )
+    if raw.get("bundle_id", bundle.bundle_id) != bundle.bundle_id:
+        raise BundleError(
+            f"bundle_id {raw['bundle_id']!r} is not the hash of this content, {bundle.bundle_id!r}; "
+            "leave bundle_id out, or find out what changed the content"
+        )
+    return bundle
+
+
+def bundle_id_of(
+    kind: str, prompts: Mapping[str, str], chosen: str | None, rejected: str | None, response_language: str
+) -> str:
+    """16 hex digits naming the content. `source` and `category` are labels, not content: they do not count."""
+    content = {"kind": kind, "prompts": dict(prompts), "chosen": chosen, "rejected": rejected}
+    return fingerprint({**content, "response_language": response_language})
+
+
+def select_languages(bundle: Bundle, languages: Sequence[str] | None) -> list[str]:
+    """The bundle's languages that are in `languages` (None: all), sorted.
+
+    Raises `BundleError` naming data.languages when none is left, or when answers would lose the prompt they answer.
+    """
+    kept = sorted(code for code in bundle.prompts if languages is None or code in languages)
+    if not kept:
+        raise BundleError(
+            f"the bundle has none of data.languages={list(languages or [])!r}; it has {sorted(bundle.prompts)!r}"
+        )
+    if bundle.chosen is not None and bundle.response_language not in kept:
+        raise BundleError(
+            f"data.languages={list(languages or [])!r} leaves out {bundle.response_language!r}, the language of the "
+            "bundle's answers; add it to data.languages"
+        )
+    return kept
+
+
+def to_row(bundle: Bundle) -> dict[str, Any]:
+    """A bundle as a flat row for Arrow: `prompts` as two parallel lists, `languages` (sorted) and `texts`.
+
+    A struct column would need one field per language of the whole data set; lists need none.
+    """
+    languages = sorted(bundle.prompts)
+    return {
+        "bundle_id": bundle.bundle_id,
+        "kind": bundle.kind,
+        "languages": languages,
+        "texts": [bundle.prompts[code] for code in languages],
+        "chosen": bundle.chosen,
+        "rejected": bundle.rejected,
+        "response_language": bundle.response_language,
+        "source": bundle.source,
+        "category": bundle.category,
+    }
+
+
+def from_row(row: Mapping[str, Any]) -> Bundle:
+    """The bundle that `to_row` wrote; other columns are ignored."""
+    return Bundle(
+        bundle_id=row["bundle_id"],
+        kind=row["kind"],
+        prompts=dict(zip(row["languages"], row["texts"], strict=True)),
+        chosen=row["chosen"],
+        rejected=row["rejected"],
+        response_language=row["response_language"],
+        source=row["source"],
+        category=row["category"],
+    )
+
+
+def check_language(code: Any, where: str) -> str:
+    """`code` if it has the form of a language tag; raises `BundleError` naming `where` it stood."""
+    if not isinstance(code, str) or not _LANGUAGE.fullmatch(code):
+        raise BundleError(
+            f"{where}: {code!r} is not a language code; write it like 'en', 'zh-Hant', 'pt-BR' (BCP 47, with its cases)"
+        )
+    return code
+
+
+def _kind(value: Any) -> Kind:
+    if value is None:
+        raise BundleError(f"kind is missing; it is one of {', '.join(map(repr, KINDS))}")
+    if value not in KINDS:
+        raise BundleError(f"kind {value!r} is unknown; did you mean {_nearest(str(value), KINDS)!r}?")
+    return cast(Kind, value)
+
+
+def _prompts(value: Any) -> dict[str, str]:
+    if value is None:
+        raise BundleError("prompts is missing; it maps language codes to texts")
+    if not isinstance(value, Mapping):
+        raise BundleError(f"prompts is {_quote(value)}, not a mapping of language codes to texts")
+    if not value:
+        raise BundleError("prompts is empty; a bundle has at least one language")
+    items = sorted(value.items(), key=lambda item: str(item[0]))
+    return {check_language(code, "prompts"): _text(text, f"prompts[{code!r}]") for code, text in items}
+
+
+def _text(value: Any, where: str) -> str:
+    text = _label(value, where)
+    if not text.strip():
+        raise BundleError(f"{where} is blank: {value!r}")
+    return text
+
+
+def _label(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise BundleError(f"{where} is {_quote(value)}, not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BundleError(
+            f"{where} holds half a surrogate pair at character {error.start}: not valid Unicode"
+        ) from None
+    return value
+
+
+def _nearest(value: str, valid: tuple[str, ...]) -> str:
+    return difflib.get_close_matches(value, valid, n=1, cutoff=0.0)[0]
+
+
+def _quote(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _QUOTED else text[: _QUOTED - 1] + "…"

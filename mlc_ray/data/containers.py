@@ -1,0 +1,252 @@
+"""JSONL, JSON arrays, Parquet, CSV and Hugging Face datasets as records that know where they stand.
+
+Nothing here knows what a bundle is. Nothing here runs code or unpickles: Parquet and Arrow are data formats, and
+`datasets` (5 and later) runs no scripts.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlc_ray.data.bundles import BundleFileError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+_ROWS_AT_ONCE = 1024
+_SHOWN = 5000
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record: `line` from 1 (of the file for text, of the table for Parquet and datasets), its text, its fields.
+
+    `fields` is None where the record itself is malformed; `reason` then says how.
+    """
+
+    line: int
+    text: str
+    fields: dict[str, Any] | None
+    reason: str = ""
+
+
+def open_records(path: str, *, csv_expected: bool = False) -> tuple[list[str] | None, Iterator[Record]]:
+    """Column names (None where every record names its own keys) and the records of a file, folder or hub dataset.
+
+    Raises `BundleFileError`, at once or while iterating, when the file cannot be read as what its suffix says.
+    """
+    location = Path(path)
+    if location.is_dir() or not location.exists():
+        return _open_dataset(path)
+    if location.suffix == ".parquet":
+        return _open_parquet(path)
+    if location.suffix in (".jsonl", ".json"):
+        return None, _json_records(path)
+    if location.suffix == ".csv" or csv_expected:
+        return _open_csv(path)
+    raise BundleFileError(f"{path}: the suffix {location.suffix!r} is none of {', '.join(SUFFIXES)}")
+
+
+# ----------------------------------------------------------------------------------------------------------- JSON
+
+
+def _json_records(path: str) -> Iterator[Record]:
+    first = next((text for _, text in _lines(path) if text.strip()), "")
+    if first.lstrip().startswith("["):
+        yield from _array_records(path)
+        return
+    for line, text in _lines(path):
+        if text.strip():
+            yield _json_record(line, text.strip("\r\n"))
+
+
+def _json_record(line: int, text: str) -> Record:
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        return Record(line, text, None, f"not valid JSON: {error.msg} at column {error.colno}")
+    except (_RepeatedKeyError, RecursionError) as error:
+        return Record(line, text, None, f"not valid JSON: {error}")
+    if not isinstance(value, dict):
+        return Record(line, text, None, f"a record is a JSON object, not {type(value).__name__}")
+    return Record(line, text, value)
+
+
+def _array_records(path: str) -> Iterator[Record]:
+    """The elements of a JSON array, one at a time, each with the line it starts on."""
+    text = "".join(line for _, line in _lines(path))
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    position = text.index("[") + 1
+    line, counted = 1, 0
+
+    def skip_blanks(at: int) -> int:
+        while at < len(text) and text[at].isspace():
+            at += 1
+        return at
+
+    while True:
+        position = skip_blanks(position)
+        if text[position : position + 1] == "]":
+            return
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, _RepeatedKeyError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            raise BundleFileError(f"{path}:{line}: not valid JSON: {reason}") from None
+        shown = text[position:end]
+        fits = isinstance(value, dict)
+        reason = "" if fits else f"a record is a JSON object, not {type(value).__name__}"
+        yield Record(line, shown, value if fits else None, reason)
+        position = skip_blanks(end)
+        if text[position : position + 1] == ",":
+            position += 1
+        elif text[position : position + 1] != "]":
+            raise BundleFileError(f"{path}:{line}: not valid JSON: expected ',' or ']' after this record")
+
+
+class _RepeatedKeyError(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:  # json would keep the last one in silence
+            raise _RepeatedKeyError(f"key {key!r} appears twice")
+        result[key] = value
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- CSV, text
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends, a byte-order mark removed; raises `BundleFileError` where it is not UTF-8."""
+    number = 0
+    try:
+        with Path(path).open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                yield number, (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleFileError(f"{path}:{number}: not UTF-8: byte {error.object[error.start]:#04x}") from None
+    except OSError as error:
+        raise BundleFileError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _open_csv(path: str) -> tuple[list[str], Iterator[Record]]:
+    rows = _csv_rows(path)
+    header = next(rows, None)
+    if header is None:
+        raise BundleFileError(f"{path}: no rows in it")
+    columns = header[1]
+
+    def records() -> Iterator[Record]:
+        for line, cells in rows:
+            text = json.dumps(cells, ensure_ascii=False)
+            if len(cells) != len(columns):
+                yield Record(line, text, None, f"{len(cells)} cells instead of {len(columns)}")
+            else:
+                yield Record(line, text, dict(zip(columns, cells, strict=True)))
+
+    return columns, records()
+
+
+def _csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
+    """Non-empty rows with the physical line each starts on: a quoted cell may hold line breaks."""
+    reader = csv.reader((text for _, text in _lines(path)), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # where the next row would begin can no longer be known
+            raise BundleFileError(f"{path}:{line}: not valid CSV: {error}") from None
+        if cells:
+            yield line, cells
+
+
+# --------------------------------------------------------------------------------------------------------- tables
+
+
+def _open_parquet(path: str) -> tuple[list[str], Iterator[Record]]:
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise BundleFileError(f"{path}: not readable as Parquet: {error}") from None
+
+    def records() -> Iterator[Record]:
+        try:
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+                yield from _table_records(batch.to_pylist())
+        except (pa.ArrowException, OSError) as error:
+            raise BundleFileError(f"{path}: damaged: {error}") from None
+
+    return list(file.schema_arrow.names), _numbered(records())
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `folder` was written by `datasets`' save_to_disk."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def load_dataset(path: str) -> Any:
+    """The `datasets.Dataset` of a saved folder or of a hub name `NAME` or `NAME:SPLIT`.
+
+    Raises `BundleFileError` if it cannot be loaded, or has several splits and none is named.
+    """
+    import datasets  # two seconds, and only this format needs it
+    from datasets.exceptions import DatasetsError
+
+    name, _, split = path.partition(":")
+    try:
+        if Path(path).is_dir():
+            name, split = path, ""
+            loaded = datasets.load_from_disk(path)
+        else:
+            loaded = datasets.load_dataset(name, split=split or None)
+    except (DatasetsError, OSError, ValueError, pa.ArrowException) as error:
+        raise BundleFileError(f"{path!r} cannot be loaded as a Hugging Face dataset: {error}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if len(loaded) != 1:
+            example = f"{path}/{next(iter(loaded), 'train')}" if Path(path).is_dir() else f"{name}:train"
+            raise BundleFileError(f"{path!r} has the splits {sorted(loaded)!r}; name one, such as {example!r}")
+        loaded = next(iter(loaded.values()))
+    return loaded
+
+
+def _open_dataset(path: str) -> tuple[list[str], Iterator[Record]]:
+    dataset = load_dataset(path)
+
+    def records() -> Iterator[Record]:
+        for start in range(0, len(dataset), _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, len(dataset))
+            yield from _table_records(dataset.with_format("arrow")[start:stop].to_pylist())
+
+    return list(dataset.column_names), _numbered(records())
+
+
+def _table_records(rows: list[dict[str, Any]]) -> Iterator[Record]:
+    for row in rows:
+        fields = {key: _without_nulls(value) for key, value in row.items() if value is not None}
+        yield Record(0, json.dumps(fields, ensure_ascii=False, default=repr)[:_SHOWN], fields)
+
+
+def _without_nulls(value: Any) -> Any:
+    """A struct column has every language of the file, null where this row lacks it; a map column comes as pairs."""
+    if isinstance(value, list) and value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
+        value = dict(value)
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def _numbered(records: Iterator[Record]) -> Iterator[Record]:
+    for line, record in enumerate(records, start=1):
+        yield Record(line, record.text, record.fields, record.reason)

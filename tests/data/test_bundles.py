@@ -1,0 +1,75 @@
+import pytest
+
+from mlc_ray.data.bundles import BundleError, from_row, make_bundle, select_languages, to_row
+
+GOOD = {
+    "kind": "benign",
+    "prompts": {"en": "How do I boil an egg?", "zh-Hant": "怎麼煮蛋？"},
+    "chosen": "Eight minutes.",
+    "rejected": "No.",
+}
+
+
+def test_a_good_row_becomes_a_bundle_and_survives_the_row_form():
+    bundle = make_bundle({**GOOD, "source": "handmade", "category": None})
+    assert (bundle.kind, bundle.response_language, bundle.source, bundle.category) == ("benign", "en", "handmade", "")
+    assert from_row(to_row(bundle)) == bundle
+
+
+def test_the_id_is_the_content_and_nothing_else():
+    bundle = make_bundle(GOOD)
+    reordered = {**GOOD, "prompts": dict(reversed(GOOD["prompts"].items())), "source": "elsewhere", "category": "x"}
+    assert make_bundle(reordered).bundle_id == bundle.bundle_id
+    assert make_bundle({**GOOD, "bundle_id": bundle.bundle_id}) == bundle
+    for key, value in {"kind": "harmful", "chosen": "Nine.", "prompts": {"en": "How?"}}.items():
+        assert make_bundle({**GOOD, key: value}).bundle_id != bundle.bundle_id
+    with pytest.raises(BundleError, match=f"'0123'.*'{bundle.bundle_id}'"):
+        make_bundle({**GOOD, "bundle_id": "0123"})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompts": None}, "prompts is missing"),
+        ({"prompts": {}}, "prompts is empty"),
+        ({"prompts": "How?"}, "'How\\?', not a mapping"),
+        ({"prompts": {"en": None}}, r"prompts\['en'\] is None, not text"),
+        ({"prompts": {"en": 3}}, r"prompts\['en'\] is 3, not text"),
+        ({"prompts": {"en": " \n"}}, r"prompts\['en'\] is blank: ' \\n'"),
+        ({"prompts": {"english": "x"}}, "'english' is not a language code"),
+        ({"prompts": {"zh-hant": "x"}}, "'zh-hant' is not a language code"),
+        ({"prompts": {"zh_CN": "x"}}, "'zh_CN' is not a language code"),
+        ({"prompts": {"en": "\ud83d"}}, "not valid Unicode"),
+        ({"kind": None}, "kind is missing"),
+        ({"kind": "harmles"}, "'harmles' is unknown; did you mean 'harmful'"),
+        ({"kind": ["benign"]}, "is unknown"),
+        ({"chosen": ""}, "chosen is blank: ''"),
+        ({"chosen": ["a"]}, r"chosen is \['a'\], not text"),
+        ({"chosen": None}, "rejected is given .* but chosen is not"),
+        ({"chosen": "No. "}, "the same: 'No. '"),
+        ({"response_language": "fr"}, "in 'fr', but there is no prompt in it"),
+        ({"response_language": "French"}, "response_language: 'French'"),
+        ({"category": 3}, "category is 3"),
+        ({"promts": {}}, "unknown key 'promts'; did you mean 'prompts'"),
+    ],
+)
+def test_each_violation_is_refused_with_its_value(change, reason):
+    with pytest.raises(BundleError, match=reason):
+        make_bundle({**GOOD, **change})
+
+
+@pytest.mark.parametrize("code", ["en", "yue", "zh-Hant", "pt-BR", "zh-Hant-TW", "es-419"])
+def test_language_codes_of_any_language_are_taken(code):
+    assert make_bundle({"kind": "harmful", "prompts": {code: "x"}}).prompts == {code: "x"}
+
+
+def test_selecting_languages_never_orphans_an_answer():
+    bundle = make_bundle(GOOD)
+    assert select_languages(bundle, None) == ["en", "zh-Hant"]
+    assert select_languages(bundle, ["fr", "en"]) == ["en"]
+    with pytest.raises(BundleError, match=r"none of data\.languages=\['fr'\].*\['en', 'zh-Hant'\]"):
+        select_languages(bundle, ["fr"])
+    with pytest.raises(BundleError, match=r"data\.languages=\['zh-Hant'\] leaves out 'en'"):
+        select_languages(bundle, ["zh-Hant"])
+    unanswered = make_bundle({**GOOD, "chosen": None, "rejected": None})
+    assert select_languages(unanswered, ["zh-Hant"]) == ["zh-Hant"]

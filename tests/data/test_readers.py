@@ -1,0 +1,206 @@
+import codecs
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlc_ray.config import SourceSection
+from mlc_ray.data.bundles import BundleFileError, RejectedRow, make_bundle
+from mlc_ray.data.readers import SourceFile, read_file, resolve_source, sample_path
+
+FIXTURES = Path(__file__).parent / "fixtures"
+OWN = {"kind": "benign", "prompts": {"en": "How do I hum?"}, "chosen": "Close your mouth.", "rejected": "No."}
+
+
+def read(path, format="auto", kind=None):
+    return list(read_file(SourceFile(str(path), format, kind)))
+
+
+def bundles(path, format="auto", kind=None):
+    return [row for _, row in read(path, format, kind)]
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def test_preference_messages_and_plain_strings():
+    first, second = bundles(FIXTURES / "preference.jsonl")
+    assert first.prompts == {"en": "How do I boil an egg?", "de": "Wie koche ich ein Ei?", "zh-Hant": "怎麼煮蛋？"}
+    assert (first.chosen, first.rejected, first.kind) == ("Boil it for eight minutes.", "No.", "harmful")
+    assert second.prompts["fr"] == "Comment plier un bateau en papier ?"
+    assert {b.kind for b in bundles(FIXTURES / "preference.jsonl", "preference", "benign")} == {"benign"}
+
+
+def test_sft_in_a_json_array_with_the_line_each_record_starts_on():
+    rows = read(FIXTURES / "sft.json")
+    assert [line for line, _ in rows] == [2, 8]
+    (_, first), (_, second) = rows
+    assert first.prompts["en"] == "Translate to French.\nGood morning"
+    assert (second.prompts, second.chosen, second.rejected) == (
+        {"en": "Name a colour.", "sw": "Taja rangi."},
+        "Blue.",
+        None,
+    )
+
+
+def test_multijail_csv_with_byte_order_mark_and_physical_lines():
+    assert (FIXTURES / "multijail.csv").read_bytes().startswith(codecs.BOM_UTF8)
+    (line, first), (next_line, second) = read(FIXTURES / "multijail.csv")
+    assert (line, next_line) == (2, 5)  # the first record spans two lines, and a blank one follows
+    assert first.prompts == {"en": "How do I whistle\r\nloudly?", "sw": "Nipige mbinja vipi?"}  # no empty jv
+    assert (first.source, first.category, first.chosen) == ("handmade", "['noise']", None)
+    assert sorted(second.prompts) == ["en", "jv", "sw"]
+
+
+def test_own_jsonl_rejects_single_rows_with_their_lines():
+    rows = read(FIXTURES / "mixed.jsonl")
+    rejected = {line: row.reason for line, row in rows if isinstance(row, RejectedRow)}
+    assert [line for line, _ in rows] == [1, 2, 4, 5, 6, 7]
+    assert sorted(rejected) == [2, 4, 5]
+    assert rejected[2].startswith("not valid JSON")
+    assert "'harmles'" in rejected[4]
+    assert "no prompt in it" in rejected[5]
+    assert rows[1][1].text == '{"kind": "benign", "prompts": '
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ('{"kind": "benign", "kind": "harmful", "prompts": {"en": "x"}}', "'kind' appears twice"),
+        ("[1]", "a JSON object, not list"),
+        ({**OWN, "prompts": {"en": "x", "fr": None}}, "'fr'"),
+        ({**OWN, "lang": "en"}, "unknown key 'lang'"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_odd_json_records_are_rejected_not_raised(tmp_path, record, reason):
+    rows = read(write(tmp_path / "x.jsonl", OWN, record), "mlc")
+    assert rows[0][1] == make_bundle(OWN)
+    assert rows[1][0] == 2
+    assert reason in rows[1][1].reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "2 messages"),
+        ({"prompt": [{"from": "system", "value": "a"}]}, "from 'system'"),
+        ({"prompt": [{"role": "user", "content": "a"}]}, "'from' and 'value'"),
+        ({"chosen": {"from": "human", "value": "a"}}, "from 'human'"),
+        ({"prompt_en": "again"}, "repeats the prompt"),
+        ({"prompt_Klingon": "nuqneH"}, "'Klingon' is not a language code"),
+        ({"extra": 1}, "unknown key 'extra'"),
+        ({"prompt": 3}, "is 3, not text"),
+    ],
+)
+def test_odd_preference_records_are_rejected(tmp_path, change, reason):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    first, second = bundles(write(tmp_path / "x.jsonl", good, {**good, **change}), "preference")
+    assert first.chosen == "b"
+    assert reason in second.reason
+
+
+def test_kind_of_the_source_may_not_contradict_the_row(tmp_path):
+    (row,) = bundles(write(tmp_path / "x.jsonl", OWN), "mlc", "harmful")
+    assert "'benign'" in row.reason
+    assert "'harmful'" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b"", "no rows"),
+        ("x.jsonl", b"\n \n", "no rows"),
+        (
+            "x.jsonl",
+            b'{"prompts": {"en": "x"}, "kind": "benign"}\n{"kind": "\xff"}\n',
+            r"x\.jsonl:2: not UTF-8: byte 0xff",
+        ),
+        ("x.jsonl", b'{"question": "x"}', r"cannot tell the format.*\['question'\]"),
+        ("x.json", b'[{"prompts": {"en": "x"}, "kind": "benign"},\n{"kind": ]', r"x\.json:2: not valid JSON"),
+        ("x.json", b'[{"prompts": {"en": "x"}, "kind": "benign"}', r"x\.json:1: not valid JSON: expected"),
+        ("x.csv", b"id,source,tags,en\n", "no rows"),
+        ("x.csv", b"", "no rows"),
+        ("x.csv", b"id,source,tags,english\n1,a,b,c\n", "'english' is not a language code"),
+        ("x.csv", b"id,source,tags,en,en\n1,a,b,c,d\n", r"\['en'\] appear more than once"),
+        ("x.csv", b'id,source,tags,en\n1,a,b,c\n2,a,b,"open\n', r"x\.csv:3: not valid CSV"),
+        ("x.csv", b"id,source,tags,en\n1,a,b,\xe9\n", r"x\.csv:2: not UTF-8"),
+        ("x.parquet", b"PAR1 not really", "not readable as Parquet"),
+        ("x.txt", b"hello", r"suffix '\.txt'"),
+    ],
+)
+def test_faults_of_a_whole_file_name_it(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BundleFileError, match=message):
+        read(tmp_path / name)
+
+
+def test_a_csv_row_with_too_few_cells_is_rejected(tmp_path):
+    (tmp_path / "x.csv").write_text("id,source,tags,en\n1,a,b\n2,a,b,How?\n")
+    (line, rejected), (_, good) = read(tmp_path / "x.csv")
+    assert (line, rejected.reason) == (2, "3 cells instead of 4")
+    assert good.prompts == {"en": "How?"}
+
+
+def test_a_byte_order_mark_before_jsonl_is_no_obstacle(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(codecs.BOM_UTF8 + json.dumps(OWN).encode())
+    assert bundles(tmp_path / "x.jsonl") == [make_bundle(OWN)]
+
+
+@pytest.mark.parametrize("as_map", [False, True])
+def test_parquet_structs_and_maps_leave_absent_languages_absent(tmp_path, as_map):
+    rows = [OWN, {**OWN, "prompts": {"en": "How do I sing?", "sw": "Ninaimbaje?"}, "chosen": None, "rejected": None}]
+    table = pa.Table.from_pylist(rows)
+    if as_map:
+        prompts = pa.array([list(r["prompts"].items()) for r in rows], pa.map_(pa.string(), pa.string()))
+        table = table.set_column(table.schema.get_field_index("prompts"), "prompts", prompts)
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert bundles(tmp_path / "x.parquet") == [make_bundle(row) for row in rows]
+    pq.write_table(table.append_column("score", pa.array([1, 2])), tmp_path / "x.parquet")
+    with pytest.raises(BundleFileError, match="unknown key 'score'"):
+        read(tmp_path / "x.parquet")
+
+
+def test_saved_datasets_in_both_shapes(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([OWN]).save_to_disk(tmp_path / "own")
+    datasets.DatasetDict(
+        {
+            name: datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "prompt_fr": name}])
+            for name in ("train", "test")
+        }
+    ).save_to_disk(tmp_path / "preference")
+    assert bundles(tmp_path / "own", "dataset") == [make_bundle(OWN)]
+    assert bundles(tmp_path / "preference" / "test")[0].prompts == {"en": "a", "fr": "test"}
+    with pytest.raises(BundleFileError, match=r"splits \['test', 'train'\]"):
+        read(tmp_path / "preference")
+
+
+def test_a_hub_name_that_cannot_be_had_says_so():
+    with pytest.raises(BundleFileError, match="'nobody/nothing' cannot be loaded"):
+        read("nobody/nothing", "dataset")
+
+
+def test_sources_resolve_to_files_in_order(tmp_path):
+    for name in ("b.jsonl", "a.csv", "notes.txt", ".hidden.jsonl"):
+        (tmp_path / name).touch()
+    found = resolve_source(SourceSection(path=str(tmp_path), kind="benign"))
+    assert [(Path(f.path).name, f.kind) for f in found] == [("a.csv", "benign"), ("b.jsonl", "benign")]
+    assert resolve_source(SourceSection(path="owner/name"))[0] == SourceFile("owner/name", "dataset")
+    for missing in (str(tmp_path / "no.jsonl"), "data/train.jsonl"):
+        with pytest.raises(BundleFileError, match="does not exist"):
+            resolve_source(SourceSection(path=missing))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BundleFileError, match="holds no"):
+        resolve_source(SourceSection(path=str(tmp_path / "empty")))
+
+
+def test_the_shipped_sample_is_valid_and_its_names_are_checked():
+    for name in ("train", "test"):
+        assert [row for row in bundles(sample_path(name)) if isinstance(row, RejectedRow)] == []
+    with pytest.raises(BundleFileError, match=r"'sample:valid'.*'sample:train'"):
+        sample_path("valid")

@@ -1,0 +1,215 @@
+"""Templates in the style of ChatML, Gemma and Llama 3, on a small tokenizer trained here, and the real SmolLM2."""
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from mlc_ray.data.bundles import BundleError, make_bundle
+from mlc_ray.data.tokens import (
+    NO_PROMPT,
+    ChatTemplate,
+    TemplateError,
+    TokenizationError,
+    load_tokenizer,
+    tokenize_bundle,
+)
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+BRACKETS = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+TEMPLATES = {"chatml": CHATML, "gemma": GEMMA, "llama3": LLAMA3, "brackets": BRACKETS}
+SPECIAL = [
+    "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>",
+    "<|end_header_id|>", "<|eot_id|>",
+]  # fmt: skip
+BUNDLE = make_bundle(
+    {
+        "kind": "benign",
+        "prompts": {"en": "How do I boil an egg?", "zh": "怎么煮鸡蛋？", "ur": "انڈا کیسے ابالا جاتا ہے؟"},
+        "chosen": "Eight minutes in boiling water.",
+        "rejected": "I cannot help with that.",
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def small():
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # As Qwen and Llama 3 split: line breaks stay together whatever follows them.
+            pre_tokenizers.Split(
+                Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+"), "isolated"
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["user assistant model system\n \n\n how do I boil an egg in water\n\n"] * 20, trainer)
+
+    def with_template(template):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+        tokenizer.chat_template = template
+        return tokenizer
+
+    return with_template
+
+
+@pytest.fixture(params=[*TEMPLATES, "smollm2"])
+def tokenizer(request, small):
+    if request.param == "smollm2":
+        return load_tokenizer(str(request.getfixturevalue("smollm2")))
+    return small(TEMPLATES[request.param])
+
+
+def whole(tokenizer, user, assistant=None):
+    messages = [{"role": "user", "content": user}]
+    messages += [] if assistant is None else [{"role": "assistant", "content": assistant}]
+    return tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=assistant is None, return_dict=False
+    )
+
+
+def tokenize(bundle, tokenizer, languages=None, prompt=512, response=512):
+    return tokenize_bundle(
+        bundle, tokenizer, languages=languages, max_prompt_tokens=prompt, max_response_tokens=response
+    )
+
+
+def test_short_prompts_and_answers_are_the_template_s_own_tokens(tokenizer):
+    row = tokenize(BUNDLE, tokenizer)
+    assert row.languages == ["en", "ur", "zh"]
+    assert row.prompts == [whole(tokenizer, BUNDLE.prompts[code]) for code in row.languages]
+    assert row.tapped == [len(ids) - 1 for ids in row.prompts]
+    assert row.response_prompt == 0
+    prompt = row.prompts[row.response_prompt]
+    assert prompt + row.chosen == whole(tokenizer, BUNDLE.prompts["en"], BUNDLE.chosen)
+    assert prompt + row.rejected == whole(tokenizer, BUNDLE.prompts["en"], BUNDLE.rejected)
+    assert row.truncated_prompt_tokens == row.truncated_response_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "  spaces around  ",
+        "\n\nlines around\n",
+        "quotes <|im_end|>\n<|im_start|>assistant\n itself",
+        "qS7zK2vX9w",
+        "user",
+    ],
+)
+def test_awkward_text_moves_no_boundary(tokenizer, text):
+    template = ChatTemplate(tokenizer)
+    ids, cut = template.encode_prompt(text, 512)
+    assert (ids, cut) == (whole(tokenizer, text), 0)
+    kept, cut = template.encode_prompt(text * 30, template.minimum + 2)
+    assert len(kept) == template.minimum + 2
+    assert cut == len(whole(tokenizer, text * 30)) - len(kept)
+    assert tokenizer.decode(kept).startswith(template.head)
+    assert tokenizer.decode(kept).endswith(template.tail)
+
+
+def test_a_long_prompt_loses_the_front_of_the_user_s_text_only(tokenizer):
+    template = ChatTemplate(tokenizer)
+    text = " ".join(str(number) for number in range(200))
+    full = whole(tokenizer, text)
+    kept, cut = template.encode_prompt(text, len(full) - 7)
+    head = len(template.head_ids)
+    assert kept == full[:head] + full[head + 7 :]
+    assert cut == 7
+    decoded = tokenizer.decode(kept)
+    assert decoded.startswith(template.head)
+    assert decoded.endswith("199" + template.tail)
+    assert " 1 2 " not in decoded
+
+
+def test_cuts_are_counted_and_an_answer_without_its_end_has_no_end_of_turn(small):
+    tokenizer = small(CHATML)
+    template = ChatTemplate(tokenizer)
+    uncut = tokenize(BUNDLE, tokenizer)
+    limit = template.minimum + 5
+    row = tokenize(BUNDLE, template, prompt=limit, response=4)
+    assert row.truncated_prompt_tokens == sum(max(0, len(ids) - limit) for ids in uncut.prompts) > 0
+    assert row.chosen == uncut.chosen[:4]
+    assert row.truncated_response_tokens == len(uncut.chosen) + len(uncut.rejected) - 8
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end in uncut.chosen
+    assert end not in row.chosen
+    assert row.tapped == [len(ids) - 1 for ids in row.prompts]
+
+
+def test_an_answer_that_would_melt_into_the_generation_prompt_is_tokenised_alone(small):
+    tokenizer = small(CHATML)
+    template = ChatTemplate(tokenizer)
+    joined = whole(tokenizer, "a", "\nb")
+    prompt = whole(tokenizer, "a")
+    assert joined[: len(prompt)] != prompt  # this tokenizer has a token for two line breaks
+    answer, _ = template.encode_answer("a", "\nb", 100)
+    assert tokenizer.decode(prompt + answer) == tokenizer.decode(joined)
+
+
+def test_a_limit_below_the_template_names_the_setting_and_values(tokenizer):
+    template = ChatTemplate(tokenizer)
+    template.encode_prompt("x", template.minimum)
+    with pytest.raises(
+        TokenizationError, match=rf"data\.max_prompt_tokens={template.minimum - 1} .* {template.minimum - 1} "
+    ):
+        template.encode_prompt("x", template.minimum - 1)
+
+
+def test_languages_are_restricted_but_an_answer_keeps_its_prompt(small):
+    tokenizer = small(GEMMA)
+    assert tokenize(BUNDLE, tokenizer, ["zh", "en"]).languages == ["en", "zh"]
+    with pytest.raises(BundleError, match=r"data\.languages"):
+        tokenize(BUNDLE, tokenizer, ["zh"])
+    unanswered = make_bundle({"kind": "harmful", "prompts": {"zh": "x"}})
+    row = tokenize(unanswered, tokenizer)
+    assert (row.response_prompt, row.chosen, row.rejected) == (NO_PROMPT, None, None)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"), "2 times instead of once"),
+        (CHATML.replace("{{ m.content }}", ""), "0 times instead of once"),
+        (CHATML + "{% if add_generation_prompt %}<think>{% endif %}", "does not start with"),
+    ],
+)
+def test_unusable_templates_are_refused(small, template, message):
+    with pytest.raises(TemplateError, match=message):
+        ChatTemplate(small(template))
+
+
+def test_a_template_that_looks_at_the_text_is_refused(small):
+    fickle = CHATML.replace("Be kind.", "{{ 'Short.' if messages[0].content | length < 12 else 'Long.' }}")
+    template = ChatTemplate(small(fickle))
+    with pytest.raises(TemplateError, match="other text around"):
+        template.encode_prompt("a much longer text than that", 512)
+
+
+def test_a_folder_without_tokenizer_is_named(tmp_path):
+    with pytest.raises(TemplateError, match=str(tmp_path)):
+        load_tokenizer(str(tmp_path))

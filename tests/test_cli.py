@@ -1,0 +1,285 @@
+"""The command line: what it accepts and refuses, what it imports, how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import mlc_ray
+from mlc_ray.cli import build_parser, main, parse_benchmark, score_config
+from mlc_ray.config import ConfigError, ScoreConfig, TrainConfig, parse_config
+from mlc_ray.errors import MlcRayError
+
+HEAVY = ("torch", "ray", "deepspeed", "transformers", "vllm", "pandas", "pyarrow", "datasets", "matplotlib")
+COMMANDS = ("train", "score", "export", "config", "quickstart")
+
+
+def python(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, **options)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments: Sequence[str]) -> None:
+    code = f"""
+import sys
+from mlc_ray.cli import main
+try:
+    main({arguments!r})
+finally:
+    print("HEAVY", [name for name in {HEAVY!r} if name in sys.modules])
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("HEAVY []"), done.stdout
+    assert "mlc-ray" in done.stdout
+
+
+def test_importing_the_package_loads_nothing_at_all() -> None:
+    done = python(
+        "-c", f"import sys, mlc_ray; print([n for n in (*{HEAVY!r}, 'pydantic', 'yaml') if n in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_module_and_console_script_are_the_same_command() -> None:
+    script = Path(sys.executable).parent / "mlc-ray"
+    assert script.is_file()
+    outputs = {
+        subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+        for command in ([str(script)], [sys.executable, "-m", "mlc_ray"])
+    }
+    assert outputs == {f"mlc-ray {mlc_ray.__version__}\n"}
+
+
+def test_the_version_is_the_one_in_pyproject(repository: Path) -> None:
+    assert f'\nversion = "{mlc_ray.__version__}"\n' in (repository / "pyproject.toml").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------- config
+
+
+def test_config_prints_what_it_resolved_and_can_be_loaded(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--config", str(repository / "configs/quickstart.yaml"), "--set", "mlc.layer=20"]) == 0
+    config = parse_config(TrainConfig, yaml.safe_load(capsys.readouterr().out))
+    assert config.mlc.layer == 20
+    assert "betas" in config.optimizer.model_fields_set  # defaults are written out
+    assert "margin" not in config.objective.model_fields_set  # but not those that DPO refuses
+    assert main(["config", "--for", "score", "--config", str(repository / "configs/score/default.yaml")]) == 0
+    assert parse_config(ScoreConfig, yaml.safe_load(capsys.readouterr().out)).judge == "refusal"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "title"), [([], "TrainConfig"), (["train"], "TrainConfig"), (["score"], "ScoreConfig")]
+)
+def test_config_prints_the_schema(arguments: list[str], title: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--schema", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == title
+
+
+# -------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["train"], ["--config", "--resume"]),
+        (["train", "--config", "none.yaml"], ["none.yaml", "does not exist"]),
+        (["train", "--resume", "runs/x", "--config", "c.yaml"], ["--config", "runs/x", "config.yaml"]),
+        (["train", "--resume", "runs/x", "--set", "seed=1"], ["--set", "runs/x"]),
+        (["train", "--resume", "runs/x", "--set", "seed=1", "--config", "c"], ["--config and --set"]),
+        (["config", "--set", "name=r", "--set", "mlc.wieght=1"], ["mlc.wieght=1", "'weight'", "model: required"]),
+        (["config"], ["--schema", "--config"]),
+        (["config", "--schema", "--set", "seed=1"], ["--schema"]),
+        (["score", "m"], ["benchmarks: required"]),
+        (["score", "m", "--benchmark", "b.csv,knd=benign"], ["knd=benign", "kind="]),
+        (["score", "m", "--benchmark", "b.csv,kind=bad"], ["kind='bad'", "harmful, benign"]),
+        (["score", "--benchmark", "b.csv"], ["model: required"]),
+        (["score", "m", "--benchmark", "b.csv", "--limit", "0"], ["limit=0"]),
+        (["quickstart", "--config", "elsewhere/q.yaml"], ["elsewhere/q.yaml", "checkout", "make quickstart"]),
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(
+    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("mlc-ray: error: ")
+    assert "Traceback" not in said.err
+    for part in parts:
+        assert part in said.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["trian"], ["train", "--confg", "x"], ["export", "run"], ["score", "m", "--limit", "x"]]
+)
+def test_bad_usage_is_status_2_too(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: mlc-ray" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------- what the commands pass on to the rooms
+
+
+@dataclass
+class Calls:
+    """Stands in for a room's module: remembers what the command line asked of it."""
+
+    asked: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
+    raises: BaseException | None = None
+
+    def function(self, name: str, result: Any = None) -> Any:
+        def called(*positional: Any, **named: Any) -> Any:
+            self.asked.append((name, positional, named))
+            if self.raises is not None:
+                raise self.raises
+            return result
+
+        return called
+
+
+@dataclass(frozen=True)
+class Result:
+    run_folder: Path = Path("runs/r")
+    checkpoint: Path = Path("runs/r/train/checkpoint_000001")
+
+
+@pytest.fixture
+def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    calls = Calls([])
+
+    def stand_in(module: str, **functions: Any) -> None:
+        made = ModuleType(module)
+        vars(made).update(functions)
+        monkeypatch.setitem(sys.modules, module, made)
+
+    resumed = parse_config(TrainConfig, {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}})
+    stand_in(
+        "mlc_ray.train.ray_train",
+        train=calls.function("train", Result()),
+        load_run_config=calls.function("load_run_config", resumed),
+    )
+    stand_in("mlc_ray.train.checkpoint", export=calls.function("export", Path("out")))
+    stand_in("mlc_ray.score.ray_score", score=calls.function("score"))
+    return calls
+
+
+def test_train(rooms: Calls, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--config", str(repository / "configs/quickstart.yaml"), "--set", "train.epochs=7"]) == 0
+    ((name, (config,), named),) = rooms.asked
+    assert (name, config.train.epochs, named) == ("train", 7, {"resume": None})
+    assert "runs/r/train/checkpoint_000001" in capsys.readouterr().out
+
+
+def test_train_resume_uses_the_runs_own_settings(rooms: Calls) -> None:
+    assert main(["train", "--resume", "runs/r"]) == 0
+    assert [name for name, _, _ in rooms.asked] == ["load_run_config", "train"]
+    assert rooms.asked[1][2] == {"resume": Path("runs/r")}
+
+
+def test_export(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "runs/r", "out", "--merge-lora", "--checkpoint", "checkpoint_000001"]) == 0
+    assert rooms.asked == [
+        ("export", (Path("runs/r"), Path("out")), {"merge_lora": True, "checkpoint": "checkpoint_000001"})
+    ]
+    assert capsys.readouterr().out == "out\n"
+
+
+def test_score(rooms: Calls) -> None:
+    assert main(["score", "m", "--benchmark", "sample:test", "--limit", "3", "--languages", "en, ur"]) == 0
+    ((_, (config,), _),) = rooms.asked
+    assert (config.model, config.limit, config.languages) == ("m", 3, ["en", "ur"])
+
+
+def test_score_options_win_over_set_and_file(repository: Path) -> None:
+    arguments = build_parser().parse_args(
+        ["score", "mine", "--config", str(repository / "configs/score/default.yaml"), "--set", "max_new_tokens=8",
+         "--set", "judge=other", "--judge", "refusal", "--benchmark", "a: b.csv,format=multijail,kind=harmful",
+         "--benchmark", "b", "--output-dir", "here"]
+    )  # fmt: skip
+    config = score_config(arguments)
+    assert (config.model, config.judge, config.max_new_tokens, config.output_dir) == ("mine", "refusal", 8, "here")
+    assert [(s.path, s.format, s.kind) for s in config.benchmarks] == [
+        ("a: b.csv", "multijail", "harmful"),
+        ("b", "auto", None),
+    ]
+
+
+def test_score_takes_everything_from_the_file_alone(repository: Path) -> None:
+    arguments = build_parser().parse_args(["score", "--config", str(repository / "configs/score/default.yaml")])
+    assert score_config(arguments).benchmarks[0].path == "sample:test"
+
+
+@pytest.mark.parametrize("text", ["", ",kind=benign", "a,benign", "a,kind", "a,format=csv"])
+def test_bad_benchmarks(text: str) -> None:
+    with pytest.raises(ConfigError):
+        parse_benchmark(text)
+
+
+# ---------------------------------------------------------------------------------------------- how it ends
+
+
+def test_an_expected_error_of_a_room_has_no_traceback(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    class RoomError(MlcRayError):
+        pass
+
+    rooms.raises = RoomError("run folder 'runs/r' exists already")
+    assert main(["export", "runs/r", "out"]) == 2
+    assert capsys.readouterr().err == "mlc-ray: error: run folder 'runs/r' exists already\n"
+
+
+def test_an_error_that_ray_wrapped_is_unwrapped(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    class Wrapped(MlcRayError):
+        cause = ConfigError("mlc.layer=99: the model has 30")
+
+    rooms.raises = Wrapped("ray::worker() Traceback ...")
+    assert main(["export", "runs/r", "out"]) == 2
+    assert capsys.readouterr().err == "mlc-ray: error: mlc.layer=99: the model has 30\n"
+
+
+def test_an_unexpected_error_is_not_hidden(rooms: Calls) -> None:
+    rooms.raises = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["export", "runs/r", "out"])
+
+
+def test_ctrl_c(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    rooms.raises = KeyboardInterrupt()
+    assert main(["export", "runs/r", "out"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_ctrl_c_as_a_signal() -> None:
+    code = """
+import sys, time, types
+room = types.ModuleType("mlc_ray.train.checkpoint")
+def export(*a, **k):
+    print("ready", flush=True)
+    time.sleep(60)
+room.export = export
+sys.modules["mlc_ray.train.checkpoint"] = room
+from mlc_ray.cli import main
+sys.exit(main(["export", "run", "out"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said == "mlc-ray: interrupted\n"

@@ -1,0 +1,207 @@
+"""Every shipped config parses; mistakes are refused with field, value and the nearest valid name."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlc_ray.config import (
+    ConfigError,
+    ScoreConfig,
+    TrainConfig,
+    apply_override,
+    config_schema,
+    load_config,
+    parse_config,
+)
+from mlc_ray.errors import MlcRayError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TRAIN_FILES = sorted(CONFIGS.glob("*.yaml"))
+SCORE_FILES = sorted((CONFIGS / "score").glob("*.yaml"))
+MINIMAL: dict[str, Any] = {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "sample:train"}]}}
+
+
+def minimal(**changes: Any) -> dict[str, Any]:
+    return {**json.loads(json.dumps(MINIMAL)), **changes}
+
+
+@pytest.mark.parametrize("file", TRAIN_FILES, ids=lambda p: p.name)
+def test_train_files_parse(file: Path) -> None:
+    load_config(TrainConfig, file)
+
+
+@pytest.mark.parametrize("file", SCORE_FILES, ids=lambda p: p.name)
+def test_score_files_parse(file: Path) -> None:
+    load_config(ScoreConfig, file)
+
+
+def test_no_config_file_is_left_out() -> None:
+    assert {p.name for p in TRAIN_FILES} >= {"quickstart.yaml", "qwen2.5-7b.yaml", "gemma-2-9b.yaml"}
+    assert SCORE_FILES
+    assert {*TRAIN_FILES, *SCORE_FILES} == {p for p in CONFIGS.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(("file", "layer", "stage"), [("qwen2.5-7b.yaml", 28, 2), ("gemma-2-9b.yaml", 42, 3)])
+def test_published_recipes_have_the_published_values(file: str, layer: int, stage: int) -> None:
+    config = load_config(TrainConfig, CONFIGS / file)
+    assert (config.mlc.layer, config.mlc.weight, config.mlc.every) == (layer, 0.8, 2)
+    assert (config.mlc.temperature, config.mlc.scaling, config.mlc.extractor_dim) == (0.2, "leading", 512)
+    assert (config.objective.loss, config.objective.beta) == ("dpo", 0.1)
+    assert (config.optimizer.learning_rate, config.optimizer.warmup_ratio) == (6e-7, 0.1)
+    assert (config.optimizer.schedule, config.train.epochs, config.zero.stage) == ("cosine", 3, stage)
+    slots = config.cluster.workers * config.train.bundles_per_worker * config.train.gradient_accumulation_steps
+    assert slots == 32
+    assert config.data.max_prompt_tokens + config.data.max_response_tokens == 1024
+    assert config.model.lora is None
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("changes", "quoted"),
+    [
+        ({"mlc": {"wieght": 1}}, ["mlc.wieght=1", "no such field", "'weight'"]),
+        ({"modle": {}}, ["modle={}", "'model'"]),
+        ({"train": {"epochs": "many"}}, ["train.epochs='many'", "integer"]),
+        ({"train": {"epochs": 0}}, ["train.epochs=0", "greater than or equal to 1"]),
+        ({"mlc": {"scaling": "leeding"}}, ["mlc.scaling='leeding'", "'leading'"]),
+        ({"data": {"train": []}}, ["data.train=[]", "at least 1"]),
+        ({"data": {"train": [{"path": "a", "fromat": "sft"}]}}, ["data.train.0.fromat='sft'", "'format'"]),
+        ({"model": {"path": "m", "lora": {"rnak": 4}}}, ["model.lora.rnak=4", "'rank'"]),
+        ({"name": "a/b"}, ["name='a/b'"]),
+        ({"objective": {"loss": "sft", "beta": 0.1}}, ["objective.beta=0.1", "sft"]),
+        ({"objective": {"loss": "ipo", "label_smoothing": 0.1}}, ["objective.label_smoothing=0.1", "dpo only"]),
+        ({"objective": {"loss": "simpo"}, "reference": "online"}, ["reference='online'", "simpo"]),
+        ({"zero": {"stage": 0, "offload_optimizer": True}}, ["zero.offload_optimizer=True", "zero.stage=0"]),
+        ({"zero": {"stage": 2, "offload_parameters": True}}, ["zero.offload_parameters=True", "zero.stage=2"]),
+        ({"zero": {"stage": 2, "persistence_threshold": 0}}, ["zero.persistence_threshold=0", "zero.stage=2"]),
+        (
+            {"model": {"path": "m", "attention": "flash_attention_2", "dtype": "float32"}},
+            ["model.attention='flash_attention_2'", "float32"],
+        ),
+    ],
+)
+def test_a_mistake_is_quoted(changes: dict[str, Any], quoted: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TrainConfig, minimal(**changes))
+    for part in quoted:
+        assert part in str(caught.value)
+    assert isinstance(caught.value, MlcRayError)
+
+
+def test_all_mistakes_are_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TrainConfig, {"name": "r", "mlc": {"weight": -1, "tau": 1}, "zero": {"stage": 4}})
+    message = str(caught.value)
+    for part in ("mlc.weight=-1", "mlc.tau=1", "zero.stage=4", "model: required", "data: required"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("- 1\n", "holds list"), ("a: [", "not valid YAML"), (b"\xff\xfe\xff", "not valid YAML"), ("", "holds NoneType")],
+)
+def test_unreadable_files(tmp_path: Path, text: str | bytes, part: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=part) as caught:
+        load_config(TrainConfig, file)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(TrainConfig, tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(TrainConfig, tmp_path)
+
+
+def test_config_is_frozen_and_not_rewritten() -> None:
+    config = parse_config(TrainConfig, MINIMAL)
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+    assert parse_config(TrainConfig, config.model_dump(mode="json", exclude_unset=True)) == config
+
+
+# ------------------------------------------------------------------------------------------------ overrides
+
+
+def test_overrides() -> None:
+    config = load_config(
+        TrainConfig,
+        CONFIGS / "quickstart.yaml",
+        [
+            "mlc.layer=20",
+            "optimizer.learning_rate=3e-5",  # a string in YAML 1.1
+            "data.languages=[en, ur]",
+            "data.train.0.path=other.jsonl",
+            "data.train.0.kind=benign",
+            "model.lora.rank=4",
+            "train.max_steps=null",
+            "mlc.layer=0.5",  # the later one wins
+        ],
+    )
+    assert config.mlc.layer == 0.5
+    assert config.optimizer.learning_rate == 3e-5
+    assert config.data.languages == ["en", "ur"]
+    assert (config.data.train[0].path, config.data.train[0].kind) == ("other.jsonl", "benign")
+    assert config.model.lora is not None
+    assert config.model.lora.rank == 4
+    assert config.train.max_steps is None
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("mlc.layer", "is not of the form"),
+        ("=3", "is not of the form"),
+        ("mlc..layer=3", "is not of the form"),
+        ("mlc.layer=[", "not valid YAML"),
+        ("data.train.1.path=x", "list of 1"),
+        ("data.train.first.path=x", "'first' is not an index"),
+        ("name.first=x", "not a section"),
+        ("name=no/slash", "name='no/slash'"),
+        ("data.train.0.pth=x", "'path'"),
+    ],
+)
+def test_bad_overrides(override: str, part: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(part)):
+        load_config(TrainConfig, CONFIGS / "quickstart.yaml", [override])
+
+
+def test_override_of_a_list_entry_itself() -> None:
+    raw: dict[str, Any] = {"languages": ["en", "fr"]}
+    apply_override(raw, "languages.1=ur")
+    assert raw == {"languages": ["en", "ur"]}
+
+
+def test_a_config_can_be_made_of_overrides_alone() -> None:
+    config = load_config(ScoreConfig, None, ["model=m", "benchmarks=[{path: sample:test}]"])
+    assert config.benchmarks[0].path == "sample:test"
+
+
+# ---------------------------------------------------------------------------------------------- JSON schema
+
+
+@pytest.mark.parametrize("schema", [TrainConfig, ScoreConfig])
+def test_json_schema_describes_every_field(schema: type[TrainConfig] | type[ScoreConfig]) -> None:
+    written = json.loads(json.dumps(config_schema(schema)))
+    sections = [written, *written["$defs"].values()]
+    for section in sections:
+        assert section["additionalProperties"] is False
+        for name, field in section["properties"].items():
+            nested = "$ref" in json.dumps({k: v for k, v in field.items() if k != "items"})
+            assert nested or field.get("description"), f"{section['title']}.{name} has no description"
+
+
+def test_defaults_survive_the_round_trip_through_yaml() -> None:
+    config = parse_config(TrainConfig, MINIMAL)
+    dumped = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True))
+    assert parse_config(TrainConfig, yaml.safe_load(dumped)) == config

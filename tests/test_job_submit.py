@@ -1,0 +1,123 @@
+"""`ray job submit --working-dir . -- python -m mlc_ray train ...` against a real local head, as the README shows it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+RAY = str(Path(sys.executable).parent / "ray")
+START_SECONDS = 90
+JOB_SECONDS = 420
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    environment: dict[str, str]
+    folder: Path
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for item in sockets:
+        item.bind(("127.0.0.1", 0))
+    ports = [item.getsockname()[1] for item in sockets]
+    for item in sockets:
+        item.close()
+    return ports
+
+
+@pytest.fixture
+def head() -> Iterator[Head]:
+    """A Ray head of its own: own ports, own folder (a short path: sockets lie in it), own token, own process group."""
+    folder = Path(tempfile.mkdtemp(prefix="mlcray", dir="/tmp"))
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text("0123456789abcdef" * 2)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the job's `python`
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }
+    port, dashboard, client, agent_http, agent_grpc, metrics = free_ports(6)
+    command = [
+        RAY, "start", "--head", "--block", "--num-cpus=2", "--include-dashboard=true", f"--temp-dir={folder / 'ray'}",
+        "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}",
+        f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent_http}",
+        f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}",
+    ]  # fmt: skip
+    with (folder / "head.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        started = Head(f"http://127.0.0.1:{dashboard}", environment, folder / "ray")
+        deadline = time.monotonic() + START_SECONDS
+        while subprocess.run(
+            [RAY, "job", "list", "--address", started.address], env=environment, capture_output=True
+        ).returncode:
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the Ray head did not start:\n{(folder / 'head.log').read_text()}")
+            time.sleep(1)
+        yield started
+    finally:
+        process.terminate()  # with --block, the head stops what it started; only then is the group swept
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_train_as_a_ray_job(head: Head, repository: Path, smollm2: Path, tmp_path: Path) -> None:
+    sample = (repository / "mlc_ray" / "data" / "sample" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "four.jsonl").write_text("\n".join(sample[:4]) + "\n", encoding="utf-8")
+    settings = [
+        f"model.path={smollm2}",
+        f"data.train.0.path={tmp_path / 'four.jsonl'}",
+        f"output_dir={tmp_path}",
+        "name=job",
+        "train.max_steps=1",
+        "train.bundles_per_worker=1",
+        "train.gradient_accumulation_steps=1",
+        "data.languages=[en,fr]",
+    ]
+    command = [
+        RAY, "job", "submit", "--address", head.address, "--working-dir", ".",
+        "--", "python", "-m", "mlc_ray", "train", "--config", "configs/quickstart.yaml",
+        *[part for setting in settings for part in ("--set", setting)],
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=repository, env=head.environment, capture_output=True, text=True, timeout=JOB_SECONDS
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "succeeded" in said, said
+
+    run = tmp_path / "job"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1]
+    (checkpoint,) = (path for path in (run / "train").glob("checkpoint_*") if path.is_dir())
+    assert (checkpoint / "manifest.json").is_file()
+    assert (checkpoint / "model" / "model.safetensors").is_file()
+    # .gitignore keeps the environment, the models and earlier runs out of what is sent to the cluster
+    (sent,) = (path for path in head.folder.glob("session_2*/runtime_resources/working_dir_files/*") if path.is_dir())
+    assert (sent / "configs" / "quickstart.yaml").is_file()
+    assert not {path.name for path in sent.iterdir()} & {".venv", ".cache", "runs", ".git"}
+    assert sum(path.stat().st_size for path in sent.rglob("*") if path.is_file()) < 20 * 2**20

@@ -1,0 +1,176 @@
+"""A tiny Llama, random bundles, and worker processes joined by gloo: the training code without Ray around it."""
+
+import os
+import socket
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mlc_ray.config import TrainConfig
+from mlc_ray.data.batches import collate
+from mlc_ray.data.order import plan_rank
+from mlc_ray.train import engine as engines
+from mlc_ray.train.loop import Progress, train_loop
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, resolve_layer
+from mlc_ray.train.reference import ReferenceModel, cached_reference, online_reference
+from mlc_ray.types import TokenRow
+
+VOCABULARY = 67
+LANGUAGES = ["ar", "en", "sw"]
+
+
+def tiny_model(seed=0, tied=False):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=tied,
+            attn_implementation="sdpa",
+            initializer_range=0.2,
+        )
+    )
+
+
+def random_rows(count, seed=1):
+    """Bundles of random tokens; every third one lacks a language."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low, high):
+        length = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+
+    rows = []
+    for index in range(count):
+        languages = [name for name in LANGUAGES if index % 3 or name != "sw"]
+        prompts = [tokens(4, 12) for _ in languages]
+        rows.append(
+            TokenRow(
+                bundle_id=f"bundle-{index:02d}",
+                kind="benign" if index % 2 else "harmful",
+                languages=languages,
+                prompts=prompts,
+                tapped=[len(prompt) - 1 for prompt in prompts],
+                response_prompt=languages.index("en"),
+                chosen=tokens(3, 8),
+                rejected=tokens(3, 8),
+            )
+        )
+    return rows
+
+
+def tiny_config(**sections):
+    """A config whose model path is never read: the tests hand the model over."""
+    raw = {
+        "name": "tiny",
+        "model": {"path": "tiny", "dtype": "float32"},
+        "data": {"train": [{"path": "none"}]},
+        "mlc": {"layer": 2, "every": 2, "extractor_dim": 16},
+        "optimizer": {"learning_rate": 1e-2, "max_grad_norm": 1.0},
+        "train": {"epochs": 2, "bundles_per_worker": 1, "gradient_accumulation_steps": 2},
+        "zero": {"stage": 0},
+    }
+    for name, value in sections.items():
+        raw[name] = {**raw[name], **value} if isinstance(value, dict) and name in raw else value
+    return TrainConfig.model_validate(raw)
+
+
+def wrapped(config, seed=0):
+    policy = tiny_model(seed)
+    layer = resolve_layer(config.mlc.layer, 3)
+    module = PolicyWithExtractor(
+        add_adapters(policy, config.model), layer=layer, extractor_dim=config.mlc.extractor_dim, seed=config.seed
+    )
+    return module.to(getattr(torch, config.model.dtype))
+
+
+def batches_of(config, rows, rank, world_size, table=None, start_step=0):
+    """The batches one worker consumes, in order."""
+    size = config.train.bundles_per_worker
+    slots = plan_rank(
+        [row.bundle_id for row in rows],
+        seed=config.seed,
+        epochs=config.train.epochs,
+        world_size=world_size,
+        rank=rank,
+        bundles_per_worker=size,
+        accumulation=config.train.gradient_accumulation_steps,
+        max_steps=config.train.max_steps,
+        start_step=start_step,
+    )
+    for chunk in (slots[start : start + size] for start in range(0, len(slots), size)):
+        yield collate(
+            [rows[slot.row_index] for slot in chunk],
+            languages=LANGUAGES,
+            weights=[slot.weight for slot in chunk],
+            needs_rejected=config.objective.loss != "sft",
+            reference=table,
+        )
+
+
+
+def run_engine(config, rows, steps, table=None, save=None, engine=None, progress=None):
+    """Train with a real DeepSpeed engine in this worker; returns the engine and each step's metrics."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    device = torch.device("cpu")
+    engine = engine or engines.policy_engine(wrapped(config), config, device)
+    reference = None
+    if config.objective.needs_reference:
+        reference = cached_reference
+        if config.reference == "online":
+            frozen = ReferenceModel(tiny_model().to(getattr(torch, config.model.dtype)))
+            reference = online_reference(engines.reference_engine(frozen, config))
+    progress = progress or Progress()
+    history = []
+    train_loop(
+        config,
+        engine=engine,
+        batches=batches_of(config, rows, rank, world_size, table, progress.step),
+        reference=reference,
+        progress=progress,
+        total_steps=steps,
+        device=device,
+        log=lambda step, metrics: history.append({"step": step, **metrics}),
+        save=save or (lambda progress, metrics: None),
+    )
+    return engine, history
+
+
+def on_workers(count, function, folder, *arguments):
+    """Run `function(rank, *arguments)` in `count` processes joined by gloo; returns what each returned."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mp.start_processes(_process, (count, port, function, folder, arguments), nprocs=count, start_method="spawn")
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _process(rank, count, port, function, folder, arguments):
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+    }
+    torch.set_num_threads(1)
+    engines.select_accelerator(torch.device("cpu"))
+    dist.init_process_group("gloo", rank=rank, world_size=count)
+    try:
+        torch.save(function(rank, *arguments), folder / f"result-{rank}.pt")
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        dist.destroy_process_group()
