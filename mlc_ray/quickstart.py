@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -105,10 +106,12 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     model = prepare_smollm2(cache_folder() / "models" / MODEL_NAME)
     given = [f"name={name}", f"model.path={json.dumps(str(model))}"]
     config = load_config(TrainConfig, config_file, [*given, *overrides])
+    if Path(config.model.path).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is on disk; libraries that ask the hub first would wait
 
     import ray
 
-    from mlc_ray.ray_cluster import connect
+    from mlc_ray.ray_cluster import connect, use_gpu
     from mlc_ray.score.ray_score import score
     from mlc_ray.score.report import comparison_table, heatmap, show
     from mlc_ray.train.checkpoint import export
@@ -121,6 +124,9 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
 
     connect("local")
     try:
+        if use_gpu(config.cluster.accelerator):
+            fitted = fit_to_gpus(config, int(ray.cluster_resources()["GPU"]))
+            config = load_config(TrainConfig, config_file, [*given, *fitted, *overrides])
         with _stage("Scoring the model as it is"):
             before = scored("before", Path(config.model.path))
         with _stage("Aligning it with DPO + MLC"):
@@ -138,6 +144,15 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     print(f"run         {trained.run_folder}")
     print(f"model       {exported}")
     return exported
+
+
+def fit_to_gpus(config: TrainConfig, gpus: int) -> list[str]:
+    """Overrides that make the run fit on `gpus` GPUs, one worker each, with as many bundles per optimizer step."""
+    workers = min(config.cluster.workers, gpus)
+    if workers == config.cluster.workers:
+        return []
+    steps = config.train.gradient_accumulation_steps * config.cluster.workers
+    return [f"cluster.workers={workers}", f"train.gradient_accumulation_steps={math.ceil(steps / workers)}"]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 RAY = str(Path(sys.executable).parent / "ray")
 START_SECONDS = 90
-JOB_SECONDS = 420
+JOB_SECONDS = 600
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,7 @@ def stream_batches(
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=_GATHER_CPUS,
-        concurrency=_GATHER_TASKS,
+        compute=ray.data.TaskPoolStrategy(_GATHER_TASKS),
         # The rows are in this node's page cache once any worker of it has read them.
         label_selector={"ray.io/node-id": ray.get_runtime_context().get_node_id()},
     )
@@ -323,7 +323,8 @@ def stream_batches(
 def _plan_dataset(row_indices: list[int]) -> ray.data.Dataset:
     """Which row goes where, in a few blocks, so that gathering starts with the first and later ones wait."""
     table = pa.table({"position": pa.array(range(len(row_indices)), pa.int64()), "row_index": row_indices})
-    return ray.data.from_arrow([table.slice(i, _GATHER_ROWS) for i in range(0, len(row_indices), _GATHER_ROWS)])
+    # Not from_arrow: it asks a task of one whole CPU for each block's size, which waits for ever where none is free.
+    return ray.data.from_blocks([table.slice(i, _GATHER_ROWS) for i in range(0, len(row_indices), _GATHER_ROWS)])
 
 
 def _quiet_and_ordered(dataset: ray.data.Dataset) -> None:

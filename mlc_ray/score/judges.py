@@ -42,7 +42,16 @@ class Judge(Protocol):
 _APOSTROPHES = dict.fromkeys(map(ord, "'’‘‛ʼʻ′`´＇"), None)
 # Arabic script is typed with several code points per letter, and vowel marks and the stretching tatweel are optional.
 _ARABIC_MARKS = re.compile("[\u0640\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed]")
-_ARABIC_LETTERS = str.maketrans("أإآٱىیېۍئكےہھۀ", "اااايييييكيههه")
+_ARABIC_LETTERS = {
+    ord(variant): letter
+    for letter, variants in {
+        "\u0627": "\u0622\u0623\u0625\u0671",  # alef
+        "\u064a": "\u0626\u0649\u06cc\u06cd\u06d0\u06d2",  # yeh
+        "\u0643": "\u06a9\u06aa",  # kaf
+        "\u0647": "\u06be\u06c0\u06c1",  # heh
+    }.items()
+    for variant in variants
+}
 
 
 def normalise(text: str) -> str:

@@ -22,13 +22,13 @@ from mlc_ray.config import ScoreConfig, SourceSection
 from mlc_ray.data.ray_data import read_bundles
 from mlc_ray.errors import MlcRayError
 from mlc_ray.ray_cluster import check_capacity, connect, use_gpu
-from mlc_ray.score.generate import Device, check_lengths, engine_environment
+from mlc_ray.score.generate import Device, EngineError, check_lengths, engine_environment
 from mlc_ray.score.judges import check_coverage, get_judge
 from mlc_ray.score.metrics import ALL_BENCHMARKS, Judged, as_label, pooled_rows, score_rows, summarise
 from mlc_ray.score.models import resolve_model
 from mlc_ray.score.report import heatmap, score_table, show
 from mlc_ray.score.results import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE, ScoreResult, save_scores
-from mlc_ray.score.stages import GenerateStage, explode, judge_batch
+from mlc_ray.score.stages import ENGINE_FAULT, GenerateStage, explode, judge_batch
 
 # Engines may hold all CPUs but a fraction, and other runs the rest: a stage that asked for a whole one could wait for
 # ever, in silence.
@@ -133,12 +133,11 @@ def _read_benchmarks(config: ScoreConfig, folder: Path) -> list[Benchmark]:
 
 
 def benchmark_names(sources: Sequence[SourceSection]) -> list[str]:
-    """A name for each source: `sample:test` as it is, a file or folder by its own name; a second one gets `#2`."""
+    """A name for each source: a file or folder by its own name, anything else as given; a second one gets `#2`."""
     names: list[str] = []
     for source in sources:
-        path = Path(source.path)
-        plain = path.stem if path.suffix else source.path.rstrip("/")
-        plain = plain if source.path.startswith("sample:") or not path.exists() else path.stem
+        path = Path(source.path).expanduser()
+        plain = path.stem if path.is_file() else path.name if path.is_dir() else source.path
         count = sum(name.partition("#")[0] == plain for name in (*names, ALL_BENCHMARKS)) + 1
         names.append(plain if count == 1 else f"{plain}#{count}")
     return names
@@ -209,17 +208,22 @@ def _pipeline(
 
 
 def _collect(responses: ray.data.Dataset, path: Path, expected: int) -> tuple[list[Judged], dict[str, int]]:
-    """Write responses to `path` as they come; returns their verdicts, and how often each finish reason occurred."""
+    """Write responses to `path` as they come; returns their verdicts, and how often each finish reason occurred.
+
+    Raises `EngineError` with the message of a fault that kept an engine from starting.
+    """
     records: list[Judged] = []
     finish: Counter[str] = Counter()
     writer: pq.ParquetWriter | None = None
     partial = path.with_name(f".{path.name}.part")
     try:
         for table in responses.iter_batches(batch_size=None, batch_format="pyarrow"):
+            if ENGINE_FAULT in (reasons := table["finish"].to_pylist()):
+                raise EngineError(table["response"][reasons.index(ENGINE_FAULT)].as_py())
             writer = writer or pq.ParquetWriter(partial, table.schema)
             writer.write_table(table)
             records += _records(table)
-            finish.update(table["finish"].to_pylist())
+            finish.update(reasons)
             print(f"  {len(records)} of {expected} responses", file=sys.stderr)
     finally:
         if writer is not None:

@@ -9,9 +9,12 @@ import pyarrow as pa
 
 from mlc_ray.config import EngineSection
 from mlc_ray.errors import MlcRayError
-from mlc_ray.score.generate import PROMPT_TOO_LONG, Device, Generator
+from mlc_ray.score.generate import PROMPT_TOO_LONG, Device, Generation, Generator
 from mlc_ray.score.judges import Judge, get_judge
 from mlc_ray.types import Kind, Verdict
+
+ENGINE_FAULT = "engine_fault"
+"""Finish reason of rows whose `response` is the message of an error that ends the run."""
 
 _TEXT = pa.string()
 PROMPTS = pa.schema(dict.fromkeys(("benchmark", "bundle_id", "kind", "category", "language", "prompt"), _TEXT))
@@ -36,14 +39,15 @@ class GenerateStage:
         self.fault: MlcRayError | None = None
         try:
             self.generator = Generator(model, engine, max_new_tokens=max_new_tokens, device=device)
-        except MlcRayError as error:  # raised at the first batch: from here it would arrive as a dead actor's traceback
+        except MlcRayError as error:  # carried as data: raised here it would arrive wrapped in Ray's own traceback
             self.fault = error
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
-        """Answer the prompts of one batch. Raises the `EngineError` or `TemplateError` that the engine failed with."""
+        """Answer the prompts of one batch; a fault that kept the engine from starting is every answer's text."""
         if self.fault is not None:
-            raise self.fault
-        answers = self.generator.generate(prompts["prompt"].to_pylist())
+            answers = [Generation(str(self.fault), ENGINE_FAULT, 0, 0)] * prompts.num_rows
+        else:
+            answers = self.generator.generate(prompts["prompt"].to_pylist())
         columns: dict[str, pa.Array[Any]] = {
             "response": pa.array([answer.text for answer in answers], _TEXT),
             "finish": pa.array([answer.finish for answer in answers], _TEXT),

@@ -139,6 +139,8 @@ def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first; incomplete ones are left out."""
     found = []
     for folder in (run / "train").glob("checkpoint_*"):
+        if not folder.is_dir():  # Ray Train keeps a checkpoint_manager_snapshot.json beside them
+            continue
         try:
             found.append((verified_manifest(folder)["step"], folder))
         except CheckpointError:

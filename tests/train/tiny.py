@@ -117,7 +117,6 @@ def batches_of(config, rows, rank, world_size, table=None, start_step=0):
         )
 
 
-
 def run_engine(config, rows, steps, table=None, save=None, engine=None, progress=None):
     """Train with a real DeepSpeed engine in this worker; returns the engine and each step's metrics."""
     rank, world_size = dist.get_rank(), dist.get_world_size()

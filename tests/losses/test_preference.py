@@ -1,0 +1,166 @@
+"""Each alignment loss against its formula worked out by hand in plain Python, and against finite differences."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mlc_ray.config import MlcSection, ObjectiveSection
+from mlc_ray.losses.logprobs import response_log_probs
+from mlc_ray.losses.objective import Objective
+from mlc_ray.losses.preference import dpo_loss, ipo_loss, orpo_loss, sft_loss, simpo_loss
+from mlc_ray.types import ResponseLogProbs
+
+
+def answers(totals, lengths):
+    return ResponseLogProbs(torch.tensor(totals, dtype=torch.float64, requires_grad=True), torch.tensor(lengths))
+
+
+@pytest.fixture
+def pair():
+    return answers([-12.0, -9.0], [4, 6]), answers([-10.0, -20.0], [5, 8])
+
+
+def reference():
+    return torch.tensor([-11.0, -10.0], dtype=torch.float64), torch.tensor([-11.5, -18.0], dtype=torch.float64)
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+def test_sft(pair):
+    assert sft_loss(pair[0]).loss.tolist() == pytest.approx([3.0, 1.5])
+
+
+def test_dpo(pair):
+    result = dpo_loss(*pair, *reference(), beta=0.1)
+    assert result.chosen_reward.tolist() == pytest.approx([-0.1, 0.1])
+    assert result.rejected_reward.tolist() == pytest.approx([0.15, -0.2])
+    assert result.loss.tolist() == pytest.approx([-log_sigmoid(-0.25), -log_sigmoid(0.3)])
+
+
+def test_dpo_with_label_smoothing(pair):
+    loss = dpo_loss(*pair, *reference(), beta=0.1, label_smoothing=0.2).loss
+    expected = [-0.8 * log_sigmoid(m) - 0.2 * log_sigmoid(-m) for m in (-0.25, 0.3)]
+    assert loss.tolist() == pytest.approx(expected)
+
+
+def test_dpo_is_ln_2_where_policy_is_reference(pair):
+    chosen, rejected = pair
+    loss = dpo_loss(chosen, rejected, chosen.total.detach(), rejected.total.detach(), beta=0.7).loss
+    assert loss.tolist() == pytest.approx([math.log(2)] * 2)
+
+
+def test_ipo(pair):
+    loss = ipo_loss(*pair, *reference(), beta=0.5).loss
+    first = (-12.0 + 11.0) / 4 - (-10.0 + 11.5) / 5
+    second = (-9.0 + 10.0) / 6 - (-20.0 + 18.0) / 8
+    assert loss.tolist() == pytest.approx([(first - 1) ** 2, (second - 1) ** 2])
+
+
+def test_simpo(pair):
+    result = simpo_loss(*pair, beta=2.0, margin=0.5)
+    margins = [2.0 * (-3.0 + 2.0) - 0.5, 2.0 * (-1.5 + 2.5) - 0.5]
+    assert result.loss.tolist() == pytest.approx([-log_sigmoid(m) for m in margins])
+    assert result.chosen_reward.tolist() == pytest.approx([-6.0, -3.0])
+
+
+def test_orpo(pair):
+    def odds(log_probability):
+        return math.exp(log_probability) / (1 - math.exp(log_probability))
+
+    loss = orpo_loss(*pair, beta=0.3).loss
+    expected = [
+        3.0 - 0.3 * log_sigmoid(math.log(odds(-3.0) / odds(-2.0))),
+        1.5 - 0.3 * log_sigmoid(math.log(odds(-1.5) / odds(-2.5))),
+    ]
+    assert loss.tolist() == pytest.approx(expected)
+
+
+def test_orpo_stays_finite_when_an_answer_is_certain():
+    certain = answers([0.0], [3])
+    loss = orpo_loss(certain, answers([-5.0], [3]), beta=0.1).loss
+    loss.sum().backward()
+    assert torch.isfinite(loss).all() and torch.isfinite(certain.total.grad).all()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda c, r: dpo_loss(c, r, *reference(), beta=0.4, label_smoothing=0.1).loss,
+        lambda c, r: ipo_loss(c, r, *reference(), beta=0.4).loss,
+        lambda c, r: simpo_loss(c, r, beta=2.0, margin=0.3).loss,
+        lambda c, r: orpo_loss(c, r, beta=0.4).loss,
+    ],
+    ids=["dpo", "ipo", "simpo", "orpo"],
+)
+def test_gradients_equal_finite_differences(loss, pair):
+    chosen, rejected = pair
+
+    def of_totals(first, second):
+        return loss(ResponseLogProbs(first, chosen.length), ResponseLogProbs(second, rejected.length))
+
+    assert torch.autograd.gradcheck(of_totals, (chosen.total, rejected.total))
+
+
+def test_response_log_probs_of_two_answers():
+    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0))
+    targets, bundles = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 0, 0, 1, 1])
+    result = response_log_probs(logits, targets, bundles, 3)
+    each = F.log_softmax(logits, dim=-1)[torch.arange(5), targets]
+    assert result.total.tolist() == pytest.approx([float(each[:3].sum()), float(each[3:].sum()), 0.0])
+    assert result.length.tolist() == [3, 2, 0]
+
+
+def test_response_log_probs_take_the_softmax_in_float32():
+    logits = torch.randn(64, 32_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets, bundles = torch.zeros(64, dtype=torch.long), torch.zeros(64, dtype=torch.long)
+    exact = response_log_probs(logits.double(), targets, bundles, 1).total
+    assert response_log_probs(logits, targets, bundles, 1).total.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def objective(loss="dpo", **mlc):
+    return Objective(ObjectiveSection(loss=loss), MlcSection(**mlc))
+
+
+def test_total_is_alignment_plus_weighted_mlc_over_real_bundles(pair):
+    z = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    present = torch.ones(2, 4, dtype=torch.bool)
+    chosen, rejected = pair
+    arguments = {"chosen": chosen, "rejected": rejected, "representations": z, "present": present}
+    arguments |= dict(zip(("reference_chosen", "reference_rejected"), reference(), strict=True))
+    both = objective(weight=0.5).total_loss(weight=torch.ones(2), **arguments)
+    first = objective(weight=0.5).total_loss(weight=torch.tensor([2.0, 0.0]), **arguments)
+    parts = both.metrics
+    expected = parts["loss/alignment"] + 0.5 * parts["loss/mlc"]
+    assert both.loss.item() == pytest.approx(expected.mean().item())
+    assert first.loss.item() == pytest.approx(expected[0].item())  # the padding bundle weighs nothing
+
+
+def test_mlc_every_second_step():
+    assert [objective(every=2).mlc_active(step) for step in range(5)] == [True, False, True, False, True]
+    assert not objective(weight=0).mlc_active(0)
+
+
+def test_what_an_objective_needs():
+    needs = {
+        name: (o.needs_reference, o.needs_rejected)
+        for name in ["sft", "dpo", "ipo", "simpo", "orpo"]
+        if (o := objective(name))
+    }
+    assert needs == {
+        "sft": (False, False),
+        "dpo": (True, True),
+        "ipo": (True, True),
+        "simpo": (False, True),
+        "orpo": (False, True),
+    }
+
+
+def test_missing_parts_are_named(pair):
+    with pytest.raises(ValueError, match="'dpo' needs the reference"):
+        objective().total_loss(weight=torch.ones(2), chosen=pair[0], rejected=pair[1])
+    with pytest.raises(ValueError, match="'simpo' needs rejected"):
+        objective("simpo").total_loss(weight=torch.ones(2), chosen=pair[0])
