@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -286,8 +287,8 @@ def compare_and_time(options: argparse.Namespace) -> dict[str, Any]:
 
     pairs = []
     for our_batch, their_batch in zip(ours, theirs, strict=True):
-        first = run(lambda batch=our_batch: our_step(module, batch))
-        second = run(lambda batch=their_batch: their_step(module, reference, batch))
+        first = run(partial(our_step, module, our_batch))
+        second = run(partial(their_step, module, reference, their_batch))
         pairs.append((first, second))
     our_tokens = [
         sum(part.sequences.input_ids.numel() for part in (batch.chosen, batch.rejected, batch.prompts) if part)
@@ -309,7 +310,11 @@ def compare_and_time(options: argparse.Namespace) -> dict[str, Any]:
         "layer": module.layer,
         "ours": side(0, our_tokens, our_losses),
         "theirs": side(1, their_tokens, their_losses),
-        "ratio": {"seconds_pairs": ratios, "seconds": median(ratios)},
+        "ratio": {
+            "seconds_pairs": ratios,
+            "seconds": median(ratios),
+            "tokens_forwarded": sum(their_tokens) / sum(our_tokens),
+        },
         "agreement": agreement,
     }
 
@@ -326,15 +331,15 @@ def peak_memory(options: argparse.Namespace, variant: str) -> dict[str, int]:
     optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE) if options.with_optimizer else None
     if variant == "ours":  # any log-probs do: memory does not depend on them
         batch = move(packed(rows, {row.bundle_id: (0.0, 0.0) for row in rows}), options.device)
-        step = lambda: our_step(module, batch)  # noqa: E731
+        step = partial(our_step, module, batch)
     else:
-        reference, padded_batch = load_reference(options), move(padded(rows), options.device)
-        step = lambda: their_step(module, reference, padded_batch)  # noqa: E731
+        step = partial(their_step, module, load_reference(options), move(padded(rows), options.device))
     before = reset_peak(options.device)
     step()
     if optimizer is not None:
         optimizer.step()
-    return {"peak_bytes": read_peak(options.device), "before_bytes": before}
+    peak = read_peak(options.device)
+    return {"peak_bytes": peak, "before_bytes": before, "step_bytes": peak - before}
 
 
 def reset_peak(device: str) -> int:
@@ -377,15 +382,14 @@ def show(result: Mapping[str, Any]) -> None:
     print("  ".join(f"{key}={result[key]}" for key in asked))
     print(f"{'':24}{'ours':>12}{'theirs':>12}{'ratio':>8}")
 
-    def line(title: str, first: float, second: float, form: str, quotient: float | None = None) -> None:
-        quotient = second / first if quotient is None else quotient
-        print(f"{title:24}{first:>12{form}}{second:>12{form}}{quotient:>8.2f}")
+    def line(title: str, key: str, unit: float, form: str) -> None:
+        quotient = ratio[key.removesuffix("_median")]
+        print(f"{title:24}{ours[key] / unit:>12{form}}{theirs[key] / unit:>12{form}}{quotient:>8.2f}")
 
-    line("seconds, median", ours["seconds_median"], theirs["seconds_median"], ".3f", ratio["seconds"])
-    line("tokens forwarded", ours["tokens_forwarded"], theirs["tokens_forwarded"], ".0f")
-    line("peak memory, MB", ours["peak_bytes"] / 1e6, theirs["peak_bytes"] / 1e6, ".0f")
-    line("  before the step, MB", ours["before_bytes"] / 1e6, theirs["before_bytes"] / 1e6, ".0f")
-    line("  the step's own, MB", ratio["own_bytes"][0] / 1e6, ratio["own_bytes"][1] / 1e6, ".0f")
+    line("seconds, median", "seconds_median", 1, ".3f")
+    line("tokens forwarded", "tokens_forwarded", 1, ".0f")
+    line("peak memory, MB", "peak_bytes", 1e6, ".0f")
+    line("  of it the step's, MB", "step_bytes", 1e6, ".0f")
     for name, value in ours["losses"].items():
         print(f"{'loss ' + name:24}{value:>12.6f}{theirs['losses'][name]:>12.6f}")
     for kind in ("loss", "gradient"):
@@ -440,8 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     } | compare_and_time(options)
     for variant, figures in memory.items():
         result[variant] |= figures
-    own = [memory[variant]["peak_bytes"] - memory[variant]["before_bytes"] for variant in ("ours", "theirs")]
-    result["ratio"] |= {"peak_bytes": memory["theirs"]["peak_bytes"] / memory["ours"]["peak_bytes"], "own_bytes": own}
+    for measure in ("peak_bytes", "step_bytes"):
+        result["ratio"][measure] = memory["theirs"][measure] / max(memory["ours"][measure], 1)
     show(result)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -30,6 +31,11 @@ class Head:
     address: str
     environment: dict[str, str]
     folder: Path
+
+
+def die_with_the_tests() -> None:
+    """In the head, before it starts: end it when the tests are killed and no fixture can (Linux: PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def free_ports(count: int) -> list[int]:
@@ -63,7 +69,12 @@ def head() -> Iterator[Head]:
     ]  # fmt: skip
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_the_tests,
         )
     try:
         started = Head(f"http://127.0.0.1:{dashboard}", environment, folder / "ray")

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import ray.data
 
 from mlc_ray.artifacts import fingerprint, fingerprint_model, library_versions
 from mlc_ray.config import ScoreConfig, SourceSection
@@ -28,7 +29,7 @@ from mlc_ray.score.metrics import ALL_BENCHMARKS, Judged, as_label, pooled_rows,
 from mlc_ray.score.models import resolve_model
 from mlc_ray.score.report import heatmap, score_table, show
 from mlc_ray.score.results import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE, ScoreResult, save_scores
-from mlc_ray.score.stages import ENGINE_FAULT, GenerateStage, explode, judge_batch
+from mlc_ray.score.stages import ENGINE_FAULT, PROMPTS, GenerateStage, explode, judge_batch
 
 # Engines may hold all CPUs but a fraction, and other runs the rest: a stage that asked for a whole one could wait for
 # ever, in silence.
@@ -163,24 +164,29 @@ def choose_prompts(
 # --------------------------------------------------------------------------------------------------------- the pipeline
 
 
+def _prompts(benchmarks: Sequence[Benchmark]) -> pa.Table:
+    """All prompts to answer, here in the driver: short texts, a few MB even where there are ten thousand."""
+    tables = []
+    for benchmark in benchmarks:
+        exploded = benchmark.bundles.map_batches(
+            explode,
+            fn_kwargs={"benchmark": benchmark.name, "kept": {k: list(codes) for k, codes in benchmark.kept.items()}},
+            batch_format="pyarrow",
+            num_cpus=_STAGE_CPUS,
+        )
+        _quiet_and_ordered(exploded)
+        tables += exploded.iter_batches(batch_size=None, batch_format="pyarrow")
+    return pa.concat_tables(table.select(PROMPTS.names).cast(PROMPTS) for table in tables)
+
+
 def _pipeline(
     config: ScoreConfig, model: str, benchmarks: Sequence[Benchmark], device: Device, gpus: int
 ) -> ray.data.Dataset:
     engine = config.engine
-    parts = [
-        b.bundles.map_batches(
-            explode,
-            fn_kwargs={"benchmark": b.name, "kept": {key: list(codes) for key, codes in b.kept.items()}},
-            batch_format="pyarrow",
-            num_cpus=_STAGE_CPUS,
-        )
-        for b in benchmarks
-    ]
-    prompts = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
-    total = sum(b.prompts for b in benchmarks)
-    batch_rows = min(_BATCH_ROWS[device], math.ceil(total / engine.replicas))
-    # A small file is one block, and a block goes to one engine: split, so that all of them have work.
-    prompts = prompts.repartition(max(engine.replicas, math.ceil(total / batch_rows)))
+    table = _prompts(benchmarks)
+    rows = min(_BATCH_ROWS[device], math.ceil(len(table) / engine.replicas))
+    # One block per batch, so that every engine has work. Ray Data's own repartition would ask for whole CPUs.
+    prompts = ray.data.from_arrow([table.slice(start, rows) for start in range(0, len(table), rows)])
     responses = prompts.map_batches(
         GenerateStage,
         fn_constructor_kwargs={
@@ -189,7 +195,7 @@ def _pipeline(
             "max_new_tokens": config.max_new_tokens,
             "device": device,
         },
-        batch_size=batch_rows,
+        batch_size=rows,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=engine.replicas),
         num_cpus=engine.cpus_per_replica,
@@ -200,11 +206,15 @@ def _pipeline(
     verdicts = responses.map_batches(
         judge_batch, fn_kwargs={"judge": config.judge}, batch_format="pyarrow", num_cpus=_STAGE_CPUS
     )
-    # Set on the data set's own copy of the context, not on the process's.
-    verdicts.context.execution_options.preserve_order = True
-    verdicts.context.enable_progress_bars = False
-    verdicts.context.print_on_execution_start = False
+    _quiet_and_ordered(verdicts)
     return verdicts
+
+
+def _quiet_and_ordered(dataset: ray.data.Dataset) -> None:
+    """Set on the data set's own copy of the context, not on the process's."""
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
 
 
 def _collect(responses: ray.data.Dataset, path: Path, expected: int) -> tuple[list[Judged], dict[str, int]]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from mlc_ray.artifacts import (
 )
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.errors import MlcRayError
-from mlc_ray.train.engine import full_state_dict
+from mlc_ray.train.engine import full_state_dict, records_in_checkpoints
 from mlc_ray.train.loop import Progress
 
 ENGINE_TAG = "state"
+_FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class CheckpointError(MlcRayError):
@@ -260,20 +262,20 @@ def _restore_random_state(state: Mapping[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-class _weights_only_loading:
-    """Within, torch.load builds tensors and plain containers only, whatever its caller asked for.
+@contextmanager
+def _weights_only_loading() -> Iterator[None]:
+    """Within, torch.load builds tensors, plain containers and DeepSpeed's own records, whatever its caller asked for.
 
-    A checkpoint path comes from the user; a pickle in it must not be able to run code.
+    DeepSpeed reads its files with weights_only=False. A checkpoint path comes from the user; a pickle in it must not be
+    able to run code.
     """
-
-    VARIABLE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-
-    def __enter__(self) -> None:
-        self.before = os.environ.get(self.VARIABLE)
-        os.environ[self.VARIABLE] = "1"
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is None:
-            del os.environ[self.VARIABLE]
+    before = os.environ.get(_FORCE_WEIGHTS_ONLY)
+    os.environ[_FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(records_in_checkpoints()):
+            yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE_WEIGHTS_ONLY]
         else:
-            os.environ[self.VARIABLE] = self.before
+            os.environ[_FORCE_WEIGHTS_ONLY] = before

@@ -153,6 +153,15 @@ def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
     return {key: value.detach().cpu() for key, value in engine.module.state_dict().items()}
 
 
+def records_in_checkpoints() -> list[type]:
+    """DeepSpeed's plain record classes that its checkpoint files hold beside tensors; none runs code when built."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
 def _full_dim(parameter: nn.Parameter) -> int:
     # A parameter that ZeRO-3 partitioned at load is a flat, empty placeholder; its shape is kept beside it.
     return len(getattr(parameter, "ds_shape", parameter.shape))

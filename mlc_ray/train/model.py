@@ -230,7 +230,10 @@ def check_tap(model: PreTrainedModel, layer: int) -> None:
     grid = torch.arange(len(lengths), device=device)
     was_training = model.training
     model.eval()
-    ours = tapped_states(model, PackedPrompts(sequences, tapped, grid, grid), layer)
+    try:
+        ours = tapped_states(model, PackedPrompts(sequences, tapped, grid, grid), layer)
+    except RuntimeError as error:
+        raise ModelError(f"{type(model).__name__} is not supported: its forward cannot be tapped ({error})") from error
     theirs = [
         model(input_ids=row.unsqueeze(0), output_hidden_states=True, use_cache=False).hidden_states[layer][0, -1]
         for row in ids

@@ -112,7 +112,8 @@ def config_for(model: Path, benchmark: Path, output: Path, **changes: Any) -> Sc
         "benchmarks": [{"path": str(benchmark)}],
         "max_new_tokens": 12,
         "accelerator": "cpu",
-        "engine": {"max_model_len": 256, "cpu_kv_cache_gib": 1, "cpus_per_replica": 0.5},
+        # Of 2 CPUs: whatever else the pipeline does must fit in half a CPU, or it waits for ever.
+        "engine": {"max_model_len": 256, "cpu_kv_cache_gib": 1, "cpus_per_replica": 1.5},
     }
     return parse_config(ScoreConfig, {**raw, **changes})
 
