@@ -52,8 +52,8 @@ class RunDisplay:
 
     def __enter__(self) -> RunDisplay:
         self.shown = max((row["step"] for row in read_metrics(self.run_folder)), default=0)
-        self.console.print(LEGEND, style="dim", highlight=False)
-        self.console.print(header(), style="bold", highlight=False)
+        self.console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
+        self.console.print(header(), style="bold", highlight=False, soft_wrap=True)
         self.progress.start()
         self.thread.start()
         return self
@@ -76,7 +76,7 @@ class RunDisplay:
             if row["step"] > self.shown:
                 self.shown = row["step"]
                 if row["step"] % self.every == 0 or row["step"] == self.total:
-                    self.progress.console.print(table_row(row), highlight=False)
+                    self.progress.console.print(table_row(row), highlight=False, soft_wrap=True)
         self.progress.update(self.bar, completed=self.shown)
 
 

@@ -1,0 +1,60 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from mlc_ray.train.console import COLUMNS, RunDisplay, header, table_row
+from mlc_ray.train.tracking import METRICS_FILE, Tracker, TrackingError, check_trackers, read_metrics
+from tests.train.tiny import tiny_config
+
+
+def test_steps_after_the_resumed_one_are_forgotten(tmp_path):
+    config = tiny_config(logging={"tensorboard": False})
+    first = Tracker(config, tmp_path, start_step=0)
+    for step in (1, 2, 3):
+        first.log(step, {"loss/total": float(step)})
+    first.close()
+    second = Tracker(config, tmp_path, start_step=2)
+    second.log(3, {"loss/total": 30.0})
+    second.close()
+    assert [(row["step"], row["loss/total"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_nan_is_written_as_null_and_a_half_written_line_is_left_for_later(tmp_path):
+    tracker = Tracker(tiny_config(logging={"tensorboard": False}), tmp_path, start_step=0)
+    tracker.log(1, {"mlc/between_bundle_cosine": float("nan")})
+    tracker.close()
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 2, "loss/to')
+    assert list(read_metrics(tmp_path)) == [{"step": 1, "mlc/between_bundle_cosine": None}]
+
+
+def test_tensorboard_holds_the_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker(tiny_config(), tmp_path, start_step=0)
+    tracker.log(1, {"loss/total": 0.5})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss/total")] == [(1, 0.5)]
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_refused_before_the_run(package, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_trackers(tiny_config())
+    with pytest.raises(TrackingError, match=rf"logging.{package}='here'.*pip install 'mlc_ray\[{package}\]'"):
+        check_trackers(tiny_config(logging={package: "here"}))
+
+
+def test_display_shows_each_step_once_in_aligned_columns(tmp_path):
+    rows = [{"step": step, "loss/total": 0.5, "learning_rate": 1e-5, "loss/mlc": None} for step in (1, 2, 3, 4, 5)]
+    output = io.StringIO()
+    with RunDisplay(tmp_path, 5, every=2, console=Console(file=output, width=160)):
+        (tmp_path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [line for line in output.getvalue().splitlines() if line.strip()[:1].isdigit()]
+    assert [int(line.split()[0]) for line in lines] == [2, 4, 5]
+    assert len(header()) == len(table_row(rows[0])) == 6 + 9 * len(COLUMNS)
+    assert table_row(rows[0]).split()[1:4] == ["0.5000", "-", "-"]
