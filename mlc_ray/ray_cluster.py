@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import ray
+import ray.data
 
 from mlc_ray.errors import MlcRayError
 
@@ -14,7 +16,7 @@ DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next check; the default is 2 s
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without GPUs must not change CUDA_VISIBLE_DEVICES
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_raylet_start_wait_time_s": "180",  # a busy machine needs longer than Ray's default to start a node
 }
 
 
@@ -28,18 +30,27 @@ def connect(address: str) -> None:
         return
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     options = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
-    if address == "local":
-        ray.init(address="local", include_dashboard=False, **options)
-        return
     try:
-        # None follows RAY_ADDRESS, which `ray job submit` sets, or the file that `ray start` leaves, or starts one.
-        ray.init(address=None if address == "auto" else address, **options)
+        if address == "local":
+            ray.init(address="local", **options)
+        else:
+            # None follows RAY_ADDRESS, which `ray job submit` sets, or the file that `ray start` leaves, or starts one.
+            ray.init(address=None if address == "auto" else address, **options)
     except ConnectionError as error:
         raise ClusterError(
             f"no Ray cluster answers at address {address!r} ({error}); start one with `ray start --head`, or set "
             "the address to 'local'"
         ) from None
+    except Exception as error:
+        if "timed out during startup" not in str(error):  # Ray raises this one as a bare Exception
+            raise
+        raise ClusterError(
+            "a local Ray node did not come up in time: the machine is too busy, or an earlier Ray is still shutting "
+            "down; try again, or raise RAY_raylet_start_wait_time_s"
+        ) from None
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the console has a display of its own
 
 
 def use_gpu(accelerator: str) -> bool:

@@ -38,8 +38,9 @@ def engine_environment(engine: EngineSection, device: Device) -> dict[str, str]:
     """Variables an engine's process needs, set before torch is loaded there: OpenMP reads some of them only then.
 
     On CPU: as many threads as reserved CPUs, not bound to cores, and *sleeping* while they wait. Threads that spin, or
-    that are bound, lose whole time slices at every barrier when something else runs on their core: measured on two
-    busy cores 25 tokens/s spinning and 35 bound, against 140 sleeping.
+    that are bound, lose whole time slices at every barrier when something else runs on their core. SmolLM2-135M with
+    two threads on two cores that others used too: 20 to 27 tokens/s spinning, 36 bound (load 9 to 14), 115 to 165
+    sleeping (load 5 to 9).
     """
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process: no child that outlives an actor
@@ -145,7 +146,7 @@ def _start_engine(model: str, engine: EngineSection, device: Device) -> Any:
         )
     options: dict[str, Any] = {"enforce_eager": engine.enforce_eager}
     if device == "cpu":
-        # Compiling takes a minute or two, needs a C++ compiler, and is not faster for the small models a CPU can score.
+        # Compiling takes a minute or two at every start, needs a C++ compiler, and gained a tenth in tokens/s.
         options["enforce_eager"] = True
     elif engine.tensor_parallel > 1:
         # Inside a Ray actor vLLM would otherwise ask Ray for GPUs of its own, which the actor already holds.
