@@ -52,8 +52,12 @@ PROMPT_TOKENS = sum(LENGTHS.values())
 PREFERENCE_TOKENS = 208
 
 # Largest relative difference allowed. In bfloat16 the two steps round at different places, and the gradient of DPO is
-# a difference of two nearly equal ones. A real mistake (a tapped token off by one) is an error of order 1.
-TOLERANCE = {"float32": {"loss": 1e-4, "gradient": 1e-4}, "bfloat16": {"loss": 5e-2, "gradient": 2e-1}}
+# a difference of two nearly equal ones: seen with SmolLM2 are 0.02 (loss), 0.03 (policy) and 0.006 (extractor). One of
+# ten tapped tokens off by one is 0.07 in the extractor's gradient, an answer short of one token 0.7 in the policy's.
+TOLERANCE = {
+    "float32": {"loss": 1e-4, "policy": 1e-4, "extractor": 1e-4},
+    "bfloat16": {"loss": 5e-2, "policy": 1e-1, "extractor": 3e-2},
+}
 
 OBJECTIVE = Objective(ObjectiveSection(loss="dpo", beta=0.1), MlcSection(weight=0.8, temperature=0.2))
 EXTRACTOR_DIM = 512
@@ -229,7 +233,7 @@ def gradients(module: PolicyWithExtractor) -> dict[str, Tensor]:
 def compare(
     ours: tuple[Losses, dict[str, Tensor]], theirs: tuple[Losses, dict[str, Tensor]], dtype: str
 ) -> dict[str, Any]:
-    """Relative differences of losses and of the whole gradient, the worst part too, against `TOLERANCE`."""
+    """Relative differences of losses and of the policy's and the extractor's gradient, against `TOLERANCE`."""
     (our_losses, our_grads), (their_losses, their_grads) = ours, theirs
     losses = {k: abs(float(our_losses[k]) - float(v)) / abs(float(v)) for k, v in their_losses.items()}
     same_parameters = our_grads.keys() == their_grads.keys()
@@ -244,20 +248,20 @@ def compare(
     equal = (
         same_parameters
         and all(value < tolerance["loss"] for value in losses.values())
-        and all(value < tolerance["gradient"] for value in grads.values())
+        and all(value < tolerance[part] for part, value in grads.items())
     )
     return {"loss_relative": losses, "gradient_relative": grads, "tolerance": tolerance, "equal": equal}
 
 
-def timed(step: Callable[[], object], device: str) -> float:
-    """Wall seconds of one call, the device's queue drained before and after."""
+def timed(step: Callable[[], object], device: str) -> tuple[float, float]:
+    """Wall and CPU seconds of one call, the device's queue drained before and after."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def compare_and_time(options: argparse.Namespace) -> dict[str, Any]:
@@ -275,15 +279,15 @@ def compare_and_time(options: argparse.Namespace) -> dict[str, Any]:
     agreement = compare((our_losses, our_gradients), (their_losses, gradients(module)), options.dtype)
     del our_gradients
 
-    def run(step: Callable[[], object]) -> float:
+    def run(step: Callable[[], object]) -> tuple[float, float]:
         def whole() -> None:
             step()
             if optimizer is not None:
                 optimizer.step()
 
-        seconds = timed(whole, options.device)
+        spent = timed(whole, options.device)
         module.zero_grad(set_to_none=True)
-        return seconds
+        return spent
 
     pairs = []
     for our_batch, their_batch in zip(ours, theirs, strict=True):
@@ -297,22 +301,25 @@ def compare_and_time(options: argparse.Namespace) -> dict[str, Any]:
     their_tokens = [2 * batch.input_ids.numel() for batch in theirs]
 
     def side(index: int, tokens: list[int], losses: Losses) -> dict[str, Any]:
-        seconds = [pair[index] for pair in pairs]
+        seconds, cpu_seconds = zip(*(pair[index] for pair in pairs), strict=True)
         return {
             "seconds": seconds,
             "seconds_median": median(seconds),
+            "cpu_seconds": cpu_seconds,
+            "cpu_seconds_median": median(cpu_seconds),
             "tokens_forwarded": sum(tokens) / len(tokens),
             "losses": {name: float(value) for name, value in losses.items()},
         }
 
-    ratios = [second / first for first, second in pairs]
+    ratios, cpu_ratios = ([second[i] / first[i] for first, second in pairs] for i in (0, 1))
     return {
         "layer": module.layer,
         "ours": side(0, our_tokens, our_losses),
         "theirs": side(1, their_tokens, their_losses),
         "ratio": {
             "seconds_pairs": ratios,
-            "seconds": median(ratios),
+            "seconds_median": median(ratios),
+            "cpu_seconds_median": median(cpu_ratios),
             "tokens_forwarded": sum(their_tokens) / sum(our_tokens),
         },
         "agreement": agreement,
@@ -383,18 +390,21 @@ def show(result: Mapping[str, Any]) -> None:
     print(f"{'':24}{'ours':>12}{'theirs':>12}{'ratio':>8}")
 
     def line(title: str, key: str, unit: float, form: str) -> None:
-        quotient = ratio[key.removesuffix("_median")]
-        print(f"{title:24}{ours[key] / unit:>12{form}}{theirs[key] / unit:>12{form}}{quotient:>8.2f}")
+        print(f"{title:24}{ours[key] / unit:>12{form}}{theirs[key] / unit:>12{form}}{ratio[key]:>8.2f}")
 
     line("seconds, median", "seconds_median", 1, ".3f")
+    if result["device"] == "cpu":
+        line("CPU seconds, median", "cpu_seconds_median", 1, ".3f")
     line("tokens forwarded", "tokens_forwarded", 1, ".0f")
     line("peak memory, MB", "peak_bytes", 1e6, ".0f")
     line("  of it the step's, MB", "step_bytes", 1e6, ".0f")
     for name, value in ours["losses"].items():
         print(f"{'loss ' + name:24}{value:>12.6f}{theirs['losses'][name]:>12.6f}")
     for kind in ("loss", "gradient"):
-        parts = ", ".join(f"{name} {value:.1e}" for name, value in agreement[f"{kind}_relative"].items())
-        print(f"relative difference of each {kind}: {parts} (allowed: {agreement['tolerance'][kind]:.0e})")
+        parts = agreement[f"{kind}_relative"].items()
+        allowed = agreement["tolerance"]
+        text = (f"{name} {value:.1e} (allowed {allowed.get(name, allowed['loss']):.0e})" for name, value in parts)
+        print(f"relative difference of each {kind}: " + ", ".join(text))
     print("time ratio of each pair: " + " ".join(f"{value:.2f}" for value in ratio["seconds_pairs"]))
 
 
@@ -438,9 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "torch": torch.__version__,
         "prompt_tokens_per_bundle": PROMPT_TOKENS,
         "preference_tokens_per_bundle": PREFERENCE_TOKENS,
-        "memory_measure": "max_memory_allocated"
-        if options.device == "cuda"
-        else "peak resident set of a child process",
+        "memory_measure": "max_memory_allocated" if options.device == "cuda" else "peak resident set",
     } | compare_and_time(options)
     for variant, figures in memory.items():
         result[variant] |= figures

@@ -123,7 +123,8 @@ done
 export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-180}"
 
 cd "$repository"  # where uv finds [tool.uv] of pyproject.toml
-pip_install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
+# Compiled now: a run starts a dozen processes, and where bytecode may not be written later, each would compile anew.
+pip_install() { "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@"; }
 
 # ------------------------------------------------------------------------------------------------ the two steps
 

@@ -87,11 +87,11 @@ def head() -> Iterator[Head]:
             time.sleep(1)
         yield started
     finally:
-        process.terminate()  # with --block, the head stops what it started; only then is the group swept
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=30)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for stop in (signal.SIGTERM, signal.SIGKILL):  # the whole group: told alone, `ray start --block` lingers
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, stop)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5)
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
