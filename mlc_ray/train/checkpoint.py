@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mlc_ray.artifacts import (
     MANIFEST,
@@ -32,7 +32,7 @@ from mlc_ray.artifacts import (
 )
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.errors import MlcRayError
-from mlc_ray.train.engine import full_state_dict, records_in_checkpoints
+from mlc_ray.train.engine import full_state_dict, pickle_enums_by_value, records_in_checkpoints
 from mlc_ray.train.loop import Progress
 
 ENGINE_TAG = "state"
@@ -59,13 +59,14 @@ def save_checkpoint(
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    client_state = {"random_state": _random_state(), "world_size": world_size}
+    pickle_enums_by_value()
     engine.save_checkpoint(
         str(folder / "engine"),
         tag=ENGINE_TAG,
-        client_state=client_state,
         exclude_frozen_parameters=config.model.lora is not None,
     )
+    # In a file of every worker's own: DeepSpeed keeps one worker's client state, and with it all would draw the same.
+    save_file(_random_state(), _random_state_file(folder, rank))
     weights = full_state_dict(engine)
     if rank == 0:
         assert weights is not None
@@ -116,14 +117,14 @@ def load_checkpoint(folder: Path, *, engine: Any, config: TrainConfig, fingerpri
                 f"now it is {value!r}: it has changed since; start a new run under another name"
             )
     with _weights_only_loading():
-        loaded, client_state = engine.load_checkpoint(
+        loaded, _ = engine.load_checkpoint(
             str(folder / "engine"),
             tag=ENGINE_TAG,
             load_module_strict=config.model.lora is None,  # frozen weights were not written
         )
     if loaded is None:
         raise CheckpointError(f"checkpoint {str(folder)!r} holds no engine state")
-    _restore_random_state(client_state["random_state"])
+    _restore_random_state(load_file(_random_state_file(folder, dist.get_rank() if dist.is_initialized() else 0)))
     return Progress(step=manifest["step"], bundles=manifest["bundles_consumed"])
 
 
@@ -247,6 +248,10 @@ def _merge(adapter: Path, config: TrainConfig, out: Path) -> None:
     merged = PeftModel.from_pretrained(load_policy(config.model), adapter).merge_and_unload()
     merged.save_pretrained(out, safe_serialization=True)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(out)
+
+
+def _random_state_file(folder: Path, rank: int) -> Path:
+    return folder / f"random_state_{rank:05d}.safetensors"
 
 
 def _random_state() -> dict[str, torch.Tensor]:

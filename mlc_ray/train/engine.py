@@ -162,6 +162,16 @@ def records_in_checkpoints() -> list[type]:
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
+def pickle_enums_by_value() -> None:
+    """Have DeepSpeed's ZeRO stage pickled as (class, value), as Python does from 3.11.4 on.
+
+    Before, an enum member is pickled as a call of `getattr`, which a loader that runs no code must refuse.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (type(self), (self.value,))
+
+
 def _full_dim(parameter: nn.Parameter) -> int:
     # A parameter that ZeRO-3 partitioned at load is a flat, empty placeholder; its shape is kept beside it.
     return len(getattr(parameter, "ds_shape", parameter.shape))

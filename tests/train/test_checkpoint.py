@@ -70,16 +70,17 @@ def resume(rank, runs, model_folder):
     for name in RUNS:
         config = config_of(name, model_folder)
         engine = policy_engine(wrapped(config, seed=9), config, torch.device("cpu"))
+        if config.model.lora is not None:
+            # Adapters alone are saved: the frozen weights come from the model that both runs name.
+            if config.zero.stage == 3:
+                continue  # they are partitioned here, and cannot be put in by hand
+            frozen = tiny_model(0).state_dict()
+            for key, value in engine.module.policy.get_base_model().state_dict().items():
+                if (plain := key.replace(".base_layer", "")) in frozen:
+                    value.copy_(frozen[plain])
         torch.manual_seed(77)
         checkpoint = find_checkpoint(Path(runs) / name, "checkpoint_000002")
         progress = load_checkpoint(checkpoint, engine=engine, config=config, fingerprints=FINGERPRINTS)
-        if config.model.lora is not None and config.zero.stage < 3:
-            # adapters alone are saved: the frozen weights come from the model that both runs name
-            frozen = tiny_model(0).state_dict()
-            state = engine.module.policy.get_base_model().state_dict()
-            for key, value in state.items():
-                if (plain := key.replace(".base_layer", "")) in frozen:
-                    value.copy_(frozen[plain])
         start = (progress.step, progress.bundles)
         engine, history = run_engine(config, random_rows(7), 4, engine=engine, progress=progress)
         results[name] = (start, [row["loss/total"] for row in history], full_state_dict(engine))
@@ -116,7 +117,9 @@ def test_checkpoint_folder_is_as_documented(runs):
     assert (manifest["step"], manifest["bundles_consumed"], manifest["world_size"]) == (4, 14, 2)
     assert manifest["fingerprints"] == FINGERPRINTS
     assert manifest["resolved_config"]["optimizer"]["schedule"] == "cosine"
-    assert {"model", "engine", "extractor.safetensors", "manifest.json"} == {p.name for p in folder.iterdir()}
+    states = {"random_state_00000.safetensors", "random_state_00001.safetensors"}
+    expected = {"model", "engine", "extractor.safetensors", "manifest.json"} | states
+    assert expected == {p.name for p in folder.iterdir()}
     assert sum("_states.pt" in name for name in manifest["files"]) >= 3  # both workers' files are listed
     assert load_file(folder / "extractor.safetensors").keys() == {"weight", "bias"}
 
