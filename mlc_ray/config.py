@@ -39,8 +39,9 @@ class ModelSection(Section):
 
     path: str = Field(description="Local folder or hub name of a Hugging Face causal language model.")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of weights and activations.")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa", description="Attention kernel; all three keep packed sequences apart."
+    attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = Field(
+        "packed",
+        description="Kernel; all keep packed sequences apart, `sdpa` and `eager` by a mask over the whole row.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you ask.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
@@ -249,11 +250,11 @@ class TrainConfig(Section):
         if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
             raise ValueError(
                 "model.attention='flash_attention_2' has no float32 kernel; "
-                "use model.dtype='bfloat16' or attention='sdpa'"
+                "use model.dtype='bfloat16' or attention='packed'"
             )
         if self.model.attention == "flash_attention_2" and self.cluster.accelerator == "cpu":
             raise ValueError(
-                "model.attention='flash_attention_2' needs a GPU, but cluster.accelerator='cpu'; use attention='sdpa'"
+                "model.attention='flash_attention_2' needs a GPU, but cluster.accelerator='cpu'; use attention='packed'"
             )
         return self
 

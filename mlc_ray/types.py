@@ -60,10 +60,11 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """Sequences laid one after another: `input_ids` and `position_ids` are [1, T]."""
+    """Sequences laid one after another: `input_ids` and `position_ids` are [1, T], `lengths` sum to T."""
 
     input_ids: Tensor
     position_ids: Tensor
+    lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,12 @@ def pack(sequences: Iterable[Sequence[int]]) -> PackedSequences:
     """Sequences one after another in a row [1, T]; position_ids restart at 0 at each."""
     ids: list[int] = []
     positions: list[int] = []
+    lengths: list[int] = []
     for sequence in sequences:
         ids += sequence
         positions += range(len(sequence))
-    return PackedSequences(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]))
+        lengths.append(len(sequence))
+    return PackedSequences(torch.tensor([ids]), torch.tensor([positions]), tuple(lengths))
 
 
 def _pack_responses(rows: Sequence[TokenRow], name: str) -> PackedResponses:

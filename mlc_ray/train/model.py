@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mlc_ray.config import ModelSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.logprobs import response_log_probs
+from mlc_ray.train.attention import PACKED
 from mlc_ray.types import Batch, PackedPrompts, PackedResponses, PackedSequences, ResponseLogProbs
 
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
@@ -107,7 +108,7 @@ def answer_log_probs(
     predicting = torch.cat([pack.predicting + start for pack, start in zip(packs, starts, strict=False)])
     with _rows_into_final_norm(model, predicting):
         # Through the model's own head, so that soft-capping and logit scaling are whatever the architecture says.
-        logits = model(input_ids=sequences.input_ids, position_ids=sequences.position_ids, use_cache=False).logits[0]
+        logits = model(**_inputs(model, sequences)).logits[0]
     split = logits.split([pack.targets.numel() for pack in packs])
     scored = [
         response_log_probs(part, pack.targets, pack.bundle_of_target, n_bundles)
@@ -124,9 +125,7 @@ def tapped_states(model: PreTrainedModel, prompts: PackedPrompts, layer: int) ->
     decoder = model.get_decoder()
     depth = n_layers(model)
     with _depth(decoder, layer), _rows_into_final_norm(model, prompts.tapped) as captured:
-        normed = decoder(
-            input_ids=prompts.sequences.input_ids, position_ids=prompts.sequences.position_ids, use_cache=False
-        ).last_hidden_state
+        normed = decoder(**_inputs(model, prompts.sequences)).last_hidden_state
     return normed[0] if layer == depth else captured[0][0]
 
 
@@ -166,10 +165,20 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path={settings.path!r} cannot be loaded: {error}") from error
+    _check_soft_capping(model, settings)
     final_norm(model)  # an unsupported architecture is refused here, not at the first step
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _check_soft_capping(model: PreTrainedModel, settings: ModelSection) -> None:
+    cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if cap is not None and settings.attention in (PACKED, "sdpa"):
+        raise ModelError(
+            f"{type(model).__name__} caps its attention logits at {cap}, which model.attention={settings.attention!r} "
+            "would leave out; use model.attention='eager', or 'flash_attention_2' on a GPU"
+        )
 
 
 def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:
@@ -225,6 +234,7 @@ def check_tap(model: PreTrainedModel, layer: int) -> None:
     sequences = PackedSequences(
         input_ids=torch.cat(ids).unsqueeze(0),
         position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]).unsqueeze(0),
+        lengths=lengths,
     )
     tapped = torch.tensor(lengths, device=device).cumsum(0) - 1
     grid = torch.arange(len(lengths), device=device)
@@ -289,8 +299,16 @@ def _depth(decoder: nn.Module, depth: int) -> Iterator[None]:
         config.num_hidden_layers = full
 
 
+def _inputs(model: PreTrainedModel, sequences: PackedSequences) -> dict[str, Any]:
+    inputs = {"input_ids": sequences.input_ids, "position_ids": sequences.position_ids, "use_cache": False}
+    if model.config._attn_implementation == PACKED:  # other kernels find the sequences by the restarting positions
+        inputs["sequence_lengths"] = sequences.lengths
+    return inputs
+
+
 def _join(sequences: list[PackedSequences]) -> PackedSequences:
     return PackedSequences(
         input_ids=torch.cat([s.input_ids for s in sequences], dim=1),
         position_ids=torch.cat([s.position_ids for s in sequences], dim=1),
+        lengths=tuple(length for s in sequences for length in s.lengths),
     )

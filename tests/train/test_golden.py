@@ -106,7 +106,7 @@ def test_step_case(name):
 
 
 def build(config, tensors, prefix):
-    model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="sdpa"))
+    model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="packed"))
     weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     model.load_state_dict(weights, strict=True)
     return model
@@ -127,6 +127,7 @@ def batch_of(case, tensors):
         sequences = PackedSequences(
             torch.cat([rows[i] for i in indices]).unsqueeze(0),
             torch.cat([torch.arange(lengths[i]) for i in indices]).unsqueeze(0),
+            tuple(lengths[i] for i in indices),
         )
         return SimpleNamespace(sequences=sequences, starts=starts)
 

@@ -44,11 +44,18 @@ ARCHITECTURES = {
     "qwen3": Qwen3Config(**SMALL, head_dim=8),
     "mistral_sliding": MistralConfig(**SMALL, sliding_window=5),
     # Soft-capped logits, scaled embeddings, alternating sliding windows: what a hand-written head would get wrong.
-    "gemma2": Gemma2Config(**SMALL, head_dim=8, sliding_window=5, final_logit_softcapping=3.0, pad_token_id=0),
+    "gemma2": Gemma2Config(
+        **SMALL,
+        head_dim=8,
+        sliding_window=5,
+        final_logit_softcapping=3.0,
+        attn_logit_softcapping=None,
+        pad_token_id=0,
+    ),
 }
 
 
-def build(config, attention="sdpa"):
+def build(config, attention="packed"):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for parameter in model.parameters():  # far from the small random start, so that differences show
@@ -61,7 +68,7 @@ def batch(rows=None):
     return collate(rows, languages=LANGUAGES, weights=[1.0] * len(rows), needs_rejected=True, reference=None)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_forward_equals_unpacked(name, attention):
     rows = random_rows(3)
@@ -84,6 +91,27 @@ def test_packed_forward_equals_unpacked(name, attention):
                 assert torch.allclose(output.representations[index, place], expected, atol=1e-4)
     absent = ~output.present
     assert absent.sum() == 1 and (output.representations[absent] == 0).all()
+
+
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
+def test_capped_attention_needs_a_kernel_that_caps(attention, tmp_path):
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, head_dim=8, pad_token_id=0))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"attention logits at 50.0.*model.attention='{attention}'.*use.*'eager'"):
+        load_policy(ModelSection(path=str(tmp_path), attention=attention))
+    load_policy(ModelSection(path=str(tmp_path), attention="eager"))
+
+
+def test_packed_attention_gradients_equal_masked_ones():
+    rows = random_rows(3)
+    gradients = {}
+    for attention in ("packed", "eager"):
+        model = build(ARCHITECTURES["mistral_sliding"], attention)
+        output = PolicyWithExtractor(model, layer=2, extractor_dim=16, seed=0)(batch(rows), tap=True)
+        (output.chosen.total.sum() + output.representations.square().sum()).backward()
+        gradients[attention] = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, gradient in gradients["packed"].items():
+        assert torch.allclose(gradient, gradients["eager"][name], rtol=1e-3, atol=1e-3), name
 
 
 def test_gradients_equal_those_of_unpacked_forwards():
@@ -154,7 +182,7 @@ def test_check_tap_refuses_a_model_that_does_not_keep_packed_sequences_apart(mon
     model = build(ARCHITECTURES["llama"])
     forward = model.model.forward
 
-    def leaky(*args, position_ids=None, **kwargs):
+    def leaky(*args, position_ids=None, sequence_lengths=None, **kwargs):
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model.model, "forward", leaky)

@@ -35,7 +35,7 @@ def tiny_model(seed=0, tied=False):
             num_key_value_heads=2,
             max_position_embeddings=64,
             tie_word_embeddings=tied,
-            attn_implementation="sdpa",
+            attn_implementation="packed",
             initializer_range=0.2,
         )
     )
