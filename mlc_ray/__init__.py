@@ -7,9 +7,9 @@ The data flows one way, and this is the order in which to read the rooms:
                  that a seed decides (`order`), and packed into batches (`batches`); `ray_data` wires it to Ray Data
     losses/      pure tensor functions: the alignment losses (`preference`), the consistency term (`mlc`), and the
                  objective that adds them (`objective`)
-    train/       one optimizer step after another: the policy (`model`), DeepSpeed (`engine`), the frozen reference
-                 (`reference`), the loop (`loop`), what is saved and exported (`checkpoint`); `ray_train` starts the
-                 workers and `ray_reference` fills the reference's cache
+    train/       one optimizer step after another: the policy (`model`) and its packed `attention`, DeepSpeed
+                 (`engine`), the frozen reference (`reference`), the loop (`loop`), what is saved and exported
+                 (`checkpoint`); `ray_train` starts the workers and `ray_reference` fills the reference's cache
     score/       responses by vLLM (`generate`), verdicts (`judges`), counts (`metrics`), tables and figures (`report`);
                  `ray_score` feeds the engines
     cli.py       the commands, in terms of the rooms; quickstart.py is the whole road on one small model

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from mlc_ray.config import ModelSection
 from mlc_ray.errors import MlcRayError
@@ -155,6 +156,7 @@ def resolve_layer(layer: int | float | str, depth: int) -> int:
 
 def load_policy(settings: ModelSection) -> PreTrainedModel:
     """Load weights from safetensors only. Raises `ModelError` quoting the path and the reason."""
+    transformers_logging.disable_progress_bar()  # in a worker's log it is noise
     try:
         model = AutoModelForCausalLM.from_pretrained(
             settings.path,

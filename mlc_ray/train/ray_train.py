@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ import ray.train
 import ray.train.torch
 import torch
 import yaml
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mlc_ray.artifacts import fingerprint, fingerprint_model, library_versions, write_json_atomic
@@ -110,6 +112,7 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
             storage_path=str(run_folder),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
+            logging_config=LoggingConfig(log_level="WARNING"),  # the console has a table of its own
         ),
     )
     with RunDisplay(run_folder, steps, config.logging.every):
@@ -188,6 +191,7 @@ def _describe_run(
 
 def _worker(spec: dict[str, Any]) -> None:
     """What every Ray Train worker runs; one process per GPU."""
+    _quiet()
     config = parse_config(TrainConfig, spec["config"])
     run_folder, total = Path(spec["run_folder"]), spec["total_steps"]
     context = ray.train.get_context()
@@ -245,6 +249,13 @@ def _worker(spec: dict[str, Any]) -> None:
             log=log,
             save=save,
         )
+
+
+def _quiet() -> None:
+    """Keep notices about Ray's and PyTorch's own calls out of the run's console; warnings of ours stay."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
 
 
 def _build(config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
