@@ -67,6 +67,7 @@ class SourceSection(Section):
     kind: Literal["harmful", "benign"] | None = Field(
         None, description="Kind of every bundle, for formats that do not record it (default there: harmful)."
     )
+    only: Literal["harmful", "benign"] | None = Field(None, description="Use the source's bundles of this kind alone.")
 
 
 class DataSection(Section):

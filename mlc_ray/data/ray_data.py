@@ -218,7 +218,7 @@ def token_fingerprint(data: DataSection, model: ModelSection) -> str:
     for source in data.train:
         for file in resolve_source(source):
             content = fingerprint_files([file.path]) if file.is_local else load_dataset(file.path)._fingerprint
-            sources.append([content, source.format, source.kind])
+            sources.append([content, source.format, source.kind, source.only])
     return fingerprint(
         {
             "format": FORMAT,

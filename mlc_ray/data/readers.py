@@ -33,6 +33,7 @@ class SourceFile:
     path: str
     format: str
     kind: str | None = None
+    only: str | None = None
 
     @property
     def is_local(self) -> bool:
@@ -57,25 +58,25 @@ def resolve_source(source: SourceSection) -> list[SourceFile]:
     """What a source of the config stands for, in a fixed order. Raises `BundleFileError` if there is nothing there."""
     name = source.path
     if name.startswith("sample:"):
-        return [SourceFile(str(sample_path(name.removeprefix("sample:"))), "mlc", source.kind)]
+        return [SourceFile(str(sample_path(name.removeprefix("sample:"))), "mlc", source.kind, source.only)]
     path = Path(name).expanduser().absolute()  # tasks run elsewhere, with another working directory
     if path.is_file():
         if source.format == "dataset":
             raise BundleFileError(
                 f"{name!r} is a file; format 'dataset' is a folder saved by save_to_disk or a hub name"
             )
-        return [SourceFile(str(path), source.format, source.kind)]
+        return [SourceFile(str(path), source.format, source.kind, source.only)]
     if path.is_dir():
         if containers.is_saved_dataset(path):
-            return [SourceFile(str(path), source.format, source.kind)]
+            return [SourceFile(str(path), source.format, source.kind, source.only)]
         files = sorted(p for p in path.iterdir() if p.suffix in containers.SUFFIXES and not p.name.startswith("."))
         if not files:
             raise BundleFileError(
                 f"folder {name!r} holds no {', '.join(containers.SUFFIXES)} file and no saved dataset"
             )
-        return [SourceFile(str(p), source.format, source.kind) for p in files]
+        return [SourceFile(str(p), source.format, source.kind, source.only) for p in files]
     if source.format in ("auto", "dataset") and path.suffix not in containers.SUFFIXES and _HUB_NAME.fullmatch(name):
-        return [SourceFile(name, "dataset", source.kind)]
+        return [SourceFile(name, "dataset", source.kind, source.only)]
     raise BundleFileError(f"{name!r} does not exist")
 
 
@@ -90,22 +91,29 @@ def read_file(file: SourceFile) -> Iterator[tuple[int, Bundle | RejectedRow]]:
     """
     columns, records = containers.open_records(file.path, csv_expected=file.format == "multijail")
     shape = None if file.format in ("auto", "dataset") else file.format
-    rows = 0
+    rows = kept = 0
     if columns is not None:
         shape = shape or _detect(columns, file.path)
         _check_columns(columns, shape, file.path)
     for record in records:
         rows += 1
         if record.fields is None:
+            kept += 1
             yield record.line, RejectedRow(file.path, record.line, record.reason, record.text)
             continue
         shape = shape or _detect(record.fields, file.path)
+        parsed: Bundle | RejectedRow
         try:
-            yield record.line, make_bundle(_with_kind(SHAPES[shape].convert(record.fields), file.kind, shape))
+            parsed = make_bundle(_with_kind(SHAPES[shape].convert(record.fields), file.kind, shape))
         except BundleError as error:
-            yield record.line, RejectedRow(file.path, record.line, str(error), record.text)
+            parsed = RejectedRow(file.path, record.line, str(error), record.text)
+        if isinstance(parsed, RejectedRow) or file.only in (None, parsed.kind):
+            kept += 1
+            yield record.line, parsed
     if not rows:
         raise BundleFileError(f"{file.path}: no rows in it")
+    if not kept:
+        raise BundleFileError(f"{file.path}: none of its {rows} bundles is of kind {file.only!r}, as `only` asks")
 
 
 def _detect(keys: Iterable[str], path: str) -> str:

@@ -104,6 +104,21 @@ def test_odd_preference_records_are_rejected(tmp_path, change, reason):
     assert reason in second.reason
 
 
+def test_only_bundles_of_one_kind_and_every_rejected_row(tmp_path):
+    harmful = {"kind": "harmful", "prompts": {"en": "How do I cheat?"}}
+    path = write(tmp_path / "a.jsonl", OWN, harmful, {"kind": "harmful"})
+    rows = read_file(SourceFile(str(path), "auto", only="harmful"))
+    assert [(line, getattr(row, "kind", "rejected")) for line, row in rows] == [(2, "harmful"), (3, "rejected")]
+    (resolved,) = resolve_source(SourceSection(path=str(path), only="benign"))
+    assert [row.kind for _, row in read_file(resolved) if not isinstance(row, RejectedRow)] == ["benign"]
+
+
+def test_only_a_kind_that_is_not_there(tmp_path):
+    path = write(tmp_path / "a.jsonl", OWN)
+    with pytest.raises(BundleFileError, match="none of its 1 bundles is of kind 'harmful'"):
+        list(read_file(SourceFile(str(path), "auto", only="harmful")))
+
+
 def test_kind_of_the_source_may_not_contradict_the_row(tmp_path):
     (row,) = bundles(write(tmp_path / "x.jsonl", OWN), "mlc", "harmful")
     assert "'benign'" in row.reason
