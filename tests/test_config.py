@@ -12,7 +12,9 @@ import yaml
 
 from mlc_ray.config import (
     ConfigError,
+    EndpointSection,
     ScoreConfig,
+    SearchConfig,
     TrainConfig,
     apply_override,
     config_schema,
@@ -20,10 +22,12 @@ from mlc_ray.config import (
     parse_config,
 )
 from mlc_ray.errors import MlcRayError
+from mlc_ray.search.space import make_space
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRAIN_FILES = sorted(CONFIGS.glob("*.yaml"))
 SCORE_FILES = sorted((CONFIGS / "score").glob("*.yaml"))
+SEARCH_FILES = sorted((CONFIGS / "search").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "sample:train"}]}}
 
 
@@ -41,10 +45,17 @@ def test_score_files_parse(file: Path) -> None:
     load_config(ScoreConfig, file)
 
 
+@pytest.mark.parametrize("file", SEARCH_FILES, ids=lambda p: p.name)
+def test_search_files_parse_and_every_corner_is_a_run(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIGS.parent)  # as `mlc-ray search` is called from a checkout
+    make_space(load_config(SearchConfig, file))
+
+
 def test_no_config_file_is_left_out() -> None:
     assert {p.name for p in TRAIN_FILES} >= {"quickstart.yaml", "qwen2.5-7b.yaml", "gemma-2-9b.yaml"}
     assert SCORE_FILES
-    assert {*TRAIN_FILES, *SCORE_FILES} == {p for p in CONFIGS.rglob("*") if p.is_file()}
+    assert SEARCH_FILES
+    assert {*TRAIN_FILES, *SCORE_FILES, *SEARCH_FILES} == {p for p in CONFIGS.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(("file", "layer", "stage"), [("qwen2.5-7b.yaml", 28, 2), ("gemma-2-9b.yaml", 42, 3)])
@@ -79,6 +90,26 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"objective": {"loss": "sft", "beta": 0.1}}, ["objective.beta=0.1", "sft"]),
         ({"objective": {"loss": "ipo", "label_smoothing": 0.1}}, ["objective.label_smoothing=0.1", "dpo only"]),
         ({"objective": {"loss": "simpo"}, "reference": "online"}, ["reference='online'", "simpo"]),
+        (
+            {"mlc": {"anti_collapse": {"kind": "anchor", "temperature": 0.1}}},
+            ["mlc.anti_collapse.temperature=0.1", "contrast only", "kind='anchor'"],
+        ),
+        (
+            {"mlc": {"anti_collapse": {"kind": "contrast", "target_std": 1.0}}},
+            ["mlc.anti_collapse.target_std=1.0", "variance only"],
+        ),
+        ({"mlc": {"anti_collapse": {"weight": 0.1}}}, ["mlc.anti_collapse.kind: required"]),
+        ({"mlc": {"anti_collapse": {"kind": "contrastive"}}}, ["mlc.anti_collapse.kind='contrastive'", "'contrast'"]),
+        (
+            {"mlc": {"weight": 0, "anti_collapse": {"kind": "anchor"}}},
+            ["mlc.anti_collapse.kind='anchor'", "mlc.weight=0"],
+        ),
+        (
+            {"mlc": {"anti_collapse": {"kind": "variance"}}},
+            ["mlc.anti_collapse.kind='variance'", "cluster.workers=1", "train.bundles_per_worker=1", "kind='anchor'"],
+        ),
+        ({"collapse": {"window": 15}}, ["collapse.window=15", "16 or more", "0"]),
+        ({"collapse": {"min_spread": 1.5}}, ["collapse.min_spread=1.5", "less than or equal to 1"]),
         ({"zero": {"stage": 0, "offload_optimizer": True}}, ["zero.offload_optimizer=True", "zero.stage=0"]),
         ({"zero": {"stage": 2, "offload_parameters": True}}, ["zero.offload_parameters=True", "zero.stage=2"]),
         ({"zero": {"stage": 2, "persistence_threshold": 0}}, ["zero.persistence_threshold=0", "zero.stage=2"]),
@@ -94,6 +125,46 @@ def test_a_mistake_is_quoted(changes: dict[str, Any], quoted: list[str]) -> None
     for part in quoted:
         assert part in str(caught.value)
     assert isinstance(caught.value, MlcRayError)
+
+
+@pytest.mark.parametrize("sizes", [{"cluster": {"workers": 2}}, {"train": {"bundles_per_worker": 2}}])
+def test_bundles_to_compare_may_come_from_one_worker_or_several(sizes: dict[str, Any]) -> None:
+    for kind in ("contrast", "variance"):
+        parse_config(TrainConfig, minimal(mlc={"anti_collapse": {"kind": kind}}, **sizes))
+
+
+def test_an_anchor_gives_every_loss_a_reference_setting() -> None:
+    config = parse_config(
+        TrainConfig,
+        minimal(objective={"loss": "simpo"}, mlc={"anti_collapse": {"kind": "anchor"}}, reference="online"),
+    )
+    assert config.needs_reference
+    assert not config.objective.needs_reference
+    assert not parse_config(TrainConfig, minimal(objective={"loss": "simpo"})).needs_reference
+
+
+def test_seen_languages_are_language_tags() -> None:
+    score = {"model": "m", "benchmarks": [{"path": "sample:test"}]}
+    assert parse_config(ScoreConfig, {**score, "seen_languages": ["en", "zh-Hant", "pt-BR"]}).seen_languages
+    with pytest.raises(ConfigError, match=r"seen_languages has 'EN', 'English', which is no language tag.*'zh-Hant'"):
+        parse_config(ScoreConfig, {**score, "seen_languages": ["sw", "EN", "English"]})
+
+
+@pytest.mark.parametrize(
+    ("prices", "named"),
+    [
+        ({"output": 2.0}, r"set usd_per_million_input_tokens \(0 if it is free\)"),
+        ({"input": 2.0}, r"set usd_per_million_output_tokens \(0"),
+        ({"input": 0.0, "output": 0.0}, r"set usd_per_million_input_tokens and usd_per_million_output_tokens"),
+        ({}, r"set usd_per_million_input_tokens and usd_per_million_output_tokens"),
+    ],
+)
+def test_a_cost_cap_needs_the_prices_of_both_directions(prices: dict[str, float], named: str) -> None:
+    endpoint = {"base_url": "http://host/v1", "model": "m", "max_cost_usd": 1.0}
+    given = {f"usd_per_million_{way}_tokens": price for way, price in prices.items()}
+    with pytest.raises(ConfigError, match=rf"max_cost_usd=1\.0 .*{named}"):
+        parse_config(EndpointSection, {**endpoint, **given})
+    parse_config(EndpointSection, {**endpoint, "usd_per_million_input_tokens": 0, "usd_per_million_output_tokens": 2})
 
 
 def test_all_mistakes_are_listed_at_once() -> None:

@@ -18,15 +18,16 @@ from typing import Any
 import pytest
 
 import mlc_ray.config
-from mlc_ray.config import ScoreConfig, Section, TrainConfig
+from mlc_ray.config import ScoreConfig, SearchConfig, Section, TrainConfig, UtilityConfig
 
-PACKAGE = Path(mlc_ray.config.__file__).parent
+PACKAGE = Path(mlc_ray.config.__file__).parent.parent
 SECTIONS: dict[str, type[Section]] = {
     name: item
     for name, item in vars(mlc_ray.config).items()
     if inspect.isclass(item) and issubclass(item, Section) and item is not Section
 }
 
+ROOTS = (TrainConfig, ScoreConfig, SearchConfig, UtilityConfig)
 Leaf = tuple[str, str]  # section class, field
 Known = tuple[type[Section], bool]  # section class, and whether it is a list of them
 
@@ -43,12 +44,17 @@ def shape_of(annotation: Any) -> Known | None:
     return None
 
 
+def owner(section: type[Section], field: str) -> str:
+    """The section that declares a field: a section may extend another, and code may read either."""
+    return next(base.__name__ for base in section.__mro__ if field in vars(base).get("__annotations__", {}))
+
+
 def leaves(*roots: type[Section]) -> set[Leaf]:
     found: set[Leaf] = set()
     for root in roots:
         for name, field in root.model_fields.items():
             nested = shape_of(field.annotation)
-            found |= {(root.__name__, name)} if nested is None else leaves(nested[0])
+            found |= {(owner(root, name), name)} if nested is None else leaves(nested[0])
     return found
 
 
@@ -149,7 +155,8 @@ class Reader(ast.NodeVisitor):
     def visit_Attribute(self, node: ast.Attribute) -> None:
         base = self.type_of(node.value)
         if base and not base[1] and isinstance(node.ctx, ast.Load):
-            self.reads.add((base[0].__name__, node.attr))
+            declared = owner(base[0], node.attr) if node.attr in base[0].model_fields else base[0].__name__
+            self.reads.add((declared, node.attr))
         self.generic_visit(node)
 
 
@@ -186,16 +193,16 @@ def reads(sources: Iterable[str]) -> set[Leaf]:
 
 @pytest.fixture(scope="module")
 def sources() -> list[str]:
-    return [p.read_text(encoding="utf-8") for p in sorted(PACKAGE.rglob("*.py")) if p.name != "config.py"]
+    return [p.read_text(encoding="utf-8") for p in sorted(PACKAGE.rglob("*.py")) if p.parent.name != "config"]
 
 
 def test_every_field_is_read_somewhere(sources: list[str]) -> None:
-    unread = sorted(leaves(TrainConfig, ScoreConfig) - reads(sources))
+    unread = sorted(leaves(*ROOTS) - reads(sources))
     assert not unread, f"no code reads these settings: {', '.join('.'.join(leaf) for leaf in unread)}"
 
 
 def test_the_schemas_are_walked_to_the_leaves() -> None:
-    found = leaves(TrainConfig, ScoreConfig)
+    found = leaves(*ROOTS)
     assert {
         ("LoraSection", "rank"),
         ("SourceSection", "kind"),
@@ -237,6 +244,6 @@ print(run.seed)
     assert reads([code]) == {
         ("TrainConfig", "mlc"), ("MlcSection", "layer"), ("ModelSection", "path"), ("TrainConfig", "zero"),
         ("ZeroSection", "stage"), ("TrainConfig", "data"), ("DataSection", "train"), ("SourceSection", "path"),
-        ("TrainConfig", "model"), ("SourceSection", "kind"), ("SourceSection", "format"), ("ScoreConfig", "judge"),
+        ("TrainConfig", "model"), ("SourceSection", "kind"), ("SourceSection", "format"), ("ScoringSection", "judge"),
         ("ObjectiveSection", "beta"), ("EngineSection", "dtype"), ("TrainConfig", "seed"),
     }  # fmt: skip

@@ -1,37 +1,17 @@
-"""Every setting of a run, as frozen pydantic schemas; this module imports neither torch nor ray.
-
-A run is one YAML file plus ``--set section.field=value`` overrides. Unknown or ill-typed fields are refused with
-the field, the value and the nearest valid name; a combination that no code path supports is refused here, before
-anything starts. Validators reject, they never rewrite.
-"""
+"""Settings of a training run: the model, the bundles, the loss, the optimizer, and where it all runs."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from mlc_ray.errors import MlcRayError
+from mlc_ray.config.base import Fraction, PositiveFloat, PositiveInt, RunName, Section
 
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-BundleFormat = Literal["auto", "mlc", "preference", "sft", "multijail", "dataset"]
-
-
-class ConfigError(MlcRayError, ValueError):
-    """A setting is unknown, ill-typed or unsupported; the message quotes it and names the fix."""
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, and strict about names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+BundleFormat = Literal[
+    "auto", "mlc", "table", "preference", "sft", "multijail", "xsafety", "aya", "m-alert", "polyguard", "rtp-lx",
+    "xstest", "dataset",
+]  # fmt: skip
 
 
 class ModelSection(Section):
@@ -116,11 +96,47 @@ class ObjectiveSection(Section):
         return self
 
 
+class AntiCollapseSection(Section):
+    """A term against mapping bundles of every meaning onto one direction; see docs/collapse.md."""
+
+    kind: Literal["contrast", "anchor", "variance"] = Field(
+        description=(
+            "`contrast` tells each bundle from the others of its round, `anchor` keeps tapped states near the frozen "
+            "reference's, `variance` keeps the round's bundle means apart."
+        )
+    )
+    weight: PositiveFloat = Field(0.1, description="Factor of the term in the total loss.")
+    temperature: PositiveFloat = Field(0.1, description="contrast only: tau of the softmax over cosines.")
+    target_std: PositiveFloat = Field(
+        1.0, description="variance only: wanted spread of bundle means; 1 is that of orthogonal bundles."
+    )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the term compares tapped states with those of a frozen reference."""
+        return self.kind == "anchor"
+
+    @property
+    def needs_round(self) -> bool:
+        """Whether the term compares the bundles of all workers with each other."""
+        return self.kind in ("contrast", "variance")
+
+    @model_validator(mode="after")
+    def _only_fields_the_kind_reads(self) -> AntiCollapseSection:
+        for field, owner in {"temperature": "contrast", "target_std": "variance"}.items():
+            if field in self.model_fields_set and self.kind != owner:
+                raise ValueError(
+                    f"mlc.anti_collapse.{field}={getattr(self, field)!r} is read by {owner} only, but "
+                    f"kind={self.kind!r}; remove it"
+                )
+        return self
+
+
 class MlcSection(Section):
-    """The multilingual-consistency term: total loss = alignment + weight * mlc."""
+    """The multilingual-consistency term: total loss = alignment + weight * mlc (+ its anti-collapse term)."""
 
     weight: Annotated[float, Field(ge=0)] = Field(0.8, description="Lambda. 0 switches the term off.")
-    layer: int | Annotated[float, Field(gt=0, lt=1)] | Literal["last"] = Field(
+    layer: Annotated[int, Field(strict=True)] | Annotated[float, Field(gt=0, lt=1)] | Literal["last"] = Field(
         "last",
         description=(
             "Index into hidden_states: 0 embeddings, N after the last block and final norm; or a fraction of N."
@@ -137,6 +153,18 @@ class MlcSection(Section):
         1, description="Add the term every this many optimizer steps; other steps skip its forward."
     )
     extractor_dim: PositiveInt = Field(512, description="Output size of the linear extractor.")
+    anti_collapse: AntiCollapseSection | None = Field(
+        None, description="Term that keeps different bundles apart (default: none, the published loss)."
+    )
+
+    @model_validator(mode="after")
+    def _anti_collapse_needs_the_term(self) -> MlcSection:
+        if self.anti_collapse is not None and self.weight == 0:
+            raise ValueError(
+                f"mlc.anti_collapse.kind={self.anti_collapse.kind!r} is added on steps with the MLC term, but "
+                "mlc.weight=0 switches that off; remove one of them"
+            )
+        return self
 
 
 class OptimizerSection(Section):
@@ -212,6 +240,32 @@ class CheckpointSection(Section):
     keep: PositiveInt = Field(2, description="How many of the latest checkpoints stay on disk.")
 
 
+class CollapseSection(Section):
+    """When to warn that bundles of different meanings become one; see docs/collapse.md. 0 switches a bound off."""
+
+    window: Annotated[int, Field(ge=0)] = Field(
+        64, description="Bundles whose tapped states the harmful/benign probe reads; 0 switches the probe off."
+    )
+    min_spread: Fraction = Field(
+        0.4, description="Warn when 1 - between-bundle cosine falls below this share of what it was at the start."
+    )
+    min_effective_rank: Fraction = Field(
+        0.7, description="Warn when the effective rank's share falls below this share of what it was at the start."
+    )
+    min_separability: Fraction = Field(
+        0.75, description="Warn when the AUC of the harmful/benign probe, once above this, falls below; 0.5 is chance."
+    )
+
+    @model_validator(mode="after")
+    def _a_window_that_can_fill(self) -> CollapseSection:
+        if 0 < self.window < 16:
+            raise ValueError(
+                f"collapse.window={self.window} is too small: the probe needs 8 bundles of each kind; "
+                "use 16 or more, or 0 to switch it off"
+            )
+        return self
+
+
 class LoggingSection(Section):
     """Where the numbers go. metrics.jsonl is always written."""
 
@@ -224,7 +278,7 @@ class LoggingSection(Section):
 class TrainConfig(Section):
     """One training run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="Folder name of the run.")
+    name: RunName = Field(description="Folder name of the run.")
     output_dir: str = Field("runs", description="Where run folders go; on a cluster, a path that all nodes share.")
     seed: int = Field(42, description="Seed of data order, extractor initialisation and dropout.")
     reference: Literal["cached", "online"] = Field(
@@ -240,13 +294,27 @@ class TrainConfig(Section):
     zero: ZeroSection = ZeroSection()
     cluster: ClusterSection = ClusterSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    collapse: CollapseSection = CollapseSection()
     logging: LoggingSection = LoggingSection()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything in the loss compares the policy with a frozen reference."""
+        anti = self.mlc.anti_collapse
+        return self.objective.needs_reference or (anti is not None and anti.needs_reference)
 
     @model_validator(mode="after")
     def _supported_combinations(self) -> TrainConfig:
-        if "reference" in self.model_fields_set and not self.objective.needs_reference:
+        if "reference" in self.model_fields_set and not self.needs_reference:
             raise ValueError(
                 f"reference={self.reference!r} is not read by objective.loss={self.objective.loss!r}; remove it"
+            )
+        anti, together = self.mlc.anti_collapse, self.cluster.workers * self.train.bundles_per_worker
+        if anti is not None and anti.needs_round and together < 2:
+            raise ValueError(
+                f"mlc.anti_collapse.kind={anti.kind!r} compares bundles that are forwarded at once, but "
+                f"cluster.workers={self.cluster.workers} x train.bundles_per_worker={self.train.bundles_per_worker} "
+                "gives it a single one; raise one of them, or use kind='anchor'"
             )
         if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
             raise ValueError(
@@ -260,157 +328,4 @@ class TrainConfig(Section):
         return self
 
 
-class EngineSection(Section):
-    """vLLM engines of the scorer."""
-
-    replicas: PositiveInt = Field(1, description="Engines, each a Ray actor.")
-    cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs reserved per engine.")
-    tensor_parallel: PositiveInt = Field(1, description="GPUs per engine.")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of weights and activations.")
-    max_model_len: PositiveInt = Field(2048, description="Longest prompt plus answer, in tokens.")
-    gpu_memory_utilization: Fraction = Field(0.85, description="Share of each GPU's memory the engine may take.")
-    cpu_kv_cache_gib: PositiveInt = Field(2, description="Key-value cache of an engine on CPU, in GiB.")
-    enforce_eager: bool = Field(False, description="GPU: skip graph capture; starts faster, generates slower.")
-    trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you ask.")
-
-
-class ScoreConfig(Section):
-    """One scoring run: generate greedily, judge, count."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = Field(
-        None, description="Folder name of the score (default: from the model and the time)."
-    )
-    output_dir: str = Field("runs/scores", description="Where score folders go.")
-    model: str = Field(description="Run folder, checkpoint folder, exported folder or hub name.")
-    benchmarks: Annotated[list[SourceSection], Field(min_length=1)] = Field(description="Prompts to score on.")
-    judge: str = Field("refusal", description="Name of the judge.")
-    languages: list[str] | None = Field(None, description="Score only these languages (default: all present).")
-    limit: PositiveInt | None = Field(None, description="At most this many bundles per benchmark and kind.")
-    max_new_tokens: PositiveInt = Field(64, description="Longest answer, in tokens.")
-    on_invalid: Literal["fail", "skip"] = Field("fail", description="What an invalid row does; every one is reported.")
-    max_unparsed: Fraction = Field(0.05, description="The run fails when a larger share of answers gets no verdict.")
-    address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
-    accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
-    engine: EngineSection = EngineSection()
-
-
 ModelSection.model_rebuild()
-
-ConfigT = TypeVar("ConfigT", TrainConfig, ScoreConfig)
-
-
-def load_config(schema: type[ConfigT], path: str | Path | None, overrides: Iterable[str] = ()) -> ConfigT:
-    """Read a YAML file (if any), apply ``section.field=value`` overrides, and validate.
-
-    Values of overrides are parsed as YAML, so ``--set mlc.layer=20`` is an integer and ``--set data.languages=[en,ur]``
-    a list. Raises `ConfigError`, which lists every fault at once.
-    """
-    raw: dict[str, Any] = {}
-    if path is not None:
-        try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"config file {str(path)!r} does not exist") from None
-        except OSError as error:
-            raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config file {str(path)!r} is not valid YAML: {error}") from None
-        if not isinstance(loaded, dict):
-            raise ConfigError(
-                f"config file {str(path)!r} holds {type(loaded).__name__}, expected sections such as `model:`"
-            )
-        raw = loaded
-    for override in overrides:
-        apply_override(raw, override)
-    return parse_config(schema, raw)
-
-
-def parse_config(schema: type[ConfigT], raw: Mapping[str, Any]) -> ConfigT:
-    """Validate a nested mapping; raises `ConfigError` quoting every offending field and value."""
-    try:
-        return schema.model_validate(raw)
-    except ValidationError as error:
-        lines: list[str] = [_explain(schema, item) for item in error.errors()]
-        raise ConfigError("\n".join(["invalid configuration:", *(f"  - {line}" for line in lines)])) from None
-
-
-def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one ``section.field=value`` in a nested dict, in place; raises `ConfigError` on bad syntax."""
-    dotted, separator, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not separator or not all(keys):
-        raise ConfigError(f"override {override!r} is not of the form section.field=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
-    node: Any = raw
-    for depth, key in enumerate(keys):
-        last = depth == len(keys) - 1
-        if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(
-                    f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(node)}, "
-                    f"{key!r} is not an index of it"
-                )
-            if last:
-                node[int(key)] = value
-                return
-            node = node[int(key)]
-        elif isinstance(node, dict):
-            if last:
-                node[key] = value
-                return
-            if node.get(key) is None:
-                node[key] = {}
-            node = node[key]
-        else:
-            raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is {node!r}, not a section")
-
-
-def config_schema(schema: type[Section] = TrainConfig) -> dict[str, Any]:
-    """The JSON schema, for editors and for people."""
-    return schema.model_json_schema()
-
-
-def _explain(schema: type[Section], item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
-    value = item.get("input")
-    if item["type"] == "extra_forbidden":
-        names = _field_names(schema, item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.0)
-        return (
-            f"{path}={value!r}: no such field; did you mean {near[0]!r}? (valid here: {', '.join(names)})"
-            if near
-            else f"{path}={value!r}: no such field"
-        )
-    if item["type"] == "missing":
-        return f"{path}: required, but not given"
-    message = item["msg"].removeprefix("Value error, ")
-    return (
-        f"{path}={value!r}: {message}"
-        if path and not isinstance(value, dict)
-        else f"{path}: {message}"
-        if path
-        else message
-    )
-
-
-def _field_names(schema: type[Section], location: Iterable[str | int]) -> list[str]:
-    current: type[Section] = schema
-    for part in location:
-        if isinstance(part, int) or part not in current.model_fields:
-            continue
-        nested = _section_of(current.model_fields[part].annotation)
-        if nested is not None:
-            current = nested
-    return sorted(current.model_fields)
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if (found := _section_of(argument)) is not None:
-            return found
-    return None

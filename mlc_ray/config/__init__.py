@@ -1,0 +1,93 @@
+"""Every setting of a run, as frozen pydantic schemas; this module imports neither torch nor ray.
+
+A run is one YAML file plus ``--set section.field=value`` overrides. Unknown or ill-typed fields are refused with
+the field, the value and the nearest valid name; a combination that no code path supports is refused here, before
+anything starts. Validators reject, they never rewrite.
+"""
+
+from mlc_ray.config.base import (
+    ConfigError,
+    Fraction,
+    PositiveFloat,
+    PositiveInt,
+    RunName,
+    Section,
+    apply_override,
+    config_schema,
+    load_config,
+    parse_config,
+    read_config_file,
+)
+from mlc_ray.config.score import (
+    EndpointSection,
+    EngineSection,
+    GuardName,
+    JudgeName,
+    JudgeSection,
+    ScoreConfig,
+    ScoringSection,
+    TranslateSection,
+    UtilityConfig,
+)
+from mlc_ray.config.search import ParameterSection, ProbePriorSection, SearchConfig, SearchObjectiveSection
+from mlc_ray.config.train import (
+    AntiCollapseSection,
+    BundleFormat,
+    CheckpointSection,
+    ClusterSection,
+    CollapseSection,
+    DataSection,
+    LoggingSection,
+    LoraSection,
+    MlcSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    SourceSection,
+    TrainConfig,
+    TrainSection,
+    ZeroSection,
+)
+
+__all__ = [
+    "AntiCollapseSection",
+    "BundleFormat",
+    "CheckpointSection",
+    "ClusterSection",
+    "CollapseSection",
+    "ConfigError",
+    "DataSection",
+    "EndpointSection",
+    "EngineSection",
+    "Fraction",
+    "GuardName",
+    "JudgeName",
+    "JudgeSection",
+    "LoggingSection",
+    "LoraSection",
+    "MlcSection",
+    "ModelSection",
+    "ObjectiveSection",
+    "OptimizerSection",
+    "ParameterSection",
+    "PositiveFloat",
+    "PositiveInt",
+    "ProbePriorSection",
+    "RunName",
+    "ScoreConfig",
+    "ScoringSection",
+    "SearchConfig",
+    "SearchObjectiveSection",
+    "Section",
+    "SourceSection",
+    "TrainConfig",
+    "TrainSection",
+    "TranslateSection",
+    "UtilityConfig",
+    "ZeroSection",
+    "apply_override",
+    "config_schema",
+    "load_config",
+    "parse_config",
+    "read_config_file",
+]

@@ -1,0 +1,176 @@
+"""What all settings share: strict immutable sections, reading YAML with overrides, and errors that say what to mend."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+
+from mlc_ray.errors import MlcRayError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+LANGUAGE_TAG = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?")
+"""A BCP 47 tag of language, script and region, with its cases: `en`, `zh-Hant`, `pt-BR`."""
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class ConfigError(MlcRayError, ValueError):
+    """A setting is unknown, ill-typed or unsupported; the message quotes it and names the fix."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, and strict about names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _a_truth_value_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic would read true as 1; nobody means that, and YAML reads `on`, `yes` and `off` as truth values."""
+        if isinstance(value, bool) and bool not in _plain_types(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError(f"{str(value).lower()} is a truth value, not one of what this field takes")
+        return value
+
+
+ConfigT = TypeVar("ConfigT", bound="Section")
+
+
+def _plain_types(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of: through unions, lists, tuples and `Annotated`."""
+    arguments = get_args(annotation)
+    return {annotation} if not arguments else set().union(*(_plain_types(argument) for argument in arguments))
+
+
+def load_config(
+    schema: type[ConfigT],
+    path: str | Path | None,
+    overrides: Iterable[str] = (),
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> ConfigT:
+    """Read a YAML file (if any), apply ``section.field=value`` overrides, and validate.
+
+    `defaults` are values at the top that the file may leave out.
+
+    Values of overrides are parsed as YAML, so ``--set mlc.layer=20`` is an integer and ``--set data.languages=[en,ur]``
+    a list. Raises `ConfigError`, which lists every fault at once.
+    """
+    raw = {**(defaults or {}), **(read_config_file(path) if path is not None else {})}
+    for override in overrides:
+        apply_override(raw, override)
+    return parse_config(schema, raw)
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, not validated; raises `ConfigError` quoting the path."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {str(path)!r} does not exist") from None
+    except OSError as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {str(path)!r} is not valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(
+            f"config file {str(path)!r} holds {type(loaded).__name__}, expected sections such as `model:`"
+        )
+    return loaded
+
+
+def parse_config(schema: type[ConfigT], raw: Mapping[str, Any]) -> ConfigT:
+    """Validate a nested mapping; raises `ConfigError` quoting every offending field and value."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        lines: list[str] = [_explain(schema, item) for item in error.errors()]
+        raise ConfigError("\n".join(["invalid configuration:", *(f"  - {line}" for line in lines)])) from None
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Set one ``section.field=value`` in a nested dict, in place; raises `ConfigError` on bad syntax."""
+    dotted, separator, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"override {override!r} is not of the form section.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    node: Any = raw
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(
+                    f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(node)}, "
+                    f"{key!r} is not an index of it"
+                )
+            if last:
+                node[int(key)] = value
+                return
+            node = node[int(key)]
+        elif isinstance(node, dict):
+            if last:
+                node[key] = value
+                return
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        else:
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is {node!r}, not a section")
+
+
+def config_schema(schema: type[Section]) -> dict[str, Any]:
+    """The JSON schema, for editors and for people."""
+    return schema.model_json_schema()
+
+
+def _explain(schema: type[Section], item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    value = item.get("input")
+    if item["type"] == "extra_forbidden":
+        names = _field_names(schema, item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.0)
+        return (
+            f"{path}={value!r}: no such field; did you mean {near[0]!r}? (valid here: {', '.join(names)})"
+            if near
+            else f"{path}={value!r}: no such field"
+        )
+    if item["type"] == "missing":
+        return f"{path}: required, but not given"
+    message = item["msg"].removeprefix("Value error, ")
+    return (
+        f"{path}={value!r}: {message}"
+        if path and not isinstance(value, dict)
+        else f"{path}: {message}"
+        if path
+        else message
+    )
+
+
+def _field_names(schema: type[Section], location: Iterable[str | int]) -> list[str]:
+    current: type[Section] = schema
+    for part in location:
+        if isinstance(part, int) or part not in current.model_fields:
+            continue
+        nested = _section_of(current.model_fields[part].annotation)
+        if nested is not None:
+            current = nested
+    return sorted(current.model_fields)
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if (found := _section_of(argument)) is not None:
+            return found
+    return None

@@ -1,0 +1,231 @@
+"""Settings of a score: the prompts, the engines that answer them, the judge; and of a measurement of utility."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from mlc_ray.config.base import LANGUAGE_TAG, Fraction, PositiveFloat, PositiveInt, RunName, Section
+from mlc_ray.config.train import SourceSection
+
+
+class EngineSection(Section):
+    """vLLM engines of the scorer."""
+
+    replicas: PositiveInt = Field(1, description="Engines, each a Ray actor.")
+    cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs reserved per engine.")
+    tensor_parallel: PositiveInt = Field(1, description="GPUs per engine.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of weights and activations.")
+    max_model_len: PositiveInt = Field(2048, description="Longest prompt plus answer, in tokens.")
+    gpu_memory_utilization: Fraction = Field(0.85, description="Share of each GPU's memory the engine may take.")
+    cpu_kv_cache_gib: PositiveInt = Field(2, description="Key-value cache of an engine on CPU, in GiB.")
+    enforce_eager: bool = Field(False, description="GPU: skip graph capture; starts faster, generates slower.")
+    trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you ask.")
+
+
+GuardName = Literal[
+    "qwen3guard", "llama-guard", "polyguard", "shieldgemma", "granite-guardian", "wildguard", "nemotron-safety-guard"
+]
+JudgeName = Literal["refusal", "likelihood", "endpoint"] | GuardName
+
+
+class EndpointSection(Section):
+    """An OpenAI-compatible chat endpoint."""
+
+    base_url: str = Field(description="Address up to and including /v1, e.g. https://api.openai.com/v1.")
+    model: str = Field(description="Model name that the endpoint knows.")
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the key (default: none is sent). Keys are never stored."
+    )
+    concurrency: PositiveInt = Field(8, description="Requests in flight at once.")
+    timeout_seconds: PositiveFloat = Field(60.0, description="Longest wait for one reply.")
+    retries: Annotated[int, Field(ge=0)] = Field(
+        5, description="Further tries after a rate limit, server error or lost connection, with growing waits."
+    )
+    max_reply_tokens: PositiveInt = Field(256, description="Longest reply, in tokens.")
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="Request field that carries max_reply_tokens; some newer models take only the second."
+    )
+    usd_per_million_input_tokens: Annotated[float, Field(ge=0)] = Field(0.0, description="Price, for the cost cap.")
+    usd_per_million_output_tokens: Annotated[float, Field(ge=0)] = Field(0.0, description="Price, for the cost cap.")
+    max_cost_usd: PositiveFloat | None = Field(
+        None, description="Stop asking before this is exceeded; answers not asked about are unparsed."
+    )
+    cache_dir: str | None = Field(
+        None, description="Folder of replies keyed by content (default: `cache` beside the score folders)."
+    )
+
+    @model_validator(mode="after")
+    def _no_key_in_the_settings(self) -> EndpointSection:
+        # Neither message quotes the value: settings are stored and shown, and it may be the key itself.
+        if re.fullmatch(r"https?://[^\s/@]+(/[^\s?#]*)?", self.base_url) is None:
+            raise ValueError(
+                "endpoint.base_url must be http:// or https://, a host without user or password, and a path without "
+                "query, e.g. https://api.openai.com/v1 (what was given is not shown: it may hold a key)"
+            )
+        if self.api_key_env is not None and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env) is None:
+            raise ValueError(
+                "endpoint.api_key_env must be the name of an environment variable, e.g. OPENAI_API_KEY (what was given "
+                "is not shown: it may be the key itself)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_cap_needs_prices(self) -> EndpointSection:
+        prices = ("usd_per_million_input_tokens", "usd_per_million_output_tokens")
+        missing = [name for name in prices if name not in self.model_fields_set]
+        if not any(getattr(self, name) for name in prices):
+            missing = list(prices)  # two prices of 0 never add up to a cap
+        if self.max_cost_usd is not None and missing:
+            raise ValueError(
+                f"max_cost_usd={self.max_cost_usd} can only be kept with the prices of both directions: set "
+                f"{' and '.join(missing)}" + (" (0 if it is free)" if len(missing) == 1 else "")
+            )
+        return self
+
+
+class TranslateSection(Section):
+    """Translate prompt and response into English before the judge reads them: by a chat model, or an endpoint."""
+
+    model: str | None = Field(None, description="Folder or hub name of a chat model, run by vLLM.")
+    endpoint: EndpointSection | None = Field(None, description="An endpoint that translates instead.")
+    all_languages: bool = Field(
+        False, description="Translate every language but English; by default only those the judge does not cover."
+    )
+    max_new_tokens: PositiveInt = Field(512, description="Longest translation by `model`, in tokens.")
+
+    @model_validator(mode="after")
+    def _one_translator(self) -> TranslateSection:
+        if (self.model is None) == (self.endpoint is None):
+            raise ValueError(
+                f"translate needs exactly one of model and endpoint, got model={self.model!r} and "
+                f"endpoint={'set' if self.endpoint else None!r}"
+            )
+        return self
+
+
+class JudgeSection(Section):
+    """Who judges the responses."""
+
+    name: JudgeName = Field("refusal", description="Judge: phrases, likelihood, a guard model, or an endpoint.")
+    model: str | None = Field(None, description="Guard models: folder or hub name of its weights.")
+    engine: EngineSection = Field(EngineSection(), description="Guard models and translators: their vLLM engines.")
+    controversial: Literal["unsafe", "safe"] = Field(
+        "unsafe", description="qwen3guard only: what its middle verdict, Controversial, counts as."
+    )
+    endpoint: EndpointSection | None = Field(None, description="endpoint only: where it is.")
+    protocol: Literal["safety", "attack"] = Field(
+        "safety",
+        description="endpoint only: `safety` asks safe/unsafe (PKU-SafeRLHF), `attack` whether an attack succeeded.",
+    )
+    translate: TranslateSection | None = Field(None, description="Translate into English first.")
+    allow_uncovered: bool = Field(
+        False, description="Judge languages that the judge does not declare; they are marked in every table."
+    )
+
+    @property
+    def is_guard(self) -> bool:
+        """Whether the judge is a guard model."""
+        return self.name in get_args(GuardName)
+
+    @model_validator(mode="after")
+    def _only_fields_the_judge_reads(self) -> JudgeSection:
+        given = self.model_fields_set
+        if self.is_guard and self.model is None:
+            raise ValueError(f"judge.name={self.name!r} needs judge.model: the folder or hub name of its weights")
+        if not self.is_guard and self.model is not None:
+            raise ValueError(f"judge.model={self.model!r} is not read by judge.name={self.name!r}; remove it")
+        if (self.name == "endpoint") != (self.endpoint is not None):
+            raise ValueError(
+                "judge.name='endpoint' needs judge.endpoint.base_url and judge.endpoint.model"
+                if self.endpoint is None
+                else f"judge.endpoint is not read by judge.name={self.name!r}; remove it"
+            )
+        for field, owner in {"controversial": "qwen3guard", "protocol": "endpoint"}.items():
+            if field in given and self.name != owner:
+                raise ValueError(
+                    f"judge.{field}={getattr(self, field)!r} is read by {owner} only, but judge.name={self.name!r}; "
+                    "remove it"
+                )
+        if self.translate is not None and self.name == "likelihood":
+            raise ValueError("judge.translate is not read by judge.name='likelihood', which reads no text; remove it")
+        if "engine" in given and not self.is_guard and (self.translate is None or self.translate.model is None):
+            raise ValueError(f"judge.engine is not read by judge.name={self.name!r}; remove it")
+        return self
+
+
+class ScoringSection(Section):
+    """What a model is asked, how it answers, and who judges: the part of a score that a search has for all trials."""
+
+    benchmarks: Annotated[list[SourceSection], Field(min_length=1)] = Field(description="Prompts to score on.")
+    judge: JudgeSection = Field(JudgeSection(), description="Who judges the responses.")
+    languages: list[str] | None = Field(None, description="Score only these languages (default: all present).")
+    limit: PositiveInt | None = Field(None, description="At most this many bundles per benchmark and kind.")
+    max_new_tokens: PositiveInt = Field(64, description="Longest answer, in tokens.")
+    on_invalid: Literal["fail", "skip"] = Field("fail", description="What an invalid row does; every one is reported.")
+    max_unparsed: Fraction = Field(0.05, description="The run fails when a larger share of answers gets no verdict.")
+    engine: EngineSection = EngineSection()
+
+
+class ScoreConfig(ScoringSection):
+    """One scoring run: generate greedily, judge, count."""
+
+    name: RunName | None = Field(None, description="Folder name of the score (default: from the model and the time).")
+    output_dir: str = Field("runs/scores", description="Where score folders go.")
+    model: str = Field(description="Run folder, checkpoint folder, exported folder or hub name.")
+    seen_languages: list[str] | None = Field(
+        None, description="Languages that training saw, to tell seen from unseen (default: what the run recorded)."
+    )
+    address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
+    accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
+
+    @field_validator("seen_languages")
+    @classmethod
+    def _tags(cls, codes: list[str] | None) -> list[str] | None:
+        if unlike := [code for code in codes or () if not LANGUAGE_TAG.fullmatch(code)]:
+            raise ValueError(
+                f"seen_languages has {', '.join(map(repr, unlike))}, which is no language tag; write them like 'en', "
+                "'zh-Hant', 'pt-BR' (BCP 47, with its cases)"
+            )
+        return codes
+
+
+# Those that `score.utility` hands to transformers; threads on CPU follow cpus_per_replica.
+HF_ENGINE_FIELDS = ("cpus_per_replica", "dtype", "max_model_len", "trust_remote_code")
+
+
+class UtilityConfig(Section):
+    """One run of lm-evaluation-harness: what the model still knows."""
+
+    model: str = Field(description="Run folder, checkpoint folder, exported folder or hub name.")
+    tasks: Annotated[list[str], Field(min_length=1)] = Field(
+        description="Tasks or groups of lm-evaluation-harness, e.g. mmlu, mmmlu_sw_ke."
+    )
+    include_path: str | None = Field(None, description="Folder with task files (YAML) of your own.")
+    scores: str | None = Field(None, description="Score folder of the same model; utility.json goes into it.")
+    output_dir: str = Field("runs/utility", description="Where a folder is made if `scores` is not given.")
+    limit: PositiveInt | None = Field(None, description="At most this many questions per task; for a first look only.")
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Worked examples before each question (default: the task's own)."
+    )
+    chat_template: bool = Field(False, description="Put questions into the model's chat template.")
+    backend: Literal["vllm", "hf"] = Field("vllm", description="What runs the model: vLLM, or plain transformers.")
+    accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` follows what is installed.")
+    engine: EngineSection = EngineSection(max_model_len=4096)
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> UtilityConfig:
+        if self.engine.replicas != 1:
+            raise ValueError(
+                f"engine.replicas={self.engine.replicas} is not read by utility, which runs one engine; remove it"
+            )
+        unread = sorted(self.engine.model_fields_set - {"replicas", *HF_ENGINE_FIELDS}) if self.backend == "hf" else []
+        if unread:
+            given = ", ".join(f"engine.{name}={getattr(self.engine, name)!r}" for name in unread)
+            raise ValueError(
+                f"{given}: not read with backend='hf', which reads engine.{', engine.'.join(HF_ENGINE_FIELDS)} alone; "
+                "remove it, or set backend=vllm"
+            )
+        return self

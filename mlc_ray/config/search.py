@@ -1,0 +1,132 @@
+"""Settings of a search: what varies, what is maximised, and how trials are scored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mlc_ray.config import Fraction, PositiveInt, RunName, ScoringSection, Section
+
+Scalar = bool | int | float | str
+
+
+class ParameterSection(Section):
+    """How one field of a run varies: exactly one of the four."""
+
+    choice: Annotated[list[Scalar], Field(min_length=1)] | None = Field(None, description="One of these values.")
+    integers: tuple[int, int] | None = Field(None, description="A whole number between two, both included.")
+    uniform: tuple[float, float] | None = Field(None, description="A number between two.")
+    loguniform: tuple[float, float] | None = Field(
+        None, description="A number between two, every order of magnitude as likely as another."
+    )
+
+    @model_validator(mode="after")
+    def _one_range(self) -> ParameterSection:
+        given = [name for name in ParameterSection.model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(ParameterSection.model_fields)}; got {given or 'none'}")
+        for name in ("integers", "uniform", "loguniform"):
+            if (bounds := getattr(self, name)) is not None and not bounds[0] < bounds[1]:
+                raise ValueError(f"{name}={list(bounds)!r}: the first bound must be below the second")
+        if self.loguniform is not None and self.loguniform[0] <= 0:
+            raise ValueError(f"loguniform={list(self.loguniform)!r}: bounds must be positive")
+        if self.choice is not None and len({repr(value) for value in self.choice}) < len(self.choice):
+            raise ValueError(f"choice={self.choice!r} names a value twice")
+        return self
+
+
+class SearchObjectiveSection(Section):
+    """What makes one trial better than another. Both sides of safety count unless `safety_alone` says otherwise."""
+
+    maximise: Literal["average", "worst_language"] = Field(
+        "average", description="Harmful prompts held back: mean over languages, or in the language where it is least."
+    )
+    min_benign_compliance: Fraction | None = Field(
+        None,
+        description=(
+            "Floor on the share of benign prompts that are answered, mean over languages, relative to 0..1 "
+            "(default 0.8 unless pareto or safety_alone): a trial below it is worse than any above."
+        ),
+    )
+    pareto: bool = Field(False, description="Search the whole front of held back and answered instead of one number.")
+    safety_alone: bool = Field(
+        False, description="Ignore the benign side. A model that refuses everything wins; the report will say so."
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SearchObjectiveSection:
+        ways = {
+            "pareto": self.pareto,
+            "safety_alone": self.safety_alone,
+            "min_benign_compliance": self.min_benign_compliance is not None,
+        }
+        if sum(ways.values()) > 1:
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name, is_set in ways.items() if is_set)
+            raise ValueError(f"{given} exclude each other: a floor, the whole front, or safety alone; keep one")
+        return self
+
+
+class ProbePriorSection(Section):
+    """Look at every layer once, forward only, and leave out those that cannot help."""
+
+    keep: PositiveInt = Field(3, description="How many of the searched layers stay, those that the probe ranks first.")
+    limit: PositiveInt | None = Field(None, description="Probe on at most this many bundles of each kind.")
+
+
+class SearchConfig(Section):
+    """A search: many runs that differ in a few fields, each scored by engines that stay warm."""
+
+    name: RunName = Field(description="Folder name of the search.")
+    output_dir: str = Field("runs", description="Where search folders go; on a cluster, a path that all nodes share.")
+    seed: int = Field(42, description="Seed of the sampler; runs keep their own.")
+    train: str = Field(description="Config file of the runs.")
+    set: list[str] = Field([], description="Overrides of that file, section.field=value, the same for all trials.")
+    space: Annotated[dict[str, ParameterSection], Field(min_length=1)] = Field(
+        description="Fields of a run that vary, by their dotted names, e.g. mlc.layer."
+    )
+    sampler: Literal["tpe", "random", "grid"] = Field(
+        "tpe", description="Optuna's sampler: tree-structured Parzen estimator, random, or every combination."
+    )
+    trials: PositiveInt | None = Field(None, description="Number of trials (grid: default and most is all).")
+    concurrency: PositiveInt = Field(1, description="Trials at once.")
+    scheduler: Literal["none", "asha", "median"] = Field(
+        "none", description="Stop poor trials at a checkpoint: successive halving, or below the median of the others."
+    )
+    grace_scores: PositiveInt = Field(1, description="Schedulers: scores a trial gets before it may be stopped.")
+    objective: SearchObjectiveSection = SearchObjectiveSection()
+    scoring: ScoringSection
+    probe: ProbePriorSection | None = Field(None, description="Probe first, and search the layers it ranks first.")
+    share_gpu: bool = Field(
+        False, description="The engine sleeps while trials train, so that both fit one GPU; else engines own theirs."
+    )
+    keep_checkpoints: bool = Field(False, description="Keep every trial's optimizer state, not only its model.")
+
+    @model_validator(mode="after")
+    def _supported_combinations(self) -> SearchConfig:
+        if self.sampler == "grid":
+            if ranges := [name for name, p in self.space.items() if p.choice is None and p.integers is None]:
+                raise ValueError(f"sampler='grid' needs choice or integers; {ranges[0]} is a range of numbers")
+        elif self.trials is None:
+            raise ValueError(f"sampler={self.sampler!r} needs trials: how many?")
+        if self.scheduler != "none" and self.objective.pareto:
+            raise ValueError(
+                f"scheduler={self.scheduler!r} compares trials by one number, but objective.pareto=True has two; "
+                "set scheduler='none' or a floor (objective.min_benign_compliance)"
+            )
+        if "grace_scores" in self.model_fields_set and self.scheduler == "none":
+            raise ValueError(f"grace_scores={self.grace_scores} is read by schedulers only; scheduler='none'")
+        if self.share_gpu and self.scoring.engine.replicas > 1:
+            raise ValueError(
+                f"share_gpu=True has one engine sleep beside training, but scoring.engine.replicas="
+                f"{self.scoring.engine.replicas}; set it to 1, or share_gpu=False"
+            )
+        if self.probe is not None and "mlc.layer" not in self.space:
+            raise ValueError("probe ranks layers, but space does not vary mlc.layer; remove one or add the other")
+        if (
+            self.probe is not None
+            and self.space["mlc.layer"].choice is None
+            and self.space["mlc.layer"].integers is None
+        ):
+            raise ValueError("probe keeps the best of listed layers: give space.mlc.layer as choice or integers")
+        return self
