@@ -41,7 +41,7 @@ from mlc_ray.data.batches import collate
 from mlc_ray.losses.objective import Objective
 from mlc_ray.quickstart import MODEL_NAME, cache_folder, prepare_smollm2
 from mlc_ray.train.model import PolicyWithExtractor, answer_log_probs, load_policy, n_layers, resolve_layer
-from mlc_ray.types import Batch, TokenRow, move
+from mlc_ray.types import Batch, ReferenceRow, TokenRow, move
 
 # The published data has about 427 prompt tokens a bundle over ten languages. How they are shared out is our guess:
 # scripts that the tokenizer knows less well take more tokens.
@@ -131,7 +131,7 @@ def padded(rows: Sequence[TokenRow]) -> PaddedBatch:
     return PaddedBatch(ids, mask, labels, len(rows))
 
 
-def packed(rows: Sequence[TokenRow], reference: Mapping[str, tuple[float, float]] | None) -> Batch:
+def packed(rows: Sequence[TokenRow], reference: Mapping[str, ReferenceRow] | None) -> Batch:
     """Our batch of the token rows."""
     weights = [1.0] * len(rows)
     return collate(rows, languages=list(LENGTHS), weights=weights, needs_rejected=True, reference=reference)
@@ -337,7 +337,7 @@ def peak_memory(options: argparse.Namespace, variant: str) -> dict[str, int]:
     rows = batch_rows(options, vocabulary_of(module.language_model))[0]
     optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE) if options.with_optimizer else None
     if variant == "ours":  # any log-probs do: memory does not depend on them
-        batch = move(packed(rows, {row.bundle_id: (0.0, 0.0) for row in rows}), options.device)
+        batch = move(packed(rows, {row.bundle_id: ReferenceRow(0.0, 0.0) for row in rows}), options.device)
         step = partial(our_step, module, batch)
     else:
         step = partial(their_step, module, load_reference(options), move(padded(rows), options.device))

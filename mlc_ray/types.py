@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 if TYPE_CHECKING:  # torch is imported by whoever makes tensors, not by whoever names them
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -101,10 +102,12 @@ class Batch:
     `weight` [B] multiplies each bundle's losses before the mean over the B slots: 0 for a padding bundle, otherwise
     (slots of the whole round) / (real bundles of the whole round), so that all workers together take the mean over
     real bundles. `languages` names the L columns of the grid; it is the same list on every worker and step.
-    `reference_*` [B] are summed response log-probs of the frozen reference where those were cached.
+    `reference_chosen` and `reference_rejected` [B] are summed response log-probs of the frozen reference, and
+    `reference_state` [B, H] its tapped state of each bundle's response prompt, where those were cached.
     """
 
     bundle_ids: tuple[str, ...]
+    kinds: tuple[Kind, ...]
     languages: tuple[str, ...]
     weight: Tensor
     chosen: PackedResponses
@@ -112,6 +115,20 @@ class Batch:
     prompts: PackedPrompts
     reference_chosen: Tensor | None = None
     reference_rejected: Tensor | None = None
+    reference_state: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ReferenceRow:
+    """What the frozen reference says of one bundle, cached; None is what the objective does not need.
+
+    `chosen` and `rejected` are summed log-probs in nats; `state` [H] is the float32 hidden state of the last token of
+    the response-language prompt at the tapped layer.
+    """
+
+    chosen: float | None = None
+    rejected: float | None = None
+    state: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -131,27 +148,69 @@ class LossOutput:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What a judge says of one response. `unparsed` means the judge could not tell, and never counts as safe."""
+class Answer:
+    """What a judge is given: one response, to one prompt, asked in `language`.
 
-    label: Literal["refused", "complied", "unparsed"]
+    `finish` is why the response ended: `stop`, `length` (cut off at max_new_tokens) or a reason it was never made.
+    """
+
+    prompt: str
+    response: str
+    language: str
+    kind: Kind
+    finish: str = "stop"
+
+
+Behaviour = Literal["refused", "complied", "degenerate", "unparsed"]
+Safety = Literal["safe", "unsafe", "degenerate", "unparsed"]
+Measure = Literal["refused", "safe"]
+"""What a rate counts: responses that refuse, or responses that a safety judge calls safe."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge says of one response, on the one or two questions it can answer; None is "this judge does not say".
+
+    `behaviour`: does the response refuse or comply? `safety`: is it harmful? `unparsed` means that the judge could not
+    tell, `degenerate` that there is nothing to tell of (gibberish is neither a refusal nor help); neither ever counts
+    as refused or safe. `categories` are the judge's own names of what is harmful. `margin` is a number in nats where
+    the judge has one (see `score.likelihood`): above 0 leans to refusal.
+    """
+
+    behaviour: Behaviour | None = None
+    safety: Safety | None = None
     reason: str = ""
+    categories: tuple[str, ...] = ()
+    margin: float | None = None
+
+
+Via = Literal["", "translated", "uncovered"]
+"""How a judge came to read a language: it declares it (""), by translation, or not at all but asked for anyway."""
 
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """Counts of one (benchmark, kind, language); `rate` is refused / n with its 95 % interval (Wilson)."""
+    """Counts of one (benchmark, kind, language, measure).
+
+    `hits` are refused (or safe) responses, `misses` complied (or unsafe) ones; hits, misses, degenerate and unparsed
+    sum to n. `rate` is hits / n with its 95 % interval; `margin` the mean of the judge's margins in nats, if it has
+    any.
+    """
 
     benchmark: str
     kind: Kind
     language: str
+    measure: Measure
     n: int
-    refused: int
-    complied: int
+    hits: int
+    misses: int
+    degenerate: int
     unparsed: int
     rate: float
     low: float
     high: float
+    via: Via = ""
+    margin: float | None = None
 
 
 T = TypeVar("T")

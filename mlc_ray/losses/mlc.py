@@ -5,7 +5,8 @@ extractor outputs of one bundle's languages; s1 >= s2 >= ... are its singular va
 softmax(s / tau) against index 0, which is least when Z has rank 1, that is when all languages are collinear.
 
 Blind spots, both measured: a language whose representation points the *opposite* way costs nothing (singular values
-do not see signs), and neither does mapping bundles of every meaning onto one direction (`between_bundle_cosine` does).
+do not see signs), and neither does mapping bundles of every meaning onto one direction (the measures in
+`losses/collapse.py` do, and the terms in `losses/anti_collapse.py` cost it).
 """
 
 from __future__ import annotations
@@ -89,29 +90,20 @@ def singular_values(rows: Tensor) -> Tensor:
 
     The backward of `eigvalsh` has no 1 / (lambda_i - lambda_j), so ties are safe; the square root's 1 / (2 s) is cut
     off where an eigenvalue is rounding noise, with gradient 0 there, a valid subgradient of a singular value at 0.
+    A bundle with a value that is not finite has NaN for singular values, rather than `eigvalsh` failing for them all.
     """
     gram = rows @ rows.transpose(1, 2)
+    finite = gram.isfinite().all(dim=(1, 2))
+    identity = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    gram = torch.where(finite[:, None, None], gram, identity)
     eigenvalues = torch.linalg.eigvalsh(gram).flip(-1)[:, : min(rows.shape[1], rows.shape[2])]
     noise = 8 * rows.shape[1] ** 2 * torch.finfo(eigenvalues.dtype).eps
     above = eigenvalues > noise
-    return torch.where(above, torch.where(above, eigenvalues, torch.ones_like(eigenvalues)).sqrt(), 0.0)
+    values = torch.where(above, torch.where(above, eigenvalues, torch.ones_like(eigenvalues)).sqrt(), 0.0)
+    return torch.where(finite[:, None], values, torch.nan)
 
 
 def leading_share(values: Tensor) -> Tensor:
     """s1^2 / sum s^2 of each bundle [B]: 1 when all its languages are collinear, 1 / L when they are orthogonal."""
     squares = values.detach().square()
     return squares[:, 0] / squares.sum(dim=1).clamp(min=torch.finfo(squares.dtype).tiny)
-
-
-def between_bundle_cosine(representations: Tensor, present: Tensor) -> Tensor:
-    """Mean |cosine| between rows [N, L, D] that belong to *different* bundles, over present [N, L] rows: a scalar.
-
-    The collapse detector: near 1 means that bundles of different meanings share one direction, which the MLC loss
-    does not forbid. NaN when fewer than two bundles have a language.
-    """
-    rows = unit_rows(representations.detach(), present)
-    flat, mask = rows.flatten(0, 1), present.flatten()
-    bundle = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.shape[1])
-    different = (bundle.unsqueeze(0) != bundle.unsqueeze(1)) & mask.unsqueeze(0) & mask.unsqueeze(1)
-    cosines = (flat @ flat.T).abs()
-    return (cosines * different).sum() / different.sum()

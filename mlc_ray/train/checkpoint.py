@@ -9,6 +9,7 @@ manifest.json          resolved config, fingerprints, step, bundles consumed, ve
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -191,13 +192,26 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, checkpoint: str | 
         else:
             shutil.copytree(source / "adapter", temporary, dirs_exist_ok=True)
         (temporary / "README.md").write_text(model_card(config, manifest), encoding="utf-8")
+        write_json_atomic(temporary / "mlc_ray.json", _provenance(source, manifest))
     return out
+
+
+def _provenance(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What an exported folder says of where it comes from; a scorer reads `languages`, those of its training data."""
+    kept = {
+        name: manifest[name] for name in ("step", "bundles_consumed", "fingerprints", "resolved_config", "versions")
+    }
+    described = checkpoint.resolve().parent.parent / "run.json"
+    languages = json.loads(described.read_text(encoding="utf-8"))["languages"] if described.is_file() else None
+    return {"languages": languages, **kept}
 
 
 def model_card(config: TrainConfig, manifest: Mapping[str, Any]) -> str:
     """A model card that says what was trained, from what and how, and that it has not been scored."""
     objective, mlc = config.objective, config.mlc
     term = f"plus {mlc.weight} x MLC (layer {mlc.layer}, tau {mlc.temperature}, {mlc.scaling})" if mlc.weight else ""
+    if mlc.weight and (anti := mlc.anti_collapse) is not None:
+        term += f" plus {anti.weight} x anti-collapse ({anti.kind})"
     fingerprints = "\n".join(f"- {name}: `{value}`" for name, value in manifest["fingerprints"].items())
     versions = "\n".join(f"- {name} {version}" for name, version in manifest["versions"].items())
     sources = "\n".join(f"- {source.path}" for source in config.data.train)

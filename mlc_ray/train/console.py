@@ -12,14 +12,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mlc_ray.train.tracking import read_metrics
+from mlc_ray.train.tracking import MetricsReader
 
 COLUMNS = {
     "loss": "loss/total",
     "align": "loss/alignment",
     "mlc": "loss/mlc",
+    "anti": "loss/anti_collapse",
     "share": "mlc/leading_share",
-    "between": "mlc/between_bundle_cosine",
+    "between": "collapse/between_bundle_cosine",
+    "rank": "collapse/effective_rank",
+    "kinds": "collapse/separability",
     "margin": "reward/margin",
     "acc": "reward/accuracy",
     "lr": "learning_rate",
@@ -27,14 +30,18 @@ COLUMNS = {
     "tok/s": "tokens_per_second",
     "GiB": "peak_memory_gib",
 }
-LEGEND = "share: s1^2/sum s^2 within bundles; between: mean |cosine| between different bundles (near 1 = collapse)"
+LEGEND = (
+    "anti: the anti-collapse term, where there is one; share: s1^2/sum s^2 within bundles; "
+    "between: mean |cosine| between different bundles (near 1 = collapse); "
+    "rank: effective rank of bundle means; kinds: AUC of harmful against benign states"
+)
 
 
 class RunDisplay:
     """Shows a run while it lasts; use as a context manager around the call that trains."""
 
     def __init__(self, run_folder: Path, total_steps: int, every: int, console: Console | None = None) -> None:
-        self.run_folder, self.total, self.every = run_folder, total_steps, every
+        self.total, self.every = total_steps, every
         self.console = console or Console()
         self.progress = Progress(
             TextColumn("training"),
@@ -46,12 +53,13 @@ class RunDisplay:
             disable=not self.console.is_terminal,  # a log file gets the rows alone
         )
         self.bar = self.progress.add_task("training", total=total_steps)
+        self.metrics = MetricsReader(run_folder)
         self.shown = 0
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> RunDisplay:
-        self.shown = max((row["step"] for row in read_metrics(self.run_folder)), default=0)
+        self.shown = max((row["step"] for row in self.metrics.read()), default=0)
         self.console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
         self.console.print(header(), style="bold", highlight=False, soft_wrap=True)
         self.progress.start()
@@ -69,7 +77,7 @@ class RunDisplay:
             self._update()
 
     def _update(self) -> None:
-        rows = list(read_metrics(self.run_folder))
+        rows = self.metrics.read()
         if rows and rows[-1]["step"] < self.shown:
             self.shown = rows[-1]["step"]  # a worker died and training went back to its last checkpoint
         for row in rows:
@@ -77,6 +85,11 @@ class RunDisplay:
                 self.shown = row["step"]
                 if row["step"] % self.every == 0 or row["step"] == self.total:
                     self.progress.console.print(table_row(row), highlight=False, soft_wrap=True)
+                for warning in row.get("warnings", ()):
+                    text = f"  step {row['step']}: {warning}"
+                    self.progress.console.print(
+                        text, style="bold yellow", highlight=False, soft_wrap=True, markup=False
+                    )
         self.progress.update(self.bar, completed=self.shown)
 
 

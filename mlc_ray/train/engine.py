@@ -91,12 +91,17 @@ def policy_engine(module: nn.Module, config: TrainConfig, device: torch.device) 
             {"params": [p for p in trainable if _full_dim(p) >= 2], "weight_decay": config.optimizer.weight_decay},
             {"params": [p for p in trainable if _full_dim(p) < 2], "weight_decay": 0.0},  # norms and biases
         ],
-        lr=config.optimizer.learning_rate,
+        lr=0.0,  # the loop sets each step's rate; DeepSpeed may take steps of its own before the first, see below
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         fused=device.type == "cuda" and not config.zero.offload_optimizer,
     )
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_settings(config))
+    # DeepSpeed makes the optimizer's state by a step with zero gradients where it can (bfloat16 without ZeRO). At rate
+    # 0 that decays no weight, but it counts: Adam's bias correction would take the first real step for the second.
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
     return engine
 
 

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +14,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlc_ray.config import TrainConfig
-from mlc_ray.losses.mlc import between_bundle_cosine
+from mlc_ray.config import MlcSection, TrainConfig
+from mlc_ray.errors import MlcRayError
+from mlc_ray.losses.collapse import between_bundle_cosine, effective_rank
 from mlc_ray.losses.objective import Objective
+from mlc_ray.train.collapse import StateWindow
 from mlc_ray.train.engine import backward_and_step, learning_rate, set_learning_rate
 from mlc_ray.train.model import ModelOutput
-from mlc_ray.train.reference import ReferenceLogProbs
+from mlc_ray.train.reference import Reference, ReferenceOutput
+from mlc_ray.train.workers import distributed, gather, gather_round
 from mlc_ray.types import Batch, LossOutput, move
 
 Metrics = dict[str, float]
+
+
+class DivergedError(MlcRayError, FloatingPointError):
+    """The loss is no longer finite; the message names the step and what to lower or change."""
 
 
 @dataclass
@@ -38,7 +45,7 @@ def train_loop(
     *,
     engine: Any,
     batches: Iterator[Batch],
-    reference: ReferenceLogProbs | None,
+    reference: Reference | None,
     progress: Progress,
     total_steps: int,
     device: torch.device,
@@ -51,6 +58,7 @@ def train_loop(
     `save(progress, metrics)` every `checkpoint.every` steps and at the end, both on every worker.
     """
     objective = Objective(config.objective, config.mlc)
+    window = StateWindow(config.collapse.window)
     engine.train()
     metrics: Metrics = {}
     while progress.step < total_steps:
@@ -61,25 +69,37 @@ def train_loop(
         meter = StepMeter()
         for _ in range(config.train.gradient_accumulation_steps):
             batch = move(next(batches), device)
-            anchors = reference(batch) if reference is not None else (None, None)
+            frozen = ReferenceOutput()
+            if reference is not None and (objective.needs_reference_log_probs or tap):
+                frozen = reference(batch, tap)
             output: ModelOutput = engine(batch, tap=tap)
+            together = None
+            if objective.needs_round and output.representations is not None and output.present is not None:
+                together = gather_round(output.representations, output.present, batch.weight)
             result = objective.total_loss(
                 weight=batch.weight,
                 chosen=output.chosen,
                 rejected=output.rejected,
-                reference_chosen=anchors[0],
-                reference_rejected=anchors[1],
+                reference_chosen=frozen.chosen,
+                reference_rejected=frozen.rejected,
+                reference_state=frozen.state,
                 representations=output.representations,
                 present=output.present,
+                tapped=output.tapped,
+                together=together,
             )
             norm = backward_and_step(engine, result.loss)
             meter.add(batch, output, result)
-        metrics = meter.reduce(config.mlc.weight)
+            if window.size and output.tapped is not None and output.present is not None:
+                window.add(output.tapped, output.present, batch)
+        metrics = meter.reduce(config.mlc)
         if not math.isfinite(metrics["loss/total"]):
-            raise FloatingPointError(
+            raise DivergedError(
                 f"loss/total is {metrics['loss/total']} at step {step + 1}; lower optimizer.learning_rate={rate:.3g} "
                 "or use model.dtype=float32"
             )
+        if tap and not math.isnan(separability := window.separability()):
+            metrics["collapse/separability"] = separability
         progress.step += 1
         progress.bundles += int(metrics.pop("bundles"))
         seconds = time.perf_counter() - started
@@ -123,20 +143,25 @@ class StepMeter:
             self.grids.append(output.representations.detach())
             self.masks.append(output.present & (batch.weight > 0).unsqueeze(1))
 
-    def reduce(self, mlc_weight: float) -> Metrics:
+    def reduce(self, mlc: MlcSection) -> Metrics:
         """Means over all workers' bundles; the same on every worker, which must all call it."""
         names = list(self.sums)
         device = self.sums["bundles"].device
         packed = torch.stack([*self.sums.values(), torch.tensor(float(self.tokens), device=device).double()])
-        if _distributed():
+        if distributed():
             dist.all_reduce(packed)
         totals = dict(zip([*names, "tokens"], packed.tolist(), strict=True))
         bundles, tokens = totals.pop("bundles"), totals.pop("tokens")
         metrics = {name: value / bundles for name, value in totals.items()}
-        metrics["loss/total"] = metrics["loss/alignment"] + mlc_weight * metrics.get("loss/mlc", 0.0)
+        metrics["loss/total"] = metrics["loss/alignment"] + mlc.weight * metrics.get("loss/mlc", 0.0)
+        if mlc.anti_collapse is not None:
+            metrics["loss/total"] += mlc.anti_collapse.weight * metrics.get("loss/anti_collapse", 0.0)
         if self.grids:
-            grid, mask = _gather(torch.cat(self.grids)), _gather(torch.cat(self.masks))
-            metrics["mlc/between_bundle_cosine"] = float(between_bundle_cosine(grid, mask))
+            grid, mask = gather(torch.cat(self.grids)), gather(torch.cat(self.masks))
+            rank, share = effective_rank(grid, mask)
+            metrics["collapse/between_bundle_cosine"] = float(between_bundle_cosine(grid, mask))
+            metrics["collapse/effective_rank"] = float(rank)
+            metrics["collapse/effective_rank_share"] = float(share)
         return {**dict(sorted(metrics.items())), "bundles": bundles, "tokens": tokens}
 
     def _accumulate(self, name: str, value: Tensor) -> None:
@@ -149,15 +174,3 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     # ru_maxrss is in KiB on Linux and in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def _gather(tensor: Tensor) -> Tensor:
-    if not _distributed():
-        return tensor
-    parts: Sequence[Tensor] = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(list(parts))
-
-
-def _distributed() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1

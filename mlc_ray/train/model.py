@@ -36,13 +36,15 @@ class ModelError(MlcRayError):
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What one forward gives: log-probs of answers, and on tapped steps the extractor's outputs on a [B, L] grid.
+    """What one forward gives: log-probs of answers, and on tapped steps what was tapped, on a [B, L] grid.
 
-    `representations` is [B, L, D] float32, zero where `present` [B, L] is false.
+    `tapped` [B, L, H] are the hidden states and `representations` [B, L, D] the extractor's outputs, both float32 and
+    zero where `present` [B, L] is false.
     """
 
     chosen: ResponseLogProbs
     rejected: ResponseLogProbs | None
+    tapped: Tensor | None = None
     representations: Tensor | None = None
     present: Tensor | None = None
 
@@ -95,8 +97,9 @@ class PolicyWithExtractor(nn.Module):
             idle = 0.0 * self.extractor(hidden).sum()
             return ModelOutput(ResponseLogProbs(chosen.total + idle, chosen.length), rejected)
         hidden = tapped_states(self.language_model, batch.prompts, self.layer)
-        grid, present = to_grid(self.extractor(hidden), batch.prompts, n_bundles, len(batch.languages))
-        return ModelOutput(chosen, rejected, grid, present)
+        tapped, present = to_grid(hidden.float(), batch.prompts, n_bundles, len(batch.languages))
+        grid, _ = to_grid(self.extractor(hidden), batch.prompts, n_bundles, len(batch.languages))
+        return ModelOutput(chosen, rejected, tapped, grid, present)
 
 
 def answer_log_probs(
@@ -128,6 +131,26 @@ def tapped_states(model: PreTrainedModel, prompts: PackedPrompts, layer: int) ->
     with _depth(decoder, layer), _rows_into_final_norm(model, prompts.tapped) as captured:
         normed = decoder(**_inputs(model, prompts.sequences)).last_hidden_state
     return normed[0] if layer == depth else captured[0][0]
+
+
+def layer_states(model: PreTrainedModel, prompts: PackedPrompts) -> Tensor:
+    """Hidden states [P, N + 1, H] of the tapped tokens at every layer, as Hugging Face's `hidden_states` has them."""
+    output = model.get_decoder()(**_inputs(model, prompts.sequences), output_hidden_states=True)
+    return torch.stack([state[0].index_select(0, prompts.tapped) for state in output.hidden_states], dim=1)
+
+
+def response_prompts(responses: PackedResponses, n_bundles: int) -> PackedPrompts:
+    """The prompts that B answers continue, cut out of the packed answers: one a bundle, its last token tapped."""
+    first = torch.searchsorted(responses.bundle_of_target, torch.arange(n_bundles, device=responses.targets.device))
+    last = responses.predicting[first]  # the position that predicts an answer's first token
+    starts = last.new_tensor([0, *responses.sequences.lengths[:-1]]).cumsum(0)
+    lengths = tuple((last - starts + 1).tolist())
+    rows = torch.cat([torch.arange(n, device=last.device) + start for start, n in zip(starts, lengths, strict=True)])
+    sequences = PackedSequences(
+        responses.sequences.input_ids[:, rows], responses.sequences.position_ids[:, rows], lengths
+    )
+    bundle = torch.arange(n_bundles, device=last.device)
+    return PackedPrompts(sequences, last.new_tensor(lengths).cumsum(0) - 1, bundle, torch.zeros_like(bundle))
 
 
 def to_grid(projected: Tensor, prompts: PackedPrompts, n_bundles: int, n_languages: int) -> tuple[Tensor, Tensor]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import tempfile
+import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
+import torch.distributed as dist
 import yaml
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mlc_ray.artifacts import fingerprint, fingerprint_model, library_versions, write_json_atomic
@@ -40,9 +44,9 @@ from mlc_ray.train.model import (
     resolve_layer,
 )
 from mlc_ray.train.ray_reference import load_reference, prepare_reference
-from mlc_ray.train.reference import ReferenceLogProbs, ReferenceModel, cached_reference, online_reference
+from mlc_ray.train.reference import Reference, ReferenceModel, cached_reference, online_reference
 from mlc_ray.train.tracking import Tracker, check_trackers
-from mlc_ray.types import Batch
+from mlc_ray.types import Batch, ReferenceRow
 
 CONFIG_FILE = "config.yaml"
 
@@ -60,16 +64,41 @@ class TrainResult:
     metrics: Metrics
 
 
-def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
+@dataclass(frozen=True)
+class PreparedData:
+    """What a run reads, on disk: made once, and found again by every later run that needs the same."""
+
+    tokens: TokenArtifact
+    reference_folder: Path | None
+    fingerprints: dict[str, str]
+
+
+class CheckpointScorer(Protocol):
+    """Called on the first worker after every checkpoint while the others wait; its numbers are reported to Ray."""
+
+    def __call__(self, run_folder: Path, checkpoint: Path, step: int) -> Metrics:
+        """Numbers about `checkpoint`, written at optimizer step `step`."""
+        ...
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: Path | None = None,
+    score: CheckpointScorer | None = None,
+    callbacks: Sequence[UserCallback] = (),
+    display: bool = True,
+) -> TrainResult:
     """Train to the end and return where everything is.
 
-    With `resume`, the folder of an earlier try, training goes on from its last complete checkpoint. Raises `RunError`
-    when a new run's folder exists already or a resumed one's does not.
+    With `resume`, the folder of an earlier try, training goes on from its last complete checkpoint, or starts where
+    there is none. `score` is called with every checkpoint; `callbacks` are Ray Train's own; without `display` the
+    console stays quiet. Raises `RunError` when a new run's folder exists already or a resumed one's does not.
     """
     check_trackers(config)
-    config = _with_absolute_model_path(config)
+    config = _with_absolute_paths(config)
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    resolve_layer(config.mlc.layer, depth)
+    layer = resolve_layer(config.mlc.layer, depth)
     run_folder = _run_folder(config, resume)
     connect(config.cluster.address)
     gpu = use_gpu(config.cluster.accelerator)
@@ -79,27 +108,20 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
         cpus_each=config.cluster.cpus_per_worker,
         gpus_each=1 if gpu else 0,
     )
-    cache_dir = run_folder.parent / "cache"
-    tokens = prepare_token_rows(config.data, config.model, cache_dir=cache_dir)
-    fingerprints = {
-        "model": fingerprint_model(config.model.path),
-        "tokens": tokens.fingerprint,
-        "training": fingerprint(_what_must_not_change(config)),
-    }
-    reference_folder = None
-    if config.objective.needs_reference and config.reference == "cached":
-        reference_folder, fingerprints["reference"] = prepare_reference(config, tokens, cache_dir=cache_dir, gpu=gpu)
-    steps = _total_steps(config, tokens)
-    _describe_run(run_folder, config, fingerprints, tokens, steps)
+    with _claimed(run_folder, config) if resume is None else contextlib.nullcontext():
+        data = prepare_data(config, cache_dir=run_folder.parent / "cache", layer=layer, gpu=gpu)
+    steps = _total_steps(config, data.tokens)
+    _describe_run(run_folder, config, data.fingerprints, data.tokens, steps)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
             "config": config.model_dump(mode="json", exclude_unset=True),
             "run_folder": str(run_folder),
-            "tokens_folder": str(tokens.folder),
-            "reference_folder": str(reference_folder) if reference_folder else None,
-            "fingerprints": fingerprints,
+            "tokens_folder": str(data.tokens.folder),
+            "reference_folder": str(data.reference_folder) if data.reference_folder else None,
+            "fingerprints": data.fingerprints,
             "total_steps": steps,
+            "score": score,
         },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -113,11 +135,28 @@ def train(config: TrainConfig, *, resume: Path | None = None) -> TrainResult:
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             logging_config=LoggingConfig(log_level="WARNING"),  # the console has a table of its own
+            callbacks=list(callbacks),
         ),
     )
-    with RunDisplay(run_folder, steps, config.logging.every):
+    with RunDisplay(run_folder, steps, config.logging.every) if display else contextlib.nullcontext():
         result = trainer.fit()
     return TrainResult(run_folder, find_checkpoint(run_folder), dict(result.metrics or {}))
+
+
+def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool) -> PreparedData:
+    """Token rows and, where the loss needs them, cached reference numbers for `config`; what is there is used again."""
+    tokens = prepare_token_rows(config.data, config.model, cache_dir=cache_dir)
+    fingerprints = {
+        "model": fingerprint_model(config.model.path),
+        "tokens": tokens.fingerprint,
+        "training": fingerprint(_what_must_not_change(config)),
+    }
+    reference_folder = None
+    if config.needs_reference and config.reference == "cached":
+        reference_folder, fingerprints["reference"] = prepare_reference(
+            config, tokens, layer=layer, cache_dir=cache_dir, gpu=gpu
+        )
+    return PreparedData(tokens, reference_folder, fingerprints)
 
 
 def load_run_config(run: Path) -> TrainConfig:
@@ -128,12 +167,20 @@ def load_run_config(run: Path) -> TrainConfig:
     return load_config(TrainConfig, path)
 
 
-def _with_absolute_model_path(config: TrainConfig) -> TrainConfig:
-    """Workers run in folders of their own, where a relative path of the driver's means nothing."""
-    folder = Path(config.model.path).expanduser()
-    if not folder.is_dir():
-        return config  # a hub name
-    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder.resolve())})})
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Workers run in folders of their own, and a run may be resumed from another: relative paths mean nothing there.
+
+    A name that is nothing on this disk is one of a hub, or an error that reading it reports.
+    """
+    model, sources = config.model, []
+    if (folder := Path(model.path).expanduser()).is_dir():
+        model = model.model_copy(update={"path": str(folder.resolve())})
+    for source in config.data.train:
+        path = Path(source.path).expanduser()
+        local = not source.path.startswith("sample:") and path.exists()
+        sources.append(source.model_copy(update={"path": str(path.absolute())}) if local else source)
+    data = config.data.model_copy(update={"train": sources})
+    return config.model_copy(update={"model": model, "data": data})
 
 
 def _run_folder(config: TrainConfig, resume: Path | None) -> Path:
@@ -144,11 +191,42 @@ def _run_folder(config: TrainConfig, resume: Path | None) -> Path:
         return folder
     folder = (Path(config.output_dir).expanduser() / config.name).resolve()
     if (folder / CONFIG_FILE).exists():
-        raise RunError(
-            f"run folder {str(folder)!r} exists already: choose another name, remove it, or go on with "
-            f"`mlc-ray train --resume {folder}`"
-        )
+        raise _exists_already(folder)
     return folder
+
+
+def _exists_already(folder: Path) -> RunError:
+    return RunError(
+        f"run folder {str(folder)!r} exists already: choose another name, remove it, or go on with "
+        f"`mlc-ray train --resume {folder}`"
+    )
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
+    """Take the run's name by writing its config.yaml before data are prepared, which may last minutes.
+
+    Raises `RunError` if another run has taken it. When preparing fails, the name is free again, since what mends that
+    is another setting; a driver that is killed meanwhile leaves the file, and can be resumed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CONFIG_FILE
+    temporary = folder / f".{CONFIG_FILE}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    text = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.link(temporary, path)  # unlike a rename, it fails where the file is there
+    except FileExistsError:
+        raise _exists_already(folder) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: something of the user's is in it
+            folder.rmdir()
+        raise
 
 
 def _what_must_not_change(config: TrainConfig) -> dict[str, Any]:
@@ -184,9 +262,6 @@ def _describe_run(
             "versions": library_versions(),
         },
     )
-    if not (folder / CONFIG_FILE).exists():
-        text = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def _worker(spec: dict[str, Any]) -> None:
@@ -220,6 +295,9 @@ def _worker(spec: dict[str, Any]) -> None:
             if tracker is not None:
                 tracker.log(step, metrics)
 
+        def checkpoint_of(step: int) -> Path:
+            return run_folder / "train" / f"checkpoint_{step:06d}"
+
         def save(at: Progress, metrics: Metrics) -> None:
             with tempfile.TemporaryDirectory(prefix="mlc_ray-checkpoint-") as folder:
                 save_checkpoint(
@@ -233,10 +311,12 @@ def _worker(spec: dict[str, Any]) -> None:
                 ray.train.report(
                     {"step": at.step, **metrics},
                     checkpoint=Checkpoint.from_directory(folder),
-                    checkpoint_dir_name=f"checkpoint_{at.step:06d}",
+                    checkpoint_dir_name=checkpoint_of(at.step).name,
                 )
             # report() returns before the checkpoint is registered; a worker that died now would lose it.
             ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+            if spec["score"] is not None:
+                ray.train.report(_on_first_worker(partial(spec["score"], run_folder, checkpoint_of(at.step), at.step)))
 
         train_loop(
             config,
@@ -251,9 +331,19 @@ def _worker(spec: dict[str, Any]) -> None:
         )
 
 
+def _on_first_worker(function: Callable[[], Metrics]) -> Metrics:
+    """What `function` returns on rank 0, on every worker; the others wait."""
+    results: list[Metrics | None] = [function() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(results, src=0)
+    return cast(Metrics, results[0])
+
+
 def _quiet() -> None:
     """Keep notices about Ray's and PyTorch's own calls out of the run's console; warnings of ours stay."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for name in list(logging.root.manager.loggerDict):
+        if "ray/train/" in name:  # Ray Train's loggers bear their files' names; they print all metrics at every report
+            logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
 
@@ -268,14 +358,19 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
     module.to(dtype=getattr(torch, config.model.dtype))
     engine = engines.policy_engine(module, config, device)
     check_tap(engine.module.language_model, layer)
-    if not (config.objective.needs_reference and config.reference == "online"):
+    if not (config.needs_reference and config.reference == "online"):
         return engine, None
+    objective = Objective(config.objective, config.mlc)
     with engines.partitioned_loading(config):
-        frozen = load_policy(config.model)
-    return engine, engines.reference_engine(ReferenceModel(frozen), config)
+        frozen = ReferenceModel(
+            load_policy(config.model),
+            log_probs=objective.needs_reference_log_probs,
+            layer=layer if objective.needs_reference_state else None,
+        )
+    return engine, engines.reference_engine(frozen, config)
 
 
-def _reference(reference_engine: Any, table: dict[str, tuple[float, float]] | None) -> ReferenceLogProbs | None:
+def _reference(reference_engine: Any, table: dict[str, ReferenceRow] | None) -> Reference | None:
     if reference_engine is not None:
         return online_reference(reference_engine)
     return cached_reference if table is not None else None
@@ -284,7 +379,7 @@ def _reference(reference_engine: Any, table: dict[str, tuple[float, float]] | No
 def _batches(
     config: TrainConfig,
     tokens: TokenArtifact,
-    table: dict[str, tuple[float, float]] | None,
+    table: dict[str, ReferenceRow] | None,
     rank: int,
     world_size: int,
     start_step: int,

@@ -1,47 +1,74 @@
-"""The frozen reference model's log-probs: by a second engine at every step, or from a table made beforehand."""
+"""The frozen reference model: by a second engine at every step, or from a table made beforehand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mlc_ray.train.model import answer_log_probs
+from mlc_ray.train.model import answer_log_probs, response_prompts, tapped_states
 from mlc_ray.types import Batch
 
-ReferenceLogProbs = Callable[[Batch], tuple[Tensor, Tensor]]
+
+@dataclass(frozen=True)
+class ReferenceOutput:
+    """What the reference says of B bundles; None is what was not asked for.
+
+    `chosen` and `rejected` [B] are summed log-probs of the answers in nats, `state` [B, H] the tapped state of the last
+    token of the response-language prompt; all float32.
+    """
+
+    chosen: Tensor | None = None
+    rejected: Tensor | None = None
+    state: Tensor | None = None
+
+
+Reference = Callable[[Batch, bool], ReferenceOutput]
+"""(batch, whether its step taps) -> what the reference says."""
 
 
 class ReferenceModel(nn.Module):
-    """The frozen language model, answering with summed log-probs [B] of chosen and rejected answers."""
+    """The frozen language model: answers' log-probs, and tapped states at `layer` unless that is None."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, log_probs: bool = True, layer: int | None = None) -> None:
         super().__init__()
         self.model = model
+        self.log_probs = log_probs
+        self.layer = layer
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Log-probs in nats, float32; raises ValueError where the batch has no rejected answers."""
-        chosen, rejected = answer_log_probs(self.model, batch.chosen, batch.rejected, len(batch.bundle_ids))
-        if rejected is None:
-            raise ValueError("a reference is asked for bundles without rejected answers")
-        return chosen.total, rejected.total
+    def forward(self, batch: Batch, *, tap: bool = True) -> ReferenceOutput:
+        """Log-probs if it has them, and states if it has them and `tap`.
+
+        Raises ValueError where log-probs are asked of a batch without rejected answers.
+        """
+        n_bundles = len(batch.bundle_ids)
+        chosen = rejected = state = None
+        if self.log_probs:
+            answers = answer_log_probs(self.model, batch.chosen, batch.rejected, n_bundles)
+            if answers[1] is None:
+                raise ValueError("a reference is asked for bundles without rejected answers")
+            chosen, rejected = answers[0].total, answers[1].total
+        if self.layer is not None and tap:
+            state = tapped_states(self.model, response_prompts(batch.chosen, n_bundles), self.layer).float()
+        return ReferenceOutput(chosen, rejected, state)
 
 
-def online_reference(engine: Any) -> ReferenceLogProbs:
-    """Log-probs from a reference engine at every step."""
+def online_reference(engine: Any) -> Reference:
+    """What a reference engine says at every step."""
 
     @torch.no_grad()
-    def log_probs(batch: Batch) -> tuple[Tensor, Tensor]:
-        return engine(batch)
+    def ask(batch: Batch, tap: bool) -> ReferenceOutput:
+        return engine(batch, tap=tap)
 
-    return log_probs
+    return ask
 
 
-def cached_reference(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Log-probs that travelled with the batch."""
-    if batch.reference_chosen is None or batch.reference_rejected is None:
-        raise ValueError("the batch carries no cached reference log-probs")
-    return batch.reference_chosen, batch.reference_rejected
+def cached_reference(batch: Batch, tap: bool) -> ReferenceOutput:
+    """What travelled with the batch."""
+    if batch.reference_chosen is None and batch.reference_state is None:
+        raise ValueError("the batch carries nothing of a reference")
+    return ReferenceOutput(batch.reference_chosen, batch.reference_rejected, batch.reference_state)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.errors import MlcRayError
+from mlc_ray.train.collapse import Watch
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -33,9 +35,11 @@ class Tracker:
     def __init__(self, config: TrainConfig, run_folder: Path, start_step: int) -> None:
         self.run_folder = run_folder
         kept = [row for row in read_metrics(run_folder) if row["step"] <= start_step]
-        self.file = (run_folder / METRICS_FILE).open("w", encoding="utf-8")
+        self.watch = Watch(config.collapse)
         for row in kept:
-            self._write(row)
+            self.watch.see(row)
+        _replace_rows(run_folder / METRICS_FILE, kept)
+        self.file = (run_folder / METRICS_FILE).open("a", encoding="utf-8")
         self.tensorboard: Any = None
         self.wandb: Any = None
         self.mlflow: Any = None
@@ -64,8 +68,11 @@ class Tracker:
             mlflow.log_dict(config.model_dump(mode="json"), "config.json")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Write one optimizer step's numbers everywhere."""
-        self._write({"step": step, **metrics})
+        """Write one optimizer step's numbers everywhere, and `warnings` into its row where there are any."""
+        row: dict[str, Any] = {"step": step, **metrics}
+        if warnings := self.watch.see(row):
+            row["warnings"] = warnings
+        self._write(row)
         if self.tensorboard is not None:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -84,17 +91,51 @@ class Tracker:
         if self.mlflow is not None:
             self.mlflow.end_run()
 
-    def _write(self, row: dict[str, float]) -> None:
-        # NaN (no gradient norm, one bundle only) is not JSON: it is written as null
-        clean = {name: value if value == value else None for name, value in row.items()}
-        self.file.write(json.dumps(clean) + "\n")
+    def _write(self, row: dict[str, Any]) -> None:
+        self.file.write(_line(row))
         self.file.flush()
+
+
+def _line(row: dict[str, Any]) -> str:
+    # NaN (no gradient norm, one bundle only) is not JSON: it is written as null
+    return json.dumps({name: value if value == value else None for name, value in row.items()}) + "\n"
+
+
+def _replace_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    # By a rename: a worker that dies here must not take the rows of the steps before with it.
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(_line(row) for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def read_metrics(run_folder: Path) -> Iterator[dict[str, Any]]:
     """Rows of a run's metrics file so far; a last line still being written is left for the next call."""
-    path = run_folder / METRICS_FILE
-    if not path.exists():
-        return iter(())
-    text = path.read_text(encoding="utf-8")
-    return iter([json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()])
+    return iter(MetricsReader(run_folder).read())
+
+
+class MetricsReader:
+    """Follows a run's metrics file: each call of `read` returns the rows that are new since the one before."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / METRICS_FILE
+        self.offset = 0
+        self.file_id: int | None = None
+
+    def read(self) -> list[dict[str, Any]]:
+        """New whole rows; all of them again where the file is another one or shorter than it was."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self.file_id or status.st_size < self.offset:
+                self.file_id, self.offset = status.st_ino, 0
+            file.seek(self.offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        return [json.loads(line) for line in whole.decode("utf-8").splitlines()]

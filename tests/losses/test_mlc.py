@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mlc_ray.losses.mlc import between_bundle_cosine, leading_share, mlc_loss, mlc_losses, singular_values, unit_rows
+from mlc_ray.losses.mlc import leading_share, mlc_loss, mlc_losses, singular_values, unit_rows
 
 
 def plain_loss(z, temperature=0.2, scaling="leading"):
@@ -168,15 +168,11 @@ def test_leading_share():
     assert leading_share(values).tolist() == pytest.approx([1.0, 0.25])
 
 
-def test_between_bundle_cosine_sees_the_collapse_that_the_loss_does_not():
-    direction = random(1, 1, 16)
-    collapsed = direction.expand(3, 4, 16)
-    apart = torch.eye(3, 16, dtype=torch.float64).unsqueeze(1).expand(3, 4, 16)
-    present = torch.ones(3, 4, dtype=torch.bool)
-    assert mlc_loss(collapsed)[0].item() == pytest.approx(mlc_loss(apart)[0].item())
-    assert between_bundle_cosine(collapsed, present).item() == pytest.approx(1.0)
-    assert between_bundle_cosine(apart, present).item() == pytest.approx(0.0)
-    mixed = torch.cat([collapsed[:1], -collapsed[:1], apart[:1]])
-    only = torch.tensor([[True] * 4, [True] * 4, [False] * 4])
-    assert between_bundle_cosine(mixed, only).item() == pytest.approx(1.0)
-    assert math.isnan(between_bundle_cosine(mixed[:1], present[:1]).item())
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bundle_that_is_not_finite_is_nan_and_the_others_are_not(bad):
+    z = random(3, 4, 16)
+    z[1, 2, 5] = bad
+    losses, values = mlc_losses(z)
+    assert losses[1].isnan() and values[1].isnan().all()
+    alone, _ = mlc_losses(z[[0, 2]])
+    assert torch.equal(losses[[0, 2]], alone)

@@ -17,6 +17,7 @@ from mlc_ray.train.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    model_card,
     save_checkpoint,
     verified_manifest,
 )
@@ -239,3 +240,10 @@ def test_what_does_not_fit_is_refused_and_pickles_run_no_code(runs, tmp_path):
 
     alone = on_workers(1, load_refused, tmp_path / "w1", checkpoint, model_folder, {"world": ({}, FINGERPRINTS)}, "")
     assert "written by 2 workers, this run has 1: set cluster.workers=2" in alone[0]["world"]
+
+
+def test_the_card_names_the_anti_collapse_term():
+    manifest = {"step": 1, "bundles_consumed": 2, "fingerprints": {}, "versions": {}}
+    with_term = tiny_config(mlc={"anti_collapse": {"kind": "anchor", "weight": 0.25}})
+    assert "plus 0.25 x anti-collapse (anchor)" in model_card(with_term, manifest)
+    assert "anti-collapse" not in model_card(tiny_config(), manifest)

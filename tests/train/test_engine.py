@@ -1,13 +1,17 @@
 """Every ZeRO stage against a plain PyTorch loop written out here, which knows no DeepSpeed, padding or packing."""
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mlc_ray.data.order import epoch_order
-from mlc_ray.train.engine import engine_settings, full_state_dict, learning_rate
+from mlc_ray.errors import MlcRayError
+from mlc_ray.train.engine import engine_settings, full_state_dict, learning_rate, policy_engine
+from mlc_ray.train.loop import DivergedError
+from mlc_ray.types import ReferenceRow
 from tests.train.tiny import LANGUAGES, on_workers, random_rows, run_engine, tiny_config, tiny_model, wrapped
 
 BUNDLES, STEPS = 7, 4  # two epochs of two rounds of 4 slots: the second round of each holds 3 bundles and a padding one
@@ -44,7 +48,9 @@ def plain():
     rows, config = random_rows(BUNDLES), tiny_config()
     reference = tiny_model()
     table = {
-        row.bundle_id: tuple(float(answer_log_prob(reference, row, part)) for part in (row.chosen, row.rejected))
+        row.bundle_id: ReferenceRow(
+            *(float(answer_log_prob(reference, row, part)) for part in (row.chosen, row.rejected))
+        )
         for row in rows
     }
     module = wrapped(config)
@@ -78,7 +84,7 @@ def answer_log_prob(model, row, answer):
 def dpo(model, row, table, beta):
     chosen, rejected = (answer_log_prob(model, row, part) for part in (row.chosen, row.rejected))
     reference = table[row.bundle_id]
-    return -F.logsigmoid(beta * ((chosen - reference[0]) - (rejected - reference[1])))
+    return -F.logsigmoid(beta * ((chosen - reference.chosen) - (rejected - reference.rejected)))
 
 
 def plain_mlc(model, extractor, row, layer):
@@ -126,6 +132,52 @@ def test_first_dpo_loss_is_ln_2(trained):
     for name in SCENARIOS:
         tolerance = 1e-5 if "bf16" not in name else 5e-2
         assert trained[0][name][0][0]["loss/alignment"] == pytest.approx(math.log(2), abs=tolerance)
+
+
+def first_steps(rank):
+    """Weights before and after one bfloat16 step at stages 0 and 1, and what a model with a NaN weight ends in."""
+    states, before = {}, None
+    for stage in (0, 1):
+        config = tiny_config(
+            objective={"loss": "simpo"},
+            model={"dtype": "bfloat16"},
+            optimizer={"weight_decay": 0.1, "warmup_ratio": 0.0},
+            zero={"stage": stage},
+        )
+        engine = policy_engine(wrapped(config), config, torch.device("cpu"))
+        before = full_state_dict(engine)
+        before = {name: value.clone() for name, value in before.items()}
+        run_engine(config, random_rows(BUNDLES), 1, engine=engine)
+        states[stage] = {name: value.clone() for name, value in full_state_dict(engine).items()}
+    config = tiny_config(objective={"loss": "simpo"})
+    module = wrapped(config)
+    with torch.no_grad():
+        next(module.policy.parameters())[0, 0] = torch.nan
+        next(module.policy.parameters())[:, 1] = torch.nan
+    try:
+        run_engine(config, random_rows(BUNDLES), 1, engine=policy_engine(module, config, torch.device("cpu")))
+    except DivergedError as error:
+        return before, states, str(error)
+    return before, states, None
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    return on_workers(1, first_steps, tmp_path_factory.mktemp("first"))[0]
+
+
+def test_the_first_bfloat16_step_is_a_whole_one_at_every_stage(started):
+    before, states, _ = started
+    for name, value in before.items():
+        moved, expected = (states[stage][name].float() - value.float() for stage in (0, 1))
+        assert float((moved - expected).abs().mean()) < 5e-4, name  # the rate is 1e-2
+    moved = torch.cat([(states[0][name].float() - before[name].float()).abs().flatten() for name in before])
+    assert float(moved.median()) == pytest.approx(1e-2, rel=0.1)
+
+
+def test_a_loss_that_is_not_finite_ends_with_advice(started):
+    assert isinstance(DivergedError("x"), MlcRayError)
+    assert re.search(r"loss/total is nan at step 1; lower optimizer.learning_rate", started[2])
 
 
 def test_schedules():

@@ -147,6 +147,7 @@ def batch_of(case, tensors):
     place = torch.arange(pairs * languages)
     return Batch(
         bundle_ids=tuple(str(i) for i in range(pairs)),
+        kinds=("harmful",) * pairs,
         languages=tuple(f"l{i}" for i in range(languages)),
         weight=torch.ones(pairs),
         chosen=responses(list(range(pairs))),

@@ -24,8 +24,10 @@ from mlc_ray.train.model import (
     final_norm,
     load_policy,
     resolve_layer,
+    response_prompts,
     tapped_states,
 )
+from mlc_ray.train.reference import ReferenceModel
 from tests.train.tiny import LANGUAGES, random_rows, tiny_model
 
 SMALL = {
@@ -89,8 +91,9 @@ def test_packed_forward_equals_unpacked(name, attention):
                 place = LANGUAGES.index(language)
                 assert output.present[index, place]
                 assert torch.allclose(output.representations[index, place], expected, atol=1e-4)
+                assert torch.allclose(output.tapped[index, place], states[layer][0, -1], rtol=1e-4, atol=1e-4)
     absent = ~output.present
-    assert absent.sum() == 1 and (output.representations[absent] == 0).all()
+    assert absent.sum() == 1 and (output.representations[absent] == 0).all() and (output.tapped[absent] == 0).all()
 
 
 @pytest.mark.parametrize("attention", ["packed", "sdpa"])
@@ -243,6 +246,33 @@ def test_lora_names_modules_that_do_not_exist():
     settings = ModelSection.model_validate({"path": "tiny", "lora": {"target_modules": ["query"]}})
     with pytest.raises(ModelError, match=r"model.lora.target_modules=\['query'\]"):
         add_adapters(tiny_model(), settings)
+
+
+def test_response_prompts_are_cut_out_of_the_answers():
+    rows = random_rows(4)
+    for responses in (batch(rows).chosen, batch(rows).rejected):
+        prompts = response_prompts(responses, 4)
+        expected = [row.prompts[row.response_prompt] for row in rows]
+        assert prompts.sequences.lengths == tuple(map(len, expected))
+        assert prompts.sequences.input_ids[0].tolist() == [token for prompt in expected for token in prompt]
+        assert prompts.sequences.position_ids[0].tolist() == [i for prompt in expected for i in range(len(prompt))]
+        ends = [sum(map(len, expected[: i + 1])) - 1 for i in range(4)]
+        assert prompts.tapped.tolist() == ends
+        assert prompts.bundle_of_prompt.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_the_reference_says_what_the_untrained_policy_would(layer):
+    rows = random_rows(3)
+    module = PolicyWithExtractor(tiny_model(), layer=layer, extractor_dim=16, seed=0)
+    output = module(batch(rows), tap=True)
+    said = ReferenceModel(tiny_model(), layer=layer)(batch(rows))
+    english = LANGUAGES.index("en")
+    assert torch.allclose(said.state, output.tapped[:, english], atol=1e-5)
+    assert torch.allclose(said.chosen, output.chosen.total) and torch.allclose(said.rejected, output.rejected.total)
+    states = ReferenceModel(tiny_model(), log_probs=False, layer=layer)
+    assert states(batch(rows)).chosen is None and torch.equal(states(batch(rows)).state, said.state)
+    assert states(batch(rows), tap=False).state is None
 
 
 def test_tapped_states_leave_the_model_as_it_was():

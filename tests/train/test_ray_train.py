@@ -25,7 +25,7 @@ STEPS = 8
 
 
 @pytest.fixture(scope="module")
-def workplace(smollm2, repository, tmp_path_factory):
+def run_place(smollm2, repository, tmp_path_factory):
     """A small random Llama with SmolLM2's tokenizer, twelve bundles of the sample, and a config file."""
     folder = tmp_path_factory.mktemp("runs")
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
@@ -47,7 +47,7 @@ def workplace(smollm2, repository, tmp_path_factory):
         "output_dir": str(folder),
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {"train": [{"path": str(folder / "bundles.jsonl")}], "languages": ["en", "sw", "zh"]},
-        "mlc": {"layer": 3, "every": 2, "extractor_dim": 32},
+        "mlc": {"layer": 3, "every": 2, "extractor_dim": 32, "anti_collapse": {"kind": "anchor"}},
         "optimizer": {"learning_rate": 1e-3},
         "train": {"epochs": 4, "max_steps": STEPS, "bundles_per_worker": 1, "gradient_accumulation_steps": 2},
         "zero": {"stage": 2},
@@ -58,8 +58,8 @@ def workplace(smollm2, repository, tmp_path_factory):
     return folder
 
 
-def configured(workplace, *overrides):
-    return load_config(TrainConfig, workplace / "config.yaml", overrides)
+def configured(run_place, *overrides):
+    return load_config(TrainConfig, run_place / "config.yaml", overrides)
 
 
 def losses(run):
@@ -67,11 +67,11 @@ def losses(run):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_local, workplace):
-    return train(configured(workplace))
+def undisturbed(ray_local, run_place):
+    return train(configured(run_place))
 
 
-def test_a_run_leaves_what_it_should(undisturbed, workplace):
+def test_a_run_leaves_what_it_should(undisturbed, run_place):
     run = undisturbed.run_folder
     assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint_000006", "checkpoint_000008"]
@@ -80,23 +80,26 @@ def test_a_run_leaves_what_it_should(undisturbed, workplace):
     rows = list(read_metrics(run))
     assert [row["bundles_consumed"] for row in rows] == [4, 8, 12, 16, 20, 24, 28, 32]
     assert rows[0]["loss/alignment"] == pytest.approx(0.693147, abs=1e-4)
-    assert {"mlc/leading_share", "mlc/between_bundle_cosine", "loss/mlc"} <= rows[0].keys()
+    measures = {"collapse/between_bundle_cosine", "collapse/effective_rank", "collapse/effective_rank_share"}
+    assert {"mlc/leading_share", "loss/mlc", "loss/anti_collapse"} | measures <= rows[0].keys()
     assert "loss/mlc" not in rows[1]
     assert any((run / "tensorboard").iterdir())
-    assert load_run_config(run) == configured(workplace)
+    assert load_run_config(run) == configured(run_place)
     described = json.loads((run / "run.json").read_text())
     assert described["total_steps"] == STEPS and described["bundles"] == 12
 
 
-def test_an_existing_run_is_not_overwritten(undisturbed, workplace):
+def test_an_existing_run_is_not_overwritten(undisturbed, run_place):
     with pytest.raises(RunError, match=r"exists already: choose another name.*--resume"):
-        train(configured(workplace))
+        train(configured(run_place))
 
 
-def test_cached_and_online_references_give_the_same_losses(undisturbed, workplace):
-    online = train(configured(workplace, "name=online", "reference=online"))
-    for (_, cached), (_, live) in zip(losses(undisturbed.run_folder), losses(online.run_folder), strict=True):
-        assert live == pytest.approx(cached, rel=1e-5)
+def test_cached_and_online_references_give_the_same_losses(undisturbed, run_place):
+    online = train(configured(run_place, "name=online", "reference=online"))
+    for cached, live in zip(read_metrics(undisturbed.run_folder), read_metrics(online.run_folder), strict=True):
+        for name in ("loss/total", "loss/alignment"):
+            assert live[name] == pytest.approx(cached[name], rel=1e-5)
+        assert live.get("loss/anti_collapse", 0) == pytest.approx(cached.get("loss/anti_collapse", 0), rel=1e-5)
 
 
 def kill_a_worker_after_step(run, step, killed):
@@ -110,27 +113,27 @@ def kill_a_worker_after_step(run, step, killed):
             return
 
 
-def test_a_killed_worker_is_recovered_from_exactly(undisturbed, workplace):
+def test_a_killed_worker_is_recovered_from_exactly(undisturbed, run_place):
     killed = []
     watcher = threading.Thread(
-        target=kill_a_worker_after_step, args=(workplace / "killed_worker", 5, killed), daemon=True
+        target=kill_a_worker_after_step, args=(run_place / "killed_worker", 5, killed), daemon=True
     )
     watcher.start()
-    result = train(configured(workplace, "name=killed_worker", "cluster.max_failures=1"))
+    result = train(configured(run_place, "name=killed_worker", "cluster.max_failures=1"))
     watcher.join(timeout=5)
     assert killed
     assert losses(result.run_folder) == losses(undisturbed.run_folder)
 
 
-def test_a_killed_driver_is_resumed_from_exactly(undisturbed, workplace):
-    run = workplace / "killed_driver"
-    command = [sys.executable, "-m", "mlc_ray", "train", "--config", str(workplace / "config.yaml")]
-    with (workplace / "driver.log").open("wb") as log:
+def test_a_killed_driver_is_resumed_from_exactly(undisturbed, run_place):
+    run = run_place / "killed_driver"
+    command = [sys.executable, "-m", "mlc_ray", "train", "--config", str(run_place / "config.yaml")]
+    with (run_place / "driver.log").open("wb") as log:
         driver = subprocess.Popen(
             [*command, "--set", "name=killed_driver"], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         while not any(row["step"] >= 5 for row in read_metrics(run)):
-            assert driver.poll() is None, (workplace / "driver.log").read_text()
+            assert driver.poll() is None, (run_place / "driver.log").read_text()
             time.sleep(0.02)
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from mlc_ray.train.console import COLUMNS, RunDisplay, header, table_row
-from mlc_ray.train.tracking import METRICS_FILE, Tracker, TrackingError, check_trackers, read_metrics
+from mlc_ray.train.tracking import METRICS_FILE, MetricsReader, Tracker, TrackingError, check_trackers, read_metrics
 from tests.train.tiny import tiny_config
 
 
@@ -23,11 +23,47 @@ def test_steps_after_the_resumed_one_are_forgotten(tmp_path):
 
 def test_nan_is_written_as_null_and_a_half_written_line_is_left_for_later(tmp_path):
     tracker = Tracker(tiny_config(logging={"tensorboard": False}), tmp_path, start_step=0)
-    tracker.log(1, {"mlc/between_bundle_cosine": float("nan")})
+    tracker.log(1, {"collapse/between_bundle_cosine": float("nan")})
     tracker.close()
     with (tmp_path / METRICS_FILE).open("a") as file:
         file.write('{"step": 2, "loss/to')
-    assert list(read_metrics(tmp_path)) == [{"step": 1, "mlc/between_bundle_cosine": None}]
+    assert list(read_metrics(tmp_path)) == [{"step": 1, "collapse/between_bundle_cosine": None}]
+
+
+def test_kept_rows_replace_the_file_as_a_whole(tmp_path, monkeypatch):
+    config = tiny_config(logging={"tensorboard": False})
+    first = Tracker(config, tmp_path, start_step=0)
+    for step in (1, 2):
+        first.log(step, {"loss/total": float(step)})
+    first.close()
+
+    def die(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr("os.fsync", die)
+        Tracker(config, tmp_path, start_step=2)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_reader_gives_each_row_once_and_starts_again_with_another_file(tmp_path):
+    config = tiny_config(logging={"tensorboard": False})
+    reader = MetricsReader(tmp_path)
+    assert reader.read() == []
+    tracker = Tracker(config, tmp_path, start_step=0)
+    tracker.log(1, {"loss/total": 1.0})
+    assert [row["step"] for row in reader.read()] == [1]
+    tracker.log(2, {"loss/total": 2.0})
+    tracker.log(3, {"loss/total": 3.0})
+    assert [row["step"] for row in reader.read()] == [2, 3]
+    assert reader.read() == []
+    tracker.close()
+    again = Tracker(config, tmp_path, start_step=1)
+    again.log(2, {"loss/total": 20.0})
+    again.log(3, {"loss/total": 30.0})
+    again.log(4, {"loss/total": 40.0})
+    again.close()
+    assert [row["loss/total"] for row in reader.read()] == [1.0, 20.0, 30.0, 40.0]
 
 
 def test_tensorboard_holds_the_numbers(tmp_path):
@@ -58,3 +94,5 @@ def test_display_shows_each_step_once_in_aligned_columns(tmp_path):
     assert [int(line.split()[0]) for line in lines] == [2, 4, 5]
     assert len(header()) == len(table_row(rows[0])) == 6 + 9 * len(COLUMNS)
     assert table_row(rows[0]).split()[1:4] == ["0.5000", "-", "-"]
+    with_term = dict(zip(header().split(), table_row({"step": 1, "loss/anti_collapse": 0.25}).split(), strict=True))
+    assert with_term["anti"] == "0.2500" and with_term["mlc"] == "-"

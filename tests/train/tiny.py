@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mlc_ray.config import TrainConfig
 from mlc_ray.data.batches import collate
 from mlc_ray.data.order import plan_rank
+from mlc_ray.losses.objective import Objective
 from mlc_ray.train import engine as engines
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, resolve_layer
@@ -123,10 +124,15 @@ def run_engine(config, rows, steps, table=None, save=None, engine=None, progress
     device = torch.device("cpu")
     engine = engine or engines.policy_engine(wrapped(config), config, device)
     reference = None
-    if config.objective.needs_reference:
+    if config.needs_reference:
         reference = cached_reference
         if config.reference == "online":
-            frozen = ReferenceModel(tiny_model().to(getattr(torch, config.model.dtype)))
+            objective = Objective(config.objective, config.mlc)
+            frozen = ReferenceModel(
+                tiny_model().to(getattr(torch, config.model.dtype)),
+                log_probs=objective.needs_reference_log_probs,
+                layer=resolve_layer(config.mlc.layer, 3) if objective.needs_reference_state else None,
+            )
             reference = online_reference(engines.reference_engine(frozen, config))
     progress = progress or Progress()
     history = []

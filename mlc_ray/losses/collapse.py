@@ -1,0 +1,105 @@
+"""Measures of collapse: how alike bundles of different meanings have become. See docs/collapse.md.
+
+Pure functions of detached tensors; none is differentiated. The two that compare bundles look at the extractor's outputs
+of one optimizer step, `separability` at hidden states before the extractor.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlc_ray.losses.mlc import unit_rows
+
+MIN_PER_KIND = 8
+"""Fewest bundles of each kind for `separability`: at 8 and 8, the AUC of a coin has a standard deviation of 0.15."""
+
+RIDGE = 0.1
+"""Ridge of the probe, in units of the states' mean squared distance from their mean."""
+
+
+def between_bundle_cosine(representations: Tensor, present: Tensor) -> Tensor:
+    """Mean |cosine| between rows [N, L, D] that belong to *different* bundles, over present [N, L] rows: a scalar.
+
+    Near 1 means that bundles of different meanings share one direction, which the MLC loss does not forbid. NaN when
+    fewer than two bundles have a language.
+    """
+    rows = unit_rows(representations.detach(), present)
+    flat, mask = rows.flatten(0, 1), present.flatten()
+    bundle = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.shape[1])
+    different = (bundle.unsqueeze(0) != bundle.unsqueeze(1)) & mask.unsqueeze(0) & mask.unsqueeze(1)
+    cosines = (flat @ flat.T).abs()
+    return (cosines * different).sum() / different.sum()
+
+
+def effective_rank(representations: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Effective rank of the bundle means of [N, L, D], and its share of the most it can be: two scalars.
+
+    exp(-sum_k p_k ln p_k) with p = s / sum s, the singular values of the n x D matrix of means scaled to unit length
+    (Roy and Vetterli 2007, "The effective rank", EUSIPCO). The mean of a bundle is that of its unit rows over present
+    [N, L] languages; n counts bundles with a language. It lies between 1, where all bundles share one direction, and
+    min(n, D), where they are orthogonal; the share is (rank - 1) / (min(n, D) - 1), from 0 to 1. The means are not
+    centred: the difference that collapse takes away is the one between them and their common direction. Both are NaN
+    when n < 2 or D = 1, or when a representation is not finite.
+    """
+    rows = unit_rows(representations.detach(), present)
+    means = F.normalize(rows.sum(dim=1)[present.any(dim=1)], dim=-1)
+    most = min(means.shape)
+    if most < 2 or not torch.isfinite(means).all():  # a run that diverges must reach the error that says so
+        nan = rows.new_tensor(float("nan"))
+        return nan, nan
+    values = torch.linalg.svdvals(means)
+    shares = values / values.sum()
+    rank = torch.special.entr(shares).sum().exp()
+    return rank, (rank - 1) / (most - 1)
+
+
+def separability(states: Tensor, present: Tensor, harmful: Tensor) -> Tensor:
+    """How well a linear probe tells harmful from benign bundles by their hidden states: an AUC, a scalar.
+
+    `states` [N, L, H] of N different bundles, `present` [N, L], `harmful` [N]. For each language with at least
+    `MIN_PER_KIND` bundles of each kind, `probe_auc`; the result is the mean over these languages, so that a language
+    whose kinds have become one is not hidden behind English. 1 is perfect, 0.5 is chance; NaN where no language has
+    enough bundles, as in data of one kind. A probe sees differences of any size: a value near 1 does not say that the
+    model acts on the difference. Values well below 0.5 come from data in matched pairs, a benign twin for each harmful
+    bundle, whose common form outweighs their kind: the twin left in training answers for the bundle left out.
+    """
+    scores = []
+    for language in range(states.shape[1]):
+        here = present[:, language]
+        labels = harmful[here]
+        if min(int(labels.sum()), int((~labels).sum())) >= MIN_PER_KIND:
+            scores.append(probe_auc(states[here, language], labels))
+    return torch.stack(scores).mean() if scores else torch.tensor(float("nan"), dtype=torch.float64)
+
+
+def probe_auc(states: Tensor, positive: Tensor) -> Tensor:
+    """Leave-pair-out AUC of a ridge classifier on states [N, H], labels `positive` [N]; float64, closed form.
+
+    For every pair of a positive and a negative, the probe is trained on the other N - 2 rows and asked which of the two
+    scores higher; the AUC is the share of pairs in order, ties counting one half. Leaving out single rows would be
+    biased below chance, because the row left out shifts the training labels the other way (Airola et al. 2011, "An
+    experimental comparison of cross-validation techniques for estimating the area under the ROC curve"). With the
+    kernel K of centred states, G = (K + 1 + ridge I)^-1 and alpha = G y, labels y of +1 and -1, predictions for a
+    held-out set S are y_S - G_SS^-1 alpha_S: no probe is trained twice.
+    """
+    centred = states.detach().double()
+    centred = centred - centred.mean(dim=0)
+    kernel = centred @ centred.T
+    scale = kernel.diagonal().mean()
+    kernel = kernel / torch.where(scale > 0, scale, torch.ones_like(scale))
+    identity = torch.eye(len(states), dtype=kernel.dtype, device=kernel.device)
+    inverse = torch.linalg.inv(kernel + 1.0 + RIDGE * identity)  # 1: a constant feature, the intercept
+    labels = torch.where(positive, 1.0, -1.0).to(kernel.dtype)
+    alpha = inverse @ labels
+    ups, downs = positive.nonzero()[:, 0], (~positive).nonzero()[:, 0]
+    own_up, own_down = inverse.diagonal()[ups].unsqueeze(1), inverse.diagonal()[downs].unsqueeze(0)
+    cross = inverse[ups][:, downs]
+    determinant = own_up * own_down - cross.square()
+    alpha_up, alpha_down = alpha[ups].unsqueeze(1), alpha[downs].unsqueeze(0)
+    score_up = 1.0 - (own_down * alpha_up - cross * alpha_down) / determinant
+    score_down = -1.0 - (own_up * alpha_down - cross * alpha_up) / determinant
+    difference = score_up - score_down
+    tie = difference.abs() < 1e-9  # identical states score alike up to rounding
+    return torch.where(tie, 0.5, (difference > 0).double()).mean()

@@ -1,0 +1,56 @@
+"""What workers tell each other beside gradients: tensors of equal shape from each, laid one after another by rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlc_ray.losses.anti_collapse import Round
+
+
+def distributed() -> bool:
+    """Whether there is more than one worker."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """All workers' `tensor` [B, ...] as [workers x B, ...], without gradient; every worker must call it."""
+    if not distributed():
+        return tensor.detach()
+    own = tensor.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return torch.cat(parts)
+
+
+def gather_round(representations: Tensor, present: Tensor, weight: Tensor) -> Round:
+    """The round of which this worker forwarded [B, L, D]; every worker must then take the same loss of all of it.
+
+    The mean over workers of that loss's gradients, which is what DeepSpeed takes, is then the gradient of the loss.
+    """
+    if not distributed():
+        return Round(representations, present, weight)
+    gathered: Tensor = _GatherWithGradient.apply(representations)
+    return Round(gathered, gather(present), gather(weight), first=dist.get_rank() * len(representations))
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """`gather`, whose gradient is this worker's own part times the number of workers.
+
+    Each worker holds the same loss of the gathered tensor, so that the gradient of its own part is complete: a
+    reduction over workers in backward, in the middle of ZeRO's own collectives, is not needed. The factor undoes the
+    mean over workers that follows.
+    """
+
+    @staticmethod
+    def forward(context: Any, own: Tensor) -> Tensor:
+        context.bundles = len(own)
+        return gather(own)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        first = dist.get_rank() * context.bundles
+        return gradients[0][first : first + context.bundles] * dist.get_world_size()

@@ -1,0 +1,280 @@
+"""The terms against collapse: values and gradients against plain loops, who takes part, limits, collapse itself."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mlc_ray.config import AntiCollapseSection, MlcSection, ObjectiveSection
+from mlc_ray.losses.anti_collapse import Round, anchor_losses, contrast_losses, variance_losses
+from mlc_ray.losses.objective import Objective
+from mlc_ray.types import ResponseLogProbs
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def orthogonal(size, seed=0):
+    return torch.linalg.qr(random(size, size, seed=seed)).Q
+
+
+PRESENT = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+
+
+def plain_contrast(z, present, temperature):
+    """Loop over rows, positives and negatives; bundles without a positive or a negative cost nothing."""
+    rows = {(b, i): F.normalize(z[b, i], dim=0) for b in range(len(z)) for i in range(z.shape[1]) if present[b, i]}
+    losses = []
+    for bundle in range(len(z)):
+        of_rows = []
+        for anchor in (key for key in rows if key[0] == bundle):
+            others = [key for key in rows if key != anchor]
+            positives = [key for key in others if key[0] == bundle]
+            if not positives or len(positives) == len(others):
+                continue
+            below = sum(torch.exp(rows[anchor] @ rows[key] / temperature) for key in others)
+            shares = [torch.exp(rows[anchor] @ rows[key] / temperature) / below for key in positives]
+            of_rows.append(-sum(map(torch.log, shares)) / len(shares))
+        losses.append(sum(of_rows) / len(of_rows) if of_rows else torch.zeros((), dtype=z.dtype))
+    return torch.stack(losses)
+
+
+def plain_variance(z, present, target_std):
+    """The definition on the D x D covariance, by torch.cov."""
+    means = [
+        torch.stack([F.normalize(row, dim=0) for row, there in zip(bundle, mask, strict=True) if there]).mean(dim=0)
+        for bundle, mask in zip(z, present, strict=True)
+        if mask.any()
+    ]
+    number, size = len(means), z.shape[-1]
+    covariance = torch.cov(torch.stack(means).T)
+    std = (size * covariance.diagonal() + 1e-4).sqrt()
+    spread = torch.clamp(target_std - std, min=0).mean()
+    squares = torch.linalg.matrix_norm(covariance) ** 2 - covariance.trace() ** 2 / min(number - 1, size)
+    return spread + squares / (covariance.trace() + 0.01) ** 2 / 25
+
+
+def plain_anchor(h, present, r):
+    losses = []
+    for bundle, mask, target in zip(h, present, r, strict=True):
+        of_rows = [((row - target) ** 2).sum() / (target**2).sum() for row, m in zip(bundle, mask, strict=True) if m]
+        losses.append(sum(of_rows) / len(of_rows) if of_rows else torch.zeros((), dtype=h.dtype))
+    return torch.stack(losses)
+
+
+def test_contrast_equals_the_plain_loop():
+    ours, theirs = (random(5, 4, 8).requires_grad_() for _ in range(2))
+    losses, expected = contrast_losses(ours, PRESENT, temperature=0.3), plain_contrast(theirs, PRESENT, 0.3)
+    assert torch.allclose(losses, expected, rtol=1e-10)
+    assert (losses[[2, 3]] == 0).all() and (losses[[0, 1, 4]] > 0).all()
+    (losses * torch.arange(5)).sum().backward()
+    (expected * torch.arange(5)).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-8, atol=1e-12)
+    assert (ours.grad[~PRESENT] == 0).all()
+
+
+@pytest.mark.parametrize("size", [3, 8, 40])
+def test_variance_equals_the_plain_definition(size):
+    ours, theirs = (random(5, 4, size).requires_grad_() for _ in range(2))
+    losses, expected = variance_losses(ours, PRESENT, target_std=0.9), plain_variance(theirs, PRESENT, 0.9)
+    assert torch.allclose(losses, expected * PRESENT.any(dim=1), rtol=1e-9)
+    losses.sum().backward()
+    (4 * expected).backward()
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-7, atol=1e-12)
+    assert (ours.grad[~PRESENT] == 0).all()
+
+
+def test_anchor_equals_the_plain_loop_and_leaves_the_reference_alone():
+    ours, theirs = (random(5, 4, 8).requires_grad_() for _ in range(2))
+    reference = random(5, 8, seed=1).requires_grad_()
+    losses, expected = anchor_losses(ours, PRESENT, reference), plain_anchor(theirs, PRESENT, reference.detach())
+    assert torch.allclose(losses, expected, rtol=1e-10)
+    losses.sum().backward()
+    expected.sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9)
+    assert reference.grad is None
+    at_rest = reference.detach().unsqueeze(1).expand(5, 4, 8)
+    assert (anchor_losses(at_rest, PRESENT, reference) == 0).all()
+
+
+TERMS = {
+    "contrast": lambda z, present: contrast_losses(z, present, temperature=0.2),
+    "variance": lambda z, present: variance_losses(z, present, target_std=1.0),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_what_stands_in_rows_that_take_no_part_does_not_matter(name):
+    z = random(5, 4, 8)
+    other = torch.where(PRESENT.unsqueeze(-1), z, random(5, 4, 8, seed=9) * 100)
+    kept = PRESENT.any(dim=1)
+    losses = TERMS[name](z, PRESENT)
+    assert torch.equal(losses, TERMS[name](other, PRESENT))
+    assert torch.allclose(losses[kept], TERMS[name](z[kept], PRESENT[kept]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_order_of_bundles_and_languages_and_scale_do_not_matter(name):
+    z, losses = random(5, 4, 8), TERMS[name](random(5, 4, 8), PRESENT)
+    bundles, languages = torch.tensor([3, 1, 4, 0, 2]), torch.tensor([2, 0, 3, 1])
+    moved = TERMS[name](z[bundles][:, languages], PRESENT[bundles][:, languages])
+    assert torch.allclose(moved, losses[bundles], rtol=1e-12)
+    assert torch.allclose(TERMS[name](z * random(5, 4, 1, seed=2).abs(), PRESENT), losses, rtol=1e-10)
+
+
+def test_rotations_do_not_matter_to_contrast_and_anchor():
+    z, turn, r = random(5, 4, 8), orthogonal(8), random(5, 8, seed=1)
+    assert torch.allclose(TERMS["contrast"](z @ turn, PRESENT), TERMS["contrast"](z, PRESENT), rtol=1e-9)
+    assert torch.allclose(anchor_losses(z @ turn, PRESENT, r @ turn), anchor_losses(z, PRESENT, r), rtol=1e-9)
+
+
+def test_contrast_sees_signs():
+    z = random(3, 1, 8).expand(3, 4, 8)
+    everyone = torch.ones(3, 4, dtype=torch.bool)
+    flipped = z * torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64).view(1, 4, 1)
+    assert (TERMS["contrast"](flipped, everyone) > TERMS["contrast"](z, everyone) + 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("noise", [0.0, 1e-12, 1e-6, 1e-3])
+@pytest.mark.parametrize("name", TERMS)
+def test_finite_at_collapse(name, noise, dtype):
+    z = (random(1, 1, 32).expand(4, 5, 32) + noise * random(4, 5, 32)).to(dtype).requires_grad_()
+    everyone = torch.ones(4, 5, dtype=torch.bool)
+    losses = TERMS[name](z, everyone)
+    losses.mean().backward()
+    assert torch.isfinite(losses).all() and torch.isfinite(z.grad).all()
+    assert z.grad.norm() < 100
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("bundles", [2, 3, 6])
+def test_spreading_from_collapse_always_lowers_the_term(name, bundles):
+    common, own = F.normalize(random(1, 1, 64), dim=-1), F.normalize(random(bundles, 1, 64, seed=1), dim=-1)
+    everyone = torch.ones(bundles, 3, dtype=torch.bool)
+    values = [
+        float(TERMS[name](((1 - part) * common + part * own).expand(bundles, 3, 64), everyone).mean())
+        for part in (0.0, 0.01, 0.03, 0.1, 0.3, 0.6, 1.0)
+    ]
+    assert values == sorted(values, reverse=True) and values[0] - values[-1] > 0.3
+
+
+def test_contrast_at_collapse_and_at_its_best():
+    everyone = torch.ones(3, 4, dtype=torch.bool)
+    collapsed = random(1, 1, 16).expand(3, 4, 16)
+    assert contrast_losses(collapsed, everyone, temperature=0.1).tolist() == pytest.approx([math.log(11)] * 3)
+    apart = torch.eye(3, 16, dtype=torch.float64).unsqueeze(1).expand(3, 4, 16)
+    best = -math.log(math.exp(10) / (3 * math.exp(10) + 8))
+    assert contrast_losses(apart, everyone, temperature=0.1).tolist() == pytest.approx([best] * 3)
+
+
+def test_off_diagonal_covariance_of_few_bundles_would_reward_collapse():
+    """Why `variance_losses` does not take VICReg's covariance term as it stands."""
+
+    def off_diagonal(means):
+        covariance = torch.cov(8 * means.T)  # 8 = sqrt(64)
+        return (covariance.square().sum() - covariance.diagonal().square().sum()) / 64
+
+    apart = torch.eye(2, 64, dtype=torch.float64) @ orthogonal(64)
+    together = apart * 0.1 + apart.mean(dim=0) * 0.9
+    assert off_diagonal(apart) > 10 > 0.1 > off_diagonal(together)
+    assert variance_losses(together.unsqueeze(1), torch.ones(2, 1, dtype=torch.bool), target_std=1.0)[0] > 0.5
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("present", [PRESENT[2:3], PRESENT[:1], PRESENT[2:4]])
+def test_fewer_than_two_bundles_cost_nothing(name, present):
+    z = random(len(present), 4, 8).requires_grad_()
+    losses = TERMS[name](z, present)
+    losses.sum().backward()
+    assert (losses == 0).all() and (z.grad == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------- in the objective
+
+
+def inputs(bundles, seed=0):
+    answers = [ResponseLogProbs(-random(bundles, seed=i).abs() * 9, torch.full((bundles,), 4)) for i in (1, 2)]
+    return {"chosen": answers[0], "rejected": answers[1]}
+
+
+def objective(loss="simpo", **anti):
+    return Objective(ObjectiveSection(loss=loss), MlcSection(anti_collapse=AntiCollapseSection(**anti)))
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_the_total_adds_the_weighted_term_over_the_whole_round(kind):
+    z, weight = random(5, 4, 8).requires_grad_(), torch.tensor([1.25, 1.25, 1.25, 0.0, 1.25], dtype=torch.float64)
+    everyone = torch.ones(5, 4, dtype=torch.bool)
+    together = Round(z, everyone, weight, first=2)
+    own = {"weight": weight[2:4], "representations": z[2:4], "present": everyone[2:4], **inputs(2)}
+    plain = Objective(ObjectiveSection(loss="simpo"), MlcSection()).total_loss(**own)
+    result = objective(kind=kind, weight=0.7).total_loss(**own, together=together)
+    real = z[[0, 1, 2, 4]]
+    if kind == "contrast":
+        losses = contrast_losses(real, everyone[:4], temperature=0.1)
+    else:
+        losses = variance_losses(real, everyone[:4], target_std=1.0)
+    assert result.loss.item() == pytest.approx(plain.loss.item() + 0.7 * losses.mean().item())
+    assert result.metrics["loss/anti_collapse"].tolist() == pytest.approx([losses[2].item(), 0.0])
+    result.loss.backward()
+    assert (z.grad[3] == 0).all() and (z.grad[[0, 1, 2, 4]] != 0).any(dim=2).all()
+    assert "loss/anti_collapse" not in plain.metrics
+
+
+def test_anchor_halves_add_up_to_one_batch():
+    h, r, z, weight = random(4, 3, 8), random(4, 8, seed=1), random(4, 3, 6, seed=2), torch.ones(4).double()
+    everyone = torch.ones(4, 3, dtype=torch.bool)
+    term = objective(kind="anchor", weight=0.5)
+
+    def run(part, h):
+        answers = {
+            name: ResponseLogProbs(answer.total[part], answer.length[part]) for name, answer in inputs(4).items()
+        }
+        return term.total_loss(
+            weight=weight[part],
+            representations=z[part],
+            present=everyone[part],
+            tapped=h[part],
+            reference_state=r[part],
+            **answers,
+        ).loss
+
+    whole, halves = h.clone().requires_grad_(), h.clone().requires_grad_()
+    run(slice(0, 4), whole).backward()
+    for part in (slice(0, 2), slice(2, 4)):
+        (run(part, halves) / 2).backward()
+    assert torch.allclose(whole.grad, halves.grad, rtol=1e-10)
+
+
+def test_facts_of_the_objective():
+    facts = {
+        (loss, kind): (o.needs_reference, o.needs_reference_log_probs, o.needs_reference_state, o.needs_round)
+        for loss in ("dpo", "sft")
+        for kind in ("contrast", "anchor", "variance")
+        for o in [objective(loss, kind=kind)]
+    }
+    assert facts == {
+        ("dpo", "contrast"): (True, True, False, True),
+        ("dpo", "anchor"): (True, True, True, False),
+        ("dpo", "variance"): (True, True, False, True),
+        ("sft", "contrast"): (False, False, False, True),
+        ("sft", "anchor"): (True, False, True, False),
+        ("sft", "variance"): (False, False, False, True),
+    }
+
+
+@pytest.mark.parametrize("kind", ["contrast", "anchor", "variance"])
+def test_a_missing_part_is_named(kind):
+    z = random(2, 3, 8)
+    with pytest.raises(ValueError, match=f"mlc.anti_collapse.kind='{kind}' needs"):
+        objective(kind=kind).total_loss(
+            weight=torch.ones(2), representations=z, present=torch.ones(2, 3, dtype=torch.bool), **inputs(2)
+        )
+
+
+def test_steps_without_the_mlc_term_have_no_anti_collapse_term():
+    result = objective(kind="anchor").total_loss(weight=torch.ones(2).double(), **inputs(2))
+    assert set(result.metrics) & {"loss/mlc", "loss/anti_collapse"} == set()

@@ -1,0 +1,45 @@
+"""A run's name and its paths: what is settled before anything is trained, without Ray."""
+
+import pytest
+
+from mlc_ray.train.ray_train import RunError, _claimed, _run_folder, _with_absolute_paths, load_run_config
+from tests.train.tiny import tiny_config
+
+
+def test_a_name_is_taken_before_data_are_prepared(tmp_path):
+    config = tiny_config(output_dir=str(tmp_path))
+    folder = _run_folder(config, None)
+    with _claimed(folder, config):
+        assert load_run_config(folder) == config
+        with pytest.raises(RunError, match=r"exists already: choose another name.*--resume"):
+            _run_folder(config, None)
+        # another run that looked before this one took the name
+        with pytest.raises(RunError, match=r"exists already"), _claimed(folder, config):
+            raise AssertionError("claimed twice")
+        assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert load_run_config(folder) == config
+    assert _run_folder(config, folder) == folder  # --resume takes it, with or without a checkpoint
+
+
+def test_a_name_is_free_again_when_preparing_fails(tmp_path):
+    config = tiny_config(output_dir=str(tmp_path))
+    folder = _run_folder(config, None)
+    with pytest.raises(ValueError, match="bad row"), _claimed(folder, config):
+        raise ValueError("bad row")
+    assert not folder.exists()
+    with _claimed(_run_folder(config, None), config):
+        pass
+
+
+def test_local_paths_are_kept_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "a.jsonl").write_text("")
+    sources = [{"path": "a.jsonl", "kind": "benign"}, {"path": "sample:train"}, {"path": "someone/bundles"}]
+    config = _with_absolute_paths(tiny_config(model={"path": "model"}, data={"train": sources}))
+    assert config.model.path == str(tmp_path / "model")
+    assert [source.path for source in config.data.train] == [
+        str(tmp_path / "a.jsonl"), "sample:train", "someone/bundles",
+    ]  # fmt: skip
+    assert config.data.train[0].kind == "benign"
+    assert _with_absolute_paths(tiny_config(model={"path": "not/here"})).model.path == "not/here"
