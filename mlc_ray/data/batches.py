@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.types import Batch, PackedPrompts, PackedResponses, PackedSequences, TokenRow
+from mlc_ray.types import Batch, PackedPrompts, PackedResponses, PackedSequences, ReferenceRow, TokenRow
 
 
 class BatchError(MlcRayError, ValueError):
@@ -20,32 +21,28 @@ def collate(
     languages: Sequence[str],
     weights: Sequence[float],
     needs_rejected: bool,
-    reference: Mapping[str, tuple[float, float]] | None,
+    reference: Mapping[str, ReferenceRow] | None,
 ) -> Batch:
     """Pack B token rows into a `Batch` (shapes as documented there; ids int64, weights and log-probs float32, on CPU).
 
     `languages` are the L columns of the prompt grid; `weights` [B] the bundles' weights; `reference` maps bundle_id
-    to the summed log-probs (chosen, rejected) of the frozen reference, in nats, or is None where the loss needs none.
-    Raises `BatchError` if there are no rows, if a bundle lacks an answer, has a language outside `languages`, or has no
-    reference entry.
+    to what the frozen reference says of it, or is None where the loss needs no reference. Raises `BatchError` if there
+    are no rows, if a bundle lacks an answer, has a language outside `languages`, or has no reference entry.
     """
     if not rows or len(rows) != len(weights):
         raise BatchError(f"a batch needs one weight per bundle and at least one bundle: {len(rows)=}, {len(weights)=}")
-    reference_chosen = reference_rejected = None
-    if reference is not None:
-        pairs = [_reference_of(row, reference) for row in rows]
-        reference_chosen = torch.tensor([chosen for chosen, _ in pairs], dtype=torch.float32)
-        if needs_rejected:
-            reference_rejected = torch.tensor([rejected for _, rejected in pairs], dtype=torch.float32)
+    cached = [_reference_of(row, reference) for row in rows] if reference is not None else []
     return Batch(
         bundle_ids=tuple(row.bundle_id for row in rows),
+        kinds=tuple(row.kind for row in rows),
         languages=tuple(languages),
         weight=torch.tensor(weights, dtype=torch.float32),
         chosen=_pack_responses(rows, "chosen"),
         rejected=_pack_responses(rows, "rejected") if needs_rejected else None,
-        prompts=_pack_prompts(rows, languages),
-        reference_chosen=reference_chosen,
-        reference_rejected=reference_rejected,
+        prompts=pack_prompts(rows, languages),
+        reference_chosen=_column(cached, "chosen"),
+        reference_rejected=_column(cached, "rejected") if needs_rejected else None,
+        reference_state=_column(cached, "state"),
     )
 
 
@@ -87,7 +84,8 @@ def _pack_responses(rows: Sequence[TokenRow], name: str) -> PackedResponses:
     )
 
 
-def _pack_prompts(rows: Sequence[TokenRow], languages: Sequence[str]) -> PackedPrompts:
+def pack_prompts(rows: Sequence[TokenRow], languages: Sequence[str]) -> PackedPrompts:
+    """All prompts of the rows in a packed row; raises `BatchError` for a language outside `languages`, the grid's L."""
     column = {code: index for index, code in enumerate(languages)}
     cells: list[tuple[int, int, list[int], int]] = []
     for bundle, row in enumerate(rows):
@@ -108,11 +106,18 @@ def _pack_prompts(rows: Sequence[TokenRow], languages: Sequence[str]) -> PackedP
     )
 
 
-def _reference_of(row: TokenRow, reference: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+def _column(cached: Sequence[ReferenceRow], name: str) -> torch.Tensor | None:
+    values = [getattr(row, name) for row in cached]
+    if not values or values[0] is None:
+        return None
+    return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def _reference_of(row: TokenRow, reference: Mapping[str, ReferenceRow]) -> ReferenceRow:
     try:
         return reference[row.bundle_id]
     except KeyError:
         raise BatchError(
-            f"bundle {row.bundle_id} has no reference log-probs among the {len(reference)} cached ones; "
+            f"bundle {row.bundle_id} is not among the {len(reference)} that the reference was cached for; "
             "compute them again for this data"
         ) from None

@@ -20,11 +20,12 @@ PARSED = pa.schema(
         "bundle_id": _TEXT, "kind": _TEXT, "languages": pa.list_(_TEXT), "texts": pa.list_(_TEXT), "chosen": _TEXT,
         "rejected": _TEXT, "response_language": _TEXT, "source": _TEXT, "category": _TEXT,
         "file": _TEXT, "line": pa.int64(),
-        # `reason` and `text` are of a rejected row; `fault` concerns the whole file.
-        "reason": _TEXT, "text": _TEXT, "fault": _TEXT, "file_index": pa.int64(),
+        # `reason` and `text` are of a rejected row; `fault` concerns the whole file. `row` numbers what a source gave:
+        # a line does not, where a source is a folder of files.
+        "reason": _TEXT, "text": _TEXT, "fault": _TEXT, "file_index": pa.int64(), "row": pa.int64(),
     }
 )  # fmt: skip
-NOT_OF_A_BUNDLE = ["reason", "text", "fault", "file_index"]
+NOT_OF_A_BUNDLE = ["reason", "text", "fault", "file_index", "row"]
 
 
 def parse_file(task: pa.Table, languages: list[str] | None) -> Iterator[pa.Table]:
@@ -33,8 +34,8 @@ def parse_file(task: pa.Table, languages: list[str] | None) -> Iterator[pa.Table
     file_index = item.pop("file_index")
     rows: list[dict[str, Any]] = []
     try:
-        for line, parsed in read_file(SourceFile(**item)):
-            place = {"file": item["path"], "line": line, "file_index": file_index}
+        for number, (file, line, parsed) in enumerate(read_file(SourceFile(**item))):
+            place = {"file": file, "line": line, "file_index": file_index, "row": number}
             rows.append({**place, **_columns(parsed, languages)})
             if len(rows) == _ROWS_AT_ONCE:
                 yield pa.Table.from_pylist(rows, schema=PARSED)
@@ -45,8 +46,8 @@ def parse_file(task: pa.Table, languages: list[str] | None) -> Iterator[pa.Table
 
 
 def keep_valid(table: pa.Table, drop: set[tuple[int, int]]) -> pa.Table:
-    """Bundles only: without the rows at the places (file_index, line) in `drop`, and without their columns."""
-    places = zip(table["file_index"].to_pylist(), table["line"].to_pylist(), strict=True)
+    """Bundles only: without the rows at the places (file_index, row) in `drop`, and without their columns."""
+    places = zip(table["file_index"].to_pylist(), table["row"].to_pylist(), strict=True)
     return table.filter(pa.array([place not in drop for place in places], pa.bool_())).drop_columns(NOT_OF_A_BUNDLE)
 
 

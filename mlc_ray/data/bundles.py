@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from mlc_ray.artifacts import fingerprint
+from mlc_ray.config.base import LANGUAGE_TAG
 from mlc_ray.errors import MlcRayError
 from mlc_ray.types import Bundle, Kind
 
 FIELDS = ("bundle_id", "kind", "prompts", "chosen", "rejected", "response_language", "source", "category")
 KINDS: tuple[str, ...] = get_args(Kind)
 
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?")
 _QUOTED = 60
 
 
@@ -137,7 +136,7 @@ def from_row(row: Mapping[str, Any]) -> Bundle:
 
 def check_language(code: Any, where: str) -> str:
     """`code` if it has the form of a language tag; raises `BundleError` naming `where` it stood."""
-    if not isinstance(code, str) or not _LANGUAGE.fullmatch(code):
+    if not isinstance(code, str) or not LANGUAGE_TAG.fullmatch(code):
         raise BundleError(
             f"{where}: {code!r} is not a language code; write it like 'en', 'zh-Hant', 'pt-BR' (BCP 47, with its cases)"
         )

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from mlc_ray.data.bundles import BundleFileError
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+_DELIMITERS = (",", ";", "\t")
 _ROWS_AT_ONCE = 1024
 _SHOWN = 5000
 
@@ -49,7 +50,7 @@ def open_records(path: str, *, csv_expected: bool = False) -> tuple[list[str] | 
         return _open_parquet(path)
     if location.suffix in (".jsonl", ".json"):
         return None, _json_records(path)
-    if location.suffix == ".csv" or csv_expected:
+    if location.suffix in (".csv", ".tsv") or csv_expected:
         return _open_csv(path)
     raise BundleFileError(f"{path}: the suffix {location.suffix!r} is none of {', '.join(SUFFIXES)}")
 
@@ -130,19 +131,37 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends, a byte-order mark removed; raises `BundleFileError` where it is not UTF-8."""
-    number = 0
+    number = offset = 0
     try:
         with Path(path).open("rb") as file:
             for number, raw in enumerate(file, start=1):
+                if number == 1:
+                    _refuse_utf_16(path, raw)
                 yield number, (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8")
+                offset += len(raw)
     except UnicodeDecodeError as error:
-        raise BundleFileError(f"{path}:{number}: not UTF-8: byte {error.object[error.start]:#04x}") from None
+        mark = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
+        raise BundleFileError(
+            f"{path}:{number}: not UTF-8: byte {error.object[error.start]:#04x} at offset "
+            f"{offset + mark + error.start} of the file; find out its encoding and convert it, e.g. "
+            f"`iconv -f WINDOWS-1252 -t UTF-8 {Path(path).name} > utf8-{Path(path).name}`"
+        ) from None
     except OSError as error:
         raise BundleFileError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def _refuse_utf_16(path: str, first: bytes) -> None:
+    """Spreadsheets call it "Unicode text". Without its mark it is often valid UTF-8, full of zero bytes."""
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in first:
+        name = Path(path).name
+        raise BundleFileError(
+            f"{path}:1: not UTF-8 but UTF-16, by its byte-order mark or zero bytes; convert it: "
+            f"`iconv -f UTF-16 -t UTF-8 {name} > utf8-{name}`"
+        )
+
+
 def _open_csv(path: str) -> tuple[list[str], Iterator[Record]]:
-    rows = _csv_rows(path)
+    rows = _csv_rows(path, _delimiter(path))
     header = next(rows, None)
     if header is None:
         raise BundleFileError(f"{path}: no rows in it")
@@ -159,9 +178,29 @@ def _open_csv(path: str) -> tuple[list[str], Iterator[Record]]:
     return columns, records()
 
 
-def _csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
+def headless_csv(path: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a comma-separated file without column names, each with the line it starts on; empty lines are no rows."""
+    return _csv_rows(path, ",")
+
+
+def _delimiter(path: str) -> str:
+    """What separates the column names of a CSV file: comma, semicolon or tab; a comma if there is one column alone.
+
+    Raises `BundleFileError` if more than one of them would.
+    """
+    header = next((text for _, text in _lines(path) if text.strip()), "")
+    separating = [mark for mark in _DELIMITERS if len(next(csv.reader([header], delimiter=mark), [])) > 1]
+    if len(separating) > 1:
+        raise BundleFileError(
+            f"{path}: cannot tell the delimiter: the first line {header.strip()!r} has {separating!r}; use one of them "
+            "and put column names that hold another in quotes"
+        )
+    return separating[0] if separating else ","
+
+
+def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Non-empty rows with the physical line each starts on: a quoted cell may hold line breaks."""
-    reader = csv.reader((text for _, text in _lines(path)), strict=True)
+    reader = csv.reader((text for _, text in _lines(path)), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -199,25 +238,26 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def load_dataset(path: str) -> Any:
-    """The `datasets.Dataset` of a saved folder or of a hub name `NAME` or `NAME:SPLIT`.
+    """The `datasets.Dataset` of a saved folder or of a hub name `NAME[@CONFIG][:SPLIT]`.
 
     Raises `BundleFileError` if it cannot be loaded, or has several splits and none is named.
     """
     import datasets  # two seconds, and only this format needs it
     from datasets.exceptions import DatasetsError
 
-    name, _, split = path.partition(":")
+    whole, _, split = path.partition(":")
+    name, _, config = whole.partition("@")
     try:
         if Path(path).is_dir():
-            name, split = path, ""
             loaded = datasets.load_from_disk(path)
         else:
-            loaded = datasets.load_dataset(name, split=split or None)
+            loaded = datasets.load_dataset(name, config or None, split=split or None)
     except (DatasetsError, OSError, ValueError, pa.ArrowException) as error:
         raise BundleFileError(f"{path!r} cannot be loaded as a Hugging Face dataset: {error}") from None
     if isinstance(loaded, datasets.DatasetDict):
         if len(loaded) != 1:
-            example = f"{path}/{next(iter(loaded), 'train')}" if Path(path).is_dir() else f"{name}:train"
+            first = next(iter(loaded), "train")
+            example = f"{path}/{first}" if Path(path).is_dir() else f"{whole}:{first}"
             raise BundleFileError(f"{path!r} has the splits {sorted(loaded)!r}; name one, such as {example!r}")
         loaded = next(iter(loaded.values()))
     return loaded

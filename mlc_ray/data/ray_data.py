@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -40,7 +42,7 @@ from mlc_ray.data.token_store import (
 )
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_and_count
 from mlc_ray.errors import MlcRayError
-from mlc_ray.types import Batch
+from mlc_ray.types import Batch, ReferenceRow
 
 # Other runs on the cluster may hold most of its CPUs. A stage that asked for whole ones would wait for them in silence.
 _PARSE_CPUS = 0.25
@@ -67,15 +69,16 @@ def read_bundles(
     *,
     on_invalid: str,
     rejects_path: str | Path,
+    named_path: str | Path | None = None,
     languages: Sequence[str] | None = None,
 ) -> ray.data.Dataset:
     """All valid bundles of `sources` as a materialised dataset, in the order of sources, files and lines.
 
     Rows have the columns of `mlc_ray.data.bundles.to_row`, and `file` and `line`. Each file is parsed by a task of its
     own. Rows that are no bundle, repeat one, or lack what `languages` (data.languages) needs are written to
-    `rejects_path` (JSONL: file, line, reason, text) and counted on stderr; an older file there is removed. Raises
-    `BundleFileError` for a file that cannot be read, `InvalidBundlesError` if `on_invalid` is "fail" and a row was
-    rejected, or if no row is left.
+    `rejects_path` (JSONL: file, line, reason, text) and counted on stderr; an older file there is removed. Messages
+    name `named_path` instead, where the caller will move the file. Raises `BundleFileError` for a file that cannot be
+    read, `InvalidBundlesError` if `on_invalid` is "fail" and a row was rejected, or if no row is left.
     """
     files = [file for source in sources for file in resolve_source(source)]
     items = [{"file_index": index, **asdict(file)} for index, file in enumerate(files)]
@@ -90,7 +93,7 @@ def read_bundles(
     ).materialize()
 
     rejected, kept = _judge(parsed)
-    _report(rejected, kept, Path(rejects_path), on_invalid)
+    _report(rejected, kept, Path(rejects_path), on_invalid, named=Path(named_path or rejects_path))
     drop = {(file, line) for file, line, _ in rejected}
     if not drop:
         return parsed.drop_columns(NOT_OF_A_BUNDLE)
@@ -100,13 +103,13 @@ def read_bundles(
 
 
 def _judge(parsed: ray.data.Dataset) -> tuple[list[tuple[int, int, RejectedRow]], int]:
-    """Rejected rows of the whole data set, repeated bundles among them, with (file_index, line); and how many are kept.
+    """Rejected rows of the whole data set, repeated bundles among them, with (file_index, row); and how many are kept.
 
     The driver sees ids and places of all rows, but the content of rejected ones only.
     """
     rejected: list[tuple[int, int, RejectedRow]] = []
     first_seen: dict[str, str] = {}
-    columns = ["bundle_id", "file", "line", "file_index", "reason", "text", "fault"]
+    columns = ["bundle_id", "file", "line", "file_index", "row", "reason", "text", "fault"]
     for table in parsed.select_columns(columns).iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in table.to_pylist():
             if row["fault"] is not None:
@@ -117,11 +120,13 @@ def _judge(parsed: ray.data.Dataset) -> tuple[list[tuple[int, int, RejectedRow]]
                     first_seen[name] = f"{row['file']}:{row['line']}"
                     continue
                 reason, text = f"repeats bundle {name!r} of {first_seen[name]!r}", ""
-            rejected.append((row["file_index"], row["line"], RejectedRow(row["file"], row["line"], reason, text)))
+            rejected.append((row["file_index"], row["row"], RejectedRow(row["file"], row["line"], reason, text)))
     return rejected, len(first_seen)
 
 
-def _report(rejected: list[tuple[int, int, RejectedRow]], kept: int, path: Path, on_invalid: str) -> None:
+def _report(
+    rejected: list[tuple[int, int, RejectedRow]], kept: int, path: Path, on_invalid: str, *, named: Path
+) -> None:
     path.unlink(missing_ok=True)
     if rejected:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,17 +135,17 @@ def _report(rejected: list[tuple[int, int, RejectedRow]], kept: int, path: Path,
                 file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
         by_reason = count_by_reason(row.reason for *_, row in rejected)
         summary = [f"  {count} x {reason}" for reason, count in by_reason.items()]
-        print(f"{len(rejected)} invalid rows, written to {path}:", *summary, sep="\n", file=sys.stderr)
+        print(f"{len(rejected)} invalid rows, written to {named}:", *summary, sep="\n", file=sys.stderr)
     if rejected and (on_invalid == "fail" or not kept):
-        named = [f"  {row.file}:{row.line}: {row.reason}" for *_, row in rejected[:_NAMED_FIRST]]
-        more = len(rejected) - len(named)
+        first = [f"  {row.file}:{row.line}: {row.reason}" for *_, row in rejected[:_NAMED_FIRST]]
+        more = len(rejected) - len(first)
         raise InvalidBundlesError(
             "\n".join(
                 [
                     f"{len(rejected)} of {len(rejected) + kept} rows are not valid bundles:",
-                    *named,
+                    *first,
                     *([f"  and {more} more"] if more else []),
-                    f"All of them are in {str(path)!r}."
+                    f"All of them are in {str(named)!r}."
                     + (" To leave them out, set data.on_invalid=skip." if kept else " No valid row is left."),
                 ]
             )
@@ -178,8 +183,31 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
     template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code))
     template.encode_prompt("x", data.max_prompt_tokens)
 
-    rejects_path = folder.with_name(f"{folder.name}.rejects.jsonl")
-    bundles = read_bundles(data.train, on_invalid=data.on_invalid, rejects_path=rejects_path, languages=data.languages)
+    kept_rejects = folder.with_name(f"{folder.name}.rejects.jsonl")
+    # Another run that shares the folder may prepare the same data: each has a file of its own until it fails.
+    rejects_path = folder.with_name(f".{folder.name}.rejects-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl")
+    try:
+        bundles = read_bundles(
+            data.train,
+            on_invalid=data.on_invalid,
+            rejects_path=rejects_path,
+            named_path=kept_rejects,
+            languages=data.languages,
+        )
+        artifact = _write_token_rows(bundles, data, model, name=name, folder=folder, rejects_path=rejects_path)
+    except BaseException:
+        if rejects_path.exists():
+            os.replace(rejects_path, kept_rejects)
+        raise
+    rejects_path.unlink(missing_ok=True)
+    kept_rejects.unlink(missing_ok=True)
+    _announce(artifact)
+    return artifact
+
+
+def _write_token_rows(
+    bundles: ray.data.Dataset, data: DataSection, model: ModelSection, *, name: str, folder: Path, rejects_path: Path
+) -> TokenArtifact:
     _quiet_and_ordered(bundles)
     tokens = bundles.map_batches(
         Tokenize,
@@ -204,12 +232,19 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
                 model=model.path,
                 data=data.model_dump(mode="json"),
             )
+            if _is_complete(folder):  # by another run, meanwhile: it may be in use, and is never moved aside
+                raise FileExistsError(folder)
     except FileExistsError:  # another run prepared the same data meanwhile: its folder has the same content
         pass
-    rejects_path.unlink(missing_ok=True)
-    artifact = TokenArtifact.open(folder)
-    _announce(artifact)
-    return artifact
+    return TokenArtifact.open(folder)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        TokenArtifact.open(folder)
+    except IncompleteArtifactError:
+        return False
+    return True
 
 
 def token_fingerprint(data: DataSection, model: ModelSection) -> str:
@@ -271,7 +306,7 @@ def stream_batches(
     bundles_per_worker: int,
     languages: Sequence[str],
     needs_rejected: bool,
-    reference: Mapping[str, tuple[float, float]] | None,
+    reference: Mapping[str, ReferenceRow] | None,
     prefetch: int = 2,
 ) -> Iterator[tuple[list[Slot], Batch]]:
     """One worker's batches in the order of its `slots` (see `plan_rank`), each with the slots it was made from.

@@ -174,6 +174,11 @@ class TokenArtifact:
         """Ids of all rows, in the order of the file."""
         return [name for batch in self._batches for name in batch.column("bundle_id").to_pylist()]
 
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of all rows, in the order of the file."""
+        return [name for batch in self._batches for name in batch.column("kind").to_pylist()]
+
     def table(self, indices: Iterable[int]) -> pa.Table:
         """Rows by index as a table of `SCHEMA`, reading only those. Raises `IndexError` outside 0..rows-1."""
         pieces = []

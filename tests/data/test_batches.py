@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from mlc_ray.data.batches import BatchError, collate
-from mlc_ray.types import TokenRow
+from mlc_ray.types import ReferenceRow, TokenRow
 
 LANGUAGES = ["ar", "en", "zh"]
 
@@ -57,12 +58,22 @@ def test_prompts_are_sorted_by_bundle_and_language_with_their_tapped_tokens():
 
 
 def test_parts_that_a_loss_does_not_need_are_absent():
-    small = batch(needs_rejected=False, reference={"a": (-1.0, -2.0), "b": (-3.0, -4.0)})
+    both = {"a": ReferenceRow(-1.0, -2.0), "b": ReferenceRow(-3.0, -4.0)}
+    small = batch(needs_rejected=False, reference=both)
     assert small.rejected is None
     assert small.reference_rejected is None
     assert small.reference_chosen.tolist() == [-1.0, -3.0]
-    full = batch(reference={"a": (-1.0, -2.0), "b": (-3.0, -4.0)})
+    assert small.reference_state is None
+    full = batch(reference=both)
     assert full.reference_rejected.tolist() == [-2.0, -4.0]
+    assert full.kinds == ("harmful", "harmful")
+    states = {
+        name: ReferenceRow(state=np.array(state, dtype=np.float32)) for name, state in (("a", [1, 2]), ("b", [3, 4]))
+    }
+    anchored = batch(reference=states)
+    assert anchored.reference_state.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert anchored.reference_state.dtype == torch.float32
+    assert anchored.reference_chosen is None and anchored.reference_rejected is None
     assert (full.bundle_ids, full.languages, full.weight.tolist()) == (("a", "b"), tuple(LANGUAGES), [1.5, 0.0])
     assert full.chosen.sequences.input_ids.dtype == torch.int64
 
@@ -70,7 +81,7 @@ def test_parts_that_a_loss_does_not_need_are_absent():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reference": {"a": (-1.0, -2.0)}}, "bundle b has no reference log-probs among the 1"),
+        ({"reference": {"a": ReferenceRow(-1.0, -2.0)}}, "bundle b is not among the 1 that the reference was cached"),
         ({"languages": ["en", "zh"]}, r"bundle b has languages \['ar'\] outside the grid"),
         ({"rows": [FIRST, row("c", ["en"], [[1]], [2], None)]}, "bundle c has no 'rejected' answer"),
         ({"rows": [FIRST, row("c", ["zh"], [[1]], None, None)]}, "bundle c has no 'chosen' answer"),

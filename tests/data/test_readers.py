@@ -15,7 +15,7 @@ OWN = {"kind": "benign", "prompts": {"en": "How do I hum?"}, "chosen": "Close yo
 
 
 def read(path, format="auto", kind=None):
-    return list(read_file(SourceFile(str(path), format, kind)))
+    return [(row.line, row.parsed) for row in read_file(SourceFile(str(path), format, kind))]
 
 
 def bundles(path, format="auto", kind=None):
@@ -108,9 +108,9 @@ def test_only_bundles_of_one_kind_and_every_rejected_row(tmp_path):
     harmful = {"kind": "harmful", "prompts": {"en": "How do I cheat?"}}
     path = write(tmp_path / "a.jsonl", OWN, harmful, {"kind": "harmful"})
     rows = read_file(SourceFile(str(path), "auto", only="harmful"))
-    assert [(line, getattr(row, "kind", "rejected")) for line, row in rows] == [(2, "harmful"), (3, "rejected")]
+    assert [(line, getattr(row, "kind", "rejected")) for _, line, row in rows] == [(2, "harmful"), (3, "rejected")]
     (resolved,) = resolve_source(SourceSection(path=str(path), only="benign"))
-    assert [row.kind for _, row in read_file(resolved) if not isinstance(row, RejectedRow)] == ["benign"]
+    assert [row.kind for *_, row in read_file(resolved) if not isinstance(row, RejectedRow)] == ["benign"]
 
 
 def test_only_a_kind_that_is_not_there(tmp_path):
@@ -135,7 +135,7 @@ def test_kind_of_the_source_may_not_contradict_the_row(tmp_path):
             b'{"prompts": {"en": "x"}, "kind": "benign"}\n{"kind": "\xff"}\n',
             r"x\.jsonl:2: not UTF-8: byte 0xff",
         ),
-        ("x.jsonl", b'{"question": "x"}', r"cannot tell the format.*\['question'\]"),
+        ("x.jsonl", b'{"question": "x"}', r"cannot tell the format.*\['question'\].*table"),
         ("x.json", b'[{"prompts": {"en": "x"}, "kind": "benign"},\n{"kind": ]', r"x\.json:2: not valid JSON"),
         ("x.json", b'[{"prompts": {"en": "x"}, "kind": "benign"}', r"x\.json:1: not valid JSON: expected"),
         ("x.csv", b"id,source,tags,en\n", "no rows"),

@@ -9,7 +9,8 @@ import pytest
 
 from mlc_ray.data.bundles import make_bundle
 from mlc_ray.data.readers import sample_path
-from mlc_ray.score.judges import get_judge
+from mlc_ray.score.refusal import RefusalJudge
+from mlc_ray.types import Answer
 
 LANGUAGES = {"en", "zh", "ru", "ja", "ar", "bn", "sw", "ur", "ps", "ku", "es", "fr"}
 SCRIPTS = {  # a range that most letters of the language lie in
@@ -97,7 +98,7 @@ def test_prompts_are_in_the_script_of_their_language(splits):
 
 
 def test_answers_are_what_they_should_be(splits):
-    judge = get_judge("refusal")
+    judge = RefusalJudge()
     wanted = {
         ("harmful", "chosen"): "refused",
         ("harmful", "rejected"): "complied",
@@ -107,5 +108,5 @@ def test_answers_are_what_they_should_be(splits):
     for rows in splits.values():
         for row in rows:
             for answer in ("chosen", "rejected"):
-                verdict = judge.judge(row["prompts"]["en"], row[answer], "en", row["kind"])
-                assert verdict.label == wanted[row["kind"], answer], row[answer]
+                (verdict,) = judge.judge([Answer(row["prompts"]["en"], row[answer], "en", row["kind"])])
+                assert verdict.behaviour == wanted[row["kind"], answer], row[answer]
