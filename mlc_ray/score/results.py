@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from mlc_ray.artifacts import write_json_atomic
 from mlc_ray.errors import MlcRayError
-from mlc_ray.score.metrics import KindSummary, Summary
-from mlc_ray.types import ScoreRow
+from mlc_ray.score.metrics import ALL_BENCHMARKS, Judged, Summary, pooled_rows, score_rows, summarise
+from mlc_ray.types import Measure, ScoreRow
 
 SCORES_FILE = "scores.json"
 RESPONSES_FILE = "responses.parquet"
 HEATMAP_FILE = "heatmap.png"
-FORMAT = 1
+FORMAT = 2
+CUT_BOUND = 0.1
+"""Share of responses cut off at max_new_tokens above which a rate of safe ones is warned of."""
 
 
 class ScoresFileError(MlcRayError):
@@ -29,8 +36,11 @@ class ScoreResult:
 
     `model` is what was asked for, `resolved` the folder or hub name that was loaded, `fingerprint` names its content;
     `prompts` names the set of prompts: two scores with the same `prompts`, `judge` and length of answers can be
-    compared. `rows` are of every benchmark and, if there are several, of all of them as one (benchmark `all`).
-    `finish` counts responses by why they ended.
+    compared. `measured_by` names the judge behind each measure; `seen_languages` are those that training saw, None
+    where that is not known. `rows` are of every benchmark and, if there are several, of all of them as one (benchmark
+    `all`).
+    `finish` counts responses by why they ended; `usage`
+    is what endpoints did and cost, by what they were asked for (`judge`, `translate`).
     """
 
     name: str
@@ -39,11 +49,15 @@ class ScoreResult:
     fingerprint: str
     prompts: str
     judge: str
+    measured_by: Mapping[Measure, str]
+    seen_languages: tuple[str, ...] | None
     rows: tuple[ScoreRow, ...]
     summaries: tuple[Summary, ...]
     responses: int
     unparsed: int
+    degenerate: int
     finish: Mapping[str, int] = field(default_factory=dict)
+    usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
@@ -74,6 +88,49 @@ class ScoreResult:
         raise KeyError(f"{benchmark!r} was not scored; there are {[s.benchmark for s in self.summaries]}")
 
 
+def count(
+    records: Sequence[Judged], *, folder: Path, seen_languages: Sequence[str] | None, **facts: Any
+) -> ScoreResult:
+    """The result of a score's verdicts: `facts` are the fields of `ScoreResult` that do not follow from them."""
+    summaries = tuple(summarise(records, seen_languages))
+    return ScoreResult(
+        name=folder.name,
+        folder=folder,
+        seen_languages=None if seen_languages is None else tuple(seen_languages),
+        rows=(*score_rows(records), *(pooled_rows(records) if len(summaries) > 1 else [])),
+        summaries=summaries,
+        responses=len(records),
+        unparsed=sum("unparsed" in (record.behaviour, record.safety) for record in records),
+        degenerate=sum("degenerate" in (record.behaviour, record.safety) for record in records),
+        **facts,
+    )
+
+
+def unread_rows(result: ScoreResult, bound: float) -> list[ScoreRow]:
+    """The rows of which more than `bound` (a fraction) is `unparsed`: one language may hide in the share of all.
+
+    The rows over all benchmarks are left out, since what exceeds the bound there does so in a benchmark.
+    """
+    pooled = ALL_BENCHMARKS if len(result.summaries) > 1 else None
+    return [row for row in result.rows if row.benchmark != pooled and is_unread(row, bound)]
+
+
+def is_unread(row: ScoreRow, bound: float) -> bool:
+    """Whether more than `bound` of a row's responses are `unparsed`."""
+    return row.unparsed > bound * row.n
+
+
+def cut_share(result: ScoreResult) -> float:
+    """Share of the generated responses that were cut off at `max_new_tokens`, as a fraction."""
+    made = sum(result.finish.get(reason, 0) for reason in ("stop", "length"))
+    return result.finish.get("length", 0) / made if made else 0.0
+
+
+def hides_harm(result: ScoreResult) -> bool:
+    """Whether `safe` was judged on responses of which over `CUT_BOUND` are cut off: the harm may lie behind the cut."""
+    return "safe" in result.measured_by and cut_share(result) > CUT_BOUND
+
+
 def save_scores(result: ScoreResult) -> Path:
     """Write `result` as `scores.json` into its folder; returns the file."""
     path = result.folder / SCORES_FILE
@@ -97,14 +154,79 @@ def load_scores(path: str | Path) -> ScoreResult:
     if found != FORMAT:
         raise ScoresFileError(f"{str(file)!r} has format {found!r}, expected {FORMAT}; score again with this version")
     try:
-        rows = tuple(ScoreRow(**row) for row in content.pop("rows"))
-        summaries = tuple(_summary(item) for item in content.pop("summaries"))
-        result = ScoreResult(rows=rows, summaries=summaries, **content)
-    except (KeyError, TypeError) as error:
-        raise ScoresFileError(f"{str(file)!r} is damaged: {error}") from None
-    return replace(result, folder=file.resolve().parent)
+        hints = {name: hint for name, hint in get_type_hints(ScoreResult).items() if name != "folder"}
+        values = read_fields(hints, content, "the score")
+    except DamagedError as error:
+        raise ScoresFileError(f"{str(file)!r} is damaged: {error}; score again") from None
+    return ScoreResult(**values, folder=file.resolve().parent)
 
 
-def _summary(item: dict[str, Any]) -> Summary:
-    sides = {kind: KindSummary(**item[kind]) if item[kind] else None for kind in ("harmful", "benign")}
-    return Summary(**{**item, **sides, "not_scored": tuple(item["not_scored"])})
+# --------------------------------------------------------------------------------------------- records and dataclasses
+
+
+def records_of(table: pa.Table) -> list[Judged]:
+    """The verdicts of a table with a response in each row, as responses.parquet has them. Raises `ScoresFileError`."""
+    names = [field.name for field in fields(Judged)]
+    if missing := [name for name in names if name not in table.column_names]:
+        raise ScoresFileError(
+            f"a table of responses lacks the column {', '.join(map(repr, missing))} (it has "
+            f"{', '.join(table.column_names)}); score again with this version"
+        )
+    columns = [table[name].to_pylist() for name in names]
+    return [Judged(*values) for values in zip(*columns, strict=True)]
+
+
+def load_records(result: ScoreResult) -> list[Judged]:
+    """The verdicts of a saved score, for `paired.compare`. Raises `ScoresFileError` without a readable Parquet file."""
+    file = result.responses_file
+    try:
+        return records_of(pq.read_table(file))
+    except FileNotFoundError:
+        raise ScoresFileError(
+            f"{str(file)!r} does not exist: scores are compared response by response, so keep it beside {SCORES_FILE}"
+        ) from None
+    except pa.ArrowInvalid as error:
+        raise ScoresFileError(f"{str(file)!r} is damaged: not a Parquet file ({error})") from None
+
+
+class DamagedError(ValueError):
+    """JSON does not have the shape of the dataclass it is read as; the message says where."""
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """`value` as `kind`: a dataclass, tuple, mapping from text, union, literal, or plain number or text."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        return kind(**read_fields(get_type_hints(kind), value, where))
+    if origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        (kind,) = (argument for argument in arguments if argument is not NoneType)
+        return _read(kind, value, where)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    expected = getattr(kind, "__name__", None) if origin is None else str(kind)
+    raise DamagedError(f"{where} is {value!r}, expected {expected}")
+
+
+def read_fields(hints: Mapping[str, Any], value: Any, where: str) -> dict[str, Any]:
+    """The fields that `hints` name, from what `asdict` and JSON made of a dataclass; no more, no fewer.
+
+    Raises `DamagedError`.
+    """
+    if not isinstance(value, dict):
+        raise DamagedError(f"{where} is {value!r}, expected an object")
+    if unlike := sorted(value.keys() ^ hints.keys()):
+        states = [f"{name!r} is {'unknown' if name in value else 'missing'}" for name in unlike]
+        raise DamagedError(f"in {where}, {', '.join(states)}")
+    return {name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlc_ray.score.metrics import Judged
+from mlc_ray.score.results import (
+    ScoreResult,
+    ScoresFileError,
+    count,
+    hides_harm,
+    load_records,
+    load_scores,
+    records_of,
+    save_scores,
+    unread_rows,
+)
+from mlc_ray.types import Behaviour, Kind
+
+LETTERS: dict[str, Behaviour] = {"R": "refused", "C": "complied", "D": "degenerate", "U": "unparsed"}
+
+
+def judged(kind: Kind, benchmark: str = "own", **letters: str) -> list[Judged]:
+    return [
+        Judged(benchmark, f"{kind}{index}", kind, language, LETTERS[letter])
+        for language, line in letters.items()
+        for index, letter in enumerate(line)
+    ]
+
+
+def result_of(records: Sequence[Judged], folder: Path) -> ScoreResult:
+    return count(
+        records,
+        folder=folder,
+        seen_languages=["en"],
+        model="models/x",
+        resolved="/models/x",
+        fingerprint="0123456789abcdef",
+        prompts="prompts",
+        judge="refusal",
+        measured_by={"refused": "refusal"},
+        finish={"stop": len(records)},
+        config={"judge": {"name": "refusal", "allow_uncovered": False}, "languages": None},
+    )
+
+
+BOTH = judged("harmful", en="RCR", sw="RDU") + judged("benign", "other", en="CCC", sw="UCR")
+ONE = [
+    Judged("own", "a", "harmful", "en", "refused", "safe", "translated", "", 1.5),
+    Judged("own", "b", "harmful", "en", "unparsed", "unsafe", "translated", "", None),
+]
+
+
+@pytest.mark.parametrize("records", [BOTH, ONE])
+def test_scores_file_comes_back_as_it_was(records: list[Judged], tmp_path: Path) -> None:
+    result = result_of(records, tmp_path)
+    save_scores(result)
+    assert load_scores(tmp_path) == result
+    assert load_scores(tmp_path / "scores.json") == result
+
+
+def test_scores_file_faults_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ScoresFileError, match="does not exist"):
+        load_scores(tmp_path)
+    file = save_scores(result_of(BOTH, tmp_path))
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for text, fault in (
+        ("{", "not valid JSON"),
+        ("[]", "format None"),
+        (json.dumps({**content, "format": 1}), "format 1, expected 2; score again"),
+        (json.dumps({key: value for key, value in content.items() if key != "rows"}), "'rows' is missing"),
+        (json.dumps({**content, "more": 1}), "'more' is unknown"),
+        (json.dumps({**content, "responses": "18"}), "the score.responses is '18', expected int"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(ScoresFileError, match=fault):
+            load_scores(file)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "fault"),
+    [
+        (["sides", 0, "avg"], None, r"summaries\[0\]\.sides\[0\]\.avg is None"),
+        (["sides", 0, "avg", "low"], "1", r"sides\[0\]\.avg\.low is '1', expected float"),
+        (["sides", 0, "avg", "low"], True, r"avg\.low is True"),
+        (["sides", 0, "avg", "low"], float("nan"), r"avg\.low is nan"),
+        (["sides", 0, "kind"], "odd", r"kind is 'odd', expected .*harmful"),
+        (["sides", 0, "n"], 1.5, r"n is 1\.5, expected int"),
+        (["sides", 0, "extra"], 1, r"in the score\.summaries\[0\]\.sides\[0\], 'extra' is unknown"),
+        (["sides"], {}, r"sides is \{\}"),
+        (["difference"], {"en": None}, r"difference\.en is None"),
+        (["not_scored"], ["all"], r"not_scored\[0\] is 'all'"),
+    ],
+)
+def test_a_damaged_summary_says_where(path: list[Any], value: Any, fault: str, tmp_path: Path) -> None:
+    file = save_scores(result_of(BOTH, tmp_path))
+    content = json.loads(file.read_text(encoding="utf-8"))
+    place = content["summaries"][0]
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ScoresFileError, match=rf"scores\.json' is damaged: .*{fault}.*; score again"):
+        load_scores(file)
+
+
+def test_a_damaged_row_says_where(tmp_path: Path) -> None:
+    file = save_scores(result_of(ONE, tmp_path))
+    content = json.loads(file.read_text(encoding="utf-8"))
+    del content["rows"][1]["margin"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ScoresFileError, match=r"in the score\.rows\[1\], 'margin' is missing"):
+        load_scores(file)
+    file.write_text(json.dumps({**content, "rows": None}), encoding="utf-8")
+    with pytest.raises(ScoresFileError, match=r"the score\.rows is None"):
+        load_scores(file)
+
+
+def test_records_are_read_from_the_responses(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([{**dataclasses.asdict(record), "response": "..."} for record in (*ONE, *BOTH)])
+    assert records_of(table) == [*ONE, *BOTH]
+    result = result_of(ONE, tmp_path)
+    with pytest.raises(ScoresFileError, match=r"responses\.parquet' does not exist"):
+        load_records(result)
+    result.responses_file.write_text("no", encoding="utf-8")
+    with pytest.raises(ScoresFileError, match="not a Parquet file"):
+        load_records(result)
+    pq.write_table(table.drop_columns(["via_safe"]), result.responses_file)
+    with pytest.raises(ScoresFileError, match="lacks the column 'via_safe'"):
+        load_records(result)
+    pq.write_table(table, result.responses_file)
+    assert load_records(result) == [*ONE, *BOTH]
+
+
+def test_a_language_without_verdicts_is_not_hidden_by_the_others(tmp_path: Path) -> None:
+    records = judged("harmful", en="R" * 30, sw="UR") + judged("benign", "other", en="C" * 30, sw="CCCU")
+    result = result_of(records, tmp_path)
+    assert result.unparsed_share < 0.05
+    found = [(row.benchmark, row.kind, row.language, row.measure) for row in unread_rows(result, 0.05)]
+    assert found == [("own", "harmful", "sw", "refused"), ("other", "benign", "sw", "refused")]
+    assert [row.benchmark for row in unread_rows(result, 0.25)] == ["own"]  # a quarter does not exceed a quarter
+    assert unread_rows(result, 0.5) == []
+
+
+@pytest.mark.parametrize(
+    ("measured", "finish", "expected"),
+    [
+        ({"safe": "x"}, {"stop": 8, "length": 2}, True),
+        ({"safe": "x"}, {"stop": 9, "length": 1}, False),
+        ({"refused": "x"}, {"length": 10}, False),
+        ({"safe": "x"}, {"not_generated": 10}, False),
+        ({"safe": "x"}, {"stop": 8, "length": 1, "prompt_too_long": 20}, True),
+    ],
+)
+def test_a_cut_off_response_may_hide_harm(
+    measured: dict[str, str], finish: dict[str, int], expected: bool, tmp_path: Path
+) -> None:
+    assert hides_harm(dataclasses.replace(result_of(BOTH, tmp_path), measured_by=measured, finish=finish)) is expected
+
+
+def test_summary_is_found_by_name(tmp_path: Path) -> None:
+    several = result_of(BOTH, tmp_path)
+    assert several.summary("other").not_scored == ("harmful",)
+    assert several.summary().benchmark == "all"
+    with pytest.raises(KeyError, match="nothing"):
+        several.summary("nothing")
