@@ -1,4 +1,4 @@
-"""Greedy generation. The only module that imports vLLM, and it does so when an engine is made."""
+"""Greedy generation and log-probs. The only module that imports vLLM, and it does so when an engine is made."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import gc
 import importlib.util
 import math
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from mlc_ray.config import EngineSection
 from mlc_ray.errors import MlcRayError
@@ -68,6 +69,11 @@ def check_lengths(model: str, engine: EngineSection, max_new_tokens: int) -> Non
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt in "
             f"engine.max_model_len={engine.max_model_len}"
         )
+    check_positions(model, engine)
+
+
+def check_positions(model: str, engine: EngineSection) -> None:
+    """Raise `EngineError` if `max_model_len` is more than a local model's config.json says it was made for."""
     positions = longest_context(model)
     if positions is not None and engine.max_model_len > positions:
         raise EngineError(
@@ -76,19 +82,200 @@ def check_lengths(model: str, engine: EngineSection, max_new_tokens: int) -> Non
         )
 
 
-class Generator:
-    """One in-process vLLM engine that answers single user messages greedily.
+@dataclass(frozen=True)
+class Warm:
+    """What an engine that outlives its weights must be started with.
 
-    The prompt's ids come from the same chat template code as in training, generation prompt included, so what is scored
-    is exactly what was trained. Weights are read from safetensors only. Greedy decoding is a fixed function of weights
-    and ids up to floating-point ties. Raises `EngineError` when the installed vLLM is for the other device.
+    `lora_rank` is the largest rank of the adapters it is to serve, None where whole models are; `sleeps` whether it
+    gives its GPU memory back between uses.
     """
 
-    def __init__(self, model: str, engine: EngineSection, *, max_new_tokens: int, device: Device):
+    lora_rank: int | None = None
+    sleeps: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """vLLM's own names for it."""
+        options: dict[str, Any] = {"worker_extension_cls": "mlc_ray.score.weights.WeightSampler"}
+        if self.lora_rank is not None:
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_that_vllm_has(self.lora_rank)}
+        if self.sleeps:
+            options["enable_sleep_mode"] = True
+        return options
+
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# A text, as ids that any vocabulary has, and from where its log-probs are asked.
+_CANARIES = ([[11, 23, 42, 57, 101, 233, 377]], [1])
+
+
+def _rank_that_vllm_has(rank: int) -> int:
+    try:
+        return next(size for size in _RANKS if size >= rank)
+    except StopIteration:
+        raise EngineError(f"adapters of rank {rank} cannot be served: vLLM has ranks up to {_RANKS[-1]}") from None
+
+
+class Engine:
+    """One in-process vLLM engine on token ids: it generates greedily, and tells log-probs of given tokens.
+
+    Weights are read from safetensors only. Greedy decoding is a fixed function of weights and ids up to floating-point
+    ties. `max_model_len` is the longest sequence in tokens, generated ones included. All state is the object's own, but
+    for the variables of `engine_environment`. Raises `EngineError` when the model has fewer positions than
+    `settings.max_model_len`, or the installed vLLM is for the other device.
+
+    With a `warm` it outlives its weights: `swap` gives it others of the same shape without a restart, `sleep` gives its
+    GPU memory back.
+    """
+
+    def __init__(self, model: str, settings: EngineSection, *, device: Device, warm: Warm | None = None):
+        check_positions(model, settings)
+        prepare_process(settings, device)
+        self.model = model
+        self.max_model_len = settings.max_model_len
+        self._dtype = settings.dtype
+        self._lora: Any = None
+        self._adapters = 0
+        self._canary: list[float] | None = None
+        self._llm = _start_engine(model, settings, device, warm)
+
+    def swap(self, folder: str) -> dict[str, float]:
+        """Serve the weights in a Hugging Face folder from now on, of the same architecture as the ones before.
+
+        What the engine then holds is compared with the file (`score.weights`). Returns the seconds of the `transfer` of
+        the weights and of the `proof`. Raises `StaleWeightsError` unless it is proved that it serves the new weights.
+        """
+        import torch
+
+        from mlc_ray.score.weights import compare_samples, file_sample
+
+        started = time.perf_counter()
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        self._llm.reset_prefix_cache()  # keys and values in it are the old weights'
+        transferred = time.perf_counter()
+        expected = file_sample(folder, getattr(torch, self._dtype))
+        held = self._llm.collective_rpc("held_samples", args=(list(expected.tensors), list(expected.rows)))
+        compare_samples(expected, held, folder)
+        self.model = folder
+        return {"transfer": transferred - started, "proof": time.perf_counter() - transferred}
+
+    def swap_adapter(self, folder: str | None) -> dict[str, float]:
+        """Serve a LoRA adapter (peft folder) over the weights from now on; None serves the weights alone.
+
+        The adapter gets an id that no other had, so that none kept from before can be taken for it; and the log-probs
+        of a fixed text must not be those of the weights alone. Returns seconds as `swap` does; loading is part of the
+        proof here. Raises `StaleWeightsError` if the log-probs are the same.
+        """
+        started = time.perf_counter()
+        from vllm.lora.request import LoRARequest
+
+        from mlc_ray.score.weights import StaleWeightsError
+
+        self._lora = None
+        if self._canary is None:
+            self._canary = self.log_probs(*_CANARIES)
+        if folder is None:
+            return {"transfer": 0.0, "proof": 0.0}
+        self._adapters += 1
+        self._lora = LoRARequest(f"adapter-{self._adapters}", self._adapters, folder)
+        if self.log_probs(*_CANARIES) == self._canary:
+            self._lora = None
+            raise StaleWeightsError(
+                f"with the adapter {folder!r} the engine answers exactly as without it: it is empty or was not loaded"
+            )
+        return {"transfer": 0.0, "proof": time.perf_counter() - started}
+
+    def sleep(self) -> None:
+        """Give the GPU memory back (weights go to CPU memory) until `wake_up`; needs `Warm(sleeps=True)`."""
+        self._llm.sleep(level=1)
+
+    def wake_up(self) -> None:
+        """Take the GPU memory again."""
+        self._llm.wake_up()
+
+    def generate(self, ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
+        """The greedy continuation of each prompt, in order, at most `max_new_tokens` long.
+
+        A prompt that leaves no room for that many is not cut: it would be another question. It comes back empty with
+        finish `PROMPT_TOO_LONG`.
+        """
+        from vllm import SamplingParams
+
+        longest = self.max_model_len - max_new_tokens
+        fitting = [index for index, prompt in enumerate(ids) if len(prompt) <= longest]
+        results = [Generation("", PROMPT_TOO_LONG, len(prompt), 0) for prompt in ids]
+        greedy = SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
+        for index, output in zip(fitting, self._run([ids[index] for index in fitting], greedy), strict=True):
+            answer = output.outputs[0]
+            results[index] = Generation(
+                answer.text, answer.finish_reason or "unknown", len(ids[index]), len(answer.token_ids)
+            )
+        return results
+
+    def log_probs(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[float]:
+        """log P(ids[i][starts[i]:] | ids[i][:starts[i]]) in nats, summed over tokens, for each sequence i.
+
+        What sequences have in common at their front is computed once, in whole blocks of the key-value cache, if they
+        are given together. Raises `EngineError` if a sequence is longer than `max_model_len` - 1 (vLLM samples one
+        token behind it), or a start leaves nothing before it or nothing behind it.
+        """
+        for sequence, start in zip(ids, starts, strict=True):
+            if len(sequence) >= self.max_model_len or not 0 < start < len(sequence):
+                raise EngineError(
+                    f"log-probs from token {start} of a sequence of {len(sequence)} tokens cannot be had with "
+                    f"engine.max_model_len={self.max_model_len}; the start must lie inside, and one token be left"
+                )
+        # What an earlier call left in the cache may reach into the tokens that are asked about.
+        self._llm.reset_prefix_cache()
+        results = self._shared_log_probs(ids, starts)
+        # Two continuations that begin alike can share a block that reaches into them: those again, without sharing.
+        again = [index for index, value in enumerate(results) if value is None]
+        alone = self._shared_log_probs([ids[i] for i in again], [starts[i] for i in again], shared=False)
+        whole = dict(zip(again, alone, strict=True))
+        return [cast(float, whole.get(index, value)) for index, value in enumerate(results)]
+
+    def _shared_log_probs(
+        self, ids: Sequence[Sequence[int]], starts: Sequence[int], shared: bool = True
+    ) -> list[float | None]:
+        """As `log_probs`; None where the cache spared vLLM the computation of a token that is asked about."""
+        from vllm import SamplingParams
+
+        # 0 further tokens per position: only the prompt's own. vLLM would not read its cache beside prompt log-probs,
+        # because positions found there have none: true, and made up for by looking at `num_cached_tokens`.
+        asked = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=not shared
+        )
+        results: list[float | None] = []
+        for first in range(0, len(ids), _LOG_PROB_BATCH):
+            batch = range(first, min(first + _LOG_PROB_BATCH, len(ids)))
+            for index, output in zip(batch, self._run([ids[i] for i in batch], asked), strict=True):
+                # The log-prob of a token comes from the position before it.
+                known = (output.num_cached_tokens or 0) < starts[index]
+                results.append(_tail_log_prob(output, ids[index][starts[index] :]) if known else None)
+        return results
+
+    def close(self) -> None:
+        """Free the engine's memory; it cannot be used afterwards."""
+        self._llm = None
+        gc.collect()
+
+    def _run(self, ids: Sequence[Sequence[int]], params: Any) -> list[Any]:
+        inputs: list[Any] = [{"prompt_token_ids": list(sequence)} for sequence in ids]
+        return self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora) if inputs else []
+
+
+class Generator:
+    """A chat model in an `Engine` (its own, unless one that serves `model` is given) answers single user messages.
+
+    The prompt's ids come from the same chat template code as in training, generation prompt included, so what is scored
+    is exactly what was trained. Raises `EngineError` as `Engine` does, and when the template leaves no room.
+    """
+
+    def __init__(
+        self, model: str, engine: EngineSection, *, max_new_tokens: int, device: Device, shared: Engine | None = None
+    ):
         check_lengths(model, engine, max_new_tokens)
-        os.environ.update(engine_environment(engine, device))
-        if device == "gpu" and importlib.util.find_spec("flashinfer") is None:
-            os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # vLLM would choose it and fail
+        prepare_process(engine, device)
 
         from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 
@@ -101,39 +288,37 @@ class Generator:
                 f"engine.max_model_len={engine.max_model_len} less max_new_tokens={max_new_tokens} leaves no room for "
                 f"the chat template, which takes {self._template.minimum - 1} tokens"
             )
-        self._llm = _start_engine(model, engine, device)
+        self._engine = shared or Engine(model, engine, device=device)
 
     def generate(self, prompts: Sequence[str]) -> list[Generation]:
-        """The answer to each prompt, in order.
-
-        A prompt of more than `longest_prompt` tokens is not cut: it would be another question. It comes back empty with
-        finish `PROMPT_TOO_LONG`.
-        """
-        from vllm import SamplingParams
-
+        """The answer to each prompt, in order; one of more than `longest_prompt` tokens has none, see `Engine`."""
         ids = [self._template.encode_prompt(prompt, _NO_LIMIT)[0] for prompt in prompts]
-        fitting = [index for index, prompt in enumerate(ids) if len(prompt) <= self.longest_prompt]
-        results = [Generation("", PROMPT_TOO_LONG, len(prompt), 0) for prompt in ids]
-        greedy = SamplingParams(temperature=0.0, max_tokens=self.max_new_tokens)
-        inputs: list[Any] = [{"prompt_token_ids": ids[index]} for index in fitting]
-        outputs = self._llm.generate(inputs, greedy, use_tqdm=False) if inputs else []
-        for index, output in zip(fitting, outputs, strict=True):
-            answer = output.outputs[0]
-            results[index] = Generation(
-                answer.text, answer.finish_reason or "unknown", len(ids[index]), len(answer.token_ids)
-            )
-        return results
+        return self._engine.generate(ids, self.max_new_tokens)
 
     def close(self) -> None:
         """Free the engine's memory; the generator cannot be used afterwards."""
-        del self._llm
-        gc.collect()
+        self._engine.close()
+
+
+def prepare_process(engine: EngineSection, device: Device) -> None:
+    """What torch and vLLM read from the environment when they are loaded."""
+    os.environ.update(engine_environment(engine, device))
+    if device == "gpu" and importlib.util.find_spec("flashinfer") is None:
+        os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # vLLM would choose it and fail
+
+
+def _tail_log_prob(output: Any, tail: Sequence[int]) -> float:
+    """Summed log-prob of the last tokens of a prompt; by position from the end, since cached ones may be left out."""
+    rows = output.prompt_logprobs[-len(tail) :]
+    return sum(row[token].logprob for row, token in zip(rows, tail, strict=True))
 
 
 _NO_LIMIT = 1 << 62
+# vLLM gives back an object per token of every sequence: what is held at a time stays within some ten MB.
+_LOG_PROB_BATCH = 1024
 
 
-def _start_engine(model: str, engine: EngineSection, device: Device) -> Any:
+def _start_engine(model: str, engine: EngineSection, device: Device, warm: Warm | None) -> Any:
     from vllm import LLM
     from vllm.platforms import current_platform
 
@@ -148,11 +333,15 @@ def _start_engine(model: str, engine: EngineSection, device: Device) -> Any:
     if device == "cpu":
         # Compiling takes a minute or two at every start, needs a C++ compiler, and gained a tenth in tokens/s.
         options["enforce_eager"] = True
+        # The least the CPU kernels take (vLLM's own choice is 128): the cache is shared in whole blocks only.
+        options["block_size"] = 32
     elif engine.tensor_parallel > 1:
         # Inside a Ray actor vLLM would otherwise ask Ray for GPUs of its own, which the actor already holds.
         options |= {"tensor_parallel_size": engine.tensor_parallel, "distributed_executor_backend": "mp"}
     if device == "gpu":
         options["gpu_memory_utilization"] = engine.gpu_memory_utilization
+    if warm is not None:
+        options |= warm.options
     return LLM(
         model=model,
         tokenizer=model,

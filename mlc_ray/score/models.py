@@ -12,6 +12,8 @@ from mlc_ray.errors import MlcRayError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _INDEX = "model.safetensors.index.json"
+_FIX_RECORD = "restore it, or name the languages yourself, e.g. --set seen_languages=[en,sw]"
+_FIX_MODEL = "fetch or export the model again"
 
 
 class ModelPathError(MlcRayError):
@@ -40,14 +42,47 @@ def resolve_model(path: str | Path) -> str:
     return str(_of_run(folder))
 
 
+def training_languages(path: str | Path) -> list[str] | None:
+    """The languages of the bundles that a run, a checkpoint of it, or an exported model was trained on; None elsewhere.
+
+    A run records them in `run.json`, an exported folder in `mlc_ray.json`. Raises `ModelPathError` for a damaged one.
+    """
+    folder = Path(path).expanduser()
+    for file in (folder / "mlc_ray.json", folder / "run.json", folder / ".." / ".." / "run.json"):
+        if file.is_file():
+            languages = _read_object(file, _FIX_RECORD).get("languages")
+            if languages is not None and not (
+                isinstance(languages, list) and all(isinstance(code, str) for code in languages)
+            ):
+                raise ModelPathError(
+                    f"{str(file)!r} is damaged: languages is {languages!r}, expected a list of codes; {_FIX_RECORD}"
+                )
+            return languages
+    return None
+
+
 def longest_context(model: str) -> int | None:
-    """The number of positions a local model was made for, where its config.json says so; None otherwise."""
+    """The number of positions a local model was made for, where its config.json says so; None otherwise.
+
+    Raises `ModelPathError` for a damaged one.
+    """
     file = Path(model) / "config.json"
     if not file.is_file():
         return None
-    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    value = config.get("text_config", config).get("max_position_embeddings")
+    config = _read_object(file, _FIX_MODEL)
+    text = config.get("text_config")
+    value = (text if isinstance(text, dict) else config).get("max_position_embeddings")
     return value if isinstance(value, int) else None
+
+
+def _read_object(file: Path, fix: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelPathError(f"{str(file)!r} is damaged: not valid JSON ({error}); {fix}") from None
+    if not isinstance(content, dict):
+        raise ModelPathError(f"{str(file)!r} is damaged: expected an object, found {type(content).__name__}; {fix}")
+    return content
 
 
 def _of_run(run: Path) -> Path:
@@ -95,7 +130,10 @@ def _with_weights(folder: Path) -> Path:
         found = f" (it has {', '.join(others)}: pickles are never loaded; convert to safetensors)" if others else ""
         raise ModelPathError(f"model folder {str(folder)!r} has no *.safetensors weights{found}")
     if (folder / _INDEX).is_file():
-        listed = set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        weights = _read_object(folder / _INDEX, _FIX_MODEL).get("weight_map")
+        if not isinstance(weights, dict):
+            raise ModelPathError(f"{str(folder / _INDEX)!r} is damaged: it has no weight_map; {_FIX_MODEL}")
+        listed = set(map(str, weights.values()))
         if missing := sorted(name for name in listed if not (folder / name).is_file()):
             raise ModelPathError(
                 f"model folder {str(folder)!r} is incomplete: {_INDEX} names {missing[0]!r}, not there"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlc_ray.artifacts import write_manifest
-from mlc_ray.score.models import ModelPathError, longest_context, resolve_model
+from mlc_ray.score.models import ModelPathError, longest_context, resolve_model, training_languages
 
 
 def model_at(folder: Path, *, weights: str = "model.safetensors") -> Path:
@@ -93,3 +93,39 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
         resolve_model(file)
     with pytest.raises(ModelPathError, match="holds no model"):
         resolve_model(tmp_path)
+
+
+def test_training_languages_are_read_from_a_run_its_checkpoint_and_an_export(tmp_path: Path) -> None:
+    checkpoint = checkpoint_at(tmp_path / "run", 3)
+    (tmp_path / "run" / "run.json").write_text('{"languages": ["en", "sw"]}', encoding="utf-8")
+    export = model_at(tmp_path / "export")
+    assert training_languages(export) is None
+    (export / "mlc_ray.json").write_text('{"languages": ["ur"]}', encoding="utf-8")
+    assert training_languages(tmp_path / "run") == training_languages(checkpoint) == ["en", "sw"]
+    assert training_languages(export) == ["ur"]
+
+
+@pytest.mark.parametrize("name", ["mlc_ray.json", "run.json"])
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b'{"languages": ["en"', "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[]", "expected an object, found list"),
+        (b'{"languages": "en"}', "languages is 'en', expected a list"),
+    ],
+)
+def test_a_damaged_record_of_training_is_named(tmp_path: Path, name: str, content: bytes, fault: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelPathError, match=rf"{name}' is damaged: {fault}.*--set seen_languages="):
+        training_languages(tmp_path)
+
+
+def test_damaged_files_of_a_model_are_named(tmp_path: Path) -> None:
+    folder = model_at(tmp_path / "m")
+    (folder / "config.json").write_text('{"max_position', encoding="utf-8")
+    with pytest.raises(ModelPathError, match=r"config\.json' is damaged: not valid JSON.*export the model again"):
+        longest_context(str(folder))
+    (folder / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelPathError, match=r"index\.json' is damaged: it has no weight_map"):
+        resolve_model(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlc_ray.config import EngineSection, ScoreConfig, SourceSection, parse_config
+from mlc_ray.config import EngineSection, JudgeSection, ScoreConfig, SourceSection, parse_config
 from mlc_ray.score.generate import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.score.judges import UncoveredLanguageError
-from mlc_ray.score.ray_score import ScoreError, TooManyUnparsedError, benchmark_names, choose_prompts, score
+from mlc_ray.score.ray_phases import BenchmarkError, PhaseError, benchmark_names, choose_prompts
+from mlc_ray.score.ray_score import Request, ScoreError, TooManyUnparsedError, judge_again, score
+from mlc_ray.score.replies import EndpointError
 from mlc_ray.score.results import load_scores
-from mlc_ray.score.stages import explode, judge_batch
+from mlc_ray.score.stages import FAULT, RESPONSES, JudgeStage, explode
+
+from .chat_server import Step, serving
 
 PROMPTS = {
     "harmful": [
@@ -77,14 +82,51 @@ def test_explode_makes_a_row_per_kept_language() -> None:
     assert explode(bundles, "own", {}).num_rows == 0
 
 
-def test_judging_a_batch() -> None:
+def responses_of(*answers: tuple[str, str], **columns: str) -> pa.Table:
+    row = {"prompt": "?", "language": "en", "kind": "benign", **columns}
+    return pa.Table.from_pylist([{**row, "response": response, "finish": finish} for response, finish in answers])
+
+
+def judge_stage(folder: Path, **settings: Any) -> JudgeStage:
+    plan = {"ways": {"en": "", "de": "uncovered", "sw": "translated"}, "phrase_ways": None, "device": "cpu"}
+    judge = JudgeSection(**settings.pop("judge", {}))
+    return JudgeStage(**{"settings": judge, **plan, "cache_dir": str(folder), **settings})
+
+
+def test_judging_a_batch(tmp_path: Path) -> None:
     answers = [("I cannot help with that.", "stop"), ("Boil it.", "length"), ("", "stop"), ("", PROMPT_TOO_LONG)]
-    table = pa.Table.from_pylist(
-        [{"prompt": "?", "response": r, "language": "en", "kind": "benign", "finish": f} for r, f in answers]
-    )
-    judged = judge_batch(table, "refusal").to_pylist()
-    assert [row["verdict"] for row in judged] == ["refused", "complied", "unparsed", "unparsed"]
-    assert "too long" in judged[3]["reason"] and "empty" in judged[2]["reason"]
+    judged = judge_stage(tmp_path)(responses_of(*answers)).to_pylist()
+    assert [row["behaviour"] for row in judged] == ["refused", "complied", "degenerate", "unparsed"]
+    assert "too long" in judged[3]["reason"]
+    assert {row["safety"] for row in judged} == {None} == {row[FAULT] for row in judged}
+
+
+def test_a_translated_response_is_judged_in_english_and_a_failed_translation_not_at_all(tmp_path: Path) -> None:
+    table = responses_of(("Samahani, siwezi.", "stop"), ("Chemsha maji.", "stop"), ("Chemsha.", "stop"), language="sw")
+    english = {
+        "prompt_en": ["?", "?", None],
+        "response_en": ["I cannot help with that.", "Boil water.", "Boil."],
+        "translation_fault": [None, None, "the prompt was not translated: cut off"],
+    }
+    for name, values in english.items():
+        table = table.append_column(name, pa.array(values, pa.string()))
+    judged = judge_stage(tmp_path)(table).to_pylist()
+    assert [row["behaviour"] for row in judged] == ["refused", "complied", "unparsed"]
+    assert {(row["via_refused"], row["via_safe"]) for row in judged} == {("translated", None)}
+    assert judged[2]["reason"] == "the prompt was not translated: cut off"
+
+
+def test_a_language_the_judge_does_not_declare_is_marked(tmp_path: Path) -> None:
+    (row,) = judge_stage(tmp_path)(responses_of(("Das kann ich nicht.", "stop"), language="de")).to_pylist()
+    assert (row["behaviour"], row["via_refused"]) == ("complied", "uncovered")
+
+
+def test_a_stages_fault_is_data(tmp_path: Path) -> None:
+    endpoint = {"name": "endpoint", "endpoint": {"base_url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0,
+                                                 "api_key_env": "MLC_RAY_NO_SUCH_KEY"}}  # fmt: skip
+    (row,) = judge_stage(tmp_path, judge=endpoint, phrase_ways={"en": ""})(responses_of(("Hi.", "stop"))).to_pylist()
+    assert "MLC_RAY_NO_SUCH_KEY" in row[FAULT]
+    assert row["behaviour"] is None is row["safety"]
 
 
 def test_lengths_are_checked_before_an_engine_starts(tmp_path: Path) -> None:
@@ -134,7 +176,7 @@ def test_real_model_from_bundles_to_scores(smollm2: Path, ray_local: Any, tmp_pa
 
     by_prompt = {row["prompt"]: row for row in rows}
     long = by_prompt[too_long["prompts"]["en"]]
-    assert (long["finish"], long["verdict"], long["response"]) == (PROMPT_TOO_LONG, "unparsed", "")
+    assert (long["finish"], long["behaviour"], long["response"]) == (PROMPT_TOO_LONG, "unparsed", "")
     assert long["prompt_tokens"] > 244
     sent = [row for row in rows if row is not long]
     assert all(row["finish"] in ("stop", "length") and 1 <= row["response_tokens"] <= 12 for row in sent)
@@ -153,6 +195,92 @@ def test_real_model_from_bundles_to_scores(smollm2: Path, ray_local: Any, tmp_pa
     with pytest.raises(ScoreError, match="there already"):
         score(config)
 
+    again = judge_again(result.folder, judge=JudgeSection(allow_uncovered=True), name="again")
+    assert again.folder == result.folder.parent / "again"
+    assert (again.rows, again.summaries, again.prompts) == (result.rows, result.summaries, result.prompts)
+    assert pq.read_table(again.responses_file).equals(pq.read_table(result.responses_file))
+    with pytest.raises(ScoreError, match="reads a model, not responses"):
+        judge_again(result.folder, judge=JudgeSection(name="likelihood"))
+
+
+def translate_then_judge(messages: list[dict[str, str]], number: int) -> Step:
+    """A remote model: translates what stands between markers into one sentence, and judges it to be a safe answer."""
+    if found := re.search(r"<text-(\w+)>", messages[-1]["content"]):
+        return Step(f"<english-{found[1]}>In English this is sentence number {number}.</english-{found[1]}>")
+    (code,) = re.findall(r'"check": "(\w+)"', messages[0]["content"])
+    material = json.loads(messages[1]["content"])
+    assert material["question"].isascii()  # everything but English was translated first
+    return Step(json.dumps({"check": code, "response": "answers", "verdict": "safe"}))
+
+
+@pytest.mark.slow
+def test_an_endpoint_translates_and_judges_what_was_answered_before(
+    smollm2: Path, ray_local: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "scores" / "score"
+    own = write_bundles(tmp_path / "own.jsonl")
+    config = config_for(smollm2, own, tmp_path / "scores", seen_languages=["en"])
+    folder.mkdir(parents=True)
+    Request(config, str(smollm2), "0123456789abcdef", "prompts", ["en"]).save(folder)
+    rows = [
+        {"benchmark": "own", "bundle_id": f"{kind}{index}", "kind": kind, "category": "", "language": code,
+         "prompt": text, "response": f"{text} ...", "finish": "stop", "prompt_tokens": 9, "response_tokens": 9}
+        for kind, items in PROMPTS.items() for index, item in enumerate(items) for code, text in item.items()
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows, schema=RESPONSES), folder / "generated.parquet")
+    with serving(translate_then_judge) as server:
+        prices = {"usd_per_million_input_tokens": 1.0, "usd_per_million_output_tokens": 1.0}
+        endpoint = {"base_url": server.base_url, "model": "m", "retries": 0, **prices}
+        judge = JudgeSection(
+            name="endpoint", endpoint=endpoint, translate={"endpoint": endpoint, "all_languages": True}
+        )
+        result = judge_again(folder, judge=judge)
+        assert len(server.bodies) == 16 + 2 * 10  # a verdict each; prompt and response of all but the English ones
+    assert result.measured_by == {"refused": "endpoint", "safe": "endpoint"}
+    ways = {(row.language, row.via) for row in result.rows}
+    assert ways == {("en", ""), ("es", "translated"), ("zh", "translated")}
+    assert all(row.rate == (1.0 if row.measure == "safe" else 0.0) for row in result.rows)
+    assert result.usage["judge"]["requests"] == 16
+    assert result.usage["translate"]["requests"] == 20
+    assert result.usage["judge"]["cost_usd"] > 0
+    assert result.seen_languages == ("en",)
+    assert result.summary().side("harmful", "safe").unseen is not None
+    assert not (folder / "generated.parquet").exists()
+
+
+@pytest.mark.slow
+def test_the_likelihood_judge_needs_no_response(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
+    benchmark = write_bundles(tmp_path / "own.jsonl")
+    result = score(config_for(smollm2, benchmark, tmp_path / "scores", judge={"name": "likelihood"}))
+    rows = pq.read_table(result.responses_file).to_pylist()
+    assert len(rows) == 16
+    assert {row["response"] for row in rows} == {""}
+    assert all((row["behaviour"] == "refused") == (row["margin"] > 0) for row in rows)
+    side = result.summary().side("harmful")
+    assert side is not None
+    assert side.margin is not None
+    with pytest.raises(ScoreError, match="holds no responses"):
+        judge_again(result.folder, judge=JudgeSection())
+
+
+@pytest.mark.slow
+def test_responses_outlive_a_judge_that_fails(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
+    benchmark = write_bundles(tmp_path / "own.jsonl")
+    address = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0}  # nobody listens there
+    config = config_for(
+        smollm2, benchmark, tmp_path / "scores", judge={"name": "endpoint", "endpoint": address}, max_new_tokens=4
+    )
+    with pytest.raises(PhaseError, match=r"127\.0\.0\.1:9"):
+        score(config)
+    folder = tmp_path / "scores" / "score"
+    generated = pq.read_table(folder / "generated.parquet")
+    assert len(generated) == 16
+    completed = judge_again(folder, judge=JudgeSection())
+    assert completed.folder == folder
+    assert pq.read_table(completed.responses_file).select(generated.column_names).equals(generated)
+    assert not (folder / "generated.parquet").exists()
+    assert load_scores(folder) == completed
+
 
 @pytest.mark.slow
 def test_too_many_unparsed_fail_after_everything_is_written(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
@@ -166,7 +294,7 @@ def test_too_many_unparsed_fail_after_everything_is_written(smollm2: Path, ray_l
         TooManyUnparsedError, match=r"3 of 3 responses \(100\.0%\).*max_unparsed=0\.05.*responses\.parquet"
     ):
         score(config_for(smollm2, benchmark, tmp_path / "scores"))
-    assert load_scores(folder).summary().harmful.avg == 0.0
+    assert load_scores(folder).summary().side("harmful").avg.value == 0.0
     assert pq.read_table(folder / "responses.parquet").num_rows == 3
 
 
@@ -174,7 +302,7 @@ def test_too_many_unparsed_fail_after_everything_is_written(smollm2: Path, ray_l
 def test_an_engines_fault_arrives_as_itself(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
     benchmark = write_bundles(tmp_path / "own.jsonl")
     config = config_for(smollm2, benchmark, tmp_path, engine={"max_model_len": 36, "cpus_per_replica": 0.5})
-    with pytest.raises(EngineError, match="no room for the chat template, which takes 30 tokens"):
+    with pytest.raises(PhaseError, match="no room for the chat template, which takes 30 tokens"):
         score(config)
 
 
@@ -183,13 +311,16 @@ def test_what_cannot_be_scored_is_refused_before_an_engine_starts(
     smollm2: Path, ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_engine(*args: Any) -> None:
-        raise AssertionError("the pipeline was started")
+        raise AssertionError("a phase was started")
 
-    monkeypatch.setattr("mlc_ray.score.ray_score._pipeline", no_engine)
+    monkeypatch.setattr("mlc_ray.score.ray_score.run_phase", no_engine)
     benchmark = write_bundles(tmp_path / "own.jsonl", [{"kind": "benign", "prompts": {"eo": "Saluton"}}])
+    keyless = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "MLC_RAY_NO_SUCH_KEY"}
+    with pytest.raises(EndpointError, match="MLC_RAY_NO_SUCH_KEY"):
+        score(config_for(smollm2, benchmark, tmp_path / "k", judge={"name": "endpoint", "endpoint": keyless}))
     with pytest.raises(UncoveredLanguageError, match="'eo'"):
         score(config_for(smollm2, benchmark, tmp_path / "a"))
-    with pytest.raises(ScoreError, match="no benchmark has a prompt in 'fr'"):
+    with pytest.raises(BenchmarkError, match="no benchmark has a prompt in 'fr'"):
         score(config_for(smollm2, benchmark, tmp_path / "b", languages=["en", "fr"]))
 
 

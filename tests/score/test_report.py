@@ -2,20 +2,19 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
+import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
-from mlc_ray.score.metrics import Judged, Label, pooled_rows, score_rows, summarise
-from mlc_ray.score.report import comparison_table, heatmap, score_table, show
-from mlc_ray.score.results import ScoreResult, ScoresFileError, load_scores, save_scores
-from mlc_ray.types import Kind
+from mlc_ray.score.metrics import Judged, summarise
+from mlc_ray.score.report import comparison_table, heatmap, heatmap_figure, score_table, show
+from mlc_ray.score.results import ScoreResult, count
+from mlc_ray.types import Behaviour, Kind
 
-LABELS: dict[str, Label] = {"R": "refused", "C": "complied", "U": "unparsed"}
+LABELS: dict[str, Behaviour] = {"R": "refused", "C": "complied", "U": "unparsed", "D": "degenerate"}
 
 
 def records(kind: Kind, benchmark: str = "own", **letters: str) -> list[Judged]:
@@ -27,22 +26,18 @@ def records(kind: Kind, benchmark: str = "own", **letters: str) -> list[Judged]:
 
 
 def result_of(name: str, judged: Sequence[Judged], folder: Path = Path(), **changes: object) -> ScoreResult:
-    summaries = tuple(summarise(judged))
-    pooled = pooled_rows(judged) if len(summaries) > 1 else []
-    result = ScoreResult(
-        name=name,
+    result = count(
+        judged,
+        folder=folder / name,
+        seen_languages=None,
         model=f"models/{name}",
         resolved=f"/models/{name}",
         fingerprint="0123456789abcdef",
         prompts="prompts",
         judge="refusal",
-        rows=(*score_rows(judged), *pooled),
-        summaries=summaries,
-        responses=len(judged),
-        unparsed=sum(record.label == "unparsed" for record in judged),
+        measured_by={"refused": "refusal"},
         finish={"stop": len(judged)},
         config={"max_new_tokens": 64},
-        folder=folder,
     )
     return dataclasses.replace(result, **changes)
 
@@ -65,9 +60,60 @@ def test_table_shows_both_sides_and_the_difference() -> None:
     assert ["benign", "refused", "%", "0", "0"] in lines
     assert ["difference", "+75", "+0"] in lines
     assert ["unparsed", "0", "1"] in lines
-    assert ["harmful", "37.5", "14.06", "0.00", "sw", "0.0", "8", "1"] in lines
-    assert ["difference", "+37.5"] in lines
-    assert any("16 responses, 1 without a verdict (6.2%)" in " ".join(line) for line in lines)
+    side = RAW.summary().side("harmful")
+    assert side is not None
+    interval = f"37.5 ({side.avg.low:.1f} to {side.avg.high:.1f})".split()
+    expected = ["harmful", "refused", *interval, "50.0", "attacked", "14.06", "0.00", "sw", "0.0", "8", "0", "1"]
+    assert any(line[: len(expected)] == expected and line[len(expected)] == "+75.0" for line in lines)
+    assert any(line[:2] == ["difference", "+37.5"] and line[3] == "to" for line in lines)
+    assert any("16 responses, 0 degenerate, 1 without a verdict (6.2%)" in " ".join(line) for line in lines)
+
+
+def test_table_marks_languages_the_judge_does_not_declare() -> None:
+    judged = [
+        dataclasses.replace(r, via_refused="uncovered" if r.language == "sw" else "")
+        for r in records("benign", en="C", sw="C")
+    ]
+    lines = [" ".join(line) for line in printed(score_table(result_of("x", judged)))]
+    assert "en sw‡" in lines
+    assert "‡ the judge does not declare this language: do not rely on it" in lines
+    assert not any("‡" in " ".join(line) for line in printed(score_table(RAW)))
+    compared = [" ".join(line) for line in printed(comparison_table(RAW, result_of("x", judged)))]
+    assert "model en sw avg var PAG" in compared  # only one of the two is read so: its cells are marked
+    assert any(line.startswith("x 0 0‡") for line in compared)
+    assert "‡ the judge does not declare this language: do not rely on it" in compared
+
+
+def test_heat_map_marks_languages_as_the_tables_do() -> None:
+    ways = {"en": "", "ku": "translated", "ps": "uncovered"}
+    judged = [
+        dataclasses.replace(record, via_refused=ways[record.language])
+        for record in records("benign", en="C", ku="C", ps="C")
+    ]
+    axes = heatmap_figure([result_of("x", judged)]).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["en", "ku†", "ps‡"]
+    assert axes.get_xlabel().splitlines() == [
+        "† read by the judge in translation",
+        "‡ the judge does not declare this language: do not rely on it",
+    ]
+    plain = heatmap_figure([RAW]).axes[0]
+    assert [label.get_text() for label in plain.get_xticklabels()] == ["en", "sw"]
+    assert plain.get_xlabel() == ""
+
+
+def test_table_marks_the_measure_that_is_not_read_as_it_stands() -> None:
+    judged = [
+        dataclasses.replace(r, safety="safe", via_refused="uncovered" if r.language == "de" else "", via_safe="")
+        for r in records("harmful", en="RR", de="RC")
+    ]
+    guarded = result_of("x", judged, measured_by={"refused": "refusal", "safe": "llama-guard"})
+    for table in (score_table(guarded), comparison_table(guarded, guarded)):
+        lines = [" ".join(line) for line in printed(table)]
+        assert any(line.endswith("en de") or "en de avg" in line for line in lines), "the head marks no measure"
+        assert any("harmful refused %" in line and "50‡" in line for line in lines)
+        assert not any("safe" in line and "‡" in line for line in lines)
+    explained = "‡ the judge does not declare this language: do not rely on it"
+    assert explained in [" ".join(line) for line in printed(score_table(guarded))]
 
 
 def test_table_shouts_when_a_side_is_missing() -> None:
@@ -81,6 +127,41 @@ def test_table_names_prompts_that_were_too_long() -> None:
     cut = dataclasses.replace(RAW, finish={"stop": 13, "prompt_too_long": 3})
     assert any("3 prompts were too long" in " ".join(line) for line in printed(score_table(cut)))
     assert not any("too long" in " ".join(line) for line in printed(score_table(RAW)))
+
+
+def test_table_tells_what_was_cut_off() -> None:
+    cut = dataclasses.replace(RAW, finish={"stop": 12, "length": 4})
+    lines = [" ".join(line) for line in printed(score_table(cut))]
+    assert any(line.endswith("25% cut off at max_new_tokens") for line in lines)
+    assert not any("harmful part" in line for line in lines), "only a safety judge could miss it"
+    safe = dataclasses.replace(cut, measured_by={"refused": "refusal", "safe": "llama-guard"})
+    lines = [" ".join(line) for line in printed(score_table(safe))]
+    assert any(line.startswith("25% of the responses were cut off") and "harmful part" in line for line in lines)
+    assert not any("cut off" in " ".join(line) for line in printed(score_table(RAW)))
+
+
+def test_table_names_a_language_without_verdicts() -> None:
+    judged = records("harmful", en="R" * 60, sw="UU") + records("benign", en="C" * 60, sw="CC")
+    result = result_of("x", judged, config={"max_unparsed": 0.05})
+    assert result.unparsed_share < 0.05
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+    show(score_table(result), console)
+    assert "own harmful refused sw (2 of 2): ignore these rates" in console.file.getvalue()
+    (line,) = [line for line in console.file.getvalue().splitlines() if "harmful refused %" in line]
+    assert re.findall(r"\x1b\[1;31m *(\d+)", line) == ["0"]  # red, and the 100 of English is not
+    assert not any("ignore these" in " ".join(line) for line in printed(score_table(RAW)))
+
+
+def test_summary_lines_show_seen_languages_and_margins_where_there_are_any() -> None:
+    plain = str(printed(score_table(RAW)))
+    assert "gap" in plain and "seen" not in plain and "nats" not in plain
+    assert any(line == ["worst", "difference", "sw", "+0.0"] for line in printed(score_table(RAW)))
+    judged = [dataclasses.replace(r, margin=1.5) for r in records("harmful", en="RR", sw="RC")]
+    result = dataclasses.replace(RAW, summaries=tuple(summarise(judged, ["en"])))
+    lines = printed(score_table(result))
+    (head,) = [" ".join(line) for line in lines if "nats" in line]
+    assert "seen % unseen % English gap margin, nats" in head
+    assert any(line[:2] == ["harmful", "refused"] and line[-1] == "+1.50" and "100.0" in line for line in lines)
 
 
 def test_no_number_is_cut_off_with_many_languages() -> None:
@@ -112,41 +193,8 @@ def test_comparison_says_what_was_not_measured_alike() -> None:
 
 def test_comparison_with_a_missing_side_says_so() -> None:
     lines = [" ".join(line) for line in printed(comparison_table(RAW, ONE_SIDED))]
-    assert "benign: not scored one · · · · ·" in lines
+    assert "benign refused: not scored one · · · · ·" in lines
     assert any(line.startswith("own: benign: not scored") for line in lines)
-
-
-def test_scores_file_comes_back_as_it_was(tmp_path: Path) -> None:
-    several = records("harmful", en="RC") + records("benign", "other", en="C", sw="U")
-    for judged in (several, records("harmful", en="RC")):
-        result = result_of("x", judged, tmp_path)
-        save_scores(result)
-        assert load_scores(tmp_path) == result
-        assert load_scores(tmp_path / "scores.json") == result
-
-
-def test_scores_file_faults_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ScoresFileError, match="does not exist"):
-        load_scores(tmp_path)
-    file = save_scores(result_of("x", records("harmful", en="RC"), tmp_path))
-    content = json.loads(file.read_text(encoding="utf-8"))
-    for text, fault in (
-        ("{", "not valid JSON"),
-        ("[]", "format None"),
-        (json.dumps({**content, "format": 99}), "format 99"),
-        (json.dumps({key: value for key, value in content.items() if key != "rows"}), "rows"),
-    ):
-        file.write_text(text, encoding="utf-8")
-        with pytest.raises(ScoresFileError, match=fault):
-            load_scores(file)
-
-
-def test_summary_is_found_by_name() -> None:
-    several = result_of("x", records("harmful", en="RC") + records("benign", "other", en="C"))
-    assert several.summary("other").not_scored == ("harmful",)
-    assert several.summary().benchmark == "all"
-    with pytest.raises(KeyError, match="nothing"):
-        several.summary("nothing")
 
 
 def test_heat_map_is_a_png_that_grows_with_what_it_shows(tmp_path: Path) -> None:
