@@ -1,0 +1,322 @@
+"""Folders -> plain data: what was scored, what was trained, and what lies there but could not be used.
+
+A RUN is a training run's folder (`config.yaml`, `run.json`, `metrics.jsonl`, scores in `scores/*/`), a score folder
+(`scores.json`, `responses.parquet`, perhaps `utility.json`), or a folder of those. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.score.metrics import Judged
+from mlc_ray.score.results import RESPONSES_FILE, SCORES_FILE, ScoreResult, load_scores
+from mlc_ray.score.utility_file import UTILITY_FILE, UtilityFileError, UtilityRow, load_utility
+from mlc_ray.types import Behaviour, Kind, Safety, Via
+
+CONFIG_FILE, RUN_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.jsonl"
+_COLUMNS = ("benchmark", "bundle_id", "kind", "category", "language", "prompt", "response", "finish", "behaviour",
+            "safety", "reason", "categories", "margin", "via_refused", "via_safe")  # fmt: skip
+_UTILITY_ALONE = (
+    f"has {UTILITY_FILE} but no {SCORES_FILE}: utility is shown beside the score of the same model; measure it with "
+    f"`mlc-ray utility MODEL --tasks ... --scores SCORE_FOLDER`, or move {UTILITY_FILE} into that score folder"
+)
+_ALLOWED = {
+    "kind": get_args(Kind),
+    "behaviour": (*get_args(Behaviour), None),
+    "safety": (*get_args(Safety), None),
+    "via_refused": (*get_args(Via), None),
+    "via_safe": (*get_args(Via), None),
+}
+
+
+class ReportError(MlcRayError):
+    """A folder is no run, or a file in it is damaged; the message quotes the path."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """A row of `responses.parquet`: a prompt, what the model answered, and what the judge said of it."""
+
+    benchmark: str
+    bundle_id: str
+    kind: Kind
+    category: str
+    language: str
+    prompt: str
+    response: str
+    finish: str
+    behaviour: Behaviour | None
+    safety: Safety | None
+    reason: str
+    categories: tuple[str, ...]
+    margin: float | None
+    via_refused: Via | None
+    via_safe: Via | None
+
+    @property
+    def judged(self) -> Judged:
+        """The verdict without the texts, as `score.metrics` counts it."""
+        return Judged(
+            self.benchmark, self.bundle_id, self.kind, self.language, self.behaviour, self.safety,
+            self.via_refused, self.via_safe, self.margin,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Model:
+    """One score. `label` is unique in the report, short where it can be; `responses` is empty if the file is gone."""
+
+    label: str
+    result: ScoreResult
+    responses: tuple[Response, ...] = ()
+    utility: tuple[UtilityRow, ...] = ()
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training run. `metrics` maps a name to points (step, value); value None where it was no finite number."""
+
+    label: str
+    folder: Path
+    config: str
+    facts: Mapping[str, Any]
+    metrics: Mapping[str, tuple[tuple[int, float | None], ...]]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """All that a report is made of. `notes` says what was found but could not be used, to be shown in the report."""
+
+    models: tuple[Model, ...]
+    trainings: tuple[Training, ...]
+    notes: tuple[str, ...] = ()
+
+
+def collect(paths: Sequence[str | Path]) -> Collection:
+    """Read every RUN. The order is that of `paths`; in one run, scores come in the order they were made.
+
+    Raises `ReportError` for a path that is no run or given twice, and for a damaged file; `ScoresFileError` for a
+    damaged `scores.json`.
+    """
+    if not paths:
+        raise ReportError("no run was given; name at least one run folder or score folder")
+    runs: list[Path] = []
+    scores: list[Path] = []
+    notes: list[str] = []
+    for path in map(Path, paths):
+        _find(path, runs, scores, notes)
+    for kind, found in (("run", runs), ("score", scores)):
+        if twice := [str(p) for p, count in Counter(p.resolve() for p in found).items() if count > 1]:
+            raise ReportError(f"{kind} folder {twice[0]!r} is in the report twice; give it once")
+    labels = _labels(scores)
+    models = [_read_model(folder, label, notes) for folder, label in zip(scores, labels, strict=True)]
+    trainings = [_read_training(folder, label) for folder, label in zip(runs, _labels(runs), strict=True)]
+    if not models and not any(training.metrics for training in trainings):
+        raise ReportError(
+            f"{', '.join(repr(str(path)) for path in paths)}: neither a score nor training metrics there yet; "
+            "score the run with `mlc-ray score`"
+        )
+    return Collection(tuple(models), tuple(trainings), tuple(notes))
+
+
+# --------------------------------------------------------------------------------------------- what is where
+
+
+def _is_score(folder: Path) -> bool:
+    return (folder / SCORES_FILE).is_file()
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and (
+        (folder / RUN_FILE).is_file() or (folder / METRICS_FILE).is_file() or (folder / "scores").is_dir()
+    )
+
+
+def _is_utility(folder: Path) -> bool:
+    return (folder / UTILITY_FILE).is_file() and not _is_score(folder)
+
+
+def _find(path: Path, runs: list[Path], scores: list[Path], notes: list[str]) -> None:
+    if not path.exists():
+        raise ReportError(f"{str(path)!r} does not exist; give a run folder, a score folder, or a folder of those")
+    if not path.is_dir():
+        raise ReportError(f"{str(path)!r} is a file; give the folder it is in")
+    if _is_score(path):
+        scores.append(path)
+        return
+    if _is_run(path):
+        runs.append(path)
+        scores.extend(_scores_in(path / "scores", notes))
+        return
+    if _is_utility(path):
+        raise ReportError(f"{str(path)!r} {_UTILITY_ALONE}")
+    inside = [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    known = [child for child in inside if _is_score(child) or _is_run(child)]
+    alone = [child for child in inside if child not in known and _is_utility(child)]
+    if alone and not known:
+        raise ReportError(f"{str(alone[0])!r} {_UTILITY_ALONE}")
+    if not known:
+        raise ReportError(
+            f"{str(path)!r} is neither a run (no {CONFIG_FILE} with {RUN_FILE}, {METRICS_FILE} or scores/) nor a score "
+            f"(no {SCORES_FILE}), and holds neither; give a folder that `mlc-ray train` or `mlc-ray score` wrote"
+        )
+    for child in [child for child in known if _is_run(child) and not _is_score(child)]:
+        _find(child, runs, scores, notes)
+    scores.extend(_by_time([child for child in known if _is_score(child)]))
+    notes += [f"{str(child)!r} {_UTILITY_ALONE}" for child in alone]
+    if others := [child.name for child in inside if child not in [*known, *alone]]:
+        notes.append(f"in {str(path)!r}, neither a run nor a finished score: {', '.join(others)}")
+
+
+def _scores_in(folder: Path, notes: list[str]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    inside = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    if unfinished := [child.name for child in inside if not _is_score(child)]:
+        notes.append(f"in {str(folder)!r}, without {SCORES_FILE} (not finished): {', '.join(unfinished)}")
+    return _by_time([child for child in inside if _is_score(child)])
+
+
+def _by_time(folders: Iterable[Path]) -> list[Path]:
+    return sorted(folders, key=lambda folder: (load_scores(folder).created, folder.name))
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart, without the folder `scores`: `after`, or `run / after`."""
+    parts = [[part for part in folder.resolve().parts if part != "scores"] for folder in folders]
+    depths = [1] * len(parts)
+    while True:
+        labels = [" / ".join(names[-depth:]) for names, depth in zip(parts, depths, strict=True)]
+        again = {label for label, count in Counter(labels).items() if count > 1}
+        grow = [i for i, label in enumerate(labels) if label in again and depths[i] < len(parts[i])]
+        if not grow:
+            return labels
+        for i in grow:
+            depths[i] += 1
+
+
+# --------------------------------------------------------------------------------------------- the readers
+
+
+def _read_model(folder: Path, label: str, notes: list[str]) -> Model:
+    result = load_scores(folder)
+    file = folder / RESPONSES_FILE
+    if not file.is_file():
+        notes.append(f"{str(file)!r} is missing: no comparison prompt by prompt, and no sample of responses")
+    responses = tuple(read_responses(file)) if file.is_file() else ()
+    if responses and len(responses) != result.responses:
+        raise ReportError(
+            f"{str(file)!r} has {len(responses)} responses, but {SCORES_FILE} beside it counts {result.responses}; "
+            "they are not of one score: score again"
+        )
+    return Model(label, result, responses, read_utility(folder, result))
+
+
+def read_responses(file: Path) -> list[Response]:
+    """Rows of a `responses.parquet`. Raises `ReportError` for a damaged file, a missing column, an unknown verdict."""
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ReportError(f"{str(file)!r} is damaged: {error}") from None
+    if missing := [name for name in _COLUMNS if name not in table.column_names]:
+        raise ReportError(f"{str(file)!r} lacks the columns {', '.join(missing)}; score again with this version")
+    columns = {name: table[name].to_pylist() for name in _COLUMNS}
+    for name, default in (("category", ""), ("response", ""), ("reason", ""), ("finish", "")):
+        columns[name] = [default if value is None else value for value in columns[name]]
+    columns["categories"] = [tuple(value or ()) for value in columns["categories"]]
+    for name, allowed in _ALLOWED.items():
+        if unknown := [value for value in dict.fromkeys(columns[name]) if value not in allowed]:
+            raise ReportError(
+                f"{str(file)!r}: {name}={unknown[0]!r} is none of {', '.join(map(str, allowed))}; "
+                "score again with this version"
+            )
+    asked = Counter(zip(*(columns[name] for name in ("benchmark", "bundle_id", "kind", "language")), strict=True))
+    if twice := [prompt for prompt, count in asked.items() if count > 1]:
+        raise ReportError(f"{str(file)!r} is damaged: benchmark, bundle, kind, language {twice[0]} is there twice")
+    return [Response(*row) for row in zip(*(columns[name] for name in _COLUMNS), strict=True)]
+
+
+def read_utility(folder: Path, result: ScoreResult) -> tuple[UtilityRow, ...]:
+    """Rows of a score folder's `utility.json`, none if there is no such file.
+
+    Raises `ReportError` for a damaged one, and for one of another model than the score's.
+    """
+    file = folder / UTILITY_FILE
+    if not file.is_file():
+        return ()
+    try:
+        utility = load_utility(file)
+    except UtilityFileError as error:
+        raise ReportError(str(error)) from None
+    if utility.fingerprint != result.fingerprint:
+        raise ReportError(
+            f"{str(file)!r} is of the model {utility.resolved!r} with fingerprint {utility.fingerprint!r}, but "
+            f"{SCORES_FILE} beside it is of {result.fingerprint!r}; remove it and measure again with `mlc-ray utility "
+            "--scores`"
+        )
+    return utility.rows
+
+
+def _read_training(folder: Path, label: str) -> Training:
+    config = folder / CONFIG_FILE
+    try:
+        text = config.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ReportError(f"{str(config)!r} is damaged: not UTF-8 ({error})") from None
+    facts = _read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
+    if not isinstance(facts, dict):
+        raise ReportError(f"{str(folder / RUN_FILE)!r} is damaged: expected an object, found {type(facts).__name__}")
+    return Training(label, folder, text, facts, read_metrics(folder / METRICS_FILE))
+
+
+def read_metrics(file: Path) -> dict[str, tuple[tuple[int, float | None], ...]]:
+    """Series of a `metrics.jsonl`, in the order their names first occur; empty if there is no such file.
+
+    A last line without its end of line is still being written, and left out. Raises `ReportError` naming the line
+    that is damaged.
+    """
+    series: dict[str, list[tuple[int, float | None]]] = {}
+    for number, row in _json_lines(file):
+        step = row.get("step") if isinstance(row, dict) else None
+        if not isinstance(step, int):
+            raise ReportError(f"{str(file)!r}, line {number} is damaged: no optimizer step in {row!r}")
+        for name, value in row.items():
+            if name != "step" and (value is None or isinstance(value, (int, float))):
+                series.setdefault(name, []).append((step, finite(value)))
+    return {name: tuple(points) for name, points in series.items()}
+
+
+def finite(value: float | None) -> float | None:
+    """`value` as a float, None if there is none or it is not finite."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
+    if not file.is_file():
+        return
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ReportError(f"{str(file)!r} is damaged: not UTF-8 ({error})") from None
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            yield number, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ReportError(f"{str(file)!r}, line {number} is damaged: not valid JSON ({error})") from None
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ReportError(f"{str(file)!r} is damaged: not valid JSON ({error})") from None

@@ -1,0 +1,83 @@
+"""The HTML of training: one small chart per number, a curve per run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mlc_ray.report import markup
+from mlc_ray.report.charts import Curve, line_chart
+from mlc_ray.report.collect import Training
+from mlc_ray.report.markup import text
+
+REWARDS = "Implicit rewards"
+_GROUPS = (
+    ("Losses", ("loss/",)),
+    ("Agreement of languages, and collapse", ("mlc/", "collapse/")),
+    (REWARDS, ("reward/",)),
+)
+_MEANING = {
+    "loss/total": "what is minimised",
+    "loss/alignment": "the preference loss alone",
+    "loss/mlc": "the consistency loss alone, without its weight",
+    "loss/anti_collapse": "the anti-collapse term alone, without its weight",
+    "mlc/leading_share": "s₁² / Σ s² of a bundle's languages: 1 when they all point one way",
+    "mlc/between_bundle_cosine": "mean |cosine| between different bundles: near 1 all prompts look alike",
+    "collapse/between_bundle_cosine": "mean |cosine| between different bundles: near 1 all prompts look alike",
+    "collapse/effective_rank": "directions that the bundles of a step fill: near 1 all prompts look alike",
+    "collapse/effective_rank_share": "the same, as a share of what is possible",
+    "collapse/separability": "AUC of a linear probe for harmful against benign: 0.5 is chance",
+    "reward/accuracy": "share of pairs with the chosen answer ahead",
+    "reward/margin": "chosen minus rejected",
+}
+_UNIT_RANGE = (
+    "mlc/leading_share",
+    "mlc/between_bundle_cosine",
+    "collapse/between_bundle_cosine",
+    "collapse/effective_rank_share",
+    "collapse/separability",
+    "reward/accuracy",
+)
+
+
+def training_charts(trainings: Sequence[Training]) -> str:
+    """Charts of all runs that have metrics; empty if none has."""
+    runs = [training for training in trainings if training.metrics]
+    if not runs:
+        return ""
+    parts = [_legend(runs)] if len(runs) > 1 else []
+    for title, names in chart_groups(runs):
+        charts = f'<div class="charts">{"".join(_chart(name, runs) for name in names)}</div>'
+        parts.append(markup.details(title, charts) if title == REWARDS else f"<h3>{title}</h3>{charts}")
+    return "".join(parts)
+
+
+def chart_groups(runs: Sequence[Training]) -> list[tuple[str, list[str]]]:
+    """Titles and the names under them: first those whose meaning is told here, then as they were logged."""
+    logged = dict.fromkeys(name for run in runs for name in run.metrics)
+    names = [*(name for name in _MEANING if name in logged), *(name for name in logged if name not in _MEANING)]
+    groups = [(title, [name for name in names if name.startswith(prefixes)]) for title, prefixes in _GROUPS]
+    return [(title, found) for title, found in groups if found]
+
+
+def unit_range(name: str) -> tuple[float, float] | tuple[None, None]:
+    """0 and 1 for shares and cosines, so that a curve's height means something; else the data decide."""
+    return (0.0, 1.0) if name in _UNIT_RANGE else (None, None)
+
+
+def _chart(name: str, runs: Sequence[Training]) -> str:
+    curves = [Curve(run.label, run.metrics.get(name, ())) for run in runs]
+    note = text(_MEANING.get(name, ""))
+    if not any(value is not None for curve in curves for _, value in curve.points):
+        return markup.figure(text(name), note, '<p class="soft">no finite value was logged</p>')
+    low, high = unit_range(name)
+    last = ", ".join(f"{curve.label} ends at {curve.points[-1][1]}" for curve in curves if curve.points)
+    return markup.figure(text(name), note, line_chart(f"{name} over steps: {last}", curves, low=low, high=high))
+
+
+def _legend(runs: Sequence[Training]) -> str:
+    items = "".join(
+        f'<li><svg viewBox="0 0 36 8" aria-hidden="true"><path class="curve c{i % 6}" d="M0 4L36 4"/></svg>'
+        f"{text(run.label)}</li>"
+        for i, run in enumerate(runs)
+    )
+    return f'<ul class="legend">{items}</ul>'

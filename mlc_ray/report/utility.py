@@ -1,0 +1,67 @@
+"""Utility for a report: which results are the same measurement, how they were measured, where that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mlc_ray.report.collect import Model
+from mlc_ray.score.utility_file import UtilityRow
+
+
+@dataclass(frozen=True)
+class UtilityLine:
+    """One metric of a task by one filter of answers: a result per model, None where it was not measured."""
+
+    task: str
+    metric: str
+    filter: str
+    results: tuple[UtilityRow | None, ...]
+
+    @property
+    def name(self) -> str:
+        """The metric, with the filter where the harness used one: `exact_match, strict-match`."""
+        return self.metric if self.filter in ("", "none") else f"{self.metric}, {self.filter}"
+
+
+def utility_lines(models: Sequence[Model]) -> list[UtilityLine]:
+    """Every measurement that any model has, in the order they first occur."""
+    by_model = [{(row.task, row.metric, row.filter): row for row in model.utility} for model in models]
+    names = dict.fromkeys(name for found in by_model for name in found)
+    return [UtilityLine(*name, tuple(found.get(name) for found in by_model)) for name in names]
+
+
+def measured_how(row: UtilityRow) -> str:
+    """How many questions, worked examples, and whether in the chat template: `first 20 of each task, 5-shot`."""
+    parts = [
+        "" if row.limit is None else f"first {row.limit} of each task",
+        "" if row.num_fewshot is None else f"{row.num_fewshot}-shot",
+        "chat template" if row.chat_template else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def utility_warnings(models: Sequence[Model]) -> Iterator[str]:
+    """A line per setting that has to be the same for all models, and is not: with the tasks it was different for."""
+    places: dict[str, list[str]] = {}
+    for line in utility_lines(models):
+        measured = [(model.label, row) for model, row in zip(models, line.results, strict=True) if row is not None]
+        settings = {
+            "limit": [(label, "all questions" if row.limit is None else str(row.limit)) for label, row in measured],
+            "few-shot examples": [
+                (label, "unknown" if row.num_fewshot is None else str(row.num_fewshot)) for label, row in measured
+            ],
+            "chat template": [(label, "used" if row.chat_template else "not used") for label, row in measured],
+        }
+        for setting, found in settings.items():
+            labels: dict[str, list[str]] = {}
+            for label, value in found:
+                labels.setdefault(value, []).append(label)
+            if len(labels) > 1:
+                each = "; ".join(f"{value}: {', '.join(names)}" for value, names in labels.items())
+                tasks = places.setdefault(f"the {setting} differ{'s' * (setting != 'few-shot examples')} ({each})", [])
+                if line.task not in tasks:
+                    tasks.append(line.task)
+    for difference, tasks in places.items():
+        shown = ", ".join(tasks[:3]) + (f" and {len(tasks) - 3} more" if len(tasks) > 3 else "")
+        yield f"Utility not measured alike, {difference}: do not compare {shown}."

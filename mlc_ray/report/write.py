@@ -1,0 +1,37 @@
+"""`mlc-ray report`: read the runs, write the files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlc_ray.report.collect import ReportError, collect
+from mlc_ray.report.page import render
+
+DEFAULT_FILE = "report.html"
+
+
+def write_report(
+    runs: Sequence[str | Path], out: str | Path = DEFAULT_FILE, *, paper: str | Path | None = None
+) -> list[Path]:
+    """Write the HTML report of `runs` to `out`, replacing an older one, and for papers `report.md` and PNGs to `paper`.
+
+    Returns the files written. Raises `ReportError` and `ScoresFileError`; nothing is written then.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in {".html", ".htm"}:
+        raise ReportError(f"--out {str(out)!r}: the report is an HTML file; give a name that ends in .html")
+    if out.is_dir():
+        raise ReportError(f"--out {str(out)!r} is a folder; give a file name that ends in .html")
+    collection = collect(runs)
+    page = render(collection)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.part-{os.getpid()}")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(out)
+    if paper is None:
+        return [out]
+    from mlc_ray.report.paper import write_paper  # matplotlib takes a second to import
+
+    return [out, *write_paper(collection, Path(paper))]

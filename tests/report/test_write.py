@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlc_ray.cli import main
+from tests.report.html_checks import Page
+from tests.report.runs import THIRTY, grid, response, steps, utility_row, write_run, write_score, write_utility
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def make_run(folder: Path, languages: list[str]) -> Path:
+    run = write_run(folder, steps())
+    for i, name in enumerate(("before", "after")):
+        rows = grid(languages, lambda kind, code, i=i: 0.2 + 0.7 * i, seed=i, bundles=4)  # type: ignore[misc]
+        rows.append(response(99, "harmful", "en", behaviour="complied", response="x" * 1400))
+        write_score(run / "scores" / name, rows, created=f"2026-01-0{i + 1}")
+    return run
+
+
+def test_the_command_writes_one_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = make_run(tmp_path / "run", ["en", "sw"]), tmp_path / "new" / "report.html"
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.split() == [str(out)]
+    Page(out.read_text(encoding="utf-8")).check_self_contained()
+    assert main(["report", str(run), "--out", str(out)]) == 0, "an older report is replaced"
+    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+
+
+def test_the_command_explains_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "empty"), "--out", str(out)]) == 2
+    assert f"'{tmp_path}/empty' is neither a run" in capsys.readouterr().err
+    assert not out.exists()
+    run = make_run(tmp_path / "run", ["en"])
+    assert main(["report", str(run), "--out", str(tmp_path / "report.pdf")]) == 2
+    assert "report.pdf': the report is an HTML file" in capsys.readouterr().err
+
+
+def test_for_papers_there_are_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, paper = make_run(tmp_path / "run", ["en", "sw"]), tmp_path / "paper"
+    assert main(["report", str(run), "--out", str(tmp_path / "r.html"), "--paper", str(paper)]) == 0
+    text = (paper / "report.md").read_text(encoding="utf-8")
+    linked = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert linked == ["languages-0.png", "slopes-0.png", "training.png"]
+    assert {str(paper / name) for name in (*linked, "report.md")} < set(capsys.readouterr().out.split())
+    for name in linked:
+        assert (paper / name).read_bytes().startswith(b"\x89PNG")
+    for row in re.findall(r"^\|.*\|$", text, re.MULTILINE):
+        assert row.count("|") >= 3
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    assert all(len({row.count("|") for row in table.splitlines()}) == 1 for table in tables), "ragged table"
+    assert "| sw |" in text
+    assert "95 % intervals" in text
+
+
+def test_the_paper_warns_and_escapes_as_well(tmp_path: Path) -> None:
+    score = write_score(tmp_path / "s", grid(["en"], lambda kind, code: 1.0, kinds=["harmful"], benchmark="a|b <i>"))
+    assert main(["report", str(score), "--out", str(tmp_path / "r.html"), "--paper", str(tmp_path / "p")]) == 0
+    text = (tmp_path / "p" / "report.md").read_text(encoding="utf-8")
+    assert "> **Warning:** Benign prompts were not scored" in text
+    assert "## a\\|b &lt;i>" in text
+
+
+def test_the_paper_has_utility_by_filter_with_its_settings(tmp_path: Path) -> None:
+    score = write_score(tmp_path / "s", grid(["en"], lambda kind, code: 0.5))
+    write_utility(
+        score,
+        utility_row("gsm8k", 0.125, metric="exact_match", filter="strict-match", limit=20),
+        utility_row("gsm8k", 0.375, metric="exact_match", filter="flexible-extract", stderr=None),
+    )
+    assert main(["report", str(score), "--out", str(tmp_path / "r.html"), "--paper", str(tmp_path / "p")]) == 0
+    text = (tmp_path / "p" / "report.md").read_text(encoding="utf-8")
+    assert "| gsm8k | exact_match, strict-match | 0.1250 ± 0.0100 (first 20 of each task, 5-shot) |" in text
+    assert "| gsm8k | exact_match, flexible-extract | 0.3750 (5-shot) |" in text
+
+
+def test_a_report_loads_no_framework() -> None:
+    code = "import sys, mlc_ray.report.write; print({'torch', 'ray', 'vllm', 'matplotlib'} & sys.modules.keys())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on PATH to lay the page out")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("models", [2, 5])
+def test_nothing_is_wider_than_the_window(tmp_path: Path, width: int, models: int) -> None:
+    run, out = make_run(tmp_path / "run", THIRTY), tmp_path / "report.html"
+    for i in range(models - 2):
+        rows = grid(["en", "sw"], lambda kind, code: 0.5, seed=i)
+        write_score(run / "scores" / f"a_name_without_any_blank_that_is_longer_than_a_phone_is_wide_{i}", rows)
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    html = out.read_text(encoding="utf-8")
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
+    html = html.replace("<details>", "<details open>")
+    # Headless Chromium does not make a window narrower than 500: the page is laid out in a frame of the width.
+    measured = tmp_path / "measured.html"
+    measured.write_text(html, encoding="utf-8")
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<iframe src="measured.html" style="width:{width}px;height:900px;border:0"></iframe><script>'
+        "onload = () => { const page = document.querySelector('iframe').contentDocument.documentElement;"
+        "document.title = `${page.clientWidth} ${page.scrollWidth}`; };</script>",
+        encoding="utf-8",
+    )
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000",
+        "--virtual-time-budget=5000", "--dump-dom", frame.as_uri(),
+    ]  # fmt: skip
+    found = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60, check=True)
+    title = re.search(r"<title>(\d+) (\d+)</title>", found.stdout)
+    assert title is not None, found.stderr[-2000:]
+    client, scroll = map(int, title.groups())
+    assert width - 20 <= client <= width
+    assert scroll <= client
