@@ -1,0 +1,128 @@
+"""The search space: from the YAML of a search to distributions, and from a trial's values to the config of a run.
+
+Every corner is validated by the same schema as a run, before anything starts: a search must not find out in its
+fortieth trial that a value is none.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from mlc_ray.config import (
+    ConfigError,
+    ParameterSection,
+    SearchConfig,
+    TrainConfig,
+    apply_override,
+    parse_config,
+    read_config_file,
+)
+
+_OWN = {"name", "output_dir"}
+_OWN_SECTIONS = {"logging", "checkpoint.keep", "cluster"}
+
+
+@dataclass(frozen=True)
+class Space:
+    """The runs of a search: `base` is the raw config they share, `parameters` what varies, by dotted name."""
+
+    base: Mapping[str, Any]
+    parameters: Mapping[str, ParameterSection]
+
+    def run(self, values: Mapping[str, Any], **own: Any) -> TrainConfig:
+        """The config of the run with `values`, and top-level fields `own` (name, output_dir).
+
+        Raises `ConfigError` naming the values as well as the fault.
+        """
+        raw: dict[str, Any] = copy.deepcopy(dict(self.base))
+        for name, value in values.items():
+            apply_override(raw, f"{name}={json.dumps(value)}")
+        try:
+            return parse_config(TrainConfig, {**raw, **own})
+        except ConfigError as error:
+            raise ConfigError(f"with {dict(values)!r}: {error}") from None
+
+    def corners(self) -> Iterable[dict[str, Any]]:
+        """Every choice and both ends of every range, one parameter at a time, the others at their first value."""
+        first = {name: _ends(parameter)[0] for name, parameter in self.parameters.items()}
+        yield first
+        for name, parameter in self.parameters.items():
+            for value in _ends(parameter)[1:]:
+                yield {**first, name: value}
+
+    def grid(self) -> list[dict[str, Any]]:
+        """All combinations of choices and whole numbers, in the order they are written."""
+        names = list(self.parameters)
+        return [
+            dict(zip(names, values, strict=True))
+            for values in itertools.product(*map(values_of, self.parameters.values()))
+        ]
+
+
+def make_space(config: SearchConfig) -> Space:
+    """The space of a search, every corner of it valid as a run.
+
+    Raises `ConfigError` for a field that does not exist, that the search itself decides, or a value that a run refuses.
+    """
+    for name in config.space:
+        if name in _OWN or any(name == own or name.startswith(f"{own}.") for own in _OWN_SECTIONS):
+            raise ConfigError(f"space.{name}: the search decides {name} itself; it cannot vary")
+    raw = read_config_file(config.train)
+    for override in config.set:
+        apply_override(raw, override)
+    _make_absolute(raw)
+    space = Space(raw, config.space)
+    for corner in space.corners():
+        space.run(corner, name="corner")
+    return space
+
+
+def distribution(parameter: ParameterSection) -> optuna.distributions.BaseDistribution:
+    """The same range for Optuna."""
+    if parameter.choice is not None:
+        return optuna.distributions.CategoricalDistribution(parameter.choice)
+    if parameter.integers is not None:
+        return optuna.distributions.IntDistribution(*parameter.integers)
+    if parameter.uniform is not None:
+        return optuna.distributions.FloatDistribution(*parameter.uniform)
+    return optuna.distributions.FloatDistribution(*(parameter.loguniform or ()), log=True)
+
+
+def _make_absolute(raw: dict[str, Any]) -> None:
+    """Local paths of the model and of data become absolute, in place: trials run in folders of their own."""
+    places: list[Any] = [raw.get("model"), *((raw.get("data") or {}).get("train") or [])]
+    for place in places:
+        if isinstance(place, dict) and isinstance(place.get("path"), str):
+            path = Path(place["path"]).expanduser()
+            if path.exists():
+                place["path"] = str(path.resolve())
+
+
+def restrict(parameter: ParameterSection, kept: Iterable[Any]) -> ParameterSection:
+    """`parameter` with only the values in `kept`, in the order it has them."""
+    wanted = list(kept)
+    return ParameterSection(choice=[value for value in values_of(parameter) if value in wanted])
+
+
+def _ends(parameter: ParameterSection) -> list[Any]:
+    if parameter.choice is not None:
+        return list(parameter.choice)
+    return list(parameter.integers or parameter.uniform or parameter.loguniform or ())
+
+
+def values_of(parameter: ParameterSection) -> list[Any]:
+    """Every value of a choice or of whole numbers, in order; raises ValueError for a range of numbers."""
+    if parameter.choice is not None:
+        return list(parameter.choice)
+    if parameter.integers is None:
+        raise ValueError("a range of numbers has no list of values")
+    low, high = parameter.integers
+    return list(range(low, high + 1))

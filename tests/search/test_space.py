@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from mlc_ray.config import ConfigError, ParameterSection, SearchConfig, parse_config
+from mlc_ray.search.space import Space, distribution, make_space, restrict
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
+
+
+def search_config(**changes: Any) -> SearchConfig:
+    raw: dict[str, Any] = {
+        "name": "s",
+        "train": QUICKSTART,
+        "space": {"mlc.layer": {"choice": [20, "last", 0.5]}, "mlc.weight": {"loguniform": [0.1, 2.0]}},
+        "trials": 6,
+        "scoring": {"benchmarks": [{"path": "sample:test"}]},
+    }
+    return parse_config(SearchConfig, {**raw, **changes})
+
+
+def test_values_become_a_run() -> None:
+    space = make_space(search_config(set=["train.epochs=1"]))
+    run = space.run({"mlc.layer": 0.5, "mlc.weight": 0.3}, name="t1", output_dir="/x")
+    assert (run.mlc.layer, run.mlc.weight, run.train.epochs, run.name, run.output_dir) == (0.5, 0.3, 1, "t1", "/x")
+    assert space.run({"mlc.layer": "last"}, name="t2").mlc.weight == 0.8  # the file's own
+
+
+def test_the_base_is_not_changed_by_a_run() -> None:
+    space = make_space(search_config())
+    space.run({"mlc.layer": 3}, name="a")
+    assert space.run({}, name="b").mlc.layer == "last"
+
+
+def test_corners_are_every_choice_and_both_ends() -> None:
+    corners = list(make_space(search_config()).corners())
+    assert corners == [
+        {"mlc.layer": 20, "mlc.weight": 0.1},
+        {"mlc.layer": "last", "mlc.weight": 0.1},
+        {"mlc.layer": 0.5, "mlc.weight": 0.1},
+        {"mlc.layer": 20, "mlc.weight": 2.0},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"mlc.layr": {"choice": [1]}}, r"mlc\.layr=1: no such field; did you mean 'layer'"),
+        ({"mlc.temperature": {"uniform": [-1, 1]}}, r"(?s)with {'mlc.temperature': -1.0}: .*mlc\.temperature=-1\.0"),
+        ({"mlc.scaling": {"choice": ["leading", "nnoe"]}}, "nnoe"),
+        ({"name": {"choice": ["a"]}}, "the search decides name itself"),
+        ({"cluster.workers": {"integers": [1, 2]}}, r"the search decides cluster\.workers itself"),
+        ({"zero.offload_parameters": {"choice": [False, True]}}, "needs zero.stage=3"),
+    ],
+)
+def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_space(search_config(space=space))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {"mlc.layer": {}}}, "give exactly one of choice, integers, uniform, loguniform; got none"),
+        ({"space": {"mlc.layer": {"choice": [1], "integers": [1, 2]}}}, "exactly one of"),
+        ({"space": {"mlc.weight": {"uniform": [2, 1]}}}, "the first bound must be below"),
+        ({"space": {"mlc.weight": {"loguniform": [0, 1]}}}, "bounds must be positive"),
+        ({"space": {"mlc.layer": {"choice": [1, 1]}}}, "names a value twice"),
+        ({"space": {}}, "space"),
+        ({"trials": None}, "needs trials"),
+        ({"sampler": "grid"}, "needs choice or integers; mlc.weight"),
+        ({"scheduler": "asha", "objective": {"pareto": True}}, "compares trials by one number"),
+        ({"grace_scores": 2}, "read by schedulers only"),
+        ({"objective": {"pareto": True, "min_benign_compliance": 0.5}}, "exclude each other"),
+        ({"objective": {"safety_alone": True, "pareto": True}}, "exclude each other"),
+        (
+            {"share_gpu": True, "scoring": {"benchmarks": [{"path": "x"}], "engine": {"replicas": 2}}},
+            r"scoring\.engine\.replicas=2",
+        ),
+        ({"probe": {}, "space": {"mlc.weight": {"choice": [1]}}}, "space does not vary mlc.layer"),
+        ({"probe": {}, "space": {"mlc.layer": {"uniform": [0.1, 0.9]}}}, "as choice or integers"),
+    ],
+)
+def test_settings_that_fit_no_search_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        search_config(**changes)
+
+
+def test_a_grid_has_every_combination_once() -> None:
+    space = Space({}, {"a": ParameterSection(choice=["x", "y"]), "b": ParameterSection(integers=(3, 5))})
+    assert space.grid() == [{"a": a, "b": b} for a in "xy" for b in (3, 4, 5)]
+
+
+def test_restricting_keeps_the_order() -> None:
+    assert restrict(ParameterSection(integers=(1, 5)), [4, 2]).choice == [2, 4]
+    assert restrict(ParameterSection(choice=["last", 3, 0.5]), [0.5, "last"]).choice == ["last", 0.5]
+
+
+def test_distributions_draw_from_the_range_that_is_written() -> None:
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask(
+        {
+            "choice": distribution(ParameterSection(choice=["only"])),
+            "integers": distribution(ParameterSection(integers=(7, 8))),
+            "uniform": distribution(ParameterSection(uniform=(0.5, 0.6))),
+            "log": distribution(ParameterSection(loguniform=(1e-6, 1e-4))),
+        }
+    )
+    assert trial.params["choice"] == "only"
+    assert trial.params["integers"] in (7, 8)
+    assert 0.5 <= trial.params["uniform"] <= 0.6
+    assert 1e-6 <= trial.params["log"] <= 1e-4
+    assert trial.distributions["log"].log  # type: ignore[attr-defined]
