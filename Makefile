@@ -1,4 +1,5 @@
 # make quickstart    install, then align and score a real small model (README, "Quickstart")
+# make search-demo   install, then search layer and lambda of the same model (docs/search.md)
 # make test          install, then run every test; make test-fast leaves out the slow end-to-end ones
 # make lint          install, then ruff, mypy and the import rules
 # make install       only install;  make clean  removes the environment and build leftovers, never runs/
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export MLC_RAY_CACHE ?= $(CURDIR)/.cache
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help install quickstart test test-fast lint format clean
+.PHONY: help install quickstart search-demo test test-fast lint format clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -20,6 +21,10 @@ install:
 
 quickstart: install
 	$(BIN)/python -m mlc_ray quickstart
+
+search-demo: install
+	$(BIN)/python -m mlc_ray quickstart --only-model
+	$(BIN)/python -m mlc_ray search --config configs/search/demo.yaml
 
 test: install
 	$(BIN)/python -m pytest

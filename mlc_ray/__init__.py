@@ -5,14 +5,23 @@ The data flows one way, and this is the order in which to read the rooms:
     data/        a file of *bundles* (one prompt in many languages, an answer pair in one of them) is read and
                  validated (`readers`, `bundles`), tokenised with the model's own template (`tokens`), put in an order
                  that a seed decides (`order`), and packed into batches (`batches`); `ray_data` wires it to Ray Data
-    losses/      pure tensor functions: the alignment losses (`preference`), the consistency term (`mlc`), and the
-                 objective that adds them (`objective`)
+    losses/      pure tensor functions: the alignment losses (`preference`), the consistency term (`mlc`), how far it
+                 has collapsed (`collapse`) and terms against that (`anti_collapse`), and the objective that adds them
+                 up (`objective`)
     train/       one optimizer step after another: the policy (`model`) and its packed `attention`, DeepSpeed
-                 (`engine`), the frozen reference (`reference`), the loop (`loop`), what is saved and exported
-                 (`checkpoint`); `ray_train` starts the workers and `ray_reference` fills the reference's cache
-    score/       responses by vLLM (`generate`), verdicts (`judges`), counts (`metrics`), tables and figures (`report`);
-                 `ray_score` feeds the engines
-    cli.py       the commands, in terms of the rooms; quickstart.py is the whole road on one small model
+                 (`engine`), the frozen reference (`reference`), the loop (`loop`), what it watches (`collapse`), what
+                 workers tell each other (`workers`), what is saved and exported (`checkpoint`); `ray_train` starts the
+                 workers and `ray_reference` fills the reference's cache
+    score/       responses by vLLM (`generate`, from `weights` it can prove), verdicts (`judges` is the interface;
+                 `refusal`, `guards`, `endpoint`, `likelihood` are judges, `registry` finds them; `translate` and
+                 `degenerate` stand beside), counts (`metrics`, `intervals`, `paired`), what is kept (`results`) and
+                 shown (`report`); `stages` run in Ray Data's workers, `ray_phases` runs them, `ray_score` is the whole
+    search/      which fields vary (`space`), what a trial is worth (`objective`), what every layer knows beforehand
+                 (`probe`), what was found (`results`); `ray_warm` keeps engines, `ray_tune` runs the trials
+    report/      folders of runs and scores (`collect`), what to say of them (`view`, `summaries`), one HTML file
+                 (`page`), Markdown and PNG for papers (`paper`)
+    cli.py       the command line, and commands.py what each command does; quickstart.py is the whole road on one
+                 small model
 
 Beneath them lie `config` (every setting), `types` (what travels between rooms), `artifacts` (what is on disk, and
 whether to trust it), `ray_cluster` (joining one) and `errors`. An import points down this list, never up; train and

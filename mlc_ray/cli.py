@@ -1,17 +1,14 @@
-"""The commands. Each reads its settings, then calls one function of a room; torch and Ray are imported only there."""
+"""The command line: what can be asked, and what happens to a mistake. `commands` does the rest."""
 
 from __future__ import annotations
 
 import argparse
-import copy
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from mlc_ray import __version__
-from mlc_ray.config import BundleFormat, ConfigError, ScoreConfig, TrainConfig, config_schema, load_config, parse_config
+from mlc_ray import __version__, commands
 from mlc_ray.errors import MlcRayError
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
@@ -22,12 +19,44 @@ Settings come from the YAML file, then from each --set in order, e.g.
 `mlc-ray config --schema` lists all of them.
 """
 _BENCHMARKS = """\
-A benchmark is a file, folder, hub name, or sample:test / sample:train (the shipped bundles), with two optional marks:
+A benchmark is a file, folder, hub name (NAME[@CONFIG][:SPLIT]), or sample:test / sample:train (the shipped bundles),
+with optional marks:
   --benchmark PATH                      format and kind are found in the data
   --benchmark PATH,kind=benign          kind of every prompt, for formats that do not record it
+  --benchmark PATH,only=harmful         the prompts of one kind alone
   --benchmark multi.csv,format=multijail,kind=harmful
+docs/benchmarks.md lists the formats: your own table, and the published benchmarks with their licences.
 A score has a harmful and a benign side: give prompts of both kinds, or the answer "how much more does the model refuse
 what is harmful?" cannot be given.
+"""
+
+_JUDGES = """\
+Judges: refusal (phrases), likelihood (the model's own log-probs; `score` only), endpoint (OpenAI-compatible), and
+guard models: qwen3guard, llama-guard, polyguard, shieldgemma, granite-guardian, wildguard, nemotron-safety-guard.
+  mlc-ray judge runs/scores/x --judge qwen3guard --judge-model Qwen/Qwen3Guard-Gen-0.6B
+"""
+_REPORT = """\
+The first score is what the others are compared with. A run folder brings its scores and its training curves:
+  mlc-ray report runs/mine                         before and after, with the curves of the training between them
+  mlc-ray report runs/scores/base runs/scores/mine --out base-mine.html
+"""
+
+
+_UTILITY = """\
+Needs the package lm-eval (this package with [utility]). The results go into utility.json of the score folder, or of a
+new one under runs/utility. Settings: --config FILE and --set, e.g.
+  --set num_fewshot=5 --set chat_template=true --set engine.max_model_len=8192
+"""
+
+_SEARCH = """\
+Every trial is a run of `mlc-ray train` that differs in the fields under `space`, scored at its checkpoints:
+  mlc-ray search --config configs/search/demo.yaml
+  mlc-ray search --resume runs/search-demo
+"""
+_PROBE = """\
+For every layer: how collinear the languages of a bundle are, how far bundles are apart, and how well harmful and benign
+are told apart in each language. `search` can use the ranking to leave out layers (its section `probe`).
+  mlc-ray probe HuggingFaceTB/SmolLM2-135M-Instruct --bundles sample:train
 """
 
 
@@ -56,48 +85,110 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mlc-ray", description="Multilingual-consistency safety alignment on Ray: train, export, score."
     )
     parser.add_argument("--version", action="version", version=f"mlc-ray {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, function: Callable[[argparse.Namespace], None], text: str, more: str = "") -> Any:
-        sub = commands.add_parser(
+        sub = subparsers.add_parser(
             name, help=text, description=text, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         sub.set_defaults(command=function)
         return sub
 
-    train = add("train", train_command, "Align a model, or go on with a run that stopped.", _SETTINGS)
+    train = add("train", commands.train_command, "Align a model, or go on with a run that stopped.", _SETTINGS)
     _add_settings(train)
     train.add_argument(
         "--resume", metavar="RUN", type=Path, help="run folder to go on with; takes no --config or --set"
     )
 
-    score = add("score", score_command, "Generate answers, judge them, count refusals.", f"{_BENCHMARKS}\n{_SETTINGS}")
+    score = add(
+        "score", commands.score_command, "Generate answers, judge them, count refusals.", f"{_BENCHMARKS}\n{_SETTINGS}"
+    )
     score.add_argument("model", metavar="MODEL", nargs="?", help="run, checkpoint or exported folder, or a hub name")
     score.add_argument(
         "--benchmark", metavar="WHAT", action="append", default=[], help="prompts to score on; repeatable"
     )
-    score.add_argument("--judge", metavar="NAME", help="judge of the answers (default: refusal)")
+    _add_judge(score)
     score.add_argument("--limit", metavar="N", type=int, help="at most N bundles per benchmark and kind")
     score.add_argument("--languages", metavar="CODES", help="score only these, e.g. en,ur,sw (default: all)")
     score.add_argument("--output-dir", metavar="FOLDER", help="where score folders go (default: runs/scores)")
     _add_settings(score)
 
-    export = add("export", export_command, "Write a run's model as a plain Hugging Face folder.")
+    judge = add("judge", commands.judge_command, "Judge the responses of a score again, with another judge.", _JUDGES)
+    judge.add_argument("scored", metavar="SCORE", type=Path, help="folder that `mlc-ray score` wrote")
+    judge.add_argument("--name", metavar="NAME", help="name of the new score folder (default: SCORE-JUDGE)")
+    _add_judge(judge)
+    _add_settings(judge)
+
+    search = add("search", commands.search_command, "Search fields of a run, above all its layer.", _SEARCH)
+    _add_settings(search)
+    search.add_argument(
+        "--resume", metavar="FOLDER", type=Path, help="search folder to go on with; takes no --config or --set"
+    )
+
+    probe = add("probe", commands.probe_command, "Look at every layer of a model, forward only.", _PROBE)
+    probe.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub name")
+    probe.add_argument(
+        "--bundles", metavar="WHAT", action="append", required=True, help="bundles of both kinds; repeatable"
+    )
+    probe.add_argument("--languages", metavar="CODES", help="look at only these, e.g. en,ur,sw (default: all)")
+    probe.add_argument("--limit", metavar="N", type=int, help="at most N bundles of each kind (default: 64)")
+    probe.add_argument("--out", metavar="FOLDER", type=Path, help="where to write (default: runs/probes/MODEL)")
+    probe.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="type of the weights")
+    probe.add_argument("--address", metavar="ADDRESS", default="auto", help="Ray address (default: auto)")
+
+    export = add("export", commands.export_command, "Write a run's model as a plain Hugging Face folder.")
     export.add_argument("run", metavar="RUN", type=Path, help="run folder")
     export.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
     export.add_argument("--merge-lora", action="store_true", help="fold low-rank adapters into the weights")
     export.add_argument("--checkpoint", metavar="NAME", help="checkpoint of the run (default: the last complete one)")
 
-    config = add("config", config_command, "Print the resolved settings, or the JSON schema.", _SETTINGS)
+    report = add(
+        "report", commands.report_command, "Write one HTML file that shows runs and scores, and compares them.", _REPORT
+    )
+    report.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="run folder, score folder, or a folder of those"
+    )
+    report.add_argument("--out", metavar="FILE.html", type=Path, default=Path("report.html"), help="file to write")
+    report.add_argument("--paper", metavar="FOLDER", type=Path, help="also write Markdown tables and PNG figures there")
+
+    utility = add(
+        "utility",
+        commands.utility_command,
+        "Measure knowledge (MMLU, ...) with lm-evaluation-harness on vLLM.",
+        _UTILITY,
+    )
+    utility.add_argument("model", metavar="MODEL", nargs="?", help="run, checkpoint or exported folder, or a hub name")
+    utility.add_argument("--tasks", metavar="NAMES", help="tasks or groups of the harness, e.g. mmlu,mmmlu_sw_ke")
+    utility.add_argument("--scores", metavar="FOLDER", help="score folder of the same model, to put utility.json into")
+    utility.add_argument("--limit", metavar="N", type=int, help="at most N questions per task, for a first look")
+    utility.add_argument("--include-path", metavar="DIR", help="folder with task files (YAML) of your own")
+    utility.add_argument("--backend", choices=["vllm", "hf"], help="what runs the model (default: vllm)")
+    _add_settings(utility)
+
+    config = add("config", commands.config_command, "Print the resolved settings, or the JSON schema.", _SETTINGS)
     _add_settings(config)
     config.add_argument(
-        "--schema", nargs="?", const="train", choices=["train", "score"], help="print the JSON schema (default: train)"
+        "--schema",
+        nargs="?",
+        const="train",
+        choices=list(commands.SCHEMAS),
+        help="print the JSON schema (default: train)",
     )
-    config.add_argument("--for", dest="schema_of", choices=["train", "score"], default="train", help="kind of the file")
+    config.add_argument(
+        "--for", dest="schema_of", choices=list(commands.SCHEMAS), default="train", help="kind of the file"
+    )
 
-    quickstart = add("quickstart", quickstart_command, "Score, align, export and score SmolLM2-135M on the sample.")
+    quickstart = add(
+        "quickstart", commands.quickstart_command, "Score, align, export and score SmolLM2-135M on the sample."
+    )
+    quickstart.add_argument("--only-model", action="store_true", help="only prepare the model, and print its folder")
     _add_settings(quickstart)
     return parser
+
+
+def _add_judge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--judge", metavar="NAME", help="judge of the answers (default: refusal)")
+    parser.add_argument("--judge-model", metavar="MODEL", help="weights of a guard-model judge: folder or hub name")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -105,147 +196,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", metavar="FIELD=VALUE", dest="overrides", action="append", default=[], help="change one; repeatable"
     )
-
-
-# --------------------------------------------------------------------------------------------------- commands
-
-
-def train_command(arguments: argparse.Namespace) -> None:
-    """`mlc-ray train`."""
-    if arguments.resume is not None:
-        given = [name for name, value in (("--config", arguments.config), ("--set", arguments.overrides)) if value]
-        if given:
-            raise ConfigError(
-                f"{' and '.join(given)} cannot go with --resume {arguments.resume}: a resumed run keeps its own "
-                f"settings, {arguments.resume / 'config.yaml'}; start a new run to change them"
-            )
-        from mlc_ray.train.ray_train import load_run_config
-
-        config = load_run_config(arguments.resume)
-    elif arguments.config is None:
-        raise ConfigError("train needs --config FILE (see configs/) or --resume RUN")
-    else:
-        config = load_config(TrainConfig, arguments.config, arguments.overrides)
-
-    from mlc_ray.train.ray_train import train
-
-    result = train(config, resume=arguments.resume)
-    print(f"run         {result.run_folder}")
-    print(f"checkpoint  {result.checkpoint}")
-    print(f"to export   mlc-ray export {result.run_folder} OUT")
-    print(f"to score    mlc-ray score {result.run_folder} --benchmark sample:test")
-
-
-def score_command(arguments: argparse.Namespace) -> None:
-    """`mlc-ray score`."""
-    config = score_config(arguments)
-
-    from mlc_ray.score.ray_score import score
-
-    score(config)
-
-
-def score_config(arguments: argparse.Namespace) -> ScoreConfig:
-    """The settings of a score: file, then --set, then the named options, which win."""
-    overrides = list(arguments.overrides)
-    if arguments.benchmark:
-        overrides.append(f"benchmarks={json.dumps([parse_benchmark(text) for text in arguments.benchmark])}")
-    languages = arguments.languages and [code.strip() for code in arguments.languages.split(",")]
-    options = {
-        "model": arguments.model,
-        "judge": arguments.judge,
-        "limit": arguments.limit,
-        "languages": languages,
-        "output_dir": arguments.output_dir,
-    }
-    overrides += [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    return load_config(ScoreConfig, arguments.config, overrides)
-
-
-def parse_benchmark(text: str) -> dict[str, str]:
-    """`PATH[,format=F][,kind=K]` as a `SourceSection` mapping; raises `ConfigError` on an unknown mark."""
-    allowed: dict[str, Sequence[str]] = {"format": get_args(BundleFormat), "kind": ("harmful", "benign")}
-    path, *marks = text.split(",")
-    source = {"path": path}
-    for mark in marks:
-        name, separator, value = mark.partition("=")
-        if not separator or name not in allowed:
-            raise ConfigError(f"--benchmark {text}: {mark!r} is neither format=... nor kind=...")
-        if value not in allowed[name]:
-            raise ConfigError(f"--benchmark {text}: {name}={value!r}, expected one of {', '.join(allowed[name])}")
-        source[name] = value
-    if not path:
-        raise ConfigError(f"--benchmark {text!r}: the path is empty")
-    return source
-
-
-def export_command(arguments: argparse.Namespace) -> None:
-    """`mlc-ray export`."""
-    from mlc_ray.train.checkpoint import export
-
-    print(export(arguments.run, arguments.out, merge_lora=arguments.merge_lora, checkpoint=arguments.checkpoint))
-
-
-def config_command(arguments: argparse.Namespace) -> None:
-    """`mlc-ray config`."""
-    schemas: dict[Literal["train", "score"], type[TrainConfig] | type[ScoreConfig]] = {
-        "train": TrainConfig,
-        "score": ScoreConfig,
-    }
-    if arguments.schema is not None:
-        if arguments.config is not None or arguments.overrides:
-            raise ConfigError("--schema prints the schema alone; --config and --set print resolved settings instead")
-        print(json.dumps(config_schema(schemas[arguments.schema]), indent=2))
-        return
-    if arguments.config is None and not arguments.overrides:
-        raise ConfigError("config needs --schema, or --config FILE and --set FIELD=VALUE to resolve")
-    import yaml
-
-    resolved = load_config(schemas[arguments.schema_of], arguments.config, arguments.overrides)
-    print(yaml.safe_dump(_written_out(resolved), sort_keys=False, allow_unicode=True), end="")
-
-
-def _written_out(config: TrainConfig | ScoreConfig) -> dict[str, Any]:
-    """All settings, defaults too, as a mapping that can be loaded again.
-
-    A default that nothing reads beside the other settings (SimPO's margin beside DPO) would be refused if it were
-    written out; it is left out.
-    """
-    given = config.model_dump(mode="json", exclude_unset=True)
-
-    def keep(section: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-        kept = {}
-        for name, value in section.items():
-            here = (*path, name)
-            if isinstance(value, dict):
-                kept[name] = keep(value, here)
-            elif _accepts(type(config), given, here, value):
-                kept[name] = value
-        return kept
-
-    return keep(config.model_dump(mode="json"), ())
-
-
-def _accepts(
-    schema: type[TrainConfig] | type[ScoreConfig], given: dict[str, Any], path: Sequence[str], value: Any
-) -> bool:
-    raw = copy.deepcopy(given)
-    node = raw
-    for name in path[:-1]:
-        node = node.setdefault(name, {})
-    node.setdefault(path[-1], value)
-    try:
-        parse_config(schema, raw)
-    except ConfigError:
-        return False
-    return True
-
-
-def quickstart_command(arguments: argparse.Namespace) -> None:
-    """`mlc-ray quickstart`."""
-    from mlc_ray.quickstart import run
-
-    run(arguments.config, arguments.overrides)
 
 
 if __name__ == "__main__":

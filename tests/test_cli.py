@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 import mlc_ray
-from mlc_ray.cli import build_parser, main, parse_benchmark, score_config
+from mlc_ray.cli import build_parser, main
+from mlc_ray.commands import parse_benchmark, score_config
 from mlc_ray.config import ConfigError, ScoreConfig, TrainConfig, parse_config
 from mlc_ray.errors import MlcRayError
 
@@ -76,7 +77,7 @@ def test_config_prints_what_it_resolved_and_can_be_loaded(repository: Path, caps
     assert "betas" in config.optimizer.model_fields_set  # defaults are written out
     assert "margin" not in config.objective.model_fields_set  # but not those that DPO refuses
     assert main(["config", "--for", "score", "--config", str(repository / "configs/score/default.yaml")]) == 0
-    assert parse_config(ScoreConfig, yaml.safe_load(capsys.readouterr().out)).judge == "refusal"
+    assert parse_config(ScoreConfig, yaml.safe_load(capsys.readouterr().out)).judge.name == "refusal"
 
 
 @pytest.mark.parametrize(
@@ -207,11 +208,11 @@ def test_score(rooms: Calls) -> None:
 def test_score_options_win_over_set_and_file(repository: Path) -> None:
     arguments = build_parser().parse_args(
         ["score", "mine", "--config", str(repository / "configs/score/default.yaml"), "--set", "max_new_tokens=8",
-         "--set", "judge=other", "--judge", "refusal", "--benchmark", "a: b.csv,format=multijail,kind=harmful",
-         "--benchmark", "b", "--output-dir", "here"]
+         "--set", "judge.name=likelihood", "--judge", "refusal",
+         "--benchmark", "a: b.csv,format=multijail,kind=harmful", "--benchmark", "b", "--output-dir", "here"]
     )  # fmt: skip
     config = score_config(arguments)
-    assert (config.model, config.judge, config.max_new_tokens, config.output_dir) == ("mine", "refusal", 8, "here")
+    assert (config.model, config.judge.name, config.max_new_tokens, config.output_dir) == ("mine", "refusal", 8, "here")
     assert [(s.path, s.format, s.kind) for s in config.benchmarks] == [
         ("a: b.csv", "multijail", "harmful"),
         ("b", "auto", None),

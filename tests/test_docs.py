@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlc_ray.cli import build_parser, score_config
+from mlc_ray.cli import build_parser
+from mlc_ray.commands import score_config
 from mlc_ray.config import ScoreConfig, TrainConfig, load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "cluster/README.md")
+REPOSITORY_DOCUMENTS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs").glob("*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "cluster/README.md", "benchmarks/README.md", *REPOSITORY_DOCUMENTS)
 OURS = re.compile(r"\b(mlc-ray|python -m mlc_ray)(?=\s+\S)")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python -m mlc_ray train ...` against a real local head, as the README shows it."""
+"""`ray job submit --working-dir . -- python -m mlc_ray ...` against a real local head, as the README shows it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
     """A Ray head of its own: own ports, own folder (a short path: sockets lie in it), own token, own process group."""
     folder = Path(tempfile.mkdtemp(prefix="mlcray", dir="/tmp"))
@@ -96,6 +96,43 @@ def head() -> Iterator[Head]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def submit(head: Head, repository: Path, command: list[str], settings: list[str]) -> str:
+    """Run `mlc-ray COMMAND --set ...` as a job to its end; returns what it said."""
+    line = [
+        RAY, "job", "submit", "--address", head.address, "--working-dir", ".", "--", "python", "-m", "mlc_ray",
+        *command, *[part for setting in settings for part in ("--set", setting)],
+    ]  # fmt: skip
+    done = subprocess.run(
+        line, cwd=repository, env=head.environment, capture_output=True, text=True, timeout=JOB_SECONDS
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "succeeded" in said, said
+    return said
+
+
+def test_search_as_a_ray_job(head: Head, repository: Path, small_llama: Path, tmp_path: Path) -> None:
+    run = ["train.max_steps=1", "data.languages=[en,fr]", f"model.path={small_llama}", "cluster.cpus_per_worker=0.3"]
+    settings = [
+        f"output_dir={tmp_path}",
+        "name=job-search",
+        f"set={json.dumps(run)}",
+        "trials=1",
+        "space={mlc.layer: {choice: [2, last]}}",
+        "sampler=random",
+        "scoring.limit=1",
+        "scoring.languages=[en,fr]",
+        "scoring.max_new_tokens=4",
+        "scoring.max_unparsed=1.0",
+        "scoring.engine.max_model_len=256",
+    ]
+    said = submit(head, repository, ["search", "--config", "configs/search/demo.yaml"], settings)
+    assert "as it is" in said
+    (trial,) = json.loads((tmp_path / "job-search" / "trials.json").read_text())["trials"]
+    assert trial["finished"]
+    assert (tmp_path / "job-search" / "best.yaml").is_file()
+
+
 def test_train_as_a_ray_job(head: Head, repository: Path, smollm2: Path, tmp_path: Path) -> None:
     sample = (repository / "mlc_ray" / "data" / "sample" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "four.jsonl").write_text("\n".join(sample[:4]) + "\n", encoding="utf-8")
@@ -109,17 +146,7 @@ def test_train_as_a_ray_job(head: Head, repository: Path, smollm2: Path, tmp_pat
         "train.gradient_accumulation_steps=1",
         "data.languages=[en,fr]",
     ]
-    command = [
-        RAY, "job", "submit", "--address", head.address, "--working-dir", ".",
-        "--", "python", "-m", "mlc_ray", "train", "--config", "configs/quickstart.yaml",
-        *[part for setting in settings for part in ("--set", setting)],
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=repository, env=head.environment, capture_output=True, text=True, timeout=JOB_SECONDS
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    assert "succeeded" in said, said
+    submit(head, repository, ["train", "--config", "configs/quickstart.yaml"], settings)
 
     run = tmp_path / "job"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,287 @@
+"""What each command does: it reads its settings, then calls one function of a room; torch and Ray come only there."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from mlc_ray.config import (
+    BundleFormat,
+    ConfigError,
+    ModelSection,
+    ScoreConfig,
+    SearchConfig,
+    SourceSection,
+    TrainConfig,
+    UtilityConfig,
+    apply_override,
+    config_schema,
+    load_config,
+    parse_config,
+    read_config_file,
+)
+
+SCHEMAS: dict[str, type[TrainConfig] | type[ScoreConfig] | type[SearchConfig] | type[UtilityConfig]] = {
+    "train": TrainConfig,
+    "score": ScoreConfig,
+    "search": SearchConfig,
+    "utility": UtilityConfig,
+}
+"""The kinds of config files."""
+
+
+def train_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray train`."""
+    if arguments.resume is not None:
+        given = [name for name, value in (("--config", arguments.config), ("--set", arguments.overrides)) if value]
+        if given:
+            raise ConfigError(
+                f"{' and '.join(given)} cannot go with --resume {arguments.resume}: a resumed run keeps its own "
+                f"settings, {arguments.resume / 'config.yaml'}; start a new run to change them"
+            )
+        from mlc_ray.train.ray_train import load_run_config
+
+        config = load_run_config(arguments.resume)
+    elif arguments.config is None:
+        raise ConfigError("train needs --config FILE (see configs/) or --resume RUN")
+    else:
+        config = load_config(TrainConfig, arguments.config, arguments.overrides)
+
+    from mlc_ray.train.ray_train import train
+
+    result = train(config, resume=arguments.resume)
+    print(f"run         {result.run_folder}")
+    print(f"checkpoint  {result.checkpoint}")
+    print(f"to export   mlc-ray export {result.run_folder} OUT")
+    print(f"to score    mlc-ray score {result.run_folder} --benchmark sample:test")
+
+
+def score_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray score`."""
+    config = score_config(arguments)
+
+    from mlc_ray.score.ray_score import score
+
+    score(config)
+
+
+def score_config(arguments: argparse.Namespace) -> ScoreConfig:
+    """The settings of a score: file, then --set, then the named options, which win."""
+    overrides = list(arguments.overrides)
+    if arguments.benchmark:
+        overrides.append(f"benchmarks={json.dumps([parse_benchmark(text) for text in arguments.benchmark])}")
+    languages = arguments.languages and [code.strip() for code in arguments.languages.split(",")]
+    options = {
+        "model": arguments.model,
+        "judge.name": arguments.judge,
+        "judge.model": arguments.judge_model,
+        "limit": arguments.limit,
+        "languages": languages,
+        "output_dir": arguments.output_dir,
+    }
+    overrides += [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    return load_config(ScoreConfig, arguments.config, overrides)
+
+
+def judge_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray judge`."""
+    from mlc_ray.score.ray_score import judge_again, load_request
+
+    changes = judge_changes(arguments, load_request(arguments.scored).config)
+    judge_again(arguments.scored, name=arguments.name, **changes)
+
+
+JUDGE_READS = ("judge", "max_unparsed", "address", "accelerator")
+"""What `mlc-ray judge` reads of a score's settings: the rest was decided when the responses were made."""
+
+
+def judge_changes(arguments: argparse.Namespace, scored: ScoreConfig) -> dict[str, Any]:
+    """What is to differ from the settings of the score: by a file, then --set, then the named options.
+
+    A judge of another name starts from its own defaults; otherwise the score's judge is changed field by field. Raises
+    `ConfigError` for a setting that judging does not read.
+    """
+    raw = {} if arguments.config is None else read_config_file(arguments.config)
+    options = {"judge.name": arguments.judge, "judge.model": arguments.judge_model}
+    given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    for override in [*arguments.overrides, *given]:
+        apply_override(raw, override)
+    if unread := sorted(set(raw) - set(JUDGE_READS)):
+        raise ConfigError(
+            f"{unread[0]}={raw[unread[0]]!r}: `mlc-ray judge` reads {', '.join(JUDGE_READS)} only; the responses are "
+            "there already"
+        )
+    judge = raw.get("judge")
+    if isinstance(judge, dict) and judge.get("name", scored.judge.name) == scored.judge.name:
+        raw["judge"] = {**scored.judge.model_dump(mode="json", exclude_unset=True), **judge}
+    base = scored.model_dump(mode="json", exclude_unset=True)
+    resolved = parse_config(ScoreConfig, {**base, **raw})
+    return {name: getattr(resolved, name) for name in raw}
+
+
+def parse_benchmark(text: str) -> dict[str, str]:
+    """`PATH[,format=F][,kind=K][,only=K]` as a `SourceSection` mapping; raises `ConfigError` on an unknown mark."""
+    kinds = ("harmful", "benign")
+    allowed: dict[str, Sequence[str]] = {"format": get_args(BundleFormat), "kind": kinds, "only": kinds}
+    path, *marks = text.split(",")
+    source = {"path": path}
+    for mark in marks:
+        name, separator, value = mark.partition("=")
+        if not separator or name not in allowed:
+            raise ConfigError(f"--benchmark {text}: {mark!r} is neither format=..., kind=... nor only=...")
+        if value not in allowed[name]:
+            raise ConfigError(f"--benchmark {text}: {name}={value!r}, expected one of {', '.join(allowed[name])}")
+        source[name] = value
+    if not path:
+        raise ConfigError(f"--benchmark {text!r}: the path is empty")
+    return source
+
+
+def utility_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray utility`."""
+    config = utility_config(arguments)
+
+    from mlc_ray.score.utility import measure_utility, utility_table
+    from mlc_ray.score.utility_file import UTILITY_FILE
+
+    utility = measure_utility(config)
+    print(utility_table(utility, config.tasks))
+    print(f"utility in {utility.folder / UTILITY_FILE}", file=sys.stderr)
+
+
+def utility_config(arguments: argparse.Namespace) -> UtilityConfig:
+    """The settings of a utility run: file, then --set, then the named options, which win."""
+    options = {
+        "model": arguments.model,
+        "tasks": arguments.tasks and [name.strip() for name in arguments.tasks.split(",")],
+        "scores": arguments.scores,
+        "limit": arguments.limit,
+        "include_path": arguments.include_path,
+        "backend": arguments.backend,
+    }
+    overrides = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    return load_config(UtilityConfig, arguments.config, [*arguments.overrides, *overrides])
+
+
+def search_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray search`."""
+    if arguments.resume is not None:
+        given = [name for name, value in (("--config", arguments.config), ("--set", arguments.overrides)) if value]
+        if given:
+            raise ConfigError(
+                f"{' and '.join(given)} cannot go with --resume {arguments.resume}: a resumed search keeps its own "
+                "settings; start a new search to change them"
+            )
+        file = arguments.resume / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"--resume {str(arguments.resume)!r}: not a search folder, it has no config.json")
+        config = load_config(SearchConfig, file)  # JSON is YAML
+    elif arguments.config is None:
+        raise ConfigError("search needs --config FILE (see configs/search/) or --resume FOLDER")
+    else:
+        config = load_config(SearchConfig, arguments.config, arguments.overrides)
+
+    from mlc_ray.search.ray_tune import search
+
+    search(config, resume=arguments.resume)
+
+
+def probe_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray probe`."""
+    sources = [SourceSection.model_validate(parse_benchmark(text)) for text in arguments.bundles]
+    settings = parse_config(ModelSection, {"path": arguments.model, "dtype": arguments.dtype})
+    languages = arguments.languages and [code.strip() for code in arguments.languages.split(",")]
+
+    from mlc_ray.search.ray_probe import probe
+
+    name = Path(arguments.model).resolve().name if Path(arguments.model).exists() else arguments.model.replace("/", "-")
+    probe(
+        settings,
+        sources,
+        arguments.out or Path("runs") / "probes" / name,
+        languages=languages,
+        limit=arguments.limit,
+        address=arguments.address,
+    )
+
+
+def export_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray export`."""
+    from mlc_ray.train.checkpoint import export
+
+    print(export(arguments.run, arguments.out, merge_lora=arguments.merge_lora, checkpoint=arguments.checkpoint))
+
+
+def report_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray report`."""
+    from mlc_ray.report.write import write_report
+
+    for path in write_report(arguments.runs, arguments.out, paper=arguments.paper):
+        print(path)
+
+
+def config_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray config`."""
+    if arguments.schema is not None:
+        if arguments.config is not None or arguments.overrides:
+            raise ConfigError("--schema prints the schema alone; --config and --set print resolved settings instead")
+        print(json.dumps(config_schema(SCHEMAS[arguments.schema]), indent=2))
+        return
+    if arguments.config is None and not arguments.overrides:
+        raise ConfigError("config needs --schema, or --config FILE and --set FIELD=VALUE to resolve")
+    import yaml
+
+    resolved = load_config(SCHEMAS[arguments.schema_of], arguments.config, arguments.overrides)
+    print(yaml.safe_dump(_written_out(resolved), sort_keys=False, allow_unicode=True), end="")
+
+
+def _written_out(config: TrainConfig | ScoreConfig) -> dict[str, Any]:
+    """All settings, defaults too, as a mapping that can be loaded again.
+
+    A default that nothing reads beside the other settings (SimPO's margin beside DPO) would be refused if it were
+    written out; it is left out.
+    """
+    given = config.model_dump(mode="json", exclude_unset=True)
+
+    def keep(section: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+        kept = {}
+        for name, value in section.items():
+            here = (*path, name)
+            if isinstance(value, dict) and value:
+                if inner := keep(value, here):
+                    kept[name] = inner
+            elif _accepts(type(config), given, here, value):
+                kept[name] = value
+        return kept
+
+    return keep(config.model_dump(mode="json"), ())
+
+
+def _accepts(
+    schema: type[TrainConfig] | type[ScoreConfig], given: dict[str, Any], path: Sequence[str], value: Any
+) -> bool:
+    raw = copy.deepcopy(given)
+    node = raw
+    for name in path[:-1]:
+        node = node.setdefault(name, {})
+    node.setdefault(path[-1], value)
+    try:
+        parse_config(schema, raw)
+    except ConfigError:
+        return False
+    return True
+
+
+def quickstart_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray quickstart`."""
+    from mlc_ray.quickstart import MODEL_NAME, cache_folder, prepare_smollm2, run
+
+    if arguments.only_model:
+        print(prepare_smollm2(cache_folder() / "models" / MODEL_NAME))
+        return
+    run(arguments.config, arguments.overrides)
