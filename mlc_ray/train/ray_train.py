@@ -218,6 +218,10 @@ def _claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
         os.link(temporary, path)  # unlike a rename, it fails where the file is there
     except FileExistsError:
         raise _exists_already(folder) from None
+    except OSError:  # no hard links here, as on mounted object stores: a little less sure, but a run can start
+        if path.exists():
+            raise _exists_already(folder) from None
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     try:

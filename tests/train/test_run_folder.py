@@ -43,3 +43,16 @@ def test_local_paths_are_kept_absolute(tmp_path, monkeypatch):
     ]  # fmt: skip
     assert config.data.train[0].kind == "benign"
     assert _with_absolute_paths(tiny_config(model={"path": "not/here"})).model.path == "not/here"
+
+
+def test_a_name_is_taken_without_hard_links_as_well(tmp_path, monkeypatch):
+    def no_links(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("os.link", no_links)
+    config = tiny_config(output_dir=str(tmp_path))
+    folder = _run_folder(config, None)
+    with _claimed(folder, config):
+        with pytest.raises(RunError, match=r"exists already"), _claimed(folder, config):
+            raise AssertionError("claimed twice")
+        assert [path.name for path in folder.iterdir()] == ["config.yaml"]
