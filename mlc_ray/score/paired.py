@@ -64,7 +64,7 @@ class BenchmarkChange:
     """A benchmark's changes. `common`, `only_before` and `only_after` count prompts; only the common are compared.
 
     `difference` is the change of `Summary.avg_difference` in points, over the languages that have both sides, with
-    the p-value `difference_p`; both None without such a language.
+    the p-value `difference_p`, which is conservative where both sides moved alike; both None without such a language.
     """
 
     benchmark: str
