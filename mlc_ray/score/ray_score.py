@@ -254,11 +254,12 @@ def _finish(request: Request, judging: Judging, judged: pa.Table, folder: Path) 
     show(score_table(result))
     print(f"score in {folder}", file=sys.stderr)
     config: ScoreConfig = request.config
-    _check_unparsed(result, config.max_unparsed)
+    check_unparsed(result, config.max_unparsed)
     return result
 
 
-def _check_unparsed(result: ScoreResult, bound: float) -> None:
+def check_unparsed(result: ScoreResult, bound: float) -> None:
+    """Raise `TooManyUnparsedError` if a larger share of responses than `bound` got no verdict."""
     if result.unparsed_share > bound:
         raise TooManyUnparsedError(
             f"{result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got no verdict; "

@@ -36,7 +36,8 @@ from mlc_ray.ray_cluster import ClusterError, connect, use_gpu
 from mlc_ray.score.generate import Device
 from mlc_ray.score.models import resolve_model
 from mlc_ray.score.ray_phases import prompts_of, read_benchmarks
-from mlc_ray.score.ray_score import plan_judging
+from mlc_ray.score.ray_score import check_unparsed, plan_judging
+from mlc_ray.score.registry import check_ready, judge_identity
 from mlc_ray.score.results import RESPONSES_FILE, ScoreResult, count, load_scores, save_scores
 from mlc_ray.search.objective import ANSWERED, HELD_BACK, VALUE, TrialScore, trial_score
 from mlc_ray.search.ray_warm import PoolScore, WarmPool, prompts_fingerprint, start_pool
@@ -173,6 +174,7 @@ def _warm_pool(
     config: SearchConfig, base: TrainConfig, folder: Path, device: Device, lora_rank: int | None
 ) -> tuple[pa.Table, WarmPool]:
     scoring = config.scoring
+    check_ready(scoring.judge, folder / "cache")
     benchmarks = read_benchmarks(scoring, rejects=folder)
     prompts = prompts_of(benchmarks)
     judging = plan_judging(scoring.judge, set(prompts["language"].to_pylist()))
@@ -252,8 +254,12 @@ class ScoreReports(TuneReportCallback):
 
 
 def write_score(scored: PoolScore, folder: Path, *, model: str, resolved: str, shared: Shared) -> ScoreResult:
-    """A warm score as an ordinary score folder, which `mlc-ray report` and `mlc-ray judge` read."""
-    judging = plan_judging(shared.config.scoring.judge, {record.language for record in scored.records})
+    """A warm score as a score folder, which `mlc-ray report` reads.
+
+    Raises `TooManyUnparsedError` when it is written and too few responses got a verdict, as any score does.
+    """
+    scoring = shared.config.scoring
+    judging = plan_judging(scoring.judge, {record.language for record in scored.records})
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(scored.responses, folder / RESPONSES_FILE)
     result = count(
@@ -264,14 +270,15 @@ def write_score(scored: PoolScore, folder: Path, *, model: str, resolved: str, s
         resolved=resolved,
         fingerprint=fingerprint_model(resolved),
         prompts=shared.prompts,
-        judge=judging.facts.name,
+        judge=judge_identity(scoring.judge),
         measured_by=judging.measured_by,
         finish=dict(Counter(scored.responses["finish"].to_pylist())),
-        config={**shared.config.scoring.model_dump(mode="json"), "seconds": dict(scored.seconds)},
+        config={**scoring.model_dump(mode="json"), "seconds": dict(scored.seconds)},
         versions=library_versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     save_scores(result)
+    check_unparsed(result, scoring.max_unparsed)
     return result
 
 
