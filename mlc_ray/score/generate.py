@@ -105,8 +105,8 @@ class Warm:
 
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# A text, as ids that any vocabulary has, and from where its log-probs are asked.
-_CANARIES = ([[11, 23, 42, 57, 101, 233, 377]], [1])
+# Four texts of 16 ids that any vocabulary has, and from where their log-probs are asked.
+_CANARIES = ([[3 + (7919 * (16 * text + place)) % 997 for place in range(16)] for text in range(4)], [1] * 4)
 
 
 def _rank_that_vllm_has(rank: int) -> int:
@@ -136,27 +136,39 @@ class Engine:
         self._dtype = settings.dtype
         self._lora: Any = None
         self._adapters = 0
-        self._canary: list[float] | None = None
+        self._batch = 1 if warm is not None and warm.lora_rank is not None else _LOG_PROB_BATCH
+        self._canary: list[float] | None = None  # log-probs of the canaries under the weights, no adapter
+        self._mark = ""  # `WeightSample.mark` of the weights
         self._llm = _start_engine(model, settings, device, warm)
 
-    def swap(self, folder: str) -> dict[str, float]:
-        """Serve the weights in a Hugging Face folder from now on, of the same architecture as the ones before.
+    def swap(self, model: str) -> dict[str, float]:
+        """Serve a Hugging Face folder's (or hub name's) weights from now on, of the same architecture as those before.
 
-        What the engine then holds is compared with the file (`score.weights`). Returns the seconds of the `transfer` of
-        the weights and of the `proof`. Raises `StaleWeightsError` unless it is proved that it serves the new weights.
+        What the engine then holds is compared with the file, and its log-probs of a fixed text with those before
+        (`score.weights`). Returns the seconds of the `transfer` of the weights and of the `proof`. Raises
+        `StaleWeightsError` unless it is proved that it serves the new weights.
         """
         import torch
 
-        from mlc_ray.score.weights import compare_samples, file_sample
+        from mlc_ray.score.weights import StaleWeightsError, compare_samples, file_sample, weights_folder
 
+        dtype = getattr(torch, self._dtype)
+        if self._canary is None:  # the first swap
+            self._canary, self._mark = self.log_probs(*_CANARIES), file_sample(self.model, dtype).mark
         started = time.perf_counter()
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights_folder(model))})
         self._llm.reset_prefix_cache()  # keys and values in it are the old weights'
         transferred = time.perf_counter()
-        expected = file_sample(folder, getattr(torch, self._dtype))
+        expected = file_sample(model, dtype)
         held = self._llm.collective_rpc("held_samples", args=(list(expected.tensors), list(expected.rows)))
-        compare_samples(expected, held, folder)
-        self.model = folder
+        compare_samples(expected, held, model)
+        canary = self.log_probs(*_CANARIES)
+        if expected.mark != self._mark and canary == self._canary:
+            raise StaleWeightsError(
+                f"after a swap to {model!r}, whose weights differ from those of {self.model!r}, the engine gives a "
+                "fixed text the same log-probs as before: it does not serve them; nothing was scored"
+            )
+        self.model, self._canary, self._mark = model, canary, expected.mark
         return {"transfer": transferred - started, "proof": time.perf_counter() - transferred}
 
     def swap_adapter(self, folder: str | None) -> dict[str, float]:
@@ -246,8 +258,8 @@ class Engine:
             temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=not shared
         )
         results: list[float | None] = []
-        for first in range(0, len(ids), _LOG_PROB_BATCH):
-            batch = range(first, min(first + _LOG_PROB_BATCH, len(ids)))
+        for first in range(0, len(ids), self._batch):
+            batch = range(first, min(first + self._batch, len(ids)))
             for index, output in zip(batch, self._run([ids[i] for i in batch], asked), strict=True):
                 # The log-prob of a token comes from the position before it.
                 known = (output.num_cached_tokens or 0) < starts[index]
@@ -314,7 +326,9 @@ def _tail_log_prob(output: Any, tail: Sequence[int]) -> float:
 
 
 _NO_LIMIT = 1 << 62
-# vLLM gives back an object per token of every sequence: what is held at a time stays within some ten MB.
+# vLLM gives back an object per token of every sequence: what is held at a time stays within some ten MB. Engines that
+# serve adapters take one: vLLM's LoRA layer of the LM head has an index per sampled token, not per prompt token, and
+# fails on the second sequence.
 _LOG_PROB_BATCH = 1024
 
 

@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mlc_ray.ray_cluster import check_capacity, connect, use_gpu
 from mlc_ray.score.generate import Device, check_lengths
 from mlc_ray.score.judges import check_coverage
 from mlc_ray.score.models import resolve_model, training_languages
-from mlc_ray.score.ray_phases import Phase, prompts_of, read_benchmarks, run_phase, slug
+from mlc_ray.score.ray_phases import Benchmark, Phase, prompts_of, read_benchmarks, run_phase, slug
 from mlc_ray.score.registry import JudgeFacts, check_ready, judge_facts, judge_identity
 from mlc_ray.score.report import heatmap, score_table, show
 from mlc_ray.score.results import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE, ScoreResult, count, records_of, save_scores
@@ -95,7 +95,7 @@ def score(config: ScoreConfig) -> ScoreResult:
         config=config,
         resolved=model,
         fingerprint=fingerprint_model(model),
-        prompts=fingerprint([[b.name, sorted((key, *codes) for key, codes in b.kept.items())] for b in benchmarks]),
+        prompts=prompts_fingerprint(benchmarks),
         seen_languages=config.seen_languages or training_languages(config.model),
     )
     request.save(folder)
@@ -173,6 +173,13 @@ class Judging:
         names: dict[Measure, str] = {} if self.phrase_ways is None else {"refused": "refusal"}
         return {**names, **dict.fromkeys(self.facts.measures, self.facts.name)}
 
+    @property
+    def translated(self) -> dict[str, Via] | None:
+        """How each language is read, "translated" if either judge needs it; None where nothing is translated."""
+        ways = {**(self.phrase_ways or {}), **self.ways}
+        ways |= {code: via for code, via in (self.phrase_ways or {}).items() if via == "translated"}
+        return ways if self.settings.translate is not None and "translated" in ways.values() else None
+
 
 def plan_judging(settings: JudgeSection, languages: Iterable[str]) -> Judging:
     """Who judges, and how each language is read; raises `UncoveredLanguageError` before anything is generated."""
@@ -199,14 +206,11 @@ def _verdicts(request: Request, judging: Judging, responses: pa.Table, folder: P
     cache = str(_cache(request.config))
     for file in USAGE_FILES.values():
         (folder / file).unlink(missing_ok=True)  # of an earlier judge
-    ways = {**(judging.phrase_ways or {}), **judging.ways}
-    if judging.phrase_ways is not None:
-        ways |= {code: via for code, via in judging.phrase_ways.items() if via == "translated"}
-    if settings.translate is not None and "translated" in ways.values():
+    if settings.translate is not None and judging.translated is not None:
         phase = Phase(
             "translations",
             TranslateStage,
-            {"settings": settings.translate, "engine": settings.engine, "device": device, "ways": ways,
+            {"settings": settings.translate, "engine": settings.engine, "device": device, "ways": judging.translated,
              "cache_dir": cache, "usage_file": str(folder / USAGE_FILES["translate"])},
             settings.engine if settings.translate.model is not None else None,
             actors=1,
@@ -228,6 +232,18 @@ def _verdicts(request: Request, judging: Judging, responses: pa.Table, folder: P
 
 
 def _finish(request: Request, judging: Judging, judged: pa.Table, folder: Path) -> ScoreResult:
+    result = write_score(request, judging, judged, folder)
+    heatmap([result], folder / HEATMAP_FILE)
+    (folder / GENERATED_FILE).unlink(missing_ok=True)  # its rows are in responses.parquet as well
+    show(score_table(result))
+    print(f"score in {folder}", file=sys.stderr)
+    config: ScoreConfig = request.config
+    check_unparsed(result, config.max_unparsed)
+    return result
+
+
+def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Path, **settings: Any) -> ScoreResult:
+    """Count verdicts and write `scores.json` (last of all); `settings` are recorded beside the request's own."""
     result = count(
         records_of(judged),
         folder=folder,
@@ -244,18 +260,17 @@ def _finish(request: Request, judging: Judging, judged: pa.Table, folder: Path) 
             if (folder / file).is_file()
         },
         finish=dict(Counter(judged["finish"].to_pylist())),
-        config=request.config.model_dump(mode="json"),
+        config={**request.config.model_dump(mode="json"), **settings},
         versions=library_versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
-    heatmap([result], folder / HEATMAP_FILE)
     save_scores(result)
-    (folder / GENERATED_FILE).unlink(missing_ok=True)  # its rows are in responses.parquet as well
-    show(score_table(result))
-    print(f"score in {folder}", file=sys.stderr)
-    config: ScoreConfig = request.config
-    check_unparsed(result, config.max_unparsed)
     return result
+
+
+def prompts_fingerprint(benchmarks: Sequence[Benchmark]) -> str:
+    """Names a set of prompts: two scores with the same one can be compared."""
+    return fingerprint([[b.name, sorted((key, *codes) for key, codes in b.kept.items())] for b in benchmarks])
 
 
 def check_unparsed(result: ScoreResult, bound: float) -> None:
