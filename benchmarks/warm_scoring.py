@@ -26,7 +26,6 @@ from mlc_ray.config import ScoringSection, parse_config
 from mlc_ray.quickstart import MODEL_NAME, cache_folder, prepare_smollm2
 from mlc_ray.ray_cluster import connect, use_gpu
 from mlc_ray.score.ray_phases import prompts_of, read_benchmarks
-from mlc_ray.score.ray_score import plan_judging
 from mlc_ray.search.ray_warm import PoolScore, WarmPool, start_pool
 
 
@@ -99,16 +98,7 @@ def measure(
 
 def start(model: Path, scoring: ScoringSection, prompts: pa.Table, scratch: Path) -> WarmPool:
     """A pool of one engine with the model's weights."""
-    judging = plan_judging(scoring.judge, set(prompts["language"].to_pylist()))
-    return start_pool(
-        str(model),
-        scoring,
-        prompts,
-        device="gpu" if use_gpu("auto") else "cpu",
-        ways=judging.ways,
-        phrase_ways=judging.phrase_ways,
-        cache_dir=str(scratch / "cache"),
-    )
+    return start_pool(str(model), scoring, prompts, device="gpu" if use_gpu("auto") else "cpu", folder=scratch)
 
 
 def timed(rows: list[dict[str, float]], pool: WarmPool, weights: str) -> PoolScore:
@@ -120,7 +110,7 @@ def timed(rows: list[dict[str, float]], pool: WarmPool, weights: str) -> PoolSco
 
 def responses(score: PoolScore) -> list[str]:
     """What was answered."""
-    return score.responses["response"].to_pylist()
+    return score.judged["response"].to_pylist()
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ The data flows one way, and this is the order in which to read the rooms:
                  `degenerate` stand beside), counts (`metrics`, `intervals`, `paired`), what is kept (`results`) and
                  shown (`report`); `stages` run in Ray Data's workers, `ray_phases` runs them, `ray_score` is the whole
     search/      which fields vary (`space`), what a trial is worth (`objective`), what every layer knows beforehand
-                 (`probe`), what was found (`results`); `ray_warm` keeps engines, `ray_tune` runs the trials
+                 (`probe`, `ray_probe`), engines that stay (`ray_warm`), a trial (`ray_trial`), how Ray Tune runs
+                 them (`ray_tune`), what was found (`results`); `ray_search` is the whole
     report/      folders of runs and scores (`collect`), what to say of them (`view`, `summaries`), one HTML file
                  (`page`), Markdown and PNG for papers (`paper`)
     cli.py       the command line, and commands.py what each command does; quickstart.py is the whole road on one

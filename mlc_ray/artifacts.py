@@ -45,6 +45,15 @@ class IncompleteArtifactError(ArtifactError):
     """A file that the manifest lists is missing or has another size, or there is no manifest at all."""
 
 
+def absolute_if_here(path: str) -> str:
+    """A path to something on this disk as an absolute one; what is nothing here (a hub name, `sample:test`) as it is.
+
+    Workers run in folders of their own, and a run may be resumed from another: relative paths mean nothing there.
+    """
+    local = Path(path).expanduser()
+    return str(local.absolute()) if local.exists() else path  # links are kept: a file's ending says how to read it
+
+
 # ---------------------------------------------------------------------------------------------- fingerprints
 
 

@@ -177,18 +177,17 @@ def search_command(arguments: argparse.Namespace) -> None:
                 f"{' and '.join(given)} cannot go with --resume {arguments.resume}: a resumed search keeps its own "
                 "settings; start a new search to change them"
             )
-        file = arguments.resume / "config.json"
-        if not file.is_file():
-            raise ConfigError(f"--resume {str(arguments.resume)!r}: not a search folder, it has no config.json")
-        config = load_config(SearchConfig, file)  # JSON is YAML
-    elif arguments.config is None:
+        from mlc_ray.search.ray_search import resume_search
+
+        resume_search(arguments.resume)
+        return
+    if arguments.config is None:
         raise ConfigError("search needs --config FILE (see configs/search/) or --resume FOLDER")
-    else:
-        config = load_config(SearchConfig, arguments.config, arguments.overrides)
+    config = load_config(SearchConfig, arguments.config, arguments.overrides)
 
-    from mlc_ray.search.ray_tune import search
+    from mlc_ray.search.ray_search import search
 
-    search(config, resume=arguments.resume)
+    search(config)
 
 
 def probe_command(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,8 @@ DEFAULTS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it, every printed line appears twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next check; the default is 2 s
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without GPUs must not change CUDA_VISIBLE_DEVICES
+    "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S": "3600",  # workers wait while one has a checkpoint scored: no fault
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # a search that is killed forgets trials begun since; a state is a few kB
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "180",  # a busy machine needs longer than Ray's default to start a node
 }

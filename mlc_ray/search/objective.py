@@ -14,6 +14,8 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.score.metrics import Summary
 
 HELD_BACK, ANSWERED, VALUE = "held_back", "answered", "value"
+STEP, FINISHED = "score_step", "finished"
+"""What else a trial reports: the optimizer step of its score, and, at its end, that it came there."""
 
 
 DEFAULT_FLOOR = 0.8

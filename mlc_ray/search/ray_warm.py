@@ -1,7 +1,8 @@
 """Engines that outlive the models they serve: a pool that takes each trial's weights without restarting.
 
-A pool is a few Ray actors: *answerers*, each a vLLM engine, and one *judge*. `WarmPool` is a handle to them that can be
-sent to any process of the cluster; scoring a checkpoint is one call from there.
+A pool is a few Ray actors: *answerers*, each a vLLM engine, and what reads their responses: a translator where one is
+asked for, and a judge. `WarmPool` is a handle to them that can be sent to any process of the cluster; scoring a
+checkpoint is one call from there.
 """
 
 from __future__ import annotations
@@ -10,22 +11,19 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 
-from mlc_ray.artifacts import fingerprint
-from mlc_ray.config import ScoringSection
+from mlc_ray.config import EngineSection, JudgeSection, ScoringSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.score.generate import Device, Warm, engine_environment
-from mlc_ray.score.metrics import Judged
-from mlc_ray.score.registry import judge_facts
-from mlc_ray.score.results import records_of
-from mlc_ray.score.stages import FAULT, JUDGED, RESPONSES, GenerateStage, JudgeStage, LikelihoodStage
-from mlc_ray.types import Via
+from mlc_ray.score.ray_score import USAGE_FILES, Judging, plan_judging
+from mlc_ray.score.stages import FAULT, JUDGED, RESPONSES, GenerateStage, JudgeStage, LikelihoodStage, TranslateStage
 
-_LIGHT_CPUS = 0.1
+READER_CPUS = 0.1  # of a translator or judge without an engine
 
 
 class WarmPoolError(MlcRayError):
@@ -34,10 +32,9 @@ class WarmPoolError(MlcRayError):
 
 @dataclass(frozen=True)
 class PoolScore:
-    """Verdicts on one checkpoint's responses, and the seconds each part took (`swap` with its proof)."""
+    """One checkpoint's responses with their verdicts (`score.stages.JUDGED`), and the seconds each part took."""
 
-    records: tuple[Judged, ...]
-    responses: pa.Table
+    judged: pa.Table
     seconds: Mapping[str, float]
 
 
@@ -82,8 +79,8 @@ _ANSWERERS: dict[str, Any] = {"generate": GenerateStage, "likelihood": Likelihoo
 class WarmPool:
     """A handle to the actors; make one with `start_pool`, `close` it to free their memory."""
 
-    def __init__(self, answerers: list[Any], judge: Any | None, prompts: Any, n_prompts: int) -> None:
-        self.answerers, self.judge = answerers, judge
+    def __init__(self, answerers: list[Any], readers: list[Any], prompts: Any, n_prompts: int) -> None:
+        self.answerers, self.readers = answerers, readers
         self.prompts, self.n_prompts = prompts, n_prompts  # prompts lie in the object store, once for all trials
 
     def score(self, weights: str, *, lora: bool = False) -> PoolScore:
@@ -100,17 +97,18 @@ class WarmPool:
         )
         table = _checked(pa.concat_tables(table for table, _ in answers))
         before_judge = time.perf_counter()
-        if self.judge is not None:
-            table = _checked(ray.get(self.judge.__call__.remote(table.select(RESPONSES.names))))
+        if self.readers:
+            table = table.select(RESPONSES.names)
+        for reader in self.readers:
+            table = _checked(ray.get(reader.__call__.remote(table)))
         ended = time.perf_counter()
         slowest = {name: max(seconds[name] for _, seconds in answers) for name in answers[0][1]}
         seconds = {**slowest, "judge": ended - before_judge, "total": ended - started}
-        table = table.select(JUDGED.names).cast(JUDGED)
-        return PoolScore(tuple(records_of(table)), table, seconds)
+        return PoolScore(table.select(JUDGED.names).cast(JUDGED), seconds)
 
     def close(self) -> None:
         """End the actors and free what they hold."""
-        for actor in [*self.answerers, *([self.judge] if self.judge is not None else [])]:
+        for actor in [*self.answerers, *self.readers]:
             ray.kill(actor)
 
 
@@ -120,51 +118,26 @@ def start_pool(
     prompts: pa.Table,
     *,
     device: Device,
-    ways: Mapping[str, Via],
-    phrase_ways: Mapping[str, Via] | None,
-    cache_dir: str,
+    folder: Path,
     lora_rank: int | None = None,
     sleeps: bool = False,
-    gpus_per_engine: float | None = None,
 ) -> WarmPool:
     """Start the engines of `scoring.engine` with `model`'s weights, and wait until all are up.
 
     `lora_rank` is the rank of adapters to be served, None where whole models are. With `sleeps` engines give their GPU
-    memory back between scores. `gpus_per_engine` is what each reserves of Ray (default: tensor_parallel; 0 shares the
-    first GPU with its owner). Raises
-    `WarmPoolError`.
+    memory back between scores; they reserve no GPU of Ray, and use the first one of their machine. An endpoint's cache,
+    and what it did and cost, are kept in `folder`. Raises `WarmPoolError`.
     """
     engine = scoring.engine
-    settings: dict[str, Any] = {
-        "model": model, "engine": engine, "device": device, "warm": Warm(lora_rank, sleeps),
-    }  # fmt: skip
-    facts = judge_facts(scoring.judge)
-    kind = "likelihood" if facts.runs == "prompts" else "generate"
-    settings |= {"ways": ways} if kind == "likelihood" else {"max_new_tokens": scoring.max_new_tokens}
-    gpus = 0.0 if device == "cpu" else engine.tensor_parallel if gpus_per_engine is None else gpus_per_engine
-    actor = ray.remote(Answerer).options(
-        num_cpus=engine.cpus_per_replica,
-        num_gpus=gpus,
-        runtime_env={"env_vars": engine_environment(engine, device)},
-    )
+    judging = plan_judging(scoring.judge, prompts["language"].unique().to_pylist())
+    settings: dict[str, Any] = {"model": model, "engine": engine, "device": device, "warm": Warm(lora_rank, sleeps)}
+    answers_itself = judging.facts.runs == "prompts"
+    settings |= {"ways": judging.ways} if answers_itself else {"max_new_tokens": scoring.max_new_tokens}
+    actor = ray.remote(Answerer).options(**_engine_options(engine, device, gpus=0.0 if sleeps else None))
+    kind = "likelihood" if answers_itself else "generate"
     answerers = [actor.remote(kind, settings, sleeps) for _ in range(engine.replicas)]
-    judge = None
-    if kind == "generate":
-        runs_engine = facts.runs == "engine"
-        judging = scoring.judge.engine
-        options: dict[str, Any] = {"num_cpus": _LIGHT_CPUS}
-        if runs_engine:
-            options = {
-                "num_cpus": judging.cpus_per_replica,
-                "num_gpus": judging.tensor_parallel if device == "gpu" else 0,
-                "runtime_env": {"env_vars": engine_environment(judging, device)},
-            }
-        judge = (
-            ray.remote(JudgeStage)
-            .options(**options)
-            .remote(settings=scoring.judge, device=device, ways=ways, phrase_ways=phrase_ways, cache_dir=cache_dir)
-        )
-    pool = WarmPool(answerers, judge, ray.put(prompts), len(prompts))
+    readers = [] if answers_itself else _start_readers(scoring.judge, judging, device, folder)
+    pool = WarmPool(answerers, readers, ray.put(prompts), len(prompts))
     faults = [fault for fault in ray.get([a.ready.remote() for a in answerers]) if fault is not None]
     if faults:
         pool.close()
@@ -172,10 +145,34 @@ def start_pool(
     return pool
 
 
-def prompts_fingerprint(prompts: pa.Table) -> str:
-    """Names a set of prompts: two scores with the same can be compared."""
-    columns = ("benchmark", "bundle_id", "kind", "language")
-    return fingerprint(sorted(zip(*(prompts[name].to_pylist() for name in columns), strict=True)))
+def _start_readers(settings: JudgeSection, judging: Judging, device: Device, folder: Path) -> list[Any]:
+    """Actors that take responses one after the other and end with verdicts: a translator if need be, and the judge."""
+    in_engine = _engine_options(settings.engine, device)
+    light = {"num_cpus": READER_CPUS}
+    common: dict[str, Any] = {"device": device, "cache_dir": str(folder / "cache")}
+    readers = []
+    if settings.translate is not None and judging.translated is not None:
+        options = in_engine if settings.translate.model is not None else light
+        readers.append(
+            ray.remote(TranslateStage)
+            .options(**options)
+            .remote(settings=settings.translate, engine=settings.engine, ways=judging.translated,
+                    usage_file=str(folder / USAGE_FILES["translate"]), **common)
+        )  # fmt: skip
+    judge = ray.remote(JudgeStage).options(**(in_engine if judging.facts.runs == "engine" else light))
+    readers.append(
+        judge.remote(settings=settings, ways=judging.ways, phrase_ways=judging.phrase_ways,
+                     usage_file=str(folder / USAGE_FILES["judge"]), **common)
+    )  # fmt: skip
+    return readers
+
+
+def _engine_options(engine: EngineSection, device: Device, *, gpus: float | None = None) -> dict[str, Any]:
+    return {
+        "num_cpus": engine.cpus_per_replica,
+        "num_gpus": 0 if device == "cpu" else engine.tensor_parallel if gpus is None else gpus,
+        "runtime_env": {"env_vars": engine_environment(engine, device)},
+    }
 
 
 def _checked(table: pa.Table) -> pa.Table:

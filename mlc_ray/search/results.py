@@ -16,8 +16,7 @@ from rich.table import Table
 from mlc_ray.artifacts import write_json_atomic
 from mlc_ray.config import SearchConfig
 from mlc_ray.score.report import show
-from mlc_ray.score.results import ScoreResult
-from mlc_ray.search.objective import TrialScore, floor_of, pareto_front, trial_score
+from mlc_ray.search.objective import TrialScore, floor_of, pareto_front
 
 FEW_TRIALS = 4
 """Below this, how much a parameter mattered cannot be told from chance; the report says so instead of a number."""
@@ -35,17 +34,15 @@ class Trial:
     seconds: float
 
     @staticmethod
-    def read(folder: Path, result: ScoreResult, config: SearchConfig) -> Trial:
-        """The trial in a run folder of a search, scored by `result`."""
+    def read(folder: Path, score: TrialScore, step: int, names: Sequence[str]) -> Trial:
+        """The trial in a run folder of a search, with the score of its last scored step and the values of `names`."""
         raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        summary = result.summary()
-        rows = [row for row in result.rows if row.benchmark == summary.benchmark]
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         return Trial(
             name=folder.name,
-            values={name: _value_at(raw, name) for name in config.space},
-            score=trial_score(summary, rows, config.objective),
-            step=int(result.name.rpartition("-")[2]),
+            values={name: _value_at(raw, name) for name in names},
+            score=score,
+            step=step,
             finished=(folder / "model").is_dir(),
             seconds=sum(row["step_seconds"] for row in metrics),
         )

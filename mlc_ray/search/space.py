@@ -11,11 +11,11 @@ import itertools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
 
+from mlc_ray.artifacts import absolute_if_here
 from mlc_ray.config import (
     ConfigError,
     ParameterSection,
@@ -101,9 +101,7 @@ def _make_absolute(raw: dict[str, Any]) -> None:
     places: list[Any] = [raw.get("model"), *((raw.get("data") or {}).get("train") or [])]
     for place in places:
         if isinstance(place, dict) and isinstance(place.get("path"), str):
-            path = Path(place["path"]).expanduser()
-            if path.exists():
-                place["path"] = str(path.resolve())
+            place["path"] = absolute_if_here(place["path"])
 
 
 def restrict(parameter: ParameterSection, kept: Iterable[Any]) -> ParameterSection:

@@ -18,12 +18,12 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-import torch.distributed as dist
 import yaml
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mlc_ray.artifacts import fingerprint, fingerprint_model, library_versions, write_json_atomic
+from mlc_ray.artifacts import absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
 from mlc_ray.config import TrainConfig, load_config, parse_config
 from mlc_ray.data.order import plan_rank, total_steps
 from mlc_ray.data.ray_data import TokenArtifact, prepare_token_rows, stream_batches
@@ -168,17 +168,8 @@ def load_run_config(run: Path) -> TrainConfig:
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Workers run in folders of their own, and a run may be resumed from another: relative paths mean nothing there.
-
-    A name that is nothing on this disk is one of a hub, or an error that reading it reports.
-    """
-    model, sources = config.model, []
-    if (folder := Path(model.path).expanduser()).is_dir():
-        model = model.model_copy(update={"path": str(folder.resolve())})
-    for source in config.data.train:
-        path = Path(source.path).expanduser()
-        local = not source.path.startswith("sample:") and path.exists()
-        sources.append(source.model_copy(update={"path": str(path.absolute())}) if local else source)
+    sources = [source.model_copy(update={"path": absolute_if_here(source.path)}) for source in config.data.train]
+    model = config.model.model_copy(update={"path": absolute_if_here(config.model.path)})
     data = config.data.model_copy(update={"train": sources})
     return config.model_copy(update={"model": model, "data": data})
 
@@ -336,10 +327,12 @@ def _worker(spec: dict[str, Any]) -> None:
 
 
 def _on_first_worker(function: Callable[[], Metrics]) -> Metrics:
-    """What `function` returns on rank 0, on every worker; the others wait."""
-    results: list[Metrics | None] = [function() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(results, src=0)
-    return cast(Metrics, results[0])
+    """What `function` returns on rank 0, on every worker; the others wait, as long as it takes."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # an engine that slept on this GPU needs what PyTorch only keeps in reserve
+    first = ray.train.get_context().get_world_rank() == 0
+    # Ray's broadcast has no time limit; a collective of NCCL would end the run when scoring takes half an hour.
+    return cast(Metrics, broadcast_from_rank_zero(function() if first else None))
 
 
 def _quiet() -> None:

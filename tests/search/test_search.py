@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from transformers import AutoModelForCausalLM
 
-from mlc_ray.config import SearchConfig, TrainConfig, load_config
+from mlc_ray.config import JudgeSection, SearchConfig, TrainConfig, load_config
+from mlc_ray.errors import MlcRayError
 from mlc_ray.ray_cluster import ClusterError
+from mlc_ray.score.ray_score import judge_again
 from mlc_ray.score.results import load_scores
 from mlc_ray.search import ray_tune
 from mlc_ray.search.probe import choose_bundles, layer_statistics
-from mlc_ray.search.ray_tune import SearchError, search
+from mlc_ray.search.ray_search import SearchError, resume_search, search
+from tests.score.chat_server import Step, serving
 
 pytestmark = pytest.mark.slow
 SECONDS = 400
@@ -81,21 +89,31 @@ def nothing_is_held(ray_local: Any) -> bool:
     return False
 
 
+def actors_started(ray_local: Any) -> Counter[str]:
+    """How many actors were started since Ray was, dead ones too, by class, Ray Data's by what they run."""
+    from ray.util.state import list_actors
+
+    actors = list_actors(limit=10_000, detail=True, raise_on_missing_output=False)
+    return Counter(re.sub(r"MapWorker\(MapBatches\((\w+)\)\)", r"\1", actor.class_name) for actor in actors)
+
+
 def test_a_search_says_what_it_found_and_leaves_nothing_running(
     ray_local: Any, run_place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    before = actors_started(ray_local)
     result = search(configured(run_place))
 
     folder = run_place / "found"
     assert sorted(str(trial.values["mlc.layer"]) for trial in result.trials) == ["1", "last"]
     assert all(trial.finished and trial.step == 2 for trial in result.trials)
-    # Made once, before any trial, and by none of them again.
-    (tokens,) = (folder / "trials" / "cache").glob("tokens-*")
-    (reference,) = (folder / "trials" / "cache").glob("reference-*")
     runs = [path.parent for path in (folder / "trials").glob("*/config.yaml")]
     assert len(runs) == 2
-    first = min((run / "config.yaml").stat().st_mtime for run in runs)
-    assert max(tokens.stat().st_mtime, reference.stat().st_mtime) < first
+    # What trials share was made once: two pools of Ray Data, an engine and a judge, beside two times two workers.
+    started = actors_started(ray_local) - before
+    once = {"Tokenize": 1, "ReferenceScorer": 2, "Answerer": 1, "JudgeStage": 1}
+    assert {name: started[name] for name in (*once, "RayTrainWorker")} == {**once, "RayTrainWorker": 4}
+    (_,) = (folder / "trials" / "cache").glob("tokens-*")
+    (_,) = (folder / "trials" / "cache").glob("reference-*")
     fingerprints = [json.loads((run / "run.json").read_text())["fingerprints"] for run in runs]
     assert fingerprints[0]["tokens"] == fingerprints[1]["tokens"]
     assert fingerprints[0]["reference"] == fingerprints[1]["reference"]
@@ -105,6 +123,7 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     assert [score.name for score in scores] == ["step-000001", "step-000002"] * 2
     assert len({score.fingerprint for score in [*scores, baseline]}) == 5
     assert {score.prompts for score in scores} == {baseline.prompts}
+    assert {score.seen_languages for score in scores} == {("en", "sw")}
     assert all(score.config["seconds"]["transfer"] > 0 for score in scores)
     assert not list((folder / "trials").glob("*/train"))  # optimizer states are gone, models are not
     best = load_config(TrainConfig, folder / "best.yaml")
@@ -118,7 +137,7 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
 
     # Resuming what is finished repeats nothing.
     before = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*.json*")}
-    again = search(configured(run_place), resume=folder)
+    again = resume_search(folder)
     assert {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*.json*")} == before
     assert again.trials == result.trials
 
@@ -143,35 +162,108 @@ def test_what_the_cluster_can_never_hold_is_refused(ray_local: Any, run_place: P
         search(configured(run_place, "name=greedy", "concurrency=4"))
 
 
-def test_a_killed_driver_is_resumed_without_repeating_a_trial(run_place: Path) -> None:
-    folder = run_place / "killed"
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+def cached_from_a_hub(model: Path, name: str, cache: Path) -> None:
+    """Lay a model's files where a download of `name` from the Hugging Face hub would have put them."""
+    stored = cache / f"models--{name.replace('/', '--')}"
+    commit = "0" * 40
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs" / "main").write_text(commit)
+    shutil.copytree(model, stored / "snapshots" / commit)
+
+
+def test_a_killed_driver_is_resumed_where_it_was(run_place: Path, small_llama: Path, tmp_path: Path) -> None:
+    folder, config = run_place / "killed", run_place / "soon-gone.yaml"
+    shutil.copy(run_place / "run.yaml", config)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"HF_HUB_CACHE": str(tmp_path)}
+    cached_from_a_hub(small_llama, "someone/small", tmp_path)  # and, while we are at it, the model is a hub's
     command = [sys.executable, "-m", "mlc_ray", "search"]
-    started = [*command, "--config", str(run_place / "search.yaml"), "--set", "name=killed"]
+    settings = ["name=killed", f"train={config}", "set=[train.max_steps=3, model.path=someone/small]"]
+    started = [*command, "--config", str(run_place / "search.yaml"), *(f"--set={setting}" for setting in settings)]
     with (run_place / "killed.log").open("w") as log:
         process = subprocess.Popen(
             started, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         deadline = time.monotonic() + SECONDS
-        while not list((folder / "trials").glob("*/model")):
+        # one trial is done, the other has a score and is not
+        while len(list((folder / "trials").glob("*/scores/step-000001/scores.json"))) < 2:
             assert process.poll() is None, (run_place / "killed.log").read_text()
             assert time.monotonic() < deadline, (run_place / "killed.log").read_text()
-            time.sleep(0.2)
+            time.sleep(0.1)
         for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-            child.send_signal(signal.SIGKILL)
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(signal.SIGKILL)
         process.wait()
     (done,) = (path.parent for path in (folder / "trials").glob("*/model"))
-    before = {path: path.stat().st_mtime_ns for path in done.rglob("*.json*")}
+    scored = list((folder / "trials").glob("*/scores/*/scores.json"))
+    assert len(scored) in (4, 5)
+    before = {path: path.stat().st_mtime_ns for path in [*done.rglob("*.json*"), *scored]}
     assert not (folder / "trials.json").exists()
 
+    # What the search was made from is gone, and the call comes from another folder: its own folder has it all.
+    config.unlink()
     resumed = subprocess.run(
-        [*command, "--resume", str(folder)], env=environment, capture_output=True, text=True, timeout=SECONDS
+        [*command, "--resume", "killed"],
+        cwd=run_place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
     )
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert {path: path.stat().st_mtime_ns for path in done.rglob("*.json*")} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     trials = json.loads((folder / "trials.json").read_text())["trials"]
     assert sorted(str(trial["values"]["mlc.layer"]) for trial in trials) == ["1", "last"]
-    assert all(trial["finished"] for trial in trials)
+    assert all(trial["finished"] and trial["step"] == 3 for trial in trials)
+    assert len(list((folder / "trials").glob("*/scores/*/scores.json"))) == 6
+
+
+def judged_in_english(messages: list[dict[str, str]], number: int) -> Step:
+    """A remote model: translates what stands between markers, and judges every answer to be safe."""
+    if found := re.search(r"<text-(\w+)>", messages[-1]["content"]):
+        return Step(f"<english-{found[1]}>In English this is sentence number {number}.</english-{found[1]}>")
+    (code,) = re.findall(r'"check": "(\w+)"', messages[0]["content"])
+    return Step(json.dumps({"check": code, "response": "answers", "verdict": "safe"}))
+
+
+def test_adapters_are_searched_and_a_judge_may_need_english(ray_local: Any, run_place: Path) -> None:
+    with serving(judged_in_english) as server:
+        endpoint = {"base_url": server.base_url, "model": "m"}
+        judge = {"name": "endpoint", "endpoint": endpoint, "translate": {"endpoint": endpoint, "all_languages": True}}
+        result = search(
+            configured(
+                run_place,
+                "name=adapters",
+                "space={mlc.layer: {choice: [2, last]}}",
+                "trials=1",
+                "set=[model.lora.rank=4]",
+                f"scoring.judge={json.dumps(judge)}",
+            )
+        )
+    assert [(trial.finished, trial.step) for trial in result.trials] == [(True, 2)]
+    folder = run_place / "adapters"
+    first, second = (load_scores(path) for path in sorted((folder / "trials").glob("*/scores/*")))
+    baseline = load_scores(folder / "baseline")
+    assert len({baseline.fingerprint, first.fingerprint, second.fingerprint}) == 3
+    for scored in (baseline, first, second):
+        rows = pq.read_table(scored.responses_file).to_pylist()
+        assert {(row["language"], row["via_safe"]) for row in rows if row["safety"] == "safe"} == {
+            ("en", ""), ("sw", "translated"),
+        }  # fmt: skip
+    for kind in ("judge", "translate"):
+        assert json.loads((folder / f"{kind}_usage.json").read_text())["requests"] > 0
+    assert (folder / "best" / "adapter_config.json").is_file()
+    again = judge_again(folder / "baseline", judge=JudgeSection())  # warm scores are scores like any other
+    assert again.prompts == baseline.prompts
+    assert nothing_is_held(ray_local)
+
+
+def test_a_search_that_cannot_start_leaves_its_name_free(ray_local: Any, run_place: Path) -> None:
+    (run_place / "broken.jsonl").write_text("{}\n")
+    with pytest.raises(MlcRayError, match=r"broken\.jsonl"):
+        search(configured(run_place, "name=again", f"scoring.benchmarks.0.path={run_place / 'broken.jsonl'}"))
+    assert not (run_place / "again" / "config.json").exists()
+    with pytest.raises(SearchError, match=r"again' is not a search folder"):
+        resume_search(run_place / "again")
 
 
 def test_a_probe_sees_every_layer_as_transformers_does(ray_local: Any, small_llama: Path, tmp_path: Path) -> None:
