@@ -1,8 +1,9 @@
 """What a trial's score costs with engines that stay warm, against an engine started for every trial.
 
-The same model, prompts and machine, in one run, in turn: a warm pool takes other weights and answers; a fresh pool is
-started with them, answers, and is ended. Both must answer alike, word for word, or the exit status is 1. The weights
-are the model's own and a copy with every tensor scaled by 1.02, so that both answer something else.
+The same model, prompts and machine, in one run: first a pool is started for every trial, answers, and is ended; then
+one pool takes the same weights in the same order and answers. Both must answer alike, word for word, or the exit status
+is 1. The weights are a copy of the model with every tensor scaled by 1.02, and the model's own, in turn; the two must
+not answer alike.
 
     python benchmarks/warm_scoring.py --rounds 3 --limit 4 --out warm.json
 """
@@ -19,14 +20,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pyarrow as pa
 from safetensors.torch import load_file, save_file
 
 from mlc_ray.config import ScoringSection, parse_config
 from mlc_ray.quickstart import MODEL_NAME, cache_folder, prepare_smollm2
-from mlc_ray.ray_cluster import connect, use_gpu
+from mlc_ray.ray_cluster import check_capacity, connect, use_gpu
 from mlc_ray.score.ray_phases import prompts_of, read_benchmarks
-from mlc_ray.search.ray_warm import PoolScore, WarmPool, start_pool
+from mlc_ray.search.ray_warm import READER_CPUS, WarmPool, start_pool
 
 
 def main() -> int:
@@ -49,6 +49,10 @@ def main() -> int:
         },
     )
     connect("local")
+    engine = scoring.engine
+    check_capacity(
+        "engine", workers=1, cpus_each=engine.cpus_per_replica + READER_CPUS, gpus_each=1 if use_gpu("auto") else 0
+    )
     with tempfile.TemporaryDirectory(prefix="mlc_ray-warm-") as scratch:
         other = scaled_copy(model, Path(scratch) / "other")
         figures, alike = measure(model, other, scoring, arguments.rounds, Path(scratch))
@@ -56,7 +60,7 @@ def main() -> int:
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if not alike:
-        print("warm and fresh engines do not answer alike", file=sys.stderr)
+        print("warm and fresh engines do not answer alike, or not otherwise with other weights", file=sys.stderr)
     return 0 if alike else 1
 
 
@@ -71,45 +75,33 @@ def scaled_copy(model: Path, folder: Path) -> Path:
 def measure(
     model: Path, other: Path, scoring: ScoringSection, rounds: int, scratch: Path
 ) -> tuple[dict[str, Any], bool]:
-    """Seconds of every part, and whether both ways gave the same responses."""
+    """Seconds of every part, and whether both ways gave the same responses, and other ones to other weights."""
     prompts = prompts_of(read_benchmarks(scoring, rejects=scratch))
-    started = time.perf_counter()
-    pool = start(model, scoring, prompts, scratch)
-    figures: dict[str, Any] = {
-        "prompts": len(prompts),
-        "start": [time.perf_counter() - started],
-        "warm": [],
-        "fresh": [],
-    }
+    trials = [str(other if index % 2 == 0 else model) for index in range(rounds)]
+    figures: dict[str, Any] = {"prompts": len(prompts), "start": [], "fresh": [], "warm": []}
+
+    def started(weights: str) -> WarmPool:
+        before = time.perf_counter()
+        pool = start_pool(weights, scoring, prompts, device="gpu" if use_gpu("auto") else "cpu", folder=scratch)
+        figures["start"].append(time.perf_counter() - before)
+        return pool
+
+    fresh = []
+    for weights in trials:
+        pool = started(weights)
+        fresh.append(timed(figures["fresh"], pool, weights))
+        pool.close()
+    pool = started(str(model))
     pool.score(str(model))  # the first answers of any engine are slower
-    alike = True
-    for index in range(rounds):
-        weights = str(other if index % 2 == 0 else model)
-        warm = timed(figures["warm"], pool, weights)
-        pool_started = time.perf_counter()
-        fresh_pool = start(Path(weights), scoring, prompts, scratch)
-        figures["start"].append(time.perf_counter() - pool_started)
-        fresh = timed(figures["fresh"], fresh_pool, weights)
-        fresh_pool.close()
-        alike &= responses(warm) == responses(fresh)
+    warm = [timed(figures["warm"], pool, weights) for weights in trials]
     pool.close()
-    return figures, alike
+    return figures, warm == fresh and (rounds == 1 or warm[0] != warm[1])
 
 
-def start(model: Path, scoring: ScoringSection, prompts: pa.Table, scratch: Path) -> WarmPool:
-    """A pool of one engine with the model's weights."""
-    return start_pool(str(model), scoring, prompts, device="gpu" if use_gpu("auto") else "cpu", folder=scratch)
-
-
-def timed(rows: list[dict[str, float]], pool: WarmPool, weights: str) -> PoolScore:
-    """A score, with its seconds added to `rows`."""
+def timed(rows: list[dict[str, float]], pool: WarmPool, weights: str) -> list[str]:
+    """The responses of the model in the folder `weights`; the seconds they took are added to `rows`."""
     score = pool.score(weights)
     rows.append(dict(score.seconds))
-    return score
-
-
-def responses(score: PoolScore) -> list[str]:
-    """What was answered."""
     return score.judged["response"].to_pylist()
 
 
@@ -121,6 +113,7 @@ def table(figures: dict[str, Any]) -> str:
 
     start_seconds = median(figures["start"])
     beyond = median(row["total"] - row["answer"] - row["transfer"] for row in figures["warm"])
+    fresh = [row["total"] - row["transfer"] - row["proof"] for row in figures["fresh"]]  # it needs no swap
     lines = [
         f"{figures['prompts']} prompts, medians of {len(figures['warm'])} rounds, seconds",
         "",
@@ -133,6 +126,8 @@ def table(figures: dict[str, Any]) -> str:
         f"| judging | {middle('judge'):.3f} |",
         f"| warm: beyond answering and transfer | {beyond:.3f} |",
         f"| the same, of an engine start | {100 * beyond / start_seconds:.1f} % |",
+        f"| a trial's score, warm | {middle('total'):.2f} |",
+        f"| a trial's score, engine of its own | {start_seconds + median(fresh):.2f} |",
     ]
     return "\n".join(lines)
 

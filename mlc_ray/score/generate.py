@@ -138,7 +138,7 @@ class Engine:
         self._adapters = 0
         self._batch = 1 if warm is not None and warm.lora_rank is not None else _LOG_PROB_BATCH
         self._canary: list[float] | None = None  # log-probs of the canaries under the weights, no adapter
-        self._mark = ""  # `WeightSample.mark` of the weights
+        self._sample: Any = None  # `WeightSample` of the weights
         self._llm = _start_engine(model, settings, device, warm)
 
     def swap(self, model: str) -> dict[str, float]:
@@ -153,22 +153,22 @@ class Engine:
         from mlc_ray.score.weights import StaleWeightsError, compare_samples, file_sample, weights_folder
 
         dtype = getattr(torch, self._dtype)
-        if self._canary is None:  # the first swap
-            self._canary, self._mark = self.log_probs(*_CANARIES), file_sample(self.model, dtype).mark
+        if self._sample is None:  # the first swap
+            self._canary, self._sample = self.log_probs(*_CANARIES), file_sample(self.model, dtype)
         started = time.perf_counter()
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights_folder(model))})
+        self._llm.collective_rpc("renew_heads")
         self._llm.reset_prefix_cache()  # keys and values in it are the old weights'
         transferred = time.perf_counter()
         expected = file_sample(model, dtype)
-        held = self._llm.collective_rpc("held_samples", args=(list(expected.tensors), list(expected.rows)))
-        compare_samples(expected, held, model)
+        compare_samples(expected, self._llm.collective_rpc("held_samples", kwargs=expected.wanted), model)
         canary = self.log_probs(*_CANARIES)
-        if expected.mark != self._mark and canary == self._canary:
+        if canary == self._canary and not expected.equals(self._sample):
             raise StaleWeightsError(
                 f"after a swap to {model!r}, whose weights differ from those of {self.model!r}, the engine gives a "
                 "fixed text the same log-probs as before: it does not serve them; nothing was scored"
             )
-        self.model, self._canary, self._mark = model, canary, expected.mark
+        self.model, self._canary, self._sample = model, canary, expected
         return {"transfer": transferred - started, "proof": time.perf_counter() - transferred}
 
     def swap_adapter(self, folder: str | None) -> dict[str, float]:

@@ -1,20 +1,21 @@
 """Which weights does an engine serve? Samples of them, read from the engine and from the file, must be equal.
 
-An engine that takes new weights without restarting could go on serving the old ones, and every score after that would
-be of the wrong model. So after a swap a sample is compared, bit for bit: `ROWS` rows of the token embedding, spread
-over the vocabulary, and every norm. They are what keeps its name and layout in any engine, on CPU and GPU, sharded or
-not; kernels repack the other matrices.
+An engine that takes new weights without restarting could go on serving old ones, all or some of them, and every score
+after that would be of the wrong model. So after a swap a sample is compared, value for value:
 
-A short training in bfloat16 can leave just these as they were. So the sample has a `mark` of all tensors as well, and
-where it says that the file holds other weights than the one before, the engine must give a fixed text other log-probs
-(`Engine.swap`).
+- rows of the token embedding, spread over the vocabulary, and every norm, as the engine's parameters hold them;
+- a few elements of every matrix, *through the kernel that serves it*: a linear map of unit vectors gives back the
+  columns of its matrix, exactly in any floating-point type, however a kernel repacks or shards it. Parameters alone
+  would not do: vLLM's CPU kernels keep packed copies, and a reload leaves one of them as it was (`renew_heads`).
+
+What no name leads to (experts of a mixture, biases) is not read. For that, and for graphs captured before the swap,
+there is a second proof: where samples differ from those before, so must the log-probs of a fixed text (`Engine.swap`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,32 +26,60 @@ from torch import Tensor, nn
 
 from mlc_ray.errors import MlcRayError
 
-ROWS = 64
-MARK_ROWS = 4
+EMBEDDING_ROWS = 64
+BLOCK_ROWS, BLOCK_COLUMNS = 4, 32
 _INDEX = "model.safetensors.index.json"
-_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "language_model.model.embed_tokens.weight")
+_EMBEDDINGS = ("model.embed_tokens.weight", "language_model.model.embed_tokens.weight")
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Elements of a matrix: `values` [R, C] at `rows` x `columns`, both ascending."""
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    values: Tensor
 
 
 @dataclass(frozen=True)
 class WeightSample:
-    """Part of a folder's weights: whole tensors by parameter name, of an embedding its rows `rows` [ROWS, H].
+    """Part of a folder's weights, by the names of its tensors, in the engine's type.
 
-    `mark` is a digest of `MARK_ROWS` rows of every tensor, as values of the engine's type: how a file is laid out does
-    not matter to it, and only a file whose every sampled row is the same has the same one.
+    `embedding` holds whole rows, `norms` whole vectors, `matrices` a few elements of every matrix that is multiplied
+    with, the LM head among them also where it shares the embedding's weights.
     """
 
-    tensors: Mapping[str, Tensor]
-    rows: tuple[int, ...]
-    mark: str
+    embedding: Mapping[str, Block]
+    norms: Mapping[str, Tensor]
+    matrices: Mapping[str, Block]
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """What a `WeightSampler` is asked for: `held_samples(**wanted)`."""
+        return {
+            "embedding": {name: block.rows for name, block in self.embedding.items()},
+            "norms": list(self.norms),
+            "matrices": {name: (block.rows, block.columns) for name, block in self.matrices.items()},
+        }
+
+    def equals(self, other: WeightSample) -> bool:
+        """Whether the other sample has the same names and values."""
+        mine, theirs = self._tensors(), other._tensors()
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        blocks = {**{f"{name} rows": block for name, block in self.embedding.items()}, **self.matrices}
+        return {**self.norms, **{name: block.values for name, block in blocks.items()}}
 
 
 class StaleWeightsError(MlcRayError):
     """An engine was given new weights and does not serve them, or it cannot be proved that it does."""
 
 
-def sampled_rows(height: int, number: int = ROWS) -> tuple[int, ...]:
-    """`number` rows of a tensor, or all if it has fewer: ascending, spread evenly from the first to the last."""
-    return tuple(sorted({round(index * (height - 1) / (number - 1)) for index in range(number)}))
+def spread(length: int, number: int) -> tuple[int, ...]:
+    """`number` indices below `length`, or all if there are fewer: ascending, evenly from the first to the last."""
+    return tuple(sorted({round(index * (length - 1) / (number - 1)) for index in range(number)}))
 
 
 def weights_folder(model: str | Path) -> Path:
@@ -68,25 +97,31 @@ def file_sample(model: str | Path, dtype: torch.dtype) -> WeightSample:
     Reads only the sampled rows. Raises `StaleWeightsError` for a model whose embedding has no known name.
     """
     folder = weights_folder(model)
-    samples: dict[str, Tensor] = {}
-    marks: dict[str, str] = {}
-    rows: tuple[int, ...] = ()
+    embedding: dict[str, Block] = {}
+    norms: dict[str, Tensor] = {}
+    matrices: dict[str, Block] = {}
     for file, names in _tensors(folder).items():
         with safe_open(folder / file, framework="pt") as weights:
             for name in names:
                 part = weights.get_slice(name)
                 shape = part.get_shape()
-                some = [part[row] for row in sampled_rows(shape[0], MARK_ROWS)] if shape else [weights.get_tensor(name)]
-                marks[name] = hashlib.sha256(b"".join(_bytes(row.to(dtype)) for row in some)).hexdigest()
                 if name in _EMBEDDINGS:
-                    rows = sampled_rows(shape[0])
-                    samples[name] = torch.stack([part[row] for row in rows]).to(dtype)
+                    embedding[name] = _block(part, spread(shape[0], EMBEDDING_ROWS), tuple(range(shape[1])), dtype)
                 elif len(shape) == 1 and name.endswith("norm.weight"):
-                    samples[name] = part[:].to(dtype)
-    if not rows:
+                    norms[name] = part[:].to(dtype)
+                elif len(shape) == 2 and name.endswith(".weight"):
+                    rows, columns = spread(shape[0], BLOCK_ROWS), spread(shape[1], BLOCK_COLUMNS)
+                    matrices[name] = _block(part, rows, columns, dtype)
+    if not embedding:
         raise StaleWeightsError(f"{str(model)!r} has no token embedding named any of {_EMBEDDINGS}; cannot be checked")
-    mark = hashlib.sha256(json.dumps(marks, sort_keys=True).encode()).hexdigest()
-    return WeightSample(samples, rows, mark)
+    (tied, *_) = embedding.values()
+    columns = spread(len(tied.columns), BLOCK_COLUMNS)
+    matrices.setdefault(_HEAD, Block(tied.rows, columns, tied.values[:, list(columns)]))
+    return WeightSample(embedding, norms, matrices)
+
+
+def _block(part: Any, rows: tuple[int, ...], columns: tuple[int, ...], dtype: torch.dtype) -> Block:
+    return Block(rows, columns, torch.stack([part[row][list(columns)] for row in rows]).to(dtype))
 
 
 def _tensors(folder: Path) -> dict[str, list[str]]:
@@ -103,59 +138,143 @@ def _tensors(folder: Path) -> dict[str, list[str]]:
 class WeightSampler:
     """Mixed into the engine's workers (`worker_extension_cls`): what each of them holds of a sample."""
 
-    def held_samples(self, names: Sequence[str], rows: Sequence[int]) -> dict[str, Any]:
-        """By name: a norm as bytes, of an embedding the sampled rows that this worker holds, {row: bytes}."""
-        model: nn.Module = self.model_runner.get_model()  # type: ignore[attr-defined]
-        found: dict[str, Any] = {}
-        for name in names:
-            module, parameter = _parameter(model, name)
-            if parameter is None:
-                continue
-            if name in _EMBEDDINGS:
-                start, end = _held(module, parameter)
-                found[name] = {row: _bytes(parameter[row - start]) for row in rows if start <= row < end}
-            else:
-                found[name] = _bytes(parameter)
+    def renew_heads(self) -> None:
+        """Have the kernel of an LM head take up the weights it shares with the embedding.
+
+        vLLM reloads the embedding and leaves out a head that is tied to it; on CPU, its kernel keeps a packed copy of
+        the old ones.
+        """
+        for module in self._model().modules():
+            if hasattr(module, "shard_indices") and _serves_plain_matrix(module):
+                module.quant_method.process_weights_after_loading(module)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def held_samples(
+        self,
+        embedding: Mapping[str, Sequence[int]],
+        norms: Sequence[str],
+        matrices: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+    ) -> dict[str, list[tuple[list[int], list[int], Any]]]:
+        """What this worker holds of what `WeightSample.wanted` names: by name, rows, columns and values [R, C].
+
+        Values are float32 arrays, which hold those of any engine exactly. A norm is one row.
+        """
+        model = self._model()
+        found: dict[str, list[tuple[list[int], list[int], Any]]] = {}
+        for path, module in model.named_modules():
+            name, parameter = f"{path}.weight", getattr(module, "weight", None)
+            if name in norms and parameter is not None:
+                found[name] = [([0], list(range(len(parameter))), _array(parameter.unsqueeze(0)))]
+            if name in embedding and parameter is not None:
+                start, end = _vocabulary(module, len(parameter))
+                rows = [row for row in embedding[name] if start <= row < end]
+                found[f"{name} rows"] = [
+                    (rows, list(range(parameter.shape[1])), _array(parameter[[row - start for row in rows]]))
+                ]
+            for shard in _shards(model, path, module):
+                if shard.name in matrices:
+                    found.setdefault(shard.name, []).append(_served(module, shard, *matrices[shard.name]))
         return found
 
-
-def _parameter(model: nn.Module, name: str) -> tuple[nn.Module, Tensor | None]:
-    path, _, last = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return model, None
-    module = getattr(module, "base_layer", module)  # wrapped where the engine serves LoRA adapters
-    return module, getattr(module, last, None)
+    def _model(self) -> nn.Module:
+        return self.model_runner.get_model()  # type: ignore[attr-defined]
 
 
-def _held(module: nn.Module, parameter: Tensor) -> tuple[int, int]:
-    """The rows of the vocabulary that this worker's shard of the embedding holds."""
+@dataclass(frozen=True)
+class _Shard:
+    """Where a module holds a matrix of the file: its `rows` are outputs from `offset` on, its `columns` the inputs."""
+
+    name: str
+    offset: int
+    rows: range
+    columns: range
+
+
+def _shards(model: nn.Module, path: str, module: Any) -> Iterator[_Shard]:
+    """The matrices of the file, or shards of them, that a module of vLLM multiplies with; none where it has no plain
+    one, or the file's layout is not known."""
+    if not _serves_plain_matrix(module):
+        return
+    if hasattr(module, "shard_indices"):  # over the vocabulary: a head, or the embedding where it is one too
+        if path.endswith("lm_head") or not hasattr(model, "lm_head"):
+            yield _Shard(_HEAD, 0, range(*_vocabulary(module, len(module.weight))), range(module.embedding_dim))
+        return
+    parent, _, last = path.rpartition(".")
+    sizes = list(module.output_partition_sizes)
+    parts = list(getattr(model, "packed_modules_mapping", {}).get(last, [last]))
+    inputs = getattr(module, "input_size_per_partition", module.input_size)
+    by_inputs = inputs != module.input_size
+    # A module without `input_size_per_partition` is whole in every worker.
+    rank, of = (module.tp_rank, module.tp_size) if hasattr(module, "input_size_per_partition") else (0, 1)
+    if len(parts) != len(sizes):
+        if len(parts) > 1 or of > 1:
+            return
+        sizes = [sum(sizes)]  # one matrix in the file as well
+    columns = range(rank * inputs, (rank + 1) * inputs) if by_inputs else range(inputs)
+    offset = 0
+    for index, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+        shard = 0 if by_inputs else rank // (getattr(module, "num_kv_head_replicas", 1) if index else 1)
+        name = f"{parent}.{part}.weight" if parent else f"{part}.weight"
+        yield _Shard(name, offset, range(shard * size, (shard + 1) * size), columns)
+        offset += size
+
+
+def _serves_plain_matrix(module: Any) -> bool:
+    method = getattr(module, "quant_method", None)
+    kind = hasattr(module, "shard_indices") or hasattr(module, "output_partition_sizes")
+    return kind and type(method).__name__.startswith("Unquantized") and isinstance(module.weight, Tensor)
+
+
+def _served(
+    module: Any, shard: _Shard, rows: Sequence[int], columns: Sequence[int]
+) -> tuple[list[int], list[int], Any]:
+    """The elements of a matrix at those of the rows and columns that a shard has, by its module's own kernel."""
+    rows = [row for row in rows if row in shard.rows]
+    columns = [column for column in columns if column in shard.columns]
+    units = torch.zeros(len(columns), len(shard.columns), dtype=module.weight.dtype, device=module.weight.device)
+    units[range(len(columns)), [column - shard.columns.start for column in columns]] = 1
+    outputs = module.quant_method.apply(module, units)  # [C, outputs]
+    return rows, columns, _array(outputs[:, [shard.offset + row - shard.rows.start for row in rows]].T)
+
+
+def _vocabulary(module: Any, rows: int) -> tuple[int, int]:
+    """The rows of the vocabulary that this worker's shard of an embedding or a head holds."""
     shard = getattr(module, "shard_indices", None)
-    if shard is None:
-        return 0, parameter.shape[0]
-    return shard.org_vocab_start_index, shard.org_vocab_end_index
+    return (0, rows) if shard is None else (shard.org_vocab_start_index, shard.org_vocab_end_index)
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().float().cpu().numpy()
 
 
-def compare_samples(expected: WeightSample, held: Sequence[Mapping[str, Any]], folder: str) -> None:
+def compare_samples(expected: WeightSample, held: Sequence[Mapping[str, Any]], model: str) -> None:
     """Raise `StaleWeightsError` unless the workers of an engine hold exactly `expected` (`file_sample`).
 
-    Every embedding row must be held by a worker, and a norm by every worker that has one of its name.
+    All of the embedding's rows must be held, a norm or matrix by every worker that has one of its name, and of the
+    matrices one at least.
     """
-    for name, sample in expected.tensors.items():
-        parts = [worker[name] for worker in held if name in worker]
-        if name in _EMBEDDINGS:
-            merged = {row: data for part in parts for row, data in part.items()}
-            wanted = [_bytes(row) for row in sample]
-            # ascending, as they were sampled; a row that no worker holds is missing here
-            same = [merged[row] for row in sorted(merged)] == wanted
-        else:
-            same = all(part == _bytes(sample) for part in parts)
-        if not same:
+    norms = {name: Block((0,), tuple(range(len(norm))), norm.unsqueeze(0)) for name, norm in expected.norms.items()}
+    embedding = {f"{name} rows": block for name, block in expected.embedding.items()}
+    for name, block in {**norms, **embedding, **expected.matrices}.items():
+        parts = [part for worker in held for part in worker.get(name, [])]
+        if not parts and name not in embedding:
+            continue
+        row_at, column_at = ({index: at for at, index in enumerate(axis)} for axis in (block.rows, block.columns))
+        wanted = block.values.float()
+        whole = torch.full_like(wanted, torch.nan)
+        same = True
+        for rows, columns, values in parts:
+            at_rows = torch.tensor([row_at[row] for row in rows], dtype=torch.long)
+            at_columns = torch.tensor([column_at[column] for column in columns], dtype=torch.long)
+            index = at_rows.unsqueeze(1), at_columns.unsqueeze(0)
+            whole[index] = torch.from_numpy(values)
+            same &= torch.equal(whole[index], wanted[index])
+        if not same or not torch.equal(whole, wanted):
             raise StaleWeightsError(
-                f"after a swap to {folder!r} the engine does not serve its weights: {name} differs; nothing was scored"
+                f"after a swap to {model!r} the engine does not serve its weights: {name} differs; nothing was scored"
             )
+    if not any(name in worker for worker in held for name in expected.matrices):
+        raise StaleWeightsError(
+            f"after a swap to {model!r} no matrix of the engine could be told by its name, so it cannot be proved what "
+            "it serves; nothing was scored"
+        )

@@ -15,22 +15,58 @@ from torch import nn
 
 from mlc_ray.config import EngineSection
 from mlc_ray.score.generate import Engine, EngineError, Warm
-from mlc_ray.score.weights import ROWS, StaleWeightsError, WeightSampler, compare_samples, file_sample, sampled_rows
+from mlc_ray.score.weights import (
+    EMBEDDING_ROWS,
+    StaleWeightsError,
+    WeightSampler,
+    compare_samples,
+    file_sample,
+    spread,
+)
 
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
+ATTENTION = "model.layers.0.self_attn"
+VOCABULARY, HIDDEN, HEADS, KV_HEADS, HEAD = 200, 8, 4, 2, 2
 
 
-def folder_of(path: Path, seed: int, vocabulary: int = 200) -> Path:
+def folder_of(path: Path, seed: int, **changed: torch.Tensor) -> Path:
+    """A tiny attention layer between an embedding and a head that shares its weights."""
     generator = torch.Generator().manual_seed(seed)
-    path.mkdir()
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
     tensors = {
-        EMBEDDING: torch.randn(vocabulary, 8, generator=generator),
-        NORM: torch.randn(8, generator=generator),
-        "model.layers.0.self_attn.q_proj.weight": torch.randn(8, 8, generator=generator),
-        "model.layers.0.self_attn.q_proj.bias": torch.randn(8, generator=generator),
+        EMBEDDING: draw(VOCABULARY, HIDDEN),
+        NORM: draw(HIDDEN),
+        f"{ATTENTION}.q_proj.weight": draw(HEADS * HEAD, HIDDEN),
+        f"{ATTENTION}.k_proj.weight": draw(KV_HEADS * HEAD, HIDDEN),
+        f"{ATTENTION}.v_proj.weight": draw(KV_HEADS * HEAD, HIDDEN),
+        f"{ATTENTION}.o_proj.weight": draw(HIDDEN, HEADS * HEAD),
     }
-    save_file(tensors, path / "model.safetensors")
+    path.mkdir()
+    save_file(tensors | changed, path / "model.safetensors")
     return path
+
+
+class UnquantizedMethod:
+    """As vLLM's on CPU: it multiplies with a copy that was packed when weights were loaded."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.packed = layer.weight.detach().clone()
+
+    def apply(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        return x @ layer.packed.T
+
+
+def layer_of(weight: torch.Tensor, **facts: Any) -> nn.Module:
+    module = nn.Module()
+    module.weight = nn.Parameter(weight.bfloat16())
+    for name, value in facts.items():
+        setattr(module, name, value)
+    module.quant_method = UnquantizedMethod()
+    module.quant_method.process_weights_after_loading(module)
+    return module
 
 
 class Runner:
@@ -41,85 +77,117 @@ class Runner:
         return self.model
 
 
-def worker_of(folder: Path, rows: range | None = None, norm: bool = True) -> WeightSampler:
-    """A worker that holds the folder's weights in bfloat16, or a shard of the vocabulary."""
+def worker_of(folder: Path, rank: int = 0, of: int = 1) -> WeightSampler:
+    """A worker that holds the folder's weights in bfloat16, or its shard of them, laid out as vLLM does."""
     weights = load_file(folder / "model.safetensors")
+
+    def rows(tensor: torch.Tensor, index: int, parts: int) -> torch.Tensor:
+        return tensor.chunk(parts)[index]
+
+    start, end = rank * VOCABULARY // of, (rank + 1) * VOCABULARY // of
+    shard = type("Shard", (), {"org_vocab_start_index": start, "org_vocab_end_index": end})
+    vocabulary = {"shard_indices": shard, "embedding_dim": HIDDEN}
+    parallel = {"tp_rank": rank, "tp_size": of, "input_size": HIDDEN}
+    replicas = max(1, of // KV_HEADS)
+    q, k, v, o = (weights[f"{ATTENTION}.{name}_proj.weight"] for name in "qkvo")
+    qkv = [rows(q, rank, of), *(rows(each, rank // replicas, min(of, KV_HEADS)) for each in (k, v))]
+
     model = nn.Module()
+    model.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     model.model = nn.Module()
-    model.model.embed_tokens = nn.Module()
-    held = weights[EMBEDDING] if rows is None else weights[EMBEDDING][rows.start : rows.stop]
-    model.model.embed_tokens.weight = nn.Parameter(held.bfloat16())
-    if rows is not None:
-        shard = type("Shard", (), {"org_vocab_start_index": rows.start, "org_vocab_end_index": rows.stop})
-        model.model.embed_tokens.shard_indices = shard
-    if norm:
-        model.model.norm = nn.Module()
-        model.model.norm.weight = nn.Parameter(weights[NORM].bfloat16())
+    model.model.embed_tokens = layer_of(weights[EMBEDDING][start:end], **vocabulary)
+    model.lm_head = layer_of(weights[EMBEDDING][start:end], **vocabulary)
+    model.model.norm = nn.Module()
+    model.model.norm.weight = nn.Parameter(weights[NORM].bfloat16())
+    attention = nn.Module()
+    attention.qkv_proj = layer_of(
+        torch.cat(qkv), output_partition_sizes=[len(part) for part in qkv], input_size_per_partition=HIDDEN,
+        num_kv_head_replicas=replicas, **parallel,
+    )  # fmt: skip
+    attention.o_proj = layer_of(
+        rows(o.T, rank, of).T, output_partition_sizes=[HIDDEN], input_size_per_partition=HEADS * HEAD // of, **parallel
+    )
+    layer = nn.Module()
+    layer.self_attn = attention
+    model.model.layers = nn.ModuleList([layer])
     worker = WeightSampler()
     worker.model_runner = Runner(model)  # type: ignore[attr-defined]
     return worker
 
 
-def compare(expected: Any, *workers: WeightSampler) -> None:
-    names, rows = list(expected.tensors), list(expected.rows)
-    compare_samples(expected, [worker.held_samples(names, rows) for worker in workers], "folder")
-
-
-def test_rows_are_spread_from_the_first_to_the_last() -> None:
-    rows = sampled_rows(49_152)
-    assert (len(rows), rows[0], rows[-1]) == (ROWS, 0, 49_151)
-    assert sampled_rows(3) == (0, 1, 2)
-
-
-def test_a_sample_has_embedding_rows_and_norms_in_the_engines_type(tmp_path: Path) -> None:
-    sample = file_sample(folder_of(tmp_path / "a", 1), torch.bfloat16)
-    assert set(sample.tensors) == {EMBEDDING, NORM}
-    assert sample.tensors[EMBEDDING].shape == (ROWS, 8)
-    assert {tensor.dtype for tensor in sample.tensors.values()} == {torch.bfloat16}
-
-
-def test_the_right_weights_pass_whole_and_sharded(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "a", 1)
+def compare(folder: Path, *workers: WeightSampler) -> None:
     expected = file_sample(folder, torch.bfloat16)
-    compare(expected, worker_of(folder))
-    compare(expected, worker_of(folder, range(0, 120)), worker_of(folder, range(120, 200)))
+    compare_samples(expected, [worker.held_samples(**expected.wanted) for worker in workers], "folder")
+
+
+def test_indices_are_spread_from_the_first_to_the_last() -> None:
+    rows = spread(49_152, 64)
+    assert (len(rows), rows[0], rows[-1]) == (64, 0, 49_151)
+    assert spread(3, 64) == (0, 1, 2)
+
+
+def test_a_sample_has_embedding_rows_norms_and_elements_of_every_matrix(tmp_path: Path) -> None:
+    sample = file_sample(folder_of(tmp_path / "a", 1), torch.bfloat16)
+    assert (set(sample.embedding), set(sample.norms)) == ({EMBEDDING}, {NORM})
+    assert sample.embedding[EMBEDDING].values.shape == (EMBEDDING_ROWS, HIDDEN)
+    assert set(sample.matrices) == {"lm_head.weight", *(f"{ATTENTION}.{name}_proj.weight" for name in "qkvo")}
+    assert {block.values.dtype for block in sample.matrices.values()} == {torch.bfloat16}
+    weights = load_file(tmp_path / "a" / "model.safetensors")
+    block = sample.matrices[f"{ATTENTION}.q_proj.weight"]
+    assert block.rows == (0, 2, 5, 7)
+    expected = weights[f"{ATTENTION}.q_proj.weight"].bfloat16()[list(block.rows)][:, list(block.columns)]
+    assert torch.equal(block.values, expected)
+    assert sample.equals(file_sample(tmp_path / "a", torch.bfloat16))
+    assert not sample.equals(file_sample(folder_of(tmp_path / "b", 2), torch.bfloat16))
+
+
+@pytest.mark.parametrize("of", [1, 2, 4])
+def test_the_right_weights_pass_whole_and_sharded(tmp_path: Path, of: int) -> None:
+    folder = folder_of(tmp_path / "a", 1)
+    workers = [worker_of(folder, rank, of) for rank in range(of)]
+    compare(folder, *workers)
+    if of > 1:
+        with pytest.raises(StaleWeightsError, match="differs"):  # a shard is missing
+            compare(folder, *workers[1:])
+        with pytest.raises(StaleWeightsError, match="differs"):  # one worker was left behind
+            compare(folder, *workers[1:], worker_of(folder_of(tmp_path / "old", 2), 0, of))
 
 
 def test_other_weights_do_not(tmp_path: Path) -> None:
     old, new = folder_of(tmp_path / "old", 1), folder_of(tmp_path / "new", 2)
-    expected = file_sample(new, torch.bfloat16)
     with pytest.raises(StaleWeightsError, match=r"'folder' the engine does not serve its weights"):
-        compare(expected, worker_of(old))
-    with pytest.raises(StaleWeightsError, match="embed_tokens"):  # one worker of two was left behind
-        compare(expected, worker_of(new, range(0, 120)), worker_of(old, range(120, 200)))
-    with pytest.raises(StaleWeightsError, match="embed_tokens"):  # a shard is missing
-        compare(expected, worker_of(new, range(0, 120)))
+        compare(new, worker_of(old))
 
 
-def test_a_norm_alone_gives_it_away(tmp_path: Path) -> None:
-    old = folder_of(tmp_path / "old", 1)
-    shutil.copytree(old, tmp_path / "new")
-    weights = load_file(old / "model.safetensors")
-    save_file({**weights, NORM: weights[NORM] + 1}, tmp_path / "new" / "model.safetensors")
-    with pytest.raises(StaleWeightsError, match=r"model\.norm\.weight"):
-        compare(file_sample(tmp_path / "new", torch.bfloat16), worker_of(old))
-
-
-def test_the_mark_is_of_all_tensors_and_of_values_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [NORM, EMBEDDING, *(f"{ATTENTION}.{name}_proj.weight" for name in "qkvo")])
+@pytest.mark.parametrize("of", [1, 2])
+def test_a_single_tensor_gives_it_away(tmp_path: Path, name: str, of: int) -> None:
     old = folder_of(tmp_path / "old", 1)
     weights = load_file(old / "model.safetensors")
-    marks = {file_sample(old, torch.bfloat16).mark}
-    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.bias"):
-        (tmp_path / name).mkdir()
-        save_file({**weights, name: weights[name] + 1}, tmp_path / name / "model.safetensors")
-        marks.add(file_sample(tmp_path / name, torch.bfloat16).mark)
-    assert len(marks) == 3
-    (tmp_path / "rounded").mkdir()  # what the engine will hold is the same
-    save_file({name: tensor.bfloat16() for name, tensor in weights.items()}, tmp_path / "rounded" / "model.safetensors")
-    assert file_sample(tmp_path / "rounded", torch.bfloat16).mark in marks
+    new = folder_of(tmp_path / "new", 1, **{name: weights[name] + 1})
+    with pytest.raises(StaleWeightsError, match=name.replace(".", r"\.")):
+        compare(new, *(worker_of(old, rank, of) for rank in range(of)))
 
 
-def test_a_model_without_a_known_embedding_cannot_be_checked(tmp_path: Path) -> None:
+def test_a_head_whose_kernel_kept_old_weights_is_found_out_and_renewed(tmp_path: Path) -> None:
+    old, new = folder_of(tmp_path / "old", 1), folder_of(tmp_path / "new", 2)
+    worker = worker_of(new)
+    head = worker.model_runner.model.lm_head  # type: ignore[attr-defined]
+    head.packed = load_file(old / "model.safetensors")[EMBEDDING].bfloat16()  # its parameter is the new one
+    with pytest.raises(StaleWeightsError, match=r"lm_head\.weight"):
+        compare(new, worker)
+    worker.renew_heads()
+    compare(new, worker)
+
+
+def test_what_cannot_be_checked_is_said(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "a", 1)
+    worker = worker_of(folder)
+    model = worker.model_runner.model  # type: ignore[attr-defined]
+    model.model.layers[0].attn = model.model.layers[0].self_attn  # other names than the file's
+    del model.model.layers[0].self_attn, model.lm_head.shard_indices
+    with pytest.raises(StaleWeightsError, match="no matrix of the engine could be told by its name"):
+        compare(folder, worker)
     save_file({"wte": torch.zeros(4, 2), "scale": torch.tensor(1.0)}, tmp_path / "model.safetensors")
     with pytest.raises(StaleWeightsError, match="no token embedding"):
         file_sample(tmp_path, torch.bfloat16)
@@ -147,20 +215,6 @@ SETTINGS = EngineSection(max_model_len=256, cpu_kv_cache_gib=1)
 IDS, STARTS = [[1, 9906, 1917, 338], [1, 2683, 260, 905, 30]], [1, 1]
 
 
-MATRIX = "model.layers.3.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def another_matrix(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 with one matrix changed, and that only a little: neither its embedding nor a norm tells it apart."""
-    folder = tmp_path_factory.mktemp("matrix") / "model"
-    shutil.copytree(smollm2, folder)
-    weights = load_file(folder / "model.safetensors")
-    weights[MATRIX] = weights[MATRIX] * 1.01
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
 def apart(function: Callable[..., None], *arguments: str) -> None:
     """Run `function` in a process of its own: an engine leaves a process group and variables behind."""
     process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
@@ -169,28 +223,45 @@ def apart(function: Callable[..., None], *arguments: str) -> None:
     assert process.exitcode == 0
 
 
-def swap_there_and_back(model: str, other: str, another_matrix: str) -> None:
+def answers(engine: Engine) -> tuple[Any, list[float]]:
+    return engine.generate(IDS, 8), engine.log_probs(IDS, STARTS)
+
+
+def swap_there_and_back(model: str, other: str) -> None:
+    fresh = Engine(other, SETTINGS, device="cpu", warm=Warm())
+    expected = answers(fresh)
+    fresh.close()
     engine = Engine(model, SETTINGS, device="cpu", warm=Warm())
-    before, log_probs = engine.generate(IDS, 8), engine.log_probs(IDS, STARTS)
+    before = answers(engine)
     seconds = engine.swap(other)
     assert min(seconds.values()) > 0
-    assert engine.log_probs(IDS, STARTS) != log_probs
-    engine.swap(another_matrix)
-    assert engine.log_probs(IDS, STARTS) != log_probs
+    # As an engine that was started with the weights, to the last bit: nothing in it is left from before.
+    assert answers(engine) == expected != before
     engine.swap(model)
-    assert engine.generate(IDS, 8) == before
-    assert engine.log_probs(IDS, STARTS) == log_probs
+    assert answers(engine) == before
     engine.swap(model)  # the same weights once more are no fault
 
-    # An engine that says it took new weights and did not is found out.
+    # An engine that says it took new weights and did not, or not all of them, is found out.
     real = engine._llm.collective_rpc
-    engine._llm.collective_rpc = lambda method, *args, **kwargs: (
-        None if method == "reload_weights" else real(method, *args, **kwargs)
-    )
-    with pytest.raises(StaleWeightsError, match="does not serve its weights"):
+
+    def without(left_out: str) -> Any:
+        return lambda method, *args, **kwargs: None if method == left_out else real(method, *args, **kwargs)
+
+    engine._llm.collective_rpc = without("renew_heads")
+    with pytest.raises(StaleWeightsError, match=r"lm_head\.weight differs"):
         engine.swap(other)
+    engine._llm.collective_rpc = without("reload_weights")
+    with pytest.raises(StaleWeightsError, match="does not serve its weights"):
+        engine.swap(model)
+    # One whose every tensor is right and that goes on with what was captured before, too.
+    engine._llm.collective_rpc = real
+    engine.swap(model)
+    kept = engine._canary
+    real_log_probs = engine.log_probs
+    engine.log_probs = lambda *_: kept  # type: ignore[method-assign]
     with pytest.raises(StaleWeightsError, match="the same log-probs as before"):
-        engine.swap(another_matrix)
+        engine.swap(other)
+    engine.log_probs = real_log_probs  # type: ignore[method-assign]
 
 
 def one_adapter_after_another(model: str, folder: str) -> None:
@@ -209,8 +280,8 @@ def one_adapter_after_another(model: str, folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_engine_swaps_there_and_back(smollm2: Path, other_weights: Path, another_matrix: Path) -> None:
-    apart(swap_there_and_back, str(smollm2), str(other_weights), str(another_matrix))
+def test_a_real_engine_swaps_there_and_back(smollm2: Path, other_weights: Path) -> None:
+    apart(swap_there_and_back, str(smollm2), str(other_weights))
 
 
 @pytest.mark.slow
