@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 
 import ray
 import ray.data
@@ -16,7 +17,6 @@ DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next check; the default is 2 s
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without GPUs must not change CUDA_VISIBLE_DEVICES
     "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S": "3600",  # workers wait while one has a checkpoint scored: no fault
-    "TUNE_GLOBAL_CHECKPOINT_S": "2",  # a search that is killed forgets trials begun since; a state is a few kB
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "180",  # a busy machine needs longer than Ray's default to start a node
 }
@@ -80,3 +80,25 @@ def check_capacity(what: str, *, workers: int, cpus_each: float, gpus_each: floa
             f"{what} needs {workers} x {cpus_each:g} CPUs and some left for Ray Data, the Ray cluster has {cpus:g}; "
             f"ask for fewer CPUs each (below {cpus / workers:g}) or add nodes"
         )
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each living node of the cluster has: CPU, GPU and whatever else Ray counts."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def fits(parts: Sequence[tuple[float, float]]) -> bool:
+    """Whether the nodes can hold all parts of (CPUs, GPUs) at once and keep some CPU: each part lies on one node.
+
+    Placed largest first, GPUs before CPUs, each on the fullest node that has room for it; where parts are of few sizes
+    and nodes alike, that finds a place if there is one.
+    """
+    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in node_resources()]
+    for cpus, gpus in sorted(parts, key=lambda part: (-part[1], -part[0])):
+        places = [node for node in free if node[0] >= cpus - 1e-9 and node[1] >= gpus]
+        if not places:
+            return False
+        place = min(places, key=lambda node: (node[1], node[0]))
+        place[0] -= cpus
+        place[1] -= gpus
+    return any(node[0] > 1e-9 for node in free)

@@ -45,3 +45,24 @@ def test_step_benchmark(tmp_path: Path, repository: Path) -> None:
     # Every bundle has exactly the published numbers of tokens, and ours forwards no others.
     assert ours["tokens_forwarded"] == 2 * (427 + 208)
     assert theirs["tokens_forwarded"] >= 2 * (2 * 12) * 104
+
+
+@pytest.mark.slow
+def test_warm_scoring_benchmark(tmp_path: Path, repository: Path, small_llama: Path) -> None:
+    out = tmp_path / "warm.json"
+    plain = ["--rounds", "2", "--limit", "1", "--max-new-tokens", "8"]
+    command = [
+        sys.executable,
+        repository / "benchmarks" / "warm_scoring.py",
+        "--model",
+        small_llama,
+        "--out",
+        out,
+        *plain,
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr  # warm and fresh engines gave the same responses
+    result = json.loads(out.read_text())
+    assert (result["prompts"], len(result["start"]), len(result["warm"]), len(result["fresh"])) == (24, 3, 2, 2)
+    assert all(row["total"] >= row["answer"] + row["transfer"] + row["proof"] > 0 for row in result["warm"])
+    assert "of an engine start" in done.stdout

@@ -121,6 +121,17 @@ class SearchConfig(Section):
                 f"share_gpu=True has one engine sleep beside training, but scoring.engine.replicas="
                 f"{self.scoring.engine.replicas}; set it to 1, or share_gpu=False"
             )
+        if self.share_gpu and self.concurrency > 1:
+            raise ValueError(
+                f"share_gpu=True has one engine sleep while a trial trains, but concurrency={self.concurrency} trials "
+                "would train while it answers; set concurrency=1, or share_gpu=False"
+            )
+        judge = self.scoring.judge
+        if self.share_gpu and (judge.is_guard or (judge.translate is not None and judge.translate.model is not None)):
+            raise ValueError(
+                f"share_gpu=True leaves no GPU to the judge's own engine (judge={judge.name!r}, translate="
+                f"{judge.translate and judge.translate.model!r}); use another judge, or share_gpu=False"
+            )
         if self.probe is not None and "mlc.layer" not in self.space:
             raise ValueError("probe ranks layers, but space does not vary mlc.layer; remove one or add the other")
         if (

@@ -108,6 +108,10 @@ _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # Four texts of 16 ids that any vocabulary has, and from where their log-probs are asked.
 _CANARIES = ([[3 + (7919 * (16 * text + place)) % 997 for place in range(16)] for text in range(4)], [1] * 4)
 
+# What an adapter may add to a weight without changing any log-prob of the fixed text. Weights are some hundredths, and
+# bfloat16 keeps three digits; an adapter whose every element is below adds nothing that a greedy answer would show.
+_LOST_IN_ROUNDING = 1e-4
+
 
 def _rank_that_vllm_has(rank: int) -> int:
     try:
@@ -175,13 +179,14 @@ class Engine:
         """Serve a LoRA adapter (peft folder) over the weights from now on; None serves the weights alone.
 
         The adapter gets an id that no other had, so that none kept from before can be taken for it; and the log-probs
-        of a fixed text must not be those of the weights alone. Returns seconds as `swap` does; loading is part of the
-        proof here. Raises `StaleWeightsError` if the log-probs are the same.
+        of a fixed text must not be those of the weights alone, unless all it adds is lost in rounding, as after the
+        first step of a warm-up. Returns seconds as `swap` does; loading is part of the proof here. Raises
+        `StaleWeightsError` if the log-probs are the same.
         """
         started = time.perf_counter()
         from vllm.lora.request import LoRARequest
 
-        from mlc_ray.score.weights import StaleWeightsError
+        from mlc_ray.score.weights import StaleWeightsError, adapter_reach
 
         self._lora = None
         if self._canary is None:
@@ -190,10 +195,11 @@ class Engine:
             return {"transfer": 0.0, "proof": 0.0}
         self._adapters += 1
         self._lora = LoRARequest(f"adapter-{self._adapters}", self._adapters, folder)
-        if self.log_probs(*_CANARIES) == self._canary:
+        if self.log_probs(*_CANARIES) == self._canary and (reach := adapter_reach(folder)) > _LOST_IN_ROUNDING:
             self._lora = None
             raise StaleWeightsError(
-                f"with the adapter {folder!r} the engine answers exactly as without it: it is empty or was not loaded"
+                f"with the adapter {folder!r}, which adds up to {reach:.2g} to weights, the engine answers exactly as "
+                "without it: it was not loaded; nothing was scored"
             )
         return {"transfer": 0.0, "proof": time.perf_counter() - started}
 

@@ -91,6 +91,23 @@ def weights_folder(model: str | Path) -> Path:
     return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", _INDEX]))
 
 
+def adapter_reach(folder: str | Path) -> float:
+    """A bound on what a LoRA adapter (peft folder) adds to any element of a matrix, by Cauchy and Schwarz.
+
+    |scale x (B A)_ij| <= scale x max_i |B_i| x max_j |A_j|, over rows of B [out, r] and columns of A [r, in].
+    """
+    folder = Path(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = settings["r"]
+    scale = settings["lora_alpha"] / (rank**0.5 if settings.get("use_rslora") else rank)
+    longest: dict[str, float] = {}
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as weights:
+        for name in weights.keys():  # noqa: SIM118 - not a dict
+            axis = 0 if ".lora_A." in name else 1
+            longest[name] = float(weights.get_tensor(name).float().norm(dim=axis).max())
+    return max(scale * longest[a] * longest[a.replace(".lora_A.", ".lora_B.")] for a in longest if ".lora_A." in a)
+
+
 def file_sample(model: str | Path, dtype: torch.dtype) -> WeightSample:
     """The sample of the weights of a model (a Hugging Face folder or hub name), as `dtype`.
 

@@ -61,12 +61,14 @@ def probe_run(config: TrainConfig, folder: Path, *, limit: int | None, gpu: bool
 
 
 def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Path, *, limit: int | None, gpu: bool) -> Probe:
-    """Probe on token rows. Raises `ProbeError` where no bundle has two languages."""
+    """Probe on token rows. Raises `ProbeError` where there is one bundle, or none has two languages."""
     chosen = choose_bundles(tokens.kinds, tokens.bundle_ids, limit or DEFAULT_LIMIT)
     print(f"probing {model.path} on {len(chosen)} bundles in {len(tokens.languages)} languages", file=sys.stderr)
     rows = _forward(model, tokens, chosen, gpu=gpu)
     states = torch.from_numpy(np.stack([row["states"] for row in rows]))  # [N, L, layers, H]
     present = torch.from_numpy(np.stack([row["present"] for row in rows]))
+    if len(rows) < 2:
+        raise ProbeError(f"{len(rows)} bundle cannot be told from others: probe on two at least, better on dozens")
     if not (present.sum(dim=1) > 1).any():
         raise ProbeError("no bundle has two languages: there is no consistency to probe")
     harmful = torch.tensor([row["kind"] == "harmful" for row in rows])

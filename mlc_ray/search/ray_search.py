@@ -5,8 +5,9 @@ model as it is). A search folder holds
 
     config.json      the settings; base.yaml the run that all trials share, as its file was when the search began
     search.json      the layers that a probe left out, the baseline, versions
-    trials/ID/       one run folder a trial, with `scores/step-...` per checkpoint and `model/` when it is done
-    tune/            Ray Tune's own state, from which `--resume` goes on
+    trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per checkpoint, in the end `model/` or,
+                     where the scheduler ended it, `stopped`; `--resume` goes by these alone
+    tune/            Ray Tune's own logs
     trials.json, search.md, *.png, best.yaml, best/      what was found (`search.results`)
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,18 +24,35 @@ import ray
 import ray.tune
 import yaml
 
-from mlc_ray.artifacts import absolute_if_here, library_versions, write_json_atomic
+from mlc_ray.artifacts import (
+    absolute_if_here,
+    fingerprint,
+    fingerprint_model,
+    library_versions,
+    write_json_atomic,
+)
 from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
-from mlc_ray.ray_cluster import ClusterError, connect, use_gpu
+from mlc_ray.ray_cluster import ClusterError, connect, fits, node_resources, use_gpu
 from mlc_ray.score.generate import Device
 from mlc_ray.score.models import resolve_model
 from mlc_ray.score.ray_phases import prompts_of, read_benchmarks
 from mlc_ray.score.ray_score import prompts_fingerprint
-from mlc_ray.score.registry import check_ready
+from mlc_ray.score.registry import check_ready, judge_facts
 from mlc_ray.search.objective import TrialScore
-from mlc_ray.search.ray_trial import BASELINE, Shared, run_trial, scored_trials
-from mlc_ray.search.ray_tune import make_tuner
+from mlc_ray.search.ray_trial import (
+    BASELINE,
+    MarkStopped,
+    Shared,
+    drop_optimizer_states,
+    has_ended,
+    read_values,
+    run_trial,
+    scored_trials,
+    scores_of,
+    trial_folders,
+)
+from mlc_ray.search.ray_tune import Ended, make_tuner
 from mlc_ray.search.ray_warm import READER_CPUS, start_pool
 from mlc_ray.search.results import SearchResult, write_results
 from mlc_ray.search.space import Space, make_space, restrict, values_of
@@ -71,19 +90,19 @@ def search(config: SearchConfig) -> SearchResult:
         for name in (CONFIG_FILE, BASE_FILE):
             (folder / name).unlink(missing_ok=True)
         raise
-    return _search(prepared, resumed=False)
+    return _search(prepared)
 
 
 def resume_search(folder: Path) -> SearchResult:
     """Go on with the search in a folder, with the settings it was started with.
 
-    Finished trials are not repeated; those that were running go on from their last checkpoint. Raises as `search` does,
-    and `SearchError` if no search is there.
+    Trials that ended are not repeated; those that were running or failed go on from their last checkpoint. Raises as
+    `search` does, and `SearchError` if no search is there, or prompts or model are not those it began with.
     """
     folder = folder.expanduser().resolve()
     config = load_search(folder)
     _check(config, make_space(config))
-    return _search(_prepare(folder), resumed=True)
+    return _search(_prepare(folder))
 
 
 @dataclass(frozen=True)
@@ -96,9 +115,12 @@ class Prepared:
 
 
 def _check(config: SearchConfig, space: Space) -> None:
-    """Join the cluster, and raise if it can never hold the search."""
+    """Join the cluster, and raise if it can never hold the search, or the model lacks a layer of it."""
     base = _base(space)
     _lora_rank(space)
+    depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
+    for corner in space.corners():
+        resolve_layer(space.run(corner, name="corner").mlc.layer, depth)
     connect(base.cluster.address)
     check_feasible(config, base, _device(base))
 
@@ -117,19 +139,23 @@ def _prepare(folder: Path) -> Prepared:
     model = resolve_model(base.model.path)
     check_ready(config.scoring.judge, folder / "cache")
     benchmarks = read_benchmarks(config.scoring, rejects=folder)
+    identity = {"prompts": prompts_fingerprint(benchmarks), "model": fingerprint_model(model)}
+    _check_same(folder, identity)
     pool = start_pool(
         model, config.scoring, prompts_of(benchmarks), device=device, folder=folder, lora_rank=lora_rank,
         sleeps=config.share_gpu,
     )  # fmt: skip
     try:
-        shared = Shared(config, space, folder, pool, prompts_fingerprint(benchmarks), model, lora_rank is not None)
+        ended = _ended_folders(folder)
+        cut_off = {fingerprint(read_values(trial)): trial.name for trial in trial_folders(folder) if trial not in ended}
+        shared = Shared(config, space, folder, pool, identity["prompts"], model, lora_rank is not None, cut_off)
         baseline = shared.baseline()
         write_json_atomic(
             folder / SEARCH_FILE,
             {
                 "skipped_layers": skipped,
                 "baseline": vars(baseline),
-                "prompts": shared.prompts,
+                "fingerprints": identity,
                 "versions": library_versions(),
             },
         )
@@ -139,15 +165,23 @@ def _prepare(folder: Path) -> Prepared:
     return Prepared(shared, baseline, skipped)
 
 
-def _search(prepared: Prepared, *, resumed: bool) -> SearchResult:
+def _search(prepared: Prepared) -> SearchResult:
     """The trials, and what they found."""
     shared = prepared.shared
+    ended = [Ended(read_values(f), shared.metrics_in(scores_of(f)[-1])) for f in _ended_folders(shared.folder)]
+    cut_off = [read_values(shared.folder / "trials" / name) for name in shared.cut_off.values()]
+    failed: list[str] = []
     try:
         trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, shared=shared), {"cpu": TRIAL_CPUS})
-        results = make_tuner(shared.config, shared.space, trainable, shared.folder, resumed=resumed).fit()
+        tuner = make_tuner(
+            shared.config, shared.space, trainable, shared.folder, ended=ended, cut_off=cut_off,
+            callbacks=[MarkStopped(shared)],
+        )  # fmt: skip
+        if tuner is not None:
+            failed = [str(error).strip().splitlines()[-1] for error in tuner.fit().errors]
     finally:
         shared.pool.close()
-    failed = [str(error).strip().splitlines()[-1] for error in results.errors]
+    drop_optimizer_states(shared)
     trials = scored_trials(shared)
     if not trials:
         raise SearchError(f"no trial got as far as a score; the first fault: {failed[0] if failed else 'none'}")
@@ -156,40 +190,64 @@ def _search(prepared: Prepared, *, resumed: bool) -> SearchResult:
     )
 
 
+def _ended_folders(folder: Path) -> list[Path]:
+    return [trial for trial in trial_folders(folder) if has_ended(trial) and scores_of(trial)]
+
+
+def _check_same(folder: Path, identity: dict[str, str]) -> None:
+    """Raise `SearchError` where an earlier process of this search asked other prompts or began with another model."""
+    if not (folder / SEARCH_FILE).is_file():
+        return
+    before = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8")).get("fingerprints", {})
+    for name, value in identity.items():
+        if before.get(name) != value:
+            raise SearchError(
+                f"the {name} of search {str(folder)!r} changed since it began ({before.get(name)} is now {value}), so "
+                "its trials could not be compared: restore them, or start a new search under another name"
+            )
+
+
 # -------------------------------------------------------------------------------------------------- before the trials
 
 
 def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> None:
     """Raise `ClusterError` if the cluster can never hold the trials asked for beside the engines: Ray would only wait.
 
-    Counted per trial: its own process and its workers; once: the engines, the judge, and a little for Ray Data.
+    Placed, largest first: the engines, what reads their responses, and for each trial at once its own process and its
+    workers; and a little is left for Ray Data.
     """
-    resources = ray.cluster_resources()
     engine, judge = config.scoring.engine, config.scoring.judge
-    trial_cpus = TRIAL_CPUS + base.cluster.workers * base.cluster.cpus_per_worker
-    translator = judge.translate is not None and judge.translate.model is not None
-    reading = judge.is_guard + translator  # engines that read responses
-    engine_cpus = engine.replicas * engine.cpus_per_replica + (reading * judge.engine.cpus_per_replica or READER_CPUS)
-    needed = config.concurrency * trial_cpus + engine_cpus
-    have = resources.get("CPU", 0)
-    if needed >= have:
-        raise ClusterError(
-            f"concurrency={config.concurrency} trials of {trial_cpus:g} CPUs (cluster.workers x "
-            f"cluster.cpus_per_worker + {TRIAL_CPUS}) and engines of {engine_cpus:g} need {needed:g} and some for "
-            f"Ray Data; the Ray cluster has {have:g}: ask for less, or add nodes"
-        )
-    if device == "gpu":
-        engines = 0 if config.share_gpu else engine.replicas * engine.tensor_parallel
-        engines += reading * judge.engine.tensor_parallel
-        gpus = config.concurrency * base.cluster.workers + engines
-        if gpus > resources.get("GPU", 0):
-            raise ClusterError(
-                f"concurrency={config.concurrency} trials of {base.cluster.workers} GPUs and {engines} for engines "
-                f"need {gpus}; the Ray cluster has {resources.get('GPU', 0):g}: lower concurrency or cluster.workers, "
-                "or let engines sleep beside training (share_gpu: true)"
-            )
-    elif config.share_gpu:
+    gpu = device == "gpu"
+    if config.share_gpu and not gpu:
         raise ClusterError("share_gpu=True, but this search runs on CPU, where engines cannot sleep; remove it")
+    engine_gpus = 0 if config.share_gpu or not gpu else engine.tensor_parallel
+    answerers = [(engine.cpus_per_replica, engine_gpus)] * engine.replicas
+    readers = []
+    if judge.translate is not None:
+        readers.append(judge.translate.model is not None)
+    if (runs := judge_facts(judge).runs) != "prompts":
+        readers.append(runs == "engine")
+    reading = [
+        (judge.engine.cpus_per_replica, judge.engine.tensor_parallel if gpu else 0) if own else (READER_CPUS, 0)
+        for own in readers
+    ]
+    workers = [(base.cluster.cpus_per_worker, 1 if gpu else 0)] * base.cluster.workers
+    trials = [(TRIAL_CPUS, 0), *workers] * config.concurrency
+    if not fits([*answerers, *reading, *trials]):
+        have = ray.cluster_resources()
+        held = [(node.get("CPU", 0), node.get("GPU", 0)) for node in node_resources()]
+        raise ClusterError(
+            f"concurrency={config.concurrency} trials of {_amount(trials[: len(workers) + 1])} (cluster.workers x "
+            f"cluster.cpus_per_worker + {TRIAL_CPUS}) beside engines of {_amount([*answerers, *reading])} need "
+            f"{_amount([*answerers, *reading, *trials])} and some CPU for Ray Data; the Ray cluster has "
+            f"{have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs on nodes of (CPUs, GPUs) {held}: ask for less, "
+            "add nodes, or on one GPU let engines sleep beside training (share_gpu: true)"
+        )
+
+
+def _amount(parts: Sequence[tuple[float, float]]) -> str:
+    cpus, gpus = (sum(part[index] for part in parts) for index in (0, 1))
+    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
 def _lora_rank(space: Space) -> int | None:
@@ -236,6 +294,9 @@ def _write_settings(config: SearchConfig, space: Space, folder: Path) -> None:
     (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True), "utf-8")
     settings = config.model_dump(mode="json", exclude_unset=True)
     settings |= {"output_dir": str(folder.parent), "train": BASE_FILE, "set": []}
+    for name, parameter in settings["space"].items():
+        if name.endswith(".path"):
+            parameter["choice"] = [absolute_if_here(value) for value in parameter["choice"]]
     for place in settings["scoring"]["benchmarks"]:
         place["path"] = absolute_if_here(place["path"])
     judge = settings["scoring"].get("judge") or {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pyarrow.parquet as pq
 import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from mlc_ray.artifacts import fingerprint_model
+from mlc_ray.artifacts import fingerprint, fingerprint_model, write_json_atomic
 from mlc_ray.config import ScoreConfig, SearchConfig, parse_config
 from mlc_ray.score.models import training_languages
 from mlc_ray.score.ray_score import Request, TooManyUnparsedError, check_unparsed, plan_judging, write_score
@@ -25,6 +27,7 @@ from mlc_ray.train.checkpoint import export, find_checkpoint
 from mlc_ray.train.ray_train import train
 
 BASELINE = "baseline"
+VALUES_FILE, MODEL, STOPPED = "values.json", "model", "stopped"
 _STEP_FOLDER, _STEP_FOLDERS = "step-{:06d}", "step-[0-9][0-9][0-9][0-9][0-9][0-9]"
 
 
@@ -33,7 +36,8 @@ class Shared:
     """What every trial is given. Sent to the processes of trials and, within `ScoreCheckpoint`, to training workers.
 
     `model` is the folder or hub name of the weights that training starts from, `prompts` the fingerprint of what is
-    asked, `lora` whether trials train adapters.
+    asked, `lora` whether trials train adapters. `cut_off` has the names of trials that an earlier process began and did
+    not end, by the fingerprints of their values.
     """
 
     config: SearchConfig
@@ -43,6 +47,13 @@ class Shared:
     prompts: str
     model: str
     lora: bool
+    cut_off: Mapping[str, str] = field(default_factory=dict)
+
+    def trial_folder(self, values: Mapping[str, Any], trial_id: str) -> Path:
+        """The run folder of a trial: of the one that was cut off, where these are its values and it has not ended."""
+        trials = self.folder / "trials"
+        earlier = self.cut_off.get(fingerprint(dict(values)))
+        return trials / trial_id if earlier is None or has_ended(trials / earlier) else trials / earlier
 
     def baseline(self) -> TrialScore:
         """The score of the model as it is: computed once for a search, and read from its folder when it is resumed."""
@@ -77,7 +88,7 @@ class Shared:
         return {
             VALUE: score.value,
             HELD_BACK: score.held_back,
-            ANSWERED: score.answered,
+            ANSWERED: math.nan if score.answered is None else score.answered,
             STEP: float(_step_of(folder)),
         }
 
@@ -120,31 +131,60 @@ class ScoreReports(TuneReportCallback):
             super().after_report(run_context, metrics, None)
 
 
+class MarkStopped(ray.tune.Callback):
+    """Marks the folder of a trial that Tune ended before its time: it is not to be gone on with."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune for every trial that ended without a fault."""
+        folder = self.shared.trial_folder(trial.config, trial.trial_id)
+        if folder.is_dir() and not (folder / MODEL).exists():
+            (folder / STOPPED).touch()
+
+
 def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
     """One trial, in a process of its own: train, scoring at checkpoints; then keep the model and drop the rest.
 
-    Called again for a trial that was cut off, it goes on from the last checkpoint; for one that was finished, it only
-    reports the last score once more.
+    Called for a trial that was cut off, it goes on from the last checkpoint.
     """
-    trials = shared.folder / "trials"
-    folder = trials / ray.tune.get_context().get_trial_id()
-    if not (folder / "model").exists():
-        train(
-            shared.space.run(values, name=folder.name, output_dir=str(trials)),
-            resume=folder if (folder / "config.yaml").is_file() else None,
-            score=ScoreCheckpoint(shared),
-            callbacks=[ScoreReports()],
-            display=False,
-        )
-        last = find_checkpoint(folder)
-        step = int(json.loads((last / "manifest.json").read_text(encoding="utf-8"))["step"])
-        if not (folder / "scores" / _STEP_FOLDER.format(step) / SCORES_FILE).is_file():
-            # it died between its last checkpoint and the score of it
-            ray.tune.report(ScoreCheckpoint(shared)(folder, last, step))
-        export(folder, folder / "model")
-        if not shared.config.keep_checkpoints:
-            shutil.rmtree(folder / "train")
+    drop_optimizer_states(shared)
+    folder = shared.trial_folder(values, ray.tune.get_context().get_trial_id())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / VALUES_FILE, values)
+    train(
+        shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
+        resume=folder if (folder / "config.yaml").is_file() else None,
+        score=ScoreCheckpoint(shared),
+        callbacks=[ScoreReports()],
+        display=False,
+    )
+    last = find_checkpoint(folder)
+    step = int(json.loads((last / "manifest.json").read_text(encoding="utf-8"))["step"])
+    if not (folder / "scores" / _STEP_FOLDER.format(step) / SCORES_FILE).is_file():
+        # it died between its last checkpoint and the score of it
+        ray.tune.report(ScoreCheckpoint(shared)(folder, last, step))
+    export(folder, folder / MODEL)
     ray.tune.report({**shared.metrics_in(scores_of(folder)[-1]), FINISHED: True})
+
+
+def drop_optimizer_states(shared: Shared) -> None:
+    """Remove the checkpoints of trials that have ended, unless they are to be kept; failed ones can be gone on with."""
+    if not shared.config.keep_checkpoints:
+        for folder in trial_folders(shared.folder):
+            if has_ended(folder):
+                shutil.rmtree(folder / "train", ignore_errors=True)  # another trial may do the same just now
+
+
+def trial_folders(search: Path) -> list[Path]:
+    """The folders of all trials of a search that began, by name."""
+    return [path.parent for path in sorted((search / "trials").glob(f"*/{VALUES_FILE}"))]
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a trial ran to its end or was stopped; others were cut off, or failed."""
+    return (folder / MODEL).is_dir() or (folder / STOPPED).is_file()
 
 
 def scores_of(run_folder: Path) -> list[Path]:
@@ -154,17 +194,21 @@ def scores_of(run_folder: Path) -> list[Path]:
 
 def scored_trials(shared: Shared) -> list[Trial]:
     """All trials of a search that have a score, by their names; the last score counts."""
-    runs = [path.parent for path in sorted((shared.folder / "trials").glob("*/config.yaml"))]
     found = []
-    for run in runs:
-        if not (scores := scores_of(run)):
+    for folder in trial_folders(shared.folder):
+        if not (scores := scores_of(folder)):
             continue
         try:
             score = shared.score_in(scores[-1])
         except TooManyUnparsedError:
             continue  # its trial failed of it, and is listed with those
-        found.append(Trial.read(run, score, _step_of(scores[-1]), list(shared.config.space)))
+        found.append(Trial.read(folder, score, _step_of(scores[-1])))
     return found
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """The values of a trial, as they were drawn."""
+    return json.loads((folder / VALUES_FILE).read_text(encoding="utf-8"))
 
 
 def _step_of(score_folder: Path) -> int:

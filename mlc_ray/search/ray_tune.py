@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,69 +19,85 @@ from mlc_ray.search.space import Space, distribution
 TUNE_FOLDER = "tune"
 
 
-def make_tuner(config: SearchConfig, space: Space, trainable: Any, folder: Path, *, resumed: bool) -> ray.tune.Tuner:
-    """A tuner whose trials call `trainable` with values of the space; it keeps its state in `folder/tune`.
+@dataclass(frozen=True)
+class Ended:
+    """A trial of an earlier process that is not to be repeated: its values, and the metrics it reported last."""
 
-    A trial reports `objective.VALUE`, `HELD_BACK` and `ANSWERED` after every score. With `resumed` it is the tuner of
-    an earlier process, if that got as far: trials that ended are not repeated; those that ran or failed are called
-    again by the same names.
+    values: Mapping[str, Any]
+    metrics: Mapping[str, float]
+
+
+def make_tuner(
+    config: SearchConfig,
+    space: Space,
+    trainable: Any,
+    folder: Path,
+    *,
+    ended: Sequence[Ended] = (),
+    cut_off: Sequence[Mapping[str, Any]] = (),
+    callbacks: Sequence[ray.tune.Callback] = (),
+) -> ray.tune.Tuner | None:
+    """A tuner whose trials call `trainable` with values of the space; None where all trials have ended.
+
+    A trial reports `objective.VALUE`, `HELD_BACK` and `ANSWERED` after every score. Of a search that is resumed, the
+    sampler is told what `ended`, and the values of trials that were `cut_off` (or failed) are tried first. Tune writes
+    its own logs to `folder/tune`; nothing is read from there, so that a search depends on its runs alone.
     """
-    state = str(folder / TUNE_FOLDER)
-    if resumed and ray.tune.Tuner.can_restore(state):
-        return ray.tune.Tuner.restore(state, trainable=trainable, resume_unfinished=True, resume_errored=True)
-    metric: Any = [HELD_BACK, ANSWERED] if config.objective.pareto else VALUE
+    sampler = make_sampler(config, space, seen=len(ended) + len(cut_off))
+    remaining = number_of_trials(config, space) - len(ended)
+    if remaining <= 0:
+        return None
+    metrics = [HELD_BACK, ANSWERED] if config.objective.pareto else [VALUE]
+    distributions = {name: distribution(parameter) for name, parameter in space.parameters.items()}
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(
+        storage=storage, study_name=TUNE_FOLDER, sampler=sampler, directions=["maximize"] * len(metrics)
+    )
+    for trial in ended:
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=dict(trial.values), distributions=distributions, values=[trial.metrics[name] for name in metrics]
+            )
+        )
+    next_ones = [dict(values) for values in cut_off]
+    if config.sampler == "grid":  # tried in the order it is written
+        known = [*(dict(trial.values) for trial in ended), *next_ones]
+        next_ones += [point for point in space.grid() if point not in known]
+    for values in next_ones[:remaining]:
+        study.enqueue_trial(values)
     return ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(
-            search_alg=Optuna(
-                space={name: distribution(parameter) for name, parameter in space.parameters.items()},
-                sampler=make_sampler(config, space),
-                metric=metric,
+            search_alg=OptunaSearch(
+                space=distributions,
+                sampler=sampler,
+                storage=storage,
+                study_name=TUNE_FOLDER,
+                metric=metrics if config.objective.pareto else VALUE,
                 mode=["max", "max"] if config.objective.pareto else "max",
             ),
             scheduler=make_scheduler(config),
-            num_samples=number_of_trials(config, space),
+            num_samples=remaining,
             max_concurrent_trials=config.concurrency,
         ),
-        run_config=ray.tune.RunConfig(name=TUNE_FOLDER, storage_path=str(folder), verbose=0, callbacks=[TrialLines()]),
+        run_config=ray.tune.RunConfig(
+            name=TUNE_FOLDER, storage_path=str(folder), verbose=0, callbacks=[TrialLines(), *callbacks]
+        ),
     )
 
 
-class Optuna(OptunaSearch):
-    """Ray's searcher, which learns of a trial that failed, was resumed, and ended well: Ray's own only warns of it."""
+def make_sampler(config: SearchConfig, space: Space, *, seen: int = 0) -> optuna.samplers.BaseSampler:
+    """Optuna's sampler, seeded. The first trials of TPE are random: as many as there are parameters, at least three.
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Take note of a score."""
-        if trial_id not in self._completed_trials:
-            super().on_trial_result(trial_id, result)
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Take note of the last score."""
-        if trial_id not in self._completed_trials:
-            super().on_trial_complete(trial_id, result, error)
-        elif result and not error:
-            metrics = self.metric if isinstance(self.metric, list) else [self.metric]
-            self._ot_study.add_trial(
-                optuna.trial.create_trial(
-                    params=self._ot_trials[trial_id].params,
-                    distributions=self._space,
-                    values=[result[name] for name in metrics],
-                )
-            )
-
-
-def make_sampler(config: SearchConfig, space: Space) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler, seeded. The first trials of TPE are random: as many as there are parameters, at least three."""
-    if config.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=config.seed)
-    if config.sampler == "grid":
-        names = list(space.parameters)
-        grid = space.grid()
-        values = {name: list(dict.fromkeys(point[name] for point in grid)) for name in names}
-        return optuna.samplers.GridSampler(values, seed=config.seed)
-    return optuna.samplers.TPESampler(
-        seed=config.seed, n_startup_trials=max(3, len(space.parameters)), constant_liar=config.concurrency > 1
-    )
+    `seen` is the number of trials that an earlier process began: a sampler that starts over must not draw them again.
+    A grid needs none, its points being queued.
+    """
+    seed = config.seed + seen
+    if config.sampler == "tpe":
+        return optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=max(3, len(space.parameters)), constant_liar=config.concurrency > 1
+        )
+    return optuna.samplers.RandomSampler(seed=seed)
 
 
 def number_of_trials(config: SearchConfig, space: Space) -> int:

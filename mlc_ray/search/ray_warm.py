@@ -53,23 +53,21 @@ class Answerer:
 
     def answer(self, weights: str, lora: bool, prompts: pa.Table) -> tuple[pa.Table, dict[str, float]]:
         """Responses (or verdicts) of the model in the folder `weights`; a fault is a column, as of any stage."""
+        engine = self.stage.engine
         started = time.perf_counter()
         if self.sleeps:
-            self.stage.engine.wake_up()
+            engine.wake_up()
         woken = time.perf_counter()
-        engine = self.stage.engine
-        swap = engine.swap_adapter(weights or None) if lora else engine.swap(weights)
-        swapped = time.perf_counter()
-        table = self.stage(prompts)
-        answered = time.perf_counter()
-        if self.sleeps:
-            self.stage.engine.sleep()
-        seconds = {
-            "wake": woken - started,
-            **swap,
-            "answer": answered - swapped,
-            "sleep": time.perf_counter() - answered,
-        }
+        try:
+            swap = engine.swap_adapter(weights or None) if lora else engine.swap(weights)
+            swapped = time.perf_counter()
+            table = self.stage(prompts)
+            answered = time.perf_counter()
+        finally:  # training needs the memory whatever happened here
+            if self.sleeps:
+                engine.sleep()
+        seconds = {"wake": woken - started, **swap, "answer": answered - swapped,
+                   "sleep": time.perf_counter() - answered}  # fmt: skip
         return table, seconds
 
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich import box
@@ -22,28 +22,41 @@ FEW_TRIALS = 4
 """Below this, how much a parameter mattered cannot be told from chance; the report says so instead of a number."""
 
 
+Ending = Literal["finished", "stopped", "failed"]
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One trial: its values, its last score and at which step, and whether it ran to its end or was stopped before."""
+    """One trial: its values as they were drawn, its last score and at which step, and how it ended.
+
+    `ended` is "finished", "stopped" (by the scheduler) or "failed"; `seconds` those of its optimizer steps.
+    """
 
     name: str
     values: Mapping[str, Any]
     score: TrialScore
     step: int
-    finished: bool
+    ended: Ending
     seconds: float
 
+    @property
+    def finished(self) -> bool:
+        """Whether it ran to its end, and has a model."""
+        return self.ended == "finished"
+
     @staticmethod
-    def read(folder: Path, score: TrialScore, step: int, names: Sequence[str]) -> Trial:
-        """The trial in a run folder of a search, with the score of its last scored step and the values of `names`."""
-        raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    def read(folder: Path, score: TrialScore, step: int) -> Trial:
+        """The trial in a run folder of a search, with the score of its last scored step."""
+        ended: Ending = "finished" if (folder / "model").is_dir() else "failed"
+        if (folder / "stopped").exists():
+            ended = "stopped"
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         return Trial(
             name=folder.name,
-            values={name: _value_at(raw, name) for name in names},
+            values=json.loads((folder / "values.json").read_text(encoding="utf-8")),
             score=score,
             step=step,
-            finished=(folder / "model").is_dir(),
+            ended=ended,
             seconds=sum(row["step_seconds"] for row in metrics),
         )
 
@@ -75,7 +88,7 @@ def write_results(
     failed: Sequence[str] = (),
 ) -> SearchResult:
     """Write `trials.json`, `search.md`, `pareto.png`, `best.yaml` and `best/` into the folder, and print the table."""
-    front = pareto_front([(trial.score.held_back, trial.score.answered) for trial in trials])
+    front = pareto_front([_point(trial.score) for trial in trials])
     best = best_trial(trials, config)
     result = SearchResult(
         folder, baseline, tuple(trials), tuple(front), best, importance(trials, config), tuple(skipped_layers),
@@ -101,7 +114,7 @@ def best_trial(trials: Sequence[Trial], config: SearchConfig) -> int | None:
     if not finished:
         return None
     if config.objective.pareto:
-        return max(finished, key=lambda i: trials[i].score.held_back + trials[i].score.answered)
+        return max(finished, key=lambda i: sum(_point(trials[i].score)))
     return max(finished, key=lambda i: trials[i].score.value)
 
 
@@ -115,7 +128,7 @@ def importance(trials: Sequence[Trial], config: SearchConfig) -> dict[str, float
 
     from mlc_ray.search.space import distribution
 
-    values = [t.score.held_back + t.score.answered if config.objective.pareto else t.score.value for t in trials]
+    values = [sum(_point(t.score)) if config.objective.pareto else t.score.value for t in trials]
     if len(trials) < FEW_TRIALS or len(set(values)) == 1 or len(config.space) < 2:
         return None
     study = optuna.create_study(direction="maximize")
@@ -158,12 +171,12 @@ def verdict(result: SearchResult, config: SearchConfig) -> list[str]:
     values = ", ".join(f"{name}={_short(value)}" for name, value in best.values.items())
     lines.append(
         f"best: {best.name} ({values}): held back {100 * best.score.held_back:.1f} % (as it is: "
-        f"{100 * result.baseline.held_back:.1f} %), answered {100 * best.score.answered:.1f} % (as it is: "
-        f"{100 * result.baseline.answered:.1f} %)"
+        f"{100 * result.baseline.held_back:.1f} %), answered {_percent(best.score.answered)} % (as it is: "
+        f"{_percent(result.baseline.answered)} %)"
     )
-    if result.importance is None:
+    if result.importance is None and len(config.space) > 1:
         lines.append("importance of parameters: not to be told from so few (or so equal) trials")
-    else:
+    elif result.importance is not None:
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in result.importance.items())
         lines.append(f"importance of parameters: {shares}")
     if result.skipped_layers:
@@ -190,12 +203,12 @@ def pareto_plot(result: SearchResult, config: SearchConfig, path: Path) -> Path:
     figure = Figure(figsize=(7, 5), dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    points = [(100 * t.score.held_back, 100 * t.score.answered) for t in result.trials]
+    points = [(100 * held_back, 100 * answered) for held_back, answered in (_point(t.score) for t in result.trials)]
     axes.scatter(*zip(*points, strict=True), color="#4477aa", zorder=3, label="trials")
     front = [points[index] for index in result.front]
     axes.plot(*zip(*front, strict=True), color="#4477aa", linewidth=1, alpha=0.6, label="Pareto front")
     axes.scatter(
-        [100 * result.baseline.held_back], [100 * result.baseline.answered], marker="s", color="#666666", zorder=3,
+        *([100 * side] for side in _point(result.baseline)), marker="s", color="#666666", zorder=3,
         label="as it is",
     )  # fmt: skip
     if result.best is not None:
@@ -206,7 +219,7 @@ def pareto_plot(result: SearchResult, config: SearchConfig, path: Path) -> Path:
         text = ", ".join(_short(value) for value in trial.values.values())
         axes.annotate(text, point, fontsize=6, xytext=(4, 3), textcoords="offset points")
     axes.set_xlabel(f"harmful held back, % ({config.objective.maximise.replace('_', ' ')})")
-    axes.set_ylabel("benign answered, %")
+    axes.set_ylabel("benign answered, %" if result.baseline.answered is not None else "benign: none were asked")
     axes.set_xlim(-4, 104)
     axes.set_ylim(-4, 104)
     axes.legend(loc="lower left", fontsize=7)
@@ -225,11 +238,10 @@ def _rows(result: SearchResult, config: SearchConfig) -> list[list[str]]:
     for index in order:
         trial = result.trials[index]
         mark = ("^" if index in result.front else "") + ("*" if index == result.best else "")
-        ended = "finished" if trial.finished else "stopped"
         rows.append(
             [
                 trial.name + mark, *(_short(trial.values[name]) for name in config.space), *_sides(trial.score),
-                str(trial.step), ended, f"{trial.seconds:.0f}",
+                str(trial.step), trial.ended, f"{trial.seconds:.0f}",
             ]
         )  # fmt: skip
     return [*rows, ["as it is", *["·"] * len(config.space), *_sides(result.baseline), "·", "·", "·"]]
@@ -238,7 +250,7 @@ def _rows(result: SearchResult, config: SearchConfig) -> list[list[str]]:
 def _sides(score: TrialScore) -> list[str]:
     worst = min(score.held_back_by_language, key=lambda code: score.held_back_by_language[code])
     lowest = f"{worst} {100 * score.held_back_by_language[worst]:.0f}"
-    return [f"{100 * score.held_back:.1f}", f"{100 * score.answered:.1f}", lowest, f"{score.value:.3f}"]
+    return [f"{100 * score.held_back:.1f}", _percent(score.answered), lowest, f"{score.value:.3f}"]
 
 
 def _write_best(folder: Path, best: Trial) -> None:
@@ -252,11 +264,13 @@ def _write_best(folder: Path, best: Trial) -> None:
     shutil.copytree(run / "model", folder / "best")
 
 
-def _value_at(raw: Mapping[str, Any], name: str) -> Any:
-    node: Any = raw
-    for key in name.split("."):
-        node = node[int(key)] if isinstance(node, list) else node[key]
-    return node
+def _point(score: TrialScore) -> tuple[float, float]:
+    """Both sides; where no benign prompts were asked, none was answered."""
+    return score.held_back, score.answered or 0.0
+
+
+def _percent(side: float | None) -> str:
+    return "·" if side is None else f"{100 * side:.1f}"
 
 
 def _short(value: Any) -> str:

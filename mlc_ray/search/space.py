@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,13 @@ from mlc_ray.config import (
     read_config_file,
 )
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study it creates
+
 _OWN = {"name", "output_dir"}
 _OWN_SECTIONS = {"logging", "checkpoint.keep", "cluster"}
+# Engines, baseline and adapters' base are made once, of one model.
+_SHARED = {"model.path", "model.trust_remote_code"}
+_DRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,11 @@ class Space:
             raise ConfigError(f"with {dict(values)!r}: {error}") from None
 
     def corners(self) -> Iterable[dict[str, Any]]:
-        """Every choice and both ends of every range, one parameter at a time, the others at their first value."""
+        """Every choice, both ends of every range and a number between, one parameter at a time, others at the first.
+
+        The number between is none that a whole number could be, so that a range of numbers over a field that takes only
+        whole ones is found out.
+        """
         first = {name: _ends(parameter)[0] for name, parameter in self.parameters.items()}
         yield first
         for name, parameter in self.parameters.items():
@@ -75,14 +85,32 @@ def make_space(config: SearchConfig) -> Space:
     for name in config.space:
         if name in _OWN or any(name == own or name.startswith(f"{own}.") for own in _OWN_SECTIONS):
             raise ConfigError(f"space.{name}: the search decides {name} itself; it cannot vary")
+        if name in _SHARED:
+            raise ConfigError(f"space.{name}: all trials share one model; search {name} in separate searches")
     raw = read_config_file(config.train)
     for override in config.set:
+        if (field := override.partition("=")[0].strip()) in config.space:
+            raise ConfigError(f"set {override!r} has no effect: space varies {field}; remove one of them")
         apply_override(raw, override)
     _make_absolute(raw)
     space = Space(raw, config.space)
-    for corner in space.corners():
-        space.run(corner, name="corner")
+    for values in (*space.corners(), *_points(config, space)):
+        run = space.run(values, name="corner")
+        if config.scheduler != "none" and run.checkpoint.every is None:
+            raise ConfigError(
+                f"scheduler={config.scheduler!r} stops trials at checkpoints, but checkpoint.every=None writes one "
+                "only at the end; set checkpoint.every, or scheduler=none"
+            )
     return space
+
+
+def _points(config: SearchConfig, space: Space) -> list[dict[str, Any]]:
+    """All points of a grid, or some that a sampler could draw: values can be valid each and not together."""
+    if config.sampler == "grid":
+        return space.grid()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=config.seed))
+    distributions = {name: distribution(parameter) for name, parameter in space.parameters.items()}
+    return [study.ask(distributions).params for _ in range(_DRAWS)]
 
 
 def distribution(parameter: ParameterSection) -> optuna.distributions.BaseDistribution:
@@ -113,7 +141,10 @@ def restrict(parameter: ParameterSection, kept: Iterable[Any]) -> ParameterSecti
 def _ends(parameter: ParameterSection) -> list[Any]:
     if parameter.choice is not None:
         return list(parameter.choice)
-    return list(parameter.integers or parameter.uniform or parameter.loguniform or ())
+    if parameter.integers is not None:
+        return list(parameter.integers)
+    low, high = parameter.uniform or parameter.loguniform or (0.0, 0.0)
+    return [low, high, low + (high - low) / math.pi]
 
 
 def values_of(parameter: ParameterSection) -> list[Any]:

@@ -118,7 +118,7 @@ def _compute(config: TrainConfig, tokens: TokenArtifact, needed: dict[str, Any],
             "gpu": gpu,
         },
         batch_size=BUNDLES_PER_FORWARD,
-        compute=ray.data.ActorPoolStrategy(size=config.cluster.workers),
+        compute=ray.data.ActorPoolStrategy(size=min(config.cluster.workers, len(blocks))),
         num_cpus=config.cluster.cpus_per_worker,
         num_gpus=1 if gpu else 0,
     )

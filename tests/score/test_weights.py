@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from mlc_ray.score.weights import (
     EMBEDDING_ROWS,
     StaleWeightsError,
     WeightSampler,
+    adapter_reach,
     compare_samples,
     file_sample,
     spread,
@@ -193,6 +195,22 @@ def test_what_cannot_be_checked_is_said(tmp_path: Path) -> None:
         file_sample(tmp_path, torch.bfloat16)
 
 
+def test_the_reach_of_an_adapter_bounds_what_it_adds(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"base_model.model.{layer}.lora_{matrix}.weight": torch.randn(*shape, generator=generator)
+        for layer in ("q", "v")
+        for matrix, shape in (("A", (4, 32)), ("B", (16, 4)))
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
+    added = max(
+        float((2 * tensors[f"base_model.model.{x}.lora_B.weight"] @ tensors[f"base_model.model.{x}.lora_A.weight"])
+              .abs().max()) for x in ("q", "v")
+    )  # fmt: skip
+    assert added <= adapter_reach(tmp_path) < 10 * added
+
+
 def test_ranks_that_vllm_has() -> None:
     assert Warm(lora_rank=4).options["max_lora_rank"] == 8
     assert Warm(lora_rank=100).options["max_lora_rank"] == 128
@@ -275,8 +293,15 @@ def one_adapter_after_another(model: str, folder: str) -> None:
     assert len({*alone, *first, *second}) == 6
     assert served("1") == first
     assert served(None) == alone
-    with pytest.raises(StaleWeightsError, match="answers exactly as without it"):
-        served("0")
+    assert served("0") == alone  # it adds nothing, and that is what the engine serves
+
+    # An engine that does not use the adapter it was given is found out.
+    real = engine._llm.generate
+    engine._llm.generate = lambda *args, lora_request, **kwargs: real(*args, **kwargs)
+    with pytest.raises(StaleWeightsError, match=r"adds up to [\d.]+ to weights, the engine answers exactly as without"):
+        served("1")
+    engine._llm.generate = real
+    assert served("1") == first
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,16 @@ def score(held_back: float, answered: float, floor: float = 0.8) -> TrialScore:
     return TrialScore(held_back, answered, worth, feasible, {"en": 1.0, "sw": held_back}, {"en": 1.0, "sw": answered})
 
 
-def trial(name: str, layer: Any, weight: float, held_back: float, answered: float, finished: bool = True) -> Trial:
+def trial(name: str, layer: Any, weight: float, held_back: float, answered: float, ended: Any = "finished") -> Trial:
     values = {"mlc.layer": layer, "mlc.weight": weight}
-    return Trial(name, values, score(held_back, answered), 24, finished, 100.0)
+    return Trial(name, values, score(held_back, answered), 24, ended, 100.0)
 
 
 TRIALS = [
     trial("a", 20, 0.3, 0.10, 0.99),
     trial("b", "last", 0.8, 0.95, 0.10),
     trial("c", "last", 0.3, 0.60, 0.90),
-    trial("d", 0.5, 0.9, 0.70, 0.85, finished=False),
+    trial("d", 0.5, 0.9, 0.70, 0.85, ended="stopped"),
     trial("e", 20, 1.5, 0.12, 0.98),
 ]
 BASELINE = score(0.02, 1.0)
@@ -86,6 +87,38 @@ def test_safety_alone_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     config = search_config(objective={"safety_alone": True})
     write_results(folder_with_runs(tmp_path), config, BASELINE, TRIALS)
     assert "WARNING: safety alone was maximised" in capsys.readouterr().out
+
+
+def test_without_benign_prompts_their_side_is_a_gap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def alone(held_back: float) -> TrialScore:
+        return TrialScore(held_back, None, held_back, True, {"en": held_back}, {})
+
+    config = search_config(objective={"safety_alone": True})
+    trials = [replace(item, score=alone(item.score.held_back)) for item in TRIALS]
+    result = write_results(folder_with_runs(tmp_path), config, alone(0.0), trials)
+    assert result.best == 1
+    assert json.loads((tmp_path / "trials.json").read_text())["trials"][0]["score"]["answered"] is None
+    assert "held back 95.0 % (as it is: 0.0 %), answered · % (as it is: · %)" in capsys.readouterr().out
+
+
+def test_values_are_those_that_were_drawn(tmp_path: Path) -> None:
+    drawn = {"optimizer.learning_rate": "1e-6", "mlc.layer": 20}  # YAML reads 1e-6 as text
+    space = {"optimizer.learning_rate": {"choice": ["1e-6", "5e-6"]}, "mlc.layer": {"choice": [20, "last"]}}
+    found = []
+    for name, rate, layer, value in (("a", "1e-6", 20, 0.1), ("b", "5e-6", 20, 0.2), ("c", "1e-6", "last", 0.9),
+                                     ("d", "5e-6", "last", 0.8)):  # fmt: skip
+        run = tmp_path / name
+        run.mkdir()
+        (run / "values.json").write_text(json.dumps({**drawn, "optimizer.learning_rate": rate, "mlc.layer": layer}))
+        (run / "metrics.jsonl").write_text('{"step_seconds": 1.5}\n{"step_seconds": 2.0}\n')
+        found.append(Trial.read(run, score(value, 0.9), 2))
+    assert found[0].values == drawn
+    assert (found[0].ended, found[0].seconds) == ("failed", 3.5)
+    (tmp_path / "a" / "stopped").touch()
+    (tmp_path / "b" / "model").mkdir()
+    assert [Trial.read(tmp_path / name, score(0, 1), 2).ended for name in "ab"] == ["stopped", "finished"]
+    shares = importance(found, search_config(space=space))
+    assert shares is not None and set(shares) == set(space)
 
 
 def test_the_parameter_that_decides_is_the_important_one() -> None:

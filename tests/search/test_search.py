@@ -22,9 +22,10 @@ import yaml
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from transformers import AutoModelForCausalLM
 
+from mlc_ray import ray_cluster
 from mlc_ray.config import JudgeSection, SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
-from mlc_ray.ray_cluster import ClusterError
+from mlc_ray.ray_cluster import ClusterError, fits
 from mlc_ray.score.ray_score import judge_again
 from mlc_ray.score.results import load_scores
 from mlc_ray.search import ray_tune
@@ -93,7 +94,8 @@ def actors_started(ray_local: Any) -> Counter[str]:
     """How many actors were started since Ray was, dead ones too, by class, Ray Data's by what they run."""
     from ray.util.state import list_actors
 
-    actors = list_actors(limit=10_000, detail=True, raise_on_missing_output=False)
+    address = ray_local.get_runtime_context().gcs_address  # of this Ray, whatever else runs on the machine
+    actors = list_actors(address=address, limit=10_000, detail=True, raise_on_missing_output=False)
     return Counter(re.sub(r"MapWorker\(MapBatches\((\w+)\)\)", r"\1", actor.class_name) for actor in actors)
 
 
@@ -110,7 +112,7 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     assert len(runs) == 2
     # What trials share was made once: two pools of Ray Data, an engine and a judge, beside two times two workers.
     started = actors_started(ray_local) - before
-    once = {"Tokenize": 1, "ReferenceScorer": 2, "Answerer": 1, "JudgeStage": 1}
+    once = {"Tokenize": 1, "ReferenceScorer": 1, "Answerer": 1, "JudgeStage": 1}
     assert {name: started[name] for name in (*once, "RayTrainWorker")} == {**once, "RayTrainWorker": 4}
     (_,) = (folder / "trials" / "cache").glob("tokens-*")
     (_,) = (folder / "trials" / "cache").glob("reference-*")
@@ -141,6 +143,13 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     assert {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*.json*")} == before
     assert again.trials == result.trials
 
+    # Other prompts than those the trials were asked would not compare.
+    content = json.loads((folder / "search.json").read_text())
+    content["fingerprints"]["prompts"] = "0" * 16
+    (folder / "search.json").write_text(json.dumps(content))
+    with pytest.raises(SearchError, match=r"the prompts of search .*found' changed since it began \(0000000000000000"):
+        resume_search(folder)
+
 
 class StopAtFirstScore(FIFOScheduler):
     """Stops every trial in the middle of its run, as ASHA and median stopping do with poor ones."""
@@ -152,14 +161,18 @@ class StopAtFirstScore(FIFOScheduler):
 def test_stopped_trials_leave_nothing(ray_local: Any, run_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_tune, "make_scheduler", lambda config: StopAtFirstScore())
     result = search(configured(run_place, "name=stopped", "space={mlc.layer: {choice: [2]}}"))
-    assert [(trial.finished, trial.step) for trial in result.trials] == [(False, 1)]
+    assert [(trial.ended, trial.step) for trial in result.trials] == [("stopped", 1)]
     assert result.best is None
+    assert not list((run_place / "stopped" / "trials").glob("*/train"))  # its optimizer states are gone
     assert nothing_is_held(ray_local)
 
 
 def test_what_the_cluster_can_never_hold_is_refused(ray_local: Any, run_place: Path) -> None:
-    with pytest.raises(ClusterError, match=r"concurrency=4 trials of 1\.1 CPUs"):
+    with pytest.raises(ClusterError, match=r"concurrency=4 trials of 1\.1 CPUs.*the Ray cluster has 2 CPUs"):
         search(configured(run_place, "name=greedy", "concurrency=4"))
+    with pytest.raises(MlcRayError, match=r"mlc\.layer=99"):
+        search(configured(run_place, "name=deep", "space={mlc.layer: {choice: [1, 99]}}"))
+    assert not (run_place / "greedy").exists() and not (run_place / "deep").exists()
 
 
 def cached_from_a_hub(model: Path, name: str, cache: Path) -> None:
@@ -169,6 +182,17 @@ def cached_from_a_hub(model: Path, name: str, cache: Path) -> None:
     (stored / "refs").mkdir(parents=True)
     (stored / "refs" / "main").write_text(commit)
     shutil.copytree(model, stored / "snapshots" / commit)
+
+
+def test_parts_fit_on_nodes_and_not_on_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}]
+    monkeypatch.setattr(ray_cluster, "node_resources", lambda: nodes)
+    assert fits([(1, 2), (1, 1), (1, 1), (4, 0)])
+    assert not fits([(1, 4)])  # four GPUs there are, on no one node
+    assert not fits([(1, 1)] * 5)
+    assert not fits([(5, 0)] * 3)
+    assert fits([(7.9, 0), (8, 0)])
+    assert not fits([(8, 0), (8, 0)])  # nothing is left for Ray Data
 
 
 def test_a_killed_driver_is_resumed_where_it_was(run_place: Path, small_llama: Path, tmp_path: Path) -> None:
@@ -213,7 +237,7 @@ def test_a_killed_driver_is_resumed_where_it_was(run_place: Path, small_llama: P
     assert {path: path.stat().st_mtime_ns for path in before} == before
     trials = json.loads((folder / "trials.json").read_text())["trials"]
     assert sorted(str(trial["values"]["mlc.layer"]) for trial in trials) == ["1", "last"]
-    assert all(trial["finished"] and trial["step"] == 3 for trial in trials)
+    assert all(trial["ended"] == "finished" and trial["step"] == 3 for trial in trials)
     assert len(list((folder / "trials").glob("*/scores/*/scores.json"))) == 6
 
 
@@ -225,7 +249,7 @@ def judged_in_english(messages: list[dict[str, str]], number: int) -> Step:
     return Step(json.dumps({"check": code, "response": "answers", "verdict": "safe"}))
 
 
-def test_adapters_are_searched_and_a_judge_may_need_english(ray_local: Any, run_place: Path) -> None:
+def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_local: Any, run_place: Path) -> None:
     with serving(judged_in_english) as server:
         endpoint = {"base_url": server.base_url, "model": "m"}
         judge = {"name": "endpoint", "endpoint": endpoint, "translate": {"endpoint": endpoint, "all_languages": True}}
@@ -234,13 +258,18 @@ def test_adapters_are_searched_and_a_judge_may_need_english(ray_local: Any, run_
                 run_place,
                 "name=adapters",
                 "space={mlc.layer: {choice: [2, last]}}",
-                "trials=1",
-                "set=[model.lora.rank=4]",
+                "probe.keep=1",
+                "scoring.engine.replicas=2",
+                "set=[model.lora.rank=4, cluster.workers=1]",
                 f"scoring.judge={json.dumps(judge)}",
             )
         )
     assert [(trial.finished, trial.step) for trial in result.trials] == [(True, 2)]
     folder = run_place / "adapters"
+    ranking = json.loads((folder / "probe" / "probe.json").read_text())["probe"]["ranking"]
+    kept, left_out = sorted(("last", 2), key=lambda layer: ranking.index({"last": 4, 2: 2}[layer]))
+    assert [trial.values["mlc.layer"] for trial in result.trials] == [kept]
+    assert result.skipped_layers == (left_out,)
     first, second = (load_scores(path) for path in sorted((folder / "trials").glob("*/scores/*")))
     baseline = load_scores(folder / "baseline")
     assert len({baseline.fingerprint, first.fingerprint, second.fingerprint}) == 3

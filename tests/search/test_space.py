@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,14 @@ def test_the_base_is_not_changed_by_a_run() -> None:
     assert space.run({}, name="b").mlc.layer == "last"
 
 
-def test_corners_are_every_choice_and_both_ends() -> None:
+def test_corners_are_every_choice_both_ends_and_one_between() -> None:
     corners = list(make_space(search_config()).corners())
     assert corners == [
         {"mlc.layer": 20, "mlc.weight": 0.1},
         {"mlc.layer": "last", "mlc.weight": 0.1},
         {"mlc.layer": 0.5, "mlc.weight": 0.1},
         {"mlc.layer": 20, "mlc.weight": 2.0},
+        {"mlc.layer": 20, "mlc.weight": pytest.approx(0.1 + 1.9 / math.pi)},
     ]
 
 
@@ -56,6 +58,11 @@ def test_corners_are_every_choice_and_both_ends() -> None:
         ({"name": {"choice": ["a"]}}, "the search decides name itself"),
         ({"cluster.workers": {"integers": [1, 2]}}, r"the search decides cluster\.workers itself"),
         ({"zero.offload_parameters": {"choice": [False, True]}}, "needs zero.stage=3"),
+        (
+            {"mlc.extractor_dim": {"loguniform": [64, 1024]}},
+            r"(?s)with {'mlc.extractor_dim': 369\.\d+}.*fractional part",
+        ),
+        ({"model.path": {"choice": ["a", "b"]}}, "all trials share one model"),
     ],
 )
 def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, message: str) -> None:
@@ -82,6 +89,14 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
             {"share_gpu": True, "scoring": {"benchmarks": [{"path": "x"}], "engine": {"replicas": 2}}},
             r"scoring\.engine\.replicas=2",
         ),
+        ({"share_gpu": True, "concurrency": 2}, "concurrency=2 trials would train while it answers"),
+        (
+            {
+                "share_gpu": True,
+                "scoring": {"benchmarks": [{"path": "x"}], "judge": {"name": "qwen3guard", "model": "m"}},
+            },
+            "no GPU to the judge's own engine",
+        ),
         ({"probe": {}, "space": {"mlc.weight": {"choice": [1]}}}, "space does not vary mlc.layer"),
         ({"probe": {}, "space": {"mlc.layer": {"uniform": [0.1, 0.9]}}}, "as choice or integers"),
     ],
@@ -89,6 +104,21 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
 def test_settings_that_fit_no_search_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         search_config(**changes)
+
+
+def test_values_that_do_not_go_together_are_found_before_the_first_trial() -> None:
+    space = {"zero.stage": {"choice": [3, 2]}, "zero.offload_parameters": {"choice": [False, True]}}
+    for sampler in ("grid", "random"):  # no corner has both 2 and True
+        with pytest.raises(ConfigError, match=r"(?s)'zero.stage': 2.*needs zero\.stage=3"):
+            make_space(search_config(space=space, sampler=sampler))
+
+
+def test_settings_without_effect_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"set 'mlc\.layer=7' has no effect: space varies mlc\.layer"):
+        make_space(search_config(set=["mlc.layer=7"]))
+    with pytest.raises(ConfigError, match=r"scheduler='asha' stops trials at checkpoints.*set checkpoint\.every"):
+        make_space(search_config(scheduler="asha"))
+    make_space(search_config(scheduler="asha", set=["checkpoint.every=2"]))
 
 
 def test_a_grid_has_every_combination_once() -> None:

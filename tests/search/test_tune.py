@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 
 from mlc_ray.config import SearchConfig, parse_config
 from mlc_ray.search.objective import ANSWERED, HELD_BACK, STEP, VALUE
-from mlc_ray.search.ray_tune import make_tuner, number_of_trials
+from mlc_ray.search.ray_tune import Ended, make_tuner, number_of_trials
 from mlc_ray.search.space import make_space
 
 pytestmark = pytest.mark.slow
@@ -33,16 +34,27 @@ def run_search(ray_local: Any, tmp_path: Path) -> Callable[..., list[dict[str, A
         if (tmp_path / f"fail-{values['mlc.layer']}").exists():
             raise RuntimeError("no luck with this layer")
         held_back = 1 - abs(values["mlc.layer"] - BEST_LAYER) / 10
-        answered = 1 - held_back
+        answered = values.get("mlc.weight", 1.0)
+        began = time.time()
         for step in range(1, REPORTS + 1):
             ray.tune.report({VALUE: held_back, HELD_BACK: held_back, ANSWERED: answered, STEP: float(step)})
+        if pause:
+            time.sleep(pause)
+        with (tmp_path / "times").open("a") as times:
+            times.write(f"{began} {time.time()}\n")
 
-    def run_it(resumed: bool = False, **settings: Any) -> list[dict[str, Any]]:
+    pause = 0.0
+
+    def run_it(
+        ended: Sequence[Ended] = (), cut_off: Sequence[dict[str, Any]] = (), slow: bool = False, **settings: Any
+    ) -> list[dict[str, Any]]:
         scoring = {"benchmarks": [{"path": "sample:test"}]}
         settings = {"name": "s", "train": str(tmp_path / "run.yaml"), "scoring": scoring, **settings}
         config = parse_config(SearchConfig, settings)
-        tuner = make_tuner(config, make_space(config), score_of_a_layer, tmp_path, resumed=resumed)
-        return [result.metrics or {} for result in tuner.fit()]
+        nonlocal pause
+        pause = 1.0 if slow else 0.0
+        tuner = make_tuner(config, make_space(config), score_of_a_layer, tmp_path, ended=ended, cut_off=cut_off)
+        return [] if tuner is None else [result.metrics or {} for result in tuner.fit()]
 
     return run_it
 
@@ -53,42 +65,81 @@ def layers(results: list[dict[str, Any]]) -> list[int]:
 
 def test_tpe_comes_back_to_what_was_good(run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
     run_search(space={"mlc.layer": {"integers": [1, 20]}}, sampler="tpe", trials=12)
-    tried = [int(line) for line in (tmp_path / "calls").read_text().split()]
+    tried = tried_by(tmp_path)
     assert len(tried) == 12
     distance = [abs(layer - BEST_LAYER) for layer in tried]
     assert min(distance) <= 1
     assert sum(distance[-6:]) < sum(distance[:6])
 
 
-def test_both_sides_are_maximised_under_pareto(run_search: Callable[..., list[dict[str, Any]]]) -> None:
-    space = {"mlc.layer": {"integers": [1, 20]}}
-    results = run_search(space=space, sampler="tpe", trials=4, objective={"pareto": True})
-    assert all(result[HELD_BACK] + result[ANSWERED] == pytest.approx(1) for result in results)
+def tried_by(folder: Path) -> list[int]:
+    return [int(line) for line in (folder / "calls").read_text().split()]
+
+
+def test_both_sides_are_maximised_under_pareto(run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
+    # Only a weight of 1 is answered: with one objective it would not matter, since no floor asks for it.
+    space = {"mlc.layer": {"integers": [1, 20]}, "mlc.weight": {"uniform": [0.0, 1.0]}}
+    results = run_search(space=space, sampler="tpe", trials=24, objective={"pareto": True})
     assert {result["training_iteration"] for result in results} == {REPORTS}  # nothing is stopped
+    both = [result[HELD_BACK] + result[ANSWERED] for result in sorted(results, key=lambda r: r["timestamp"])]
+    assert sum(both[-8:]) > sum(both[:8])
+    answered = [result[ANSWERED] for result in sorted(results, key=lambda r: r["timestamp"])]
+    assert sum(answered[-8:]) > sum(answered[:8])
 
 
-def test_a_grid_is_tried_whole_and_failed_trials_again(
+GRID: dict[str, Any] = {
+    "space": {"mlc.layer": {"choice": [2, 7]}, "mlc.weight": {"choice": [0.1, 1.0]}},
+    "sampler": "grid",
+}
+
+
+def test_a_grid_is_tried_whole_and_a_resumed_one_to_its_end(
     run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {
-        "space": {"mlc.layer": {"choice": [2, 7]}, "mlc.weight": {"choice": [0.1, 1.0]}},
-        "sampler": "grid",
-    }
-    (tmp_path / "fail-2").touch()
-    run_search(**settings)
-    assert sorted((tmp_path / "calls").read_text().split()) == ["2", "2", "7", "7"]
-    (tmp_path / "fail-2").unlink()
-    results = run_search(resumed=True, **settings)
-    assert sorted((tmp_path / "calls").read_text().split()) == ["2", "2", "2", "2", "7", "7"]  # 7 was done
-    points = {(result["config"]["mlc.layer"], result["config"]["mlc.weight"]) for result in results}
-    assert points == {(2, 0.1), (2, 1.0), (7, 0.1), (7, 1.0)}
-    assert all(VALUE in result for result in results)
+    results = run_search(**GRID)
+    points = [(result["config"]["mlc.layer"], result["config"]["mlc.weight"]) for result in results]
+    assert sorted(points) == [(2, 0.1), (2, 1.0), (7, 0.1), (7, 1.0)]
+    done = {VALUE: 0.5, HELD_BACK: 0.5, ANSWERED: 0.1}
+    ended = [Ended({"mlc.layer": 2, "mlc.weight": 0.1}, done), Ended({"mlc.layer": 7, "mlc.weight": 0.1}, done)]
+    again = run_search(**GRID, ended=ended, cut_off=[{"mlc.layer": 7, "mlc.weight": 1.0}])
+    points = [(result["config"]["mlc.layer"], result["config"]["mlc.weight"]) for result in again]
+    assert sorted(points) == [(2, 1.0), (7, 1.0)]
+    assert tried_by(tmp_path)[4:] == [7, 2]  # what was cut off comes first
+    assert run_search(**GRID, ended=ended * 2) == []
+
+
+def test_a_resumed_sampler_knows_what_was_seen(run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
+    space = {"mlc.layer": {"integers": [1, 1000]}}
+    seen = [Ended({"mlc.layer": layer}, {VALUE: -abs(layer - 400) / 1000}) for layer in range(10, 1000, 30)]
+    run_search(space=space, sampler="tpe", trials=len(seen) + 6, ended=seen)
+    tried = tried_by(tmp_path)
+    assert len(tried) == 6
+    assert sum(abs(layer - 400) < 100 for layer in tried) >= 4  # near those that were good, from the first on
+    run_search(space=space, sampler="random", trials=3)
+    first = tried_by(tmp_path)[6:]
+    run_search(space=space, sampler="random", trials=6, ended=[Ended({"mlc.layer": n}, {VALUE: 0.0}) for n in first])
+    assert not set(tried_by(tmp_path)[9:]) & set(first)  # not the same draws once more
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_no_more_trials_at_once_than_asked_for(
+    run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path, concurrency: int
+) -> None:
+    cut_off = [{"mlc.layer": 2, "mlc.weight": 0.1}, {"mlc.layer": 7, "mlc.weight": 0.1}]
+    run_search(**GRID, cut_off=cut_off, concurrency=concurrency, slow=True)
+    times = [tuple(map(float, line.split())) for line in (tmp_path / "times").read_text().splitlines()]
+    assert len(times) == 4
+    assert max(sum(start <= moment < end for start, end in times) for moment, _ in times) == concurrency
 
 
 @pytest.mark.parametrize("scheduler", ["asha", "median"])
 def test_poor_trials_are_stopped_early(run_search: Callable[..., list[dict[str, Any]]], scheduler: str) -> None:
     results = run_search(
-        space={"mlc.layer": {"choice": [7, 6, 1, 20]}}, sampler="grid", scheduler=scheduler, grace_scores=1
+        space={"mlc.layer": {"choice": [7, 6, 1, 20]}},
+        sampler="grid",
+        scheduler=scheduler,
+        grace_scores=1,
+        set=["checkpoint.every=1"],
     )
     reports = {result["config"]["mlc.layer"]: result["training_iteration"] for result in results}
     assert reports[7] == REPORTS
