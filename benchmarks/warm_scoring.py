@@ -2,7 +2,7 @@
 
 The same model, prompts and machine, in one run: first a pool is started for every trial, answers, and is ended; then
 one pool takes the same weights in the same order and answers. Both must answer alike, word for word, or the exit status
-is 1. The weights are a copy of the model with every tensor scaled by 1.02, and the model's own, in turn; the two must
+is 1. The weights are a copy of the model with 5 % of noise on every matrix, and the model's own, in turn; the two must
 not answer alike.
 
     python benchmarks/warm_scoring.py --rounds 3 --limit 4 --out warm.json
@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from mlc_ray.config import ScoringSection, parse_config
@@ -54,7 +55,7 @@ def main() -> int:
         "engine", workers=1, cpus_each=engine.cpus_per_replica + READER_CPUS, gpus_each=1 if use_gpu("auto") else 0
     )
     with tempfile.TemporaryDirectory(prefix="mlc_ray-warm-") as scratch:
-        other = scaled_copy(model, Path(scratch) / "other")
+        other = noisy_copy(model, Path(scratch) / "other")
         figures, alike = measure(model, other, scoring, arguments.rounds, Path(scratch))
     print(table(figures))
     if arguments.out:
@@ -64,11 +65,17 @@ def main() -> int:
     return 0 if alike else 1
 
 
-def scaled_copy(model: Path, folder: Path) -> Path:
-    """The same model with every tensor scaled a little."""
+def noisy_copy(model: Path, folder: Path) -> Path:
+    """The same model with 5 % of noise, by standard deviation, on every matrix."""
     shutil.copytree(model, folder)
     file = folder / "model.safetensors"
-    save_file({name: tensor * 1.02 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(file)
+    for name, tensor in weights.items():
+        if tensor.ndim == 2:
+            noise = torch.randn(tensor.shape, generator=generator)
+            weights[name] = (tensor.float() + 0.05 * tensor.float().std() * noise).to(tensor.dtype)
+    save_file(weights, file, {"format": "pt"})
     return folder
 
 

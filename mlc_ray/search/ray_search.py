@@ -168,10 +168,10 @@ def _prepare(folder: Path) -> Prepared:
 def _search(prepared: Prepared) -> SearchResult:
     """The trials, and what they found."""
     shared = prepared.shared
-    ended = [Ended(read_values(f), shared.metrics_in(scores_of(f)[-1])) for f in _ended_folders(shared.folder)]
-    cut_off = [read_values(shared.folder / "trials" / name) for name in shared.cut_off.values()]
     failed: list[str] = []
     try:
+        ended = [Ended(read_values(f), shared.metrics_in(scores_of(f)[-1])) for f in _ended_folders(shared.folder)]
+        cut_off = [read_values(shared.folder / "trials" / name) for name in shared.cut_off.values()]
         trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, shared=shared), {"cpu": TRIAL_CPUS})
         tuner = make_tuner(
             shared.config, shared.space, trainable, shared.folder, ended=ended, cut_off=cut_off,
