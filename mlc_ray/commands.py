@@ -236,6 +236,10 @@ def config_command(arguments: argparse.Namespace) -> None:
     import yaml
 
     resolved = load_config(SCHEMAS[arguments.schema_of], arguments.config, arguments.overrides)
+    if isinstance(resolved, SearchConfig):
+        from mlc_ray.search.space import make_space
+
+        make_space(resolved)  # the runs too must be valid
     print(yaml.safe_dump(_written_out(resolved), sort_keys=False, allow_unicode=True), end="")
 
 

@@ -20,6 +20,7 @@ from mlc_ray.config import (
     config_schema,
     load_config,
     parse_config,
+    read_config_file,
 )
 from mlc_ray.errors import MlcRayError
 from mlc_ray.search.space import make_space
@@ -276,3 +277,9 @@ def test_defaults_survive_the_round_trip_through_yaml() -> None:
     config = parse_config(TrainConfig, MINIMAL)
     dumped = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True))
     assert parse_config(TrainConfig, yaml.safe_load(dumped)) == config
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("name: a\nmlc: {weight: 1}\nmlc: {layer: 3}\n")
+    with pytest.raises(ConfigError, match=r"(?s)'mlc' is given twice.*line 3"):
+        read_config_file(tmp_path / "twice.yaml")

@@ -68,10 +68,23 @@ def load_config(
     return parse_config(schema, raw)
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that a mapping has twice instead of forgetting the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node; raises `yaml.YAMLError` with the place of the second key."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, not validated; raises `ConfigError` quoting the path."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_OnceLoader)
     except FileNotFoundError:
         raise ConfigError(f"config file {str(path)!r} does not exist") from None
     except OSError as error:
@@ -90,7 +103,7 @@ def parse_config(schema: type[ConfigT], raw: Mapping[str, Any]) -> ConfigT:
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        lines: list[str] = [_explain(schema, item) for item in error.errors()]
+        lines = [_explain(schema, item) for item in _one_per_value(error.errors())]
         raise ConfigError("\n".join(["invalid configuration:", *(f"  - {line}" for line in lines)])) from None
 
 
@@ -133,17 +146,39 @@ def config_schema(schema: type[Section]) -> dict[str, Any]:
     return schema.model_json_schema()
 
 
+# How pydantic names the members of a union in the place of a fault.
+_UNION_MEMBER = re.compile(r"bool|int|float|str|none|constrained-\w+|(literal|list|tuple|dict)\[.*\]|[A-Z]\w+Section")
+
+
+def _one_per_value(items: Iterable[Any]) -> list[dict[str, Any]]:
+    """Pydantic's faults, those of a union's members as one: of the field, with what each member would have taken."""
+    found: dict[Any, dict[str, Any]] = {}
+    for index, item in enumerate(items):
+        location = item["loc"]
+        if len(location) > 1 and _UNION_MEMBER.fullmatch(str(location[-1])):
+            key = (location[:-1], id(item["input"]))
+            message = item["msg"].removeprefix("Value error, ")
+            if key in found:
+                found[key]["msg"] += f", or {message[0].lower()}{message[1:]}"
+            else:
+                found[key] = {**item, "loc": location[:-1], "msg": message}
+        else:
+            found[index] = dict(item)
+    return list(found.values())
+
+
 def _explain(schema: type[Section], item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     value = item.get("input")
     if item["type"] == "extra_forbidden":
         names = _field_names(schema, item["loc"][:-1])
-        near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.0)
-        return (
-            f"{path}={value!r}: no such field; did you mean {near[0]!r}? (valid here: {', '.join(names)})"
-            if near
-            else f"{path}={value!r}: no such field"
-        )
+        name = str(item["loc"][-1])
+        near = [f"{section}.{name}" for section in _sections_with(schema, name)]
+        near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{path}={value!r}: no such field{hint} (valid here: {', '.join(names)})"
+    if item["type"] == "model_type":
+        return f"{path}={value!r}: expected a section, with fields of {', '.join(_field_names(schema, item['loc']))}"
     if item["type"] == "missing":
         return f"{path}: required, but not given"
     message = item["msg"].removeprefix("Value error, ")
@@ -154,6 +189,12 @@ def _explain(schema: type[Section], item: Any) -> str:
         if path
         else message
     )
+
+
+def _sections_with(schema: type[Section], name: str) -> list[str]:
+    """The sections at the top of a schema that have a field of this name."""
+    nested = {top: _section_of(field.annotation) for top, field in schema.model_fields.items()}
+    return [top for top, section in nested.items() if section is not None and name in section.model_fields]
 
 
 def _field_names(schema: type[Section], location: Iterable[str | int]) -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mlc_ray.config import Fraction, PositiveInt, RunName, ScoringSection, Section
+from mlc_ray.config.base import Fraction, PositiveInt, RunName, Section
+from mlc_ray.config.score import ScoringSection
+from mlc_ray.config.train import TrainConfig
 
 Scalar = bool | int | float | str
 
@@ -31,9 +33,20 @@ class ParameterSection(Section):
                 raise ValueError(f"{name}={list(bounds)!r}: the first bound must be below the second")
         if self.loguniform is not None and self.loguniform[0] <= 0:
             raise ValueError(f"loguniform={list(self.loguniform)!r}: bounds must be positive")
-        if self.choice is not None and len({repr(value) for value in self.choice}) < len(self.choice):
+        for value in self.choice or ():
+            if isinstance(value, str) and _reads_as_number(value):
+                raise ValueError(f"choice has {value!r}, which is text to YAML: write a number, e.g. 1.0e-6 for 1e-6")
+        if self.choice is not None and len({(isinstance(v, bool), v) for v in self.choice}) < len(self.choice):
             raise ValueError(f"choice={self.choice!r} names a value twice")
         return self
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class SearchObjectiveSection(Section):
@@ -79,7 +92,7 @@ class SearchConfig(Section):
 
     name: RunName = Field(description="Folder name of the search.")
     output_dir: str = Field("runs", description="Where search folders go; on a cluster, a path that all nodes share.")
-    seed: int = Field(42, description="Seed of the sampler; runs keep their own.")
+    seed: Annotated[int, Field(ge=0, le=2**31)] = Field(42, description="Seed of the sampler; runs keep their own.")
     train: str = Field(description="Config file of the runs.")
     set: list[str] = Field([], description="Overrides of that file, section.field=value, the same for all trials.")
     space: Annotated[dict[str, ParameterSection], Field(min_length=1)] = Field(
@@ -101,6 +114,25 @@ class SearchConfig(Section):
         False, description="The engine sleeps while trials train, so that both fit one GPU; else engines own theirs."
     )
     keep_checkpoints: bool = Field(False, description="Keep every trial's optimizer state, not only its model.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fields_of_runs(cls, raw: Any) -> Any:
+        """What belongs to the runs, or is written as they write it, has a place of its own here."""
+        if isinstance(raw, dict):
+            for name in sorted((TrainConfig.model_fields.keys() - cls.model_fields.keys()) & raw.keys()):
+                raise ValueError(
+                    f"{name} is a setting of the runs: change it for all trials under set, e.g. "
+                    f"set: [model.path=/abs/model], or vary it under space; given was {name}={raw[name]!r}"
+                )
+            for name, parameter in (raw.get("space") or {}).items() if isinstance(raw.get("space"), dict) else ():
+                inner = list(parameter.values()) if isinstance(parameter, dict) else []
+                if "." not in str(name) and inner and all(isinstance(value, dict) for value in inner):
+                    raise ValueError(
+                        f"space.{name}={parameter!r}: write dotted names as one key, e.g. "
+                        f"{name}.{next(iter(parameter))}: {inner[0]!r}"
+                    )
+        return raw
 
     @model_validator(mode="after")
     def _supported_combinations(self) -> SearchConfig:
@@ -140,4 +172,13 @@ class SearchConfig(Section):
             and self.space["mlc.layer"].integers is None
         ):
             raise ValueError("probe keeps the best of listed layers: give space.mlc.layer as choice or integers")
+        if self.probe is not None:
+            layers = self.space["mlc.layer"]
+            low, high = layers.integers or (1, len(layers.choice or ()))
+            listed = 1 + high - low
+            if self.probe.keep >= listed:
+                raise ValueError(
+                    f"probe.keep={self.probe.keep} leaves out none of the {listed} layers that space lists; keep "
+                    "fewer, or remove probe"
+                )
         return self

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mlc_ray.config.base import Fraction, PositiveFloat, PositiveInt, RunName, Section
 
@@ -156,6 +156,17 @@ class MlcSection(Section):
     anti_collapse: AntiCollapseSection | None = Field(
         None, description="Term that keeps different bundles apart (default: none, the published loss)."
     )
+
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _index_fraction_or_last(cls, value: Any) -> Any:
+        index = isinstance(value, int) and not isinstance(value, bool)
+        if not (index or value == "last" or (isinstance(value, float) and 0 < value < 1)):
+            raise ValueError(
+                "an index is a whole number, written without a point (20); a fraction of the depth lies between 0 and "
+                "1, both excluded (0.5); or last"
+            )
+        return value
 
     @model_validator(mode="after")
     def _anti_collapse_needs_the_term(self) -> MlcSection:

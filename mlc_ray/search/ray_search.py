@@ -44,7 +44,6 @@ from mlc_ray.search.ray_trial import (
     BASELINE,
     MarkStopped,
     Shared,
-    drop_optimizer_states,
     has_ended,
     read_values,
     run_trial,
@@ -181,7 +180,7 @@ def _search(prepared: Prepared) -> SearchResult:
             failed = [str(error).strip().splitlines()[-1] for error in tuner.fit().errors]
     finally:
         shared.pool.close()
-    drop_optimizer_states(shared)
+    shared.drop_optimizer_states()
     trials = scored_trials(shared)
     if not trials:
         raise SearchError(f"no trial got as far as a score; the first fault: {failed[0] if failed else 'none'}")
@@ -309,7 +308,10 @@ def _write_settings(config: SearchConfig, space: Space, folder: Path) -> None:
 def load_search(folder: Path) -> SearchConfig:
     """The settings of the search in a folder. Raises `SearchError` if none is there."""
     if not (folder / CONFIG_FILE).is_file():
-        raise SearchError(f"{str(folder)!r} is not a search folder: it has no {CONFIG_FILE}")
+        raise SearchError(
+            f"{str(folder)!r} is not a search folder, it has no {CONFIG_FILE}: a search is in OUTPUT_DIR/NAME, "
+            "e.g. runs/search-demo"
+        )
     config = load_config(SearchConfig, folder / CONFIG_FILE)  # JSON is YAML
     # relative in the file: a folder that was moved is still whole
     return config.model_copy(update={"train": str(folder / config.train), "output_dir": str(folder.parent)})

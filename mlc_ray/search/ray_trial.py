@@ -55,6 +55,14 @@ class Shared:
         earlier = self.cut_off.get(fingerprint(dict(values)))
         return trials / trial_id if earlier is None or has_ended(trials / earlier) else trials / earlier
 
+    def drop_optimizer_states(self) -> None:
+        """Remove the checkpoints of trials that ended, unless they are to be kept; failed ones can be gone on with."""
+        config: SearchConfig = self.config
+        if not config.keep_checkpoints:
+            for folder in trial_folders(self.folder):
+                if has_ended(folder):
+                    shutil.rmtree(folder / "train", ignore_errors=True)  # another trial may do the same just now
+
     def baseline(self) -> TrialScore:
         """The score of the model as it is: computed once for a search, and read from its folder when it is resumed."""
         folder = self.folder / BASELINE
@@ -149,7 +157,7 @@ def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
 
     Called for a trial that was cut off, it goes on from the last checkpoint.
     """
-    drop_optimizer_states(shared)
+    shared.drop_optimizer_states()
     folder = shared.trial_folder(values, ray.tune.get_context().get_trial_id())
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / VALUES_FILE, values)
@@ -167,14 +175,6 @@ def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
         ray.tune.report(ScoreCheckpoint(shared)(folder, last, step))
     export(folder, folder / MODEL)
     ray.tune.report({**shared.metrics_in(scores_of(folder)[-1]), FINISHED: True})
-
-
-def drop_optimizer_states(shared: Shared) -> None:
-    """Remove the checkpoints of trials that have ended, unless they are to be kept; failed ones can be gone on with."""
-    if not shared.config.keep_checkpoints:
-        for folder in trial_folders(shared.folder):
-            if has_ended(folder):
-                shutil.rmtree(folder / "train", ignore_errors=True)  # another trial may do the same just now
 
 
 def trial_folders(search: Path) -> list[Path]:

@@ -34,6 +34,7 @@ _OWN_SECTIONS = {"logging", "checkpoint.keep", "cluster"}
 # Engines, baseline and adapters' base are made once, of one model.
 _SHARED = {"model.path", "model.trust_remote_code"}
 _DRAWS = 100
+_MOST_POINTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Space:
         try:
             return parse_config(TrainConfig, {**raw, **own})
         except ConfigError as error:
-            raise ConfigError(f"with {dict(values)!r}: {error}") from None
+            raise ConfigError(f"with {dict(values)!r}: {error}" if values else str(error)) from None
 
     def corners(self) -> Iterable[dict[str, Any]]:
         """Every choice, both ends of every range and a number between, one parameter at a time, others at the first.
@@ -91,9 +92,20 @@ def make_space(config: SearchConfig) -> Space:
     for override in config.set:
         if (field := override.partition("=")[0].strip()) in config.space:
             raise ConfigError(f"set {override!r} has no effect: space varies {field}; remove one of them")
+        if field in _OWN:
+            raise ConfigError(f"set {override!r} has no effect: give {field} at the top of the search's own file")
         apply_override(raw, override)
     _make_absolute(raw)
     space = Space(raw, config.space)
+    _check_base(config, space)
+    points = (
+        math.prod(len(values_of(parameter)) for parameter in config.space.values()) if config.sampler == "grid" else 0
+    )
+    if points > _MOST_POINTS:
+        raise ConfigError(
+            f"sampler='grid' has {points:,} points here, more than {_MOST_POINTS:,}: list fewer values, or draw some "
+            "with sampler=random or tpe, and trials"
+        )
     for values in (*space.corners(), *_points(config, space)):
         run = space.run(values, name="corner")
         if config.scheduler != "none" and run.checkpoint.every is None:
@@ -102,6 +114,17 @@ def make_space(config: SearchConfig) -> Space:
                 "only at the end; set checkpoint.every, or scheduler=none"
             )
     return space
+
+
+def _check_base(config: SearchConfig, space: Space) -> None:
+    """Blame the file of the runs or `set`, not the values of a trial, where no value could mend it."""
+    try:
+        space.run(next(iter(space.corners())), name="corner")
+    except ConfigError:
+        try:
+            space.run({}, name="corner")
+        except ConfigError as error:
+            raise ConfigError(f"train={config.train!r} with set={config.set!r}: {error}") from None
 
 
 def _points(config: SearchConfig, space: Space) -> list[dict[str, Any]]:
@@ -126,8 +149,9 @@ def distribution(parameter: ParameterSection) -> optuna.distributions.BaseDistri
 
 def _make_absolute(raw: dict[str, Any]) -> None:
     """Local paths of the model and of data become absolute, in place: trials run in folders of their own."""
-    places: list[Any] = [raw.get("model"), *((raw.get("data") or {}).get("train") or [])]
-    for place in places:
+    data = raw.get("data")
+    sources = data.get("train") if isinstance(data, dict) else None
+    for place in (raw.get("model"), *(sources if isinstance(sources, list) else ())):
         if isinstance(place, dict) and isinstance(place.get("path"), str):
             place["path"] = absolute_if_here(place["path"])
 

@@ -101,24 +101,16 @@ def test_without_benign_prompts_their_side_is_a_gap(tmp_path: Path, capsys: pyte
     assert "held back 95.0 % (as it is: 0.0 %), answered · % (as it is: · %)" in capsys.readouterr().out
 
 
-def test_values_are_those_that_were_drawn(tmp_path: Path) -> None:
-    drawn = {"optimizer.learning_rate": "1e-6", "mlc.layer": 20}  # YAML reads 1e-6 as text
-    space = {"optimizer.learning_rate": {"choice": ["1e-6", "5e-6"]}, "mlc.layer": {"choice": [20, "last"]}}
-    found = []
-    for name, rate, layer, value in (("a", "1e-6", 20, 0.1), ("b", "5e-6", 20, 0.2), ("c", "1e-6", "last", 0.9),
-                                     ("d", "5e-6", "last", 0.8)):  # fmt: skip
-        run = tmp_path / name
-        run.mkdir()
-        (run / "values.json").write_text(json.dumps({**drawn, "optimizer.learning_rate": rate, "mlc.layer": layer}))
-        (run / "metrics.jsonl").write_text('{"step_seconds": 1.5}\n{"step_seconds": 2.0}\n')
-        found.append(Trial.read(run, score(value, 0.9), 2))
-    assert found[0].values == drawn
-    assert (found[0].ended, found[0].seconds) == ("failed", 3.5)
-    (tmp_path / "a" / "stopped").touch()
-    (tmp_path / "b" / "model").mkdir()
-    assert [Trial.read(tmp_path / name, score(0, 1), 2).ended for name in "ab"] == ["stopped", "finished"]
-    shares = importance(found, search_config(space=space))
-    assert shares is not None and set(shares) == set(space)
+def test_a_trial_is_read_from_its_folder(tmp_path: Path) -> None:
+    drawn = {"optimizer.learning_rate": 1e-6, "mlc.layer": 20}
+    (tmp_path / "values.json").write_text(json.dumps(drawn))
+    (tmp_path / "metrics.jsonl").write_text('{"step_seconds": 1.5}\n{"step_seconds": 2.0}\n')
+    found = Trial.read(tmp_path, score(0.1, 0.9), 2)
+    assert (found.values, found.ended, found.seconds) == (drawn, "failed", 3.5)
+    (tmp_path / "model").mkdir()
+    assert Trial.read(tmp_path, score(0.1, 0.9), 2).ended == "finished"
+    (tmp_path / "stopped").touch()
+    assert Trial.read(tmp_path, score(0.1, 0.9), 2).ended == "stopped"
 
 
 def test_the_parameter_that_decides_is_the_important_one() -> None:

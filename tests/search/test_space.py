@@ -63,6 +63,8 @@ def test_corners_are_every_choice_both_ends_and_one_between() -> None:
             r"(?s)with {'mlc.extractor_dim': 369\.\d+}.*fractional part",
         ),
         ({"model.path": {"choice": ["a", "b"]}}, "all trials share one model"),
+        ({"mlc.layer": {"choice": [10.0]}}, r"mlc\.layer=10\.0: an index is a whole number, written without a point"),
+        ({"layer": {"choice": [1]}}, r"layer=1: no such field; did you mean 'mlc\.layer'"),
     ],
 )
 def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, message: str) -> None:
@@ -79,6 +81,16 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
         ({"space": {"mlc.weight": {"loguniform": [0, 1]}}}, "bounds must be positive"),
         ({"space": {"mlc.layer": {"choice": [1, 1]}}}, "names a value twice"),
         ({"space": {}}, "space"),
+        ({"space": {"mlc.layer": 0.5}}, r"space\.mlc\.layer=0\.5: expected a section, with fields of choice, integers"),
+        (
+            {"space": {"mlc": {"layer": {"choice": [1]}}}},
+            r"dotted names as one key, e\.g\. mlc\.layer: {'choice'",
+        ),
+        ({"space": {"optimizer.learning_rate": {"choice": ["1e-6"]}}}, r"choice has '1e-6', which is text to YAML"),
+        ({"space": {"mlc.weight": {"choice": [[1]]}}}, r"space\.mlc\.weight\.choice\.0=\[1\]: .*valid boolean, or "),
+        ({"model": {"path": "x"}}, r"model is a setting of the runs.*set: \[model\.path=/abs/model\]"),
+        ({"seed": -1}, "seed=-1"),
+        ({"probe": {"keep": 3}}, "leaves out none of the 3 layers"),
         ({"trials": None}, "needs trials"),
         ({"sampler": "grid"}, "needs choice or integers; mlc.weight"),
         ({"scheduler": "asha", "objective": {"pareto": True}}, "compares trials by one number"),
@@ -119,6 +131,22 @@ def test_settings_without_effect_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"scheduler='asha' stops trials at checkpoints.*set checkpoint\.every"):
         make_space(search_config(scheduler="asha"))
     make_space(search_config(scheduler="asha", set=["checkpoint.every=2"]))
+    with pytest.raises(ConfigError, match=r"set 'output_dir=/x' has no effect: give output_dir at the top"):
+        make_space(search_config(set=["output_dir=/x"]))
+
+
+@pytest.mark.parametrize("override", ["optimizer.learing_rate=1e-5", "data=foo", "data.train=5"])
+def test_what_is_wrong_for_all_trials_is_not_blamed_on_the_values_of_one(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_space(search_config(set=[override]))
+    assert str(caught.value).startswith(f"train={QUICKSTART!r} with set=[{override!r}]: invalid configuration")
+    assert override.partition("=")[0] in str(caught.value)
+
+
+def test_a_grid_that_nobody_means_is_refused() -> None:
+    space = {"mlc.layer": {"integers": [1, 1000]}, "mlc.every": {"integers": [1, 100]}}
+    with pytest.raises(ConfigError, match="has 100,000 points"):
+        make_space(search_config(space=space, sampler="grid"))
 
 
 def test_a_grid_has_every_combination_once() -> None:
