@@ -131,6 +131,9 @@ def test_search_as_a_ray_job(head: Head, repository: Path, small_llama: Path, tm
     (trial,) = json.loads((tmp_path / "job-search" / "trials.json").read_text())["trials"]
     assert trial["ended"] == "finished"
     assert (tmp_path / "job-search" / "best.yaml").is_file()
+    again = submit(head, repository, ["search", "--resume", str(tmp_path / "job-search")], [])
+    assert f"best: {trial['name']}" in again
+    assert json.loads((tmp_path / "job-search" / "trials.json").read_text())["trials"] == [trial]
 
 
 def test_train_as_a_ray_job(head: Head, repository: Path, smollm2: Path, tmp_path: Path) -> None:

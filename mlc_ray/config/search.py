@@ -125,7 +125,8 @@ class SearchConfig(Section):
                     f"{name} is a setting of the runs: change it for all trials under set, e.g. "
                     f"set: [model.path=/abs/model], or vary it under space; given was {name}={raw[name]!r}"
                 )
-            for name, parameter in (raw.get("space") or {}).items() if isinstance(raw.get("space"), dict) else ():
+            space = raw.get("space")
+            for name, parameter in space.items() if isinstance(space, dict) else ():
                 inner = list(parameter.values()) if isinstance(parameter, dict) else []
                 if "." not in str(name) and inner and all(isinstance(value, dict) for value in inner):
                     raise ValueError(
@@ -164,21 +165,20 @@ class SearchConfig(Section):
                 f"share_gpu=True leaves no GPU to the judge's own engine (judge={judge.name!r}, translate="
                 f"{judge.translate and judge.translate.model!r}); use another judge, or share_gpu=False"
             )
-        if self.probe is not None and "mlc.layer" not in self.space:
-            raise ValueError("probe ranks layers, but space does not vary mlc.layer; remove one or add the other")
-        if (
-            self.probe is not None
-            and self.space["mlc.layer"].choice is None
-            and self.space["mlc.layer"].integers is None
-        ):
-            raise ValueError("probe keeps the best of listed layers: give space.mlc.layer as choice or integers")
         if self.probe is not None:
-            layers = self.space["mlc.layer"]
-            low, high = layers.integers or (1, len(layers.choice or ()))
-            listed = 1 + high - low
-            if self.probe.keep >= listed:
-                raise ValueError(
-                    f"probe.keep={self.probe.keep} leaves out none of the {listed} layers that space lists; keep "
-                    "fewer, or remove probe"
-                )
+            self._check_probe(self.probe)
         return self
+
+    def _check_probe(self, probe: ProbePriorSection) -> None:
+        if "mlc.layer" not in self.space:
+            raise ValueError("probe ranks layers, but space does not vary mlc.layer; remove one or add the other")
+        layers = self.space["mlc.layer"]
+        if layers.choice is None and layers.integers is None:
+            raise ValueError("probe keeps the best of listed layers: give space.mlc.layer as choice or integers")
+        low, high = layers.integers or (1, len(layers.choice or ()))
+        listed = 1 + high - low
+        if probe.keep >= listed:
+            raise ValueError(
+                f"probe.keep={probe.keep} leaves out none of the {listed} layers that space lists; keep fewer, or "
+                "remove probe"
+            )

@@ -160,11 +160,12 @@ class Engine:
         if self._sample is None:  # the first swap
             self._canary, self._sample = self.log_probs(*_CANARIES), file_sample(self.model, dtype)
         started = time.perf_counter()
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(weights_folder(model))})
+        folder = str(weights_folder(model))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         self._llm.collective_rpc("renew_heads")
         self._llm.reset_prefix_cache()  # keys and values in it are the old weights'
         transferred = time.perf_counter()
-        expected = file_sample(model, dtype)
+        expected = file_sample(folder, dtype)
         compare_samples(expected, self._llm.collective_rpc("held_samples", kwargs=expected.wanted), model)
         canary = self.log_probs(*_CANARIES)
         if canary == self._canary and not expected.equals(self._sample):

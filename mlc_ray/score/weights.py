@@ -46,13 +46,18 @@ class Block:
 class WeightSample:
     """Part of a folder's weights, by the names of its tensors, in the engine's type.
 
-    `embedding` holds whole rows, `norms` whole vectors, `matrices` a few elements of every matrix that is multiplied
-    with, the LM head among them also where it shares the embedding's weights.
+    `embedding` holds whole rows, `norms` whole vectors as one row, `matrices` a few elements of every matrix that is
+    multiplied with, the LM head among them also where it shares the embedding's weights. No name is in two of them.
     """
 
     embedding: Mapping[str, Block]
-    norms: Mapping[str, Tensor]
+    norms: Mapping[str, Block]
     matrices: Mapping[str, Block]
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """All of it."""
+        return {**self.norms, **self.embedding, **self.matrices}
 
     @property
     def wanted(self) -> dict[str, Any]:
@@ -65,12 +70,8 @@ class WeightSample:
 
     def equals(self, other: WeightSample) -> bool:
         """Whether the other sample has the same names and values."""
-        mine, theirs = self._tensors(), other._tensors()
-        return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        blocks = {**{f"{name} rows": block for name, block in self.embedding.items()}, **self.matrices}
-        return {**self.norms, **{name: block.values for name, block in blocks.items()}}
+        mine, theirs = self.blocks, other.blocks
+        return mine.keys() == theirs.keys() and all(torch.equal(mine[n].values, theirs[n].values) for n in mine)
 
 
 class StaleWeightsError(MlcRayError):
@@ -115,7 +116,7 @@ def file_sample(model: str | Path, dtype: torch.dtype) -> WeightSample:
     """
     folder = weights_folder(model)
     embedding: dict[str, Block] = {}
-    norms: dict[str, Tensor] = {}
+    norms: dict[str, Block] = {}
     matrices: dict[str, Block] = {}
     for file, names in _tensors(folder).items():
         with safe_open(folder / file, framework="pt") as weights:
@@ -125,7 +126,7 @@ def file_sample(model: str | Path, dtype: torch.dtype) -> WeightSample:
                 if name in _EMBEDDINGS:
                     embedding[name] = _block(part, spread(shape[0], EMBEDDING_ROWS), tuple(range(shape[1])), dtype)
                 elif len(shape) == 1 and name.endswith("norm.weight"):
-                    norms[name] = part[:].to(dtype)
+                    norms[name] = Block((0,), tuple(range(shape[0])), part[:].unsqueeze(0).to(dtype))
                 elif len(shape) == 2 and name.endswith(".weight"):
                     rows, columns = spread(shape[0], BLOCK_ROWS), spread(shape[1], BLOCK_COLUMNS)
                     matrices[name] = _block(part, rows, columns, dtype)
@@ -185,7 +186,7 @@ class WeightSampler:
             if name in embedding and parameter is not None:
                 start, end = _vocabulary(module, len(parameter))
                 rows = [row for row in embedding[name] if start <= row < end]
-                found[f"{name} rows"] = [
+                found[name] = [
                     (rows, list(range(parameter.shape[1])), _array(parameter[[row - start for row in rows]]))
                 ]
             for shard in _shards(model, path, module):
@@ -270,11 +271,9 @@ def compare_samples(expected: WeightSample, held: Sequence[Mapping[str, Any]], m
     All of the embedding's rows must be held, a norm or matrix by every worker that has one of its name, and of the
     matrices one at least.
     """
-    norms = {name: Block((0,), tuple(range(len(norm))), norm.unsqueeze(0)) for name, norm in expected.norms.items()}
-    embedding = {f"{name} rows": block for name, block in expected.embedding.items()}
-    for name, block in {**norms, **embedding, **expected.matrices}.items():
+    for name, block in expected.blocks.items():
         parts = [part for worker in held for part in worker.get(name, [])]
-        if not parts and name not in embedding:
+        if not parts and name not in expected.embedding:
             continue
         row_at, column_at = ({index: at for at, index in enumerate(axis)} for axis in (block.rows, block.columns))
         wanted = block.values.float()

@@ -4,7 +4,7 @@ Before the first trial: token rows, the reference's log-probs, the prompts to sc
 model as it is). A search folder holds
 
     config.json      the settings; base.yaml the run that all trials share, as its file was when the search began
-    search.json      the layers that a probe left out, the baseline, versions
+    search.json      the layers that a probe left out, the baseline, fingerprints of prompts and model, versions
     trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per checkpoint, in the end `model/` or,
                      where the scheduler ended it, `stopped`; `--resume` goes by these alone
     tune/            Ray Tune's own logs
@@ -38,22 +38,21 @@ from mlc_ray.score.generate import Device
 from mlc_ray.score.models import resolve_model
 from mlc_ray.score.ray_phases import prompts_of, read_benchmarks
 from mlc_ray.score.ray_score import prompts_fingerprint
-from mlc_ray.score.registry import check_ready, judge_facts
+from mlc_ray.score.registry import check_ready
 from mlc_ray.search.objective import TrialScore
 from mlc_ray.search.ray_trial import (
     BASELINE,
     MarkStopped,
     Shared,
     has_ended,
-    read_values,
     run_trial,
     scored_trials,
     scores_of,
     trial_folders,
 )
 from mlc_ray.search.ray_tune import Ended, make_tuner
-from mlc_ray.search.ray_warm import READER_CPUS, start_pool
-from mlc_ray.search.results import SearchResult, write_results
+from mlc_ray.search.ray_warm import pool_parts, start_pool
+from mlc_ray.search.results import SearchResult, read_values, write_results
 from mlc_ray.search.space import Space, make_space, restrict, values_of
 from mlc_ray.train.model import model_depth, resolve_layer
 from mlc_ray.train.ray_train import prepare_data
@@ -82,7 +81,7 @@ def search(config: SearchConfig) -> SearchResult:
     _check(config, space)
     _write_settings(config, space, folder)
     try:
-        prepared = _prepare(folder)
+        prepared = _prepare(load_search(folder), space, folder)
     except BaseException:
         # The name is free again, since what mends this is another setting; what is cached by content stays.
         shutil.rmtree(folder / BASELINE, ignore_errors=True)
@@ -100,15 +99,20 @@ def resume_search(folder: Path) -> SearchResult:
     """
     folder = folder.expanduser().resolve()
     config = load_search(folder)
-    _check(config, make_space(config))
-    return _search(_prepare(folder))
+    space = make_space(config)
+    _check(config, space)
+    return _search(_prepare(config, space, folder))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that comes before the trials: what they share, the score of the model as it is, and the layers left out."""
+    """All that comes before the trials: what they share, the score of the model as it is, and the layers left out.
+
+    `ended` are the folders of an earlier process's trials that are not to be repeated.
+    """
 
     shared: Shared
+    ended: list[Path]
     baseline: TrialScore
     skipped_layers: list[Any]
 
@@ -124,10 +128,8 @@ def _check(config: SearchConfig, space: Space) -> None:
     check_feasible(config, base, _device(base))
 
 
-def _prepare(folder: Path) -> Prepared:
+def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
     """Make what all trials share, or find it in the folder; the engines of the result are up."""
-    config = load_search(folder)
-    space = make_space(config)
     base = _base(space, output_dir=str(folder / "trials"))
     device = _device(base)
     space, skipped = _probed(config, space, base, folder, device)
@@ -145,7 +147,7 @@ def _prepare(folder: Path) -> Prepared:
         sleeps=config.share_gpu,
     )  # fmt: skip
     try:
-        ended = _ended_folders(folder)
+        ended = [trial for trial in trial_folders(folder) if has_ended(trial) and scores_of(trial)]
         cut_off = {fingerprint(read_values(trial)): trial.name for trial in trial_folders(folder) if trial not in ended}
         shared = Shared(config, space, folder, pool, identity["prompts"], model, lora_rank is not None, cut_off)
         baseline = shared.baseline()
@@ -161,7 +163,7 @@ def _prepare(folder: Path) -> Prepared:
     except BaseException:
         pool.close()
         raise
-    return Prepared(shared, baseline, skipped)
+    return Prepared(shared, ended, baseline, skipped)
 
 
 def _search(prepared: Prepared) -> SearchResult:
@@ -169,7 +171,7 @@ def _search(prepared: Prepared) -> SearchResult:
     shared = prepared.shared
     failed: list[str] = []
     try:
-        ended = [Ended(read_values(f), shared.metrics_in(scores_of(f)[-1])) for f in _ended_folders(shared.folder)]
+        ended = [Ended(read_values(f), shared.metrics_in(scores_of(f)[-1])) for f in prepared.ended]
         cut_off = [read_values(shared.folder / "trials" / name) for name in shared.cut_off.values()]
         trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, shared=shared), {"cpu": TRIAL_CPUS})
         tuner = make_tuner(
@@ -187,10 +189,6 @@ def _search(prepared: Prepared) -> SearchResult:
     return write_results(
         shared.folder, shared.config, prepared.baseline, trials, skipped_layers=prepared.skipped_layers, failed=failed
     )
-
-
-def _ended_folders(folder: Path) -> list[Path]:
-    return [trial for trial in trial_folders(folder) if has_ended(trial) and scores_of(trial)]
 
 
 def _check_same(folder: Path, identity: dict[str, str]) -> None:
@@ -215,30 +213,19 @@ def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> N
     Placed, largest first: the engines, what reads their responses, and for each trial at once its own process and its
     workers; and a little is left for Ray Data.
     """
-    engine, judge = config.scoring.engine, config.scoring.judge
     gpu = device == "gpu"
     if config.share_gpu and not gpu:
         raise ClusterError("share_gpu=True, but this search runs on CPU, where engines cannot sleep; remove it")
-    engine_gpus = 0 if config.share_gpu or not gpu else engine.tensor_parallel
-    answerers = [(engine.cpus_per_replica, engine_gpus)] * engine.replicas
-    readers = []
-    if judge.translate is not None:
-        readers.append(judge.translate.model is not None)
-    if (runs := judge_facts(judge).runs) != "prompts":
-        readers.append(runs == "engine")
-    reading = [
-        (judge.engine.cpus_per_replica, judge.engine.tensor_parallel if gpu else 0) if own else (READER_CPUS, 0)
-        for own in readers
-    ]
+    engines = pool_parts(config.scoring, device=device, sleeps=config.share_gpu)
     workers = [(base.cluster.cpus_per_worker, 1 if gpu else 0)] * base.cluster.workers
     trials = [(TRIAL_CPUS, 0), *workers] * config.concurrency
-    if not fits([*answerers, *reading, *trials]):
+    if not fits([*engines, *trials]):
         have = ray.cluster_resources()
         held = [(node.get("CPU", 0), node.get("GPU", 0)) for node in node_resources()]
         raise ClusterError(
             f"concurrency={config.concurrency} trials of {_amount(trials[: len(workers) + 1])} (cluster.workers x "
-            f"cluster.cpus_per_worker + {TRIAL_CPUS}) beside engines of {_amount([*answerers, *reading])} need "
-            f"{_amount([*answerers, *reading, *trials])} and some CPU for Ray Data; the Ray cluster has "
+            f"cluster.cpus_per_worker + {TRIAL_CPUS}) beside engines of {_amount(engines)} need "
+            f"{_amount([*engines, *trials])} and some CPU for Ray Data; the Ray cluster has "
             f"{have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs on nodes of (CPUs, GPUs) {held}: ask for less, "
             "add nodes, or on one GPU let engines sleep beside training (share_gpu: true)"
         )
@@ -293,9 +280,9 @@ def _write_settings(config: SearchConfig, space: Space, folder: Path) -> None:
     (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True), "utf-8")
     settings = config.model_dump(mode="json", exclude_unset=True)
     settings |= {"output_dir": str(folder.parent), "train": BASE_FILE, "set": []}
-    for name, parameter in settings["space"].items():
-        if name.endswith(".path"):
-            parameter["choice"] = [absolute_if_here(value) for value in parameter["choice"]]
+    settings["space"] = {
+        name: each.model_dump(mode="json", exclude_unset=True) for name, each in space.parameters.items()
+    }
     for place in settings["scoring"]["benchmarks"]:
         place["path"] = absolute_if_here(place["path"])
     judge = settings["scoring"].get("judge") or {}

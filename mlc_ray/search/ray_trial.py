@@ -21,13 +21,12 @@ from mlc_ray.score.ray_score import Request, TooManyUnparsedError, check_unparse
 from mlc_ray.score.results import RESPONSES_FILE, SCORES_FILE, load_scores
 from mlc_ray.search.objective import ANSWERED, FINISHED, HELD_BACK, STEP, VALUE, TrialScore, trial_score
 from mlc_ray.search.ray_warm import WarmPool
-from mlc_ray.search.results import Trial
+from mlc_ray.search.results import MODEL, STOPPED, VALUES_FILE, Trial, ending
 from mlc_ray.search.space import Space
 from mlc_ray.train.checkpoint import export, find_checkpoint
 from mlc_ray.train.ray_train import train
 
 BASELINE = "baseline"
-VALUES_FILE, MODEL, STOPPED = "values.json", "model", "stopped"
 _STEP_FOLDER, _STEP_FOLDERS = "step-{:06d}", "step-[0-9][0-9][0-9][0-9][0-9][0-9]"
 
 
@@ -184,7 +183,7 @@ def trial_folders(search: Path) -> list[Path]:
 
 def has_ended(folder: Path) -> bool:
     """Whether a trial ran to its end or was stopped; others were cut off, or failed."""
-    return (folder / MODEL).is_dir() or (folder / STOPPED).is_file()
+    return ending(folder) != "failed"
 
 
 def scores_of(run_folder: Path) -> list[Path]:
@@ -204,11 +203,6 @@ def scored_trials(shared: Shared) -> list[Trial]:
             continue  # its trial failed of it, and is listed with those
         found.append(Trial.read(folder, score, _step_of(scores[-1])))
     return found
-
-
-def read_values(folder: Path) -> dict[str, Any]:
-    """The values of a trial, as they were drawn."""
-    return json.loads((folder / VALUES_FILE).read_text(encoding="utf-8"))
 
 
 def _step_of(score_folder: Path) -> int:

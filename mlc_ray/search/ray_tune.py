@@ -104,7 +104,8 @@ def number_of_trials(config: SearchConfig, space: Space) -> int:
     """Trials to run: those asked for, but of a grid no more than it has points."""
     if config.sampler != "grid":
         return config.trials or 1
-    return min(config.trials or len(space.grid()), len(space.grid()))
+    points = len(space.grid())
+    return min(config.trials or points, points)
 
 
 def make_scheduler(config: SearchConfig) -> Any:

@@ -21,6 +21,7 @@ from mlc_ray.config import EngineSection, JudgeSection, ScoringSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.score.generate import Device, Warm, engine_environment
 from mlc_ray.score.ray_score import USAGE_FILES, Judging, plan_judging
+from mlc_ray.score.registry import judge_facts
 from mlc_ray.score.stages import FAULT, JUDGED, RESPONSES, GenerateStage, JudgeStage, LikelihoodStage, TranslateStage
 
 READER_CPUS = 0.1  # of a translator or judge without an engine
@@ -77,9 +78,9 @@ _ANSWERERS: dict[str, Any] = {"generate": GenerateStage, "likelihood": Likelihoo
 class WarmPool:
     """A handle to the actors; make one with `start_pool`, `close` it to free their memory."""
 
-    def __init__(self, answerers: list[Any], readers: list[Any], prompts: Any, n_prompts: int) -> None:
+    def __init__(self, answerers: list[Any], readers: list[Any], prompts: Any) -> None:
         self.answerers, self.readers = answerers, readers
-        self.prompts, self.n_prompts = prompts, n_prompts  # prompts lie in the object store, once for all trials
+        self.prompts = prompts  # in the object store, once for all trials
 
     def score(self, weights: str, *, lora: bool = False) -> PoolScore:
         """Verdicts on the model in the folder `weights` (`lora`: an adapter for the model the pool started with).
@@ -135,12 +136,23 @@ def start_pool(
     kind = "likelihood" if answers_itself else "generate"
     answerers = [actor.remote(kind, settings, sleeps) for _ in range(engine.replicas)]
     readers = [] if answers_itself else _start_readers(scoring.judge, judging, device, folder)
-    pool = WarmPool(answerers, readers, ray.put(prompts), len(prompts))
+    pool = WarmPool(answerers, readers, ray.put(prompts))
     faults = [fault for fault in ray.get([a.ready.remote() for a in answerers]) if fault is not None]
     if faults:
         pool.close()
         raise WarmPoolError(faults[0])
     return pool
+
+
+def pool_parts(scoring: ScoringSection, *, device: Device, sleeps: bool) -> list[tuple[float, float]]:
+    """The (CPUs, GPUs) of every actor that `start_pool` starts; a translator is counted where one may be needed."""
+    judge = scoring.judge
+    runs = judge_facts(judge).runs
+    answerer = _engine_options(scoring.engine, device, gpus=0.0 if sleeps else None)
+    with_engine = [] if runs == "prompts" else [runs == "engine"]
+    with_engine += [] if judge.translate is None else [judge.translate.model is not None]
+    readers = [_engine_options(judge.engine, device) if own else {"num_cpus": READER_CPUS} for own in with_engine]
+    return [(each["num_cpus"], each.get("num_gpus", 0)) for each in [*[answerer] * scoring.engine.replicas, *readers]]
 
 
 def _start_readers(settings: JudgeSection, judging: Judging, device: Device, folder: Path) -> list[Any]:

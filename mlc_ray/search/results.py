@@ -22,7 +22,22 @@ FEW_TRIALS = 4
 """Below this, how much a parameter mattered cannot be told from chance; the report says so instead of a number."""
 
 
+VALUES_FILE, MODEL, STOPPED = "values.json", "model", "stopped"
+"""In the run folder of a trial: what was drawn for it, its model once it is done, and the mark of one cut short."""
+
 Ending = Literal["finished", "stopped", "failed"]
+
+
+def read_values(folder: Path) -> dict[str, Any]:
+    """The values of the trial in a run folder, as they were drawn."""
+    return json.loads((folder / VALUES_FILE).read_text(encoding="utf-8"))
+
+
+def ending(folder: Path) -> Ending:
+    """How the trial in a run folder ended; one that was cut off, or still runs, has "failed" so far."""
+    if (folder / STOPPED).is_file():
+        return "stopped"
+    return "finished" if (folder / MODEL).is_dir() else "failed"
 
 
 @dataclass(frozen=True)
@@ -47,16 +62,13 @@ class Trial:
     @staticmethod
     def read(folder: Path, score: TrialScore, step: int) -> Trial:
         """The trial in a run folder of a search, with the score of its last scored step."""
-        ended: Ending = "finished" if (folder / "model").is_dir() else "failed"
-        if (folder / "stopped").exists():
-            ended = "stopped"
         metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         return Trial(
             name=folder.name,
-            values=json.loads((folder / "values.json").read_text(encoding="utf-8")),
+            values=read_values(folder),
             score=score,
             step=step,
-            ended=ended,
+            ended=ending(folder),
             seconds=sum(row["step_seconds"] for row in metrics),
         )
 
@@ -261,7 +273,7 @@ def _write_best(folder: Path, best: Trial) -> None:
     text = f"# The best trial of search {folder.name} ({best.name}), ready for `mlc-ray train --config`.\n"
     (folder / "best.yaml").write_text(text + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
     shutil.rmtree(folder / "best", ignore_errors=True)
-    shutil.copytree(run / "model", folder / "best")
+    shutil.copytree(run / MODEL, folder / "best")
 
 
 def _point(score: TrialScore) -> tuple[float, float]:

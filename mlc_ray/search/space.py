@@ -96,12 +96,12 @@ def make_space(config: SearchConfig) -> Space:
             raise ConfigError(f"set {override!r} has no effect: give {field} at the top of the search's own file")
         apply_override(raw, override)
     _make_absolute(raw)
-    space = Space(raw, config.space)
+    space = Space(raw, {name: _absolute(name, parameter) for name, parameter in config.space.items()})
     _check_base(config, space)
-    points = (
-        math.prod(len(values_of(parameter)) for parameter in config.space.values()) if config.sampler == "grid" else 0
-    )
-    if points > _MOST_POINTS:
+    if (
+        config.sampler == "grid"
+        and (points := math.prod(map(len, map(values_of, config.space.values())))) > _MOST_POINTS
+    ):
         raise ConfigError(
             f"sampler='grid' has {points:,} points here, more than {_MOST_POINTS:,}: list fewer values, or draw some "
             "with sampler=random or tpe, and trials"
@@ -154,6 +154,13 @@ def _make_absolute(raw: dict[str, Any]) -> None:
     for place in (raw.get("model"), *(sources if isinstance(sources, list) else ())):
         if isinstance(place, dict) and isinstance(place.get("path"), str):
             place["path"] = absolute_if_here(place["path"])
+
+
+def _absolute(name: str, parameter: ParameterSection) -> ParameterSection:
+    """The same for a path that varies."""
+    if not name.endswith(".path") or parameter.choice is None:
+        return parameter
+    return ParameterSection(choice=[absolute_if_here(str(value)) for value in parameter.choice])
 
 
 def restrict(parameter: ParameterSection, kept: Iterable[Any]) -> ParameterSection:

@@ -59,10 +59,6 @@ def run_search(ray_local: Any, tmp_path: Path) -> Callable[..., list[dict[str, A
     return run_it
 
 
-def layers(results: list[dict[str, Any]]) -> list[int]:
-    return [result["config"]["mlc.layer"] for result in results]
-
-
 def test_tpe_comes_back_to_what_was_good(run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
     run_search(space={"mlc.layer": {"integers": [1, 20]}}, sampler="tpe", trials=12)
     tried = tried_by(tmp_path)
@@ -106,6 +102,15 @@ def test_a_grid_is_tried_whole_and_a_resumed_one_to_its_end(
     assert sorted(points) == [(2, 1.0), (7, 1.0)]
     assert tried_by(tmp_path)[4:] == [7, 2]  # what was cut off comes first
     assert run_search(**GRID, ended=ended * 2) == []
+
+
+def test_a_trial_that_fails_does_not_end_the_others(
+    run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    (tmp_path / "fail-2").touch()
+    results = run_search(**GRID)
+    assert tried_by(tmp_path) == [2, 2, 7, 7]
+    assert sorted(result[HELD_BACK] for result in results if HELD_BACK in result) == [1.0, 1.0]
 
 
 def test_a_resumed_sampler_knows_what_was_seen(run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
