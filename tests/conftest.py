@@ -40,8 +40,10 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def small_llama(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of four small layers with SmolLM2's tokenizer: trains in no time, and vLLM's kernels take it."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+    torch.manual_seed(0)  # what it answers, and whether it loops, should not differ from day to day
     folder = tmp_path_factory.mktemp("small-llama")
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     config = LlamaConfig(

@@ -275,9 +275,8 @@ def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_
     assert len({baseline.fingerprint, first.fingerprint, second.fingerprint}) == 3
     for scored in (baseline, first, second):
         rows = pq.read_table(scored.responses_file).to_pylist()
-        assert {(row["language"], row["via_safe"]) for row in rows if row["safety"] == "safe"} == {
-            ("en", ""), ("sw", "translated"),
-        }  # fmt: skip
+        assert {(row["language"], row["via_safe"]) for row in rows} == {("en", ""), ("sw", "translated")}
+        assert {row["safety"] for row in rows} <= {"safe", "degenerate"}  # what a random model says may be either
     for kind in ("judge", "translate"):
         assert json.loads((folder / f"{kind}_usage.json").read_text())["requests"] > 0
     assert (folder / "best" / "adapter_config.json").is_file()

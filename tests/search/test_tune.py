@@ -38,21 +38,25 @@ def run_search(ray_local: Any, tmp_path: Path) -> Callable[..., list[dict[str, A
         began = time.time()
         for step in range(1, REPORTS + 1):
             ray.tune.report({VALUE: held_back, HELD_BACK: held_back, ANSWERED: answered, STEP: float(step)})
-        if pause:
-            time.sleep(pause)
+        if at_once:  # hold the place until as many run as may, and a moment for one that may not
+            (tmp_path / f"began-{began}").touch()
+            deadline = time.monotonic() + 120
+            while len(list(tmp_path.glob("began-*"))) < at_once and time.monotonic() < deadline:
+                time.sleep(0.1)
+            time.sleep(1)
         with (tmp_path / "times").open("a") as times:
             times.write(f"{began} {time.time()}\n")
 
-    pause = 0.0
+    at_once = 0
 
     def run_it(
-        ended: Sequence[Ended] = (), cut_off: Sequence[dict[str, Any]] = (), slow: bool = False, **settings: Any
+        ended: Sequence[Ended] = (), cut_off: Sequence[dict[str, Any]] = (), meet: int = 0, **settings: Any
     ) -> list[dict[str, Any]]:
         scoring = {"benchmarks": [{"path": "sample:test"}]}
         settings = {"name": "s", "train": str(tmp_path / "run.yaml"), "scoring": scoring, **settings}
         config = parse_config(SearchConfig, settings)
-        nonlocal pause
-        pause = 1.0 if slow else 0.0
+        nonlocal at_once
+        at_once = meet
         tuner = make_tuner(config, make_space(config), score_of_a_layer, tmp_path, ended=ended, cut_off=cut_off)
         return [] if tuner is None else [result.metrics or {} for result in tuner.fit()]
 
@@ -131,7 +135,7 @@ def test_no_more_trials_at_once_than_asked_for(
     run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path, concurrency: int
 ) -> None:
     cut_off = [{"mlc.layer": 2, "mlc.weight": 0.1}, {"mlc.layer": 7, "mlc.weight": 0.1}]
-    run_search(**GRID, cut_off=cut_off, concurrency=concurrency, slow=True)
+    run_search(**GRID, cut_off=cut_off, concurrency=concurrency, meet=concurrency)
     times = [tuple(map(float, line.split())) for line in (tmp_path / "times").read_text().splitlines()]
     assert len(times) == 4
     assert max(sum(start <= moment < end for start, end in times) for moment, _ in times) == concurrency
