@@ -48,14 +48,14 @@ def test_step_benchmark(tmp_path: Path, repository: Path) -> None:
 
 
 @pytest.mark.slow
-def test_warm_scoring_benchmark(tmp_path: Path, repository: Path, small_llama: Path) -> None:
+def test_warm_scoring_benchmark(tmp_path: Path, repository: Path, smollm2: Path) -> None:
     out = tmp_path / "warm.json"
     plain = ["--rounds", "2", "--limit", "1", "--max-new-tokens", "8"]
     command = [
         sys.executable,
         repository / "benchmarks" / "warm_scoring.py",
         "--model",
-        small_llama,
+        smollm2,
         "--out",
         out,
         *plain,
