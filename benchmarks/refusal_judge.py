@@ -1,7 +1,7 @@
 """Precision and recall of the refusal judge and of the degeneracy check on the labelled responses.
 
-Each response of `tests/score/labelled` is judged as the score stage judges it: by `RefusalJudge`, then `settle`. Prints
-Markdown; the held-out table is the one in docs/judges.md.
+Each response of `tests/judges/labelled` is judged as in a score, by `RefusalJudge`, then `settle`. Prints Markdown;
+the held-out table is the one in docs/judges.md.
 
     python benchmarks/refusal_judge.py                      # both halves, by language
     python benchmarks/refusal_judge.py --split held_out --by kind
@@ -17,11 +17,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlc_ray.score.degenerate import settle
-from mlc_ray.score.refusal import RefusalJudge
+from mlc_ray.judges.degenerate import settle
+from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.types import Answer, Verdict
 
-LABELLED = Path(__file__).resolve().parent.parent / "tests" / "score" / "labelled"
+LABELLED = Path(__file__).resolve().parent.parent / "tests" / "judges" / "labelled"
 LANGUAGES = ("en", "zh", "ru", "ja", "ar", "bn", "sw", "ur", "ps", "ku", "es", "fr")
 SPLITS = ("dev", "held_out")
 

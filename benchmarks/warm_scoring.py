@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mlc_ray.cluster import check_capacity, connect, use_gpu
 from mlc_ray.config import ScoringSection, parse_config
 from mlc_ray.quickstart import MODEL_NAME, cache_folder, prepare_smollm2
-from mlc_ray.ray_cluster import check_capacity, connect, use_gpu
-from mlc_ray.score.ray_phases import prompts_of, read_benchmarks
-from mlc_ray.search.ray_warm import READER_CPUS, WarmPool, start_pool
+from mlc_ray.score.phases import prompts_of, read_benchmarks
+from mlc_ray.score.pool import READER_CPUS, WarmPool, start_pool
 
 
 def main() -> int:

@@ -44,7 +44,7 @@ def train_command(arguments: argparse.Namespace) -> None:
                 f"{' and '.join(given)} cannot go with --resume {arguments.resume}: a resumed run keeps its own "
                 f"settings, {arguments.resume / 'config.yaml'}; start a new run to change them"
             )
-        from mlc_ray.train.ray_train import load_run_config
+        from mlc_ray.train.run import load_run_config
 
         config = load_run_config(arguments.resume)
     elif arguments.config is None:
@@ -52,7 +52,7 @@ def train_command(arguments: argparse.Namespace) -> None:
     else:
         config = load_config(TrainConfig, arguments.config, arguments.overrides)
 
-    from mlc_ray.train.ray_train import train
+    from mlc_ray.train.run import train
 
     result = train(config, resume=arguments.resume)
     print(f"run         {result.run_folder}")
@@ -65,7 +65,7 @@ def score_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray score`."""
     config = score_config(arguments)
 
-    from mlc_ray.score.ray_score import score
+    from mlc_ray.score.run import score
 
     score(config)
 
@@ -90,7 +90,7 @@ def score_config(arguments: argparse.Namespace) -> ScoreConfig:
 
 def judge_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray judge`."""
-    from mlc_ray.score.ray_score import judge_again, load_request
+    from mlc_ray.score.run import judge_again, load_request
 
     changes = judge_changes(arguments, load_request(arguments.scored).config)
     judge_again(arguments.scored, name=arguments.name, **changes)
@@ -146,8 +146,8 @@ def utility_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray utility`."""
     config = utility_config(arguments)
 
-    from mlc_ray.score.utility import measure_utility, utility_table
-    from mlc_ray.score.utility_file import UTILITY_FILE
+    from mlc_ray.utility.file import UTILITY_FILE
+    from mlc_ray.utility.run import measure_utility, utility_table
 
     utility = measure_utility(config)
     print(utility_table(utility, config.tasks))
@@ -177,7 +177,7 @@ def search_command(arguments: argparse.Namespace) -> None:
                 f"{' and '.join(given)} cannot go with --resume {arguments.resume}: a resumed search keeps its own "
                 "settings; start a new search to change them"
             )
-        from mlc_ray.search.ray_search import resume_search
+        from mlc_ray.search.run import resume_search
 
         resume_search(arguments.resume)
         return
@@ -185,7 +185,7 @@ def search_command(arguments: argparse.Namespace) -> None:
         raise ConfigError("search needs --config FILE (see configs/search/) or --resume FOLDER")
     config = load_config(SearchConfig, arguments.config, arguments.overrides)
 
-    from mlc_ray.search.ray_search import search
+    from mlc_ray.search.run import search
 
     search(config)
 
@@ -196,7 +196,7 @@ def probe_command(arguments: argparse.Namespace) -> None:
     settings = parse_config(ModelSection, {"path": arguments.model, "dtype": arguments.dtype})
     languages = arguments.languages and [code.strip() for code in arguments.languages.split(",")]
 
-    from mlc_ray.search.ray_probe import probe
+    from mlc_ray.search.probe_run import probe
 
     name = Path(arguments.model).resolve().name if Path(arguments.model).exists() else arguments.model.replace("/", "-")
     probe(

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlc_ray.artifacts import atomic_folder
 from mlc_ray.config import ScoreConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import atomic_folder
 
 if TYPE_CHECKING:
     from mlc_ray.score.results import ScoreResult
@@ -111,11 +111,11 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
 
     import ray
 
-    from mlc_ray.ray_cluster import connect, use_gpu
-    from mlc_ray.score.ray_score import score
-    from mlc_ray.score.report import comparison_table, heatmap, show
+    from mlc_ray.cluster import connect, use_gpu
+    from mlc_ray.score.console import comparison_table, heatmap, show
+    from mlc_ray.score.run import score
     from mlc_ray.train.checkpoint import export
-    from mlc_ray.train.ray_train import train
+    from mlc_ray.train.run import train
 
     def scored(what: str, path: Path) -> ScoreResult:
         where = Path(config.output_dir) / config.name / "scores"

@@ -21,6 +21,11 @@ if TYPE_CHECKING:  # torch is imported by whoever makes tensors, not by whoever 
 Kind = Literal["harmful", "benign"]
 
 
+def primary_language(code: str) -> str:
+    """The language of a BCP 47 tag without script and region: `zh` of `zh-Hant`."""
+    return code.partition("-")[0]
+
+
 @dataclass(frozen=True)
 class Bundle:
     """One prompt in several languages, with answers in one of them.

@@ -169,12 +169,12 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     resumed = parse_config(TrainConfig, {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}})
     stand_in(
-        "mlc_ray.train.ray_train",
+        "mlc_ray.train.run",
         train=calls.function("train", Result()),
         load_run_config=calls.function("load_run_config", resumed),
     )
     stand_in("mlc_ray.train.checkpoint", export=calls.function("export", Path("out")))
-    stand_in("mlc_ray.score.ray_score", score=calls.function("score"))
+    stand_in("mlc_ray.score.run", score=calls.function("score"))
     return calls
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from mlc_ray.config.component import COMPONENT_FAULTS
 from mlc_ray.errors import MlcRayError
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -103,7 +104,7 @@ def parse_config(schema: type[ConfigT], raw: Mapping[str, Any]) -> ConfigT:
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(schema, item) for item in _one_per_value(error.errors())]
+        lines = _explanations(schema, error.errors(), ())
         raise ConfigError("\n".join(["invalid configuration:", *(f"  - {line}" for line in lines)])) from None
 
 
@@ -167,8 +168,20 @@ def _one_per_value(items: Iterable[Any]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _explain(schema: type[Section], item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
+def _explanations(schema: type[Section], items: Iterable[Any], place: tuple[str | int, ...]) -> list[str]:
+    """A line per fault of `schema`, which stands at `place` in the whole; those of a component by its own schema."""
+    lines: list[str] = []
+    for item in _one_per_value(items):
+        if item["type"] == COMPONENT_FAULTS:
+            inside = item["ctx"]
+            lines += _explanations(inside["schema"], inside["errors"], (*place, *item["loc"]))
+        else:
+            lines.append(_explain(schema, item, place))
+    return lines
+
+
+def _explain(schema: type[Section], item: Any, place: tuple[str | int, ...]) -> str:
+    path = ".".join(str(part) for part in (*place, *item["loc"]))
     value = item.get("input")
     if item["type"] == "extra_forbidden":
         names = _field_names(schema, item["loc"][:-1])

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, select_languages, to_row
-from mlc_ray.data.readers import SourceFile, read_file
+from mlc_ray.data.formats.readers import SourceFile, read_file
 
 _ROWS_AT_ONCE = 512
 _TEXT = pa.string()

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
-from mlc_ray.artifacts import fingerprint
 from mlc_ray.config.base import LANGUAGE_TAG
 from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import fingerprint
 from mlc_ray.types import Bundle, Kind
 
 FIELDS = ("bundle_id", "kind", "prompts", "chosen", "rejected", "response_language", "source", "category")

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.score.metrics import Judged
 from mlc_ray.score.results import RESPONSES_FILE, SCORES_FILE, ScoreResult, load_scores
-from mlc_ray.score.utility_file import UTILITY_FILE, UtilityFileError, UtilityRow, load_utility
+from mlc_ray.stats.rates import Judged
 from mlc_ray.types import Behaviour, Kind, Safety, Via
+from mlc_ray.utility.file import UTILITY_FILE, UtilityFileError, UtilityRow, load_utility
 
 CONFIG_FILE, RUN_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.jsonl"
 _COLUMNS = ("benchmark", "bundle_id", "kind", "category", "language", "prompt", "response", "finish", "behaviour",

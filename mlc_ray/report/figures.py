@@ -16,7 +16,7 @@ from mlc_ray.report.collect import Model, Training
 from mlc_ray.report.page_training import chart_groups, unit_range
 from mlc_ray.report.summaries import averages
 from mlc_ray.report.view import Cell, cells, keys, languages_of, shown_views, whole
-from mlc_ray.score.marks import VIA_MARK
+from mlc_ray.stats.marks import VIA_MARK
 
 DPI = 200
 _NAME_GAP = 4.6

@@ -37,8 +37,8 @@ from mlc_ray.report.view import (
     warnings,
     whole,
 )
-from mlc_ray.score.marks import VIA_MARK, mark_lines
-from mlc_ray.score.metrics import Interval, Summary
+from mlc_ray.stats.marks import VIA_MARK, mark_lines
+from mlc_ray.stats.rates import Interval, Summary
 
 MOST_CARDS = 4
 """With more models the headline is a table."""

@@ -25,9 +25,9 @@ from mlc_ray.report.view import (
     views_of,
     whole,
 )
-from mlc_ray.score.marks import VIA_MARK, mark_lines
-from mlc_ray.score.metrics import Interval
-from mlc_ray.score.paired import SideChange
+from mlc_ray.stats.marks import VIA_MARK, mark_lines
+from mlc_ray.stats.paired import SideChange
+from mlc_ray.stats.rates import Interval
 
 
 def heat_map(models: Sequence[Model], benchmark: str) -> str:

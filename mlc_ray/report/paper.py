@@ -23,8 +23,8 @@ from mlc_ray.report.view import (
     views_of,
     warnings,
 )
-from mlc_ray.score.marks import VIA_MARK, mark_lines
-from mlc_ray.score.metrics import Interval
+from mlc_ray.stats.marks import VIA_MARK, mark_lines
+from mlc_ray.stats.rates import Interval
 
 MARKDOWN_FILE = "report.md"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from mlc_ray.artifacts import fingerprint
 from mlc_ray.report.collect import Response
-from mlc_ray.score.metrics import language_order
+from mlc_ray.stats.rates import language_order
+from mlc_ray.storage import fingerprint
 from mlc_ray.types import Kind
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mlc_ray.report.collect import Model
 from mlc_ray.report.view import View, average, percent, signed, summary_of
-from mlc_ray.score.metrics import Interval, SideSummary, Summary
+from mlc_ray.stats.rates import Interval, SideSummary, Summary
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mlc_ray.report.collect import Model
-from mlc_ray.score.utility_file import UtilityRow
+from mlc_ray.utility.file import UtilityRow
 
 
 @dataclass(frozen=True)

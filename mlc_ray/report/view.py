@@ -13,11 +13,11 @@ from typing import Literal
 
 from mlc_ray.report.collect import Collection, Model
 from mlc_ray.report.utility import utility_warnings
-from mlc_ray.score.intervals import wilson
-from mlc_ray.score.marks import VIA_TEXT
-from mlc_ray.score.metrics import KINDS, Interval, SideSummary, Summary, language_order
-from mlc_ray.score.paired import Comparison, NotComparableError, compare
 from mlc_ray.score.results import cut_share, hides_harm, unread_rows
+from mlc_ray.stats.intervals import wilson
+from mlc_ray.stats.marks import VIA_TEXT
+from mlc_ray.stats.paired import Comparison, NotComparableError, compare
+from mlc_ray.stats.rates import KINDS, Interval, SideSummary, Summary, language_order
 from mlc_ray.types import Kind, Measure, ScoreRow
 
 SHORT = 10

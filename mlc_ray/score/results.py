@@ -13,9 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlc_ray.artifacts import write_json_atomic
 from mlc_ray.errors import MlcRayError
-from mlc_ray.score.metrics import ALL_BENCHMARKS, Judged, Summary, pooled_rows, score_rows, summarise
+from mlc_ray.stats.rates import ALL_BENCHMARKS, Judged, Summary, pooled_rows, score_rows, summarise
+from mlc_ray.storage import write_json_atomic
 from mlc_ray.types import Measure, ScoreRow
 
 SCORES_FILE = "scores.json"

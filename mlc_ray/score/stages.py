@@ -16,22 +16,22 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from mlc_ray.artifacts import write_json_atomic
 from mlc_ray.config import EngineSection, JudgeSection, TranslateSection
 from mlc_ray.errors import MlcRayError
-from mlc_ray.score.degenerate import settle
-from mlc_ray.score.generate import PROMPT_TOO_LONG, Device, Engine, Generator, Warm, check_lengths
-from mlc_ray.score.judges import Judge
-from mlc_ray.score.likelihood import LikelihoodScorer
-from mlc_ray.score.refusal import RefusalJudge
-from mlc_ray.score.registry import make_judge
-from mlc_ray.score.translate import (
+from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, Generator, Warm, check_lengths
+from mlc_ray.generate.translate import (
     EndpointTranslator,
     ModelTranslator,
     TranslatedAnswer,
     translate_answers,
     translated_answers,
 )
+from mlc_ray.judges.base import Judge
+from mlc_ray.judges.degenerate import settle
+from mlc_ray.judges.likelihood import LikelihoodScorer
+from mlc_ray.judges.refusal import RefusalJudge
+from mlc_ray.judges.registry import make_judge
+from mlc_ray.storage import write_json_atomic
 from mlc_ray.types import Answer, Kind, Measure, Verdict, Via
 
 FAULT = "fault"

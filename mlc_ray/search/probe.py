@@ -16,9 +16,9 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from mlc_ray.artifacts import fingerprint
-from mlc_ray.losses.collapse import MIN_PER_KIND, RIDGE, probe_auc
+from mlc_ray.losses.measures import MIN_PER_KIND, RIDGE, probe_auc
 from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
+from mlc_ray.storage import fingerprint
 
 
 @dataclass(frozen=True)

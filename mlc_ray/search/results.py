@@ -13,10 +13,10 @@ import yaml
 from rich import box
 from rich.table import Table
 
-from mlc_ray.artifacts import write_json_atomic
 from mlc_ray.config import SearchConfig
-from mlc_ray.score.report import show
-from mlc_ray.search.objective import TrialScore, floor_of, pareto_front
+from mlc_ray.score.console import show
+from mlc_ray.search.objectives import TrialScore, floor_of, pareto_front
+from mlc_ray.storage import write_json_atomic
 
 FEW_TRIALS = 4
 """Below this, how much a parameter mattered cannot be told from chance; the report says so instead of a number."""

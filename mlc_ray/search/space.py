@@ -16,7 +16,6 @@ from typing import Any
 
 import optuna
 
-from mlc_ray.artifacts import absolute_if_here
 from mlc_ray.config import (
     ConfigError,
     ParameterSection,
@@ -26,6 +25,7 @@ from mlc_ray.config import (
     parse_config,
     read_config_file,
 )
+from mlc_ray.storage import absolute_if_here
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study it creates
 

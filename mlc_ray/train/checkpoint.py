@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from mlc_ray.artifacts import (
+from mlc_ray.config import TrainConfig, parse_config
+from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import (
     MANIFEST,
     ArtifactError,
     IncompleteArtifactError,
@@ -31,9 +33,7 @@ from mlc_ray.artifacts import (
     verify_files,
     write_json_atomic,
 )
-from mlc_ray.config import TrainConfig, parse_config
-from mlc_ray.errors import MlcRayError
-from mlc_ray.train.engine import full_state_dict, pickle_enums_by_value, records_in_checkpoints
+from mlc_ray.train.engines.deepspeed import full_state_dict, pickle_enums_by_value, records_in_checkpoints
 from mlc_ray.train.loop import Progress
 
 ENGINE_TAG = "state"

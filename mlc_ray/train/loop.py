@@ -16,12 +16,12 @@ from torch import Tensor
 
 from mlc_ray.config import MlcSection, TrainConfig
 from mlc_ray.errors import MlcRayError
-from mlc_ray.losses.collapse import between_bundle_cosine, effective_rank
+from mlc_ray.losses.measures import between_bundle_cosine, effective_rank
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.collapse import StateWindow
-from mlc_ray.train.engine import backward_and_step, learning_rate, set_learning_rate
+from mlc_ray.train.engines.deepspeed import backward_and_step, learning_rate, set_learning_rate
 from mlc_ray.train.model import ModelOutput
 from mlc_ray.train.reference import Reference, ReferenceOutput
+from mlc_ray.train.watch import StateWindow
 from mlc_ray.train.workers import distributed, gather, gather_round
 from mlc_ray.types import Batch, LossOutput, move
 

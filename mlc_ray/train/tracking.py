@@ -11,7 +11,7 @@ from typing import Any
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.errors import MlcRayError
-from mlc_ray.train.collapse import Watch
+from mlc_ray.train.watch import Watch
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -17,7 +17,7 @@ from mlc_ray.commands import parse_benchmark
 from mlc_ray.config import ConfigError, SourceSection
 from mlc_ray.data.bundle_tables import keep_valid, parse_file
 from mlc_ray.data.bundles import BundleFileError, RejectedRow
-from mlc_ray.data.readers import SourceFile, read_file, resolve_source
+from mlc_ray.data.formats.readers import SourceFile, read_file, resolve_source
 from mlc_ray.types import Bundle
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -8,7 +8,7 @@ import pytest
 
 from mlc_ray.config import SourceSection
 from mlc_ray.data.bundles import BundleFileError, RejectedRow, make_bundle
-from mlc_ray.data.readers import SourceFile, read_file, resolve_source, sample_path
+from mlc_ray.data.formats.readers import SourceFile, read_file, resolve_source, sample_path
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OWN = {"kind": "benign", "prompts": {"en": "How do I hum?"}, "chosen": "Close your mouth.", "rejected": "No."}

@@ -8,8 +8,8 @@ from statistics import mean
 import pytest
 
 from mlc_ray.data.bundles import make_bundle
-from mlc_ray.data.readers import sample_path
-from mlc_ray.score.refusal import RefusalJudge
+from mlc_ray.data.formats.readers import sample_path
+from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.types import Answer
 
 LANGUAGES = {"en", "zh", "ru", "ja", "ar", "bn", "sw", "ur", "ps", "ku", "es", "fr"}

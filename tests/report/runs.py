@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlc_ray.score.results import RESPONSES_FILE, count, records_of, save_scores
-from mlc_ray.score.utility_file import Utility, UtilityRow, save_utility
 from mlc_ray.types import Kind
+from mlc_ray.utility.file import Utility, UtilityRow, save_utility
 
 TEXT = pa.string()
 SCHEMA = pa.schema(

@@ -12,15 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlc_ray.config import EngineSection, JudgeSection, ScoreConfig, SourceSection, parse_config
-from mlc_ray.score.generate import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
-from mlc_ray.score.judges import UncoveredLanguageError
-from mlc_ray.score.ray_phases import BenchmarkError, PhaseError, benchmark_names, choose_prompts
-from mlc_ray.score.ray_score import Request, ScoreError, TooManyUnparsedError, judge_again, score
-from mlc_ray.score.replies import EndpointError
+from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
+from mlc_ray.generate.replies import EndpointError
+from mlc_ray.judges.base import UncoveredLanguageError
+from mlc_ray.score.phases import BenchmarkError, PhaseError, benchmark_names, choose_prompts
 from mlc_ray.score.results import load_scores
+from mlc_ray.score.run import Request, ScoreError, TooManyUnparsedError, judge_again, score
 from mlc_ray.score.stages import FAULT, RESPONSES, JudgeStage, explode
-
-from .chat_server import Step, serving
+from tests.generate.chat_server import Step, serving
 
 PROMPTS = {
     "harmful": [
@@ -313,7 +312,7 @@ def test_what_cannot_be_scored_is_refused_before_an_engine_starts(
     def no_engine(*args: Any) -> None:
         raise AssertionError("a phase was started")
 
-    monkeypatch.setattr("mlc_ray.score.ray_score.run_phase", no_engine)
+    monkeypatch.setattr("mlc_ray.score.run.run_phase", no_engine)
     benchmark = write_bundles(tmp_path / "own.jsonl", [{"kind": "benign", "prompts": {"eo": "Saluton"}}])
     keyless = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "MLC_RAY_NO_SUCH_KEY"}
     with pytest.raises(EndpointError, match="MLC_RAY_NO_SUCH_KEY"):

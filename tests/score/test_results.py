@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlc_ray.score.metrics import Judged
 from mlc_ray.score.results import (
     ScoreResult,
     ScoresFileError,
@@ -22,6 +21,7 @@ from mlc_ray.score.results import (
     save_scores,
     unread_rows,
 )
+from mlc_ray.stats.rates import Judged
 from mlc_ray.types import Behaviour, Kind
 
 LETTERS: dict[str, Behaviour] = {"R": "refused", "C": "complied", "D": "degenerate", "U": "unparsed"}

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mlc_ray.config import TrainConfig, load_config
-from mlc_ray.search.objective import TrialScore
+from mlc_ray.search.objectives import TrialScore
 from mlc_ray.search.results import Trial, best_trial, importance, write_results
 
 from .test_space import search_config

@@ -22,16 +22,16 @@ import yaml
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from transformers import AutoModelForCausalLM
 
-from mlc_ray import ray_cluster
+from mlc_ray import cluster as ray_cluster
+from mlc_ray.cluster import ClusterError, fits
 from mlc_ray.config import JudgeSection, SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
-from mlc_ray.ray_cluster import ClusterError, fits
-from mlc_ray.score.ray_score import judge_again
 from mlc_ray.score.results import load_scores
-from mlc_ray.search import ray_tune
+from mlc_ray.score.run import judge_again
+from mlc_ray.search import tune as ray_tune
 from mlc_ray.search.probe import choose_bundles, layer_statistics
-from mlc_ray.search.ray_search import SearchError, resume_search, search
-from tests.score.chat_server import Step, serving
+from mlc_ray.search.run import SearchError, resume_search, search
+from tests.generate.chat_server import Step, serving
 
 pytestmark = pytest.mark.slow
 SECONDS = 400
@@ -298,8 +298,8 @@ def test_a_probe_sees_every_layer_as_transformers_does(ray_local: Any, small_lla
     import torch
 
     from mlc_ray.config import ModelSection, SourceSection
-    from mlc_ray.data.ray_data import TokenArtifact
-    from mlc_ray.search.ray_probe import probe
+    from mlc_ray.data.prepare import TokenArtifact
+    from mlc_ray.search.probe_run import probe
 
     settings = ModelSection(path=str(small_llama), dtype="float32")
     found = probe(settings, [SourceSection(path="sample:train")], tmp_path / "probe", languages=["en", "sw"], limit=8)

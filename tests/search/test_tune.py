@@ -12,9 +12,9 @@ import ray.tune
 import yaml
 
 from mlc_ray.config import SearchConfig, parse_config
-from mlc_ray.search.objective import ANSWERED, HELD_BACK, STEP, VALUE
-from mlc_ray.search.ray_tune import Ended, make_tuner, number_of_trials
+from mlc_ray.search.objectives import ANSWERED, HELD_BACK, STEP, VALUE
 from mlc_ray.search.space import make_space
+from mlc_ray.search.tune import Ended, make_tuner, number_of_trials
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from mlc_ray.train.checkpoint import (
     save_checkpoint,
     verified_manifest,
 )
-from mlc_ray.train.engine import full_state_dict, policy_engine
+from mlc_ray.train.engines.deepspeed import full_state_dict, policy_engine
 from tests.train.tiny import VOCABULARY, on_workers, random_rows, run_engine, tiny_config, tiny_model, wrapped
 
 FINGERPRINTS = {"model": "m", "tokens": "t"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlc_ray.train.ray_train import RunError, _claimed, _run_folder, _with_absolute_paths, load_run_config
+from mlc_ray.train.run import RunError, _claimed, _run_folder, _with_absolute_paths, load_run_config
 from tests.train.tiny import tiny_config
 
 

@@ -14,7 +14,7 @@ from mlc_ray.config import TrainConfig
 from mlc_ray.data.batches import collate
 from mlc_ray.data.order import plan_rank
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train import engine as engines
+from mlc_ray.train.engines import deepspeed as engines
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, resolve_layer
 from mlc_ray.train.reference import ReferenceModel, cached_reference, online_reference

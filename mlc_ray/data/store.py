@@ -1,0 +1,200 @@
+"""Token rows on disk: an Arrow file that every process of a node maps into memory and shares through the page cache."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mlc_ray.storage import ArtifactError, read_manifest, verify_files, write_manifest
+from mlc_ray.types import TokenRow
+
+FORMAT = 1
+ROWS_FILE = "rows.arrow"
+REJECTS_FILE = "rejects.jsonl"
+
+_IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema(
+    [
+        pa.field("bundle_id", pa.string(), nullable=False),
+        pa.field("kind", pa.string(), nullable=False),
+        pa.field("languages", pa.list_(pa.string()), nullable=False),
+        pa.field("prompts", pa.list_(_IDS), nullable=False),
+        pa.field("tapped", _IDS, nullable=False),
+        pa.field("response_prompt", pa.int32(), nullable=False),
+        pa.field("chosen", _IDS),
+        pa.field("rejected", _IDS),
+        pa.field("truncated_prompt_tokens", pa.int32(), nullable=False),
+        pa.field("truncated_response_tokens", pa.int32(), nullable=False),
+        pa.field("cut", _IDS, nullable=False),  # tokens each prompt lost, parallel to languages
+    ]
+)
+_ROW_FIELDS = tuple(name for name in SCHEMA.names if name != "cut")
+
+
+def rows_to_table(rows: Sequence[TokenRow], cuts: Sequence[Sequence[int]]) -> pa.Table:
+    """Token rows as an Arrow table of `SCHEMA`; `cuts[i]` are the tokens each prompt of row i lost."""
+    columns = {name: [getattr(row, name) for row in rows] for name in _ROW_FIELDS}
+    return pa.table({**columns, "cut": [list(cut) for cut in cuts]}, schema=SCHEMA)
+
+
+def table_to_rows(table: pa.Table | pa.RecordBatch) -> list[TokenRow]:
+    """The token rows of a table that has (at least) the columns of `SCHEMA`."""
+    return [TokenRow(**row) for row in table.select(_ROW_FIELDS).to_pylist()]
+
+
+@dataclass
+class TokenCounts:
+    """What a data set weighs, and what was lost to the limits; everything in tokens unless it says otherwise.
+
+    `truncated_prompts` counts prompts, `truncated_responses` bundles with an answer that lost its end.
+    """
+
+    rows: int = 0
+    prompt_tokens: Counter[str] = field(default_factory=Counter)
+    response_tokens: int = 0
+    truncated_prompts: Counter[str] = field(default_factory=Counter)
+    truncated_prompt_tokens: Counter[str] = field(default_factory=Counter)
+    truncated_responses: int = 0
+    truncated_response_tokens: int = 0
+
+    def add(self, table: pa.Table | pa.RecordBatch) -> None:
+        """Count rows of `SCHEMA`; only lengths become Python numbers, never the ids."""
+        self.rows += table.num_rows
+        codes = pc.list_flatten(table["languages"]).to_pylist()
+        lengths = pc.list_value_length(pc.list_flatten(table["prompts"])).to_pylist()
+        cuts = pc.list_flatten(table["cut"]).to_pylist()
+        for code, length, cut in zip(codes, lengths, cuts, strict=True):
+            self.prompt_tokens[code] += length
+            if cut:
+                self.truncated_prompts[code] += 1
+                self.truncated_prompt_tokens[code] += cut
+        for name in ("chosen", "rejected"):
+            self.response_tokens += pc.sum(pc.list_value_length(table[name])).as_py() or 0
+        for cut in table["truncated_response_tokens"].to_pylist():
+            self.truncated_responses += cut > 0
+            self.truncated_response_tokens += cut
+
+    @property
+    def languages(self) -> list[str]:
+        """All languages of the data set, sorted."""
+        return sorted(self.prompt_tokens)
+
+
+def write_rows(folder: Path, tables: Iterable[pa.Table | pa.RecordBatch], **manifest: Any) -> TokenCounts:
+    """Stream tables of `SCHEMA` into `folder` and write its manifest last, with the counts and the given fields."""
+    counts = TokenCounts()
+    # Uncompressed: a compressed column would have to be unpacked into each process, row by row of random access.
+    with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        for table in tables:
+            counts.add(table)
+            writer.write(table.select(SCHEMA.names).cast(SCHEMA))
+    write_manifest(
+        folder,
+        artifact="tokens",
+        format=FORMAT,
+        languages=counts.languages,
+        counts={name: dict(v) if isinstance(v, Counter) else v for name, v in vars(counts).items()},
+        **manifest,
+    )
+    return counts
+
+
+class TokenArtifact:
+    """A finished folder of token rows; get one from `TokenArtifact.open`. Pickling it carries the path only."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        self.folder = folder
+        self.manifest = manifest
+        with pa.memory_map(str(folder / ROWS_FILE)) as source:
+            reader = pa.ipc.open_file(source)
+            self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        self._starts: list[int] = []
+        self.rows_count = 0
+        for batch in self._batches:
+            self._starts.append(self.rows_count)
+            self.rows_count += batch.num_rows
+
+    @classmethod
+    def open(cls, folder: str | Path) -> TokenArtifact:
+        """Map a folder.
+
+        Raises `IncompleteArtifactError` if a file is missing or short, `ArtifactError` if it holds something else.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        if manifest.get("artifact") != "tokens" or manifest.get("format") != FORMAT:
+            raise ArtifactError(
+                f"{str(folder)!r} is not a folder of token rows in format {FORMAT}: it says artifact="
+                f"{manifest.get('artifact')!r}, format={manifest.get('format')!r}"
+            )
+        verify_files(folder, manifest)
+        return cls(folder, manifest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (TokenArtifact.open, (self.folder,))
+
+    def __len__(self) -> int:
+        return self.rows_count
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of sources, tokenizer and data settings."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def languages(self) -> list[str]:
+        """All languages of the data set, sorted: the columns of the grid of a batch."""
+        return list(self.manifest["languages"])
+
+    @property
+    def counts(self) -> TokenCounts:
+        """Tokens per language, and what the limits cut."""
+        stored = self.manifest["counts"]
+        return TokenCounts(**{k: Counter(v) if isinstance(v, dict) else v for k, v in stored.items()})
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Number of rejected rows by reason (empty if all rows were valid)."""
+        return dict(self.manifest["rejected"])
+
+    @property
+    def rejects_path(self) -> Path | None:
+        """JSONL of the rejected rows, if there were any."""
+        return self.folder / REJECTS_FILE if self.rejected else None
+
+    @property
+    def bundle_ids(self) -> list[str]:
+        """Ids of all rows, in the order of the file."""
+        return [name for batch in self._batches for name in batch.column("bundle_id").to_pylist()]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of all rows, in the order of the file."""
+        return [name for batch in self._batches for name in batch.column("kind").to_pylist()]
+
+    def table(self, indices: Iterable[int]) -> pa.Table:
+        """Rows by index as a table of `SCHEMA`, reading only those. Raises `IndexError` outside 0..rows-1."""
+        pieces = []
+        for index in indices:
+            if not 0 <= index < self.rows_count:
+                raise IndexError(f"row {index} of {self.rows_count} in {str(self.folder)!r}")
+            part = bisect_right(self._starts, index) - 1
+            pieces.append(self._batches[part].slice(index - self._starts[part], 1))
+        return pa.Table.from_batches(pieces, schema=SCHEMA)
+
+    def rows(self, indices: Iterable[int]) -> list[TokenRow]:
+        """Token rows by index, in the order asked for. Raises `IndexError` outside 0..rows-1."""
+        return table_to_rows(self.table(indices))
+
+
+def gather(plan: pa.Table, folder: str) -> pa.Table:
+    """(position, row_index) -> the token rows with their position: what a Ray task runs on a node of its own."""
+    rows = TokenArtifact.open(folder).table(plan["row_index"].to_pylist())
+    return rows.append_column("position", plan["position"])

@@ -1,0 +1,379 @@
+"""Greedy generation and log-probs. The only module that imports vLLM, and it does so when an engine is made."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from mlc_ray.config import EngineSection
+from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import longest_context
+
+PROMPT_TOO_LONG = "prompt_too_long"
+"""Finish reason of a prompt that left no room for an answer and was not sent to the model."""
+
+Device = Literal["cpu", "gpu"]
+
+
+class EngineError(MlcRayError):
+    """The settings and the installed vLLM, or the settings among themselves, do not fit."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. `finish` is vLLM's reason (`stop`: the model ended it, `length`: cut off) or `PROMPT_TOO_LONG`."""
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    response_tokens: int
+
+
+def engine_environment(engine: EngineSection, device: Device) -> dict[str, str]:
+    """Variables an engine's process needs, set before torch is loaded there: OpenMP reads some of them only then.
+
+    On CPU: as many threads as reserved CPUs, not bound to cores, and *sleeping* while they wait. Threads that spin, or
+    that are bound, lose whole time slices at every barrier when something else runs on their core. SmolLM2-135M with
+    two threads on two cores that others used too: 20 to 27 tokens/s spinning, 36 bound (load 9 to 14), 115 to 165
+    sleeping (load 5 to 9).
+    """
+    environment = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process: no child that outlives an actor
+        # vLLM warns a dozen times at every healthy start on CPU; its errors are shown, and a user's own level wins.
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device == "cpu":
+        environment |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(engine.cpu_kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(math.ceil(engine.cpus_per_replica)),
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+    return environment
+
+
+def check_lengths(model: str, engine: EngineSection, max_new_tokens: int) -> None:
+    """Raise `EngineError` if an answer cannot fit, or the model has no such positions; before an engine is started."""
+    if max_new_tokens >= engine.max_model_len:
+        raise EngineError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in "
+            f"engine.max_model_len={engine.max_model_len}"
+        )
+    check_positions(model, engine)
+
+
+def check_positions(model: str, engine: EngineSection) -> None:
+    """Raise `EngineError` if `max_model_len` is more than a local model's config.json says it was made for."""
+    positions = longest_context(model)
+    if positions is not None and engine.max_model_len > positions:
+        raise EngineError(
+            f"engine.max_model_len={engine.max_model_len} is more than the {positions} positions of {model!r}; "
+            f"set engine.max_model_len={positions} or less"
+        )
+
+
+@dataclass(frozen=True)
+class Warm:
+    """What an engine that outlives its weights must be started with.
+
+    `lora_rank` is the largest rank of the adapters it is to serve, None where whole models are; `sleeps` whether it
+    gives its GPU memory back between uses.
+    """
+
+    lora_rank: int | None = None
+    sleeps: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """vLLM's own names for it."""
+        options: dict[str, Any] = {"worker_extension_cls": "mlc_ray.generate.swap.WeightSampler"}
+        if self.lora_rank is not None:
+            options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _rank_that_vllm_has(self.lora_rank)}
+        if self.sleeps:
+            options["enable_sleep_mode"] = True
+        return options
+
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# Four texts of 16 ids that any vocabulary has, and from where their log-probs are asked.
+_CANARIES = ([[3 + (7919 * (16 * text + place)) % 997 for place in range(16)] for text in range(4)], [1] * 4)
+
+# What an adapter may add to a weight without changing any log-prob of the fixed text. Weights are some hundredths, and
+# bfloat16 keeps three digits; an adapter whose every element is below adds nothing that a greedy answer would show.
+_LOST_IN_ROUNDING = 1e-4
+
+
+def _rank_that_vllm_has(rank: int) -> int:
+    try:
+        return next(size for size in _RANKS if size >= rank)
+    except StopIteration:
+        raise EngineError(f"adapters of rank {rank} cannot be served: vLLM has ranks up to {_RANKS[-1]}") from None
+
+
+class Engine:
+    """One in-process vLLM engine on token ids: it generates greedily, and tells log-probs of given tokens.
+
+    Weights are read from safetensors only. Greedy decoding is a fixed function of weights and ids up to floating-point
+    ties. `max_model_len` is the longest sequence in tokens, generated ones included. All state is the object's own, but
+    for the variables of `engine_environment`. Raises `EngineError` when the model has fewer positions than
+    `settings.max_model_len`, or the installed vLLM is for the other device.
+
+    With a `warm` it outlives its weights: `swap` gives it others of the same shape without a restart, `sleep` gives its
+    GPU memory back.
+    """
+
+    def __init__(self, model: str, settings: EngineSection, *, device: Device, warm: Warm | None = None):
+        check_positions(model, settings)
+        prepare_process(settings, device)
+        self.model = model
+        self.max_model_len = settings.max_model_len
+        self._dtype = settings.dtype
+        self._lora: Any = None
+        self._adapters = 0
+        self._batch = 1 if warm is not None and warm.lora_rank is not None else _LOG_PROB_BATCH
+        self._canary: list[float] | None = None  # log-probs of the canaries under the weights, no adapter
+        self._sample: Any = None  # `WeightSample` of the weights
+        self._llm = _start_engine(model, settings, device, warm)
+
+    def swap(self, model: str) -> dict[str, float]:
+        """Serve a Hugging Face folder's (or hub name's) weights from now on, of the same architecture as those before.
+
+        What the engine then holds is compared with the file, and its log-probs of a fixed text with those before
+        (`score.weights`). Returns the seconds of the `transfer` of the weights and of the `proof`. Raises
+        `StaleWeightsError` unless it is proved that it serves the new weights.
+        """
+        import torch
+
+        from mlc_ray.generate.swap import StaleWeightsError, compare_samples, file_sample, weights_folder
+
+        dtype = getattr(torch, self._dtype)
+        if self._sample is None:  # the first swap
+            self._canary, self._sample = self.log_probs(*_CANARIES), file_sample(self.model, dtype)
+        started = time.perf_counter()
+        folder = str(weights_folder(model))
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        self._llm.collective_rpc("renew_heads")
+        self._llm.reset_prefix_cache()  # keys and values in it are the old weights'
+        transferred = time.perf_counter()
+        expected = file_sample(folder, dtype)
+        compare_samples(expected, self._llm.collective_rpc("held_samples", kwargs=expected.wanted), model)
+        canary = self.log_probs(*_CANARIES)
+        if canary == self._canary and not expected.equals(self._sample):
+            raise StaleWeightsError(
+                f"after a swap to {model!r}, whose weights differ from those of {self.model!r}, the engine gives a "
+                "fixed text the same log-probs as before: it does not serve them; nothing was scored"
+            )
+        self.model, self._canary, self._sample = model, canary, expected
+        return {"transfer": transferred - started, "proof": time.perf_counter() - transferred}
+
+    def swap_adapter(self, folder: str | None) -> dict[str, float]:
+        """Serve a LoRA adapter (peft folder) over the weights from now on; None serves the weights alone.
+
+        The adapter gets an id that no other had, so that none kept from before can be taken for it; and the log-probs
+        of a fixed text must not be those of the weights alone, unless all it adds is lost in rounding, as after the
+        first step of a warm-up. Returns seconds as `swap` does; loading is part of the proof here. Raises
+        `StaleWeightsError` if the log-probs are the same.
+        """
+        started = time.perf_counter()
+        from vllm.lora.request import LoRARequest
+
+        from mlc_ray.generate.swap import StaleWeightsError, adapter_reach
+
+        self._lora = None
+        if self._canary is None:
+            self._canary = self.log_probs(*_CANARIES)
+        if folder is None:
+            return {"transfer": 0.0, "proof": 0.0}
+        self._adapters += 1
+        self._lora = LoRARequest(f"adapter-{self._adapters}", self._adapters, folder)
+        if self.log_probs(*_CANARIES) == self._canary and (reach := adapter_reach(folder)) > _LOST_IN_ROUNDING:
+            self._lora = None
+            raise StaleWeightsError(
+                f"with the adapter {folder!r}, which adds up to {reach:.2g} to weights, the engine answers exactly as "
+                "without it: it was not loaded; nothing was scored"
+            )
+        return {"transfer": 0.0, "proof": time.perf_counter() - started}
+
+    def sleep(self) -> None:
+        """Give the GPU memory back (weights go to CPU memory) until `wake_up`; needs `Warm(sleeps=True)`."""
+        self._llm.sleep(level=1)
+
+    def wake_up(self) -> None:
+        """Take the GPU memory again."""
+        self._llm.wake_up()
+
+    def generate(self, ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
+        """The greedy continuation of each prompt, in order, at most `max_new_tokens` long.
+
+        A prompt that leaves no room for that many is not cut: it would be another question. It comes back empty with
+        finish `PROMPT_TOO_LONG`.
+        """
+        from vllm import SamplingParams
+
+        longest = self.max_model_len - max_new_tokens
+        fitting = [index for index, prompt in enumerate(ids) if len(prompt) <= longest]
+        results = [Generation("", PROMPT_TOO_LONG, len(prompt), 0) for prompt in ids]
+        greedy = SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
+        for index, output in zip(fitting, self._run([ids[index] for index in fitting], greedy), strict=True):
+            answer = output.outputs[0]
+            results[index] = Generation(
+                answer.text, answer.finish_reason or "unknown", len(ids[index]), len(answer.token_ids)
+            )
+        return results
+
+    def log_probs(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[float]:
+        """log P(ids[i][starts[i]:] | ids[i][:starts[i]]) in nats, summed over tokens, for each sequence i.
+
+        What sequences have in common at their front is computed once, in whole blocks of the key-value cache, if they
+        are given together. Raises `EngineError` if a sequence is longer than `max_model_len` - 1 (vLLM samples one
+        token behind it), or a start leaves nothing before it or nothing behind it.
+        """
+        for sequence, start in zip(ids, starts, strict=True):
+            if len(sequence) >= self.max_model_len or not 0 < start < len(sequence):
+                raise EngineError(
+                    f"log-probs from token {start} of a sequence of {len(sequence)} tokens cannot be had with "
+                    f"engine.max_model_len={self.max_model_len}; the start must lie inside, and one token be left"
+                )
+        # What an earlier call left in the cache may reach into the tokens that are asked about.
+        self._llm.reset_prefix_cache()
+        results = self._shared_log_probs(ids, starts)
+        # Two continuations that begin alike can share a block that reaches into them: those again, without sharing.
+        again = [index for index, value in enumerate(results) if value is None]
+        alone = self._shared_log_probs([ids[i] for i in again], [starts[i] for i in again], shared=False)
+        whole = dict(zip(again, alone, strict=True))
+        return [cast(float, whole.get(index, value)) for index, value in enumerate(results)]
+
+    def _shared_log_probs(
+        self, ids: Sequence[Sequence[int]], starts: Sequence[int], shared: bool = True
+    ) -> list[float | None]:
+        """As `log_probs`; None where the cache spared vLLM the computation of a token that is asked about."""
+        from vllm import SamplingParams
+
+        # 0 further tokens per position: only the prompt's own. vLLM would not read its cache beside prompt log-probs,
+        # because positions found there have none: true, and made up for by looking at `num_cached_tokens`.
+        asked = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=not shared
+        )
+        results: list[float | None] = []
+        for first in range(0, len(ids), self._batch):
+            batch = range(first, min(first + self._batch, len(ids)))
+            for index, output in zip(batch, self._run([ids[i] for i in batch], asked), strict=True):
+                # The log-prob of a token comes from the position before it.
+                known = (output.num_cached_tokens or 0) < starts[index]
+                results.append(_tail_log_prob(output, ids[index][starts[index] :]) if known else None)
+        return results
+
+    def close(self) -> None:
+        """Free the engine's memory; it cannot be used afterwards."""
+        self._llm = None
+        gc.collect()
+
+    def _run(self, ids: Sequence[Sequence[int]], params: Any) -> list[Any]:
+        inputs: list[Any] = [{"prompt_token_ids": list(sequence)} for sequence in ids]
+        return self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora) if inputs else []
+
+
+class Generator:
+    """A chat model in an `Engine` (its own, unless one that serves `model` is given) answers single user messages.
+
+    The prompt's ids come from the same chat template code as in training, generation prompt included, so what is scored
+    is exactly what was trained. Raises `EngineError` as `Engine` does, and when the template leaves no room.
+    """
+
+    def __init__(
+        self, model: str, engine: EngineSection, *, max_new_tokens: int, device: Device, shared: Engine | None = None
+    ):
+        check_lengths(model, engine, max_new_tokens)
+        prepare_process(engine, device)
+
+        from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
+
+        self.model = model
+        self.max_new_tokens = max_new_tokens
+        self.longest_prompt = engine.max_model_len - max_new_tokens
+        self._template = ChatTemplate(load_tokenizer(model, trust_remote_code=engine.trust_remote_code))
+        if self._template.minimum > self.longest_prompt:
+            raise EngineError(
+                f"engine.max_model_len={engine.max_model_len} less max_new_tokens={max_new_tokens} leaves no room for "
+                f"the chat template, which takes {self._template.minimum - 1} tokens"
+            )
+        self._engine = shared or Engine(model, engine, device=device)
+
+    def generate(self, prompts: Sequence[str]) -> list[Generation]:
+        """The answer to each prompt, in order; one of more than `longest_prompt` tokens has none, see `Engine`."""
+        ids = [self._template.encode_prompt(prompt, _NO_LIMIT)[0] for prompt in prompts]
+        return self._engine.generate(ids, self.max_new_tokens)
+
+    def close(self) -> None:
+        """Free the engine's memory; the generator cannot be used afterwards."""
+        self._engine.close()
+
+
+def prepare_process(engine: EngineSection, device: Device) -> None:
+    """What torch and vLLM read from the environment when they are loaded."""
+    os.environ.update(engine_environment(engine, device))
+    if device == "gpu" and importlib.util.find_spec("flashinfer") is None:
+        os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # vLLM would choose it and fail
+
+
+def _tail_log_prob(output: Any, tail: Sequence[int]) -> float:
+    """Summed log-prob of the last tokens of a prompt; by position from the end, since cached ones may be left out."""
+    rows = output.prompt_logprobs[-len(tail) :]
+    return sum(row[token].logprob for row, token in zip(rows, tail, strict=True))
+
+
+_NO_LIMIT = 1 << 62
+# vLLM gives back an object per token of every sequence: what is held at a time stays within some ten MB. Engines that
+# serve adapters take one: vLLM's LoRA layer of the LM head has an index per sampled token, not per prompt token, and
+# fails on the second sequence.
+_LOG_PROB_BATCH = 1024
+
+
+def _start_engine(model: str, engine: EngineSection, device: Device, warm: Warm | None) -> Any:
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() != (device == "cpu"):
+        wanted, extra = ("CPU", "cpu") if device == "cpu" else ("GPU", "cuda")
+        found = current_platform.device_type or "no device here"
+        raise EngineError(
+            f"scoring is to run on {wanted}, but the installed vLLM is for {found}; "
+            f"install this package with [{extra}], or change accelerator"
+        )
+    options: dict[str, Any] = {"enforce_eager": engine.enforce_eager}
+    if device == "cpu":
+        # Compiling takes a minute or two at every start, needs a C++ compiler, and gained a tenth in tokens/s.
+        options["enforce_eager"] = True
+        # The least the CPU kernels take (vLLM's own choice is 128): the cache is shared in whole blocks only.
+        options["block_size"] = 32
+    elif engine.tensor_parallel > 1:
+        # Inside a Ray actor vLLM would otherwise ask Ray for GPUs of its own, which the actor already holds.
+        options |= {"tensor_parallel_size": engine.tensor_parallel, "distributed_executor_backend": "mp"}
+    if device == "gpu":
+        options["gpu_memory_utilization"] = engine.gpu_memory_utilization
+    if warm is not None:
+        options |= warm.options
+    return LLM(
+        model=model,
+        tokenizer=model,
+        load_format="safetensors",
+        dtype=engine.dtype,
+        max_model_len=engine.max_model_len,
+        trust_remote_code=engine.trust_remote_code,
+        # The folder's own sampling defaults (temperature, repetition penalty) must not touch a greedy comparison.
+        generation_config="vllm",
+        seed=0,
+        disable_log_stats=True,
+        use_tqdm_on_load=False,
+        **options,
+    )

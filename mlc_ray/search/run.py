@@ -1,0 +1,304 @@
+"""A search: everything is made once that its trials share, Ray Tune runs them, and what was found is written down.
+
+Before the first trial: token rows, the reference's log-probs, the prompts to score, the engines, and the baseline (the
+model as it is). A search folder holds
+
+    config.json      the settings; base.yaml the run that all trials share, as its file was when the search began
+    search.json      the layers that a probe left out, the baseline, fingerprints of prompts and model, versions
+    trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per checkpoint, in the end `model/` or,
+                     where the scheduler ended it, `stopped`; `--resume` goes by these alone
+    tune/            Ray Tune's own logs
+    trials.json, search.md, *.png, best.yaml, best/      what was found (`search.results`)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+import yaml
+
+from mlc_ray.cluster import ClusterError, connect, fits, node_resources, use_gpu
+from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config
+from mlc_ray.errors import MlcRayError
+from mlc_ray.generate.engine import Device
+from mlc_ray.judges.registry import check_ready
+from mlc_ray.runs import resolve_model
+from mlc_ray.score.phases import prompts_of, read_benchmarks
+from mlc_ray.score.pool import pool_parts, start_pool
+from mlc_ray.score.run import prompts_fingerprint
+from mlc_ray.search.objectives import TrialScore
+from mlc_ray.search.results import SearchResult, read_values, write_results
+from mlc_ray.search.space import Space, make_space, restrict, values_of
+from mlc_ray.search.trial import (
+    BASELINE,
+    MarkStopped,
+    Shared,
+    has_ended,
+    run_trial,
+    scored_trials,
+    scores_of,
+    trial_folders,
+)
+from mlc_ray.search.tune import Ended, make_tuner
+from mlc_ray.storage import (
+    absolute_if_here,
+    fingerprint,
+    fingerprint_model,
+    library_versions,
+    write_json_atomic,
+)
+from mlc_ray.train.model import model_depth, resolve_layer
+from mlc_ray.train.run import prepare_data
+
+CONFIG_FILE, BASE_FILE, SEARCH_FILE = "config.json", "base.yaml", "search.json"
+TRIAL_CPUS = 0.1  # the process of a trial only waits for its workers
+
+
+class SearchError(MlcRayError):
+    """A search cannot start or go on; the message quotes the folder or the setting, and names the fix."""
+
+
+def search(config: SearchConfig) -> SearchResult:
+    """Run a new search to its end; writes and returns what it found.
+
+    Raises `ConfigError` for a space that no run can have, `ClusterError` for resources that the cluster can never give,
+    `SearchError` for a folder that is there already, or if no trial got a score.
+    """
+    space = make_space(config)
+    folder = (Path(config.output_dir).expanduser() / config.name).resolve()
+    if (folder / CONFIG_FILE).exists():
+        raise SearchError(
+            f"search folder {str(folder)!r} exists already: choose another name, remove it, or go on with "
+            f"`mlc-ray search --resume {folder}`"
+        )
+    _check(config, space)
+    _write_settings(config, space, folder)
+    try:
+        prepared = _prepare(load_search(folder), space, folder)
+    except BaseException:
+        # The name is free again, since what mends this is another setting; what is cached by content stays.
+        shutil.rmtree(folder / BASELINE, ignore_errors=True)
+        for name in (CONFIG_FILE, BASE_FILE):
+            (folder / name).unlink(missing_ok=True)
+        raise
+    return _search(prepared)
+
+
+def resume_search(folder: Path) -> SearchResult:
+    """Go on with the search in a folder, with the settings it was started with.
+
+    Trials that ended are not repeated; those that were running or failed go on from their last checkpoint. Raises as
+    `search` does, and `SearchError` if no search is there, or prompts or model are not those it began with.
+    """
+    folder = folder.expanduser().resolve()
+    config = load_search(folder)
+    space = make_space(config)
+    _check(config, space)
+    return _search(_prepare(config, space, folder))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that comes before the trials: what they share, the score of the model as it is, and the layers left out.
+
+    `ended` are the folders of an earlier process's trials that are not to be repeated.
+    """
+
+    shared: Shared
+    ended: list[Path]
+    baseline: TrialScore
+    skipped_layers: list[Any]
+
+
+def _check(config: SearchConfig, space: Space) -> None:
+    """Join the cluster, and raise if it can never hold the search, or the model lacks a layer of it."""
+    base = _base(space)
+    _lora_rank(space)
+    depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
+    for corner in space.corners():
+        resolve_layer(space.run(corner, name="corner").mlc.layer, depth)
+    connect(base.cluster.address)
+    check_feasible(config, base, _device(base))
+
+
+def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
+    """Make what all trials share, or find it in the folder; the engines of the result are up."""
+    base = _base(space, output_dir=str(folder / "trials"))
+    device = _device(base)
+    space, skipped = _probed(config, space, base, folder, device)
+    depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
+    layer = resolve_layer(base.mlc.layer, depth)
+    prepare_data(base, cache_dir=folder / "trials" / "cache", layer=layer, gpu=device == "gpu")
+    lora_rank = _lora_rank(space)
+    model = resolve_model(base.model.path)
+    check_ready(config.scoring.judge, folder / "cache")
+    benchmarks = read_benchmarks(config.scoring, rejects=folder)
+    identity = {"prompts": prompts_fingerprint(benchmarks), "model": fingerprint_model(model)}
+    _check_same(folder, identity)
+    pool = start_pool(
+        model, config.scoring, prompts_of(benchmarks), device=device, folder=folder, lora_rank=lora_rank,
+        sleeps=config.share_gpu,
+    )  # fmt: skip
+    try:
+        ended = [trial for trial in trial_folders(folder) if has_ended(trial) and scores_of(trial)]
+        cut_off = {fingerprint(read_values(trial)): trial.name for trial in trial_folders(folder) if trial not in ended}
+        shared = Shared(config, space, folder, pool, identity["prompts"], model, lora_rank is not None, cut_off)
+        baseline = shared.baseline()
+        write_json_atomic(
+            folder / SEARCH_FILE,
+            {
+                "skipped_layers": skipped,
+                "baseline": vars(baseline),
+                "fingerprints": identity,
+                "versions": library_versions(),
+            },
+        )
+    except BaseException:
+        pool.close()
+        raise
+    return Prepared(shared, ended, baseline, skipped)
+
+
+def _search(prepared: Prepared) -> SearchResult:
+    """The trials, and what they found."""
+    shared = prepared.shared
+    failed: list[str] = []
+    try:
+        ended = [Ended(read_values(f), shared.metrics_in(scores_of(f)[-1])) for f in prepared.ended]
+        cut_off = [read_values(shared.folder / "trials" / name) for name in shared.cut_off.values()]
+        trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, shared=shared), {"cpu": TRIAL_CPUS})
+        tuner = make_tuner(
+            shared.config, shared.space, trainable, shared.folder, ended=ended, cut_off=cut_off,
+            callbacks=[MarkStopped(shared)],
+        )  # fmt: skip
+        if tuner is not None:
+            failed = [str(error).strip().splitlines()[-1] for error in tuner.fit().errors]
+    finally:
+        shared.pool.close()
+    shared.drop_optimizer_states()
+    trials = scored_trials(shared)
+    if not trials:
+        raise SearchError(f"no trial got as far as a score; the first fault: {failed[0] if failed else 'none'}")
+    return write_results(
+        shared.folder, shared.config, prepared.baseline, trials, skipped_layers=prepared.skipped_layers, failed=failed
+    )
+
+
+def _check_same(folder: Path, identity: dict[str, str]) -> None:
+    """Raise `SearchError` where an earlier process of this search asked other prompts or began with another model."""
+    if not (folder / SEARCH_FILE).is_file():
+        return
+    before = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8")).get("fingerprints", {})
+    for name, value in identity.items():
+        if before.get(name) != value:
+            raise SearchError(
+                f"the {name} of search {str(folder)!r} changed since it began ({before.get(name)} is now {value}), so "
+                "its trials could not be compared: restore them, or start a new search under another name"
+            )
+
+
+# -------------------------------------------------------------------------------------------------- before the trials
+
+
+def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> None:
+    """Raise `ClusterError` if the cluster can never hold the trials asked for beside the engines: Ray would only wait.
+
+    Placed, largest first: the engines, what reads their responses, and for each trial at once its own process and its
+    workers; and a little is left for Ray Data.
+    """
+    gpu = device == "gpu"
+    if config.share_gpu and not gpu:
+        raise ClusterError("share_gpu=True, but this search runs on CPU, where engines cannot sleep; remove it")
+    engines = pool_parts(config.scoring, device=device, sleeps=config.share_gpu)
+    workers = [(base.cluster.cpus_per_worker, 1 if gpu else 0)] * base.cluster.workers
+    trials = [(TRIAL_CPUS, 0), *workers] * config.concurrency
+    if not fits([*engines, *trials]):
+        have = ray.cluster_resources()
+        held = [(node.get("CPU", 0), node.get("GPU", 0)) for node in node_resources()]
+        raise ClusterError(
+            f"concurrency={config.concurrency} trials of {_amount(trials[: len(workers) + 1])} (cluster.workers x "
+            f"cluster.cpus_per_worker + {TRIAL_CPUS}) beside engines of {_amount(engines)} need "
+            f"{_amount([*engines, *trials])} and some CPU for Ray Data; the Ray cluster has "
+            f"{have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs on nodes of (CPUs, GPUs) {held}: ask for less, "
+            "add nodes, or on one GPU let engines sleep beside training (share_gpu: true)"
+        )
+
+
+def _amount(parts: Sequence[tuple[float, float]]) -> str:
+    cpus, gpus = (sum(part[index] for part in parts) for index in (0, 1))
+    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+
+
+def _lora_rank(space: Space) -> int | None:
+    """The largest rank of adapters in the space, None for whole models. Raises `ConfigError` where it has both."""
+    loras = [space.run(corner, name="corner").model.lora for corner in space.corners()]
+    if any(lora is None for lora in loras) and any(lora is not None for lora in loras):
+        raise ConfigError("the space has runs with LoRA adapters and runs without; search them apart")
+    ranks = [lora.rank for lora in loras if lora is not None]
+    return max(ranks) if ranks else None
+
+
+def _probed(
+    config: SearchConfig, space: Space, base: TrainConfig, folder: Path, device: Device
+) -> tuple[Space, list[Any]]:
+    """The space without the layers that a probe ranks last, and which those are."""
+    if config.probe is None:
+        return space, []
+    layers = space.parameters["mlc.layer"]
+    every = values_of(layers)
+    if (folder / SEARCH_FILE).is_file():  # resumed: what was left out then stays out
+        skipped = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))["skipped_layers"]
+    else:
+        from mlc_ray.search.probe_run import probe_run
+
+        result = probe_run(base, folder / "probe", limit=config.probe.limit, gpu=device == "gpu")
+        skipped = sorted(every, key=result.rank_of)[config.probe.keep :]
+    kept = [layer for layer in every if layer not in skipped]
+    print(f"probe: searching layers {kept} of {every}")
+    parameters = {**space.parameters, "mlc.layer": restrict(layers, kept)}
+    return replace(space, parameters=parameters), [layer for layer in every if layer in skipped]
+
+
+def _base(space: Space, **own: Any) -> TrainConfig:
+    return space.run(next(iter(space.corners())), name="base", **own)
+
+
+def _device(base: TrainConfig) -> Device:
+    return "gpu" if use_gpu(base.cluster.accelerator) else "cpu"
+
+
+def _write_settings(config: SearchConfig, space: Space, folder: Path) -> None:
+    """Write all that `load_search` needs, wherever that is called from, and whatever becomes of the files it names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True), "utf-8")
+    settings = config.model_dump(mode="json", exclude_unset=True)
+    settings |= {"output_dir": str(folder.parent), "train": BASE_FILE, "set": []}
+    settings["space"] = {
+        name: each.model_dump(mode="json", exclude_unset=True) for name, each in space.parameters.items()
+    }
+    for place in settings["scoring"]["benchmarks"]:
+        place["path"] = absolute_if_here(place["path"])
+    judge = settings["scoring"].get("judge") or {}
+    for section in (judge, judge.get("translate") or {}):
+        if section.get("model") is not None:
+            section["model"] = absolute_if_here(section["model"])
+    write_json_atomic(folder / CONFIG_FILE, settings)
+
+
+def load_search(folder: Path) -> SearchConfig:
+    """The settings of the search in a folder. Raises `SearchError` if none is there."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise SearchError(
+            f"{str(folder)!r} is not a search folder, it has no {CONFIG_FILE}: a search is in OUTPUT_DIR/NAME, "
+            "e.g. runs/search-demo"
+        )
+    config = load_config(SearchConfig, folder / CONFIG_FILE)  # JSON is YAML
+    # relative in the file: a folder that was moved is still whole
+    return config.model_copy(update={"train": str(folder / config.train), "output_dir": str(folder.parent)})

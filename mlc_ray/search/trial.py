@@ -1,0 +1,209 @@
+"""A trial: a run of `mlc-ray train`, scored at every checkpoint by engines that stay warm."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import ray.tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from mlc_ray.config import ScoreConfig, SearchConfig, parse_config
+from mlc_ray.runs import training_languages
+from mlc_ray.score.pool import WarmPool
+from mlc_ray.score.results import RESPONSES_FILE, SCORES_FILE, load_scores
+from mlc_ray.score.run import Request, TooManyUnparsedError, check_unparsed, plan_judging, write_score
+from mlc_ray.search.objectives import ANSWERED, FINISHED, HELD_BACK, STEP, VALUE, TrialScore, trial_score
+from mlc_ray.search.results import MODEL, STOPPED, VALUES_FILE, Trial, ending
+from mlc_ray.search.space import Space
+from mlc_ray.storage import fingerprint, fingerprint_model, write_json_atomic
+from mlc_ray.train.checkpoint import export, find_checkpoint
+from mlc_ray.train.run import train
+
+BASELINE = "baseline"
+_STEP_FOLDER, _STEP_FOLDERS = "step-{:06d}", "step-[0-9][0-9][0-9][0-9][0-9][0-9]"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What every trial is given. Sent to the processes of trials and, within `ScoreCheckpoint`, to training workers.
+
+    `model` is the folder or hub name of the weights that training starts from, `prompts` the fingerprint of what is
+    asked, `lora` whether trials train adapters. `cut_off` has the names of trials that an earlier process began and did
+    not end, by the fingerprints of their values.
+    """
+
+    config: SearchConfig
+    space: Space
+    folder: Path
+    pool: WarmPool
+    prompts: str
+    model: str
+    lora: bool
+    cut_off: Mapping[str, str] = field(default_factory=dict)
+
+    def trial_folder(self, values: Mapping[str, Any], trial_id: str) -> Path:
+        """The run folder of a trial: of the one that was cut off, where these are its values and it has not ended."""
+        trials = self.folder / "trials"
+        earlier = self.cut_off.get(fingerprint(dict(values)))
+        return trials / trial_id if earlier is None or has_ended(trials / earlier) else trials / earlier
+
+    def drop_optimizer_states(self) -> None:
+        """Remove the checkpoints of trials that ended, unless they are to be kept; failed ones can be gone on with."""
+        config: SearchConfig = self.config
+        if not config.keep_checkpoints:
+            for folder in trial_folders(self.folder):
+                if has_ended(folder):
+                    shutil.rmtree(folder / "train", ignore_errors=True)  # another trial may do the same just now
+
+    def baseline(self) -> TrialScore:
+        """The score of the model as it is: computed once for a search, and read from its folder when it is resumed."""
+        folder = self.folder / BASELINE
+        if not (folder / SCORES_FILE).is_file():
+            self._score(folder, model=self.model, weights=self.model, adapter="" if self.lora else None)
+        return self.score_in(folder)
+
+    def checkpoint(self, run_folder: Path, checkpoint: Path, step: int) -> Path:
+        """Score a checkpoint of a run; returns the score's folder, `run_folder/scores/step-...`."""
+        folder = run_folder / "scores" / _STEP_FOLDER.format(step)
+        if self.lora:
+            self._score(folder, model=str(checkpoint), weights=self.model, adapter=str(checkpoint / "adapter"))
+        else:
+            self._score(folder, model=str(checkpoint), weights=str(checkpoint / "model"), adapter=None)
+        return folder
+
+    def score_in(self, folder: Path) -> TrialScore:
+        """What a score folder is worth, by its last summary, which is over all benchmarks.
+
+        Raises `TooManyUnparsedError` where too few responses got a verdict.
+        """
+        result = load_scores(folder)
+        check_unparsed(result, self.config.scoring.max_unparsed)
+        summary = result.summary()
+        rows = [row for row in result.rows if row.benchmark == summary.benchmark]
+        return trial_score(summary, rows, self.config.objective)
+
+    def metrics_in(self, folder: Path) -> dict[str, float]:
+        """The numbers of a score folder that Tune is told; raises as `score_in`."""
+        score = self.score_in(folder)
+        return {
+            VALUE: score.value,
+            HELD_BACK: score.held_back,
+            ANSWERED: math.nan if score.answered is None else score.answered,
+            STEP: float(_step_of(folder)),
+        }
+
+    def _score(self, folder: Path, *, model: str, weights: str, adapter: str | None) -> None:
+        """Have the pool score weights (or an adapter over them, "" for none), and write a score folder of it."""
+        scored = self.pool.score(weights if adapter is None else adapter, lora=adapter is not None)
+        scoring = self.config.scoring
+        own = {"name": folder.name, "output_dir": str(folder.parent), "model": model}
+        request = Request(
+            config=parse_config(ScoreConfig, {**scoring.model_dump(mode="json", exclude_unset=True), **own}),
+            resolved=adapter or weights,
+            fingerprint=fingerprint_model(adapter or weights),
+            prompts=self.prompts,
+            seen_languages=training_languages(model),
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        request.save(folder)
+        pq.write_table(scored.judged, folder / RESPONSES_FILE)
+        judging = plan_judging(scoring.judge, scored.judged["language"].unique().to_pylist())
+        write_score(request, judging, scored.judged, folder, seconds=dict(scored.seconds))
+
+
+@dataclass(frozen=True)
+class ScoreCheckpoint:
+    """Called by a run's first worker after every checkpoint: scores it and returns the numbers that Tune compares."""
+
+    shared: Shared
+
+    def __call__(self, run_folder: Path, checkpoint: Path, step: int) -> dict[str, float]:
+        """Score `checkpoint`, written at optimizer step `step`."""
+        return self.shared.metrics_in(self.shared.checkpoint(run_folder, checkpoint, step))
+
+
+class ScoreReports(TuneReportCallback):
+    """Hands scores, and nothing else that a run reports, to Tune, whose schedulers count reports."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Pass on a report that carries a score."""
+        if VALUE in metrics[0]:
+            super().after_report(run_context, metrics, None)
+
+
+class MarkStopped(ray.tune.Callback):
+    """Marks the folder of a trial that Tune ended before its time: it is not to be gone on with."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune for every trial that ended without a fault."""
+        folder = self.shared.trial_folder(trial.config, trial.trial_id)
+        if folder.is_dir() and not (folder / MODEL).exists():
+            (folder / STOPPED).touch()
+
+
+def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
+    """One trial, in a process of its own: train, scoring at checkpoints; then keep the model and drop the rest.
+
+    Called for a trial that was cut off, it goes on from the last checkpoint.
+    """
+    shared.drop_optimizer_states()
+    folder = shared.trial_folder(values, ray.tune.get_context().get_trial_id())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / VALUES_FILE, values)
+    train(
+        shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
+        resume=folder if (folder / "config.yaml").is_file() else None,
+        score=ScoreCheckpoint(shared),
+        callbacks=[ScoreReports()],
+        display=False,
+    )
+    last = find_checkpoint(folder)
+    step = int(json.loads((last / "manifest.json").read_text(encoding="utf-8"))["step"])
+    if not (folder / "scores" / _STEP_FOLDER.format(step) / SCORES_FILE).is_file():
+        # it died between its last checkpoint and the score of it
+        ray.tune.report(ScoreCheckpoint(shared)(folder, last, step))
+    export(folder, folder / MODEL)
+    ray.tune.report({**shared.metrics_in(scores_of(folder)[-1]), FINISHED: True})
+
+
+def trial_folders(search: Path) -> list[Path]:
+    """The folders of all trials of a search that began, by name."""
+    return [path.parent for path in sorted((search / "trials").glob(f"*/{VALUES_FILE}"))]
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a trial ran to its end or was stopped; others were cut off, or failed."""
+    return ending(folder) != "failed"
+
+
+def scores_of(run_folder: Path) -> list[Path]:
+    """The complete score folders of a trial's checkpoints, the first checkpoint's first."""
+    return [path.parent for path in sorted((run_folder / "scores").glob(f"{_STEP_FOLDERS}/{SCORES_FILE}"))]
+
+
+def scored_trials(shared: Shared) -> list[Trial]:
+    """All trials of a search that have a score, by their names; the last score counts."""
+    found = []
+    for folder in trial_folders(shared.folder):
+        if not (scores := scores_of(folder)):
+            continue
+        try:
+            score = shared.score_in(scores[-1])
+        except TooManyUnparsedError:
+            continue  # its trial failed of it, and is listed with those
+        found.append(Trial.read(folder, score, _step_of(scores[-1])))
+    return found
+
+
+def _step_of(score_folder: Path) -> int:
+    return int(score_folder.name.rpartition("-")[2])

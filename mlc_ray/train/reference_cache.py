@@ -1,0 +1,156 @@
+"""What the frozen reference says of each bundle, computed once as a Ray Data stage and kept as an artefact."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+import torch
+
+from mlc_ray.config import ModelSection, TrainConfig
+from mlc_ray.data.batches import collate
+from mlc_ray.data.prepare import TokenArtifact
+from mlc_ray.losses.objective import Objective
+from mlc_ray.storage import (
+    IncompleteArtifactError,
+    atomic_folder,
+    fingerprint,
+    fingerprint_model,
+    library_versions,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
+from mlc_ray.train.model import load_policy
+from mlc_ray.train.reference import ReferenceModel
+from mlc_ray.types import ReferenceRow, move
+
+TABLE = "reference.parquet"
+BUNDLES_PER_FORWARD = 8
+_BLOCK_ROWS = 256
+
+
+def prepare_reference(
+    config: TrainConfig, tokens: TokenArtifact, *, layer: int, cache_dir: Path, gpu: bool
+) -> tuple[Path, str]:
+    """Folder and fingerprint of what the objective needs of the reference, for every bundle; computed unless there.
+
+    The key holds the token rows' fingerprint, the model's weights, the type they are computed in, and what is needed:
+    log-probs, or tapped states at `layer`, or both. An incomplete folder is made anew; where another run that shares
+    `cache_dir` is faster, its folder is used.
+    """
+    objective = Objective(config.objective, config.mlc)
+    needed = {
+        "log_probs": objective.needs_reference_log_probs,
+        "layer": layer if objective.needs_reference_state else None,
+    }
+    key = fingerprint(
+        {
+            "tokens": tokens.fingerprint,
+            "model": fingerprint_model(config.model.path),
+            "dtype": config.model.dtype,
+            "attention": config.model.attention,
+            "device": "gpu" if gpu else "cpu",
+            **needed,
+        }
+    )
+    folder = cache_dir / f"reference-{key}"
+    if _complete(folder, say=True):
+        return folder, key
+    table = _compute(config, tokens, needed, gpu=gpu)
+    try:
+        with atomic_folder(folder, replace=folder.exists()) as temporary:
+            pq.write_table(table, temporary / TABLE)
+            write_manifest(
+                temporary,
+                fingerprint=key,
+                tokens=tokens.fingerprint,
+                bundles=table.num_rows,
+                versions=library_versions(),
+            )
+            if _complete(folder):  # by another run, meanwhile: it may be in use, and is never moved aside
+                raise FileExistsError(folder)
+    except FileExistsError:  # another run finished while this one wrote: its folder has the same content
+        verify_files(folder, read_manifest(folder))
+    return folder, key
+
+
+def _complete(folder: Path, *, say: bool = False) -> bool:
+    """Whether `folder` can be used as it is; with `say`, why one that is there cannot goes to stderr."""
+    if not folder.exists():
+        return False
+    try:
+        verify_files(folder, read_manifest(folder))
+    except IncompleteArtifactError as error:
+        if say:
+            print(f"{error}; making it anew", file=sys.stderr)
+        return False
+    return True
+
+
+def load_reference(folder: Path) -> dict[str, ReferenceRow]:
+    """bundle_id -> what the reference says of the bundle."""
+    verify_files(folder, read_manifest(folder))
+    table = pq.read_table(folder / TABLE)
+    ids = table["bundle_id"].to_pylist()
+    columns = {name: table[name].to_pylist() for name in ("chosen", "rejected") if name in table.column_names}
+    if "state" in table.column_names:  # through numpy: as Python floats, states would take eight times their size
+        columns["state"] = list(table["state"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1))
+    return {name: ReferenceRow(**{k: v[index] for k, v in columns.items()}) for index, name in enumerate(ids)}
+
+
+def _compute(config: TrainConfig, tokens: TokenArtifact, needed: dict[str, Any], *, gpu: bool) -> pa.Table:
+    ids = pa.table({"id": pa.array(range(len(tokens.bundle_ids)), pa.int64())})
+    # Blocks of the driver's, not range: its read tasks ask for a whole CPU each, which waits for ever where none is
+    # free.
+    blocks = [ids.slice(start, _BLOCK_ROWS) for start in range(0, ids.num_rows, _BLOCK_ROWS)]
+    scored = ray.data.from_blocks(blocks).map_batches(
+        ReferenceScorer,
+        fn_constructor_kwargs={
+            "tokens_folder": str(tokens.folder),
+            "settings": config.model.model_dump(),
+            "needed": needed,
+            "gpu": gpu,
+        },
+        batch_size=BUNDLES_PER_FORWARD,
+        compute=ray.data.ActorPoolStrategy(size=min(config.cluster.workers, len(blocks))),
+        num_cpus=config.cluster.cpus_per_worker,
+        num_gpus=1 if gpu else 0,
+    )
+    tables = scored.iter_batches(batch_size=None, batch_format="pyarrow")
+    return pa.concat_tables([table.select(sorted(table.column_names)) for table in tables])
+
+
+class ReferenceScorer:
+    """A Ray Data actor that holds the reference model and scores bundles by row index."""
+
+    def __init__(self, tokens_folder: str, settings: dict[str, Any], needed: dict[str, Any], gpu: bool) -> None:
+        self.tokens = TokenArtifact.open(Path(tokens_folder))
+        self.device = torch.device("cuda" if gpu else "cpu")
+        self.model = ReferenceModel(load_policy(ModelSection(**settings)), **needed).to(self.device).eval()
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        """Rows `id` -> bundle_id, and what is needed: chosen and rejected (nats, float64), state (list of float32)."""
+        rows = self.tokens.rows(batch["id"].tolist())
+        collated = collate(
+            rows,
+            languages=self.tokens.languages,
+            weights=[1.0] * len(rows),
+            needs_rejected=self.model.log_probs,
+            reference=None,
+        )
+        said = self.model(move(collated, self.device), tap=True)
+        columns: dict[str, Any] = {"bundle_id": [row.bundle_id for row in rows]}
+        if said.chosen is not None and said.rejected is not None:
+            columns["chosen"] = said.chosen.double().cpu().numpy()
+            columns["rejected"] = said.rejected.double().cpu().numpy()
+        if said.state is not None:
+            states = said.state.cpu().numpy()
+            columns["state"] = pa.FixedSizeListArray.from_arrays(pa.array(states.ravel()), states.shape[1])
+        return pa.table(columns)

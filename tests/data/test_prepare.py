@@ -1,0 +1,280 @@
+"""The pipelines on real Ray Data with the real SmolLM2 tokenizer."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+from mlc_ray.config import DataSection, ModelSection, SourceSection
+from mlc_ray.data.bundles import BundleFileError, from_row, make_bundle
+from mlc_ray.data.order import plan_rank
+from mlc_ray.data.prepare import (
+    InvalidBundlesError,
+    count_by_reason,
+    prepare_token_rows,
+    read_bundles,
+    stream_batches,
+    token_fingerprint,
+)
+from mlc_ray.data.store import ROWS_FILE, TokenArtifact, rows_to_table, write_rows
+from mlc_ray.data.tokens import ChatTemplate, TokenizationError, load_tokenizer, tokenize_bundle
+from mlc_ray.storage import ArtifactError, IncompleteArtifactError
+from mlc_ray.types import TokenRow
+
+COUNT = 11
+
+
+def record(number, **changes):
+    prompts = {"en": f"How do I count to {number}?", "de": f"Wie zähle ich bis {number}?"}
+    if number % 3 == 0:
+        prompts["fr"] = f"Comment compter jusqu'à {number} ?"
+    return {"kind": "benign", "prompts": prompts, "chosen": f"Say {number}.", "rejected": "No.", **changes}
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return SourceSection(path=str(path))
+
+
+def read(sources, tmp_path, on_invalid="fail", **settings):
+    dataset = read_bundles(sources, on_invalid=on_invalid, rejects_path=tmp_path / "rejects.jsonl", **settings)
+    return dataset.take_all()
+
+
+def rejects(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def prepared(ray_local, smollm2, tmp_path_factory):
+    """A prepared artefact with its sources, made once."""
+    folder = tmp_path_factory.mktemp("prepared")
+    source = write(folder / "train.jsonl", [record(n) for n in range(COUNT)])
+    data = DataSection(train=[source], max_prompt_tokens=45, max_response_tokens=3)
+    model = ModelSection(path=str(smollm2))
+    return data, model, folder / "cache", prepare_token_rows(data, model, cache_dir=folder / "cache")
+
+
+# ------------------------------------------------------------------------------------------------- files -> bundles
+
+
+def test_bundles_keep_the_order_of_sources_and_lines(ray_local, tmp_path):
+    sources = [write(tmp_path / f"{name}.jsonl", [record(10 * i + n) for n in range(4)]) for i, name in enumerate("ba")]
+    rows = read(sources, tmp_path)
+    assert [from_row(row) for row in rows] == [make_bundle(record(n)) for n in (0, 1, 2, 3, 10, 11, 12, 13)]
+    assert [(row["file"], row["line"]) for row in rows] == [(s.path, line) for s in sources for line in (1, 2, 3, 4)]
+    assert not (tmp_path / "rejects.jsonl").exists()
+
+
+def test_invalid_rows_are_written_counted_and_left_out_or_fatal(ray_local, tmp_path, capsys):
+    a = write(tmp_path / "a.jsonl", [record(0), record(1, kind="harmles"), record(2)])
+    b = write(tmp_path / "b.jsonl", [record(0), record(4, chosen=""), record(5), record(6, prompts={"en": "\ud83d"})])
+    rows = read([a, b], tmp_path, "skip")
+    assert [from_row(row) for row in rows] == [make_bundle(record(n)) for n in (0, 2, 5)]
+    assert set(rows[0]) >= {"bundle_id", "languages", "texts", "file", "line"}
+    assert "reason" not in rows[0]
+    written = rejects(tmp_path)
+    assert [(r["file"], r["line"]) for r in written] == [(a.path, 2), (b.path, 1), (b.path, 2), (b.path, 4)]
+    assert "'harmles'" in written[0]["reason"]
+    assert json.loads(written[0]["text"]) == record(1, kind="harmles")
+    assert f"'{a.path}:1'" in written[1]["reason"]
+    assert "4 invalid rows" in capsys.readouterr().err
+
+    with pytest.raises(InvalidBundlesError) as error:
+        read([a, b], tmp_path, "fail")
+    assert f"{a.path}:2: kind 'harmles'" in str(error.value)
+    assert "4 of 7 rows" in str(error.value)
+    assert str(tmp_path / "rejects.jsonl") in str(error.value)
+    assert rejects(tmp_path) == written
+
+
+def test_the_same_file_twice_is_a_duplicate_of_every_row(ray_local, tmp_path):
+    source = write(tmp_path / "a.jsonl", [record(0), record(1)])
+    assert len(read([source, source], tmp_path, "skip")) == 2
+    assert [r["line"] for r in rejects(tmp_path)] == [1, 2]
+
+
+def test_a_file_fault_is_fatal_even_where_rows_are_skipped(ray_local, tmp_path):
+    good = write(tmp_path / "a.jsonl", [record(0)])
+    (tmp_path / "b.jsonl").write_bytes(b'{"kind": "\xff"}')
+    with pytest.raises(BundleFileError, match=r"b\.jsonl:1: not UTF-8"):
+        read([good, SourceSection(path=str(tmp_path / "b.jsonl"))], tmp_path, "skip")
+
+
+def test_languages_and_emptiness_are_judged_row_by_row(ray_local, tmp_path):
+    source = write(tmp_path / "a.jsonl", [record(0), record(1, prompts={"de": "x"}, chosen=None, rejected=None)])
+    assert len(read([source], tmp_path, "skip", languages=["en", "fr"])) == 1
+    assert r"data.languages=['en', 'fr']" in rejects(tmp_path)[0]["reason"]
+    with pytest.raises(InvalidBundlesError, match="No valid row is left"):
+        read([source], tmp_path, "skip", languages=["sw"])
+
+
+def test_reasons_are_counted_without_the_values_they_quote():
+    assert count_by_reason(["kind 'a' is", "kind 'b' is", 'x "y"']) == {"kind … is": 2, "x …": 1}
+
+
+# ------------------------------------------------------------------------------------------------- bundles -> tokens
+
+
+def test_token_rows_on_disk_are_what_tokenising_gives(prepared):
+    _, model, _, artifact = prepared
+    template = ChatTemplate(load_tokenizer(model.path))
+    expected = [
+        tokenize_bundle(make_bundle(record(n)), template, languages=None, max_prompt_tokens=45, max_response_tokens=3)
+        for n in range(COUNT)
+    ]
+    assert artifact.rows(range(COUNT)) == expected
+    assert artifact.rows([7, 2, 7]) == [expected[7], expected[2], expected[7]]
+    assert artifact.bundle_ids == [row.bundle_id for row in expected]
+    assert artifact.languages == ["de", "en", "fr"]
+    counts = artifact.counts
+    assert counts.rows == len(artifact) == COUNT
+    assert sum(counts.prompt_tokens.values()) == sum(len(p) for row in expected for p in row.prompts)
+    assert counts.response_tokens == sum(len(row.chosen) + len(row.rejected) for row in expected)
+    assert sum(counts.truncated_prompt_tokens.values()) == sum(row.truncated_prompt_tokens for row in expected)
+    assert counts.truncated_response_tokens == sum(row.truncated_response_tokens for row in expected) > 0
+    with pytest.raises(IndexError, match="row 11 of 11"):
+        artifact.rows([COUNT])
+
+
+def test_an_artefact_is_used_again_wherever_its_source_lies(prepared, tmp_path):
+    data, model, cache, artifact = prepared
+    rows = artifact.folder / ROWS_FILE
+    before = rows.stat().st_mtime_ns
+    moved = SourceSection(path=shutil.copy(data.train[0].path, tmp_path))
+    again = prepare_token_rows(data.model_copy(update={"train": [moved]}), model, cache_dir=cache)
+    assert (again.folder, rows.stat().st_mtime_ns) == (artifact.folder, before)
+    changed = [
+        {"max_response_tokens": 50},
+        {"languages": ["en"]},
+        {"train": [SourceSection(path=data.train[0].path, kind="benign")]},
+    ]
+    names = {token_fingerprint(data.model_copy(update=change), model) for change in changed}
+    assert len(names | {artifact.fingerprint}) == 4
+
+
+def test_a_damaged_artefact_is_made_anew_and_rejected_rows_travel_with_it(ray_local, smollm2, tmp_path, capsys):
+    source = write(tmp_path / "a.jsonl", [record(0), record(1, kind="x")])
+    data, model = DataSection(train=[source], on_invalid="skip"), ModelSection(path=str(smollm2))
+    cache = tmp_path / "cache"
+    damaged = cache / f"tokens-{token_fingerprint(data, model)}"
+    damaged.mkdir(parents=True)
+    (damaged / ROWS_FILE).write_bytes(b"half")
+    artifact = prepare_token_rows(data, model, cache_dir=cache)
+    assert artifact.folder == damaged
+    assert artifact.bundle_ids == [make_bundle(record(0)).bundle_id]
+    assert "manifest.json is missing" in capsys.readouterr().err
+    assert sum(artifact.rejected.values()) == 1
+    assert json.loads(artifact.rejects_path.read_text())["line"] == 2
+    assert list(cache.iterdir()) == [damaged]
+    with pytest.raises(InvalidBundlesError):
+        prepare_token_rows(data.model_copy(update={"on_invalid": "fail"}), model, cache_dir=cache)
+    assert len(list(cache.glob("*.rejects.jsonl"))) == 1
+
+
+def test_a_limit_that_the_template_exceeds_stops_before_anything_is_read(prepared, tmp_path):
+    data, model, _, _ = prepared
+    with pytest.raises(TokenizationError, match=r"data\.max_prompt_tokens=5 "):
+        prepare_token_rows(data.model_copy(update={"max_prompt_tokens": 5}), model, cache_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def token_row(number):
+    return TokenRow(f"id{number:03}", "benign", ["en"], [[1, number]], [1], 0, [2, number], [3])
+
+
+@pytest.fixture
+def stored(tmp_path):
+    rows = [token_row(n) for n in range(10)]
+    tables = [rows_to_table(part, [[0]] * len(part)) for part in (rows[:4], rows[4:5], rows[5:])]
+    write_rows(tmp_path, tables, fingerprint="x", rejected={})
+    return tmp_path
+
+
+def test_rows_are_found_across_pieces_of_the_file(stored):
+    artifact = TokenArtifact.open(stored)
+    assert artifact.rows([9, 0, 4, 5, 3]) == [token_row(n) for n in (9, 0, 4, 5, 3)]
+
+
+def test_damaged_or_foreign_folders_do_not_open(stored):
+    rows = stored / ROWS_FILE
+    rows.write_bytes(rows.read_bytes()[:-1])
+    with pytest.raises(IncompleteArtifactError, match=r"'rows\.arrow' is short"):
+        TokenArtifact.open(stored)
+    with pytest.raises(IncompleteArtifactError, match="short"):
+        next(stream_batches(stored, plan(range(10)), **BATCH))
+    (stored / "manifest.json").write_text('{"artifact": "checkpoint", "files": {}}')
+    with pytest.raises(ArtifactError, match="'checkpoint'"):
+        TokenArtifact.open(stored)
+
+
+# ------------------------------------------------------------------------------------------------ tokens -> batches
+
+BATCH = {"bundles_per_worker": 2, "languages": ["de", "en", "fr"], "needs_rejected": True, "reference": None}
+
+
+def plan(bundle_ids, world=1, rank=0, epochs=2, start_step=0):
+    return plan_rank(
+        [str(name) for name in bundle_ids],
+        seed=3,
+        epochs=epochs,
+        world_size=world,
+        rank=rank,
+        bundles_per_worker=2,
+        accumulation=1,
+        max_steps=None,
+        start_step=start_step,
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_real_batches_hold_every_bundle_exactly_once_an_epoch(prepared, world):
+    artifact = prepared[3]
+    seen = {0: Counter(), 1: Counter()}
+    for rank in range(world):
+        slots = plan(artifact.bundle_ids, world, rank)
+        delivered = []
+        for taken, batch in stream_batches(artifact.folder, slots, **BATCH):
+            delivered += taken
+            assert batch.bundle_ids == tuple(artifact.bundle_ids[slot.row_index] for slot in taken)
+            assert batch.weight.tolist() == pytest.approx([slot.weight for slot in taken])
+            seen[taken[0].epoch].update(b for b, w in zip(batch.bundle_ids, batch.weight, strict=True) if w > 0)
+        assert delivered == slots
+    assert seen[0] == seen[1] == Counter(artifact.bundle_ids)
+
+
+def test_a_restarted_stream_goes_on_with_the_very_same_batches(prepared):
+    artifact = prepared[3]
+    whole = list(stream_batches(artifact.folder, plan(artifact.bundle_ids), **BATCH))
+    rest = list(stream_batches(artifact.folder, plan(artifact.bundle_ids, start_step=4), **BATCH))
+    assert [slots for slots, _ in rest] == [slots for slots, _ in whole[4:]]
+    for (_, one), (_, other) in zip(rest, whole[4:], strict=True):
+        assert torch.equal(one.prompts.sequences.input_ids, other.prompts.sequences.input_ids)
+        assert torch.equal(one.chosen.targets, other.chosen.targets)
+
+
+def test_order_holds_over_many_blocks_and_no_setting_leaks(ray_local, stored, monkeypatch):
+    from mlc_ray.data import prepare as ray_data
+
+    monkeypatch.setattr(ray_data, "_GATHER_ROWS", 3)
+    slots = plan(range(10), epochs=4)
+    assert [s for taken, _ in stream_batches(stored, slots, **BATCH) for s in taken] == slots
+    assert not ray_local.data.DataContext.get_current().execution_options.preserve_order
+    assert list(stream_batches(stored, [], **BATCH)) == []
+    with pytest.raises(ValueError, match="3 slots do not fill batches of 2"):
+        next(stream_batches(stored, slots[:3], **BATCH))
+
+
+def test_batches_arrive_while_workers_hold_every_cpu(ray_local, stored):
+    @ray_local.remote(num_cpus=2)
+    class Worker:
+        def first(self, folder, slots):
+            return next(stream_batches(folder, slots, **BATCH))[1].bundle_ids
+
+    slots = plan(range(10))
+    worker = Worker.remote()
+    found = ray_local.get(worker.first.remote(stored, slots), timeout=300)
+    ray_local.kill(worker)
+    assert found == tuple(token_row(slot.row_index).bundle_id for slot in slots[:2])

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mlc_ray.runs import ModelPathError, longest_context, resolve_model, training_languages
+from mlc_ray.storage import write_manifest
+
+
+def model_at(folder: Path, *, weights: str = "model.safetensors") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"max_position_embeddings": 512}', encoding="utf-8")
+    (folder / weights).write_bytes(b"weights")
+    return folder
+
+
+def checkpoint_at(run: Path, step: int) -> Path:
+    folder = run / "train" / f"checkpoint_{step:06d}"
+    model_at(folder / "model")
+    write_manifest(folder, step=step)
+    return folder
+
+
+def test_a_hugging_face_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    folder = model_at(tmp_path / "m")
+    assert resolve_model(folder) == str(folder)
+    assert longest_context(str(folder)) == 512
+
+
+def test_a_checkpoint_holds_its_model(tmp_path: Path) -> None:
+    folder = checkpoint_at(tmp_path, 3)
+    assert resolve_model(folder) == str(folder / "model")
+
+
+def test_a_run_gives_its_newest_complete_checkpoint(tmp_path: Path) -> None:
+    checkpoint_at(tmp_path, 2)
+    good = checkpoint_at(tmp_path, 10)
+    cut = checkpoint_at(tmp_path, 12)
+    (cut / "model" / "model.safetensors").write_bytes(b"weig")
+    (tmp_path / "train" / "checkpoint_000014" / "model").mkdir(parents=True)  # no manifest: died while it was written
+    model_at(tmp_path / "export")
+    assert resolve_model(tmp_path) == str(good / "model")
+
+
+def test_a_run_without_a_complete_checkpoint_gives_its_export(tmp_path: Path) -> None:
+    (tmp_path / "train" / "checkpoint_000001").mkdir(parents=True)
+    export = model_at(tmp_path / "export")
+    assert resolve_model(tmp_path) == str(export)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = checkpoint_at(tmp_path, 3)
+    (folder / "model" / "model.safetensors").write_bytes(b"weig")
+    with pytest.raises(ModelPathError, match=r"model\.safetensors.*short"):
+        resolve_model(folder)
+    with pytest.raises(ModelPathError, match=r"holds no model.*model\.safetensors.*short"):
+        resolve_model(tmp_path)
+
+
+def test_an_adapter_alone_cannot_be_scored(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    write_manifest(tmp_path, step=1)
+    with pytest.raises(ModelPathError, match=r"LoRA adapter.*--merge-lora"):
+        resolve_model(tmp_path)
+
+
+def test_weights_must_be_safetensors_and_all_there(tmp_path: Path) -> None:
+    pickled = model_at(tmp_path / "pickled", weights="pytorch_model.bin")
+    with pytest.raises(ModelPathError, match=r"no \*\.safetensors.*pytorch_model\.bin"):
+        resolve_model(pickled)
+    sharded = model_at(tmp_path / "sharded", weights="model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ModelPathError, match=r"model-00002-of-00002\.safetensors"):
+        resolve_model(sharded)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen2.5-7B-Instruct"])
+def test_a_hub_name_passes(name: str) -> None:
+    assert resolve_model(name) == name
+    assert longest_context(name) is None
+
+
+def test_other_paths_are_refused(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):
+        with pytest.raises(ModelPathError, match="does not exist"):
+            resolve_model(path)
+    file = tmp_path / "file.txt"
+    file.write_text("x", encoding="utf-8")
+    with pytest.raises(ModelPathError, match="is a file"):
+        resolve_model(file)
+    with pytest.raises(ModelPathError, match="holds no model"):
+        resolve_model(tmp_path)
+
+
+def test_training_languages_are_read_from_a_run_its_checkpoint_and_an_export(tmp_path: Path) -> None:
+    checkpoint = checkpoint_at(tmp_path / "run", 3)
+    (tmp_path / "run" / "run.json").write_text('{"languages": ["en", "sw"]}', encoding="utf-8")
+    export = model_at(tmp_path / "export")
+    assert training_languages(export) is None
+    (export / "mlc_ray.json").write_text('{"languages": ["ur"]}', encoding="utf-8")
+    assert training_languages(tmp_path / "run") == training_languages(checkpoint) == ["en", "sw"]
+    assert training_languages(export) == ["ur"]
+
+
+@pytest.mark.parametrize("name", ["mlc_ray.json", "run.json"])
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b'{"languages": ["en"', "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[]", "expected an object, found list"),
+        (b'{"languages": "en"}', "languages is 'en', expected a list"),
+    ],
+)
+def test_a_damaged_record_of_training_is_named(tmp_path: Path, name: str, content: bytes, fault: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelPathError, match=rf"{name}' is damaged: {fault}.*--set seen_languages="):
+        training_languages(tmp_path)
+
+
+def test_damaged_files_of_a_model_are_named(tmp_path: Path) -> None:
+    folder = model_at(tmp_path / "m")
+    (folder / "config.json").write_text('{"max_position', encoding="utf-8")
+    with pytest.raises(ModelPathError, match=r"config\.json' is damaged: not valid JSON.*export the model again"):
+        longest_context(str(folder))
+    (folder / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelPathError, match=r"index\.json' is damaged: it has no weight_map"):
+        resolve_model(folder)

@@ -1,0 +1,145 @@
+"""Whole runs on real Ray: both references agree, and a run survives its workers and its driver being killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from mlc_ray.config import TrainConfig, load_config
+from mlc_ray.train.checkpoint import list_checkpoints
+from mlc_ray.train.run import RunError, load_run_config, train
+from mlc_ray.train.tracking import read_metrics
+
+pytestmark = pytest.mark.slow
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def run_place(smollm2, repository, tmp_path_factory):
+    """A small random Llama with SmolLM2's tokenizer, twelve bundles of the sample, and a config file."""
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    sample = (repository / "mlc_ray/data/sample/train.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "bundles.jsonl").write_text("\n".join(sample[:12]) + "\n", encoding="utf-8")
+    settings = {
+        "name": "undisturbed",
+        "output_dir": str(folder),
+        "model": {"path": str(folder / "model"), "dtype": "float32"},
+        "data": {"train": [{"path": str(folder / "bundles.jsonl")}], "languages": ["en", "sw", "zh"]},
+        "mlc": {"layer": 3, "every": 2, "extractor_dim": 32, "anti_collapse": {"kind": "anchor"}},
+        "optimizer": {"learning_rate": 1e-3},
+        "train": {"epochs": 4, "max_steps": STEPS, "bundles_per_worker": 1, "gradient_accumulation_steps": 2},
+        "zero": {"stage": 2},
+        "cluster": {"address": "local", "workers": 2, "cpus_per_worker": 0.5},
+        "checkpoint": {"every": 2, "keep": 2},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def configured(run_place, *overrides):
+    return load_config(TrainConfig, run_place / "config.yaml", overrides)
+
+
+def losses(run):
+    return [(row["step"], row["loss/total"]) for row in read_metrics(Path(run))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_local, run_place):
+    return train(configured(run_place))
+
+
+def test_a_run_leaves_what_it_should(undisturbed, run_place):
+    run = undisturbed.run_folder
+    assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint_000006", "checkpoint_000008"]
+    assert undisturbed.checkpoint.name == "checkpoint_000008"
+    assert undisturbed.metrics["step"] == STEPS
+    rows = list(read_metrics(run))
+    assert [row["bundles_consumed"] for row in rows] == [4, 8, 12, 16, 20, 24, 28, 32]
+    assert rows[0]["loss/alignment"] == pytest.approx(0.693147, abs=1e-4)
+    measures = {"collapse/between_bundle_cosine", "collapse/effective_rank", "collapse/effective_rank_share"}
+    assert {"mlc/leading_share", "loss/mlc", "loss/anti_collapse"} | measures <= rows[0].keys()
+    assert "loss/mlc" not in rows[1]
+    assert any((run / "tensorboard").iterdir())
+    assert load_run_config(run) == configured(run_place)
+    described = json.loads((run / "run.json").read_text())
+    assert described["total_steps"] == STEPS and described["bundles"] == 12
+
+
+def test_an_existing_run_is_not_overwritten(undisturbed, run_place):
+    with pytest.raises(RunError, match=r"exists already: choose another name.*--resume"):
+        train(configured(run_place))
+
+
+def test_cached_and_online_references_give_the_same_losses(undisturbed, run_place):
+    online = train(configured(run_place, "name=online", "reference=online"))
+    for cached, live in zip(read_metrics(undisturbed.run_folder), read_metrics(online.run_folder), strict=True):
+        for name in ("loss/total", "loss/alignment"):
+            assert live[name] == pytest.approx(cached[name], rel=1e-5)
+        assert live.get("loss/anti_collapse", 0) == pytest.approx(cached.get("loss/anti_collapse", 0), rel=1e-5)
+
+
+def kill_a_worker_after_step(run, step, killed):
+    """SIGKILL one Ray Train worker of this test's own Ray once `step` is logged."""
+    while not any(row["step"] >= step for row in read_metrics(run)):
+        time.sleep(0.02)
+    for process in psutil.Process().children(recursive=True):
+        if process.is_running() and "RayTrainWorker" in " ".join(process.cmdline()):
+            process.kill()
+            killed.append(process.pid)
+            return
+
+
+def test_a_killed_worker_is_recovered_from_exactly(undisturbed, run_place):
+    killed = []
+    watcher = threading.Thread(
+        target=kill_a_worker_after_step, args=(run_place / "killed_worker", 5, killed), daemon=True
+    )
+    watcher.start()
+    result = train(configured(run_place, "name=killed_worker", "cluster.max_failures=1"))
+    watcher.join(timeout=5)
+    assert killed
+    assert losses(result.run_folder) == losses(undisturbed.run_folder)
+
+
+def test_a_killed_driver_is_resumed_from_exactly(undisturbed, run_place):
+    run = run_place / "killed_driver"
+    command = [sys.executable, "-m", "mlc_ray", "train", "--config", str(run_place / "config.yaml")]
+    with (run_place / "driver.log").open("wb") as log:
+        driver = subprocess.Popen(
+            [*command, "--set", "name=killed_driver"], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        while not any(row["step"] >= 5 for row in read_metrics(run)):
+            assert driver.poll() is None, (run_place / "driver.log").read_text()
+            time.sleep(0.02)
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    half = run / "train/checkpoint_000099"  # what a crash in the middle of writing leaves
+    shutil.copytree(list_checkpoints(run)[-1], half)
+    (half / "manifest.json").unlink()
+    result = train(load_run_config(run), resume=run)
+    assert losses(run) == losses(undisturbed.run_folder)
+    assert result.checkpoint.name == f"checkpoint_{STEPS:06d}"

@@ -1,0 +1,217 @@
+"""What watches for collapse over steps: the window of states, the warnings, and a tiny run with and without a term."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from mlc_ray.config import CollapseSection
+from mlc_ray.data.batches import collate
+from mlc_ray.losses.measures import separability
+from mlc_ray.train.console import RunDisplay
+from mlc_ray.train.tracking import METRICS_FILE, Tracker, read_metrics
+from mlc_ray.train.watch import StateWindow, Watch
+from tests.train.tiny import LANGUAGES, on_workers, random_rows, run_engine, tiny_config
+
+
+def batch_of(rows, weights=None):
+    weights = weights or [1.0] * len(rows)
+    return collate(rows, languages=LANGUAGES, weights=weights, needs_rejected=True, reference=None)
+
+
+def states_of(rows, offset=0.0):
+    """A state for each bundle that its number and kind decide; every third bundle lacks a language."""
+    number = torch.tensor([float(row.bundle_id.split("-")[1]) for row in rows]).view(-1, 1, 1)
+    kind = torch.tensor([float(row.kind == "harmful") for row in rows]).view(-1, 1, 1)
+    states = torch.sin(number * torch.arange(1, 7) + torch.arange(3).view(1, 3, 1)) + offset
+    states = states + 3 * kind
+    present = torch.tensor([[name in row.languages for name in LANGUAGES] for row in rows])
+    return states * present.unsqueeze(-1), present
+
+
+# ------------------------------------------------------------------------------------------------------ the window
+
+
+def test_the_window_keeps_the_last_different_bundles_and_no_padding():
+    rows, window = random_rows(60), StateWindow(36)
+    for start in range(0, 60, 4):
+        part = rows[start : start + 4]
+        window.add(*states_of(part), batch_of(part, [1.0, 1.0, 1.0, 0.0]))
+    kept = [row for index, row in enumerate(rows) if index % 4 != 3][-36:]
+    states, present = states_of(kept)
+    harmful = torch.tensor([row.kind == "harmful" for row in kept])
+    assert len(window.bundles) == 36
+    assert window.separability() == pytest.approx(float(separability(states, present, harmful)))
+    assert window.separability() > 0.9
+
+
+def test_a_bundle_seen_again_replaces_its_older_states():
+    rows, window = random_rows(18), StateWindow(64)
+    window.add(*states_of(rows, offset=50.0), batch_of(rows))
+    window.add(*states_of(rows[:9]), batch_of(rows[:9]))
+    window.add(*states_of(rows[9:]), batch_of(rows[9:]))
+    states, present = states_of(rows)
+    assert len(window.bundles) == 18
+    assert torch.equal(torch.stack([entry[0] for entry in window.bundles.values()]), states)
+    assert torch.equal(torch.stack([entry[1] for entry in window.bundles.values()]), present)
+
+
+def test_an_empty_window_and_one_kind_give_no_number():
+    window = StateWindow(64)
+    assert math.isnan(window.separability())
+    harmful = [row for row in random_rows(40) if row.kind == "harmful"]
+    window.add(*states_of(harmful), batch_of(harmful))
+    assert math.isnan(window.separability())
+
+
+def fill(rank):
+    rows, window = random_rows(24), StateWindow(20)
+    for start in range(0, 24, 4):
+        part = rows[start + 2 * rank : start + 2 * rank + 2]
+        window.add(*states_of(part), batch_of(part))
+    return list(window.bundles), window.separability()
+
+
+def test_every_worker_has_the_window_that_one_worker_would_have(tmp_path):
+    first, second = on_workers(2, fill, tmp_path)
+    alone, rows = StateWindow(20), random_rows(24)
+    for start in range(0, 24, 4):
+        alone.add(*states_of(rows[start : start + 4]), batch_of(rows[start : start + 4]))
+    assert first == second == (list(alone.bundles), alone.separability())
+
+
+# -------------------------------------------------------------------------------------------------------- warnings
+
+
+def rows_of(spread, share=None, auc=None):
+    for step, value in enumerate(spread):
+        row = {"step": step + 1, "loss/total": 1.0, "collapse/between_bundle_cosine": 1 - value}
+        if share is not None:
+            row["collapse/effective_rank_share"] = share[step]
+        if auc is not None:
+            row["collapse/separability"] = auc[step]
+        yield row
+
+
+def test_one_warning_where_a_measure_crosses_and_another_only_after_it_recovered():
+    watch = Watch(CollapseSection(min_spread=0.5))
+    spread = [0.10] * 5 + [0.06] * 5 + [0.04] * 9 + [0.08] * 9 + [0.01] * 9
+    found = {row["step"]: warnings for row in rows_of(spread) if (warnings := watch.see(row))}
+    assert list(found) == [13, 31]  # the median of five follows three steps later
+    assert found[13] == [
+        "collapse: spread (1 - between-bundle cosine) fell to 0.04, below 0.5 of the 0.1 it was at the start "
+        "(collapse.min_spread): bundles of different meanings become one"
+    ]
+
+
+def test_one_outlier_and_steps_without_numbers_raise_no_alarm():
+    watch = Watch(CollapseSection())
+    spread = [0.1] * 8 + [0.001] * 2 + [0.1] * 8
+    for row in rows_of(spread):
+        assert watch.see({"step": 0, "collapse/between_bundle_cosine": None}) == []
+        assert watch.see({"step": 0, "collapse/between_bundle_cosine": math.nan, "loss/total": 1.0}) == []
+        assert watch.see(row) == []
+
+
+def test_each_measure_has_its_bound_and_0_switches_it_off():
+    rows = list(rows_of([0.1] * 5 + [0.01] * 9, share=[0.5] * 5 + [0.1] * 9, auc=[0.9] * 7 + [0.6] * 7))
+    watch, silent = (
+        Watch(CollapseSection()),
+        Watch(CollapseSection(min_spread=0, min_effective_rank=0, min_separability=0)),
+    )
+    texts = [text for row in rows for text in watch.see(row)]
+    assert [part for text in texts for part in ("min_spread", "min_effective", "min_separability") if part in text] == [
+        "min_spread",
+        "min_effective",
+        "min_separability",
+    ]
+    assert not any(silent.see(row) for row in rows)
+    assert "fell to 0.6, below collapse.min_separability=0.75; 0.5 is chance" in texts[-1]
+
+
+def test_kinds_that_were_never_told_apart_raise_no_alarm():
+    watch = Watch(CollapseSection())
+    assert not any(watch.see(row) for row in rows_of([0.1] * 30, auc=[0.4] * 10 + [0.7] * 20))
+
+
+def test_warnings_are_in_the_run_are_shown_once_and_survive_a_resume(tmp_path):
+    config = tiny_config(logging={"tensorboard": False})
+    rows = list(rows_of([0.1] * 6 + [0.02] * 6))
+    first = Tracker(config, tmp_path, start_step=0)
+    for row in rows[:9]:
+        first.log(row["step"], {k: v for k, v in row.items() if k != "step"})
+    first.close()
+    again = Tracker(config, tmp_path, start_step=7)  # goes back to before the crossing
+    for row in rows[7:]:
+        again.log(row["step"], {k: v for k, v in row.items() if k != "step"})
+    again.close()
+    warned = [row["step"] for row in read_metrics(tmp_path) if "warnings" in row]
+    assert warned == [9]
+    content = (tmp_path / METRICS_FILE).read_text()
+    (tmp_path / METRICS_FILE).unlink()
+    output = io.StringIO()
+    with RunDisplay(tmp_path, 12, every=6, console=Console(file=output, width=160)):
+        (tmp_path / METRICS_FILE).write_text(content)
+    lines = output.getvalue().splitlines()
+    assert sum("collapse: spread" in line for line in lines) == 1
+    assert next(line for line in lines if "collapse: spread" in line).startswith("  step 9: ")
+
+
+# --------------------------------------------------------------------------------------------------- a tiny real run
+
+
+def collapse_runs(rank):
+    """A consistency term strong enough to collapse a tiny model within 40 rounds of eight bundles."""
+    histories = {}
+    for name, anti in {"published": None, "contrast": {"kind": "contrast", "weight": 10.0, "temperature": 0.3}}.items():
+        config = tiny_config(
+            mlc={"layer": 2, "every": 1, "extractor_dim": 16, "weight": 10.0, "anti_collapse": anti},
+            objective={"loss": "sft"},
+            optimizer={"warmup_ratio": 0.0, "schedule": "constant"},
+            train={"epochs": 40, "bundles_per_worker": 8, "gradient_accumulation_steps": 1},
+            collapse={"window": 24},
+        )
+        histories[name] = run_engine(config, random_rows(24), 40)[1]
+    return histories
+
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory):
+    return on_workers(1, collapse_runs, tmp_path_factory.mktemp("collapse"))[0]
+
+
+def last(history, name):
+    return sum(row[name] for row in history[-5:]) / 5
+
+
+def test_contrast_keeps_up_the_rank_that_the_published_loss_gives_away(histories):
+    published, contrast = histories["published"], histories["contrast"]
+    for name in ("collapse/effective_rank", "collapse/between_bundle_cosine", "loss/mlc"):
+        assert published[0][name] == pytest.approx(contrast[0][name])
+    for history in (published, contrast):
+        assert last(history, "loss/mlc") < 0.15 * history[0]["loss/mlc"]  # both make languages consistent
+    assert (
+        last(published, "collapse/between_bundle_cosine") > 0.9 > 0.5 > last(contrast, "collapse/between_bundle_cosine")
+    )
+    assert last(published, "collapse/effective_rank_share") < 0.6 * published[0]["collapse/effective_rank_share"]
+    assert last(contrast, "collapse/effective_rank_share") > 0.85 * contrast[0]["collapse/effective_rank_share"]
+
+
+def test_the_run_that_collapses_is_warned_of_and_the_other_is_not(histories):
+    warned = {}
+    for name, history in histories.items():
+        watch = Watch(CollapseSection(min_separability=0))  # kinds of random tokens are not told apart to begin with
+        warned[name] = [text for row in history for text in watch.see(row)]
+    assert any("min_spread" in text for text in warned["published"])
+    assert any("min_effective_rank" in text for text in warned["published"])
+    assert not warned["contrast"]
+
+
+def test_separability_is_logged_once_the_window_has_both_kinds(histories):
+    rows = histories["published"]
+    assert ["collapse/separability" in row for row in rows[:4]] == [False, False, True, True]
+    assert all(0 <= row["collapse/separability"] <= 1 for row in rows[2:])
+    assert json.loads(json.dumps(rows[-1])) == rows[-1]
