@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = add("train", commands.train_command, "Align a model, or go on with a run that stopped.", _SETTINGS)
     _add_settings(train)
     train.add_argument(
-        "--resume", metavar="RUN", type=Path, help="run folder to go on with; takes no --config or --set"
+        "--resume", metavar="RUN", type=_path, help="run folder to go on with; takes no --config or --set"
     )
 
     score = add(
@@ -114,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(score)
 
     judge = add("judge", commands.judge_command, "Judge the responses of a score again, with another judge.", _JUDGES)
-    judge.add_argument("scored", metavar="SCORE", type=Path, help="folder that `mlc-ray score` wrote")
+    judge.add_argument("scored", metavar="SCORE", type=_path, help="folder that `mlc-ray score` wrote")
     judge.add_argument("--name", metavar="NAME", help="name of the new score folder (default: SCORE-JUDGE)")
     _add_judge(judge)
     _add_settings(judge)
@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     search = add("search", commands.search_command, "Search fields of a run, above all its layer.", _SEARCH)
     _add_settings(search)
     search.add_argument(
-        "--resume", metavar="FOLDER", type=Path, help="search folder to go on with; takes no --config or --set"
+        "--resume", metavar="FOLDER", type=_path, help="search folder to go on with; takes no --config or --set"
     )
 
     probe = add("probe", commands.probe_command, "Look at every layer of a model, forward only.", _PROBE)
@@ -132,13 +132,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--languages", metavar="CODES", help="look at only these, e.g. en,ur,sw (default: all)")
     probe.add_argument("--limit", metavar="N", type=int, help="at most N bundles of each kind (default: 64)")
-    probe.add_argument("--out", metavar="FOLDER", type=Path, help="where to write (default: runs/probes/MODEL)")
+    probe.add_argument("--out", metavar="FOLDER", type=_path, help="where to write (default: runs/probes/MODEL)")
     probe.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="type of the weights")
     probe.add_argument("--address", metavar="ADDRESS", default="auto", help="Ray address (default: auto)")
 
     export = add("export", commands.export_command, "Write a run's model as a plain Hugging Face folder.")
-    export.add_argument("run", metavar="RUN", type=Path, help="run folder")
-    export.add_argument("out", metavar="OUT", type=Path, help="folder to write; must not exist")
+    export.add_argument("run", metavar="RUN", type=_path, help="run folder")
+    export.add_argument("out", metavar="OUT", type=_path, help="folder to write; must not exist")
     export.add_argument("--merge-lora", action="store_true", help="fold low-rank adapters into the weights")
     export.add_argument("--checkpoint", metavar="NAME", help="checkpoint of the run (default: the last complete one)")
 
@@ -146,10 +146,12 @@ def build_parser() -> argparse.ArgumentParser:
         "report", commands.report_command, "Write one HTML file that shows runs and scores, and compares them.", _REPORT
     )
     report.add_argument(
-        "runs", metavar="RUN", nargs="+", type=Path, help="run folder, score folder, or a folder of those"
+        "runs", metavar="RUN", nargs="+", type=_path, help="run folder, score folder, or a folder of those"
     )
-    report.add_argument("--out", metavar="FILE.html", type=Path, default=Path("report.html"), help="file to write")
-    report.add_argument("--paper", metavar="FOLDER", type=Path, help="also write Markdown tables and PNG figures there")
+    report.add_argument("--out", metavar="FILE.html", type=_path, default=Path("report.html"), help="file to write")
+    report.add_argument(
+        "--paper", metavar="FOLDER", type=_path, help="also write Markdown tables and PNG figures there"
+    )
 
     utility = add(
         "utility",
@@ -186,13 +188,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    """A path given on the command line; a URL is refused before pathlib makes the folder `s3:` of it."""
+    from mlc_ray.config.paths import real_path
+
+    try:
+        return Path(real_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
 def _add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", metavar="NAME", help="judge of the answers (default: refusal)")
     parser.add_argument("--judge-model", metavar="MODEL", help="weights of a guard-model judge: folder or hub name")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", type=Path, help="YAML file with the settings")
+    parser.add_argument("--config", metavar="FILE", type=_path, help="YAML file with the settings")
     parser.add_argument(
         "--set", metavar="FIELD=VALUE", dest="overrides", action="append", default=[], help="change one; repeatable"
     )

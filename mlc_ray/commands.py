@@ -192,17 +192,18 @@ def search_command(arguments: argparse.Namespace) -> None:
 
 def probe_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray probe`."""
-    sources = [SourceSection.model_validate(parse_benchmark(text)) for text in arguments.bundles]
+    sources = [parse_config(SourceSection, parse_benchmark(text)) for text in arguments.bundles]
     settings = parse_config(ModelSection, {"path": arguments.model, "dtype": arguments.dtype})
     languages = arguments.languages and [code.strip() for code in arguments.languages.split(",")]
 
+    from mlc_ray.runs import output_folder
     from mlc_ray.search.probe_run import probe
 
     name = Path(arguments.model).resolve().name if Path(arguments.model).exists() else arguments.model.replace("/", "-")
     probe(
         settings,
         sources,
-        arguments.out or Path("runs") / "probes" / name,
+        output_folder(arguments.out or Path("runs") / "probes" / name, setting="--out"),
         languages=languages,
         limit=arguments.limit,
         address=arguments.address,

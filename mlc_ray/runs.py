@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+from mlc_ray.config.paths import real_path
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import MANIFEST, IncompleteArtifactError, read_manifest, verify_files
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` starts
 _INDEX = "model.safetensors.index.json"
 _FIX_RECORD = "restore it, or name the languages yourself, e.g. --set seen_languages=[en,sw]"
 _FIX_MODEL = "fetch or export the model again"
@@ -18,6 +21,29 @@ _FIX_MODEL = "fetch or export the model again"
 
 class ModelPathError(MlcRayError):
     """The path leads to no model that can be scored; the message says what was looked for."""
+
+
+class OutputFolderError(MlcRayError, ValueError):
+    """Nothing can be written to the folder asked for; the message quotes it and says what to give instead."""
+
+
+def output_folder(output_dir: str | Path, *, setting: str = "output_dir") -> Path:
+    """The absolute folder that a setting stands for where something is to be written.
+
+    Raises:
+        OutputFolderError: it is a URL, or relative inside a Ray job, whose working folder is a temporary copy.
+    """
+    try:
+        folder = Path(real_path(str(output_dir))).expanduser()
+    except ValueError as error:
+        raise OutputFolderError(f"{setting}={str(output_dir)!r}: {error}") from None
+    if not folder.is_absolute() and _RAY_JOB in os.environ:
+        raise OutputFolderError(
+            f"{setting}={str(output_dir)!r} is relative, but this is a Ray job: it runs in a temporary copy of its "
+            "working folder, and what it writes there is lost; give an absolute path on storage that all nodes share, "
+            "e.g. /shared/runs"
+        )
+    return folder.absolute()
 
 
 def resolve_model(path: str | Path) -> str:
@@ -31,6 +57,10 @@ def resolve_model(path: str | Path) -> str:
     if not folder.exists():
         if _HUB_NAME.fullmatch(str(path)):
             return str(path)
+        try:
+            real_path(str(path))
+        except ValueError as error:
+            raise ModelPathError(f"model={str(path)!r}: {error}") from None
         raise ModelPathError(f"model={str(path)!r} does not exist")
     if not folder.is_dir():
         raise ModelPathError(f"model={str(path)!r} is a file; give the folder with config.json and safetensors weights")

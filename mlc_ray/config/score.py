@@ -8,6 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from mlc_ray.config.base import LANGUAGE_TAG, Fraction, PositiveFloat, PositiveInt, RunName, Section
+from mlc_ray.config.paths import RealPath, StoredPath
 from mlc_ray.config.train import SourceSection
 
 
@@ -53,7 +54,7 @@ class EndpointSection(Section):
     max_cost_usd: PositiveFloat | None = Field(
         None, description="Stop asking before this is exceeded; answers not asked about are unparsed."
     )
-    cache_dir: str | None = Field(
+    cache_dir: RealPath | None = Field(
         None, description="Folder of replies keyed by content (default: `cache` beside the score folders)."
     )
 
@@ -89,7 +90,7 @@ class EndpointSection(Section):
 class TranslateSection(Section):
     """Translate prompt and response into English before the judge reads them: by a chat model, or an endpoint."""
 
-    model: str | None = Field(None, description="Folder or hub name of a chat model, run by vLLM.")
+    model: RealPath | None = Field(None, description="Folder or hub name of a chat model, run by vLLM.")
     endpoint: EndpointSection | None = Field(None, description="An endpoint that translates instead.")
     all_languages: bool = Field(
         False, description="Translate every language but English; by default only those the judge does not cover."
@@ -110,7 +111,7 @@ class JudgeSection(Section):
     """Who judges the responses."""
 
     name: JudgeName = Field("refusal", description="Judge: phrases, likelihood, a guard model, or an endpoint.")
-    model: str | None = Field(None, description="Guard models: folder or hub name of its weights.")
+    model: RealPath | None = Field(None, description="Guard models: folder or hub name of its weights.")
     engine: EngineSection = Field(EngineSection(), description="Guard models and translators: their vLLM engines.")
     controversial: Literal["unsafe", "safe"] = Field(
         "unsafe", description="qwen3guard only: what its middle verdict, Controversial, counts as."
@@ -173,8 +174,8 @@ class ScoreConfig(ScoringSection):
     """One scoring run: generate greedily, judge, count."""
 
     name: RunName | None = Field(None, description="Folder name of the score (default: from the model and the time).")
-    output_dir: str = Field("runs/scores", description="Where score folders go.")
-    model: str = Field(description="Run folder, checkpoint folder, exported folder or hub name.")
+    output_dir: StoredPath = Field("runs/scores", description="Where score folders go.")
+    model: RealPath = Field(description="Run folder, checkpoint folder, exported folder or hub name.")
     seen_languages: list[str] | None = Field(
         None, description="Languages that training saw, to tell seen from unseen (default: what the run recorded)."
     )
@@ -199,13 +200,13 @@ HF_ENGINE_FIELDS = ("cpus_per_replica", "dtype", "max_model_len", "trust_remote_
 class UtilityConfig(Section):
     """One run of lm-evaluation-harness: what the model still knows."""
 
-    model: str = Field(description="Run folder, checkpoint folder, exported folder or hub name.")
+    model: RealPath = Field(description="Run folder, checkpoint folder, exported folder or hub name.")
     tasks: Annotated[list[str], Field(min_length=1)] = Field(
         description="Tasks or groups of lm-evaluation-harness, e.g. mmlu, mmmlu_sw_ke."
     )
-    include_path: str | None = Field(None, description="Folder with task files (YAML) of your own.")
-    scores: str | None = Field(None, description="Score folder of the same model; utility.json goes into it.")
-    output_dir: str = Field("runs/utility", description="Where a folder is made if `scores` is not given.")
+    include_path: RealPath | None = Field(None, description="Folder with task files (YAML) of your own.")
+    scores: RealPath | None = Field(None, description="Score folder of the same model; utility.json goes into it.")
+    output_dir: RealPath = Field("runs/utility", description="Where a folder is made if `scores` is not given.")
     limit: PositiveInt | None = Field(None, description="At most this many questions per task; for a first look only.")
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Worked examples before each question (default: the task's own)."

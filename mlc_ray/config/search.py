@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mlc_ray.config.base import Fraction, PositiveInt, RunName, Section
+from mlc_ray.config.paths import RealPath
 from mlc_ray.config.score import ScoringSection
 from mlc_ray.config.train import TrainConfig
 
@@ -91,9 +92,11 @@ class SearchConfig(Section):
     """A search: many runs that differ in a few fields, each scored by engines that stay warm."""
 
     name: RunName = Field(description="Folder name of the search.")
-    output_dir: str = Field("runs", description="Where search folders go; on a cluster, a path that all nodes share.")
+    output_dir: RealPath = Field(
+        "runs", description="Where search folders go; on a cluster, a path that all nodes share."
+    )
     seed: Annotated[int, Field(ge=0, le=2**31)] = Field(42, description="Seed of the sampler; runs keep their own.")
-    train: str = Field(description="Config file of the runs.")
+    train: RealPath = Field(description="Config file of the runs.")
     set: list[str] = Field([], description="Overrides of that file, section.field=value, the same for all trials.")
     space: Annotated[dict[str, ParameterSection], Field(min_length=1)] = Field(
         description="Fields of a run that vary, by their dotted names, e.g. mlc.layer."

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mlc_ray.config.base import Fraction, PositiveFloat, PositiveInt, RunName, Section
+from mlc_ray.config.paths import RealPath
 
 BundleFormat = Literal[
     "auto", "mlc", "table", "preference", "sft", "multijail", "xsafety", "aya", "m-alert", "polyguard", "rtp-lx",
@@ -17,7 +18,7 @@ BundleFormat = Literal[
 class ModelSection(Section):
     """The policy to align."""
 
-    path: str = Field(description="Local folder or hub name of a Hugging Face causal language model.")
+    path: RealPath = Field(description="Local folder or hub name of a Hugging Face causal language model.")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of weights and activations.")
     attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = Field(
         "packed",
@@ -42,7 +43,9 @@ class LoraSection(Section):
 class SourceSection(Section):
     """One source of bundles."""
 
-    path: str = Field(description="File, folder, hub name, or `sample:train` / `sample:test` for the shipped data.")
+    path: RealPath = Field(
+        description="File, folder, hub name, or `sample:train` / `sample:test` for the shipped data."
+    )
     format: BundleFormat = Field("auto", description="File format; `auto` looks at the suffix and the first row.")
     kind: Literal["harmful", "benign"] | None = Field(
         None, description="Kind of every bundle, for formats that do not record it (default there: harmful)."
@@ -290,7 +293,7 @@ class TrainConfig(Section):
     """One training run."""
 
     name: RunName = Field(description="Folder name of the run.")
-    output_dir: str = Field("runs", description="Where run folders go; on a cluster, a path that all nodes share.")
+    output_dir: RealPath = Field("runs", description="Where run folders go; on a cluster, a path that all nodes share.")
     seed: int = Field(42, description="Seed of data order, extractor initialisation and dropout.")
     reference: Literal["cached", "online"] = Field(
         "cached",

@@ -25,7 +25,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, check_lengths
 from mlc_ray.judges.base import check_coverage
 from mlc_ray.judges.registry import JudgeFacts, check_ready, judge_facts, judge_identity
-from mlc_ray.runs import resolve_model, training_languages
+from mlc_ray.runs import output_folder, resolve_model, training_languages
 from mlc_ray.score.console import heatmap, score_table, show
 from mlc_ray.score.phases import Benchmark, Phase, prompts_of, read_benchmarks, run_phase, slug
 from mlc_ray.score.results import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE, ScoreResult, count, records_of, save_scores
@@ -305,7 +305,7 @@ def _connect(config: ScoreConfig, *, answering: bool, judging: bool) -> Device:
 
 
 def _output_folder(config: ScoreConfig) -> Path:
-    return Path(config.output_dir).expanduser().absolute()
+    return output_folder(config.output_dir)
 
 
 def _claim_folder(folder: Path) -> Path:

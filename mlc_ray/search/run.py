@@ -29,7 +29,7 @@ from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.registry import check_ready
-from mlc_ray.runs import resolve_model
+from mlc_ray.runs import output_folder, resolve_model
 from mlc_ray.score.phases import prompts_of, read_benchmarks
 from mlc_ray.score.pool import pool_parts, start_pool
 from mlc_ray.score.run import prompts_fingerprint
@@ -72,7 +72,7 @@ def search(config: SearchConfig) -> SearchResult:
     `SearchError` for a folder that is there already, or if no trial got a score.
     """
     space = make_space(config)
-    folder = (Path(config.output_dir).expanduser() / config.name).resolve()
+    folder = (output_folder(config.output_dir) / config.name).resolve()
     if (folder / CONFIG_FILE).exists():
         raise SearchError(
             f"search folder {str(folder)!r} exists already: choose another name, remove it, or go on with "

@@ -30,6 +30,7 @@ from mlc_ray.data.prepare import TokenArtifact, prepare_token_rows, stream_batch
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
+from mlc_ray.runs import output_folder
 from mlc_ray.storage import absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
 from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from mlc_ray.train.console import RunDisplay
@@ -180,7 +181,7 @@ def _run_folder(config: TrainConfig, resume: Path | None) -> Path:
         if not (folder / CONFIG_FILE).is_file():
             raise RunError(f"--resume {str(resume)!r}: not a run folder, it has no {CONFIG_FILE}")
         return folder
-    folder = (Path(config.output_dir).expanduser() / config.name).resolve()
+    folder = (output_folder(config.output_dir) / config.name).resolve()
     if (folder / CONFIG_FILE).exists():
         raise _exists_already(folder)
     return folder

@@ -23,7 +23,7 @@ from typing import Any
 from mlc_ray.config import UtilityConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, engine_environment
-from mlc_ray.runs import longest_context, resolve_model
+from mlc_ray.runs import longest_context, output_folder, resolve_model
 from mlc_ray.score.results import SCORES_FILE
 from mlc_ray.storage import fingerprint_model, library_versions
 from mlc_ray.utility.file import UTILITY_FILE, Utility, UtilityRow, load_utility, save_utility
@@ -189,7 +189,7 @@ def _folder(config: UtilityConfig, fingerprint: str) -> Path:
     """The score folder, once it is sure that it is of this model; or a new one."""
     if config.scores is None:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name).strip("-.") or "utility"
-        folder = Path(config.output_dir).expanduser().absolute() / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = output_folder(config.output_dir) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
     folder = Path(config.scores).expanduser().absolute()

@@ -1,0 +1,63 @@
+"""Paths in settings are text: a URL such as `s3://bucket/runs` must never become the folder `./s3:`.
+
+`RealPath` is a file or folder that any program can open, or a hub name; `StoredPath` also a URL of some storage.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from mlc_ray._registry import UnknownComponentError, resolve
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `s3:/b` too: what pathlib makes of s3://b
+
+
+def scheme_of(path: str) -> str | None:
+    """The scheme of a URL (`s3` of `s3://bucket/runs`); None for a plain path, a hub name or `sample:train`."""
+    found = _URL.match(path)
+    return found[1].lower() if found else None
+
+
+def real_path(path: str) -> str:
+    """`path`, if it is no URL.
+
+    Raises:
+        ValueError: it is one; the message says what to give instead.
+    """
+    scheme = scheme_of(path)
+    if scheme is None:
+        return path
+    if scheme == "file":
+        raise ValueError("write a plain path, without file://")
+    if scheme in ("hf", "http", "https"):
+        raise ValueError(
+            f"nothing is downloaded from {scheme}://; give a local path, or the name of a model or data set on the "
+            "hub alone, e.g. owner/name"
+        )
+    raise ValueError(
+        f"{scheme}:// cannot be opened here; give a path on storage that all nodes share, e.g. /shared/runs (a bucket "
+        "that is mounted on every node has one)"
+    )
+
+
+def stored_path(path: str) -> str:
+    """`path`, if it is no URL, or one whose scheme a registered storage serves.
+
+    Raises:
+        ValueError: no storage is registered for its scheme; the message says what to give instead.
+    """
+    scheme = scheme_of(path)
+    if scheme in (None, "file"):
+        return real_path(path)
+    try:
+        resolve("storage", str(scheme))
+    except UnknownComponentError:
+        return real_path(path)
+    return path
+
+
+RealPath = Annotated[str, AfterValidator(real_path)]
+StoredPath = Annotated[str, AfterValidator(stored_path)]

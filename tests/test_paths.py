@@ -1,0 +1,150 @@
+"""URLs are no folders: `s3://...` in a setting or on the command line is refused, and so is a lost `output_dir`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlc_ray.cli import main
+from mlc_ray.config import ConfigError, ScoreConfig, SearchConfig, TrainConfig, UtilityConfig, parse_config
+from mlc_ray.config.paths import real_path, scheme_of
+from mlc_ray.runs import ModelPathError, OutputFolderError, output_folder, resolve_model
+from mlc_ray.score.run import score
+from mlc_ray.train.run import train
+
+URL = "s3://bucket/runs"
+TRAIN = {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "d.jsonl"}]}}
+SCORE = {"model": "m", "benchmarks": [{"path": "b.csv"}]}
+SEARCH = {
+    "name": "s", "train": "t.yaml", "trials": 1, "space": {"mlc.layer": {"choice": [1]}},
+    "scoring": {"benchmarks": [{"path": "b.csv"}]},
+}  # fmt: skip
+ENDPOINT = {"base_url": "https://api.openai.com/v1", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "raw", "field"),
+    [
+        (TrainConfig, {**TRAIN, "output_dir": URL}, "output_dir"),
+        (TrainConfig, {**TRAIN, "model": {"path": URL}}, "model.path"),
+        (TrainConfig, {**TRAIN, "data": {"train": [{"path": URL}]}}, "data.train.0.path"),
+        (ScoreConfig, {**SCORE, "output_dir": URL}, "output_dir"),
+        (ScoreConfig, {**SCORE, "model": URL}, "model"),
+        (ScoreConfig, {**SCORE, "benchmarks": [{"path": URL}]}, "benchmarks.0.path"),
+        (ScoreConfig, {**SCORE, "judge": {"name": "qwen3guard", "model": URL}}, "judge.model"),
+        (ScoreConfig, {**SCORE, "judge": {"translate": {"model": URL}}}, "judge.translate.model"),
+        (
+            ScoreConfig,
+            {**SCORE, "judge": {"name": "endpoint", "endpoint": {**ENDPOINT, "cache_dir": URL}}},
+            "judge.endpoint.cache_dir",
+        ),
+        (SearchConfig, {**SEARCH, "output_dir": URL}, "output_dir"),
+        (SearchConfig, {**SEARCH, "train": URL}, "train"),
+        (UtilityConfig, {"model": "m", "tasks": ["mmlu"], "output_dir": URL}, "output_dir"),
+        (UtilityConfig, {"model": "m", "tasks": ["mmlu"], "scores": URL}, "scores"),
+        (UtilityConfig, {"model": "m", "tasks": ["mmlu"], "include_path": URL}, "include_path"),
+    ],
+)
+def test_a_url_in_a_setting_is_refused(schema: type[Any], raw: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{field}='s3://bucket/runs': s3:// .*all nodes share"):
+        parse_config(schema, raw)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--resume", URL],
+        ["train", "--config", URL],
+        ["export", URL, "out"],
+        ["export", "run", URL],
+        ["report", URL],
+        ["report", "runs", "--out", URL],
+        ["report", "runs", "--paper", URL],
+        ["judge", URL],
+        ["search", "--resume", URL],
+        ["probe", "m", "--bundles", "sample:train", "--out", URL],
+    ],
+    ids=" ".join,
+)
+def test_a_url_on_the_command_line_is_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{URL!r}: s3://" in said
+    assert "all nodes share" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", URL, "--benchmark", "sample:test"],
+        ["score", "m", "--benchmark", f"{URL},kind=benign"],
+        ["score", "m", "--benchmark", "sample:test", "--output-dir", URL],
+        ["utility", "m", "--tasks", "mmlu", "--scores", URL],
+        ["probe", URL, "--bundles", "sample:train"],
+        ["probe", "m", "--bundles", URL],
+    ],
+    ids=" ".join,
+)
+def test_a_url_that_is_a_setting_is_refused_on_the_command_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"{URL!r}: s3://" in said
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["runs", "/abs/runs", "~/runs", "sample:train", "owner/name", "owner/name@config:split", "csv,kind=benign", "a: b"],
+)
+def test_paths_hub_names_and_samples_are_no_urls(path: str) -> None:
+    assert scheme_of(path) is None
+    assert real_path(path) == path
+
+
+@pytest.mark.parametrize(
+    ("url", "fix"),
+    [
+        ("s3:/bucket", "all nodes share"),  # what pathlib makes of it
+        ("gs://b", "all nodes share"),
+        ("file:///tmp/x", "without file://"),
+        ("hf://owner/name", "owner/name"),
+        ("https://huggingface.co/owner/name", "hub alone"),
+    ],
+)
+def test_each_url_is_told_what_to_use(url: str, fix: str) -> None:
+    with pytest.raises(ValueError, match=fix):
+        real_path(url)
+
+
+def test_functions_refuse_urls_as_settings_do() -> None:
+    with pytest.raises(OutputFolderError, match=r"output_dir='s3:/bucket'.*all nodes share"):
+        output_folder(Path("s3://bucket"))
+    with pytest.raises(ModelPathError, match=r"model='s3://bucket/runs': s3://.*all nodes share"):
+        resolve_model(URL)
+
+
+def test_a_relative_folder_is_refused_inside_a_ray_job(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, small_llama: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert output_folder("runs") == tmp_path / "runs"
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert output_folder(tmp_path / "runs") == tmp_path / "runs"
+    assert output_folder("~/runs") == Path.home() / "runs"
+    refused = r"output_dir='runs.*' is relative, but this is a Ray job.*/shared/runs"
+    with pytest.raises(OutputFolderError, match=refused):
+        output_folder("runs")
+    with pytest.raises(OutputFolderError, match=refused):
+        train(parse_config(TrainConfig, {**TRAIN, "model": {"path": str(small_llama)}}))
+    with pytest.raises(OutputFolderError, match=refused):
+        score(parse_config(ScoreConfig, {**SCORE, "model": str(small_llama), "engine": {"max_model_len": 512}}))
+    assert list(tmp_path.iterdir()) == []
