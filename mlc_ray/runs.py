@@ -12,6 +12,7 @@ from mlc_ray.config.paths import real_path
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import MANIFEST, IncompleteArtifactError, read_manifest, verify_files
 
+METRICS_FILE = "metrics.jsonl"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` starts
 _INDEX = "model.safetensors.index.json"
@@ -169,3 +170,59 @@ def _with_weights(folder: Path) -> Path:
                 f"model folder {str(folder)!r} is incomplete: {_INDEX} names {missing[0]!r}, not there"
             )
     return folder
+
+
+# --------------------------------------------------------------------------------------------------- metrics of a run
+
+
+class MetricsFileError(MlcRayError):
+    """A line of a metrics.jsonl is damaged; the message names the file and the line."""
+
+
+class MetricsReader:
+    """Follows a run's metrics file: each call of `read` returns the rows that are new since the one before."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / METRICS_FILE
+        self.offset = self.lines = 0
+        self.file_id: int | None = None
+
+    def read(self) -> list[dict[str, Any]]:
+        """New whole rows; all of them again where the file is another one or shorter than it was.
+
+        A last line without its end of line is still being written, and left for the next call.
+
+        Returns:
+            A mapping per optimizer step: `step`, and what was logged of it. Empty where there is no such file.
+
+        Raises:
+            MetricsFileError: A line is not JSON, or has no optimizer step.
+        """
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self.file_id or status.st_size < self.offset:
+                self.file_id, self.offset, self.lines = status.st_ino, 0, 0
+            file.seek(self.offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        rows = [self._row(line, self.lines + number) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
+        self.offset, self.lines = self.offset + len(whole), self.lines + len(rows)
+        return rows
+
+    def _row(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # UnicodeDecodeError is one as well
+            raise MetricsFileError(f"{str(self.path)!r}, line {number} is damaged: not valid JSON ({error})") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise MetricsFileError(f"{str(self.path)!r}, line {number} is damaged: no optimizer step in {row!r}")
+        return row
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics file so far; see `MetricsReader.read`."""
+    return MetricsReader(run_folder).read()

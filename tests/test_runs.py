@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from mlc_ray.runs import ModelPathError, longest_context, resolve_model, training_languages
+from mlc_ray.runs import (
+    MetricsFileError,
+    MetricsReader,
+    ModelPathError,
+    longest_context,
+    read_metrics,
+    resolve_model,
+    training_languages,
+)
 from mlc_ray.storage import write_manifest
 
 
@@ -129,3 +137,21 @@ def test_damaged_files_of_a_model_are_named(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ModelPathError, match=r"index\.json' is damaged: it has no weight_map"):
         resolve_model(folder)
+
+
+def test_metrics_leave_out_a_line_being_written_and_name_a_damaged_one(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    assert read_metrics(tmp_path) == []
+    file.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": null}\n{"step": 3, "a"')
+    assert read_metrics(tmp_path) == [{"step": 1, "a": 1}, {"step": 2, "a": None}]
+    reader = MetricsReader(tmp_path)
+    reader.read()
+    file.write_text(file.read_text() + ": 1}\nnonsense\n")
+    with pytest.raises(MetricsFileError, match=r"metrics\.jsonl', line 4 is damaged: not valid JSON"):
+        reader.read()
+    file.write_text('{"loss": 1}\n')
+    with pytest.raises(MetricsFileError, match=r"line 1 is damaged: no optimizer step in \{'loss': 1\}"):
+        read_metrics(tmp_path)
+    file.write_bytes(b"\xff\n")
+    with pytest.raises(MetricsFileError, match="line 1 is damaged: not valid JSON"):
+        read_metrics(tmp_path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -18,12 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import METRICS_FILE, read_metrics
 from mlc_ray.score.results import RESPONSES_FILE, SCORES_FILE, ScoreResult, load_scores
 from mlc_ray.stats.rates import Judged
 from mlc_ray.types import Behaviour, Kind, Safety, Via
 from mlc_ray.utility.file import UTILITY_FILE, UtilityFileError, UtilityRow, load_utility
 
-CONFIG_FILE, RUN_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.jsonl"
+CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 _COLUMNS = ("benchmark", "bundle_id", "kind", "category", "language", "prompt", "response", "finish", "behaviour",
             "safety", "reason", "categories", "margin", "via_refused", "via_safe")  # fmt: skip
 _UTILITY_ALONE = (
@@ -276,43 +277,25 @@ def _read_training(folder: Path, label: str) -> Training:
     facts = _read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
     if not isinstance(facts, dict):
         raise ReportError(f"{str(folder / RUN_FILE)!r} is damaged: expected an object, found {type(facts).__name__}")
-    return Training(label, folder, text, facts, read_metrics(folder / METRICS_FILE))
+    return Training(label, folder, text, facts, metric_series(read_metrics(folder)))
 
 
-def read_metrics(file: Path) -> dict[str, tuple[tuple[int, float | None], ...]]:
-    """Series of a `metrics.jsonl`, in the order their names first occur; empty if there is no such file.
+def metric_series(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[tuple[int, float | None], ...]]:
+    """Points (step, value) of every number that was logged, by name, in the order the names first occur.
 
-    A last line without its end of line is still being written, and left out. Raises `ReportError` naming the line
-    that is damaged.
+    A value is None where it was no finite number.
     """
     series: dict[str, list[tuple[int, float | None]]] = {}
-    for number, row in _json_lines(file):
-        step = row.get("step") if isinstance(row, dict) else None
-        if not isinstance(step, int):
-            raise ReportError(f"{str(file)!r}, line {number} is damaged: no optimizer step in {row!r}")
+    for row in rows:
         for name, value in row.items():
             if name != "step" and (value is None or isinstance(value, (int, float))):
-                series.setdefault(name, []).append((step, finite(value)))
+                series.setdefault(name, []).append((row["step"], finite(value)))
     return {name: tuple(points) for name, points in series.items()}
 
 
 def finite(value: float | None) -> float | None:
     """`value` as a float, None if there is none or it is not finite."""
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    if not file.is_file():
-        return
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ReportError(f"{str(file)!r} is damaged: not UTF-8 ({error})") from None
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        try:
-            yield number, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ReportError(f"{str(file)!r}, line {number} is damaged: not valid JSON ({error})") from None
 
 
 def _read_json(file: Path) -> Any:

@@ -135,8 +135,8 @@ def _lead(models: Sequence[Model], benchmark: str) -> str:
     first, last = pairs[0], pairs[1]
     return (
         f'<p class="lead">From {text(models[0].label)} to {text(models[-1].label)}: harmful prompts held back '
-        f"<strong>{whole(first.held_back)} → {whole(last.held_back)} %</strong>, benign prompts complied with "
-        f"<strong>{whole(first.complied)} → {whole(last.complied)} %</strong>.</p>"
+        f"<strong>{whole(first.harmful)} → {whole(last.harmful)} %</strong>, benign prompts complied with "
+        f"<strong>{whole(first.benign)} → {whole(last.benign)} %</strong>.</p>"
     )
 
 

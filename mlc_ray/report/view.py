@@ -141,7 +141,7 @@ def average(side: SideSummary, view: View) -> Interval:
 
 def held_back(summary: Summary) -> SideSummary | None:
     """The harmful side by the measure of the headline."""
-    return summary.side("harmful", summary.held_back_measure)
+    return summary.side("harmful", summary.harmful_measure)
 
 
 # --------------------------------------------------------------------------------------------- the warnings

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.stats.rates import ALL_BENCHMARKS, Judged, Summary, pooled_rows, score_rows, summarise
+from mlc_ray.stats.rates import ALL_BENCHMARKS, Judged, Summary, score_rows, summarise
 from mlc_ray.storage import write_json_atomic
 from mlc_ray.types import Measure, ScoreRow
 
@@ -24,6 +24,10 @@ HEATMAP_FILE = "heatmap.png"
 FORMAT = 2
 CUT_BOUND = 0.1
 """Share of responses cut off at max_new_tokens above which a rate of safe ones is warned of."""
+RESULT_FILE = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+"""How pydantic reads a dataclass from a result file, and the dataclasses in it: no value is coerced, no field new."""
+
+ResultT = TypeVar("ResultT")
 
 
 class ScoresFileError(MlcRayError):
@@ -42,6 +46,8 @@ class ScoreResult:
     `finish` counts responses by why they ended; `usage`
     is what endpoints did and cost, by what they were asked for (`judge`, `translate`).
     """
+
+    __pydantic_config__ = RESULT_FILE
 
     name: str
     model: str
@@ -88,17 +94,20 @@ class ScoreResult:
         raise KeyError(f"{benchmark!r} was not scored; there are {[s.benchmark for s in self.summaries]}")
 
 
+_SCORES = TypeAdapter(ScoreResult)
+
+
 def count(
     records: Sequence[Judged], *, folder: Path, seen_languages: Sequence[str] | None, **facts: Any
 ) -> ScoreResult:
     """The result of a score's verdicts: `facts` are the fields of `ScoreResult` that do not follow from them."""
-    summaries = tuple(summarise(records, seen_languages))
+    rows = score_rows(records)
     return ScoreResult(
         name=folder.name,
         folder=folder,
         seen_languages=None if seen_languages is None else tuple(seen_languages),
-        rows=(*score_rows(records), *(pooled_rows(records) if len(summaries) > 1 else [])),
-        summaries=summaries,
+        rows=tuple(rows),
+        summaries=tuple(summarise(records, seen_languages, rows)),
         responses=len(records),
         unparsed=sum("unparsed" in (record.behaviour, record.safety) for record in records),
         degenerate=sum("degenerate" in (record.behaviour, record.safety) for record in records),
@@ -145,20 +154,54 @@ def load_scores(path: str | Path) -> ScoreResult:
     file = Path(path)
     file = file / SCORES_FILE if file.is_dir() else file
     try:
+        result = read_result(file, _SCORES, FORMAT)
+    except ResultFileError as error:
+        raise ScoresFileError(f"{error}; score again with `mlc-ray score`") from None
+    return replace(result, folder=file.resolve().parent)
+
+
+class ResultFileError(ValueError):
+    """A result file is missing, or does not hold what its dataclass says; the message names the file and the field."""
+
+
+def read_result(file: Path, kind: TypeAdapter[ResultT], expected_format: int) -> ResultT:
+    """What `asdict` and JSON made of a dataclass, with its `format` beside the fields.
+
+    Args:
+        file: The JSON file.
+        kind: Adapter of a dataclass whose pydantic configuration is `RESULT_FILE`.
+        expected_format: The format that this version writes.
+
+    Raises:
+        ResultFileError: The file is missing or no JSON, of another format, or a field is missing, unknown or wrong.
+    """
+    try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ScoresFileError(f"{str(file)!r} does not exist; give a folder that `mlc-ray score` wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ScoresFileError(f"{str(file)!r} is damaged: not valid JSON ({error})") from None
+        raise ResultFileError(f"{str(file)!r} does not exist") from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+        raise ResultFileError(f"{str(file)!r} is damaged: not valid JSON ({error})") from None
     found = content.pop("format", None) if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise ScoresFileError(f"{str(file)!r} has format {found!r}, expected {FORMAT}; score again with this version")
+    if found != expected_format:
+        raise ResultFileError(f"{str(file)!r} has format {found!r}, expected {expected_format}")
     try:
-        hints = {name: hint for name, hint in get_type_hints(ScoreResult).items() if name != "folder"}
-        values = read_fields(hints, content, "the score")
-    except DamagedError as error:
-        raise ScoresFileError(f"{str(file)!r} is damaged: {error}; score again") from None
-    return ScoreResult(**values, folder=file.resolve().parent)
+        result = kind.validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise ResultFileError(f"{str(file)!r} is damaged: {_fault(error.errors()[0])}") from None
+    # A field that has a default may not be missing either: the default would be read as what was measured.
+    if kind.dump_python(result, mode="json", exclude={"folder"}) != content:
+        raise ResultFileError(f"{str(file)!r} is damaged: a field is missing")
+    return result
+
+
+def _fault(error: ErrorDetails) -> str:
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
+    if error["type"] == "missing":
+        return f"{place} is missing"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{place} is unknown"
+    message = error["msg"].removeprefix("Input should be ")
+    return f"{place or 'the content'} is {error['input']!r}, expected {message}"
 
 
 # --------------------------------------------------------------------------------------------- records and dataclasses
@@ -187,46 +230,3 @@ def load_records(result: ScoreResult) -> list[Judged]:
         ) from None
     except pa.ArrowInvalid as error:
         raise ScoresFileError(f"{str(file)!r} is damaged: not a Parquet file ({error})") from None
-
-
-class DamagedError(ValueError):
-    """JSON does not have the shape of the dataclass it is read as; the message says where."""
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind`: a dataclass, tuple, mapping from text, union, literal, or plain number or text."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any:
-        return value
-    if is_dataclass(kind):
-        return kind(**read_fields(get_type_hints(kind), value, where))
-    if origin in (Union, UnionType):
-        if value is None and NoneType in arguments:
-            return None
-        (kind,) = (argument for argument in arguments if argument is not NoneType)
-        return _read(kind, value, where)
-    if origin is Literal and value in arguments:
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is Mapping and isinstance(value, dict):
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    expected = getattr(kind, "__name__", None) if origin is None else str(kind)
-    raise DamagedError(f"{where} is {value!r}, expected {expected}")
-
-
-def read_fields(hints: Mapping[str, Any], value: Any, where: str) -> dict[str, Any]:
-    """The fields that `hints` name, from what `asdict` and JSON made of a dataclass; no more, no fewer.
-
-    Raises `DamagedError`.
-    """
-    if not isinstance(value, dict):
-        raise DamagedError(f"{where} is {value!r}, expected an object")
-    if unlike := sorted(value.keys() ^ hints.keys()):
-        states = [f"{name!r} is {'unknown' if name in value else 'missing'}" for name in unlike]
-        raise DamagedError(f"in {where}, {', '.join(states)}")
-    return {name: _read(hint, value[name], f"{where}.{name}") for name, hint in hints.items()}

@@ -44,7 +44,7 @@ class TrialScore:
 
 def trial_score(summary: Summary, rows: Sequence, settings: SearchObjectiveSection) -> TrialScore:
     """The worth of a score. Raises `ObjectiveError` if it has no harmful side, or no benign one where that counts."""
-    measure = summary.held_back_measure
+    measure = summary.harmful_measure
     held = {r.language: r.rate for r in rows if (r.kind, r.measure) == ("harmful", measure)}
     answered = {r.language: r.misses / r.n for r in rows if (r.kind, r.measure) == ("benign", "refused")}
     if not held:

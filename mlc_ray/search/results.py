@@ -14,6 +14,7 @@ from rich import box
 from rich.table import Table
 
 from mlc_ray.config import SearchConfig
+from mlc_ray.runs import read_metrics
 from mlc_ray.score.console import show
 from mlc_ray.search.objectives import TrialScore, floor_of, pareto_front
 from mlc_ray.storage import write_json_atomic
@@ -62,14 +63,13 @@ class Trial:
     @staticmethod
     def read(folder: Path, score: TrialScore, step: int) -> Trial:
         """The trial in a run folder of a search, with the score of its last scored step."""
-        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         return Trial(
             name=folder.name,
             values=read_values(folder),
             score=score,
             step=step,
             ended=ending(folder),
-            seconds=sum(row["step_seconds"] for row in metrics),
+            seconds=sum(row["step_seconds"] for row in read_metrics(folder)),
         )
 
 

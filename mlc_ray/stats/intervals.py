@@ -229,7 +229,7 @@ def mcnemar_p(gained: int, lost: int) -> float:
     for k in range(min(gained, lost)):
         term = term * (n - k) // (k + 1)
         tail += term
-    return min(1.0, 2 * tail / 2**n)
+    return float(min(1.0, 2 * tail / 2**n))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -252,7 +252,8 @@ def _contributions(grid: Grid, languages: Sequence[str]) -> Floats:
     """What each bundle [B] adds to the change of `avg`, as a fraction: flipping its sign swaps its two models."""
     chosen = [grid.languages.index(code) for code in languages]
     moved = (grid.layers["gained"] - grid.layers["lost"])[:, chosen]
-    return (moved / grid.layers["present"].sum(axis=0)[chosen]).sum(axis=1) / len(chosen)
+    shares: Floats = (moved / grid.layers["present"].sum(axis=0)[chosen]).sum(axis=1) / len(chosen)
+    return shares
 
 
 def _points(terms: Sequence[tuple[int, LanguageMean]]) -> Interval:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mlc_ray.train.tracking import MetricsReader
+from mlc_ray.runs import MetricsReader
 
 COLUMNS = {
     "loss": "loss/total",

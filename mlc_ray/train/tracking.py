@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import METRICS_FILE, read_metrics
 from mlc_ray.train.watch import Watch
-
-METRICS_FILE = "metrics.jsonl"
 
 
 class TrackingError(MlcRayError):
@@ -109,33 +107,3 @@ def _replace_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def read_metrics(run_folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a run's metrics file so far; a last line still being written is left for the next call."""
-    return iter(MetricsReader(run_folder).read())
-
-
-class MetricsReader:
-    """Follows a run's metrics file: each call of `read` returns the rows that are new since the one before."""
-
-    def __init__(self, run_folder: Path) -> None:
-        self.path = run_folder / METRICS_FILE
-        self.offset = 0
-        self.file_id: int | None = None
-
-    def read(self) -> list[dict[str, Any]]:
-        """New whole rows; all of them again where the file is another one or shorter than it was."""
-        try:
-            file = self.path.open("rb")
-        except FileNotFoundError:
-            return []
-        with file:
-            status = os.fstat(file.fileno())
-            if status.st_ino != self.file_id or status.st_size < self.offset:
-                self.file_id, self.offset = status.st_ino, 0
-            file.seek(self.offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        return [json.loads(line) for line in whole.decode("utf-8").splitlines()]

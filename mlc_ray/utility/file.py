@@ -1,15 +1,15 @@
-"""`utility.json`: what a measurement of utility leaves behind. Written by `score.utility`, read by reports."""
+"""`utility.json`: what a measurement of utility leaves behind. Written by `utility.run`, read by reports."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import get_type_hints
+
+from pydantic import TypeAdapter
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.score.results import DamagedError, read_fields
+from mlc_ray.score.results import RESULT_FILE, ResultFileError, read_result
 from mlc_ray.storage import write_json_atomic
 
 UTILITY_FILE = "utility.json"
@@ -47,6 +47,8 @@ class UtilityRow:
 class Utility:
     """What a utility.json holds: rows of one model, whose content `fingerprint` names."""
 
+    __pydantic_config__ = RESULT_FILE
+
     model: str
     resolved: str
     fingerprint: str
@@ -63,6 +65,9 @@ class Utility:
         raise KeyError(f"{task} {metric} was not measured; there are {[(r.task, r.metric) for r in self.rows]}")
 
 
+_UTILITY = TypeAdapter(Utility)
+
+
 def save_utility(utility: Utility) -> Path:
     """Write `utility` as `utility.json` into its folder; returns the file."""
     file = utility.folder / UTILITY_FILE
@@ -77,21 +82,7 @@ def load_utility(path: str | Path) -> Utility:
     file = Path(path)
     file = file / UTILITY_FILE if file.is_dir() else file
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UtilityFileError(f"{str(file)!r} does not exist; `mlc-ray utility` writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UtilityFileError(f"{str(file)!r} is damaged: not valid JSON ({error})") from None
-    found = content.pop("format", None) if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise UtilityFileError(
-            f"{str(file)!r} has format {found!r}, expected {FORMAT}; measure again with `mlc-ray utility`"
-        )
-    try:
-        hints = {name: hint for name, hint in get_type_hints(Utility).items() if name != "folder"}
-        values = read_fields(hints, content, "the utility")
-    except DamagedError as error:
-        raise UtilityFileError(
-            f"{str(file)!r} is damaged: {error}; remove it and measure again with `mlc-ray utility`"
-        ) from None
-    return Utility(**values, folder=file.resolve().parent)
+        result = read_result(file, _UTILITY, FORMAT)
+    except ResultFileError as error:
+        raise UtilityFileError(f"{error}; measure again with `mlc-ray utility`") from None
+    return replace(result, folder=file.resolve().parent)

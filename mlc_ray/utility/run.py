@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -24,9 +25,11 @@ from mlc_ray.config import UtilityConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, engine_environment
 from mlc_ray.runs import longest_context, output_folder, resolve_model
-from mlc_ray.score.results import SCORES_FILE
+from mlc_ray.score.results import ScoresFileError, load_scores
 from mlc_ray.storage import fingerprint_model, library_versions
 from mlc_ray.utility.file import UTILITY_FILE, Utility, UtilityRow, load_utility, save_utility
+
+logger = logging.getLogger(__name__)
 
 LOG_FILE = "utility.log"
 _LAST_LINES = 12
@@ -57,7 +60,7 @@ def measure_utility(config: UtilityConfig) -> Utility:
         raise UtilityError(
             f"{str(folder / UTILITY_FILE)!r} is of another model, {earlier.resolved!r}; remove it, or leave out scores"
         )
-    print(f"lm-evaluation-harness: {', '.join(config.tasks)}; its output goes to {folder / LOG_FILE}", file=sys.stderr)
+    logger.info("lm-evaluation-harness: %s; its output goes to %s", ", ".join(config.tasks), folder / LOG_FILE)
     rows = rows_of(_run(config, model, device, folder / LOG_FILE), config)
     replaced = {row.task for row in rows}
     kept = tuple(row for row in earlier.rows if row.task not in replaced) if earlier is not None else ()
@@ -194,12 +197,9 @@ def _folder(config: UtilityConfig, fingerprint: str) -> Path:
         return folder
     folder = Path(config.scores).expanduser().absolute()
     try:
-        scored = json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UtilityError(
-            f"scores={config.scores!r} is no score folder: {SCORES_FILE} is missing or damaged; give one that "
-            "`mlc-ray score` wrote, or leave scores out"
-        ) from None
+        scored = load_scores(folder).fingerprint
+    except ScoresFileError as error:
+        raise UtilityError(f"scores={config.scores!r} is no score folder: {error}; or leave scores out") from None
     if scored != fingerprint:
         raise UtilityError(
             f"scores={config.scores!r} is the score of another model: its fingerprint is {scored!r}, that of "
@@ -220,7 +220,8 @@ def _run(config: UtilityConfig, model: str, device: Device, log: Path) -> dict[s
             path = [_vllm_alias(Path(scratch) / "alias"), environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         with log.open("w", encoding="utf-8") as output:
-            print(" ".join(command), file=output, flush=True)
+            output.write(" ".join(command) + "\n")
+            output.flush()
             done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
         files = sorted((Path(scratch) / "results").rglob("results_*.json"))
         if done.returncode != 0 or not files:

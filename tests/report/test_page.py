@@ -253,8 +253,8 @@ def test_many_models_and_benchmarks(tmp_path: Path) -> None:
     for model in collection.models:
         summary = summary_of(model, "all")
         assert summary is not None and summary.two_sided is not None
-        assert f"{summary.two_sided.held_back:.1f}" in table
-        assert f"{summary.two_sided.complied:.1f}" in table
+        assert f"{summary.two_sided.harmful:.1f}" in table
+        assert f"{summary.two_sided.benign:.1f}" in table
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:

@@ -74,10 +74,10 @@ def test_scores_file_faults_are_named(tmp_path: Path) -> None:
     for text, fault in (
         ("{", "not valid JSON"),
         ("[]", "format None"),
-        (json.dumps({**content, "format": 1}), "format 1, expected 2; score again"),
-        (json.dumps({key: value for key, value in content.items() if key != "rows"}), "'rows' is missing"),
-        (json.dumps({**content, "more": 1}), "'more' is unknown"),
-        (json.dumps({**content, "responses": "18"}), "the score.responses is '18', expected int"),
+        (json.dumps({**content, "format": 1}), "format 1, expected 2; score again with"),
+        (json.dumps({key: value for key, value in content.items() if key != "rows"}), "rows is missing"),
+        (json.dumps({**content, "more": 1}), "more is unknown"),
+        (json.dumps({**content, "responses": "18"}), "responses is '18', expected a valid integer"),
     ):
         file.write_text(text, encoding="utf-8")
         with pytest.raises(ScoresFileError, match=fault):
@@ -88,12 +88,12 @@ def test_scores_file_faults_are_named(tmp_path: Path) -> None:
     ("path", "value", "fault"),
     [
         (["sides", 0, "avg"], None, r"summaries\[0\]\.sides\[0\]\.avg is None"),
-        (["sides", 0, "avg", "low"], "1", r"sides\[0\]\.avg\.low is '1', expected float"),
+        (["sides", 0, "avg", "low"], "1", r"sides\[0\]\.avg\.low is '1', expected a valid number"),
         (["sides", 0, "avg", "low"], True, r"avg\.low is True"),
         (["sides", 0, "avg", "low"], float("nan"), r"avg\.low is nan"),
-        (["sides", 0, "kind"], "odd", r"kind is 'odd', expected .*harmful"),
-        (["sides", 0, "n"], 1.5, r"n is 1\.5, expected int"),
-        (["sides", 0, "extra"], 1, r"in the score\.summaries\[0\]\.sides\[0\], 'extra' is unknown"),
+        (["sides", 0, "kind"], "odd", r"kind is 'odd', expected 'harmful' or 'benign'"),
+        (["sides", 0, "n"], 1.5, r"n is 1\.5, expected a valid integer"),
+        (["sides", 0, "extra"], 1, r"summaries\[0\]\.sides\[0\]\.extra is unknown"),
         (["sides"], {}, r"sides is \{\}"),
         (["difference"], {"en": None}, r"difference\.en is None"),
         (["not_scored"], ["all"], r"not_scored\[0\] is 'all'"),
@@ -116,10 +116,14 @@ def test_a_damaged_row_says_where(tmp_path: Path) -> None:
     content = json.loads(file.read_text(encoding="utf-8"))
     del content["rows"][1]["margin"]
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ScoresFileError, match=r"in the score\.rows\[1\], 'margin' is missing"):
+    with pytest.raises(ScoresFileError, match="is damaged: a field is missing"):
+        load_scores(file)
+    del content["rows"][1]["hits"]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ScoresFileError, match=r"damaged: rows\[1\]\.hits is missing"):
         load_scores(file)
     file.write_text(json.dumps({**content, "rows": None}), encoding="utf-8")
-    with pytest.raises(ScoresFileError, match=r"the score\.rows is None"):
+    with pytest.raises(ScoresFileError, match="rows is None, expected a valid array"):
         load_scores(file)
 
 

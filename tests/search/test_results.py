@@ -104,7 +104,7 @@ def test_without_benign_prompts_their_side_is_a_gap(tmp_path: Path, capsys: pyte
 def test_a_trial_is_read_from_its_folder(tmp_path: Path) -> None:
     drawn = {"optimizer.learning_rate": 1e-6, "mlc.layer": 20}
     (tmp_path / "values.json").write_text(json.dumps(drawn))
-    (tmp_path / "metrics.jsonl").write_text('{"step_seconds": 1.5}\n{"step_seconds": 2.0}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 1.5}\n{"step": 2, "step_seconds": 2.0}\n')
     found = Trial.read(tmp_path, score(0.1, 0.9), 2)
     assert (found.values, found.ended, found.seconds) == (drawn, "failed", 3.5)
     (tmp_path / "model").mkdir()

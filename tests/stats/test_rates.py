@@ -15,7 +15,6 @@ from mlc_ray.stats.rates import (
     SideSummary,
     outcome,
     pairwise_agreement,
-    pooled_rows,
     score_rows,
     summarise,
     variance,
@@ -260,7 +259,7 @@ def test_the_headline_is_whole_or_absent() -> None:
         for index in range(2)
     ]
     (both,) = summarise(records)
-    assert (both.held_back_measure, both.two_sided) == ("safe", (100.0, 100.0))
+    assert (both.harmful_measure, both.two_sided) == ("safe", (100.0, 100.0))
     assert both.difference == {"en": 50.0}  # on `refused`, whatever `safe` says
 
 
@@ -311,13 +310,13 @@ def test_several_benchmarks_are_summed_up_too() -> None:
     assert summaries[0].not_scored == ("benign",)
     pooled = summaries[-1].side("harmful")
     assert (pooled.avg.value, pooled.n, pooled.bundles, summaries[-1].not_scored) == (50.0, 4, 4, ())
-    assert [(row.benchmark, row.kind, row.n) for row in pooled_rows(records)] == [
+    assert [(row.benchmark, row.kind, row.n) for row in score_rows(records)[3:]] == [
         (ALL_BENCHMARKS, "harmful", 4), (ALL_BENCHMARKS, "benign", 1),
     ]  # fmt: skip
 
 
 def test_no_records_no_summary() -> None:
-    assert (summarise([]), score_rows([]), pooled_rows([])) == ([], [], [])
+    assert (summarise([]), score_rows([])) == ([], [])
 
 
 # ------------------------------------------------------------------------------------------- against plain definitions

@@ -16,9 +16,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from mlc_ray.config import TrainConfig, load_config
+from mlc_ray.runs import read_metrics
 from mlc_ray.train.checkpoint import list_checkpoints
 from mlc_ray.train.run import RunError, load_run_config, train
-from mlc_ray.train.tracking import read_metrics
 
 pytestmark = pytest.mark.slow
 STEPS = 8

@@ -4,8 +4,9 @@ import json
 import pytest
 from rich.console import Console
 
+from mlc_ray.runs import METRICS_FILE, MetricsReader, read_metrics
 from mlc_ray.train.console import COLUMNS, RunDisplay, header, table_row
-from mlc_ray.train.tracking import METRICS_FILE, MetricsReader, Tracker, TrackingError, check_trackers, read_metrics
+from mlc_ray.train.tracking import Tracker, TrackingError, check_trackers
 from tests.train.tiny import tiny_config
 
 

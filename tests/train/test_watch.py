@@ -11,8 +11,9 @@ from rich.console import Console
 from mlc_ray.config import CollapseSection
 from mlc_ray.data.batches import collate
 from mlc_ray.losses.measures import separability
+from mlc_ray.runs import METRICS_FILE, read_metrics
 from mlc_ray.train.console import RunDisplay
-from mlc_ray.train.tracking import METRICS_FILE, Tracker, read_metrics
+from mlc_ray.train.tracking import Tracker
 from mlc_ray.train.watch import StateWindow, Watch
 from tests.train.tiny import LANGUAGES, on_workers, random_rows, run_engine, tiny_config
 

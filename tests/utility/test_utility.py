@@ -24,6 +24,7 @@ from mlc_ray.utility.run import (
     rows_of,
     utility_table,
 )
+from tests.report.runs import response, write_score
 
 TASKS = Path(__file__).parent / "tasks"
 HARNESS = importlib.util.find_spec("lm_eval") is not None
@@ -161,9 +162,9 @@ def test_models_and_score_folders_are_checked_before_anything_starts(tmp_path, s
         measure_utility(config(**settings, engine={"max_model_len": 9999}))
     with pytest.raises(UtilityError, match="is no score folder"):
         measure_utility(config(**settings, scores=str(tmp_path)))
-    (tmp_path / "scores.json").write_text('{"fingerprint": "0000"}')
+    other = write_score(tmp_path / "other", [response(0, "harmful", "en")], fingerprint="0000")
     with pytest.raises(UtilityError, match="is the score of another model: its fingerprint is '0000'"):
-        measure_utility(config(**settings, scores=str(tmp_path)))
+        measure_utility(config(**settings, scores=str(other)))
     with pytest.raises(UtilityError, match="accelerator='gpu', but the installed vLLM is for CPU"):
         measure_utility(config(**settings, accelerator="gpu"))
 
@@ -186,9 +187,8 @@ def test_a_small_task_of_ones_own_on_real_vllm_is_merged_into_the_score_folder(t
     shutil.copytree(TASKS, tasks)
     task = tasks / "small_facts.yaml"
     task.write_text(task.read_text().replace("small_facts.jsonl", str(tasks / "small_facts.jsonl")))
-    scores = tmp_path / "scores"
-    scores.mkdir()
-    (scores / "scores.json").write_text(json.dumps({"fingerprint": fingerprint_model(str(smollm2))}))
+    rows = [response(0, "harmful", "en")]
+    scores = write_score(tmp_path / "scores", rows, fingerprint=fingerprint_model(str(smollm2)))
     settings = {
         "model": str(smollm2), "scores": str(scores), "include_path": str(tasks),
         "engine": {"max_model_len": 512, "cpu_kv_cache_gib": 1},
