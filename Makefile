@@ -1,6 +1,7 @@
 # make quickstart    install, then align and score a real small model (README, "Quickstart")
 # make search-demo   install, then search layer and lambda of the same model (docs/search.md)
 # make test          install, then run every test; make test-fast leaves out the slow end-to-end ones
+# make test-avx2     the same as on a CPU without AVX-512: dtype auto is float32, and vLLM takes its AVX2 kernels
 # make lint          install, then ruff, mypy and the import rules
 # make docs          install, then build the documentation site into site/
 # make constraints   write constraints-cpu.txt from what is installed
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 export MLC_RAY_CACHE ?= $(CURDIR)/.cache
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help install quickstart search-demo test test-fast lint format docs constraints clean
+.PHONY: help install quickstart search-demo test test-fast test-avx2 lint format docs constraints clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -33,6 +34,9 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not slow"
+
+test-avx2: install
+	source tests/avx2/environment && $(BIN)/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .

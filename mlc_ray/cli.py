@@ -133,7 +133,9 @@ def build_parser() -> argparse.ArgumentParser:
     probe.add_argument("--languages", metavar="CODES", help="look at only these, e.g. en,ur,sw (default: all)")
     probe.add_argument("--limit", metavar="N", type=int, help="at most N bundles of each kind (default: 64)")
     probe.add_argument("--out", metavar="FOLDER", type=_path, help="where to write (default: runs/probes/MODEL)")
-    probe.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="type of the weights")
+    probe.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="type of the weights (default: auto)"
+    )
     probe.add_argument("--address", metavar="ADDRESS", default="auto", help="Ray address (default: auto)")
 
     export = add("export", commands.export_command, "Write a run's model as a plain Hugging Face folder.")

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar, cast
 
 import ray
 import ray.data
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mlc_ray import device
+from mlc_ray.config import EngineSection, ModelSection
 from mlc_ray.errors import MlcRayError
+
+logger = logging.getLogger(__name__)
 
 # Read by Ray when it is first used in this process and inherited by its workers; a user's own setting wins.
 DEFAULTS = {
@@ -34,7 +41,7 @@ def connect(address: str) -> None:
         os.environ.setdefault(name, value)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that its bars are off is our choice
-    options = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
+    options: dict[str, Any] = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
     try:
         if address == "local":
             ray.init(address="local", **options)
@@ -54,11 +61,78 @@ def connect(address: str) -> None:
             "down; try again, or raise RAY_raylet_start_wait_time_s"
         ) from None
     ray.data.DataContext.get_current().enable_progress_bars = False  # the console has a display of its own
+    if warning := unprotected(len(living_nodes()), os.environ):
+        logger.warning(warning)
+
+
+# --------------------------------------------------------------------------------------------- the type to compute in
+
+_ANSWER_SECONDS = 180  # the first worker process of a busy node takes its time
+
+
+S = TypeVar("S", ModelSection, EngineSection)
+
+
+def with_dtype(section: S, *, gpu: bool) -> S:
+    """`section` with `dtype: auto` replaced by what the cluster computes in natively; any other value stays.
+
+    Raises:
+        ClusterError: a node did not answer.
+    """
+    return section.model_copy(update={"dtype": native_dtype(gpu=gpu)}) if section.dtype == "auto" else section
+
+
+def native_dtype(*, gpu: bool) -> device.Dtype:
+    """What every node that may compute does natively: those with GPUs for `gpu`, else those with CPUs.
+
+    The driver may run on a head that has neither the GPU nor the CPU of the workers, so each node is asked by a task.
+
+    Raises:
+        ClusterError: a node did not answer.
+    """
+    kind = "GPU" if gpu else "CPU"
+    found = _natives(tuple(node["NodeID"] for node in living_nodes() if node["Resources"].get(kind, 0)), gpu=gpu)
+    node, native = min(found.items(), key=lambda item: item[1].dtype == "bfloat16")
+    logger.info("dtype: auto is %s (%s%s)", native.dtype, f"node {node[:8]}: " if len(found) > 1 else "", native.reason)
+    return native.dtype
+
+
+@cache
+def _natives(nodes: tuple[str, ...], *, gpu: bool) -> dict[str, device.Native]:
+    here = ray.get_runtime_context().get_node_id()
+    # Not in this process for a GPU: it would hold some of the GPU's memory from then on.
+    asked = [node for node in nodes if gpu or node != here]
+    # max_calls: a process that has looked at a GPU gives it back only by ending.
+    ask = ray.remote(num_cpus=0, max_calls=1)(cast(Any, device.native_dtype))
+    answers = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(gpu=gpu)
+               for node in asked]  # fmt: skip
+    try:
+        found = dict(zip(asked, ray.get(answers, timeout=_ANSWER_SECONDS), strict=True))
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
+        raise ClusterError(
+            f"a node of the cluster did not say in which type it computes ({str(error).strip().splitlines()[-1]}); run "
+            "`mlc-ray doctor`, or set dtype to bfloat16 or float32"
+        ) from None
+    return found if here in found or here not in nodes else {here: device.native_dtype(gpu=False), **found}
+
+
+# ------------------------------------------------------------------------------------------------------ what it holds
+
+
+def unprotected(nodes: int, environment: Mapping[str, str]) -> str | None:
+    """The warning that a cluster of several nodes runs whatever anybody sends it; None for one node, or with tokens."""
+    if nodes < 2 or environment.get("RAY_AUTH_MODE") == "token":
+        return None
+    return (
+        f"THIS CLUSTER OF {nodes} NODES IS JOINED WITHOUT RAY_AUTH_MODE=token: unless a network keeps others out, "
+        "anybody who reaches its ports can run code on it. Start every node, and submit, with RAY_AUTH_MODE=token and "
+        "RAY_AUTH_TOKEN_PATH (cluster/README.md)"
+    )
 
 
 def use_gpu(accelerator: str) -> bool:
     """Whether to run on GPUs: `auto` does if there are any. Raises `ClusterError` for `gpu` on a cluster without."""
-    gpus = ray.cluster_resources().get("GPU", 0)
+    gpus = cluster_resources().get("GPU", 0)
     if accelerator == "gpu" and not gpus:
         raise ClusterError("accelerator='gpu', but the Ray cluster has no GPU; set it to 'cpu' or 'auto'")
     return accelerator != "cpu" and gpus > 0
@@ -69,7 +143,7 @@ def check_capacity(what: str, *, workers: int, cpus_each: float, gpus_each: floa
 
     Some CPU must stay free for Ray Data, which feeds the workers.
     """
-    resources = ray.cluster_resources()
+    resources = cluster_resources()
     cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
     if workers * gpus_each > gpus:
         raise ClusterError(
@@ -82,9 +156,21 @@ def check_capacity(what: str, *, workers: int, cpus_each: float, gpus_each: floa
         )
 
 
+def cluster_resources() -> dict[str, float]:
+    """What the whole cluster has: CPU, GPU and whatever else Ray counts."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return resources
+
+
+def living_nodes() -> list[dict[str, Any]]:
+    """What Ray knows of each living node: NodeID, NodeManagerAddress, Resources and more; in the order of their ids."""
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return sorted((node for node in nodes if node["Alive"]), key=lambda node: str(node["NodeID"]))
+
+
 def node_resources() -> list[dict[str, float]]:
     """What each living node of the cluster has: CPU, GPU and whatever else Ray counts."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in living_nodes()]
 
 
 def fits(parts: Sequence[tuple[float, float]]) -> bool:

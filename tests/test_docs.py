@@ -68,7 +68,7 @@ def test_quoted_commands_parse(arguments: list[str], capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_quoted_make_targets_exist(document: str) -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
     for line in quoted(document):
         words = shlex.split(line, comments=True)
         if words[:1] == ["make"]:
@@ -95,7 +95,7 @@ def test_cluster_examples_are_yaml_and_quote_real_commands(file: Path) -> None:
 
 def test_every_make_target_is_phony() -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", makefile, re.MULTILINE))
     phony = re.search(r"^\.PHONY:(.*)$", makefile, re.MULTILINE)
     assert phony is not None
     assert targets == set(phony[1].split())

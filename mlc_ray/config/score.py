@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mlc_ray.config.base import LANGUAGE_TAG, Fraction, PositiveFloat, PositiveInt, RunName, Section
 from mlc_ray.config.paths import RealPath, StoredPath
-from mlc_ray.config.train import SourceSection
+from mlc_ray.config.train import DTYPE, SourceSection
 
 
 class EngineSection(Section):
@@ -18,7 +18,7 @@ class EngineSection(Section):
     replicas: PositiveInt = Field(1, description="Engines, each a Ray actor.")
     cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs reserved per engine.")
     tensor_parallel: PositiveInt = Field(1, description="GPUs per engine.")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Type of weights and activations.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description=DTYPE)
     max_model_len: PositiveInt = Field(2048, description="Longest prompt plus answer, in tokens.")
     gpu_memory_utilization: Fraction = Field(0.85, description="Share of each GPU's memory the engine may take.")
     cpu_kv_cache_gib: PositiveInt = Field(2, description="Key-value cache of an engine on CPU, in GiB.")

@@ -15,11 +15,17 @@ BundleFormat = Literal[
 ]  # fmt: skip
 
 
+DTYPE = (
+    "Type of weights and activations; `auto` is bfloat16 where all that may run it compute in it natively (GPUs from "
+    "Ampere, CPUs with avx512_bf16 or amx_bf16), else float32."
+)
+
+
 class ModelSection(Section):
     """The policy to align."""
 
     path: RealPath = Field(description="Local folder or hub name of a Hugging Face causal language model.")
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of weights and activations.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description=DTYPE)
     attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = Field(
         "packed",
         description="Kernel; all keep packed sequences apart, `sdpa` and `eager` by a mask over the whole row.",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from mlc_ray.config import EngineSection
+from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import longest_context
 
@@ -137,6 +138,7 @@ class Engine:
         prepare_process(settings, device)
         self.model = model
         self.max_model_len = settings.max_model_len
+        settings = settings.model_copy(update={"dtype": resolved(settings.dtype, gpu=device == "gpu")})
         self._dtype = settings.dtype
         self._lora: Any = None
         self._adapters = 0

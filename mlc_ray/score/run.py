@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlc_ray.cluster import check_capacity, connect, use_gpu
+from mlc_ray.cluster import check_capacity, connect, use_gpu, with_dtype
 from mlc_ray.config import JudgeSection, ScoreConfig, parse_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, check_lengths
@@ -88,27 +88,28 @@ def score(config: ScoreConfig) -> ScoreResult:
     folder = _claim_folder(_output_folder(config) / name)
     check_ready(config.judge, _cache(config))
     device = _connect(config, answering=True, judging=facts.runs == "engine")
-    benchmarks = read_benchmarks(config, rejects=folder)
+    decided: ScoreConfig = config.model_copy(update={"engine": with_dtype(config.engine, gpu=device == "gpu")})
+    benchmarks = read_benchmarks(decided, rejects=folder)
     languages = {code for benchmark in benchmarks for code in benchmark.languages}
-    judging = plan_judging(config.judge, languages)
+    judging = plan_judging(decided.judge, languages)
     request = Request(
-        config=config,
+        config=decided,
         resolved=model,
         fingerprint=fingerprint_model(model),
         prompts=prompts_fingerprint(benchmarks),
-        seen_languages=config.seen_languages or training_languages(config.model),
+        seen_languages=decided.seen_languages or training_languages(decided.model),
     )
     request.save(folder)
     print(f"scoring {model} on {', '.join(f'{b.name} ({b.prompts} prompts)' for b in benchmarks)}", file=sys.stderr)
 
-    settings: dict[str, Any] = {"model": model, "engine": config.engine}
+    settings: dict[str, Any] = {"model": model, "engine": decided.engine}
     prompts = prompts_of(benchmarks)
     if judging.facts.runs == "prompts":
-        phase = Phase("prompts", LikelihoodStage, {**settings, "ways": judging.ways}, config.engine)
+        phase = Phase("prompts", LikelihoodStage, {**settings, "ways": judging.ways}, decided.engine)
         judged = run_phase(phase, prompts, folder / RESPONSES_FILE, JUDGED, device)
     else:
-        settings["max_new_tokens"] = config.max_new_tokens
-        phase = Phase("responses", GenerateStage, settings, config.engine)
+        settings["max_new_tokens"] = decided.max_new_tokens
+        phase = Phase("responses", GenerateStage, settings, decided.engine)
         responses = run_phase(phase, prompts, folder / GENERATED_FILE, RESPONSES, device)
         judged = _judge(request, judging, responses, folder, device)
     return _finish(request, judging, judged, folder)

@@ -11,7 +11,7 @@ import numpy as np
 import ray.data
 import torch
 
-from mlc_ray.cluster import check_capacity, connect, use_gpu
+from mlc_ray.cluster import check_capacity, connect, use_gpu, with_dtype
 from mlc_ray.config import DataSection, ModelSection, SourceSection, TrainConfig
 from mlc_ray.data.batches import pack_prompts
 from mlc_ray.data.prepare import TokenArtifact, prepare_token_rows
@@ -48,7 +48,7 @@ def probe(
     check_capacity("probe", workers=1, cpus_each=_PROBE_CPUS, gpus_each=1 if gpu else 0)
     data = DataSection(train=list(sources), languages=languages)
     tokens = prepare_token_rows(data, model, cache_dir=folder.parent / "cache")
-    return probe_tokens(model, tokens, folder, limit=limit, gpu=gpu)
+    return probe_tokens(with_dtype(model, gpu=gpu), tokens, folder, limit=limit, gpu=gpu)
 
 
 def probe_run(config: TrainConfig, folder: Path, *, limit: int | None, gpu: bool) -> Probe:
@@ -79,6 +79,7 @@ def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Path, *, li
         {
             "model": model.path,
             "model_fingerprint": fingerprint_model(model.path),
+            "dtype": model.dtype,
             "tokens": tokens.fingerprint,
             "bundles": len(rows),
             "probe": result.plain(),

@@ -24,7 +24,7 @@ import ray
 import ray.tune
 import yaml
 
-from mlc_ray.cluster import ClusterError, connect, fits, node_resources, use_gpu
+from mlc_ray.cluster import ClusterError, connect, fits, node_resources, use_gpu, with_dtype
 from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device
@@ -79,6 +79,7 @@ def search(config: SearchConfig) -> SearchResult:
             f"`mlc-ray search --resume {folder}`"
         )
     _check(config, space)
+    config, space = _with_dtypes(config, space)
     _write_settings(config, space, folder)
     try:
         prepared = _prepare(load_search(folder), space, folder)
@@ -264,6 +265,16 @@ def _probed(
     print(f"probe: searching layers {kept} of {every}")
     parameters = {**space.parameters, "mlc.layer": restrict(layers, kept)}
     return replace(space, parameters=parameters), [layer for layer in every if layer in skipped]
+
+
+def _with_dtypes(config: SearchConfig, space: Space) -> tuple[SearchConfig, Space]:
+    """What trials and engines compute in is decided once, and written down: a resumed search keeps it."""
+    base = _base(space)
+    gpu = _device(base) == "gpu"
+    engine = with_dtype(config.scoring.engine, gpu=gpu)
+    scoring = config.scoring.model_copy(update={"engine": engine})
+    model = {**space.base["model"], "dtype": with_dtype(base.model, gpu=gpu).dtype}
+    return config.model_copy(update={"scoring": scoring}), replace(space, base={**space.base, "model": model})
 
 
 def _base(space: Space, **own: Any) -> TrainConfig:

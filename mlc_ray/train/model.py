@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mlc_ray.config import ModelSection
+from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.logprobs import response_log_probs
 from mlc_ray.train.attention import PACKED
@@ -183,7 +184,7 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             settings.path,
-            dtype=getattr(torch, settings.dtype),
+            dtype=getattr(torch, resolved(settings.dtype, gpu=torch.cuda.is_available())),
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,

@@ -23,7 +23,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mlc_ray.cluster import check_capacity, connect, use_gpu
+from mlc_ray.cluster import check_capacity, connect, use_gpu, with_dtype
 from mlc_ray.config import TrainConfig, load_config, parse_config
 from mlc_ray.data.order import plan_rank, total_steps
 from mlc_ray.data.prepare import TokenArtifact, prepare_token_rows, stream_batches
@@ -109,6 +109,7 @@ def train(
         cpus_each=config.cluster.cpus_per_worker,
         gpus_each=1 if gpu else 0,
     )
+    config = _with_dtype(config, gpu=gpu)
     with _claimed(run_folder, config) if resume is None else contextlib.nullcontext():
         data = prepare_data(config, cache_dir=run_folder.parent / "cache", layer=layer, gpu=gpu)
     steps = _total_steps(config, data.tokens)
@@ -173,6 +174,15 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     model = config.model.model_copy(update={"path": absolute_if_here(config.model.path)})
     data = config.data.model_copy(update={"train": sources})
     return config.model_copy(update={"model": model, "data": data})
+
+
+def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:
+    """What the workers compute in is decided here, before anything is loaded, and recorded with the run."""
+    model = with_dtype(config.model, gpu=gpu)
+    if model is config.model:
+        return config
+    given = config.model_dump(mode="json", exclude_unset=True)
+    return parse_config(TrainConfig, {**given, "model": {**given["model"], "dtype": model.dtype}})
 
 
 def _run_folder(config: TrainConfig, resume: Path | None) -> Path:

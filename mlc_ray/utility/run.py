@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_ray.config import UtilityConfig
+from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, engine_environment
 from mlc_ray.runs import longest_context, output_folder, resolve_model
@@ -238,7 +239,7 @@ def _run(config: UtilityConfig, model: str, device: Device, log: Path) -> dict[s
 def harness_command(config: UtilityConfig, model: str, device: Device) -> list[str]:
     """The harness's command line, without where its results go."""
     engine = config.engine
-    arguments: dict[str, Any] = {"pretrained": model, "dtype": engine.dtype}
+    arguments: dict[str, Any] = {"pretrained": model, "dtype": resolved(engine.dtype, gpu=device == "gpu")}
     if engine.trust_remote_code:
         arguments["trust_remote_code"] = True
     if config.backend == "vllm":

@@ -1,0 +1,107 @@
+"""In which type a machine computes natively, and that a cluster takes what all of its nodes do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlc_ray import device
+from mlc_ray.cluster import unprotected, with_dtype
+from mlc_ray.config import EngineSection, ModelSection
+from mlc_ray.device import cpu_flags, of_cpu, of_gpus, resolved
+
+
+def test_a_cpu_computes_bfloat16_with_either_instruction_set() -> None:
+    assert of_cpu({"avx2", "avx512f", "avx512_bf16"}).dtype == "bfloat16"
+    assert of_cpu({"avx2", "amx_bf16"}).dtype == "bfloat16"
+    assert of_cpu({"avx2", "avx512f", "avx512_fp16", "amx_tile"}).dtype == "float32"
+    assert "avx512_bf16" in of_cpu(()).reason
+
+
+def test_gpus_compute_bfloat16_if_all_are_from_ampere_on() -> None:
+    assert of_gpus([(8, 0), (9, 0)]).dtype == "bfloat16"
+    assert of_gpus([(9, 0), (7, 5)]) == ("float32", "a GPU has capability 7.5, below 8.0")
+    assert of_gpus([]).dtype == "float32"
+
+
+def test_flags_are_those_that_every_core_has(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor: 0\nflags\t\t: fpu avx2 avx512_bf16\nbugs: x\n\nprocessor: 1\nflags\t\t: fpu avx2\n")
+    assert cpu_flags(file) == {"fpu", "avx2"}
+    file.write_text("processor: 0\nFeatures: fp asimd bf16\n")  # an ARM
+    assert cpu_flags(file) == frozenset()
+    assert cpu_flags(tmp_path / "absent") == frozenset()
+
+
+def test_only_auto_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "cpu_flags", lambda: {"amx_bf16"})
+    assert resolved("auto", gpu=False) == "bfloat16"
+    assert resolved("float32", gpu=False) == "float32"
+    model = ModelSection(path="m", dtype="float32")
+    assert with_dtype(model, gpu=False) is model  # and no cluster was asked
+
+
+def without_avx512(code: str, repository: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code as on a machine whose CPU has AVX2 and nothing newer."""
+    environment = {**os.environ, "PYTHONPATH": f"{repository / 'tests' / 'avx2'}{os.pathsep}{repository}",
+                   "MLC_RAY_TEST_NO_AVX512": "1"}  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+
+
+def test_the_avx2_environment_reaches_torch_and_us(repository: Path) -> None:
+    code = (
+        "import json, torch; from mlc_ray.device import native_dtype; "
+        "print(json.dumps([torch.cpu._is_avx512_supported(),"
+        "torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported(), native_dtype(gpu=False).dtype]))"
+    )
+    assert json.loads(without_avx512(code, repository).stdout) == [False, False, False, "float32"]
+
+
+def test_a_cluster_of_several_nodes_without_tokens_is_warned_of() -> None:
+    assert unprotected(1, {}) is None
+    assert unprotected(3, {"RAY_AUTH_MODE": "token"}) is None
+    for environment in ({}, {"RAY_AUTH_MODE": "disabled"}):
+        warning = unprotected(3, environment)
+        assert warning is not None
+        assert "3 NODES" in warning
+        assert "RAY_AUTH_MODE=token" in warning
+
+
+TWO_NODES = """
+import logging, os, sys
+from ray.cluster_utils import Cluster
+os.environ["RAY_AUTH_MODE"] = "disabled"
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+cluster.add_node(num_cpus=int(sys.argv[1]), env_vars={"MLC_RAY_TEST_NO_AVX512": "1"})
+logging.basicConfig(format="%(message)s", level=logging.INFO)
+from mlc_ray import device
+from mlc_ray.cluster import connect, with_dtype
+from mlc_ray.config import EngineSection
+device.cpu_flags = lambda: {"avx512_bf16"}  # of this process: the other node's tasks read their own
+connect(cluster.address)
+print(with_dtype(EngineSection(), gpu=False).dtype)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cpus", "expected"), [(1, "float32"), (0, "bfloat16")])
+def test_one_node_without_bfloat16_decides_for_all_that_may_compute(repository: Path, cpus: int, expected: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{repository / 'tests' / 'avx2'}{os.pathsep}{repository}"}
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_NODES, str(cpus)], env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == expected
+    assert f"dtype: auto is {expected}" in done.stderr
+    assert "CLUSTER OF 2 NODES IS JOINED WITHOUT RAY_AUTH_MODE=token" in done.stderr
+
+
+def test_defaults_are_auto() -> None:
+    assert ModelSection(path="m").dtype == EngineSection().dtype == "auto"
