@@ -146,7 +146,7 @@ def utility_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray utility`."""
     config = utility_config(arguments)
 
-    from mlc_ray.utility.file import UTILITY_FILE
+    from mlc_ray.runs import UTILITY_FILE
     from mlc_ray.utility.run import measure_utility, utility_table
 
     utility = measure_utility(config)

@@ -1,16 +1,55 @@
-"""What a score may be asked of: a Hugging Face folder, a checkpoint, a run, or a hub name -> the weights to load."""
+"""Folders of runs, scores and searches: what is called how in them, and how it is read. Their one home.
+
+    RUN/       config.yaml first, run.json, metrics.jsonl, train/checkpoint_NNNNNN/, scores/NAME/ (a score each)
+    SCORE/     request.json first, responses.parquet, scores.json last, perhaps utility.json
+    SEARCH/    base.yaml and config.json first, search.json, trials/ID/ (a run each), baseline/ (a score), at the end
+               trials.json, best.yaml, best/
+    PROBE/     probe.json
+
+Training and scoring meet only through these folders, and so what describes them lies beneath both. Paths of settings
+and models are resolved here too.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mlc_ray.config.paths import real_path
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage import MANIFEST, IncompleteArtifactError, read_manifest, verify_files
+from mlc_ray.storage import (
+    MANIFEST,
+    IncompleteArtifactError,
+    Place,
+    StorageError,
+    read_manifest,
+    storage_of,
+    verify_files,
+)
+
+CONFIG_FILE, RUN_FILE, METRICS_FILE, TRAIN_FOLDER, SCORES_FOLDER = (
+    "config.yaml", "run.json", "metrics.jsonl", "train", "scores",
+)  # fmt: skip
+"""Of a run."""
+REQUEST_FILE, RESPONSES_FILE, SCORES_FILE, HEATMAP_FILE, UTILITY_FILE = (
+    "request.json", "responses.parquet", "scores.json", "heatmap.png", "utility.json",
+)  # fmt: skip
+"""Of a score; `request.json` is written before anything runs, `scores.json` last."""
+SEARCH_CONFIG_FILE, BASE_FILE, SEARCH_FILE, TRIALS_FILE, TRIALS_FOLDER, BASELINE_FOLDER = (
+    "config.json", "base.yaml", "search.json", "trials.json", "trials", "baseline",
+)  # fmt: skip
+"""Of a search; `search.json` is there when the trials begin, `trials.json` when they have ended."""
+VALUES_FILE, MODEL_FOLDER, STOPPED_FILE = "values.json", "model", "stopped"
+"""Of a trial, which is a run too: what was drawn for it, its model once it is done, the mark of one cut short."""
+PROBE_FILE = "probe.json"
+PROVENANCE_FILE = "mlc_ray.json"
+"""Of an exported model: where it comes from."""
+
+FolderKind = Literal["run", "score", "search", "probe"]
 
 METRICS_FILE = "metrics.jsonl"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -28,23 +67,164 @@ class OutputFolderError(MlcRayError, ValueError):
     """Nothing can be written to the folder asked for; the message quotes it and says what to give instead."""
 
 
-def output_folder(output_dir: str | Path, *, setting: str = "output_dir") -> Path:
-    """The absolute folder that a setting stands for where something is to be written.
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def kind_of(folder: Place) -> FolderKind | None:
+    """What a folder is, by the file that is written into it first; None if it is none of them."""
+    for kind, file in _FIRST_FILES.items():
+        if (folder / file).is_file():
+            return kind
+    return None
+
+
+_FIRST_FILES: dict[FolderKind, str] = {
+    "search": BASE_FILE, "score": REQUEST_FILE, "run": CONFIG_FILE, "probe": PROBE_FILE,
+}  # fmt: skip
+
+
+def output_place(output_dir: str | Path, *, setting: str = "output_dir") -> Place:
+    """The absolute place that a setting stands for where something is to be written.
 
     Raises:
-        OutputFolderError: it is a URL, or relative inside a Ray job, whose working folder is a temporary copy.
+        OutputFolderError: it is relative inside a Ray job, whose working folder is a temporary copy, or a URL of which
+            no storage is registered.
     """
     try:
-        folder = Path(real_path(str(output_dir))).expanduser()
-    except ValueError as error:
-        raise OutputFolderError(f"{setting}={str(output_dir)!r}: {error}") from None
+        place = Place(output_dir)
+        storage_of(str(place))
+    except StorageError as error:
+        raise OutputFolderError(f"{setting}={error}") from None
+    if not place.is_local:
+        return place
+    folder = Path(place).expanduser()
     if not folder.is_absolute() and _RAY_JOB in os.environ:
         raise OutputFolderError(
             f"{setting}={str(output_dir)!r} is relative, but this is a Ray job: it runs in a temporary copy of its "
             "working folder, and what it writes there is lost; give an absolute path on storage that all nodes share, "
             "e.g. /shared/runs"
         )
-    return folder.absolute()
+    return Place(folder.absolute())
+
+
+def output_folder(output_dir: str | Path, *, setting: str = "output_dir") -> Path:
+    """As `output_place`, where real files are needed.
+
+    Raises:
+        OutputFolderError: as `output_place`, and for any URL.
+    """
+    try:
+        return Path(output_place(output_dir, setting=setting))
+    except StorageError as error:
+        raise OutputFolderError(f"{setting}={error}") from None
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A complete checkpoint of a run, and the optimizer step after which it was written."""
+
+    folder: Path
+    step: int
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step lies."""
+    return run / TRAIN_FOLDER / f"checkpoint_{step:06d}"
+
+
+def complete_checkpoints(run: Path) -> tuple[list[CheckpointFolder], list[str]]:
+    """The complete checkpoints of a run, oldest first, and what is wrong with the others.
+
+    The manifest is what is trusted: its step, and every file that it lists with its size.
+    """
+    complete, faults = [], []
+    for folder in sorted((run / TRAIN_FOLDER).glob("checkpoint_*")):
+        if not folder.is_dir():  # Ray Train keeps a checkpoint_manager_snapshot.json beside them
+            continue
+        try:
+            manifest = read_manifest(folder)
+            verify_files(folder, manifest)
+        except IncompleteArtifactError as error:
+            faults.append(str(error))
+        else:
+            complete.append(CheckpointFolder(folder, int(manifest.get("step", 0))))
+    return sorted(complete, key=lambda checkpoint: (checkpoint.step, checkpoint.folder.name)), faults
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+class MetricsFileError(MlcRayError):
+    """A line of a metrics.jsonl is damaged; the message names the file and the line."""
+
+
+class MetricsReader:
+    """Follows a run's metrics file: each call of `read` returns the rows that are new since the one before."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self.path = run_folder / METRICS_FILE
+        self.offset = self.lines = 0
+        self.file_id: int | None = None
+
+    def read(self) -> list[dict[str, Any]]:
+        """New whole rows; all of them again where the file is another one or shorter than it was.
+
+        A last line without its end of line is still being written, and left for the next call.
+
+        Returns:
+            A mapping per optimizer step: `step`, and what was logged of it. Empty where there is no such file.
+
+        Raises:
+            MetricsFileError: A line is not JSON, or has no optimizer step.
+        """
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self.file_id or status.st_size < self.offset:
+                self.file_id, self.offset, self.lines = status.st_ino, 0, 0
+            file.seek(self.offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        rows = _rows(data, str(self.path), self.lines)
+        self.offset, self.lines = self.offset + len(whole), self.lines + len(rows)
+        return rows
+
+
+def read_metrics(run_folder: Path | Place) -> list[dict[str, Any]]:
+    """The rows of a run's metrics file so far, wherever the run is; else as `MetricsReader.read`.
+
+    Raises:
+        MetricsFileError: A line is not JSON, or has no optimizer step.
+    """
+    file = Place(run_folder) / METRICS_FILE
+    try:
+        with file.open() as opened:
+            return _rows(opened.read(), str(file), 0)
+    except FileNotFoundError:
+        return []
+
+
+def _rows(data: bytes, where: str, before: int) -> list[dict[str, Any]]:
+    """The whole lines of `data`, of which the first is line `before` + 1."""
+    rows = []
+    for number, line in enumerate(data.split(b"\n")[:-1], before + 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:  # UnicodeDecodeError is one as well
+            raise MetricsFileError(f"{where!r}, line {number} is damaged: not valid JSON ({error})") from None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise MetricsFileError(f"{where!r}, line {number} is damaged: no optimizer step in {row!r}")
+        rows.append(row)
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------------------- models
 
 
 def resolve_model(path: str | Path) -> str:
@@ -79,7 +259,7 @@ def training_languages(path: str | Path) -> list[str] | None:
     A run records them in `run.json`, an exported folder in `mlc_ray.json`. Raises `ModelPathError` for a damaged one.
     """
     folder = Path(path).expanduser()
-    for file in (folder / "mlc_ray.json", folder / "run.json", folder / ".." / ".." / "run.json"):
+    for file in (folder / PROVENANCE_FILE, folder / RUN_FILE, folder / ".." / ".." / RUN_FILE):
         if file.is_file():
             languages = _read_object(file, _FIX_RECORD).get("languages")
             if languages is not None and not (
@@ -117,18 +297,10 @@ def _read_object(file: Path, fix: str) -> dict[str, Any]:
 
 
 def _of_run(run: Path) -> Path:
-    """The newest complete checkpoint; names carry the step, zero-padded, but the manifest is what is trusted."""
-    faults, complete = [], []
-    for folder in sorted((run / "train").glob("checkpoint_*")):
-        try:
-            manifest = read_manifest(folder)
-            verify_files(folder, manifest)
-        except IncompleteArtifactError as error:
-            faults.append(str(error))
-            continue
-        complete.append((int(manifest.get("step", 0)), folder.name, folder))
+    """The newest complete checkpoint, else the export."""
+    complete, faults = complete_checkpoints(run)
     if complete:
-        return _of_checkpoint(max(complete)[-1])
+        return _of_checkpoint(complete[-1].folder)
     if (run / "export" / "config.json").is_file():
         return _with_weights(run / "export")
     looked = (
@@ -170,59 +342,3 @@ def _with_weights(folder: Path) -> Path:
                 f"model folder {str(folder)!r} is incomplete: {_INDEX} names {missing[0]!r}, not there"
             )
     return folder
-
-
-# --------------------------------------------------------------------------------------------------- metrics of a run
-
-
-class MetricsFileError(MlcRayError):
-    """A line of a metrics.jsonl is damaged; the message names the file and the line."""
-
-
-class MetricsReader:
-    """Follows a run's metrics file: each call of `read` returns the rows that are new since the one before."""
-
-    def __init__(self, run_folder: Path) -> None:
-        self.path = run_folder / METRICS_FILE
-        self.offset = self.lines = 0
-        self.file_id: int | None = None
-
-    def read(self) -> list[dict[str, Any]]:
-        """New whole rows; all of them again where the file is another one or shorter than it was.
-
-        A last line without its end of line is still being written, and left for the next call.
-
-        Returns:
-            A mapping per optimizer step: `step`, and what was logged of it. Empty where there is no such file.
-
-        Raises:
-            MetricsFileError: A line is not JSON, or has no optimizer step.
-        """
-        try:
-            file = self.path.open("rb")
-        except FileNotFoundError:
-            return []
-        with file:
-            status = os.fstat(file.fileno())
-            if status.st_ino != self.file_id or status.st_size < self.offset:
-                self.file_id, self.offset, self.lines = status.st_ino, 0, 0
-            file.seek(self.offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        rows = [self._row(line, self.lines + number) for number, line in enumerate(whole.split(b"\n")[:-1], 1)]
-        self.offset, self.lines = self.offset + len(whole), self.lines + len(rows)
-        return rows
-
-    def _row(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-        except ValueError as error:  # UnicodeDecodeError is one as well
-            raise MetricsFileError(f"{str(self.path)!r}, line {number} is damaged: not valid JSON ({error})") from None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise MetricsFileError(f"{str(self.path)!r}, line {number} is damaged: no optimizer step in {row!r}")
-        return row
-
-
-def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics file so far; see `MetricsReader.read`."""
-    return MetricsReader(run_folder).read()

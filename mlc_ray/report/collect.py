@@ -18,13 +18,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.runs import METRICS_FILE, read_metrics
-from mlc_ray.score.results import RESPONSES_FILE, SCORES_FILE, ScoreResult, load_scores
+from mlc_ray.runs import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    RESPONSES_FILE,
+    RUN_FILE,
+    SCORES_FILE,
+    SCORES_FOLDER,
+    UTILITY_FILE,
+    read_metrics,
+)
+from mlc_ray.score.results import ScoreResult, load_scores
 from mlc_ray.stats.rates import Judged
 from mlc_ray.types import Behaviour, Kind, Safety, Via
-from mlc_ray.utility.file import UTILITY_FILE, UtilityFileError, UtilityRow, load_utility
+from mlc_ray.utility.file import UtilityFileError, UtilityRow, load_utility
 
-CONFIG_FILE, RUN_FILE = "config.yaml", "run.json"
 _COLUMNS = ("benchmark", "bundle_id", "kind", "category", "language", "prompt", "response", "finish", "behaviour",
             "safety", "reason", "categories", "margin", "via_refused", "via_safe")  # fmt: skip
 _UTILITY_ALONE = (
@@ -139,7 +147,7 @@ def _is_score(folder: Path) -> bool:
 
 def _is_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file() and (
-        (folder / RUN_FILE).is_file() or (folder / METRICS_FILE).is_file() or (folder / "scores").is_dir()
+        (folder / RUN_FILE).is_file() or (folder / METRICS_FILE).is_file() or (folder / SCORES_FOLDER).is_dir()
     )
 
 
@@ -157,7 +165,7 @@ def _find(path: Path, runs: list[Path], scores: list[Path], notes: list[str]) ->
         return
     if _is_run(path):
         runs.append(path)
-        scores.extend(_scores_in(path / "scores", notes))
+        scores.extend(_scores_in(path / SCORES_FOLDER, notes))
         return
     if _is_utility(path):
         raise ReportError(f"{str(path)!r} {_UTILITY_ALONE}")
@@ -194,7 +202,7 @@ def _by_time(folders: Iterable[Path]) -> list[Path]:
 
 def _labels(folders: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell them apart, without the folder `scores`: `after`, or `run / after`."""
-    parts = [[part for part in folder.resolve().parts if part != "scores"] for folder in folders]
+    parts = [[part for part in folder.resolve().parts if part != SCORES_FOLDER] for folder in folders]
     depths = [1] * len(parts)
     while True:
         labels = [" / ".join(names[-depth:]) for names, depth in zip(parts, depths, strict=True)]

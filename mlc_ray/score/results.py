@@ -14,13 +14,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE
 from mlc_ray.stats.rates import ALL_BENCHMARKS, Judged, Summary, score_rows, summarise
 from mlc_ray.storage import write_json_atomic
 from mlc_ray.types import Measure, ScoreRow
 
-SCORES_FILE = "scores.json"
-RESPONSES_FILE = "responses.parquet"
-HEATMAP_FILE = "heatmap.png"
 FORMAT = 2
 CUT_BOUND = 0.1
 """Share of responses cut off at max_new_tokens above which a rate of safe ones is warned of."""

@@ -25,10 +25,18 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, check_lengths
 from mlc_ray.judges.base import check_coverage
 from mlc_ray.judges.registry import JudgeFacts, check_ready, judge_facts, judge_identity
-from mlc_ray.runs import output_folder, resolve_model, training_languages
+from mlc_ray.runs import (
+    HEATMAP_FILE,
+    REQUEST_FILE,
+    RESPONSES_FILE,
+    SCORES_FILE,
+    output_folder,
+    resolve_model,
+    training_languages,
+)
 from mlc_ray.score.console import heatmap, score_table, show
 from mlc_ray.score.phases import Benchmark, Phase, prompts_of, read_benchmarks, run_phase, slug
-from mlc_ray.score.results import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE, ScoreResult, count, records_of, save_scores
+from mlc_ray.score.results import ScoreResult, count, records_of, save_scores
 from mlc_ray.score.stages import (
     JUDGED,
     RESPONSES,
@@ -41,7 +49,6 @@ from mlc_ray.score.stages import (
 from mlc_ray.storage import fingerprint, fingerprint_model, library_versions, write_json_atomic
 from mlc_ray.types import Measure, Via
 
-REQUEST_FILE = "request.json"
 GENERATED_FILE = "generated.parquet"
 TRANSLATED_FILE = "translated.parquet"
 USAGE_FILES = {"judge": "judge_usage.json", "translate": "translate_usage.json"}

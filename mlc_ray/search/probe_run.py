@@ -16,6 +16,7 @@ from mlc_ray.config import DataSection, ModelSection, SourceSection, TrainConfig
 from mlc_ray.data.batches import pack_prompts
 from mlc_ray.data.prepare import TokenArtifact, prepare_token_rows
 from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER
 from mlc_ray.score.console import show
 from mlc_ray.search.probe import Probe, choose_bundles, layer_statistics, probe_plot, probe_table
 from mlc_ray.storage import fingerprint_model, library_versions, write_json_atomic
@@ -56,7 +57,7 @@ def probe_run(config: TrainConfig, folder: Path, *, limit: int | None, gpu: bool
     # `only` restricts what is trained on; a probe needs benign bundles to tell harmful ones from.
     sources = [source.model_copy(update={"only": None}) for source in config.data.train]
     data = config.data.model_copy(update={"train": sources})
-    tokens = prepare_token_rows(data, config.model, cache_dir=folder.parent / "trials" / "cache")
+    tokens = prepare_token_rows(data, config.model, cache_dir=folder.parent / TRIALS_FOLDER / "cache")
     return probe_tokens(config.model, tokens, folder, limit=limit, gpu=gpu)
 
 
@@ -75,7 +76,7 @@ def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Path, *, li
     result = layer_statistics(states, present, harmful, tokens.languages)
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(
-        folder / "probe.json",
+        folder / PROBE_FILE,
         {
             "model": model.path,
             "model_fingerprint": fingerprint_model(model.path),

@@ -14,7 +14,15 @@ from rich import box
 from rich.table import Table
 
 from mlc_ray.config import SearchConfig
-from mlc_ray.runs import read_metrics
+from mlc_ray.runs import (
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    STOPPED_FILE,
+    TRIALS_FILE,
+    TRIALS_FOLDER,
+    VALUES_FILE,
+    read_metrics,
+)
 from mlc_ray.score.console import show
 from mlc_ray.search.objectives import TrialScore, floor_of, pareto_front
 from mlc_ray.storage import write_json_atomic
@@ -22,9 +30,6 @@ from mlc_ray.storage import write_json_atomic
 FEW_TRIALS = 4
 """Below this, how much a parameter mattered cannot be told from chance; the report says so instead of a number."""
 
-
-VALUES_FILE, MODEL, STOPPED = "values.json", "model", "stopped"
-"""In the run folder of a trial: what was drawn for it, its model once it is done, and the mark of one cut short."""
 
 Ending = Literal["finished", "stopped", "failed"]
 
@@ -36,9 +41,9 @@ def read_values(folder: Path) -> dict[str, Any]:
 
 def ending(folder: Path) -> Ending:
     """How the trial in a run folder ended; one that was cut off, or still runs, has "failed" so far."""
-    if (folder / STOPPED).is_file():
+    if (folder / STOPPED_FILE).is_file():
         return "stopped"
-    return "finished" if (folder / MODEL).is_dir() else "failed"
+    return "finished" if (folder / MODEL_FOLDER).is_dir() else "failed"
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def write_results(
         folder, baseline, tuple(trials), tuple(front), best, importance(trials, config), tuple(skipped_layers),
         tuple(failed),
     )  # fmt: skip
-    write_json_atomic(folder / "trials.json", _plain(result))
+    write_json_atomic(folder / TRIALS_FILE, _plain(result))
     pareto_plot(result, config, folder / "pareto.png")
     if best is not None:
         _write_best(folder, trials[best])
@@ -266,14 +271,14 @@ def _sides(score: TrialScore) -> list[str]:
 
 
 def _write_best(folder: Path, best: Trial) -> None:
-    run = folder / "trials" / best.name
-    raw = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    run = folder / TRIALS_FOLDER / best.name
+    raw = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
     raw["name"] = f"{folder.name}-best"
     raw.pop("output_dir", None)  # the trials' own folder; a run made from this file goes where runs go
     text = f"# The best trial of search {folder.name} ({best.name}), ready for `mlc-ray train --config`.\n"
     (folder / "best.yaml").write_text(text + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
     shutil.rmtree(folder / "best", ignore_errors=True)
-    shutil.copytree(run / MODEL, folder / "best")
+    shutil.copytree(run / MODEL_FOLDER, folder / "best")
 
 
 def _point(score: TrialScore) -> tuple[float, float]:

@@ -29,7 +29,15 @@ from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.registry import check_ready
-from mlc_ray.runs import output_folder, resolve_model
+from mlc_ray.runs import (
+    BASE_FILE,
+    BASELINE_FOLDER,
+    SEARCH_CONFIG_FILE,
+    SEARCH_FILE,
+    TRIALS_FOLDER,
+    output_folder,
+    resolve_model,
+)
 from mlc_ray.score.phases import prompts_of, read_benchmarks
 from mlc_ray.score.pool import pool_parts, start_pool
 from mlc_ray.score.run import prompts_fingerprint
@@ -37,7 +45,6 @@ from mlc_ray.search.objectives import TrialScore
 from mlc_ray.search.results import SearchResult, read_values, write_results
 from mlc_ray.search.space import Space, make_space, restrict, values_of
 from mlc_ray.search.trial import (
-    BASELINE,
     MarkStopped,
     Shared,
     has_ended,
@@ -57,7 +64,6 @@ from mlc_ray.storage import (
 from mlc_ray.train.model import model_depth, resolve_layer
 from mlc_ray.train.run import prepare_data
 
-CONFIG_FILE, BASE_FILE, SEARCH_FILE = "config.json", "base.yaml", "search.json"
 TRIAL_CPUS = 0.1  # the process of a trial only waits for its workers
 
 
@@ -73,7 +79,7 @@ def search(config: SearchConfig) -> SearchResult:
     """
     space = make_space(config)
     folder = (output_folder(config.output_dir) / config.name).resolve()
-    if (folder / CONFIG_FILE).exists():
+    if (folder / SEARCH_CONFIG_FILE).exists():
         raise SearchError(
             f"search folder {str(folder)!r} exists already: choose another name, remove it, or go on with "
             f"`mlc-ray search --resume {folder}`"
@@ -85,8 +91,8 @@ def search(config: SearchConfig) -> SearchResult:
         prepared = _prepare(load_search(folder), space, folder)
     except BaseException:
         # The name is free again, since what mends this is another setting; what is cached by content stays.
-        shutil.rmtree(folder / BASELINE, ignore_errors=True)
-        for name in (CONFIG_FILE, BASE_FILE):
+        shutil.rmtree(folder / BASELINE_FOLDER, ignore_errors=True)
+        for name in (SEARCH_CONFIG_FILE, BASE_FILE):
             (folder / name).unlink(missing_ok=True)
         raise
     return _search(prepared)
@@ -131,12 +137,12 @@ def _check(config: SearchConfig, space: Space) -> None:
 
 def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
     """Make what all trials share, or find it in the folder; the engines of the result are up."""
-    base = _base(space, output_dir=str(folder / "trials"))
+    base = _base(space, output_dir=str(folder / TRIALS_FOLDER))
     device = _device(base)
     space, skipped = _probed(config, space, base, folder, device)
     depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
     layer = resolve_layer(base.mlc.layer, depth)
-    prepare_data(base, cache_dir=folder / "trials" / "cache", layer=layer, gpu=device == "gpu")
+    prepare_data(base, cache_dir=folder / TRIALS_FOLDER / "cache", layer=layer, gpu=device == "gpu")
     lora_rank = _lora_rank(space)
     model = resolve_model(base.model.path)
     check_ready(config.scoring.judge, folder / "cache")
@@ -173,7 +179,7 @@ def _search(prepared: Prepared) -> SearchResult:
     failed: list[str] = []
     try:
         ended = [Ended(read_values(f), shared.metrics_in(scores_of(f)[-1])) for f in prepared.ended]
-        cut_off = [read_values(shared.folder / "trials" / name) for name in shared.cut_off.values()]
+        cut_off = [read_values(shared.folder / TRIALS_FOLDER / name) for name in shared.cut_off.values()]
         trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, shared=shared), {"cpu": TRIAL_CPUS})
         tuner = make_tuner(
             shared.config, shared.space, trainable, shared.folder, ended=ended, cut_off=cut_off,
@@ -300,16 +306,16 @@ def _write_settings(config: SearchConfig, space: Space, folder: Path) -> None:
     for section in (judge, judge.get("translate") or {}):
         if section.get("model") is not None:
             section["model"] = absolute_if_here(section["model"])
-    write_json_atomic(folder / CONFIG_FILE, settings)
+    write_json_atomic(folder / SEARCH_CONFIG_FILE, settings)
 
 
 def load_search(folder: Path) -> SearchConfig:
     """The settings of the search in a folder. Raises `SearchError` if none is there."""
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / SEARCH_CONFIG_FILE).is_file():
         raise SearchError(
-            f"{str(folder)!r} is not a search folder, it has no {CONFIG_FILE}: a search is in OUTPUT_DIR/NAME, "
+            f"{str(folder)!r} is not a search folder, it has no {SEARCH_CONFIG_FILE}: a search is in OUTPUT_DIR/NAME, "
             "e.g. runs/search-demo"
         )
-    config = load_config(SearchConfig, folder / CONFIG_FILE)  # JSON is YAML
+    config = load_config(SearchConfig, folder / SEARCH_CONFIG_FILE)  # JSON is YAML
     # relative in the file: a folder that was moved is still whole
     return config.model_copy(update={"train": str(folder / config.train), "output_dir": str(folder.parent)})

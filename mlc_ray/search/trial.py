@@ -15,18 +15,29 @@ import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from mlc_ray.config import ScoreConfig, SearchConfig, parse_config
-from mlc_ray.runs import training_languages
+from mlc_ray.runs import (
+    BASELINE_FOLDER,
+    CONFIG_FILE,
+    MODEL_FOLDER,
+    RESPONSES_FILE,
+    SCORES_FILE,
+    SCORES_FOLDER,
+    STOPPED_FILE,
+    TRAIN_FOLDER,
+    TRIALS_FOLDER,
+    VALUES_FILE,
+    training_languages,
+)
 from mlc_ray.score.pool import WarmPool
-from mlc_ray.score.results import RESPONSES_FILE, SCORES_FILE, load_scores
+from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import Request, TooManyUnparsedError, check_unparsed, plan_judging, write_score
 from mlc_ray.search.objectives import ANSWERED, FINISHED, HELD_BACK, STEP, VALUE, TrialScore, trial_score
-from mlc_ray.search.results import MODEL, STOPPED, VALUES_FILE, Trial, ending
+from mlc_ray.search.results import Trial, ending
 from mlc_ray.search.space import Space
 from mlc_ray.storage import fingerprint, fingerprint_model, write_json_atomic
 from mlc_ray.train.checkpoint import export, find_checkpoint
 from mlc_ray.train.run import train
 
-BASELINE = "baseline"
 _STEP_FOLDER, _STEP_FOLDERS = "step-{:06d}", "step-[0-9][0-9][0-9][0-9][0-9][0-9]"
 
 
@@ -50,7 +61,7 @@ class Shared:
 
     def trial_folder(self, values: Mapping[str, Any], trial_id: str) -> Path:
         """The run folder of a trial: of the one that was cut off, where these are its values and it has not ended."""
-        trials = self.folder / "trials"
+        trials = self.folder / TRIALS_FOLDER
         earlier = self.cut_off.get(fingerprint(dict(values)))
         return trials / trial_id if earlier is None or has_ended(trials / earlier) else trials / earlier
 
@@ -60,18 +71,18 @@ class Shared:
         if not config.keep_checkpoints:
             for folder in trial_folders(self.folder):
                 if has_ended(folder):
-                    shutil.rmtree(folder / "train", ignore_errors=True)  # another trial may do the same just now
+                    shutil.rmtree(folder / TRAIN_FOLDER, ignore_errors=True)  # another trial may do the same just now
 
     def baseline(self) -> TrialScore:
         """The score of the model as it is: computed once for a search, and read from its folder when it is resumed."""
-        folder = self.folder / BASELINE
+        folder = self.folder / BASELINE_FOLDER
         if not (folder / SCORES_FILE).is_file():
             self._score(folder, model=self.model, weights=self.model, adapter="" if self.lora else None)
         return self.score_in(folder)
 
     def checkpoint(self, run_folder: Path, checkpoint: Path, step: int) -> Path:
         """Score a checkpoint of a run; returns the score's folder, `run_folder/scores/step-...`."""
-        folder = run_folder / "scores" / _STEP_FOLDER.format(step)
+        folder = run_folder / SCORES_FOLDER / _STEP_FOLDER.format(step)
         if self.lora:
             self._score(folder, model=str(checkpoint), weights=self.model, adapter=str(checkpoint / "adapter"))
         else:
@@ -147,8 +158,8 @@ class MarkStopped(ray.tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune for every trial that ended without a fault."""
         folder = self.shared.trial_folder(trial.config, trial.trial_id)
-        if folder.is_dir() and not (folder / MODEL).exists():
-            (folder / STOPPED).touch()
+        if folder.is_dir() and not (folder / MODEL_FOLDER).exists():
+            (folder / STOPPED_FILE).touch()
 
 
 def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
@@ -162,23 +173,23 @@ def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
     write_json_atomic(folder / VALUES_FILE, values)
     train(
         shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
-        resume=folder if (folder / "config.yaml").is_file() else None,
+        resume=folder if (folder / CONFIG_FILE).is_file() else None,
         score=ScoreCheckpoint(shared),
         callbacks=[ScoreReports()],
         display=False,
     )
     last = find_checkpoint(folder)
     step = int(json.loads((last / "manifest.json").read_text(encoding="utf-8"))["step"])
-    if not (folder / "scores" / _STEP_FOLDER.format(step) / SCORES_FILE).is_file():
+    if not (folder / SCORES_FOLDER / _STEP_FOLDER.format(step) / SCORES_FILE).is_file():
         # it died between its last checkpoint and the score of it
         ray.tune.report(ScoreCheckpoint(shared)(folder, last, step))
-    export(folder, folder / MODEL)
+    export(folder, folder / MODEL_FOLDER)
     ray.tune.report({**shared.metrics_in(scores_of(folder)[-1]), FINISHED: True})
 
 
 def trial_folders(search: Path) -> list[Path]:
     """The folders of all trials of a search that began, by name."""
-    return [path.parent for path in sorted((search / "trials").glob(f"*/{VALUES_FILE}"))]
+    return [path.parent for path in sorted((search / TRIALS_FOLDER).glob(f"*/{VALUES_FILE}"))]
 
 
 def has_ended(folder: Path) -> bool:
@@ -188,7 +199,7 @@ def has_ended(folder: Path) -> bool:
 
 def scores_of(run_folder: Path) -> list[Path]:
     """The complete score folders of a trial's checkpoints, the first checkpoint's first."""
-    return [path.parent for path in sorted((run_folder / "scores").glob(f"{_STEP_FOLDERS}/{SCORES_FILE}"))]
+    return [path.parent for path in sorted((run_folder / SCORES_FOLDER).glob(f"{_STEP_FOLDERS}/{SCORES_FILE}"))]
 
 
 def scored_trials(shared: Shared) -> list[Trial]:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import PROVENANCE_FILE, TRAIN_FOLDER, complete_checkpoints
 from mlc_ray.storage import (
     MANIFEST,
     ArtifactError,
@@ -141,15 +142,7 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first; incomplete ones are left out."""
-    found = []
-    for folder in (run / "train").glob("checkpoint_*"):
-        if not folder.is_dir():  # Ray Train keeps a checkpoint_manager_snapshot.json beside them
-            continue
-        try:
-            found.append((verified_manifest(folder)["step"], folder))
-        except CheckpointError:
-            continue
-    return [folder for _, folder in sorted(found)]
+    return [checkpoint.folder for checkpoint in complete_checkpoints(run)[0]]
 
 
 def find_checkpoint(run: Path, name: str | None = None) -> Path:
@@ -158,7 +151,7 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
         verified_manifest(run)
         return run
     if name is not None:
-        folder = run / "train" / name
+        folder = run / TRAIN_FOLDER / name
         if not folder.is_dir():
             names = ", ".join(p.name for p in list_checkpoints(run)) or "none"
             raise CheckpointError(f"run {str(run)!r} has no checkpoint {name!r}; complete ones: {names}")
@@ -192,7 +185,7 @@ def export(run: Path, out: Path, *, merge_lora: bool = False, checkpoint: str | 
         else:
             shutil.copytree(source / "adapter", temporary, dirs_exist_ok=True)
         (temporary / "README.md").write_text(model_card(config, manifest), encoding="utf-8")
-        write_json_atomic(temporary / "mlc_ray.json", _provenance(source, manifest))
+        write_json_atomic(temporary / PROVENANCE_FILE, _provenance(source, manifest))
     return out
 
 

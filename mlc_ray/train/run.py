@@ -30,7 +30,7 @@ from mlc_ray.data.prepare import TokenArtifact, prepare_token_rows, stream_batch
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
-from mlc_ray.runs import output_folder
+from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, checkpoint_folder, output_folder
 from mlc_ray.storage import absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
 from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from mlc_ray.train.console import RunDisplay
@@ -48,8 +48,6 @@ from mlc_ray.train.reference import Reference, ReferenceModel, cached_reference,
 from mlc_ray.train.reference_cache import load_reference, prepare_reference
 from mlc_ray.train.tracking import Tracker, check_trackers
 from mlc_ray.types import Batch, ReferenceRow
-
-CONFIG_FILE = "config.yaml"
 
 
 class RunError(MlcRayError):
@@ -132,7 +130,7 @@ def train(
             resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
         ),
         run_config=RunConfig(
-            name="train",
+            name=TRAIN_FOLDER,
             storage_path=str(run_folder),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
@@ -258,7 +256,7 @@ def _describe_run(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(
-        folder / "run.json",
+        folder / RUN_FILE,
         {
             "resolved_config": config.model_dump(mode="json"),
             "fingerprints": fingerprints,
@@ -302,7 +300,7 @@ def _worker(spec: dict[str, Any]) -> None:
                 tracker.log(step, metrics)
 
         def checkpoint_of(step: int) -> Path:
-            return run_folder / "train" / f"checkpoint_{step:06d}"
+            return checkpoint_folder(run_folder, step)
 
         def save(at: Progress, metrics: Metrics) -> None:
             with tempfile.TemporaryDirectory(prefix="mlc_ray-checkpoint-") as folder:

@@ -9,10 +9,10 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import UTILITY_FILE
 from mlc_ray.score.results import RESULT_FILE, ResultFileError, read_result
 from mlc_ray.storage import write_json_atomic
 
-UTILITY_FILE = "utility.json"
 FORMAT = 1
 
 

@@ -25,10 +25,10 @@ from mlc_ray.config import UtilityConfig
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, engine_environment
-from mlc_ray.runs import longest_context, output_folder, resolve_model
+from mlc_ray.runs import UTILITY_FILE, longest_context, output_folder, resolve_model
 from mlc_ray.score.results import ScoresFileError, load_scores
 from mlc_ray.storage import fingerprint_model, library_versions
-from mlc_ray.utility.file import UTILITY_FILE, Utility, UtilityRow, load_utility, save_utility
+from mlc_ray.utility.file import Utility, UtilityRow, load_utility, save_utility
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlc_ray.score.results import RESPONSES_FILE, count, records_of, save_scores
+from mlc_ray.runs import RESPONSES_FILE
+from mlc_ray.score.results import count, records_of, save_scores
 from mlc_ray.types import Kind
 from mlc_ray.utility.file import Utility, UtilityRow, save_utility
 

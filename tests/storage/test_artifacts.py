@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mlc_ray import storage as artifacts
-from mlc_ray.storage import ArtifactError, IncompleteArtifactError
+from mlc_ray.storage import ArtifactError, IncompleteArtifactError, fingerprints
 
 
 def test_fingerprint_ignores_key_order_and_sees_values():
@@ -34,7 +34,7 @@ def test_fingerprint_files_follows_content_not_place(tmp_path):
 def test_fingerprint_model_sees_weights_and_tokenizer_sees_only_the_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text("{}")
-    weights = bytearray(os.urandom(artifacts._SAMPLES * artifacts._SAMPLE_BYTES + 4096))
+    weights = bytearray(os.urandom(fingerprints._SAMPLES * fingerprints._SAMPLE_BYTES + 4096))
     (tmp_path / "model.safetensors").write_bytes(weights)
     model, tokenizer = artifacts.fingerprint_model(str(tmp_path)), artifacts.fingerprint_tokenizer(str(tmp_path))
     weights[-1] ^= 1

@@ -1,0 +1,46 @@
+"""What is on disk or elsewhere, how it is named, and whether to trust it.
+
+`base` has the storages and `Place`, `local` the one for plain paths, `atomic` whole-or-nothing writing on this machine,
+`manifests` and `fingerprints` how a folder is known to be complete and what is in it.
+"""
+
+from mlc_ray.storage.atomic import atomic_folder, write_json_atomic
+from mlc_ray.storage.base import Place, Storage, StorageError, absolute_if_here, fetched, storage_of, working_folder
+from mlc_ray.storage.fingerprints import (
+    fingerprint,
+    fingerprint_files,
+    fingerprint_model,
+    fingerprint_tokenizer,
+)
+from mlc_ray.storage.manifests import (
+    MANIFEST,
+    ArtifactError,
+    IncompleteArtifactError,
+    library_versions,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
+
+__all__ = [
+    "MANIFEST",
+    "ArtifactError",
+    "IncompleteArtifactError",
+    "Place",
+    "Storage",
+    "StorageError",
+    "absolute_if_here",
+    "atomic_folder",
+    "fetched",
+    "fingerprint",
+    "fingerprint_files",
+    "fingerprint_model",
+    "fingerprint_tokenizer",
+    "library_versions",
+    "read_manifest",
+    "storage_of",
+    "verify_files",
+    "working_folder",
+    "write_json_atomic",
+    "write_manifest",
+]

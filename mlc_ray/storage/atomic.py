@@ -1,0 +1,80 @@
+"""Files and folders on this machine that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a temporary sibling of `path` opened for writing, renamed to `path` when the block ends, removed on error.
+
+    A reader sees either the old file or the whole new one.
+    """
+    path = Path(path)
+    temporary = _temporary_sibling(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented JSON with an end of line; NaN is refused (`ValueError`)."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json_atomic(path: str | Path, value: Any) -> None:
+    """Write indented JSON so that a reader sees either the old file or the whole new one."""
+    text = json_text(value)
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary sibling of `path`, renamed to `path` when the block ends, removed on error.
+
+    Raises `FileExistsError` if `path` is there already, at the start or (another process was faster) at the end,
+    unless `replace`: then the old folder is moved aside before and deleted after the rename. A killed process leaves
+    at most a folder whose name starts with a dot.
+    """
+    path = Path(path)
+    if path.exists() and not replace:
+        raise FileExistsError(f"folder {str(path)!r} already exists")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_sibling(path)
+    temporary.mkdir()
+    retired: Path | None = None
+    try:
+        yield temporary
+        if replace and path.exists():
+            retired = _temporary_sibling(path)
+            os.rename(path, retired)
+        try:
+            os.rename(temporary, path)
+        except OSError as error:
+            if retired is not None and not path.exists():
+                os.rename(retired, path)
+            elif path.exists():
+                raise FileExistsError(f"folder {str(path)!r} already exists") from error
+            raise
+        if retired is not None:
+            shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_sibling(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")

@@ -1,0 +1,286 @@
+"""Where folders of runs, scores and searches are: `Storage` is one kind of place, chosen by the scheme of a URL.
+
+Torch, DeepSpeed, vLLM and Parquet writers want real files. So a folder is worked on locally and *published*, what names
+it complete last, and read through `Place`, or *fetched*. No storage needs to rename, link or append.
+
+Another storage is one class in one file:
+
+    @register("storage", "vault")
+    class VaultStorage(Storage): ...      # open, exists, list, remove
+
+and then `vault://...` is a place like any other. A file of your own is found once it is imported, or as an entry point
+of the group `mlc_ray.storage`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from mlc_ray._registry import UnknownComponentError, resolve
+from mlc_ray.config.paths import real_path, scheme_of
+from mlc_ray.errors import MlcRayError
+from mlc_ray.storage.atomic import json_text
+from mlc_ray.storage.manifests import MANIFEST
+
+
+class StorageError(MlcRayError, ValueError):
+    """A URL cannot be used as asked; the message quotes it and says what to give instead."""
+
+
+class Storage(ABC):
+    """One kind of place for files. URLs are whole ones (`vault://a/b`); a folder is what has files beneath it."""
+
+    @abstractmethod
+    def open(self, url: str, mode: Literal["rb", "wb"] = "rb") -> AbstractContextManager[BinaryIO]:
+        """A file to read, or to write: it appears, or replaces an older one, when the block ends without an error.
+
+        Raises:
+            FileNotFoundError: there is nothing to read.
+        """
+
+    @abstractmethod
+    def exists(self, url: str) -> bool:
+        """Whether a file (not a folder) is there."""
+
+    @abstractmethod
+    def list(self, url: str) -> list[str]:
+        """Names of the files and folders directly beneath a folder, sorted; none if there is no such folder."""
+
+    @abstractmethod
+    def remove(self, url: str) -> None:
+        """Remove a file, or a folder with all that is in it; nothing happens where nothing is."""
+
+    def publish(self, local: Path, url: str, *, last: Sequence[str] = (MANIFEST,)) -> None:
+        """Copy a finished file or folder of this machine to `url`; files called as in `last` come last, in that order.
+
+        Whoever sees the last of them sees a whole folder. Links are not followed out of the folder: they are skipped.
+        """
+        if local.is_file():
+            self._send(local, url)
+            return
+        files = [path for path in local.rglob("*") if path.is_file() and not path.is_symlink()]
+        order = {name: place for place, name in enumerate(last, 1)}
+        for path in sorted(files, key=lambda path: (order.get(path.name, 0), path)):
+            self._send(path, _join(url, path.relative_to(local).as_posix()))
+
+    def fetch(self, url: str, local: Path) -> None:
+        """Copy a file, or a folder with all that is in it, to `local` on this machine.
+
+        Raises:
+            FileNotFoundError: nothing is there.
+        """
+        if self.exists(url):
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with self.open(url) as source, local.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            return
+        names = self.list(url)
+        if not names:
+            raise FileNotFoundError(f"nothing is at {url!r}")
+        for name in names:
+            self.fetch(_join(url, name), local / name)
+
+    def _send(self, local: Path, url: str) -> None:
+        with local.open("rb") as source, self.open(url, "wb") as target:
+            shutil.copyfileobj(source, target)
+
+
+def storage_of(url: str) -> Storage:
+    """The storage that serves a path or URL.
+
+    Raises:
+        StorageError: none is registered for its scheme.
+    """
+    scheme = scheme_of(url)
+    try:
+        if scheme != "file":
+            component: type[Storage] = resolve("storage", scheme or "file")
+            return component()
+    except UnknownComponentError:
+        pass
+    try:
+        real_path(url)
+    except ValueError as error:
+        raise StorageError(f"{url!r}: {error}") from None
+    raise StorageError(f"{url!r}: no storage is registered for plain paths")
+
+
+class Place:
+    """A file or folder by its path or URL. `/` joins as for `pathlib.Path`; all else is asked of its storage.
+
+    Where it is on this machine a Place is path-like: `open(place)`, `Path(place)`. Elsewhere that raises `StorageError`
+    instead of making a local folder of a URL.
+    """
+
+    __slots__ = ("url",)
+
+    def __init__(self, url: str | os.PathLike[str] | Place) -> None:
+        self.url: str = url.url if isinstance(url, Place) else os.fspath(url)
+
+    def __str__(self) -> str:
+        return self.url
+
+    def __repr__(self) -> str:
+        return f"Place({self.url!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return self.url == str(other) if isinstance(other, Place | Path) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.url)
+
+    def __truediv__(self, name: str) -> Place:
+        return Place(_join(self.url, name))
+
+    def __fspath__(self) -> str:
+        if not self.is_local:
+            raise StorageError(f"{self.url!r} is not on this machine, and real files are needed here: {_WORK_LOCALLY}")
+        return self.url
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a plain path."""
+        return scheme_of(self.url) is None
+
+    @property
+    def storage(self) -> Storage:
+        """What serves it."""
+        return storage_of(self.url)
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    def parent(self) -> Place:
+        """The folder that it is in."""
+        if self.is_local:
+            return Place(Path(self.url).parent)
+        return Place(self.url.rstrip("/").rpartition("/")[0])
+
+    def absolute(self) -> Place:
+        """The same place, for a process in another working folder."""
+        return Place(Path(self.url).expanduser().resolve()) if self.is_local else self
+
+    def exists(self) -> bool:
+        """Whether a file or a folder is there."""
+        return Path(self.url).exists() if self.is_local else self.is_file() or self.is_dir()
+
+    def is_file(self) -> bool:
+        """Whether a file is there."""
+        return self.storage.exists(self.url)
+
+    def is_dir(self) -> bool:
+        """Whether a folder is there."""
+        return Path(self.url).is_dir() if self.is_local else bool(self.storage.list(self.url))
+
+    def iterdir(self) -> list[Place]:
+        """What is directly in a folder, by name; nothing if there is no such folder."""
+        return [self / name for name in self.storage.list(self.url)]
+
+    def open(self, mode: Literal["rb", "wb"] = "rb") -> AbstractContextManager[BinaryIO]:
+        """The file to read or write bytes; see `Storage.open`."""
+        return self.storage.open(self.url, mode)
+
+    def read_text(self) -> str:
+        """The file's text; raises FileNotFoundError, UnicodeDecodeError."""
+        with self.open() as file:
+            return file.read().decode("utf-8")
+
+    def read_json(self) -> Any:
+        """The file's JSON; raises FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError."""
+        return json.loads(self.read_text())
+
+    def write_text(self, text: str) -> None:
+        """Write the whole file; a reader sees the old one or the new one."""
+        with self.open("wb") as file:
+            file.write(text.encode("utf-8"))
+
+    def write_json(self, value: Any) -> None:
+        """Write `value` as indented JSON; NaN is refused (ValueError)."""
+        self.write_text(json_text(value))
+
+    def remove(self) -> None:
+        """Remove the file, or the folder with all that is in it."""
+        self.storage.remove(self.url)
+
+
+_WORK_LOCALLY = "fetch it first, or give a path on storage that all nodes share, e.g. /shared/runs"
+
+
+def _join(url: str, name: str) -> str:
+    return f"{url}{name}" if url.endswith("/") else f"{url}/{name}"
+
+
+def absolute_if_here(path: str) -> str:
+    """A path to something on this disk as an absolute one; what is nothing here (a hub name, `sample:test`) as it is.
+
+    Workers run in folders of their own, and a run may be resumed from another: relative paths mean nothing there.
+    """
+    local = Path(path).expanduser()
+    return str(local.absolute()) if local.exists() else path  # links are kept: a file's ending says how to read it
+
+
+@contextmanager
+def working_folder(place: Place, *, last: Sequence[str] = (MANIFEST,)) -> Iterator[Path]:
+    """Yield a folder of this machine whose files are in `place` when the block ends, also where it ends by an error.
+
+    A local place is that folder itself. Of another one, what is there is fetched first; afterwards files that are new
+    or changed are published, those called as in `last` at the end, and files that are gone are removed.
+    """
+    if place.is_local:
+        folder = Path(place.url)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as temporary:
+        folder = Path(temporary) / place.name
+        folder.mkdir()
+        if place.is_dir():
+            place.storage.fetch(place.url, folder)
+        before = _states(folder)
+        try:
+            yield folder
+        finally:
+            after = _states(folder)
+            order = {name: number for number, name in enumerate(last, 1)}
+            for name in before.keys() - after.keys():
+                (place / name).remove()
+            for name in sorted(after, key=lambda name: (order.get(name.rpartition("/")[2], 0), name)):
+                if before.get(name) != after[name]:
+                    place.storage.publish(folder / name, str(place / name))
+
+
+def _states(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of every file, by its path in the folder."""
+    states = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            found = path.stat()
+            states[path.relative_to(folder).as_posix()] = (found.st_size, found.st_mtime_ns)
+    return states
+
+
+@contextmanager
+def fetched(place: Place) -> Iterator[Path]:
+    """Yield a folder or file of this machine with what is in `place`: itself where it is local, else a copy for now.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+    """
+    if place.is_local:
+        yield Path(place.url)
+        return
+    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as temporary:
+        local = Path(temporary) / place.name
+        place.storage.fetch(place.url, local)
+        yield local

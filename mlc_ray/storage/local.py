@@ -1,0 +1,41 @@
+"""Files on this machine, or on storage that is mounted on it: plain paths, the only ones that need no URL."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from mlc_ray._registry import register
+from mlc_ray.storage.atomic import atomic_file
+from mlc_ray.storage.base import Storage
+
+
+@register("storage", "file")
+class LocalStorage(Storage):
+    """Plain paths."""
+
+    def open(self, url: str, mode: Literal["rb", "wb"] = "rb") -> AbstractContextManager[BinaryIO]:
+        """A file to read, or to write: a written one appears, or replaces an older one, when it is closed."""
+        if mode == "rb":
+            return Path(url).open("rb")
+        Path(url).parent.mkdir(parents=True, exist_ok=True)
+        return atomic_file(url)
+
+    def exists(self, url: str) -> bool:
+        """Whether a file is there."""
+        return Path(url).is_file()
+
+    def list(self, url: str) -> list[str]:
+        """Names directly in a folder, sorted; without the temporary ones of files that are being written."""
+        folder = Path(url)
+        return sorted(path.name for path in folder.iterdir() if ".tmp-" not in path.name) if folder.is_dir() else []
+
+    def remove(self, url: str) -> None:
+        """Remove a file, or a folder with all that is in it."""
+        path = Path(url)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

