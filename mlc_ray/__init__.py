@@ -16,11 +16,47 @@ The data flows one way, and this is the order in which to read the rooms:
     score/       prompts -> responses -> verdicts -> scores
     search/      which fields vary (`space`), what a trial is worth (`objectives`), a trial, and how Ray Tune runs them
     report/      what folders of runs and scores say, as one HTML file, as tables and figures
-    cli.py       the command line; quickstart.py is the whole way on one small model
+    cli/         the command line; quickstart.py is the whole way on one small model
+    api.py       the same as functions: `train`, `score`, `search`, `probe`
 
 Beneath them lie `runs` (the layout of folders), `storage` (what is on disk, and whether to trust it), `cluster`,
 `progress`, `types`, `config` and `errors`. `[tool.importlinter]` in pyproject.toml lists which may import which; train
-and score meet only through a run's folder. Importing `mlc_ray` itself loads nothing heavy.
+and score meet only through a run's folder.
+
+The names that this module offers are imported when they are first used: `import mlc_ray` loads nothing.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlc_ray import errors
+    from mlc_ray._registry import register
+    from mlc_ray.errors import MlcRayError
+    from mlc_ray.losses.mlc import mlc_loss
+    from mlc_ray.types import Bundle, Verdict
+
 __version__ = "0.1.0"
+__all__ = ["Bundle", "MlcRayError", "Verdict", "__version__", "errors", "mlc_loss", "register"]
+
+_PLACES = {
+    "Bundle": "mlc_ray.types",
+    "MlcRayError": "mlc_ray.errors",
+    "Verdict": "mlc_ray.types",
+    "mlc_loss": "mlc_ray.losses.mlc",
+    "register": "mlc_ray._registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("mlc_ray.errors")
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,41 @@
-"""The base of every error that a user can cause and mend."""
+"""Every error that a user can cause and correct: `MlcRayError`, and by name all its subclasses, wherever they are.
+
+    from mlc_ray.errors import ConfigError, RunError
+
+imports the module that defines each, and nothing else; `dir(mlc_ray.errors)` lists them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from functools import cache
+from pathlib import Path
 
 
 class MlcRayError(Exception):
     """Its message quotes the offending value and names the fix; the command line prints it without a traceback."""
+
+
+@cache
+def _places() -> dict[str, str]:
+    """The module of each class whose name ends in Error, read from the sources: no module is imported to find them."""
+    root = Path(__file__).parent
+    places = {}
+    for file in sorted(root.rglob("*.py")):
+        module = ".".join(["mlc_ray", *file.relative_to(root).with_suffix("").parts]).removesuffix(".__init__")
+        for name in re.findall(r"^class (\w+Error)\(", file.read_text(encoding="utf-8"), re.MULTILINE):
+            places[name] = module
+    return places
+
+
+def __getattr__(name: str) -> type[MlcRayError]:
+    if name.endswith("Error") and not name.startswith("_") and name in _places():
+        found = getattr(importlib.import_module(_places()[name]), name)
+        if isinstance(found, type) and issubclass(found, MlcRayError):
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(_places())

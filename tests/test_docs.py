@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mlc_ray.cli import build_parser
-from mlc_ray.commands import score_config
+from mlc_ray.cli.commands import score_config
 from mlc_ray.config import ScoreConfig, TrainConfig, load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlc_ray.commands import parse_benchmark
+from mlc_ray.cli.commands import parse_benchmark
 from mlc_ray.config import ConfigError, SourceSection
 from mlc_ray.data.bundle_tables import keep_valid, parse_file
 from mlc_ray.data.bundles import BundleFileError, RejectedRow

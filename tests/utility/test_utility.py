@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlc_ray.cli import build_parser
-from mlc_ray.commands import utility_config
+from mlc_ray.cli.commands import utility_config
 from mlc_ray.config import ConfigError, UtilityConfig, parse_config
 from mlc_ray.runs import ModelPathError
 from mlc_ray.storage import fingerprint_model

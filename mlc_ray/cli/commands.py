@@ -16,6 +16,7 @@ from mlc_ray.config import (
     ModelSection,
     ScoreConfig,
     SearchConfig,
+    Section,
     SourceSection,
     TrainConfig,
     UtilityConfig,
@@ -32,7 +33,7 @@ SCHEMAS: dict[str, type[TrainConfig] | type[ScoreConfig] | type[SearchConfig] | 
     "search": SearchConfig,
     "utility": UtilityConfig,
 }
-"""The kinds of config files."""
+"""The kinds of config files; `cli.SCHEMAS` has their names."""
 
 
 def train_command(arguments: argparse.Namespace) -> None:
@@ -244,7 +245,7 @@ def config_command(arguments: argparse.Namespace) -> None:
     print(yaml.safe_dump(_written_out(resolved), sort_keys=False, allow_unicode=True), end="")
 
 
-def _written_out(config: TrainConfig | ScoreConfig) -> dict[str, Any]:
+def _written_out(config: Section) -> dict[str, Any]:
     """All settings, defaults too, as a mapping that can be loaded again.
 
     A default that nothing reads beside the other settings (SimPO's margin beside DPO) would be refused if it were
@@ -266,9 +267,7 @@ def _written_out(config: TrainConfig | ScoreConfig) -> dict[str, Any]:
     return keep(config.model_dump(mode="json"), ())
 
 
-def _accepts(
-    schema: type[TrainConfig] | type[ScoreConfig], given: dict[str, Any], path: Sequence[str], value: Any
-) -> bool:
+def _accepts(schema: type[Section], given: dict[str, Any], path: Sequence[str], value: Any) -> bool:
     raw = copy.deepcopy(given)
     node = raw
     for name in path[:-1]:

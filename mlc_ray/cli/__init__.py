@@ -1,17 +1,20 @@
-"""The command line: what can be asked, and what happens to a mistake. `commands` does the rest."""
+"""The command line: what can be asked, and what happens to a mistake. `commands` does the rest, imported on demand."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlc_ray import __version__, commands
+from mlc_ray import __version__
 from mlc_ray.errors import MlcRayError
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
+SCHEMAS = ("train", "score", "search", "utility")
+"""The kinds of config files."""
 
 _SETTINGS = """\
 Settings come from the YAML file, then from each --set in order, e.g.
@@ -63,8 +66,9 @@ are told apart in each language. `search` can use the ranking to leave out layer
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 a mistake that the message explains, 130 interrupted."""
     arguments = build_parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], None] = arguments.command
     try:
+        commands = importlib.import_module("mlc_ray.cli.commands")
+        command: Callable[[argparse.Namespace], None] = getattr(commands, arguments.command)
         command(arguments)
     except MlcRayError as error:
         cause = getattr(error, "cause", error)  # Ray hands on a worker's error wrapped in one of the same type
@@ -80,29 +84,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line; it imports no room, so `--help` costs nothing."""
+    """The whole command line; it imports nothing, so `--help` costs nothing."""
     parser = argparse.ArgumentParser(
         prog="mlc-ray", description="Multilingual-consistency safety alignment on Ray: train, export, score."
     )
     parser.add_argument("--version", action="version", version=f"mlc-ray {__version__}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, function: Callable[[argparse.Namespace], None], text: str, more: str = "") -> Any:
+    def add(name: str, text: str, more: str = "") -> Any:
         sub = subparsers.add_parser(
             name, help=text, description=text, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        sub.set_defaults(command=function)
+        sub.set_defaults(command=f"{name}_command")
         return sub
 
-    train = add("train", commands.train_command, "Align a model, or go on with a run that stopped.", _SETTINGS)
+    train = add("train", "Align a model, or go on with a run that stopped.", _SETTINGS)
     _add_settings(train)
     train.add_argument(
         "--resume", metavar="RUN", type=_path, help="run folder to go on with; takes no --config or --set"
     )
 
-    score = add(
-        "score", commands.score_command, "Generate answers, judge them, count refusals.", f"{_BENCHMARKS}\n{_SETTINGS}"
-    )
+    score = add("score", "Generate answers, judge them, count refusals.", f"{_BENCHMARKS}\n{_SETTINGS}")
     score.add_argument("model", metavar="MODEL", nargs="?", help="run, checkpoint or exported folder, or a hub name")
     score.add_argument(
         "--benchmark", metavar="WHAT", action="append", default=[], help="prompts to score on; repeatable"
@@ -113,19 +115,19 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--output-dir", metavar="FOLDER", help="where score folders go (default: runs/scores)")
     _add_settings(score)
 
-    judge = add("judge", commands.judge_command, "Judge the responses of a score again, with another judge.", _JUDGES)
+    judge = add("judge", "Judge the responses of a score again, with another judge.", _JUDGES)
     judge.add_argument("scored", metavar="SCORE", type=_path, help="folder that `mlc-ray score` wrote")
     judge.add_argument("--name", metavar="NAME", help="name of the new score folder (default: SCORE-JUDGE)")
     _add_judge(judge)
     _add_settings(judge)
 
-    search = add("search", commands.search_command, "Search fields of a run, above all its layer.", _SEARCH)
+    search = add("search", "Search fields of a run, above all its layer.", _SEARCH)
     _add_settings(search)
     search.add_argument(
         "--resume", metavar="FOLDER", type=_path, help="search folder to go on with; takes no --config or --set"
     )
 
-    probe = add("probe", commands.probe_command, "Look at every layer of a model, forward only.", _PROBE)
+    probe = add("probe", "Look at every layer of a model, forward only.", _PROBE)
     probe.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub name")
     probe.add_argument(
         "--bundles", metavar="WHAT", action="append", required=True, help="bundles of both kinds; repeatable"
@@ -138,15 +140,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--address", metavar="ADDRESS", default="auto", help="Ray address (default: auto)")
 
-    export = add("export", commands.export_command, "Write a run's model as a plain Hugging Face folder.")
+    export = add("export", "Write a run's model as a plain Hugging Face folder.")
     export.add_argument("run", metavar="RUN", type=_path, help="run folder")
     export.add_argument("out", metavar="OUT", type=_path, help="folder to write; must not exist")
     export.add_argument("--merge-lora", action="store_true", help="fold low-rank adapters into the weights")
     export.add_argument("--checkpoint", metavar="NAME", help="checkpoint of the run (default: the last complete one)")
 
-    report = add(
-        "report", commands.report_command, "Write one HTML file that shows runs and scores, and compares them.", _REPORT
-    )
+    report = add("report", "Write one HTML file that shows runs and scores, and compares them.", _REPORT)
     report.add_argument(
         "runs", metavar="RUN", nargs="+", type=_path, help="run folder, score folder, or a folder of those"
     )
@@ -157,7 +157,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     utility = add(
         "utility",
-        commands.utility_command,
         "Measure knowledge (MMLU, ...) with lm-evaluation-harness on vLLM.",
         _UTILITY,
     )
@@ -169,22 +168,18 @@ def build_parser() -> argparse.ArgumentParser:
     utility.add_argument("--backend", choices=["vllm", "hf"], help="what runs the model (default: vllm)")
     _add_settings(utility)
 
-    config = add("config", commands.config_command, "Print the resolved settings, or the JSON schema.", _SETTINGS)
+    config = add("config", "Print the resolved settings, or the JSON schema.", _SETTINGS)
     _add_settings(config)
     config.add_argument(
         "--schema",
         nargs="?",
         const="train",
-        choices=list(commands.SCHEMAS),
+        choices=SCHEMAS,
         help="print the JSON schema (default: train)",
     )
-    config.add_argument(
-        "--for", dest="schema_of", choices=list(commands.SCHEMAS), default="train", help="kind of the file"
-    )
+    config.add_argument("--for", dest="schema_of", choices=SCHEMAS, default="train", help="kind of the file")
 
-    quickstart = add(
-        "quickstart", commands.quickstart_command, "Score, align, export and score SmolLM2-135M on the sample."
-    )
+    quickstart = add("quickstart", "Score, align, export and score SmolLM2-135M on the sample.")
     quickstart.add_argument("--only-model", action="store_true", help="only prepare the model, and print its folder")
     _add_settings(quickstart)
     return parser
@@ -210,7 +205,3 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", metavar="FIELD=VALUE", dest="overrides", action="append", default=[], help="change one; repeatable"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
