@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mlc_ray.config import MlcSection, ModelSection, ObjectiveSection
+from mlc_ray.config import ModelSection, ObjectiveConfig
 from mlc_ray.data.batches import collate
 from mlc_ray.losses.objective import Objective
 from mlc_ray.quickstart import MODEL_NAME, cache_folder, prepare_smollm2
@@ -59,7 +59,10 @@ TOLERANCE = {
     "bfloat16": {"loss": 5e-2, "policy": 1e-1, "extractor": 3e-2},
 }
 
-OBJECTIVE = Objective(ObjectiveSection(loss="dpo", beta=0.1), MlcSection(weight=0.8, temperature=0.2))
+BETA, WEIGHT, TEMPERATURE = 0.1, 0.8, 0.2
+OBJECTIVE = Objective(
+    ObjectiveConfig(objective={"loss": "dpo", "beta": BETA}, mlc={"weight": WEIGHT, "temperature": TEMPERATURE})
+)
 EXTRACTOR_DIM = 512
 LEARNING_RATE = 6e-7
 SEED = 0
@@ -164,17 +167,16 @@ def their_step(module: PolicyWithExtractor, reference: PreTrainedModel, batch: P
         reference_logits = reference(**inputs, output_hidden_states=True).logits.float()
         reference_chosen, reference_rejected = answer_sums(reference_logits[: 2 * n], batch.labels[: 2 * n]).split(n)
     chosen, rejected = answer_sums(logits[: 2 * n], batch.labels[: 2 * n]).split(n)
-    beta = OBJECTIVE.objective.beta
-    alignment = -F.logsigmoid(beta * ((chosen - reference_chosen) - (rejected - reference_rejected))).mean()
+    alignment = -F.logsigmoid(BETA * ((chosen - reference_chosen) - (rejected - reference_rejected))).mean()
 
     states = policy.hidden_states[module.layer][2 * n :]
     last = batch.attention_mask[2 * n :].sum(dim=1) - 1
     tapped = states[torch.arange(len(states), device=states.device), last]
     rows = F.normalize(module.extractor(tapped), dim=-1)
     values = torch.linalg.svdvals(rows.view(n, -1, rows.shape[-1]).float())
-    scaled = values / values[:, :1].detach() / OBJECTIVE.mlc.temperature
+    scaled = values / values[:, :1].detach() / TEMPERATURE
     mlc = F.cross_entropy(scaled, torch.zeros(n, dtype=torch.long, device=scaled.device))
-    total = alignment + OBJECTIVE.mlc.weight * mlc
+    total = alignment + WEIGHT * mlc
     total.backward()
     return {"alignment": alignment.detach(), "mlc": mlc.detach(), "total": total.detach()}
 

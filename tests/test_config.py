@@ -88,26 +88,46 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"data": {"train": [{"path": "a", "fromat": "sft"}]}}, ["data.train.0.fromat='sft'", "'format'"]),
         ({"model": {"path": "m", "lora": {"rnak": 4}}}, ["model.lora.rnak=4", "'rank'"]),
         ({"name": "a/b"}, ["name='a/b'"]),
-        ({"objective": {"loss": "sft", "beta": 0.1}}, ["objective.beta=0.1", "sft"]),
-        ({"objective": {"loss": "ipo", "label_smoothing": 0.1}}, ["objective.label_smoothing=0.1", "dpo only"]),
+        ({"objective": {"loss": "sft", "beta": 0.1}}, ["objective.beta=0.1: no such field (valid here: loss)"]),
+        (
+            {"objective": {"loss": "ipo", "label_smoothing": 0.1}},
+            ["objective.label_smoothing=0.1: no such field (valid here: beta, loss)"],
+        ),
+        (
+            {"objective": {"loss": "dop"}},
+            ["objective: loss='dop': no loss is called 'dop'; did you mean 'dpo'?", "simpo"],
+        ),
+        ({"objective": {"loss": "contrast"}}, ["no loss is called 'contrast'"]),
+        ({"objective": {"loss": "simpo", "beta": 0}}, ["objective.beta=0: Input should be greater than 0"]),
+        ({"objective": 3}, ["objective=3: expected a section with loss"]),
         ({"objective": {"loss": "simpo"}, "reference": "online"}, ["reference='online'", "simpo"]),
+        ({"mlc": {"name": "contrast"}}, ["mlc: name='contrast' cannot stand here", "Settings that extends TapSection"]),
         (
-            {"mlc": {"anti_collapse": {"kind": "anchor", "temperature": 0.1}}},
-            ["mlc.anti_collapse.temperature=0.1", "contrast only", "kind='anchor'"],
+            {"terms": {"anchor": {"temperature": 0.1}}},
+            ["terms.anchor.temperature=0.1: no such field (valid here: name, weight)"],
         ),
         (
-            {"mlc": {"anti_collapse": {"kind": "contrast", "target_std": 1.0}}},
-            ["mlc.anti_collapse.target_std=1.0", "variance only"],
+            {"terms": {"contrast": {"target_std": 1.0, "wight": 1}, "variance": {"weight": -1}, "two words": {}}},
+            [
+                "terms.contrast.target_std=1.0: no such field (valid here: name, temperature, weight)",
+                "terms.contrast.wight=1: no such field; did you mean 'weight'?",
+                "terms.variance.weight=-1: Input should be greater than or equal to 0",
+                "terms.two words: a key is letters",
+            ],
         ),
-        ({"mlc": {"anti_collapse": {"weight": 0.1}}}, ["mlc.anti_collapse.kind: required"]),
-        ({"mlc": {"anti_collapse": {"kind": "contrastive"}}}, ["mlc.anti_collapse.kind='contrastive'", "'contrast'"]),
+        ({"terms": {"contrastive": {}}}, ["terms.contrastive: name='contrastive': no term is called", "'contrast'?"]),
+        ({"terms": {"anchor": None}}, ["terms.anchor=None: expected a section"]),
+        ({"terms": ["anchor"]}, ["terms=['anchor']: expected a section with a term per name"]),
+        ({"terms": {"total": {"name": "anchor"}}}, ["terms.total: loss/total is the name of another part"]),
         (
-            {"mlc": {"weight": 0, "anti_collapse": {"kind": "anchor"}}},
-            ["mlc.anti_collapse.kind='anchor'", "mlc.weight=0"],
+            {"terms": {"second": {"name": "mlc"}}},
+            ["terms.second.name='mlc' has a tap of its own", "set mlc.name='mlc'"],
         ),
+        ({"terms": {"mine": {"name": "pathlib:Path"}}}, ["terms.mine: name='pathlib:Path' cannot stand here"]),
+        ({"terms": {"mine": {"name": "no_such_package.m:T"}}}, ["there is no module 'no_such_package'"]),
         (
-            {"mlc": {"anti_collapse": {"kind": "variance"}}},
-            ["mlc.anti_collapse.kind='variance'", "cluster.workers=1", "train.bundles_per_worker=1", "kind='anchor'"],
+            {"terms": {"spread": {"name": "variance"}}},
+            ["terms.spread compares", "cluster.workers=1", "train.bundles_per_worker=1", "raise one of them"],
         ),
         ({"collapse": {"window": 15}}, ["collapse.window=15", "16 or more", "0"]),
         ({"collapse": {"min_spread": 1.5}}, ["collapse.min_spread=1.5", "less than or equal to 1"]),
@@ -131,17 +151,18 @@ def test_a_mistake_is_quoted(changes: dict[str, Any], quoted: list[str]) -> None
 @pytest.mark.parametrize("sizes", [{"cluster": {"workers": 2}}, {"train": {"bundles_per_worker": 2}}])
 def test_bundles_to_compare_may_come_from_one_worker_or_several(sizes: dict[str, Any]) -> None:
     for kind in ("contrast", "variance"):
-        parse_config(TrainConfig, minimal(mlc={"anti_collapse": {"kind": kind}}, **sizes))
+        parse_config(TrainConfig, minimal(terms={kind: {}}, **sizes))
+    parse_config(TrainConfig, minimal(terms={"variance": {"weight": 0}}))  # switched off, it compares nothing
 
 
 def test_an_anchor_gives_every_loss_a_reference_setting() -> None:
     config = parse_config(
         TrainConfig,
-        minimal(objective={"loss": "simpo"}, mlc={"anti_collapse": {"kind": "anchor"}}, reference="online"),
+        minimal(objective="simpo", mlc={"weight": 0}, terms={"anchor": {}}, reference="online"),
     )
     assert config.needs_reference
-    assert not config.objective.needs_reference
-    assert not parse_config(TrainConfig, minimal(objective={"loss": "simpo"})).needs_reference
+    assert not parse_config(TrainConfig, minimal(objective="simpo", terms={"anchor": {"weight": 0}})).needs_reference
+    assert parse_config(TrainConfig, minimal()).needs_reference
 
 
 def test_seen_languages_are_language_tags() -> None:
@@ -200,6 +221,19 @@ def test_config_is_frozen_and_not_rewritten() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 1  # type: ignore[misc]
     assert parse_config(TrainConfig, config.model_dump(mode="json", exclude_unset=True)) == config
+
+
+def test_components_are_set_by_overrides_and_survive_the_round_trip() -> None:
+    overrides = ["objective.loss=simpo", "objective.margin=1", "terms.keep.name=anchor", "terms.keep.weight=0.25"]
+    raw = minimal()
+    for override in overrides:
+        apply_override(raw, override)
+    config = parse_config(TrainConfig, raw)
+    assert (config.objective.loss, config.objective.margin, config.objective.beta) == ("simpo", 1.0, 0.1)  # type: ignore[attr-defined]
+    assert (config.terms["keep"].name, config.terms["keep"].weight) == ("anchor", 0.25)
+    for exclude_unset in (True, False):
+        dumped = config.model_dump(mode="json", exclude_unset=exclude_unset)
+        assert parse_config(TrainConfig, yaml.safe_load(yaml.safe_dump(dumped))) == config
 
 
 # ------------------------------------------------------------------------------------------------ overrides
@@ -271,6 +305,18 @@ def test_json_schema_describes_every_field(schema: type[TrainConfig] | type[Scor
         for name, field in section["properties"].items():
             nested = "$ref" in json.dumps({k: v for k, v in field.items() if k != "items"})
             assert nested or field.get("description"), f"{section['title']}.{name} has no description"
+
+
+def test_json_schema_has_the_settings_of_every_component() -> None:
+    fields = config_schema(TrainConfig)["properties"]
+    losses = {option["properties"]["loss"]["const"]: option for option in fields["objective"]["oneOf"]}
+    assert losses.keys() == {"dpo", "ipo", "orpo", "sft", "simpo"}
+    assert losses["simpo"]["properties"].keys() == {"loss", "beta", "margin"}
+    terms = {option["properties"]["name"]["const"] for option in fields["terms"]["additionalProperties"]["anyOf"]}
+    assert terms >= {"anchor", "contrast", "variance"}
+    assert [option["properties"]["name"]["const"] for option in fields["mlc"]["oneOf"]] == ["mlc"]
+    for option in (*losses.values(), *fields["mlc"]["oneOf"], *fields["terms"]["additionalProperties"]["anyOf"]):
+        assert all(field.get("description") for field in option["properties"].values())
 
 
 def test_defaults_survive_the_round_trip_through_yaml() -> None:

@@ -1,4 +1,6 @@
-"""Every setting of a run, as frozen pydantic schemas; this module imports neither torch nor ray.
+"""Every setting of a run, as frozen pydantic schemas.
+
+This package imports neither torch nor ray; validating the settings of a component imports that component's module.
 
 A run is one YAML file plus ``--set section.field=value`` overrides. Unknown or ill-typed fields are refused with
 the field, the value and the nearest valid name; a combination that no code path supports is refused here, before
@@ -31,7 +33,6 @@ from mlc_ray.config.score import (
 )
 from mlc_ray.config.search import ParameterSection, ProbePriorSection, SearchConfig, SearchObjectiveSection
 from mlc_ray.config.train import (
-    AntiCollapseSection,
     BundleFormat,
     CheckpointSection,
     ClusterSection,
@@ -39,18 +40,19 @@ from mlc_ray.config.train import (
     DataSection,
     LoggingSection,
     LoraSection,
-    MlcSection,
+    LossSettings,
     ModelSection,
-    ObjectiveSection,
+    ObjectiveConfig,
     OptimizerSection,
     SourceSection,
+    TapSection,
+    TermSettings,
     TrainConfig,
     TrainSection,
     ZeroSection,
 )
 
 __all__ = [
-    "AntiCollapseSection",
     "BundleFormat",
     "CheckpointSection",
     "ClusterSection",
@@ -65,9 +67,9 @@ __all__ = [
     "JudgeSection",
     "LoggingSection",
     "LoraSection",
-    "MlcSection",
+    "LossSettings",
     "ModelSection",
-    "ObjectiveSection",
+    "ObjectiveConfig",
     "OptimizerSection",
     "ParameterSection",
     "PositiveFloat",
@@ -80,6 +82,8 @@ __all__ = [
     "SearchObjectiveSection",
     "Section",
     "SourceSection",
+    "TapSection",
+    "TermSettings",
     "TrainConfig",
     "TrainSection",
     "TranslateSection",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from mlc_ray._registry import resolve
 from mlc_ray.config.base import Fraction, PositiveFloat, PositiveInt, RunName, Section
+from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.paths import RealPath
 
 BundleFormat = Literal[
@@ -73,98 +76,32 @@ class DataSection(Section):
     max_response_tokens: PositiveInt = Field(512, description="A longer answer loses its end.")
 
 
-class ObjectiveSection(Section):
-    """The alignment loss on the answers in the response language."""
+class LossSettings(Section):
+    """What every alignment loss has; its own settings are in its class, `mlc_ray.losses.NAME`."""
 
-    loss: Literal["sft", "dpo", "ipo", "simpo", "orpo"] = Field("dpo", description="Alignment loss.")
-    beta: PositiveFloat = Field(
-        0.1, description="Strength of the preference (DPO, IPO, SimPO) or odds-ratio (ORPO) term."
-    )
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="DPO only: assumed probability that a preference label is flipped."
-    )
-    margin: Annotated[float, Field(ge=0)] = Field(0.5, description="SimPO only: target reward margin gamma.")
-
-    NEEDS_REFERENCE: ClassVar[frozenset[str]] = frozenset({"dpo", "ipo"})
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss compares the policy with a frozen reference."""
-        return self.loss in self.NEEDS_REFERENCE
-
-    @model_validator(mode="after")
-    def _only_fields_the_loss_reads(self) -> ObjectiveSection:
-        for field, owner in {"label_smoothing": "dpo", "margin": "simpo"}.items():
-            if field in self.model_fields_set and self.loss != owner:
-                raise ValueError(
-                    f"objective.{field}={getattr(self, field)!r} is read by {owner} only, but loss={self.loss!r}; "
-                    "remove it"
-                )
-        if "beta" in self.model_fields_set and self.loss == "sft":
-            raise ValueError(f"objective.beta={self.beta!r} is not read by loss='sft'; remove it")
-        return self
+    loss: str = Field(description="Alignment loss: a name, or package.module:Class of your own.")
 
 
-class AntiCollapseSection(Section):
-    """A term against mapping bundles of every meaning onto one direction; see docs/collapse.md."""
+class TermSettings(Section):
+    """What every further term has; its own settings are in its class, `mlc_ray.losses.NAME`."""
 
-    kind: Literal["contrast", "anchor", "variance"] = Field(
-        description=(
-            "`contrast` tells each bundle from the others of its round, `anchor` keeps tapped states near the frozen "
-            "reference's, `variance` keeps the round's bundle means apart."
-        )
-    )
-    weight: PositiveFloat = Field(0.1, description="Factor of the term in the total loss.")
-    temperature: PositiveFloat = Field(0.1, description="contrast only: tau of the softmax over cosines.")
-    target_std: PositiveFloat = Field(
-        1.0, description="variance only: wanted spread of bundle means; 1 is that of orthogonal bundles."
-    )
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the term compares tapped states with those of a frozen reference."""
-        return self.kind == "anchor"
-
-    @property
-    def needs_round(self) -> bool:
-        """Whether the term compares the bundles of all workers with each other."""
-        return self.kind in ("contrast", "variance")
-
-    @model_validator(mode="after")
-    def _only_fields_the_kind_reads(self) -> AntiCollapseSection:
-        for field, owner in {"temperature": "contrast", "target_std": "variance"}.items():
-            if field in self.model_fields_set and self.kind != owner:
-                raise ValueError(
-                    f"mlc.anti_collapse.{field}={getattr(self, field)!r} is read by {owner} only, but "
-                    f"kind={self.kind!r}; remove it"
-                )
-        return self
+    name: str = Field(description="Term: a name, or package.module:Class of your own (default: its key).")
+    weight: Annotated[float, Field(ge=0)] = Field(0.1, description="Factor in the total loss. 0 switches it off.")
 
 
-class MlcSection(Section):
-    """The multilingual-consistency term: total loss = alignment + weight * mlc (+ its anti-collapse term)."""
+class TapSection(TermSettings):
+    """Where and when prompts are tapped. It stands under `mlc`, whose term adds its own settings to it."""
 
-    weight: Annotated[float, Field(ge=0)] = Field(0.8, description="Lambda. 0 switches the term off.")
     layer: Annotated[int, Field(strict=True)] | Annotated[float, Field(gt=0, lt=1)] | Literal["last"] = Field(
         "last",
         description=(
             "Index into hidden_states: 0 embeddings, N after the last block and final norm; or a fraction of N."
         ),
     )
-    temperature: PositiveFloat = Field(0.2, description="Tau of the softmax over singular values.")
-    scaling: Literal["leading", "none"] = Field(
-        "leading",
-        description=(
-            "`leading` divides by the detached first singular value (published code); `none` is the paper's equation."
-        ),
-    )
     every: PositiveInt = Field(
-        1, description="Add the term every this many optimizer steps; other steps skip its forward."
+        1, description="Add the terms every this many optimizer steps; other steps skip their forward."
     )
     extractor_dim: PositiveInt = Field(512, description="Output size of the linear extractor.")
-    anti_collapse: AntiCollapseSection | None = Field(
-        None, description="Term that keeps different bundles apart (default: none, the published loss)."
-    )
 
     @field_validator("layer", mode="before")
     @classmethod
@@ -177,12 +114,50 @@ class MlcSection(Section):
             )
         return value
 
+
+def _settings_by_default() -> Any:
+    """An empty section: the default component's settings, once validated."""
+    return {}
+
+
+class ObjectiveConfig(Section):
+    """What is minimised: total = alignment + mlc.weight * mlc + sum of terms.NAME.weight * NAME."""
+
+    objective: Annotated[LossSettings, ComponentSettings("loss", by="loss", default="dpo")] = Field(
+        default_factory=_settings_by_default, description="The alignment loss on the answers in the response language."
+    )
+    mlc: Annotated[TapSection, ComponentSettings("term", default="mlc")] = Field(
+        default_factory=_settings_by_default,
+        description="The multilingual-consistency term, and the tap that all terms read.",
+    )
+    terms: Annotated[Mapping[str, TermSettings], ComponentSettings("term", by_key=True)] = Field(
+        default_factory=dict, description="Further terms by name, on the steps that tap (default: none)."
+    )
+
+    @property
+    def active_terms(self) -> dict[str, TermSettings]:
+        """MLC and the further terms, by name, but for those of weight 0."""
+        return {name: term for name, term in {"mlc": self.mlc, **self.terms}.items() if term.weight > 0}
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything in the loss compares the policy with a frozen reference."""
+        return resolve("loss", self.objective.loss).needs_reference or any(
+            resolve("term", term.name).needs_reference_state for term in self.active_terms.values()
+        )
+
     @model_validator(mode="after")
-    def _anti_collapse_needs_the_term(self) -> MlcSection:
-        if self.anti_collapse is not None and self.weight == 0:
+    def _one_tap_and_parts_of_different_names(self) -> Self:
+        for name, term in self.terms.items():
+            if isinstance(term, TapSection):
+                raise ValueError(
+                    f"terms.{name}.name={term.name!r} has a tap of its own, but all terms read the one under mlc; "
+                    f"set mlc.name={term.name!r} to put it in MLC's place"
+                )
+        if taken := sorted({"mlc", "alignment", "total"} & self.terms.keys()):
             raise ValueError(
-                f"mlc.anti_collapse.kind={self.anti_collapse.kind!r} is added on steps with the MLC term, but "
-                "mlc.weight=0 switches that off; remove one of them"
+                f"terms.{taken[0]}: loss/{taken[0]} is the name of another part; give the term another key, and its "
+                f"class as terms.KEY.name"
             )
         return self
 
@@ -295,7 +270,7 @@ class LoggingSection(Section):
     mlflow: str | None = Field(None, description="MLflow tracking URI to log to.")
 
 
-class TrainConfig(Section):
+class TrainConfig(ObjectiveConfig):
     """One training run."""
 
     name: RunName = Field(description="Folder name of the run.")
@@ -307,8 +282,6 @@ class TrainConfig(Section):
     )
     model: ModelSection
     data: DataSection
-    objective: ObjectiveSection = ObjectiveSection()
-    mlc: MlcSection = MlcSection()
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     zero: ZeroSection = ZeroSection()
@@ -317,25 +290,20 @@ class TrainConfig(Section):
     collapse: CollapseSection = CollapseSection()
     logging: LoggingSection = LoggingSection()
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether anything in the loss compares the policy with a frozen reference."""
-        anti = self.mlc.anti_collapse
-        return self.objective.needs_reference or (anti is not None and anti.needs_reference)
-
     @model_validator(mode="after")
     def _supported_combinations(self) -> TrainConfig:
         if "reference" in self.model_fields_set and not self.needs_reference:
             raise ValueError(
                 f"reference={self.reference!r} is not read by objective.loss={self.objective.loss!r}; remove it"
             )
-        anti, together = self.mlc.anti_collapse, self.cluster.workers * self.train.bundles_per_worker
-        if anti is not None and anti.needs_round and together < 2:
-            raise ValueError(
-                f"mlc.anti_collapse.kind={anti.kind!r} compares bundles that are forwarded at once, but "
-                f"cluster.workers={self.cluster.workers} x train.bundles_per_worker={self.train.bundles_per_worker} "
-                "gives it a single one; raise one of them, or use kind='anchor'"
-            )
+        together = self.cluster.workers * self.train.bundles_per_worker
+        for name, term in self.active_terms.items():
+            if resolve("term", term.name).needs_round and together < 2:
+                raise ValueError(
+                    f"terms.{name} compares bundles that are forwarded at once, but "
+                    f"cluster.workers={self.cluster.workers} x train.bundles_per_worker="
+                    f"{self.train.bundles_per_worker} gives it a single one; raise one of them, or remove the term"
+                )
         if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
             raise ValueError(
                 "model.attention='flash_attention_2' has no float32 kernel; "

@@ -19,3 +19,8 @@ def response_log_probs(logits: Tensor, targets: Tensor, bundle_of_target: Tensor
     total = token_log_probs.new_zeros(n_bundles).index_add(0, bundle_of_target, token_log_probs)
     length = torch.bincount(bundle_of_target, minlength=n_bundles)
     return ResponseLogProbs(total=total, length=length)
+
+
+def mean_log_prob(answer: ResponseLogProbs) -> Tensor:
+    """Mean log-prob per token of each answer [B], in nats."""
+    return answer.total / answer.length

@@ -6,18 +6,53 @@ softmax(s / tau) against index 0, which is least when Z has rank 1, that is when
 
 Blind spots, both measured: a language whose representation points the *opposite* way costs nothing (singular values
 do not see signs), and neither does mapping bundles of every meaning onto one direction (the measures in
-`losses/collapse.py` do, and the terms in `losses/anti_collapse.py` cost it).
+`losses/measures.py` do, and the terms `contrast`, `anchor` and `variance` cost it).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from mlc_ray._registry import register
+from mlc_ray.config import PositiveFloat, TapSection
+from mlc_ray.losses.base import Tapped, Term, TermLoss
+
 Scaling = Literal["leading", "none"]
+
+
+@register("term", "mlc")
+class Mlc(Term):
+    """`mlc_losses` with its settings; its singular values are logged as their leading share."""
+
+    class Settings(TapSection):
+        """The multilingual-consistency term, and the tap that all terms read."""
+
+        weight: Annotated[float, Field(ge=0)] = Field(0.8, description="Lambda. 0 switches the term off.")
+        temperature: PositiveFloat = Field(0.2, description="Tau of the softmax over singular values.")
+        scaling: Scaling = Field(
+            "leading",
+            description=(
+                "`leading` divides by the detached first singular value (published code); `none` is the paper's "
+                "equation."
+            ),
+        )
+
+    settings: Settings
+
+    def __call__(self, tapped: Tapped) -> TermLoss:
+        """The loss of each bundle [B], and `leading_share` [B]."""
+        losses, values = mlc_losses(
+            tapped.representations,
+            temperature=self.settings.temperature,
+            scaling=self.settings.scaling,
+            present=tapped.present,
+        )
+        return TermLoss(losses, {"leading_share": leading_share(values)})
 
 
 def mlc_loss(

@@ -1,24 +1,43 @@
-"""From config to one scalar: total = alignment + weight * mlc, plus weight * anti-collapse; weighted bundle means."""
+"""From config to one scalar: total = alignment + sum of weight * term, and the parts by name; weighted bundle means."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from mlc_ray.config import AntiCollapseSection, MlcSection, ObjectiveSection
-from mlc_ray.losses.anti_collapse import Round, anchor_losses, contrast_losses, variance_losses
-from mlc_ray.losses.mlc import leading_share, mlc_losses
-from mlc_ray.losses.preference import PreferenceLoss, dpo_loss, ipo_loss, orpo_loss, sft_loss, simpo_loss
+from mlc_ray._registry import resolve
+from mlc_ray.config import ObjectiveConfig
+from mlc_ray.losses.base import Alignment, AlignmentLoss, Round, Tapped, Term, TermLoss
 from mlc_ray.types import LossOutput, ResponseLogProbs
 
 
-@dataclass(frozen=True)
 class Objective:
-    """The loss of a run. Facts about it (does it need a reference, rejected answers?) sit here, not in the loop."""
+    """The loss of a run: its alignment loss and its terms, those whose weight is not 0.
 
-    objective: ObjectiveSection
-    mlc: MlcSection
+    Facts about it (does it need a reference, rejected answers?) sit here, not in the loop.
+    """
+
+    def __init__(self, config: ObjectiveConfig) -> None:
+        self.config = config
+        self.alignment: Alignment = resolve("loss", config.objective.loss)(config.objective)
+        self.terms: dict[str, Term] = {
+            name: resolve("term", settings.name)(settings) for name, settings in config.active_terms.items()
+        }
+
+    @property
+    def parts(self) -> list[str]:
+        """What the total is made of, as metrics name it: `loss/alignment`, and `loss/NAME` of each term."""
+        return [f"loss/{name}" for name in ("alignment", *self.terms)]
+
+    def describe(self) -> list[str]:
+        """A line for each part: its weight, its name and its settings."""
+        lines = [_described(self.config.objective.loss, self.config.objective.model_dump(exclude={"loss"}))]
+        for name, term in self.config.active_terms.items():
+            own = {"weight", "name"} if term.name == name else {"weight"}
+            lines.append(_described(f"{term.weight} x {name}", term.model_dump(exclude=own)))
+        return lines
 
     @property
     def needs_reference(self) -> bool:
@@ -28,26 +47,26 @@ class Objective:
     @property
     def needs_reference_log_probs(self) -> bool:
         """Whether `total_loss` must be given the reference's log-probs."""
-        return self.objective.needs_reference
+        return self.alignment.needs_reference
 
     @property
     def needs_reference_state(self) -> bool:
-        """Whether `total_loss` must be given the reference's tapped states on steps with the MLC term."""
-        return self.mlc.anti_collapse is not None and self.mlc.anti_collapse.needs_reference
+        """Whether `total_loss` must be given the reference's tapped states on steps that tap."""
+        return any(term.needs_reference_state for term in self.terms.values())
 
     @property
     def needs_round(self) -> bool:
-        """Whether `total_loss` must be given all workers' representations on steps with the MLC term."""
-        return self.mlc.anti_collapse is not None and self.mlc.anti_collapse.needs_round
+        """Whether `total_loss` must be given all workers' representations on steps that tap."""
+        return any(term.needs_round for term in self.terms.values())
 
     @property
     def needs_rejected(self) -> bool:
         """Whether bundles must have a rejected answer."""
-        return self.objective.loss != "sft"
+        return self.alignment.needs_rejected
 
-    def mlc_active(self, step: int) -> bool:
-        """Whether optimizer step `step` (from 0) has the MLC term; the same on every worker."""
-        return self.mlc.weight > 0 and step % self.mlc.every == 0
+    def taps(self, step: int) -> bool:
+        """Whether optimizer step `step` (from 0) has the terms; the same on every worker."""
+        return bool(self.terms) and step % self.config.mlc.every == 0
 
     def total_loss(
         self,
@@ -65,85 +84,88 @@ class Objective:
     ) -> LossOutput:
         """Loss of a batch, a scalar, and its parts for each bundle, which the caller averages over all workers.
 
-        `weight` [B] multiplies each bundle before the mean over slots (see `Batch`). On steps with the MLC term
-        `representations` [B, L, D] and `present` [B, L] are given, and what the anti-collapse term reads: `tapped`
-        [B, L, H] and `reference_state` [B, H], or the round `together` that the B bundles are part of. Metrics are
-        [B], one number per bundle. Raises ValueError naming what the configured loss misses.
+        Args:
+            weight: [B], multiplies each bundle before the mean over slots (see `Batch`).
+            chosen: Log-probs of the chosen answers.
+            rejected: Those of the rejected ones.
+            reference_chosen: [B], the reference's summed log-probs of the chosen answers.
+            reference_rejected: [B], those of the rejected ones.
+            reference_state: [B, H], its tapped states of the response prompts.
+            representations: [B, L, D], the extractor's outputs; given on steps that tap, and absent on others.
+            present: [B, L], the languages that each bundle has; all of them if it is not given.
+            tapped: [B, L, H], hidden states before the extractor.
+            together: The round that the B bundles are part of.
+
+        Returns:
+            The scalar to differentiate; metrics are [B], one number per bundle: `loss/total`, `parts`, without their
+            weights, and what the components log beside them.
+
+        Raises:
+            ValueError: A component needs what was not given; the message names both.
         """
-        aligned = self.alignment(chosen, rejected, reference_chosen, reference_rejected)
+        aligned = self._align(chosen, rejected, reference_chosen, reference_rejected)
         total = (aligned.loss * weight).mean()
-        metrics: dict[str, Tensor] = {"loss/alignment": aligned.loss.detach()}
+        metrics: dict[str, Tensor] = {"loss/total": aligned.loss.detach(), "loss/alignment": aligned.loss.detach()}
         if aligned.chosen_reward is not None and aligned.rejected_reward is not None:
             margin = aligned.chosen_reward - aligned.rejected_reward
             metrics["reward/chosen"] = aligned.chosen_reward
             metrics["reward/rejected"] = aligned.rejected_reward
             metrics["reward/margin"] = margin
             metrics["reward/accuracy"] = (margin > 0).to(margin.dtype)
-        if representations is not None:
-            losses, values = mlc_losses(
-                representations, temperature=self.mlc.temperature, scaling=self.mlc.scaling, present=present
-            )
-            total = total + self.mlc.weight * (losses.to(total.dtype) * weight).mean()
-            metrics["loss/mlc"] = losses.detach()
-            metrics["mlc/leading_share"] = leading_share(values)
-            if self.mlc.anti_collapse is not None:
-                term, parts = _anti_collapse(
-                    self.mlc.anti_collapse, weight, together, tapped=tapped, present=present, state=reference_state
-                )
-                total = total + self.mlc.anti_collapse.weight * term.to(total.dtype)
-                metrics["loss/anti_collapse"] = parts.detach()
+        if representations is None:
+            return LossOutput(loss=total, metrics=metrics)
+        if present is None:
+            present = torch.ones(representations.shape[:2], dtype=torch.bool, device=representations.device)
+        here = Tapped(representations, present, tapped)
+        for name, term in self.terms.items():
+            result = _term_loss(name, term, here, reference_state, together)
+            factor = term.settings.weight
+            losses, slots = result.loss, weight
+            if term.needs_round and together is not None:
+                slots = together.weight
+                own = losses[together.first : together.first + len(weight)].detach()
+            else:
+                own = losses.detach()
+            total = total + factor * (losses.to(total.dtype) * slots).mean()
+            metrics["loss/total"] = metrics["loss/total"] + factor * own
+            metrics[f"loss/{name}"] = own
+            metrics |= {f"{name}/{key}": value.detach() for key, value in result.metrics.items()}
         return LossOutput(loss=total, metrics=metrics)
 
-    def alignment(
+    def _align(
         self,
         chosen: ResponseLogProbs,
         rejected: ResponseLogProbs | None,
         reference_chosen: Tensor | None,
         reference_rejected: Tensor | None,
-    ) -> PreferenceLoss:
-        """The alignment loss of each bundle [B]. Raises ValueError naming what the configured loss misses."""
-        settings = self.objective
-        if settings.loss == "sft":
-            return sft_loss(chosen)
-        if rejected is None:
-            raise ValueError(f"objective.loss={settings.loss!r} needs rejected answers, none were given")
-        if settings.loss == "simpo":
-            return simpo_loss(chosen, rejected, beta=settings.beta, margin=settings.margin)
-        if settings.loss == "orpo":
-            return orpo_loss(chosen, rejected, beta=settings.beta)
-        if reference_chosen is None or reference_rejected is None:
-            raise ValueError(f"objective.loss={settings.loss!r} needs the reference's log-probs, none were given")
-        if settings.loss == "ipo":
-            return ipo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=settings.beta)
-        return dpo_loss(
-            chosen,
-            rejected,
-            reference_chosen,
-            reference_rejected,
-            beta=settings.beta,
-            label_smoothing=settings.label_smoothing,
-        )
+    ) -> AlignmentLoss:
+        loss, given = f"objective.loss={self.config.objective.loss!r}", dict[str, Any](chosen=chosen)
+        if self.alignment.needs_rejected:
+            if rejected is None:
+                raise ValueError(f"{loss} needs rejected answers, none were given")
+            given["rejected"] = rejected
+        if self.alignment.needs_reference:
+            if reference_chosen is None or reference_rejected is None:
+                raise ValueError(f"{loss} needs the reference's log-probs, none were given")
+            given |= {"reference_chosen": reference_chosen, "reference_rejected": reference_rejected}
+        return self.alignment(**given)
 
 
-def _anti_collapse(
-    settings: AntiCollapseSection,
-    weight: Tensor,
-    together: Round | None,
-    *,
-    tapped: Tensor | None,
-    present: Tensor | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The term as a weighted mean over slots, and the loss of each of this worker's bundles [B]."""
-    if settings.kind == "anchor":
-        if tapped is None or present is None or state is None:
-            raise ValueError("mlc.anti_collapse.kind='anchor' needs tapped states and the reference's, none were given")
-        losses = anchor_losses(tapped, present, state)
-        return (losses * weight).mean(), losses
-    if together is None:
-        raise ValueError(f"mlc.anti_collapse.kind={settings.kind!r} needs all workers' bundles, none were given")
-    if settings.kind == "contrast":
-        losses = contrast_losses(together.representations, together.taking_part, temperature=settings.temperature)
-    else:
-        losses = variance_losses(together.representations, together.taking_part, target_std=settings.target_std)
-    return (losses * together.weight).mean(), losses[together.first : together.first + len(weight)]
+def _described(title: str, settings: dict[str, Any]) -> str:
+    values = ", ".join(f"{key}={value}" for key, value in settings.items())
+    return f"{title} ({values})" if values else title
+
+
+def _term_loss(
+    name: str, term: Term, tapped: Tapped, reference_state: Tensor | None, together: Round | None
+) -> TermLoss:
+    given = dict[str, Any](tapped=tapped)
+    if term.needs_reference_state:
+        if reference_state is None:
+            raise ValueError(f"term {name!r} needs the reference's tapped states, none were given")
+        given["reference_state"] = reference_state
+    if term.needs_round:
+        if together is None:
+            raise ValueError(f"term {name!r} needs all workers' bundles, none were given")
+        given["together"] = together
+    return term(**given)

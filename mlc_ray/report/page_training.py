@@ -18,8 +18,6 @@ _GROUPS = (
 _MEANING = {
     "loss/total": "what is minimised",
     "loss/alignment": "the preference loss alone",
-    "loss/mlc": "the consistency loss alone, without its weight",
-    "loss/anti_collapse": "the anti-collapse term alone, without its weight",
     "mlc/leading_share": "s₁² / Σ s² of a bundle's languages: 1 when they all point one way",
     "mlc/between_bundle_cosine": "mean |cosine| between different bundles: near 1 all prompts look alike",
     "collapse/between_bundle_cosine": "mean |cosine| between different bundles: near 1 all prompts look alike",
@@ -64,9 +62,16 @@ def unit_range(name: str) -> tuple[float, float] | tuple[None, None]:
     return (0.0, 1.0) if name in _UNIT_RANGE else (None, None)
 
 
+def _meaning(name: str) -> str:
+    """What a metric is; any other loss than those told here is a term of the objective, named by its key."""
+    if name.startswith("loss/") and name not in _MEANING:
+        return f"the term {name.removeprefix('loss/')} alone, without its weight"
+    return _MEANING.get(name, "")
+
+
 def _chart(name: str, runs: Sequence[Training]) -> str:
     curves = [Curve(run.label, run.metrics.get(name, ())) for run in runs]
-    note = text(_MEANING.get(name, ""))
+    note = text(_meaning(name))
     if not any(value is not None for curve in curves for _, value in curve.points):
         return markup.figure(text(name), note, '<p class="soft">no finite value was logged</p>')
     low, high = unit_range(name)

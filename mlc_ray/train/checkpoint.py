@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.errors import MlcRayError
+from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import PROVENANCE_FILE, TRAIN_FOLDER, complete_checkpoints
 from mlc_ray.storage import (
     MANIFEST,
@@ -201,13 +202,10 @@ def _provenance(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, Any]
 
 def model_card(config: TrainConfig, manifest: Mapping[str, Any]) -> str:
     """A model card that says what was trained, from what and how, and that it has not been scored."""
-    objective, mlc = config.objective, config.mlc
-    term = f"plus {mlc.weight} x MLC (layer {mlc.layer}, tau {mlc.temperature}, {mlc.scaling})" if mlc.weight else ""
-    if mlc.weight and (anti := mlc.anti_collapse) is not None:
-        term += f" plus {anti.weight} x anti-collapse ({anti.kind})"
     fingerprints = "\n".join(f"- {name}: `{value}`" for name, value in manifest["fingerprints"].items())
     versions = "\n".join(f"- {name} {version}" for name, version in manifest["versions"].items())
     sources = "\n".join(f"- {source.path}" for source in config.data.train)
+    parts = "\n".join(f"- {part}" for part in Objective(config).describe())
     base = f"base_model: {config.model.path}\n" if not Path(config.model.path).exists() else ""
     return f"""---
 {base}library_name: transformers
@@ -215,9 +213,13 @@ tags: [multilingual, safety, alignment, mlc]
 ---
 # {config.name}
 
-`{config.model.path}` aligned with {objective.loss.upper()} {term} (arXiv 2602.16660) by mlc_ray:
-{manifest["step"]} optimizer steps, {manifest["bundles_consumed"]} bundles,
+`{config.model.path}` aligned by mlc_ray: {manifest["step"]} optimizer steps, {manifest["bundles_consumed"]} bundles,
 learning rate {config.optimizer.learning_rate}, {"LoRA" if config.model.lora else "all parameters"}.
+
+## Loss
+The sum of these (`mlc`: multilingual consistency, arXiv 2602.16660):
+
+{parts}
 
 ## Trained on
 {sources}

@@ -6,6 +6,7 @@ The driver reads metrics.jsonl as the workers write it, so a slow terminal never
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mlc_ray.runs import MetricsReader
 
-COLUMNS = {
-    "loss": "loss/total",
-    "align": "loss/alignment",
-    "mlc": "loss/mlc",
-    "anti": "loss/anti_collapse",
+MEASURES = {
     "share": "mlc/leading_share",
     "between": "collapse/between_bundle_cosine",
     "rank": "collapse/effective_rank",
@@ -31,7 +28,7 @@ COLUMNS = {
     "GiB": "peak_memory_gib",
 }
 LEGEND = (
-    "anti: the anti-collapse term, where there is one; share: s1^2/sum s^2 within bundles; "
+    "loss: the total, and its parts without their weights; share: s1^2/sum s^2 within bundles; "
     "between: mean |cosine| between different bundles (near 1 = collapse); "
     "rank: effective rank of bundle means; kinds: AUC of harmful against benign states"
 )
@@ -40,8 +37,11 @@ LEGEND = (
 class RunDisplay:
     """Shows a run while it lasts; use as a context manager around the call that trains."""
 
-    def __init__(self, run_folder: Path, total_steps: int, every: int, console: Console | None = None) -> None:
+    def __init__(
+        self, run_folder: Path, total_steps: int, every: int, parts: Sequence[str], console: Console | None = None
+    ) -> None:
         self.total, self.every = total_steps, every
+        self.columns = columns(parts)
         self.console = console or Console()
         self.progress = Progress(
             TextColumn("training"),
@@ -61,7 +61,7 @@ class RunDisplay:
     def __enter__(self) -> RunDisplay:
         self.shown = max((row["step"] for row in self.metrics.read()), default=0)
         self.console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
-        self.console.print(header(), style="bold", highlight=False, soft_wrap=True)
+        self.console.print(header(self.columns), style="bold", highlight=False, soft_wrap=True)
         self.progress.start()
         self.thread.start()
         return self
@@ -84,7 +84,7 @@ class RunDisplay:
             if row["step"] > self.shown:
                 self.shown = row["step"]
                 if row["step"] % self.every == 0 or row["step"] == self.total:
-                    self.progress.console.print(table_row(row), highlight=False, soft_wrap=True)
+                    self.progress.console.print(table_row(row, self.columns), highlight=False, soft_wrap=True)
                 for warning in row.get("warnings", ()):
                     text = f"  step {row['step']}: {warning}"
                     self.progress.console.print(
@@ -93,14 +93,21 @@ class RunDisplay:
         self.progress.update(self.bar, completed=self.shown)
 
 
-def header() -> str:
+def columns(parts: Iterable[str]) -> dict[str, str]:
+    """Titles of the table, and the metrics under them: the total, its parts (`loss/NAME`), then what is measured."""
+    return {"loss": "loss/total", **{part.removeprefix("loss/"): part for part in parts}, **MEASURES}
+
+
+def header(columns: Mapping[str, str]) -> str:
     """Column names of the table."""
-    return "  step " + " ".join(f"{name:>8}" for name in COLUMNS)
+    return "  step " + " ".join(f"{name:>8}" for name in columns)
 
 
-def table_row(row: dict[str, Any]) -> str:
+def table_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     """One step's numbers under `header`; a dash where the step has no such number."""
-    return f"{row['step']:>6} " + " ".join(f"{_cell(row.get(key)):>8}" for key in COLUMNS.values())
+    return f"{row['step']:>6} " + " ".join(
+        f"{_cell(row.get(key)):>{max(8, len(name))}}" for name, key in columns.items()
+    )
 
 
 def _cell(value: float | None) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlc_ray.config import MlcSection, TrainConfig
+from mlc_ray.config import TrainConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.measures import between_bundle_cosine, effective_rank
 from mlc_ray.losses.objective import Objective
@@ -57,13 +57,13 @@ def train_loop(
     `batches` yields this worker's micro-batches in order. `log(step, metrics)` runs after every step and
     `save(progress, metrics)` every `checkpoint.every` steps and at the end, both on every worker.
     """
-    objective = Objective(config.objective, config.mlc)
+    objective = Objective(config)
     window = StateWindow(config.collapse.window)
     engine.train()
     metrics: Metrics = {}
     while progress.step < total_steps:
         step, started = progress.step, time.perf_counter()
-        tap = objective.mlc_active(step)
+        tap = objective.taps(step)
         rate = learning_rate(step, total_steps, config.optimizer)
         set_learning_rate(engine, rate)
         meter = StepMeter()
@@ -92,7 +92,7 @@ def train_loop(
             meter.add(batch, output, result)
             if window.size and output.tapped is not None and output.present is not None:
                 window.add(output.tapped, output.present, batch)
-        metrics = meter.reduce(config.mlc)
+        metrics = meter.reduce()
         if not math.isfinite(metrics["loss/total"]):
             raise DivergedError(
                 f"loss/total is {metrics['loss/total']} at step {step + 1}; lower optimizer.learning_rate={rate:.3g} "
@@ -143,7 +143,7 @@ class StepMeter:
             self.grids.append(output.representations.detach())
             self.masks.append(output.present & (batch.weight > 0).unsqueeze(1))
 
-    def reduce(self, mlc: MlcSection) -> Metrics:
+    def reduce(self) -> Metrics:
         """Means over all workers' bundles; the same on every worker, which must all call it."""
         names = list(self.sums)
         device = self.sums["bundles"].device
@@ -153,9 +153,6 @@ class StepMeter:
         totals = dict(zip([*names, "tokens"], packed.tolist(), strict=True))
         bundles, tokens = totals.pop("bundles"), totals.pop("tokens")
         metrics = {name: value / bundles for name, value in totals.items()}
-        metrics["loss/total"] = metrics["loss/alignment"] + mlc.weight * metrics.get("loss/mlc", 0.0)
-        if mlc.anti_collapse is not None:
-            metrics["loss/total"] += mlc.anti_collapse.weight * metrics.get("loss/anti_collapse", 0.0)
         if self.grids:
             grid, mask = gather(torch.cat(self.grids)), gather(torch.cat(self.masks))
             rank, share = effective_rank(grid, mask)

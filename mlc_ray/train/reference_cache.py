@@ -44,7 +44,7 @@ def prepare_reference(
     log-probs, or tapped states at `layer`, or both. An incomplete folder is made anew; where another run that shares
     `cache_dir` is faster, its folder is used.
     """
-    objective = Objective(config.objective, config.mlc)
+    objective = Objective(config)
     needed = {
         "log_probs": objective.needs_reference_log_probs,
         "layer": layer if objective.needs_reference_state else None,

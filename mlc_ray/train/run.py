@@ -138,7 +138,11 @@ def train(
             callbacks=list(callbacks),
         ),
     )
-    with RunDisplay(run_folder, steps, config.logging.every) if display else contextlib.nullcontext():
+    with (
+        RunDisplay(run_folder, steps, config.logging.every, Objective(config).parts)
+        if display
+        else contextlib.nullcontext()
+    ):
         result = trainer.fit()
     return TrainResult(run_folder, find_checkpoint(run_folder), dict(result.metrics or {}))
 
@@ -236,7 +240,7 @@ def _claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
 def _what_must_not_change(config: TrainConfig) -> dict[str, Any]:
     """Settings that a resumed run must share with its checkpoint; where and how to log or keep may differ."""
     return config.model_dump(
-        mode="json", include={"seed", "reference", "model", "objective", "mlc", "optimizer", "train"}
+        mode="json", include={"seed", "reference", "model", "objective", "mlc", "terms", "optimizer", "train"}
     )
 
 
@@ -366,7 +370,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
     check_tap(engine.module.language_model, layer)
     if not (config.needs_reference and config.reference == "online"):
         return engine, None
-    objective = Objective(config.objective, config.mlc)
+    objective = Objective(config)
     with engines.partitioned_loading(config):
         frozen = ReferenceModel(
             load_policy(config.model),
@@ -406,7 +410,7 @@ def _batches(
         slots,
         bundles_per_worker=config.train.bundles_per_worker,
         languages=tokens.languages,
-        needs_rejected=Objective(config.objective, config.mlc).needs_rejected,
+        needs_rejected=Objective(config).needs_rejected,
         reference=table,
     )
     return (batch for _, batch in stream)

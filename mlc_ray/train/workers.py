@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlc_ray.losses.anti_collapse import Round
+from mlc_ray.losses.base import Round
 
 
 def distributed() -> bool:

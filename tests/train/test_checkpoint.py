@@ -242,8 +242,10 @@ def test_what_does_not_fit_is_refused_and_pickles_run_no_code(runs, tmp_path):
     assert "written by 2 workers, this run has 1: set cluster.workers=2" in alone[0]["world"]
 
 
-def test_the_card_names_the_anti_collapse_term():
+def test_the_card_names_every_part_of_the_loss():
     manifest = {"step": 1, "bundles_consumed": 2, "fingerprints": {}, "versions": {}}
-    with_term = tiny_config(mlc={"anti_collapse": {"kind": "anchor", "weight": 0.25}})
-    assert "plus 0.25 x anti-collapse (anchor)" in model_card(with_term, manifest)
-    assert "anti-collapse" not in model_card(tiny_config(), manifest)
+    with_term = tiny_config(terms={"anchor": {"weight": 0.25}})
+    card = model_card(with_term, manifest)
+    assert "- dpo (beta=0.1, label_smoothing=0.0)\n- 0.8 x mlc (layer=2, every=2, extractor_dim=16, temp" in card
+    assert "- 0.25 x anchor\n" in card
+    assert "anchor" not in model_card(tiny_config(), manifest)

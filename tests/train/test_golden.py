@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mlc_ray.config import MlcSection, ObjectiveSection
+from mlc_ray.config import ObjectiveConfig
 from mlc_ray.losses.mlc import mlc_loss
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.model import PolicyWithExtractor, answer_log_probs
@@ -63,7 +63,7 @@ def test_step_case(name):
     batch = batch_of(case, tensors)
     loss = {"sigmoid": "dpo"}.get(case["loss_type"], case["loss_type"])
     settings = {"loss": loss, "beta": case["beta"]} | ({"margin": case["simpo_gamma"]} if loss == "simpo" else {})
-    objective = Objective(ObjectiveSection(**settings), MlcSection(weight=case["lam"], temperature=case["tau"]))
+    objective = Objective(ObjectiveConfig(objective=settings, mlc={"weight": case["lam"], "temperature": case["tau"]}))
     reference = {}
     if objective.needs_reference:
         with torch.no_grad():

@@ -47,7 +47,8 @@ def run_place(smollm2, repository, tmp_path_factory):
         "output_dir": str(folder),
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {"train": [{"path": str(folder / "bundles.jsonl")}], "languages": ["en", "sw", "zh"]},
-        "mlc": {"layer": 3, "every": 2, "extractor_dim": 32, "anti_collapse": {"kind": "anchor"}},
+        "mlc": {"layer": 3, "every": 2, "extractor_dim": 32},
+        "terms": {"anchor": {}},
         "optimizer": {"learning_rate": 1e-3},
         "train": {"epochs": 4, "max_steps": STEPS, "bundles_per_worker": 1, "gradient_accumulation_steps": 2},
         "zero": {"stage": 2},
@@ -81,7 +82,7 @@ def test_a_run_leaves_what_it_should(undisturbed, run_place):
     assert [row["bundles_consumed"] for row in rows] == [4, 8, 12, 16, 20, 24, 28, 32]
     assert rows[0]["loss/alignment"] == pytest.approx(0.693147, abs=1e-4)
     measures = {"collapse/between_bundle_cosine", "collapse/effective_rank", "collapse/effective_rank_share"}
-    assert {"mlc/leading_share", "loss/mlc", "loss/anti_collapse"} | measures <= rows[0].keys()
+    assert {"mlc/leading_share", "loss/mlc", "loss/anchor"} | measures <= rows[0].keys()
     assert "loss/mlc" not in rows[1]
     assert any((run / "tensorboard").iterdir())
     assert load_run_config(run) == configured(run_place)
@@ -99,7 +100,7 @@ def test_cached_and_online_references_give_the_same_losses(undisturbed, run_plac
     for cached, live in zip(read_metrics(undisturbed.run_folder), read_metrics(online.run_folder), strict=True):
         for name in ("loss/total", "loss/alignment"):
             assert live[name] == pytest.approx(cached[name], rel=1e-5)
-        assert live.get("loss/anti_collapse", 0) == pytest.approx(cached.get("loss/anti_collapse", 0), rel=1e-5)
+        assert live.get("loss/anchor", 0) == pytest.approx(cached.get("loss/anchor", 0), rel=1e-5)
 
 
 def kill_a_worker_after_step(run, step, killed):

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from mlc_ray.runs import METRICS_FILE, MetricsReader, read_metrics
-from mlc_ray.train.console import COLUMNS, RunDisplay, header, table_row
+from mlc_ray.train.console import RunDisplay, columns, header, table_row
 from mlc_ray.train.tracking import Tracker, TrackingError, check_trackers
 from tests.train.tiny import tiny_config
 
@@ -88,12 +88,16 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_run(package, monk
 
 def test_display_shows_each_step_once_in_aligned_columns(tmp_path):
     rows = [{"step": step, "loss/total": 0.5, "learning_rate": 1e-5, "loss/mlc": None} for step in (1, 2, 3, 4, 5)]
+    parts = ["loss/alignment", "loss/mlc", "loss/a-long-name"]
     output = io.StringIO()
-    with RunDisplay(tmp_path, 5, every=2, console=Console(file=output, width=160)):
+    with RunDisplay(tmp_path, 5, every=2, parts=parts, console=Console(file=output, width=160)):
         (tmp_path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = [line for line in output.getvalue().splitlines() if line.strip()[:1].isdigit()]
     assert [int(line.split()[0]) for line in lines] == [2, 4, 5]
-    assert len(header()) == len(table_row(rows[0])) == 6 + 9 * len(COLUMNS)
-    assert table_row(rows[0]).split()[1:4] == ["0.5000", "-", "-"]
-    with_term = dict(zip(header().split(), table_row({"step": 1, "loss/anti_collapse": 0.25}).split(), strict=True))
-    assert with_term["anti"] == "0.2500" and with_term["mlc"] == "-"
+    titles = columns(parts)
+    assert list(titles)[:5] == ["loss", "alignment", "mlc", "a-long-name", "share"]
+    assert len(header(titles)) == len(table_row(rows[0], titles)) == 6 + sum(1 + max(8, len(t)) for t in titles)
+    assert table_row(rows[0], titles).split()[1:4] == ["0.5000", "-", "-"]
+    row = table_row({"step": 1, "loss/a-long-name": 0.25}, titles)
+    shown = dict(zip(header(titles).split(), row.split(), strict=True))
+    assert shown["a-long-name"] == "0.2500" and shown["mlc"] == "-"

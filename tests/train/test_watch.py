@@ -154,7 +154,7 @@ def test_warnings_are_in_the_run_are_shown_once_and_survive_a_resume(tmp_path):
     content = (tmp_path / METRICS_FILE).read_text()
     (tmp_path / METRICS_FILE).unlink()
     output = io.StringIO()
-    with RunDisplay(tmp_path, 12, every=6, console=Console(file=output, width=160)):
+    with RunDisplay(tmp_path, 12, every=6, parts=["loss/alignment"], console=Console(file=output, width=160)):
         (tmp_path / METRICS_FILE).write_text(content)
     lines = output.getvalue().splitlines()
     assert sum("collapse: spread" in line for line in lines) == 1
@@ -167,9 +167,10 @@ def test_warnings_are_in_the_run_are_shown_once_and_survive_a_resume(tmp_path):
 def collapse_runs(rank):
     """A consistency term strong enough to collapse a tiny model within 40 rounds of eight bundles."""
     histories = {}
-    for name, anti in {"published": None, "contrast": {"kind": "contrast", "weight": 10.0, "temperature": 0.3}}.items():
+    for name, terms in {"published": {}, "contrast": {"contrast": {"weight": 10.0, "temperature": 0.3}}}.items():
         config = tiny_config(
-            mlc={"layer": 2, "every": 1, "extractor_dim": 16, "weight": 10.0, "anti_collapse": anti},
+            mlc={"layer": 2, "every": 1, "extractor_dim": 16, "weight": 10.0},
+            terms=terms,
             objective={"loss": "sft"},
             optimizer={"warmup_ratio": 0.0, "schedule": "constant"},
             train={"epochs": 40, "bundles_per_worker": 8, "gradient_accumulation_steps": 1},

@@ -12,9 +12,9 @@ from mlc_ray.types import ReferenceRow
 from tests.train.tiny import LANGUAGES, on_workers, random_rows, run_engine, tiny_config, tiny_model, wrapped
 
 TERMS = {
-    "contrast": {"kind": "contrast", "weight": 0.5, "temperature": 0.3},
-    "variance": {"kind": "variance", "weight": 2.0},
-    "anchor": {"kind": "anchor", "weight": 0.3},
+    "contrast": {"weight": 0.5, "temperature": 0.3},
+    "variance": {"weight": 2.0},
+    "anchor": {"weight": 0.3},
 }
 STAGES = {"stage0": {"stage": 0}, "stage2": {"stage": 2}, "stage3": {"stage": 3, "persistence_threshold": 0}}
 WEIGHTS = {"both real": [1.0, 1.0], "one is padding": [2.0, 0.0]}
@@ -25,7 +25,8 @@ def configured(term, workers, stage="stage0", **sections):
     """The same round of four bundles, in two forwards: two at once, by one worker or by two."""
     return tiny_config(
         objective={"loss": "simpo"},
-        mlc={"layer": 2, "every": 2, "extractor_dim": 16, "anti_collapse": TERMS[term]},
+        mlc={"layer": 2, "every": 2, "extractor_dim": 16},
+        terms={term: TERMS[term]},
         train={"bundles_per_worker": 2 // workers},
         cluster={"workers": workers},
         zero=STAGES[stage],
@@ -55,7 +56,7 @@ def gradients_of_a_round(rank, term, weights):
     mine = slice(rank, rank + 1) if workers == 2 else slice(0, 2)
     batch = collate(rows[mine], languages=LANGUAGES, weights=weights[mine], needs_rejected=True, reference=references())
     output = module(batch, tap=True)
-    result = Objective(config.objective, config.mlc).total_loss(
+    result = Objective(config).total_loss(
         weight=batch.weight,
         chosen=output.chosen,
         rejected=output.rejected,
@@ -70,7 +71,7 @@ def gradients_of_a_round(rank, term, weights):
     for gradient in gradients.values():
         dist.all_reduce(gradient)
         gradient /= workers
-    return gradients, gather(result.metrics["loss/anti_collapse"])
+    return gradients, gather(result.metrics[f"loss/{term}"])
 
 
 def train_terms(table):
@@ -120,14 +121,14 @@ def test_two_workers_train_as_one_at_every_stage_cached_or_online(term, stage, d
     (_, alone), ((_, together), _) = done
     expected, weights = alone[term, "stage0"]
     history, state = together[term, stage]
-    assert ["loss/anti_collapse" in row for row in history] == [True, False, True]
+    assert [f"loss/{term}" in row for row in history] == [True, False, True]
     for row, want in zip(history, expected, strict=True):
         assert row["loss/total"] == pytest.approx(want["loss/total"], rel=2e-5)
-        assert row.get("loss/anti_collapse", 0) == pytest.approx(want.get("loss/anti_collapse", 0), rel=2e-5)
+        assert row.get(f"loss/{term}", 0) == pytest.approx(want.get(f"loss/{term}", 0), rel=2e-5)
         assert row["gradient_norm"] == pytest.approx(want["gradient_norm"], rel=1e-3)
     first = expected[0]
     assert first["loss/total"] == pytest.approx(
-        first["loss/alignment"] + 0.8 * first["loss/mlc"] + TERMS[term]["weight"] * first["loss/anti_collapse"]
+        first["loss/alignment"] + 0.8 * first["loss/mlc"] + TERMS[term]["weight"] * first[f"loss/{term}"]
     )
     for key, value in weights.items():
         assert torch.allclose(state[key].float(), value.float(), atol=2e-4), key

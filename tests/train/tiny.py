@@ -113,7 +113,7 @@ def batches_of(config, rows, rank, world_size, table=None, start_step=0):
             [rows[slot.row_index] for slot in chunk],
             languages=LANGUAGES,
             weights=[slot.weight for slot in chunk],
-            needs_rejected=config.objective.loss != "sft",
+            needs_rejected=Objective(config).needs_rejected,
             reference=table,
         )
 
@@ -127,7 +127,7 @@ def run_engine(config, rows, steps, table=None, save=None, engine=None, progress
     if config.needs_reference:
         reference = cached_reference
         if config.reference == "online":
-            objective = Objective(config.objective, config.mlc)
+            objective = Objective(config)
             frozen = ReferenceModel(
                 tiny_model().to(getattr(torch, config.model.dtype)),
                 log_probs=objective.needs_reference_log_probs,

@@ -6,10 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mlc_ray.config import MlcSection, ObjectiveSection
+from mlc_ray.config import ObjectiveConfig
+from mlc_ray.losses.dpo import dpo_loss
+from mlc_ray.losses.ipo import ipo_loss
 from mlc_ray.losses.logprobs import response_log_probs
 from mlc_ray.losses.objective import Objective
-from mlc_ray.losses.preference import dpo_loss, ipo_loss, orpo_loss, sft_loss, simpo_loss
+from mlc_ray.losses.orpo import orpo_loss
+from mlc_ray.losses.sft import sft_loss
+from mlc_ray.losses.simpo import simpo_loss
 from mlc_ray.types import ResponseLogProbs
 
 
@@ -122,7 +126,7 @@ def test_response_log_probs_take_the_softmax_in_float32():
 
 
 def objective(loss="dpo", **mlc):
-    return Objective(ObjectiveSection(loss=loss), MlcSection(**mlc))
+    return Objective(ObjectiveConfig(objective=loss, mlc=mlc))
 
 
 def test_total_is_alignment_plus_weighted_mlc_over_real_bundles(pair):
@@ -140,8 +144,8 @@ def test_total_is_alignment_plus_weighted_mlc_over_real_bundles(pair):
 
 
 def test_mlc_every_second_step():
-    assert [objective(every=2).mlc_active(step) for step in range(5)] == [True, False, True, False, True]
-    assert not objective(weight=0).mlc_active(0)
+    assert [objective(every=2).taps(step) for step in range(5)] == [True, False, True, False, True]
+    assert not objective(weight=0).taps(0)
 
 
 def test_what_an_objective_needs():

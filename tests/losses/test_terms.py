@@ -6,9 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mlc_ray.config import AntiCollapseSection, MlcSection, ObjectiveSection
-from mlc_ray.losses.anti_collapse import Round, anchor_losses, contrast_losses, variance_losses
+from mlc_ray.config import ObjectiveConfig
+from mlc_ray.losses.anchor import anchor_losses
+from mlc_ray.losses.base import Round
+from mlc_ray.losses.contrast import contrast_losses
 from mlc_ray.losses.objective import Objective
+from mlc_ray.losses.variance import variance_losses
 from mlc_ray.types import ResponseLogProbs
 
 
@@ -200,8 +203,8 @@ def inputs(bundles, seed=0):
     return {"chosen": answers[0], "rejected": answers[1]}
 
 
-def objective(loss="simpo", **anti):
-    return Objective(ObjectiveSection(loss=loss), MlcSection(anti_collapse=AntiCollapseSection(**anti)))
+def objective(loss="simpo", mlc=0.8, **terms):
+    return Objective(ObjectiveConfig(objective=loss, mlc={"weight": mlc}, terms=terms))
 
 
 @pytest.mark.parametrize("kind", TERMS)
@@ -210,24 +213,24 @@ def test_the_total_adds_the_weighted_term_over_the_whole_round(kind):
     everyone = torch.ones(5, 4, dtype=torch.bool)
     together = Round(z, everyone, weight, first=2)
     own = {"weight": weight[2:4], "representations": z[2:4], "present": everyone[2:4], **inputs(2)}
-    plain = Objective(ObjectiveSection(loss="simpo"), MlcSection()).total_loss(**own)
-    result = objective(kind=kind, weight=0.7).total_loss(**own, together=together)
+    plain = objective().total_loss(**own)
+    result = objective(**{kind: {"weight": 0.7}}).total_loss(**own, together=together)
     real = z[[0, 1, 2, 4]]
     if kind == "contrast":
         losses = contrast_losses(real, everyone[:4], temperature=0.1)
     else:
         losses = variance_losses(real, everyone[:4], target_std=1.0)
     assert result.loss.item() == pytest.approx(plain.loss.item() + 0.7 * losses.mean().item())
-    assert result.metrics["loss/anti_collapse"].tolist() == pytest.approx([losses[2].item(), 0.0])
+    assert result.metrics[f"loss/{kind}"].tolist() == pytest.approx([losses[2].item(), 0.0])
     result.loss.backward()
     assert (z.grad[3] == 0).all() and (z.grad[[0, 1, 2, 4]] != 0).any(dim=2).all()
-    assert "loss/anti_collapse" not in plain.metrics
+    assert f"loss/{kind}" not in plain.metrics
 
 
 def test_anchor_halves_add_up_to_one_batch():
     h, r, z, weight = random(4, 3, 8), random(4, 8, seed=1), random(4, 3, 6, seed=2), torch.ones(4).double()
     everyone = torch.ones(4, 3, dtype=torch.bool)
-    term = objective(kind="anchor", weight=0.5)
+    term = objective(anchor={"weight": 0.5})
 
     def run(part, h):
         answers = {
@@ -254,7 +257,7 @@ def test_facts_of_the_objective():
         (loss, kind): (o.needs_reference, o.needs_reference_log_probs, o.needs_reference_state, o.needs_round)
         for loss in ("dpo", "sft")
         for kind in ("contrast", "anchor", "variance")
-        for o in [objective(loss, kind=kind)]
+        for o in [objective(loss, **{kind: {}})]
     }
     assert facts == {
         ("dpo", "contrast"): (True, True, False, True),
@@ -269,12 +272,45 @@ def test_facts_of_the_objective():
 @pytest.mark.parametrize("kind", ["contrast", "anchor", "variance"])
 def test_a_missing_part_is_named(kind):
     z = random(2, 3, 8)
-    with pytest.raises(ValueError, match=f"mlc.anti_collapse.kind='{kind}' needs"):
-        objective(kind=kind).total_loss(
+    with pytest.raises(ValueError, match=f"term '{kind}' needs"):
+        objective(**{kind: {}}).total_loss(
             weight=torch.ones(2), representations=z, present=torch.ones(2, 3, dtype=torch.bool), **inputs(2)
         )
 
 
-def test_steps_without_the_mlc_term_have_no_anti_collapse_term():
-    result = objective(kind="anchor").total_loss(weight=torch.ones(2).double(), **inputs(2))
-    assert set(result.metrics) & {"loss/mlc", "loss/anti_collapse"} == set()
+def test_steps_that_do_not_tap_have_no_term():
+    result = objective(anchor={}).total_loss(weight=torch.ones(2).double(), **inputs(2))
+    assert set(result.metrics) & {"loss/mlc", "loss/anchor"} == set()
+    assert torch.equal(result.metrics["loss/total"], result.metrics["loss/alignment"])
+
+
+def test_several_terms_at_once_and_every_part_is_in_the_total():
+    """Two of them the same class under other names, one switched off, and none of MLC."""
+    terms = {
+        "contrast": {"weight": 0.5},
+        "cold": {"name": "contrast", "weight": 2.0, "temperature": 0.05},
+        "anchor": {"weight": 0.25},
+        "variance": {"weight": 0},
+    }
+    term = objective(mlc=0, **terms)
+    assert term.parts == ["loss/alignment", "loss/contrast", "loss/cold", "loss/anchor"]
+    assert [term.taps(step) for step in (0, 1)] == [True, True]
+    z, everyone, weight = random(2, 4, 8), torch.ones(2, 4, dtype=torch.bool), torch.ones(2).double()
+    given = {"weight": weight, "representations": z, "present": everyone, "tapped": z, **inputs(2)}
+    result = term.total_loss(**given, reference_state=random(2, 8, seed=1), together=Round(z, everyone, weight))
+    parts = {name: float(result.metrics[name].mean()) for name in term.parts}
+    weights = [1, 0.5, 2.0, 0.25]
+    total = sum(factor * value for factor, value in zip(weights, parts.values(), strict=True))
+    assert result.loss.item() == pytest.approx(total)
+    assert result.metrics["loss/total"].mean().item() == pytest.approx(total)
+    assert {name for name in result.metrics if name.startswith("loss/")} == {"loss/total", *parts}
+    assert parts["loss/contrast"] != parts["loss/cold"]
+    assert not objective(mlc=0, variance={"weight": 0}).taps(0)
+
+
+def test_a_description_names_every_part_with_its_settings():
+    assert objective("sft", mlc=0, keep={"name": "anchor", "weight": 0.25}, contrast={}).describe() == [
+        "sft",
+        "0.25 x keep (name=anchor)",
+        "0.1 x contrast (temperature=0.1)",
+    ]

@@ -1,0 +1,127 @@
+"""What a loss is: an alignment loss on answers, or a term on what was tapped; one class in one file each.
+
+A component names what it needs in class attributes, and is called with exactly that, by keyword. It says what each
+bundle costs; the mean over bundles, with its weights, and the weight of a term are taken in one place, by `Objective`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from mlc_ray.config import LossSettings, TermSettings
+
+
+@dataclass(frozen=True)
+class AlignmentLoss:
+    """Loss [B] to differentiate, and the detached rewards [B] the loss implies (None where it has none)."""
+
+    loss: Tensor
+    chosen_reward: Tensor | None = None
+    rejected_reward: Tensor | None = None
+
+
+class Alignment(ABC):
+    """An alignment loss. Subclasses nest their `Settings`, and are registered by `@register("loss", NAME)`.
+
+    `__call__` is given `chosen`; `rejected` if `needs_rejected`; and `reference_chosen` and `reference_rejected`, the
+    frozen reference's summed log-probs [B], if `needs_reference`.
+    """
+
+    Settings: ClassVar[type[LossSettings]]
+    settings: LossSettings
+    needs_reference: ClassVar[bool] = False
+    """Whether it compares the policy with a frozen reference."""
+    needs_rejected: ClassVar[bool] = True
+    """Whether bundles must have a rejected answer."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> AlignmentLoss:
+        """The loss of each bundle."""
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """What was tapped of the B bundles that this worker forwards; rows count where `present` [B, L] is true.
+
+    `representations` [B, L, D] are the extractor's outputs, `hidden` [B, L, H] the states before it, if they were kept.
+    """
+
+    representations: Tensor
+    present: Tensor
+    hidden: Tensor | None = None
+
+    @property
+    def states(self) -> Tensor:
+        """`hidden`.
+
+        Raises:
+            ValueError: The caller kept none.
+        """
+        if self.hidden is None:
+            raise ValueError("tapped hidden states are needed, none were given")
+        return self.hidden
+
+
+@dataclass(frozen=True)
+class Round:
+    """The N bundles that all workers forward at once; each worker's own B stand at `first` .. `first` + B.
+
+    `representations` [N, L, D] are the extractor's outputs, with a gradient to this worker's own; `present` [N, L]
+    marks the languages a bundle has; `weight` [N] is 0 for padding bundles, which take no part.
+    """
+
+    representations: Tensor
+    present: Tensor
+    weight: Tensor
+    first: int = 0
+
+    @property
+    def taking_part(self) -> Tensor:
+        """[N, L]: languages that are there, of bundles that are not padding."""
+        return self.present & (self.weight > 0).unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class TermLoss:
+    """Loss of each bundle, [B], or [N] of a term that `needs_round`; and detached numbers [B] to log beside it."""
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Term(ABC):
+    """A further term of the total. Subclasses nest their `Settings`, and are registered by `@register("term", NAME)`.
+
+    `__call__` is given `tapped`; `reference_state` [B, H], the frozen reference's tapped states of the bundles'
+    response prompts, if `needs_reference_state`; and `together`, a `Round`, if `needs_round`. A term that needs the
+    round must be the same function of it on every worker: then the mean of the workers' gradients is the gradient of
+    the loss.
+    """
+
+    Settings: ClassVar[type[TermSettings]]
+    settings: TermSettings
+    needs_reference_state: ClassVar[bool] = False
+    """Whether it compares tapped states with those of a frozen reference."""
+    needs_round: ClassVar[bool] = False
+    """Whether it compares the bundles of all workers with each other."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> TermLoss:
+        """The loss of each bundle, without the term's weight."""
+
+
+def mean_over_languages(losses: Tensor, valid: Tensor, n_bundles: int) -> Tensor:
+    """Mean over each bundle's rows that are `valid`, [B]; `losses` and `valid` are [B * L], 0 and false elsewhere."""
+    counts = valid.view(n_bundles, -1).sum(dim=1)
+    return losses.view(n_bundles, -1).sum(dim=1) / counts.clamp(min=1)
