@@ -39,7 +39,7 @@ def sections_in(annotation: Any) -> list[type[Section]]:
 
 
 def leaves(*roots: type[Section]) -> set[Leaf]:
-    """All fields that hold no section: each by its full name in every class that declares it, the most derived first."""
+    """All fields that hold no section: each by its full name in each class that declares it, the last one first."""
     found: set[Leaf] = set()
     for root in roots:
         for name, field in root.model_fields.items():
