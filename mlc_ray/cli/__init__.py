@@ -7,10 +7,13 @@ import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlc_ray import __version__
 from mlc_ray.errors import MlcRayError
+
+if TYPE_CHECKING:
+    from mlc_ray.storage import Place
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 SCHEMAS = ("train", "score", "search", "utility")
@@ -148,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = add("report", "Write one HTML file that shows runs and scores, and compares them.", _REPORT)
     report.add_argument(
-        "runs", metavar="RUN", nargs="+", type=_path, help="run folder, score folder, or a folder of those"
+        "runs", metavar="RUN", nargs="+", type=_place, help="run folder, score folder, or a folder of those"
     )
     report.add_argument("--out", metavar="FILE.html", type=_path, default=Path("report.html"), help="file to write")
     report.add_argument(
@@ -193,6 +196,17 @@ def _path(text: str) -> Path:
         return Path(real_path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _place(text: str) -> Place:
+    """A path, or a URL of a storage that is registered."""
+    from mlc_ray.storage import Place, StorageError, storage_of
+
+    try:
+        storage_of(text)
+    except StorageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Place(text)
 
 
 def _add_judge(parser: argparse.ArgumentParser) -> None:

@@ -30,6 +30,7 @@ from mlc_ray.runs import (
 )
 from mlc_ray.score.results import ScoreResult, load_scores
 from mlc_ray.stats.rates import Judged
+from mlc_ray.storage import Place
 from mlc_ray.types import Behaviour, Kind, Safety, Via
 from mlc_ray.utility.file import UtilityFileError, UtilityRow, load_utility
 
@@ -96,7 +97,7 @@ class Training:
     """One training run. `metrics` maps a name to points (step, value); value None where it was no finite number."""
 
     label: str
-    folder: Path
+    folder: Place
     config: str
     facts: Mapping[str, Any]
     metrics: Mapping[str, tuple[tuple[int, float | None], ...]]
@@ -111,7 +112,7 @@ class Collection:
     notes: tuple[str, ...] = ()
 
 
-def collect(paths: Sequence[str | Path]) -> Collection:
+def collect(paths: Sequence[str | Path | Place]) -> Collection:
     """Read every RUN. The order is that of `paths`; in one run, scores come in the order they were made.
 
     Raises `ReportError` for a path that is no run or given twice, and for a damaged file; `ScoresFileError` for a
@@ -119,13 +120,13 @@ def collect(paths: Sequence[str | Path]) -> Collection:
     """
     if not paths:
         raise ReportError("no run was given; name at least one run folder or score folder")
-    runs: list[Path] = []
-    scores: list[Path] = []
+    runs: list[Place] = []
+    scores: list[Place] = []
     notes: list[str] = []
-    for path in map(Path, paths):
+    for path in map(Place, paths):
         _find(path, runs, scores, notes)
     for kind, found in (("run", runs), ("score", scores)):
-        if twice := [str(p) for p, count in Counter(p.resolve() for p in found).items() if count > 1]:
+        if twice := [str(p) for p, count in Counter(p.absolute() for p in found).items() if count > 1]:
             raise ReportError(f"{kind} folder {twice[0]!r} is in the report twice; give it once")
     labels = _labels(scores)
     models = [_read_model(folder, label, notes) for folder, label in zip(scores, labels, strict=True)]
@@ -141,21 +142,21 @@ def collect(paths: Sequence[str | Path]) -> Collection:
 # --------------------------------------------------------------------------------------------- what is where
 
 
-def _is_score(folder: Path) -> bool:
+def _is_score(folder: Place) -> bool:
     return (folder / SCORES_FILE).is_file()
 
 
-def _is_run(folder: Path) -> bool:
+def _is_run(folder: Place) -> bool:
     return (folder / CONFIG_FILE).is_file() and (
         (folder / RUN_FILE).is_file() or (folder / METRICS_FILE).is_file() or (folder / SCORES_FOLDER).is_dir()
     )
 
 
-def _is_utility(folder: Path) -> bool:
+def _is_utility(folder: Place) -> bool:
     return (folder / UTILITY_FILE).is_file() and not _is_score(folder)
 
 
-def _find(path: Path, runs: list[Path], scores: list[Path], notes: list[str]) -> None:
+def _find(path: Place, runs: list[Place], scores: list[Place], notes: list[str]) -> None:
     if not path.exists():
         raise ReportError(f"{str(path)!r} does not exist; give a run folder, a score folder, or a folder of those")
     if not path.is_dir():
@@ -169,7 +170,7 @@ def _find(path: Path, runs: list[Path], scores: list[Path], notes: list[str]) ->
         return
     if _is_utility(path):
         raise ReportError(f"{str(path)!r} {_UTILITY_ALONE}")
-    inside = [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    inside = [child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")]
     known = [child for child in inside if _is_score(child) or _is_run(child)]
     alone = [child for child in inside if child not in known and _is_utility(child)]
     if alone and not known:
@@ -187,22 +188,22 @@ def _find(path: Path, runs: list[Path], scores: list[Path], notes: list[str]) ->
         notes.append(f"in {str(path)!r}, neither a run nor a finished score: {', '.join(others)}")
 
 
-def _scores_in(folder: Path, notes: list[str]) -> list[Path]:
+def _scores_in(folder: Place, notes: list[str]) -> list[Place]:
     if not folder.is_dir():
         return []
-    inside = [child for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    inside = [child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")]
     if unfinished := [child.name for child in inside if not _is_score(child)]:
         notes.append(f"in {str(folder)!r}, without {SCORES_FILE} (not finished): {', '.join(unfinished)}")
     return _by_time([child for child in inside if _is_score(child)])
 
 
-def _by_time(folders: Iterable[Path]) -> list[Path]:
+def _by_time(folders: Iterable[Place]) -> list[Place]:
     return sorted(folders, key=lambda folder: (load_scores(folder).created, folder.name))
 
 
-def _labels(folders: Sequence[Path]) -> list[str]:
+def _labels(folders: Sequence[Place]) -> list[str]:
     """The shortest ends of the paths that tell them apart, without the folder `scores`: `after`, or `run / after`."""
-    parts = [[part for part in folder.resolve().parts if part != SCORES_FOLDER] for folder in folders]
+    parts = [[part for part in str(folder.absolute()).split("/") if part != SCORES_FOLDER] for folder in folders]
     depths = [1] * len(parts)
     while True:
         labels = [" / ".join(names[-depth:]) for names, depth in zip(parts, depths, strict=True)]
@@ -217,7 +218,7 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 # --------------------------------------------------------------------------------------------- the readers
 
 
-def _read_model(folder: Path, label: str, notes: list[str]) -> Model:
+def _read_model(folder: Place, label: str, notes: list[str]) -> Model:
     result = load_scores(folder)
     file = folder / RESPONSES_FILE
     if not file.is_file():
@@ -231,10 +232,12 @@ def _read_model(folder: Path, label: str, notes: list[str]) -> Model:
     return Model(label, result, responses, read_utility(folder, result))
 
 
-def read_responses(file: Path) -> list[Response]:
+def read_responses(path: Place | Path) -> list[Response]:
     """Rows of a `responses.parquet`. Raises `ReportError` for a damaged file, a missing column, an unknown verdict."""
+    file = Place(path)
     try:
-        table = pq.read_table(file)
+        with file.open() as opened:
+            table = pq.read_table(opened)
     except (pa.ArrowException, OSError) as error:
         raise ReportError(f"{str(file)!r} is damaged: {error}") from None
     if missing := [name for name in _COLUMNS if name not in table.column_names]:
@@ -255,7 +258,7 @@ def read_responses(file: Path) -> list[Response]:
     return [Response(*row) for row in zip(*(columns[name] for name in _COLUMNS), strict=True)]
 
 
-def read_utility(folder: Path, result: ScoreResult) -> tuple[UtilityRow, ...]:
+def read_utility(folder: Place, result: ScoreResult) -> tuple[UtilityRow, ...]:
     """Rows of a score folder's `utility.json`, none if there is no such file.
 
     Raises `ReportError` for a damaged one, and for one of another model than the score's.
@@ -276,10 +279,10 @@ def read_utility(folder: Path, result: ScoreResult) -> tuple[UtilityRow, ...]:
     return utility.rows
 
 
-def _read_training(folder: Path, label: str) -> Training:
+def _read_training(folder: Place, label: str) -> Training:
     config = folder / CONFIG_FILE
     try:
-        text = config.read_text(encoding="utf-8")
+        text = config.read_text()
     except UnicodeDecodeError as error:
         raise ReportError(f"{str(config)!r} is damaged: not UTF-8 ({error})") from None
     facts = _read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
@@ -306,8 +309,8 @@ def finite(value: float | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _read_json(file: Path) -> Any:
+def _read_json(file: Place) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return file.read_json()
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ReportError(f"{str(file)!r} is damaged: not valid JSON ({error})") from None

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from mlc_ray.report.collect import ReportError, collect
 from mlc_ray.report.page import render
+from mlc_ray.storage import Place
 
 DEFAULT_FILE = "report.html"
 
 
 def write_report(
-    runs: Sequence[str | Path], out: str | Path = DEFAULT_FILE, *, paper: str | Path | None = None
+    runs: Sequence[str | Path | Place], out: str | Path = DEFAULT_FILE, *, paper: str | Path | None = None
 ) -> list[Path]:
     """Write the HTML report of `runs` to `out`, replacing an older one, and for papers `report.md` and PNGs to `paper`.
 

@@ -16,13 +16,13 @@ from pydantic_core import ErrorDetails
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE
 from mlc_ray.stats.rates import ALL_BENCHMARKS, Judged, Summary, score_rows, summarise
-from mlc_ray.storage import write_json_atomic
+from mlc_ray.storage import Place
 from mlc_ray.types import Measure, ScoreRow
 
 FORMAT = 2
 CUT_BOUND = 0.1
 """Share of responses cut off at max_new_tokens above which a rate of safe ones is warned of."""
-RESULT_FILE = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+RESULT_FILE = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 """How pydantic reads a dataclass from a result file, and the dataclasses in it: no value is coerced, no field new."""
 
 ResultT = TypeVar("ResultT")
@@ -65,7 +65,7 @@ class ScoreResult:
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
-    folder: Path = Path()
+    folder: Place = field(default_factory=lambda: Place("."))
 
     @property
     def unparsed_share(self) -> float:
@@ -73,12 +73,12 @@ class ScoreResult:
         return self.unparsed / self.responses
 
     @property
-    def heatmap(self) -> Path:
+    def heatmap(self) -> Place:
         """The heat map's file."""
         return self.folder / HEATMAP_FILE
 
     @property
-    def responses_file(self) -> Path:
+    def responses_file(self) -> Place:
         """The Parquet file with every prompt, response and verdict."""
         return self.folder / RESPONSES_FILE
 
@@ -96,13 +96,13 @@ _SCORES = TypeAdapter(ScoreResult)
 
 
 def count(
-    records: Sequence[Judged], *, folder: Path, seen_languages: Sequence[str] | None, **facts: Any
+    records: Sequence[Judged], *, folder: Path | Place, seen_languages: Sequence[str] | None, **facts: Any
 ) -> ScoreResult:
     """The result of a score's verdicts: `facts` are the fields of `ScoreResult` that do not follow from them."""
     rows = score_rows(records)
     return ScoreResult(
         name=folder.name,
-        folder=folder,
+        folder=Place(folder),
         seen_languages=None if seen_languages is None else tuple(seen_languages),
         rows=tuple(rows),
         summaries=tuple(summarise(records, seen_languages, rows)),
@@ -138,31 +138,31 @@ def hides_harm(result: ScoreResult) -> bool:
     return "safe" in result.measured_by and cut_share(result) > CUT_BOUND
 
 
-def save_scores(result: ScoreResult) -> Path:
+def save_scores(result: ScoreResult) -> Place:
     """Write `result` as `scores.json` into its folder; returns the file."""
-    path = result.folder / SCORES_FILE
+    path = Place(result.folder) / SCORES_FILE
     content = asdict(result)
     del content["folder"]  # a score may be moved; the reader knows where it found it
-    write_json_atomic(path, {"format": FORMAT, **content})
+    path.write_json({"format": FORMAT, **content})
     return path
 
 
-def load_scores(path: str | Path) -> ScoreResult:
+def load_scores(path: str | Path | Place) -> ScoreResult:
     """The result in a score folder, or in its `scores.json`. Raises `ScoresFileError`."""
-    file = Path(path)
+    file = Place(path)
     file = file / SCORES_FILE if file.is_dir() else file
     try:
         result = read_result(file, _SCORES, FORMAT)
     except ResultFileError as error:
         raise ScoresFileError(f"{error}; score again with `mlc-ray score`") from None
-    return replace(result, folder=file.resolve().parent)
+    return replace(result, folder=file.absolute().parent)
 
 
 class ResultFileError(ValueError):
     """A result file is missing, or does not hold what its dataclass says; the message names the file and the field."""
 
 
-def read_result(file: Path, kind: TypeAdapter[ResultT], expected_format: int) -> ResultT:
+def read_result(file: Place, kind: TypeAdapter[ResultT], expected_format: int) -> ResultT:
     """What `asdict` and JSON made of a dataclass, with its `format` beside the fields.
 
     Args:
@@ -174,7 +174,7 @@ def read_result(file: Path, kind: TypeAdapter[ResultT], expected_format: int) ->
         ResultFileError: The file is missing or no JSON, of another format, or a field is missing, unknown or wrong.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_json()
     except FileNotFoundError:
         raise ResultFileError(f"{str(file)!r} does not exist") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
@@ -221,7 +221,8 @@ def load_records(result: ScoreResult) -> list[Judged]:
     """The verdicts of a saved score, for `paired.compare`. Raises `ScoresFileError` without a readable Parquet file."""
     file = result.responses_file
     try:
-        return records_of(pq.read_table(file))
+        with file.open() as opened:
+            return records_of(pq.read_table(opened))
     except FileNotFoundError:
         raise ScoresFileError(
             f"{str(file)!r} does not exist: scores are compared response by response, so keep it beside {SCORES_FILE}"

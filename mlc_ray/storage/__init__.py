@@ -5,7 +5,16 @@
 """
 
 from mlc_ray.storage.atomic import atomic_folder, write_json_atomic
-from mlc_ray.storage.base import Place, Storage, StorageError, absolute_if_here, fetched, storage_of, working_folder
+from mlc_ray.storage.base import (
+    Place,
+    Storage,
+    StorageError,
+    absolute_if_here,
+    fetched,
+    published,
+    storage_of,
+    working_folder,
+)
 from mlc_ray.storage.fingerprints import (
     fingerprint,
     fingerprint_files,
@@ -37,6 +46,7 @@ __all__ = [
     "fingerprint_model",
     "fingerprint_tokenizer",
     "library_versions",
+    "published",
     "read_manifest",
     "storage_of",
     "verify_files",

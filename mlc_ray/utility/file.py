@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import UTILITY_FILE
 from mlc_ray.score.results import RESULT_FILE, ResultFileError, read_result
-from mlc_ray.storage import write_json_atomic
+from mlc_ray.storage import Place
 
 FORMAT = 1
 
@@ -55,7 +55,7 @@ class Utility:
     rows: tuple[UtilityRow, ...]
     versions: Mapping[str, str]
     created: str
-    folder: Path = Path()
+    folder: Place = field(default_factory=lambda: Place("."))
 
     def row(self, task: str, metric: str = "acc") -> UtilityRow:
         """The row of a task; raises `KeyError`, which lists what there is."""
@@ -68,21 +68,21 @@ class Utility:
 _UTILITY = TypeAdapter(Utility)
 
 
-def save_utility(utility: Utility) -> Path:
+def save_utility(utility: Utility) -> Place:
     """Write `utility` as `utility.json` into its folder; returns the file."""
-    file = utility.folder / UTILITY_FILE
+    file = Place(utility.folder) / UTILITY_FILE
     content = asdict(utility)
     del content["folder"]  # it may be moved; the reader knows where it found it
-    write_json_atomic(file, {"format": FORMAT, **content})
+    file.write_json({"format": FORMAT, **content})
     return file
 
 
-def load_utility(path: str | Path) -> Utility:
+def load_utility(path: str | Path | Place) -> Utility:
     """The content of a folder's `utility.json`, or of the file itself. Raises `UtilityFileError`."""
-    file = Path(path)
+    file = Place(path)
     file = file / UTILITY_FILE if file.is_dir() else file
     try:
         result = read_result(file, _UTILITY, FORMAT)
     except ResultFileError as error:
         raise UtilityFileError(f"{error}; measure again with `mlc-ray utility`") from None
-    return replace(result, folder=file.resolve().parent)
+    return replace(result, folder=file.absolute().parent)

@@ -27,7 +27,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, engine_environment
 from mlc_ray.runs import UTILITY_FILE, longest_context, output_folder, resolve_model
 from mlc_ray.score.results import ScoresFileError, load_scores
-from mlc_ray.storage import fingerprint_model, library_versions
+from mlc_ray.storage import Place, fingerprint_model, library_versions
 from mlc_ray.utility.file import Utility, UtilityRow, load_utility, save_utility
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def measure_utility(config: UtilityConfig) -> Utility:
         rows=(*kept, *rows),
         versions={**library_versions(), "lm_eval": importlib.metadata.version("lm_eval")},
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        folder=folder,
+        folder=Place(folder),
     )
     save_utility(utility)
     return utility

@@ -97,7 +97,7 @@ def write_utility(folder: Path, *rows: UtilityRow, fingerprint: str = "012345678
     """A folder's utility.json, of the model that `write_score` names."""
     name = f"/models/{folder.name}"
     versions = {"lm_eval": "0.4.13"}
-    return save_utility(Utility(name, name, fingerprint, rows, versions, "2026-01-01T00:00:00+0000", folder))
+    return Path(save_utility(Utility(name, name, fingerprint, rows, versions, "2026-01-01T00:00:00+0000", folder)))
 
 
 def write_run(folder: Path, metrics: Sequence[dict[str, Any]] | None = None) -> Path:

@@ -69,7 +69,7 @@ def test_scores_file_comes_back_as_it_was(records: list[Judged], tmp_path: Path)
 def test_scores_file_faults_are_named(tmp_path: Path) -> None:
     with pytest.raises(ScoresFileError, match="does not exist"):
         load_scores(tmp_path)
-    file = save_scores(result_of(BOTH, tmp_path))
+    file = Path(save_scores(result_of(BOTH, tmp_path)))
     content = json.loads(file.read_text(encoding="utf-8"))
     for text, fault in (
         ("{", "not valid JSON"),
@@ -100,7 +100,7 @@ def test_scores_file_faults_are_named(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_summary_says_where(path: list[Any], value: Any, fault: str, tmp_path: Path) -> None:
-    file = save_scores(result_of(BOTH, tmp_path))
+    file = Path(save_scores(result_of(BOTH, tmp_path)))
     content = json.loads(file.read_text(encoding="utf-8"))
     place = content["summaries"][0]
     for step in path[:-1]:
@@ -112,7 +112,7 @@ def test_a_damaged_summary_says_where(path: list[Any], value: Any, fault: str, t
 
 
 def test_a_damaged_row_says_where(tmp_path: Path) -> None:
-    file = save_scores(result_of(ONE, tmp_path))
+    file = Path(save_scores(result_of(ONE, tmp_path)))
     content = json.loads(file.read_text(encoding="utf-8"))
     del content["rows"][1]["margin"]
     file.write_text(json.dumps(content), encoding="utf-8")
@@ -133,7 +133,7 @@ def test_records_are_read_from_the_responses(tmp_path: Path) -> None:
     result = result_of(ONE, tmp_path)
     with pytest.raises(ScoresFileError, match=r"responses\.parquet' does not exist"):
         load_records(result)
-    result.responses_file.write_text("no", encoding="utf-8")
+    result.responses_file.write_text("no")
     with pytest.raises(ScoresFileError, match="not a Parquet file"):
         load_records(result)
     pq.write_table(table.drop_columns(["via_safe"]), result.responses_file)
