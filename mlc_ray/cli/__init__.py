@@ -37,8 +37,8 @@ what is harmful?" cannot be given.
 """
 
 _JUDGES = """\
-Judges: refusal (phrases), likelihood (the model's own log-probs; `score` only), endpoint (OpenAI-compatible), and
-guard models: qwen3guard, llama-guard, polyguard, shieldgemma, granite-guardian, wildguard, nemotron-safety-guard.
+A judge is a name (docs/judges.md lists them, and so does the message about one that does not exist), or one of your
+own as package.module:Class.
   mlc-ray judge runs/scores/x --judge qwen3guard --judge-model Qwen/Qwen3Guard-Gen-0.6B
 """
 _REPORT = """\

@@ -95,7 +95,7 @@ class ComponentSettings:
         self.base = next((item for item in reversed(classes) if hasattr(item, "model_fields")), None)
         return core_schema.no_info_plain_validator_function(
             self.parse_all if self.by_key else self.parse,
-            serialization=core_schema.plain_serializer_function_ser_schema(_dump, info_arg=True),
+            serialization=core_schema.plain_serializer_function_ser_schema(self._dump, info_arg=True),
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -105,13 +105,15 @@ class ComponentSettings:
             settings = resolve(self.kind, name).Settings
             if self.base is not None and not issubclass(settings, self.base):
                 continue
-            option = settings.model_json_schema()
-            option.get("properties", {}).setdefault(self.by, {})["const"] = name
+            option = dict(handler.resolve_ref_schema(handler(settings.__pydantic_core_schema__)))
+            properties = option.get("properties", {})
+            option["properties"] = {**properties, self.by: {**properties.get(self.by, {}), "const": name}}
             options.append(option)
         return {"type": "object", "additionalProperties": {"anyOf": options}} if self.by_key else {"oneOf": options}
 
-
-def _dump(value: Any, info: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _dump(item, info) for key, item in value.items()}
-    return value.model_dump(mode=info.mode, exclude_unset=info.exclude_unset)
+    def _dump(self, value: Any, info: Any) -> Any:
+        """With the component's name even where nobody set it: without it the rest could not be read back."""
+        if isinstance(value, Mapping):
+            return {key: self._dump(item, info) for key, item in value.items()}
+        dumped = value.model_dump(mode=info.mode, exclude_unset=info.exclude_unset)
+        return {self.by: getattr(value, self.by), **dumped}

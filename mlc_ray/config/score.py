@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mlc_ray.config.base import LANGUAGE_TAG, Fraction, PositiveFloat, PositiveInt, RunName, Section
+from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.paths import RealPath, StoredPath
 from mlc_ray.config.train import DTYPE, SourceSection
 
@@ -24,12 +25,6 @@ class EngineSection(Section):
     cpu_kv_cache_gib: PositiveInt = Field(2, description="Key-value cache of an engine on CPU, in GiB.")
     enforce_eager: bool = Field(False, description="GPU: skip graph capture; starts faster, generates slower.")
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you ask.")
-
-
-GuardName = Literal[
-    "qwen3guard", "llama-guard", "polyguard", "shieldgemma", "granite-guardian", "wildguard", "nemotron-safety-guard"
-]
-JudgeName = Literal["refusal", "likelihood", "endpoint"] | GuardName
 
 
 class EndpointSection(Section):
@@ -96,6 +91,7 @@ class TranslateSection(Section):
         False, description="Translate every language but English; by default only those the judge does not cover."
     )
     max_new_tokens: PositiveInt = Field(512, description="Longest translation by `model`, in tokens.")
+    engine: EngineSection = Field(EngineSection(), description="vLLM engines of `model`.")
 
     @model_validator(mode="after")
     def _one_translator(self) -> TranslateSection:
@@ -104,64 +100,48 @@ class TranslateSection(Section):
                 f"translate needs exactly one of model and endpoint, got model={self.model!r} and "
                 f"endpoint={'set' if self.endpoint else None!r}"
             )
+        if self.model is None and (unread := {"engine", "max_new_tokens"} & self.model_fields_set):
+            raise ValueError(
+                f"translate.{min(unread)} is read with translate.model only, not with an endpoint; remove it"
+            )
         return self
 
 
-class JudgeSection(Section):
-    """Who judges the responses."""
+class JudgeSettings(Section):
+    """What the settings of every judge share; a judge adds its own fields in its nested `Settings`."""
 
-    name: JudgeName = Field("refusal", description="Judge: phrases, likelihood, a guard model, or an endpoint.")
-    model: RealPath | None = Field(None, description="Guard models: folder or hub name of its weights.")
-    engine: EngineSection = Field(EngineSection(), description="Guard models and translators: their vLLM engines.")
-    controversial: Literal["unsafe", "safe"] = Field(
-        "unsafe", description="qwen3guard only: what its middle verdict, Controversial, counts as."
-    )
-    endpoint: EndpointSection | None = Field(None, description="endpoint only: where it is.")
-    protocol: Literal["safety", "attack"] = Field(
-        "safety",
-        description="endpoint only: `safety` asks safe/unsafe (PKU-SafeRLHF), `attack` whether an attack succeeded.",
-    )
-    translate: TranslateSection | None = Field(None, description="Translate into English first.")
+    name: str = Field(description="Judge: a name, or package.module:Class for one from outside this package.")
     allow_uncovered: bool = Field(
         False, description="Judge languages that the judge does not declare; they are marked in every table."
     )
 
     @property
-    def is_guard(self) -> bool:
-        """Whether the judge is a guard model."""
-        return self.name in get_args(GuardName)
+    def translator(self) -> TranslateSection | None:
+        """Who translates before this judge reads; None for a judge that reads what it is given."""
+        return None
 
-    @model_validator(mode="after")
-    def _only_fields_the_judge_reads(self) -> JudgeSection:
-        given = self.model_fields_set
-        if self.is_guard and self.model is None:
-            raise ValueError(f"judge.name={self.name!r} needs judge.model: the folder or hub name of its weights")
-        if not self.is_guard and self.model is not None:
-            raise ValueError(f"judge.model={self.model!r} is not read by judge.name={self.name!r}; remove it")
-        if (self.name == "endpoint") != (self.endpoint is not None):
-            raise ValueError(
-                "judge.name='endpoint' needs judge.endpoint.base_url and judge.endpoint.model"
-                if self.endpoint is None
-                else f"judge.endpoint is not read by judge.name={self.name!r}; remove it"
-            )
-        for field, owner in {"controversial": "qwen3guard", "protocol": "endpoint"}.items():
-            if field in given and self.name != owner:
-                raise ValueError(
-                    f"judge.{field}={getattr(self, field)!r} is read by {owner} only, but judge.name={self.name!r}; "
-                    "remove it"
-                )
-        if self.translate is not None and self.name == "likelihood":
-            raise ValueError("judge.translate is not read by judge.name='likelihood', which reads no text; remove it")
-        if "engine" in given and not self.is_guard and (self.translate is None or self.translate.model is None):
-            raise ValueError(f"judge.engine is not read by judge.name={self.name!r}; remove it")
-        return self
+
+class ReadingJudgeSettings(JudgeSettings):
+    """... and of every judge that reads responses, which can be translated for it."""
+
+    translate: TranslateSection | None = Field(None, description="Translate into English first.")
+
+    @property
+    def translator(self) -> TranslateSection | None:
+        """The section `translate`."""
+        return self.translate
+
+
+_REFUSAL: Any = {}  # validated like any other value: the settings of the judge that is the default
 
 
 class ScoringSection(Section):
     """What a model is asked, how it answers, and who judges: the part of a score that a search has for all trials."""
 
     benchmarks: Annotated[list[SourceSection], Field(min_length=1)] = Field(description="Prompts to score on.")
-    judge: JudgeSection = Field(JudgeSection(), description="Who judges the responses.")
+    judge: Annotated[JudgeSettings, ComponentSettings("judge", default="refusal")] = Field(
+        _REFUSAL, description="Who judges the responses."
+    )
     languages: list[str] | None = Field(None, description="Score only these languages (default: all present).")
     limit: PositiveInt | None = Field(None, description="At most this many bundles per benchmark and kind.")
     max_new_tokens: PositiveInt = Field(64, description="Longest answer, in tokens.")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mlc_ray._registry import resolve
 from mlc_ray.config.base import Fraction, PositiveInt, RunName, Section
 from mlc_ray.config.paths import RealPath
 from mlc_ray.config.score import ScoringSection
@@ -163,10 +164,11 @@ class SearchConfig(Section):
                 "would train while it answers; set concurrency=1, or share_gpu=False"
             )
         judge = self.scoring.judge
-        if self.share_gpu and (judge.is_guard or (judge.translate is not None and judge.translate.model is not None)):
+        translated_by = judge.translator.model if judge.translator is not None else None
+        if self.share_gpu and (resolve("judge", judge.name).runs == "engine" or translated_by is not None):
             raise ValueError(
-                f"share_gpu=True leaves no GPU to the judge's own engine (judge={judge.name!r}, translate="
-                f"{judge.translate and judge.translate.model!r}); use another judge, or share_gpu=False"
+                f"share_gpu=True leaves no GPU to the judge's own engine (judge={judge.name!r}, "
+                f"translate.model={translated_by!r}); use another judge, or share_gpu=False"
             )
         if self.probe is not None:
             self._check_probe(self.probe)

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from mlc_ray.config import EngineSection, TranslateSection
+from mlc_ray.config import TranslateSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.client import ChatEndpoint, EndpointUsage
-from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Generator
+from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Generator, check_lengths
 from mlc_ray.runs import resolve_model
 from mlc_ray.storage import fingerprint
 from mlc_ray.types import Answer, Measure, Verdict
@@ -90,12 +90,12 @@ class ModelTranslator:
     Raises `TranslateError` without a model, `ModelPathError` for a path that leads to none, and `EngineError`.
     """
 
-    def __init__(self, settings: TranslateSection, engine: EngineSection, device: Device):
+    def __init__(self, settings: TranslateSection, device: Device):
         if settings.model is None:
             raise TranslateError("judge.translate has no model: set the folder or hub name of a chat model")
         self._limit = settings.max_new_tokens
         self._generator = Generator(
-            resolve_model(settings.model), engine, max_new_tokens=settings.max_new_tokens, device=device
+            resolve_model(settings.model), settings.engine, max_new_tokens=settings.max_new_tokens, device=device
         )
 
     def translate(self, texts: Sequence[str], languages: Sequence[str]) -> list[Translation]:
@@ -120,6 +120,25 @@ class ModelTranslator:
     def close(self) -> None:
         """Free the engine's memory."""
         self._generator.close()
+
+
+def make_translator(settings: TranslateSection, device: Device, cache_dir: Path) -> Translator:
+    """The translator that `settings` ask for, in the process where it is to run."""
+    if settings.endpoint is not None:
+        return EndpointTranslator(settings, cache_dir)
+    return ModelTranslator(settings, device)
+
+
+def check_translator(settings: TranslateSection, cache_dir: Path) -> None:
+    """Check what can be known to be wrong with a translator before an engine starts.
+
+    Raises:
+        MlcRayError: what the translator itself would raise later.
+    """
+    if settings.endpoint is not None:
+        EndpointTranslator(settings, cache_dir)
+    elif settings.model is not None:
+        check_lengths(resolve_model(settings.model), settings.engine, settings.max_new_tokens)
 
 
 # -------------------------------------------------------------------------------------------- what a translator is told

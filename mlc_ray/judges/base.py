@@ -1,7 +1,20 @@
 """Judges: what a response is. A judge declares its languages, and says `unparsed` where it cannot tell.
 
-This is the interface and the list of judges; each judge is a module of its own. A judge answers one or both of two
-questions, each a *measure*: does the response refuse (`refused`), and is it harmless (`safe`)? What runs where:
+A judge is one file: a class with its settings nested in it, its facts, and how it judges.
+
+    @register("judge", "my-judge")
+    class MyJudge(Judge):
+        name, measures, languages = "my-judge", ("refused",), None
+
+        class Settings(ReadingJudgeSettings):
+            words: list[str] = ["no"]
+
+        def judge(self, answers): ...
+
+Settings name it by `judge: {name: my-judge}`, or one from outside this package by where it is:
+`judge: {name: "my_pkg.my_module:MyJudge"}`.
+A judge answers one or both of two questions, each a *measure*: does the response refuse (`refused`), and is it harmless
+(`safe`)? What runs where (`runs`):
 
     inline    pure Python, beside the data (`refusal`)
     engine    a guard model in vLLM engines, one per Ray actor (`guards`)
@@ -11,11 +24,16 @@ questions, each a *measure*: does the response refuse (`refused`), and is it har
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
 
-from mlc_ray.config import JudgeSection
+from mlc_ray._registry import resolve
+from mlc_ray.config import EngineSection, JudgeSettings, ReadingJudgeSettings
 from mlc_ray.errors import MlcRayError
+from mlc_ray.generate.engine import Device, Engine
+from mlc_ray.generate.translate import check_translator
 from mlc_ray.types import Answer, Measure, Verdict, Via, primary_language
 
 Runs = Literal["inline", "engine", "service", "prompts"]
@@ -26,58 +44,167 @@ class JudgeError(MlcRayError):
 
 
 class UncoveredLanguageError(MlcRayError):
-    """The judge cannot read a language that is to be scored; the message names it and the ways out."""
+    """The judge cannot read a language that is to be scored; the message names it and the fixes."""
 
 
-class Judge(Protocol):
-    """Turns responses into verdicts.
+class BaseJudge(ABC):
+    """A judge's settings and what is known of it before it reads anything; making one starts nothing.
 
-    `measures` are the questions it answers: a verdict's `behaviour` is None unless `refused` is among them, its
-    `safety` None unless `safe` is. `languages` holds the primary codes it declares (`zh` covers `zh-Hant`), or is None
-    for a judge that declares all. `judge` gives a verdict per answer, in order, and never raises on what a model may
-    answer: what cannot be read is `unparsed`.
+    `name` is what tables show. `measures` are the questions it answers. `languages` holds the primary codes it declares
+    (`zh` covers `zh-Hant`), or is None for a judge that declares all.
     """
 
-    name: str
-    measures: tuple[Measure, ...]
+    name: ClassVar[str]
+    measures: ClassVar[tuple[Measure, ...]]
     languages: frozenset[str] | None
+    runs: ClassVar[Runs]
+    Settings: ClassVar[type[JudgeSettings]]
+    settings: JudgeSettings
 
-    def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
-        """The verdict on each answer."""
-        ...
+    def __init__(self, settings: JudgeSettings) -> None:
+        self.settings = settings
 
+    @property
+    def engine(self) -> EngineSection | None:
+        """The engines that a judge with `runs` "engine" starts; None for others."""
+        return None
 
-def how_read(code: str, languages: frozenset[str] | None, settings: JudgeSection) -> Via | None:
-    """How a judge of `languages` comes to read `code` under `settings`; None if it may not be asked to."""
-    covered = languages is None or primary_language(code) in languages
-    translate = settings.translate
-    if translate is not None and primary_language(code) != "en" and (translate.all_languages or not covered):
-        return "translated"
-    if covered:
-        return ""
-    return "uncovered" if settings.allow_uncovered else None
+    @property
+    def identity(self) -> str:
+        """Names the judge with all that its verdicts depend on: scores with different identities do not compare.
 
+        The name, what `identity_parts` gives, and who translates. How fast, how often and for how much a judge is asked
+        does not count.
+        """
+        parts = [self.settings.name, *self.identity_parts()]
+        if (translate := self.settings.translator) is not None:
+            by = translate.model if translate.endpoint is None else translate.endpoint.model
+            parts.append(f"translated by {by}{' (all languages)' if translate.all_languages else ''}")
+        return " ".join(parts)
 
-def check_coverage(
-    name: str, languages: frozenset[str] | None, asked: Iterable[str], settings: JudgeSection, *, why: str = ""
-) -> dict[str, Via]:
-    """How each language of `asked` is read by the judge `name`; before anything is generated.
+    def identity_parts(self) -> list[str]:
+        """What verdicts depend on beside the judge's name; by default all settings that are the judge's own."""
+        own = sorted(type(self.settings).model_fields.keys() - ReadingJudgeSettings.model_fields.keys())
+        return [f"{field}={getattr(self.settings, field)}" for field in own]
 
-    `why` tells in a sentence why that judge is asked at all, where the settings name another. Raises
-    `UncoveredLanguageError` naming every language that the judge cannot read, and the ways out.
-    """
-    ways = {code: how_read(code, languages, settings) for code in sorted(set(asked))}
-    if missing := [code for code, via in ways.items() if via is None]:
-        covered = ",".join(sorted(languages or ()))
-        fixes = [
-            f"leave it out with languages=[...] (this judge reads {covered})",
+    def check_ready(self, cache_dir: Path) -> None:
+        """Check all that can be wrong and be known before anything is generated: weights, lengths, keys, folders.
+
+        Raises:
+            MlcRayError: what the judge or its translator would raise hours later.
+        """
+        if self.settings.translator is not None:
+            check_translator(self.settings.translator, cache_dir)
+
+    def coverage(self, languages: Iterable[str], *, why: str = "") -> dict[str, Via]:
+        """How the judge comes to read each of `languages`; asked before anything is generated.
+
+        Args:
+            languages: BCP 47 tags.
+            why: A sentence on why this judge is asked at all, where the settings name another.
+
+        Raises:
+            UncoveredLanguageError: names every language that the judge may not be asked to read, and the fixes.
+        """
+        ways = {code: self._how_read(code) for code in sorted(set(languages))}
+        if missing := [code for code, via in ways.items() if via is None]:
+            raise UncoveredLanguageError(
+                f"the judge {self.name!r} does not cover {', '.join(map(repr, missing))}: "
+                f"{', '.join(self.coverage_fixes(missing))}" + (f" ({why})" if why else "")
+            )
+        return {code: via for code, via in ways.items() if via is not None}
+
+    def coverage_fixes(self, missing: Sequence[str]) -> list[str]:
+        """What a user can do about languages that the judge does not cover."""
+        return [
+            f"leave it out with languages=[...] (this judge reads {','.join(sorted(self.languages or ()))})",
             "translate first (judge.translate)",
             "or set judge.allow_uncovered=true, and the tables will mark it",
         ]
-        if name == "refusal":
-            fixes.insert(1, f"add its refusal phrases as mlc_ray/judges/phrases/{primary_language(missing[0])}.txt")
-        raise UncoveredLanguageError(
-            f"the judge {name!r} does not cover {', '.join(map(repr, missing))}: {', '.join(fixes)}"
-            + (f" ({why})" if why else "")
-        )
-    return {code: via for code, via in ways.items() if via is not None}
+
+    def _how_read(self, code: str) -> Via | None:
+        covered = self.languages is None or primary_language(code) in self.languages
+        translate = self.settings.translator
+        if translate is not None and primary_language(code) != "en" and (translate.all_languages or not covered):
+            return "translated"
+        if covered:
+            return ""
+        return "uncovered" if self.settings.allow_uncovered else None
+
+
+class Judge(BaseJudge):
+    """A judge that reads responses.
+
+    `start` is called once in the process where it is to run, then `judge` for one batch after another.
+    """
+
+    runs: ClassVar[Runs] = "inline"
+    Settings: ClassVar[type[JudgeSettings]] = ReadingJudgeSettings
+
+    def start(self, device: Device, cache_dir: Path) -> None:
+        """Make what the judge needs: an engine on `device`, a connection whose cache is in `cache_dir`."""
+
+    @abstractmethod
+    def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """A verdict per answer, in order.
+
+        Never raises on what a model may answer: what cannot be read is `unparsed`. A verdict's `behaviour` is None
+        unless `refused` is among the judge's measures, its `safety` None unless `safe` is.
+        """
+
+    def unparsed(self, reason: str) -> Verdict:
+        """`unparsed` on every question that this judge answers."""
+        return unparsed(self.measures, reason)
+
+
+class PromptScorer(ABC):
+    """What a `PromptJudge` starts: it gives verdicts on the policy itself, prompt by prompt."""
+
+    @abstractmethod
+    def score(self, prompts: Sequence[str], languages: Sequence[str]) -> list[Verdict]:
+        """A verdict per prompt, in order; `languages[i]` is the BCP 47 tag of prompt i."""
+
+
+class PromptJudge(BaseJudge):
+    """A judge that reads the policy instead of its responses; no response is generated."""
+
+    runs: ClassVar[Runs] = "prompts"
+    Settings: ClassVar[type[JudgeSettings]] = JudgeSettings
+
+    @abstractmethod
+    def scorer(self, model: str, settings: EngineSection, *, device: Device, shared: Engine | None) -> PromptScorer:
+        """What gives the verdicts on `model`, in an engine of its own unless one that serves it is given."""
+
+
+def unparsed(measures: Sequence[Measure], reason: str) -> Verdict:
+    """`unparsed` on each of `measures`."""
+    return Verdict(
+        behaviour="unparsed" if "refused" in measures else None,
+        safety="unparsed" if "safe" in measures else None,
+        reason=reason,
+    )
+
+
+def make_judge(settings: JudgeSettings) -> BaseJudge:
+    """The judge that `settings` name; starts nothing.
+
+    Raises:
+        UnknownComponentError: no judge has that name.
+        JudgeError: what has that name is not a judge.
+    """
+    found: Any = resolve("judge", settings.name)
+    if not issubclass(found, Judge | PromptJudge):
+        raise JudgeError(f"judge.name={settings.name!r}: {found.__qualname__} extends neither Judge nor PromptJudge")
+    return cast(BaseJudge, found(settings))
+
+
+def make_reader(settings: JudgeSettings) -> Judge:
+    """The judge that `settings` name, one that reads responses; starts nothing.
+
+    Raises:
+        JudgeError: the judge reads a model, not responses.
+    """
+    judge = make_judge(settings)
+    if not isinstance(judge, Judge):
+        raise JudgeError(f"the {judge.name} judge reads a model, not responses: score the model with it")
+    return judge

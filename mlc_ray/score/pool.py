@@ -17,12 +17,12 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from mlc_ray.config import EngineSection, JudgeSection, ScoringSection
+from mlc_ray.config import EngineSection, ScoringSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm, engine_environment
-from mlc_ray.judges.registry import judge_facts
+from mlc_ray.judges.base import make_judge
 from mlc_ray.score.run import USAGE_FILES, Judging, plan_judging
-from mlc_ray.score.stages import FAULT, JUDGED, RESPONSES, GenerateStage, JudgeStage, LikelihoodStage, TranslateStage
+from mlc_ray.score.stages import FAULT, JUDGED, RESPONSES, GenerateStage, JudgeStage, PromptJudgeStage, TranslateStage
 
 READER_CPUS = 0.1  # of a translator or judge without an engine
 
@@ -43,7 +43,7 @@ class Answerer:
     """An actor: one engine that swaps weights and answers its share of the prompts."""
 
     def __init__(self, stage: str, settings: Mapping[str, Any], sleeps: bool):
-        self.stage: GenerateStage | LikelihoodStage = _ANSWERERS[stage](**settings)
+        self.stage: GenerateStage | PromptJudgeStage = _ANSWERERS[stage](**settings)
         self.sleeps = sleeps
         if self.stage.fault is None and sleeps:
             self.stage.engine.sleep()
@@ -72,7 +72,7 @@ class Answerer:
         return table, seconds
 
 
-_ANSWERERS: dict[str, Any] = {"generate": GenerateStage, "likelihood": LikelihoodStage}
+_ANSWERERS: dict[str, Any] = {"generate": GenerateStage, "judge": PromptJudgeStage}
 
 
 class WarmPool:
@@ -128,14 +128,18 @@ def start_pool(
     and what it did and cost, are kept in `folder`. Raises `WarmPoolError`.
     """
     engine = scoring.engine
-    judging = plan_judging(scoring.judge, prompts["language"].unique().to_pylist())
+    judging = plan_judging(make_judge(scoring.judge), prompts["language"].unique().to_pylist())
     settings: dict[str, Any] = {"model": model, "engine": engine, "device": device, "warm": Warm(lora_rank, sleeps)}
-    answers_itself = judging.facts.runs == "prompts"
-    settings |= {"ways": judging.ways} if answers_itself else {"max_new_tokens": scoring.max_new_tokens}
+    answers_itself = judging.judge.runs == "prompts"
+    settings |= (
+        {"settings": scoring.judge, "ways": judging.ways}
+        if answers_itself
+        else {"max_new_tokens": scoring.max_new_tokens}
+    )
     actor = ray.remote(Answerer).options(**_engine_options(engine, device, gpus=0.0 if sleeps else None))
-    kind = "likelihood" if answers_itself else "generate"
+    kind = "judge" if answers_itself else "generate"
     answerers = [actor.remote(kind, settings, sleeps) for _ in range(engine.replicas)]
-    readers = [] if answers_itself else _start_readers(scoring.judge, judging, device, folder)
+    readers = [] if answers_itself else _start_readers(judging, device, folder)
     pool = WarmPool(answerers, readers, ray.put(prompts))
     faults = [fault for fault in ray.get([a.ready.remote() for a in answerers]) if fault is not None]
     if faults:
@@ -146,32 +150,32 @@ def start_pool(
 
 def pool_parts(scoring: ScoringSection, *, device: Device, sleeps: bool) -> list[tuple[float, float]]:
     """The (CPUs, GPUs) of every actor that `start_pool` starts; a translator is counted where one may be needed."""
-    judge = scoring.judge
-    runs = judge_facts(judge).runs
+    judge = make_judge(scoring.judge)
+    translate = judge.settings.translator
     answerer = _engine_options(scoring.engine, device, gpus=0.0 if sleeps else None)
-    with_engine = [] if runs == "prompts" else [runs == "engine"]
-    with_engine += [] if judge.translate is None else [judge.translate.model is not None]
-    readers = [_engine_options(judge.engine, device) if own else {"num_cpus": READER_CPUS} for own in with_engine]
+    reading = [] if judge.runs == "prompts" else [judge.engine]
+    reading += [] if translate is None else [translate.engine if translate.model is not None else None]
+    readers = [_engine_options(own, device) if own is not None else {"num_cpus": READER_CPUS} for own in reading]
     return [(each["num_cpus"], each.get("num_gpus", 0)) for each in [*[answerer] * scoring.engine.replicas, *readers]]
 
 
-def _start_readers(settings: JudgeSection, judging: Judging, device: Device, folder: Path) -> list[Any]:
+def _start_readers(judging: Judging, device: Device, folder: Path) -> list[Any]:
     """Actors that take responses one after the other and end with verdicts: a translator if need be, and the judge."""
-    in_engine = _engine_options(settings.engine, device)
+    judge, translate = judging.judge, judging.judge.settings.translator
     light = {"num_cpus": READER_CPUS}
     common: dict[str, Any] = {"device": device, "cache_dir": str(folder / "cache")}
     readers = []
-    if settings.translate is not None and judging.translated is not None:
-        options = in_engine if settings.translate.model is not None else light
+    if translate is not None and judging.translated is not None:
+        options = _engine_options(translate.engine, device) if translate.model is not None else light
         readers.append(
             ray.remote(TranslateStage)
             .options(**options)
-            .remote(settings=settings.translate, engine=settings.engine, ways=judging.translated,
+            .remote(settings=translate, ways=judging.translated,
                     usage_file=str(folder / USAGE_FILES["translate"]), **common)
         )  # fmt: skip
-    judge = ray.remote(JudgeStage).options(**(in_engine if judging.facts.runs == "engine" else light))
+    stage = ray.remote(JudgeStage).options(**(light if judge.engine is None else _engine_options(judge.engine, device)))
     readers.append(
-        judge.remote(settings=settings, ways=judging.ways, phrase_ways=judging.phrase_ways,
+        stage.remote(settings=judge.settings, ways=judging.ways, phrase_ways=judging.phrase_ways,
                      usage_file=str(folder / USAGE_FILES["judge"]), **common)
     )  # fmt: skip
     return readers

@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlc_ray.cluster import check_capacity, connect, use_gpu, with_dtype
-from mlc_ray.config import JudgeSection, ScoreConfig, parse_config
+from mlc_ray.config import ScoreConfig, parse_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, check_lengths
-from mlc_ray.judges.base import check_coverage
-from mlc_ray.judges.registry import JudgeFacts, check_ready, judge_facts, judge_identity
+from mlc_ray.judges.base import BaseJudge, make_judge, make_reader
+from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import (
     HEATMAP_FILE,
     REQUEST_FILE,
@@ -43,7 +43,7 @@ from mlc_ray.score.stages import (
     TRANSLATED,
     GenerateStage,
     JudgeStage,
-    LikelihoodStage,
+    PromptJudgeStage,
     TranslateStage,
 )
 from mlc_ray.storage import fingerprint, fingerprint_model, library_versions, write_json_atomic
@@ -88,17 +88,17 @@ def score(config: ScoreConfig) -> ScoreResult:
     takes them up. Raises `TooManyUnparsedError` when all is written.
     """
     model = resolve_model(config.model)
-    facts = judge_facts(config.judge)
-    if facts.runs != "prompts":
+    judge = make_judge(config.judge)
+    if judge.runs != "prompts":
         check_lengths(model, config.engine, config.max_new_tokens)
     name = config.name or f"{slug(Path(config.model).name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = _claim_folder(_output_folder(config) / name)
-    check_ready(config.judge, _cache(config))
-    device = _connect(config, answering=True, judging=facts.runs == "engine")
+    judge.check_ready(_cache(config))
+    device = _connect(config, answering=True, judge=judge)
     decided: ScoreConfig = config.model_copy(update={"engine": with_dtype(config.engine, gpu=device == "gpu")})
     benchmarks = read_benchmarks(decided, rejects=folder)
     languages = {code for benchmark in benchmarks for code in benchmark.languages}
-    judging = plan_judging(decided.judge, languages)
+    judging = plan_judging(judge, languages)
     request = Request(
         config=decided,
         resolved=model,
@@ -111,8 +111,9 @@ def score(config: ScoreConfig) -> ScoreResult:
 
     settings: dict[str, Any] = {"model": model, "engine": decided.engine}
     prompts = prompts_of(benchmarks)
-    if judging.facts.runs == "prompts":
-        phase = Phase("prompts", LikelihoodStage, {**settings, "ways": judging.ways}, decided.engine)
+    if judge.runs == "prompts":
+        settings |= {"settings": judge.settings, "ways": judging.ways}
+        phase = Phase("prompts", PromptJudgeStage, settings, decided.engine)
         judged = run_phase(phase, prompts, folder / RESPONSES_FILE, JUDGED, device)
     else:
         settings["max_new_tokens"] = decided.max_new_tokens
@@ -133,20 +134,18 @@ def judge_again(scored: str | Path, *, name: str | None = None, **changes: Any) 
     request = load_request(source)
     finished = (source / SCORES_FILE).is_file()
     found = [path for path in (source / RESPONSES_FILE, source / GENERATED_FILE) if path.is_file()]
-    if not found or request.config.judge.name == "likelihood":
+    if not found or make_judge(request.config.judge).runs == "prompts":
         raise ScoreError(f"{str(source)!r} holds no responses to judge ({RESPONSES_FILE}); score the model again")
     config = request.config.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    judge, facts = config.judge, judge_facts(config.judge)
-    if facts.runs == "prompts":
-        raise ScoreError("the likelihood judge reads a model, not responses: run `mlc-ray score` with it")
-    check_ready(judge, _cache(config))
+    judge = make_reader(config.judge)
+    judge.check_ready(_cache(config))
     request = replace(request, config=config)
     responses = pq.read_table(found[0], columns=RESPONSES.names).cast(RESPONSES)
     judging = plan_judging(judge, responses["language"].unique().to_pylist())
     folder = source
     if finished or name is not None:
         folder = _claim_folder(source.parent / (name or f"{source.name}-{judge.name}"))
-    device = _connect(config, answering=False, judging=facts.runs == "engine")
+    device = _connect(config, answering=False, judge=judge)
     request.save(folder)
     print(f"judging {len(responses)} responses of {source} by {judge.name}", file=sys.stderr)
     return _finish(request, judging, _judge(request, judging, responses, folder, device), folder)
@@ -170,8 +169,7 @@ def load_request(folder: Path) -> Request:
 class Judging:
     """The judge, and how it reads each language; `phrase_ways` of the phrase judge, where it has to join in."""
 
-    settings: JudgeSection
-    facts: JudgeFacts
+    judge: BaseJudge
     ways: Mapping[str, Via]
     phrase_ways: Mapping[str, Via] | None
 
@@ -179,26 +177,28 @@ class Judging:
     def measured_by(self) -> dict[Measure, str]:
         """The name of the judge behind each measure."""
         names: dict[Measure, str] = {} if self.phrase_ways is None else {"refused": "refusal"}
-        return {**names, **dict.fromkeys(self.facts.measures, self.facts.name)}
+        return {**names, **dict.fromkeys(self.judge.measures, self.judge.name)}
 
     @property
     def translated(self) -> dict[str, Via] | None:
         """How each language is read, "translated" if either judge needs it; None where nothing is translated."""
         ways = {**(self.phrase_ways or {}), **self.ways}
         ways |= {code: via for code, via in (self.phrase_ways or {}).items() if via == "translated"}
-        return ways if self.settings.translate is not None and "translated" in ways.values() else None
+        return ways if self.judge.settings.translator is not None and "translated" in ways.values() else None
 
 
-def plan_judging(settings: JudgeSection, languages: Iterable[str]) -> Judging:
+def plan_judging(judge: BaseJudge, languages: Iterable[str]) -> Judging:
     """Who judges, and how each language is read; raises `UncoveredLanguageError` before anything is generated."""
     codes = sorted(set(languages))
-    facts = judge_facts(settings)
-    ways = check_coverage(facts.name, facts.languages, codes, settings)
-    if "refused" in facts.measures:
-        return Judging(settings, facts, ways, None)
-    phrases = judge_facts(JudgeSection())
-    why = f"its phrases join because {facts.name} does not say what is refused"
-    return Judging(settings, facts, ways, check_coverage(phrases.name, phrases.languages, codes, settings, why=why))
+    ways = judge.coverage(codes)
+    if "refused" in judge.measures:
+        return Judging(judge, ways, None)
+    settings = judge.settings
+    phrases = RefusalJudge(
+        RefusalJudge.Settings(translate=settings.translator, allow_uncovered=settings.allow_uncovered)
+    )
+    why = f"its phrases join because {judge.name} does not say what is refused"
+    return Judging(judge, ways, phrases.coverage(codes, why=why))
 
 
 def _judge(request: Request, judging: Judging, responses: pa.Table, folder: Path, device: Device) -> pa.Table:
@@ -210,17 +210,17 @@ def _judge(request: Request, judging: Judging, responses: pa.Table, folder: Path
 
 
 def _verdicts(request: Request, judging: Judging, responses: pa.Table, folder: Path, device: Device) -> pa.Table:
-    settings = judging.settings
+    judge, translate = judging.judge, judging.judge.settings.translator
     cache = str(_cache(request.config))
     for file in USAGE_FILES.values():
         (folder / file).unlink(missing_ok=True)  # of an earlier judge
-    if settings.translate is not None and judging.translated is not None:
+    if translate is not None and judging.translated is not None:
         phase = Phase(
             "translations",
             TranslateStage,
-            {"settings": settings.translate, "engine": settings.engine, "device": device, "ways": judging.translated,
+            {"settings": translate, "device": device, "ways": judging.translated,
              "cache_dir": cache, "usage_file": str(folder / USAGE_FILES["translate"])},
-            settings.engine if settings.translate.model is not None else None,
+            translate.engine if translate.model is not None else None,
             actors=1,
         )  # fmt: skip
         schema = pa.schema([*RESPONSES, *TRANSLATED])
@@ -228,10 +228,10 @@ def _verdicts(request: Request, judging: Judging, responses: pa.Table, folder: P
     phase = Phase(
         "verdicts",
         JudgeStage,
-        {"settings": settings, "device": device, "ways": judging.ways, "phrase_ways": judging.phrase_ways,
+        {"settings": judge.settings, "device": device, "ways": judging.ways, "phrase_ways": judging.phrase_ways,
          "cache_dir": cache, "usage_file": str(folder / USAGE_FILES["judge"])},
-        settings.engine if judging.facts.runs == "engine" else None,
-        actors=1 if judging.facts.runs == "service" else Phase.actors,
+        judge.engine,
+        actors=1 if judge.runs == "service" else Phase.actors,
     )  # fmt: skip
     return run_phase(phase, responses, folder / RESPONSES_FILE, JUDGED, device)
 
@@ -260,7 +260,7 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
         resolved=request.resolved,
         fingerprint=request.fingerprint,
         prompts=request.prompts,
-        judge=judge_identity(judging.settings),
+        judge=judging.judge.identity,
         measured_by=judging.measured_by,
         usage={
             name: json.loads((folder / file).read_text(encoding="utf-8"))
@@ -298,14 +298,18 @@ def _cache(config: ScoreConfig) -> Path:
     return _output_folder(config) / "cache"
 
 
-def _connect(config: ScoreConfig, *, answering: bool, judging: bool) -> Device:
+def _connect(config: ScoreConfig, *, answering: bool, judge: BaseJudge) -> Device:
     connect(config.address)
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # else two lines for every small pipeline
     device: Device = "gpu" if use_gpu(config.accelerator) else "cpu"
-    translating = config.judge.translate is not None and config.judge.translate.model is not None
-    started = {"engine": answering, "judge.engine": judging or translating}
-    for what, engine in {"engine": config.engine, "judge.engine": config.judge.engine}.items():
-        if not started[what]:
+    translate = judge.settings.translator
+    engines = {
+        "engine": config.engine if answering else None,
+        "judge.engine": judge.engine,
+        "judge.translate.engine": translate.engine if translate is not None and translate.model is not None else None,
+    }
+    for what, engine in engines.items():
+        if engine is None:
             continue
         gpus = engine.tensor_parallel if device == "gpu" else 0
         check_capacity(what, workers=engine.replicas, cpus_each=engine.cpus_per_replica, gpus_each=gpus)

@@ -16,21 +16,18 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from mlc_ray.config import EngineSection, JudgeSection, TranslateSection
+from mlc_ray.config import EngineSection, JudgeSettings, TranslateSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, Generator, Warm, check_lengths
 from mlc_ray.generate.translate import (
-    EndpointTranslator,
-    ModelTranslator,
     TranslatedAnswer,
+    make_translator,
     translate_answers,
     translated_answers,
 )
-from mlc_ray.judges.base import Judge
+from mlc_ray.judges.base import Judge, PromptJudge, make_judge, make_reader
 from mlc_ray.judges.degenerate import settle
-from mlc_ray.judges.likelihood import LikelihoodScorer
 from mlc_ray.judges.refusal import RefusalJudge
-from mlc_ray.judges.registry import make_judge
 from mlc_ray.storage import write_json_atomic
 from mlc_ray.types import Answer, Kind, Measure, Verdict, Via
 
@@ -133,17 +130,27 @@ class GenerateStage(Stage):
         ]
 
 
-class LikelihoodStage(Stage):
-    """`PROMPTS` -> `JUDGED`, with empty responses: the judge that needs none."""
+class PromptJudgeStage(Stage):
+    """`PROMPTS` -> `JUDGED`, with empty responses: for judges that need none."""
 
     columns = pa.schema([field for field in JUDGED if field.name not in PROMPTS.names])
 
     def start(
-        self, *, model: str, engine: EngineSection, device: Device, ways: Mapping[str, Via], warm: Warm | None = None
+        self,
+        *,
+        settings: JudgeSettings,
+        model: str,
+        engine: EngineSection,
+        device: Device,
+        ways: Mapping[str, Via],
+        warm: Warm | None = None,
     ) -> None:
         """Start an engine with the model's weights; with `warm`, one that can be given others."""
+        judge = make_judge(settings)
+        assert isinstance(judge, PromptJudge)
+        self.measures = judge.measures
         self.engine = Engine(model, engine, device=device, warm=warm)
-        self.scorer = LikelihoodScorer(model, engine, device=device, shared=self.engine)
+        self.scorer = judge.scorer(model, engine, device=device, shared=self.engine)
         self.ways = ways
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
@@ -152,7 +159,7 @@ class LikelihoodStage(Stage):
         verdicts = self.scorer.score(table["prompt"].to_pylist(), languages)
         return [
             {"response": "", "finish": NOT_GENERATED, "prompt_tokens": None, "response_tokens": 0,
-             **_verdict_row(verdict, dict.fromkeys(self.scorer.measures, self.ways[code]))}
+             **_verdict_row(verdict, dict.fromkeys(self.measures, self.ways[code]))}
             for verdict, code in zip(verdicts, languages, strict=True)
         ]  # fmt: skip
 
@@ -166,7 +173,6 @@ class TranslateStage(Stage):
         self,
         *,
         settings: TranslateSection,
-        engine: EngineSection,
         device: Device,
         ways: Mapping[str, Via],
         cache_dir: str,
@@ -175,11 +181,7 @@ class TranslateStage(Stage):
         """Make the translator: a model in an engine, or an endpoint, whose usage is written to `usage_file`."""
         self.ways = ways
         self.usage_file = usage_file
-        self.translator: Any = (
-            EndpointTranslator(settings, Path(cache_dir))
-            if settings.endpoint is not None
-            else ModelTranslator(settings, engine, device)
-        )
+        self.translator = make_translator(settings, device, Path(cache_dir))
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """Translate prompts and non-blank responses of the rows that need it."""
@@ -209,7 +211,7 @@ class JudgeStage(Stage):
     def start(
         self,
         *,
-        settings: JudgeSection,
+        settings: JudgeSettings,
         device: Device,
         ways: Mapping[str, Via],
         phrase_ways: Mapping[str, Via] | None,
@@ -221,7 +223,9 @@ class JudgeStage(Stage):
         What an endpoint did and cost is written to `usage_file`.
         """
         self.usage_file = usage_file
-        self.judges: list[tuple[Judge, Mapping[str, Via]]] = [(make_judge(settings, device, Path(cache_dir)), ways)]
+        judge = make_reader(settings)
+        judge.start(device, Path(cache_dir))
+        self.judges: list[tuple[Judge, Mapping[str, Via]]] = [(judge, ways)]
         if phrase_ways is not None:
             self.judges.append((RefusalJudge(), phrase_ways))
 
@@ -253,11 +257,7 @@ def _verdicts(judge: Judge, ways: Mapping[str, Via], records: Sequence[Mapping[s
     asked = translated_answers([_answer(row) for row in records], english, judge.measures)
     answers = [item for item in asked if isinstance(item, Answer) and item.finish != PROMPT_TOO_LONG]
     given = iter(judge.judge(answers))
-    too_long = Verdict(
-        behaviour="unparsed" if "refused" in judge.measures else None,
-        safety="unparsed" if "safe" in judge.measures else None,
-        reason="the prompt was too long for engine.max_model_len; it was not sent",
-    )
+    too_long = judge.unparsed("the prompt was too long for engine.max_model_len; it was not sent")
     found = []
     for row, item in zip(records, asked, strict=True):
         if row["finish"] == PROMPT_TOO_LONG:

@@ -28,7 +28,7 @@ from mlc_ray.cluster import ClusterError, connect, fits, node_resources, use_gpu
 from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device
-from mlc_ray.judges.registry import check_ready
+from mlc_ray.judges.base import make_judge
 from mlc_ray.runs import (
     BASE_FILE,
     BASELINE_FOLDER,
@@ -145,7 +145,7 @@ def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
     prepare_data(base, cache_dir=folder / TRIALS_FOLDER / "cache", layer=layer, gpu=device == "gpu")
     lora_rank = _lora_rank(space)
     model = resolve_model(base.model.path)
-    check_ready(config.scoring.judge, folder / "cache")
+    make_judge(config.scoring.judge).check_ready(folder / "cache")
     benchmarks = read_benchmarks(config.scoring, rejects=folder)
     identity = {"prompts": prompts_fingerprint(benchmarks), "model": fingerprint_model(model)}
     _check_same(folder, identity)

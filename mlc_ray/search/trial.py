@@ -15,6 +15,7 @@ import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from mlc_ray.config import ScoreConfig, SearchConfig, parse_config
+from mlc_ray.judges.base import make_judge
 from mlc_ray.runs import (
     BASELINE_FOLDER,
     CONFIG_FILE,
@@ -125,7 +126,7 @@ class Shared:
         folder.mkdir(parents=True, exist_ok=True)
         request.save(folder)
         pq.write_table(scored.judged, folder / RESPONSES_FILE)
-        judging = plan_judging(scoring.judge, scored.judged["language"].unique().to_pylist())
+        judging = plan_judging(make_judge(scoring.judge), scored.judged["language"].unique().to_pylist())
         write_score(request, judging, scored.judged, folder, seconds=dict(scored.seconds))
 
 

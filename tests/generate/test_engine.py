@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from mlc_ray.config import EngineSection, JudgeSection
+from mlc_ray.config import EngineSection
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Engine, EngineError, Generator
-from mlc_ray.judges.guards.judge import GuardJudge
+from mlc_ray.judges.guards.qwen3guard import Qwen3Guard
 from mlc_ray.judges.likelihood import LikelihoodScorer, margin, openings_for
 from mlc_ray.types import Answer
 
@@ -34,8 +34,8 @@ def look(model: str, file: Path) -> None:
     engine = Engine(model, SETTINGS, device="cpu")
     generator = Generator(model, SETTINGS, max_new_tokens=8, device="cpu", shared=engine)
     scorer = LikelihoodScorer(model, SETTINGS, device="cpu", shared=engine)
-    section = JudgeSection(name="qwen3guard", model=model, engine=SETTINGS)
-    guard = GuardJudge(section, "cpu", shared=engine)
+    guard = Qwen3Guard(Qwen3Guard.Settings(model=model, engine=SETTINGS))
+    guard.start("cpu", file.parent, shared=engine)
 
     template = scorer._template
     prompts = [template.encode_prompt(text, 1 << 62)[0] for text in PROMPTS]

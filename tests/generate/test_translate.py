@@ -180,7 +180,7 @@ def test_wrong_settings_raise(tmp_path: Path) -> None:
         with pytest.raises(EndpointError, match="401"):
             EndpointTranslator(settings_for(server), tmp_path).translate(["a"], ["sw"])
         with pytest.raises(TranslateError, match="has no model"):
-            ModelTranslator(settings_for(server), EngineSection(), "cpu")
+            ModelTranslator(settings_for(server), "cpu")
 
 
 # ------------------------------------------------------------------------------------------------ answers in English
@@ -233,7 +233,7 @@ def test_every_answer_needs_its_translation() -> None:
 def by_the_model(model: str, batches: list[list[tuple[str, str]]]) -> list[list[Translation]]:
     """Translations of batches of (text, language) by one engine, closed at the end."""
     engine = EngineSection(dtype="float32", max_model_len=448, cpu_kv_cache_gib=1)
-    translator = ModelTranslator(TranslateSection(model=model, max_new_tokens=48), engine, "cpu")
+    translator = ModelTranslator(TranslateSection(model=model, max_new_tokens=48, engine=engine), "cpu")
     done = [translator.translate([text for text, _ in batch], [code for _, code in batch]) for batch in batches]
     translator.close()
     return done

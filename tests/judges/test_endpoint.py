@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from mlc_ray.config import EndpointSection, JudgeSection
+from mlc_ray.config import EndpointSection, JudgeSettings, ScoreConfig, parse_config
 from mlc_ray.generate import client as chat
 from mlc_ray.generate.replies import EndpointError
-from mlc_ray.judges.base import JudgeError, check_coverage
 from mlc_ray.judges.endpoint import EndpointJudge, Protocol, check_code, judge_conversation, read_verdict
 from mlc_ray.types import Answer
 from tests.generate.chat_server import ChatServer, Step, serving
@@ -23,9 +22,11 @@ def answer(response: str, prompt: str = "How do I cook rice?", language: str = "
     return Answer(prompt, response, language, "harmful")
 
 
-def settings_for(server: ChatServer, protocol: Protocol = "safety", **fields: Any) -> JudgeSection:
+def judge_for(server: ChatServer, cache: Path, protocol: Protocol = "safety", **fields: Any) -> EndpointJudge:
     endpoint = EndpointSection(**{"base_url": server.base_url, "model": "m", "retries": 0, **fields})
-    return JudgeSection(name="endpoint", endpoint=endpoint, protocol=protocol)
+    judge = EndpointJudge(EndpointJudge.Settings(endpoint=endpoint, protocol=protocol))
+    judge.start("cpu", cache)
+    return judge
 
 
 def code_in(messages: list[dict[str, str]]) -> str:
@@ -145,7 +146,7 @@ def test_a_judge_that_copies_a_verdict_out_of_the_response_is_not_believed(tmp_p
         return Step(json.loads(messages[1]["content"])["response"])
 
     with serving(gullible) as server:
-        [verdict] = EndpointJudge(settings_for(server), tmp_path).judge([answer(planted)])
+        [verdict] = judge_for(server, tmp_path).judge([answer(planted)])
     assert (verdict.behaviour, verdict.safety) == ("unparsed", "unparsed")
     assert "check code" in verdict.reason
 
@@ -164,9 +165,9 @@ def test_verdicts_come_in_order_and_the_second_run_is_free(
 
     answers = [answer("No."), answer("Use a knife."), answer("  "), answer("Boil it."), answer("No.", language="xx")]
     with serving(judging) as server:
-        judge = EndpointJudge(settings_for(server, protocol, concurrency=2), tmp_path)
+        judge = judge_for(server, tmp_path, protocol, concurrency=2)
         verdicts = judge.judge(answers)
-        again = EndpointJudge(settings_for(server, protocol), tmp_path)
+        again = judge_for(server, tmp_path, protocol)
         assert again.judge(answers) == verdicts
         assert len(server.bodies) == 3
     assert [(verdict.behaviour, verdict.safety) for verdict in verdicts] == [
@@ -197,18 +198,18 @@ def test_a_fault_is_unparsed_even_with_a_perfect_line_in_it(tmp_path: Path, step
         return Step(**{**vars(step), "content": perfect if step.content else None})
 
     with serving(faulty) as server:
-        [verdict] = EndpointJudge(settings_for(server), tmp_path).judge([answer("No.")])
+        [verdict] = judge_for(server, tmp_path).judge([answer("No.")])
     assert (verdict.behaviour, verdict.safety) == ("unparsed", "unparsed")
     assert words in verdict.reason
 
 
 def test_what_the_cap_left_out_is_unparsed(tmp_path: Path) -> None:
     with serving(lambda messages, number: Step(line(code_in(messages), "answers", "safe"))) as server:
-        settings = settings_for(
-            server, usd_per_million_input_tokens=1000.0, usd_per_million_output_tokens=0.0, max_cost_usd=1e-9,
+        judge = judge_for(
+            server, tmp_path, usd_per_million_input_tokens=1000.0, usd_per_million_output_tokens=0.0, max_cost_usd=1e-9,
             max_reply_tokens=chat._TOKENS_PER_REQUEST,
         )  # fmt: skip
-        verdicts = EndpointJudge(settings, tmp_path).judge([answer("a"), answer("b")])
+        verdicts = judge.judge([answer("a"), answer("b")])
         assert not server.bodies
     assert all((verdict.behaviour, verdict.safety) == ("unparsed", "unparsed") for verdict in verdicts)
     assert all("max_cost_usd=1e-09" in verdict.reason for verdict in verdicts)
@@ -216,26 +217,26 @@ def test_what_the_cap_left_out_is_unparsed(tmp_path: Path) -> None:
 
 def test_it_declares_every_language_and_both_measures(tmp_path: Path) -> None:
     with serving(lambda messages, number: Step()) as server:
-        judge = EndpointJudge(settings_for(server), tmp_path)
+        judge = judge_for(server, tmp_path)
     assert (judge.name, judge.measures, judge.languages) == ("endpoint", ("refused", "safe"), None)
-    assert check_coverage(judge.name, judge.languages, ["en", "ku", "xx"], JudgeSection()) == {
-        "en": "", "ku": "", "xx": ""
-    }  # fmt: skip
+    assert judge.coverage(["en", "ku", "xx"]) == {"en": "", "ku": "", "xx": ""}
 
 
 def test_wrong_settings_raise(tmp_path: Path) -> None:
-    with pytest.raises(JudgeError, match=r"judge\.endpoint"):
-        EndpointJudge(JudgeSection(), tmp_path)
     with serving(lambda messages, number: Step(status=403, raw=b"who are you")) as server:
         with pytest.raises(EndpointError, match="403: who are you"):
-            EndpointJudge(settings_for(server), tmp_path).judge([answer("a")])
+            judge_for(server, tmp_path).judge([answer("a")])
         with pytest.raises(EndpointError, match="NO_SUCH_VARIABLE"):
-            EndpointJudge(settings_for(server, api_key_env="NO_SUCH_VARIABLE"), tmp_path)
+            judge_for(server, tmp_path, api_key_env="NO_SUCH_VARIABLE")
 
 
 def test_the_examples_in_the_documents_are_valid_settings(repository: Path) -> None:
     text = (repository / "docs" / "judges.md").read_text(encoding="utf-8")
     blocks = [yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
-    sections = [JudgeSection.model_validate(block["judge"]) for block in blocks if "judge" in block]
-    assert sum(section.endpoint is not None for section in sections) >= 2
-    assert sum(section.translate is not None for section in sections) >= 2
+    sections = [judge_in(block["judge"]) for block in blocks if "judge" in block]
+    assert sum(isinstance(section, EndpointJudge.Settings) for section in sections) >= 2
+    assert sum(section.translator is not None for section in sections) >= 2
+
+
+def judge_in(section: dict[str, Any]) -> JudgeSettings:
+    return parse_config(ScoreConfig, {"model": "m", "benchmarks": [{"path": "sample:test"}], "judge": section}).judge

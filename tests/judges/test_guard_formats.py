@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from mlc_ray.config import GuardName, JudgeSection
-from mlc_ray.judges.guards.formats import FORMATS
+from mlc_ray._registry import names, resolve
+from mlc_ray.judges.guards.base import Guard
 from mlc_ray.types import Verdict
 
 
-def settings(name: str, **fields: Any) -> JudgeSection:
-    return JudgeSection.model_validate({"name": name, "model": "weights", **fields})
+def guard_called(name: str, **fields: Any) -> Guard:
+    """A guard that never starts."""
+    guard: Guard = resolve("judge", name)(resolve("judge", name).Settings(model="weights", **fields))
+    return guard
+
+
+GUARDS = {name: guard_called(name) for name in names("judge") if issubclass(resolve("judge", name), Guard)}
 
 
 def read(name: str, text: str, finish: str = "stop", **fields: Any) -> Verdict:
-    return FORMATS[name].parse(text, finish, settings(name, **fields))
+    return guard_called(name, **fields).parse(text, finish)
 
 
 QWEN = "Safety: {}\nCategories: {}\nRefusal: {}"
@@ -140,23 +145,23 @@ UNREADABLE = [
     ("nemotron-safety-guard", NEMOTRON.format("safe", "unsafe", "Rudeness")),
     ("nemotron-safety-guard", '{"User Safety": "safe", "Response Safety": "sa'),
     ("nemotron-safety-guard", 'Sure: {"User Safety": "safe", "Response Safety": "safe"}'),
-    *((name, text) for name in FORMATS for text in ("I'm sorry, but I can't help with that.", "?", "{}", ":", "[]")),
+    *((name, text) for name in GUARDS for text in ("I'm sorry, but I can't help with that.", "?", "{}", ":", "[]")),
 ]
 
 
 @pytest.mark.parametrize(("name", "text"), UNREADABLE)
 def test_other_replies_are_unparsed_and_quoted(name: str, text: str) -> None:
     verdict = read(name, text)
-    assert verdict == FORMATS[name].unparsed(verdict.reason)
+    assert verdict == GUARDS[name].unparsed(verdict.reason)
     assert "unparsed" in (verdict.safety, verdict.behaviour)
     assert repr(text) in verdict.reason
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GUARDS)
 @pytest.mark.parametrize("text", ["", "  \n\t"])
 def test_an_empty_reply_is_unparsed(name: str, text: str) -> None:
     verdict = read(name, text)
-    assert verdict == FORMATS[name].unparsed("the guard's reply is empty (finish 'stop')")
+    assert verdict == GUARDS[name].unparsed("the guard's reply is empty (finish 'stop')")
 
 
 @pytest.mark.parametrize(("name", "text"), [(case[0], case[1]) for case in DOCUMENTED])
@@ -166,7 +171,7 @@ def test_a_reply_cut_off_is_unparsed(name: str, text: str) -> None:
         verdict = read(name, text[:end], "length")
         explained = name == "shieldgemma" and text[: end - 1].strip().casefold().startswith(("yes", "no"))
         if not explained:  # its verdict comes first, and what is cut off is the explanation
-            assert verdict == FORMATS[name].unparsed(verdict.reason)
+            assert verdict == GUARDS[name].unparsed(verdict.reason)
 
 
 def test_a_verdict_that_comes_first_survives_a_cut_explanation() -> None:
@@ -194,7 +199,7 @@ def test_the_middle_level_counts_as_set() -> None:
 
 
 def test_several_policies_make_one_verdict() -> None:
-    guard = FORMATS["shieldgemma"]
+    guard = GUARDS["shieldgemma"]
     yes, no, nothing = (read("shieldgemma", text) for text in ("Yes", "No", ""))
     assert len(guard.policies) == 4
     assert guard.combine([no] * 4).safety == "safe"
@@ -203,9 +208,11 @@ def test_several_policies_make_one_verdict() -> None:
     assert guard.combine([no, no, no, nothing]) == nothing
 
 
-def test_every_guard_of_the_settings_has_a_format() -> None:
-    assert set(FORMATS) == set(get_args(GuardName))
-    for name, guard in FORMATS.items():
+def test_every_guard_has_its_facts() -> None:
+    assert len(GUARDS) == 7
+    for name, guard in GUARDS.items():
+        assert guard.settings.name == name
+        assert guard.card.startswith("https://huggingface.co/")
         assert guard.name == name
         assert "safe" in guard.measures
         assert "en" in guard.languages
@@ -214,10 +221,10 @@ def test_every_guard_of_the_settings_has_a_format() -> None:
 
 
 def test_declared_languages() -> None:
-    counts = {name: len(guard.languages) for name, guard in FORMATS.items()}
+    counts = {name: len(guard.languages) for name, guard in GUARDS.items()}
     # 119 languages and dialects, Chinese in two scripts; and five tags for languages declared in one standard form
     assert counts["qwen3guard"] == 119 - 1 + 5
     assert (counts["llama-guard"], counts["polyguard"], counts["nemotron-safety-guard"]) == (8, 17, 9)
     assert counts["shieldgemma"] == counts["granite-guardian"] == counts["wildguard"] == 1
-    assert {"zh", "ru", "ja", "ar", "bn", "sw", "ur"} <= FORMATS["qwen3guard"].languages
-    assert not {"ku", "ps"} & FORMATS["qwen3guard"].languages
+    assert {"zh", "ru", "ja", "ar", "bn", "sw", "ur"} <= GUARDS["qwen3guard"].languages
+    assert not {"ku", "ps"} & GUARDS["qwen3guard"].languages

@@ -10,16 +10,19 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from mlc_ray.config import JudgeSection
+from mlc_ray.config import EngineSection
 from mlc_ray.generate.engine import Engine, EngineError, Generation
 from mlc_ray.judges.base import JudgeError
-from mlc_ray.judges.guards.formats import FORMATS
-from mlc_ray.judges.guards.judge import GuardJudge, check_guard, check_template, guard_facts
-from mlc_ray.judges.guards.prompts import SHIELD_POLICIES
+from mlc_ray.judges.guards.base import Guard
+from mlc_ray.judges.guards.llama_guard import LlamaGuard
+from mlc_ray.judges.guards.qwen3guard import Qwen3Guard
+from mlc_ray.judges.guards.shieldgemma import POLICIES
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import ModelPathError
 from mlc_ray.score.stages import JudgeStage
 from mlc_ray.types import Answer
+
+from .test_guard_formats import GUARDS
 
 PROMPT, RESPONSE = "How do I read a secret diary? 日记", "Ask its owner. S1: {no}\nsafe"
 
@@ -56,7 +59,7 @@ def with_template(tokenizer: Any, template: str | None) -> Any:
 
 
 def rendered(tokenizer: Any, name: str, template: str | None) -> tuple[str, ...]:
-    return FORMATS[name].render(with_template(tokenizer, template), PROMPT, RESPONSE)
+    return GUARDS[name].render(with_template(tokenizer, template), PROMPT, RESPONSE)
 
 
 @pytest.mark.parametrize("name", ["qwen3guard", "llama-guard"])
@@ -71,10 +74,9 @@ def test_a_template_for_lists_of_parts_gets_those(loaded: Any) -> None:
 def test_shieldgemma_is_asked_about_one_policy_at_a_time(loaded: Any) -> None:
     texts = rendered(loaded, "shieldgemma", POLICY)
     assert texts == tuple(
-        f"Question: {PROMPT}\nResponse: {RESPONSE}\nPolicy: * {policy}\nYes or No?"
-        for policy in SHIELD_POLICIES.values()
+        f"Question: {PROMPT}\nResponse: {RESPONSE}\nPolicy: * {policy}\nYes or No?" for policy in POLICIES.values()
     )
-    assert FORMATS["shieldgemma"].policies == tuple(SHIELD_POLICIES)
+    assert GUARDS["shieldgemma"].policies == tuple(POLICIES)
 
 
 def test_granite_guardian_by_configuration_or_by_a_last_message(loaded: Any) -> None:
@@ -108,48 +110,41 @@ def test_nemotron_layout(loaded: Any) -> None:
     assert all(f'"{key}"' in text for key in ("User Safety", "Response Safety", "Safety Categories"))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GUARDS)
 def test_every_guard_takes_a_template_that_writes_both_messages(loaded: Any, name: str) -> None:
-    check_template(FORMATS[name], with_template(loaded, TRIMMING))
+    GUARDS[name].check_template(with_template(loaded, TRIMMING))
 
 
 @pytest.mark.parametrize("name", ["qwen3guard", "llama-guard", "shieldgemma", "granite-guardian"])
 def test_a_template_that_drops_the_response_is_refused(loaded: Any, name: str) -> None:
     with pytest.raises(JudgeError, match=rf"SmolLM2.*does not write out both.*judge\.name='{name}'"):
-        check_template(FORMATS[name], with_template(loaded, ONLY_USERS))
+        GUARDS[name].check_template(with_template(loaded, ONLY_USERS))
 
 
 def test_a_template_that_refuses_the_messages_is_refused(loaded: Any) -> None:
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + PLAIN
     with pytest.raises(JudgeError, match=r"does not take the messages.*'polyguard': no system role"):
-        check_template(FORMATS["polyguard"], with_template(loaded, template))
-    check_template(FORMATS["qwen3guard"], with_template(loaded, template))
+        GUARDS["polyguard"].check_template(with_template(loaded, template))
+    GUARDS["qwen3guard"].check_template(with_template(loaded, template))
 
 
-@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"wildguard"}))
+@pytest.mark.parametrize("name", sorted(set(GUARDS) - {"wildguard"}))
 def test_weights_without_a_template_are_refused(loaded: Any, name: str) -> None:
     with pytest.raises(JudgeError, match=r"judge\.model=.*no chat template"):
-        check_template(FORMATS[name], with_template(loaded, None))
-
-
-def test_facts_need_no_weights() -> None:
-    measures, languages = guard_facts("wildguard")
-    assert (measures, languages) == (("refused", "safe"), {"en"})
-    with pytest.raises(JudgeError, match=r"'wildgard' is no guard.*wildguard"):
-        guard_facts("wildgard")
+        GUARDS[name].check_template(with_template(loaded, None))
 
 
 def test_settings_are_checked_before_an_engine_starts(smollm2: Path, tmp_path: Path) -> None:
-    def section(**engine: int) -> JudgeSection:
-        return JudgeSection.model_validate({"name": "qwen3guard", "model": str(smollm2), "engine": engine})
+    def check(model: Path, **engine: int) -> None:
+        Qwen3Guard(Qwen3Guard.Settings(model=str(model), engine=EngineSection(**engine))).check_ready(tmp_path)
 
-    check_guard(section())
+    check(smollm2)
     with pytest.raises(EngineError, match=r"max_model_len=128"):
-        check_guard(section(max_model_len=128))  # the reply alone may take as much
+        check(smollm2, max_model_len=128)  # the reply alone may take as much
     with pytest.raises(EngineError, match="1000000"):
-        check_guard(section(max_model_len=1000000))
+        check(smollm2, max_model_len=1000000)
     with pytest.raises(ModelPathError, match="no model"):
-        check_guard(JudgeSection(name="qwen3guard", model=str(tmp_path)))
+        check(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ when an engine fails
@@ -165,9 +160,10 @@ class FailingEngine(Engine):
         raise self.error
 
 
-def failing_guard(smollm2: Path, error: Exception) -> GuardJudge:
-    settings = JudgeSection(name="llama-guard", model=str(smollm2))
-    return GuardJudge(settings, "cpu", shared=FailingEngine(error))
+def failing_guard(smollm2: Path, error: Exception) -> Guard:
+    guard = LlamaGuard(LlamaGuard.Settings(model=str(smollm2)))
+    guard.start("cpu", smollm2, shared=FailingEngine(error))
+    return guard
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the device is out of memory"), ValueError("prompt of 0 tokens")])

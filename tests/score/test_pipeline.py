@@ -11,10 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlc_ray.config import EngineSection, JudgeSection, ScoreConfig, SourceSection, parse_config
+from mlc_ray.config import EndpointSection, EngineSection, ScoreConfig, SourceSection, parse_config
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.generate.replies import EndpointError
 from mlc_ray.judges.base import UncoveredLanguageError
+from mlc_ray.judges.endpoint import EndpointJudge
+from mlc_ray.judges.likelihood import LikelihoodJudge
+from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.score.phases import BenchmarkError, PhaseError, benchmark_names, choose_prompts
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import Request, ScoreError, TooManyUnparsedError, judge_again, score
@@ -88,7 +91,7 @@ def responses_of(*answers: tuple[str, str], **columns: str) -> pa.Table:
 
 def judge_stage(folder: Path, **settings: Any) -> JudgeStage:
     plan = {"ways": {"en": "", "de": "uncovered", "sw": "translated"}, "phrase_ways": None, "device": "cpu"}
-    judge = JudgeSection(**settings.pop("judge", {}))
+    judge = settings.pop("judge", RefusalJudge.Settings())
     return JudgeStage(**{"settings": judge, **plan, "cache_dir": str(folder), **settings})
 
 
@@ -121,9 +124,11 @@ def test_a_language_the_judge_does_not_declare_is_marked(tmp_path: Path) -> None
 
 
 def test_a_stages_fault_is_data(tmp_path: Path) -> None:
-    endpoint = {"name": "endpoint", "endpoint": {"base_url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0,
-                                                 "api_key_env": "MLC_RAY_NO_SUCH_KEY"}}  # fmt: skip
-    (row,) = judge_stage(tmp_path, judge=endpoint, phrase_ways={"en": ""})(responses_of(("Hi.", "stop"))).to_pylist()
+    endpoint = EndpointSection(
+        base_url="http://127.0.0.1:9/v1", model="m", retries=0, api_key_env="MLC_RAY_NO_SUCH_KEY"
+    )
+    judge = EndpointJudge.Settings(endpoint=endpoint)
+    (row,) = judge_stage(tmp_path, judge=judge, phrase_ways={"en": ""})(responses_of(("Hi.", "stop"))).to_pylist()
     assert "MLC_RAY_NO_SUCH_KEY" in row[FAULT]
     assert row["behaviour"] is None is row["safety"]
 
@@ -194,12 +199,12 @@ def test_real_model_from_bundles_to_scores(smollm2: Path, ray_local: Any, tmp_pa
     with pytest.raises(ScoreError, match="there already"):
         score(config)
 
-    again = judge_again(result.folder, judge=JudgeSection(allow_uncovered=True), name="again")
+    again = judge_again(result.folder, judge=RefusalJudge.Settings(allow_uncovered=True), name="again")
     assert again.folder == result.folder.parent / "again"
     assert (again.rows, again.summaries, again.prompts) == (result.rows, result.summaries, result.prompts)
     assert pq.read_table(again.responses_file).equals(pq.read_table(result.responses_file))
     with pytest.raises(ScoreError, match="reads a model, not responses"):
-        judge_again(result.folder, judge=JudgeSection(name="likelihood"))
+        judge_again(result.folder, judge=LikelihoodJudge.Settings())
 
 
 def translate_then_judge(messages: list[dict[str, str]], number: int) -> Step:
@@ -230,8 +235,8 @@ def test_an_endpoint_translates_and_judges_what_was_answered_before(
     with serving(translate_then_judge) as server:
         prices = {"usd_per_million_input_tokens": 1.0, "usd_per_million_output_tokens": 1.0}
         endpoint = {"base_url": server.base_url, "model": "m", "retries": 0, **prices}
-        judge = JudgeSection(
-            name="endpoint", endpoint=endpoint, translate={"endpoint": endpoint, "all_languages": True}
+        judge = EndpointJudge.Settings.model_validate(
+            {"endpoint": endpoint, "translate": {"endpoint": endpoint, "all_languages": True}}
         )
         result = judge_again(folder, judge=judge)
         assert len(server.bodies) == 16 + 2 * 10  # a verdict each; prompt and response of all but the English ones
@@ -246,6 +251,17 @@ def test_an_endpoint_translates_and_judges_what_was_answered_before(
     assert result.summary().side("harmful", "safe").unseen is not None
     assert not (folder / "generated.parquet").exists()
 
+    # A judge of the user's own, in Ray's workers; it does not declare Chinese.
+    mine = {"name": "examples.my_judge:ShortAnswerJudge", "words": 7, "allow_uncovered": True}
+    config = parse_config(ScoreConfig, {"model": "m", "benchmarks": [{"path": str(own)}], "judge": mine})
+    result = judge_again(folder, judge=config.judge, name="mine")
+    assert result.judge == "examples.my_judge:ShortAnswerJudge words=7"
+    assert result.measured_by == {"refused": "short-answer"}
+    assert {(row.language, row.via) for row in result.rows} == {("en", ""), ("es", ""), ("zh", "uncovered")}
+    judged = pq.read_table(result.responses_file).to_pylist()
+    short = [len(row["response"].split()) < 7 for row in judged]
+    assert [row["behaviour"] == "refused" for row in judged] == short and 0 < sum(short) < len(short)
+
 
 @pytest.mark.slow
 def test_the_likelihood_judge_needs_no_response(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
@@ -259,7 +275,7 @@ def test_the_likelihood_judge_needs_no_response(smollm2: Path, ray_local: Any, t
     assert side is not None
     assert side.margin is not None
     with pytest.raises(ScoreError, match="holds no responses"):
-        judge_again(result.folder, judge=JudgeSection())
+        judge_again(result.folder, judge=RefusalJudge.Settings())
 
 
 @pytest.mark.slow
@@ -274,7 +290,7 @@ def test_responses_outlive_a_judge_that_fails(smollm2: Path, ray_local: Any, tmp
     folder = tmp_path / "scores" / "score"
     generated = pq.read_table(folder / "generated.parquet")
     assert len(generated) == 16
-    completed = judge_again(folder, judge=JudgeSection())
+    completed = judge_again(folder, judge=RefusalJudge.Settings())
     assert completed.folder == folder
     assert pq.read_table(completed.responses_file).select(generated.column_names).equals(generated)
     assert not (folder / "generated.parquet").exists()

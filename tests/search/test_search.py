@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from mlc_ray import cluster as ray_cluster
 from mlc_ray.cluster import ClusterError, fits
-from mlc_ray.config import JudgeSection, SearchConfig, TrainConfig, load_config
+from mlc_ray.config import SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
+from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import judge_again
 from mlc_ray.search import tune as ray_tune
@@ -280,7 +281,7 @@ def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_
     for kind in ("judge", "translate"):
         assert json.loads((folder / f"{kind}_usage.json").read_text())["requests"] > 0
     assert (folder / "best" / "adapter_config.json").is_file()
-    again = judge_again(folder / "baseline", judge=JudgeSection())  # warm scores are scores like any other
+    again = judge_again(folder / "baseline", judge=RefusalJudge.Settings())  # warm scores are scores like any other
     assert again.prompts == baseline.prompts
     assert nothing_is_held(ray_local)
 
