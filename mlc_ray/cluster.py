@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, TextIO, TypeVar, cast
 
 import ray
 import ray.data
@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mlc_ray import device
 from mlc_ray.config import EngineSection, ModelSection
 from mlc_ray.errors import MlcRayError
+from mlc_ray.logs import libraries
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ def connect(address: str) -> None:
             "a local Ray node did not come up in time: the machine is too busy, or an earlier Ray is still shutting "
             "down; try again, or raise RAY_raylet_start_wait_time_s"
         ) from None
+    if (file := libraries()) is not None:
+        _send_output_to(file)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the console has a display of its own
     if warning := unprotected(len(living_nodes()), os.environ):
         logger.warning(warning)
@@ -117,6 +120,20 @@ def _natives(nodes: tuple[str, ...], *, gpu: bool) -> dict[str, device.Native]:
 
 
 # ------------------------------------------------------------------------------------------------------ what it holds
+
+
+def _send_output_to(file: TextIO) -> None:
+    """Send what Ray's workers and its own loggers write into a file instead of this process's console."""
+    # Ray has no public way to this; what it prints goes through one dispatcher, whose only handler is replaced.
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+    from ray._private.worker import print_worker_logs
+
+    dispatcher.remove_handler("ray_print_logs")
+    dispatcher.add_handler("mlc_ray", lambda data: print_worker_logs(data, file))
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.partition(".")[0] == "ray" and isinstance(logger, logging.Logger):
+            logger.handlers.clear()
+            logger.propagate = True
 
 
 def unprotected(nodes: int, environment: Mapping[str, str]) -> str | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlc_ray import __version__
 from mlc_ray.errors import MlcRayError
+from mlc_ray.logs import command_line
 
 if TYPE_CHECKING:
     from mlc_ray.storage import Place
@@ -72,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         commands = importlib.import_module("mlc_ray.cli.commands")
         command: Callable[[argparse.Namespace], None] = getattr(commands, arguments.command)
-        command(arguments)
+        with command_line():
+            command(arguments)
     except MlcRayError as error:
         cause = getattr(error, "cause", error)  # Ray hands on a worker's error wrapped in one of the same type
         print(f"mlc-ray: error: {cause}", file=sys.stderr)

@@ -1,19 +1,22 @@
-"""A run as seen in the terminal: a progress bar and one table row per logged step.
+"""A run as seen in the terminal: a line of progress and one table row per logged step.
 
-The driver reads metrics.jsonl as the workers write it, so a slow terminal never holds up a step.
+The driver reads metrics.jsonl as the workers write it, so a slow terminal never holds up a step. Rows are messages of
+the logger `mlc_ray.train.console`, as many columns as fit the terminal.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from mlc_ray.progress import phase, terminal_width
 from mlc_ray.runs import MetricsReader
+
+logger = logging.getLogger(__name__)
 
 MEASURES = {
     "share": "mlc/leading_share",
@@ -27,42 +30,26 @@ MEASURES = {
     "tok/s": "tokens_per_second",
     "GiB": "peak_memory_gib",
 }
-LEGEND = (
-    "loss: the total, and its parts without their weights; share: s1^2/sum s^2 within bundles; "
-    "between: mean |cosine| between different bundles (near 1 = collapse); "
-    "rank: effective rank of bundle means; kinds: AUC of harmful against benign states"
-)
+# Where the terminal is too narrow for all measures, these go, the first one first.
+_SPARED = ("kinds", "GiB", "|grad|", "lr", "rank", "tok/s", "acc", "margin", "between", "share")
 
 
 class RunDisplay:
     """Shows a run while it lasts; use as a context manager around the call that trains."""
 
-    def __init__(
-        self, run_folder: Path, total_steps: int, every: int, parts: Sequence[str], console: Console | None = None
-    ) -> None:
+    def __init__(self, run_folder: Path, total_steps: int, every: int, parts: Sequence[str]) -> None:
         self.total, self.every = total_steps, every
-        self.columns = columns(parts)
-        self.console = console or Console()
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,  # a log file gets the rows alone
-        )
-        self.bar = self.progress.add_task("training", total=total_steps)
+        self.columns = fitting(columns(parts), terminal_width())
         self.metrics = MetricsReader(run_folder)
         self.shown = 0
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
+        self.stack = ExitStack()
 
     def __enter__(self) -> RunDisplay:
         self.shown = max((row["step"] for row in self.metrics.read()), default=0)
-        self.console.print(LEGEND, style="dim", highlight=False, soft_wrap=True)
-        self.console.print(header(self.columns), style="bold", highlight=False, soft_wrap=True)
-        self.progress.start()
+        logger.info(header(self.columns))
+        self.phase = self.stack.enter_context(phase("training", self.total, "steps", done=self.shown))
         self.thread.start()
         return self
 
@@ -70,7 +57,7 @@ class RunDisplay:
         self.stop.set()
         self.thread.join()
         self._update()
-        self.progress.stop()
+        self.stack.close()
 
     def _follow(self) -> None:
         while not self.stop.wait(0.5):
@@ -84,18 +71,24 @@ class RunDisplay:
             if row["step"] > self.shown:
                 self.shown = row["step"]
                 if row["step"] % self.every == 0 or row["step"] == self.total:
-                    self.progress.console.print(table_row(row, self.columns), highlight=False, soft_wrap=True)
+                    logger.info(table_row(row, self.columns))
                 for warning in row.get("warnings", ()):
-                    text = f"  step {row['step']}: {warning}"
-                    self.progress.console.print(
-                        text, style="bold yellow", highlight=False, soft_wrap=True, markup=False
-                    )
-        self.progress.update(self.bar, completed=self.shown)
+                    logger.warning("step %d: %s", row["step"], warning)
+        self.phase.update(self.shown)
 
 
 def columns(parts: Iterable[str]) -> dict[str, str]:
     """Titles of the table, and the metrics under them: the total, its parts (`loss/NAME`), then what is measured."""
     return {"loss": "loss/total", **{part.removeprefix("loss/"): part for part in parts}, **MEASURES}
+
+
+def fitting(columns: Mapping[str, str], width: int | None) -> dict[str, str]:
+    """The columns without the measures that `width` characters leave no place for; all of them for None."""
+    kept = dict(columns)
+    for name in _SPARED:
+        if width is not None and len(header(kept)) >= width:
+            del kept[name]
+    return kept
 
 
 def header(columns: Mapping[str, str]) -> str:

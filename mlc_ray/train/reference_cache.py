@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mlc_ray.config import ModelSection, TrainConfig
 from mlc_ray.data.batches import collate
 from mlc_ray.data.prepare import TokenArtifact
 from mlc_ray.losses.objective import Objective
+from mlc_ray.progress import phase
 from mlc_ray.storage import (
     IncompleteArtifactError,
     atomic_folder,
@@ -29,6 +30,8 @@ from mlc_ray.storage import (
 from mlc_ray.train.model import load_policy
 from mlc_ray.train.reference import ReferenceModel
 from mlc_ray.types import ReferenceRow, move
+
+logger = logging.getLogger(__name__)
 
 TABLE = "reference.parquet"
 BUNDLES_PER_FORWARD = 8
@@ -81,14 +84,14 @@ def prepare_reference(
 
 
 def _complete(folder: Path, *, say: bool = False) -> bool:
-    """Whether `folder` can be used as it is; with `say`, why one that is there cannot goes to stderr."""
+    """Whether `folder` can be used as it is; with `say`, why one that is there cannot is logged."""
     if not folder.exists():
         return False
     try:
         verify_files(folder, read_manifest(folder))
     except IncompleteArtifactError as error:
         if say:
-            print(f"{error}; making it anew", file=sys.stderr)
+            logger.warning("%s; computing it again", error)
         return False
     return True
 
@@ -122,8 +125,12 @@ def _compute(config: TrainConfig, tokens: TokenArtifact, needed: dict[str, Any],
         num_cpus=config.cluster.cpus_per_worker,
         num_gpus=1 if gpu else 0,
     )
-    tables = scored.iter_batches(batch_size=None, batch_format="pyarrow")
-    return pa.concat_tables([table.select(sorted(table.column_names)) for table in tables])
+    tables = []
+    with phase("reference", total=ids.num_rows, unit="bundles") as progress:
+        for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+            tables.append(table.select(sorted(table.column_names)))
+            progress.advance(table.num_rows)
+    return pa.concat_tables(tables)
 
 
 class ReferenceScorer:

@@ -29,6 +29,7 @@ from mlc_ray.data.order import plan_rank, total_steps
 from mlc_ray.data.prepare import TokenArtifact, prepare_token_rows, stream_batches
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.errors import MlcRayError
+from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, checkpoint_folder, output_folder
 from mlc_ray.storage import absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
@@ -99,6 +100,7 @@ def train(
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
     layer = resolve_layer(config.mlc.layer, depth)
     run_folder = _run_folder(config, resume)
+    keep_in(run_folder)
     connect(config.cluster.address)
     gpu = use_gpu(config.cluster.accelerator)
     check_capacity(

@@ -1,11 +1,9 @@
-import io
 import json
 
 import pytest
-from rich.console import Console
 
 from mlc_ray.runs import METRICS_FILE, MetricsReader, read_metrics
-from mlc_ray.train.console import RunDisplay, columns, header, table_row
+from mlc_ray.train.console import RunDisplay, columns, fitting, header, table_row
 from mlc_ray.train.tracking import Tracker, TrackingError, check_trackers
 from tests.train.tiny import tiny_config
 
@@ -86,13 +84,12 @@ def test_a_tracker_that_is_not_installed_is_refused_before_the_run(package, monk
         check_trackers(tiny_config(logging={package: "here"}))
 
 
-def test_display_shows_each_step_once_in_aligned_columns(tmp_path):
+def test_display_shows_each_step_once_in_aligned_columns(tmp_path, caplog):
     rows = [{"step": step, "loss/total": 0.5, "learning_rate": 1e-5, "loss/mlc": None} for step in (1, 2, 3, 4, 5)]
     parts = ["loss/alignment", "loss/mlc", "loss/a-long-name"]
-    output = io.StringIO()
-    with RunDisplay(tmp_path, 5, every=2, parts=parts, console=Console(file=output, width=160)):
+    with caplog.at_level("INFO", "mlc_ray"), RunDisplay(tmp_path, 5, every=2, parts=parts):
         (tmp_path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [line for line in output.getvalue().splitlines() if line.strip()[:1].isdigit()]
+    lines = [line for line in caplog.messages if line.strip()[:1].isdigit()]
     assert [int(line.split()[0]) for line in lines] == [2, 4, 5]
     titles = columns(parts)
     assert list(titles)[:5] == ["loss", "alignment", "mlc", "a-long-name", "share"]
@@ -101,3 +98,12 @@ def test_display_shows_each_step_once_in_aligned_columns(tmp_path):
     row = table_row({"step": 1, "loss/a-long-name": 0.25}, titles)
     shown = dict(zip(header(titles).split(), row.split(), strict=True))
     assert shown["a-long-name"] == "0.2500" and shown["mlc"] == "-"
+
+
+def test_a_narrow_terminal_gets_the_columns_that_matter_most():
+    titles = columns(["loss/alignment", "loss/mlc"])
+    narrow = fitting(titles, 80)
+    assert list(narrow) == ["loss", "alignment", "mlc", "share", "between", "margin", "acc", "tok/s"]
+    assert len(header(narrow)) < 80
+    assert fitting(titles, None) == fitting(titles, 200) == titles
+    assert list(fitting(titles, 20)) == ["loss", "alignment", "mlc"]

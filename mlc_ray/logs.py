@@ -1,0 +1,150 @@
+"""What the command line shows, and where everything else goes.
+
+Within `command_line()` the terminal shows our own messages (loggers `mlc_ray.*`) and progress, and results on standard
+output. What libraries say goes into one file, whatever way they say it: Python's logging, warnings and `sys.stderr`,
+what C++ writes to file descriptor 2, and the output of Ray's workers, which `cluster.connect` passes on to `libraries`.
+`keep_in` puts that file into the run's folder. Nothing of this happens in a program that uses the library.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.progress import Display, draw_on
+
+LOG_FILE = "libraries.log"
+
+logger = logging.getLogger(__name__)
+
+
+class _Handler(logging.Handler):
+    """Our own messages: as they are, warnings and errors with a word in front."""
+
+    def __init__(self, stream: TextIO, display: Display | None) -> None:
+        super().__init__()
+        self._stream, self._display = stream, display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message, above the line of progress if there is one."""
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+            if self._display is not None:
+                text = f"\x1b[1;33m{text}\x1b[0m"
+        if self._display is not None:
+            self._display.write(text)
+        else:
+            print(text, file=self._stream, flush=True)
+
+
+class _Capture:
+    """The file that libraries write to: a temporary one until its folder is known."""
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        with tempfile.TemporaryFile() as file:
+            self._fd = os.dup(file.fileno())
+        self.stream = io.TextIOWrapper(
+            io.FileIO(self._fd, "w"), encoding="utf-8", errors="backslashreplace", write_through=True
+        )
+        self._kept = os.dup(2)
+        os.dup2(self._fd, 2)
+
+    def keep_in(self, folder: Path) -> Path:
+        self.path = folder / LOG_FILE
+        with self.path.open("ab") as file:
+            file.write(self.text().encode("utf-8"))
+            os.dup2(file.fileno(), self._fd)
+            os.dup2(file.fileno(), 2)
+        return self.path
+
+    def text(self) -> str:
+        """What was written before the folder was known."""
+        with open(os.dup(self._fd), "rb") as source:
+            source.seek(0)
+            return source.read().decode("utf-8", errors="backslashreplace")
+
+    def end(self) -> None:
+        os.dup2(self._kept, 2)
+        os.close(self._kept)
+        self.stream.close()
+
+
+_capture: _Capture | None = None
+
+
+def libraries() -> TextIO | None:
+    """Where the output of libraries is to go; None where no command line runs, and it is left alone."""
+    return None if _capture is None else _capture.stream
+
+
+def keep_in(folder: Path) -> None:
+    """Keep what libraries say in a folder (the first one asked for, of a command that has several), and say so."""
+    if _capture is not None and _capture.path is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        logger.info("what Ray, vLLM and other libraries say goes to %s", _capture.keep_in(folder))
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Show our own messages on standard error while the block runs, and nobody else's.
+
+    What libraries said is shown after all where the block ends by an exception that is no `MlcRayError` of ours and no
+    folder keeps it.
+    """
+    global _capture
+    if _capture is not None:  # a command that calls another
+        yield
+        return
+    stderr = sys.stderr
+    terminal = _real(stderr)
+    display = Display(terminal) if terminal.isatty() else None
+    ours, root = logging.getLogger("mlc_ray"), logging.getLogger()
+    levels = ours.level, root.level
+    handler = _Handler(terminal, display)
+    _capture = _Capture()
+    others = logging.StreamHandler(_capture.stream)
+    others.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.captureWarnings(True)
+    ours.addHandler(handler)
+    root.addHandler(others)
+    ours.setLevel(logging.INFO)
+    root.setLevel(logging.INFO)
+    sys.stderr = _capture.stream
+    draw_on(display)
+    try:
+        yield
+    except Exception as error:
+        if _capture.path is None and not isinstance(error, MlcRayError):
+            terminal.write(_capture.text())
+        raise
+    finally:
+        draw_on(None)
+        sys.stderr = stderr
+        ours.removeHandler(handler)
+        root.removeHandler(others)
+        ours.setLevel(levels[0])
+        root.setLevel(levels[1])
+        logging.captureWarnings(False)
+        _capture.end()
+        _capture = None
+        if terminal is not stderr:
+            terminal.close()
+
+
+def _real(stream: TextIO) -> TextIO:
+    """A stream to where standard error goes now: descriptor 2 itself is about to go elsewhere."""
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):  # replaced by something in memory
+        return stream
+    return open(os.dup(2), "w", encoding=stream.encoding, errors="backslashreplace") if number == 2 else stream

@@ -1,0 +1,118 @@
+"""The terminal shows what we say; what libraries say, in whatever way, is in one file."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+TALK = """
+import logging, os, sys, time, warnings
+from pathlib import Path
+from mlc_ray.errors import MlcRayError
+from mlc_ray.logs import command_line, keep_in
+from mlc_ray.progress import phase
+
+def talk(when):
+    logging.getLogger("ray.data").warning("%s: a library's logger", when)
+    warnings.warn(f"{when}: a library's warning")
+    print(f"{when}: a library's print", file=sys.stderr)
+    os.write(2, f"{when}: core_worker.cc\\n".encode())
+    os.system(f"echo {when}: a child >&2")
+
+with command_line():
+    talk("early")
+    if sys.argv[1] != "-":
+        keep_in(Path(sys.argv[1]))
+        keep_in(Path(sys.argv[1]) / "second")
+    talk("late")
+    logging.getLogger("mlc_ray.train").info("a row")
+    with phase("training", 2, "steps") as shown:
+        shown.advance(1)
+        time.sleep(0.6)
+        shown.advance(1)
+        logging.getLogger("mlc_ray.train").warning("collapse")
+    print("a result")
+    if len(sys.argv) > 2:
+        raise {"ours": MlcRayError, "bug": KeyError}[sys.argv[2]]("what went wrong")
+print("after", file=sys.stderr)
+os.write(2, b"after as well\\n")
+"""
+SAID = ("a library's logger", "a library's warning", "a library's print", "core_worker.cc", "a child")
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", TALK, *map(str, arguments)], capture_output=True, text=True, timeout=60
+    )
+
+
+def test_only_our_messages_are_shown_and_all_others_are_in_the_file(tmp_path: Path) -> None:
+    done = run(tmp_path / "run")
+    file = tmp_path / "run" / "libraries.log"
+    assert done.stdout == "a result\n"
+    assert re.sub(r"\d:\d\d\n", "TIME\n", done.stderr).splitlines() == [
+        f"what Ray, vLLM and other libraries say goes to {file}",
+        "a row",
+        "warning: collapse",
+        "training: 2 steps in TIME",
+        "after",
+        "after as well",
+    ]
+    text = file.read_text()
+    for when in ("early", "late"):
+        for said in SAID:
+            assert text.count(f"{when}: {said}") == 1, (when, said)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["libraries.log"]  # the first folder keeps it
+
+
+def test_an_unexpected_error_is_shown_with_all_that_was_said_unless_a_file_has_it(tmp_path: Path) -> None:
+    for said in ("early: a child", "late: core_worker.cc", "KeyError: 'what went wrong'"):
+        assert said in run("-", "bug").stderr
+    kept = run(tmp_path / "run", "bug").stderr
+    assert "KeyError: 'what went wrong'" in kept
+    assert "core_worker" not in kept
+    assert "core_worker" not in run("-", "ours").stderr.partition("Traceback")[0]
+
+
+def test_on_a_terminal_progress_is_redrawn_below_the_rows(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    seen = bytearray()
+
+    def read() -> None:
+        while True:
+            try:
+                seen.extend(os.read(ours, 1000))
+            except OSError:
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    code = [sys.executable, "-c", TALK, str(tmp_path)]
+    done = subprocess.run(code, stdout=subprocess.PIPE, stderr=theirs, env={**os.environ, "COLUMNS": "200"}, timeout=60)
+    os.close(theirs)
+    reader.join()
+    os.close(ours)
+    assert done.returncode == 0
+    text = seen.decode()
+    assert "training: " in text
+    assert "━" in text
+    assert text.index("a row") < text.index("━")
+    assert "\r\x1b[K\x1b[1;33mwarning: collapse" in text
+    assert "library" not in text.replace("libraries", "")
+
+
+def test_a_library_user_is_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    from mlc_ray.logs import keep_in, libraries
+
+    stderr = sys.stderr
+    keep_in(Path("/nowhere"))
+    assert libraries() is None
+    assert sys.stderr is stderr
+    assert capfd.readouterr().err == ""
