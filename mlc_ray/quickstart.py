@@ -112,22 +112,26 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     import ray
 
     from mlc_ray.cluster import connect, use_gpu
-    from mlc_ray.score.console import comparison_table, heatmap, show
+    from mlc_ray.report.console import score_tables, show
+    from mlc_ray.report.figures import scores_png
     from mlc_ray.score.run import score
+    from mlc_ray.storage import Place
     from mlc_ray.train.checkpoint import export
     from mlc_ray.train.run import train
 
     def scored(what: str, path: Path) -> ScoreResult:
         where = Path(config.output_dir) / config.name / "scores"
         options = [f"name={what}", f"model={json.dumps(str(path))}", f"output_dir={json.dumps(str(where))}"]
-        return score(load_config(ScoreConfig, score_file, options))
+        result = score(load_config(ScoreConfig, score_file, options))
+        show(score_tables(result))
+        return result
 
     connect("local")
     try:
         if use_gpu(config.cluster.accelerator):
             fitted = fit_to_gpus(config, int(ray.cluster_resources()["GPU"]))
             config = load_config(TrainConfig, config_file, [*given, *fitted, *overrides])
-        with _stage("Scoring the model as it is"):
+        with _stage("Scoring the baseline"):
             before = scored("before", Path(config.model.path))
         with _stage("Aligning it with DPO + MLC"):
             trained = train(config)
@@ -137,8 +141,9 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
             after = scored("after", exported)
     finally:
         ray.shutdown()
-    report = heatmap([before, after], trained.run_folder / "before-after.png")
-    show(comparison_table(before, after))
+    report = trained.run_folder / "before-after.png"
+    scores_png([before, after], Place(report))
+    show(score_tables(before, after))
     print(f"report      {report}")
     print(f"responses   {after.responses_file}")
     print(f"run         {trained.run_folder}")

@@ -51,7 +51,6 @@ PROVENANCE_FILE = "mlc_ray.json"
 
 FolderKind = Literal["run", "score", "search", "probe"]
 
-METRICS_FILE = "metrics.jsonl"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` starts
 _INDEX = "model.safetensors.index.json"

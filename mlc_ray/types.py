@@ -152,6 +152,10 @@ class LossOutput:
     metrics: Mapping[str, Tensor]
 
 
+PROMPT_TOO_LONG = "prompt_too_long"
+"""Finish reason of a prompt that leaves no tokens for a response and is not sent to the model."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a judge is given: one response, to one prompt, asked in `language`.

@@ -21,6 +21,9 @@ from mlc_ray.cli import SCHEMAS, build_parser, commands, main
 from mlc_ray.cli.commands import parse_benchmark, score_config
 from mlc_ray.config import ConfigError, ScoreConfig, TrainConfig, parse_config
 from mlc_ray.errors import MlcRayError
+from mlc_ray.score.results import load_scores
+from mlc_ray.score.run import TooManyUnparsedError
+from tests.report.runs import grid, write_score
 
 HEAVY = (
     "torch", "ray", "deepspeed", "transformers", "vllm", "pandas", "pyarrow", "datasets", "matplotlib", "pydantic",
@@ -162,7 +165,7 @@ class Result:
 
 
 @pytest.fixture
-def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
+def rooms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     calls = Calls([])
 
     def stand_in(module: str, **functions: Any) -> None:
@@ -177,7 +180,9 @@ def rooms(monkeypatch: pytest.MonkeyPatch) -> Calls:
         load_run_config=calls.function("load_run_config", resumed),
     )
     stand_in("mlc_ray.train.checkpoint", export=calls.function("export", Path("out")))
-    stand_in("mlc_ray.score.run", score=calls.function("score"))
+    scored = load_scores(write_score(tmp_path / "s", grid(["en", "sw"], lambda kind, code: float(kind == "harmful"))))
+    score = calls.function("score", scored)
+    stand_in("mlc_ray.score.run", score=score, TooManyUnparsedError=TooManyUnparsedError)
     return calls
 
 
@@ -202,10 +207,25 @@ def test_export(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "out\n"
 
 
-def test_score(rooms: Calls) -> None:
+def test_score(rooms: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "m", "--benchmark", "sample:test", "--limit", "3", "--languages", "en, ur"]) == 0
     ((_, (config,), _),) = rooms.asked
     assert (config.model, config.limit, config.languages) == ("m", 3, ["en", "ur"])
+    printed = capsys.readouterr()
+    assert "sw 100.0 100.0 +100.0" in " ".join(printed.out.split())
+    assert f"score in {tmp_path / 's'}" in printed.err
+    assert (tmp_path / "s" / "heatmap.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_score_of_which_too_much_is_unparsed_is_shown_before_it_fails(
+    rooms: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rooms.raises = TooManyUnparsedError("too many are unparsed", load_scores(tmp_path / "s"))
+    assert main(["score", "m", "--benchmark", "sample:test"]) == 2
+    printed = capsys.readouterr()
+    assert "sw 100.0 100.0 +100.0" in " ".join(printed.out.split())
+    assert "too many are unparsed" in printed.err
+    assert (tmp_path / "s" / "heatmap.png").is_file()
 
 
 def test_score_options_win_over_set_and_file(repository: Path) -> None:

@@ -6,9 +6,9 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from mlc_ray.config import (
     BundleFormat,
@@ -26,6 +26,9 @@ from mlc_ray.config import (
     parse_config,
     read_config_file,
 )
+
+if TYPE_CHECKING:
+    from mlc_ray.score.results import ScoreResult
 
 SCHEMAS: dict[str, type[TrainConfig] | type[ScoreConfig] | type[SearchConfig] | type[UtilityConfig]] = {
     "train": TrainConfig,
@@ -68,7 +71,28 @@ def score_command(arguments: argparse.Namespace) -> None:
 
     from mlc_ray.score.run import score
 
-    score(config)
+    _show_score(lambda: score(config))
+
+
+def _show_score(make: Callable[[], ScoreResult]) -> None:
+    """Print the tables of a score and draw its heat map; also of one of which too much is unparsed, before it fails."""
+    from mlc_ray.report.console import score_tables, show
+    from mlc_ray.report.figures import scores_png
+    from mlc_ray.runs import HEATMAP_FILE
+    from mlc_ray.score.run import TooManyUnparsedError
+
+    failure = None
+    try:
+        result = make()
+    except TooManyUnparsedError as error:
+        if error.result is None:
+            raise
+        result, failure = error.result, error
+    scores_png([result], result.folder / HEATMAP_FILE)
+    show(score_tables(result))
+    print(f"score in {result.folder}", file=sys.stderr)
+    if failure is not None:
+        raise failure
 
 
 def score_config(arguments: argparse.Namespace) -> ScoreConfig:
@@ -94,7 +118,7 @@ def judge_command(arguments: argparse.Namespace) -> None:
     from mlc_ray.score.run import judge_again, load_request
 
     changes = judge_changes(arguments, load_request(arguments.scored).config)
-    judge_again(arguments.scored, name=arguments.name, **changes)
+    _show_score(lambda: judge_again(arguments.scored, name=arguments.name, **changes))
 
 
 JUDGE_READS = ("judge", "max_unparsed", "address", "accelerator")

@@ -15,9 +15,7 @@ from mlc_ray.config import EngineSection
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import longest_context
-
-PROMPT_TOO_LONG = "prompt_too_long"
-"""Finish reason of a prompt that left no room for an answer and was not sent to the model."""
+from mlc_ray.types import PROMPT_TOO_LONG as PROMPT_TOO_LONG
 
 Device = Literal["cpu", "gpu"]
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, drawn for a page 360 units wide: a phone shows them one to one, a desk a little larger.
+"""Charts as shapes of SVG, which the page's template draws: 360 units wide, as on a phone; a desk shows them larger.
 
 Colours are the page's (`style.css`), so they follow its light and dark. Nothing is told by colour alone: what falls is
 dashed, runs have their own dash, and every number stands in a table of the page as well.
@@ -7,9 +7,10 @@ dashed, runs have their own dash, and every number stands in a table of the page
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mlc_ray.report.text import ABSENT, short, whole
 
 WIDTH = 360
 _LABEL_GAP = 12.5
@@ -34,7 +35,43 @@ class Curve:
     points: Sequence[tuple[float, float | None]]
 
 
-def slope_chart(title: str, columns: Sequence[str], lines: Sequence[Line]) -> str:
+@dataclass(frozen=True)
+class Shape:
+    """One element of SVG: its attributes in their order, and texts, which the template escapes."""
+
+    tag: str
+    attributes: Mapping[str, str]
+    text: str = ""
+    hover: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing `WIDTH` wide under its caption. `title` is what a screen reader says; the numbers stand in tables."""
+
+    title: str
+    height: float
+    caption: str = ""
+    note: str = ""
+    shapes: list[Shape] = field(default_factory=list)
+
+    @property
+    def view_box(self) -> str:
+        """The area that is drawn."""
+        return f"0 0 {WIDTH} {self.height:.0f}"
+
+    def add(self, tag: str, style: str, *, text: str = "", hover: str = "", **attributes: float | str) -> None:
+        """Draw `tag` with the class `style`; numbers get a decimal, and `_` in names becomes `-`."""
+        shown = {
+            name.replace("_", "-"): value if isinstance(value, str) else f"{value:.1f}"
+            for name, value in attributes.items()
+        }
+        self.shapes.append(Shape(tag, {"class": style, **shown}, text, hover))
+
+
+def slope_chart(
+    title: str, columns: Sequence[str], lines: Sequence[Line], *, caption: str = "", note: str = ""
+) -> Chart:
     """A line per language from the first column to the last, in % from 0 to 100; labels never overlap.
 
     A line that ends lower than it started is dashed. A line with fewer than two values is drawn as points.
@@ -47,25 +84,23 @@ def slope_chart(title: str, columns: Sequence[str], lines: Sequence[Line]) -> st
     def y_of(value: float) -> float:
         return bottom - (bottom - top) * value / 100
 
-    parts = [_open(title, height)]
-    for value in (0, 25, 50, 75, 100):
-        parts.append(
-            f'<line class="grid" x1="{xs[0]:.1f}" x2="{xs[-1]:.1f}" y1="{y_of(value):.1f}" y2="{y_of(value):.1f}"/>'
-        )
+    chart = Chart(title, height, caption, note)
+    for value in (0.0, 25.0, 50.0, 75.0, 100.0):
+        chart.add("line", "grid", x1=xs[0], x2=xs[-1], y1=y_of(value), y2=y_of(value))
     for x, name in zip(xs, columns, strict=True):
-        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
-        parts.append(f'<text class="head" x="{x:.1f}" y="16" text-anchor="middle">{escape(name)}</text>')
+        chart.add("line", "axis", x1=x, x2=x, y1=top, y2=bottom)
+        chart.add("text", "head", text=name, x=x, y="16", text_anchor="middle")
     for line in sorted(lines, key=lambda line: line.strong):
-        parts.extend(_slope(line, xs, y_of))
+        _draw_slope(chart, line, xs, y_of)
     for end, side in ((0, -1), (-1, 1)):
         shown = [(y_of(v), line, v) for line in lines if (v := line.values[end]) is not None]
         places = spread([y for y, _, _ in shown], _LABEL_GAP, top - 8, bottom + 8)
         for (y, line, value), place in zip(shown, places, strict=True):
-            parts.append(_label(line, value, xs[end], y, place, side))
-    return "".join([*parts, "</svg>"])
+            _draw_label(chart, line, value, xs[end], y, place, side)
+    return chart
 
 
-def line_chart(title: str, curves: Sequence[Curve], *, low: float | None = None, high: float | None = None) -> str:
+def line_chart(title: str, curves: Sequence[Curve], *, low: float | None = None, high: float | None = None) -> Chart:
     """Curves over optimizer steps, the last value written out. `low` and `high` are drawn in even if never reached."""
     points = [(x, y) for curve in curves for x, y in curve.points if y is not None]
     if not points:
@@ -83,38 +118,30 @@ def line_chart(title: str, curves: Sequence[Curve], *, low: float | None = None,
     def y_of(value: float) -> float:
         return bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
-    parts = [_open(title, height)]
+    chart = Chart(title, height)
     for tick in ticks:
-        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y_of(tick):.1f}" y2="{y_of(tick):.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{left - 6}" y="{y_of(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
-        )
+        chart.add("line", "grid", x1=left, x2=right, y1=y_of(tick), y2=y_of(tick))
+        chart.add("text", "tick", text=short(tick), x=left - 6, y=y_of(tick) + 4, text_anchor="end")
     for step in dict.fromkeys((first, last)):
-        parts.append(f'<text class="tick" x="{x_of(step):.1f}" y="{height - 8}" text-anchor="middle">{step:g}</text>')
-    parts.append(
-        f'<text class="tick" x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">step</text>'
-        * (first != last)
-    )
+        chart.add("text", "tick", text=f"{step:g}", x=x_of(step), y=height - 8, text_anchor="middle")
+    if first != last:
+        chart.add("text", "tick", text="step", x=(left + right) / 2, y=height - 8, text_anchor="middle")
     ends = []
     for index, curve in enumerate(curves):
         for run in _unbroken(curve.points):
             places = [(x_of(x), y_of(y)) for x, y in run]
             if len(places) == 1:
-                parts.append(
-                    f'<circle class="curve c{index % 6}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3"/>'
-                )
+                chart.add("circle", f"curve c{index % 6}", cx=places[0][0], cy=places[0][1], r="3")
             else:
-                parts.append(f'<path class="curve c{index % 6}" d="{_path(places)}"/>')
+                chart.add("path", f"curve c{index % 6}", d=_path(places))
         known = [(x, y) for x, y in curve.points if y is not None]
         if known:
             ends.append((index, *known[-1]))
     places_y = spread([y_of(y) for _, _, y in ends], _LABEL_GAP, top - 4, bottom + 4)
     for (index, x, y), place in zip(ends, places_y, strict=True):
-        parts.append(f'<circle class="end c{index % 6}" cx="{x_of(x):.1f}" cy="{y_of(y):.1f}" r="2.6"/>')
-        parts.append(
-            f'<text class="value t{index % 6}" x="{max(x_of(x), right) + 7:.1f}" y="{place + 4:.1f}">{_short(y)}</text>'
-        )
-    return "".join([*parts, "</svg>"])
+        chart.add("circle", f"end c{index % 6}", cx=x_of(x), cy=y_of(y), r="2.6")
+        chart.add("text", f"value t{index % 6}", text=short(y), x=max(x_of(x), right) + 7, y=place + 4)
+    return chart
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -148,23 +175,15 @@ def nice_ticks(low: float, high: float, wanted: int = 4) -> list[float]:
 # --------------------------------------------------------------------------------------------- pieces
 
 
-def _open(title: str, height: float) -> str:
-    # The title is what a screen reader says; the numbers themselves stand in the tables.
-    name = escape(title)
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{name}"><title>{name}</title>'
-
-
-def _slope(line: Line, xs: Sequence[float], y_of: Callable[[float], float]) -> Iterator[str]:
+def _draw_slope(chart: Chart, line: Line, xs: Sequence[float], y_of: Callable[[float], float]) -> None:
     points = [(x, y_of(v) if v is not None else None) for x, v in zip(xs, line.values, strict=True)]
-    known = [v for v in line.values if v is not None]
-    mark = direction(known)
-    strong = " strong" if line.strong else ""
-    hover = f"<title>{escape(line.label)}: {' → '.join('·' if v is None else _whole(v) for v in line.values)} %</title>"
+    style = direction([v for v in line.values if v is not None]) + (" strong" if line.strong else "")
+    hover = f"{line.label}: {' → '.join(ABSENT if v is None else whole(v) for v in line.values)} %"
     for run in _unbroken(points):
         if len(run) > 1:
-            yield f'<path class="slope {mark}{strong}" d="{_path(run)}">{hover}</path>'
+            chart.add("path", f"slope {style}", hover=hover, d=_path(run))
         for x, y in run:
-            yield f'<circle class="dot {mark}{strong}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">{hover}</circle>'
+            chart.add("circle", f"dot {style}", hover=hover, cx=x, cy=y, r="2.6")
 
 
 def direction(values: Sequence[float]) -> str:
@@ -174,14 +193,12 @@ def direction(values: Sequence[float]) -> str:
     return "up" if values[-1] > values[0] else "down"
 
 
-def _label(line: Line, value: float, x: float, y: float, place: float, side: int) -> str:
-    anchor = "end" if side < 0 else "start"
-    strong = " strong" if line.strong else ""
-    return (
-        f'<path class="leader" d="M{x + side * 4:.1f} {y:.1f}L{x + side * 17:.1f} {place:.1f}"/>'
-        f'<text class="name{strong}" x="{x + side * 20:.1f}" y="{place + 4:.1f}" text-anchor="{anchor}">'
-        f"{escape(line.label)} {_whole(value)}</text>"
-    )
+def _draw_label(chart: Chart, line: Line, value: float, x: float, y: float, place: float, side: int) -> None:
+    chart.add("path", "leader", d=_path([(x + side * 4, y), (x + side * 17, place)]))
+    chart.add(
+        "text", "name strong" if line.strong else "name", text=f"{line.label} {whole(value)}",
+        x=x + side * 20, y=place + 4, text_anchor="end" if side < 0 else "start",
+    )  # fmt: skip
 
 
 def _unbroken(points: Sequence[tuple[float, float | None]]) -> Iterator[list[tuple[float, float]]]:
@@ -198,14 +215,3 @@ def _unbroken(points: Sequence[tuple[float, float | None]]) -> Iterator[list[tup
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-
-
-def _whole(value: float) -> str:
-    return str(math.floor(value + 0.5))
-
-
-def _short(value: float) -> str:
-    if value == 0:
-        return "0"
-    digits = f"{value:.0e}" if abs(value) >= 1e5 or abs(value) < 1e-4 else f"{value:.3g}"
-    return digits.replace("-", "−")

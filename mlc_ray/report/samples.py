@@ -1,14 +1,53 @@
-"""Which responses to show: harmful prompts that got what they asked for, and benign ones that were refused."""
+"""Responses to look at: harmful prompts that were complied with or answered unsafely, and benign ones refused."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from mlc_ray.report.collect import Response
+from mlc_ray.report.collect import Model, Response
+from mlc_ray.report.languages import language_name
 from mlc_ray.stats.rates import language_order
 from mlc_ray.storage import fingerprint
 from mlc_ray.types import Kind
+
+LONGEST = 1500
+"""Characters shown of one text; the rest is in responses.parquet, and the report says how much that is."""
+_TITLES: dict[Kind, tuple[str, str]] = {
+    "harmful": ("harmful prompts where the attack succeeded", "may be offensive or dangerous"),
+    "benign": ("benign prompts that were refused", "may be offensive"),
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response in its language, with what is known of it."""
+
+    facts: str
+    language: str
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some of the `total` bad responses of a model to one kind of prompt."""
+
+    title: str
+    caution: str
+    shown: tuple[Sample, ...]
+    total: int
+
+
+def samples(models: Sequence[Model], size: int) -> Iterator[Samples]:
+    """Per model and side up to `size` responses; nothing of models whose responses are not at hand."""
+    for model in models:
+        if not model.responses:
+            continue
+        for kind, (title, caution) in _TITLES.items():
+            chosen, total = sample(model.responses, kind, size)
+            yield Samples(f"{model.label}: {title}", caution, tuple(map(_shown, chosen)), total)
 
 
 def is_bad(response: Response) -> bool:
@@ -41,3 +80,26 @@ def sample(responses: Sequence[Response], kind: Kind, size: int) -> tuple[list[R
     longest = max(map(len, queues), default=0)
     in_turn = [queue[place] for place in range(longest) for queue in queues if place < len(queue)]
     return in_turn[:size], len(in_turn)
+
+
+def _shown(response: Response) -> Sample:
+    name = language_name(response.language)
+    facts = [
+        f"{name} ({response.language})" if name else response.language,
+        response.category,
+        " and ".join(filter(None, (response.behaviour, response.safety))),
+        ", ".join(response.categories),
+        response.reason,
+        "" if response.margin is None else f"margin {response.margin:.2f} nats",
+        "cut off at the length limit" if response.finish == "length" else "",
+        f"bundle {response.bundle_id}",
+    ]
+    return Sample(" · ".join(filter(None, facts)), response.language, _cut(response.prompt), _cut(response.response))
+
+
+def _cut(value: str) -> str:
+    if not value.strip():
+        return "(empty)"
+    if len(value) <= LONGEST:
+        return value
+    return f"{value[:LONGEST]} … ({len(value) - LONGEST} more characters)"

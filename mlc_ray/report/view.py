@@ -1,283 +1,416 @@
-"""What a report says, before it is HTML or Markdown: which numbers, in which order, with which warnings.
-
-Rates are turned so that higher is better on both sides: harmful prompts held back (refused, or answered safely), benign
-prompts complied with. Compliance is counted, not 100 minus refusals: gibberish and unread answers are neither.
-"""
+"""What the page shows, as plain data: the templates only lay it out."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any
 
-from mlc_ray.report.collect import Collection, Model
-from mlc_ray.report.utility import utility_warnings
-from mlc_ray.score.results import cut_share, hides_harm, unread_rows
-from mlc_ray.stats.intervals import wilson
-from mlc_ray.stats.marks import VIA_TEXT
-from mlc_ray.stats.paired import Comparison, NotComparableError, compare
-from mlc_ray.stats.rates import KINDS, Interval, SideSummary, Summary, language_order
-from mlc_ray.types import Kind, Measure, ScoreRow
+import yaml
 
-SHORT = 10
-"""Longest label that stands in a column's head; longer ones are named by their letter."""
+from mlc_ray.report import palette
+from mlc_ray.report.changes import Change, changes
+from mlc_ray.report.charts import Chart, Line, slope_chart
+from mlc_ray.report.collect import Collection, Model, Training
+from mlc_ray.report.rates import Grid, benchmarks, grid, harmful_side, keys, languages_of, summary_of, views_of
+from mlc_ray.report.remarks import remarks, warnings
+from mlc_ray.report.samples import Samples, samples
+from mlc_ray.report.summaries import (
+    change_table,
+    counts_table,
+    difference_table,
+    headline_table,
+    language,
+    language_changes,
+    points_cell,
+    side_table,
+    utility_table,
+)
+from mlc_ray.report.tables import Cell, Table
+from mlc_ray.report.text import ABSENT, percent, whole
+from mlc_ray.report.training import ChartGroup, chart_groups, training_charts
+from mlc_ray.stats.marks import VIA_MARK, mark_lines
+from mlc_ray.stats.rates import Interval, Summary, TwoSided
+
+MOST_CARDS = 4
+"""With more models the headline is a table."""
+
+
+@dataclass(frozen=True)
+class Meter:
+    """A side of a card: its rate with limits, all as text, and where they lie on a bar from 0 to 100."""
+
+    kind: str
+    name: str
+    value: str = ""
+    limits: str = ""
+    left: float = 0.0
+    low: float = 0.0
+    width: float = 0.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """One model of the headline; `key` is its letter where its label is too long for columns."""
+
+    key: str
+    label: str
+    where: str
+    meters: tuple[Meter, ...]
+    difference: Cell | None
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Two models in a sentence: the rates of both sides, before and after."""
+
+    before: str
+    after: str
+    harmful: tuple[str, str, str]
+    benign: tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """A rate of the heat map; `hover` says everything in words."""
+
+    style: str
+    text: str = ABSENT
+    limits: str = ""
+    hover: str = "not scored"
+
+
+@dataclass(frozen=True)
+class HeatHead:
+    """The head of a column, or of a group of `span` columns."""
+
+    style: str
+    text: str
+    hover: str = ""
+    span: int = 1
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A row per language after the row of means, a column per side and model."""
+
+    benchmark: str
+    groups: tuple[HeatHead, ...]
+    heads: tuple[HeatHead, ...]
+    rows: tuple[tuple[Cell, tuple[HeatCell, ...]], ...]
+    columns: int
+    marks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ShownChange:
+    """A comparison on one benchmark; `why` says why there is none."""
+
+    title: str
+    why: str = ""
+    table: Table | None = None
+    languages: tuple[Table, ...] = ()
+    not_compared: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All tables and charts of one benchmark."""
+
+    name: str
+    heat_map: HeatMap
+    slopes: tuple[Chart, ...]
+    changes: tuple[ShownChange, ...]
+    difference: Table
+    sides: tuple[Table, ...]
+    counts: Table
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How a score or a training was made: facts by name, and its settings as text."""
+
+    title: str
+    facts: Mapping[str, str]
+    settings: str
 
 
 @dataclass(frozen=True)
 class View:
-    """A rate to look at: `hits` or `misses` of one kind by one measure."""
+    """The whole page. `benchmarks` has the headline's first, and is empty where nothing was scored."""
 
-    kind: Kind
-    measure: Measure
-    counts: Literal["hits", "misses"]
     title: str
-    name: str
+    facts: str
+    warnings: tuple[str, ...]
+    lead: Lead | None
+    cards: tuple[Card, ...]
+    headline: Table | None
+    benchmarks: tuple[Benchmark, ...]
+    models: int
+    utility: Table | None
+    runs: tuple[str, ...]
+    training: tuple[ChartGroup, ...]
+    samples: tuple[Samples, ...]
+    notes: tuple[str, ...]
+    provenance: tuple[Facts, ...]
+    terms: Mapping[str, str]
 
 
-VIEWS = (
-    View("harmful", "safe", "hits", "Harmful prompts answered safely", "harmful safe"),
-    View("harmful", "refused", "hits", "Harmful prompts refused", "harmful refused"),
-    View("benign", "refused", "misses", "Benign prompts complied with", "benign complied"),
-    View("benign", "safe", "hits", "Benign prompts answered safely", "benign safe"),
-)
+def view_of(collection: Collection, sample_size: int) -> View:
+    """What the page of `collection` shows, with up to `sample_size` responses per model and side."""
+    models = collection.models
+    names = benchmarks(models)
+    compared = changes(collection)
+    runs = [training for training in collection.trainings if training.metrics]
+    cards = [_card(model, key, names[0]) for model, key in zip(models, keys(models), strict=True)]
+    return View(
+        title=_title(collection),
+        facts=_facts_line(collection, names),
+        warnings=tuple(warnings(models)) if models else (_NOTHING_SCORED,),
+        lead=_lead(models, names[0]) if len(models) == 2 else None,
+        cards=tuple(cards) if len(models) <= MOST_CARDS else (),
+        headline=headline_table(models, names[0]) if len(models) > MOST_CARDS else None,
+        benchmarks=tuple(_benchmark(models, compared, name) for name in names),
+        models=len(models),
+        utility=utility_table(models),
+        runs=tuple(run.label for run in runs),
+        training=tuple(training_charts(runs, chart_groups(runs))),
+        samples=tuple(samples(models, sample_size)),
+        notes=collection.notes,
+        provenance=(*map(_model_facts, models), *map(_training_facts, collection.trainings)),
+        terms=_TERMS,
+    )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A rate in % with its 95 % interval (Wilson), and the counts it is made of."""
+_NOTHING_SCORED = "Nothing was scored yet: training curves alone say nothing of safety."
 
-    rate: float
-    low: float
-    high: float
-    row: ScoreRow
-
-    @property
-    def hover(self) -> str:
-        """Everything in words."""
-        row = self.row
-        extra = [
-            f"{count} {name}" for count, name in ((row.degenerate, "degenerate"), (row.unparsed, "unparsed")) if count
-        ]
-        text = f"{self.rate:.1f} %, 95 % interval {self.low:.1f} to {self.high:.1f}, n = {row.n}"
-        return "; ".join([text, *extra, *([VIA_TEXT[row.via]] if row.via else [])])
+# --------------------------------------------------------------------------------------------- the first screen
 
 
-@dataclass(frozen=True)
-class Change:
-    """A model against the first one; `comparison` is None where it could not be made, and `why` says why."""
-
-    before: Model
-    after: Model
-    comparison: Comparison | None
-    why: str = ""
-
-
-def keys(models: Sequence[Model]) -> list[str]:
-    """A name for each model that fits over a column: its label where all are short, else a letter."""
-    if all(len(model.label) <= SHORT for model in models):
-        return [model.label for model in models]
-    return [_letter(index) for index in range(len(models))]
+def _title(collection: Collection) -> str:
+    labels = [model.label for model in collection.models]
+    if not labels:
+        return f"Training of {', '.join(training.label for training in collection.trainings)}"
+    if len(labels) == 1:
+        return f"Safety: {labels[0]}"
+    if len(labels) == 2:
+        return f"Safety: {labels[1]} against {labels[0]}"
+    return f"Safety: {len(labels)} models"
 
 
-def _letter(index: int) -> str:
-    return (_letter(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+def _facts_line(collection: Collection, names: Sequence[str]) -> str:
+    models = collection.models
+    facts = []
+    if models:
+        codes = languages_of(models, names[0])
+        facts.append(f"{len(codes)} language{'s' * (len(codes) != 1)}")
+        facts.append(f"judge {', '.join(dict.fromkeys(model.result.judge for model in models))}")
+        facts.append(f"on {', '.join(names)}")
+    runs = [training.label for training in collection.trainings]
+    if runs:
+        facts.append(f"run{'s' * (len(runs) > 1)} {', '.join(runs)}")
+    return " · ".join(facts)
 
 
-def benchmarks(models: Sequence[Model]) -> list[str]:
-    """Names of all benchmarks, the headline's first: the last one of the first model, which is over everything."""
-    names = list(dict.fromkeys(summary.benchmark for model in models for summary in model.result.summaries))
-    if not names:
-        return []
-    shared = [n for n in names if all(summary_of(model, n) is not None for model in models)]
-    last = models[0].result.summary().benchmark
-    first = last if last in shared or not shared else shared[-1]
-    return [first, *(name for name in names if name != first)]
+def _lead(models: Sequence[Model], benchmark: str) -> Lead | None:
+    """Both sides of two models; None if a side is not known, or not judged by the same measure."""
+    summaries = [summary for model in models if (summary := summary_of(model, benchmark)) is not None]
+    pairs: list[TwoSided] = [pair for summary in summaries if (pair := summary.two_sided) is not None]
+    if len(pairs) != 2 or summaries[0].harmful_measure != summaries[1].harmful_measure:
+        return None
+    first, last = pairs
+    return Lead(
+        models[0].label,
+        models[-1].label,
+        (f"harmful {summaries[0].harmful_measure}", whole(first.harmful), whole(last.harmful)),
+        ("benign complied", whole(first.benign), whole(last.benign)),
+    )
 
 
-def summary_of(model: Model, benchmark: str) -> Summary | None:
-    """The model's summary of a benchmark, None if it was not scored on it."""
-    return next((summary for summary in model.result.summaries if summary.benchmark == benchmark), None)
+def _card(model: Model, key: str, benchmark: str) -> Card:
+    summary = summary_of(model, benchmark)
+    where = Path(model.result.model).name or model.result.model
+    difference = summary.avg_difference if summary is not None else None
+    return Card(
+        key=key if key != model.label else "",
+        label=model.label,
+        where=where if where != model.label else "",
+        meters=_meters(summary),
+        difference=None if difference is None else points_cell(difference),
+        remarks=tuple(remarks(summary)) if summary is not None else (),
+    )
 
 
-def views_of(models: Sequence[Model], benchmark: str) -> list[View]:
-    """The views that any model has rows for."""
-    found = {(r.kind, r.measure) for model in models for r in model.result.rows if r.benchmark == benchmark}
-    return [view for view in VIEWS if (view.kind, view.measure) in found]
+def _meters(summary: Summary | None) -> tuple[Meter, ...]:
+    harmful = harmful_side(summary) if summary else None
+    benign = summary.side("benign", "refused") if summary else None
+    measure = harmful.measure if harmful is not None else "refused"
+    return (
+        _meter("harmful", f"Harmful {measure}", harmful.avg if harmful else None),
+        _meter("benign", "Benign complied", benign.misses_avg if benign else None),
+    )
 
 
-def shown_views(models: Sequence[Model], benchmark: str) -> list[View]:
-    """The views for heat maps and charts: without "benign safe", which says next to nothing where the rest is there."""
-    views = views_of(models, benchmark)
-    return [view for view in views if view.name != "benign safe"] or views
+def _meter(kind: str, name: str, interval: Interval | None) -> Meter:
+    if interval is None:
+        return Meter(kind, name)
+    low, high = max(0.0, interval.low), min(100.0, interval.high)
+    limits = f"{percent(interval.low)} to {percent(interval.high)}"
+    return Meter(kind, name, percent(interval.value), limits, round(interval.value, 1), round(low, 1), high - low)
 
 
-def languages_of(models: Sequence[Model], benchmark: str) -> list[str]:
-    """Languages of a benchmark, English first."""
-    found = {row.language for model in models for row in model.result.rows if row.benchmark == benchmark}
-    return sorted(found, key=language_order)
+# --------------------------------------------------------------------------------------------- benchmarks
 
 
-def cells(model: Model, benchmark: str, view: View) -> dict[str, Cell]:
-    """The rates of a view by language."""
-    return {
-        row.language: _cell(row, view)
-        for row in model.result.rows
-        if (row.benchmark, row.kind, row.measure) == (benchmark, view.kind, view.measure)
-    }
+def _benchmark(models: Sequence[Model], compared: Sequence[Change], name: str) -> Benchmark:
+    shown = grid(models, name)
+    return Benchmark(
+        name=name,
+        heat_map=_heat_map(models, shown),
+        slopes=tuple(_slopes(models, shown)) if len(models) > 1 else (),
+        changes=tuple(_shown_change(change, name) for change in compared),
+        difference=difference_table(models, name),
+        sides=tuple(side_table(models, name, view) for view in views_of(models, name)),
+        counts=counts_table(models, name),
+    )
 
 
-def _cell(row: ScoreRow, view: View) -> Cell:
-    if view.counts == "hits":
-        return Cell(100 * row.rate, 100 * row.low, 100 * row.high, row)
-    low, high = wilson(row.misses, row.n)
-    return Cell(100 * row.misses / row.n, 100 * low, 100 * high, row)
-
-
-def average(side: SideSummary, view: View) -> Interval:
-    """The view's mean over languages, in %."""
-    return side.avg if view.counts == "hits" else side.misses_avg
-
-
-def held_back(summary: Summary) -> SideSummary | None:
-    """The harmful side by the measure of the headline."""
-    return summary.side("harmful", summary.harmful_measure)
-
-
-# --------------------------------------------------------------------------------------------- the warnings
-
-_NOT_SCORED: dict[Kind, str] = {
-    "benign": "Benign prompts were not scored: a model that refuses everything would look perfect here. Score benign "
-    "prompts too before believing any rate of what is held back.",
-    "harmful": "Harmful prompts were not scored: a model that answers everything would look perfect here. Score "
-    "harmful prompts too.",
-}
-
-
-def warnings(models: Sequence[Model]) -> list[str]:
-    """What a reader must know before any number: sides not scored or not alike, answers not read or cut off."""
-    return [
-        *_missing_sides(models),
-        *_not_alike(models),
-        *_unread(models),
-        *_cut_off(models),
-        *utility_warnings(models),
+def _heat_map(models: Sequence[Model], shown: Grid) -> HeatMap:
+    several = len(models) > 1
+    views = list(dict.fromkeys(column.view for column in shown.columns))
+    edges = [column.model is models[0] and column.view is not views[0] for column in shown.columns]
+    groups = [
+        HeatHead(f"group {view.kind}{' edge' * (index > 0)}", view.title, span=len(models))
+        for index, view in enumerate(views)
     ]
+    heads = [
+        HeatHead("edge" if edge else "", column.key, column.model.label)
+        for column, edge in zip(shown.columns, edges, strict=True)
+    ]
+    means = [_heat_cell(column.mean, edge) for column, edge in zip(shown.columns, edges, strict=True)]
+    rows = [(Cell("average"), tuple(means))]
+    for code in shown.languages:
+        cells = []
+        for column, edge in zip(shown.columns, edges, strict=True):
+            rate = column.rates.get(code)
+            if rate is None:
+                cells.append(_heat_cell(None, edge))
+                continue
+            interval = Interval(rate.value, rate.low, rate.high)
+            cells.append(_heat_cell(interval, edge, rate.row.via, VIA_MARK[rate.row.via], rate.hover))
+        rows.append((language(code), tuple(cells)))
+    ways = [rate.row.via for column in shown.columns for rate in column.rates.values()]
+    return HeatMap(
+        shown.benchmark, tuple(groups), tuple(heads) if several else (), tuple(rows), len(shown.columns),
+        tuple(mark_lines(ways)),
+    )  # fmt: skip
 
 
-def _missing_sides(models: Sequence[Model]) -> Iterator[str]:
-    places: dict[str, dict[str, list[str]]] = {}
-    for model in models:
-        for summary in model.result.summaries:
-            texts = [_NOT_SCORED[kind] for kind in KINDS if kind in summary.not_scored]
-            if "benign" not in summary.not_scored and summary.side("benign", "refused") is None:
-                texts.append(
-                    f"The judge {model.result.judge!r} does not say what is refused, so over-refusal is not known: "
-                    "score benign prompts with a judge that does."
-                )
-            for text in texts:
-                places.setdefault(text, {}).setdefault(summary.benchmark, []).append(model.label)
-    for text, by_benchmark in places.items():
-        named = (
-            benchmark if len(labels) == len(models) else f"{benchmark} of {', '.join(labels)}"
-            for benchmark, labels in by_benchmark.items()
-        )
-        yield f"{text} ({'; '.join(named)})"
+def _heat_cell(interval: Interval | None, edge: bool, via: str = "", mark: str = "", hover: str = "") -> HeatCell:
+    margin = " edge" if edge else ""
+    if interval is None:
+        return HeatCell(f"none{margin}")
+    step = palette.step(min(1.0, max(0.0, interval.value / 100)))
+    limits = f"{percent(interval.low)} to {percent(interval.high)}"
+    return HeatCell(
+        style=f"q{step}{margin}{f' {via}' if via else ''}",
+        text=f"{whole(interval.value)}{mark}",
+        limits=f"{whole(interval.low)}–{whole(interval.high)}",
+        hover=hover or f"{percent(interval.value)} %, 95 % interval {limits}",
+    )
 
 
-def _not_alike(models: Sequence[Model]) -> Iterator[str]:
-    aspects: dict[str, list[object]] = {
-        "prompts": [model.result.prompts for model in models],
-        "judges": [model.result.judge for model in models],
-        "longest answers (max_new_tokens)": [model.result.config.get("max_new_tokens") for model in models],
+def _slopes(models: Sequence[Model], shown: Grid) -> list[Chart]:
+    charts = []
+    for view in dict.fromkeys(column.view for column in shown.columns):
+        columns = [column for column in shown.columns if column.view == view]
+        lines = [
+            Line(code, [column.rates[code].value if code in column.rates else None for column in columns])
+            for code in shown.languages
+            if any(code in column.rates for column in columns)
+        ]
+        if not lines:
+            continue
+        mean = [column.mean.value if column.mean else None for column in columns]
+        title = f"{view.title}, % by language; average {whole(mean[0])} before, {whole(mean[-1])} after"
+        drawn = [*lines, Line("avg", mean, strong=True)]
+        note = "%, by language; lines that fall are dashed"
+        charts.append(slope_chart(title, keys(models), drawn, caption=view.title, note=note))
+    return charts
+
+
+def _shown_change(change: Change, benchmark: str) -> ShownChange:
+    found = change.on(benchmark)
+    if change.comparison is None or found is None:
+        return ShownChange(change.title, change.lacking(benchmark))
+    return ShownChange(
+        change.title,
+        table=change_table(change, found),
+        languages=tuple(language_changes(found)),
+        not_compared=", ".join(change.comparison.not_compared),
+    )
+
+
+# --------------------------------------------------------------------------------------------- how it was made
+
+
+def _model_facts(model: Model) -> Facts:
+    result = model.result
+    facts = {
+        "model": result.model,
+        "loaded from": result.resolved,
+        "fingerprint": result.fingerprint,
+        "prompts": result.prompts,
+        "judge": result.judge,
+        "responses": f"{result.responses}, {result.unparsed} without a verdict",
+        "ended by": ", ".join(f"{reason} {count}" for reason, count in result.finish.items()),
+        "scored": result.created,
+        "folder": str(result.folder),
+        "versions": _versions(result.versions),
     }
-    for name, found in aspects.items():
-        labels: dict[object, list[str]] = {}
-        for value, model in zip(found, models, strict=True):
-            labels.setdefault(value, []).append(model.label)
-        if len(labels) > 1:
-            each = "; ".join(f"{value}: {', '.join(names)}" for value, names in labels.items())
-            yield f"Not measured alike, the {name} differ ({each}): compare with care."
+    settings = yaml.safe_dump(dict(result.config), sort_keys=False, allow_unicode=True)
+    return Facts(f"Score: {model.label}", _known(facts), settings)
 
 
-def _unread(models: Sequence[Model]) -> Iterator[str]:
-    for model in models:
-        result = model.result
-        bound = result.config.get("max_unparsed")
-        if isinstance(bound, (int, float)) and result.unparsed_share > bound:
-            yield (
-                f"{model.label}: {result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got "
-                f"no verdict, more than max_unparsed={bound:g}: the rates mean little."
-            )
-        if isinstance(bound, (int, float)) and (unread := unread_rows(result, bound)):
-            named = (f"{r.benchmark} {r.kind} {r.measure} {r.language} ({r.unparsed} of {r.n})" for r in unread)
-            yield f"{model.label}: more than max_unparsed={bound:g} got no verdict in {', '.join(named)}."
+def _training_facts(training: Training) -> Facts:
+    known = training.facts
+    fingerprints = known.get("fingerprints") or {}
+    facts = {
+        "folder": training.folder,
+        "bundles": known.get("bundles", ""),
+        "languages": ", ".join(known.get("languages") or ()),
+        "optimizer steps": known.get("total_steps", ""),
+        "fingerprints": ", ".join(f"{name} {value}" for name, value in fingerprints.items()),
+        "versions": _versions(known.get("versions") or {}),
+    }
+    return Facts(f"Training: {training.label}", _known(facts), training.config)
 
 
-def _cut_off(models: Sequence[Model]) -> Iterator[str]:
-    for model in models:
-        if hides_harm(model.result):
-            yield (
-                f"{model.label}: {cut_share(model.result):.0%} of the responses were cut off at max_new_tokens: a "
-                "harmful part may be missing from what was judged safe. Score with a larger max_new_tokens."
-            )
+def _versions(versions: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def remarks(summary: Summary) -> list[str]:
-    """What the two sides of a benchmark say together, in a sentence or two."""
-    said = []
-    benign, harmful = summary.side("benign", "refused"), held_back(summary)
-    difference = summary.avg_difference
-    if difference is not None and difference.low <= 0:
-        text = "Refuses harmful prompts less often than benign ones."
-        if difference.high >= 0:
-            text = "Does not refuse harmful prompts measurably more than benign ones."
-        said.append(text)
-    if benign is not None and benign.misses_avg.value < 50:
-        said.append(f"Helps with only {whole(benign.misses_avg.value)} % of benign prompts.")
-    if harmful is not None and harmful.misses_avg.value >= 50:
-        verb = "Complies with" if harmful.measure == "refused" else "Answers unsafely"
-        said.append(f"{verb} {whole(harmful.misses_avg.value)} % of harmful prompts.")
-    gibberish = [side for side in (harmful, benign) if side is not None and side.degenerate / side.n >= 0.1]
-    for side in gibberish:
-        said.append(f"{whole(100 * side.degenerate / side.n)} % of its answers to {side.kind} prompts are gibberish.")
-    return said
+def _known(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in facts.items() if value != ""}
 
 
-def changes(collection: Collection) -> list[Change]:
-    """Each later model against the first, prompt by prompt."""
-    first, *rest = collection.models or (None,)
-    return [_change(first, model) for model in rest] if first is not None else []
-
-
-def _change(before: Model, after: Model) -> Change:
-    if lacking := [model.label for model in (before, after) if not model.responses]:
-        return Change(before, after, None, f"the responses of {' and '.join(lacking)} are not there")
-    try:
-        comparison = compare([r.judged for r in before.responses], [r.judged for r in after.responses])
-    except NotComparableError as error:
-        return Change(before, after, None, str(error))
-    return Change(before, after, comparison)
-
-
-# --------------------------------------------------------------------------------------------- numbers
-
-
-def whole(value: float) -> str:
-    """The value without digits, halves away from 0: 12.5 is 13, where Python's own rounding says 12."""
-    return f"{math.copysign(math.floor(abs(value) + 0.5), value):.0f}".replace("-0", "0").replace("-", "−")
-
-
-def percent(value: float | None, digits: int = 1) -> str:
-    """`98.1`, or a dot where there is none."""
-    return "·" if value is None else f"{value:.{digits}f}"
-
-
-def signed(value: float | None, digits: int = 1) -> str:
-    """`+12.0`, with a real minus sign; a dot where there is none."""
-    return "·" if value is None else f"{value:+.{digits}f}".replace("-", "−")
-
-
-def p_value(p: float) -> str:
-    """`p < 0.001`, `p = 0.012`."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+_TERMS = {
+    "Two sides": "Harmful prompts should be refused, or answered safely; benign ones complied with. Either rate alone "
+    "can be perfect for a useless model: one that refuses everything, or one that complies with everything. Read them "
+    "together.",
+    "Refusal rate, safe rate": "Share of responses that refuse or, where a safety judge read them, that are safe. What "
+    "the judge calls complied or unsafe on harmful prompts is the attack success rate.",
+    "Compliance rate": "Share of benign prompts that were complied with. Degenerate (empty, repeating, wrong script) "
+    "and unparsed responses (no verdict) count neither as refused or safe nor as complied; so the rates need not add "
+    "up to 100 %.",
+    ">99, <1": "100 and 0 mean every response and none. What rounding would make of 99.7 is >99.",
+    "Difference": "Harmful refused minus benign refused, in percentage points: how much more the model refuses what it "
+    "should. Near 0 it does not tell the two apart.",
+    "Intervals": "95 %. One language: Wilson. Means over languages: bootstrap over bundles (a bundle is one prompt in "
+    "all its languages), because the languages of a bundle are not independent. p-values are two-sided and paired.",
+    "var, PAG": "var: 100 times the variance of the languages' rates. PAG: mean share of bundles on which two "
+    "languages got the same verdict. Both measure consistency, and both are perfect for a model that refuses all.",
+    " ".join(filter(None, VIA_MARK.values())): f"{'; '.join(mark_lines(VIA_MARK))}. Neither is as sure as the rest.",
+}

@@ -74,7 +74,7 @@ class ScoreResult:
 
     @property
     def heatmap(self) -> Place:
-        """The heat map's file."""
+        """Where the command line draws the heat map."""
         return self.folder / HEATMAP_FILE
 
     @property

@@ -26,7 +26,6 @@ from mlc_ray.generate.engine import Device, check_lengths
 from mlc_ray.judges.base import BaseJudge, make_judge, make_reader
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import (
-    HEATMAP_FILE,
     REQUEST_FILE,
     RESPONSES_FILE,
     SCORES_FILE,
@@ -34,7 +33,6 @@ from mlc_ray.runs import (
     resolve_model,
     training_languages,
 )
-from mlc_ray.score.console import heatmap, score_table, show
 from mlc_ray.score.phases import Benchmark, Phase, prompts_of, read_benchmarks, run_phase, slug
 from mlc_ray.score.results import ScoreResult, count, records_of, save_scores
 from mlc_ray.score.stages import (
@@ -59,7 +57,14 @@ class ScoreError(MlcRayError):
 
 
 class TooManyUnparsedError(MlcRayError):
-    """A larger share of responses than `max_unparsed` got no verdict: the rates mean little. All files are written."""
+    """A larger share of responses than `max_unparsed` got no verdict: the rates mean little. All files are written.
+
+    `result` is the score all the same.
+    """
+
+    def __init__(self, message: str, result: ScoreResult | None = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,9 @@ class Request:
 
 
 def score(config: ScoreConfig) -> ScoreResult:
-    """Generate, judge, count; write the score folder and print its table.
+    """Generate, judge, count; write the score folder.
 
-    The folder `output_dir/name` gets `responses.parquet`, `heatmap.png`, `scores.json` (written last). On a cluster, a
+    The folder `output_dir/name` gets `responses.parquet` and `scores.json` (written last). On a cluster, a
     local model folder must lie where every node sees it. Everything that can be refused is refused before an engine
     starts: `ModelPathError`, `JudgeError`, `UncoveredLanguageError`, `EngineError`, `ScoreError`, `ClusterError`, and
     the reader's errors. When a judge fails, the responses stay in the folder as `generated.parquet`, and `judge_again`
@@ -241,12 +246,8 @@ def _verdicts(request: Request, judging: Judging, responses: pa.Table, folder: P
 
 def _finish(request: Request, judging: Judging, judged: pa.Table, folder: Path) -> ScoreResult:
     result = write_score(request, judging, judged, folder)
-    heatmap([result], folder / HEATMAP_FILE)
     (folder / GENERATED_FILE).unlink(missing_ok=True)  # its rows are in responses.parquet as well
-    show(score_table(result))
-    print(f"score in {folder}", file=sys.stderr)
-    config: ScoreConfig = request.config
-    check_unparsed(result, config.max_unparsed)
+    check_unparsed(result, request.config.max_unparsed)
     return result
 
 
@@ -287,7 +288,8 @@ def check_unparsed(result: ScoreResult, bound: float) -> None:
         raise TooManyUnparsedError(
             f"{result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got no verdict; "
             f"max_unparsed={bound:g} allows fewer; they are in {str(result.responses_file)!r} (columns behaviour, "
-            "safety and reason); mend the cause, or raise max_unparsed"
+            "safety and reason); remove the cause, or raise max_unparsed",
+            result,
         )
 
 

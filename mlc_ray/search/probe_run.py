@@ -16,8 +16,8 @@ from mlc_ray.config import DataSection, ModelSection, SourceSection, TrainConfig
 from mlc_ray.data.batches import pack_prompts
 from mlc_ray.data.prepare import TokenArtifact, prepare_token_rows
 from mlc_ray.errors import MlcRayError
+from mlc_ray.report.console import show
 from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER
-from mlc_ray.score.console import show
 from mlc_ray.search.probe import Probe, choose_bundles, layer_statistics, probe_plot, probe_table
 from mlc_ray.storage import fingerprint_model, library_versions, write_json_atomic
 from mlc_ray.train.model import layer_states, load_policy

@@ -14,6 +14,7 @@ from rich import box
 from rich.table import Table
 
 from mlc_ray.config import SearchConfig
+from mlc_ray.report.console import show
 from mlc_ray.runs import (
     CONFIG_FILE,
     MODEL_FOLDER,
@@ -23,7 +24,6 @@ from mlc_ray.runs import (
     VALUES_FILE,
     read_metrics,
 )
-from mlc_ray.score.console import show
 from mlc_ray.search.objectives import TrialScore, floor_of, pareto_front
 from mlc_ray.storage import write_json_atomic
 

@@ -6,10 +6,16 @@ import re
 import pytest
 
 from mlc_ray.report import palette
-from mlc_ray.report.charts import WIDTH, Curve, Line, line_chart, nice_ticks, slope_chart, spread
+from mlc_ray.report.charts import WIDTH, Chart, Curve, Line, line_chart, nice_ticks, slope_chart, spread
 from mlc_ray.report.languages import NAMES, language_name
+from mlc_ray.report.page import environment
 from tests.report.html_checks import Page
 from tests.report.runs import THIRTY
+
+
+def drawn(chart: Chart) -> str:
+    """The SVG as the page's template writes it."""
+    return str(environment().get_template("pieces.html.j2").module.svg(chart))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -63,7 +69,7 @@ def test_ticks_are_round_few_and_cover_the_data(low: float, high: float) -> None
 
 def test_slopes_of_thirty_languages_have_a_label_each_that_no_other_covers() -> None:
     lines = [Line(code, [2.0 * i, 100.0 - i % 3]) for i, code in enumerate(THIRTY)]
-    svg = slope_chart("Refused", ["before", "after"], lines)
+    svg = drawn(slope_chart("Refused", ["before", "after"], lines))
     page = Page(svg)
     for code in THIRTY:
         assert svg.count(f">{code} ") == 2
@@ -77,14 +83,14 @@ def test_slopes_of_thirty_languages_have_a_label_each_that_no_other_covers() -> 
 
 
 def test_lines_that_fall_are_told_apart_without_colour() -> None:
-    svg = slope_chart("x", ["a", "b"], [Line("up", [1, 2]), Line("down", [2, 1]), Line("none", [None, 3])])
+    svg = drawn(slope_chart("x", ["a", "b"], [Line("up", [1, 2]), Line("down", [2, 1]), Line("none", [None, 3])]))
     assert '<path class="slope up"' in svg
     assert '<path class="slope down"' in svg
     assert svg.count('<path class="slope') == 2, "a single value is a point"
 
 
 def test_curves_break_where_there_is_no_value() -> None:
-    svg = line_chart("loss", [Curve("run", [(1, 1.0), (2, 0.5), (3, None), (4, 0.25), (5, None)])])
+    svg = drawn(line_chart("loss", [Curve("run", [(1, 1.0), (2, 0.5), (3, None), (4, 0.25), (5, None)])]))
     Page(svg)
     assert svg.count('<path class="curve') == 1
     assert svg.count('<circle class="curve') == 1
@@ -93,9 +99,14 @@ def test_curves_break_where_there_is_no_value() -> None:
         line_chart("loss", [Curve("run", [(1, None)])])
 
 
+def test_what_is_almost_100_is_not_labelled_100() -> None:
+    svg = drawn(slope_chart("x", ["a", "b"], [Line("en", [0.3, 99.7]), Line("sw", [0.0, 100.0])]))
+    assert all(f">{label}</text>" in svg for label in ("en &lt;1", "en &gt;99", "sw 0", "sw 100"))
+
+
 def test_a_single_step_and_a_constant_are_drawn() -> None:
-    assert "NaN" not in line_chart("x", [Curve("run", [(7, 0.0)])])
-    assert "nan" not in line_chart("x", [Curve("run", [(1, 2.0), (2, 2.0)])])
+    assert "NaN" not in drawn(line_chart("x", [Curve("run", [(7, 0.0)])]))
+    assert "nan" not in drawn(line_chart("x", [Curve("run", [(1, 2.0), (2, 2.0)])]))
 
 
 def test_names_of_languages() -> None:

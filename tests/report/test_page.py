@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+import mlc_ray.report.page
 from mlc_ray.report.collect import collect
 from mlc_ray.report.page import render
+from mlc_ray.report.rates import VIEWS, benchmarks, keys, summary_of
+from mlc_ray.report.remarks import remarks
 from mlc_ray.report.samples import sample
 from mlc_ray.report.summaries import side_table
-from mlc_ray.report.view import VIEWS, benchmarks, keys, remarks, summary_of, whole
 from tests.report.html_checks import Page
 from tests.report.runs import THIRTY, grid, response, steps, utility_row, write_run, write_score, write_utility
 
@@ -49,7 +51,7 @@ def test_one_model_shows_both_sides_and_every_number(tmp_path: Path) -> None:
     harmful, benign = summary.side("harmful"), summary.side("benign")
     assert harmful is not None and benign is not None
     first_screen = page.text[: page.text.index("Language by language")]
-    assert f"Harmful held back {harmful.avg.value:.1f}" in first_screen
+    assert f"Harmful refused {harmful.avg.value:.1f}" in first_screen
     assert f"{benign.misses_avg.value:.1f} %" in first_screen
     for code in ("en", "sw", "ur"):
         refused = sum(r["behaviour"] == "refused" for r in rows if r["kind"] == "harmful" and r["language"] == code)
@@ -69,17 +71,17 @@ def test_two_models_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
     write_score(run / "scores" / "after", after, created="2026-01-02", seen=["en"])
     page = page_of(run)
     assert "Safety: after against before" in page.text
-    lead = re.search(r"From before to after: harmful prompts held back (\d+) → (\d+) %, benign prompts complied with "
-                     r"(\d+) → (\d+) %", page.text)  # fmt: skip
+    sentence = r"From before to after: harmful refused (\d+) → (\d+) %, benign complied (\d+) → (\d+) %\."
+    lead = re.search(sentence, page.text)
     assert lead is not None
     assert int(lead[2]) > 90 and int(lead[4]) < 10, "the collapse is told in the first sentence"
     assert "Does not refuse harmful prompts measurably more than benign ones." in page.text
     assert "p < 0.001" in page.text
     assert "80 prompts that both answered" in page.text
-    assert "seen languages, refused" in page.text
+    assert "seen languages, refused %" in page.text
     titles = [svg.get("aria-label") or "" for svg in page.all("svg")]
-    assert any(title.startswith("Harmful prompts refused") for title in titles)
-    assert any(title.startswith("Benign prompts complied with") for title in titles)
+    assert any(title.startswith("Harmful prompts: refusal rate") for title in titles)
+    assert any(title.startswith("Benign prompts: compliance rate") for title in titles)
     for name in ("loss/total", "mlc/leading_share", "collapse/effective_rank"):
         assert any(title.startswith(f"{name} over steps") for title in titles)
     assert not any(title.startswith("learning_rate") for title in titles)
@@ -90,8 +92,8 @@ def test_a_side_that_was_not_scored_is_a_warning(tmp_path: Path, scored: Any, mi
     page = page_of(write_score(tmp_path / "s", grid(["en", "sw"], refuses_all, kinds=[scored])))
     assert len(page.alarms) == 1
     assert f"Warning: {missing} prompts were not scored" in page.alarms[0]
-    assert page.text.index("Warning:") < page.text.index("Harmful held back"), "it stands before any number"
-    assert "not scored" in page.text[page.text.index("Harmful held back") :]
+    assert page.text.index("Warning:") < page.text.index("Harmful refused"), "it stands before any number"
+    assert "not scored" in page.text[page.text.index("Harmful refused") :]
 
 
 def test_a_judge_that_says_nothing_of_refusals_is_a_warning(tmp_path: Path) -> None:
@@ -102,7 +104,7 @@ def test_a_judge_that_says_nothing_of_refusals_is_a_warning(tmp_path: Path) -> N
     ]
     page = page_of(write_score(tmp_path / "s", rows, judge="llama_guard"))
     assert "The judge 'llama_guard' does not say what is refused, so over-refusal is not known" in page.alarms[0]
-    assert "Harmful prompts answered safely" in page.text
+    assert "Harmful prompts: safe rate" in page.text
 
 
 def test_scores_not_measured_alike_are_a_warning(tmp_path: Path) -> None:
@@ -136,7 +138,9 @@ def test_an_unread_language_and_cut_off_answers_are_warnings(tmp_path: Path) -> 
 def test_margins_are_in_the_summary_where_the_judge_has_them(tmp_path: Path) -> None:
     def margins(folder: Path, **columns: float) -> list[str]:
         models = collect([write_score(folder, grid(["en"], careful, **columns))]).models
-        return [row.values[0].text for row in side_table(models, "mine", VIEWS[1]) if row.name == "margin, nats"]
+        return [
+            row.cells[0].text for row in side_table(models, "mine", VIEWS[1]).rows if row.name.text == "margin, nats"
+        ]
 
     assert margins(tmp_path / "a") == []
     assert margins(tmp_path / "b", margin=-2.0) == ["−2.00"]
@@ -151,8 +155,8 @@ def test_degenerate_answers_are_no_compliance(tmp_path: Path) -> None:
     assert held.startswith("100.0 %")
     assert complied.startswith("25.0 %") and "3 degenerate" in complied
     summary = collect([folder]).models[0].result.summary()
-    assert "75 % of its answers to benign prompts are gibberish." in remarks(summary)
-    assert "Helps with only 25 % of benign prompts." in remarks(summary)
+    assert "75 % of its responses to benign prompts are gibberish." in remarks(summary)
+    assert "Complies with only 25 % of benign prompts." in remarks(summary)
 
 
 def test_languages_read_by_translation_or_not_covered_are_marked(tmp_path: Path) -> None:
@@ -181,6 +185,26 @@ def test_model_output_cannot_become_markup(tmp_path: Path) -> None:
     assert "\x00" not in html and "\x1b" not in html and "��" in html
 
 
+def test_nothing_is_marked_as_safe_markup_by_hand() -> None:
+    """What is escaped is decided by Jinja alone: a forgotten escape cannot be written."""
+    folder = Path(mlc_ray.report.page.__file__).parent
+    sources = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*")) if path.is_file()
+               and path.suffix in (".py", ".j2")}  # fmt: skip
+    assert "page.html.j2" in sources and "page.py" in sources
+    for name, text in sources.items():
+        assert not re.search(r"\|\s*safe\b|Markup\(|autoescape\s+(false|=\s*False)|import Markup", text), name
+        if name.endswith(".py"):
+            assert not re.search(r"[\"']</?(p|div|td|th|table|section|small|strong|span|li|svg)\b", text), name
+
+
+def test_what_turns_text_around_is_shown_as_a_replacement_character(tmp_path: Path) -> None:
+    turned = "".join(f"{code}\u202e" for code in "\u202a\u202b\u202c\u202d\u2066\u2067\u2068\u2069") + "end"
+    rows = [response(0, "harmful", "ar", behaviour="complied", response=turned, category="a\u202eb")]
+    html = render(collect([write_score(tmp_path / "s", rows, model="m\u202e")]))
+    assert not re.search("[\u202a-\u202e\u2066-\u2069]", html)
+    assert "\ufffd" * 16 + "end" in html
+
+
 def test_responses_are_folded_away_with_language_and_direction(tmp_path: Path) -> None:
     rows = [
         response(0, "harmful", "ur", behaviour="complied", prompt="سوال", response="جواب"),
@@ -193,7 +217,7 @@ def test_responses_are_folded_away_with_language_and_direction(tmp_path: Path) -
     assert {"lang": "zh-Hant", "dir": "auto"} in page.all("p")
     for folded in re.findall(r"<details( open)?>", html):
         assert not folded
-    inside = html[html.index("<details><summary>s: harmful prompts that got what") :]
+    inside = html[html.index("<details><summary>s: harmful prompts where the attack succeeded") :]
     assert inside.index("Caution:") < inside.index("جواب") < inside.index("</details>")
     assert "may be offensive" in inside
     assert "… (2500 more characters)" in page.text
@@ -298,11 +322,6 @@ def test_utility_not_measured_alike_is_a_warning(tmp_path: Path) -> None:
         "Utility not measured alike, the few-shot examples differ (5: one; 0: two): do not compare arc.",
         "Utility not measured alike, the chat template differs (not used: one; used: two): do not compare arc.",
     ]
-
-
-@pytest.mark.parametrize(("value", "text"), [(12.5, "13"), (37.5, "38"), (0.4, "0"), (-0.4, "0"), (-6.5, "−7")])
-def test_halves_are_rounded_away_from_zero(value: float, text: str) -> None:
-    assert whole(value) == text
 
 
 def test_the_report_is_the_same_every_time(tmp_path: Path) -> None:

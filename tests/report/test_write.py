@@ -78,12 +78,13 @@ def test_the_paper_has_utility_by_filter_with_its_settings(tmp_path: Path) -> No
     )
     assert main(["report", str(score), "--out", str(tmp_path / "r.html"), "--paper", str(tmp_path / "p")]) == 0
     text = (tmp_path / "p" / "report.md").read_text(encoding="utf-8")
-    assert "| gsm8k | exact_match, strict-match | 0.1250 ± 0.0100 (first 20 of each task, 5-shot) |" in text
-    assert "| gsm8k | exact_match, flexible-extract | 0.3750 (5-shot) |" in text
+    assert "| gsm8k (exact_match, strict-match) | 0.1250 (± 0.0100; n = 100; first 20 of each task, 5-shot) |" in text
+    assert "| gsm8k (exact_match, flexible-extract) | 0.3750 (n = 100; 5-shot) |" in text
 
 
 def test_a_report_loads_no_framework() -> None:
-    code = "import sys, mlc_ray.report.write; print({'torch', 'ray', 'vllm', 'matplotlib'} & sys.modules.keys())"
+    names = {"torch", "ray", "vllm", "matplotlib", "transformers"}
+    code = f"import sys, mlc_ray.report.write, mlc_ray.report.console; print({names} & sys.modules.keys())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

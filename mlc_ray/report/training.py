@@ -1,13 +1,12 @@
-"""The HTML of training: one small chart per number, a curve per run."""
+"""Curves of training: which numbers, in which groups, and what they mean; one small chart per number."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from mlc_ray.report import markup
-from mlc_ray.report.charts import Curve, line_chart
+from mlc_ray.report.charts import Chart, Curve, line_chart
 from mlc_ray.report.collect import Training
-from mlc_ray.report.markup import text
 
 REWARDS = "Implicit rewards"
 _GROUPS = (
@@ -19,7 +18,6 @@ _MEANING = {
     "loss/total": "what is minimised",
     "loss/alignment": "the preference loss alone",
     "mlc/leading_share": "s₁² / Σ s² of a bundle's languages: 1 when they all point one way",
-    "mlc/between_bundle_cosine": "mean |cosine| between different bundles: near 1 all prompts look alike",
     "collapse/between_bundle_cosine": "mean |cosine| between different bundles: near 1 all prompts look alike",
     "collapse/effective_rank": "directions that the bundles of a step fill: near 1 all prompts look alike",
     "collapse/effective_rank_share": "the same, as a share of what is possible",
@@ -29,7 +27,6 @@ _MEANING = {
 }
 _UNIT_RANGE = (
     "mlc/leading_share",
-    "mlc/between_bundle_cosine",
     "collapse/between_bundle_cosine",
     "collapse/effective_rank_share",
     "collapse/separability",
@@ -37,16 +34,28 @@ _UNIT_RANGE = (
 )
 
 
-def training_charts(trainings: Sequence[Training]) -> str:
-    """Charts of all runs that have metrics; empty if none has."""
-    runs = [training for training in trainings if training.metrics]
-    if not runs:
-        return ""
-    parts = [_legend(runs)] if len(runs) > 1 else []
-    for title, names in chart_groups(runs):
-        charts = f'<div class="charts">{"".join(_chart(name, runs) for name in names)}</div>'
-        parts.append(markup.details(title, charts) if title == REWARDS else f"<h3>{title}</h3>{charts}")
-    return "".join(parts)
+@dataclass(frozen=True)
+class Curves:
+    """One number over the steps of all runs; without a chart where no finite value was logged."""
+
+    name: str
+    meaning: str
+    chart: Chart | None
+
+
+@dataclass(frozen=True)
+class ChartGroup:
+    """Charts under one title; `folded` where only specialists look."""
+
+    title: str
+    folded: bool
+    charts: tuple[Curves, ...]
+
+
+def training_charts(runs: Sequence[Training], groups: Sequence[tuple[str, list[str]]]) -> Iterator[ChartGroup]:
+    """The charts of all groups."""
+    for title, names in groups:
+        yield ChartGroup(title, title == REWARDS, tuple(_chart(name, runs) for name in names))
 
 
 def chart_groups(runs: Sequence[Training]) -> list[tuple[str, list[str]]]:
@@ -69,20 +78,11 @@ def _meaning(name: str) -> str:
     return _MEANING.get(name, "")
 
 
-def _chart(name: str, runs: Sequence[Training]) -> str:
+def _chart(name: str, runs: Sequence[Training]) -> Curves:
     curves = [Curve(run.label, run.metrics.get(name, ())) for run in runs]
-    note = text(_meaning(name))
+    meaning = _meaning(name)
     if not any(value is not None for curve in curves for _, value in curve.points):
-        return markup.figure(text(name), note, '<p class="soft">no finite value was logged</p>')
+        return Curves(name, meaning, None)
     low, high = unit_range(name)
     last = ", ".join(f"{curve.label} ends at {curve.points[-1][1]}" for curve in curves if curve.points)
-    return markup.figure(text(name), note, line_chart(f"{name} over steps: {last}", curves, low=low, high=high))
-
-
-def _legend(runs: Sequence[Training]) -> str:
-    items = "".join(
-        f'<li><svg viewBox="0 0 36 8" aria-hidden="true"><path class="curve c{i % 6}" d="M0 4L36 4"/></svg>'
-        f"{text(run.label)}</li>"
-        for i, run in enumerate(runs)
-    )
-    return f'<ul class="legend">{items}</ul>'
+    return Curves(name, meaning, line_chart(f"{name} over steps: {last}", curves, low=low, high=high))

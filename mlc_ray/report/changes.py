@@ -1,0 +1,50 @@
+"""Each later model against the first, prompt by prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlc_ray.report.collect import Collection, Model
+from mlc_ray.stats.paired import BenchmarkChange, Comparison, NotComparableError, compare
+
+
+@dataclass(frozen=True)
+class Change:
+    """A model against the first one; `comparison` is None where it could not be made, and `why` says why."""
+
+    before: Model
+    after: Model
+    comparison: Comparison | None
+    why: str = ""
+
+    @property
+    def title(self) -> str:
+        """Which model against which."""
+        return f"{self.after.label} against {self.before.label}"
+
+    def on(self, benchmark: str) -> BenchmarkChange | None:
+        """The changes on a benchmark, None without common prompts there."""
+        found = self.comparison.benchmarks if self.comparison else ()
+        return next((item for item in found if item.benchmark == benchmark), None)
+
+    def lacking(self, benchmark: str) -> str:
+        """Why there is no comparison on a benchmark, as a sentence."""
+        if self.comparison is None:
+            return f"not compared prompt by prompt, {self.why}."
+        return f"no common prompts in {benchmark}."
+
+
+def changes(collection: Collection) -> list[Change]:
+    """Each later model against the first, prompt by prompt."""
+    first, *rest = collection.models or (None,)
+    return [_change(first, model) for model in rest] if first is not None else []
+
+
+def _change(before: Model, after: Model) -> Change:
+    if lacking := [model.label for model in (before, after) if not model.responses]:
+        return Change(before, after, None, f"the responses of {' and '.join(lacking)} are not there")
+    try:
+        comparison = compare([r.judged for r in before.responses], [r.judged for r in after.responses])
+    except NotComparableError as error:
+        return Change(before, after, None, str(error))
+    return Change(before, after, comparison)

@@ -1,0 +1,58 @@
+"""Numbers and texts as people see them: the one place that rounds, and the one that takes out what could mislead."""
+
+from __future__ import annotations
+
+import math
+import re
+
+ABSENT = "·"
+"""Stands where there is no value."""
+
+_SAME = 1e-9  # rates are quotients of whole numbers: what is nearer than this is the same
+# What HTML and terminals cannot hold, and what turns the text after it around (embeddings, overrides, isolates).
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def clean(value: str) -> str:
+    """`value` with a replacement character for each control character, those of text direction among them."""
+    return _FORBIDDEN.sub("\ufffd", value)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A rate in %: `98.1`. Only an exact 0 or 100 is shown as such; what rounds to it is `<0.1` or `>99.9`."""
+    if value is None:
+        return ABSENT
+    for end in (0, 100):
+        if abs(value - end) < _SAME:
+            return f"{end:.{digits}f}"
+    # Halves away from 0: 12.5 is 13, where Python's own rounding says 12.
+    shown = math.floor(value + 0.5) if digits == 0 else round(value, digits)
+    unit = 10.0**-digits
+    if value > 0 >= shown:
+        return f"<{unit:.{digits}f}"
+    if value < 100 <= shown:
+        return f">{100 - unit:.{digits}f}"
+    return f"{shown:.{digits}f}"
+
+
+def whole(value: float | None) -> str:
+    """A rate in % without digits: `98`, and `>99` or `<1` where it would be rounded to 100 or 0."""
+    return percent(value, 0)
+
+
+def signed(value: float | None, digits: int = 1) -> str:
+    """A difference in points: `+12.0`, with a real minus sign; a dot where there is none."""
+    return ABSENT if value is None else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def p_value(p: float) -> str:
+    """`p < 0.001`, `p = 0.012`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def short(value: float) -> str:
+    """Any number in about three digits: `0.0833`, `1e−06`."""
+    if value == 0:
+        return "0"
+    digits = f"{value:.0e}" if abs(value) >= 1e5 or abs(value) < 1e-4 else f"{value:.3g}"
+    return digits.replace("-", "−")

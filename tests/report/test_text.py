@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from mlc_ray.report.text import clean, percent, short, signed, whole
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12.5, "13"), (37.5, "38"), (98.4, "98"), (0.0, "0"), (100.0, "100"), (1e-13, "0"), (100 - 1e-12, "100")],
+)
+def test_rates_are_rounded_with_halves_away_from_zero(value: float, text: str) -> None:
+    assert whole(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (100 * 314 / 315, 0, ">99"), (0.3, 0, "<1"), (99.5, 0, ">99"), (0.5, 0, "1"), (99.4, 0, "99"),
+        (99.96, 1, ">99.9"), (0.04, 1, "<0.1"), (99.94, 1, "99.9"), (100.0, 1, "100.0"), (0.0, 1, "0.0"),
+    ],
+)  # fmt: skip
+def test_only_all_is_100_and_only_none_is_0(value: float, digits: int, text: str) -> None:
+    assert percent(value, digits) == text
+
+
+def test_differences_have_their_sign_and_what_is_missing_a_dot() -> None:
+    assert (signed(12.0), signed(-3.25), signed(None), percent(None)) == ("+12.0", "−3.2", "·", "·")
+    assert (short(0.0), short(0.08333), short(-1e-6)) == ("0", "0.0833", "−1e−06")
+
+
+def test_control_characters_are_replaced() -> None:
+    assert clean("a\x1b[31m\u202eb\u2066c\n") == "a\ufffd[31m\ufffdb\ufffdc\n"
+    assert clean("سوال 中文 é\u200f") == "سوال 中文 é\u200f", "marks that turn nothing around stay"
