@@ -211,9 +211,9 @@ def test_score(rooms: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["score", "m", "--benchmark", "sample:test", "--limit", "3", "--languages", "en, ur"]) == 0
     ((_, (config,), _),) = rooms.asked
     assert (config.model, config.limit, config.languages) == ("m", 3, ["en", "ur"])
-    printed = capsys.readouterr()
-    assert "sw 100.0 100.0 +100.0" in " ".join(printed.out.split())
-    assert f"score in {tmp_path / 's'}" in printed.err
+    printed = capsys.readouterr().out
+    assert "sw 100.0 100.0 +100.0" in " ".join(printed.split())
+    assert f"score in {tmp_path / 's'}" in printed
     assert (tmp_path / "s" / "heatmap.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -90,7 +89,7 @@ def _show_score(make: Callable[[], ScoreResult]) -> None:
         result, failure = error.result, error
     scores_png([result], result.folder / HEATMAP_FILE)
     show(score_tables(result))
-    print(f"score in {result.folder}", file=sys.stderr)
+    print(f"score in {result.folder}")
     if failure is not None:
         raise failure
 
@@ -176,7 +175,7 @@ def utility_command(arguments: argparse.Namespace) -> None:
 
     utility = measure_utility(config)
     print(utility_table(utility, config.tasks))
-    print(f"utility in {utility.folder / UTILITY_FILE}", file=sys.stderr)
+    print(f"utility in {utility.folder / UTILITY_FILE}")
 
 
 def utility_config(arguments: argparse.Namespace) -> UtilityConfig:
