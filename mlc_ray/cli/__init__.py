@@ -49,6 +49,11 @@ The first score is what the others are compared with. A run folder brings its sc
 """
 
 
+_SHOW = """\
+Reads files alone, and may be asked while something goes on:
+  mlc-ray show runs/mine
+  mlc-ray show runs                                a line for each folder in it
+"""
 _UTILITY = """\
 Needs the package lm-eval (this package with [utility]). The results go into utility.json of the score folder, or of a
 new one under runs/utility. Settings: --config FILE and --set, e.g.
@@ -159,6 +164,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--paper", metavar="FOLDER", type=_path, help="also write Markdown tables and PNG figures there"
     )
+
+    show = add("show", "Say what a folder is, how far it got, what came out, and what to do next.", _SHOW)
+    show.add_argument("folder", metavar="FOLDER", type=_place, help="run, score, search or probe, or a folder of those")
 
     utility = add(
         "utility",

@@ -249,6 +249,13 @@ def report_command(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def show_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray show`."""
+    from mlc_ray.show import show
+
+    print(show(arguments.folder))
+
+
 def config_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray config`."""
     if arguments.schema is not None:

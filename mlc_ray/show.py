@@ -1,0 +1,388 @@
+"""`mlc-ray show FOLDER`: what a folder is, how far it got, what came out, and what to do next; by its files alone.
+
+One function per kind of folder gives its lines; `_KINDS` lists them.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import (
+    BASELINE_FOLDER,
+    CONFIG_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    PROBE_FILE,
+    PROVENANCE_FILE,
+    REQUEST_FILE,
+    RESPONSES_FILE,
+    RUN_FILE,
+    SCORES_FILE,
+    SCORES_FOLDER,
+    SEARCH_CONFIG_FILE,
+    STOPPED_FILE,
+    TRAIN_FOLDER,
+    TRIALS_FILE,
+    TRIALS_FOLDER,
+    UTILITY_FILE,
+    VALUES_FILE,
+    FolderKind,
+    complete_checkpoints,
+    kind_of,
+    read_metrics,
+)
+from mlc_ray.score.results import load_scores
+from mlc_ray.stats.rates import Interval, SideSummary, Summary
+from mlc_ray.storage import MANIFEST, Place
+from mlc_ray.utility.file import load_utility
+
+Line = tuple[str, str]
+"""A label, and what there is to say; an empty label goes on with the one before."""
+
+_RECENT_STEPS = 20  # of which the time is averaged: the first steps are slower
+_MOST_TRIALS = 20
+_SHOWN_METRICS = ("learning_rate", "gradient_norm", "tokens_per_second", "peak_memory_gib")
+
+
+class ShowError(MlcRayError):
+    """The folder cannot be shown; the message quotes it and says what can."""
+
+
+def show(folder: str | Path | Place) -> str:
+    """What is in the folder of a run, score, search or probe, going on or ended, as text; of several, a line for each.
+
+    Raises:
+        ShowError: it is none of them and holds none, or a file in it is damaged.
+        MlcRayError: what the readers of metrics and scores raise.
+    """
+    place = Place(folder).absolute()
+    kind = kind_of(place)
+    if kind is not None:
+        return _text(_KINDS[kind](place))
+    if (place / SCORES_FILE).is_file():  # one whose request.json was not kept
+        return _text(_score(place))
+    inside = [(child, kind_of(child)) for child in place.iterdir()]
+    known = [(child, found) for child, found in inside if found is not None]
+    if not known:
+        what = "holds no run, score, search or probe" if place.is_dir() else "is no folder"
+        raise ShowError(f"{str(place)!r} {what}; give one that `mlc-ray train`, `score`, `search` or `probe` wrote")
+    lines: list[Line] = []
+    for child, found in known:
+        rows = dict(_KINDS[found](child))
+        lines.append((child.name, f"{found}: {rows['state']}"))
+    return _text([*lines, ("next", f"mlc-ray show {_quoted(known[0][0])}")])
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def _run(folder: Place) -> list[Line]:
+    facts = _json(folder / RUN_FILE)
+    config = facts.get("resolved_config", {})
+    rows = read_metrics(folder)
+    checkpoints, faults = _checkpoints(folder)
+    total, done = int(facts.get("total_steps", 0)), int(rows[-1]["step"]) if rows else 0
+    stopped, model = (folder / STOPPED_FILE).is_file(), (folder / MODEL_FOLDER / PROVENANCE_FILE).is_file()
+    ended = model or bool(total and checkpoints and checkpoints[-1] >= total)
+    lines = [("run", str(folder))]
+    if (folder / VALUES_FILE).is_file():
+        lines.append(("trial", f"of a search, with {_values(_json(folder / VALUES_FILE))}"))
+    lines += _settings(config, facts)
+    if ended:
+        lines.append(("state", f"ended, {done} of {total} steps"))
+    elif stopped:
+        lines.append(("state", f"stopped by the search's scheduler at step {done} of {total}"))
+    elif rows and total:
+        lines.append(("state", f"step {done} of {total} ({100 * done // total} %){_age(folder / METRICS_FILE)}"))
+        lines.append(("time left", _time_left(rows, total)))
+    elif facts:
+        lines.append(("state", f"prepared, none of {total} steps is done{_age(folder / RUN_FILE)}"))
+    else:
+        lines.append(("state", f"preparing its data{_age(folder / CONFIG_FILE)}"))
+    if rows:
+        lines.append(("last step", _metrics(rows[-1])))
+        lines += [("warning", f"step {row['step']}: {text}") for row in rows[-50:] for text in row.get("warnings", ())]
+    steps = ", ".join(map(str, checkpoints)) or "none is complete yet"
+    lines.append(("checkpoints", f"at step {steps}" if checkpoints else steps))
+    lines += [("incomplete", fault) for fault in faults]
+    scores = [child for child in (folder / SCORES_FOLDER).iterdir() if child.is_dir()]
+    for score in scores:
+        lines.append((f"score {score.name}", _rates(score)))
+    return [*lines, *_next(_run_next(folder, ended or stopped, bool(checkpoints) or model, scores, model))]
+
+
+def _settings(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Line]:
+    if not config:
+        return []
+    model, mlc = config.get("model", {}), config.get("mlc", {})
+    loss = config.get("objective", {}).get("loss")
+    return [
+        ("model", f"{model.get('path')} in {model.get('dtype')}"),
+        ("loss", f"{loss} + {mlc.get('weight')} x mlc at layer {mlc.get('layer')}" if mlc.get("weight") else str(loss)),
+        ("data", f"{facts.get('bundles')} bundles in {len(facts.get('languages', ()))} languages"),
+    ]
+
+
+def _run_next(folder: Place, over: bool, has_model: bool, scores: Sequence[Place], exported: bool) -> list[str]:
+    run = _quoted(folder)
+    if not over:
+        return [f"mlc-ray train --resume {run}   # if it is not running any more"]
+    commands = []
+    if has_model:
+        commands.append(f"mlc-ray score {run} --benchmark sample:test")
+        if not exported:
+            commands.append(f"mlc-ray export {run} OUT")
+    return [f"mlc-ray report {run}", *commands] if scores else [*commands, f"mlc-ray report {run}"]
+
+
+def _checkpoints(folder: Place) -> tuple[list[int], list[str]]:
+    """Steps of the complete checkpoints, and the faults of the others; elsewhere than here sizes are not compared."""
+    if folder.is_local:
+        complete, faults = complete_checkpoints(Path(folder))
+        return [checkpoint.step for checkpoint in complete], faults
+    found = [child / MANIFEST for child in (folder / TRAIN_FOLDER).iterdir() if child.name.startswith("checkpoint_")]
+    return sorted(int(_json(file).get("step", 0)) for file in found if file.is_file()), []
+
+
+def _metrics(row: Mapping[str, Any]) -> str:
+    shown = [name for name in row if name.startswith("loss/") or name in _SHOWN_METRICS]
+    return ", ".join(f"{name} {'not finite' if row[name] is None else format(row[name], '.4g')}" for name in shown)
+
+
+def _time_left(rows: Sequence[Mapping[str, Any]], total: int) -> str:
+    seconds = [row["step_seconds"] for row in rows[-_RECENT_STEPS:] if row.get("step_seconds") is not None]
+    if not seconds:
+        return "unknown"
+    each = sum(seconds) / len(seconds)
+    return f"about {_duration(each * (total - rows[-1]['step']))}, at {each:.1f} s a step"
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+def _score(folder: Place) -> list[Line]:
+    here = _quoted(folder)
+    if not (folder / SCORES_FILE).is_file():
+        request = _json(folder / REQUEST_FILE)
+        config = request.get("config", {})
+        judge = config.get("judge", {})
+        name = judge.get("name", "refusal") if isinstance(judge, dict) else judge
+        answered = _answered(folder)
+        state = f"all {answered} prompts are answered, not judged" if answered else "answering, nothing is saved yet"
+        commands = [f"mlc-ray judge {here}   # if it is not running any more"] if answered else []
+        return [
+            ("score", str(folder)),
+            ("model", str(request.get("resolved"))),
+            ("judge", str(name)),
+            ("state", f"{state}{_age(folder / REQUEST_FILE)}"),
+            *_next(commands),
+        ]
+    result = load_scores(folder)
+    lines = [
+        ("score", str(folder)),
+        ("model", result.model if result.model == result.resolved else f"{result.model} ({result.resolved})"),
+        ("judge", ", ".join(f"{measure} by {name}" for measure, name in result.measured_by.items())),
+        ("state", f"ended, {result.responses} prompts are answered and judged"),
+    ]
+    for summary in result.summaries:
+        lines += [(summary.benchmark, text) for text in _side_lines(summary)]
+    if result.unparsed or result.degenerate:
+        lines.append(("no verdict", f"{result.unparsed} unparsed, {result.degenerate} degenerate responses"))
+    if (folder / UTILITY_FILE).is_file():
+        utility = load_utility(folder).rows
+        values = [f"{row.task} {row.metric} {row.value:.4f}" for row in utility if row.value is not None]
+        lines.append(("utility", ", ".join(values)))
+    commands = [f"mlc-ray report {here} --out report.html", f"mlc-ray judge {here} --judge NAME"]
+    return [*lines, ("responses", str(result.responses_file)), *_next(commands)]
+
+
+def _answered(folder: Place) -> int:
+    """The number of responses that are saved, judged or not."""
+    import pyarrow.parquet as pq
+
+    for name in (RESPONSES_FILE, "generated.parquet"):
+        if (folder / name).is_file():
+            with (folder / name).open() as file:
+                return int(pq.ParquetFile(file).metadata.num_rows)
+    return 0
+
+
+def _rates(folder: Place) -> str:
+    """Both sides of a score over all its benchmarks, on one line."""
+    if not (folder / SCORES_FILE).is_file():
+        return "not ended"
+    summary = load_scores(folder).summary()
+    return ", ".join(f"{_name(side)} {_interval(side)[0].value:.1f} %" for side in summary.sides)
+
+
+def _side_lines(summary: Summary) -> list[str]:
+    lines = []
+    for side in summary.sides:
+        interval, _ = _interval(side)
+        low, high = f"{interval.low:.1f}", f"{interval.high:.1f}"
+        lines.append(
+            f"{_name(side)} {interval.value:.1f} % ({low} to {high}), mean of {side.languages} languages, "
+            f"{side.bundles} bundles; worst language: {side.worst}, {side.worst_rate:.1f} % {side.measure}"
+        )
+    for kind in ("harmful", "benign"):
+        if not any(side.kind == kind for side in summary.sides):
+            lines.append(f"no {kind} prompts were asked: without them the score has one side only")
+    return lines
+
+
+def _interval(side: SideSummary) -> tuple[Interval, str]:
+    if side.measure == "refused" and side.kind == "benign":
+        return side.misses_avg, "complied"
+    return side.avg, "refused" if side.measure == "refused" else "safe"
+
+
+def _name(side: SideSummary) -> str:
+    return f"{side.kind} {_interval(side)[1]}"
+
+
+# ------------------------------------------------------------------------------------------------------------- searches
+
+
+def _search(folder: Place) -> list[Line]:
+    config = _json(folder / SEARCH_CONFIG_FILE)
+    trials = [child for child in (folder / TRIALS_FOLDER).iterdir() if (child / VALUES_FILE).is_file()]
+    over = [trial for trial in trials if (trial / MODEL_FOLDER).is_dir() or (trial / STOPPED_FILE).is_file()]
+    total = _number_of_trials(config)
+    ended = (folder / TRIALS_FILE).is_file() and len(over) >= total
+    lines = [
+        ("search", str(folder)),
+        ("space", "; ".join(f"{name}: {_parameter(each)}" for name, each in config.get("space", {}).items())),
+        ("state", f"{'ended, ' if ended else ''}{len(over)} of {total} trials have ended" + _unfinished(trials, over)),
+        ("baseline", _rates(folder / BASELINE_FOLDER)),
+    ]
+    best = _best(_json(folder / TRIALS_FILE))
+    for trial in trials[:_MOST_TRIALS]:
+        lines.append((f"trial {trial.name}", _trial(trial) + ("   <- best" if trial.name == best else "")))
+    if len(trials) > _MOST_TRIALS:
+        lines.append(("", f"and {len(trials) - _MOST_TRIALS} more"))
+    here = _quoted(folder)
+    commands = [] if ended else [f"mlc-ray search --resume {here}   # if it is not running any more"]
+    if best is not None:
+        commands += [
+            f"mlc-ray score {_quoted(folder / 'best')} --benchmark sample:test",
+            f"mlc-ray train --config {_quoted(folder / 'best.yaml')}",
+        ]
+    return [*lines, *_next(commands)]
+
+
+def _unfinished(trials: Sequence[Place], over: Sequence[Place]) -> str:
+    names = [trial.name for trial in trials if trial not in over]
+    return f"; begun and not ended: {', '.join(names)}" if names else ""
+
+
+def _trial(folder: Place) -> str:
+    """A trial's values, its last step and the rates of its last score."""
+    scores = [child for child in (folder / SCORES_FOLDER).iterdir() if (child / SCORES_FILE).is_file()]
+    rates = _rates(scores[-1]) if scores else "not scored yet"
+    rows = read_metrics(folder)
+    step = f"step {rows[-1]['step'] if rows else 0}"
+    stopped = ", stopped" if (folder / STOPPED_FILE).is_file() else ""
+    return f"{_values(_json(folder / VALUES_FILE))}: {step}{stopped}, {rates}"
+
+
+def _number_of_trials(config: Mapping[str, Any]) -> int:
+    """As asked for; a grid without a number has all its points."""
+    points = 1
+    for each in config.get("space", {}).values():
+        low, high = each.get("integers") or (1, len(each.get("choice") or (None,)))
+        points *= 1 + high - low
+    asked = config.get("trials")
+    if config.get("sampler") == "grid":
+        return min(int(asked or points), points)
+    return int(asked or 1)
+
+
+def _best(found: Mapping[str, Any]) -> str | None:
+    index = found.get("best")
+    return None if index is None else str(found["trials"][index]["name"])
+
+
+def _parameter(each: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in each.items())
+
+
+# --------------------------------------------------------------------------------------------------------------- probes
+
+
+def _probe(folder: Place) -> list[Line]:
+    content = _json(folder / PROBE_FILE)
+    probe = content.get("probe", {})
+    ranking = probe.get("ranking", [])
+    commands = [f"mlc-ray train --config CONFIG --set mlc.layer={ranking[0]}"] if ranking else []
+    return [
+        ("probe", str(folder)),
+        ("model", str(content.get("model"))),
+        ("state", f"ended, {content.get('bundles')} bundles in {len(probe.get('languages', ()))} languages"),
+        ("layers", f"ranked {', '.join(map(str, ranking[:5]))} first, of {len(ranking)}"),
+        *_next(commands),
+    ]
+
+
+_KINDS: dict[FolderKind, Callable[[Place], list[Line]]] = {
+    "run": _run,
+    "score": _score,
+    "search": _search,
+    "probe": _probe,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def _text(lines: Iterable[Line]) -> str:
+    rows = list(lines)
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {text}".rstrip() for label, text in rows)
+
+
+def _next(commands: Sequence[str]) -> list[Line]:
+    return [("next" if number == 0 else "", command) for number, command in enumerate(commands)]
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    texts = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return ", ".join(f"{name}={text}" for name, text in texts.items())
+
+
+def _json(file: Place) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none."""
+    try:
+        content = file.read_json()
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
+        raise ShowError(f"{str(file)!r} is damaged: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ShowError(f"{str(file)!r} is damaged: expected an object, found {type(content).__name__}")
+    return content
+
+
+def _age(file: Place) -> str:
+    """How long ago a file was written, which tells whether something still goes on."""
+    if not file.is_local:
+        return ""
+    try:
+        return f"; last written {_duration(time.time() - Path(file).stat().st_mtime)} ago"
+    except FileNotFoundError:
+        return ""
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def _quoted(place: Place) -> str:
+    return shlex.quote(str(place))
