@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
 from mlc_ray.losses.measures import MIN_PER_KIND, RIDGE, probe_auc
 from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
+from mlc_ray.report.tables import Table, markdown, row, table
+from mlc_ray.report.text import ABSENT
 from mlc_ray.storage import fingerprint
 
 
@@ -82,9 +82,9 @@ class Probe:
         return self.ranking().index(index)
 
     def layer_score(self, layer: int) -> float:
-        """How likely the consistency term is to help at `layer`: room times knowledge, from 0 to 1; see docs/search.md.
+        """How likely the consistency term helps at `layer`: scope times knowledge, from 0 to 1; see docs/search.md.
 
-        Room is 1 - `share`: where the languages are collinear already, the term has nothing to do. Knowledge is how
+        Scope is 1 - `share`: where the languages are collinear already, the term has nothing to do. Knowledge is how
         much better than chance English states tell harmful from benign, 2 AUC - 1 (1 where there is no such probe):
         consistency spreads what the English states hold, and cannot spread what they do not.
         """
@@ -95,9 +95,8 @@ class Probe:
 
     def markdown(self) -> str:
         """All layers as a Markdown table, best ranked first."""
-        rows = [_HEADER, ["---:"] * len(_HEADER), *(_row(self, layer) for layer in self.ranking())]
-        table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-        return f"# Probe of {self.depth + 1} layers on {self.bundles} bundles\n\n{table}\n"
+        title = f"# Probe of {self.depth + 1} layers on {self.bundles} bundles"
+        return "\n".join([title, "", *markdown(probe_table(self, self.ranking()))])
 
 
 def choose_bundles(kinds: Sequence[str], bundle_ids: Sequence[str], limit: int) -> list[int]:
@@ -181,62 +180,38 @@ def _centred(states: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------------- what is shown
 
-_HEADER = ["rank", "layer", "score", "share", "within", "between", "separation", "AUC en", "AUC mean", "transfer"]
+_COLUMNS = ("layer", "rank", "score", "share", "within", "between", "separation", "AUC en", "AUC mean", "transfer")
 
 
-def _row(probe: Probe, layer: int) -> list[str]:
-    s = probe.layers[layer]
-    numbers = [
-        s.share,
-        s.within,
-        s.between,
-        s.separation,
-        s.separability.get("en"),
-        s.mean_separability,
-        s.mean_transfer,
-    ]
-    return [
-        str(probe.rank_of(layer) + 1), str(layer), f"{probe.layer_score(layer):.4f}",
-        *("·" if number is None else f"{number:.3f}" for number in numbers),
-    ]  # fmt: skip
-
-
-def probe_table(probe: Probe) -> Table:
-    """All layers, from the last to the embeddings."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in _HEADER:
-        table.add_column(name, justify="right", no_wrap=True)
-    for layer in reversed(range(len(probe.layers))):
-        table.add_row(*_row(probe, layer))
-    return table
+def probe_table(probe: Probe, layers: Iterable[int]) -> Table:
+    """The numbers of `layers`, a row each, in their order."""
+    rows = []
+    for layer in layers:
+        s = probe.layers[layer]
+        numbers = (
+            s.share, s.within, s.between, s.separation, s.separability.get("en"), s.mean_separability, s.mean_transfer,
+        )  # fmt: skip
+        shown = [ABSENT if number is None else f"{number:.3f}" for number in numbers]
+        rows.append(row(str(layer), [str(probe.rank_of(layer) + 1), f"{probe.layer_score(layer):.4f}", *shown]))
+    return table("", _COLUMNS, rows)
 
 
 def probe_plot(probe: Probe, path: Path) -> Path:
     """Three panels over the layers: how collinear, how separable (a line per language), and the score."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from mlc_ray.report.figures import Panel, layers_png  # matplotlib takes a second to import
 
-    figure = Figure(figsize=(8, 8), dpi=150)
-    FigureCanvasAgg(figure)
-    share, separable, score = figure.subplots(3, 1, sharex=True)
-    index = range(len(probe.layers))
-    for name in ("share", "within", "between"):
-        share.plot(index, [getattr(layer, name) for layer in probe.layers], label=name)
-    share.set_ylabel("collinearity")
-    share.legend(fontsize=7)
+    collinear = {name: [getattr(layer, name) for layer in probe.layers] for name in ("share", "within", "between")}
+    separable: dict[str, list[float]] = {}
     for code in probe.languages:
-        values = [layer.separability.get(code) for layer in probe.layers]
-        if all(value is not None for value in values):
-            separable.plot(index, values, label=code, linewidth=2.5 if code == "en" else 1)
-    separable.axhline(0.5, color="0.6", linestyle=":")
-    separable.set_ylabel("harmful / benign AUC")
-    if separable.get_legend_handles_labels()[0]:
-        separable.legend(fontsize=6, ncol=4)
-    score.bar(index, [probe.layer_score(layer) for layer in index], color="#4477aa")
-    score.set_ylabel("score")
-    score.set_xlabel("layer (0 = embeddings)")
-    figure.savefig(path, bbox_inches="tight")
-    return path
+        values = [layer.separability[code] for layer in probe.layers if code in layer.separability]
+        if len(values) == len(probe.layers):
+            separable[code] = values
+    panels = [
+        Panel("collinearity", collinear),
+        Panel("harmful / benign AUC", separable, strong="en", level=0.5),
+        Panel("score", {"": [probe.layer_score(layer) for layer in range(len(probe.layers))]}),
+    ]
+    return layers_png(panels, path)
 
 
 def _mean(values: Iterable[float]) -> float | None:

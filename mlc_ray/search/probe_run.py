@@ -17,6 +17,7 @@ from mlc_ray.data.batches import pack_prompts
 from mlc_ray.data.prepare import TokenArtifact, prepare_token_rows
 from mlc_ray.errors import MlcRayError
 from mlc_ray.report.console import show
+from mlc_ray.report.tables import console
 from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER
 from mlc_ray.search.probe import Probe, choose_bundles, layer_statistics, probe_plot, probe_table
 from mlc_ray.storage import fingerprint_model, library_versions, write_json_atomic
@@ -89,7 +90,7 @@ def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Path, *, li
     )
     (folder / "probe.md").write_text(result.markdown(), encoding="utf-8")
     probe_plot(result, folder / "probe.png")
-    show(probe_table(result))
+    show(console(probe_table(result, reversed(range(len(result.layers))))))
     print(f"probe in {folder}", file=sys.stderr)
     return result
 

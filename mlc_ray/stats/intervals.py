@@ -34,7 +34,16 @@ Floats = NDArray[np.float64]
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:
-    """95 % interval of a rate, as fractions (Wilson 1927). Raises `ValueError` unless 0 <= successes <= n, n > 0."""
+    """95 % interval of a rate p = successes / n (Wilson, JASA 1927).
+
+    (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n), with z = 1.96.
+
+    Returns:
+        Low and high, as fractions; exactly 0 without successes, exactly 1 without failures.
+
+    Raises:
+        ValueError: Unless 0 <= successes <= n and n > 0.
+    """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} of {n} is no rate")
     p, z2 = successes / n, _Z * _Z
@@ -118,7 +127,7 @@ def resample(columns: Floats, strata: NDArray[np.intp], stream: int) -> Resample
 
 @dataclass(frozen=True, eq=False)
 class LanguageMean:
-    """The mean over languages of a rate: columns `counts` [L] over columns `present` [L] of one `source`."""
+    """(1 / L) sum over languages of counts / present: columns `counts` [L] and `present` [L] of one `source`."""
 
     source: Resampled
     counts: NDArray[np.intp]
@@ -141,12 +150,20 @@ class LanguageMean:
 
 
 def interval(*terms: tuple[int, LanguageMean]) -> tuple[float, float, float]:
-    """Value, low and high, as fractions, of a sum of `LanguageMean`s, each with its sign (1 or -1).
+    """95 % interval of a sum of means over languages.
 
     One mean over one language takes Wilson's interval. Anything else: the bootstrap's bias-corrected and accelerated
-    limits (BCa; Efron 1987, with the acceleration of several samples: Davison and Hinkley 1997, chapter 5). Where
-    the resamples do not vary (one bundle, or all alike) they say nothing: there the limits are `wilson_limits` of the
-    means, combined by square-and-add (Newcombe 1998).
+    limits (BCa; Efron, JASA 1987, with the acceleration of several samples: Davison and Hinkley 1997, chapter 5), the
+    quantiles Phi(b + (b ± z) / (1 - a (b ± z))) of the resamples, where Phi(b) is the share of them below the value and
+    a the jackknife's sum of cubes / (6 (sum of squares)^1.5). Where the resamples do not vary (one bundle, or all
+    alike) they say nothing: there the limits are `wilson_limits` of the means, combined by square-and-add (Newcombe,
+    Statistics in Medicine 1998).
+
+    Args:
+        terms: The means, each with its sign (1 or -1).
+
+    Returns:
+        Value, low and high, as fractions.
     """
     value = float(sum(sign * mean.of(mean.source.total)[0] for sign, mean in terms))
     (_, first) = terms[0]
@@ -198,10 +215,17 @@ def _acceleration(terms: Sequence[tuple[int, LanguageMean]]) -> float:
 
 
 def sign_flip_p(contributions: Floats, stream: int = 0) -> float:
-    """Two-sided p-value of the sum of `contributions` [B], whose signs are exchangeable if nothing changed.
+    """Sign-flip (permutation) test of a sum, two-sided: the share of sign patterns s with |sum s_b c_b| >= |sum c_b|.
 
-    Exact, over all flips, with at most `EXACT_BUNDLES` contributions that are not 0; else over `FLIPS` random ones, the
-    observed one counted among them, so that p is never 0. 1 if nothing differs.
+    Exact, over all patterns, with at most `EXACT_BUNDLES` contributions that are not 0; else over `FLIPS` random ones,
+    the observed one counted among them, so that p is never 0 (Davison and Hinkley 1997, chapter 4).
+
+    Args:
+        contributions: [B], whose signs are exchangeable if nothing changed.
+        stream: Names the sequence of random numbers.
+
+    Returns:
+        The p-value; 1 if nothing differs.
     """
     sizes = np.abs(contributions)
     if not len(contributions) or sizes.max() < _SAME:
@@ -223,7 +247,10 @@ def sign_flip_p(contributions: Floats, stream: int = 0) -> float:
 
 
 def mcnemar_p(gained: int, lost: int) -> float:
-    """McNemar's test, exact and two-sided: is `gained` of `gained + lost` changes a fair coin's? 1 without changes."""
+    """McNemar's test (Psychometrika 1947), exact and two-sided: are the changes a fair coin's?
+
+    min(1, 2 P(X <= min(gained, lost))) with X binomial(gained + lost, 1/2); 1 without changes.
+    """
     n = gained + lost
     tail = term = 1
     for k in range(min(gained, lost)):
@@ -233,7 +260,10 @@ def mcnemar_p(gained: int, lost: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) correction: p-values that may be compared with one level though there are several tests."""
+    """Holm's correction (Scandinavian Journal of Statistics 1979) of m tests: max over i <= k of (m - i + 1) p_(i).
+
+    The p-values, in the order given, may then be compared with one level though there are several tests.
+    """
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):

@@ -103,8 +103,11 @@ class Comparison:
 def compare(before: Sequence[Judged], after: Sequence[Judged]) -> Comparison:
     """`after` against `before` on the prompts that both were asked: same benchmark, bundle, kind and language.
 
-    Only hits count, as in every rate: what is degenerate or unparsed is no hit. Raises `NotComparableError` if they
-    share no prompt or no measure, `ValueError` if a response was judged twice.
+    Only hits count, as in every rate: what is degenerate or unparsed is no hit.
+
+    Raises:
+        NotComparableError: They share no prompt, or no measure.
+        ValueError: A response was judged twice.
     """
     old, new = _by_prompt(before), _by_prompt(after)
     pairs = [(record, new[key]) for key, record in old.items() if key in new]

@@ -181,7 +181,7 @@ def test_model_output_cannot_become_markup(tmp_path: Path) -> None:
     page = Page(html)
     page.check_self_contained()
     assert "<script" not in html and "<img" not in html
-    assert '<script>alert("x")</script></blockquote><img src=http://evil.example/x' in page.text, "shown as it is"
+    assert '<script>alert("x")</script></blockquote><img src=http://evil.example/x' in page.text, "shown as text"
     assert "\x00" not in html and "\x1b" not in html and "��" in html
 
 

@@ -69,9 +69,9 @@ def probe_of(*layers: tuple[float, float]) -> Probe:
     return Probe(tuple(statistics), ("en", "sw"), 10)
 
 
-def test_a_layer_ranks_by_room_times_what_english_knows() -> None:
+def test_a_layer_ranks_by_scope_times_what_english_knows() -> None:
     probe = probe_of((1.0, 0.9), (0.9, 0.5), (0.95, 0.9), (0.9, 0.9), (0.9, 0.4))
-    assert probe.ranking() == [3, 2, 4, 1, 0]  # no room or no knowledge is 0; of equal layers the deeper first
+    assert probe.ranking() == [3, 2, 4, 1, 0]  # no scope or no knowledge is 0; of equal layers the deeper first
     assert probe.layer_score(3) == pytest.approx(0.1 * 0.8)
     assert [probe.rank_of(layer) for layer in (3, "last", 0.5)] == [0, 2, 1]
 
@@ -88,6 +88,6 @@ def test_a_larger_limit_only_adds() -> None:
 def test_what_is_shown(tmp_path: Path) -> None:
     probe = layer_statistics(*made(), LANGUAGES)
     assert probe.markdown().count("\n| ") == 5  # header, rule, three layers
-    assert probe_table(probe).row_count == 3
+    assert [row.name.text for row in probe_table(probe, [2, 0]).rows] == ["2", "0"]
     assert probe_plot(probe, tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert probe.plain()["ranking"] == probe.ranking()

@@ -234,7 +234,7 @@ def test_refusing_everything_is_no_success() -> None:
     assert summary.avg_difference.value == 0.0
     assert summary.avg_difference.low < 0 < summary.avg_difference.high
     assert summary.worst_difference == 0.0
-    assert summary.side("benign").misses_avg.value == 0.0  # nothing benign is answered
+    assert summary.side("benign").misses_avg.value == 0.0  # it complies with nothing benign
     assert summary.side("benign").misses_avg.high < 7
     assert summary.two_sided == (100.0, 0.0)
 
