@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_ray.errors import MlcRayError
+from mlc_ray.report.text import percent
 from mlc_ray.runs import (
     BASELINE_FOLDER,
     CONFIG_FILE,
@@ -218,17 +219,17 @@ def _rates(folder: Place) -> str:
     if not (folder / SCORES_FILE).is_file():
         return "not ended"
     summary = load_scores(folder).summary()
-    return ", ".join(f"{_name(side)} {_interval(side)[0].value:.1f} %" for side in summary.sides)
+    return ", ".join(f"{_name(side)} {percent(_interval(side)[0].value)} %" for side in summary.sides)
 
 
 def _side_lines(summary: Summary) -> list[str]:
     lines = []
     for side in summary.sides:
         interval, _ = _interval(side)
-        low, high = f"{interval.low:.1f}", f"{interval.high:.1f}"
+        value, low, high = map(percent, (interval.value, interval.low, interval.high))
         lines.append(
-            f"{_name(side)} {interval.value:.1f} % ({low} to {high}), mean of {side.languages} languages, "
-            f"{side.bundles} bundles; worst language: {side.worst}, {side.worst_rate:.1f} % {side.measure}"
+            f"{_name(side)} {value} % ({low} to {high}), mean of {side.languages} languages, {side.bundles} bundles; "
+            f"worst language: {side.worst}, {percent(side.worst_rate)} % {side.measure}"
         )
     for kind in ("harmful", "benign"):
         if not any(side.kind == kind for side in summary.sides):

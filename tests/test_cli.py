@@ -102,9 +102,11 @@ def test_config_prints_the_schema(arguments: list[str], title: str, capsys: pyte
     [
         (["train"], ["--config", "--resume"]),
         (["train", "--config", "none.yaml"], ["none.yaml", "does not exist"]),
-        (["train", "--resume", "runs/x", "--config", "c.yaml"], ["--config", "runs/x", "config.yaml"]),
+        (["train", "--resume", "runs/x", "--config", "c.yaml"], ["--config", "runs/x", "keeps its own settings"]),
         (["train", "--resume", "runs/x", "--set", "seed=1"], ["--set", "runs/x"]),
         (["train", "--resume", "runs/x", "--set", "seed=1", "--config", "c"], ["--config and --set"]),
+        (["search", "--resume", "runs/x", "--set", "seed=1"], ["--set", "runs/x", "a resumed search"]),
+        (["search"], ["--config", "--resume"]),
         (["config", "--set", "name=r", "--set", "mlc.wieght=1"], ["mlc.wieght=1", "'weight'", "model: required"]),
         (["config"], ["--schema", "--config"]),
         (["config", "--schema", "--set", "seed=1"], ["--schema"]),
@@ -232,10 +234,11 @@ def test_score_options_win_over_set_and_file(repository: Path) -> None:
     arguments = build_parser().parse_args(
         ["score", "mine", "--config", str(repository / "configs/score/default.yaml"), "--set", "max_new_tokens=8",
          "--set", "judge.name=likelihood", "--judge", "refusal",
-         "--benchmark", "a: b.csv,format=multijail,kind=harmful", "--benchmark", "b", "--output-dir", "here"]
+         "--benchmark", "a: b.csv,format=multijail,kind=harmful", "--benchmark", "b", "--out", "here/mine"]
     )  # fmt: skip
     config = score_config(arguments)
-    assert (config.model, config.judge.name, config.max_new_tokens, config.output_dir) == ("mine", "refusal", 8, "here")
+    assert (config.model, config.judge.name, config.max_new_tokens) == ("mine", "refusal", 8)
+    assert (config.output_dir, config.name) == ("here", "mine")
     assert [(s.path, s.format, s.kind) for s in config.benchmarks] == [
         ("a: b.csv", "multijail", "harmful"),
         ("b", "auto", None),

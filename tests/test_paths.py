@@ -63,6 +63,8 @@ def test_a_url_in_a_setting_is_refused(schema: type[Any], raw: dict[str, Any], f
         ["report", "runs", "--out", URL],
         ["report", "runs", "--paper", URL],
         ["judge", URL],
+        ["score", "m", "--benchmark", "sample:test", "--out", URL],
+        ["show", URL],
         ["search", "--resume", URL],
         ["probe", "m", "--bundles", "sample:train", "--out", URL],
     ],
@@ -86,7 +88,6 @@ def test_a_url_on_the_command_line_is_refused(
     [
         ["score", URL, "--benchmark", "sample:test"],
         ["score", "m", "--benchmark", f"{URL},kind=benign"],
-        ["score", "m", "--benchmark", "sample:test", "--output-dir", URL],
         ["utility", "m", "--tasks", "mmlu", "--scores", URL],
         ["probe", URL, "--bundles", "sample:train"],
         ["probe", "m", "--bundles", URL],

@@ -57,7 +57,8 @@ Reads files alone, and may be asked while something goes on:
 _UTILITY = """\
 Needs the package lm-eval (this package with [utility]). The results go into utility.json of the score folder, or of a
 new one under runs/utility. Settings: --config FILE and --set, e.g.
-  --set num_fewshot=5 --set chat_template=true --set engine.max_model_len=8192
+  --set num_fewshot=5 --set chat_template=true --set engine.max_model_len=8192 --set include_path=my_tasks
+  --set backend=hf                                 plain transformers, without vLLM
 """
 
 _SEARCH = """\
@@ -110,9 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = add("train", "Align a model, or go on with a run that stopped.", _SETTINGS)
     _add_settings(train)
-    train.add_argument(
-        "--resume", metavar="RUN", type=_path, help="run folder to go on with; takes no --config or --set"
-    )
+    _add_resume(train, "run")
 
     score = add("score", "Generate answers, judge them, count refusals.", f"{_BENCHMARKS}\n{_SETTINGS}")
     score.add_argument("model", metavar="MODEL", nargs="?", help="run, checkpoint or exported folder, or a hub name")
@@ -122,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_judge(score)
     score.add_argument("--limit", metavar="N", type=int, help="at most N bundles per benchmark and kind")
     score.add_argument("--languages", metavar="CODES", help="score only these, e.g. en,ur,sw (default: all)")
-    score.add_argument("--output-dir", metavar="FOLDER", help="where score folders go (default: runs/scores)")
+    score.add_argument("--out", metavar="FOLDER", type=_place, help="score folder to write (default: a new one)")
     _add_settings(score)
 
     judge = add("judge", "Judge the responses of a score again, with another judge.", _JUDGES)
@@ -133,9 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     search = add("search", "Search fields of a run, above all its layer.", _SEARCH)
     _add_settings(search)
-    search.add_argument(
-        "--resume", metavar="FOLDER", type=_path, help="search folder to go on with; takes no --config or --set"
-    )
+    _add_resume(search, "search")
 
     probe = add("probe", "Look at every layer of a model, forward only.", _PROBE)
     probe.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub name")
@@ -144,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--languages", metavar="CODES", help="look at only these, e.g. en,ur,sw (default: all)")
     probe.add_argument("--limit", metavar="N", type=int, help="at most N bundles of each kind (default: 64)")
-    probe.add_argument("--out", metavar="FOLDER", type=_path, help="where to write (default: runs/probes/MODEL)")
+    probe.add_argument("--out", metavar="FOLDER", type=_path, help="folder to write (default: runs/probes/MODEL)")
     probe.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="type of the weights (default: auto)"
     )
@@ -177,8 +174,6 @@ def build_parser() -> argparse.ArgumentParser:
     utility.add_argument("--tasks", metavar="NAMES", help="tasks or groups of the harness, e.g. mmlu,mmmlu_sw_ke")
     utility.add_argument("--scores", metavar="FOLDER", help="score folder of the same model, to put utility.json into")
     utility.add_argument("--limit", metavar="N", type=int, help="at most N questions per task, for a first look")
-    utility.add_argument("--include-path", metavar="DIR", help="folder with task files (YAML) of your own")
-    utility.add_argument("--backend", choices=["vllm", "hf"], help="what runs the model (default: vllm)")
     _add_settings(utility)
 
     config = add("config", "Print the resolved settings, or the JSON schema.", _SETTINGS)
@@ -222,6 +217,15 @@ def _place(text: str) -> Place:
 def _add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge", metavar="NAME", help="judge of the answers (default: refusal)")
     parser.add_argument("--judge-model", metavar="MODEL", help="weights of a guard-model judge: folder or hub name")
+
+
+def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--resume",
+        metavar="FOLDER",
+        type=_path,
+        help=f"{what} folder to go on with, by its own settings: takes no --config or --set",
+    )
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

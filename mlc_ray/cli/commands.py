@@ -41,17 +41,12 @@ SCHEMAS: dict[str, type[TrainConfig] | type[ScoreConfig] | type[SearchConfig] | 
 def train_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray train`."""
     if arguments.resume is not None:
-        given = [name for name, value in (("--config", arguments.config), ("--set", arguments.overrides)) if value]
-        if given:
-            raise ConfigError(
-                f"{' and '.join(given)} cannot go with --resume {arguments.resume}: a resumed run keeps its own "
-                f"settings, {arguments.resume / 'config.yaml'}; start a new run to change them"
-            )
+        _refuse_settings(arguments, "run")
         from mlc_ray.train.run import load_run_config
 
         config = load_run_config(arguments.resume)
     elif arguments.config is None:
-        raise ConfigError("train needs --config FILE (see configs/) or --resume RUN")
+        raise ConfigError("train needs --config FILE (see configs/) or --resume FOLDER")
     else:
         config = load_config(TrainConfig, arguments.config, arguments.overrides)
 
@@ -62,6 +57,16 @@ def train_command(arguments: argparse.Namespace) -> None:
     print(f"checkpoint  {result.checkpoint}")
     print(f"to export   mlc-ray export {result.run_folder} OUT")
     print(f"to score    mlc-ray score {result.run_folder} --benchmark sample:test")
+
+
+def _refuse_settings(arguments: argparse.Namespace, what: str) -> None:
+    """What is resumed keeps its settings. Raises `ConfigError` where others are given with --resume."""
+    given = [name for name, value in (("--config", arguments.config), ("--set", arguments.overrides)) if value]
+    if given:
+        raise ConfigError(
+            f"{' and '.join(given)} cannot go with --resume {arguments.resume}: a resumed {what} keeps its own "
+            f"settings, which are in that folder; start a new {what} to change them"
+        )
 
 
 def score_command(arguments: argparse.Namespace) -> None:
@@ -106,8 +111,9 @@ def score_config(arguments: argparse.Namespace) -> ScoreConfig:
         "judge.model": arguments.judge_model,
         "limit": arguments.limit,
         "languages": languages,
-        "output_dir": arguments.output_dir,
     }
+    if arguments.out is not None:
+        options |= {"name": arguments.out.name, "output_dir": str(arguments.out.parent)}
     overrides += [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     return load_config(ScoreConfig, arguments.config, overrides)
 
@@ -185,8 +191,6 @@ def utility_config(arguments: argparse.Namespace) -> UtilityConfig:
         "tasks": arguments.tasks and [name.strip() for name in arguments.tasks.split(",")],
         "scores": arguments.scores,
         "limit": arguments.limit,
-        "include_path": arguments.include_path,
-        "backend": arguments.backend,
     }
     overrides = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     return load_config(UtilityConfig, arguments.config, [*arguments.overrides, *overrides])
@@ -195,12 +199,7 @@ def utility_config(arguments: argparse.Namespace) -> UtilityConfig:
 def search_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray search`."""
     if arguments.resume is not None:
-        given = [name for name, value in (("--config", arguments.config), ("--set", arguments.overrides)) if value]
-        if given:
-            raise ConfigError(
-                f"{' and '.join(given)} cannot go with --resume {arguments.resume}: a resumed search keeps its own "
-                "settings; start a new search to change them"
-            )
+        _refuse_settings(arguments, "search")
         from mlc_ray.search.run import resume_search
 
         resume_search(arguments.resume)

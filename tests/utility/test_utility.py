@@ -137,12 +137,10 @@ def test_a_value_that_is_not_finite_is_kept_as_none(tmp_path: Path) -> None:
 
 
 def test_options_of_the_command_win_over_set():
-    words = (
-        "utility runs/mine --tasks mmlu,mmmlu_sw_ke --scores s --limit 5 --include-path t --backend hf --set limit=9"
-    )
+    words = "utility runs/mine --tasks mmlu,mmmlu_sw_ke --scores s --limit 5 --set backend=hf --set limit=9"
     found = utility_config(build_parser().parse_args(words.split()))
     assert (found.model, found.tasks, found.scores) == ("runs/mine", ["mmlu", "mmmlu_sw_ke"], "s")
-    assert (found.limit, found.include_path, found.backend) == (5, "t", "hf")
+    assert (found.limit, found.backend) == (5, "hf")
     with pytest.raises(ConfigError, match="tasks: required"):
         utility_config(build_parser().parse_args(["utility", "runs/mine"]))
 
