@@ -46,7 +46,6 @@ __all__ = [
     "fingerprint_model",
     "fingerprint_tokenizer",
     "library_versions",
-    "published",
     "read_manifest",
     "storage_of",
     "verify_files",

@@ -271,18 +271,6 @@ def _states(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @contextmanager
-def published(place: Place) -> Iterator[Path]:
-    """Yield the path of a file to write on this machine, which is in `place` when the block ends without an error."""
-    if place.is_local:
-        yield Path(place)
-        return
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as temporary:
-        local = Path(temporary) / place.name
-        yield local
-        place.storage.publish(local, str(place))
-
-
-@contextmanager
 def fetched(place: Place) -> Iterator[Path]:
     """Yield a folder or file of this machine with what is in `place`: itself where it is local, else a copy for now.
 

@@ -14,7 +14,7 @@ from mlc_ray.config import ConfigError, ScoreConfig, TrainConfig, parse_config
 from mlc_ray.report.collect import collect
 from mlc_ray.runs import OutputFolderError, kind_of, output_folder, output_place, read_metrics
 from mlc_ray.score.results import load_records, load_scores
-from mlc_ray.storage import Place, StorageError, fetched, published, storage_of, working_folder, write_manifest
+from mlc_ray.storage import Place, StorageError, fetched, storage_of, working_folder, write_manifest
 from tests.report.runs import grid, steps, write_run, write_score
 
 
@@ -66,9 +66,6 @@ def test_a_working_folder_is_published_also_after_an_error_and_only_what_changed
     assert [inside.name for inside in place.iterdir()] == ["new", "sub"]
     with fetched(place) as copy:
         assert sorted(path.name for path in copy.rglob("*") if path.is_file()) == ["kept", "new"]
-    with published(place / "one.png") as path:
-        path.write_bytes(b"png")
-    assert (place / "one.png").is_file()
 
 
 def test_what_names_a_folder_complete_is_published_last(
