@@ -11,7 +11,6 @@ from mlc_ray.storage.base import (
     StorageError,
     absolute_if_here,
     fetched,
-    published,
     storage_of,
     working_folder,
 )
