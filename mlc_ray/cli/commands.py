@@ -176,11 +176,16 @@ def utility_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray utility`."""
     config = utility_config(arguments)
 
+    from mlc_ray.report.console import show
+    from mlc_ray.report.tables import console
+    from mlc_ray.report.utility import utility_table
     from mlc_ray.runs import UTILITY_FILE
-    from mlc_ray.utility.run import measure_utility, utility_table
+    from mlc_ray.utility.run import measure_utility
 
     utility = measure_utility(config)
-    print(utility_table(utility, config.tasks))
+    asked = utility_table({utility.model: [row for row in utility.rows if row.task in config.tasks]})
+    if asked is not None:  # a group's own tasks may be all that the harness gives
+        show(console(asked))
     print(f"utility in {utility.folder / UTILITY_FILE}")
 
 

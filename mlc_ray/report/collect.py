@@ -55,7 +55,7 @@ class ReportError(MlcRayError):
 
 @dataclass(frozen=True)
 class Response:
-    """A row of `responses.parquet`: a prompt, what the model answered, and what the judge said of it."""
+    """A row of `responses.parquet`: a prompt, the response, and what the judge said of it."""
 
     benchmark: str
     bundle_id: str
@@ -75,7 +75,7 @@ class Response:
 
     @property
     def judged(self) -> Judged:
-        """The verdict without the texts, as `score.metrics` counts it."""
+        """The verdict without the texts, as `stats.rates` counts it."""
         return Judged(
             self.benchmark, self.bundle_id, self.kind, self.language, self.behaviour, self.safety,
             self.via_refused, self.via_safe, self.margin,

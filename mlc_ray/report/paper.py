@@ -10,8 +10,9 @@ from mlc_ray.report.collect import Collection
 from mlc_ray.report.figures import curves_png, heat_map_png, slopes_png
 from mlc_ray.report.rates import benchmarks, grid, keys, views_of
 from mlc_ray.report.remarks import warnings
-from mlc_ray.report.summaries import change_table, difference_table, language_table, side_table, utility_table
+from mlc_ray.report.summaries import change_table, difference_table, language_table, side_table
 from mlc_ray.report.tables import escape, markdown
+from mlc_ray.report.utility import utility_table
 from mlc_ray.stats.marks import mark_lines
 
 MARKDOWN_FILE = "report.md"
@@ -43,7 +44,7 @@ def write_paper(collection: Collection, folder: Path) -> list[Path]:
             lines += markdown(side_table(models, name, view))
         lines += _changes(compared, name)
         written += [path for _, path in figures]
-    if (utility := utility_table(models)) is not None:
+    if (utility := utility_table({model.label: model.utility for model in models})) is not None:
         lines += ["## Utility", "", *markdown(utility)]
     if (curves := curves_png(collection.trainings, folder / "training.png")) is not None:
         lines += ["## Training", "", f"![Training curves]({curves.name})", ""]

@@ -31,7 +31,7 @@ def warnings(models: Sequence[Model]) -> list[str]:
         *_unread(models),
         *_cut_off(models),
         *_too_long(models),
-        *utility_warnings(models),
+        *utility_warnings({model.label: model.utility for model in models}),
     ]
 
 

@@ -12,7 +12,6 @@ from mlc_ray.report.rates import Column, Grid, View, harmful_side, keys, rates, 
 from mlc_ray.report.remarks import unparsed_bound
 from mlc_ray.report.tables import NONE, Cell, Row, Table, Tone, cell, row, table
 from mlc_ray.report.text import ABSENT, p_value, percent, signed, whole
-from mlc_ray.report.utility import measured_how, utility_lines
 from mlc_ray.score.results import is_unread
 from mlc_ray.stats.marks import VIA_MARK
 from mlc_ray.stats.paired import BenchmarkChange, SideChange
@@ -291,24 +290,3 @@ def _side_name(side: SideChange) -> Cell:
 
 def _changed(change: Interval, p: float) -> Cell:
     return Cell(signed(change.value), (f"{signed(change.low)} to {signed(change.high)}", p_value(p)), "strong")
-
-
-# ------------------------------------------------------------------------------------------------------------- utility
-
-
-def utility_table(models: Sequence[Model]) -> Table | None:
-    """Tasks by models, each result with how it was measured; None if no model has any."""
-    rows = []
-    for line in utility_lines(models):
-        cells = []
-        for score in line.results:
-            if score is None:
-                cells.append(NONE)
-                continue
-            error = "" if score.stderr is None else f"± {score.stderr:.4f}"
-            n = "" if score.n is None else f"n = {score.n}"
-            value = "no value" if score.value is None else f"{score.value:.4f}"
-            cells.append(cell(value, error, n, measured_how(score)))
-        rows.append(row(cell(line.task, line.name), cells))
-    heads = ["task", *(model.label for model in models)]
-    return table("Tasks", heads, rows, "value ± standard error") if rows else None

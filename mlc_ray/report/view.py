@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from mlc_ray.report import palette
 from mlc_ray.report.changes import Change, changes
 from mlc_ray.report.charts import Chart, Line, slope_chart
 from mlc_ray.report.collect import Collection, Model, Training
+from mlc_ray.report.heat_map import HeatMap, heat_map
 from mlc_ray.report.rates import Grid, benchmarks, grid, harmful_side, keys, languages_of, summary_of, views_of
 from mlc_ray.report.remarks import remarks, warnings
 from mlc_ray.report.samples import Samples, samples
@@ -21,15 +21,14 @@ from mlc_ray.report.summaries import (
     counts_table,
     difference_table,
     headline_table,
-    language,
     language_changes,
     points_cell,
     side_table,
-    utility_table,
 )
 from mlc_ray.report.tables import Cell, Table
-from mlc_ray.report.text import ABSENT, percent, whole
+from mlc_ray.report.text import percent, whole
 from mlc_ray.report.training import ChartGroup, chart_groups, training_charts
+from mlc_ray.report.utility import utility_table
 from mlc_ray.stats.marks import VIA_MARK, mark_lines
 from mlc_ray.stats.rates import Interval, Summary, TwoSided
 
@@ -70,38 +69,6 @@ class Lead:
     after: str
     harmful: tuple[str, str, str]
     benign: tuple[str, str, str]
-
-
-@dataclass(frozen=True)
-class HeatCell:
-    """A rate of the heat map; `hover` says everything in words."""
-
-    style: str
-    text: str = ABSENT
-    limits: str = ""
-    hover: str = "not scored"
-
-
-@dataclass(frozen=True)
-class HeatHead:
-    """The head of a column, or of a group of `span` columns."""
-
-    style: str
-    text: str
-    hover: str = ""
-    span: int = 1
-
-
-@dataclass(frozen=True)
-class HeatMap:
-    """A row per language after the row of means, a column per side and model."""
-
-    benchmark: str
-    groups: tuple[HeatHead, ...]
-    heads: tuple[HeatHead, ...]
-    rows: tuple[tuple[Cell, tuple[HeatCell, ...]], ...]
-    columns: int
-    marks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -174,7 +141,7 @@ def view_of(collection: Collection, sample_size: int) -> View:
         headline=headline_table(models, names[0]) if len(models) > MOST_CARDS else None,
         benchmarks=tuple(_benchmark(models, compared, name) for name in names),
         models=len(models),
-        utility=utility_table(models),
+        utility=utility_table({model.label: model.utility for model in models}),
         runs=tuple(run.label for run in runs),
         training=tuple(training_charts(runs, chart_groups(runs))),
         samples=tuple(samples(models, sample_size)),
@@ -268,57 +235,12 @@ def _benchmark(models: Sequence[Model], compared: Sequence[Change], name: str) -
     shown = grid(models, name)
     return Benchmark(
         name=name,
-        heat_map=_heat_map(models, shown),
+        heat_map=heat_map(models, shown),
         slopes=tuple(_slopes(models, shown)) if len(models) > 1 else (),
         changes=tuple(_shown_change(change, name) for change in compared),
         difference=difference_table(models, name),
         sides=tuple(side_table(models, name, view) for view in views_of(models, name)),
         counts=counts_table(models, name),
-    )
-
-
-def _heat_map(models: Sequence[Model], shown: Grid) -> HeatMap:
-    several = len(models) > 1
-    views = list(dict.fromkeys(column.view for column in shown.columns))
-    edges = [column.model is models[0] and column.view is not views[0] for column in shown.columns]
-    groups = [
-        HeatHead(f"group {view.kind}{' edge' * (index > 0)}", view.title, span=len(models))
-        for index, view in enumerate(views)
-    ]
-    heads = [
-        HeatHead("edge" if edge else "", column.key, column.model.label)
-        for column, edge in zip(shown.columns, edges, strict=True)
-    ]
-    means = [_heat_cell(column.mean, edge) for column, edge in zip(shown.columns, edges, strict=True)]
-    rows = [(Cell("average"), tuple(means))]
-    for code in shown.languages:
-        cells = []
-        for column, edge in zip(shown.columns, edges, strict=True):
-            rate = column.rates.get(code)
-            if rate is None:
-                cells.append(_heat_cell(None, edge))
-                continue
-            interval = Interval(rate.value, rate.low, rate.high)
-            cells.append(_heat_cell(interval, edge, rate.row.via, VIA_MARK[rate.row.via], rate.hover))
-        rows.append((language(code), tuple(cells)))
-    ways = [rate.row.via for column in shown.columns for rate in column.rates.values()]
-    return HeatMap(
-        shown.benchmark, tuple(groups), tuple(heads) if several else (), tuple(rows), len(shown.columns),
-        tuple(mark_lines(ways)),
-    )  # fmt: skip
-
-
-def _heat_cell(interval: Interval | None, edge: bool, via: str = "", mark: str = "", hover: str = "") -> HeatCell:
-    margin = " edge" if edge else ""
-    if interval is None:
-        return HeatCell(f"none{margin}")
-    step = palette.step(min(1.0, max(0.0, interval.value / 100)))
-    limits = f"{percent(interval.low)} to {percent(interval.high)}"
-    return HeatCell(
-        style=f"q{step}{margin}{f' {via}' if via else ''}",
-        text=f"{whole(interval.value)}{mark}",
-        limits=f"{whole(interval.low)}–{whole(interval.high)}",
-        hover=hover or f"{percent(interval.value)} %, 95 % interval {limits}",
     )
 
 

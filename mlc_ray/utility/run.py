@@ -78,23 +78,6 @@ def measure_utility(config: UtilityConfig) -> Utility:
     return utility
 
 
-def utility_table(utility: Utility, tasks: list[str] | None = None) -> str:
-    """Lines `task metric value ± stderr n`, of `tasks` alone if they are named."""
-    lines = []
-    for row in utility.rows:
-        if tasks is None or row.task in tasks:
-            error = "" if row.stderr is None else f" ± {row.stderr:.4f}"
-            count = "" if row.n is None else f"  n={row.n}"
-            limited = "" if row.limit is None else f"  (first {row.limit} of each task only)"
-            value = "no value" if row.value is None else f"{row.value:.4f}"
-            lines.append(f"{row.task:<28} {_metric(row):<12} {value}{error}{count}{limited}")
-    return "\n".join(lines)
-
-
-def _metric(row: UtilityRow) -> str:
-    return row.metric if row.filter in ("", "none") else f"{row.metric},{row.filter}"
-
-
 def rows_of(results: Mapping[str, Any], config: UtilityConfig) -> tuple[UtilityRow, ...]:
     """The harness's results file as rows: tasks and groups, each metric with its filter, in the file's order.
 

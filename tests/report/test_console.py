@@ -9,10 +9,13 @@ from pathlib import Path
 from rich.console import Console
 
 from mlc_ray.report.console import score_tables, show
+from mlc_ray.report.tables import console
 from mlc_ray.report.text import percent
+from mlc_ray.report.utility import utility_table
 from mlc_ray.score.results import ScoreResult, count
 from mlc_ray.stats.rates import Judged, summarise
 from mlc_ray.types import Behaviour, Kind
+from tests.report.runs import utility_row
 
 LABELS: dict[str, Behaviour] = {"R": "refused", "C": "complied", "U": "unparsed", "D": "degenerate"}
 
@@ -44,9 +47,9 @@ def result_of(name: str, judged: Sequence[Judged], folder: Path = Path(), **chan
 
 def printed(renderable: object) -> list[list[str]]:
     """The words of each line, as a terminal of 40 columns would get them before it wraps."""
-    console = Console(file=io.StringIO(), width=40)
-    show(renderable, console)
-    return [line.split() for line in console.file.getvalue().splitlines()]
+    terminal = Console(file=io.StringIO(), width=40)
+    show(renderable, terminal)
+    return [line.split() for line in terminal.file.getvalue().splitlines()]
 
 
 def text_of(renderable: object) -> str:
@@ -149,10 +152,10 @@ def test_table_names_a_language_without_verdicts() -> None:
     judged = records("harmful", en="R" * 60, sw="UU") + records("benign", en="C" * 60, sw="CC")
     result = result_of("x", judged, config={"max_unparsed": 0.05})
     assert result.unparsed_share < 0.05
-    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
-    show(score_tables(result), console)
+    terminal = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
+    show(score_tables(result), terminal)
     assert "own harmful refused sw (2 of 2): ignore these" in text_of(score_tables(result))
-    (line,) = [line for line in console.file.getvalue().splitlines() if line.startswith(" sw ")]
+    (line,) = [line for line in terminal.file.getvalue().splitlines() if line.startswith(" sw ")]
     assert re.findall(r"\x1b\[1;31m *([\d.]+)", line) == ["0.0"]  # red, and the benign rate is not
     assert "ignore these" not in text_of(score_tables(RAW))
 
@@ -213,3 +216,13 @@ def test_comparison_with_a_missing_side_says_so() -> None:
 def test_control_characters_do_not_reach_the_terminal() -> None:
     judged = records("harmful", "own\x1b[2J", en="R") + records("benign", "own\x1b[2J", en="C")
     assert "\x1b" not in text_of(score_tables(result_of("x\x1b]0;", judged)))
+
+
+def test_utility_is_a_table_like_the_others() -> None:
+    measured = {"m": [utility_row("wiki", None, metric="perplexity", stderr=1.0, limit=20), utility_row("mmlu")]}
+    shown = utility_table(measured)
+    assert shown is not None
+    lines = [" ".join(line) for line in printed(console(shown))]
+    assert "wiki (perplexity) no value (± 1.0000; n = 100; first 20 of each task, 5-shot)" in lines
+    assert "mmlu (acc) 0.2500 (± 0.0100; n = 100; 5-shot)" in lines
+    assert utility_table({"m": []}) is None
