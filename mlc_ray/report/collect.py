@@ -115,8 +115,9 @@ class Collection:
 def collect(paths: Sequence[str | Path | Place]) -> Collection:
     """Read every RUN. The order is that of `paths`; in one run, scores come in the order they were made.
 
-    Raises `ReportError` for a path that is no run or given twice, and for a damaged file; `ScoresFileError` for a
-    damaged `scores.json`.
+    Raises:
+        ReportError: A path is no run, or given twice; a file is damaged.
+        ScoresFileError: A `scores.json` is damaged.
     """
     if not paths:
         raise ReportError("no run was given; name at least one run folder or score folder")
@@ -233,7 +234,11 @@ def _read_model(folder: Place, label: str, notes: list[str]) -> Model:
 
 
 def read_responses(path: Place | Path) -> list[Response]:
-    """Rows of a `responses.parquet`. Raises `ReportError` for a damaged file, a missing column, an unknown verdict."""
+    """Rows of a `responses.parquet`.
+
+    Raises:
+        ReportError: The file is damaged, lacks a column, or has an unknown verdict.
+    """
     file = Place(path)
     try:
         with file.open() as opened:
@@ -261,7 +266,8 @@ def read_responses(path: Place | Path) -> list[Response]:
 def read_utility(folder: Place, result: ScoreResult) -> tuple[UtilityRow, ...]:
     """Rows of a score folder's `utility.json`, none if there is no such file.
 
-    Raises `ReportError` for a damaged one, and for one of another model than the score's.
+    Raises:
+        ReportError: It is damaged, or of another model than the score's.
     """
     file = folder / UTILITY_FILE
     if not file.is_file():

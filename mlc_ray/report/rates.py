@@ -17,6 +17,7 @@ from mlc_ray.stats.marks import VIA_TEXT
 from mlc_ray.stats.rates import Interval, SideSummary, Summary, language_order
 from mlc_ray.types import Kind, Measure, ScoreRow
 
+HIT_AND_MISS: Mapping[Measure, tuple[str, str]] = {"refused": ("refused", "complied"), "safe": ("safe", "unsafe")}
 SHORT = 10
 """Longest label that stands in a column's head; longer ones are named by their letter."""
 
@@ -61,7 +62,11 @@ class Rate:
         extra = [
             f"{count} {name}" for count, name in ((row.degenerate, "degenerate"), (row.unparsed, "unparsed")) if count
         ]
-        text = f"{percent(self.value)} %, 95 % interval {percent(self.low)} to {percent(self.high)}, n = {row.n}"
+        hit, miss = HIT_AND_MISS[row.measure]
+        text = (
+            f"{percent(self.value)} %, 95 % interval {percent(self.low)} to {percent(self.high)}, n = {row.n}: "
+            f"{row.hits} {hit}, {row.misses} {miss}"
+        )
         return "; ".join([text, *extra, *([VIA_TEXT[row.via]] if row.via else [])])
 
 

@@ -8,7 +8,18 @@ from dataclasses import replace
 from mlc_ray.report.changes import Change
 from mlc_ray.report.collect import Model
 from mlc_ray.report.languages import language_name
-from mlc_ray.report.rates import Column, Grid, View, harmful_side, keys, rates, side_of, summary_of, views_of
+from mlc_ray.report.rates import (
+    HIT_AND_MISS,
+    Column,
+    Grid,
+    View,
+    harmful_side,
+    keys,
+    rates,
+    side_of,
+    summary_of,
+    views_of,
+)
 from mlc_ray.report.remarks import unparsed_bound
 from mlc_ray.report.tables import NONE, Cell, Row, Table, Tone, cell, row, table
 from mlc_ray.report.text import ABSENT, p_value, percent, signed, whole
@@ -144,7 +155,7 @@ def headline_table(models: Sequence[Model], benchmark: str) -> Table:
 def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
     """One side by one measure, a row per number; a model that lacks it has dots."""
     sides = [side_of(model, benchmark, view) for model in models]
-    hit, miss = ("refused", "complied") if view.measure == "refused" else ("safe", "unsafe")
+    hit, miss = HIT_AND_MISS[view.measure]
     first, second = f"{hit} %", f"{miss} %"
     if view.kind == "harmful":
         second = f"attack success rate ({miss} %)"

@@ -18,7 +18,12 @@ def write_report(
 ) -> list[Path]:
     """Write the HTML report of `runs` to `out`, replacing an older one, and for papers `report.md` and PNGs to `paper`.
 
-    Returns the files written. Raises `ReportError` and `ScoresFileError`; nothing is written then.
+    Returns:
+        The files written.
+
+    Raises:
+        ReportError: A run cannot be read, or `out` is no HTML file; nothing is written then.
+        ScoresFileError: A score cannot be read; nothing is written then.
     """
     out = Path(out)
     if out.suffix.lower() not in {".html", ".htm"}:

@@ -83,7 +83,11 @@ class ScoreResult:
         return self.folder / RESPONSES_FILE
 
     def summary(self, benchmark: str | None = None) -> Summary:
-        """The summary of a benchmark; without a name the last, which is over everything. Raises `KeyError`."""
+        """The summary of a benchmark; without a name the last, which is over everything.
+
+        Raises:
+            KeyError: There is none of that name.
+        """
         if benchmark is None:
             return self.summaries[-1]
         for summary in self.summaries:
@@ -148,7 +152,11 @@ def save_scores(result: ScoreResult) -> Place:
 
 
 def load_scores(path: str | Path | Place) -> ScoreResult:
-    """The result in a score folder, or in its `scores.json`. Raises `ScoresFileError`."""
+    """The result in a score folder, or in its `scores.json`.
+
+    Raises:
+        ScoresFileError: It is missing, damaged, or of another format.
+    """
     file = Place(path)
     file = file / SCORES_FILE if file.is_dir() else file
     try:
@@ -206,7 +214,11 @@ def _fault(error: ErrorDetails) -> str:
 
 
 def records_of(table: pa.Table) -> list[Judged]:
-    """The verdicts of a table with a response in each row, as responses.parquet has them. Raises `ScoresFileError`."""
+    """The verdicts of a table with a response in each row, as responses.parquet has them.
+
+    Raises:
+        ScoresFileError: A column is missing.
+    """
     names = [field.name for field in fields(Judged)]
     if missing := [name for name in names if name not in table.column_names]:
         raise ScoresFileError(
@@ -218,7 +230,11 @@ def records_of(table: pa.Table) -> list[Judged]:
 
 
 def load_records(result: ScoreResult) -> list[Judged]:
-    """The verdicts of a saved score, for `paired.compare`. Raises `ScoresFileError` without a readable Parquet file."""
+    """The verdicts of a saved score, for `paired.compare`.
+
+    Raises:
+        ScoresFileError: There is no readable responses.parquet.
+    """
     file = result.responses_file
     try:
         with file.open() as opened:

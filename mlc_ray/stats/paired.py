@@ -91,7 +91,11 @@ class Comparison:
     not_compared: tuple[str, ...] = ()
 
     def benchmark(self, name: str | None = None) -> BenchmarkChange:
-        """The changes on one benchmark; without a name the last, which is over everything. Raises `KeyError`."""
+        """The changes on one benchmark; without a name the last, which is over everything.
+
+        Raises:
+            KeyError: There is none of that name.
+        """
         if name is None:
             return self.benchmarks[-1]
         for change in self.benchmarks:

@@ -78,7 +78,11 @@ def save_utility(utility: Utility) -> Place:
 
 
 def load_utility(path: str | Path | Place) -> Utility:
-    """The content of a folder's `utility.json`, or of the file itself. Raises `UtilityFileError`."""
+    """The content of a folder's `utility.json`, or of the file itself.
+
+    Raises:
+        UtilityFileError: It is missing, damaged, or of another format.
+    """
     file = Place(path)
     file = file / UTILITY_FILE if file.is_dir() else file
     try:

@@ -46,9 +46,12 @@ def measure_utility(config: UtilityConfig) -> Utility:
     """Run the harness on `config.tasks` and write its results into `utility.json`; returns all that the file then has.
 
     The file goes into the score folder, or into a new folder under `output_dir`. Results of other tasks that it has
-    already are kept; those of the same task are replaced. Raises `UtilityError` if the harness is not installed, if it
-    fails (its last lines are in the message, all of them in `utility.log`), or if the score folder is of another model;
-    `ModelPathError` if there is no model.
+    already are kept; those of the same task are replaced.
+
+    Raises:
+        UtilityError: The harness is not installed, or fails (its last lines are in the message, all of them in
+            `utility.log`), or the score folder is of another model.
+        ModelPathError: There is no model.
     """
     _require_harness()
     model = resolve_model(config.model)
@@ -81,7 +84,8 @@ def measure_utility(config: UtilityConfig) -> Utility:
 def rows_of(results: Mapping[str, Any], config: UtilityConfig) -> tuple[UtilityRow, ...]:
     """The harness's results file as rows: tasks and groups, each metric with its filter, in the file's order.
 
-    Raises `UtilityError` if it holds a value that is no number where a metric should be, or no result at all.
+    Raises:
+        UtilityError: It holds a value that is no number where a metric should be, or no result at all.
     """
     groups = results.get("group_subtasks", {})
     rows = []

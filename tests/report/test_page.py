@@ -59,6 +59,7 @@ def test_one_model_shows_both_sides_and_every_number(tmp_path: Path) -> None:
         found = cells_of(html, code)
         assert [text.split(" %")[0] for text in found] == [f"{5 * refused:.1f}", f"{5 * complied:.1f}"]
         assert all("95 % interval" in text and "n = 20" in text for text in found)
+        assert f"{refused} refused, {20 - refused} complied" in found[0]
     assert "What changed" not in page.text
     assert "Training" not in page.text
 
