@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TextIO, TypeVar, cast
 
@@ -55,6 +55,10 @@ def connect(address: str) -> None:
             "the address to 'local'"
         ) from None
     except Exception as error:
+        if "Version mismatch" in str(error):
+            raise ClusterError(
+                f"the Ray cluster at {address!r} has other versions than this environment: {error}"
+            ) from None
         if "timed out during startup" not in str(error):  # Ray raises this one as a bare Exception
             raise
         raise ClusterError(
@@ -72,8 +76,8 @@ def connect(address: str) -> None:
 
 _ANSWER_SECONDS = 180  # the first worker process of a busy node takes its time
 
-
 S = TypeVar("S", ModelSection, EngineSection)
+T = TypeVar("T")
 
 
 def with_dtype(section: S, *, gpu: bool) -> S:
@@ -105,18 +109,38 @@ def _natives(nodes: tuple[str, ...], *, gpu: bool) -> dict[str, device.Native]:
     here = ray.get_runtime_context().get_node_id()
     # Not in this process for a GPU: it would hold some of the GPU's memory from then on.
     asked = [node for node in nodes if gpu or node != here]
+    found = ask_nodes(device.native_dtype, nodes=asked, gpu=gpu)
+    for node, answer in found.items():
+        if isinstance(answer, ClusterError):
+            raise ClusterError(
+                f"node {node[:8]} did not say in which type it computes ({answer}); run `mlc-ray doctor --address auto`"
+                ", or set dtype to bfloat16 or float32"
+            )
+    natives = cast(dict[str, device.Native], found)
+    return natives if here in natives or here not in nodes else {here: device.native_dtype(gpu=False), **natives}
+
+
+def ask_nodes(
+    function: Callable[..., T], *arguments: Any, nodes: Sequence[str], **named: Any
+) -> dict[str, T | ClusterError]:
+    """What `function` returns on each of the nodes (ids), each in a process of its own; an error where one fails."""
     # max_calls: a process that has looked at a GPU gives it back only by ending.
-    ask = ray.remote(num_cpus=0, max_calls=1)(cast(Any, device.native_dtype))
-    answers = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(gpu=gpu)
-               for node in asked]  # fmt: skip
-    try:
-        found = dict(zip(asked, ray.get(answers, timeout=_ANSWER_SECONDS), strict=True))
-    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
-        raise ClusterError(
-            f"a node of the cluster did not say in which type it computes ({str(error).strip().splitlines()[-1]}); run "
-            "`mlc-ray doctor`, or set dtype to bfloat16 or float32"
-        ) from None
-    return found if here in found or here not in nodes else {here: device.native_dtype(gpu=False), **found}
+    ask = ray.remote(num_cpus=0, max_calls=1)(cast(Any, function))
+    answers = {
+        node: ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            *arguments, **named
+        )
+        for node in nodes
+    }
+    if answers:
+        ray.wait(list(answers.values()), num_returns=len(answers), timeout=_ANSWER_SECONDS)
+    found: dict[str, T | ClusterError] = {}
+    for node, answer in answers.items():
+        try:
+            found[node] = ray.get(answer, timeout=0)
+        except ray.exceptions.RayError as error:  # a time-out is one too
+            found[node] = ClusterError(str(error).strip().splitlines()[-1])
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ what it holds

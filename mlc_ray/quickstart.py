@@ -111,7 +111,7 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
 
     import ray
 
-    from mlc_ray.cluster import connect, use_gpu
+    from mlc_ray.cluster import cluster_resources, connect, use_gpu
     from mlc_ray.report.console import score_tables, show
     from mlc_ray.report.figures import scores_png
     from mlc_ray.score.run import score
@@ -129,7 +129,7 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     connect("local")
     try:
         if use_gpu(config.cluster.accelerator):
-            fitted = fit_to_gpus(config, int(ray.cluster_resources()["GPU"]))
+            fitted = fit_to_gpus(config, int(cluster_resources()["GPU"]))
             config = load_config(TrainConfig, config_file, [*given, *fitted, *overrides])
         with _stage("Scoring the baseline"):
             before = scored("before", Path(config.model.path))

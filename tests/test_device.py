@@ -86,20 +86,32 @@ from mlc_ray.cluster import connect, with_dtype
 from mlc_ray.config import EngineSection
 device.cpu_flags = lambda: {"avx512_bf16"}  # of this process: the other node's tasks read their own
 connect(cluster.address)
-print(with_dtype(EngineSection(), gpu=False).dtype)
+dtype = with_dtype(EngineSection(), gpu=False).dtype
+from mlc_ray.doctor import doctor
+print(*doctor(sys.argv[2], address=cluster.address), dtype, sep="\\n")
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cpus", "expected"), [(1, "float32"), (0, "bfloat16")])
-def test_one_node_without_bfloat16_decides_for_all_that_may_compute(repository: Path, cpus: int, expected: str) -> None:
+def test_one_node_without_bfloat16_decides_for_all_that_may_compute(
+    repository: Path, tmp_path: Path, cpus: int, expected: str
+) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{repository / 'tests' / 'avx2'}{os.pathsep}{repository}"}
     done = subprocess.run(
-        [sys.executable, "-c", TWO_NODES, str(cpus)], env=environment, capture_output=True, text=True, timeout=180
+        [sys.executable, "-c", TWO_NODES, str(cpus), str(tmp_path / "runs")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == expected
     assert f"dtype: auto is {expected}" in done.stderr
+    lines = done.stdout.splitlines()
+    assert len([line for line in lines if line.startswith("ok    node ")]) == 2
+    assert [line for line in lines if line.startswith("FAIL")] == [line for line in lines if "2 NODES" in line] != []
+    assert not (tmp_path / "runs").exists()
     assert "CLUSTER OF 2 NODES IS JOINED WITHOUT RAY_AUTH_MODE=token" in done.stderr
 
 

@@ -314,6 +314,15 @@ def _accepts(schema: type[Section], given: dict[str, Any], path: Sequence[str], 
     return True
 
 
+def doctor_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray doctor`."""
+    from mlc_ray.doctor import check, doctor
+
+    found = doctor(arguments.output_dir, address=arguments.address)
+    print(*found, sep="\n")
+    check(found)
+
+
 def quickstart_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray quickstart`."""
     from mlc_ray.quickstart import MODEL_NAME, cache_folder, prepare_smollm2, run

