@@ -32,7 +32,6 @@ from mlc_ray.config.score import (
 )
 from mlc_ray.config.search import ParameterSection, ProbePriorSection, SearchConfig, SearchObjectiveSection
 from mlc_ray.config.train import (
-    BundleFormat,
     CheckpointSection,
     ClusterSection,
     CollapseSection,
@@ -52,7 +51,6 @@ from mlc_ray.config.train import (
 )
 
 __all__ = [
-    "BundleFormat",
     "CheckpointSection",
     "ClusterSection",
     "CollapseSection",

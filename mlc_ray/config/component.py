@@ -117,3 +117,26 @@ class ComponentSettings:
             return {key: self._dump(item, info) for key, item in value.items()}
         dumped = value.model_dump(mode=info.mode, exclude_unset=info.exclude_unset)
         return {self.by: getattr(value, self.by), **dumped}
+
+class ComponentName:
+    """Marks a text field (by `Annotated`) as the name of a component of `kind`, or one of the words `besides`."""
+
+    def __init__(self, kind: ComponentKind, *besides: str) -> None:
+        self.kind, self.besides = kind, besides
+
+    def check(self, name: str) -> str:
+        """`name`, if there is such a component."""
+        if name not in self.besides:
+            try:
+                resolve(self.kind, name)
+            except UnknownComponentError as error:
+                raise PydanticCustomError("component_name", "{text}", {"text": str(error)}) from None
+        return name
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """A string, then `check`."""
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """A string; the names there are stand among its examples."""
+        return {**handler(schema), "examples": [*self.besides, *names(self.kind)]}

@@ -9,13 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from mlc_ray._registry import resolve
 from mlc_ray.config.base import Fraction, PositiveFloat, PositiveInt, RunName, Section
-from mlc_ray.config.component import ComponentSettings
+from mlc_ray.config.component import ComponentName, ComponentSettings
 from mlc_ray.config.paths import RealPath
-
-BundleFormat = Literal[
-    "auto", "mlc", "table", "preference", "sft", "multijail", "xsafety", "aya", "m-alert", "polyguard", "rtp-lx",
-    "xstest", "dataset",
-]  # fmt: skip
 
 
 DTYPE = (
@@ -55,7 +50,12 @@ class SourceSection(Section):
     path: RealPath = Field(
         description="File, folder, hub name, or `sample:train` / `sample:test` for the shipped data."
     )
-    format: BundleFormat = Field("auto", description="File format; `auto` looks at the suffix and the first row.")
+    format: Annotated[str, ComponentName("format", "auto")] = Field(
+        "auto",
+        description=(
+            "What a record is; `auto` tells it from the first record's keys. One of your own: package.module:Class."
+        ),
+    )
     kind: Literal["harmful", "benign"] | None = Field(
         None, description="Kind of every bundle, for formats that do not record it (default there: harmful)."
     )

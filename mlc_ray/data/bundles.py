@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -15,6 +16,10 @@ from mlc_ray.types import Bundle, Kind
 FIELDS = ("bundle_id", "kind", "prompts", "chosen", "rejected", "response_language", "source", "category")
 KINDS: tuple[str, ...] = get_args(Kind)
 
+GIVEN_PREFIX = "given-"
+"""How the name of a file starts in which `data.given` keeps bundles that were given in memory."""
+
+_GIVEN_FILE = re.compile(rf"(^|/){GIVEN_PREFIX}[0-9a-f]{{16}}\.jsonl$")
 _QUOTED = 60
 
 
@@ -36,10 +41,18 @@ class RejectedRow:
     text: str
 
 
+def place(file: str, line: int) -> str:
+    """A place in words: `data.jsonl:3`, or `row 3 of the bundles given` for data that came from memory (`given`)."""
+    return f"row {line} of the bundles given" if _GIVEN_FILE.search(file) else f"{file}:{line}"
+
+
 def make_bundle(raw: Mapping[str, Any]) -> Bundle:
     """Check a raw bundle and build it. Its keys are `FIELDS`; None counts as absent except inside `prompts`.
 
-    A `bundle_id` may be given, and must then be the one that the content has. Raises `BundleError`.
+    A `bundle_id` may be given, and must then be the one that the content has.
+
+    Raises:
+        BundleError: the mapping breaks the contract.
     """
     raw = {key: value for key, value in raw.items() if value is not None}
     for key in raw:
@@ -86,7 +99,8 @@ def bundle_id_of(
 def select_languages(bundle: Bundle, languages: Sequence[str] | None) -> list[str]:
     """The bundle's languages that are in `languages` (None: all), sorted.
 
-    Raises `BundleError` naming data.languages when none is left, or when answers would lose the prompt they answer.
+    Raises:
+        BundleError: none is left, or answers would lose the prompt they answer; the message names data.languages.
     """
     kept = sorted(code for code in bundle.prompts if languages is None or code in languages)
     if not kept:
@@ -101,41 +115,12 @@ def select_languages(bundle: Bundle, languages: Sequence[str] | None) -> list[st
     return kept
 
 
-def to_row(bundle: Bundle) -> dict[str, Any]:
-    """A bundle as a flat row for Arrow: `prompts` as two parallel lists, `languages` (sorted) and `texts`.
-
-    A struct column would need one field per language of the whole data set; lists need none.
-    """
-    languages = sorted(bundle.prompts)
-    return {
-        "bundle_id": bundle.bundle_id,
-        "kind": bundle.kind,
-        "languages": languages,
-        "texts": [bundle.prompts[code] for code in languages],
-        "chosen": bundle.chosen,
-        "rejected": bundle.rejected,
-        "response_language": bundle.response_language,
-        "source": bundle.source,
-        "category": bundle.category,
-    }
-
-
-def from_row(row: Mapping[str, Any]) -> Bundle:
-    """The bundle that `to_row` wrote; other columns are ignored."""
-    return Bundle(
-        bundle_id=row["bundle_id"],
-        kind=row["kind"],
-        prompts=dict(zip(row["languages"], row["texts"], strict=True)),
-        chosen=row["chosen"],
-        rejected=row["rejected"],
-        response_language=row["response_language"],
-        source=row["source"],
-        category=row["category"],
-    )
-
-
 def check_language(code: Any, where: str) -> str:
-    """`code` if it has the form of a language tag; raises `BundleError` naming `where` it stood."""
+    """`code` if it has the form of a language tag.
+
+    Raises:
+        BundleError: it has not; the message names `where` it stood.
+    """
     if not isinstance(code, str) or not LANGUAGE_TAG.fullmatch(code):
         raise BundleError(
             f"{where}: {code!r} is not a language code; write it like 'en', 'zh-Hant', 'pt-BR' (BCP 47, with its cases)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,41 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlc_ray.data.tables import TOKENS, table_to_rows
 from mlc_ray.storage import ArtifactError, read_manifest, verify_files, write_manifest
 from mlc_ray.types import TokenRow
 
 FORMAT = 1
 ROWS_FILE = "rows.arrow"
 REJECTS_FILE = "rejects.jsonl"
-
-_IDS = pa.list_(pa.int32())
-SCHEMA = pa.schema(
-    [
-        pa.field("bundle_id", pa.string(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),
-        pa.field("languages", pa.list_(pa.string()), nullable=False),
-        pa.field("prompts", pa.list_(_IDS), nullable=False),
-        pa.field("tapped", _IDS, nullable=False),
-        pa.field("response_prompt", pa.int32(), nullable=False),
-        pa.field("chosen", _IDS),
-        pa.field("rejected", _IDS),
-        pa.field("truncated_prompt_tokens", pa.int32(), nullable=False),
-        pa.field("truncated_response_tokens", pa.int32(), nullable=False),
-        pa.field("cut", _IDS, nullable=False),  # tokens each prompt lost, parallel to languages
-    ]
-)
-_ROW_FIELDS = tuple(name for name in SCHEMA.names if name != "cut")
-
-
-def rows_to_table(rows: Sequence[TokenRow], cuts: Sequence[Sequence[int]]) -> pa.Table:
-    """Token rows as an Arrow table of `SCHEMA`; `cuts[i]` are the tokens each prompt of row i lost."""
-    columns = {name: [getattr(row, name) for row in rows] for name in _ROW_FIELDS}
-    return pa.table({**columns, "cut": [list(cut) for cut in cuts]}, schema=SCHEMA)
-
-
-def table_to_rows(table: pa.Table | pa.RecordBatch) -> list[TokenRow]:
-    """The token rows of a table that has (at least) the columns of `SCHEMA`."""
-    return [TokenRow(**row) for row in table.select(_ROW_FIELDS).to_pylist()]
 
 
 @dataclass
@@ -65,7 +37,7 @@ class TokenCounts:
     truncated_response_tokens: int = 0
 
     def add(self, table: pa.Table | pa.RecordBatch) -> None:
-        """Count rows of `SCHEMA`; only lengths become Python numbers, never the ids."""
+        """Count rows of `TOKENS`; only lengths become Python numbers, never the ids."""
         self.rows += table.num_rows
         codes = pc.list_flatten(table["languages"]).to_pylist()
         lengths = pc.list_value_length(pc.list_flatten(table["prompts"])).to_pylist()
@@ -88,13 +60,13 @@ class TokenCounts:
 
 
 def write_rows(folder: Path, tables: Iterable[pa.Table | pa.RecordBatch], **manifest: Any) -> TokenCounts:
-    """Stream tables of `SCHEMA` into `folder` and write its manifest last, with the counts and the given fields."""
+    """Stream tables of `TOKENS` into `folder` and write its manifest last, with the counts and the given fields."""
     counts = TokenCounts()
     # Uncompressed: a compressed column would have to be unpacked into each process, row by row of random access.
-    with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+    with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, TOKENS) as writer:
         for table in tables:
             counts.add(table)
-            writer.write(table.select(SCHEMA.names).cast(SCHEMA))
+            writer.write(table.select(TOKENS.names).cast(TOKENS))
     write_manifest(
         folder,
         artifact="tokens",
@@ -125,7 +97,9 @@ class TokenArtifact:
     def open(cls, folder: str | Path) -> TokenArtifact:
         """Map a folder.
 
-        Raises `IncompleteArtifactError` if a file is missing or short, `ArtifactError` if it holds something else.
+        Raises:
+            IncompleteArtifactError: a file is missing or short.
+            ArtifactError: the folder holds something else.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -146,7 +120,7 @@ class TokenArtifact:
     @property
     def fingerprint(self) -> str:
         """Fingerprint of sources, tokenizer and data settings."""
-        return self.manifest["fingerprint"]
+        return str(self.manifest["fingerprint"])
 
     @property
     def languages(self) -> list[str]:
@@ -156,8 +130,9 @@ class TokenArtifact:
     @property
     def counts(self) -> TokenCounts:
         """Tokens per language, and what the limits cut."""
-        stored = self.manifest["counts"]
-        return TokenCounts(**{k: Counter(v) if isinstance(v, dict) else v for k, v in stored.items()})
+        stored: dict[str, Any] = self.manifest["counts"]
+        fields: dict[str, Any] = {k: Counter(v) if isinstance(v, dict) else v for k, v in stored.items()}
+        return TokenCounts(**fields)
 
     @property
     def rejected(self) -> dict[str, int]:
@@ -180,17 +155,21 @@ class TokenArtifact:
         return [name for batch in self._batches for name in batch.column("kind").to_pylist()]
 
     def table(self, indices: Iterable[int]) -> pa.Table:
-        """Rows by index as a table of `SCHEMA`, reading only those. Raises `IndexError` outside 0..rows-1."""
+        """Rows by index as a table of `TOKENS`, reading only those.
+
+        Raises:
+            IndexError: an index is outside 0..rows-1.
+        """
         pieces = []
         for index in indices:
             if not 0 <= index < self.rows_count:
                 raise IndexError(f"row {index} of {self.rows_count} in {str(self.folder)!r}")
             part = bisect_right(self._starts, index) - 1
             pieces.append(self._batches[part].slice(index - self._starts[part], 1))
-        return pa.Table.from_batches(pieces, schema=SCHEMA)
+        return pa.Table.from_batches(pieces, schema=TOKENS)
 
     def rows(self, indices: Iterable[int]) -> list[TokenRow]:
-        """Token rows by index, in the order asked for. Raises `IndexError` outside 0..rows-1."""
+        """`table` as token rows, for small calls."""
         return table_to_rows(self.table(indices))
 
 

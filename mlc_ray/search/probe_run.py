@@ -14,7 +14,8 @@ import torch
 from mlc_ray.cluster import check_capacity, connect, use_gpu, with_dtype
 from mlc_ray.config import DataSection, ModelSection, SourceSection, TrainConfig
 from mlc_ray.data.batches import pack_prompts
-from mlc_ray.data.prepare import TokenArtifact, prepare_token_rows
+from mlc_ray.data.prepare import prepare_token_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.report.console import show
 from mlc_ray.report.tables import console
@@ -119,7 +120,7 @@ class ProbeActor:
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rows `id` -> kind, states [L, layers, H] float32 (zero where absent), present [L]."""
-        rows = self.tokens.rows(batch["id"].tolist())
+        rows = self.tokens.table(batch["id"].tolist())
         prompts = move(pack_prompts(rows, self.tokens.languages), self.device)
         states = layer_states(self.model, prompts).float().cpu()  # [P, layers, H]
         grid = states.new_zeros(len(rows), len(self.tokens.languages), *states.shape[1:])
@@ -128,7 +129,7 @@ class ProbeActor:
         grid[index] = states
         present[index] = True
         return {
-            "kind": np.array([row.kind for row in rows]),
+            "kind": np.array(rows["kind"].to_pylist()),
             "states": grid.numpy(),
             "present": present.numpy(),
         }

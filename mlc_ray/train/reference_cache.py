@@ -14,7 +14,7 @@ import torch
 
 from mlc_ray.config import ModelSection, TrainConfig
 from mlc_ray.data.batches import collate
-from mlc_ray.data.prepare import TokenArtifact
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
 from mlc_ray.progress import phase
 from mlc_ray.storage import (
@@ -144,7 +144,7 @@ class ReferenceScorer:
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
         """Rows `id` -> bundle_id, and what is needed: chosen and rejected (nats, float64), state (list of float32)."""
-        rows = self.tokens.rows(batch["id"].tolist())
+        rows = self.tokens.table(batch["id"].tolist())
         collated = collate(
             rows,
             languages=self.tokens.languages,
@@ -153,7 +153,7 @@ class ReferenceScorer:
             reference=None,
         )
         said = self.model(move(collated, self.device), tap=True)
-        columns: dict[str, Any] = {"bundle_id": [row.bundle_id for row in rows]}
+        columns: dict[str, Any] = {"bundle_id": rows["bundle_id"]}
         if said.chosen is not None and said.rejected is not None:
             columns["chosen"] = said.chosen.double().cpu().numpy()
             columns["rejected"] = said.rejected.double().cpu().numpy()

@@ -26,7 +26,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from mlc_ray.cluster import check_capacity, connect, use_gpu, with_dtype
 from mlc_ray.config import TrainConfig, load_config, parse_config
 from mlc_ray.data.order import plan_rank, total_steps
-from mlc_ray.data.prepare import TokenArtifact, prepare_token_rows, stream_batches
+from mlc_ray.data.prepare import prepare_token_rows
+from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.stream import stream_batches
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import keep_in

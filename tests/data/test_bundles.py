@@ -1,6 +1,8 @@
 import pytest
 
-from mlc_ray.data.bundles import BundleError, from_row, make_bundle, select_languages, to_row
+from mlc_ray.data.bundles import BundleError, make_bundle, select_languages
+from mlc_ray.data.tables import bundle_columns
+from mlc_ray.types import Bundle
 
 GOOD = {
     "kind": "benign",
@@ -10,10 +12,13 @@ GOOD = {
 }
 
 
-def test_a_good_row_becomes_a_bundle_and_survives_the_row_form():
+def test_a_good_row_becomes_a_bundle_and_a_row_of_the_table():
     bundle = make_bundle({**GOOD, "source": "handmade", "category": None})
     assert (bundle.kind, bundle.response_language, bundle.source, bundle.category) == ("benign", "en", "handmade", "")
-    assert from_row(to_row(bundle)) == bundle
+    row = bundle_columns(bundle)
+    prompts = dict(zip(row.pop("languages"), row.pop("texts"), strict=True))
+    assert Bundle(prompts=prompts, **row) == bundle
+    assert bundle_columns(bundle, ["zh-Hant"])["texts"] == ["怎麼煮蛋？"]
 
 
 def test_the_id_is_the_content_and_nothing_else():

@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
-from mlc_ray.data.bundles import BundleFileError, from_row, make_bundle
+from mlc_ray.data.bundles import BundleFileError, make_bundle
 from mlc_ray.data.order import plan_rank
 from mlc_ray.data.prepare import (
     InvalidBundlesError,
     count_by_reason,
     prepare_token_rows,
     read_bundles,
-    stream_batches,
     token_fingerprint,
 )
-from mlc_ray.data.store import ROWS_FILE, TokenArtifact, rows_to_table, write_rows
+from mlc_ray.data.store import ROWS_FILE, TokenArtifact, write_rows
+from mlc_ray.data.stream import stream_batches
+from mlc_ray.data.tables import bundle_columns, rows_to_table
 from mlc_ray.data.tokens import ChatTemplate, TokenizationError, load_tokenizer, tokenize_bundle
 from mlc_ray.storage import ArtifactError, IncompleteArtifactError
 from mlc_ray.types import TokenRow
@@ -43,6 +44,10 @@ def read(sources, tmp_path, on_invalid="fail", **settings):
     return dataset.take_all()
 
 
+def columns_of(rows):
+    return [{name: value for name, value in row.items() if name not in ("file", "line")} for row in rows]
+
+
 def rejects(tmp_path):
     return [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -63,16 +68,16 @@ def prepared(ray_local, smollm2, tmp_path_factory):
 def test_bundles_keep_the_order_of_sources_and_lines(ray_local, tmp_path):
     sources = [write(tmp_path / f"{name}.jsonl", [record(10 * i + n) for n in range(4)]) for i, name in enumerate("ba")]
     rows = read(sources, tmp_path)
-    assert [from_row(row) for row in rows] == [make_bundle(record(n)) for n in (0, 1, 2, 3, 10, 11, 12, 13)]
+    assert columns_of(rows) == [bundle_columns(make_bundle(record(n))) for n in (0, 1, 2, 3, 10, 11, 12, 13)]
     assert [(row["file"], row["line"]) for row in rows] == [(s.path, line) for s in sources for line in (1, 2, 3, 4)]
     assert not (tmp_path / "rejects.jsonl").exists()
 
 
-def test_invalid_rows_are_written_counted_and_left_out_or_fatal(ray_local, tmp_path, capsys):
+def test_invalid_rows_are_written_counted_and_left_out_or_fatal(ray_local, tmp_path, caplog):
     a = write(tmp_path / "a.jsonl", [record(0), record(1, kind="harmles"), record(2)])
     b = write(tmp_path / "b.jsonl", [record(0), record(4, chosen=""), record(5), record(6, prompts={"en": "\ud83d"})])
     rows = read([a, b], tmp_path, "skip")
-    assert [from_row(row) for row in rows] == [make_bundle(record(n)) for n in (0, 2, 5)]
+    assert columns_of(rows) == [bundle_columns(make_bundle(record(n))) for n in (0, 2, 5)]
     assert set(rows[0]) >= {"bundle_id", "languages", "texts", "file", "line"}
     assert "reason" not in rows[0]
     written = rejects(tmp_path)
@@ -80,7 +85,7 @@ def test_invalid_rows_are_written_counted_and_left_out_or_fatal(ray_local, tmp_p
     assert "'harmles'" in written[0]["reason"]
     assert json.loads(written[0]["text"]) == record(1, kind="harmles")
     assert f"'{a.path}:1'" in written[1]["reason"]
-    assert "4 invalid rows" in capsys.readouterr().err
+    assert "4 invalid rows" in caplog.text
 
     with pytest.raises(InvalidBundlesError) as error:
         read([a, b], tmp_path, "fail")
@@ -155,7 +160,7 @@ def test_an_artefact_is_used_again_wherever_its_source_lies(prepared, tmp_path):
     assert len(names | {artifact.fingerprint}) == 4
 
 
-def test_a_damaged_artefact_is_made_anew_and_rejected_rows_travel_with_it(ray_local, smollm2, tmp_path, capsys):
+def test_a_damaged_artefact_is_made_anew_and_rejected_rows_travel_with_it(ray_local, smollm2, tmp_path, caplog):
     source = write(tmp_path / "a.jsonl", [record(0), record(1, kind="x")])
     data, model = DataSection(train=[source], on_invalid="skip"), ModelSection(path=str(smollm2))
     cache = tmp_path / "cache"
@@ -165,7 +170,7 @@ def test_a_damaged_artefact_is_made_anew_and_rejected_rows_travel_with_it(ray_lo
     artifact = prepare_token_rows(data, model, cache_dir=cache)
     assert artifact.folder == damaged
     assert artifact.bundle_ids == [make_bundle(record(0)).bundle_id]
-    assert "manifest.json is missing" in capsys.readouterr().err
+    assert "manifest.json is missing" in caplog.text
     assert sum(artifact.rejected.values()) == 1
     assert json.loads(artifact.rejects_path.read_text())["line"] == 2
     assert list(cache.iterdir()) == [damaged]
@@ -188,7 +193,7 @@ def token_row(number):
 @pytest.fixture
 def stored(tmp_path):
     rows = [token_row(n) for n in range(10)]
-    tables = [rows_to_table(part, [[0]] * len(part)) for part in (rows[:4], rows[4:5], rows[5:])]
+    tables = [rows_to_table(part) for part in (rows[:4], rows[4:5], rows[5:])]
     write_rows(tmp_path, tables, fingerprint="x", rejected={})
     return tmp_path
 
@@ -256,9 +261,9 @@ def test_a_restarted_stream_goes_on_with_the_very_same_batches(prepared):
 
 
 def test_order_holds_over_many_blocks_and_no_setting_leaks(ray_local, stored, monkeypatch):
-    from mlc_ray.data import prepare as ray_data
+    from mlc_ray.data import stream
 
-    monkeypatch.setattr(ray_data, "_GATHER_ROWS", 3)
+    monkeypatch.setattr(stream, "_GATHER_ROWS", 3)
     slots = plan(range(10), epochs=4)
     assert [s for taken, _ in stream_batches(stored, slots, **BATCH) for s in taken] == slots
     assert not ray_local.data.DataContext.get_current().execution_options.preserve_order

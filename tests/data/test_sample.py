@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 
 from mlc_ray.data.bundles import make_bundle
-from mlc_ray.data.formats.readers import sample_path
+from mlc_ray.data.sources import sample_path
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.types import Answer
 

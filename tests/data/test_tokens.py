@@ -162,12 +162,12 @@ def test_cuts_are_counted_and_an_answer_without_its_end_has_no_end_of_turn(small
 
 def test_an_answer_that_would_melt_into_the_generation_prompt_is_tokenised_alone(small):
     tokenizer = small(CHATML)
-    template = ChatTemplate(tokenizer)
     joined = whole(tokenizer, "a", "\nb")
     prompt = whole(tokenizer, "a")
     assert joined[: len(prompt)] != prompt  # this tokenizer has a token for two line breaks
-    answer, _ = template.encode_answer("a", "\nb", 100)
-    assert tokenizer.decode(prompt + answer) == tokenizer.decode(joined)
+    row = tokenize(make_bundle({"kind": "benign", "prompts": {"en": "a"}, "chosen": "\nb"}), tokenizer)
+    assert row.prompts == [prompt]
+    assert tokenizer.decode(prompt + row.chosen) == tokenizer.decode(joined)
 
 
 def test_a_limit_below_the_template_names_the_setting_and_values(tokenizer):

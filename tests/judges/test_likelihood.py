@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from mlc_ray.data.formats.readers import sample_path
+from mlc_ray.data.sources import sample_path
 from mlc_ray.judges.likelihood import LANGUAGES, OPENINGS, margin, openings_for
 
 

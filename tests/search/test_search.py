@@ -299,7 +299,7 @@ def test_a_probe_sees_every_layer_as_transformers_does(ray_local: Any, small_lla
     import torch
 
     from mlc_ray.config import ModelSection, SourceSection
-    from mlc_ray.data.prepare import TokenArtifact
+    from mlc_ray.data.store import TokenArtifact
     from mlc_ray.search.probe_run import probe
 
     settings = ModelSection(path=str(small_llama), dtype="float32")

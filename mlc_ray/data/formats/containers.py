@@ -9,10 +9,11 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -38,20 +39,56 @@ class Record:
     reason: str = ""
 
 
-def open_records(path: str, *, csv_expected: bool = False) -> tuple[list[str] | None, Iterator[Record]]:
-    """Column names (None where every record names its own keys) and the records of a file, folder or hub dataset.
+class Opened:
+    """A file's records, which can be gone through once, and the names of its columns (None for JSON)."""
 
-    Raises `BundleFileError`, at once or while iterating, when the file cannot be read as what its suffix says.
+    def __init__(self, path: str, columns: list[str] | None, records: Iterator[Record]):
+        self.path = path
+        self.columns = columns
+        self._records = records
+
+    def keys(self) -> frozenset[str]:
+        """The columns, or the keys of the first record that can be read; it is not lost.
+
+        Raises:
+            BundleFileError: there is no record, or none that can be read.
+        """
+        if self.columns is not None:
+            return frozenset(self.columns)
+        peeked: list[Record] = []
+        for record in self._records:
+            peeked.append(record)
+            if record.fields is not None:
+                self._records = chain(peeked, self._records)
+                return frozenset(record.fields)
+        if not peeked:
+            raise BundleFileError(f"{self.path}: no rows in it")
+        raise BundleFileError(f"{self.path}: no record of it can be read: line {peeked[0].line}: {peeked[0].reason}")
+
+    def __iter__(self) -> Iterator[Record]:
+        empty = True
+        for record in self._records:
+            empty = False
+            yield record
+        if empty:
+            raise BundleFileError(f"{self.path}: no rows in it")
+
+
+def open_records(path: str, *, container: Literal["csv"] | None = None) -> Opened:
+    """The records of a file, folder or hub dataset; a file without a known suffix is read as `container`.
+
+    Raises:
+        BundleFileError: at once or while iterating, when the file cannot be read as what its suffix says.
     """
     location = Path(path)
     if location.is_dir() or not location.exists():
-        return _open_dataset(path)
+        return Opened(path, *_open_dataset(path))
     if location.suffix == ".parquet":
-        return _open_parquet(path)
+        return Opened(path, *_open_parquet(path))
     if location.suffix in (".jsonl", ".json"):
-        return None, _json_records(path)
-    if location.suffix in (".csv", ".tsv") or csv_expected:
-        return _open_csv(path)
+        return Opened(path, None, _json_records(path))
+    if location.suffix in (".csv", ".tsv") or container == "csv":
+        return Opened(path, *_open_csv(path))
     raise BundleFileError(f"{path}: the suffix {location.suffix!r} is none of {', '.join(SUFFIXES)}")
 
 
@@ -59,11 +96,14 @@ def open_records(path: str, *, csv_expected: bool = False) -> tuple[list[str] | 
 
 
 def _json_records(path: str) -> Iterator[Record]:
-    first = next((text for _, text in _lines(path) if text.strip()), "")
-    if first.lstrip().startswith("["):
-        yield from _array_records(path)
+    lines = _lines(path)
+    first = next((numbered for numbered in lines if numbered[1].strip()), None)
+    if first is None:
         return
-    for line, text in _lines(path):
+    if first[1].lstrip().startswith("["):
+        yield from _array_records(path, first[0], first[1] + "".join(text for _, text in lines))
+        return
+    for line, text in chain([first], lines):
         if text.strip():
             yield _json_record(line, text.strip("\r\n"))
 
@@ -80,12 +120,11 @@ def _json_record(line: int, text: str) -> Record:
     return Record(line, text, value)
 
 
-def _array_records(path: str) -> Iterator[Record]:
-    """The elements of a JSON array, one at a time, each with the line it starts on."""
-    text = "".join(line for _, line in _lines(path))
+def _array_records(path: str, line: int, text: str) -> Iterator[Record]:
+    """The elements of the JSON array `text`, which begins on `line`, each with the line it starts on."""
     decoder = json.JSONDecoder(object_pairs_hook=_object)
     position = text.index("[") + 1
-    line, counted = 1, 0
+    counted = 0
 
     def skip_blanks(at: int) -> int:
         while at < len(text) and text[at].isspace():
@@ -240,7 +279,8 @@ def is_saved_dataset(folder: Path) -> bool:
 def load_dataset(path: str) -> Any:
     """The `datasets.Dataset` of a saved folder or of a hub name `NAME[@CONFIG][:SPLIT]`.
 
-    Raises `BundleFileError` if it cannot be loaded, or has several splits and none is named.
+    Raises:
+        BundleFileError: it cannot be loaded, or has several splits and none is named.
     """
     import datasets  # two seconds, and only this format needs it
     from datasets.exceptions import DatasetsError
@@ -276,8 +316,13 @@ def _open_dataset(path: str) -> tuple[list[str], Iterator[Record]]:
 
 def _table_records(rows: list[dict[str, Any]]) -> Iterator[Record]:
     for row in rows:
-        fields = {key: _without_nulls(value) for key, value in row.items() if value is not None}
+        fields = without_nulls(row)
         yield Record(0, json.dumps(fields, ensure_ascii=False, default=repr)[:_SHOWN], fields)
+
+
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a table without its null cells, and without the nulls in a cell that is a struct."""
+    return {key: _without_nulls(value) for key, value in row.items() if value is not None}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Bundles whose languages stand in different rows or files: pieces joined by their ids.
+"""Formats whose bundles are spread over rows or files: pieces, one language each, joined by their ids.
 
 Joining needs the whole source in memory; the benchmarks that need it are tens of thousands of short prompts.
 """
@@ -6,36 +6,27 @@ Joining needs the whole source in memory; the benchmarks that need it are tens o
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, check_language, make_bundle
-from mlc_ray.data.formats import containers
-from mlc_ray.data.formats.benchmark_shapes import Piece
-from mlc_ray.types import Bundle
+from mlc_ray.data.bundles import BundleError, RejectedRow, make_bundle, place
+from mlc_ray.data.formats.base import Format, Row
+from mlc_ray.types import Kind
 
-# XSafety's repository has a folder per language and a file per category in each; one folder's name is no language code.
-_XSAFETY_FOLDERS = {"sp": "es"}
-XSAFETY_CATEGORIES = (
-    "commonsense", "Crimes_And_Illegal_Activities", "Ethics_And_Morality", "Goal_Hijacking",
-    "Inquiry_With_Unsafe_Opinion", "Insult", "Mental_Health", "Physical_Harm", "Privacy_And_Property",
-    "Prompt_Leaking", "Reverse_Exposure", "Role_Play_Instruction", "Unfairness_And_Discrimination",
-    "Unsafe_Instruction_Topic",
-)  # fmt: skip
-_XSAFETY_SPELLINGS = {
-    "Crimes_And_Illegal_Activitie": "Crimes_And_Illegal_Activities",
-    "commen_sense": "commonsense",
-}
+if TYPE_CHECKING:
+    from mlc_ray.data.formats.containers import Opened
 
 
-class Row(NamedTuple):
-    """What one place of a source turned out to be: `line` counts from 1 (rows of tables, lines of text files)."""
+@dataclass(frozen=True)
+class Piece:
+    """One language of a bundle: pieces with the same `key` belong together. `kind` is None where none is recorded."""
 
-    file: str
-    line: int
-    parsed: Bundle | RejectedRow
+    key: str
+    language: str
+    text: str
+    kind: str | None = None
+    category: str = ""
 
 
 class Placed(NamedTuple):
@@ -47,7 +38,41 @@ class Placed(NamedTuple):
     kind: str | None
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        return place(self.file, self.line)
+
+
+class JoinedFormat(Format):
+    """A format whose record is one language of a bundle; subclasses define `piece` instead of `bundle`."""
+
+    joins_files = True
+
+    split_kinds: ClassVar[bool] = False
+    """Whether languages of one key that differ in kind become two bundles; otherwise that is a contradiction."""
+
+    def piece(self, record: Mapping[str, Any]) -> Piece | None:
+        """The piece that a record is, or None for one that marks a missing prompt.
+
+        Raises:
+            BundleError: the record is no piece; the message is the reason that the user reads.
+        """
+        raise NotImplementedError
+
+    def read(self, files: Iterable[Opened], kind: Kind | None) -> Iterator[Row]:
+        """Rejected rows as they come, then the bundles in the order of their first pieces."""
+        return join(self._pieces(files, kind), split_kinds=self.split_kinds)
+
+    def _pieces(self, files: Iterable[Opened], kind: Kind | None) -> Iterator[Placed | RejectedRow]:
+        for file in files:
+            for record in file:
+                if record.fields is None:
+                    yield RejectedRow(file.path, record.line, record.reason, record.text)
+                    continue
+                try:
+                    piece = self.piece(self.check_keys(record, file))
+                    if piece is not None:
+                        yield Placed(file.path, record.line, piece, self.settle_kind(piece.kind, kind))
+                except BundleError as error:
+                    yield RejectedRow(file.path, record.line, str(error), record.text)
 
 
 def join(pieces: Iterable[Placed | RejectedRow], *, split_kinds: bool) -> Iterator[Row]:
@@ -90,82 +115,3 @@ def _bundle(group: list[Placed]) -> Row:
 
 def _rejected(placed: Placed, reason: str) -> Row:
     return Row(placed.file, placed.line, RejectedRow(placed.file, placed.line, reason, placed.piece.text))
-
-
-# ------------------------------------------------------------------------------------------------------------ XSafety
-
-
-def is_xsafety(folder: Path) -> bool:
-    """Whether `folder` looks like a copy of XSafety's repository."""
-    return (folder / "en" / "commonsense.csv").is_file()
-
-
-def xsafety_pieces(folder: str, kind: str) -> Iterator[Placed | RejectedRow]:
-    """XSafety: LANGUAGE/CATEGORY.csv without headers, one cell a row; the row number joins the languages.
-
-    A file with another number of rows than its category has in the other languages cannot be joined, and is rejected
-    as a whole. Raises `BundleFileError` for a folder or file that is none of XSafety's.
-    """
-    root = Path(folder)
-    files = sorted(root.glob("*/*.csv")) if root.is_dir() else []
-    if not files:
-        raise BundleFileError(
-            f"{folder}: format 'xsafety' is a folder with a folder per language (en/commonsense.csv, ...), as in its "
-            "repository; copies without ids, one row per prompt, cannot be joined"
-        )
-    contents = {path: list(containers.headless_csv(str(path))) for path in files}
-    names = {path: (_xsafety_category(path), _xsafety_language(path)) for path in files}
-    proper = {names[path]: path for path in sorted(files, key=lambda p: p.stem not in _XSAFETY_SPELLINGS)}
-    usual = _usual_lengths((names[path][0], len(contents[path])) for path in proper.values())
-    for path, rows in contents.items():
-        category, language = names[path]
-        if proper[category, language] != path:
-            reason = f"repeats {category} in {language!r}, which is in {str(proper[category, language])!r}; remove one"
-            yield RejectedRow(str(path), 1, reason, "")
-            continue
-        if not rows:
-            raise BundleFileError(f"{path}: no rows in it")
-        if len(rows) != usual[category]:
-            seen = usual[category] or "no usual number of"
-            reason = (
-                f"the file has {len(rows)} rows, {category} has {seen} rows in other languages: its rows cannot be "
-                "joined with theirs by number; mend the file, or move it away"
-            )
-            yield RejectedRow(str(path), 1, reason, "")
-            continue
-        for number, (line, cells) in enumerate(rows, start=1):
-            text = cells[0]
-            if len(cells) != 1 or not text.strip():
-                what = "the cell is blank" if len(cells) == 1 else f"{len(cells)} cells instead of 1"
-                yield RejectedRow(str(path), line, what, json.dumps(cells, ensure_ascii=False))
-                continue
-            piece = Piece(f"{category} {number}", language, text, category=category)
-            yield Placed(str(path), line, piece, kind)
-
-
-def _usual_lengths(files: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """The number of rows most files of a category have; 0 where no number is more frequent than the others."""
-    counts: dict[str, Counter[int]] = {}
-    for category, rows in files:
-        counts.setdefault(category, Counter())[rows] += 1
-    usual = {}
-    for category, seen in counts.items():
-        (length, most), *others = seen.most_common()
-        usual[category] = 0 if others and others[0][1] == most else length
-    return usual
-
-
-def _xsafety_category(path: Path) -> str:
-    stem = path.stem.removesuffix("_n").removesuffix(f"_{path.parent.name}")
-    category = _XSAFETY_SPELLINGS.get(stem, stem)
-    if category not in XSAFETY_CATEGORIES:
-        raise BundleFileError(f"{path}: {stem!r} is none of XSafety's categories: {', '.join(XSAFETY_CATEGORIES)}")
-    return category
-
-
-def _xsafety_language(path: Path) -> str:
-    name = path.parent.name
-    try:
-        return check_language(_XSAFETY_FOLDERS.get(name, name), "the folder's name")
-    except BundleError as error:
-        raise BundleFileError(f"{path}: {error}") from None

@@ -15,9 +15,8 @@ import pytest
 
 from mlc_ray.cli.commands import parse_benchmark
 from mlc_ray.config import ConfigError, SourceSection
-from mlc_ray.data.bundle_tables import keep_valid, parse_file
 from mlc_ray.data.bundles import BundleFileError, RejectedRow
-from mlc_ray.data.formats.readers import SourceFile, read_file, resolve_source
+from mlc_ray.data.sources import SourceFile, keep_valid, parse_file, read_file, resolve_source
 from mlc_ray.types import Bundle
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -368,7 +367,7 @@ def test_a_saved_dataset_may_hold_any_format(tmp_path):
 
 @pytest.mark.parametrize("name", ["owner/name", "owner/name:test", "owner/name@config", "owner/name@config:test"])
 def test_hub_names_carry_config_and_split(name):
-    assert resolve_source(SourceSection(path=name)) == [SourceFile(name, "dataset")]
+    assert resolve_source(SourceSection(path=name)) == [SourceFile(name)]
     assert resolve_source(SourceSection(path=name, format="polyguard")) == [SourceFile(name, "polyguard")]
     with pytest.raises(BundleFileError, match="cannot be loaded as a Hugging Face dataset"):
         list(read_file(SourceFile(name, "polyguard")))

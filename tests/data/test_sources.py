@@ -8,7 +8,7 @@ import pytest
 
 from mlc_ray.config import SourceSection
 from mlc_ray.data.bundles import BundleFileError, RejectedRow, make_bundle
-from mlc_ray.data.formats.readers import SourceFile, read_file, resolve_source, sample_path
+from mlc_ray.data.sources import SourceFile, read_file, resolve_source, sample_path
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OWN = {"kind": "benign", "prompts": {"en": "How do I hum?"}, "chosen": "Close your mouth.", "rejected": "No."}
@@ -189,7 +189,7 @@ def test_saved_datasets_in_both_shapes(tmp_path):
             for name in ("train", "test")
         }
     ).save_to_disk(tmp_path / "preference")
-    assert bundles(tmp_path / "own", "dataset") == [make_bundle(OWN)]
+    assert bundles(tmp_path / "own") == [make_bundle(OWN)]
     assert bundles(tmp_path / "preference" / "test")[0].prompts == {"en": "a", "fr": "test"}
     with pytest.raises(BundleFileError, match=r"splits \['test', 'train'\]"):
         read(tmp_path / "preference")
@@ -197,7 +197,7 @@ def test_saved_datasets_in_both_shapes(tmp_path):
 
 def test_a_hub_name_that_cannot_be_had_says_so():
     with pytest.raises(BundleFileError, match="'nobody/nothing' cannot be loaded"):
-        read("nobody/nothing", "dataset")
+        read("nobody/nothing")
 
 
 def test_sources_resolve_to_files_in_order(tmp_path):
@@ -205,7 +205,7 @@ def test_sources_resolve_to_files_in_order(tmp_path):
         (tmp_path / name).touch()
     found = resolve_source(SourceSection(path=str(tmp_path), kind="benign"))
     assert [(Path(f.path).name, f.kind) for f in found] == [("a.csv", "benign"), ("b.jsonl", "benign")]
-    assert resolve_source(SourceSection(path="owner/name"))[0] == SourceFile("owner/name", "dataset")
+    assert resolve_source(SourceSection(path="owner/name"))[0] == SourceFile("owner/name")
     for missing in (str(tmp_path / "no.jsonl"), "data/train.jsonl"):
         with pytest.raises(BundleFileError, match="does not exist"):
             resolve_source(SourceSection(path=missing))

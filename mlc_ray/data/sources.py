@@ -1,0 +1,288 @@
+"""Sources of the settings -> files -> bundles or rejected rows, as tables that a Ray task hands on.
+
+It imports neither Ray nor torch, so that the tasks which read start fast.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mlc_ray._registry import names, resolve
+from mlc_ray.config import SourceSection
+from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, select_languages
+from mlc_ray.data.formats import containers
+from mlc_ray.data.formats.base import Format, Row
+from mlc_ray.data.formats.containers import Opened
+from mlc_ray.data.tables import BUNDLES, bundle_columns
+from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import fingerprint, fingerprint_files
+from mlc_ray.types import Bundle, Kind
+
+AUTO = "auto"
+SAMPLES = ("train", "test")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?(:[\w.-]+)?")
+_SHIPPED = "mlc_ray.data.formats."
+_ROWS_AT_ONCE = 512
+_TEXT = pa.string()
+
+# One schema for bundles and for rejected rows, so that blocks of any file concatenate.
+PARSED = pa.schema(
+    [
+        *BUNDLES,
+        # `reason` and `text` are of a rejected row; `fault` concerns the whole file. `row` numbers what a source gave:
+        # a line does not, where a source is a folder of files.
+        ("reason", _TEXT),
+        ("text", _TEXT),
+        ("fault", _TEXT),
+        ("file_index", pa.int64()),
+        ("row", pa.int64()),
+    ]
+)
+NOT_OF_A_BUNDLE = ["reason", "text", "fault", "file_index", "row"]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One thing to read in one go: a file, a saved dataset, a hub dataset (`NAME[@CONFIG][:SPLIT]`), or a folder whose
+    files hold languages of the same bundles.
+    """
+
+    path: str
+    format: str = AUTO
+    kind: Kind | None = None
+    only: Kind | None = None
+
+    def fingerprint(self) -> str:
+        """Of the content, of how it is read, and of the code of a format from outside this package."""
+        local = Path(self.path).exists()
+        content = fingerprint_files([Path(self.path)]) if local else containers.load_dataset(self.path)._fingerprint
+        return fingerprint([content, self.format, self.kind, self.only, _code_of(self.format)])
+
+
+# ------------------------------------------------------------------------------------------- from source to files
+
+
+def sample_path(name: str) -> Path:
+    """The shipped sample `train` or `test`.
+
+    Raises:
+        BundleFileError: it has another name, or the file is not there.
+    """
+    if name not in SAMPLES:
+        raise BundleFileError(f"'sample:{name}' is not shipped; choose one of {[f'sample:{s}' for s in SAMPLES]}")
+    path = Path(__file__).parent / "sample" / f"{name}.jsonl"
+    if not path.is_file():
+        raise BundleFileError(f"'sample:{name}' should be at {str(path)!r}, but the installation lacks it")
+    return path
+
+
+def resolve_source(source: SourceSection) -> list[SourceFile]:
+    """What a source of the settings stands for, in a fixed order.
+
+    Raises:
+        BundleFileError: there is nothing there.
+    """
+    name, format = source.path, source.format
+
+    def file(path: str | Path, as_format: str = format) -> SourceFile:
+        return SourceFile(str(path), as_format, source.kind, source.only)
+
+    if name.startswith("sample:"):
+        return [file(sample_path(name.removeprefix("sample:")), "mlc")]
+    path = Path(name).expanduser().absolute()  # tasks run elsewhere, with another working directory
+    if path.is_file() or (path.is_dir() and containers.is_saved_dataset(path)):
+        return [file(path)]
+    if path.is_dir():
+        if (whole := _format_of_folder(path, format)) is not None:
+            return [file(path, whole)]
+        files = _files_of(path)
+        if not files:
+            raise BundleFileError(
+                f"folder {name!r} holds no {', '.join(containers.SUFFIXES)} file and no saved dataset"
+            )
+        if (joined := _joined_format(files, format)) is not None:
+            return [file(path, joined)]
+        return [file(inside) for inside in files]
+    folder_only = format != AUTO and make_format(format).whole_folder
+    if not folder_only and path.suffix not in containers.SUFFIXES and _HUB_NAME.fullmatch(name):
+        return [file(name)]
+    raise BundleFileError(f"{name!r} does not exist")
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix in containers.SUFFIXES and not p.name.startswith("."))
+
+
+def _format_of_folder(folder: Path, format: str) -> str | None:
+    """The format that reads the folder as a whole, if one does."""
+    if format != AUTO:
+        return format if make_format(format).whole_folder else None
+    return next((name for name, known in _known_formats().items() if known.recognises_folder(folder)), None)
+
+
+def _joined_format(files: list[Path], format: str) -> str | None:
+    """The format that joins bundles over all files of a folder, if one does; `auto` looks at the first record.
+
+    A file that cannot be read is left for the reading itself to report.
+    """
+    if format != AUTO:
+        return format if make_format(format).joins_files else None
+    try:
+        name, found = _recognise(containers.open_records(str(files[0])))
+    except BundleFileError:
+        return None
+    return name if found.joins_files else None
+
+
+# ----------------------------------------------------------------------------------------------------- which format
+
+
+def make_format(name: str) -> Format:
+    """The format of a name.
+
+    Raises:
+        UnknownComponentError: there is none; the message lists those there are.
+    """
+    component = resolve("format", name)
+    if not issubclass(component, Format):
+        raise BundleFileError(f"format {name!r} is {component!r}, which is not a mlc_ray.data.formats.base.Format")
+    return component()
+
+
+@cache
+def _known_formats() -> dict[str, Format]:
+    """What `auto` compares a file with: formats shipped or announced by an installed package, most needed keys first.
+
+    A format that some module has merely registered is not among them: another process may not have imported it.
+    """
+    announced = {entry.name for entry in importlib.metadata.entry_points(group="mlc_ray.format")}
+    found = {name: make_format(name) for name in names("format")}
+    found = {n: f for n, f in found.items() if n in announced or type(f).__module__.startswith(_SHIPPED)}
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1].needs), item[0])))
+
+
+def _recognise(opened: Opened) -> tuple[str, Format]:
+    """The format of a file by the keys of its first record."""
+    keys = opened.keys()
+    formats = _known_formats()
+    fitting = [name for name, known in formats.items() if known.recognises(keys)]
+    best = [name for name in fitting if len(formats[name].needs) == len(formats[fitting[0]].needs)]
+    if len(best) == 1:
+        return best[0], formats[best[0]]
+    found = f"the first record's keys {sorted(keys)!r}"
+    if best:
+        raise BundleFileError(
+            f"{opened.path}: cannot tell the format: {found} are of {' and of '.join(best)}; set the source's format"
+        )
+    known = [f"{name} (has {', '.join(sorted(one.needs))})" for name, one in formats.items() if one.needs]
+    raise BundleFileError(
+        f"{opened.path}: cannot tell the format from {found}; expected one of {', '.join(known)}, table (a column per "
+        "language code, and any of id, kind, source, category); or set the source's format"
+    )
+
+
+def _code_of(format: str) -> str | None:
+    """Fingerprint of the module of a format from outside this package: token rows made by other code are stale."""
+    if format == AUTO or (component := resolve("format", format)).__module__.startswith(_SHIPPED):
+        return None
+    try:
+        return fingerprint(Path(inspect.getfile(component)).read_text(encoding="utf-8"))
+    except (TypeError, OSError):
+        raise BundleFileError(f"format {format!r} has no source file; put the class into a module on disk") from None
+
+
+# --------------------------------------------------------------------------------------------- from file to bundles
+
+
+def read_file(file: SourceFile) -> Iterator[Row]:
+    """Every record of a source, each with its file and line: a bundle, or a rejected row.
+
+    Where a record is a bundle they come in the file's order; where bundles are joined from several rows, rejected rows
+    come first. Unknown keys of single JSON records reject those records only.
+
+    Raises:
+        BundleFileError: the whole file is at fault: missing, not UTF-8, no rows, unknown columns, a language's column
+            without a single prompt, or a format that cannot be told.
+    """
+    rows = kept = 0
+    for row in _all_rows(file):
+        rows += 1
+        if isinstance(row.parsed, RejectedRow) or file.only in (None, row.parsed.kind):
+            kept += 1
+            yield row
+    if not rows:
+        raise BundleFileError(f"{file.path}: no prompts in it")
+    if not kept:
+        raise BundleFileError(f"{file.path}: none of its {rows} bundles is of kind {file.only!r}, as `only` asks")
+
+
+def _all_rows(file: SourceFile) -> Iterator[Row]:
+    if file.format != AUTO and (reader := make_format(file.format)).whole_folder:
+        return reader.read_folder(file.path, file.kind)
+    folder = Path(file.path)
+    many = folder.is_dir() and not containers.is_saved_dataset(folder)
+    opened = [_open(str(path), file.format) for path in (_files_of(folder) if many else [file.path])]
+    form = opened[0][0]
+    if many and not form.joins_files:
+        raise BundleFileError(f"{file.path}: a folder; its files hold whole bundles and are read one by one")
+    return form.read([one for _, one in opened], file.kind)
+
+
+def _open(path: str, format: str) -> tuple[Format, Opened]:
+    """The format of a file, and its records."""
+    form = None if format == AUTO else make_format(format)
+    opened = containers.open_records(path, container=form.container if form is not None else None)
+    if form is None:
+        _, form = _recognise(opened)
+    if opened.columns is not None:
+        form.check_columns(opened.columns, path)
+    return form, opened
+
+
+# ------------------------------------------------------------------------------------------------ bundles as tables
+
+
+def parse_file(task: pa.Table, languages: list[str] | None) -> Iterator[pa.Table]:
+    """Parse the one file of `task` (the fields of `SourceFile`, and `file_index`); streams tables of `PARSED`.
+
+    Bundles are restricted to `languages` (None: all); their ids stay those of the whole content.
+    """
+    (item,) = task.to_pylist()
+    file_index = item.pop("file_index")
+    rows: list[dict[str, Any]] = []
+    try:
+        for number, (file, line, parsed) in enumerate(read_file(SourceFile(**item))):
+            where = {"file": file, "line": line, "file_index": file_index, "row": number}
+            rows.append({**where, **_columns(parsed, languages)})
+            if len(rows) == _ROWS_AT_ONCE:
+                yield pa.Table.from_pylist(rows, schema=PARSED)
+                rows = []
+    except MlcRayError as error:  # carried as data: raised here it would arrive wrapped in Ray's own traceback
+        rows.append({"file": item["path"], "line": 0, "file_index": file_index, "fault": str(error)})
+    yield pa.Table.from_pylist(rows, schema=PARSED)
+
+
+def keep_valid(table: pa.Table, drop: set[tuple[int, int]]) -> pa.Table:
+    """Bundles only: without the rows at the places (file_index, row) in `drop`, and without their columns."""
+    places = zip(table["file_index"].to_pylist(), table["row"].to_pylist(), strict=True)
+    return table.filter(pa.array([place not in drop for place in places], pa.bool_())).drop_columns(NOT_OF_A_BUNDLE)
+
+
+def _columns(parsed: Bundle | RejectedRow, languages: list[str] | None) -> dict[str, Any]:
+    if isinstance(parsed, RejectedRow):
+        # A lone surrogate that JSON escapes let through has no UTF-8 form; Arrow would refuse the whole table.
+        return {"reason": parsed.reason, "text": parsed.text.encode("utf-8", "backslashreplace").decode("utf-8")}
+    try:
+        return bundle_columns(parsed, select_languages(parsed, languages))
+    except BundleError as error:
+        return {"reason": str(error), "text": json.dumps(bundle_columns(parsed), ensure_ascii=False)}
