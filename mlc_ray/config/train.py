@@ -12,7 +12,6 @@ from mlc_ray.config.base import Fraction, PositiveFloat, PositiveInt, RunName, S
 from mlc_ray.config.component import ComponentName, ComponentSettings
 from mlc_ray.config.paths import RealPath
 
-
 DTYPE = (
     "Type of weights and activations; `auto` is bfloat16 where all that may run it compute in it natively (GPUs from "
     "Ampere, CPUs with avx512_bf16 or amx_bf16), else float32."
