@@ -168,6 +168,7 @@ def parse_benchmark(text: str) -> dict[str, str]:
         source[name] = value
     if not path:
         raise ConfigError(f"--benchmark {text!r}: the path is empty")
+    parse_config(SourceSection, source)
     return source
 
 
