@@ -118,6 +118,7 @@ class ComponentSettings:
         dumped = value.model_dump(mode=info.mode, exclude_unset=info.exclude_unset)
         return {self.by: getattr(value, self.by), **dumped}
 
+
 class ComponentName:
     """Marks a text field (by `Annotated`) as the name of a component of `kind`, or one of the words `besides`."""
 
