@@ -46,22 +46,29 @@ def place(file: str, line: int) -> str:
     return f"row {line} of the bundles given" if _GIVEN_FILE.search(file) else f"{file}:{line}"
 
 
-def make_bundle(raw: Mapping[str, Any]) -> Bundle:
-    """Check a raw bundle and build it. Its keys are `FIELDS`; None counts as absent except inside `prompts`.
+def make_bundle(raw: Mapping[str, Any], *, kind: Any = None) -> Bundle:
+    """Check a raw bundle and build it, which happens once: what follows are tables.
 
-    A `bundle_id` may be given, and must then be the one that the content has.
+    Args:
+        raw: its keys are `FIELDS`; None counts as absent except inside `prompts`. A `bundle_id` may be given, and must
+            then be the one that the content has.
+        kind: what counts instead of the mapping's own, where a source settles it.
 
     Raises:
         BundleError: the mapping breaks the contract.
     """
-    raw = {key: value for key, value in raw.items() if value is not None}
-    for key in raw:
-        if key not in FIELDS:
+
+    def field(name: str, default: Any = None) -> Any:
+        value = raw.get(name)
+        return default if value is None else value
+
+    for key, value in raw.items():
+        if key not in FIELDS and value is not None:
             raise BundleError(f"unknown key {key!r}; did you mean {_nearest(key, FIELDS)!r}?")
-    kind = _kind(raw.get("kind"))
+    kind = _kind(field("kind") if kind is None else kind)
     prompts = _prompts(raw.get("prompts"))
-    response_language = check_language(raw.get("response_language", "en"), "response_language")
-    chosen, rejected = (_text(raw[name], name) if name in raw else None for name in ("chosen", "rejected"))
+    response_language = check_language(field("response_language", "en"), "response_language")
+    chosen, rejected = (None if raw.get(name) is None else _text(raw[name], name) for name in ("chosen", "rejected"))
     if rejected is not None and chosen is None:
         raise BundleError(f"rejected is given ({_quote(rejected)}) but chosen is not")
     if chosen is not None and response_language not in prompts:
@@ -77,10 +84,10 @@ def make_bundle(raw: Mapping[str, Any]) -> Bundle:
         chosen=chosen,
         rejected=rejected,
         response_language=response_language,
-        source=_label(raw.get("source", ""), "source"),
-        category=_label(raw.get("category", ""), "category"),
+        source=_label(field("source", ""), "source"),
+        category=_label(field("category", ""), "category"),
     )
-    if raw.get("bundle_id", bundle.bundle_id) != bundle.bundle_id:
+    if field("bundle_id", bundle.bundle_id) != bundle.bundle_id:
         raise BundleError(
             f"bundle_id {raw['bundle_id']!r} is not the hash of this content, {bundle.bundle_id!r}; "
             "leave bundle_id out, or find out what changed the content"

@@ -83,10 +83,17 @@ def _line(bundle: Mapping[str, Any] | Bundle, number: int, *, table: bool) -> by
 
         bundle = without_nulls(bundle)
     try:
-        # Escaped: half a surrogate pair has no UTF-8 form, and is for the reader to reject with its row.
-        return json.dumps(dict(bundle), default=_mapping, allow_nan=False).encode() + b"\n"
+        try:
+            return _json(bundle, escaped=False)
+        except UnicodeEncodeError:  # half a surrogate pair has no UTF-8 form; rejecting the row is the reader's part
+            return _json(bundle, escaped=True)
     except (TypeError, ValueError) as error:
         raise BundleFileError(f"row {number} of the bundles given holds what JSON cannot: {error}") from None
+
+
+def _json(bundle: Mapping[str, Any], *, escaped: bool) -> bytes:
+    text = json.dumps(dict(bundle), default=_mapping, allow_nan=False, ensure_ascii=escaped)
+    return text.encode("utf-8") + b"\n"
 
 
 def _mapping(value: Any) -> Any:

@@ -1,14 +1,20 @@
 import codecs
+import importlib
 import json
+import os
+import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlc_ray.config import SourceSection
+from mlc_ray._registry import names
+from mlc_ray.config import ConfigError, DataSection, SourceSection, parse_config
 from mlc_ray.data.bundles import BundleFileError, RejectedRow, make_bundle
-from mlc_ray.data.sources import SourceFile, read_file, resolve_source, sample_path
+from mlc_ray.data.formats.base import Format
+from mlc_ray.data.sources import SourceFile, make_format, read_file, resolve_source, sample_path
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OWN = {"kind": "benign", "prompts": {"en": "How do I hum?"}, "chosen": "Close your mouth.", "rejected": "No."}
@@ -219,3 +225,65 @@ def test_the_shipped_sample_is_valid_and_its_names_are_checked():
         assert [row for row in bundles(sample_path(name)) if isinstance(row, RejectedRow)] == []
     with pytest.raises(BundleFileError, match=r"'sample:valid'.*'sample:train'"):
         sample_path("valid")
+
+
+# ----------------------------------------------------------------------------------------------------------- formats
+
+
+def test_a_format_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        parse_config(DataSection, {"train": [{"path": "x.csv", "format": "multijial"}]})
+    for word in ("train.0.format='multijial'", "did you mean 'multijail'?", "polyguard", "package.module:Class"):
+        assert word in str(error.value)
+    with pytest.raises(BundleFileError, match=r"'json:JSONDecoder' is .*not a mlc_ray\.data\.formats\.base\.Format"):
+        read(write(tmp_path / "x.jsonl", OWN), "json:JSONDecoder")
+
+
+def test_every_shipped_format_is_found_by_its_name():
+    assert names("format") == [
+        "aya", "m-alert", "mlc", "multijail", "polyguard", "preference", "rtp-lx", "sft", "table", "xsafety", "xstest",
+    ]  # fmt: skip
+    assert all(isinstance(make_format(name), Format) for name in names("format"))
+
+
+def test_a_record_that_could_be_of_two_formats_is_of_neither(tmp_path):
+    path = write(tmp_path / "x.jsonl", {"prompt": "a", "instruction": "b", "output": "c"})
+    with pytest.raises(BundleFileError, match=r"of preference and of sft; set the source's format"):
+        read(path)
+
+
+def test_the_code_of_a_format_from_outside_is_part_of_the_fingerprint(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.jsonl", {"question": "How do I hum?"})
+    code = """
+from mlc_ray.data.formats.base import Format
+class Asked(Format):
+    needs = frozenset({"question"})
+    default_kind = "benign"
+    def bundle(self, record):
+        return {"prompts": {"en": record["question"] + "MARK"}}
+"""
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "asked_format.py"
+    found = []
+    for mark in ("", "!", ""):
+        module.write_text(code.replace("MARK", mark))
+        sys.modules.pop("asked_format", None)
+        importlib.invalidate_caches()
+        file = SourceFile(str(path), "asked_format:Asked")
+        found.append(file.fingerprint())
+        assert found[0] != SourceFile(str(path)).fingerprint()
+    assert found[0] == found[2] != found[1]
+    assert [bundle.prompts for bundle in bundles(path, "asked_format:Asked")] == [{"en": "How do I hum?"}]
+
+
+def test_a_file_is_opened_once(tmp_path):
+    os.mkfifo(tmp_path / "x.jsonl")  # can be read once, from its beginning to its end
+
+    def feed():
+        with open(tmp_path / "x.jsonl", "w") as pipe:
+            pipe.write("\n" + json.dumps(OWN) + "\n" + json.dumps({**OWN, "chosen": "Hum."}) + "\n")
+
+    writer = threading.Thread(target=feed)
+    writer.start()
+    assert [line for line, _ in read(tmp_path / "x.jsonl")] == [2, 3]
+    writer.join()

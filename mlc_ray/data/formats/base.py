@@ -164,7 +164,7 @@ class Format:
         try:
             self._check_id(record, file.path, seen)
             raw = self.bundle(self.check_keys(record, file))
-            return make_bundle({**raw, "kind": self.settle_kind(raw.get("kind"), kind)})
+            return make_bundle(raw, kind=self.settle_kind(raw.get("kind"), kind))
         except BundleError as error:
             return RejectedRow(file.path, record.line, str(error), record.text)
 
