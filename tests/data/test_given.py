@@ -1,6 +1,7 @@
 """Bundles in memory: the same as a file of them, from reading to rejecting."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -75,5 +76,5 @@ def test_what_is_no_bundle_at_all_is_refused_at_once(tmp_path, given, message):
 
 
 def test_what_is_kept_is_read_by_people_too(tmp_path):
-    lines = open(as_source(RAW, tmp_path).path).read().splitlines()
+    lines = Path(as_source(RAW, tmp_path).path).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == RAW
