@@ -39,7 +39,8 @@ from transformers import PreTrainedModel
 from mlc_ray.config import ModelSection, ObjectiveConfig
 from mlc_ray.data.batches import collate
 from mlc_ray.losses.objective import Objective
-from mlc_ray.quickstart import MODEL_NAME, cache_folder, prepare_smollm2
+from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
+from mlc_ray.runs import user_cache
 from mlc_ray.train.model import PolicyWithExtractor, answer_log_probs, load_policy, n_layers, resolve_layer
 from mlc_ray.types import Batch, ReferenceRow, TokenRow, move
 
@@ -429,7 +430,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.model is None:
-        options.model = str(prepare_smollm2(cache_folder() / "models" / MODEL_NAME))
+        options.model = str(prepare_smollm2(user_cache() / "models" / MODEL_NAME))
     return options
 
 

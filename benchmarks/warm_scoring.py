@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from mlc_ray.cluster import check_capacity, connect, use_gpu
 from mlc_ray.config import ScoringSection, parse_config
-from mlc_ray.quickstart import MODEL_NAME, cache_folder, prepare_smollm2
+from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
+from mlc_ray.runs import user_cache
 from mlc_ray.score.phases import prompts_of, read_benchmarks
 from mlc_ray.score.pool import READER_CPUS, WarmPool, start_pool
 
@@ -39,7 +40,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
-    model = arguments.model or prepare_smollm2(cache_folder() / "models" / MODEL_NAME)
+    model = arguments.model or prepare_smollm2(user_cache() / "models" / MODEL_NAME)
     scoring = parse_config(
         ScoringSection,
         {

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlc_ray.config import ScoreConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import user_cache
 from mlc_ray.storage import atomic_folder
 
 if TYPE_CHECKING:
@@ -29,12 +30,6 @@ GGUF_NAME = f"{MODEL_NAME}.Q4_1.gguf"
 
 class QuickstartError(MlcRayError):
     """Something that the quickstart needs is not there; the message says how to get it."""
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `$MLC_RAY_CACHE`, else `~/.cache/mlc_ray`."""
-    configured = os.environ.get("MLC_RAY_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "mlc_ray"
 
 
 def prepare_smollm2(folder: Path) -> Path:
@@ -103,7 +98,7 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
                 "run it from a checkout (`make quickstart`), or give --config FILE with a score/default.yaml beside it"
             )
     name = f"quickstart-{time.strftime('%Y%m%d-%H%M%S')}"
-    model = prepare_smollm2(cache_folder() / "models" / MODEL_NAME)
+    model = prepare_smollm2(user_cache() / "models" / MODEL_NAME)
     given = [f"name={name}", f"model.path={json.dumps(str(model))}"]
     config = load_config(TrainConfig, config_file, [*given, *overrides])
     if Path(config.model.path).is_dir():

@@ -118,6 +118,17 @@ def output_folder(output_dir: str | Path, *, setting: str = "output_dir") -> Pat
         raise OutputFolderError(f"{setting}={error}") from None
 
 
+def cache_folder(output: Place) -> Path:
+    """Where what can be computed again is kept: `cache` beside what is written; if that is elsewhere, the user's."""
+    return Path(output) / "cache" if output.is_local else user_cache()
+
+
+def user_cache() -> Path:
+    """`$MLC_RAY_CACHE`, else `~/.cache/mlc_ray`; converted models are kept there too."""
+    configured = os.environ.get("MLC_RAY_CACHE")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "mlc_ray"
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 

@@ -32,9 +32,10 @@ def repository() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder; converted on first use, cached afterwards."""
-    from mlc_ray.quickstart import cache_folder, prepare_smollm2
+    from mlc_ray.quickstart import prepare_smollm2
+    from mlc_ray.runs import user_cache
 
-    return prepare_smollm2(cache_folder() / "models" / "SmolLM2-135M-Instruct")
+    return prepare_smollm2(user_cache() / "models" / "SmolLM2-135M-Instruct")
 
 
 @pytest.fixture(scope="session")

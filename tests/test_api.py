@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 import mlc_ray
-from mlc_ray import errors
+from mlc_ray import api, errors
+from mlc_ray.config import ScoreConfig, TrainConfig
 from mlc_ray.errors import MlcRayError
 
 HEAVY = ("torch", "ray", "pydantic", "numpy", "yaml", "transformers", "pyarrow", "deepspeed", "vllm")
@@ -61,3 +66,54 @@ def test_every_error_that_a_user_can_cause_is_reachable_by_its_name() -> None:
         assert error.__name__ in dir(errors)
     with pytest.raises(AttributeError, match="NoSuchError"):
         errors.NoSuchError  # noqa: B018
+
+
+def test_the_functions_are_imported_without_what_they_run_on() -> None:
+    code = (
+        "import sys; from mlc_ray import api; print([n for n in ('torch', 'ray', 'vllm', 'numpy') if n in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_settings_are_a_mapping_or_a_file_with_overrides(as_file: bool, tmp_path: Path) -> None:
+    raw: dict[str, Any] = {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(raw))
+    given: Any = tmp_path / "run.yaml" if as_file else raw
+    settings = api._settings(TrainConfig, given, ["mlc.layer=20", "model.dtype=float32"])
+    assert (settings.mlc.layer, settings.data.train[0].path) == (20, "d")
+    assert api._settings(TrainConfig, settings, ["seed=1"]).seed == 1
+    # the caller's is not touched
+    assert raw == {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
+    with pytest.raises(errors.ConfigError, match=r"mlc\.lair=1: no such field"):
+        api.train(given, overrides=["mlc.lair=1"])
+
+
+def test_mistakes_of_each_function_are_told_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(errors.ConfigError, match="benchmarks: required"):
+        api.score({"model": "m"})
+    with pytest.raises(errors.ModelPathError, match="does not exist"):
+        api.score({"model": str(tmp_path / "none"), "benchmarks": [{"path": "sample:test"}]})
+    with pytest.raises(errors.ConfigError, match="one of them, not both"):
+        api.search()
+    with pytest.raises(errors.SearchError, match="is not a search folder"):
+        api.search(resume=tmp_path)
+    with pytest.raises(errors.ConfigError, match="path='s3://b': s3:// cannot be opened"):
+        api.probe("s3://b", ["sample:train"])
+    with pytest.raises(errors.OutputFolderError, match="out='s3:/b'"):
+        api.probe("m", ["sample:train"], out=Path("s3://b"))
+    with pytest.raises(errors.ConfigError, match=r"bundles are given, and so is data\.train"):
+        api.train({"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}, bundles=[])
+
+
+def test_bundles_in_memory_are_the_data(tmp_path: Path) -> None:
+    bundles = [{"kind": "benign", "prompts": {"en": "Hello", "sw": "Habari"}, "chosen": "Hi.", "rejected": "No."}]
+    run = {"name": "r", "model": {"path": "m"}, "output_dir": str(tmp_path), "data": {"languages": ["en"]}}
+    settings = api._settings(TrainConfig, run, ["seed=1"], bundles, ("data", "train"))
+    (source,) = settings.data.train
+    assert Path(source.path).parent == tmp_path / "cache"
+    assert json.loads(Path(source.path).read_text())["prompts"] == {"en": "Hello", "sw": "Habari"}
+    assert (settings.data.languages, settings.seed) == (["en"], 1)
+    assert "train" not in run["data"]
+    score = {"model": "m", "output_dir": str(tmp_path)}
+    assert api._settings(ScoreConfig, score, (), bundles, ("benchmarks",)).benchmarks[0].path == source.path

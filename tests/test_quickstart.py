@@ -14,16 +14,17 @@ import yaml
 
 from mlc_ray import quickstart
 from mlc_ray.config import TrainConfig, load_config
-from mlc_ray.quickstart import QuickstartError, cache_folder, fit_to_gpus, prepare_smollm2
+from mlc_ray.quickstart import QuickstartError, fit_to_gpus, prepare_smollm2
+from mlc_ray.runs import user_cache
 
 SECONDS = 900
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLC_RAY_CACHE", "/somewhere")
-    assert cache_folder() == Path("/somewhere")
+    assert user_cache() == Path("/somewhere")
     monkeypatch.delenv("MLC_RAY_CACHE")
-    assert cache_folder() == Path.home() / ".cache" / "mlc_ray"
+    assert user_cache() == Path.home() / ".cache" / "mlc_ray"
 
 
 def test_a_crash_leaves_no_half_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,9 +325,10 @@ def doctor_command(arguments: argparse.Namespace) -> None:
 
 def quickstart_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray quickstart`."""
-    from mlc_ray.quickstart import MODEL_NAME, cache_folder, prepare_smollm2, run
+    from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2, run
+    from mlc_ray.runs import user_cache
 
     if arguments.only_model:
-        print(prepare_smollm2(cache_folder() / "models" / MODEL_NAME))
+        print(prepare_smollm2(user_cache() / "models" / MODEL_NAME))
         return
     run(arguments.config, arguments.overrides)

@@ -1,0 +1,219 @@
+"""The commands as functions: `train`, `score`, `search` and `probe`, from settings or a file of them, to a result.
+
+    from mlc_ray import api
+
+    run = api.train({"name": "mine", "model": {"path": "owner/model"}}, bundles=my_bundles)
+    result = api.score({"model": str(run.run_folder)}, bundles=held_out)
+    print(result.summary().two_sided)
+
+Nothing is printed but progress, and every mistake is a subclass of `mlc_ray.MlcRayError`. What a function needs (torch,
+Ray, an engine) is imported when it is called.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mlc_ray.config import (
+    ConfigError,
+    ModelSection,
+    ScoreConfig,
+    SearchConfig,
+    Section,
+    SourceSection,
+    TrainConfig,
+    apply_override,
+    parse_config,
+    read_config_file,
+)
+from mlc_ray.runs import cache_folder, output_folder, output_place
+from mlc_ray.types import Bundle
+
+if TYPE_CHECKING:
+    from mlc_ray.score.results import ScoreResult
+    from mlc_ray.search.probe import Probe
+    from mlc_ray.search.results import SearchResult
+    from mlc_ray.train.run import TrainResult
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+Settings = Mapping[str, Any] | str | os.PathLike[str]
+"""Settings as a nested mapping, or the YAML file that has them."""
+Bundles = Iterable[Mapping[str, Any] | Bundle]
+"""Bundles in memory: mappings as in a file of bundles (rows of a Hugging Face dataset are), or `Bundle`s."""
+
+
+def train(
+    config: TrainConfig | Settings,
+    *,
+    bundles: Bundles | None = None,
+    overrides: Sequence[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+) -> TrainResult:
+    """Align a model.
+
+    Args:
+        config: the run's settings.
+        bundles: what to train on, instead of `data.train`.
+        overrides: `section.field=value`, as after --set.
+        resume: the folder of a run to go on with; `config` must be its own (`train.run.load_run_config`). With the
+            setting `resume: auto`, the same call goes on with what an earlier one left.
+
+    Returns:
+        Where the run is, its newest checkpoint, and the last step's metrics.
+
+    Raises:
+        ConfigError: a setting is unknown, ill-typed or unsupported.
+        MlcRayError: whatever else a user can cause and correct.
+    """
+    settings = _settings(TrainConfig, config, overrides, bundles, ("data", "train"))
+
+    from mlc_ray.train.run import train
+
+    return train(settings, resume=None if resume is None else Path(resume))
+
+
+def score(
+    config: ScoreConfig | Settings, *, bundles: Bundles | None = None, overrides: Sequence[str] = ()
+) -> ScoreResult:
+    """Have a model answer prompts, judge the answers, and count.
+
+    Args:
+        config: the score's settings.
+        bundles: what to ask, instead of `benchmarks`; give harmful and benign ones.
+        overrides: `section.field=value`, as after --set.
+
+    Returns:
+        Rates with intervals per benchmark, side and language, and where the responses are.
+
+    Raises:
+        ConfigError: a setting is unknown, ill-typed or unsupported.
+        TooManyUnparsedError: too few responses got a verdict; everything is written.
+        MlcRayError: whatever else a user can cause and correct.
+    """
+    settings = _settings(ScoreConfig, config, overrides, bundles, ("benchmarks",))
+
+    from mlc_ray.score.run import score
+
+    return score(settings)
+
+
+def search(
+    config: SearchConfig | Settings | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+) -> SearchResult:
+    """Search fields of a run, above all its layer; every trial is a run that is scored at its checkpoints.
+
+    Args:
+        config: the search's settings.
+        overrides: `section.field=value`, as after --set.
+        resume: the folder of a search to go on with by its own settings, instead of `config`.
+
+    Returns:
+        The baseline, all trials, and the best of them.
+
+    Raises:
+        ConfigError: a setting is unknown, ill-typed or unsupported, or both or neither of config and resume are given.
+        MlcRayError: whatever else a user can cause and correct.
+    """
+    if (config is None) == (resume is None):
+        raise ConfigError("search needs config, or resume with the folder of a search; one of them, not both")
+    if resume is not None:
+        from mlc_ray.search.run import resume_search
+
+        return resume_search(Path(resume))
+    assert config is not None
+    settings = _settings(SearchConfig, config, overrides)
+
+    from mlc_ray.search.run import search
+
+    return search(settings)
+
+
+def probe(
+    model: ModelSection | Mapping[str, Any] | str | os.PathLike[str],
+    bundles: Bundles | Sequence[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    languages: Sequence[str] | None = None,
+    limit: int | None = None,
+    address: str = "auto",
+) -> Probe:
+    """Look at every layer of a model, forward only: how consistent, distinct and separable its states are.
+
+    Args:
+        model: a Hugging Face folder or hub name, or settings as under `model` of a run.
+        bundles: in memory, or paths as of a source (`sample:train`, a file, a hub name); of both kinds.
+        out: folder to write (default: runs/probes/MODEL).
+        languages: look at only these (default: all).
+        limit: at most this many bundles of each kind (default: 64).
+        address: Ray's, as `cluster.address` of a run.
+
+    Returns:
+        Statistics of all layers, and their ranking.
+
+    Raises:
+        MlcRayError: whatever a user can cause and correct.
+    """
+    if isinstance(model, str | os.PathLike):
+        model = {"path": os.fspath(model)}
+    section = model if isinstance(model, ModelSection) else parse_config(ModelSection, model)
+    folder = output_folder(Path("runs", "probes", _name_of(section.path)) if out is None else Path(out), setting="out")
+    given = list(bundles)
+    if given and all(isinstance(item, str) for item in given):
+        sources = [parse_config(SourceSection, {"path": item}) for item in given]
+    else:
+        sources = [_as_source(given, folder.parent / "cache")]  # type: ignore[arg-type]
+
+    from mlc_ray.search.probe_run import probe
+
+    return probe(
+        section, sources, folder, languages=None if languages is None else list(languages), limit=limit, address=address
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- settings
+
+
+def _settings(
+    schema: type[ConfigT],
+    config: Any,
+    overrides: Sequence[str],
+    bundles: Bundles | None = None,
+    place: tuple[str, ...] = (),
+) -> ConfigT:
+    """The settings, validated; `bundles` become a source that stands at `place`."""
+    if isinstance(config, schema):
+        raw: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    elif isinstance(config, Mapping):
+        raw = copy.deepcopy(dict(config))
+    else:
+        raw = read_config_file(config)
+    for override in overrides:
+        apply_override(raw, override)
+    if bundles is None:
+        return parse_config(schema, raw)
+    section = raw
+    for name in place[:-1]:
+        section = section.setdefault(name, {})
+    if section.get(place[-1]):
+        raise ConfigError(f"bundles are given, and so is {'.'.join(place)}={section[place[-1]]!r}: leave one out")
+    output_dir = raw.get("output_dir", schema.model_fields["output_dir"].default)
+    source = _as_source(bundles, cache_folder(output_place(output_dir)))
+    section[place[-1]] = [source.model_dump(mode="json", exclude_unset=True)]
+    return parse_config(schema, raw)
+
+
+def _as_source(bundles: Bundles, folder: Path) -> SourceSection:
+    from mlc_ray.data.given import as_source
+
+    return as_source(bundles, folder)
+
+
+def _name_of(model: str) -> str:
+    return Path(model).resolve().name if Path(model).exists() else model.replace("/", "-")
