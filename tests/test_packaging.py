@@ -106,6 +106,8 @@ def test_a_wheel_has_the_recipes_and_the_data(tmp_path: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     recipes = {p.relative_to(REPOSITORY / "configs").as_posix() for p in (REPOSITORY / "configs").rglob("*.yaml")}
     assert {f"mlc_ray/recipes/{name}" for name in recipes} <= names
+    templates = {path.name for path in (REPOSITORY / "mlc_ray" / "report" / "templates").iterdir()}
+    assert {f"mlc_ray/report/templates/{name}" for name in {*templates, "page.html.j2", "style.css"}} <= names
     assert {"mlc_ray/py.typed", "mlc_ray/data/sample/train.jsonl", "mlc_ray/judges/phrases/en.txt"} <= names
 
 
