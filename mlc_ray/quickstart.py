@@ -111,7 +111,7 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     from mlc_ray.report.figures import scores_png
     from mlc_ray.score.run import score
     from mlc_ray.storage import Place
-    from mlc_ray.train.checkpoint import export
+    from mlc_ray.train.export import export
     from mlc_ray.train.run import train
 
     def scored(what: str, path: Path) -> ScoreResult:

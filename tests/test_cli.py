@@ -181,7 +181,7 @@ def rooms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
         train=calls.function("train", Result()),
         load_run_config=calls.function("load_run_config", resumed),
     )
-    stand_in("mlc_ray.train.checkpoint", export=calls.function("export", Path("out")))
+    stand_in("mlc_ray.train.export", export=calls.function("export", Path("out")))
     scored = load_scores(write_score(tmp_path / "s", grid(["en", "sw"], lambda kind, code: float(kind == "harmful"))))
     score = calls.function("score", scored)
     stand_in("mlc_ray.score.run", score=score, TooManyUnparsedError=TooManyUnparsedError)
@@ -204,7 +204,11 @@ def test_train_resume_uses_the_runs_own_settings(rooms: Calls) -> None:
 def test_export(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "runs/r", "out", "--merge-lora", "--checkpoint", "checkpoint_000001"]) == 0
     assert rooms.asked == [
-        ("export", (Path("runs/r"), Path("out")), {"merge_lora": True, "checkpoint": "checkpoint_000001"})
+        (
+            "export",
+            (Path("runs/r"), Path("out")),
+            {"merge_lora": True, "checkpoint": "checkpoint_000001", "trust_remote_code": False},
+        )
     ]
     assert capsys.readouterr().out == "out\n"
 
@@ -292,12 +296,12 @@ def test_ctrl_c(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_as_a_signal() -> None:
     code = """
 import sys, time, types
-room = types.ModuleType("mlc_ray.train.checkpoint")
+room = types.ModuleType("mlc_ray.train.export")
 def export(*a, **k):
     print("ready", flush=True)
     time.sleep(60)
 room.export = export
-sys.modules["mlc_ray.train.checkpoint"] = room
+sys.modules["mlc_ray.train.export"] = room
 from mlc_ray.cli import main
 sys.exit(main(["export", "run", "out"]))
 """

@@ -66,7 +66,7 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
     assert (config.mlc.temperature, config.mlc.scaling, config.mlc.extractor_dim) == (0.2, "leading", 512)
     assert (config.objective.loss, config.objective.beta) == ("dpo", 0.1)
     assert (config.optimizer.learning_rate, config.optimizer.warmup_ratio) == (6e-7, 0.1)
-    assert (config.optimizer.schedule, config.train.epochs, config.zero.stage) == ("cosine", 3, stage)
+    assert (config.optimizer.schedule, config.train.epochs, config.engine.stage) == ("cosine", 3, stage)
     slots = config.cluster.workers * config.train.bundles_per_worker * config.train.gradient_accumulation_steps
     assert slots == 32
     assert config.data.max_prompt_tokens + config.data.max_response_tokens == 1024
@@ -131,9 +131,13 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ),
         ({"collapse": {"window": 15}}, ["collapse.window=15", "16 or more", "0"]),
         ({"collapse": {"min_spread": 1.5}}, ["collapse.min_spread=1.5", "less than or equal to 1"]),
-        ({"zero": {"stage": 0, "offload_optimizer": True}}, ["zero.offload_optimizer=True", "zero.stage=0"]),
-        ({"zero": {"stage": 2, "offload_parameters": True}}, ["zero.offload_parameters=True", "zero.stage=2"]),
-        ({"zero": {"stage": 2, "persistence_threshold": 0}}, ["zero.persistence_threshold=0", "zero.stage=2"]),
+        ({"engine": {"stage": 0, "offload_optimizer": True}}, ["engine.offload_optimizer=True", "engine.stage=0"]),
+        ({"engine": {"stage": 2, "offload_parameters": True}}, ["engine.offload_parameters=True", "engine.stage=2"]),
+        ({"engine": {"stage": 2, "persistence_threshold": 0}}, ["engine.persistence_threshold=0", "engine.stage=2"]),
+        (
+            {"logging": {"mlflow": "https://me:pw@host:5000/x"}},
+            ["logging.mlflow='https://...@host:5000/x'", "MLFLOW_TRACKING_PASSWORD"],
+        ),
         (
             {"model": {"path": "m", "attention": "flash_attention_2", "dtype": "float32"}},
             ["model.attention='flash_attention_2'", "float32"],
@@ -191,9 +195,9 @@ def test_a_cost_cap_needs_the_prices_of_both_directions(prices: dict[str, float]
 
 def test_all_mistakes_are_listed_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        parse_config(TrainConfig, {"name": "r", "mlc": {"weight": -1, "tau": 1}, "zero": {"stage": 4}})
+        parse_config(TrainConfig, {"name": "r", "mlc": {"weight": -1, "tau": 1}, "engine": {"stage": 4}})
     message = str(caught.value)
-    for part in ("mlc.weight=-1", "mlc.tau=1", "zero.stage=4", "model: required", "data: required"):
+    for part in ("mlc.weight=-1", "mlc.tau=1", "engine.stage=4", "model: required", "data: required"):
         assert part in message
 
 
@@ -329,3 +333,9 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "twice.yaml").write_text("name: a\nmlc: {weight: 1}\nmlc: {layer: 3}\n")
     with pytest.raises(ConfigError, match=r"(?s)'mlc' is given twice.*line 3"):
         read_config_file(tmp_path / "twice.yaml")
+
+
+def test_a_password_in_an_address_is_not_repeated() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TrainConfig, minimal(logging={"mlflow": "https://me:pw@host/x"}))
+    assert "pw" not in str(caught.value) and "me:" not in str(caught.value)

@@ -86,6 +86,7 @@ def test_the_schemas_are_walked_to_the_leaves() -> None:
         "mlc_ray.losses.variance.Variance.Settings.target_std",
         "mlc_ray.judges.endpoint.EndpointJudge.Settings.protocol",
         "mlc_ray.judges.guards.qwen3guard.Qwen3Guard.Settings.controversial",
+        "mlc_ray.train.engines.deepspeed.DeepSpeed.Settings.stage",
         "mlc_ray.config.train.TrainConfig.seed",
     } <= found
     assert not {name for name in found if name.endswith((".objective", ".mlc", ".terms", ".data"))}

@@ -151,6 +151,11 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("run", metavar="RUN", type=_path, help="run folder")
     export.add_argument("out", metavar="OUT", type=_path, help="folder to write; must not exist")
     export.add_argument("--merge-lora", action="store_true", help="fold low-rank adapters into the weights")
+    export.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="with --merge-lora: run Python code that comes with the base model, which the run cannot ask for itself",
+    )
     export.add_argument("--checkpoint", metavar="NAME", help="checkpoint of the run (default: the last complete one)")
 
     report = add("report", "Write one HTML file that shows runs and scores, and compares them.", _REPORT)

@@ -240,9 +240,16 @@ def probe_command(arguments: argparse.Namespace) -> None:
 
 def export_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray export`."""
-    from mlc_ray.train.checkpoint import export
+    from mlc_ray.train.export import export
 
-    print(export(arguments.run, arguments.out, merge_lora=arguments.merge_lora, checkpoint=arguments.checkpoint))
+    made = export(
+        arguments.run,
+        arguments.out,
+        merge_lora=arguments.merge_lora,
+        checkpoint=arguments.checkpoint,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print(made)
 
 
 def report_command(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ anything starts. Validators reject, they never rewrite.
 from mlc_ray.config.base import (
     ConfigError,
     Fraction,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     RunName,
@@ -19,6 +20,7 @@ from mlc_ray.config.base import (
     load_config,
     parse_config,
     read_config_file,
+    refuse_userinfo,
 )
 from mlc_ray.config.score import (
     EndpointSection,
@@ -36,6 +38,7 @@ from mlc_ray.config.train import (
     ClusterSection,
     CollapseSection,
     DataSection,
+    EngineSettings,
     LoggingSection,
     LoraSection,
     LossSettings,
@@ -47,7 +50,6 @@ from mlc_ray.config.train import (
     TermSettings,
     TrainConfig,
     TrainSection,
-    ZeroSection,
 )
 
 __all__ = [
@@ -58,12 +60,14 @@ __all__ = [
     "DataSection",
     "EndpointSection",
     "EngineSection",
+    "EngineSettings",
     "Fraction",
     "JudgeSettings",
     "LoggingSection",
     "LoraSection",
     "LossSettings",
     "ModelSection",
+    "NonNegativeInt",
     "ObjectiveConfig",
     "OptimizerSection",
     "ParameterSection",
@@ -84,10 +88,10 @@ __all__ = [
     "TrainSection",
     "TranslateSection",
     "UtilityConfig",
-    "ZeroSection",
     "apply_override",
     "config_schema",
     "load_config",
     "parse_config",
     "read_config_file",
+    "refuse_userinfo",
 ]

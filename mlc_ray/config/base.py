@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -15,6 +16,7 @@ from mlc_ray.config.component import COMPONENT_FAULTS
 from mlc_ray.errors import MlcRayError
 
 PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LANGUAGE_TAG = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?")
@@ -45,6 +47,17 @@ class Section(BaseModel):
 
 
 ConfigT = TypeVar("ConfigT", bound="Section")
+
+
+def refuse_userinfo(field: str, uri: str, fix: str) -> None:
+    """Raise `ValueError` where `uri` carries a user name or password; the message leaves them out.
+
+    Settings are written into run folders, manifests and trackers.
+    """
+    host = urlsplit(uri).netloc
+    if "@" in host:
+        hidden = uri.replace(host, f"...@{host.rpartition('@')[2]}", 1)
+        raise ValueError(f"{field}={hidden!r} carries a user name or password, which run folders would keep; {fix}")
 
 
 def _plain_types(annotation: Any) -> set[Any]:

@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mlc_ray._registry import resolve
-from mlc_ray.config.base import Fraction, PositiveFloat, PositiveInt, RunName, Section
+from mlc_ray.config.base import (
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    RunName,
+    Section,
+    refuse_userinfo,
+)
 from mlc_ray.config.component import ComponentName, ComponentSettings
 from mlc_ray.config.paths import RealPath
 
@@ -173,6 +181,9 @@ class OptimizerSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
     warmup_ratio: Fraction = Field(0.1, description="Share of all optimizer steps spent warming up linearly.")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Gradient clipping by global norm; 0 is off.")
+    max_retries: NonNegativeInt = Field(
+        3, description="How often a step whose loss or gradients are not finite is tried again before the run ends."
+    )
 
 
 class TrainSection(Section):
@@ -184,30 +195,10 @@ class TrainSection(Section):
     gradient_accumulation_steps: PositiveInt = Field(1, description="Forwards per optimizer step.")
 
 
-class ZeroSection(Section):
-    """DeepSpeed ZeRO."""
+class EngineSettings(Section):
+    """What every engine has; each adds its own settings."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
-        2, description="What is sharded: 1 optimizer state, 2 and gradients, 3 and parameters."
-    )
-    offload_optimizer: bool = Field(False, description="Keep optimizer state and update on the CPU (stages 1-3).")
-    offload_parameters: bool = Field(False, description="Keep parameters on the CPU between uses (stage 3).")
-    persistence_threshold: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Stage 3: parameters smaller than this many elements stay whole (default: DeepSpeed's)."
-    )
-
-    @model_validator(mode="after")
-    def _offload_needs_a_stage(self) -> ZeroSection:
-        if self.offload_optimizer and self.stage == 0:
-            raise ValueError("zero.offload_optimizer=True needs zero.stage 1, 2 or 3, but zero.stage=0")
-        if self.offload_parameters and self.stage != 3:
-            raise ValueError(f"zero.offload_parameters=True needs zero.stage=3, but zero.stage={self.stage}")
-        if self.persistence_threshold is not None and self.stage != 3:
-            raise ValueError(
-                f"zero.persistence_threshold={self.persistence_threshold} is read at zero.stage=3 only, "
-                f"but zero.stage={self.stage}"
-            )
-        return self
+    name: str = Field("deepspeed", description="The engine: `deepspeed`, or `package.module:Class`.")
 
 
 class ClusterSection(Section):
@@ -220,7 +211,7 @@ class ClusterSection(Section):
     workers: PositiveInt = Field(1, description="Ray Train workers; one per GPU.")
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs reserved per worker; leave some for Ray Data.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
-    max_failures: Annotated[int, Field(ge=0)] = Field(
+    max_failures: NonNegativeInt = Field(
         0, description="Worker failures to recover from, each from the last checkpoint."
     )
 
@@ -237,7 +228,7 @@ class CheckpointSection(Section):
 class CollapseSection(Section):
     """When to warn that bundles of different meanings become one; see docs/collapse.md. 0 switches a bound off."""
 
-    window: Annotated[int, Field(ge=0)] = Field(
+    window: NonNegativeInt = Field(
         64, description="Bundles whose tapped states the harmful/benign probe reads; 0 switches the probe off."
     )
     min_spread: Fraction = Field(
@@ -266,7 +257,17 @@ class LoggingSection(Section):
     every: PositiveInt = Field(1, description="Optimizer steps between rows of the console table.")
     tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
     wandb: str | None = Field(None, description="Weights & Biases project to log to.")
-    mlflow: str | None = Field(None, description="MLflow tracking URI to log to.")
+    mlflow: str | None = Field(
+        None, description="MLflow tracking URI to log to; user and password belong into the environment."
+    )
+
+    @model_validator(mode="after")
+    def _no_secrets_in_a_uri(self) -> LoggingSection:
+        if self.mlflow is not None:
+            refuse_userinfo(
+                "logging.mlflow", self.mlflow, "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return self
 
 
 class TrainConfig(ObjectiveConfig):
@@ -275,6 +276,10 @@ class TrainConfig(ObjectiveConfig):
     name: RunName = Field(description="Folder name of the run.")
     output_dir: RealPath = Field("runs", description="Where run folders go; on a cluster, a path that all nodes share.")
     seed: int = Field(42, description="Seed of data order, extractor initialisation and dropout.")
+    resume: Literal["never", "auto"] = Field(
+        "never",
+        description="What becomes of a run folder that is there: `never` refuses it, `auto` starts or goes on with it.",
+    )
     reference: Literal["cached", "online"] = Field(
         "cached",
         description="Reference log-probs: computed once beforehand, or by a second frozen engine at every step.",
@@ -283,7 +288,10 @@ class TrainConfig(ObjectiveConfig):
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
-    zero: ZeroSection = ZeroSection()
+    engine: Annotated[EngineSettings, ComponentSettings("engine", default="deepspeed")] = Field(
+        default_factory=_settings_by_default,
+        description="What trains: `deepspeed` and its settings, or an engine of your own.",
+    )
     cluster: ClusterSection = ClusterSection()
     checkpoint: CheckpointSection = CheckpointSection()
     collapse: CollapseSection = CollapseSection()

@@ -36,7 +36,8 @@ from mlc_ray.search.objectives import ANSWERED, FINISHED, HELD_BACK, STEP, VALUE
 from mlc_ray.search.results import Trial, ending
 from mlc_ray.search.space import Space
 from mlc_ray.storage import fingerprint, fingerprint_model, write_json_atomic
-from mlc_ray.train.checkpoint import export, find_checkpoint
+from mlc_ray.train.checkpoint import find_checkpoint
+from mlc_ray.train.export import export
 from mlc_ray.train.run import train
 
 _STEP_FOLDER, _STEP_FOLDERS = "step-{:06d}", "step-[0-9][0-9][0-9][0-9][0-9][0-9]"

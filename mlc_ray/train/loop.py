@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mlc_ray.config import TrainConfig
+from mlc_ray.config import OptimizerSection, TrainConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.measures import between_bundle_cosine, effective_rank
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.engines.deepspeed import backward_and_step, learning_rate, set_learning_rate
+from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.model import ModelOutput
+from mlc_ray.train.random_state import random_state, restore_random_state
 from mlc_ray.train.reference import Reference, ReferenceOutput
 from mlc_ray.train.watch import StateWindow
-from mlc_ray.train.workers import distributed, gather, gather_round
+from mlc_ray.train.workers import distributed, gather, gather_objects, gather_round
 from mlc_ray.types import Batch, LossOutput, move
 
 Metrics = dict[str, float]
 
+logger = logging.getLogger(__name__)
+_MOST_NAMED = 50
+
 
 class DivergedError(MlcRayError, FloatingPointError):
-    """The loss is no longer finite; the message names the step and what to lower or change."""
+    """The loss or its gradients stay non-finite; the message names the step, its bundles and what to change."""
 
 
 @dataclass
@@ -43,61 +47,56 @@ class Progress:
 def train_loop(
     config: TrainConfig,
     *,
-    engine: Any,
+    engine: Engine,
     batches: Iterator[Batch],
     reference: Reference | None,
     progress: Progress,
     total_steps: int,
-    device: torch.device,
     log: Callable[[int, Metrics], None],
     save: Callable[[Progress, Metrics], None],
 ) -> Metrics:
     """Run optimizer steps `progress.step` .. `total_steps`; returns the last step's metrics.
 
-    `batches` yields this worker's micro-batches in order. `log(step, metrics)` runs after every step and
-    `save(progress, metrics)` every `checkpoint.every` steps and at the end, both on every worker.
+    A step whose loss or gradients are not finite, on any worker, has not happened: weights, optimizer state, position
+    and schedule stand still, random numbers are set back, and the same batches are tried again.
+
+    Args:
+        config: the run.
+        engine: what trains.
+        batches: this worker's micro-batches in order.
+        reference: what the frozen reference says; None where the loss needs none.
+        progress: where to start; moved on with every step.
+        total_steps: where to stop.
+        log: called as `log(step, metrics)` after every step, on every worker.
+        save: called as `save(progress, metrics)` every `checkpoint.every` steps and at the end, on every worker.
+
+    Raises:
+        DivergedError: on every worker, when `optimizer.max_retries` more tries of a step failed; nothing is saved then.
     """
     objective = Objective(config)
     window = StateWindow(config.collapse.window)
-    engine.train()
+    engine.module.train()
     metrics: Metrics = {}
     while progress.step < total_steps:
-        step, started = progress.step, time.perf_counter()
-        tap = objective.taps(step)
-        rate = learning_rate(step, total_steps, config.optimizer)
-        set_learning_rate(engine, rate)
-        meter = StepMeter()
-        for _ in range(config.train.gradient_accumulation_steps):
-            batch = move(next(batches), device)
-            frozen = ReferenceOutput()
-            if reference is not None and (objective.needs_reference_log_probs or tap):
-                frozen = reference(batch, tap)
-            output: ModelOutput = engine(batch, tap=tap)
-            together = None
-            if objective.needs_round and output.representations is not None and output.present is not None:
-                together = gather_round(output.representations, output.present, batch.weight)
-            result = objective.total_loss(
-                weight=batch.weight,
-                chosen=output.chosen,
-                rejected=output.rejected,
-                reference_chosen=frozen.chosen,
-                reference_rejected=frozen.rejected,
-                reference_state=frozen.state,
-                representations=output.representations,
-                present=output.present,
-                tapped=output.tapped,
-                together=together,
-            )
-            norm = backward_and_step(engine, result.loss)
-            meter.add(batch, output, result)
-            if window.size and output.tapped is not None and output.present is not None:
-                window.add(output.tapped, output.present, batch)
+        started = time.perf_counter()
+        rate = learning_rate(progress.step, total_steps, config.optimizer)
+        tap = objective.taps(progress.step)
+        micro_batches = [next(batches) for _ in range(config.train.gradient_accumulation_steps)]
+        before = random_state()
+        for retries in range(config.optimizer.max_retries + 1):
+            restore_random_state(before)
+            meter = _accumulate(engine, objective, micro_batches, reference, window, tap=tap)
+            norm = engine.step(rate)
+            if math.isfinite(norm):
+                break
+            if engine.rank == 0:
+                logger.warning(
+                    "step %d: the loss or its gradients are not finite (try %d of %d); its batches are tried again",
+                    progress.step + 1, retries + 1, config.optimizer.max_retries + 1,
+                )  # fmt: skip
+        else:
+            raise _diverged(config, progress.step + 1, rate, micro_batches, meter)
         metrics = meter.reduce()
-        if not math.isfinite(metrics["loss/total"]):
-            raise DivergedError(
-                f"loss/total is {metrics['loss/total']} at step {step + 1}; lower optimizer.learning_rate={rate:.3g} "
-                "or use model.dtype=float32"
-            )
         if tap and not math.isnan(separability := window.separability()):
             metrics["collapse/separability"] = separability
         progress.step += 1
@@ -106,9 +105,10 @@ def train_loop(
         metrics |= {
             "learning_rate": rate,
             "gradient_norm": norm,
+            "retries": float(retries),
             "tokens_per_second": metrics["tokens"] / seconds,
             "step_seconds": seconds,
-            "peak_memory_gib": peak_memory_gib(device),
+            "peak_memory_gib": peak_memory_gib(engine.device),
             "bundles_consumed": float(progress.bundles),
         }
         log(progress.step, metrics)
@@ -116,6 +116,95 @@ def train_loop(
         if last or (config.checkpoint.every is not None and progress.step % config.checkpoint.every == 0):
             save(progress, metrics)
     return metrics
+
+
+def _accumulate(
+    engine: Engine,
+    objective: Objective,
+    micro_batches: Sequence[Batch],
+    reference: Reference | None,
+    window: StateWindow,
+    *,
+    tap: bool,
+) -> StepMeter:
+    """Forward and backward of one optimizer step's micro-batches; returns what they measured."""
+    meter = StepMeter()
+    for on_host in micro_batches:
+        batch = move(on_host, engine.device)
+        frozen = ReferenceOutput()
+        if reference is not None and (objective.needs_reference_log_probs or tap):
+            frozen = reference(batch, tap)
+        output = engine.forward(batch, tap=tap)
+        together = None
+        if objective.needs_round and output.representations is not None and output.present is not None:
+            together = gather_round(output.representations, output.present, batch.weight)
+        result = objective.total_loss(
+            weight=batch.weight,
+            chosen=output.chosen,
+            rejected=output.rejected,
+            reference_chosen=frozen.chosen,
+            reference_rejected=frozen.rejected,
+            reference_state=frozen.state,
+            representations=output.representations,
+            present=output.present,
+            tapped=output.tapped,
+            together=together,
+        )
+        engine.backward(_with_telling_gradient(result.loss, output.chosen.total))
+        meter.add(batch, output, result)
+        if window.size and output.tapped is not None and output.present is not None:
+            window.add(output.tapped, output.present, batch)
+    return meter
+
+
+def _with_telling_gradient(loss: Tensor, log_probs: Tensor) -> Tensor:
+    """`loss`, whose gradient is not finite where the loss itself is not.
+
+    A loss can be infinite where its gradient is finite (a clamped logarithm). NaN times the log-probs, which depend on
+    every weight, then tells all workers through the norm of the gradients, which they share anyway. Adding 0 changes
+    no bit.
+    """
+    return loss + torch.where(loss.detach().isfinite(), 0.0, torch.nan).to(loss.dtype) * log_probs.sum()
+
+
+def _diverged(
+    config: TrainConfig, step: int, rate: float, micro_batches: Sequence[Batch], meter: StepMeter
+) -> DivergedError:
+    """What to tell of a step that failed every time; every worker calls it, and all get the same."""
+    own = [
+        name for batch in micro_batches for name, w in zip(batch.bundle_ids, batch.weight.tolist(), strict=True) if w
+    ]
+    bundles = [name for part in gather_objects(own) for name in part]
+    broken = [name for part in gather_objects(meter.broken) for name in part]
+    named = f"bundles {_listed(bundles)}"
+    if broken:
+        named += f", of which the loss of {_listed(broken)} is not finite already in the forward"
+    changes = [f"lower optimizer.learning_rate (now {rate:.3g} here)", "look at these bundles"]
+    if config.model.dtype != "float32":
+        changes.insert(1, "use model.dtype=float32")
+    return DivergedError(
+        f"step {step}: the loss or its gradients are not finite, after {config.optimizer.max_retries + 1} tries "
+        f"(optimizer.max_retries={config.optimizer.max_retries}), with {named}. The last checkpoint is from before; "
+        f"start a new run: {', '.join(changes[:-1])}, or {changes[-1]}"
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_MOST_NAMED])
+    return f"{shown} and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else shown
+
+
+def learning_rate(step: int, total: int, settings: OptimizerSection) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `total`; a pure function, so resuming needs no state.
+
+    Linear warm-up over ceil(warmup_ratio * total) steps, then constant, or down to 0 at `total` by line or half cosine.
+    """
+    warmup = math.ceil(settings.warmup_ratio * total)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
+    return settings.learning_rate * factor[settings.schedule]
 
 
 @dataclass
@@ -129,6 +218,7 @@ class StepMeter:
     grids: list[Tensor] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
     tokens: int = 0
+    losses: list[tuple[list[str], Tensor]] = field(default_factory=list)
 
     def add(self, batch: Batch, output: ModelOutput, result: LossOutput) -> None:
         """Take in one micro-batch."""
@@ -136,12 +226,19 @@ class StepMeter:
         self._accumulate("bundles", real.sum())
         for name, values in result.metrics.items():
             self._accumulate(name, (values.double() * real).sum())
+        finite = [values.isfinite() for name, values in result.metrics.items() if name.startswith("loss/")]
+        self.losses.append((list(batch.bundle_ids), torch.stack(finite).all(dim=0) | (real == 0)))
         self.tokens += batch.chosen.sequences.input_ids.numel()
         self.tokens += batch.rejected.sequences.input_ids.numel() if batch.rejected is not None else 0
         if output.representations is not None and output.present is not None:
             self.tokens += batch.prompts.sequences.input_ids.numel()
             self.grids.append(output.representations.detach())
             self.masks.append(output.present & (batch.weight > 0).unsqueeze(1))
+
+    @property
+    def broken(self) -> list[str]:
+        """This worker's bundles with a loss that is not finite."""
+        return [name for names, fine in self.losses for name, ok in zip(names, fine.tolist(), strict=True) if not ok]
 
     def reduce(self) -> Metrics:
         """Means over all workers' bundles; the same on every worker, which must all call it."""

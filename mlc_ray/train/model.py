@@ -1,7 +1,7 @@
 """The policy and its extractor as one module, whose forward does everything that a step needs.
 
-One module, because DeepSpeed shards and reduces what it wraps: an extractor beside the wrapped model is lost under
-ZeRO-2 and unusable under ZeRO-3.
+One module, because an engine shards and reduces what it wraps: under DeepSpeed an extractor beside the wrapped model
+is lost at ZeRO-2 and unusable at ZeRO-3.
 
 Waste that is not done: answers and prompts are *packed* (no padding); only the hidden states of response positions
 reach the final norm and the LM head; prompts stop at the tapped layer, and of that layer only the tapped rows are

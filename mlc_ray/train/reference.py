@@ -1,12 +1,10 @@
-"""The frozen reference model: by a second engine at every step, or from a table made beforehand."""
+"""The frozen reference model: asked at every step (`Engine.frozen`), or from a table made beforehand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -55,16 +53,6 @@ class ReferenceModel(nn.Module):
         if self.layer is not None and tap:
             state = tapped_states(self.model, response_prompts(batch.chosen, n_bundles), self.layer).float()
         return ReferenceOutput(chosen, rejected, state)
-
-
-def online_reference(engine: Any) -> Reference:
-    """What a reference engine says at every step."""
-
-    @torch.no_grad()
-    def ask(batch: Batch, tap: bool) -> ReferenceOutput:
-        return engine(batch, tap=tap)
-
-    return ask
 
 
 def cached_reference(batch: Batch, tap: bool) -> ReferenceOutput:

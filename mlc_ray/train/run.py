@@ -1,56 +1,36 @@
-"""One training run on Ray: prepare data, start Ray Train workers, run the loop in each, keep checkpoints."""
+"""One training run on Ray, seen from the driver: prepare data, start the workers (see `worker`), wait for them."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import tempfile
 import uuid
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
-import ray
-import ray.train
-import ray.train.torch
-import torch
 import yaml
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.collective import broadcast_from_rank_zero
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mlc_ray.cluster import check_capacity, connect, use_gpu, with_dtype
 from mlc_ray.config import TrainConfig, load_config, parse_config
-from mlc_ray.data.order import plan_rank, total_steps
+from mlc_ray.data.order import total_steps
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.data.stream import stream_batches
-from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
-from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, checkpoint_folder, output_folder
+from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, output_folder
 from mlc_ray.storage import absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
-from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.console import RunDisplay
-from mlc_ray.train.engines import deepspeed as engines
-from mlc_ray.train.loop import Metrics, Progress, train_loop
-from mlc_ray.train.model import (
-    PolicyWithExtractor,
-    add_adapters,
-    check_tap,
-    load_policy,
-    model_depth,
-    resolve_layer,
-)
-from mlc_ray.train.reference import Reference, ReferenceModel, cached_reference, online_reference
-from mlc_ray.train.reference_cache import load_reference, prepare_reference
-from mlc_ray.train.tracking import Tracker, check_trackers
-from mlc_ray.types import Batch, ReferenceRow
+from mlc_ray.train.loop import DivergedError, Metrics
+from mlc_ray.train.model import model_depth, resolve_layer
+from mlc_ray.train.reference_cache import prepare_reference
+from mlc_ray.train.tracking import check_trackers
+from mlc_ray.train.worker import CheckpointScorer, WorkerSpec, train_worker
 
 
 class RunError(MlcRayError):
@@ -75,14 +55,6 @@ class PreparedData:
     fingerprints: dict[str, str]
 
 
-class CheckpointScorer(Protocol):
-    """Called on the first worker after every checkpoint while the others wait; its numbers are reported to Ray."""
-
-    def __call__(self, run_folder: Path, checkpoint: Path, step: int) -> Metrics:
-        """Numbers about `checkpoint`, written at optimizer step `step`."""
-        ...
-
-
 def train(
     config: TrainConfig,
     *,
@@ -93,15 +65,23 @@ def train(
 ) -> TrainResult:
     """Train to the end and return where everything is.
 
-    With `resume`, the folder of an earlier try, training goes on from its last complete checkpoint, or starts where
-    there is none. `score` is called with every checkpoint; `callbacks` are Ray Train's own; without `display` the
-    console stays quiet. Raises `RunError` when a new run's folder exists already or a resumed one's does not.
+    Args:
+        config: the run. With `resume: auto` it starts, or goes on from its last complete checkpoint where its folder is
+            there, so that the same command can be given again after whatever ended it.
+        resume: go on with the run in this folder, whose own settings `config` must be (`load_run_config`).
+        score: called with every checkpoint.
+        callbacks: Ray Train's own.
+        display: show progress on the console.
+
+    Raises:
+        RunError: a new run's folder exists already, a resumed one's does not, or it holds a run with other settings.
+        DivergedError: the loss or its gradients stayed non-finite; it is not tried again from the last checkpoint.
     """
     check_trackers(config)
     config = _with_absolute_paths(config)
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
     layer = resolve_layer(config.mlc.layer, depth)
-    run_folder = _run_folder(config, resume)
+    run_folder, is_new = _run_folder(config, resume)
     keep_in(run_folder)
     connect(config.cluster.address)
     gpu = use_gpu(config.cluster.accelerator)
@@ -111,21 +91,25 @@ def train(
         cpus_each=config.cluster.cpus_per_worker,
         gpus_each=1 if gpu else 0,
     )
+    if not is_new:
+        config = _with_dtype_of(run_folder, config)
     config = _with_dtype(config, gpu=gpu)
-    with _claimed(run_folder, config) if resume is None else contextlib.nullcontext():
+    with _claimed(run_folder, config) if is_new else contextlib.nullcontext():
         data = prepare_data(config, cache_dir=run_folder.parent / "cache", layer=layer, gpu=gpu)
     steps = _total_steps(config, data.tokens)
     _describe_run(run_folder, config, data.fingerprints, data.tokens, steps)
     trainer = TorchTrainer(
-        _worker,
+        train_worker,
         train_loop_config={
-            "config": config.model_dump(mode="json", exclude_unset=True),
-            "run_folder": str(run_folder),
-            "tokens_folder": str(data.tokens.folder),
-            "reference_folder": str(data.reference_folder) if data.reference_folder else None,
-            "fingerprints": data.fingerprints,
-            "total_steps": steps,
-            "score": score,
+            "spec": WorkerSpec(
+                config=config.model_dump(mode="json", exclude_unset=True),
+                run_folder=run_folder,
+                tokens_folder=data.tokens.folder,
+                reference_folder=data.reference_folder,
+                fingerprints=data.fingerprints,
+                total_steps=steps,
+                score=score,
+            )
         },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -148,6 +132,8 @@ def train(
         else contextlib.nullcontext()
     ):
         result = trainer.fit()
+    if result.return_value is not None:
+        raise DivergedError(f"run {str(run_folder)!r} ended at {result.return_value}")
     return TrainResult(run_folder, find_checkpoint(run_folder), dict(result.metrics or {}))
 
 
@@ -191,22 +177,55 @@ def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:
     return parse_config(TrainConfig, {**given, "model": {**given["model"], "dtype": model.dtype}})
 
 
-def _run_folder(config: TrainConfig, resume: Path | None) -> Path:
+def _with_dtype_of(folder: Path, config: TrainConfig) -> TrainConfig:
+    """A run that goes on computes in what it did before, wherever it is now."""
+    dtype = load_run_config(folder).model.dtype
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def _run_folder(config: TrainConfig, resume: Path | None) -> tuple[Path, bool]:
+    """The run's folder, and whether the run is a new one."""
     if resume is not None:
         folder = Path(resume).expanduser().resolve()
         if not (folder / CONFIG_FILE).is_file():
             raise RunError(f"--resume {str(resume)!r}: not a run folder, it has no {CONFIG_FILE}")
-        return folder
+        return folder, False
     folder = (output_folder(config.output_dir) / config.name).resolve()
-    if (folder / CONFIG_FILE).exists():
+    if not (folder / CONFIG_FILE).exists():
+        return folder, True
+    if config.resume == "never":
         raise _exists_already(folder)
-    return folder
+    _refuse_other_settings(folder, config)
+    return folder, False
+
+
+def _refuse_other_settings(folder: Path, config: TrainConfig) -> None:
+    """Raise `RunError` where the run in `folder` was started with settings that make it another run."""
+    before, now = (_flat(_what_makes_the_run(each)) for each in (load_run_config(folder), config))
+    if now["model.dtype"] == "auto":  # it becomes what it was
+        now["model.dtype"] = before["model.dtype"]
+    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
+        differences = ", ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
+        raise RunError(
+            f"resume='auto': run folder {str(folder)!r} holds a run with other settings ({differences}): give the run "
+            "another name, or the settings it has"
+        )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{name}.{key}" if name else str(key))
+    return flat
 
 
 def _exists_already(folder: Path) -> RunError:
     return RunError(
-        f"run folder {str(folder)!r} exists already: choose another name, remove it, or go on with "
-        f"`mlc-ray train --resume {folder}`"
+        f"run folder {str(folder)!r} exists already: choose another name, remove it, or go on with it by "
+        f"`mlc-ray train --resume {folder}` or by resume=auto"
     )
 
 
@@ -214,7 +233,7 @@ def _exists_already(folder: Path) -> RunError:
 def _claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
     """Take the run's name by writing its config.yaml before data are prepared, which may last minutes.
 
-    Raises `RunError` if another run has taken it. When preparing fails, the name is free again, since what mends that
+    Raises `RunError` if another run has taken it. When preparing fails, the name is free again, since the cure
     is another setting; a driver that is killed meanwhile leaves the file, and can be resumed.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,6 +267,11 @@ def _what_must_not_change(config: TrainConfig) -> dict[str, Any]:
     )
 
 
+def _what_makes_the_run(config: TrainConfig) -> dict[str, Any]:
+    """Settings by which a run is the same one when it is started again; machines, logs and bounds may differ."""
+    return {**_what_must_not_change(config), **config.model_dump(mode="json", include={"data", "engine"})}
+
+
 def _total_steps(config: TrainConfig, tokens: TokenArtifact) -> int:
     return total_steps(
         len(tokens.bundle_ids),
@@ -274,147 +298,3 @@ def _describe_run(
             "versions": library_versions(),
         },
     )
-
-
-def _worker(spec: dict[str, Any]) -> None:
-    """What every Ray Train worker runs; one process per GPU."""
-    _quiet()
-    config = parse_config(TrainConfig, spec["config"])
-    run_folder, total = Path(spec["run_folder"]), spec["total_steps"]
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    device = ray.train.torch.get_device()
-    engines.select_accelerator(device)
-    torch.manual_seed(config.seed + rank)  # dropout; order and extractor have their own seeded generators
-
-    engine, reference_engine = _build(config, device)
-    # From the folder, not from Ray's list: only checkpoints whose every file is there count, and the newest such one
-    # is the same for all workers, since they share the run folder.
-    complete = list_checkpoints(run_folder)
-    progress = Progress()
-    if complete:
-        progress = load_checkpoint(complete[-1], engine=engine, config=config, fingerprints=spec["fingerprints"])
-    tokens = TokenArtifact.open(Path(spec["tokens_folder"]))
-    table = load_reference(Path(spec["reference_folder"])) if spec["reference_folder"] else None
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    with (
-        contextlib.closing(Tracker(config, run_folder, progress.step))
-        if rank == 0
-        else contextlib.nullcontext() as tracker
-    ):
-
-        def log(step: int, metrics: Metrics) -> None:
-            if tracker is not None:
-                tracker.log(step, metrics)
-
-        def checkpoint_of(step: int) -> Path:
-            return checkpoint_folder(run_folder, step)
-
-        def save(at: Progress, metrics: Metrics) -> None:
-            with tempfile.TemporaryDirectory(prefix="mlc_ray-checkpoint-") as folder:
-                save_checkpoint(
-                    Path(folder),
-                    engine=engine,
-                    tokenizer=tokenizer,
-                    config=config,
-                    progress=at,
-                    fingerprints=spec["fingerprints"],
-                )
-                ray.train.report(
-                    {"step": at.step, **metrics},
-                    checkpoint=Checkpoint.from_directory(folder),
-                    checkpoint_dir_name=checkpoint_of(at.step).name,
-                )
-            # report() returns before the checkpoint is registered; a worker that died now would lose it.
-            ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
-            if spec["score"] is not None:
-                ray.train.report(_on_first_worker(partial(spec["score"], run_folder, checkpoint_of(at.step), at.step)))
-
-        train_loop(
-            config,
-            engine=engine,
-            batches=_batches(config, tokens, table, rank, world_size, progress.step),
-            reference=_reference(reference_engine, table),
-            progress=progress,
-            total_steps=total,
-            device=device,
-            log=log,
-            save=save,
-        )
-
-
-def _on_first_worker(function: Callable[[], Metrics]) -> Metrics:
-    """What `function` returns on rank 0, on every worker; the others wait, as long as it takes."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # an engine that slept on this GPU needs what PyTorch only keeps in reserve
-    first = ray.train.get_context().get_world_rank() == 0
-    # Ray's broadcast has no time limit; a collective of NCCL would end the run when scoring takes half an hour.
-    return cast(Metrics, broadcast_from_rank_zero(function() if first else None))
-
-
-def _quiet() -> None:
-    """Keep notices about Ray's and PyTorch's own calls out of the run's console; warnings of ours stay."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    for name in list(logging.root.manager.loggerDict):
-        if "ray/train/" in name:  # Ray Train's loggers bear their files' names; they print all metrics at every report
-            logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
-
-
-def _build(config: TrainConfig, device: torch.device) -> tuple[Any, Any]:
-    """The policy's engine, and the reference's where one runs online."""
-    with engines.partitioned_loading(config):
-        policy = load_policy(config.model)
-    layer = resolve_layer(config.mlc.layer, policy.config.get_text_config().num_hidden_layers)
-    policy = add_adapters(policy, config.model)
-    module = PolicyWithExtractor(policy, layer=layer, extractor_dim=config.mlc.extractor_dim, seed=config.seed)
-    module.to(dtype=getattr(torch, config.model.dtype))
-    engine = engines.policy_engine(module, config, device)
-    check_tap(engine.module.language_model, layer)
-    if not (config.needs_reference and config.reference == "online"):
-        return engine, None
-    objective = Objective(config)
-    with engines.partitioned_loading(config):
-        frozen = ReferenceModel(
-            load_policy(config.model),
-            log_probs=objective.needs_reference_log_probs,
-            layer=layer if objective.needs_reference_state else None,
-        )
-    return engine, engines.reference_engine(frozen, config)
-
-
-def _reference(reference_engine: Any, table: dict[str, ReferenceRow] | None) -> Reference | None:
-    if reference_engine is not None:
-        return online_reference(reference_engine)
-    return cached_reference if table is not None else None
-
-
-def _batches(
-    config: TrainConfig,
-    tokens: TokenArtifact,
-    table: dict[str, ReferenceRow] | None,
-    rank: int,
-    world_size: int,
-    start_step: int,
-) -> Iterator[Batch]:
-    slots = plan_rank(
-        tokens.bundle_ids,
-        seed=config.seed,
-        epochs=config.train.epochs,
-        world_size=world_size,
-        rank=rank,
-        bundles_per_worker=config.train.bundles_per_worker,
-        accumulation=config.train.gradient_accumulation_steps,
-        max_steps=config.train.max_steps,
-        start_step=start_step,
-    )
-    stream = stream_batches(
-        tokens.folder,
-        slots,
-        bundles_per_worker=config.train.bundles_per_worker,
-        languages=tokens.languages,
-        needs_rejected=Objective(config).needs_rejected,
-        reference=table,
-    )
-    return (batch for _, batch in stream)

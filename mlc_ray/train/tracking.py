@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,11 @@ class Tracker:
 
 
 def _line(row: dict[str, Any]) -> str:
-    # NaN (no gradient norm, one bundle only) is not JSON: it is written as null
-    return json.dumps({name: value if value == value else None for name, value in row.items()}) + "\n"
+    """A row as JSON, which has no numbers that are not finite: they become null."""
+    whole = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+    return json.dumps(whole, allow_nan=False) + "\n"
 
 
 def _replace_rows(path: Path, rows: list[dict[str, Any]]) -> None:

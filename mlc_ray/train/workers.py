@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mlc_ray.losses.base import Round
+
+T = TypeVar("T")
 
 
 def distributed() -> bool:
@@ -26,10 +28,19 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every worker's `value` (pickled on the way), by rank; every worker must call it."""
+    if not distributed():
+        return [value]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value)
+    return parts
+
+
 def gather_round(representations: Tensor, present: Tensor, weight: Tensor) -> Round:
     """The round of which this worker forwarded [B, L, D]; every worker must then take the same loss of all of it.
 
-    The mean over workers of that loss's gradients, which is what DeepSpeed takes, is then the gradient of the loss.
+    The mean over workers of that loss's gradients, which is what an engine takes, is then the gradient of the loss.
     """
     if not distributed():
         return Round(representations, present, weight)
@@ -41,8 +52,8 @@ class _GatherWithGradient(torch.autograd.Function):
     """`gather`, whose gradient is this worker's own part times the number of workers.
 
     Each worker holds the same loss of the gathered tensor, so that the gradient of its own part is complete: a
-    reduction over workers in backward, in the middle of ZeRO's own collectives, is not needed. The factor undoes the
-    mean over workers that follows.
+    reduction over workers in backward, in the middle of an engine's own, is not needed. The factor undoes the mean over
+    workers that follows.
     """
 
     @staticmethod

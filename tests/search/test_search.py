@@ -51,7 +51,7 @@ def run_place(small_llama: Path, repository: Path, tmp_path_factory: pytest.Temp
         "mlc": {"extractor_dim": 16},
         "optimizer": {"learning_rate": 1e-2},
         "train": {"epochs": 4, "max_steps": 2},
-        "zero": {"stage": 2},
+        "engine": {"stage": 2},
         "cluster": {"address": "local", "workers": 2, "cpus_per_worker": 0.5},
         "checkpoint": {"every": 1, "keep": 1},
     }

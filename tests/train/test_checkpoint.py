@@ -13,24 +13,31 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from mlc_ray.train.checkpoint import (
     CheckpointError,
-    export,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    model_card,
     save_checkpoint,
     verified_manifest,
 )
-from mlc_ray.train.engines.deepspeed import full_state_dict, policy_engine
-from tests.train.tiny import VOCABULARY, on_workers, random_rows, run_engine, tiny_config, tiny_model, wrapped
+from mlc_ray.train.export import export, model_card
+from tests.train.tiny import (
+    VOCABULARY,
+    make_engine,
+    on_workers,
+    random_rows,
+    run_engine,
+    tiny_config,
+    tiny_model,
+    wrapped,
+)
 
 FINGERPRINTS = {"model": "m", "tokens": "t"}
 RUNS = {
-    "stage2": {"zero": {"stage": 2}},
-    "stage3_bf16": {"zero": {"stage": 3, "persistence_threshold": 0}, "model": {"dtype": "bfloat16"}},
-    "stage1": {"zero": {"stage": 1}},
-    "lora": {"zero": {"stage": 2}, "model": {"lora": {"rank": 4, "dropout": 0.1}}},
-    "lora_stage3": {"zero": {"stage": 3, "persistence_threshold": 0}, "model": {"lora": {"rank": 4}}},
+    "stage2": {"engine": {"stage": 2}},
+    "stage3_bf16": {"engine": {"stage": 3, "persistence_threshold": 0}, "model": {"dtype": "bfloat16"}},
+    "stage1": {"engine": {"stage": 1}},
+    "lora": {"engine": {"stage": 2}, "model": {"lora": {"rank": 4, "dropout": 0.1}}},
+    "lora_stage3": {"engine": {"stage": 3, "persistence_threshold": 0}, "model": {"lora": {"rank": 4}}},
 }
 
 
@@ -50,7 +57,7 @@ def train_and_save(rank, folder, model_folder):
     results = {}
     for name in RUNS:
         config = config_of(name, model_folder)
-        engine = policy_engine(wrapped(config), config, torch.device("cpu"))
+        engine = make_engine(config)
         torch.manual_seed(rank)
 
         def save(progress, metrics, config=config, engine=engine, name=name):
@@ -61,7 +68,7 @@ def train_and_save(rank, folder, model_folder):
             )
 
         engine, history = run_engine(config, random_rows(7), 4, save=save, engine=engine)
-        results[name] = ([row["loss/total"] for row in history], full_state_dict(engine))
+        results[name] = ([row["loss/total"] for row in history], engine.full_weights())
     return results
 
 
@@ -70,10 +77,10 @@ def resume(rank, runs, model_folder):
     results = {}
     for name in RUNS:
         config = config_of(name, model_folder)
-        engine = policy_engine(wrapped(config, seed=9), config, torch.device("cpu"))
+        engine = make_engine(config, wrapped(config, seed=9))
         if config.model.lora is not None:
             # Adapters alone are saved: the frozen weights come from the model that both runs name.
-            if config.zero.stage == 3:
+            if config.engine.stage == 3:
                 continue  # they are partitioned here, and cannot be put in by hand
             frozen = tiny_model(0).state_dict()
             for key, value in engine.module.policy.get_base_model().state_dict().items():
@@ -84,7 +91,7 @@ def resume(rank, runs, model_folder):
         progress = load_checkpoint(checkpoint, engine=engine, config=config, fingerprints=FINGERPRINTS)
         start = (progress.step, progress.bundles)
         engine, history = run_engine(config, random_rows(7), 4, engine=engine, progress=progress)
-        results[name] = (start, [row["loss/total"] for row in history], full_state_dict(engine))
+        results[name] = (start, [row["loss/total"] for row in history], engine.full_weights())
     return results
 
 
@@ -135,7 +142,7 @@ def test_export_is_the_trained_model(name, runs, tmp_path):
             assert torch.equal(state[key.removeprefix("policy.")], value), key
     assert AutoTokenizer.from_pretrained(out).vocab_size == VOCABULARY
     card = (out / "README.md").read_text()
-    assert "SIMPO" in card and "4 optimizer steps, 14 bundles" in card
+    assert "- simpo (beta=" in card and "4 optimizer steps, 14 bundles" in card
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_stage3"])
@@ -192,7 +199,7 @@ def load_refused(rank, checkpoint, model_folder, changes, marker):
     answers = {}
     for name, (sections, fingerprints) in changes.items():
         config = config_of("stage2", model_folder).model_copy(update=sections)
-        engine = policy_engine(wrapped(config), config, torch.device("cpu"))
+        engine = make_engine(config)
         folder = Path(checkpoint)
         if name == "pickle":
             folder = folder.with_name("poisoned")
@@ -226,15 +233,15 @@ def test_what_does_not_fit_is_refused_and_pickles_run_no_code(runs, tmp_path):
     manifest["files"] = {name: (poisoned / name).stat().st_size for name in manifest["files"]}
     (poisoned / "manifest.json").write_text(json.dumps(manifest))
 
-    stage1 = config_of("stage1", model_folder).zero
+    stage1 = config_of("stage1", model_folder).engine
     changes = {
         "data": ({}, {**FINGERPRINTS, "tokens": "other"}),
-        "stage": ({"zero": stage1}, FINGERPRINTS),
+        "stage": ({"engine": stage1}, FINGERPRINTS),
         "pickle": ({}, FINGERPRINTS),
     }
     answers = on_workers(2, load_refused, tmp_path / "w", checkpoint, model_folder, changes, str(marker))[0]
     assert "tokens='t', now it is 'other'" in answers["data"]
-    assert "set zero.stage=2" in answers["stage"]
+    assert "set engine.stage=2" in answers["stage"]
     assert answers["pickle"] != "loaded" and "weights_only" in answers["pickle"].lower().replace(" ", "_")
     assert not marker.exists()
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from mlc_ray.config import TrainConfig, load_config
 from mlc_ray.runs import read_metrics
 from mlc_ray.train.checkpoint import list_checkpoints
+from mlc_ray.train.loop import DivergedError
 from mlc_ray.train.run import RunError, load_run_config, train
 
 pytestmark = pytest.mark.slow
@@ -51,7 +52,7 @@ def run_place(smollm2, repository, tmp_path_factory):
         "terms": {"anchor": {}},
         "optimizer": {"learning_rate": 1e-3},
         "train": {"epochs": 4, "max_steps": STEPS, "bundles_per_worker": 1, "gradient_accumulation_steps": 2},
-        "zero": {"stage": 2},
+        "engine": {"stage": 2},
         "cluster": {"address": "local", "workers": 2, "cpus_per_worker": 0.5},
         "checkpoint": {"every": 2, "keep": 2},
     }
@@ -101,6 +102,24 @@ def test_cached_and_online_references_give_the_same_losses(undisturbed, run_plac
         for name in ("loss/total", "loss/alignment"):
             assert live[name] == pytest.approx(cached[name], rel=1e-5)
         assert live.get("loss/anchor", 0) == pytest.approx(cached.get("loss/anchor", 0), rel=1e-5)
+
+
+def test_a_run_that_diverges_ends_without_a_checkpoint_and_is_not_tried_again(run_place):
+    config = configured(
+        run_place, "name=diverged", "optimizer.learning_rate=1e30", "optimizer.max_retries=1", "cluster.max_failures=3"
+    )
+    said = r"diverged' ended at step 2: .* after 2 tries .* with bundles \w+, \w+"
+    with pytest.raises(DivergedError, match=said) as caught:
+        train(config)
+    assert "lower optimizer.learning_rate" in str(caught.value)
+    assert [step for step, _ in losses(run_place / "diverged")] == [1]
+    assert list_checkpoints(run_place / "diverged") == []
+
+
+def test_auto_goes_on_with_a_run_that_ended(undisturbed, run_place):
+    again = train(configured(run_place, "resume=auto"))
+    assert (again.run_folder, again.checkpoint) == (undisturbed.run_folder, undisturbed.checkpoint)
+    assert [step for step, _ in losses(again.run_folder)] == list(range(1, STEPS + 1))
 
 
 def kill_a_worker_after_step(run, step, killed):

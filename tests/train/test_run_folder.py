@@ -8,7 +8,8 @@ from tests.train.tiny import tiny_config
 
 def test_a_name_is_taken_before_data_are_prepared(tmp_path):
     config = tiny_config(output_dir=str(tmp_path))
-    folder = _run_folder(config, None)
+    folder, is_new = _run_folder(config, None)
+    assert is_new
     with _claimed(folder, config):
         assert load_run_config(folder) == config
         with pytest.raises(RunError, match=r"exists already: choose another name.*--resume"):
@@ -18,16 +19,17 @@ def test_a_name_is_taken_before_data_are_prepared(tmp_path):
             raise AssertionError("claimed twice")
         assert [path.name for path in folder.iterdir()] == ["config.yaml"]
     assert load_run_config(folder) == config
-    assert _run_folder(config, folder) == folder  # --resume takes it, with or without a checkpoint
+    assert _run_folder(config, folder) == (folder, False)  # --resume takes it, with or without a checkpoint
 
 
 def test_a_name_is_free_again_when_preparing_fails(tmp_path):
     config = tiny_config(output_dir=str(tmp_path))
-    folder = _run_folder(config, None)
+    folder, is_new = _run_folder(config, None)
+    assert is_new
     with pytest.raises(ValueError, match="bad row"), _claimed(folder, config):
         raise ValueError("bad row")
     assert not folder.exists()
-    with _claimed(_run_folder(config, None), config):
+    with _claimed(_run_folder(config, None)[0], config):
         pass
 
 
@@ -51,8 +53,26 @@ def test_a_name_is_taken_without_hard_links_as_well(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.link", no_links)
     config = tiny_config(output_dir=str(tmp_path))
-    folder = _run_folder(config, None)
+    folder, is_new = _run_folder(config, None)
+    assert is_new
     with _claimed(folder, config):
         with pytest.raises(RunError, match=r"exists already"), _claimed(folder, config):
             raise AssertionError("claimed twice")
         assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_auto_starts_or_goes_on(tmp_path):
+    def config(**sections):
+        return tiny_config(output_dir=str(tmp_path), resume="auto", **sections)
+
+    folder, is_new = _run_folder(config(), None)
+    assert is_new
+    with _claimed(folder, config()):
+        pass
+    assert _run_folder(config(), None) == (folder, False)
+    # where it runs, what it logs and keeps may differ
+    assert _run_folder(config(cluster={"workers": 4}, checkpoint={"keep": 5}, collapse={"window": 0}), None)[1] is False
+    with pytest.raises(RunError, match=r"other settings \(mlc\.layer was 2, now 1\): give the run another name"):
+        _run_folder(config(mlc={"layer": 1}), None)
+    with pytest.raises(RunError, match=r"engine\.persistence_threshold was None, now 0, engine\.stage was 0, now 3"):
+        _run_folder(config(engine={"stage": 3, "persistence_threshold": 0}), None)

@@ -20,6 +20,17 @@ def test_steps_after_the_resumed_one_are_forgotten(tmp_path):
     assert [(row["step"], row["loss/total"]) for row in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
+def test_numbers_that_are_not_finite_are_null_since_json_has_none(tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    tracker = Tracker(tiny_config(logging={"tensorboard": False}), tmp_path, start_step=0)
+    tracker.log(1, {"a": float("inf"), "b": float("-inf"), "c": float("nan"), "d": 0.5})
+    tracker.close()
+    (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {"step": 1, "a": None, "b": None, "c": None, "d": 0.5}
+
+
 def test_nan_is_written_as_null_and_a_half_written_line_is_left_for_later(tmp_path):
     tracker = Tracker(tiny_config(logging={"tensorboard": False}), tmp_path, start_step=0)
     tracker.log(1, {"collapse/between_bundle_cosine": float("nan")})

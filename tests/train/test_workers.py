@@ -6,7 +6,6 @@ import torch.distributed as dist
 
 from mlc_ray.data.batches import collate
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.engines.deepspeed import full_state_dict
 from mlc_ray.train.workers import gather, gather_round
 from mlc_ray.types import ReferenceRow
 from tests.train.tiny import LANGUAGES, on_workers, random_rows, run_engine, tiny_config, tiny_model, wrapped
@@ -29,7 +28,7 @@ def configured(term, workers, stage="stage0", **sections):
         terms={term: TERMS[term]},
         train={"bundles_per_worker": 2 // workers},
         cluster={"workers": workers},
-        zero=STAGES[stage],
+        engine=STAGES[stage],
         **sections,
     )
 
@@ -83,7 +82,7 @@ def train_terms(table):
             config = configured(term, workers, stage, **online)
             cached = table if term == "anchor" and not online else None
             engine, history = run_engine(config, random_rows(7), STEPS, cached)
-            results[term, stage] = (history, full_state_dict(engine))
+            results[term, stage] = (history, engine.full_weights())
     return results
 
 

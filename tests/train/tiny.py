@@ -10,14 +10,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mlc_ray._registry import resolve
 from mlc_ray.config import TrainConfig
 from mlc_ray.data.batches import collate
 from mlc_ray.data.order import plan_rank
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.engines import deepspeed as engines
+from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, resolve_layer
-from mlc_ray.train.reference import ReferenceModel, cached_reference, online_reference
+from mlc_ray.train.reference import ReferenceModel, cached_reference
 from mlc_ray.types import TokenRow
 
 VOCABULARY = 67
@@ -78,10 +79,11 @@ def tiny_config(**sections):
         "mlc": {"layer": 2, "every": 2, "extractor_dim": 16},
         "optimizer": {"learning_rate": 1e-2, "max_grad_norm": 1.0},
         "train": {"epochs": 2, "bundles_per_worker": 1, "gradient_accumulation_steps": 2},
-        "zero": {"stage": 0},
+        "engine": {"stage": 0},
     }
     for name, value in sections.items():
         raw[name] = {**raw[name], **value} if isinstance(value, dict) and name in raw else value
+    raw["engine"] = {name: value for name, value in raw["engine"].items() if value is not None}  # other engines' fields
     return TrainConfig.model_validate(raw)
 
 
@@ -118,11 +120,15 @@ def batches_of(config, rows, rank, world_size, table=None, start_step=0):
         )
 
 
+def make_engine(config, module=None):
+    """The engine that a config names, around the tiny model or another."""
+    chosen = resolve("engine", config.engine.name)
+    return chosen(module or wrapped(config), config, torch.device("cpu"))
+
+
 def run_engine(config, rows, steps, table=None, save=None, engine=None, progress=None):
-    """Train with a real DeepSpeed engine in this worker; returns the engine and each step's metrics."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    device = torch.device("cpu")
-    engine = engine or engines.policy_engine(wrapped(config), config, device)
+    """Train with a real engine in this worker; returns the engine and each step's metrics."""
+    engine = engine or make_engine(config)
     reference = None
     if config.needs_reference:
         reference = cached_reference
@@ -133,17 +139,16 @@ def run_engine(config, rows, steps, table=None, save=None, engine=None, progress
                 log_probs=objective.needs_reference_log_probs,
                 layer=resolve_layer(config.mlc.layer, 3) if objective.needs_reference_state else None,
             )
-            reference = online_reference(engines.reference_engine(frozen, config))
+            reference = type(engine).frozen(frozen, config, engine.device)
     progress = progress or Progress()
     history = []
     train_loop(
         config,
         engine=engine,
-        batches=batches_of(config, rows, rank, world_size, table, progress.step),
+        batches=batches_of(config, rows, engine.rank, engine.world_size, table, progress.step),
         reference=reference,
         progress=progress,
         total_steps=steps,
-        device=device,
         log=lambda step, metrics: history.append({"step": step, **metrics}),
         save=save or (lambda progress, metrics: None),
     )
@@ -170,7 +175,7 @@ def _process(rank, count, port, function, folder, arguments):
         "WORLD_SIZE": str(count),
     }
     torch.set_num_threads(1)
-    engines.select_accelerator(torch.device("cpu"))
+    DeepSpeed.prepare(torch.device("cpu"))
     dist.init_process_group("gloo", rank=rank, world_size=count)
     try:
         torch.save(function(rank, *arguments), folder / f"result-{rank}.pt")

@@ -1,45 +1,219 @@
-"""DeepSpeed engines; the only place that imports deepspeed.
+"""DeepSpeed as an engine, ZeRO stages 0 to 3; the only place that imports deepspeed.
 
-Ray Train has already joined the workers into one torch.distributed group (gloo on CPU, NCCL on GPU); DeepSpeed takes
-that group as it finds it.
+Ray Train has already joined the workers into one torch.distributed group; DeepSpeed takes that group as it finds it.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
+from pydantic import Field, model_validator
 
-from mlc_ray.config import OptimizerSection, TrainConfig
+from mlc_ray._registry import register
+from mlc_ray.config import EngineSettings
+from mlc_ray.config.base import NonNegativeInt
+from mlc_ray.train.engines.base import Engine, EngineError, parameter_groups
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from mlc_ray.config import TrainConfig
+    from mlc_ray.train.model import ModelOutput, PolicyWithExtractor
+    from mlc_ray.train.reference import ReferenceModel, ReferenceOutput
+    from mlc_ray.types import Batch
+
+_TAG = "state"
+_FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
-def select_accelerator(device: torch.device) -> None:
-    """Tell DeepSpeed which device it runs on; call before the first import of deepspeed in the process."""
-    os.environ["DS_ACCELERATOR"] = device.type
-    import deepspeed.ops
+@register("engine", "deepspeed")
+class DeepSpeed(Engine):
+    """DeepSpeed ZeRO with torch's own AdamW."""
 
-    # An optional shared-memory collective that would be compiled for half a minute inside initialize().
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    class Settings(EngineSettings):
+        """DeepSpeed ZeRO."""
+
+        stage: Literal[0, 1, 2, 3] = Field(
+            2, description="What is sharded: 1 optimizer state, 2 and gradients, 3 and parameters."
+        )
+        offload_optimizer: bool = Field(False, description="Keep optimizer state and update on the CPU (stages 1-3).")
+        offload_parameters: bool = Field(False, description="Keep parameters on the CPU between uses (stage 3).")
+        persistence_threshold: NonNegativeInt | None = Field(
+            None, description="Stage 3: parameters smaller than this many elements stay whole (default: DeepSpeed's)."
+        )
+
+        @model_validator(mode="after")
+        def _offload_needs_a_stage(self) -> DeepSpeed.Settings:
+            if self.offload_optimizer and self.stage == 0:
+                raise ValueError("engine.offload_optimizer=True needs engine.stage 1, 2 or 3, but engine.stage=0")
+            if self.offload_parameters and self.stage != 3:
+                raise ValueError(f"engine.offload_parameters=True needs engine.stage=3, but engine.stage={self.stage}")
+            if self.persistence_threshold is not None and self.stage != 3:
+                raise ValueError(
+                    f"engine.persistence_threshold={self.persistence_threshold} is read at engine.stage=3 only, "
+                    f"but engine.stage={self.stage}"
+                )
+            return self
+
+    @classmethod
+    def prepare(cls, device: torch.device) -> None:
+        """Tell DeepSpeed which device it runs on, before its first import in the process."""
+        os.environ["DS_ACCELERATOR"] = device.type
+        import deepspeed.ops
+
+        # An optional shared-memory collective that would be compiled for half a minute inside initialize().
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    @classmethod
+    @contextmanager
+    def loading(cls, config: TrainConfig) -> Iterator[None]:
+        """Within, transformers loads a model already sharded at stage 3, so that no worker ever holds all of it."""
+        if _settings(config).stage != 3:
+            yield
+            return
+        from transformers.integrations import HfDeepSpeedConfig
+
+        active = HfDeepSpeedConfig(deepspeed_config(config))  # transformers looks for the living object
+        try:
+            yield
+        finally:
+            del active
+
+    def __init__(self, module: PolicyWithExtractor, config: TrainConfig, device: torch.device) -> None:
+        import deepspeed
+        import torch
+        import torch.distributed as dist
+
+        settings = _settings(config)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(module.parameters(), config.optimizer.weight_decay, _full_dim),
+            lr=0.0,  # each step has its own rate; DeepSpeed may take steps of its own before the first, see below
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            fused=device.type == "cuda" and not settings.offload_optimizer,
+        )
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))
+        # DeepSpeed makes the optimizer's state by a step with zero gradients where it can (bfloat16 without ZeRO). At
+        # rate 0 that decays no weight, but it counts: Adam's bias correction would take the first real step for the
+        # second.
+        for state in optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
+        self._stage = settings.stage
+        self._lora = config.model.lora is not None
+        self.module = self._engine.module
+        self.device = device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    @classmethod
+    def frozen(
+        cls, model: ReferenceModel, config: TrainConfig, device: torch.device
+    ) -> Callable[[Batch, bool], ReferenceOutput]:
+        """The reference sharded like the policy at stage 3, else replicated."""
+        import deepspeed
+        import torch
+
+        model.requires_grad_(False)
+        engine, *_ = deepspeed.initialize(model=model, config=reference_config(config))
+        engine.module.eval()
+
+        @torch.no_grad()
+        def ask(batch: Batch, tap: bool) -> ReferenceOutput:
+            said: ReferenceOutput = engine(batch, tap=tap)
+            return said
+
+        return ask
+
+    def forward(self, batch: Batch, *, tap: bool) -> ModelOutput:
+        """The module's forward; under stage 3 it gathers parameters from all workers."""
+        output: ModelOutput = self._engine(batch, tap=tap)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate; DeepSpeed divides by the number of micro-batches and averages over workers."""
+        self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # applies nothing here: it counts the micro-batch
+
+    def step(self, learning_rate: float) -> float:
+        """One optimizer step, unless the norm of the gradients is not finite."""
+        import torch
+
+        engine = self._engine
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm: float | None = None
+        if self._stage == 0:
+            # Without ZeRO, DeepSpeed clips but does not say by what norm (float32), or says it in bfloat16; and in
+            # float32 it applies whatever the gradients are. They are averaged over workers already.
+            gradients = [p.grad.float() for p in engine.module.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not norm < float("inf"):
+                engine.zero_grad()
+                engine.micro_steps += 1  # the micro-batch that ends the accumulation is counted by its step
+                return norm
+        engine.step()
+        if not engine.was_step_applied():  # stages 1-3 look for themselves, and drop the gradients
+            return float("inf")
+        norm = engine.get_global_grad_norm() if norm is None else norm
+        return float("nan") if norm is None else float(norm)
+
+    def full_weights(self, *, trainable_only: bool = False) -> dict[str, Tensor] | None:
+        """Gathered from all workers at stage 3; read from rank 0 below."""
+        if self._stage == 3:
+            gathered: dict[str, Tensor] | None = self._engine._zero3_consolidated_16bit_state_dict(
+                exclude_frozen_parameters=trainable_only
+            )
+            return gathered if self.rank == 0 else None
+        if self.rank != 0:
+            return None
+        frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return {
+            name: value.detach().cpu()
+            for name, value in self.module.state_dict().items()
+            if not (trainable_only and name in frozen)
+        }
+
+    def layout(self) -> dict[str, Any]:
+        """DeepSpeed's files are read back at the stage they were written at."""
+        return {"engine.stage": self._stage}
+
+    def save(self, folder: Path) -> None:
+        """DeepSpeed's own files, one or two a worker; frozen weights are left out."""
+        _pickle_enums_by_value()
+        self._engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=self._lora)
+
+    def load(self, folder: Path) -> None:
+        """DeepSpeed's own files, of which only tensors, plain containers and its own records are built."""
+        with _weights_only_loading():
+            loaded, _ = self._engine.load_checkpoint(
+                str(folder),
+                tag=_TAG,
+                load_module_strict=not self._lora,  # frozen weights were not written
+            )
+        if loaded is None:
+            raise EngineError(f"{str(folder)!r} holds no state of DeepSpeed: go on from another checkpoint")
 
 
-def engine_settings(config: TrainConfig) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     """DeepSpeed's own configuration for the policy."""
-    zero: dict[str, Any] = {"stage": config.zero.stage}
-    if config.zero.offload_optimizer:
+    settings = _settings(config)
+    zero: dict[str, Any] = {"stage": settings.stage}
+    if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    if config.zero.offload_parameters:
+    if settings.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
-    if config.zero.stage == 3:
+    if settings.stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    if config.zero.persistence_threshold is not None:
+    if settings.persistence_threshold is not None:
         # Keeping no gathered parameter around either is what makes a small model really sharded.
         zero |= {
-            "stage3_param_persistence_threshold": config.zero.persistence_threshold,
+            "stage3_param_persistence_threshold": settings.persistence_threshold,
             "stage3_max_reuse_distance": 0,
             "stage3_max_live_parameters": 0,
         }
@@ -55,110 +229,29 @@ def engine_settings(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def reference_settings(config: TrainConfig) -> dict[str, Any]:
+def reference_config(config: TrainConfig) -> dict[str, Any]:
     """DeepSpeed's configuration for the frozen reference: sharded like the policy at stage 3, else replicated."""
-    settings = engine_settings(config)
-    zero = settings["zero_optimization"]
-    stage3 = {k: v for k, v in zero.items() if k not in ("offload_optimizer",)}
-    settings["zero_optimization"] = stage3 if config.zero.stage == 3 else {"stage": 0}
-    settings["gradient_accumulation_steps"] = 1
-    settings["gradient_clipping"] = 0.0
+    whole = deepspeed_config(config)
+    zero = whole["zero_optimization"]
+    stage3 = {k: v for k, v in zero.items() if k != "offload_optimizer"}
+    whole["zero_optimization"] = stage3 if zero["stage"] == 3 else {"stage": 0}
+    whole["gradient_accumulation_steps"] = 1
+    whole["gradient_clipping"] = 0.0
+    return whole
+
+
+def _settings(config: TrainConfig) -> DeepSpeed.Settings:
+    settings = config.engine
+    assert isinstance(settings, DeepSpeed.Settings), settings
     return settings
 
 
-@contextmanager
-def partitioned_loading(config: TrainConfig) -> Iterator[None]:
-    """Within, transformers loads a model already sharded at ZeRO-3, so that no worker ever holds all of it."""
-    if config.zero.stage != 3:
-        yield
-        return
-    from transformers.integrations import HfDeepSpeedConfig
-
-    active = HfDeepSpeedConfig(engine_settings(config))  # transformers looks for the living object
-    try:
-        yield
-    finally:
-        del active
+def _full_dim(parameter: nn.Parameter) -> int:
+    # A parameter that stage 3 partitioned at load is a flat, empty placeholder; its shape is kept beside it.
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def policy_engine(module: nn.Module, config: TrainConfig, device: torch.device) -> Any:
-    """Shard `module` as `config.zero` says, with AdamW on its trainable parameters."""
-    import deepspeed
-
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trainable if _full_dim(p) >= 2], "weight_decay": config.optimizer.weight_decay},
-            {"params": [p for p in trainable if _full_dim(p) < 2], "weight_decay": 0.0},  # norms and biases
-        ],
-        lr=0.0,  # the loop sets each step's rate; DeepSpeed may take steps of its own before the first, see below
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        fused=device.type == "cuda" and not config.zero.offload_optimizer,
-    )
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_settings(config))
-    # DeepSpeed makes the optimizer's state by a step with zero gradients where it can (bfloat16 without ZeRO). At rate
-    # 0 that decays no weight, but it counts: Adam's bias correction would take the first real step for the second.
-    for state in optimizer.state.values():
-        if "step" in state:
-            state["step"].zero_()
-    return engine
-
-
-def reference_engine(model: nn.Module, config: TrainConfig) -> Any:
-    """The frozen reference under DeepSpeed, without an optimizer."""
-    import deepspeed
-
-    model.requires_grad_(False)
-    engine, *_ = deepspeed.initialize(model=model, config=reference_settings(config))
-    engine.module.eval()
-    return engine
-
-
-def set_learning_rate(engine: Any, value: float) -> None:
-    """Set every parameter group's learning rate for the coming step."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = value
-
-
-def backward_and_step(engine: Any, loss: torch.Tensor) -> float:
-    """One micro-batch's backward and, where it completes an optimizer step, that step.
-
-    Returns the global gradient norm before clipping (of the last completed optimizer step).
-    """
-    engine.backward(loss)
-    norm = None
-    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
-        # In float32 without ZeRO, DeepSpeed clips but does not say by what norm; gradients are already averaged here.
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-    engine.step()
-    if norm is None:
-        norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
-
-
-def learning_rate(step: int, total: int, settings: OptimizerSection) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `total`; a pure function, so resuming needs no state.
-
-    Linear warm-up over ceil(warmup_ratio * total) steps, then constant, or down to 0 at `total` by line or half cosine.
-    """
-    warmup = math.ceil(settings.warmup_ratio * total)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
-    return settings.learning_rate * factor[settings.schedule]
-
-
-def full_state_dict(engine: Any) -> dict[str, torch.Tensor] | None:
-    """The whole module's weights on the CPU, on rank 0 (None elsewhere at stage 3); every rank must call it."""
-    if engine.zero_optimization_stage() == 3:
-        return engine._zero3_consolidated_16bit_state_dict()
-    return {key: value.detach().cpu() for key, value in engine.module.state_dict().items()}
-
-
-def records_in_checkpoints() -> list[type]:
+def _records_in_checkpoints() -> list[type]:
     """DeepSpeed's plain record classes that its checkpoint files hold beside tensors; none runs code when built."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -167,7 +260,7 @@ def records_in_checkpoints() -> list[type]:
     return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-def pickle_enums_by_value() -> None:
+def _pickle_enums_by_value() -> None:
     """Have DeepSpeed's ZeRO stage pickled as (class, value), as Python does from 3.11.4 on.
 
     Before, an enum member is pickled as a call of `getattr`, which a loader that runs no code must refuse.
@@ -177,6 +270,22 @@ def pickle_enums_by_value() -> None:
     ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (type(self), (self.value,))
 
 
-def _full_dim(parameter: nn.Parameter) -> int:
-    # A parameter that ZeRO-3 partitioned at load is a flat, empty placeholder; its shape is kept beside it.
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+@contextmanager
+def _weights_only_loading() -> Iterator[None]:
+    """Within, torch.load builds tensors, plain containers and DeepSpeed's own records, whatever its caller asked for.
+
+    DeepSpeed reads its files with weights_only=False. A checkpoint path comes from the user; a pickle in it must not be
+    able to run code.
+    """
+    import torch
+
+    before = os.environ.get(_FORCE_WEIGHTS_ONLY)
+    os.environ[_FORCE_WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals(_records_in_checkpoints()):
+            yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE_WEIGHTS_ONLY]
+        else:
+            os.environ[_FORCE_WEIGHTS_ONLY] = before

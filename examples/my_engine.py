@@ -1,0 +1,124 @@
+"""An engine of your own: plain PyTorch DistributedDataParallel instead of DeepSpeed, for models that fit on one device.
+
+Name it in the settings of a run; the module must be importable on every worker (here: run from the repository, or send
+the folder along with `ray job submit --working-dir`):
+
+    mlc-ray train --config run.yaml --set 'engine={name: examples.my_engine:TorchDdp}'
+
+It keeps everything whole on every worker and trains in float32: there are no master weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mlc_ray.config import EngineSettings, TrainConfig
+from mlc_ray.train.engines.base import Engine, EngineError, parameter_groups
+from mlc_ray.train.model import ModelOutput, PolicyWithExtractor
+from mlc_ray.train.reference import ReferenceModel, ReferenceOutput
+from mlc_ray.types import Batch
+
+STATE = "state.pt"
+
+
+class TorchDdp(Engine):
+    """One replica a worker; gradients are averaged in the backward of a step's last micro-batch."""
+
+    class Settings(EngineSettings):
+        """Settings of `engine:` beside its name."""
+
+        bucket_mb: int = Field(25, ge=1, description="Size of the buckets in which gradients are averaged, in MiB.")
+
+    def __init__(self, module: PolicyWithExtractor, config: TrainConfig, device: torch.device) -> None:
+        if config.model.dtype != "float32":
+            raise EngineError(f"model.dtype={config.model.dtype!r}: TorchDdp knows float32 only; set that")
+        settings = config.engine
+        assert isinstance(settings, TorchDdp.Settings)
+        self.module = module.to(device)
+        self.device = device
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.ddp = DistributedDataParallel(self.module, bucket_cap_mb=settings.bucket_mb)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(module.parameters(), config.optimizer.weight_decay),
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+        )
+        self.max_norm = config.optimizer.max_grad_norm
+        self.accumulation = config.train.gradient_accumulation_steps
+        self.done = 0  # micro-batches of the step that is going on
+
+    @classmethod
+    def frozen(
+        cls, model: ReferenceModel, config: TrainConfig, device: torch.device
+    ) -> Callable[[Batch, bool], ReferenceOutput]:
+        """The whole reference on every worker."""
+        model = model.requires_grad_(False).to(device).eval()
+
+        @torch.no_grad()
+        def ask(batch: Batch, tap: bool) -> ReferenceOutput:
+            said: ReferenceOutput = model(batch, tap=tap)
+            return said
+
+        return ask
+
+    def forward(self, batch: Batch, *, tap: bool) -> ModelOutput:
+        """Only the last micro-batch's backward averages over workers; DDP is told so in the forward."""
+        last = self.done == self.accumulation - 1
+        with nullcontext() if last else self.ddp.no_sync():
+            output: ModelOutput = self.ddp(batch, tap=tap)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate this worker's gradient, or (last micro-batch) average what is accumulated over all."""
+        (loss / self.accumulation).backward()
+        self.done += 1
+
+    def step(self, learning_rate: float) -> float:
+        """Clip and step, unless the norm is not finite."""
+        self.done = 0
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if norm.isfinite():
+            if self.max_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(norm)
+
+    def full_weights(self, *, trainable_only: bool = False) -> dict[str, Tensor] | None:
+        """All of it is here, on every worker."""
+        if self.rank != 0:
+            return None
+        trainable = {name for name, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
+        state = self.module.state_dict()
+        return {k: v.detach().cpu() for k, v in state.items() if k in trainable or not trainable_only}
+
+    def layout(self) -> dict[str, Any]:
+        """Nothing here depends on settings: any run with this engine can go on from its checkpoints."""
+        return {}
+
+    def save(self, folder: Path) -> None:
+        """All workers have the same: the first one writes."""
+        if self.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+            torch.save(state, folder / STATE)
+
+    def load(self, folder: Path) -> None:
+        """`weights_only` builds tensors and plain containers, and runs no code of the file."""
+        if not (folder / STATE).is_file():
+            raise EngineError(f"{str(folder)!r} holds no {STATE}: it was written by another engine")
+        state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,128 @@
+"""What the training loop asks of an engine: the optimizer, the gradients of all workers, and what is saved of both.
+
+An engine is one class in one file, with its settings nested in it, named by `engine.name`: `deepspeed`, or one of your
+own as `package.module:Class` (see examples/my_engine.py). The loop, checkpoints and the reference know nothing else.
+Workers are joined into one torch.distributed group (gloo on CPU, NCCL on GPU) before an engine is made.
+
+Importing this module loads no torch: settings are validated where none is needed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mlc_ray.config import EngineSettings
+from mlc_ray.errors import MlcRayError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from mlc_ray.config import TrainConfig
+    from mlc_ray.train.model import ModelOutput, PolicyWithExtractor
+    from mlc_ray.train.reference import ReferenceModel, ReferenceOutput
+    from mlc_ray.types import Batch
+
+
+class EngineError(MlcRayError):
+    """An engine cannot train as configured, or cannot read what a checkpoint holds; the message names the fix."""
+
+
+class Engine(ABC):
+    """Trains one module on all workers.
+
+    Attributes:
+        module: what was handed over, for its parts and for forwards without gradient; an engine may shard its weights.
+        device: where batches go.
+        rank: this worker, from 0.
+        world_size: the number of workers.
+    """
+
+    Settings: ClassVar[type[EngineSettings]] = EngineSettings
+
+    module: PolicyWithExtractor
+    device: torch.device
+    rank: int
+    world_size: int
+
+    @classmethod
+    def prepare(cls, device: torch.device) -> None:
+        """Called once in every worker before anything else; for what must precede an import."""
+        return None
+
+    @classmethod
+    def loading(cls, config: TrainConfig) -> AbstractContextManager[None]:
+        """Within, models are loaded: an engine that shards parameters has each worker load only its own."""
+        return nullcontext()
+
+    @abstractmethod
+    def __init__(self, module: PolicyWithExtractor, config: TrainConfig, device: torch.device) -> None:
+        """Take over `module`, with AdamW on its trainable parameters as `config.optimizer` says.
+
+        Raises:
+            EngineError: if the engine cannot train as `config` asks.
+        """
+
+    @classmethod
+    @abstractmethod
+    def frozen(
+        cls, model: ReferenceModel, config: TrainConfig, device: torch.device
+    ) -> Callable[[Batch, bool], ReferenceOutput]:
+        """`model` without an optimizer, as a function of (batch, whether its step taps); no gradient is taken."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, *, tap: bool) -> ModelOutput:
+        """The module's forward of one micro-batch; every worker calls it, with the same `tap`."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's `loss` (a scalar) to what is accumulated.
+
+        After `train.gradient_accumulation_steps` of them, gradients are the mean over micro-batches and workers.
+        """
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> float:
+        """Clip the accumulated gradients to `optimizer.max_grad_norm`, take one optimizer step, and drop them.
+
+        Returns:
+            The global norm of the gradients before clipping, the same on every worker. Where it is not finite, no
+            step was taken: weights and optimizer state are what they were, and the gradients are gone.
+        """
+
+    @abstractmethod
+    def full_weights(self, *, trainable_only: bool = False) -> dict[str, Tensor] | None:
+        """The module's whole weights by name, on the CPU of rank 0; None on other workers. Every worker calls it."""
+
+    @abstractmethod
+    def layout(self) -> dict[str, Any]:
+        """Settings, by dotted name, that a run must share with a checkpoint to go on from it; values as JSON has."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write into `folder` (made if need be) what `load` needs; every worker calls it, with a folder of its own."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Take weights and optimizer state from `folder`, in which the files of all workers are. Runs no code of it.
+
+        Raises:
+            EngineError: if the folder does not hold what this engine wrote.
+        """
+
+
+def parameter_groups(
+    parameters: Iterable[nn.Parameter],
+    weight_decay: float,
+    n_dims: Callable[[nn.Parameter], int] = lambda parameter: parameter.dim(),
+) -> list[dict[str, Any]]:
+    """AdamW's groups of the trainable ones: matrices decay, norms and biases (one dimension) do not."""
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if n_dims(p) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if n_dims(p) < 2], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,206 @@
+"""What every Ray Train worker of a run does: build the engine, go where the last checkpoint was, run the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint
+from ray.train.collective import broadcast_from_rank_zero
+
+from mlc_ray._registry import resolve
+from mlc_ray.config import TrainConfig, parse_config
+from mlc_ray.data.order import plan_rank
+from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.stream import stream_batches
+from mlc_ray.data.tokens import load_tokenizer
+from mlc_ray.losses.objective import Objective
+from mlc_ray.runs import checkpoint_folder
+from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from mlc_ray.train.engines.base import Engine
+from mlc_ray.train.loop import DivergedError, Metrics, Progress, train_loop
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, check_tap, load_policy, resolve_layer
+from mlc_ray.train.reference import Reference, ReferenceModel, cached_reference
+from mlc_ray.train.reference_cache import load_reference
+from mlc_ray.train.tracking import Tracker
+from mlc_ray.types import Batch, ReferenceRow
+
+
+class CheckpointScorer(Protocol):
+    """Called on the first worker after every checkpoint while the others wait; its numbers are reported to Ray."""
+
+    def __call__(self, run_folder: Path, checkpoint: Path, step: int) -> Metrics:
+        """Numbers about `checkpoint`, written at optimizer step `step`."""
+        ...
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What the driver tells its workers; `config` is the run's, as JSON has it."""
+
+    config: dict[str, Any]
+    run_folder: Path
+    tokens_folder: Path
+    reference_folder: Path | None
+    fingerprints: dict[str, str]
+    total_steps: int
+    score: CheckpointScorer | None
+
+
+def engine_class(config: TrainConfig) -> type[Engine]:
+    """The engine that `config.engine` names."""
+    return cast(type[Engine], resolve("engine", config.engine.name))
+
+
+def train_worker(told: dict[str, WorkerSpec]) -> str | None:
+    """One process per GPU. Returns why the run diverged, if it did: another try would do the same."""
+    try:
+        _train(told["spec"])
+    except DivergedError as error:
+        return str(error)
+    return None
+
+
+def _train(spec: WorkerSpec) -> None:
+    _quiet()
+    config = parse_config(TrainConfig, spec.config)
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    engine_class(config).prepare(device)
+    torch.manual_seed(config.seed + rank)  # dropout; order and extractor have their own seeded generators
+
+    engine, online = _build(config, device)
+    # From the folder, not from Ray's list: only checkpoints whose every file is there count, and the newest such one
+    # is the same for all workers, since they share the run folder.
+    complete = list_checkpoints(spec.run_folder)
+    progress = Progress()
+    if complete:
+        progress = load_checkpoint(complete[-1], engine=engine, config=config, fingerprints=spec.fingerprints)
+    tokens = TokenArtifact.open(spec.tokens_folder)
+    table = load_reference(spec.reference_folder) if spec.reference_folder else None
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    with (
+        contextlib.closing(Tracker(config, spec.run_folder, progress.step))
+        if rank == 0
+        else contextlib.nullcontext() as tracker
+    ):
+
+        def log(step: int, metrics: Metrics) -> None:
+            if tracker is not None:
+                tracker.log(step, metrics)
+
+        def save(at: Progress, metrics: Metrics) -> None:
+            with tempfile.TemporaryDirectory(prefix="mlc_ray-checkpoint-") as folder:
+                save_checkpoint(
+                    Path(folder),
+                    engine=engine,
+                    tokenizer=tokenizer,
+                    config=config,
+                    progress=at,
+                    fingerprints=spec.fingerprints,
+                )
+                ray.train.report(
+                    {"step": at.step, **metrics},
+                    checkpoint=Checkpoint.from_directory(folder),
+                    checkpoint_dir_name=checkpoint_folder(spec.run_folder, at.step).name,
+                )
+            # report() returns before the checkpoint is registered; a worker that died now would lose it.
+            ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+            if spec.score is not None:
+                score = partial(spec.score, spec.run_folder, checkpoint_folder(spec.run_folder, at.step), at.step)
+                ray.train.report(_on_first_worker(score))
+
+        train_loop(
+            config,
+            engine=engine,
+            batches=_batches(config, tokens, table, rank, world_size, progress.step),
+            reference=online or (cached_reference if table is not None else None),
+            progress=progress,
+            total_steps=spec.total_steps,
+            log=log,
+            save=save,
+        )
+
+
+def _on_first_worker(function: Callable[[], Metrics]) -> Metrics:
+    """What `function` returns on rank 0, on every worker; the others wait, as long as it takes."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # an engine that slept on this GPU needs what PyTorch only keeps in reserve
+    first = ray.train.get_context().get_world_rank() == 0
+    # Ray's broadcast has no time limit; a collective of NCCL would end the run when scoring takes half an hour.
+    return cast(Metrics, broadcast_from_rank_zero(function() if first else None))
+
+
+def _quiet() -> None:
+    """Keep notices about Ray's and PyTorch's own calls out of the run's console; warnings of ours stay."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for name in list(logging.root.manager.loggerDict):
+        if "ray/train/" in name:  # Ray Train's loggers bear their files' names; they print all metrics at every report
+            logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
+
+
+def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference | None]:
+    """The policy's engine, and the reference where one is asked at every step."""
+    chosen = engine_class(config)
+    with chosen.loading(config):
+        policy = load_policy(config.model)
+    layer = resolve_layer(config.mlc.layer, policy.config.get_text_config().num_hidden_layers)
+    policy = add_adapters(policy, config.model)
+    module = PolicyWithExtractor(policy, layer=layer, extractor_dim=config.mlc.extractor_dim, seed=config.seed)
+    module.to(dtype=getattr(torch, config.model.dtype))
+    engine = chosen(module, config, device)
+    check_tap(engine.module.language_model, layer)
+    if not (config.needs_reference and config.reference == "online"):
+        return engine, None
+    objective = Objective(config)
+    with chosen.loading(config):
+        frozen = ReferenceModel(
+            load_policy(config.model),
+            log_probs=objective.needs_reference_log_probs,
+            layer=layer if objective.needs_reference_state else None,
+        )
+    return engine, chosen.frozen(frozen, config, device)
+
+
+def _batches(
+    config: TrainConfig,
+    tokens: TokenArtifact,
+    table: dict[str, ReferenceRow] | None,
+    rank: int,
+    world_size: int,
+    start_step: int,
+) -> Iterator[Batch]:
+    slots = plan_rank(
+        tokens.bundle_ids,
+        seed=config.seed,
+        epochs=config.train.epochs,
+        world_size=world_size,
+        rank=rank,
+        bundles_per_worker=config.train.bundles_per_worker,
+        accumulation=config.train.gradient_accumulation_steps,
+        max_steps=config.train.max_steps,
+        start_step=start_step,
+    )
+    stream = stream_batches(
+        tokens.folder,
+        slots,
+        bundles_per_worker=config.train.bundles_per_worker,
+        languages=tokens.languages,
+        needs_rejected=Objective(config).needs_rejected,
+        reference=table,
+    )
+    return (batch for _, batch in stream)

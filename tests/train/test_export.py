@@ -1,0 +1,135 @@
+"""What an export publishes, and what it refuses of a checkpoint that somebody else made."""
+
+import json
+import logging
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from mlc_ray.storage import library_versions
+from mlc_ray.train.checkpoint import CheckpointError
+from mlc_ray.train.export import _public_name, export
+from tests.train.test_checkpoint import tokenizer
+from tests.train.tiny import tiny_config, tiny_model
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Makes a run with one checkpoint, by hand, of `sections` of a config; returns the run's folder."""
+
+    def make(lora=False, **sections):
+        base = tmp_path / "secret-home" / "tiny-base"
+        tiny_model().save_pretrained(base)
+        tokenizer().save_pretrained(base)
+        model = {"path": str(base), "dtype": "float32", **sections.pop("model", {})}
+        if lora:
+            model["lora"] = {"rank": 4}
+        sections["output_dir"] = str(tmp_path / "secret-out")
+        config = tiny_config(model=model, objective={"loss": "simpo"}, **sections)
+        folder = tmp_path / "run/train/checkpoint_000002"
+        (folder / "engine").mkdir(parents=True)
+        trained = folder / ("adapter" if lora else "model")
+        policy = AutoModelForCausalLM.from_pretrained(base)
+        if lora:
+            policy = get_peft_model(policy, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        policy.save_pretrained(trained)
+        tokenizer().save_pretrained(trained)
+        files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+        manifest = {
+            "config": config.model_dump(mode="json", exclude_unset=True),
+            "resolved_config": config.model_dump(mode="json"),
+            "fingerprints": {"tokens": "0123"},
+            "step": 2,
+            "bundles_consumed": 7,
+            "world_size": 2,
+            "layout": {},
+            "versions": library_versions(),
+            "files": files,
+        }
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return tmp_path / "run"
+
+    return make
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_no_path_address_or_user_is_published(lora, checkpoint, tmp_path):
+    run = checkpoint(
+        lora,
+        logging={"mlflow": "https://tracking.intern:5000/team", "wandb": "secret-project"},
+        data={"train": [{"path": "/data/secret-customer/bundles.jsonl"}, {"path": "someone/bundles"}]},
+    )
+    out = export(run, tmp_path / "out")
+    text = "\n".join(p.read_text(encoding="utf-8", errors="replace") for p in out.iterdir() if p.is_file())
+    assert "secret" not in text and "tracking.intern" not in text and str(tmp_path) not in text
+    published = json.loads((out / "mlc_ray.json").read_text())
+    assert published["settings"].keys() >= {"objective", "mlc", "optimizer", "train", "model", "data", "seed"}
+    assert published["settings"]["model"]["name"] == "tiny-base"
+    assert [source["name"] for source in published["settings"]["data"]["train"]] == ["bundles.jsonl", "someone/bundles"]
+    assert published["fingerprints"] == {"tokens": "0123"}
+    assert not published["settings"].keys() & {"logging", "output_dir", "cluster", "checkpoint", "engine"}
+    assert "- bundles.jsonl\n- someone/bundles\n" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B"),
+        ("gpt2", "gpt2"),
+        ("sample:train", "sample:train"),
+        ("/home/u/models/mine", "mine"),
+        ("./mine", "mine"),
+        ("~/mine", "mine"),
+        ("a/b/c.jsonl", "c.jsonl"),
+    ],
+)
+def test_public_names(path, name):
+    assert _public_name(path) == name
+
+
+def test_code_of_a_base_model_runs_only_when_the_one_who_exports_says_so(checkpoint, tmp_path, caplog):
+    run = checkpoint(lora=True, model={"trust_remote_code": True})
+    base = tmp_path / "secret-home" / "tiny-base"
+    marker = tmp_path / "marker"
+    settings = json.loads((base / "config.json").read_text())
+    settings["auto_map"] = {"AutoConfig": "theirs.Theirs", "AutoModelForCausalLM": "theirs.TheirModel"}
+    (base / "config.json").write_text(json.dumps(settings))
+    (base / "theirs.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Theirs(LlamaConfig): pass\n"
+        "class TheirModel(LlamaForCausalLM):\n    config_class = Theirs\n"
+    )
+    with pytest.raises(CheckpointError, match=rf"{base}.*add --trust-remote-code") as caught:
+        export(run, tmp_path / "out", merge_lora=True)
+    assert "trust that model" in str(caught.value)
+    assert not marker.exists() and not (tmp_path / "out").exists()
+    # a manifest that keeps quiet about it gets nothing run either
+    manifest = run / "train/checkpoint_000002/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"trust_remote_code": true', '"trust_remote_code": false'))
+    with caplog.at_level(logging.WARNING):
+        export(run, tmp_path / "quiet", merge_lora=True)
+    assert not marker.exists()
+    assert str(base) in caplog.text
+    export(run, tmp_path / "trusted", merge_lora=True, trust_remote_code=True)
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "the model itself"])
+def test_a_link_in_a_checkpoint_is_not_followed(what, checkpoint, tmp_path):
+    run = checkpoint()
+    model = run / "train/checkpoint_000002/model"
+    secret = tmp_path / "private"
+    secret.mkdir()
+    (secret / "key").write_text("private key")
+    if what == "file":
+        (model / "notes.txt").symlink_to(secret / "key")
+    elif what == "folder":
+        (model / "more").symlink_to(secret)
+    else:
+        model.rename(tmp_path / "elsewhere")
+        model.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"is a link to .*; links are not followed: put the file itself there"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
