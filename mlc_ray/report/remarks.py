@@ -5,7 +5,8 @@ Console, page and Markdown show the same lines.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mlc_ray.report.collect import Model
 from mlc_ray.report.rates import harmful_side
@@ -60,6 +61,7 @@ def _not_alike(models: Sequence[Model]) -> Iterator[str]:
         "prompts": [model.result.prompts for model in models],
         "judges": [model.result.judge for model in models],
         "longest responses (max_new_tokens)": [model.result.config.get("max_new_tokens") for model in models],
+        "types computed in (engine.dtype)": [_dtype(model.result.config) for model in models],
     }
     for name, found in aspects.items():
         labels: dict[object, list[str]] = {}
@@ -68,6 +70,11 @@ def _not_alike(models: Sequence[Model]) -> Iterator[str]:
         if len(labels) > 1:
             each = "; ".join(f"{value}: {', '.join(names)}" for value, names in labels.items())
             yield f"Not measured alike, the {name} differ ({each}): compare with care."
+
+
+def _dtype(config: Mapping[str, Any]) -> object:
+    engine = config.get("engine")
+    return engine.get("dtype") if isinstance(engine, Mapping) else None
 
 
 def unparsed_bound(model: Model) -> float:
