@@ -199,7 +199,8 @@ def test_the_mean_change_is_over_languages_that_both_have() -> None:
 
 
 def test_comparison_says_what_was_not_measured_alike() -> None:
-    other = dataclasses.replace(ALIGNED, prompts="others", config={"max_new_tokens": 32, "engine": {"dtype": "float32"}})
+    config = {"max_new_tokens": 32, "engine": {"dtype": "float32"}}
+    other = dataclasses.replace(ALIGNED, prompts="others", config=config)
     text = text_of(score_tables(RAW, other))
     assert "(engine.dtype) differ (" in text
     assert "Not measured alike, the prompts differ (prompts: raw; others: aligned)" in text
