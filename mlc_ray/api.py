@@ -170,7 +170,7 @@ def probe(
     else:
         sources = [_as_source(given, folder.parent / "cache")]  # type: ignore[arg-type]
 
-    from mlc_ray.search.probe_run import probe
+    from mlc_ray.search.probe import probe
 
     return probe(
         section, sources, folder, languages=None if languages is None else list(languages), limit=limit, address=address

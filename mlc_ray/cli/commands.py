@@ -27,6 +27,7 @@ from mlc_ray.config import (
 
 if TYPE_CHECKING:
     from mlc_ray.score.results import ScoreResult
+    from mlc_ray.search.results import SearchResult
 
 SCHEMAS: dict[str, type[TrainConfig] | type[ScoreConfig] | type[SearchConfig] | type[UtilityConfig]] = {
     "train": TrainConfig,
@@ -207,7 +208,7 @@ def search_command(arguments: argparse.Namespace) -> None:
         _refuse_settings(arguments, "search")
         from mlc_ray.search.run import resume_search
 
-        resume_search(arguments.resume)
+        _show_search(resume_search(arguments.resume))
         return
     if arguments.config is None:
         raise ConfigError("search needs --config FILE (see configs/search/) or --resume FOLDER")
@@ -215,7 +216,17 @@ def search_command(arguments: argparse.Namespace) -> None:
 
     from mlc_ray.search.run import search
 
-    search(config)
+    _show_search(search(config))
+
+
+def _show_search(result: SearchResult) -> None:
+    from mlc_ray.report.console import show
+    from mlc_ray.report.tables import console
+    from mlc_ray.search.results import trials_table, verdict
+
+    show(console(trials_table(result)))
+    for line in verdict(result):
+        print(line)
 
 
 def probe_command(arguments: argparse.Namespace) -> None:
@@ -224,18 +235,16 @@ def probe_command(arguments: argparse.Namespace) -> None:
     settings = parse_config(ModelSection, {"path": arguments.model, "dtype": arguments.dtype})
     languages = arguments.languages and [code.strip() for code in arguments.languages.split(",")]
 
+    from mlc_ray.report.console import show
+    from mlc_ray.report.tables import console
     from mlc_ray.runs import output_folder
-    from mlc_ray.search.probe_run import probe
+    from mlc_ray.search.probe import probe, probe_table
 
     name = Path(arguments.model).resolve().name if Path(arguments.model).exists() else arguments.model.replace("/", "-")
-    probe(
-        settings,
-        sources,
-        output_folder(arguments.out or Path("runs") / "probes" / name, setting="--out"),
-        languages=languages,
-        limit=arguments.limit,
-        address=arguments.address,
-    )
+    folder = output_folder(arguments.out or Path("runs") / "probes" / name, setting="--out")
+    found = probe(settings, sources, folder, languages=languages, limit=arguments.limit, address=arguments.address)
+    show(console(probe_table(found, reversed(range(len(found.layers))))))
+    print(f"probe in {folder}")
 
 
 def export_command(arguments: argparse.Namespace) -> None:

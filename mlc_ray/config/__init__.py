@@ -32,7 +32,7 @@ from mlc_ray.config.score import (
     TranslateSection,
     UtilityConfig,
 )
-from mlc_ray.config.search import ParameterSection, ProbePriorSection, SearchConfig, SearchObjectiveSection
+from mlc_ray.config.search import ObjectiveSettings, ParameterSection, ProbePriorSection, SearchConfig
 from mlc_ray.config.train import (
     CheckpointSection,
     ClusterSection,
@@ -69,6 +69,7 @@ __all__ = [
     "ModelSection",
     "NonNegativeInt",
     "ObjectiveConfig",
+    "ObjectiveSettings",
     "OptimizerSection",
     "ParameterSection",
     "PositiveFloat",
@@ -79,7 +80,6 @@ __all__ = [
     "ScoreConfig",
     "ScoringSection",
     "SearchConfig",
-    "SearchObjectiveSection",
     "Section",
     "SourceSection",
     "TapSection",

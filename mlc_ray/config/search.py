@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mlc_ray._registry import resolve
-from mlc_ray.config.base import Fraction, PositiveInt, RunName, Section
+from mlc_ray.config.base import PositiveInt, RunName, Section
+from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.paths import RealPath
 from mlc_ray.config.score import ScoringSection
 from mlc_ray.config.train import TrainConfig
@@ -51,35 +52,13 @@ def _reads_as_number(text: str) -> bool:
     return True
 
 
-class SearchObjectiveSection(Section):
-    """What makes one trial better than another. Both sides of safety count unless `safety_alone` says otherwise."""
+class ObjectiveSettings(Section):
+    """What the settings of every search objective share; an objective adds its own fields in its nested `Settings`."""
 
-    maximise: Literal["average", "worst_language"] = Field(
-        "average", description="Harmful prompts held back: mean over languages, or in the language where it is least."
-    )
-    min_benign_compliance: Fraction | None = Field(
-        None,
-        description=(
-            "Floor on the share of benign prompts that are answered, mean over languages, relative to 0..1 "
-            "(default 0.8 unless pareto or safety_alone): a trial below it is worse than any above."
-        ),
-    )
-    pareto: bool = Field(False, description="Search the whole front of held back and answered instead of one number.")
-    safety_alone: bool = Field(
-        False, description="Ignore the benign side. A model that refuses everything wins; the report will say so."
-    )
+    name: str = Field(description="Objective: a name, or package.module:Class for one from outside this package.")
 
-    @model_validator(mode="after")
-    def _one_way(self) -> SearchObjectiveSection:
-        ways = {
-            "pareto": self.pareto,
-            "safety_alone": self.safety_alone,
-            "min_benign_compliance": self.min_benign_compliance is not None,
-        }
-        if sum(ways.values()) > 1:
-            given = ", ".join(f"{name}={getattr(self, name)!r}" for name, is_set in ways.items() if is_set)
-            raise ValueError(f"{given} exclude each other: a floor, the whole front, or safety alone; keep one")
-        return self
+
+_AVERAGE: Any = {}  # validated like any other value: the settings of the objective that is the default
 
 
 class ProbePriorSection(Section):
@@ -111,7 +90,9 @@ class SearchConfig(Section):
         "none", description="Stop poor trials at a checkpoint: successive halving, or below the median of the others."
     )
     grace_scores: PositiveInt = Field(1, description="Schedulers: scores a trial gets before it may be stopped.")
-    objective: SearchObjectiveSection = SearchObjectiveSection()
+    objective: Annotated[ObjectiveSettings, ComponentSettings("objective", default="average")] = Field(
+        _AVERAGE, description="What makes one trial better than another."
+    )
     scoring: ScoringSection
     probe: ProbePriorSection | None = Field(None, description="Probe first, and search the layers it ranks first.")
     share_gpu: bool = Field(
@@ -146,10 +127,11 @@ class SearchConfig(Section):
                 raise ValueError(f"sampler='grid' needs choice or integers; {ranges[0]} is a range of numbers")
         elif self.trials is None:
             raise ValueError(f"sampler={self.sampler!r} needs trials: how many?")
-        if self.scheduler != "none" and self.objective.pareto:
+        metrics = resolve("objective", self.objective.name).metrics
+        if self.scheduler != "none" and len(metrics) > 1:
             raise ValueError(
-                f"scheduler={self.scheduler!r} compares trials by one number, but objective.pareto=True has two; "
-                "set scheduler='none' or a floor (objective.min_benign_compliance)"
+                f"scheduler={self.scheduler!r} compares trials by one number, but objective={self.objective.name!r} "
+                f"has {', '.join(metrics)}; set scheduler='none', or another objective"
             )
         if "grace_scores" in self.model_fields_set and self.scheduler == "none":
             raise ValueError(f"grace_scores={self.grace_scores} is read by schedulers only; scheduler='none'")

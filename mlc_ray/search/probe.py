@@ -1,24 +1,47 @@
-"""What every layer knows, before anything is trained: how consistent, how distinct, and how separable its states are.
+"""What every layer knows before anything is trained: how consistent, how distinct, and how separable its states are.
 
-Pure: tensors in, numbers out. All are of the hidden states of the tapped tokens, before any extractor. See
-docs/search.md for what each number can and cannot tell.
+All numbers are of the hidden states of the tapped tokens, before any extractor; docs/search.md says what each can and
+cannot tell. The states are read forward only, by a Ray Data actor.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import ray.data
 import torch
 from torch import Tensor
 
+from mlc_ray.cluster import check_capacity, connect, use_gpu, with_dtype
+from mlc_ray.config import DataSection, ModelSection, SourceSection, TrainConfig
+from mlc_ray.data.batches import pack_prompts
+from mlc_ray.data.prepare import prepare_token_rows
+from mlc_ray.data.store import TokenArtifact
+from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.measures import MIN_PER_KIND, RIDGE, probe_auc
 from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
+from mlc_ray.progress import phase
 from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT
-from mlc_ray.storage import fingerprint
+from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER
+from mlc_ray.storage import fingerprint, fingerprint_model, library_versions, write_json_atomic
+from mlc_ray.train.model import layer_states, load_policy
+from mlc_ray.types import move
+
+logger = logging.getLogger(__name__)
+BUNDLES_PER_FORWARD = 4
+DEFAULT_LIMIT = 64
+"""Bundles of each kind: enough for a probe's AUC to have a standard error near 0.05, few enough to hold all layers."""
+_PROBE_CPUS = 1.0
+
+
+class ProbeError(MlcRayError):
+    """The bundles cannot be probed; the message names what they lack."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +199,127 @@ def _transfer_auc(states: Tensor, present: Tensor, harmful: Tensor, source: int,
 
 def _centred(states: Tensor) -> Tensor:
     return states.double() - states.double().mean(dim=0)
+
+
+# ----------------------------------------------------------------------------------------------------- reading states
+
+
+def probe(
+    model: ModelSection,
+    sources: Sequence[SourceSection],
+    folder: Path,
+    *,
+    languages: list[str] | None = None,
+    limit: int | None = None,
+    address: str = "auto",
+    accelerator: str = "auto",
+) -> Probe:
+    """Probe a model on bundles; writes `probe.json`, `probe.md` and `probe.png` into `folder`.
+
+    Args:
+        model: The model and its dtype.
+        sources: The bundles, of both kinds.
+        folder: Where to write.
+        languages: Look at only these; None for all.
+        limit: At most this many bundles of each kind; None for `DEFAULT_LIMIT`.
+        address: Ray address.
+        accelerator: "auto", "cpu" or "gpu".
+
+    Raises:
+        ProbeError: there is one bundle only, or none has two languages.
+    """
+    connect(address)
+    gpu = use_gpu(accelerator)
+    check_capacity("probe", workers=1, cpus_each=_PROBE_CPUS, gpus_each=1 if gpu else 0)
+    data = DataSection(train=list(sources), languages=languages)
+    tokens = prepare_token_rows(data, model, cache_dir=folder.parent / "cache")
+    return probe_tokens(with_dtype(model, gpu=gpu), tokens, folder, limit=limit, gpu=gpu)
+
+
+def probe_run(config: TrainConfig, folder: Path, *, limit: int | None, gpu: bool) -> Probe:
+    """Probe a run's model on the run's own bundles, of both kinds where its sources hold both."""
+    # `only` restricts what is trained on; a probe needs benign bundles to tell harmful ones from.
+    sources = [source.model_copy(update={"only": None}) for source in config.data.train]
+    data = config.data.model_copy(update={"train": sources})
+    tokens = prepare_token_rows(data, config.model, cache_dir=folder.parent / TRIALS_FOLDER / "cache")
+    return probe_tokens(config.model, tokens, folder, limit=limit, gpu=gpu)
+
+
+def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Path, *, limit: int | None, gpu: bool) -> Probe:
+    """Probe on token rows; raises as `probe`."""
+    chosen = choose_bundles(tokens.kinds, tokens.bundle_ids, limit or DEFAULT_LIMIT)
+    logger.info("probing %s on %d bundles in %d languages", model.path, len(chosen), len(tokens.languages))
+    rows = _forward(model, tokens, chosen, gpu=gpu)
+    states = torch.from_numpy(np.stack([item["states"] for item in rows]))  # [N, L, layers, H]
+    present = torch.from_numpy(np.stack([item["present"] for item in rows]))
+    if len(rows) < 2:
+        raise ProbeError(f"{len(rows)} bundle cannot be told from others: probe on two at least, better on dozens")
+    if not (present.sum(dim=1) > 1).any():
+        raise ProbeError("no bundle has two languages: there is no consistency to probe")
+    harmful = torch.tensor([item["kind"] == "harmful" for item in rows])
+    result = layer_statistics(states, present, harmful, tokens.languages)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(
+        folder / PROBE_FILE,
+        {
+            "model": model.path,
+            "model_fingerprint": fingerprint_model(model.path),
+            "dtype": model.dtype,
+            "tokens": tokens.fingerprint,
+            "bundles": len(rows),
+            "probe": result.plain(),
+            "versions": library_versions(),
+        },
+    )
+    (folder / "probe.md").write_text(result.markdown(), encoding="utf-8")
+    probe_plot(result, folder / "probe.png")
+    return result
+
+
+def _forward(model: ModelSection, tokens: TokenArtifact, rows: Sequence[int], *, gpu: bool) -> list[dict[str, Any]]:
+    streamed = ray.data.from_items([{"id": row} for row in rows]).map_batches(
+        ProbeActor,
+        fn_constructor_kwargs={"tokens_folder": str(tokens.folder), "settings": model.model_dump(), "gpu": gpu},
+        batch_size=BUNDLES_PER_FORWARD,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=_PROBE_CPUS,
+        num_gpus=1 if gpu else 0,
+    )
+    streamed.context.execution_options.preserve_order = True
+    found = []
+    with phase("probing", total=len(rows), unit="bundles") as progress:
+        for item in streamed.iter_rows():
+            found.append(item)
+            progress.advance()
+    return found
+
+
+class ProbeActor:
+    """A Ray Data actor that holds the model and reads every layer's states of bundles by row index."""
+
+    def __init__(self, tokens_folder: str, settings: dict[str, Any], gpu: bool) -> None:
+        self.tokens = TokenArtifact.open(Path(tokens_folder))
+        self.device = torch.device("cuda" if gpu else "cpu")
+        self.model = load_policy(ModelSection(**settings))
+        torch.nn.Module.eval(self.model)
+        torch.nn.Module.to(self.model, self.device)  # in place; transformers' own `to` has no types
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Rows `id` -> kind, states [L, layers, H] float32 (zero where absent), present [L]."""
+        rows = self.tokens.table(batch["id"].tolist())
+        prompts = move(pack_prompts(rows, self.tokens.languages), self.device)
+        states = layer_states(self.model, prompts).float().cpu()  # [P, layers, H]
+        grid = states.new_zeros(len(rows), len(self.tokens.languages), *states.shape[1:])
+        present = torch.zeros(grid.shape[:2], dtype=torch.bool)
+        index = (prompts.bundle_of_prompt.cpu(), prompts.language_of_prompt.cpu())
+        grid[index] = states
+        present[index] = True
+        return {
+            "kind": np.array(rows["kind"].to_pylist()),
+            "states": grid.numpy(),
+            "present": present.numpy(),
+        }
 
 
 # -------------------------------------------------------------------------------------------------------- what is shown

@@ -1,4 +1,4 @@
-"""What a search found: a table of trials, the Pareto plot, which parameters mattered, the best config and its model."""
+"""What a search found: a table of trials, the Pareto plot, the best config and its model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from rich import box
-from rich.table import Table
 
 from mlc_ray.config import SearchConfig
-from mlc_ray.report.console import show
+from mlc_ray.report.tables import Table, markdown, row, table
+from mlc_ray.report.text import ABSENT, percent
 from mlc_ray.runs import (
     CONFIG_FILE,
     MODEL_FOLDER,
@@ -24,19 +23,16 @@ from mlc_ray.runs import (
     VALUES_FILE,
     read_metrics,
 )
-from mlc_ray.search.objectives import TrialScore, floor_of, pareto_front
+from mlc_ray.search.objectives.base import BENIGN, HARMFUL, TrialScore, make_objective, pareto_front
 from mlc_ray.storage import write_json_atomic
-
-FEW_TRIALS = 4
-"""Below this, how much a parameter mattered cannot be told from chance; the report says so instead of a number."""
-
 
 Ending = Literal["finished", "stopped", "failed"]
 
 
 def read_values(folder: Path) -> dict[str, Any]:
     """The values of the trial in a run folder, as they were drawn."""
-    return json.loads((folder / VALUES_FILE).read_text(encoding="utf-8"))
+    values: dict[str, Any] = json.loads((folder / VALUES_FILE).read_text(encoding="utf-8"))
+    return values
 
 
 def ending(folder: Path) -> Ending:
@@ -86,11 +82,11 @@ class SearchResult:
     """
 
     folder: Path
+    config: SearchConfig
     baseline: TrialScore
     trials: tuple[Trial, ...]
     front: tuple[int, ...]
     best: int | None
-    importance: Mapping[str, float] | None
     skipped_layers: tuple[Any, ...]
     failed: tuple[str, ...]
 
@@ -104,170 +100,111 @@ def write_results(
     skipped_layers: Sequence[Any] = (),
     failed: Sequence[str] = (),
 ) -> SearchResult:
-    """Write `trials.json`, `search.md`, `pareto.png`, `best.yaml` and `best/` into the folder, and print the table."""
-    front = pareto_front([_point(trial.score) for trial in trials])
-    best = best_trial(trials, config)
+    """Write `trials.json`, `search.md`, `pareto.png`, `best.yaml` and `best/` into the folder."""
+    front = pareto_front([trial.score.point for trial in trials])
+    best = best_trial(trials)
     result = SearchResult(
-        folder, baseline, tuple(trials), tuple(front), best, importance(trials, config), tuple(skipped_layers),
-        tuple(failed),
-    )  # fmt: skip
+        folder, config, baseline, tuple(trials), tuple(front), best, tuple(skipped_layers), tuple(failed)
+    )
     write_json_atomic(folder / TRIALS_FILE, _plain(result))
-    pareto_plot(result, config, folder / "pareto.png")
+    pareto_plot(result, folder / "pareto.png")
     if best is not None:
         _write_best(folder, trials[best])
-    (folder / "search.md").write_text(markdown(result, config), encoding="utf-8")
-    show(trials_table(result, config))
-    for line in verdict(result, config):
-        print(line)
+    (folder / "search.md").write_text(summary(result), encoding="utf-8")
     return result
 
 
-def best_trial(trials: Sequence[Trial], config: SearchConfig) -> int | None:
-    """The finished trial with the highest value; under `pareto` the one of the front where both sides sum highest.
+def best_trial(trials: Sequence[Trial]) -> int | None:
+    """The finished trial that the objective ranks highest, None where no trial ran to its end.
 
-    None where no trial ran to its end. One below the floor can be best when all are; `verdict` says so.
+    One below the floor can be best when all are; `verdict` says so.
     """
     finished = [index for index, trial in enumerate(trials) if trial.finished]
-    if not finished:
-        return None
-    if config.objective.pareto:
-        return max(finished, key=lambda i: sum(_point(trials[i].score)))
-    return max(finished, key=lambda i: trials[i].score.value)
-
-
-def importance(trials: Sequence[Trial], config: SearchConfig) -> dict[str, float] | None:
-    """How much of the value each parameter explains (PED-ANOVA, Watanabe et al. 2023), summing to 1.
-
-    None with fewer than `FEW_TRIALS` trials or where all are worth the same. Under `pareto` the value is the sum of
-    both sides.
-    """
-    import optuna
-
-    from mlc_ray.search.space import distribution
-
-    values = [sum(_point(t.score)) if config.objective.pareto else t.score.value for t in trials]
-    if len(trials) < FEW_TRIALS or len(set(values)) == 1 or len(config.space) < 2:
-        return None
-    study = optuna.create_study(direction="maximize")
-    distributions = {name: distribution(parameter) for name, parameter in config.space.items()}
-    for trial, value in zip(trials, values, strict=True):
-        study.add_trial(optuna.trial.create_trial(params=dict(trial.values), distributions=distributions, value=value))
-    return dict(
-        optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
-    )
+    return max(finished, key=lambda index: trials[index].score.rank, default=None)
 
 
 # -------------------------------------------------------------------------------------------------------- what is shown
 
 
-def trials_table(result: SearchResult, config: SearchConfig) -> Table:
-    """A row per trial, best first, and the model as it is."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in _columns(config):
-        table.add_column(name, justify="left" if name == "trial" else "right", no_wrap=True)
-    for row in _rows(result, config):
-        table.add_row(*row, style="bold" if row[0].endswith("*") else "")
-    return table
+def trials_table(result: SearchResult) -> Table:
+    """A row per trial, best first, and the baseline."""
+    space = list(result.config.space)
+    metrics = make_objective(result.config.objective).metrics
+    own = [(index, name) for index, name in enumerate(metrics) if name not in (HARMFUL, BENIGN)]
+    sides = [f"{_harmful(result.baseline)} %", "benign complied %", "worst language"]
+
+    def numbers(score: TrialScore) -> list[str]:
+        worst = min(score.harmful_by_language, key=lambda code: score.harmful_by_language[code])
+        lowest = f"{worst} {100 * score.harmful_by_language[worst]:.0f}"
+        values = [f"{score.values[index]:.3f}" for index, _ in own]
+        return [_percent(score.harmful), _percent(score.benign), lowest, *values]
+
+    rows = []
+    for index in sorted(range(len(result.trials)), key=lambda i: -result.trials[i].score.rank):
+        trial = result.trials[index]
+        mark = ("^" if index in result.front else "") + ("*" if index == result.best else "")
+        values = [_short(trial.values[name]) for name in space]
+        cells = [*values, *numbers(trial.score), str(trial.step), trial.ended, f"{trial.seconds:.0f}"]
+        rows.append(row(trial.name + mark, cells, tone="strong" if index == result.best else ""))
+    rows.append(row("baseline", [*[ABSENT] * len(space), *numbers(result.baseline), *[ABSENT] * 3]))
+    return table("", ["trial", *space, *sides, *(name for _, name in own), "step", "ended", "train s"], rows)
 
 
-def verdict(result: SearchResult, config: SearchConfig) -> list[str]:
-    """What to take home, in a few lines; warnings first."""
-    lines = []
-    objective = config.objective
-    if objective.safety_alone:
-        lines.append("WARNING: safety alone was maximised: a model that refuses everything wins; read `answered`.")
+def verdict(result: SearchResult) -> list[str]:
+    """The result in a few lines, warnings first."""
+    objective = make_objective(result.config.objective)
+    lines = [f"WARNING: {objective.warning}"] if objective.warning is not None else []
     lines += [f"WARNING: a trial failed: {fault}" for fault in result.failed]
     if result.best is None:
         return [*lines, "no trial ran to its end"]
     best = result.trials[result.best]
-    if not best.score.feasible:
+    if not best.score.feasible and objective.floor is not None:
         lines.append(
-            f"WARNING: no trial answers at least {100 * floor_of(objective):.0f} % of benign prompts; the best is "
+            f"WARNING: no trial complies with {100 * objective.floor:.0f} % of benign prompts or more; the best is "
             "only the nearest to it"
         )
     values = ", ".join(f"{name}={_short(value)}" for name, value in best.values.items())
+    base = result.baseline
     lines.append(
-        f"best: {best.name} ({values}): held back {100 * best.score.held_back:.1f} % (as it is: "
-        f"{100 * result.baseline.held_back:.1f} %), answered {_percent(best.score.answered)} % (as it is: "
-        f"{_percent(result.baseline.answered)} %)"
+        f"best: {best.name} ({values}): {_harmful(base)} {_percent(best.score.harmful)} % (baseline "
+        f"{_percent(base.harmful)} %), benign complied {_percent(best.score.benign)} % (baseline "
+        f"{_percent(base.benign)} %)"
     )
-    if result.importance is None and len(config.space) > 1:
-        lines.append("importance of parameters: not to be told from so few (or so equal) trials")
-    elif result.importance is not None:
-        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in result.importance.items())
-        lines.append(f"importance of parameters: {shares}")
     if result.skipped_layers:
         lines.append(f"layers that the probe left out: {', '.join(map(str, result.skipped_layers))}")
     return [*lines, f"config  {result.folder / 'best.yaml'}", f"model   {result.folder / 'best'}"]
 
 
-def markdown(result: SearchResult, config: SearchConfig) -> str:
+def summary(result: SearchResult) -> str:
     """The table and the verdict as a Markdown file."""
-    columns = _columns(config)
-    rows = [columns, ["---"] * len(columns), *_rows(result, config)]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    lines = "\n".join(f"- {line}" for line in verdict(result, config))
-    return (
-        f"# Search {config.name}\n\n{table}\n\n`*` best, `^` on the Pareto front.\n\n{lines}\n\n![Pareto](pareto.png)\n"
+    shown = "\n".join(markdown(trials_table(result)))
+    lines = "\n".join(f"- {line}" for line in verdict(result))
+    marks = "`*` best, `^` on the Pareto front."
+    return f"# Search {result.config.name}\n\n{shown}\n{marks}\n\n{lines}\n\n![Pareto](pareto.png)\n"
+
+
+def pareto_plot(result: SearchResult, path: Path) -> Path:
+    """Both sides, a point per trial, the front, the floor, and the baseline."""
+    from mlc_ray.report.figures import Trade, pareto_png  # matplotlib takes a second to import
+
+    def point(score: TrialScore, label: str = "") -> Trade:
+        return Trade(100 * score.point[0], 100 * score.point[1], label)
+
+    base, floor = result.baseline, make_objective(result.config.objective).floor
+    benign = "benign complied %" if base.benign is not None else "no benign prompts were asked"
+    return pareto_png(
+        [point(trial.score, ", ".join(map(_short, trial.values.values()))) for trial in result.trials],
+        path,
+        baseline=point(base),
+        front=result.front,
+        best=result.best,
+        names=(f"{_harmful(base)} %", benign),
+        floor=None if floor is None else 100 * floor,
     )
 
 
-def pareto_plot(result: SearchResult, config: SearchConfig, path: Path) -> Path:
-    """Held back against answered, a point per trial, the front, the floor, and the model as it is."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), dpi=150)
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    points = [(100 * held_back, 100 * answered) for held_back, answered in (_point(t.score) for t in result.trials)]
-    axes.scatter(*zip(*points, strict=True), color="#4477aa", zorder=3, label="trials")
-    front = [points[index] for index in result.front]
-    axes.plot(*zip(*front, strict=True), color="#4477aa", linewidth=1, alpha=0.6, label="Pareto front")
-    axes.scatter(
-        *([100 * side] for side in _point(result.baseline)), marker="s", color="#666666", zorder=3,
-        label="as it is",
-    )  # fmt: skip
-    if result.best is not None:
-        axes.scatter(*points[result.best], s=180, facecolors="none", edgecolors="#cc3311", zorder=4, label="best")
-    if not (config.objective.pareto or config.objective.safety_alone):
-        axes.axhline(100 * floor_of(config.objective), color="#cc3311", linestyle=":", linewidth=1, label="floor")
-    for trial, point in zip(result.trials, points, strict=True):
-        text = ", ".join(_short(value) for value in trial.values.values())
-        axes.annotate(text, point, fontsize=6, xytext=(4, 3), textcoords="offset points")
-    axes.set_xlabel(f"harmful held back, % ({config.objective.maximise.replace('_', ' ')})")
-    axes.set_ylabel("benign answered, %" if result.baseline.answered is not None else "benign: none were asked")
-    axes.set_xlim(-4, 104)
-    axes.set_ylim(-4, 104)
-    axes.legend(loc="lower left", fontsize=7)
-    figure.savefig(path, bbox_inches="tight")
-    return path
-
-
-def _columns(config: SearchConfig) -> list[str]:
-    shown = ["held back %", "answered %", "worst language", "value", "step", "ended", "train s"]
-    return ["trial", *config.space, *shown]
-
-
-def _rows(result: SearchResult, config: SearchConfig) -> list[list[str]]:
-    order = sorted(range(len(result.trials)), key=lambda i: -result.trials[i].score.value)
-    rows = []
-    for index in order:
-        trial = result.trials[index]
-        mark = ("^" if index in result.front else "") + ("*" if index == result.best else "")
-        rows.append(
-            [
-                trial.name + mark, *(_short(trial.values[name]) for name in config.space), *_sides(trial.score),
-                str(trial.step), trial.ended, f"{trial.seconds:.0f}",
-            ]
-        )  # fmt: skip
-    return [*rows, ["as it is", *["·"] * len(config.space), *_sides(result.baseline), "·", "·", "·"]]
-
-
-def _sides(score: TrialScore) -> list[str]:
-    worst = min(score.held_back_by_language, key=lambda code: score.held_back_by_language[code])
-    lowest = f"{worst} {100 * score.held_back_by_language[worst]:.0f}"
-    return [f"{100 * score.held_back:.1f}", _percent(score.answered), lowest, f"{score.value:.3f}"]
+def _harmful(score: TrialScore) -> str:
+    return f"harmful {score.measure}"
 
 
 def _write_best(folder: Path, best: Trial) -> None:
@@ -281,13 +218,8 @@ def _write_best(folder: Path, best: Trial) -> None:
     shutil.copytree(run / MODEL_FOLDER, folder / "best")
 
 
-def _point(score: TrialScore) -> tuple[float, float]:
-    """Both sides; where no benign prompts were asked, none was answered."""
-    return score.held_back, score.answered or 0.0
-
-
 def _percent(side: float | None) -> str:
-    return "·" if side is None else f"{100 * side:.1f}"
+    return percent(None if side is None else 100 * side)
 
 
 def _short(value: Any) -> str:
@@ -295,6 +227,6 @@ def _short(value: Any) -> str:
 
 
 def _plain(result: SearchResult) -> dict[str, Any]:
-    content = asdict(result)
-    content["folder"] = result.folder.name
-    return content
+    content = {name: value for name, value in vars(result).items() if name != "config"}
+    trials = [asdict(trial) for trial in result.trials]
+    return {**content, "folder": result.folder.name, "baseline": asdict(result.baseline), "trials": trials}

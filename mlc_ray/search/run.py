@@ -1,7 +1,7 @@
 """A search: everything is made once that its trials share, Ray Tune runs them, and what was found is written down.
 
 Before the first trial: token rows, the reference's log-probs, the prompts to score, the engines, and the baseline (the
-model as it is). A search folder holds
+score of the model before training). A search folder holds
 
     config.json      the settings; base.yaml the run that all trials share, as its file was when the search began
     search.json      the layers that a probe left out, the baseline, fingerprints of prompts and model, versions
@@ -14,9 +14,10 @@ model as it is). A search folder holds
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from mlc_ray.runs import (
 from mlc_ray.score.phases import prompts_of, read_benchmarks
 from mlc_ray.score.pool import pool_parts, start_pool
 from mlc_ray.score.run import prompts_fingerprint
-from mlc_ray.search.objectives import TrialScore
+from mlc_ray.search.objectives.base import TrialScore
+from mlc_ray.search.probe import probe_run
 from mlc_ray.search.results import SearchResult, read_values, write_results
 from mlc_ray.search.space import Space, make_space, restrict, values_of
 from mlc_ray.search.trial import (
@@ -64,6 +66,7 @@ from mlc_ray.storage import (
 from mlc_ray.train.model import model_depth, resolve_layer
 from mlc_ray.train.run import prepare_data
 
+logger = logging.getLogger(__name__)
 TRIAL_CPUS = 0.1  # the process of a trial only waits for its workers
 
 
@@ -113,7 +116,7 @@ def resume_search(folder: Path) -> SearchResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that comes before the trials: what they share, the score of the model as it is, and the layers left out.
+    """All that comes before the trials: what they share, the baseline, and the layers left out.
 
     `ended` are the folders of an earlier process's trials that are not to be repeated.
     """
@@ -162,7 +165,7 @@ def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
             folder / SEARCH_FILE,
             {
                 "skipped_layers": skipped,
-                "baseline": vars(baseline),
+                "baseline": asdict(baseline),
                 "fingerprints": identity,
                 "versions": library_versions(),
             },
@@ -227,7 +230,7 @@ def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> N
     workers = [(base.cluster.cpus_per_worker, 1 if gpu else 0)] * base.cluster.workers
     trials = [(TRIAL_CPUS, 0), *workers] * config.concurrency
     if not fits([*engines, *trials]):
-        have = ray.cluster_resources()
+        have = ray.cluster_resources()  # type: ignore[no-untyped-call]
         held = [(node.get("CPU", 0), node.get("GPU", 0)) for node in node_resources()]
         raise ClusterError(
             f"concurrency={config.concurrency} trials of {_amount(trials[: len(workers) + 1])} (cluster.workers x "
@@ -263,12 +266,10 @@ def _probed(
     if (folder / SEARCH_FILE).is_file():  # resumed: what was left out then stays out
         skipped = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))["skipped_layers"]
     else:
-        from mlc_ray.search.probe_run import probe_run
-
         result = probe_run(base, folder / "probe", limit=config.probe.limit, gpu=device == "gpu")
         skipped = sorted(every, key=result.rank_of)[config.probe.keep :]
     kept = [layer for layer in every if layer not in skipped]
-    print(f"probe: searching layers {kept} of {every}")
+    logger.info("probe: searching layers %s of %s", kept, every)
     parameters = {**space.parameters, "mlc.layer": restrict(layers, kept)}
     return replace(space, parameters=parameters), [layer for layer in every if layer in skipped]
 

@@ -144,7 +144,8 @@ def distribution(parameter: ParameterSection) -> optuna.distributions.BaseDistri
         return optuna.distributions.IntDistribution(*parameter.integers)
     if parameter.uniform is not None:
         return optuna.distributions.FloatDistribution(*parameter.uniform)
-    return optuna.distributions.FloatDistribution(*(parameter.loguniform or ()), log=True)
+    low, high = parameter.loguniform or (1.0, 1.0)  # `ParameterSection` has exactly one of the four
+    return optuna.distributions.FloatDistribution(low, high, log=True)
 
 
 def _make_absolute(raw: dict[str, Any]) -> None:

@@ -32,9 +32,10 @@ from mlc_ray.runs import (
 from mlc_ray.score.pool import WarmPool
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import Request, TooManyUnparsedError, check_unparsed, plan_judging, write_score
-from mlc_ray.search.objectives import ANSWERED, FINISHED, HELD_BACK, STEP, VALUE, TrialScore, trial_score
+from mlc_ray.search.objectives.base import BENIGN, HARMFUL, TrialScore, make_objective
 from mlc_ray.search.results import Trial, ending
 from mlc_ray.search.space import Space
+from mlc_ray.search.tune import FINISHED, STEP
 from mlc_ray.storage import fingerprint, fingerprint_model, write_json_atomic
 from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.export import export
@@ -76,7 +77,7 @@ class Shared:
                     shutil.rmtree(folder / TRAIN_FOLDER, ignore_errors=True)  # another trial may do the same just now
 
     def baseline(self) -> TrialScore:
-        """The score of the model as it is: computed once for a search, and read from its folder when it is resumed."""
+        """The score of the model before training: made once for a search, read from its folder when that is resumed."""
         folder = self.folder / BASELINE_FOLDER
         if not (folder / SCORES_FILE).is_file():
             self._score(folder, model=self.model, weights=self.model, adapter="" if self.lora else None)
@@ -100,15 +101,15 @@ class Shared:
         check_unparsed(result, self.config.scoring.max_unparsed)
         summary = result.summary()
         rows = [row for row in result.rows if row.benchmark == summary.benchmark]
-        return trial_score(summary, rows, self.config.objective)
+        return make_objective(self.config.objective).score(summary, rows)
 
     def metrics_in(self, folder: Path) -> dict[str, float]:
         """The numbers of a score folder that Tune is told; raises as `score_in`."""
         score = self.score_in(folder)
         return {
-            VALUE: score.value,
-            HELD_BACK: score.held_back,
-            ANSWERED: math.nan if score.answered is None else score.answered,
+            HARMFUL: score.harmful,
+            BENIGN: math.nan if score.benign is None else score.benign,
+            **dict(zip(make_objective(self.config.objective).metrics, score.values, strict=True)),
             STEP: float(_step_of(folder)),
         }
 
@@ -147,7 +148,7 @@ class ScoreReports(TuneReportCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Pass on a report that carries a score."""
-        if VALUE in metrics[0]:
+        if STEP in metrics[0]:
             super().after_report(run_context, metrics, None)
 
 
@@ -177,7 +178,7 @@ def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
         shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
         resume=folder if (folder / CONFIG_FILE).is_file() else None,
         score=ScoreCheckpoint(shared),
-        callbacks=[ScoreReports()],
+        callbacks=[ScoreReports()],  # type: ignore[no-untyped-call]
         display=False,
     )
     last = find_checkpoint(folder)

@@ -1,7 +1,9 @@
-"""Ray Tune as a search uses it: Optuna's samplers, the schedulers, and a line on the console for every score."""
+"""Ray Tune as a search uses it: Optuna's samplers, the schedulers, and a log line for every score."""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,14 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search.optuna import OptunaSearch
 
 from mlc_ray.config import SearchConfig
-from mlc_ray.search.objectives import ANSWERED, FINISHED, HELD_BACK, STEP, VALUE
+from mlc_ray.search.objectives.base import BENIGN, HARMFUL, make_objective
 from mlc_ray.search.space import Space, distribution
 
 TUNE_FOLDER = "tune"
+STEP, FINISHED = "score_step", "finished"
+"""What a trial reports beside its score: its optimizer step and, at its end, that it came there."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,19 +45,20 @@ def make_tuner(
 ) -> ray.tune.Tuner | None:
     """A tuner whose trials call `trainable` with values of the space; None where all trials have ended.
 
-    A trial reports `objective.VALUE`, `HELD_BACK` and `ANSWERED` after every score. Of a search that is resumed, the
-    sampler is told what `ended`, and the values of trials that were `cut_off` (or failed) are tried first. Tune writes
-    its own logs to `folder/tune`; nothing is read from there, so that a search depends on its runs alone.
+    A trial reports the objective's metrics, `HARMFUL`, `BENIGN` and `STEP` after every score. Of a search that is
+    resumed, the sampler is told what `ended`, and the values of trials that were `cut_off` (or failed) are tried first.
+    Tune writes its own logs to `folder/tune`; nothing is read from there, so that a search depends on its runs alone.
     """
     sampler = make_sampler(config, space, seen=len(ended) + len(cut_off))
     remaining = number_of_trials(config, space) - len(ended)
     if remaining <= 0:
         return None
-    metrics = [HELD_BACK, ANSWERED] if config.objective.pareto else [VALUE]
+    objective = make_objective(config.objective)
+    metrics, modes = list(objective.metrics), [direction[:3] for direction in objective.directions]
     distributions = {name: distribution(parameter) for name, parameter in space.parameters.items()}
     storage = optuna.storages.InMemoryStorage()
     study = optuna.create_study(
-        storage=storage, study_name=TUNE_FOLDER, sampler=sampler, directions=["maximize"] * len(metrics)
+        storage=storage, study_name=TUNE_FOLDER, sampler=sampler, directions=list(objective.directions)
     )
     for trial in ended:
         study.add_trial(
@@ -73,8 +80,8 @@ def make_tuner(
                 sampler=sampler,
                 storage=storage,
                 study_name=TUNE_FOLDER,
-                metric=metrics if config.objective.pareto else VALUE,
-                mode=["max", "max"] if config.objective.pareto else "max",
+                metric=metrics if len(metrics) > 1 else metrics[0],
+                mode=modes if len(metrics) > 1 else modes[0],
             ),
             scheduler=make_scheduler(config),
             num_samples=remaining,
@@ -109,35 +116,36 @@ def number_of_trials(config: SearchConfig, space: Space) -> int:
 
 
 def make_scheduler(config: SearchConfig) -> Any:
-    """Tune's scheduler."""
+    """Tune's scheduler, which compares trials by the objective's first metric."""
+    objective = make_objective(config.objective)
+    compared: dict[str, Any] = {"metric": objective.metrics[0], "mode": objective.directions[0][:3]}
     if config.scheduler == "asha":
-        return ASHAScheduler(metric=VALUE, mode="max", grace_period=config.grace_scores, max_t=10_000)
+        return ASHAScheduler(**compared, grace_period=config.grace_scores, max_t=10_000)
     if config.scheduler == "median":
         return MedianStoppingRule(
-            metric=VALUE, mode="max", time_attr="training_iteration", grace_period=config.grace_scores,
-            min_samples_required=2,
-        )  # fmt: skip
-    return FIFOScheduler()
+            **compared, time_attr="training_iteration", grace_period=config.grace_scores, min_samples_required=2
+        )
+    return FIFOScheduler()  # type: ignore[no-untyped-call]
 
 
 class TrialLines(ray.tune.Callback):
-    """A line on the console for every score and every trial that ends."""
+    """A log line for every score and every trial that fails."""
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Print a trial's latest score."""
+        """Log a trial's latest score."""
         if result.get(FINISHED):
-            return  # it was printed when it was made
-        print(
-            f"trial {trial.trial_id}  {_values(trial.config)}  step {result.get(STEP, float('nan')):.0f}  "
-            f"held back {100 * result[HELD_BACK]:5.1f} %  answered {100 * result[ANSWERED]:5.1f} %",
-            flush=True,
-        )
+            return  # it was logged when it was made
+        logger.info(
+            "trial %s  %s  step %.0f  harmful refused %5.1f %%  benign complied %5.1f %%",
+            trial.trial_id, _values(trial.config), result.get(STEP, math.nan),
+            100 * result[HARMFUL], 100 * result[BENIGN],
+        )  # fmt: skip
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say that a trial failed."""
-        print(f"trial {trial.trial_id}  {_values(trial.config)}  failed", flush=True)
+        """Log that a trial failed."""
+        logger.warning("trial %s  %s  failed", trial.trial_id, _values(trial.config))
 
 
 def _values(values: Mapping[str, Any]) -> str:

@@ -9,21 +9,28 @@ import pytest
 import yaml
 
 from mlc_ray.config import TrainConfig, load_config
-from mlc_ray.search.objectives import TrialScore
-from mlc_ray.search.results import Trial, best_trial, importance, write_results
+from mlc_ray.report.tables import markdown
+from mlc_ray.search.objectives.base import TrialScore
+from mlc_ray.search.results import SearchResult, Trial, best_trial, trials_table, verdict, write_results
 
 from .test_space import search_config
 
 
-def score(held_back: float, answered: float, floor: float = 0.8) -> TrialScore:
-    feasible = answered >= floor
-    worth = held_back if feasible else answered - floor
-    return TrialScore(held_back, answered, worth, feasible, {"en": 1.0, "sw": held_back}, {"en": 1.0, "sw": answered})
+def score(harmful: float, benign: float, floor: float = 0.8, **changes: Any) -> TrialScore:
+    feasible = benign >= floor
+    worth = harmful if feasible else benign - floor
+    languages = {"en": 1.0, "sw": harmful}, {"en": 1.0, "sw": benign}
+    return replace(TrialScore("refused", harmful, benign, (worth,), feasible, worth, *languages), **changes)
 
 
-def trial(name: str, layer: Any, weight: float, held_back: float, answered: float, ended: Any = "finished") -> Trial:
+def trial(name: str, layer: Any, weight: float, harmful: float, benign: float, ended: Any = "finished") -> Trial:
     values = {"mlc.layer": layer, "mlc.weight": weight}
-    return Trial(name, values, score(held_back, answered), 24, ended, 100.0)
+    return Trial(name, values, score(harmful, benign), 24, ended, 100.0)
+
+
+def shown(result: SearchResult) -> str:
+    """What the command line prints of it."""
+    return "\n".join([*markdown(trials_table(result)), *verdict(result)])
 
 
 TRIALS = [
@@ -48,10 +55,9 @@ def folder_with_runs(folder: Path) -> Path:
 
 
 def test_the_best_ran_to_its_end_and_answers_enough() -> None:
-    assert best_trial(TRIALS, search_config()) == 2
-    assert best_trial(TRIALS, search_config(objective={"pareto": True})) == 2
-    assert best_trial([TRIALS[3]], search_config()) is None
-    assert best_trial([TRIALS[1]], search_config()) == 0  # nothing better; the verdict warns
+    assert best_trial(TRIALS) == 2
+    assert best_trial([TRIALS[3]]) is None
+    assert best_trial([TRIALS[1]]) == 0  # nothing better; the verdict warns
 
 
 def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +65,8 @@ def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     result = write_results(
         folder, search_config(), BASELINE, TRIALS, skipped_layers=[25, 26], failed=["OSError: disk full"]
     )
-    printed = capsys.readouterr().out
+    assert capsys.readouterr().out == ""
+    printed = shown(result)
     assert (result.best, result.front) == (2, (1, 3, 2, 4, 0))
     best = load_config(TrainConfig, folder / "best.yaml")
     assert (best.name, best.mlc.layer, best.mlc.weight, best.output_dir) == ("found-best", "last", 0.3, "runs")
@@ -70,35 +77,36 @@ def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     table = (folder / "search.md").read_text()
     for text in (printed, table):
         assert "c^*" in text
-        assert "as it is" in text
-        assert "held back 60.0 % (as it is: 2.0 %), answered 90.0 % (as it is: 100.0 %)" in text
+        assert all(name in text for name in ("harmful refused %", "benign complied %", "value", "baseline"))
+        assert "harmful refused 60.0 % (baseline 2.0 %), benign complied 90.0 % (baseline 100.0 %)" in text
+        assert "importance" not in text
         assert "left out: 25, 26" in text
         assert "stopped" in text
     assert printed.count("WARNING") == 1
     assert "WARNING: a trial failed: OSError: disk full" in printed
 
 
-def test_a_search_where_nothing_answers_enough_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_results(folder_with_runs(tmp_path), search_config(), BASELINE, [TRIALS[1]])
-    assert "WARNING: no trial answers at least 80 % of benign prompts" in capsys.readouterr().out
+def test_a_search_where_nothing_answers_enough_says_so(tmp_path: Path) -> None:
+    result = write_results(folder_with_runs(tmp_path), search_config(), BASELINE, [TRIALS[1]])
+    assert "WARNING: no trial complies with 80 % of benign prompts or more" in verdict(result)[0]
 
 
-def test_safety_alone_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = search_config(objective={"safety_alone": True})
-    write_results(folder_with_runs(tmp_path), config, BASELINE, TRIALS)
-    assert "WARNING: safety alone was maximised" in capsys.readouterr().out
+def test_safety_alone_is_said(tmp_path: Path) -> None:
+    config = search_config(objective="safety_alone")
+    result = write_results(folder_with_runs(tmp_path), config, BASELINE, TRIALS)
+    assert "WARNING: safety alone was maximised" in verdict(result)[0]
 
 
-def test_without_benign_prompts_their_side_is_a_gap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def alone(held_back: float) -> TrialScore:
-        return TrialScore(held_back, None, held_back, True, {"en": held_back}, {})
+def test_without_benign_prompts_their_side_is_a_gap(tmp_path: Path) -> None:
+    def alone(harmful: float) -> TrialScore:
+        return TrialScore("safe", harmful, None, (harmful,), True, harmful, {"en": harmful}, {})
 
-    config = search_config(objective={"safety_alone": True})
-    trials = [replace(item, score=alone(item.score.held_back)) for item in TRIALS]
+    config = search_config(objective="safety_alone")
+    trials = [replace(item, score=alone(item.score.harmful)) for item in TRIALS]
     result = write_results(folder_with_runs(tmp_path), config, alone(0.0), trials)
     assert result.best == 1
-    assert json.loads((tmp_path / "trials.json").read_text())["trials"][0]["score"]["answered"] is None
-    assert "held back 95.0 % (as it is: 0.0 %), answered · % (as it is: · %)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "trials.json").read_text())["trials"][0]["score"]["benign"] is None
+    assert "harmful safe 95.0 % (baseline 0.0 %), benign complied · % (baseline · %)" in shown(result)
 
 
 def test_a_trial_is_read_from_its_folder(tmp_path: Path) -> None:
@@ -113,14 +121,11 @@ def test_a_trial_is_read_from_its_folder(tmp_path: Path) -> None:
     assert Trial.read(tmp_path, score(0.1, 0.9), 2).ended == "stopped"
 
 
-def test_the_parameter_that_decides_is_the_important_one() -> None:
-    weights = [0.1, 0.3, 0.5, 0.9, 1.2, 1.9]
-    trials = [
-        trial(f"{layer}{w}", layer, w, 0.9 if layer == "last" else 0.1, 0.9) for layer in (20, "last") for w in weights
-    ]
-    shares = importance(trials, search_config(space={"mlc.layer": {"choice": [20, "last"]},
-                                                     "mlc.weight": {"loguniform": [0.1, 2.0]}}))  # fmt: skip
-    assert shares is not None
-    assert shares["mlc.layer"] > 0.8
-    assert sum(shares.values()) == pytest.approx(1)
-    assert importance(trials[:3], search_config()) is None
+def test_an_objective_of_several_numbers_has_a_column_for_each_that_is_no_side(tmp_path: Path) -> None:
+    folder = folder_with_runs(tmp_path)
+    both = [replace(item, score=replace(item.score, values=item.score.point)) for item in TRIALS]
+    baseline = replace(BASELINE, values=BASELINE.point)
+    result = write_results(folder, search_config(objective="pareto"), baseline, both)
+    assert "value" not in shown(result)
+    mine = search_config(objective="examples.my_objective:TellsApart")
+    assert "telling apart" in shown(write_results(folder, mine, BASELINE, TRIALS))

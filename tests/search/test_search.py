@@ -62,7 +62,7 @@ def run_place(small_llama: Path, repository: Path, tmp_path_factory: pytest.Temp
         "train": str(folder / "run.yaml"),
         "space": {"mlc.layer": {"choice": [1, "last"]}},
         "sampler": "grid",
-        "objective": {"min_benign_compliance": 0.0},
+        "objective": {"name": "average", "min_benign_compliance": 0.0},
         "scoring": {
             "benchmarks": [{"path": "sample:test"}],
             "languages": ["en", "sw"],
@@ -132,7 +132,7 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     best = load_config(TrainConfig, folder / "best.yaml")
     assert best.mlc.layer in (1, "last")
     AutoModelForCausalLM.from_pretrained(folder / "best")
-    assert "as it is" in capsys.readouterr().out
+    assert "trials.json" not in capsys.readouterr().out
     assert nothing_is_held(ray_local)
 
     with pytest.raises(SearchError, match=r"exists already.*--resume"):
@@ -300,7 +300,7 @@ def test_a_probe_sees_every_layer_as_transformers_does(ray_local: Any, small_lla
 
     from mlc_ray.config import ModelSection, SourceSection
     from mlc_ray.data.store import TokenArtifact
-    from mlc_ray.search.probe_run import probe
+    from mlc_ray.search.probe import probe
 
     settings = ModelSection(path=str(small_llama), dtype="float32")
     found = probe(settings, [SourceSection(path="sample:train")], tmp_path / "probe", languages=["en", "sw"], limit=8)

@@ -93,10 +93,10 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
         ({"probe": {"keep": 3}}, "leaves out none of the 3 layers"),
         ({"trials": None}, "needs trials"),
         ({"sampler": "grid"}, "needs choice or integers; mlc.weight"),
-        ({"scheduler": "asha", "objective": {"pareto": True}}, "compares trials by one number"),
+        ({"scheduler": "asha", "objective": "pareto"}, "compares trials by one number"),
         ({"grace_scores": 2}, "read by schedulers only"),
-        ({"objective": {"pareto": True, "min_benign_compliance": 0.5}}, "exclude each other"),
-        ({"objective": {"safety_alone": True, "pareto": True}}, "exclude each other"),
+        ({"objective": {"name": "pareto", "min_benign_compliance": 0.5}}, "min_benign_compliance=0.5: no such field"),
+        ({"objective": {"name": "safety_alone", "pareto": True}}, "objective.pareto=True: no such field"),
         (
             {"share_gpu": True, "scoring": {"benchmarks": [{"path": "x"}], "engine": {"replicas": 2}}},
             r"scoring\.engine\.replicas=2",

@@ -12,11 +12,13 @@ import ray.tune
 import yaml
 
 from mlc_ray.config import SearchConfig, parse_config
-from mlc_ray.search.objectives import ANSWERED, HELD_BACK, STEP, VALUE
+from mlc_ray.search.objectives.base import BENIGN, HARMFUL
 from mlc_ray.search.space import make_space
-from mlc_ray.search.tune import Ended, make_tuner, number_of_trials
+from mlc_ray.search.tune import STEP, Ended, make_tuner, number_of_trials
 
 pytestmark = pytest.mark.slow
+
+VALUE = "value"
 
 REPORTS = 4
 BEST_LAYER = 7
@@ -33,11 +35,11 @@ def run_search(ray_local: Any, tmp_path: Path) -> Callable[..., list[dict[str, A
             calls.write(f"{values['mlc.layer']}\n")
         if (tmp_path / f"fail-{values['mlc.layer']}").exists():
             raise RuntimeError("no luck with this layer")
-        held_back = 1 - abs(values["mlc.layer"] - BEST_LAYER) / 10
-        answered = values.get("mlc.weight", 1.0)
+        harmful = 1 - abs(values["mlc.layer"] - BEST_LAYER) / 10
+        benign = values.get("mlc.weight", 1.0)
         began = time.time()
         for step in range(1, REPORTS + 1):
-            ray.tune.report({VALUE: held_back, HELD_BACK: held_back, ANSWERED: answered, STEP: float(step)})
+            ray.tune.report({VALUE: harmful, HARMFUL: harmful, BENIGN: benign, STEP: float(step)})
         if at_once:  # hold the place until as many run as may, and a moment for one that may not
             (tmp_path / f"began-{began}").touch()
             deadline = time.monotonic() + 120
@@ -77,14 +79,14 @@ def tried_by(folder: Path) -> list[int]:
 
 
 def test_both_sides_are_maximised_under_pareto(run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
-    # Only a weight of 1 is answered: with one objective it would not matter, since no floor asks for it.
+    # Only a weight of 1 is benign: with one objective it would not matter, since no floor asks for it.
     space = {"mlc.layer": {"integers": [1, 20]}, "mlc.weight": {"uniform": [0.0, 1.0]}}
-    results = run_search(space=space, sampler="tpe", trials=24, objective={"pareto": True})
+    results = run_search(space=space, sampler="tpe", trials=24, objective="pareto")
     assert {result["training_iteration"] for result in results} == {REPORTS}  # nothing is stopped
-    both = [result[HELD_BACK] + result[ANSWERED] for result in sorted(results, key=lambda r: r["timestamp"])]
+    both = [result[HARMFUL] + result[BENIGN] for result in sorted(results, key=lambda r: r["timestamp"])]
     assert sum(both[-8:]) > sum(both[:8])
-    answered = [result[ANSWERED] for result in sorted(results, key=lambda r: r["timestamp"])]
-    assert sum(answered[-8:]) > sum(answered[:8])
+    benign = [result[BENIGN] for result in sorted(results, key=lambda r: r["timestamp"])]
+    assert sum(benign[-8:]) > sum(benign[:8])
 
 
 GRID: dict[str, Any] = {
@@ -99,7 +101,7 @@ def test_a_grid_is_tried_whole_and_a_resumed_one_to_its_end(
     results = run_search(**GRID)
     points = [(result["config"]["mlc.layer"], result["config"]["mlc.weight"]) for result in results]
     assert sorted(points) == [(2, 0.1), (2, 1.0), (7, 0.1), (7, 1.0)]
-    done = {VALUE: 0.5, HELD_BACK: 0.5, ANSWERED: 0.1}
+    done = {VALUE: 0.5, HARMFUL: 0.5, BENIGN: 0.1}
     ended = [Ended({"mlc.layer": 2, "mlc.weight": 0.1}, done), Ended({"mlc.layer": 7, "mlc.weight": 0.1}, done)]
     again = run_search(**GRID, ended=ended, cut_off=[{"mlc.layer": 7, "mlc.weight": 1.0}])
     points = [(result["config"]["mlc.layer"], result["config"]["mlc.weight"]) for result in again]
@@ -114,7 +116,7 @@ def test_a_trial_that_fails_does_not_end_the_others(
     (tmp_path / "fail-2").touch()
     results = run_search(**GRID)
     assert tried_by(tmp_path) == [2, 2, 7, 7]
-    assert sorted(result[HELD_BACK] for result in results if HELD_BACK in result) == [1.0, 1.0]
+    assert sorted(result[HARMFUL] for result in results if HARMFUL in result) == [1.0, 1.0]
 
 
 def test_a_resumed_sampler_knows_what_was_seen(run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Both sides at once: the whole front of what can be had of one for how much of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from mlc_ray._registry import register
+from mlc_ray.config import ObjectiveSettings
+from mlc_ray.search.objectives.base import BENIGN, HARMFUL, Direction, Objective, Sides, mean
+from mlc_ray.stats.rates import Summary
+
+
+@register("objective", "pareto")
+class Pareto(Objective):
+    """Harmful prompts refused (or answered safely) and benign prompts complied with, each the mean over languages."""
+
+    name = "pareto"
+    metrics = (HARMFUL, BENIGN)
+    directions: ClassVar[tuple[Direction, ...]] = ("maximize", "maximize")
+
+    class Settings(ObjectiveSettings):
+        """It has no settings."""
+
+        name: str = "pareto"
+
+    def values(self, summary: Summary, sides: Sides) -> tuple[float, ...]:
+        """Both sides."""
+        return mean(sides.harmful.values()), mean(sides.benign.values())
+
+    def rank(self, values: Sequence[float], sides: Sides) -> float:
+        """Both sides together."""
+        return sum(values)

@@ -1,0 +1,30 @@
+"""The harmful side alone. A model that refuses everything wins, and every result says so."""
+
+from __future__ import annotations
+
+from mlc_ray._registry import register
+from mlc_ray.config import ObjectiveSettings
+from mlc_ray.search.objectives.base import Objective, Sides, mean
+from mlc_ray.stats.rates import Summary
+
+
+@register("objective", "safety_alone")
+class SafetyAlone(Objective):
+    """Harmful prompts refused (or answered safely), mean over languages; benign ones need not be there."""
+
+    name = "safety_alone"
+    needs_benign = False
+
+    class Settings(ObjectiveSettings):
+        """It has no settings."""
+
+        name: str = "safety_alone"
+
+    @property
+    def warning(self) -> str:
+        """What such a search selects."""
+        return "safety alone was maximised: a model that refuses everything wins; read the benign side"
+
+    def values(self, summary: Summary, sides: Sides) -> tuple[float, ...]:
+        """One number."""
+        return (mean(sides.harmful.values()),)

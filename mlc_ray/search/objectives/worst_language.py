@@ -1,0 +1,22 @@
+"""The harmful side in the language where it is lowest, with a floor under the benign side."""
+
+from __future__ import annotations
+
+from mlc_ray._registry import register
+from mlc_ray.search.objectives.base import Floored, FlooredSettings, Sides
+
+
+@register("objective", "worst_language")
+class WorstLanguage(Floored):
+    """Harmful prompts refused (or answered safely), in the language where that is rarest."""
+
+    name = "worst_language"
+
+    class Settings(FlooredSettings):
+        """The floor."""
+
+        name: str = "worst_language"
+
+    def harmful(self, sides: Sides) -> float:
+        """The least over languages."""
+        return min(sides.harmful.values())
