@@ -13,7 +13,7 @@ import yaml
 
 from mlc_ray.config import SearchConfig
 from mlc_ray.report.tables import Table, markdown, row, table
-from mlc_ray.report.text import ABSENT, percent
+from mlc_ray.report.text import ABSENT, percent, whole
 from mlc_ray.runs import (
     CONFIG_FILE,
     MODEL_FOLDER,
@@ -135,7 +135,7 @@ def trials_table(result: SearchResult) -> Table:
 
     def numbers(score: TrialScore) -> list[str]:
         worst = min(score.harmful_by_language, key=lambda code: score.harmful_by_language[code])
-        lowest = f"{worst} {100 * score.harmful_by_language[worst]:.0f}"
+        lowest = f"{worst} {whole(100 * score.harmful_by_language[worst])}"
         values = [f"{score.values[index]:.3f}" for index, _ in own]
         return [_percent(score.harmful), _percent(score.benign), lowest, *values]
 
