@@ -42,7 +42,11 @@ def epoch_order(bundle_ids: Sequence[str], seed: int, epoch: int) -> list[int]:
 
 
 def steps_per_epoch(bundles: int, *, world_size: int, bundles_per_worker: int, accumulation: int) -> int:
-    """Rounds that cover `bundles`, the last one padded. Raises `ValueError` if there are none."""
+    """Rounds that cover `bundles`, the last one padded.
+
+    Raises:
+        ValueError: there are no bundles.
+    """
     if bundles < 1:
         raise ValueError(f"there is nothing to order: {bundles} bundles")
     return -(-bundles // _round_size(world_size, bundles_per_worker, accumulation))
@@ -86,8 +90,10 @@ def plan_rank(
     """All slots of one worker from `start_step` on, in the order it consumes them.
 
     Each `bundles_per_worker` consecutive slots are one forward, each `accumulation` of those one optimizer step. The
-    ranks together use every bundle exactly once an epoch with a weight above 0. Raises `ValueError` on an impossible
-    rank or no bundles.
+    ranks together use every bundle exactly once an epoch with a weight above 0.
+
+    Raises:
+        ValueError: the rank is impossible, or there are no bundles.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not one of {world_size} workers")

@@ -51,7 +51,10 @@ class ChatTemplate:
     """A tokenizer's chat template, with its boundaries.
 
     `head_ids` are the tokens before the user's text; `minimum` is the number of tokens of a prompt that holds one
-    letter, the least that a limit must leave room for. Raises `TemplateError` if there is no usable template.
+    letter, the least that a limit must leave room for.
+
+    Raises:
+        TemplateError: there is no usable template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
