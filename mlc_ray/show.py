@@ -103,7 +103,7 @@ def _run(folder: Place) -> list[Line]:
         lines.append(("state", f"step {done} of {total} ({100 * done // total} %){_age(folder / METRICS_FILE)}"))
         lines.append(("time left", _time_left(rows, total)))
     elif facts:
-        lines.append(("state", f"prepared, none of {total} steps is done{_age(folder / RUN_FILE)}"))
+        lines.append(("state", f"prepared, 0 of {total} steps are done{_age(folder / RUN_FILE)}"))
     else:
         lines.append(("state", f"preparing its data{_age(folder / CONFIG_FILE)}"))
     if rows:
@@ -122,10 +122,13 @@ def _settings(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Line]
     if not config:
         return []
     model, mlc = config.get("model", {}), config.get("mlc", {})
-    loss = config.get("objective", {}).get("loss")
+    parts = [str(config.get("objective", {}).get("loss"))]
+    if mlc.get("weight"):
+        parts.append(f"{mlc['weight']} x mlc at layer {mlc.get('layer')}")
+    parts += [f"{term.get('weight')} x {name}" for name, term in config.get("terms", {}).items()]
     return [
         ("model", f"{model.get('path')} in {model.get('dtype')}"),
-        ("loss", f"{loss} + {mlc.get('weight')} x mlc at layer {mlc.get('layer')}" if mlc.get("weight") else str(loss)),
+        ("loss", " + ".join(parts)),
         ("data", f"{facts.get('bundles')} bundles in {len(facts.get('languages', ()))} languages"),
     ]
 

@@ -70,6 +70,7 @@ def test_a_run_that_ended_with_its_scores(tmp_path: Path) -> None:
     facts = json.loads((run / "run.json").read_text())
     config = {
         "model": {"path": "/m", "dtype": "float32"}, "objective": {"loss": "dpo"}, "mlc": {"weight": 0.8, "layer": 20},
+        "terms": {"contrast": {"weight": 0.1}},
     }  # fmt: skip
     write_json_atomic(run / "run.json", {**facts, "resolved_config": config})
     assert "next" in said(run)
@@ -77,7 +78,7 @@ def test_a_run_that_ended_with_its_scores(tmp_path: Path) -> None:
     (run / "scores" / "later").mkdir()
     lines = said(run)
     assert lines["model"] == "/m in float32"
-    assert lines["loss"] == "dpo + 0.8 x mlc at layer 20"
+    assert lines["loss"] == "dpo + 0.8 x mlc at layer 20 + 0.1 x contrast"
     assert lines["data"] == "48 bundles in 2 languages"
     assert lines["state"] == "ended, 24 of 24 steps"
     assert "gradient_norm not finite" in lines["last step"]
@@ -95,7 +96,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (run / "config.yaml").write_text("name: r\n")
     assert said(run)["state"].startswith("preparing its data; last written ")
     write_json_atomic(run / "run.json", {"total_steps": 24})
-    assert said(run)["state"].startswith("prepared, none of 24 steps is done; last written ")
+    assert said(run)["state"].startswith("prepared, 0 of 24 steps are done; last written ")
 
 
 # --------------------------------------------------------------------------------------------------------------- scores
