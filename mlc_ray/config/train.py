@@ -9,10 +9,12 @@ from pydantic import Field, field_validator, model_validator
 
 from mlc_ray._registry import resolve
 from mlc_ray.config.base import (
+    RESUME,
     Fraction,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Resume,
     RunName,
     Section,
     refuse_userinfo,
@@ -276,10 +278,7 @@ class TrainConfig(ObjectiveConfig):
     name: RunName = Field(description="Folder name of the run.")
     output_dir: RealPath = Field("runs", description="Where run folders go; on a cluster, a path that all nodes share.")
     seed: int = Field(42, description="Seed of data order, extractor initialisation and dropout.")
-    resume: Literal["never", "auto"] = Field(
-        "never",
-        description="What becomes of a run folder that is there: `never` refuses it, `auto` starts or goes on with it.",
-    )
+    resume: Resume = Field("never", description=RESUME)
     reference: Literal["cached", "online"] = Field(
         "cached",
         description="Reference log-probs: computed once beforehand, or by a second frozen engine at every step.",
