@@ -23,6 +23,7 @@ from mlc_ray.data.batches import pack_prompts
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
+from mlc_ray.logs import keep_in
 from mlc_ray.losses.measures import MIN_PER_KIND, RIDGE, probe_auc
 from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
 from mlc_ray.progress import phase
@@ -228,6 +229,7 @@ def probe(
     Raises:
         ProbeError: there is one bundle only, or none has two languages.
     """
+    keep_in(folder)
     connect(address)
     gpu = use_gpu(accelerator)
     check_capacity("probe", workers=1, cpus_each=_PROBE_CPUS, gpus_each=1 if gpu else 0)

@@ -30,6 +30,7 @@ from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
+from mlc_ray.logs import keep_in
 from mlc_ray.runs import (
     BASE_FILE,
     BASELINE_FOLDER,
@@ -87,6 +88,7 @@ def search(config: SearchConfig) -> SearchResult:
             f"search folder {str(folder)!r} exists already: choose another name, remove it, or go on with "
             f"`mlc-ray search --resume {folder}`"
         )
+    keep_in(folder)
     _check(config, space)
     config, space = _with_dtypes(config, space)
     _write_settings(config, space, folder)
@@ -110,6 +112,7 @@ def resume_search(folder: Path) -> SearchResult:
     folder = folder.expanduser().resolve()
     config = load_search(folder)
     space = make_space(config)
+    keep_in(folder)
     _check(config, space)
     return _search(_prepare(config, space, folder))
 
