@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mlc_ray._registry import resolve
-from mlc_ray.config.base import PositiveInt, RunName, Section
+from mlc_ray.config.base import RESUME, PositiveInt, Resume, RunName, Section
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.paths import RealPath
 from mlc_ray.config.score import ScoringSection
@@ -76,6 +76,7 @@ class SearchConfig(Section):
         "runs", description="Where search folders go; on a cluster, a path that all nodes share."
     )
     seed: Annotated[int, Field(ge=0, le=2**31)] = Field(42, description="Seed of the sampler; runs keep their own.")
+    resume: Resume = Field("never", description=RESUME)
     train: RealPath = Field(description="Config file of the runs.")
     set: list[str] = Field([], description="Overrides of that file, section.field=value, the same for all trials.")
     space: Annotated[dict[str, ParameterSection], Field(min_length=1)] = Field(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import ray.tune
 import yaml
 
 from mlc_ray.cluster import ClusterError, connect, fits, node_resources, use_gpu, with_dtype
-from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config
+from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config, parse_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
@@ -76,18 +76,30 @@ class SearchError(MlcRayError):
 
 
 def search(config: SearchConfig) -> SearchResult:
-    """Run a new search to its end; writes and returns what it found.
+    """Run a search to its end; writes and returns what it found.
 
-    Raises `ConfigError` for a space that no run can have, `ClusterError` for resources that the cluster can never give,
-    `SearchError` for a folder that is there already, or if no trial got a score.
+    With `resume: auto` it goes on as `resume_search` does where its folder is there already.
+
+    Raises:
+        ConfigError: the space has values that no run can have.
+        ClusterError: the cluster can never give the resources.
+        SearchError: the folder is there already, with `resume: auto` of a search with other settings; or no trial got
+            a score.
     """
     space = make_space(config)
     folder = (output_folder(config.output_dir) / config.name).resolve()
     if (folder / SEARCH_CONFIG_FILE).exists():
-        raise SearchError(
-            f"search folder {str(folder)!r} exists already: choose another name, remove it, or go on with "
-            f"`mlc-ray search --resume {folder}`"
-        )
+        if config.resume == "never":
+            raise SearchError(
+                f"search folder {str(folder)!r} exists already: choose another name, remove it, or go on with it by "
+                f"`mlc-ray search --resume {folder}` or by resume=auto"
+            )
+        if changed := changed_settings(config, space, folder):
+            raise SearchError(
+                f"resume='auto': search folder {str(folder)!r} holds a search with other settings "
+                f"({', '.join(changed)}): give the search another name, or the settings it has"
+            )
+        return resume_search(folder)
     keep_in(folder)
     _check(config, space)
     config, space = _with_dtypes(config, space)
@@ -106,8 +118,11 @@ def search(config: SearchConfig) -> SearchResult:
 def resume_search(folder: Path) -> SearchResult:
     """Go on with the search in a folder, with the settings it was started with.
 
-    Trials that ended are not repeated; those that were running or failed go on from their last checkpoint. Raises as
-    `search` does, and `SearchError` if no search is there, or prompts or model are not those it began with.
+    Trials that ended are not repeated; those that were running or failed go on from their last checkpoint.
+
+    Raises:
+        SearchError: no search is there, or prompts or model are not those it began with. Other errors are those of
+            `search`.
     """
     folder = folder.expanduser().resolve()
     config = load_search(folder)
@@ -299,6 +314,36 @@ def _write_settings(config: SearchConfig, space: Space, folder: Path) -> None:
     """Write all that `load_search` needs, wherever that is called from, and whatever becomes of the files it names."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True), "utf-8")
+    write_json_atomic(folder / SEARCH_CONFIG_FILE, _settings(config, space, folder))
+
+
+def changed_settings(config: SearchConfig, space: Space, folder: Path) -> list[str]:
+    """How the search that was begun in `folder` differs from this one: `NAME was X, now Y` for each setting."""
+    stored = load_config(SearchConfig, folder / SEARCH_CONFIG_FILE).model_dump(mode="json")
+    given = parse_config(SearchConfig, _settings(config, space, folder)).model_dump(mode="json")
+    before = _flat({"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text(encoding="utf-8"))})
+    now = _flat({"search": given, "train": dict(space.base)})
+    undecided = {"search.scoring.engine.dtype", "train.model.dtype"}  # `auto` became what it was then
+    ignored = {"search.resume", *(name for name in undecided if now.get(name, "auto") == "auto")}
+    return [
+        f"{name.removeprefix('search.')} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted((before.keys() | now.keys()) - ignored)
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def _settings(config: SearchConfig, space: Space, folder: Path) -> dict[str, Any]:
+    """The settings as `folder` keeps them: paths made absolute, the run that trials share in a file beside them."""
     settings = config.model_dump(mode="json", exclude_unset=True)
     settings |= {"output_dir": str(folder.parent), "train": BASE_FILE, "set": []}
     settings["space"] = {
@@ -310,7 +355,7 @@ def _write_settings(config: SearchConfig, space: Space, folder: Path) -> None:
     for section in (judge, judge.get("translate") or {}):
         if section.get("model") is not None:
             section["model"] = absolute_if_here(section["model"])
-    write_json_atomic(folder / SEARCH_CONFIG_FILE, settings)
+    return settings
 
 
 def load_search(folder: Path) -> SearchConfig:

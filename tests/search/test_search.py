@@ -140,7 +140,7 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
 
     # Resuming what is finished repeats nothing.
     before = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*.json*")}
-    again = resume_search(folder)
+    again = search(configured(run_place, "resume=auto"))
     assert {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*.json*")} == before
     assert again.trials == result.trials
 
