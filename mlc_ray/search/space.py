@@ -16,6 +16,7 @@ from typing import Any
 
 import optuna
 
+from mlc_ray._registry import ComponentKind, resolve
 from mlc_ray.config import (
     ConfigError,
     ParameterSection,
@@ -25,6 +26,7 @@ from mlc_ray.config import (
     parse_config,
     read_config_file,
 )
+from mlc_ray.config.component import ComponentSettings
 from mlc_ray.storage import absolute_if_here
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study it creates
@@ -96,6 +98,7 @@ def make_space(config: SearchConfig) -> Space:
             raise ConfigError(f"set {override!r} has no effect: give {field} at the top of the search's own file")
         apply_override(raw, override)
     _make_absolute(raw)
+    _check_fields_of_components(config, raw)
     space = Space(raw, {name: _absolute(name, parameter) for name, parameter in config.space.items()})
     _check_base(config, space)
     if (
@@ -114,6 +117,52 @@ def make_space(config: SearchConfig) -> Space:
                 "only at the end; set checkpoint.every, or scheduler=none"
             )
     return space
+
+
+def _check_fields_of_components(config: SearchConfig, raw: Mapping[str, Any]) -> None:
+    """Where a component varies (`objective.loss`), what is set or varied beside it must be a field of each choice.
+
+    Every combination of a search is a run. A field that only some of the losses have is refused rather than dropped
+    from the trials of the others, which would then be compared under a setting that they never read.
+    """
+    for name, parameter in config.space.items():
+        section, _, by = name.rpartition(".")
+        if (kind := _component_kind(section, by)) is None:
+            continue
+        beside = {field: f"train={config.train!r} with set gives" for field in _mapping_at(raw, section) if field != by}
+        for other in config.space:
+            if other != name and other.startswith(f"{section}."):
+                beside[other.removeprefix(f"{section}.")] = "space varies"
+        for choice in values_of(parameter):
+            fields = sorted(resolve(kind, str(choice)).Settings.model_fields)
+            for field, where in beside.items():
+                if field not in fields:
+                    keep = [
+                        str(c) for c in values_of(parameter) if field in resolve(kind, str(c)).Settings.model_fields
+                    ]
+                    raise ConfigError(
+                        f"{name}={choice!r} has no field {field}, but {where} {section}.{field} for every trial "
+                        f"({choice} has {', '.join(f for f in fields if f != by)}); take {section}.{field} out "
+                        f"(set: [{section}={{}}] drops what the file says of {section}), or search {name} among "
+                        f"those that have it ({', '.join(keep)})"
+                    )
+
+
+def _component_kind(section: str, field: str) -> ComponentKind | None:
+    """The kind of component that `section.field` of a run names, if it names one: loss of `objective.loss`."""
+    top, _, key = section.partition(".")
+    info = TrainConfig.model_fields.get(top)
+    for mark in info.metadata if info is not None else ():
+        if isinstance(mark, ComponentSettings) and mark.by == field and mark.by_key == bool(key):
+            return mark.kind
+    return None
+
+
+def _mapping_at(raw: Mapping[str, Any], section: str) -> Mapping[str, Any]:
+    node: Any = raw
+    for key in section.split("."):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node if isinstance(node, Mapping) else {}
 
 
 def _check_base(config: SearchConfig, space: Space) -> None:

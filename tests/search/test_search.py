@@ -258,23 +258,24 @@ def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_
             configured(
                 run_place,
                 "name=adapters",
-                "space={mlc.layer: {choice: [2, last]}}",
+                "space={mlc.layer: {choice: [2, last]}, objective.loss: {choice: [sft, dpo]}}",
                 "probe.keep=1",
                 "scoring.engine.replicas=2",
                 "set=[model.lora.rank=4, cluster.workers=1]",
                 f"scoring.judge={json.dumps(judge)}",
             )
         )
-    assert [(trial.finished, trial.step) for trial in result.trials] == [(True, 2)]
+    assert [(trial.finished, trial.step) for trial in result.trials] == [(True, 2), (True, 2)]
+    assert {trial.values["objective.loss"] for trial in result.trials} == {"sft", "dpo"}
     folder = run_place / "adapters"
     ranking = json.loads((folder / "probe" / "probe.json").read_text())["probe"]["ranking"]
     kept, left_out = sorted(("last", 2), key=lambda layer: ranking.index({"last": 4, 2: 2}[layer]))
-    assert [trial.values["mlc.layer"] for trial in result.trials] == [kept]
+    assert [trial.values["mlc.layer"] for trial in result.trials] == [kept, kept]
     assert result.skipped_layers == (left_out,)
-    first, second = (load_scores(path) for path in sorted((folder / "trials").glob("*/scores/*")))
+    of_trials = [load_scores(path) for path in sorted((folder / "trials").glob("*/scores/*"))]
     baseline = load_scores(folder / "baseline")
-    assert len({baseline.fingerprint, first.fingerprint, second.fingerprint}) == 3
-    for scored in (baseline, first, second):
+    assert len({baseline.fingerprint, *(scored.fingerprint for scored in of_trials)}) == 5
+    for scored in (baseline, *of_trials):
         rows = pq.read_table(scored.responses_file).to_pylist()
         assert {(row["language"], row["via_safe"]) for row in rows} == {("en", ""), ("sw", "translated")}
         assert {row["safety"] for row in rows} <= {"safe", "degenerate"}  # what a random model says may be either

@@ -8,6 +8,7 @@ import optuna
 import pytest
 
 from mlc_ray.config import ConfigError, ParameterSection, SearchConfig, parse_config
+from mlc_ray.errors import MlcRayError
 from mlc_ray.search.space import Space, distribution, make_space, restrict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -123,6 +124,62 @@ def test_values_that_do_not_go_together_are_found_before_the_first_trial() -> No
     for sampler in ("grid", "random"):  # no corner has both 2 and True
         with pytest.raises(ConfigError, match=r"(?s)'engine.stage': 2.*needs engine\.stage=3"):
             make_space(search_config(space=space, sampler=sampler))
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_losses_are_searched_with_the_fields_that_all_of_them_have(sampler: str) -> None:
+    losses = {"objective.loss": {"choice": ["dpo", "simpo", "orpo"]}, "objective.beta": {"choice": [0.1, 1.0]}}
+    space = make_space(search_config(space=losses, sampler=sampler, set=["objective={}"]))
+    runs = [space.run(values, name="t") for values in space.grid()]
+    assert [(run.objective.loss, run.objective.beta) for run in runs] == [  # type: ignore[attr-defined]
+        (loss, beta) for loss in ("dpo", "simpo", "orpo") for beta in (0.1, 1.0)
+    ]
+    assert [run.needs_reference for run in runs] == [True, True, False, False, False, False]
+    simpo = {"objective.loss": "simpo"}
+    assert space.run(simpo, name="t").objective.model_dump() == {"loss": "simpo", "beta": 0.1, "margin": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"space": {"objective.loss": ["dpo", "simpo"], "objective.margin": [0.1, 0.2]}},
+            r"objective\.loss='dpo' has no field margin, but space varies objective\.margin for every trial \(dpo has "
+            r"beta, label_smoothing\); take objective\.margin out .*among those that have it \(simpo\)",
+        ),
+        (
+            {"space": {"objective.loss": ["dpo", "sft"]}},
+            r"objective\.loss='sft' has no field beta, but train='.*quickstart\.yaml' with set gives objective\.beta",
+        ),
+        (
+            {"space": {"objective.loss": ["simpo", "orpo"]}, "set": ["objective.margin=1.0"]},
+            r"objective\.loss='orpo' has no field margin.*set: \[objective={}\] drops",
+        ),
+        ({"space": {"objective.margin": [0.1]}}, r"objective\.margin=0\.1: no such field \(valid here: beta"),
+        ({"space": {"objective.loss": ["dpo", "dpoo"]}}, "no loss is called 'dpoo'"),
+        (
+            {"space": {"objective.loss": ["dpo", "simpo"]}, "set": ["reference=online"]},
+            r"(?s)with {'objective\.loss': 'simpo'}: .*reference='online' is not read by objective\.loss='simpo'",
+        ),
+        (
+            {"space": {"terms.t.name": ["contrast", "variance"], "terms.t.temperature": [0.1]}},
+            r"terms\.t\.name='variance' has no field temperature.*those that have it \(contrast\)",
+        ),
+    ],
+)
+def test_a_field_that_one_of_the_losses_lacks_is_refused_before_the_search(
+    changes: dict[str, Any], message: str
+) -> None:
+    changes["space"] = {name: {"choice": values} for name, values in changes["space"].items()}
+    with pytest.raises(MlcRayError, match=message):
+        make_space(search_config(**changes))
+
+
+def test_terms_are_searched_by_name() -> None:
+    space = {"terms.contrast.weight": {"choice": [0, 0.5]}, "mlc.weight": {"choice": [0, 0.8]}}
+    found = make_space(search_config(space=space, sampler="grid"))
+    active = [list(found.run(values, name="t").active_terms) for values in found.grid()]
+    assert active == [[], ["mlc"], ["contrast"], ["mlc", "contrast"]]
 
 
 def test_settings_without_effect_are_refused() -> None:
