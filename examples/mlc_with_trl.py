@@ -126,6 +126,8 @@ def make_trainer(folder: str, out: str, *, bundles: int, **settings: Any) -> Mlc
             logging_steps=1,
             save_strategy="no",
             report_to="none",
+            bf16=False,
+            gradient_checkpointing=False,
             **settings,
         ),
         train_dataset=dataset(sample, ["es", "fr", "sw"], bundles),

@@ -35,18 +35,40 @@ if TYPE_CHECKING:
     from mlc_ray import errors
     from mlc_ray._registry import register
     from mlc_ray.errors import MlcRayError
+    from mlc_ray.losses.anchor import anchor_losses
+    from mlc_ray.losses.base import Alignment, Term
+    from mlc_ray.losses.contrast import contrast_losses
     from mlc_ray.losses.mlc import mlc_loss
+    from mlc_ray.losses.variance import variance_losses
     from mlc_ray.types import Bundle, Verdict
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "MlcRayError", "Verdict", "__version__", "errors", "mlc_loss", "register"]
+__all__ = [
+    "Alignment",
+    "Bundle",
+    "MlcRayError",
+    "Term",
+    "Verdict",
+    "__version__",
+    "anchor_losses",
+    "contrast_losses",
+    "errors",
+    "mlc_loss",
+    "register",
+    "variance_losses",
+]
 
 _PLACES = {
+    "Alignment": "mlc_ray.losses.base",
     "Bundle": "mlc_ray.types",
     "MlcRayError": "mlc_ray.errors",
+    "Term": "mlc_ray.losses.base",
     "Verdict": "mlc_ray.types",
+    "anchor_losses": "mlc_ray.losses.anchor",
+    "contrast_losses": "mlc_ray.losses.contrast",
     "mlc_loss": "mlc_ray.losses.mlc",
     "register": "mlc_ray._registry",
+    "variance_losses": "mlc_ray.losses.variance",
 }
 
 

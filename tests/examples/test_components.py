@@ -8,7 +8,7 @@ from examples.my_term import SameSign
 from mlc_ray.config import ConfigError, ObjectiveConfig, TrainConfig, load_config, parse_config
 from mlc_ray.losses.base import Tapped
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.checkpoint import model_card
+from mlc_ray.train.export import model_card
 from mlc_ray.types import ReferenceRow, ResponseLogProbs
 from tests.train.tiny import on_workers, random_rows, run_engine, tiny_config
 
