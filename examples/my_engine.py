@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mlc_ray.config import EngineSettings, TrainConfig
-from mlc_ray.train.engines.base import Engine, EngineError, parameter_groups
+from mlc_ray.train.engines.base import Engine, TrainingEngineError, parameter_groups
 from mlc_ray.train.model import ModelOutput, PolicyWithExtractor
 from mlc_ray.train.reference import ReferenceModel, ReferenceOutput
 from mlc_ray.types import Batch
@@ -40,7 +40,7 @@ class TorchDdp(Engine):
 
     def __init__(self, module: PolicyWithExtractor, config: TrainConfig, device: torch.device) -> None:
         if config.model.dtype != "float32":
-            raise EngineError(f"model.dtype={config.model.dtype!r}: TorchDdp knows float32 only; set that")
+            raise TrainingEngineError(f"model.dtype={config.model.dtype!r}: TorchDdp knows float32 only; set that")
         settings = config.engine
         assert isinstance(settings, TorchDdp.Settings)
         self.module = module.to(device)
@@ -118,7 +118,7 @@ class TorchDdp(Engine):
     def load(self, folder: Path) -> None:
         """`weights_only` builds tensors and plain containers, and runs no code of the file."""
         if not (folder / STATE).is_file():
-            raise EngineError(f"{str(folder)!r} holds no {STATE}: it was written by another engine")
+            raise TrainingEngineError(f"{str(folder)!r} holds no {STATE}: it was written by another engine")
         state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -9,7 +9,7 @@ import torch
 from mlc_ray.config import ConfigError, parse_config
 from mlc_ray.config.train import TrainConfig
 from mlc_ray.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from mlc_ray.train.engines.base import EngineError
+from mlc_ray.train.engines.base import TrainingEngineError
 from tests.train.test_checkpoint import tokenizer
 from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, tiny_config, wrapped
 
@@ -91,5 +91,5 @@ def test_its_settings_are_its_own():
 
 
 def test_it_refuses_what_it_cannot_train():
-    with pytest.raises(EngineError, match=r"model\.dtype='bfloat16'"):
+    with pytest.raises(TrainingEngineError, match=r"model\.dtype='bfloat16'"):
         make_engine(tiny_config(engine=ENGINES["mine"], model={"dtype": "bfloat16"}))

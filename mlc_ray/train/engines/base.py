@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlc_ray.types import Batch
 
 
-class EngineError(MlcRayError):
+class TrainingEngineError(MlcRayError):
     """An engine cannot train as configured, or cannot read what a checkpoint holds; the message names the fix."""
 
 
@@ -64,7 +64,7 @@ class Engine(ABC):
         """Take over `module`, with AdamW on its trainable parameters as `config.optimizer` says.
 
         Raises:
-            EngineError: if the engine cannot train as `config` asks.
+            TrainingEngineError: if the engine cannot train as `config` asks.
         """
 
     @classmethod
@@ -111,7 +111,7 @@ class Engine(ABC):
         """Take weights and optimizer state from `folder`, in which the files of all workers are. Runs no code of it.
 
         Raises:
-            EngineError: if the folder does not hold what this engine wrote.
+            TrainingEngineError: if the folder does not hold what this engine wrote.
         """
 
 

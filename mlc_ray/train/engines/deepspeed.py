@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from mlc_ray._registry import register
 from mlc_ray.config import EngineSettings
 from mlc_ray.config.base import NonNegativeInt
-from mlc_ray.train.engines.base import Engine, EngineError, parameter_groups
+from mlc_ray.train.engines.base import Engine, TrainingEngineError, parameter_groups
 
 if TYPE_CHECKING:
     import torch
@@ -197,7 +197,7 @@ class DeepSpeed(Engine):
                 load_module_strict=not self._lora,  # frozen weights were not written
             )
         if loaded is None:
-            raise EngineError(f"{str(folder)!r} holds no state of DeepSpeed: go on from another checkpoint")
+            raise TrainingEngineError(f"{str(folder)!r} holds no state of DeepSpeed: go on from another checkpoint")
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
