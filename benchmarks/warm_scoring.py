@@ -1,9 +1,9 @@
 """What a trial's score costs with engines that stay warm, against an engine started for every trial.
 
-The same model, prompts and machine, in one run: first a pool is started for every trial, answers, and is ended; then
-one pool takes the same weights in the same order and answers. Both must answer alike, word for word, or the exit status
-is 1. The weights are a copy of the model with 5 % of noise on every matrix, and the model's own, in turn; the two must
-not answer alike.
+The same model, prompts and machine, in one run: first a scorer is started for every trial, answers, and is ended; then
+one scorer takes the same weights in the same order and answers. Both must answer alike, word for word, or the exit
+status is 1. The weights are a copy of the model with 5 % of noise on every matrix, and the model's own, in turn; the
+two must not answer alike.
 
     python benchmarks/warm_scoring.py --rounds 3 --limit 4 --out warm.json
 """
@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mlc_ray.cluster import check_capacity, connect, use_gpu
+from mlc_ray.cluster import check_fits, connect, use_gpu
 from mlc_ray.config import ScoringSection, parse_config
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.runs import user_cache
-from mlc_ray.score.phases import prompts_of, read_benchmarks
-from mlc_ray.score.pool import READER_CPUS, WarmPool, start_pool
+from mlc_ray.score.plan import places
+from mlc_ray.score.prompts import read_prompts
+from mlc_ray.score.scorer import WarmScorer, start_scorer
 
 
 def main() -> int:
@@ -51,10 +52,7 @@ def main() -> int:
         },
     )
     connect("local")
-    engine = scoring.engine
-    check_capacity(
-        "engine", workers=1, cpus_each=engine.cpus_per_replica + READER_CPUS, gpus_each=1 if use_gpu("auto") else 0
-    )
+    check_fits("engine and judge", places(scoring, "gpu" if use_gpu("auto") else "cpu"))
     with tempfile.TemporaryDirectory(prefix="mlc_ray-warm-") as scratch:
         other = noisy_copy(model, Path(scratch) / "other")
         figures, alike = measure(model, other, scoring, arguments.rounds, Path(scratch))
@@ -84,31 +82,31 @@ def measure(
     model: Path, other: Path, scoring: ScoringSection, rounds: int, scratch: Path
 ) -> tuple[dict[str, Any], bool]:
     """Seconds of every part, and whether both ways gave the same responses, and other ones to other weights."""
-    prompts = prompts_of(read_benchmarks(scoring, rejects=scratch))
+    prompts = read_prompts(scoring, rejects=scratch).table
     trials = [str(other if index % 2 == 0 else model) for index in range(rounds)]
     figures: dict[str, Any] = {"prompts": len(prompts), "start": [], "fresh": [], "warm": []}
 
-    def started(weights: str) -> WarmPool:
+    def started(weights: str) -> WarmScorer:
         before = time.perf_counter()
-        pool = start_pool(weights, scoring, prompts, device="gpu" if use_gpu("auto") else "cpu", folder=scratch)
+        scorer = start_scorer(weights, scoring, prompts, device="gpu" if use_gpu("auto") else "cpu", folder=scratch)
         figures["start"].append(time.perf_counter() - before)
-        return pool
+        return scorer
 
     fresh = []
     for weights in trials:
-        pool = started(weights)
-        fresh.append(timed(figures["fresh"], pool, weights))
-        pool.close()
-    pool = started(str(model))
-    pool.score(str(model))  # the first answers of any engine are slower
-    warm = [timed(figures["warm"], pool, weights) for weights in trials]
-    pool.close()
+        scorer = started(weights)
+        fresh.append(timed(figures["fresh"], scorer, weights))
+        scorer.close()
+    scorer = started(str(model))
+    scorer.score(str(model))  # the first answers of any engine are slower
+    warm = [timed(figures["warm"], scorer, weights) for weights in trials]
+    scorer.close()
     return figures, warm == fresh and (rounds == 1 or warm[0] != warm[1])
 
 
-def timed(rows: list[dict[str, float]], pool: WarmPool, weights: str) -> list[str]:
+def timed(rows: list[dict[str, float]], scorer: WarmScorer, weights: str) -> list[str]:
     """The responses of the model in the folder `weights`; the seconds they took are added to `rows`."""
-    score = pool.score(weights)
+    score = scorer.score(weights)
     rows.append(dict(score.seconds))
     return score.judged["response"].to_pylist()
 

@@ -10,10 +10,11 @@ The data flows one way, and this is the order in which to read the rooms:
     train/       one optimizer step after another: the policy (`model`) and its packed `attention`, the `engines`, the
                  frozen reference (`reference`), the loop (`loop`), what it watches (`watch`), what is saved and
                  exported (`checkpoint`); `run` starts the workers
-    generate/    responses by vLLM (`engine`) from weights it can prove (`swap`), and translation
+    generate/    responses by vLLM (`engine`) from weights it can prove (`swap`), by actors that scores and searches
+                 share (`pool`), and translation
     judges/      what a response is: refusal phrases, guard models, endpoints, likelihood
     stats/       rates, intervals and paired tests; pure
-    score/       prompts -> responses -> verdicts -> scores
+    score/       prompts -> responses -> verdicts -> scores (`run`): which stages there are and where they run (`plan`)
     search/      which fields vary (`space`), what a trial is worth (`objectives`), a trial, and how Ray Tune runs them
     report/      what folders of runs and scores say, as one HTML file, as tables and figures
     cli/         the command line; quickstart.py is the whole way on one small model

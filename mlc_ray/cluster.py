@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, TextIO, TypeVar, cast
@@ -179,22 +180,37 @@ def use_gpu(accelerator: str) -> bool:
     return accelerator != "cpu" and gpus > 0
 
 
-def check_capacity(what: str, *, workers: int, cpus_each: float, gpus_each: float) -> None:
-    """Raise `ClusterError` when the cluster can never hold `workers` at once: Ray would wait for ever, silently.
+def check_fits(what: str, parts: Sequence[tuple[float, float]]) -> None:
+    """Refuse what the nodes can never hold at once (`fits`): Ray would wait for it for ever, silently.
 
-    Some CPU must stay free for Ray Data, which feeds the workers.
+    Args:
+        what: what asks, and by which settings.
+        parts: (CPUs, GPUs) of each worker or engine, which lies on one node.
+
+    Raises:
+        ClusterError: the parts do not fit.
     """
-    resources = cluster_resources()
-    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-    if workers * gpus_each > gpus:
+    if not fits(parts):
         raise ClusterError(
-            f"{what} needs {workers} x {gpus_each:g} GPUs, the Ray cluster has {gpus:g}; ask for fewer or add nodes"
+            f"{what} needs {amount(parts)}, each part on one node, and some CPU for Ray Data; {nodes_held()}: ask for "
+            "fewer or smaller ones, or add nodes"
         )
-    if workers * cpus_each >= cpus:
-        raise ClusterError(
-            f"{what} needs {workers} x {cpus_each:g} CPUs and some left for Ray Data, the Ray cluster has {cpus:g}; "
-            f"ask for fewer CPUs each (below {cpus / workers:g}) or add nodes"
-        )
+
+
+def amount(parts: Sequence[tuple[float, float]]) -> str:
+    """(CPUs, GPUs) of several parts, in words: `2 x (1 CPUs, 1 GPUs) + 4 x (0.1 CPUs)`."""
+    counts = Counter(parts)
+
+    def one(cpus: float, gpus: float) -> str:
+        return f"({cpus:g} CPUs" + (f", {gpus:g} GPUs)" if gpus else ")")
+
+    return " + ".join(f"{number} x {one(*part)}" for part, number in counts.items())
+
+
+def nodes_held() -> str:
+    """What the cluster has, in words."""
+    nodes = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in node_resources()]
+    return f"the Ray cluster has {amount(nodes)}"
 
 
 def cluster_resources() -> dict[str, float]:

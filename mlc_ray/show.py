@@ -210,11 +210,10 @@ def _answered(folder: Place) -> int:
     """The number of responses that are saved, judged or not."""
     import pyarrow.parquet as pq
 
-    for name in (RESPONSES_FILE, "generated.parquet"):
-        if (folder / name).is_file():
-            with (folder / name).open() as file:
-                return int(pq.ParquetFile(file).metadata.num_rows)
-    return 0
+    if not (folder / RESPONSES_FILE).is_file():
+        return 0
+    with (folder / RESPONSES_FILE).open() as file:
+        return int(pq.ParquetFile(file).metadata.num_rows)
 
 
 def _rates(folder: Place) -> str:

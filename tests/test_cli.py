@@ -106,6 +106,7 @@ def test_config_prints_the_schema(arguments: list[str], title: str, capsys: pyte
         (["train", "--resume", "runs/x", "--set", "seed=1"], ["--set", "runs/x"]),
         (["train", "--resume", "runs/x", "--set", "seed=1", "--config", "c"], ["--config and --set"]),
         (["search", "--resume", "runs/x", "--set", "seed=1"], ["--set", "runs/x", "a resumed search"]),
+        (["score", "m", "--resume", "runs/x", "--limit", "3"], ["MODEL and --limit", "runs/x", "a resumed score"]),
         (["search"], ["--config", "--resume"]),
         (["config", "--set", "name=r", "--set", "mlc.wieght=1"], ["mlc.wieght=1", "'weight'", "model: required"]),
         (["config"], ["--schema", "--config"]),
@@ -184,7 +185,8 @@ def rooms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     stand_in("mlc_ray.train.export", export=calls.function("export", Path("out")))
     scored = load_scores(write_score(tmp_path / "s", grid(["en", "sw"], lambda kind, code: float(kind == "harmful"))))
     score = calls.function("score", scored)
-    stand_in("mlc_ray.score.run", score=score, TooManyUnparsedError=TooManyUnparsedError)
+    again = calls.function("resume_score", scored)
+    stand_in("mlc_ray.score.run", score=score, resume_score=again, TooManyUnparsedError=TooManyUnparsedError)
     return calls
 
 
@@ -199,6 +201,12 @@ def test_train_resume_uses_the_runs_own_settings(rooms: Calls) -> None:
     assert main(["train", "--resume", "runs/r"]) == 0
     assert [name for name, _, _ in rooms.asked] == ["load_run_config", "train"]
     assert rooms.asked[1][2] == {"resume": Path("runs/r")}
+
+
+def test_score_resume(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", "--resume", "runs/scores/s"]) == 0
+    assert rooms.asked == [("resume_score", (Path("runs/scores/s"),), {})]
+    assert "sw 100.0 100.0 +100.0" in " ".join(capsys.readouterr().out.split())
 
 
 def test_export(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:

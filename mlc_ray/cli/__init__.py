@@ -123,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--languages", metavar="CODES", help="score only these, e.g. en,ur,sw (default: all)")
     score.add_argument("--out", metavar="FOLDER", type=_place, help="score folder to write (default: a new one)")
     _add_settings(score)
+    _add_resume(score, "score")
 
     judge = add("judge", "Judge the responses of a score again, with another judge.", _JUDGES)
     judge.add_argument("scored", metavar="SCORE", type=_path, help="folder that `mlc-ray score` wrote")
@@ -233,7 +234,7 @@ def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
         "--resume",
         metavar="FOLDER",
         type=_path,
-        help=f"{what} folder to go on with, by its own settings: takes no --config or --set",
+        help=f"{what} folder to go on with, by its own settings: takes no others",
     )
 
 

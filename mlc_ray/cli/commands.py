@@ -61,7 +61,9 @@ def train_command(arguments: argparse.Namespace) -> None:
 
 def _refuse_settings(arguments: argparse.Namespace, what: str) -> None:
     """What is resumed keeps its settings. Raises `ConfigError` where others are given with --resume."""
-    given = [name for name, value in (("--config", arguments.config), ("--set", arguments.overrides)) if value]
+    flags = {"config": "--config", "overrides": "--set", "model": "MODEL"}
+    named = {flags.get(name, f"--{name.replace('_', '-')}"): value for name, value in vars(arguments).items()}
+    given = [flag for flag, value in named.items() if value and flag not in ("--command", "--resume")]
     if given:
         raise ConfigError(
             f"{' and '.join(given)} cannot go with --resume {arguments.resume}: a resumed {what} keeps its own "
@@ -71,6 +73,12 @@ def _refuse_settings(arguments: argparse.Namespace, what: str) -> None:
 
 def score_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray score`."""
+    if arguments.resume is not None:
+        _refuse_settings(arguments, "score")
+        from mlc_ray.score.run import resume_score
+
+        _show_score(lambda: resume_score(arguments.resume))
+        return
     config = score_config(arguments)
 
     from mlc_ray.score.run import score
@@ -120,7 +128,8 @@ def score_config(arguments: argparse.Namespace) -> ScoreConfig:
 
 def judge_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray judge`."""
-    from mlc_ray.score.run import judge_again, load_request
+    from mlc_ray.score.request import load_request
+    from mlc_ray.score.run import judge_again
 
     changes = judge_changes(arguments, load_request(arguments.scored).config)
     _show_score(lambda: judge_again(arguments.scored, name=arguments.name, **changes))

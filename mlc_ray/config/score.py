@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mlc_ray.config.base import LANGUAGE_TAG, Fraction, PositiveFloat, PositiveInt, RunName, Section
+from mlc_ray.config.base import LANGUAGE_TAG, RESUME, Fraction, PositiveFloat, PositiveInt, Resume, RunName, Section
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.paths import RealPath, StoredPath
 from mlc_ray.config.train import DTYPE, SourceSection
@@ -159,6 +159,7 @@ class ScoreConfig(ScoringSection):
     seen_languages: list[str] | None = Field(
         None, description="Languages that training saw, to tell seen from unseen (default: what the run recorded)."
     )
+    resume: Resume = Field("never", description=RESUME)
     address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
 

@@ -80,7 +80,7 @@ class _Purse:
         self._ticket = 0
 
     async def reserve(self, bound: float) -> int | None:
-        """A ticket for `settle`, once the cap leaves room for `bound` USD; None if it never will."""
+        """A ticket for `settle`, once the cap allows `bound` USD; None if it never will."""
         async with self._freed:
             while self._cap is not None:
                 spent = self._usage.cost_usd + self._usage.unconfirmed_usd
@@ -125,7 +125,8 @@ class ChatEndpoint:
     def ask(self, conversations: Sequence[Conversation]) -> list[Reply]:
         """A reply to each conversation, in order; equal ones are asked once. Not for use inside a running event loop.
 
-        Raises `EndpointError` when the first request shows that the settings are wrong, or the cache is not writable.
+        Raises:
+            EndpointError: the first request shows that the settings are wrong, or the cache is not writable.
         """
         bodies = [self._body(conversation) for conversation in conversations]
         keys = [self._cache_key(body) for body in bodies]

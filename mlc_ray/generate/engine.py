@@ -62,17 +62,25 @@ def engine_environment(engine: EngineSection, device: Device) -> dict[str, str]:
 
 
 def check_lengths(model: str, engine: EngineSection, max_new_tokens: int) -> None:
-    """Raise `EngineError` if an answer cannot fit, or the model has no such positions; before an engine is started."""
+    """Check before an engine is started that an answer fits, and that the model has so many positions.
+
+    Raises:
+        EngineError: it does not, or it has fewer.
+    """
     if max_new_tokens >= engine.max_model_len:
         raise EngineError(
-            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in "
+            f"max_new_tokens={max_new_tokens} leaves no space for a prompt in "
             f"engine.max_model_len={engine.max_model_len}"
         )
     check_positions(model, engine)
 
 
 def check_positions(model: str, engine: EngineSection) -> None:
-    """Raise `EngineError` if `max_model_len` is more than a local model's config.json says it was made for."""
+    """Check that a local model was made for `max_model_len` positions, by its config.json.
+
+    Raises:
+        EngineError: it was made for fewer.
+    """
     positions = longest_context(model)
     if positions is not None and engine.max_model_len > positions:
         raise EngineError(
@@ -124,11 +132,15 @@ class Engine:
 
     Weights are read from safetensors only. Greedy decoding is a fixed function of weights and ids up to floating-point
     ties. `max_model_len` is the longest sequence in tokens, generated ones included. All state is the object's own, but
-    for the variables of `engine_environment`. Raises `EngineError` when the model has fewer positions than
-    `settings.max_model_len`, or the installed vLLM is for the other device.
+    for the variables of `engine_environment`. vLLM's prefix cache is on: what prompts have in common at their front (a
+    guard's policies, a system prompt) is computed once, in whole blocks, which on CPU hold 32 tokens.
 
     With a `warm` it outlives its weights: `swap` gives it others of the same shape without a restart, `sleep` gives its
     GPU memory back.
+
+    Raises:
+        EngineError: the model has fewer positions than `settings.max_model_len`, or the installed vLLM is for the other
+            device.
     """
 
     def __init__(self, model: str, settings: EngineSection, *, device: Device, warm: Warm | None = None):
@@ -149,8 +161,13 @@ class Engine:
         """Serve a Hugging Face folder's (or hub name's) weights from now on, of the same architecture as those before.
 
         What the engine then holds is compared with the file, and its log-probs of a fixed text with those before
-        (`score.weights`). Returns the seconds of the `transfer` of the weights and of the `proof`. Raises
-        `StaleWeightsError` unless it is proved that it serves the new weights.
+        (`generate.swap`).
+
+        Returns:
+            The seconds of the `transfer` of the weights and of the `proof`.
+
+        Raises:
+            StaleWeightsError: it is not proved that the engine serves the new weights.
         """
         import torch
 
@@ -181,8 +198,13 @@ class Engine:
 
         The adapter gets an id that no other had, so that none kept from before can be taken for it; and the log-probs
         of a fixed text must not be those of the weights alone, unless all it adds is lost in rounding, as after the
-        first step of a warm-up. Returns seconds as `swap` does; loading is part of the proof here. Raises
-        `StaleWeightsError` if the log-probs are the same.
+        first step of a warm-up.
+
+        Returns:
+            Seconds as `swap` does; loading is part of the proof here.
+
+        Raises:
+            StaleWeightsError: the log-probs are the same.
         """
         started = time.perf_counter()
         from vllm.lora.request import LoRARequest
@@ -215,7 +237,7 @@ class Engine:
     def generate(self, ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
         """The greedy continuation of each prompt, in order, at most `max_new_tokens` long.
 
-        A prompt that leaves no room for that many is not cut: it would be another question. It comes back empty with
+        A prompt that leaves no space for that many is not cut: it would be another question. It comes back empty with
         finish `PROMPT_TOO_LONG`.
         """
         from vllm import SamplingParams
@@ -235,8 +257,11 @@ class Engine:
         """log P(ids[i][starts[i]:] | ids[i][:starts[i]]) in nats, summed over tokens, for each sequence i.
 
         What sequences have in common at their front is computed once, in whole blocks of the key-value cache, if they
-        are given together. Raises `EngineError` if a sequence is longer than `max_model_len` - 1 (vLLM samples one
-        token behind it), or a start leaves nothing before it or nothing behind it.
+        are given together.
+
+        Raises:
+            EngineError: a sequence is longer than `max_model_len` - 1 (vLLM samples one token behind it), or a start
+                leaves nothing before it or nothing behind it.
         """
         for sequence, start in zip(ids, starts, strict=True):
             if len(sequence) >= self.max_model_len or not 0 < start < len(sequence):
@@ -283,42 +308,6 @@ class Engine:
         return self._llm.generate(inputs, params, use_tqdm=False, lora_request=self._lora) if inputs else []
 
 
-class Generator:
-    """A chat model in an `Engine` (its own, unless one that serves `model` is given) answers single user messages.
-
-    The prompt's ids come from the same chat template code as in training, generation prompt included, so what is scored
-    is exactly what was trained. Raises `EngineError` as `Engine` does, and when the template leaves no room.
-    """
-
-    def __init__(
-        self, model: str, engine: EngineSection, *, max_new_tokens: int, device: Device, shared: Engine | None = None
-    ):
-        check_lengths(model, engine, max_new_tokens)
-        prepare_process(engine, device)
-
-        from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
-
-        self.model = model
-        self.max_new_tokens = max_new_tokens
-        self.longest_prompt = engine.max_model_len - max_new_tokens
-        self._template = ChatTemplate(load_tokenizer(model, trust_remote_code=engine.trust_remote_code))
-        if self._template.minimum > self.longest_prompt:
-            raise EngineError(
-                f"engine.max_model_len={engine.max_model_len} less max_new_tokens={max_new_tokens} leaves no room for "
-                f"the chat template, which takes {self._template.minimum - 1} tokens"
-            )
-        self._engine = shared or Engine(model, engine, device=device)
-
-    def generate(self, prompts: Sequence[str]) -> list[Generation]:
-        """The answer to each prompt, in order; one of more than `longest_prompt` tokens has none, see `Engine`."""
-        ids = [self._template.encode_prompt(prompt, _NO_LIMIT)[0] for prompt in prompts]
-        return self._engine.generate(ids, self.max_new_tokens)
-
-    def close(self) -> None:
-        """Free the engine's memory; the generator cannot be used afterwards."""
-        self._engine.close()
-
-
 def prepare_process(engine: EngineSection, device: Device) -> None:
     """What torch and vLLM read from the environment when they are loaded."""
     os.environ.update(engine_environment(engine, device))
@@ -329,10 +318,9 @@ def prepare_process(engine: EngineSection, device: Device) -> None:
 def _tail_log_prob(output: Any, tail: Sequence[int]) -> float:
     """Summed log-prob of the last tokens of a prompt; by position from the end, since cached ones may be left out."""
     rows = output.prompt_logprobs[-len(tail) :]
-    return sum(row[token].logprob for row, token in zip(rows, tail, strict=True))
+    return float(sum(row[token].logprob for row, token in zip(rows, tail, strict=True)))
 
 
-_NO_LIMIT = 1 << 62
 # vLLM gives back an object per token of every sequence: what is held at a time stays within some ten MB. Engines that
 # serve adapters take one: vLLM's LoRA layer of the LM head has an index per sampled token, not per prompt token, and
 # fails on the second sequence.

@@ -38,7 +38,8 @@ class Reply:
 class ReplyCache:
     """Whole replies on disk, a JSON file per key, written atomically: processes may share it. It holds no API key.
 
-    Raises `EndpointError`, from any method, if the folder cannot be read or written.
+    Raises:
+        EndpointError: from any method, the folder cannot be read or written.
     """
 
     def __init__(self, folder: Path):
@@ -47,7 +48,7 @@ class ReplyCache:
             folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, key: str) -> Reply | None:
-        """The reply of a key, if it is there; a damaged file counts as absent, and is then written anew."""
+        """The reply of a key, if it is there; a damaged file counts as absent, and is then written again."""
         try:
             with self._faults_named():
                 stored = json.loads(self._file(key).read_text(encoding="utf-8"))

@@ -106,13 +106,17 @@ def adapter_reach(folder: str | Path) -> float:
         for name in weights.keys():  # noqa: SIM118 - not a dict
             axis = 0 if ".lora_A." in name else 1
             longest[name] = float(weights.get_tensor(name).float().norm(dim=axis).max())
-    return max(scale * longest[a] * longest[a.replace(".lora_A.", ".lora_B.")] for a in longest if ".lora_A." in a)
+    reaches = (longest[a] * longest[a.replace(".lora_A.", ".lora_B.")] for a in longest if ".lora_A." in a)
+    return float(scale * max(reaches))
 
 
 def file_sample(model: str | Path, dtype: torch.dtype) -> WeightSample:
     """The sample of the weights of a model (a Hugging Face folder or hub name), as `dtype`.
 
-    Reads only the sampled rows. Raises `StaleWeightsError` for a model whose embedding has no known name.
+    Reads only the sampled rows.
+
+    Raises:
+        StaleWeightsError: the model's embedding has no known name.
     """
     folder = weights_folder(model)
     embedding: dict[str, Block] = {}
@@ -164,7 +168,7 @@ class WeightSampler:
         """
         for module in self._model().modules():
             if hasattr(module, "shard_indices") and _serves_plain_matrix(module):
-                module.quant_method.process_weights_after_loading(module)  # type: ignore[operator]
+                module.quant_method.process_weights_after_loading(module)  # type: ignore[operator, union-attr]
 
     @torch.no_grad()
     def held_samples(
@@ -195,7 +199,8 @@ class WeightSampler:
         return found
 
     def _model(self) -> nn.Module:
-        return self.model_runner.get_model()  # type: ignore[attr-defined]
+        model: nn.Module = self.model_runner.get_model()  # type: ignore[attr-defined]
+        return model
 
 
 @dataclass(frozen=True)
@@ -266,10 +271,13 @@ def _array(tensor: Tensor) -> Any:
 
 
 def compare_samples(expected: WeightSample, held: Sequence[Mapping[str, Any]], model: str) -> None:
-    """Raise `StaleWeightsError` unless the workers of an engine hold exactly `expected` (`file_sample`).
+    """Check that the workers of an engine hold exactly `expected` (`file_sample`).
 
     All of the embedding's rows must be held, a norm or matrix by every worker that has one of its name, and of the
     matrices one at least.
+
+    Raises:
+        StaleWeightsError: they do not.
     """
     for name, block in expected.blocks.items():
         parts = [part for worker in held for part in worker.get(name, [])]

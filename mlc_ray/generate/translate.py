@@ -18,7 +18,8 @@ from typing import Protocol
 from mlc_ray.config import TranslateSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.client import ChatEndpoint, EndpointUsage
-from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Generator, check_lengths
+from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, check_lengths
+from mlc_ray.generate.stage import Generator
 from mlc_ray.runs import resolve_model
 from mlc_ray.storage import fingerprint
 from mlc_ray.types import Answer, Measure, Verdict
@@ -56,7 +57,9 @@ class Translator(Protocol):
 class EndpointTranslator:
     """Translates through `translate.endpoint`; its cost cap and its cache are those of any `ChatEndpoint`.
 
-    Raises `TranslateError` without an endpoint, and what `ChatEndpoint` raises.
+    Raises:
+        TranslateError: there is no endpoint.
+        EndpointError: as `ChatEndpoint`.
     """
 
     def __init__(self, settings: TranslateSection, cache_dir: Path):
@@ -72,7 +75,7 @@ class EndpointTranslator:
         return self._chat.usage
 
     def translate(self, texts: Sequence[str], languages: Sequence[str]) -> list[Translation]:
-        """The English of each text; blank ones stay as they are, unasked."""
+        """The English of each text; blank ones are given back unasked."""
         asked = _asked(texts, languages)
         replies = self._chat.ask([[{"role": "user", "content": request}] for _, request in asked])
         done = [Translation(text) for text in texts]
@@ -87,7 +90,10 @@ class EndpointTranslator:
 class ModelTranslator:
     """Translates with the chat model `translate.model` in a vLLM engine of its own, greedily.
 
-    Raises `TranslateError` without a model, `ModelPathError` for a path that leads to none, and `EngineError`.
+    Raises:
+        TranslateError: there is no model.
+        ModelPathError: the path leads to none.
+        EngineError: as `Generator`.
     """
 
     def __init__(self, settings: TranslateSection, device: Device):
@@ -99,14 +105,14 @@ class ModelTranslator:
         )
 
     def translate(self, texts: Sequence[str], languages: Sequence[str]) -> list[Translation]:
-        """The English of each text; blank ones stay as they are, and a text too long for the engine is not sent."""
+        """The English of each text; blank ones are given back, and a text too long for the engine is not sent."""
         asked = _asked(texts, languages)
         generations = self._generator.generate([request for _, request in asked])
         done = [Translation(text) for text in texts]
         for (index, _), generation in zip(asked, generations, strict=True):
             if generation.finish == PROMPT_TOO_LONG:
-                room = self._generator.longest_prompt
-                fault = f"it takes {generation.prompt_tokens} tokens, more than the {room} that the engine has room for"
+                most = self._generator.longest_prompt
+                fault = f"it takes {generation.prompt_tokens} tokens, more than the {most} that fit into the engine"
                 done[index] = Translation(None, fault)
             elif generation.finish == "length":
                 fault = f"it was cut off at translate.max_new_tokens={self._limit}: {_excerpt(generation.text)}"
@@ -230,7 +236,7 @@ def translated_answers(
 ) -> list[Answer | Verdict]:
     """What to give to a judge of `measures`: the English answer, or where that failed its `unparsed` verdict.
 
-    None among the translations means that the judge reads the answer as it is.
+    None among the translations means that the judge reads the answer untranslated.
     """
     results: list[Answer | Verdict] = []
     for answer, english in zip(answers, translations, strict=True):

@@ -1,59 +1,46 @@
 """Scoring on Ray: answer the prompts of benchmarks, judge the answers, count, and write it all down.
 
-The phases (answer, translate, judge) run one after another, each with actors of its own and its table on disk in
-between: two engines never share a machine, and responses are kept whatever befalls the judge.
+Answering, translating and judging run one after another, each in a pool of its own (`generate.pool`): two engines never
+share a machine's memory. Each adds its columns to one file, `responses.parquet`, as it ends, so that nothing is asked
+again that was answered: what a judge's fault interrupted goes on from there.
+
+What becomes of a prompt's text here, after it is a row of a bundle table (`data`): a cell of the driver's one table of
+prompts; a cell of a block in the object store, where it goes once; in the engine's actor a Python string, the rendered
+conversation, its ids and vLLM's request; beside its answer, read from the same block by the judge's actor, an `Answer`;
+and in the end a cell of `responses.parquet`. The answer comes back to the driver once, without the prompt.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlc_ray.cluster import check_capacity, connect, use_gpu, with_dtype
-from mlc_ray.config import ScoreConfig, parse_config
+from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
+from mlc_ray.config import ScoreConfig
 from mlc_ray.errors import MlcRayError
-from mlc_ray.generate.engine import Device, check_lengths
-from mlc_ray.judges.base import BaseJudge, make_judge, make_reader
-from mlc_ray.judges.refusal import RefusalJudge
-from mlc_ray.runs import (
-    REQUEST_FILE,
-    RESPONSES_FILE,
-    SCORES_FILE,
-    output_folder,
-    resolve_model,
-    training_languages,
-)
-from mlc_ray.score.phases import Benchmark, Phase, prompts_of, read_benchmarks, run_phase, slug
-from mlc_ray.score.results import ScoreResult, count, records_of, save_scores
-from mlc_ray.score.stages import (
-    JUDGED,
-    RESPONSES,
-    TRANSLATED,
-    GenerateStage,
-    JudgeStage,
-    PromptJudgeStage,
-    TranslateStage,
-)
-from mlc_ray.storage import fingerprint, fingerprint_model, library_versions, write_json_atomic
-from mlc_ray.types import Measure, Via
+from mlc_ray.generate.engine import Device, Warm, check_lengths
+from mlc_ray.generate.pool import Blocks, Part, Pool, side_by_side
+from mlc_ray.generate.stage import PROMPTS
+from mlc_ray.judges.base import make_judge, make_reader
+from mlc_ray.progress import phase
+from mlc_ray.runs import REQUEST_FILE, RESPONSES_FILE, SCORES_FILE, output_folder, resolve_model, training_languages
+from mlc_ray.score.plan import USAGE_FILES, Judging, answering, plan_judging, reading
+from mlc_ray.score.prompts import Prompts, read_prompts, slug
+from mlc_ray.score.request import Request, ScoreError, load_request
+from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores
+from mlc_ray.score.stages import RESPONSES
+from mlc_ray.storage import fingerprint_model, library_versions
 
-GENERATED_FILE = "generated.parquet"
-TRANSLATED_FILE = "translated.parquet"
-USAGE_FILES = {"judge": "judge_usage.json", "translate": "translate_usage.json"}
-
-
-class ScoreError(MlcRayError):
-    """The score cannot be made as asked; the message names the setting to change."""
+logger = logging.getLogger(__name__)
 
 
 class TooManyUnparsedError(MlcRayError):
@@ -67,178 +54,192 @@ class TooManyUnparsedError(MlcRayError):
         self.result = result
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a score folder is a score of; written into it before anything runs, so that a failed one can go on."""
+def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
+    """Answer, judge, count; write the score folder and return what is in it. Nothing is printed.
 
-    config: ScoreConfig
-    resolved: str
-    fingerprint: str
-    prompts: str
-    seen_languages: list[str] | None
+    The folder `output_dir/name` gets `responses.parquet` and `scores.json` (written last). On a cluster, a local model
+    folder must lie where every node sees it. When a judge fails, the responses stay in the folder: `judge_again` takes
+    them up, and so does the same call with `resume: auto`, which returns a score that is there already.
 
-    def save(self, folder: Path) -> None:
-        """Write `request.json`."""
-        content = {**vars(self), "config": self.config.model_dump(mode="json", exclude_unset=True)}
-        write_json_atomic(folder / REQUEST_FILE, content)
+    Args:
+        pool: engines that are up (`open_pool`); they are given the model's weights, and stay open. By default engines
+            are started, and end before the judge's.
 
-
-def score(config: ScoreConfig) -> ScoreResult:
-    """Generate, judge, count; write the score folder.
-
-    The folder `output_dir/name` gets `responses.parquet` and `scores.json` (written last). On a cluster, a
-    local model folder must lie where every node sees it. Everything that can be refused is refused before an engine
-    starts: `ModelPathError`, `JudgeError`, `UncoveredLanguageError`, `EngineError`, `ScoreError`, `ClusterError`, and
-    the reader's errors. When a judge fails, the responses stay in the folder as `generated.parquet`, and `judge_again`
-    takes them up. Raises `TooManyUnparsedError` when all is written.
+    Raises:
+        ModelPathError: the model is not there or incomplete.
+        JudgeError: the judge cannot be made as asked.
+        UncoveredLanguageError: no judge may be asked about a language.
+        EngineError: lengths do not fit, or an engine does not start.
+        ScoreError: the folder holds another score, or `pool` was opened for other settings.
+        ClusterError: the cluster can never hold the engines.
+        MlcRayError: what the readers of the benchmarks raise.
+        TooManyUnparsedError: when all is written.
     """
     model = resolve_model(config.model)
     judge = make_judge(config.judge)
     if judge.runs != "prompts":
         check_lengths(model, config.engine, config.max_new_tokens)
     name = config.name or f"{slug(Path(config.model).name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = _claim_folder(_output_folder(config) / name)
+    folder = _output_folder(config) / name
+    _claim_folder(folder, resume=config.resume == "auto")
     judge.check_ready(_cache(config))
-    device = _connect(config, answering=True, judge=judge)
-    decided: ScoreConfig = config.model_copy(update={"engine": with_dtype(config.engine, gpu=device == "gpu")})
-    benchmarks = read_benchmarks(decided, rejects=folder)
-    languages = {code for benchmark in benchmarks for code in benchmark.languages}
-    judging = plan_judging(judge, languages)
+    device = _connect(config)
+    config = _decided(config, device)
+    prompts = read_prompts(config, rejects=folder)
+    judging = plan_judging(judge, prompts.languages)
     request = Request(
-        config=decided,
+        config=config,
         resolved=model,
         fingerprint=fingerprint_model(model),
-        prompts=prompts_fingerprint(benchmarks),
-        seen_languages=decided.seen_languages or training_languages(decided.model),
+        prompts=prompts.fingerprint,
+        seen_languages=config.seen_languages or training_languages(config.model),
     )
+    _check_engines(request, judging, device, pool)
+    earlier = _earlier(folder, request, prompts) if config.resume == "auto" else None
+    if isinstance(earlier, ScoreResult):
+        check_unparsed(earlier, config.max_unparsed)
+        return earlier
     request.save(folder)
-    print(f"scoring {model} on {', '.join(f'{b.name} ({b.prompts} prompts)' for b in benchmarks)}", file=sys.stderr)
+    if earlier is not None:
+        return _finish(request, judging, _judge_table(request, judging, earlier, folder, device), folder)
+    asked = ", ".join(f"{name} ({number} prompts)" for name, number in prompts.counts().items())
+    logger.info("scoring %s on %s", model, asked)
+    table, blocks = _answer(request, judging, prompts, folder, device, pool)
+    return _finish(request, judging, _judge(request, judging, table, blocks, folder, device), folder)
 
-    settings: dict[str, Any] = {"model": model, "engine": decided.engine}
-    prompts = prompts_of(benchmarks)
-    if judge.runs == "prompts":
-        settings |= {"settings": judge.settings, "ways": judging.ways}
-        phase = Phase("prompts", PromptJudgeStage, settings, decided.engine)
-        judged = run_phase(phase, prompts, folder / RESPONSES_FILE, JUDGED, device)
-    else:
-        settings["max_new_tokens"] = decided.max_new_tokens
-        phase = Phase("responses", GenerateStage, settings, decided.engine)
-        responses = run_phase(phase, prompts, folder / GENERATED_FILE, RESPONSES, device)
-        judged = _judge(request, judging, responses, folder, device)
-    return _finish(request, judging, judged, folder)
+
+def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
+    """Engines with the weights of `config.model`, for several scores one after another: `score(config, pool=pool)`.
+
+    A score of other weights than those that the engines serve swaps and proves them (`generate.swap`) instead of
+    starting an engine. Close the pool when done; it is a context manager:
+
+        with open_pool(before, in_turn=True) as pool:
+            first = score(before, pool=pool)
+            exported = ...                        # train meanwhile
+            second = score(after, pool=pool)
+
+    Args:
+        in_turn: training runs while the engines do nothing: they reserve neither CPUs nor GPUs of Ray, and on GPUs
+            give their memory back between scores. They keep their weights and cache in memory: on CPU some two GB
+            beside `engine.cpu_kv_cache_gib`.
+
+    Raises:
+        MlcRayError: as `score`, before anything is read or written.
+    """
+    model = resolve_model(config.model)
+    device = _connect(config)
+    config = _decided(config, device)
+    warm = Warm(sleeps=in_turn and device == "gpu")
+    judge = make_reader(config.judge)  # what a judge of prompts is made with is known only when those are read
+    part = answering(model, config, plan_judging(judge, ()), device, warm=warm, in_turn=in_turn)
+    check_fits("engine (replicas x cpus_per_replica)", part.places(device))
+    return Pool.open(part, device)
 
 
 def judge_again(scored: str | Path, *, name: str | None = None, **changes: Any) -> ScoreResult:
     """Judge the responses of a score folder again; no prompt is answered again.
 
-    `changes` are fields of its settings that differ: `judge`, `max_unparsed`, `address`, `accelerator`.
-    The result goes into a folder `name` beside it (default: the old name and the judge's). A folder whose judge failed
-    is completed in place when no name is given. Raises `ScoreError` if the folder holds no responses.
+    The result goes into a folder beside it. A folder whose judge failed is completed in place when no name is given.
+
+    Args:
+        name: of the new folder (default: the old name and the judge's).
+        changes: fields of its settings that differ: `judge`, `max_unparsed`, `address`, `accelerator`.
+
+    Raises:
+        ScoreError: the folder holds no responses, or the new one is there already.
+        MlcRayError: as `score`.
     """
     source = Path(scored).expanduser().resolve()
     request = load_request(source)
     finished = (source / SCORES_FILE).is_file()
-    found = [path for path in (source / RESPONSES_FILE, source / GENERATED_FILE) if path.is_file()]
-    if not found or make_judge(request.config.judge).runs == "prompts":
+    responses = _read_responses(source)
+    if responses is None or make_judge(request.config.judge).runs == "prompts":
         raise ScoreError(f"{str(source)!r} holds no responses to judge ({RESPONSES_FILE}); score the model again")
     config = request.config.model_copy(update={name: value for name, value in changes.items() if value is not None})
     judge = make_reader(config.judge)
     judge.check_ready(_cache(config))
     request = replace(request, config=config)
-    responses = pq.read_table(found[0], columns=RESPONSES.names).cast(RESPONSES)
     judging = plan_judging(judge, responses["language"].unique().to_pylist())
     folder = source
     if finished or name is not None:
-        folder = _claim_folder(source.parent / (name or f"{source.name}-{judge.name}"))
-    device = _connect(config, answering=False, judge=judge)
+        folder = source.parent / (name or f"{source.name}-{judge.name}")
+        _claim_folder(folder)
+    device = _connect(config)
+    _check_readers(request, judging, device, [])
     request.save(folder)
-    print(f"judging {len(responses)} responses of {source} by {judge.name}", file=sys.stderr)
-    return _finish(request, judging, _judge(request, judging, responses, folder, device), folder)
+    logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
+    return _finish(request, judging, _judge_table(request, judging, responses, folder, device), folder)
 
 
-def load_request(folder: Path) -> Request:
-    """What the score in `folder` is of. Raises `ScoreError` if it is no score folder."""
-    try:
-        content = json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
-        return Request(**{**content, "config": parse_config(ScoreConfig, content["config"])})
-    except FileNotFoundError:
-        raise ScoreError(f"{str(folder)!r} is not a score folder: it has no {REQUEST_FILE}") from None
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ScoreError(f"{str(folder / REQUEST_FILE)!r} is damaged: {error}") from None
+def resume_score(folder: str | Path) -> ScoreResult:
+    """Go on with the score in a folder, by its own settings, as `score` does with `resume: auto`.
+
+    Raises:
+        ScoreError: no score began there.
+        MlcRayError: as `score`.
+    """
+    place = Path(folder).expanduser().resolve()
+    own = {"name": place.name, "output_dir": str(place.parent), "resume": "auto"}
+    return score(load_request(place).config.model_copy(update=own))
 
 
-# ------------------------------------------------------------------------------------------------------------- judging
+# ---------------------------------------------------------------------------------------------------------- the stages
 
 
-@dataclass(frozen=True)
-class Judging:
-    """The judge, and how it reads each language; `phrase_ways` of the phrase judge, where it has to join in."""
-
-    judge: BaseJudge
-    ways: Mapping[str, Via]
-    phrase_ways: Mapping[str, Via] | None
-
-    @property
-    def measured_by(self) -> dict[Measure, str]:
-        """The name of the judge behind each measure."""
-        names: dict[Measure, str] = {} if self.phrase_ways is None else {"refused": "refusal"}
-        return {**names, **dict.fromkeys(self.judge.measures, self.judge.name)}
-
-    @property
-    def translated(self) -> dict[str, Via] | None:
-        """How each language is read, "translated" if either judge needs it; None where nothing is translated."""
-        ways = {**(self.phrase_ways or {}), **self.ways}
-        ways |= {code: via for code, via in (self.phrase_ways or {}).items() if via == "translated"}
-        return ways if self.judge.settings.translator is not None and "translated" in ways.values() else None
+def _answer(
+    request: Request, judging: Judging, prompts: Prompts, folder: Path, device: Device, pool: Pool | None
+) -> tuple[pa.Table, list[Blocks]]:
+    """The prompts with the policy's answers: as a table, written to the folder, and as blocks for what reads them."""
+    part = answering(request.resolved, request.config, judging, device, in_turn=False) if pool is None else pool.part
+    blocks = Blocks.put(prompts.table, part, device)
+    with phase(part.name, len(prompts.table), "prompts") as progress:
+        if pool is None:
+            with Pool.open(part, device) as own:
+                answers = own.map(blocks, progress=progress)
+        else:
+            with pool.awake():
+                if pool.weights != request.resolved:
+                    pool.swap(request.resolved)
+                answers = pool.map(blocks, progress=progress)
+    table = side_by_side(prompts.table, [answers])
+    _write(table, folder)
+    return table, [blocks, answers]
 
 
-def plan_judging(judge: BaseJudge, languages: Iterable[str]) -> Judging:
-    """Who judges, and how each language is read; raises `UncoveredLanguageError` before anything is generated."""
-    codes = sorted(set(languages))
-    ways = judge.coverage(codes)
-    if "refused" in judge.measures:
-        return Judging(judge, ways, None)
-    settings = judge.settings
-    phrases = RefusalJudge(
-        RefusalJudge.Settings(translate=settings.translator, allow_uncovered=settings.allow_uncovered)
-    )
-    why = f"its phrases join because {judge.name} does not say what is refused"
-    return Judging(judge, ways, phrases.coverage(codes, why=why))
+def _judge_table(request: Request, judging: Judging, table: pa.Table, folder: Path, device: Device) -> pa.Table:
+    """`_judge`, of responses that come from a file."""
+    (part, *_) = _reading(request, judging, len(table), folder, device)
+    return _judge(request, judging, table, [Blocks.put(table, part, device)], folder, device)
 
 
-def _judge(request: Request, judging: Judging, responses: pa.Table, folder: Path, device: Device) -> pa.Table:
-    try:
-        return _verdicts(request, judging, responses, folder, device)
-    except MlcRayError:
-        print(f"the responses are kept; go on with `mlc-ray judge {folder}`", file=sys.stderr)
-        raise
-
-
-def _verdicts(request: Request, judging: Judging, responses: pa.Table, folder: Path, device: Device) -> pa.Table:
-    judge, translate = judging.judge, judging.judge.settings.translator
-    cache = str(_cache(request.config))
+def _judge(
+    request: Request, judging: Judging, table: pa.Table, blocks: list[Blocks], folder: Path, device: Device
+) -> pa.Table:
+    """Responses -> with their verdicts, both in the folder's file."""
     for file in USAGE_FILES.values():
         (folder / file).unlink(missing_ok=True)  # of an earlier judge
-    if translate is not None and judging.translated is not None:
-        phase = Phase(
-            "translations",
-            TranslateStage,
-            {"settings": translate, "device": device, "ways": judging.translated,
-             "cache_dir": cache, "usage_file": str(folder / USAGE_FILES["translate"])},
-            translate.engine if translate.model is not None else None,
-            actors=1,
-        )  # fmt: skip
-        schema = pa.schema([*RESPONSES, *TRANSLATED])
-        responses = run_phase(phase, responses, folder / TRANSLATED_FILE, schema, device)
-    phase = Phase(
-        "verdicts",
-        JudgeStage,
-        {"settings": judge.settings, "device": device, "ways": judging.ways, "phrase_ways": judging.phrase_ways,
-         "cache_dir": cache, "usage_file": str(folder / USAGE_FILES["judge"])},
-        judge.engine,
-        actors=1 if judge.runs == "service" else Phase.actors,
-    )  # fmt: skip
-    return run_phase(phase, responses, folder / RESPONSES_FILE, JUDGED, device)
+    try:
+        for part in _reading(request, judging, len(table), folder, device):
+            with phase(part.name, len(table), "responses") as progress, Pool.open(part, device) as pool:
+                added = pool.map(*blocks, progress=progress)
+            blocks.append(added)
+            table = side_by_side(table, [added])
+            _write(table, folder)
+    except MlcRayError:
+        logger.error("the responses are kept; go on with `mlc-ray judge %s`", folder)
+        raise
+    return table
+
+
+def _reading(request: Request, judging: Judging, rows: int, folder: Path, device: Device) -> list[Part]:
+    return list(reading(judging, device, rows=rows, cache=_cache(request.config), usage=folder).values())
+
+
+def _write(table: pa.Table, folder: Path) -> None:
+    partial = folder / f".{RESPONSES_FILE}.part"
+    pq.write_table(table, partial)
+    partial.replace(folder / RESPONSES_FILE)
 
 
 # ------------------------------------------------------------------------------------------------------------ counting
@@ -246,7 +247,6 @@ def _verdicts(request: Request, judging: Judging, responses: pa.Table, folder: P
 
 def _finish(request: Request, judging: Judging, judged: pa.Table, folder: Path) -> ScoreResult:
     result = write_score(request, judging, judged, folder)
-    (folder / GENERATED_FILE).unlink(missing_ok=True)  # its rows are in responses.parquet as well
     check_unparsed(result, request.config.max_unparsed)
     return result
 
@@ -277,11 +277,6 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
     return result
 
 
-def prompts_fingerprint(benchmarks: Sequence[Benchmark]) -> str:
-    """Names a set of prompts: two scores with the same one can be compared."""
-    return fingerprint([[b.name, sorted((key, *codes) for key, codes in b.kept.items())] for b in benchmarks])
-
-
 def check_unparsed(result: ScoreResult, bound: float) -> None:
     """Raise `TooManyUnparsedError` if a larger share of responses than `bound` got no verdict."""
     if result.unparsed_share > bound:
@@ -296,34 +291,81 @@ def check_unparsed(result: ScoreResult, bound: float) -> None:
 # --------------------------------------------------------------------------------------------------------- the folder
 
 
-def _cache(config: ScoreConfig) -> Path:
-    return _output_folder(config) / "cache"
-
-
-def _connect(config: ScoreConfig, *, answering: bool, judge: BaseJudge) -> Device:
+def _connect(config: ScoreConfig) -> Device:
     connect(config.address)
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # else two lines for every small pipeline
-    device: Device = "gpu" if use_gpu(config.accelerator) else "cpu"
-    translate = judge.settings.translator
-    engines = {
-        "engine": config.engine if answering else None,
-        "judge.engine": judge.engine,
-        "judge.translate.engine": translate.engine if translate is not None and translate.model is not None else None,
-    }
-    for what, engine in engines.items():
-        if engine is None:
-            continue
-        gpus = engine.tensor_parallel if device == "gpu" else 0
-        check_capacity(what, workers=engine.replicas, cpus_each=engine.cpus_per_replica, gpus_each=gpus)
-    return device
+    return "gpu" if use_gpu(config.accelerator) else "cpu"
+
+
+def _decided(config: ScoreConfig, device: Device) -> ScoreConfig:
+    """With what `dtype: auto` became on this cluster."""
+    return config.model_copy(update={"engine": with_dtype(config.engine, gpu=device == "gpu")})
+
+
+def _check_engines(request: Request, judging: Judging, device: Device, pool: Pool | None) -> None:
+    """Raise before anything starts if the engines cannot be had: pools follow each other, but one that stays open."""
+    held: list[tuple[float, float]] = []
+    own = answering(request.resolved, request.config, judging, device, in_turn=False)
+    if pool is None:
+        check_fits("engine (replicas x cpus_per_replica)", own.places(device))
+    else:
+        held = pool.part.places(device)
+        asked = {"stage": own.stage, **own.settings, "model": None, "warm": None}
+        if asked != {"stage": pool.part.stage, **pool.part.settings, "model": None, "warm": None}:
+            raise ScoreError("the pool was opened for other engine settings, max_new_tokens, judge or device")
+    _check_readers(request, judging, device, held)
+
+
+def _check_readers(request: Request, judging: Judging, device: Device, held: Sequence[tuple[float, float]]) -> None:
+    for part in _reading(request, judging, 1, Path(), device):
+        if part.engine is not None:
+            check_fits(f"{part.name}, by engines of its own,", [*held, *part.places(device)])
+
+
+def _cache(config: ScoreConfig) -> Path:
+    return _output_folder(config) / "cache"
 
 
 def _output_folder(config: ScoreConfig) -> Path:
     return output_folder(config.output_dir)
 
 
-def _claim_folder(folder: Path) -> Path:
-    if (folder / SCORES_FILE).exists():
-        raise ScoreError(f"score folder {str(folder)!r} is there already; choose another name, or remove it")
+def _claim_folder(folder: Path, *, resume: bool = False) -> None:
+    if (folder / SCORES_FILE).exists() and not resume:
+        raise ScoreError(
+            f"score folder {str(folder)!r} is there already; choose another name, or remove it (resume: auto takes it "
+            "as it is, if the settings are the same)"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+
+
+def _earlier(folder: Path, request: Request, prompts: Prompts) -> ScoreResult | pa.Table | None:
+    """What an earlier call left of the same score: all of it, or the answers; None if it did not get that far.
+
+    Raises:
+        ScoreError: the folder holds something else.
+    """
+    if not (folder / REQUEST_FILE).is_file():
+        return None
+    found = load_request(folder)
+    finished = load_scores(folder) if (folder / SCORES_FILE).is_file() else None
+    judge = make_judge(request.config.judge)
+    if not request.asks_as(found) or (finished is not None and finished.judge != judge.identity):
+        raise ScoreError(
+            f"score folder {str(folder)!r} holds a score of another model, other prompts, or other settings of engine "
+            "or judge, with which resume: auto cannot go on; choose another name, or remove it"
+        )
+    if finished is not None:
+        logger.info("%s is finished already", folder)
+        return finished
+    responses = _read_responses(folder)
+    if responses is None or judge.runs == "prompts" or not responses.select(PROMPTS.names).equals(prompts.table):
+        return None
+    logger.info("%d responses are there already; going on with judging", len(responses))
+    return responses
+
+
+def _read_responses(folder: Path) -> pa.Table | None:
+    """Prompts and answers of a score folder, without what judges made of them; None where there are none."""
+    file = folder / RESPONSES_FILE
+    return pq.read_table(file, columns=RESPONSES.names).cast(RESPONSES) if file.is_file() else None

@@ -1,10 +1,12 @@
-"""What Ray Data's workers run when a model is scored: tables in, tables out; it imports neither Ray nor torch.
+"""The stages of a score behind answering, which `generate.pool` runs: translation, and judges.
 
-A score is up to three phases, each with engines of its own, so that two never share a machine's memory:
+A score is up to three stages, each with engines of its own; each adds its columns to the row of a prompt:
 
-    answer      prompts -> responses (or, for the likelihood judge, verdicts at once)
-    translate   only if asked for: responses -> responses in English
-    judge       responses -> verdicts
+    answer      `PROMPTS` -> `ANSWERS` (`generate.stage.Generator`), or verdicts at once
+    translate   only if asked for: `TRANSLATED`, prompt and response in English
+    judge       `VERDICTS`
+
+This module imports neither Ray nor torch.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from typing import Any, cast
 import pyarrow as pa
 
 from mlc_ray.config import EngineSection, JudgeSettings, TranslateSection
-from mlc_ray.errors import MlcRayError
-from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, Generator, Warm, check_lengths
+from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, Warm
+from mlc_ray.generate.stage import ANSWERS, PROMPTS, Stage
 from mlc_ray.generate.translate import (
     TranslatedAnswer,
     make_translator,
@@ -31,19 +33,10 @@ from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.storage import write_json_atomic
 from mlc_ray.types import Answer, Kind, Measure, Verdict, Via
 
-FAULT = "fault"
-"""Column with the message of an error that ends the run: raised in a worker it would arrive in Ray's own traceback."""
-
 NOT_GENERATED = "not_generated"
 """Finish reason where the judge needs no response."""
 
 _TEXT = pa.string()
-PROMPTS = pa.schema(dict.fromkeys(("benchmark", "bundle_id", "kind", "category", "language", "prompt"), _TEXT))
-"""A prompt to answer."""
-RESPONSES = pa.schema(
-    [*PROMPTS, ("response", _TEXT), ("finish", _TEXT), ("prompt_tokens", pa.int32()), ("response_tokens", pa.int32())]
-)
-"""A prompt and its answer."""
 VERDICTS = pa.schema(
     {
         "behaviour": _TEXT, "safety": _TEXT, "reason": _TEXT, "categories": pa.list_(_TEXT), "margin": pa.float64(),
@@ -51,107 +44,37 @@ VERDICTS = pa.schema(
     }
 )  # fmt: skip
 """A verdict, and how the judge behind each measure came to read its language; null where nobody judges a measure."""
-JUDGED = pa.schema([*RESPONSES, *VERDICTS])
 TRANSLATED = pa.schema({"prompt_en": _TEXT, "response_en": _TEXT, "translation_fault": _TEXT})
 """Null where nothing was to be translated; `translation_fault` says why a translation failed."""
-
-
-def explode(bundles: pa.Table, benchmark: str, kept: dict[str, list[str]]) -> pa.Table:
-    """Rows of bundles -> a row per prompt (`PROMPTS`), for the bundles and languages in `kept`."""
-    rows = []
-    for bundle in bundles.to_pylist():
-        texts = dict(zip(bundle["languages"], bundle["texts"], strict=True))
-        for code in kept.get(bundle["bundle_id"], ()):
-            row = {name: bundle[name] for name in ("bundle_id", "kind", "category")}
-            rows.append({"benchmark": benchmark, **row, "language": code, "prompt": texts[code]})
-    return pa.Table.from_pylist(rows, schema=PROMPTS)
-
-
-class Stage:
-    """Adds columns to a table; an `MlcRayError` on the way becomes every row's `FAULT`, and the driver raises it."""
-
-    columns: pa.Schema
-    fault: MlcRayError | None = None
-
-    def __init__(self, **settings: Any):
-        try:
-            self.start(**settings)
-        except MlcRayError as error:
-            self.fault = error
-
-    def start(self, **settings: Any) -> None:
-        """Make what the stage needs, engines above all."""
-        raise NotImplementedError
-
-    def rows(self, table: pa.Table) -> list[dict[str, Any]]:
-        """The new columns' values, a dict per row of `table`."""
-        raise NotImplementedError
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """`table` with the stage's columns and `FAULT`."""
-        rows: list[dict[str, Any]] = []
-        if self.fault is None:
-            try:
-                rows = self.rows(table)
-            except MlcRayError as error:
-                self.fault = error
-        if self.fault is not None:
-            rows = [{FAULT: str(self.fault)}] * table.num_rows
-        added = pa.Table.from_pylist(rows, schema=pa.schema([*self.columns, (FAULT, _TEXT)]))
-        for name in added.column_names:
-            table = table.append_column(name, added[name])
-        return table
-
-
-class GenerateStage(Stage):
-    """`PROMPTS` -> `RESPONSES`."""
-
-    columns = pa.schema([field for field in RESPONSES if field.name not in PROMPTS.names])
-
-    def start(
-        self, *, model: str, engine: EngineSection, max_new_tokens: int, device: Device, warm: Warm | None = None
-    ) -> None:
-        """Start an engine with the model's weights; with `warm`, one that can be given others."""
-        check_lengths(model, engine, max_new_tokens)
-        self.engine = Engine(model, engine, device=device, warm=warm)
-        self.generator = Generator(model, engine, max_new_tokens=max_new_tokens, device=device, shared=self.engine)
-
-    def rows(self, table: pa.Table) -> list[dict[str, Any]]:
-        """An answer per prompt."""
-        answers = self.generator.generate(table["prompt"].to_pylist())
-        return [
-            {
-                "response": answer.text,
-                "finish": answer.finish,
-                "prompt_tokens": answer.prompt_tokens,
-                "response_tokens": answer.response_tokens,
-            }
-            for answer in answers
-        ]
+RESPONSES = pa.schema([*PROMPTS, *ANSWERS])
+"""A prompt and its answer."""
+JUDGED = pa.schema([*RESPONSES, *VERDICTS])
 
 
 class PromptJudgeStage(Stage):
-    """`PROMPTS` -> `JUDGED`, with empty responses: for judges that need none."""
+    """`PROMPTS` -> `ANSWERS` (empty responses) and `VERDICTS`: for judges that need no response."""
 
-    columns = pa.schema([field for field in JUDGED if field.name not in PROMPTS.names])
+    columns = pa.schema([*ANSWERS, *VERDICTS])
 
-    def start(
+    def __init__(
         self,
-        *,
-        settings: JudgeSettings,
         model: str,
-        engine: EngineSection,
+        settings: EngineSection,
+        *,
+        judge: JudgeSettings,
         device: Device,
         ways: Mapping[str, Via],
         warm: Warm | None = None,
     ) -> None:
-        """Start an engine with the model's weights; with `warm`, one that can be given others."""
-        judge = make_judge(settings)
-        assert isinstance(judge, PromptJudge)
-        self.measures = judge.measures
-        self.engine = Engine(model, engine, device=device, warm=warm)
-        self.scorer = judge.scorer(model, engine, device=device, shared=self.engine)
-        self.ways = ways
+        made = make_judge(judge)
+        assert isinstance(made, PromptJudge)
+        self.judge, self.settings, self.device, self.ways = made, settings, device, ways
+        self.engine: Engine = Engine(model, settings, device=device, warm=warm)
+        self.read_tokenizer(model)
+
+    def read_tokenizer(self, model: str) -> None:
+        """Have the judge's texts tokenised by `model`'s own tokenizer."""
+        self.scorer = self.judge.scorer(model, self.settings, device=self.device, shared=self.engine)
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """A verdict per prompt."""
@@ -159,37 +82,42 @@ class PromptJudgeStage(Stage):
         verdicts = self.scorer.score(table["prompt"].to_pylist(), languages)
         return [
             {"response": "", "finish": NOT_GENERATED, "prompt_tokens": None, "response_tokens": 0,
-             **_verdict_row(verdict, dict.fromkeys(self.measures, self.ways[code]))}
+             **_verdict_row(verdict, dict.fromkeys(self.judge.measures, self.ways[code]))}
             for verdict, code in zip(verdicts, languages, strict=True)
         ]  # fmt: skip
 
+    def close(self) -> None:
+        """Free the engine's memory."""
+        self.engine.close()
+
 
 class TranslateStage(Stage):
-    """`RESPONSES` -> with `TRANSLATED`: English prompts and responses for the languages read by translation."""
+    """`RESPONSES` -> `TRANSLATED`: English prompts and responses for the languages read by translation.
+
+    The translator is a model in an engine, or an endpoint, whose usage is written to `usage_file`.
+    """
 
     columns = TRANSLATED
 
-    def start(
+    def __init__(
         self,
-        *,
         settings: TranslateSection,
+        *,
         device: Device,
         ways: Mapping[str, Via],
         cache_dir: str,
         usage_file: str | None = None,
     ) -> None:
-        """Make the translator: a model in an engine, or an endpoint, whose usage is written to `usage_file`."""
         self.ways = ways
         self.usage_file = usage_file
         self.translator = make_translator(settings, device, Path(cache_dir))
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """Translate prompts and non-blank responses of the rows that need it."""
-        records = table.to_pylist()
-        wanted = [index for index, row in enumerate(records) if self.ways[row["language"]] == "translated"]
-        done = translate_answers(self.translator, [_answer(records[index]) for index in wanted])
+        wanted = [index for index, code in enumerate(table["language"].to_pylist()) if self.ways[code] == "translated"]
+        done = translate_answers(self.translator, answers_of(table.take(wanted)))
         _note_usage(self.translator, self.usage_file)
-        rows: list[dict[str, Any]] = [{} for _ in records]
+        rows: list[dict[str, Any]] = [{} for _ in range(len(table))]
         for index, english in zip(wanted, done, strict=True):
             rows[index] = {
                 "prompt_en": english.prompt,
@@ -198,30 +126,32 @@ class TranslateStage(Stage):
             }
         return rows
 
+    def close(self) -> None:
+        """Free the memory of an engine."""
+        _close(self.translator)
+
 
 class JudgeStage(Stage):
-    """`RESPONSES` -> `JUDGED`.
+    """`RESPONSES`, with `TRANSLATED` where something was, -> `VERDICTS`.
 
     A judge that does not say whether a response refuses is joined by the phrase judge, because a score without the
-    benign side's refusals is no score. Then degenerate answers are told apart (`degenerate.settle`).
+    benign side's refusals is no score: `phrase_ways` is how the phrase judge reads each language, None if it is not
+    needed. Then degenerate answers are told apart (`degenerate.settle`). What an endpoint did and cost is written to
+    `usage_file`.
     """
 
     columns = VERDICTS
 
-    def start(
+    def __init__(
         self,
-        *,
         settings: JudgeSettings,
+        *,
         device: Device,
         ways: Mapping[str, Via],
         phrase_ways: Mapping[str, Via] | None,
         cache_dir: str,
         usage_file: str | None = None,
     ) -> None:
-        """Make the judge; `phrase_ways` is how the phrase judge reads each language, None if it is not needed.
-
-        What an endpoint did and cost is written to `usage_file`.
-        """
         self.usage_file = usage_file
         judge = make_reader(settings)
         judge.start(device, Path(cache_dir))
@@ -231,18 +161,45 @@ class JudgeStage(Stage):
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """A verdict per response."""
-        records = table.to_pylist()
-        verdicts = [Verdict() for _ in records]
+        answers = answers_of(table)
+        english = _translations(table)
+        verdicts = [Verdict() for _ in answers]
         for judge, ways in self.judges:
-            verdicts = [_joined(a, b) for a, b in zip(verdicts, _verdicts(judge, ways, records), strict=True)]
+            given = _verdicts(judge, ways, answers, english)
+            verdicts = [_joined(a, b) for a, b in zip(verdicts, given, strict=True)]
             _note_usage(judge, self.usage_file)
         return [
-            _verdict_row(
-                settle(verdict, _answer(row)),
-                _read_by(self.judges, row["language"]),
-            )
-            for verdict, row in zip(verdicts, records, strict=True)
+            _verdict_row(settle(verdict, answer), _read_by(self.judges, answer.language))
+            for verdict, answer in zip(verdicts, answers, strict=True)
         ]
+
+    def close(self) -> None:
+        """Free the memory of a guard's engine."""
+        for judge, _ in self.judges:
+            _close(judge)
+
+
+def answers_of(table: pa.Table) -> list[Answer]:
+    """The rows of a table of `RESPONSES` as judges take them."""
+    columns = (table[name].to_pylist() for name in ("prompt", "response", "language", "kind", "finish"))
+    return [
+        Answer(prompt, response, code, cast(Kind, kind), finish)
+        for prompt, response, code, kind, finish in zip(*columns, strict=True)
+    ]
+
+
+def _translations(table: pa.Table) -> list[TranslatedAnswer]:
+    """What was translated of each row; none at all where there was no translator, because no language needs one."""
+    if not set(TRANSLATED.names) <= set(table.column_names):
+        return []
+    columns = (table[name].to_pylist() for name in TRANSLATED.names)
+    return [TranslatedAnswer(prompt, response, fault or "") for prompt, response, fault in zip(*columns, strict=True)]
+
+
+def _close(user: Any) -> None:
+    """Free the engine of a judge or translator that has one."""
+    if (close := getattr(user, "close", None)) is not None:
+        close()
 
 
 def _note_usage(asked: Any, file: str | None) -> None:
@@ -251,28 +208,21 @@ def _note_usage(asked: Any, file: str | None) -> None:
         write_json_atomic(file, asdict(usage))
 
 
-def _verdicts(judge: Judge, ways: Mapping[str, Via], records: Sequence[Mapping[str, Any]]) -> list[Verdict]:
-    """The judge's verdict on each record; what was never sent or not translated is `unparsed`, unasked."""
-    english = [_english(row) if ways[row["language"]] == "translated" else None for row in records]
-    asked = translated_answers([_answer(row) for row in records], english, judge.measures)
-    answers = [item for item in asked if isinstance(item, Answer) and item.finish != PROMPT_TOO_LONG]
-    given = iter(judge.judge(answers))
+def _verdicts(
+    judge: Judge, ways: Mapping[str, Via], answers: Sequence[Answer], english: Sequence[TranslatedAnswer]
+) -> list[Verdict]:
+    """The judge's verdict on each answer; what was never sent or not translated is `unparsed`, unasked."""
+    read = [english[index] if ways[answer.language] == "translated" else None for index, answer in enumerate(answers)]
+    asked = translated_answers(answers, read, judge.measures)
+    given = iter(judge.judge([a for a in asked if isinstance(a, Answer) and a.finish != PROMPT_TOO_LONG]))
     too_long = judge.unparsed("the prompt was too long for engine.max_model_len; it was not sent")
     found = []
-    for row, item in zip(records, asked, strict=True):
-        if row["finish"] == PROMPT_TOO_LONG:
+    for answer, item in zip(answers, asked, strict=True):
+        if answer.finish == PROMPT_TOO_LONG:
             found.append(too_long)
         else:
             found.append(item if isinstance(item, Verdict) else next(given))
     return found
-
-
-def _english(row: Mapping[str, Any]) -> TranslatedAnswer:
-    return TranslatedAnswer(row["prompt_en"], row["response_en"], row["translation_fault"] or "")
-
-
-def _answer(row: Mapping[str, Any]) -> Answer:
-    return Answer(row["prompt"], row["response"], row["language"], cast(Kind, row["kind"]), row["finish"])
 
 
 def _joined(first: Verdict, second: Verdict) -> Verdict:

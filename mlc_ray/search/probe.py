@@ -17,7 +17,7 @@ import ray.data
 import torch
 from torch import Tensor
 
-from mlc_ray.cluster import check_capacity, connect, use_gpu, with_dtype
+from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import DataSection, ModelSection, SourceSection, TrainConfig
 from mlc_ray.data.batches import pack_prompts
 from mlc_ray.data.prepare import prepare_token_rows
@@ -232,7 +232,7 @@ def probe(
     keep_in(folder)
     connect(address)
     gpu = use_gpu(accelerator)
-    check_capacity("probe", workers=1, cpus_each=_PROBE_CPUS, gpus_each=1 if gpu else 0)
+    check_fits("a probe", [(_PROBE_CPUS, 1.0 if gpu else 0.0)])
     data = DataSection(train=list(sources), languages=languages)
     tokens = prepare_token_rows(data, model, cache_dir=folder.parent / "cache")
     return probe_tokens(with_dtype(model, gpu=gpu), tokens, folder, limit=limit, gpu=gpu)

@@ -16,16 +16,15 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.tune
 import yaml
 
-from mlc_ray.cluster import ClusterError, connect, fits, node_resources, use_gpu, with_dtype
+from mlc_ray.cluster import ClusterError, amount, connect, fits, nodes_held, use_gpu, with_dtype
 from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config, parse_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device
@@ -40,9 +39,9 @@ from mlc_ray.runs import (
     output_folder,
     resolve_model,
 )
-from mlc_ray.score.phases import prompts_of, read_benchmarks
-from mlc_ray.score.pool import pool_parts, start_pool
-from mlc_ray.score.run import prompts_fingerprint
+from mlc_ray.score.plan import places
+from mlc_ray.score.prompts import read_prompts
+from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.objectives.base import TrialScore
 from mlc_ray.search.probe import probe_run
 from mlc_ray.search.results import SearchResult, read_values, write_results
@@ -167,17 +166,17 @@ def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
     lora_rank = _lora_rank(space)
     model = resolve_model(base.model.path)
     make_judge(config.scoring.judge).check_ready(folder / "cache")
-    benchmarks = read_benchmarks(config.scoring, rejects=folder)
-    identity = {"prompts": prompts_fingerprint(benchmarks), "model": fingerprint_model(model)}
+    prompts = read_prompts(config.scoring, rejects=folder)
+    identity = {"prompts": prompts.fingerprint, "model": fingerprint_model(model)}
     _check_same(folder, identity)
-    pool = start_pool(
-        model, config.scoring, prompts_of(benchmarks), device=device, folder=folder, lora_rank=lora_rank,
-        sleeps=config.share_gpu,
+    scorer = start_scorer(
+        model, config.scoring, prompts.table, device=device, folder=folder, lora_rank=lora_rank,
+        in_turn=config.share_gpu,
     )  # fmt: skip
     try:
         ended = [trial for trial in trial_folders(folder) if has_ended(trial) and scores_of(trial)]
         cut_off = {fingerprint(read_values(trial)): trial.name for trial in trial_folders(folder) if trial not in ended}
-        shared = Shared(config, space, folder, pool, identity["prompts"], model, lora_rank is not None, cut_off)
+        shared = Shared(config, space, folder, scorer, identity["prompts"], model, lora_rank is not None, cut_off)
         baseline = shared.baseline()
         write_json_atomic(
             folder / SEARCH_FILE,
@@ -189,7 +188,7 @@ def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
             },
         )
     except BaseException:
-        pool.close()
+        scorer.close()
         raise
     return Prepared(shared, ended, baseline, skipped)
 
@@ -209,7 +208,7 @@ def _search(prepared: Prepared) -> SearchResult:
         if tuner is not None:
             failed = [str(error).strip().splitlines()[-1] for error in tuner.fit().errors]
     finally:
-        shared.pool.close()
+        shared.scorer.close()
     shared.drop_optimizer_states()
     trials = scored_trials(shared)
     if not trials:
@@ -244,24 +243,16 @@ def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> N
     gpu = device == "gpu"
     if config.share_gpu and not gpu:
         raise ClusterError("share_gpu=True, but this search runs on CPU, where engines cannot sleep; remove it")
-    engines = pool_parts(config.scoring, device=device, sleeps=config.share_gpu)
+    engines = places(config.scoring, device, in_turn=config.share_gpu)
     workers = [(base.cluster.cpus_per_worker, 1 if gpu else 0)] * base.cluster.workers
     trials = [(TRIAL_CPUS, 0), *workers] * config.concurrency
     if not fits([*engines, *trials]):
-        have = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        held = [(node.get("CPU", 0), node.get("GPU", 0)) for node in node_resources()]
         raise ClusterError(
-            f"concurrency={config.concurrency} trials of {_amount(trials[: len(workers) + 1])} (cluster.workers x "
-            f"cluster.cpus_per_worker + {TRIAL_CPUS}) beside engines of {_amount(engines)} need "
-            f"{_amount([*engines, *trials])} and some CPU for Ray Data; the Ray cluster has "
-            f"{have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs on nodes of (CPUs, GPUs) {held}: ask for less, "
-            "add nodes, or on one GPU let engines sleep beside training (share_gpu: true)"
+            f"concurrency={config.concurrency} trials of {amount(trials[: len(workers) + 1])} (its own process, and "
+            f"cluster.workers x cluster.cpus_per_worker) beside engines of {amount(engines)}, and some CPU for Ray "
+            f"Data, are more than the nodes can hold; {nodes_held()}: ask for less, add nodes, or on one GPU let "
+            "engines sleep beside training (share_gpu: true)"
         )
-
-
-def _amount(parts: Sequence[tuple[float, float]]) -> str:
-    cpus, gpus = (sum(part[index] for part in parts) for index in (0, 1))
-    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
 def _lora_rank(space: Space) -> int | None:

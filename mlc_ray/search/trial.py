@@ -29,9 +29,11 @@ from mlc_ray.runs import (
     VALUES_FILE,
     training_languages,
 )
-from mlc_ray.score.pool import WarmPool
+from mlc_ray.score.plan import plan_judging
+from mlc_ray.score.request import Request
 from mlc_ray.score.results import load_scores
-from mlc_ray.score.run import Request, TooManyUnparsedError, check_unparsed, plan_judging, write_score
+from mlc_ray.score.run import TooManyUnparsedError, check_unparsed, write_score
+from mlc_ray.score.scorer import WarmScorer
 from mlc_ray.search.objectives.base import BENIGN, HARMFUL, TrialScore, make_objective
 from mlc_ray.search.results import Trial, ending
 from mlc_ray.search.space import Space
@@ -56,7 +58,7 @@ class Shared:
     config: SearchConfig
     space: Space
     folder: Path
-    pool: WarmPool
+    scorer: WarmScorer
     prompts: str
     model: str
     lora: bool
@@ -80,16 +82,16 @@ class Shared:
         """The score of the model before training: made once for a search, read from its folder when that is resumed."""
         folder = self.folder / BASELINE_FOLDER
         if not (folder / SCORES_FILE).is_file():
-            self._score(folder, model=self.model, weights=self.model, adapter="" if self.lora else None)
+            self._score(folder, model=self.model, weights=None if self.lora else self.model)
         return self.score_in(folder)
 
     def checkpoint(self, run_folder: Path, checkpoint: Path, step: int) -> Path:
         """Score a checkpoint of a run; returns the score's folder, `run_folder/scores/step-...`."""
         folder = run_folder / SCORES_FOLDER / _STEP_FOLDER.format(step)
         if self.lora:
-            self._score(folder, model=str(checkpoint), weights=self.model, adapter=str(checkpoint / "adapter"))
+            self._score(folder, model=str(checkpoint), weights=str(checkpoint / "adapter"))
         else:
-            self._score(folder, model=str(checkpoint), weights=str(checkpoint / "model"), adapter=None)
+            self._score(folder, model=str(checkpoint), weights=str(checkpoint / "model"))
         return folder
 
     def score_in(self, folder: Path) -> TrialScore:
@@ -113,15 +115,16 @@ class Shared:
             STEP: float(_step_of(folder)),
         }
 
-    def _score(self, folder: Path, *, model: str, weights: str, adapter: str | None) -> None:
-        """Have the pool score weights (or an adapter over them, "" for none), and write a score folder of it."""
-        scored = self.pool.score(weights if adapter is None else adapter, lora=adapter is not None)
+    def _score(self, folder: Path, *, model: str, weights: str | None) -> None:
+        """Score weights, or where trials train adapters one of those (None: no adapter), and write a score folder."""
+        scored = self.scorer.score(weights, lora=self.lora)
+        resolved = self.model if weights is None else weights
         scoring = self.config.scoring
         own = {"name": folder.name, "output_dir": str(folder.parent), "model": model}
         request = Request(
             config=parse_config(ScoreConfig, {**scoring.model_dump(mode="json", exclude_unset=True), **own}),
-            resolved=adapter or weights,
-            fingerprint=fingerprint_model(adapter or weights),
+            resolved=resolved,
+            fingerprint=fingerprint_model(resolved),
             prompts=self.prompts,
             seen_languages=training_languages(model),
         )

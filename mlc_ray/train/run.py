@@ -14,7 +14,7 @@ import yaml
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mlc_ray.cluster import check_capacity, connect, use_gpu, with_dtype
+from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import TrainConfig, load_config, parse_config
 from mlc_ray.data.order import total_steps
 from mlc_ray.data.prepare import prepare_token_rows
@@ -85,11 +85,9 @@ def train(
     keep_in(run_folder)
     connect(config.cluster.address)
     gpu = use_gpu(config.cluster.accelerator)
-    check_capacity(
+    check_fits(
         "training (cluster.workers x cluster.cpus_per_worker)",
-        workers=config.cluster.workers,
-        cpus_each=config.cluster.cpus_per_worker,
-        gpus_each=1 if gpu else 0,
+        [(config.cluster.cpus_per_worker, 1.0 if gpu else 0.0)] * config.cluster.workers,
     )
     if not is_new:
         config = _with_dtype_of(run_folder, config)

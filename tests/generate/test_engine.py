@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mlc_ray.config import EngineSection
-from mlc_ray.generate.engine import PROMPT_TOO_LONG, Engine, EngineError, Generator
+from mlc_ray.generate.engine import PROMPT_TOO_LONG, Engine, EngineError
+from mlc_ray.generate.stage import Generator
 from mlc_ray.judges.guards.qwen3guard import Qwen3Guard
 from mlc_ray.judges.likelihood import LikelihoodScorer, margin, openings_for
 from mlc_ray.types import Answer

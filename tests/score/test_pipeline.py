@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlc_ray.config import EndpointSection, EngineSection, ScoreConfig, SourceSection, parse_config
+from mlc_ray.cluster import ClusterError
+from mlc_ray.config import EngineSection, ScoreConfig, SourceSection, parse_config
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.generate.replies import EndpointError
-from mlc_ray.judges.base import UncoveredLanguageError
+from mlc_ray.judges.base import JudgeError, UncoveredLanguageError
 from mlc_ray.judges.endpoint import EndpointJudge
 from mlc_ray.judges.likelihood import LikelihoodJudge
 from mlc_ray.judges.refusal import RefusalJudge
-from mlc_ray.score.phases import BenchmarkError, PhaseError, benchmark_names, choose_prompts
+from mlc_ray.score.prompts import BenchmarkError, benchmark_names, choose_prompts, explode
+from mlc_ray.score.request import Request, ScoreError
 from mlc_ray.score.results import load_scores
-from mlc_ray.score.run import Request, ScoreError, TooManyUnparsedError, judge_again, score
-from mlc_ray.score.stages import FAULT, RESPONSES, JudgeStage, explode
+from mlc_ray.score.run import TooManyUnparsedError, judge_again, open_pool, resume_score, score
+from mlc_ray.score.stages import RESPONSES, JudgeStage
 from tests.generate.chat_server import Step, serving
+from tests.generate.weights import noisy_copy
 
 PROMPTS = {
     "harmful": [
@@ -100,7 +104,7 @@ def test_judging_a_batch(tmp_path: Path) -> None:
     judged = judge_stage(tmp_path)(responses_of(*answers)).to_pylist()
     assert [row["behaviour"] for row in judged] == ["refused", "complied", "degenerate", "unparsed"]
     assert "too long" in judged[3]["reason"]
-    assert {row["safety"] for row in judged} == {None} == {row[FAULT] for row in judged}
+    assert {row["safety"] for row in judged} == {None}
 
 
 def test_a_translated_response_is_judged_in_english_and_a_failed_translation_not_at_all(tmp_path: Path) -> None:
@@ -123,14 +127,9 @@ def test_a_language_the_judge_does_not_declare_is_marked(tmp_path: Path) -> None
     assert (row["behaviour"], row["via_refused"]) == ("complied", "uncovered")
 
 
-def test_a_stages_fault_is_data(tmp_path: Path) -> None:
-    endpoint = EndpointSection(
-        base_url="http://127.0.0.1:9/v1", model="m", retries=0, api_key_env="MLC_RAY_NO_SUCH_KEY"
-    )
-    judge = EndpointJudge.Settings(endpoint=endpoint)
-    (row,) = judge_stage(tmp_path, judge=judge, phrase_ways={"en": ""})(responses_of(("Hi.", "stop"))).to_pylist()
-    assert "MLC_RAY_NO_SUCH_KEY" in row[FAULT]
-    assert row["behaviour"] is None is row["safety"]
+def test_a_language_to_be_translated_is_not_judged_without_its_translation(tmp_path: Path) -> None:
+    with pytest.raises(IndexError):
+        judge_stage(tmp_path)(responses_of(("Samahani, siwezi.", "stop"), language="sw"))
 
 
 def test_lengths_are_checked_before_an_engine_starts(tmp_path: Path) -> None:
@@ -197,13 +196,55 @@ def test_real_model_from_bundles_to_scores(smollm2: Path, ray_local: Any, tmp_pa
 
     with pytest.raises(ScoreError, match="there already"):
         score(config)
+    file = Path(result.responses_file)
+    answered = file.stat().st_mtime_ns
+    assert resume_score(result.folder) == result  # with nothing to do
+    assert file.stat().st_mtime_ns == answered
+    with pytest.raises(ScoreError, match="other settings"):
+        score(config_for(smollm2, benchmark, tmp_path / "scores", max_unparsed=0.2, max_new_tokens=9, resume="auto"))
 
     again = judge_again(result.folder, judge=RefusalJudge.Settings(allow_uncovered=True), name="again")
     assert again.folder == result.folder.parent / "again"
     assert (again.rows, again.summaries, again.prompts) == (result.rows, result.summaries, result.prompts)
     assert pq.read_table(again.responses_file).equals(pq.read_table(result.responses_file))
-    with pytest.raises(ScoreError, match="reads a model, not responses"):
+    with pytest.raises(JudgeError, match="reads a model, not responses"):
         judge_again(result.folder, judge=LikelihoodJudge.Settings())
+
+
+@pytest.mark.slow
+def test_one_engine_for_two_scores(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
+    benchmark = write_bundles(tmp_path / "own.jsonl")
+    other = noisy_copy(smollm2, tmp_path / "other")
+    before = config_for(smollm2, benchmark, tmp_path / "scores", name="before")
+    with open_pool(before, in_turn=True) as pool:
+        (engine,) = alive_workers(ray_local)
+        first = score(before, pool=pool)
+        assert ray_local.available_resources()["CPU"] > 1.5  # training may have them now
+        after = config_for(other, benchmark, tmp_path / "scores", name="after")
+        second = score(after, pool=pool)
+        third = score(before.model_copy(update={"name": "back"}), pool=pool)
+        with pytest.raises(ScoreError, match="opened for other"):
+            score(before.model_copy(update={"name": "longer", "max_new_tokens": 20}), pool=pool)
+        assert alive_workers(ray_local, expected={engine}) == {engine}  # the one that has answered all of it
+    assert alive_workers(ray_local, expected=set()) == set()
+    texts = [pq.read_table(result.responses_file)["response"].to_pylist() for result in (first, second, third)]
+    assert texts[0] == texts[2] != texts[1]
+    assert len({first.fingerprint, second.fingerprint}) == 2
+    assert (first.rows, first.summaries) == (third.rows, third.summaries)
+
+
+def alive_workers(ray_local: Any, expected: set[str] | None = None) -> set[str]:
+    """The ids of the pools' actors that run now; Ray needs a moment to notice that one has ended."""
+    from ray.util.state import list_actors
+
+    address = ray_local.get_runtime_context().gcs_address
+    deadline = time.monotonic() + 30
+    while True:
+        found = list_actors(address=address, filters=[("class_name", "=", "Worker"), ("state", "=", "ALIVE")])
+        ids = {actor["actor_id"] for actor in found}
+        if expected is None or ids == expected or time.monotonic() > deadline:
+            return ids
+        time.sleep(0.2)
 
 
 def translate_then_judge(messages: list[dict[str, str]], number: int) -> Step:
@@ -230,7 +271,7 @@ def test_an_endpoint_translates_and_judges_what_was_answered_before(
          "prompt": text, "response": f"{text} ...", "finish": "stop", "prompt_tokens": 9, "response_tokens": 9}
         for kind, items in PROMPTS.items() for index, item in enumerate(items) for code, text in item.items()
     ]  # fmt: skip
-    pq.write_table(pa.Table.from_pylist(rows, schema=RESPONSES), folder / "generated.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=RESPONSES), folder / "responses.parquet")
     with serving(translate_then_judge) as server:
         prices = {"usd_per_million_input_tokens": 1.0, "usd_per_million_output_tokens": 1.0}
         endpoint = {"base_url": server.base_url, "model": "m", "retries": 0, **prices}
@@ -248,7 +289,8 @@ def test_an_endpoint_translates_and_judges_what_was_answered_before(
     assert result.usage["judge"]["cost_usd"] > 0
     assert result.seen_languages == ("en",)
     assert result.summary().side("harmful", "safe").unseen is not None
-    assert not (folder / "generated.parquet").exists()
+    translated = pq.read_table(result.responses_file, columns=["language", "response_en"]).to_pylist()
+    assert {row["language"] for row in translated if row["response_en"] is None} == {"en"}
 
     # A judge of the user's own, in Ray's workers; it does not declare Chinese.
     mine = {"name": "examples.my_judge:ShortAnswerJudge", "words": 7, "allow_uncovered": True}
@@ -278,22 +320,29 @@ def test_the_likelihood_judge_needs_no_response(smollm2: Path, ray_local: Any, t
 
 
 @pytest.mark.slow
-def test_responses_outlive_a_judge_that_fails(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
+def test_responses_outlive_a_judge_that_fails(
+    smollm2: Path, ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     benchmark = write_bundles(tmp_path / "own.jsonl")
     address = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "retries": 0}  # nobody listens there
     config = config_for(
         smollm2, benchmark, tmp_path / "scores", judge={"name": "endpoint", "endpoint": address}, max_new_tokens=4
     )
-    with pytest.raises(PhaseError, match=r"127\.0\.0\.1:9"):
+    with pytest.raises(EndpointError, match=r"127\.0\.0\.1:9"):
         score(config)
     folder = tmp_path / "scores" / "score"
-    generated = pq.read_table(folder / "generated.parquet")
-    assert len(generated) == 16
-    completed = judge_again(folder, judge=RefusalJudge.Settings())
+    answered = pq.read_table(folder / "responses.parquet")
+    assert (len(answered), answered.schema.names) == (16, RESPONSES.names)
+    with pytest.raises(EndpointError, match=r"127\.0\.0\.1:9"):
+        resume_score(folder)  # it is the judge's turn, who fails as before
+    monkeypatch.setattr("mlc_ray.score.run._answer", None)  # nobody is asked again
+    completed = score(config.model_copy(update={"judge": RefusalJudge.Settings(), "resume": "auto"}))
     assert completed.folder == folder
-    assert pq.read_table(completed.responses_file).select(generated.column_names).equals(generated)
-    assert not (folder / "generated.parquet").exists()
+    assert pq.read_table(completed.responses_file).select(answered.column_names).equals(answered)
     assert load_scores(folder) == completed
+    other = write_bundles(tmp_path / "own.jsonl", [{"kind": "benign", "prompts": {"en": "How do I boil an egg?"}}])
+    with pytest.raises(ScoreError, match="another model, other prompts, or other settings"):
+        score(config_for(smollm2, other, tmp_path / "scores", max_new_tokens=4, resume="auto"))
 
 
 @pytest.mark.slow
@@ -316,7 +365,7 @@ def test_too_many_unparsed_fail_after_everything_is_written(smollm2: Path, ray_l
 def test_an_engines_fault_arrives_as_itself(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
     benchmark = write_bundles(tmp_path / "own.jsonl")
     config = config_for(smollm2, benchmark, tmp_path, engine={"max_model_len": 36, "cpus_per_replica": 0.5})
-    with pytest.raises(PhaseError, match="no room for the chat template, which takes 30 tokens"):
+    with pytest.raises(EngineError, match="no space for the chat template, which takes 30 tokens"):
         score(config)
 
 
@@ -325,9 +374,9 @@ def test_what_cannot_be_scored_is_refused_before_an_engine_starts(
     smollm2: Path, ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_engine(*args: Any) -> None:
-        raise AssertionError("a phase was started")
+        raise AssertionError("a pool was opened")
 
-    monkeypatch.setattr("mlc_ray.score.run.run_phase", no_engine)
+    monkeypatch.setattr("mlc_ray.score.run.Pool.open", no_engine)
     benchmark = write_bundles(tmp_path / "own.jsonl", [{"kind": "benign", "prompts": {"eo": "Saluton"}}])
     keyless = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "MLC_RAY_NO_SUCH_KEY"}
     with pytest.raises(EndpointError, match="MLC_RAY_NO_SUCH_KEY"):
@@ -336,6 +385,10 @@ def test_what_cannot_be_scored_is_refused_before_an_engine_starts(
         score(config_for(smollm2, benchmark, tmp_path / "a"))
     with pytest.raises(BenchmarkError, match="no benchmark has a prompt in 'fr'"):
         score(config_for(smollm2, benchmark, tmp_path / "b", languages=["en", "fr"]))
+    own = write_bundles(tmp_path / "own.jsonl")
+    engines = {"max_model_len": 256, "replicas": 2, "cpus_per_replica": 1.5}
+    with pytest.raises(ClusterError, match=r"engine.*needs 2 x \(1\.5 CPUs\), each part on one node.*1 x \(2 CPUs\)"):
+        score(config_for(smollm2, own, tmp_path / "c", engine=engines))
 
 
 def greedy_reference(model: Path, prompt: str, new_tokens: int) -> str:

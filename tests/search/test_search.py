@@ -111,9 +111,10 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     assert all(trial.finished and trial.step == 2 for trial in result.trials)
     runs = [path.parent for path in (folder / "trials").glob("*/config.yaml")]
     assert len(runs) == 2
-    # What trials share was made once: two pools of Ray Data, an engine and a judge, beside two times two workers.
+    # What trials share was made once: two pools of Ray Data, a scorer with an engine and a judge, beside two times two
+    # workers.
     started = actors_started(ray_local) - before
-    once = {"Tokenize": 1, "ReferenceScorer": 1, "Answerer": 1, "JudgeStage": 1}
+    once = {"Tokenize": 1, "ReferenceScorer": 1, "Scorer": 1, "Worker": 2}
     assert {name: started[name] for name in (*once, "RayTrainWorker")} == {**once, "RayTrainWorker": 4}
     (_,) = (folder / "trials" / "cache").glob("tokens-*")
     (_,) = (folder / "trials" / "cache").glob("reference-*")
@@ -169,7 +170,7 @@ def test_stopped_trials_leave_nothing(ray_local: Any, run_place: Path, monkeypat
 
 
 def test_what_the_cluster_can_never_hold_is_refused(ray_local: Any, run_place: Path) -> None:
-    with pytest.raises(ClusterError, match=r"concurrency=4 trials of 1\.1 CPUs.*the Ray cluster has 2 CPUs"):
+    with pytest.raises(ClusterError, match=r"concurrency=4 trials of 1 x \(0\.1 CPUs\) \+ 2 x .*has 1 x \(2 CPUs\)"):
         search(configured(run_place, "name=greedy", "concurrency=4"))
     with pytest.raises(MlcRayError, match=r"mlc\.layer=99"):
         search(configured(run_place, "name=deep", "space={mlc.layer: {choice: [1, 99]}}"))

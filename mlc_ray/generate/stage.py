@@ -1,0 +1,145 @@
+"""What the actors of a pool run: a stage takes rows and gives back new columns for them; and the first one, answering.
+
+This module imports neither Ray nor torch; a stage loads what it needs when it is made, in the actor that runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from mlc_ray.config import EngineSection
+from mlc_ray.generate.engine import Device, Engine, EngineError, Generation, Warm, check_lengths, prepare_process
+from mlc_ray.storage import fingerprint_tokenizer
+
+if TYPE_CHECKING:
+    from mlc_ray.data.tokens import ChatTemplate
+
+_TEXT = pa.string()
+PROMPTS = pa.schema(dict.fromkeys(("benchmark", "bundle_id", "kind", "category", "language", "prompt"), _TEXT))
+"""A prompt to answer."""
+ANSWERS = pa.schema(
+    {"response": _TEXT, "finish": _TEXT, "prompt_tokens": pa.int32(), "response_tokens": pa.int32()}
+)  # fmt: skip
+"""The columns that answering adds."""
+_NO_LIMIT = 1 << 62
+
+
+class Stage:
+    """Gives rows new columns. Made from plain settings in the actor that runs it, engines included.
+
+    `columns` are those it adds. `engine` is the policy's engine where the stage holds one that `Pool.swap` may give
+    other weights; it is None for a stage whose weights stay.
+    """
+
+    columns: pa.Schema
+    engine: Engine | None = None
+
+    def rows(self, table: pa.Table) -> list[dict[str, Any]]:
+        """The values of `columns`, a dict per row of `table`, in its order; a value left out is null."""
+        raise NotImplementedError
+
+    def swap(self, weights: str | None, *, lora: bool) -> dict[str, float]:
+        """Serve other weights from now on; returns the seconds that `Engine.swap` does, and raises what it raises.
+
+        `weights` is a folder or hub name; with `lora` a peft folder, or None for no adapter.
+        """
+        if self.engine is None or (weights is None and not lora):
+            raise ValueError(f"{type(self).__name__} cannot be given the weights {weights!r}")
+        if weights is None or lora:
+            return self.engine.swap_adapter(weights)
+        seconds = self.engine.swap(weights)
+        self.read_tokenizer(weights)
+        return seconds
+
+    def read_tokenizer(self, model: str) -> None:
+        """Called with the model whose weights are served from now on: its tokenizer may be another one."""
+
+    def close(self) -> None:
+        """Free what the stage holds; it cannot be used afterwards."""
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """The stage's own columns, row for row."""
+        added = pa.Table.from_pylist(self.rows(table), schema=self.columns)
+        if len(added) != len(table):
+            raise RuntimeError(f"{type(self).__name__}: {len(table)} rows went in, {len(added)} came out")
+        return added
+
+
+class Generator(Stage):
+    """`PROMPTS` -> `ANSWERS`: a chat model answers single user messages, greedily.
+
+    The prompt's ids come from the same chat template code as in training, generation prompt included, so what is scored
+    is exactly what was trained.
+
+    Args:
+        model: Hugging Face folder or hub name.
+        settings: of the engine.
+        max_new_tokens: longest answer.
+        warm: for an engine whose weights will be swapped.
+        shared: an engine that serves `model` already; by default one is started.
+
+    Raises:
+        EngineError: as `Engine`, and when the template leaves no space for a prompt.
+    """
+
+    columns = ANSWERS
+
+    def __init__(
+        self,
+        model: str,
+        settings: EngineSection,
+        *,
+        max_new_tokens: int,
+        device: Device,
+        warm: Warm | None = None,
+        shared: Engine | None = None,
+    ) -> None:
+        check_lengths(model, settings, max_new_tokens)
+        prepare_process(settings, device)
+        self.settings = settings
+        self.max_new_tokens = max_new_tokens
+        self.longest_prompt = settings.max_model_len - max_new_tokens
+        self._tokenizer = ""
+        self.read_tokenizer(model)
+        self.engine: Engine = shared or Engine(model, settings, device=device, warm=warm)
+
+    def read_tokenizer(self, model: str) -> None:
+        """Take the chat template of `model`, unless it has the same files as the one before."""
+        if (name := fingerprint_tokenizer(model)) == self._tokenizer:
+            return
+
+        from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
+
+        self._template: ChatTemplate = ChatTemplate(
+            load_tokenizer(model, trust_remote_code=self.settings.trust_remote_code)
+        )
+        if self._template.minimum > self.longest_prompt:
+            raise EngineError(
+                f"engine.max_model_len={self.settings.max_model_len} less max_new_tokens={self.max_new_tokens} leaves "
+                f"no space for the chat template, which takes {self._template.minimum - 1} tokens"
+            )
+        self._tokenizer = name
+
+    def generate(self, prompts: Sequence[str]) -> list[Generation]:
+        """The answer to each prompt, in order; one of more than `longest_prompt` tokens has none, see `Engine`."""
+        ids = [self._template.encode_prompt(prompt, _NO_LIMIT)[0] for prompt in prompts]
+        return self.engine.generate(ids, self.max_new_tokens)
+
+    def rows(self, table: pa.Table) -> list[dict[str, Any]]:
+        """An answer per row, to its `prompt`."""
+        return [
+            {
+                "response": answer.text,
+                "finish": answer.finish,
+                "prompt_tokens": answer.prompt_tokens,
+                "response_tokens": answer.response_tokens,
+            }
+            for answer in self.generate(table["prompt"].to_pylist())
+        ]
+
+    def close(self) -> None:
+        """Free the engine's memory; the generator cannot be used afterwards."""
+        self.engine.close()

@@ -1,0 +1,127 @@
+"""Which stages a score has and where each runs: the same `Part`s for `mlc-ray score`, which opens and closes them one
+after another, and for a search, which keeps them open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlc_ray.config import ScoringSection
+from mlc_ray.generate.engine import Device, Warm
+from mlc_ray.generate.pool import Part
+from mlc_ray.generate.stage import Generator
+from mlc_ray.judges.base import BaseJudge, make_judge
+from mlc_ray.judges.refusal import RefusalJudge
+from mlc_ray.score.stages import JudgeStage, PromptJudgeStage, TranslateStage
+from mlc_ray.types import Measure, Via
+
+USAGE_FILES = {"judge": "judge_usage.json", "translate": "translate_usage.json"}
+_LIGHT_ROWS = 4096  # of a judge without an engine: fewer are read sooner than another process starts
+_LIGHT_ACTORS = 4
+
+
+@dataclass(frozen=True)
+class Judging:
+    """The judge, and how it reads each language; `phrase_ways` of the phrase judge, where it has to join in."""
+
+    judge: BaseJudge
+    ways: Mapping[str, Via]
+    phrase_ways: Mapping[str, Via] | None
+
+    @property
+    def measured_by(self) -> dict[Measure, str]:
+        """The name of the judge behind each measure."""
+        names: dict[Measure, str] = {} if self.phrase_ways is None else {"refused": "refusal"}
+        return {**names, **dict.fromkeys(self.judge.measures, self.judge.name)}
+
+    @property
+    def translated(self) -> dict[str, Via] | None:
+        """How each language is read, "translated" if either judge needs it; None where nothing is translated."""
+        ways = {**(self.phrase_ways or {}), **self.ways}
+        ways |= {code: via for code, via in (self.phrase_ways or {}).items() if via == "translated"}
+        return ways if self.judge.settings.translator is not None and "translated" in ways.values() else None
+
+
+def plan_judging(judge: BaseJudge, languages: Iterable[str]) -> Judging:
+    """Who judges, and how each language is read; before anything is generated.
+
+    Raises:
+        UncoveredLanguageError: no judge may be asked about a language.
+    """
+    codes = sorted(set(languages))
+    ways = judge.coverage(codes)
+    if "refused" in judge.measures:
+        return Judging(judge, ways, None)
+    settings = judge.settings
+    phrases = RefusalJudge(
+        RefusalJudge.Settings(translate=settings.translator, allow_uncovered=settings.allow_uncovered)
+    )
+    why = f"its phrases join because {judge.name} does not say what is refused"
+    return Judging(judge, ways, phrases.coverage(codes, why=why))
+
+
+def answering(
+    model: str, scoring: ScoringSection, judging: Judging, device: Device, *, warm: Warm | None = None, in_turn: bool
+) -> Part:
+    """The policy's engines: they answer prompts, or for a judge that reads the policy itself give verdicts at once.
+
+    With `warm` they can be given other weights; `in_turn` as in `Part`.
+    """
+    settings: dict[str, Any] = {"model": model, "settings": scoring.engine, "device": device, "warm": warm}
+    if judging.judge.runs == "prompts":
+        settings |= {"judge": judging.judge.settings, "ways": judging.ways}
+        return Part("judging", PromptJudgeStage, settings, scoring.engine, in_turn=in_turn)
+    settings["max_new_tokens"] = scoring.max_new_tokens
+    return Part("answering", Generator, settings, scoring.engine, in_turn=in_turn)
+
+
+def reading(judging: Judging, device: Device, *, rows: int, cache: Path, usage: Path) -> dict[str, Part]:
+    """What reads responses, in order: `translate` if a language needs it, and `judge`.
+
+    Nothing does for a judge that reads the policy itself.
+
+    Args:
+        rows: number of responses, by which the actors of a judge without an engine are counted.
+        cache: folder of an endpoint's replies.
+        usage: folder for the files that say what an endpoint did and cost.
+    """
+    judge, translate = judging.judge, judging.judge.settings.translator
+    if judge.runs == "prompts":
+        return {}
+
+    def common(name: str) -> dict[str, Any]:
+        return {"device": device, "cache_dir": str(cache), "usage_file": str(usage / USAGE_FILES[name])}
+
+    parts = {}
+    if translate is not None and judging.translated is not None:
+        parts["translate"] = Part(
+            "translating",
+            TranslateStage,
+            {"settings": translate, "ways": judging.translated, **common("translate")},
+            translate.engine if translate.model is not None else None,
+        )
+    # An endpoint's cache and its cost cap are one.
+    light = 1 if judge.runs == "service" else min(_LIGHT_ACTORS, math.ceil(rows / _LIGHT_ROWS))
+    parts["judge"] = Part(
+        "judging",
+        JudgeStage,
+        {"settings": judge.settings, "ways": judging.ways, "phrase_ways": judging.phrase_ways, **common("judge")},
+        judge.engine,
+        actors=light,
+    )
+    return parts
+
+
+def places(scoring: ScoringSection, device: Device, *, in_turn: bool = False) -> list[tuple[float, float]]:
+    """(CPUs, GPUs) of everything that a score can need at once, known before languages and prompts are."""
+    judge = make_judge(scoring.judge)
+    parts = [Part("answering", Generator, {}, scoring.engine, in_turn=in_turn)]
+    if judge.runs != "prompts":
+        parts.append(Part("judging", JudgeStage, {}, judge.engine))
+    if (translate := judge.settings.translator) is not None:
+        own = translate.engine if translate.model is not None else None
+        parts.append(Part("translating", TranslateStage, {}, own))
+    return [place for part in parts for place in part.places(device)]

@@ -1,0 +1,122 @@
+"""What a score asks: benchmarks -> one table of prompts, in the driver.
+
+Texts are short: ten thousand prompts are a few MB. They are read once, and made into rows by Arrow's own kernels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mlc_ray.config import ScoringSection, SourceSection
+from mlc_ray.data.prepare import read_bundles
+from mlc_ray.errors import MlcRayError
+from mlc_ray.generate.stage import PROMPTS
+from mlc_ray.stats.rates import ALL_BENCHMARKS
+from mlc_ray.storage import fingerprint
+
+
+class BenchmarkError(MlcRayError):
+    """The benchmarks lack what is asked of them; the message names the setting to change."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Everything that a model is asked for one score: `table` has a row per prompt (`PROMPTS`), benchmarks in order.
+
+    `fingerprint` names the set: two scores with the same one can be compared.
+    """
+
+    table: pa.Table
+    fingerprint: str
+
+    @property
+    def languages(self) -> list[str]:
+        """The languages asked in."""
+        return sorted(self.table["language"].unique().to_pylist())
+
+    def counts(self) -> dict[str, int]:
+        """The number of prompts of each benchmark."""
+        return {each["values"]: each["counts"] for each in self.table["benchmark"].value_counts().to_pylist()}
+
+
+def read_prompts(scoring: ScoringSection, *, rejects: Path) -> Prompts:
+    """The prompts of the benchmarks, named by `benchmark_names`; invalid rows go into files in the folder `rejects`.
+
+    Raises:
+        MlcRayError: what `read_bundles` raises.
+        BenchmarkError: there is no prompt in a language that is asked for.
+    """
+    tables, chosen = [], []
+    for name, source in zip(benchmark_names(scoring.benchmarks), scoring.benchmarks, strict=True):
+        file = rejects / f"rejects-{slug(name)}.jsonl"
+        bundles: Any = read_bundles([source], on_invalid=scoring.on_invalid, rejects_path=file)
+        table = pa.concat_tables(
+            block.select(["bundle_id", "kind", "category", "languages", "texts"])
+            for block in bundles.iter_batches(batch_size=None, batch_format="pyarrow")
+        )
+        kept = choose_prompts(
+            table.select(["bundle_id", "kind", "languages"]).to_pylist(), scoring.languages, scoring.limit
+        )
+        tables.append(explode(table, name, kept))
+        chosen.append([name, sorted((key, *codes) for key, codes in kept.items())])
+    prompts = Prompts(pa.concat_tables(tables), fingerprint(chosen))
+    if absent := sorted(set(scoring.languages or ()) - set(prompts.languages)):
+        raise BenchmarkError(
+            f"languages={scoring.languages!r}: no benchmark has a prompt in {', '.join(map(repr, absent))}"
+        )
+    return prompts
+
+
+def slug(text: str) -> str:
+    """`text` as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "score"
+
+
+def benchmark_names(sources: Sequence[SourceSection]) -> list[str]:
+    """A name for each source: a file or folder by its own name, anything else as given; a second one gets `#2`."""
+    names: list[str] = []
+    for source in sources:
+        path = Path(source.path).expanduser()
+        plain = path.stem if path.is_file() else path.name if path.is_dir() else source.path
+        count = sum(name.partition("#")[0] == plain for name in (*names, ALL_BENCHMARKS)) + 1
+        names.append(plain if count == 1 else f"{plain}#{count}")
+    return names
+
+
+def choose_prompts(
+    rows: Iterable[Mapping[str, Any]], languages: Sequence[str] | None, limit: int | None
+) -> dict[str, tuple[str, ...]]:
+    """Bundle id -> the languages to score it in, for rows with `bundle_id`, `kind` and `languages`.
+
+    At most `limit` bundles of each kind: those whose hashed id comes first, so that a larger limit adds bundles and
+    takes none away, on any machine and whatever the order of the file.
+    """
+    wanted = None if languages is None else set(languages)
+    by_kind: dict[str, list[tuple[str, str, tuple[str, ...]]]] = {}
+    for row in rows:
+        codes = tuple(sorted(code for code in row["languages"] if wanted is None or code in wanted))
+        if codes:
+            by_kind.setdefault(row["kind"], []).append((fingerprint(row["bundle_id"]), row["bundle_id"], codes))
+    return {name: codes for found in by_kind.values() for _, name, codes in sorted(found)[:limit]}
+
+
+def explode(bundles: pa.Table, benchmark: str, kept: Mapping[str, Sequence[str]]) -> pa.Table:
+    """Rows of bundles -> a row per prompt (`PROMPTS`), for the bundles and languages in `kept`, in their order."""
+    owner = pc.list_parent_indices(bundles["languages"])
+    table = bundles.select(["bundle_id", "kind", "category"]).take(owner)
+    columns = {"language": "languages", "prompt": "texts"}
+    for name, lists in columns.items():
+        table = table.append_column(name, pc.list_flatten(bundles[lists]))
+    table = table.append_column("benchmark", pa.array([benchmark] * len(table), pa.string()))
+    wanted = {name: frozenset(codes) for name, codes in kept.items()}
+    pairs = zip(table["bundle_id"].to_pylist(), table["language"].to_pylist(), strict=True)
+    mask = np.fromiter((code in wanted.get(name, ()) for name, code in pairs), dtype=bool, count=len(table))
+    return table.select(PROMPTS.names).cast(PROMPTS).filter(pa.array(mask))

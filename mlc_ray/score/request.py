@@ -1,0 +1,59 @@
+"""What a score folder is a score of, written into it before anything runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlc_ray.config import ScoreConfig, parse_config
+from mlc_ray.errors import MlcRayError
+from mlc_ray.judges.base import make_judge
+from mlc_ray.runs import REQUEST_FILE
+from mlc_ray.storage import write_json_atomic
+
+
+class ScoreError(MlcRayError):
+    """The score cannot be made as asked; the message names the setting to change."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a score folder is a score of; with it a failed one can go on."""
+
+    config: ScoreConfig
+    resolved: str
+    fingerprint: str
+    prompts: str
+    seen_languages: list[str] | None
+
+    def save(self, folder: Path) -> None:
+        """Write `request.json`."""
+        content = {**vars(self), "config": self.config.model_dump(mode="json", exclude_unset=True)}
+        write_json_atomic(folder / REQUEST_FILE, content)
+
+    def asks_as(self, other: Request) -> bool:
+        """Whether both would get the same answers: from the same weights, to the same prompts, decoded alike."""
+        return _decoding(self) == _decoding(other)
+
+
+def _decoding(request: Request) -> tuple[Any, ...]:
+    config, engine = request.config, request.config.engine
+    likelihood = make_judge(config.judge).runs == "prompts"
+    return request.fingerprint, request.prompts, likelihood, config.max_new_tokens, engine.max_model_len, engine.dtype
+
+
+def load_request(folder: Path) -> Request:
+    """What the score in `folder` is of.
+
+    Raises:
+        ScoreError: it is no score folder.
+    """
+    try:
+        content = json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
+        return Request(**{**content, "config": parse_config(ScoreConfig, content["config"])})
+    except FileNotFoundError:
+        raise ScoreError(f"{str(folder)!r} is not a score folder: it has no {REQUEST_FILE}") from None
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ScoreError(f"{str(folder / REQUEST_FILE)!r} is damaged: {error}") from None

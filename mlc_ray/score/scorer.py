@@ -1,0 +1,134 @@
+"""A scorer that stays warm: every pool that the score of a checkpoint needs, kept open from one to the next.
+
+`start_scorer` puts it into a Ray actor, and what it returns is a handle that can be sent to any process of the cluster.
+The actor owns the pools and takes one call after the other, so that two trials never ask for different weights at once;
+a call that it has begun is ended even where the process that asked has died, and engines sleep again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from mlc_ray.config import ScoringSection
+from mlc_ray.generate.engine import Device, Warm
+from mlc_ray.generate.pool import Blocks, Part, Pool, expected_errors, side_by_side
+from mlc_ray.judges.base import make_judge
+from mlc_ray.score.plan import answering, plan_judging, reading
+from mlc_ray.score.stages import JUDGED
+
+
+@dataclass(frozen=True)
+class WarmScore:
+    """One checkpoint's responses with their verdicts (`score.stages.JUDGED`), and the seconds each part took."""
+
+    judged: pa.Table
+    seconds: Mapping[str, float]
+
+
+class Scorer:
+    """The pools of a score, open, and the prompts in the object store."""
+
+    def __init__(self, parts: list[Part], prompts: pa.Table, device: Device) -> None:
+        self._made = parts, prompts, device
+
+    def start(self) -> None:
+        """Start all actors; raises what a stage raises."""
+        parts, self._table, device = self._made
+        self._answering, *self._reading = Pool.open_all(parts, device)
+        self._prompts = Blocks.put(self._table, parts[0], device)
+
+    def score(self, weights: str | None, lora: bool) -> WarmScore:
+        """Verdicts on the model in the folder `weights` (`lora`: on an adapter, None for no adapter)."""
+        started = time.perf_counter()
+        with self._answering.awake():
+            woken = time.perf_counter()
+            swap = self._answering.swap(weights, lora=lora)
+            swapped = time.perf_counter()
+            found = [self._answering.map(self._prompts)]
+            answered = time.perf_counter()
+        slept = time.perf_counter()
+        for pool in self._reading:
+            found.append(pool.map(self._prompts, *found))
+        judged = side_by_side(self._table, found).select(JUDGED.names)
+        ended = time.perf_counter()
+        seconds = {
+            "wake": woken - started, **swap, "answer": answered - swapped, "sleep": slept - answered,
+            "judge": ended - slept, "total": ended - started,
+        }  # fmt: skip
+        return WarmScore(judged, seconds)
+
+    def close(self) -> None:
+        """End all actors."""
+        for pool in (self._answering, *self._reading):
+            pool.close()
+
+
+class WarmScorer:
+    """A handle to a `Scorer` in an actor of its own; `close` it to free the memory of its engines."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def score(self, weights: str | None, *, lora: bool = False) -> WarmScore:
+        """Verdicts on a model.
+
+        Args:
+            weights: a folder or hub name of weights of the same shape as those the scorer was started with; with
+                `lora` a peft folder to be served over those, or None for no adapter.
+
+        Raises:
+            StaleWeightsError: an engine does not serve the weights.
+            MlcRayError: what an engine or a judge raises.
+        """
+        with expected_errors():
+            score: WarmScore = ray.get(self._actor.score.remote(weights, lora))
+        return score
+
+    def close(self) -> None:
+        """End the engines and free what they hold."""
+        ray.get(self._actor.close.remote())
+        ray.kill(self._actor)
+
+
+def start_scorer(
+    model: str,
+    scoring: ScoringSection,
+    prompts: pa.Table,
+    *,
+    device: Device,
+    folder: Path,
+    lora_rank: int | None = None,
+    in_turn: bool = False,
+) -> WarmScorer:
+    """Start the engines of `scoring.engine` with `model`'s weights, and everything else, and wait until all are up.
+
+    Args:
+        model: Hugging Face folder or hub name.
+        prompts: a table of `generate.stage.PROMPTS`.
+        folder: for an endpoint's cache, and for what it did and cost.
+        lora_rank: the rank of adapters that are to be served, None where whole models are.
+        in_turn: engines give their GPU memory back between scores; they reserve no GPU of Ray, and use the first one
+            of their machine.
+
+    Raises:
+        MlcRayError: what an engine or a judge raises.
+    """
+    judging = plan_judging(make_judge(scoring.judge), prompts["language"].unique().to_pylist())
+    warm = Warm(lora_rank, in_turn and device == "gpu")
+    parts = [answering(model, scoring, judging, device, warm=warm, in_turn=in_turn)]
+    parts += reading(judging, device, rows=len(prompts), cache=folder / "cache", usage=folder).values()
+    actor: Any = ray.remote(Scorer).options(num_cpus=0).remote(parts, prompts, device)  # it only waits
+    try:
+        with expected_errors():
+            ray.get(actor.start.remote())
+    except BaseException:
+        ray.kill(actor)  # and with it what it has started
+        raise
+    return WarmScorer(actor)
