@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,8 @@ class PolicyWithExtractor(nn.Module):
     @property
     def language_model(self) -> PreTrainedModel:
         """The causal language model itself; peft injects adapters into it in place."""
-        return self.policy.get_base_model() if hasattr(self.policy, "get_base_model") else self.policy
+        policy: Any = self.policy
+        return cast(PreTrainedModel, policy.get_base_model() if hasattr(policy, "get_base_model") else policy)
 
     def forward(self, batch: Batch, *, tap: bool) -> ModelOutput:
         """Log-probs of the batch's answers and, if `tap`, its representations.
@@ -219,7 +220,7 @@ def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:
             model,
             LoraConfig(
                 r=lora.rank,
-                lora_alpha=lora.alpha,
+                lora_alpha=cast(int, lora.alpha),  # peft divides by the rank: any number does
                 lora_dropout=lora.dropout,
                 target_modules=lora.target_modules,
                 task_type="CAUSAL_LM",
@@ -253,7 +254,7 @@ def check_tap(model: PreTrainedModel, layer: int) -> None:
     restarting positions, a final norm before the head) must stop here rather than train on other numbers. Raises
     `ModelError`.
     """
-    device = model.get_input_embeddings().weight.device
+    device = cast(Tensor, model.get_input_embeddings().weight).device
     lengths = (3, 5, 4)
     vocabulary = int(model.config.get_text_config().vocab_size)
     ids = [torch.arange(7 + 11 * i, 7 + 11 * i + n, device=device) % vocabulary for i, n in enumerate(lengths)]
@@ -316,7 +317,7 @@ def _rows_into_final_norm(model: PreTrainedModel, rows: Tensor) -> Iterator[list
 @contextmanager
 def _depth(decoder: nn.Module, depth: int) -> Iterator[None]:
     """Within, the decoder runs its first `depth` blocks only: models loop over layers[: config.num_hidden_layers]."""
-    config = decoder.config.get_text_config()
+    config = cast(PreTrainedModel, decoder).config.get_text_config()
     full = config.num_hidden_layers
     config.num_hidden_layers = depth
     try:

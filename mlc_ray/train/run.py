@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
@@ -97,7 +97,7 @@ def train(
     steps = _total_steps(config, data.tokens)
     _describe_run(run_folder, config, data.fingerprints, data.tokens, steps)
     trainer = TorchTrainer(
-        train_worker,
+        cast(Any, train_worker),
         train_loop_config={
             "spec": WorkerSpec(
                 config=config.model_dump(mode="json", exclude_unset=True),
@@ -115,7 +115,7 @@ def train(
             use_gpu=gpu,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
         ),
-        run_config=RunConfig(
+        run_config=cast(Any, RunConfig)(  # type checkers see the class of Ray Train V1
             name=TRAIN_FOLDER,
             storage_path=str(run_folder),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
@@ -129,7 +129,7 @@ def train(
         if display
         else contextlib.nullcontext()
     ):
-        result = trainer.fit()
+        result: Any = trainer.fit()
     if result.return_value is not None:
         raise DivergedError(f"run {str(run_folder)!r} ended at {result.return_value}")
     return TrainResult(run_folder, find_checkpoint(run_folder), dict(result.metrics or {}))

@@ -69,7 +69,10 @@ class Tracker:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one optimizer step's numbers everywhere, and `warnings` into its row where there are any."""
         row: dict[str, Any] = {"step": step, **metrics}
-        if warnings := self.watch.see(row):
+        warnings = self.watch.see(row)
+        if retries := metrics.get("retries"):
+            warnings.append(f"the loss or its gradients were not finite: tried again {retries:.0f} times")
+        if warnings:
             row["warnings"] = warnings
         self._write(row)
         if self.tensorboard is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,7 @@ def gather_round(representations: Tensor, present: Tensor, weight: Tensor) -> Ro
     """
     if not distributed():
         return Round(representations, present, weight)
-    gathered: Tensor = _GatherWithGradient.apply(representations)
+    gathered: Tensor = cast(Any, _GatherWithGradient).apply(representations)
     return Round(gathered, gather(present), gather(weight), first=dist.get_rank() * len(representations))
 
 

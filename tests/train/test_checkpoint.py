@@ -35,7 +35,9 @@ FINGERPRINTS = {"model": "m", "tokens": "t"}
 RUNS = {
     "stage2": {"engine": {"stage": 2}},
     "stage3_bf16": {"engine": {"stage": 3, "persistence_threshold": 0}, "model": {"dtype": "bfloat16"}},
+    "stage0": {"engine": {"stage": 0}},
     "stage1": {"engine": {"stage": 1}},
+    "stage3": {"engine": {"stage": 3, "persistence_threshold": 0}},
     "lora": {"engine": {"stage": 2}, "model": {"lora": {"rank": 4, "dropout": 0.1}}},
     "lora_stage3": {"engine": {"stage": 3, "persistence_threshold": 0}, "model": {"lora": {"rank": 4}}},
 }

@@ -36,6 +36,10 @@ SCENARIOS = {
     "stage3_online": {"engine": {"stage": 3, "persistence_threshold": 0}, "reference": "online"},
     "stage2_online": {"engine": {"stage": 2}, "reference": "online"},
     "stage2_checkpointing": {"engine": {"stage": 2}, "model": {"gradient_checkpointing": True}},
+    "stage3_checkpointing": {
+        "engine": {"stage": 3, "persistence_threshold": 0},
+        "model": {"gradient_checkpointing": True},
+    },
     "stage2_bf16": {"engine": {"stage": 2}, "model": {"dtype": "bfloat16"}},
     "stage3_bf16": {"engine": {"stage": 3, "persistence_threshold": 0}, "model": {"dtype": "bfloat16"}},
     "stage0_bf16": {"engine": {"stage": 0}, "model": {"dtype": "bfloat16"}},

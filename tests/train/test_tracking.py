@@ -31,6 +31,16 @@ def test_numbers_that_are_not_finite_are_null_since_json_has_none(tmp_path):
     assert json.loads(line, parse_constant=refuse) == {"step": 1, "a": None, "b": None, "c": None, "d": 0.5}
 
 
+def test_a_step_that_was_tried_again_is_warned_of(tmp_path):
+    tracker = Tracker(tiny_config(logging={"tensorboard": False}), tmp_path, start_step=0)
+    tracker.log(1, {"retries": 0.0})
+    tracker.log(2, {"retries": 2.0})
+    tracker.close()
+    first, second = read_metrics(tmp_path)
+    assert "warnings" not in first
+    assert second["warnings"] == ["the loss or its gradients were not finite: tried again 2 times"]
+
+
 def test_nan_is_written_as_null_and_a_half_written_line_is_left_for_later(tmp_path):
     tracker = Tracker(tiny_config(logging={"tensorboard": False}), tmp_path, start_step=0)
     tracker.log(1, {"collapse/between_bundle_cosine": float("nan")})

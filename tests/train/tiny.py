@@ -89,6 +89,8 @@ def tiny_config(**sections):
 
 def wrapped(config, seed=0):
     policy = tiny_model(seed)
+    if config.model.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     layer = resolve_layer(config.mlc.layer, 3)
     module = PolicyWithExtractor(
         add_adapters(policy, config.model), layer=layer, extractor_dim=config.mlc.extractor_dim, seed=config.seed

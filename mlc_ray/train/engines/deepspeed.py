@@ -76,7 +76,7 @@ class DeepSpeed(Engine):
         if _settings(config).stage != 3:
             yield
             return
-        from transformers.integrations import HfDeepSpeedConfig
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         active = HfDeepSpeedConfig(deepspeed_config(config))  # transformers looks for the living object
         try:
@@ -251,7 +251,7 @@ def _full_dim(parameter: nn.Parameter) -> int:
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _records_in_checkpoints() -> list[type]:
+def _records_in_checkpoints() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """DeepSpeed's plain record classes that its checkpoint files hold beside tensors; none runs code when built."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
