@@ -31,6 +31,7 @@ from mlc_ray.generate.engine import Device, Warm, check_lengths
 from mlc_ray.generate.pool import Blocks, Part, Pool, side_by_side
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge, make_reader
+from mlc_ray.logs import keep_in
 from mlc_ray.progress import phase
 from mlc_ray.runs import REQUEST_FILE, RESPONSES_FILE, SCORES_FILE, output_folder, resolve_model, training_languages
 from mlc_ray.score.plan import USAGE_FILES, Judging, answering, plan_judging, reading
@@ -82,9 +83,11 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
     name = config.name or f"{slug(Path(config.model).name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = _output_folder(config) / name
     _claim_folder(folder, resume=config.resume == "auto")
+    keep_in(folder)
     judge.check_ready(_cache(config))
     device = _connect(config)
     config = _decided(config, device)
+    judge = make_judge(config.judge)
     prompts = read_prompts(config, rejects=folder)
     judging = plan_judging(judge, prompts.languages)
     request = Request(
@@ -165,6 +168,7 @@ def judge_again(scored: str | Path, *, name: str | None = None, **changes: Any) 
     if finished or name is not None:
         folder = source.parent / (name or f"{source.name}-{judge.name}")
         _claim_folder(folder)
+    keep_in(folder)
     device = _connect(config)
     _check_readers(request, judging, device, [])
     request.save(folder)
@@ -299,7 +303,10 @@ def _connect(config: ScoreConfig) -> Device:
 
 def _decided(config: ScoreConfig, device: Device) -> ScoreConfig:
     """With what `dtype: auto` became on this cluster."""
-    return config.model_copy(update={"engine": with_dtype(config.engine, gpu=device == "gpu")})
+    gpu, judge = device == "gpu", config.judge
+    if "engine" in type(judge).model_fields and (engine := make_judge(judge).engine) is not None:
+        judge = judge.model_copy(update={"engine": with_dtype(engine, gpu=gpu)})
+    return config.model_copy(update={"engine": with_dtype(config.engine, gpu=gpu), "judge": judge})
 
 
 def _check_engines(request: Request, judging: Judging, device: Device, pool: Pool | None) -> None:
