@@ -179,7 +179,7 @@ def _score(folder: Place) -> list[Line]:
         name = judge.get("name", "refusal") if isinstance(judge, dict) else judge
         answered = _answered(folder)
         state = f"all {answered} prompts are answered, not judged" if answered else "answering, nothing is saved yet"
-        commands = [f"mlc-ray judge {here}   # if it is not running any more"] if answered else []
+        commands = [f"mlc-ray score --resume {here}   # if it is not running any more"]
         return [
             ("score", str(folder)),
             ("model", str(request.get("resolved"))),

@@ -23,6 +23,7 @@ from mlc_ray.config import ConfigError, ScoreConfig, TrainConfig, parse_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import TooManyUnparsedError
+from mlc_ray.storage import Place
 from tests.report.runs import grid, write_score
 
 HEAVY = (
@@ -107,6 +108,7 @@ def test_config_prints_the_schema(arguments: list[str], title: str, capsys: pyte
         (["train", "--resume", "runs/x", "--set", "seed=1", "--config", "c"], ["--config and --set"]),
         (["search", "--resume", "runs/x", "--set", "seed=1"], ["--set", "runs/x", "a resumed search"]),
         (["score", "m", "--resume", "runs/x", "--limit", "3"], ["MODEL and --limit", "runs/x", "a resumed score"]),
+        (["score", "--resume", "runs/x"], ["runs/x' is not a score folder"]),
         (["search"], ["--config", "--resume"]),
         (["config", "--set", "name=r", "--set", "mlc.wieght=1"], ["mlc.wieght=1", "'weight'", "model: required"]),
         (["config"], ["--schema", "--config"]),
@@ -205,7 +207,7 @@ def test_train_resume_uses_the_runs_own_settings(rooms: Calls) -> None:
 
 def test_score_resume(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "--resume", "runs/scores/s"]) == 0
-    assert rooms.asked == [("resume_score", (Path("runs/scores/s"),), {})]
+    assert rooms.asked == [("resume_score", (Place("runs/scores/s"),), {})]
     assert "sw 100.0 100.0 +100.0" in " ".join(capsys.readouterr().out.split())
 
 

@@ -126,8 +126,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_resume(score, "score")
 
     judge = add("judge", "Judge the responses of a score again, with another judge.", _JUDGES)
-    judge.add_argument("scored", metavar="SCORE", type=_path, help="folder that `mlc-ray score` wrote")
-    judge.add_argument("--name", metavar="NAME", help="name of the new score folder (default: SCORE-JUDGE)")
+    judge.add_argument("scored", metavar="SCORE", type=_place, help="folder that `mlc-ray score` wrote")
+    judge.add_argument("--out", metavar="FOLDER", type=_place, help="score folder to write (default: SCORE-JUDGE)")
     _add_judge(judge)
     _add_settings(judge)
 
@@ -233,7 +233,7 @@ def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--resume",
         metavar="FOLDER",
-        type=_path,
+        type=_place if what == "score" else _path,
         help=f"{what} folder to go on with, by its own settings: takes no others",
     )
 

@@ -132,7 +132,7 @@ def judge_command(arguments: argparse.Namespace) -> None:
     from mlc_ray.score.run import judge_again
 
     changes = judge_changes(arguments, load_request(arguments.scored).config)
-    _show_score(lambda: judge_again(arguments.scored, name=arguments.name, **changes))
+    _show_score(lambda: judge_again(arguments.scored, out=arguments.out, **changes))
 
 
 JUDGE_READS = ("judge", "max_unparsed", "address", "accelerator")

@@ -11,7 +11,7 @@ from mlc_ray.config import ScoreConfig, parse_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.judges.base import make_judge
 from mlc_ray.runs import REQUEST_FILE
-from mlc_ray.storage import write_json_atomic
+from mlc_ray.storage import Place, write_json_atomic
 
 
 class ScoreError(MlcRayError):
@@ -44,16 +44,16 @@ def _decoding(request: Request) -> tuple[Any, ...]:
     return request.fingerprint, request.prompts, likelihood, config.max_new_tokens, engine.max_model_len, engine.dtype
 
 
-def load_request(folder: Path) -> Request:
+def load_request(folder: Path | Place) -> Request:
     """What the score in `folder` is of.
 
     Raises:
         ScoreError: it is no score folder.
     """
     try:
-        content = json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
+        content = (Place(folder) / REQUEST_FILE).read_json()
         return Request(**{**content, "config": parse_config(ScoreConfig, content["config"])})
     except FileNotFoundError:
         raise ScoreError(f"{str(folder)!r} is not a score folder: it has no {REQUEST_FILE}") from None
     except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise ScoreError(f"{str(folder / REQUEST_FILE)!r} is damaged: {error}") from None
+        raise ScoreError(f"{str(Place(folder) / REQUEST_FILE)!r} is damaged: {error}") from None

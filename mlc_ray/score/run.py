@@ -16,7 +16,8 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,21 @@ from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.logs import keep_in
 from mlc_ray.progress import phase
-from mlc_ray.runs import REQUEST_FILE, RESPONSES_FILE, SCORES_FILE, output_folder, resolve_model, training_languages
+from mlc_ray.runs import (
+    REQUEST_FILE,
+    RESPONSES_FILE,
+    SCORES_FILE,
+    cache_folder,
+    output_place,
+    resolve_model,
+    training_languages,
+)
 from mlc_ray.score.plan import USAGE_FILES, Judging, answering, plan_judging, reading
 from mlc_ray.score.prompts import Prompts, read_prompts, slug
 from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores
 from mlc_ray.score.stages import RESPONSES
-from mlc_ray.storage import fingerprint_model, library_versions
+from mlc_ray.storage import Place, fingerprint_model, library_versions, working_folder
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +90,16 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
     if judge.runs != "prompts":
         check_lengths(model, config.engine, config.max_new_tokens)
     name = config.name or f"{slug(Path(config.model).name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = _output_folder(config) / name
-    _claim_folder(folder, resume=config.resume == "auto")
-    keep_in(folder)
+    place = output_place(config.output_dir) / name
+    _check_free(place, resume=config.resume == "auto")
     judge.check_ready(_cache(config))
+    with _worked_on(place) as folder:
+        result = _score(config, model, folder, pool)
+    return _checked(replace(result, folder=place), config.max_unparsed)
+
+
+def _score(config: ScoreConfig, model: str, folder: Path, pool: Pool | None) -> ScoreResult:
+    """The score, in a folder of this machine; what an earlier call left there is not done again."""
     device = _connect(config)
     config = _decided(config, device)
     judge = make_judge(config.judge)
@@ -100,15 +115,14 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
     _check_engines(request, judging, device, pool)
     earlier = _earlier(folder, request, prompts) if config.resume == "auto" else None
     if isinstance(earlier, ScoreResult):
-        check_unparsed(earlier, config.max_unparsed)
         return earlier
     request.save(folder)
     if earlier is not None:
-        return _finish(request, judging, _judge_table(request, judging, earlier, folder, device), folder)
+        return write_score(request, judging, _judge_table(request, judging, earlier, folder, device), folder)
     asked = ", ".join(f"{name} ({number} prompts)" for name, number in prompts.counts().items())
     logger.info("scoring %s on %s", model, asked)
     table, blocks = _answer(request, judging, prompts, folder, device, pool)
-    return _finish(request, judging, _judge(request, judging, table, blocks, folder, device), folder)
+    return write_score(request, judging, _judge(request, judging, table, blocks, folder, device), folder)
 
 
 def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
@@ -140,20 +154,21 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
     return Pool.open(part, device)
 
 
-def judge_again(scored: str | Path, *, name: str | None = None, **changes: Any) -> ScoreResult:
+def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = None, **changes: Any) -> ScoreResult:
     """Judge the responses of a score folder again; no prompt is answered again.
 
-    The result goes into a folder beside it. A folder whose judge failed is completed in place when no name is given.
+    The result goes into a folder beside it. A folder whose judge failed is completed in place when no `out` is given.
 
     Args:
-        name: of the new folder (default: the old name and the judge's).
+        scored: the score folder.
+        out: the new folder (default: the old name and the judge's).
         changes: fields of its settings that differ: `judge`, `max_unparsed`, `address`, `accelerator`.
 
     Raises:
         ScoreError: the folder holds no responses, or the new one is there already.
         MlcRayError: as `score`.
     """
-    source = Path(scored).expanduser().resolve()
+    source = Place(scored).absolute()
     request = load_request(source)
     finished = (source / SCORES_FILE).is_file()
     responses = _read_responses(source)
@@ -164,26 +179,29 @@ def judge_again(scored: str | Path, *, name: str | None = None, **changes: Any) 
     judge.check_ready(_cache(config))
     request = replace(request, config=config)
     judging = plan_judging(judge, responses["language"].unique().to_pylist())
-    folder = source
-    if finished or name is not None:
-        folder = source.parent / (name or f"{source.name}-{judge.name}")
-        _claim_folder(folder)
-    keep_in(folder)
-    device = _connect(config)
-    _check_readers(request, judging, device, [])
-    request.save(folder)
-    logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
-    return _finish(request, judging, _judge_table(request, judging, responses, folder, device), folder)
+    target = source
+    if finished or out is not None:
+        beside = source.parent / f"{source.name}-{judge.name}"
+        target = beside if out is None else output_place(str(out), setting="out")
+        _check_free(target)
+    with _worked_on(target) as folder:
+        device = _connect(config)
+        _check_readers(request, judging, device, [])
+        logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
+        request.save(folder)
+        judged = _judge_table(request, judging, responses, folder, device)
+        result = write_score(request, judging, judged, folder)
+    return _checked(replace(result, folder=target), config.max_unparsed)
 
 
-def resume_score(folder: str | Path) -> ScoreResult:
+def resume_score(folder: str | Path | Place) -> ScoreResult:
     """Go on with the score in a folder, by its own settings, as `score` does with `resume: auto`.
 
     Raises:
         ScoreError: no score began there.
         MlcRayError: as `score`.
     """
-    place = Path(folder).expanduser().resolve()
+    place = Place(folder).absolute()
     own = {"name": place.name, "output_dir": str(place.parent), "resume": "auto"}
     return score(load_request(place).config.model_copy(update=own))
 
@@ -249,9 +267,8 @@ def _write(table: pa.Table, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ counting
 
 
-def _finish(request: Request, judging: Judging, judged: pa.Table, folder: Path) -> ScoreResult:
-    result = write_score(request, judging, judged, folder)
-    check_unparsed(result, request.config.max_unparsed)
+def _checked(result: ScoreResult, bound: float) -> ScoreResult:
+    check_unparsed(result, bound)
     return result
 
 
@@ -330,20 +347,24 @@ def _check_readers(request: Request, judging: Judging, device: Device, held: Seq
 
 
 def _cache(config: ScoreConfig) -> Path:
-    return _output_folder(config) / "cache"
+    return cache_folder(output_place(config.output_dir))
 
 
-def _output_folder(config: ScoreConfig) -> Path:
-    return output_folder(config.output_dir)
+@contextmanager
+def _worked_on(place: Place) -> Iterator[Path]:
+    """A folder of this machine for what is to be in `place`; it keeps what libraries say where it is that place."""
+    with working_folder(place, last=(SCORES_FILE,)) as folder:
+        if place.is_local:
+            keep_in(folder)
+        yield folder
 
 
-def _claim_folder(folder: Path, *, resume: bool = False) -> None:
+def _check_free(folder: Place, *, resume: bool = False) -> None:
     if (folder / SCORES_FILE).exists() and not resume:
         raise ScoreError(
             f"score folder {str(folder)!r} is there already; choose another name, or remove it (resume: auto takes it "
             "as it is, if the settings are the same)"
         )
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _earlier(folder: Path, request: Request, prompts: Prompts) -> ScoreResult | pa.Table | None:
@@ -365,14 +386,17 @@ def _earlier(folder: Path, request: Request, prompts: Prompts) -> ScoreResult | 
     if finished is not None:
         logger.info("%s is finished already", folder)
         return finished
-    responses = _read_responses(folder)
+    responses = _read_responses(Place(folder))
     if responses is None or judge.runs == "prompts" or not responses.select(PROMPTS.names).equals(prompts.table):
         return None
     logger.info("%d responses are there already; going on with judging", len(responses))
     return responses
 
 
-def _read_responses(folder: Path) -> pa.Table | None:
+def _read_responses(folder: Place) -> pa.Table | None:
     """Prompts and answers of a score folder, without what judges made of them; None where there are none."""
     file = folder / RESPONSES_FILE
-    return pq.read_table(file, columns=RESPONSES.names).cast(RESPONSES) if file.is_file() else None
+    if not file.is_file():
+        return None
+    with file.open() as opened:
+        return pq.read_table(opened, columns=RESPONSES.names).cast(RESPONSES)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray.cluster import ClusterError
 from mlc_ray.config import EngineSection, ScoreConfig, SourceSection, parse_config
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
@@ -20,11 +21,14 @@ from mlc_ray.judges.base import JudgeError, UncoveredLanguageError
 from mlc_ray.judges.endpoint import EndpointJudge
 from mlc_ray.judges.likelihood import LikelihoodJudge
 from mlc_ray.judges.refusal import RefusalJudge
+from mlc_ray.report.collect import collect
 from mlc_ray.score.prompts import BenchmarkError, benchmark_names, choose_prompts, explode
 from mlc_ray.score.request import Request, ScoreError
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import TooManyUnparsedError, judge_again, open_pool, resume_score, score
 from mlc_ray.score.stages import RESPONSES, JudgeStage
+from mlc_ray.show import show
+from mlc_ray.storage import Place
 from tests.generate.chat_server import Step, serving
 from tests.generate.weights import noisy_copy
 
@@ -203,7 +207,9 @@ def test_real_model_from_bundles_to_scores(smollm2: Path, ray_local: Any, tmp_pa
     with pytest.raises(ScoreError, match="other settings"):
         score(config_for(smollm2, benchmark, tmp_path / "scores", max_unparsed=0.2, max_new_tokens=9, resume="auto"))
 
-    again = judge_again(result.folder, judge=RefusalJudge.Settings(allow_uncovered=True), name="again")
+    again = judge_again(
+        result.folder, judge=RefusalJudge.Settings(allow_uncovered=True), out=tmp_path / "scores" / "again"
+    )
     assert again.folder == result.folder.parent / "again"
     assert (again.rows, again.summaries, again.prompts) == (result.rows, result.summaries, result.prompts)
     assert pq.read_table(again.responses_file).equals(pq.read_table(result.responses_file))
@@ -259,8 +265,9 @@ def translate_then_judge(messages: list[dict[str, str]], number: int) -> Step:
 
 @pytest.mark.slow
 def test_an_endpoint_translates_and_judges_what_was_answered_before(
-    smollm2: Path, ray_local: Any, tmp_path: Path
+    smollm2: Path, ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
     folder = tmp_path / "scores" / "score"
     own = write_bundles(tmp_path / "own.jsonl")
     config = config_for(smollm2, own, tmp_path / "scores", seen_languages=["en"])
@@ -295,20 +302,38 @@ def test_an_endpoint_translates_and_judges_what_was_answered_before(
     # A judge of the user's own, in Ray's workers; it does not declare Chinese.
     mine = {"name": "examples.my_judge:ShortAnswerJudge", "words": 7, "allow_uncovered": True}
     config = parse_config(ScoreConfig, {"model": "m", "benchmarks": [{"path": str(own)}], "judge": mine})
-    result = judge_again(folder, judge=config.judge, name="mine")
+    result = judge_again(folder, judge=config.judge, out="vault://team/mine")  # and into a storage of their own
+    assert result.folder == Place("vault://team/mine")
+    assert load_scores("vault://team/mine") == result
     assert result.judge == "examples.my_judge:ShortAnswerJudge words=7"
     assert result.measured_by == {"refused": "short-answer"}
     assert {(row.language, row.via) for row in result.rows} == {("en", ""), ("es", ""), ("zh", "uncovered")}
-    judged = pq.read_table(result.responses_file).to_pylist()
+    with result.responses_file.open() as file:
+        judged = pq.read_table(file).to_pylist()
     short = [len(row["response"].split()) < 7 for row in judged]
     assert [row["behaviour"] == "refused" for row in judged] == short and 0 < sum(short) < len(short)
+    again = judge_again(result.folder, judge=RefusalJudge.Settings(allow_uncovered=True))
+    assert again.folder == Place("vault://team/mine-refusal")
+    assert "ended, 16 prompts are answered and judged" in show(again.folder)
+    assert len(collect([result.folder, again.folder]).models) == 2
+    assert not Path("vault:").exists()
 
 
 @pytest.mark.slow
-def test_the_likelihood_judge_needs_no_response(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
+def test_the_likelihood_judge_needs_no_response_and_writes_into_a_vault(
+    smollm2: Path, ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
     benchmark = write_bundles(tmp_path / "own.jsonl")
-    result = score(config_for(smollm2, benchmark, tmp_path / "scores", judge={"name": "likelihood"}))
-    rows = pq.read_table(result.responses_file).to_pylist()
+    config = config_for(
+        smollm2, benchmark, tmp_path, judge={"name": "likelihood"}, output_dir="vault://team/scores", resume="auto"
+    )
+    result = score(config)
+    assert result.folder == Place("vault://team/scores/score")
+    assert [place.name for place in result.folder.iterdir()] == ["request.json", "responses.parquet", "scores.json"]
+    assert score(config) == load_scores(result.folder) == result  # nothing is left to do
+    with result.responses_file.open() as file:
+        rows = pq.read_table(file).to_pylist()
     assert len(rows) == 16
     assert {row["response"] for row in rows} == {""}
     assert all((row["behaviour"] == "refused") == (row["margin"] > 0) for row in rows)
