@@ -234,7 +234,8 @@ def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
         "--resume",
         metavar="FOLDER",
         type=_place if what == "score" else _path,
-        help=f"{what} folder to go on with, by its own settings: takes no others",
+        help=f"{what} folder to go on with, by its own settings: takes no others (a command with --set resume=auto "
+        f"starts a {what}, or goes on with it where it is there already)",
     )
 
 
