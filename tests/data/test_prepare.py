@@ -9,6 +9,7 @@ import torch
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
 from mlc_ray.data.bundles import BundleFileError, make_bundle
+from mlc_ray.data.given import as_source
 from mlc_ray.data.order import plan_rank
 from mlc_ray.data.prepare import (
     InvalidBundlesError,
@@ -110,7 +111,10 @@ def test_a_file_fault_is_fatal_even_where_rows_are_skipped(ray_local, tmp_path):
 
 def test_languages_and_emptiness_are_judged_row_by_row(ray_local, tmp_path):
     source = write(tmp_path / "a.jsonl", [record(0), record(1, prompts={"de": "x"}, chosen=None, rejected=None)])
-    assert len(read([source], tmp_path, "skip", languages=["en", "fr"])) == 1
+    (row,) = read([source], tmp_path, "skip", languages=["en", "fr"])
+    whole = make_bundle(record(0))
+    assert (row["bundle_id"], row["languages"]) == (whole.bundle_id, ["en", "fr"])
+    assert row["texts"] == [whole.prompts["en"], whole.prompts["fr"]]
     assert r"data.languages=['en', 'fr']" in rejects(tmp_path)[0]["reason"]
     with pytest.raises(InvalidBundlesError, match="No valid row is left"):
         read([source], tmp_path, "skip", languages=["sw"])
@@ -121,6 +125,25 @@ def test_reasons_are_counted_without_the_values_they_quote():
 
 
 # ------------------------------------------------------------------------------------------------- bundles -> tokens
+
+
+def test_bundles_in_memory_in_a_format_from_outside_are_prepared_like_files(ray_local, smollm2, tmp_path):
+    questions = [
+        {"question": {"en": f"How do I count to {n}?"}, "rating": 1, "answer": f"Say {n}.", "refusal": "No."}
+        for n in range(3)
+    ]
+    cache, model, name = tmp_path / "cache", ModelSection(path=str(smollm2)), "examples.my_reader:Questions"
+    source = as_source([*questions, {**questions[0], "rating": 9}, questions[1]], cache, format=name)
+    data = DataSection(train=[source], on_invalid="skip")
+    tokens = prepare_token_rows(data, model, cache_dir=cache)
+    raw = [record(n, prompts={"en": f"How do I count to {n}?"}) for n in range(3)]
+    assert tokens.bundle_ids == [make_bundle(one).bundle_id for one in raw]
+    repeated = "repeats bundle … of …"
+    assert tokens.rejected == {"rating 9 is not a whole number from 1 to 5": 1, repeated: 1}
+    with pytest.raises(
+        InvalidBundlesError, match=r"\n  row 4 of the bundles given: rating 9 .*\n  row 5 of the bundles"
+    ):
+        prepare_token_rows(data.model_copy(update={"on_invalid": "fail"}), model, cache_dir=cache)
 
 
 def test_token_rows_on_disk_are_what_tokenising_gives(prepared):
