@@ -10,7 +10,6 @@ from mlc_ray.storage.base import (
     Storage,
     StorageError,
     absolute_if_here,
-    fetched,
     storage_of,
     working_folder,
 )
@@ -39,7 +38,6 @@ __all__ = [
     "StorageError",
     "absolute_if_here",
     "atomic_folder",
-    "fetched",
     "fingerprint",
     "fingerprint_files",
     "fingerprint_model",

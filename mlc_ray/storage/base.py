@@ -268,19 +268,3 @@ def _states(folder: Path) -> dict[str, tuple[int, int]]:
             found = path.stat()
             states[path.relative_to(folder).as_posix()] = (found.st_size, found.st_mtime_ns)
     return states
-
-
-@contextmanager
-def fetched(place: Place) -> Iterator[Path]:
-    """Yield a folder or file of this machine with what is in `place`: itself where it is local, else a copy for now.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-    """
-    if place.is_local:
-        yield Path(place.url)
-        return
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as temporary:
-        local = Path(temporary) / place.name
-        place.storage.fetch(place.url, local)
-        yield local

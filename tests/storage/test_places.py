@@ -14,7 +14,7 @@ from mlc_ray.config import ConfigError, ScoreConfig, TrainConfig, parse_config
 from mlc_ray.report.collect import collect
 from mlc_ray.runs import OutputFolderError, kind_of, output_folder, output_place, read_metrics
 from mlc_ray.score.results import load_records, load_scores
-from mlc_ray.storage import Place, StorageError, fetched, storage_of, working_folder, write_manifest
+from mlc_ray.storage import Place, StorageError, storage_of, working_folder, write_manifest
 from tests.report.runs import grid, steps, write_run, write_score
 
 
@@ -53,7 +53,7 @@ def test_a_place_reads_and_writes_the_same_wherever_it_is(place: Place) -> None:
     assert pickle.loads(pickle.dumps(place)) == place
 
 
-def test_a_working_folder_is_published_also_after_an_error_and_only_what_changed(place: Place) -> None:
+def test_a_working_folder_is_published_also_after_an_error_and_only_what_changed(place: Place, tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), working_folder(place) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "kept").write_text("kept")
@@ -64,8 +64,8 @@ def test_a_working_folder_is_published_also_after_an_error_and_only_what_changed
         (folder / "gone").unlink()
         (folder / "new").write_text("new")
     assert [inside.name for inside in place.iterdir()] == ["new", "sub"]
-    with fetched(place) as copy:
-        assert sorted(path.name for path in copy.rglob("*") if path.is_file()) == ["kept", "new"]
+    place.storage.fetch(str(place), copy := tmp_path / "copy")
+    assert sorted(path.name for path in copy.rglob("*") if path.is_file()) == ["kept", "new"]
 
 
 def test_what_names_a_folder_complete_is_published_last(
