@@ -88,7 +88,16 @@ def nothing_is_held(ray_local: Any) -> bool:
         if not groups and ray_local.available_resources().get("CPU") == ray_local.cluster_resources()["CPU"]:
             return True
         time.sleep(0.5)
+    print(f"held: {groups}, of the CPUs {ray_local.available_resources().get('CPU')} are free", actors_alive(ray_local))
     return False
+
+
+def actors_alive(ray_local: Any) -> list[str]:
+    """The classes of the actors that run."""
+    from ray.util.state import list_actors
+
+    address = ray_local.get_runtime_context().gcs_address
+    return [actor.class_name for actor in list_actors(address=address, filters=[("state", "=", "ALIVE")])]
 
 
 def actors_started(ray_local: Any) -> Counter[str]:
