@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +22,7 @@ from mlc_ray.cli.commands import score_config
 from mlc_ray.config import ScoreConfig, TrainConfig, load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-REPOSITORY_DOCUMENTS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs").glob("*.md"))
+REPOSITORY_DOCUMENTS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs").rglob("*.md"))
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "cluster/README.md", "benchmarks/README.md", *REPOSITORY_DOCUMENTS)
 OURS = re.compile(r"\b(mlc-ray|python -m mlc_ray)(?=\s+\S)")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -99,6 +106,78 @@ def test_every_make_target_is_phony() -> None:
     phony = re.search(r"^\.PHONY:(.*)$", makefile, re.MULTILINE)
     assert phony is not None
     assert targets == set(phony[1].split())
+
+
+def blocks(languages: set[str]) -> list[tuple[str, str, str]]:
+    """(document, language, text) of every quoted block in one of the languages; a snippet of a file is that file."""
+    found = []
+    for document in DOCUMENTS:
+        for language, text in FENCE.findall((REPOSITORY / document).read_text(encoding="utf-8")):
+            if language in languages:
+                if snippet := re.fullmatch(r'\s*--8<-- "([^"]+)"\s*', text):
+                    text = (REPOSITORY / snippet[1]).read_text(encoding="utf-8")
+                found.append((document, language, text))
+    return found
+
+
+def test_every_block_says_what_it_is() -> None:
+    for document in DOCUMENTS:
+        for language, text in FENCE.findall((REPOSITORY / document).read_text(encoding="utf-8")):
+            assert language, f"{document}: a block without a language:\n{text[:200]}"
+
+
+@pytest.mark.parametrize(("document", "language", "text"), blocks({"json", "jsonl", "yaml", "python"}))
+def test_quoted_data_settings_and_code_parse(document: str, language: str, text: str) -> None:
+    if language == "python":
+        tree = ast.parse(text)
+        for node in ast.walk(tree):  # what is imported from this package is there
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "mlc_ray":
+                module = importlib.import_module(node.module)
+                missing = [
+                    name.name for name in node.names if not hasattr(module, name.name) and not submodule(node, name)
+                ]
+                assert not missing, f"{document}: {node.module} has no {missing}"
+    elif language == "yaml":
+        assert yaml.safe_load(text) is not None
+    else:
+        for line in [text] if language == "json" and text.count("\n") > 1 else text.splitlines():
+            json.loads(line)
+
+
+def submodule(node: ast.ImportFrom, name: ast.alias) -> bool:
+    return importlib.util.find_spec(f"{node.module}.{name.name}") is not None
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation site, built as `make docs` builds it: a warning fails."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_site_has_every_command_setting_and_error(site: Path) -> None:
+    commands_page = (site / "reference" / "commands.html").read_text(encoding="utf-8")
+    for command in ("train", "score", "search", "probe", "export", "report"):
+        assert f"mlc-ray {command}" in commands_page
+    settings = (site / "reference" / "settings.html").read_text(encoding="utf-8")
+    for field in ("mlc.layer", "model.path", "optimizer.learning_rate", "engine.max_model_len", "space"):
+        assert f"<code>{field}</code>" in settings, field
+    api = (site / "reference" / "api.html").read_text(encoding="utf-8")
+    for name in ("mlc_ray.losses.mlc.mlc_loss", "mlc_ray.api.train", "Raises"):
+        assert name in api, name
+
+
+def test_the_site_fetches_nothing(site: Path) -> None:
+    """It can be read offline: no page loads a script, a style or a font from elsewhere."""
+    for page in site.rglob("*.html"):
+        loaded = re.findall(
+            r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', page.read_text(encoding="utf-8")
+        )
+        assert not [url for url in loaded if "canonical" not in url], page.name
 
 
 def test_blocks_are_found_and_mistakes_would_be() -> None:

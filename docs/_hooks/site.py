@@ -1,0 +1,163 @@
+"""What the documentation site takes from the code: pages of all commands and all settings; and plain outer links.
+
+Run by mkdocs. Nothing here is written by hand twice: commands come from the argument parser, settings from the schemas.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from mkdocs.structure.files import File, Files
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from mlc_ray._registry import names, resolve
+from mlc_ray.cli import build_parser
+from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, UtilityConfig
+from mlc_ray.config.base import Section
+from mlc_ray.config.component import ComponentSettings
+
+FILES = {
+    "A training run": ("train", TrainConfig),
+    "A score": ("score", ScoreConfig),
+    "A search": ("search", SearchConfig),
+    "A utility measurement": ("utility", UtilityConfig),
+}
+OUTER_LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)(#[^)]*)?\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the generated pages."""
+    files.append(File.generated(config, "reference/commands.md", content=commands_page()))
+    files.append(File.generated(config, "reference/settings.md", content=settings_page()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Name a file of the repository outside docs/ instead of linking it: it is no page of the site."""
+    here = Path(page.file.src_uri).parent
+
+    def plain(match: re.Match[str]) -> str:
+        text, target = match[1], match[2]
+        inside = files.get_file_from_path((here / target).as_posix())
+        repository = re.sub(r"^(\.\./)+", "", target)
+        named = text if text.strip("`") == repository else f"{text} (`{repository}` of the repository)"
+        return match[0] if inside is not None else named
+
+    return OUTER_LINK.sub(plain, markdown)
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def commands_page() -> str:
+    """Every command with its own help text."""
+    parser = build_parser()
+    (action,) = [item for item in parser._actions if isinstance(item, argparse._SubParsersAction)]
+    lines = ["# Commands", "", "`mlc-ray COMMAND --help` prints the same.", ""]
+    for name, sub in action.choices.items():
+        sub.formatter_class = _Wide
+        lines += [f"## mlc-ray {name}", "", "```text", sub.format_help().strip(), "```", ""]
+    return "\n".join(lines)
+
+
+class _Wide(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=100)
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def settings_page() -> str:
+    """Every setting of every config file: name, type, default, and what it does."""
+    lines = [
+        "# Settings",
+        "",
+        "A config file is YAML; `--set section.field=value` changes one field of it, and may be repeated. Unknown",
+        "fields are refused, and so are fields of a component that was not chosen. `mlc-ray config --schema` prints",
+        "the JSON schema.",
+        "",
+    ]
+    for title, (command, schema) in FILES.items():
+        lines += [f"## {title}", "", f"`mlc-ray {command} --config FILE`. {_summary(schema)}", ""]
+        lines += _section(schema, "")
+    return "\n".join(lines)
+
+
+def _section(schema: type[Section], prefix: str) -> list[str]:
+    rows, nested = [], []
+    for name, field in schema.model_fields.items():
+        dotted = f"{prefix}{name}"
+        component = next((m for m in field.metadata if isinstance(m, ComponentSettings)), None)
+        inner = _inner(field.annotation)
+        if component is not None:
+            rows.append(_row(dotted, f"a {component.kind}", field))
+            nested += list(_components(component, dotted))
+        elif inner is not None:
+            repeated = getattr(field.annotation, "__origin__", None) is list
+            nested += [f"**`{dotted}`**: {field.description or _summary(inner)}", ""]
+            nested += _section(inner, f"{dotted}.{'N.' if repeated else ''}")
+        else:
+            rows.append(_row(dotted, _type(field.annotation), field))
+    table = ["| field | type | default | |", "|---|---|---|---|", *rows, ""] if rows else []
+    return [*table, *nested]
+
+
+def _components(component: ComponentSettings, dotted: str) -> Iterator[str]:
+    for name in names(component.kind):
+        settings = resolve(component.kind, name).Settings
+        yield f"**`{dotted}`** with `{component.by}: {name}`: {_summary(resolve(component.kind, name))}"
+        yield ""
+        yield from _section(settings, f"{dotted}.")
+
+
+def _row(name: str, kind: str, field: FieldInfo) -> str:
+    if field.is_required():
+        default = "required"
+    else:
+        value = field.get_default(call_default_factory=True)
+        default = "" if value is PydanticUndefined else f"`{_yaml(value)}`"
+    cells = [f"`{name}`", kind, default, field.description or ""]
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, Section):
+        value = value.model_dump(mode="json")
+    elif isinstance(value, tuple):
+        value = list(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n...\n").strip()
+
+
+def _inner(annotation: Any) -> type[Section] | None:
+    if inspect.isclass(annotation) and issubclass(annotation, Section):
+        return annotation
+    return next((found for item in getattr(annotation, "__args__", ()) if (found := _inner(item)) is not None), None)
+
+
+def _type(annotation: Any) -> str:
+    """A type as users write values of it: `int`, `"a" or "b"`, `list of str`."""
+    arguments = get_args(annotation)
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _type(arguments[0])
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_type(item) for item in arguments)
+    if origin in (list, dict, tuple):
+        inner = [_type(item) for item in arguments]
+        return {list: f"list of {inner[0]}", dict: f"mapping to {inner[-1]}"}.get(origin, f"[{', '.join(inner)}]")
+    return "null" if annotation in (None, NoneType) else getattr(annotation, "__name__", str(annotation))
+
+
+def _summary(documented: Any) -> str:
+    return (inspect.getdoc(documented) or "").split("\n\n")[0].replace("\n", " ")
