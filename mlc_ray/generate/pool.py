@@ -37,8 +37,8 @@ LIGHT_CPUS = 0.1
 """Reserved by an actor without an engine, and by an engine that is used in turn with training."""
 
 # The most and the least rows of a block. One block is what an engine works on at a time: too small, and its batch is
-# not full; too large, and progress comes late and the last engine works alone. SmolLM2-135M on two cores, 192 prompts of
-# 24 new tokens: blocks of 64 take 4 % more CPU time than all at once, blocks of 32 take 15 %.
+# not full; too large, and progress comes late and the last engine works alone. SmolLM2-135M on two cores, 192 prompts
+# of 24 new tokens: blocks of 64 take 4 % more CPU time than all at once, blocks of 32 take 15 %.
 _BLOCK_ROWS: Mapping[Device, tuple[int, int]] = {"cpu": (64, 16), "gpu": (512, 128)}
 _BLOCKS_PER_REPLICA = 4
 _QUEUED = 2  # blocks given to an actor at once: the second travels while the first is worked on
