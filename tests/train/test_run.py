@@ -116,6 +116,15 @@ def test_a_run_that_diverges_ends_without_a_checkpoint_and_is_not_tried_again(ru
     assert list_checkpoints(run_place / "diverged") == []
 
 
+def test_an_engine_from_outside_trains_a_whole_run_as_deepspeed_does(undisturbed, run_place):
+    own = train(configured(run_place, "name=own_engine", "engine={name: 'examples.my_engine:TorchDdp'}"))
+    for row, want in zip(read_metrics(own.run_folder), read_metrics(undisturbed.run_folder), strict=True):
+        assert row["loss/total"] == pytest.approx(want["loss/total"], rel=1e-5)
+    manifest = json.loads((own.checkpoint / "manifest.json").read_text())
+    assert manifest["resolved_config"]["engine"] == {"name": "examples.my_engine:TorchDdp", "bucket_mb": 25}
+    assert "engine/state.pt" in manifest["files"]
+
+
 def test_auto_goes_on_with_a_run_that_ended(undisturbed, run_place):
     again = train(configured(run_place, "resume=auto"))
     assert (again.run_folder, again.checkpoint) == (undisturbed.run_folder, undisturbed.checkpoint)
