@@ -14,6 +14,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -23,6 +24,7 @@ from mlc_ray.cli import build_parser
 from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, UtilityConfig
 from mlc_ray.config.base import Section
 from mlc_ray.config.component import ComponentSettings
+from mlc_ray.config.train import TapSection
 
 FILES = {
     "A training run": ("train", TrainConfig),
@@ -30,6 +32,7 @@ FILES = {
     "A search": ("search", SearchConfig),
     "A utility measurement": ("utility", UtilityConfig),
 }
+SNIPPET = re.compile(r'--8<-- "[^"]+"')
 OUTER_LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)(#[^)]*)?\)")
 
 
@@ -41,7 +44,14 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Name a file of the repository outside docs/ instead of linking it: it is no page of the site."""
+    """Name a file of the repository outside docs/ instead of linking it: it is no page of the site.
+
+    Raises:
+        PluginError: a line is meant to include a file, but is not written so that mkdocs does it.
+    """
+    for line in markdown.splitlines():
+        if line.startswith("--8") and not SNIPPET.fullmatch(line):
+            raise PluginError(f'{page.file.src_uri}: {line!r} includes nothing; write --8<-- "path"')
     here = Path(page.file.src_uri).parent
 
     def plain(match: re.Match[str]) -> str:
@@ -100,7 +110,7 @@ def _section(schema: type[Section], prefix: str) -> list[str]:
         inner = _inner(field.annotation)
         if component is not None:
             rows.append(_row(dotted, f"a {component.kind}", field))
-            nested += list(_components(component, dotted))
+            nested += list(_components(component, dotted, inner))
         elif inner is not None:
             repeated = getattr(field.annotation, "__origin__", None) is list
             nested += [f"**`{dotted}`**: {field.description or _summary(inner)}", ""]
@@ -111,12 +121,21 @@ def _section(schema: type[Section], prefix: str) -> list[str]:
     return [*table, *nested]
 
 
-def _components(component: ComponentSettings, dotted: str) -> Iterator[str]:
+def _components(component: ComponentSettings, dotted: str, base: type[Section] | None) -> Iterator[str]:
+    """The settings of each component that can stand at `dotted`: its own extend `base`, the type of the field."""
     for name in names(component.kind):
-        settings = resolve(component.kind, name).Settings
-        yield f"**`{dotted}`** with `{component.by}: {name}`: {_summary(resolve(component.kind, name))}"
+        found = resolve(component.kind, name)
+        if component.by_key:  # the tap stands under `mlc` alone
+            if issubclass(found.Settings, TapSection):
+                continue
+            yield f"**`{dotted}.{name}`**: {_summary(found.Settings)}"
+        elif base is not None and not issubclass(found.Settings, base):
+            continue
+        else:
+            told = found.Settings if component.kind in ("loss", "term") else found  # a class there wraps a function
+            yield f"**`{dotted}`** with `{component.by}: {name}`: {_summary(told)}"
         yield ""
-        yield from _section(settings, f"{dotted}.")
+        yield from _section(found.Settings, f"{dotted}.{name}." if component.by_key else f"{dotted}.")
 
 
 def _row(name: str, kind: str, field: FieldInfo) -> str:
