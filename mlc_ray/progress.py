@@ -102,12 +102,12 @@ class Phase:
         now = time.monotonic()
         parts = [f"{self.done}{'' if self.total is None else f' of {self.total}'} {self.unit}".rstrip()]
         if self.rate <= 0:
-            parts.append(f"{_clock(now - self._started)} so far")
+            parts.append(f"{clock(now - self._started)} so far")
         else:
             parts.append(_speed(self.rate))
             if self.total is not None:
                 left = (self.total - self.done) / self.rate - (now - self._moved)
-                parts.append(f"{_clock(max(left, 0.0))} left")
+                parts.append(f"{clock(max(left, 0.0))} left")
         drawn = f"{_drawn_bar(self.done, self.total)}  " if bar and self.total else ""
         return f"{self.name}: {drawn}{', '.join(parts)}"
 
@@ -116,7 +116,7 @@ class Phase:
         seconds = max(time.monotonic() - self._started, 1e-9)
         short = "" if self.total is None or self.done >= self.total else f" of {self.total}"
         what = f"{self.done}{short} {self.unit}".rstrip()
-        return f"{self.name}: {what} in {_clock(seconds)}"
+        return f"{self.name}: {what} in {clock(seconds)}"
 
 
 @contextmanager
@@ -156,7 +156,8 @@ def _speed(rate: float) -> str:
     return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as 1:05 or 1:00:05."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

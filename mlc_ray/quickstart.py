@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlc_ray.config import ScoreConfig, TrainConfig, load_config
+from mlc_ray.config.base import recipe_file
+from mlc_ray.doctor import check, doctor
 from mlc_ray.errors import MlcRayError
+from mlc_ray.logs import keep_in
+from mlc_ray.progress import clock
 from mlc_ray.runs import user_cache
 from mlc_ray.storage import atomic_folder
 
-if TYPE_CHECKING:
-    from mlc_ray.score.results import ScoreResult
+logger = logging.getLogger(__name__)
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 GGUF_NAME = f"{MODEL_NAME}.Q4_1.gguf"
@@ -85,55 +88,56 @@ def _convert(source: Path, target: Path) -> None:
 def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     """Score SmolLM2, align it on the shipped sample, export it, score it again, and print what changed.
 
-    Settings come from `configs/quickstart.yaml` and `configs/score/default.yaml` in the current folder, or from
-    `config_file` and a `score/default.yaml` beside it. Everything runs on one Ray, started here and shut down at the
-    end. Returns the exported model's folder. Raises `QuickstartError` when those files are not there.
+    Settings come from the shipped recipes `quickstart` and `score/quickstart`, or from `config_file` and a
+    `score/quickstart.yaml` beside it. Everything runs on one Ray, started here and shut down at the end, and one engine
+    answers for both scores: between them it waits beside the training, then takes the aligned model's weights.
+
+    Returns:
+        The exported model's folder.
+
+    Raises:
+        QuickstartError: There is no `score/quickstart.yaml` beside `config_file`, or the model's weights are missing.
+        DoctorError: This machine lacks something.
     """
-    config_file = config_file or Path("configs") / "quickstart.yaml"
-    score_file = config_file.parent / "score" / "default.yaml"
-    for file in (config_file, score_file):
-        if not file.is_file():
-            raise QuickstartError(
-                f"{str(file)!r} is not here: the quickstart's settings are part of the repository, not of the package; "
-                "run it from a checkout (`make quickstart`), or give --config FILE with a score/default.yaml beside it"
-            )
+    started = time.monotonic()
+    train_file, score_file = _settings(config_file)
     name = f"quickstart-{time.strftime('%Y%m%d-%H%M%S')}"
     model = prepare_smollm2(user_cache() / "models" / MODEL_NAME)
     given = [f"name={name}", f"model.path={json.dumps(str(model))}"]
-    config = load_config(TrainConfig, config_file, [*given, *overrides])
+    config = load_config(TrainConfig, train_file, [*given, *overrides])
     if Path(config.model.path).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is on disk; libraries that ask the hub first would wait
+    folder = Path(config.output_dir).expanduser().absolute() / config.name
+    keep_in(folder)
+    findings = doctor(config.output_dir)
+    for finding in findings:
+        logger.info(str(finding))
+    check(findings)
 
     import ray
 
     from mlc_ray.cluster import cluster_resources, connect, use_gpu
     from mlc_ray.report.console import score_tables, show
     from mlc_ray.report.figures import scores_png
-    from mlc_ray.score.run import score
+    from mlc_ray.score.run import open_pool, score
     from mlc_ray.storage import Place
     from mlc_ray.train.export import export
     from mlc_ray.train.run import train
 
-    def scored(what: str, path: Path) -> ScoreResult:
-        where = Path(config.output_dir) / config.name / "scores"
-        options = [f"name={what}", f"model={json.dumps(str(path))}", f"output_dir={json.dumps(str(where))}"]
-        result = score(load_config(ScoreConfig, score_file, options))
-        show(score_tables(result))
-        return result
+    def scoring(what: str, path: Path | str) -> ScoreConfig:
+        options = [f"name={what}", f"model={json.dumps(str(path))}", f"output_dir={json.dumps(str(folder / 'scores'))}"]
+        return load_config(ScoreConfig, score_file, options)
 
     connect("local")
     try:
         if use_gpu(config.cluster.accelerator):
             fitted = fit_to_gpus(config, int(cluster_resources()["GPU"]))
-            config = load_config(TrainConfig, config_file, [*given, *fitted, *overrides])
-        with _stage("Scoring the baseline"):
-            before = scored("before", Path(config.model.path))
-        with _stage("Aligning it with DPO + MLC"):
+            config = load_config(TrainConfig, train_file, [*given, *fitted, *overrides])
+        with open_pool(scoring("before", config.model.path), in_turn=True) as pool:
+            before = score(scoring("before", config.model.path), pool=pool)
             trained = train(config)
-        with _stage("Exporting"):
             exported = export(trained.run_folder, trained.run_folder / "model")
-        with _stage("Scoring the aligned model"):
-            after = scored("after", exported)
+            after = score(scoring("after", exported), pool=pool)
     finally:
         ray.shutdown()
     report = trained.run_folder / "before-after.png"
@@ -143,7 +147,22 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     print(f"responses   {after.responses_file}")
     print(f"run         {trained.run_folder}")
     print(f"model       {exported}")
+    logger.info("done in %s", clock(time.monotonic() - started))
     return exported
+
+
+def _settings(config_file: Path | None) -> tuple[Path, Path]:
+    """The files of the training run and of the scores."""
+    if config_file is None:
+        return recipe_file("recipe:quickstart"), recipe_file("recipe:score/quickstart")
+    score_file = config_file.parent / "score" / "quickstart.yaml"
+    for file in (config_file, score_file):
+        if not file.is_file():
+            raise QuickstartError(
+                f"{str(file)!r} is not here: the quickstart reads --config FILE and a score/quickstart.yaml beside it; "
+                "without --config it takes the shipped ones"
+            )
+    return config_file, score_file
 
 
 def fit_to_gpus(config: TrainConfig, gpus: int) -> list[str]:
@@ -153,11 +172,3 @@ def fit_to_gpus(config: TrainConfig, gpus: int) -> list[str]:
         return []
     steps = config.train.gradient_accumulation_steps * config.cluster.workers
     return [f"cluster.workers={workers}", f"train.gradient_accumulation_steps={math.ceil(steps / workers)}"]
-
-
-@contextmanager
-def _stage(title: str) -> Iterator[None]:
-    start = time.monotonic()
-    print(f"\n== {title}", flush=True)
-    yield
-    print(f"== {title}: {time.monotonic() - start:.0f} s", flush=True)

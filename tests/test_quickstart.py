@@ -18,6 +18,8 @@ from mlc_ray.quickstart import QuickstartError, fit_to_gpus, prepare_smollm2
 from mlc_ray.runs import user_cache
 
 SECONDS = 900
+PHASES = ("reading", "tokenising", "reference", "training", "answering", "judging")
+OF_LIBRARIES = ("core_worker", "Triton", "GGUF", "pid=", "Token authentication", "Warning", "WARNING", "it/s]")
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,9 +91,9 @@ def test_the_whole_road(repository: Path, smollm2: Path, tmp_path: Path) -> None
     """Score, train, export, score: as `make quickstart`, with four bundles, two languages and one step."""
     (tmp_path / "score").mkdir()
     shutil.copy(repository / "configs" / "quickstart.yaml", tmp_path / "quickstart.yaml")
-    score = yaml.safe_load((repository / "configs" / "score" / "default.yaml").read_text())
+    score = yaml.safe_load((repository / "configs" / "score" / "quickstart.yaml").read_text())
     score |= {"limit": 1, "languages": ["en", "fr"], "max_new_tokens": 16, "max_unparsed": 1}
-    (tmp_path / "score" / "default.yaml").write_text(yaml.safe_dump(score))
+    (tmp_path / "score" / "quickstart.yaml").write_text(yaml.safe_dump(score))
     sample = (repository / "mlc_ray" / "data" / "sample" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     (tmp_path / "four.jsonl").write_text("\n".join(sample[:4]) + "\n", encoding="utf-8")
     settings = [
@@ -113,6 +115,15 @@ def test_the_whole_road(repository: Path, smollm2: Path, tmp_path: Path) -> None
         assert (run / path).stat().st_size > 0
     for title in ("harmful refused %", "benign refused %", "before", "after", str(run / "model")):
         assert title in done.stdout
+    said = done.stderr.splitlines()
+    for name in PHASES:
+        assert any(line.startswith(f"{name}: ") for line in said), f"no progress of {name}:\n{done.stderr}"
+    assert said[0] == f"what Ray, vLLM and other libraries say goes to {run / 'libraries.log'}"
+    for mark in OF_LIBRARIES:
+        assert mark not in done.stderr + done.stdout
+    others = [line for line in said if not line.startswith(PHASES)]
+    assert len(others) == len(set(others)), "a line is said twice"
+    assert "vllm" in (run / "libraries.log").read_text(encoding="utf-8")
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
