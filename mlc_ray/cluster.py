@@ -99,13 +99,17 @@ def native_dtype(*, gpu: bool) -> device.Dtype:
         ClusterError: a node did not answer.
     """
     kind = "GPU" if gpu else "CPU"
-    found = _natives(tuple(node["NodeID"] for node in living_nodes() if node["Resources"].get(kind, 0)), gpu=gpu)
+    return _native_dtype(tuple(node["NodeID"] for node in living_nodes() if node["Resources"].get(kind, 0)), gpu=gpu)
+
+
+@cache  # asked, and said, once for the same nodes
+def _native_dtype(nodes: tuple[str, ...], *, gpu: bool) -> device.Dtype:
+    found = _natives(nodes, gpu=gpu)
     node, native = min(found.items(), key=lambda item: item[1].dtype == "bfloat16")
     logger.info("dtype: auto is %s (%s%s)", native.dtype, f"node {node[:8]}: " if len(found) > 1 else "", native.reason)
     return native.dtype
 
 
-@cache
 def _natives(nodes: tuple[str, ...], *, gpu: bool) -> dict[str, device.Native]:
     here = ray.get_runtime_context().get_node_id()
     # Not in this process for a GPU: it would hold some of the GPU's memory from then on.
