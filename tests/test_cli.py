@@ -118,7 +118,10 @@ def test_config_prints_the_schema(arguments: list[str], title: str, capsys: pyte
         (["score", "m", "--benchmark", "b.csv,kind=bad"], ["kind='bad'", "harmful, benign"]),
         (["score", "--benchmark", "b.csv"], ["model: required"]),
         (["score", "m", "--benchmark", "b.csv", "--limit", "0"], ["limit=0"]),
-        (["quickstart", "--config", "elsewhere/q.yaml"], ["elsewhere/q.yaml", "checkout", "make quickstart"]),
+        (
+            ["quickstart", "--config", "elsewhere/q.yaml"],
+            ["elsewhere/q.yaml", "score/quickstart.yaml beside it", "shipped"],
+        ),
     ],
 )
 def test_a_mistake_is_one_message_and_status_2(
