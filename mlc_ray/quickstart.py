@@ -134,8 +134,8 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
         if gpu:
             fitted = fit_to_gpus(config, int(cluster_resources()["GPU"]))
             config = load_config(TrainConfig, train_file, [*given, *fitted, *overrides])
-        # One engine for both scores where a start takes a minute, on GPUs. On CPU it takes 11 s, and an engine that waited
-        # beside the training would hold 1.4 GiB of the 10 that the quickstart may take.
+        # One engine for both scores on GPUs, where a start takes a minute. On CPU it takes 11 s, and an engine that
+        # waited beside the training would hold 1.4 GiB of the 10 that the quickstart may take.
         with open_pool(scoring("before", config.model.path), in_turn=True) if gpu else nullcontext() as pool:
             before = score(scoring("before", config.model.path), pool=pool)
             trained = train(config)
