@@ -1,30 +1,43 @@
 """Multilingual-consistency (MLC) safety alignment on Ray: from prompts in many languages to a scored model.
 
-The data flows one way, and this is the order in which to read the rooms:
+The data flow one way, and this is the order in which to read the packages:
 
-    data/        a file of *bundles* (one prompt in many languages, an answer pair in one of them) is read and
-                 validated (`formats`, `bundles`), tokenised with the model's own template (`tokens`), put in an order
-                 that a seed decides (`order`), and packed into batches (`batches`); `prepare` wires it to Ray Data
-    losses/      pure tensor functions: the alignment losses, the consistency term (`mlc`) and further terms, and the
-                 objective that adds them up (`objective`)
-    train/       one optimizer step after another: the policy (`model`) and its packed `attention`, the `engines`, the
-                 frozen reference (`reference`), the loop (`loop`), what it watches (`watch`), what is saved and
-                 exported (`checkpoint`); `run` starts the workers
-    generate/    responses by vLLM (`engine`) from weights it can prove (`swap`), by actors that scores and searches
-                 share (`pool`), and translation
-    judges/      what a response is: refusal phrases, guard models, endpoints, likelihood
+    data/        sources of *bundles* (a prompt in many languages, an answer pair in one of them) are found (`sources`;
+                 `given` for bundles in memory), read in their `formats` and validated (`bundles`), tokenised with the
+                 model's own template (`tokens`), stored (`tables`, `store`), put in an order that a seed decides
+                 (`order`), streamed to the workers (`stream`) and packed into batches (`batches`); `prepare` runs the
+                 steps up to the stored token rows on Ray Data
+    losses/      pure tensor functions: the alignment losses, the consistency term (`mlc`) and further terms, their sum
+                 (`objective`), and measures of collapse (`measures`)
+    train/       `run` starts the workers, and `worker` is what each of them does: the policy (`model`) with its packed
+                 `attention`, the `engines`, the frozen reference (`reference`, `reference_cache`), the training loop
+                 (`loop`), what the workers exchange (`collectives`), what is monitored and logged (`watch`,
+                 `tracking`, `console`), checkpoints (`checkpoint`, `random_state`) and the `export` of a plain model
+    generate/    responses by vLLM (`engine`) from weights that are verified (`swap`), by a `pool` of Ray actors that
+                 each run a `stage`; endpoints (`client`, `replies`) and translation (`translate`)
+    judges/      verdicts on responses: refusal phrases, guard models, endpoints, likelihood, degenerate text
     stats/       rates, intervals and paired tests; pure
-    score/       prompts -> responses -> verdicts -> scores (`run`): which stages there are and where they run (`plan`)
-    search/      which fields vary (`space`), what a trial is worth (`objectives`), a trial, and how Ray Tune runs them
-    report/      what folders of runs and scores say, as one HTML file, as tables and figures
-    cli/         the command line; quickstart.py is the whole way on one small model
-    api.py       the same as functions: `train`, `score`, `search`, `probe`
+    score/       prompts -> responses -> verdicts -> scores (`run`): the `prompts`, the `stages`, where each stage runs
+                 (`plan`), the pools kept open during a search (`scorer`), and what is saved (`request`, `results`)
+    utility/     general ability of a model, measured by lm-evaluation-harness
+    search/      which fields vary (`space`), how a trial is valued (`objectives`), a `trial`, Ray Tune (`tune`, `run`),
+                 the `results`, and the `probe` of every layer
+    report/      folders of runs and scores as one HTML file, as tables and as figures
 
-Beneath them lie `runs` (the layout of folders), `storage` (what is on disk, and whether to trust it), `cluster`,
-`progress`, `types`, `config` and `errors`. `[tool.importlinter]` in pyproject.toml lists which may import which; train
-and score meet only through a run's folder.
+Ways in:
 
-The names that this module offers are imported when they are first used: `import mlc_ray` loads nothing.
+    cli/            the command line
+    api.py          the same as functions: `train`, `score`, `search`, `probe`
+    quickstart.py   the whole pipeline on one small model
+    doctor.py       what a machine or a cluster lacks for a run, with the fix
+    show.py         what a folder is, how far it got, and what to do next
+
+All of them use `config`, `types`, `errors`, `_registry` (components by name), `runs` (the layout of folders), `storage`
+(reading and writing them safely), `cluster`, `device` (the native number type), `progress` and `logs`.
+`[tool.importlinter]` in pyproject.toml lists which package may import which; train and score meet only through a run's
+folder.
+
+The names that this module exports are imported when they are first used: `import mlc_ray` loads neither torch nor Ray.
 """
 
 from __future__ import annotations

@@ -31,11 +31,11 @@ from mlc_ray.storage import (
     verify_files,
     write_json_atomic,
 )
+from mlc_ray.train.collectives import gather_objects
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.loop import Progress
 from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.train.random_state import random_state, restore_random_state
-from mlc_ray.train.workers import gather_objects
 
 ENGINE = "engine"
 

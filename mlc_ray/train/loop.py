@@ -18,12 +18,12 @@ from mlc_ray.config import OptimizerSection, TrainConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.measures import between_bundle_cosine, effective_rank
 from mlc_ray.losses.objective import Objective
+from mlc_ray.train.collectives import distributed, gather, gather_objects, gather_round
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.model import ModelOutput
 from mlc_ray.train.random_state import random_state, restore_random_state
 from mlc_ray.train.reference import Reference, ReferenceOutput
 from mlc_ray.train.watch import StateWindow
-from mlc_ray.train.workers import distributed, gather, gather_objects, gather_round
 from mlc_ray.types import Batch, LossOutput, move
 
 Metrics = dict[str, float]

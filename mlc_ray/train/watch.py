@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlc_ray.config import CollapseSection
 from mlc_ray.losses.measures import separability
-from mlc_ray.train.workers import gather
+from mlc_ray.train.collectives import gather
 from mlc_ray.types import Batch
 
 SMOOTHED = 5

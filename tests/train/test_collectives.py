@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from mlc_ray.data.batches import collate
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.workers import gather, gather_round
+from mlc_ray.train.collectives import gather, gather_round
 from mlc_ray.types import ReferenceRow
 from tests.train.tiny import LANGUAGES, on_workers, random_rows, run_engine, tiny_config, tiny_model, wrapped
 

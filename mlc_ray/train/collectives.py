@@ -1,4 +1,4 @@
-"""What workers tell each other beside gradients: tensors of equal shape from each, laid one after another by rank."""
+"""What workers exchange besides gradients: tensors of equal shape, or objects, gathered from all of them by rank."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_round(representations: Tensor, present: Tensor, weight: Tensor) -> Round:
-    """The round of which this worker forwarded [B, L, D]; every worker must then take the same loss of all of it.
+    """The whole round, of which this worker forwarded [B, L, D]; every worker must compute the same loss on all of it.
 
     The mean over workers of that loss's gradients, which is what an engine takes, is then the gradient of the loss.
     """
