@@ -8,7 +8,7 @@ A component is one class in one file, with its settings nested in it:
 
 Configuration refers to it by its short name (`dpo`), or, from outside this package, by where it is
 (`my_package.my_module:MyLoss`); a package that is installed can also announce short names of its own as entry points of
-the group `mlc_ray.KIND`. A name that leads nowhere raises `UnknownComponentError`: nothing falls back to a default.
+the group `mlc_ray.KIND`. An unknown name raises `UnknownComponentError`: nothing falls back to a default.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class UnknownComponentError(MlcRayError, ValueError):
 def register(kind: ComponentKind, name: str) -> Callable[[ClassT], ClassT]:
     """A class decorator that makes the class known as `name` among the components of `kind`.
 
-    Raises ValueError for an unknown kind, and where another class has that name already.
+    Raises:
+        ValueError: The kind is unknown, or another class has that name already.
     """
     if kind not in _FOUND:
         raise ValueError(f"register: no components of kind {kind!r}; kinds are {', '.join(_FOUND)}")
@@ -71,8 +72,10 @@ def register(kind: ComponentKind, name: str) -> Callable[[ClassT], ClassT]:
 def resolve(kind: ComponentKind, name: str) -> type[Any]:
     """The class that `name` stands for: a short name, or `package.module:Class`.
 
-    Raises `UnknownComponentError` when there is none, with the names that there are; what importing its module raises
-    is not caught, but for a module that does not exist.
+    Errors raised while its module is imported are not caught, except that of a module that does not exist.
+
+    Raises:
+        UnknownComponentError: There is no such component; the message lists the known names.
     """
     if ":" in name:
         return _imported(kind, name)

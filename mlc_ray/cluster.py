@@ -177,7 +177,11 @@ def unprotected(nodes: int, environment: Mapping[str, str]) -> str | None:
 
 
 def use_gpu(accelerator: str) -> bool:
-    """Whether to run on GPUs: `auto` does if there are any. Raises `ClusterError` for `gpu` on a cluster without."""
+    """Whether to run on GPUs: `auto` does if there are any.
+
+    Raises:
+        ClusterError: `gpu` is asked for on a cluster without one.
+    """
     gpus = cluster_resources().get("GPU", 0)
     if accelerator == "gpu" and not gpus:
         raise ClusterError("accelerator='gpu', but the Ray cluster has no GPU; set it to 'cpu' or 'auto'")

@@ -37,7 +37,7 @@ class DoctorError(MlcRayError):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the result: what was looked at and found, and how to mend what fails."""
+    """One line of the result: what was checked and found, and how to fix what fails."""
 
     level: Level
     what: str
@@ -209,7 +209,11 @@ def doctor(output_dir: str = "runs", *, address: str | None = None) -> list[Find
 
 
 def check(findings: Sequence[Finding]) -> None:
-    """Raise `DoctorError` if anything fails."""
+    """Fail if any finding does.
+
+    Raises:
+        DoctorError: Something fails.
+    """
     if failed := [finding for finding in findings if finding.level == "FAIL"]:
         raise DoctorError(f"{len(failed)} of {len(findings)} checks failed: the lines that begin with FAIL")
 

@@ -241,8 +241,11 @@ def resolve_model(path: str | Path) -> str:
     """The folder (absolute) or hub name to load weights from.
 
     Accepts a Hugging Face folder (`config.json`), a checkpoint (`model/config.json`), and a run: its newest checkpoint
-    `train/checkpoint_*` that is complete, else its `export`. What is no folder here but looks like a hub name is taken
-    for one. Raises `ModelPathError` if there is no model, it has no safetensors weights, or files of it are missing.
+    `train/checkpoint_*` that is complete, else its `export`. What is not a folder here but looks like a hub name is
+    taken for one.
+
+    Raises:
+        ModelPathError: There is no model, it has no safetensors weights, or files of it are missing.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -266,7 +269,10 @@ def resolve_model(path: str | Path) -> str:
 def training_languages(path: str | Path) -> list[str] | None:
     """The languages of the bundles that a run, a checkpoint of it, or an exported model was trained on; None elsewhere.
 
-    A run records them in `run.json`, an exported folder in `mlc_ray.json`. Raises `ModelPathError` for a damaged one.
+    A run records them in `run.json`, an exported folder in `mlc_ray.json`.
+
+    Raises:
+        ModelPathError: That file is damaged.
     """
     folder = Path(path).expanduser()
     for file in (folder / PROVENANCE_FILE, folder / RUN_FILE, folder / ".." / ".." / RUN_FILE):
@@ -285,7 +291,8 @@ def training_languages(path: str | Path) -> list[str] | None:
 def longest_context(model: str) -> int | None:
     """The number of positions a local model was made for, where its config.json says so; None otherwise.
 
-    Raises `ModelPathError` for a damaged one.
+    Raises:
+        ModelPathError: Its config.json is damaged.
     """
     file = Path(model) / "config.json"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""What each command does: it reads its settings, then calls one function of a room; torch and Ray come only there."""
+"""What each command does: it reads its settings, then calls one function of a package, which imports torch and Ray."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ def train_command(arguments: argparse.Namespace) -> None:
 
 
 def _refuse_settings(arguments: argparse.Namespace, what: str) -> None:
-    """What is resumed keeps its settings. Raises `ConfigError` where others are given with --resume."""
+    """Refuse settings beside --resume: what is resumed keeps those that it was started with.
+
+    Raises:
+        ConfigError: Settings are given with --resume.
+    """
     flags = {"config": "--config", "overrides": "--set", "model": "MODEL"}
     named = {flags.get(name, f"--{name.replace('_', '-')}"): value for name, value in vars(arguments).items()}
     given = [flag for flag, value in named.items() if value and flag not in ("--command", "--resume")]
@@ -164,7 +168,11 @@ def judge_changes(arguments: argparse.Namespace, scored: ScoreConfig) -> dict[st
 
 
 def parse_benchmark(text: str) -> dict[str, str]:
-    """`PATH[,format=F][,kind=K][,only=K]` as a `SourceSection` mapping; raises `ConfigError` on an unknown mark."""
+    """`PATH[,format=F][,kind=K][,only=K]` as a `SourceSection` mapping.
+
+    Raises:
+        ConfigError: A part after the path is none of these.
+    """
     kinds = ("harmful", "benign")
     allowed: dict[str, Sequence[str] | None] = {"format": None, "kind": kinds, "only": kinds}  # None: checked later
     path, *marks = text.split(",")

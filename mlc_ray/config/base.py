@@ -1,4 +1,4 @@
-"""What all settings share: strict immutable sections, reading YAML with overrides, and errors that say what to mend."""
+"""What all settings share: strict immutable sections, reading YAML with overrides, and errors that say what to fix."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ ConfigT = TypeVar("ConfigT", bound="Section")
 
 
 def refuse_userinfo(field: str, uri: str, fix: str) -> None:
-    """Raise `ValueError` where `uri` carries a user name or password; the message leaves them out.
+    """Refuse a `uri` that carries a user name or password: settings are written into folders, manifests and trackers.
 
-    Settings are written into run folders, manifests and trackers.
+    Raises:
+        ValueError: It carries one; the message leaves them out.
     """
     host = urlsplit(uri).netloc
     if "@" in host:
@@ -80,7 +81,10 @@ def load_config(
     `defaults` are values at the top that the file may leave out.
 
     Values of overrides are parsed as YAML, so ``--set mlc.layer=20`` is an integer and ``--set data.languages=[en,ur]``
-    a list. Raises `ConfigError`, which lists every fault at once.
+    a list.
+
+    Raises:
+        ConfigError: Settings are invalid; the message lists every fault at once.
     """
     raw = {**(defaults or {}), **(read_config_file(path) if path is not None else {})}
     for override in overrides:
@@ -140,7 +144,11 @@ def recipe_file(name: str) -> Path:
 
 
 def parse_config(schema: type[ConfigT], raw: Mapping[str, Any]) -> ConfigT:
-    """Validate a nested mapping; raises `ConfigError` quoting every offending field and value."""
+    """Validate a nested mapping.
+
+    Raises:
+        ConfigError: It is invalid; the message quotes every offending field and value.
+    """
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
@@ -149,7 +157,11 @@ def parse_config(schema: type[ConfigT], raw: Mapping[str, Any]) -> ConfigT:
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:
-    """Set one ``section.field=value`` in a nested dict, in place; raises `ConfigError` on bad syntax."""
+    """Set one ``section.field=value`` in a nested dict, in place.
+
+    Raises:
+        ConfigError: `override` is not written so.
+    """
     dotted, separator, text = override.partition("=")
     keys = dotted.strip().split(".")
     if not separator or not all(keys):

@@ -128,7 +128,8 @@ def block_rows(rows: int, replicas: int, device: Device) -> int:
 
 class Worker:
     """An actor of a pool. An expected error is returned beside the result, not raised: for one that is raised Ray logs
-    a traceback for every result that nobody came for."""
+    a traceback for every result that nobody came for.
+    """
 
     def __init__(self, stage: type[Stage], settings: Mapping[str, Any]) -> None:
         self._stage, self._settings = stage, settings

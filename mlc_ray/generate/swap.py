@@ -215,7 +215,8 @@ class _Shard:
 
 def _shards(model: nn.Module, path: str, module: Any) -> Iterator[_Shard]:
     """The matrices of the file, or shards of them, that a module of vLLM multiplies with; none where it has no plain
-    one, or the file's layout is not known."""
+    one, or the file's layout is not known.
+    """
     if not _serves_plain_matrix(module):
         return
     if hasattr(module, "shard_indices"):  # over the vocabulary: a head, or the embedding where it is one too

@@ -109,7 +109,7 @@ class EndpointJudge(Judge):
         super().check_ready(cache_dir)
 
     def start(self, device: Device, cache_dir: Path) -> None:
-        """Prepare to ask; the first request is sent by `judge`, which raises `EndpointError` where it is refused."""
+        """Prepare to ask. No request is sent yet: where the endpoint refuses, it is `judge` that fails."""
         self._chat = ChatEndpoint(self.settings.endpoint, cache_dir)
 
     @property
@@ -118,7 +118,11 @@ class EndpointJudge(Judge):
         return self._chat.usage
 
     def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
-        """The verdict on each answer; an empty response is `unparsed` and not sent."""
+        """The verdict on each answer; an empty response is `unparsed` and not sent.
+
+        Raises:
+            EndpointError: The endpoint refuses the first request.
+        """
         sent = [answer for answer in answers if answer.response.strip()]
         replies = iter(self._chat.ask([judge_conversation(answer, self.settings.protocol) for answer in sent]))
         verdicts = []

@@ -75,7 +75,10 @@ class LikelihoodScorer(PromptScorer):
     """The policy in an `Engine` (its own, unless one that serves `model` is given), asked for log-probs of openings.
 
     `languages` have openings of their own; prompts in others are scored by the English ones. `longest_prompt` is in
-    tokens, template included. Raises `EngineError` as `Engine` does, and when the template leaves no room.
+    tokens, template included.
+
+    Raises:
+        EngineError: As of `Engine`; or the chat template leaves no tokens for a prompt.
     """
 
     def __init__(self, model: str, settings: EngineSection, *, device: Device, shared: Engine | None = None):
@@ -95,7 +98,7 @@ class LikelihoodScorer(PromptScorer):
         self.longest_prompt = settings.max_model_len - 1 - max(map(len, self._ids.values()))
         if self._template.minimum > self.longest_prompt:
             raise EngineError(
-                f"engine.max_model_len={settings.max_model_len} leaves no room for the chat template, which takes "
+                f"engine.max_model_len={settings.max_model_len} is too small for the chat template, which takes "
                 f"{self._template.minimum - 1} tokens, and the openings"
             )
         self._engine = shared or Engine(model, settings, device=device)

@@ -96,7 +96,11 @@ SECTIONS = tuple(field.name for field in fields(PhraseList))
 
 
 def parse_phrases(text: str, name: str = "a phrase list") -> PhraseList:
-    """The phrases written in `text`. Raises `JudgeError` on a section that does not exist, quoting it."""
+    """The phrases written in `text`.
+
+    Raises:
+        JudgeError: A section is unknown; the message quotes it.
+    """
     found: dict[str, list[str]] = {section: [] for section in SECTIONS}
     section = SECTIONS[0]
     for number, line in enumerate((line.strip() for line in text.splitlines()), start=1):
@@ -131,7 +135,10 @@ _JOINED = {"ar": "[وف]?"}
 def compile_phrases(phrases: Iterable[str], code: str) -> re.Pattern[str] | None:
     """One pattern that finds any of `phrases` of language `code` in `searchable` sentences on lines of their own.
 
-    None without phrases. Raises `JudgeError` for a phrase without letters, quoting it.
+    None without phrases.
+
+    Raises:
+        JudgeError: A phrase has no letters; the message quotes it.
     """
     phrases = tuple(phrases)
     for phrase in phrases:

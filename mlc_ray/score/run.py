@@ -299,7 +299,11 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
 
 
 def check_unparsed(result: ScoreResult, bound: float) -> None:
-    """Raise `TooManyUnparsedError` if a larger share of responses than `bound` got no verdict."""
+    """Refuse a score in which too few responses got a verdict.
+
+    Raises:
+        TooManyUnparsedError: A larger share than `bound` got none.
+    """
     if result.unparsed_share > bound:
         raise TooManyUnparsedError(
             f"{result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got no verdict; "

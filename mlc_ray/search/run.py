@@ -219,7 +219,11 @@ def _search(prepared: Prepared) -> SearchResult:
 
 
 def _check_same(folder: Path, identity: dict[str, str]) -> None:
-    """Raise `SearchError` where an earlier process of this search asked other prompts or began with another model."""
+    """Refuse to go on with other prompts or another model than those that this search began with.
+
+    Raises:
+        SearchError: Either differs.
+    """
     if not (folder / SEARCH_FILE).is_file():
         return
     before = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8")).get("fingerprints", {})
@@ -235,10 +239,13 @@ def _check_same(folder: Path, identity: dict[str, str]) -> None:
 
 
 def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> None:
-    """Raise `ClusterError` if the cluster can never hold the trials asked for beside the engines: Ray would only wait.
+    """Refuse a search that the cluster can never hold, since Ray would wait for it without end.
 
-    Placed, largest first: the engines, what reads their responses, and for each trial at once its own process and its
-    workers; and a little is left for Ray Data.
+    Placed, largest first: the engines, what reads their responses, and for each concurrent trial its own process and
+    its workers; a little is left for Ray Data.
+
+    Raises:
+        ClusterError: The trials asked for do not fit beside the engines.
     """
     gpu = device == "gpu"
     if config.share_gpu and not gpu:
@@ -256,7 +263,11 @@ def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> N
 
 
 def _lora_rank(space: Space) -> int | None:
-    """The largest rank of adapters in the space, None for whole models. Raises `ConfigError` where it has both."""
+    """The largest rank of adapters in the space, None for whole models.
+
+    Raises:
+        ConfigError: The space has both.
+    """
     loras = [space.run(corner, name="corner").model.lora for corner in space.corners()]
     if any(lora is None for lora in loras) and any(lora is not None for lora in loras):
         raise ConfigError("the space has runs with LoRA adapters and runs without; search them apart")
@@ -350,7 +361,11 @@ def _settings(config: SearchConfig, space: Space, folder: Path) -> dict[str, Any
 
 
 def load_search(folder: Path) -> SearchConfig:
-    """The settings of the search in a folder. Raises `SearchError` if none is there."""
+    """The settings of the search in a folder.
+
+    Raises:
+        SearchError: The folder holds no search.
+    """
     if not (folder / SEARCH_CONFIG_FILE).is_file():
         raise SearchError(
             f"{str(folder)!r} is not a search folder, it has no {SEARCH_CONFIG_FILE}: a search is in OUTPUT_DIR/NAME, "

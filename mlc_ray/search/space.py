@@ -1,7 +1,7 @@
 """The search space: from the YAML of a search to distributions, and from a trial's values to the config of a run.
 
 Every corner is validated by the same schema as a run, before anything starts: a search must not find out in its
-fortieth trial that a value is none.
+fortieth trial that a value is invalid.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Space:
     def run(self, values: Mapping[str, Any], **own: Any) -> TrainConfig:
         """The config of the run with `values`, and top-level fields `own` (name, output_dir).
 
-        Raises `ConfigError` naming the values as well as the fault.
+        Raises:
+            ConfigError: The config is invalid; the message names the values as well as the fault.
         """
         raw: dict[str, Any] = copy.deepcopy(dict(self.base))
         for name, value in values.items():
@@ -83,7 +84,8 @@ class Space:
 def make_space(config: SearchConfig) -> Space:
     """The space of a search, every corner of it valid as a run.
 
-    Raises `ConfigError` for a field that does not exist, that the search itself decides, or a value that a run refuses.
+    Raises:
+        ConfigError: A field does not exist or is decided by the search itself, or a run refuses a value.
     """
     for name in config.space:
         if name in _OWN or any(name == own or name.startswith(f"{own}.") for own in _OWN_SECTIONS):
@@ -229,7 +231,11 @@ def _ends(parameter: ParameterSection) -> list[Any]:
 
 
 def values_of(parameter: ParameterSection) -> list[Any]:
-    """Every value of a choice or of whole numbers, in order; raises ValueError for a range of numbers."""
+    """Every value of a choice or of whole numbers, in order.
+
+    Raises:
+        ValueError: It is a range of numbers.
+    """
     if parameter.choice is not None:
         return list(parameter.choice)
     if parameter.integers is None:

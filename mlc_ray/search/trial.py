@@ -97,7 +97,8 @@ class Shared:
     def score_in(self, folder: Path) -> TrialScore:
         """What a score folder is worth, by its last summary, which is over all benchmarks.
 
-        Raises `TooManyUnparsedError` where too few responses got a verdict.
+        Raises:
+        TooManyUnparsedError: Too few responses got a verdict.
         """
         result = load_scores(folder)
         check_unparsed(result, self.config.scoring.max_unparsed)

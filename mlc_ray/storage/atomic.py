@@ -46,9 +46,11 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary sibling of `path`, renamed to `path` when the block ends, removed on error.
 
-    Raises `FileExistsError` if `path` is there already, at the start or (another process was faster) at the end,
-    unless `replace`: then the old folder is moved aside before and deleted after the rename. A killed process leaves
-    at most a folder whose name starts with a dot.
+    With `replace`, an old folder is moved aside before the rename and deleted after it. A killed process leaves at most
+    a folder whose name starts with a dot.
+
+    Raises:
+        FileExistsError: Without `replace`, `path` exists at the start or (another process was faster) at the end.
     """
     path = Path(path)
     if path.exists() and not replace:

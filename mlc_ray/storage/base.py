@@ -192,12 +192,23 @@ class Place:
         return self.storage.open(self.url, mode)
 
     def read_text(self) -> str:
-        """The file's text; raises FileNotFoundError, UnicodeDecodeError."""
+        """The file's text.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            UnicodeDecodeError: It is not UTF-8.
+        """
         with self.open() as file:
             return file.read().decode("utf-8")
 
     def read_json(self) -> Any:
-        """The file's JSON; raises FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError."""
+        """The file's JSON.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            UnicodeDecodeError: It is not UTF-8.
+            json.JSONDecodeError: It is not JSON.
+        """
         return json.loads(self.read_text())
 
     def write_text(self, text: str) -> None:

@@ -23,7 +23,8 @@ _TOKENIZER_FILES = (
 def fingerprint(obj: Any) -> str:
     """First 16 hex digits of the SHA-256 of `obj` as canonical JSON (sorted keys, no spaces, UTF-8).
 
-    Raises `TypeError` for what JSON cannot hold: nothing is hashed by its repr.
+    Raises:
+        TypeError: JSON cannot hold `obj`; nothing is hashed by its repr.
     """
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_DIGITS]
@@ -33,7 +34,9 @@ def fingerprint_files(paths: Iterable[str | Path]) -> str:
     """Fingerprint of the names and whole contents of files, in the order given; a folder stands for its files, sorted.
 
     Names are relative (a file's own name, or its path inside the folder), so a moved copy has the same fingerprint.
-    Raises `ArtifactError` when a path does not exist.
+
+    Raises:
+        ArtifactError: A path does not exist.
     """
     entries: list[tuple[str, str]] = []
     for path in map(Path, paths):

@@ -46,7 +46,11 @@ def write_manifest(folder: str | Path, **fields: Any) -> dict[str, Any]:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a folder; raises `IncompleteArtifactError` if it is missing or not a JSON object."""
+    """The manifest of a folder.
+
+    Raises:
+        IncompleteArtifactError: It is missing or not a JSON object.
+    """
     path = Path(folder) / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -62,7 +66,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def verify_files(folder: str | Path, manifest: Mapping[str, Any]) -> None:
-    """Raise `IncompleteArtifactError`, quoting folder and file, unless every listed file is there with its size."""
+    """Check that every listed file exists with its size.
+
+    Raises:
+        IncompleteArtifactError: One does not; the message quotes folder and file.
+    """
     for name, expected in manifest["files"].items():
         path = Path(folder) / name
         if not path.is_file():

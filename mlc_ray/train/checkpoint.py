@@ -116,7 +116,11 @@ def load_checkpoint(folder: Path, *, engine: Engine, config: TrainConfig, finger
 
 
 def verified_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete checkpoint; raises `CheckpointError` if a file is missing or cut short."""
+    """The manifest of a complete checkpoint.
+
+    Raises:
+        CheckpointError: A file is missing or cut short.
+    """
     try:
         manifest = read_manifest(folder)
         verify_files(folder, manifest)

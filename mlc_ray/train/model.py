@@ -170,7 +170,11 @@ def n_layers(model: PreTrainedModel) -> int:
 
 
 def resolve_layer(layer: int | float | str, depth: int) -> int:
-    """`mlc.layer` as an index 0..N: an index, a fraction of the depth, or "last". Raises `ModelError` out of range."""
+    """`mlc.layer` (an index, a fraction of the depth, or "last") as an index 0..N.
+
+    Raises:
+        ModelError: It is out of range.
+    """
     index = depth if layer == "last" else round(layer * depth) if isinstance(layer, float) else int(layer)
     if not 0 <= index <= depth:
         raise ModelError(
@@ -180,7 +184,11 @@ def resolve_layer(layer: int | float | str, depth: int) -> int:
 
 
 def load_policy(settings: ModelSection) -> PreTrainedModel:
-    """Load weights from safetensors only. Raises `ModelError` quoting the path and the reason."""
+    """Load weights, from safetensors only.
+
+    Raises:
+        ModelError: They cannot be loaded; the message quotes the path and the reason.
+    """
     transformers_logging.disable_progress_bar()  # in a worker's log it is noise
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -288,7 +296,11 @@ def check_tap(model: PreTrainedModel, layer: int) -> None:
 
 
 def final_norm(model: PreTrainedModel) -> nn.Module:
-    """The norm after the last block. Raises `ModelError` for an architecture that has none under a known name."""
+    """The norm after the last block.
+
+    Raises:
+        ModelError: The architecture has none under a known name.
+    """
     decoder = model.get_decoder()
     for name in FINAL_NORM_NAMES:
         if isinstance(norm := getattr(decoder, name, None), nn.Module):

@@ -41,7 +41,8 @@ class ReferenceModel(nn.Module):
     def forward(self, batch: Batch, *, tap: bool = True) -> ReferenceOutput:
         """Log-probs if it has them, and states if it has them and `tap`.
 
-        Raises ValueError where log-probs are asked of a batch without rejected answers.
+        Raises:
+            ValueError: Log-probs are asked of a batch without rejected answers.
         """
         n_bundles = len(batch.bundle_ids)
         chosen = rejected = state = None

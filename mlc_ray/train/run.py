@@ -152,7 +152,11 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool)
 
 
 def load_run_config(run: Path) -> TrainConfig:
-    """The config a run was started with. Raises `RunError` if `run` is not a run folder."""
+    """The config that a run was started with.
+
+    Raises:
+        RunError: `run` is not a run folder.
+    """
     path = run / CONFIG_FILE
     if not path.is_file():
         raise RunError(f"{str(run)!r} is not a run folder: it has no {CONFIG_FILE}")
@@ -198,7 +202,11 @@ def _run_folder(config: TrainConfig, resume: Path | None) -> tuple[Path, bool]:
 
 
 def _refuse_other_settings(folder: Path, config: TrainConfig) -> None:
-    """Raise `RunError` where the run in `folder` was started with settings that make it another run."""
+    """Refuse to resume the run in `folder` with settings that make it another run.
+
+    Raises:
+        RunError: It was started with other ones.
+    """
     before, now = (_flat(_what_makes_the_run(each)) for each in (load_run_config(folder), config))
     if now["model.dtype"] == "auto":  # it becomes what it was
         now["model.dtype"] = before["model.dtype"]
@@ -231,8 +239,11 @@ def _exists_already(folder: Path) -> RunError:
 def _claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
     """Take the run's name by writing its config.yaml before data are prepared, which may last minutes.
 
-    Raises `RunError` if another run has taken it. When preparing fails, the name is free again, since the cure
-    is another setting; a driver that is killed meanwhile leaves the file, and can be resumed.
+    When preparing fails, the name is free again, since the fix is another setting; a driver that is killed meanwhile
+    leaves the file, and can be resumed.
+
+    Raises:
+        RunError: Another run has taken the name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CONFIG_FILE

@@ -20,7 +20,11 @@ class TrackingError(MlcRayError):
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """Raise `TrackingError` at once, not on a worker minutes later, if an asked-for tracker is not installed."""
+    """Check that the trackers asked for are installed: at once, not on a worker minutes later.
+
+    Raises:
+        TrackingError: One of them is not.
+    """
     for package, asked in {"wandb": config.logging.wandb, "mlflow": config.logging.mlflow}.items():
         if asked is not None and importlib.util.find_spec(package) is None:
             raise TrackingError(

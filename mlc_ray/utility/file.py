@@ -58,7 +58,11 @@ class Utility:
     folder: Place = field(default_factory=lambda: Place("."))
 
     def row(self, task: str, metric: str = "acc") -> UtilityRow:
-        """The row of a task; raises `KeyError`, which lists what there is."""
+        """The row of a task.
+
+        Raises:
+            KeyError: There is no such task; the message lists those there are.
+        """
         for row in self.rows:
             if (row.task, row.metric) == (task, metric):
                 return row

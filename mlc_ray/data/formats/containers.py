@@ -169,7 +169,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends, a byte-order mark removed; raises `BundleFileError` where it is not UTF-8."""
+    """Numbered lines with their line ends, a byte-order mark removed.
+
+    Raises:
+        BundleFileError: The file is not UTF-8.
+    """
     number = offset = 0
     try:
         with Path(path).open("rb") as file:
@@ -225,7 +229,8 @@ def headless_csv(path: str) -> Iterator[tuple[int, list[str]]]:
 def _delimiter(path: str) -> str:
     """What separates the column names of a CSV file: comma, semicolon or tab; a comma if there is one column alone.
 
-    Raises `BundleFileError` if more than one of them would.
+    Raises:
+        BundleFileError: More than one of them would.
     """
     header = next((text for _, text in _lines(path) if text.strip()), "")
     separating = [mark for mark in _DELIMITERS if len(next(csv.reader([header], delimiter=mark), [])) > 1]
