@@ -1,6 +1,6 @@
 """Multilingual-consistency (MLC) safety alignment on Ray: from prompts in many languages to a scored model.
 
-The data flow one way, and this is the order in which to read the packages:
+Data flows one way, and this is the order in which to read the packages:
 
     data/        sources of *bundles* (a prompt in many languages, an answer pair in one of them) are found (`sources`;
                  `given` for bundles in memory), read in their `formats` and validated (`bundles`), tokenised with the

@@ -6,8 +6,8 @@
     result = api.score({"model": str(run.run_folder)}, bundles=held_out)
     print(result.summary().two_sided)
 
-Nothing is printed but progress, and every mistake is a subclass of `mlc_ray.MlcRayError`. What a function needs (torch,
-Ray, an engine) is imported when it is called.
+Only progress is shown, and every error that a user can cause is a subclass of `mlc_ray.MlcRayError`. What a function
+needs (torch, Ray, an engine) is imported when it is called.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 Settings = Mapping[str, Any] | str | os.PathLike[str]
 """Settings as a nested mapping, or the YAML file that has them."""
 Bundles = Iterable[Mapping[str, Any] | Bundle]
-"""Bundles in memory: mappings as in a file of bundles (rows of a Hugging Face dataset are), or `Bundle`s."""
+"""Bundles in memory: mappings as in a file of bundles (such as rows of a Hugging Face dataset), or `Bundle`s."""
 
 
 def train(
@@ -144,13 +144,13 @@ def probe(
     limit: int | None = None,
     address: str = "auto",
 ) -> Probe:
-    """Look at every layer of a model, forward only: how consistent, distinct and separable its states are.
+    """Measure every layer of a model, forward only: how consistent, distinct and separable its states are.
 
     Args:
         model: a Hugging Face folder or hub name, or settings as under `model` of a run.
         bundles: in memory, or paths as of a source (`sample:train`, a file, a hub name); of both kinds.
         out: folder to write (default: runs/probes/MODEL).
-        languages: look at only these (default: all).
+        languages: measure only these (default: all).
         limit: at most this many bundles of each kind (default: 64).
         address: Ray's, as `cluster.address` of a run.
 

@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and asking whether it can hold what a run wants."""
+"""Joining or starting a Ray cluster, and checking whether its resources suffice for a run."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def _send_output_to(file: TextIO) -> None:
 
 
 def unprotected(nodes: int, environment: Mapping[str, str]) -> str | None:
-    """The warning that a cluster of several nodes runs whatever anybody sends it; None for one node, or with tokens."""
+    """The warning that a cluster of several nodes runs any code sent to it; None for one node, or with tokens."""
     if nodes < 2 or environment.get("RAY_AUTH_MODE") == "token":
         return None
     return (
@@ -189,7 +189,7 @@ def use_gpu(accelerator: str) -> bool:
 
 
 def check_fits(what: str, parts: Sequence[tuple[float, float]]) -> None:
-    """Refuse what the nodes can never hold at once (`fits`): Ray would wait for it for ever, silently.
+    """Refuse what the nodes can never hold at once (`fits`): Ray would wait for it silently and without end.
 
     Args:
         what: what asks, and by which settings.
@@ -222,7 +222,7 @@ def nodes_held() -> str:
 
 
 def cluster_resources() -> dict[str, float]:
-    """What the whole cluster has: CPU, GPU and whatever else Ray counts."""
+    """Resources of the whole cluster: CPU, GPU and all others that Ray counts."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return resources
 
@@ -234,15 +234,15 @@ def living_nodes() -> list[dict[str, Any]]:
 
 
 def node_resources() -> list[dict[str, float]]:
-    """What each living node of the cluster has: CPU, GPU and whatever else Ray counts."""
+    """Resources of each living node of the cluster: CPU, GPU and all others that Ray counts."""
     return [node["Resources"] for node in living_nodes()]
 
 
 def fits(parts: Sequence[tuple[float, float]]) -> bool:
     """Whether the nodes can hold all parts of (CPUs, GPUs) at once and keep some CPU: each part lies on one node.
 
-    Placed largest first, GPUs before CPUs, each on the fullest node that has room for it; where parts are of few sizes
-    and nodes alike, that finds a place if there is one.
+    Placed largest first, GPUs before CPUs, each on the fullest node where it fits; with parts of few sizes on equal
+    nodes, this finds a placement if there is one.
     """
     free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in node_resources()]
     for cpus, gpus in sorted(parts, key=lambda part: (-part[1], -part[0])):

@@ -1,4 +1,4 @@
-"""In which type a machine computes natively: bfloat16 where its GPU or CPU has instructions for it, else float32.
+"""The number type a machine computes in natively: bfloat16 where its GPU or CPU has instructions for it, else float32.
 
 A CPU without them computes bfloat16 several times slower than float32 (8 times on an AMD EPYC with AVX2 alone: a linear
 map of 576 x 1536 over 512 rows takes 60 ms against 7.4 ms), and so does a GPU from before Ampere. This module looks at

@@ -1,7 +1,7 @@
-"""What this machine and a cluster have, and what a run would miss, each with its fix: `mlc-ray doctor`.
+"""`mlc-ray doctor`: what this machine and a cluster have, and what they lack for a run, each with its fix.
 
-`look` tells the facts of the machine that it runs on; on a cluster it is a task on every node. `examine` and `compare`
-judge facts alone, so that a test needs no broken machine.
+`look` gathers the facts of the machine that it runs on; on a cluster it is a task on every node. `examine` and
+`compare` only judge such facts, so that tests need no broken machine.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _at_least(what: str, size: int, gib: float, fix: str) -> Finding:
 
 
 def compare(here: Machine, nodes: Mapping[str, Machine | str], folder: str, token: str | None) -> list[Finding]:
-    """What nodes, by name, have unlike the machine of the driver; a text is why one did not answer.
+    """How nodes, by name, differ from the machine of the driver; a text says why one did not reply.
 
     `folder` is where runs go, `token` the warning of `cluster.unprotected`.
     """

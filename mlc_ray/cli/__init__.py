@@ -1,4 +1,4 @@
-"""The command line: what can be asked, and what happens to a mistake. `commands` does the rest, imported on demand."""
+"""The command line: its arguments and its exit status. What commands do is in `commands`, imported on demand."""
 
 from __future__ import annotations
 

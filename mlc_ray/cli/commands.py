@@ -146,8 +146,10 @@ JUDGE_READS = ("judge", "max_unparsed", "address", "accelerator")
 def judge_changes(arguments: argparse.Namespace, scored: ScoreConfig) -> dict[str, Any]:
     """What is to differ from the settings of the score: by a file, then --set, then the named options.
 
-    A judge of another name starts from its own defaults; otherwise the score's judge is changed field by field. Raises
-    `ConfigError` for a setting that judging does not read.
+    A judge of another name starts from its own defaults; otherwise the score's judge is changed field by field.
+
+    Raises:
+        ConfigError: Judging does not read one of the settings.
     """
     raw = {} if arguments.config is None else read_config_file(arguments.config)
     options = {"judge.name": arguments.judge, "judge.model": arguments.judge_model}

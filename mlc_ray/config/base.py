@@ -42,9 +42,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _a_truth_value_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Pydantic would read true as 1; nobody means that, and YAML reads `on`, `yes` and `off` as truth values."""
+        """Pydantic would read true as 1, which is never meant: YAML reads `on`, `yes` and `off` as truth values too."""
         if isinstance(value, bool) and bool not in _plain_types(cls.model_fields[str(info.field_name)].annotation):
-            raise ValueError(f"{str(value).lower()} is a truth value, not one of what this field takes")
+            raise ValueError(f"{str(value).lower()} is a truth value, which this field does not take")
         return value
 
 
@@ -96,7 +96,11 @@ class _OnceLoader(yaml.SafeLoader):
     """YAML's safe loader, which refuses a key that a mapping has twice instead of forgetting the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node; raises `yaml.YAMLError` with the place of the second key."""
+        """The mapping of a node.
+
+        Raises:
+            yaml.YAMLError: A key occurs twice; the error has the place of the second one.
+        """
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:

@@ -112,7 +112,7 @@ class ComponentSettings:
         return {"type": "object", "additionalProperties": {"anyOf": options}} if self.by_key else {"oneOf": options}
 
     def _dump(self, value: Any, info: Any) -> Any:
-        """With the component's name even where nobody set it: without it the rest could not be read back."""
+        """With the component's name even where it was not set: without it the rest could not be read back."""
         if isinstance(value, Mapping):
             return {key: self._dump(item, info) for key, item in value.items()}
         dumped = value.model_dump(mode=info.mode, exclude_unset=info.exclude_unset)
@@ -139,5 +139,5 @@ class ComponentName:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """A string; the names there are stand among its examples."""
+        """A string; the known names are its examples."""
         return {**handler(schema), "examples": [*self.besides, *names(self.kind)]}

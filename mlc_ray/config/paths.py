@@ -22,7 +22,7 @@ def scheme_of(path: str) -> str | None:
 
 
 def real_path(path: str) -> str:
-    """`path`, if it is no URL.
+    """`path`, if it is not a URL.
 
     Raises:
         ValueError: it is one; the message says what to give instead.
@@ -44,7 +44,7 @@ def real_path(path: str) -> str:
 
 
 def stored_path(path: str) -> str:
-    """`path`, if it is no URL, or one whose scheme a registered storage serves.
+    """`path`, if it is not a URL, or is one whose scheme a registered storage serves.
 
     Raises:
         ValueError: no storage is registered for its scheme; the message says what to give instead.

@@ -1,4 +1,4 @@
-"""The Bundle contract: a mapping that somebody wrote becomes a `Bundle`, or an error that says why not."""
+"""The contract of a bundle: a raw mapping becomes a `Bundle`, or an error that says why it cannot."""
 
 from __future__ import annotations
 

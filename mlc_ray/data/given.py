@@ -1,8 +1,8 @@
 """Bundles that are in memory (a list of mappings, a `datasets.Dataset`, any iterable) as a source like any other.
 
-They are written once, named by their content, into the folder where a run keeps what it prepares: so the run can be
-resumed, its settings name data that can be looked at, and reading, checking, rejecting and fingerprinting them is what
-it is for every file.
+They are written once, named by their content, into the folder where a run keeps what it prepares. So the run can be
+resumed, its settings name data that can be inspected, and the bundles are read, checked, rejected and fingerprinted as
+those of any file.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def as_source(
                 digest.update(line)
                 file.write(line)
         if not number:
-            raise BundleFileError("the bundles given are none: give at least one")
+            raise BundleFileError("no bundles were given: give at least one")
         path = (target / f"{GIVEN_PREFIX}{digest.hexdigest()[:_DIGITS]}.jsonl").absolute()
         os.replace(temporary, path)
     finally:

@@ -26,7 +26,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.progress import Phase, phase
 from mlc_ray.storage import IncompleteArtifactError, atomic_folder, fingerprint, fingerprint_tokenizer
 
-# Other runs on the cluster may hold most of its CPUs. A stage that asked for whole ones would wait for them in silence.
+# Other runs on the cluster may hold most of its CPUs. A stage that asked for whole ones would wait without a message.
 _PARSE_CPUS = 0.25
 _TOKENIZE_CPUS = 0.25
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class InvalidBundlesError(MlcRayError, ValueError):
-    """Some rows are not valid bundles (or none is); the message names the first few and the rejects file."""
+    """Some or all rows are not valid bundles; the message names the first few and the rejects file."""
 
 
 # ------------------------------------------------------------------------------------------------- files -> bundles
@@ -59,14 +59,14 @@ def read_bundles(
     Args:
         sources: what to read; bundles that are in memory become a source by `mlc_ray.data.given.as_source`.
         on_invalid: `fail` or `skip`, as data.on_invalid.
-        rejects_path: JSONL (file, line, reason, text) for rows that are no bundle, repeat one, or lack what
+        rejects_path: JSONL (file, line, reason, text) for rows that are not a bundle, repeat one, or lack what
             `languages` needs; an older file there is removed.
         named_path: what messages name instead, where the caller will move the file.
         languages: data.languages; bundles are restricted to them.
 
     Raises:
         BundleFileError: a file cannot be read.
-        InvalidBundlesError: `on_invalid` is "fail" and a row was rejected, or no row is left.
+        InvalidBundlesError: `on_invalid` is "fail" and a row was rejected, or no valid row is left.
     """
     files = [file for source in sources for file in resolve_source(source)]
     items = [{"file_index": index, **asdict(file)} for index, file in enumerate(files)]
@@ -160,7 +160,7 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
 
     Raises:
         BundleFileError: as `read_bundles`, as does InvalidBundlesError.
-        TokenizationError: the template leaves no room within data.max_prompt_tokens.
+        TokenizationError: data.max_prompt_tokens is too small for the template and any text.
         TemplateError: the template is unusable.
     """
     name = token_fingerprint(data, model)

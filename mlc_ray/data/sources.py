@@ -151,7 +151,7 @@ def make_format(name: str) -> Format:
     """The format of a name.
 
     Raises:
-        UnknownComponentError: there is none; the message lists those there are.
+        UnknownComponentError: there is no such format; the message lists the known ones.
     """
     component = resolve("format", name)
     if not issubclass(component, Format):

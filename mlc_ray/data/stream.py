@@ -81,7 +81,7 @@ def stream_batches(
 def _plan_dataset(row_indices: list[int]) -> ray.data.Dataset:
     """Which row goes where, in a few blocks, so that gathering starts with the first and later ones wait."""
     table = pa.table({"position": pa.array(range(len(row_indices)), pa.int64()), "row_index": row_indices})
-    # Not from_arrow: it asks a task of one whole CPU for each block's size, which waits for ever where none is free.
+    # Not from_arrow: it asks a task of one whole CPU for each block's size, which waits without end where none is free.
     starts = range(0, len(row_indices), _GATHER_ROWS)
     plan: ray.data.Dataset = ray.data.from_blocks([table.slice(start, _GATHER_ROWS) for start in starts])
     return plan

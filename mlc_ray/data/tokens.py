@@ -32,7 +32,7 @@ class TemplateError(MlcRayError, ValueError):
 
 
 class TokenizationError(MlcRayError, ValueError):
-    """The settings leave no room for the template; the message quotes the values and names the setting."""
+    """A limit is too small for the template; the message quotes the values and names the setting."""
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -51,7 +51,7 @@ class ChatTemplate:
     """A tokenizer's chat template, with its boundaries.
 
     `head_ids` are the tokens before the user's text; `minimum` is the number of tokens of a prompt that holds one
-    letter, the least that a limit must leave room for.
+    letter, the least that a limit may be.
 
     Raises:
         TemplateError: there is no usable template.
@@ -83,7 +83,7 @@ class ChatTemplate:
         then the end of the uncut ids: the user's text loses its front.
 
         Raises:
-            TokenizationError: `limit` has no room for head and tail.
+            TokenizationError: `limit` is too small for head and tail.
         """
         return self.cut_prompt(self._ids(self.render_prompt(text)), limit)
 
@@ -116,7 +116,7 @@ class ChatTemplate:
         """A prompt's ids within `limit`, and how many were cut; see `encode_prompt`."""
         if self.minimum > limit:
             raise TokenizationError(
-                f"data.max_prompt_tokens={limit} leaves no room for any text: the chat template alone takes "
+                f"data.max_prompt_tokens={limit} leaves no space for any text: the chat template alone takes "
                 f"{self.minimum - 1} tokens; set data.max_prompt_tokens well above that"
             )
         if len(ids) <= limit:
@@ -128,7 +128,7 @@ class ChatTemplate:
         """Ids of the answer in a `conversation` with the given `ids`, whose prompt is `rendered` with `prompt_ids`.
 
         Both uncut, prompt and answer are the template's own rendering of the conversation, unless the tokenizer would
-        melt the generation prompt and the first letters into one token: then the answer is tokenised alone, because
+        merge the generation prompt and the first letters into one token: then the answer is tokenised alone, because
         generation too starts behind a finished prompt.
         """
         if ids[: len(prompt_ids)] == prompt_ids:
@@ -145,7 +145,7 @@ class ChatTemplate:
         """The head as it is tokenised before text; alone, line breaks at its end can come out otherwise."""
         one, other = self._ids(self.head + "x" + self.tail), self._ids(self.head + "y" + self.tail)
         common = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
-        # A blank at its end may have melted into the letter; then the head alone is the better account of it.
+        # A blank at its end may have merged with the letter; then the head tokenised alone is more accurate.
         return common if self.tokenizer.decode(common) == self.head else self._ids(self.head)
 
     def _render(self, user: str, assistant: str | None = None) -> str:

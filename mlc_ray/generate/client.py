@@ -61,7 +61,7 @@ class EndpointUsage:
 
 @dataclass(frozen=True)
 class _Try:
-    """How one HTTP request ended. `tokens` are (input, output); None with `billable` means that nobody knows."""
+    """How one HTTP request ended. `tokens` are (input, output); None with `billable` means that they are unknown."""
 
     reply: Reply
     again: bool = False
@@ -248,7 +248,7 @@ class ChatEndpoint:
             if not isinstance(text, str) or not isinstance(finish, str):
                 raise TypeError("content or finish_reason is not a string")
         except (ValueError, LookupError, TypeError, AttributeError):
-            fault = self._scrub(f"what came back is no chat completion: {_error_message(raw)}")
+            fault = self._scrub(f"the reply is not a chat completion: {_error_message(raw)}")
             return _Try(Reply("", ERROR, fault), billable=True)
         if refusal:
             reply = Reply("", "refusal", self._scrub(f"the model refused to reply: {_one_line(str(refusal))}"))

@@ -21,7 +21,7 @@ Device = Literal["cpu", "gpu"]
 
 
 class EngineError(MlcRayError):
-    """The settings and the installed vLLM, or the settings among themselves, do not fit."""
+    """The settings do not fit the installed vLLM, the model or each other; the message names the fix."""
 
 
 @dataclass(frozen=True)

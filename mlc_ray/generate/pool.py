@@ -3,16 +3,17 @@
     prompts = Blocks.put(table, part, device)      # into Ray's object store, once
     with Pool.open(part, device) as pool:
         answers = pool.map(prompts)                # the new columns, block for block, in the object store as well
-        pool.swap(folder)                          # the same engines serve other weights, and it is proved
+        pool.swap(folder)                          # the same engines serve other weights, which is verified
         answers = pool.map(prompts)
     table = answers.table()
 
-An actor that is free takes the next block, so that a slow one delays nobody; results are put in order by the block's
-number, and a block's rows never change places. What a stage adds stays in the object store until somebody reads it: the
-actors of the next stage get it from there, beside the blocks of prompts, without a way through the driver.
+A free actor takes the next block, so that a slow one does not delay the others; results are ordered by the block's
+number, and the order of rows within a block never changes. The columns that a stage adds stay in the object store until
+they are read: the actors of the next stage get them from there, beside the blocks of prompts, and not through the
+driver.
 
-A pool belongs to one process, which calls one method at a time. An actor that dies ends the call with Ray's own error:
-giving its block out again is the task of `Pool.map`, where the queue is.
+A pool belongs to one process, which calls one method at a time. An actor that dies ends the call with Ray's own error;
+no block is retried.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def block_rows(rows: int, replicas: int, device: Device) -> int:
 
 class Worker:
     """An actor of a pool. An expected error is returned beside the result, not raised: for one that is raised Ray logs
-    a traceback for every result that nobody came for.
+    a traceback for every result that was not fetched.
     """
 
     def __init__(self, stage: type[Stage], settings: Mapping[str, Any]) -> None:
@@ -263,7 +264,7 @@ class Pool:
         Raises:
             StaleWeightsError: an engine does not serve them.
         """
-        self.weights = None  # until it is proved, nobody knows what they serve
+        self.weights = None  # until it is verified, it is unknown what they serve
         found = self._each("swap", weights, lora)
         self.weights = weights
         return {name: max(seconds[name] for seconds in found) for name in found[0]}
@@ -277,7 +278,7 @@ class Pool:
         self._each("wake")
         try:
             yield
-        finally:  # training needs the memory whatever happened here
+        finally:  # training needs the memory even after an error
             self._each("sleep")
 
     def close(self) -> None:
@@ -288,7 +289,7 @@ class Pool:
         self.kill()
 
     def kill(self) -> None:
-        """End the actors at once, whatever they do."""
+        """End the actors at once, even in the middle of a block."""
         for actor in self.actors:
             ray.kill(actor)
         self.actors = []

@@ -1,4 +1,4 @@
-"""What the actors of a pool run: a stage takes rows and gives back new columns for them; and the first one, answering.
+"""Stages, which the actors of a pool run: rows in, new columns out; and the first stage of a score, `Generator`.
 
 This module imports neither Ray nor torch; a stage loads what it needs when it is made, in the actor that runs it.
 """

@@ -1,15 +1,16 @@
-"""Which weights does an engine serve? Samples of them, read from the engine and from the file, must be equal.
+"""Verifying which weights an engine serves: samples read from the engine and from the file must be equal.
 
-An engine that takes new weights without restarting could go on serving old ones, all or some of them, and every score
-after that would be of the wrong model. So after a swap a sample is compared, value for value:
+An engine that loads new weights without restarting could keep serving some or all of the old ones, and every later
+score would be of the wrong model. So after a swap a sample is compared, value for value:
 
 - rows of the token embedding, spread over the vocabulary, and every norm, as the engine's parameters hold them;
 - a few elements of every matrix, *through the kernel that serves it*: a linear map of unit vectors gives back the
   columns of its matrix, exactly in any floating-point type, however a kernel repacks or shards it. Parameters alone
-  would not do: vLLM's CPU kernels keep packed copies, and a reload leaves one of them as it was (`renew_heads`).
+  would not do: vLLM's CPU kernels keep packed copies, and a reload does not update one of them (`renew_heads`).
 
-What no name leads to (experts of a mixture, biases) is not read. For that, and for graphs captured before the swap,
-there is a second proof: where samples differ from those before, so must the log-probs of a fixed text (`Engine.swap`).
+Weights that are not found by name (experts of a mixture, biases) are not sampled. For those, and for graphs captured
+before the swap, there is a second check: where samples differ from those before, so must the log-probs of a fixed text
+(`Engine.swap`).
 """
 
 from __future__ import annotations
@@ -300,6 +301,6 @@ def compare_samples(expected: WeightSample, held: Sequence[Mapping[str, Any]], m
             )
     if not any(name in worker for worker in held for name in expected.matrices):
         raise StaleWeightsError(
-            f"after a swap to {model!r} no matrix of the engine could be told by its name, so it cannot be proved what "
+            f"after a swap to {model!r} no matrix of the engine was found by its name, so it cannot be proved what "
             "it serves; nothing was scored"
         )

@@ -1,9 +1,9 @@
 """Translate, then judge: prompts and responses in English for judges that do not read their language.
 
-A translator is a chat model like another: asked for something harmful it may decline, and then its "I cannot help with
-that" would be judged in place of the response, as a refusal that the policy never gave. It may also stop half-way, or
-hand the text back. So a translation counts only between the markers asked for, whole, and in Latin letters; otherwise
-it is None with a reason, and the answer is `unparsed` without any judge having read it.
+A translator is an ordinary chat model: asked to translate something harmful it may decline, and its "I cannot help with
+that" would then be judged in place of the response, as a refusal that the policy never gave. It may also stop half-way,
+or return the text unchanged. So a translation counts only if it stands between the markers asked for, is complete, and
+is in Latin letters; otherwise it is None with a reason, and the answer is `unparsed` without being judged.
 """
 
 from __future__ import annotations

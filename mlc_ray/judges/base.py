@@ -1,4 +1,4 @@
-"""Judges: what a response is. A judge declares its languages, and says `unparsed` where it cannot tell.
+"""Judges give verdicts on responses. A judge declares its languages, and says `unparsed` where it cannot tell.
 
 A judge is one file: a class with its settings nested in it, its facts, and how it judges.
 

@@ -1,4 +1,4 @@
-"""The endpoint judge: asks a chat model behind an OpenAI-compatible endpoint what a response is.
+"""The endpoint judge: asks a chat model behind an OpenAI-compatible endpoint for its verdict on a response.
 
 Two protocols, after the two evaluations of the MLC paper: `safety` asks whether the response to a question is safe
 (there on PKU-SafeRLHF), `attack` whether an attempt to get something harmful succeeded (there on MultiJail). The
@@ -76,7 +76,7 @@ class EndpointJudge(Judge):
     look perfect. A response that the judge calls gibberish is `degenerate` on both, whatever its verdict says.
 
     `languages` is None, every language: the claim is the endpoint's, and how well its model reads each is for the user
-    to know. Whatever is not exactly a verdict in the form asked for is `unparsed`, with the reason.
+    to know. Any reply that is not exactly a verdict in the form asked for is `unparsed`, with the reason.
     """
 
     name = "endpoint"

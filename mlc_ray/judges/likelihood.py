@@ -1,16 +1,16 @@
-"""The likelihood judge: would the model refuse or comply? By log-probs of how responses open; nothing is generated.
+"""The likelihood judge: would the model refuse or comply? By log-probs of openings of responses, without generating.
 
 For one prompt x, with refusal openings R and compliance openings C,
 
     margin = log sum_{o in R} P(o | x) - log sum_{o in C} P(o | x)        in nats
 
 where log P(o | x) is *summed* over the tokens of o behind the chat-templated prompt. Summed, because then the margin
-has a meaning: no opening begins another one, so the openings are events that exclude each other, the sums are the
-probabilities that a response begins in one of these ways, and the margin is the log-odds of the two. A mean per token
-is no probability, favours openings whose ends are easy to guess, and would weigh one text differently by the number of
-tokens that its script takes. The price is that a longer opening counts less, so all of them are kept short, and as many
-stand on either side. Where the margin is 0 is nominal, because help begins in more ways than refusals do: compare
-margins of models or languages with each other, rather than count those above 0.
+has a meaning: no opening is the beginning of another, so the openings are mutually exclusive events, the sums are the
+probabilities that a response begins with one of them, and the margin is the log-odds of the two. A mean per token is
+not a probability, favours openings whose ends are easy to predict, and would weigh the same text differently by the
+number of tokens that its script takes. The price is that a longer opening counts less, so all of them are short, and
+both sides have equally many. The zero of the margin is nominal, because help begins in more ways than refusals do:
+compare margins of models or languages with each other, rather than count those above 0.
 
 The measure is smooth where counts of refusals among few prompts jump, which is what a search needs.
 """

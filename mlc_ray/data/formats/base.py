@@ -11,7 +11,7 @@ A format is one class in one file, registered under the name that a source's `fo
             return {"prompts": {record["language"]: record["question"]}}
 
 A format from outside this package is named by where it is, `format: "my_package.my_module:Questions"`. Containers
-(JSONL, CSV, Parquet, ...) are not its business: it is given one record at a time.
+(JSONL, CSV, Parquet, ...) are read elsewhere (`containers`): a format is given one record at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, make_bundle
 from mlc_ray.types import Bundle, Kind
 
-if TYPE_CHECKING:  # containers import pyarrow; the settings, which only look a format's name up, do without
+if TYPE_CHECKING:  # containers import pyarrow, which the settings do not need: they only look up a format's name
     from mlc_ray.data.formats.containers import Opened, Record
 
 
@@ -68,7 +68,7 @@ class Format:
         """The raw bundle that a record describes; its keys are `mlc_ray.data.bundles.FIELDS`.
 
         Raises:
-            BundleError: the record is no bundle; the message is the reason that the user reads.
+            BundleError: the record is not a bundle; the message is the reason that the user reads.
         """
         raise NotImplementedError
 

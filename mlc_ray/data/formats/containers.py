@@ -1,4 +1,4 @@
-"""JSONL, JSON arrays, Parquet, CSV and Hugging Face datasets as records that know where they stand.
+"""JSONL, JSON arrays, Parquet, CSV and Hugging Face datasets as records with their line or row numbers.
 
 Nothing here knows what a bundle is. Nothing here runs code or unpickles: Parquet and Arrow are data formats, and
 `datasets` (5 and later) runs no scripts.
@@ -89,7 +89,7 @@ def open_records(path: str, *, container: Literal["csv"] | None = None) -> Opene
         return Opened(path, None, _json_records(path))
     if location.suffix in (".csv", ".tsv") or container == "csv":
         return Opened(path, *_open_csv(path))
-    raise BundleFileError(f"{path}: the suffix {location.suffix!r} is none of {', '.join(SUFFIXES)}")
+    raise BundleFileError(f"{path}: the suffix {location.suffix!r} is not one of {', '.join(SUFFIXES)}")
 
 
 # ----------------------------------------------------------------------------------------------------------- JSON

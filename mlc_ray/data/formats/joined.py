@@ -53,7 +53,7 @@ class JoinedFormat(Format):
         """The piece that a record is, or None for one that marks a missing prompt.
 
         Raises:
-            BundleError: the record is no piece; the message is the reason that the user reads.
+            BundleError: the record is not a piece; the message is the reason that the user reads.
         """
         raise NotImplementedError
 

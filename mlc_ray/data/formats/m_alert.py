@@ -23,7 +23,7 @@ class MAlert(Format):
     ids = ("id",)
 
     def recognises(self, keys: frozenset[str]) -> bool:
-        """These columns and no other: with one more it is somebody's own table."""
+        """Exactly these columns: with one more it is a user's own table."""
         return keys == self.needs
 
     def is_language(self, column: str) -> bool:

@@ -28,7 +28,7 @@ class MultiJail(Format):
             check_language(key, f"column {key!r}")
 
     def is_language(self, column: str) -> bool:
-        """Every column that is no label."""
+        """Every column that is not a label."""
         return column not in _LABELS
 
     def bundle(self, record: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""A table of one's own: a column per language."""
+"""A user's own table: a column per language."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Table(Format):
         return bool(languages)
 
     def is_language(self, column: str) -> bool:
-        """Every column that is no label."""
+        """Every column that is not a label."""
         return column not in _LABELS
 
     def bundle(self, record: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -51,7 +51,7 @@ def said(value: Any, where: str, roles: tuple[str, ...]) -> Any:
     """The text of one message, given as text, as {from, value}, or as a list of one such message.
 
     Raises:
-        BundleError: there are several messages, or one from somebody else than `roles`.
+        BundleError: there are several messages, or one that is not from any of `roles`.
     """
     if isinstance(value, list):
         if len(value) != 1:

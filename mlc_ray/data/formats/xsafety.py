@@ -13,7 +13,7 @@ from mlc_ray.data.formats.base import Row
 from mlc_ray.data.formats.joined import JoinedFormat, Piece, Placed, join
 from mlc_ray.types import Kind
 
-# One folder's name is no language code.
+# The name of one folder is not a language code.
 _FOLDERS = {"sp": "es"}
 CATEGORIES = (
     "commonsense", "Crimes_And_Illegal_Activities", "Ethics_And_Morality", "Goal_Hijacking",
@@ -45,7 +45,7 @@ class XSafety(JoinedFormat):
         rejected as a whole.
 
         Raises:
-            BundleFileError: the folder, or a file in it, is none of XSafety's.
+            BundleFileError: the folder, or a file in it, does not belong to XSafety.
         """
         return join(_pieces(Path(folder), self.settle_kind(None, kind)), split_kinds=False)
 
@@ -104,7 +104,7 @@ def _category(path: Path) -> str:
     stem = path.stem.removesuffix("_n").removesuffix(f"_{path.parent.name}")
     category = _SPELLINGS.get(stem, stem)
     if category not in CATEGORIES:
-        raise BundleFileError(f"{path}: {stem!r} is none of XSafety's categories: {', '.join(CATEGORIES)}")
+        raise BundleFileError(f"{path}: {stem!r} is not one of XSafety's categories: {', '.join(CATEGORIES)}")
     return category
 
 
