@@ -1,4 +1,4 @@
-"""`mlc-ray show FOLDER`: what a folder is, how far it got, what came out, and what to do next; by its files alone.
+"""`mlc-ray show FOLDER`: what a folder is, how far it got, its results, and what to do next; from its files alone.
 
 One function per kind of folder gives its lines; `_KINDS` lists them.
 """
@@ -44,7 +44,7 @@ from mlc_ray.storage import MANIFEST, Place
 from mlc_ray.utility.file import load_utility
 
 Line = tuple[str, str]
-"""A label, and what there is to say; an empty label goes on with the one before."""
+"""A label and its text; an empty label continues the one before."""
 
 _RECENT_STEPS = 20  # of which the time is averaged: the first steps are slower
 _MOST_TRIALS = 20
@@ -56,10 +56,10 @@ class ShowError(MlcRayError):
 
 
 def show(folder: str | Path | Place) -> str:
-    """What is in the folder of a run, score, search or probe, going on or ended, as text; of several, a line for each.
+    """The folder of a run, score, search or probe, in progress or ended, as text; of several, a line for each.
 
     Raises:
-        ShowError: it is none of them and holds none, or a file in it is damaged.
+        ShowError: it neither is nor holds one of them, or a file in it is damaged.
         MlcRayError: what the readers of metrics and scores raise.
     """
     place = Place(folder).absolute()
@@ -71,7 +71,7 @@ def show(folder: str | Path | Place) -> str:
     inside = [(child, kind_of(child)) for child in place.iterdir()]
     known = [(child, found) for child, found in inside if found is not None]
     if not known:
-        what = "holds no run, score, search or probe" if place.is_dir() else "is no folder"
+        what = "holds no run, score, search or probe" if place.is_dir() else "is not a folder"
         raise ShowError(f"{str(place)!r} {what}; give one that `mlc-ray train`, `score`, `search` or `probe` wrote")
     lines: list[Line] = []
     for child, found in known:
@@ -109,7 +109,7 @@ def _run(folder: Place) -> list[Line]:
     if rows:
         lines.append(("last step", _metrics(rows[-1])))
         lines += [("warning", f"step {row['step']}: {text}") for row in rows[-50:] for text in row.get("warnings", ())]
-    steps = ", ".join(map(str, checkpoints)) or "none is complete yet"
+    steps = ", ".join(map(str, checkpoints)) or "none complete yet"
     lines.append(("checkpoints", f"at step {steps}" if checkpoints else steps))
     lines += [("incomplete", fault) for fault in faults]
     scores = [child for child in (folder / SCORES_FOLDER).iterdir() if child.is_dir()]

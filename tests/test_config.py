@@ -172,7 +172,7 @@ def test_an_anchor_gives_every_loss_a_reference_setting() -> None:
 def test_seen_languages_are_language_tags() -> None:
     score = {"model": "m", "benchmarks": [{"path": "sample:test"}]}
     assert parse_config(ScoreConfig, {**score, "seen_languages": ["en", "zh-Hant", "pt-BR"]}).seen_languages
-    with pytest.raises(ConfigError, match=r"seen_languages has 'EN', 'English', which is no language tag.*'zh-Hant'"):
+    with pytest.raises(ConfigError, match=r"seen_languages has 'EN', 'English', not a language tag.*'zh-Hant'"):
         parse_config(ScoreConfig, {**score, "seen_languages": ["sw", "EN", "English"]})
 
 

@@ -209,7 +209,7 @@ def test_a_folder_of_folders_has_a_line_for_each(tmp_path: Path) -> None:
 def test_what_cannot_be_shown_is_named(tmp_path: Path) -> None:
     with pytest.raises(ShowError, match=r"holds no run, score, search or probe"):
         show(tmp_path)
-    with pytest.raises(ShowError, match=r"none' is no folder"):
+    with pytest.raises(ShowError, match=r"none' is not a folder"):
         show(tmp_path / "none")
     (tmp_path / "config.json").write_text("{}")  # a model's, not a search's
     with pytest.raises(ShowError):
@@ -228,7 +228,7 @@ def test_it_is_a_command_that_starts_no_ray(tmp_path: Path, capsys: pytest.Captu
     assert main(["show", str(run)]) == 0
     assert "step 12 of 24" in capsys.readouterr().out
     assert main(["show", str(tmp_path / "none")]) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
     heavy = "[name for name in ('ray', 'torch', 'vllm') if name in sys.modules]"
     code = f"import sys; from mlc_ray.cli import main; main(['show', {str(run)!r}]); print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -235,7 +235,7 @@ def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
         metavar="FOLDER",
         type=_place if what == "score" else _path,
         help=f"{what} folder to go on with, by its own settings: takes no others (a command with --set resume=auto "
-        f"starts a {what}, or goes on with it where it is there already)",
+        f"starts a {what}, or resumes it if it exists already)",
     )
 
 

@@ -22,7 +22,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 LANGUAGE_TAG = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?")
 """A BCP 47 tag of language, script and region, with its cases: `en`, `zh-Hant`, `pt-BR`."""
 Resume = Literal["never", "auto"]
-RESUME = "Where the folder is there already: `never` refuses it, `auto` goes on with it, if its settings are the same."
+RESUME = "If the folder exists already: `never` refuses it, `auto` resumes it, provided its settings are the same."
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 

@@ -168,7 +168,7 @@ class ScoreConfig(ScoringSection):
     def _tags(cls, codes: list[str] | None) -> list[str] | None:
         if unlike := [code for code in codes or () if not LANGUAGE_TAG.fullmatch(code)]:
             raise ValueError(
-                f"seen_languages has {', '.join(map(repr, unlike))}, which is no language tag; write them like 'en', "
+                f"seen_languages has {', '.join(map(repr, unlike))}, not a language tag; write them like 'en', "
                 "'zh-Hant', 'pt-BR' (BCP 47, with its cases)"
             )
         return codes

@@ -1,7 +1,7 @@
-"""Charts as shapes of SVG, which the page's template draws: 360 units wide, as on a phone; a desk shows them larger.
+"""Charts as SVG shapes, which the page's template draws: 360 units wide, as on a phone; wide screens enlarge them.
 
-Colours are the page's (`style.css`), so they follow its light and dark. Nothing is told by colour alone: what falls is
-dashed, runs have their own dash, and every number stands in a table of the page as well.
+Colours are the page's (`style.css`), so they follow its light and dark. Nothing is shown by colour alone: falling lines
+are dashed, each run has its own dash, and every number is also in a table of the page.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Folders -> plain data: what was scored, what was trained, and what lies there but could not be used.
+"""Folders -> plain data: what was scored, what was trained, and what was found but could not be used.
 
 A RUN is a training run's folder (`config.yaml`, `run.json`, `metrics.jsonl`, scores in `scores/*/`), a score folder
 (`scores.json`, `responses.parquet`, perhaps `utility.json`), or a folder of those. Nothing is computed here.
@@ -50,7 +50,7 @@ _ALLOWED = {
 
 
 class ReportError(MlcRayError):
-    """A folder is no run, or a file in it is damaged; the message quotes the path."""
+    """A folder is not a run, or a file in it is damaged; the message quotes the path."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Training:
-    """One training run. `metrics` maps a name to points (step, value); value None where it was no finite number."""
+    """One training run. `metrics` maps a name to points (step, value); value None where it was not a finite number."""
 
     label: str
     folder: Place
@@ -116,7 +116,7 @@ def collect(paths: Sequence[str | Path | Place]) -> Collection:
     """Read every RUN. The order is that of `paths`; in one run, scores come in the order they were made.
 
     Raises:
-        ReportError: A path is no run, or given twice; a file is damaged.
+        ReportError: A path is not a run, or is given twice; a file is damaged.
         ScoresFileError: A `scores.json` is damaged.
     """
     if not paths:
@@ -254,7 +254,7 @@ def read_responses(path: Place | Path) -> list[Response]:
     for name, allowed in _ALLOWED.items():
         if unknown := [value for value in dict.fromkeys(columns[name]) if value not in allowed]:
             raise ReportError(
-                f"{str(file)!r}: {name}={unknown[0]!r} is none of {', '.join(map(str, allowed))}; "
+                f"{str(file)!r}: {name}={unknown[0]!r} is not one of {', '.join(map(str, allowed))}; "
                 "score again with this version"
             )
     asked = Counter(zip(*(columns[name] for name in ("benchmark", "bundle_id", "kind", "language")), strict=True))
@@ -300,7 +300,7 @@ def _read_training(folder: Place, label: str) -> Training:
 def metric_series(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[tuple[int, float | None], ...]]:
     """Points (step, value) of every number that was logged, by name, in the order the names first occur.
 
-    A value is None where it was no finite number.
+    A value is None where it was not a finite number.
     """
     series: dict[str, list[tuple[int, float | None]]] = {}
     for row in rows:

@@ -1,6 +1,7 @@
 """The report as one HTML file: no script, no request, no font or image from elsewhere.
 
-Jinja escapes whatever a template shows, and `clean` takes out control characters first: model output is never markup.
+Jinja escapes all text that a template shows, and `clean` removes control characters first: model output is never
+markup.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The colour scale of rates: one hue that only gets stronger, so that it reads the same for every kind of colour sight.
 
-The number stands in each cell as well; the colour only lets the eye find the odd ones. On each step the text is black
-or white, whichever has the larger contrast: with the two of them it never falls below 4.5 to 1 (WCAG 2.1, AA).
+Each cell also has its number; the colour only makes outliers easy to find. On each step the text is black or white,
+whichever has the larger contrast, which is never below 4.5 to 1 (WCAG 2.1, AA).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What must be said beside the numbers: sides not scored, scores not measured alike, responses not read or cut off.
+"""Warnings beside the numbers: sides not scored, scores measured differently, responses without a verdict or cut off.
 
 Console, page and Markdown show the same lines.
 """
@@ -25,7 +25,7 @@ _NOT_SCORED: dict[Kind, str] = {
 
 
 def warnings(models: Sequence[Model]) -> list[str]:
-    """What a reader must know before any number, a line each."""
+    """What a reader must know before any number, one line each."""
     return [
         *_missing_sides(models),
         *_not_alike(models),
@@ -69,7 +69,7 @@ def _not_alike(models: Sequence[Model]) -> Iterator[str]:
             labels.setdefault(value, []).append(model.label)
         if len(labels) > 1:
             each = "; ".join(f"{value}: {', '.join(names)}" for value, names in labels.items())
-            yield f"Not measured alike, the {name} differ ({each}): compare with care."
+            yield f"Not measured the same way, the {name} differ ({each}): compare with care."
 
 
 def _dtype(config: Mapping[str, Any]) -> object:

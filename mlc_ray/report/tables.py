@@ -1,4 +1,4 @@
-"""One model of a table, and how it is shown: on a terminal and in Markdown here, on the page by its template."""
+"""A table as data, and its renderers for terminals and Markdown; on the page a template renders it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers and texts as people see them: the one place that rounds, and the one that takes out what could mislead."""
+"""Formatting of numbers and texts: the one place that rounds, and the one that removes control characters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import re
 
 ABSENT = "·"
-"""Stands where there is no value."""
+"""Shown where there is no value."""
 
 _SAME = 1e-9  # rates are quotients of whole numbers: what is nearer than this is the same
 # What HTML and terminals cannot hold, and what turns the text after it around (embeddings, overrides, isolates).

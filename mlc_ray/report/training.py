@@ -1,4 +1,4 @@
-"""Curves of training: which numbers, in which groups, and what they mean; one small chart per number."""
+"""Training curves: which metrics, in which groups, and what they mean; one small chart per metric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Utility for a report: which results are the same measurement, how they were measured, where that differs."""
+"""Utility in a report: which results are of the same measurement, how it was made, and where that differs."""
 
 from __future__ import annotations
 
@@ -85,4 +85,4 @@ def utility_warnings(measured: Measured) -> Iterator[str]:
                     tasks.append(line.task)
     for difference, tasks in places.items():
         shown = ", ".join(tasks[:3]) + (f" and {len(tasks) - 3} more" if len(tasks) > 3 else "")
-        yield f"Utility not measured alike, {difference}: do not compare {shown}."
+        yield f"Utility not measured the same way, {difference}: do not compare {shown}."

@@ -1,4 +1,4 @@
-"""What the page shows, as plain data: the templates only lay it out."""
+"""The content of the page as plain data: the templates only lay it out."""
 
 from __future__ import annotations
 

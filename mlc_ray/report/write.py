@@ -22,7 +22,7 @@ def write_report(
         The files written.
 
     Raises:
-        ReportError: A run cannot be read, or `out` is no HTML file; nothing is written then.
+        ReportError: A run cannot be read, or `out` is not an HTML file; nothing is written then.
         ScoresFileError: A score cannot be read; nothing is written then.
     """
     out = Path(out)

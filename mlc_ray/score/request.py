@@ -1,4 +1,4 @@
-"""What a score folder is a score of, written into it before anything runs."""
+"""What a score folder is a score of (model, prompts, settings), written into it before anything runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ScoreError(MlcRayError):
 
 @dataclass(frozen=True)
 class Request:
-    """What a score folder is a score of; with it a failed one can go on."""
+    """What a score folder is a score of; with it a failed score can be resumed."""
 
     config: ScoreConfig
     resolved: str
@@ -48,7 +48,7 @@ def load_request(folder: Path | Place) -> Request:
     """What the score in `folder` is of.
 
     Raises:
-        ScoreError: it is no score folder.
+        ScoreError: it is not a score folder.
     """
     try:
         content = (Place(folder) / REQUEST_FILE).read_json()

@@ -1,4 +1,4 @@
-"""What a score leaves behind: `ScoreResult`, and the `scores.json` that it is written to and read from."""
+"""The result of a score: `ScoreResult`, and the `scores.json` that it is written to and read from."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class ScoreResult:
         """The summary of a benchmark; without a name the last, which is over everything.
 
         Raises:
-            KeyError: There is none of that name.
+            KeyError: No benchmark has that name.
         """
         if benchmark is None:
             return self.summaries[-1]

@@ -1,12 +1,12 @@
-"""Scoring on Ray: answer the prompts of benchmarks, judge the answers, count, and write it all down.
+"""Scoring on Ray: generate responses to the prompts of benchmarks, judge them, count the verdicts, and save all of it.
 
 Answering, translating and judging run one after another, each in a pool of its own (`generate.pool`): two engines never
-share a machine's memory. Each adds its columns to one file, `responses.parquet`, as it ends, so that nothing is asked
-again that was answered: what a judge's fault interrupted goes on from there.
+share a machine's memory. Each adds its columns to one file, `responses.parquet`, as it ends, so that no prompt is
+answered twice: a score that a judge's error interrupted is resumed from there.
 
-What becomes of a prompt's text here, after it is a row of a bundle table (`data`): a cell of the driver's one table of
-prompts; a cell of a block in the object store, where it goes once; in the engine's actor a Python string, the rendered
-conversation, its ids and vLLM's request; beside its answer, read from the same block by the judge's actor, an `Answer`;
+The way of a prompt's text through a score, from a row of a bundle table (`data`): a cell of the driver's table of
+prompts; a cell of a block in the object store, where it is copied once; in the engine's actor a Python string, the
+rendered conversation, its ids and vLLM's request; in the judge's actor, read from the same block, part of an `Answer`;
 and in the end a cell of `responses.parquet`. The answer comes back to the driver once, without the prompt.
 """
 
@@ -68,8 +68,8 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
     """Answer, judge, count; write the score folder and return what is in it. Nothing is printed.
 
     The folder `output_dir/name` gets `responses.parquet` and `scores.json` (written last). On a cluster, a local model
-    folder must lie where every node sees it. When a judge fails, the responses stay in the folder: `judge_again` takes
-    them up, and so does the same call with `resume: auto`, which returns a score that is there already.
+    folder must lie where every node sees it. When a judge fails, the responses stay in the folder: `judge_again`
+    continues with them, and so does the same call with `resume: auto`, which returns a score that is complete already.
 
     Args:
         pool: engines that are up (`open_pool`); they are given the model's weights, and stay open. By default engines
@@ -99,7 +99,7 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
 
 
 def _score(config: ScoreConfig, model: str, folder: Path, pool: Pool | None) -> ScoreResult:
-    """The score, in a folder of this machine; what an earlier call left there is not done again."""
+    """The score, in a folder of this machine; what an earlier call finished is not done again."""
     device = _connect(config)
     config = _decided(config, device)
     judge = make_judge(config.judge)
@@ -155,7 +155,7 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
 
 
 def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = None, **changes: Any) -> ScoreResult:
-    """Judge the responses of a score folder again; no prompt is answered again.
+    """Judge the responses of a score folder again, without generating new ones.
 
     The result goes into a folder beside it. A folder whose judge failed is completed in place when no `out` is given.
 
@@ -165,7 +165,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         changes: fields of its settings that differ: `judge`, `max_unparsed`, `address`, `accelerator`.
 
     Raises:
-        ScoreError: the folder holds no responses, or the new one is there already.
+        ScoreError: the folder holds no responses, or the new one exists already.
         MlcRayError: as `score`.
     """
     source = Place(scored).absolute()
@@ -366,13 +366,13 @@ def _worked_on(place: Place) -> Iterator[Path]:
 def _check_free(folder: Place, *, resume: bool = False) -> None:
     if (folder / SCORES_FILE).exists() and not resume:
         raise ScoreError(
-            f"score folder {str(folder)!r} is there already; choose another name, or remove it (resume: auto takes it "
-            "as it is, if the settings are the same)"
+            f"score folder {str(folder)!r} exists already; choose another name, or remove it (resume: auto returns it "
+            "if the settings are the same)"
         )
 
 
 def _earlier(folder: Path, request: Request, prompts: Prompts) -> ScoreResult | pa.Table | None:
-    """What an earlier call left of the same score: all of it, or the answers; None if it did not get that far.
+    """What an earlier call saved of the same score: all of it, or the answers; None if neither.
 
     Raises:
         ScoreError: the folder holds something else.

@@ -1,8 +1,8 @@
-"""A scorer that stays warm: every pool that the score of a checkpoint needs, kept open from one to the next.
+"""A scorer that stays warm: every pool that scoring a checkpoint needs, kept open between checkpoints.
 
 `start_scorer` puts it into a Ray actor, and what it returns is a handle that can be sent to any process of the cluster.
 The actor owns the pools and takes one call after the other, so that two trials never ask for different weights at once;
-a call that it has begun is ended even where the process that asked has died, and engines sleep again.
+a call that it has begun is finished even if the calling process has died, and engines sleep again.
 """
 
 from __future__ import annotations

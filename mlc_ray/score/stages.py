@@ -1,4 +1,4 @@
-"""The stages of a score behind answering, which `generate.pool` runs: translation, and judges.
+"""The stages of a score after generation, which `generate.pool` runs: translation, and judges.
 
 A score is up to three stages, each with engines of its own; each adds its columns to the row of a prompt:
 
@@ -43,7 +43,7 @@ VERDICTS = pa.schema(
         "via_refused": _TEXT, "via_safe": _TEXT,
     }
 )  # fmt: skip
-"""A verdict, and how the judge behind each measure came to read its language; null where nobody judges a measure."""
+"""A verdict, and how the judge behind each measure came to read its language; null where no judge gives a measure."""
 TRANSLATED = pa.schema({"prompt_en": _TEXT, "response_en": _TEXT, "translation_fault": _TEXT})
 """Null where nothing was to be translated; `translation_fault` says why a translation failed."""
 RESPONSES = pa.schema([*PROMPTS, *ANSWERS])
@@ -134,10 +134,10 @@ class TranslateStage(Stage):
 class JudgeStage(Stage):
     """`RESPONSES`, with `TRANSLATED` where something was, -> `VERDICTS`.
 
-    A judge that does not say whether a response refuses is joined by the phrase judge, because a score without the
-    benign side's refusals is no score: `phrase_ways` is how the phrase judge reads each language, None if it is not
-    needed. Then degenerate answers are told apart (`degenerate.settle`). What an endpoint did and cost is written to
-    `usage_file`.
+    A judge that does not say whether a response refuses is joined by the phrase judge, because without the refusal rate
+    of benign prompts a score means nothing: `phrase_ways` is how the phrase judge reads each language, None if it is
+    not needed. Then degenerate answers are told apart (`degenerate.settle`). What an endpoint did and cost is written
+    to `usage_file`.
     """
 
     columns = VERDICTS
@@ -189,7 +189,7 @@ def answers_of(table: pa.Table) -> list[Answer]:
 
 
 def _translations(table: pa.Table) -> list[TranslatedAnswer]:
-    """What was translated of each row; none at all where there was no translator, because no language needs one."""
+    """The translation of each row; empty where there was no translator, because no language needs one."""
     if not set(TRANSLATED.names) <= set(table.column_names):
         return []
     columns = (table[name].to_pylist() for name in TRANSLATED.names)

@@ -1,4 +1,4 @@
-"""What every layer knows before anything is trained: how consistent, how distinct, and how separable its states are.
+"""Statistics of every layer before training: how consistent, how distinct, and how separable its states are.
 
 All numbers are of the hidden states of the tapped tokens, before any extractor; docs/search.md says what each can and
 cannot tell. The states are read forward only, by a Ray Data actor.
@@ -50,9 +50,9 @@ class LayerStatistics:
     """One layer, an index into Hugging Face's `hidden_states`.
 
     `share` is s1^2 / sum s^2 within bundles, mean over bundles: 1 when all languages are collinear already. `within`
-    and `between` are mean cosines of rows of one bundle and of different bundles; `separation` is their difference:
-    how far a bundle's languages are nearer to each other than to other bundles. `separability` is, by language, the AUC
-    of a linear probe that tells harmful from benign (`losses.collapse.probe_auc`; empty with too few of either), and
+    and `between` are mean cosines of rows of one bundle and of different bundles; `separation` is their difference: how
+    far a bundle's languages are nearer to each other than to other bundles. `separability` is, by language, the AUC of
+    a linear probe that tells harmful from benign (`losses.measures.probe_auc`; empty with too few of either), and
     `transfer` by language that of a probe trained on English states and asked in the other language.
     """
 

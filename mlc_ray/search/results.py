@@ -1,4 +1,4 @@
-"""What a search found: a table of trials, the Pareto plot, the best config and its model."""
+"""The results of a search: a table of trials, the Pareto plot, the best config and its model."""
 
 from __future__ import annotations
 

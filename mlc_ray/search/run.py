@@ -1,4 +1,4 @@
-"""A search: everything is made once that its trials share, Ray Tune runs them, and what was found is written down.
+"""A search: what its trials share is made once, Ray Tune runs the trials, and the results are saved.
 
 Before the first trial: token rows, the reference's log-probs, the prompts to score, the engines, and the baseline (the
 score of the model before training). A search folder holds
@@ -8,7 +8,7 @@ score of the model before training). A search folder holds
     trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per checkpoint, in the end `model/` or,
                      where the scheduler ended it, `stopped`; `--resume` goes by these alone
     tune/            Ray Tune's own logs
-    trials.json, search.md, *.png, best.yaml, best/      what was found (`search.results`)
+    trials.json, search.md, *.png, best.yaml, best/      the results (`search.results`)
 """
 
 from __future__ import annotations
@@ -77,13 +77,13 @@ class SearchError(MlcRayError):
 def search(config: SearchConfig) -> SearchResult:
     """Run a search to its end; writes and returns what it found.
 
-    With `resume: auto` it goes on as `resume_search` does where its folder is there already.
+    With `resume: auto` an existing folder is resumed, as by `resume_search`.
 
     Raises:
         ConfigError: the space has values that no run can have.
         ClusterError: the cluster can never give the resources.
-        SearchError: the folder is there already, with `resume: auto` of a search with other settings; or no trial got
-            a score.
+        SearchError: the folder exists already, with `resume: auto` of a search with other settings; or no trial got a
+            score.
     """
     space = make_space(config)
     folder = (output_folder(config.output_dir) / config.name).resolve()
@@ -106,7 +106,7 @@ def search(config: SearchConfig) -> SearchResult:
     try:
         prepared = _prepare(load_search(folder), space, folder)
     except BaseException:
-        # The name is free again, since what mends this is another setting; what is cached by content stays.
+        # The name is free again, since the fix is another setting; what is cached by content stays.
         shutil.rmtree(folder / BASELINE_FOLDER, ignore_errors=True)
         for name in (SEARCH_CONFIG_FILE, BASE_FILE):
             (folder / name).unlink(missing_ok=True)
@@ -120,8 +120,8 @@ def resume_search(folder: Path) -> SearchResult:
     Trials that ended are not repeated; those that were running or failed go on from their last checkpoint.
 
     Raises:
-        SearchError: no search is there, or prompts or model are not those it began with. Other errors are those of
-            `search`.
+        SearchError: the folder holds no search, or prompts or model are not those it began with. Other errors are those
+            of `search`.
     """
     folder = folder.expanduser().resolve()
     config = load_search(folder)
@@ -133,7 +133,7 @@ def resume_search(folder: Path) -> SearchResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that comes before the trials: what they share, the baseline, and the layers left out.
+    """Everything before the trials: what they share, the baseline, and the layers left out.
 
     `ended` are the folders of an earlier process's trials that are not to be repeated.
     """
@@ -194,7 +194,7 @@ def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
 
 
 def _search(prepared: Prepared) -> SearchResult:
-    """The trials, and what they found."""
+    """Run the trials and write the results."""
     shared = prepared.shared
     failed: list[str] = []
     try:
@@ -313,7 +313,7 @@ def _device(base: TrainConfig) -> Device:
 
 
 def _write_settings(config: SearchConfig, space: Space, folder: Path) -> None:
-    """Write all that `load_search` needs, wherever that is called from, and whatever becomes of the files it names."""
+    """Write all that `load_search` needs, so that it works in any folder and after the files it names are gone."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True), "utf-8")
     write_json_atomic(folder / SEARCH_CONFIG_FILE, _settings(config, space, folder))

@@ -63,8 +63,8 @@ class Space:
     def corners(self) -> Iterable[dict[str, Any]]:
         """Every choice, both ends of every range and a number between, one parameter at a time, others at the first.
 
-        The number between is none that a whole number could be, so that a range of numbers over a field that takes only
-        whole ones is found out.
+        The number between is not a whole one, so that a range of numbers over a field that takes only whole numbers is
+        refused.
         """
         first = {name: _ends(parameter)[0] for name, parameter in self.parameters.items()}
         yield first
@@ -168,7 +168,7 @@ def _mapping_at(raw: Mapping[str, Any], section: str) -> Mapping[str, Any]:
 
 
 def _check_base(config: SearchConfig, space: Space) -> None:
-    """Blame the file of the runs or `set`, not the values of a trial, where no value could mend it."""
+    """Blame the file of the runs or `set`, not the values of a trial, where no value could fix it."""
     try:
         space.run(next(iter(space.corners())), name="corner")
     except ConfigError:

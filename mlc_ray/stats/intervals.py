@@ -45,7 +45,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
         ValueError: Unless 0 <= successes <= n and n > 0.
     """
     if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"{successes} of {n} is no rate")
+        raise ValueError(f"{successes} of {n} is not a rate")
     p, z2 = successes / n, _Z * _Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -142,7 +142,7 @@ class LanguageMean:
         return np.where(languages > 0, rates.sum(axis=1) / np.maximum(languages, 1), np.nan)
 
     def wilson_limits(self) -> tuple[float, float]:
-        """The mean over languages of Wilson's limits: as if the languages erred together, hence wide."""
+        """The mean over languages of Wilson's limits: as if their errors were perfectly correlated, so rather wide."""
         total = self.source.total[0]
         counts, present = total[self.counts].tolist(), total[self.present].tolist()
         limits = [wilson(count, n) for count, n in zip(counts, present, strict=True) if n > 0]

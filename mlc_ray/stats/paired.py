@@ -94,7 +94,7 @@ class Comparison:
         """The changes on one benchmark; without a name the last, which is over everything.
 
         Raises:
-            KeyError: There is none of that name.
+            KeyError: No benchmark has that name.
         """
         if name is None:
             return self.benchmarks[-1]
@@ -107,7 +107,7 @@ class Comparison:
 def compare(before: Sequence[Judged], after: Sequence[Judged]) -> Comparison:
     """`after` against `before` on the prompts that both were asked: same benchmark, bundle, kind and language.
 
-    Only hits count, as in every rate: what is degenerate or unparsed is no hit.
+    Only hits count, as in every rate: degenerate and unparsed responses are not hits.
 
     Raises:
         NotComparableError: They share no prompt, or no measure.

@@ -1,7 +1,7 @@
-"""Utility: what a model still knows, by lm-evaluation-harness in a process of its own; results in `utility.json`.
+"""Utility: general ability of a model, by lm-evaluation-harness in a process of its own; results in `utility.json`.
 
-The harness (package `lm-eval`) loads tasks, asks an engine for log-probs and counts. It starts vLLM itself, and so it
-runs apart from ours: two engines in one process would share settings that are read once.
+The harness (package `lm-eval`) loads tasks, asks an engine for log-probs and counts. It starts vLLM itself, so it runs
+in a process of its own: two engines in one process would share settings that are read once.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def rows_of(results: Mapping[str, Any], config: UtilityConfig) -> tuple[UtilityR
     """The harness's results file as rows: tasks and groups, each metric with its filter, in the file's order.
 
     Raises:
-        UtilityError: It holds a value that is no number where a metric should be, or no result at all.
+        UtilityError: A metric's value is not a number, or there is no result at all.
     """
     groups = results.get("group_subtasks", {})
     rows = []
@@ -95,7 +95,7 @@ def rows_of(results: Mapping[str, Any], config: UtilityConfig) -> tuple[UtilityR
             if name in _NOT_METRICS or name.endswith("_stderr") or value == "N/A":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UtilityError(f"lm-evaluation-harness gave {key}={value!r} for {task!r}, which is no number")
+                raise UtilityError(f"lm-evaluation-harness gave {key}={value!r} for {task!r}, which is not a number")
             error = metrics.get(f"{name}_stderr,{filtered}")
             version = results.get("versions", {}).get(task)
             rows.append(
@@ -187,7 +187,7 @@ def _folder(config: UtilityConfig, fingerprint: str) -> Path:
     try:
         scored = load_scores(folder).fingerprint
     except ScoresFileError as error:
-        raise UtilityError(f"scores={config.scores!r} is no score folder: {error}; or leave scores out") from None
+        raise UtilityError(f"scores={config.scores!r} is not a score folder: {error}; or leave scores out") from None
     if scored != fingerprint:
         raise UtilityError(
             f"scores={config.scores!r} is the score of another model: its fingerprint is {scored!r}, that of "

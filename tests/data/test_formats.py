@@ -336,7 +336,7 @@ def test_xsafety_files_whose_rows_cannot_be_counted_on(tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("en/Jokes.csv", "x\n", r"Jokes\.csv: 'Jokes' is none of XSafety's categories"),
+        ("en/Jokes.csv", "x\n", r"Jokes\.csv: 'Jokes' is not one of XSafety's categories"),
         ("german/Insult.csv", "x\n", r"Insult\.csv: the folder's name: 'german' is not a language code"),
         ("fr/Insult.csv", "", r"fr/Insult\.csv: no rows in it"),
         ("fr/Insult.csv", 'x\n"open\n', r"fr/Insult\.csv:2: not valid CSV"),

@@ -63,7 +63,7 @@ def test_a_rejected_row_is_named_by_its_place_among_the_bundles_given(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "none: give at least one"),
+        ([], "no bundles were given: give at least one"),
         ([RAW[0], "How?"], r"row 2 of the bundles given is str, not a mapping"),
         ([{**RAW[0], "category": {1, 2}}], r"row 1 of the bundles given holds what JSON cannot.*set"),
         ([{**RAW[0], "category": float("nan")}], "row 1 of the bundles given holds what JSON cannot"),

@@ -225,10 +225,10 @@ def test_a_refused_request_is_not_tried_again_and_spoils_no_other(tmp_path: Path
 @pytest.mark.parametrize(
     ("step", "finish", "text", "words"),
     [
-        (Step(raw=b"{not json"), ERROR, "", "no chat completion: {not json"),
-        (Step(raw=b'{"choices": []}'), ERROR, "", "no chat completion"),
-        (Step(raw=b'{"error": {"message": "overloaded"}}'), ERROR, "", "no chat completion: overloaded"),
-        (Step(raw=b'{"choices": [{"message": {"content": 7}}]}'), ERROR, "", "no chat completion"),
+        (Step(raw=b"{not json"), ERROR, "", "not a chat completion: {not json"),
+        (Step(raw=b'{"choices": []}'), ERROR, "", "not a chat completion"),
+        (Step(raw=b'{"error": {"message": "overloaded"}}'), ERROR, "", "not a chat completion: overloaded"),
+        (Step(raw=b'{"choices": [{"message": {"content": 7}}]}'), ERROR, "", "not a chat completion"),
         (Step(content=None), "stop", "", "the reply is empty"),
         (Step(content=" \n"), "stop", "", "the reply is empty"),
         (Step(content="half", finish="length"), "length", "half", "cut off at endpoint.max_reply_tokens=10"),

@@ -188,7 +188,7 @@ def test_what_cannot_be_checked_is_said(tmp_path: Path) -> None:
     model = worker.model_runner.model  # type: ignore[attr-defined]
     model.model.layers[0].attn = model.model.layers[0].self_attn  # other names than the file's
     del model.model.layers[0].self_attn, model.lm_head.shard_indices
-    with pytest.raises(StaleWeightsError, match="no matrix of the engine could be told by its name"):
+    with pytest.raises(StaleWeightsError, match="no matrix of the engine was found by its name"):
         compare(folder, worker)
     save_file({"wte": torch.zeros(4, 2), "scale": torch.tensor(1.0)}, tmp_path / "model.safetensors")
     with pytest.raises(StaleWeightsError, match="no token embedding"):

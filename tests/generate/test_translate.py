@@ -159,7 +159,7 @@ def test_an_endpoint_translates_in_order_and_once(tmp_path: Path) -> None:
         (Step(finish="length"), "cut off at endpoint.max_reply_tokens=256"),
         (Step(status=500, raw=b"oops"), "500: oops"),
         (Step(content=None, refusal="no"), "the model refused"),
-        (Step(raw=b"{"), "no chat completion"),
+        (Step(raw=b"{"), "not a chat completion"),
     ],
 )
 def test_a_fault_of_the_endpoint_is_no_translation(tmp_path: Path, step: Step, words: str) -> None:

@@ -188,7 +188,7 @@ def test_verdicts_come_in_order_and_the_second_run_is_free(
         (Step(finish="content_filter"), "content_filter"),
         (Step(status=400, raw=b"too long"), "400: too long"),
         (Step(status=500, raw=b"oops"), "500: oops"),
-        (Step(raw=b"{"), "no chat completion"),
+        (Step(raw=b"{"), "not a chat completion"),
         (Step(drop=True), "the connection was lost"),
     ],
 )

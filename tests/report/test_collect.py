@@ -170,7 +170,7 @@ def test_verdicts_that_are_none_and_prompts_there_twice_are_refused(tmp_path: Pa
     table = pq.read_table(file)
     rows = table.to_pylist()
     pq.write_table(table.from_pylist([{**rows[0], "behaviour": "dodged"}, *rows[1:]], schema=table.schema), file)
-    with pytest.raises(ReportError, match=r"behaviour='dodged' is none of refused, complied"):
+    with pytest.raises(ReportError, match=r"behaviour='dodged' is not one of refused, complied"):
         read_responses(file)
     pq.write_table(table.from_pylist([rows[0], *rows[:-1]], schema=table.schema), file)
     with pytest.raises(ReportError, match=r"harmful-0.*is there twice"):

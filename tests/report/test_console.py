@@ -188,7 +188,7 @@ def test_comparison_shows_the_change_on_both_sides() -> None:
     sides = [line for line in lines if line[1:3] == ["by", "refused"]]
     assert [line[3] for line in sides] == ["raw", "aligned", "raw", "aligned"]
     assert sides[1][4] == "87.5" and "1.56" in sides[1] and "0.75" in sides[1]
-    assert "Not measured alike" not in text_of(score_tables(RAW, ALIGNED))
+    assert "Not measured the same way" not in text_of(score_tables(RAW, ALIGNED))
 
 
 def test_the_mean_change_is_over_languages_that_both_have() -> None:
@@ -203,7 +203,7 @@ def test_comparison_says_what_was_not_measured_alike() -> None:
     other = dataclasses.replace(ALIGNED, prompts="others", config=config)
     text = text_of(score_tables(RAW, other))
     assert "(engine.dtype) differ (" in text
-    assert "Not measured alike, the prompts differ (prompts: raw; others: aligned)" in text
+    assert "Not measured the same way, the prompts differ (prompts: raw; others: aligned)" in text
     assert "(max_new_tokens) differ (64: raw; 32: aligned)" in text
 
 

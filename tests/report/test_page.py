@@ -319,9 +319,9 @@ def test_utility_not_measured_alike_is_a_warning(tmp_path: Path) -> None:
     write_utility(folders[1], utility_row("mmlu", 0.5), utility_row("arc", num_fewshot=0, chat_template=True))
     (alarm,) = page_of(*folders).alarms
     assert [line for line in alarm.split("Warning: ") if line] == [
-        "Utility not measured alike, the limit differs (20: one; all questions: two): do not compare arc.",
-        "Utility not measured alike, the few-shot examples differ (5: one; 0: two): do not compare arc.",
-        "Utility not measured alike, the chat template differs (not used: one; used: two): do not compare arc.",
+        "Utility not measured the same way, the limit differs (20: one; all questions: two): do not compare arc.",
+        "Utility not measured the same way, the few-shot examples differ (5: one; 0: two): do not compare arc.",
+        "Utility not measured the same way, the chat template differs (not used: one; used: two): do not compare arc.",
     ]
 
 

@@ -198,7 +198,7 @@ def test_real_model_from_bundles_to_scores(smollm2: Path, ray_local: Any, tmp_pa
     assert result.finish[PROMPT_TOO_LONG] == 1
     assert load_scores(result.folder) == result
 
-    with pytest.raises(ScoreError, match="there already"):
+    with pytest.raises(ScoreError, match="exists already"):
         score(config)
     file = Path(result.responses_file)
     answered = file.stat().st_mtime_ns

@@ -59,7 +59,7 @@ def test_wilson(successes: int, n: int, low: float, high: float) -> None:
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 0), (3, 2), (-1, 2)])
 def test_wilson_refuses_what_is_no_rate(successes: int, n: int) -> None:
-    with pytest.raises(ValueError, match="no rate"):
+    with pytest.raises(ValueError, match="is not a rate"):
         wilson(successes, n)
 
 

@@ -192,7 +192,7 @@ def test_rows_are_ordered_and_a_response_counts_once() -> None:
     [
         ({"behaviour": None}, "no verdict by any measure"),
         ({"safety": "safe"}, "other measures than the rest"),
-        ({"behaviour": "safe"}, "'safe' is no verdict by 'refused'"),
+        ({"behaviour": "safe"}, "'safe' is not a verdict by 'refused'"),
     ],
 )
 def test_a_judge_that_breaks_its_contract_is_not_counted(change: dict[str, object], fault: str) -> None:

@@ -71,7 +71,7 @@ def test_rows_of_a_results_file():
 def test_results_without_numbers_are_refused():
     with pytest.raises(UtilityError, match="no result for tasks="):
         rows_of({"results": {"mmlu": {"alias": "mmlu"}}}, config())
-    with pytest.raises(UtilityError, match="'high' for 'mmlu', which is no number"):
+    with pytest.raises(UtilityError, match="'high' for 'mmlu', which is not a number"):
         rows_of({"results": {"mmlu": {"acc,none": "high"}}}, config())
 
 
@@ -156,7 +156,7 @@ def test_models_and_score_folders_are_checked_before_anything_starts(tmp_path, s
     settings = {"model": str(smollm2), "output_dir": str(tmp_path)}
     with pytest.raises(UtilityError, match=r"max_model_len=9999 is more than the 8192 positions"):
         measure_utility(config(**settings, engine={"max_model_len": 9999}))
-    with pytest.raises(UtilityError, match="is no score folder"):
+    with pytest.raises(UtilityError, match="is not a score folder"):
         measure_utility(config(**settings, scores=str(tmp_path)))
     other = write_score(tmp_path / "other", [response(0, "harmful", "en")], fingerprint="0000")
     with pytest.raises(UtilityError, match="is the score of another model: its fingerprint is '0000'"):

@@ -8,7 +8,7 @@ from mlc_ray.search.objectives.base import Floored, FlooredSettings, Sides, mean
 
 @register("objective", "average")
 class Average(Floored):
-    """Harmful prompts refused (or answered safely), mean over languages."""
+    """Refusal (or safe) rate of harmful prompts, mean over languages."""
 
     name = "average"
 

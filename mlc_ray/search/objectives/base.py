@@ -1,4 +1,4 @@
-"""What a trial is worth. An objective is one file: its settings, its facts, and how a score becomes numbers.
+"""Search objectives. An objective is one file: its settings, its facts, and how a score becomes numbers.
 
     @register("objective", "my-objective")
     class MyObjective(Objective):
@@ -38,7 +38,7 @@ Direction = Literal["maximize", "minimize"]
 
 
 class ObjectiveError(MlcRayError):
-    """A score lacks the side that the objective needs, or there is no such objective; the message names the fix."""
+    """A score lacks the side that the objective needs, or a class is not an objective; the message names the fix."""
 
 
 @dataclass(frozen=True)

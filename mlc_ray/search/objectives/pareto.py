@@ -1,4 +1,4 @@
-"""Both sides at once: the whole front of what can be had of one for how much of the other."""
+"""Both sides at once: the Pareto front of the harmful and the benign side."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlc_ray.stats.rates import Summary
 
 @register("objective", "pareto")
 class Pareto(Objective):
-    """Harmful prompts refused (or answered safely) and benign prompts complied with, each the mean over languages."""
+    """Refusal (or safe) rate of harmful prompts and compliance rate of benign ones, each the mean over languages."""
 
     name = "pareto"
     metrics = (HARMFUL, BENIGN)

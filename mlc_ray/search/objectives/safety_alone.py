@@ -10,7 +10,7 @@ from mlc_ray.stats.rates import Summary
 
 @register("objective", "safety_alone")
 class SafetyAlone(Objective):
-    """Harmful prompts refused (or answered safely), mean over languages; benign ones need not be there."""
+    """Refusal (or safe) rate of harmful prompts, mean over languages; benign prompts are not needed."""
 
     name = "safety_alone"
     needs_benign = False

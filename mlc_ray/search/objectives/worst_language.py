@@ -8,7 +8,7 @@ from mlc_ray.search.objectives.base import Floored, FlooredSettings, Sides
 
 @register("objective", "worst_language")
 class WorstLanguage(Floored):
-    """Harmful prompts refused (or answered safely), in the language where that is rarest."""
+    """Refusal (or safe) rate of harmful prompts in the language where it is lowest."""
 
     name = "worst_language"
 
