@@ -124,9 +124,18 @@ def cache_folder(output: Place) -> Path:
 
 
 def user_cache() -> Path:
-    """`$MLC_RAY_CACHE`, else `~/.cache/mlc_ray`; converted models are kept there too."""
+    """`$MLC_RAY_CACHE`, else `~/.cache/mlc_ray`; converted models are kept there too.
+
+    Raises:
+        OutputFolderError: `MLC_RAY_CACHE` is a URL.
+    """
     configured = os.environ.get("MLC_RAY_CACHE")
-    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "mlc_ray"
+    if not configured:
+        return Path.home() / ".cache" / "mlc_ray"
+    try:
+        return Path(real_path(configured)).expanduser()
+    except ValueError as error:
+        raise OutputFolderError(f"MLC_RAY_CACHE={configured!r}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

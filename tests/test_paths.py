@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from mlc_ray.cli import main
 from mlc_ray.config import ConfigError, ScoreConfig, SearchConfig, TrainConfig, UtilityConfig, parse_config
 from mlc_ray.config.paths import real_path, scheme_of
-from mlc_ray.runs import ModelPathError, OutputFolderError, output_folder, resolve_model
+from mlc_ray.report.write import write_report
+from mlc_ray.runs import ModelPathError, OutputFolderError, output_folder, resolve_model, user_cache
 from mlc_ray.score.run import score
+from mlc_ray.train.export import export
 from mlc_ray.train.run import train
 
 URL = "s3://bucket/runs"
@@ -131,6 +134,26 @@ def test_functions_refuse_urls_as_settings_do() -> None:
         output_folder(Path("s3://bucket"))
     with pytest.raises(ModelPathError, match=r"model='s3://bucket/runs': s3://.*all nodes share"):
         resolve_model(URL)
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: export("run", URL), "out"),
+        (lambda: write_report(["run"], out=f"{URL}.html"), "out"),
+        (lambda: write_report(["run"], paper=URL), "paper"),
+        (user_cache, "MLC_RAY_CACHE"),
+    ],
+    ids=["export", "report", "paper", "cache"],
+)
+def test_functions_that_write_refuse_urls(
+    call: Callable[[], Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLC_RAY_CACHE", URL)
+    with pytest.raises(OutputFolderError, match=rf"{name}='s3://bucket/runs.*': s3:// .*all nodes share"):
+        call()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_relative_folder_is_refused_inside_a_ray_job(

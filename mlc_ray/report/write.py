@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlc_ray.report.collect import ReportError, collect
 from mlc_ray.report.page import render
+from mlc_ray.runs import output_folder
 from mlc_ray.storage import Place
 
 DEFAULT_FILE = "report.html"
@@ -24,8 +25,10 @@ def write_report(
     Raises:
         ReportError: A run cannot be read, or `out` is not an HTML file; nothing is written then.
         ScoresFileError: A score cannot be read; nothing is written then.
+        OutputFolderError: `out` or `paper` is a URL, or relative inside a Ray job; nothing is written then.
     """
-    out = Path(out)
+    out = output_folder(out, setting="out")
+    paper = None if paper is None else output_folder(paper, setting="paper")
     if out.suffix.lower() not in {".html", ".htm"}:
         raise ReportError(f"--out {str(out)!r}: the report is an HTML file; give a name that ends in .html")
     if out.is_dir():
@@ -40,4 +43,4 @@ def write_report(
         return [out]
     from mlc_ray.report.paper import write_paper  # matplotlib takes a second to import
 
-    return [out, *write_paper(collection, Path(paper))]
+    return [out, *write_paper(collection, paper)]

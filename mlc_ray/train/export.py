@@ -17,7 +17,7 @@ from typing import Any
 
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.losses.objective import Objective
-from mlc_ray.runs import PROVENANCE_FILE, RUN_FILE
+from mlc_ray.runs import PROVENANCE_FILE, RUN_FILE, output_folder
 from mlc_ray.storage import atomic_folder, write_json_atomic
 from mlc_ray.train.checkpoint import CheckpointError, find_checkpoint, verified_manifest
 
@@ -31,8 +31,8 @@ _PUBLISHED_OF_SOURCE = ("format", "kind", "only")
 
 
 def export(
-    run: Path,
-    out: Path,
+    run: str | Path,
+    out: str | Path,
     *,
     merge_lora: bool = False,
     checkpoint: str | None = None,
@@ -53,7 +53,9 @@ def export(
     Raises:
         CheckpointError: if `out` exists, there is no complete checkpoint, there is nothing to merge, the base model
             needs code that is not trusted, or the checkpoint holds links.
+        OutputFolderError: `out` is a URL, or relative inside a Ray job.
     """
+    out = output_folder(out, setting="out")
     source = find_checkpoint(Path(run), checkpoint)
     manifest = verified_manifest(source)
     config = parse_config(TrainConfig, manifest["config"])
@@ -64,7 +66,6 @@ def export(
             f"--merge-lora: the run was trained with model.trust_remote_code=true, so its base model "
             f"{config.model.path!r} may bring Python code; add --trust-remote-code if you trust that model"
         )
-    out = Path(out)
     if out.exists():
         raise CheckpointError(f"export folder {str(out)!r} exists already; remove it or choose another")
     trained = source / ("model" if config.model.lora is None else "adapter")
