@@ -125,7 +125,7 @@ done
 export UV_HTTP_TIMEOUT="${UV_HTTP_TIMEOUT:-180}"
 
 cd "$repository"  # where uv finds [tool.uv] of pyproject.toml
-# Compiled now: a run starts a dozen processes, and where bytecode may not be written later, each would compile anew.
+# Compiled now: a run starts a dozen processes, and where bytecode may not be written later, each would compile again.
 pip_install() { "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@"; }
 
 # ------------------------------------------------------------------------------------------------ the two steps
