@@ -26,6 +26,7 @@ from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, output_folder
 from mlc_ray.storage import absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
 from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.console import RunDisplay
+from mlc_ray.train.failures import EndAtOwnError, own_errors
 from mlc_ray.train.loop import DivergedError, Metrics
 from mlc_ray.train.model import model_depth, resolve_layer
 from mlc_ray.train.reference_cache import prepare_reference
@@ -75,7 +76,9 @@ def train(
 
     Raises:
         RunError: a new run's folder exists already, a resumed one's does not, or it holds a run with other settings.
-        DivergedError: the loss or its gradients stayed non-finite; it is not tried again from the last checkpoint.
+        DivergedError: the loss or its gradients stayed non-finite.
+        MlcRayError: what a worker raised of ours (`CheckpointError`, `ModelError`, ...); as with `DivergedError`, it is
+            not tried again from the last checkpoint.
     """
     check_trackers(config)
     config = _with_absolute_paths(config)
@@ -121,17 +124,19 @@ def train(
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             logging_config=LoggingConfig(log_level="WARNING"),  # the console has a table of its own
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, EndAtOwnError()],
         ),
     )
-    with (
-        RunDisplay(run_folder, steps, config.logging.every, Objective(config).parts)
-        if display
-        else contextlib.nullcontext()
-    ):
-        result: Any = trainer.fit()
-    if result.return_value is not None:
-        raise DivergedError(f"run {str(run_folder)!r} ended at {result.return_value}")
+    try:
+        with (
+            RunDisplay(run_folder, steps, config.logging.every, Objective(config).parts)
+            if display
+            else contextlib.nullcontext(),
+            own_errors(),
+        ):
+            result: Any = trainer.fit()
+    except DivergedError as error:
+        raise DivergedError(f"run {str(run_folder)!r} ended at {error}") from None
     return TrainResult(run_folder, find_checkpoint(run_folder), dict(result.metrics or {}))
 
 

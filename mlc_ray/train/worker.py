@@ -29,7 +29,8 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import checkpoint_folder
 from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from mlc_ray.train.engines.base import Engine
-from mlc_ray.train.loop import DivergedError, Metrics, Progress, train_loop
+from mlc_ray.train.failures import own_errors
+from mlc_ray.train.loop import Metrics, Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, check_tap, load_policy, resolve_layer
 from mlc_ray.train.reference import Reference, ReferenceModel, cached_reference
 from mlc_ray.train.reference_cache import load_reference
@@ -63,13 +64,10 @@ def engine_class(config: TrainConfig) -> type[Engine]:
     return cast(type[Engine], resolve("engine", config.engine.name))
 
 
-def train_worker(told: dict[str, WorkerSpec]) -> str | None:
-    """One process per GPU. Returns why the run diverged, if it did: another try would do the same."""
-    try:
+def train_worker(told: dict[str, WorkerSpec]) -> None:
+    """One process per GPU. Raises errors of ours bare, since what wraps an error is lost between processes."""
+    with own_errors():
         _train(told["spec"])
-    except DivergedError as error:
-        return str(error)
-    return None
 
 
 def _train(spec: WorkerSpec) -> None:
