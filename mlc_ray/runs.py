@@ -1,6 +1,7 @@
 """Folders of runs, scores and searches: what is called how in them, and how it is read. Their one home.
 
-    RUN/       config.yaml first, run.json, metrics.jsonl, train/checkpoint_NNNNNN/, scores/NAME/ (a score each)
+    RUN/       config.yaml first, run.json, metrics.jsonl, train/checkpoint_NNNNNN/, scores/NAME/ (a score each);
+               diverged.json where a step failed every time
     SCORE/     request.json first, responses.parquet, scores.json last, perhaps utility.json
     SEARCH/    base.yaml and config.json first, search.json, trials/ID/ (a run each), baseline/ (a score), at the end
                trials.json, best.yaml, best/
@@ -31,10 +32,10 @@ from mlc_ray.storage import (
     verify_files,
 )
 
-CONFIG_FILE, RUN_FILE, METRICS_FILE, TRAIN_FOLDER, SCORES_FOLDER = (
-    "config.yaml", "run.json", "metrics.jsonl", "train", "scores",
+CONFIG_FILE, RUN_FILE, METRICS_FILE, TRAIN_FOLDER, SCORES_FOLDER, DIVERGED_FILE = (
+    "config.yaml", "run.json", "metrics.jsonl", "train", "scores", "diverged.json",
 )  # fmt: skip
-"""Of a run."""
+"""Of a run; `diverged.json` says at which step it diverged, until it goes on past that step."""
 REQUEST_FILE, RESPONSES_FILE, SCORES_FILE, HEATMAP_FILE, UTILITY_FILE = (
     "request.json", "responses.parquet", "scores.json", "heatmap.png", "utility.json",
 )  # fmt: skip

@@ -17,6 +17,7 @@ from mlc_ray.report.text import percent
 from mlc_ray.runs import (
     BASELINE_FOLDER,
     CONFIG_FILE,
+    DIVERGED_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
     PROBE_FILE,
@@ -91,6 +92,7 @@ def _run(folder: Place) -> list[Line]:
     total, done = int(facts.get("total_steps", 0)), int(rows[-1]["step"]) if rows else 0
     stopped, model = (folder / STOPPED_FILE).is_file(), (folder / MODEL_FOLDER / PROVENANCE_FILE).is_file()
     ended = model or bool(total and checkpoints and checkpoints[-1] >= total)
+    diverged = {} if ended or stopped else _json(folder / DIVERGED_FILE)
     lines = [("run", str(folder))]
     if (folder / VALUES_FILE).is_file():
         lines.append(("trial", f"of a search, with {_values(_json(folder / VALUES_FILE))}"))
@@ -99,6 +101,9 @@ def _run(folder: Place) -> list[Line]:
         lines.append(("state", f"ended, {done} of {total} steps"))
     elif stopped:
         lines.append(("state", f"stopped by the search's scheduler at step {done} of {total}"))
+    elif diverged:
+        lines.append(("state", f"diverged at step {diverged.get('step')} of {total}{_age(folder / DIVERGED_FILE)}"))
+        lines.append(("diverged", str(diverged.get("message"))))
     elif rows and total:
         lines.append(("state", f"step {done} of {total} ({100 * done // total} %){_age(folder / METRICS_FILE)}"))
         lines.append(("time left", _time_left(rows, total)))
@@ -115,6 +120,8 @@ def _run(folder: Place) -> list[Line]:
     scores = [child for child in (folder / SCORES_FOLDER).iterdir() if child.is_dir()]
     for score in scores:
         lines.append((f"score {score.name}", _rates(score)))
+    if diverged:  # going on would come to the same step with the same batches
+        return [*lines, *_next(_diverged_next(folder, config))]
     return [*lines, *_next(_run_next(folder, ended or stopped, bool(checkpoints) or model, scores, model))]
 
 
@@ -143,6 +150,14 @@ def _run_next(folder: Place, over: bool, has_model: bool, scores: Sequence[Place
         if not exported:
             commands.append(f"mlc-ray export {run} OUT")
     return [f"mlc-ray report {run}", *commands] if scores else [*commands, f"mlc-ray report {run}"]
+
+
+def _diverged_next(folder: Place, config: Mapping[str, Any]) -> list[str]:
+    """A new run, with what a diverged one's message advises."""
+    changes = "--set name=NAME --set optimizer.learning_rate=LOWER"
+    if config.get("model", {}).get("dtype") != "float32":
+        changes += "   # and perhaps --set model.dtype=float32"
+    return [f"mlc-ray train --config {_quoted(folder / CONFIG_FILE)} {changes}", f"mlc-ray report {_quoted(folder)}"]
 
 
 def _checkpoints(folder: Place) -> tuple[list[int], list[str]]:
@@ -290,8 +305,10 @@ def _trial(folder: Place) -> str:
     rates = _rates(scores[-1]) if scores else "not scored yet"
     rows = read_metrics(folder)
     step = f"step {rows[-1]['step'] if rows else 0}"
-    stopped = ", stopped" if (folder / STOPPED_FILE).is_file() else ""
-    return f"{_values(_json(folder / VALUES_FILE))}: {step}{stopped}, {rates}"
+    end = ", stopped" if (folder / STOPPED_FILE).is_file() else ""
+    if diverged := _json(folder / DIVERGED_FILE):
+        end += f", diverged at step {diverged.get('step')}"
+    return f"{_values(_json(folder / VALUES_FILE))}: {step}{end}, {rates}"
 
 
 def _number_of_trials(config: Mapping[str, Any]) -> int:

@@ -15,6 +15,8 @@ from mlc_ray.cli import build_parser, main
 from mlc_ray.runs import checkpoint_folder
 from mlc_ray.show import ShowError, show
 from mlc_ray.storage import Place, write_json_atomic, write_manifest
+from mlc_ray.train.failures import forget_divergence, record_divergence
+from mlc_ray.train.loop import DivergedError
 from tests.report.runs import grid, response, steps, utility_row, write_run, write_score, write_utility
 
 ROWS = grid(["en", "sw"], lambda kind, code: {"harmful": 0.9, "benign": 0.1}[kind])
@@ -59,6 +61,36 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert lines["checkpoints"] == "at step 10"
     assert "too long" in lines["incomplete"]
     assert lines["next"] == f"mlc-ray train --resume '{run}'   # if it is not running any more"
+
+
+def test_a_run_that_diverged(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "my run", steps(11))
+    checkpoint(run, 10)
+    error = DivergedError("step 12: the loss is not finite; start a new run", step=12, bundles=["a", "b"])
+    record_divergence(run, error)
+    assert json.loads((run / "diverged.json").read_text()) == {
+        "step": 12, "bundles": ["a", "b"], "message": str(error),
+    }  # fmt: skip
+    lines = said(run)
+    assert lines["state"].startswith("diverged at step 12 of 24; last written ")
+    assert lines["diverged"] == str(error)
+    new, report = lines["next"].splitlines()
+    assert new.partition("   #")[0] == (
+        f"mlc-ray train --config '{run}/config.yaml' --set name=NAME --set optimizer.learning_rate=LOWER"
+    )
+    assert new.endswith("--set model.dtype=float32")
+    assert report == f"mlc-ray report '{run}'"
+    facts = json.loads((run / "run.json").read_text())
+    write_json_atomic(run / "run.json", {**facts, "resolved_config": {"model": {"dtype": "float32"}}})
+    assert "dtype=float32" not in said(run)["next"]
+    forget_divergence(run, 11)  # resumed: not there yet
+    assert said(run)["state"].startswith("diverged at step 12")
+    forget_divergence(run, 12)
+    forget_divergence(run, 13)
+    lines = said(run)
+    assert "diverged" not in lines
+    assert lines["state"].startswith("step 11 of 24")
+    assert lines["next"].startswith("mlc-ray train --resume")
 
 
 def test_a_run_that_ended_with_its_scores(tmp_path: Path) -> None:
@@ -159,6 +191,8 @@ def test_a_search_that_goes_on(tmp_path: Path) -> None:
     assert lines["baseline"].startswith("harmful refused ")
     assert re.match(r"mlc.layer=20, mlc.weight=0.123: step 6, harmful refused .*, benign complied", lines["trial a"])
     assert lines["trial b"].endswith("step 6, stopped, not scored yet")
+    record_divergence(folder / "trials" / "c", DivergedError("step 7: not finite", step=7))
+    assert said(folder)["trial c"].endswith("step 6, diverged at step 7, not scored yet")
     assert lines["next"] == f"mlc-ray search --resume {folder}   # if it is not running any more"
     trial = said(folder / "trials" / "a")
     assert trial["trial"] == "of a search, with mlc.layer=20, mlc.weight=0.123"

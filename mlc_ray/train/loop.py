@@ -33,7 +33,17 @@ _MOST_NAMED = 50
 
 
 class DivergedError(MlcRayError, FloatingPointError):
-    """The loss or its gradients stay non-finite; the message names the step, its bundles and what to change."""
+    """The loss or its gradients stay non-finite; the message names the step, its bundles and what to change.
+
+    Args:
+        message: what to tell.
+        step: the optimizer step, from 1; 0 where it is not known.
+        bundles: ids of all its bundles, of all workers.
+    """
+
+    def __init__(self, message: str, *, step: int = 0, bundles: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.step, self.bundles = step, tuple(bundles)
 
 
 @dataclass
@@ -185,7 +195,9 @@ def _diverged(
     return DivergedError(
         f"step {step}: the loss or its gradients are not finite, after {config.optimizer.max_retries + 1} tries "
         f"(optimizer.max_retries={config.optimizer.max_retries}), with {named}. The last checkpoint is from before; "
-        f"start a new run: {', '.join(changes[:-1])}, or {changes[-1]}"
+        f"start a new run: {', '.join(changes[:-1])}, or {changes[-1]}",
+        step=step,
+        bundles=bundles,
     )
 
 

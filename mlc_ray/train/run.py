@@ -26,7 +26,7 @@ from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, output_folder
 from mlc_ray.storage import absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
 from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.console import RunDisplay
-from mlc_ray.train.failures import EndAtOwnError, own_errors
+from mlc_ray.train.failures import EndAtOwnError, own_errors, record_divergence
 from mlc_ray.train.loop import DivergedError, Metrics
 from mlc_ray.train.model import model_depth, resolve_layer
 from mlc_ray.train.reference_cache import prepare_reference
@@ -76,7 +76,7 @@ def train(
 
     Raises:
         RunError: a new run's folder exists already, a resumed one's does not, or it holds a run with other settings.
-        DivergedError: the loss or its gradients stayed non-finite.
+        DivergedError: the loss or its gradients stayed non-finite; the run's folder says so from then on.
         MlcRayError: what a worker raised of ours (`CheckpointError`, `ModelError`, ...); as with `DivergedError`, it is
             not tried again from the last checkpoint.
     """
@@ -136,7 +136,10 @@ def train(
         ):
             result: Any = trainer.fit()
     except DivergedError as error:
-        raise DivergedError(f"run {str(run_folder)!r} ended at {error}") from None
+        record_divergence(run_folder, error)
+        raise DivergedError(
+            f"run {str(run_folder)!r} ended at {error}", step=error.step, bundles=error.bundles
+        ) from None
     return TrainResult(run_folder, find_checkpoint(run_folder), dict(result.metrics or {}))
 
 

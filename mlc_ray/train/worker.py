@@ -29,7 +29,7 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import checkpoint_folder
 from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from mlc_ray.train.engines.base import Engine
-from mlc_ray.train.failures import own_errors
+from mlc_ray.train.failures import forget_divergence, own_errors
 from mlc_ray.train.loop import Metrics, Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, check_tap, load_policy, resolve_layer
 from mlc_ray.train.reference import Reference, ReferenceModel, cached_reference
@@ -98,6 +98,7 @@ def _train(spec: WorkerSpec) -> None:
         def log(step: int, metrics: Metrics) -> None:
             if tracker is not None:
                 tracker.log(step, metrics)
+                forget_divergence(spec.run_folder, step)
 
         def save(at: Progress, metrics: Metrics) -> None:
             with tempfile.TemporaryDirectory(prefix="mlc_ray-checkpoint-") as folder:

@@ -19,9 +19,11 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.train.checkpoint import CheckpointError
 from mlc_ray.train.failures import EndAtOwnError, own_error, own_errors
+from mlc_ray.train.loop import DivergedError
 from mlc_ray.train.model import ModelError
 
 CHECKPOINT = CheckpointError("checkpoint 'c' was made with other settings: start a new run")
+DIVERGED = DivergedError("step 3: not finite", step=3, bundles=["a", "b"])
 
 
 def of_a_task(cause: Exception) -> Exception:
@@ -85,7 +87,7 @@ def test_errors_that_name_each_other_as_causes_are_each_looked_at_once() -> None
     assert own_error(caused_by(first, caused_by(second, first))) is None
 
 
-@pytest.mark.parametrize("own", [CHECKPOINT, ModelError("m"), BatchError("b"), TooManyUnparsedError("u")])
+@pytest.mark.parametrize("own", [CHECKPOINT, ModelError("m"), BatchError("b"), TooManyUnparsedError("u"), DIVERGED])
 def test_an_error_of_ours_is_not_tried_again(own: MlcRayError) -> None:
     """The very calls of Ray Train's controller, up to its decision and to what `fit` raises."""
     handler = UserCallbackHandler([EndAtOwnError()], train_run_context=SimpleNamespace())
@@ -96,7 +98,8 @@ def test_an_error_of_ours_is_not_tried_again(own: MlcRayError) -> None:
         handler.after_worker_group_poll_status(polled(None, own))
     raised = ControllerError(caught.value)
     assert policy.make_decision(raised) is FailureDecision.RAISE
-    with pytest.raises(type(own), match=str(own)), own_errors():
+    with pytest.raises(type(own)) as ended, own_errors():
         raise pickle_round(raised)
+    assert (str(ended.value), vars(ended.value)) == (str(own), vars(own))
     others = polled(RuntimeError("a worker died"), None).get_worker_group_error()
     assert policy.make_decision(others) is FailureDecision.RETRY

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from mlc_ray.config import TrainConfig, load_config
 from mlc_ray.runs import read_metrics
+from mlc_ray.show import show
 from mlc_ray.train.checkpoint import list_checkpoints
 from mlc_ray.train.loop import DivergedError
 from mlc_ray.train.run import RunError, load_run_config, train
@@ -114,6 +115,10 @@ def test_a_run_that_diverges_ends_without_a_checkpoint_and_is_not_tried_again(ru
     assert "lower optimizer.learning_rate" in str(caught.value)
     assert [step for step, _ in losses(run_place / "diverged")] == [1]
     assert list_checkpoints(run_place / "diverged") == []
+    assert (caught.value.step, len(caught.value.bundles)) == (2, 4)
+    kept = json.loads((run_place / "diverged" / "diverged.json").read_text())
+    assert (kept["step"], kept["bundles"]) == (2, list(caught.value.bundles))
+    assert "diverged at step 2 of 8" in show(run_place / "diverged")
 
 
 def test_an_engine_from_outside_trains_a_whole_run_as_deepspeed_does(undisturbed, run_place):
