@@ -278,9 +278,11 @@ def _claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
 
 
 def _what_must_not_change(config: TrainConfig) -> dict[str, Any]:
-    """Settings that a resumed run must share with its checkpoint; where and how to log or keep may differ."""
+    """Settings that a resumed run must share with its checkpoint; how to log, keep or try again may differ."""
     return config.model_dump(
-        mode="json", include={"seed", "reference", "model", "objective", "mlc", "terms", "optimizer", "train"}
+        mode="json",
+        include={"seed", "reference", "model", "objective", "mlc", "terms", "optimizer", "train"},
+        exclude={"optimizer": {"max_retries"}},
     )
 
 

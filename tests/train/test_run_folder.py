@@ -2,7 +2,14 @@
 
 import pytest
 
-from mlc_ray.train.run import RunError, _claimed, _run_folder, _with_absolute_paths, load_run_config
+from mlc_ray.train.run import (
+    RunError,
+    _claimed,
+    _run_folder,
+    _what_must_not_change,
+    _with_absolute_paths,
+    load_run_config,
+)
 from tests.train.tiny import tiny_config
 
 
@@ -70,8 +77,12 @@ def test_auto_starts_or_goes_on(tmp_path):
     with _claimed(folder, config()):
         pass
     assert _run_folder(config(), None) == (folder, False)
-    # where it runs, what it logs and keeps may differ
-    assert _run_folder(config(cluster={"workers": 4}, checkpoint={"keep": 5}, collapse={"window": 0}), None)[1] is False
+    # where it runs, what it logs and keeps, and how often it tries a step may differ
+    other = config(cluster={"workers": 4}, checkpoint={"keep": 5}, collapse={"window": 0}, optimizer={"max_retries": 9})
+    assert _run_folder(other, None)[1] is False
+    assert _what_must_not_change(other) == _what_must_not_change(config())
+    with pytest.raises(RunError, match=r"optimizer\.eps was 1e-08, now 0\.1"):
+        _run_folder(config(optimizer={"eps": 0.1}), None)
     with pytest.raises(RunError, match=r"other settings \(mlc\.layer was 2, now 1\): give the run another name"):
         _run_folder(config(mlc={"layer": 1}), None)
     with pytest.raises(RunError, match=r"engine\.persistence_threshold was None, now 0, engine\.stage was 0, now 3"):
