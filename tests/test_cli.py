@@ -63,6 +63,52 @@ def test_module_and_console_script_are_the_same_command() -> None:
     assert outputs == {f"mlc-ray {mlc_ray.__version__}\n"}
 
 
+HINGE = """
+from mlc_ray.config import LossSettings
+from mlc_ray.losses.base import Alignment
+
+
+class Hinge(Alignment):
+    class Settings(LossSettings):
+        margin: float = 1.5
+"""
+
+
+def console_script(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`mlc-ray config` of a loss in `my_loss.py` of the folder it is run from."""
+    script = str(Path(sys.executable).parent / "mlc-ray")
+    choice = ["--config", "recipe:quickstart", "--set", "objective={loss: my_loss:Hinge}"]
+    return subprocess.run(
+        [script, "config", *choice],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=folder,
+        env=os.environ | environment,
+    )
+
+
+def test_the_console_script_finds_components_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "my_loss.py").write_text(HINGE)
+    for name in ("json", "pydantic", "yaml", "mlc_ray"):  # and nothing in it shadows what is installed
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
+    done = console_script(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["objective"] == {"loss": "my_loss:Hinge", "margin": 1.5}
+    refused = console_script(tmp_path, PYTHONSAFEPATH="1")
+    assert refused.returncode == 2 and "there is no module 'my_loss'" in refused.stderr
+
+
+def test_the_current_folder_is_on_the_path_during_a_command_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert main(["config"]) == 2
+    assert sys.path == before
+    capsys.readouterr()
+
+
 def test_the_version_is_the_one_in_pyproject(repository: Path) -> None:
     assert f'\nversion = "{mlc_ray.__version__}"\n' in (repository / "pyproject.toml").read_text()
 

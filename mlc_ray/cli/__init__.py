@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         commands = importlib.import_module("mlc_ray.cli.commands")
         command: Callable[[argparse.Namespace], None] = getattr(commands, arguments.command)
-        with command_line():
+        with command_line(), _modules_of_the_current_folder():
             command(arguments)
     except MlcRayError as error:
         cause = getattr(error, "cause", error)  # Ray hands on a worker's error wrapped in one of the same type
@@ -92,6 +94,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     return 0
+
+
+@contextmanager
+def _modules_of_the_current_folder() -> Iterator[None]:
+    """Components in the folder that the command is run from can be imported, as with `python -m mlc_ray`.
+
+    The folder is put last, so that it shadows nothing that is installed, and not at all where Python was told to leave
+    it out (`PYTHONSAFEPATH`). Ray's workers get it from Ray, which hands on the driver's current folder.
+    """
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it was removed
+        here = ""
+    if not here or sys.flags.safe_path or here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def build_parser() -> argparse.ArgumentParser:
