@@ -18,7 +18,9 @@ import importlib
 import importlib.metadata
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args
 
@@ -39,6 +41,8 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _FOUND: dict[str, dict[str, type]] = {kind: {} for kind in get_args(ComponentKind)}
+
+_SHIPPED_ONLY: ContextVar[str | None] = ContextVar("shipped_only", default=None)
 
 ClassT = TypeVar("ClassT", bound=type)
 
@@ -67,6 +71,20 @@ def register(kind: ComponentKind, name: str) -> Callable[[ClassT], ClassT]:
         return component
 
     return add
+
+
+@contextmanager
+def shipped_only(fix: str) -> Iterator[None]:
+    """Within it no name makes `resolve` import code from outside this package, for names that somebody else wrote.
+
+    Args:
+        fix: how to allow it; the end of the message of the `UnknownComponentError` that such a name raises.
+    """
+    token = _SHIPPED_ONLY.set(fix)
+    try:
+        yield
+    finally:
+        _SHIPPED_ONLY.reset(token)
 
 
 def resolve(kind: ComponentKind, name: str) -> type[Any]:
@@ -116,6 +134,8 @@ def _shipped(kind: ComponentKind, name: str) -> type[Any] | None:
 
 
 def _imported(kind: ComponentKind, path: str) -> type[Any]:
+    if (fix := _SHIPPED_ONLY.get()) is not None:
+        raise UnknownComponentError(f"{kind} {path!r} does not come with mlc_ray, so it is not imported; {fix}")
     if not _PATH.fullmatch(path):
         raise UnknownComponentError(f"{kind} {path!r} is not of the form package.module:Class")
     module_name, _, class_name = path.partition(":")

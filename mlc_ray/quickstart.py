@@ -139,7 +139,7 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
         with open_pool(scoring("before", config.model.path), in_turn=True) if gpu else nullcontext() as pool:
             before = score(scoring("before", config.model.path), pool=pool)
             trained = train(config)
-            exported = export(trained.run_folder, trained.run_folder / "model")
+            exported = export(trained.run_folder, trained.run_folder / "model", trust_remote_code=True)
             after = score(scoring("after", exported), pool=pool)
     finally:
         ray.shutdown()

@@ -178,7 +178,8 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="with --merge-lora: run Python code that comes with the base model, which the run cannot ask for itself",
+        help="import the components of your own that the run names and, with --merge-lora, run Python code that comes "
+        "with the base model; the run cannot ask for either itself",
     )
     export.add_argument("--checkpoint", metavar="NAME", help="checkpoint of the run (default: the last complete one)")
 

@@ -190,7 +190,7 @@ def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
     if not (folder / SCORES_FOLDER / _STEP_FOLDER.format(step) / SCORES_FILE).is_file():
         # it died between its last checkpoint and the score of it
         ray.tune.report(ScoreCheckpoint(shared)(folder, last, step))
-    export(folder, folder / MODEL_FOLDER)
+    export(folder, folder / MODEL_FOLDER, trust_remote_code=True)  # its components ran in this very trial
     ray.tune.report({**shared.metrics_in(scores_of(folder)[-1]), FINISHED: True})
 
 

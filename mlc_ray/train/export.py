@@ -12,9 +12,11 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from mlc_ray._registry import shipped_only
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import PROVENANCE_FILE, RUN_FILE, output_folder
@@ -47,10 +49,11 @@ def export(
         out: the folder to make.
         merge_lora: add the adapter to the base model that the run names, which is loaded for it.
         checkpoint: the name of a checkpoint of the run (default: the newest).
-        trust_remote_code: run Python code that comes with that base model; what the run's own settings say of it does
-            not count, since they may be somebody else's.
+        trust_remote_code: run Python code that the run names, which may be somebody else's: components from outside
+            this package, and with `merge_lora` what comes with the base model, whatever the run's settings say of it.
 
     Raises:
+        ConfigError: the run's settings name a component from outside this package, and it is not trusted.
         CheckpointError: if `out` exists, there is no complete checkpoint, there is nothing to merge, the base model
             needs code that is not trusted, or the checkpoint holds links.
         OutputFolderError: `out` is a URL, or relative inside a Ray job.
@@ -58,7 +61,8 @@ def export(
     out = output_folder(out, setting="out")
     source = find_checkpoint(Path(run), checkpoint)
     manifest = verified_manifest(source)
-    config = parse_config(TrainConfig, manifest["config"])
+    with nullcontext() if trust_remote_code else shipped_only("add --trust-remote-code if you trust that module"):
+        config = parse_config(TrainConfig, manifest["config"])
     if merge_lora and config.model.lora is None:
         raise CheckpointError(f"--merge-lora: run {str(run)!r} trained all parameters, it has no adapter to merge")
     if merge_lora and config.model.trust_remote_code and not trust_remote_code:

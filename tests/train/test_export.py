@@ -2,11 +2,13 @@
 
 import json
 import logging
+import sys
 
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from mlc_ray.config import ConfigError
 from mlc_ray.storage import library_versions
 from mlc_ray.train.checkpoint import CheckpointError
 from mlc_ray.train.export import _public_name, export
@@ -114,6 +116,46 @@ def test_code_of_a_base_model_runs_only_when_the_one_who_exports_says_so(checkpo
     assert str(base) in caplog.text
     export(run, tmp_path / "trusted", merge_lora=True, trust_remote_code=True)
     assert marker.exists()
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"objective": {"loss": "their_code:Theirs"}},
+        {"terms": {"theirs": {"name": "their_code:Theirs"}}},
+        {"mlc": {"name": "their_code:Theirs"}},
+        {"engine": {"name": "their_code:Theirs"}},
+        {"data": {"train": [{"path": "none", "format": "their_code:Theirs"}]}},
+    ],
+)
+def test_a_manifest_decides_nothing_that_is_imported(section, checkpoint, tmp_path, monkeypatch):
+    run = checkpoint()
+    marker = tmp_path / "marker"
+    (tmp_path / "their_code.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Theirs: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "their_code", raising=False)
+    manifest = run / "train/checkpoint_000002/manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "config": {**content["config"], **section}}))
+    with pytest.raises(ConfigError, match=r"'their_code:Theirs' .* not imported; add --trust-remote-code"):
+        export(run, tmp_path / "out")
+    assert not marker.exists() and "their_code" not in sys.modules and not (tmp_path / "out").exists()
+
+
+def test_an_installed_component_is_not_imported_for_a_manifest_either(checkpoint, tmp_path, monkeypatch):
+    installed = tmp_path / "installed"
+    (installed / "theirs-1.0.dist-info").mkdir(parents=True)
+    (installed / "theirs-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (installed / "theirs-1.0.dist-info/entry_points.txt").write_text("[mlc_ray.loss]\ntheirs = this:Nope\n")
+    monkeypatch.syspath_prepend(installed)
+    run = checkpoint()
+    manifest = run / "train/checkpoint_000002/manifest.json"
+    content = json.loads(manifest.read_text())
+    content["config"]["objective"] = {"loss": "theirs"}
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="'this:Nope' does not come with mlc_ray"):
+        export(run, tmp_path / "out")
+    assert "this" not in sys.modules
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "the model itself"])
