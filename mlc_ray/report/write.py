@@ -27,8 +27,10 @@ def write_report(
         ScoresFileError: A score cannot be read; nothing is written then.
         OutputFolderError: `out` or `paper` is a URL, or relative inside a Ray job; nothing is written then.
     """
-    out = output_folder(out, setting="out")
-    paper = None if paper is None else output_folder(paper, setting="paper")
+    output_folder(out, setting="out")
+    if paper is not None:
+        output_folder(paper, setting="paper")
+    out = Path(out)  # as given: it is printed
     if out.suffix.lower() not in {".html", ".htm"}:
         raise ReportError(f"--out {str(out)!r}: the report is an HTML file; give a name that ends in .html")
     if out.is_dir():
@@ -43,4 +45,4 @@ def write_report(
         return [out]
     from mlc_ray.report.paper import write_paper  # matplotlib takes a second to import
 
-    return [out, *write_paper(collection, paper)]
+    return [out, *write_paper(collection, Path(paper))]
