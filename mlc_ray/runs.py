@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlc_ray.config.paths import real_path
+from mlc_ray.config.paths import real_path, stored_path
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import (
     MANIFEST,
@@ -28,7 +28,6 @@ from mlc_ray.storage import (
     Place,
     StorageError,
     read_manifest,
-    storage_of,
     verify_files,
 )
 
@@ -88,13 +87,12 @@ def output_place(output_dir: str | Path, *, setting: str = "output_dir") -> Plac
 
     Raises:
         OutputFolderError: it is relative inside a Ray job, whose working folder is a temporary copy, or a URL of which
-            no storage is registered.
+            no storage is registered, or like a URL.
     """
     try:
-        place = Place(output_dir)
-        storage_of(str(place))
-    except StorageError as error:
-        raise OutputFolderError(f"{setting}={error}") from None
+        place = Place(stored_path(str(output_dir)))
+    except ValueError as error:
+        raise OutputFolderError(f"{setting}={str(output_dir)!r}: {error}") from None
     if not place.is_local:
         return place
     folder = Path(place).expanduser()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from mlc_ray.cli import main
 from mlc_ray.config import ConfigError, ScoreConfig, SearchConfig, TrainConfig, UtilityConfig, parse_config
-from mlc_ray.config.paths import real_path, scheme_of
+from mlc_ray.config.paths import config_path, real_path, scheme_of, source_path
 from mlc_ray.report.write import write_report
 from mlc_ray.runs import ModelPathError, OutputFolderError, output_folder, resolve_model, user_cache
 from mlc_ray.score.run import score
@@ -107,11 +108,55 @@ def test_a_url_that_is_a_setting_is_refused_on_the_command_line(
 
 @pytest.mark.parametrize(
     "path",
-    ["runs", "/abs/runs", "~/runs", "sample:train", "owner/name", "owner/name@config:split", "csv,kind=benign", "a: b"],
+    ["runs", "/abs/runs", "~/runs", "owner/name", "owner/name@config:split", "csv,kind=benign", "a: b", "./s3:b"],
 )
-def test_paths_hub_names_and_samples_are_no_urls(path: str) -> None:
+def test_paths_and_hub_names_are_no_urls(path: str) -> None:
     assert scheme_of(path) is None
     assert real_path(path) == path
+    assert source_path(path) == path
+    assert config_path(path) == path
+
+
+@pytest.mark.parametrize(
+    ("accepts", "path"),
+    [
+        (source_path, "sample:train"),
+        (source_path, "name:split"),
+        (source_path, "name@config:split"),
+        (config_path, "recipe:score/quickstart"),
+    ],
+)
+def test_samples_splits_and_recipes_are_taken_where_they_are_meant_alone(
+    accepts: Callable[[str], str], path: str
+) -> None:
+    assert scheme_of(path) is None
+    assert accepts(path) == path
+    if ":" in path.partition("@")[0]:
+        with pytest.raises(ValueError, match=r"begins with \w+: as a URL does"):
+            real_path(path)
+    if accepts is source_path and path != "sample:train":
+        parse_config(TrainConfig, {**TRAIN, "data": {"train": [{"path": path}]}})
+
+
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        (" s3://bucket/runs", "begins or ends with white space"),
+        ("runs ", "begins or ends with white space"),
+        ("s3:bucket/runs", "begins with s3: as a URL does.*all nodes share"),
+        ("sample:train", "begins with sample: as a URL does"),
+    ],
+)
+def test_what_is_nearly_a_url_is_refused(path: str, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for schema, raw in ((TrainConfig, TRAIN), (ScoreConfig, SCORE), (SearchConfig, SEARCH)):
+        with pytest.raises(ConfigError, match=f"output_dir={path!r}: .*{fault}"):
+            parse_config(schema, {**raw, "output_dir": path})
+    with pytest.raises(OutputFolderError, match=f"output_dir={path!r}: .*{fault}"):
+        output_folder(path)
+    for arguments in (["export", "run", path], ["report", "runs", "--out", path], ["judge", "a", "--out", path]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert re.search(f"{path!r}: .*{fault}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

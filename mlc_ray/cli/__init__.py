@@ -237,15 +237,25 @@ def _path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-def _place(text: str) -> Place:
-    """A path, or a URL of a storage that is registered."""
-    from mlc_ray.storage import Place, StorageError, storage_of
+def _config_file(text: str) -> Path:
+    """A path, or `recipe:NAME`."""
+    from mlc_ray.config.paths import config_path
 
     try:
-        storage_of(text)
-    except StorageError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return Place(text)
+        return Path(config_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _place(text: str) -> Place:
+    """A path, or a URL of a storage that is registered."""
+    from mlc_ray.config.paths import stored_path
+    from mlc_ray.storage import Place
+
+    try:
+        return Place(stored_path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def _add_judge(parser: argparse.ArgumentParser) -> None:
@@ -264,7 +274,7 @@ def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", type=_path, help="YAML file with the settings")
+    parser.add_argument("--config", metavar="FILE", type=_config_file, help="YAML file with the settings")
     parser.add_argument(
         "--set", metavar="FIELD=VALUE", dest="overrides", action="append", default=[], help="change one; repeatable"
     )

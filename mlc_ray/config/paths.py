@@ -1,6 +1,7 @@
 """Paths in settings are text: a URL such as `s3://bucket/runs` must never become the folder `./s3:`.
 
-`RealPath` is a file or folder that any program can open, or a hub name; `StoredPath` also a URL of some storage.
+`RealPath` is a file or folder that any program can open, or a hub name; `StoredPath` also a URL of some storage,
+`SourcePath` also `sample:train` or a hub name with its split, `ConfigPath` also `recipe:NAME`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pydantic import AfterValidator
 from mlc_ray._registry import UnknownComponentError, resolve
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `s3:/b` too: what pathlib makes of s3://b
+_LIKE_URL = re.compile(r"(\w[\w+.-]+):")  # `s3:b`; one letter alone may be a drive
+_HUB_SPLIT = re.compile(r"[\w.-]+(@[\w.-]+)?:[\w.-]+")  # owner/name:split is not like a URL
 
 
 def scheme_of(path: str) -> str | None:
@@ -22,13 +25,20 @@ def scheme_of(path: str) -> str | None:
 
 
 def real_path(path: str) -> str:
-    """`path`, if it is not a URL.
+    """`path`, if it is not a URL, is not like one (`s3:bucket`), and has no space before or after it.
 
     Raises:
-        ValueError: it is one; the message says what to give instead.
+        ValueError: it is or has; the message says what to give instead.
     """
+    if path != path.strip():
+        raise ValueError("it begins or ends with white space; leave that out")
     scheme = scheme_of(path)
     if scheme is None:
+        if like := _LIKE_URL.match(path):
+            raise ValueError(
+                f"it begins with {like[0]} as a URL does; give a path on storage that all nodes share, e.g. "
+                f"/shared/runs, or ./{path} if it is called that here"
+            )
         return path
     if scheme == "file":
         raise ValueError("write a plain path, without file://")
@@ -59,5 +69,25 @@ def stored_path(path: str) -> str:
     return path
 
 
+def source_path(path: str) -> str:
+    """`path`, if it is not a URL; `sample:train` and hub names with a split (`NAME@CONFIG:SPLIT`) are none.
+
+    Raises:
+        ValueError: as `real_path`.
+    """
+    return path if path.startswith("sample:") or _HUB_SPLIT.fullmatch(path) else real_path(path)
+
+
+def config_path(path: str) -> str:
+    """`path`, if it is not a URL; `recipe:NAME` is none.
+
+    Raises:
+        ValueError: as `real_path`.
+    """
+    return path if path.startswith("recipe:") else real_path(path)
+
+
 RealPath = Annotated[str, AfterValidator(real_path)]
 StoredPath = Annotated[str, AfterValidator(stored_path)]
+SourcePath = Annotated[str, AfterValidator(source_path)]
+ConfigPath = Annotated[str, AfterValidator(config_path)]

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from mlc_ray._registry import resolve
 from mlc_ray.config.base import RESUME, PositiveInt, Resume, RunName, Section
 from mlc_ray.config.component import ComponentSettings
-from mlc_ray.config.paths import RealPath
+from mlc_ray.config.paths import ConfigPath, RealPath
 from mlc_ray.config.score import ScoringSection
 from mlc_ray.config.train import TrainConfig
 
@@ -77,7 +77,7 @@ class SearchConfig(Section):
     )
     seed: Annotated[int, Field(ge=0, le=2**31)] = Field(42, description="Seed of the sampler; runs keep their own.")
     resume: Resume = Field("never", description=RESUME)
-    train: RealPath = Field(description="Config file of the runs.")
+    train: ConfigPath = Field(description="Config file of the runs.")
     set: list[str] = Field([], description="Overrides of that file, section.field=value, the same for all trials.")
     space: Annotated[dict[str, ParameterSection], Field(min_length=1)] = Field(
         description="Fields of a run that vary, by their dotted names, e.g. mlc.layer."

@@ -20,7 +20,7 @@ from mlc_ray.config.base import (
     refuse_userinfo,
 )
 from mlc_ray.config.component import ComponentName, ComponentSettings
-from mlc_ray.config.paths import RealPath
+from mlc_ray.config.paths import RealPath, SourcePath
 
 DTYPE = (
     "Type of weights and activations; `auto` is bfloat16 where all that may run it compute in it natively (GPUs from "
@@ -56,7 +56,7 @@ class LoraSection(Section):
 class SourceSection(Section):
     """One source of bundles."""
 
-    path: RealPath = Field(
+    path: SourcePath = Field(
         description="File, folder, hub name, or `sample:train` / `sample:test` for the shipped data."
     )
     format: Annotated[str, ComponentName("format", "auto")] = Field(
