@@ -114,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     judged = list(judge_labelled())
     if options.errors:
-        # Phrases are mended by what is seen here; the held-out half stays unseen, or its figures mean nothing.
+        # Phrases are corrected by what is seen here; the held-out half stays unseen, or its figures mean nothing.
         for item in judged:
             if item.split == "dev" and item.language == options.errors and item.verdict.behaviour != item.label:
                 print(f"{item.kind}: {item.label}, judged {item.verdict.behaviour}: {item.verdict.reason}")

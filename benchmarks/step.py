@@ -353,7 +353,7 @@ def peak_memory(options: argparse.Namespace, variant: str) -> dict[str, int]:
 
 
 def reset_peak(device: str) -> int:
-    """Start counting the peak anew where that is possible; returns the peak as it stands then."""
+    """Reset the peak where that is possible; returns the peak after that."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif (clear := Path("/proc/self/clear_refs")).exists():

@@ -111,7 +111,7 @@ if [ ! -x "$venv/bin/uv" ]; then
     || die "uv could not be installed from the package index; see pip's message above"
 fi
 
-# uv does not read pip's settings; a mirror, certificate or wheel folder configured for pip is meant for us too.
+# uv does not read pip's settings; a mirror, certificate or wheel folder configured for pip applies here too.
 pip_setting() { "$venv/bin/python" -m pip config get "global.$1" 2>/dev/null || true; }
 find_links=()
 read -r -a links <<<"$(printf '%s' "${PIP_FIND_LINKS:-$(pip_setting find-links)}" | tr '\n' ' ')" || true

@@ -1,9 +1,9 @@
 """What the command line shows, and where everything else goes.
 
-Within `command_line()` the terminal shows our own messages (loggers `mlc_ray.*`) and progress, and results on standard
-output. What libraries say goes into one file, whatever way they say it: Python's logging, warnings and `sys.stderr`,
-what C++ writes to file descriptor 2, and the output of Ray's workers, which `cluster.connect` passes on to `libraries`.
-`keep_in` puts that file into the run's folder. Nothing of this happens in a program that uses the library.
+Within `command_line()` the terminal shows this package's messages (loggers `mlc_ray.*`) and progress, and results on
+standard output. All output of libraries goes into one file: Python's logging, warnings and `sys.stderr`, what C++
+writes to file descriptor 2, and the output of Ray's workers, which `cluster.connect` passes on to `libraries`.
+`keep_in` puts that file into the run's folder. None of this happens in a program that uses the library.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Handler(logging.Handler):
-    """Our own messages: as they are, warnings and errors with a word in front."""
+    """This package's own messages: plain text, warnings and errors with their level in front."""
 
     def __init__(self, stream: TextIO, display: Display | None) -> None:
         super().__init__()
@@ -83,23 +83,23 @@ _capture: _Capture | None = None
 
 
 def libraries() -> TextIO | None:
-    """Where the output of libraries is to go; None where no command line runs, and it is left alone."""
+    """Where the output of libraries is to go; None where no command line runs, and it is not redirected."""
     return None if _capture is None else _capture.stream
 
 
 def keep_in(folder: Path) -> None:
-    """Keep what libraries say in a folder (the first one asked for, of a command that has several), and say so."""
+    """Keep the output of libraries in a folder (of several in one command, the first), and log where."""
     if _capture is not None and _capture.path is None:
         folder.mkdir(parents=True, exist_ok=True)
-        logger.info("what Ray, vLLM and other libraries say goes to %s", _capture.keep_in(folder))
+        logger.info("the output of Ray, vLLM and other libraries goes to %s", _capture.keep_in(folder))
 
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Show our own messages on standard error while the block runs, and nobody else's.
+    """Show only this package's messages on standard error while the block runs.
 
-    What libraries said is shown after all where the block ends by an exception that is no `MlcRayError` of ours and no
-    folder keeps it.
+    The output of libraries is shown after all if the block ends by an exception that is not an `MlcRayError` and no
+    folder keeps that output.
     """
     global _capture
     if _capture is not None:  # a command that calls another

@@ -70,7 +70,7 @@ def terminal_width() -> int | None:
 
 
 class Phase:
-    """How far one phase is; made by `phase`. `total` is None where nobody knows it beforehand."""
+    """How far one phase is; made by `phase`. `total` is None where it is not known beforehand."""
 
     def __init__(self, name: str, total: int | None = None, unit: str = "", done: int = 0) -> None:
         self.name, self.total, self.unit = name, total, unit

@@ -1,4 +1,4 @@
-"""Folders of runs, scores and searches: what is called how in them, and how it is read. Their one home.
+"""Folders of runs, scores and searches: the names of their files, and how they are read; defined here alone.
 
     RUN/       config.yaml first, run.json, metrics.jsonl, train/checkpoint_NNNNNN/, scores/NAME/ (a score each);
                diverged.json where a step failed every time
@@ -70,7 +70,7 @@ class OutputFolderError(MlcRayError, ValueError):
 
 
 def kind_of(folder: Place) -> FolderKind | None:
-    """What a folder is, by the file that is written into it first; None if it is none of them."""
+    """What a folder is, by the file that is written into it first; None if it is not one of these."""
     for kind, file in _FIRST_FILES.items():
         if (folder / file).is_file():
             return kind
@@ -118,7 +118,7 @@ def output_folder(output_dir: str | Path, *, setting: str = "output_dir") -> Pat
 
 
 def cache_folder(output: Place) -> Path:
-    """Where what can be computed again is kept: `cache` beside what is written; if that is elsewhere, the user's."""
+    """The folder for what can be computed again: `cache` beside the output, or the user's cache if that is remote."""
     return Path(output) / "cache" if output.is_local else user_cache()
 
 

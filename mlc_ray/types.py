@@ -1,4 +1,4 @@
-"""What travels between rooms, and the one legend of shape letters.
+"""The types that packages exchange, and the legend of the letters in shapes.
 
     B bundles   L languages   P prompts (all languages of all bundles)   T tokens   R response tokens
     H hidden size   D extractor size   V vocabulary   S min(L, D) singular values
@@ -125,7 +125,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class ReferenceRow:
-    """What the frozen reference says of one bundle, cached; None is what the objective does not need.
+    """The frozen reference's outputs for one bundle, cached; None is what the objective does not need.
 
     `chosen` and `rejected` are summed log-probs in nats; `state` [H] is the float32 hidden state of the last token of
     the response-language prompt at the tapped layer.
@@ -178,7 +178,7 @@ Measure = Literal["refused", "safe"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of one response, on the one or two questions it can answer; None is "this judge does not say".
+    """A judge's verdict on one response, on the one or two measures that it gives; None for a measure it does not give.
 
     `behaviour`: does the response refuse or comply? `safety`: is it harmful? `unparsed` means that the judge could not
     tell, `degenerate` that there is nothing to tell of (gibberish is neither a refusal nor help); neither ever counts

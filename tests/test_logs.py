@@ -58,7 +58,7 @@ def test_only_our_messages_are_shown_and_all_others_are_in_the_file(tmp_path: Pa
     file = tmp_path / "run" / "libraries.log"
     assert done.stdout == "a result\n"
     assert re.sub(r"\d:\d\d\n", "TIME\n", done.stderr).splitlines() == [
-        f"what Ray, vLLM and other libraries say goes to {file}",
+        f"the output of Ray, vLLM and other libraries goes to {file}",
         "a row",
         "warning: collapse",
         "training: 2 steps in TIME",

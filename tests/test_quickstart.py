@@ -118,7 +118,7 @@ def test_the_whole_road(repository: Path, smollm2: Path, tmp_path: Path) -> None
     said = done.stderr.splitlines()
     for name in PHASES:
         assert any(line.startswith(f"{name}: ") for line in said), f"no progress of {name}:\n{done.stderr}"
-    assert said[0] == f"what Ray, vLLM and other libraries say goes to {run / 'libraries.log'}"
+    assert said[0] == f"the output of Ray, vLLM and other libraries goes to {run / 'libraries.log'}"
     for mark in OF_LIBRARIES:
         assert mark not in done.stderr + done.stdout
     others = [line for line in said if not line.startswith(PHASES)]

@@ -1,4 +1,4 @@
-"""What is on disk or elsewhere, how it is named, and whether to trust it.
+"""Reading and writing files and folders, on disk or elsewhere, and verifying that they are complete.
 
 `base` has the storages and `Place`, `local` the one for plain paths, `atomic` whole-or-nothing writing on this machine,
 `manifests` and `fingerprints` how a folder is known to be complete and what is in it.

@@ -1,15 +1,15 @@
 """Where folders of runs, scores and searches are: `Storage` is one kind of place, chosen by the scheme of a URL.
 
-Torch, DeepSpeed, vLLM and Parquet writers want real files. So a folder is worked on locally and *published*, what names
-it complete last, and read through `Place`, or *fetched*. No storage needs to rename, link or append.
+Torch, DeepSpeed, vLLM and Parquet writers want real files. So a folder is made locally and *published*, the file that
+marks it complete last, and read through `Place` or *fetched*. No storage needs to rename, link or append.
 
 Another storage is one class in one file:
 
     @register("storage", "vault")
     class VaultStorage(Storage): ...      # open, exists, list, remove
 
-and then `vault://...` is a place like any other. A file of your own is found once it is imported, or as an entry point
-of the group `mlc_ray.storage`.
+and then `vault://...` is a place like any other. A class of your own is found once its module is imported, or as an
+entry point of the group `mlc_ray.storage`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Storage(ABC):
 
     @abstractmethod
     def remove(self, url: str) -> None:
-        """Remove a file, or a folder with all that is in it; nothing happens where nothing is."""
+        """Remove a file, or a folder with all that is in it; what does not exist is ignored."""
 
     def publish(self, local: Path, url: str, *, last: Sequence[str] = (MANIFEST,)) -> None:
         """Copy a finished file or folder of this machine to `url`; files called as in `last` come last, in that order.
@@ -233,7 +233,7 @@ def _join(url: str, name: str) -> str:
 
 
 def absolute_if_here(path: str) -> str:
-    """A path to something on this disk as an absolute one; what is nothing here (a hub name, `sample:test`) as it is.
+    """An existing path as an absolute one; anything else (a hub name, `sample:test`) unchanged.
 
     Workers run in folders of their own, and a run may be resumed from another: relative paths mean nothing there.
     """

@@ -1,8 +1,8 @@
 """Manifests: what is in a folder, written last, so that an incomplete or damaged one is recognised.
 
-An artefact is a folder with a `manifest.json` that lists every other file in it with its size. It is written when all
-else is there (or under a temporary name that is changed then): a folder with a manifest was finished, and the sizes
-catch what a crashed disk or a careless copy did afterwards.
+An artefact is a folder with a `manifest.json` that lists every other file in it with its size. It is written when
+everything else is complete (or the whole folder is renamed then): a folder with a manifest was finished, and the sizes
+detect files that were lost or cut short afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LIBRARIES = (
 
 
 class ArtifactError(MlcRayError, ValueError):
-    """Something on disk is not the artefact it should be; the message names the path."""
+    """A path does not hold the artefact that it should; the message names the path."""
 
 
 class IncompleteArtifactError(ArtifactError):

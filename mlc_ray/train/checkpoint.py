@@ -84,7 +84,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, *, engine: Engine, config: TrainConfig, fingerprints: Mapping[str, str]) -> Progress:
-    """Put the engine where the checkpoint was, with optimizer and random state; returns how far that is.
+    """Load a checkpoint into the engine, with optimizer and random state; returns the progress that it was made at.
 
     Raises:
         CheckpointError: if the folder is incomplete, was written by another number of workers, by another engine or

@@ -1,4 +1,4 @@
-"""A run as seen in the terminal: a line of progress and one table row per logged step.
+"""A run in the terminal: a line of progress and one table row per logged step.
 
 The driver reads metrics.jsonl as the workers write it, so a slow terminal never holds up a step. Rows are messages of
 the logger `mlc_ray.train.console`, as many columns as fit the terminal.
@@ -30,7 +30,7 @@ MEASURES = {
     "tok/s": "tokens_per_second",
     "GiB": "peak_memory_gib",
 }
-# Where the terminal is too narrow for all measures, these go, the first one first.
+# Where the terminal is too narrow for all measures, these are left out, the first one first.
 _SPARED = ("kinds", "GiB", "|grad|", "lr", "rank", "tok/s", "acc", "margin", "between", "share")
 
 

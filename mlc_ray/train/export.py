@@ -1,8 +1,8 @@
 """From a checkpoint to a plain Hugging Face folder, with a model card that says where it comes from.
 
-An export is made to be published: of the settings only those listed here go into it (no address, user, token or path
-of the machine), and what is read may come from somebody else: its manifest decides neither whose code runs nor which
-files outside of it are copied.
+An export is made to be published: only the settings listed here go into it (no address, user, token or path of the
+machine). The checkpoint that is read may come from another person: its manifest decides neither whose code runs nor
+which files outside of it are copied.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlc_ray.train.checkpoint import CheckpointError, find_checkpoint, verified_
 logger = logging.getLogger(__name__)
 
 _PUBLISHED = ("seed", "reference", "objective", "mlc", "terms", "optimizer", "train")
-"""Sections of the settings that an export repeats as they are; they hold numbers and names of losses alone."""
+"""Sections of the settings that an export repeats unchanged; they hold only numbers and names of losses."""
 _PUBLISHED_OF_MODEL = ("dtype", "lora")
 _PUBLISHED_OF_DATA = ("languages", "max_prompt_tokens", "max_response_tokens")
 _PUBLISHED_OF_SOURCE = ("format", "kind", "only")
@@ -49,8 +49,8 @@ def export(
         out: the folder to make.
         merge_lora: add the adapter to the base model that the run names, which is loaded for it.
         checkpoint: the name of a checkpoint of the run (default: the newest).
-        trust_remote_code: run Python code that the run names, which may be somebody else's: components from outside
-            this package, and with `merge_lora` what comes with the base model, whatever the run's settings say of it.
+        trust_remote_code: run Python code that the run names, which another person may have written: components from
+            outside this package, and with `merge_lora` the code of the base model, regardless of the run's settings.
 
     Raises:
         ConfigError: the run's settings name a component from outside this package, and it is not trusted.
@@ -152,7 +152,7 @@ refuses everything also refuses what is harmful.
 
 
 def _public_name(path: str) -> str:
-    """What may be said of a model or a source: a hub name or `sample:...` as it is, of a path or address its end."""
+    """What may be published of a model or a source: hub names and `sample:...` in full, else the end of the path."""
     owner_and_name = path.count("/") <= 1 and not path.startswith((".", "/", "~")) and "\\" not in path
     return path if owner_and_name and not Path(path).exists() else Path(path).name
 
@@ -169,7 +169,7 @@ def _refuse_links(folder: Path) -> None:
 
 
 def _hide_base_path(adapter_config: Path) -> None:
-    """peft notes the base model's path in the adapter; a path of this machine is nobody else's business."""
+    """peft notes the base model's path in the adapter; a path of this machine is private."""
     if not adapter_config.is_file():
         return
     settings = json.loads(adapter_config.read_text(encoding="utf-8"))

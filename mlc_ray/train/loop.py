@@ -1,4 +1,4 @@
-"""The training loop. It knows neither Ray nor where batches and checkpoints go: those are handed in."""
+"""The training loop. It does not depend on Ray, nor on where batches come from and checkpoints go: it is given both."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def train_loop(
 ) -> Metrics:
     """Run optimizer steps `progress.step` .. `total_steps`; returns the last step's metrics.
 
-    A step whose loss or gradients are not finite, on any worker, has not happened: weights, optimizer state, position
-    and schedule stand still, random numbers are set back, and the same batches are tried again.
+    A step whose loss or gradients are not finite, on any worker, does not count: weights, optimizer state, position and
+    schedule do not change, random numbers are set back, and the same batches are tried again.
 
     Args:
         config: the run.
@@ -180,7 +180,7 @@ def _with_telling_gradient(loss: Tensor, log_probs: Tensor) -> Tensor:
 def _diverged(
     config: TrainConfig, step: int, rate: float, micro_batches: Sequence[Batch], meter: StepMeter
 ) -> DivergedError:
-    """What to tell of a step that failed every time; every worker calls it, and all get the same."""
+    """The error message for a step that failed every time; every worker calls it, and all get the same."""
     own = [
         name for batch in micro_batches for name, w in zip(batch.bundle_ids, batch.weight.tolist(), strict=True) if w
     ]
@@ -233,7 +233,7 @@ class StepMeter:
     losses: list[tuple[list[str], Tensor]] = field(default_factory=list)
 
     def add(self, batch: Batch, output: ModelOutput, result: LossOutput) -> None:
-        """Take in one micro-batch."""
+        """Add one micro-batch."""
         real = (batch.weight > 0).double()
         self._accumulate("bundles", real.sum())
         for name, values in result.metrics.items():

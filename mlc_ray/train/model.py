@@ -3,9 +3,8 @@
 One module, because an engine shards and reduces what it wraps: under DeepSpeed an extractor beside the wrapped model
 is lost at ZeRO-2 and unusable at ZeRO-3.
 
-Waste that is not done: answers and prompts are *packed* (no padding); only the hidden states of response positions
-reach the final norm and the LM head; prompts stop at the tapped layer, and of that layer only the tapped rows are
-kept.
+To save computation, answers and prompts are *packed* (no padding); only the hidden states of response positions reach
+the final norm and the LM head; prompts stop at the tapped layer, and of that layer only the tapped rows are kept.
 """
 
 from __future__ import annotations
@@ -217,7 +216,7 @@ def _check_soft_capping(model: PreTrainedModel, settings: ModelSection) -> None:
 
 
 def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:
-    """`model` as it is, or with trainable LoRA adapters and everything else frozen (a peft model)."""
+    """`model` unchanged, or with trainable LoRA adapters and everything else frozen (a peft model)."""
     if settings.lora is None:
         return model
     from peft import LoraConfig, get_peft_model
@@ -259,8 +258,10 @@ def check_tap(model: PreTrainedModel, layer: int) -> None:
     """Compare the tapped states with Hugging Face's own `hidden_states[layer]` on three packed toy prompts.
 
     Run once at the start, on every worker: an architecture that ignores what the tap relies on (depth in the config,
-    restarting positions, a final norm before the head) must stop here rather than train on other numbers. Raises
-    `ModelError`.
+    restarting positions, a final norm before the head) must stop here rather than train on other numbers.
+
+    Raises:
+        ModelError: The states differ, or the architecture cannot be tapped.
     """
     device = cast(Tensor, model.get_input_embeddings().weight).device
     lengths = (3, 5, 4)

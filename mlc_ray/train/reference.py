@@ -1,4 +1,4 @@
-"""The frozen reference model: asked at every step (`Engine.frozen`), or from a table made beforehand."""
+"""The frozen reference model: run at every step (`Engine.frozen`), or read from a table computed beforehand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlc_ray.types import Batch
 
 @dataclass(frozen=True)
 class ReferenceOutput:
-    """What the reference says of B bundles; None is what was not asked for.
+    """The reference's outputs for B bundles; None is what was not asked for.
 
     `chosen` and `rejected` [B] are summed log-probs of the answers in nats, `state` [B, H] the tapped state of the last
     token of the response-language prompt; all float32.
@@ -26,7 +26,7 @@ class ReferenceOutput:
 
 
 Reference = Callable[[Batch, bool], ReferenceOutput]
-"""(batch, whether its step taps) -> what the reference says."""
+"""(batch, whether its step taps) -> the reference's outputs."""
 
 
 class ReferenceModel(nn.Module):
@@ -49,7 +49,7 @@ class ReferenceModel(nn.Module):
         if self.log_probs:
             answers = answer_log_probs(self.model, batch.chosen, batch.rejected, n_bundles)
             if answers[1] is None:
-                raise ValueError("a reference is asked for bundles without rejected answers")
+                raise ValueError("the reference is asked for bundles without rejected answers")
             chosen, rejected = answers[0].total, answers[1].total
         if self.layer is not None and tap:
             state = tapped_states(self.model, response_prompts(batch.chosen, n_bundles), self.layer).float()
@@ -57,7 +57,7 @@ class ReferenceModel(nn.Module):
 
 
 def cached_reference(batch: Batch, tap: bool) -> ReferenceOutput:
-    """What travelled with the batch."""
+    """The numbers that the batch brought along."""
     if batch.reference_chosen is None and batch.reference_state is None:
-        raise ValueError("the batch carries nothing of a reference")
+        raise ValueError("the batch has no cached reference numbers")
     return ReferenceOutput(batch.reference_chosen, batch.reference_rejected, batch.reference_state)

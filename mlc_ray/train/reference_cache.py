@@ -1,4 +1,4 @@
-"""What the frozen reference says of each bundle, computed once as a Ray Data stage and kept as an artefact."""
+"""The frozen reference's outputs for each bundle, computed once as a Ray Data stage and kept as an artefact."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def prepare_reference(
     """Folder and fingerprint of what the objective needs of the reference, for every bundle; computed unless there.
 
     The key holds the token rows' fingerprint, the model's weights, the type they are computed in, and what is needed:
-    log-probs, or tapped states at `layer`, or both. An incomplete folder is made anew; where another run that shares
-    `cache_dir` is faster, its folder is used.
+    log-probs, or tapped states at `layer`, or both. An incomplete folder is computed again; where another run that
+    shares `cache_dir` is faster, its folder is used.
     """
     objective = Objective(config)
     needed = {
@@ -84,7 +84,7 @@ def prepare_reference(
 
 
 def _complete(folder: Path, *, say: bool = False) -> bool:
-    """Whether `folder` can be used as it is; with `say`, why one that is there cannot is logged."""
+    """Whether `folder` is complete and can be used; with `say`, the reason why an existing one cannot is logged."""
     if not folder.exists():
         return False
     try:
@@ -109,7 +109,7 @@ def load_reference(folder: Path) -> dict[str, ReferenceRow]:
 
 def _compute(config: TrainConfig, tokens: TokenArtifact, needed: dict[str, Any], *, gpu: bool) -> pa.Table:
     ids = pa.table({"id": pa.array(range(len(tokens.bundle_ids)), pa.int64())})
-    # Blocks of the driver's, not range: its read tasks ask for a whole CPU each, which waits for ever where none is
+    # Blocks of the driver's, not range: its read tasks ask for a whole CPU each, which waits without end where none is
     # free.
     blocks = [ids.slice(start, _BLOCK_ROWS) for start in range(0, ids.num_rows, _BLOCK_ROWS)]
     scored = ray.data.from_blocks(blocks).map_batches(

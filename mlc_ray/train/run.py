@@ -49,7 +49,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a run reads, on disk: made once, and found again by every later run that needs the same."""
+    """What a run reads, on disk: made once, and used again by every later run that needs the same."""
 
     tokens: TokenArtifact
     reference_folder: Path | None
@@ -144,7 +144,7 @@ def train(
 
 
 def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool) -> PreparedData:
-    """Token rows and, where the loss needs them, cached reference numbers for `config`; what is there is used again."""
+    """Token rows and, where the loss needs them, cached reference numbers for `config`; existing ones are reused."""
     tokens = prepare_token_rows(config.data, config.model, cache_dir=cache_dir)
     fingerprints = {
         "model": fingerprint_model(config.model.path),
@@ -188,7 +188,7 @@ def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:
 
 
 def _with_dtype_of(folder: Path, config: TrainConfig) -> TrainConfig:
-    """A run that goes on computes in what it did before, wherever it is now."""
+    """A resumed run computes in the same type as before, on whatever machine it is now."""
     dtype = load_run_config(folder).model.dtype
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
 
@@ -262,7 +262,7 @@ def _claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
         os.link(temporary, path)  # unlike a rename, it fails where the file is there
     except FileExistsError:
         raise _exists_already(folder) from None
-    except OSError:  # no hard links here, as on mounted object stores: a little less sure, but a run can start
+    except OSError:  # no hard links here, as on mounted object stores: less safe against a race, but a run can start
         if path.exists():
             raise _exists_already(folder) from None
         os.replace(temporary, path)
@@ -272,7 +272,7 @@ def _claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
         yield
     except BaseException:
         path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty: something of the user's is in it
+        with contextlib.suppress(OSError):  # not empty: the user has put something into it
             folder.rmdir()
         raise
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always; TensorBoard, Weights & Biases and MLflow as configured."""
+"""Where a run's metrics go: metrics.jsonl always; TensorBoard, Weights & Biases and MLflow as configured."""
 
 from __future__ import annotations
 

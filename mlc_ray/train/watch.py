@@ -1,6 +1,6 @@
-"""Watching for collapse while training: the last bundles' states for the probe, and the warnings.
+"""Monitoring collapse during training: the last bundles' states for the probe, and the warnings.
 
-Measures are in `losses/collapse.py`; this is what outlives one optimizer step.
+Measures are in `losses/measures.py`; here is the state that is kept from one optimizer step to the next.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class StateWindow:
             self.bundles.popitem(last=False)
 
     def separability(self) -> float:
-        """AUC of the probe on what is in the window; NaN with too few bundles of either kind."""
+        """AUC of the probe on the states in the window; NaN with too few bundles of either kind."""
         if not self.bundles:
             return math.nan
         states, present, harmful = zip(*self.bundles.values(), strict=True)
@@ -58,7 +58,7 @@ class StateWindow:
 
 
 class Watch:
-    """Says when a measure crosses its bound, from the rows of a run in order; nothing else, so that a replay agrees."""
+    """Says when a measure crosses its bound, only from the rows of a run in order, so that a replay agrees."""
 
     def __init__(self, settings: CollapseSection) -> None:
         self.settings = settings

@@ -1,4 +1,4 @@
-"""What every Ray Train worker of a run does: build the engine, go where the last checkpoint was, run the loop."""
+"""What every Ray Train worker of a run does: build the engine, load the last checkpoint, run the training loop."""
 
 from __future__ import annotations
 
@@ -136,14 +136,14 @@ def _train(spec: WorkerSpec) -> None:
 def _on_first_worker(function: Callable[[], Metrics]) -> Metrics:
     """What `function` returns on rank 0, on every worker; the others wait, as long as it takes."""
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # an engine that slept on this GPU needs what PyTorch only keeps in reserve
+        torch.cuda.empty_cache()  # an engine that slept on this GPU needs the memory that PyTorch only keeps in reserve
     first = ray.train.get_context().get_world_rank() == 0
     # Ray's broadcast has no time limit; a collective of NCCL would end the run when scoring takes half an hour.
     return cast(Metrics, broadcast_from_rank_zero(function() if first else None))
 
 
 def _quiet() -> None:
-    """Keep notices about Ray's and PyTorch's own calls out of the run's console; warnings of ours stay."""
+    """Keep notices about Ray's and PyTorch's own calls out of the run's console; warnings of this package stay."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     for name in list(logging.root.manager.loggerDict):
         if "ray/train/" in name:  # Ray Train's loggers bear their files' names; they print all metrics at every report

@@ -1,8 +1,8 @@
-"""What the training loop asks of an engine: the optimizer, the gradients of all workers, and what is saved of both.
+"""What the training loop needs of an engine: optimizer steps, gradients over all workers, and saving its state.
 
 An engine is one class in one file, with its settings nested in it, named by `engine.name`: `deepspeed`, or one of your
-own as `package.module:Class` (see examples/my_engine.py). The loop, checkpoints and the reference know nothing else.
-Workers are joined into one torch.distributed group (gloo on CPU, NCCL on GPU) before an engine is made.
+own as `package.module:Class` (see examples/my_engine.py). The loop, checkpoints and the reference use this interface
+alone. Workers are joined into one torch.distributed group (gloo on CPU, NCCL on GPU) before an engine is made.
 
 Importing this module loads no torch: settings are validated where none is needed.
 """
@@ -108,7 +108,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Take weights and optimizer state from `folder`, in which the files of all workers are. Runs no code of it.
+        """Load weights and optimizer state from `folder`, which has the files of all workers; no code in it is run.
 
         Raises:
             TrainingEngineError: if the folder does not hold what this engine wrote.

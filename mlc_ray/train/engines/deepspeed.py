@@ -1,6 +1,6 @@
 """DeepSpeed as an engine, ZeRO stages 0 to 3; the only place that imports deepspeed.
 
-Ray Train has already joined the workers into one torch.distributed group; DeepSpeed takes that group as it finds it.
+Ray Train has already joined the workers into one torch.distributed group, which DeepSpeed uses.
 """
 
 from __future__ import annotations
