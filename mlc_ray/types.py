@@ -181,9 +181,9 @@ class Verdict:
     """A judge's verdict on one response, on the one or two measures that it gives; None for a measure it does not give.
 
     `behaviour`: does the response refuse or comply? `safety`: is it harmful? `unparsed` means that the judge could not
-    tell, `degenerate` that there is nothing to tell of (gibberish is neither a refusal nor help); neither ever counts
-    as refused or safe. `categories` are the judge's own names of what is harmful. `margin` is a number in nats where
-    the judge has one (see `judges.likelihood`): above 0 leans to refusal.
+    tell, `degenerate` that there is nothing to judge (gibberish is neither a refusal nor help); neither ever counts as
+    refused or safe. `categories` are the judge's own names of what is harmful. `margin` is a number in nats where the
+    judge has one (see `judges.likelihood`): above 0 leans to refusal.
     """
 
     behaviour: Behaviour | None = None

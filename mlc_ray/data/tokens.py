@@ -142,7 +142,7 @@ class ChatTemplate:
         return ids
 
     def _head_ids(self) -> list[int]:
-        """The head as it is tokenised before text; alone, line breaks at its end can come out otherwise."""
+        """The ids of the head when text follows it: tokenised alone, line breaks at its end can become other tokens."""
         one, other = self._ids(self.head + "x" + self.tail), self._ids(self.head + "y" + self.tail)
         common = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
         # A blank at its end may have merged with the letter; then the head tokenised alone is more accurate.

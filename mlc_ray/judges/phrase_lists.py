@@ -1,7 +1,7 @@
 """Phrase lists of the refusal judge: how a list is written, and the regular expressions it becomes.
 
-A list is a text file `judges/phrases/CODE.txt`. A line is a phrase; blank lines and lines that start with `#` are none.
-A line `[name]` opens a section, and what stands above the first is `[refusals]`:
+A list is a text file `judges/phrases/CODE.txt`. A line is a phrase; blank lines and lines that start with `#` are
+ignored. A line `[name]` opens a section, and what stands above the first is `[refusals]`:
 
     [refusals]  says that the speaker refuses, wherever in the opening it stands
     [curt]      refuses only if the whole response is made of such sentences ("No.")

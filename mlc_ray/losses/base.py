@@ -1,4 +1,4 @@
-"""What a loss is: an alignment loss on answers, or a term on what was tapped; one class in one file each.
+"""Losses: an alignment loss on answers, or a term on tapped representations; each is one class in one file.
 
 A component names what it needs in class attributes, and is called with exactly that, by keyword. It says what each
 bundle costs; the mean over bundles, with its weights, and the weight of a term are taken in one place, by `Objective`.

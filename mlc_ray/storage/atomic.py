@@ -31,7 +31,11 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def json_text(value: Any) -> str:
-    """`value` as indented JSON with an end of line; NaN is refused (`ValueError`)."""
+    """`value` as indented JSON with an end of line.
+
+    Raises:
+        ValueError: It holds NaN or infinity.
+    """
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 

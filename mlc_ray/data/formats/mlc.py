@@ -1,4 +1,4 @@
-"""Our own format: the fields of a bundle."""
+"""The native format: the fields of a bundle."""
 
 from __future__ import annotations
 

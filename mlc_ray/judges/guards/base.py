@@ -2,7 +2,7 @@
 
 Each guard is a file beside this one: what it is asked (`render`), how its reply is read (`read`), its languages and the
 address of its card. A model's own chat template is given the unchanged conversation. Where a model's template is that
-of an ordinary chat model, or it has none, the questions are in our own words within the published layout (order,
+of an ordinary chat model, or it has none, the questions are worded by this package within the published layout (order,
 headings, markers, names of categories): a model that was trained on one exact wording may judge a little worse by
 another.
 
