@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
+from mlc_ray._registry import resolve
 from mlc_ray.config import (
     ConfigError,
     EndpointSection,
+    LossSettings,
     ScoreConfig,
     SearchConfig,
+    TermSettings,
     TrainConfig,
     apply_override,
     config_schema,
@@ -238,6 +241,26 @@ def test_components_are_set_by_overrides_and_survive_the_round_trip() -> None:
     for exclude_unset in (True, False):
         dumped = config.model_dump(mode="json", exclude_unset=exclude_unset)
         assert parse_config(TrainConfig, yaml.safe_load(yaml.safe_dump(dumped))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "quoted"),
+    [
+        ({"objective": LossSettings(loss="nonsense")}, ["loss='nonsense'", "no loss is called 'nonsense'"]),
+        (
+            {"objective": LossSettings(loss="simpo")},
+            ["loss='simpo'", "losses.simpo.Simpo.Settings, not", ".LossSettings"],
+        ),
+        ({"terms": {"anchor": TermSettings(name="anchor")}}, ["terms.anchor", "name='anchor'", ".TermSettings"]),
+    ],
+)
+def test_settings_made_in_python_are_those_of_their_component(changes: dict[str, Any], quoted: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(TrainConfig, minimal(**changes))
+    for part in quoted:
+        assert part in str(caught.value)
+    simpo = resolve("loss", "simpo").Settings(loss="simpo", margin=1.0)
+    assert parse_config(TrainConfig, {**MINIMAL, "objective": simpo}).objective is simpo
 
 
 # ------------------------------------------------------------------------------------------------ overrides

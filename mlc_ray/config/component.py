@@ -66,13 +66,14 @@ class ComponentSettings:
         from mlc_ray.config.base import Section
 
         base = self.base or Section
-        if isinstance(value, base):
-            return value
         if isinstance(value, str):
             value = {self.by: value}
-        if not isinstance(value, Mapping):
+        if isinstance(value, base):
+            name = getattr(value, self.by, default)
+        elif isinstance(value, Mapping):
+            name = value.get(self.by, default)
+        else:
             raise ValueError(f"expected a section with {self.by}, or a name alone")
-        name = value.get(self.by, default)
         if not isinstance(name, str):
             raise PydanticCustomError("component_name", f"{self.by}={name!r}: give the name of a {self.kind}")
         try:
@@ -83,6 +84,11 @@ class ComponentSettings:
         if not (isinstance(settings, type) and issubclass(settings, base)):
             text = f"{self.by}={name!r} cannot stand here: it has no nested Settings that extends {base.__name__}"
             raise PydanticCustomError("component_name", "{text}", {"text": text})
+        if isinstance(value, base):
+            if type(value) is settings:
+                return value
+            text = f"{self.by}={name!r} has the settings {_class(settings)}, not {_class(type(value))}"
+            raise PydanticCustomError("component_name", "{text}; give those, or a mapping", {"text": text})
         try:
             return settings.model_validate({self.by: name, **value})
         except ValidationError as error:
@@ -117,6 +123,10 @@ class ComponentSettings:
             return {key: self._dump(item, info) for key, item in value.items()}
         dumped = value.model_dump(mode=info.mode, exclude_unset=info.exclude_unset)
         return {self.by: getattr(value, self.by), **dumped}
+
+
+def _class(settings: type[Any]) -> str:
+    return f"{settings.__module__}.{settings.__qualname__}"
 
 
 class ComponentName:
