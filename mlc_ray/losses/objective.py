@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mlc_ray._registry import resolve
-from mlc_ray.config import ObjectiveConfig
+from mlc_ray.config import LossSettings, ObjectiveConfig, TermSettings
 from mlc_ray.losses.base import Alignment, AlignmentLoss, Round, Tapped, Term, TermLoss
 from mlc_ray.types import LossOutput, ResponseLogProbs
 
@@ -32,11 +32,12 @@ class Objective:
         return [f"loss/{name}" for name in ("alignment", *self.terms)]
 
     def describe(self) -> list[str]:
-        """A line for each part: its weight, its name and its settings."""
-        lines = [_described(self.config.objective.loss, self.config.objective.model_dump(exclude={"loss"}))]
+        """A line for each part: its weight, its name and its settings, those that may be published."""
+        loss = self.config.objective.loss
+        lines = [_described(loss, public_settings(self.config.objective), {"loss"})]
         for name, term in self.config.active_terms.items():
             own = {"weight", "name"} if term.name == name else {"weight"}
-            lines.append(_described(f"{term.weight} x {name}", term.model_dump(exclude=own)))
+            lines.append(_described(f"{term.weight} x {name}", public_settings(term), own))
         return lines
 
     @property
@@ -151,8 +152,20 @@ class Objective:
         return self.alignment(**given)
 
 
-def _described(title: str, settings: dict[str, Any]) -> str:
-    values = ", ".join(f"{key}={value}" for key, value in settings.items())
+def public_settings(settings: LossSettings | TermSettings) -> dict[str, Any]:
+    """The settings of a loss or a term that may be published: all of one that is shipped.
+
+    Of one from outside, whose texts may be paths or names of people, its own name, the numbers and the booleans.
+    """
+    whole = settings.model_dump(mode="json")
+    if type(settings).__module__.startswith("mlc_ray."):
+        return whole
+    by = "loss" if isinstance(settings, LossSettings) else "name"
+    return {key: value for key, value in whole.items() if key == by or isinstance(value, bool | int | float)}
+
+
+def _described(title: str, settings: dict[str, Any], said: set[str]) -> str:
+    values = ", ".join(f"{key}={value}" for key, value in settings.items() if key not in said)
     return f"{title} ({values})" if values else title
 
 

@@ -18,15 +18,15 @@ from typing import Any
 
 from mlc_ray._registry import shipped_only
 from mlc_ray.config import TrainConfig, parse_config
-from mlc_ray.losses.objective import Objective
+from mlc_ray.losses.objective import Objective, public_settings
 from mlc_ray.runs import PROVENANCE_FILE, RUN_FILE, output_folder
 from mlc_ray.storage import atomic_folder, write_json_atomic
 from mlc_ray.train.checkpoint import CheckpointError, find_checkpoint, verified_manifest
 
 logger = logging.getLogger(__name__)
 
-_PUBLISHED = ("seed", "reference", "objective", "mlc", "terms", "optimizer", "train")
-"""Sections of the settings that an export repeats unchanged; they hold only numbers and names of losses."""
+_PUBLISHED = ("seed", "reference", "optimizer", "train")
+"""Sections of the settings that an export repeats unchanged; of the loss and the terms it repeats `public_settings`."""
 _PUBLISHED_OF_MODEL = ("dtype", "lora")
 _PUBLISHED_OF_DATA = ("languages", "max_prompt_tokens", "max_response_tokens")
 _PUBLISHED_OF_SOURCE = ("format", "kind", "only")
@@ -100,7 +100,10 @@ def _published(config: TrainConfig) -> dict[str, Any]:
     whole = config.model_dump(mode="json")
     model, data = whole["model"], whole["data"]
     return {
-        **{name: whole[name] for name in _PUBLISHED if name in whole},
+        **{name: whole[name] for name in _PUBLISHED},
+        "objective": public_settings(config.objective),
+        "mlc": public_settings(config.mlc),
+        "terms": {name: public_settings(term) for name, term in config.terms.items()},
         "model": {"name": _public_name(model["path"]), **{name: model[name] for name in _PUBLISHED_OF_MODEL}},
         "data": {
             **{name: data[name] for name in _PUBLISHED_OF_DATA},

@@ -74,6 +74,48 @@ def test_no_path_address_or_user_is_published(lora, checkpoint, tmp_path):
     assert "- bundles.jsonl\n- someone/bundles\n" in (out / "README.md").read_text()
 
 
+OWN_LOSS = """
+from pathlib import Path
+from mlc_ray.config import LossSettings, TermSettings
+from mlc_ray.losses.base import Alignment, Term
+
+class Loss(Alignment):
+    class Settings(LossSettings):
+        margin: float = 1.5
+        strict: bool = True
+        table: Path = Path("/home/secret/table.csv")
+        people: list[str] = ["secret"]
+
+    def __call__(self, chosen):
+        raise NotImplementedError
+
+class OwnTerm(Term):
+    class Settings(TermSettings):
+        note: str = "secret"
+
+    def __call__(self, tapped):
+        raise NotImplementedError
+"""
+
+
+def test_texts_of_a_loss_of_ones_own_are_not_published(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "own_loss_of_export.py").write_text(OWN_LOSS)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = checkpoint()
+    manifest = run / "train/checkpoint_000002/manifest.json"
+    content = json.loads(manifest.read_text())
+    content["config"]["objective"] = {"loss": "own_loss_of_export:Loss"}
+    content["config"]["terms"] = {"mine": {"name": "own_loss_of_export:OwnTerm", "weight": 0.25}}
+    manifest.write_text(json.dumps(content))
+    out = export(run, tmp_path / "out", trust_remote_code=True)
+    settings = json.loads((out / "mlc_ray.json").read_text())["settings"]
+    assert settings["objective"] == {"loss": "own_loss_of_export:Loss", "margin": 1.5, "strict": True}
+    assert settings["terms"] == {"mine": {"name": "own_loss_of_export:OwnTerm", "weight": 0.25}}
+    card = (out / "README.md").read_text()
+    assert "- own_loss_of_export:Loss (margin=1.5, strict=True)\n" in card
+    assert "secret" not in card + json.dumps(settings)
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
