@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import html
 import importlib
 import importlib.util
 import json
@@ -173,6 +174,17 @@ def test_the_site_has_every_command_setting_and_error(site: Path) -> None:
     api = (site / "reference" / "api.html").read_text(encoding="utf-8")
     for name in ("mlc_ray.losses.mlc.mlc_loss", "mlc_ray.api.train", "Raises"):
         assert name in api, name
+
+
+def test_the_site_shows_every_example(site: Path) -> None:
+    """Whole: the last line of code of each stands on a page."""
+    text = html.unescape(
+        re.sub(r"<[^>]+>", "", "".join((site / f"{page}.html").read_text() for page in ("extending", "method")))
+    )
+    for example in sorted((REPOSITORY / "examples").glob("*.py")):
+        if example.name not in {"__init__.py", "mlc_with_trl.py"}:  # the latter is named there, not shown
+            *_, last = [line for line in example.read_text(encoding="utf-8").splitlines() if line.strip()]
+            assert last in text, f"{example.name}: {last}"
 
 
 def test_the_site_fetches_nothing(site: Path) -> None:
