@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mlc_ray import device
 from mlc_ray.config import EngineSection, ModelSection
 from mlc_ray.errors import MlcRayError
-from mlc_ray.logs import libraries
+from mlc_ray.logs import libraries, show_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -152,13 +152,21 @@ def ask_nodes(
 
 
 def _send_output_to(file: TextIO) -> None:
-    """Send what Ray's workers and its own loggers write into a file instead of this process's console."""
+    """Send what Ray's workers and its own loggers write into a file instead of this process's console.
+
+    Warnings of this package among it are logged by this process.
+    """
     # Ray has no public way to this; what it prints goes through one dispatcher, whose only handler is replaced.
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
     from ray._private.worker import print_worker_logs
 
     dispatcher.remove_handler("ray_print_logs")
-    dispatcher.add_handler("mlc_ray", lambda data: print_worker_logs(data, file))
+
+    def take(data: dict[str, Any]) -> None:
+        others: Any = show_warnings(data.get("lines", []))
+        print_worker_logs({**data, "lines": others}, file)
+
+    dispatcher.add_handler("mlc_ray", take)
     for name, logger in logging.root.manager.loggerDict.items():
         if name.partition(".")[0] == "ray" and isinstance(logger, logging.Logger):
             logger.handlers.clear()

@@ -4,6 +4,9 @@ Within `command_line()` the terminal shows this package's messages (loggers `mlc
 standard output. All output of libraries goes into one file: Python's logging, warnings and `sys.stderr`, what C++
 writes to file descriptor 2, and the output of Ray's workers, which `cluster.connect` passes on to `libraries`.
 `keep_in` puts that file into the run's folder. None of this happens in a program that uses the library.
+
+Warnings of this package in a Ray worker (`send_warnings`) are marked lines of the worker's output; the driver logs them
+(`show_warnings`).
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -22,6 +26,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.progress import Display, draw_on
 
 LOG_FILE = "libraries.log"
+_SENT = re.compile(r"mlc_ray (WARNING|ERROR|CRITICAL): (.+)")
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +144,35 @@ def command_line() -> Iterator[None]:
         _capture = None
         if terminal is not stderr:
             terminal.close()
+
+
+class _Sender(logging.Handler):
+    """One line on standard error for each message, as `_SENT` reads it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message; its line breaks become spaces."""
+        # Not by print, which Ray Train may patch.
+        sys.stderr.write(f"mlc_ray {record.levelname}: {' '.join(record.getMessage().split())}\n")
+        sys.stderr.flush()
+
+
+def send_warnings() -> None:
+    """In a Ray worker: write warnings and errors of the loggers `mlc_ray.*` for the driver's `show_warnings`."""
+    ours = logging.getLogger("mlc_ray")
+    if not any(isinstance(handler, _Sender) for handler in ours.handlers):  # a process may be used again
+        ours.addHandler(_Sender(logging.WARNING))
+        ours.propagate = False  # else a handler of the root's writes them again
+
+
+def show_warnings(lines: Iterable[str]) -> list[str]:
+    """Log here what workers sent by `send_warnings`, and return the other lines of what they wrote."""
+    others = []
+    for line in lines:
+        if sent := _SENT.match(line):
+            logger.log(logging.getLevelNamesMapping()[sent[1]], "%s", sent[2])
+        else:
+            others.append(line)
+    return others
 
 
 def _real(stream: TextIO) -> TextIO:

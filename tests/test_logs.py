@@ -116,3 +116,44 @@ def test_a_library_user_is_left_alone(capfd: pytest.CaptureFixture[str]) -> None
     assert libraries() is None
     assert sys.stderr is stderr
     assert capfd.readouterr().err == ""
+
+
+WORKER = """
+import logging
+from mlc_ray.logs import send_warnings
+
+send_warnings()
+send_warnings()
+logging.getLogger("ray.data").warning("mlc_ray is not who says this")
+logging.getLogger("mlc_ray.train.loop").warning("step %d: not finite\\n(try 1 of 4)", 2)
+logging.getLogger("mlc_ray.train.loop").info("not told")
+logging.getLogger("mlc_ray").error("worse")
+"""
+DRIVER = """
+import sys
+from pathlib import Path
+from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+from mlc_ray.cluster import _send_output_to
+from mlc_ray.logs import command_line, keep_in, libraries
+
+dispatcher.add_handler("ray_print_logs", print)  # what `ray.init` does
+with command_line():
+    keep_in(Path(sys.argv[1]))
+    _send_output_to(libraries())
+    told = {"pid": 7, "ip": "10.0.0.1", "localhost": "10.0.0.1", "is_err": True, "actor_name": "RayTrainWorker"}
+    dispatcher.emit({**told, "lines": sys.stdin.read().splitlines()})
+"""
+
+
+def test_warnings_of_ours_in_a_worker_are_shown_at_once_and_its_other_output_is_not(tmp_path: Path) -> None:
+    worker = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True, timeout=60)
+    driver = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(tmp_path)], input=worker.stderr, capture_output=True, text=True, timeout=60
+    )
+    assert driver.stderr.splitlines()[1:] == ["warning: step 2: not finite (try 1 of 4)", "error: worse"]
+    assert driver.stdout == ""
+    text = (tmp_path / "libraries.log").read_text()
+    assert "mlc_ray is not who says this" in text
+    assert "RayTrainWorker pid=7" in text
+    assert "not told" not in worker.stderr
+    assert text.count("not finite") == 1  # as a message of the driver's

@@ -1,4 +1,4 @@
-"""Errors of ours on their way from a worker to the driver, which Ray wraps and tries again; what stays of them."""
+"""How an `MlcRayError` comes from a worker to the driver as itself, and how a diverged run is recorded."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from mlc_ray.train.loop import DivergedError
 
 
 class EndAtOwnError(UserCallback):
-    """Ends a run at once when a worker raises an error of ours: its cure is a setting or a file, not another try.
+    """Ends a run at once when a worker raises an `MlcRayError`: its fix is a setting or a file, not another try.
 
-    Ray Train tries whatever a worker raises `cluster.max_failures` times again; what a callback raises, it does not.
+    Ray Train starts the workers again, up to `cluster.max_failures` times, whatever they raise; but where a callback
+    raises, it ends the run.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
@@ -32,7 +33,7 @@ class EndAtOwnError(UserCallback):
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Raise an error of ours that the block's error wraps in place of that one, which passes where it wraps none."""
+    """Raise the `MlcRayError` that is inside the error of this block, if there is one; else that error."""
     try:
         yield
     except Exception as error:
@@ -43,7 +44,7 @@ def own_errors() -> Iterator[None]:
 
 
 def own_error(error: BaseException) -> MlcRayError | None:
-    """The error of ours that `error` is or wraps: Ray's of a task, of the workers or of the controller, or a cause."""
+    """The `MlcRayError` that `error` is, or that is inside it: Ray wraps those of tasks, workers and its controller."""
     waiting, seen = [error], set[int]()
     while waiting:
         each = waiting.pop(0)

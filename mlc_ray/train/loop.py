@@ -99,7 +99,7 @@ def train_loop(
             norm = engine.step(rate)
             if math.isfinite(norm):
                 break
-            if engine.rank == 0:
+            if engine.rank == 0 and retries < config.optimizer.max_retries:
                 logger.warning(
                     "step %d: the loss or its gradients are not finite (try %d of %d); its batches are tried again",
                     progress.step + 1, retries + 1, config.optimizer.max_retries + 1,

@@ -77,8 +77,8 @@ def train(
     Raises:
         RunError: a new run's folder exists already, a resumed one's does not, or it holds a run with other settings.
         DivergedError: the loss or its gradients stayed non-finite; the run's folder says so from then on.
-        MlcRayError: what a worker raised of ours (`CheckpointError`, `ModelError`, ...); as with `DivergedError`, it is
-            not tried again from the last checkpoint.
+        MlcRayError: a worker raised it (`CheckpointError`, `ModelError`, ...). Like a `DivergedError`, it ends the run:
+            `cluster.max_failures` counts other failures only.
     """
     check_trackers(config)
     config = _with_absolute_paths(config)

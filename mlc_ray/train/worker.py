@@ -25,6 +25,7 @@ from mlc_ray.data.order import plan_rank
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import stream_batches
 from mlc_ray.data.tokens import load_tokenizer
+from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import checkpoint_folder
 from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -65,12 +66,13 @@ def engine_class(config: TrainConfig) -> type[Engine]:
 
 
 def train_worker(told: dict[str, WorkerSpec]) -> None:
-    """One process per GPU. Raises errors of ours bare, since what wraps an error is lost between processes."""
+    """One process per GPU. Raises an `MlcRayError` unwrapped: causes are lost between processes."""
     with own_errors():
         _train(told["spec"])
 
 
 def _train(spec: WorkerSpec) -> None:
+    send_warnings()
     _quiet()
     config = parse_config(TrainConfig, spec.config)
     context = ray.train.get_context()
