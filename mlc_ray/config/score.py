@@ -173,6 +173,15 @@ class ScoreConfig(ScoringSection):
             )
         return codes
 
+    @model_validator(mode="after")
+    def _what_goes_on_has_a_name(self) -> ScoreConfig:
+        if self.resume == "auto" and self.name is None:
+            raise ValueError(
+                "resume='auto' needs a name: without one the folder is named by the time, and the same command would "
+                "find nothing to go on with; set name"
+            )
+        return self
+
 
 # Those that `score.utility` hands to transformers; threads on CPU follow cpus_per_replica.
 HF_ENGINE_FIELDS = ("cpus_per_replica", "dtype", "max_model_len", "trust_remote_code")

@@ -80,7 +80,7 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
         JudgeError: the judge cannot be made as asked.
         UncoveredLanguageError: no judge may be asked about a language.
         EngineError: lengths do not fit, or an engine does not start.
-        ScoreError: the folder holds another score, or `pool` was opened for other settings.
+        ScoreError: the folder holds a score, with `resume: auto` another one; or `pool` was opened for other settings.
         ClusterError: the cluster can never hold the engines.
         MlcRayError: what the readers of the benchmarks raise.
         TooManyUnparsedError: when all is written.
@@ -189,6 +189,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         _check_readers(request, judging, device, [])
         logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
         request.save(folder)
+        _write(responses, folder)  # what fails from here on is continued from these
         judged = _judge_table(request, judging, responses, folder, device)
         result = write_score(request, judging, judged, folder)
     return _checked(replace(result, folder=target), config.max_unparsed)
@@ -364,10 +365,17 @@ def _worked_on(place: Place) -> Iterator[Path]:
 
 
 def _check_free(folder: Place, *, resume: bool = False) -> None:
-    if (folder / SCORES_FILE).exists() and not resume:
+    if resume:
+        return
+    if (folder / SCORES_FILE).exists():
         raise ScoreError(
             f"score folder {str(folder)!r} exists already; choose another name, or remove it (resume: auto returns it "
             "if the settings are the same)"
+        )
+    if (folder / REQUEST_FILE).exists() or (folder / RESPONSES_FILE).exists():
+        raise ScoreError(
+            f"score folder {str(folder)!r} holds an unfinished score: go on with it by `mlc-ray score --resume "
+            f"{folder}` or by resume=auto, choose another name, or remove it"
         )
 
 
