@@ -73,12 +73,16 @@ class BaseJudge(ABC):
     def identity(self) -> str:
         """Names the judge with all that its verdicts depend on: scores with different identities do not compare.
 
-        The name, what `identity_parts` gives, and who translates. How fast, how often and for how much a judge is asked
-        does not count.
+        The name, what `identity_parts` gives, what its engine computes in, and who translates. How fast, how often and
+        for how much a judge is asked does not count.
         """
         parts = [self.settings.name, *self.identity_parts()]
+        if self.engine is not None:
+            parts.append(f"dtype={self.engine.dtype}")
         if (translate := self.settings.translator) is not None:
-            by = translate.model if translate.endpoint is None else translate.endpoint.model
+            by = f"{translate.model} dtype={translate.engine.dtype}"
+            if translate.endpoint is not None:
+                by = translate.endpoint.model
             parts.append(f"translated by {by}{' (all languages)' if translate.all_languages else ''}")
         return " ".join(parts)
 

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from mlc_ray.config import ScoringSection
+from mlc_ray.cluster import with_dtype
+from mlc_ray.config import EngineSection, JudgeSettings, ScoringSection
 from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.pool import Part
 from mlc_ray.generate.stage import Generator
@@ -21,6 +22,9 @@ from mlc_ray.types import Measure, Via
 USAGE_FILES = {"judge": "judge_usage.json", "translate": "translate_usage.json"}
 _LIGHT_ROWS = 4096  # of a judge without an engine: fewer are read sooner than another process starts
 _LIGHT_ACTORS = 4
+
+
+ScoringT = TypeVar("ScoringT", bound=ScoringSection)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,40 @@ def reading(judging: Judging, device: Device, *, rows: int, cache: Path, usage: 
         actors=light,
     )
     return parts
+
+
+def with_dtypes(scoring: ScoringT, *, gpu: bool, before: ScoringSection | None = None) -> ScoringT:
+    """`scoring` with `dtype: auto` decided for every engine: the policy's, the judge's and the translator's.
+
+    Args:
+        gpu: whether the engines run on GPUs.
+        before: settings with which the same score began; what was decided then is kept where `auto` is set now.
+
+    Raises:
+        ClusterError: a node did not answer.
+    """
+    engine = _decided(scoring.engine, None if before is None else before.engine, gpu=gpu)
+    judge = judge_with_dtypes(scoring.judge, gpu=gpu, before=None if before is None else before.judge)
+    return scoring.model_copy(update={"engine": engine, "judge": judge})
+
+
+def judge_with_dtypes(judge: JudgeSettings, *, gpu: bool, before: JudgeSettings | None = None) -> JudgeSettings:
+    """The same for a judge alone: its engine, and that of `translate.model`."""
+    same = before if before is not None and before.name == judge.name else None
+    changes: dict[str, Any] = {}
+    if isinstance(engine := getattr(judge, "engine", None), EngineSection):
+        changes["engine"] = _decided(engine, getattr(same, "engine", None), gpu=gpu)
+    if (translate := judge.translator) is not None and translate.model is not None:
+        was = None if same is None or same.translator is None else same.translator.engine
+        decided = _decided(translate.engine, was, gpu=gpu)
+        changes["translate"] = translate.model_copy(update={"engine": decided})
+    return judge.model_copy(update=changes)
+
+
+def _decided(engine: EngineSection, before: EngineSection | None, *, gpu: bool) -> EngineSection:
+    if engine.dtype == "auto" and before is not None:
+        engine = engine.model_copy(update={"dtype": before.dtype})
+    return with_dtype(engine, gpu=gpu)
 
 
 def places(scoring: ScoringSection, device: Device, *, in_turn: bool = False) -> list[tuple[float, float]]:

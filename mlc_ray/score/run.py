@@ -25,7 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
+from mlc_ray.cluster import check_fits, connect, use_gpu
 from mlc_ray.config import ScoreConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm, check_lengths
@@ -43,7 +43,7 @@ from mlc_ray.runs import (
     resolve_model,
     training_languages,
 )
-from mlc_ray.score.plan import USAGE_FILES, Judging, answering, plan_judging, reading
+from mlc_ray.score.plan import USAGE_FILES, Judging, answering, judge_with_dtypes, plan_judging, reading, with_dtypes
 from mlc_ray.score.prompts import Prompts, read_prompts, slug
 from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores
@@ -101,7 +101,8 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
 def _score(config: ScoreConfig, model: str, folder: Path, pool: Pool | None) -> ScoreResult:
     """The score, in a folder of this machine; what an earlier call finished is not done again."""
     device = _connect(config)
-    config = _decided(config, device)
+    begun = config.resume == "auto" and (folder / REQUEST_FILE).is_file()
+    config = with_dtypes(config, gpu=device == "gpu", before=load_request(folder).config if begun else None)
     judge = make_judge(config.judge)
     prompts = read_prompts(config, rejects=folder)
     judging = plan_judging(judge, prompts.languages)
@@ -146,7 +147,7 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
     """
     model = resolve_model(config.model)
     device = _connect(config)
-    config = _decided(config, device)
+    config = with_dtypes(config, gpu=device == "gpu")
     warm = Warm(sleeps=in_turn and device == "gpu")
     judge = make_reader(config.judge)  # what a judge of prompts is made with is known only when those are read
     part = answering(model, config, plan_judging(judge, ()), device, warm=warm, in_turn=in_turn)
@@ -174,11 +175,12 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
     responses = _read_responses(source)
     if responses is None or make_judge(request.config.judge).runs == "prompts":
         raise ScoreError(f"{str(source)!r} holds no responses to judge ({RESPONSES_FILE}); score the model again")
+    earlier = request.config.judge
     config = request.config.model_copy(update={name: value for name, value in changes.items() if value is not None})
     judge = make_reader(config.judge)
     judge.check_ready(_cache(config))
-    request = replace(request, config=config)
-    judging = plan_judging(judge, responses["language"].unique().to_pylist())
+    languages = responses["language"].unique().to_pylist()
+    plan_judging(judge, languages)
     target = source
     if finished or out is not None:
         beside = source.parent / f"{source.name}-{judge.name}"
@@ -186,6 +188,9 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         _check_free(target)
     with _worked_on(target) as folder:
         device = _connect(config)
+        decided = judge_with_dtypes(config.judge, gpu=device == "gpu", before=earlier)
+        request = replace(request, config=config.model_copy(update={"judge": decided}))
+        judging = plan_judging(make_reader(decided), languages)
         _check_readers(request, judging, device, [])
         logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
         request.save(folder)
@@ -321,14 +326,6 @@ def _connect(config: ScoreConfig) -> Device:
     connect(config.address)
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # else two lines for every small pipeline
     return "gpu" if use_gpu(config.accelerator) else "cpu"
-
-
-def _decided(config: ScoreConfig, device: Device) -> ScoreConfig:
-    """With what `dtype: auto` became on this cluster."""
-    gpu, judge = device == "gpu", config.judge
-    if "engine" in type(judge).model_fields and (engine := make_judge(judge).engine) is not None:
-        judge = judge.model_copy(update={"engine": with_dtype(engine, gpu=gpu)})
-    return config.model_copy(update={"engine": with_dtype(config.engine, gpu=gpu), "judge": judge})
 
 
 def _check_engines(request: Request, judging: Judging, device: Device, pool: Pool | None) -> None:

@@ -39,7 +39,7 @@ from mlc_ray.runs import (
     output_folder,
     resolve_model,
 )
-from mlc_ray.score.plan import places
+from mlc_ray.score.plan import places, with_dtypes
 from mlc_ray.score.prompts import read_prompts
 from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.objectives.base import TrialScore
@@ -298,8 +298,7 @@ def _with_dtypes(config: SearchConfig, space: Space) -> tuple[SearchConfig, Spac
     """What trials and engines compute in is decided once, and written down: a resumed search keeps it."""
     base = _base(space)
     gpu = _device(base) == "gpu"
-    engine = with_dtype(config.scoring.engine, gpu=gpu)
-    scoring = config.scoring.model_copy(update={"engine": engine})
+    scoring = with_dtypes(config.scoring, gpu=gpu)
     model = {**space.base["model"], "dtype": with_dtype(base.model, gpu=gpu).dtype}
     return config.model_copy(update={"scoring": scoring}), replace(space, base={**space.base, "model": model})
 
@@ -325,7 +324,8 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path) -> list[s
     given = parse_config(SearchConfig, _settings(config, space, folder)).model_dump(mode="json")
     before = _flat({"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text(encoding="utf-8"))})
     now = _flat({"search": given, "train": dict(space.base)})
-    undecided = {"search.scoring.engine.dtype", "train.model.dtype"}  # `auto` became what it was then
+    engines = ("engine", "judge.engine", "judge.translate.engine")  # `auto` became what it was then
+    undecided = {*(f"search.scoring.{engine}.dtype" for engine in engines), "train.model.dtype"}
     ignored = {"search.resume", *(name for name in undecided if now.get(name, "auto") == "auto")}
     return [
         f"{name.removeprefix('search.')} was {before.get(name)!r}, now {now.get(name)!r}"

@@ -9,7 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlc_ray.config import ConfigError, ScoreConfig, parse_config
+from mlc_ray.config import ConfigError, ScoreConfig, ScoringSection, parse_config
+from mlc_ray.judges.base import make_judge
+from mlc_ray.judges.guards.base import GuardSettings
+from mlc_ray.score.plan import with_dtypes
 from mlc_ray.score.request import Request, ScoreError
 from mlc_ray.score.run import judge_again, score
 from mlc_ray.score.stages import RESPONSES
@@ -65,3 +68,57 @@ def test_what_goes_on_has_a_name() -> None:
     with pytest.raises(ConfigError, match="resume='auto' needs a name"):
         parse_config(ScoreConfig, raw)
     assert parse_config(ScoreConfig, {**raw, "name": "s"}).resume == "auto"
+
+
+def with_engines(**dtypes: str) -> ScoreConfig:
+    """A guard and a translator, each with an engine; `dtypes` of the policy's, the judge's and the translator's."""
+    engines = {name: {"dtype": dtypes[name]} if name in dtypes else {} for name in ("policy", "judge", "translator")}
+    judge = {
+        "name": "llama-guard", "model": "g", "engine": engines["judge"],
+        "translate": {"model": "t", "engine": engines["translator"]},
+    }  # fmt: skip
+    raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "judge": judge, "engine": engines["policy"]}
+    return parse_config(ScoreConfig, raw)
+
+
+def dtypes_of(scoring: ScoringSection) -> list[str]:
+    assert isinstance(scoring.judge, GuardSettings) and scoring.judge.translate is not None
+    return [engine.dtype for engine in (scoring.engine, scoring.judge.engine, scoring.judge.translate.engine)]
+
+
+def test_every_engine_gets_the_dtype_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "bfloat16" if gpu else "float32")
+    decided = with_dtypes(with_engines(judge="float16"), gpu=True)
+    assert dtypes_of(decided) == ["bfloat16", "float16", "bfloat16"]
+    # One that goes on, elsewhere, keeps what was decided; what is set now wins.
+    again = with_dtypes(with_engines(policy="float32"), gpu=False, before=decided)
+    assert dtypes_of(again) == ["float32", "float16", "bfloat16"]
+    stored = parse_config(ScoreConfig, decided.model_dump(mode="json", exclude_unset=True))
+    assert dtypes_of(stored) == dtypes_of(decided)
+
+
+def test_a_score_goes_on_in_the_dtype_it_began_in(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "bfloat16")
+    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
+    asked: list[ScoreConfig] = []
+
+    def no_engines(request: Request, *_: Any) -> None:
+        asked.append(request.config)
+        raise ScoreError("far enough")
+
+    monkeypatch.setattr("mlc_ray.score.run._check_engines", no_engines)
+    config = config_for(model, write_bundles(tmp_path / "own.jsonl"), tmp_path / "scores", resume="auto")
+    engine = config.engine.model_copy(update={"dtype": "float32"})
+    unfinished(config.model_copy(update={"engine": engine}), answered=True)
+    with pytest.raises(ScoreError, match="far enough"):
+        score(config)
+    assert asked[0].engine.dtype == "float32"
+
+
+def test_judges_in_two_dtypes_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlc_ray.judges.guards.base.resolve_model", str)
+    monkeypatch.setattr("mlc_ray.judges.guards.base.fingerprint_model", lambda model: "0123")
+    half, whole = (make_judge(with_engines(judge=name).judge).identity for name in ("bfloat16", "float32"))
+    assert half.replace("bfloat16", "float32") == whole != half
+    other = make_judge(with_engines(judge="float32", translator="float32").judge).identity
+    assert other != whole
