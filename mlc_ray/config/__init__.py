@@ -31,6 +31,7 @@ from mlc_ray.config.score import (
     ScoringSection,
     TranslateSection,
     UtilityConfig,
+    UtilityEngineSection,
 )
 from mlc_ray.config.search import ObjectiveSettings, ParameterSection, ProbePriorSection, SearchConfig
 from mlc_ray.config.train import (
@@ -88,6 +89,7 @@ __all__ = [
     "TrainSection",
     "TranslateSection",
     "UtilityConfig",
+    "UtilityEngineSection",
     "apply_override",
     "config_schema",
     "load_config",

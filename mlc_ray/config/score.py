@@ -187,6 +187,12 @@ class ScoreConfig(ScoringSection):
 HF_ENGINE_FIELDS = ("cpus_per_replica", "dtype", "max_model_len", "trust_remote_code")
 
 
+class UtilityEngineSection(EngineSection):
+    """The engine of a measurement of utility, whose questions come with worked examples."""
+
+    max_model_len: PositiveInt = Field(4096, description="Longest prompt plus answer, in tokens.")
+
+
 class UtilityConfig(Section):
     """One run of lm-evaluation-harness: what the model still knows."""
 
@@ -204,7 +210,7 @@ class UtilityConfig(Section):
     chat_template: bool = Field(False, description="Put questions into the model's chat template.")
     backend: Literal["vllm", "hf"] = Field("vllm", description="What runs the model: vLLM, or plain transformers.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` follows what is installed.")
-    engine: EngineSection = EngineSection(max_model_len=4096)
+    engine: UtilityEngineSection = UtilityEngineSection()
 
     @model_validator(mode="after")
     def _one_engine(self) -> UtilityConfig:

@@ -115,6 +115,14 @@ def test_engine_settings_that_transformers_do_not_read_are_refused(engine: dict[
     assert config(backend="hf", engine=read).engine.max_model_len == 512
 
 
+@pytest.mark.parametrize(
+    ("engine", "tokens"), [({}, 4096), ({"dtype": "float32"}, 4096), ({"max_model_len": 512}, 512)]
+)
+def test_an_engine_that_is_set_in_part_keeps_its_length(engine: dict[str, Any], tokens: int) -> None:
+    config = parse_config(UtilityConfig, {"model": "m", "tasks": ["mmlu"], "engine": engine})
+    assert config.engine.max_model_len == tokens
+
+
 def test_transformers_run_where_torch_finds_a_device(monkeypatch) -> None:
     import torch
 
