@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ from mlc_ray.config import EngineSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Engine, engine_environment
 from mlc_ray.generate.stage import Stage
-from mlc_ray.progress import Phase
+from mlc_ray.progress import Phase, phase
 
 LIGHT_CPUS = 0.1
 """Reserved by an actor without an engine, and by an engine that is used in turn with training."""
@@ -203,7 +203,7 @@ class Pool:
             for pool in pools:
                 actor = ray.remote(Worker).options(**pool.part.options(device))
                 pool.actors = [actor.remote(pool.part.stage, pool.part.settings) for _ in range(pool.part.replicas)]
-            _call([actor for pool in pools for actor in pool.actors], "start")
+            _start(pools)
             for pool in pools:
                 if pool.sleeps:
                     pool._each("sleep")
@@ -305,6 +305,19 @@ class Pool:
 
     def _each(self, method: str, *arguments: Any) -> list[Any]:
         return _call(self.actors, method, *arguments)
+
+
+def _start(pools: Sequence[Pool]) -> None:
+    """Wait until all actors are up, or one raises; an engine may take minutes, so those are counted."""
+    starting = {actor.call.remote("start"): pool for pool in pools for actor in pool.actors}
+    engines = sum(pool.part.engine is not None for pool in starting.values())
+    with phase("starting engines", engines, "engines") if engines else nullcontext() as progress:
+        while starting:
+            (reference, *_), _ = ray.wait(list(starting), num_returns=1)
+            _, error = ray.get(reference)
+            _raise(error)
+            if starting.pop(reference).part.engine is not None and progress is not None:
+                progress.advance()
 
 
 def _call(actors: Sequence[Any], method: str, *arguments: Any) -> list[Any]:

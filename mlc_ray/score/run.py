@@ -94,11 +94,11 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
     _check_free(place, resume=config.resume == "auto")
     judge.check_ready(_cache(config))
     with _worked_on(place) as folder:
-        result = _score(config, model, folder, pool)
+        result = _score(config, model, folder, place, pool)
     return _checked(replace(result, folder=place), config.max_unparsed)
 
 
-def _score(config: ScoreConfig, model: str, folder: Path, pool: Pool | None) -> ScoreResult:
+def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: Pool | None) -> ScoreResult:
     """The score, in a folder of this machine; what an earlier call finished is not done again."""
     device = _connect(config)
     begun = config.resume == "auto" and (folder / REQUEST_FILE).is_file()
@@ -119,11 +119,12 @@ def _score(config: ScoreConfig, model: str, folder: Path, pool: Pool | None) -> 
         return earlier
     request.save(folder)
     if earlier is not None:
-        return write_score(request, judging, _judge_table(request, judging, earlier, folder, device), folder)
+        judged = _judge_table(request, judging, earlier, folder, place, device)
+        return write_score(request, judging, judged, folder)
     asked = ", ".join(f"{name} ({number} prompts)" for name, number in prompts.counts().items())
     logger.info("scoring %s on %s", model, asked)
     table, blocks = _answer(request, judging, prompts, folder, device, pool)
-    return write_score(request, judging, _judge(request, judging, table, blocks, folder, device), folder)
+    return write_score(request, judging, _judge(request, judging, table, blocks, folder, place, device), folder)
 
 
 def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
@@ -195,7 +196,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
         request.save(folder)
         _write(responses, folder)  # what fails from here on is continued from these
-        judged = _judge_table(request, judging, responses, folder, device)
+        judged = _judge_table(request, judging, responses, folder, target, device)
         result = write_score(request, judging, judged, folder)
     return _checked(replace(result, folder=target), config.max_unparsed)
 
@@ -221,41 +222,49 @@ def _answer(
     """The prompts with the policy's answers: as a table, written to the folder, and as blocks for what reads them."""
     part = answering(request.resolved, request.config, judging, device, in_turn=False) if pool is None else pool.part
     blocks = Blocks.put(prompts.table, part, device)
-    with phase(part.name, len(prompts.table), "prompts") as progress:
-        if pool is None:
-            with Pool.open(part, device) as own:
-                answers = own.map(blocks, progress=progress)
-        else:
-            with pool.awake():
-                if pool.weights != request.resolved:
-                    pool.swap(request.resolved)
-                answers = pool.map(blocks, progress=progress)
+    shown = part.name, len(prompts.table), "prompts"
+    if pool is None:
+        with Pool.open(part, device) as own, phase(*shown) as progress:
+            answers = own.map(blocks, progress=progress)
+    else:
+        with phase(*shown) as progress, pool.awake():
+            if pool.weights != request.resolved:
+                pool.swap(request.resolved)
+            answers = pool.map(blocks, progress=progress)
     table = side_by_side(prompts.table, [answers])
     _write(table, folder)
     return table, [blocks, answers]
 
 
-def _judge_table(request: Request, judging: Judging, table: pa.Table, folder: Path, device: Device) -> pa.Table:
+def _judge_table(
+    request: Request, judging: Judging, table: pa.Table, folder: Path, place: Place, device: Device
+) -> pa.Table:
     """`_judge`, of responses that come from a file."""
     (part, *_) = _reading(request, judging, len(table), folder, device)
-    return _judge(request, judging, table, [Blocks.put(table, part, device)], folder, device)
+    return _judge(request, judging, table, [Blocks.put(table, part, device)], folder, place, device)
 
 
 def _judge(
-    request: Request, judging: Judging, table: pa.Table, blocks: list[Blocks], folder: Path, device: Device
+    request: Request,
+    judging: Judging,
+    table: pa.Table,
+    blocks: list[Blocks],
+    folder: Path,
+    place: Place,
+    device: Device,
 ) -> pa.Table:
     """Responses -> with their verdicts, both in the folder's file."""
     for file in USAGE_FILES.values():
         (folder / file).unlink(missing_ok=True)  # of an earlier judge
     try:
         for part in _reading(request, judging, len(table), folder, device):
-            with phase(part.name, len(table), "responses") as progress, Pool.open(part, device) as pool:
+            with Pool.open(part, device) as pool, phase(part.name, len(table), "responses") as progress:
                 added = pool.map(*blocks, progress=progress)
             blocks.append(added)
             table = side_by_side(table, [added])
             _write(table, folder)
     except MlcRayError:
-        logger.error("the responses are kept; go on with `mlc-ray judge %s`", folder)
+        logger.error("the responses are kept; go on with `mlc-ray judge %s`", place)
         raise
     return table
 

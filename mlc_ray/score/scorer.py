@@ -7,6 +7,7 @@ a call that it has begun is finished even if the calling process has died, and e
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,8 +21,12 @@ from mlc_ray.config import ScoringSection
 from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.pool import Blocks, Part, Pool, expected_errors, side_by_side
 from mlc_ray.judges.base import make_judge
+from mlc_ray.progress import phase
 from mlc_ray.score.plan import answering, plan_judging, reading
 from mlc_ray.score.stages import JUDGED
+
+logger = logging.getLogger(__name__)
+_CLOSE_SECONDS = 120.0  # of three pools one after another, of which each may take 30
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,13 @@ class WarmScorer:
         return score
 
     def close(self) -> None:
-        """End the engines and free what they hold."""
-        ray.get(self._actor.close.remote())
+        """End the engines and free what they hold; a scorer that does not answer in two minutes is killed.
+
+        Raises nothing where the scorer has died: what it died of is raised by the call that it was asked.
+        """
+        _, open_still = ray.wait([self._actor.close.remote()], timeout=_CLOSE_SECONDS)
+        if open_still:
+            logger.warning("the scorer did not end its engines in %.0f s and is killed", _CLOSE_SECONDS)
         ray.kill(self._actor)
 
 
@@ -126,8 +136,11 @@ def start_scorer(
     parts += reading(judging, device, rows=len(prompts), cache=folder / "cache", usage=folder).values()
     actor: Any = ray.remote(Scorer).options(num_cpus=0).remote(parts, prompts, device)  # it only waits
     try:
-        with expected_errors():
+        # Shown here: what the actor's own process says of them is seen by nobody.
+        engines = sum(part.replicas for part in parts if part.engine is not None)
+        with phase("starting engines", engines, "engines") as progress, expected_errors():
             ray.get(actor.start.remote())
+            progress.advance(engines)
     except BaseException:
         ray.kill(actor)  # and with it what it has started
         raise

@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlc_ray.config import ConfigError, ScoreConfig, ScoringSection, parse_config
-from mlc_ray.judges.base import make_judge
+from mlc_ray.judges.base import JudgeError, make_judge
 from mlc_ray.judges.guards.base import GuardSettings
 from mlc_ray.score.plan import with_dtypes
 from mlc_ray.score.request import Request, ScoreError
 from mlc_ray.score.run import judge_again, score
 from mlc_ray.score.stages import RESPONSES
+from mlc_ray.storage import Place
 from tests.score.test_pipeline import config_for, write_bundles
 
 ROW = {
@@ -122,3 +123,23 @@ def test_judges_in_two_dtypes_are_two(tmp_path: Path, monkeypatch: pytest.Monkey
     assert half.replace("bfloat16", "float32") == whole != half
     other = make_judge(with_engines(judge="float32", translator="float32").judge).identity
     assert other != whole
+
+
+def test_what_to_go_on_with_is_named_by_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: Any) -> None:
+        raise JudgeError("the judge is away")
+
+    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
+    monkeypatch.setattr("mlc_ray.score.run.Blocks.put", lambda *_: None)
+    monkeypatch.setattr("mlc_ray.score.run.Pool.open", failing)
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    benchmark = write_bundles(tmp_path / "own.jsonl")
+    source = unfinished(config_for(tmp_path / "model", benchmark, tmp_path / "scores"), answered=True)
+    with pytest.raises(JudgeError, match="is away"):
+        judge_again(source, out="vault://team/mine")
+    assert "go on with `mlc-ray judge vault://team/mine`" in caplog.text
+    assert (Place("vault://team/mine") / "responses.parquet").is_file()
+    with pytest.raises(ScoreError, match=r"unfinished score.*vault://team/mine"):
+        judge_again(source, out="vault://team/mine")
