@@ -35,6 +35,17 @@ class ClusterError(MlcRayError):
     """The cluster cannot be reached or cannot hold the run; the message says what is missing and what to set."""
 
 
+def running() -> str | None:
+    """The cluster that `connect("auto")` joins; None where it starts one.
+
+    That is RAY_ADDRESS, which `ray job submit` sets, or else what the file that `ray start` leaves says.
+    """
+    from ray._private.services import find_bootstrap_address
+
+    address = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None)
+    return None if address == "local" else address
+
+
 def connect(address: str) -> None:
     """Join or start a cluster: `auto`, `local` or an address. Does nothing where Ray is already up."""
     if ray.is_initialized():
@@ -174,7 +185,10 @@ def _send_output_to(file: TextIO) -> None:
 
 
 def unprotected(nodes: int, environment: Mapping[str, str]) -> str | None:
-    """The warning that a cluster of several nodes runs any code sent to it; None for one node, or with tokens."""
+    """The warning that a cluster of several nodes runs any code sent to it; None for one node, or with tokens.
+
+    Only `environment`, that of the driver, is looked at: whether the nodes were started with a token is not asked.
+    """
     if nodes < 2 or environment.get("RAY_AUTH_MODE") == "token":
         return None
     return (

@@ -19,6 +19,7 @@ from typing import Literal
 
 from mlc_ray import device
 from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import output_folder
 from mlc_ray.storage import library_versions
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ def compare(here: Machine, nodes: Mapping[str, Machine | str], folder: str, toke
         fix = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE before `ray start` on every node"
         found.append(Finding("FAIL", token, fix))
     elif len(nodes) > 1:
-        found.append(Finding("ok", "the cluster is joined with a token"))
+        found.append(Finding("ok", "RAY_AUTH_MODE=token is set here (nodes are not asked whether they have it)"))
     return found
 
 
@@ -193,19 +194,28 @@ def _plain(version: str | None) -> str | None:
     return None if version is None else version.partition("+")[0]
 
 
-def doctor(output_dir: str = "runs", *, address: str | None = None) -> list[Finding]:
-    """Look at this machine and, with an `address` or where `RAY_ADDRESS` is set, at every node of that cluster.
+def doctor(output_dir: str | Path = "runs", *, address: str = "auto") -> list[Finding]:
+    """Look at this machine and at every node of a cluster; none is started.
+
+    Args:
+        output_dir: where runs go.
+        address: of the cluster; `auto` is the one that a run with `cluster.address: auto` joins, if there is one;
+            `local` is this machine alone.
 
     Raises:
-        DoctorError: Something fails.
         ClusterError: No cluster answers there.
+        OutputFolderError: `output_dir` is a URL, or relative inside a Ray job.
     """
-    here = look(output_dir)
+    folder = output_folder(output_dir)
+    here = look(str(folder))
     found = examine(here)
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        found += _look_at_nodes(here, Path(output_dir).expanduser().absolute(), address)
-    return found
+    if address == "local":
+        return found
+
+    from mlc_ray.cluster import running
+
+    joined = running() if address == "auto" else address
+    return found if joined is None else [*found, *_look_at_nodes(here, folder, joined)]
 
 
 def check(findings: Sequence[Finding]) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mlc_ray.cli import main
+from mlc_ray.cluster import ClusterError
 from mlc_ray.device import of_cpu, of_gpus
 from mlc_ray.doctor import GIB, DoctorError, Machine, check, compare, doctor, examine, look
 
@@ -89,11 +91,43 @@ def test_a_machine_sees_a_file_that_is_there(tmp_path: Path) -> None:
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.parametrize("address", ["s3://bucket/runs", "s3:bucket/runs"])
+def test_an_output_dir_that_is_a_url_is_refused(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--output-dir", address, "--address", "local"]) == 2
+    assert f"output_dir={address!r}: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cluster_looked_at_is_the_one_that_a_run_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def joins(address: str) -> None:
+        raise ClusterError(address)
+
+    monkeypatch.setattr("mlc_ray.cluster.connect", joins)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    alone = doctor(tmp_path, address="local")
+    assert len(doctor(tmp_path)) == len(alone)
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")  # as `ray start` leaves it
+    with pytest.raises(ClusterError, match=r"^10\.0\.0\.1:6379$"):
+        doctor(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
+    with pytest.raises(ClusterError, match=r"^10\.0\.0\.2:6379$"):
+        doctor(tmp_path)
+    with pytest.raises(ClusterError, match=r"^10\.0\.0\.3:6379$"):
+        doctor(tmp_path, address="10.0.0.3:6379")
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert len(doctor(tmp_path)) == len(alone)
+
+
 def test_this_machine(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "mlc_ray", "doctor", "--output-dir", str(tmp_path / "runs")],
+        [sys.executable, "-m", "mlc_ray", "doctor", "--output-dir", str(tmp_path / "runs"), "--address", "local"],
         capture_output=True, text=True, env=environment, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -101,4 +135,4 @@ def test_this_machine(tmp_path: Path) -> None:
     assert f"Python {sys.version.split()[0]}" in done.stdout
     assert done.stderr == ""
     assert not (tmp_path / "runs").exists()
-    assert len(doctor(str(tmp_path))) == len(done.stdout.splitlines())
+    assert len(doctor(str(tmp_path), address="local")) == len(done.stdout.splitlines())

@@ -218,7 +218,13 @@ def build_parser() -> argparse.ArgumentParser:
     config.add_argument("--for", dest="schema_of", choices=SCHEMAS, default="train", help="kind of the file")
 
     doctor = add("doctor", "Say what this machine and a cluster have, and how to get what is missing.")
-    doctor.add_argument("--address", metavar="ADDRESS", help="Ray address of a cluster whose nodes to look at, or auto")
+    doctor.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        default="auto",
+        help="Ray address of a cluster whose nodes to look at; auto: the one that a run joins, if there is one; local: "
+        "this machine alone (default: auto)",
+    )
     doctor.add_argument("--output-dir", metavar="FOLDER", default="runs", help="where runs go (default: runs)")
 
     quickstart = add("quickstart", "Score, align, export and score SmolLM2-135M on the sample.")
