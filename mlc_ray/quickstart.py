@@ -104,17 +104,18 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     started = time.monotonic()
     train_file, score_file = _settings(config_file)
     name = f"quickstart-{time.strftime('%Y%m%d-%H%M%S')}"
-    model = prepare_smollm2(user_cache() / "models" / MODEL_NAME)
+    model = user_cache() / "models" / MODEL_NAME
     given = [f"name={name}", f"model.path={json.dumps(str(model))}"]
     config = load_config(TrainConfig, train_file, [*given, *overrides])
-    if Path(config.model.path).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is on disk; libraries that ask the hub first would wait
     folder = Path(config.output_dir).expanduser().absolute() / config.name
     keep_in(folder)
-    findings = doctor(config.output_dir)
+    findings = doctor(config.output_dir, address="local")
     for finding in findings:
         logger.info(str(finding))
     check(findings)
+    prepare_smollm2(model)
+    if Path(config.model.path).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is on disk; libraries that ask the hub first would wait
 
     import ray
 

