@@ -134,6 +134,32 @@ def test_config_prints_what_it_resolved_and_can_be_loaded(repository: Path, caps
 
 
 @pytest.mark.parametrize(
+    ("arguments", "left_out"),
+    [
+        (["--config", "configs/quickstart.yaml", "--set", "objective={loss: orpo}"], "reference"),
+        (["--for", "search", "--config", "configs/search/demo.yaml"], "grace_scores"),
+        (["--for", "utility", "--set", "model=m", "--set", "tasks=[mmlu]", "--set", "backend=hf"], "tensor_parallel"),
+    ],
+)
+def test_config_leaves_out_defaults_that_would_be_refused(
+    arguments: list[str],
+    left_out: str,
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(repository)
+    assert main(["config", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert left_out not in printed
+    (tmp_path / "printed.yaml").write_text(printed, encoding="utf-8")
+    of = arguments[:2] if arguments[0] == "--for" else []
+    assert main(["config", *of, "--config", str(tmp_path / "printed.yaml")]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
     ("arguments", "title"), [([], "TrainConfig"), (["train"], "TrainConfig"), (["score"], "ScoreConfig")]
 )
 def test_config_prints_the_schema(arguments: list[str], title: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -317,8 +317,8 @@ def config_command(arguments: argparse.Namespace) -> None:
 def _written_out(config: Section) -> dict[str, Any]:
     """All settings, defaults too, as a mapping that can be loaded again.
 
-    A default that nothing reads beside the other settings (SimPO's margin beside DPO) would be refused if it were
-    written out; it is left out.
+    A default that nothing reads beside the other settings would be refused if it were written out, and is left out:
+    `reference` of a loss without one, `grace_scores` without a scheduler, vLLM's settings with `backend: hf`.
     """
     given = config.model_dump(mode="json", exclude_unset=True)
 
