@@ -42,7 +42,8 @@ class Method(torch.nn.Module):
     def prompt_ids(self, text: str) -> list[int]:
         """A request as the model's chat template renders it, up to where the answer begins."""
         chat = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        ids = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        return ids  # type: ignore[return-value]
 
     def answer_log_probs(self, model: torch.nn.Module, prompts: list[str], answers: list[str]) -> torch.Tensor:
         """log p(answer | prompt) of each pair [B], summed over the answer's tokens."""
@@ -55,7 +56,7 @@ class Method(torch.nn.Module):
         is_answer = (torch.arange(1, ids.shape[1]) >= starts) & mask[:, 1:].bool()
         return (log_probs * is_answer).sum(dim=1)
 
-    def alignment(self, bundles: list[dict]) -> torch.Tensor:
+    def alignment(self, bundles: list[dict]) -> torch.Tensor:  # type: ignore[type-arg]
         """DPO on the English answers: prefer the chosen one by more than the reference does."""
         english = [bundle["prompts"]["en"] for bundle in bundles]
         margin = torch.zeros(len(bundles))
@@ -66,7 +67,7 @@ class Method(torch.nn.Module):
             margin = margin + sign * (self.answer_log_probs(self.policy, english, answers) - reference)
         return -F.logsigmoid(BETA * margin).mean()
 
-    def consistency(self, bundles: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    def consistency(self, bundles: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[type-arg]
         """The MLC loss, and the leading share: 1 when the languages of each bundle all point one way.
 
         Each bundle is a matrix Z [languages, EXTRACTOR_DIM] with rows of unit length. Were they all collinear, Z would

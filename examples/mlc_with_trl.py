@@ -22,12 +22,16 @@ import mlc_ray
 from mlc_ray import mlc_loss
 
 
-class MlcMixin:
+class MlcMixin(DPOTrainer):
     """Adds `mlc_weight` x MLC to the loss, on the last prompt token's state at `mlc_layer` of hidden_states.
 
     The extractor belongs to the model while it trains, so that it is optimised and wrapped with it; call
     `drop_extractor` before the model is saved.
     """
+
+    model: Any
+    processing_class: Any
+    _signature_columns: Any
 
     def __init__(
         self, *args: Any, mlc_weight: float = 0.8, mlc_layer: int = -1, extractor_dim: int = 512, **kwargs: Any
@@ -46,12 +50,12 @@ class MlcMixin:
 
     def drop_extractor(self) -> torch.nn.Linear:
         """Take the extractor out of the model, which is then as it was built; returns it."""
-        extractor = self.model.mlc_extractor
+        extractor: torch.nn.Linear = self.model.mlc_extractor
         del self.model.mlc_extractor
         return extractor
 
     def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
+        super()._set_signature_columns_if_needed()  # type: ignore[no-untyped-call]
         if "translations" not in self._signature_columns:
             self._signature_columns = [*self._signature_columns, "translations"]
 
@@ -84,7 +88,7 @@ class MlcMixin:
         """DPO's loss + mlc_weight * MLC."""
         inputs = dict(inputs)
         prompts = inputs.pop("mlc_prompts")
-        result = super().compute_loss(model, inputs, *args, **kwargs)
+        result = super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
         loss, share = self.mlc(model, prompts)
         metrics = self._metrics["train" if self.model.training else "eval"]
         metrics["mlc/loss"].append(self.accelerator.gather(loss.detach()).mean().item())

@@ -34,11 +34,11 @@ class VaultStorage(Storage):
     def list(self, url: str) -> list[str]:
         """The next parts of all keys that begin with the folder's."""
         prefix = url.rstrip("/") + "/"
-        return sorted({key.removeprefix(prefix).partition("/")[0] for key in self._keys() if key.startswith(prefix)})
+        return sorted({key.removeprefix(prefix).partition("/")[0] for key in _keys() if key.startswith(prefix)})
 
     def remove(self, url: str) -> None:
         """Remove an object, and all whose keys begin with it as a folder."""
-        for key in self._keys():
+        for key in _keys():
             if key == url or key.startswith(url.rstrip("/") + "/"):
                 self._object(key).unlink()
 
@@ -51,8 +51,9 @@ class VaultStorage(Storage):
     def _object(self, url: str) -> Path:
         return _vault() / quote(url, safe="")
 
-    def _keys(self) -> list[str]:
-        return [unquote(path.name) for path in _vault().iterdir()]
+
+def _keys() -> list[str]:
+    return [unquote(path.name) for path in _vault().iterdir()]
 
 
 def _vault() -> Path:
