@@ -127,7 +127,7 @@ def test_search_as_a_ray_job(head: Head, repository: Path, small_llama: Path, tm
         "scoring.engine.max_model_len=256",
     ]
     said = submit(head, repository, ["search", "--config", "configs/search/demo.yaml"], settings)
-    assert "as it is" in said
+    assert "baseline" in said
     (trial,) = json.loads((tmp_path / "job-search" / "trials.json").read_text())["trials"]
     assert trial["ended"] == "finished"
     assert (tmp_path / "job-search" / "best.yaml").is_file()
