@@ -198,6 +198,16 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is {node!r}, not a section")
 
 
+def by_dotted_name(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= by_dotted_name(inner, f"{name}.{key}" if name else str(key))
+    return flat
+
+
 def config_schema(schema: type[Section]) -> dict[str, Any]:
     """The JSON schema, for editors and for people."""
     return schema.model_json_schema()

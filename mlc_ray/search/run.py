@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ import yaml
 
 from mlc_ray.cluster import ClusterError, amount, connect, fits, nodes_held, use_gpu, with_dtype
 from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config, parse_config
+from mlc_ray.config.base import by_dotted_name
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
@@ -322,8 +322,10 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path) -> list[s
     """How the search that was begun in `folder` differs from this one: `NAME was X, now Y` for each setting."""
     stored = load_config(SearchConfig, folder / SEARCH_CONFIG_FILE).model_dump(mode="json")
     given = parse_config(SearchConfig, _settings(config, space, folder)).model_dump(mode="json")
-    before = _flat({"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text(encoding="utf-8"))})
-    now = _flat({"search": given, "train": dict(space.base)})
+    before = by_dotted_name(
+        {"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text(encoding="utf-8"))}
+    )
+    now = by_dotted_name({"search": given, "train": dict(space.base)})
     engines = ("engine", "judge.engine", "judge.translate.engine")  # `auto` became what it was then
     undecided = {*(f"search.scoring.{engine}.dtype" for engine in engines), "train.model.dtype"}
     ignored = {"search.resume", *(name for name in undecided if now.get(name, "auto") == "auto")}
@@ -332,16 +334,6 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path) -> list[s
         for name in sorted((before.keys() | now.keys()) - ignored)
         if before.get(name) != now.get(name)
     ]
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    if not isinstance(value, Mapping):
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{name}.{key}" if name else str(key))
-    return flat
 
 
 def _settings(config: SearchConfig, space: Space, folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import TrainConfig, load_config, parse_config
+from mlc_ray.config.base import by_dotted_name
 from mlc_ray.data.order import total_steps
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
@@ -215,7 +216,7 @@ def _refuse_other_settings(folder: Path, config: TrainConfig) -> None:
     Raises:
         RunError: It was started with other ones.
     """
-    before, now = (_flat(_what_makes_the_run(each)) for each in (load_run_config(folder), config))
+    before, now = (by_dotted_name(_what_makes_the_run(each)) for each in (load_run_config(folder), config))
     if now["model.dtype"] == "auto":  # it becomes what it was
         now["model.dtype"] = before["model.dtype"]
     if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
@@ -224,16 +225,6 @@ def _refuse_other_settings(folder: Path, config: TrainConfig) -> None:
             f"resume='auto': run folder {str(folder)!r} holds a run with other settings ({differences}): give the run "
             "another name, or the settings it has"
         )
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings by dotted name."""
-    if not isinstance(value, Mapping):
-        return {name: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{name}.{key}" if name else str(key))
-    return flat
 
 
 def _exists_already(folder: Path) -> RunError:
