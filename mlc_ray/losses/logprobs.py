@@ -1,6 +1,16 @@
-"""Log-probabilities of answers."""
+"""Log-probabilities of answers, without a float32 copy of all logits.
+
+The logits are the largest tensors of a step: rows x vocabulary. Beside those that the model's head returns, only pieces
+of them are alive: in forward and backward alike the softmax is taken piece by piece, and the gradient is written over
+the logits, which nothing reads any more by then. That is 2 bytes a logit in bfloat16 and 4 in float32. The plain
+`cross_entropy(logits.float())` needs 14 (a float32 copy, the saved log-softmax and its gradient beside the logits) and
+12. It acts after the model's own head, so that soft-caps, scaled or tied heads, adapters on the head and ZeRO-3's
+gathering, once, stay what they are.
+"""
 
 from __future__ import annotations
+
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +18,64 @@ from torch import Tensor
 
 from mlc_ray.types import ResponseLogProbs
 
+CHUNK = {"cpu": 2**20}
+"""Logits in a piece. 4 MiB in float32 stay in a CPU's cache: least time of 2**18 to 2**26, see benchmarks/README.md."""
 
-def response_log_probs(logits: Tensor, targets: Tensor, bundle_of_target: Tensor, n_bundles: int) -> ResponseLogProbs:
+CHUNK_ELSEWHERE = 2**24
+"""On a GPU: 64 MiB in float32, some hundred rows of a vocabulary of 152k, so that a kernel has enough to do."""
+
+
+def response_log_probs(log_probs: Tensor, bundle_of_target: Tensor, n_bundles: int) -> ResponseLogProbs:
     """Summed log-prob in nats and token count of each bundle's answer.
 
-    `logits` [R, V] are those of response positions only, `targets` [R] the tokens they predict, `bundle_of_target` [R]
-    the bundle 0..B-1 of each. The softmax is taken in float32 whatever the logits' type.
+    Args:
+        log_probs: [R], of the answers' tokens, from `token_log_probs`.
+        bundle_of_target: [R], the bundle 0..B-1 of each.
+        n_bundles: B.
     """
-    token_log_probs = -F.cross_entropy(logits.float(), targets, reduction="none")
-    total = token_log_probs.new_zeros(n_bundles).index_add(0, bundle_of_target, token_log_probs)
-    length = torch.bincount(bundle_of_target, minlength=n_bundles)
+    total = log_probs.new_zeros(n_bundles).index_add(0, bundle_of_target, log_probs)
+    ones = torch.ones_like(bundle_of_target)  # bincount would wait for the device, to learn the largest value
+    length = bundle_of_target.new_zeros(n_bundles).index_add(0, bundle_of_target, ones)
     return ResponseLogProbs(total=total, length=length)
+
+
+def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-prob in nats of each of `targets` [R] under `logits` [R, V]: [R], float32 whatever the logits' type.
+
+    Give it all logits that the head returned, at once. The backward overwrites them with their gradient: where anything
+    else needs them for its own, or the backward runs twice, autograd raises an error.
+    """
+    log_probs: Tensor = cast(Any, _TokenLogProbs).apply(logits, targets)
+    return log_probs
 
 
 def mean_log_prob(answer: ResponseLogProbs) -> Tensor:
     """Mean log-prob per token of each answer [B], in nats."""
     return answer.total / answer.length
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        context.save_for_backward(logits, targets)
+        parts = [
+            F.cross_entropy(part.float(), target, reduction="none")
+            for part, target in zip(*_pieces(logits, targets), strict=True)
+        ]
+        return -torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        logits, targets = context.saved_tensors
+        # Through detach() it is still the same version counter: a second reader of these logits fails, loudly.
+        logits = logits.detach()
+        for part, target, gradient in zip(*_pieces(logits, targets, gradients[0]), strict=True):
+            own, target = gradient.unsqueeze(1), target.unsqueeze(1)
+            slope = part.float().softmax(dim=-1).mul_(-own)
+            part.copy_(slope.scatter_(1, target, slope.gather(1, target) + own))
+        return logits, None
+
+
+def _pieces(logits: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    rows = max(1, CHUNK.get(logits.device.type, CHUNK_ELSEWHERE) // logits.shape[1])
+    return [tensor.split(rows) for tensor in (logits, *others)]

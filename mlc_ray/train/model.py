@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from mlc_ray.config import ModelSection
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
-from mlc_ray.losses.logprobs import response_log_probs
+from mlc_ray.losses.logprobs import response_log_probs, token_log_probs
 from mlc_ray.train.attention import PACKED
 from mlc_ray.types import Batch, PackedPrompts, PackedResponses, PackedSequences, ResponseLogProbs
 
@@ -114,10 +114,10 @@ def answer_log_probs(
     with _rows_into_final_norm(model, predicting):
         # Through the model's own head, so that soft-capping and logit scaling are whatever the architecture says.
         logits = model(**_inputs(model, sequences)).logits[0]
-    split = logits.split([pack.targets.numel() for pack in packs])
+    log_probs = token_log_probs(logits, torch.cat([pack.targets for pack in packs]))
+    split = log_probs.split([pack.targets.numel() for pack in packs])
     scored = [
-        response_log_probs(part, pack.targets, pack.bundle_of_target, n_bundles)
-        for part, pack in zip(split, packs, strict=True)
+        response_log_probs(part, pack.bundle_of_target, n_bundles) for part, pack in zip(split, packs, strict=True)
     ]
     return scored[0], scored[1] if rejected is not None else None
 

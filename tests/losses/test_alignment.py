@@ -4,12 +4,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from mlc_ray.config import ObjectiveConfig
 from mlc_ray.losses.dpo import dpo_loss
 from mlc_ray.losses.ipo import ipo_loss
-from mlc_ray.losses.logprobs import response_log_probs
 from mlc_ray.losses.objective import Objective
 from mlc_ray.losses.orpo import orpo_loss
 from mlc_ray.losses.sft import sft_loss
@@ -107,22 +105,6 @@ def test_gradients_equal_finite_differences(loss, pair):
         return loss(ResponseLogProbs(first, chosen.length), ResponseLogProbs(second, rejected.length))
 
     assert torch.autograd.gradcheck(of_totals, (chosen.total, rejected.total))
-
-
-def test_response_log_probs_of_two_answers():
-    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0))
-    targets, bundles = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 0, 0, 1, 1])
-    result = response_log_probs(logits, targets, bundles, 3)
-    each = F.log_softmax(logits, dim=-1)[torch.arange(5), targets]
-    assert result.total.tolist() == pytest.approx([float(each[:3].sum()), float(each[3:].sum()), 0.0])
-    assert result.length.tolist() == [3, 2, 0]
-
-
-def test_response_log_probs_take_the_softmax_in_float32():
-    logits = torch.randn(64, 32_000, generator=torch.Generator().manual_seed(0)).bfloat16()
-    targets, bundles = torch.zeros(64, dtype=torch.long), torch.zeros(64, dtype=torch.long)
-    exact = response_log_probs(logits.double(), targets, bundles, 1).total
-    assert response_log_probs(logits, targets, bundles, 1).total.item() == pytest.approx(exact.item(), rel=1e-6)
 
 
 def objective(loss="dpo", **mlc):
