@@ -233,6 +233,13 @@ class CollapseSection(Section):
     window: NonNegativeInt = Field(
         64, description="Bundles whose tapped states the harmful/benign probe reads; 0 switches the probe off."
     )
+    sample: NonNegativeInt = Field(
+        512,
+        description=(
+            "Bundles of a step that cosine and effective rank compare, drawn by the seed where there are more; 0 "
+            "switches both off."
+        ),
+    )
     min_spread: Fraction = Field(
         0.4, description="Warn when 1 - between-bundle cosine falls below this share of what it was at the start."
     )
@@ -244,7 +251,9 @@ class CollapseSection(Section):
     )
 
     @model_validator(mode="after")
-    def _a_window_that_can_fill(self) -> CollapseSection:
+    def _enough_bundles(self) -> CollapseSection:
+        if self.sample == 1:
+            raise ValueError("collapse.sample=1 compares nothing; use 2 or more, or 0 to switch the comparison off")
         if 0 < self.window < 16:
             raise ValueError(
                 f"collapse.window={self.window} is too small: the probe needs 8 bundles of each kind; "

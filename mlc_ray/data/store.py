@@ -154,6 +154,11 @@ class TokenArtifact:
         """Kinds of all rows, in the order of the file."""
         return [name for batch in self._batches for name in batch.column("kind").to_pylist()]
 
+    @property
+    def distinct_kinds(self) -> set[str]:
+        """The kinds that occur."""
+        return {kind for batch in self._batches for kind in pc.unique(batch.column("kind")).to_pylist()}
+
     def table(self, indices: Iterable[int]) -> pa.Table:
         """Rows by index as a table of `TOKENS`, reading only those.
 

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlc_ray.losses.mlc import unit_rows
+from mlc_ray.losses.mlc import singular_values, unit_rows
 
 MIN_PER_KIND = 8
 """Fewest bundles of each kind for `separability`: at 8 and 8, the AUC of a coin has a standard deviation of 0.15."""
+
+BLOCK = 2**22
+"""Most cosines computed at a time, 32 MiB in float64."""
 
 RIDGE = 0.1
 """Ridge of the probe, in units of the states' mean squared distance from their mean."""
@@ -25,12 +28,30 @@ def between_bundle_cosine(representations: Tensor, present: Tensor) -> Tensor:
     Near 1 means that bundles of different meanings share one direction, which the MLC loss does not forbid. NaN when
     fewer than two bundles have a language.
     """
-    rows = unit_rows(representations.detach(), present)
-    flat, mask = rows.flatten(0, 1), present.flatten()
-    bundle = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(rows.shape[1])
-    different = (bundle.unsqueeze(0) != bundle.unsqueeze(1)) & mask.unsqueeze(0) & mask.unsqueeze(1)
-    cosines = (flat @ flat.T).abs()
-    return (cosines * different).sum() / different.sum()
+    total, pairs = cosine_sums(representations, present, range(len(representations)))
+    return total / pairs
+
+
+def cosine_sums(representations: Tensor, present: Tensor, bundles: range) -> tuple[Tensor, Tensor]:
+    """What `between_bundle_cosine` divides, of the pairs whose first row is of `bundles`: sum and number, two scalars.
+
+    Sums over ranges that cover 0..N-1 add up to those of all pairs, so that workers can share the work. No matrix has
+    more than `BLOCK` elements or one bundle's rows against all.
+    """
+    rows = unit_rows(representations.detach(), present)  # an absent one is zero, and so are its cosines
+    n_bundles, n_languages, size = rows.shape
+    everything = rows.reshape(-1, size).T
+    at_once = max(1, BLOCK // max(1, n_languages * n_languages * n_bundles))
+    total = rows.new_zeros(())
+    for start in range(bundles.start, bundles.stop, at_once):
+        block = rows[start : min(start + at_once, bundles.stop)]
+        cosines = (block.reshape(-1, size) @ everything).abs()
+        by_pair = cosines.view(len(block), n_languages, n_bundles, n_languages).sum(dim=(1, 3))
+        by_pair.diagonal(start).zero_()
+        total = total + by_pair.sum()
+    counts = present.sum(dim=1)
+    own = counts[bundles.start : bundles.stop]
+    return total, (own * (counts.sum() - own)).sum()
 
 
 def effective_rank(representations: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,10 +67,11 @@ def effective_rank(representations: Tensor, present: Tensor) -> tuple[Tensor, Te
     rows = unit_rows(representations.detach(), present)
     means = F.normalize(rows.sum(dim=1)[present.any(dim=1)], dim=-1)
     most = min(means.shape)
-    if most < 2 or not torch.isfinite(means).all():  # a run that diverges must reach the error that says so
+    if most < 2:
         nan = rows.new_tensor(float("nan"))
         return nan, nan
-    values = torch.linalg.svdvals(means)
+    # From the smaller Gram matrix, min(n, D) squared, not from a decomposition of the n x D matrix itself.
+    values = singular_values((means if len(means) == most else means.T).unsqueeze(0))[0]
     shares = values / values.sum()
     rank = torch.special.entr(shares).sum().exp()
     return rank, (rank - 1) / (most - 1)

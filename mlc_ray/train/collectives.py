@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,6 +27,21 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own)
     return torch.cat(parts)
+
+
+def gather_rows(tensor: Tensor, sizes: Sequence[int] | None = None) -> list[Tensor]:
+    """All workers' `tensor` [n, ...] by rank, whose numbers of rows n differ; every worker must call it.
+
+    Without `sizes`, those numbers, they are exchanged first.
+    """
+    if not distributed():
+        return [tensor.detach()]
+    if sizes is None:
+        sizes = gather(torch.tensor([len(tensor)], device=tensor.device)).tolist()
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor.detach()
+    everything = gather(padded).view(len(sizes), *padded.shape)
+    return [part[:size] for part, size in zip(everything, sizes, strict=True)]
 
 
 def gather_objects(value: T) -> list[T]:

@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,14 +16,13 @@ from torch import Tensor
 
 from mlc_ray.config import OptimizerSection, TrainConfig
 from mlc_ray.errors import MlcRayError
-from mlc_ray.losses.measures import between_bundle_cosine, effective_rank
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.collectives import distributed, gather, gather_objects, gather_round
+from mlc_ray.train.collectives import distributed, gather_objects, gather_round
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.model import ModelOutput
 from mlc_ray.train.random_state import random_state, restore_random_state
 from mlc_ray.train.reference import Reference, ReferenceOutput
-from mlc_ray.train.watch import StateWindow
+from mlc_ray.train.watch import StateWindow, TappedStep
 from mlc_ray.types import Batch, LossOutput, move
 
 Metrics = dict[str, float]
@@ -62,6 +61,7 @@ def train_loop(
     reference: Reference | None,
     progress: Progress,
     total_steps: int,
+    kinds: Collection[str],
     log: Callable[[int, Metrics], None],
     save: Callable[[Progress, Metrics], None],
 ) -> Metrics:
@@ -77,6 +77,7 @@ def train_loop(
         reference: what the frozen reference says; None where the loss needs none.
         progress: where to start; moved on with every step.
         total_steps: where to stop.
+        kinds: of the bundles, all that occur: only where there are both, states are kept for the probe.
         log: called as `log(step, metrics)` after every step, on every worker.
         save: called as `save(progress, metrics)` every `checkpoint.every` steps and at the end, on every worker.
 
@@ -84,7 +85,7 @@ def train_loop(
         DivergedError: on every worker, when `optimizer.max_retries` more tries of a step failed; nothing is saved then.
     """
     objective = Objective(config)
-    window = StateWindow(config.collapse.window)
+    window = StateWindow(config.collapse.window if len(set(kinds)) > 1 else 0)
     engine.module.train()
     metrics: Metrics = {}
     while progress.step < total_steps:
@@ -95,7 +96,8 @@ def train_loop(
         before = random_state()
         for retries in range(config.optimizer.max_retries + 1):
             restore_random_state(before)
-            meter = _accumulate(engine, objective, micro_batches, reference, window, tap=tap)
+            meter = StepMeter(TappedStep(config.collapse.sample, window))
+            _accumulate(engine, objective, micro_batches, reference, meter, tap=tap)
             norm = engine.step(rate)
             if math.isfinite(norm):
                 break
@@ -106,9 +108,7 @@ def train_loop(
                 )  # fmt: skip
         else:
             raise _diverged(config, progress.step + 1, rate, micro_batches, meter)
-        metrics = meter.reduce()
-        if tap and not math.isnan(separability := window.separability()):
-            metrics["collapse/separability"] = separability
+        metrics = meter.reduce() | meter.tapped.measure(f"{config.seed} {progress.step}")
         progress.step += 1
         progress.bundles += int(metrics.pop("bundles"))
         seconds = time.perf_counter() - started
@@ -133,12 +133,11 @@ def _accumulate(
     objective: Objective,
     micro_batches: Sequence[Batch],
     reference: Reference | None,
-    window: StateWindow,
+    meter: StepMeter,
     *,
     tap: bool,
-) -> StepMeter:
-    """Forward and backward of one optimizer step's micro-batches; returns what they measured."""
-    meter = StepMeter()
+) -> None:
+    """Forward and backward of one optimizer step's micro-batches; `meter` takes in what they give."""
     for on_host in micro_batches:
         batch = move(on_host, engine.device)
         frozen = ReferenceOutput()
@@ -162,9 +161,6 @@ def _accumulate(
         )
         engine.backward(_with_telling_gradient(result.loss, output.chosen.total))
         meter.add(batch, output, result)
-        if window.size and output.tapped is not None and output.present is not None:
-            window.add(output.tapped, output.present, batch)
-    return meter
 
 
 def _with_telling_gradient(loss: Tensor, log_probs: Tensor) -> Tensor:
@@ -226,9 +222,8 @@ class StepMeter:
     Every number is a mean over the *real* bundles of the whole round: padding bundles (weight 0) are left out.
     """
 
+    tapped: TappedStep
     sums: dict[str, Tensor] = field(default_factory=dict)
-    grids: list[Tensor] = field(default_factory=list)
-    masks: list[Tensor] = field(default_factory=list)
     tokens: int = 0
     losses: list[tuple[list[str], Tensor]] = field(default_factory=list)
 
@@ -242,10 +237,9 @@ class StepMeter:
         self.losses.append((list(batch.bundle_ids), torch.stack(finite).all(dim=0) | (real == 0)))
         self.tokens += batch.chosen.sequences.input_ids.numel()
         self.tokens += batch.rejected.sequences.input_ids.numel() if batch.rejected is not None else 0
-        if output.representations is not None and output.present is not None:
+        self.tapped.add(batch, output)
+        if output.representations is not None:
             self.tokens += batch.prompts.sequences.input_ids.numel()
-            self.grids.append(output.representations.detach())
-            self.masks.append(output.present & (batch.weight > 0).unsqueeze(1))
 
     @property
     def broken(self) -> list[str]:
@@ -262,12 +256,6 @@ class StepMeter:
         totals = dict(zip([*names, "tokens"], packed.tolist(), strict=True))
         bundles, tokens = totals.pop("bundles"), totals.pop("tokens")
         metrics = {name: value / bundles for name, value in totals.items()}
-        if self.grids:
-            grid, mask = gather(torch.cat(self.grids)), gather(torch.cat(self.masks))
-            rank, share = effective_rank(grid, mask)
-            metrics["collapse/between_bundle_cosine"] = float(between_bundle_cosine(grid, mask))
-            metrics["collapse/effective_rank"] = float(rank)
-            metrics["collapse/effective_rank_share"] = float(share)
         return {**dict(sorted(metrics.items())), "bundles": bundles, "tokens": tokens}
 
     def _accumulate(self, name: str, value: Tensor) -> None:

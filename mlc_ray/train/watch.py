@@ -1,23 +1,25 @@
-"""Monitoring collapse during training: the last bundles' states for the probe, and the warnings.
+"""Monitoring collapse during training: what is measured of a step, the last bundles' states, and the warnings.
 
-Measures are in `losses/measures.py`; here is the state that is kept from one optimizer step to the next.
+Measures are in `losses/measures.py`; here is which bundles they see, and what is kept from one step to the next.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mlc_ray.config import CollapseSection
-from mlc_ray.losses.measures import separability
-from mlc_ray.train.collectives import gather
+from mlc_ray.losses.measures import cosine_sums, effective_rank, separability
+from mlc_ray.train.collectives import distributed, gather_rows
+from mlc_ray.train.model import ModelOutput
 from mlc_ray.types import Batch
 
 SMOOTHED = 5
@@ -25,7 +27,7 @@ SMOOTHED = 5
 
 
 class StateWindow:
-    """Tapped states of the last `size` different bundles of all workers: [L, H] float32 each, on the CPU.
+    """Tapped states of the last `size` different bundles of all workers: [n, L, H] float32, on the device.
 
     The same on every worker. A bundle seen again, in a later epoch, replaces its older states: no bundle is ever on
     both sides of the probe. It is not saved: a resumed run starts with an empty window.
@@ -33,28 +35,72 @@ class StateWindow:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.bundles: OrderedDict[int, tuple[Tensor, Tensor, bool]] = OrderedDict()
+        self.names: list[int] = []
+        self.harmful: list[bool] = []
+        self.states = self.present = torch.empty(0)
 
-    def add(self, tapped: Tensor, present: Tensor, batch: Batch) -> None:
-        """Take in this worker's [B, L, H] and all others'; every worker must call it. Padding is left out."""
-        names = torch.tensor([_number(name) for name in batch.bundle_ids], device=tapped.device)
-        harmful = torch.tensor([kind == "harmful" for kind in batch.kinds], device=tapped.device)
-        facts = torch.stack([names, harmful.long(), (batch.weight > 0).long()], dim=1)
-        everything = gather(torch.cat([facts, present.long()], dim=1)).cpu()
-        states = gather(tapped).float().cpu()
-        for index, (name, is_harmful, is_real) in enumerate(everything[:, :3].tolist()):
-            if is_real:
-                self.bundles.pop(name, None)
-                self.bundles[name] = (states[index].clone(), everything[index, 3:].bool(), bool(is_harmful))
-        while len(self.bundles) > self.size:
-            self.bundles.popitem(last=False)
+    def add(self, names: Sequence[int], harmful: Sequence[bool], states: Tensor, present: Tensor) -> None:
+        """Take in states [n, L, H] of n different bundles, present [n, L]."""
+        new = set(names)
+        keep = [index for index, name in enumerate(self.names) if name not in new]
+        keep = keep[max(0, len(keep) + len(names) - self.size) :]
+        if keep:
+            index = torch.tensor(keep, device=states.device)
+            states, present = torch.cat([self.states[index], states]), torch.cat([self.present[index], present])
+        self.names = [*(self.names[index] for index in keep), *names]
+        self.harmful = [*(self.harmful[index] for index in keep), *harmful]
+        self.states, self.present = states, present
 
     def separability(self) -> float:
         """AUC of the probe on the states in the window; NaN with too few bundles of either kind."""
-        if not self.bundles:
+        if not self.names:
             return math.nan
-        states, present, harmful = zip(*self.bundles.values(), strict=True)
-        return float(separability(torch.stack(states), torch.stack(present), torch.tensor(harmful)))
+        return float(separability(self.states, self.present, torch.tensor(self.harmful, device=self.states.device)))
+
+
+@dataclass
+class TappedStep:
+    """What one optimizer step tapped on this worker, kept on the device until the step is done, and measured then.
+
+    Args:
+        sample: how many bundles of all workers are compared with each other; 0 for none.
+        window: where states go; of size 0 where nobody looks at them.
+    """
+
+    sample: int
+    window: StateWindow
+    batches: list[Batch] = field(default_factory=list)
+    outputs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, batch: Batch, output: ModelOutput) -> None:
+        """Take in one micro-batch, without waiting for its numbers."""
+        if output.representations is None or output.present is None or output.tapped is None:
+            return
+        self.batches.append(batch)
+        states = output.tapped if self.window.size else output.tapped[:, :, :0]
+        self.outputs.append((output.representations.detach(), output.present, states.detach()))
+
+    def measure(self, seed: str) -> dict[str, float]:
+        """The measures by name, the same on every worker; every worker must call it. No bundle's padding is in them.
+
+        Where the step has more bundles than `sample`, or than the window holds, those that take part are drawn by
+        `seed` and their ids alone: how bundles lie on workers does not matter. Only they are sent.
+        """
+        if not self.outputs or not (self.sample or self.window.size):
+            return {}
+        representations, present, states = (torch.cat(parts) for parts in zip(*self.outputs, strict=True))
+        drawn = _draw(self.batches, seed)
+        metrics: dict[str, float] = {}
+        if self.sample:
+            chosen = drawn[: self.sample]
+            metrics = _compare(_exchange(chosen, representations), _exchange(chosen, present))
+        if self.window.size:
+            chosen = drawn[: self.window.size]
+            names, harmful = [it.name for it in chosen], [it.harmful for it in chosen]
+            self.window.add(names, harmful, _exchange(chosen, states).float(), _exchange(chosen, present))
+            if not math.isnan(auc := self.window.separability()):
+                metrics["collapse/separability"] = auc
+        return metrics
 
 
 class Watch:
@@ -124,6 +170,55 @@ class Watch:
         return crossed
 
 
-def _number(bundle_id: str) -> int:
+@dataclass(frozen=True, order=True)
+class _Drawn:
+    """A bundle of the step, by the order drawn: where it lies, what the window calls it, and whether it is harmful."""
+
+    key: int
+    rank: int
+    index: int
+    name: int
+    harmful: bool
+
+
+def _draw(batches: Sequence[Batch], seed: str) -> list[_Drawn]:
+    """All real bundles of all workers, in an order that `seed` and their ids decide."""
+    facts = [
+        [_number(f"{seed} {name}"), _number(name), kind == "harmful"]
+        for batch in batches
+        for name, kind in zip(batch.bundle_ids, batch.kinds, strict=True)
+    ]
+    real = (torch.cat([batch.weight for batch in batches]) > 0).unsqueeze(1)
+    own = torch.cat([torch.tensor(facts, device=real.device), real.long()], dim=1)
+    return sorted(
+        _Drawn(key, rank, index, name, bool(harmful))
+        for rank, part in enumerate(gather_rows(own))
+        for index, (key, name, harmful, is_real) in enumerate(part.tolist())
+        if is_real
+    )
+
+
+def _exchange(chosen: Sequence[_Drawn], own: Tensor) -> Tensor:
+    """Rows of the chosen bundles, in their order, on every worker; `own` [n, ...] has those of this worker."""
+    workers, rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
+    sent = torch.tensor([it.index for it in chosen if it.rank == rank], dtype=torch.long, device=own.device)
+    parts = gather_rows(own[sent], [sum(it.rank == worker for it in chosen) for worker in range(workers)])
+    by_rank = sorted(range(len(chosen)), key=lambda place: chosen[place].rank)
+    return torch.cat(parts)[torch.tensor(by_rank, dtype=torch.long, device=own.device).argsort()]
+
+
+def _compare(rows: Tensor, present: Tensor) -> dict[str, float]:
+    """Measures between bundles, from [N, L, D] that all workers have: each takes the cosines of its share of them."""
+    workers, rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
+    part = range(len(rows) * rank // workers, len(rows) * (rank + 1) // workers)
+    sums = torch.stack([value.double() for value in cosine_sums(rows, present, part)])
+    if distributed():
+        dist.all_reduce(sums)
+    numbers = torch.stack([sums[0] / sums[1], *effective_rank(rows, present)]).tolist()
+    names = ("between_bundle_cosine", "effective_rank", "effective_rank_share")
+    return {f"collapse/{name}": value for name, value in zip(names, numbers, strict=True)}
+
+
+def _number(text: str) -> int:
     # 63 bits, to travel in an int64 tensor
-    return int.from_bytes(hashlib.blake2b(bundle_id.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

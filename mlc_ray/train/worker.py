@@ -130,6 +130,7 @@ def _train(spec: WorkerSpec) -> None:
             reference=online or (cached_reference if table is not None else None),
             progress=progress,
             total_steps=spec.total_steps,
+            kinds=tokens.distinct_kinds,
             log=log,
             save=save,
         )

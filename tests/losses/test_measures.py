@@ -5,11 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from mlc_ray.losses import measures
 from mlc_ray.losses.measures import (
     MIN_PER_KIND,
     RIDGE,
     between_bundle_cosine,
+    cosine_sums,
     effective_rank,
     probe_auc,
     separability,
@@ -37,6 +41,42 @@ def test_between_bundle_cosine_sees_the_collapse_that_the_loss_does_not():
     only = torch.tensor([[True] * 4, [True] * 4, [False] * 4])
     assert between_bundle_cosine(mixed, only).item() == pytest.approx(1.0)
     assert math.isnan(between_bundle_cosine(mixed[:1], present[:1]).item())
+
+
+@pytest.mark.parametrize("block", [1, 200, 2**22])
+def test_blocks_and_shares_of_the_work_add_up_to_the_plain_mean(monkeypatch, block):
+    monkeypatch.setattr(measures, "BLOCK", block)
+    z, present = random(7, 3, 8), torch.arange(21).view(7, 3) % 4 != 1
+    rows = [(b, F.normalize(z[b, k], dim=0)) for b in range(7) for k in range(3) if present[b, k]]
+    pairs = [abs(float(x @ y)) for a, x in rows for b, y in rows if a != b]
+    assert float(between_bundle_cosine(z, present)) == pytest.approx(sum(pairs) / len(pairs))
+    parts = [cosine_sums(z, present, part) for part in (range(0), range(0, 2), range(2, 3), range(3, 7))]
+    assert sum(float(total) for total, _ in parts) == pytest.approx(sum(pairs))
+    assert sum(int(number) for _, number in parts) == len(pairs)
+
+
+def test_no_tensor_has_the_square_of_all_rows():
+    z, present = random(64, 4, 8), everyone(64, 4)
+    with Largest() as seen:
+        between_bundle_cosine(z, present)
+        effective_rank(z, present)
+    assert seen.largest == 64 * 64 * 4 * 4  # small enough for one block
+    with pytest.MonkeyPatch.context() as patch, Largest() as seen:
+        patch.setattr(measures, "BLOCK", 4 * 64 * 4 * 4)
+        between_bundle_cosine(z, present)
+    assert seen.largest == 4 * 64 * 4 * 4
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of elements that an operation returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.largest = max(self.largest, *sizes, 0)
+        return result
 
 
 # ------------------------------------------------------------------------------------------------- effective rank

@@ -8,11 +8,14 @@ import torch
 
 from mlc_ray.config import CollapseSection
 from mlc_ray.data.batches import collate
-from mlc_ray.losses.measures import separability
+from mlc_ray.losses.measures import between_bundle_cosine, effective_rank, separability
 from mlc_ray.runs import METRICS_FILE, read_metrics
+from mlc_ray.train import collectives, loop
 from mlc_ray.train.console import RunDisplay
+from mlc_ray.train.model import ModelOutput
 from mlc_ray.train.tracking import Tracker
-from mlc_ray.train.watch import StateWindow, Watch
+from mlc_ray.train.watch import StateWindow, TappedStep, Watch
+from mlc_ray.types import ResponseLogProbs
 from tests.train.tiny import LANGUAGES, on_workers, random_rows, run_engine, tiny_config
 
 
@@ -31,55 +34,134 @@ def states_of(rows, offset=0.0):
     return states * present.unsqueeze(-1), present
 
 
+def output_of(rows, offset=0.0):
+    """What a forward of these bundles would give: their states, and representations that differ from them."""
+    states, present = states_of(rows, offset)
+    scored = ResponseLogProbs(torch.zeros(len(rows)), torch.ones(len(rows)))
+    return ModelOutput(scored, scored, tapped=states, representations=torch.cos(states), present=present)
+
+
+def step_of(window, parts, sample=0, weights=None, seed="0"):
+    """Measures of a step whose micro-batches are `parts` on this worker."""
+    step = TappedStep(sample, window)
+    for part in parts:
+        step.add(batch_of(part, weights), output_of(part))
+    return step.measure(seed)
+
+
 # ------------------------------------------------------------------------------------------------------ the window
 
 
 def test_the_window_keeps_the_last_different_bundles_and_no_padding():
     rows, window = random_rows(60), StateWindow(36)
     for start in range(0, 60, 4):
-        part = rows[start : start + 4]
-        window.add(*states_of(part), batch_of(part, [1.0, 1.0, 1.0, 0.0]))
+        metrics = step_of(window, [rows[start : start + 4]], weights=[1.0, 1.0, 1.0, 0.0])
     kept = [row for index, row in enumerate(rows) if index % 4 != 3][-36:]
     states, present = states_of(kept)
     harmful = torch.tensor([row.kind == "harmful" for row in kept])
-    assert len(window.bundles) == 36
-    assert window.separability() == pytest.approx(float(separability(states, present, harmful)))
-    assert window.separability() > 0.9
+    assert len(window.names) == 36
+    assert metrics["collapse/separability"] == pytest.approx(float(separability(states, present, harmful)))
+    assert metrics["collapse/separability"] > 0.9
 
 
 def test_a_bundle_seen_again_replaces_its_older_states():
     rows, window = random_rows(18), StateWindow(64)
-    window.add(*states_of(rows, offset=50.0), batch_of(rows))
-    window.add(*states_of(rows[:9]), batch_of(rows[:9]))
-    window.add(*states_of(rows[9:]), batch_of(rows[9:]))
+    names = list(range(18))
+    harmful = [row.kind == "harmful" for row in rows]
     states, present = states_of(rows)
-    assert len(window.bundles) == 18
-    assert torch.equal(torch.stack([entry[0] for entry in window.bundles.values()]), states)
-    assert torch.equal(torch.stack([entry[1] for entry in window.bundles.values()]), present)
+    window.add(names, harmful, states + 50, present)
+    window.add(names[:9], harmful[:9], states[:9], present[:9])
+    window.add(names[9:], harmful[9:], states[9:], present[9:])
+    assert window.names == names and window.harmful == harmful
+    assert torch.equal(window.states, states) and torch.equal(window.present, present)
+
+
+def test_of_a_step_larger_than_the_window_no_other_states_are_kept():
+    rows, window = random_rows(60), StateWindow(16)
+    step_of(window, [rows[:30]])
+    first = set(window.names)
+    step_of(window, [rows[30:]])
+    assert len(window.names) == len(window.states) == 16
+    assert not first & set(window.names)
 
 
 def test_an_empty_window_and_one_kind_give_no_number():
     window = StateWindow(64)
     assert math.isnan(window.separability())
     harmful = [row for row in random_rows(40) if row.kind == "harmful"]
-    window.add(*states_of(harmful), batch_of(harmful))
+    assert step_of(window, [harmful]) == {}
     assert math.isnan(window.separability())
 
 
-def fill(rank):
-    rows, window = random_rows(24), StateWindow(20)
-    for start in range(0, 24, 4):
-        part = rows[start + 2 * rank : start + 2 * rank + 2]
-        window.add(*states_of(part), batch_of(part))
-    return list(window.bundles), window.separability()
+# -------------------------------------------------------------------------------------------- bundles of one step
 
 
-def test_every_worker_has_the_window_that_one_worker_would_have(tmp_path):
-    first, second = on_workers(2, fill, tmp_path)
-    alone, rows = StateWindow(20), random_rows(24)
-    for start in range(0, 24, 4):
-        alone.add(*states_of(rows[start : start + 4]), batch_of(rows[start : start + 4]))
-    assert first == second == (list(alone.bundles), alone.separability())
+def plain_measures(rows):
+    representations, present = output_of(rows).representations, output_of(rows).present
+    rank, share = effective_rank(representations, present)
+    cosine = between_bundle_cosine(representations, present)
+    return dict(
+        zip(("between_bundle_cosine", "effective_rank", "effective_rank_share"), (cosine, rank, share), strict=True)
+    )
+
+
+def test_bundles_of_all_micro_batches_are_compared_without_padding():
+    rows = random_rows(12)
+    metrics = step_of(StateWindow(0), [rows[:3], rows[3:6]], sample=512, weights=[1.0, 1.0, 0.0])
+    expected = plain_measures([rows[0], rows[1], rows[3], rows[4]])
+    assert metrics == {f"collapse/{name}": pytest.approx(float(value)) for name, value in expected.items()}
+
+
+def test_the_sample_follows_the_seed_and_0_compares_nothing():
+    rows = random_rows(40)
+
+    def cosine(seed, sample):
+        return step_of(StateWindow(0), [rows[:25], rows[25:]], sample, seed=seed)["collapse/between_bundle_cosine"]
+
+    some = [cosine("1 7", 8), cosine("1 7", 8), cosine("1 8", 8), cosine("2 7", 8)]
+    assert some[0] == some[1] and len(set(some)) == 3
+    assert (
+        cosine("1 7", 40)
+        == pytest.approx(cosine("1 8", 512))
+        == pytest.approx(float(plain_measures(rows)["between_bundle_cosine"]))
+    )
+    assert step_of(StateWindow(0), [rows], sample=0) == {}
+    with pytest.raises(ValueError, match=r"collapse\.sample=1 compares nothing"):
+        CollapseSection(sample=1)
+
+
+def fill(rank, parts):
+    """What this worker of two has after three steps of two micro-batches; the second worker has fewer bundles."""
+    window, sent = StateWindow(20), []
+    gather = collectives.gather
+    collectives.gather = lambda tensor: sent.append(tensor.numel()) or gather(tensor)
+    metrics = [step_of(window, step[rank], sample=6, seed=str(number)) for number, step in enumerate(parts)]
+    return window.names, window.states, metrics, sent
+
+
+def test_every_worker_has_what_one_worker_would_have(tmp_path):
+    rows = random_rows(36)
+    parts = [[[rows[i : i + 5], rows[i + 5 : i + 9]], [rows[i + 9 : i + 12]]] for i in (0, 12, 24)]
+    first, second = on_workers(2, fill, tmp_path, parts)
+    alone = StateWindow(20)
+    expected = [
+        step_of(alone, [part for own in step for part in own], sample=6, seed=str(number))
+        for number, step in enumerate(parts)
+    ]
+    for names, states, metrics, _ in (first, second):
+        assert names == alone.names and torch.equal(states, alone.states)
+        assert [list(row) for row in metrics] == [list(row) for row in expected]
+        for row, want in zip(metrics, expected, strict=True):
+            assert row == pytest.approx(want)
+    assert "collapse/separability" in expected[-1] and "collapse/separability" not in expected[0]
+
+
+def test_only_what_stays_is_sent(tmp_path):
+    rows = random_rows(36)
+    (_, _, _, sent), _ = on_workers(2, fill, tmp_path, [[[rows[:30]], [rows[30:]]]])
+    # A number of rows and four facts of each bundle; at most 6 bundles' grids, and 20 bundles' states, with masks.
+    assert sent[:2] == [1, 30 * 4]
+    assert len(sent) == 6 and max(sent[2:4]) <= 6 * 18 and max(sent[4:]) <= 20 * 18
 
 
 # -------------------------------------------------------------------------------------------------------- warnings
@@ -163,7 +245,8 @@ def test_warnings_are_in_the_run_are_shown_once_and_survive_a_resume(tmp_path, c
 
 def collapse_runs(rank):
     """A consistency term strong enough to collapse a tiny model within 40 rounds of eight bundles."""
-    histories = {}
+    histories, sizes, made = {}, [], loop.StateWindow
+    loop.StateWindow = lambda size: sizes.append(size) or made(size)
     for name, terms in {"published": {}, "contrast": {"contrast": {"weight": 10.0, "temperature": 0.3}}}.items():
         config = tiny_config(
             mlc={"layer": 2, "every": 1, "extractor_dim": 16, "weight": 10.0},
@@ -174,6 +257,8 @@ def collapse_runs(rank):
             collapse={"window": 24},
         )
         histories[name] = run_engine(config, random_rows(24), 40)[1]
+    run_engine(config, [row for row in random_rows(24) if row.kind == "harmful"], 1)
+    histories["sizes of windows"] = sizes
     return histories
 
 
@@ -184,6 +269,10 @@ def histories(tmp_path_factory):
 
 def last(history, name):
     return sum(row[name] for row in history[-5:]) / 5
+
+
+def test_data_of_one_kind_keeps_no_states(histories):
+    assert histories["sizes of windows"] == [24, 24, 0]
 
 
 def test_contrast_keeps_up_the_rank_that_the_published_loss_gives_away(histories):
@@ -201,9 +290,9 @@ def test_contrast_keeps_up_the_rank_that_the_published_loss_gives_away(histories
 
 def test_the_run_that_collapses_is_warned_of_and_the_other_is_not(histories):
     warned = {}
-    for name, history in histories.items():
+    for name in ("published", "contrast"):
         watch = Watch(CollapseSection(min_separability=0))  # kinds of random tokens are not told apart to begin with
-        warned[name] = [text for row in history for text in watch.see(row)]
+        warned[name] = [text for row in histories[name] for text in watch.see(row)]
     assert any("min_spread" in text for text in warned["published"])
     assert any("min_effective_rank" in text for text in warned["published"])
     assert not warned["contrast"]

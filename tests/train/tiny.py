@@ -151,6 +151,7 @@ def run_engine(config, rows, steps, table=None, save=None, engine=None, progress
         reference=reference,
         progress=progress,
         total_steps=steps,
+        kinds={row.kind for row in rows},
         log=lambda step, metrics: history.append({"step": step, **metrics}),
         save=save or (lambda progress, metrics: None),
     )
