@@ -137,6 +137,10 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"engine": {"stage": 0, "offload_optimizer": True}}, ["engine.offload_optimizer=True", "engine.stage=0"]),
         ({"engine": {"stage": 2, "offload_parameters": True}}, ["engine.offload_parameters=True", "engine.stage=2"]),
         ({"engine": {"stage": 2, "persistence_threshold": 0}}, ["engine.persistence_threshold=0", "engine.stage=2"]),
+        ({"engine": {"stage": 1, "overlap_comm": True}}, ["engine.overlap_comm=True", "engine.stage 2 or 3"]),
+        ({"engine": {"stage": 2, "secondary_partition": 8}}, ["engine.secondary_partition=8", "engine.stage=2"]),
+        ({"engine": {"stage": 1, "accumulate_dtype": "float32"}}, ["engine.accumulate_dtype='float32'", "stage=1"]),
+        ({"engine": {"extra": {"optimizer": {"type": "Lion"}}}}, ["engine.extra has 'optimizer'", "zero_optimization"]),
         (
             {"logging": {"mlflow": "https://me:pw@host:5000/x"}},
             ["logging.mlflow='https://...@host:5000/x'", "MLFLOW_TRACKING_PASSWORD"],

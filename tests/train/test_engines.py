@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from mlc_ray.data.order import epoch_order
 from mlc_ray.errors import MlcRayError
+from mlc_ray.train.engines.base import TrainingEngineError
 from mlc_ray.train.engines.deepspeed import deepspeed_config
 from mlc_ray.train.loop import DivergedError, learning_rate
 from mlc_ray.types import ReferenceRow
@@ -26,15 +27,25 @@ from tests.train.tiny import (
 BUNDLES, STEPS = 7, 4  # two epochs of two rounds of 4 slots: the second round of each holds 3 bundles and a padding one
 SCENARIOS = {
     "stage0": {"engine": {"stage": 0}},
-    "stage1": {"engine": {"stage": 1}},
-    "stage2": {"engine": {"stage": 2}},
-    "stage3": {"engine": {"stage": 3, "persistence_threshold": 0}},
+    "stage1": {"engine": {"stage": 1, "bucket_size": 1000}},  # of some 25,000 gradients: many buckets
+    "stage2": {"engine": {"stage": 2, "bucket_size": 1000}},
+    "stage3": {
+        "engine": {
+            "stage": 3,
+            "bucket_size": 1000,
+            "prefetch_size": 5000,
+            "extra": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        }
+    },
     "stage2_offload": {"engine": {"stage": 2, "offload_optimizer": True}},
     "stage3_offload": {
         "engine": {"stage": 3, "persistence_threshold": 0, "offload_optimizer": True, "offload_parameters": True}
     },
-    "stage3_online": {"engine": {"stage": 3, "persistence_threshold": 0}, "reference": "online"},
-    "stage2_online": {"engine": {"stage": 2}, "reference": "online"},
+    "stage3_online": {
+        "engine": {"stage": 3, "persistence_threshold": 0, "secondary_partition": 2},
+        "reference": "online",
+    },
+    "stage2_online": {"engine": {"stage": 2, "overlap_comm": False}, "reference": "online"},
     "stage2_checkpointing": {"engine": {"stage": 2}, "model": {"gradient_checkpointing": True}},
     "stage3_checkpointing": {
         "engine": {"stage": 3, "persistence_threshold": 0},
@@ -160,8 +171,11 @@ def first_steps(rank):
         engine = make_engine(config)
         before = engine.full_weights()
         before = {name: value.clone() for name, value in before.items()}
+        assert all(group["fused"] for group in engine._engine.optimizer.param_groups)  # plain AdamW is another kernel
         run_engine(config, random_rows(BUNDLES), 1, engine=engine)
         states[stage] = {name: value.clone() for name, value in engine.full_weights().items()}
+    with pytest.raises(TrainingEngineError, match=r"engine\.secondary_partition=2 does not divide 1 workers"):
+        make_engine(tiny_config(engine={"stage": 3, "secondary_partition": 2}))
     config = tiny_config(objective={"loss": "simpo"})
     module = wrapped(config)
     with torch.no_grad():
@@ -214,6 +228,34 @@ def test_languages_of_the_fixture_differ():
     assert {len(row.languages) for row in random_rows(BUNDLES)} == {2, 3} and len(LANGUAGES) == 3
 
 
+def settings_of(stage, model=None, **engine):
+    return deepspeed_config(tiny_config(engine={"stage": stage, **engine}, model=model or {}))
+
+
 def test_optimizer_is_torch_adamw_everywhere():
-    settings = deepspeed_config(tiny_config(engine={"stage": 2, "offload_optimizer": True}))
-    assert settings["zero_force_ds_cpu_optimizer"] is False
+    assert settings_of(2, offload_optimizer=True)["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_gradients_travel_and_are_added_up_in_float32_unless_told_otherwise():
+    low = {"dtype": "bfloat16"}
+    types = {stage: settings_of(stage, low)["data_types"]["grad_accum_dtype"] for stage in range(4)}
+    assert types == {0: "bf16", 1: "bf16", 2: "fp32", 3: "fp32"}  # DeepSpeed cannot at 0, and changes optimizer at 1
+    assert {settings_of(stage, low)["communication_data_type"] for stage in range(4)} == {"fp32"}
+    asked = settings_of(3, low, reduce_dtype="bfloat16", accumulate_dtype="bfloat16")
+    assert (asked["communication_data_type"], asked["data_types"]["grad_accum_dtype"]) == ("bf16", "bf16")
+    with pytest.raises(TrainingEngineError, match=r"engine\.reduce_dtype='bfloat16' .* model\.dtype='float32'"):
+        settings_of(2, reduce_dtype="bfloat16")
+
+
+def test_reductions_overlap_where_deepspeed_adds_up_right():
+    assert [settings_of(stage)["zero_optimization"]["overlap_comm"] for stage in range(4)] == [False, False, True, True]
+
+
+def test_more_of_deepspeeds_configuration_is_merged_and_never_replaces_ours():
+    extra = {"zero_optimization": {"round_robin_gradients": True}, "bf16": {"bf16_optimizer_states": True}}
+    merged = settings_of(2, extra=extra)
+    assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": True, "round_robin_gradients": True}
+    assert merged["bf16"] == {"enabled": False, "bf16_optimizer_states": True}
+    for clash in ({"zero_optimization": {"stage": 3}}, {"zero_optimization": 1}, {"bf16": {"enabled": True}}):
+        with pytest.raises(TrainingEngineError, match=r"engine\.extra sets .* change the setting instead"):
+            settings_of(2, extra=clash)

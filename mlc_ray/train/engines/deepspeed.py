@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from mlc_ray._registry import register
 from mlc_ray.config import EngineSettings
-from mlc_ray.config.base import NonNegativeInt
+from mlc_ray.config.base import NonNegativeInt, PositiveInt
 from mlc_ray.train.engines.base import Engine, TrainingEngineError, parameter_groups
 
 if TYPE_CHECKING:
@@ -26,6 +26,23 @@ if TYPE_CHECKING:
     from mlc_ray.train.model import ModelOutput, PolicyWithExtractor
     from mlc_ray.train.reference import ReferenceModel, ReferenceOutput
     from mlc_ray.types import Batch
+
+STAGES_OF = {
+    "offload_optimizer": (1, 2, 3),
+    "offload_parameters": (3,),
+    "persistence_threshold": (3,),
+    "overlap_comm": (2, 3),  # stage 1 then adds wrong gradients up, once they need several buckets (0.19.8: seen)
+    "bucket_size": (1, 2, 3),
+    "prefetch_size": (3,),
+    "secondary_partition": (3,),
+}
+"""Stages at which DeepSpeed reads a setting."""
+
+EXTRA_SECTIONS = {
+    "aio", "bf16", "comms_logger", "dump_state", "flops_profiler", "gradient_predivide_factor", "memory_breakdown",
+    "prescale_gradients", "wall_clock_breakdown", "zero_optimization",
+}  # fmt: skip
+"""What `extra` may hold: not the optimizer, the batch or another precision, which are settings of the run."""
 
 _TAG = "state"
 _FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -47,16 +64,58 @@ class DeepSpeed(Engine):
             None, description="Stage 3: parameters smaller than this many elements stay whole (default: DeepSpeed's)."
         )
 
+        overlap_comm: bool | None = Field(
+            None,
+            description=(
+                "Stages 2 and 3: reduce gradients while the backward goes on, for a second bucket (default: on)."
+            ),
+        )
+        reduce_dtype: Literal["float32", "bfloat16"] = Field(
+            "float32", description="Type in which gradients travel between workers; bfloat16 halves the traffic."
+        )
+        accumulate_dtype: Literal["float32", "bfloat16"] | None = Field(
+            None,
+            description=(
+                "Type in which a step's gradients are added up (default: float32 at stages 2 and 3; the model's own at "
+                "0 and 1, where DeepSpeed has no other)."
+            ),
+        )
+        bucket_size: PositiveInt | None = Field(
+            None, description="Stages 1-3: gradient elements that are reduced at a time (default: DeepSpeed's, 5e8)."
+        )
+        prefetch_size: PositiveInt | None = Field(
+            None, description="Stage 3: parameters gathered ahead of their use (default: DeepSpeed's, 5e7)."
+        )
+        secondary_partition: PositiveInt = Field(
+            1,
+            description=(
+                "Stage 3: workers that keep a second copy of the parameters among them, so that the backward gathers "
+                "inside this group; the GPUs of a node (ZeRO++ hpZ). 1 is off."
+            ),
+        )
+        extra: dict[str, Any] = Field(
+            default_factory=dict,
+            description="More of DeepSpeed's own configuration, by its names; what a setting above decides is refused.",
+        )
+
         @model_validator(mode="after")
-        def _offload_needs_a_stage(self) -> DeepSpeed.Settings:
-            if self.offload_optimizer and self.stage == 0:
-                raise ValueError("engine.offload_optimizer=True needs engine.stage 1, 2 or 3, but engine.stage=0")
-            if self.offload_parameters and self.stage != 3:
-                raise ValueError(f"engine.offload_parameters=True needs engine.stage=3, but engine.stage={self.stage}")
-            if self.persistence_threshold is not None and self.stage != 3:
+        def _each_at_its_stages(self) -> DeepSpeed.Settings:
+            for name, stages in STAGES_OF.items():
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default and self.stage not in stages:
+                    allowed = " or ".join(map(str, stages))
+                    raise ValueError(
+                        f"engine.{name}={value} needs engine.stage {allowed}, but engine.stage={self.stage}"
+                    )
+            if self.accumulate_dtype == "float32" and self.stage < 2:
                 raise ValueError(
-                    f"engine.persistence_threshold={self.persistence_threshold} is read at engine.stage=3 only, "
-                    f"but engine.stage={self.stage}"
+                    f"engine.accumulate_dtype='float32' needs engine.stage 2 or 3, but engine.stage={self.stage}: "
+                    "there DeepSpeed adds gradients up in the model's type"
+                )
+            if unknown := sorted(self.extra.keys() - EXTRA_SECTIONS):
+                raise ValueError(
+                    f"engine.extra has {unknown[0]!r}, which is not one of {', '.join(sorted(EXTRA_SECTIONS))}: "
+                    "DeepSpeed would ignore it, or it changes what other settings decide"
                 )
             return self
 
@@ -90,12 +149,17 @@ class DeepSpeed(Engine):
         import torch.distributed as dist
 
         settings = _settings(config)
+        if dist.get_world_size() % settings.secondary_partition:
+            raise TrainingEngineError(
+                f"engine.secondary_partition={settings.secondary_partition} does not divide "
+                f"{dist.get_world_size()} workers into groups; use the number of GPUs of a node, or 1"
+            )
         optimizer = torch.optim.AdamW(
             parameter_groups(module.parameters(), config.optimizer.weight_decay, _full_dim),
             lr=0.0,  # each step has its own rate; DeepSpeed may take steps of its own before the first, see below
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
-            fused=device.type == "cuda" and not settings.offload_optimizer,
+            fused=True,  # on a CPU, offloaded to or not, 5 to 10 times faster, see benchmarks/README.md
         )
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))
         # DeepSpeed makes the optimizer's state by a step with zero gradients where it can (bfloat16 without ZeRO). At
@@ -201,9 +265,45 @@ class DeepSpeed(Engine):
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration for the policy."""
+    """DeepSpeed's own configuration for the policy.
+
+    Raises:
+        TrainingEngineError: if `engine.extra` sets what is set here, or gradients are to lose digits that they have.
+    """
     settings = _settings(config)
+    for name in ("reduce_dtype", "accumulate_dtype"):
+        if getattr(settings, name) == "bfloat16" and config.model.dtype != "bfloat16":
+            raise TrainingEngineError(
+                f"engine.{name}='bfloat16' is for models in bfloat16, but model.dtype={config.model.dtype!r}; remove it"
+            )
+    accumulate = settings.accumulate_dtype or ("float32" if settings.stage >= 2 else config.model.dtype)
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.train.bundles_per_worker,
+        "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "communication_data_type": _DTYPE[settings.reduce_dtype],
+        "data_types": {"grad_accum_dtype": _DTYPE[accumulate]},
+        "zero_optimization": _zero(settings),
+        # The optimizer is torch's own AdamW everywhere: DeepSpeed's CPU Adam needs a compiler on every node.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    return _merged(ours, settings.extra)
+
+
+_DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def _zero(settings: DeepSpeed.Settings) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": settings.stage}
+    zero["overlap_comm"] = settings.stage >= 2 if settings.overlap_comm is None else settings.overlap_comm
+    if settings.bucket_size is not None:
+        zero["reduce_bucket_size"] = settings.bucket_size
+    if settings.prefetch_size is not None:
+        zero["stage3_prefetch_bucket_size"] = settings.prefetch_size
+    if settings.secondary_partition > 1:
+        zero["zero_hpz_partition_size"] = settings.secondary_partition
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if settings.offload_parameters:
@@ -217,16 +317,23 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
             "stage3_max_reuse_distance": 0,
             "stage3_max_live_parameters": 0,
         }
-    return {
-        "train_micro_batch_size_per_gpu": config.train.bundles_per_worker,
-        "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
-        "gradient_clipping": config.optimizer.max_grad_norm,
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
-        "zero_optimization": zero,
-        # The optimizer is torch's own AdamW everywhere: DeepSpeed's CPU Adam needs a compiler on every node.
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
+    return zero
+
+
+def _merged(ours: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict[str, Any]:
+    merged = dict(ours)
+    for name, value in extra.items():
+        here = f"{path}{name}"
+        if name not in ours:
+            merged[name] = value
+        elif isinstance(ours[name], dict) and isinstance(value, dict):
+            merged[name] = _merged(ours[name], value, f"{here}.")
+        else:
+            raise TrainingEngineError(
+                f"engine.extra sets {here} to {value!r}, which the settings of the run have made {ours[name]!r}: "
+                "remove it from engine.extra, and change the setting instead"
+            )
+    return merged
 
 
 def reference_config(config: TrainConfig) -> dict[str, Any]:
@@ -235,8 +342,8 @@ def reference_config(config: TrainConfig) -> dict[str, Any]:
     zero = whole["zero_optimization"]
     stage3 = {k: v for k, v in zero.items() if k != "offload_optimizer"}
     whole["zero_optimization"] = stage3 if zero["stage"] == 3 else {"stage": 0}
-    whole["gradient_accumulation_steps"] = 1
-    whole["gradient_clipping"] = 0.0
+    whole |= {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    del whole["data_types"]  # there are no gradients to add up
     return whole
 
 
