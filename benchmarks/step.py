@@ -2,8 +2,8 @@
 
 Both steps compute DPO + lambda * MLC of the same bundles with the same weights and extractor, forward and backward:
 
-- ours: answers and prompts packed without padding, the LM head on response positions only, prompts only as deep as the
-  tapped layer, the reference's log-probs cached before the run.
+- ours: answers and prompts as one prefix tree without padding, the LM head on response positions only, prompts only as
+  deep as the tapped layer, the reference's log-probs cached before the run.
 - theirs: policy *and* reference forward all 2 + L sequences of every bundle, padded to one length, with every layer's
   hidden states kept and all logits upcast to float32; the tapped token is the last unmasked one; singular values by
   an SVD. Built from a description of the published code, with nothing slower than it says: same sdpa kernels,
@@ -41,7 +41,9 @@ from mlc_ray.data.batches import collate
 from mlc_ray.losses.objective import Objective
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.runs import user_cache
-from mlc_ray.train.model import PolicyWithExtractor, answer_log_probs, load_policy, n_layers, resolve_layer
+from mlc_ray.train.attention import TREE
+from mlc_ray.train.model import PolicyWithExtractor, load_policy, n_layers, resolve_layer
+from mlc_ray.train.reference import ReferenceModel
 from mlc_ray.types import Batch, ReferenceRow, TokenRow, move
 
 # The published data has about 427 prompt tokens a bundle over ten languages. How they are shared out is our guess:
@@ -135,15 +137,16 @@ def padded(rows: Sequence[TokenRow]) -> PaddedBatch:
     return PaddedBatch(ids, mask, labels, len(rows))
 
 
-def packed(rows: Sequence[TokenRow], reference: Mapping[str, ReferenceRow] | None) -> Batch:
+def tree_batch(rows: Sequence[TokenRow], reference: Mapping[str, ReferenceRow] | None) -> Batch:
     """Our batch of the token rows."""
     weights = [1.0] * len(rows)
-    return collate(rows, languages=list(LENGTHS), weights=weights, needs_rejected=True, reference=reference)
+    return collate(rows, languages=list(LENGTHS), weights=weights, needs_rejected=True, reference=reference, tap=True)
 
 
 def our_step(module: PolicyWithExtractor, batch: Batch) -> Losses:
     """Forward and backward as training does them, reference log-probs being in the batch."""
-    output = module(batch, tap=True)
+    module.language_model.set_attn_implementation(TREE)
+    output = module(batch)
     result = OBJECTIVE.total_loss(
         weight=batch.weight,
         chosen=output.chosen,
@@ -161,6 +164,8 @@ def our_step(module: PolicyWithExtractor, batch: Batch) -> Losses:
 def their_step(module: PolicyWithExtractor, reference: PreTrainedModel, batch: PaddedBatch) -> Losses:
     """Forward and backward as the published recipe's are described."""
     n = batch.bundles
+    module.language_model.set_attn_implementation("sdpa")
+    reference.set_attn_implementation("sdpa")
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
     policy = module.policy(**inputs, output_hidden_states=True)
     logits = policy.logits.float()
@@ -209,10 +214,8 @@ def load_reference(options: argparse.Namespace) -> PreTrainedModel:
 @torch.no_grad()
 def with_reference(reference: PreTrainedModel, batch: Batch) -> Batch:
     """`batch` with the reference's log-probs, which training computes once per bundle before its first step."""
-    assert batch.rejected is not None
-    chosen, rejected = answer_log_probs(reference, batch.chosen, batch.rejected, len(batch.bundle_ids))
-    assert rejected is not None
-    return replace(batch, reference_chosen=chosen.total, reference_rejected=rejected.total)
+    said = ReferenceModel(reference)(batch, state=False)
+    return replace(batch, reference_chosen=said.chosen, reference_rejected=said.rejected)
 
 
 def batch_rows(options: argparse.Namespace, vocabulary: int) -> list[list[TokenRow]]:
@@ -271,7 +274,7 @@ def compare_and_time(options: argparse.Namespace) -> dict[str, Any]:
     """Check that both steps agree, then time them in turn in this process."""
     module, reference = load_module(options), load_reference(options)
     rows = batch_rows(options, vocabulary_of(module.language_model))
-    ours = [with_reference(reference, move(packed(batch, None), options.device)) for batch in rows]
+    ours = [with_reference(reference, move(tree_batch(batch, None), options.device)) for batch in rows]
     theirs = [move(padded(batch), options.device) for batch in rows]
     optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE) if options.with_optimizer else None
 
@@ -297,10 +300,7 @@ def compare_and_time(options: argparse.Namespace) -> dict[str, Any]:
         first = run(partial(our_step, module, our_batch))
         second = run(partial(their_step, module, reference, their_batch))
         pairs.append((first, second))
-    our_tokens = [
-        sum(part.sequences.input_ids.numel() for part in (batch.chosen, batch.rejected, batch.prompts) if part)
-        for batch in ours
-    ]
+    our_tokens = [batch.tree.tokens for batch in ours]
     their_tokens = [2 * batch.input_ids.numel() for batch in theirs]
 
     def side(index: int, tokens: list[int], losses: Losses) -> dict[str, Any]:
@@ -340,7 +340,7 @@ def peak_memory(options: argparse.Namespace, variant: str) -> dict[str, int]:
     rows = batch_rows(options, vocabulary_of(module.language_model))[0]
     optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE) if options.with_optimizer else None
     if variant == "ours":  # any log-probs do: memory does not depend on them
-        batch = move(packed(rows, {row.bundle_id: ReferenceRow(0.0, 0.0) for row in rows}), options.device)
+        batch = move(tree_batch(rows, {row.bundle_id: ReferenceRow(0.0, 0.0) for row in rows}), options.device)
         step = partial(our_step, module, batch)
     else:
         step = partial(their_step, module, load_reference(options), move(padded(rows), options.device))

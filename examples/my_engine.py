@@ -59,22 +59,22 @@ class TorchDdp(Engine):
     @classmethod
     def frozen(
         cls, model: ReferenceModel, config: TrainConfig, device: torch.device
-    ) -> Callable[[Batch, bool], ReferenceOutput]:
+    ) -> Callable[[Batch], ReferenceOutput]:
         """The whole reference on every worker."""
         model = model.requires_grad_(False).to(device).eval()
 
         @torch.no_grad()
-        def ask(batch: Batch, tap: bool) -> ReferenceOutput:
-            said: ReferenceOutput = model(batch, tap=tap)
+        def ask(batch: Batch) -> ReferenceOutput:
+            said: ReferenceOutput = model(batch, state=batch.taps)
             return said
 
         return ask
 
-    def forward(self, batch: Batch, *, tap: bool) -> ModelOutput:
+    def forward(self, batch: Batch) -> ModelOutput:
         """Only the last micro-batch's backward averages over workers; DDP is told so in the forward."""
         last = self.done == self.accumulation - 1
         with nullcontext() if last else self.ddp.no_sync():
-            output: ModelOutput = self.ddp(batch, tap=tap)
+            output: ModelOutput = self.ddp(batch)
         return output
 
     def backward(self, loss: Tensor) -> None:

@@ -1,10 +1,9 @@
 """The types that packages exchange, and the legend of the letters in shapes.
 
     B bundles   L languages   P prompts (all languages of all bundles)   T tokens   R response tokens
-    H hidden size   D extractor size   V vocabulary   S min(L, D) singular values
+    H hidden size   D extractor size   V vocabulary   S segments of a row; in losses, min(L, D) singular values
 
-A *bundle* is one prompt in several languages. Sequences are *packed*: all of them lie one after another in a single
-row of T tokens, and `position_ids` restarts at 0 where a sequence starts, which is what keeps attention inside it.
+A *bundle* is one prompt in several languages. What is forwarded at once is a prefix tree in a single row (`Tree`).
 """
 
 from __future__ import annotations
@@ -65,36 +64,81 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
-class PackedSequences:
-    """Sequences laid one after another: `input_ids` and `position_ids` are [1, T], `lengths` sum to T."""
+class Tree:
+    """Sequences that share what they begin with, in one row of T tokens where each distinct beginning lies once.
+
+    In causal attention a token's state depends on what comes before it alone, so one forward serves all sequences that
+    begin alike. The row is S *segments* one after another: the head of the chat template, prompts that continue it,
+    answers that continue those. `parents` says which segment, earlier in the row, each one continues (-1: none).
+    A token attends to the tokens of its segment's ancestors and, in its own segment, to those up to itself; its
+    position counts from the start of its sequence.
+
+    First lie the head and the prompts that answers continue, then (from segment `answers` on) the answers, and last
+    (from `prompt_only` on) prompts that are read but not answered. So what a forward can do without is always at the
+    end, and `first` cuts it off.
+
+    For kernels that take sequences of different lengths, `keys` [K] lists for one segment after another the places in
+    the row of what its last token attends to, in order of position; `query_bounds` and `key_bounds` [S + 1] (int32)
+    are the bounds of the segments in the row and in `keys`. `starts`, `lengths` and `key_lengths` are their numbers.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
+    starts: tuple[int, ...]
     lengths: tuple[int, ...]
+    parents: tuple[int, ...]
+    answers: int
+    prompt_only: int
+    key_lengths: tuple[int, ...]
+    keys: Tensor
+    query_bounds: Tensor
+    key_bounds: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of the row."""
+        return sum(self.lengths)
+
+    def first(self, count: int) -> Tree:
+        """The first `count` segments, at least one; what they are does not depend on the others."""
+        tokens = sum(self.lengths[:count])
+        return replace(
+            self,
+            input_ids=self.input_ids[:, :tokens],
+            position_ids=self.position_ids[:, :tokens],
+            starts=self.starts[:count],
+            lengths=self.lengths[:count],
+            parents=self.parents[:count],
+            answers=min(self.answers, count),
+            prompt_only=min(self.prompt_only, count),
+            key_lengths=self.key_lengths[:count],
+            keys=self.keys[: sum(self.key_lengths[:count])],
+            query_bounds=self.query_bounds[: count + 1],
+            key_bounds=self.key_bounds[: count + 1],
+        )
 
 
 @dataclass(frozen=True)
-class PackedResponses:
-    """Prompt + answer sequences of B bundles, one answer each.
+class Answers:
+    """One answer to each of B bundles.
 
-    `predicting` [R] are the positions in the packed row whose next token is a response token, `targets` [R] those
-    response tokens, and `bundle_of_target` [R] the bundle (0..B-1) each belongs to.
+    `predicting` [R] are the places in the tree's row whose next token is a response token, `targets` [R] those
+    response tokens, and `bundle_of_target` [R] the bundle (0..B-1) each belongs to, ascending. An answer's last token
+    predicts nothing: it is a target, and not in the row.
     """
 
-    sequences: PackedSequences
     predicting: Tensor
     targets: Tensor
     bundle_of_target: Tensor
 
 
 @dataclass(frozen=True)
-class PackedPrompts:
-    """All prompts of B bundles: `tapped` [P] are positions in the packed row of the last prompt tokens.
+class Prompts:
+    """All prompts of B bundles, by bundle and language: `tapped` [P] are the places of their tapped tokens in the row.
 
     `bundle_of_prompt` [P] and `language_of_prompt` [P] place each prompt in a [B, L] grid.
     """
 
-    sequences: PackedSequences
     tapped: Tensor
     bundle_of_prompt: Tensor
     language_of_prompt: Tensor
@@ -106,7 +150,10 @@ class Batch:
 
     `weight` [B] multiplies each bundle's losses before the mean over the B slots: 0 for a padding bundle, otherwise
     (slots of the whole round) / (real bundles of the whole round), so that all workers together take the mean over
-    real bundles. `languages` names the L columns of the grid; it is the same list on every worker and step.
+    real bundles; `term_weight` [B] is the same for the terms on representations. `groups` [B] numbers the groups
+    within which terms between bundles are computed. `languages` names the L columns of the grid; it is the same list
+    on every worker and step. `prompts` is None where the step does not tap: then `tree` holds no prompt but those
+    that answers continue.
     `reference_chosen` and `reference_rejected` [B] are summed response log-probs of the frozen reference, and
     `reference_state` [B, H] its tapped state of each bundle's response prompt, where those were cached.
     """
@@ -115,12 +162,20 @@ class Batch:
     kinds: tuple[Kind, ...]
     languages: tuple[str, ...]
     weight: Tensor
-    chosen: PackedResponses
-    rejected: PackedResponses | None
-    prompts: PackedPrompts
+    term_weight: Tensor
+    groups: Tensor | None
+    tree: Tree
+    chosen: Answers
+    rejected: Answers | None
+    prompts: Prompts | None
     reference_chosen: Tensor | None = None
     reference_rejected: Tensor | None = None
     reference_state: Tensor | None = None
+
+    @property
+    def taps(self) -> bool:
+        """Whether the hidden states of all prompts are wanted."""
+        return self.prompts is not None
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,9 @@ def test_step_benchmark(tmp_path: Path, repository: Path) -> None:
     assert result["agreement"]["equal"] is True
     assert len(result["ratio"]["seconds_pairs"]) == 1
     assert result["layer"] == 2
-    # Every bundle has exactly the published numbers of tokens, and ours forwards no others.
-    assert ours["tokens_forwarded"] == 2 * (427 + 208)
+    # Every bundle has exactly the published numbers of tokens. Ours forwards the English prompt once instead of three
+    # times, and no answer's last token; random tokens have no common head.
+    assert ours["tokens_forwarded"] == 2 * (427 + 208 - 2 * 25 - 2)
     assert theirs["tokens_forwarded"] >= 2 * (2 * 12) * 104
 
 

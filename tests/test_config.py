@@ -146,8 +146,12 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
             ["logging.mlflow='https://...@host:5000/x'", "MLFLOW_TRACKING_PASSWORD"],
         ),
         (
-            {"model": {"path": "m", "attention": "flash_attention_2", "dtype": "float32"}},
-            ["model.attention='flash_attention_2'", "float32"],
+            {"model": {"path": "m", "attention": "varlen", "dtype": "float32"}},
+            ["model.attention='varlen'", "no float32 kernel", "attention='auto'"],
+        ),
+        (
+            {"model": {"path": "m", "attention": "flex"}, "cluster": {"accelerator": "cpu"}},
+            ["model.attention='flex'", "needs a GPU", "attention='auto'"],
         ),
     ],
 )

@@ -33,9 +33,10 @@ class ModelSection(Section):
 
     path: RealPath = Field(description="Local folder or hub name of a Hugging Face causal language model.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description=DTYPE)
-    attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = Field(
-        "packed",
-        description="Kernel; all keep packed sequences apart, `sdpa` and `eager` by a mask over the whole row.",
+    attention: Literal["auto", "segments", "varlen", "flex"] = Field(
+        "auto",
+        description="Kernel: `segments` runs anywhere; `varlen` on GPUs, in bfloat16, without soft-capped scores; `flex` "
+        "on GPUs. `auto` takes `varlen`, or `flex` for soft-capped scores, in bfloat16 on a GPU, else `segments`.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you ask.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
@@ -319,14 +320,14 @@ class TrainConfig(ObjectiveConfig):
                     f"cluster.workers={self.cluster.workers} x train.bundles_per_worker="
                     f"{self.train.bundles_per_worker} gives it a single one; raise one of them, or remove the term"
                 )
-        if self.model.attention == "flash_attention_2" and self.model.dtype == "float32":
+        if self.model.attention == "varlen" and self.model.dtype == "float32":
             raise ValueError(
-                "model.attention='flash_attention_2' has no float32 kernel; "
-                "use model.dtype='bfloat16' or attention='packed'"
+                "model.attention='varlen' has no float32 kernel; use model.dtype='bfloat16' or attention='auto'"
             )
-        if self.model.attention == "flash_attention_2" and self.cluster.accelerator == "cpu":
+        if self.model.attention in ("varlen", "flex") and self.cluster.accelerator == "cpu":
             raise ValueError(
-                "model.attention='flash_attention_2' needs a GPU, but cluster.accelerator='cpu'; use attention='packed'"
+                f"model.attention={self.model.attention!r} needs a GPU, but cluster.accelerator='cpu'; "
+                "use attention='auto'"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""Token rows -> Batch: sequences of several bundles packed into one row, with every part named.
+"""Token rows -> Batch: the prompts and answers of several bundles as one prefix tree, with every part named.
 
 Ids go from Arrow's buffers to tensors by index arithmetic; none of them becomes a Python number on the way.
 """
@@ -6,19 +6,19 @@ Ids go from Arrow's buffers to tensors by index arithmetic; none of them becomes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
 from mlc_ray.data.tables import rows_to_table
+from mlc_ray.data.trees import Ints, common_start, make_tree, ranges, starts_of
 from mlc_ray.errors import MlcRayError
-from mlc_ray.types import Batch, Kind, PackedPrompts, PackedResponses, PackedSequences, ReferenceRow, TokenRow
+from mlc_ray.types import Answers, Batch, Kind, Prompts, ReferenceRow, TokenRow, Tree
 
-Ints = npt.NDArray[np.int64]
 TokenRows: TypeAlias = pa.Table | Sequence[TokenRow]
 """A table of `mlc_ray.data.tables.TOKENS`, or (for small calls) token rows."""
 
@@ -34,8 +34,11 @@ def collate(
     weights: Sequence[float],
     needs_rejected: bool,
     reference: Mapping[str, ReferenceRow] | None,
+    tap: bool,
+    term_weights: Sequence[float] | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Batch:
-    """Pack B token rows into a `Batch` (shapes as documented there; ids int64, weights and log-probs float32, on CPU).
+    """B token rows as a `Batch` (shapes as documented there; ids int64, weights and log-probs float32, on CPU).
 
     Args:
         rows: a table of `TOKENS`, or token rows.
@@ -43,6 +46,9 @@ def collate(
         weights: the bundles' weights, [B].
         needs_rejected: whether the loss reads rejected answers.
         reference: what the frozen reference says of each bundle_id; None where the loss needs no reference.
+        tap: whether the prompts in all languages are read, or only those that are answered.
+        term_weights: the bundles' weights in terms on representations, [B]; None for `weights`.
+        groups: the group of each bundle, [B]; None where no term needs any.
 
     Raises:
         BatchError: there are no rows, or a bundle lacks an answer, has a language outside `languages`, or has no
@@ -56,93 +62,137 @@ def collate(
     bundle_ids: list[str] = table["bundle_id"].to_pylist()
     kinds: list[Kind] = table["kind"].to_pylist()
     cached = [_reference_of(name, reference) for name in bundle_ids] if reference is not None else []
+    grid = _Grid.of(table, languages)
+    tree, answers, prompts = _plant(table, grid, ("chosen", "rejected") if needs_rejected else ("chosen",), tap=tap)
     return Batch(
         bundle_ids=tuple(bundle_ids),
         kinds=tuple(kinds),
         languages=tuple(languages),
         weight=torch.tensor(weights, dtype=torch.float32),
-        chosen=_pack_responses(table, "chosen"),
-        rejected=_pack_responses(table, "rejected") if needs_rejected else None,
-        prompts=pack_prompts(table, languages),
+        term_weight=torch.tensor(weights if term_weights is None else term_weights, dtype=torch.float32),
+        groups=torch.tensor(groups, dtype=torch.int64) if groups is not None else None,
+        tree=tree,
+        chosen=answers[0],
+        rejected=answers[1] if needs_rejected else None,
+        prompts=prompts if tap else None,
         reference_chosen=_column(cached, "chosen"),
         reference_rejected=_column(cached, "rejected") if needs_rejected else None,
         reference_state=_column(cached, "state"),
     )
 
 
-def pack_prompts(rows: TokenRows, languages: Sequence[str]) -> PackedPrompts:
-    """All prompts of the rows in a packed row, by bundle and then by column of the grid.
+def collate_prompts(rows: TokenRows, languages: Sequence[str]) -> tuple[Tree, Prompts]:
+    """All prompts of the rows, without answers.
 
     Raises:
         BatchError: a bundle has a language outside `languages`, the grid's L.
     """
     table = _table(rows)
-    ids, starts, lengths = _prompts(table)
-    bundle = np.repeat(np.arange(len(table)), _lengths(table["languages"]))
-    columns = {code: index for index, code in enumerate(languages)}
-    codes = table["languages"].combine_chunks().flatten().to_pylist()
-    column = np.array([columns.get(code, -1) for code in codes], dtype=np.int64)
-    if (column < 0).any():
-        first = int(bundle[int(np.argmin(column))])
-        outside = sorted(set(table["languages"][first].as_py()) - set(columns))
-        raise BatchError(
-            f"bundle {table['bundle_id'][first].as_py()} has languages {outside!r} outside the grid {list(languages)!r}"
-        )
-    order = np.lexsort((column, bundle))
-    tapped = _integers(table["tapped"].combine_chunks().flatten())
-    sequences = _pack(ids[_ranges(starts[order], lengths[order])], lengths[order])
-    return PackedPrompts(
-        sequences=sequences,
-        tapped=torch.from_numpy(_starts(lengths[order]) + tapped[order]),
-        bundle_of_prompt=torch.from_numpy(bundle[order]),
-        language_of_prompt=torch.from_numpy(column[order]),
+    tree, _, prompts = _plant(table, _Grid.of(table, languages), (), tap=True)
+    return tree, prompts
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """All P prompts of a table: ids one after another, each one's start, length, tapped token, bundle and column."""
+
+    ids: Ints
+    starts: Ints
+    lengths: Ints
+    tapped: Ints
+    bundle: Ints
+    column: Ints
+
+    @classmethod
+    def of(cls, table: pa.Table, languages: Sequence[str]) -> _Grid:
+        prompts = table["prompts"].combine_chunks().flatten()
+        lengths = _lengths(prompts)
+        bundle = np.repeat(np.arange(len(table)), _lengths(table["languages"]))
+        columns = {code: index for index, code in enumerate(languages)}
+        codes = table["languages"].combine_chunks().flatten().to_pylist()
+        column = np.array([columns.get(code, -1) for code in codes], dtype=np.int64)
+        if (column < 0).any():
+            first = int(bundle[int(np.argmin(column))])
+            outside = sorted(set(table["languages"][first].as_py()) - set(columns))
+            raise BatchError(
+                f"bundle {table['bundle_id'][first].as_py()} has languages {outside!r} "
+                f"outside the grid {list(languages)!r}"
+            )
+        tapped = _integers(table["tapped"].combine_chunks().flatten())
+        return cls(_integers(prompts.flatten()), starts_of(lengths), lengths, tapped, bundle, column)
+
+
+def _plant(table: pa.Table, grid: _Grid, names: Sequence[str], *, tap: bool) -> tuple[Tree, list[Answers], Prompts]:
+    """The tree of B bundles, where their answers called `names` are in it, and (if `tap`) where their prompts are.
+
+    The row: the head that all its prompts begin with (where there is one), the prompts that are answered, the answers
+    of each name, the other prompts.
+    """
+    n_bundles = len(table)
+    found = [_answers(table, name) for name in names]
+    answered = starts_of(_lengths(table["languages"])) + _integers(table["response_prompt"]) if names else np.arange(0)
+    order = np.lexsort((grid.column, grid.bundle)) if tap else answered
+    others = order[~np.isin(order, answered)]
+    prompts = np.concatenate([answered, others])
+    head = common_start(grid.ids, grid.starts[prompts], grid.tapped[prompts] + 1)
+    heads = 1 if head else 0
+    continued = np.arange(heads, heads + len(answered))
+
+    sources = [grid.ids, *(ids for ids, _ in found)]
+    offsets = starts_of(np.array([len(ids) for ids in sources]))[1:]
+    starts, lengths, parents = np.concatenate(
+        [
+            _segments(grid.starts[prompts[:heads]], head, -1),
+            _segments(grid.starts[answered] + head, grid.lengths[answered] - head, heads - 1),
+            # An answer's last token predicts nothing.
+            *(_segments(at + starts_of(n), n - 1, continued) for at, (_, n) in zip(offsets, found, strict=True)),
+            _segments(grid.starts[others] + head, grid.lengths[others] - head, heads - 1),
+        ],
+        axis=1,
+    )
+    places = starts_of(lengths)
+    there = lengths > 0  # an answer of one token has nothing in the row
+    last_answer = len(lengths) - len(others)
+    tree = make_tree(
+        np.concatenate(sources)[ranges(starts, lengths)],
+        lengths[there],
+        parents[there],
+        answers=heads + len(answered),
+        prompt_only=int(there[:last_answer].sum()),
     )
 
+    segment = np.empty(len(grid.starts), dtype=np.int64)
+    segment[answered], segment[others] = continued, np.arange(last_answer, len(lengths))
+    ends = places[continued] + lengths[continued] - 1
+    answers = []
+    for index, (ids, counts) in enumerate(found):
+        first = places[heads + n_bundles * (1 + index) : heads + n_bundles * (2 + index)]
+        predicting = ranges(first - 1, counts)
+        predicting[starts_of(counts)] = ends  # the prompt's last token predicts the answer's first
+        bundle = np.repeat(np.arange(n_bundles), counts)
+        answers.append(Answers(torch.from_numpy(predicting), torch.from_numpy(ids), torch.from_numpy(bundle)))
+    tapped = places[segment[order]] + grid.tapped[order] - head
+    where = (tapped, grid.bundle[order], grid.column[order])
+    return tree, answers, Prompts(*(torch.from_numpy(part) for part in where))
 
-def _pack_responses(table: pa.Table, name: str) -> PackedResponses:
-    """Each bundle's prompt in its response language, and behind it the answer called `name`."""
+
+def _segments(starts: Ints, lengths: Ints | int, parents: Ints | int) -> Ints:
+    """Some segments [3, n]: where in the sources each begins, how long it is, and which segment it continues."""
+    return np.stack(np.broadcast_arrays(starts, lengths, parents))
+
+
+def _answers(table: pa.Table, name: str) -> tuple[Ints, Ints]:
+    """Ids of each bundle's answer called `name`, one after another, and their lengths."""
     answers = table[name].combine_chunks()
-    answer_lengths = _lengths(answers)
-    which = _integers(table["response_prompt"])
-    if (missing := (answer_lengths == 0) | (which < 0)).any():
+    lengths = _lengths(answers)
+    if (missing := (lengths == 0) | (_integers(table["response_prompt"]) < 0)).any():
         bundle = table["bundle_id"][int(np.argmax(missing))].as_py()
         raise BatchError(f"bundle {bundle} has no {name!r} answer, which this loss needs")
-    prompt_ids, prompt_starts, all_prompt_lengths = _prompts(table)
-    prompt = _starts(_lengths(table["languages"])) + which
-    prompt_lengths = all_prompt_lengths[prompt]
-    answer_ids = _integers(answers.flatten())
-    # Both in one array, and out of it prompt, answer, prompt, answer, ...
-    starts = np.stack([prompt_starts[prompt], len(prompt_ids) + _starts(answer_lengths)], axis=1).ravel()
-    lengths = np.stack([prompt_lengths, answer_lengths], axis=1).ravel()
-    whole = prompt_lengths + answer_lengths
-    ids = np.concatenate([prompt_ids, answer_ids])[_ranges(starts, lengths)]
-    # Position t predicts the token at t + 1: the prompt's last token predicts the answer's first.
-    first = _starts(whole) + prompt_lengths - 1
-    return PackedResponses(
-        sequences=_pack(ids, whole),
-        predicting=torch.from_numpy(_ranges(first, answer_lengths)),
-        targets=torch.from_numpy(answer_ids),
-        bundle_of_target=torch.from_numpy(np.repeat(np.arange(len(table)), answer_lengths)),
-    )
-
-
-def _pack(ids: Ints, lengths: Ints) -> PackedSequences:
-    """Sequences that lie one after another in `ids` as a row [1, T]; position_ids restart at 0 at each."""
-    positions = _ranges(np.zeros_like(lengths), lengths)
-    return PackedSequences(
-        torch.from_numpy(ids)[None], torch.from_numpy(positions)[None], tuple(int(length) for length in lengths)
-    )
+    return _integers(answers.flatten()), lengths
 
 
 def _table(rows: TokenRows) -> pa.Table:
     return rows if isinstance(rows, pa.Table) else rows_to_table(rows)
-
-
-def _prompts(table: pa.Table) -> tuple[Ints, Ints, Ints]:
-    """Ids of all prompts one after another, and each prompt's start in them and length."""
-    prompts = table["prompts"].combine_chunks().flatten()
-    lengths = _lengths(prompts)
-    return _integers(prompts.flatten()), _starts(lengths), lengths
 
 
 def _lengths(lists: pa.ListArray | pa.ChunkedArray) -> Ints:
@@ -153,18 +203,6 @@ def _lengths(lists: pa.ListArray | pa.ChunkedArray) -> Ints:
 def _integers(values: pa.Array | pa.ChunkedArray) -> Ints:
     """As a contiguous array of its own, for tensors that are written to."""
     return np.array(values.to_numpy(), dtype=np.int64)
-
-
-def _starts(lengths: Ints) -> Ints:
-    """Where each of several runs begins when they lie one after another."""
-    starts: Ints = np.cumsum(lengths) - lengths
-    return starts
-
-
-def _ranges(starts: Ints, lengths: Ints) -> Ints:
-    """start, start + 1, ... for each run, one after another."""
-    ranges: Ints = np.repeat(starts - _starts(lengths), lengths) + np.arange(int(lengths.sum()))
-    return ranges
 
 
 def _column(cached: Sequence[ReferenceRow], name: str) -> torch.Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,12 +29,14 @@ def stream_batches(
     languages: Sequence[str],
     needs_rejected: bool,
     reference: Mapping[str, ReferenceRow] | None,
+    taps: Callable[[int], bool],
     prefetch: int = 2,
 ) -> Iterator[tuple[list[Slot], Batch]]:
     """One worker's batches in the order of its `slots` (see `plan_rank`), each with the slots it was made from.
 
     A Ray Data pipeline of its own: a task on this node gathers rows from the memory-mapped artefact while the worker
-    computes, `prefetch` batches ahead; the worker packs them straight from Arrow's buffers.
+    computes, `prefetch` batches ahead; the worker makes trees of them straight from Arrow's buffers. `taps` says of the
+    n-th of these batches (from 0) whether its step taps.
 
     Raises:
         ArtifactError: the folder is damaged.
@@ -72,6 +74,7 @@ def stream_batches(
             weights=[slot.weight for slot in taken],
             needs_rejected=needs_rejected,
             reference=reference,
+            tap=taps(start // bundles_per_worker - 1),
         )
         yield taken, batch
     if start != len(slots):

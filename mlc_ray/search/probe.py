@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import DataSection, ModelSection, SourceSection, TrainConfig
-from mlc_ray.data.batches import pack_prompts
+from mlc_ray.data.batches import collate_prompts
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
@@ -310,8 +310,8 @@ class ProbeActor:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rows `id` -> kind, states [L, layers, H] float32 (zero where absent), present [L]."""
         rows = self.tokens.table(batch["id"].tolist())
-        prompts = move(pack_prompts(rows, self.tokens.languages), self.device)
-        states = layer_states(self.model, prompts).float().cpu()  # [P, layers, H]
+        tree, prompts = (move(part, self.device) for part in collate_prompts(rows, self.tokens.languages))
+        states = layer_states(self.model, tree, prompts).float().cpu()  # [P, layers, H]
         grid = states.new_zeros(len(rows), len(self.tokens.languages), *states.shape[1:])
         present = torch.zeros(grid.shape[:2], dtype=torch.bool)
         index = (prompts.bundle_of_prompt.cpu(), prompts.language_of_prompt.cpu())

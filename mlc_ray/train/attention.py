@@ -1,24 +1,91 @@
-"""Attention over packed sequences that costs what the sequences cost, not the square of the whole packed row.
+"""Attention over a prefix tree: a token attends to its own sequence, which lies in the row in pieces (`types.Tree`).
 
-transformers' `sdpa` keeps packed sequences apart by a mask: correct, but every token still meets every other. Here each
-sequence gets a kernel call of its own. Registered under the name `packed` with transformers' own interfaces, so the
-models themselves stay untouched.
+Registered with transformers' own interface, so that models stay untouched; the tree is an argument of the forward, and
+models hand it through to every layer. There are three ways to the same numbers:
+
+- `segments`: PyTorch's kernel for each segment, on its keys and its ancestors'. Any device and type.
+- `varlen`: PyTorch's kernel for sequences of different lengths, once for all segments, on keys and values gathered by
+  an index. CUDA in 16 bits, no soft-capping.
+- `flex`: FlexAttention, once, with the tree as block mask. CUDA.
+
+No mask over the whole row is ever made. Nor does transformers make any: an attention without a mask function gets none,
+and its `position_ids` are not searched for sequences, for which the host would wait for the device. It gets no padding
+mask either: rows here have no padding.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-PACKED = "packed"
+from mlc_ray.types import Tree
+
+TREE = "tree"
+"""The attention that chooses a way; each way is also registered by itself, as `tree_segments` and so on."""
+BLOCK = 128
+"""Side of FlexAttention's blocks, its default."""
 
 
-def packed_attention(
+class TreeAttention:
+    """What the attention of all layers needs of one tree; what it makes once is kept for the other layers.
+
+    Args:
+        tree: the row.
+        leaving: what leaves the row on its way through the blocks; None where all of it stays.
+    """
+
+    def __init__(self, tree: Tree, leaving: Leaving | None = None) -> None:
+        self.tree = tree
+        self.leaving = leaving
+        self.longest_query, self.longest_key = max(tree.lengths), max(tree.key_lengths)
+        self._kept: dict[Any, Any] = {}
+        self.paths: list[tuple[int, ...]] = []
+        """Of each segment, its ancestors and itself, the first of its sequence first."""
+        for index, parent in enumerate(tree.parents):
+            self.paths.append((*self.paths[parent], index) if parent >= 0 else (index,))
+
+    def mask(self, *asked: Any) -> Tensor | None:
+        """`_mask(*asked)`, made for the first layer that asks."""
+        if asked not in self._kept:
+            self._kept[asked] = _mask(*asked)
+        return cast("Tensor | None", self._kept[asked])
+
+    def blocks(self, window: int | None) -> Any:
+        """`block_mask` with this window, made for the first layer that asks."""
+        if window not in self._kept:
+            self._kept[window] = block_mask(self.tree, self.paths, window)
+        return self._kept[window]
+
+
+class Leaving:
+    """At block `layer`, the states of the whole row are read, and only the segments of `rest` go on."""
+
+    def __init__(self, layer: int, rest: TreeAttention) -> None:
+        self.layer = layer
+        self.rest = rest
+        self._states: Tensor | None = None
+        self._read = False
+
+    def read(self, states: Tensor) -> None:
+        """Keep `states` [1, T, H] until `take`, the first time: blocks that are recomputed read them again."""
+        if not self._read:
+            self._states, self._read = states, True
+
+    def take(self) -> Tensor | None:
+        """What was read, and no longer kept; None where no block read anything."""
+        states, self._states = self._states, None
+        return states
+
+
+def tree_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -26,38 +93,225 @@ def packed_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sequence_lengths: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    tree: TreeAttention | None = None,
+    way: Callable[..., Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of `query` [1, heads, T, d] within each of the packed sequences, whose lengths sum to T.
+    """Attention of `query` [1, heads, T, d] on `key` and `value` [1, key heads, T, d]; returns [1, T, heads, d].
 
-    Returns [1, T, heads, d]. Without `sequence_lengths` (a forward that is not packed) it is transformers' `sdpa`.
+    Args:
+        module: the layer; not read.
+        query: after rotation, as are the keys.
+        key: keys.
+        value: values.
+        attention_mask: not read: transformers makes none.
+        dropout: probability.
+        scaling: of the scores; None for 1 / sqrt(d).
+        sliding_window: a token attends to tokens less than this many positions away; None for all.
+        softcap: scores are capped to this by a tanh; None for no cap.
+        tree: the row's segments; None for rows [n, heads, T, d] that are one whole sequence each.
+        way: `by_segments`, `by_lengths` or `by_blocks`; None to choose.
+        kwargs: what else transformers hands to attention functions.
     """
-    if sequence_lengths is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    options = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
+    if tree is None:
+        mask = _mask(query.shape[2], key.shape[2], sliding_window, query.dtype, query.device)
+        return _attend(query, key, value, mask, **options).transpose(1, 2).contiguous(), None
+    way = way or _way_for(query, softcap, dropout)
+    return way(query, key, value, tree, window=sliding_window, **options), None
+
+
+def _way_for(query: Tensor, softcap: float | None, dropout: float) -> Callable[..., Tensor]:
+    if not query.is_cuda or query.dtype == torch.float32 or dropout:
+        return by_segments
+    return by_lengths if softcap is None else by_blocks
+
+
+def by_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: TreeAttention,
+    *,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Each segment by itself. Costs a call a segment; of masks, only (its tokens) x (its sequence's)."""
+    lengths = tree.tree.lengths
+    queries, keys, values = (part.split(lengths, dim=2) for part in (query, key, value))
     outputs = []
-    start = 0
-    for q, k, v in zip(*(tensor.split(sequence_lengths, dim=2) for tensor in (query, key, value)), strict=True):
-        length = q.shape[2]
-        # Only a sequence longer than a sliding window needs a mask of its own; it is cut out of the whole one.
-        mask = None
-        if sliding_window is not None and length > sliding_window:
-            if attention_mask is None:
-                raise ValueError("a sliding window shorter than a packed sequence needs the model's attention mask")
-            mask = attention_mask[:, :, start : start + length, start : start + length]
-        outputs.append(
-            nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling
-            )
-        )
-        start += length
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    for index, path in enumerate(tree.paths):
+        k, v = (torch.cat([part[i] for i in path], dim=2) if len(path) > 1 else part[index] for part in (keys, values))
+        mask = tree.mask(lengths[index], k.shape[2], window, query.dtype, query.device)
+        outputs.append(_attend(queries[index], k, v, mask, dropout=dropout, scaling=scaling, softcap=softcap))
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-AttentionInterface.register(PACKED, packed_attention)
-AttentionMaskInterface.register(PACKED, sdpa_mask)
+def _mask(n_queries: int, n_keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """0 where one of the last `n_queries` of `n_keys` positions attends to a key, else -inf; None where none is needed.
+
+    None is plain causal attention, or that of a single query on all keys.
+    """
+    if (n_queries == n_keys or n_queries == 1) and (window is None or window >= n_keys):
+        return None
+    positions = torch.arange(n_keys, device=device)
+    distance = positions[n_keys - n_queries :].unsqueeze(1) - positions
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(n_queries, n_keys, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of [n, heads, q, d] on [n, key heads, k, d], by `_mask`'s mask of these q and k."""
+    n, heads, n_queries, size = query.shape
+    groups = heads // key.shape[1]
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and n_queries > 1,
+            scale=scaling, enable_gqa=groups > 1,
+        )  # fmt: skip
+    if mask is None and n_queries > 1:
+        mask = torch.full((n_queries, n_queries), -torch.inf, device=query.device).triu(1)
+    # The heads that share keys as further rows of queries: keys are not repeated.
+    folded = query.reshape(n, key.shape[1], groups * n_queries, size)
+    scores = (folded @ key.transpose(2, 3)).float() * (size**-0.5 if scaling is None else scaling)
+    scores = (softcap * torch.tanh(scores / softcap)).view(n, -1, groups, n_queries, key.shape[2])
+    weights = nn.functional.softmax(scores if mask is None else scores + mask, dim=-1).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout).view(n, key.shape[1], -1, key.shape[2])
+    return (weights @ value).view(n, heads, n_queries, -1)
+
+
+def by_lengths(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: TreeAttention,
+    *,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """All segments in one call of the kernel for sequences of different lengths.
+
+    A segment's queries are the last of its sequence, and the kernel's causal mask is aligned to the last key.
+
+    Raises:
+        ValueError: dropout or a soft-cap is asked for, which the kernel does not know.
+    """
+    if dropout or softcap is not None:
+        raise ValueError(f"the varlen kernel knows no dropout ({dropout}) and no soft-cap ({softcap})")
+    row = tree.tree
+    kernel, options = varlen_kernel()
+    k, v = (part[0].transpose(0, 1).index_select(0, row.keys) for part in (key, value))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and not options:
+        k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
+    output: Tensor = kernel(
+        query[0].transpose(0, 1), k, v, row.query_bounds, row.key_bounds, tree.longest_query, tree.longest_key,
+        scale=scaling, window_size=(-1 if window is None or window >= tree.longest_key else window - 1, 0), **options,
+    )  # fmt: skip
+    return output.unsqueeze(0)
+
+
+@cache
+def varlen_kernel() -> tuple[Callable[..., Any], dict[str, Any]]:
+    """PyTorch's `varlen_attn`, and the argument that lets query heads share keys (none in PyTorch 2.11)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def by_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree: TreeAttention,
+    *,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """The whole row in one call of FlexAttention, which leaves out blocks in which nothing attends to anything.
+
+    Raises:
+        ValueError: dropout is asked for, which the kernel does not know.
+    """
+    if dropout:
+        raise ValueError(f"FlexAttention knows no dropout ({dropout})")
+    output: Tensor = flex_kernel()(
+        query, key, value, score_mod=_capped(softcap), block_mask=tree.blocks(window), scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return output.transpose(1, 2).contiguous()
+
+
+@cache
+def flex_kernel() -> Callable[..., Any]:
+    """FlexAttention, compiled for rows of any length."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=True)
+    return compiled
+
+
+@cache
+def _capped(softcap: float | None) -> Callable[..., Tensor] | None:
+    """A score modification that caps, the same object each time: another would be compiled again."""
+    if softcap is None:
+        return None
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
+
+
+def block_mask(row: Tree, paths: list[tuple[int, ...]], window: int | None) -> Any:
+    """FlexAttention's mask of a tree: which of its blocks hold anything, and a rule for the tokens in them."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    device = row.keys.device
+    n_blocks = -(-row.tokens // BLOCK)
+    filled = np.zeros((n_blocks, n_blocks), dtype=bool)
+    ancestor = np.zeros((len(row.lengths), len(row.lengths)), dtype=bool)
+    first = np.array(row.starts) // BLOCK
+    last = (np.array(row.starts) + np.array(row.lengths) - 1) // BLOCK
+    for index, path in enumerate(paths):
+        ancestor[index, list(path)] = True
+        for above in path:
+            filled[first[index] : last[index] + 1, first[above] : last[above] + 1] = True
+    filled &= np.tri(n_blocks, dtype=bool)  # ancestors lie before
+    related = torch.from_numpy(ancestor).to(device)
+    position = row.position_ids[0]
+    places = torch.arange(row.tokens, dtype=torch.int32, device=device)
+    segment = torch.bucketize(places, row.query_bounds[1:], right=True)
+
+    def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = related[segment[query], segment[key]] & (key <= query)
+        return seen if window is None else seen & (position[query] - position[key] < window)
+
+    counts, order = filled.sum(axis=1), np.argsort(~filled, axis=1, kind="stable")
+    numbers = (torch.from_numpy(part.astype(np.int32)).to(device)[None, None] for part in (counts, order))
+    return BlockMask.from_kv_blocks(
+        *numbers, BLOCK_SIZE=BLOCK, mask_mod=attends, seq_lengths=(row.tokens, row.tokens)
+    )  # fmt: skip
+
+
+WAYS: dict[str, Callable[..., Tensor]] = {"segments": by_segments, "varlen": by_lengths, "flex": by_blocks}
+AttentionInterface.register(TREE, tree_attention)
+for _name, _way in WAYS.items():
+    AttentionInterface.register(f"{TREE}_{_name}", partial(tree_attention, way=_way))

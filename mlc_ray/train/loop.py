@@ -73,7 +73,7 @@ def train_loop(
     Args:
         config: the run.
         engine: what trains.
-        batches: this worker's micro-batches in order.
+        batches: this worker's micro-batches in order, made for steps that tap or do not as the objective says.
         reference: what the frozen reference says; None where the loss needs none.
         progress: where to start; moved on with every step.
         total_steps: where to stop.
@@ -91,13 +91,15 @@ def train_loop(
     while progress.step < total_steps:
         started = time.perf_counter()
         rate = learning_rate(progress.step, total_steps, config.optimizer)
-        tap = objective.taps(progress.step)
         micro_batches = [next(batches) for _ in range(config.train.gradient_accumulation_steps)]
+        taps = objective.taps(progress.step)
+        if any(batch.taps is not taps for batch in micro_batches):
+            raise ValueError(f"step {progress.step + 1} taps: {taps}, but not all its batches were made for that")
         before = random_state()
         for retries in range(config.optimizer.max_retries + 1):
             restore_random_state(before)
             meter = StepMeter(TappedStep(config.collapse.sample, window))
-            _accumulate(engine, objective, micro_batches, reference, meter, tap=tap)
+            _accumulate(engine, objective, micro_batches, reference, meter)
             norm = engine.step(rate)
             if math.isfinite(norm):
                 break
@@ -134,16 +136,14 @@ def _accumulate(
     micro_batches: Sequence[Batch],
     reference: Reference | None,
     meter: StepMeter,
-    *,
-    tap: bool,
 ) -> None:
     """Forward and backward of one optimizer step's micro-batches; `meter` takes in what they give."""
     for on_host in micro_batches:
         batch = move(on_host, engine.device)
         frozen = ReferenceOutput()
-        if reference is not None and (objective.needs_reference_log_probs or tap):
-            frozen = reference(batch, tap)
-        output = engine.forward(batch, tap=tap)
+        if reference is not None and (objective.needs_reference_log_probs or batch.taps):
+            frozen = reference(batch)
+        output = engine.forward(batch)
         together = None
         if objective.needs_round and output.representations is not None and output.present is not None:
             together = gather_round(output.representations, output.present, batch.weight)
@@ -235,11 +235,8 @@ class StepMeter:
             self._accumulate(name, (values.double() * real).sum())
         finite = [values.isfinite() for name, values in result.metrics.items() if name.startswith("loss/")]
         self.losses.append((list(batch.bundle_ids), torch.stack(finite).all(dim=0) | (real == 0)))
-        self.tokens += batch.chosen.sequences.input_ids.numel()
-        self.tokens += batch.rejected.sequences.input_ids.numel() if batch.rejected is not None else 0
+        self.tokens += batch.tree.tokens
         self.tapped.add(batch, output)
-        if output.representations is not None:
-            self.tokens += batch.prompts.sequences.input_ids.numel()
 
     @property
     def broken(self) -> list[str]:

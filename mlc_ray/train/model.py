@@ -3,8 +3,8 @@
 One module, because an engine shards and reduces what it wraps: under DeepSpeed an extractor beside the wrapped model
 is lost at ZeRO-2 and unusable at ZeRO-3.
 
-To save computation, answers and prompts are *packed* (no padding); only the hidden states of response positions reach
-the final norm and the LM head; prompts stop at the tapped layer, and of that layer only the tapped rows are kept.
+Answers and prompts of a batch are one prefix tree (`types.Tree`), which one forward reads: log-probs of answers and
+tapped states come out of it together, every block runs once, and in the same order whether a step taps or not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +25,8 @@ from mlc_ray.config import ModelSection
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.logprobs import response_log_probs, token_log_probs
-from mlc_ray.train.attention import PACKED
-from mlc_ray.types import Batch, PackedPrompts, PackedResponses, PackedSequences, ResponseLogProbs
+from mlc_ray.train.attention import TREE, Leaving, TreeAttention
+from mlc_ray.types import Answers, Batch, Prompts, ResponseLogProbs, Tree
 
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
@@ -84,77 +85,98 @@ class PolicyWithExtractor(nn.Module):
         policy: Any = self.policy
         return cast(PreTrainedModel, policy.get_base_model() if hasattr(policy, "get_base_model") else policy)
 
-    def forward(self, batch: Batch, *, tap: bool) -> ModelOutput:
-        """Log-probs of the batch's answers and, if `tap`, its representations.
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Log-probs of the batch's answers and, if it taps, its representations; one forward of the language model.
 
-        Every worker must pass the same `tap` at the same step: under ZeRO-3 a forward gathers parameters from all.
+        Every worker must be given batches that tap, or none, at the same step.
         """
-        n_bundles = len(batch.bundle_ids)
-        chosen, rejected = answer_log_probs(self.language_model, batch.chosen, batch.rejected, n_bundles)
-        if not tap:
+        n_bundles, n_languages = len(batch.bundle_ids), len(batch.languages)
+        prompts = batch.prompts
+        tapped = prompts.tapped if prompts is not None else None
+        chosen, rejected, hidden = read_answers(self.language_model, batch, batch.tree, tapped, self.layer)
+        if prompts is None or hidden is None:
             # Zero gradients, not absent ones: whether an optimizer skips a parameter without gradient depends on
             # the ZeRO stage, and the same run must not.
-            hidden = next(self.extractor.parameters()).new_zeros(1, self.extractor.in_features)
-            idle = 0.0 * self.extractor(hidden).sum()
+            row = next(self.extractor.parameters()).new_zeros(1, self.extractor.in_features)
+            idle = 0.0 * self.extractor(row).sum()
             return ModelOutput(ResponseLogProbs(chosen.total + idle, chosen.length), rejected)
-        hidden = tapped_states(self.language_model, batch.prompts, self.layer)
-        tapped, present = to_grid(hidden.float(), batch.prompts, n_bundles, len(batch.languages))
-        grid, _ = to_grid(self.extractor(hidden), batch.prompts, n_bundles, len(batch.languages))
-        return ModelOutput(chosen, rejected, tapped, grid, present)
+        states, present = to_grid(hidden.float(), prompts, n_bundles, n_languages)
+        grid, _ = to_grid(self.extractor(hidden), prompts, n_bundles, n_languages)
+        return ModelOutput(chosen, rejected, states, grid, present)
 
 
-def answer_log_probs(
-    model: PreTrainedModel, chosen: PackedResponses, rejected: PackedResponses | None, n_bundles: int
-) -> tuple[ResponseLogProbs, ResponseLogProbs | None]:
-    """Summed log-probs of chosen and rejected answers [B], from one packed forward of both."""
-    packs = [chosen] if rejected is None else [chosen, rejected]
-    sequences = _join([pack.sequences for pack in packs])
-    starts = [0, chosen.sequences.input_ids.shape[1]]
-    predicting = torch.cat([pack.predicting + start for pack, start in zip(packs, starts, strict=False)])
-    with _rows_into_final_norm(model, predicting):
-        # Through the model's own head, so that soft-capping and logit scaling are whatever the architecture says.
-        logits = model(**_inputs(model, sequences)).logits[0]
-    log_probs = token_log_probs(logits, torch.cat([pack.targets for pack in packs]))
-    split = log_probs.split([pack.targets.numel() for pack in packs])
-    scored = [
-        response_log_probs(part, pack.bundle_of_target, n_bundles) for part, pack in zip(split, packs, strict=True)
-    ]
-    return scored[0], scored[1] if rejected is not None else None
+def read_answers(
+    model: PreTrainedModel, batch: Batch, tree: Tree, tapped: Tensor | None, layer: int
+) -> tuple[ResponseLogProbs, ResponseLogProbs | None, Tensor | None]:
+    """Summed log-probs of chosen and rejected answers [B], and states [P, H] as `read_tree` has them.
 
-
-def tapped_states(model: PreTrainedModel, prompts: PackedPrompts, layer: int) -> Tensor:
-    """Hidden states [P, H] of the tapped tokens at `layer`, an index into Hugging Face's `hidden_states`.
-
-    No block after `layer` runs; the final norm is applied only where `layer` is the number of blocks, as there.
+    `tree` is the batch's, or as much of it as holds the answers.
     """
-    decoder = model.get_decoder()
-    depth = n_layers(model)
-    with _depth(decoder, layer), _rows_into_final_norm(model, prompts.tapped) as captured:
-        normed = decoder(**_inputs(model, prompts.sequences)).last_hidden_state
-    return normed[0] if layer == depth else captured[0][0]
+    answers = [batch.chosen] if batch.rejected is None else [batch.chosen, batch.rejected]
+    logits, states = read_tree(model, tree, torch.cat([part.predicting for part in answers]), tapped, layer)
+    assert logits is not None
+    log_probs = token_log_probs(logits, torch.cat([part.targets for part in answers]))
+    scored = [
+        response_log_probs(own, part.bundle_of_target, len(batch.bundle_ids))
+        for own, part in zip(log_probs.split([part.targets.numel() for part in answers]), answers, strict=True)
+    ]
+    return scored[0], scored[1] if batch.rejected is not None else None, states
 
 
-def layer_states(model: PreTrainedModel, prompts: PackedPrompts) -> Tensor:
+def read_tree(
+    model: PreTrainedModel, tree: Tree, predicting: Tensor | None, tapped: Tensor | None, layer: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Logits [R, V] at the rows `predicting` and hidden states [P, H] of the rows `tapped`, from one forward.
+
+    States are those of `layer`, an index into Hugging Face's `hidden_states`. Only the rows that are asked for reach
+    the final norm, and only `predicting` the head. Where `layer` is below the last, prompts without answers leave the
+    row there, and without `predicting` all but one segment: every module runs, once, whatever is asked.
+    """
+    last = layer == n_layers(model)
+    leaving = None
+    if tapped is not None and not last:
+        leave_at(model, layer)
+        staying = tree.first(tree.prompt_only if predicting is not None else 1)
+        leaving = Leaving(layer, TreeAttention(staying))
+    inputs = {"input_ids": tree.input_ids, "position_ids": tree.position_ids, "use_cache": False}
+    inputs["tree"] = TreeAttention(tree, leaving)
+    n_tapped = tapped.numel() if tapped is not None and last else 0
+    rows = [tapped] if tapped is not None and last else []
+    rows += [predicting] if predicting is not None else []
+    # The predicting rows last: the head of transformers' models keeps as many of the last rows as it is told.
+    with _rows_into_final_norm(model, torch.cat(rows) if rows else tree.input_ids.new_zeros(1)) as normed:
+        if predicting is None:
+            logits = None
+            model.get_decoder()(**inputs)
+        else:
+            # Through the model's own head, so that soft-capping and logit scaling are whatever the architecture says.
+            logits = model(**inputs, logits_to_keep=predicting.numel()).logits[0, -predicting.numel() :]
+    if tapped is None:
+        return logits, None
+    if leaving is None:
+        return logits, normed[0][0, :n_tapped]
+    states = leaving.take()
+    if states is None:
+        raise ModelError(f"{type(model).__name__} is not supported: its blocks do not hand on the tree they are given")
+    return logits, states[0].index_select(0, tapped)
+
+
+def layer_states(model: PreTrainedModel, tree: Tree, prompts: Prompts) -> Tensor:
     """Hidden states [P, N + 1, H] of the tapped tokens at every layer, as Hugging Face's `hidden_states` has them."""
-    output = model.get_decoder()(**_inputs(model, prompts.sequences), output_hidden_states=True)
+    output = model.get_decoder()(
+        input_ids=tree.input_ids, position_ids=tree.position_ids, use_cache=False, output_hidden_states=True,
+        tree=TreeAttention(tree),
+    )  # fmt: skip
     return torch.stack([state[0].index_select(0, prompts.tapped) for state in output.hidden_states], dim=1)
 
 
-def response_prompts(responses: PackedResponses, n_bundles: int) -> PackedPrompts:
-    """The prompts that B answers continue, cut out of the packed answers: one a bundle, its last token tapped."""
-    first = torch.searchsorted(responses.bundle_of_target, torch.arange(n_bundles, device=responses.targets.device))
-    last = responses.predicting[first]  # the position that predicts an answer's first token
-    starts = last.new_tensor([0, *responses.sequences.lengths[:-1]]).cumsum(0)
-    lengths = tuple((last - starts + 1).tolist())
-    rows = torch.cat([torch.arange(n, device=last.device) + start for start, n in zip(starts, lengths, strict=True)])
-    sequences = PackedSequences(
-        responses.sequences.input_ids[:, rows], responses.sequences.position_ids[:, rows], lengths
-    )
-    bundle = torch.arange(n_bundles, device=last.device)
-    return PackedPrompts(sequences, last.new_tensor(lengths).cumsum(0) - 1, bundle, torch.zeros_like(bundle))
+def response_prompts(answers: Answers, n_bundles: int) -> Tensor:
+    """Places in the row [B] of the last tokens of the prompts that B answers continue."""
+    bundles = torch.arange(n_bundles, device=answers.targets.device)
+    return answers.predicting[torch.searchsorted(answers.bundle_of_target, bundles)]
 
 
-def to_grid(projected: Tensor, prompts: PackedPrompts, n_bundles: int, n_languages: int) -> tuple[Tensor, Tensor]:
+def to_grid(projected: Tensor, prompts: Prompts, n_bundles: int, n_languages: int) -> tuple[Tensor, Tensor]:
     """Place [P, D] on a [B, L, D] grid, zero where a bundle lacks a language; and the mask [B, L] of what is there."""
     index = (prompts.bundle_of_prompt, prompts.language_of_prompt)
     grid = projected.new_zeros(n_bundles, n_languages, projected.shape[-1]).index_put(index, projected)
@@ -193,26 +215,29 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             settings.path,
             dtype=getattr(torch, resolved(settings.dtype, gpu=torch.cuda.is_available())),
-            attn_implementation=settings.attention,
+            attn_implementation=TREE if settings.attention == "auto" else f"{TREE}_{settings.attention}",
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path={settings.path!r} cannot be loaded: {error}") from error
-    _check_soft_capping(model, settings)
+    _check_attention(model, settings)
     final_norm(model)  # an unsupported architecture is refused here, not at the first step
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def _check_soft_capping(model: PreTrainedModel, settings: ModelSection) -> None:
-    cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-    if cap is not None and settings.attention in (PACKED, "sdpa"):
-        raise ModelError(
-            f"{type(model).__name__} caps its attention logits at {cap}, which model.attention={settings.attention!r} "
-            "would leave out; use model.attention='eager', or 'flash_attention_2' on a GPU"
-        )
+def _check_attention(model: PreTrainedModel, settings: ModelSection) -> None:
+    text = model.config.get_text_config()
+    cap, dropout = getattr(text, "attn_logit_softcapping", None), getattr(text, "attention_dropout", 0.0)
+    for what, ways in ((cap and f"caps its attention scores at {cap}", ("varlen",)),
+                       (dropout and f"has an attention_dropout of {dropout}", ("varlen", "flex"))):  # fmt: skip
+        if what and settings.attention in ways:
+            raise ModelError(
+                f"{type(model).__name__} {what}, which model.attention={settings.attention!r} would leave out; "
+                "use model.attention='auto'"
+            )
 
 
 def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:
@@ -253,49 +278,6 @@ def model_depth(path: str | Path, *, trust_remote_code: bool) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
-@torch.no_grad()
-def check_tap(model: PreTrainedModel, layer: int) -> None:
-    """Compare the tapped states with Hugging Face's own `hidden_states[layer]` on three packed toy prompts.
-
-    Run once at the start, on every worker: an architecture that ignores what the tap relies on (depth in the config,
-    restarting positions, a final norm before the head) must stop here rather than train on other numbers.
-
-    Raises:
-        ModelError: The states differ, or the architecture cannot be tapped.
-    """
-    device = cast(Tensor, model.get_input_embeddings().weight).device
-    lengths = (3, 5, 4)
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    ids = [torch.arange(7 + 11 * i, 7 + 11 * i + n, device=device) % vocabulary for i, n in enumerate(lengths)]
-    sequences = PackedSequences(
-        input_ids=torch.cat(ids).unsqueeze(0),
-        position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]).unsqueeze(0),
-        lengths=lengths,
-    )
-    tapped = torch.tensor(lengths, device=device).cumsum(0) - 1
-    grid = torch.arange(len(lengths), device=device)
-    was_training = model.training
-    model.eval()
-    try:
-        ours = tapped_states(model, PackedPrompts(sequences, tapped, grid, grid), layer)
-    except RuntimeError as error:
-        raise ModelError(f"{type(model).__name__} is not supported: its forward cannot be tapped ({error})") from error
-    theirs = [
-        model(input_ids=row.unsqueeze(0), output_hidden_states=True, use_cache=False).hidden_states[layer][0, -1]
-        for row in ids
-    ]
-    model.train(was_training)
-    expected = torch.stack(theirs).float()
-    distance = (ours.float() - expected).norm() / expected.norm()
-    tolerance = 5e-2 if ours.dtype == torch.bfloat16 else 1e-3
-    if not distance < tolerance:
-        raise ModelError(
-            f"{type(model).__name__}: packed hidden states of layer {layer} differ from unpacked ones by "
-            f"{float(distance):.2g} (relative); this architecture is not supported with model.attention="
-            f"{model.config._attn_implementation!r}"
-        )
-
-
 def final_norm(model: PreTrainedModel) -> nn.Module:
     """The norm after the last block.
 
@@ -311,44 +293,58 @@ def final_norm(model: PreTrainedModel) -> nn.Module:
 
 @contextmanager
 def _rows_into_final_norm(model: PreTrainedModel, rows: Tensor) -> Iterator[list[Tensor]]:
-    """Within, the final norm (and so the head) sees only `rows` of the packed row; yields what went into it."""
-    captured: list[Tensor] = []
-
-    def select(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        captured.append(arguments[0].index_select(1, rows))
-        return (captured[-1], *arguments[1:])
-
-    # Before any hook of DeepSpeed's: what is captured must not pass through the norm's own ZeRO-3 bookkeeping, which
-    # expects a backward through the norm that a tap below it never has.
-    handle = final_norm(model).register_forward_pre_hook(select, prepend=True)
+    """Within, the final norm (and so the head) sees only `rows` [R] of the row; yields a list of what it gives."""
+    given: list[Tensor] = []
+    norm = final_norm(model)
+    before = norm.register_forward_pre_hook(lambda _, given: (given[0].index_select(1, rows), *given[1:]), prepend=True)
+    # After the hooks of an engine that shards parameters, through which the gradient has to pass.
+    after = norm.register_forward_hook(lambda _, arguments, output: given.append(output))
     try:
-        yield captured
+        yield given
     finally:
-        handle.remove()
+        before.remove()
+        after.remove()
 
 
-@contextmanager
-def _depth(decoder: nn.Module, depth: int) -> Iterator[None]:
-    """Within, the decoder runs its first `depth` blocks only: models loop over layers[: config.num_hidden_layers]."""
-    config = cast(PreTrainedModel, decoder).config.get_text_config()
-    full = config.num_hidden_layers
-    config.num_hidden_layers = depth
-    try:
-        yield
-    finally:
-        config.num_hidden_layers = full
+def leave_at(model: PreTrainedModel, layer: int) -> None:
+    """Have blocks from `layer` on do what a forward's `TreeAttention.leaving` says; done once a block.
+
+    For good, not for a forward: with gradient checkpointing, blocks run again in the backward. What they do depends on
+    their arguments alone, so the second run does what the first did.
+    """
+    for index, block in enumerate(blocks(model)):
+        hooked = any(getattr(hook, "func", None) is _leave for hook in block._forward_pre_hooks.values())
+        if index >= layer and not hooked:
+            # Before the hooks of an engine that shards parameters: what leaves here must not count as the block's.
+            block.register_forward_pre_hook(partial(_leave, index), prepend=True, with_kwargs=True)
 
 
-def _inputs(model: PreTrainedModel, sequences: PackedSequences) -> dict[str, Any]:
-    inputs = {"input_ids": sequences.input_ids, "position_ids": sequences.position_ids, "use_cache": False}
-    if model.config._attn_implementation == PACKED:  # other kernels find the sequences by the restarting positions
-        inputs["sequence_lengths"] = sequences.lengths
-    return inputs
+def _leave(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """What block `index` is given, cut to the segments that stay."""
+    tree = kwargs.get("tree")
+    if tree is None or tree.leaving is None or index < tree.leaving.layer:
+        return None
+    if index == tree.leaving.layer:
+        tree.leaving.read(args[0] if args else kwargs["hidden_states"])
+    whole, rest = tree.tree.tokens, tree.leaving.rest
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cut(part) for part in value)
+        # States, positions and rotary tables are [1, T, ...].
+        is_row = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == whole
+        return value[:, : rest.tree.tokens] if is_row else value
+
+    return cut(args), {**{name: cut(value) for name, value in kwargs.items()}, "tree": rest}
 
 
-def _join(sequences: list[PackedSequences]) -> PackedSequences:
-    return PackedSequences(
-        input_ids=torch.cat([s.input_ids for s in sequences], dim=1),
-        position_ids=torch.cat([s.position_ids for s in sequences], dim=1),
-        lengths=tuple(length for s in sequences for length in s.lengths),
-    )
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's blocks.
+
+    Raises:
+        ModelError: The architecture has no such list.
+    """
+    for child in model.get_decoder().children():
+        if isinstance(child, nn.ModuleList) and len(child) == n_layers(model):
+            return child
+    raise ModelError(f"{type(model).__name__} has no list of {n_layers(model)} blocks; it is not supported")

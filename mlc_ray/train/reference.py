@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mlc_ray.train.model import answer_log_probs, response_prompts, tapped_states
+from mlc_ray.train.model import read_answers, read_tree, response_prompts
 from mlc_ray.types import Batch
 
 
@@ -25,8 +25,7 @@ class ReferenceOutput:
     state: Tensor | None = None
 
 
-Reference = Callable[[Batch, bool], ReferenceOutput]
-"""(batch, whether its step taps) -> the reference's outputs."""
+Reference = Callable[[Batch], ReferenceOutput]
 
 
 class ReferenceModel(nn.Module):
@@ -38,25 +37,28 @@ class ReferenceModel(nn.Module):
         self.log_probs = log_probs
         self.layer = layer
 
-    def forward(self, batch: Batch, *, tap: bool = True) -> ReferenceOutput:
-        """Log-probs if it has them, and states if it has them and `tap`.
+    def forward(self, batch: Batch, *, state: bool) -> ReferenceOutput:
+        """Log-probs if it has them, and states if it has them and `state`; one forward, of no more than that needs.
 
         Raises:
             ValueError: Log-probs are asked of a batch without rejected answers.
         """
         n_bundles = len(batch.bundle_ids)
-        chosen = rejected = state = None
+        tree = batch.tree.first(batch.tree.prompt_only)
+        layer = self.layer if self.layer is not None and state else None
+        tapped = response_prompts(batch.chosen, n_bundles) if layer is not None else None
+        chosen = rejected = hidden = None
         if self.log_probs:
-            answers = answer_log_probs(self.model, batch.chosen, batch.rejected, n_bundles)
-            if answers[1] is None:
+            if batch.rejected is None:
                 raise ValueError("the reference is asked for bundles without rejected answers")
-            chosen, rejected = answers[0].total, answers[1].total
-        if self.layer is not None and tap:
-            state = tapped_states(self.model, response_prompts(batch.chosen, n_bundles), self.layer).float()
-        return ReferenceOutput(chosen, rejected, state)
+            first, second, hidden = read_answers(self.model, batch, tree, tapped, layer or 0)
+            chosen, rejected = first.total, second.total if second is not None else None
+        elif tapped is not None and layer is not None:
+            _, hidden = read_tree(self.model, tree.first(tree.answers), None, tapped, layer)
+        return ReferenceOutput(chosen, rejected, hidden.float() if hidden is not None else None)
 
 
-def cached_reference(batch: Batch, tap: bool) -> ReferenceOutput:
+def cached_reference(batch: Batch) -> ReferenceOutput:
     """The numbers that the batch brought along."""
     if batch.reference_chosen is None and batch.reference_state is None:
         raise ValueError("the batch has no cached reference numbers")

@@ -151,8 +151,9 @@ class ReferenceScorer:
             weights=[1.0] * len(rows),
             needs_rejected=self.model.log_probs,
             reference=None,
+            tap=False,
         )
-        said = self.model(move(collated, self.device), tap=True)
+        said = self.model(move(collated, self.device), state=True)
         columns: dict[str, Any] = {"bundle_id": rows["bundle_id"]}
         if said.chosen is not None and said.rejected is not None:
             columns["chosen"] = said.chosen.double().cpu().numpy()

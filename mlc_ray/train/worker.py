@@ -29,14 +29,15 @@ from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import checkpoint_folder
 from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from mlc_ray.train.checks import check_batch, check_tap
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.failures import forget_divergence, own_errors
 from mlc_ray.train.loop import Metrics, Progress, train_loop
-from mlc_ray.train.model import PolicyWithExtractor, add_adapters, check_tap, load_policy, resolve_layer
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
 from mlc_ray.train.reference import Reference, ReferenceModel, cached_reference
 from mlc_ray.train.reference_cache import load_reference
 from mlc_ray.train.tracking import Tracker
-from mlc_ray.types import Batch, ReferenceRow
+from mlc_ray.types import Batch, ReferenceRow, move
 
 
 class CheckpointScorer(Protocol):
@@ -126,7 +127,7 @@ def _train(spec: WorkerSpec) -> None:
         train_loop(
             config,
             engine=engine,
-            batches=_batches(config, tokens, table, rank, world_size, progress.step),
+            batches=_checked(_batches(config, tokens, table, rank, world_size, progress.step), engine),
             reference=online or (cached_reference if table is not None else None),
             progress=progress,
             total_steps=spec.total_steps,
@@ -186,6 +187,7 @@ def _batches(
     world_size: int,
     start_step: int,
 ) -> Iterator[Batch]:
+    objective = Objective(config)
     slots = plan_rank(
         tokens.bundle_ids,
         seed=config.seed,
@@ -202,7 +204,17 @@ def _batches(
         slots,
         bundles_per_worker=config.train.bundles_per_worker,
         languages=tokens.languages,
-        needs_rejected=Objective(config).needs_rejected,
+        needs_rejected=objective.needs_rejected,
         reference=table,
+        taps=lambda index: objective.taps(start_step + index // config.train.gradient_accumulation_steps),
     )
     return (batch for _, batch in stream)
+
+
+def _checked(batches: Iterator[Batch], engine: Engine) -> Iterator[Batch]:
+    """The same batches; what the tree's forward says of the first is compared with plain forwards before its step."""
+    for index, batch in enumerate(batches):
+        if index == 0:
+            module = engine.module
+            check_batch(module.language_model, move(batch, engine.device), module.layer)
+        yield batch

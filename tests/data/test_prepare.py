@@ -240,7 +240,13 @@ def test_damaged_or_foreign_folders_do_not_open(stored):
 
 # ------------------------------------------------------------------------------------------------ tokens -> batches
 
-BATCH = {"bundles_per_worker": 2, "languages": ["de", "en", "fr"], "needs_rejected": True, "reference": None}
+BATCH = {
+    "bundles_per_worker": 2,
+    "languages": ["de", "en", "fr"],
+    "needs_rejected": True,
+    "reference": None,
+    "taps": lambda index: index % 2 == 0,
+}
 
 
 def plan(bundle_ids, world=1, rank=0, epochs=2, start_step=0):
@@ -279,7 +285,7 @@ def test_a_restarted_stream_goes_on_with_the_very_same_batches(prepared):
     rest = list(stream_batches(artifact.folder, plan(artifact.bundle_ids, start_step=4), **BATCH))
     assert [slots for slots, _ in rest] == [slots for slots, _ in whole[4:]]
     for (_, one), (_, other) in zip(rest, whole[4:], strict=True):
-        assert torch.equal(one.prompts.sequences.input_ids, other.prompts.sequences.input_ids)
+        assert torch.equal(one.tree.input_ids, other.tree.input_ids)
         assert torch.equal(one.chosen.targets, other.chosen.targets)
 
 
@@ -288,7 +294,9 @@ def test_order_holds_over_many_blocks_and_no_setting_leaks(ray_local, stored, mo
 
     monkeypatch.setattr(stream, "_GATHER_ROWS", 3)
     slots = plan(range(10), epochs=4)
-    assert [s for taken, _ in stream_batches(stored, slots, **BATCH) for s in taken] == slots
+    made = list(stream_batches(stored, slots, **BATCH))
+    assert [slot for taken, _ in made for slot in taken] == slots
+    assert [batch.taps for _, batch in made] == [index % 2 == 0 for index in range(len(made))]
     assert not ray_local.data.DataContext.get_current().execution_options.preserve_order
     assert list(stream_batches(stored, [], **BATCH)) == []
     with pytest.raises(ValueError, match="3 slots do not fill batches of 2"):

@@ -49,18 +49,18 @@ def test_the_page_makes_held_out_bundles_more_consistent(smollm2, monkeypatch, c
 
 
 def term_of_mlc_ray(model, extractor, layer):
-    """`loss/mlc` of the sample's first two bundles by mlc_ray: its tokens, packed forward, tap and term."""
+    """`loss/mlc` of the sample's first two bundles by mlc_ray: its tokens, forward of a tree, tap and term."""
     tokenizer = load_tokenizer(str(model))
     lines = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()[:2]]
     fields = ("kind", "prompts", "chosen", "rejected")
     bundles = [make_bundle({name: line[name] for name in fields}) for line in lines]
     limits = {"max_prompt_tokens": 512, "max_response_tokens": 512}
     rows = [tokenize_bundle(bundle, tokenizer, languages=LANGUAGES, **limits) for bundle in bundles]
-    batch = collate(rows, languages=LANGUAGES, weights=[1.0, 1.0], needs_rejected=True, reference=None)
+    batch = collate(rows, languages=LANGUAGES, weights=[1.0, 1.0], needs_rejected=True, reference=None, tap=True)
     policy = load_policy(ModelSection(path=str(model), dtype="float32"))
     module = PolicyWithExtractor(policy, layer=layer, extractor_dim=extractor.out_features, seed=0)
     module.extractor.load_state_dict(extractor.state_dict())
-    output = module(batch, tap=True)
+    output = module(batch)
     term = Objective(ObjectiveConfig()).terms["mlc"]
     return term(Tapped(output.representations, output.present)).loss.mean().item()
 

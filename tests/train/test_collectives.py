@@ -53,8 +53,15 @@ def gradients_of_a_round(rank, term, weights):
     config = configured(term, workers)
     rows, module = random_rows(2), wrapped(config)
     mine = slice(rank, rank + 1) if workers == 2 else slice(0, 2)
-    batch = collate(rows[mine], languages=LANGUAGES, weights=weights[mine], needs_rejected=True, reference=references())
-    output = module(batch, tap=True)
+    batch = collate(
+        rows[mine],
+        languages=LANGUAGES,
+        weights=weights[mine],
+        needs_rejected=True,
+        reference=references(),
+        tap=True,
+    )
+    output = module(batch)
     result = Objective(config).total_loss(
         weight=batch.weight,
         chosen=output.chosen,

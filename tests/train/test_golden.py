@@ -7,18 +7,20 @@ Reads every case in the folder named by MLC_GOLDEN_DIR (default: tests/golden). 
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlc_ray.config import ObjectiveConfig
+from mlc_ray.data.trees import make_tree
 from mlc_ray.losses.mlc import mlc_loss
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.model import PolicyWithExtractor, answer_log_probs
-from mlc_ray.types import Batch, PackedPrompts, PackedResponses, PackedSequences
+from mlc_ray.train.model import PolicyWithExtractor
+from mlc_ray.train.reference import ReferenceModel
+from mlc_ray.types import Answers, Batch, Prompts
 
 FOLDER = Path(os.environ.get("MLC_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
@@ -68,11 +70,11 @@ def test_step_case(name):
     if objective.needs_reference:
         with torch.no_grad():
             frozen = build(case["config"], tensors, "reference.")
-            chosen, rejected = answer_log_probs(frozen, batch.chosen, batch.rejected, case["pairs"])
-        reference = {"reference_chosen": chosen.total, "reference_rejected": rejected.total}
+            said = ReferenceModel(frozen)(batch, state=False)
+        reference = {"reference_chosen": said.chosen, "reference_rejected": said.rejected}
     assert objective.needs_reference == case["uses_reference"]
 
-    output = module(batch, tap=True)
+    output = module(batch)
     result = objective.total_loss(
         weight=batch.weight,
         chosen=output.chosen,
@@ -106,51 +108,40 @@ def test_step_case(name):
 
 
 def build(config, tensors, prefix):
-    model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="packed"))
+    model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="tree"))
     weights = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     model.load_state_dict(weights, strict=True)
     return model
 
 
 def batch_of(case, tensors):
-    """The fixture's padded rows as a packed Batch."""
+    """The fixture's padded rows as a Batch whose tree has each of them whole: answers, then prompts."""
     pairs, languages = case["pairs"], case["languages"]
-    lengths = tensors["attention_mask"].sum(dim=1).tolist()
-    rows = [row[:length] for row, length in zip(tensors["input_ids"], lengths, strict=True)]
-    labels = [row[:length] for row, length in zip(tensors["labels"], lengths, strict=True)]
+    lengths = tensors["attention_mask"].sum(dim=1)
+    starts = lengths.cumsum(0) - lengths
+    rows = [row[:length] for row, length in zip(tensors["input_ids"], lengths.tolist(), strict=True)]
 
-    def pack(indices):
-        starts, start = [], 0
-        for index in indices:
-            starts.append(start)
-            start += lengths[index]
-        sequences = PackedSequences(
-            torch.cat([rows[i] for i in indices]).unsqueeze(0),
-            torch.cat([torch.arange(lengths[i]) for i in indices]).unsqueeze(0),
-            tuple(lengths[i] for i in indices),
-        )
-        return SimpleNamespace(sequences=sequences, starts=starts)
-
-    def responses(indices):
-        packed = pack(indices)
+    def answers(first):
         predicting, targets, bundles = [], [], []
-        for bundle, (index, start) in enumerate(zip(indices, packed.starts, strict=True)):
-            answer = (labels[index] != -100).nonzero().flatten()
-            predicting.append(start + answer - 1)
-            targets.append(labels[index][answer])
+        for bundle in range(pairs):
+            answer = (tensors["labels"][first + bundle] != -100).nonzero().flatten()
+            predicting.append(starts[first + bundle] + answer - 1)
+            targets.append(tensors["labels"][first + bundle][answer])
             bundles.append(torch.full_like(answer, bundle))
-        return PackedResponses(packed.sequences, torch.cat(predicting), torch.cat(targets), torch.cat(bundles))
+        return Answers(torch.cat(predicting), torch.cat(targets), torch.cat(bundles))
 
-    prompts = list(range(2 * pairs, 2 * pairs + pairs * languages))
-    packed = pack(prompts)
-    tapped = torch.tensor([start + lengths[i] - 1 for i, start in zip(prompts, packed.starts, strict=True)])
     place = torch.arange(pairs * languages)
     return Batch(
         bundle_ids=tuple(str(i) for i in range(pairs)),
         kinds=("harmful",) * pairs,
         languages=tuple(f"l{i}" for i in range(languages)),
         weight=torch.ones(pairs),
-        chosen=responses(list(range(pairs))),
-        rejected=responses(list(range(pairs, 2 * pairs))),
-        prompts=PackedPrompts(packed.sequences, tapped, place // languages, place % languages),
+        term_weight=torch.ones(pairs),
+        groups=None,
+        tree=make_tree(
+            torch.cat(rows).numpy(), lengths.numpy(), np.full(len(rows), -1), answers=0, prompt_only=2 * pairs
+        ),
+        chosen=answers(0),
+        rejected=answers(pairs),
+        prompts=Prompts((starts + lengths - 1)[2 * pairs :], place // languages, place % languages),
     )

@@ -1,4 +1,6 @@
-"""The packed forward against unpacked Hugging Face forwards, over architectures; the tap; what is not done."""
+"""One forward of a prefix tree against plain Hugging Face forwards, over architectures; the tap; what is not done."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,7 +8,6 @@ import torch.nn.functional as F
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
-    GPT2Config,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -15,17 +16,15 @@ from transformers import (
 )
 
 from mlc_ray.config import ModelSection
-from mlc_ray.data.batches import collate
+from mlc_ray.data.batches import collate, collate_prompts
 from mlc_ray.train.model import (
     ModelError,
     PolicyWithExtractor,
     add_adapters,
-    check_tap,
     final_norm,
+    layer_states,
     load_policy,
     resolve_layer,
-    response_prompts,
-    tapped_states,
 )
 from mlc_ray.train.reference import ReferenceModel
 from tests.train.tiny import LANGUAGES, random_rows, tiny_model
@@ -51,13 +50,24 @@ ARCHITECTURES = {
         head_dim=8,
         sliding_window=5,
         final_logit_softcapping=3.0,
-        attn_logit_softcapping=None,
+        attn_logit_softcapping=1.5,
         pad_token_id=0,
     ),
 }
+HEAD = [5, 6, 7]
+ROWS = {
+    "head": random_rows(3, head=HEAD),
+    "no head": random_rows(3),
+    "one bundle": random_rows(1, head=HEAD),
+    "one language": [
+        replace(row, languages=["en"], prompts=[row.prompts[1]], tapped=[row.tapped[1]], response_prompt=0)
+        for row in random_rows(2, head=HEAD)
+    ],
+    "short answers": [replace(row, chosen=[1], rejected=[2, 3]) for row in random_rows(2, head=HEAD)],
+}
 
 
-def build(config, attention="packed"):
+def build(config, attention="tree"):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     for parameter in model.parameters():  # far from the small random start, so that differences show
@@ -65,98 +75,145 @@ def build(config, attention="packed"):
     return model.eval()
 
 
-def batch(rows=None):
-    rows = rows or random_rows(3)
-    return collate(rows, languages=LANGUAGES, weights=[1.0] * len(rows), needs_rejected=True, reference=None)
+def batch(rows=None, tap=True, **settings):
+    rows = rows or ROWS["head"]
+    settings = {
+        "languages": LANGUAGES,
+        "weights": [1.0] * len(rows),
+        "needs_rejected": True,
+        "reference": None,
+        **settings,
+    }
+    return collate(rows, **settings, tap=tap)
 
 
-@pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])
+def plain(model, rows, layer):
+    """Summed log-probs of chosen and rejected answers, and states [P, H] by bundle and language; a forward each."""
+    totals, states = [[], []], []
+    for row in rows:
+        prompt = row.prompts[row.response_prompt]
+        for answer, part in ((row.chosen, totals[0]), (row.rejected, totals[1])):
+            logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+            part.append(F.log_softmax(logits, dim=-1)[torch.arange(len(answer)), torch.tensor(answer)].sum())
+        for each in row.prompts:
+            output = model(torch.tensor([each]), output_hidden_states=True, use_cache=False)
+            states.append(output.hidden_states[layer][0, -1])
+    return torch.stack(totals[0]), torch.stack(totals[1]), torch.stack(states)
+
+
+def gradients(loss, module):
+    module.zero_grad()
+    loss.backward()
+    return {name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}
+
+
+def assert_equal(ours, theirs):
+    """Gradients by name, relative to the largest of each parameter."""
+    assert set(ours) == set(theirs)
+    for name, gradient in ours.items():
+        scale = theirs[name].abs().max().clamp(min=1e-3)
+        assert torch.allclose(gradient / scale, theirs[name] / scale, rtol=0, atol=1e-4), name
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_packed_forward_equals_unpacked(name, attention):
-    rows = random_rows(3)
-    model = build(ARCHITECTURES[name], attention)
+def test_one_forward_equals_plain_forwards(name, rows):
+    model, rows = build(ARCHITECTURES[name]), ROWS[rows]
     for layer in range(4):
         module = PolicyWithExtractor(model, layer=layer, extractor_dim=16, seed=0)
-        output = module(batch(rows), tap=True)
-        for index, row in enumerate(rows):
-            for answer, part in ((row.chosen, output.chosen), (row.rejected, output.rejected)):
-                prompt = row.prompts[row.response_prompt]
-                logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-                each = F.log_softmax(logits, dim=-1)[torch.arange(len(answer)), torch.tensor(answer)]
-                assert part.total[index].item() == pytest.approx(each.sum().item(), rel=1e-4)
-                assert part.length[index].item() == len(answer)
-            for language, prompt in zip(row.languages, row.prompts, strict=True):
-                states = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
-                expected = module.extractor(states[layer][0, -1])
-                place = LANGUAGES.index(language)
-                assert output.present[index, place]
-                assert torch.allclose(output.representations[index, place], expected, atol=1e-4)
-                assert torch.allclose(output.tapped[index, place], states[layer][0, -1], rtol=1e-4, atol=1e-4)
-    absent = ~output.present
-    assert absent.sum() == 1 and (output.representations[absent] == 0).all() and (output.tapped[absent] == 0).all()
+        with torch.no_grad():
+            output, untapped = module(batch(rows)), module(batch(rows, tap=False))
+            model.set_attn_implementation("eager")
+            chosen, rejected, states = plain(model, rows, layer)
+            model.set_attn_implementation("tree")
+        for part, expected, key in ((chosen, output.chosen, "chosen"), (rejected, output.rejected, "rejected")):
+            assert torch.allclose(expected.total, part, rtol=1e-4)
+            assert expected.length.tolist() == [len(getattr(row, key)) for row in rows]
+        assert torch.allclose(output.tapped[output.present], states, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(output.representations[output.present], module.extractor(states), rtol=1e-4, atol=1e-4)
+        assert output.present.tolist() == [[code in row.languages for code in LANGUAGES] for row in rows]
+        assert (output.representations[~output.present] == 0).all() and (output.tapped[~output.present] == 0).all()
+        assert torch.allclose(untapped.chosen.total, chosen, rtol=1e-4) and untapped.representations is None
+        assert torch.allclose(untapped.rejected.total, rejected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["packed", "sdpa"])
-def test_capped_attention_needs_a_kernel_that_caps(attention, tmp_path):
-    model = AutoModelForCausalLM.from_config(Gemma2Config(**SMALL, head_dim=8, pad_token_id=0))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=f"attention logits at 50.0.*model.attention='{attention}'.*use.*'eager'"):
-        load_policy(ModelSection(path=str(tmp_path), attention=attention))
-    load_policy(ModelSection(path=str(tmp_path), attention="eager"))
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen2", "mistral_sliding", "gemma2"])
+def test_gradients_equal_those_of_plain_forwards(name, layer, checkpointing):
+    rows = ROWS["head"]
+    module = PolicyWithExtractor(build(ARCHITECTURES[name]), layer=layer, extractor_dim=16, seed=0).train()
+    if checkpointing:
+        module.policy.gradient_checkpointing_enable({"use_reentrant": False})
+    output = module(batch(rows))
+    states = output.representations[output.present]
+    ours = gradients(output.chosen.total.sum() - 0.5 * output.rejected.total.sum() + states.square().sum(), module)
+    module.policy.set_attn_implementation("eager")
+    chosen, rejected, states = plain(module.policy, rows, layer)
+    loss = chosen.sum() - 0.5 * rejected.sum() + module.extractor(states).square().sum()
+    assert_equal(ours, gradients(loss, module))
 
 
-def test_packed_attention_gradients_equal_masked_ones():
-    rows = random_rows(3)
-    gradients = {}
-    for attention in ("packed", "eager"):
-        model = build(ARCHITECTURES["mistral_sliding"], attention)
-        output = PolicyWithExtractor(model, layer=2, extractor_dim=16, seed=0)(batch(rows), tap=True)
-        (output.chosen.total.sum() + output.representations.square().sum()).backward()
-        gradients[attention] = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for name, gradient in gradients["packed"].items():
-        assert torch.allclose(gradient, gradients["eager"][name], rtol=1e-3, atol=1e-3), name
-
-
-def test_gradients_equal_those_of_unpacked_forwards():
-    rows = random_rows(2)
-    packed, plain = tiny_model(3), tiny_model(3)
-    module = PolicyWithExtractor(packed, layer=2, extractor_dim=16, seed=0)
-    output = module(batch(rows), tap=True)
-    (output.chosen.total.sum() - output.rejected.total.sum() + output.representations.square().sum()).backward()
-    total = 0.0
-    for row in rows:
-        for answer, sign in ((row.chosen, 1), (row.rejected, -1)):
-            prompt = row.prompts[row.response_prompt]
-            log_probs = F.log_softmax(plain(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1], dim=-1)
-            total = total + sign * log_probs[torch.arange(len(answer)), torch.tensor(answer)].sum()
-        for prompt in row.prompts:
-            state = plain(torch.tensor([prompt]), output_hidden_states=True).hidden_states[2][0, -1]
-            total = total + module.extractor(state).square().sum()
-    extractor_gradient = module.extractor.weight.grad.clone()
-    module.extractor.weight.grad = None
-    total.backward()
-    for (name, ours), theirs in zip(packed.named_parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4), name
-    assert torch.allclose(extractor_gradient, module.extractor.weight.grad, rtol=1e-3, atol=1e-4)
-
-
-def test_only_response_rows_reach_the_head_and_blocks_after_the_tap_do_not_run():
-    model, rows = tiny_model(), random_rows(3)
-    seen = {"head": [], "blocks": []}
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_a_step_does_nothing_twice(layer, checkpointing):
+    model, rows = tiny_model(), ROWS["head"]
+    seen = {"head": [], "blocks": [], "norm": []}
     model.lm_head.register_forward_pre_hook(lambda _, args: seen["head"].append(args[0].shape[1]))
+    model.model.norm.register_forward_pre_hook(lambda _, args: seen["norm"].append(args[0].shape[1]))
+    module = PolicyWithExtractor(model, layer=layer, extractor_dim=16, seed=0).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tapping, other = batch(rows), batch(rows, tap=False)
+    module(tapping)
     for index, block in enumerate(model.model.layers):
-        block.register_forward_pre_hook(lambda *_, i=index: seen["blocks"].append(i))
-    module = PolicyWithExtractor(model, layer=1, extractor_dim=16, seed=0)
-    module(batch(rows), tap=True)
-    assert seen["head"] == [sum(len(row.chosen) + len(row.rejected) for row in rows)]
-    assert seen["blocks"] == [0, 1, 2, 0]
-    seen["blocks"].clear()
-    output = module(batch(rows), tap=False)
-    assert seen["blocks"] == [0, 1, 2]
-    assert output.representations is None
-    output.chosen.total.sum().backward()
-    assert (module.extractor.weight.grad == 0).all()
-    assert model.config.num_hidden_layers == 3
+        block.register_forward_pre_hook(lambda _, args, i=index: seen["blocks"].append((i, args[0].shape[1])))
+    whole, answered = tapping.tree.tokens, tapping.tree.first(tapping.tree.prompt_only).tokens
+    assert whole > answered == other.tree.tokens
+    responses = sum(len(row.chosen) + len(row.rejected) for row in rows)
+    prompts = sum(len(row.prompts) for row in rows)
+    for made, first, states in ((tapping, whole, prompts), (other, answered, 0)):
+        for part in seen.values():
+            part.clear()
+        output = module(made)
+        assert seen["head"] == [responses]
+        assert seen["norm"] == [responses + (states if layer == 3 else 0)]
+        assert seen["blocks"] == [(i, first if i < layer or made is other else answered) for i in range(3)]
+        loss = output.chosen.total.sum() if states == 0 else output.chosen.total.sum() + output.representations.sum()
+        loss.backward()
+        again = [(i, tokens) for i, tokens in reversed(seen["blocks"][:3])] if checkpointing else []
+        assert seen["blocks"][3:] == again
+    assert module.extractor.weight.grad is not None
+
+
+def test_modules_run_in_the_same_order_whether_a_step_taps_or_not():
+    for layer in range(4):
+        model = tiny_model()
+        module = PolicyWithExtractor(model, layer=layer, extractor_dim=16, seed=0)
+        order = []
+        for name, part in module.named_modules():
+            part.register_forward_pre_hook(lambda *_, name=name, order=order: order.append(name))
+        module(batch())
+        tapping = list(order)
+        order.clear()
+        module(batch(tap=False))
+        assert order == tapping and len(set(order)) == len(order)
+
+
+def test_without_the_term_the_extractor_has_zero_gradients():
+    module = PolicyWithExtractor(tiny_model(), layer=1, extractor_dim=16, seed=0)
+    module(batch(tap=False)).chosen.total.sum().backward()
+    assert (module.extractor.weight.grad == 0).all() and (module.extractor.bias.grad == 0).all()
+
+
+def test_what_was_tapped_is_not_kept():
+    """Below the last layer states of the whole row are read; with recomputation they come by a second time."""
+    module = PolicyWithExtractor(tiny_model(), layer=1, extractor_dim=16, seed=0).train()
+    module.policy.gradient_checkpointing_enable({"use_reentrant": False})
+    trees = []
+    module.policy.model.register_forward_pre_hook(lambda *args: trees.append(args[2]["tree"]), with_kwargs=True)
+    module(batch()).representations.sum().backward()
+    assert trees[0].leaving.take() is None
 
 
 def test_extractor_depends_on_the_seed_alone():
@@ -174,36 +231,11 @@ def test_extractor_product_is_not_rounded_to_bfloat16():
     assert torch.allclose(module.extractor(hidden).double(), exact, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_check_tap_accepts_supported_architectures(name):
-    model = build(ARCHITECTURES[name])
-    for layer in range(4):
-        check_tap(model, layer)
-
-
-def test_check_tap_refuses_a_model_that_does_not_keep_packed_sequences_apart(monkeypatch):
-    model = build(ARCHITECTURES["llama"])
-    forward = model.model.forward
-
-    def leaky(*args, position_ids=None, sequence_lengths=None, **kwargs):
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(model.model, "forward", leaky)
-    with pytest.raises(ModelError, match="LlamaForCausalLM: packed hidden states of layer 2 differ"):
-        check_tap(model, 2)
-
-
 def test_architecture_without_a_known_final_norm_is_refused():
     small = {"vocab_size": 67, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     opt = AutoModelForCausalLM.from_config(OPTConfig(**small, word_embed_proj_dim=32, do_layer_norm_before=False))
     with pytest.raises(ModelError, match="OPTForCausalLM has no final norm"):
         final_norm(opt)
-
-
-def test_architecture_that_runs_all_blocks_whatever_the_config_says_is_refused():
-    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=67, n_embd=32, n_layer=3, n_head=4, n_positions=64))
-    with pytest.raises(ModelError, match="GPT2LMHeadModel"):
-        check_tap(gpt2, 1)
 
 
 @pytest.mark.parametrize(("layer", "index"), [("last", 30), (0.5, 15), (20, 20), (0, 0), (30, 30), (0.01, 0)])
@@ -215,6 +247,22 @@ def test_resolve_layer(layer, index):
 def test_resolve_layer_out_of_range(layer):
     with pytest.raises(ModelError, match=rf"mlc.layer={layer} is outside 0..30"):
         resolve_layer(layer, 30)
+
+
+@pytest.mark.parametrize(
+    ("changes", "attention", "message"),
+    [
+        ({}, "varlen", "caps its attention scores at 50.0.*model.attention='varlen'.*use model.attention='auto'"),
+        ({"attn_logit_softcapping": None, "attention_dropout": 0.1}, "varlen", "attention_dropout of 0.1"),
+        ({"attention_dropout": 0.1}, "flex", "attention_dropout of 0.1.*model.attention='flex'"),
+    ],
+)
+def test_an_attention_that_would_leave_something_out_is_refused(changes, attention, message, tmp_path):
+    config = Gemma2Config(**SMALL, head_dim=8, pad_token_id=0, **changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        load_policy(ModelSection(path=str(tmp_path), attention=attention))
+    load_policy(ModelSection(path=str(tmp_path)))
 
 
 def test_load_policy_names_a_missing_model(tmp_path):
@@ -235,7 +283,7 @@ def test_pickled_weights_are_refused(tmp_path):
 def test_lora_trains_adapters_and_extractor_only():
     settings = ModelSection.model_validate({"path": "tiny", "lora": {"rank": 4}})
     module = PolicyWithExtractor(add_adapters(tiny_model(), settings), layer=2, extractor_dim=16, seed=0)
-    output = module(batch(), tap=True)
+    output = module(batch())
     (output.chosen.total.sum() + output.representations.sum()).backward()
     trained = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
     assert trained and all("lora_" in name or name.startswith("extractor.") for name in trained)
@@ -248,36 +296,54 @@ def test_lora_names_modules_that_do_not_exist():
         add_adapters(tiny_model(), settings)
 
 
-def test_response_prompts_are_cut_out_of_the_answers():
-    rows = random_rows(4)
-    for responses in (batch(rows).chosen, batch(rows).rejected):
-        prompts = response_prompts(responses, 4)
-        expected = [row.prompts[row.response_prompt] for row in rows]
-        assert prompts.sequences.lengths == tuple(map(len, expected))
-        assert prompts.sequences.input_ids[0].tolist() == [token for prompt in expected for token in prompt]
-        assert prompts.sequences.position_ids[0].tolist() == [i for prompt in expected for i in range(len(prompt))]
-        ends = [sum(map(len, expected[: i + 1])) - 1 for i in range(4)]
-        assert prompts.tapped.tolist() == ends
-        assert prompts.bundle_of_prompt.tolist() == [0, 1, 2, 3]
-
-
 @pytest.mark.parametrize("layer", range(4))
 def test_the_reference_says_what_the_untrained_policy_would(layer):
-    rows = random_rows(3)
-    module = PolicyWithExtractor(tiny_model(), layer=layer, extractor_dim=16, seed=0)
-    output = module(batch(rows), tap=True)
-    said = ReferenceModel(tiny_model(), layer=layer)(batch(rows))
+    rows = ROWS["head"]
+    output = PolicyWithExtractor(tiny_model(), layer=layer, extractor_dim=16, seed=0)(batch(rows))
     english = LANGUAGES.index("en")
-    assert torch.allclose(said.state, output.tapped[:, english], atol=1e-5)
-    assert torch.allclose(said.chosen, output.chosen.total) and torch.allclose(said.rejected, output.rejected.total)
-    states = ReferenceModel(tiny_model(), log_probs=False, layer=layer)
-    assert states(batch(rows)).chosen is None and torch.equal(states(batch(rows)).state, said.state)
-    assert states(batch(rows), tap=False).state is None
+    for tap in (True, False):  # no prompt that is not answered is needed for either
+        said = ReferenceModel(tiny_model(), layer=layer)(batch(rows, tap=tap), state=True)
+        assert torch.allclose(said.state, output.tapped[:, english], atol=1e-5)
+        assert torch.allclose(said.chosen, output.chosen.total) and torch.allclose(said.rejected, output.rejected.total)
+    alone = ReferenceModel(tiny_model(), log_probs=False, layer=layer)
+    assert alone(batch(rows), state=True).chosen is None
+    assert torch.allclose(alone(batch(rows), state=True).state, said.state, atol=1e-6)
+    assert alone(batch(rows), state=False).state is None
+    with pytest.raises(ValueError, match="without rejected answers"):
+        ReferenceModel(tiny_model())(batch(rows, needs_rejected=False), state=False)
 
 
-def test_tapped_states_leave_the_model_as_it_was():
+def test_the_reference_forwards_no_more_than_it_needs():
+    rows = ROWS["head"]
+    made = batch(rows)
+    seen = []
+
+    def count(model):
+        for block in model.model.layers:
+            block.register_forward_hook(lambda _, args, output: seen.append(output.shape[1]))
+        return model
+
+    ReferenceModel(count(tiny_model()), layer=3)(made, state=True)
+    assert seen == [made.tree.first(made.tree.prompt_only).tokens] * 3
+    seen.clear()
+    ReferenceModel(count(tiny_model()), log_probs=False, layer=1)(made, state=True)
+    assert seen == [made.tree.first(made.tree.answers).tokens, made.tree.lengths[0], made.tree.lengths[0]]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_layers_of_all_prompts(name):
+    model, rows = build(ARCHITECTURES[name]), ROWS["head"]
+    tree, prompts = collate_prompts(rows, LANGUAGES)
+    with torch.no_grad():
+        states = layer_states(model, tree, prompts)
+        model.set_attn_implementation("eager")
+        for layer in range(4):
+            assert torch.allclose(states[:, layer], plain(model, rows, layer)[2], rtol=1e-4, atol=1e-4)
+
+
+def test_a_forward_leaves_the_model_as_it_was():
     model = tiny_model()
     before = model(torch.tensor([[1, 2, 3]])).logits
-    prompts = batch().prompts
-    tapped_states(model, prompts, 1)
+    for layer in range(4):
+        PolicyWithExtractor(model, layer=layer, extractor_dim=16, seed=0)(batch())
     assert torch.equal(model(torch.tensor([[1, 2, 3]])).logits, before)

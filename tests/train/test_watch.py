@@ -21,7 +21,7 @@ from tests.train.tiny import LANGUAGES, on_workers, random_rows, run_engine, tin
 
 def batch_of(rows, weights=None):
     weights = weights or [1.0] * len(rows)
-    return collate(rows, languages=LANGUAGES, weights=weights, needs_rejected=True, reference=None)
+    return collate(rows, languages=LANGUAGES, weights=weights, needs_rejected=True, reference=None, tap=True)
 
 
 def states_of(rows, offset=0.0):

@@ -37,14 +37,14 @@ def tiny_model(seed=0, tied=False):
             num_key_value_heads=2,
             max_position_embeddings=64,
             tie_word_embeddings=tied,
-            attn_implementation="packed",
+            attn_implementation="tree",
             initializer_range=0.2,
         )
     )
 
 
-def random_rows(count, seed=1):
-    """Bundles of random tokens; every third one lacks a language."""
+def random_rows(count, seed=1, head=()):
+    """Bundles of random tokens, whose prompts all begin with `head`; every third one lacks a language."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low, high):
@@ -54,7 +54,7 @@ def random_rows(count, seed=1):
     rows = []
     for index in range(count):
         languages = [name for name in LANGUAGES if index % 3 or name != "sw"]
-        prompts = [tokens(4, 12) for _ in languages]
+        prompts = [[*head, *tokens(4, 12)] for _ in languages]
         rows.append(
             TokenRow(
                 bundle_id=f"bundle-{index:02d}",
@@ -112,13 +112,15 @@ def batches_of(config, rows, rank, world_size, table=None, start_step=0):
         max_steps=config.train.max_steps,
         start_step=start_step,
     )
-    for chunk in (slots[start : start + size] for start in range(0, len(slots), size)):
+    objective = Objective(config)
+    for index, chunk in enumerate(slots[start : start + size] for start in range(0, len(slots), size)):
         yield collate(
             [rows[slot.row_index] for slot in chunk],
             languages=LANGUAGES,
             weights=[slot.weight for slot in chunk],
-            needs_rejected=Objective(config).needs_rejected,
+            needs_rejected=objective.needs_rejected,
             reference=table,
+            tap=objective.taps(start_step + index // config.train.gradient_accumulation_steps),
         )
 
 

@@ -71,12 +71,12 @@ class Engine(ABC):
     @abstractmethod
     def frozen(
         cls, model: ReferenceModel, config: TrainConfig, device: torch.device
-    ) -> Callable[[Batch, bool], ReferenceOutput]:
-        """`model` without an optimizer, as a function of (batch, whether its step taps); no gradient is taken."""
+    ) -> Callable[[Batch], ReferenceOutput]:
+        """`model` without an optimizer, as a function of a batch; states if the batch taps; no gradient is taken."""
 
     @abstractmethod
-    def forward(self, batch: Batch, *, tap: bool) -> ModelOutput:
-        """The module's forward of one micro-batch; every worker calls it, with the same `tap`."""
+    def forward(self, batch: Batch) -> ModelOutput:
+        """The module's forward of one micro-batch; every worker calls it, and all batches of a step tap or none."""
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:

@@ -177,7 +177,7 @@ class DeepSpeed(Engine):
     @classmethod
     def frozen(
         cls, model: ReferenceModel, config: TrainConfig, device: torch.device
-    ) -> Callable[[Batch, bool], ReferenceOutput]:
+    ) -> Callable[[Batch], ReferenceOutput]:
         """The reference sharded like the policy at stage 3, else replicated."""
         import deepspeed
         import torch
@@ -187,15 +187,15 @@ class DeepSpeed(Engine):
         engine.module.eval()
 
         @torch.no_grad()
-        def ask(batch: Batch, tap: bool) -> ReferenceOutput:
-            said: ReferenceOutput = engine(batch, tap=tap)
+        def ask(batch: Batch) -> ReferenceOutput:
+            said: ReferenceOutput = engine(batch, state=batch.taps)
             return said
 
         return ask
 
-    def forward(self, batch: Batch, *, tap: bool) -> ModelOutput:
+    def forward(self, batch: Batch) -> ModelOutput:
         """The module's forward; under stage 3 it gathers parameters from all workers."""
-        output: ModelOutput = self._engine(batch, tap=tap)
+        output: ModelOutput = self._engine(batch)
         return output
 
     def backward(self, loss: Tensor) -> None:
