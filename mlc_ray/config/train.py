@@ -35,8 +35,8 @@ class ModelSection(Section):
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description=DTYPE)
     attention: Literal["auto", "segments", "varlen", "flex"] = Field(
         "auto",
-        description="Kernel: `segments` runs anywhere; `varlen` on GPUs, in bfloat16, without soft-capped scores; `flex` "
-        "on GPUs. `auto` takes `varlen`, or `flex` for soft-capped scores, in bfloat16 on a GPU, else `segments`.",
+        description="Kernel: `segments` runs anywhere; `varlen` on GPUs, in bfloat16, without soft-capped scores; "
+        "`flex` on GPUs. `auto`: for bfloat16 on a GPU `varlen`, or `flex` for soft-capped scores; else `segments`.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you ask.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
