@@ -21,9 +21,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "mlc_ray"
 PATH = {
     "data": "formats/containers formats/base formats/mlc bundles sources tables prepare tokens store order stream "
-    "batches",
+    "batches trees",
     "losses": "base dpo mlc logprobs objective",
-    "train": "run worker model attention engines/base engines/deepspeed loop collectives",
+    "train": "run worker model attention checks engines/base engines/deepspeed loop collectives",
     "generate": "stage engine pool",
     "judges": "base phrase_lists refusal degenerate",
     "stats": "rates intervals",

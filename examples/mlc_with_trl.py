@@ -4,8 +4,9 @@
 
 The dataset has a further column `translations`: for each row a list of the same request in other languages, an empty
 text where a row lacks one. `MlcMixin` adds MLC over the request and its translations to the loss of any trainer derived
-from DPOTrainer; what it does not have is what mlc_ray is for: packed forwards, a tap that stops below the last layer, a
-reference computed once, measures of collapse, and scores with both sides in every language.
+from DPOTrainer; what it does not have is what mlc_ray is for: one forward of a prefix tree, a tap below the last layer
+behind which prompts go no further, a reference computed once, measures of collapse, and scores with both sides in every
+language.
 """
 
 import json

@@ -1,0 +1,77 @@
+"""What DeepSpeed does with a step at ZeRO-3: how often it gathers each block, and whether its prefetching settles."""
+
+from collections import Counter
+
+import pytest
+
+from mlc_ray.train.checks import check_tap
+from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, tiny_config
+
+STEPS, ACCUMULATION = 6, 2
+CASES = {
+    "last layer": {"mlc": {"layer": 3}},
+    "below it": {"mlc": {"layer": 1}},
+    "below it, checkpointing": {"mlc": {"layer": 1}, "model": {"gradient_checkpointing": True}},
+}
+
+
+def recorded(rank):
+    """Of each case: gathers of every module in forward and backward by micro-batch, and when the trace was dropped."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    fetch, drop = Coordinator.fetch_sub_module, Coordinator._invalidate_trace
+    results = {}
+    for name, sections in CASES.items():
+        gathers, dropped = [], []
+
+        def fetching(self, module, forward, gathers=gathers):
+            if gathers:
+                gathers[-1][module.ds_id, forward] += 1
+            return fetch(self, module, forward)
+
+        def dropping(self, gathers=gathers, dropped=dropped):
+            dropped.append(len(gathers))
+            return drop(self)
+
+        Coordinator.fetch_sub_module, Coordinator._invalidate_trace = fetching, dropping
+        config = tiny_config(engine={"stage": 3, "persistence_threshold": 0}, objective={"loss": "simpo"}, **sections)
+        engine = make_engine(config)
+        check_tap(engine.module.language_model, engine.module.layer)
+        forward = engine.forward
+
+        def counted(batch, gathers=gathers, forward=forward):
+            gathers.append(Counter())
+            return forward(batch)
+
+        engine.forward = counted
+        _, history = run_engine(config, random_rows(4, head=[1, 2]), STEPS, engine=engine)
+        names = {module.ds_id: path for path, module in engine.module.named_modules()}
+        by_name = [{(names[number], way): n for (number, way), n in each.items()} for each in gathers]
+        results[name] = (by_name, dropped, ["loss/mlc" in row for row in history])
+    return results
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    return on_workers(1, recorded, tmp_path_factory.mktemp("zero3"))[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_block_is_gathered_once_forward_and_once_backward(steps, case):
+    gathers, _, tapped = steps[case]
+    assert tapped == [True, False] * (STEPS // 2) and len(gathers) == STEPS * ACCUMULATION
+    again = 2 if "checkpointing" in case else 1  # blocks run a second time in the backward
+    for each in gathers:
+        for block in range(3):
+            weight = f"policy.model.layers.{block}.mlp.up_proj"
+            assert (each[weight, True], each[weight, False]) == (again, 1)
+        assert (each["policy.lm_head", True], each["policy.lm_head", False]) == (1, 1)
+        assert each["extractor", True] == 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_order_of_modules_settles_although_only_every_second_step_taps(steps, case):
+    _, dropped, _ = steps[case]
+    # What ran before the first step is no step: its trace is dropped, the second micro-batch is recorded, and all
+    # later ones prefetch by that record.
+    assert all(micro_batch <= 1 for micro_batch in dropped), dropped
