@@ -281,11 +281,13 @@ T = TypeVar("T")
 
 
 def move(value: T, device: torch.device | str) -> T:
-    """`value` with every tensor in it (dataclasses are walked) on `device`."""
+    """`value` with every tensor in it (dataclasses and tuples of them are walked) on `device`."""
 
     def walk(item: Any) -> Any:
         if is_dataclass(item) and not isinstance(item, type):
             return replace(item, **{f.name: walk(getattr(item, f.name)) for f in fields(item)})
+        if isinstance(item, tuple) and any(is_dataclass(part) for part in item):
+            return tuple(walk(part) for part in item)
         return item.to(device, non_blocking=True) if hasattr(item, "to") else item
 
     return cast(T, walk(value))

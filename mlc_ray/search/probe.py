@@ -310,7 +310,7 @@ class ProbeActor:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Rows `id` -> kind, states [L, layers, H] float32 (zero where absent), present [L]."""
         rows = self.tokens.table(batch["id"].tolist())
-        tree, prompts = (move(part, self.device) for part in collate_prompts(rows, self.tokens.languages))
+        tree, prompts = move(collate_prompts(rows, self.tokens.languages), self.device)
         states = layer_states(self.model, tree, prompts).float().cpu()  # [P, layers, H]
         grid = states.new_zeros(len(rows), len(self.tokens.languages), *states.shape[1:])
         present = torch.zeros(grid.shape[:2], dtype=torch.bool)

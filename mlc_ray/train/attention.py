@@ -18,7 +18,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,15 @@ TREE = "tree"
 """The attention that chooses a way; each way is also registered by itself, as `tree_segments` and so on."""
 BLOCK = 128
 """Side of FlexAttention's blocks, its default."""
+
+
+class Asked(NamedTuple):
+    """What a layer asks for besides causal attention: see `tree_attention`."""
+
+    scaling: float | None
+    window: int | None
+    softcap: float | None
+    dropout: float
 
 
 class TreeAttention:
@@ -65,6 +74,10 @@ class TreeAttention:
         return self._kept[window]
 
 
+Way: TypeAlias = Callable[[Tensor, Tensor, Tensor, TreeAttention, Asked], Tensor]
+"""Query, key, value [1, heads, T, d] and the tree -> [1, T, heads, d]."""
+
+
 class Leaving:
     """At block `layer`, the states of the whole row are read, and only the segments of `rest` go on."""
 
@@ -96,7 +109,7 @@ def tree_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     tree: TreeAttention | None = None,
-    way: Callable[..., Tensor] | None = None,
+    way: Way | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of `query` [1, heads, T, d] on `key` and `value` [1, key heads, T, d]; returns [1, T, heads, d].
@@ -115,39 +128,28 @@ def tree_attention(
         way: `by_segments`, `by_lengths` or `by_blocks`; None to choose.
         kwargs: what else transformers hands to attention functions.
     """
-    options = {"dropout": dropout, "scaling": scaling, "softcap": softcap}
+    asked = Asked(scaling, sliding_window, softcap, dropout)
     if tree is None:
         mask = _mask(query.shape[2], key.shape[2], sliding_window, query.dtype, query.device)
-        return _attend(query, key, value, mask, **options).transpose(1, 2).contiguous(), None
-    way = way or _way_for(query, softcap, dropout)
-    return way(query, key, value, tree, window=sliding_window, **options), None
+        return _attend(query, key, value, mask, asked).transpose(1, 2).contiguous(), None
+    return (way or _way_for(query, asked))(query, key, value, tree, asked), None
 
 
-def _way_for(query: Tensor, softcap: float | None, dropout: float) -> Callable[..., Tensor]:
-    if not query.is_cuda or query.dtype == torch.float32 or dropout:
+def _way_for(query: Tensor, asked: Asked) -> Way:
+    if not query.is_cuda or query.dtype == torch.float32 or asked.dropout:
         return by_segments
-    return by_lengths if softcap is None else by_blocks
+    return by_lengths if asked.softcap is None else by_blocks
 
 
-def by_segments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tree: TreeAttention,
-    *,
-    window: int | None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
+def by_segments(query: Tensor, key: Tensor, value: Tensor, tree: TreeAttention, asked: Asked) -> Tensor:
     """Each segment by itself. Costs a call a segment; of masks, only (its tokens) x (its sequence's)."""
     lengths = tree.tree.lengths
     queries, keys, values = (part.split(lengths, dim=2) for part in (query, key, value))
     outputs = []
     for index, path in enumerate(tree.paths):
         k, v = (torch.cat([part[i] for i in path], dim=2) if len(path) > 1 else part[index] for part in (keys, values))
-        mask = tree.mask(lengths[index], k.shape[2], window, query.dtype, query.device)
-        outputs.append(_attend(queries[index], k, v, mask, dropout=dropout, scaling=scaling, softcap=softcap))
+        mask = tree.mask(lengths[index], k.shape[2], asked.window, query.dtype, query.device)
+        outputs.append(_attend(queries[index], k, v, mask, asked))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
@@ -164,19 +166,11 @@ def _mask(n_queries: int, n_keys: int, window: int | None, dtype: torch.dtype, d
     return torch.zeros(n_queries, n_keys, dtype=dtype, device=device).masked_fill(hidden, -torch.inf)
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked: Asked) -> Tensor:
     """Attention of [n, heads, q, d] on [n, key heads, k, d], by `_mask`'s mask of these q and k."""
     n, heads, n_queries, size = query.shape
     groups = heads // key.shape[1]
+    scaling, _, softcap, dropout = asked
     if softcap is None:
         return scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and n_queries > 1,
@@ -193,17 +187,7 @@ def _attend(
     return (weights @ value).view(n, heads, n_queries, -1)
 
 
-def by_lengths(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tree: TreeAttention,
-    *,
-    window: int | None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
+def by_lengths(query: Tensor, key: Tensor, value: Tensor, tree: TreeAttention, asked: Asked) -> Tensor:
     """All segments in one call of the kernel for sequences of different lengths.
 
     A segment's queries are the last of its sequence, and the kernel's causal mask is aligned to the last key.
@@ -211,17 +195,18 @@ def by_lengths(
     Raises:
         ValueError: dropout or a soft-cap is asked for, which the kernel does not know.
     """
-    if dropout or softcap is not None:
-        raise ValueError(f"the varlen kernel knows no dropout ({dropout}) and no soft-cap ({softcap})")
-    row = tree.tree
+    if asked.dropout or asked.softcap is not None:
+        raise ValueError(f"the varlen kernel knows no dropout ({asked.dropout}) and no soft-cap ({asked.softcap})")
+    row, window = tree.tree, asked.window
     kernel, options = varlen_kernel()
     k, v = (part[0].transpose(0, 1).index_select(0, row.keys) for part in (key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and not options:
         k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
+    before = -1 if window is None or window >= tree.longest_key else window - 1
     output: Tensor = kernel(
         query[0].transpose(0, 1), k, v, row.query_bounds, row.key_bounds, tree.longest_query, tree.longest_key,
-        scale=scaling, window_size=(-1 if window is None or window >= tree.longest_key else window - 1, 0), **options,
+        scale=asked.scaling, window_size=(before, 0), **options,
     )  # fmt: skip
     return output.unsqueeze(0)
 
@@ -234,26 +219,17 @@ def varlen_kernel() -> tuple[Callable[..., Any], dict[str, Any]]:
     return varlen_attn, {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def by_blocks(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tree: TreeAttention,
-    *,
-    window: int | None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-) -> Tensor:
+def by_blocks(query: Tensor, key: Tensor, value: Tensor, tree: TreeAttention, asked: Asked) -> Tensor:
     """The whole row in one call of FlexAttention, which leaves out blocks in which nothing attends to anything.
 
     Raises:
         ValueError: dropout is asked for, which the kernel does not know.
     """
-    if dropout:
-        raise ValueError(f"FlexAttention knows no dropout ({dropout})")
+    if asked.dropout:
+        raise ValueError(f"FlexAttention knows no dropout ({asked.dropout})")
     output: Tensor = flex_kernel()(
-        query, key, value, score_mod=_capped(softcap), block_mask=tree.blocks(window), scale=scaling,
+        query, key, value, score_mod=_capped(asked.softcap), block_mask=tree.blocks(asked.window),
+        scale=asked.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return output.transpose(1, 2).contiguous()
@@ -305,13 +281,16 @@ def block_mask(row: Tree, paths: list[tuple[int, ...]], window: int | None) -> A
         return seen if window is None else seen & (position[query] - position[key] < window)
 
     counts, order = filled.sum(axis=1), np.argsort(~filled, axis=1, kind="stable")
-    numbers = (torch.from_numpy(part.astype(np.int32)).to(device)[None, None] for part in (counts, order))
     return BlockMask.from_kv_blocks(
-        *numbers, BLOCK_SIZE=BLOCK, mask_mod=attends, seq_lengths=(row.tokens, row.tokens)
-    )  # fmt: skip
+        torch.from_numpy(counts.astype(np.int32)).to(device)[None, None],
+        torch.from_numpy(order.astype(np.int32)).to(device)[None, None],
+        BLOCK_SIZE=BLOCK,
+        mask_mod=attends,
+        seq_lengths=(row.tokens, row.tokens),
+    )
 
 
-WAYS: dict[str, Callable[..., Tensor]] = {"segments": by_segments, "varlen": by_lengths, "flex": by_blocks}
+WAYS: dict[str, Way] = {"segments": by_segments, "varlen": by_lengths, "flex": by_blocks}
 AttentionInterface.register(TREE, tree_attention)
 for _name, _way in WAYS.items():
     AttentionInterface.register(f"{TREE}_{_name}", partial(tree_attention, way=_way))

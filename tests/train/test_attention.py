@@ -176,9 +176,7 @@ def test_what_a_kernel_does_not_know_is_refused():
     tree = tree_of("one")
     for way in ("varlen", "flex"):
         with pytest.raises(ValueError, match="dropout"):
-            attention.WAYS[way](
-                *tensors(6), TreeAttention(tree), window=None, dropout=0.1, scaling=None, softcap=None
-            )  # fmt: skip
+            attention.WAYS[way](*tensors(6), TreeAttention(tree), attention.Asked(None, None, None, 0.1))
     with pytest.raises(ValueError, match="soft-cap"):
         attend("varlen", *tensors(6), tree, None, softcap=3.0)
 
