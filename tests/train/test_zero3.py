@@ -44,7 +44,7 @@ def recorded(rank):
             return forward(batch)
 
         engine.forward = counted
-        _, history = run_engine(config, random_rows(4, head=[1, 2]), STEPS, engine=engine)
+        _, history = run_engine(config, random_rows(6, head=[1, 2]), STEPS, engine=engine)
         names = {module.ds_id: path for path, module in engine.module.named_modules()}
         by_name = [{(names[number], way): n for (number, way), n in each.items()} for each in gathers]
         results[name] = (by_name, dropped, ["loss/mlc" in row for row in history])
