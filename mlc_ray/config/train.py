@@ -291,7 +291,10 @@ class TrainConfig(ObjectiveConfig):
     resume: Resume = Field("never", description=RESUME)
     reference: Literal["cached", "online"] = Field(
         "cached",
-        description="Reference log-probs: computed once beforehand, or by a second frozen engine at every step.",
+        description=(
+            "What the reference says: computed once beforehand, or by a frozen model at every step, which is a second "
+            "one, or with model.lora the policy without its adapters."
+        ),
     )
     model: ModelSection
     data: DataSection

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -56,6 +59,45 @@ class ReferenceModel(nn.Module):
         elif tapped is not None and layer is not None:
             _, hidden = read_tree(self.model, tree.first(tree.answers), None, tapped, layer)
         return ReferenceOutput(chosen, rejected, hidden.float() if hidden is not None else None)
+
+
+def policy_reference(policy: nn.Module, model: ReferenceModel) -> Reference:
+    """`model`, which holds the language model of `policy`, with the adapters off: what `policy` was before training.
+
+    No second model is loaded: the frozen weights of a policy with adapters are the reference's.
+    """
+
+    @torch.no_grad()
+    def ask(batch: Batch) -> ReferenceOutput:
+        training = policy.training
+        policy.eval()
+        try:
+            with _without_adapters(policy):
+                said: ReferenceOutput = model(batch, state=batch.taps)
+        finally:
+            policy.train(training)
+        return said
+
+    return ask
+
+
+@contextmanager
+def _without_adapters(policy: nn.Module) -> Iterator[None]:
+    """Within, layers with adapters are the plain layers.
+
+    peft's own way to that freezes the adapters, and leaves the context with all of them trainable: an engine has built
+    its gradient's machinery on what is trainable. So only the flag is set that its layers read.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def cached_reference(batch: Batch) -> ReferenceOutput:

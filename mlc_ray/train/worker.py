@@ -34,7 +34,7 @@ from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.failures import forget_divergence, own_errors
 from mlc_ray.train.loop import Metrics, Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
-from mlc_ray.train.reference import Reference, ReferenceModel, cached_reference
+from mlc_ray.train.reference import Reference, ReferenceModel, cached_reference, policy_reference
 from mlc_ray.train.reference_cache import load_reference
 from mlc_ray.train.tracking import Tracker
 from mlc_ray.types import Batch, ReferenceRow, move
@@ -170,12 +170,14 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
     if not (config.needs_reference and config.reference == "online"):
         return engine, None
     objective = Objective(config)
+    asked: dict[str, Any] = {
+        "log_probs": objective.needs_reference_log_probs,
+        "layer": layer if objective.needs_reference_state else None,
+    }
+    if config.model.lora is not None:
+        return engine, policy_reference(engine.module, ReferenceModel(engine.module.language_model, **asked))
     with chosen.loading(config):
-        frozen = ReferenceModel(
-            load_policy(config.model),
-            log_probs=objective.needs_reference_log_probs,
-            layer=layer if objective.needs_reference_state else None,
-        )
+        frozen = ReferenceModel(load_policy(config.model), **asked)
     return engine, chosen.frozen(frozen, config, device)
 
 

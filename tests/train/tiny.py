@@ -18,7 +18,7 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, resolve_layer
-from mlc_ray.train.reference import ReferenceModel, cached_reference
+from mlc_ray.train.reference import ReferenceModel, cached_reference, policy_reference
 from mlc_ray.types import TokenRow
 
 VOCABULARY = 67
@@ -138,12 +138,15 @@ def run_engine(config, rows, steps, table=None, save=None, engine=None, progress
         reference = cached_reference
         if config.reference == "online":
             objective = Objective(config)
-            frozen = ReferenceModel(
-                tiny_model().to(getattr(torch, config.model.dtype)),
-                log_probs=objective.needs_reference_log_probs,
-                layer=resolve_layer(config.mlc.layer, 3) if objective.needs_reference_state else None,
-            )
-            reference = type(engine).frozen(frozen, config, engine.device)
+            asked = {
+                "log_probs": objective.needs_reference_log_probs,
+                "layer": resolve_layer(config.mlc.layer, 3) if objective.needs_reference_state else None,
+            }
+            if config.model.lora is not None:
+                reference = policy_reference(engine.module, ReferenceModel(engine.module.language_model, **asked))
+            else:
+                frozen = ReferenceModel(tiny_model().to(getattr(torch, config.model.dtype)), **asked)
+                reference = type(engine).frozen(frozen, config, engine.device)
     progress = progress or Progress()
     history = []
     train_loop(
