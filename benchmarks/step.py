@@ -1,15 +1,8 @@
-"""One training step of this package against a plain rebuild of the published recipe's step.
+"""One training step of this package against a rebuild of the published recipe's step, and each technique switched off.
 
-Both steps compute DPO + lambda * MLC of the same bundles with the same weights and extractor, forward and backward:
-
-- ours: answers and prompts as one prefix tree without padding, the LM head on response positions only, prompts only as
-  deep as the tapped layer, the reference's log-probs cached before the run.
-- theirs: policy *and* reference forward all 2 + L sequences of every bundle, padded to one length, with every layer's
-  hidden states kept and all logits upcast to float32; the tapped token is the last unmasked one; singular values by
-  an SVD. Built from a description of the published code, with nothing slower than it says: same sdpa kernels,
-  the reference under no_grad, log-softmax of the answers' rows only.
-
-Bundles are random tokens with the published lengths (`LENGTHS`). Exits with 1 if losses or gradients disagree.
+Both steps compute DPO + lambda * MLC of the same bundles with the same weights and extractor, forward and backward, in
+one process by turns. `recipe.py` is theirs, `techniques.py` ours and ours without each of its techniques, and
+`step_data.py` makes the bundles. Exits with 1 if losses or gradients of any two disagree.
 
     python benchmarks/step.py --bundles 1 --repeats 5 --dtype float32 --out step.json
 """
@@ -19,40 +12,28 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import random
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from recipe import Losses, PaddedBatch, padded, their_step
+from step_data import published_rows, sample_rows
+from step_memory import read_peak, reset_peak
+from techniques import WITHOUT, Given, batch_of, our_step, ours
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mlc_ray.config import ModelSection, ObjectiveConfig
-from mlc_ray.data.batches import collate
-from mlc_ray.losses.objective import Objective
+from mlc_ray.config import ModelSection
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.runs import user_cache
-from mlc_ray.train.attention import TREE
 from mlc_ray.train.model import PolicyWithExtractor, load_policy, n_layers, resolve_layer
-from mlc_ray.train.reference import ReferenceModel
-from mlc_ray.types import Batch, ReferenceRow, TokenRow, move
-
-# The published data has about 427 prompt tokens a bundle over ten languages. How they are shared out is our guess:
-# scripts that the tokenizer knows less well take more tokens.
-LENGTHS = {"en": 25, "zh": 23, "ru": 32, "ja": 30, "ar": 33, "bn": 75, "sw": 40, "ur": 53, "ps": 66, "ku": 50}
-PROMPT_TOKENS = sum(LENGTHS.values())
-# ... and about 208 preference tokens, read here as both preference sequences together, the English prompt included
-# in each. (Reading it as the two answers alone would make the padded step longer and flatter us.)
-PREFERENCE_TOKENS = 208
+from mlc_ray.types import ReferenceRow, TokenRow, move
 
 # Largest relative difference allowed. In bfloat16 the two steps round at different places, and the gradient of DPO is
 # a difference of two nearly equal ones: seen with SmolLM2 are 0.02 (loss), 0.03 (policy) and 0.006 (extractor). One of
@@ -61,137 +42,11 @@ TOLERANCE = {
     "float32": {"loss": 1e-4, "policy": 1e-4, "extractor": 1e-4},
     "bfloat16": {"loss": 5e-2, "policy": 1e-1, "extractor": 3e-2},
 }
-
-BETA, WEIGHT, TEMPERATURE = 0.1, 0.8, 0.2
-OBJECTIVE = Objective(
-    ObjectiveConfig(objective={"loss": "dpo", "beta": BETA}, mlc={"weight": WEIGHT, "temperature": TEMPERATURE})
-)
 EXTRACTOR_DIM = 512
 LEARNING_RATE = 6e-7
 SEED = 0
-
-Losses = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class PaddedBatch:
-    """What the rebuild forwards: B chosen rows, B rejected, then L prompts of each bundle, all of one length.
-
-    `input_ids`, `attention_mask` and `labels` (-100 where nothing is predicted) are [2 B + B L, T], padded right.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    bundles: int
-
-
-def random_rows(bundles: int, vocabulary: int, rng: random.Random) -> list[TokenRow]:
-    """Bundles of random tokens, each of exactly the published mean size.
-
-    Lengths of languages vary by a fifth and answers share their tokens between 40:60 and 60:40. Bundles of one step
-    do not vary in total, which real ones do: more variation means more padding, so this is the cautious choice.
-    """
-
-    def tokens(n: int) -> list[int]:
-        return [rng.randrange(vocabulary) for _ in range(n)]
-
-    rows = []
-    for _ in range(bundles):
-        varied = {code: n * rng.uniform(0.8, 1.2) for code, n in LENGTHS.items() if code != "en"}
-        scale = (PROMPT_TOKENS - LENGTHS["en"]) / sum(varied.values())
-        lengths = {"en": LENGTHS["en"]} | {code: round(n * scale) for code, n in varied.items()}
-        lengths["bn"] += PROMPT_TOKENS - sum(lengths.values())  # what rounding left over
-        answers = PREFERENCE_TOKENS - 2 * LENGTHS["en"]
-        chosen = round(answers * rng.uniform(0.4, 0.6))
-        prompts = [tokens(n) for n in lengths.values()]
-        rows.append(
-            TokenRow(
-                bundle_id=f"{rng.getrandbits(64):016x}",
-                kind="harmful",
-                languages=list(lengths),
-                prompts=prompts,
-                tapped=[len(prompt) - 1 for prompt in prompts],
-                response_prompt=0,
-                chosen=tokens(chosen),
-                rejected=tokens(answers - chosen),
-            )
-        )
-    return rows
-
-
-def padded(rows: Sequence[TokenRow]) -> PaddedBatch:
-    """The rebuild's batch of the same token rows."""
-    answers = [(row.prompts[0], row.chosen or []) for row in rows] + [
-        (row.prompts[0], row.rejected or []) for row in rows
-    ]
-    parts = answers + [(prompt, []) for row in rows for prompt in row.prompts]
-    length = max(len(prompt) + len(answer) for prompt, answer in parts)
-    ids = torch.zeros(len(parts), length, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for i, (prompt, answer) in enumerate(parts):
-        end = len(prompt) + len(answer)
-        ids[i, :end] = torch.tensor(prompt + answer)
-        mask[i, :end] = 1
-        labels[i, len(prompt) : end] = torch.tensor(answer, dtype=torch.long)
-    return PaddedBatch(ids, mask, labels, len(rows))
-
-
-def tree_batch(rows: Sequence[TokenRow], reference: Mapping[str, ReferenceRow] | None) -> Batch:
-    """Our batch of the token rows."""
-    weights = [1.0] * len(rows)
-    return collate(rows, languages=list(LENGTHS), weights=weights, needs_rejected=True, reference=reference, tap=True)
-
-
-def our_step(module: PolicyWithExtractor, batch: Batch) -> Losses:
-    """Forward and backward as training does them, reference log-probs being in the batch."""
-    module.language_model.set_attn_implementation(TREE)
-    output = module(batch)
-    result = OBJECTIVE.total_loss(
-        weight=batch.weight,
-        chosen=output.chosen,
-        rejected=output.rejected,
-        reference_chosen=batch.reference_chosen,
-        reference_rejected=batch.reference_rejected,
-        representations=output.representations,
-        present=output.present,
-    )
-    result.loss.backward()
-    parts = {name: result.metrics[f"loss/{name}"].mean() for name in ("alignment", "mlc")}
-    return parts | {"total": result.loss.detach()}
-
-
-def their_step(module: PolicyWithExtractor, reference: PreTrainedModel, batch: PaddedBatch) -> Losses:
-    """Forward and backward as the published recipe's are described."""
-    n = batch.bundles
-    module.language_model.set_attn_implementation("sdpa")
-    reference.set_attn_implementation("sdpa")
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    policy = module.policy(**inputs, output_hidden_states=True)
-    logits = policy.logits.float()
-    with torch.no_grad():
-        reference_logits = reference(**inputs, output_hidden_states=True).logits.float()
-        reference_chosen, reference_rejected = answer_sums(reference_logits[: 2 * n], batch.labels[: 2 * n]).split(n)
-    chosen, rejected = answer_sums(logits[: 2 * n], batch.labels[: 2 * n]).split(n)
-    alignment = -F.logsigmoid(BETA * ((chosen - reference_chosen) - (rejected - reference_rejected))).mean()
-
-    states = policy.hidden_states[module.layer][2 * n :]
-    last = batch.attention_mask[2 * n :].sum(dim=1) - 1
-    tapped = states[torch.arange(len(states), device=states.device), last]
-    rows = F.normalize(module.extractor(tapped), dim=-1)
-    values = torch.linalg.svdvals(rows.view(n, -1, rows.shape[-1]).float())
-    scaled = values / values[:, :1].detach() / TEMPERATURE
-    mlc = F.cross_entropy(scaled, torch.zeros(n, dtype=torch.long, device=scaled.device))
-    total = alignment + WEIGHT * mlc
-    total.backward()
-    return {"alignment": alignment.detach(), "mlc": mlc.detach(), "total": total.detach()}
-
-
-def answer_sums(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed log-prob [N] of the labelled tokens of padded rows: `logits` [N, T, V], `labels` [N, T]."""
-    targets = labels[:, 1:]
-    log_probs = logits[:, :-1].log_softmax(dim=-1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
-    return (log_probs * (targets != -100)).sum(dim=1)
+OURS, THEIRS = "ours", "the recipe"
+Step = Callable[[], Losses]
 
 
 def load_module(options: argparse.Namespace) -> PolicyWithExtractor:
@@ -211,22 +66,28 @@ def load_reference(options: argparse.Namespace) -> PreTrainedModel:
     return reference.to(options.device)
 
 
-@torch.no_grad()
-def with_reference(reference: PreTrainedModel, batch: Batch) -> Batch:
-    """`batch` with the reference's log-probs, which training computes once per bundle before its first step."""
-    said = ReferenceModel(reference)(batch, state=False)
-    return replace(batch, reference_chosen=said.chosen, reference_rejected=said.rejected)
-
-
-def batch_rows(options: argparse.Namespace, vocabulary: int) -> list[list[TokenRow]]:
+def rows_of(options: argparse.Namespace, model: PreTrainedModel) -> list[list[TokenRow]]:
     """The bundles of every repeat, from the seed alone."""
-    rng = random.Random(SEED)
-    return [random_rows(options.bundles, vocabulary, rng) for _ in range(options.repeats)]
+    if options.text == "sample":
+        return sample_rows(options.model, options.bundles, options.repeats, SEED)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return published_rows(vocabulary, options.bundles, options.repeats, SEED)
 
 
-def vocabulary_of(model: PreTrainedModel) -> int:
-    """Number of token ids that the model knows."""
-    return int(model.config.get_text_config().vocab_size)
+def variants(given: Given, padded_batch: PaddedBatch, options: argparse.Namespace) -> dict[str, Step]:
+    """The steps that are compared, by name; those that end in `, no term` are of a step without the MLC term."""
+    steps: dict[str, Step] = {
+        OURS: ours(given),
+        THEIRS: partial(their_step, given.module, given.reference, padded_batch),
+        f"{OURS}, no term": ours(given, tap=False),
+        f"{THEIRS}, no term": partial(their_step, given.module, given.reference, padded_batch, term=False),
+    }
+    if options.techniques:
+        last = given.module.layer == n_layers(given.module.language_model)
+        for name, without in WITHOUT.items():
+            if (name != "bundles together" or options.bundles > 1) and (name != "rows chosen before the head" or last):
+                steps[f"without {name}"] = without(given)
+    return steps
 
 
 def gradients(module: PolicyWithExtractor) -> dict[str, Tensor]:
@@ -242,21 +103,36 @@ def compare(
     """Relative differences of losses and of the policy's and the extractor's gradient, against `TOLERANCE`."""
     (our_losses, our_grads), (their_losses, their_grads) = ours, theirs
     losses = {k: abs(float(our_losses[k]) - float(v)) / abs(float(v)) for k, v in their_losses.items()}
-    same_parameters = our_grads.keys() == their_grads.keys()
     squares = {"extractor": [0.0, 0.0], "policy": [0.0, 0.0]}
-    for name in our_grads.keys() & their_grads.keys():
+    for name in our_grads.keys() | their_grads.keys():  # on a step without the term, one has zeros and the other none
         part = squares["extractor" if name.startswith("extractor.") else "policy"]
-        theirs_grad = their_grads[name].float()
-        part[0] += float((our_grads[name].float() - theirs_grad).square().sum())
-        part[1] += float(theirs_grad.square().sum())
-    grads = {part: (above / below) ** 0.5 if below else float("nan") for part, (above, below) in squares.items()}
+        first, second = (side[name].float() if name in side else None for side in (our_grads, their_grads))
+        if first is not None:
+            part[0] += float((first if second is None else first - second).square().sum())
+        if second is not None:
+            part[1] += float(second.square().sum())
+    grads = {part: (above / below) ** 0.5 if below else above**0.5 for part, (above, below) in squares.items()}
     tolerance = TOLERANCE[dtype]
-    equal = (
-        same_parameters
-        and all(value < tolerance["loss"] for value in losses.values())
-        and all(value < tolerance[part] for part, value in grads.items())
+    equal = all(value < tolerance["loss"] for value in losses.values()) and all(
+        value < tolerance[part] for part, value in grads.items()
     )
-    return {"loss_relative": losses, "gradient_relative": grads, "tolerance": tolerance, "equal": equal}
+    return {"loss_relative": losses, "gradient_relative": grads, "equal": equal}
+
+
+def agree(steps: Mapping[str, Step], module: PolicyWithExtractor, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How far each variant is from the recipe (with or without the term); and the losses of all."""
+    agreement, losses = {}, {}
+    for suffix in ("", ", no term"):
+        if f"{THEIRS}{suffix}" not in steps:
+            continue
+        theirs = steps[f"{THEIRS}{suffix}"](), gradients(module)
+        losses[f"{THEIRS}{suffix}"] = {name: float(value) for name, value in theirs[0].items()}
+        for name, step in steps.items():
+            if name.endswith(", no term") == bool(suffix) and name != f"{THEIRS}{suffix}":
+                own = step(), gradients(module)
+                losses[name] = {part: float(value) for part, value in own[0].items()}
+                agreement[name] = compare(own, theirs, dtype)
+    return agreement, losses
 
 
 def timed(step: Callable[[], object], device: str) -> tuple[float, float]:
@@ -271,77 +147,70 @@ def timed(step: Callable[[], object], device: str) -> tuple[float, float]:
 
 
 def compare_and_time(options: argparse.Namespace) -> dict[str, Any]:
-    """Check that both steps agree, then time them in turn in this process."""
+    """Check that all variants agree, then time them in turn in this process, on bundles of each repeat."""
     module, reference = load_module(options), load_reference(options)
-    rows = batch_rows(options, vocabulary_of(module.language_model))
-    ours = [with_reference(reference, move(tree_batch(batch, None), options.device)) for batch in rows]
-    theirs = [move(padded(batch), options.device) for batch in rows]
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE) if options.with_optimizer else None
+    all_rows = rows_of(options, module.language_model)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, fused=True) if options.with_optimizer else None
+    seconds: dict[str, list[tuple[float, float]]] = {}
+    tokens: dict[str, list[int]] = {OURS: [], THEIRS: []}
+    agreement: dict[str, Any] = {}
+    losses: dict[str, Any] = {}
+    for rows in all_rows:
+        theirs = move(padded(rows), options.device)
+        steps = variants(Given(module, reference, rows, options.device), theirs, options)
+        if not agreement:  # also the warm-up
+            agreement, losses = agree(steps, module, options.dtype)
+        tokens[OURS].append(batch_of(rows, len(rows)).tree.tokens)
+        tokens[THEIRS].append(2 * theirs.input_ids.numel())
+        for name, step in steps.items():
 
-    # The first pair is the check and the warm-up; it is not timed.
-    our_losses = our_step(module, ours[0])
-    our_gradients = gradients(module)
-    their_losses = their_step(module, reference, theirs[0])
-    agreement = compare((our_losses, our_gradients), (their_losses, gradients(module)), options.dtype)
-    del our_gradients
+            def whole(step: Step = step) -> None:
+                step()
+                if optimizer is not None:
+                    optimizer.step()
 
-    def run(step: Callable[[], object]) -> tuple[float, float]:
-        def whole() -> None:
-            step()
-            if optimizer is not None:
-                optimizer.step()
-
-        spent = timed(whole, options.device)
-        module.zero_grad(set_to_none=True)
-        return spent
-
-    pairs = []
-    for our_batch, their_batch in zip(ours, theirs, strict=True):
-        first = run(partial(our_step, module, our_batch))
-        second = run(partial(their_step, module, reference, their_batch))
-        pairs.append((first, second))
-    our_tokens = [batch.tree.tokens for batch in ours]
-    their_tokens = [2 * batch.input_ids.numel() for batch in theirs]
-
-    def side(index: int, tokens: list[int], losses: Losses) -> dict[str, Any]:
-        seconds, cpu_seconds = zip(*(pair[index] for pair in pairs), strict=True)
-        return {
-            "seconds": seconds,
-            "seconds_median": median(seconds),
-            "cpu_seconds": cpu_seconds,
-            "cpu_seconds_median": median(cpu_seconds),
-            "tokens_forwarded": sum(tokens) / len(tokens),
-            "losses": {name: float(value) for name, value in losses.items()},
+            seconds.setdefault(name, []).append(timed(whole, options.device))
+            module.zero_grad(set_to_none=True)
+    figures = {
+        name: {
+            "seconds": [wall for wall, _ in spent],
+            "seconds_median": median(wall for wall, _ in spent),
+            "cpu_seconds_median": median(cpu for _, cpu in spent),
+            "times_ours": median(wall / own for (wall, _), (own, _) in zip(spent, seconds[OURS], strict=True)),
+            "losses": losses[name],
         }
-
-    ratios, cpu_ratios = ([second[i] / first[i] for first, second in pairs] for i in (0, 1))
+        for name, spent in seconds.items()
+    }
+    for name, counted in tokens.items():
+        figures[name]["tokens_forwarded"] = sum(counted) / len(counted)
     return {
         "layer": module.layer,
-        "ours": side(0, our_tokens, our_losses),
-        "theirs": side(1, their_tokens, their_losses),
-        "ratio": {
-            "seconds_pairs": ratios,
-            "seconds_median": median(ratios),
-            "cpu_seconds_median": median(cpu_ratios),
-            "tokens_forwarded": sum(their_tokens) / sum(our_tokens),
-        },
+        "steps": figures,
+        "every_2": every_2(seconds, 0),
+        "every_2_cpu": every_2(seconds, 1),
         "agreement": agreement,
     }
 
 
-def peak_memory(options: argparse.Namespace, variant: str) -> dict[str, int]:
-    """Peak bytes of one step of `variant`; runs in a process of its own, which loads only what that step needs.
+def every_2(seconds: Mapping[str, list[tuple[float, float]]], clock: int) -> float:
+    """Median ratio of two steps, of which one has the term: what `mlc.every: 2` gives over a run, by one clock."""
+    own, theirs = (
+        [a[clock] + b[clock] for a, b in zip(seconds[side], seconds[f"{side}, no term"], strict=True)]
+        for side in (OURS, THEIRS)
+    )
+    return median(b / a for a, b in zip(own, theirs, strict=True))
 
-    CUDA: `torch.cuda.max_memory_allocated`. CPU: the peak resident set, weights and libraries included, counted from
-    after loading where the system can reset it (Linux). `before` is the same measure as the step begins.
-    """
+
+def peak_memory(options: argparse.Namespace, variant: str) -> dict[str, int]:
+    """Peak bytes of one step of `variant`; runs in a process of its own, which loads only what that step needs."""
     prepare(options)
     module = load_module(options)
-    rows = batch_rows(options, vocabulary_of(module.language_model))[0]
-    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE) if options.with_optimizer else None
-    if variant == "ours":  # any log-probs do: memory does not depend on them
-        batch = move(tree_batch(rows, {row.bundle_id: ReferenceRow(0.0, 0.0) for row in rows}), options.device)
-        step = partial(our_step, module, batch)
+    rows = rows_of(options, module.language_model)[0]
+    optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, fused=True) if options.with_optimizer else None
+    step: Step
+    if variant == OURS:  # any log-probs do: memory does not depend on them
+        said = {row.bundle_id: ReferenceRow(0.0, 0.0) for row in rows}
+        step = partial(our_step, module, move(batch_of(rows, len(rows), reference=said), options.device))
     else:
         step = partial(their_step, module, load_reference(options), move(padded(rows), options.device))
     before = reset_peak(options.device)
@@ -350,27 +219,6 @@ def peak_memory(options: argparse.Namespace, variant: str) -> dict[str, int]:
         optimizer.step()
     peak = read_peak(options.device)
     return {"peak_bytes": peak, "before_bytes": before, "step_bytes": peak - before}
-
-
-def reset_peak(device: str) -> int:
-    """Reset the peak where that is possible; returns the peak after that."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif (clear := Path("/proc/self/clear_refs")).exists():
-        clear.write_text("5")  # resets VmHWM
-    return read_peak(device)
-
-
-def read_peak(device: str) -> int:
-    """Peak bytes of this process since the last reset."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would include what the parent held when it started this process
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -387,36 +235,41 @@ def prepare(options: argparse.Namespace) -> None:
 
 def show(result: Mapping[str, Any]) -> None:
     """Print the figures."""
-    ours, theirs, ratio, agreement = (result[key] for key in ("ours", "theirs", "ratio", "agreement"))
-    asked = ("model", "device", "dtype", "layer", "bundles", "repeats", "threads", "with_optimizer")
+    asked = ("model", "device", "dtype", "layer", "text", "bundles", "repeats", "threads", "with_optimizer")
     print("  ".join(f"{key}={result[key]}" for key in asked))
-    print(f"{'':24}{'ours':>12}{'theirs':>12}{'ratio':>8}")
-
-    def line(title: str, key: str, unit: float, form: str) -> None:
-        print(f"{title:24}{ours[key] / unit:>12{form}}{theirs[key] / unit:>12{form}}{ratio[key]:>8.2f}")
-
-    line("seconds, median", "seconds_median", 1, ".3f")
-    if result["device"] == "cpu":
-        line("CPU seconds, median", "cpu_seconds_median", 1, ".3f")
-    line("tokens forwarded", "tokens_forwarded", 1, ".0f")
-    line("peak memory, MB", "peak_bytes", 1e6, ".0f")
-    line("  of it the step's, MB", "step_bytes", 1e6, ".0f")
-    for name, value in ours["losses"].items():
-        print(f"{'loss ' + name:24}{value:>12.6f}{theirs['losses'][name]:>12.6f}")
-    for kind in ("loss", "gradient"):
-        parts = agreement[f"{kind}_relative"].items()
-        allowed = agreement["tolerance"]
-        text = (f"{name} {value:.1e} (allowed {allowed.get(name, allowed['loss']):.0e})" for name, value in parts)
-        print(f"relative difference of each {kind}: " + ", ".join(text))
-    print("time ratio of each pair: " + " ".join(f"{value:.2f}" for value in ratio["seconds_pairs"]))
+    print(f"{'':40}{'seconds':>10}{'x ours':>8}{'CPU s':>10}{'loss':>10}{'off by':>10}{'gradient':>10}")
+    for name, figures in result["steps"].items():
+        found = result["agreement"].get(name)
+        distance = "".join(
+            f"{max(found[key].values()):>10.0e}" if found else f"{'':10}"
+            for key in ("loss_relative", "gradient_relative")
+        )
+        print(
+            f"{name:40}{figures['seconds_median']:>10.3f}{figures['times_ours']:>8.2f}"
+            f"{figures['cpu_seconds_median']:>10.3f}{figures['losses']['total']:>10.5f}{distance}"
+        )
+    own, theirs = (result["steps"][side] for side in (OURS, THEIRS))
+    print(f"averaged over mlc.every: 2, {result['every_2']:.2f} times as fast as the recipe")
+    pairs = " ".join(f"{b / a:.2f}" for a, b in zip(own["seconds"], theirs["seconds"], strict=True))
+    print(f"the recipe's time over ours, each pair: {pairs}")
+    for title, key, unit in (
+        ("tokens forwarded", "tokens_forwarded", 1),
+        ("peak memory, MB", "peak_bytes", 1e6),
+        ("of it the step's, MB", "step_bytes", 1e6),
+    ):
+        share = own[key] / max(theirs[key], 1)
+        print(f"{title:24}{own[key] / unit:>12.0f} of {theirs[key] / unit:.0f} ({share:.0%})")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Command line -> options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"Hugging Face folder (default: {MODEL_NAME}, prepared as the quickstart does)")
+    text_help = "the shipped sample in ten languages (default), or random tokens of the published lengths"
+    parser.add_argument("--text", choices=("sample", "published"), default="sample", help=text_help)
     parser.add_argument("--bundles", type=int, default=1, help="bundles per step (default: 1, the published value)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed pairs of steps, each on bundles of its own")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of steps, each on bundles of its own")
+    parser.add_argument("--techniques", action="store_true", help="also time ours with each technique switched off")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="float32")
     layer_help = "'last' or an index into hidden_states (default: last, as published)"
@@ -435,33 +288,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; 0 if both steps agree, else 1."""
+    """Run it; 0 if all steps agree, else 1."""
     options = parse(arguments)
     # Before this process takes memory on the device.
-    memory = {variant: in_child(peak_memory, options, variant) for variant in ("ours", "theirs")}
+    memory = {variant: in_child(peak_memory, options, variant) for variant in (OURS, THEIRS)}
     prepare(options)
+    asked = ("model", "text", "dtype", "bundles", "repeats", "with_optimizer")
     result = {
-        "model": options.model,
+        **{name: getattr(options, name) for name in asked},
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
-        "dtype": options.dtype,
-        "bundles": options.bundles,
-        "repeats": options.repeats,
         "threads": torch.get_num_threads(),
-        "with_optimizer": options.with_optimizer,
         "torch": torch.__version__,
-        "prompt_tokens_per_bundle": PROMPT_TOKENS,
-        "preference_tokens_per_bundle": PREFERENCE_TOKENS,
         "memory_measure": "max_memory_allocated" if options.device == "cuda" else "peak resident set",
+        "tolerance": TOLERANCE[options.dtype],
     } | compare_and_time(options)
     for variant, figures in memory.items():
-        result[variant] |= figures
-    for measure in ("peak_bytes", "step_bytes"):
-        result["ratio"][measure] = memory["theirs"][measure] / max(memory["ours"][measure], 1)
+        result["steps"][variant] |= figures
     show(result)
     if options.out is not None:
         options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if not result["agreement"]["equal"]:
-        print("the two steps disagree: their times cannot be compared", file=sys.stderr)
+    if wrong := [name for name, found in result["agreement"].items() if not found["equal"]]:
+        print(
+            f"these steps disagree with the recipe's, so that times mean nothing: {', '.join(wrong)}", file=sys.stderr
+        )
         return 1
     return 0
 

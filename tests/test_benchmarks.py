@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -25,27 +26,65 @@ def test_step_benchmark(tmp_path: Path, repository: Path) -> None:
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     out = tmp_path / "step.json"
-    options = ["--model", tmp_path / "model", "--out", out]
+    options = ["--model", tmp_path / "model", "--out", out, "--text", "published", "--techniques"]
     plain = ["--bundles", "2", "--repeats", "1", "--device", "cpu", "--dtype", "float32", "--threads", "1"]
     command = [sys.executable, repository / "benchmarks" / "step.py", *options, *plain]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
 
     result = json.loads(out.read_text())
-    ours, theirs = result["ours"], result["theirs"]
+    steps = result["steps"]
+    assert len([name for name in steps if name.startswith("without ")]) == 7
+    ours, theirs = steps["ours"], steps["the recipe"]
     for side in (ours, theirs):
-        assert len(side["seconds"]) == 1 and side["seconds_median"] > 0
         assert side["peak_bytes"] - side["before_bytes"] == side["step_bytes"] >= 0
-        assert set(side["losses"]) == {"alignment", "mlc", "total"}
-    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
-    assert max(result["agreement"]["gradient_relative"].values()) < 1e-4
-    assert result["agreement"]["equal"] is True
-    assert len(result["ratio"]["seconds_pairs"]) == 1
+    for name, side in steps.items():
+        assert len(side["seconds"]) == 1 and side["seconds_median"] > 0
+        parts = {"alignment", "total"} if name.endswith("no term") else {"alignment", "mlc", "total"}
+        assert set(side["losses"]) == parts
+    for name, found in result["agreement"].items():
+        assert found["equal"] is True and max(found["gradient_relative"].values()) < 1e-4, name
+    assert result["agreement"].keys() == steps.keys() - {"the recipe", "the recipe, no term"}
     assert result["layer"] == 2
-    # Every bundle has exactly the published numbers of tokens. Ours forwards the English prompt once instead of three
-    # times, and no answer's last token; random tokens have no common head.
-    assert ours["tokens_forwarded"] == 2 * (427 + 208 - 2 * 25 - 2)
+    # Every bundle has exactly the published numbers of tokens. Ours forwards the template's head once, its tail after
+    # each prompt, the English prompt once instead of three times, and no answer's last token.
+    assert ours["tokens_forwarded"] == 25 + 2 * (427 + 10 * 5 + 208 - 2 * 25 - 2)
     assert theirs["tokens_forwarded"] >= 2 * (2 * 12) * 104
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch, repository: Path):
+    """Counts of steps of a small model with this many layers and bundles."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    module = importlib.import_module("step_counts")
+    data = importlib.import_module("step_data")
+
+    def counted(layers: int, bundles: int) -> dict[str, dict[str, int]]:
+        monkeypatch.setitem(module.SHAPES, "tiny", lambda: module.qwen(64, 128, layers, 4, 2, 1000, False))
+        return module.count("tiny", data.published_rows(1000, bundles, 1)[0])
+
+    return counted
+
+
+def test_counts_of_a_step_that_must_not_grow(counts) -> None:
+    one, three, deeper = counts(2, 1)["ours"], counts(2, 3)["ours"], counts(4, 1)["ours"]
+    assert one["forwards"] == three["forwards"] == 1  # of the policy; the reference has none
+    assert (one["attention_calls"], deeper["attention_calls"]) == (2, 4)  # one a layer, whatever the bundles
+    assert one["attention_calls"] == three["attention_calls"]
+    assert (one["head_rows"], three["head_rows"]) == (158, 3 * 158)  # response rows alone
+    assert one["tokens"] == 25 + 427 + 10 * 5 + 208 - 2 * 25 - 2
+    assert one["kernels"] == three["kernels"]  # no loop over bundles, languages or segments
+    assert (deeper["kernels"] - one["kernels"]) / 2 <= 120  # a layer's, forward and backward
+    assert one["kernels"] <= 486
+
+
+def test_the_recipe_and_the_step_before_cost_more(counts) -> None:
+    steps = counts(2, 3)
+    ours, before, recipe = (steps[name] for name in ("ours", "before", "recipe"))
+    assert (before["forwards"], recipe["forwards"]) == (2, 2)  # answers and prompts; policy and reference
+    assert recipe["head_rows"] == recipe["tokens"] > 3 * before["tokens"] > 3 * ours["tokens"]
+    for name in ("flops", "bytes", "kernels"):
+        assert ours[name] < before[name] and ours[name] < recipe[name], name
 
 
 @pytest.mark.slow

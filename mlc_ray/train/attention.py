@@ -199,13 +199,14 @@ def by_lengths(query: Tensor, key: Tensor, value: Tensor, tree: TreeAttention, a
         raise ValueError(f"the varlen kernel knows no dropout ({asked.dropout}) and no soft-cap ({asked.softcap})")
     row, window = tree.tree, asked.window
     kernel, options = varlen_kernel()
-    k, v = (part[0].transpose(0, 1).index_select(0, row.keys) for part in (key, value))
+    # squeeze, not [0], whose backward fills a whole tensor with zeros first.
+    k, v = (part.squeeze(0).transpose(0, 1).index_select(0, row.keys) for part in (key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and not options:
         k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
     before = -1 if window is None or window >= tree.longest_key else window - 1
     output: Tensor = kernel(
-        query[0].transpose(0, 1), k, v, row.query_bounds, row.key_bounds, tree.longest_query, tree.longest_key,
+        query.squeeze(0).transpose(0, 1), k, v, row.query_bounds, row.key_bounds, tree.longest_query, tree.longest_key,
         scale=asked.scaling, window_size=(before, 0), **options,
     )  # fmt: skip
     return output.unsqueeze(0)
