@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "name": "reference",
             "output_dir": str(folder),
             "model": {"path": options.model, "dtype": options.dtype},
-            "data": {"train": [{"path": "sample:train"}]},
+            "data": {"train": [{"path": "sample:train", "only": options.only}]},
             "cluster": {"address": "local", "cpus_per_worker": options.threads},
         },
     )
@@ -119,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; 0 if both say the same."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"Hugging Face folder (default: {MODEL_NAME})")
+    parser.add_argument("--only", choices=("harmful", "benign"), help="bundles of this kind alone (default: all 96)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of each")
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
