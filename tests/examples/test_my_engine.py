@@ -20,7 +20,7 @@ FINGERPRINTS = {"tokens": "t"}
 
 
 def config_of(engine):
-    return tiny_config(engine=ENGINES[engine], checkpoint={"every": 2}, **ONLINE)
+    return tiny_config(engine=ENGINES[engine], checkpoint={"every": 2}, optimizer={"learning_rate": 1e-3}, **ONLINE)
 
 
 def train(rank, folder):
@@ -65,10 +65,12 @@ def test_it_trains_as_deepspeed_does(trained):
     (history, weights), (expected, whole) = (trained[0][0][name] for name in ("mine", "deepspeed"))
     for row, want in zip(history, expected, strict=True):
         for name in ("loss/total", "loss/alignment", "gradient_norm"):
-            assert row[name] == pytest.approx(want[name], rel=1e-6), name
+            # Weights that differ by their rounding, 1e-7, move the norm of this model's gradient by up to 1.6e-6.
+            later = name == "gradient_norm" and row["step"] > 1
+            assert row[name] == pytest.approx(want[name], rel=5e-6 if later else 1e-6), name
     assert set(weights) == set(whole)
     for key, value in whole.items():
-        assert torch.allclose(weights[key], value, rtol=1e-6, atol=1e-6), key
+        assert torch.allclose(weights[key], value, rtol=2e-7, atol=2e-7), key
 
 
 def test_it_goes_on_from_its_checkpoint_exactly(trained):
@@ -84,7 +86,9 @@ def test_its_settings_are_its_own():
     assert config.model_dump()["engine"] == {"name": NAME, "bucket_mb": 5}
     with pytest.raises(ConfigError, match=r"engine\.stage=2: no such field \(valid here: bucket_mb, name\)"):
         parse_config(TrainConfig, {**raw, "engine": {"name": NAME, "stage": 2}})
-    with pytest.raises(ConfigError, match=r"engine\.bucket_mb=2: no such field .*persistence_threshold"):
+    with pytest.raises(
+        ConfigError, match=r"engine\.bucket_mb=2: no such field; did you mean 'bucket_size'.*persistence_threshold"
+    ):
         parse_config(TrainConfig, {**raw, "engine": {"bucket_mb": 2}})
     with pytest.raises(ConfigError, match=r"no engine is called 'deepsped'; did you mean 'deepspeed'"):
         parse_config(TrainConfig, {**raw, "engine": {"name": "deepsped"}})
