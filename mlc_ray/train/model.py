@@ -231,13 +231,15 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
 def _check_attention(model: PreTrainedModel, settings: ModelSection) -> None:
     text = model.config.get_text_config()
     cap, dropout = getattr(text, "attn_logit_softcapping", None), getattr(text, "attention_dropout", 0.0)
-    for what, ways in ((cap and f"caps its attention scores at {cap}", ("varlen",)),
-                       (dropout and f"has an attention_dropout of {dropout}", ("varlen", "flex"))):  # fmt: skip
-        if what and settings.attention in ways:
-            raise ModelError(
-                f"{type(model).__name__} {what}, which model.attention={settings.attention!r} would leave out; "
-                "use model.attention='auto'"
-            )
+    refused = None
+    if settings.attention == "varlen" and cap:
+        refused = f"{type(model).__name__} caps its attention scores at {cap}, which it would leave out"
+    elif settings.attention in ("varlen", "flex") and dropout:
+        refused = f"{type(model).__name__} has an attention_dropout of {dropout}, which it would leave out"
+    elif settings.attention in ("varlen", "flex") and not torch.cuda.is_available():
+        refused = "it needs a GPU, and there is none here"
+    if refused:
+        raise ModelError(f"model.attention={settings.attention!r}: {refused}; use model.attention='auto'")
 
 
 def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:

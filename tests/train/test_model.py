@@ -252,12 +252,14 @@ def test_resolve_layer_out_of_range(layer):
 @pytest.mark.parametrize(
     ("changes", "attention", "message"),
     [
-        ({}, "varlen", "caps its attention scores at 50.0.*model.attention='varlen'.*use model.attention='auto'"),
+        ({}, "varlen", "model.attention='varlen': .*caps its attention scores at 50.0.*use model.attention='auto'"),
         ({"attn_logit_softcapping": None, "attention_dropout": 0.1}, "varlen", "attention_dropout of 0.1"),
-        ({"attention_dropout": 0.1}, "flex", "attention_dropout of 0.1.*model.attention='flex'"),
+        ({"attention_dropout": 0.1}, "flex", "attention_dropout of 0.1"),
+        ({"attn_logit_softcapping": None}, "varlen", "it needs a GPU, and there is none here"),
     ],
 )
-def test_an_attention_that_would_leave_something_out_is_refused(changes, attention, message, tmp_path):
+def test_an_attention_that_would_leave_something_out_is_refused(changes, attention, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = Gemma2Config(**SMALL, head_dim=8, pad_token_id=0, **changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=message):
