@@ -20,10 +20,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mlc_ray"
 PATH = {
-    "data": "formats/containers formats/base formats/mlc bundles sources tables prepare tokens store order stream "
-    "batches trees",
+    "data": "formats/containers formats/base formats/mlc bundles sources tables prepare tokens store order plan "
+    "stream batches trees",
     "losses": "base dpo mlc logprobs objective",
-    "train": "run worker model attention checks engines/base engines/deepspeed loop collectives",
+    "train": "run worker model attention checks engines/base engines/deepspeed planning loop meter flops collectives "
+    "watch",
     "generate": "stage engine pool",
     "judges": "base phrase_lists refusal degenerate",
     "stats": "rates intervals",

@@ -90,5 +90,5 @@ def batch_of(
     reference: Mapping[str, ReferenceRow] | None = None,
 ) -> Batch:
     """Our batch of `rows`, which are some or all of a step's `of` bundles."""
-    weights = [len(rows) / of] * len(rows)  # losses are averaged over the batch's bundles
+    weights = [1 / of] * len(rows)  # the step's loss is the sum over its batches
     return collate(rows, languages=LANGUAGES, weights=weights, needs_rejected=True, reference=reference, tap=tap)

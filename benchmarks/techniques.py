@@ -67,8 +67,8 @@ def learn(output: ModelOutput, batch: Batch) -> Losses:
         present=output.present,
     )
     result.loss.backward()
-    n = len(batch.bundle_ids)
-    parts = {name: (result.metrics[f"loss/{name}"] * batch.weight / n).sum() for name in parts_of(batch)}
+    metrics = {**result.metrics, **result.term_metrics}
+    parts = {name: (metrics[f"loss/{name}"] * batch.weight).sum() for name in parts_of(batch)}
     return parts | {"total": result.loss.detach()}
 
 

@@ -38,6 +38,8 @@ class TorchDdp(Engine):
 
         bucket_mb: int = Field(25, ge=1, description="Size of the buckets in which gradients are averaged, in MiB.")
 
+    any_workers = True  # all of them have the same state
+
     def __init__(self, module: PolicyWithExtractor, config: TrainConfig, device: torch.device) -> None:
         if config.model.dtype != "float32":
             raise TrainingEngineError(f"model.dtype={config.model.dtype!r}: TorchDdp knows float32 only; set that")
@@ -51,10 +53,10 @@ class TorchDdp(Engine):
             parameter_groups(module.parameters(), config.optimizer.weight_decay),
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
+            fused=True,
         )
         self.max_norm = config.optimizer.max_grad_norm
-        self.accumulation = config.train.gradient_accumulation_steps
-        self.done = 0  # micro-batches of the step that is going on
+        self.left = 0  # micro-batches of the step that is going on
 
     @classmethod
     def frozen(
@@ -70,21 +72,23 @@ class TorchDdp(Engine):
 
         return ask
 
+    def begin(self, micro_batches: int) -> None:
+        """The step's last micro-batch is another one than the others."""
+        self.left = micro_batches
+
     def forward(self, batch: Batch) -> ModelOutput:
         """Only the last micro-batch's backward averages over workers; DDP is told so in the forward."""
-        last = self.done == self.accumulation - 1
-        with nullcontext() if last else self.ddp.no_sync():
+        with nullcontext() if self.left == 1 else self.ddp.no_sync():
             output: ModelOutput = self.ddp(batch)
         return output
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate this worker's gradient, or (last micro-batch) average what is accumulated over all."""
-        (loss / self.accumulation).backward()
-        self.done += 1
+        loss.backward()
+        self.left -= 1
 
     def step(self, learning_rate: float) -> float:
         """Clip and step, unless the norm is not finite."""
-        self.done = 0
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if norm.isfinite():

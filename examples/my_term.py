@@ -4,7 +4,7 @@
       sign: {name: "examples.my_term:SameSign", weight: 0.5}
 
 It is added on the steps that tap, logged as `loss/sign`, and named in the model card. What it reads besides what was
-tapped it says by `needs_reference_state` and `needs_round`: see `mlc_ray.losses.base.Term`.
+tapped it says by `needs_reference_state` and `needs_group`: see `mlc_ray.losses.base.Term`.
 """
 
 import torch.nn.functional as F

@@ -68,3 +68,21 @@ def gpu_capabilities() -> list[tuple[int, int]]:
     import torch
 
     return [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+
+
+PEAK_TFLOPS = {
+    "NVIDIA A100": 312,
+    "NVIDIA H100 PCIe": 756,
+    "NVIDIA H100 NVL": 835,
+    "NVIDIA H100": 989,
+    "NVIDIA H200": 989,
+    "NVIDIA L4": 121,
+    "NVIDIA L40S": 362,
+}
+"""What NVIDIA's data sheets give for dense bfloat16, in 1e12 operations a second, by how PyTorch's names begin."""
+
+
+def peak_tflops(name: str, dtype: str) -> float | None:
+    """Peak of the GPU that PyTorch calls `name`, in 1e12 operations a second; None where it is not known."""
+    known = [begin for begin in PEAK_TFLOPS if f"{name} ".startswith((f"{begin} ", f"{begin}-"))]
+    return PEAK_TFLOPS[max(known, key=len)] if known and dtype == "bfloat16" else None

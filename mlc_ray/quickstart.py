@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -172,9 +171,5 @@ def _settings(config_file: Path | None) -> tuple[Path, Path]:
 
 
 def fit_to_gpus(config: TrainConfig, gpus: int) -> list[str]:
-    """Overrides that make the run fit on `gpus` GPUs, one worker each, with as many bundles per optimizer step."""
-    workers = min(config.cluster.workers, gpus)
-    if workers == config.cluster.workers:
-        return []
-    steps = config.train.gradient_accumulation_steps * config.cluster.workers
-    return [f"cluster.workers={workers}", f"train.gradient_accumulation_steps={math.ceil(steps / workers)}"]
+    """Overrides that make the run fit on `gpus` GPUs, one worker each; its optimizer steps stay what they are."""
+    return [f"cluster.workers={gpus}"] if gpus < config.cluster.workers else []

@@ -8,8 +8,8 @@ A *bundle* is one prompt in several languages. What is forwarded at once is a pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 if TYPE_CHECKING:  # torch is imported by whoever makes tensors, not by whoever names them
@@ -148,11 +148,11 @@ class Prompts:
 class Batch:
     """What one worker forwards at once.
 
-    `weight` [B] multiplies each bundle's losses before the mean over the B slots: 0 for a padding bundle, otherwise
-    (slots of the whole round) / (real bundles of the whole round), so that all workers together take the mean over
-    real bundles; `term_weight` [B] is the same for the terms on representations. `groups` [B] numbers the groups
-    within which terms between bundles are computed. `languages` names the L columns of the grid; it is the same list
-    on every worker and step. `prompts` is None where the step does not tap: then `tree` holds no prompt but those
+    `weight` [B] multiplies each bundle's losses in their sum: workers / bundles of the optimizer step's batch, since an
+    engine takes the mean over workers, or 0 where a worker forwards a bundle for nothing; `term_weight` [B] is the same
+    for the terms on representations. `groups` has the group of each bundle; those of equal number, which are
+    neighbours, are compared with each other by some terms. `languages` names the L columns of the grid; it is the same
+    list on every worker and step. `prompts` is None where the step does not tap: then `tree` holds no prompt but those
     that answers continue.
     `reference_chosen` and `reference_rejected` [B] are summed response log-probs of the frozen reference, and
     `reference_state` [B, H] its tapped state of each bundle's response prompt, where those were cached.
@@ -163,7 +163,7 @@ class Batch:
     languages: tuple[str, ...]
     weight: Tensor
     term_weight: Tensor
-    groups: Tensor | None
+    groups: tuple[int, ...] | None
     tree: Tree
     chosen: Answers
     rejected: Answers | None
@@ -201,10 +201,11 @@ class ResponseLogProbs:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss to differentiate, and detached numbers to log (each a scalar or [B])."""
+    """A loss to differentiate, and detached numbers [B] to log: of all bundles, and of those that have the terms."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor]
+    term_metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 PROMPT_TOO_LONG = "prompt_too_long"
@@ -281,13 +282,23 @@ T = TypeVar("T")
 
 
 def move(value: T, device: torch.device | str) -> T:
-    """`value` with every tensor in it (dataclasses and tuples of them are walked) on `device`."""
+    """`value` with every tensor in it on `device`."""
+    return _each_tensor(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def pinned(value: T) -> T:
+    """`value` with every tensor in it in pinned memory, from which a GPU copies while it computes."""
+    return _each_tensor(value, lambda tensor: tensor.pin_memory())
+
+
+def _each_tensor(value: T, change: Callable[[Any], Any]) -> T:
+    """`value` with every tensor in it changed; dataclasses and tuples of them are walked."""
 
     def walk(item: Any) -> Any:
         if is_dataclass(item) and not isinstance(item, type):
             return replace(item, **{f.name: walk(getattr(item, f.name)) for f in fields(item)})
         if isinstance(item, tuple) and any(is_dataclass(part) for part in item):
             return tuple(walk(part) for part in item)
-        return item.to(device, non_blocking=True) if hasattr(item, "to") else item
+        return change(item) if hasattr(item, "pin_memory") else item
 
     return cast(T, walk(value))

@@ -70,8 +70,7 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
     assert (config.objective.loss, config.objective.beta) == ("dpo", 0.1)
     assert (config.optimizer.learning_rate, config.optimizer.warmup_ratio) == (6e-7, 0.1)
     assert (config.optimizer.schedule, config.train.epochs, config.engine.stage) == ("cosine", 3, stage)
-    slots = config.cluster.workers * config.train.bundles_per_worker * config.train.gradient_accumulation_steps
-    assert slots == 32
+    assert config.train.batch_bundles == 32
     assert config.data.max_prompt_tokens + config.data.max_response_tokens == 1024
     assert config.model.lora is None
 
@@ -129,9 +128,16 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"terms": {"mine": {"name": "pathlib:Path"}}}, ["terms.mine: name='pathlib:Path' cannot stand here"]),
         ({"terms": {"mine": {"name": "no_such_package.m:T"}}}, ["there is no module 'no_such_package'"]),
         (
-            {"terms": {"spread": {"name": "variance"}}},
-            ["terms.spread compares", "cluster.workers=1", "train.bundles_per_worker=1", "raise one of them"],
+            {"terms": {"spread": {"name": "variance"}}, "train": {"batch_bundles": 1}},
+            ["terms.spread compares the bundles of a batch", "train.batch_bundles=1 gives it a single one; raise it"],
         ),
+        ({"train": {"group_bundles": 1}}, ["train.group_bundles=1", "greater than or equal to 2"]),
+        (
+            {"train": {"group_bundles": 4}, "terms": {"anchor": {}}},
+            ["train.group_bundles=4 is read by terms that compare bundles", "remove it", "terms.variance"],
+        ),
+        ({"train": {"tokens_per_forward": 0}}, ["train.tokens_per_forward"]),
+        ({"train": {"bundles_per_worker": 2}}, ["train.bundles_per_worker=2: no such field", "batch_bundles"]),
         ({"collapse": {"window": 15}}, ["collapse.window=15", "16 or more", "0"]),
         ({"collapse": {"min_spread": 1.5}}, ["collapse.min_spread=1.5", "less than or equal to 1"]),
         ({"engine": {"stage": 0, "offload_optimizer": True}}, ["engine.offload_optimizer=True", "engine.stage=0"]),
@@ -163,11 +169,11 @@ def test_a_mistake_is_quoted(changes: dict[str, Any], quoted: list[str]) -> None
     assert isinstance(caught.value, MlcRayError)
 
 
-@pytest.mark.parametrize("sizes", [{"cluster": {"workers": 2}}, {"train": {"bundles_per_worker": 2}}])
-def test_bundles_to_compare_may_come_from_one_worker_or_several(sizes: dict[str, Any]) -> None:
+def test_bundles_to_compare_are_those_of_a_batch_on_however_many_workers() -> None:
     for kind in ("contrast", "variance"):
-        parse_config(TrainConfig, minimal(terms={kind: {}}, **sizes))
-    parse_config(TrainConfig, minimal(terms={"variance": {"weight": 0}}))  # switched off, it compares nothing
+        for workers in (1, 64):
+            parse_config(TrainConfig, minimal(terms={kind: {}}, cluster={"workers": workers}))
+        parse_config(TrainConfig, minimal(terms={kind: {"weight": 0}}, train={"group_bundles": 4}))
 
 
 def test_an_anchor_gives_every_loss_a_reference_setting() -> None:

@@ -145,8 +145,7 @@ def test_train_as_a_ray_job(head: Head, repository: Path, smollm2: Path, tmp_pat
         f"output_dir={tmp_path}",
         "name=job",
         "train.max_steps=1",
-        "train.bundles_per_worker=1",
-        "train.gradient_accumulation_steps=1",
+        "train.batch_bundles=2",
         "data.languages=[en,fr]",
     ]
     submit(head, repository, ["train", "--config", "configs/quickstart.yaml"], settings)

@@ -194,8 +194,19 @@ class TrainSection(Section):
 
     epochs: PositiveInt = Field(3, description="Passes over the bundles.")
     max_steps: PositiveInt | None = Field(None, description="Stop after this many optimizer steps.")
-    bundles_per_worker: PositiveInt = Field(1, description="Bundles in one forward of one worker.")
-    gradient_accumulation_steps: PositiveInt = Field(1, description="Forwards per optimizer step.")
+    batch_bundles: PositiveInt = Field(
+        32, description="Bundles of an optimizer step, on however many workers and in however many forwards."
+    )
+    tokens_per_forward: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description=(
+            "The most tokens that one worker forwards at once; no number changes a result. `auto`: what the GPU's free "
+            "memory holds, 2048 on a CPU."
+        ),
+    )
+    group_bundles: Annotated[PositiveInt, Field(ge=2)] = Field(
+        8, description="The most bundles of a batch that `contrast` and `variance` compare with each other."
+    )
 
 
 class EngineSettings(Section):
@@ -315,14 +326,17 @@ class TrainConfig(ObjectiveConfig):
             raise ValueError(
                 f"reference={self.reference!r} is not read by objective.loss={self.objective.loss!r}; remove it"
             )
-        together = self.cluster.workers * self.train.bundles_per_worker
-        for name, term in self.active_terms.items():
-            if resolve("term", term.name).needs_round and together < 2:
-                raise ValueError(
-                    f"terms.{name} compares bundles that are forwarded at once, but "
-                    f"cluster.workers={self.cluster.workers} x train.bundles_per_worker="
-                    f"{self.train.bundles_per_worker} gives it a single one; raise one of them, or remove the term"
-                )
+        comparing = [name for name, term in self.terms.items() if resolve("term", term.name).needs_group]
+        if comparing and self.train.batch_bundles < 2:
+            raise ValueError(
+                f"terms.{comparing[0]} compares the bundles of a batch, but train.batch_bundles="
+                f"{self.train.batch_bundles} gives it a single one; raise it, or remove the term"
+            )
+        if self.train.group_bundles != TrainSection.model_fields["group_bundles"].default and not comparing:
+            raise ValueError(
+                f"train.group_bundles={self.train.group_bundles} is read by terms that compare bundles, and this run "
+                "has none; remove it, or add terms.contrast or terms.variance"
+            )
         if self.model.attention == "varlen" and self.model.dtype == "float32":
             raise ValueError(
                 "model.attention='varlen' has no float32 kernel; use model.dtype='bfloat16' or attention='auto'"

@@ -70,7 +70,7 @@ def collate(
         languages=tuple(languages),
         weight=torch.tensor(weights, dtype=torch.float32),
         term_weight=torch.tensor(weights if term_weights is None else term_weights, dtype=torch.float32),
-        groups=torch.tensor(groups, dtype=torch.int64) if groups is not None else None,
+        groups=tuple(groups) if groups is not None else None,
         tree=tree,
         chosen=answers[0],
         rejected=answers[1] if needs_rejected else None,

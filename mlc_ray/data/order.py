@@ -1,30 +1,14 @@
-"""Which bundle is used when, by whom, with what weight: pure arithmetic, the same on every machine and restart.
+"""Which bundles an optimizer step has: pure arithmetic, the same on every machine, cluster and restart.
 
-An optimizer step consumes a *round*: G = world_size x bundles_per_worker x accumulation consecutive positions of the
-epoch's order. Which bundles share a round depends on G alone, not on how G is divided. The last round of an epoch is
-filled up with bundles of weight 0, so that every worker does the same number of forwards and no bundle is dropped.
+A step's *batch* is `train.batch_bundles` consecutive bundles of the epoch's order. The last batch of an epoch has what
+is left, so that every bundle is used exactly once an epoch. Nothing here knows of workers: how a batch is cut into
+forwards is `mlc_ray.data.plan`.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One bundle's place in the run.
-
-    `epoch` and `step` count from 0, steps over all epochs; `micro` is the forward within the step; `row_index` the
-    bundle; `weight` is 0 for padding, else (slots of the round) / (real bundles of the round).
-    """
-
-    epoch: int
-    step: int
-    micro: int
-    row_index: int
-    weight: float
 
 
 def epoch_order(bundle_ids: Sequence[str], seed: int, epoch: int) -> list[int]:
@@ -41,83 +25,46 @@ def epoch_order(bundle_ids: Sequence[str], seed: int, epoch: int) -> list[int]:
     return sorted(range(len(bundle_ids)), key=rank)
 
 
-def steps_per_epoch(bundles: int, *, world_size: int, bundles_per_worker: int, accumulation: int) -> int:
-    """Rounds that cover `bundles`, the last one padded.
+def steps_per_epoch(bundles: int, batch_bundles: int) -> int:
+    """Batches that cover `bundles`.
 
     Raises:
-        ValueError: there are no bundles.
+        ValueError: There are no bundles.
     """
     if bundles < 1:
         raise ValueError(f"there is nothing to order: {bundles} bundles")
-    return -(-bundles // _round_size(world_size, bundles_per_worker, accumulation))
+    return -(-bundles // batch_bundles)
 
 
-def total_steps(
-    bundles: int,
-    *,
-    epochs: int,
-    world_size: int,
-    bundles_per_worker: int,
-    accumulation: int,
-    max_steps: int | None,
-) -> int:
+def total_steps(bundles: int, *, epochs: int, batch_bundles: int, max_steps: int | None) -> int:
     """Optimizer steps of a whole run: all epochs, or `max_steps` if that is fewer."""
-    steps = epochs * steps_per_epoch(
-        bundles, world_size=world_size, bundles_per_worker=bundles_per_worker, accumulation=accumulation
-    )
+    steps = epochs * steps_per_epoch(bundles, batch_bundles)
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def bundles_consumed(bundles: int, step: int, *, world_size: int, bundles_per_worker: int, accumulation: int) -> int:
-    """Real (not padding) bundles that the first `step` optimizer steps use, over all epochs."""
-    size = _round_size(world_size, bundles_per_worker, accumulation)
-    epochs, rounds = divmod(step, -(-bundles // size))
-    return epochs * bundles + min(bundles, rounds * size)
+def bundles_consumed(bundles: int, step: int, batch_bundles: int) -> int:
+    """Bundles that the first `step` optimizer steps use, over all epochs."""
+    epochs, batches = divmod(step, steps_per_epoch(bundles, batch_bundles))
+    return epochs * bundles + min(bundles, batches * batch_bundles)
 
 
-def plan_rank(
-    bundle_ids: Sequence[str],
-    *,
-    seed: int,
-    epochs: int,
-    world_size: int,
-    rank: int,
-    bundles_per_worker: int,
-    accumulation: int,
-    max_steps: int | None,
-    start_step: int = 0,
-) -> list[Slot]:
-    """All slots of one worker from `start_step` on, in the order it consumes them.
+class Order:
+    """The batches of a run.
 
-    Each `bundles_per_worker` consecutive slots are one forward, each `accumulation` of those one optimizer step. The
-    ranks together use every bundle exactly once an epoch with a weight above 0.
-
-    Raises:
-        ValueError: the rank is impossible, or there are no bundles.
+    Args:
+        bundle_ids: ids of all rows; a batch names rows by their index here.
+        seed: of the order.
+        batch_bundles: bundles of a batch.
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not one of {world_size} workers")
-    count = len(bundle_ids)
-    sizes = {"world_size": world_size, "bundles_per_worker": bundles_per_worker, "accumulation": accumulation}
-    size = _round_size(**sizes)
-    rounds = steps_per_epoch(count, **sizes)
-    end = total_steps(count, epochs=epochs, max_steps=max_steps, **sizes)
-    slots: list[Slot] = []
-    order: list[int] = []
-    ordered_epoch = -1
-    for step in range(start_step, end):
-        epoch, round_in_epoch = divmod(step, rounds)
-        if epoch != ordered_epoch:
-            order, ordered_epoch = epoch_order(bundle_ids, seed, epoch), epoch
-        start = round_in_epoch * size
-        weight = size / min(size, count - start)
-        for micro in range(accumulation):
-            first = start + (micro * world_size + rank) * bundles_per_worker
-            for position in range(first, first + bundles_per_worker):
-                real = position < count
-                slots.append(Slot(epoch, step, micro, order[position % count], weight if real else 0.0))
-    return slots
 
+    def __init__(self, bundle_ids: Sequence[str], *, seed: int, batch_bundles: int) -> None:
+        self.steps_per_epoch = steps_per_epoch(len(bundle_ids), batch_bundles)
+        self._ids, self._seed, self._size = bundle_ids, seed, batch_bundles
+        self._epoch, self._order = -1, list[int]()
 
-def _round_size(world_size: int, bundles_per_worker: int, accumulation: int) -> int:
-    return world_size * bundles_per_worker * accumulation
+    def batch(self, step: int) -> list[int]:
+        """Rows of optimizer step `step` (from 0, over all epochs), in order; an epoch is ordered when it begins."""
+        epoch, number = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self._ids, self._seed, epoch)
+        return self._order[number * self._size : (number + 1) * self._size]

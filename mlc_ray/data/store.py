@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlc_ray.data.plan import Ints, Lengths
 from mlc_ray.data.tables import TOKENS, table_to_rows
 from mlc_ray.storage import ArtifactError, read_manifest, verify_files, write_manifest
 from mlc_ray.types import TokenRow
 
-FORMAT = 1
+FORMAT = 2
 ROWS_FILE = "rows.arrow"
 REJECTS_FILE = "rejects.jsonl"
 
@@ -62,20 +64,41 @@ class TokenCounts:
 def write_rows(folder: Path, tables: Iterable[pa.Table | pa.RecordBatch], **manifest: Any) -> TokenCounts:
     """Stream tables of `TOKENS` into `folder` and write its manifest last, with the counts and the given fields."""
     counts = TokenCounts()
+    head: Ints | None = None
     # Uncompressed: a compressed column would have to be unpacked into each process, row by row of random access.
     with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, TOKENS) as writer:
         for table in tables:
             counts.add(table)
+            head = _common_start(table, head)
             writer.write(table.select(TOKENS.names).cast(TOKENS))
     write_manifest(
         folder,
         artifact="tokens",
         format=FORMAT,
         languages=counts.languages,
+        head=0 if head is None else len(head),
         counts={name: dict(v) if isinstance(v, Counter) else v for name, v in vars(counts).items()},
         **manifest,
     )
     return counts
+
+
+def _common_start(table: pa.Table | pa.RecordBatch, head: Ints | None) -> Ints | None:
+    """The ids that all prompts of `table` begin with, and `head` too (None: there was no prompt yet)."""
+    column = table["prompts"]
+    for prompts in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        flat = prompts.flatten()
+        ids, ends = flat.flatten().to_numpy(), np.cumsum(pc.list_value_length(flat).to_numpy(zero_copy_only=False))
+        starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+        if not len(ends):
+            continue
+        head = ids[: ends[0]].copy() if head is None else head
+        head = head[: int((ends - starts).min())]
+        for position, token in enumerate(head):
+            if (ids[starts + position] != token).any():
+                head = head[:position]
+                break
+    return head
 
 
 class TokenArtifact:
@@ -145,6 +168,29 @@ class TokenArtifact:
         return self.folder / REJECTS_FILE if self.rejected else None
 
     @property
+    def head(self) -> int:
+        """How many tokens all prompts of the data set begin with: the template's, before the user's text."""
+        return int(self.manifest["head"])
+
+    def lengths(self, indices: Sequence[int] | None = None) -> Lengths:
+        """Tokens of some rows, or of all; read from Arrow's offsets, no token is.
+
+        Raises:
+            IndexError: An index is outside 0..rows-1.
+        """
+        if indices is None:
+            return Lengths(*np.concatenate([_lengths(batch, None) for batch in self._batches], axis=1))
+        wanted = np.asarray(indices, dtype=np.int64)
+        if len(outside := wanted[(wanted < 0) | (wanted >= self.rows_count)]):
+            raise IndexError(f"row {outside[0]} of {self.rows_count} in {str(self.folder)!r}")
+        parts = np.searchsorted(self._starts, wanted, side="right") - 1
+        found = np.empty((len(fields(Lengths)), len(wanted)), dtype=np.int64)
+        for part in np.unique(parts):
+            here = parts == part
+            found[:, here] = _lengths(self._batches[part], wanted[here] - self._starts[part])
+        return Lengths(*found)
+
+    @property
     def bundle_ids(self) -> list[str]:
         """Ids of all rows, in the order of the file."""
         return [name for batch in self._batches for name in batch.column("bundle_id").to_pylist()]
@@ -178,7 +224,18 @@ class TokenArtifact:
         return table_to_rows(self.table(indices))
 
 
-def gather(plan: pa.Table, folder: str) -> pa.Table:
-    """(position, row_index) -> the token rows with their position: what a Ray task runs on a node of its own."""
-    rows = TokenArtifact.open(folder).table(plan["row_index"].to_pylist())
-    return rows.append_column("position", plan["position"])
+def _lengths(batch: pa.RecordBatch, rows: Ints | None) -> Ints:
+    """The fields of `Lengths` for some rows of a record batch (None: all), [5, N]."""
+    rows = np.arange(batch.num_rows) if rows is None else rows
+    prompts = batch.column("prompts")
+    first = prompts.offsets.to_numpy()
+    starts, ends = first[rows], first[rows + 1]  # of the bundle's prompts
+    tokens = prompts.values.offsets.to_numpy()
+    answered = batch.column("response_prompt").to_numpy()[rows]
+    one = np.minimum(starts + answered.clip(min=0), ends - 1)
+    answers = []
+    for name in ("chosen", "rejected"):  # an absent answer is null, and has no tokens
+        offsets = batch.column(name).offsets.to_numpy()
+        answers.append(offsets[rows + 1] - offsets[rows])
+    own = np.where(answered >= 0, tokens[one + 1] - tokens[one], 0)
+    return np.stack([ends - starts, tokens[ends] - tokens[starts], own, *answers]).astype(np.int64)

@@ -1,7 +1,7 @@
 """Losses: an alignment loss on answers, or a term on tapped representations; each is one class in one file.
 
 A component names what it needs in class attributes, and is called with exactly that, by keyword. It says what each
-bundle costs; the mean over bundles, with its weights, and the weight of a term are taken in one place, by `Objective`.
+bundle costs; the sum over bundles, with its weights, and the weight of a term are taken in one place, by `Objective`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Alignment(ABC):
 
 @dataclass(frozen=True)
 class Tapped:
-    """What was tapped of the B bundles that this worker forwards; rows count where `present` [B, L] is true.
+    """What was tapped of B bundles; rows count where `present` [B, L] is true.
 
     `representations` [B, L, D] are the extractor's outputs, `hidden` [B, L, H] the states before it, if they were kept.
     """
@@ -71,27 +71,8 @@ class Tapped:
 
 
 @dataclass(frozen=True)
-class Round:
-    """The N bundles that all workers forward at once; each worker's own B stand at `first` .. `first` + B.
-
-    `representations` [N, L, D] are the extractor's outputs, with a gradient to this worker's own; `present` [N, L]
-    marks the languages a bundle has; `weight` [N] is 0 for padding bundles, which take no part.
-    """
-
-    representations: Tensor
-    present: Tensor
-    weight: Tensor
-    first: int = 0
-
-    @property
-    def taking_part(self) -> Tensor:
-        """[N, L]: languages that are there, of bundles that are not padding."""
-        return self.present & (self.weight > 0).unsqueeze(1)
-
-
-@dataclass(frozen=True)
 class TermLoss:
-    """Loss of each bundle, [B], or [N] of a term that `needs_round`; and detached numbers [B] to log beside it."""
+    """Loss of each bundle, [B], and detached numbers [B] to log beside it."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
@@ -100,18 +81,18 @@ class TermLoss:
 class Term(ABC):
     """A further term of the total. Subclasses nest their `Settings`, and are registered by `@register("term", NAME)`.
 
-    `__call__` is given `tapped`; `reference_state` [B, H], the frozen reference's tapped states of the bundles'
-    response prompts, if `needs_reference_state`; and `together`, a `Round`, if `needs_round`. A term that needs the
-    round must be the same function of it on every worker: then the mean of the workers' gradients is the gradient of
-    the loss.
+    `__call__` is given `tapped`, and `reference_state` [B, H], the frozen reference's tapped states of the bundles'
+    response prompts, if `needs_reference_state`. A term that `needs_group` is called for each group of a batch alone:
+    the B bundles that it is given are the group, and it may compare them with each other.
     """
 
     Settings: ClassVar[type[TermSettings]]
     settings: TermSettings
     needs_reference_state: ClassVar[bool] = False
     """Whether it compares tapped states with those of a frozen reference."""
-    needs_round: ClassVar[bool] = False
-    """Whether it compares the bundles of all workers with each other."""
+    needs_group: ClassVar[bool] = False
+    """Whether it compares bundles with each other: those of a group, `train.group_bundles` consecutive ones of the
+    batch."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

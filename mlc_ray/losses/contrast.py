@@ -1,4 +1,4 @@
-"""A term against collapse: tell each bundle from the others of its round. See docs/collapse.md."""
+"""A term against collapse: tell each bundle from the others of its group. See docs/collapse.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mlc_ray._registry import register
 from mlc_ray.config import PositiveFloat, TermSettings
-from mlc_ray.losses.base import Round, Tapped, Term, TermLoss, mean_over_languages
+from mlc_ray.losses.base import Tapped, Term, TermLoss, mean_over_languages
 from mlc_ray.losses.mlc import unit_rows
 
 
@@ -17,32 +17,30 @@ class Contrast(Term):
     """`contrast_losses` with its settings."""
 
     class Settings(TermSettings):
-        """Tells each bundle from the others of its round."""
+        """Tells each bundle from the others of its group."""
 
         temperature: PositiveFloat = Field(0.1, description="Tau of the softmax over cosines.")
 
     settings: Settings
-    needs_round = True
+    needs_group = True
 
-    def __call__(self, tapped: Tapped, together: Round) -> TermLoss:
-        """The loss of each bundle of the round [N]."""
-        return TermLoss(
-            contrast_losses(together.representations, together.taking_part, temperature=self.settings.temperature)
-        )
+    def __call__(self, tapped: Tapped) -> TermLoss:
+        """The loss of each bundle of the group [B]."""
+        return TermLoss(contrast_losses(tapped.representations, tapped.present, temperature=self.settings.temperature))
 
 
-def contrast_losses(representations: Tensor, taking_part: Tensor, *, temperature: float) -> Tensor:
-    """Supervised contrastive loss of each bundle [N]: its languages attract each other, other bundles' repel them.
+def contrast_losses(representations: Tensor, present: Tensor, *, temperature: float) -> Tensor:
+    """Supervised contrastive loss of each bundle [B]: its languages attract each other, other bundles' repel them.
 
-    Khosla et al. 2020 (arXiv 2004.11362), eq. 2, with bundles as classes. For unit rows z of the languages taking part,
-    P(i) the other languages of row i's bundle and A(i) all other rows:
+    Khosla et al. 2020 (arXiv 2004.11362), eq. 2, with bundles as classes. For unit rows z of [B, L, D], where present
+    [B, L], P(i) the other languages of row i's bundle and A(i) all other rows:
     l_i = -1/|P(i)| sum over p in P(i) of log(exp(z_i.z_p / tau) / sum over a in A(i) of exp(z_i.z_a / tau)),
     then the mean over the bundle's rows. Unlike the MLC loss it sees signs. A row without a positive or without a
     negative has no loss.
     """
     n_bundles, n_languages, _ = representations.shape
-    rows = unit_rows(representations, taking_part).flatten(0, 1)
-    mask = taking_part.flatten()
+    rows = unit_rows(representations, present).flatten(0, 1)
+    mask = present.flatten()
     bundle = torch.arange(n_bundles, device=rows.device).repeat_interleave(n_languages)
     others = mask.unsqueeze(0) & mask.unsqueeze(1) & ~torch.eye(len(mask), dtype=torch.bool, device=rows.device)
     same = bundle.unsqueeze(0) == bundle.unsqueeze(1)

@@ -1,7 +1,9 @@
-"""From config to one scalar: total = alignment + sum of weight * term, and the parts by name; weighted bundle means."""
+"""From config to one scalar: total = alignment + sum of weight * term, weighted sums over bundles; and its parts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import LossSettings, ObjectiveConfig, TermSettings
-from mlc_ray.losses.base import Alignment, AlignmentLoss, Round, Tapped, Term, TermLoss
+from mlc_ray.losses.base import Alignment, AlignmentLoss, Tapped, Term, TermLoss
 from mlc_ray.types import LossOutput, ResponseLogProbs
 
 
@@ -56,9 +58,9 @@ class Objective:
         return any(term.needs_reference_state for term in self.terms.values())
 
     @property
-    def needs_round(self) -> bool:
-        """Whether `total_loss` must be given all workers' representations on steps that tap."""
-        return any(term.needs_round for term in self.terms.values())
+    def needs_group(self) -> bool:
+        """Whether a term compares bundles of a group, which must then be forwarded at once."""
+        return any(term.needs_group for term in self.terms.values())
 
     @property
     def needs_rejected(self) -> bool:
@@ -81,12 +83,16 @@ class Objective:
         representations: Tensor | None = None,
         present: Tensor | None = None,
         tapped: Tensor | None = None,
-        together: Round | None = None,
+        term_weight: Tensor | None = None,
+        groups: Sequence[int] | None = None,
     ) -> LossOutput:
-        """Loss of a batch, a scalar, and its parts for each bundle, which the caller averages over all workers.
+        """Loss of B bundles, a scalar, and its parts for each of them, which the caller averages over a whole batch.
+
+        It is a sum: with 1 / N for `weight`, N the bundles of the batch, the losses of all its parts, however they are
+        cut, add up to the batch's mean.
 
         Args:
-            weight: [B], multiplies each bundle before the mean over slots (see `Batch`).
+            weight: [B], the factor of each bundle.
             chosen: Log-probs of the chosen answers.
             rejected: Those of the rejected ones.
             reference_chosen: [B], the reference's summed log-probs of the chosen answers.
@@ -95,18 +101,20 @@ class Objective:
             representations: [B, L, D], the extractor's outputs; given on steps that tap, and absent on others.
             present: [B, L], the languages that each bundle has; all of them if it is not given.
             tapped: [B, L, H], hidden states before the extractor.
-            together: The round that the B bundles are part of.
+            term_weight: [B], each bundle's factor in the terms (default: `weight`).
+            groups: A number for each bundle; neighbours with the same one are a group, which some terms compare with
+                each other (default: all are one).
 
         Returns:
-            The scalar to differentiate; metrics are [B], one number per bundle: `loss/total`, `parts`, without their
-            weights, and what the components log beside them.
+            The scalar to differentiate; metrics are [B], one number per bundle: `parts`, without their weights, and
+            what the components log beside them.
 
         Raises:
             ValueError: A component needs what was not given; the message names both.
         """
         aligned = self._align(chosen, rejected, reference_chosen, reference_rejected)
-        total = (aligned.loss * weight).mean()
-        metrics: dict[str, Tensor] = {"loss/total": aligned.loss.detach(), "loss/alignment": aligned.loss.detach()}
+        total = (aligned.loss * weight).sum()
+        metrics: dict[str, Tensor] = {"loss/alignment": aligned.loss.detach()}
         if aligned.chosen_reward is not None and aligned.rejected_reward is not None:
             margin = aligned.chosen_reward - aligned.rejected_reward
             metrics["reward/chosen"] = aligned.chosen_reward
@@ -118,20 +126,14 @@ class Objective:
         if present is None:
             present = torch.ones(representations.shape[:2], dtype=torch.bool, device=representations.device)
         here = Tapped(representations, present, tapped)
+        of_terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
-            result = _term_loss(name, term, here, reference_state, together)
-            factor = term.settings.weight
-            losses, slots = result.loss, weight
-            if term.needs_round and together is not None:
-                slots = together.weight
-                own = losses[together.first : together.first + len(weight)].detach()
-            else:
-                own = losses.detach()
-            total = total + factor * (losses.to(total.dtype) * slots).mean()
-            metrics["loss/total"] = metrics["loss/total"] + factor * own
-            metrics[f"loss/{name}"] = own
-            metrics |= {f"{name}/{key}": value.detach() for key, value in result.metrics.items()}
-        return LossOutput(loss=total, metrics=metrics)
+            result = _term_loss(name, term, here, reference_state, groups)
+            factors = term.settings.weight * (weight if term_weight is None else term_weight)
+            total = total + (result.loss.to(total.dtype) * factors).sum()
+            of_terms[f"loss/{name}"] = result.loss.detach()
+            of_terms |= {f"{name}/{key}": value.detach() for key, value in result.metrics.items()}
+        return LossOutput(loss=total, metrics=metrics, term_metrics=of_terms)
 
     def _align(
         self,
@@ -170,15 +172,32 @@ def _described(title: str, settings: dict[str, Any], said: set[str]) -> str:
 
 
 def _term_loss(
-    name: str, term: Term, tapped: Tapped, reference_state: Tensor | None, together: Round | None
+    name: str, term: Term, tapped: Tapped, reference_state: Tensor | None, groups: Sequence[int] | None
 ) -> TermLoss:
     given = dict[str, Any](tapped=tapped)
     if term.needs_reference_state:
         if reference_state is None:
             raise ValueError(f"term {name!r} needs the reference's tapped states, none were given")
         given["reference_state"] = reference_state
-    if term.needs_round:
-        if together is None:
-            raise ValueError(f"term {name!r} needs all workers' bundles, none were given")
-        given["together"] = together
-    return term(**given)
+    if not term.needs_group or groups is None:
+        return term(**given)
+    results = []
+    for part in _slices(groups):
+        hidden = None if tapped.hidden is None else tapped.hidden[part]
+        own = dict[str, Any](tapped=Tapped(tapped.representations[part], tapped.present[part], hidden))
+        if term.needs_reference_state and reference_state is not None:
+            own["reference_state"] = reference_state[part]
+        results.append(term(**own))
+    return TermLoss(
+        torch.cat([result.loss for result in results]),
+        {key: torch.cat([result.metrics[key] for result in results]) for key in results[0].metrics},
+    )
+
+
+def _slices(groups: Sequence[int]) -> Iterator[slice]:
+    """Where each run of equal numbers stands."""
+    start = 0
+    for _, same in groupby(groups):
+        stop = start + len(list(same))
+        yield slice(start, stop)
+        start = stop

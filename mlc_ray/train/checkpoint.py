@@ -87,11 +87,11 @@ def load_checkpoint(folder: Path, *, engine: Engine, config: TrainConfig, finger
     """Load a checkpoint into the engine, with optimizer and random state; returns the progress that it was made at.
 
     Raises:
-        CheckpointError: if the folder is incomplete, was written by another number of workers, by another engine or
-            with other settings of it, or from other data.
+        CheckpointError: if the folder is incomplete, or was written by a number of workers that the engine cannot go on
+            from, by another engine or with other settings of it, or from other data.
     """
     manifest = verified_manifest(folder)
-    if manifest["world_size"] != engine.world_size:
+    if manifest["world_size"] != engine.world_size and not engine.any_workers:
         raise CheckpointError(
             f"checkpoint {str(folder)!r} was written by {manifest['world_size']} workers, this run has "
             f"{engine.world_size}: set cluster.workers={manifest['world_size']}"
@@ -111,7 +111,10 @@ def load_checkpoint(folder: Path, *, engine: Engine, config: TrainConfig, finger
                 f"now it is {value!r}: it has changed since; start a new run under another name"
             )
     engine.load(folder / ENGINE)
-    restore_random_state(load_file(_random_state_file(folder, engine.rank)))
+    if (
+        own := _random_state_file(folder, engine.rank)
+    ).is_file():  # of more workers than before, the new ones have none
+        restore_random_state(load_file(own))
     return Progress(step=manifest["step"], bundles=manifest["bundles_consumed"])
 
 

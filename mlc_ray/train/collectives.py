@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from mlc_ray.losses.base import Round
 
 T = TypeVar("T")
 
@@ -53,31 +51,9 @@ def gather_objects(value: T) -> list[T]:
     return parts
 
 
-def gather_round(representations: Tensor, present: Tensor, weight: Tensor) -> Round:
-    """The whole round, of which this worker forwarded [B, L, D]; every worker must compute the same loss on all of it.
-
-    The mean over workers of that loss's gradients, which is what an engine takes, is then the gradient of the loss.
-    """
-    if not distributed():
-        return Round(representations, present, weight)
-    gathered: Tensor = cast(Any, _GatherWithGradient).apply(representations)
-    return Round(gathered, gather(present), gather(weight), first=dist.get_rank() * len(representations))
-
-
-class _GatherWithGradient(torch.autograd.Function):
-    """`gather`, whose gradient is this worker's own part times the number of workers.
-
-    Each worker holds the same loss of the gathered tensor, so that the gradient of its own part is complete: a
-    reduction over workers in backward, in the middle of an engine's own, is not needed. The factor undoes the mean over
-    workers that follows.
-    """
-
-    @staticmethod
-    def forward(context: Any, own: Tensor) -> Tensor:
-        context.bundles = len(own)
-        return gather(own)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        first = dist.get_rank() * context.bundles
-        return gradients[0][first : first + context.bundles] * dist.get_world_size()
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of all workers' for each of `values`; every worker must call it."""
+    found = torch.tensor(values, dtype=torch.float64, device=device)
+    if distributed():
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return [float(value) for value in found.tolist()]

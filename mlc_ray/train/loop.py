@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mlc_ray.config import OptimizerSection, TrainConfig
+from mlc_ray.device import peak_tflops
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.collectives import distributed, gather_objects, gather_round
+from mlc_ray.train.collectives import gather_objects
 from mlc_ray.train.engines.base import Engine
-from mlc_ray.train.model import ModelOutput
+from mlc_ray.train.flops import Work
+from mlc_ray.train.meter import Metrics, StepMeter
 from mlc_ray.train.random_state import random_state, restore_random_state
 from mlc_ray.train.reference import Reference, ReferenceOutput
 from mlc_ray.train.watch import StateWindow, TappedStep
-from mlc_ray.types import Batch, LossOutput, move
-
-Metrics = dict[str, float]
+from mlc_ray.types import Batch, move
 
 logger = logging.getLogger(__name__)
 _MOST_NAMED = 50
@@ -47,7 +44,7 @@ class DivergedError(MlcRayError, FloatingPointError):
 
 @dataclass
 class Progress:
-    """Where a run is: optimizer steps done, and bundles consumed by all workers (padding not counted)."""
+    """Where a run is: optimizer steps done, and bundles consumed; how they were cut, and for how many, is not in it."""
 
     step: int = 0
     bundles: int = 0
@@ -57,7 +54,7 @@ def train_loop(
     config: TrainConfig,
     *,
     engine: Engine,
-    batches: Iterator[Batch],
+    steps: Iterator[Sequence[Batch]],
     reference: Reference | None,
     progress: Progress,
     total_steps: int,
@@ -73,7 +70,7 @@ def train_loop(
     Args:
         config: the run.
         engine: what trains.
-        batches: this worker's micro-batches in order, made for steps that tap or do not as the objective says.
+        steps: this worker's micro-batches of each step, as many as each other worker's, tapping as the objective says.
         reference: what the frozen reference says; None where the loss needs none.
         progress: where to start; moved on with every step.
         total_steps: where to stop.
@@ -85,20 +82,28 @@ def train_loop(
         DivergedError: on every worker, when `optimizer.max_retries` more tries of a step failed; nothing is saved then.
     """
     objective = Objective(config)
+    work = Work.of(engine.module)
+    peak = (
+        peak_tflops(torch.cuda.get_device_name(engine.device), config.model.dtype)
+        if engine.device.type == "cuda"
+        else None
+    )
     window = StateWindow(config.collapse.window if len(set(kinds)) > 1 else 0)
     engine.module.train()
     metrics: Metrics = {}
     while progress.step < total_steps:
         started = time.perf_counter()
         rate = learning_rate(progress.step, total_steps, config.optimizer)
-        micro_batches = [next(batches) for _ in range(config.train.gradient_accumulation_steps)]
-        taps = objective.taps(progress.step)
-        if any(batch.taps is not taps for batch in micro_batches):
-            raise ValueError(f"step {progress.step + 1} taps: {taps}, but not all its batches were made for that")
+        micro_batches = next(steps)
+        waited = time.perf_counter() - started
+        if any(batch.taps is not objective.taps(progress.step) for batch in micro_batches):
+            raise ValueError(
+                f"step {progress.step + 1}: its batches were made for a step that taps, or for one that does not"
+            )
         before = random_state()
         for retries in range(config.optimizer.max_retries + 1):
             restore_random_state(before)
-            meter = StepMeter(TappedStep(config.collapse.sample, window))
+            meter = StepMeter(TappedStep(config.collapse.sample, window), work)
             _accumulate(engine, objective, micro_batches, reference, meter)
             norm = engine.step(rate)
             if math.isfinite(norm):
@@ -110,18 +115,15 @@ def train_loop(
                 )  # fmt: skip
         else:
             raise _diverged(config, progress.step + 1, rate, micro_batches, meter)
-        metrics = meter.reduce() | meter.tapped.measure(f"{config.seed} {progress.step}")
+        metrics = meter.reduce(waited, engine.device) | meter.tapped.measure(f"{config.seed} {progress.step}")
         progress.step += 1
         progress.bundles += int(metrics.pop("bundles"))
-        seconds = time.perf_counter() - started
         metrics |= {
             "learning_rate": rate,
             "gradient_norm": norm,
             "retries": float(retries),
-            "tokens_per_second": metrics["tokens"] / seconds,
-            "step_seconds": seconds,
-            "peak_memory_gib": peak_memory_gib(engine.device),
             "bundles_consumed": float(progress.bundles),
+            **_speed(metrics, time.perf_counter() - started, peak),
         }
         log(progress.step, metrics)
         last = progress.step == total_steps
@@ -138,15 +140,14 @@ def _accumulate(
     meter: StepMeter,
 ) -> None:
     """Forward and backward of one optimizer step's micro-batches; `meter` takes in what they give."""
+    engine.begin(len(micro_batches))
     for on_host in micro_batches:
+        idle = not bool(on_host.weight.any())
         batch = move(on_host, engine.device)
         frozen = ReferenceOutput()
         if reference is not None and (objective.needs_reference_log_probs or batch.taps):
             frozen = reference(batch)
         output = engine.forward(batch)
-        together = None
-        if objective.needs_round and output.representations is not None and output.present is not None:
-            together = gather_round(output.representations, output.present, batch.weight)
         result = objective.total_loss(
             weight=batch.weight,
             chosen=output.chosen,
@@ -157,10 +158,22 @@ def _accumulate(
             representations=output.representations,
             present=output.present,
             tapped=output.tapped,
-            together=together,
+            term_weight=batch.term_weight,
+            groups=batch.groups,
         )
         engine.backward(_with_telling_gradient(result.loss, output.chosen.total))
-        meter.add(batch, output, result)
+        meter.add(batch, output, result, idle=idle)
+
+
+def _speed(metrics: Metrics, seconds: float, peak: float | None) -> Metrics:
+    """Numbers a second, of a step that took so many; `peak` is the device's, in 1e12 operations a second."""
+    speed = {"tokens_per_second": metrics["tokens"] / seconds, "step_seconds": seconds}
+    flops = metrics.pop("flops", 0.0)
+    if flops:
+        speed["tflops_per_second"] = flops / seconds / 1e12
+    if flops and peak is not None:
+        speed["mfu"] = speed["tflops_per_second"] / peak
+    return speed
 
 
 def _with_telling_gradient(loss: Tensor, log_probs: Tensor) -> Tensor:
@@ -213,55 +226,3 @@ def learning_rate(step: int, total: int, settings: OptimizerSection) -> float:
     progress = (step - warmup) / max(1, total - warmup)
     factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
     return settings.learning_rate * factor[settings.schedule]
-
-
-@dataclass
-class StepMeter:
-    """Adds up one optimizer step's numbers over micro-batches, then over workers.
-
-    Every number is a mean over the *real* bundles of the whole round: padding bundles (weight 0) are left out.
-    """
-
-    tapped: TappedStep
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    tokens: int = 0
-    losses: list[tuple[list[str], Tensor]] = field(default_factory=list)
-
-    def add(self, batch: Batch, output: ModelOutput, result: LossOutput) -> None:
-        """Add one micro-batch."""
-        real = (batch.weight > 0).double()
-        self._accumulate("bundles", real.sum())
-        for name, values in result.metrics.items():
-            self._accumulate(name, (values.double() * real).sum())
-        finite = [values.isfinite() for name, values in result.metrics.items() if name.startswith("loss/")]
-        self.losses.append((list(batch.bundle_ids), torch.stack(finite).all(dim=0) | (real == 0)))
-        self.tokens += batch.tree.tokens
-        self.tapped.add(batch, output)
-
-    @property
-    def broken(self) -> list[str]:
-        """This worker's bundles with a loss that is not finite."""
-        return [name for names, fine in self.losses for name, ok in zip(names, fine.tolist(), strict=True) if not ok]
-
-    def reduce(self) -> Metrics:
-        """Means over all workers' bundles; the same on every worker, which must all call it."""
-        names = list(self.sums)
-        device = self.sums["bundles"].device
-        packed = torch.stack([*self.sums.values(), torch.tensor(float(self.tokens), device=device).double()])
-        if distributed():
-            dist.all_reduce(packed)
-        totals = dict(zip([*names, "tokens"], packed.tolist(), strict=True))
-        bundles, tokens = totals.pop("bundles"), totals.pop("tokens")
-        metrics = {name: value / bundles for name, value in totals.items()}
-        return {**dict(sorted(metrics.items())), "bundles": bundles, "tokens": tokens}
-
-    def _accumulate(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has held so far, in GiB: allocated on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    # ru_maxrss is in KiB on Linux and in bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -28,11 +29,15 @@ from mlc_ray.storage import absolute_if_here, fingerprint, fingerprint_model, li
 from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.failures import EndAtOwnError, own_errors, record_divergence
-from mlc_ray.train.loop import DivergedError, Metrics
+from mlc_ray.train.loop import DivergedError
+from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import model_depth, resolve_layer
+from mlc_ray.train.planning import cutting_of, look_ahead, order_of, said_of, tokens_per_forward
 from mlc_ray.train.reference_cache import prepare_reference
 from mlc_ray.train.tracking import check_trackers
 from mlc_ray.train.worker import CheckpointScorer, WorkerSpec, train_worker
+
+logger = logging.getLogger(__name__)
 
 
 class RunError(MlcRayError):
@@ -98,7 +103,8 @@ def train(
     config = _with_dtype(config, gpu=gpu)
     with _claimed(run_folder, config) if is_new else contextlib.nullcontext():
         data = prepare_data(config, cache_dir=run_folder.parent / "cache", layer=layer, gpu=gpu)
-    steps = _total_steps(config, data.tokens)
+        steps = _total_steps(config, data.tokens)
+        _announce(config, data.tokens, steps, gpu=gpu)
     _describe_run(run_folder, config, data.fingerprints, data.tokens, steps)
     trainer = TorchTrainer(
         cast(Any, train_worker),
@@ -269,11 +275,11 @@ def _claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
 
 
 def _what_must_not_change(config: TrainConfig) -> dict[str, Any]:
-    """Settings that a resumed run must share with its checkpoint; how to log, keep or try again may differ."""
+    """Settings that a resumed run must share with its checkpoint; how to log, keep, cut or try again may differ."""
     return config.model_dump(
         mode="json",
         include={"seed", "reference", "model", "objective", "mlc", "terms", "optimizer", "train"},
-        exclude={"optimizer": {"max_retries"}},
+        exclude={"optimizer": {"max_retries"}, "train": {"tokens_per_forward"}},
     )
 
 
@@ -284,13 +290,25 @@ def _what_makes_the_run(config: TrainConfig) -> dict[str, Any]:
 
 def _total_steps(config: TrainConfig, tokens: TokenArtifact) -> int:
     return total_steps(
-        len(tokens.bundle_ids),
+        len(tokens),
         epochs=config.train.epochs,
-        world_size=config.cluster.workers,
-        bundles_per_worker=config.train.bundles_per_worker,
-        accumulation=config.train.gradient_accumulation_steps,
+        batch_bundles=config.train.batch_bundles,
         max_steps=config.train.max_steps,
     )
+
+
+def _announce(config: TrainConfig, tokens: TokenArtifact, steps: int, *, gpu: bool) -> None:
+    """Say how the batches are cut, where that is known before workers look at their memory.
+
+    Raises:
+        BudgetError: What must be forwarded at once does not fit.
+    """
+    budget = tokens_per_forward(config, gpu=gpu)
+    if budget is None:
+        return
+    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=config.cluster.workers)
+    outlook = look_ahead(tokens, order_of(config, tokens), cutting, steps)
+    logger.info("%s", "\n  ".join(said_of(outlook, cutting, config.train.batch_bundles)))
 
 
 def _describe_run(
@@ -302,7 +320,7 @@ def _describe_run(
         {
             "resolved_config": config.model_dump(mode="json"),
             "fingerprints": fingerprints,
-            "bundles": len(tokens.bundle_ids),
+            "bundles": len(tokens),
             "languages": list(tokens.languages),
             "total_steps": steps,
             "versions": library_versions(),

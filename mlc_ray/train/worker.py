@@ -6,7 +6,7 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,9 +21,9 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import TrainConfig, parse_config
-from mlc_ray.data.order import plan_rank
+from mlc_ray.data.plan import Cutting
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.data.stream import stream_batches
+from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
@@ -32,8 +32,10 @@ from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint, save_che
 from mlc_ray.train.checks import check_batch, check_tap
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.failures import forget_divergence, own_errors
-from mlc_ray.train.loop import Metrics, Progress, train_loop
+from mlc_ray.train.loop import Progress, train_loop
+from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
+from mlc_ray.train.planning import cutting_of_worker, order_of
 from mlc_ray.train.reference import Reference, ReferenceModel, cached_reference, policy_reference
 from mlc_ray.train.reference_cache import load_reference
 from mlc_ray.train.tracking import Tracker
@@ -77,7 +79,7 @@ def _train(spec: WorkerSpec) -> None:
     _quiet()
     config = parse_config(TrainConfig, spec.config)
     context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    rank = context.get_world_rank()
     device = ray.train.torch.get_device()
     engine_class(config).prepare(device)
     torch.manual_seed(config.seed + rank)  # dropout; order and extractor have their own seeded generators
@@ -92,15 +94,18 @@ def _train(spec: WorkerSpec) -> None:
     tokens = TokenArtifact.open(spec.tokens_folder)
     table = load_reference(spec.reference_folder) if spec.reference_folder else None
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    cutting = cutting_of_worker(config, tokens, engine, spec.total_steps)
+    steps = _checked(_steps(config, tokens, table, engine, cutting, range(progress.step, spec.total_steps)), engine)
     with (
         contextlib.closing(Tracker(config, spec.run_folder, progress.step))
         if rank == 0
-        else contextlib.nullcontext() as tracker
+        else contextlib.nullcontext() as tracker,
+        contextlib.closing(steps),
     ):
 
         def log(step: int, metrics: Metrics) -> None:
             if tracker is not None:
-                tracker.log(step, metrics)
+                tracker.log(step, {**metrics, "tokens_per_forward": float(cutting.tokens_per_forward)})
                 forget_divergence(spec.run_folder, step)
 
         def save(at: Progress, metrics: Metrics) -> None:
@@ -127,7 +132,7 @@ def _train(spec: WorkerSpec) -> None:
         train_loop(
             config,
             engine=engine,
-            batches=_checked(_batches(config, tokens, table, rank, world_size, progress.step), engine),
+            steps=steps,
             reference=online or (cached_reference if table is not None else None),
             progress=progress,
             total_steps=spec.total_steps,
@@ -181,42 +186,30 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
     return engine, chosen.frozen(frozen, config, device)
 
 
-def _batches(
+def _steps(
     config: TrainConfig,
     tokens: TokenArtifact,
     table: dict[str, ReferenceRow] | None,
-    rank: int,
-    world_size: int,
-    start_step: int,
-) -> Iterator[Batch]:
-    objective = Objective(config)
-    slots = plan_rank(
-        tokens.bundle_ids,
-        seed=config.seed,
-        epochs=config.train.epochs,
-        world_size=world_size,
-        rank=rank,
-        bundles_per_worker=config.train.bundles_per_worker,
-        accumulation=config.train.gradient_accumulation_steps,
-        max_steps=config.train.max_steps,
-        start_step=start_step,
-    )
-    stream = stream_batches(
-        tokens.folder,
-        slots,
-        bundles_per_worker=config.train.bundles_per_worker,
+    engine: Engine,
+    cutting: Cutting,
+    steps: range,
+) -> Iterator[list[Batch]]:
+    """This worker's micro-batches of each step."""
+    return stream_steps(
+        tokens,
+        plans(tokens, order_of(config, tokens), cutting, steps),
+        rank=engine.rank,
         languages=tokens.languages,
-        needs_rejected=objective.needs_rejected,
+        needs_rejected=cutting.rejected,
         reference=table,
-        taps=lambda index: objective.taps(start_step + index // config.train.gradient_accumulation_steps),
+        pin=engine.device.type == "cuda",
     )
-    return (batch for _, batch in stream)
 
 
-def _checked(batches: Iterator[Batch], engine: Engine) -> Iterator[Batch]:
+def _checked(steps: Iterator[list[Batch]], engine: Engine) -> Generator[list[Batch]]:
     """The same batches; what the tree's forward says of the first is compared with plain forwards before its step."""
-    for index, batch in enumerate(batches):
+    for index, batches in enumerate(steps):
         if index == 0:
             module = engine.module
-            check_batch(module.language_model, move(batch, engine.device), module.layer)
-        yield batch
+            check_batch(module.language_model, move(batches[0], engine.device), module.layer)
+        yield batches

@@ -131,7 +131,7 @@ def test_weights_of_terms_and_groups():
     plain = batch()
     assert plain.term_weight.tolist() == [1.5, 0.0] and plain.groups is None
     given = batch(term_weights=[0.0, 2.0], groups=[0, 1])
-    assert given.term_weight.tolist() == [0.0, 2.0] and given.groups.tolist() == [0, 1]
+    assert given.term_weight.tolist() == [0.0, 2.0] and given.groups == (0, 1)
 
 
 def test_parts_that_a_loss_does_not_need_are_absent():

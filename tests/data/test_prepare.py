@@ -2,15 +2,12 @@
 
 import json
 import shutil
-from collections import Counter
 
 import pytest
-import torch
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
 from mlc_ray.data.bundles import BundleFileError, make_bundle
 from mlc_ray.data.given import as_source
-from mlc_ray.data.order import plan_rank
 from mlc_ray.data.prepare import (
     InvalidBundlesError,
     count_by_reason,
@@ -19,7 +16,6 @@ from mlc_ray.data.prepare import (
     token_fingerprint,
 )
 from mlc_ray.data.store import ROWS_FILE, TokenArtifact, write_rows
-from mlc_ray.data.stream import stream_batches
 from mlc_ray.data.tables import bundle_columns, rows_to_table
 from mlc_ray.data.tokens import ChatTemplate, TokenizationError, load_tokenizer, tokenize_bundle
 from mlc_ray.storage import ArtifactError, IncompleteArtifactError
@@ -231,86 +227,6 @@ def test_damaged_or_foreign_folders_do_not_open(stored):
     rows.write_bytes(rows.read_bytes()[:-1])
     with pytest.raises(IncompleteArtifactError, match=r"'rows\.arrow' is short"):
         TokenArtifact.open(stored)
-    with pytest.raises(IncompleteArtifactError, match="short"):
-        next(stream_batches(stored, plan(range(10)), **BATCH))
     (stored / "manifest.json").write_text('{"artifact": "checkpoint", "files": {}}')
     with pytest.raises(ArtifactError, match="'checkpoint'"):
         TokenArtifact.open(stored)
-
-
-# ------------------------------------------------------------------------------------------------ tokens -> batches
-
-BATCH = {
-    "bundles_per_worker": 2,
-    "languages": ["de", "en", "fr"],
-    "needs_rejected": True,
-    "reference": None,
-    "taps": lambda index: index % 2 == 0,
-}
-
-
-def plan(bundle_ids, world=1, rank=0, epochs=2, start_step=0):
-    return plan_rank(
-        [str(name) for name in bundle_ids],
-        seed=3,
-        epochs=epochs,
-        world_size=world,
-        rank=rank,
-        bundles_per_worker=2,
-        accumulation=1,
-        max_steps=None,
-        start_step=start_step,
-    )
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_real_batches_hold_every_bundle_exactly_once_an_epoch(prepared, world):
-    artifact = prepared[3]
-    seen = {0: Counter(), 1: Counter()}
-    for rank in range(world):
-        slots = plan(artifact.bundle_ids, world, rank)
-        delivered = []
-        for taken, batch in stream_batches(artifact.folder, slots, **BATCH):
-            delivered += taken
-            assert batch.bundle_ids == tuple(artifact.bundle_ids[slot.row_index] for slot in taken)
-            assert batch.weight.tolist() == pytest.approx([slot.weight for slot in taken])
-            seen[taken[0].epoch].update(b for b, w in zip(batch.bundle_ids, batch.weight, strict=True) if w > 0)
-        assert delivered == slots
-    assert seen[0] == seen[1] == Counter(artifact.bundle_ids)
-
-
-def test_a_restarted_stream_goes_on_with_the_very_same_batches(prepared):
-    artifact = prepared[3]
-    whole = list(stream_batches(artifact.folder, plan(artifact.bundle_ids), **BATCH))
-    rest = list(stream_batches(artifact.folder, plan(artifact.bundle_ids, start_step=4), **BATCH))
-    assert [slots for slots, _ in rest] == [slots for slots, _ in whole[4:]]
-    for (_, one), (_, other) in zip(rest, whole[4:], strict=True):
-        assert torch.equal(one.tree.input_ids, other.tree.input_ids)
-        assert torch.equal(one.chosen.targets, other.chosen.targets)
-
-
-def test_order_holds_over_many_blocks_and_no_setting_leaks(ray_local, stored, monkeypatch):
-    from mlc_ray.data import stream
-
-    monkeypatch.setattr(stream, "_GATHER_ROWS", 3)
-    slots = plan(range(10), epochs=4)
-    made = list(stream_batches(stored, slots, **BATCH))
-    assert [slot for taken, _ in made for slot in taken] == slots
-    assert [batch.taps for _, batch in made] == [index % 2 == 0 for index in range(len(made))]
-    assert not ray_local.data.DataContext.get_current().execution_options.preserve_order
-    assert list(stream_batches(stored, [], **BATCH)) == []
-    with pytest.raises(ValueError, match="3 slots do not fill batches of 2"):
-        next(stream_batches(stored, slots[:3], **BATCH))
-
-
-def test_batches_arrive_while_workers_hold_every_cpu(ray_local, stored):
-    @ray_local.remote(num_cpus=2)
-    class Worker:
-        def first(self, folder, slots):
-            return next(stream_batches(folder, slots, **BATCH))[1].bundle_ids
-
-    slots = plan(range(10))
-    worker = Worker.remote()
-    found = ray_local.get(worker.first.remote(stored, slots), timeout=300)
-    ray_local.kill(worker)
-    assert found == tuple(token_row(slot.row_index).bundle_id for slot in slots[:2])

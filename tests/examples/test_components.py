@@ -25,7 +25,7 @@ def test_a_loss_of_ones_own_is_what_it_says():
         for totals in ([-5.0, -9.0], [-6.0, -20.0])
     )
     frozen = {"reference_chosen": torch.tensor([-5.5, -10.0]), "reference_rejected": torch.tensor([-6.0, -15.0])}
-    result = objective.total_loss(weight=torch.ones(2), chosen=chosen, rejected=rejected, **frozen)
+    result = objective.total_loss(weight=torch.full((2,), 0.5), chosen=chosen, rejected=rejected, **frozen)
     assert result.metrics["loss/alignment"].tolist() == [1.5, 0.0]  # leads of 0.5 and 6 nats; wanted are 2
     assert result.metrics["reward/accuracy"].tolist() == [1.0, 1.0]
     result.loss.backward()
@@ -39,11 +39,13 @@ def test_a_term_of_ones_own_sees_the_sign_that_mlc_does_not():
     objective = Objective(ObjectiveConfig(objective="sft", terms=TERMS))
     assert isinstance(objective.terms["sign"], SameSign)
     chosen = ResponseLogProbs(torch.tensor([-1.0, -1.0]), torch.tensor([1, 1]))
-    metrics = objective.total_loss(weight=torch.ones(2), chosen=chosen, representations=z, present=present).metrics
+    result = objective.total_loss(weight=torch.ones(2), chosen=chosen, representations=z, present=present)
+    metrics = result.term_metrics
     assert metrics["loss/mlc"][0] == pytest.approx(metrics["loss/mlc"][1].item())
     assert metrics["loss/sign"].tolist() == pytest.approx([0.0, (0.5 + 1) / 4])
     assert metrics["sign/cosine"].tolist() == pytest.approx([1.0, 0.5])
-    assert float(metrics["loss/total"][1] - metrics["loss/total"][0]) == pytest.approx(0.5 * (0.5 + 1) / 4)
+    of_mlc = 0.8 * float(metrics["loss/mlc"].sum())
+    assert float(result.loss) == pytest.approx(2 + of_mlc + 0.5 * (0.5 + 1) / 4, rel=1e-6)
     z[1, 2] = 100.0  # an absent language takes no part
     present[1, 2] = False
     assert objective.terms["sign"](Tapped(z, present)).loss.tolist() == pytest.approx([0.0, 0.0])

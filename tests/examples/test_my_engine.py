@@ -58,7 +58,7 @@ def trained(tmp_path_factory):
     first = on_workers(2, train, folder / "first", folder)
     for rank in range(2):
         shutil.copytree(folder / f"part-{rank}", folder / "run", dirs_exist_ok=True)
-    return first, on_workers(2, go_on, folder / "again", folder / "run")
+    return first, {n: on_workers(n, go_on, folder / f"again-{n}", folder / "run") for n in (1, 2, 3)}
 
 
 def test_it_trains_as_deepspeed_does(trained):
@@ -74,10 +74,18 @@ def test_it_trains_as_deepspeed_does(trained):
 
 
 def test_it_goes_on_from_its_checkpoint_exactly(trained):
-    (history, weights), (losses, resumed) = trained[0][0]["mine"], trained[1][0]
+    (history, weights), (losses, resumed) = trained[0][0]["mine"], trained[1][2][0]
     assert losses == [row["loss/total"] for row in history][2:]
     for key, value in weights.items():
         assert torch.equal(resumed[key], value), key
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_it_goes_on_with_another_number_of_workers(workers, trained):
+    (history, weights), (losses, resumed) = trained[0][0]["mine"], trained[1][workers][0]
+    assert losses == pytest.approx([row["loss/total"] for row in history][2:], rel=1e-6)
+    for key, value in weights.items():
+        assert float((resumed[key] - value).norm() / value.norm()) < 1e-6, key
 
 
 def test_its_settings_are_its_own():

@@ -117,12 +117,15 @@ def test_total_is_alignment_plus_weighted_mlc_over_real_bundles(pair):
     chosen, rejected = pair
     arguments = {"chosen": chosen, "rejected": rejected, "representations": z, "present": present}
     arguments |= dict(zip(("reference_chosen", "reference_rejected"), reference(), strict=True))
-    both = objective(weight=0.5).total_loss(weight=torch.ones(2), **arguments)
-    first = objective(weight=0.5).total_loss(weight=torch.tensor([2.0, 0.0]), **arguments)
-    parts = both.metrics
-    expected = parts["loss/alignment"] + 0.5 * parts["loss/mlc"]
+    both = objective(weight=0.5).total_loss(weight=torch.full((2,), 0.5), **arguments)
+    first = objective(weight=0.5).total_loss(weight=torch.tensor([1.0, 0.0]), **arguments)
+    alignment, mlc = both.metrics["loss/alignment"], both.term_metrics["loss/mlc"]
+    expected = alignment + 0.5 * mlc
     assert both.loss.item() == pytest.approx(expected.mean().item())
     assert first.loss.item() == pytest.approx(expected[0].item())  # the padding bundle weighs nothing
+    of_one = torch.tensor([0.0, 1.0])  # the term's mean is over other bundles than the alignment loss's
+    other = objective(weight=0.5).total_loss(weight=torch.full((2,), 0.5), term_weight=of_one, **arguments)
+    assert other.loss.item() == pytest.approx((alignment.mean() + 0.5 * mlc[1]).item())
 
 
 def test_mlc_every_second_step():

@@ -1,6 +1,7 @@
 """The terms against collapse: values and gradients against plain loops, who takes part, limits, collapse itself."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,6 @@ import torch.nn.functional as F
 
 from mlc_ray.config import ObjectiveConfig
 from mlc_ray.losses.anchor import anchor_losses
-from mlc_ray.losses.base import Round
 from mlc_ray.losses.contrast import contrast_losses
 from mlc_ray.losses.objective import Objective
 from mlc_ray.losses.variance import variance_losses
@@ -208,23 +208,32 @@ def objective(loss="simpo", mlc=0.8, **terms):
 
 
 @pytest.mark.parametrize("kind", TERMS)
-def test_the_total_adds_the_weighted_term_over_the_whole_round(kind):
-    z, weight = random(5, 4, 8).requires_grad_(), torch.tensor([1.25, 1.25, 1.25, 0.0, 1.25], dtype=torch.float64)
-    everyone = torch.ones(5, 4, dtype=torch.bool)
-    together = Round(z, everyone, weight, first=2)
-    own = {"weight": weight[2:4], "representations": z[2:4], "present": everyone[2:4], **inputs(2)}
-    plain = objective().total_loss(**own)
-    result = objective(**{kind: {"weight": 0.7}}).total_loss(**own, together=together)
-    real = z[[0, 1, 2, 4]]
-    if kind == "contrast":
-        losses = contrast_losses(real, everyone[:4], temperature=0.1)
-    else:
-        losses = variance_losses(real, everyone[:4], target_std=1.0)
-    assert result.loss.item() == pytest.approx(plain.loss.item() + 0.7 * losses.mean().item())
-    assert result.metrics[f"loss/{kind}"].tolist() == pytest.approx([losses[2].item(), 0.0])
-    result.loss.backward()
-    assert (z.grad[3] == 0).all() and (z.grad[[0, 1, 2, 4]] != 0).any(dim=2).all()
-    assert f"loss/{kind}" not in plain.metrics
+def test_the_total_adds_the_weighted_term_of_each_group(kind):
+    """Bundles 0 to 2 are a group, 3 and 4 another, 5 (of weight 0) one alone."""
+    z, everyone = random(6, 4, 8).requires_grad_(), torch.ones(6, 4, dtype=torch.bool)
+    weight = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2, 0.0], dtype=torch.float64)
+    term_weight = torch.tensor([0.25, 0.25, 0.0, 0.25, 0.25, 0.0], dtype=torch.float64)
+    given = {"weight": weight, "term_weight": term_weight, "representations": z, "present": everyone, **inputs(6)}
+    plain = objective().total_loss(**given)
+    result = objective(**{kind: {"weight": 0.7}}).total_loss(**given, groups=(4, 4, 4, 1, 1, 7))
+    of_group = {
+        "contrast": partial(contrast_losses, temperature=0.1),
+        "variance": partial(variance_losses, target_std=1),
+    }
+    losses = torch.cat([of_group[kind](z[part], everyone[part]) for part in (slice(0, 3), slice(3, 5), slice(5, 6))])
+    assert result.loss.item() == pytest.approx(plain.loss.item() + 0.7 * losses[[0, 1, 3, 4]].mean().item())
+    assert result.term_metrics[f"loss/{kind}"].tolist() == pytest.approx(losses.tolist())
+    assert losses[5] == 0 and (losses[:5] > 0).all()
+    (result.loss - plain.loss).backward()
+    assert (z.grad[5] == 0).all() and (z.grad[:5] != 0).any(dim=2).all()  # bundle 2 is compared with its neighbours
+    assert f"loss/{kind}" not in plain.term_metrics
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_without_groups_all_bundles_are_one(kind):
+    given = {"weight": torch.ones(4).double(), "representations": random(4, 3, 8), **inputs(4)}
+    one, whole = (objective(**{kind: {}}).total_loss(**given, groups=groups) for groups in ((0,) * 4, None))
+    assert torch.equal(one.loss, whole.loss)
 
 
 def test_anchor_halves_add_up_to_one_batch():
@@ -248,13 +257,13 @@ def test_anchor_halves_add_up_to_one_batch():
     whole, halves = h.clone().requires_grad_(), h.clone().requires_grad_()
     run(slice(0, 4), whole).backward()
     for part in (slice(0, 2), slice(2, 4)):
-        (run(part, halves) / 2).backward()
+        run(part, halves).backward()
     assert torch.allclose(whole.grad, halves.grad, rtol=1e-10)
 
 
 def test_facts_of_the_objective():
     facts = {
-        (loss, kind): (o.needs_reference, o.needs_reference_log_probs, o.needs_reference_state, o.needs_round)
+        (loss, kind): (o.needs_reference, o.needs_reference_log_probs, o.needs_reference_state, o.needs_group)
         for loss in ("dpo", "sft")
         for kind in ("contrast", "anchor", "variance")
         for o in [objective(loss, **{kind: {}})]
@@ -269,19 +278,18 @@ def test_facts_of_the_objective():
     }
 
 
-@pytest.mark.parametrize("kind", ["contrast", "anchor", "variance"])
-def test_a_missing_part_is_named(kind):
+def test_a_missing_part_is_named():
     z = random(2, 3, 8)
-    with pytest.raises(ValueError, match=f"term '{kind}' needs"):
-        objective(**{kind: {}}).total_loss(
+    with pytest.raises(ValueError, match="term 'anchor' needs"):
+        objective(anchor={}).total_loss(
             weight=torch.ones(2), representations=z, present=torch.ones(2, 3, dtype=torch.bool), **inputs(2)
         )
 
 
 def test_steps_that_do_not_tap_have_no_term():
     result = objective(anchor={}).total_loss(weight=torch.ones(2).double(), **inputs(2))
-    assert set(result.metrics) & {"loss/mlc", "loss/anchor"} == set()
-    assert torch.equal(result.metrics["loss/total"], result.metrics["loss/alignment"])
+    assert not result.term_metrics
+    assert result.loss == result.metrics["loss/alignment"].sum()
 
 
 def test_several_terms_at_once_and_every_part_is_in_the_total():
@@ -295,15 +303,15 @@ def test_several_terms_at_once_and_every_part_is_in_the_total():
     term = objective(mlc=0, **terms)
     assert term.parts == ["loss/alignment", "loss/contrast", "loss/cold", "loss/anchor"]
     assert [term.taps(step) for step in (0, 1)] == [True, True]
-    z, everyone, weight = random(2, 4, 8), torch.ones(2, 4, dtype=torch.bool), torch.ones(2).double()
-    given = {"weight": weight, "representations": z, "present": everyone, "tapped": z, **inputs(2)}
-    result = term.total_loss(**given, reference_state=random(2, 8, seed=1), together=Round(z, everyone, weight))
-    parts = {name: float(result.metrics[name].mean()) for name in term.parts}
+    z, weight = random(2, 4, 8), torch.full((2,), 0.5).double()
+    given = {"weight": weight, "representations": z, "tapped": z, **inputs(2)}
+    result = term.total_loss(**given, reference_state=random(2, 8, seed=1))
+    found = {**result.metrics, **result.term_metrics}
+    parts = {name: float(found[name].mean()) for name in term.parts}
     weights = [1, 0.5, 2.0, 0.25]
     total = sum(factor * value for factor, value in zip(weights, parts.values(), strict=True))
     assert result.loss.item() == pytest.approx(total)
-    assert result.metrics["loss/total"].mean().item() == pytest.approx(total)
-    assert {name for name in result.metrics if name.startswith("loss/")} == {"loss/total", *parts}
+    assert {name for name in found if name.startswith("loss/")} == set(parts)
     assert parts["loss/contrast"] != parts["loss/cold"]
     assert not objective(mlc=0, variance={"weight": 0}).taps(0)
 

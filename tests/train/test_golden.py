@@ -76,7 +76,7 @@ def test_step_case(name):
 
     output = module(batch)
     result = objective.total_loss(
-        weight=batch.weight,
+        weight=batch.weight / case["pairs"],
         chosen=output.chosen,
         rejected=output.rejected,
         representations=output.representations,
@@ -88,7 +88,7 @@ def test_step_case(name):
     metrics = case["metrics"]
     assert relative(result.loss.detach(), case["total_loss"]) < 1e-5
     assert relative(result.metrics["loss/alignment"].mean(), metrics["dpo_losses"]) < 1e-5
-    assert relative(result.metrics["loss/mlc"].mean() * case["lam"], metrics["mlc_losses"]) < 1e-5
+    assert relative(result.term_metrics["loss/mlc"].mean() * case["lam"], metrics["mlc_losses"]) < 1e-5
     assert relative(result.metrics["reward/margin"].mean(), metrics["rewards/margins"]) < 1e-4
     assert float(result.metrics["reward/accuracy"].mean()) == metrics["rewards/accuracies"]
     gradients = {key: value.grad for key, value in policy.named_parameters()}

@@ -5,7 +5,7 @@ import torch
 
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.reference import ReferenceModel, policy_reference
-from tests.train.tiny import batches_of, on_workers, random_rows, run_engine, tiny_config, tiny_model
+from tests.train.tiny import on_workers, random_rows, run_engine, steps_of, tiny_config, tiny_model
 
 STAGES = {
     "stage0": {"stage": 0},
@@ -32,7 +32,7 @@ def ask_both(rank):
         module = engine.module
         own = policy_reference(module, ReferenceModel(module.language_model, layer=2))
         second = DeepSpeed.frozen(ReferenceModel(tiny_model(), layer=2), config, engine.device)
-        batch = next(batches_of(config, rows, rank, 2))
+        batch = next(steps_of(config, rows, rank, 2))[0]
         assert batch.taps
         answers = own(batch), second(batch)
         with torch.no_grad():

@@ -52,7 +52,7 @@ def run_place(smollm2, repository, tmp_path_factory):
         "mlc": {"layer": 3, "every": 2, "extractor_dim": 32},
         "terms": {"anchor": {}},
         "optimizer": {"learning_rate": 1e-3},
-        "train": {"epochs": 4, "max_steps": STEPS, "bundles_per_worker": 1, "gradient_accumulation_steps": 2},
+        "train": {"epochs": 4, "max_steps": STEPS, "batch_bundles": 4},
         "engine": {"stage": 2},
         "cluster": {"address": "local", "workers": 2, "cpus_per_worker": 0.5},
         "checkpoint": {"every": 2, "keep": 2},

@@ -16,12 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.loop import StepMeter, _accumulate
+from mlc_ray.train.flops import Work
+from mlc_ray.train.loop import _accumulate
+from mlc_ray.train.meter import StepMeter
 from mlc_ray.train.reference import ReferenceModel, cached_reference
 from mlc_ray.train.watch import StateWindow, TappedStep
-from tests.train.tiny import batches_of, random_rows, tiny_config, tiny_model, wrapped
+from tests.train.tiny import random_rows, steps_of, tiny_config, tiny_model, wrapped
 
 META = torch.device("meta")
+TWO_FORWARDS = {"batch_bundles": 8, "tokens_per_forward": 200}
 
 
 class Crossings(TorchDispatchMode):
@@ -76,10 +79,13 @@ class OnMeta:
 def run(config, reference=cached_reference):
     engine, objective = OnMeta(config), Objective(config)
     batches = [
-        replace(batch, reference_chosen=torch.zeros(4), reference_rejected=torch.zeros(4))
-        for batch, _ in zip(batches_of(config, random_rows(8), 0, 1), range(2), strict=False)
+        replace(
+            batch, reference_chosen=torch.zeros_like(batch.weight), reference_rejected=torch.zeros_like(batch.weight)
+        )
+        for batch in next(steps_of(config, random_rows(8), 0, 1))
     ]
-    meter = StepMeter(TappedStep(512, StateWindow(64)))
+    assert len(batches) == 2 and min(len(batch.bundle_ids) for batch in batches) > 2
+    meter = StepMeter(TappedStep(512, StateWindow(64)), Work.of(engine.module))
     with Crossings() as crossings, Literals() as literals:
         _accumulate(engine, objective, batches, reference, meter)
     assert all(parameter.grad is not None for parameter in engine.module.parameters())
@@ -88,16 +94,16 @@ def run(config, reference=cached_reference):
 
 @pytest.mark.parametrize("layer", [2, "last"])
 def test_a_step_waits_for_nothing(layer):
-    seen, batches = run(tiny_config(mlc={"layer": layer}, train={"bundles_per_worker": 4}))
+    seen, batches = run(tiny_config(mlc={"layer": layer}, train=TWO_FORWARDS))
     assert batches[0].taps and seen == []
 
 
 def test_nor_does_a_step_without_the_term_or_with_a_reference_that_is_asked():
     frozen = ReferenceModel(tiny_model().to(META), layer=2)
-    config = tiny_config(train={"bundles_per_worker": 4}, terms={"anchor": {"weight": 0.3}})
+    config = tiny_config(train=TWO_FORWARDS, terms={"anchor": {"weight": 0.3}})
     seen, _ = run(config, lambda batch: frozen(batch, state=batch.taps))
     assert seen == []
-    seen, batches = run(tiny_config(mlc={"weight": 0}, train={"bundles_per_worker": 4}))
+    seen, batches = run(tiny_config(mlc={"weight": 0}, train={**TWO_FORWARDS, "tokens_per_forward": 100}))
     assert not batches[0].taps and seen == []
 
 

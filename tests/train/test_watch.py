@@ -253,7 +253,7 @@ def collapse_runs(rank):
             terms=terms,
             objective={"loss": "sft"},
             optimizer={"warmup_ratio": 0.0, "schedule": "constant"},
-            train={"epochs": 40, "bundles_per_worker": 8, "gradient_accumulation_steps": 1},
+            train={"epochs": 40, "batch_bundles": 8, "tokens_per_forward": 300},
             collapse={"window": 24},
         )
         histories[name] = run_engine(config, random_rows(24), 40)[1]

@@ -34,7 +34,9 @@ def recorded(rank):
             return drop(self)
 
         Coordinator.fetch_sub_module, Coordinator._invalidate_trace = fetching, dropping
-        config = tiny_config(engine={"stage": 3, "persistence_threshold": 0}, objective={"loss": "simpo"}, **sections)
+        train = {"batch_bundles": ACCUMULATION, "tokens_per_forward": 1}  # a bundle in each forward
+        zero3 = {"stage": 3, "persistence_threshold": 0}
+        config = tiny_config(engine=zero3, objective={"loss": "simpo"}, train=train, **sections)
         engine = make_engine(config)
         check_tap(engine.module.language_model, engine.module.layer)
         forward = engine.forward

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 import traceback
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import TrainConfig
-from mlc_ray.data.batches import collate
-from mlc_ray.data.order import plan_rank
+from mlc_ray.data.order import total_steps
+from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.stream import plans, stream_steps
+from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, resolve_layer
+from mlc_ray.train.planning import cutting_of, look_ahead, order_of, tokens_per_forward
 from mlc_ray.train.reference import ReferenceModel, cached_reference, policy_reference
 from mlc_ray.types import TokenRow
 
@@ -78,7 +82,7 @@ def tiny_config(**sections):
         "data": {"train": [{"path": "none"}]},
         "mlc": {"layer": 2, "every": 2, "extractor_dim": 16},
         "optimizer": {"learning_rate": 1e-2, "max_grad_norm": 1.0},
-        "train": {"epochs": 2, "bundles_per_worker": 1, "gradient_accumulation_steps": 2},
+        "train": {"epochs": 2, "batch_bundles": 4, "tokens_per_forward": 50},  # about a bundle
         "engine": {"stage": 0},
     }
     for name, value in sections.items():
@@ -98,29 +102,25 @@ def wrapped(config, seed=0):
     return module.to(getattr(torch, config.model.dtype))
 
 
-def batches_of(config, rows, rank, world_size, table=None, start_step=0):
-    """The batches one worker consumes, in order."""
-    size = config.train.bundles_per_worker
-    slots = plan_rank(
-        [row.bundle_id for row in rows],
-        seed=config.seed,
-        epochs=config.train.epochs,
-        world_size=world_size,
-        rank=rank,
-        bundles_per_worker=size,
-        accumulation=config.train.gradient_accumulation_steps,
-        max_steps=config.train.max_steps,
-        start_step=start_step,
-    )
-    objective = Objective(config)
-    for index, chunk in enumerate(slots[start : start + size] for start in range(0, len(slots), size)):
-        yield collate(
-            [rows[slot.row_index] for slot in chunk],
+def steps_of(config, rows, rank, world_size, table=None, start_step=0):
+    """The micro-batches one worker has at each step, from a stored artefact as in a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder), [rows_to_table(rows)], fingerprint="tiny", rejected={})
+        tokens = TokenArtifact.open(folder)
+        order = order_of(config, tokens)
+        budget = tokens_per_forward(config, gpu=False)
+        cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=world_size)
+        steps = total_steps(
+            len(rows), epochs=config.train.epochs, batch_bundles=config.train.batch_bundles, max_steps=None
+        )
+        look_ahead(tokens, order, cutting, steps)
+        yield from stream_steps(
+            tokens,
+            plans(tokens, order, cutting, range(start_step, steps)),
+            rank=rank,
             languages=LANGUAGES,
-            weights=[slot.weight for slot in chunk],
-            needs_rejected=objective.needs_rejected,
+            needs_rejected=cutting.rejected,
             reference=table,
-            tap=objective.taps(start_step + index // config.train.gradient_accumulation_steps),
         )
 
 
@@ -152,7 +152,7 @@ def run_engine(config, rows, steps, table=None, save=None, engine=None, progress
     train_loop(
         config,
         engine=engine,
-        batches=batches_of(config, rows, engine.rank, engine.world_size, table, progress.step),
+        steps=steps_of(config, rows, engine.rank, engine.world_size, table, progress.step),
         reference=reference,
         progress=progress,
         total_steps=steps,

@@ -43,6 +43,8 @@ class Engine(ABC):
     """
 
     Settings: ClassVar[type[EngineSettings]] = EngineSettings
+    any_workers: ClassVar[bool] = False
+    """Whether `load` reads what another number of workers wrote; steps are the same on any number of them."""
 
     module: PolicyWithExtractor
     device: torch.device
@@ -75,6 +77,13 @@ class Engine(ABC):
         """`model` without an optimizer, as a function of a batch; states if the batch taps; no gradient is taken."""
 
     @abstractmethod
+    def begin(self, micro_batches: int) -> None:
+        """An optimizer step of so many micro-batches begins: as many for every worker, another number at another step.
+
+        Its forwards, backwards and `step` follow; a step that is tried again begins again.
+        """
+
+    @abstractmethod
     def forward(self, batch: Batch) -> ModelOutput:
         """The module's forward of one micro-batch; every worker calls it, and all batches of a step tap or none."""
 
@@ -82,7 +91,7 @@ class Engine(ABC):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of one micro-batch's `loss` (a scalar) to what is accumulated.
 
-        After `train.gradient_accumulation_steps` of them, gradients are the mean over micro-batches and workers.
+        After the last one of the step, gradients are the sum over its micro-batches and the mean over workers.
         """
 
     @abstractmethod
@@ -93,6 +102,13 @@ class Engine(ABC):
             The global norm of the gradients before clipping, the same on every worker. Where it is not finite, no
             step was taken: weights and optimizer state are what they were, and the gradients are gone.
         """
+
+    def memory_to_come(self) -> int:
+        """Bytes that a first step allocates on the device beside what forwards keep; for `tokens_per_forward: auto`.
+
+        As it stands, a gradient and AdamW's two moments in float32 for every trainable parameter.
+        """
+        return 12 * sum(p.numel() for p in self.module.parameters() if p.requires_grad)
 
     @abstractmethod
     def full_weights(self, *, trainable_only: bool = False) -> dict[str, Tensor] | None:

@@ -193,16 +193,22 @@ class DeepSpeed(Engine):
 
         return ask
 
+    def begin(self, micro_batches: int) -> None:
+        """Tell DeepSpeed, whose own count of micro-batches is fixed, which of them is the last."""
+        self._left = micro_batches
+        self._engine.set_gradient_accumulation_boundary(micro_batches == 1)
+
     def forward(self, batch: Batch) -> ModelOutput:
         """The module's forward; under stage 3 it gathers parameters from all workers."""
         output: ModelOutput = self._engine(batch)
         return output
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate; DeepSpeed divides by the number of micro-batches and averages over workers."""
-        self._engine.backward(loss)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()  # applies nothing here: it counts the micro-batch
+        """Accumulate; DeepSpeed averages over workers, and divides by nothing else."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        self._left -= 1
+        if self._left == 1:
+            self._engine.set_gradient_accumulation_boundary(True)
 
     def step(self, learning_rate: float) -> float:
         """One optimizer step, unless the norm of the gradients is not finite."""
@@ -219,13 +225,26 @@ class DeepSpeed(Engine):
             norm = float(torch.nn.utils.get_total_norm(gradients))
             if not norm < float("inf"):
                 engine.zero_grad()
-                engine.micro_steps += 1  # the micro-batch that ends the accumulation is counted by its step
                 return norm
         engine.step()
         if not engine.was_step_applied():  # stages 1-3 look for themselves, and drop the gradients
             return float("inf")
         norm = engine.get_global_grad_norm() if norm is None else norm
         return float("nan") if norm is None else float(norm)
+
+    def memory_to_come(self) -> int:
+        """Gradients; AdamW's moments are there, but for stage 0 in float32.
+
+        At stages 0 and 1 a whole gradient in the model's type; at 2 and 3 this worker's share, and two buckets in which
+        gradients are reduced, in float32. At stage 3 also the parameters that may be gathered at a time.
+        """
+        config, size = self._engine._config.zero_config, 2 if self._engine.bfloat16_enabled() else 4
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
+        if self._stage < 2:
+            return parameters * (size if self._stage == 1 or size == 2 else size + 8)
+        gathered = min(int(config.max_live_parameters), parameters) if self._stage == 3 else 0
+        buckets = 2 * min(int(config.reduce_bucket_size), parameters)
+        return 4 * parameters // self.world_size + 4 * buckets + size * gathered
 
     def full_weights(self, *, trainable_only: bool = False) -> dict[str, Tensor] | None:
         """Gathered from all workers at stage 3; read from rank 0 below."""
@@ -278,8 +297,9 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
             )
     accumulate = settings.accumulate_dtype or ("float32" if settings.stage >= 2 else config.model.dtype)
     ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.train.bundles_per_worker,
-        "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
+        # Neither is read where the engine says which micro-batch is the last: see `begin` and `backward`.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optimizer.max_grad_norm,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
         "communication_data_type": _DTYPE[settings.reduce_dtype],
@@ -342,7 +362,7 @@ def reference_config(config: TrainConfig) -> dict[str, Any]:
     zero = whole["zero_optimization"]
     stage3 = {k: v for k, v in zero.items() if k != "offload_optimizer"}
     whole["zero_optimization"] = stage3 if zero["stage"] == 3 else {"stage": 0}
-    whole |= {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+    whole["gradient_clipping"] = 0.0
     del whole["data_types"]  # there are no gradients to add up
     return whole
 

@@ -1,0 +1,206 @@
+"""How a batch is cut into forwards: from token lengths alone, the same on every worker, with no effect on the result.
+
+A forward holds one prefix tree: the *head* that all prompts of the data share, once, and behind it each bundle's own
+tokens. Bundles are packed into as few forwards as the budget allows, as many on every worker, and alike in tokens.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+import numpy as np
+import numpy.typing as npt
+
+from mlc_ray.errors import MlcRayError
+
+Ints = npt.NDArray[np.int64]
+
+
+class BudgetError(MlcRayError):
+    """`train.tokens_per_forward` is too small for what must be forwarded at once; the message names both numbers."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of N bundles, each an array [N]; 0 where a bundle has none.
+
+    `prompts` are those of all languages, `answered` of the prompt that the answers continue, `languages` a number.
+    """
+
+    languages: Ints
+    prompts: Ints
+    answered: Ints
+    chosen: Ints
+    rejected: Ints
+
+    def take(self, rows: Sequence[int] | Ints) -> Lengths:
+        """Those of some rows."""
+        return Lengths(*(values[rows] for values in vars(self).values()))
+
+    def own_tokens(self, *, head: int, taps: bool, rejected: bool) -> Ints:
+        """Tokens that each bundle adds to a forward, [N]: all its prompts where a step taps, else the answered one.
+
+        The last token of an answer predicts nothing and is not forwarded.
+        """
+        prompts = self.prompts - head * self.languages if taps else self.answered - head
+        answers = (self.chosen - 1).clip(min=0)
+        if rejected:
+            answers = answers + (self.rejected - 1).clip(min=0)
+        own: Ints = prompts.clip(min=0) + answers
+        return own
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one worker forwards at once: rows of the token artefact, each with its weight in the sums of the loss.
+
+    The weights are (workers / bundles of the batch), and for the terms (workers / its bundles with at least two
+    languages), 0 for the others: an engine sums over forwards and takes the mean over workers. Bundles with the same
+    number in `groups` (None: the step has none) are compared with each other. A worker for which a batch has nothing
+    left forwards one bundle at weight 0.
+    """
+
+    rows: tuple[int, ...]
+    weights: tuple[float, ...]
+    term_weights: tuple[float, ...]
+    groups: tuple[int, ...] | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing in it counts."""
+        return not any(self.weights)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """An optimizer step: `forwards[micro][rank]`; `taps` as `Objective.taps` says; `tokens[micro][rank]` at most."""
+
+    step: int
+    taps: bool
+    forwards: tuple[tuple[Forward, ...], ...]
+    tokens: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """By what a batch is cut.
+
+    Args:
+        tokens_per_forward: the budget. A bundle that exceeds it alone has a forward of its own.
+        world_size: the number of workers.
+        head: tokens that all prompts begin with.
+        rejected: whether rejected answers are forwarded.
+        taps: whether optimizer step `step` (from 0) forwards all prompts.
+        group_bundles: the most bundles of a group, or None where no term compares bundles.
+    """
+
+    tokens_per_forward: int
+    world_size: int
+    head: int
+    rejected: bool
+    taps: Callable[[int], bool]
+    group_bundles: int | None = None
+
+    def plan(self, step: int, rows: Sequence[int], lengths: Lengths) -> StepPlan:
+        """Cut the batch `rows`, of which `lengths` has the tokens."""
+        taps = self.taps(step)
+        own = lengths.own_tokens(head=self.head, taps=taps, rejected=self.rejected)
+        groups = group_of(len(rows), self.group_bundles) if taps and self.group_bundles is not None else None
+        items = _members(groups) if groups is not None else [[position] for position in range(len(rows))]
+        bins = cut([int(own[item].sum()) for item in items], self.tokens_per_forward - self.head, self.world_size)
+        weight = self.world_size / len(rows)
+        with_term = lengths.languages >= 2
+        term_weight = self.world_size / max(1, int(with_term.sum()))
+        spare = int(np.argmin(own))
+
+        def forward(chosen: Sequence[int]) -> Forward:
+            positions = sorted(position for item in chosen for position in items[item])
+            if not positions:
+                return Forward((rows[spare],), (0.0,), (0.0,), None if groups is None else (0,))
+            return Forward(
+                tuple(rows[position] for position in positions),
+                (weight,) * len(positions),
+                tuple(term_weight if with_term[position] else 0.0 for position in positions),
+                None if groups is None else tuple(groups[position] for position in positions),
+            )
+
+        def tokens(chosen: Sequence[int]) -> int:
+            return self.head + int(sum(own[items[item]].sum() for item in chosen) if chosen else own[spare])
+
+        return StepPlan(
+            step,
+            taps,
+            tuple(tuple(forward(one) for one in micro) for micro in bins),
+            tuple(tuple(tokens(one) for one in micro) for micro in bins),
+        )
+
+
+def group_of(bundles: int, at_most: int) -> list[int]:
+    """The group of each bundle of a batch: consecutive ones, as few groups as can be, alike in size."""
+    number = -(-bundles // at_most)
+    return [position * number // bundles for position in range(bundles)]
+
+
+def cut(sizes: Sequence[int], capacity: int, world_size: int) -> list[list[list[int]]]:
+    """Items into bins, `bins[micro][rank]`, as many for every rank; a bin may be empty.
+
+    First-fit decreasing says how many bins it takes. As many times `world_size` as hold them are then filled alike: the
+    largest items first, each into the bin with the least in it, if that respects the capacity. What is forwarded at the
+    same time on all ranks is alike too, for they wait for each other.
+
+    Args:
+        sizes: tokens of each item; one that exceeds the capacity has a bin of its own.
+        capacity: the most tokens of a bin.
+        world_size: the number of ranks.
+    """
+    largest_first = sorted(range(len(sizes)), key=lambda item: (-sizes[item], item))
+    fitted = _first_fit(sizes, capacity, largest_first)
+    number = -(-len(fitted) // world_size) * world_size
+    levelled: list[list[int]] = [[] for _ in range(number)]
+    least = [(0, index) for index in range(number)]
+    for item in largest_first:
+        load, index = heapq.heappop(least)
+        levelled[index].append(item)
+        heapq.heappush(least, (load + sizes[item], index))
+    loads = [load for load, _ in sorted(least, key=itemgetter(1))]
+    if any(load > capacity and len(one) > 1 for load, one in zip(loads, levelled, strict=True)):
+        levelled = fitted + [[] for _ in range(number - len(fitted))]
+        loads = [sum(sizes[item] for item in one) for one in levelled]
+    heaviest_first = sorted(range(number), key=lambda index: (-loads[index], index))
+    bins: list[list[list[int]]] = []
+    totals = [0] * world_size
+    for start in range(0, number, world_size):
+        # The heaviest of those at the same time for the rank with the least so far.
+        ranks = sorted(range(world_size), key=lambda rank: (totals[rank], rank))
+        micro: list[list[int]] = [[] for _ in range(world_size)]
+        for rank, index in zip(ranks, heaviest_first[start : start + world_size], strict=True):
+            micro[rank] = sorted(levelled[index])
+            totals[rank] += loads[index]
+        bins.append(micro)
+    return bins
+
+
+def _first_fit(sizes: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
+    """Each item of `order` into the first bin with space for it."""
+    bins: list[list[int]] = []
+    space = np.zeros(len(sizes), dtype=np.int64)
+    for item in order:
+        fits = space[: len(bins)] >= sizes[item]
+        index = int(fits.argmax()) if fits.any() else len(bins)
+        if index == len(bins):
+            bins.append([])
+            space[index] = capacity
+        bins[index].append(item)
+        space[index] -= sizes[item]
+    return bins
+
+
+def _members(groups: Sequence[int]) -> list[list[int]]:
+    """Positions of each group."""
+    members: list[list[int]] = [[] for _ in range(groups[-1] + 1)]
+    for position, group in enumerate(groups):
+        members[group].append(position)
+    return members

@@ -1,0 +1,59 @@
+"""`train.tokens_per_forward: auto`: how many tokens one worker forwards at once, counted from shapes and free memory.
+
+Nothing here is measured: what is counted is what PyTorch keeps of a transformer block for its backward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mlc_ray.config import ModelSection
+
+CPU_TOKENS = 2048
+"""`auto` on a CPU, which no more tokens at once make faster: about 3 GB for a model of 135M parameters in float32."""
+
+USED_SHARE = 0.7
+"""Of the memory that is free once the model is there; the rest is for the allocator's gaps and what is not counted."""
+
+_NARROW, _WIDE, _NORMS = 8, 4, 2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes that a forward keeps or needs: of each token, and of each row of logits."""
+
+    token: int
+    logit_row: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, settings: ModelSection) -> Costs:
+        """Counted from the model's shapes.
+
+        A block keeps, for each token, 8 vectors of the hidden size (what went into both norms, into the three
+        projections, out of the rotation and the attention, into the output projection), 4 of the feed-forward's (gate,
+        up, activated gate, product), and 2 of the hidden size in float32 (of the norms). With gradient checkpointing it
+        keeps 1 of the hidden size, and one block at a time has all of the above. A row of logits is there once: its
+        gradient is written over it.
+        """
+        config: Any = model.config.get_text_config()
+        size = torch.finfo(getattr(torch, settings.dtype)).bits // 8
+        wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        block = size * (_NARROW * config.hidden_size + _WIDE * wide) + 4 * _NORMS * config.hidden_size
+        layers = int(config.num_hidden_layers)
+        token = layers * size * config.hidden_size + block if settings.gradient_checkpointing else layers * block
+        return cls(token, config.vocab_size * size)
+
+
+def tokens_in(free: int, costs: Costs, *, response_share: float) -> int:
+    """Tokens of a forward for which `free` bytes are enough.
+
+    Args:
+        free: free memory, what training still allocates being taken off.
+        costs: of the model.
+        response_share: the share of tokens that predict an answer's next one, which alone have logits.
+    """
+    return int(USED_SHARE * max(0, free) / (costs.token + response_share * costs.logit_row))

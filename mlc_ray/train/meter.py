@@ -1,0 +1,111 @@
+"""What one optimizer step measures: means over its batch, however it was cut, and what the cut costs."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlc_ray.train.collectives import distributed, largest
+from mlc_ray.train.flops import Work
+from mlc_ray.train.model import ModelOutput
+from mlc_ray.train.watch import TappedStep
+from mlc_ray.types import Batch, LossOutput
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class StepMeter:
+    """Adds up one optimizer step's numbers over micro-batches, then over workers.
+
+    Numbers of the alignment loss are means over the batch's bundles, those of the terms over its bundles with at least
+    two languages; a bundle forwarded at weight 0 is in none of them.
+    """
+
+    tapped: TappedStep
+    work: Work | None
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    term_sums: dict[str, Tensor] = field(default_factory=dict)
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("tokens", "idle_forwards", "flops"), 0.0))
+    forwards: int = 0
+    losses: list[tuple[list[str], Tensor]] = field(default_factory=list)
+
+    def add(self, batch: Batch, output: ModelOutput, result: LossOutput, *, idle: bool) -> None:
+        """Add one micro-batch; nothing is waited for."""
+        real, with_terms = batch.weight > 0, batch.term_weight > 0
+        _add(self.counts, "loss/total", result.loss.detach().double())
+        _add(self.counts, "bundles", real.double().sum())
+        for name, values in result.metrics.items():
+            _add(self.sums, name, values.double().where(real, 0.0).sum())
+        if output.representations is not None:
+            _add(self.counts, "term_bundles", with_terms.double().sum())
+        for name, values in result.term_metrics.items():
+            _add(self.term_sums, name, values.double().where(with_terms, 0.0).sum())
+        finite = [
+            values.isfinite() | ~counts
+            for metrics, counts in ((result.metrics, real), (result.term_metrics, with_terms))
+            for name, values in metrics.items()
+            if name.startswith("loss/")
+        ]
+        self.losses.append((list(batch.bundle_ids), torch.stack(finite).all(dim=0)))
+        self.tapped.add(batch, output)
+        self.forwards += 1
+        self.numbers["tokens"] += batch.tree.tokens
+        self.numbers["idle_forwards"] += idle
+        self.numbers["flops"] += self.work.step(batch) if self.work is not None else 0.0
+
+    @property
+    def broken(self) -> list[str]:
+        """This worker's bundles with a loss that is not finite."""
+        return [name for names, fine in self.losses for name, ok in zip(names, fine.tolist(), strict=True) if not ok]
+
+    def reduce(self, waited: float, device: torch.device) -> Metrics:
+        """The step's metrics, the same on every worker; every worker must call it.
+
+        Args:
+            waited: seconds that this worker waited for its batches.
+            device: where this worker computes.
+        """
+        named = {**self.counts, **self.sums, **self.term_sums}
+        packed = torch.stack([*named.values(), *torch.tensor(list(self.numbers.values()), device=device).double()])
+        workers = 1
+        if distributed():
+            dist.all_reduce(packed)
+            workers = dist.get_world_size()
+        totals = dict(zip([*named, *self.numbers], packed.tolist(), strict=True))
+        bundles, term_bundles = totals["bundles"], totals.get("term_bundles", 0.0)
+        means = {name: totals[name] / bundles for name in self.sums}
+        if term_bundles:  # where no bundle has two languages, the terms have no mean
+            means |= {name: totals[name] / term_bundles for name in self.term_sums}
+        most_tokens, longest_wait, memory = largest([self.numbers["tokens"], waited, peak_memory_gib(device)], device)
+        return {
+            "loss/total": totals["loss/total"] / workers,
+            **dict(sorted(means.items())),
+            **{name: totals[name] for name in ("term_bundles",) if name in totals},
+            "bundles": bundles,
+            "tokens": totals["tokens"],
+            "tokens_imbalance": most_tokens * workers / totals["tokens"],
+            "forwards": float(self.forwards),
+            "idle_forwards": totals["idle_forwards"],
+            "flops": totals["flops"] / workers,
+            "data_wait_seconds": longest_wait,
+            "peak_memory_gib": memory,
+        }
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has held so far, in GiB: allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value

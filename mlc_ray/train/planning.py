@@ -1,0 +1,146 @@
+"""How a run's batches are cut: the budget of a forward, the cutting, and what is said of it before the first step."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mlc_ray.config import TrainConfig
+from mlc_ray.data.order import Order
+from mlc_ray.data.plan import BudgetError, Cutting, Ints, group_of
+from mlc_ray.data.store import TokenArtifact
+from mlc_ray.losses.objective import Objective
+from mlc_ray.train.collectives import largest
+from mlc_ray.train.engines.base import Engine
+from mlc_ray.train.memory import CPU_TOKENS, Costs, tokens_in
+
+logger = logging.getLogger(__name__)
+
+LOOKED_AT = 100
+"""Optimizer steps that are planned at the start, to say what they are like; a batch of 32 is planned in 0.2 ms."""
+
+
+def order_of(config: TrainConfig, tokens: TokenArtifact) -> Order:
+    """The batches of a run."""
+    return Order(tokens.bundle_ids, seed=config.seed, batch_bundles=config.train.batch_bundles)
+
+
+def cutting_of(config: TrainConfig, tokens: TokenArtifact, *, tokens_per_forward: int, world_size: int) -> Cutting:
+    """By what they are cut."""
+    objective = Objective(config)
+    return Cutting(
+        tokens_per_forward,
+        world_size,
+        head=tokens.head,
+        rejected=objective.needs_rejected,
+        taps=objective.taps,
+        group_bundles=config.train.group_bundles if objective.needs_group else None,
+    )
+
+
+def tokens_per_forward(config: TrainConfig, *, gpu: bool) -> int | None:
+    """What the settings say, or None where the workers must look at their GPUs' memory."""
+    said = config.train.tokens_per_forward
+    if said != "auto":
+        return said
+    return None if gpu else CPU_TOKENS
+
+
+def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine) -> int:
+    """`auto` on GPUs: what the one with the least free memory holds; every worker must call it once it has its engine.
+
+    Free is what neither another process nor a tensor of this one takes, less what the engine's first step allocates.
+    """
+    free = torch.cuda.mem_get_info(engine.device)[0]
+    free += torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
+    counts = tokens.counts
+    share = counts.response_tokens / max(1, counts.response_tokens + sum(counts.prompt_tokens.values()))
+    costs = Costs.of(engine.module.language_model, config.model)
+    own = tokens_in(free - engine.memory_to_come(), costs, response_share=share)
+    return max(1, -int(largest([-own], engine.device)[0]))
+
+
+def cutting_of_worker(config: TrainConfig, tokens: TokenArtifact, engine: Engine, total_steps: int) -> Cutting:
+    """The cutting, once a worker has its engine; where the budget is counted from memory, it is looked at here.
+
+    Raises:
+        BudgetError: What must be forwarded at once does not fit.
+    """
+    said = tokens_per_forward(config, gpu=engine.device.type == "cuda")
+    budget = said if said is not None else tokens_that_fit(config, tokens, engine)
+    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=engine.world_size)
+    if said is None:
+        outlook = look_ahead(tokens, order_of(config, tokens), cutting, total_steps)
+        if engine.rank == 0 and outlook.oversized:
+            logger.warning("%s", said_of(outlook, cutting, config.train.batch_bundles)[-1])
+    return cutting
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a run's first steps are like: optimizer steps looked at, and in them forwards of one worker, and how many
+    forwards of all workers have nothing that counts; and how many bundles are larger than a forward."""
+
+    steps: int
+    forwards: int
+    idle: int
+    oversized: int
+
+
+def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_steps: int) -> Outlook:
+    """What the steps of a run are like, from lengths alone.
+
+    Raises:
+        BudgetError: A group of bundles that must be forwarded at once does not fit into a forward.
+    """
+    lengths = tokens.lengths()
+    own = lengths.own_tokens(head=cutting.head, taps=cutting.taps(0), rejected=cutting.rejected)
+    if cutting.group_bundles is not None:
+        _check_groups(own, order, cutting, total_steps)
+    looked_at = min(LOOKED_AT, total_steps)
+    plans = [cutting.plan(step, rows, lengths.take(rows)) for step in range(looked_at) for rows in [order.batch(step)]]
+    return Outlook(
+        steps=looked_at,
+        forwards=sum(len(plan.forwards) for plan in plans),
+        idle=sum(forward.idle for plan in plans for micro in plan.forwards for forward in micro),
+        oversized=int((own > cutting.tokens_per_forward - cutting.head).sum()),
+    )
+
+
+def said_of(outlook: Outlook, cutting: Cutting, bundles: int) -> list[str]:
+    """The outlook in sentences."""
+    lines = [
+        f"{outlook.forwards / outlook.steps:.3g} forwards a step, of at most {cutting.tokens_per_forward} tokens, on "
+        f"each of {cutting.world_size} workers, for {bundles} bundles (mean of the first {outlook.steps} steps)"
+    ]
+    if outlook.idle:
+        lines.append(
+            f"{outlook.idle} of {outlook.forwards * cutting.world_size} forwards have no bundle left, and forward one "
+            "at weight 0: a batch of more bundles, fewer workers or a smaller train.tokens_per_forward leave fewer"
+        )
+    if outlook.oversized:
+        lines.append(
+            f"{outlook.oversized} bundles have more tokens than train.tokens_per_forward={cutting.tokens_per_forward} "
+            "and are forwarded alone"
+        )
+    return lines
+
+
+def _check_groups(own: Ints, order: Order, cutting: Cutting, total_steps: int) -> None:
+    assert cutting.group_bundles is not None
+    capacity = cutting.tokens_per_forward - cutting.head
+    most = 0
+    for step in range(total_steps):
+        if cutting.taps(step):
+            sizes = own[order.batch(step)]
+            firsts = np.unique(group_of(len(sizes), cutting.group_bundles), return_index=True)[1]
+            most = max(most, int(np.add.reduceat(sizes, firsts).max()))
+    if most > capacity:
+        raise BudgetError(
+            f"train.tokens_per_forward={cutting.tokens_per_forward} is too small for a group of "
+            f"train.group_bundles={cutting.group_bundles} bundles, which are forwarded at once: the largest takes "
+            f"{most + cutting.head} tokens; raise the one or lower the other"
+        )
