@@ -107,10 +107,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     cached = load_reference(reference_folder)
     first, last = min(times["began"]), max(times["ended"])
     alone = (before + after) / 2
+    busy = sum(ended - began for began, ended in set(zip(times["began"], times["ended"], strict=True)))
     return {
         "model": options.model, "dtype": options.dtype, "threads": options.threads, "bundles": len(tokens),
         "bare_seconds": [before, after], "pass_seconds": last - first, "start_seconds": first - asked,
-        "end_seconds": asked + whole - last, "speed": alone / (last - first),
+        "end_seconds": asked + whole - last, "speed": alone / (last - first), "busy": busy / (last - first),
         "equal": all([row.chosen, row.rejected] == said[name] for name, row in cached.items()),
     }  # fmt: skip
 
