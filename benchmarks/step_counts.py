@@ -191,7 +191,7 @@ def step_before(module: PolicyWithExtractor, *, rows: Sequence[TokenRow], batch:
     return split_step(module, on_meta(own), on_meta(prompts), VARLEN)
 
 
-def traffic(parameters: int, workers: int, *, forwards: int, micro_batches: int) -> dict[str, float]:
+def traffic(parameters: int, workers: int, *, forwards: int, micro_batches: int, reduced: int) -> dict[str, float]:
     """Bytes that a worker receives in an optimizer step.
 
     Args:
@@ -199,11 +199,12 @@ def traffic(parameters: int, workers: int, *, forwards: int, micro_batches: int)
         workers: the group over which they are sharded.
         forwards: of the policy, in all micro-batches; ZeRO-3 gathers every block once in each and once in its backward.
         micro_batches: backwards; ZeRO-2 reduces all gradients in each.
+        reduced: bytes of a gradient on the way.
     """
-    share = 2 * parameters * (workers - 1) / workers
+    share = parameters * (workers - 1) / workers
     return {
-        "zero2_reduced_bytes": 2 * share * micro_batches,  # float32 on the way
-        "zero3_gathered_bytes": 2 * share * forwards,
+        "zero2_reduced_bytes": reduced * share * micro_batches,
+        "zero3_gathered_bytes": 2 * 2 * share * forwards,
     }
 
 
@@ -215,7 +216,10 @@ def table(shape: str, bundles: int, rows: Sequence[TokenRow], workers: int) -> d
     policy_forwards = {"ours": 1, "before": 2 * bundles, "recipe": bundles}
     for name, found in together.items():
         backwards = 1 if name == "ours" else bundles
-        found |= traffic(parameters, workers, forwards=policy_forwards[name], micro_batches=backwards)
+        found |= traffic(
+            parameters, workers, forwards=policy_forwards[name], micro_batches=backwards,
+            reduced=4 if name == "ours" else 2,  # float32, or the model's own type
+        )  # fmt: skip
     return {"model": shape, "bundles": bundles, "workers": workers, "parameters": parameters, "steps": together}
 
 
