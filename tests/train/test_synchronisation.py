@@ -98,6 +98,12 @@ def test_a_step_waits_for_nothing(layer):
     assert batches[0].taps and seen == []
 
 
+def test_nor_do_terms_that_compare_bundles():
+    train = TWO_FORWARDS | {"group_bundles": 4}
+    seen, batches = run(tiny_config(train=train, terms={"contrast": {"weight": 0.5}, "variance": {"weight": 0.5}}))
+    assert batches[0].groups is not None and seen == []
+
+
 def test_nor_does_a_step_without_the_term_or_with_a_reference_that_is_asked():
     frozen = ReferenceModel(tiny_model().to(META), layer=2)
     config = tiny_config(train=TWO_FORWARDS, terms={"anchor": {"weight": 0.3}})
