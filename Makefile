@@ -17,7 +17,7 @@ export RAY_USAGE_STATS_ENABLED ?= 0
 .PHONY: help install quickstart search-demo test test-fast test-avx2 lint format docs constraints clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 install:
 	@cluster/install.sh "$(VENV)" dev quickstart
@@ -29,14 +29,15 @@ search-demo: install
 	$(BIN)/python -m mlc_ray quickstart --only-model
 	$(BIN)/python -m mlc_ray search --config configs/search/demo.yaml
 
-test: install
-	$(BIN)/python -m pytest
+# The slow ones one after another: each of them takes both cores, and Ray Train wants no second Ray on the machine.
+test: test-fast
+	$(BIN)/python -m pytest -m slow
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-avx2: install
-	source tests/avx2/environment && $(BIN)/python -m pytest
+test-avx2:
+	source tests/avx2/environment && $(MAKE) test
 
 lint: install
 	$(BIN)/ruff check .

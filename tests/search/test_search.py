@@ -27,6 +27,7 @@ from mlc_ray.cluster import ClusterError, fits
 from mlc_ray.config import SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.judges.refusal import RefusalJudge
+from mlc_ray.runs import read_metrics
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import judge_again
 from mlc_ray.search import tune as ray_tune
@@ -52,7 +53,7 @@ def run_place(small_llama: Path, repository: Path, tmp_path_factory: pytest.Temp
         "optimizer": {"learning_rate": 1e-2},
         "train": {"epochs": 4, "max_steps": 2},
         "engine": {"stage": 2},
-        "cluster": {"address": "local", "workers": 2, "cpus_per_worker": 0.5},
+        "cluster": {"address": "local", "workers": 1, "cpus_per_worker": 0.5},
         "checkpoint": {"every": 1, "keep": 1},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
@@ -113,18 +114,18 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     ray_local: Any, run_place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = actors_started(ray_local)
-    result = search(configured(run_place))
+    own = "objective={name: 'examples.my_objective:TellsApart'}"  # the best trial is chosen by code from outside
+    result = search(configured(run_place, own))
 
     folder = run_place / "found"
     assert sorted(str(trial.values["mlc.layer"]) for trial in result.trials) == ["1", "last"]
     assert all(trial.finished and trial.step == 2 for trial in result.trials)
     runs = [path.parent for path in (folder / "trials").glob("*/config.yaml")]
     assert len(runs) == 2
-    # What trials share was made once: two pools of Ray Data, a scorer with an engine and a judge, beside two times two
-    # workers.
+    # What trials share was made once: two pools of Ray Data, a scorer with an engine and a judge, beside a worker a trial.
     started = actors_started(ray_local) - before
     once = {"Tokenize": 1, "ReferenceScorer": 1, "Scorer": 1, "Worker": 2}
-    assert {name: started[name] for name in (*once, "RayTrainWorker")} == {**once, "RayTrainWorker": 4}
+    assert {name: started[name] for name in (*once, "RayTrainWorker")} == {**once, "RayTrainWorker": 2}
     (_,) = (folder / "trials" / "cache").glob("tokens-*")
     (_,) = (folder / "trials" / "cache").glob("reference-*")
     fingerprints = [json.loads((run / "run.json").read_text())["fingerprints"] for run in runs]
@@ -146,11 +147,11 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     assert nothing_is_held(ray_local)
 
     with pytest.raises(SearchError, match=r"exists already.*--resume"):
-        search(configured(run_place))
+        search(configured(run_place, own))
 
     # Resuming what is finished repeats nothing.
     before = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*.json*")}
-    again = search(configured(run_place, "resume=auto"))
+    again = search(configured(run_place, own, "resume=auto"))
     assert {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*.json*")} == before
     assert again.trials == result.trials
 
@@ -171,7 +172,7 @@ class StopAtFirstScore(FIFOScheduler):
 
 def test_stopped_trials_leave_nothing(ray_local: Any, run_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_tune, "make_scheduler", lambda config: StopAtFirstScore())
-    result = search(configured(run_place, "name=stopped", "space={mlc.layer: {choice: [2]}}"))
+    result = search(configured(run_place, "name=stopped", "space={mlc.layer: {choice: [2]}}", "set=[cluster.workers=2]"))
     assert [(trial.ended, trial.step) for trial in result.trials] == [("stopped", 1)]
     assert result.best is None
     assert not list((run_place / "stopped" / "trials").glob("*/train"))  # its optimizer states are gone
@@ -179,7 +180,7 @@ def test_stopped_trials_leave_nothing(ray_local: Any, run_place: Path, monkeypat
 
 
 def test_what_the_cluster_can_never_hold_is_refused(ray_local: Any, run_place: Path) -> None:
-    with pytest.raises(ClusterError, match=r"concurrency=4 trials of 1 x \(0\.1 CPUs\) \+ 2 x .*has 1 x \(2 CPUs\)"):
+    with pytest.raises(ClusterError, match=r"concurrency=4 trials of 1 x \(0\.1 CPUs\) \+ 1 x .*has 1 x \(2 CPUs\)"):
         search(configured(run_place, "name=greedy", "concurrency=4"))
     with pytest.raises(MlcRayError, match=r"mlc\.layer=99"):
         search(configured(run_place, "name=deep", "space={mlc.layer: {choice: [1, 99]}}"))
@@ -261,6 +262,7 @@ def judged_in_english(messages: list[dict[str, str]], number: int) -> Step:
 
 
 def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_local: Any, run_place: Path) -> None:
+    hinge, sign = "examples.my_loss:Hinge", "{name: 'examples.my_term:SameSign', weight: 0.5}"  # found in every trial
     with serving(judged_in_english) as server:
         endpoint = {"base_url": server.base_url, "model": "m"}
         judge = {"name": "endpoint", "endpoint": endpoint, "translate": {"endpoint": endpoint, "all_languages": True}}
@@ -268,16 +270,18 @@ def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_
             configured(
                 run_place,
                 "name=adapters",
-                "space={mlc.layer: {choice: [2, last]}, objective.loss: {choice: [sft, dpo]}}",
+                f"space={{mlc.layer: {{choice: [2, last]}}, objective.loss: {{choice: [sft, '{hinge}']}}}}",
                 "probe.keep=1",
                 "scoring.engine.replicas=2",
-                "set=[model.lora.rank=4, cluster.workers=1]",
+                f'set=[model.lora.rank=4, "terms={{sign: {sign}}}"]',
                 f"scoring.judge={json.dumps(judge)}",
             )
         )
     assert [(trial.finished, trial.step) for trial in result.trials] == [(True, 2), (True, 2)]
-    assert {trial.values["objective.loss"] for trial in result.trials} == {"sft", "dpo"}
+    assert {trial.values["objective.loss"] for trial in result.trials} == {"sft", hinge}
     folder = run_place / "adapters"
+    for metrics in (folder / "trials").glob("*/metrics.jsonl"):
+        assert all(row["loss/sign"] >= 0 and "sign/cosine" in row for row in read_metrics(metrics.parent))
     ranking = json.loads((folder / "probe" / "probe.json").read_text())["probe"]["ranking"]
     kept, left_out = sorted(("last", 2), key=lambda layer: ranking.index({"last": 4, 2: 2}[layer]))
     assert [trial.values["mlc.layer"] for trial in result.trials] == [kept, kept]

@@ -50,7 +50,7 @@ def run_place(smollm2, repository, tmp_path_factory):
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {"train": [{"path": str(folder / "bundles.jsonl")}], "languages": ["en", "sw", "zh"]},
         "mlc": {"layer": 3, "every": 2, "extractor_dim": 32},
-        "terms": {"anchor": {}},
+        "terms": {"anchor": {}, "sign": {"name": "examples.my_term:SameSign", "weight": 0.5}},  # one from outside
         "optimizer": {"learning_rate": 1e-3},
         "train": {"epochs": 4, "max_steps": STEPS, "batch_bundles": 4},
         "engine": {"stage": 2},
@@ -84,7 +84,7 @@ def test_a_run_leaves_what_it_should(undisturbed, run_place):
     assert [row["bundles_consumed"] for row in rows] == [4, 8, 12, 16, 20, 24, 28, 32]
     assert rows[0]["loss/alignment"] == pytest.approx(0.693147, abs=1e-4)
     measures = {"collapse/between_bundle_cosine", "collapse/effective_rank", "collapse/effective_rank_share"}
-    assert {"mlc/leading_share", "loss/mlc", "loss/anchor"} | measures <= rows[0].keys()
+    assert {"mlc/leading_share", "loss/mlc", "loss/anchor", "loss/sign", "sign/cosine"} | measures <= rows[0].keys()
     assert "loss/mlc" not in rows[1]
     assert any((run / "tensorboard").iterdir())
     assert load_run_config(run) == configured(run_place)
@@ -121,7 +121,7 @@ def test_a_run_that_diverges_ends_without_a_checkpoint_and_is_not_tried_again(ru
     assert "diverged at step 2 of 8" in show(run_place / "diverged")
 
 
-def test_an_engine_from_outside_trains_a_whole_run_as_deepspeed_does(undisturbed, run_place):
+def test_an_engine_and_a_term_from_outside_train_a_whole_run_as_deepspeed_does(undisturbed, run_place):
     own = train(configured(run_place, "name=own_engine", "engine={name: 'examples.my_engine:TorchDdp'}"))
     for row, want in zip(read_metrics(own.run_folder), read_metrics(undisturbed.run_folder), strict=True):
         assert row["loss/total"] == pytest.approx(want["loss/total"], rel=1e-5)
