@@ -112,7 +112,7 @@ def submit(head: Head, repository: Path, command: list[str], settings: list[str]
 
 
 def test_search_as_a_ray_job(head: Head, repository: Path, small_llama: Path, tmp_path: Path) -> None:
-    run = ["train.max_steps=1", "data.languages=[en,fr]", f"model.path={small_llama}", "cluster.cpus_per_worker=0.3"]
+    run = ["train.max_steps=1", "data.languages=[en,fr]", f"model.path={small_llama}", "cluster.workers=1"]
     settings = [
         f"output_dir={tmp_path}",
         "name=job-search",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import uuid
@@ -24,9 +25,9 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
-from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, output_folder
+from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, checkpoint_folder, output_folder, read_metrics
 from mlc_ray.storage import absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
-from mlc_ray.train.checkpoint import find_checkpoint
+from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints
 from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.failures import EndAtOwnError, own_errors, record_divergence
 from mlc_ray.train.loop import DivergedError
@@ -91,6 +92,9 @@ def train(
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
     layer = resolve_layer(config.mlc.layer, depth)
     run_folder, is_new = _run_folder(config, resume)
+    if not is_new and score is None and (ended := _ended(run_folder)) is not None:
+        logger.info("run %s has ended already: there is nothing left to train", run_folder)
+        return ended
     keep_in(run_folder)
     connect(config.cluster.address)
     gpu = use_gpu(config.cluster.accelerator)
@@ -214,6 +218,18 @@ def _run_folder(config: TrainConfig, resume: Path | None) -> tuple[Path, bool]:
         raise _exists_already(folder)
     _refuse_other_settings(folder, config)
     return folder, False
+
+
+def _ended(folder: Path) -> TrainResult | None:
+    """What the run in `folder` came to, if the checkpoint of its last step is there."""
+    if not (folder / RUN_FILE).is_file():
+        return None
+    steps = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["total_steps"]
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints or checkpoints[-1] != checkpoint_folder(folder, steps):
+        return None
+    rows = list(read_metrics(folder))
+    return TrainResult(folder, checkpoints[-1], rows[-1] if rows else {})
 
 
 def _refuse_other_settings(folder: Path, config: TrainConfig) -> None:

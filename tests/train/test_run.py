@@ -130,10 +130,22 @@ def test_an_engine_and_a_term_from_outside_train_a_whole_run_as_deepspeed_does(u
     assert "engine/state.pt" in manifest["files"]
 
 
-def test_auto_goes_on_with_a_run_that_ended(undisturbed, run_place):
-    again = train(configured(run_place, "resume=auto"))
-    assert (again.run_folder, again.checkpoint) == (undisturbed.run_folder, undisturbed.checkpoint)
-    assert [step for step, _ in losses(again.run_folder)] == list(range(1, STEPS + 1))
+def test_a_run_that_ended_is_not_started_again(undisturbed, run_place, monkeypatch):
+    monkeypatch.setattr("mlc_ray.train.run.TorchTrainer", lambda *_, **__: pytest.fail("workers were started"))
+    for again in (
+        train(configured(run_place, "resume=auto")),
+        train(load_run_config(undisturbed.run_folder), resume=undisturbed.run_folder),
+    ):
+        assert (again.run_folder, again.checkpoint) == (undisturbed.run_folder, undisturbed.checkpoint)
+        assert again.metrics["loss/total"] == undisturbed.metrics["loss/total"]
+
+
+def test_auto_goes_on_from_the_last_checkpoint(undisturbed, run_place):
+    shutil.copytree(undisturbed.run_folder, run_place / "lost")
+    shutil.rmtree(run_place / "lost/train/checkpoint_000008")
+    again = train(configured(run_place, "name=lost", "resume=auto"))
+    assert again.checkpoint.name == "checkpoint_000008"
+    assert losses(run_place / "lost") == losses(undisturbed.run_folder)
 
 
 def kill_a_worker_after_step(run, step, killed):
