@@ -122,7 +122,8 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     assert all(trial.finished and trial.step == 2 for trial in result.trials)
     runs = [path.parent for path in (folder / "trials").glob("*/config.yaml")]
     assert len(runs) == 2
-    # What trials share was made once: two pools of Ray Data, a scorer with an engine and a judge, beside a worker a trial.
+    # What trials share was made once: two pools of Ray Data, a scorer with an engine and a judge, beside a worker a
+    # trial.
     started = actors_started(ray_local) - before
     once = {"Tokenize": 1, "ReferenceScorer": 1, "Scorer": 1, "Worker": 2}
     assert {name: started[name] for name in (*once, "RayTrainWorker")} == {**once, "RayTrainWorker": 2}
@@ -172,7 +173,9 @@ class StopAtFirstScore(FIFOScheduler):
 
 def test_stopped_trials_leave_nothing(ray_local: Any, run_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_tune, "make_scheduler", lambda config: StopAtFirstScore())
-    result = search(configured(run_place, "name=stopped", "space={mlc.layer: {choice: [2]}}", "set=[cluster.workers=2]"))
+    result = search(
+        configured(run_place, "name=stopped", "space={mlc.layer: {choice: [2]}}", "set=[cluster.workers=2]")
+    )
     assert [(trial.ended, trial.step) for trial in result.trials] == [("stopped", 1)]
     assert result.best is None
     assert not list((run_place / "stopped" / "trials").glob("*/train"))  # its optimizer states are gone
