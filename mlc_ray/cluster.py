@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -38,12 +39,32 @@ class ClusterError(MlcRayError):
 def running() -> str | None:
     """The cluster that `connect("auto")` joins; None where it starts one.
 
-    That is RAY_ADDRESS, which `ray job submit` sets, or else what the file that `ray start` leaves says.
+    That is RAY_ADDRESS, which `ray job submit` sets, or else what the file that `ray start` leaves says, unless the Ray
+    that it names is gone: one that was killed leaves the file.
     """
     from ray._private.services import find_bootstrap_address
 
-    address = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None)
-    return None if address == "local" else address
+    if named := os.environ.get("RAY_ADDRESS"):
+        return None if named == "local" else named
+    address: str | None = find_bootstrap_address(None)
+    if address is not None and refuses(address):
+        logger.warning("the Ray at %s that was started on this machine is gone; it is left out", address)
+        return None
+    return address
+
+
+def refuses(address: str) -> bool:
+    """Whether nothing listens at `address`, HOST:PORT. Ray itself tries for minutes, in silence; other forms: False."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return False
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # no route, no name, no answer yet: Ray's to say
+        return False
+    return False
 
 
 def connect(address: str) -> None:
@@ -54,13 +75,16 @@ def connect(address: str) -> None:
         os.environ.setdefault(name, value)
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns of bars switched off
+    if address == "auto":
+        address = running() or "local"
+    if refuses(address):
+        raise ClusterError(
+            f"no Ray cluster answers at address {address!r}: nothing listens there; start one with `ray start --head`, "
+            "or set the address to 'local'"
+        )
     options: dict[str, Any] = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
     try:
-        if address == "local":
-            ray.init(address="local", **options)
-        else:
-            # None follows RAY_ADDRESS, which `ray job submit` sets, or the file that `ray start` leaves, or starts one.
-            ray.init(address=None if address == "auto" else address, **options)
+        ray.init(address=address, **options)
     except ConnectionError as error:
         raise ClusterError(
             f"no Ray cluster answers at address {address!r} ({error}); start one with `ray start --head`, or set "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mlc_ray.cli import main
-from mlc_ray.cluster import ClusterError
+from mlc_ray.cluster import ClusterError, connect, refuses
 from mlc_ray.device import of_cpu, of_gpus
 from mlc_ray.doctor import GIB, DoctorError, Machine, check, compare, doctor, examine, look
 
@@ -101,7 +102,23 @@ def test_an_output_dir_that_is_a_url_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_cluster_looked_at_is_the_one_that_a_run_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # another test's may be up
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        assert not refuses(f"127.0.0.1:{port}")
+    started = time.monotonic()
+    with pytest.raises(
+        ClusterError, match=rf"no Ray cluster answers at address '127\.0\.0\.1:{port}': nothing listens"
+    ):
+        connect(f"127.0.0.1:{port}")
+    assert time.monotonic() - started < 60  # Ray itself tries for many minutes
+    assert not any(map(refuses, ("local", "auto", "ray://127.0.0.1:1", "no-port")))
+
+
+def test_the_cluster_looked_at_is_the_one_that_a_run_joins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def joins(address: str) -> None:
         raise ClusterError(address)
 
@@ -111,9 +128,14 @@ def test_the_cluster_looked_at_is_the_one_that_a_run_joins(tmp_path: Path, monke
     alone = doctor(tmp_path, address="local")
     assert len(doctor(tmp_path)) == len(alone)
     (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379\n")  # as `ray start` leaves it
-    with pytest.raises(ClusterError, match=r"^10\.0\.0\.1:6379$"):
-        doctor(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        here = f"127.0.0.1:{listening.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{here}\n")  # as `ray start` leaves it
+        with pytest.raises(ClusterError, match=rf"^{here}$"):
+            doctor(tmp_path)
+    # A Ray that was killed leaves the file as well: nothing listens there any more.
+    assert len(doctor(tmp_path)) == len(alone)
+    assert f"the Ray at {here} that was started on this machine is gone" in caplog.text
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
     with pytest.raises(ClusterError, match=r"^10\.0\.0\.2:6379$"):
         doctor(tmp_path)

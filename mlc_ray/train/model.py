@@ -272,7 +272,18 @@ def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:
 
 
 def model_depth(path: str | Path, *, trust_remote_code: bool) -> int:
-    """Number of blocks from the model's config alone, without its weights."""
+    """Number of blocks from the model's config alone, without its weights.
+
+    Raises:
+        ModelError: There is no such model; the message quotes the path.
+    """
+    text = str(path)
+    # A hub's name is `owner/name` at most; of anything else the hub would say that it is a bad name.
+    if (text.startswith((".", "/", "~")) or text.count("/") > 1) and not Path(text).expanduser().exists():
+        raise ModelError(
+            f"model.path={text!r}: there is no such folder (looked for from {str(Path.cwd())!r}); "
+            "`mlc-ray quickstart --only-model` makes a small model and prints its folder"
+        )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -24,6 +24,7 @@ from mlc_ray.train.model import (
     final_norm,
     layer_states,
     load_policy,
+    model_depth,
     resolve_layer,
 )
 from mlc_ray.train.reference import ReferenceModel
@@ -349,3 +350,9 @@ def test_a_forward_leaves_the_model_as_it_was():
     for layer in range(4):
         PolicyWithExtractor(model, layer=layer, extractor_dim=16, seed=0)(batch())
     assert torch.equal(model(torch.tensor([[1, 2, 3]])).logits, before)
+
+
+@pytest.mark.parametrize("path", [".cache/models/nothing", "/nowhere/model", "~/nothing/here"])
+def test_a_folder_that_is_missing_is_not_taken_for_a_name_on_the_hub(path):
+    with pytest.raises(ModelError, match=rf"model\.path='{path}': there is no such folder .*--only-model"):
+        model_depth(path, trust_remote_code=False)
