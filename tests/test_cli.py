@@ -181,6 +181,7 @@ def test_config_prints_the_schema(arguments: list[str], title: str, capsys: pyte
         (["search", "--resume", "runs/x", "--set", "seed=1"], ["--set", "runs/x", "a resumed search"]),
         (["score", "m", "--resume", "runs/x", "--limit", "3"], ["MODEL and --limit", "runs/x", "a resumed score"]),
         (["score", "--resume", "runs/x"], ["runs/x' is not a score folder"]),
+        (["judge", __file__, "--judge", "phrases"], ["test_cli.py' is not a score folder"]),
         (["search"], ["--config", "--resume"]),
         (["config", "--set", "name=r", "--set", "mlc.wieght=1"], ["mlc.wieght=1", "'weight'", "model: required"]),
         (["config"], ["--schema", "--config"]),
@@ -375,7 +376,10 @@ def test_an_unexpected_error_is_not_hidden(rooms: Calls) -> None:
 def test_ctrl_c(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     rooms.raises = KeyboardInterrupt()
     assert main(["export", "runs/r", "out"]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert capsys.readouterr().err == "mlc-ray: interrupted\n"
+    rooms.raises = KeyboardInterrupt("to go on: mlc-ray train --resume runs/r")
+    assert main(["export", "runs/r", "out"]) == 130
+    assert capsys.readouterr().err == "mlc-ray: interrupted; to go on: mlc-ray train --resume runs/r\n"
 
 
 def test_ctrl_c_as_a_signal() -> None:

@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cause = getattr(error, "cause", error)  # Ray hands on a worker's error wrapped in one of the same type
         print(f"mlc-ray: error: {cause}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("mlc-ray: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:  # it may say how to go on
+        print("mlc-ray: interrupted" + (f"; {interrupt}" if interrupt.args else ""), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # `mlc-ray config --schema | head`
         sys.stderr.close()

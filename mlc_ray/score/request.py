@@ -53,7 +53,7 @@ def load_request(folder: Path | Place) -> Request:
     try:
         content = (Place(folder) / REQUEST_FILE).read_json()
         return Request(**{**content, "config": parse_config(ScoreConfig, content["config"])})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ScoreError(f"{str(folder)!r} is not a score folder: it has no {REQUEST_FILE}") from None
     except (json.JSONDecodeError, TypeError, KeyError) as error:
         raise ScoreError(f"{str(Place(folder) / REQUEST_FILE)!r} is damaged: {error}") from None

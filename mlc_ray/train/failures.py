@@ -1,10 +1,13 @@
-"""How an `MlcRayError` comes from a worker to the driver as itself, and how a diverged run is recorded."""
+"""How an error or Ctrl-C ends a run: errors of workers as themselves, divergence recorded, Ctrl-C as Python has it."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,51 @@ def own_errors() -> Iterator[None]:
         if own is None or own is error:
             raise
         raise own from None  # what was around it, with tracebacks, is in the log of Ray's workers
+
+
+@contextmanager
+def keyboard_interrupt(message: str) -> Iterator[None]:
+    """Make Ctrl-C end this block, a `trainer.fit()`, by a `KeyboardInterrupt`, and restore the handler of SIGINT.
+
+    Ray Train replaces that handler by one that ends the workers and then raises `SystemExit`, without a word. So does
+    Ray at SIGTERM, which stays a `SystemExit`: Python's wakeup descriptor says which signals came, whoever handled it.
+
+    Args:
+        message: what the `KeyboardInterrupt` says.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals are handled, and Ray's set, in it alone
+        yield
+        return
+    handler = signal.getsignal(signal.SIGINT)
+    came, wakeup = os.pipe()
+    os.set_blocking(came, False)
+    os.set_blocking(wakeup, False)
+    others = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):  # the second before Ray Train has set its handler
+        if signal.SIGINT in _signals(came, others):
+            raise KeyboardInterrupt(message) from None
+        raise
+    finally:
+        if handler is not None:  # None: not set by Python
+            signal.signal(signal.SIGINT, handler)
+        signal.set_wakeup_fd(others)
+        _signals(came, others)
+        os.close(came)
+        os.close(wakeup)
+
+
+def _signals(came: int, others: int) -> bytes:
+    """The signals that came, one a byte, read once and passed on to the wakeup descriptor `others` (-1: none)."""
+    try:
+        numbers = os.read(came, 4096)
+    except BlockingIOError:
+        return b""
+    if others >= 0:
+        with suppress(BlockingIOError):  # it is full, which wakes its reader as well
+            os.write(others, numbers)
+    return numbers
 
 
 def own_error(error: BaseException) -> MlcRayError | None:

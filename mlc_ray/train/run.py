@@ -29,7 +29,7 @@ from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, checkpoint_folder,
 from mlc_ray.storage import absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
 from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints
 from mlc_ray.train.console import RunDisplay
-from mlc_ray.train.failures import EndAtOwnError, own_errors, record_divergence
+from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_errors, record_divergence
 from mlc_ray.train.loop import DivergedError
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import model_depth, resolve_layer
@@ -86,6 +86,7 @@ def train(
         DivergedError: the loss or its gradients stayed non-finite; the run's folder says so from then on.
         MlcRayError: a worker raised it (`CheckpointError`, `ModelError`, ...). Like a `DivergedError`, it ends the run:
             `cluster.max_failures` counts other failures only.
+        KeyboardInterrupt: Ctrl-C; the workers have ended by then.
     """
     check_trackers(config)
     config = _with_absolute_paths(config)
@@ -144,6 +145,7 @@ def train(
             if display
             else contextlib.nullcontext(),
             own_errors(),
+            keyboard_interrupt(f"to go on: mlc-ray train --resume {run_folder}"),
         ):
             result: Any = trainer.fit()
     except DivergedError as error:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
+import sys
+import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +23,7 @@ from mlc_ray.data.batches import BatchError
 from mlc_ray.errors import MlcRayError
 from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.train.checkpoint import CheckpointError
-from mlc_ray.train.failures import EndAtOwnError, own_error, own_errors
+from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_error, own_errors
 from mlc_ray.train.loop import DivergedError
 from mlc_ray.train.model import ModelError
 
@@ -103,3 +108,68 @@ def test_an_error_of_ours_is_not_tried_again(own: MlcRayError) -> None:
     assert (str(ended.value), vars(ended.value)) == (str(own), vars(own))
     others = polled(RuntimeError("a worker died"), None).get_worker_group_error()
     assert policy.make_decision(others) is FailureDecision.RETRY
+
+
+def exit_at(number: signal.Signals) -> None:
+    """What Ray Train does at SIGINT and Ray at SIGTERM: handlers of their own, which end by `SystemExit`."""
+    signal.signal(number, lambda *_: sys.exit(0))
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def handlers() -> Iterator[dict[signal.Signals, Any]]:
+    """The handlers of signals as the caller has them; and after the test, whatever it did."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_ctrl_c_is_a_keyboard_interrupt(handlers: dict[signal.Signals, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt, match="to go on: this"), keyboard_interrupt("to go on: this"):
+        exit_at(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handlers[signal.SIGINT]
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_ctrl_c_before_ray_has_a_handler_says_the_same(handlers: dict[signal.Signals, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt, match="to go on: this"), keyboard_interrupt("to go on: this"):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_another_signal_is_no_ctrl_c(handlers: dict[signal.Signals, Any]) -> None:
+    with pytest.raises(SystemExit), keyboard_interrupt("to go on: this"):
+        exit_at(signal.SIGTERM)
+
+
+def test_a_block_that_ends_by_itself_restores_the_handler(handlers: dict[signal.Signals, Any]) -> None:
+    with keyboard_interrupt("to go on: this"):
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    assert signal.getsignal(signal.SIGINT) is handlers[signal.SIGINT]
+
+
+def test_signals_are_passed_on_to_who_was_told_of_them_before(handlers: dict[signal.Signals, Any]) -> None:
+    came, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup)
+    try:
+        with pytest.raises(SystemExit), keyboard_interrupt("to go on: this"):
+            exit_at(signal.SIGTERM)
+    finally:
+        assert signal.set_wakeup_fd(-1) == wakeup
+    assert os.read(came, 9) == bytes([signal.SIGTERM])
+    os.close(came)
+    os.close(wakeup)
+
+
+def test_beside_the_main_thread_signals_are_left_alone() -> None:
+    ended = []
+
+    def block() -> None:
+        with keyboard_interrupt("to go on: this"):
+            ended.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    thread.join()
+    assert ended == [signal.getsignal(signal.SIGINT)]

@@ -1,14 +1,23 @@
 """A run's name and its paths: what is settled before anything is trained, without Ray."""
 
-import pytest
+import os
+import signal
+import sys
+from types import SimpleNamespace
 
+import pytest
+from ray.train.torch import TorchTrainer
+
+from mlc_ray.train import run
 from mlc_ray.train.run import (
+    PreparedData,
     RunError,
     _claimed,
     _run_folder,
     _what_must_not_change,
     _with_absolute_paths,
     load_run_config,
+    train,
 )
 from tests.train.tiny import tiny_config
 
@@ -87,3 +96,21 @@ def test_auto_starts_or_goes_on(tmp_path):
         _run_folder(config(mlc={"layer": 1}), None)
     with pytest.raises(RunError, match=r"engine\.persistence_threshold was None, now 0, engine\.stage was 0, now 3"):
         _run_folder(config(engine={"stage": 3, "persistence_threshold": 0}), None)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
+    def fit(_):  # Ray Train's handler ends the workers, and then the program
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(TorchTrainer, "fit", fit)
+    prepared = PreparedData(SimpleNamespace(folder=tmp_path / "tokens"), None, {})
+    for name, result in {"model_depth": 3, "use_gpu": False, "prepare_data": prepared, "_total_steps": 8}.items():
+        monkeypatch.setattr(run, name, lambda *_, result=result, **__: result)
+    for name in ("connect", "check_fits", "_announce", "_describe_run"):
+        monkeypatch.setattr(run, name, lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt, match=rf"^to go on: mlc-ray train --resume {tmp_path}/tiny$"):
+        train(tiny_config(output_dir=str(tmp_path)))
+    assert load_run_config(tmp_path / "tiny").name == "tiny"
+    assert signal.getsignal(signal.SIGINT) is handler
