@@ -63,6 +63,7 @@ from mlc_ray.storage import (
     library_versions,
     write_json_atomic,
 )
+from mlc_ray.train.answers import check_answers
 from mlc_ray.train.model import model_depth, resolve_layer
 from mlc_ray.train.run import prepare_data
 
@@ -159,10 +160,8 @@ def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
     """Make what all trials share, or find it in the folder; the engines of the result are up."""
     base = _base(space, output_dir=str(folder / TRIALS_FOLDER))
     device = _device(base)
+    _prepare_data(base, space, folder, device)
     space, skipped = _probed(config, space, base, folder, device)
-    depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
-    layer = resolve_layer(base.mlc.layer, depth)
-    prepare_data(base, cache_dir=folder / TRIALS_FOLDER / "cache", layer=layer, gpu=device == "gpu")
     lora_rank = _lora_rank(space)
     model = resolve_model(base.model.path)
     make_judge(config.scoring.judge).check_ready(folder / "cache")
@@ -273,6 +272,15 @@ def _lora_rank(space: Space) -> int | None:
         raise ConfigError("the space has runs with LoRA adapters and runs without; search them apart")
     ranks = [lora.rank for lora in loras if lora is not None]
     return max(ranks) if ranks else None
+
+
+def _prepare_data(base: TrainConfig, space: Space, folder: Path, device: Device) -> None:
+    """Make what trials train on, and look for answers that one of their losses needs, though the base's does not."""
+    depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
+    layer = resolve_layer(base.mlc.layer, depth)
+    data = prepare_data(base, cache_dir=folder / TRIALS_FOLDER / "cache", layer=layer, gpu=device == "gpu")
+    for corner in space.corners():
+        check_answers(space.run(corner, name="corner").model_copy(update={"data": base.data}), data.tokens)
 
 
 def _probed(

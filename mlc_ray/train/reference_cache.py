@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import pickle
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from mlc_ray.config import ModelSection, TrainConfig
 from mlc_ray.data.batches import collate
 from mlc_ray.data.store import TokenArtifact
+from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
 from mlc_ray.progress import phase
 from mlc_ray.storage import (
@@ -36,6 +39,7 @@ logger = logging.getLogger(__name__)
 TABLE = "reference.parquet"
 BUNDLES_PER_FORWARD = 8
 _BLOCK_ROWS = 256
+_FAULT = "fault"
 
 
 def prepare_reference(
@@ -128,6 +132,8 @@ def _compute(config: TrainConfig, tokens: TokenArtifact, needed: dict[str, Any],
     tables = []
     with phase("reference", total=ids.num_rows, unit="bundles") as progress:
         for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+            if _FAULT in table.column_names:
+                raise pickle.loads(table[_FAULT].drop_null()[0].as_py())
             tables.append(table.select(sorted(table.column_names)))
             progress.advance(table.num_rows)
     return pa.concat_tables(tables)
@@ -139,10 +145,23 @@ class ReferenceScorer:
     def __init__(self, tokens_folder: str, settings: dict[str, Any], needed: dict[str, Any], gpu: bool) -> None:
         self.tokens = TokenArtifact.open(Path(tokens_folder))
         self.device = torch.device("cuda" if gpu else "cpu")
-        self.model = ReferenceModel(load_policy(ModelSection(**settings)), **needed).to(self.device).eval()
+        self.settings = ModelSection(**settings)
+        self.needed = needed
+
+    @cached_property
+    def model(self) -> ReferenceModel:
+        """Loaded by the first batch: of an error while an actor is made, Ray keeps the text only."""
+        return ReferenceModel(load_policy(self.settings), **self.needed).to(self.device).eval()
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+        """`_score`, or a row with an error of ours: raised here, Ray would wrap it and add to its message."""
+        try:
+            return self._score(batch)
+        except MlcRayError as error:
+            return pa.table({_FAULT: pa.array([pickle.dumps(error)], pa.binary())})
 
     @torch.no_grad()
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
+    def _score(self, batch: dict[str, np.ndarray]) -> pa.Table:
         """Rows `id` -> bundle_id, and what is needed: chosen and rejected (nats, float64), state (list of float32)."""
         rows = self.tokens.table(batch["id"].tolist())
         collated = collate(

@@ -27,6 +27,7 @@ from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, checkpoint_folder, output_folder, read_metrics
 from mlc_ray.storage import absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
+from mlc_ray.train.answers import check_answers
 from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints
 from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_errors, record_divergence
@@ -157,8 +158,13 @@ def train(
 
 
 def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool) -> PreparedData:
-    """Token rows and, where the loss needs them, cached reference numbers for `config`; existing ones are reused."""
+    """Token rows and, where the loss needs them, cached reference numbers for `config`; existing ones are reused.
+
+    Raises:
+        MissingAnswersError: Bundles lack answers that the loss needs; found before a model is loaded.
+    """
     tokens = prepare_token_rows(config.data, config.model, cache_dir=cache_dir)
+    check_answers(config, tokens)
     fingerprints = {
         "model": fingerprint_model(config.model.path),
         "tokens": tokens.fingerprint,

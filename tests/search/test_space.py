@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,16 @@ import optuna
 import pytest
 
 from mlc_ray.config import ConfigError, ParameterSection, SearchConfig, parse_config
+from mlc_ray.data.sources import SourceFile, read_file, sample_path
+from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.tables import rows_to_table
 from mlc_ray.errors import MlcRayError
+from mlc_ray.search import run as search_run
 from mlc_ray.search.space import Space, distribution, make_space, restrict
+from mlc_ray.train.answers import MissingAnswersError
+from mlc_ray.train.run import PreparedData
+from mlc_ray.types import Bundle
+from tests.train.tiny import random_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
@@ -230,3 +240,21 @@ def test_distributions_draw_from_the_range_that_is_written() -> None:
     assert 0.5 <= trial.params["uniform"] <= 0.6
     assert 1e-6 <= trial.params["log"] <= 1e-4
     assert trial.distributions["log"].log  # type: ignore[attr-defined]
+
+
+def test_every_loss_of_the_space_finds_the_answers_it_needs_before_the_first_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: dict[str, Any] = {"objective.loss": {"choice": ["sft", "orpo"]}}
+    space = make_space(search_config(space=losses, set=["objective={}"]))
+    (row,) = random_rows(1)
+    (bundle,) = (r.parsed for r in itertools.islice(read_file(SourceFile(str(sample_path("train")))), 1))
+    assert isinstance(bundle, Bundle)
+    stored = replace(row, bundle_id=bundle.bundle_id, rejected=None)
+    write_rows(tmp_path, [rows_to_table([stored])], fingerprint="x", rejected={})
+    data = PreparedData(TokenArtifact.open(tmp_path), None, {})
+    monkeypatch.setattr(search_run, "model_depth", lambda *_, **__: 3)
+    monkeypatch.setattr(search_run, "prepare_data", lambda *_, **__: data)
+    base = space.run({"objective.loss": "sft"}, name="base")
+    with pytest.raises(MissingAnswersError, match=r"objective\.loss='orpo' needs chosen and rejected answers"):
+        search_run._prepare_data(base, space, tmp_path, "cpu")

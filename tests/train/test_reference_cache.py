@@ -1,16 +1,22 @@
 """The reference's cached numbers on disk: what two runs that share a cache, or a damaged folder, come to."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mlc_ray.data.batches import BatchError
+from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.tables import rows_to_table
 from mlc_ray.storage import write_manifest
 from mlc_ray.train import reference_cache as ray_reference
+from mlc_ray.train.model import ModelError
 from mlc_ray.train.reference_cache import TABLE, load_reference, prepare_reference
-from tests.train.tiny import tiny_config
+from tests.train.tiny import random_rows, tiny_config, tiny_model
 
 TOKENS = SimpleNamespace(fingerprint="t", bundle_ids=["a", "b"])
 
@@ -69,3 +75,33 @@ def test_the_folder_of_a_faster_run_is_used(prepare, damaged_before):
         folder.rmdir()
     assert prepare(-3.0, meanwhile=lambda: write(folder, -5.0)) == (folder, -5.0)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A tiny model, and token rows of which one has no rejected answer."""
+    rows = random_rows(20)
+    rows[12] = replace(rows[12], rejected=None)
+    tiny_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "tokens").mkdir()
+    write_rows(tmp_path / "tokens", [rows_to_table(rows)], fingerprint="t", rejected={})
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("model", "error"), [("model", BatchError), ("broken", ModelError)])
+def test_an_actor_of_the_pass_hands_over_an_error_of_ours_as_data(place, monkeypatch, model, error):
+    class Scored:
+        def map_batches(self, scorer, *, fn_constructor_kwargs, **_):
+            self.scorer = scorer(**fn_constructor_kwargs)
+            return self
+
+        def iter_batches(self, **_):
+            return (self.scorer({"id": np.arange(start, start + 4)}) for start in range(0, 20, 4))
+
+    monkeypatch.setattr(ray_reference.ray.data, "from_blocks", lambda _: Scored())
+    config = tiny_config(model={"path": str(place / model)})
+    with pytest.raises(error) as caught:
+        prepare_reference(config, TokenArtifact.open(place / "tokens"), layer=2, cache_dir=place / "cache", gpu=False)
+    assert type(caught.value) is error
