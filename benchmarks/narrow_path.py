@@ -5,7 +5,7 @@
 It trains one step on eight bundles (JSONL, DPO + MLC, one worker) and scores the result with the refusal phrases, with
 every function of the package recorded in every process when it is first called. A function counts with its whole text.
 Left out is what lies beneath the path or beside it: settings, command line, storage and folders, cluster, console,
-checkpoints, the cached reference.
+checkpoints, the cached reference, checks at the start, the watch for collapse, counts of FLOPs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ PATH = {
     "data": "formats/containers formats/base formats/mlc bundles sources tables prepare tokens store order plan "
     "stream batches trees",
     "losses": "base dpo mlc logprobs objective",
-    "train": "run worker model attention checks engines/base engines/deepspeed planning loop meter flops collectives "
-    "watch",
+    "train": "run worker model attention engines/base engines/deepspeed planning loop meter collectives",
     "generate": "stage engine pool",
     "judges": "base phrase_lists refusal degenerate",
     "stats": "rates intervals",
