@@ -64,6 +64,7 @@ from mlc_ray.storage import (
     write_json_atomic,
 )
 from mlc_ray.train.answers import check_answers
+from mlc_ray.train.failures import keyboard_interrupt
 from mlc_ray.train.model import model_depth, resolve_layer
 from mlc_ray.train.run import prepare_data
 
@@ -205,7 +206,8 @@ def _search(prepared: Prepared) -> SearchResult:
             callbacks=[MarkStopped(shared)],
         )  # fmt: skip
         if tuner is not None:
-            failed = [str(error).strip().splitlines()[-1] for error in tuner.fit().errors]
+            with keyboard_interrupt(f"to go on: mlc-ray search --resume {shared.folder}"):
+                failed = [str(error).strip().splitlines()[-1] for error in tuner.fit().errors]
     finally:
         shared.scorer.close()
     shared.drop_optimizer_states()

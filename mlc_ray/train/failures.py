@@ -48,10 +48,11 @@ def own_errors() -> Iterator[None]:
 
 @contextmanager
 def keyboard_interrupt(message: str) -> Iterator[None]:
-    """Make Ctrl-C end this block, a `trainer.fit()`, by a `KeyboardInterrupt`, and restore the handler of SIGINT.
+    """Make Ctrl-C end this block, a `fit()` of Ray's, by a `KeyboardInterrupt`, and restore the handler of SIGINT.
 
-    Ray Train replaces that handler by one that ends the workers and then raises `SystemExit`, without a word. So does
-    Ray at SIGTERM, which stays a `SystemExit`: Python's wakeup descriptor says which signals came, whoever handled it.
+    Ray Train replaces that handler by one that ends the workers and then raises `SystemExit`, without a word; Ray Tune
+    by one that ends the trials, after which `fit()` returns as if all was done. At SIGTERM Ray raises `SystemExit` too,
+    which stays one: Python's wakeup descriptor says which signals came, whoever handled them.
 
     Args:
         message: what the `KeyboardInterrupt` says.
@@ -70,6 +71,9 @@ def keyboard_interrupt(message: str) -> Iterator[None]:
         if signal.SIGINT in _signals(came, others):
             raise KeyboardInterrupt(message) from None
         raise
+    else:
+        if signal.SIGINT in _signals(came, others):
+            raise KeyboardInterrupt(message)
     finally:
         if handler is not None:  # None: not set by Python
             signal.signal(signal.SIGINT, handler)

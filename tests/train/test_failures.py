@@ -137,6 +137,13 @@ def test_ctrl_c_before_ray_has_a_handler_says_the_same(handlers: dict[signal.Sig
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_ctrl_c_after_which_the_block_returns_is_one_all_the_same(handlers: dict[signal.Signals, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt, match="to go on: this"), keyboard_interrupt("to go on: this"):
+        signal.signal(signal.SIGINT, lambda *_: None)  # as Ray Tune's, whose fit() then ends the trials and returns
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handlers[signal.SIGINT]
+
+
 def test_another_signal_is_no_ctrl_c(handlers: dict[signal.Signals, Any]) -> None:
     with pytest.raises(SystemExit), keyboard_interrupt("to go on: this"):
         exit_at(signal.SIGTERM)
