@@ -87,6 +87,8 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"train": {"epochs": 0}}, ["train.epochs=0", "greater than or equal to 1"]),
         ({"mlc": {"scaling": "leeding"}}, ["mlc.scaling='leeding'", "'leading'"]),
         ({"data": {"train": []}}, ["data.train=[]", "at least 1"]),
+        ({"data": {"languages": ["en", False]}}, ["data.languages.1=False", "put such a word in quotes"]),
+        ({"data": {"languages": "en,sw"}}, ["data.languages='en,sw'", "a list is written [one, two]"]),
         ({"data": {"train": [{"path": "a", "fromat": "sft"}]}}, ["data.train.0.fromat='sft'", "'format'"]),
         ({"model": {"path": "m", "lora": {"rnak": 4}}}, ["model.lora.rnak=4", "'rank'"]),
         ({"name": "a/b"}, ["name='a/b'"]),

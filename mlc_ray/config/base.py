@@ -260,7 +260,7 @@ def _explain(schema: type[Section], item: Any, place: tuple[str | int, ...]) -> 
         return f"{path}={value!r}: expected a section, with fields of {', '.join(_field_names(schema, item['loc']))}"
     if item["type"] == "missing":
         return f"{path}: required, but not given"
-    message = item["msg"].removeprefix("Value error, ")
+    message = item["msg"].removeprefix("Value error, ") + _how_to_write(item["type"], value)
     return (
         f"{path}={value!r}: {message}"
         if path and not isinstance(value, dict)
@@ -268,6 +268,15 @@ def _explain(schema: type[Section], item: Any, place: tuple[str | int, ...]) -> 
         if path
         else message
     )
+
+
+def _how_to_write(fault: str, value: Any) -> str:
+    """What YAML made of a value that was meant otherwise, where that is the likely fault."""
+    if isinstance(value, bool) and fault != "bool_type":
+        return "; YAML reads no, off, yes and on as truth values: put such a word in quotes"
+    if fault == "list_type" and isinstance(value, str):
+        return "; a list is written [one, two]"
+    return ""
 
 
 def _sections_with(schema: type[Section], name: str) -> list[str]:

@@ -288,10 +288,10 @@ def _announce(artifact: TokenArtifact) -> None:
     lines = [
         f"{len(artifact)} bundles in {len(artifact.languages)} languages as tokens: {artifact.folder}",
         f"  prompts: {sum(counts.prompt_tokens.values())} tokens, "
-        f"{sum(counts.truncated_prompts.values())} prompts lost {sum(counts.truncated_prompt_tokens.values())}"
+        f"{sum(counts.truncated_prompt_tokens.values())} cut off {sum(counts.truncated_prompts.values())} prompts"
         + (f" ({dict(counts.truncated_prompts)})" if counts.truncated_prompts else ""),
         f"  answers: {counts.response_tokens} tokens, "
-        f"{counts.truncated_responses} bundles lost {counts.truncated_response_tokens}",
+        f"{counts.truncated_response_tokens} cut off those of {counts.truncated_responses} bundles",
     ]
     if artifact.rejected:
         lines.append(f"  left out: {sum(artifact.rejected.values())} invalid rows, see {artifact.rejects_path}")

@@ -64,7 +64,16 @@ def mlc_loss(
 ) -> tuple[Tensor, Tensor]:
     """Mean MLC loss over bundles: a scalar, and the singular values [B, S] (float64, descending).
 
-    Arguments are those of `mlc_losses`.
+    Args:
+        representations: [B, L, D], the extractor's outputs of B bundles in L languages; they need not be normalised.
+        temperature: tau of the softmax over singular values.
+        scaling: `leading`: logits are s / stop_gradient(s1) / tau, as in the authors' code; `none`: s / tau, as in the
+            paper's equation.
+        present: [B, L], true where a bundle has the language; None for all of them. A bundle with fewer than two
+            languages has loss 0.
+
+    Raises:
+        ValueError: a shape, the temperature or the scaling is not one of these.
     """
     losses, values = mlc_losses(representations, temperature=temperature, scaling=scaling, present=present)
     return losses.mean(), values
@@ -86,6 +95,10 @@ def mlc_losses(
     """
     if representations.dim() != 3:
         raise ValueError(f"representations must be [B, L, D], got shape {tuple(representations.shape)}")
+    if present is not None and present.shape != representations.shape[:2]:
+        raise ValueError(
+            f"present must be [B, L] = {tuple(representations.shape[:2])}, got shape {tuple(present.shape)}"
+        )
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     values = singular_values(unit_rows(representations, present))

@@ -156,6 +156,8 @@ def test_accumulation_halves_add_up_to_one_batch():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"\[B, L, D\].*\(3, 4\)"):
         mlc_loss(random(3, 4))
+    with pytest.raises(ValueError, match=r"present must be \[B, L\] = \(2, 3\), got shape \(2, 5\)"):
+        mlc_loss(random(2, 3, 4), present=torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
         mlc_loss(random(1, 3, 4), temperature=0)
     with pytest.raises(ValueError, match="'mean'"):

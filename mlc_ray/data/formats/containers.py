@@ -112,7 +112,7 @@ def _json_record(line: int, text: str) -> Record:
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
-        return Record(line, text, None, f"not valid JSON: {error.msg} at column {error.colno}")
+        return Record(line, text, None, f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except (_RepeatedKeyError, RecursionError) as error:
         return Record(line, text, None, f"not valid JSON: {error}")
     if not isinstance(value, dict):
