@@ -287,11 +287,12 @@ def _announce(artifact: TokenArtifact) -> None:
     counts = artifact.counts
     lines = [
         f"{len(artifact)} bundles in {len(artifact.languages)} languages as tokens: {artifact.folder}",
-        f"  prompts: {sum(counts.prompt_tokens.values())} tokens, "
-        f"{sum(counts.truncated_prompt_tokens.values())} cut off {sum(counts.truncated_prompts.values())} prompts"
+        f"  prompts: {sum(counts.prompt_tokens.values())} tokens; "
+        f"{sum(counts.truncated_prompts.values())} prompts were too long and lost "
+        f"{sum(counts.truncated_prompt_tokens.values())}"
         + (f" ({dict(counts.truncated_prompts)})" if counts.truncated_prompts else ""),
-        f"  answers: {counts.response_tokens} tokens, "
-        f"{counts.truncated_response_tokens} cut off those of {counts.truncated_responses} bundles",
+        f"  answers: {counts.response_tokens} tokens; "
+        f"those of {counts.truncated_responses} bundles were too long and lost {counts.truncated_response_tokens}",
     ]
     if artifact.rejected:
         lines.append(f"  left out: {sum(artifact.rejected.values())} invalid rows, see {artifact.rejects_path}")
