@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import uuid
@@ -26,7 +25,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, checkpoint_folder, output_folder, read_metrics
-from mlc_ray.storage import absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
+from mlc_ray.storage import Place, absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints
 from mlc_ray.train.console import RunDisplay
@@ -230,9 +229,10 @@ def _run_folder(config: TrainConfig, resume: Path | None) -> tuple[Path, bool]:
 
 def _ended(folder: Path) -> TrainResult | None:
     """What the run in `folder` came to, if the checkpoint of its last step is there."""
-    if not (folder / RUN_FILE).is_file():
+    try:
+        steps = Place(folder / RUN_FILE).read_json()["total_steps"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not written yet, or damaged: going on writes it anew
         return None
-    steps = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["total_steps"]
     checkpoints = list_checkpoints(folder)
     if not checkpoints or checkpoints[-1] != checkpoint_folder(folder, steps):
         return None
