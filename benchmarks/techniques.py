@@ -22,8 +22,9 @@ from mlc_ray.data.trees import make_tree
 from mlc_ray.losses.logprobs import response_log_probs
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.attention import TREE, TreeAttention
+from mlc_ray.train.loop import loss_of
 from mlc_ray.train.model import ModelOutput, PolicyWithExtractor, final_norm, read_answers, read_tree, to_grid
-from mlc_ray.train.reference import ReferenceModel
+from mlc_ray.train.reference import ReferenceModel, cached_reference
 from mlc_ray.types import Answers, Batch, Prompts, TokenRow, Tree, move
 
 OBJECTIVE = Objective(
@@ -57,15 +58,7 @@ def asked(reference: PreTrainedModel, batch: Batch) -> Batch:
 
 def learn(output: ModelOutput, batch: Batch) -> Losses:
     """Loss and backward as training has them."""
-    result = OBJECTIVE.total_loss(
-        weight=batch.weight,
-        chosen=output.chosen,
-        rejected=output.rejected,
-        reference_chosen=batch.reference_chosen,
-        reference_rejected=batch.reference_rejected,
-        representations=output.representations,
-        present=output.present,
-    )
+    result = loss_of(OBJECTIVE, batch, output, cached_reference(batch))
     result.loss.backward()
     metrics = {**result.metrics, **result.term_metrics}
     parts = {name: (metrics[f"loss/{name}"] * batch.weight).sum() for name in parts_of(batch)}

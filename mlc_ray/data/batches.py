@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from mlc_ray.data.ragged import Ints, common_start, ranges, starts_of
 from mlc_ray.data.tables import rows_to_table
-from mlc_ray.data.trees import Ints, common_start, make_tree, ranges, starts_of
+from mlc_ray.data.trees import make_tree
 from mlc_ray.errors import MlcRayError
 from mlc_ray.types import Answers, Batch, Kind, Prompts, ReferenceRow, TokenRow, Tree
 
@@ -134,7 +135,8 @@ def _plant(table: pa.Table, grid: _Grid, names: Sequence[str], *, tap: bool) -> 
     order = np.lexsort((grid.column, grid.bundle)) if tap else answered
     others = order[~np.isin(order, answered)]
     prompts = np.concatenate([answered, others])
-    head = common_start(grid.ids, grid.starts[prompts], grid.tapped[prompts] + 1)
+    # Short of the tapped token, which is of its prompt alone. A single prompt shares its beginning with none.
+    head = common_start(grid.ids, grid.starts[prompts], grid.tapped[prompts]) if len(prompts) > 1 else 0
     heads = 1 if head else 0
     continued = np.arange(heads, heads + len(answered))
 

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 import numpy as np
-import numpy.typing as npt
 
+from mlc_ray.data.ragged import Ints
 from mlc_ray.errors import MlcRayError
-
-Ints = npt.NDArray[np.int64]
 
 
 class BudgetError(MlcRayError):

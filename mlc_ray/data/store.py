@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlc_ray.data.plan import Ints, Lengths
+from mlc_ray.data.plan import Lengths
+from mlc_ray.data.ragged import Ints, common_start, starts_of
 from mlc_ray.data.tables import TOKENS, table_to_rows
 from mlc_ray.storage import ArtifactError, read_manifest, verify_files, write_manifest
 from mlc_ray.types import TokenRow
@@ -69,7 +70,7 @@ def write_rows(folder: Path, tables: Iterable[pa.Table | pa.RecordBatch], **mani
     with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, TOKENS) as writer:
         for table in tables:
             counts.add(table)
-            head = _common_start(table, head)
+            head = _head(table, head)
             writer.write(table.select(TOKENS.names).cast(TOKENS))
     write_manifest(
         folder,
@@ -83,22 +84,18 @@ def write_rows(folder: Path, tables: Iterable[pa.Table | pa.RecordBatch], **mani
     return counts
 
 
-def _common_start(table: pa.Table | pa.RecordBatch, head: Ints | None) -> Ints | None:
-    """The ids that all prompts of `table` begin with, and `head` too (None: there was no prompt yet)."""
-    column = table["prompts"]
-    for prompts in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-        flat = prompts.flatten()
-        ids, ends = flat.flatten().to_numpy(), np.cumsum(pc.list_value_length(flat).to_numpy(zero_copy_only=False))
-        starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-        if not len(ends):
-            continue
-        head = ids[: ends[0]].copy() if head is None else head
-        head = head[: int((ends - starts).min())]
-        for position, token in enumerate(head):
-            if (ids[starts + position] != token).any():
-                head = head[:position]
-                break
-    return head
+def _head(table: pa.Table | pa.RecordBatch, before: Ints | None) -> Ints | None:
+    """The ids that all prompts of `table` begin with, and `before` too (None: there was no prompt yet)."""
+    prompts = pc.list_flatten(table["prompts"])
+    prompts = prompts.combine_chunks() if isinstance(prompts, pa.ChunkedArray) else prompts
+    if not len(prompts):
+        return before
+    ids, lengths = prompts.flatten().to_numpy(), pc.list_value_length(prompts).to_numpy(zero_copy_only=False)
+    if before is None:
+        before = ids[: lengths[0]]
+    # `before` is one run more, in front.
+    lengths = np.concatenate([[len(before)], lengths])
+    return before[: common_start(np.concatenate([before, ids]), starts_of(lengths), lengths)].copy()
 
 
 class TokenArtifact:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from mlc_ray.data.ragged import Ints, ranges, starts_of
 from mlc_ray.types import Tree
-
-Ints = npt.NDArray[np.int64]
 
 
 def make_tree(ids: Ints, lengths: Ints, parents: Ints, *, answers: int, prompt_only: int) -> Tree:
@@ -43,28 +41,6 @@ def make_tree(ids: Ints, lengths: Ints, parents: Ints, *, answers: int, prompt_o
         query_bounds=_bounds(lengths),
         key_bounds=_bounds(key_lengths),
     )
-
-
-def starts_of(lengths: Ints) -> Ints:
-    """Where each of several runs begins when they lie one after another."""
-    starts: Ints = np.cumsum(lengths) - lengths
-    return starts
-
-
-def ranges(starts: Ints, lengths: Ints) -> Ints:
-    """start, start + 1, ... for each run, one after another."""
-    whole: Ints = np.repeat(starts - starts_of(lengths), lengths) + np.arange(int(lengths.sum()))
-    return whole
-
-
-def common_start(ids: Ints, starts: Ints, lengths: Ints) -> int:
-    """How many tokens all runs in `ids` begin with, at least one less than the shortest run has."""
-    if len(starts) < 2:
-        return 0
-    most = int(lengths.min()) - 1
-    columns = ids[starts[:, None] + np.arange(most)]
-    differs = (columns != columns[0]).any(axis=0)
-    return int(np.argmax(differs)) if differs.any() else most
 
 
 def _bounds(lengths: Ints) -> torch.Tensor:

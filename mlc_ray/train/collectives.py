@@ -17,6 +17,18 @@ def distributed() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
+def rank_and_workers() -> tuple[int, int]:
+    """This worker's rank, from 0, and how many workers there are."""
+    return (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+
+
+def sum_over_workers(tensor: Tensor) -> Tensor:
+    """The sum of all workers' `tensor`, which is written to; every worker must call it."""
+    if distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def gather(tensor: Tensor) -> Tensor:
     """All workers' `tensor` [B, ...] as [workers x B, ...], without gradient; every worker must call it."""
     if not distributed():

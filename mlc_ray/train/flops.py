@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,21 +38,24 @@ class Work:
     tapped: int
 
     @classmethod
-    def of(cls, module: PolicyWithExtractor) -> Work | None:
-        """Those of a policy; None for a mixture of experts, of which a token meets only some."""
+    def of(cls, module: PolicyWithExtractor, shape: Callable[[nn.Parameter], Sequence[int]]) -> Work | None:
+        """Those of a policy, whose parameters have whole shapes `shape` (see `Engine.shape`).
+
+        None for a mixture of experts, of which a token meets only some.
+        """
         model: Any = module.language_model
         config = model.config.get_text_config()
         if any(getattr(config, name, None) for name in _EXPERTS):
             return None
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         apart = {id(part.weight) for part in (head, embedding) if part is not None}
-        matrices = [p for p in module.policy.parameters() if id(p) not in apart and len(_shape(p)) == 2]
-        blocks = sum(_numel(p) for p in matrices)
+        matrices = [p for p in module.policy.parameters() if id(p) not in apart and len(shape(p)) == 2]
+        blocks = sum(math.prod(shape(p)) for p in matrices)
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             blocks=blocks,
-            trained=sum(_numel(p) for p in matrices if p.requires_grad) / max(1, blocks),
-            head=_numel(head.weight) if head is not None else 0,
+            trained=sum(math.prod(shape(p)) for p in matrices if p.requires_grad) / max(1, blocks),
+            head=math.prod(shape(head.weight)) if head is not None else 0,
             head_trained=head is not None and head.weight.requires_grad,
             layers=n_layers(model),
             attention=config.num_attention_heads * size,
@@ -82,15 +87,3 @@ def _pairs(tree: Tree) -> float:
     return sum(
         own * (seen - own) + own * (own + 1) / 2 for own, seen in zip(tree.lengths, tree.key_lengths, strict=True)
     )
-
-
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    # Stage 3 of DeepSpeed keeps the shape beside an empty placeholder.
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    number = 1
-    for size in _shape(parameter):
-        number *= size
-    return number

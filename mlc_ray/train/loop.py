@@ -19,10 +19,11 @@ from mlc_ray.train.collectives import gather_objects
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
 from mlc_ray.train.meter import Metrics, StepMeter
+from mlc_ray.train.model import ModelOutput
 from mlc_ray.train.random_state import random_state, restore_random_state
 from mlc_ray.train.reference import Reference, ReferenceOutput
 from mlc_ray.train.watch import StateWindow, TappedStep
-from mlc_ray.types import Batch, move
+from mlc_ray.types import Batch, LossOutput, move
 
 logger = logging.getLogger(__name__)
 _MOST_NAMED = 50
@@ -82,7 +83,7 @@ def train_loop(
         DivergedError: on every worker, when `optimizer.max_retries` more tries of a step failed; nothing is saved then.
     """
     objective = Objective(config)
-    work = Work.of(engine.module)
+    work = Work.of(engine.module, engine.shape)
     peak = (
         peak_tflops(torch.cuda.get_device_name(engine.device), config.model.dtype)
         if engine.device.type == "cuda"
@@ -148,21 +149,26 @@ def _accumulate(
         if reference is not None and (objective.needs_reference_log_probs or batch.taps):
             frozen = reference(batch)
         output = engine.forward(batch)
-        result = objective.total_loss(
-            weight=batch.weight,
-            chosen=output.chosen,
-            rejected=output.rejected,
-            reference_chosen=frozen.chosen,
-            reference_rejected=frozen.rejected,
-            reference_state=frozen.state,
-            representations=output.representations,
-            present=output.present,
-            tapped=output.tapped,
-            term_weight=batch.term_weight,
-            groups=batch.groups,
-        )
+        result = loss_of(objective, batch, output, frozen)
         engine.backward(_with_telling_gradient(result.loss, output.chosen.total))
         meter.add(batch, output, result, idle=idle)
+
+
+def loss_of(objective: Objective, batch: Batch, output: ModelOutput, frozen: ReferenceOutput) -> LossOutput:
+    """The loss of one micro-batch, from its forward's output and what the reference says of it."""
+    return objective.total_loss(
+        weight=batch.weight,
+        chosen=output.chosen,
+        rejected=output.rejected,
+        reference_chosen=frozen.chosen,
+        reference_rejected=frozen.rejected,
+        reference_state=frozen.state,
+        representations=output.representations,
+        present=output.present,
+        tapped=output.tapped,
+        term_weight=batch.term_weight,
+        groups=batch.groups,
+    )
 
 
 def _speed(metrics: Metrics, seconds: float, peak: float | None) -> Metrics:

@@ -7,10 +7,9 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from mlc_ray.train.collectives import distributed, largest
+from mlc_ray.train.collectives import largest, rank_and_workers, sum_over_workers
 from mlc_ray.train.flops import Work
 from mlc_ray.train.model import ModelOutput
 from mlc_ray.train.watch import TappedStep
@@ -74,11 +73,8 @@ class StepMeter:
         """
         named = {**self.counts, **self.sums, **self.term_sums}
         packed = torch.stack([*named.values(), *torch.tensor(list(self.numbers.values()), device=device).double()])
-        workers = 1
-        if distributed():
-            dist.all_reduce(packed)
-            workers = dist.get_world_size()
-        totals = dict(zip([*named, *self.numbers], packed.tolist(), strict=True))
+        totals = dict(zip([*named, *self.numbers], sum_over_workers(packed).tolist(), strict=True))
+        _, workers = rank_and_workers()
         bundles, term_bundles = totals["bundles"], totals.get("term_bundles", 0.0)
         means = {name: totals[name] / bundles for name in self.sums}
         if term_bundles:  # where no bundle has two languages, the terms have no mean

@@ -10,7 +10,8 @@ import torch
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.data.order import Order
-from mlc_ray.data.plan import BudgetError, Cutting, Ints, group_of
+from mlc_ray.data.plan import BudgetError, Cutting, group_of
+from mlc_ray.data.ragged import Ints
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.collectives import largest

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mlc_ray.losses.objective import Objective
 from mlc_ray.train.model import read_answers, read_tree, response_prompts
 from mlc_ray.types import Batch
 
@@ -59,6 +60,14 @@ class ReferenceModel(nn.Module):
         elif tapped is not None and layer is not None:
             _, hidden = read_tree(self.model, tree.first(tree.answers), None, tapped, layer)
         return ReferenceOutput(chosen, rejected, hidden.float() if hidden is not None else None)
+
+
+def asked_of_reference(objective: Objective, layer: int) -> dict[str, Any]:
+    """What an objective needs of the reference, as arguments of `ReferenceModel`: log-probs, states at `layer`."""
+    return {
+        "log_probs": objective.needs_reference_log_probs,
+        "layer": layer if objective.needs_reference_state else None,
+    }
 
 
 def policy_reference(policy: nn.Module, model: ReferenceModel) -> Reference:

@@ -31,7 +31,7 @@ from mlc_ray.storage import (
     write_manifest,
 )
 from mlc_ray.train.model import load_policy
-from mlc_ray.train.reference import ReferenceModel
+from mlc_ray.train.reference import ReferenceModel, asked_of_reference
 from mlc_ray.types import ReferenceRow, move
 
 logger = logging.getLogger(__name__)
@@ -51,11 +51,7 @@ def prepare_reference(
     log-probs, or tapped states at `layer`, or both. An incomplete folder is computed again; where another run that
     shares `cache_dir` is faster, its folder is used.
     """
-    objective = Objective(config)
-    needed = {
-        "log_probs": objective.needs_reference_log_probs,
-        "layer": layer if objective.needs_reference_state else None,
-    }
+    needed = asked_of_reference(Objective(config), layer)
     key = fingerprint(
         {
             "tokens": tokens.fingerprint,

@@ -13,12 +13,11 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mlc_ray.config import CollapseSection
 from mlc_ray.losses.measures import cosine_sums, effective_rank, separability
-from mlc_ray.train.collectives import distributed, gather_rows
+from mlc_ray.train.collectives import gather_rows, rank_and_workers, sum_over_workers
 from mlc_ray.train.model import ModelOutput
 from mlc_ray.types import Batch
 
@@ -200,7 +199,7 @@ def _draw(batches: Sequence[Batch], seed: str) -> list[_Drawn]:
 
 def _exchange(chosen: Sequence[_Drawn], own: Tensor) -> Tensor:
     """Rows of the chosen bundles, in their order, on every worker; `own` [n, ...] has those of this worker."""
-    workers, rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
+    rank, workers = rank_and_workers()
     sent = torch.tensor([it.index for it in chosen if it.rank == rank], dtype=torch.long, device=own.device)
     parts = gather_rows(own[sent], [sum(it.rank == worker for it in chosen) for worker in range(workers)])
     by_rank = sorted(range(len(chosen)), key=lambda place: chosen[place].rank)
@@ -209,11 +208,9 @@ def _exchange(chosen: Sequence[_Drawn], own: Tensor) -> Tensor:
 
 def _compare(rows: Tensor, present: Tensor) -> dict[str, float]:
     """Measures between bundles, from [N, L, D] that all workers have: each takes the cosines of its share of them."""
-    workers, rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
+    rank, workers = rank_and_workers()
     part = range(len(rows) * rank // workers, len(rows) * (rank + 1) // workers)
-    sums = torch.stack([value.double() for value in cosine_sums(rows, present, part)])
-    if distributed():
-        dist.all_reduce(sums)
+    sums = sum_over_workers(torch.stack([value.double() for value in cosine_sums(rows, present, part)]))
     numbers = torch.stack([sums[0] / sums[1], *effective_rank(rows, present)]).tolist()
     names = ("between_bundle_cosine", "effective_rank", "effective_rank_share")
     return {f"collapse/{name}": value for name, value in zip(names, numbers, strict=True)}

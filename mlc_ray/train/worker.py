@@ -36,7 +36,13 @@ from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
 from mlc_ray.train.planning import cutting_of_worker, order_of
-from mlc_ray.train.reference import Reference, ReferenceModel, cached_reference, policy_reference
+from mlc_ray.train.reference import (
+    Reference,
+    ReferenceModel,
+    asked_of_reference,
+    cached_reference,
+    policy_reference,
+)
 from mlc_ray.train.reference_cache import load_reference
 from mlc_ray.train.tracking import Tracker
 from mlc_ray.types import Batch, ReferenceRow, move
@@ -174,11 +180,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
     check_tap(engine.module.language_model, layer)
     if not (config.needs_reference and config.reference == "online"):
         return engine, None
-    objective = Objective(config)
-    asked: dict[str, Any] = {
-        "log_probs": objective.needs_reference_log_probs,
-        "layer": layer if objective.needs_reference_state else None,
-    }
+    asked = asked_of_reference(Objective(config), layer)
     if config.model.lora is not None:
         return engine, policy_reference(engine.module, ReferenceModel(engine.module.language_model, **asked))
     with chosen.loading(config):

@@ -14,6 +14,7 @@ from mlc_ray.data.tables import rows_to_table
 from mlc_ray.device import peak_tflops
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
+from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
 from mlc_ray.train.memory import CPU_TOKENS, Costs, tokens_in
 from mlc_ray.train.planning import cutting_of, look_ahead, order_of, said_of, tokens_per_forward
@@ -103,7 +104,7 @@ def test_costs_of_a_token_are_counted_from_shapes():
 def test_operations_are_those_that_pytorch_counts(taps, layer):
     config = tiny_config(mlc={"layer": layer})
     module = wrapped(config)
-    work, objective = Work.of(module), Objective(config)
+    work, objective = Work.of(module, Engine.shape), Objective(config)
     batch = collate(ROWS[:4], languages=LANGUAGES, weights=[0.25] * 4, needs_rejected=True, reference=None, tap=taps)
     with FlopCounterMode(display=False) as counter:
         output = module(batch)
@@ -130,9 +131,9 @@ def attended(batch, layer):
 
 
 def test_adapters_are_trained_and_what_is_below_them_is_not():
-    whole = Work.of(wrapped(tiny_config()))
+    whole = Work.of(wrapped(tiny_config()), Engine.shape)
     lora = {"lora": {"rank": 2, "target_modules": "all-linear"}}
-    adapted = Work.of(wrapped(tiny_config(model=lora)))
+    adapted = Work.of(wrapped(tiny_config(model=lora)), Engine.shape)
     assert whole.trained == 1 and whole.head_trained and whole.head == 67 * 32
     assert 0 < adapted.trained < 0.15 and not adapted.head_trained
     assert adapted.blocks == pytest.approx(whole.blocks / (1 - adapted.trained))
@@ -141,7 +142,7 @@ def test_adapters_are_trained_and_what_is_below_them_is_not():
 def test_a_mixture_of_experts_has_no_count():
     module = wrapped(tiny_config())
     module.language_model.config.num_local_experts = 8
-    assert Work.of(module) is None
+    assert Work.of(module, Engine.shape) is None
 
 
 def test_peaks_of_gpus_by_name():

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mlc_ray.losses.objective import Objective
+from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
 from mlc_ray.train.loop import _accumulate
 from mlc_ray.train.meter import StepMeter
@@ -85,7 +86,7 @@ def run(config, reference=cached_reference):
         for batch in next(steps_of(config, random_rows(8), 0, 1))
     ]
     assert len(batches) == 2 and min(len(batch.bundle_ids) for batch in batches) > 2
-    meter = StepMeter(TappedStep(512, StateWindow(64)), Work.of(engine.module))
+    meter = StepMeter(TappedStep(512, StateWindow(64)), Work.of(engine.module, Engine.shape))
     with Crossings() as crossings, Literals() as literals:
         _accumulate(engine, objective, batches, reference, meter)
     assert all(parameter.grad is not None for parameter in engine.module.parameters())

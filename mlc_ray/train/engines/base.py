@@ -9,8 +9,9 @@ Importing this module loads no torch: settings are validated where none is neede
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -103,12 +104,17 @@ class Engine(ABC):
             step was taken: weights and optimizer state are what they were, and the gradients are gone.
         """
 
+    @staticmethod
+    def shape(parameter: nn.Parameter) -> tuple[int, ...]:
+        """The whole shape of a parameter, also of one of which this worker holds a part."""
+        return tuple(parameter.shape)
+
     def memory_to_come(self) -> int:
         """Bytes that a first step allocates on the device beside what forwards keep; for `tokens_per_forward: auto`.
 
         As it stands, a gradient and AdamW's two moments in float32 for every trainable parameter.
         """
-        return 12 * sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        return 12 * sum(math.prod(self.shape(p)) for p in self.module.parameters() if p.requires_grad)
 
     @abstractmethod
     def full_weights(self, *, trainable_only: bool = False) -> dict[str, Tensor] | None:
@@ -134,11 +140,11 @@ class Engine(ABC):
 def parameter_groups(
     parameters: Iterable[nn.Parameter],
     weight_decay: float,
-    n_dims: Callable[[nn.Parameter], int] = lambda parameter: parameter.dim(),
+    shape: Callable[[nn.Parameter], Sequence[int]] = Engine.shape,
 ) -> list[dict[str, Any]]:
     """AdamW's groups of the trainable ones: matrices decay, norms and biases (one dimension) do not."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     return [
-        {"params": [p for p in trainable if n_dims(p) >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if n_dims(p) < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if len(shape(p)) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if len(shape(p)) < 2], "weight_decay": 0.0},
     ]

@@ -5,6 +5,7 @@ Ray Train has already joined the workers into one torch.distributed group, which
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -155,7 +156,7 @@ class DeepSpeed(Engine):
                 f"{dist.get_world_size()} workers into groups; use the number of GPUs of a node, or 1"
             )
         optimizer = torch.optim.AdamW(
-            parameter_groups(module.parameters(), config.optimizer.weight_decay, _full_dim),
+            parameter_groups(module.parameters(), config.optimizer.weight_decay, self.shape),
             lr=0.0,  # each step has its own rate; DeepSpeed may take steps of its own before the first, see below
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
@@ -232,6 +233,11 @@ class DeepSpeed(Engine):
         norm = engine.get_global_grad_norm() if norm is None else norm
         return float("nan") if norm is None else float(norm)
 
+    @staticmethod
+    def shape(parameter: nn.Parameter) -> tuple[int, ...]:
+        """Stage 3 leaves a flat tensor without elements, and keeps the shape beside it."""
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
     def memory_to_come(self) -> int:
         """Gradients; AdamW's moments are there, but for stage 0 in float32.
 
@@ -239,7 +245,7 @@ class DeepSpeed(Engine):
         gradients are reduced, in float32. At stage 3 also the parameters that may be gathered at a time.
         """
         config, size = self._engine._config.zero_config, 2 if self._engine.bfloat16_enabled() else 4
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters() if p.requires_grad)
+        parameters = sum(math.prod(self.shape(p)) for p in self.module.parameters() if p.requires_grad)
         if self._stage < 2:
             return parameters * (size if self._stage == 1 or size == 2 else size + 8)
         gathered = min(int(config.max_live_parameters), parameters) if self._stage == 3 else 0
@@ -371,11 +377,6 @@ def _settings(config: TrainConfig) -> DeepSpeed.Settings:
     settings = config.engine
     assert isinstance(settings, DeepSpeed.Settings), settings
     return settings
-
-
-def _full_dim(parameter: nn.Parameter) -> int:
-    # A parameter that stage 3 partitioned at load is a flat, empty placeholder; its shape is kept beside it.
-    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _records_in_checkpoints() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
