@@ -72,10 +72,20 @@ class SourceSection(Section):
     only: Literal["harmful", "benign"] | None = Field(None, description="Use the source's bundles of this kind alone.")
 
 
+class ValidationSection(Section):
+    """Held-out bundles, measured while training."""
+
+    sources: Annotated[list[SourceSection], Field(min_length=1)] = Field(
+        description="Bundles with answers, none of which is trained on."
+    )
+    every: PositiveInt = Field(50, description="Optimizer steps between measurements; there is one at the end too.")
+
+
 class DataSection(Section):
     """Which bundles, and how they become tokens."""
 
     train: Annotated[list[SourceSection], Field(min_length=1)] = Field(description="Training bundles.")
+    validation: ValidationSection | None = Field(None, description="Held-out bundles, measured while training.")
     on_invalid: Literal["fail", "skip"] = Field(
         "fail", description="What an invalid row does; either way every one is written to the rejects file."
     )

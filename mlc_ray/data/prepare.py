@@ -225,7 +225,7 @@ def _write_token_rows(
                 fingerprint=name,
                 rejected=rejected,
                 model=model.path,
-                data=data.model_dump(mode="json"),
+                data=data.model_dump(mode="json", exclude={"validation"}),
             )
             if _is_complete(folder):  # by another run, meanwhile: it may be in use, and is never moved aside
                 raise FileExistsError(folder)
@@ -263,7 +263,7 @@ def token_fingerprint(data: DataSection, model: ModelSection) -> str:
             "format": FORMAT,
             "sources": sources,
             "tokenizer": fingerprint_tokenizer(model.path),
-            "settings": data.model_dump(mode="json", exclude={"train"}),
+            "settings": data.model_dump(mode="json", exclude={"train", "validation"}),
         }
     )
 

@@ -13,6 +13,7 @@ _GROUPS = (
     ("Losses", ("loss/",)),
     ("Agreement of languages, and collapse", ("mlc/", "collapse/")),
     (REWARDS, ("reward/",)),
+    ("Held-out bundles", ("validation/",)),
 )
 _MEANING = {
     "loss/total": "what is minimised",

@@ -70,7 +70,7 @@ class Trial:
             score=score,
             step=step,
             ended=ending(folder),
-            seconds=sum(row["step_seconds"] for row in read_metrics(folder)),
+            seconds=sum(row.get("step_seconds", 0.0) for row in read_metrics(folder)),
         )
 
 

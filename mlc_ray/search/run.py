@@ -282,7 +282,10 @@ def _prepare_data(base: TrainConfig, space: Space, folder: Path, device: Device)
     layer = resolve_layer(base.mlc.layer, depth)
     data = prepare_data(base, cache_dir=folder / TRIALS_FOLDER / "cache", layer=layer, gpu=device == "gpu")
     for corner in space.corners():
-        check_answers(space.run(corner, name="corner").model_copy(update={"data": base.data}), data.tokens)
+        run = space.run(corner, name="corner")
+        check_answers(run, data.tokens, base.data.train)
+        if data.held_out is not None and base.data.validation is not None:
+            check_answers(run, TokenArtifact.open(data.held_out.tokens_folder), base.data.validation.sources)
 
 
 def _probed(

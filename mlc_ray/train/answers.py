@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from mlc_ray.config import TrainConfig
+from mlc_ray.config import SourceSection, TrainConfig
 from mlc_ray.data.sources import places_of
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
@@ -17,10 +19,10 @@ class MissingAnswersError(MlcRayError):
     """Bundles lack answers that the loss needs; the message names the first few, the loss, and the fix."""
 
 
-def check_answers(config: TrainConfig, tokens: TokenArtifact) -> None:
+def check_answers(config: TrainConfig, tokens: TokenArtifact, sources: Sequence[SourceSection]) -> None:
     """Make sure that each bundle has a chosen answer and, where the loss reads them, a rejected one.
 
-    The artefact does not know where its bundles stood, so the sources are read again, up to the last bundle that the
+    `tokens` are those of `sources`. The artefact does not know where its bundles stood, so the sources are read again, up to the last bundle that the
     message names; without a fault nothing is read but lengths.
 
     Raises:
@@ -35,7 +37,7 @@ def check_answers(config: TrainConfig, tokens: TokenArtifact) -> None:
     if not len(faulty):
         return
     first = tokens.table(faulty[:_NAMED_FIRST].tolist())["bundle_id"].to_pylist()
-    places = places_of(first, config.data.train)
+    places = places_of(first, sources)
     named = []
     for row, name in zip(faulty[:_NAMED_FIRST], first, strict=True):
         absent = " and no ".join(answer for answer, lack in lacking.items() if lack[row])

@@ -75,6 +75,7 @@ def save_checkpoint(
             "fingerprints": dict(fingerprints),
             "step": progress.step,
             "bundles_consumed": progress.bundles,
+            "validation_before": progress.before,
             "world_size": engine.world_size,
             "layout": engine.layout(),
             "versions": library_versions(),
@@ -115,7 +116,7 @@ def load_checkpoint(folder: Path, *, engine: Engine, config: TrainConfig, finger
         own := _random_state_file(folder, engine.rank)
     ).is_file():  # of more workers than before, the new ones have none
         restore_random_state(load_file(own))
-    return Progress(step=manifest["step"], bundles=manifest["bundles_consumed"])
+    return Progress(manifest["step"], manifest["bundles_consumed"], manifest["validation_before"])
 
 
 def verified_manifest(folder: Path) -> dict[str, Any]:

@@ -30,6 +30,14 @@ MEASURES = {
     "tok/s": "tokens_per_second",
     "GiB": "peak_memory_gib",
 }
+_VALIDATION = {
+    "loss": "validation/loss",
+    "margin": "validation/margin",
+    "accuracy": "validation/accuracy",
+    "chosen change": "validation/chosen_change",
+    "mlc": "validation/mlc",
+    "share": "validation/mlc/leading_share",
+}
 # Where the terminal is too narrow for all measures, these are left out, the first one first.
 _SPARED = ("kinds", "GiB", "|grad|", "lr", "rank", "tok/s", "acc", "margin", "between", "share")
 
@@ -41,15 +49,15 @@ class RunDisplay:
         self.total, self.every = total_steps, every
         self.columns = fitting(columns(parts), terminal_width())
         self.metrics = MetricsReader(run_folder)
-        self.shown = 0
+        self.shown = -1
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.stack = ExitStack()
 
     def __enter__(self) -> RunDisplay:
-        self.shown = max((row["step"] for row in self.metrics.read()), default=0)
+        self.shown = max((row["step"] for row in self.metrics.read()), default=-1)
         logger.info(header(self.columns))
-        self.phase = self.stack.enter_context(phase("training", self.total, "steps", done=self.shown))
+        self.phase = self.stack.enter_context(phase("training", self.total, "steps", done=max(0, self.shown)))
         self.thread.start()
         return self
 
@@ -70,11 +78,13 @@ class RunDisplay:
         for row in rows:
             if row["step"] > self.shown:
                 self.shown = row["step"]
-                if row["step"] % self.every == 0 or row["step"] == self.total:
+                if row["step"] and (row["step"] % self.every == 0 or row["step"] == self.total):
                     logger.info(table_row(row, self.columns))
+                if held_out := validation_line(row):
+                    logger.info(held_out)
                 for warning in row.get("warnings", ()):
                     logger.warning("step %d: %s", row["step"], warning)
-        self.phase.update(self.shown)
+        self.phase.update(max(0, self.shown))
 
 
 def columns(parts: Iterable[str]) -> dict[str, str]:
@@ -101,6 +111,12 @@ def table_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     return f"{row['step']:>6} " + " ".join(
         f"{_cell(row.get(key)):>{max(8, len(name))}}" for name, key in columns.items()
     )
+
+
+def validation_line(row: Mapping[str, Any]) -> str:
+    """What held-out bundles measured at this step, in a line; empty where they were not measured."""
+    found = {title: row[name] for title, name in _VALIDATION.items() if row.get(name) is not None}
+    return "  held out: " + ", ".join(f"{title} {_cell(value)}" for title, value in found.items()) if found else ""
 
 
 def _cell(value: float | None) -> str:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,10 +45,14 @@ class DivergedError(MlcRayError, FloatingPointError):
 
 @dataclass
 class Progress:
-    """Where a run is: optimizer steps done, and bundles consumed; how they were cut, and for how many, is not in it."""
+    """Where a run is: optimizer steps done, and bundles consumed; how they were cut, and for how many, is not in it.
+
+    `before` is what held-out bundles measured before the first step.
+    """
 
     step: int = 0
     bundles: int = 0
+    before: Metrics = field(default_factory=dict)
 
 
 def train_loop(
@@ -60,6 +64,7 @@ def train_loop(
     progress: Progress,
     total_steps: int,
     kinds: Collection[str],
+    validate: Callable[[], Metrics] | None = None,
     log: Callable[[int, Metrics], None],
     save: Callable[[Progress, Metrics], None],
 ) -> Metrics:
@@ -76,7 +81,10 @@ def train_loop(
         progress: where to start; moved on with every step.
         total_steps: where to stop.
         kinds: of the bundles, all that occur: only where there are both, states are kept for the probe.
-        log: called as `log(step, metrics)` after every step, on every worker.
+        validate: measures held-out bundles, on every worker: before the first step, every `data.validation.every` steps
+            and at the end.
+        log: called as `log(step, metrics)` after every step, on every worker; where bundles are held out, for step 0
+            too, with what they measure before training.
         save: called as `save(progress, metrics)` every `checkpoint.every` steps and at the end, on every worker.
 
     Raises:
@@ -92,6 +100,8 @@ def train_loop(
     window = StateWindow(config.collapse.window if len(set(kinds)) > 1 else 0)
     engine.module.train()
     metrics: Metrics = {}
+    if validate is not None and progress.step == 0:
+        log(0, validate())
     while progress.step < total_steps:
         started = time.perf_counter()
         rate = learning_rate(progress.step, total_steps, config.optimizer)
@@ -126,8 +136,11 @@ def train_loop(
             "bundles_consumed": float(progress.bundles),
             **_speed(metrics, time.perf_counter() - started, peak),
         }
-        log(progress.step, metrics)
         last = progress.step == total_steps
+        held_out = config.data.validation
+        if validate is not None and held_out is not None and (last or progress.step % held_out.every == 0):
+            metrics |= validate()
+        log(progress.step, metrics)
         if last or (config.checkpoint.every is not None and progress.step % config.checkpoint.every == 0):
             save(progress, metrics)
     return metrics

@@ -16,7 +16,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
-from mlc_ray.config import TrainConfig, load_config, parse_config
+from mlc_ray.config import SourceSection, TrainConfig, load_config, parse_config
 from mlc_ray.config.base import by_dotted_name
 from mlc_ray.data.order import total_steps
 from mlc_ray.data.prepare import prepare_token_rows
@@ -36,7 +36,8 @@ from mlc_ray.train.model import model_depth, resolve_layer
 from mlc_ray.train.planning import cutting_of, look_ahead, order_of, said_of, tokens_per_forward
 from mlc_ray.train.reference_cache import prepare_reference
 from mlc_ray.train.tracking import check_trackers
-from mlc_ray.train.worker import CheckpointScorer, WorkerSpec, train_worker
+from mlc_ray.train.validation import check_held_out, held_out_section
+from mlc_ray.train.worker import CheckpointScorer, HeldOut, WorkerSpec, train_worker
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class PreparedData:
     tokens: TokenArtifact
     reference_folder: Path | None
     fingerprints: dict[str, str]
+    held_out: HeldOut | None = None
 
 
 def train(
@@ -119,6 +121,7 @@ def train(
                 run_folder=run_folder,
                 tokens_folder=data.tokens.folder,
                 reference_folder=data.reference_folder,
+                held_out=data.held_out,
                 fingerprints=data.fingerprints,
                 total_steps=steps,
                 score=score,
@@ -161,20 +164,39 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool)
 
     Raises:
         MissingAnswersError: Bundles lack answers that the loss needs; found before a model is loaded.
+        ValidationError: Held-out bundles are trained on.
     """
     tokens = prepare_token_rows(config.data, config.model, cache_dir=cache_dir)
-    check_answers(config, tokens)
+    check_answers(config, tokens, config.data.train)
+    held_out = _prepare_held_out(config, tokens, cache_dir=cache_dir, layer=layer, gpu=gpu)
     fingerprints = {
         "model": fingerprint_model(config.model.path),
         "tokens": tokens.fingerprint,
         "training": fingerprint(_what_must_not_change(config)),
     }
+    if held_out is not None:
+        fingerprints["validation"] = TokenArtifact.open(held_out.tokens_folder).fingerprint
     reference_folder = None
     if config.needs_reference and config.reference == "cached":
         reference_folder, fingerprints["reference"] = prepare_reference(
             config, tokens, layer=layer, cache_dir=cache_dir, gpu=gpu
         )
-    return PreparedData(tokens, reference_folder, fingerprints)
+    return PreparedData(tokens, reference_folder, fingerprints, held_out)
+
+
+def _prepare_held_out(
+    config: TrainConfig, training: TokenArtifact, *, cache_dir: Path, layer: int, gpu: bool
+) -> HeldOut | None:
+    section = held_out_section(config.data)
+    if section is None:
+        return None
+    tokens = prepare_token_rows(section, config.model, cache_dir=cache_dir)
+    check_answers(config, tokens, section.train)
+    check_held_out(tokens, training)
+    reference = None
+    if config.needs_reference and config.reference == "cached":
+        reference, _ = prepare_reference(config, tokens, layer=layer, cache_dir=cache_dir, gpu=gpu)
+    return HeldOut(tokens.folder, reference)
 
 
 def load_run_config(run: Path) -> TrainConfig:
@@ -190,9 +212,14 @@ def load_run_config(run: Path) -> TrainConfig:
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    sources = [source.model_copy(update={"path": absolute_if_here(source.path)}) for source in config.data.train]
+    def absolute(sources: list[SourceSection]) -> list[SourceSection]:
+        return [source.model_copy(update={"path": absolute_if_here(source.path)}) for source in sources]
+
     model = config.model.model_copy(update={"path": absolute_if_here(config.model.path)})
-    data = config.data.model_copy(update={"train": sources})
+    data = config.data.model_copy(update={"train": absolute(config.data.train)})
+    if data.validation is not None:
+        validation = data.validation.model_copy(update={"sources": absolute(data.validation.sources)})
+        data = data.model_copy(update={"validation": validation})
     return config.model_copy(update={"model": model, "data": data})
 
 

@@ -37,7 +37,8 @@ class Tracker:
 
     def __init__(self, config: TrainConfig, run_folder: Path, start_step: int) -> None:
         self.run_folder = run_folder
-        kept = [row for row in read_metrics(run_folder) if row["step"] <= start_step]
+        # A run that starts anew writes a row of step 0 again, where bundles are held out.
+        kept = [row for row in read_metrics(run_folder) if start_step and row["step"] <= start_step]
         self.watch = Watch(config.collapse)
         for row in kept:
             self.watch.see(row)

@@ -7,7 +7,7 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -45,6 +45,7 @@ from mlc_ray.train.reference import (
 )
 from mlc_ray.train.reference_cache import load_reference
 from mlc_ray.train.tracking import Tracker
+from mlc_ray.train.validation import Validation, plans_of
 from mlc_ray.types import Batch, ReferenceRow, move
 
 
@@ -54,6 +55,14 @@ class CheckpointScorer(Protocol):
     def __call__(self, run_folder: Path, checkpoint: Path, step: int) -> Metrics:
         """Numbers about `checkpoint`, written at optimizer step `step`."""
         ...
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Where the tokens of held-out bundles are, and what the reference says of them."""
+
+    tokens_folder: Path
+    reference_folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class WorkerSpec:
     fingerprints: dict[str, str]
     total_steps: int
     score: CheckpointScorer | None
+    held_out: HeldOut | None = None
 
 
 def engine_class(config: TrainConfig) -> type[Engine]:
@@ -143,6 +153,7 @@ def _train(spec: WorkerSpec) -> None:
             progress=progress,
             total_steps=spec.total_steps,
             kinds=tokens.distinct_kinds,
+            validate=_validation(config, spec.held_out, engine, online, cutting, progress),
             log=log,
             save=save,
         )
@@ -206,6 +217,37 @@ def _steps(
         reference=table,
         pin=engine.device.type == "cuda",
     )
+
+
+def _validation(
+    config: TrainConfig,
+    found: HeldOut | None,
+    engine: Engine,
+    online: Reference | None,
+    cutting: Cutting,
+    progress: Progress,
+) -> Validation | None:
+    """What measures held-out bundles, where there are some."""
+    if found is None:
+        return None
+    tokens = TokenArtifact.open(found.tokens_folder)
+    table = load_reference(found.reference_folder) if found.reference_folder else None
+    objective = Objective(config)
+    own = replace(cutting, head=tokens.head, taps=lambda step: bool(objective.terms))
+
+    def batches() -> Iterator[list[Batch]]:
+        return stream_steps(
+            tokens,
+            plans_of(tokens, own, config.train.batch_bundles),
+            rank=engine.rank,
+            languages=tokens.languages,
+            needs_rejected=own.rejected,
+            reference=table,
+            pin=engine.device.type == "cuda",
+        )
+
+    reference = online or (cached_reference if table is not None else None)
+    return Validation(objective, engine, batches, reference, sorted(tokens.distinct_kinds), progress)
 
 
 def _checked(steps: Iterator[list[Batch]], engine: Engine) -> Generator[list[Batch]]:

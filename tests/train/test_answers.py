@@ -48,7 +48,7 @@ def made(tmp_path):
 def test_bundles_without_a_rejected_answer_are_named(made, loss):
     config, tokens, ids, file = made({2: ["chosen"], 7: ["chosen"]}, objective={"loss": loss})
     with pytest.raises(MissingAnswersError) as caught:
-        check_answers(config, tokens)
+        check_answers(config, tokens, config.data.train)
     assert str(caught.value).splitlines() == [
         f"objective.loss='{loss}' needs chosen and rejected answers; bundles without a rejected answer: 2 of 9",
         f"  {file}:3: bundle {ids[2]} has no rejected answer",
@@ -60,7 +60,7 @@ def test_bundles_without_a_rejected_answer_are_named(made, loss):
 def test_only_the_first_few_are_named(made):
     config, tokens, _, file = made({index: ["chosen"] for index in range(1, 9)})
     with pytest.raises(MissingAnswersError, match="without a rejected answer: 8 of 9") as caught:
-        check_answers(config, tokens)
+        check_answers(config, tokens, config.data.train)
     lines = str(caught.value).splitlines()
     assert [line.partition(" bundle ")[0] for line in lines[1:6]] == [f"  {file}:{n}:" for n in range(2, 7)]
     assert lines[6] == "  and 3 more"
@@ -69,13 +69,13 @@ def test_only_the_first_few_are_named(made):
 def test_a_loss_that_reads_no_rejected_answer_asks_for_none(made):
     config, tokens, _, file = made({2: ["chosen"]}, objective={"loss": "sft"})
     file.unlink()  # nothing but lengths is read
-    check_answers(config, tokens)
+    check_answers(config, tokens, config.data.train)
 
 
 def test_every_loss_needs_a_chosen_answer(made):
     config, tokens, ids, file = made({0: [], 5: ["chosen"]}, objective={"loss": "sft"})
     with pytest.raises(MissingAnswersError) as caught:
-        check_answers(config, tokens)
+        check_answers(config, tokens, config.data.train)
     assert str(caught.value).splitlines() == [
         "objective.loss='sft' needs chosen answers; bundles without a chosen answer: 1 of 9",
         f"  {file}:1: bundle {ids[0]} has no chosen answer",
@@ -88,7 +88,7 @@ def test_both_answers_may_be_missing(made):
     with pytest.raises(
         MissingAnswersError, match="without a chosen answer: 1 of 9, without a rejected answer: 2 of 9"
     ) as caught:
-        check_answers(config, tokens)
+        check_answers(config, tokens, config.data.train)
     assert f"  {file}:1: bundle {ids[0]} has no chosen and no rejected answer" in str(caught.value).splitlines()
 
 
