@@ -90,6 +90,12 @@ class SearchConfig(Section):
     scheduler: Literal["none", "asha", "median"] = Field(
         "none", description="Stop poor trials at a checkpoint: successive halving, or below the median of the others."
     )
+    scheduler_metric: str | None = Field(
+        None,
+        pattern=r"^validation/(\w+/)*\w+$",
+        description="What the scheduler compares at each checkpoint: a number of data.validation, such as "
+        "validation/harmful/loss (default: the objective).",
+    )
     grace_scores: PositiveInt = Field(1, description="Schedulers: scores a trial gets before it may be stopped.")
     objective: Annotated[ObjectiveSettings, ComponentSettings("objective", default="average")] = Field(
         _AVERAGE, description="What makes one trial better than another."
@@ -129,11 +135,13 @@ class SearchConfig(Section):
         elif self.trials is None:
             raise ValueError(f"sampler={self.sampler!r} needs trials: how many?")
         metrics = resolve("objective", self.objective.name).metrics
-        if self.scheduler != "none" and len(metrics) > 1:
+        if self.scheduler != "none" and len(metrics) > 1 and self.scheduler_metric is None:
             raise ValueError(
                 f"scheduler={self.scheduler!r} compares trials by one number, but objective={self.objective.name!r} "
-                f"has {', '.join(metrics)}; set scheduler='none', or another objective"
+                f"has {', '.join(metrics)}; set scheduler_metric, scheduler='none', or another objective"
             )
+        if self.scheduler_metric is not None and self.scheduler == "none":
+            raise ValueError(f"scheduler_metric={self.scheduler_metric!r} is read by schedulers only; scheduler='none'")
         if "grace_scores" in self.model_fields_set and self.scheduler == "none":
             raise ValueError(f"grace_scores={self.grace_scores} is read by schedulers only; scheduler='none'")
         if self.share_gpu and self.scoring.engine.replicas > 1:

@@ -26,7 +26,7 @@ import yaml
 from mlc_ray.cluster import ClusterError, amount, connect, fits, nodes_held, use_gpu, with_dtype
 from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config, parse_config
 from mlc_ray.config.base import by_dotted_name
-from mlc_ray.errors import MlcRayError
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
 from mlc_ray.logs import keep_in
@@ -45,9 +45,10 @@ from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.objectives.base import TrialScore
 from mlc_ray.search.probe import probe_run
 from mlc_ray.search.results import SearchResult, read_values, write_results
-from mlc_ray.search.space import Space, make_space, restrict, values_of
+from mlc_ray.search.space import Space, check_kind, make_space, restrict, values_of
 from mlc_ray.search.trial import (
     MarkStopped,
+    SearchError,
     Shared,
     has_ended,
     run_trial,
@@ -70,10 +71,6 @@ from mlc_ray.train.run import prepare_data
 
 logger = logging.getLogger(__name__)
 TRIAL_CPUS = 0.1  # the process of a trial only waits for its workers
-
-
-class SearchError(MlcRayError):
-    """A search cannot start or go on; the message quotes the folder or the setting, and names the fix."""
 
 
 def search(config: SearchConfig) -> SearchResult:
@@ -161,7 +158,7 @@ def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
     """Make what all trials share, or find it in the folder; the engines of the result are up."""
     base = _base(space, output_dir=str(folder / TRIALS_FOLDER))
     device = _device(base)
-    _prepare_data(base, space, folder, device)
+    _prepare_data(config, base, space, folder, device)
     space, skipped = _probed(config, space, base, folder, device)
     lora_rank = _lora_rank(space)
     model = resolve_model(base.model.path)
@@ -276,16 +273,24 @@ def _lora_rank(space: Space) -> int | None:
     return max(ranks) if ranks else None
 
 
-def _prepare_data(base: TrainConfig, space: Space, folder: Path, device: Device) -> None:
-    """Make what trials train on, and look for answers that one of their losses needs, though the base's does not."""
+def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder: Path, device: Device) -> None:
+    """Make what trials train on, and look for answers that one of their losses needs, though the base's does not.
+
+    Raises:
+        ConfigError: Held-out bundles are not of the kind that the scheduler compares.
+        MissingAnswersError: Answers are missing.
+    """
     depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
     layer = resolve_layer(base.mlc.layer, depth)
     data = prepare_data(base, cache_dir=folder / TRIALS_FOLDER / "cache", layer=layer, gpu=device == "gpu")
+    held_out = None if data.held_out is None else TokenArtifact.open(data.held_out.tokens_folder)
+    if config.scheduler_metric is not None and held_out is not None:
+        check_kind(config.scheduler_metric, held_out.distinct_kinds)
     for corner in space.corners():
         run = space.run(corner, name="corner")
         check_answers(run, data.tokens, base.data.train)
-        if data.held_out is not None and base.data.validation is not None:
-            check_answers(run, TokenArtifact.open(data.held_out.tokens_folder), base.data.validation.sources)
+        if held_out is not None and base.data.validation is not None:
+            check_answers(run, held_out, base.data.validation.sources)
 
 
 def _probed(

@@ -10,9 +10,10 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 
@@ -30,6 +31,17 @@ from mlc_ray.config.component import ComponentSettings
 from mlc_ray.storage import absolute_if_here
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study it creates
+
+_BETTER: dict[str, Literal["min", "max"]] = {
+    "loss": "min",
+    "alignment": "min",
+    "margin": "max",
+    "accuracy": "max",
+    "chosen_log_prob": "max",
+    "chosen_change": "max",
+    "mlc/leading_share": "max",
+}
+"""What `train.validation` measures beside the terms, of which lower is better; and whether higher is."""
 
 _OWN = {"name", "output_dir"}
 _OWN_SECTIONS = {"logging", "checkpoint.keep", "cluster"}
@@ -118,7 +130,51 @@ def make_space(config: SearchConfig) -> Space:
                 f"scheduler={config.scheduler!r} stops trials at checkpoints, but checkpoint.every=None writes one "
                 "only at the end; set checkpoint.every, or scheduler=none"
             )
+        if config.scheduler_metric is not None:
+            _check_scheduler_metric(config.scheduler_metric, run)
     return space
+
+
+def _check_scheduler_metric(metric: str, run: TrainConfig) -> None:
+    """Refuse to compare trials by a number that a run does not measure, or not at every checkpoint."""
+    held_out, every = run.data.validation, run.checkpoint.every
+    if held_out is None:
+        raise ConfigError(f"scheduler_metric={metric!r} is measured on data.validation, which the runs do not have")
+    if every is not None and every % held_out.every:
+        raise ConfigError(
+            f"scheduler_metric={metric!r} is compared at checkpoints, every checkpoint.every={every} steps, but "
+            f"measured every data.validation.every={held_out.every}: let the second divide the first"
+        )
+    names = [*_BETTER, *run.active_terms]
+    if "mlc" not in run.active_terms:
+        names.remove("mlc/leading_share")
+    if _measured(metric) not in names:
+        raise ConfigError(
+            f"scheduler_metric={metric!r}: the runs measure validation/NAME, and validation/KIND/NAME, for each NAME "
+            f"of {', '.join(names)}"
+        )
+
+
+def check_kind(metric: str, kinds: Collection[str]) -> None:
+    """Refuse to compare trials by bundles of a kind that none of the held-out ones has.
+
+    Raises:
+        ConfigError: None has.
+    """
+    kind = metric.split("/")[1]
+    if kind in ("harmful", "benign") and kind not in kinds:
+        raise ConfigError(
+            f"scheduler_metric={metric!r}: data.validation has no {kind} bundles, only {', '.join(kinds)}"
+        )
+
+
+def mode_of(metric: str) -> Literal["min", "max"]:
+    """Whether the lower or the higher number of `data.validation` is the better; of a term's loss, the lower."""
+    return _BETTER.get(_measured(metric), "min")
+
+
+def _measured(metric: str) -> str:
+    return re.sub(r"^validation/((harmful|benign)/)?", "", metric)
 
 
 def _check_fields_of_components(config: SearchConfig, raw: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ import ray.tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from mlc_ray.config import ScoreConfig, SearchConfig, parse_config
+from mlc_ray.errors import MlcRayError
 from mlc_ray.judges.base import make_judge
 from mlc_ray.runs import (
     BASELINE_FOLDER,
@@ -27,6 +28,7 @@ from mlc_ray.runs import (
     TRAIN_FOLDER,
     TRIALS_FOLDER,
     VALUES_FILE,
+    read_metrics,
     training_languages,
 )
 from mlc_ray.score.plan import plan_judging
@@ -42,6 +44,11 @@ from mlc_ray.storage import fingerprint, fingerprint_model, write_json_atomic
 from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.export import export
 from mlc_ray.train.run import train
+
+
+class SearchError(MlcRayError):
+    """A search cannot start or go on; the message quotes the folder or the setting, and names the fix."""
+
 
 _STEP_FOLDER, _STEP_FOLDERS = "step-{:06d}", "step-[0-9][0-9][0-9][0-9][0-9][0-9]"
 
@@ -107,14 +114,35 @@ class Shared:
         return make_objective(self.config.objective).score(summary, rows)
 
     def metrics_in(self, folder: Path) -> dict[str, float]:
-        """The numbers of a score folder that Tune is told; raises as `score_in`."""
+        """The numbers of a trial's score folder that Tune is told; raises as `score_in`, and
+
+        Raises:
+            SearchError: the run did not measure the scheduler's metric at that step.
+        """
         score = self.score_in(folder)
         return {
             HARMFUL: score.harmful,
             BENIGN: math.nan if score.benign is None else score.benign,
             **dict(zip(make_objective(self.config.objective).metrics, score.values, strict=True)),
             STEP: float(_step_of(folder)),
+            **self._compared(folder),
         }
+
+    def _compared(self, folder: Path) -> dict[str, float]:
+        """What the scheduler compares beside the objective, as the run logged it at the step of a score folder."""
+        config: SearchConfig = self.config
+        name = config.scheduler_metric
+        if name is None:
+            return {}
+        step = _step_of(folder)
+        row = next((row for row in read_metrics(folder.parents[1]) if row["step"] == step), {})
+        if name not in row:
+            there = ", ".join(key for key in row if key.startswith("validation/")) or "nothing"
+            raise SearchError(
+                f"scheduler_metric={name!r} was not measured at step {step} of trial {folder.parents[1].name}; "
+                f"measured were {there}"
+            )
+        return {name: math.nan if row[name] is None else row[name]}
 
     def _score(self, folder: Path, *, model: str, weights: str | None) -> None:
         """Score weights, or where trials train adapters one of those (None: no adapter), and write a score folder."""

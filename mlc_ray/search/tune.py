@@ -16,7 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from mlc_ray.config import SearchConfig
 from mlc_ray.search.objectives.base import BENIGN, HARMFUL, make_objective
-from mlc_ray.search.space import Space, distribution
+from mlc_ray.search.space import Space, distribution, mode_of
 
 TUNE_FOLDER = "tune"
 STEP, FINISHED = "score_step", "finished"
@@ -116,9 +116,11 @@ def number_of_trials(config: SearchConfig, space: Space) -> int:
 
 
 def make_scheduler(config: SearchConfig) -> Any:
-    """Tune's scheduler, which compares trials by the objective's first metric."""
+    """Tune's scheduler, which compares trials by `scheduler_metric`, or else by the objective's first metric."""
     objective = make_objective(config.objective)
     compared: dict[str, Any] = {"metric": objective.metrics[0], "mode": objective.directions[0][:3]}
+    if config.scheduler_metric is not None:
+        compared = {"metric": config.scheduler_metric, "mode": mode_of(config.scheduler_metric)}
     if config.scheduler == "asha":
         return ASHAScheduler(**compared, grace_period=config.grace_scores, max_t=10_000)
     if config.scheduler == "median":

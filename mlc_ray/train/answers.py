@@ -22,8 +22,8 @@ class MissingAnswersError(MlcRayError):
 def check_answers(config: TrainConfig, tokens: TokenArtifact, sources: Sequence[SourceSection]) -> None:
     """Make sure that each bundle has a chosen answer and, where the loss reads them, a rejected one.
 
-    `tokens` are those of `sources`. The artefact does not know where its bundles stood, so the sources are read again, up to the last bundle that the
-    message names; without a fault nothing is read but lengths.
+    `tokens` are those of `sources`. The artefact does not know where its bundles stood, so the sources are read again,
+    up to the last bundle that the message names; without a fault nothing is read but lengths.
 
     Raises:
         MissingAnswersError: Some have not.

@@ -116,7 +116,7 @@ def table_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
 def validation_line(row: Mapping[str, Any]) -> str:
     """What held-out bundles measured at this step, in a line; empty where they were not measured."""
     found = {title: row[name] for title, name in _VALIDATION.items() if row.get(name) is not None}
-    return "  held out: " + ", ".join(f"{title} {_cell(value)}" for title, value in found.items()) if found else ""
+    return "  validation: " + ", ".join(f"{title} {_cell(value)}" for title, value in found.items()) if found else ""
 
 
 def _cell(value: float | None) -> str:

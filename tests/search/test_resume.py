@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from mlc_ray.config import ConfigError, SearchConfig, load_config
-from mlc_ray.search.run import SearchError, _write_settings, changed_settings, search
+from mlc_ray.search.run import _write_settings, changed_settings, search
 from mlc_ray.search.space import make_space
+from mlc_ray.search.trial import SearchError
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from transformers import AutoModelForCausalLM
 
 from mlc_ray import cluster as ray_cluster
@@ -30,9 +29,9 @@ from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import read_metrics
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import judge_again
-from mlc_ray.search import tune as ray_tune
 from mlc_ray.search.probe import choose_bundles, layer_statistics
-from mlc_ray.search.run import SearchError, resume_search, search
+from mlc_ray.search.run import resume_search, search
+from mlc_ray.search.trial import SearchError
 from tests.generate.chat_server import Step, serving
 
 pytestmark = pytest.mark.slow
@@ -164,21 +163,26 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
         resume_search(folder)
 
 
-class StopAtFirstScore(FIFOScheduler):
-    """Stops every trial in the middle of its run, as ASHA and median stopping do with poor ones."""
-
-    def on_trial_result(self, *_: Any) -> str:
-        return TrialScheduler.STOP
-
-
-def test_stopped_trials_leave_nothing(ray_local: Any, run_place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_tune, "make_scheduler", lambda config: StopAtFirstScore())
+def test_a_trial_that_is_worse_on_held_out_bundles_is_stopped_and_leaves_nothing(
+    ray_local: Any, run_place: Path, repository: Path
+) -> None:
+    sample = (repository / "mlc_ray/data/sample/train.jsonl").read_text(encoding="utf-8").splitlines()
+    (run_place / "held_out.jsonl").write_text("\n".join(sample[8:12]) + "\n", encoding="utf-8")
+    held_out = f"data.validation={{sources: [{{path: {run_place}/held_out.jsonl}}], every: 1}}"
     result = search(
-        configured(run_place, "name=stopped", "space={mlc.layer: {choice: [2]}}", "set=[cluster.workers=2]")
+        configured(
+            run_place,
+            "name=stopped",
+            "space={optimizer.learning_rate: {choice: [1.0e-2, 1.0e-30]}}",  # the second learns nothing
+            f"set=[objective.loss=sft, cluster.workers=2, '{held_out}']",
+            "scheduler=asha",
+            "scheduler_metric=validation/chosen_change",
+        )
     )
-    assert [(trial.ended, trial.step) for trial in result.trials] == [("stopped", 1)]
-    assert result.best is None
-    assert not list((run_place / "stopped" / "trials").glob("*/train"))  # its optimizer states are gone
+    by_rate = {trial.values["optimizer.learning_rate"]: (trial.ended, trial.step) for trial in result.trials}
+    assert by_rate == {1e-2: ("finished", 2), 1e-30: ("stopped", 1)}
+    assert result.best is not None and result.trials[result.best].values["optimizer.learning_rate"] == 1e-2
+    assert not list((run_place / "stopped" / "trials").glob("*/train"))  # optimizer states are gone
     assert nothing_is_held(ray_local)
 
 

@@ -15,7 +15,8 @@ from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.search import run as search_run
-from mlc_ray.search.space import Space, distribution, make_space, restrict
+from mlc_ray.search.space import Space, check_kind, distribution, make_space, restrict
+from mlc_ray.search.tune import make_scheduler
 from mlc_ray.train.answers import MissingAnswersError
 from mlc_ray.train.run import PreparedData
 from mlc_ray.types import Bundle
@@ -106,6 +107,8 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
         ({"sampler": "grid"}, "needs choice or integers; mlc.weight"),
         ({"scheduler": "asha", "objective": "pareto"}, "compares trials by one number"),
         ({"grace_scores": 2}, "read by schedulers only"),
+        ({"scheduler_metric": "validation/loss"}, "scheduler_metric='validation/loss' is read by schedulers only"),
+        ({"scheduler": "asha", "scheduler_metric": "loss/total"}, "scheduler_metric='loss/total'"),
         ({"objective": {"name": "pareto", "min_benign_compliance": 0.5}}, "min_benign_compliance=0.5: no such field"),
         ({"objective": {"name": "safety_alone", "pareto": True}}, "objective.pareto=True: no such field"),
         (
@@ -202,6 +205,53 @@ def test_settings_without_effect_are_refused() -> None:
         make_space(search_config(set=["output_dir=/x"]))
 
 
+HELD_OUT = "data.validation={sources: [{path: 'sample:test'}], every: 2}"
+
+
+def compared_by(metric: str, *overrides: str, **changes: Any) -> SearchConfig:
+    return search_config(scheduler="asha", scheduler_metric=metric, set=list(overrides), **changes)
+
+
+def test_trials_can_be_compared_on_held_out_bundles() -> None:
+    lower = ("loss", "harmful/alignment", "mlc", "benign/contrast")
+    higher = ("margin", "harmful/accuracy", "chosen_change", "mlc/leading_share", "benign/mlc/leading_share")
+    for name in (*lower, *higher):
+        config = compared_by(f"validation/{name}", HELD_OUT, "checkpoint.every=4", "terms.contrast.weight=0.5")
+        make_space(config)
+        scheduler = make_scheduler(config)
+        assert (scheduler.metric, scheduler._metric_op) == (f"validation/{name}", -1.0 if name in lower else 1.0)
+    make_space(compared_by("validation/loss", HELD_OUT, "checkpoint.every=2", objective={"name": "pareto"}))
+
+
+@pytest.mark.parametrize(
+    ("metric", "overrides", "fault"),
+    [
+        ("validation/loss", ["checkpoint.every=4"], "measured on data.validation, which the runs do not have"),
+        (
+            "validation/loss",
+            [HELD_OUT, "checkpoint.every=3"],
+            r"checkpoint\.every=3 steps, but measured every data\.validation\.every=2",
+        ),
+        ("validation/anchor", [HELD_OUT, "checkpoint.every=2"], r"for each NAME of loss, .*, mlc$"),
+        (
+            "validation/mlc/leading_share",
+            [HELD_OUT, "checkpoint.every=2", "terms.contrast.weight=0.5", "mlc.weight=0"],
+            "chosen_change, contrast$",
+        ),
+    ],
+)
+def test_what_trials_do_not_measure_compares_none(metric: str, overrides: list[str], fault: str) -> None:
+    with pytest.raises(ConfigError, match=rf"scheduler_metric='{metric}'.*{fault}"):
+        make_space(compared_by(metric, *overrides, space={"optimizer.learning_rate": {"choice": [1e-5, 1e-6]}}))
+
+
+def test_a_kind_that_no_held_out_bundle_has_compares_none() -> None:
+    check_kind("validation/loss", ["harmful"])
+    check_kind("validation/harmful/loss", ["harmful"])
+    with pytest.raises(ConfigError, match=r"data\.validation has no benign bundles, only harmful"):
+        check_kind("validation/benign/loss", ["harmful"])
+
+
 @pytest.mark.parametrize("override", ["optimizer.learing_rate=1e-5", "data=foo", "data.train=5"])
 def test_what_is_wrong_for_all_trials_is_not_blamed_on_the_values_of_one(override: str) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -246,7 +296,8 @@ def test_every_loss_of_the_space_finds_the_answers_it_needs_before_the_first_tri
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses: dict[str, Any] = {"objective.loss": {"choice": ["sft", "orpo"]}}
-    space = make_space(search_config(space=losses, set=["objective={}"]))
+    config = search_config(space=losses, set=["objective={}"])
+    space = make_space(config)
     (row,) = random_rows(1)
     (bundle,) = (r.parsed for r in itertools.islice(read_file(SourceFile(str(sample_path("train")))), 1))
     assert isinstance(bundle, Bundle)
@@ -257,4 +308,4 @@ def test_every_loss_of_the_space_finds_the_answers_it_needs_before_the_first_tri
     monkeypatch.setattr(search_run, "prepare_data", lambda *_, **__: data)
     base = space.run({"objective.loss": "sft"}, name="base")
     with pytest.raises(MissingAnswersError, match=r"objective\.loss='orpo' needs chosen and rejected answers"):
-        search_run._prepare_data(base, space, tmp_path, "cpu")
+        search_run._prepare_data(config, base, space, tmp_path, "cpu")

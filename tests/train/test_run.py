@@ -44,11 +44,16 @@ def run_place(smollm2, repository, tmp_path_factory):
     tokenizer.save_pretrained(folder / "model")
     sample = (repository / "mlc_ray/data/sample/train.jsonl").read_text(encoding="utf-8").splitlines()
     (folder / "bundles.jsonl").write_text("\n".join(sample[:12]) + "\n", encoding="utf-8")
+    (folder / "held_out.jsonl").write_text("\n".join(sample[12:16]) + "\n", encoding="utf-8")
     settings = {
         "name": "undisturbed",
         "output_dir": str(folder),
         "model": {"path": str(folder / "model"), "dtype": "float32"},
-        "data": {"train": [{"path": str(folder / "bundles.jsonl")}], "languages": ["en", "sw", "zh"]},
+        "data": {
+            "train": [{"path": str(folder / "bundles.jsonl")}],
+            "validation": {"sources": [{"path": str(folder / "held_out.jsonl")}], "every": 3},
+            "languages": ["en", "sw", "zh"],
+        },
         "mlc": {"layer": 3, "every": 2, "extractor_dim": 32},
         "terms": {"anchor": {}, "sign": {"name": "examples.my_term:SameSign", "weight": 0.5}},  # one from outside
         "optimizer": {"learning_rate": 1e-3},
@@ -66,7 +71,16 @@ def configured(run_place, *overrides):
 
 
 def losses(run):
-    return [(row["step"], row["loss/total"]) for row in read_metrics(Path(run))]
+    """The loss of each step, and what held-out bundles measured at some, before the first one too."""
+    return [
+        (row["step"], row.get("loss/total"), {name: row[name] for name in row if name.startswith("validation/")})
+        for row in read_metrics(Path(run))
+    ]
+
+
+def trained(run):
+    """What was logged of each optimizer step."""
+    return [row for row in read_metrics(Path(run)) if row["step"]]
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +90,17 @@ def undisturbed(ray_local, run_place):
 
 def test_a_run_leaves_what_it_should(undisturbed, run_place):
     run = undisturbed.run_folder
-    assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
+    assert [(step, bool(held_out)) for step, _, held_out in losses(run)] == [
+        (step, step in (0, 3, 6, 8)) for step in range(STEPS + 1)
+    ]
+    first, last = losses(run)[0][2], losses(run)[-1][2]
+    assert {"validation/loss", "validation/harmful/margin", "validation/mlc/leading_share"} <= first.keys()
+    assert {"validation/benign/cosine/sw", "validation/sign/cosine", "validation/chosen_change"} <= last.keys()
+    assert first["validation/chosen_change"] == 0 != last["validation/chosen_change"]
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint_000006", "checkpoint_000008"]
     assert undisturbed.checkpoint.name == "checkpoint_000008"
     assert undisturbed.metrics["step"] == STEPS
-    rows = list(read_metrics(run))
+    rows = trained(run)
     assert [row["bundles_consumed"] for row in rows] == [4, 8, 12, 16, 20, 24, 28, 32]
     assert rows[0]["loss/alignment"] == pytest.approx(0.693147, abs=1e-4)
     measures = {"collapse/between_bundle_cosine", "collapse/effective_rank", "collapse/effective_rank_share"}
@@ -99,10 +119,12 @@ def test_an_existing_run_is_not_overwritten(undisturbed, run_place):
 
 def test_cached_and_online_references_give_the_same_losses(undisturbed, run_place):
     online = train(configured(run_place, "name=online", "reference=online"))
-    for cached, live in zip(read_metrics(undisturbed.run_folder), read_metrics(online.run_folder), strict=True):
+    for cached, live in zip(trained(undisturbed.run_folder), trained(online.run_folder), strict=True):
         for name in ("loss/total", "loss/alignment"):
             assert live[name] == pytest.approx(cached[name], rel=1e-5)
         assert live.get("loss/anchor", 0) == pytest.approx(cached.get("loss/anchor", 0), rel=1e-5)
+    for cached, live in zip(losses(undisturbed.run_folder), losses(online.run_folder), strict=True):
+        assert live[2] == pytest.approx(cached[2], rel=1e-4, abs=1e-5)
 
 
 def test_a_run_that_diverges_ends_without_a_checkpoint_and_is_not_tried_again(run_place):
@@ -113,7 +135,7 @@ def test_a_run_that_diverges_ends_without_a_checkpoint_and_is_not_tried_again(ru
     with pytest.raises(DivergedError, match=said) as caught:
         train(config)
     assert "lower optimizer.learning_rate" in str(caught.value)
-    assert [step for step, _ in losses(run_place / "diverged")] == [1]
+    assert [row["step"] for row in trained(run_place / "diverged")] == [1]
     assert list_checkpoints(run_place / "diverged") == []
     assert (caught.value.step, len(caught.value.bundles)) == (2, 4)
     kept = json.loads((run_place / "diverged" / "diverged.json").read_text())
@@ -123,7 +145,7 @@ def test_a_run_that_diverges_ends_without_a_checkpoint_and_is_not_tried_again(ru
 
 def test_an_engine_and_a_term_from_outside_train_a_whole_run_as_deepspeed_does(undisturbed, run_place):
     own = train(configured(run_place, "name=own_engine", "engine={name: 'examples.my_engine:TorchDdp'}"))
-    for row, want in zip(read_metrics(own.run_folder), read_metrics(undisturbed.run_folder), strict=True):
+    for row, want in zip(trained(own.run_folder), trained(undisturbed.run_folder), strict=True):
         assert row["loss/total"] == pytest.approx(want["loss/total"], rel=1e-5)
     manifest = json.loads((own.checkpoint / "manifest.json").read_text())
     assert manifest["resolved_config"]["engine"] == {"name": "examples.my_engine:TorchDdp", "bucket_mb": 25}

@@ -3,9 +3,10 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from mlc_ray.train.checks import check_tap
-from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, tiny_config
+from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, steps_of, tiny_config
 
 STEPS, ACCUMULATION = 6, 2
 CASES = {
@@ -77,3 +78,42 @@ def test_the_order_of_modules_settles_although_only_every_second_step_taps(steps
     # What ran before the first step is no step: its trace is dropped, the second micro-batch is recorded, and all
     # later ones prefetch by that record.
     assert all(micro_batch <= 1 for micro_batch in dropped), dropped
+
+
+def drops_with_validation(rank):
+    """After which optimizer steps the trace was dropped, in a run that forwards held-out bundles after each step."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+
+    drop, done, dropped = Coordinator._invalidate_trace, [], []
+
+    def dropping(self):
+        dropped.append(len(done))
+        return drop(self)
+
+    Coordinator._invalidate_trace = dropping
+    config = tiny_config(
+        engine={"stage": 3, "persistence_threshold": 0},
+        objective={"loss": "simpo"},
+        data={"validation": {"sources": [{"path": "none"}], "every": 1}},
+        train={"batch_bundles": ACCUMULATION, "tokens_per_forward": 1},
+    )
+    engine, rows = make_engine(config), random_rows(6, head=[1, 2])
+    check_tap(engine.module.language_model, engine.module.layer)
+
+    @torch.no_grad()
+    def validate():
+        done.append(None)
+        engine.module.eval()
+        for batch in next(steps_of(config, rows, 0, 1)):
+            assert engine.forward(batch).representations is not None
+        engine.module.train()
+        return {}
+
+    run_engine(config, rows, STEPS, engine=engine, validate=validate)
+    return dropped, len(done)
+
+
+def test_held_out_forwards_between_steps_do_not_unsettle_it(tmp_path):
+    dropped, measured = on_workers(1, drops_with_validation, tmp_path)[0]
+    assert measured == STEPS + 1  # before the first step too
+    assert all(steps <= 1 for steps in dropped), dropped

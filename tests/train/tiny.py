@@ -130,7 +130,7 @@ def make_engine(config, module=None):
     return chosen(module or wrapped(config), config, torch.device("cpu"))
 
 
-def run_engine(config, rows, steps, table=None, save=None, engine=None, progress=None):
+def run_engine(config, rows, steps, table=None, save=None, engine=None, progress=None, validate=None):
     """Train with a real engine in this worker; returns the engine and each step's metrics."""
     engine = engine or make_engine(config)
     reference = None
@@ -157,6 +157,7 @@ def run_engine(config, rows, steps, table=None, save=None, engine=None, progress
         progress=progress,
         total_steps=steps,
         kinds={row.kind for row in rows},
+        validate=validate,
         log=lambda step, metrics: history.append({"step": step, **metrics}),
         save=save or (lambda progress, metrics: None),
     )

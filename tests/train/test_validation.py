@@ -1,0 +1,215 @@
+"""Held-out bundles: what is measured of them is what plain forwards give, and training does not notice."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlc_ray.data.plan import Cutting
+from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.stream import stream_steps
+from mlc_ray.data.tables import rows_to_table
+from mlc_ray.losses.mlc import mlc_losses
+from mlc_ray.losses.objective import Objective
+from mlc_ray.train.answers import MissingAnswersError
+from mlc_ray.train.loop import Progress
+from mlc_ray.train.reference import cached_reference
+from mlc_ray.train.run import prepare_data
+from mlc_ray.train.validation import Validation, ValidationError, check_held_out, language_cosines, plans_of
+from mlc_ray.types import ReferenceRow
+from tests.train.tiny import LANGUAGES, make_engine, on_workers, random_rows, run_engine, tiny_config, wrapped
+
+STEPS, EVERY = 5, 3
+ROWS = random_rows(27, head=(5, 3, 8))
+TRAINED, HELD_OUT = ROWS[:16], [*ROWS[16:]]
+ALONE = HELD_OUT[4]
+HELD_OUT[4] = replace(  # has no other language to compare with
+    ALONE,
+    languages=["en"],
+    prompts=[ALONE.prompts[ALONE.response_prompt]],
+    tapped=[ALONE.tapped[ALONE.response_prompt]],
+    response_prompt=0,
+)
+ENGINES = {
+    "stage2": {"stage": 2},
+    "stage3": {"stage": 3, "persistence_threshold": 0},
+    "ddp": {"name": "examples.my_engine:TorchDdp", "stage": None},
+}
+
+
+def configured(engine, **sections):
+    return tiny_config(
+        data={"validation": {"sources": [{"path": "none"}], "every": EVERY}}, engine=ENGINES[engine], **sections
+    )
+
+
+def log_probs(model, row):
+    """Summed log-probs of both answers, by a plain forward each."""
+    prompt, numbers = row.prompts[row.response_prompt], []
+    for answer in (row.chosen, row.rejected):
+        shares = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        numbers.append(sum(float(shares[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)))
+    return numbers
+
+
+def references():
+    model = wrapped(configured("stage2")).language_model.eval()
+    with torch.no_grad():
+        return {row.bundle_id: ReferenceRow(*log_probs(model, row), None) for row in ROWS}
+
+
+def trained_with(rank, engine, validated, table):
+    """Rows of the metrics and the weights after training, with held-out bundles or without."""
+    config = configured(engine)
+    made, progress = make_engine(config), Progress()
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder), [rows_to_table(HELD_OUT)], fingerprint="held-out", rejected={})
+        tokens = TokenArtifact.open(folder)
+        cutting = Cutting(60, made.world_size, head=tokens.head, rejected=True, taps=lambda step: True)
+
+        def batches():
+            return stream_steps(
+                tokens, plans_of(tokens, cutting, 4), rank=rank, languages=LANGUAGES, needs_rejected=True,
+                reference=table,
+            )  # fmt: skip
+
+        measured = Validation(Objective(config), made, batches, cached_reference, ["benign", "harmful"], progress)
+        _, history = run_engine(
+            config, TRAINED, STEPS, table, engine=made, progress=progress, validate=measured if validated else None
+        )
+    weights = made.full_weights()
+    return history, progress, weights and {name: value.clone() for name, value in weights.items()}
+
+
+def all_runs(rank, table):
+    return {
+        (engine, validated): trained_with(rank, engine, validated, table)
+        for engine in ENGINES
+        for validated in (True, False)
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    table, folder = references(), tmp_path_factory.mktemp("validation")
+    return {count: on_workers(count, all_runs, folder / str(count), table)[0] for count in (1, 2)}
+
+
+@torch.no_grad()
+def plain(weights):
+    """What is expected with these weights, from a plain forward of every prompt and every answer."""
+    module = wrapped(configured("stage2")).eval()
+    module.load_state_dict(weights)
+    model, table, found = module.language_model, references(), []
+    for row in HELD_OUT:
+        chosen, rejected = log_probs(model, row)
+        before = table[row.bundle_id]
+        margin = 0.1 * ((chosen - before.chosen) - (rejected - before.rejected))
+        numbers = {
+            "chosen_log_prob": chosen,
+            "margin": margin,
+            "accuracy": float(margin > 0),
+            "alignment": float(-torch.nn.functional.logsigmoid(torch.tensor(margin))),
+            "chosen_change": chosen - before.chosen,
+        }
+        states = [model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[2][0, -1]
+                  for prompt in row.prompts]  # fmt: skip
+        if len(states) > 1:
+            directions = torch.nn.functional.normalize(module.extractor(torch.stack(states)).double(), dim=1)
+            losses, values = mlc_losses(directions.unsqueeze(0))
+            numbers["mlc"] = float(losses)
+            numbers["mlc/leading_share"] = float(values[0, 0] ** 2 / (values[0] ** 2).sum())
+            for index, language in enumerate(row.languages):
+                others = [float((directions[index] @ it).abs()) for i, it in enumerate(directions) if i != index]
+                numbers[f"cosine/{language}"] = sum(others) / len(others)
+        found.append((row.kind, numbers))
+    expected = {}
+    for prefix, kinds in {"": {"harmful", "benign"}, "harmful/": {"harmful"}, "benign/": {"benign"}}.items():
+        own = [numbers for kind, numbers in found if kind in kinds]
+        for name in {name for numbers in own for name in numbers}:
+            values = [numbers[name] for numbers in own if name in numbers]
+            expected[f"validation/{prefix}{name}"] = sum(values) / len(values)
+        expected[f"validation/{prefix}loss"] = (
+            expected[f"validation/{prefix}alignment"] + 0.8 * expected[f"validation/{prefix}mlc"]
+        )
+    return expected
+
+
+def held_out(row):
+    return {name: value for name, value in row.items() if name.startswith("validation/")}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_measured_is_what_plain_forwards_give(runs, count, engine):
+    history, _, weights = runs[count][engine, True]
+    assert [row["step"] for row in history] == [0, *range(1, STEPS + 1)]
+    assert [row["step"] for row in history if held_out(row)] == [0, EVERY, STEPS]
+    expected = plain(weights)
+    assert held_out(history[-1]).keys() == expected.keys()
+    for name, value in expected.items():
+        assert history[-1][name] == pytest.approx(value, rel=1e-5, abs=2e-5), name
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_training_does_not_notice(runs, count, engine):
+    history, _, weights = runs[count][engine, True]
+    without, _, wanted = runs[count][engine, False]
+    for row, want in zip(history[1:], without, strict=True):
+        for name in ("loss/total", "gradient_norm", "mlc/leading_share", "learning_rate"):
+            assert row.get(name) == want.get(name), (row["step"], name)
+    assert all(torch.equal(weights[name], value) for name, value in wanted.items())
+
+
+def test_the_first_row_is_the_model_before_training(runs):
+    history, progress, _ = runs[1]["stage2", True]
+    first = history[0]
+    assert set(first) == {"step", *held_out(first)} and first["validation/chosen_change"] == 0
+    assert first["validation/alignment"] == pytest.approx(0.693147, abs=1e-4)
+    assert progress.before == held_out(first)
+    change = history[-1]["validation/chosen_log_prob"] - first["validation/chosen_log_prob"]
+    assert history[-1]["validation/chosen_change"] == pytest.approx(change) and abs(change) > 1e-3
+
+
+def test_the_mean_cosine_of_two_languages_is_theirs_and_a_lone_one_has_none():
+    rows = torch.tensor([[[2.0, 0.0], [0.0, 0.0], [-3.0, 3.0]], [[1.0, 0.0], [0.0, 5.0], [0.0, 1.0]]])
+    present = torch.tensor([[True, False, True], [False, True, False]])
+    cosines, others = language_cosines(rows, present)
+    assert others.tolist() == [[True, False, True], [False] * 3]
+    assert cosines[0, [0, 2]].tolist() == pytest.approx([0.5**0.5] * 2)
+
+
+def test_bundles_that_are_trained_on_are_refused(tmp_path):
+    stored = []
+    for name, rows in {"trained": ROWS[:6], "held_out": ROWS[4:9]}.items():
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name, [rows_to_table(rows)], fingerprint=name, rejected={})
+        stored.append(TokenArtifact.open(tmp_path / name))
+    trained, both = stored
+    with pytest.raises(ValidationError, match=r"2 of its 5 bundles are in data.train too, the first is 'bundle-04'"):
+        check_held_out(both, trained)
+
+
+def test_held_out_bundles_need_the_answers_that_the_loss_needs(tmp_path, monkeypatch):
+    config = tiny_config(
+        data={"validation": {"sources": [{"path": str(tmp_path / "held.jsonl")}]}}, objective={"loss": "simpo"}
+    )
+    (tmp_path / "held.jsonl").write_text("", encoding="utf-8")
+    lacking = [replace(row, rejected=None) for row in ROWS[16:20]]
+
+    def stored(data, model, *, cache_dir):
+        rows = TRAINED if data.validation is not None else lacking
+        folder = cache_dir / str(len(rows))
+        folder.mkdir()
+        write_rows(folder, [rows_to_table(rows)], fingerprint="x", rejected={})
+        return TokenArtifact.open(folder)
+
+    monkeypatch.setattr("mlc_ray.train.run.prepare_token_rows", stored)
+    monkeypatch.setattr(
+        "mlc_ray.train.answers.places_of", lambda ids, sources: dict.fromkeys(ids, f"{sources[0].path}:1")
+    )
+    with pytest.raises(MissingAnswersError, match=r"held.jsonl:1: bundle bundle-16 has no rejected answer"):
+        prepare_data(config, cache_dir=tmp_path, layer=2, gpu=False)
