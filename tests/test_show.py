@@ -15,8 +15,7 @@ from mlc_ray.cli import build_parser, main
 from mlc_ray.runs import checkpoint_folder
 from mlc_ray.show import ShowError, show
 from mlc_ray.storage import Place, write_json_atomic, write_manifest
-from mlc_ray.train.failures import forget_divergence, record_divergence
-from mlc_ray.train.loop import DivergedError
+from mlc_ray.train.divergence import DivergedError, forget_divergence, record_divergence
 from tests.report.runs import grid, response, steps, utility_row, write_run, write_score, write_utility
 
 ROWS = grid(["en", "sw"], lambda kind, code: {"harmful": 0.9, "benign": 0.1}[kind])

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain, takewhile
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mlc_ray.data.bundles import select_languages
 from mlc_ray.data.tables import BUNDLES, TOKENS, bundle_columns, table_to_rows
 from mlc_ray.errors import MlcRayError
 from mlc_ray.types import Bundle, TokenRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NO_PROMPT = -1
 """`TokenRow.response_prompt` of a bundle that has no answers and no prompt in its response language."""
@@ -41,6 +43,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     Raises:
         TemplateError: it cannot be loaded.
     """
+    from transformers import AutoTokenizer  # takes 4 s, and who reads prompts or plans a search needs none of it
+
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

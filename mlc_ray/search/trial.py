@@ -41,9 +41,6 @@ from mlc_ray.search.results import Trial, ending
 from mlc_ray.search.space import Space
 from mlc_ray.search.tune import FINISHED, STEP
 from mlc_ray.storage import fingerprint, fingerprint_model, write_json_atomic
-from mlc_ray.train.checkpoint import find_checkpoint
-from mlc_ray.train.export import export
-from mlc_ray.train.run import train
 
 
 class SearchError(MlcRayError):
@@ -202,6 +199,11 @@ def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
 
     Called for a trial that was cut off, it goes on from the last checkpoint.
     """
+    # Here alone: workers and their controller unpickle `ScoreCheckpoint`, and would import all that too.
+    from mlc_ray.train.checkpoint import find_checkpoint
+    from mlc_ray.train.export import export
+    from mlc_ray.train.run import train
+
     shared.drop_optimizer_states()
     folder = shared.trial_folder(values, ray.tune.get_context().get_trial_id())
     folder.mkdir(parents=True, exist_ok=True)

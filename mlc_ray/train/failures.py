@@ -1,23 +1,18 @@
-"""How an error or Ctrl-C ends a run: errors of workers as themselves, divergence recorded, Ctrl-C as Python has it."""
+"""How an error or Ctrl-C ends a run: errors of workers as themselves, Ctrl-C as Python has it."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, UserCallback, WorkerGroupError
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.runs import DIVERGED_FILE
-from mlc_ray.storage import write_json_atomic
-from mlc_ray.train.loop import DivergedError
 
 
 class EndAtOwnError(UserCallback):
@@ -118,16 +113,3 @@ def _inside(error: BaseException) -> list[Any]:
     if isinstance(error, ControllerError):
         inside.append(error.controller_failure)
     return inside
-
-
-def record_divergence(run_folder: Path, error: DivergedError) -> None:
-    """Write into a run's folder at which step it diverged, with which bundles, and what to change."""
-    content = {"step": error.step, "bundles": list(error.bundles), "message": str(error)}
-    write_json_atomic(run_folder / DIVERGED_FILE, content)
-
-
-def forget_divergence(run_folder: Path, step: int) -> None:
-    """Remove what `record_divergence` wrote, once optimizer step `step`, which is done, is as far as that."""
-    file = run_folder / DIVERGED_FILE
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["step"] <= step:
-        file.unlink()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mlc_ray.config import OptimizerSection, TrainConfig
 from mlc_ray.device import peak_tflops
-from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.collectives import gather_objects
+from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
 from mlc_ray.train.meter import Metrics, StepMeter
@@ -27,20 +27,6 @@ from mlc_ray.types import Batch, LossOutput, move
 
 logger = logging.getLogger(__name__)
 _MOST_NAMED = 50
-
-
-class DivergedError(MlcRayError, FloatingPointError):
-    """The loss or its gradients stay non-finite; the message names the step, its bundles and what to change.
-
-    Args:
-        message: what to tell.
-        step: the optimizer step, from 1; 0 where it is not known.
-        bundles: ids of all its bundles, of all workers.
-    """
-
-    def __init__(self, message: str, *, step: int = 0, bundles: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.step, self.bundles = step, tuple(bundles)
 
 
 @dataclass

@@ -29,15 +29,15 @@ from mlc_ray.storage import Place, absolute_if_here, fingerprint, fingerprint_mo
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints
 from mlc_ray.train.console import RunDisplay
-from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_errors, record_divergence
-from mlc_ray.train.loop import DivergedError
+from mlc_ray.train.divergence import DivergedError, record_divergence
+from mlc_ray.train.entry import CheckpointScorer, HeldOut, WorkerSpec, train_worker
+from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_errors
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import model_depth, resolve_layer
 from mlc_ray.train.planning import cutting_of, look_ahead, order_of, said_of, tokens_per_forward
 from mlc_ray.train.reference_cache import prepare_reference
 from mlc_ray.train.tracking import check_trackers
 from mlc_ray.train.validation import check_held_out, held_out_section
-from mlc_ray.train.worker import CheckpointScorer, HeldOut, WorkerSpec, train_worker
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import cast
 
 import ray
 import ray.train
@@ -30,8 +30,9 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import checkpoint_folder
 from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from mlc_ray.train.checks import check_batch, check_tap
+from mlc_ray.train.divergence import forget_divergence
 from mlc_ray.train.engines.base import Engine
-from mlc_ray.train.failures import forget_divergence, own_errors
+from mlc_ray.train.entry import HeldOut, WorkerSpec
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
@@ -49,48 +50,13 @@ from mlc_ray.train.validation import Validation, plans_of
 from mlc_ray.types import Batch, ReferenceRow, move
 
 
-class CheckpointScorer(Protocol):
-    """Called on the first worker after every checkpoint while the others wait; its numbers are reported to Ray."""
-
-    def __call__(self, run_folder: Path, checkpoint: Path, step: int) -> Metrics:
-        """Numbers about `checkpoint`, written at optimizer step `step`."""
-        ...
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Where the tokens of held-out bundles are, and what the reference says of them."""
-
-    tokens_folder: Path
-    reference_folder: Path | None
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What the driver tells its workers; `config` is the run's, as JSON has it."""
-
-    config: dict[str, Any]
-    run_folder: Path
-    tokens_folder: Path
-    reference_folder: Path | None
-    fingerprints: dict[str, str]
-    total_steps: int
-    score: CheckpointScorer | None
-    held_out: HeldOut | None = None
-
-
 def engine_class(config: TrainConfig) -> type[Engine]:
     """The engine that `config.engine` names."""
     return cast(type[Engine], resolve("engine", config.engine.name))
 
 
-def train_worker(told: dict[str, WorkerSpec]) -> None:
-    """One process per GPU. Raises an `MlcRayError` unwrapped: causes are lost between processes."""
-    with own_errors():
-        _train(told["spec"])
-
-
-def _train(spec: WorkerSpec) -> None:
+def work(spec: WorkerSpec) -> None:
+    """Train, as one worker of a run."""
     send_warnings()
     _quiet()
     config = parse_config(TrainConfig, spec.config)

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 from mlc_ray.data.order import epoch_order
 from mlc_ray.errors import MlcRayError
+from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.engines.base import TrainingEngineError
 from mlc_ray.train.engines.deepspeed import deepspeed_config
-from mlc_ray.train.loop import DivergedError, learning_rate
+from mlc_ray.train.loop import learning_rate
 from mlc_ray.types import ReferenceRow
 from tests.train.tiny import (
     LANGUAGES,

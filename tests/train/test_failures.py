@@ -23,8 +23,8 @@ from mlc_ray.data.batches import BatchError
 from mlc_ray.errors import MlcRayError
 from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.train.checkpoint import CheckpointError
+from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_error, own_errors
-from mlc_ray.train.loop import DivergedError
 from mlc_ray.train.model import ModelError
 
 CHECKPOINT = CheckpointError("checkpoint 'c' was made with other settings: start a new run")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.train.loop import DivergedError, Progress, _with_telling_gradient
+from mlc_ray.train.divergence import DivergedError
+from mlc_ray.train.loop import Progress, _with_telling_gradient
 from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, steps_of, tiny_config
 
 STEPS = 4

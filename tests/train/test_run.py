@@ -19,7 +19,7 @@ from mlc_ray.config import TrainConfig, load_config
 from mlc_ray.runs import read_metrics
 from mlc_ray.show import show
 from mlc_ray.train.checkpoint import list_checkpoints
-from mlc_ray.train.loop import DivergedError
+from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.run import RunError, load_run_config, train
 
 pytestmark = pytest.mark.slow
