@@ -10,11 +10,12 @@ Data flows one way, and this is the order in which to read the packages:
     losses/      pure tensor functions: the alignment losses, the consistency term (`mlc`) and further terms, their sum
                  (`objective`), and measures of collapse (`measures`)
     train/       `run` starts the workers once the data have what the loss needs (`answers`), by an `entry` that Ray's
-                 controller reads too, and `worker` is what each of them does: the policy (`model`) with its `attention` over a tree, the `checks` at the start, how
-                 batches are cut (`planning`, `memory`), the `engines`, the frozen reference (`reference`,
-                 `reference_cache`), the training loop (`loop`), what the workers exchange (`collectives`), what is
-                 measured, watched and logged (`meter`, `flops`, `watch`, `validation`, `tracking`, `console`), how a
-                 run fails (`failures`, `divergence`), checkpoints (`checkpoint`, `random_state`) and the `export` of a plain model
+                 controller reads too; `worker` is what each of them does: the policy (`model`) with its `attention`
+                 over a tree, the `checks` at the start, how batches are cut (`planning`, `memory`), the `engines`, the
+                 frozen reference (`reference`, `reference_cache`), the training loop (`loop`), what the workers
+                 exchange (`collectives`), held-out bundles (`validation`), what is measured, watched and logged
+                 (`meter`, `flops`, `watch`, `tracking`, `console`), how a run fails (`failures`, `divergence`),
+                 checkpoints (`checkpoint`, `random_state`) and the `export` of a plain model
     generate/    responses by vLLM (`engine`) from weights that are verified (`swap`), by a `pool` of Ray actors that
                  each run a `stage`; endpoints (`client`, `replies`) and translation (`translate`)
     judges/      verdicts on responses: refusal phrases, guard models, endpoints, likelihood, degenerate text

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from mlc_ray.train.failures import own_errors
 
+
 class CheckpointScorer(Protocol):
     """Called on the first worker after every checkpoint while the others wait; its numbers are reported to Ray."""
 
