@@ -39,7 +39,11 @@ class ModelSection(Section):
         "`flex` on GPUs. `auto`: for bfloat16 on a GPU `varlen`, or `flex` for soft-capped scores; else `segments`.",
     )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you ask.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in backward to save memory.")
+    gradient_checkpointing: bool | Literal["selective"] = Field(
+        False,
+        description="Recompute activations in backward to save memory: `true` whole blocks, `selective` all but what "
+        "matrix products and attention give.",
+    )
     lora: LoraSection | None = Field(None, description="Train low-rank adapters instead of all parameters.")
 
 

@@ -20,6 +20,7 @@ USED_SHARE = 0.7
 """Of the memory that is free once the model is there; the rest is for the allocator's gaps and what is not counted."""
 
 _NARROW, _WIDE, _NORMS = 8, 4, 2
+_SELECTED_NARROW, _SELECTED_WIDE = 7, 2
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,19 @@ class Costs:
         A block keeps, for each token, 8 vectors of the hidden size (what went into both norms, into the three
         projections, out of the rotation and the attention, into the output projection), 4 of the feed-forward's (gate,
         up, activated gate, product), and 2 of the hidden size in float32 (of the norms). With gradient checkpointing it
-        keeps 1 of the hidden size, and one block at a time has all of the above. A row of logits is there once: its
-        gradient is written over it.
+        keeps 1 of the hidden size (its input), with the selective one 7 (its input, and what the four projections of
+        the attention, the attention itself and the last product give) and 2 of the feed-forward's, and one block at a
+        time has all of the above. A row of logits is there once: its gradient is written over it.
         """
         config: Any = model.config.get_text_config()
         size = torch.finfo(getattr(torch, settings.dtype)).bits // 8
         wide = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         block = size * (_NARROW * config.hidden_size + _WIDE * wide) + 4 * _NORMS * config.hidden_size
         layers = int(config.num_hidden_layers)
-        token = layers * size * config.hidden_size + block if settings.gradient_checkpointing else layers * block
+        again, hidden = settings.gradient_checkpointing, int(config.hidden_size)
+        selected = size * (_SELECTED_NARROW * hidden + _SELECTED_WIDE * wide)
+        kept = selected if again == "selective" else size * hidden if again else block
+        token = layers * kept + (block if again else 0)
         return cls(token, config.vocab_size * size)
 
 

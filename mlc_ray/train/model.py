@@ -14,10 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +30,8 @@ from mlc_ray.train.attention import TREE, Leaving, TreeAttention
 from mlc_ray.types import Answers, Batch, Prompts, ResponseLogProbs, Tree
 
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+_PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default")
+_ATTENTION = ("aten._scaled_dot_product_", "torch_attn._varlen_attn", "flex_attention")
 
 
 class ModelError(MlcRayError):
@@ -223,9 +226,22 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
         raise ModelError(f"model.path={settings.path!r} cannot be loaded: {error}") from error
     _check_attention(model, settings)
     final_norm(model)  # an unsupported architecture is refused here, not at the first step
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_blocks(model, settings.gradient_checkpointing)
     return model
+
+
+def checkpoint_blocks(model: PreTrainedModel, how: bool | Literal["selective"]) -> None:
+    """Have blocks run again in the backward (`model.gradient_checkpointing`), whole or all but what is dear."""
+    if how:
+        contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _kept)} if how == "selective" else {}
+        model.gradient_checkpointing_enable({"use_reentrant": False, **contexts})
+
+
+def _kept(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Matrix products and attention are nearly all of a block's operations, and what they give half of its memory."""
+    name = str(operation)
+    dear = name in _PRODUCTS or name.startswith(_ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _check_attention(model: PreTrainedModel, settings: ModelSection) -> None:

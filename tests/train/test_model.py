@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -21,6 +22,7 @@ from mlc_ray.train.model import (
     ModelError,
     PolicyWithExtractor,
     add_adapters,
+    checkpoint_blocks,
     final_norm,
     layer_states,
     load_policy,
@@ -138,14 +140,13 @@ def test_one_forward_equals_plain_forwards(name, rows):
         assert torch.allclose(untapped.rejected.total, rejected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 @pytest.mark.parametrize("layer", [0, 1, 3])
 @pytest.mark.parametrize("name", ["llama_tied", "qwen2", "mistral_sliding", "gemma2"])
 def test_gradients_equal_those_of_plain_forwards(name, layer, checkpointing):
     rows = ROWS["head"]
     module = PolicyWithExtractor(build(ARCHITECTURES[name]), layer=layer, extractor_dim=16, seed=0).train()
-    if checkpointing:
-        module.policy.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_blocks(module.policy, checkpointing)
     output = module(batch(rows))
     states = output.representations[output.present]
     ours = gradients(output.chosen.total.sum() - 0.5 * output.rejected.total.sum() + states.square().sum(), module)
@@ -185,6 +186,24 @@ def test_a_step_does_nothing_twice(layer, checkpointing):
         again = [(i, tokens) for i, tokens in reversed(seen["blocks"][:3])] if checkpointing else []
         assert seen["blocks"][3:] == again
     assert module.extractor.weight.grad is not None
+
+
+def test_selective_checkpointing_repeats_no_product_and_keeps_little_else():
+    counts, saved = {}, {}
+    for how in (False, "selective", True):
+        model = tiny_model()
+        checkpoint_blocks(model, how)
+        module, kept = PolicyWithExtractor(model, layer=3, extractor_dim=16, seed=0).train(), []
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t),
+        ):
+            output = module(batch(ROWS["head"]))
+            saved[how] = len(kept)
+            (output.chosen.total.sum() + output.representations.sum()).backward()
+        counts[how] = counter.get_total_flops()
+    assert counts["selective"] == counts[False] < counts[True]
+    assert saved["selective"] == saved[True] < saved[False]  # all that a block itself has kept is its input
 
 
 def test_modules_run_in_the_same_order_whether_a_step_taps_or_not():

@@ -12,6 +12,7 @@ STEPS, ACCUMULATION = 6, 2
 CASES = {
     "last layer": {"mlc": {"layer": 3}},
     "below it": {"mlc": {"layer": 1}},
+    "below it, selective checkpointing": {"mlc": {"layer": 1}, "model": {"gradient_checkpointing": "selective"}},
     "below it, checkpointing": {"mlc": {"layer": 1}, "model": {"gradient_checkpointing": True}},
 }
 

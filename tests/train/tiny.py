@@ -20,7 +20,7 @@ from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress, train_loop
-from mlc_ray.train.model import PolicyWithExtractor, add_adapters, resolve_layer
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, checkpoint_blocks, resolve_layer
 from mlc_ray.train.planning import cutting_of, look_ahead, order_of, tokens_per_forward
 from mlc_ray.train.reference import ReferenceModel, cached_reference, policy_reference
 from mlc_ray.types import TokenRow
@@ -93,8 +93,7 @@ def tiny_config(**sections):
 
 def wrapped(config, seed=0):
     policy = tiny_model(seed)
-    if config.model.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_blocks(policy, config.model.gradient_checkpointing)
     layer = resolve_layer(config.mlc.layer, 3)
     module = PolicyWithExtractor(
         add_adapters(policy, config.model), layer=layer, extractor_dim=config.mlc.extractor_dim, seed=config.seed
