@@ -38,6 +38,11 @@ class ModelSection(Section):
         description="Kernel: `segments` runs anywhere; `varlen` on GPUs, in bfloat16, without soft-capped scores; "
         "`flex` on GPUs. `auto`: for bfloat16 on a GPU `varlen`, or `flex` for soft-capped scores; else `segments`.",
     )
+    kernels: Literal["torch", "liger"] = Field(
+        "torch",
+        description="What computes norms, rotary embeddings and gated activations: PyTorch, or on GPUs Liger's fused "
+        "kernels (pip install 'mlc_ray[liger]').",
+    )
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you ask.")
     gradient_checkpointing: bool | Literal["selective"] = Field(
         False,
@@ -360,6 +365,8 @@ class TrainConfig(ObjectiveConfig):
                 f"model.attention={self.model.attention!r} needs a GPU, but cluster.accelerator='cpu'; "
                 "use attention='auto'"
             )
+        if self.model.kernels == "liger" and self.cluster.accelerator == "cpu":
+            raise ValueError("model.kernels='liger' needs a GPU, but cluster.accelerator='cpu'; use kernels='torch'")
         return self
 
 

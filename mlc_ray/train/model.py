@@ -224,7 +224,9 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path={settings.path!r} cannot be loaded: {error}") from error
-    _check_attention(model, settings)
+    _check_kernels(model, settings)
+    if settings.kernels == "liger":
+        use_liger(model)
     final_norm(model)  # an unsupported architecture is refused here, not at the first step
     checkpoint_blocks(model, settings.gradient_checkpointing)
     return model
@@ -244,7 +246,26 @@ def _kept(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _check_attention(model: PreTrainedModel, settings: ModelSection) -> None:
+def use_liger(model: PreTrainedModel) -> None:
+    """Have Liger's kernels compute norms, rotary embeddings and gated activations; in place, all else stays.
+
+    Raises:
+        ModelError: Liger is not installed here, or does not know the architecture.
+    """
+    asked = "model.kernels='liger'"
+    try:
+        from liger_kernel.transformers import monkey_patch as liger
+    except ImportError as error:
+        raise ModelError(
+            f"{asked}: {error}; pip install 'mlc_ray[liger]' on every node, or use kernels='torch'"
+        ) from None
+    if model.config.model_type not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ModelError(f"{asked}: Liger has nothing for {type(model).__name__}; use model.kernels='torch'")
+    # Its cross-entropy would take the place of the head, whose logits are read here.
+    liger._apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def _check_kernels(model: PreTrainedModel, settings: ModelSection) -> None:
     text = model.config.get_text_config()
     cap, dropout = getattr(text, "attn_logit_softcapping", None), getattr(text, "attention_dropout", 0.0)
     refused = None
@@ -256,6 +277,8 @@ def _check_attention(model: PreTrainedModel, settings: ModelSection) -> None:
         refused = "it needs a GPU, and there is none here"
     if refused:
         raise ModelError(f"model.attention={settings.attention!r}: {refused}; use model.attention='auto'")
+    if settings.kernels == "liger" and not torch.cuda.is_available():
+        raise ModelError("model.kernels='liger' needs a GPU, and there is none here; use model.kernels='torch'")
 
 
 def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:

@@ -1,0 +1,86 @@
+"""Liger's kernels in the prefix tree's forward, computed by Triton's interpreter, against PyTorch's."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mlc_ray.config import ModelSection
+from mlc_ray.train.model import ModelError, load_policy, use_liger
+from tests.train.tiny import tiny_model
+
+COMPARED = """
+import json
+import numpy as np
+import torch
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+# What compiled kernels may do and interpreted ones may not: a float among the arguments is a tensor in the kernel; and
+# libdevice's functions.
+convert = interpreter._implicit_cvt
+def converted(value):
+    if isinstance(value, float):
+        return tl.tensor(interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
+    return convert(value)
+interpreter._implicit_cvt = converted
+import liger_kernel.ops.geglu as geglu
+import liger_kernel.ops.rms_norm as rms_norm
+rms_norm.rsqrt = lambda value: tl.math.rsqrt(value)
+geglu.tanh = lambda value: 2 * tl.sigmoid(2 * value) - 1
+
+from mlc_ray.train.model import PolicyWithExtractor, use_liger
+from tests.train.test_model import ARCHITECTURES, ROWS, batch, build, gradients
+
+found = {}
+for name in ("llama_tied", "qwen2", "gemma2"):
+    module = PolicyWithExtractor(build(ARCHITECTURES[name]), layer=2, extractor_dim=16, seed=0).train()
+    results = []
+    for liger in (False, True):
+        if liger:
+            use_liger(module.language_model)
+        output = module(batch(ROWS["head"]))
+        loss = output.chosen.total.sum() - 0.5 * output.rejected.total.sum() + output.representations.square().sum()
+        results.append((float(loss), gradients(loss, module)))
+    (before, own), (after, theirs) = results
+    found[name] = {
+        "kernels": sorted({name for name in (part._get_name() for part in module.modules()) if "Liger" in name}),
+        "loss": abs(after / before - 1),
+        "gradient": max(float((theirs[key] - own[key]).norm() / own[key].norm()) for key in own),
+    }
+print(json.dumps(found))
+"""
+
+
+def test_the_tree_is_forwarded_by_them_as_by_pytorch(repository):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPARED], cwd=repository, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for name, numbers in json.loads(done.stdout.splitlines()[-1]).items():
+        assert any("RMSNorm" in kernel for kernel in numbers["kernels"]), name
+        assert any("MLP" in kernel for kernel in numbers["kernels"]), name
+        assert numbers["loss"] < 1e-5 and numbers["gradient"] < 1e-4, (name, numbers)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is refused without a GPU")
+def test_without_a_gpu_they_are_refused(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"model\.kernels='liger' needs a GPU, and there is none here; use"):
+        load_policy(ModelSection(path=str(tmp_path), kernels="liger"))
+
+
+def test_without_the_package_and_for_an_unknown_architecture_they_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model = tiny_model()
+    model.config.model_type = "new"
+    with pytest.raises(ModelError, match=r"Liger has nothing for LlamaForCausalLM; use model\.kernels='torch'"):
+        use_liger(model)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+    with pytest.raises(ModelError, match=r"pip install 'mlc_ray\[liger\]' on every node"):
+        use_liger(model)
