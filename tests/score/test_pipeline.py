@@ -15,6 +15,7 @@ import pytest
 import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray.cluster import ClusterError
 from mlc_ray.config import EngineSection, ScoreConfig, SourceSection, parse_config
+from mlc_ray.device import resolved
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.generate.replies import EndpointError
 from mlc_ray.judges.base import JudgeError, UncoveredLanguageError
@@ -422,7 +423,8 @@ def greedy_reference(model: Path, prompt: str, new_tokens: int) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    dtype = getattr(torch, resolved("auto", gpu=False))  # the engine's: two words are as likely here to a bfloat16
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     messages = [{"role": "user", "content": prompt}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = policy.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0, inputs["input_ids"].shape[1] :]
