@@ -123,6 +123,7 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"terms": {"anchor": None}}, ["terms.anchor=None: expected a section"]),
         ({"terms": ["anchor"]}, ["terms=['anchor']: expected a section with a term per name"]),
         ({"terms": {"total": {"name": "anchor"}}}, ["terms.total: loss/total is the name of another part"]),
+        ({"terms": {"reward": {"name": "anchor"}}}, ["terms.reward: reward/... are other numbers that a run logs"]),
         (
             {"terms": {"second": {"name": "mlc"}}},
             ["terms.second.name='mlc' has a tap of its own", "set mlc.name='mlc'"],
@@ -160,6 +161,10 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         (
             {"model": {"path": "m", "attention": "flex"}, "cluster": {"accelerator": "cpu"}},
             ["model.attention='flex'", "needs a GPU", "attention='auto'"],
+        ),
+        (
+            {"model": {"path": "m", "kernels": "liger"}, "cluster": {"accelerator": "cpu"}},
+            ["model.kernels='liger'", "needs a GPU", "kernels='torch'"],
         ),
     ],
 )
@@ -360,6 +365,16 @@ def test_json_schema_has_the_settings_of_every_component() -> None:
     assert [option["properties"]["name"]["const"] for option in fields["mlc"]["oneOf"]] == ["mlc"]
     for option in (*losses.values(), *fields["mlc"]["oneOf"], *fields["terms"]["additionalProperties"]["anyOf"]):
         assert all(field.get("description") for field in option["properties"].values())
+
+
+@pytest.mark.parametrize(("text", "number"), [("1e-6", 1e-6), ("-2E+3", -2e3), ("1.5e8", 1.5e8), ("1.e-2", 1e-2)])
+def test_a_number_with_an_exponent_is_a_number(tmp_path: Path, text: str, number: float) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"name: 1e-6b\nlisted: [{text}, '{text}', 12, 0x1e]\n", encoding="utf-8")
+    assert read_config_file(file) == {"name": "1e-6b", "listed": [number, text, 12, 30]}
+    raw: dict[str, Any] = {}
+    apply_override(raw, f"optimizer.learning_rate={text}")
+    assert raw == {"optimizer": {"learning_rate": number}}
 
 
 def test_defaults_survive_the_round_trip_through_yaml() -> None:

@@ -92,8 +92,11 @@ def load_config(
     return parse_config(schema, raw)
 
 
-class _OnceLoader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that a mapping has twice instead of forgetting the first."""
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader; it refuses a key that a mapping has twice, and reads 1e-6 as a number, as JSON does.
+
+    By YAML 1.1, which PyYAML follows, it is text, since a number with an exponent needs a point.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping of a node.
@@ -109,6 +112,11 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file, not validated; `recipe:NAME` is a shipped one.
 
@@ -117,7 +125,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """
     file = recipe_file(str(path)) if str(path).startswith(RECIPE) else Path(path)
     try:
-        loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)
+        loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"config file {str(path)!r} does not exist") from None
     except OSError as error:
@@ -171,7 +179,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise ConfigError(f"override {override!r} is not of the form section.field=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
     node: Any = raw

@@ -38,7 +38,7 @@ class ParameterSection(Section):
             raise ValueError(f"loguniform={list(self.loguniform)!r}: bounds must be positive")
         for value in self.choice or ():
             if isinstance(value, str) and _reads_as_number(value):
-                raise ValueError(f"choice has {value!r}, which is text to YAML: write a number, e.g. 1.0e-6 for 1e-6")
+                raise ValueError(f"choice has {value!r}, which is text: write the number without quotes")
         if self.choice is not None and len({(isinstance(v, bool), v) for v in self.choice}) < len(self.choice):
             raise ValueError(f"choice={self.choice!r} names a value twice")
         return self
@@ -92,9 +92,9 @@ class SearchConfig(Section):
     )
     scheduler_metric: str | None = Field(
         None,
-        pattern=r"^validation/(\w+/)*\w+$",
+        pattern=r"^validation(/[\w.-]+)+$",
         description="What the scheduler compares at each checkpoint: a number of data.validation, such as "
-        "validation/harmful/loss (default: the objective).",
+        "validation/reward/accuracy or validation/harmful/log_prob/chosen_change (default: the objective).",
     )
     grace_scores: PositiveInt = Field(1, description="Schedulers: scores a trial gets before it may be stopped.")
     objective: Annotated[ObjectiveSettings, ComponentSettings("objective", default="average")] = Field(

@@ -188,6 +188,12 @@ class ObjectiveConfig(Section):
                 f"terms.{taken[0]}: loss/{taken[0]} is the name of another part; give the term another key, and its "
                 f"class as terms.KEY.name"
             )
+        others = {"loss", "reward", "log_prob", "collapse", "validation", "harmful", "benign"}
+        if taken := sorted(others & self.terms.keys()):
+            raise ValueError(
+                f"terms.{taken[0]}: {taken[0]}/... are other numbers that a run logs; give the term another key, and "
+                "its class as terms.KEY.name"
+            )
         return self
 
 

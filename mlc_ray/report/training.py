@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ _MEANING = {
     "collapse/effective_rank": "directions that the bundles of a step fill: near 1 all prompts look alike",
     "collapse/effective_rank_share": "the same, as a share of what is possible",
     "collapse/separability": "AUC of a linear probe for harmful against benign: 0.5 is chance",
+    "log_prob/chosen": "summed log-prob of the chosen answer, in nats",
+    "log_prob/chosen_change": "the same, less what it was before training",
     "reward/accuracy": "share of pairs with the chosen answer ahead",
     "reward/margin": "chosen minus rejected",
 }
@@ -69,14 +72,22 @@ def chart_groups(runs: Sequence[Training]) -> list[tuple[str, list[str]]]:
 
 def unit_range(name: str) -> tuple[float, float] | tuple[None, None]:
     """0 and 1 for shares and cosines, so that a curve's height means something; else the data decide."""
-    return (0.0, 1.0) if name in _UNIT_RANGE else (None, None)
+    return (0.0, 1.0) if _told(name) in _UNIT_RANGE else (None, None)
+
+
+def _told(name: str) -> str:
+    """The name by which the same number of training bundles goes; held-out ones have the kind in theirs too."""
+    return re.sub(r"^validation/((harmful|benign)/)?", "", name)
 
 
 def _meaning(name: str) -> str:
     """What a metric is; any other loss than those told here is a term of the objective, named by its key."""
-    if name.startswith("loss/") and name not in _MEANING:
-        return f"the term {name.removeprefix('loss/')} alone, without its weight"
-    return _MEANING.get(name, "")
+    told = _told(name)
+    if told.startswith("loss/") and told not in _MEANING:
+        return f"the term {told.removeprefix('loss/')} alone, without its weight"
+    if told.startswith("mlc/cosine/"):
+        return f"mean |cosine| of {told.removeprefix('mlc/cosine/')} with the bundle's other languages"
+    return _MEANING.get(told, "")
 
 
 def _chart(name: str, runs: Sequence[Training]) -> Curves:

@@ -45,7 +45,7 @@ from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.objectives.base import TrialScore
 from mlc_ray.search.probe import probe_run
 from mlc_ray.search.results import SearchResult, read_values, write_results
-from mlc_ray.search.space import Space, check_kind, make_space, restrict, values_of
+from mlc_ray.search.space import Space, check_held_out, make_space, restrict, values_of
 from mlc_ray.search.trial import (
     MarkStopped,
     SearchError,
@@ -66,7 +66,7 @@ from mlc_ray.storage import (
 )
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.failures import keyboard_interrupt
-from mlc_ray.train.model import model_depth, resolve_layer
+from mlc_ray.train.model import check_device, model_depth, resolve_layer
 from mlc_ray.train.run import prepare_data
 
 logger = logging.getLogger(__name__)
@@ -151,6 +151,7 @@ def _check(config: SearchConfig, space: Space) -> None:
     for corner in space.corners():
         resolve_layer(space.run(corner, name="corner").mlc.layer, depth)
     connect(base.cluster.address)
+    check_device(base.model, gpu=_device(base) == "gpu")
     check_feasible(config, base, _device(base))
 
 
@@ -277,7 +278,7 @@ def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder:
     """Make what trials train on, and look for answers that one of their losses needs, though the base's does not.
 
     Raises:
-        ConfigError: Held-out bundles are not of the kind that the scheduler compares.
+        ConfigError: No held-out bundle has what the scheduler compares.
         MissingAnswersError: Answers are missing.
     """
     depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
@@ -285,7 +286,7 @@ def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder:
     data = prepare_data(base, cache_dir=folder / TRIALS_FOLDER / "cache", layer=layer, gpu=device == "gpu")
     held_out = None if data.held_out is None else TokenArtifact.open(data.held_out.tokens_folder)
     if config.scheduler_metric is not None and held_out is not None:
-        check_kind(config.scheduler_metric, held_out.distinct_kinds)
+        check_held_out(config.scheduler_metric, held_out)
     for corner in space.corners():
         run = space.run(corner, name="corner")
         check_answers(run, data.tokens, base.data.train)

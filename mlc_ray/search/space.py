@@ -11,10 +11,11 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import optuna
 
 from mlc_ray._registry import ComponentKind, resolve
@@ -28,20 +29,21 @@ from mlc_ray.config import (
     read_config_file,
 )
 from mlc_ray.config.component import ComponentSettings
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.storage import absolute_if_here
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study it creates
 
-_BETTER: dict[str, Literal["min", "max"]] = {
-    "loss": "min",
-    "alignment": "min",
-    "margin": "max",
-    "accuracy": "max",
-    "chosen_log_prob": "max",
-    "chosen_change": "max",
-    "mlc/leading_share": "max",
+_HIGHER_IS_BETTER = {
+    "loss/total": False,
+    "loss/alignment": False,
+    "reward/margin": True,
+    "reward/accuracy": True,
+    "log_prob/chosen": True,
+    "log_prob/chosen_change": True,
+    "mlc/leading_share": True,
 }
-"""What `train.validation` measures beside the terms, of which lower is better; and whether higher is."""
+"""What `train.validation` measures beside `loss/NAME` of each term, of which lower is better."""
 
 _OWN = {"name", "output_dir"}
 _OWN_SECTIONS = {"logging", "checkpoint.keep", "cluster"}
@@ -123,6 +125,8 @@ def make_space(config: SearchConfig) -> Space:
             f"sampler='grid' has {points:,} points here, more than {_MOST_POINTS:,}: list fewer values, or draw some "
             "with sampler=random or tpe, and trials"
         )
+    if config.scheduler_metric is not None:
+        _check_comparable(config.scheduler_metric, config.space)
     for values in (*space.corners(), *_points(config, space)):
         run = space.run(values, name="corner")
         if config.scheduler != "none" and run.checkpoint.every is None:
@@ -145,32 +149,80 @@ def _check_scheduler_metric(metric: str, run: TrainConfig) -> None:
             f"scheduler_metric={metric!r} is compared at checkpoints, every checkpoint.every={every} steps, but "
             f"measured every data.validation.every={held_out.every}: let the second divide the first"
         )
-    names = [*_BETTER, *run.active_terms]
+    names = [*_HIGHER_IS_BETTER, *(f"loss/{name}" for name in run.active_terms)]
     if "mlc" not in run.active_terms:
         names.remove("mlc/leading_share")
+    if not _has_rewards(run):
+        names = [name for name in names if not name.startswith("reward/")]
     if _measured(metric) not in names:
         raise ConfigError(
-            f"scheduler_metric={metric!r}: the runs measure validation/NAME, and validation/KIND/NAME, for each NAME "
-            f"of {', '.join(names)}"
+            f"scheduler_metric={metric!r}: runs with objective.loss={run.objective.loss!r} measure validation/NAME, "
+            f"and validation/KIND/NAME, for each NAME of {', '.join(names)}"
         )
 
 
-def check_kind(metric: str, kinds: Collection[str]) -> None:
-    """Refuse to compare trials by bundles of a kind that none of the held-out ones has.
+def _check_comparable(metric: str, fields: Iterable[str]) -> None:
+    """Refuse to compare trials by a number that means another thing in each of them.
 
     Raises:
-        ConfigError: None has.
+        ConfigError: One of the fields that vary is part of its definition.
+    """
+    name = _measured(metric)
+    for field in fields:
+        section, _, last = field.partition(".")
+        tap = section == "mlc" and last not in ("weight", "every")
+        if name == "loss/total":
+            defines = section in ("objective", "terms", "mlc") and field != "mlc.every"
+        elif name in ("loss/alignment", "reward/margin"):
+            defines = section == "objective"
+        elif name == "mlc/leading_share":
+            defines = field in ("mlc.layer", "mlc.extractor_dim")
+        elif name.startswith("loss/"):
+            own = field.startswith(f"terms.{name.removeprefix('loss/')}.") and not field.endswith(".weight")
+            defines = tap or own
+        else:
+            defines = False
+        if defines:
+            raise ConfigError(
+                f"scheduler_metric={metric!r} cannot compare trials that differ in {field}, which is part of what it "
+                "measures; use validation/reward/accuracy or validation/log_prob/chosen_change, or the objective"
+            )
+
+
+def check_held_out(metric: str, held_out: TokenArtifact) -> None:
+    """Refuse to compare trials by what none of the held-out bundles has.
+
+    Raises:
+        ConfigError: None is of its kind or, for a term, has two languages.
     """
     kind = metric.split("/")[1]
-    if kind in ("harmful", "benign") and kind not in kinds:
-        raise ConfigError(
-            f"scheduler_metric={metric!r}: data.validation has no {kind} bundles, only {', '.join(kinds)}"
-        )
+    own = np.array([kind == each or kind not in ("harmful", "benign") for each in held_out.kinds], dtype=bool)
+    if not own.any():
+        kinds = ", ".join(sorted(held_out.distinct_kinds))
+        raise ConfigError(f"scheduler_metric={metric!r}: data.validation has no {kind} bundles, only {kinds}")
+    name = _measured(metric)
+    of_a_term = name == "mlc/leading_share" or (name.startswith("loss/") and name not in _HIGHER_IS_BETTER)
+    if of_a_term and not (held_out.lengths().languages[own] >= 2).any():
+        raise ConfigError(f"scheduler_metric={metric!r}: no such bundle of data.validation has two languages")
+
+
+def _has_rewards(run: TrainConfig) -> bool:
+    """Whether the alignment loss gives rewards: only calling it tells, since it may be from outside."""
+    import torch
+
+    from mlc_ray.losses.objective import Objective
+    from mlc_ray.types import ResponseLogProbs
+
+    zero, answer = torch.zeros(1), ResponseLogProbs(torch.full((1,), -1.0), torch.ones(1, dtype=torch.long))
+    said = Objective(run).total_loss(
+        weight=torch.ones(1), chosen=answer, rejected=answer, reference_chosen=zero, reference_rejected=zero
+    )
+    return "reward/margin" in said.metrics
 
 
 def mode_of(metric: str) -> Literal["min", "max"]:
     """Whether the lower or the higher number of `data.validation` is the better; of a term's loss, the lower."""
-    return _BETTER.get(_measured(metric), "min")
+    return "max" if _HIGHER_IS_BETTER.get(_measured(metric)) else "min"
 
 
 def _measured(metric: str) -> str:
@@ -257,9 +309,9 @@ def distribution(parameter: ParameterSection) -> optuna.distributions.BaseDistri
 
 def _make_absolute(raw: dict[str, Any]) -> None:
     """Local paths of the model and of data become absolute, in place: trials run in folders of their own."""
-    data = raw.get("data")
-    sources = data.get("train") if isinstance(data, dict) else None
-    for place in (raw.get("model"), *(sources if isinstance(sources, list) else ())):
+    train, held_out = _mapping_at(raw, "data").get("train"), _mapping_at(raw, "data.validation").get("sources")
+    sources = [place for listed in (train, held_out) if isinstance(listed, list) for place in listed]
+    for place in (raw.get("model"), *sources):
         if isinstance(place, dict) and isinstance(place.get("path"), str):
             place["path"] = absolute_if_here(place["path"])
 

@@ -137,7 +137,7 @@ class Shared:
             there = ", ".join(key for key in row if key.startswith("validation/")) or "nothing"
             raise SearchError(
                 f"scheduler_metric={name!r} was not measured at step {step} of trial {folder.parents[1].name}; "
-                f"measured were {there}"
+                f"measured were {there}: name one of these as scheduler_metric in a new search"
             )
         return {name: math.nan if row[name] is None else row[name]}
 

@@ -31,12 +31,12 @@ MEASURES = {
     "GiB": "peak_memory_gib",
 }
 _VALIDATION = {
-    "loss": "validation/loss",
-    "margin": "validation/margin",
-    "accuracy": "validation/accuracy",
-    "chosen change": "validation/chosen_change",
-    "mlc": "validation/mlc",
-    "share": "validation/mlc/leading_share",
+    "loss": "loss/total",
+    "margin": "reward/margin",
+    "accuracy": "reward/accuracy",
+    "change of chosen": "log_prob/chosen_change",
+    "mlc": "loss/mlc",
+    "share": "mlc/leading_share",
 }
 # Where the terminal is too narrow for all measures, these are left out, the first one first.
 _SPARED = ("kinds", "GiB", "|grad|", "lr", "rank", "tok/s", "acc", "margin", "between", "share")
@@ -115,8 +115,9 @@ def table_row(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
 
 def validation_line(row: Mapping[str, Any]) -> str:
     """What held-out bundles measured at this step, in a line; empty where they were not measured."""
-    found = {title: row[name] for title, name in _VALIDATION.items() if row.get(name) is not None}
-    return "  validation: " + ", ".join(f"{title} {_cell(value)}" for title, value in found.items()) if found else ""
+    named = {title: row.get(f"validation/{name}") for title, name in _VALIDATION.items()}
+    shown = ", ".join(f"{title} {_cell(value)}" for title, value in named.items() if value is not None)
+    return f"{row['step']:>6} validation: {shown}" if shown else ""
 
 
 def _cell(value: float | None) -> str:

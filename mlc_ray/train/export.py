@@ -187,7 +187,9 @@ def _merge(adapter: Path, config: TrainConfig, out: Path, *, trust_remote_code: 
 
     from mlc_ray.train.model import load_policy
 
-    model = config.model.model_copy(update={"trust_remote_code": trust_remote_code})
+    # By what runs anywhere: merging adds two matrices, and there may be no GPU.
+    anywhere = {"attention": "auto", "kernels": "torch", "gradient_checkpointing": False}
+    model = config.model.model_copy(update={"trust_remote_code": trust_remote_code, **anywhere})
     logger.warning("merging into the base model %r, which the run names", model.path)
     merged = PeftModel.from_pretrained(load_policy(model), adapter).merge_and_unload()
     merged.save_pretrained(out, safe_serialization=True)

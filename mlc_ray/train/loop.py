@@ -33,7 +33,7 @@ _MOST_NAMED = 50
 class Progress:
     """Where a run is: optimizer steps done, and bundles consumed; how they were cut, and for how many, is not in it.
 
-    `before` is what held-out bundles measured before the first step.
+    `before` are the log-probs of held-out answers before the first step, by the names of their means.
     """
 
     step: int = 0

@@ -38,8 +38,9 @@ class Costs:
         projections, out of the rotation and the attention, into the output projection), 4 of the feed-forward's (gate,
         up, activated gate, product), and 2 of the hidden size in float32 (of the norms). With gradient checkpointing it
         keeps 1 of the hidden size (its input), with the selective one 7 (its input, and what the four projections of
-        the attention, the attention itself and the last product give) and 2 of the feed-forward's, and one block at a
-        time has all of the above. A row of logits is there once: its gradient is written over it.
+        the attention, the attention itself and the last product give) and 2 of the feed-forward's, twice that where
+        each product has an adapter's beside it; and one block at a time has all that it keeps without. A row of logits
+        is there once: its gradient is written over it.
         """
         config: Any = model.config.get_text_config()
         size = torch.finfo(getattr(torch, settings.dtype)).bits // 8
@@ -47,7 +48,7 @@ class Costs:
         block = size * (_NARROW * config.hidden_size + _WIDE * wide) + 4 * _NORMS * config.hidden_size
         layers = int(config.num_hidden_layers)
         again, hidden = settings.gradient_checkpointing, int(config.hidden_size)
-        selected = size * (_SELECTED_NARROW * hidden + _SELECTED_WIDE * wide)
+        selected = size * (_SELECTED_NARROW * hidden + _SELECTED_WIDE * wide) * (1 if settings.lora is None else 2)
         kept = selected if again == "selective" else size * hidden if again else block
         token = layers * kept + (block if again else 0)
         return cls(token, config.vocab_size * size)

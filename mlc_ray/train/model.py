@@ -224,9 +224,10 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path={settings.path!r} cannot be loaded: {error}") from error
-    _check_kernels(model, settings)
+    _check_attention(model, settings)
+    check_device(settings, gpu=torch.cuda.is_available())
     if settings.kernels == "liger":
-        use_liger(model)
+        use_liger(model, rotary=settings.gradient_checkpointing != "selective")
     final_norm(model)  # an unsupported architecture is refused here, not at the first step
     checkpoint_blocks(model, settings.gradient_checkpointing)
     return model
@@ -246,8 +247,12 @@ def _kept(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy
     return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def use_liger(model: PreTrainedModel) -> None:
-    """Have Liger's kernels compute norms, rotary embeddings and gated activations; in place, all else stays.
+def use_liger(model: PreTrainedModel, *, rotary: bool = True) -> None:
+    """Have Liger's kernels compute norms, gated activations and, with `rotary`, rotary embeddings.
+
+    Functions of transformers are replaced for the whole process, so other models of the architecture compute with them
+    too. Not `rotary` where selective checkpointing keeps the projections: Liger rotates them in place, unseen by
+    PyTorch, and the second forward would rotate them again.
 
     Raises:
         ModelError: Liger is not installed here, or does not know the architecture.
@@ -257,15 +262,30 @@ def use_liger(model: PreTrainedModel) -> None:
         from liger_kernel.transformers import monkey_patch as liger
     except ImportError as error:
         raise ModelError(
-            f"{asked}: {error}; pip install 'mlc_ray[liger]' on every node, or use kernels='torch'"
+            f"{asked}: {error}; pip install 'mlc_ray[liger]' on every node, or use model.kernels='torch'"
         ) from None
     if model.config.model_type not in liger.MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ModelError(f"{asked}: Liger has nothing for {type(model).__name__}; use model.kernels='torch'")
     # Its cross-entropy would take the place of the head, whose logits are read here.
-    liger._apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    liger._apply_liger_kernel_to_instance(model, rope=rotary, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def _check_kernels(model: PreTrainedModel, settings: ModelSection) -> None:
+def check_device(settings: ModelSection, *, gpu: bool) -> None:
+    """Refuse kernels that need a GPU where there is none.
+
+    Raises:
+        ModelError: They do.
+    """
+    if not gpu and settings.attention in ("varlen", "flex"):
+        raise ModelError(
+            f"model.attention={settings.attention!r}: it needs a GPU, and there is none here; use "
+            "model.attention='auto'"
+        )
+    if not gpu and settings.kernels == "liger":
+        raise ModelError("model.kernels='liger' needs a GPU, and there is none here; use model.kernels='torch'")
+
+
+def _check_attention(model: PreTrainedModel, settings: ModelSection) -> None:
     text = model.config.get_text_config()
     cap, dropout = getattr(text, "attn_logit_softcapping", None), getattr(text, "attention_dropout", 0.0)
     refused = None
@@ -273,12 +293,8 @@ def _check_kernels(model: PreTrainedModel, settings: ModelSection) -> None:
         refused = f"{type(model).__name__} caps its attention scores at {cap}, which it would leave out"
     elif settings.attention in ("varlen", "flex") and dropout:
         refused = f"{type(model).__name__} has an attention_dropout of {dropout}, which it would leave out"
-    elif settings.attention in ("varlen", "flex") and not torch.cuda.is_available():
-        refused = "it needs a GPU, and there is none here"
     if refused:
         raise ModelError(f"model.attention={settings.attention!r}: {refused}; use model.attention='auto'")
-    if settings.kernels == "liger" and not torch.cuda.is_available():
-        raise ModelError("model.kernels='liger' needs a GPU, and there is none here; use model.kernels='torch'")
 
 
 def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:

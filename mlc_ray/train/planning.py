@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ import torch
 from mlc_ray.config import TrainConfig
 from mlc_ray.data.order import Order
 from mlc_ray.data.plan import BudgetError, Cutting, group_of
-from mlc_ray.data.ragged import Ints
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.collectives import largest
@@ -99,8 +99,7 @@ def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_step
     """
     lengths = tokens.lengths()
     own = lengths.own_tokens(head=cutting.head, taps=cutting.taps(0), rejected=cutting.rejected)
-    if cutting.group_bundles is not None:
-        _check_groups(own, order, cutting, total_steps)
+    check_groups(tokens, tapping(order, cutting, total_steps), cutting)
     looked_at = min(LOOKED_AT, total_steps)
     plans = [cutting.plan(step, rows, lengths.take(rows)) for step in range(looked_at) for rows in [order.batch(step)]]
     return Outlook(
@@ -130,18 +129,40 @@ def said_of(outlook: Outlook, cutting: Cutting, bundles: int) -> list[str]:
     return lines
 
 
-def _check_groups(own: Ints, order: Order, cutting: Cutting, total_steps: int) -> None:
-    assert cutting.group_bundles is not None
+def check_groups(tokens: TokenArtifact, batches: Iterable[Sequence[int]], cutting: Cutting) -> None:
+    """Make sure that each group of bundles that must be forwarded at once fits into a forward.
+
+    Args:
+        tokens: the bundles.
+        batches: the rows of each batch with terms.
+        cutting: how they are cut.
+
+    Raises:
+        BudgetError: One does not.
+    """
+    if cutting.group_bundles is None:
+        return
+    own = tokens.lengths().own_tokens(head=cutting.head, taps=True, rejected=cutting.rejected)
     capacity = cutting.tokens_per_forward - cutting.head
     most = 0
-    for step in range(total_steps):
-        if cutting.taps(step):
-            sizes = own[order.batch(step)]
-            firsts = np.unique(group_of(len(sizes), cutting.group_bundles), return_index=True)[1]
-            most = max(most, int(np.add.reduceat(sizes, firsts).max()))
+    for rows in batches:
+        sizes = own[rows]
+        firsts = np.unique(group_of(len(sizes), cutting.group_bundles), return_index=True)[1]
+        most = max(most, int(np.add.reduceat(sizes, firsts).max()))
     if most > capacity:
         raise BudgetError(
             f"train.tokens_per_forward={cutting.tokens_per_forward} is too small for a group of "
             f"train.group_bundles={cutting.group_bundles} bundles, which are forwarded at once: the largest takes "
             f"{most + cutting.head} tokens; raise the one or lower the other"
         )
+
+
+def tapping(order: Order, cutting: Cutting, total_steps: int) -> Iterator[list[int]]:
+    """The batches of a run's steps with terms."""
+    return (order.batch(step) for step in range(total_steps) if cutting.taps(step))
+
+
+def held_out_cutting(cutting: Cutting, held_out: TokenArtifact) -> Cutting:
+    """How held-out bundles are cut in a run that cuts its batches so: with the terms, if it has any on any step."""
+    taps = cutting.taps(0)
+    return replace(cutting, head=held_out.head, taps=lambda _: taps)

@@ -47,9 +47,9 @@ def prepare_reference(
 ) -> tuple[Path, str]:
     """Folder and fingerprint of what the objective needs of the reference, for every bundle; computed unless there.
 
-    The key holds the token rows' fingerprint, the model's weights, the type they are computed in, and what is needed:
-    log-probs, or tapped states at `layer`, or both. An incomplete folder is computed again; where another run that
-    shares `cache_dir` is faster, its folder is used.
+    The key holds the token rows' fingerprint, the model's weights, the type and the kernels of the forward, and what is
+    needed: log-probs, or tapped states at `layer`, or both. An incomplete folder is computed again; where another run
+    that shares `cache_dir` is faster, its folder is used.
     """
     needed = asked_of_reference(Objective(config), layer)
     key = fingerprint(
@@ -58,6 +58,7 @@ def prepare_reference(
             "model": fingerprint_model(config.model.path),
             "dtype": config.model.dtype,
             "attention": config.model.attention,
+            "kernels": config.model.kernels,
             "device": "gpu" if gpu else "cpu",
             **needed,
         }

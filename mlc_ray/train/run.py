@@ -33,11 +33,20 @@ from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import CheckpointScorer, HeldOut, WorkerSpec, train_worker
 from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_errors
 from mlc_ray.train.meter import Metrics
-from mlc_ray.train.model import model_depth, resolve_layer
-from mlc_ray.train.planning import cutting_of, look_ahead, order_of, said_of, tokens_per_forward
+from mlc_ray.train.model import check_device, model_depth, resolve_layer
+from mlc_ray.train.planning import (
+    check_groups,
+    cutting_of,
+    held_out_cutting,
+    look_ahead,
+    order_of,
+    said_of,
+    tapping,
+    tokens_per_forward,
+)
 from mlc_ray.train.reference_cache import prepare_reference
 from mlc_ray.train.tracking import check_trackers
-from mlc_ray.train.validation import check_held_out, held_out_section
+from mlc_ray.train.validation import batches_of, check_held_out, held_out_section
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +95,7 @@ def train(
     Raises:
         RunError: a new run's folder exists already, a resumed one's does not, or it holds a run with other settings.
         DivergedError: the loss or its gradients stayed non-finite; the run's folder says so from then on.
+        ModelError: the model's kernels need a GPU, and there is none.
         MlcRayError: a worker raised it (`CheckpointError`, `ModelError`, ...). Like a `DivergedError`, it ends the run:
             `cluster.max_failures` counts other failures only.
         KeyboardInterrupt: Ctrl-C; the workers have ended by then.
@@ -101,6 +111,7 @@ def train(
     keep_in(run_folder)
     connect(config.cluster.address)
     gpu = use_gpu(config.cluster.accelerator)
+    check_device(config.model, gpu=gpu)
     check_fits(
         "training (cluster.workers x cluster.cpus_per_worker)",
         [(config.cluster.cpus_per_worker, 1.0 if gpu else 0.0)] * config.cluster.workers,
@@ -165,38 +176,55 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool)
     Raises:
         MissingAnswersError: Bundles lack answers that the loss needs; found before a model is loaded.
         ValidationError: Held-out bundles are trained on.
+        BudgetError: A group of bundles that are compared with each other does not fit into a forward.
     """
     tokens = prepare_token_rows(config.data, config.model, cache_dir=cache_dir)
     check_answers(config, tokens, config.data.train)
-    held_out = _prepare_held_out(config, tokens, cache_dir=cache_dir, layer=layer, gpu=gpu)
+    held_out = _held_out_tokens(config, tokens, cache_dir)
+    _check_groups(config, tokens, held_out, gpu=gpu)
     fingerprints = {
         "model": fingerprint_model(config.model.path),
         "tokens": tokens.fingerprint,
         "training": fingerprint(_what_must_not_change(config)),
     }
-    if held_out is not None:
-        fingerprints["validation"] = TokenArtifact.open(held_out.tokens_folder).fingerprint
-    reference_folder = None
-    if config.needs_reference and config.reference == "cached":
+    reference_folder = held_out_reference = None
+    cached = config.needs_reference and config.reference == "cached"
+    if cached:
         reference_folder, fingerprints["reference"] = prepare_reference(
             config, tokens, layer=layer, cache_dir=cache_dir, gpu=gpu
         )
-    return PreparedData(tokens, reference_folder, fingerprints, held_out)
+    if held_out is None:
+        return PreparedData(tokens, reference_folder, fingerprints)
+    fingerprints["validation"] = held_out.fingerprint
+    if cached:
+        held_out_reference, _ = prepare_reference(config, held_out, layer=layer, cache_dir=cache_dir, gpu=gpu)
+    return PreparedData(tokens, reference_folder, fingerprints, HeldOut(held_out.folder, held_out_reference))
 
 
-def _prepare_held_out(
-    config: TrainConfig, training: TokenArtifact, *, cache_dir: Path, layer: int, gpu: bool
-) -> HeldOut | None:
+def _held_out_tokens(config: TrainConfig, training: TokenArtifact, cache_dir: Path) -> TokenArtifact | None:
     section = held_out_section(config.data)
     if section is None:
         return None
     tokens = prepare_token_rows(section, config.model, cache_dir=cache_dir)
     check_answers(config, tokens, section.train)
     check_held_out(tokens, training)
-    reference = None
-    if config.needs_reference and config.reference == "cached":
-        reference, _ = prepare_reference(config, tokens, layer=layer, cache_dir=cache_dir, gpu=gpu)
-    return HeldOut(tokens.folder, reference)
+    return tokens
+
+
+def _check_groups(config: TrainConfig, tokens: TokenArtifact, held_out: TokenArtifact | None, *, gpu: bool) -> None:
+    """Refuse a budget that a group of bundles exceeds, where it is known before workers look at their memory.
+
+    Raises:
+        BudgetError: It does.
+    """
+    budget = tokens_per_forward(config, gpu=gpu)
+    if budget is None:
+        return
+    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=config.cluster.workers)
+    check_groups(tokens, tapping(order_of(config, tokens), cutting, _total_steps(config, tokens)), cutting)
+    if held_out is not None:
+        batches = batches_of(held_out, seed=config.seed, at_once=config.train.batch_bundles)
+        check_groups(held_out, batches, held_out_cutting(cutting, held_out))
 
 
 def load_run_config(run: Path) -> TrainConfig:
@@ -336,7 +364,9 @@ def _what_must_not_change(config: TrainConfig) -> dict[str, Any]:
 
 def _what_makes_the_run(config: TrainConfig) -> dict[str, Any]:
     """Settings by which a run is the same one when it is started again; machines, logs and bounds may differ."""
-    return {**_what_must_not_change(config), **config.model_dump(mode="json", include={"data", "engine"})}
+    how_often = {"data": {"validation": {"every"}}}
+    data_and_engine = config.model_dump(mode="json", include={"data", "engine"}, exclude=how_often)
+    return {**_what_must_not_change(config), **data_and_engine}
 
 
 def _total_steps(config: TrainConfig, tokens: TokenArtifact) -> int:

@@ -50,7 +50,9 @@ class Tracker:
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(run_folder / "tensorboard"), purge_step=start_step + 1)
+            self.tensorboard = SummaryWriter(
+                str(run_folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0
+            )
         if config.logging.wandb is not None:
             import wandb
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlc_ray.config import DataSection
+from mlc_ray.data.order import epoch_order
 from mlc_ray.data.plan import Cutting, StepPlan
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
@@ -22,7 +25,7 @@ from mlc_ray.train.reference import Reference, ReferenceOutput
 from mlc_ray.types import Batch, move
 
 PREFIX = "validation/"
-_LOG_PROB, _CHANGE = "chosen_log_prob", "chosen_change"
+_CHOSEN, _CHANGE = "log_prob/chosen", "log_prob/chosen_change"
 
 
 class ValidationError(MlcRayError):
@@ -37,7 +40,7 @@ def held_out_section(data: DataSection) -> DataSection | None:
 
 
 def check_held_out(tokens: TokenArtifact, training: TokenArtifact) -> None:
-    """Refuse bundles that are trained on.
+    """Refuse bundles that are trained on: those of the same kind, prompts and answers.
 
     Raises:
         ValidationError: There are some.
@@ -49,10 +52,20 @@ def check_held_out(tokens: TokenArtifact, training: TokenArtifact) -> None:
         )
 
 
-def plans_of(tokens: TokenArtifact, cutting: Cutting, at_once: int) -> Iterator[StepPlan]:
-    """All bundles in the order of the file, `at_once` of them cut like the batch of an optimizer step."""
-    for number, start in enumerate(range(0, len(tokens), at_once)):
-        rows = range(start, min(start + at_once, len(tokens)))
+def batches_of(tokens: TokenArtifact, *, seed: int, at_once: int) -> list[list[int]]:
+    """All held-out bundles in an order that the seed decides, as a run's are, in batches alike in size.
+
+    There are as many as batches of about `at_once` make. A term that compares bundles compares those of a batch: in the
+    order of a sorted file it would compare its like, and a last batch of one bundle would have nothing to compare.
+    """
+    order = epoch_order(tokens.bundle_ids, seed, 0)
+    number = max(1, round(len(order) / at_once))
+    return [part.tolist() for part in np.array_split(np.array(order, dtype=int), number)]
+
+
+def plans_of(tokens: TokenArtifact, batches: Sequence[Sequence[int]], cutting: Cutting) -> Iterator[StepPlan]:
+    """Each batch cut like that of an optimizer step."""
+    for number, rows in enumerate(batches):
         yield cutting.plan(number, rows, tokens.lengths(rows))
 
 
@@ -66,7 +79,7 @@ class Validation:
         batches: makes this worker's batches, all of which tap where there are terms, as many as every worker's.
         reference: what the frozen reference says of them; None where the loss needs none.
         kinds: all that occur.
-        progress: of the run; it keeps what is measured at step 0.
+        progress: of the run; it keeps the chosen answers' log-probs of step 0.
     """
 
     objective: Objective
@@ -80,12 +93,11 @@ class Validation:
         """Means over the held-out bundles and, under `KIND/`, over those of each kind; every worker must call it.
 
         Returns:
-            `validation/` and
-            `loss`: the objective, as in training, with all its terms;
-            `alignment`, `margin`, `accuracy`: of the alignment loss;
-            `chosen_log_prob`: the chosen answers' summed log-probs, in nats; `chosen_change`: since before training;
-            NAME, `NAME/...`: the loss of each term without its weight, and what it logs, such as `mlc/leading_share`;
-            `cosine/LANGUAGE`: see `language_cosines`.
+            `validation/` and the name that training gives the same number: `loss/total`, which has all terms,
+            `loss/alignment`, `loss/NAME`, `reward/margin`, `mlc/leading_share`, ...; and beside them
+            `log_prob/chosen`: the chosen answers' summed log-probs, in nats;
+            `log_prob/chosen_change`: the same, less what it was before training;
+            `mlc/cosine/LANGUAGE`: see `language_cosines`.
         """
         module, sums = self.engine.module, dict[str, Tensor]()
         training = module.training
@@ -104,15 +116,16 @@ class Validation:
             if not name.endswith("#") and (count := totals[f"{name}#"])
         }
         for prefix in self._prefixes():
-            if (loss := means.get(f"{prefix}alignment")) is not None:
-                weighted = {name: term.settings.weight for name, term in self.objective.terms.items()}
-                means[f"{prefix}loss"] = loss + sum(w * means.get(prefix + name, 0.0) for name, w in weighted.items())
-        metrics = {PREFIX + name: value for name, value in sorted(means.items())}
+            if (loss := means.get(f"{prefix}loss/alignment")) is not None:
+                for name, term in self.objective.terms.items():
+                    loss += term.settings.weight * means.get(f"{prefix}loss/{name}", 0.0)
+                means[f"{prefix}loss/total"] = loss
         if self.progress.step == 0:
-            self.progress.before = metrics
-        for name in [name for name in metrics if name.endswith(_LOG_PROB) and name in self.progress.before]:
-            metrics[name.removesuffix(_LOG_PROB) + _CHANGE] = metrics[name] - self.progress.before[name]
-        return metrics
+            chosen = {name: means[name] for name in means if name.endswith(_CHOSEN)}
+            self.progress.before = {name: value for name, value in chosen.items() if math.isfinite(value)}
+        for name, before in self.progress.before.items():
+            means[name.removesuffix(_CHOSEN) + _CHANGE] = means[name] - before
+        return {PREFIX + name: value for name, value in sorted(means.items())}
 
     def _prefixes(self) -> list[str]:
         return ["", *(f"{kind}/" for kind in self.kinds)]
@@ -123,15 +136,13 @@ class Validation:
         output = self.engine.forward(batch)
         result = loss_of(self.objective, batch, output, frozen)
         real, with_terms = batch.weight > 0, batch.term_weight > 0
-        numbers = {_LOG_PROB: (output.chosen.total, real), "alignment": (result.metrics["loss/alignment"], real)}
-        for name in ("margin", "accuracy"):
-            if f"reward/{name}" in result.metrics:
-                numbers[name] = result.metrics[f"reward/{name}"], real
-        numbers |= {name.removeprefix("loss/"): (values, with_terms) for name, values in result.term_metrics.items()}
+        numbers = {_CHOSEN: (output.chosen.total, real)}
+        numbers |= {name: (values, real) for name, values in result.metrics.items()}
+        numbers |= {name: (values, with_terms) for name, values in result.term_metrics.items()}
         if output.representations is not None and output.present is not None:
             cosines, others = language_cosines(output.representations, output.present)
             for column, language in enumerate(batch.languages):
-                numbers[f"cosine/{language}"] = (cosines[:, column], others[:, column] & real)
+                numbers[f"mlc/cosine/{language}"] = (cosines[:, column], others[:, column] & real)
         for prefix, kind in zip(self._prefixes(), [None, *self.kinds], strict=True):
             own = torch.tensor([kind in (None, it) for it in batch.kinds], device=real.device)
             for name, (values, counts) in numbers.items():

@@ -7,7 +7,6 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -36,7 +35,7 @@ from mlc_ray.train.entry import HeldOut, WorkerSpec
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
-from mlc_ray.train.planning import cutting_of_worker, order_of
+from mlc_ray.train.planning import check_groups, cutting_of_worker, held_out_cutting, order_of
 from mlc_ray.train.reference import (
     Reference,
     ReferenceModel,
@@ -46,7 +45,7 @@ from mlc_ray.train.reference import (
 )
 from mlc_ray.train.reference_cache import load_reference
 from mlc_ray.train.tracking import Tracker
-from mlc_ray.train.validation import Validation, plans_of
+from mlc_ray.train.validation import Validation, batches_of, plans_of
 from mlc_ray.types import Batch, ReferenceRow, move
 
 
@@ -198,13 +197,16 @@ def _validation(
         return None
     tokens = TokenArtifact.open(found.tokens_folder)
     table = load_reference(found.reference_folder) if found.reference_folder else None
-    objective = Objective(config)
-    own = replace(cutting, head=tokens.head, taps=lambda step: bool(objective.terms))
+    own, rows = (
+        held_out_cutting(cutting, tokens),
+        batches_of(tokens, seed=config.seed, at_once=config.train.batch_bundles),
+    )
+    check_groups(tokens, rows, own)
 
     def batches() -> Iterator[list[Batch]]:
         return stream_steps(
             tokens,
-            plans_of(tokens, own, config.train.batch_bundles),
+            plans_of(tokens, rows, own),
             rank=engine.rank,
             languages=tokens.languages,
             needs_rejected=own.rejected,
@@ -213,7 +215,7 @@ def _validation(
         )
 
     reference = online or (cached_reference if table is not None else None)
-    return Validation(objective, engine, batches, reference, sorted(tokens.distinct_kinds), progress)
+    return Validation(Objective(config), engine, batches, reference, sorted(tokens.distinct_kinds), progress)
 
 
 def _checked(steps: Iterator[list[Batch]], engine: Engine) -> Generator[list[Batch]]:

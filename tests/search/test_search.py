@@ -176,7 +176,7 @@ def test_a_trial_that_is_worse_on_held_out_bundles_is_stopped_and_leaves_nothing
             "space={optimizer.learning_rate: {choice: [1.0e-2, 1.0e-30]}}",  # the second learns nothing
             f"set=[objective.loss=sft, cluster.workers=2, '{held_out}']",
             "scheduler=asha",
-            "scheduler_metric=validation/chosen_change",
+            "scheduler_metric=validation/log_prob/chosen_change",
         )
     )
     by_rate = {trial.values["optimizer.learning_rate"]: (trial.ended, trial.step) for trial in result.trials}

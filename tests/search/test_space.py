@@ -15,7 +15,7 @@ from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.search import run as search_run
-from mlc_ray.search.space import Space, check_kind, distribution, make_space, restrict
+from mlc_ray.search.space import Space, check_held_out, distribution, make_space, restrict
 from mlc_ray.search.tune import make_scheduler
 from mlc_ray.train.answers import MissingAnswersError
 from mlc_ray.train.run import PreparedData
@@ -98,7 +98,7 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
             {"space": {"mlc": {"layer": {"choice": [1]}}}},
             r"dotted names as one key, e\.g\. mlc\.layer: {'choice'",
         ),
-        ({"space": {"optimizer.learning_rate": {"choice": ["1e-6"]}}}, r"choice has '1e-6', which is text to YAML"),
+        ({"space": {"optimizer.learning_rate": {"choice": ["1e-6"]}}}, r"choice has '1e-6', which is text: write"),
         ({"space": {"mlc.weight": {"choice": [[1]]}}}, r"space\.mlc\.weight\.choice\.0=\[1\]: .*valid boolean, or "),
         ({"model": {"path": "x"}}, r"model is a setting of the runs.*set: \[model\.path=/abs/model\]"),
         ({"seed": -1}, "seed=-1"),
@@ -107,7 +107,10 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
         ({"sampler": "grid"}, "needs choice or integers; mlc.weight"),
         ({"scheduler": "asha", "objective": "pareto"}, "compares trials by one number"),
         ({"grace_scores": 2}, "read by schedulers only"),
-        ({"scheduler_metric": "validation/loss"}, "scheduler_metric='validation/loss' is read by schedulers only"),
+        (
+            {"scheduler_metric": "validation/loss/mlc"},
+            "scheduler_metric='validation/loss/mlc' is read by schedulers only",
+        ),
         ({"scheduler": "asha", "scheduler_metric": "loss/total"}, "scheduler_metric='loss/total'"),
         ({"objective": {"name": "pareto", "min_benign_compliance": 0.5}}, "min_benign_compliance=0.5: no such field"),
         ({"objective": {"name": "safety_alone", "pareto": True}}, "objective.pareto=True: no such field"),
@@ -206,50 +209,98 @@ def test_settings_without_effect_are_refused() -> None:
 
 
 HELD_OUT = "data.validation={sources: [{path: 'sample:test'}], every: 2}"
+RATES: dict[str, Any] = {"optimizer.learning_rate": {"choice": [1e-5, 1e-6]}}
 
 
-def compared_by(metric: str, *overrides: str, **changes: Any) -> SearchConfig:
-    return search_config(scheduler="asha", scheduler_metric=metric, set=list(overrides), **changes)
+def compared_by(metric: str, *overrides: str, space: dict[str, Any] = RATES, **changes: Any) -> SearchConfig:
+    return search_config(scheduler="asha", scheduler_metric=metric, set=list(overrides), space=space, **changes)
 
 
 def test_trials_can_be_compared_on_held_out_bundles() -> None:
-    lower = ("loss", "harmful/alignment", "mlc", "benign/contrast")
-    higher = ("margin", "harmful/accuracy", "chosen_change", "mlc/leading_share", "benign/mlc/leading_share")
+    lower = ("loss/total", "harmful/loss/alignment", "loss/mlc", "benign/loss/contrast")
+    higher = ("reward/margin", "harmful/reward/accuracy", "log_prob/chosen_change", "benign/mlc/leading_share")
     for name in (*lower, *higher):
         config = compared_by(f"validation/{name}", HELD_OUT, "checkpoint.every=4", "terms.contrast.weight=0.5")
         make_space(config)
         scheduler = make_scheduler(config)
         assert (scheduler.metric, scheduler._metric_op) == (f"validation/{name}", -1.0 if name in lower else 1.0)
-    make_space(compared_by("validation/loss", HELD_OUT, "checkpoint.every=2", objective={"name": "pareto"}))
+    make_space(compared_by("validation/loss/mlc", HELD_OUT, "checkpoint.every=2", objective={"name": "pareto"}))
 
 
 @pytest.mark.parametrize(
     ("metric", "overrides", "fault"),
     [
-        ("validation/loss", ["checkpoint.every=4"], "measured on data.validation, which the runs do not have"),
+        ("validation/loss/mlc", ["checkpoint.every=4"], "measured on data.validation, which the runs do not have"),
         (
-            "validation/loss",
+            "validation/loss/mlc",
             [HELD_OUT, "checkpoint.every=3"],
             r"checkpoint\.every=3 steps, but measured every data\.validation\.every=2",
         ),
-        ("validation/anchor", [HELD_OUT, "checkpoint.every=2"], r"for each NAME of loss, .*, mlc$"),
+        ("validation/loss/anchor", [HELD_OUT, "checkpoint.every=2"], "for each NAME of loss/total, .*, loss/mlc$"),
         (
             "validation/mlc/leading_share",
             [HELD_OUT, "checkpoint.every=2", "terms.contrast.weight=0.5", "mlc.weight=0"],
-            "chosen_change, contrast$",
+            "log_prob/chosen_change, loss/contrast$",
+        ),
+        (
+            "validation/reward/margin",
+            [HELD_OUT, "checkpoint.every=2", "objective={loss: sft}"],
+            "objective.loss='sft' measure .* loss/alignment, log_prob/chosen, ",
         ),
     ],
 )
 def test_what_trials_do_not_measure_compares_none(metric: str, overrides: list[str], fault: str) -> None:
     with pytest.raises(ConfigError, match=rf"scheduler_metric='{metric}'.*{fault}"):
-        make_space(compared_by(metric, *overrides, space={"optimizer.learning_rate": {"choice": [1e-5, 1e-6]}}))
+        make_space(compared_by(metric, *overrides))
 
 
-def test_a_kind_that_no_held_out_bundle_has_compares_none() -> None:
-    check_kind("validation/loss", ["harmful"])
-    check_kind("validation/harmful/loss", ["harmful"])
+@pytest.mark.parametrize(
+    ("name", "field", "values"),
+    [
+        ("loss/total", "mlc.weight", [0.1, 8.0]),
+        ("loss/alignment", "objective.loss", ["dpo", "simpo"]),
+        ("reward/margin", "objective.beta", [0.1, 0.5]),
+        ("loss/mlc", "mlc.layer", [1, 2]),
+        ("mlc/leading_share", "mlc.layer", [1, 2]),
+        ("loss/contrast", "terms.contrast.temperature", [0.1, 0.2]),
+    ],
+)
+def test_a_number_that_means_another_thing_in_each_trial_compares_none(
+    name: str, field: str, values: list[Any]
+) -> None:
+    overrides = [HELD_OUT, "checkpoint.every=2", "terms.contrast.weight=0.5", "objective={}"]
+    space = {field: {"choice": values}}
+    with pytest.raises(ConfigError, match=rf"validation/{name}' cannot compare trials that differ in {field}, .*; use"):
+        make_space(compared_by(f"validation/{name}", *overrides, space=space))
+    make_space(compared_by("validation/log_prob/chosen_change", *overrides, space=space))
+
+
+def test_what_no_held_out_bundle_has_compares_none(tmp_path: Path) -> None:
+    rows = [row for row in random_rows(6) if row.kind == "harmful"]
+    alone = [replace(row, languages=["en"], prompts=row.prompts[:1], tapped=[0], response_prompt=0) for row in rows]
+    found = []
+    for name, stored in {"two": rows, "one": alone}.items():
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name, [rows_to_table(stored)], fingerprint=name, rejected={})
+        found.append(TokenArtifact.open(tmp_path / name))
+    two, one = found
+    for metric in ("validation/loss/total", "validation/harmful/loss/mlc", "validation/mlc/leading_share"):
+        check_held_out(metric, two)
+    check_held_out("validation/loss/alignment", one)
     with pytest.raises(ConfigError, match=r"data\.validation has no benign bundles, only harmful"):
-        check_kind("validation/benign/loss", ["harmful"])
+        check_held_out("validation/benign/loss/total", two)
+    for metric in ("validation/harmful/loss/mlc", "validation/mlc/leading_share"):
+        with pytest.raises(ConfigError, match=r"no such bundle of data\.validation has two languages"):
+            check_held_out(metric, one)
+
+
+def test_paths_of_held_out_bundles_are_those_of_the_folder_the_search_began_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "held-out.jsonl").touch()
+    space = make_space(search_config(set=["data.validation={sources: [{path: held-out.jsonl}]}"]))
+    assert space.base["data"]["validation"]["sources"] == [{"path": str(tmp_path / "held-out.jsonl")}]
 
 
 @pytest.mark.parametrize("override", ["optimizer.learing_rate=1e-5", "data=foo", "data.train=5"])

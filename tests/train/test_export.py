@@ -133,7 +133,8 @@ def test_public_names(path, name):
 
 
 def test_code_of_a_base_model_runs_only_when_the_one_who_exports_says_so(checkpoint, tmp_path, caplog):
-    run = checkpoint(lora=True, model={"trust_remote_code": True})
+    on_a_gpu = {"attention": "flex", "kernels": "liger", "gradient_checkpointing": "selective"}  # where there is none
+    run = checkpoint(lora=True, model={"trust_remote_code": True, **on_a_gpu})
     base = tmp_path / "secret-home" / "tiny-base"
     marker = tmp_path / "marker"
     settings = json.loads((base / "config.json").read_text())

@@ -32,25 +32,35 @@ import liger_kernel.ops.rms_norm as rms_norm
 rms_norm.rsqrt = lambda value: tl.math.rsqrt(value)
 geglu.tanh = lambda value: 2 * tl.sigmoid(2 * value) - 1
 
-from mlc_ray.train.model import PolicyWithExtractor, use_liger
+from mlc_ray.train.model import PolicyWithExtractor, checkpoint_blocks, use_liger
 from tests.train.test_model import ARCHITECTURES, ROWS, batch, build, gradients
 
+# Liger replaces functions for the whole process: what is compared with comes first, and rotary embeddings last.
+models = {
+    name: PolicyWithExtractor(build(ARCHITECTURES[name]), layer=2, extractor_dim=16, seed=0).train()
+    for name in ("llama_tied", "qwen2", "gemma2")
+}
+
+
+def outcome(module):
+    output = module(batch(ROWS["head"]))
+    loss = output.chosen.total.sum() - 0.5 * output.rejected.total.sum() + output.representations.square().sum()
+    return float(loss), gradients(loss, module)
+
+
+plain = {name: outcome(module) for name, module in models.items()}
 found = {}
-for name in ("llama_tied", "qwen2", "gemma2"):
-    module = PolicyWithExtractor(build(ARCHITECTURES[name]), layer=2, extractor_dim=16, seed=0).train()
-    results = []
-    for liger in (False, True):
-        if liger:
-            use_liger(module.language_model)
-        output = module(batch(ROWS["head"]))
-        loss = output.chosen.total.sum() - 0.5 * output.rejected.total.sum() + output.representations.square().sum()
-        results.append((float(loss), gradients(loss, module)))
-    (before, own), (after, theirs) = results
-    found[name] = {
-        "kernels": sorted({name for name in (part._get_name() for part in module.modules()) if "Liger" in name}),
-        "loss": abs(after / before - 1),
-        "gradient": max(float((theirs[key] - own[key]).norm() / own[key].norm()) for key in own),
-    }
+for how in ("selective", False, True):
+    for name, module in models.items():
+        module.language_model.gradient_checkpointing_disable()
+        checkpoint_blocks(module.language_model, how)
+        use_liger(module.language_model, rotary=how != "selective")
+        (before, own), (after, theirs) = plain[name], outcome(module)
+        found[f"{name} {how}"] = {
+            "kernels": sorted({part for part in (m._get_name() for m in module.modules()) if "Liger" in part}),
+            "loss": abs(after / before - 1),
+            "gradient": max(float((theirs[key] - own[key]).norm() / own[key].norm()) for key in own),
+        }
 print(json.dumps(found))
 """
 

@@ -1,10 +1,12 @@
 """One forward of a prefix tree against plain Hugging Face forwards, over architectures; the tap; what is not done."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
@@ -188,22 +190,33 @@ def test_a_step_does_nothing_twice(layer, checkpointing):
     assert module.extractor.weight.grad is not None
 
 
-def test_selective_checkpointing_repeats_no_product_and_keeps_little_else():
-    counts, saved = {}, {}
+class Calls(TorchDispatchMode):
+    """Counts the operations that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.counts[str(operation)] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_selective_checkpointing_repeats_everything_but_products_and_attention():
+    counts, flops = {}, {}
     for how in (False, "selective", True):
         model = tiny_model()
         checkpoint_blocks(model, how)
-        module, kept = PolicyWithExtractor(model, layer=3, extractor_dim=16, seed=0).train(), []
-        with (
-            FlopCounterMode(display=False) as counter,
-            torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t),
-        ):
+        module = PolicyWithExtractor(model, layer=3, extractor_dim=16, seed=0).train()
+        with Calls() as calls, FlopCounterMode(display=False) as counter:
             output = module(batch(ROWS["head"]))
-            saved[how] = len(kept)
             (output.chosen.total.sum() + output.representations.sum()).backward()
-        counts[how] = counter.get_total_flops()
-    assert counts["selective"] == counts[False] < counts[True]
-    assert saved["selective"] == saved[True] < saved[False]  # all that a block itself has kept is its input
+        counts[how], flops[how] = calls.counts, counter.get_total_flops()
+    assert flops["selective"] == flops[False] < flops[True]
+    silu, attention = "aten.silu.default", "aten._scaled_dot_product_flash_attention_for_cpu.default"
+    for how, (activations, calls) in {False: (1, 1), "selective": (2, 1), True: (2, 2)}.items():
+        assert counts[how][silu] == activations * counts[False][silu]
+        assert counts[how][attention] == calls * counts[False][attention] > 0
 
 
 def test_modules_run_in_the_same_order_whether_a_step_taps_or_not():

@@ -97,6 +97,9 @@ def test_costs_of_a_token_are_counted_from_shapes():
     assert again.token == 3 * 2 * 32 + 2 * block + 4 * 2 * 32
     selective = Costs.of(model, ModelSection(path="m", dtype="bfloat16", gradient_checkpointing="selective"))
     assert selective.token == 3 * 2 * (7 * 32 + 2 * 48) + 2 * block + 4 * 2 * 32
+    lora = {"lora": {"rank": 4}, "gradient_checkpointing": "selective"}
+    adapted = Costs.of(model, ModelSection(path="m", dtype="bfloat16", **lora))
+    assert adapted.token == 2 * 3 * 2 * (7 * 32 + 2 * 48) + 2 * block + 4 * 2 * 32
     assert tokens_in(10**6, Costs(100, 40), response_share=0.25) == int(0.7 * 10**6 / 110)
     assert tokens_in(-5, costs, response_share=0.5) == 0
 

@@ -94,9 +94,13 @@ def test_a_run_leaves_what_it_should(undisturbed, run_place):
         (step, step in (0, 3, 6, 8)) for step in range(STEPS + 1)
     ]
     first, last = losses(run)[0][2], losses(run)[-1][2]
-    assert {"validation/loss", "validation/harmful/margin", "validation/mlc/leading_share"} <= first.keys()
-    assert {"validation/benign/cosine/sw", "validation/sign/cosine", "validation/chosen_change"} <= last.keys()
-    assert first["validation/chosen_change"] == 0 != last["validation/chosen_change"]
+    assert {"validation/loss/total", "validation/harmful/reward/margin", "validation/mlc/leading_share"} <= first.keys()
+    assert {
+        "validation/benign/mlc/cosine/sw",
+        "validation/sign/cosine",
+        "validation/log_prob/chosen_change",
+    } <= last.keys()
+    assert first["validation/log_prob/chosen_change"] == 0 != last["validation/log_prob/chosen_change"]
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint_000006", "checkpoint_000008"]
     assert undisturbed.checkpoint.name == "checkpoint_000008"
     assert undisturbed.metrics["step"] == STEPS

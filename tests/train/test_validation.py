@@ -1,8 +1,10 @@
 """Held-out bundles: what is measured of them is what plain forwards give, and training does not notice."""
 
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +17,28 @@ from mlc_ray.losses.mlc import mlc_losses
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.answers import MissingAnswersError
 from mlc_ray.train.loop import Progress
+from mlc_ray.train.planning import check_groups, cutting_of, held_out_cutting
 from mlc_ray.train.reference import cached_reference
 from mlc_ray.train.run import prepare_data
-from mlc_ray.train.validation import Validation, ValidationError, check_held_out, language_cosines, plans_of
+from mlc_ray.train.validation import (
+    Validation,
+    ValidationError,
+    batches_of,
+    check_held_out,
+    language_cosines,
+    plans_of,
+)
 from mlc_ray.types import ReferenceRow
-from tests.train.tiny import LANGUAGES, make_engine, on_workers, random_rows, run_engine, tiny_config, wrapped
+from tests.train.tiny import (
+    LANGUAGES,
+    make_engine,
+    on_workers,
+    online_reference,
+    random_rows,
+    run_engine,
+    tiny_config,
+    wrapped,
+)
 
 STEPS, EVERY = 5, 3
 ROWS = random_rows(27, head=(5, 3, 8))
@@ -68,10 +87,11 @@ def trained_with(rank, engine, validated, table):
         write_rows(Path(folder), [rows_to_table(HELD_OUT)], fingerprint="held-out", rejected={})
         tokens = TokenArtifact.open(folder)
         cutting = Cutting(60, made.world_size, head=tokens.head, rejected=True, taps=lambda step: True)
+        rows = batches_of(tokens, seed=config.seed, at_once=4)
 
         def batches():
             return stream_steps(
-                tokens, plans_of(tokens, cutting, 4), rank=rank, languages=LANGUAGES, needs_rejected=True,
+                tokens, plans_of(tokens, rows, cutting), rank=rank, languages=LANGUAGES, needs_rejected=True,
                 reference=table,
             )  # fmt: skip
 
@@ -108,22 +128,24 @@ def plain(weights):
         before = table[row.bundle_id]
         margin = 0.1 * ((chosen - before.chosen) - (rejected - before.rejected))
         numbers = {
-            "chosen_log_prob": chosen,
-            "margin": margin,
-            "accuracy": float(margin > 0),
-            "alignment": float(-torch.nn.functional.logsigmoid(torch.tensor(margin))),
-            "chosen_change": chosen - before.chosen,
+            "log_prob/chosen": chosen,
+            "log_prob/chosen_change": chosen - before.chosen,
+            "reward/chosen": 0.1 * (chosen - before.chosen),
+            "reward/rejected": 0.1 * (rejected - before.rejected),
+            "reward/margin": margin,
+            "reward/accuracy": float(margin > 0),
+            "loss/alignment": float(-torch.nn.functional.logsigmoid(torch.tensor(margin))),
         }
         states = [model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[2][0, -1]
                   for prompt in row.prompts]  # fmt: skip
         if len(states) > 1:
             directions = torch.nn.functional.normalize(module.extractor(torch.stack(states)).double(), dim=1)
             losses, values = mlc_losses(directions.unsqueeze(0))
-            numbers["mlc"] = float(losses)
+            numbers["loss/mlc"] = float(losses)
             numbers["mlc/leading_share"] = float(values[0, 0] ** 2 / (values[0] ** 2).sum())
             for index, language in enumerate(row.languages):
                 others = [float((directions[index] @ it).abs()) for i, it in enumerate(directions) if i != index]
-                numbers[f"cosine/{language}"] = sum(others) / len(others)
+                numbers[f"mlc/cosine/{language}"] = sum(others) / len(others)
         found.append((row.kind, numbers))
     expected = {}
     for prefix, kinds in {"": {"harmful", "benign"}, "harmful/": {"harmful"}, "benign/": {"benign"}}.items():
@@ -131,8 +153,8 @@ def plain(weights):
         for name in {name for numbers in own for name in numbers}:
             values = [numbers[name] for numbers in own if name in numbers]
             expected[f"validation/{prefix}{name}"] = sum(values) / len(values)
-        expected[f"validation/{prefix}loss"] = (
-            expected[f"validation/{prefix}alignment"] + 0.8 * expected[f"validation/{prefix}mlc"]
+        expected[f"validation/{prefix}loss/total"] = (
+            expected[f"validation/{prefix}loss/alignment"] + 0.8 * expected[f"validation/{prefix}loss/mlc"]
         )
     return expected
 
@@ -166,12 +188,109 @@ def test_training_does_not_notice(runs, count, engine):
 
 def test_the_first_row_is_the_model_before_training(runs):
     history, progress, _ = runs[1]["stage2", True]
-    first = history[0]
-    assert set(first) == {"step", *held_out(first)} and first["validation/chosen_change"] == 0
-    assert first["validation/alignment"] == pytest.approx(0.693147, abs=1e-4)
-    assert progress.before == held_out(first)
-    change = history[-1]["validation/chosen_log_prob"] - first["validation/chosen_log_prob"]
-    assert history[-1]["validation/chosen_change"] == pytest.approx(change) and abs(change) > 1e-3
+    first, last = history[0], history[-1]
+    assert set(first) == {"step", *held_out(first)} and first["validation/log_prob/chosen_change"] == 0
+    assert first["validation/loss/alignment"] == pytest.approx(0.693147, abs=1e-4)
+    assert progress.before == {
+        name: first[f"validation/{name}"] for name in (f"{kind}log_prob/chosen" for kind in ("", "benign/", "harmful/"))
+    }
+    change = last["validation/log_prob/chosen"] - first["validation/log_prob/chosen"]
+    assert last["validation/log_prob/chosen_change"] == pytest.approx(change) and abs(change) > 1e-3
+
+
+CASES = {
+    "a loss without rewards": {"objective": {"loss": "sft"}},
+    "adapters": {"model": {"lora": {"rank": 4}}, "reference": "online"},
+    "a reference asked at every step": {"reference": "online"},
+    "terms that compare bundles": {
+        "terms": {"contrast": {}, "variance": {}},
+        "objective": {"loss": "simpo"},
+        "train": {"group_bundles": 2, "tokens_per_forward": 10**6},
+    },
+}
+
+
+def measured_in(rank, case):
+    """What is measured of the held-out bundles before and after three steps, with one budget and with another."""
+    config, found = configured("stage2", **CASES[case]), []
+    for budget in (150, 10**6):
+        made, progress = make_engine(config), Progress()
+        with tempfile.TemporaryDirectory() as folder:
+            write_rows(Path(folder), [rows_to_table(HELD_OUT)], fingerprint="held-out", rejected={})
+            tokens = TokenArtifact.open(folder)
+            cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=made.world_size)
+            rows = batches_of(tokens, seed=config.seed, at_once=4)
+            own = held_out_cutting(cutting, tokens)
+            check_groups(tokens, rows, own)
+
+            def batches(tokens=tokens, rows=rows, own=own):
+                return stream_steps(
+                    tokens, plans_of(tokens, rows, own), rank=rank, languages=LANGUAGES, needs_rejected=own.rejected,
+                    reference=None,
+                )  # fmt: skip
+
+            reference = online_reference(config, made) if config.needs_reference else None
+            kinds = ["benign", "harmful"]
+            measured = Validation(Objective(config), made, batches, reference, kinds, progress)
+            _, history = run_engine(
+                config, TRAINED, 3, engine=made, progress=progress, validate=measured, reference=reference
+            )
+        found.append([held_out(row) for row in history if held_out(row)])
+    return found
+
+
+def all_cases(rank):
+    return {case: measured_in(rank, case) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    return [on_workers(count, all_cases, tmp_path_factory.mktemp("cases"))[0] for count in (1, 2)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whatever_the_loss_and_the_cut_the_same_is_measured(case, cases):
+    one, two = (found[case] for found in cases)
+    expected = one[0]
+    assert [row["validation/log_prob/chosen_change"] != 0 for row in expected] == [False, True]
+    assert ("validation/reward/margin" in expected[0]) is (case != "a loss without rewards")
+    if case == "terms that compare bundles":
+        assert min(expected[0][f"validation/loss/{name}"] for name in ("contrast", "variance")) > 0.01
+    for other in (one[1], *two):
+        for row, want in zip(other, expected, strict=True):
+            assert row == pytest.approx(want, rel=1e-5, abs=2e-5)
+
+
+def test_held_out_batches_are_alike_in_size_and_do_not_follow_the_file(tmp_path):
+    write_rows(tmp_path, [rows_to_table(random_rows(33))], fingerprint="x", rejected={})
+    tokens = TokenArtifact.open(tmp_path)
+    assert [len(rows) for rows in batches_of(tokens, seed=1, at_once=32)] == [33]
+    parts = batches_of(tokens, seed=1, at_once=8)
+    assert [len(rows) for rows in parts] == [9, 8, 8, 8]
+    order = [row for rows in parts for row in rows]
+    assert sorted(order) == list(range(33)) != order
+    assert batches_of(tokens, seed=1, at_once=8) == parts != batches_of(tokens, seed=2, at_once=8)
+
+
+def test_a_measure_that_is_not_finite_before_training_is_no_point_of_comparison(tmp_path):
+    def broken(batch):
+        output = forward(batch)
+        return replace(output, chosen=replace(output.chosen, total=output.chosen.total * torch.nan))
+
+    config, progress = configured("stage2", objective={"loss": "simpo"}), Progress()
+    forward = wrapped(config)
+    engine = SimpleNamespace(module=forward, forward=broken, device=torch.device("cpu"))
+    write_rows(tmp_path, [rows_to_table(HELD_OUT)], fingerprint="x", rejected={})
+    tokens = TokenArtifact.open(tmp_path)
+    cutting = held_out_cutting(cutting_of(config, tokens, tokens_per_forward=100, world_size=1), tokens)
+
+    def batches():
+        plans = plans_of(tokens, batches_of(tokens, seed=1, at_once=8), cutting)
+        return stream_steps(tokens, plans, rank=0, languages=LANGUAGES, needs_rejected=True, reference=None)
+
+    metrics = Validation(Objective(config), engine, batches, None, ["benign", "harmful"], progress)()
+    assert progress.before == {} and math.isnan(metrics["validation/log_prob/chosen"])
+    assert "validation/log_prob/chosen_change" not in metrics
 
 
 def test_the_mean_cosine_of_two_languages_is_theirs_and_a_lone_one_has_none():

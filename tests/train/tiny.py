@@ -129,23 +129,24 @@ def make_engine(config, module=None):
     return chosen(module or wrapped(config), config, torch.device("cpu"))
 
 
-def run_engine(config, rows, steps, table=None, save=None, engine=None, progress=None, validate=None):
+def online_reference(config, engine):
+    """The reference that is asked at every step: the policy without its adapters, or a second model."""
+    objective = Objective(config)
+    asked = {
+        "log_probs": objective.needs_reference_log_probs,
+        "layer": resolve_layer(config.mlc.layer, 3) if objective.needs_reference_state else None,
+    }
+    if config.model.lora is not None:
+        return policy_reference(engine.module, ReferenceModel(engine.module.language_model, **asked))
+    frozen = ReferenceModel(tiny_model().to(getattr(torch, config.model.dtype)), **asked)
+    return type(engine).frozen(frozen, config, engine.device)
+
+
+def run_engine(config, rows, steps, table=None, save=None, engine=None, progress=None, validate=None, reference=None):
     """Train with a real engine in this worker; returns the engine and each step's metrics."""
     engine = engine or make_engine(config)
-    reference = None
-    if config.needs_reference:
-        reference = cached_reference
-        if config.reference == "online":
-            objective = Objective(config)
-            asked = {
-                "log_probs": objective.needs_reference_log_probs,
-                "layer": resolve_layer(config.mlc.layer, 3) if objective.needs_reference_state else None,
-            }
-            if config.model.lora is not None:
-                reference = policy_reference(engine.module, ReferenceModel(engine.module.language_model, **asked))
-            else:
-                frozen = ReferenceModel(tiny_model().to(getattr(torch, config.model.dtype)), **asked)
-                reference = type(engine).frozen(frozen, config, engine.device)
+    if config.needs_reference and reference is None:
+        reference = online_reference(config, engine) if config.reference == "online" else cached_reference
     progress = progress or Progress()
     history = []
     train_loop(
