@@ -100,7 +100,7 @@ class Phase:
     def line(self, *, bar: bool = False) -> str:
         """What is shown: name, count, rate and time left."""
         now = time.monotonic()
-        parts = [f"{self.done}{'' if self.total is None else f' of {self.total}'} {self.unit}".rstrip()]
+        parts = [counted(f"{self.done}{'' if self.total is None else f' of {self.total}'}", self.unit)]
         if self.rate <= 0:
             parts.append(f"{clock(now - self._started)} so far")
         else:
@@ -115,8 +115,7 @@ class Phase:
         """What is shown at the end."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         short = "" if self.total is None or self.done >= self.total else f" of {self.total}"
-        what = f"{self.done}{short} {self.unit}".rstrip()
-        return f"{self.name}: {what} in {clock(seconds)}"
+        return f"{self.name}: {counted(f'{self.done}{short}', self.unit)} in {clock(seconds)}"
 
 
 @contextmanager
@@ -145,6 +144,11 @@ def _show(shown: Phase, ended: threading.Event) -> None:
         _display.draw(shown.line(bar=True))
         if ended.wait(DRAW_SECONDS):
             return
+
+
+def counted(number: object, unit: str) -> str:
+    """A number and its unit, given in the plural: "3 engines", "1 engine", "2 of 4 engines"."""
+    return f"{number} {unit.removesuffix('s') if str(number) == '1' else unit}".rstrip()
 
 
 def _drawn_bar(done: int, total: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ def make_tuner(
         next_ones += [point for point in space.grid() if point not in known]
     for values in next_ones[:remaining]:
         study.enqueue_trial(values)
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer one prints a box whatever `verbose` says
     return ray.tune.Tuner(
         trainable,
         tune_config=ray.tune.TuneConfig(

@@ -14,6 +14,7 @@ from mlc_ray.data.order import Order
 from mlc_ray.data.plan import BudgetError, Cutting, group_of
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
+from mlc_ray.progress import counted
 from mlc_ray.train.collectives import largest
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.memory import CPU_TOKENS, Costs, tokens_in
@@ -113,8 +114,9 @@ def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_step
 def said_of(outlook: Outlook, cutting: Cutting, bundles: int) -> list[str]:
     """The outlook in sentences."""
     lines = [
-        f"{outlook.forwards / outlook.steps:.3g} forwards a step, of at most {cutting.tokens_per_forward} tokens, on "
-        f"each of {cutting.world_size} workers, for {bundles} bundles (mean of the first {outlook.steps} steps)"
+        f"{counted(f'{outlook.forwards / outlook.steps:.3g}', 'forwards')} a step, of at most "
+        f"{cutting.tokens_per_forward} tokens, on each of {counted(cutting.world_size, 'workers')}, for "
+        f"{counted(bundles, 'bundles')} (mean of the first {counted(outlook.steps, 'steps')})"
     ]
     if outlook.idle:
         lines.append(

@@ -173,15 +173,15 @@ def test_a_trial_that_is_worse_on_held_out_bundles_is_stopped_and_leaves_nothing
         configured(
             run_place,
             "name=stopped",
-            "space={optimizer.learning_rate: {choice: [1.0e-2, 1.0e-30]}}",  # the second learns nothing
+            "space={optimizer.learning_rate: {choice: [1e-3, 1e-30]}}",  # the second learns nothing
             f"set=[objective.loss=sft, cluster.workers=2, '{held_out}']",
             "scheduler=asha",
             "scheduler_metric=validation/log_prob/chosen_change",
         )
     )
     by_rate = {trial.values["optimizer.learning_rate"]: (trial.ended, trial.step) for trial in result.trials}
-    assert by_rate == {1e-2: ("finished", 2), 1e-30: ("stopped", 1)}
-    assert result.best is not None and result.trials[result.best].values["optimizer.learning_rate"] == 1e-2
+    assert by_rate == {1e-3: ("finished", 2), 1e-30: ("stopped", 1)}
+    assert result.best is not None and result.trials[result.best].values["optimizer.learning_rate"] == 1e-3
     assert not list((run_place / "stopped" / "trials").glob("*/train"))  # optimizer states are gone
     assert nothing_is_held(ray_local)
 

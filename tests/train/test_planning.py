@@ -40,7 +40,7 @@ def test_the_start_says_how_batches_are_cut(tokens):
     outlook, cutting = looked_at(tokens, 10**6)
     assert (outlook.steps, outlook.forwards, outlook.idle, outlook.oversized) == (8, 8, 0, 0)
     assert said_of(outlook, cutting, 8) == [
-        "1 forwards a step, of at most 1000000 tokens, on each of 1 workers, for 8 bundles (mean of the first 8 steps)"
+        "1 forward a step, of at most 1000000 tokens, on each of 1 worker, for 8 bundles (mean of the first 8 steps)"
     ]
 
 

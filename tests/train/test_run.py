@@ -166,14 +166,6 @@ def test_a_run_that_ended_is_not_started_again(undisturbed, run_place, monkeypat
         assert again.metrics["loss/total"] == undisturbed.metrics["loss/total"]
 
 
-def test_auto_goes_on_from_the_last_checkpoint(undisturbed, run_place):
-    shutil.copytree(undisturbed.run_folder, run_place / "lost")
-    (run_place / "lost/train/checkpoint_000008/manifest.json").unlink()  # as if it was never finished
-    again = train(configured(run_place, "name=lost", "resume=auto"))
-    assert again.checkpoint.name == "checkpoint_000008"
-    assert losses(run_place / "lost") == losses(undisturbed.run_folder)
-
-
 def kill_a_worker_after_step(run, step, killed):
     """SIGKILL one Ray Train worker of this test's own Ray once `step` is logged."""
     while not any(row["step"] >= step for row in read_metrics(run)):
