@@ -106,3 +106,14 @@ def test_warm_scoring_benchmark(tmp_path: Path, repository: Path, smollm2: Path)
     assert (result["prompts"], len(result["start"]), len(result["warm"]), len(result["fresh"])) == (24, 2, 1, 1)
     assert all(row["total"] >= row["answer"] + row["transfer"] + row["proof"] > 0 for row in result["warm"])
     assert "of an engine start" in done.stdout
+
+
+@pytest.mark.slow
+def test_reference_pass_benchmark(tmp_path: Path, repository: Path, small_llama: Path) -> None:
+    out = tmp_path / "reference.json"
+    command = [sys.executable, repository / "benchmarks" / "reference_pass.py", "--model", small_llama, "--out", out]
+    done = subprocess.run([*map(str, command), "--only", "benign"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr  # both say the same
+    result = json.loads(out.read_text())
+    assert result["bundles"] == 48 and 0 < result["busy"] <= 1
+    assert "48 bundles: the pass took" in done.stdout
