@@ -23,7 +23,7 @@ PATH = {
     "data": "formats/containers formats/base formats/mlc bundles sources tables prepare tokens store order plan "
     "stream batches trees ragged",
     "losses": "base dpo mlc logprobs objective",
-    "train": "run worker model attention engines/base engines/deepspeed planning loop meter collectives",
+    "train": "run entry worker model attention engines/base engines/deepspeed planning loop meter collectives",
     "generate": "stage engine pool",
     "judges": "base phrase_lists refusal degenerate",
     "stats": "rates intervals",

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -272,7 +273,7 @@ def block_mask(row: Tree, paths: list[tuple[int, ...]], window: int | None) -> A
         for above in path:
             filled[first[index] : last[index] + 1, first[above] : last[above] + 1] = True
     filled &= np.tri(n_blocks, dtype=bool)  # ancestors lie before
-    related = torch.from_numpy(ancestor).to(device)
+    related = _sent(ancestor, device)
     position = row.position_ids[0]
     places = torch.arange(row.tokens, dtype=torch.int32, device=device)
     segment = torch.bucketize(places, row.query_bounds[1:], right=True)
@@ -283,12 +284,18 @@ def block_mask(row: Tree, paths: list[tuple[int, ...]], window: int | None) -> A
 
     counts, order = filled.sum(axis=1), np.argsort(~filled, axis=1, kind="stable")
     return BlockMask.from_kv_blocks(
-        torch.from_numpy(counts.astype(np.int32)).to(device)[None, None],
-        torch.from_numpy(order.astype(np.int32)).to(device)[None, None],
+        _sent(counts.astype(np.int32), device)[None, None],
+        _sent(order.astype(np.int32), device)[None, None],
         BLOCK_SIZE=BLOCK,
         mask_mod=attends,
         seq_lengths=(row.tokens, row.tokens),
     )
+
+
+def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
+    """`values` on a device, for which the host does not wait."""
+    here = torch.from_numpy(values)
+    return (here.pin_memory() if device.type == "cuda" else here).to(device, non_blocking=True)
 
 
 WAYS: dict[str, Way] = {"segments": by_segments, "varlen": by_lengths, "flex": by_blocks}

@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mlc_ray.losses.objective import Objective
+from mlc_ray.train.attention import TreeAttention, block_mask
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
 from mlc_ray.train.loop import _accumulate
 from mlc_ray.train.meter import StepMeter
 from mlc_ray.train.reference import ReferenceModel, cached_reference
 from mlc_ray.train.watch import StateWindow, TappedStep
+from mlc_ray.types import move
 from tests.train.tiny import random_rows, steps_of, tiny_config, tiny_model, wrapped
 
 META = torch.device("meta")
@@ -112,6 +114,15 @@ def test_nor_does_a_step_without_the_term_or_with_a_reference_that_is_asked():
     assert seen == []
     seen, batches = run(tiny_config(mlc={"weight": 0}, train={**TWO_FORWARDS, "tokens_per_forward": 100}))
     assert not batches[0].taps and seen == []
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_nor_does_the_mask_of_flexattention(window):
+    (batch, *_) = next(steps_of(tiny_config(train=TWO_FORWARDS), random_rows(8), 0, 1))
+    tree = move(batch, META).tree
+    with Crossings() as crossings, Literals() as literals:
+        made = block_mask(tree, TreeAttention(tree).paths, window)
+    assert made.kv_indices.device == META and crossings.seen + literals.seen == []
 
 
 @pytest.mark.parametrize(
