@@ -269,7 +269,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help=f"Hugging Face folder (default: {MODEL_NAME}, prepared as the quickstart does)")
     text_help = "the shipped sample in ten languages (default), or random tokens of the published lengths"
     parser.add_argument("--text", choices=("sample", "published"), default="sample", help=text_help)
-    parser.add_argument("--bundles", type=int, default=1, help="bundles per step (default: 1, the published value)")
+    parser.add_argument("--bundles", type=int, default=1, help="bundles per step (default: 1)")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of steps, each on bundles of its own")
     parser.add_argument("--techniques", action="store_true", help="also time ours with each technique switched off")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
