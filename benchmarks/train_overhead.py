@@ -30,10 +30,12 @@ from mlc_ray.cluster import connect, use_gpu
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.stream import plans
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.runs import read_metrics, user_cache
 from mlc_ray.train import worker
 from mlc_ray.train.loop import Progress, train_loop
+from mlc_ray.train.planning import order_of
 from mlc_ray.train.run import train
 from mlc_ray.train.tracking import Tracker
 
@@ -78,7 +80,8 @@ def plain(settings: dict[str, Any], tokens_folder: Path, gpu: bool) -> None:
     tokens = TokenArtifact.open(tokens_folder)
     total = config.train.max_steps or 0
     cutting = worker.cutting_of_worker(config, tokens, engine, total)
-    steps = worker._checked(worker._steps(config, tokens, None, engine, cutting, range(total)), engine)
+    planned = plans(tokens, order_of(config, tokens), cutting, range(total))
+    steps = worker._checked(worker._stream(tokens, planned, None, engine, cutting), engine)
     folder = Path(config.output_dir) / config.name
     folder.mkdir()
     tracker = Tracker(config, folder, 0)

@@ -228,6 +228,11 @@ def read_metrics(run_folder: Path | Place) -> list[dict[str, Any]]:
         return []
 
 
+def training_name(metric: str) -> str:
+    """The name by which training logs the number that `metric` is of held-out bundles, or of those of a kind."""
+    return re.sub(r"^validation/((harmful|benign)/)?", "", metric)
+
+
 def _rows(data: bytes, where: str, before: int) -> list[dict[str, Any]]:
     """The whole lines of `data`, of which the first is line `before` + 1."""
     rows = []

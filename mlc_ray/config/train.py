@@ -87,7 +87,9 @@ class ValidationSection(Section):
     sources: Annotated[list[SourceSection], Field(min_length=1)] = Field(
         description="Bundles with answers, none of which is trained on."
     )
-    every: PositiveInt = Field(50, description="Optimizer steps between measurements; there is one at the end too.")
+    every: PositiveInt = Field(
+        50, description="Optimizer steps between measurements; the first is before training, the last at its end."
+    )
 
 
 class DataSection(Section):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mlc_ray.report.charts import Chart, Curve, line_chart
 from mlc_ray.report.collect import Training
+from mlc_ray.runs import training_name
 
 REWARDS = "Implicit rewards"
 _GROUPS = (
@@ -72,17 +72,12 @@ def chart_groups(runs: Sequence[Training]) -> list[tuple[str, list[str]]]:
 
 def unit_range(name: str) -> tuple[float, float] | tuple[None, None]:
     """0 and 1 for shares and cosines, so that a curve's height means something; else the data decide."""
-    return (0.0, 1.0) if _told(name) in _UNIT_RANGE else (None, None)
-
-
-def _told(name: str) -> str:
-    """The name by which the same number of training bundles goes; held-out ones have the kind in theirs too."""
-    return re.sub(r"^validation/((harmful|benign)/)?", "", name)
+    return (0.0, 1.0) if training_name(name) in _UNIT_RANGE else (None, None)
 
 
 def _meaning(name: str) -> str:
     """What a metric is; any other loss than those told here is a term of the objective, named by its key."""
-    told = _told(name)
+    told = training_name(name)
     if told.startswith("loss/") and told not in _MEANING:
         return f"the term {told.removeprefix('loss/')} alone, without its weight"
     if told.startswith("mlc/cosine/"):

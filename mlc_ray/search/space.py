@@ -10,7 +10,6 @@ import copy
 import itertools
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -30,6 +29,7 @@ from mlc_ray.config import (
 )
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.data.store import TokenArtifact
+from mlc_ray.runs import training_name
 from mlc_ray.storage import absolute_if_here
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study it creates
@@ -154,7 +154,7 @@ def _check_scheduler_metric(metric: str, run: TrainConfig) -> None:
         names.remove("mlc/leading_share")
     if not _has_rewards(run):
         names = [name for name in names if not name.startswith("reward/")]
-    if _measured(metric) not in names:
+    if training_name(metric) not in names:
         raise ConfigError(
             f"scheduler_metric={metric!r}: runs with objective.loss={run.objective.loss!r} measure validation/NAME, "
             f"and validation/KIND/NAME, for each NAME of {', '.join(names)}"
@@ -167,7 +167,7 @@ def _check_comparable(metric: str, fields: Iterable[str]) -> None:
     Raises:
         ConfigError: One of the fields that vary is part of its definition.
     """
-    name = _measured(metric)
+    name = training_name(metric)
     for field in fields:
         section, _, last = field.partition(".")
         tap = section == "mlc" and last not in ("weight", "every")
@@ -200,7 +200,7 @@ def check_held_out(metric: str, held_out: TokenArtifact) -> None:
     if not own.any():
         kinds = ", ".join(sorted(held_out.distinct_kinds))
         raise ConfigError(f"scheduler_metric={metric!r}: data.validation has no {kind} bundles, only {kinds}")
-    name = _measured(metric)
+    name = training_name(metric)
     of_a_term = name == "mlc/leading_share" or (name.startswith("loss/") and name not in _HIGHER_IS_BETTER)
     if of_a_term and not (held_out.lengths().languages[own] >= 2).any():
         raise ConfigError(f"scheduler_metric={metric!r}: no such bundle of data.validation has two languages")
@@ -222,11 +222,7 @@ def _has_rewards(run: TrainConfig) -> bool:
 
 def mode_of(metric: str) -> Literal["min", "max"]:
     """Whether the lower or the higher number of `data.validation` is the better; of a term's loss, the lower."""
-    return "max" if _HIGHER_IS_BETTER.get(_measured(metric)) else "min"
-
-
-def _measured(metric: str) -> str:
-    return re.sub(r"^validation/((harmful|benign)/)?", "", metric)
+    return "max" if _HIGHER_IS_BETTER.get(training_name(metric)) else "min"
 
 
 def _check_fields_of_components(config: SearchConfig, raw: Mapping[str, Any]) -> None:

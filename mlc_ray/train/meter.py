@@ -38,14 +38,14 @@ class StepMeter:
     def add(self, batch: Batch, output: ModelOutput, result: LossOutput, *, idle: bool) -> None:
         """Add one micro-batch; nothing is waited for."""
         real, with_terms = batch.weight > 0, batch.term_weight > 0
-        _add(self.counts, "loss/total", result.loss.detach().double())
-        _add(self.counts, "bundles", real.double().sum())
+        add_to(self.counts, "loss/total", result.loss.detach().double())
+        add_to(self.counts, "bundles", real.double().sum())
         for name, values in result.metrics.items():
-            _add(self.sums, name, values.double().where(real, 0.0).sum())
+            add_to(self.sums, name, values.double().where(real, 0.0).sum())
         if output.representations is not None:
-            _add(self.counts, "term_bundles", with_terms.double().sum())
+            add_to(self.counts, "term_bundles", with_terms.double().sum())
         for name, values in result.term_metrics.items():
-            _add(self.term_sums, name, values.double().where(with_terms, 0.0).sum())
+            add_to(self.term_sums, name, values.double().where(with_terms, 0.0).sum())
         finite = [
             values.isfinite() | ~counts
             for metrics, counts in ((result.metrics, real), (result.term_metrics, with_terms))
@@ -103,5 +103,6 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+def add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Add to the sum of that name, if there is one already."""
     sums[name] = sums[name] + value if name in sums else value

@@ -75,7 +75,9 @@ def cutting_of_worker(config: TrainConfig, tokens: TokenArtifact, engine: Engine
     budget = said if said is not None else tokens_that_fit(config, tokens, engine)
     cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=engine.world_size)
     if said is None:
-        outlook = look_ahead(tokens, order_of(config, tokens), cutting, total_steps)
+        order = order_of(config, tokens)
+        check_groups(tokens, tapping(order, cutting, total_steps), cutting)
+        outlook = look_ahead(tokens, order, cutting, total_steps)
         if engine.rank == 0 and outlook.oversized:
             logger.warning("%s", said_of(outlook, cutting, config.train.batch_bundles)[-1])
     return cutting
@@ -93,14 +95,9 @@ class Outlook:
 
 
 def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_steps: int) -> Outlook:
-    """What the steps of a run are like, from lengths alone.
-
-    Raises:
-        BudgetError: A group of bundles that must be forwarded at once does not fit into a forward.
-    """
+    """What the steps of a run are like, from lengths alone."""
     lengths = tokens.lengths()
     own = lengths.own_tokens(head=cutting.head, taps=cutting.taps(0), rejected=cutting.rejected)
-    check_groups(tokens, tapping(order, cutting, total_steps), cutting)
     looked_at = min(LOOKED_AT, total_steps)
     plans = [cutting.plan(step, rows, lengths.take(rows)) for step in range(looked_at) for rows in [order.batch(step)]]
     return Outlook(

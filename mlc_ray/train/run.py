@@ -379,11 +379,7 @@ def _total_steps(config: TrainConfig, tokens: TokenArtifact) -> int:
 
 
 def _announce(config: TrainConfig, tokens: TokenArtifact, steps: int, *, gpu: bool) -> None:
-    """Say how the batches are cut, where that is known before workers look at their memory.
-
-    Raises:
-        BudgetError: What must be forwarded at once does not fit.
-    """
+    """Say how the batches are cut, where that is known before workers look at their memory."""
     budget = tokens_per_forward(config, gpu=gpu)
     if budget is None:
         return

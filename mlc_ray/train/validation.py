@@ -20,7 +20,7 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.train.collectives import sum_over_workers
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.loop import Progress, loss_of
-from mlc_ray.train.meter import Metrics
+from mlc_ray.train.meter import Metrics, add_to
 from mlc_ray.train.reference import Reference, ReferenceOutput
 from mlc_ray.types import Batch, move
 
@@ -148,8 +148,7 @@ class Validation:
             for name, (values, counts) in numbers.items():
                 here = counts & own
                 for key, value in ((name, values.double().where(here, 0.0).sum()), (f"{name}#", here.double().sum())):
-                    key = prefix + key
-                    sums[key] = sums[key] + value if key in sums else value
+                    add_to(sums, prefix + key, value)
 
 
 def language_cosines(representations: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

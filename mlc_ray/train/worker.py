@@ -20,7 +20,7 @@ from ray.train.collective import broadcast_from_rank_zero
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import TrainConfig, parse_config
-from mlc_ray.data.plan import Cutting
+from mlc_ray.data.plan import Cutting, StepPlan
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tokens import load_tokenizer
@@ -76,7 +76,8 @@ def work(spec: WorkerSpec) -> None:
     table = load_reference(spec.reference_folder) if spec.reference_folder else None
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     cutting = cutting_of_worker(config, tokens, engine, spec.total_steps)
-    steps = _checked(_steps(config, tokens, table, engine, cutting, range(progress.step, spec.total_steps)), engine)
+    planned = plans(tokens, order_of(config, tokens), cutting, range(progress.step, spec.total_steps))
+    steps = _checked(_stream(tokens, planned, table, engine, cutting), engine)
     with (
         contextlib.closing(Tracker(config, spec.run_folder, progress.step))
         if rank == 0
@@ -114,7 +115,7 @@ def work(spec: WorkerSpec) -> None:
             config,
             engine=engine,
             steps=steps,
-            reference=online or (cached_reference if table is not None else None),
+            reference=_asked(online, table),
             progress=progress,
             total_steps=spec.total_steps,
             kinds=tokens.distinct_kinds,
@@ -164,18 +165,17 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
     return engine, chosen.frozen(frozen, config, device)
 
 
-def _steps(
-    config: TrainConfig,
+def _stream(
     tokens: TokenArtifact,
+    planned: Iterator[StepPlan],
     table: dict[str, ReferenceRow] | None,
     engine: Engine,
     cutting: Cutting,
-    steps: range,
 ) -> Iterator[list[Batch]]:
-    """This worker's micro-batches of each step."""
+    """This worker's micro-batches of each planned step."""
     return stream_steps(
         tokens,
-        plans(tokens, order_of(config, tokens), cutting, steps),
+        planned,
         rank=engine.rank,
         languages=tokens.languages,
         needs_rejected=cutting.rejected,
@@ -197,25 +197,22 @@ def _validation(
         return None
     tokens = TokenArtifact.open(found.tokens_folder)
     table = load_reference(found.reference_folder) if found.reference_folder else None
-    own, rows = (
-        held_out_cutting(cutting, tokens),
-        batches_of(tokens, seed=config.seed, at_once=config.train.batch_bundles),
-    )
+    own = held_out_cutting(cutting, tokens)
+    rows = batches_of(tokens, seed=config.seed, at_once=config.train.batch_bundles)
     check_groups(tokens, rows, own)
+    return Validation(
+        Objective(config),
+        engine,
+        lambda: _stream(tokens, plans_of(tokens, rows, own), table, engine, own),
+        _asked(online, table),
+        sorted(tokens.distinct_kinds),
+        progress,
+    )
 
-    def batches() -> Iterator[list[Batch]]:
-        return stream_steps(
-            tokens,
-            plans_of(tokens, rows, own),
-            rank=engine.rank,
-            languages=tokens.languages,
-            needs_rejected=own.rejected,
-            reference=table,
-            pin=engine.device.type == "cuda",
-        )
 
-    reference = online or (cached_reference if table is not None else None)
-    return Validation(Objective(config), engine, batches, reference, sorted(tokens.distinct_kinds), progress)
+def _asked(online: Reference | None, table: dict[str, ReferenceRow] | None) -> Reference | None:
+    """What answers for the reference: a model, or the table whose numbers batches bring along."""
+    return online or (cached_reference if table is not None else None)
 
 
 def _checked(steps: Iterator[list[Batch]], engine: Engine) -> Generator[list[Batch]]:

@@ -17,7 +17,7 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
 from mlc_ray.train.memory import CPU_TOKENS, Costs, tokens_in
-from mlc_ray.train.planning import cutting_of, look_ahead, order_of, said_of, tokens_per_forward
+from mlc_ray.train.planning import check_groups, cutting_of, look_ahead, order_of, said_of, tapping, tokens_per_forward
 from tests.train.tiny import LANGUAGES, random_rows, tiny_config, tiny_model, wrapped
 
 ROWS = random_rows(30, head=(1, 2, 3))
@@ -33,7 +33,9 @@ def tokens(tmp_path_factory):
 def looked_at(tokens, budget, workers=1, **sections):
     config = tiny_config(train={"batch_bundles": 8, "tokens_per_forward": budget}, **sections)
     cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=workers)
-    return look_ahead(tokens, order_of(config, tokens), cutting, 8), cutting
+    order = order_of(config, tokens)
+    check_groups(tokens, tapping(order, cutting, 8), cutting)
+    return look_ahead(tokens, order, cutting, 8), cutting
 
 
 def test_the_start_says_how_batches_are_cut(tokens):

@@ -21,7 +21,7 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, checkpoint_blocks, resolve_layer
-from mlc_ray.train.planning import cutting_of, look_ahead, order_of, tokens_per_forward
+from mlc_ray.train.planning import check_groups, cutting_of, order_of, tapping, tokens_per_forward
 from mlc_ray.train.reference import ReferenceModel, cached_reference, policy_reference
 from mlc_ray.types import TokenRow
 
@@ -112,7 +112,7 @@ def steps_of(config, rows, rank, world_size, table=None, start_step=0):
         steps = total_steps(
             len(rows), epochs=config.train.epochs, batch_bundles=config.train.batch_bundles, max_steps=None
         )
-        look_ahead(tokens, order, cutting, steps)
+        check_groups(tokens, tapping(order, cutting, steps), cutting)
         yield from stream_steps(
             tokens,
             plans(tokens, order, cutting, range(start_step, steps)),
