@@ -1,6 +1,7 @@
 # make quickstart    install, then align and score a real small model (README, "Quickstart")
 # make search-demo   install, then search layer and lambda of the same model (docs/search.md)
-# make test          install, then run every test; make test-fast leaves out the slow end-to-end ones
+# make test          install, then run the tests; make test-fast leaves out the slow end-to-end ones
+# make soak          install, then run the longest end-to-end tests, which make test leaves out
 # make test-avx2     the same as on a CPU without AVX-512: dtype auto is float32, and vLLM takes its AVX2 kernels
 # make lint          install, then ruff, mypy and the import rules
 # make docs          install, then build the documentation site into site/
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 export MLC_RAY_CACHE ?= $(CURDIR)/.cache
 export RAY_USAGE_STATS_ENABLED ?= 0
 
-.PHONY: help install quickstart search-demo test test-fast test-avx2 lint format docs constraints clean
+.PHONY: help install quickstart search-demo test test-fast test-avx2 soak lint format docs constraints clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -30,11 +31,15 @@ search-demo: install
 	$(BIN)/python -m mlc_ray search --config configs/search/demo.yaml
 
 # The slow ones one after another: each of them takes both cores, and Ray Train wants no second Ray on the machine.
+# They share a Ray, in which one that fails may leave CPUs held, and the others would wait for these: hence -x.
 test: test-fast
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -x -m "slow and not soak"
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+soak: install
+	$(BIN)/python -m pytest -x -m soak
 
 test-avx2:
 	source tests/avx2/environment && $(MAKE) test

@@ -88,6 +88,7 @@ def test_the_recipe_and_the_step_before_cost_more(counts) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_warm_scoring_benchmark(tmp_path: Path, repository: Path, smollm2: Path) -> None:
     out = tmp_path / "warm.json"
     plain = ["--rounds", "1", "--limit", "1", "--max-new-tokens", "8"]

@@ -111,6 +111,7 @@ def submit(head: Head, repository: Path, command: list[str], settings: list[str]
     return said
 
 
+@pytest.mark.soak
 def test_search_as_a_ray_job(head: Head, repository: Path, small_llama: Path, tmp_path: Path) -> None:
     run = ["train.max_steps=1", "data.languages=[en,fr]", f"model.path={small_llama}", "cluster.workers=1"]
     settings = [

@@ -163,6 +163,7 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
         resume_search(folder)
 
 
+@pytest.mark.soak
 def test_a_trial_that_is_worse_on_held_out_bundles_is_stopped_and_leaves_nothing(
     ray_local: Any, run_place: Path, repository: Path
 ) -> None:
@@ -174,13 +175,14 @@ def test_a_trial_that_is_worse_on_held_out_bundles_is_stopped_and_leaves_nothing
             run_place,
             "name=stopped",
             "space={optimizer.learning_rate: {choice: [1e-3, 1e-30]}}",  # the second learns nothing
-            f"set=[objective.loss=sft, cluster.workers=2, '{held_out}']",
+            f"set=[objective.loss=sft, cluster.workers=2, train.max_steps=4, '{held_out}']",
             "scheduler=asha",
             "scheduler_metric=validation/log_prob/chosen_change",
         )
     )
-    by_rate = {trial.values["optimizer.learning_rate"]: (trial.ended, trial.step) for trial in result.trials}
-    assert by_rate == {1e-3: ("finished", 2), 1e-30: ("stopped", 1)}
+    by_rate = {trial.values["optimizer.learning_rate"]: trial for trial in result.trials}
+    assert {rate: trial.ended for rate, trial in by_rate.items()} == {1e-3: "finished", 1e-30: "stopped"}
+    assert by_rate[1e-30].step < 4  # its workers may write another score before Tune's decision reaches them
     assert result.best is not None and result.trials[result.best].values["optimizer.learning_rate"] == 1e-3
     assert not list((run_place / "stopped" / "trials").glob("*/train"))  # optimizer states are gone
     assert nothing_is_held(ray_local)
@@ -214,6 +216,7 @@ def test_parts_fit_on_nodes_and_not_on_their_sum(monkeypatch: pytest.MonkeyPatch
     assert not fits([(8, 0), (8, 0)])  # nothing is left for Ray Data
 
 
+@pytest.mark.soak
 def test_a_killed_driver_is_resumed_where_it_was(run_place: Path, small_llama: Path, tmp_path: Path) -> None:
     folder, config = run_place / "killed", run_place / "soon-gone.yaml"
     shutil.copy(run_place / "run.yaml", config)
