@@ -1,7 +1,7 @@
 # make quickstart    install, then align and score a real small model (README, "Quickstart")
 # make search-demo   install, then search layer and lambda of the same model (docs/search.md)
 # make test          install, then run the tests; make test-fast leaves out the slow end-to-end ones
-# make soak          install, then run the longest end-to-end tests, which make test leaves out
+# make soak          install, then run the longest end-to-end tests, which make test leaves out, and fuzz for longer
 # make test-avx2     the same as on a CPU without AVX-512: dtype auto is float32, and vLLM takes its AVX2 kernels
 # make lint          install, then ruff, mypy and the import rules
 # make docs          install, then build the documentation site into site/
@@ -40,6 +40,7 @@ test-fast: install
 
 soak: install
 	$(BIN)/python -m pytest -x -m soak
+	MLC_RAY_FUZZ=1000 $(BIN)/python -m pytest tests/fuzz
 
 test-avx2:
 	source tests/avx2/environment && $(MAKE) test

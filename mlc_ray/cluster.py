@@ -146,7 +146,7 @@ def _native_dtype(nodes: tuple[str, ...], *, gpu: bool) -> device.Dtype:
 
 
 def _natives(nodes: tuple[str, ...], *, gpu: bool) -> dict[str, device.Native]:
-    here = ray.get_runtime_context().get_node_id()
+    here = this_node()
     # Not in this process for a GPU: it would hold some of the GPU's memory from then on.
     asked = [node for node in nodes if gpu or node != here]
     found = ask_nodes(device.native_dtype, nodes=asked, gpu=gpu)
@@ -277,6 +277,12 @@ def living_nodes() -> list[dict[str, Any]]:
     """What Ray knows of each living node: NodeID, NodeManagerAddress, Resources and more; in the order of their ids."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return sorted((node for node in nodes if node["Alive"]), key=lambda node: str(node["NodeID"]))
+
+
+def this_node() -> str:
+    """The id of the node that this process is on."""
+    node: str = ray.get_runtime_context().get_node_id()
+    return node
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -19,6 +19,7 @@ from typing import Literal
 
 from mlc_ray import device
 from mlc_ray.errors import MlcRayError
+from mlc_ray.nodes import ALIKE, plain_version
 from mlc_ray.runs import output_folder
 from mlc_ray.storage import library_versions
 
@@ -29,7 +30,6 @@ Level = Literal["ok", "note", "FAIL"]
 GIB = 1 << 30
 # What the quickstart takes of memory and disk; with less in /dev/shm, Ray's object store moves to the disk.
 MEMORY_GIB, DISK_GIB, SHM_GIB = 10.0, 5.0, 1.0
-_ALIKE = ("python", "torch", "ray", "deepspeed", "transformers", "mlc_ray")
 
 
 class DoctorError(MlcRayError):
@@ -170,7 +170,7 @@ def compare(here: Machine, nodes: Mapping[str, Machine | str], folder: str, toke
         if isinstance(node, str):
             found.append(Finding("FAIL", f"{name} does not answer: {node}", "is mlc_ray installed there?"))
             continue
-        unlike = [p for p in _ALIKE if _plain(node.versions.get(p)) != _plain(here.versions.get(p))]
+        unlike = [p for p in ALIKE if plain_version(node.versions.get(p)) != plain_version(here.versions.get(p))]
         if unlike:
             what = ", ".join(f"{p} {node.versions.get(p)} (here {here.versions.get(p)})" for p in unlike)
             found.append(Finding("FAIL", f"{name} has {what}", "run cluster/install.sh there, from the same checkout"))
@@ -187,11 +187,6 @@ def compare(here: Machine, nodes: Mapping[str, Machine | str], folder: str, toke
     elif len(nodes) > 1:
         found.append(Finding("ok", "RAY_AUTH_MODE=token is set here (nodes are not asked whether they have it)"))
     return found
-
-
-def _plain(version: str | None) -> str | None:
-    """A version without the build's mark: +cpu on the head and +cu130 on the workers are one version."""
-    return None if version is None else version.partition("+")[0]
 
 
 def doctor(output_dir: str | Path = "runs", *, address: str = "auto") -> list[Finding]:

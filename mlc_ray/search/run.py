@@ -30,6 +30,7 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
 from mlc_ray.logs import keep_in
+from mlc_ray.nodes import check_nodes
 from mlc_ray.runs import (
     BASE_FILE,
     BASELINE_FOLDER,
@@ -67,7 +68,7 @@ from mlc_ray.storage import (
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.failures import keyboard_interrupt
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
-from mlc_ray.train.run import prepare_data
+from mlc_ray.train.run import paths_read, prepare_data
 
 logger = logging.getLogger(__name__)
 TRIAL_CPUS = 0.1  # the process of a trial only waits for its workers
@@ -153,6 +154,7 @@ def _check(config: SearchConfig, space: Space) -> None:
     connect(base.cluster.address)
     check_device(base.model, gpu=_device(base) == "gpu")
     check_feasible(config, base, _device(base))
+    check_nodes(output_folder(config.output_dir), paths_read(base), gpu=_device(base) == "gpu")
 
 
 def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:

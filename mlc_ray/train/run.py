@@ -24,6 +24,7 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
+from mlc_ray.nodes import check_nodes
 from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, checkpoint_folder, output_folder, read_metrics
 from mlc_ray.storage import Place, absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
 from mlc_ray.train.answers import check_answers
@@ -96,6 +97,7 @@ def train(
         RunError: a new run's folder exists already, a resumed one's does not, or it holds a run with other settings.
         DivergedError: the loss or its gradients stayed non-finite; the run's folder says so from then on.
         ModelError: the model's kernels need a GPU, and there is none.
+        NodeError: a node does not see what it needs, or has other versions.
         MlcRayError: a worker raised it (`CheckpointError`, `ModelError`, ...). Like a `DivergedError`, it ends the run:
             `cluster.max_failures` counts other failures only.
         KeyboardInterrupt: Ctrl-C; the workers have ended by then.
@@ -116,6 +118,8 @@ def train(
         "training (cluster.workers x cluster.cpus_per_worker)",
         [(config.cluster.cpus_per_worker, 1.0 if gpu else 0.0)] * config.cluster.workers,
     )
+    if score is None:  # a search has asked before its trials
+        check_nodes(run_folder.parent, paths_read(config), gpu=gpu)
     if not is_new:
         config = _with_dtype_of(run_folder, config)
     config = _with_dtype(config, gpu=gpu)
@@ -225,6 +229,17 @@ def _check_groups(config: TrainConfig, tokens: TokenArtifact, held_out: TokenArt
     if held_out is not None:
         batches = batches_of(held_out, seed=config.seed, at_once=config.train.batch_bundles)
         check_groups(held_out, batches, held_out_cutting(cutting, held_out))
+
+
+def paths_read(config: TrainConfig) -> dict[str, str]:
+    """What a run reads beside its own folder, by the setting that names it."""
+    sources = {"data.train": config.data.train}
+    if config.data.validation is not None:
+        sources["data.validation.sources"] = config.data.validation.sources
+    found = {
+        f"{name}.{index}.path": each.path for name, each_of in sources.items() for index, each in enumerate(each_of)
+    }
+    return {"model.path": config.model.path, **found}
 
 
 def load_run_config(run: Path) -> TrainConfig:

