@@ -6,7 +6,8 @@ import logging
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TextIO, TypeVar, cast
 
@@ -106,6 +107,25 @@ def connect(address: str) -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False  # the console has a display of its own
     if warning := unprotected(len(living_nodes()), os.environ):
         logger.warning(warning)
+
+
+@contextmanager
+def known_to_ray_train() -> Iterator[None]:
+    """Within, a run that is started tells its controller which Ray it is in.
+
+    Ray Train frees the CPUs and GPUs of a run whose process ended (a trial that is stopped) after asking Ray whether it
+    has. It asks without an address: on a machine with two Rays, that fails and all is held for ever, or the other Ray
+    is asked, which knows of no such run, and a living one loses what it holds (Ray 2.60).
+    """
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        os.environ.pop("RAY_ADDRESS") if before is None else os.environ.update(RAY_ADDRESS=before)
 
 
 # --------------------------------------------------------------------------------------------- the type to compute in

@@ -78,3 +78,16 @@ def ray_local() -> Iterator[Any]:
     ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of an empty bucket of a real S3 server (SeaweedFS) on this machine; the environment names the server."""
+    from tests.s3_server import running
+
+    with running(tmp_path_factory.mktemp("s3")) as server:
+        previous = {name: os.environ.get(name) for name in server.environment}
+        os.environ.update(server.environment)
+        yield server.make_bucket("test")
+        for name, value in previous.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -92,7 +92,7 @@ def test_a_machine_sees_a_file_that_is_there(tmp_path: Path) -> None:
     assert not (tmp_path / "not").exists()
 
 
-@pytest.mark.parametrize("address", ["s3://bucket/runs", "s3:bucket/runs"])
+@pytest.mark.parametrize("address", ["ftp://bucket/runs", "s3:bucket/runs"])
 def test_an_output_dir_that_is_a_url_is_refused(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""URLs are no folders: `s3://...` in a setting or on the command line is refused, and so is a lost `output_dir`."""
+"""URLs are no folders: `ftp://...` in a setting or on the command line is refused, and so is a lost `output_dir`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlc_ray.score.run import score
 from mlc_ray.train.export import export
 from mlc_ray.train.run import train
 
-URL = "s3://bucket/runs"
+URL = "ftp://bucket/runs"
 TRAIN = {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "d.jsonl"}]}}
 SCORE = {"model": "m", "benchmarks": [{"path": "b.csv"}]}
 SEARCH = {
@@ -52,7 +52,7 @@ ENDPOINT = {"base_url": "https://api.openai.com/v1", "model": "m"}
     ],
 )
 def test_a_url_in_a_setting_is_refused(schema: type[Any], raw: dict[str, Any], field: str) -> None:
-    with pytest.raises(ConfigError, match=rf"{field}='s3://bucket/runs': s3:// .*all nodes share"):
+    with pytest.raises(ConfigError, match=rf"{field}='ftp://bucket/runs': ftp:// .*all nodes share"):
         parse_config(schema, raw)
 
 
@@ -82,7 +82,7 @@ def test_a_url_on_the_command_line_is_refused(
         main(arguments)
     assert caught.value.code == 2
     said = capsys.readouterr().err
-    assert f"{URL!r}: s3://" in said
+    assert f"{URL!r}: ftp://" in said
     assert "all nodes share" in said
     assert list(tmp_path.iterdir()) == []
 
@@ -103,7 +103,7 @@ def test_a_url_that_is_a_setting_is_refused_on_the_command_line(
 ) -> None:
     assert main(arguments) == 2
     said = capsys.readouterr().err
-    assert f"{URL!r}: s3://" in said
+    assert f"{URL!r}: ftp://" in said
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_samples_splits_and_recipes_are_taken_where_they_are_meant_alone(
 @pytest.mark.parametrize(
     ("path", "fault"),
     [
-        (" s3://bucket/runs", "begins or ends with white space"),
+        (" ftp://bucket/runs", "begins or ends with white space"),
         ("runs ", "begins or ends with white space"),
         ("s3:bucket/runs", "begins with s3: as a URL does.*all nodes share"),
         ("sample:train", "begins with sample: as a URL does"),
@@ -175,9 +175,9 @@ def test_each_url_is_told_what_to_use(url: str, fix: str) -> None:
 
 
 def test_functions_refuse_urls_as_settings_do() -> None:
-    with pytest.raises(OutputFolderError, match=r"output_dir='s3:/bucket'.*all nodes share"):
-        output_folder(Path("s3://bucket"))
-    with pytest.raises(ModelPathError, match=r"model='s3://bucket/runs': s3://.*all nodes share"):
+    with pytest.raises(OutputFolderError, match=r"output_dir='ftp:/bucket'.*all nodes share"):
+        output_folder(Path("ftp://bucket"))
+    with pytest.raises(ModelPathError, match=r"model='ftp://bucket/runs': ftp://.*all nodes share"):
         resolve_model(URL)
 
 
@@ -196,7 +196,7 @@ def test_functions_that_write_refuse_urls(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLC_RAY_CACHE", URL)
-    with pytest.raises(OutputFolderError, match=rf"{name}='s3://bucket/runs.*': s3:// .*all nodes share"):
+    with pytest.raises(OutputFolderError, match=rf"{name}='ftp://bucket/runs.*': ftp:// .*all nodes share"):
         call()
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ import yaml
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
+from mlc_ray.cluster import check_fits, connect, known_to_ray_train, use_gpu, with_dtype
 from mlc_ray.config import SourceSection, TrainConfig, load_config, parse_config
 from mlc_ray.config.base import by_dotted_name
 from mlc_ray.data.order import total_steps
@@ -163,6 +163,7 @@ def train(
             if display
             else contextlib.nullcontext(),
             own_errors(),
+            known_to_ray_train(),
             keyboard_interrupt(f"to go on: mlc-ray train --resume {run_folder}"),
         ):
             result: Any = trainer.fit()

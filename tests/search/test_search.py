@@ -33,6 +33,7 @@ from mlc_ray.search.probe import choose_bundles, layer_statistics
 from mlc_ray.search.run import resume_search, search
 from mlc_ray.search.trial import SearchError
 from tests.generate.chat_server import Step, serving
+from tests.ray_head import running as another_ray
 
 pytestmark = pytest.mark.slow
 SECONDS = 400
@@ -170,22 +171,22 @@ def test_a_trial_that_is_worse_on_held_out_bundles_is_stopped_and_leaves_nothing
     sample = (repository / "mlc_ray/data/sample/train.jsonl").read_text(encoding="utf-8").splitlines()
     (run_place / "held_out.jsonl").write_text("\n".join(sample[8:12]) + "\n", encoding="utf-8")
     held_out = f"data.validation={{sources: [{{path: {run_place}/held_out.jsonl}}], every: 1}}"
-    result = search(
-        configured(
-            run_place,
-            "name=stopped",
-            "space={optimizer.learning_rate: {choice: [1e-3, 1e-30]}}",  # the second learns nothing
-            f"set=[objective.loss=sft, cluster.workers=2, train.max_steps=4, '{held_out}']",
-            "scheduler=asha",
-            "scheduler_metric=validation/log_prob/chosen_change",
-        )
+    settings = configured(
+        run_place,
+        "name=stopped",
+        "space={optimizer.learning_rate: {choice: [1e-3, 1e-30]}}",  # the second learns nothing
+        f"set=[objective.loss=sft, cluster.workers=2, train.max_steps=4, '{held_out}']",
+        "scheduler=asha",
+        "scheduler_metric=validation/log_prob/chosen_change",
     )
+    with another_ray():
+        result = search(settings)
+        assert nothing_is_held(ray_local)
     by_rate = {trial.values["optimizer.learning_rate"]: trial for trial in result.trials}
     assert {rate: trial.ended for rate, trial in by_rate.items()} == {1e-3: "finished", 1e-30: "stopped"}
     assert by_rate[1e-30].step < 4  # its workers may write another score before Tune's decision reaches them
     assert result.best is not None and result.trials[result.best].values["optimizer.learning_rate"] == 1e-3
     assert not list((run_place / "stopped" / "trials").glob("*/train"))  # optimizer states are gone
-    assert nothing_is_held(ray_local)
 
 
 def test_what_the_cluster_can_never_hold_is_refused(ray_local: Any, run_place: Path) -> None:

@@ -233,7 +233,10 @@ def _delimiter(path: str) -> str:
         BundleFileError: More than one of them would.
     """
     header = next((text for _, text in _lines(path) if text.strip()), "")
-    separating = [mark for mark in _DELIMITERS if len(next(csv.reader([header], delimiter=mark), [])) > 1]
+    try:
+        separating = [mark for mark in _DELIMITERS if len(next(csv.reader([header], delimiter=mark), [])) > 1]
+    except csv.Error as error:
+        raise BundleFileError(f"{path}: not valid CSV: {error}") from None
     if len(separating) > 1:
         raise BundleFileError(
             f"{path}: cannot tell the delimiter: the first line {header.strip()!r} has {separating!r}; use one of them "

@@ -1,0 +1,222 @@
+"""Object stores: `s3://`, `gs://`, and by fsspec `abfs://`, `az://`, `hdfs://` and `oss://`, as pyarrow's file systems.
+
+Endpoint, region and credentials come from the environment, as those of the store's own tools do: AWS_ENDPOINT_URL_S3 or
+AWS_ENDPOINT_URL, AWS_REGION or AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or the machine's role;
+GOOGLE_APPLICATION_CREDENTIALS, STORAGE_EMULATOR_HOST. An object store has no rename, no link and no append, and none
+is used: an object is written whole, large ones in parts that become one object at the end (multipart).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, cast
+from urllib.parse import urlsplit
+
+from mlc_ray._registry import register
+from mlc_ray.storage.base import Storage, StorageError
+
+if TYPE_CHECKING:
+    from pyarrow import fs
+
+_IN_MEMORY = 64 << 20  # bytes of a file being written; a larger one waits on this machine's disk until it is whole
+_AT_ONCE = 16 << 20  # bytes that are copied at a time, the size of a part
+
+
+class ObjectStorage(Storage):
+    """What the stores share; one differs from another by the file system that serves it."""
+
+    @abstractmethod
+    def file_system(self, url: str) -> fs.FileSystem:
+        """What serves `url`."""
+
+    def open(self, url: str, mode: Literal["rb", "wb"] = "rb") -> AbstractContextManager[BinaryIO]:
+        """An object to read by ranges, or to write: it is sent when the block ends without an error."""
+        if mode == "wb":
+            return self._put(url)
+        with _faults_named(url):
+            return cast(AbstractContextManager[BinaryIO], self.file_system(url).open_input_file(_key(url)))
+
+    def exists(self, url: str) -> bool:
+        """Whether there is an object of this key."""
+        with _faults_named(url):
+            (found,) = self.file_system(url).get_file_info([_key(url)])
+        return bool(found.is_file)
+
+    def list(self, url: str) -> list[str]:
+        """The next parts of all keys that begin with the folder's."""
+        from pyarrow import fs
+
+        with _faults_named(url):
+            found = self.file_system(url).get_file_info(fs.FileSelector(_key(url), allow_not_found=True))
+        return sorted(each.base_name for each in found)
+
+    def remove(self, url: str) -> None:
+        """Remove an object, or all whose keys begin with it as a folder."""
+        from pyarrow import fs
+
+        served, key = self.file_system(url), _key(url)
+        with _faults_named(url):
+            (found,) = served.get_file_info([key])
+            if found.type == fs.FileType.File:
+                served.delete_file(key)
+            elif found.type == fs.FileType.Directory:
+                served.delete_dir(key)
+
+    @contextmanager
+    def _put(self, url: str) -> Iterator[BinaryIO]:
+        # A stream of pyarrow's cannot be given up: closed after an error, it would store what it has so far.
+        with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, prefix="mlc_ray-") as content:
+            yield cast(BinaryIO, content)
+            content.seek(0)
+            self._stream(cast(BinaryIO, content), url)
+
+    def _send(self, local: Path, url: str) -> None:
+        with local.open("rb") as content:
+            self._stream(content, url)
+
+    def _stream(self, content: BinaryIO, url: str) -> None:
+        with _faults_named(url), self.file_system(url).open_output_stream(_key(url)) as sink:
+            shutil.copyfileobj(content, sink, _AT_ONCE)
+
+
+@register("storage", "s3")
+class S3Storage(ObjectStorage):
+    """S3 and what speaks its protocol."""
+
+    def file_system(self, url: str) -> fs.FileSystem:
+        """One for the whole process; it keeps connections."""
+        return _s3(tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))))
+
+
+@cache
+def _s3(environment: tuple[tuple[str, str], ...]) -> fs.FileSystem:
+    """The file system for these settings; credentials that pyarrow does not find in them it asks the machine for."""
+    from pyarrow import fs
+
+    # Opened late, a small object takes one request; else three.
+    return fs.S3FileSystem(
+        **s3_options(dict(environment)), connect_timeout=10, request_timeout=60, allow_delayed_open=True
+    )
+
+
+def s3_options(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Endpoint and region of pyarrow's S3 file system, from the variables that AWS' own tools read.
+
+    Raises:
+        StorageError: The endpoint is not a URL.
+    """
+    options: dict[str, Any] = {}
+    if endpoint := environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL"):
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise StorageError(f"AWS_ENDPOINT_URL={endpoint!r} is not a URL; write it with http:// or https://")
+        options |= {"endpoint_override": parts.netloc, "scheme": parts.scheme}
+    if region := environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION"):
+        options["region"] = region
+    elif options:
+        options["region"] = "us-east-1"  # of a store of one's own; none is looked up for it
+    return options
+
+
+@register("storage", "gs")
+class GcsStorage(ObjectStorage):
+    """Google Cloud Storage."""
+
+    def file_system(self, url: str) -> fs.FileSystem:
+        """One for the whole process."""
+        return _gcs()
+
+
+@cache
+def _gcs() -> fs.FileSystem:
+    from pyarrow import fs
+
+    return fs.GcsFileSystem()
+
+
+class FsspecStorage(ObjectStorage):
+    """What a package for fsspec serves; it takes endpoint and credentials from its own variables of the environment."""
+
+    protocol: ClassVar[str]
+
+    def file_system(self, url: str) -> fs.FileSystem:
+        """One for the whole process."""
+        return _by_fsspec(self.protocol)
+
+
+@register("storage", "abfs")
+class AbfsStorage(FsspecStorage):
+    """Azure (package adlfs)."""
+
+    protocol = "abfs"
+
+
+@register("storage", "az")
+class AzStorage(FsspecStorage):
+    """Azure (package adlfs)."""
+
+    protocol = "az"
+
+
+@register("storage", "hdfs")
+class HdfsStorage(FsspecStorage):
+    """Hadoop (its client library)."""
+
+    protocol = "hdfs"
+
+
+@register("storage", "oss")
+class OssStorage(FsspecStorage):
+    """Alibaba Cloud (package ossfs)."""
+
+    protocol = "oss"
+
+
+@cache
+def _by_fsspec(protocol: str) -> fs.FileSystem:
+    """pyarrow's view of fsspec's file system.
+
+    Raises:
+        StorageError: The package that serves it is not installed.
+    """
+    import fsspec  # type: ignore[import-untyped]
+    from pyarrow import fs
+
+    try:
+        served = fsspec.filesystem(protocol)
+    except ImportError as error:
+        raise StorageError(f"{protocol}:// needs a package that is not installed: {error}") from None
+    return fs.PyFileSystem(fs.FSSpecHandler(served))
+
+
+def _key(url: str) -> str:
+    """Bucket and key of a URL: `bucket/a/b` of `s3://bucket/a/b`.
+
+    Raises:
+        StorageError: It names no bucket, or has a query, in which a secret would be written down with the settings.
+    """
+    parts = urlsplit(url)
+    if not parts.netloc or parts.query or parts.username or parts.password:
+        raise StorageError(
+            f"{url!r}: write {parts.scheme}://BUCKET/FOLDER alone; endpoint, region and credentials come from the "
+            "environment (AWS_ENDPOINT_URL, AWS_REGION, ...)"
+        )
+    return (parts.netloc + parts.path).rstrip("/")
+
+
+@contextmanager
+def _faults_named(url: str) -> Iterator[None]:
+    """A store's fault as an error that quotes the URL; that nothing is there stays a FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{url!r} cannot be used: {str(error).splitlines()[0]}") from None

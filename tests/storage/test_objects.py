@@ -1,0 +1,64 @@
+"""Object stores beside what `test_places` asks of every storage: settings, faults, ranges, other stores by fsspec."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from mlc_ray.storage import Place, StorageError, storage_of
+from mlc_ray.storage.objects import FsspecStorage, s3_options
+
+
+def test_the_endpoint_comes_from_the_environment() -> None:
+    assert s3_options({}) == {}
+    assert s3_options({"AWS_REGION": "eu-west-1"}) == {"region": "eu-west-1"}
+    assert s3_options({"AWS_ENDPOINT_URL": "https://minio:9000"}) == {
+        "endpoint_override": "minio:9000", "scheme": "https", "region": "us-east-1",
+    }  # fmt: skip
+    both = {"AWS_ENDPOINT_URL": "http://other", "AWS_ENDPOINT_URL_S3": "http://own", "AWS_DEFAULT_REGION": "r"}
+    assert s3_options(both) == {"endpoint_override": "own", "scheme": "http", "region": "r"}
+    with pytest.raises(StorageError, match=r"AWS_ENDPOINT_URL='minio:9000' is not a URL"):
+        s3_options({"AWS_ENDPOINT_URL": "minio:9000"})
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a?secret=x", "s3://key:secret@bucket/a", "s3:///a"])
+def test_no_secret_is_written_into_a_url(url: str) -> None:
+    with pytest.raises(StorageError, match=r"credentials come from the environment"):
+        storage_of(url).exists(url)
+
+
+def test_ranges_are_read_without_the_rest(s3: str, tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(range(256)) * (100_000))  # 25.6 MB, more than one part
+    place = Place(s3) / tmp_path.name / "large"
+    place.storage.publish(tmp_path / "large", str(place))
+    with place.open() as file:
+        file.seek(20_000_003)
+        assert file.read(5) == bytes(((20_000_003 + index) % 256) for index in range(5))
+    place.storage.fetch(str(place), tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "large").read_bytes()
+
+
+def test_a_store_that_refuses_is_named(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(StorageError, match=rf"'{s3}/x' cannot be used: .*SIGNATURE_DOES_NOT_MATCH"):
+        (Place(s3) / "x").write_text("")
+    with pytest.raises(StorageError, match=r"needs a package that is not installed"):
+        Place("az://container/x").exists()
+
+
+def test_what_fsspec_serves_is_a_storage() -> None:
+    class Memory(FsspecStorage):
+        protocol = "memory"
+
+    storage = Memory()
+    with storage.open("memory://bucket/a/b.txt", "wb") as file:
+        file.write(b"one")
+    assert storage.exists("memory://bucket/a/b.txt") and not storage.exists("memory://bucket/a")
+    assert storage.list("memory://bucket/a") == ["b.txt"]
+    with storage.open("memory://bucket/a/b.txt") as file:
+        assert file.read() == b"one"
+    storage.remove("memory://bucket/a")
+    assert storage.list("memory://bucket/a") == []
+    assert isinstance(storage.file_system("memory://bucket"), fs.PyFileSystem)
