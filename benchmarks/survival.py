@@ -86,6 +86,10 @@ class Scene:
         self.random = random.Random(self.seed)
         self.temporary = self.folder / "tmp"
         self.temporary.mkdir(parents=True)
+        (self.folder / "token").touch(mode=0o600)
+        (self.folder / "token").write_text("0123456789abcdef" * 2)
+        # Of this process too, which looks at the cluster.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
         self.environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
             "TMPDIR": str(self.temporary),
