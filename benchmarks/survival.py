@@ -402,13 +402,13 @@ def strike(scene: Scene, name: str, deaths: Sequence[str], output_dir: Path) -> 
 
 def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """All deaths, a few a run; returns a row a run."""
-    import ray
-
     wanted = dict(part.split("=") for part in options.deaths.split(","))
     if unknown := sorted(wanted.keys() - DEATHS.keys()):
         raise SystemExit(f"--deaths has {unknown[0]!r}; there are {', '.join(DEATHS)}")
     deaths = [name for name, number in wanted.items() for _ in range(int(number)) if name != "full"]
     scene = Scene(folder, options.seed)
+    import ray  # reads the token's place at its import
+
     scene.random.shuffle(deaths)
     scene.prepare(Path(options.model))
     rows = []
