@@ -60,10 +60,10 @@ class Stumbling(Dpo):
 
     settings: Settings
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         """The loss of each bundle [B]."""
         time.sleep(self.settings.pause)
-        found = super().__call__(*arguments)
+        found = super().__call__(*arguments, **named)
         with suppress(FileNotFoundError):
             os.unlink(self.settings.stumble)
             return replace(found, loss=found.loss * float("nan"))
