@@ -1,8 +1,5 @@
 """examples/my_engine.py, an engine from outside the package, trains as DeepSpeed does and goes on exactly."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -31,10 +28,8 @@ def train(rank, folder):
 
         def save(progress, metrics, config=config, engine=engine, name=name):
             if name == "mine":
-                part = Path(folder) / f"part-{rank}" / "train" / f"checkpoint_{progress.step:06d}"
-                part.mkdir(parents=True)
                 save_checkpoint(
-                    part, engine=engine, tokenizer=tokenizer(), config=config, progress=progress,
+                    folder / "run", engine=engine, tokenizer=tokenizer(), config=config, progress=progress,
                     fingerprints=FINGERPRINTS,
                 )  # fmt: skip
 
@@ -46,7 +41,7 @@ def train(rank, folder):
 def go_on(rank, run):
     config = config_of("mine")
     engine = make_engine(config, wrapped(config, seed=9))
-    checkpoint = find_checkpoint(Path(run), "checkpoint_000002")
+    checkpoint = find_checkpoint(run, "checkpoint_000002")
     progress = load_checkpoint(checkpoint, engine=engine, config=config, fingerprints=FINGERPRINTS)
     _, history = run_engine(config, random_rows(7), 4, engine=engine, progress=progress)
     return [row["loss/total"] for row in history], engine.full_weights()
@@ -56,8 +51,6 @@ def go_on(rank, run):
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
     first = on_workers(2, train, folder / "first", folder)
-    for rank in range(2):
-        shutil.copytree(folder / f"part-{rank}", folder / "run", dirs_exist_ok=True)
     return first, {n: on_workers(n, go_on, folder / f"again-{n}", folder / "run") for n in (1, 2, 3)}
 
 
