@@ -79,7 +79,7 @@ def index_of(parts: Sequence[Mapping[str, list[Range]]], sizes: Mapping[str, int
             if start != reached:
                 break
             reached = stop
-        if reached != size or (ranges and ranges[-1][1] != size):
+        if reached != size or sum(stop - start for start, stop, _ in ranges) != size:
             raise CheckpointError(
                 f"the engine's owned_state gives {name!r} as the ranges {[each[:2] for each in ranges]}, which are not "
                 f"its {size} elements, each once; correct the engine"

@@ -44,7 +44,8 @@ class ZeroState:
         self.optimizer = optimizer
         self.adamw: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)  # float32 at stage 0: no wrapper
         self.stage, self.rank, self.workers = stage, rank, workers
-        self.names = {parameter: name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        # Any: stage 3 gives parameters attributes of its own.
+        self.names: dict[Any, str] = {p: name for name, p in module.named_parameters() if p.requires_grad}
 
     def owned(self) -> Iterator[StateShard]:
         """The shards that this worker writes."""
