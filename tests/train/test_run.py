@@ -189,7 +189,9 @@ def test_a_killed_worker_is_recovered_from_exactly(undisturbed, run_place):
     assert losses(result.run_folder) == losses(undisturbed.run_folder)
 
 
-def test_a_killed_driver_is_resumed_from_exactly_though_a_checkpoint_is_gone_and_another_damaged(undisturbed, run_place):
+def test_a_killed_driver_is_resumed_from_exactly_though_a_checkpoint_is_gone_and_another_damaged(
+    undisturbed, run_place
+):
     run = run_place / "killed_driver"
     command = [sys.executable, "-m", "mlc_ray", "train", "--config", str(run_place / "config.yaml")]
     with (run_place / "driver.log").open("wb") as log:
