@@ -10,10 +10,8 @@ It keeps everything whole on every worker and trains in float32: there are no ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,12 +20,18 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mlc_ray.config import EngineSettings, TrainConfig
-from mlc_ray.train.engines.base import Engine, TrainingEngineError, parameter_groups
+from mlc_ray.train.engines.base import (
+    STATE_KINDS,
+    Engine,
+    StateReader,
+    StateShard,
+    TrainingEngineError,
+    owned_ranges,
+    parameter_groups,
+)
 from mlc_ray.train.model import ModelOutput, PolicyWithExtractor
 from mlc_ray.train.reference import ReferenceModel, ReferenceOutput
 from mlc_ray.types import Batch
-
-STATE = "state.pt"
 
 
 class TorchDdp(Engine):
@@ -37,8 +41,6 @@ class TorchDdp(Engine):
         """Settings of `engine:` beside its name."""
 
         bucket_mb: int = Field(25, ge=1, description="Size of the buckets in which gradients are averaged, in MiB.")
-
-    any_workers = True  # all of them have the same state
 
     def __init__(self, module: PolicyWithExtractor, config: TrainConfig, device: torch.device) -> None:
         if config.model.dtype != "float32":
@@ -108,21 +110,21 @@ class TorchDdp(Engine):
         state = self.module.state_dict()
         return {k: v.detach().cpu() for k, v in state.items() if k in trainable or not trainable_only}
 
-    def layout(self) -> dict[str, Any]:
-        """Nothing here depends on settings: any run with this engine can go on from its checkpoints."""
-        return {}
+    def owned_state(self) -> Iterator[StateShard]:
+        """All workers hold all of it: each writes its share."""
+        trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        for name, start, stop in owned_ranges(
+            {name: p.numel() for name, p in trainable.items()}, self.rank, self.world_size
+        ):
+            state = {"master": trainable[name], **self.optimizer.state[trainable[name]]}
+            tensors = {kind: state[kind].detach().flatten()[start:stop].cpu() for kind in STATE_KINDS}
+            yield StateShard(name, start, stop, tensors)
 
-    def save(self, folder: Path) -> None:
-        """All workers have the same: the first one writes."""
-        if self.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-            torch.save(state, folder / STATE)
-
-    def load(self, folder: Path) -> None:
-        """`weights_only` builds tensors and plain containers, and runs no code of the file."""
-        if not (folder / STATE).is_file():
-            raise TrainingEngineError(f"{str(folder)!r} holds no {STATE}: it was written by another engine")
-        state = torch.load(folder / STATE, map_location=self.device, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def load_state(self, read: StateReader, steps: int) -> None:
+        """Every worker reads all of it."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                values = read(name, 0, parameter.numel())
+                whole = {kind: values[kind].view_as(parameter).to(self.device) for kind in STATE_KINDS}
+                parameter.data.copy_(whole.pop("master"))
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=self.device), **whole}

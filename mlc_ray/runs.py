@@ -51,6 +51,7 @@ PROVENANCE_FILE = "mlc_ray.json"
 
 FolderKind = Literal["run", "score", "search", "probe"]
 
+_CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` starts
 _INDEX = "model.safetensors.index.json"
@@ -153,15 +154,22 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / TRAIN_FOLDER / f"checkpoint_{step:06d}"
 
 
+def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:
+    """Step and folder of every checkpoint of a run by their names, whole or not, oldest first.
+
+    Not one that is being written or removed, nor what was set aside or a user has put beside them: their names differ.
+    """
+    found = ((_CHECKPOINT.fullmatch(folder.name), folder) for folder in (run / TRAIN_FOLDER).glob("checkpoint_*"))
+    return sorted((int(match[1]), folder) for match, folder in found if match and folder.is_dir())
+
+
 def complete_checkpoints(run: Path) -> tuple[list[CheckpointFolder], list[str]]:
     """The complete checkpoints of a run, oldest first, and what is wrong with the others.
 
     The manifest is what is trusted: its step, and every file that it lists with its size.
     """
     complete, faults = [], []
-    for folder in sorted((run / TRAIN_FOLDER).glob("checkpoint_*")):
-        if not folder.is_dir():  # Ray Train keeps a checkpoint_manager_snapshot.json beside them
-            continue
+    for _, folder in checkpoint_folders(run):
         try:
             manifest = read_manifest(folder)
             verify_files(folder, manifest)

@@ -264,6 +264,18 @@ class CheckpointSection(Section):
         None, description="Optimizer steps between checkpoints (default: only at the end)."
     )
     keep: PositiveInt = Field(2, description="How many of the latest checkpoints stay on disk.")
+    keep_every: PositiveInt | None = Field(
+        None, description="Checkpoints of multiples of so many steps stay for good; a multiple of `every`."
+    )
+
+    @model_validator(mode="after")
+    def _kept_ones_are_written(self) -> CheckpointSection:
+        if self.keep_every is not None and (self.every is None or self.keep_every % self.every):
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} must be a multiple of checkpoint.every, which is "
+                f"{self.every}: other steps write no checkpoint"
+            )
+        return self
 
 
 class CollapseSection(Section):

@@ -46,7 +46,7 @@ _HIGHER_IS_BETTER = {
 """What `train.validation` measures beside `loss/NAME` of each term, of which lower is better."""
 
 _OWN = {"name", "output_dir"}
-_OWN_SECTIONS = {"logging", "checkpoint.keep", "cluster"}
+_OWN_SECTIONS = {"logging", "checkpoint.keep", "checkpoint.keep_every", "cluster"}
 # Engines, baseline and adapters' base are made once, of one model.
 _SHARED = {"model.path", "model.trust_remote_code"}
 _DRAWS = 100

@@ -1,74 +1,97 @@
-"""Checkpoint folders: written by all workers, trusted only when complete.
+"""Checkpoint folders: written by all workers straight into the run's folder, trusted only when complete and undamaged.
 
 model/                 the policy: safetensors and tokenizer (full-parameter runs)
 adapter/               the LoRA adapters in peft's format (LoRA runs; model/ is made at export)
 extractor.safetensors  the extractor, dropped at export
-engine/                what the engine needs to go on, in files of its own
+state/                 float32 weights and AdamW's moments, by parameter and range: see `shards`
 random_state_*         random numbers, one file a worker
-manifest.json          resolved config, fingerprints, step, bundles consumed, number of workers, the engine's layout,
-                       versions, and every file with its size
+manifest.json          resolved config, fingerprints, step, bundles consumed, number of workers, versions, and of every
+                       file its size and checksum
+
+Nothing in it depends on the number of workers or on how their engine shards: any layout goes on from any other's.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mlc_ray.config import TrainConfig
-from mlc_ray.errors import MlcRayError
-from mlc_ray.runs import TRAIN_FOLDER, complete_checkpoints
+from mlc_ray.config.train import CheckpointSection
+from mlc_ray.runs import TRAIN_FOLDER, checkpoint_folder, checkpoint_folders, complete_checkpoints
 from mlc_ray.storage import (
     MANIFEST,
     ArtifactError,
     IncompleteArtifactError,
+    checksum,
+    fingerprint,
     library_versions,
     read_manifest,
+    verify_checksums,
     verify_files,
     write_json_atomic,
 )
-from mlc_ray.train.collectives import gather_objects
+from mlc_ray.train.collectives import from_rank_zero, gather_objects, rank_and_workers
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.loop import Progress
 from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.train.random_state import random_state, restore_random_state
+from mlc_ray.train.shards import CheckpointError, ShardReader, index_of, write_bytes, write_shards
 
-ENGINE = "engine"
+logger = logging.getLogger(__name__)
 
-
-class CheckpointError(MlcRayError):
-    """A checkpoint is missing, incomplete or does not fit; the message quotes the path and names the fix."""
+STATE, INDEX = "state", "index.json"
 
 
 def save_checkpoint(
-    folder: Path,
+    run: Path,
     *,
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
     progress: Progress,
     fingerprints: Mapping[str, str],
-) -> None:
-    """Write this worker's part of a checkpoint into `folder`; all workers call it, each with a folder of its own.
+) -> Path:
+    """Write a checkpoint of a run, and remove those that are no longer to be kept; every worker calls it.
 
-    Rank 0 writes the model, and the manifest with every worker's files, so that a merged folder from which any file is
-    missing or cut short is recognised.
+    The workers write into a folder whose name starts with a dot. Once all their files are on the disk, rank 0 adds the
+    manifest and gives the folder its name. When this returns, on whichever worker, the checkpoint is there.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: What the engine says that its workers own is not each trainable element once.
     """
+    folder = checkpoint_folder(run, progress.step)
+    writing = folder.with_name(f".{folder.name}.writing")
+    if engine.rank == 0:
+        shutil.rmtree(writing, ignore_errors=True)
+        (writing / STATE).mkdir(parents=True)
+    gather_objects(None)  # the folder is there from here on
+    ranges, written = write_shards(writing / STATE, engine.rank, engine.owned_state())
+    checksums = {f"{STATE}/{name}": value for name, value in written.items()}
+    own_random = _random_state_file(writing, engine.rank)
+    checksums[own_random.name] = write_bytes(own_random, save(random_state()))
     lora = config.model.lora is not None
-    engine.save(folder / ENGINE)
-    # In a file of every worker's own: an engine may keep one worker's state, and with it all would draw the same.
-    save_file(random_state(), _random_state_file(folder, engine.rank))
     weights = engine.full_weights(trainable_only=lora)
     if weights is not None:
-        _save_weights(folder, engine.module, weights, tokenizer, lora=lora)
-    sizes = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-    everyones = gather_objects(sizes)
+        checksums |= _save_weights(writing, engine.module, weights, tokenizer, lora=lora)
+    everyones = gather_objects((ranges, checksums))
     if engine.rank == 0:
-        files = {name: size for part in everyones for name, size in part.items()}
+        index = index_of([part for part, _ in everyones], _sizes(engine))
+        checksums = {name: value for _, part in everyones for name, value in part.items()}
+        checksums[f"{STATE}/{INDEX}"] = write_bytes(writing / STATE / INDEX, json.dumps(index).encode())
         manifest = {
             "config": config.model_dump(mode="json", exclude_unset=True),
             "resolved_config": config.model_dump(mode="json"),
@@ -77,46 +100,78 @@ def save_checkpoint(
             "bundles_consumed": progress.bundles,
             "validation_before": progress.before,
             "world_size": engine.world_size,
-            "layout": engine.layout(),
             "versions": library_versions(),
-            "files": dict(sorted(files.items())),
+            "files": {name: (writing / name).stat().st_size for name in sorted(checksums)},
+            "checksums": dict(sorted(checksums.items())),
         }
-        write_json_atomic(folder / MANIFEST, manifest)
+        write_json_atomic(writing / MANIFEST, manifest)
+        _remove(folder)
+        os.rename(writing, folder)
+        prune_checkpoints(run, config.checkpoint)
+    gather_objects(None)
+    return folder
 
 
 def load_checkpoint(folder: Path, *, engine: Engine, config: TrainConfig, fingerprints: Mapping[str, str]) -> Progress:
     """Load a checkpoint into the engine, with optimizer and random state; returns the progress that it was made at.
 
+    A worker reads the ranges that it needs, from whichever files hold them. One that the run did not have before draws
+    random numbers of its own, by seed, rank and step.
+
     Raises:
-        CheckpointError: if the folder is incomplete, or was written by a number of workers that the engine cannot go on
-            from, by another engine or with other settings of it, or from other data.
+        CheckpointError: if the folder is incomplete or damaged, of another model, or from other data.
     """
     manifest = verified_manifest(folder)
-    if manifest["world_size"] != engine.world_size and not engine.any_workers:
-        raise CheckpointError(
-            f"checkpoint {str(folder)!r} was written by {manifest['world_size']} workers, this run has "
-            f"{engine.world_size}: set cluster.workers={manifest['world_size']}"
-        )
-    written = {"engine.name": manifest["resolved_config"]["engine"]["name"], **manifest["layout"]}
-    here = {"engine.name": config.engine.name, **engine.layout()}
-    for name in {**written, **here}:
-        if written.get(name) != here.get(name):
-            raise CheckpointError(
-                f"checkpoint {str(folder)!r} was written with {name}={written.get(name)!r}, this run has "
-                f"{name}={here.get(name)!r}: set {name}={written.get(name)}"
-            )
     for name, value in fingerprints.items():
         if manifest["fingerprints"].get(name) != value:
             raise CheckpointError(
                 f"checkpoint {str(folder)!r} was trained with {name}={manifest['fingerprints'].get(name)!r}, "
                 f"now it is {value!r}: it has changed since; start a new run under another name"
             )
-    engine.load(folder / ENGINE)
-    if (
-        own := _random_state_file(folder, engine.rank)
-    ).is_file():  # of more workers than before, the new ones have none
+    index = json.loads((folder / STATE / INDEX).read_text(encoding="utf-8"))
+    reader = ShardReader(folder / STATE, index)
+    reader.check(_sizes(engine))
+    engine.load_state(reader, manifest["step"])
+    if (own := _random_state_file(folder, engine.rank)).is_file():
         restore_random_state(load_file(own))
+    else:
+        torch.manual_seed(int(fingerprint([config.seed, engine.rank, manifest["step"]])[:15], 16))
     return Progress(manifest["step"], manifest["bundles_consumed"], manifest["validation_before"])
+
+
+def agree_on_checkpoint(run: Path) -> Path | None:
+    """The newest undamaged checkpoint of a run, the same on all workers; every worker calls it, at its start.
+
+    Rank 0 looks which one is the newest, and each worker computes the checksums of its share of the files. Where one is
+    wrong, the checkpoint is renamed to `checkpoint_NNNNNN.damaged`, a warning says so, and the one before is looked at.
+    What a run that died left half written is removed.
+    """
+    rank, workers = rank_and_workers()
+    if rank == 0:
+        for leftover in (run / TRAIN_FOLDER).glob(".checkpoint_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    while True:
+        folders = [folder for _, folder in checkpoint_folders(run)] if rank == 0 else []
+        newest = from_rank_zero(folders[-1] if folders else None)
+        if newest is None:
+            return None
+        faults = gather_objects(_fault(newest, rank, workers))
+        fault = next((each for each in faults if each is not None), None)
+        if fault is None:
+            return newest
+        if rank == 0:
+            aside = newest.with_name(f"{newest.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(newest, aside)
+            before = folders[-2].name if len(folders) > 1 else "the start of the run"
+            logger.warning("not a usable checkpoint: %s; it is %s now, and %s is tried", fault, aside.name, before)
+
+
+def prune_checkpoints(run: Path, settings: CheckpointSection) -> None:
+    """Remove all checkpoints of a run but the latest `checkpoint.keep`, and those of `checkpoint.keep_every`."""
+    for step, folder in checkpoint_folders(run)[: -settings.keep]:
+        if settings.keep_every is None or step % settings.keep_every:
+            _remove(folder)
 
 
 def verified_manifest(folder: Path) -> dict[str, Any]:
@@ -140,7 +195,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def find_checkpoint(run: Path, name: str | None = None) -> Path:
     """The newest complete checkpoint of a run, or the one called `name`; `run` may be a checkpoint itself."""
-    if (run / MANIFEST).is_file() and (run / ENGINE).is_dir():
+    if (run / MANIFEST).is_file() and (run / STATE).is_dir():
         verified_manifest(run)
         return run
     if name is not None:
@@ -156,6 +211,31 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
     return complete[-1]
 
 
+def _fault(folder: Path, rank: int, workers: int) -> str | None:
+    """What is wrong with the files of a checkpoint that fall to this worker; sizes are looked at by every one."""
+    try:
+        manifest = read_manifest(folder)
+        verify_files(folder, manifest)
+        verify_checksums(folder, manifest, sorted(manifest["files"])[rank::workers])
+    except IncompleteArtifactError as error:
+        return str(error)
+    return None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint, if it is there: out of sight first, so that none is ever seen by half."""
+    if folder.exists():
+        removing = folder.with_name(f".{folder.name}.removing")
+        os.rename(folder, removing)
+        shutil.rmtree(removing)
+
+
+def _sizes(engine: Engine) -> dict[str, int]:
+    """The number of elements of each trainable parameter."""
+    named = engine.module.named_parameters()
+    return {name: torch.Size(engine.shape(p)).numel() for name, p in named if p.requires_grad}
+
+
 def _save_weights(
     folder: Path,
     module: PolicyWithExtractor,
@@ -163,7 +243,8 @@ def _save_weights(
     tokenizer: PreTrainedTokenizerBase,
     *,
     lora: bool,
-) -> None:
+) -> dict[str, str]:
+    """Write the weights as they are published; returns the checksums of all files."""
     # contiguous() also copies: a view into a shard would be written with its whole storage
     extractor = {k.removeprefix("extractor."): v.contiguous() for k, v in weights.items() if k.startswith("extractor.")}
     save_file(extractor, folder / "extractor.safetensors")
@@ -171,8 +252,12 @@ def _save_weights(
     target = folder / ("adapter" if lora else "model")
     module.policy.save_pretrained(target, state_dict=policy, safe_serialization=True)
     tokenizer.save_pretrained(target)
-    for path in target.rglob("*.safetensors"):
+    files = [folder / "extractor.safetensors", *(path for path in target.rglob("*") if path.is_file())]
+    for path in files:
         path.chmod(0o644)  # safetensors writes 0600, which a scorer under another user could not read
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in files}
 
 
 def _random_state_file(folder: Path, rank: int) -> Path:

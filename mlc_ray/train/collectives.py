@@ -63,6 +63,11 @@ def gather_objects(value: T) -> list[T]:
     return parts
 
 
+def from_rank_zero(value: T) -> T:
+    """The `value` of rank 0 (pickled on the way), where workers' own could differ; every worker must call it."""
+    return gather_objects(value)[0]
+
+
 def largest(values: Sequence[float], device: torch.device) -> list[float]:
     """The largest of all workers' for each of `values`; every worker must call it."""
     found = torch.tensor(values, dtype=torch.float64, device=device)

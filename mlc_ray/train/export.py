@@ -20,8 +20,9 @@ from mlc_ray._registry import shipped_only
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.losses.objective import Objective, public_settings
 from mlc_ray.runs import PROVENANCE_FILE, RUN_FILE, output_folder
-from mlc_ray.storage import atomic_folder, write_json_atomic
-from mlc_ray.train.checkpoint import CheckpointError, find_checkpoint, verified_manifest
+from mlc_ray.storage import IncompleteArtifactError, atomic_folder, verify_checksums, write_json_atomic
+from mlc_ray.train.checkpoint import find_checkpoint, verified_manifest
+from mlc_ray.train.shards import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def export(
     Raises:
         ConfigError: the run's settings name a component from outside this package, and it is not trusted.
         CheckpointError: if `out` exists, there is no complete checkpoint, there is nothing to merge, the base model
-            needs code that is not trusted, or the checkpoint holds links.
+            needs code that is not trusted, or the checkpoint holds links or a file that is damaged.
         OutputFolderError: `out` is a URL, or relative inside a Ray job.
     """
     out = output_folder(out, setting="out")
@@ -74,6 +75,10 @@ def export(
         raise CheckpointError(f"export folder {str(out)!r} exists already; remove it or choose another")
     trained = source / ("model" if config.model.lora is None else "adapter")
     _refuse_links(trained)
+    try:
+        verify_checksums(source, manifest, [name for name in manifest["files"] if name.startswith(f"{trained.name}/")])
+    except IncompleteArtifactError as error:
+        raise CheckpointError(f"nothing is exported: {error}; export another checkpoint with --checkpoint") from None
     with atomic_folder(out) as temporary:
         if merge_lora:
             _merge(trained, config, temporary, trust_remote_code=trust_remote_code)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ import ray.data
 import torch
 
 from mlc_ray.config import ModelSection, TrainConfig
-from mlc_ray.data.batches import collate
+from mlc_ray.data.batches import BatchError, collate
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
 from mlc_ray.progress import phase
 from mlc_ray.storage import (
@@ -30,7 +28,7 @@ from mlc_ray.storage import (
     verify_files,
     write_manifest,
 )
-from mlc_ray.train.model import load_policy
+from mlc_ray.train.model import ModelError, load_policy
 from mlc_ray.train.reference import ReferenceModel, asked_of_reference
 from mlc_ray.types import ReferenceRow, move
 
@@ -39,7 +37,9 @@ logger = logging.getLogger(__name__)
 TABLE = "reference.parquet"
 BUNDLES_PER_FORWARD = 8
 _BLOCK_ROWS = 256
-_FAULT = "fault"
+_FAULT, _KIND = "fault", "error"
+_ERRORS = {error.__name__: error for error in (BatchError, ModelError)}
+"""What scoring may raise of ours."""
 
 
 def prepare_reference(
@@ -130,7 +130,8 @@ def _compute(config: TrainConfig, tokens: TokenArtifact, needed: dict[str, Any],
     with phase("reference", total=ids.num_rows, unit="bundles") as progress:
         for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
             if _FAULT in table.column_names:
-                raise pickle.loads(table[_FAULT].drop_null()[0].as_py())
+                kind, message = (table[name].drop_null()[0].as_py() for name in (_KIND, _FAULT))
+                raise _ERRORS[kind](message)
             tables.append(table.select(sorted(table.column_names)))
             progress.advance(table.num_rows)
     return pa.concat_tables(tables)
@@ -154,8 +155,8 @@ class ReferenceScorer:
         """`_score`, or a row with an error of ours: raised here, Ray would wrap it and add to its message."""
         try:
             return self._score(batch)
-        except MlcRayError as error:
-            return pa.table({_FAULT: pa.array([pickle.dumps(error)], pa.binary())})
+        except tuple(_ERRORS.values()) as error:
+            return pa.table({_FAULT: [str(error)], _KIND: [type(error).__name__]})
 
     @torch.no_grad()
     def _score(self, batch: dict[str, np.ndarray]) -> pa.Table:

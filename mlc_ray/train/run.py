@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mlc_ray.cluster import check_fits, connect, known_to_ray_train, use_gpu, with_dtype
@@ -128,6 +128,8 @@ def train(
         steps = _total_steps(config, data.tokens)
         _announce(config, data.tokens, steps, gpu=gpu)
     _describe_run(run_folder, config, data.fingerprints, data.tokens, steps)
+    # Ray Train's list of earlier checkpoints: it would refuse to start where one of them is gone, and is not read here.
+    (run_folder / TRAIN_FOLDER / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     trainer = TorchTrainer(
         cast(Any, train_worker),
         train_loop_config={
@@ -152,7 +154,6 @@ def train(
             name=TRAIN_FOLDER,
             storage_path=str(run_folder),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=config.checkpoint.keep),
             logging_config=LoggingConfig(log_level="WARNING"),  # the console has a table of its own
             callbacks=[*callbacks, EndAtOwnError()],
         ),

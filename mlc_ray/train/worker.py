@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint
+from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 
 from mlc_ray._registry import resolve
@@ -26,8 +24,7 @@ from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
-from mlc_ray.runs import checkpoint_folder
-from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint, save_checkpoint
 from mlc_ray.train.checks import check_batch, check_tap
 from mlc_ray.train.divergence import forget_divergence
 from mlc_ray.train.engines.base import Engine
@@ -66,12 +63,10 @@ def work(spec: WorkerSpec) -> None:
     torch.manual_seed(config.seed + rank)  # dropout; order and extractor have their own seeded generators
 
     engine, online = _build(config, device)
-    # From the folder, not from Ray's list: only checkpoints whose every file is there count, and the newest such one
-    # is the same for all workers, since they share the run folder.
-    complete = list_checkpoints(spec.run_folder)
+    # From the folder, not from Ray's list, which names what was reported, not what is there and undamaged.
     progress = Progress()
-    if complete:
-        progress = load_checkpoint(complete[-1], engine=engine, config=config, fingerprints=spec.fingerprints)
+    if (checkpoint := agree_on_checkpoint(spec.run_folder)) is not None:
+        progress = load_checkpoint(checkpoint, engine=engine, config=config, fingerprints=spec.fingerprints)
     tokens = TokenArtifact.open(spec.tokens_folder)
     table = load_reference(spec.reference_folder) if spec.reference_folder else None
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
@@ -91,24 +86,21 @@ def work(spec: WorkerSpec) -> None:
                 forget_divergence(spec.run_folder, step)
 
         def save(at: Progress, metrics: Metrics) -> None:
-            with tempfile.TemporaryDirectory(prefix="mlc_ray-checkpoint-") as folder:
-                save_checkpoint(
-                    Path(folder),
-                    engine=engine,
-                    tokenizer=tokenizer,
-                    config=config,
-                    progress=at,
-                    fingerprints=spec.fingerprints,
-                )
-                ray.train.report(
-                    {"step": at.step, **metrics},
-                    checkpoint=Checkpoint.from_directory(folder),
-                    checkpoint_dir_name=checkpoint_folder(spec.run_folder, at.step).name,
-                )
-            # report() returns before the checkpoint is registered; a worker that died now would lose it.
-            ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+            folder = save_checkpoint(
+                spec.run_folder,
+                engine=engine,
+                tokenizer=tokenizer,
+                config=config,
+                progress=at,
+                fingerprints=spec.fingerprints,
+            )
+            ray.train.report(
+                {"step": at.step, **metrics},
+                checkpoint=Checkpoint(str(folder)),
+                checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it lies where Ray would bring it
+            )
             if spec.score is not None:
-                score = partial(spec.score, spec.run_folder, checkpoint_folder(spec.run_folder, at.step), at.step)
+                score = partial(spec.score, spec.run_folder, folder, at.step)
                 ray.train.report(_on_first_worker(score))
 
         train_loop(

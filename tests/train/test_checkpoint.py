@@ -1,6 +1,8 @@
-"""Checkpoints: resuming is exact, damage is recognised, pickles run no code, exports load."""
+"""Checkpoints: any layout goes on from any other's, exactly; damage is recognised, files run no code, exports load."""
 
+import ast
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -11,15 +13,22 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import mlc_ray
+from mlc_ray.config.train import CheckpointSection
+from mlc_ray.train import shards
 from mlc_ray.train.checkpoint import (
-    CheckpointError,
+    agree_on_checkpoint,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    prune_checkpoints,
     save_checkpoint,
     verified_manifest,
 )
+from mlc_ray.train.collectives import from_rank_zero
+from mlc_ray.train.engines.base import STATE_KINDS, StateShard, owned_ranges
 from mlc_ray.train.export import export, model_card
+from mlc_ray.train.shards import CheckpointError, ShardReader, index_of, write_shards
 from tests.train.tiny import (
     VOCABULARY,
     make_engine,
@@ -32,15 +41,48 @@ from tests.train.tiny import (
 )
 
 FINGERPRINTS = {"model": "m", "tokens": "t"}
-RUNS = {
-    "stage2": {"engine": {"stage": 2}},
-    "stage3_bf16": {"engine": {"stage": 3, "persistence_threshold": 0}, "model": {"dtype": "bfloat16"}},
-    "stage0": {"engine": {"stage": 0}},
-    "stage1": {"engine": {"stage": 1}},
-    "stage3": {"engine": {"stage": 3, "persistence_threshold": 0}},
-    "lora": {"engine": {"stage": 2}, "model": {"lora": {"rank": 4, "dropout": 0.1}}},
-    "lora_stage3": {"engine": {"stage": 3, "persistence_threshold": 0}, "model": {"lora": {"rank": 4}}},
+ENGINES = {
+    "stage0": {"stage": 0},
+    "stage1": {"stage": 1, "extra": {"zero_optimization": {"round_robin_gradients": True}}},
+    "stage2": {"stage": 2},
+    "stage2_offload": {"stage": 2, "offload_optimizer": True},
+    "stage3": {"stage": 3, "persistence_threshold": 0},
+    "stage3_whole": {"stage": 3},  # every parameter of the tiny model is below the threshold: gathered once, and kept
+    "stage3_offload": {"stage": 3, "persistence_threshold": 0, "offload_optimizer": True, "offload_parameters": True},
+    "ddp": {"name": "examples.my_engine:TorchDdp", "stage": None},
 }
+MODELS = {
+    "": {},
+    "bf16": {"dtype": "bfloat16"},
+    "lora": {"lora": {"rank": 4}},
+    "dropout": {"lora": {"rank": 4, "dropout": 0.1}},
+}
+SAVED = {
+    1: ["stage0"],
+    2: [
+        "stage0", "stage2", "stage2_offload", "stage3", "stage3_whole", "ddp", "stage2 dropout", "stage3 lora",
+        "stage0 bf16", "stage3 bf16",
+    ],
+    3: ["stage1", "stage3"],  # of three, DDP adds up in another order once it has rebuilt its buckets
+}  # fmt: skip
+SAME = [(workers, layout) for workers, layouts in SAVED.items() for layout in layouts]
+CROSSED = [
+    ((1, "stage0"), (2, "stage3_offload")),
+    ((1, "stage0"), (3, "stage3")),
+    ((2, "stage0"), (3, "stage1")),
+    ((2, "stage2_offload"), (3, "stage3_whole")),
+    ((2, "stage3_whole"), (3, "ddp")),
+    ((2, "stage3"), (2, "stage2")),
+    ((2, "stage2"), (1, "stage0")),
+    ((3, "stage1"), (1, "stage3")),
+    ((3, "stage3"), (1, "stage2_offload")),
+    ((2, "ddp"), (1, "stage2")),
+    ((2, "stage3 lora"), (1, "stage0 lora")),
+    ((2, "stage3 bf16"), (3, "stage1 bf16")),
+    ((2, "stage0 bf16"), (1, "stage2 bf16")),
+    ((2, "stage3 bf16"), (1, "stage0 bf16")),
+]
+PAIRS = [(each, each) for each in SAME] + CROSSED
 
 
 def tokenizer():
@@ -48,53 +90,79 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), unk_token="w0")
 
 
-def config_of(name, model_folder):
-    sections = dict(RUNS[name])
-    sections["model"] = {**sections.get("model", {}), "path": str(model_folder)}
-    return tiny_config(objective={"loss": "simpo"}, checkpoint={"every": 2}, **sections)
+def config_of(layout, model_folder, **sections):
+    engine, _, model = layout.partition(" ")
+    return tiny_config(
+        engine=ENGINES[engine],
+        model={**MODELS[model], "path": str(model_folder)},
+        objective={"loss": "simpo"},
+        optimizer={"weight_decay": 0.1, "learning_rate": 3e-3},
+        **{"checkpoint": {"every": 2, "keep": 2}, **sections},
+    )
 
 
-def train_and_save(rank, folder, model_folder):
-    """Four steps with a checkpoint after two; returns the losses of all four and the final weights."""
+def saving(run, config, engine):
+    def save(progress, metrics):
+        save_checkpoint(
+            run, engine=engine, tokenizer=tokenizer(), config=config, progress=progress, fingerprints=FINGERPRINTS
+        )
+
+    return save
+
+
+def copied(weights):
+    return weights and {name: value.clone() for name, value in weights.items()}
+
+
+def train_and_save(rank, folder, model_folder, layouts):
+    """Four steps with a checkpoint after two; losses of all four and final weights by layout."""
     results = {}
-    for name in RUNS:
-        config = config_of(name, model_folder)
+    for workers, layout in layouts:
+        often = {"checkpoint": {"every": 1, "keep": 1, "keep_every": 2}} if workers == 1 else {}
+        config = config_of(layout, model_folder, **often)
         engine = make_engine(config)
         torch.manual_seed(rank)
-
-        def save(progress, metrics, config=config, engine=engine, name=name):
-            part = Path(folder) / f"part-{rank}" / name / "train" / f"checkpoint_{progress.step:06d}"
-            part.mkdir(parents=True)
-            save_checkpoint(
-                part, engine=engine, tokenizer=tokenizer(), config=config, progress=progress, fingerprints=FINGERPRINTS
-            )
-
-        engine, history = run_engine(config, random_rows(7), 4, save=save, engine=engine)
-        results[name] = ([row["loss/total"] for row in history], engine.full_weights())
+        save = saving(folder / f"{workers} {layout}", config, engine)
+        _, history = run_engine(config, random_rows(7), 4, save=save, engine=engine)
+        results[workers, layout] = [row["loss/total"] for row in history], copied(engine.full_weights())
     return results
 
 
-def resume(rank, runs, model_folder):
-    """The last two steps again, from the checkpoint after two."""
+def go_on(rank, folder, model_folder, pairs):
+    """The last two steps again, from the checkpoint after two of another model's run; saved again before that."""
     results = {}
-    for name in RUNS:
-        config = config_of(name, model_folder)
-        engine = make_engine(config, wrapped(config, seed=9))
-        if config.model.lora is not None:
-            # Adapters alone are saved: the frozen weights come from the model that both runs name.
-            if config.engine.stage == 3:
-                continue  # they are partitioned here, and cannot be put in by hand
-            frozen = tiny_model(0).state_dict()
-            for key, value in engine.module.policy.get_base_model().state_dict().items():
-                if (plain := key.replace(".base_layer", "")) in frozen:
-                    value.copy_(frozen[plain])
+    for before, now in pairs:
+        config = config_of(now[1], model_folder)
+        # With adapters, frozen weights are those of the model that both runs name; all others come from the checkpoint.
+        engine = make_engine(config, wrapped(config, seed=0 if config.model.lora else 9))
         torch.manual_seed(77)
-        checkpoint = find_checkpoint(Path(runs) / name, "checkpoint_000002")
+        checkpoint = find_checkpoint(folder / f"{before[0]} {before[1]}", "checkpoint_000002")
         progress = load_checkpoint(checkpoint, engine=engine, config=config, fingerprints=FINGERPRINTS)
         start = (progress.step, progress.bundles)
-        engine, history = run_engine(config, random_rows(7), 4, engine=engine, progress=progress)
-        results[name] = (start, [row["loss/total"] for row in history], engine.full_weights())
+        saving(folder / f"{before} as {now}", config, engine)(progress, {})
+        _, history = run_engine(config, random_rows(7), 4, engine=engine, progress=progress)
+        results[before, now] = start, [row["loss/total"] for row in history], copied(engine.full_weights())
     return results
+
+
+def flip(path):
+    """Change a bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def save_and_go_on(rank, folder, model_folder, saved, pairs, damaged=None):
+    """Both of these, and what the workers take for the newest undamaged checkpoint where one of two has a fault."""
+    first = train_and_save(rank, folder, model_folder, saved)
+    again = go_on(rank, folder, model_folder, pairs)
+    agreed = None
+    if damaged is not None:
+        if rank == 0:
+            last = shutil.copytree(folder / "2 stage2", damaged) / "train/checkpoint_000004"
+            flip(last / sorted(verified_manifest(last)["files"])[1])  # of the second worker's share
+        agreed = from_rank_zero(None) or agree_on_checkpoint(damaged).name
+    return first, again, agreed
 
 
 @pytest.fixture(scope="module")
@@ -103,43 +171,92 @@ def runs(tmp_path_factory):
     model_folder = folder / "model"
     tiny_model().save_pretrained(model_folder)
     tokenizer().save_pretrained(model_folder)
-    first = on_workers(2, train_and_save, folder / "first", folder, model_folder)
-    for rank in range(2):  # what Ray Train does with the workers' folders
-        shutil.copytree(folder / f"part-{rank}", folder / "runs", dirs_exist_ok=True)
-    again = on_workers(2, resume, folder / "again", folder / "runs", model_folder)
-    return folder / "runs", first, again, model_folder
+    first, again, agreed = {}, {}, []
+    saved = []
+    for workers in (1, 2, 3, 1):  # one worker again, for what two and three have written
+        new = [each for each in SAME if each[0] == workers and each not in saved]
+        saved += new
+        pairs = [pair for pair in PAIRS if pair[1][0] == workers and pair[0] in saved and pair not in again]
+        results = on_workers(
+            workers,
+            save_and_go_on,
+            folder / f"workers-{len(saved)}-{workers}",
+            *(folder, model_folder, new, pairs, folder / "damaged" if workers == 2 else None),
+        )
+        first |= results[0][0]
+        again |= results[0][1]
+        agreed += [name for _, _, name in results if name]
+    assert again.keys() == set(PAIRS)
+    return folder, first, again, model_folder, agreed
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "lora_stage3"])
-def test_resuming_gives_the_undisturbed_run(name, runs):
-    _, first, again, _ = runs
-    losses, weights = first[0][name]
-    start, resumed_losses, resumed_weights = again[0][name]
+def whole_state(checkpoint):
+    """All that a checkpoint holds of its trainable parameters, whoever wrote it."""
+    index = json.loads((checkpoint / "state/index.json").read_text())
+    reader = ShardReader(checkpoint / "state", index)
+    return {name: reader(name, 0, entry["elements"]) for name, entry in index.items()}
+
+
+@pytest.mark.parametrize(("before", "now"), PAIRS, ids=str)
+def test_a_checkpoint_is_the_same_whatever_layout_reads_it(before, now, runs):
+    first, second = (
+        runs[0] / name / "train/checkpoint_000002" for name in (f"{before[0]} {before[1]}", f"{before} as {now}")
+    )
+    state, again = whole_state(first), whole_state(second)
+    assert state.keys() == again.keys()
+    for name, values in state.items():
+        assert all(torch.equal(values[kind], again[name][kind]) for kind in STATE_KINDS), name
+        assert values["exp_avg_sq"].any(), name
+    for file in first.glob("*/*model.safetensors"):
+        published, republished = load_file(file), load_file(second / file.relative_to(first))
+        assert all(torch.equal(value, republished[name]) for name, value in published.items())
+
+
+@pytest.mark.parametrize("layout", SAME, ids=str)
+def test_resuming_gives_the_undisturbed_run(layout, runs):
+    losses, weights = runs[1][layout]
+    start, resumed_losses, resumed_weights = runs[2][layout, layout]
     assert start == (2, 7)
     assert resumed_losses == losses[2:]
     for key, value in weights.items():
         assert torch.equal(value, resumed_weights[key]), key
 
 
+@pytest.mark.parametrize(("before", "now"), CROSSED, ids=str)
+def test_resuming_at_another_layout_gives_the_undisturbed_run(before, now, runs):
+    losses, weights = runs[1][before]
+    start, resumed_losses, resumed_weights = runs[2][before, now]
+    bound = 5e-2 if "bf16" in now[1] else 1e-6
+    assert start == (2, 7)
+    assert resumed_losses == pytest.approx(losses[2:], rel=bound)
+    assert weights.keys() == resumed_weights.keys()
+    for key, value in weights.items():
+        difference = resumed_weights[key].double() - value.double()
+        assert float(difference.norm() / value.double().norm()) < bound, key
+
+
 def test_checkpoint_folder_is_as_documented(runs):
-    folder = runs[0] / "stage2/train/checkpoint_000004"
+    folder = runs[0] / "2 stage2/train/checkpoint_000004"
     manifest = verified_manifest(folder)
     assert (manifest["step"], manifest["bundles_consumed"], manifest["world_size"]) == (4, 14, 2)
     assert manifest["fingerprints"] == FINGERPRINTS
     assert manifest["resolved_config"]["optimizer"]["schedule"] == "cosine"
     states = {"random_state_00000.safetensors", "random_state_00001.safetensors"}
-    expected = {"model", "engine", "extractor.safetensors", "manifest.json"} | states
+    expected = {"model", "state", "extractor.safetensors", "manifest.json"} | states
     assert expected == {p.name for p in folder.iterdir()}
-    assert sum("_states.pt" in name for name in manifest["files"]) >= 3  # both workers' files are listed
+    written = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert written == manifest["files"].keys() == manifest["checksums"].keys()
+    assert {"state/00000-00000.safetensors", "state/00001-00000.safetensors", "state/index.json"} <= written
+    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint_000002", "checkpoint_000004"]
     assert load_file(folder / "extractor.safetensors").keys() == {"weight", "bias"}
 
 
-@pytest.mark.parametrize("name", ["stage2", "stage3_bf16"])
+@pytest.mark.parametrize("name", ["stage2", "stage3 bf16"])
 def test_export_is_the_trained_model(name, runs, tmp_path):
-    folder, first, _, _ = runs
-    out = export(folder / name, tmp_path / "out")
+    folder, first, *_ = runs
+    out = export(folder / f"2 {name}", tmp_path / "out")
     state = AutoModelForCausalLM.from_pretrained(out).state_dict()
-    for key, value in first[0][name][1].items():
+    for key, value in first[2, name][1].items():
         if key.startswith("policy."):
             assert torch.equal(state[key.removeprefix("policy.")], value), key
     assert AutoTokenizer.from_pretrained(out).vocab_size == VOCABULARY
@@ -147,14 +264,14 @@ def test_export_is_the_trained_model(name, runs, tmp_path):
     assert "- simpo (beta=" in card and "4 optimizer steps, 14 bundles" in card
 
 
-@pytest.mark.parametrize("name", ["lora", "lora_stage3"])
+@pytest.mark.parametrize("name", ["stage2 dropout", "stage3 lora"])
 def test_export_of_adapters_merged_and_not(name, runs, tmp_path):
-    folder, first, _, model_folder = runs
-    adapter = export(folder / name, tmp_path / "adapter")
+    folder, first, _, model_folder, _ = runs
+    adapter = export(folder / f"2 {name}", tmp_path / "adapter")
     assert (adapter / "adapter_config.json").is_file() and not (adapter / "model.safetensors").exists()
-    merged = AutoModelForCausalLM.from_pretrained(export(folder / name, tmp_path / "merged", merge_lora=True))
+    merged = AutoModelForCausalLM.from_pretrained(export(folder / f"2 {name}", tmp_path / "merged", merge_lora=True))
     start = AutoModelForCausalLM.from_pretrained(model_folder).state_dict()
-    weights = first[0][name][1]
+    weights = first[2, name][1]
     prefix = "policy.base_model.model.model.layers.1.self_attn.q_proj."
     down, up = weights[prefix + "lora_A.default.weight"], weights[prefix + "lora_B.default.weight"]
     key = "model.layers.1.self_attn.q_proj.weight"
@@ -165,52 +282,71 @@ def test_export_of_adapters_merged_and_not(name, runs, tmp_path):
 def test_export_refusals(runs, tmp_path):
     folder = runs[0]
     with pytest.raises(CheckpointError, match="no adapter to merge"):
-        export(folder / "stage2", tmp_path / "a", merge_lora=True)
+        export(folder / "2 stage2", tmp_path / "a", merge_lora=True)
     (tmp_path / "there").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
-        export(folder / "stage2", tmp_path / "there")
+        export(folder / "2 stage2", tmp_path / "there")
     with pytest.raises(CheckpointError, match="no checkpoint 'checkpoint_9'; complete ones: checkpoint_000002"):
-        export(folder / "stage2", tmp_path / "b", checkpoint="checkpoint_9")
+        export(folder / "2 stage2", tmp_path / "b", checkpoint="checkpoint_9")
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         export(tmp_path, tmp_path / "c")
 
 
-@pytest.mark.parametrize("damage", ["short", "missing", "no manifest", "half a manifest"])
-def test_a_half_written_checkpoint_is_passed_over(damage, runs, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(runs[0] / "stage2", run)
+def test_of_a_lora_run_nothing_frozen_is_written(runs):
+    folder = runs[0] / "2 stage3 lora/train/checkpoint_000004"
+    assert all("lora_" in name or name.startswith("extractor.") for name in whole_state(folder))
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"adapter", "state"}
+    assert all("lora_" in name for name in load_file(folder / "adapter/adapter_model.safetensors"))
+
+
+DAMAGES = {
+    "short": ("model/model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000])),
+    "missing": ("state/00001-00000.safetensors", Path.unlink),
+    "no manifest": ("manifest.json", Path.unlink),
+    "half a manifest": ("manifest.json", lambda path: path.write_bytes(path.read_bytes()[:500])),
+}
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    return Path(shutil.copytree(runs[0] / "2 stage2", tmp_path / "run"))
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_half_written_checkpoint_is_passed_over(damage, run, caplog):
+    file, spoil = DAMAGES[damage]
     last = run / "train/checkpoint_000004"
-    if damage == "short":
-        with (last / "model/model.safetensors").open("r+b") as file:
-            file.truncate(1000)
-    elif damage == "missing":
-        next(last.glob("engine/state/*rank_1_*optim_states.pt")).unlink()
-    elif damage == "no manifest":
-        (last / "manifest.json").unlink()
-    else:
-        text = (last / "manifest.json").read_text()
-        (last / "manifest.json").write_text(text[: len(text) // 2])
-    with pytest.raises(CheckpointError, match="checkpoint_000004"):
+    spoil(last / file)
+    with pytest.raises(CheckpointError, match=f"checkpoint_000004.*{file}"):
         verified_manifest(last)
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint_000002"]
     assert find_checkpoint(run).name == "checkpoint_000002"
+    assert agree_on_checkpoint(run).name == "checkpoint_000002"
+    assert "checkpoint_000004" in caplog.text and file in caplog.text
 
 
-def load_refused(rank, checkpoint, model_folder, changes, marker):
-    """What load_checkpoint says to each change, in two workers."""
-    answers = {}
-    for name, (sections, fingerprints) in changes.items():
-        config = config_of("stage2", model_folder).model_copy(update=sections)
-        engine = make_engine(config)
-        folder = Path(checkpoint)
-        if name == "pickle":
-            folder = folder.with_name("poisoned")
-        try:
-            load_checkpoint(folder, engine=engine, config=config, fingerprints=fingerprints)
-            answers[name] = "loaded"
-        except Exception as error:
-            answers[name] = f"{type(error).__name__}: {error}"
-    return answers
+@pytest.mark.parametrize("file", ["model/model.safetensors", "state/00001-00000.safetensors", "state/index.json"])
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(file, run, tmp_path, caplog):
+    flip(run / "train/checkpoint_000004" / file)
+    (run / "train/.checkpoint_000006.writing").mkdir()
+    assert agree_on_checkpoint(run).name == "checkpoint_000002"
+    assert f"'{run}/train/checkpoint_000004' is damaged: '{file}' has checksum" in caplog.text
+    assert "checkpoint_000004.damaged now, and checkpoint_000002 is tried" in caplog.text
+    assert {path.name for path in (run / "train").iterdir()} == {"checkpoint_000002", "checkpoint_000004.damaged"}
+    flip(run / "train/checkpoint_000002" / file)
+    assert agree_on_checkpoint(run) is None
+
+
+def test_damaged_weights_are_not_exported(run, tmp_path):
+    flip(run / "train/checkpoint_000004/model/model.safetensors")
+    with pytest.raises(CheckpointError, match=r"nothing is exported: .*'model/model.safetensors' has checksum"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_agree_on_a_checkpoint_though_one_alone_sees_the_damage(runs):
+    assert runs[4] == ["checkpoint_000002"] * 2
+    assert (runs[0] / "damaged/train/checkpoint_000004.damaged").is_dir()
 
 
 class Poison:
@@ -223,32 +359,86 @@ class Poison:
         return Path.write_text, (Path(self.marker), "ran")
 
 
-def test_what_does_not_fit_is_refused_and_pickles_run_no_code(runs, tmp_path):
-    folder, _, _, model_folder = runs
-    checkpoint = tmp_path / "checkpoint"
-    shutil.copytree(folder / "stage2/train/checkpoint_000004", checkpoint)
-    poisoned, marker = tmp_path / "poisoned", tmp_path / "marker"
-    shutil.copytree(checkpoint, poisoned)
-    for path in poisoned.glob("engine/state/*.pt"):
-        torch.save({"module": Poison(str(marker))}, path)
-    manifest = json.loads((poisoned / "manifest.json").read_text())
-    manifest["files"] = {name: (poisoned / name).stat().st_size for name in manifest["files"]}
-    (poisoned / "manifest.json").write_text(json.dumps(manifest))
+def shards_of(sizes, rank, workers):
+    """Shards of parameters whose elements are numbered."""
+    for name, start, stop in owned_ranges(sizes, rank, workers):
+        yield StateShard(
+            name, start, stop, {kind: torch.arange(start, stop) + 1e4 * i for i, kind in enumerate(STATE_KINDS)}
+        )
 
-    stage1 = config_of("stage1", model_folder).engine
-    changes = {
-        "data": ({}, {**FINGERPRINTS, "tokens": "other"}),
-        "stage": ({"engine": stage1}, FINGERPRINTS),
-        "pickle": ({}, FINGERPRINTS),
-    }
-    answers = on_workers(2, load_refused, tmp_path / "w", checkpoint, model_folder, changes, str(marker))[0]
-    assert "tokens='t', now it is 'other'" in answers["data"]
-    assert "set engine.stage=2" in answers["stage"]
-    assert answers["pickle"] != "loaded" and "weights_only" in answers["pickle"].lower().replace(" ", "_")
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """State of two parameters by three workers, in files of 100 bytes or a range; and the reader of it."""
+    monkeypatch.setattr(shards, "FILE_BYTES", 100)
+    sizes = {"a": 50, "b": 7}
+    parts = [write_shards(tmp_path, rank, shards_of(sizes, rank, 3))[0] for rank in range(3)]
+    return ShardReader(tmp_path, json.loads(json.dumps(index_of(parts, sizes))))
+
+
+def test_any_range_is_read_from_the_files_that_hold_it(written):
+    assert len(list(written.folder.iterdir())) > 3
+    for start, stop in [(0, 50), (0, 1), (18, 20), (19, 38), (37, 50), (5, 45)]:
+        for i, values in enumerate(written("a", start, stop).values()):
+            assert values.tolist() == [number + 1e4 * i for number in range(start, stop)]
+    written.files.clear()
+    written("b", 0, 7)
+    assert len(written.files) == 1
+
+
+def test_files_of_state_run_no_code_and_damage_names_the_file(written, tmp_path):
+    marker = tmp_path / "marker"
+    for content in (pickle.dumps(Poison(str(marker))), b"", b"\xff" * 100):
+        (written.folder / "00001-00000.safetensors").write_bytes(content)
+        written.files.clear()
+        with pytest.raises(CheckpointError, match=r"00001-00000\.safetensors' is damaged: .*remove its checkpoint"):
+            written("a", 20, 25)
     assert not marker.exists()
 
-    alone = on_workers(1, load_refused, tmp_path / "w1", checkpoint, model_folder, {"world": ({}, FINGERPRINTS)}, "")
-    assert "written by 2 workers, this run has 1: set cluster.workers=2" in alone[0]["world"]
+
+def test_state_is_of_every_element_once_and_of_this_model(written):
+    sizes = {"a": 50, "b": 7}
+    for ranges in ([(0, 50, "f"), (0, 50, "g")], [(0, 20, "f")], [(0, 20, "f"), (19, 50, "g")], []):
+        with pytest.raises(CheckpointError, match=r"owned_state gives 'a' as the ranges .* not its 50 elements"):
+            index_of([{"a": ranges}, {"b": [(0, 7, "f")]}], sizes)
+    with pytest.raises(CheckpointError, match="'a' has 50 elements there and 51 here"):
+        written.check({"a": 51, "b": 7})
+    with pytest.raises(CheckpointError, match="'b' has 7 elements there and no here"):
+        written.check({"a": 50})
+
+
+def test_the_latest_checkpoints_and_those_for_good_are_kept(runs, tmp_path):
+    assert [path.name for path in list_checkpoints(runs[0] / "1 stage0")] == ["checkpoint_000002", "checkpoint_000004"]
+    for name in ["checkpoint_000003_best", *(f"checkpoint_{step:06d}" for step in range(1, 8))]:
+        (tmp_path / "train" / name).mkdir(parents=True)
+    prune_checkpoints(tmp_path, CheckpointSection(every=1, keep=2, keep_every=3))
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [
+        "checkpoint_000003", "checkpoint_000003_best", "checkpoint_000006", "checkpoint_000007"
+    ]  # fmt: skip
+
+
+def test_checkpoints_for_good_are_ones_that_are_written():
+    assert CheckpointSection(every=2, keep_every=6).keep_every == 6
+    for every in (None, 4):
+        with pytest.raises(ValueError, match=rf"keep_every=6 must be a multiple of checkpoint.every, which is {every}"):
+            CheckpointSection(every=every, keep_every=6)
+
+
+def test_a_checkpoint_of_other_data_is_refused(run):
+    with pytest.raises(CheckpointError, match=r"trained with tokens='t', now it is 'other': .*start a new run"):
+        load_checkpoint(
+            run / "train/checkpoint_000004", engine=None, config=None, fingerprints={**FINGERPRINTS, "tokens": "other"}
+        )
+
+
+def test_the_package_reads_and_writes_no_pickles():
+    for path in Path(mlc_ray.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name.partition(".")[0] for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "cloudpickle", "dill"}, path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, path
 
 
 def test_the_card_names_every_part_of_the_loss():

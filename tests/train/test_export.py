@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mlc_ray.config import ConfigError
-from mlc_ray.storage import library_versions
-from mlc_ray.train.checkpoint import CheckpointError
+from mlc_ray.storage import checksum, library_versions
 from mlc_ray.train.export import _public_name, export
+from mlc_ray.train.shards import CheckpointError
 from tests.train.test_checkpoint import tokenizer
 from tests.train.tiny import tiny_config, tiny_model
 
@@ -30,7 +30,7 @@ def checkpoint(tmp_path):
         sections["output_dir"] = str(tmp_path / "secret-out")
         config = tiny_config(model=model, objective={"loss": "simpo"}, **sections)
         folder = tmp_path / "run/train/checkpoint_000002"
-        (folder / "engine").mkdir(parents=True)
+        (folder / "state").mkdir(parents=True)
         trained = folder / ("adapter" if lora else "model")
         policy = AutoModelForCausalLM.from_pretrained(base)
         if lora:
@@ -45,9 +45,9 @@ def checkpoint(tmp_path):
             "step": 2,
             "bundles_consumed": 7,
             "world_size": 2,
-            "layout": {},
             "versions": library_versions(),
             "files": files,
+            "checksums": {name: checksum(folder / name) for name in files},
         }
         (folder / "manifest.json").write_text(json.dumps(manifest))
         return tmp_path / "run"

@@ -22,10 +22,10 @@ from ray.train.v2._internal.util import construct_user_exception_with_traceback
 from mlc_ray.data.batches import BatchError
 from mlc_ray.errors import MlcRayError
 from mlc_ray.score.run import TooManyUnparsedError
-from mlc_ray.train.checkpoint import CheckpointError
 from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_error, own_errors
 from mlc_ray.train.model import ModelError
+from mlc_ray.train.shards import CheckpointError
 
 CHECKPOINT = CheckpointError("checkpoint 'c' was made with other settings: start a new run")
 DIVERGED = DivergedError("step 3: not finite", step=3, bundles=["a", "b"])

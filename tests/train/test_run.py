@@ -153,7 +153,7 @@ def test_an_engine_and_a_term_from_outside_train_a_whole_run_as_deepspeed_does(u
         assert row["loss/total"] == pytest.approx(want["loss/total"], rel=1e-5)
     manifest = json.loads((own.checkpoint / "manifest.json").read_text())
     assert manifest["resolved_config"]["engine"] == {"name": "examples.my_engine:TorchDdp", "bucket_mb": 25}
-    assert "engine/state.pt" in manifest["files"]
+    assert {"state/00000-00000.safetensors", "state/00001-00000.safetensors"} <= manifest["files"].keys()
 
 
 def test_a_run_that_ended_is_not_started_again(undisturbed, run_place, monkeypatch):
@@ -189,7 +189,9 @@ def test_a_killed_worker_is_recovered_from_exactly(undisturbed, run_place):
     assert losses(result.run_folder) == losses(undisturbed.run_folder)
 
 
-def test_a_killed_driver_is_resumed_from_exactly(undisturbed, run_place):
+def test_a_killed_driver_is_resumed_from_exactly_though_a_checkpoint_is_gone_and_another_damaged(
+    undisturbed, run_place
+):
     run = run_place / "killed_driver"
     command = [sys.executable, "-m", "mlc_ray", "train", "--config", str(run_place / "config.yaml")]
     with (run_place / "driver.log").open("wb") as log:
@@ -201,9 +203,10 @@ def test_a_killed_driver_is_resumed_from_exactly(undisturbed, run_place):
             time.sleep(0.02)
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
-    half = run / "train/checkpoint_000099"  # what a crash in the middle of writing leaves
+    half = run / "train/checkpoint_000099"  # damaged since it was written
     shutil.copytree(list_checkpoints(run)[-1], half)
     (half / "manifest.json").unlink()
+    shutil.rmtree(list_checkpoints(run)[-1])  # by hand; Ray Train's own list names it
     result = train(load_run_config(run), resume=run)
     assert losses(run) == losses(undisturbed.run_folder)
     assert result.checkpoint.name == f"checkpoint_{STEPS:06d}"

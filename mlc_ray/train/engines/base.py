@@ -1,4 +1,4 @@
-"""What the training loop needs of an engine: optimizer steps, gradients over all workers, and saving its state.
+"""What the training loop needs of an engine: optimizer steps, gradients over all workers, and its state in pieces.
 
 An engine is one class in one file, with its settings nested in it, named by `engine.name`: `deepspeed`, or one of your
 own as `package.module:Class` (see examples/my_engine.py). The loop, checkpoints and the reference use this interface
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlc_ray.config import EngineSettings
@@ -33,6 +33,31 @@ class TrainingEngineError(MlcRayError):
     """An engine cannot train as configured, or cannot read what a checkpoint holds; the message names the fix."""
 
 
+STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
+"""What a checkpoint keeps of every trainable element: its weight in float32, and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class StateShard:
+    """A range of one trainable parameter, flattened, with its optimizer state.
+
+    Attributes:
+        name: the parameter's, in `module.named_parameters()`.
+        start: the range's first element in the whole parameter, flattened.
+        stop: the element after its last one.
+        tensors: for each of `STATE_KINDS` the values, [stop - start], float32 on the CPU.
+    """
+
+    name: str
+    start: int
+    stop: int
+    tensors: Mapping[str, Tensor]
+
+
+StateReader = Callable[[str, int, int], Mapping[str, "Tensor"]]
+"""`read(name, start, stop)` gives the `tensors` of that range, whoever wrote them and in whatever pieces."""
+
+
 class Engine(ABC):
     """Trains one module on all workers.
 
@@ -44,9 +69,6 @@ class Engine(ABC):
     """
 
     Settings: ClassVar[type[EngineSettings]] = EngineSettings
-    any_workers: ClassVar[bool] = False
-    """Whether `load` reads what another number of workers wrote; steps are the same on any number of them."""
-
     module: PolicyWithExtractor
     device: torch.device
     rank: int
@@ -121,20 +143,35 @@ class Engine(ABC):
         """The module's whole weights by name, on the CPU of rank 0; None on other workers. Every worker calls it."""
 
     @abstractmethod
-    def layout(self) -> dict[str, Any]:
-        """Settings, by dotted name, that a run must share with a checkpoint to go on from it; values as JSON has."""
+    def owned_state(self) -> Iterator[StateShard]:
+        """What this worker writes into a checkpoint, one range after another; every worker calls it.
 
-    @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write into `folder` (made if need be) what `load` needs; every worker calls it, with a folder of its own."""
-
-    @abstractmethod
-    def load(self, folder: Path) -> None:
-        """Load weights and optimizer state from `folder`, which has the files of all workers; no code in it is run.
-
-        Raises:
-            TrainingEngineError: if the folder does not hold what this engine wrote.
+        The ranges of all workers together are every trainable parameter, each element once. Which ranges a worker owns
+        is the engine's to say: a checkpoint is read by name and range, by any engine on any number of workers.
         """
+
+    @abstractmethod
+    def load_state(self, read: StateReader, steps: int) -> None:
+        """Take weights and optimizer state from a checkpoint; every worker calls it.
+
+        Args:
+            read: gives the values of any range.
+            steps: optimizer steps taken so far, for the bias correction of AdamW.
+        """
+
+
+def owned_ranges(sizes: Mapping[str, int], rank: int, workers: int) -> Iterator[tuple[str, int, int]]:
+    """Name, start and stop of what `rank` owns where every worker holds everything: an equal share of all elements.
+
+    `sizes` are the parameters' numbers of elements, in the same order on every worker.
+    """
+    total, offset = sum(sizes.values()), 0
+    first, end = total * rank // workers, total * (rank + 1) // workers
+    for name, size in sizes.items():
+        start, stop = max(first - offset, 0), min(end - offset, size)
+        if start < stop:
+            yield name, start, stop
+        offset += size
 
 
 def parameter_groups(

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,13 +16,14 @@ from pydantic import Field, model_validator
 from mlc_ray._registry import register
 from mlc_ray.config import EngineSettings
 from mlc_ray.config.base import NonNegativeInt, PositiveInt
-from mlc_ray.train.engines.base import Engine, TrainingEngineError, parameter_groups
+from mlc_ray.train.engines.base import Engine, StateReader, StateShard, TrainingEngineError, parameter_groups
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from mlc_ray.config import TrainConfig
+    from mlc_ray.train.engines.zero_state import ZeroState
     from mlc_ray.train.model import ModelOutput, PolicyWithExtractor
     from mlc_ray.train.reference import ReferenceModel, ReferenceOutput
     from mlc_ray.types import Batch
@@ -44,9 +44,6 @@ EXTRA_SECTIONS = {
     "prescale_gradients", "wall_clock_breakdown", "zero_optimization",
 }  # fmt: skip
 """What `extra` may hold: not the optimizer, the batch or another precision, which are settings of the run."""
-
-_TAG = "state"
-_FORCE_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @register("engine", "deepspeed")
@@ -170,7 +167,6 @@ class DeepSpeed(Engine):
             if "step" in state:
                 state["step"].zero_()
         self._stage = settings.stage
-        self._lora = config.model.lora is not None
         self.module = self._engine.module
         self.device = device
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -253,47 +249,47 @@ class DeepSpeed(Engine):
         return 4 * parameters // self.world_size + 4 * buckets + size * gathered
 
     def full_weights(self, *, trainable_only: bool = False) -> dict[str, Tensor] | None:
-        """Gathered from all workers at stage 3; read from rank 0 below."""
+        """Gathered from all workers at stage 3, parameter by parameter; read from rank 0 below."""
+        import deepspeed
+        import torch
+
         if self._stage == 3:
-            gathered: dict[str, Tensor] | None = self._engine._zero3_consolidated_16bit_state_dict(
-                exclude_frozen_parameters=trainable_only
-            )
-            return gathered if self.rank == 0 else None
-        if self.rank != 0:
+            self._engine.optimizer.checkpoint_event_prologue()
+        elif self.rank != 0:
             return None
+        whole: dict[str, Tensor] = {}
         frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        return {
-            name: value.detach().cpu()
-            for name, value in self.module.state_dict().items()
-            if not (trainable_only and name in frozen)
-        }
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            if trainable_only and name in frozen:
+                continue
+            sharded = self._stage == 3 and isinstance(value, torch.nn.Parameter)
+            with deepspeed.zero.GatheredParameters([value]) if sharded else nullcontext():
+                if self.rank == 0:
+                    whole[name] = value.detach().to("cpu", copy=sharded)
+        if self._stage == 3:
+            self._engine.optimizer.checkpoint_event_epilogue()
+        return whole if self.rank == 0 else None
 
-    def layout(self) -> dict[str, Any]:
-        """DeepSpeed's files are read back at the stage they were written at."""
-        return {"engine.stage": self._stage}
+    def owned_state(self) -> Iterator[StateShard]:
+        """At stages 1 to 3 what ZeRO has given to this worker; at stage 0, where all hold everything, a share of it."""
+        return self._state().owned()
 
-    def save(self, folder: Path) -> None:
-        """DeepSpeed's own files, one or two a worker; frozen weights are left out."""
-        _pickle_enums_by_value()
-        self._engine.save_checkpoint(str(folder), tag=_TAG, exclude_frozen_parameters=self._lora)
+    def load_state(self, read: StateReader, steps: int) -> None:
+        """Written into DeepSpeed's own tensors; its loaders take no part."""
+        self._state().load(read, steps)
 
-    def load(self, folder: Path) -> None:
-        """DeepSpeed's own files, of which only tensors, plain containers and its own records are built."""
-        with _weights_only_loading():
-            loaded, _ = self._engine.load_checkpoint(
-                str(folder),
-                tag=_TAG,
-                load_module_strict=not self._lora,  # frozen weights were not written
-            )
-        if loaded is None:
-            raise TrainingEngineError(f"{str(folder)!r} holds no state of DeepSpeed: go on from another checkpoint")
+    def _state(self) -> ZeroState:
+        from mlc_ray.train.engines.zero_state import ZeroState
+
+        return ZeroState(self.module, self._engine.optimizer, self._stage, self.rank, self.world_size)
 
 
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     """DeepSpeed's own configuration for the policy.
 
     Raises:
-        TrainingEngineError: if `engine.extra` sets what is set here, or gradients are to lose digits that they have.
+        TrainingEngineError: if `engine.extra` sets what is set here or keeps state on NVMe, or gradients are to lose
+            digits that they have.
     """
     settings = _settings(config)
     for name in ("reduce_dtype", "accumulate_dtype"):
@@ -315,7 +311,14 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    return _merged(ours, settings.extra)
+    whole = _merged(ours, settings.extra)
+    for section, setting in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
+        if whole["zero_optimization"].get(section, {}).get("device") == "nvme":
+            raise TrainingEngineError(
+                f"engine.extra sets zero_optimization.{section}.device to 'nvme', but checkpoints are written from "
+                f"memory; use engine.{setting}=true"
+            )
+    return whole
 
 
 _DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
@@ -377,43 +380,3 @@ def _settings(config: TrainConfig) -> DeepSpeed.Settings:
     settings = config.engine
     assert isinstance(settings, DeepSpeed.Settings), settings
     return settings
-
-
-def _records_in_checkpoints() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """DeepSpeed's plain record classes that its checkpoint files hold beside tensors; none runs code when built."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
-
-def _pickle_enums_by_value() -> None:
-    """Have DeepSpeed's ZeRO stage pickled as (class, value), as Python does from 3.11.4 on.
-
-    Before, an enum member is pickled as a call of `getattr`, which a loader that runs no code must refuse.
-    """
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    ZeroStageEnum.__reduce_ex__ = lambda self, protocol: (type(self), (self.value,))
-
-
-@contextmanager
-def _weights_only_loading() -> Iterator[None]:
-    """Within, torch.load builds tensors, plain containers and DeepSpeed's own records, whatever its caller asked for.
-
-    DeepSpeed reads its files with weights_only=False. A checkpoint path comes from the user; a pickle in it must not be
-    able to run code.
-    """
-    import torch
-
-    before = os.environ.get(_FORCE_WEIGHTS_ONLY)
-    os.environ[_FORCE_WEIGHTS_ONLY] = "1"
-    try:
-        with torch.serialization.safe_globals(_records_in_checkpoints()):
-            yield
-    finally:
-        if before is None:
-            del os.environ[_FORCE_WEIGHTS_ONLY]
-        else:
-            os.environ[_FORCE_WEIGHTS_ONLY] = before

@@ -1,0 +1,163 @@
+"""Files of optimizer state: ranges of parameters in safetensors, found again by name and range.
+
+state/index.json                     of each trainable parameter its number of elements, and the ranges with their files
+state/RANK-NUMBER.safetensors        what one worker wrote, cut at `FILE_BYTES`; keys are "KIND NAME START"
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import checksum
+from mlc_ray.train.engines.base import STATE_KINDS, StateShard
+
+FILE_BYTES = 2**29
+"""A file is written once it would hold so much: it is in host memory until then, as safetensors' bytes once more."""
+
+Range = tuple[int, int, str]
+"""Start and stop in the flattened parameter, and the file's name."""
+
+
+class CheckpointError(MlcRayError):
+    """A checkpoint is missing, incomplete or does not fit; the message quotes the path and names the fix."""
+
+
+def write_bytes(path: Path, content: bytes) -> str:
+    """Write a file to the disk itself; returns its checksum."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return checksum(content)
+
+
+def write_shards(
+    folder: Path, rank: int, shards: Iterable[StateShard]
+) -> tuple[dict[str, list[Range]], dict[str, str]]:
+    """Write what this worker owns into `folder`, one file after another.
+
+    Returns:
+        The ranges by parameter, and the files' checksums by name.
+    """
+    ranges: dict[str, list[Range]] = {}
+    checksums: dict[str, str] = {}
+    for number, part in enumerate(_by_size(shards)):
+        file = f"{rank:05d}-{number:05d}.safetensors"
+        tensors = {
+            _key(kind, shard.name, shard.start): shard.tensors[kind].contiguous()
+            for shard in part
+            for kind in STATE_KINDS
+        }
+        checksums[file] = write_bytes(folder / file, save(tensors))
+        for shard in part:
+            ranges.setdefault(shard.name, []).append((shard.start, shard.stop, file))
+    return ranges, checksums
+
+
+def index_of(parts: Sequence[Mapping[str, list[Range]]], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The index of all workers' ranges; `sizes` are the trainable parameters' numbers of elements.
+
+    Raises:
+        CheckpointError: The engine left elements out, or had them written twice.
+    """
+    index = {}
+    for name, size in sizes.items():
+        ranges = sorted(each for part in parts for each in part.get(name, ()))
+        reached = 0
+        for start, stop, _ in ranges:
+            if start != reached:
+                break
+            reached = stop
+        if reached != size or sum(stop - start for start, stop, _ in ranges) != size:
+            raise CheckpointError(
+                f"the engine's owned_state gives {name!r} as the ranges {[each[:2] for each in ranges]}, which are not "
+                f"its {size} elements, each once; correct the engine"
+            )
+        index[name] = {"elements": size, "ranges": ranges}
+    if unknown := sorted({name for part in parts for name in part} - sizes.keys()):
+        raise CheckpointError(f"the engine's owned_state gives {unknown[0]!r}, which is no trainable parameter")
+    return index
+
+
+class ShardReader:
+    """Reads any range from the files that hold it, and nothing else of them."""
+
+    def __init__(self, folder: Path, index: Mapping[str, Any]) -> None:
+        self.folder, self.index = folder, index
+        self.files: dict[str, Any] = {}
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Refuse a checkpoint of other trainable parameters than those with these numbers of elements.
+
+        Raises:
+            CheckpointError: It is one.
+        """
+        written = {name: entry["elements"] for name, entry in self.index.items()}
+        if differing := sorted(name for name in written.keys() | sizes.keys() if written.get(name) != sizes.get(name)):
+            name = differing[0]
+            raise CheckpointError(
+                f"{str(self.folder)!r} is of another model: {name!r} has {written.get(name, 'no')} elements there and "
+                f"{sizes.get(name, 'no')} here; resume with the model and the adapters it was written with"
+            )
+
+    def __call__(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
+        """The values of elements `start` to `stop` of parameter `name`, [stop - start] each, by kind.
+
+        Raises:
+            CheckpointError: A file is no safetensors file, or does not hold what the index says.
+        """
+        ranges: list[Sequence[Any]] = self.index[name]["ranges"]
+        first = bisect_right(ranges, start, key=itemgetter(0)) - 1
+        pieces: dict[str, list[Tensor]] = {kind: [] for kind in STATE_KINDS}
+        for begin, end, file in ranges[first:]:
+            if begin >= stop:
+                break
+            for kind, values in pieces.items():
+                values.append(self._slice(file, _key(kind, name, begin), max(start - begin, 0), min(stop, end) - begin))
+        return {kind: values[0] if len(values) == 1 else torch.cat(values) for kind, values in pieces.items()}
+
+    def _slice(self, file: str, key: str, start: int, stop: int) -> Tensor:
+        path = self.folder / file
+        try:
+            if file not in self.files:
+                self.files[file] = safe_open(path, framework="pt")
+            values: Tensor = self.files[file].get_slice(key)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{str(path)!r} is damaged: {error}; remove its checkpoint to go on from the one before"
+            ) from None
+        if values.shape != (stop - start,):
+            raise CheckpointError(
+                f"{str(path)!r} is damaged: {key!r} has {len(values)} elements where the index has {stop - start}; "
+                "remove its checkpoint to go on from the one before"
+            )
+        return values
+
+
+def _by_size(shards: Iterable[StateShard]) -> Iterator[list[StateShard]]:
+    """Shards in lists of at least `FILE_BYTES`, but for the last."""
+    part: list[StateShard] = []
+    size = 0
+    for shard in shards:
+        part.append(shard)
+        size += sum(tensor.nbytes for tensor in shard.tensors.values())
+        if size >= FILE_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def _key(kind: str, name: str, start: int) -> str:
+    return f"{kind} {name} {start}"
