@@ -59,8 +59,8 @@ def train(
         config: the run's settings.
         bundles: what to train on, instead of `data.train`.
         overrides: `section.field=value`, as after --set.
-        resume: the folder of a run to go on with; `config` must be its own (`train.run.load_run_config`). With the
-            setting `resume: auto`, the same call goes on with what an earlier one left.
+        resume: the folder of a run to go on with; `config` must be its own (`train.run_folder.load_run_config`), but
+            for what may change. With the setting `resume: auto`, the same call goes on with what an earlier one left.
 
     Returns:
         Where the run is, its newest checkpoint, and the last step's metrics.

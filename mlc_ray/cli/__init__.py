@@ -274,8 +274,9 @@ def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
         "--resume",
         metavar="FOLDER",
         type=_place if what == "score" else _path,
-        help=f"{what} folder to go on with, by its own settings: takes no others (a command with --set resume=auto "
-        f"starts a {what}, or resumes it if it exists already)",
+        help=f"{what} folder to go on with, by its own settings; "
+        + ("--set changes where and how it runs, not what it computes" if what == "run" else "takes no others")
+        + f" (a command with --set resume=auto starts a {what}, or resumes it if it exists already)",
     )
 
 

@@ -9,7 +9,6 @@ from pydantic import Field, field_validator, model_validator
 
 from mlc_ray._registry import resolve
 from mlc_ray.config.base import (
-    RESUME,
     Fraction,
     NonNegativeInt,
     PositiveFloat,
@@ -326,7 +325,11 @@ class TrainConfig(ObjectiveConfig):
     name: RunName = Field(description="Folder name of the run.")
     output_dir: RealPath = Field("runs", description="Where run folders go; on a cluster, a path that all nodes share.")
     seed: int = Field(42, description="Seed of data order, extractor initialisation and dropout.")
-    resume: Resume = Field("never", description=RESUME)
+    resume: Resume = Field(
+        "never",
+        description="If the folder exists already: `never` refuses it, `auto` resumes it, provided that no setting "
+        "differs which decides what its steps compute (docs/resume.md).",
+    )
     reference: Literal["cached", "online"] = Field(
         "cached",
         description=(

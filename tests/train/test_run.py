@@ -20,7 +20,8 @@ from mlc_ray.runs import read_metrics
 from mlc_ray.show import show
 from mlc_ray.train.checkpoint import list_checkpoints
 from mlc_ray.train.divergence import DivergedError
-from mlc_ray.train.run import RunError, load_run_config, train
+from mlc_ray.train.run import train
+from mlc_ray.train.run_folder import RunError, load_run_config
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -204,6 +205,11 @@ def test_a_killed_driver_is_resumed_from_exactly(undisturbed, run_place):
     half = run / "train/checkpoint_000099"  # what a crash in the middle of writing leaves
     shutil.copytree(list_checkpoints(run)[-1], half)
     (half / "manifest.json").unlink()
-    result = train(load_run_config(run), resume=run)
+    free = ["cluster.max_failures=1", "logging.tensorboard=false", "optimizer.max_retries=7"]
+    result = train(load_run_config(run, free), resume=run)
     assert losses(run) == losses(undisturbed.run_folder)
+    history = json.loads((run / "run.json").read_text())["changes"]
+    assert [(change["step"], f"{change['field']}={json.dumps(change['now'])}") for change in history] == [
+        (4, text) for text in free
+    ]
     assert result.checkpoint.name == f"checkpoint_{STEPS:06d}"
