@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mlc_ray.score.results import ScoreResult
     from mlc_ray.search.probe import Probe
     from mlc_ray.search.results import SearchResult
-    from mlc_ray.train.run import TrainResult
+    from mlc_ray.train.run_folder import TrainResult
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 Settings = Mapping[str, Any] | str | os.PathLike[str]

@@ -309,6 +309,16 @@ class LoggingSection(Section):
     mlflow: str | None = Field(
         None, description="MLflow tracking URI to log to; user and password belong into the environment."
     )
+    mlflow_experiment: str | None = Field(None, description="MLflow experiment of the run (default: the run's name).")
+
+    @model_validator(mode="after")
+    def _an_experiment_of_mlflow(self) -> LoggingSection:
+        if self.mlflow_experiment is not None and self.mlflow is None:
+            raise ValueError(
+                f"logging.mlflow_experiment={self.mlflow_experiment!r} is read with logging.mlflow, which is not set; "
+                "set it to a tracking URI, or remove the experiment"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_secrets_in_a_uri(self) -> LoggingSection:
