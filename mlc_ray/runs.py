@@ -37,6 +37,8 @@ CONFIG_FILE, RUN_FILE, METRICS_FILE, TRAIN_FOLDER, SCORES_FOLDER, DIVERGED_FILE 
 """Of a run; `diverged.json` says at which step it diverged, until it goes on past that step."""
 MLFLOW_FILE = "mlflow.json"
 """The ids of a run's runs in MLflow, by tracking URI."""
+LEASE_FILE = "lease.json"
+"""Of a run or a search while a driver works in it: who."""
 REQUEST_FILE, RESPONSES_FILE, SCORES_FILE, HEATMAP_FILE, UTILITY_FILE = (
     "request.json", "responses.parquet", "scores.json", "heatmap.png", "utility.json",
 )  # fmt: skip

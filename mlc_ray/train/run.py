@@ -17,6 +17,7 @@ from mlc_ray.config import SourceSection, TrainConfig, parse_config
 from mlc_ray.data.order import total_steps
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
+from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import TRAIN_FOLDER
@@ -85,6 +86,8 @@ def train(
 
     Raises:
         RunError: a new run's folder exists already, or a resumed one's does not.
+        LeaseError: another driver works in the run's folder. With `resume: auto` it is waited for whether that one is
+            alive.
         SettingsChangedError: the run to go on with has other settings, model or bundles.
         DivergedError: the loss or its gradients stayed non-finite; the run's folder says so from then on.
         ModelError: the model's kernels need a GPU, and there is none.
@@ -96,13 +99,10 @@ def train(
     config = _with_absolute_paths(config)
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
     layer = resolve_layer(config.mlc.layer, depth)
-    run_folder, is_new = find_run_folder(config, resume)
-    if not is_new:
-        config = with_dtype_of(run_folder, config)
-        changed_settings(run_folder, config)  # refused before anything is started
-        if score is None and (result := ended(run_folder)) is not None:
-            logger.info("run %s has ended already: there is nothing left to train", run_folder)
-            return result
+    config, run_folder, is_new = _found(config, resume)  # refused before anything is started
+    if not is_new and score is None and (result := ended(run_folder)) is not None:
+        logger.info("run %s has ended already: there is nothing left to train", run_folder)
+        return result
     keep_in(run_folder)
     connect(config.cluster.address)
     gpu = use_gpu(config.cluster.accelerator)
@@ -111,26 +111,45 @@ def train(
         "training (cluster.workers x cluster.cpus_per_worker)",
         [(config.cluster.cpus_per_worker, 1.0 if gpu else 0.0)] * config.cluster.workers,
     )
-    config = _with_dtype(config, gpu=gpu)
-    with claimed(run_folder, config) if is_new else contextlib.nullcontext():
-        data = prepare_data(config, cache_dir=run_folder.parent / "cache", layer=layer, gpu=gpu)
-        steps = _total_steps(config, data.tokens)
-        _announce(config, data.tokens, steps, gpu=gpu)
-    record_start(run_folder, config, data.fingerprints, data.tokens, steps)
+    with lease(run_folder, wait=config.resume == "auto") as held:
+        config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it
+        config = _with_dtype(config, gpu=gpu)
+        with claimed(run_folder, config) if is_new else contextlib.nullcontext():
+            data = prepare_data(config, cache_dir=run_folder.parent / "cache", layer=layer, gpu=gpu)
+            steps = _total_steps(config, data.tokens)
+            _announce(config, data.tokens, steps, gpu=gpu)
+        record_start(run_folder, config, data.fingerprints, data.tokens, steps)
+        spec = WorkerSpec(
+            config=config.model_dump(mode="json", exclude_unset=True),
+            run_folder=run_folder,
+            tokens_folder=data.tokens.folder,
+            reference_folder=data.reference_folder,
+            held_out=data.held_out,
+            fingerprints=data.fingerprints,
+            total_steps=steps,
+            lease=held,
+            score=score,
+        )
+        return _fit(config, spec, gpu=gpu, callbacks=callbacks, display=display)
+
+
+def _found(config: TrainConfig, resume: Path | None) -> tuple[TrainConfig, Path, bool]:
+    """The settings, with the type that a run to go on with has; its folder; and whether the run is a new one."""
+    run_folder, is_new = find_run_folder(config, resume)
+    if not is_new:
+        config = with_dtype_of(run_folder, config)
+        changed_settings(run_folder, config)
+    return config, run_folder, is_new
+
+
+def _fit(
+    config: TrainConfig, spec: WorkerSpec, *, gpu: bool, callbacks: Sequence[UserCallback], display: bool
+) -> TrainResult:
+    """Have Ray Train run the workers to their end."""
+    run_folder, steps = spec.run_folder, spec.total_steps
     trainer = TorchTrainer(
         cast(Any, train_worker),
-        train_loop_config={
-            "spec": WorkerSpec(
-                config=config.model_dump(mode="json", exclude_unset=True),
-                run_folder=run_folder,
-                tokens_folder=data.tokens.folder,
-                reference_folder=data.reference_folder,
-                held_out=data.held_out,
-                fingerprints=data.fingerprints,
-                total_steps=steps,
-                score=score,
-            )
-        },
+        train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.workers,

@@ -24,6 +24,7 @@ from mlc_ray.data.plan import Cutting, StepPlan
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tokens import load_tokenizer
+from mlc_ray.lease import LeaseGuard
 from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import checkpoint_folder
@@ -78,6 +79,7 @@ def work(spec: WorkerSpec) -> None:
     cutting = cutting_of_worker(config, tokens, engine, spec.total_steps)
     planned = plans(tokens, order_of(config, tokens), cutting, range(progress.step, spec.total_steps))
     steps = _checked(_stream(tokens, planned, table, engine, cutting), engine)
+    guard = LeaseGuard(spec.run_folder, spec.lease)
     with (
         contextlib.closing(Tracker(config, spec.run_folder, progress.step))
         if rank == 0
@@ -87,6 +89,7 @@ def work(spec: WorkerSpec) -> None:
 
         def log(step: int, metrics: Metrics) -> None:
             if tracker is not None:
+                guard.check()
                 tracker.log(step, {**metrics, "tokens_per_forward": float(cutting.tokens_per_forward)})
                 forget_divergence(spec.run_folder, step)
 
