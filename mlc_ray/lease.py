@@ -3,9 +3,11 @@
 Within a Ray cluster this is exact: the holder has an actor whose name is made from the folder, and Ray gives a name
 once and frees it when the holder's process dies. Between clusters it goes by `lease.json` in the folder, which the
 holder writes again every quarter of `LIFETIME`; a file that was not is taken over after `LIFETIME`. Its age is
-measured by the clock of the file server alone. Whoever takes over reads the file back after `SETTLE` seconds: of two drivers that do so
-at once, from two clusters, both go on only where one needed longer than that from its look at the old file to its own
-writing, and then until the next check: workers that find another's id in the file end the run (`LeaseGuard`).
+measured by the clock of the file server alone.
+
+Whoever takes over reads the file back after `SETTLE` seconds. Of two drivers that take over at once, from two clusters,
+both go on only where one needed longer than that from its look at the old file to its own writing, and then until the
+next check: workers that find another's id in the file end the run (`LeaseGuard`).
 """
 
 from __future__ import annotations

@@ -39,6 +39,10 @@ MLFLOW_FILE = "mlflow.json"
 """The ids of a run's runs in MLflow, by tracking URI."""
 LEASE_FILE = "lease.json"
 """Of a run or a search while a driver works in it: who."""
+LOGS_FOLDER = "logs"
+"""Of a run whose workers hung: where each of them was."""
+STOP_FILE = "stop"
+"""Of a run whose driver got SIGTERM: the lease's id, by which its workers know that it is meant for them."""
 REQUEST_FILE, RESPONSES_FILE, SCORES_FILE, HEATMAP_FILE, UTILITY_FILE = (
     "request.json", "responses.parquet", "scores.json", "heatmap.png", "utility.json",
 )  # fmt: skip

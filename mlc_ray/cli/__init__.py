@@ -76,7 +76,10 @@ are told apart in each language. `search` can use the ranking to leave out layer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 a mistake that the message explains, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 2 a mistake that the message explains, 130 interrupted.
+
+    A run that ended by SIGTERM after a checkpoint is 143, as shells report that signal.
+    """
     arguments = build_parser().parse_args(argv)
     try:
         commands = importlib.import_module("mlc_ray.cli.commands")
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MlcRayError as error:
         cause = getattr(error, "cause", error)  # Ray hands on a worker's error wrapped in one of the same type
         print(f"mlc-ray: error: {cause}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt as interrupt:  # it may say how to go on
         print("mlc-ray: interrupted" + (f"; {interrupt}" if interrupt.args else ""), file=sys.stderr)
         return INTERRUPTED

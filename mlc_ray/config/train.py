@@ -254,6 +254,10 @@ class ClusterSection(Section):
     max_failures: NonNegativeInt = Field(
         0, description="Worker failures to recover from, each from the last checkpoint."
     )
+    hang_timeout: Annotated[float, Field(ge=0)] = Field(
+        600.0,
+        description="Seconds without any progress after which a worker ends, and says what it waits for; 0 is off.",
+    )
 
 
 class CheckpointSection(Section):

@@ -17,6 +17,7 @@ from mlc_ray.config import SourceSection, TrainConfig, parse_config
 from mlc_ray.data.order import total_steps
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
+from mlc_ray.errors import MlcRayError
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
@@ -39,6 +40,7 @@ from mlc_ray.train.planning import (
     tapping,
     tokens_per_forward,
 )
+from mlc_ray.train.preemption import PreemptedError, StopFile
 from mlc_ray.train.reference_cache import prepare_reference
 from mlc_ray.train.run_folder import (
     TrainResult,
@@ -51,6 +53,7 @@ from mlc_ray.train.run_folder import (
 )
 from mlc_ray.train.tracking import check_trackers
 from mlc_ray.train.validation import batches_of, check_held_out, held_out_section
+from mlc_ray.train.watchdog import hang_error
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +94,8 @@ def train(
         SettingsChangedError: the run to go on with has other settings, model or bundles.
         DivergedError: the loss or its gradients stayed non-finite; the run's folder says so from then on.
         ModelError: the model's kernels need a GPU, and there is none.
+        HangError: workers made no progress for `cluster.hang_timeout` seconds, more often than `cluster.max_failures`.
+        PreemptedError: the driver got SIGTERM; the run saved a checkpoint, and can be resumed.
         MlcRayError: a worker raised it (`CheckpointError`, `ModelError`, ...). Like a `DivergedError`, it ends the run:
             `cluster.max_failures` counts other failures only.
         KeyboardInterrupt: Ctrl-C; the workers have ended by then.
@@ -171,6 +176,7 @@ def _fit(
             if display
             else contextlib.nullcontext(),
             own_errors(),
+            StopFile(run_folder, spec.lease).at_sigterm(),
             keyboard_interrupt(f"to go on: mlc-ray train --resume {run_folder}"),
         ):
             fitted: Any = trainer.fit()
@@ -179,6 +185,16 @@ def _fit(
         raise DivergedError(
             f"run {str(run_folder)!r} ended at {error}", step=error.step, bundles=error.bundles
         ) from None
+    except PreemptedError as error:
+        raise PreemptedError(
+            f"run {str(run_folder)!r} got SIGTERM at step {error.step} of {steps} and ended after a checkpoint; to go "
+            f"on: mlc-ray train --resume {run_folder}",
+            step=error.step,
+        ) from None
+    except Exception as error:
+        if not isinstance(error, MlcRayError) and (hung := hang_error(run_folder, spec.lease)) is not None:
+            raise hung from None
+        raise
     return TrainResult(run_folder, find_checkpoint(run_folder), dict(fitted.metrics or {}))
 
 
