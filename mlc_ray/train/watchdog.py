@@ -139,6 +139,6 @@ def hang_error(run_folder: Path, lease: str) -> HangError | None:
     told = "; ".join(str(hang) for hang in hangs if last - hang.time < _TOGETHER)
     return HangError(
         f"run {str(run_folder)!r} made no progress for {max(hang.seconds for hang in hangs):.0f} s: {told}. The worker "
-        "to look at is the one that does something else than wait for the others. Where a step or a save takes that long, "
-        "raise cluster.hang_timeout; to go on: mlc-ray train --resume " + str(run_folder)
+        "to look at is the one that does something else than wait for the others. Where a step or a save takes that "
+        f"long, raise cluster.hang_timeout; to go on: mlc-ray train --resume {run_folder}"
     )
