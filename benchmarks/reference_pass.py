@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         mock.patch.object(reference_cache, "ReferenceScorer", TimedScorer),
         mock.patch.object(reference_cache.pa, "concat_tables", kept),
     ):
-        reference_folder, _ = prepare_reference(config, tokens, layer=0, cache_dir=folder, gpu=gpu)
+        reference_folder = prepare_reference(config, tokens, layer=0, cache_dir=folder, gpu=gpu)
     whole = time.time() - asked
     after, _ = in_child(*loop)
     cached = load_reference(reference_folder)

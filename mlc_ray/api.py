@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mlc_ray.score.results import ScoreResult
     from mlc_ray.search.probe import Probe
     from mlc_ray.search.results import SearchResult
-    from mlc_ray.train.run import TrainResult
+    from mlc_ray.train.run_folder import TrainResult
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 Settings = Mapping[str, Any] | str | os.PathLike[str]
@@ -59,8 +59,8 @@ def train(
         config: the run's settings.
         bundles: what to train on, instead of `data.train`.
         overrides: `section.field=value`, as after --set.
-        resume: the folder of a run to go on with; `config` must be its own (`train.run.load_run_config`). With the
-            setting `resume: auto`, the same call goes on with what an earlier one left.
+        resume: the folder of a run to go on with; `config` must be its own (`train.run_folder.load_run_config`), but
+            for what may change. With the setting `resume: auto`, the same call goes on with what an earlier one left.
 
     Returns:
         Where the run is, its newest checkpoint, and the last step's metrics.

@@ -11,10 +11,17 @@ import importlib
 import re
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 
 class MlcRayError(Exception):
-    """Its message quotes the offending value and names the fix; the command line prints it without a traceback."""
+    """Its message quotes the offending value and names the fix; the command line prints it without a traceback.
+
+    Attributes:
+        exit_status: of the command that it ends.
+    """
+
+    exit_status: ClassVar[int] = 2
 
 
 @cache

@@ -1,7 +1,7 @@
 """Folders of runs, scores and searches: the names of their files, and how they are read; defined here alone.
 
     RUN/       config.yaml first, run.json, metrics.jsonl, train/checkpoint_NNNNNN/, scores/NAME/ (a score each);
-               diverged.json where a step failed every time
+               diverged.json where a step failed every time, mlflow.json where MLflow is asked for
     SCORE/     request.json first, responses.parquet, scores.json last, perhaps utility.json
     SEARCH/    base.yaml and config.json first, search.json, trials/ID/ (a run each), baseline/ (a score), at the end
                trials.json, best.yaml, best/
@@ -35,6 +35,14 @@ CONFIG_FILE, RUN_FILE, METRICS_FILE, TRAIN_FOLDER, SCORES_FOLDER, DIVERGED_FILE 
     "config.yaml", "run.json", "metrics.jsonl", "train", "scores", "diverged.json",
 )  # fmt: skip
 """Of a run; `diverged.json` says at which step it diverged, until it goes on past that step."""
+MLFLOW_FILE = "mlflow.json"
+"""The ids of a run's runs in MLflow, by tracking URI."""
+LEASE_FILE = "lease.json"
+"""Of a run or a search while a driver works in it: who."""
+LOGS_FOLDER = "logs"
+"""Of a run whose workers hung: where each of them was."""
+STOP_FILE = "stop"
+"""Of a run whose driver got SIGTERM: the lease's id, by which its workers know that it is meant for them."""
 REQUEST_FILE, RESPONSES_FILE, SCORES_FILE, HEATMAP_FILE, UTILITY_FILE = (
     "request.json", "responses.parquet", "scores.json", "heatmap.png", "utility.json",
 )  # fmt: skip

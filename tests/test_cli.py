@@ -176,8 +176,7 @@ def test_config_prints_the_schema(arguments: list[str], title: str, capsys: pyte
         (["train"], ["--config", "--resume"]),
         (["train", "--config", "none.yaml"], ["none.yaml", "does not exist"]),
         (["train", "--resume", "runs/x", "--config", "c.yaml"], ["--config", "runs/x", "keeps its own settings"]),
-        (["train", "--resume", "runs/x", "--set", "seed=1"], ["--set", "runs/x"]),
-        (["train", "--resume", "runs/x", "--set", "seed=1", "--config", "c"], ["--config and --set"]),
+        (["train", "--resume", "runs/x", "--set", "seed=1"], ["'runs/x' is not a run folder"]),
         (["search", "--resume", "runs/x", "--set", "seed=1"], ["--set", "runs/x", "a resumed search"]),
         (["score", "m", "--resume", "runs/x", "--limit", "3"], ["MODEL and --limit", "runs/x", "a resumed score"]),
         (["score", "--resume", "runs/x"], ["runs/x' is not a score folder"]),
@@ -258,8 +257,8 @@ def rooms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     stand_in(
         "mlc_ray.train.run",
         train=calls.function("train", Result()),
-        load_run_config=calls.function("load_run_config", resumed),
     )
+    stand_in("mlc_ray.train.run_folder", load_run_config=calls.function("load_run_config", resumed))
     stand_in("mlc_ray.train.export", export=calls.function("export", Path("out")))
     scored = load_scores(write_score(tmp_path / "s", grid(["en", "sw"], lambda kind, code: float(kind == "harmful"))))
     score = calls.function("score", scored)
@@ -276,8 +275,9 @@ def test_train(rooms: Calls, repository: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_train_resume_uses_the_runs_own_settings(rooms: Calls) -> None:
-    assert main(["train", "--resume", "runs/r"]) == 0
+    assert main(["train", "--resume", "runs/r", "--set", "cluster.workers=2"]) == 0
     assert [name for name, _, _ in rooms.asked] == ["load_run_config", "train"]
+    assert rooms.asked[0][1] == (Path("runs/r"), ["cluster.workers=2"])
     assert rooms.asked[1][2] == {"resume": Path("runs/r")}
 
 

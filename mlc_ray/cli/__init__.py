@@ -76,7 +76,10 @@ are told apart in each language. `search` can use the ranking to leave out layer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 a mistake that the message explains, 130 interrupted."""
+    """Run one command; returns the exit status: 0 done, 2 a mistake that the message explains, 130 interrupted.
+
+    A run that ended by SIGTERM after a checkpoint is 143, as shells report that signal.
+    """
     arguments = build_parser().parse_args(argv)
     try:
         commands = importlib.import_module("mlc_ray.cli.commands")
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MlcRayError as error:
         cause = getattr(error, "cause", error)  # Ray hands on a worker's error wrapped in one of the same type
         print(f"mlc-ray: error: {cause}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt as interrupt:  # it may say how to go on
         print("mlc-ray: interrupted" + (f"; {interrupt}" if interrupt.args else ""), file=sys.stderr)
         return INTERRUPTED
@@ -274,8 +277,9 @@ def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
         "--resume",
         metavar="FOLDER",
         type=_place if what == "score" else _path,
-        help=f"{what} folder to go on with, by its own settings: takes no others (a command with --set resume=auto "
-        f"starts a {what}, or resumes it if it exists already)",
+        help=f"{what} folder to go on with, by its own settings; "
+        + ("--set changes where and how it runs, not what it computes" if what == "run" else "takes no others")
+        + f" (a command with --set resume=auto starts a {what}, or resumes it if it exists already)",
     )
 
 

@@ -41,10 +41,14 @@ SCHEMAS: dict[str, type[TrainConfig] | type[ScoreConfig] | type[SearchConfig] | 
 def train_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray train`."""
     if arguments.resume is not None:
-        _refuse_settings(arguments, "run")
-        from mlc_ray.train.run import load_run_config
+        if arguments.config is not None:
+            raise ConfigError(
+                f"--config cannot go with --resume {arguments.resume}: a resumed run keeps its own settings, which are "
+                "in that folder; change those that may change by --set, or start a new run"
+            )
+        from mlc_ray.train.run_folder import load_run_config
 
-        config = load_run_config(arguments.resume)
+        config = load_run_config(arguments.resume, arguments.overrides)
     elif arguments.config is None:
         raise ConfigError("train needs --config FILE (see configs/) or --resume FOLDER")
     else:

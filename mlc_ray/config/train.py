@@ -9,7 +9,6 @@ from pydantic import Field, field_validator, model_validator
 
 from mlc_ray._registry import resolve
 from mlc_ray.config.base import (
-    RESUME,
     Fraction,
     NonNegativeInt,
     PositiveFloat,
@@ -255,6 +254,10 @@ class ClusterSection(Section):
     max_failures: NonNegativeInt = Field(
         0, description="Worker failures to recover from, each from the last checkpoint."
     )
+    hang_timeout: Annotated[float, Field(ge=0)] = Field(
+        600.0,
+        description="Seconds without any progress after which a worker ends, and says what it waits for; 0 is off.",
+    )
 
 
 class CheckpointSection(Section):
@@ -322,6 +325,16 @@ class LoggingSection(Section):
     mlflow: str | None = Field(
         None, description="MLflow tracking URI to log to; user and password belong into the environment."
     )
+    mlflow_experiment: str | None = Field(None, description="MLflow experiment of the run (default: the run's name).")
+
+    @model_validator(mode="after")
+    def _an_experiment_of_mlflow(self) -> LoggingSection:
+        if self.mlflow_experiment is not None and self.mlflow is None:
+            raise ValueError(
+                f"logging.mlflow_experiment={self.mlflow_experiment!r} is read with logging.mlflow, which is not set; "
+                "set it to a tracking URI, or remove the experiment"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_secrets_in_a_uri(self) -> LoggingSection:
@@ -338,7 +351,11 @@ class TrainConfig(ObjectiveConfig):
     name: RunName = Field(description="Folder name of the run.")
     output_dir: RealPath = Field("runs", description="Where run folders go; on a cluster, a path that all nodes share.")
     seed: int = Field(42, description="Seed of data order, extractor initialisation and dropout.")
-    resume: Resume = Field("never", description=RESUME)
+    resume: Resume = Field(
+        "never",
+        description="If the folder exists already: `never` refuses it, `auto` resumes it, provided that no setting "
+        "differs which decides what its steps compute (docs/resume.md).",
+    )
     reference: Literal["cached", "online"] = Field(
         "cached",
         description=(

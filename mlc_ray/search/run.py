@@ -29,6 +29,7 @@ from mlc_ray.config.base import by_dotted_name
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
+from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
 from mlc_ray.runs import (
@@ -82,6 +83,7 @@ def search(config: SearchConfig) -> SearchResult:
     Raises:
         ConfigError: the space has values that no run can have.
         ClusterError: the cluster can never give the resources.
+        LeaseError: another driver works in the folder.
         SearchError: the folder exists already, with `resume: auto` of a search with other settings; or no trial got a
             score.
     """
@@ -101,17 +103,18 @@ def search(config: SearchConfig) -> SearchResult:
         return resume_search(folder)
     keep_in(folder)
     _check(config, space)
-    config, space = _with_dtypes(config, space)
-    _write_settings(config, space, folder)
-    try:
-        prepared = _prepare(load_search(folder), space, folder)
-    except BaseException:
-        # The name is free again, since the fix is another setting; what is cached by content stays.
-        shutil.rmtree(folder / BASELINE_FOLDER, ignore_errors=True)
-        for name in (SEARCH_CONFIG_FILE, BASE_FILE):
-            (folder / name).unlink(missing_ok=True)
-        raise
-    return _search(prepared)
+    with lease(folder, wait=config.resume == "auto"):
+        config, space = _with_dtypes(config, space)
+        _write_settings(config, space, folder)
+        try:
+            prepared = _prepare(load_search(folder), space, folder)
+        except BaseException:
+            # The name is free again, since the fix is another setting; what is cached by content stays.
+            shutil.rmtree(folder / BASELINE_FOLDER, ignore_errors=True)
+            for name in (SEARCH_CONFIG_FILE, BASE_FILE):
+                (folder / name).unlink(missing_ok=True)
+            raise
+        return _search(prepared)
 
 
 def resume_search(folder: Path) -> SearchResult:
@@ -128,7 +131,8 @@ def resume_search(folder: Path) -> SearchResult:
     space = make_space(config)
     keep_in(folder)
     _check(config, space)
-    return _search(_prepare(config, space, folder))
+    with lease(folder, wait=config.resume == "auto"):
+        return _search(_prepare(config, space, folder))
 
 
 @dataclass(frozen=True)

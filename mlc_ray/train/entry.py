@@ -31,7 +31,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What the driver tells its workers; `config` is the run's, as JSON has it."""
+    """What the driver tells its workers: the run's `config` as JSON has it, the id of the `lease` on its folder."""
 
     config: dict[str, Any]
     run_folder: Path
@@ -39,6 +39,7 @@ class WorkerSpec:
     reference_folder: Path | None
     fingerprints: dict[str, str]
     total_steps: int
+    lease: str
     score: CheckpointScorer | None
     held_out: HeldOut | None = None
 

@@ -20,6 +20,7 @@ from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
 from mlc_ray.train.meter import Metrics, StepMeter
 from mlc_ray.train.model import ModelOutput
+from mlc_ray.train.preemption import Notice, ended_by
 from mlc_ray.train.random_state import random_state, restore_random_state
 from mlc_ray.train.reference import Reference, ReferenceOutput
 from mlc_ray.train.watch import StateWindow, TappedStep
@@ -51,6 +52,7 @@ def train_loop(
     total_steps: int,
     kinds: Collection[str],
     validate: Callable[[], Metrics] | None = None,
+    noticed: Callable[[], Notice] | None = None,
     log: Callable[[int, Metrics], None],
     save: Callable[[Progress, Metrics], None],
 ) -> Metrics:
@@ -69,11 +71,15 @@ def train_loop(
         kinds: of the bundles, all that occur: only where there are both, states are kept for the probe.
         validate: measures held-out bundles, on every worker: before the first step, every `data.validation.every` steps
             and at the end.
+        noticed: what this worker was told so far of being taken away.
         log: called as `log(step, metrics)` after every step, on every worker; where bundles are held out, for step 0
             too, with what they measure before training.
-        save: called as `save(progress, metrics)` every `checkpoint.every` steps and at the end, on every worker.
+        save: called as `save(progress, metrics)` every `checkpoint.every` steps, at the end and after a notice, on
+            every worker.
 
     Raises:
+        PreemptedError: on every worker, after a checkpoint, when one had a notice to end.
+        WorkersPreemptedError: the same where workers are to be started again.
         DivergedError: on every worker, when `optimizer.max_retries` more tries of a step failed; nothing is saved then.
     """
     objective = Objective(config)
@@ -86,6 +92,7 @@ def train_loop(
     window = StateWindow(config.collapse.window if len(set(kinds)) > 1 else 0)
     engine.module.train()
     metrics: Metrics = {}
+    saved_for_notice = False
     if validate is not None and progress.step == 0:
         log(0, validate())
     while progress.step < total_steps:
@@ -112,9 +119,11 @@ def train_loop(
                 )  # fmt: skip
         else:
             raise _diverged(config, progress.step + 1, rate, micro_batches, meter)
-        metrics = meter.reduce(waited, engine.device) | meter.tapped.measure(f"{config.seed} {progress.step}")
+        told = noticed() if noticed is not None else Notice.NONE
+        metrics = meter.reduce(waited, engine.device, told) | meter.tapped.measure(f"{config.seed} {progress.step}")
         progress.step += 1
         progress.bundles += int(metrics.pop("bundles"))
+        notice = Notice(int(metrics.pop("notice")))
         metrics |= {
             "learning_rate": rate,
             "gradient_norm": norm,
@@ -127,8 +136,13 @@ def train_loop(
         if validate is not None and held_out is not None and (last or progress.step % held_out.every == 0):
             metrics |= validate()
         log(progress.step, metrics)
-        if last or (config.checkpoint.every is not None and progress.step % config.checkpoint.every == 0):
+        ends = notice >= Notice.RESTART and not last
+        due = last or (config.checkpoint.every is not None and progress.step % config.checkpoint.every == 0)
+        if due or ends or (notice is Notice.SAVE and not saved_for_notice):
             save(progress, metrics)
+        saved_for_notice = notice is Notice.SAVE  # it stays until the node is gone, and one checkpoint is enough
+        if ends:
+            raise ended_by(notice, progress.step)
     return metrics
 
 

@@ -64,12 +64,13 @@ class StepMeter:
         """This worker's bundles with a loss that is not finite."""
         return [name for names, fine in self.losses for name, ok in zip(names, fine.tolist(), strict=True) if not ok]
 
-    def reduce(self, waited: float, device: torch.device) -> Metrics:
+    def reduce(self, waited: float, device: torch.device, notice: int = 0) -> Metrics:
         """The step's metrics, the same on every worker; every worker must call it.
 
         Args:
             waited: seconds that this worker waited for its batches.
             device: where this worker computes.
+            notice: what this worker was told (`preemption.Notice`); the largest of all workers' is the metric `notice`.
         """
         named = {**self.counts, **self.sums, **self.term_sums}
         packed = torch.stack([*named.values(), *torch.tensor(list(self.numbers.values()), device=device).double()])
@@ -79,7 +80,8 @@ class StepMeter:
         means = {name: totals[name] / bundles for name in self.sums}
         if term_bundles:  # where no bundle has two languages, the terms have no mean
             means |= {name: totals[name] / term_bundles for name in self.term_sums}
-        most_tokens, longest_wait, memory = largest([self.numbers["tokens"], waited, peak_memory_gib(device)], device)
+        own = [self.numbers["tokens"], waited, peak_memory_gib(device), float(notice)]
+        most_tokens, longest_wait, memory, highest_notice = largest(own, device)
         return {
             "loss/total": totals["loss/total"] / workers,
             **dict(sorted(means.items())),
@@ -92,6 +94,7 @@ class StepMeter:
             "flops": totals["flops"] / workers,
             "data_wait_seconds": longest_wait,
             "peak_memory_gib": memory,
+            "notice": highest_notice,
         }
 
 

@@ -42,10 +42,8 @@ _ERRORS = {error.__name__: error for error in (BatchError, ModelError)}
 """What scoring may raise of ours."""
 
 
-def prepare_reference(
-    config: TrainConfig, tokens: TokenArtifact, *, layer: int, cache_dir: Path, gpu: bool
-) -> tuple[Path, str]:
-    """Folder and fingerprint of what the objective needs of the reference, for every bundle; computed unless there.
+def prepare_reference(config: TrainConfig, tokens: TokenArtifact, *, layer: int, cache_dir: Path, gpu: bool) -> Path:
+    """The folder of what the objective needs of the reference, for every bundle; computed unless there.
 
     The key holds the token rows' fingerprint, the model's weights, the type and the kernels of the forward, and what is
     needed: log-probs, or tapped states at `layer`, or both. An incomplete folder is computed again; where another run
@@ -65,7 +63,7 @@ def prepare_reference(
     )
     folder = cache_dir / f"reference-{key}"
     if _complete(folder, say=True):
-        return folder, key
+        return folder
     table = _compute(config, tokens, needed, gpu=gpu)
     try:
         with atomic_folder(folder, replace=folder.exists()) as temporary:
@@ -81,7 +79,7 @@ def prepare_reference(
                 raise FileExistsError(folder)
     except FileExistsError:  # another run finished while this one wrote: its folder has the same content
         verify_files(folder, read_manifest(folder))
-    return folder, key
+    return folder
 
 
 def _complete(folder: Path, *, say: bool = False) -> bool:

@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mlc_ray.cluster import check_fits, connect, known_to_ray_train, use_gpu, with_dtype
-from mlc_ray.config import SourceSection, TrainConfig, load_config, parse_config
-from mlc_ray.config.base import by_dotted_name
+from mlc_ray.config import SourceSection, TrainConfig, parse_config
 from mlc_ray.data.order import total_steps
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
+from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.nodes import check_nodes
-from mlc_ray.runs import CONFIG_FILE, RUN_FILE, TRAIN_FOLDER, checkpoint_folder, output_folder, read_metrics
-from mlc_ray.storage import Place, absolute_if_here, fingerprint, fingerprint_model, library_versions, write_json_atomic
+from mlc_ray.runs import TRAIN_FOLDER
+from mlc_ray.storage import absolute_if_here, fingerprint_model
 from mlc_ray.train.answers import check_answers
-from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints
+from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import CheckpointScorer, HeldOut, WorkerSpec, train_worker
 from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_errors
-from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
 from mlc_ray.train.planning import (
     check_groups,
@@ -45,24 +41,22 @@ from mlc_ray.train.planning import (
     tapping,
     tokens_per_forward,
 )
+from mlc_ray.train.preemption import PreemptedError, StopFile
 from mlc_ray.train.reference_cache import prepare_reference
+from mlc_ray.train.run_folder import (
+    TrainResult,
+    changed_settings,
+    claimed,
+    ended,
+    find_run_folder,
+    record_start,
+    with_dtype_of,
+)
 from mlc_ray.train.tracking import check_trackers
 from mlc_ray.train.validation import batches_of, check_held_out, held_out_section
+from mlc_ray.train.watchdog import hang_error
 
 logger = logging.getLogger(__name__)
-
-
-class RunError(MlcRayError):
-    """A run cannot start or go on; the message quotes the folder and names the fix."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Where a finished run is, its newest checkpoint, and the last step's metrics."""
-
-    run_folder: Path
-    checkpoint: Path
-    metrics: Metrics
 
 
 @dataclass(frozen=True)
@@ -88,16 +82,22 @@ def train(
     Args:
         config: the run. With `resume: auto` it starts, or goes on from its last complete checkpoint where its folder is
             there, so that the same command can be given again after whatever ended it.
-        resume: go on with the run in this folder, whose own settings `config` must be (`load_run_config`).
+        resume: go on with the run in this folder, by its own settings (`run_folder.load_run_config`), of which those
+            may differ that `settings.KINDS` lets change.
         score: called with every checkpoint.
         callbacks: Ray Train's own.
         display: show progress on the console.
 
     Raises:
-        RunError: a new run's folder exists already, a resumed one's does not, or it holds a run with other settings.
+        RunError: a new run's folder exists already, or a resumed one's does not.
+        LeaseError: another driver works in the run's folder. With `resume: auto` it is waited for whether that one is
+            alive.
+        SettingsChangedError: the run to go on with has other settings, model or bundles.
         DivergedError: the loss or its gradients stayed non-finite; the run's folder says so from then on.
         ModelError: the model's kernels need a GPU, and there is none.
         NodeError: a node does not see what it needs, or has other versions.
+        HangError: workers made no progress for `cluster.hang_timeout` seconds, more often than `cluster.max_failures`.
+        PreemptedError: the driver got SIGTERM; the run saved a checkpoint, and can be resumed.
         MlcRayError: a worker raised it (`CheckpointError`, `ModelError`, ...). Like a `DivergedError`, it ends the run:
             `cluster.max_failures` counts other failures only.
         KeyboardInterrupt: Ctrl-C; the workers have ended by then.
@@ -106,10 +106,10 @@ def train(
     config = _with_absolute_paths(config)
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
     layer = resolve_layer(config.mlc.layer, depth)
-    run_folder, is_new = _run_folder(config, resume)
-    if not is_new and score is None and (ended := _ended(run_folder)) is not None:
+    config, run_folder, is_new = _found(config, resume)  # refused before anything is started
+    if not is_new and score is None and (result := ended(run_folder)) is not None:
         logger.info("run %s has ended already: there is nothing left to train", run_folder)
-        return ended
+        return result
     keep_in(run_folder)
     connect(config.cluster.address)
     gpu = use_gpu(config.cluster.accelerator)
@@ -120,30 +120,47 @@ def train(
     )
     if score is None:  # a search has asked before its trials
         check_nodes(run_folder.parent, paths_read(config), gpu=gpu)
+    with lease(run_folder, wait=config.resume == "auto") as held:
+        config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it
+        config = _with_dtype(config, gpu=gpu)
+        with claimed(run_folder, config) if is_new else contextlib.nullcontext():
+            data = prepare_data(config, cache_dir=run_folder.parent / "cache", layer=layer, gpu=gpu)
+            steps = _total_steps(config, data.tokens)
+            _announce(config, data.tokens, steps, gpu=gpu)
+        record_start(run_folder, config, data.fingerprints, data.tokens, steps)
+        spec = WorkerSpec(
+            config=config.model_dump(mode="json", exclude_unset=True),
+            run_folder=run_folder,
+            tokens_folder=data.tokens.folder,
+            reference_folder=data.reference_folder,
+            held_out=data.held_out,
+            fingerprints=data.fingerprints,
+            total_steps=steps,
+            lease=held,
+            score=score,
+        )
+        return _fit(config, spec, gpu=gpu, callbacks=callbacks, display=display)
+
+
+def _found(config: TrainConfig, resume: Path | None) -> tuple[TrainConfig, Path, bool]:
+    """The settings, with the type that a run to go on with has; its folder; and whether the run is a new one."""
+    run_folder, is_new = find_run_folder(config, resume)
     if not is_new:
-        config = _with_dtype_of(run_folder, config)
-    config = _with_dtype(config, gpu=gpu)
-    with _claimed(run_folder, config) if is_new else contextlib.nullcontext():
-        data = prepare_data(config, cache_dir=run_folder.parent / "cache", layer=layer, gpu=gpu)
-        steps = _total_steps(config, data.tokens)
-        _announce(config, data.tokens, steps, gpu=gpu)
-    _describe_run(run_folder, config, data.fingerprints, data.tokens, steps)
+        config = with_dtype_of(run_folder, config)
+        changed_settings(run_folder, config)
+    return config, run_folder, is_new
+
+
+def _fit(
+    config: TrainConfig, spec: WorkerSpec, *, gpu: bool, callbacks: Sequence[UserCallback], display: bool
+) -> TrainResult:
+    """Have Ray Train run the workers to their end."""
+    run_folder, steps = spec.run_folder, spec.total_steps
     # Ray Train's list of earlier checkpoints: it would refuse to start where one of them is gone, and is not read here.
     (run_folder / TRAIN_FOLDER / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     trainer = TorchTrainer(
         cast(Any, train_worker),
-        train_loop_config={
-            "spec": WorkerSpec(
-                config=config.model_dump(mode="json", exclude_unset=True),
-                run_folder=run_folder,
-                tokens_folder=data.tokens.folder,
-                reference_folder=data.reference_folder,
-                held_out=data.held_out,
-                fingerprints=data.fingerprints,
-                total_steps=steps,
-                score=score,
-            )
-        },
+        train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.cluster.workers,
@@ -165,15 +182,26 @@ def train(
             else contextlib.nullcontext(),
             own_errors(),
             known_to_ray_train(),
+            StopFile(run_folder, spec.lease).at_sigterm(),
             keyboard_interrupt(f"to go on: mlc-ray train --resume {run_folder}"),
         ):
-            result: Any = trainer.fit()
+            fitted: Any = trainer.fit()
     except DivergedError as error:
         record_divergence(run_folder, error)
         raise DivergedError(
             f"run {str(run_folder)!r} ended at {error}", step=error.step, bundles=error.bundles
         ) from None
-    return TrainResult(run_folder, find_checkpoint(run_folder), dict(result.metrics or {}))
+    except PreemptedError as error:
+        raise PreemptedError(
+            f"run {str(run_folder)!r} got SIGTERM at step {error.step} of {steps} and ended after a checkpoint; to go "
+            f"on: mlc-ray train --resume {run_folder}",
+            step=error.step,
+        ) from None
+    except Exception as error:
+        if not isinstance(error, MlcRayError) and (hung := hang_error(run_folder, spec.lease)) is not None:
+            raise hung from None
+        raise
+    return TrainResult(run_folder, find_checkpoint(run_folder), dict(fitted.metrics or {}))
 
 
 def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool) -> PreparedData:
@@ -188,22 +216,16 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool)
     check_answers(config, tokens, config.data.train)
     held_out = _held_out_tokens(config, tokens, cache_dir)
     _check_groups(config, tokens, held_out, gpu=gpu)
-    fingerprints = {
-        "model": fingerprint_model(config.model.path),
-        "tokens": tokens.fingerprint,
-        "training": fingerprint(_what_must_not_change(config)),
-    }
+    fingerprints = {"model": fingerprint_model(config.model.path), "tokens": tokens.fingerprint}
     reference_folder = held_out_reference = None
     cached = config.needs_reference and config.reference == "cached"
     if cached:
-        reference_folder, fingerprints["reference"] = prepare_reference(
-            config, tokens, layer=layer, cache_dir=cache_dir, gpu=gpu
-        )
+        reference_folder = prepare_reference(config, tokens, layer=layer, cache_dir=cache_dir, gpu=gpu)
     if held_out is None:
         return PreparedData(tokens, reference_folder, fingerprints)
     fingerprints["validation"] = held_out.fingerprint
     if cached:
-        held_out_reference, _ = prepare_reference(config, held_out, layer=layer, cache_dir=cache_dir, gpu=gpu)
+        held_out_reference = prepare_reference(config, held_out, layer=layer, cache_dir=cache_dir, gpu=gpu)
     return PreparedData(tokens, reference_folder, fingerprints, HeldOut(held_out.folder, held_out_reference))
 
 
@@ -244,18 +266,6 @@ def paths_read(config: TrainConfig) -> dict[str, str]:
     return {"model.path": config.model.path, **found}
 
 
-def load_run_config(run: Path) -> TrainConfig:
-    """The config that a run was started with.
-
-    Raises:
-        RunError: `run` is not a run folder.
-    """
-    path = run / CONFIG_FILE
-    if not path.is_file():
-        raise RunError(f"{str(run)!r} is not a run folder: it has no {CONFIG_FILE}")
-    return load_config(TrainConfig, path)
-
-
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(sources: list[SourceSection]) -> list[SourceSection]:
         return [source.model_copy(update={"path": absolute_if_here(source.path)}) for source in sources]
@@ -277,115 +287,6 @@ def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:
     return parse_config(TrainConfig, {**given, "model": {**given["model"], "dtype": model.dtype}})
 
 
-def _with_dtype_of(folder: Path, config: TrainConfig) -> TrainConfig:
-    """A resumed run computes in the same type as before, on whatever machine it is now."""
-    dtype = load_run_config(folder).model.dtype
-    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
-
-
-def _run_folder(config: TrainConfig, resume: Path | None) -> tuple[Path, bool]:
-    """The run's folder, and whether the run is a new one."""
-    if resume is not None:
-        folder = Path(resume).expanduser().resolve()
-        if not (folder / CONFIG_FILE).is_file():
-            raise RunError(f"--resume {str(resume)!r}: not a run folder, it has no {CONFIG_FILE}")
-        return folder, False
-    folder = (output_folder(config.output_dir) / config.name).resolve()
-    if not (folder / CONFIG_FILE).exists():
-        return folder, True
-    if config.resume == "never":
-        raise _exists_already(folder)
-    _refuse_other_settings(folder, config)
-    return folder, False
-
-
-def _ended(folder: Path) -> TrainResult | None:
-    """What the run in `folder` came to, if the checkpoint of its last step is there."""
-    try:
-        steps = Place(folder / RUN_FILE).read_json()["total_steps"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # not written yet, or damaged: going on writes it anew
-        return None
-    checkpoints = list_checkpoints(folder)
-    if not checkpoints or checkpoints[-1] != checkpoint_folder(folder, steps):
-        return None
-    rows = list(read_metrics(folder))
-    return TrainResult(folder, checkpoints[-1], rows[-1] if rows else {})
-
-
-def _refuse_other_settings(folder: Path, config: TrainConfig) -> None:
-    """Refuse to resume the run in `folder` with settings that make it another run.
-
-    Raises:
-        RunError: It was started with other ones.
-    """
-    before, now = (by_dotted_name(_what_makes_the_run(each)) for each in (load_run_config(folder), config))
-    if now["model.dtype"] == "auto":  # it becomes what it was
-        now["model.dtype"] = before["model.dtype"]
-    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
-        differences = ", ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
-        raise RunError(
-            f"resume='auto': run folder {str(folder)!r} holds a run with other settings ({differences}): give the run "
-            "another name, or the settings it has"
-        )
-
-
-def _exists_already(folder: Path) -> RunError:
-    return RunError(
-        f"run folder {str(folder)!r} exists already: choose another name, remove it, or go on with it by "
-        f"`mlc-ray train --resume {folder}` or by resume=auto"
-    )
-
-
-@contextlib.contextmanager
-def _claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
-    """Take the run's name by writing its config.yaml before data are prepared, which may last minutes.
-
-    When preparing fails, the name is free again, since the fix is another setting; a driver that is killed meanwhile
-    leaves the file, and can be resumed.
-
-    Raises:
-        RunError: Another run has taken the name.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / CONFIG_FILE
-    temporary = folder / f".{CONFIG_FILE}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    text = yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.link(temporary, path)  # unlike a rename, it fails where the file is there
-    except FileExistsError:
-        raise _exists_already(folder) from None
-    except OSError:  # no hard links here, as on mounted object stores: less safe against a race, but a run can start
-        if path.exists():
-            raise _exists_already(folder) from None
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    try:
-        yield
-    except BaseException:
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty: the user has put something into it
-            folder.rmdir()
-        raise
-
-
-def _what_must_not_change(config: TrainConfig) -> dict[str, Any]:
-    """Settings that a resumed run must share with its checkpoint; how to log, keep, cut or try again may differ."""
-    return config.model_dump(
-        mode="json",
-        include={"seed", "reference", "model", "objective", "mlc", "terms", "optimizer", "train"},
-        exclude={"optimizer": {"max_retries"}, "train": {"tokens_per_forward"}},
-    )
-
-
-def _what_makes_the_run(config: TrainConfig) -> dict[str, Any]:
-    """Settings by which a run is the same one when it is started again; machines, logs and bounds may differ."""
-    how_often = {"data": {"validation": {"every"}}}
-    data_and_engine = config.model_dump(mode="json", include={"data", "engine"}, exclude=how_often)
-    return {**_what_must_not_change(config), **data_and_engine}
-
-
 def _total_steps(config: TrainConfig, tokens: TokenArtifact) -> int:
     return total_steps(
         len(tokens),
@@ -403,20 +304,3 @@ def _announce(config: TrainConfig, tokens: TokenArtifact, steps: int, *, gpu: bo
     cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=config.cluster.workers)
     outlook = look_ahead(tokens, order_of(config, tokens), cutting, steps)
     logger.info("%s", "\n  ".join(said_of(outlook, cutting, config.train.batch_bundles)))
-
-
-def _describe_run(
-    folder: Path, config: TrainConfig, fingerprints: dict[str, str], tokens: TokenArtifact, steps: int
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(
-        folder / RUN_FILE,
-        {
-            "resolved_config": config.model_dump(mode="json"),
-            "fingerprints": fingerprints,
-            "bundles": len(tokens),
-            "languages": list(tokens.languages),
-            "total_steps": steps,
-            "versions": library_versions(),
-        },
-    )

@@ -11,12 +11,14 @@ from typing import Any
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.errors import MlcRayError
-from mlc_ray.runs import METRICS_FILE, read_metrics
+from mlc_ray.runs import METRICS_FILE, MLFLOW_FILE, read_metrics
+from mlc_ray.storage import write_json_atomic
+from mlc_ray.train.run_folder import run_id
 from mlc_ray.train.watch import Watch
 
 
 class TrackingError(MlcRayError):
-    """A tracker was asked for whose package is not installed."""
+    """A tracker's package is not installed, or it does not know the run any more that it is to go on with."""
 
 
 def check_trackers(config: TrainConfig) -> None:
@@ -59,19 +61,14 @@ class Tracker:
             self.wandb = wandb.init(
                 project=config.logging.wandb,
                 name=config.name,
-                id=config.name,
+                id=run_id(run_folder),
                 resume="allow",
                 dir=str(run_folder),
                 config=config.model_dump(mode="json"),
+                allow_val_change=True,  # what may change when a run goes on
             )
         if config.logging.mlflow is not None:
-            import mlflow
-
-            mlflow.set_tracking_uri(config.logging.mlflow)
-            mlflow.set_experiment("mlc_ray")
-            self.mlflow = mlflow
-            mlflow.start_run(run_name=config.name)
-            mlflow.log_dict(config.model_dump(mode="json"), "config.json")
+            self.mlflow = _mlflow_run(config, config.logging.mlflow, run_folder)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one optimizer step's numbers everywhere, and `warnings` into its row where there are any."""
@@ -85,7 +82,7 @@ class Tracker:
         if self.tensorboard is not None:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
-        if self.wandb is not None:
+        if self.wandb is not None and step >= self.wandb.step:  # it takes no step twice: those after a checkpoint stay
             self.wandb.log(metrics, step=step)
         if self.mlflow is not None:
             self.mlflow.log_metrics(metrics, step=step)
@@ -103,6 +100,35 @@ class Tracker:
     def _write(self, row: dict[str, Any]) -> None:
         self.file.write(_line(row))
         self.file.flush()
+
+
+def _mlflow_run(config: TrainConfig, uri: str, run_folder: Path) -> Any:
+    """The module `mlflow`, in which the run's own run goes on; a new one where the run had none at `uri` so far.
+
+    MLflow makes the id, which is kept in the run's folder with the URI.
+
+    Raises:
+        TrackingError: It knows no run of that id.
+    """
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    file = run_folder / MLFLOW_FILE
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if uri not in known:
+        mlflow.set_experiment(config.logging.mlflow_experiment or config.name)
+        known[uri] = mlflow.start_run(run_name=config.name).info.run_id
+        write_json_atomic(file, known)
+    else:
+        try:
+            mlflow.start_run(run_id=known[uri])
+        except mlflow.exceptions.MlflowException as error:
+            raise TrackingError(
+                f"logging.mlflow={uri!r} has no run {known[uri]!r}, which {str(file)!r} names ({error}): restore it "
+                "there, or remove the file to log into a new one"
+            ) from None
+    mlflow.log_dict(config.model_dump(mode="json"), "config.json")
+    return mlflow
 
 
 def _line(row: dict[str, Any]) -> str:

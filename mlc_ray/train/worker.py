@@ -15,6 +15,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2._internal.execution.context import get_train_context
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import TrainConfig, parse_config
@@ -22,6 +23,7 @@ from mlc_ray.data.plan import Cutting, StepPlan
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tokens import load_tokenizer
+from mlc_ray.lease import LeaseGuard
 from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint, save_checkpoint
@@ -33,6 +35,7 @@ from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
 from mlc_ray.train.planning import check_groups, cutting_of_worker, held_out_cutting, order_of
+from mlc_ray.train.preemption import SIGTERM, Notice, StopFile, highest
 from mlc_ray.train.reference import (
     Reference,
     ReferenceModel,
@@ -43,6 +46,7 @@ from mlc_ray.train.reference import (
 from mlc_ray.train.reference_cache import load_reference
 from mlc_ray.train.tracking import Tracker
 from mlc_ray.train.validation import Validation, batches_of, plans_of
+from mlc_ray.train.watchdog import Watchdog
 from mlc_ray.types import Batch, ReferenceRow, move
 
 
@@ -72,16 +76,24 @@ def work(spec: WorkerSpec) -> None:
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     cutting = cutting_of_worker(config, tokens, engine, spec.total_steps)
     planned = plans(tokens, order_of(config, tokens), cutting, range(progress.step, spec.total_steps))
-    steps = _checked(_stream(tokens, planned, table, engine, cutting), engine)
+    guard = LeaseGuard(spec.run_folder, spec.lease)
+    watchdog = Watchdog(config.cluster.hang_timeout, spec.run_folder, lease=spec.lease, rank=rank, step=progress.step)
+    batches = watchdog.over(
+        _stream(tokens, planned, table, engine, cutting), "waiting for its batches", "in a step, with all workers"
+    )
+    steps = _checked(batches, engine)
     with (
         contextlib.closing(Tracker(config, spec.run_folder, progress.step))
         if rank == 0
         else contextlib.nullcontext() as tracker,
         contextlib.closing(steps),
+        contextlib.closing(watchdog),
     ):
 
         def log(step: int, metrics: Metrics) -> None:
+            watchdog.beat("logging", step)
             if tracker is not None:
+                guard.check()
                 tracker.log(step, {**metrics, "tokens_per_forward": float(cutting.tokens_per_forward)})
                 forget_divergence(spec.run_folder, step)
 
@@ -103,6 +115,13 @@ def work(spec: WorkerSpec) -> None:
                 score = partial(spec.score, spec.run_folder, folder, at.step)
                 ray.train.report(_on_first_worker(score))
 
+        def save_watched(at: Progress, metrics: Metrics) -> None:
+            watchdog.beat("saving a checkpoint")
+            # Scoring one takes as long as it takes, while the other workers wait.
+            with contextlib.nullcontext() if spec.score is None else watchdog.off():
+                save(at, metrics)
+            watchdog.beat("between two steps")
+
         train_loop(
             config,
             engine=engine,
@@ -111,10 +130,30 @@ def work(spec: WorkerSpec) -> None:
             progress=progress,
             total_steps=spec.total_steps,
             kinds=tokens.distinct_kinds,
-            validate=_validation(config, spec.held_out, engine, online, cutting, progress),
+            validate=_validation(config, spec.held_out, engine, online, cutting, progress, watchdog),
+            noticed=_notices(spec),
             log=log,
-            save=save,
+            save=save_watched,
         )
+
+
+def _notices(spec: WorkerSpec) -> Callable[[], Notice]:
+    """What tells this worker that it, or another one, is about to be taken away."""
+    # Ray Train runs this function in a thread; signals are handled in the main one, where the actor's methods run.
+    actor = ray.get_runtime_context().current_actor
+    ray.get(actor.__ray_call__.remote(_catch_sigterm))
+    return highest([SIGTERM, StopFile(spec.run_folder, spec.lease), _node_is_drained])
+
+
+def _catch_sigterm(_: object) -> None:
+    SIGTERM.catch()
+
+
+def _node_is_drained() -> Notice:
+    """SAVE once Ray says that the node of a worker is to be taken away."""
+    # Not by ray.train.get_preemption_info, at which all workers wait for each other: the step has a reduction anyway.
+    told = get_train_context().preemption_context.preemption_info
+    return Notice.NONE if told is None else Notice.SAVE
 
 
 def _on_first_worker(function: Callable[[], Metrics]) -> Metrics:
@@ -183,6 +222,7 @@ def _validation(
     online: Reference | None,
     cutting: Cutting,
     progress: Progress,
+    watchdog: Watchdog,
 ) -> Validation | None:
     """What measures held-out bundles, where there are some."""
     if found is None:
@@ -195,7 +235,11 @@ def _validation(
     return Validation(
         Objective(config),
         engine,
-        lambda: _stream(tokens, plans_of(tokens, rows, own), table, engine, own),
+        lambda: watchdog.over(
+            _stream(tokens, plans_of(tokens, rows, own), table, engine, own),
+            "waiting for held-out batches",
+            "measuring held-out bundles, with all workers",
+        ),
         _asked(online, table),
         sorted(tokens.distinct_kinds),
         progress,

@@ -39,7 +39,7 @@ def prepare(tmp_path, monkeypatch):
             return said(chosen)
 
         monkeypatch.setattr(ray_reference, "_compute", compute)
-        folder, _ = prepare_reference(config, TOKENS, layer=2, cache_dir=tmp_path / "cache", gpu=False)
+        folder = prepare_reference(config, TOKENS, layer=2, cache_dir=tmp_path / "cache", gpu=False)
         return folder, load_reference(folder)["a"].chosen
 
     return prepared
@@ -59,7 +59,7 @@ def test_a_complete_folder_is_used_again(prepare):
 
 @pytest.mark.parametrize("damage", ["table", "manifest"])
 def test_an_incomplete_folder_is_computed_again(prepare, damage, caplog):
-    folder, _ = prepare(-1.0)
+    folder = prepare(-1.0)
     (folder / {"table": TABLE, "manifest": "manifest.json"}[damage]).unlink()
     assert prepare(-3.0) == (folder, -3.0)
     assert "; computing it again" in caplog.text
@@ -68,7 +68,7 @@ def test_an_incomplete_folder_is_computed_again(prepare, damage, caplog):
 
 @pytest.mark.parametrize("damaged_before", [False, True])
 def test_the_folder_of_a_faster_run_is_used(prepare, damaged_before):
-    folder, _ = prepare(-1.0)
+    folder = prepare(-1.0)
     (folder / TABLE).unlink()
     if not damaged_before:
         (folder / "manifest.json").unlink()

@@ -20,7 +20,8 @@ from mlc_ray.runs import read_metrics
 from mlc_ray.show import show
 from mlc_ray.train.checkpoint import list_checkpoints
 from mlc_ray.train.divergence import DivergedError
-from mlc_ray.train.run import RunError, load_run_config, train
+from mlc_ray.train.run import train
+from mlc_ray.train.run_folder import RunError, load_run_config
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -189,6 +190,26 @@ def test_a_killed_worker_is_recovered_from_exactly(undisturbed, run_place):
     assert losses(result.run_folder) == losses(undisturbed.run_folder)
 
 
+def test_a_driver_that_gets_sigterm_saves_first_and_is_resumed_from_exactly(undisturbed, run_place):
+    run = run_place / "preempted"
+    command = [sys.executable, "-m", "mlc_ray", "train", "--config", str(run_place / "config.yaml")]
+    settings = ["--set", "name=preempted", "--set", "checkpoint.every=null", "--set", "resume=auto"]
+    driver = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not any(row["step"] >= 2 for row in read_metrics(run)):
+        assert driver.poll() is None, driver.communicate()[0]
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGTERM)
+    said = driver.communicate()[0]
+    assert driver.returncode == 128 + signal.SIGTERM, said
+    (checkpoint,) = list_checkpoints(run)
+    step = int(checkpoint.name.removeprefix("checkpoint_"))
+    assert 2 < step < STEPS and trained(run)[-1]["step"] == step
+    assert f"got SIGTERM at step {step} of {STEPS}" in said and f"mlc-ray train --resume {run}" in said
+    assert not (run / "lease.json").exists() and not (run / "stop").exists()
+    train(load_run_config(run))
+    assert losses(run) == losses(undisturbed.run_folder)
+
+
 def test_a_killed_driver_is_resumed_from_exactly_though_a_checkpoint_is_gone_and_another_damaged(
     undisturbed, run_place
 ):
@@ -207,6 +228,11 @@ def test_a_killed_driver_is_resumed_from_exactly_though_a_checkpoint_is_gone_and
     shutil.copytree(list_checkpoints(run)[-1], half)
     (half / "manifest.json").unlink()
     shutil.rmtree(list_checkpoints(run)[-1])  # by hand; Ray Train's own list names it
-    result = train(load_run_config(run), resume=run)
+    free = ["cluster.max_failures=1", "logging.tensorboard=false", "optimizer.max_retries=7"]
+    result = train(load_run_config(run, free), resume=run)
     assert losses(run) == losses(undisturbed.run_folder)
+    history = json.loads((run / "run.json").read_text())["changes"]
+    assert [(change["step"], f"{change['field']}={json.dumps(change['now'])}") for change in history] == [
+        (4, text) for text in free
+    ]
     assert result.checkpoint.name == f"checkpoint_{STEPS:06d}"

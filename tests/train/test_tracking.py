@@ -97,6 +97,57 @@ def test_tensorboard_holds_the_numbers(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("loss/total")] == [(1, 0.5)]
 
 
+def started(run_folder):
+    (run_folder / "run.json").write_text(json.dumps({"id": "0123abcd"}))
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = tiny_config(logging={"tensorboard": False, "wandb": "project"})
+    started(tmp_path)
+    ids = []
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        tracker = Tracker(config, tmp_path, start_step=start)
+        ids.append(tracker.wandb.id)
+        for step in steps:
+            tracker.log(step, {"loss/total": float(step)})
+        assert tracker.wandb.step == steps[-1]
+        tracker.close()
+    assert ids == ["0123abcd", "0123abcd"]
+    assert len(list(tmp_path.glob("wandb/offline-run-*/run-0123abcd.wandb"))) == 2  # `wandb sync` joins them by the id
+
+
+def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "store").as_uri()
+    config = tiny_config(logging={"tensorboard": False, "mlflow": uri})
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        tracker = Tracker(config, tmp_path, start_step=start)
+        for step in steps:
+            tracker.log(step, {"loss/total": float(step)})
+        tracker.close()
+    client = mlflow.tracking.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("tiny")
+    (run,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss/total")
+    assert {(metric.step, metric.value) for metric in history} == {(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)}
+    assert (run.info.run_name, run.info.status) == ("tiny", "FINISHED")
+    client.delete_run(run.info.run_id)
+    (tmp_path / "mlflow.json").write_text(json.dumps({uri: "0" * 32}))
+    with pytest.raises(TrackingError, match=r"has no run '0{32}'.*mlflow\.json.*remove the file"):
+        Tracker(config, tmp_path, start_step=2)
+    Tracker(config.model_copy(update={"logging": config.logging.model_copy(update={"mlflow_experiment": "mine"})}),
+            fresh(tmp_path / "second"), start_step=0).close()  # fmt: skip
+    assert len(client.search_runs([client.get_experiment_by_name("mine").experiment_id])) == 1
+
+
+def fresh(folder):
+    folder.mkdir()
+    return folder
+
+
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
 def test_a_tracker_that_is_not_installed_is_refused_before_the_run(package, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -142,13 +142,16 @@ def online_reference(config, engine):
     return type(engine).frozen(frozen, config, engine.device)
 
 
-def run_engine(config, rows, steps, table=None, save=None, engine=None, progress=None, validate=None, reference=None):
-    """Train with a real engine in this worker; returns the engine and each step's metrics."""
+def run_engine(
+    config, rows, steps, table=None, save=None, engine=None, progress=None, validate=None, reference=None, noticed=None,
+    history=None,
+):  # fmt: skip
+    """Train with a real engine in this worker; returns the engine and each step's metrics, which `history` gets too."""
     engine = engine or make_engine(config)
     if config.needs_reference and reference is None:
         reference = online_reference(config, engine) if config.reference == "online" else cached_reference
     progress = progress or Progress()
-    history = []
+    history = [] if history is None else history
     train_loop(
         config,
         engine=engine,
@@ -158,6 +161,7 @@ def run_engine(config, rows, steps, table=None, save=None, engine=None, progress
         total_steps=steps,
         kinds={row.kind for row in rows},
         validate=validate,
+        noticed=noticed,
         log=lambda step, metrics: history.append({"step": step, **metrics}),
         save=save or (lambda progress, metrics: None),
     )

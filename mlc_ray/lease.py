@@ -1,0 +1,309 @@
+"""The lease on a folder: one driver at a time works in it, and no second one starts or resumes what is there.
+
+Within a Ray cluster this is exact: the holder has an actor whose name is made from the folder, and Ray gives a name
+once and frees it when the holder's process dies. Between clusters it goes by `lease.json` in the folder, which the
+holder writes again every quarter of `LIFETIME`; a file that was not is taken over after `LIFETIME`. Its age is
+measured by the clock of the file server alone.
+
+Whoever takes over reads the file back after `SETTLE` seconds. Of two drivers that take over at once, from two clusters,
+both go on only where one needed longer than that from its look at the old file to its own writing, and then until the
+next check: workers that find another's id in the file end the run (`LeaseGuard`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import LEASE_FILE
+from mlc_ray.storage import write_json_atomic
+
+logger = logging.getLogger(__name__)
+
+LIFETIME = 60.0
+"""Seconds after which a lease that is not renewed is free."""
+SETTLE = 1.0
+_POLL = 0.5
+_DYING = 5.0  # Ray frees a name within this many seconds of its holder's death
+_CHECKED_EVERY = 10.0
+_NAMESPACE = "mlc_ray"
+
+
+class LeaseError(MlcRayError):
+    """Another driver works in the folder; the message says which, since when, and when it can be had."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has a lease: a random id, and the process.
+
+    `machine` and `started` tell whether a process of this pid is still the same one, where it can be seen from here;
+    `node` is the Ray node of the process, which no two clusters share.
+    """
+
+    id: str
+    host: str
+    pid: int
+    machine: str
+    started: str
+    node: str
+    ray_job: str
+    since: str
+
+    @classmethod
+    def here(cls) -> Holder:
+        """This process, under a new id."""
+        context = ray.get_runtime_context() if ray.is_initialized() else None
+        return cls(
+            id=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            machine=_machine(),
+            started=_started(os.getpid()) or "",
+            node=context.get_node_id() if context else "",
+            ray_job=context.get_job_id() if context else "",
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def has_died(self) -> bool:
+        """Whether its process is known to be gone; False where it cannot be seen from here."""
+        return bool(self.machine) and self.machine == _machine() and _started(self.pid) != self.started
+
+    def __str__(self) -> str:
+        job = f", Ray job {self.ray_job}" if self.ray_job else ""
+        return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+
+class _Name:
+    """The actor that holds a name; it does nothing."""
+
+
+@contextmanager
+def lease(folder: Path, *, wait: bool, lifetime: float = LIFETIME) -> Iterator[str]:
+    """Hold the lease on `folder`, which is made if need be, while the block runs.
+
+    Args:
+        folder: what to work in.
+        wait: where another holds it, wait whether it renews the lease, and take it over where it does not; else refuse
+            at once.
+        lifetime: seconds after which the lease is free, unless renewed.
+
+    Yields:
+        The lease's id, for a `LeaseGuard`.
+
+    Raises:
+        LeaseError: Another driver holds it.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    own = Holder.here()
+    actor = _acquire(folder, own, wait=wait, lifetime=lifetime)
+    ended = threading.Event()
+    renewing = threading.Thread(target=_renew, args=(folder, own, lifetime, ended), name="lease", daemon=True)
+    renewing.start()
+    try:
+        yield own.id
+    finally:
+        ended.set()
+        renewing.join()
+        if (holder := _read(folder)) is not None and holder.id == own.id:
+            (folder / LEASE_FILE).unlink(missing_ok=True)
+        _give_name_back(actor)
+        if made:
+            with suppress(OSError):  # not empty: what the lease was for is there
+                folder.rmdir()
+
+
+class LeaseGuard:
+    """Makes sure, in the process that writes into a folder, that its driver still holds the lease."""
+
+    def __init__(self, folder: Path, id: str) -> None:
+        self.folder, self.id = folder, id
+        self.checked = time.monotonic()
+
+    def check(self) -> None:
+        """Look into the lease file, if the last look is some seconds ago.
+
+        Raises:
+            LeaseError: The lease is another driver's, or nobody's.
+        """
+        if time.monotonic() - self.checked < _CHECKED_EVERY:
+            return
+        self.checked = time.monotonic()
+        holder = _read(self.folder)
+        if holder is None or holder.id != self.id:
+            raise LeaseError(
+                f"the lease on {str(self.folder)!r} was lost to {holder or 'nobody: its file is gone'}; this run "
+                "ends, so that two do not write into one folder. The driver or its storage had stopped for longer than "
+                "the lease lives; go on once nobody holds it"
+            )
+
+
+def _acquire(folder: Path, own: Holder, *, wait: bool, lifetime: float) -> Any:
+    """Take the lease; returns the actor that holds the name in this cluster, or None outside of one."""
+    first, began, said = _stamp(folder), time.monotonic(), False
+    actor, has_name = None, False
+    while True:
+        if not has_name:
+            actor, has_name = _take_name(folder)
+        holder = _read(folder)
+        if has_name and _is_free(folder, holder, lifetime) and _write_first(folder, own, holder):
+            return actor
+        holder = _read(folder)
+        renewed = holder is not None and _stamp(folder) != first
+        dying = holder is None or holder.has_died()
+        patience = lifetime + _DYING if wait else _DYING if dying else 0.0
+        if (renewed and not dying) or time.monotonic() - began > patience:
+            _give_name_back(actor)
+            raise LeaseError(_refusal(folder, holder, lifetime))
+        if not said and not dying:
+            logger.info(
+                "%s is held by %s; waiting until its lease ends, in %.0f s unless it is renewed",
+                folder, holder, max(0.0, lifetime - _age(folder)),
+            )  # fmt: skip
+            said = True
+        time.sleep(_POLL)
+
+
+def _is_free(folder: Path, holder: Holder | None, lifetime: float) -> bool:
+    """Whether the lease that the file tells of has ended; the name within this cluster is this process's."""
+    if holder is None or holder.has_died() or _age(folder) > lifetime:
+        return True
+    # The holder is of this cluster, and yet its name was free: its process is dead.
+    return ray.is_initialized() and holder.node in {str(node["NodeID"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]
+
+
+def _write_first(folder: Path, own: Holder, before: Holder | None) -> bool:
+    """Write the lease file; False where another driver was faster."""
+    path = folder / LEASE_FILE
+    if before is None:
+        temporary = folder / f".{LEASE_FILE}.{own.id}"
+        try:
+            temporary.write_text(json.dumps(asdict(own)), encoding="utf-8")
+            os.link(temporary, path)  # it fails where the file is there
+        except FileExistsError:
+            return False
+        except OSError:  # no hard links here, as on mounted object stores
+            write_json_atomic(path, asdict(own))
+        else:
+            return True
+        finally:
+            temporary.unlink(missing_ok=True)
+    else:
+        write_json_atomic(path, asdict(own))
+    time.sleep(SETTLE)
+    found = _read(folder)
+    return found is not None and found.id == own.id
+
+
+def _renew(folder: Path, own: Holder, lifetime: float, ended: threading.Event) -> None:
+    while not ended.wait(lifetime / 4):
+        holder = _read(folder)
+        if holder is None or holder.id != own.id:
+            logger.error("the lease on %s was lost to %s", folder, holder or "nobody: its file is gone")
+            return
+        try:
+            write_json_atomic(folder / LEASE_FILE, asdict(own))
+        except OSError as error:  # the storage may come back before the lease has ended
+            logger.warning("the lease on %s could not be renewed: %s", folder, error)
+
+
+def _take_name(folder: Path) -> tuple[Any, bool]:
+    """The actor that holds the folder's name in this cluster, and whether the name is this process's."""
+    if not ray.is_initialized():
+        return None, True
+    name = f"lease-{hashlib.sha256(str(folder).encode('utf-8')).hexdigest()[:16]}"
+    here = ray.get_runtime_context().get_node_id()  # another node may be taken away while this process lives
+    options: dict[str, Any] = {
+        "name": name,
+        "namespace": _NAMESPACE,
+        "num_cpus": 0,
+        "max_restarts": -1,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False),
+    }
+    try:
+        return ray.remote(_Name).options(**options).remote(), True
+    except ValueError:  # the name is taken
+        return None, False
+
+
+def _give_name_back(actor: Any) -> None:
+    if actor is not None and ray.is_initialized():
+        with suppress(Exception):  # the cluster may be gone, and the name with it
+            ray.kill(actor)
+
+
+def _refusal(folder: Path, holder: Holder | None, lifetime: float) -> str:
+    if holder is None:
+        return (
+            f"{str(folder)!r} is being taken by another driver of this Ray cluster; look what runs there, or try again"
+        )
+    ends = datetime.fromtimestamp(time.time() + lifetime - _age(folder), UTC).isoformat(timespec="seconds")
+    return (
+        f"{str(folder)!r} is held by {holder}: end that process, or wait for it. If it does not run any more, its "
+        f"lease ends at {ends}"
+    )
+
+
+def _read(folder: Path) -> Holder | None:
+    """Who the lease file names; None where there is none, or it cannot be read."""
+    try:
+        return Holder(**json.loads((folder / LEASE_FILE).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """What is another one after every writing of the lease file."""
+    try:
+        status = (folder / LEASE_FILE).stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_ino
+
+
+def _age(folder: Path) -> float:
+    """Seconds since the lease file was written, by the clock that stamps the folder's files; 0 where it is gone."""
+    now = folder / f".{LEASE_FILE}.now-{uuid.uuid4().hex}"
+    try:
+        now.touch()
+        return now.stat().st_mtime - (folder / LEASE_FILE).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+    finally:
+        now.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    """What tells apart the machines, and the containers on them, that see different processes; "" where unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return ""
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started, in ticks since the machine was; None where there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,129 @@
+"""Notices that workers are about to be taken away, and what a run does about them: it saves before it is too late.
+
+A notice is seen by one worker or by all, at different times. It rides on a reduction that each step makes anyway, so
+that all workers know of it after the same step, and save together.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import STOP_FILE
+
+logger = logging.getLogger(__name__)
+
+
+class Notice(IntEnum):
+    """What a worker was told; the largest of all workers' counts.
+
+    SAVE: a node is to be taken away; one checkpoint is saved, and training goes on until Ray starts the workers anew.
+    RESTART: a worker's process got SIGTERM; a checkpoint is saved, and the workers end, to be started anew.
+    END: the driver got SIGTERM; a checkpoint is saved, and the run ends.
+    """
+
+    NONE = 0
+    SAVE = 1
+    RESTART = 2
+    END = 3
+
+
+class PreemptedError(MlcRayError):
+    """The run was told to end before its last step; it saved a checkpoint, and the message says how to go on.
+
+    Args:
+        message: what to tell.
+        step: the optimizer step of the checkpoint.
+    """
+
+    exit_status: ClassVar[int] = 128 + signal.SIGTERM
+
+    def __init__(self, message: str, *, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class WorkersPreemptedError(RuntimeError):
+    """Workers ended after a checkpoint since one got SIGTERM; Ray starts them again (`cluster.max_failures`)."""
+
+
+def ended_by(notice: Notice, step: int) -> Exception:
+    """The error by which workers end after a checkpoint of `step`, for a notice that is RESTART or END."""
+    if notice is Notice.END:
+        return PreemptedError(f"SIGTERM, after a checkpoint of step {step}", step=step)
+    return WorkersPreemptedError(f"a worker got SIGTERM; all ended after a checkpoint of step {step}")
+
+
+class Sigterm:
+    """Whether this process got SIGTERM, which ends it no more the first time; a second one does what it did before."""
+
+    def __init__(self) -> None:
+        self._got = threading.Event()
+
+    def catch(self) -> None:
+        """Begin; in the main thread, as Python asks."""
+        before = signal.getsignal(signal.SIGTERM)
+
+        def note(number: int, frame: Any) -> None:
+            self._got.set()
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
+
+        signal.signal(signal.SIGTERM, note)
+
+    def __call__(self) -> Notice:
+        """RESTART from the signal on."""
+        return Notice.RESTART if self._got.is_set() else Notice.NONE
+
+
+SIGTERM = Sigterm()
+"""Of this process."""
+
+
+class StopFile:
+    """Whether the driver that holds a lease asks its workers to end, by a file in the run's folder."""
+
+    def __init__(self, run_folder: Path, lease: str) -> None:
+        self.path, self.lease = run_folder / STOP_FILE, lease
+
+    def __call__(self) -> Notice:
+        """END once the file has the lease's id: that of an earlier driver's is not obeyed."""
+        try:
+            return Notice.END if self.path.read_text(encoding="ascii") == self.lease else Notice.NONE
+        except FileNotFoundError:
+            return Notice.NONE
+
+    @contextmanager
+    def at_sigterm(self) -> Iterator[None]:
+        """In the driver: write the file at the first SIGTERM in this block; a second one does what it did before.
+
+        Only the main thread handles signals; elsewhere, as in a trial of a search, nothing changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.getsignal(signal.SIGTERM)
+        restored = before if before is not None else signal.SIG_DFL  # None: not set by Python
+
+        def ask(number: int, frame: Any) -> None:
+            signal.signal(number, restored)
+            self.path.write_text(self.lease, encoding="ascii")
+            logger.warning("SIGTERM: the run ends after its next step and a checkpoint of it; a second one ends it now")
+
+        signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, restored)
+            self.path.unlink(missing_ok=True)
+
+
+def highest(sources: list[Callable[[], Notice]]) -> Callable[[], Notice]:
+    """The notice of several sources at once."""
+    return lambda: max((source() for source in sources), default=Notice.NONE)

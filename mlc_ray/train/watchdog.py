@@ -1,0 +1,144 @@
+"""A worker that makes no progress ends with an error, instead of holding its machines without a word.
+
+The watchdog is a thread of the worker. It cannot run while C code holds Python's global lock; collectives, kernels and
+file systems, where workers hang, release it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import LOGS_FOLDER
+from mlc_ray.storage import write_json_atomic
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_LINGER = 5.0  # once one worker hangs all do, within about a second: each should have told where before Ray ends them
+_TOGETHER = 60.0  # what workers tell within so many seconds is of one hang
+
+
+class HangError(MlcRayError):
+    """Workers made no progress for `cluster.hang_timeout` seconds; the message says where each of them waits."""
+
+
+@dataclass(frozen=True)
+class Hang:
+    """Where a worker was when it had made no progress for `seconds`; `step` is the last that it ended."""
+
+    lease: str
+    rank: int
+    host: str
+    step: int
+    doing: str
+    seconds: float
+    stacks: str
+    time: float
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}, after step {self.step}, while {self.doing} (stacks: {self.stacks})"
+
+
+class Watchdog:
+    """Ends this process where nothing is heard of it for `timeout` seconds (0: never).
+
+    Before that it writes all threads' stacks and a `Hang` into `logs/` of the run's folder.
+    """
+
+    def __init__(self, timeout: float, run_folder: Path, *, lease: str, rank: int, step: int) -> None:
+        self.timeout, self.folder, self.lease, self.rank = timeout, run_folder / LOGS_FOLDER, lease, rank
+        self.step, self.doing, self.heard, self.paused = step, "starting", time.monotonic(), 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if timeout:
+            self._thread.start()
+
+    def beat(self, doing: str, step: int | None = None) -> None:
+        """Something went on: what begins now, and the last optimizer step that ended, where it is another one."""
+        self.step, self.doing, self.heard = self.step if step is None else step, doing, time.monotonic()
+
+    def over(self, items: Iterator[T], waiting: str, using: str) -> Iterator[T]:
+        """The same items; each is a beat when it is asked for and when it has come."""
+        while True:
+            self.beat(waiting)
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            self.beat(using)
+            yield item
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Watch nothing in this block, which may wait for as long as it takes."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+            self.heard = time.monotonic()
+
+    def silent(self) -> float:
+        """Seconds since the last beat; 0 while off."""
+        return 0.0 if self.paused else time.monotonic() - self.heard
+
+    def close(self) -> None:
+        """Watch no more."""
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1.0, self.timeout / 4)):
+            if (silent := self.silent()) > self.timeout:
+                self._tell(silent)
+                time.sleep(_LINGER)
+                os._exit(1)  # the training thread is stuck in a call that no exception reaches
+
+    def _tell(self, silent: float) -> None:
+        name = f"hang-step-{self.step:06d}-rank-{self.rank:05d}"
+        stacks = self.folder / f"{name}.txt"
+        hang = Hang(
+            self.lease, self.rank, socket.gethostname(), self.step, self.doing, silent, str(stacks), time.time()
+        )
+        logger.error("no progress for %.0f s: %s; the worker ends", silent, hang)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with stacks.open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            write_json_atomic(self.folder / f"{name}.json", asdict(hang))
+        except OSError as error:  # the storage may be what hangs; the log has the message at least
+            logger.error("the stacks could not be written to %s: %s", stacks, error)
+
+
+def hang_error(run_folder: Path, lease: str) -> HangError | None:
+    """The error that tells of the last hang of a driver's workers, if there was one.
+
+    Args:
+        run_folder: the run's.
+        lease: of that driver; hangs under an earlier one are left out.
+    """
+    found: list[dict[str, Any]] = [
+        json.loads(file.read_text(encoding="utf-8")) for file in (run_folder / LOGS_FOLDER).glob("hang-*.json")
+    ]
+    hangs = sorted((Hang(**each) for each in found if each["lease"] == lease), key=lambda hang: (hang.rank, -hang.time))
+    if not hangs:
+        return None
+    last = max(hang.time for hang in hangs)
+    told = "; ".join(str(hang) for hang in hangs if last - hang.time < _TOGETHER)
+    return HangError(
+        f"run {str(run_folder)!r} made no progress for {max(hang.seconds for hang in hangs):.0f} s: {told}. The worker "
+        "to look at is the one that does something else than wait for the others. Where a step or a save takes that "
+        f"long, raise cluster.hang_timeout; to go on: mlc-ray train --resume {run_folder}"
+    )

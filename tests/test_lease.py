@@ -1,0 +1,121 @@
+"""One driver at a time works in a folder: within a Ray cluster by an actor's name, elsewhere by the lease file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from mlc_ray import lease as module
+from mlc_ray.lease import Holder, LeaseError, LeaseGuard, lease
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mlc_ray.lease import lease
+if len(sys.argv) > 2:
+    import ray
+    ray.init(address=sys.argv[2], log_to_driver=False, logging_level="ERROR")
+with lease(Path(sys.argv[1]), wait=False):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def hold(folder, *arguments):
+    """A process that holds the lease on `folder`, once it says so."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), *arguments], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def foreign(folder):
+    """Write the lease of a process of another machine, which cannot be looked at from here."""
+    folder.mkdir(exist_ok=True)
+    holder = replace(Holder.here(), id="other", host="elsewhere", machine="another one", pid=1)
+    (folder / "lease.json").write_text(json.dumps(asdict(holder)))
+
+
+def test_a_second_driver_is_refused_and_told_whose_it_is(tmp_path):
+    process = hold(tmp_path / "run")
+    try:
+        with pytest.raises(LeaseError, match=rf"run' is held by process {process.pid} on \S+, since \d.*ends at \d"):
+            lease(tmp_path / "run", wait=False).__enter__()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    with lease(tmp_path / "run", wait=False):  # at once: its process is seen to be gone
+        assert json.loads((tmp_path / "run/lease.json").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / "run/lease.json").exists()
+
+
+def test_it_is_free_after_an_error_and_leaves_no_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt), lease(tmp_path / "run", wait=False):
+        raise KeyboardInterrupt
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lease_of_another_machine_is_taken_when_it_has_ended_and_not_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SETTLE", 0.0)
+    foreign(tmp_path)
+    with pytest.raises(LeaseError, match="on elsewhere"):
+        lease(tmp_path, wait=False).__enter__()
+    os.utime(tmp_path / "lease.json", (time.time() - 61, time.time() - 61))
+    with lease(tmp_path, wait=False) as held:
+        LeaseGuard(tmp_path, held).check()
+
+
+def test_waiting_takes_over_what_is_not_renewed_and_refuses_what_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SETTLE", 0.0)
+    foreign(tmp_path)
+    with lease(tmp_path, wait=True, lifetime=2.0):
+        assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
+        with pytest.raises(LeaseError, match=rf"held by process {os.getpid()} "):  # it renews every half second
+            lease(tmp_path, wait=True, lifetime=2.0).__enter__()
+
+
+def test_a_driver_whose_lease_was_taken_writes_no_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CHECKED_EVERY", 0.0)
+    with lease(tmp_path, wait=False) as held:
+        guard = LeaseGuard(tmp_path, held)
+        guard.check()
+        foreign(tmp_path)
+        with pytest.raises(LeaseError, match=r"was lost to process 1 on elsewhere"):
+            guard.check()
+    assert (tmp_path / "lease.json").exists()  # it is the other's
+
+
+def test_of_two_clusters_that_take_over_at_once_one_finds_the_other(tmp_path, monkeypatch):
+    def settle(_):  # between its writing and its look, the other one writes
+        foreign(tmp_path)
+
+    foreign(tmp_path)
+    os.utime(tmp_path / "lease.json", (0, 0))
+    monkeypatch.setattr(module.time, "sleep", settle)
+    with pytest.raises(LeaseError, match="on elsewhere"):
+        lease(tmp_path, wait=False).__enter__()
+
+
+@pytest.mark.slow
+def test_within_a_cluster_a_killed_drivers_lease_is_free_at_once(tmp_path, ray_local, monkeypatch):
+    monkeypatch.setattr(module, "_machine", lambda: "")  # nothing is known of the process: Ray alone tells
+    process = hold(tmp_path, ray_local.get_runtime_context().gcs_address)
+    holder = json.loads(Path(tmp_path / "lease.json").read_text())
+    assert holder["ray_job"] != ray_local.get_runtime_context().get_job_id() and holder["pid"] == process.pid
+    with pytest.raises(LeaseError, match=rf"held by process {process.pid} .*, Ray job {holder['ray_job']}, since"):
+        lease(tmp_path, wait=False).__enter__()
+    (tmp_path / "lease.json").unlink()
+    with pytest.raises(LeaseError, match="being taken by another driver of this Ray cluster"):  # the name alone holds
+        lease(tmp_path, wait=False).__enter__()
+    (tmp_path / "lease.json").write_text(json.dumps(holder))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    with lease(tmp_path, wait=True, lifetime=1e6) as held:  # the file never grows old enough
+        assert json.loads((tmp_path / "lease.json").read_text())["id"] == held

@@ -1,0 +1,134 @@
+"""A notice ends a run after a checkpoint, at the same step on all workers; resumed, it is the undisturbed run."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from mlc_ray.train.loop import Progress
+from mlc_ray.train.preemption import Notice, PreemptedError, Sigterm, StopFile, WorkersPreemptedError, highest
+from tests.train.test_checkpoint import tokenizer
+from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, tiny_config
+
+STEPS = 6
+CONTENT = {"model": "m", "tokens": "t"}
+
+
+class Forwards:
+    """Calls a function in the middle of a forward of the engine, once."""
+
+    def __init__(self, engine, number, then):
+        self.count, self.number, self.then, self.plain = 0, number, then, engine.forward
+        engine.forward = self
+
+    def __call__(self, batch):
+        self.count += 1
+        if self.count == self.number:
+            self.then()
+        return self.plain(batch)
+
+
+def train(rank, folder, sources_of, disturb, seed):
+    """Train until a notice, then go on as often as it takes; the losses, how each try ended, and the steps saved at."""
+    config = tiny_config(objective={"loss": "simpo"}, engine={"stage": 2}, train={"epochs": 4, "batch_bundles": 4})
+    losses, endings, saved, before = {}, [], [], signal.getsignal(signal.SIGTERM)
+    for attempt in range(4):
+        torch.manual_seed(rank)
+        engine, progress, history = make_engine(config), Progress(), []
+        if made := list_checkpoints(Path(folder)):
+            progress = load_checkpoint(made[-1], engine=engine, config=config, fingerprints=CONTENT)
+
+        def save(at, _, engine=engine):
+            torch.distributed.barrier()
+            part = Path(folder) / "train" / f"checkpoint_{at.step:06d}"
+            part.mkdir(parents=True, exist_ok=True)
+            torch.distributed.barrier()
+            save_checkpoint(
+                part, engine=engine, tokenizer=tokenizer(), config=config, progress=at, fingerprints=CONTENT
+            )
+            torch.distributed.barrier()
+            saved.append(at.step)
+
+        noticed = highest(sources_of(folder))
+        if attempt == 0 and rank == 1:  # the other worker learns of it by the step's reduction
+            Forwards(engine, random.Random(seed).randint(1, 8), lambda: disturb(folder))
+        try:
+            run_engine(
+                config, random_rows(8), STEPS, save=save, engine=engine, progress=progress, noticed=noticed,
+                history=history,
+            )  # fmt: skip
+            endings.append("end")
+        except (PreemptedError, WorkersPreemptedError) as error:
+            endings.append(type(error).__name__)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        losses |= {row["step"]: row["loss/total"] for row in history}
+        if endings[-1] == "end":
+            break
+    return losses, endings, saved
+
+
+def nothing(_):
+    return []
+
+
+def sigterm(_):
+    caught = Sigterm()
+    caught.catch()
+    return [caught]
+
+
+def kill(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def drained(_):
+    return [lambda: Notice.SAVE]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "run").mkdir()
+    return on_workers(2, train, folder, folder / "run", nothing, kill_nobody, 0)[0]
+
+
+def kill_nobody(_):
+    pass
+
+
+def test_a_worker_that_gets_sigterm_at_a_random_moment_loses_no_step(undisturbed, tmp_path):
+    (tmp_path / "run").mkdir()
+    seed = random.randrange(10**6)
+    losses, endings, saved = on_workers(2, train, tmp_path, tmp_path / "run", sigterm, kill, seed)[0]
+    assert endings == ["WorkersPreemptedError", "end"], seed
+    assert losses == undisturbed[0], seed
+    assert 1 <= saved[0] < STEPS == saved[-1]
+
+
+def test_a_node_that_is_drained_costs_one_checkpoint_and_training_goes_on(undisturbed, tmp_path):
+    (tmp_path / "run").mkdir()
+    losses, endings, saved = on_workers(2, train, tmp_path, tmp_path / "run", drained, kill_nobody, 0)[0]
+    assert (losses, endings, saved) == (undisturbed[0], ["end"], [1, STEPS])
+
+
+def test_the_drivers_sigterm_reaches_its_workers_and_a_second_one_is_what_it_was(tmp_path):
+    stop = StopFile(tmp_path, "mine")
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda *_: got.append("as before"))
+    try:
+        with stop.at_sigterm():
+            assert stop() is Notice.NONE
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (stop(), StopFile(tmp_path, "an earlier driver")()) == (Notice.END, Notice.NONE)
+            assert got == []
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert got == ["as before"]
+        assert not stop.path.exists()
+        assert highest([stop, lambda: Notice.SAVE, lambda: Notice.NONE])() is Notice.SAVE
+    finally:
+        signal.signal(signal.SIGTERM, before)

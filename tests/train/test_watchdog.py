@@ -1,0 +1,86 @@
+"""A worker that hangs ends, and the driver is told where each one was."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mlc_ray.train import watchdog as module
+from mlc_ray.train.watchdog import Watchdog, hang_error
+
+HANGING = """
+import sys, threading
+from pathlib import Path
+from mlc_ray.train import watchdog
+
+def stuck_in_a_collective():
+    threading.Event().wait()
+
+watchdog._LINGER = 0.0
+dog = watchdog.Watchdog(0.4, Path(sys.argv[1]), lease=sys.argv[2], rank=int(sys.argv[3]), step=4)
+for number in dog.over(iter([1, 2]), "waiting for its batches", "in a step, with all workers"):
+    dog.beat("logging", 4 + number)
+if sys.argv[3] == "1":
+    dog.beat("saving a checkpoint")
+stuck_in_a_collective()
+"""
+
+
+def hang(folder, lease, rank):
+    return subprocess.run(
+        [sys.executable, "-c", HANGING, str(folder), lease, str(rank)], capture_output=True, text=True, check=False
+    )
+
+
+def test_a_hang_ends_the_process_and_the_driver_says_where_each_worker_was(tmp_path):
+    assert hang_error(tmp_path, "mine") is None
+    for rank in (0, 1):
+        assert hang(tmp_path, "mine", rank).returncode == 1
+    assert hang(tmp_path, "of an earlier driver", 2).returncode == 1
+    said = str(hang_error(tmp_path, "mine"))
+    for part in (
+        "rank 0 on ",
+        "after step 6, while waiting for its batches",
+        "; rank 1 on ",
+        "while saving a checkpoint",
+        f"mlc-ray train --resume {tmp_path}",
+        "cluster.hang_timeout",
+    ):
+        assert part in said
+    assert "rank 2" not in said
+    stacks = (tmp_path / "logs/hang-step-000006-rank-00001.txt").read_text()
+    assert "stuck_in_a_collective" in stacks and "watchdog" in stacks
+    older = json.loads((tmp_path / "logs/hang-step-000006-rank-00000.json").read_text())
+    (tmp_path / "logs/hang-step-000002-rank-00000.json").write_text(json.dumps({**older, "step": 2, "time": 0.0}))
+    assert "after step 2" not in str(hang_error(tmp_path, "mine"))  # the workers were started again after that one
+
+
+def test_a_worker_is_silent_since_its_last_beat_unless_it_may_wait(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    dog = Watchdog(0, tmp_path, lease="mine", rank=0, step=0)
+    clock[0] += 7
+    assert dog.silent() == 7
+    dog.beat("in a step")
+    assert dog.silent() == 0
+    with dog.off():
+        clock[0] += 3600
+        assert dog.silent() == 0
+    assert dog.silent() == 0
+    clock[0] += 1
+    assert dog.silent() == 1
+
+
+def test_batches_pass_through_unchanged_and_tell_what_is_waited_for(tmp_path):
+    dog, seen = Watchdog(0, tmp_path, lease="mine", rank=0, step=0), []
+
+    def items():
+        for item in "ab":
+            seen.append(dog.doing)
+            yield item
+
+    assert [(item, dog.doing) for item in dog.over(items(), "waiting", "using")] == [("a", "using"), ("b", "using")]
+    assert seen == ["waiting", "waiting"]
+    with pytest.raises(StopIteration):
+        next(dog.over(iter(()), "waiting", "using"))
