@@ -9,7 +9,7 @@ import importlib.metadata
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from mlc_ray._registry import names, resolve
 from mlc_ray.config import SourceSection
-from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, place, select_languages
+from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, select_languages
 from mlc_ray.data.formats import containers
 from mlc_ray.data.formats.base import Format, Row
 from mlc_ray.data.formats.containers import Opened
@@ -224,23 +224,6 @@ def read_file(file: SourceFile) -> Iterator[Row]:
         raise BundleFileError(f"{file.path}: no prompts in it")
     if not kept:
         raise BundleFileError(f"{file.path}: none of its {rows} bundles is of kind {file.only!r}, as `only` asks")
-
-
-def places_of(bundle_ids: Sequence[str], sources: Sequence[SourceSection]) -> dict[str, str]:
-    """Where some bundles stand (`data.jsonl:3`), for a message: the sources are read until all are found.
-
-    Raises:
-        BundleFileError: as `read_file`; or the sources hold one of them no longer.
-    """
-    missing, found = set(bundle_ids), dict[str, str]()
-    for file in (file for source in sources for file in resolve_source(source)):
-        for path, line, parsed in read_file(file):
-            if isinstance(parsed, Bundle) and parsed.bundle_id in missing:
-                missing.remove(parsed.bundle_id)
-                found[parsed.bundle_id] = place(path, line)
-                if not missing:
-                    return found
-    raise BundleFileError(f"bundle {min(missing)} is no longer in data.train: its files changed while they were used")
 
 
 def _all_rows(file: SourceFile) -> Iterator[Row]:

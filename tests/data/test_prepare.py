@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
-from mlc_ray.data.bundles import BundleFileError, make_bundle
+from mlc_ray.data.bundles import KINDS, BundleFileError, make_bundle
 from mlc_ray.data.given import as_source
 from mlc_ray.data.prepare import (
     InvalidBundlesError,
@@ -15,8 +15,8 @@ from mlc_ray.data.prepare import (
     read_bundles,
     token_fingerprint,
 )
-from mlc_ray.data.store import ROWS_FILE, TokenArtifact, write_rows
-from mlc_ray.data.tables import bundle_columns, rows_to_table
+from mlc_ray.data.store import TokenArtifact, shard_file, write_rows
+from mlc_ray.data.tables import bundle_columns, keys_of, rows_to_table
 from mlc_ray.data.tokens import ChatTemplate, TokenizationError, load_tokenizer, tokenize_bundle
 from mlc_ray.storage import ArtifactError, IncompleteArtifactError
 from mlc_ray.types import TokenRow
@@ -43,6 +43,10 @@ def read(sources, tmp_path, on_invalid="fail", **settings):
 
 def columns_of(rows):
     return [{name: value for name, value in row.items() if name not in ("file", "line")} for row in rows]
+
+
+def ids_of(artifact):
+    return [row.bundle_id for row in artifact.rows(range(len(artifact)))]
 
 
 def rejects(tmp_path):
@@ -133,7 +137,7 @@ def test_bundles_in_memory_in_a_format_from_outside_are_prepared_like_files(ray_
     data = DataSection(train=[source], on_invalid="skip")
     tokens = prepare_token_rows(data, model, cache_dir=cache)
     raw = [record(n, prompts={"en": f"How do I count to {n}?"}) for n in range(3)]
-    assert tokens.bundle_ids == [make_bundle(one).bundle_id for one in raw]
+    assert ids_of(tokens) == [make_bundle(one).bundle_id for one in raw]
     repeated = "repeats bundle … of …"
     assert tokens.rejected == {"rating 9 is not a whole number from 1 to 5": 1, repeated: 1}
     with pytest.raises(
@@ -151,7 +155,9 @@ def test_token_rows_on_disk_are_what_tokenising_gives(prepared):
     ]
     assert artifact.rows(range(COUNT)) == expected
     assert artifact.rows([7, 2, 7]) == [expected[7], expected[2], expected[7]]
-    assert artifact.bundle_ids == [row.bundle_id for row in expected]
+    assert artifact.keys.tolist() == keys_of(row.bundle_id for row in expected).tolist()
+    assert [KINDS[kind] for kind in artifact.kinds] == [row.kind for row in expected]
+    assert artifact.distinct_kinds == {"benign"}
     assert artifact.languages == ["de", "en", "fr"]
     counts = artifact.counts
     assert counts.rows == len(artifact) == COUNT
@@ -165,7 +171,7 @@ def test_token_rows_on_disk_are_what_tokenising_gives(prepared):
 
 def test_an_artefact_is_used_again_wherever_its_source_lies(prepared, tmp_path):
     data, model, cache, artifact = prepared
-    rows = artifact.folder / ROWS_FILE
+    rows = artifact.folder / shard_file(0)
     before = rows.stat().st_mtime_ns
     moved = SourceSection(path=shutil.copy(data.train[0].path, tmp_path))
     again = prepare_token_rows(data.model_copy(update={"train": [moved]}), model, cache_dir=cache)
@@ -185,10 +191,10 @@ def test_a_damaged_artefact_is_made_anew_and_rejected_rows_travel_with_it(ray_lo
     cache = tmp_path / "cache"
     damaged = cache / f"tokens-{token_fingerprint(data, model)}"
     damaged.mkdir(parents=True)
-    (damaged / ROWS_FILE).write_bytes(b"half")
+    (damaged / shard_file(0)).write_bytes(b"half")
     artifact = prepare_token_rows(data, model, cache_dir=cache)
     assert artifact.folder == damaged
-    assert artifact.bundle_ids == [make_bundle(record(0)).bundle_id]
+    assert ids_of(artifact) == [make_bundle(record(0)).bundle_id]
     assert "manifest.json is missing" in caplog.text
     assert sum(artifact.rejected.values()) == 1
     assert json.loads(artifact.rejects_path.read_text())["line"] == 2
@@ -223,9 +229,9 @@ def test_rows_are_found_across_pieces_of_the_file(stored):
 
 
 def test_damaged_or_foreign_folders_do_not_open(stored):
-    rows = stored / ROWS_FILE
+    rows = stored / shard_file(0)
     rows.write_bytes(rows.read_bytes()[:-1])
-    with pytest.raises(IncompleteArtifactError, match=r"'rows\.arrow' is short"):
+    with pytest.raises(IncompleteArtifactError, match=r"'rows-00000\.arrow' is short"):
         TokenArtifact.open(stored)
     (stored / "manifest.json").write_text('{"artifact": "checkpoint", "files": {}}')
     with pytest.raises(ArtifactError, match="'checkpoint'"):

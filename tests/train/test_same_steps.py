@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from mlc_ray.data.order import Order, bundles_consumed
-from mlc_ray.types import ReferenceRow
-from tests.train.tiny import LANGUAGES, on_workers, random_rows, run_engine, tiny_config, tiny_model
+from tests.train.tiny import LANGUAGES, ReferenceRow, on_workers, random_rows, run_engine, tiny_config, tiny_model
 
 HEAD = (5, 3, 8, 13)
 BUNDLES, STEPS = 11, 6  # two epochs of batches of 11, 11 and 5 bundles
