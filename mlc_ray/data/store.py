@@ -7,7 +7,7 @@ What a process holds of it beside the maps is an object per shard, and 8 bytes a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,13 @@ from mlc_ray.data.plan import Lengths
 from mlc_ray.data.ragged import Ints, common_start, starts_of
 from mlc_ray.data.tables import TOKENS, Keys, table_to_rows
 from mlc_ray.storage import ArtifactError, read_manifest, verify_files, write_manifest
+from mlc_ray.storage.atomic import atomic_file
 from mlc_ray.types import TokenRow
 
 FORMAT = 3
 REJECTS_FILE = "rejects.jsonl"
 ANSWERS = ("chosen", "rejected")
+_BATCH_ROWS = 8192
 NAMED_FIRST = 5
 """How many bundles that lack an answer a manifest names, and an error message."""
 
@@ -113,30 +115,72 @@ class Shard:
 
 
 def write_shard(folder: Path, number: int, tables: Iterable[pa.Table]) -> Shard:
-    """Write tables of `TOKENS` as one shard; its rows are held in memory meanwhile.
+    """Write tables of `TOKENS` as one shard, which appears whole.
 
     The tables may have the columns `file` and `line`, by which bundles that lack an answer are named; without them they
     are named by their number in the shard.
     """
-    parts = list(tables)
-    table = pa.concat_tables(parts) if parts else TOKENS.empty_table()
-    # Uncompressed: a compressed column would have to be unpacked into each process, row by row of random access. One
-    # record batch: each is about 10 KB of objects in every process.
+    shard = Shard(shard_file(number), TokenCounts(), None, {})
+    # Uncompressed: a compressed column would have to be unpacked into each process, row by row of random access.
     with (
-        pa.OSFile(str(folder / shard_file(number)), "wb") as sink,
+        atomic_file(folder / shard.file) as sink,
         pa.ipc.new_file(sink, TOKENS, options=pa.ipc.IpcWriteOptions(unify_dictionaries=True)) as writer,
     ):
-        writer.write_table(table.select(TOKENS.names).combine_chunks())
-    lacking = {name: np.flatnonzero(lack)[:NAMED_FIRST] for name, lack in _lacking(table).items()}
-    head: Ints | None = None
-    for part in parts:
-        head = _head(part, head)
-    return Shard(
-        shard_file(number),
-        TokenCounts.of(table),
-        head,
-        {name: [_named(table, row) for row in rows.tolist()] for name, rows in lacking.items() if len(rows)},
-    )
+        for table in _joined(tables):
+            for name, lack in _lacking(table).items():
+                room = NAMED_FIRST - len(shard.lacking.get(name, []))
+                if rows := np.flatnonzero(lack)[:room].tolist():
+                    named = [_named(table, row, shard.counts.rows) for row in rows]
+                    shard.lacking.setdefault(name, []).extend(named)
+            shard.counts.add(TokenCounts.of(table))
+            shard.head = _head(table, shard.head)
+            writer.write_table(table.select(TOKENS.names).combine_chunks())
+    return shard
+
+
+def rewrite_shard(folder: Path, number: int, drop: Ints, files: Sequence[str], lines: Sequence[int]) -> Shard:
+    """Write a shard anew without its rows `drop`; `files` and `lines` say where each of its rows stood."""
+    keep = np.ones(len(lines), dtype=bool)
+    keep[drop] = False
+
+    def kept() -> Iterator[pa.Table]:
+        start = 0
+        with pa.ipc.open_file(str(folder / shard_file(number))) as reader:
+            for index in range(reader.num_record_batches):
+                table = pa.Table.from_batches([reader.get_batch(index)])
+                here = slice(start, start + len(table))
+                table = table.append_column("file", pa.array(files[here], pa.string()))
+                table = table.append_column("line", pa.array(lines[here], pa.int64()))
+                yield table.filter(keep[here])
+                start += len(table)
+
+    return write_shard(folder, number, kept())
+
+
+def bundle_ids_in(folder: Path, shards: Sequence[Shard]) -> Callable[[Ints], list[str]]:
+    """What gives the ids of rows of a folder that has all its shards, but no manifest yet."""
+    batches = [batch for shard in shards for batch in _mapped(folder / shard.file)]
+    ids = pa.chunked_array([batch.column("bundle_id") for batch in batches], pa.string())
+    return lambda rows: ids.take(rows).to_pylist()
+
+
+def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of about `_BATCH_ROWS`: a record batch is 10 KB of objects in every process."""
+    parts, rows = list[pa.Table](), 0
+    for table in tables:
+        parts.append(table)
+        rows += len(table)
+        if rows >= _BATCH_ROWS:
+            yield pa.concat_tables(parts)
+            parts, rows = [], 0
+    if rows:
+        yield pa.concat_tables(parts)
+
+
+def _mapped(path: Path) -> list[pa.RecordBatch]:
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        return [reader.get_batch(index) for index in range(reader.num_record_batches)]
 
 
 def finish_artifact(folder: Path, shards: Sequence[Shard], **manifest: Any) -> None:
@@ -175,8 +219,8 @@ def _lacking(table: pa.Table) -> dict[str, npt.NDArray[np.bool_]]:
     return absent
 
 
-def _named(table: pa.Table, row: int) -> Lacking:
-    where = f"row {row + 1}"
+def _named(table: pa.Table, row: int, before: int) -> Lacking:
+    where = f"row {before + row + 1}"
     if "file" in table.column_names:
         where = place(table["file"][row].as_py(), table["line"][row].as_py())
     absent = [name for name, lack in _lacking(table.slice(row, 1)).items() if lack[0]]
@@ -207,11 +251,7 @@ class TokenArtifact:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder = folder
         self.manifest = manifest
-        self._batches: list[pa.RecordBatch] = []
-        for name in manifest["shards"]:
-            with pa.memory_map(str(folder / name)) as source:
-                reader = pa.ipc.open_file(source)
-                self._batches += [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        self._batches = [batch for name in manifest["shards"] for batch in _mapped(folder / name)]
         sizes = np.array([batch.num_rows for batch in self._batches], dtype=np.int64)
         self._starts = starts_of(sizes)
         self.rows_count = int(sizes.sum())

@@ -6,15 +6,15 @@ import shutil
 import pytest
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
+from mlc_ray.data import contents, sources
 from mlc_ray.data.bundles import KINDS, BundleFileError, make_bundle
 from mlc_ray.data.given import as_source
 from mlc_ray.data.prepare import (
-    InvalidBundlesError,
-    count_by_reason,
     prepare_token_rows,
     read_bundles,
     token_fingerprint,
 )
+from mlc_ray.data.rejects import InvalidBundlesError
 from mlc_ray.data.store import TokenArtifact, shard_file, write_rows
 from mlc_ray.data.tables import bundle_columns, keys_of, rows_to_table
 from mlc_ray.data.tokens import ChatTemplate, TokenizationError, load_tokenizer, tokenize_bundle
@@ -37,8 +37,8 @@ def write(path, records):
 
 
 def read(sources, tmp_path, on_invalid="fail", **settings):
-    dataset = read_bundles(sources, on_invalid=on_invalid, rejects_path=tmp_path / "rejects.jsonl", **settings)
-    return dataset.take_all()
+    rejects_path = tmp_path / "rejects.jsonl"
+    return read_bundles(sources, on_invalid=on_invalid, rejects_path=rejects_path, **settings).to_pylist()
 
 
 def columns_of(rows):
@@ -120,10 +120,6 @@ def test_languages_and_emptiness_are_judged_row_by_row(ray_local, tmp_path):
         read([source], tmp_path, "skip", languages=["sw"])
 
 
-def test_reasons_are_counted_without_the_values_they_quote():
-    assert count_by_reason(["kind 'a' is", "kind 'b' is", 'x "y"']) == {"kind … is": 2, "x …": 1}
-
-
 # ------------------------------------------------------------------------------------------------- bundles -> tokens
 
 
@@ -138,8 +134,7 @@ def test_bundles_in_memory_in_a_format_from_outside_are_prepared_like_files(ray_
     tokens = prepare_token_rows(data, model, cache_dir=cache)
     raw = [record(n, prompts={"en": f"How do I count to {n}?"}) for n in range(3)]
     assert ids_of(tokens) == [make_bundle(one).bundle_id for one in raw]
-    repeated = "repeats bundle … of …"
-    assert tokens.rejected == {"rating 9 is not a whole number from 1 to 5": 1, repeated: 1}
+    assert tokens.rejected == {"rating … is not a whole number from … to …": 1, "repeats the bundle of …": 1}
     with pytest.raises(
         InvalidBundlesError, match=r"\n  row 4 of the bundles given: rating 9 .*\n  row 5 of the bundles"
     ):
@@ -236,3 +231,41 @@ def test_damaged_or_foreign_folders_do_not_open(stored):
     (stored / "manifest.json").write_text('{"artifact": "checkpoint", "files": {}}')
     with pytest.raises(ArtifactError, match="'checkpoint'"):
         TokenArtifact.open(stored)
+
+
+# ----------------------------------------------------------------------------------------------------------- in parts
+
+
+def in_parts(monkeypatch, size):
+    """Parts of `size` bytes: the driver cuts, so its constants decide."""
+    monkeypatch.setattr(contents, "BLOCK_BYTES", size)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", size)
+
+
+def test_a_file_that_is_read_in_parts_gives_the_rows_that_it_gives_whole(ray_local, smollm2, tmp_path, monkeypatch):
+    records = [record(n) for n in range(40)]
+    records[7] = record(7, kind="harmles")
+    records[12] = {**record(12), "chosen": None, "rejected": None}
+    records[21] = record(3)  # a repeat in another part
+    records[33] = {**record(33), "rejected": None}
+    source = write(tmp_path / "a.jsonl", records)
+    data, model = DataSection(train=[source], on_invalid="skip"), ModelSection(path=str(smollm2))
+    whole = prepare_token_rows(data, model, cache_dir=tmp_path / "whole")
+    in_parts(monkeypatch, 1000)
+    parts = prepare_token_rows(data, model, cache_dir=tmp_path / "parts")
+    assert len(parts.manifest["shards"]) > 5 and len(whole.manifest["shards"]) == 1
+    for one in (whole, parts):
+        assert [row.bundle_id for row in one.rows(range(len(one)))] == [
+            make_bundle(each).bundle_id for n, each in enumerate(records) if n not in (7, 21)
+        ]
+        rejected = [json.loads(line) for line in one.rejects_path.read_text(encoding="utf-8").splitlines()]
+        assert [row["line"] for row in rejected] == [8, 22]
+        assert rejected[1]["reason"] == f"repeats the bundle of '{source.path}:4'"
+        assert one.counts.lacking == {"chosen": 1, "rejected": 2}
+        assert [each.place for each in one.lacking["rejected"]] == [f"{source.path}:{line}" for line in (13, 34)]
+    assert parts.table(range(38)) == whole.table(range(38))
+    assert (parts.counts, parts.head, parts.rejected) == (whole.counts, whole.head, whole.rejected)
+    with pytest.raises(
+        InvalidBundlesError, match=rf"2 of 40 rows .*\n  {source.path}:8: kind 'harmles'.*\n  .*:22: rep"
+    ):
+        prepare_token_rows(data.model_copy(update={"on_invalid": "fail"}), model, cache_dir=tmp_path / "parts")

@@ -39,13 +39,32 @@ class Record:
     reason: str = ""
 
 
-class Opened:
-    """A file's records, which can be gone through once, and the names of its columns (None for JSON)."""
+@dataclass(frozen=True)
+class Part:
+    """A part of a file that is read by itself: from `start` up to `stop`, the first whole line or row of it `line`.
 
-    def __init__(self, path: str, columns: list[str] | None, records: Iterator[Record]):
+    The unit is that of the container: bytes of JSON lines (a line belongs to the part that it starts in; `line` is that
+    of byte `start`, whether or not a line starts there), row groups of Parquet, rows of a dataset.
+    """
+
+    start: int
+    stop: int
+    line: int
+
+
+class Opened:
+    """A file's records, which can be gone through once, and the names of its columns (None for JSON).
+
+    Of a file there must be some, of a part of it there need not.
+    """
+
+    def __init__(
+        self, path: str, columns: list[str] | None, records: Iterator[Record], *, may_be_empty: bool = False
+    ) -> None:
         self.path = path
         self.columns = columns
         self._records = records
+        self._may_be_empty = may_be_empty
 
     def keys(self) -> frozenset[str]:
         """The columns, or the keys of the first record that can be read; it is not lost.
@@ -70,7 +89,7 @@ class Opened:
         for record in self._records:
             empty = False
             yield record
-        if empty:
+        if empty and not self._may_be_empty:
             raise BundleFileError(f"{self.path}: no rows in it")
 
 
@@ -92,7 +111,48 @@ def open_records(path: str, *, container: Literal["csv"] | None = None) -> Opene
     raise BundleFileError(f"{path}: the suffix {location.suffix!r} is not one of {', '.join(SUFFIXES)}")
 
 
+def parts_of(path: str, line_breaks: list[int], block_bytes: int, blocks: int) -> list[Part]:
+    """A file or dataset cut into parts of about `blocks * block_bytes` each; nothing where it is read in one go.
+
+    Args:
+        path: of a file, folder or hub dataset.
+        line_breaks: in each block of the file (JSON lines only).
+        block_bytes: the size of a block.
+        blocks: how many blocks a part has.
+    """
+    location = Path(path)
+    if location.is_dir() or not location.exists():
+        return _parts_of_dataset(path, block_bytes * blocks)
+    if location.suffix == ".parquet":
+        return _parts_of_parquet(path, block_bytes * blocks)
+    if location.suffix not in (".jsonl", ".json") or len(line_breaks) < 2 or _is_array(path):
+        return []
+    ends = range(blocks, len(line_breaks) + blocks, blocks)
+    return [Part((n - blocks) * block_bytes, n * block_bytes, 1 + sum(line_breaks[: n - blocks])) for n in ends]
+
+
+def open_part(path: str, part: Part) -> Opened:
+    """The records of one of `parts_of` a file.
+
+    Raises:
+        BundleFileError: as `open_records`.
+    """
+    location = Path(path)
+    if location.is_dir() or not location.exists():
+        return Opened(path, *_open_dataset(path, part), may_be_empty=True)
+    if location.suffix == ".parquet":
+        return Opened(path, *_open_parquet(path, part), may_be_empty=True)
+    records = (_json_record(line, text.strip("\r\n")) for line, text in _lines(path, part) if text.strip())
+    return Opened(path, None, records, may_be_empty=True)
+
+
 # ----------------------------------------------------------------------------------------------------------- JSON
+
+
+def _is_array(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        start = file.read(1 << 16)
+    return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _json_records(path: str) -> Iterator[Record]:
@@ -168,8 +228,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- CSV, text
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their line ends, a byte-order mark removed.
+def _lines(path: str, part: Part | None = None) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their line ends, a byte-order mark removed; of a part, those that start in it.
 
     Raises:
         BundleFileError: The file is not UTF-8.
@@ -177,7 +237,14 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     number = offset = 0
     try:
         with Path(path).open("rb") as file:
-            for number, raw in enumerate(file, start=1):
+            if part is not None and part.start:
+                file.seek(part.start - 1)
+                rest = file.readline()  # of a line that the part before has; a mere line break is none
+                number, offset = part.line - 1 + (rest != b"\n"), part.start - 1 + len(rest)
+            for raw in file:
+                if part is not None and offset >= part.stop:
+                    return
+                number += 1
                 if number == 1:
                     _refuse_utf_16(path, raw)
                 yield number, (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8")
@@ -260,7 +327,23 @@ def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 # --------------------------------------------------------------------------------------------------------- tables
 
 
-def _open_parquet(path: str) -> tuple[list[str], Iterator[Record]]:
+def _parts_of_parquet(path: str, part_bytes: int) -> list[Part]:
+    try:
+        metadata = pq.read_metadata(path)
+    except (pa.ArrowException, OSError):  # for the reading itself to report
+        return []
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    parts, start, line, size = list[Part](), 0, 1, 0
+    for stop, group in enumerate(groups, start=1):
+        size += group.total_byte_size
+        if size >= part_bytes or stop == len(groups):
+            parts.append(Part(start, stop, line))
+            line += sum(each.num_rows for each in groups[start:stop])
+            start, size = stop, 0
+    return parts if len(parts) > 1 else []
+
+
+def _open_parquet(path: str, part: Part | None = None) -> tuple[list[str], Iterator[Record]]:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
@@ -268,12 +351,13 @@ def _open_parquet(path: str) -> tuple[list[str], Iterator[Record]]:
 
     def records() -> Iterator[Record]:
         try:
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            groups = None if part is None else list(range(part.start, part.stop))
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=groups):
                 yield from _table_records(batch.to_pylist())
         except (pa.ArrowException, OSError) as error:
             raise BundleFileError(f"{path}: damaged: {error}") from None
 
-    return list(file.schema_arrow.names), _numbered(records())
+    return list(file.schema_arrow.names), _numbered(records(), 1 if part is None else part.line)
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -308,15 +392,23 @@ def load_dataset(path: str) -> Any:
     return loaded
 
 
-def _open_dataset(path: str) -> tuple[list[str], Iterator[Record]]:
+def _parts_of_dataset(path: str, part_bytes: int) -> list[Part]:
     dataset = load_dataset(path)
+    rows = max(1, len(dataset) * part_bytes // max(1, dataset.data.nbytes))
+    starts = range(0, len(dataset), rows)
+    return [Part(start, min(start + rows, len(dataset)), start + 1) for start in starts] if len(starts) > 1 else []
+
+
+def _open_dataset(path: str, part: Part | None = None) -> tuple[list[str], Iterator[Record]]:
+    dataset = load_dataset(path)
+    first, last = (0, len(dataset)) if part is None else (part.start, part.stop)
 
     def records() -> Iterator[Record]:
-        for start in range(0, len(dataset), _ROWS_AT_ONCE):
-            stop = min(start + _ROWS_AT_ONCE, len(dataset))
+        for start in range(first, last, _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, last)
             yield from _table_records(dataset.with_format("arrow")[start:stop].to_pylist())
 
-    return list(dataset.column_names), _numbered(records())
+    return list(dataset.column_names), _numbered(records(), first + 1)
 
 
 def _table_records(rows: list[dict[str, Any]]) -> Iterator[Record]:
@@ -337,6 +429,6 @@ def _without_nulls(value: Any) -> Any:
     return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
-def _numbered(records: Iterator[Record]) -> Iterator[Record]:
-    for line, record in enumerate(records, start=1):
+def _numbered(records: Iterator[Record], first: int) -> Iterator[Record]:
+    for line, record in enumerate(records, start=first):
         yield Record(line, record.text, record.fields, record.reason)
