@@ -113,7 +113,7 @@ def test_contents_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     path.write_bytes(b"one\ntwo\nTHREE")
     os.utime(path, ns=(10**18 + 1, 10**18 + 1))
     changed = contents_of([path], counting)
-    assert changed[path].digests[:2] == first[path].digests[:2] and changed != first
+    assert changed[path].digests[0] == first[path].digests[0] and changed != first
 
 
 # ------------------------------------------------------------------------------------------------- the driver's notes
