@@ -21,9 +21,10 @@ from mlc_ray._registry import names, resolve
 from mlc_ray.config import SourceSection
 from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, select_languages
 from mlc_ray.data.contents import BLOCK_BYTES, Content, contents_of, files_of, fingerprint_of
-from mlc_ray.data.formats import containers
+from mlc_ray.data.formats import columnar, containers
 from mlc_ray.data.formats.base import Format, Row
-from mlc_ray.data.formats.containers import Opened, Part
+from mlc_ray.data.formats.containers import Opened
+from mlc_ray.data.formats.records import Part
 from mlc_ray.data.tables import BUNDLES, bundle_columns
 from mlc_ray.storage import fingerprint
 from mlc_ray.types import Bundle, Kind
@@ -63,7 +64,7 @@ class SourceFile:
         if path.exists():
             content = fingerprint_of(path, contents if contents is not None else contents_of(self.files()))
         else:
-            content = containers.load_dataset(self.path)._fingerprint
+            content = columnar.load_dataset(self.path)._fingerprint
         return fingerprint([content, self.format, self.kind, self.only, _code_of(self.format)])
 
 
@@ -98,7 +99,7 @@ def resolve_source(source: SourceSection) -> list[SourceFile]:
     if name.startswith("sample:"):
         return [file(sample_path(name.removeprefix("sample:")), "mlc")]
     path = Path(name).expanduser().absolute()  # tasks run elsewhere, with another working directory
-    if path.is_file() or (path.is_dir() and containers.is_saved_dataset(path)):
+    if path.is_file() or (path.is_dir() and columnar.is_saved_dataset(path)):
         return [file(path)]
     if path.is_dir():
         if (whole := _format_of_folder(path, format)) is not None:
@@ -266,7 +267,7 @@ def readings_of(file: SourceFile, contents: dict[Path, Content], *, blocks: int)
     try:
         if path.is_file() and path.stat().st_size <= blocks * BLOCK_BYTES:
             return [whole]
-        if path.is_dir() and not containers.is_saved_dataset(path):
+        if path.is_dir() and not columnar.is_saved_dataset(path):
             return [whole]
         name = file.format
         if name == AUTO:
@@ -291,7 +292,7 @@ def _all_rows(file: SourceFile) -> Iterator[Row]:
     if file.format != AUTO and (reader := make_format(file.format)).whole_folder:
         return reader.read_folder(file.path, file.kind)
     folder = Path(file.path)
-    many = folder.is_dir() and not containers.is_saved_dataset(folder)
+    many = folder.is_dir() and not columnar.is_saved_dataset(folder)
     opened = [_open(str(path), file.format) for path in (_files_of(folder) if many else [file.path])]
     form = opened[0][0]
     if many and not form.joins_files:

@@ -15,7 +15,6 @@ from mlc_ray.storage.base import (
 )
 from mlc_ray.storage.fingerprints import (
     fingerprint,
-    fingerprint_files,
     fingerprint_model,
     fingerprint_tokenizer,
 )
@@ -39,7 +38,6 @@ __all__ = [
     "absolute_if_here",
     "atomic_folder",
     "fingerprint",
-    "fingerprint_files",
     "fingerprint_model",
     "fingerprint_tokenizer",
     "library_versions",

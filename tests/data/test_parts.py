@@ -116,6 +116,21 @@ def test_contents_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     assert changed[path].digests[0] == first[path].digests[0] and changed != first
 
 
+def test_a_folder_is_known_by_the_names_and_contents_of_its_files(tmp_path):
+    def named(folder):
+        (file,) = resolve_source(SourceSection(path=str(folder), format="rtp_lx"))
+        return file.fingerprint()
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "RTP_LX_EN.json").write_text(json.dumps(record(1)))
+    assert named(tmp_path / "a") == named(tmp_path / "b")
+    (tmp_path / "b" / "RTP_LX_EN.json").write_text(json.dumps(record(2)))
+    changed = named(tmp_path / "b")
+    (tmp_path / "b" / "RTP_LX_EN.json").rename(tmp_path / "b" / "RTP_LX_DE.json")
+    assert len({named(tmp_path / "a"), changed, named(tmp_path / "b")}) == 3
+
+
 # ------------------------------------------------------------------------------------------------- the driver's notes
 
 

@@ -25,7 +25,8 @@ from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, make
 from mlc_ray.types import Bundle, Kind
 
 if TYPE_CHECKING:  # containers import pyarrow, which the settings do not need: they only look up a format's name
-    from mlc_ray.data.formats.containers import Opened, Record
+    from mlc_ray.data.formats.containers import Opened
+    from mlc_ray.data.formats.records import Record
 
 
 class Row(NamedTuple):
