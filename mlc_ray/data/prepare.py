@@ -176,7 +176,7 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
     """Read, validate and tokenise `data.train`; the result is a folder `cache_dir/tokens-FINGERPRINT`.
 
     Parts of the sources are read side by side, and each one's rows are written as a shard by the process that tokenises
-    them: `cache_dir` must be the same folder on all nodes. The driver keeps 16 bytes of each bundle (see `Ledger`).
+    them: `cache_dir` must be the same folder on all nodes. The driver keeps 12 bytes of each bundle (see `rejects`).
 
     The fingerprint covers the content of the sources, the code of formats from outside this package, the tokenizer's
     files and the data settings. A complete folder is used again; an incomplete one is written once more. Rejected rows

@@ -1,8 +1,8 @@
 """What a driver keeps while a data set is read: numbers of every bundle, and the rejected rows in a file.
 
-Of each bundle that is 16 bytes (its key, 8, its line, 4 or fewer, and the number of its file, 4 or none, where a source
-joins files), and 17 more for a moment at the end, when repeats are found by sorting: 330 MB for ten million bundles.
-Rejected rows never stay in memory.
+Of each bundle that is 12 bytes: its key, 8, and its line, 4 or fewer; where a source joins files, 4 more for the number of
+its file. While repeats are found by sorting, at the end, it is 37 bytes (measured with four million bundles): 370 MB for
+ten million. Rejected rows never stay in memory.
 """
 
 from __future__ import annotations
@@ -173,10 +173,9 @@ class Ledger:
         self._keys.clear()
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
-        again = np.concatenate([[False], keys[1:] == keys[:-1]])[: len(keys)]
-        where = np.flatnonzero(again)
-        run = np.flatnonzero(~again)  # where each run of equal keys begins
-        firsts = order[run[np.searchsorted(run, where, side="right") - 1]]
+        where = 1 + np.flatnonzero(keys[1:] == keys[:-1])
+        begins = np.diff(where, prepend=-1) > 1  # each run of repeats lies behind the first of its key
+        firsts = order[where[begins] - 1][np.cumsum(begins) - 1]
         ascending = np.argsort(order[where])
         return order[where][ascending], firsts[ascending]
 

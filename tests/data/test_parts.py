@@ -118,7 +118,7 @@ def test_contents_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
 
 def test_a_folder_is_known_by_the_names_and_contents_of_its_files(tmp_path):
     def named(folder):
-        (file,) = resolve_source(SourceSection(path=str(folder), format="rtp_lx"))
+        (file,) = resolve_source(SourceSection(path=str(folder), format="rtp-lx"))
         return file.fingerprint()
 
     for name in ("a", "b"):

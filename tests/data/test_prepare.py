@@ -1,8 +1,10 @@
 """The pipelines on real Ray Data with the real SmolLM2 tokenizer."""
 
 import json
+import pickle
 import shutil
 
+import pyarrow as pa
 import pytest
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
@@ -10,6 +12,7 @@ from mlc_ray.data import contents, sources
 from mlc_ray.data.bundles import KINDS, BundleFileError, make_bundle
 from mlc_ray.data.given import as_source
 from mlc_ray.data.prepare import (
+    Tokenize,
     prepare_token_rows,
     read_bundles,
     token_fingerprint,
@@ -240,6 +243,23 @@ def in_parts(monkeypatch, size):
     """Parts of `size` bytes: the driver cuts, so its constants decide."""
     monkeypatch.setattr(contents, "BLOCK_BYTES", size)
     monkeypatch.setattr(sources, "BLOCK_BYTES", size)
+
+
+def test_nothing_is_tokenised_once_a_row_was_rejected_where_that_is_fatal(smollm2, tmp_path):
+    files = [write(tmp_path / f"{n}.jsonl", [record(n)] + [record(n, kind="x")] * (n == 1)).path for n in range(3)]
+    (tmp_path / "shards").mkdir()
+
+    def shards(on_invalid):
+        data = DataSection(train=[SourceSection(path=path) for path in files], on_invalid=on_invalid)
+        stage = Tokenize(data, ModelSection(path=str(smollm2)), tmp_path / "shards")
+        for number, path in enumerate(files):
+            reading = pickle.dumps(sources.Reading(sources.SourceFile(path)))
+            said = stage(pa.table({"number": [number], "reading": [reading]}))
+            read, shard, seen = pickle.loads(said["result"][0].as_py())
+            yield shard.counts.rows, len(read.keys), len(read.rejected_at), seen.records
+
+    assert list(shards("skip")) == [(1, 1, 0, 1), (1, 1, 1, 2), (1, 1, 0, 1)]
+    assert list(shards("fail")) == [(1, 1, 0, 1), (0, 1, 1, 2), (0, 1, 0, 1)]
 
 
 def test_a_file_that_is_read_in_parts_gives_the_rows_that_it_gives_whole(ray_local, smollm2, tmp_path, monkeypatch):
