@@ -1,8 +1,8 @@
 """What a driver keeps while a data set is read: numbers of every bundle, and the rejected rows in a file.
 
-Of each bundle that is 12 bytes: its key, 8, and its line, 4 or fewer; where a source joins files, 4 more for the number of
-its file. While repeats are found by sorting, at the end, it is 37 bytes (measured with four million bundles): 370 MB for
-ten million. Rejected rows never stay in memory.
+Of each bundle that is 12 bytes: its key, 8, and its line, 4 or fewer; where a source joins files, 4 more for the number
+of its file. While repeats are found by sorting, at the end, it is 37 bytes (measured with four million bundles): 370 MB
+for ten million. Rejected rows never stay in memory.
 """
 
 from __future__ import annotations
