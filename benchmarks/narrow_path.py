@@ -20,8 +20,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mlc_ray"
 PATH = {
-    "data": "formats/containers formats/base formats/mlc bundles sources tables prepare tokens store order plan "
-    "stream batches trees ragged",
+    "data": "formats/records formats/containers formats/base formats/mlc bundles contents sources tables rejects "
+    "prepare tokens store order plan stream batches trees ragged",
     "losses": "base dpo mlc logprobs objective",
     "train": "run entry worker model attention engines/base engines/deepspeed planning loop meter collectives",
     "generate": "stage engine pool",

@@ -118,7 +118,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "model": options.model, "dtype": options.dtype, "threads": options.threads, "bundles": len(tokens),
         "bare_seconds": [before, after], "pass_seconds": last - first, "start_seconds": first - asked,
         "end_seconds": asked + whole - last, "speed": alone / (last - first), "busy": busy / (last - first),
-        "equal": all([row.chosen, row.rejected] == said[name] for name, row in cached.items()),
+        "equal": all(
+            [cached.chosen[index], cached.rejected[index]] == said[row.bundle_id]
+            for index, row in enumerate(tokens.rows(range(len(tokens))))
+        ),
     }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from recipe import Losses, PaddedBatch, padded, their_step
 from step_data import published_rows, sample_rows
@@ -33,7 +34,7 @@ from mlc_ray.config import ModelSection
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.runs import user_cache
 from mlc_ray.train.model import PolicyWithExtractor, load_policy, n_layers, resolve_layer
-from mlc_ray.types import ReferenceRow, TokenRow, move
+from mlc_ray.types import ReferenceRows, TokenRow, move
 
 # Largest relative difference allowed. In bfloat16 the two steps round at different places, and the gradient of DPO is
 # a difference of two nearly equal ones: seen with SmolLM2 are 0.06 (loss), 0.06 (policy) and 0.006 (extractor). One of
@@ -210,7 +211,7 @@ def peak_memory(options: argparse.Namespace, variant: str) -> dict[str, int]:
     optimizer = torch.optim.AdamW(module.parameters(), lr=LEARNING_RATE, fused=True) if options.with_optimizer else None
     step: Step
     if variant == OURS:  # any log-probs do: memory does not depend on them
-        said = {row.bundle_id: ReferenceRow(0.0, 0.0) for row in rows}
+        said = ReferenceRows(chosen=np.zeros(len(rows)), rejected=np.zeros(len(rows)))
         step = partial(our_step, module, move(batch_of(rows, len(rows), reference=said), options.device))
     else:
         step = partial(their_step, module, load_reference(options), move(padded(rows), options.device))

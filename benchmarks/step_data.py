@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from mlc_ray.data.batches import collate
 from mlc_ray.data.bundles import make_bundle
 from mlc_ray.data.sources import sample_path
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
-from mlc_ray.types import Batch, ReferenceRow, TokenRow
+from mlc_ray.types import Batch, ReferenceRows, TokenRow
 
 # The published data has about 427 prompt tokens a bundle over ten languages. How they are shared out is our guess:
 # scripts that the tokenizer knows less well take more tokens.
@@ -87,7 +87,7 @@ def batch_of(
     of: int,
     *,
     tap: bool = True,
-    reference: Mapping[str, ReferenceRow] | None = None,
+    reference: ReferenceRows | None = None,
 ) -> Batch:
     """Our batch of `rows`, which are some or all of a step's `of` bundles."""
     weights = [1 / of] * len(rows)  # the step's loss is the sum over its batches

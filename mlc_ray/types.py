@@ -8,7 +8,7 @@ A *bundle* is one prompt in several languages. What is forwarded at once is a pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -179,16 +179,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class ReferenceRow:
-    """The frozen reference's outputs for one bundle, cached; None is what the objective does not need.
+class ReferenceRows:
+    """The frozen reference's outputs for N bundles, cached; None is what the objective does not need.
 
-    `chosen` and `rejected` are summed log-probs in nats; `state` [H] is the float32 hidden state of the last token of
-    the response-language prompt at the tapped layer.
+    `chosen` and `rejected` [N] are summed log-probs in nats, float64; `state` [N, H] are float32 hidden states of the
+    last token of the response-language prompt at the tapped layer. They may be maps of files: `take` reads its rows.
     """
 
-    chosen: float | None = None
-    rejected: float | None = None
+    chosen: np.ndarray | None = None
+    rejected: np.ndarray | None = None
     state: np.ndarray | None = None
+
+    def take(self, rows: Sequence[int]) -> ReferenceRows:
+        """Those of some bundles, in memory."""
+        return ReferenceRows(*(None if column is None else column[list(rows)] for column in vars(self).values()))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Ids go from Arrow's buffers to tensors by index arithmetic; none of them becomes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,7 +18,7 @@ from mlc_ray.data.ragged import Ints, common_start, ranges, starts_of
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.data.trees import make_tree
 from mlc_ray.errors import MlcRayError
-from mlc_ray.types import Answers, Batch, Kind, Prompts, ReferenceRow, TokenRow, Tree
+from mlc_ray.types import Answers, Batch, Kind, Prompts, ReferenceRows, TokenRow, Tree
 
 TokenRows: TypeAlias = pa.Table | Sequence[TokenRow]
 """A table of `mlc_ray.data.tables.TOKENS`, or (for small calls) token rows."""
@@ -34,7 +34,7 @@ def collate(
     languages: Sequence[str],
     weights: Sequence[float],
     needs_rejected: bool,
-    reference: Mapping[str, ReferenceRow] | None,
+    reference: ReferenceRows | None,
     tap: bool,
     term_weights: Sequence[float] | None = None,
     groups: Sequence[int] | None = None,
@@ -46,14 +46,13 @@ def collate(
         languages: the L columns of the prompt grid.
         weights: the bundles' weights, [B].
         needs_rejected: whether the loss reads rejected answers.
-        reference: what the frozen reference says of each bundle_id; None where the loss needs no reference.
+        reference: what the frozen reference says of these bundles; None where the loss needs no reference.
         tap: whether the prompts in all languages are read, or only those that are answered.
         term_weights: the bundles' weights in terms on representations, [B]; None for `weights`.
         groups: the group of each bundle, [B]; None where no term needs any.
 
     Raises:
-        BatchError: there are no rows, or a bundle lacks an answer, has a language outside `languages`, or has no
-            reference entry.
+        BatchError: there are no rows, or a bundle lacks an answer or has a language outside `languages`.
     """
     table = _table(rows)
     if not len(table) or len(table) != len(weights):
@@ -62,7 +61,7 @@ def collate(
         )
     bundle_ids: list[str] = table["bundle_id"].to_pylist()
     kinds: list[Kind] = table["kind"].to_pylist()
-    cached = [_reference_of(name, reference) for name in bundle_ids] if reference is not None else []
+    said = reference or ReferenceRows()
     grid = _Grid.of(table, languages)
     tree, answers, prompts = _plant(table, grid, ("chosen", "rejected") if needs_rejected else ("chosen",), tap=tap)
     return Batch(
@@ -76,9 +75,9 @@ def collate(
         chosen=answers[0],
         rejected=answers[1] if needs_rejected else None,
         prompts=prompts if tap else None,
-        reference_chosen=_column(cached, "chosen"),
-        reference_rejected=_column(cached, "rejected") if needs_rejected else None,
-        reference_state=_column(cached, "state"),
+        reference_chosen=_float32(said.chosen),
+        reference_rejected=_float32(said.rejected) if needs_rejected else None,
+        reference_state=_float32(said.state),
     )
 
 
@@ -207,18 +206,5 @@ def _integers(values: pa.Array | pa.ChunkedArray) -> Ints:
     return np.array(values.to_numpy(), dtype=np.int64)
 
 
-def _column(cached: Sequence[ReferenceRow], name: str) -> torch.Tensor | None:
-    values = [getattr(row, name) for row in cached]
-    if not values or values[0] is None:
-        return None
-    return torch.from_numpy(np.array(values, dtype=np.float32))
-
-
-def _reference_of(bundle_id: str, reference: Mapping[str, ReferenceRow]) -> ReferenceRow:
-    try:
-        return reference[bundle_id]
-    except KeyError:
-        raise BatchError(
-            f"bundle {bundle_id} is not among the {len(reference)} that the reference was cached for; "
-            "compute them again for this data"
-        ) from None
+def _float32(column: np.ndarray | None) -> torch.Tensor | None:
+    return None if column is None else torch.from_numpy(column.astype(np.float32))

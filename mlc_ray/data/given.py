@@ -79,7 +79,7 @@ def _line(bundle: Mapping[str, Any] | Bundle, number: int, *, table: bool) -> by
             '{"kind": "benign", "prompts": {"en": "..."}} (a table of pandas: give table.to_dict("records"))'
         )
     if table:
-        from mlc_ray.data.formats.containers import without_nulls
+        from mlc_ray.data.formats.columnar import without_nulls
 
         bundle = without_nulls(bundle)
     try:

@@ -1,47 +1,121 @@
-"""Sources -> a table of bundles -> token rows on disk, by Ray Data; docs/data.md follows one prompt on its way."""
+"""Sources -> token rows on disk, or a table of bundles, by Ray Data; docs/data.md follows one prompt on its way."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
+import pickle
 import shutil
 import uuid
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
-from mlc_ray.data.bundles import BundleFileError, RejectedRow, place
-from mlc_ray.data.sources import NOT_OF_A_BUNDLE, keep_valid, parse_file, resolve_source
-from mlc_ray.data.store import FORMAT, REJECTS_FILE, TokenArtifact, write_rows
+from mlc_ray.data.contents import Block, Content, contents_of, read_blocks
+from mlc_ray.data.rejects import Ledger, PartRead, Sorting
+from mlc_ray.data.sources import Reading, Seen, SourceFile, parse, readings_of, resolve_source
+from mlc_ray.data.store import (
+    FORMAT,
+    REJECTS_FILE,
+    Shard,
+    TokenArtifact,
+    bundle_ids_in,
+    finish_artifact,
+    rewrite_shard,
+    write_shard,
+)
+from mlc_ray.data.tables import BUNDLES
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_table
 from mlc_ray.errors import MlcRayError
-from mlc_ray.progress import Phase, phase
+from mlc_ray.progress import phase
 from mlc_ray.storage import IncompleteArtifactError, atomic_folder, fingerprint, fingerprint_tokenizer
 
 # Other runs on the cluster may hold most of its CPUs. A stage that asked for whole ones would wait without a message.
-_PARSE_CPUS = 0.25
-_TOKENIZE_CPUS = 0.25
+_CPUS = 0.25
 
-_ROWS_AT_ONCE = 512
-_NAMED_FIRST = 5
-_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
+_BLOCKS_HERE = 8
+"""Up to 64 MiB of sources are hashed in this process (0.1 s); starting a task takes longer."""
+
+_BLOCKS_A_TASK = 16
+_PARTS = 4096
+"""Parts of about 8 MiB, or larger ones where there would be more: every process maps a file of each."""
+
+_INVALID = ".invalid"
 
 logger = logging.getLogger(__name__)
 
 
-class InvalidBundlesError(MlcRayError, ValueError):
-    """Some or all rows are not valid bundles; the message names the first few and the rejects file."""
+# ------------------------------------------------------------------------------------------------- sources -> parts
 
 
-# ------------------------------------------------------------------------------------------------- files -> bundles
+def _files(sources: Sequence[SourceSection]) -> list[SourceFile]:
+    return [file for source in sources for file in resolve_source(source)]
+
+
+def _contents(files: Sequence[SourceFile]) -> dict[Path, Content]:
+    """The contents of all files, each of which is read once, and remembered."""
+    paths = dict.fromkeys(path for file in files for path in file.files())
+    return contents_of(paths, _blocks_by_tasks)
+
+
+def _blocks_by_tasks(blocks: list[Block]) -> Iterable[tuple[str, int]]:
+    if len(blocks) <= _BLOCKS_HERE:
+        return read_blocks(blocks)
+    task: Any = ray.remote(num_cpus=_CPUS)(lambda some: list(read_blocks(some)))
+    starts = range(0, len(blocks), _BLOCKS_A_TASK)
+    results = ray.get([task.remote(blocks[start : start + _BLOCKS_A_TASK]) for start in starts])
+    return [each for result in results for each in result]
+
+
+def _readings(files: Sequence[SourceFile], contents: dict[Path, Content]) -> list[Reading]:
+    """All that is to be read, in order, in parts."""
+    blocks = -(-sum(len(content.digests) for content in contents.values()) // _PARTS)
+    return [reading for file in files for reading in readings_of(file, contents, blocks=max(1, blocks))]
+
+
+def _results(readings: Sequence[Reading], stage: Any, **options: Any) -> Iterator[tuple[PartRead, Any]]:
+    """What `stage` says of each reading, in their order.
+
+    Raises:
+        MlcRayError: what a task raised, the first in order; or a source holds nothing that can be used.
+    """
+    items = [{"number": n, "reading": pickle.dumps(reading)} for n, reading in enumerate(readings)]
+    planned = ray.data.from_items(items, override_num_blocks=len(items))
+    quiet_and_ordered(planned)
+    done: Any = planned.map_batches(stage, batch_size=1, batch_format="pyarrow", num_cpus=_CPUS, **options)
+    seen: dict[SourceFile, Seen] = {}
+    results = (row for table in done.iter_batches(batch_size=None, batch_format="pyarrow") for row in table["result"])
+    for number, (reading, result) in enumerate(zip(readings, results, strict=True)):
+        said = pickle.loads(result.as_py())
+        if isinstance(said, MlcRayError):
+            raise said
+        read, made, part_seen = said
+        whole = seen.setdefault(reading.file, Seen())
+        whole.records += part_seen.records
+        whole.kept += part_seen.kept
+        if number + 1 == len(readings) or readings[number + 1].file != reading.file:
+            seen.pop(reading.file).check(reading.file)
+        yield read, made
+
+
+def _answering(work: Callable[[Reading], tuple[PartRead, Any]], table: pa.Table) -> pa.Table:
+    """What `work` says of the one reading of `table`, or its error as data: raised here, Ray would wrap it."""
+    reading: Reading = pickle.loads(table["reading"][0].as_py())
+    try:
+        read, made = work(reading)
+        said: Any = (read, made, reading.seen)
+    except MlcRayError as error:
+        said = error
+    return pa.table({"result": pa.array([pickle.dumps(said)], pa.large_binary())})
+
+
+# ------------------------------------------------------------------------------------------------- parts -> bundles
 
 
 def read_bundles(
@@ -49,121 +123,73 @@ def read_bundles(
     *,
     on_invalid: str,
     rejects_path: str | Path,
-    named_path: str | Path | None = None,
     languages: Sequence[str] | None = None,
-) -> ray.data.Dataset:
-    """All valid bundles of `sources` as a materialised dataset, in the order of sources, files and lines.
+) -> pa.Table:
+    """All valid bundles of `sources` as a table of `BUNDLES`, in the order of sources, files and lines.
 
-    Rows have the columns of `mlc_ray.data.tables.BUNDLES`. Each file is parsed by a task of its own.
+    It is held in memory, as benchmarks are; what is trained on goes from its files to token rows.
 
     Args:
         sources: what to read; bundles that are in memory become a source by `mlc_ray.data.given.as_source`.
         on_invalid: `fail` or `skip`, as data.on_invalid.
         rejects_path: JSONL (file, line, reason, text) for rows that are not a bundle, repeat one, or lack what
             `languages` needs; an older file there is removed.
-        named_path: what messages name instead, where the caller will move the file.
         languages: data.languages; bundles are restricted to them.
 
     Raises:
         BundleFileError: a file cannot be read.
         InvalidBundlesError: `on_invalid` is "fail" and a row was rejected, or no valid row is left.
+        KeyCollisionError: two different bundles have the same key.
     """
-    files = [file for source in sources for file in resolve_source(source)]
-    items = [{"file_index": index, **asdict(file)} for index, file in enumerate(files)]
-    plan = ray.data.from_items(items, override_num_blocks=len(items))
-    quiet_and_ordered(plan)
+    files = _files(sources)
+    ledger = Ledger(Path(rejects_path), Path(rejects_path))
+    tables: list[pa.Table] = []
+    stage_settings = {"languages": None if languages is None else list(languages)}
     with phase("reading", unit="bundles") as progress:
-        parsed: ray.data.Dataset = plan.map_batches(
-            cast(Any, parse_file),
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=_PARSE_CPUS,
-            fn_kwargs={"languages": None if languages is None else list(languages)},
-        ).materialize()
-        rejected, kept = _judge(parsed, progress)
-    _report(rejected, kept, Path(rejects_path), on_invalid, named=Path(named_path or rejects_path))
-    drop = {(file, line) for file, line, _ in rejected}
-    if not drop:
-        kept_columns: ray.data.Dataset = parsed.drop_columns(NOT_OF_A_BUNDLE)
-        return kept_columns
-    valid: ray.data.Dataset = parsed.map_batches(
-        cast(Any, keep_valid), batch_format="pyarrow", num_cpus=_PARSE_CPUS, fn_kwargs={"drop": drop}
-    ).materialize()
-    return valid
+        for read, table in _results(_readings(files, _contents(files)), _read_stage, fn_kwargs=stage_settings):
+            ledger.add(read)
+            tables.append(table)
+            progress.advance(len(table))
+    ids = pa.concat_tables(tables)["bundle_id"]
+    repeats, _ = ledger.close(lambda rows: ids.take(rows).to_pylist(), on_invalid)
+    kept = []
+    for number, table in enumerate(tables):
+        mask = np.ones(len(table), dtype=bool)
+        mask[repeats.get(number, [])] = False
+        kept.append(table.filter(mask))
+    return pa.concat_tables(kept)
 
 
-def _judge(parsed: ray.data.Dataset, progress: Phase) -> tuple[list[tuple[int, int, RejectedRow]], int]:
-    """Rejected rows of the whole data set, repeated bundles among them, with (file_index, row); and how many are kept.
+def _read_stage(table: pa.Table, languages: list[str] | None) -> pa.Table:
+    def work(reading: Reading) -> tuple[PartRead, pa.Table]:
+        sorting = Sorting()
+        bundles = [sorting.bundles(part) for part in parse(reading, languages)]
+        return sorting.result(), pa.concat_tables([BUNDLES.empty_table(), *bundles])
 
-    The driver sees ids and places of all rows, but the content of rejected ones only.
-    """
-    rejected: list[tuple[int, int, RejectedRow]] = []
-    first_seen: dict[str, str] = {}
-    columns = ["bundle_id", "file", "line", "file_index", "row", "reason", "text", "fault"]
-    for table in tables_of(parsed.select_columns(columns)):
-        progress.advance(table.num_rows)
-        for row in table.to_pylist():
-            if row["fault"] is not None:
-                raise BundleFileError(row["fault"])
-            reason, text = row["reason"], row["text"]
-            if reason is None:
-                if (name := row["bundle_id"]) not in first_seen:
-                    first_seen[name] = place(row["file"], row["line"])
-                    continue
-                reason, text = f"repeats bundle {name!r} of {first_seen[name]!r}", ""
-            rejected.append((row["file_index"], row["row"], RejectedRow(row["file"], row["line"], reason, text)))
-    return rejected, len(first_seen)
+    return _answering(work, table)
 
 
-def _report(
-    rejected: list[tuple[int, int, RejectedRow]], kept: int, path: Path, on_invalid: str, *, named: Path
-) -> None:
-    path.unlink(missing_ok=True)
-    if rejected:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for *_, row in rejected:
-                file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-        by_reason = count_by_reason(row.reason for *_, row in rejected)
-        summary = "".join(f"\n  {count} x {reason}" for reason, count in by_reason.items())
-        logger.warning("%d invalid rows, written to %s:%s", len(rejected), named, summary)
-    if rejected and (on_invalid == "fail" or not kept):
-        first = [f"  {place(row.file, row.line)}: {row.reason}" for *_, row in rejected[:_NAMED_FIRST]]
-        more = len(rejected) - len(first)
-        raise InvalidBundlesError(
-            "\n".join(
-                [
-                    f"{len(rejected)} of {len(rejected) + kept} rows are not valid bundles:",
-                    *first,
-                    *([f"  and {more} more"] if more else []),
-                    f"All of them are in {str(named)!r}."
-                    + (" To leave them out, set data.on_invalid=skip." if kept else " No valid row is left."),
-                ]
-            )
-        )
-
-
-def count_by_reason(reasons: Iterable[str]) -> dict[str, int]:
-    """How often each reason occurs, most frequent first; values quoted in a reason do not tell reasons apart."""
-    return dict(Counter(_QUOTED.sub("…", reason) for reason in reasons).most_common())
-
-
-# --------------------------------------------------------------------------------------------- bundles -> token rows
+# --------------------------------------------------------------------------------------------- parts -> token rows
 
 
 def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str | Path) -> TokenArtifact:
     """Read, validate and tokenise `data.train`; the result is a folder `cache_dir/tokens-FINGERPRINT`.
+
+    Parts of the sources are read side by side, and each one's rows are written as a shard by the process that tokenises
+    them: `cache_dir` must be the same folder on all nodes. The driver keeps 12 bytes of each bundle (see `rejects`).
 
     The fingerprint covers the content of the sources, the code of formats from outside this package, the tokenizer's
     files and the data settings. A complete folder is used again; an incomplete one is written once more. Rejected rows
     are in `TokenArtifact.rejects_path`, or, if the function raises, in `cache_dir/tokens-FINGERPRINT.rejects.jsonl`.
 
     Raises:
-        BundleFileError: as `read_bundles`, as does InvalidBundlesError.
+        BundleFileError: as `read_bundles`, as do InvalidBundlesError and KeyCollisionError.
         TokenizationError: data.max_prompt_tokens is too small for the template and any text.
         TemplateError: the template is unusable.
     """
-    name = token_fingerprint(data, model)
+    files = _files(data.train)
+    contents = _contents(files)
+    name = token_fingerprint(data, model, contents)
     folder = Path(cache_dir).absolute() / f"tokens-{name}"
     if folder.exists():
         try:
@@ -182,14 +208,8 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
     # Another run that shares the folder may prepare the same data: each has a file of its own until it fails.
     rejects_path = folder.with_name(f".{folder.name}.rejects-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl")
     try:
-        bundles = read_bundles(
-            data.train,
-            on_invalid=data.on_invalid,
-            rejects_path=rejects_path,
-            named_path=kept_rejects,
-            languages=data.languages,
-        )
-        artifact = _write_token_rows(bundles, data, model, name=name, folder=folder, rejects_path=rejects_path)
+        ledger = Ledger(rejects_path, kept_rejects)
+        artifact = _write_token_rows(_readings(files, contents), ledger, data, model, name=name, folder=folder)
     except BaseException:
         if rejects_path.exists():
             os.replace(rejects_path, kept_rejects)
@@ -201,29 +221,36 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
 
 
 def _write_token_rows(
-    bundles: ray.data.Dataset, data: DataSection, model: ModelSection, *, name: str, folder: Path, rejects_path: Path
+    readings: Sequence[Reading], ledger: Ledger, data: DataSection, model: ModelSection, *, name: str, folder: Path
 ) -> TokenArtifact:
-    quiet_and_ordered(bundles)
-    tokens = bundles.map_batches(
-        Tokenize,
-        batch_size=_ROWS_AT_ONCE,
-        batch_format="pyarrow",
-        num_cpus=_TOKENIZE_CPUS,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=_tokenizers_at_most()),
-        fn_constructor_kwargs={"data": data, "model": model},
-    )
     try:
         with atomic_folder(folder, replace=folder.exists()) as temporary:
-            rejected: dict[str, int] = {}
-            if rejects_path.exists():
-                shutil.copyfile(rejects_path, temporary / REJECTS_FILE)
-                with rejects_path.open(encoding="utf-8") as file:
-                    rejected = count_by_reason(json.loads(line)["reason"] for line in file)
-            write_rows(
+            results = _results(
+                readings,
+                Tokenize,
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(_tokenizers_at_most(), len(readings))),
+                fn_constructor_kwargs={"data": data, "model": model, "folder": temporary},
+            )
+            shards: list[Shard] = []
+            with phase("tokenising", unit="bundles") as progress:
+                for read, shard in results:
+                    ledger.add(read)
+                    shards.append(shard)
+                    progress.advance(len(read.keys))
+            failed = data.on_invalid == "fail" and ledger.rejected
+            repeats, reasons = ledger.close(None if failed else bundle_ids_in(temporary, shards), data.on_invalid)
+            if repeats:
+                task: Any = ray.remote(num_cpus=_CPUS)(rewrite_shard)
+                again = [task.remote(temporary, n, drop, *ledger.columns(n)) for n, drop in repeats.items()]
+                for number, shard in zip(repeats, ray.get(again), strict=True):
+                    shards[number] = shard
+            if ledger.path.exists():
+                shutil.copyfile(ledger.path, temporary / REJECTS_FILE)
+            finish_artifact(
                 temporary,
-                _shown(tokens, total=bundles.count()),
+                shards,
                 fingerprint=name,
-                rejected=rejected,
+                rejected=reasons.by_frequency(),
                 model=model.path,
                 data=data.model_dump(mode="json", exclude={"validation"}),
             )
@@ -239,14 +266,6 @@ def _tokenizers_at_most() -> int:
     return max(1, int(resources.get("CPU", 1)))
 
 
-def _shown(tokens: ray.data.Dataset, total: int) -> Iterator[pa.Table]:
-    """The tables of `tokens` as they are made, with their progress."""
-    with phase("tokenising", total=total, unit="bundles") as progress:
-        for table in tables_of(tokens, _ROWS_AT_ONCE):
-            progress.advance(table.num_rows)
-            yield table
-
-
 def _is_complete(folder: Path) -> bool:
     try:
         TokenArtifact.open(folder)
@@ -255,13 +274,17 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def token_fingerprint(data: DataSection, model: ModelSection) -> str:
-    """Fingerprint of everything that token rows depend on; paths do not count, contents do."""
-    sources = [file.fingerprint() for source in data.train for file in resolve_source(source)]
+def token_fingerprint(data: DataSection, model: ModelSection, contents: dict[Path, Content] | None = None) -> str:
+    """Fingerprint of everything that token rows depend on; paths do not count, contents do.
+
+    `contents` are those of the sources' files; without them, they are read.
+    """
+    files = _files(data.train)
+    contents = _contents(files) if contents is None else contents
     return fingerprint(
         {
             "format": FORMAT,
-            "sources": sources,
+            "sources": [file.fingerprint(contents) for file in files],
             "tokenizer": fingerprint_tokenizer(model.path),
             "settings": data.model_dump(mode="json", exclude={"train", "validation"}),
         }
@@ -269,18 +292,43 @@ def token_fingerprint(data: DataSection, model: ModelSection) -> str:
 
 
 class Tokenize:
-    """Ray Data stage: bundle rows -> token rows; an actor, so that each process loads the tokenizer once."""
+    """Ray Data stage: a part of the sources -> a shard; an actor, so that each process loads the tokenizer once.
 
-    def __init__(self, data: DataSection, model: ModelSection):
+    Where `data.on_invalid` is "fail", nothing is tokenised any more once a row was rejected, by whichever actor: what
+    is left is read only, so that all rejected rows can be named.
+    """
+
+    def __init__(self, data: DataSection, model: ModelSection, folder: Path):
         self.template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code))
+        self.languages = data.languages
+        self.folder = folder
+        self.fails = data.on_invalid == "fail"
         self.limits = {
             "max_prompt_tokens": data.max_prompt_tokens,
             "max_response_tokens": data.max_response_tokens,
         }
 
-    def __call__(self, bundles: pa.Table) -> pa.Table:
-        """Tokenise a table of `read_bundles` into one of `mlc_ray.data.tables.TOKENS`."""
-        return tokenize_table(bundles, self.template, **self.limits)
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Write the shard of the part that `table` names."""
+        return _answering(partial(self._write, table["number"][0].as_py()), table)
+
+    def _write(self, number: int, reading: Reading) -> tuple[PartRead, Shard]:
+        sorting = Sorting()
+        invalid = self.folder / _INVALID
+
+        def tokens() -> Iterator[pa.Table]:
+            failed = invalid.exists()
+            for parsed in parse(reading, self.languages):
+                bundles = sorting.bundles(parsed)
+                if self.fails and sorting.rejected and not failed:
+                    failed = True
+                    invalid.touch()
+                if len(bundles) and not failed:
+                    rows = tokenize_table(bundles, self.template, **self.limits)
+                    yield rows.append_column("file", bundles["file"]).append_column("line", bundles["line"])
+
+        shard = write_shard(self.folder, number, tokens())
+        return sorting.result(), shard
 
 
 def _announce(artifact: TokenArtifact) -> None:
@@ -297,12 +345,6 @@ def _announce(artifact: TokenArtifact) -> None:
     if artifact.rejected:
         lines.append(f"  left out: {sum(artifact.rejected.values())} invalid rows, see {artifact.rejects_path}")
     logger.info("%s", "\n".join(lines))
-
-
-def tables_of(dataset: ray.data.Dataset, rows: int | None = None, *, prefetch: int = 1) -> Iterator[pa.Table]:
-    """A dataset's tables as they are made, of `rows` rows each (None: as they come)."""
-    batches = dataset.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=prefetch)
-    return cast(Iterator[pa.Table], iter(batches))
 
 
 def quiet_and_ordered(dataset: ray.data.Dataset) -> None:

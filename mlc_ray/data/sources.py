@@ -1,4 +1,4 @@
-"""Sources of the settings -> files -> bundles or rejected rows, as tables that a Ray task hands on.
+"""Sources of the settings -> files -> parts of files -> bundles or rejected rows, as tables.
 
 It imports neither Ray nor torch, so that the tasks which read start fast.
 """
@@ -9,8 +9,8 @@ import importlib.metadata
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ import pyarrow as pa
 
 from mlc_ray._registry import names, resolve
 from mlc_ray.config import SourceSection
-from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, place, select_languages
-from mlc_ray.data.formats import containers
+from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, select_languages
+from mlc_ray.data.contents import BLOCK_BYTES, Content, contents_of, files_of, fingerprint_of
+from mlc_ray.data.formats import columnar, containers
 from mlc_ray.data.formats.base import Format, Row
 from mlc_ray.data.formats.containers import Opened
+from mlc_ray.data.formats.records import Part
 from mlc_ray.data.tables import BUNDLES, bundle_columns
-from mlc_ray.errors import MlcRayError
-from mlc_ray.storage import fingerprint, fingerprint_files
+from mlc_ray.storage import fingerprint
 from mlc_ray.types import Bundle, Kind
 
 AUTO = "auto"
@@ -35,20 +36,8 @@ _SHIPPED = "mlc_ray.data.formats."
 _ROWS_AT_ONCE = 512
 _TEXT = pa.string()
 
-# One schema for bundles and for rejected rows, so that blocks of any file concatenate.
-PARSED = pa.schema(
-    [
-        *BUNDLES,
-        # `reason` and `text` are of a rejected row; `fault` concerns the whole file. `row` numbers what a source gave:
-        # a line does not, where a source is a folder of files.
-        ("reason", _TEXT),
-        ("text", _TEXT),
-        ("fault", _TEXT),
-        ("file_index", pa.int64()),
-        ("row", pa.int64()),
-    ]
-)
-NOT_OF_A_BUNDLE = ["reason", "text", "fault", "file_index", "row"]
+PARSED = pa.schema([*BUNDLES, ("reason", _TEXT), ("text", _TEXT)])
+"""A row of `BUNDLES`, or a rejected one: its file and line, the reason, and its text."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +51,20 @@ class SourceFile:
     kind: Kind | None = None
     only: Kind | None = None
 
-    def fingerprint(self) -> str:
-        """Of the content, of how it is read, and of the code of a format from outside this package."""
-        local = Path(self.path).exists()
-        content = fingerprint_files([Path(self.path)]) if local else containers.load_dataset(self.path)._fingerprint
+    def files(self) -> list[Path]:
+        """All files on this machine that belong to it; a hub dataset has none."""
+        return files_of(Path(self.path)) if Path(self.path).exists() else []
+
+    def fingerprint(self, contents: dict[Path, Content] | None = None) -> str:
+        """Of the content, of how it is read, and of the code of a format from outside this package.
+
+        `contents` are those of its `files`; without them, they are read.
+        """
+        path = Path(self.path)
+        if path.exists():
+            content = fingerprint_of(path, contents if contents is not None else contents_of(self.files()))
+        else:
+            content = columnar.load_dataset(self.path)._fingerprint
         return fingerprint([content, self.format, self.kind, self.only, _code_of(self.format)])
 
 
@@ -100,7 +99,7 @@ def resolve_source(source: SourceSection) -> list[SourceFile]:
     if name.startswith("sample:"):
         return [file(sample_path(name.removeprefix("sample:")), "mlc")]
     path = Path(name).expanduser().absolute()  # tasks run elsewhere, with another working directory
-    if path.is_file() or (path.is_dir() and containers.is_saved_dataset(path)):
+    if path.is_file() or (path.is_dir() and columnar.is_saved_dataset(path)):
         return [file(path)]
     if path.is_dir():
         if (whole := _format_of_folder(path, format)) is not None:
@@ -204,50 +203,96 @@ def _code_of(format: str) -> str | None:
 # --------------------------------------------------------------------------------------------- from file to bundles
 
 
+@dataclass
+class Seen:
+    """How many records a source, or a part of it, had, and how many of them are of the kind that `only` asks for."""
+
+    records: int = 0
+    kept: int = 0
+
+    def check(self, file: SourceFile) -> None:
+        """Refuse a source of which nothing can be used.
+
+        Raises:
+            BundleFileError: there is no record, or none of the kind.
+        """
+        if not self.records:
+            raise BundleFileError(f"{file.path}: no prompts in it")
+        if not self.kept:
+            raise BundleFileError(
+                f"{file.path}: none of its {self.records} bundles is of kind {file.only!r}, as `only` asks"
+            )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one task reads: a source, or a part of it."""
+
+    file: SourceFile
+    part: Part | None = None
+    seen: Seen = field(default_factory=Seen)
+
+    def rows(self) -> Iterator[Row]:
+        """Every record, each with its file and line: a bundle, or a rejected row; `seen` counts them.
+
+        Where a record is a bundle they come in the file's order; where bundles are joined from several rows, rejected
+        rows come first. Unknown keys of single JSON records reject those records only.
+
+        Raises:
+            BundleFileError: the whole file is at fault: missing, not UTF-8, no rows, unknown columns, a language's
+                column without a single prompt, or a format that cannot be told.
+        """
+        for row in _all_rows(self.file) if self.part is None else _rows_of_part(self.file, self.part):
+            self.seen.records += 1
+            if isinstance(row.parsed, RejectedRow) or self.file.only in (None, row.parsed.kind):
+                self.seen.kept += 1
+                yield row
+
+
 def read_file(file: SourceFile) -> Iterator[Row]:
-    """Every record of a source, each with its file and line: a bundle, or a rejected row.
-
-    Where a record is a bundle they come in the file's order; where bundles are joined from several rows, rejected rows
-    come first. Unknown keys of single JSON records reject those records only.
+    """Every record of a source, as `Reading.rows`.
 
     Raises:
-        BundleFileError: the whole file is at fault: missing, not UTF-8, no rows, unknown columns, a language's column
-            without a single prompt, or a format that cannot be told.
+        BundleFileError: as there; or no bundle is of the kind that the source asks for.
     """
-    rows = kept = 0
-    for row in _all_rows(file):
-        rows += 1
-        if isinstance(row.parsed, RejectedRow) or file.only in (None, row.parsed.kind):
-            kept += 1
-            yield row
-    if not rows:
-        raise BundleFileError(f"{file.path}: no prompts in it")
-    if not kept:
-        raise BundleFileError(f"{file.path}: none of its {rows} bundles is of kind {file.only!r}, as `only` asks")
+    reading = Reading(file)
+    yield from reading.rows()
+    reading.seen.check(file)
 
 
-def places_of(bundle_ids: Sequence[str], sources: Sequence[SourceSection]) -> dict[str, str]:
-    """Where some bundles stand (`data.jsonl:3`), for a message: the sources are read until all are found.
+def readings_of(file: SourceFile, contents: dict[Path, Content], *, blocks: int) -> list[Reading]:
+    """A source cut into parts of about `blocks` blocks, where its format reads parts; else one reading of the whole."""
+    whole = Reading(file)
+    path = Path(file.path)
+    try:
+        if path.is_file() and path.stat().st_size <= blocks * BLOCK_BYTES:
+            return [whole]
+        if path.is_dir() and not columnar.is_saved_dataset(path):
+            return [whole]
+        name = file.format
+        if name == AUTO:
+            name, _ = _recognise(containers.open_records(file.path))
+        if not make_format(name).reads_parts:
+            return [whole]
+    except BundleFileError:  # for the reading itself to report
+        return [whole]
+    line_breaks = contents[path].line_breaks if path in contents else []
+    parts = containers.parts_of(file.path, line_breaks, BLOCK_BYTES, blocks)
+    return [Reading(replace(file, format=name), part) for part in parts] or [whole]
 
-    Raises:
-        BundleFileError: as `read_file`; or the sources hold one of them no longer.
-    """
-    missing, found = set(bundle_ids), dict[str, str]()
-    for file in (file for source in sources for file in resolve_source(source)):
-        for path, line, parsed in read_file(file):
-            if isinstance(parsed, Bundle) and parsed.bundle_id in missing:
-                missing.remove(parsed.bundle_id)
-                found[parsed.bundle_id] = place(path, line)
-                if not missing:
-                    return found
-    raise BundleFileError(f"bundle {min(missing)} is no longer in data.train: its files changed while they were used")
+
+def _rows_of_part(file: SourceFile, part: Part) -> Iterator[Row]:
+    form, opened = make_format(file.format), containers.open_part(file.path, part)
+    if opened.columns is not None:
+        form.check_columns(opened.columns, file.path)
+    return form.read([opened], file.kind)
 
 
 def _all_rows(file: SourceFile) -> Iterator[Row]:
     if file.format != AUTO and (reader := make_format(file.format)).whole_folder:
         return reader.read_folder(file.path, file.kind)
     folder = Path(file.path)
-    many = folder.is_dir() and not containers.is_saved_dataset(folder)
+    many = folder.is_dir() and not columnar.is_saved_dataset(folder)
     opened = [_open(str(path), file.format) for path in (_files_of(folder) if many else [file.path])]
     form = opened[0][0]
     if many and not form.joins_files:
@@ -269,30 +314,22 @@ def _open(path: str, format: str) -> tuple[Format, Opened]:
 # ------------------------------------------------------------------------------------------------ bundles as tables
 
 
-def parse_file(task: pa.Table, languages: list[str] | None) -> Iterator[pa.Table]:
-    """Parse the one file of `task` (the fields of `SourceFile`, and `file_index`); streams tables of `PARSED`.
+def parse(reading: Reading, languages: list[str] | None) -> Iterator[pa.Table]:
+    """What `reading` reads as tables of `PARSED`, 512 rows each.
 
     Bundles are restricted to `languages` (None: all); their ids stay those of the whole content.
+
+    Raises:
+        BundleFileError: as `Reading.rows`.
     """
-    (item,) = task.to_pylist()
-    file_index = item.pop("file_index")
     rows: list[dict[str, Any]] = []
-    try:
-        for number, (file, line, parsed) in enumerate(read_file(SourceFile(**item))):
-            where = {"file": file, "line": line, "file_index": file_index, "row": number}
-            rows.append({**where, **_columns(parsed, languages)})
-            if len(rows) == _ROWS_AT_ONCE:
-                yield pa.Table.from_pylist(rows, schema=PARSED)
-                rows = []
-    except MlcRayError as error:  # carried as data: raised here it would arrive wrapped in Ray's own traceback
-        rows.append({"file": item["path"], "line": 0, "file_index": file_index, "fault": str(error)})
-    yield pa.Table.from_pylist(rows, schema=PARSED)
-
-
-def keep_valid(table: pa.Table, drop: set[tuple[int, int]]) -> pa.Table:
-    """Bundles only: without the rows at the places (file_index, row) in `drop`, and without their columns."""
-    places = zip(table["file_index"].to_pylist(), table["row"].to_pylist(), strict=True)
-    return table.filter(pa.array([place not in drop for place in places], pa.bool_())).drop_columns(NOT_OF_A_BUNDLE)
+    for file, line, parsed in reading.rows():
+        rows.append({"file": file, "line": line, **_columns(parsed, languages)})
+        if len(rows) == _ROWS_AT_ONCE:
+            yield pa.Table.from_pylist(rows, schema=PARSED)
+            rows = []
+    if rows:
+        yield pa.Table.from_pylist(rows, schema=PARSED)
 
 
 def _columns(parsed: Bundle | RejectedRow, languages: list[str] | None) -> dict[str, Any]:

@@ -1,60 +1,92 @@
-"""Token rows on disk: an Arrow file that every process of a node maps into memory and shares through the page cache."""
+"""Token rows on disk: Arrow files that every process of a node maps into memory and shares through the page cache.
+
+An artefact is a folder of *shards* `rows-NNNNN.arrow`, which tasks write side by side, and a manifest, written last.
+What a process holds of it beside the maps is an object per shard, and 8 bytes a bundle where it asks for `keys`.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mlc_ray.data.bundles import place
 from mlc_ray.data.plan import Lengths
 from mlc_ray.data.ragged import Ints, common_start, starts_of
-from mlc_ray.data.tables import TOKENS, table_to_rows
+from mlc_ray.data.tables import TOKENS, Keys, table_to_rows
 from mlc_ray.storage import ArtifactError, read_manifest, verify_files, write_manifest
+from mlc_ray.storage.atomic import atomic_file
 from mlc_ray.types import TokenRow
 
-FORMAT = 2
-ROWS_FILE = "rows.arrow"
+FORMAT = 3
 REJECTS_FILE = "rejects.jsonl"
+ANSWERS = ("chosen", "rejected")
+_BATCH_ROWS = 8192
+NAMED_FIRST = 5
+"""How many bundles that lack an answer a manifest names, and an error message."""
+
+
+def shard_file(number: int) -> str:
+    """The name of a shard."""
+    return f"rows-{number:05d}.arrow"
 
 
 @dataclass
 class TokenCounts:
     """What a data set weighs, and what was lost to the limits; everything in tokens unless it says otherwise.
 
-    `truncated_prompts` counts prompts, `truncated_responses` bundles with an answer that lost its end.
+    `kinds` counts bundles, `truncated_prompts` prompts, `truncated_responses` bundles with an answer that lost its end,
+    and `lacking` bundles without a chosen (or with none that continues a prompt), or without a rejected answer.
     """
 
     rows: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
     prompt_tokens: Counter[str] = field(default_factory=Counter)
     response_tokens: int = 0
     truncated_prompts: Counter[str] = field(default_factory=Counter)
     truncated_prompt_tokens: Counter[str] = field(default_factory=Counter)
     truncated_responses: int = 0
     truncated_response_tokens: int = 0
+    lacking: Counter[str] = field(default_factory=Counter)
 
-    def add(self, table: pa.Table | pa.RecordBatch) -> None:
-        """Count rows of `TOKENS`; only lengths become Python numbers, never the ids."""
-        self.rows += table.num_rows
-        codes = pc.list_flatten(table["languages"]).to_pylist()
-        lengths = pc.list_value_length(pc.list_flatten(table["prompts"])).to_pylist()
-        cuts = pc.list_flatten(table["cut"]).to_pylist()
-        for code, length, cut in zip(codes, lengths, cuts, strict=True):
-            self.prompt_tokens[code] += length
-            if cut:
-                self.truncated_prompts[code] += 1
-                self.truncated_prompt_tokens[code] += cut
-        for name in ("chosen", "rejected"):
-            self.response_tokens += pc.sum(pc.list_value_length(table[name])).as_py() or 0
-        for cut in table["truncated_response_tokens"].to_pylist():
-            self.truncated_responses += cut > 0
-            self.truncated_response_tokens += cut
+    @classmethod
+    def of(cls, table: pa.Table) -> TokenCounts:
+        """Count rows of `TOKENS`, by Arrow's own kernels."""
+        codes = pc.list_flatten(table["languages"]).combine_chunks().dictionary_encode()
+        names, code = codes.dictionary.to_pylist(), codes.indices.to_numpy()
+        lengths = pc.list_value_length(pc.list_flatten(table["prompts"])).to_numpy()
+        cuts = pc.list_flatten(table["cut"]).to_numpy()
+
+        def by_language(weights: Ints) -> Counter[str]:
+            sums = np.bincount(code, weights, len(names)).astype(int).tolist()
+            return Counter({name: total for name, total in zip(names, sums, strict=True) if total})
+
+        cut_answers = table["truncated_response_tokens"].to_numpy()
+        return cls(
+            rows=table.num_rows,
+            kinds=Counter({each["values"]: each["counts"] for each in table["kind"].value_counts().to_pylist()}),
+            prompt_tokens=by_language(lengths),
+            response_tokens=sum(pc.sum(pc.list_value_length(table[name])).as_py() or 0 for name in ANSWERS),
+            truncated_prompts=by_language(cuts > 0),
+            truncated_prompt_tokens=by_language(cuts),
+            truncated_responses=int((cut_answers > 0).sum()),
+            truncated_response_tokens=int(cut_answers.sum()),
+            lacking=Counter({name: int(lack.sum()) for name, lack in _lacking(table).items() if lack.any()}),
+        )
+
+    def add(self, other: TokenCounts) -> None:
+        """Count the rows of another part of the data set too."""
+        for each in fields(self):
+            mine, more = getattr(self, each.name), getattr(other, each.name)
+            setattr(self, each.name, mine + more)
 
     @property
     def languages(self) -> list[str]:
@@ -62,32 +94,142 @@ class TokenCounts:
         return sorted(self.prompt_tokens)
 
 
-def write_rows(folder: Path, tables: Iterable[pa.Table | pa.RecordBatch], **manifest: Any) -> TokenCounts:
-    """Stream tables of `TOKENS` into `folder` and write its manifest last, with the counts and the given fields."""
+@dataclass(frozen=True)
+class Lacking:
+    """A bundle without answers that some losses need: where it stood (`data.jsonl:3`), and what is absent."""
+
+    bundle_id: str
+    place: str
+    absent: list[str]
+
+
+@dataclass
+class Shard:
+    """What is known of a shard: its file, its counts, the ids that all its prompts begin with (None: it has none), and
+    the first bundles that lack each answer."""
+
+    file: str
+    counts: TokenCounts
+    head: Ints | None
+    lacking: dict[str, list[Lacking]]
+
+
+def write_shard(folder: Path, number: int, tables: Iterable[pa.Table]) -> Shard:
+    """Write tables of `TOKENS` as one shard, which appears whole.
+
+    The tables may have the columns `file` and `line`, by which bundles that lack an answer are named; without them they
+    are named by their number in the shard.
+    """
+    shard = Shard(shard_file(number), TokenCounts(), None, {})
+    # Uncompressed: a compressed column would have to be unpacked into each process, row by row of random access.
+    with (
+        atomic_file(folder / shard.file) as sink,
+        pa.ipc.new_file(sink, TOKENS, options=pa.ipc.IpcWriteOptions(unify_dictionaries=True)) as writer,
+    ):
+        for table in _joined(tables):
+            for name, lack in _lacking(table).items():
+                room = NAMED_FIRST - len(shard.lacking.get(name, []))
+                if rows := np.flatnonzero(lack)[:room].tolist():
+                    named = [_named(table, row, shard.counts.rows) for row in rows]
+                    shard.lacking.setdefault(name, []).extend(named)
+            shard.counts.add(TokenCounts.of(table))
+            shard.head = _head(table, shard.head)
+            writer.write_table(table.select(TOKENS.names).combine_chunks())
+    return shard
+
+
+def rewrite_shard(folder: Path, number: int, drop: Ints, files: Sequence[str], lines: Sequence[int]) -> Shard:
+    """Write a shard anew without its rows `drop`; `files` and `lines` say where each of its rows stood."""
+    keep = np.ones(len(lines), dtype=bool)
+    keep[drop] = False
+
+    def kept() -> Iterator[pa.Table]:
+        start = 0
+        with pa.ipc.open_file(str(folder / shard_file(number))) as reader:
+            for index in range(reader.num_record_batches):
+                table = pa.Table.from_batches([reader.get_batch(index)])
+                here = slice(start, start + len(table))
+                table = table.append_column("file", pa.array(files[here], pa.string()))
+                table = table.append_column("line", pa.array(lines[here], pa.int64()))
+                yield table.filter(keep[here])
+                start += len(table)
+
+    return write_shard(folder, number, kept())
+
+
+def bundle_ids_in(folder: Path, shards: Sequence[Shard]) -> Callable[[Ints], list[str]]:
+    """What gives the ids of rows of a folder that has all its shards, but no manifest yet."""
+    batches = [batch for shard in shards for batch in _mapped(folder / shard.file)]
+    ids = pa.chunked_array([batch.column("bundle_id") for batch in batches], pa.string())
+    return lambda rows: ids.take(rows).to_pylist()
+
+
+def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """The same rows in tables of about `_BATCH_ROWS`: a record batch is 10 KB of objects in every process."""
+    parts, rows = list[pa.Table](), 0
+    for table in tables:
+        parts.append(table)
+        rows += len(table)
+        if rows >= _BATCH_ROWS:
+            yield pa.concat_tables(parts)
+            parts, rows = [], 0
+    if rows:
+        yield pa.concat_tables(parts)
+
+
+def _mapped(path: Path) -> list[pa.RecordBatch]:
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        return [reader.get_batch(index) for index in range(reader.num_record_batches)]
+
+
+def finish_artifact(folder: Path, shards: Sequence[Shard], **manifest: Any) -> None:
+    """Write the manifest of a folder that has all its shards, in the order of its rows, with the given fields."""
     counts = TokenCounts()
     head: Ints | None = None
-    # Uncompressed: a compressed column would have to be unpacked into each process, row by row of random access.
-    with pa.OSFile(str(folder / ROWS_FILE), "wb") as sink, pa.ipc.new_file(sink, TOKENS) as writer:
-        for table in tables:
-            counts.add(table)
-            head = _head(table, head)
-            writer.write(table.select(TOKENS.names).cast(TOKENS))
+    lacking: dict[str, list[Lacking]] = {}
+    for shard in shards:
+        counts.add(shard.counts)
+        if shard.head is not None:
+            head = shard.head if head is None else _common(head, shard.head)
+        for name, found in shard.lacking.items():
+            lacking[name] = [*lacking.get(name, []), *found][:NAMED_FIRST]
     write_manifest(
         folder,
         artifact="tokens",
         format=FORMAT,
+        shards=[shard.file for shard in shards],
         languages=counts.languages,
         head=0 if head is None else len(head),
         counts={name: dict(v) if isinstance(v, Counter) else v for name, v in vars(counts).items()},
+        lacking={name: [asdict(one) for one in found] for name, found in lacking.items()},
         **manifest,
     )
-    return counts
 
 
-def _head(table: pa.Table | pa.RecordBatch, before: Ints | None) -> Ints | None:
+def write_rows(folder: Path, tables: Iterable[pa.Table], **manifest: Any) -> None:
+    """An artefact with a shard of each table, for small calls."""
+    finish_artifact(folder, [write_shard(folder, n, [table]) for n, table in enumerate(tables)], **manifest)
+
+
+def _lacking(table: pa.Table) -> dict[str, npt.NDArray[np.bool_]]:
+    """Which rows lack each answer."""
+    absent = {name: pc.fill_null(pc.list_value_length(table[name]), 0).to_numpy() == 0 for name in ANSWERS}
+    absent["chosen"] = absent["chosen"] | (table["response_prompt"].to_numpy() < 0)
+    return absent
+
+
+def _named(table: pa.Table, row: int, before: int) -> Lacking:
+    where = f"row {before + row + 1}"
+    if "file" in table.column_names:
+        where = place(table["file"][row].as_py(), table["line"][row].as_py())
+    absent = [name for name, lack in _lacking(table.slice(row, 1)).items() if lack[0]]
+    return Lacking(table["bundle_id"][row].as_py(), where, absent)
+
+
+def _head(table: pa.Table, before: Ints | None) -> Ints | None:
     """The ids that all prompts of `table` begin with, and `before` too (None: there was no prompt yet)."""
-    prompts = pc.list_flatten(table["prompts"])
-    prompts = prompts.combine_chunks() if isinstance(prompts, pa.ChunkedArray) else prompts
+    prompts = pc.list_flatten(table["prompts"]).combine_chunks()
     if not len(prompts):
         return before
     ids, lengths = prompts.flatten().to_numpy(), pc.list_value_length(prompts).to_numpy(zero_copy_only=False)
@@ -98,20 +240,21 @@ def _head(table: pa.Table | pa.RecordBatch, before: Ints | None) -> Ints | None:
     return before[: common_start(np.concatenate([before, ids]), starts_of(lengths), lengths)].copy()
 
 
+def _common(one: Ints, other: Ints) -> Ints:
+    lengths = np.array([len(one), len(other)])
+    return one[: common_start(np.concatenate([one, other]), starts_of(lengths), lengths)]
+
+
 class TokenArtifact:
     """A finished folder of token rows; get one from `TokenArtifact.open`. Pickling it carries the path only."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         self.folder = folder
         self.manifest = manifest
-        with pa.memory_map(str(folder / ROWS_FILE)) as source:
-            reader = pa.ipc.open_file(source)
-            self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-        self._starts: list[int] = []
-        self.rows_count = 0
-        for batch in self._batches:
-            self._starts.append(self.rows_count)
-            self.rows_count += batch.num_rows
+        self._batches = [batch for name in manifest["shards"] for batch in _mapped(folder / name)]
+        sizes = np.array([batch.num_rows for batch in self._batches], dtype=np.int64)
+        self._starts = starts_of(sizes)
+        self.rows_count = int(sizes.sum())
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenArtifact:
@@ -169,6 +312,11 @@ class TokenArtifact:
         """How many tokens all prompts of the data set begin with: the template's, before the user's text."""
         return int(self.manifest["head"])
 
+    @property
+    def lacking(self) -> dict[str, list[Lacking]]:
+        """The first bundles without a chosen or without a rejected answer; `counts.lacking` has their number."""
+        return {name: [Lacking(**one) for one in found] for name, found in self.manifest["lacking"].items()}
+
     def lengths(self, indices: Sequence[int] | None = None) -> Lengths:
         """Tokens of some rows, or of all; read from Arrow's offsets, no token is.
 
@@ -187,20 +335,30 @@ class TokenArtifact:
             found[:, here] = _lengths(self._batches[part], wanted[here] - self._starts[part])
         return Lengths(*found)
 
-    @property
-    def bundle_ids(self) -> list[str]:
-        """Ids of all rows, in the order of the file."""
-        return [name for batch in self._batches for name in batch.column("bundle_id").to_pylist()]
+    def own_tokens(self, *, head: int, taps: bool, rejected: bool) -> Ints:
+        """`Lengths.own_tokens` of all rows, [N] int32; made shard by shard, since `Lengths` are 40 bytes a bundle."""
+        parts = [
+            Lengths(*_lengths(batch, None)).own_tokens(head=head, taps=taps, rejected=rejected).astype(np.int32)
+            for batch in self._batches
+        ]
+        return np.concatenate([np.empty(0, np.int32), *parts])
+
+    @cached_property
+    def keys(self) -> Keys:
+        """`mlc_ray.data.tables.keys_of` all rows, [N]."""
+        parts = [batch.column("key").to_numpy() for batch in self._batches]
+        return np.concatenate([np.empty(0, np.uint64), *parts])
 
     @property
-    def kinds(self) -> list[str]:
-        """Kinds of all rows, in the order of the file."""
-        return [name for batch in self._batches for name in batch.column("kind").to_pylist()]
+    def kinds(self) -> npt.NDArray[np.int8]:
+        """Kinds of all rows, [N], as indices into `mlc_ray.data.bundles.KINDS`."""
+        parts = [batch.column("kind").indices.to_numpy() for batch in self._batches]
+        return np.concatenate([np.empty(0, np.int8), *parts])
 
     @property
     def distinct_kinds(self) -> set[str]:
         """The kinds that occur."""
-        return {kind for batch in self._batches for kind in pc.unique(batch.column("kind")).to_pylist()}
+        return set(self.manifest["counts"]["kinds"])
 
     def table(self, indices: Iterable[int]) -> pa.Table:
         """Rows by index as a table of `TOKENS`, reading only those.
@@ -212,8 +370,8 @@ class TokenArtifact:
         for index in indices:
             if not 0 <= index < self.rows_count:
                 raise IndexError(f"row {index} of {self.rows_count} in {str(self.folder)!r}")
-            part = bisect_right(self._starts, index) - 1
-            pieces.append(self._batches[part].slice(index - self._starts[part], 1))
+            part = int(np.searchsorted(self._starts, index, side="right")) - 1
+            pieces.append(self._batches[part].slice(index - int(self._starts[part]), 1))
         return pa.Table.from_batches(pieces, schema=TOKENS)
 
     def rows(self, indices: Iterable[int]) -> list[TokenRow]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from mlc_ray.data.batches import collate
 from mlc_ray.data.order import Order
 from mlc_ray.data.plan import Cutting, Forward, StepPlan
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.types import Batch, ReferenceRow, pinned
+from mlc_ray.types import Batch, ReferenceRows, pinned
 
 AHEAD = 2
 """Optimizer steps that are ready before they are asked for; 32 bundles in ten languages are about half a MiB."""
@@ -33,7 +33,7 @@ def stream_steps(
     rank: int,
     languages: Sequence[str],
     needs_rejected: bool,
-    reference: Mapping[str, ReferenceRow] | None,
+    reference: ReferenceRows | None,
     pin: bool = False,
 ) -> Iterator[list[Batch]]:
     """Worker `rank`'s micro-batches of each planned step, made by a thread a few steps ahead.
@@ -46,7 +46,7 @@ def stream_steps(
         rank: whose forwards.
         languages: the columns of the grid of a batch.
         needs_rejected: whether the loss reads rejected answers.
-        reference: what the frozen reference says, by bundle_id; None where the loss needs none.
+        reference: what the frozen reference says of each row; None where the loss needs none.
         pin: whether tensors go into pinned memory, from which a GPU copies while it computes.
 
     Raises:
@@ -61,7 +61,7 @@ def stream_steps(
             term_weights=forward.term_weights,
             groups=forward.groups,
             needs_rejected=needs_rejected,
-            reference=reference,
+            reference=None if reference is None else reference.take(forward.rows),
             tap=taps,
         )
         return pinned(made) if pin else made

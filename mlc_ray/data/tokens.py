@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pyarrow as pa
 
 from mlc_ray.data.bundles import select_languages
-from mlc_ray.data.tables import BUNDLES, TOKENS, bundle_columns, table_to_rows
+from mlc_ray.data.tables import BUNDLES, TOKENS, bundle_columns, table_to_rows, token_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.types import Bundle, TokenRow
 
@@ -221,7 +221,7 @@ def tokenize_table(
             answered.append({})
     ids = iter(template.ids_of([*chain(*asked), *chain(*(one.values() for one in answered))]))
     prompt_ids = [[next(ids) for _ in rendered] for rendered in asked]
-    columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names}
+    columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names if name != "key"}
     for row, rendered, whole, conversations in zip(rows, asked, prompt_ids, answered, strict=True):
         cut = [template.cut_prompt(one, max_prompt_tokens) for one in whole]
         at, lost = row["response_prompt"], 0
@@ -241,4 +241,4 @@ def tokenize_table(
         }
         for name, column in columns.items():
             column.append(values[name])
-    return pa.table(columns, schema=TOKENS)
+    return token_table(columns)

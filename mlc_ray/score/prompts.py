@@ -57,11 +57,7 @@ def read_prompts(scoring: ScoringSection, *, rejects: Path) -> Prompts:
     tables, chosen = [], []
     for name, source in zip(benchmark_names(scoring.benchmarks), scoring.benchmarks, strict=True):
         file = rejects / f"rejects-{slug(name)}.jsonl"
-        bundles: Any = read_bundles([source], on_invalid=scoring.on_invalid, rejects_path=file)
-        table = pa.concat_tables(
-            block.select(["bundle_id", "kind", "category", "languages", "texts"])
-            for block in bundles.iter_batches(batch_size=None, batch_format="pyarrow")
-        )
+        table = read_bundles([source], on_invalid=scoring.on_invalid, rejects_path=file)
         kept = choose_prompts(
             table.select(["bundle_id", "kind", "languages"]).to_pylist(), scoring.languages, scoring.limit
         )

@@ -30,7 +30,7 @@ from mlc_ray.progress import phase
 from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT
 from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER
-from mlc_ray.storage import fingerprint, fingerprint_model, library_versions, write_json_atomic
+from mlc_ray.storage import fingerprint_model, library_versions, write_json_atomic
 from mlc_ray.train.model import layer_states, load_policy
 from mlc_ray.types import move
 
@@ -123,13 +123,14 @@ class Probe:
         return "\n".join([title, "", *markdown(probe_table(self, self.ranking()))])
 
 
-def choose_bundles(kinds: Sequence[str], bundle_ids: Sequence[str], limit: int) -> list[int]:
-    """Indices of at most `limit` bundles of each kind: those whose hashed id comes first, in the order of the data."""
-    chosen: list[int] = []
-    for kind in sorted(set(kinds)):
-        mine = [index for index, each in enumerate(kinds) if each == kind]
-        chosen += sorted(mine, key=lambda index: fingerprint(bundle_ids[index]))[:limit]
-    return sorted(chosen)
+def choose_bundles(tokens: TokenArtifact, limit: int) -> list[int]:
+    """Rows of at most `limit` bundles of each kind, in the order of the data: those whose keys are the smallest.
+
+    Keys are hashes: so a larger limit adds bundles and takes none away, whatever the order of the data.
+    """
+    ordered = np.argsort(tokens.keys)
+    kinds = tokens.kinds[ordered]
+    return sorted(row for kind in np.unique(kinds) for row in ordered[kinds == kind][:limit].tolist())
 
 
 def layer_statistics(states: Tensor, present: Tensor, harmful: Tensor, languages: Sequence[str]) -> Probe:
@@ -249,7 +250,7 @@ def probe_run(config: TrainConfig, folder: Path, *, limit: int | None, gpu: bool
 
 def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Path, *, limit: int | None, gpu: bool) -> Probe:
     """Probe on token rows; raises as `probe`."""
-    chosen = choose_bundles(tokens.kinds, tokens.bundle_ids, limit or DEFAULT_LIMIT)
+    chosen = choose_bundles(tokens, limit or DEFAULT_LIMIT)
     logger.info("probing %s on %d bundles in %d languages", model.path, len(chosen), len(tokens.languages))
     rows = _forward(model, tokens, chosen, gpu=gpu)
     states = torch.from_numpy(np.stack([item["states"] for item in rows]))  # [N, L, layers, H]

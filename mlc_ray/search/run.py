@@ -295,9 +295,9 @@ def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder:
         check_held_out(config.scheduler_metric, held_out)
     for corner in space.corners():
         run = space.run(corner, name="corner")
-        check_answers(run, data.tokens, base.data.train)
+        check_answers(run, data.tokens)
         if held_out is not None and base.data.validation is not None:
-            check_answers(run, held_out, base.data.validation.sources)
+            check_answers(run, held_out)
 
 
 def _probed(

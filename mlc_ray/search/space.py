@@ -28,6 +28,7 @@ from mlc_ray.config import (
     read_config_file,
 )
 from mlc_ray.config.component import ComponentSettings
+from mlc_ray.data.bundles import KINDS
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.runs import training_name
 from mlc_ray.storage import absolute_if_here
@@ -196,7 +197,7 @@ def check_held_out(metric: str, held_out: TokenArtifact) -> None:
         ConfigError: None is of its kind or, for a term, has two languages.
     """
     kind = metric.split("/")[1]
-    own = np.array([kind == each or kind not in ("harmful", "benign") for each in held_out.kinds], dtype=bool)
+    own = held_out.kinds == KINDS.index(kind) if kind in KINDS else np.ones(len(held_out), dtype=bool)
     if not own.any():
         kinds = ", ".join(sorted(held_out.distinct_kinds))
         raise ConfigError(f"scheduler_metric={metric!r}: data.validation has no {kind} bundles, only {kinds}")

@@ -15,7 +15,6 @@ from mlc_ray.storage.base import (
 )
 from mlc_ray.storage.fingerprints import (
     fingerprint,
-    fingerprint_files,
     fingerprint_model,
     fingerprint_tokenizer,
 )
@@ -42,7 +41,6 @@ __all__ = [
     "atomic_folder",
     "checksum",
     "fingerprint",
-    "fingerprint_files",
     "fingerprint_model",
     "fingerprint_tokenizer",
     "library_versions",

@@ -30,26 +30,6 @@ def fingerprint(obj: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_DIGITS]
 
 
-def fingerprint_files(paths: Iterable[str | Path]) -> str:
-    """Fingerprint of the names and whole contents of files, in the order given; a folder stands for its files, sorted.
-
-    Names are relative (a file's own name, or its path inside the folder), so a moved copy has the same fingerprint.
-
-    Raises:
-        ArtifactError: A path does not exist.
-    """
-    entries: list[tuple[str, str]] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            members = sorted(p for p in path.rglob("*") if p.is_file())
-            entries += [(p.relative_to(path).as_posix(), _hash_whole(p)) for p in members]
-        elif path.is_file():
-            entries.append((path.name, _hash_whole(path)))
-        else:
-            raise ArtifactError(f"cannot fingerprint {str(path)!r}: no such file or folder")
-    return fingerprint(entries)
-
-
 def fingerprint_model(path: str) -> str:
     """Fingerprint of a model: a local folder, or a hub name.
 

@@ -27,7 +27,7 @@ LOOKED_AT = 100
 
 def order_of(config: TrainConfig, tokens: TokenArtifact) -> Order:
     """The batches of a run."""
-    return Order(tokens.bundle_ids, seed=config.seed, batch_bundles=config.train.batch_bundles)
+    return Order(tokens.keys, seed=config.seed, batch_bundles=config.train.batch_bundles)
 
 
 def cutting_of(config: TrainConfig, tokens: TokenArtifact, *, tokens_per_forward: int, world_size: int) -> Cutting:
@@ -96,14 +96,13 @@ class Outlook:
 
 def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_steps: int) -> Outlook:
     """What the steps of a run are like, from lengths alone."""
-    lengths = tokens.lengths()
-    own = lengths.own_tokens(head=cutting.head, taps=cutting.taps(0), rejected=cutting.rejected)
+    own = tokens.own_tokens(head=cutting.head, taps=cutting.taps(0), rejected=cutting.rejected)
     looked_at = min(LOOKED_AT, total_steps)
-    plans = [cutting.plan(step, rows, lengths.take(rows)) for step in range(looked_at) for rows in [order.batch(step)]]
+    looked = [cutting.plan(s, rows, tokens.lengths(rows)) for s in range(looked_at) for rows in [order.batch(s)]]
     return Outlook(
         steps=looked_at,
-        forwards=sum(len(plan.forwards) for plan in plans),
-        idle=sum(forward.idle for plan in plans for micro in plan.forwards for forward in micro),
+        forwards=sum(len(plan.forwards) for plan in looked),
+        idle=sum(forward.idle for plan in looked for micro in plan.forwards for forward in micro),
         oversized=int((own > cutting.tokens_per_forward - cutting.head).sum()),
     )
 
@@ -141,7 +140,7 @@ def check_groups(tokens: TokenArtifact, batches: Iterable[Sequence[int]], cuttin
     """
     if cutting.group_bundles is None:
         return
-    own = tokens.lengths().own_tokens(head=cutting.head, taps=True, rejected=cutting.rejected)
+    own = tokens.own_tokens(head=cutting.head, taps=True, rejected=cutting.rejected)
     capacity = cutting.tokens_per_forward - cutting.head
     most = 0
     for rows in batches:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 import torch
 
@@ -30,11 +29,11 @@ from mlc_ray.storage import (
 )
 from mlc_ray.train.model import ModelError, load_policy
 from mlc_ray.train.reference import ReferenceModel, asked_of_reference
-from mlc_ray.types import ReferenceRow, move
+from mlc_ray.types import ReferenceRows, move
 
 logger = logging.getLogger(__name__)
 
-TABLE = "reference.parquet"
+_COLUMNS = ("chosen", "rejected", "state")
 BUNDLES_PER_FORWARD = 8
 _BLOCK_ROWS = 256
 _FAULT, _KIND = "fault", "error"
@@ -64,16 +63,11 @@ def prepare_reference(config: TrainConfig, tokens: TokenArtifact, *, layer: int,
     folder = cache_dir / f"reference-{key}"
     if _complete(folder, say=True):
         return folder
-    table = _compute(config, tokens, needed, gpu=gpu)
     try:
         with atomic_folder(folder, replace=folder.exists()) as temporary:
-            pq.write_table(table, temporary / TABLE)
+            _compute(config, tokens, needed, temporary, gpu=gpu)
             write_manifest(
-                temporary,
-                fingerprint=key,
-                tokens=tokens.fingerprint,
-                bundles=table.num_rows,
-                versions=library_versions(),
+                temporary, fingerprint=key, tokens=tokens.fingerprint, bundles=len(tokens), versions=library_versions()
             )
             if _complete(folder):  # by another run, meanwhile: it may be in use, and is never moved aside
                 raise FileExistsError(folder)
@@ -95,19 +89,21 @@ def _complete(folder: Path, *, say: bool = False) -> bool:
     return True
 
 
-def load_reference(folder: Path) -> dict[str, ReferenceRow]:
-    """bundle_id -> what the reference says of the bundle."""
+def load_reference(folder: Path) -> ReferenceRows:
+    """What the reference says of each row of the token artefact; mapped, so that all processes of a node share it."""
     verify_files(folder, read_manifest(folder))
-    table = pq.read_table(folder / TABLE)
-    ids = table["bundle_id"].to_pylist()
-    columns = {name: table[name].to_pylist() for name in ("chosen", "rejected") if name in table.column_names}
-    if "state" in table.column_names:  # through numpy: as Python floats, states would take eight times their size
-        columns["state"] = list(table["state"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1))
-    return {name: ReferenceRow(**{k: v[index] for k, v in columns.items()}) for index, name in enumerate(ids)}
+    found = {name: folder / column_file(name) for name in _COLUMNS}
+    return ReferenceRows(**{name: np.load(path, mmap_mode="r") for name, path in found.items() if path.exists()})
 
 
-def _compute(config: TrainConfig, tokens: TokenArtifact, needed: dict[str, Any], *, gpu: bool) -> pa.Table:
-    ids = pa.table({"id": pa.array(range(len(tokens.bundle_ids)), pa.int64())})
+def column_file(name: str) -> str:
+    """The file of a column of `ReferenceRows`: an array with a value for each row of the token artefact."""
+    return f"{name}.npy"
+
+
+def _compute(config: TrainConfig, tokens: TokenArtifact, needed: dict[str, Any], folder: Path, *, gpu: bool) -> None:
+    """Ask the reference for each row, and write its columns into `folder`, in whatever order rows come back."""
+    ids = pa.table({"row": np.arange(len(tokens))})
     # Blocks of the driver's, not range: its read tasks ask for a whole CPU each, which waits without end where none is
     # free.
     blocks = [ids.slice(start, _BLOCK_ROWS) for start in range(0, ids.num_rows, _BLOCK_ROWS)]
@@ -124,15 +120,34 @@ def _compute(config: TrainConfig, tokens: TokenArtifact, needed: dict[str, Any],
         num_cpus=config.cluster.cpus_per_worker,
         num_gpus=1 if gpu else 0,
     )
-    tables = []
-    with phase("reference", total=ids.num_rows, unit="bundles") as progress:
+    columns: dict[str, np.memmap[Any, Any]] = {}
+    with phase("reference", total=len(tokens), unit="bundles") as progress:
         for table in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
             if _FAULT in table.column_names:
                 kind, message = (table[name].drop_null()[0].as_py() for name in (_KIND, _FAULT))
                 raise _ERRORS[kind](message)
-            tables.append(table.select(sorted(table.column_names)))
+            rows = table["row"].to_numpy()
+            for name in set(table.column_names) - {"row"}:
+                values = _array(table[name].combine_chunks())
+                if name not in columns:
+                    columns[name] = _mapped(folder / column_file(name), values.dtype, (len(tokens), *values.shape[1:]))
+                columns[name][rows] = values
             progress.advance(table.num_rows)
-    return pa.concat_tables(tables)
+    if progress.done != len(tokens):
+        raise RuntimeError(f"the reference was asked for {len(tokens)} bundles and said something of {progress.done}")
+    for column in columns.values():
+        column.flush()
+
+
+def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    created: np.memmap[Any, Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)  # type: ignore[no-untyped-call]
+    return created
+
+
+def _array(column: pa.Array) -> np.ndarray:
+    """Numbers as [N], lists of a fixed size as [N, size]."""
+    values: np.ndarray = column.flatten().to_numpy() if pa.types.is_fixed_size_list(column.type) else column.to_numpy()
+    return values.reshape(len(column), *([-1] if pa.types.is_fixed_size_list(column.type) else []))
 
 
 class ReferenceScorer:
@@ -158,8 +173,8 @@ class ReferenceScorer:
 
     @torch.no_grad()
     def _score(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        """Rows `id` -> bundle_id, and what is needed: chosen and rejected (nats, float64), state (list of float32)."""
-        rows = self.tokens.table(batch["id"].tolist())
+        """Those of `row`, and what is needed: chosen and rejected (nats, float64), state (list of float32)."""
+        rows = self.tokens.table(batch["row"].tolist())
         collated = collate(
             rows,
             languages=self.tokens.languages,
@@ -169,7 +184,7 @@ class ReferenceScorer:
             tap=False,
         )
         said = self.model(move(collated, self.device), state=True)
-        columns: dict[str, Any] = {"bundle_id": rows["bundle_id"]}
+        columns: dict[str, Any] = {"row": batch["row"]}
         if said.chosen is not None and said.rejected is not None:
             columns["chosen"] = said.chosen.double().cpu().numpy()
             columns["rejected"] = said.rejected.double().cpu().numpy()

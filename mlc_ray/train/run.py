@@ -213,7 +213,7 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool)
         BudgetError: A group of bundles that are compared with each other does not fit into a forward.
     """
     tokens = prepare_token_rows(config.data, config.model, cache_dir=cache_dir)
-    check_answers(config, tokens, config.data.train)
+    check_answers(config, tokens)
     held_out = _held_out_tokens(config, tokens, cache_dir)
     _check_groups(config, tokens, held_out, gpu=gpu)
     fingerprints = {"model": fingerprint_model(config.model.path), "tokens": tokens.fingerprint}
@@ -234,7 +234,7 @@ def _held_out_tokens(config: TrainConfig, training: TokenArtifact, cache_dir: Pa
     if section is None:
         return None
     tokens = prepare_token_rows(section, config.model, cache_dir=cache_dir)
-    check_answers(config, tokens, section.train)
+    check_answers(config, tokens)
     check_held_out(tokens, training)
     return tokens
 

@@ -45,10 +45,11 @@ def check_held_out(tokens: TokenArtifact, training: TokenArtifact) -> None:
     Raises:
         ValidationError: There are some.
     """
-    if both := sorted(set(tokens.bundle_ids) & set(training.bundle_ids)):
+    both = np.flatnonzero(np.isin(tokens.keys, training.keys))
+    if len(both):
         raise ValidationError(
             f"data.validation: {len(both)} of its {len(tokens)} bundles are in data.train too, the first is "
-            f"{both[0]!r}; take them out of one of the two"
+            f"{tokens.rows(both[:1])[0].bundle_id!r}; take them out of one of the two"
         )
 
 
@@ -58,9 +59,9 @@ def batches_of(tokens: TokenArtifact, *, seed: int, at_once: int) -> list[list[i
     There are as many as batches of about `at_once` make. A term that compares bundles compares those of a batch: in the
     order of a sorted file it would compare its like, and a last batch of one bundle would have nothing to compare.
     """
-    order = epoch_order(tokens.bundle_ids, seed, 0)
+    order = epoch_order(tokens.keys, seed, 0)
     number = max(1, round(len(order) / at_once))
-    return [part.tolist() for part in np.array_split(np.array(order, dtype=int), number)]
+    return [part.tolist() for part in np.array_split(order, number)]
 
 
 def plans_of(tokens: TokenArtifact, batches: Sequence[Sequence[int]], cutting: Cutting) -> Iterator[StepPlan]:

@@ -47,7 +47,7 @@ from mlc_ray.train.reference_cache import load_reference
 from mlc_ray.train.tracking import Tracker
 from mlc_ray.train.validation import Validation, batches_of, plans_of
 from mlc_ray.train.watchdog import Watchdog
-from mlc_ray.types import Batch, ReferenceRow, move
+from mlc_ray.types import Batch, ReferenceRows, move
 
 
 def engine_class(config: TrainConfig) -> type[Engine]:
@@ -199,7 +199,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
 def _stream(
     tokens: TokenArtifact,
     planned: Iterator[StepPlan],
-    table: dict[str, ReferenceRow] | None,
+    table: ReferenceRows | None,
     engine: Engine,
     cutting: Cutting,
 ) -> Iterator[list[Batch]]:
@@ -246,7 +246,7 @@ def _validation(
     )
 
 
-def _asked(online: Reference | None, table: dict[str, ReferenceRow] | None) -> Reference | None:
+def _asked(online: Reference | None, table: ReferenceRows | None) -> Reference | None:
     """What answers for the reference: a model, or the table whose numbers batches bring along."""
     return online or (cached_reference if table is not None else None)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mlc_ray.data.batches import BatchError, collate, collate_prompts
-from mlc_ray.types import ReferenceRow, TokenRow
+from mlc_ray.types import ReferenceRows, TokenRow
 
 LANGUAGES = ["ar", "en", "zh"]
 
@@ -135,7 +135,8 @@ def test_weights_of_terms_and_groups():
 
 
 def test_parts_that_a_loss_does_not_need_are_absent():
-    both = {"a": ReferenceRow(-1.0, -2.0), "b": ReferenceRow(-3.0, -4.0)}
+    whole = ReferenceRows(chosen=np.array([-9.0, -1.0, -3.0]), rejected=np.array([-9.0, -2.0, -4.0]))
+    both = whole.take([1, 2])
     small = batch(needs_rejected=False, reference=both)
     assert small.rejected is None
     assert small.reference_rejected is None
@@ -144,9 +145,7 @@ def test_parts_that_a_loss_does_not_need_are_absent():
     full = batch(reference=both)
     assert full.reference_rejected.tolist() == [-2.0, -4.0]
     assert full.kinds == ("harmful", "harmful")
-    states = {
-        name: ReferenceRow(state=np.array(state, dtype=np.float32)) for name, state in (("a", [1, 2]), ("b", [3, 4]))
-    }
+    states = ReferenceRows(state=np.array([[1, 2], [3, 4]], dtype=np.float32))
     anchored = batch(reference=states)
     assert anchored.reference_state.tolist() == [[1.0, 2.0], [3.0, 4.0]]
     assert anchored.reference_state.dtype == torch.float32
@@ -157,7 +156,6 @@ def test_parts_that_a_loss_does_not_need_are_absent():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"reference": {"a": ReferenceRow(-1.0, -2.0)}}, "bundle b is not among the 1 that the reference was cached"),
         ({"languages": ["en", "zh"]}, r"bundle b has languages \['ar'\] outside the grid"),
         ({"rows": [FIRST, row("c", ["en"], [[1]], [2], None)]}, "bundle c has no 'rejected' answer"),
         ({"rows": [FIRST, row("c", ["zh"], [[1]], None, None)]}, "bundle c has no 'chosen' answer"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import pytest
 from mlc_ray.cli.commands import parse_benchmark
 from mlc_ray.config import ConfigError, SourceSection
 from mlc_ray.data.bundles import BundleFileError, RejectedRow
-from mlc_ray.data.sources import SourceFile, keep_valid, parse_file, read_file, resolve_source
+from mlc_ray.data.rejects import Sorting
+from mlc_ray.data.sources import Reading, SourceFile, parse, read_file, resolve_source
 from mlc_ray.types import Bundle
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -284,12 +284,14 @@ def test_a_rejected_row_takes_no_bundle_of_the_same_line_in_another_file_with_it
     first, *others = records(file)
     lines(file, {**first, "Index": None}, *others)
     (source,) = resolve_source(SourceSection(path=str(tmp_path / "rtp")))
-    table = pa.concat_tables(parse_file(pa.Table.from_pylist([{"file_index": 0, **asdict(source)}]), None))
-    (rejected,) = [row for row in table.to_pylist() if row["reason"]]
+    table, sorting = pa.concat_tables(parse(Reading(source), None)), Sorting()
+    kept, read = sorting.bundles(table), sorting.result()
+    (rejected,) = [json.loads(line) for line in read.rejects.splitlines()]
     assert (Path(rejected["file"]).name, rejected["line"]) == ("RTP_LX_PT-BR.json", 1)
-    kept = keep_valid(table, {(0, rejected["row"])})
     assert len(kept) == len(table) - 1
-    assert ("RTP_LX_EN.json", 1) in {(Path(row["file"]).name, row["line"]) for row in kept.to_pylist()}
+    places = [(Path(row["file"]).name, row["line"]) for row in kept.to_pylist()]
+    assert ("RTP_LX_EN.json", 1) in places
+    assert [(Path(read.files[of]).name, line) for of, line in zip(read.file_of, read.lines, strict=True)] == places
 
 
 def test_no_file_of_a_joined_folder_may_be_empty_or_of_another_format(tmp_path):

@@ -1,10 +1,13 @@
+import hashlib
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from mlc_ray.data.order import Order, bundles_consumed, epoch_order, steps_per_epoch, total_steps
+from mlc_ray.data.tables import keys_of
 
-IDS = [f"{number:04x}" for number in range(101)]
+IDS = keys_of(f"{number:04x}" for number in range(101))
 
 
 def batches(ids=IDS, size=6, epochs=2, seed=7):
@@ -13,18 +16,34 @@ def batches(ids=IDS, size=6, epochs=2, seed=7):
 
 
 def test_the_order_is_pinned_so_that_no_release_or_machine_shuffles_otherwise():
-    assert epoch_order(["a", "b", "c", "d", "e", "f"], seed=42, epoch=0) == [3, 2, 5, 1, 0, 4]
+    keys = keys_of(["a", "b", "c", "d", "e", "f"])
+    assert keys[0] == int.from_bytes(hashlib.blake2b(b"a", digest_size=8).digest(), "little")
+    assert epoch_order(keys, seed=42, epoch=0).tolist() == [0, 3, 5, 4, 1, 2]
+
+
+def test_ranks_are_those_of_splitmix64_in_plain_integers():
+    salt = int.from_bytes(hashlib.sha256(b"3:1").digest()[:8], "little")
+
+    def rank(key):
+        z = ((int(key) ^ salt) + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        return z ^ z >> 31
+
+    before = IDS.copy()
+    assert epoch_order(IDS, 3, 1).tolist() == sorted(range(101), key=lambda index: rank(IDS[index]))
+    assert (before == IDS).all()
 
 
 def test_the_order_depends_on_seed_epoch_and_id_alone():
     order = [IDS[i] for i in epoch_order(IDS, 1, 0)]
-    assert sorted(order) == IDS
-    assert order != IDS
+    assert sorted(order) == sorted(IDS)
+    assert order != IDS.tolist()
     backwards = IDS[::-1]
     assert [backwards[i] for i in epoch_order(backwards, 1, 0)] == order
     assert [IDS[i] for i in epoch_order(IDS, 1, 1)] != order
     assert [IDS[i] for i in epoch_order(IDS, 2, 0)] != order
-    fewer = [i for i in IDS if i != order[5]]
+    fewer = IDS[order[5] != IDS]
     assert [fewer[i] for i in epoch_order(fewer, 1, 0)] == [i for i in order if i != order[5]]
 
 
@@ -38,7 +57,7 @@ def test_every_bundle_is_in_exactly_one_batch_an_epoch(size, count):
     for epoch in range(2):
         own = found[epoch * steps : (epoch + 1) * steps]
         assert Counter(row for batch in own for row in batch) == Counter(range(count))
-        assert [row for batch in own for row in batch] == epoch_order(ids, 7, epoch)
+        assert [row for batch in own for row in batch] == epoch_order(ids, 7, epoch).tolist()
         assert [len(batch) for batch in own[:-1]] == [size] * (steps - 1)
 
 
@@ -61,4 +80,4 @@ def test_steps_count_over_epochs_and_stop_where_told():
 
 def test_nothing_to_order_is_refused():
     with pytest.raises(ValueError, match="nothing to order"):
-        Order([], seed=0, batch_bundles=1)
+        Order(np.empty(0, np.uint64), seed=0, batch_bundles=1)

@@ -1,22 +1,25 @@
 """The pipelines on real Ray Data with the real SmolLM2 tokenizer."""
 
 import json
+import pickle
 import shutil
 
+import pyarrow as pa
 import pytest
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
-from mlc_ray.data.bundles import BundleFileError, make_bundle
+from mlc_ray.data import contents, sources
+from mlc_ray.data.bundles import KINDS, BundleFileError, make_bundle
 from mlc_ray.data.given import as_source
 from mlc_ray.data.prepare import (
-    InvalidBundlesError,
-    count_by_reason,
+    Tokenize,
     prepare_token_rows,
     read_bundles,
     token_fingerprint,
 )
-from mlc_ray.data.store import ROWS_FILE, TokenArtifact, write_rows
-from mlc_ray.data.tables import bundle_columns, rows_to_table
+from mlc_ray.data.rejects import InvalidBundlesError
+from mlc_ray.data.store import TokenArtifact, shard_file, write_rows
+from mlc_ray.data.tables import bundle_columns, keys_of, rows_to_table
 from mlc_ray.data.tokens import ChatTemplate, TokenizationError, load_tokenizer, tokenize_bundle
 from mlc_ray.storage import ArtifactError, IncompleteArtifactError
 from mlc_ray.types import TokenRow
@@ -37,12 +40,16 @@ def write(path, records):
 
 
 def read(sources, tmp_path, on_invalid="fail", **settings):
-    dataset = read_bundles(sources, on_invalid=on_invalid, rejects_path=tmp_path / "rejects.jsonl", **settings)
-    return dataset.take_all()
+    rejects_path = tmp_path / "rejects.jsonl"
+    return read_bundles(sources, on_invalid=on_invalid, rejects_path=rejects_path, **settings).to_pylist()
 
 
 def columns_of(rows):
     return [{name: value for name, value in row.items() if name not in ("file", "line")} for row in rows]
+
+
+def ids_of(artifact):
+    return [row.bundle_id for row in artifact.rows(range(len(artifact)))]
 
 
 def rejects(tmp_path):
@@ -116,10 +123,6 @@ def test_languages_and_emptiness_are_judged_row_by_row(ray_local, tmp_path):
         read([source], tmp_path, "skip", languages=["sw"])
 
 
-def test_reasons_are_counted_without_the_values_they_quote():
-    assert count_by_reason(["kind 'a' is", "kind 'b' is", 'x "y"']) == {"kind … is": 2, "x …": 1}
-
-
 # ------------------------------------------------------------------------------------------------- bundles -> tokens
 
 
@@ -133,9 +136,8 @@ def test_bundles_in_memory_in_a_format_from_outside_are_prepared_like_files(ray_
     data = DataSection(train=[source], on_invalid="skip")
     tokens = prepare_token_rows(data, model, cache_dir=cache)
     raw = [record(n, prompts={"en": f"How do I count to {n}?"}) for n in range(3)]
-    assert tokens.bundle_ids == [make_bundle(one).bundle_id for one in raw]
-    repeated = "repeats bundle … of …"
-    assert tokens.rejected == {"rating 9 is not a whole number from 1 to 5": 1, repeated: 1}
+    assert ids_of(tokens) == [make_bundle(one).bundle_id for one in raw]
+    assert tokens.rejected == {"rating … is not a whole number from … to …": 1, "repeats the bundle of …": 1}
     with pytest.raises(
         InvalidBundlesError, match=r"\n  row 4 of the bundles given: rating 9 .*\n  row 5 of the bundles"
     ):
@@ -151,7 +153,9 @@ def test_token_rows_on_disk_are_what_tokenising_gives(prepared):
     ]
     assert artifact.rows(range(COUNT)) == expected
     assert artifact.rows([7, 2, 7]) == [expected[7], expected[2], expected[7]]
-    assert artifact.bundle_ids == [row.bundle_id for row in expected]
+    assert artifact.keys.tolist() == keys_of(row.bundle_id for row in expected).tolist()
+    assert [KINDS[kind] for kind in artifact.kinds] == [row.kind for row in expected]
+    assert artifact.distinct_kinds == {"benign"}
     assert artifact.languages == ["de", "en", "fr"]
     counts = artifact.counts
     assert counts.rows == len(artifact) == COUNT
@@ -165,7 +169,7 @@ def test_token_rows_on_disk_are_what_tokenising_gives(prepared):
 
 def test_an_artefact_is_used_again_wherever_its_source_lies(prepared, tmp_path):
     data, model, cache, artifact = prepared
-    rows = artifact.folder / ROWS_FILE
+    rows = artifact.folder / shard_file(0)
     before = rows.stat().st_mtime_ns
     moved = SourceSection(path=shutil.copy(data.train[0].path, tmp_path))
     again = prepare_token_rows(data.model_copy(update={"train": [moved]}), model, cache_dir=cache)
@@ -185,10 +189,10 @@ def test_a_damaged_artefact_is_made_anew_and_rejected_rows_travel_with_it(ray_lo
     cache = tmp_path / "cache"
     damaged = cache / f"tokens-{token_fingerprint(data, model)}"
     damaged.mkdir(parents=True)
-    (damaged / ROWS_FILE).write_bytes(b"half")
+    (damaged / shard_file(0)).write_bytes(b"half")
     artifact = prepare_token_rows(data, model, cache_dir=cache)
     assert artifact.folder == damaged
-    assert artifact.bundle_ids == [make_bundle(record(0)).bundle_id]
+    assert ids_of(artifact) == [make_bundle(record(0)).bundle_id]
     assert "manifest.json is missing" in caplog.text
     assert sum(artifact.rejected.values()) == 1
     assert json.loads(artifact.rejects_path.read_text())["line"] == 2
@@ -223,10 +227,65 @@ def test_rows_are_found_across_pieces_of_the_file(stored):
 
 
 def test_damaged_or_foreign_folders_do_not_open(stored):
-    rows = stored / ROWS_FILE
+    rows = stored / shard_file(0)
     rows.write_bytes(rows.read_bytes()[:-1])
-    with pytest.raises(IncompleteArtifactError, match=r"'rows\.arrow' is short"):
+    with pytest.raises(IncompleteArtifactError, match=r"'rows-00000\.arrow' is short"):
         TokenArtifact.open(stored)
     (stored / "manifest.json").write_text('{"artifact": "checkpoint", "files": {}}')
     with pytest.raises(ArtifactError, match="'checkpoint'"):
         TokenArtifact.open(stored)
+
+
+# ----------------------------------------------------------------------------------------------------------- in parts
+
+
+def in_parts(monkeypatch, size):
+    """Parts of `size` bytes: the driver cuts, so its constants decide."""
+    monkeypatch.setattr(contents, "BLOCK_BYTES", size)
+    monkeypatch.setattr(sources, "BLOCK_BYTES", size)
+
+
+def test_nothing_is_tokenised_once_a_row_was_rejected_where_that_is_fatal(smollm2, tmp_path):
+    files = [write(tmp_path / f"{n}.jsonl", [record(n)] + [record(n, kind="x")] * (n == 1)).path for n in range(3)]
+    (tmp_path / "shards").mkdir()
+
+    def shards(on_invalid):
+        data = DataSection(train=[SourceSection(path=path) for path in files], on_invalid=on_invalid)
+        stage = Tokenize(data, ModelSection(path=str(smollm2)), tmp_path / "shards")
+        for number, path in enumerate(files):
+            reading = pickle.dumps(sources.Reading(sources.SourceFile(path)))
+            said = stage(pa.table({"number": [number], "reading": [reading]}))
+            read, shard, seen = pickle.loads(said["result"][0].as_py())
+            yield shard.counts.rows, len(read.keys), len(read.rejected_at), seen.records
+
+    assert list(shards("skip")) == [(1, 1, 0, 1), (1, 1, 1, 2), (1, 1, 0, 1)]
+    assert list(shards("fail")) == [(1, 1, 0, 1), (0, 1, 1, 2), (0, 1, 0, 1)]
+
+
+def test_a_file_that_is_read_in_parts_gives_the_rows_that_it_gives_whole(ray_local, smollm2, tmp_path, monkeypatch):
+    records = [record(n) for n in range(40)]
+    records[7] = record(7, kind="harmles")
+    records[12] = {**record(12), "chosen": None, "rejected": None}
+    records[21] = record(3)  # a repeat in another part
+    records[33] = {**record(33), "rejected": None}
+    source = write(tmp_path / "a.jsonl", records)
+    data, model = DataSection(train=[source], on_invalid="skip"), ModelSection(path=str(smollm2))
+    whole = prepare_token_rows(data, model, cache_dir=tmp_path / "whole")
+    in_parts(monkeypatch, 1000)
+    parts = prepare_token_rows(data, model, cache_dir=tmp_path / "parts")
+    assert len(parts.manifest["shards"]) > 5 and len(whole.manifest["shards"]) == 1
+    for one in (whole, parts):
+        assert [row.bundle_id for row in one.rows(range(len(one)))] == [
+            make_bundle(each).bundle_id for n, each in enumerate(records) if n not in (7, 21)
+        ]
+        rejected = [json.loads(line) for line in one.rejects_path.read_text(encoding="utf-8").splitlines()]
+        assert [row["line"] for row in rejected] == [8, 22]
+        assert rejected[1]["reason"] == f"repeats the bundle of '{source.path}:4'"
+        assert one.counts.lacking == {"chosen": 1, "rejected": 2}
+        assert [each.place for each in one.lacking["rejected"]] == [f"{source.path}:{line}" for line in (13, 34)]
+    assert parts.table(range(38)) == whole.table(range(38))
+    assert (parts.counts, parts.head, parts.rejected) == (whole.counts, whole.head, whole.rejected)
+    with pytest.raises(
+        InvalidBundlesError, match=rf"2 of 40 rows .*\n  {source.path}:8: kind 'harmles'.*\n  .*:22: rep"
+    ):
+        prepare_token_rows(data.model_copy(update={"on_invalid": "fail"}), model, cache_dir=tmp_path / "parts")

@@ -9,8 +9,8 @@ from mlc_ray.config import ConfigError, ObjectiveConfig, TrainConfig, load_confi
 from mlc_ray.losses.base import Tapped
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.export import model_card
-from mlc_ray.types import ReferenceRow, ResponseLogProbs
-from tests.train.tiny import on_workers, random_rows, run_engine, tiny_config
+from mlc_ray.types import ResponseLogProbs
+from tests.train.tiny import ReferenceRow, on_workers, random_rows, run_engine, tiny_config
 
 LOSS = {"loss": "examples.my_loss:Hinge", "margin": 2.0}
 TERMS = {"sign": {"name": "examples.my_term:SameSign", "weight": 0.5}}

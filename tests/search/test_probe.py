@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from mlc_ray.data.tables import keys_of
 from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
 from mlc_ray.search.probe import LayerStatistics, Probe, choose_bundles, layer_statistics, probe_plot, probe_table
 
@@ -77,12 +80,12 @@ def test_a_layer_ranks_by_scope_times_what_english_knows() -> None:
 
 
 def test_a_larger_limit_only_adds() -> None:
-    kinds, names = ["harmful", "benign"] * 20, [f"b{i}" for i in range(40)]
-    small, large = choose_bundles(kinds, names, 5), choose_bundles(kinds, names, 9)
+    tokens = SimpleNamespace(keys=keys_of(f"b{i}" for i in range(40)), kinds=np.arange(40, dtype=np.int8) % 2)
+    small, large = choose_bundles(tokens, 5), choose_bundles(tokens, 9)
     assert (len(small), len(large)) == (10, 18)
     assert set(small) < set(large)
     assert small == sorted(small)
-    assert choose_bundles(kinds, names, 100) == list(range(40))
+    assert choose_bundles(tokens, 100) == list(range(40))
 
 
 def test_what_is_shown(tmp_path: Path) -> None:

@@ -338,7 +338,7 @@ def test_a_probe_sees_every_layer_as_transformers_does(ray_local: Any, small_lla
     (folder,) = (tmp_path / "cache").glob("tokens-*")
     tokens = TokenArtifact.open(folder)
     model = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.float32)
-    chosen = [tokens.rows([index])[0] for index in choose_bundles(tokens.kinds, tokens.bundle_ids, 8)]
+    chosen = [tokens.rows([index])[0] for index in choose_bundles(tokens, 8)]
     rows = []
     for row in chosen:
         with torch.no_grad():

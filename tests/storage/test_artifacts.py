@@ -20,17 +20,6 @@ def test_fingerprint_hashes_nothing_by_its_repr(value, error):
         artifacts.fingerprint(value)
 
 
-def test_fingerprint_files_follows_content_not_place(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.txt").write_text("same")
-    assert artifacts.fingerprint_files([tmp_path / "a"]) == artifacts.fingerprint_files([tmp_path / "b"])
-    (tmp_path / "b" / "x.txt").write_text("diff")
-    assert artifacts.fingerprint_files([tmp_path / "a"]) != artifacts.fingerprint_files([tmp_path / "b"])
-    with pytest.raises(ArtifactError, match="nowhere"):
-        artifacts.fingerprint_files([tmp_path / "nowhere"])
-
-
 def test_fingerprint_model_sees_weights_and_tokenizer_sees_only_the_tokenizer(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text("{}")

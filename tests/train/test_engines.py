@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from mlc_ray.data.order import epoch_order
+from mlc_ray.data.tables import keys_of
 from mlc_ray.errors import MlcRayError
 from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.engines.base import TrainingEngineError
 from mlc_ray.train.engines.deepspeed import deepspeed_config
 from mlc_ray.train.loop import learning_rate
-from mlc_ray.types import ReferenceRow
 from tests.train.tiny import (
     LANGUAGES,
+    ReferenceRow,
     make_engine,
     on_workers,
     random_rows,
@@ -84,7 +85,7 @@ def plain():
     history = []
     for step in range(STEPS):
         epoch, half = divmod(step, 2)
-        order = epoch_order([row.bundle_id for row in rows], config.seed, epoch)
+        order = epoch_order(keys_of(row.bundle_id for row in rows), config.seed, epoch)
         members = [rows[i] for i in order[4 * half : 4 * half + 4]]
         alignment = torch.stack([dpo(model, row, table, config.objective.beta) for row in members]).mean()
         mlc = torch.stack([plain_mlc(model, extractor, row, layer=2) for row in members]).mean()

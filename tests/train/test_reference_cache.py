@@ -2,11 +2,9 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from mlc_ray.data.batches import BatchError
@@ -15,14 +13,17 @@ from mlc_ray.data.tables import rows_to_table
 from mlc_ray.storage import write_manifest
 from mlc_ray.train import reference_cache as ray_reference
 from mlc_ray.train.model import ModelError
-from mlc_ray.train.reference_cache import TABLE, load_reference, prepare_reference
+from mlc_ray.train.reference_cache import column_file, load_reference, prepare_reference
 from tests.train.tiny import random_rows, tiny_config, tiny_model
 
-TOKENS = SimpleNamespace(fingerprint="t", bundle_ids=["a", "b"])
+CHOSEN = column_file("chosen")
 
 
-def said(chosen):
-    return pa.table({"bundle_id": ["a", "b"], "chosen": [chosen, chosen], "rejected": [-2.0, -2.0]})
+class Tokens:
+    fingerprint = "t"
+
+    def __len__(self):
+        return 2
 
 
 @pytest.fixture
@@ -34,20 +35,20 @@ def prepare(tmp_path, monkeypatch):
     config = tiny_config(model={"path": str(model)})
 
     def prepared(chosen, meanwhile=lambda: None):
-        def compute(*_, **__):
+        def compute(config, tokens, needed, folder, **_):
             meanwhile()
-            return said(chosen)
+            np.save(folder / CHOSEN, [chosen] * len(tokens))
 
         monkeypatch.setattr(ray_reference, "_compute", compute)
-        folder = prepare_reference(config, TOKENS, layer=2, cache_dir=tmp_path / "cache", gpu=False)
-        return folder, load_reference(folder)["a"].chosen
+        folder = prepare_reference(config, Tokens(), layer=2, cache_dir=tmp_path / "cache", gpu=False)
+        return folder, load_reference(folder).chosen[0]
 
     return prepared
 
 
 def write(folder, chosen):
     folder.mkdir(exist_ok=True)
-    pq.write_table(said(chosen), folder / TABLE)
+    np.save(folder / CHOSEN, [chosen] * 2)
     write_manifest(folder)
 
 
@@ -59,8 +60,8 @@ def test_a_complete_folder_is_used_again(prepare):
 
 @pytest.mark.parametrize("damage", ["table", "manifest"])
 def test_an_incomplete_folder_is_computed_again(prepare, damage, caplog):
-    folder = prepare(-1.0)
-    (folder / {"table": TABLE, "manifest": "manifest.json"}[damage]).unlink()
+    folder, _ = prepare(-1.0)
+    (folder / {"table": CHOSEN, "manifest": "manifest.json"}[damage]).unlink()
     assert prepare(-3.0) == (folder, -3.0)
     assert "; computing it again" in caplog.text
     assert json.loads((folder / "manifest.json").read_text())["bundles"] == 2
@@ -68,8 +69,8 @@ def test_an_incomplete_folder_is_computed_again(prepare, damage, caplog):
 
 @pytest.mark.parametrize("damaged_before", [False, True])
 def test_the_folder_of_a_faster_run_is_used(prepare, damaged_before):
-    folder = prepare(-1.0)
-    (folder / TABLE).unlink()
+    folder, _ = prepare(-1.0)
+    (folder / CHOSEN).unlink()
     if not damaged_before:
         (folder / "manifest.json").unlink()
         folder.rmdir()
@@ -98,10 +99,36 @@ def test_an_actor_of_the_pass_hands_over_an_error_of_ours_as_data(place, monkeyp
             return self
 
         def iter_batches(self, **_):
-            return (self.scorer({"id": np.arange(start, start + 4)}) for start in range(0, 20, 4))
+            return (self.scorer({"row": np.arange(start, start + 4)}) for start in range(0, 20, 4))
 
     monkeypatch.setattr(ray_reference.ray.data, "from_blocks", lambda _: Scored())
     config = tiny_config(model={"path": str(place / model)})
     with pytest.raises(error) as caught:
         prepare_reference(config, TokenArtifact.open(place / "tokens"), layer=2, cache_dir=place / "cache", gpu=False)
     assert type(caught.value) is error
+
+
+def test_numbers_come_back_to_their_rows_in_whatever_order_they_are_made(place, monkeypatch):
+    parts = [np.array([3, 1]), np.array([0, 2])]
+
+    class Scored:
+        def map_batches(self, *_, **__):
+            return self
+
+        def iter_batches(self, **_):
+            for rows in parts:
+                states = pa.FixedSizeListArray.from_arrays(pa.array(np.repeat(rows, 2), pa.float32()), 2)
+                yield pa.table({"row": rows, "chosen": rows * -1.0, "state": states})
+
+    monkeypatch.setattr(ray_reference.ray.data, "from_blocks", lambda _: Scored())
+    (place / "four").mkdir()
+    write_rows(place / "four", [rows_to_table(random_rows(4))], fingerprint="t", rejected={})
+    config, tokens = tiny_config(model={"path": str(place / "model")}), TokenArtifact.open(place / "four")
+    folder, _ = prepare_reference(config, tokens, layer=2, cache_dir=place / "cache", gpu=False)
+    found = load_reference(folder)
+    assert isinstance(found.state, np.memmap) and found.rejected is None
+    taken = found.take([2, 0])
+    assert taken.chosen.tolist() == [-2.0, 0.0] and taken.state.tolist() == [[2.0, 2.0], [0.0, 0.0]]
+    parts.pop()
+    with pytest.raises(RuntimeError, match="asked for 4 bundles and said something of 2"):
+        prepare_reference(config, tokens, layer=2, cache_dir=place / "other", gpu=False)

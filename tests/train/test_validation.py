@@ -28,9 +28,10 @@ from mlc_ray.train.validation import (
     language_cosines,
     plans_of,
 )
-from mlc_ray.types import ReferenceRow
 from tests.train.tiny import (
     LANGUAGES,
+    ReferenceRow,
+    aligned,
     make_engine,
     on_workers,
     online_reference,
@@ -92,7 +93,7 @@ def trained_with(rank, engine, validated, table):
         def batches():
             return stream_steps(
                 tokens, plans_of(tokens, rows, cutting), rank=rank, languages=LANGUAGES, needs_rejected=True,
-                reference=table,
+                reference=aligned(table, HELD_OUT),
             )  # fmt: skip
 
         measured = Validation(Objective(config), made, batches, cached_reference, ["benign", "harmful"], progress)
@@ -327,8 +328,5 @@ def test_held_out_bundles_need_the_answers_that_the_loss_needs(tmp_path, monkeyp
         return TokenArtifact.open(folder)
 
     monkeypatch.setattr("mlc_ray.train.run.prepare_token_rows", stored)
-    monkeypatch.setattr(
-        "mlc_ray.train.answers.places_of", lambda ids, sources: dict.fromkeys(ids, f"{sources[0].path}:1")
-    )
-    with pytest.raises(MissingAnswersError, match=r"held.jsonl:1: bundle bundle-16 has no rejected answer"):
+    with pytest.raises(MissingAnswersError, match=r"row 1: bundle bundle-16 has no rejected answer"):
         prepare_data(config, cache_dir=tmp_path, layer=2, gpu=False)

@@ -4,8 +4,10 @@ import os
 import socket
 import tempfile
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -23,10 +25,28 @@ from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, checkpoint_blocks, resolve_layer
 from mlc_ray.train.planning import check_groups, cutting_of, order_of, tapping, tokens_per_forward
 from mlc_ray.train.reference import ReferenceModel, cached_reference, policy_reference
-from mlc_ray.types import TokenRow
+from mlc_ray.types import ReferenceRows, TokenRow
 
 VOCABULARY = 67
 LANGUAGES = ["ar", "en", "sw"]
+
+
+@dataclass(frozen=True)
+class ReferenceRow:
+    """What the frozen reference says of one bundle; tests keep it by bundle_id."""
+
+    chosen: float | None = None
+    rejected: float | None = None
+    state: np.ndarray | None = None
+
+
+def aligned(table, rows):
+    """What the reference says of each of `rows`, from a table by bundle_id."""
+    if table is None:
+        return None
+    said = [table[row.bundle_id] for row in rows]
+    columns = {name: [getattr(one, name) for one in said] for name in ("chosen", "rejected", "state")}
+    return ReferenceRows(**{name: np.array(v) for name, v in columns.items() if v[0] is not None})
 
 
 def tiny_model(seed=0, tied=False):
@@ -119,7 +139,7 @@ def steps_of(config, rows, rank, world_size, table=None, start_step=0):
             rank=rank,
             languages=LANGUAGES,
             needs_rejected=cutting.rejected,
-            reference=table,
+            reference=aligned(table, rows),
         )
 
 

@@ -25,7 +25,8 @@ from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, make
 from mlc_ray.types import Bundle, Kind
 
 if TYPE_CHECKING:  # containers import pyarrow, which the settings do not need: they only look up a format's name
-    from mlc_ray.data.formats.containers import Opened, Record
+    from mlc_ray.data.formats.containers import Opened
+    from mlc_ray.data.formats.records import Record
 
 
 class Row(NamedTuple):
@@ -63,6 +64,13 @@ class Format:
 
     whole_folder: ClassVar[bool] = False
     """Whether the names of folders and files say something, so that the format reads a folder by `read_folder`."""
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether parts of a file can be read side by side: where a record alone says everything of its bundle."""
+        own = type(self)
+        whole = own.read is not Format.read or own.is_language is not Format.is_language
+        return not (whole or self.ids or self.joins_files or self.whole_folder)
 
     def bundle(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         """The raw bundle that a record describes; its keys are `mlc_ray.data.bundles.FIELDS`.

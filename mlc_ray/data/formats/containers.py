@@ -9,43 +9,32 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mlc_ray.data.bundles import BundleFileError
+from mlc_ray.data.formats.columnar import open_dataset, open_parquet, parts_of_dataset, parts_of_parquet
+from mlc_ray.data.formats.records import Part, Record
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _DELIMITERS = (",", ";", "\t")
-_ROWS_AT_ONCE = 1024
-_SHOWN = 5000
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record: `line` from 1 (of the file for text, of the table for Parquet and datasets), its text, its fields.
-
-    `fields` is None where the record itself is malformed; `reason` then says how.
-    """
-
-    line: int
-    text: str
-    fields: dict[str, Any] | None
-    reason: str = ""
 
 
 class Opened:
-    """A file's records, which can be gone through once, and the names of its columns (None for JSON)."""
+    """A file's records, which can be gone through once, and the names of its columns (None for JSON).
 
-    def __init__(self, path: str, columns: list[str] | None, records: Iterator[Record]):
+    Of a file there must be some, of a part of it there need not.
+    """
+
+    def __init__(
+        self, path: str, columns: list[str] | None, records: Iterator[Record], *, may_be_empty: bool = False
+    ) -> None:
         self.path = path
         self.columns = columns
         self._records = records
+        self._may_be_empty = may_be_empty
 
     def keys(self) -> frozenset[str]:
         """The columns, or the keys of the first record that can be read; it is not lost.
@@ -70,7 +59,7 @@ class Opened:
         for record in self._records:
             empty = False
             yield record
-        if empty:
+        if empty and not self._may_be_empty:
             raise BundleFileError(f"{self.path}: no rows in it")
 
 
@@ -82,9 +71,9 @@ def open_records(path: str, *, container: Literal["csv"] | None = None) -> Opene
     """
     location = Path(path)
     if location.is_dir() or not location.exists():
-        return Opened(path, *_open_dataset(path))
+        return Opened(path, *open_dataset(path))
     if location.suffix == ".parquet":
-        return Opened(path, *_open_parquet(path))
+        return Opened(path, *open_parquet(path))
     if location.suffix in (".jsonl", ".json"):
         return Opened(path, None, _json_records(path))
     if location.suffix in (".csv", ".tsv") or container == "csv":
@@ -92,7 +81,48 @@ def open_records(path: str, *, container: Literal["csv"] | None = None) -> Opene
     raise BundleFileError(f"{path}: the suffix {location.suffix!r} is not one of {', '.join(SUFFIXES)}")
 
 
+def parts_of(path: str, line_breaks: list[int], block_bytes: int, blocks: int) -> list[Part]:
+    """A file or dataset cut into parts of about `blocks * block_bytes` each; nothing where it is read in one go.
+
+    Args:
+        path: of a file, folder or hub dataset.
+        line_breaks: in each block of the file (JSON lines only).
+        block_bytes: the size of a block.
+        blocks: how many blocks a part has.
+    """
+    location = Path(path)
+    if location.is_dir() or not location.exists():
+        return parts_of_dataset(path, block_bytes * blocks)
+    if location.suffix == ".parquet":
+        return parts_of_parquet(path, block_bytes * blocks)
+    if location.suffix not in (".jsonl", ".json") or len(line_breaks) < 2 or _is_array(path):
+        return []
+    ends = range(blocks, len(line_breaks) + blocks, blocks)
+    return [Part((n - blocks) * block_bytes, n * block_bytes, 1 + sum(line_breaks[: n - blocks])) for n in ends]
+
+
+def open_part(path: str, part: Part) -> Opened:
+    """The records of one of `parts_of` a file.
+
+    Raises:
+        BundleFileError: as `open_records`.
+    """
+    location = Path(path)
+    if location.is_dir() or not location.exists():
+        return Opened(path, *open_dataset(path, part), may_be_empty=True)
+    if location.suffix == ".parquet":
+        return Opened(path, *open_parquet(path, part), may_be_empty=True)
+    records = (_json_record(line, text.strip("\r\n")) for line, text in _lines(path, part) if text.strip())
+    return Opened(path, None, records, may_be_empty=True)
+
+
 # ----------------------------------------------------------------------------------------------------------- JSON
+
+
+def _is_array(path: str) -> bool:
+    with Path(path).open("rb") as file:
+        start = file.read(1 << 16)
+    return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
 def _json_records(path: str) -> Iterator[Record]:
@@ -168,8 +198,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- CSV, text
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their line ends, a byte-order mark removed.
+def _lines(path: str, part: Part | None = None) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their line ends, a byte-order mark removed; of a part, those that start in it.
 
     Raises:
         BundleFileError: The file is not UTF-8.
@@ -177,7 +207,14 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     number = offset = 0
     try:
         with Path(path).open("rb") as file:
-            for number, raw in enumerate(file, start=1):
+            if part is not None and part.start:
+                file.seek(part.start - 1)
+                rest = file.readline()  # of a line that the part before has; a mere line break is none
+                number, offset = part.line - 1 + (rest != b"\n"), part.start - 1 + len(rest)
+            for raw in file:
+                if part is not None and offset >= part.stop:
+                    return
+                number += 1
                 if number == 1:
                     _refuse_utf_16(path, raw)
                 yield number, (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8")
@@ -258,88 +295,3 @@ def _csv_rows(path: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             raise BundleFileError(f"{path}:{line}: not valid CSV: {error}") from None
         if cells:
             yield line, cells
-
-
-# --------------------------------------------------------------------------------------------------------- tables
-
-
-def _open_parquet(path: str) -> tuple[list[str], Iterator[Record]]:
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise BundleFileError(f"{path}: not readable as Parquet: {error}") from None
-
-    def records() -> Iterator[Record]:
-        try:
-            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-                yield from _table_records(batch.to_pylist())
-        except (pa.ArrowException, OSError) as error:
-            raise BundleFileError(f"{path}: damaged: {error}") from None
-
-    return list(file.schema_arrow.names), _numbered(records())
-
-
-def is_saved_dataset(folder: Path) -> bool:
-    """Whether `folder` was written by `datasets`' save_to_disk."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-
-def load_dataset(path: str) -> Any:
-    """The `datasets.Dataset` of a saved folder or of a hub name `NAME[@CONFIG][:SPLIT]`.
-
-    Raises:
-        BundleFileError: it cannot be loaded, or has several splits and none is named.
-    """
-    import datasets  # two seconds, and only this format needs it
-    from datasets.exceptions import DatasetsError
-
-    whole, _, split = path.partition(":")
-    name, _, config = whole.partition("@")
-    try:
-        if Path(path).is_dir():
-            loaded = datasets.load_from_disk(path)
-        else:
-            loaded = datasets.load_dataset(name, config or None, split=split or None)
-    except (DatasetsError, OSError, ValueError, pa.ArrowException) as error:
-        raise BundleFileError(f"{path!r} cannot be loaded as a Hugging Face dataset: {error}") from None
-    if isinstance(loaded, datasets.DatasetDict):
-        if len(loaded) != 1:
-            first = next(iter(loaded), "train")
-            example = f"{path}/{first}" if Path(path).is_dir() else f"{whole}:{first}"
-            raise BundleFileError(f"{path!r} has the splits {sorted(loaded)!r}; name one, such as {example!r}")
-        loaded = next(iter(loaded.values()))
-    return loaded
-
-
-def _open_dataset(path: str) -> tuple[list[str], Iterator[Record]]:
-    dataset = load_dataset(path)
-
-    def records() -> Iterator[Record]:
-        for start in range(0, len(dataset), _ROWS_AT_ONCE):
-            stop = min(start + _ROWS_AT_ONCE, len(dataset))
-            yield from _table_records(dataset.with_format("arrow")[start:stop].to_pylist())
-
-    return list(dataset.column_names), _numbered(records())
-
-
-def _table_records(rows: list[dict[str, Any]]) -> Iterator[Record]:
-    for row in rows:
-        fields = without_nulls(row)
-        yield Record(0, json.dumps(fields, ensure_ascii=False, default=repr)[:_SHOWN], fields)
-
-
-def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a table without its null cells, and without the nulls in a cell that is a struct."""
-    return {key: _without_nulls(value) for key, value in row.items() if value is not None}
-
-
-def _without_nulls(value: Any) -> Any:
-    """A struct column has every language of the file, null where this row lacks it; a map column comes as pairs."""
-    if isinstance(value, list) and value and all(isinstance(item, tuple) and len(item) == 2 for item in value):
-        value = dict(value)
-    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
-
-
-def _numbered(records: Iterator[Record]) -> Iterator[Record]:
-    for line, record in enumerate(records, start=1):
-        yield Record(line, record.text, record.fields, record.reason)

@@ -1,0 +1,198 @@
+"""What it costs to prepare a data set that grows: speed against the bare tokenizer, memory, and the start of a run.
+
+Synthetic bundles in ten languages, whose words are those of the shipped sample, are written as JSON lines and prepared
+as `train` prepares them. Stated are tokens per CPU second of all processes, beside those of the tokenizer alone; the
+peak of anonymous memory of the driver and all workers above what they had before (the object store is capped); and how
+long a worker takes to open the artefact, order an epoch and plan its first step. A line through the sizes gives the
+cost of a bundle, and what it would be at ten and a hundred million.
+
+    python benchmarks/data_stream.py --bundles 3000 10000 30000 --out data_stream.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import ray
+
+from mlc_ray.config import DataSection, ModelSection, SourceSection
+from mlc_ray.data.order import Order
+from mlc_ray.data.plan import Cutting
+from mlc_ray.data.prepare import prepare_token_rows
+from mlc_ray.data.sources import sample_path
+from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.stream import plans
+from mlc_ray.data.tokens import load_tokenizer
+from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
+from mlc_ray.runs import user_cache
+
+LANGUAGES = 10
+PROMPT_WORDS, ANSWER_WORDS = (8, 20), (20, 50)
+STORE_BYTES = 200 << 20
+SAMPLED_EVERY = 0.25
+BARE_BUNDLES = 1000
+EXTRAPOLATED = (10_000_000, 100_000_000)
+
+
+def synthetic(number: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Bundles whose prompts and answers are words of the sample in random order."""
+    source = [json.loads(line) for line in sample_path("train").read_text(encoding="utf-8").splitlines()]
+    codes = sorted({code for bundle in source for code in bundle["prompts"]})[:LANGUAGES]
+    words = {code: [w for b in source for w in b["prompts"].get(code, "").split()] for code in codes}
+    words["answer"] = [word for bundle in source for word in bundle["chosen"].split()]
+    rng = random.Random(seed)
+
+    def text(of: str, bounds: tuple[int, int]) -> str:
+        return " ".join(rng.choices(words[of], k=rng.randint(*bounds)))
+
+    for index in range(number):
+        yield {
+            "kind": "harmful" if index % 2 else "benign",
+            "prompts": {code: text(code, PROMPT_WORDS) for code in codes} | {"en": text("en", PROMPT_WORDS)},
+            "chosen": text("answer", ANSWER_WORDS),
+            "rejected": text("answer", ANSWER_WORDS),
+        }
+
+
+class Watched:
+    """CPU seconds and the peak of anonymous memory of this process and all that it started, while the block runs."""
+
+    def __enter__(self) -> Watched:
+        self._before, self.peak, self._cpu = self._now()[0], 0, dict[int, float]()
+        self._cpu_before = self._now()[1]
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of processes that ended meanwhile, up to the last time they were seen."""
+        return sum(seconds - self._cpu_before.get(pid, 0.0) for pid, seconds in self._cpu.items())
+
+    def _watch(self) -> None:
+        while True:
+            memory, cpu = self._now()
+            self.peak = max(self.peak, memory - self._before)
+            self._cpu |= cpu
+            if self._ended.wait(SAMPLED_EVERY):
+                return
+
+    @staticmethod
+    def _now() -> tuple[int, dict[int, float]]:
+        memory, cpu = 0, {}
+        own = psutil.Process()
+        for process in [own, *own.children(recursive=True)]:
+            try:
+                memory += anonymous(process.pid)
+                times = process.cpu_times()
+            except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                continue
+            cpu[process.pid] = times.user + times.system
+        return memory, cpu
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of memory that no file backs; a map of a file is in the page cache, which all processes share."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def bare(model: str) -> float:
+    """Tokens per CPU second of the tokenizer alone, one thread, on the prompts of `BARE_BUNDLES` bundles."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer = load_tokenizer(model)
+    texts = [text for bundle in synthetic(BARE_BUNDLES) for text in bundle["prompts"].values()]
+    tokenizer(texts[:100])
+    began = time.process_time()
+    tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    return tokens / (time.process_time() - began)
+
+
+def start(folder: str) -> dict[str, float]:
+    """Seconds and bytes of a process that opens the artefact, orders an epoch and plans its first step."""
+    before, began = anonymous(os.getpid()), time.perf_counter()
+    tokens = TokenArtifact.open(folder)
+    order = Order(tokens.keys, seed=0, batch_bundles=32)
+    cutting = Cutting(8192, 8, head=tokens.head, rejected=True, taps=lambda _: True)
+    next(plans(tokens, order, cutting, range(1)))
+    return {"start_seconds": time.perf_counter() - began, "start_bytes": anonymous(os.getpid()) - before}
+
+
+def in_child(function: Any, *args: Any) -> Any:
+    """What a function returns in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def measure(number: int, model: str, folder: Path) -> dict[str, float]:
+    """Everything about one size."""
+    path = folder / f"{number}.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(bundle, ensure_ascii=False) + "\n" for bundle in synthetic(number))
+    data = DataSection(train=[SourceSection(path=str(path))])
+    rate = in_child(bare, model)
+    with Watched() as watched:
+        began = time.perf_counter()
+        artifact = prepare_token_rows(data, ModelSection(path=model), cache_dir=folder / "cache")
+        seconds = time.perf_counter() - began
+    tokens = sum(artifact.counts.prompt_tokens.values()) + artifact.counts.response_tokens
+    return {
+        "bundles": number, "tokens": tokens, "shards": len(artifact.manifest["shards"]),
+        "bare_rate": rate, "rate": tokens / watched.cpu_seconds, "ratio": tokens / watched.cpu_seconds / rate,
+        "seconds": seconds, "cpu_seconds": watched.cpu_seconds, "peak_bytes": watched.peak,
+        **in_child(start, str(artifact.folder)),
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundles", type=int, nargs="+", default=[30_000, 100_000, 300_000])
+    parser.add_argument("--model", help=f"Hugging Face folder (default: {MODEL_NAME})")
+    parser.add_argument("--cpus", type=int, default=2, help="CPUs of the local Ray, and tokenising processes")
+    parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
+    options = parser.parse_args(arguments)
+    model = options.model or str(prepare_smollm2(user_cache() / "models" / MODEL_NAME))
+    ray.init(num_cpus=options.cpus, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False)
+    results = []
+    with tempfile.TemporaryDirectory(prefix="mlc_ray-data-") as folder:
+        for number in options.bundles:
+            results.append(measure(number, model, Path(folder)))
+            text = "{bundles:>9} bundles, {tokens} tokens in {shards} shards: {seconds:.0f} s, {ratio:.0%} of the bare "
+            text += "tokenizer's {bare_rate:.0f} tokens a CPU second; peak {peak:.0f} MB; a run starts in "
+            text += "{start_seconds:.2f} s with {start:.1f} MB"
+            last = results[-1]
+            print(text.format(**last, peak=last["peak_bytes"] / 1e6, start=last["start_bytes"] / 1e6), flush=True)
+    if len(results) > 1:
+        sizes = [result["bundles"] for result in results]
+        for name in ("peak_bytes", "start_bytes", "start_seconds"):
+            slope, constant = np.polyfit(sizes, [result[name] for result in results], 1)
+            ahead = ", ".join(f"{constant + slope * n:.3g} at {n:,}" for n in EXTRAPOLATED)
+            print(f"{name} = {constant:.3g} + {slope:.3g} * bundles: {ahead}")
+    if options.out is not None:
+        options.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
