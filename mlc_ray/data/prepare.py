@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import ray
 
@@ -85,14 +85,13 @@ def _results(readings: Sequence[Reading], stage: Any, **options: Any) -> Iterato
     Raises:
         MlcRayError: what a task raised, the first in order; or a source holds nothing that can be used.
     """
-    items = [{"number": n, "reading": pickle.dumps(reading)} for n, reading in enumerate(readings)]
+    items = [{"number": n, "reading": reading} for n, reading in enumerate(readings)]
     planned = ray.data.from_items(items, override_num_blocks=len(items))
     quiet_and_ordered(planned)
-    done: Any = planned.map_batches(stage, batch_size=1, batch_format="pyarrow", num_cpus=_CPUS, **options)
+    done: Any = planned.map_batches(stage, batch_size=1, batch_format="numpy", num_cpus=_CPUS, **options)
     seen: dict[SourceFile, Seen] = {}
-    results = (row for table in done.iter_batches(batch_size=None, batch_format="pyarrow") for row in table["result"])
-    for number, (reading, result) in enumerate(zip(readings, results, strict=True)):
-        said = pickle.loads(result.as_py())
+    results = (said for batch in done.iter_batches(batch_size=None, batch_format="numpy") for said in batch["result"])
+    for number, (reading, said) in enumerate(zip(readings, results, strict=True)):
         if isinstance(said, MlcRayError):
             raise said
         read, made, part_seen = said
@@ -104,15 +103,21 @@ def _results(readings: Sequence[Reading], stage: Any, **options: Any) -> Iterato
         yield read, made
 
 
-def _answering(work: Callable[[Reading], tuple[PartRead, Any]], table: pa.Table) -> pa.Table:
-    """What `work` says of the one reading of `table`, or its error as data: raised here, Ray would wrap it."""
-    reading: Reading = pickle.loads(table["reading"][0].as_py())
+Objects = dict[str, npt.NDArray[np.object_]]
+"""A batch between tasks: one reading, or what was said of it."""
+
+
+def _answering(work: Callable[[Reading], tuple[PartRead, Any]], batch: Objects) -> Objects:
+    """What `work` says of the one reading of `batch`, or its error as data: raised here, Ray would wrap it."""
+    (reading,) = batch["reading"]
     try:
         read, made = work(reading)
         said: Any = (read, made, reading.seen)
     except MlcRayError as error:
         said = error
-    return pa.table({"result": pa.array([pickle.dumps(said)], pa.large_binary())})
+    result = np.empty(1, dtype=object)
+    result[0] = said  # as it is: numpy would make an array of a tuple
+    return {"result": result}
 
 
 # ------------------------------------------------------------------------------------------------- parts -> bundles
@@ -160,13 +165,13 @@ def read_bundles(
     return pa.concat_tables(kept)
 
 
-def _read_stage(table: pa.Table, languages: list[str] | None) -> pa.Table:
+def _read_stage(batch: Objects, languages: list[str] | None) -> Objects:
     def work(reading: Reading) -> tuple[PartRead, pa.Table]:
         sorting = Sorting()
         bundles = [sorting.bundles(part) for part in parse(reading, languages)]
         return sorting.result(), pa.concat_tables([BUNDLES.empty_table(), *bundles])
 
-    return _answering(work, table)
+    return _answering(work, batch)
 
 
 # --------------------------------------------------------------------------------------------- parts -> token rows
@@ -308,9 +313,9 @@ class Tokenize:
             "max_response_tokens": data.max_response_tokens,
         }
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        """Write the shard of the part that `table` names."""
-        return _answering(partial(self._write, table["number"][0].as_py()), table)
+    def __call__(self, batch: Objects) -> Objects:
+        """Write the shard of the part that `batch` names."""
+        return _answering(partial(self._write, int(batch["number"][0])), batch)
 
     def _write(self, number: int, reading: Reading) -> tuple[PartRead, Shard]:
         sorting = Sorting()
