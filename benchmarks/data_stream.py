@@ -157,7 +157,7 @@ def measure(number: int, model: str, folder: Path) -> dict[str, float]:
         seconds = time.perf_counter() - began
     tokens = sum(artifact.counts.prompt_tokens.values()) + artifact.counts.response_tokens
     return {
-        "bundles": number, "tokens": tokens, "shards": len(artifact.manifest["shards"]),
+        "bundles": number, "tokens": tokens, "shards": len(artifact.manifest.shards),
         "bare_rate": rate, "rate": tokens / watched.cpu_seconds, "ratio": tokens / watched.cpu_seconds / rate,
         "seconds": seconds, "cpu_seconds": watched.cpu_seconds, "peak_bytes": watched.peak,
         **in_child(start, str(artifact.folder)),

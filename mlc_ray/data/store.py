@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import BaseModel, Field
 
 from mlc_ray.data.bundles import place
 from mlc_ray.data.plan import Lengths
@@ -245,13 +246,25 @@ def _common(one: Ints, other: Ints) -> Ints:
     return one[: common_start(np.concatenate([one, other]), starts_of(lengths), lengths)]
 
 
+class _Manifest(BaseModel):
+    """What `finish_artifact` writes; `files` is `write_manifest`'s."""
+
+    fingerprint: str
+    shards: list[str]
+    languages: list[str]
+    head: Annotated[int, Field(ge=0)]
+    counts: TokenCounts
+    lacking: dict[str, list[Lacking]]
+    rejected: dict[str, int]
+
+
 class TokenArtifact:
     """A finished folder of token rows; get one from `TokenArtifact.open`. Pickling it carries the path only."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]):
+    def __init__(self, folder: Path, manifest: _Manifest):
         self.folder = folder
         self.manifest = manifest
-        self._batches = [batch for name in manifest["shards"] for batch in _mapped(folder / name)]
+        self._batches = [batch for name in manifest.shards for batch in _mapped(folder / name)]
         sizes = np.array([batch.num_rows for batch in self._batches], dtype=np.int64)
         self._starts = starts_of(sizes)
         self.rows_count = int(sizes.sum())
@@ -272,7 +285,15 @@ class TokenArtifact:
                 f"{manifest.get('artifact')!r}, format={manifest.get('format')!r}"
             )
         verify_files(folder, manifest)
-        return cls(folder, manifest)
+        try:
+            found = _Manifest.model_validate(manifest)
+            if strangers := sorted(set(found.shards) - manifest["files"].keys()):
+                raise ValueError(f"shards has {strangers[0]!r}, which is not in files")
+            return cls(folder, found)
+        except (ValueError, pa.ArrowInvalid) as error:
+            raise ArtifactError(
+                f"{str(folder)!r} is damaged: {' '.join(str(error).split())}; remove it, and it is made again"
+            ) from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (TokenArtifact.open, (self.folder,))
@@ -283,24 +304,22 @@ class TokenArtifact:
     @property
     def fingerprint(self) -> str:
         """Fingerprint of sources, tokenizer and data settings."""
-        return str(self.manifest["fingerprint"])
+        return self.manifest.fingerprint
 
     @property
     def languages(self) -> list[str]:
         """All languages of the data set, sorted: the columns of the grid of a batch."""
-        return list(self.manifest["languages"])
+        return self.manifest.languages
 
     @property
     def counts(self) -> TokenCounts:
         """Tokens per language, and what the limits cut."""
-        stored: dict[str, Any] = self.manifest["counts"]
-        fields: dict[str, Any] = {k: Counter(v) if isinstance(v, dict) else v for k, v in stored.items()}
-        return TokenCounts(**fields)
+        return self.manifest.counts
 
     @property
     def rejected(self) -> dict[str, int]:
         """Number of rejected rows by reason (empty if all rows were valid)."""
-        return dict(self.manifest["rejected"])
+        return self.manifest.rejected
 
     @property
     def rejects_path(self) -> Path | None:
@@ -310,12 +329,12 @@ class TokenArtifact:
     @property
     def head(self) -> int:
         """How many tokens all prompts of the data set begin with: the template's, before the user's text."""
-        return int(self.manifest["head"])
+        return self.manifest.head
 
     @property
     def lacking(self) -> dict[str, list[Lacking]]:
         """The first bundles without a chosen or without a rejected answer; `counts.lacking` has their number."""
-        return {name: [Lacking(**one) for one in found] for name, found in self.manifest["lacking"].items()}
+        return self.manifest.lacking
 
     def lengths(self, indices: Sequence[int] | None = None) -> Lengths:
         """Tokens of some rows, or of all; read from Arrow's offsets, no token is.
@@ -358,7 +377,7 @@ class TokenArtifact:
     @property
     def distinct_kinds(self) -> set[str]:
         """The kinds that occur."""
-        return set(self.manifest["counts"]["kinds"])
+        return set(self.counts.kinds)
 
     def table(self, indices: Iterable[int]) -> pa.Table:
         """Rows by index as a table of `TOKENS`, reading only those.

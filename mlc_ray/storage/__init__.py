@@ -20,11 +20,13 @@ from mlc_ray.storage.fingerprints import (
 )
 from mlc_ray.storage.manifests import (
     MANIFEST,
+    SEAL,
     ArtifactError,
     IncompleteArtifactError,
     checksum,
     library_versions,
     read_manifest,
+    sealed,
     verify_checksums,
     verify_files,
     write_manifest,
@@ -32,6 +34,7 @@ from mlc_ray.storage.manifests import (
 
 __all__ = [
     "MANIFEST",
+    "SEAL",
     "ArtifactError",
     "IncompleteArtifactError",
     "Place",
@@ -45,6 +48,7 @@ __all__ = [
     "fingerprint_tokenizer",
     "library_versions",
     "read_manifest",
+    "sealed",
     "storage_of",
     "verify_checksums",
     "verify_files",

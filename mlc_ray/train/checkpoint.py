@@ -31,12 +31,14 @@ from mlc_ray.config.train import CheckpointSection
 from mlc_ray.runs import TRAIN_FOLDER, checkpoint_folder, checkpoint_folders, complete_checkpoints
 from mlc_ray.storage import (
     MANIFEST,
+    SEAL,
     ArtifactError,
     IncompleteArtifactError,
     checksum,
     fingerprint,
     library_versions,
     read_manifest,
+    sealed,
     verify_checksums,
     verify_files,
     write_json_atomic,
@@ -104,7 +106,7 @@ def save_checkpoint(
             "files": {name: (writing / name).stat().st_size for name in sorted(checksums)},
             "checksums": dict(sorted(checksums.items())),
         }
-        write_json_atomic(writing / MANIFEST, manifest)
+        write_json_atomic(writing / MANIFEST, sealed(manifest))
         _remove(folder)
         os.rename(writing, folder)
         prune_checkpoints(run, config.checkpoint)
@@ -215,6 +217,8 @@ def _fault(folder: Path, rank: int, workers: int) -> str | None:
     """What is wrong with the files of a checkpoint that fall to this worker; sizes are looked at by every one."""
     try:
         manifest = read_manifest(folder)
+        if SEAL not in manifest:
+            return f"{str(folder / MANIFEST)!r} is damaged: it has no {SEAL} of its own"
         verify_files(folder, manifest)
         verify_checksums(folder, manifest, sorted(manifest["files"])[rank::workers])
     except IncompleteArtifactError as error:

@@ -20,7 +20,8 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from mlc_ray._registry import names, resolve
 from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, load_config
-from mlc_ray.data.sources import PARSED, parse_file
+from mlc_ray.data.bundles import BundleFileError
+from mlc_ray.data.sources import PARSED, Reading, SourceFile, parse
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.errors import MlcRayError
@@ -28,7 +29,7 @@ from mlc_ray.generate.replies import Reply, ReplyCache
 from mlc_ray.judges.endpoint import read_verdict
 from mlc_ray.judges.guards.base import Guard
 from mlc_ray.runs import MetricsFileError, read_metrics
-from mlc_ray.storage import ArtifactError
+from mlc_ray.storage import ArtifactError, sealed
 from tests.train.tiny import random_rows
 
 _ASKED = os.environ.get("MLC_RAY_FUZZ")
@@ -159,16 +160,19 @@ RECORDS: dict[str, dict[str, Any]] = {
     "sft": {"instruction": "How do I?", "input": "", "output": "So."},
     "aya": {"prompt": "How?", "language": "English", "harm_category": "['x']", "global_or_local": "global"},
     "multijail": {"id": 0, "source": "s", "tags": "t", "en": "How?", "sw": "Je?"},
-    "rtp_lx": {"Prompt": "How?", "Index": 1, "Locale": "en-US"},
+    "rtp-lx": {"Prompt": "How?", "Index": 1, "Locale": "en-US"},
     "polyguard": {"prompt": "How?", "prompt_harm_label": "harmful", "language": "English", "id": "1"},
 }
 
 
 def parsed(file: Path, format: str, languages: list[str] | None = None) -> list[dict[str, Any]]:
-    item = {"path": str(file), "format": format, "kind": None, "only": None, "file_index": 0}
-    tables = list(parse_file(pa.Table.from_pylist([item]), languages))
+    """The rows of a file; where it is refused as a whole, one that says so."""
+    try:
+        tables = list(parse(Reading(SourceFile(str(file), format)), languages))
+    except BundleFileError as error:
+        return [{"fault": str(error)}]
     assert all(table.schema == PARSED for table in tables)
-    rows: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist()
+    rows: list[dict[str, Any]] = pa.concat_tables(tables).to_pylist() if tables else []
     return rows
 
 
@@ -184,7 +188,7 @@ def test_bundles(format: str, tmp_path: Path) -> None:
         rows = parsed(file, as_format, ["en"])
         assert rows
         for row in rows:
-            assert row["fault"] or row["reason"] or row["bundle_id"]
+            assert row.get("fault") or row["reason"] or row["bundle_id"]
 
     read()
 
@@ -197,7 +201,8 @@ def test_a_bundle_file_of_anything(suffix: str, tmp_path: Path) -> None:
     @given(st.binary(max_size=120) | st.text(alphabet='{}[]",:\n\tpromts en01\\u', max_size=80).map(str.encode))
     def read(content: bytes) -> None:
         file.write_bytes(content)
-        assert parsed(file, "auto")
+        for row in parsed(file, "auto"):
+            assert row.get("fault") or row["reason"] or row["bundle_id"]
 
     read()
 
@@ -210,7 +215,7 @@ def test_manifests_of_tokens(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "manifest.json").read_text())
 
     @fuzz
-    @given(changed(manifest) | VALUES)
+    @given(changed(manifest) | changed(manifest).map(sealed) | VALUES)
     def read(content: Any) -> None:
         (tmp_path / "manifest.json").write_bytes(as_text(content))
         try:
