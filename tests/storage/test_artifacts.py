@@ -83,10 +83,10 @@ def test_manifest_lists_files_and_verification_names_the_fault(tmp_path):
     (tmp_path / "sub" / "rows").write_bytes(b"12345")
     manifest = artifacts.write_manifest(tmp_path, step=3)
     assert manifest == artifacts.read_manifest(tmp_path) == artifacts.sealed({"step": 3, "files": {"sub/rows": 5}})
-    (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "step": 7}))
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "step": 7}))
     with pytest.raises(IncompleteArtifactError, match="does not have the checksum that it names"):
         artifacts.read_manifest(tmp_path)
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     artifacts.verify_files(tmp_path, manifest)
     (tmp_path / "sub" / "rows").write_bytes(b"1234")
     with pytest.raises(IncompleteArtifactError, match=r"'sub/rows' is short, 4 bytes instead of 5"):
