@@ -15,7 +15,7 @@ Data flows one way, and this is the order in which to read the packages:
                  frozen reference (`reference`, `reference_cache`), the training loop (`loop`), what the workers
                  exchange (`collectives`), held-out bundles (`validation`), what is measured, watched and logged
                  (`meter`, `flops`, `watch`, `tracking`, `console`), how a run fails (`failures`, `divergence`),
-                 checkpoints (`checkpoint`, `random_state`) and the `export` of a plain model
+                 checkpoints (`checkpoint`, `shards`, `random_state`) and the `export` of a plain model
     generate/    responses by vLLM (`engine`) from weights that are verified (`swap`), by a `pool` of Ray actors that
                  each run a `stage`; endpoints (`client`, `replies`) and translation (`translate`)
     judges/      verdicts on responses: refusal phrases, guard models, endpoints, likelihood, degenerate text

@@ -226,7 +226,7 @@ def test_resuming_gives_the_undisturbed_run(layout, runs):
 def test_resuming_at_another_layout_gives_the_undisturbed_run(before, now, runs):
     losses, weights = runs[1][before]
     start, resumed_losses, resumed_weights = runs[2][before, now]
-    bound = 5e-2 if "bf16" in now[1] else 1e-6
+    bound = 2e-3 if "bf16" in now[1] else 1e-6  # seen: 7e-4 and 2e-7
     assert start == (2, 7)
     assert resumed_losses == pytest.approx(losses[2:], rel=bound)
     assert weights.keys() == resumed_weights.keys()

@@ -261,3 +261,6 @@ def test_more_of_deepspeeds_configuration_is_merged_and_never_replaces_ours():
     for clash in ({"zero_optimization": {"stage": 3}}, {"zero_optimization": 1}, {"bf16": {"enabled": True}}):
         with pytest.raises(TrainingEngineError, match=r"engine\.extra sets .* change the setting instead"):
             settings_of(2, extra=clash)
+    on_disk = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
+    with pytest.raises(TrainingEngineError, match=r"device to 'nvme'.*use engine\.offload_optimizer=true"):
+        settings_of(3, extra=on_disk)
