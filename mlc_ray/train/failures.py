@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -13,20 +14,37 @@ from ray.exceptions import RayTaskError
 from ray.train import ControllerError, UserCallback, WorkerGroupError
 
 from mlc_ray.errors import MlcRayError
+from mlc_ray.logs import send_warnings
+
+logger = logging.getLogger(__name__)
 
 
 class EndAtOwnError(UserCallback):
     """Ends a run at once when a worker raises an `MlcRayError`: its fix is a setting or a file, not another try.
 
     Ray Train starts the workers again, up to `cluster.max_failures` times, whatever they raise; but where a callback
-    raises, it ends the run.
+    raises, it ends the run. Any other error is logged, for what is done about it is done in silence.
+
+    Args:
+        max_failures: how often it starts them again.
     """
+
+    def __init__(self, max_failures: int) -> None:
+        self.max_failures = max_failures
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """Called by Ray Train's controller with what workers raised, by rank."""
         for _, error in sorted(worker_exceptions.items()):
             if (own := own_error(error)) is not None:
                 raise own
+        if self.max_failures and worker_exceptions:
+            send_warnings()
+            rank, error = min(worker_exceptions.items(), key=lambda item: item[0])
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            logger.warning(
+                "worker %d failed (%s); where cluster.max_failures=%d allows, all workers start again from the last "
+                "checkpoint", rank, said[-1], self.max_failures,
+            )  # fmt: skip
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def _fit(
             storage_path=str(run_folder),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),  # the console has a table of its own
-            callbacks=[*callbacks, EndAtOwnError()],
+            callbacks=[*callbacks, EndAtOwnError(config.cluster.max_failures)],
         ),
     )
     try:
