@@ -43,14 +43,9 @@ def train(rank, folder, sources_of, disturb, seed):
             progress = load_checkpoint(made[-1], engine=engine, config=config, fingerprints=CONTENT)
 
         def save(at, _, engine=engine):
-            torch.distributed.barrier()
-            part = Path(folder) / "train" / f"checkpoint_{at.step:06d}"
-            part.mkdir(parents=True, exist_ok=True)
-            torch.distributed.barrier()
             save_checkpoint(
-                part, engine=engine, tokenizer=tokenizer(), config=config, progress=at, fingerprints=CONTENT
+                Path(folder), engine=engine, tokenizer=tokenizer(), config=config, progress=at, fingerprints=CONTENT
             )
-            torch.distributed.barrier()
             saved.append(at.step)
 
         noticed = highest(sources_of(folder))
