@@ -348,7 +348,8 @@ def left_behind(scene: Scene, run: Run) -> list[str]:
     import ray
     from ray.util.state import list_actors
 
-    names = [path for path in run.folder.rglob(".*") if not path.name.startswith(".nonce")]
+    kept = ".validate_storage_marker"  # Ray Train's
+    names = [path for path in run.folder.rglob(".*") if path.name != kept]
     names += [path for path in scene.temporary.iterdir() if path.name.startswith("mlc_ray")]
     found = [str(path) for path in names]
 

@@ -20,7 +20,7 @@ def epoch_order(keys: Keys, seed: int, epoch: int) -> Ints:
 
     The place of one bundle relative to another does not depend on how the input is ordered. The hash is splitmix64 of
     the key xor the first 8 bytes (little-endian) of SHA-256 of "SEED:EPOCH". It is a bijection: there are no ties.
-    Ten million bundles are ordered in 2 s, and take 160 MB meanwhile.
+    A million bundles are ordered in 0.15 CPU seconds; ten million take 160 MB meanwhile.
     """
     salt = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8]
     ranks = keys ^ np.uint64(int.from_bytes(salt, "little"))

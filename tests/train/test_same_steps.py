@@ -26,8 +26,8 @@ ROUNDED = ("stage0", "stage2", "stage3")  # those trained in bfloat16 too
 def single_language(rows):
     """The same, but that every fifth bundle is in English alone: the terms' mean is not over it."""
     return [
-        replace(row, languages=["en"], prompts=[row.prompts[row.response_prompt]], tapped=row.tapped[:1],
-                response_prompt=0) if index % 5 == 1 else row
+        replace(row, languages=["en"], prompts=[row.prompts[row.response_prompt]],
+                tapped=[row.tapped[row.response_prompt]], response_prompt=0) if index % 5 == 1 else row
         for index, row in enumerate(rows)
     ]  # fmt: skip
 
