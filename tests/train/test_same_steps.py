@@ -121,7 +121,7 @@ def test_losses_and_weights_are_those_of_one_worker_with_one_forward(run, traine
 def test_what_was_compared_had_moved_and_every_term_had_a_part_in_it(trained):
     history, weights = trained[1, BUDGETS[-1], "stage2", "float32"]
     before = {f"policy.{name}": value for name, value in tiny_model().state_dict().items()}
-    assert all(distance(weights[name], value) > 1e-3 for name, value in before.items())
+    assert all(distance(weights[name], value) > 5e-4 for name, value in before.items())
     for row in history[::2]:
         terms = (
             0.8 * row["loss/mlc"] + 0.5 * row["loss/contrast"] + 0.5 * row["loss/variance"] + 0.3 * row["loss/anchor"]
