@@ -246,6 +246,7 @@ class Run:
 
 def worker(run: Run) -> None:
     """SIGKILL of a worker."""
+    _wait(lambda: bool(run.scene.workers()) or run.driver.poll() is not None, "workers")
     if workers := run.scene.workers():
         _kill(run.scene.random.choice(workers))
 
@@ -266,10 +267,11 @@ def write(run: Run) -> None:
     """SIGKILL of a worker while a checkpoint is written."""
 
     def writing() -> bool:
-        if not list((run.folder / "train").glob(".checkpoint_*")):
-            return run.driver.poll() is not None
-        worker(run)
-        return True
+        if list((run.folder / "train").glob(".checkpoint_*")):
+            for process in run.scene.workers()[:1]:
+                _kill(process)
+            return True
+        return run.driver.poll() is not None
 
     _wait(writing, "a checkpoint that is written", every=0.001)
 
