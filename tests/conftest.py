@@ -76,6 +76,7 @@ def ray_local() -> Iterator[Any]:
     """One real Ray for all tests that need one: a local node of 2 CPUs."""
     import ray
 
+    ray.shutdown()  # of one that a test of this process started without asking for this fixture
     # With the dashboard, as any real cluster has it: Ray Train asks it which runs have died, to free what they held.
     ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
     yield ray

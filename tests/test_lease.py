@@ -39,7 +39,7 @@ def hold(folder, *arguments):
 def foreign(folder):
     """Write the lease of a process of another machine, which cannot be looked at from here."""
     folder.mkdir(exist_ok=True)
-    holder = replace(Holder.here(), id="other", host="elsewhere", machine="another one", pid=1)
+    holder = replace(Holder.here(), id="other", host="elsewhere", machine="another one", pid=1, node="", ray_job="")
     (folder / "lease.json").write_text(json.dumps(asdict(holder)))
 
 

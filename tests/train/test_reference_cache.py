@@ -124,7 +124,7 @@ def test_numbers_come_back_to_their_rows_in_whatever_order_they_are_made(place, 
     (place / "four").mkdir()
     write_rows(place / "four", [rows_to_table(random_rows(4))], fingerprint="t", rejected={})
     config, tokens = tiny_config(model={"path": str(place / "model")}), TokenArtifact.open(place / "four")
-    folder, _ = prepare_reference(config, tokens, layer=2, cache_dir=place / "cache", gpu=False)
+    folder = prepare_reference(config, tokens, layer=2, cache_dir=place / "cache", gpu=False)
     found = load_reference(folder)
     assert isinstance(found.state, np.memmap) and found.rejected is None
     taken = found.take([2, 0])
