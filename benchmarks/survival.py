@@ -284,11 +284,15 @@ def term(run: Run) -> None:
 
 
 def damage(run: Run) -> None:
-    """A damaged newest checkpoint."""
+    """A damaged newest checkpoint, where there is one before it: a run whose checkpoints are all damaged ends."""
+
+    def found() -> list[Path]:
+        return sorted(path for path in (run.folder / "train").glob("checkpoint_*") if path.name[11:].isdigit())
+
+    _wait(lambda: len(found()) > 1 or run.driver.poll() is not None, "a second checkpoint")
     run.kill_driver()
     _wait(lambda: not run.scene.workers(), "the end of the workers")
-    checkpoints = sorted(path for path in (run.folder / "train").glob("checkpoint_*") if path.name[11:].isdigit())
-    if checkpoints:
+    if len(checkpoints := found()) > 1:
         files = [path for path in sorted(checkpoints[-1].rglob("*")) if path.is_file() and path.stat().st_size > 8]
         victim = run.scene.random.choice(files)
         content = bytearray(victim.read_bytes())

@@ -1,4 +1,4 @@
-"""Whether every node of a cluster that may get a worker sees what a run reads and writes, and has the same software.
+"""Whether every node of a cluster sees what a run reads and writes, and has the same software.
 
 Asked before anything is loaded: a worker that lacks a mount or a package would say so minutes later, and not where.
 """
@@ -42,13 +42,12 @@ def look(nonce_file: str, paths: Sequence[str]) -> Sight:
     return Sight(library_versions(), nonce, [path for path in paths if not Path(path).exists()])
 
 
-def check_nodes(folder: Path, paths: Mapping[str, str], *, gpu: bool) -> None:
-    """Ask every other node that may get a worker. A cluster of one node is not asked.
+def check_nodes(folder: Path, paths: Mapping[str, str]) -> None:
+    """Ask every other node that may get a worker, or a task of the data. A cluster of one node is not asked.
 
     Args:
         folder: where the run writes; a file is made in it for a moment.
         paths: what the run reads, by the setting that names it; only local paths that are there are asked for.
-        gpu: whether workers are on GPUs, so that nodes without one get none.
 
     Raises:
         NodeError: A node does not answer, does not see `folder` or a path, or has other versions.
@@ -56,11 +55,11 @@ def check_nodes(folder: Path, paths: Mapping[str, str], *, gpu: bool) -> None:
     from mlc_ray.cluster import ask_nodes, living_nodes, this_node
 
     here = this_node()
-    kind = "GPU" if gpu else "CPU"
+    # All that have CPUs: tasks that read and tokenise bundles run anywhere.
     nodes = {
         node["NodeID"]: str(node["NodeManagerAddress"])
         for node in living_nodes()
-        if node["NodeID"] != here and node["Resources"].get(kind)
+        if node["NodeID"] != here and node["Resources"].get("CPU")
     }
     if not nodes:
         return
@@ -81,7 +80,9 @@ def check_nodes(folder: Path, paths: Mapping[str, str], *, gpu: bool) -> None:
             faults += [f"{name} {fault}" for fault in unlike(answer, library_versions(), nonce, str(folder), local)]
     if faults:
         raise NodeError(
-            "\n  ".join([f"{len(nodes)} other nodes may get workers, and not all have what they need:", *faults])
+            "\n  ".join(
+                [f"{len(nodes)} other nodes may get workers or tasks, and not all have what they need:", *faults]
+            )
         )
 
 

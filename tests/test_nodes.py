@@ -45,10 +45,10 @@ def test_nodes_are_asked_by_tasks(ray_local: Any, tmp_path: Path, monkeypatch: p
     answers = ask_nodes(look, str(tmp_path / "nonce"), [str(tmp_path), "/nowhere"], nodes=[node])
     assert answers[node] == Sight(library_versions(), "n", ["/nowhere"])
 
-    check_nodes(tmp_path, {"model.path": "/nowhere"}, gpu=False)  # no other node
+    check_nodes(tmp_path, {"model.path": "/nowhere"})  # no other node
     elsewhere = [{**each, "NodeID": (2 * uuid.uuid4().hex)[:56]} for each in living_nodes()]
     monkeypatch.setattr("mlc_ray.cluster.living_nodes", lambda: elsewhere)  # a node that left meanwhile
     monkeypatch.setattr("mlc_ray.cluster._ANSWER_SECONDS", 20)
-    with pytest.raises(NodeError, match=r"1 other nodes may get workers.*\n  node .* does not answer"):
-        check_nodes(tmp_path, {}, gpu=False)
+    with pytest.raises(NodeError, match=r"1 other nodes may get workers or tasks.*\n  node .* does not answer"):
+        check_nodes(tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["nonce"]

@@ -158,7 +158,7 @@ def _check(config: SearchConfig, space: Space) -> None:
     connect(base.cluster.address)
     check_device(base.model, gpu=_device(base) == "gpu")
     check_feasible(config, base, _device(base))
-    check_nodes(output_folder(config.output_dir), paths_read(base), gpu=_device(base) == "gpu")
+    check_nodes(output_folder(config.output_dir), paths_read(base))
 
 
 def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:

@@ -1,4 +1,4 @@
-"""Object stores: `s3://`, `gs://`, and by fsspec `abfs://`, `az://`, `hdfs://` and `oss://`, as pyarrow's file systems.
+"""Object stores by pyarrow: `s3://`, `gs://` and `hdfs://`, and those of fsspec, `abfs://`, `az://` and `oss://`.
 
 Endpoint, region and credentials come from the environment, as those of the store's own tools do: AWS_ENDPOINT_URL_S3 or
 AWS_ENDPOINT_URL, AWS_REGION or AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or the machine's role;
@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, cast
@@ -36,17 +36,25 @@ class ObjectStorage(Storage):
     def file_system(self, url: str) -> fs.FileSystem:
         """What serves `url`."""
 
+    def key(self, url: str) -> str:
+        """What `url` is called there: bucket and key, `bucket/a/b` of `s3://bucket/a/b`.
+
+        Raises:
+            StorageError: It names no bucket, or has a password or a query, which would be written down with settings.
+        """
+        return _key(url)
+
     def open(self, url: str, mode: Literal["rb", "wb"] = "rb") -> AbstractContextManager[BinaryIO]:
         """An object to read by ranges, or to write: it is sent when the block ends without an error."""
         if mode == "wb":
             return self._put(url)
         with _faults_named(url):
-            return cast(AbstractContextManager[BinaryIO], self.file_system(url).open_input_file(_key(url)))
+            return cast(AbstractContextManager[BinaryIO], self.file_system(url).open_input_file(self.key(url)))
 
     def exists(self, url: str) -> bool:
         """Whether there is an object of this key."""
         with _faults_named(url):
-            (found,) = self.file_system(url).get_file_info([_key(url)])
+            (found,) = self.file_system(url).get_file_info([self.key(url)])
         return bool(found.is_file)
 
     def list(self, url: str) -> list[str]:
@@ -54,14 +62,14 @@ class ObjectStorage(Storage):
         from pyarrow import fs
 
         with _faults_named(url):
-            found = self.file_system(url).get_file_info(fs.FileSelector(_key(url), allow_not_found=True))
+            found = self.file_system(url).get_file_info(fs.FileSelector(self.key(url), allow_not_found=True))
         return sorted(each.base_name for each in found)
 
     def remove(self, url: str) -> None:
         """Remove an object, or all whose keys begin with it as a folder."""
         from pyarrow import fs
 
-        served, key = self.file_system(url), _key(url)
+        served, key = self.file_system(url), self.key(url)
         with _faults_named(url):
             (found,) = served.get_file_info([key])
             if found.type == fs.FileType.File:
@@ -82,8 +90,20 @@ class ObjectStorage(Storage):
             self._stream(content, url)
 
     def _stream(self, content: BinaryIO, url: str) -> None:
-        with _faults_named(url), self.file_system(url).open_output_stream(_key(url)) as sink:
-            shutil.copyfileobj(content, sink, _AT_ONCE)
+        served, key = self.file_system(url), self.key(url)
+        with _faults_named(url):
+            sink = served.open_output_stream(key)
+            try:
+                shutil.copyfileobj(content, sink, _AT_ONCE)
+            except (
+                BaseException
+            ):  # Ctrl-C too: closing stores what was sent so far, which nobody must take for the whole
+                with suppress(Exception):
+                    sink.close()
+                with suppress(Exception):
+                    served.delete_file(key)
+                raise
+            sink.close()
 
 
 @register("storage", "s3")
@@ -151,6 +171,31 @@ class FsspecStorage(ObjectStorage):
         return _by_fsspec(self.protocol)
 
 
+@register("storage", "hdfs")
+class HdfsStorage(ObjectStorage):
+    """Hadoop, by its client library: `hdfs://NAMENODE:PORT/FOLDER`."""
+
+    def file_system(self, url: str) -> fs.FileSystem:
+        """One for each name node."""
+        return _hdfs(urlsplit(url).netloc)
+
+    def key(self, url: str) -> str:
+        """The path: the name node is no part of it."""
+        _key(url)
+        return urlsplit(url).path.rstrip("/") or "/"
+
+
+@cache
+def _hdfs(name_node: str) -> fs.FileSystem:
+    from pyarrow import fs
+
+    try:
+        served, _ = fs.FileSystem.from_uri(f"hdfs://{name_node}/")
+    except OSError as error:
+        raise StorageError(f"hdfs://{name_node} cannot be used: {str(error).splitlines()[0]}") from None
+    return served
+
+
 @register("storage", "abfs")
 class AbfsStorage(FsspecStorage):
     """Azure (package adlfs)."""
@@ -163,13 +208,6 @@ class AzStorage(FsspecStorage):
     """Azure (package adlfs)."""
 
     protocol = "az"
-
-
-@register("storage", "hdfs")
-class HdfsStorage(FsspecStorage):
-    """Hadoop (its client library)."""
-
-    protocol = "hdfs"
 
 
 @register("storage", "oss")
@@ -197,13 +235,9 @@ def _by_fsspec(protocol: str) -> fs.FileSystem:
 
 
 def _key(url: str) -> str:
-    """Bucket and key of a URL: `bucket/a/b` of `s3://bucket/a/b`.
-
-    Raises:
-        StorageError: It names no bucket, or has a query, in which a secret would be written down with the settings.
-    """
+    """As `ObjectStorage.key`."""
     parts = urlsplit(url)
-    if not parts.netloc or parts.query or parts.username or parts.password:
+    if not parts.netloc or parts.query or parts.password or "@" in parts.netloc:
         raise StorageError(
             f"{url!r}: write {parts.scheme}://BUCKET/FOLDER alone; endpoint, region and credentials come from the "
             "environment (AWS_ENDPOINT_URL, AWS_REGION, ...)"

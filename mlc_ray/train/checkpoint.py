@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,28 +146,64 @@ def agree_on_checkpoint(run: Path) -> Path | None:
     """The newest undamaged checkpoint of a run, the same on all workers; every worker calls it, at its start.
 
     Rank 0 looks which one is the newest, and each worker computes the checksums of its share of the files. Where one is
-    wrong, the checkpoint is renamed to `checkpoint_NNNNNN.damaged`, a warning says so, and the one before is looked at.
-    What a run that died left half written is removed.
+    wrong for rank 0 too, the checkpoint is renamed to `checkpoint_NNNNNN.damaged`, a warning says so, and the one
+    before is looked at. What a run that died left half written is removed.
+
+    Returns:
+        Its folder; None where the run has not written one yet.
+
+    Raises:
+        CheckpointError: on every worker: one of them does not see what rank 0 sees; or all checkpoints are damaged.
     """
     rank, workers = rank_and_workers()
     if rank == 0:
         for leftover in (run / TRAIN_FOLDER).glob(".checkpoint_*"):
             shutil.rmtree(leftover, ignore_errors=True)
     while True:
-        folders = [folder for _, folder in checkpoint_folders(run)] if rank == 0 else []
-        newest = from_rank_zero(folders[-1] if folders else None)
+        newest, refusal = from_rank_zero(_newest(run) if rank == 0 else (None, None))
+        if refusal is not None:
+            raise CheckpointError(refusal)
         if newest is None:
             return None
-        faults = gather_objects(_fault(newest, rank, workers))
-        fault = next((each for each in faults if each is not None), None)
-        if fault is None:
+        faults = gather_objects((_fault(newest, rank, workers), socket.gethostname()))
+        faulty = next((number for number, (fault, _) in enumerate(faults) if fault is not None), None)
+        if faulty is None:
             return newest
         if rank == 0:
-            aside = newest.with_name(f"{newest.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(newest, aside)
-            before = folders[-2].name if len(folders) > 1 else "the start of the run"
-            logger.warning("not a usable checkpoint: %s; it is %s now, and %s is tried", fault, aside.name, before)
+            fault, host = faults[faulty]
+            refusal = _set_aside(run, newest, str(fault), host, own=_fault(newest, faulty, workers))
+        if (refusal := from_rank_zero(refusal)) is not None:
+            raise CheckpointError(refusal)
+
+
+def _newest(run: Path) -> tuple[Path | None, str | None]:
+    """The newest checkpoint by name, if there is one; and why a run does not start over where none is usable."""
+    if folders := [folder for _, folder in checkpoint_folders(run)]:
+        return folders[-1], None
+    damaged = sorted(path.name for path in (run / TRAIN_FOLDER).glob("checkpoint_*.damaged*"))
+    if not damaged:
+        return None, None
+    return None, (
+        f"run {str(run)!r} has no usable checkpoint left: {', '.join(damaged)} are damaged. Restore one of them (from "
+        "a copy, without the end .damaged), or remove them to start over from step 0"
+    )
+
+
+def _set_aside(run: Path, folder: Path, fault: str, host: str, *, own: str | None) -> str | None:
+    """Rename a damaged checkpoint; where this process does not see the fault, rename nothing and return what to say."""
+    if own is None:
+        return (
+            f"a worker on {host} does not see checkpoint {str(folder)!r} as rank 0 on {socket.gethostname()} does: "
+            f"{fault}; mount the same storage on all nodes"
+        )
+    aside, number = folder.with_name(f"{folder.name}.damaged"), 1
+    while aside.exists():
+        aside, number = folder.with_name(f"{folder.name}.damaged-{number}"), number + 1
+    os.rename(folder, aside)
+    before, _ = _newest(run)
+    tried = f", and {before.name} is tried" if before is not None else ""
+    logger.warning("not a usable checkpoint: %s; it is %s now%s", fault, aside.name, tried)
+    return None
 
 
 def prune_checkpoints(run: Path, settings: CheckpointSection) -> None:

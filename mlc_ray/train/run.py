@@ -119,7 +119,7 @@ def train(
         [(config.cluster.cpus_per_worker, 1.0 if gpu else 0.0)] * config.cluster.workers,
     )
     if score is None:  # a search has asked before its trials
-        check_nodes(run_folder.parent, paths_read(config), gpu=gpu)
+        check_nodes(run_folder.parent, paths_read(config))
     with lease(run_folder, wait=config.resume == "auto") as held:
         config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it
         config = _with_dtype(config, gpu=gpu)

@@ -70,6 +70,7 @@ KINDS: Mapping[str, Kind] = {
     "train.tokens_per_forward": Kind.FREE,
     "train.group_bundles": Kind.FIXED,
     "engine": Kind.FREE,
+    "engine.extra": Kind.FIXED,
     "cluster": Kind.FREE,
     "checkpoint": Kind.FREE,
     "collapse": Kind.FREE,

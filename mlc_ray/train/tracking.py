@@ -123,6 +123,8 @@ def _mlflow_run(config: TrainConfig, uri: str, run_folder: Path) -> Any:
         try:
             mlflow.start_run(run_id=known[uri])
         except mlflow.exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST" and "deleted" not in str(error):
+                raise  # the server does not answer: another try may find it
             raise TrackingError(
                 f"logging.mlflow={uri!r} has no run {known[uri]!r}, which {str(file)!r} names ({error}): restore it "
                 "there, or remove the file to log into a new one"

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import mlc_ray
 from mlc_ray.config.train import CheckpointSection
+from mlc_ray.train import checkpoint as checkpoint_module
 from mlc_ray.train import shards
 from mlc_ray.train.checkpoint import (
     agree_on_checkpoint,
@@ -334,7 +335,19 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(file, run, tm
     assert "checkpoint_000004.damaged now, and checkpoint_000002 is tried" in caplog.text
     assert {path.name for path in (run / "train").iterdir()} == {"checkpoint_000002", "checkpoint_000004.damaged"}
     flip(run / "train/checkpoint_000002" / file)
-    assert agree_on_checkpoint(run) is None
+    for _ in range(2):  # a run that lost all it had does not start over by itself
+        with pytest.raises(
+            CheckpointError, match=r"no usable checkpoint left: checkpoint_000002\.damaged, checkpoint_000"
+        ):
+            agree_on_checkpoint(run)
+
+
+def test_what_one_worker_does_not_see_is_not_taken_for_damaged(run, monkeypatch):
+    said = iter(["manifest.json is missing", None])  # here, and then to rank 0
+    monkeypatch.setattr(checkpoint_module, "_fault", lambda *_: next(said))
+    with pytest.raises(CheckpointError, match=r"a worker on \S+ does not see .*checkpoint_000004' as rank 0 .*mount"):
+        agree_on_checkpoint(run)
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint_000002", "checkpoint_000004"]
 
 
 def test_damaged_weights_are_not_exported(run, tmp_path):

@@ -195,7 +195,8 @@ def test_every_setting_is_classified_and_nothing_else():
     assert not stale
     with pytest.raises(KeyError, match=r"optimizer\.momentum: say in"):
         kind_of_field("optimizer.momentum")
-    assert (kind_of_field("engine.extra.bf16"), kind_of_field("terms.a.weight")) == (Kind.FREE, Kind.FIXED)
+    assert (kind_of_field("engine.bucket_size"), kind_of_field("terms.a.weight")) == (Kind.FREE, Kind.FIXED)
+    assert kind_of_field("engine.extra.bf16") is Kind.FIXED
 
 
 def dotted_leaves(schema, prefix=""):
