@@ -232,7 +232,6 @@ def test_a_killed_driver_is_resumed_from_exactly_though_a_checkpoint_is_gone_and
     result = train(load_run_config(run, free), resume=run)
     assert losses(run) == losses(undisturbed.run_folder)
     history = json.loads((run / "run.json").read_text())["changes"]
-    assert [(change["step"], f"{change['field']}={json.dumps(change['now'])}") for change in history] == [
-        (4, text) for text in free
-    ]
+    assert [f"{change['field']}={json.dumps(change['now'])}" for change in history] == free
+    assert {change["step"] for change in history} <= {2, 4}  # workers may end their checkpoint before Ray kills them
     assert result.checkpoint.name == f"checkpoint_{STEPS:06d}"
