@@ -7,7 +7,7 @@ measured by the clock of the file server alone.
 
 Whoever takes over reads the file back after `SETTLE` seconds. Of two drivers that take over at once, from two clusters,
 both go on only where one needed longer than that from its look at the old file to its own writing, and then until the
-next check: workers that find another's id in the file end the run (`LeaseGuard`).
+next check: whoever finds another's id in the file ends the run (`LeaseGuard`).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SETTLE = 1.0
 _POLL = 0.5
 _DYING = 5.0  # Ray frees a name within this many seconds of its holder's death
 _CHECKED_EVERY = 10.0
+_LOOK_AGAIN = 1.0  # a file that is replaced can be missing, or old, for a moment on network file systems
 _NAMESPACE = "mlc_ray"
 
 
@@ -122,33 +123,62 @@ def lease(folder: Path, *, wait: bool, lifetime: float = LIFETIME) -> Iterator[s
         yield own.id
     finally:
         ended.set()
-        renewing.join()
-        if (holder := _read(folder)) is not None and holder.id == own.id:
-            (folder / LEASE_FILE).unlink(missing_ok=True)
-        _give_name_back(actor)
+        try:
+            renewing.join(_DYING)
+            # Where it still runs, the storage hangs: the lease ends by itself.
+            if not renewing.is_alive() and (holder := _read(folder)) is not None and holder.id == own.id:
+                (folder / LEASE_FILE).unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("the lease on %s could not be given back (%s); it ends by itself", folder, error)
+        finally:
+            _give_name_back(actor)
         if made:
             with suppress(OSError):  # not empty: what the lease was for is there
                 folder.rmdir()
 
 
 class LeaseGuard:
-    """Makes sure, in the process that writes into a folder, that its driver still holds the lease."""
+    """Makes sure, in the process that writes into a folder, that its driver still holds the lease.
 
-    def __init__(self, folder: Path, id: str) -> None:
-        self.folder, self.id = folder, id
-        self.checked = time.monotonic()
+    Args:
+        folder: what is written into.
+        id: the lease's.
+        lifetime: of the lease, in seconds; for so long it is taken for held where the file cannot be read.
+    """
 
-    def check(self) -> None:
+    def __init__(self, folder: Path, id: str, lifetime: float = LIFETIME) -> None:
+        self.folder, self.id, self.lifetime = folder, id, lifetime
+        self.checked = self.held = time.monotonic()
+
+    def check(self, *, now: bool = False) -> None:
         """Look into the lease file, if the last look is some seconds ago.
 
+        Args:
+            now: look whenever the last look was, and wait until the file can be read; for what cannot be undone.
+
         Raises:
-            LeaseError: The lease is another driver's, or nobody's.
+            LeaseError: The lease is another driver's, or nobody's, or its file could not be read for its lifetime.
         """
-        if time.monotonic() - self.checked < _CHECKED_EVERY:
+        if not now and time.monotonic() - self.checked < _CHECKED_EVERY:
             return
-        self.checked = time.monotonic()
-        holder = _read(self.folder)
-        if holder is None or holder.id != self.id:
+        while True:
+            self.checked = time.monotonic()
+            try:
+                holder, is_held = _look_twice(self.folder, self.id)
+                break
+            except OSError as error:
+                silent = time.monotonic() - self.held
+                if silent > self.lifetime:
+                    raise LeaseError(
+                        f"the lease on {str(self.folder)!r} could not be read for {silent:.0f} s, in which another "
+                        f"driver may have taken it: {error}. This run ends; go on once the storage is back"
+                    ) from error
+                logger.warning("the lease on %s could not be read: %s", self.folder, error)
+            if not now:
+                return
+            time.sleep(_LOOK_AGAIN)
+        self.held = self.checked
+        if not is_held:
             raise LeaseError(
                 f"the lease on {str(self.folder)!r} was lost to {holder or 'nobody: its file is gone'}; this run "
                 "ends, so that two do not write into one folder. The driver or its storage had stopped for longer than "
@@ -215,11 +245,11 @@ def _write_first(folder: Path, own: Holder, before: Holder | None) -> bool:
 
 def _renew(folder: Path, own: Holder, lifetime: float, ended: threading.Event) -> None:
     while not ended.wait(lifetime / 4):
-        holder = _read(folder)
-        if holder is None or holder.id != own.id:
-            logger.error("the lease on %s was lost to %s", folder, holder or "nobody: its file is gone")
-            return
         try:
+            holder, is_held = _look_twice(folder, own.id)
+            if not is_held:
+                logger.error("the lease on %s was lost to %s", folder, holder or "nobody: its file is gone")
+                return
             write_json_atomic(folder / LEASE_FILE, asdict(own))
         except OSError as error:  # the storage may come back before the lease has ended
             logger.warning("the lease on %s could not be renewed: %s", folder, error)
@@ -262,8 +292,21 @@ def _refusal(folder: Path, holder: Holder | None, lifetime: float) -> str:
     )
 
 
+def _look_twice(folder: Path, id: str) -> tuple[Holder | None, bool]:
+    """Who the lease file names, and whether that is `id`; where it is not, it is read again a second later."""
+    holder = _read(folder)
+    if holder is None or holder.id != id:
+        time.sleep(_LOOK_AGAIN)
+        holder = _read(folder)
+    return holder, holder is not None and holder.id == id
+
+
 def _read(folder: Path) -> Holder | None:
-    """Who the lease file names; None where there is none, or it cannot be read."""
+    """Who the lease file names; None where there is none, or what it says is not a lease.
+
+    Raises:
+        OSError: The storage does not let it be read.
+    """
     try:
         return Holder(**json.loads((folder / LEASE_FILE).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):

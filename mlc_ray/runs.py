@@ -171,6 +171,20 @@ def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), folder) for match, folder in found if match and folder.is_dir())
 
 
+def unfinished_files(run: Path) -> tuple[int, int]:
+    """How many files, and bytes in them, the checkpoints of a run have that are being written or removed just now.
+
+    Raises:
+        OSError: One of them was renamed or removed meanwhile.
+    """
+    sizes = [
+        status.st_size
+        for folder in (run / TRAIN_FOLDER).glob(".checkpoint_*")
+        for status in (path.stat() for path in folder.rglob("*"))
+    ]
+    return len(sizes), sum(sizes)
+
+
 def complete_checkpoints(run: Path) -> tuple[list[CheckpointFolder], list[str]]:
     """The complete checkpoints of a run, oldest first, and what is wrong with the others.
 

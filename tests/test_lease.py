@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -90,6 +91,56 @@ def test_a_driver_whose_lease_was_taken_writes_no_more(tmp_path, monkeypatch):
         with pytest.raises(LeaseError, match=r"was lost to process 1 on elsewhere"):
             guard.check()
     assert (tmp_path / "lease.json").exists()  # it is the other's
+
+
+def test_a_file_that_is_gone_for_a_moment_loses_no_lease(tmp_path, monkeypatch):
+    with lease(tmp_path, wait=False) as held:
+        file = tmp_path / "lease.json"
+        aside = file.rename(tmp_path / "aside")
+        monkeypatch.setattr(module.time, "sleep", lambda _: aside.exists() and aside.rename(file))
+        LeaseGuard(tmp_path, held).check(now=True)
+        assert file.exists()
+
+
+def test_storage_that_cannot_be_read_is_waited_for_as_long_as_the_lease_lives(tmp_path, monkeypatch):
+    with lease(tmp_path, wait=False) as held:
+        guard, file = LeaseGuard(tmp_path, held), tmp_path / "lease.json"
+        written = file.read_text()
+        file.unlink()
+        file.mkdir()  # reading it is an OSError that is not "not found"
+
+        def comes_back(_):
+            file.rmdir()
+            file.write_text(written)
+
+        monkeypatch.setattr(module.time, "sleep", comes_back)
+        guard.check(now=True)
+        assert file.is_file()
+        file.unlink()
+        file.mkdir()
+        with pytest.raises(LeaseError, match=r"could not be read for \d+ s.*go on once the storage is back"):
+            LeaseGuard(tmp_path, held, lifetime=-1.0).check(now=True)
+    assert file.is_dir()  # giving the lease back failed, and the block ended all the same
+
+
+def test_renewing_outlives_an_error_of_the_storage(tmp_path):
+    file, own = tmp_path / "lease.json", Holder.here()
+    file.mkdir()
+
+    def comes_back():
+        file.rmdir()
+        file.write_text(json.dumps(asdict(own)))
+        os.utime(file, (0, 0))
+
+    def waits():  # what the renewing thread waits by: each False is a round of it
+        yield False  # the file cannot be read
+        comes_back()
+        yield False
+        yield True
+
+    rounds = waits()
+    module._renew(tmp_path, own, 1.0, SimpleNamespace(wait=lambda _: next(rounds)))
+    assert file.stat().st_mtime > 0
 
 
 def test_of_two_clusters_that_take_over_at_once_one_finds_the_other(tmp_path, monkeypatch):

@@ -256,7 +256,8 @@ class ClusterSection(Section):
     )
     hang_timeout: Annotated[float, Field(ge=0)] = Field(
         600.0,
-        description="Seconds without any progress after which a worker ends, and says what it waits for; 0 is off.",
+        description="Seconds without any progress after which a worker ends, and says what it waits for; 0 is off. No "
+        "step and no part of the loading may take longer; a save may, while its files grow.",
     )
 
 

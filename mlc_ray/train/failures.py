@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, UserCallback, WorkerGroupError
@@ -17,6 +17,8 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import send_warnings
 
 logger = logging.getLogger(__name__)
+
+E = TypeVar("E", bound=BaseException)
 
 
 class EndAtOwnError(UserCallback):
@@ -109,14 +111,19 @@ def _signals(came: int, others: int) -> bytes:
 
 
 def own_error(error: BaseException) -> MlcRayError | None:
-    """The `MlcRayError` that `error` is, or that is inside it: Ray wraps those of tasks, workers and its controller."""
+    """The `MlcRayError` that `error` is, or that is inside it."""
+    return error_inside(error, MlcRayError)
+
+
+def error_inside(error: BaseException, kind: type[E]) -> E | None:
+    """The error of a kind that `error` is, or that is inside it: Ray wraps those of tasks, workers, its controller."""
     waiting, seen = [error], set[int]()
     while waiting:
         each = waiting.pop(0)
         if id(each) in seen:
             continue
         seen.add(id(each))
-        if isinstance(each, MlcRayError) and not isinstance(each, RayTaskError):  # Ray derives a class from both
+        if isinstance(each, kind) and not isinstance(each, RayTaskError):  # Ray derives a class from both
             return each
         waiting += [inner for inner in _inside(each) if isinstance(inner, BaseException)]
     return None

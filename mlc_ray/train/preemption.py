@@ -51,14 +51,25 @@ class PreemptedError(MlcRayError):
 
 
 class WorkersPreemptedError(RuntimeError):
-    """Workers ended after a checkpoint since one got SIGTERM; Ray starts them again (`cluster.max_failures`)."""
+    """Workers ended after a checkpoint since one got SIGTERM; Ray starts them again (`cluster.max_failures`).
+
+    Where it does not, since none of these is left, the run ends by a `PreemptedError`.
+
+    Args:
+        message: what to tell.
+        step: the optimizer step of the checkpoint.
+    """
+
+    def __init__(self, message: str, *, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def ended_by(notice: Notice, step: int) -> Exception:
     """The error by which workers end after a checkpoint of `step`, for a notice that is RESTART or END."""
     if notice is Notice.END:
         return PreemptedError(f"SIGTERM, after a checkpoint of step {step}", step=step)
-    return WorkersPreemptedError(f"a worker got SIGTERM; all ended after a checkpoint of step {step}")
+    return WorkersPreemptedError(f"a worker got SIGTERM; all ended after a checkpoint of step {step}", step=step)
 
 
 class Sigterm:
@@ -97,6 +108,9 @@ class StopFile:
         try:
             return Notice.END if self.path.read_text(encoding="ascii") == self.lease else Notice.NONE
         except FileNotFoundError:
+            return Notice.NONE
+        except OSError as error:  # it is looked at every step
+            logger.warning("whether the driver asks for the end could not be read: %s", error)
             return Notice.NONE
 
     @contextmanager

@@ -18,7 +18,7 @@ from mlc_ray.data.order import total_steps
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
-from mlc_ray.lease import lease
+from mlc_ray.lease import LeaseGuard, lease
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.nodes import check_nodes
@@ -29,7 +29,7 @@ from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import CheckpointScorer, HeldOut, WorkerSpec, train_worker
-from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_errors
+from mlc_ray.train.failures import EndAtOwnError, error_inside, keyboard_interrupt, own_errors
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
 from mlc_ray.train.planning import (
     check_groups,
@@ -41,7 +41,7 @@ from mlc_ray.train.planning import (
     tapping,
     tokens_per_forward,
 )
-from mlc_ray.train.preemption import PreemptedError, StopFile
+from mlc_ray.train.preemption import PreemptedError, StopFile, WorkersPreemptedError
 from mlc_ray.train.reference_cache import prepare_reference
 from mlc_ray.train.run_folder import (
     TrainResult,
@@ -97,7 +97,8 @@ def train(
         ModelError: the model's kernels need a GPU, and there is none.
         NodeError: a node does not see what it needs, or has other versions.
         HangError: workers made no progress for `cluster.hang_timeout` seconds, more often than `cluster.max_failures`.
-        PreemptedError: the driver got SIGTERM; the run saved a checkpoint, and can be resumed.
+        PreemptedError: the driver got SIGTERM, or a worker did, more often than `cluster.max_failures`; the run saved a
+            checkpoint, and can be resumed.
         MlcRayError: a worker raised it (`CheckpointError`, `ModelError`, ...). Like a `DivergedError`, it ends the run:
             `cluster.max_failures` counts other failures only.
         KeyboardInterrupt: Ctrl-C; the workers have ended by then.
@@ -107,9 +108,9 @@ def train(
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
     layer = resolve_layer(config.mlc.layer, depth)
     config, run_folder, is_new = _found(config, resume)  # refused before anything is started
-    if not is_new and score is None and (result := ended(run_folder)) is not None:
-        logger.info("run %s has ended already: there is nothing left to train", run_folder)
-        return result
+    asks_whether_ended = score is None  # else the last checkpoint may lack its score
+    if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
+        return _said_to_have_ended(result)
     keep_in(run_folder)
     connect(config.cluster.address)
     gpu = use_gpu(config.cluster.accelerator)
@@ -121,12 +122,15 @@ def train(
     if score is None:  # a search has asked before its trials
         check_nodes(run_folder.parent, paths_read(config))
     with lease(run_folder, wait=config.resume == "auto") as held:
-        config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it
+        config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it, or ended it
+        if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
+            return _said_to_have_ended(result)
         config = _with_dtype(config, gpu=gpu)
         with claimed(run_folder, config) if is_new else contextlib.nullcontext():
             data = prepare_data(config, cache_dir=run_folder.parent / "cache", layer=layer, gpu=gpu)
             steps = _total_steps(config, data.tokens)
             _announce(config, data.tokens, steps, gpu=gpu)
+        LeaseGuard(run_folder, held).check(now=True)  # preparing data may have taken hours
         record_start(run_folder, config, data.fingerprints, data.tokens, steps)
         spec = WorkerSpec(
             config=config.model_dump(mode="json", exclude_unset=True),
@@ -140,6 +144,11 @@ def train(
             score=score,
         )
         return _fit(config, spec, gpu=gpu, callbacks=callbacks, display=display)
+
+
+def _said_to_have_ended(result: TrainResult) -> TrainResult:
+    logger.info("run %s has ended already: there is nothing left to train", result.run_folder)
+    return result
 
 
 def _found(config: TrainConfig, resume: Path | None) -> tuple[TrainConfig, Path, bool]:
@@ -197,9 +206,18 @@ def _fit(
             f"on: mlc-ray train --resume {run_folder}",
             step=error.step,
         ) from None
+    except MlcRayError:
+        raise
     except Exception as error:
-        if not isinstance(error, MlcRayError) and (hung := hang_error(run_folder, spec.lease)) is not None:
-            raise hung from None
+        if (preempted := error_inside(error, WorkersPreemptedError)) is not None:
+            raise PreemptedError(
+                f"a worker of run {str(run_folder)!r} got SIGTERM at step {preempted.step} of {steps}, all ended after "
+                f"a checkpoint, and none of cluster.max_failures={config.cluster.max_failures} restarts is left; to "
+                f"go on: mlc-ray train --resume {run_folder}",
+                step=preempted.step,
+            ) from error
+        if (hung := hang_error(run_folder, spec.lease)) is not None:
+            raise hung from error
         raise
     return TrainResult(run_folder, find_checkpoint(run_folder), dict(fitted.metrics or {}))
 

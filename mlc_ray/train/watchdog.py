@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 _LINGER = 5.0  # once one worker hangs all do, within about a second: each should have told where before Ray ends them
 _TOGETHER = 60.0  # what workers tell within so many seconds is of one hang
+_RECENT = 90.0  # from a hang to the end of fit(): 15 s to tell of it, then Ray's look at its workers, and their end
+_TELLING = 10.0  # the storage that the stacks are written to may be what hangs
 
 
 class HangError(MlcRayError):
@@ -91,6 +93,34 @@ class Watchdog:
             self.paused -= 1
             self.heard = time.monotonic()
 
+    @contextlib.contextmanager
+    def while_changing(self, look: Callable[[], object]) -> Iterator[None]:
+        """In this block, count as a beat whenever `look` returns something else; it is called four times in the limit.
+
+        A thread of its own calls it, so that the worker still ends where `look` itself hangs, as on a file system.
+        """
+        ended = threading.Event()
+
+        def follow() -> None:
+            before = None
+            while True:
+                try:
+                    found = look()
+                except OSError:  # a look that fails is not progress
+                    found = before
+                if before is not None and found != before and not ended.is_set():
+                    self.heard = time.monotonic()
+                before = found
+                if ended.wait(self.timeout / 4):
+                    return
+
+        if self.timeout:
+            threading.Thread(target=follow, name="watchdog-progress", daemon=True).start()
+        try:
+            yield
+        finally:
+            ended.set()
+
     def silent(self) -> float:
         """Seconds since the last beat; 0 while off."""
         return 0.0 if self.paused else time.monotonic() - self.heard
@@ -102,9 +132,13 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self.timeout / 4)):
             if (silent := self.silent()) > self.timeout:
-                self._tell(silent)
-                time.sleep(_LINGER)
-                os._exit(1)  # the training thread is stuck in a call that no exception reaches
+                try:
+                    telling = threading.Thread(target=self._tell, args=(silent,), name="watchdog-tells", daemon=True)
+                    telling.start()
+                    telling.join(_TELLING)
+                    time.sleep(_LINGER)
+                finally:
+                    os._exit(1)  # the training thread is stuck in a call that no exception reaches
 
     def _tell(self, silent: float) -> None:
         name = f"hang-step-{self.step:06d}-rank-{self.rank:05d}"
@@ -118,12 +152,14 @@ class Watchdog:
             with stacks.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
             write_json_atomic(self.folder / f"{name}.json", asdict(hang))
-        except OSError as error:  # the storage may be what hangs; the log has the message at least
+        except OSError as error:  # the log has the message at least
             logger.error("the stacks could not be written to %s: %s", stacks, error)
 
 
 def hang_error(run_folder: Path, lease: str) -> HangError | None:
-    """The error that tells of the last hang of a driver's workers, if there was one.
+    """The error that tells of the last hang of a driver's workers, if it is why they have just ended.
+
+    A hang of more than 90 s ago is not: the workers were started again after it.
 
     Args:
         run_folder: the run's.
@@ -133,12 +169,13 @@ def hang_error(run_folder: Path, lease: str) -> HangError | None:
         json.loads(file.read_text(encoding="utf-8")) for file in (run_folder / LOGS_FOLDER).glob("hang-*.json")
     ]
     hangs = sorted((Hang(**each) for each in found if each["lease"] == lease), key=lambda hang: (hang.rank, -hang.time))
-    if not hangs:
+    last = max((hang.time for hang in hangs), default=0.0)
+    if time.time() - last > _RECENT:
         return None
-    last = max(hang.time for hang in hangs)
-    told = "; ".join(str(hang) for hang in hangs if last - hang.time < _TOGETHER)
+    hangs = [hang for hang in hangs if last - hang.time < _TOGETHER]
+    told = "; ".join(str(hang) for hang in hangs)
     return HangError(
         f"run {str(run_folder)!r} made no progress for {max(hang.seconds for hang in hangs):.0f} s: {told}. The worker "
-        "to look at is the one that does something else than wait for the others. Where a step or a save takes that "
-        f"long, raise cluster.hang_timeout; to go on: mlc-ray train --resume {run_folder}"
+        "to look at is the one that does something else than wait for the others. Where a step or part of the loading "
+        f"takes that long, raise cluster.hang_timeout; to go on: mlc-ray train --resume {run_folder}"
     )

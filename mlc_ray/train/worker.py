@@ -26,6 +26,7 @@ from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.lease import LeaseGuard
 from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
+from mlc_ray.runs import unfinished_files
 from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint, save_checkpoint
 from mlc_ray.train.checks import check_batch, check_tap
 from mlc_ray.train.divergence import forget_divergence
@@ -60,34 +61,46 @@ def work(spec: WorkerSpec) -> None:
     send_warnings()
     _quiet()
     config = parse_config(TrainConfig, spec.config)
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
+    rank = ray.train.get_context().get_world_rank()
+    watchdog = Watchdog(config.cluster.hang_timeout, spec.run_folder, lease=spec.lease, rank=rank, step=0)
+    with contextlib.closing(watchdog):  # it watches loading and closing, too
+        _work(spec, config, rank, watchdog)
+
+
+def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) -> None:
     device = ray.train.torch.get_device()
     engine_class(config).prepare(device)
     torch.manual_seed(config.seed + rank)  # dropout; order and extractor have their own seeded generators
 
+    watchdog.beat("loading the model")
     engine, online = _build(config, device)
+    guard = LeaseGuard(spec.run_folder, spec.lease)
+    if rank == 0:  # it removes and renames for all, and the others wait for it
+        watchdog.beat("checking the lease")
+        guard.check(now=True)
+    watchdog.beat("verifying the checksums of a checkpoint, with all workers")
     # From the folder, not from Ray's list, which names what was reported, not what is there and undamaged.
     progress = Progress()
     if (checkpoint := agree_on_checkpoint(spec.run_folder)) is not None:
+        watchdog.beat("loading the checkpoint")
         progress = load_checkpoint(checkpoint, engine=engine, config=config, fingerprints=spec.fingerprints)
+    watchdog.beat("opening its data", progress.step)
     tokens = TokenArtifact.open(spec.tokens_folder)
     table = load_reference(spec.reference_folder) if spec.reference_folder else None
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    watchdog.beat("cutting its batches, with all workers")
     cutting = cutting_of_worker(config, tokens, engine, spec.total_steps)
     planned = plans(tokens, order_of(config, tokens), cutting, range(progress.step, spec.total_steps))
-    guard = LeaseGuard(spec.run_folder, spec.lease)
-    watchdog = Watchdog(config.cluster.hang_timeout, spec.run_folder, lease=spec.lease, rank=rank, step=progress.step)
     batches = watchdog.over(
         _stream(tokens, planned, table, engine, cutting), "waiting for its batches", "in a step, with all workers"
     )
     steps = _checked(batches, engine)
+    watchdog.beat("opening the trackers")
     with (
         contextlib.closing(Tracker(config, spec.run_folder, progress.step))
         if rank == 0
         else contextlib.nullcontext() as tracker,
         contextlib.closing(steps),
-        contextlib.closing(watchdog),
     ):
 
         def log(step: int, metrics: Metrics) -> None:
@@ -98,14 +111,20 @@ def work(spec: WorkerSpec) -> None:
                 forget_divergence(spec.run_folder, step)
 
         def save(at: Progress, metrics: Metrics) -> None:
-            folder = save_checkpoint(
-                spec.run_folder,
-                engine=engine,
-                tokenizer=tokenizer,
-                config=config,
-                progress=at,
-                fingerprints=spec.fingerprints,
-            )
+            if rank == 0:  # it gives the checkpoint its name; the others write once it has made the folder
+                guard.check(now=True)
+            watchdog.beat("saving a checkpoint, with all workers")
+            # A worker that has written its files waits for the slowest one: what any of them writes is progress.
+            with watchdog.while_changing(partial(unfinished_files, spec.run_folder)):
+                folder = save_checkpoint(
+                    spec.run_folder,
+                    engine=engine,
+                    tokenizer=tokenizer,
+                    config=config,
+                    progress=at,
+                    fingerprints=spec.fingerprints,
+                )
+            watchdog.beat("reporting a checkpoint, with all workers")
             ray.train.report(
                 {"step": at.step, **metrics},
                 checkpoint=Checkpoint(str(folder)),
@@ -113,28 +132,26 @@ def work(spec: WorkerSpec) -> None:
             )
             if spec.score is not None:
                 score = partial(spec.score, spec.run_folder, folder, at.step)
-                ray.train.report(_on_first_worker(score))
-
-        def save_watched(at: Progress, metrics: Metrics) -> None:
-            watchdog.beat("saving a checkpoint")
-            # Scoring one takes as long as it takes, while the other workers wait.
-            with contextlib.nullcontext() if spec.score is None else watchdog.off():
-                save(at, metrics)
+                with watchdog.off():  # scoring takes as long as it takes, while the other workers wait
+                    ray.train.report(_on_first_worker(score))
             watchdog.beat("between two steps")
 
-        train_loop(
-            config,
-            engine=engine,
-            steps=steps,
-            reference=_asked(online, table),
-            progress=progress,
-            total_steps=spec.total_steps,
-            kinds=tokens.distinct_kinds,
-            validate=_validation(config, spec.held_out, engine, online, cutting, progress, watchdog),
-            noticed=_notices(spec),
-            log=log,
-            save=save_watched,
-        )
+        try:
+            train_loop(
+                config,
+                engine=engine,
+                steps=steps,
+                reference=_asked(online, table),
+                progress=progress,
+                total_steps=spec.total_steps,
+                kinds=tokens.distinct_kinds,
+                validate=_validation(config, spec.held_out, engine, online, cutting, progress, watchdog),
+                noticed=_notices(spec),
+                log=log,
+                save=save,
+            )
+        finally:
+            watchdog.beat("closing its batches and trackers")
 
 
 def _notices(spec: WorkerSpec) -> Callable[[], Notice]:

@@ -23,8 +23,9 @@ from mlc_ray.data.batches import BatchError
 from mlc_ray.errors import MlcRayError
 from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.train.divergence import DivergedError
-from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_error, own_errors
+from mlc_ray.train.failures import EndAtOwnError, error_inside, keyboard_interrupt, own_error, own_errors
 from mlc_ray.train.model import ModelError
+from mlc_ray.train.preemption import Notice, WorkersPreemptedError, ended_by
 from mlc_ray.train.shards import CheckpointError
 
 CHECKPOINT = CheckpointError("checkpoint 'c' was made with other settings: start a new run")
@@ -108,6 +109,12 @@ def test_an_error_of_ours_is_not_tried_again(own: MlcRayError) -> None:
     assert (str(ended.value), vars(ended.value)) == (str(own), vars(own))
     others = polled(RuntimeError("a worker died"), None).get_worker_group_error()
     assert policy.make_decision(others) is FailureDecision.RETRY
+
+
+def test_workers_that_got_sigterm_are_found_in_what_ray_raises() -> None:
+    error = polled(RuntimeError("a worker died"), ended_by(Notice.RESTART, 7)).get_worker_group_error()
+    found = error_inside(pickle_round(error), WorkersPreemptedError)
+    assert found is not None and found.step == 7
 
 
 def test_a_failure_that_is_tried_again_is_said(

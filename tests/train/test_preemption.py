@@ -124,6 +124,8 @@ def test_the_drivers_sigterm_reaches_its_workers_and_a_second_one_is_what_it_was
             os.kill(os.getpid(), signal.SIGTERM)
             assert got == ["as before"]
         assert not stop.path.exists()
+        stop.path.mkdir()  # what cannot be read asks for nothing, and ends no worker
+        assert stop() is Notice.NONE
         assert highest([stop, lambda: Notice.SAVE, lambda: Notice.NONE])() is Notice.SAVE
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -7,15 +7,18 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from ray.train import WorkerGroupError
 from ray.train.torch import TorchTrainer
 
 from mlc_ray._registry import names, resolve
 from mlc_ray.config import SourceSection, TrainConfig
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.train import run
+from mlc_ray.train.preemption import Notice, PreemptedError, ended_by
 from mlc_ray.train.run import PreparedData, _with_absolute_paths, train
 from mlc_ray.train.run_folder import (
     RunError,
+    TrainResult,
     changed_settings,
     claimed,
     find_run_folder,
@@ -212,6 +215,15 @@ def dotted_leaves(schema, prefix=""):
                 yield from dotted_leaves(section, f"{prefix}{name}.")
 
 
+def prepared_run(tmp_path, monkeypatch):
+    """Let `train` come as far as `fit`, with nothing prepared and no Ray."""
+    prepared = PreparedData(SimpleNamespace(folder=tmp_path / "tokens"), None, {})
+    for name, result in {"model_depth": 3, "use_gpu": False, "prepare_data": prepared, "_total_steps": 8}.items():
+        monkeypatch.setattr(run, name, lambda *_, result=result, **__: result)
+    for name in ("connect", "check_fits", "_announce", "record_start"):
+        monkeypatch.setattr(run, name, lambda *_, **__: None)
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
     def fit(_):  # Ray Train's handler ends the workers, and then the program
         signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
@@ -219,12 +231,28 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
 
     handler = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(TorchTrainer, "fit", fit)
-    prepared = PreparedData(SimpleNamespace(folder=tmp_path / "tokens"), None, {})
-    for name, result in {"model_depth": 3, "use_gpu": False, "prepare_data": prepared, "_total_steps": 8}.items():
-        monkeypatch.setattr(run, name, lambda *_, result=result, **__: result)
-    for name in ("connect", "check_fits", "_announce", "record_start"):
-        monkeypatch.setattr(run, name, lambda *_, **__: None)
+    prepared_run(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt, match=rf"^to go on: mlc-ray train --resume {tmp_path}/tiny$"):
         train(tiny_config(output_dir=str(tmp_path)))
     assert load_run_config(tmp_path / "tiny").name == "tiny"
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_sigterm_to_a_worker_ends_a_run_without_restarts_as_a_preemption(tmp_path, monkeypatch):
+    def fit(_):
+        raise WorkerGroupError("rank 1: ...", {1: ended_by(Notice.RESTART, 5)})
+
+    monkeypatch.setattr(TorchTrainer, "fit", fit)
+    prepared_run(tmp_path, monkeypatch)
+    said = rf"got SIGTERM at step 5 of 8.*max_failures=0.*mlc-ray train --resume {tmp_path}/tiny$"
+    with pytest.raises(PreemptedError, match=said) as caught:
+        train(tiny_config(output_dir=str(tmp_path)))
+    assert (caught.value.step, caught.value.exit_status) == (5, 143)
+
+
+def test_a_run_that_another_driver_ended_meanwhile_is_not_started(started, tmp_path, monkeypatch):
+    prepared_run(tmp_path, monkeypatch)
+    answers = iter([None, TrainResult(started, started / "train/checkpoint_000008", {})])
+    monkeypatch.setattr(run, "ended", lambda _: next(answers))  # before the lease, and once it is held
+    monkeypatch.setattr(TorchTrainer, "fit", lambda _: pytest.fail("workers were started"))
+    assert train(tiny_config(output_dir=str(tmp_path), resume="auto")).checkpoint.name == "checkpoint_000008"

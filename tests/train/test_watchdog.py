@@ -1,11 +1,15 @@
 """A worker that hangs ends, and the driver is told where each one was."""
 
 import json
+import os
 import subprocess
 import sys
+import time
+from threading import Event, Semaphore
 
 import pytest
 
+from mlc_ray.runs import unfinished_files
 from mlc_ray.train import watchdog as module
 from mlc_ray.train.watchdog import Watchdog, hang_error
 
@@ -17,7 +21,7 @@ from mlc_ray.train import watchdog
 def stuck_in_a_collective():
     threading.Event().wait()
 
-watchdog._LINGER = 0.0
+watchdog._LINGER, watchdog._TELLING = 0.0, float(sys.argv[4])
 dog = watchdog.Watchdog(0.4, Path(sys.argv[1]), lease=sys.argv[2], rank=int(sys.argv[3]), step=4)
 for number in dog.over(iter([1, 2]), "waiting for its batches", "in a step, with all workers"):
     dog.beat("logging", 4 + number)
@@ -27,10 +31,11 @@ stuck_in_a_collective()
 """
 
 
-def hang(folder, lease, rank):
+def hang(folder, lease, rank, telling=10.0):
     return subprocess.run(
-        [sys.executable, "-c", HANGING, str(folder), lease, str(rank)], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", HANGING, str(folder), lease, str(rank), str(telling)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def test_a_hang_ends_the_process_and_the_driver_says_where_each_worker_was(tmp_path):
@@ -54,6 +59,60 @@ def test_a_hang_ends_the_process_and_the_driver_says_where_each_worker_was(tmp_p
     older = json.loads((tmp_path / "logs/hang-step-000006-rank-00000.json").read_text())
     (tmp_path / "logs/hang-step-000002-rank-00000.json").write_text(json.dumps({**older, "step": 2, "time": 0.0}))
     assert "after step 2" not in str(hang_error(tmp_path, "mine"))  # the workers were started again after that one
+    for rank in (0, 1):  # and they were after these, long ago: whatever ended the run now is something else
+        old = json.dumps({**older, "time": time.time() - 3600})
+        (tmp_path / f"logs/hang-step-000006-rank-{rank:05d}.json").write_text(old)
+    assert hang_error(tmp_path, "mine") is None
+
+
+def test_a_worker_ends_where_the_storage_for_its_stacks_hangs(tmp_path):
+    (tmp_path / "logs").mkdir()
+    os.mkfifo(tmp_path / "logs/hang-step-000006-rank-00000.txt")  # opening it waits for a reader that never comes
+    assert hang(tmp_path, "mine", 0, telling=0.2).returncode == 1
+    assert hang_error(tmp_path, "mine") is None
+
+
+def test_files_of_a_checkpoint_that_grow_or_disappear_are_progress(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(Watchdog, "_watch", lambda _: None)
+    dog = Watchdog(1e-9, tmp_path, lease="mine", rank=0, step=0)
+    looked, goes_on = Event(), Semaphore(0)
+
+    def look():  # each look waits for this test, and the one after it tells that it was dealt with
+        looked.set()
+        goes_on.acquire()
+        return unfinished_files(tmp_path)
+
+    def next_look():
+        looked.wait()
+        looked.clear()
+        goes_on.release()
+        looked.wait()
+
+    writing = tmp_path / "train/.checkpoint_000004.writing"
+    (writing / "state").mkdir(parents=True)
+    file = writing / "state/part"
+    with dog.while_changing(look):
+        next_look()
+        clock[0] += 7
+        next_look()
+        assert dog.silent() == 7
+        file.write_bytes(b"1")
+        next_look()
+        assert dog.silent() == 0
+        clock[0] += 7
+        file.write_bytes(b"12")
+        next_look()
+        assert dog.silent() == 0
+        clock[0] += 7
+        file.unlink()
+        next_look()
+        assert dog.silent() == 0
+        clock[0] += 7
+        next_look()
+        assert dog.silent() == 7
+        goes_on.release(2)
 
 
 def test_a_worker_is_silent_since_its_last_beat_unless_it_may_wait(tmp_path, monkeypatch):
