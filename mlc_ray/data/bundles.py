@@ -41,6 +41,10 @@ class RejectedRow:
     text: str
 
 
+NAMED_FIRST = 5
+"""How many of the bundles or rows with a fault a message names, or a manifest."""
+
+
 def place(file: str, line: int) -> str:
     """A place in words: `data.jsonl:3`, or `row 3 of the bundles given` for data that came from memory (`given`)."""
     return f"row {line} of the bundles given" if _GIVEN_FILE.search(file) else f"{file}:{line}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _READ_BYTES = 1 << 20
 _SETTLED_SECONDS = 2.0
 """A file that changed less than this ago is not remembered: file systems' clocks tick in up to 10 ms, so it may change
 again without a change of its time."""
+_NO_CACHE = (OSError, RuntimeError)
+"""What a missing or unwritable cache raises; `Path.home` a RuntimeError, where the user has no home folder."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +62,28 @@ def read_blocks(blocks: list[Block]) -> Iterator[tuple[str, int]]:
 def contents_of(paths: Iterable[Path], read: BlockReader = read_blocks) -> dict[Path, Content]:
     """The content of files, by what is remembered in the user's cache for (path, size, time of change), or by `read`.
 
+    Where that cache cannot be read or written, as without a home folder, nothing is remembered. Nor is a file that
+    changed while it was read.
+
     Raises:
         OSError: a file cannot be read.
     """
     found: dict[Path, Content] = {}
     missing: dict[Path, list[Block]] = {}
-    for path in paths:
-        remembered = _recall(path)
+    now, states = time.time(), {path: _state(path) for path in paths}
+    for path, state in states.items():
+        remembered = _recall(path, state)
         if remembered is not None:
             found[path] = remembered
         else:
-            starts = range(0, max(1, path.stat().st_size), BLOCK_BYTES)
+            starts = range(0, max(1, state["size"]), BLOCK_BYTES)
             missing[path] = [Block(str(path.absolute()), start) for start in starts]
-    states = {path: _state(path) for path in missing}
     results = iter(read([block for blocks in missing.values() for block in blocks]))
     for path, blocks in missing.items():
         digests, line_breaks = zip(*(next(results) for _ in blocks), strict=True)
         found[path] = Content(list(digests), list(line_breaks))
-        if time.time() - states[path]["mtime_ns"] / 1e9 > _SETTLED_SECONDS:
-            write_json_atomic(_memory(path), {**states[path], **vars(found[path])})
+        if now - states[path]["mtime_ns"] / 1e9 > _SETTLED_SECONDS and _state(path) == states[path]:
+            _remember(path, states[path], found[path])
     return found
 
 
@@ -100,20 +106,27 @@ def fingerprint_of(path: Path, contents: dict[Path, Content]) -> str:
     return fingerprint([[file.relative_to(root).as_posix(), contents[file].digests] for file in files_of(path)])
 
 
-def _recall(path: Path) -> Content | None:
+def _recall(path: Path, state: dict[str, Any]) -> Content | None:
     try:
         known = Place(_memory(path)).read_json()
-        if any(known[name] != value for name, value in _state(path).items()):
+        if any(known[name] != value for name, value in state.items()):
             return None
         return Content(known["digests"], known["line_breaks"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # never seen, or written by another version
+    except _NO_CACHE:
+        return None
+    except (ValueError, KeyError, TypeError):  # written by another version
         return None
 
 
+def _remember(path: Path, state: dict[str, Any], content: Content) -> None:
+    with suppress(*_NO_CACHE):
+        memory = _memory(path)
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(memory, {**state, **vars(content)})
+
+
 def _memory(path: Path) -> Path:
-    folder = user_cache() / "contents"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{fingerprint(str(path.absolute()))}.json"
+    return user_cache() / "contents" / f"{fingerprint(str(path.absolute()))}.json"
 
 
 def _state(path: Path) -> dict[str, Any]:

@@ -49,12 +49,6 @@ def total_steps(bundles: int, *, epochs: int, batch_bundles: int, max_steps: int
     return steps if max_steps is None else min(steps, max_steps)
 
 
-def bundles_consumed(bundles: int, step: int, batch_bundles: int) -> int:
-    """Bundles that the first `step` optimizer steps use, over all epochs."""
-    epochs, batches = divmod(step, steps_per_epoch(bundles, batch_bundles))
-    return epochs * bundles + min(bundles, batches * batch_bundles)
-
-
 class Order:
     """The batches of a run.
 

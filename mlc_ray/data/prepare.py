@@ -34,7 +34,7 @@ from mlc_ray.data.tables import BUNDLES
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.progress import phase
-from mlc_ray.storage import IncompleteArtifactError, atomic_folder, fingerprint, fingerprint_tokenizer
+from mlc_ray.storage import IncompleteArtifactError, artifact_folder, fingerprint, fingerprint_tokenizer
 
 # Other runs on the cluster may hold most of its CPUs. A stage that asked for whole ones would wait without a message.
 _CPUS = 0.25
@@ -228,55 +228,42 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
 def _write_token_rows(
     readings: Sequence[Reading], ledger: Ledger, data: DataSection, model: ModelSection, *, name: str, folder: Path
 ) -> TokenArtifact:
-    try:
-        with atomic_folder(folder, replace=folder.exists()) as temporary:
-            results = _results(
-                readings,
-                Tokenize,
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(_tokenizers_at_most(), len(readings))),
-                fn_constructor_kwargs={"data": data, "model": model, "folder": temporary},
-            )
-            shards: list[Shard] = []
-            with phase("tokenising", unit="bundles") as progress:
-                for read, shard in results:
-                    ledger.add(read)
-                    shards.append(shard)
-                    progress.advance(len(read.keys))
-            failed = data.on_invalid == "fail" and ledger.rejected
-            repeats, reasons = ledger.close(None if failed else bundle_ids_in(temporary, shards), data.on_invalid)
-            if repeats:
-                task: Any = ray.remote(num_cpus=_CPUS)(rewrite_shard)
-                again = [task.remote(temporary, n, drop, *ledger.columns(n)) for n, drop in repeats.items()]
-                for number, shard in zip(repeats, ray.get(again), strict=True):
-                    shards[number] = shard
-            if ledger.path.exists():
-                shutil.copyfile(ledger.path, temporary / REJECTS_FILE)
-            finish_artifact(
-                temporary,
-                shards,
-                fingerprint=name,
-                rejected=reasons.by_frequency(),
-                model=model.path,
-                data=data.model_dump(mode="json", exclude={"validation"}),
-            )
-            if _is_complete(folder):  # by another run, meanwhile: it may be in use, and is never moved aside
-                raise FileExistsError(folder)
-    except FileExistsError:  # another run prepared the same data meanwhile: its folder has the same content
-        pass
+    with artifact_folder(folder) as temporary:
+        results = _results(
+            readings,
+            Tokenize,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(_tokenizers_at_most(), len(readings))),
+            fn_constructor_kwargs={"data": data, "model": model, "folder": temporary},
+        )
+        shards: list[Shard] = []
+        with phase("tokenising", unit="bundles") as progress:
+            for read, shard in results:
+                ledger.add(read)
+                shards.append(shard)
+                progress.advance(len(read.keys))
+        failed = data.on_invalid == "fail" and ledger.rejected
+        repeats, reasons = ledger.close(None if failed else bundle_ids_in(temporary, shards), data.on_invalid)
+        if repeats:
+            task: Any = ray.remote(num_cpus=_CPUS)(rewrite_shard)
+            again = [task.remote(temporary, n, drop, *ledger.columns(n)) for n, drop in repeats.items()]
+            for number, shard in zip(repeats, ray.get(again), strict=True):
+                shards[number] = shard
+        if ledger.path.exists():
+            shutil.copyfile(ledger.path, temporary / REJECTS_FILE)
+        finish_artifact(
+            temporary,
+            shards,
+            fingerprint=name,
+            rejected=reasons.by_frequency(),
+            model=model.path,
+            data=data.model_dump(mode="json", exclude={"validation"}),
+        )
     return TokenArtifact.open(folder)
 
 
 def _tokenizers_at_most() -> int:
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return max(1, int(resources.get("CPU", 1)))
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        TokenArtifact.open(folder)
-    except IncompleteArtifactError:
-        return False
-    return True
 
 
 def token_fingerprint(data: DataSection, model: ModelSection, contents: dict[Path, Content] | None = None) -> str:

@@ -22,14 +22,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mlc_ray.data.bundles import RejectedRow, place
+from mlc_ray.data.bundles import NAMED_FIRST, RejectedRow, place
 from mlc_ray.data.ragged import Ints
 from mlc_ray.data.tables import BUNDLES, Keys, keys_of
 from mlc_ray.errors import MlcRayError
 
 OTHER_REASONS = "other reasons"
 _REASONS = 50
-_NAMED_FIRST = 5
 _COMPARED_AT_ONCE = 1 << 16
 _VALUES = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
@@ -145,17 +144,15 @@ class Ledger:
         repeats, firsts = self._repeats()
         if ids_at is not None:
             self._refuse_collisions(repeats, firsts, ids_at, starts)
-        inside = {
-            int(part): np.flatnonzero(np.searchsorted(starts, repeats, side="right") - 1 == part)
-            for part in np.unique(np.searchsorted(starts, repeats, side="right") - 1)
-        }
+        parts, begins = np.unique(np.searchsorted(starts, repeats, side="right") - 1, return_index=True)
+        inside = dict(zip(parts.tolist(), np.split(np.arange(len(repeats)), begins)[1:], strict=True))
         reasons, first = ReasonCounts(), list[RejectedRow]()
         if self.rejected or len(repeats):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("w", encoding="utf-8", errors="backslashreplace") as file:
                 for row in self._in_order(repeats, firsts, inside, starts):
                     reasons.add(row.reason)
-                    if len(first) < _NAMED_FIRST:
+                    if len(first) < NAMED_FIRST:
                         first.append(row)
                     file.write(_json_line(row))
         self._say(reasons, first, self.bundles - len(repeats), on_invalid)

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, Field
 
-from mlc_ray.data.bundles import place
+from mlc_ray.data.bundles import NAMED_FIRST, place
 from mlc_ray.data.plan import Lengths
 from mlc_ray.data.ragged import Ints, common_start, starts_of
 from mlc_ray.data.tables import TOKENS, Keys, table_to_rows
@@ -31,8 +31,6 @@ FORMAT = 3
 REJECTS_FILE = "rejects.jsonl"
 ANSWERS = ("chosen", "rejected")
 _BATCH_ROWS = 8192
-NAMED_FIRST = 5
-"""How many bundles that lack an answer a manifest names, and an error message."""
 
 
 def shard_file(number: int) -> str:
@@ -106,10 +104,11 @@ class Lacking:
 
 @dataclass
 class Shard:
-    """What is known of a shard: its file, its counts, the ids that all its prompts begin with (None: it has none), and
-    the first bundles that lack each answer."""
+    """What is known of a shard: its file and size, its counts, the ids that all its prompts begin with (None: it has
+    none), and the first bundles that lack each answer."""
 
     file: str
+    bytes: int
     counts: TokenCounts
     head: Ints | None
     lacking: dict[str, list[Lacking]]
@@ -121,7 +120,7 @@ def write_shard(folder: Path, number: int, tables: Iterable[pa.Table]) -> Shard:
     The tables may have the columns `file` and `line`, by which bundles that lack an answer are named; without them they
     are named by their number in the shard.
     """
-    shard = Shard(shard_file(number), TokenCounts(), None, {})
+    shard = Shard(shard_file(number), 0, TokenCounts(), None, {})
     # Uncompressed: a compressed column would have to be unpacked into each process, row by row of random access.
     with (
         atomic_file(folder / shard.file) as sink,
@@ -136,6 +135,7 @@ def write_shard(folder: Path, number: int, tables: Iterable[pa.Table]) -> Shard:
             shard.counts.add(TokenCounts.of(table))
             shard.head = _head(table, shard.head)
             writer.write_table(table.select(TOKENS.names).combine_chunks())
+    shard.bytes = (folder / shard.file).stat().st_size
     return shard
 
 
@@ -185,7 +185,10 @@ def _mapped(path: Path) -> list[pa.RecordBatch]:
 
 
 def finish_artifact(folder: Path, shards: Sequence[Shard], **manifest: Any) -> None:
-    """Write the manifest of a folder that has all its shards, in the order of its rows, with the given fields."""
+    """Write the manifest of a folder that has all its shards, in the order of its rows, with the given fields.
+
+    It lists the shards and the rejected rows. What killed tasks left of a shard is removed.
+    """
     counts = TokenCounts()
     head: Ints | None = None
     lacking: dict[str, list[Lacking]] = {}
@@ -195,8 +198,14 @@ def finish_artifact(folder: Path, shards: Sequence[Shard], **manifest: Any) -> N
             head = shard.head if head is None else _common(head, shard.head)
         for name, found in shard.lacking.items():
             lacking[name] = [*lacking.get(name, []), *found][:NAMED_FIRST]
+    for leftover in folder.glob(".rows-*.tmp-*"):
+        leftover.unlink(missing_ok=True)
+    files = {shard.file: shard.bytes for shard in shards}
+    if (rejects := folder / REJECTS_FILE).exists():
+        files[REJECTS_FILE] = rejects.stat().st_size
     write_manifest(
         folder,
+        files=files,
         artifact="tokens",
         format=FORMAT,
         shards=[shard.file for shard in shards],

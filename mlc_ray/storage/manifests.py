@@ -11,12 +11,13 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage.atomic import write_json_atomic
+from mlc_ray.storage.atomic import atomic_folder, write_json_atomic
 
 MANIFEST = "manifest.json"
 SEAL = "checksum"
@@ -34,15 +35,20 @@ class IncompleteArtifactError(ArtifactError):
     """A file that the manifest lists is missing or has another size, or there is no manifest at all."""
 
 
-def write_manifest(folder: str | Path, **fields: Any) -> dict[str, Any]:
+def write_manifest(folder: str | Path, *, files: Mapping[str, int] | None = None, **fields: Any) -> dict[str, Any]:
     """Write `manifest.json` into `folder`: the fields, and `files`, every other file's relative path and size in bytes.
 
     Call it last, when everything else is in place. Returns what was written.
+
+    Args:
+        folder: of the artefact.
+        files: the files, where other machines wrote some: what a network file system lists here may lag behind. None:
+            those that are in `folder`.
+        fields: whatever JSON can hold.
     """
     folder = Path(folder)
-    if "files" in fields:
-        raise ArtifactError("manifest field 'files' is filled in by write_manifest itself; pass another name")
-    manifest = sealed(json.loads(json.dumps({**fields, "files": _sizes(folder)})))
+    listed = _sizes(folder) if files is None else dict(sorted(files.items()))
+    manifest = sealed(json.loads(json.dumps({**fields, "files": listed})))
     write_json_atomic(folder / MANIFEST, manifest)
     return manifest
 
@@ -92,6 +98,31 @@ def verify_files(folder: str | Path, manifest: Mapping[str, Any]) -> None:
             raise IncompleteArtifactError(
                 f"{str(folder)!r} is incomplete: {name!r} is {word}, {actual} bytes instead of {expected}"
             )
+
+
+@contextmanager
+def artifact_folder(folder: Path) -> Iterator[Path]:
+    """`atomic_folder` for an artefact that other runs may make at the same time, with the same content.
+
+    An incomplete folder is replaced. A complete one, which another run made meanwhile, stays, and this run's is
+    removed: it may be in use already.
+    """
+    try:
+        with atomic_folder(folder, replace=folder.exists()) as temporary:
+            yield temporary
+            if _is_complete(folder):
+                raise FileExistsError(folder)
+    except FileExistsError:
+        if not _is_complete(folder):
+            raise
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        verify_files(folder, read_manifest(folder))
+    except IncompleteArtifactError:
+        return False
+    return True
 
 
 def checksum(content: bytes | Path) -> str:

@@ -19,7 +19,7 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.progress import phase
 from mlc_ray.storage import (
     IncompleteArtifactError,
-    atomic_folder,
+    artifact_folder,
     fingerprint,
     fingerprint_model,
     library_versions,
@@ -61,32 +61,19 @@ def prepare_reference(config: TrainConfig, tokens: TokenArtifact, *, layer: int,
         }
     )
     folder = cache_dir / f"reference-{key}"
-    if _complete(folder, say=True):
-        return folder
-    try:
-        with atomic_folder(folder, replace=folder.exists()) as temporary:
-            _compute(config, tokens, needed, temporary, gpu=gpu)
-            write_manifest(
-                temporary, fingerprint=key, tokens=tokens.fingerprint, bundles=len(tokens), versions=library_versions()
-            )
-            if _complete(folder):  # by another run, meanwhile: it may be in use, and is never moved aside
-                raise FileExistsError(folder)
-    except FileExistsError:  # another run finished while this one wrote: its folder has the same content
-        verify_files(folder, read_manifest(folder))
-    return folder
-
-
-def _complete(folder: Path, *, say: bool = False) -> bool:
-    """Whether `folder` is complete and can be used; with `say`, the reason why an existing one cannot is logged."""
-    if not folder.exists():
-        return False
-    try:
-        verify_files(folder, read_manifest(folder))
-    except IncompleteArtifactError as error:
-        if say:
+    if folder.exists():
+        try:
+            verify_files(folder, read_manifest(folder))
+        except IncompleteArtifactError as error:
             logger.warning("%s; computing it again", error)
-        return False
-    return True
+        else:
+            return folder
+    with artifact_folder(folder) as temporary:
+        _compute(config, tokens, needed, temporary, gpu=gpu)
+        write_manifest(
+            temporary, fingerprint=key, tokens=tokens.fingerprint, bundles=len(tokens), versions=library_versions()
+        )
+    return folder
 
 
 def load_reference(folder: Path) -> ReferenceRows:

@@ -23,7 +23,8 @@ from mlc_ray.storage import checksum
 from mlc_ray.train.engines.base import STATE_KINDS, StateShard
 
 FILE_BYTES = 2**29
-"""A file is written once it would hold so much: it is in host memory until then, as safetensors' bytes once more."""
+"""A file is written once it holds so much: it is in host memory until then, and as safetensors' bytes once more. It is
+larger by less than a shard, which an engine keeps short (`mlc_ray.train.engines.base.pieces`)."""
 
 Range = tuple[int, int, str]
 """Start and stop in the flattened parameter, and the file's name."""

@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mlc_ray.data.order import Order, bundles_consumed, epoch_order, steps_per_epoch, total_steps
+from mlc_ray.data.order import Order, epoch_order, steps_per_epoch, total_steps
 from mlc_ray.data.tables import keys_of
 
 IDS = keys_of(f"{number:04x}" for number in range(101))
@@ -72,10 +72,6 @@ def test_steps_count_over_epochs_and_stop_where_told():
     assert total_steps(101, epochs=2, batch_bundles=6, max_steps=None) == 34
     assert total_steps(101, epochs=2, batch_bundles=6, max_steps=5) == 5
     assert total_steps(101, epochs=2, batch_bundles=6, max_steps=500) == 34
-    assert [bundles_consumed(101, step, 6) for step in (0, 1, 16, 17, 18, 34)] == [0, 6, 96, 101, 107, 202]
-    assert [bundles_consumed(101, step, 6) for step in range(35)] == [
-        sum(map(len, batches()[:step])) for step in range(35)
-    ]
 
 
 def test_nothing_to_order_is_refused():

@@ -116,6 +116,30 @@ def test_contents_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     assert changed[path].digests[0] == first[path].digests[0] and changed != first
 
 
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"one")
+    os.utime(path, ns=(10**18, 10**18))
+
+    def changing(blocks):
+        path.write_bytes(b"two")
+        os.utime(path, ns=(10**18 + 1, 10**18 + 1))
+        return contents.read_blocks(blocks)
+
+    contents_of([path], changing)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("cache", ["{file}/cache", "~nobody-has-this-name/cache"])
+def test_without_a_cache_nothing_is_remembered(tmp_path, monkeypatch, cache):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"one")
+    os.utime(path, ns=(10**18, 10**18))
+    monkeypatch.setenv("MLC_RAY_CACHE", cache.format(file=path))
+    assert contents_of([path]) == contents_of([path])
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_folder_is_known_by_the_names_and_contents_of_its_files(tmp_path):
     def named(folder):
         (file,) = resolve_source(SourceSection(path=str(folder), format="rtp-lx"))

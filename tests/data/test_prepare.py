@@ -17,10 +17,10 @@ from mlc_ray.data.prepare import (
     token_fingerprint,
 )
 from mlc_ray.data.rejects import InvalidBundlesError
-from mlc_ray.data.store import TokenArtifact, shard_file, write_rows
+from mlc_ray.data.store import TokenArtifact, finish_artifact, shard_file, write_rows, write_shard
 from mlc_ray.data.tables import bundle_columns, keys_of, rows_to_table
 from mlc_ray.data.tokens import ChatTemplate, TokenizationError, load_tokenizer, tokenize_bundle
-from mlc_ray.storage import ArtifactError, IncompleteArtifactError
+from mlc_ray.storage import ArtifactError, IncompleteArtifactError, read_manifest
 from mlc_ray.types import TokenRow
 
 COUNT = 11
@@ -223,6 +223,15 @@ def stored(tmp_path):
 def test_rows_are_found_across_pieces_of_the_file(stored):
     artifact = TokenArtifact.open(stored)
     assert artifact.rows([9, 0, 4, 5, 3]) == [token_row(n) for n in (9, 0, 4, 5, 3)]
+
+
+def test_a_manifest_lists_what_was_written_and_no_leftovers(tmp_path):
+    shard = write_shard(tmp_path, 0, [rows_to_table([token_row(0)])])
+    (tmp_path / ".rows-00000.arrow.tmp-7-0a").write_bytes(b"of a killed task")
+    (tmp_path / "rows-00001.arrow").write_bytes(b"what no task reported")
+    finish_artifact(tmp_path, [shard], fingerprint="x", rejected={})
+    assert read_manifest(tmp_path)["files"] == {shard.file: (tmp_path / shard.file).stat().st_size}
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_damaged_or_foreign_folders_do_not_open(stored):

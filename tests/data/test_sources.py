@@ -2,6 +2,7 @@ import codecs
 import importlib
 import json
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from mlc_ray._registry import names
 from mlc_ray.config import ConfigError, DataSection, SourceSection, parse_config
 from mlc_ray.data.bundles import BundleFileError, RejectedRow, make_bundle
+from mlc_ray.data.formats import columnar
 from mlc_ray.data.formats.base import Format
 from mlc_ray.data.sources import SourceFile, make_format, read_file, resolve_source, sample_path
 
@@ -184,6 +186,16 @@ def test_parquet_structs_and_maps_leave_absent_languages_absent(tmp_path, as_map
     pq.write_table(table.append_column("score", pa.array([1, 2])), tmp_path / "x.parquet")
     with pytest.raises(BundleFileError, match="unknown key 'score'"):
         read(tmp_path / "x.parquet")
+
+
+def test_a_saved_dataset_is_loaded_once_and_again_when_it_changed(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list([OWN]).save_to_disk(tmp_path / "own")
+    first = columnar.load_dataset(str(tmp_path / "own"))
+    assert columnar.load_dataset(str(tmp_path / "own")) is first
+    shutil.rmtree(tmp_path / "own")
+    datasets.Dataset.from_list([OWN, OWN]).save_to_disk(tmp_path / "own")
+    assert (len(first), len(columnar.load_dataset(str(tmp_path / "own")))) == (1, 2)
 
 
 def test_saved_datasets_in_both_shapes(tmp_path):

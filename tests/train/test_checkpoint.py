@@ -27,7 +27,9 @@ from mlc_ray.train.checkpoint import (
     verified_manifest,
 )
 from mlc_ray.train.collectives import from_rank_zero
+from mlc_ray.train.engines import base
 from mlc_ray.train.engines.base import STATE_KINDS, StateShard, owned_ranges
+from mlc_ray.train.engines.zero_state import Fragment, ZeroState
 from mlc_ray.train.export import export, model_card
 from mlc_ray.train.shards import CheckpointError, ShardReader, index_of, write_shards
 from tests.train.tiny import (
@@ -397,6 +399,36 @@ def test_any_range_is_read_from_the_files_that_hold_it(written):
     written.files.clear()
     written("b", 0, 7)
     assert len(written.files) == 1
+
+
+def test_a_large_parameter_is_written_in_files_of_bounded_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "PIECE_ELEMENTS", 16)
+    monkeypatch.setattr(shards, "FILE_BYTES", 500)
+    module = torch.nn.Linear(100, 3)
+    adamw = torch.optim.AdamW(module.parameters())
+    module(torch.rand(4, 100)).sum().backward()
+    adamw.step()
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    states = [ZeroState(module, adamw, 0, rank, 2) for rank in range(2)]
+    parts = [write_shards(tmp_path, rank, state.owned())[0] for rank, state in enumerate(states)]
+    weights = torch.cat([torch.cat(list(load_file(file).values())) for file in tmp_path.iterdir()])
+    assert len(weights) == 3 * sum(sizes.values())
+    written = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in tmp_path.iterdir()]
+    assert len(written) > 6 and max(written) < 500 + 3 * 4 * 16
+    read = ShardReader(tmp_path, index_of(parts, sizes))
+    for name, parameter in module.named_parameters():
+        values = read(name, 0, parameter.numel())
+        assert torch.equal(values["master"], parameter.detach().flatten())
+        assert torch.equal(values["exp_avg"], adamw.state[parameter]["exp_avg"].flatten())
+
+
+def test_pieces_of_a_fragment_are_its_elements(monkeypatch):
+    monkeypatch.setattr(base, "PIECE_ELEMENTS", 4)
+    flat = torch.arange(20.0)
+    fragment = Fragment("a", torch.nn.Parameter(flat), 3, 13, flat, 5)
+    found = list(fragment.pieces())
+    assert [(piece.start, piece.stop) for piece in found] == [(3, 7), (7, 11), (11, 13)]
+    assert torch.cat([piece.of(flat) for piece in found]).tolist() == fragment.of(flat).tolist()
 
 
 def test_files_of_state_run_no_code_and_damage_names_the_file(written, tmp_path):

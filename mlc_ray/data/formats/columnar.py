@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,18 @@ def is_saved_dataset(folder: Path) -> bool:
 def load_dataset(path: str) -> Any:
     """The `datasets.Dataset` of a saved folder or of a hub name `NAME[@CONFIG][:SPLIT]`.
 
+    A process loads it once, however many parts of it it reads, and a folder again when a file in it changed.
+
     Raises:
         BundleFileError: it cannot be loaded, or has several splits and none is named.
     """
+    files = [(str(file), file.stat()) for file in sorted(Path(path).rglob("*"))] if Path(path).is_dir() else []
+    return _load_dataset(path, tuple((name, state.st_size, state.st_mtime_ns) for name, state in files))
+
+
+@lru_cache(maxsize=16)
+def _load_dataset(path: str, files: tuple[tuple[str, int, int], ...]) -> Any:
+    """`files` are a saved folder's, with sizes and times of change."""
     import datasets  # two seconds, and only this format needs it
     from datasets.exceptions import DatasetsError
 

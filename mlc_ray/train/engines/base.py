@@ -54,6 +54,10 @@ class StateShard:
     tensors: Mapping[str, Tensor]
 
 
+PIECE_ELEMENTS = 2**22
+"""48 MiB with the two moments, so that files of 512 MiB are at most a tenth larger; an embedding of 250,000 tokens and
+4,096 dimensions has a billion elements, 11.4 GiB."""
+
 StateReader = Callable[[str, int, int], Mapping[str, "Tensor"]]
 """`read(name, start, stop)` gives the `tensors` of that range, whoever wrote them and in whatever pieces."""
 
@@ -147,7 +151,8 @@ class Engine(ABC):
         """What this worker writes into a checkpoint, one range after another; every worker calls it.
 
         The ranges of all workers together are every trainable parameter, each element once. Which ranges a worker owns
-        is the engine's to say: a checkpoint is read by name and range, by any engine on any number of workers.
+        is the engine's to say: a checkpoint is read by name and range, by any engine on any number of workers. Cut long
+        ones by `pieces`: a file of a checkpoint holds whole shards, and is in host memory until it is written.
         """
 
     @abstractmethod
@@ -160,8 +165,16 @@ class Engine(ABC):
         """
 
 
+def pieces(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """A range cut into ranges of at most `PIECE_ELEMENTS`, in which `Engine.owned_state` yields it."""
+    for begin in range(start, stop, PIECE_ELEMENTS):
+        yield begin, min(begin + PIECE_ELEMENTS, stop)
+
+
 def owned_ranges(sizes: Mapping[str, int], rank: int, workers: int) -> Iterator[tuple[str, int, int]]:
     """Name, start and stop of what `rank` owns where every worker holds everything: an equal share of all elements.
+
+    They are in `pieces`.
 
     `sizes` are the parameters' numbers of elements, in the same order on every worker.
     """
@@ -169,8 +182,8 @@ def owned_ranges(sizes: Mapping[str, int], rank: int, workers: int) -> Iterator[
     first, end = total * rank // workers, total * (rank + 1) // workers
     for name, size in sizes.items():
         start, stop = max(first - offset, 0), min(end - offset, size)
-        if start < stop:
-            yield name, start, stop
+        for begin, reached in pieces(start, stop):
+            yield name, begin, reached
         offset += size
 
 

@@ -9,13 +9,14 @@ does not know the order of `round_robin_gradients`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mlc_ray.train.engines.base import STATE_KINDS, StateReader, StateShard, owned_ranges
+from mlc_ray.train.engines.base import STATE_KINDS, StateReader, StateShard, owned_ranges, pieces
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,11 @@ class Fragment:
         """The fragment's elements in `flat`, or in a moment of the same shape; a view."""
         return whole.detach().view(-1).narrow(0, self.offset, self.stop - self.start)
 
+    def pieces(self) -> Iterator[Fragment]:
+        """The same elements in fragments that are short enough for a checkpoint."""
+        for start, stop in pieces(self.start, self.stop):
+            yield replace(self, start=start, stop=stop, offset=self.offset + start - self.start)
+
 
 class ZeroState:
     """Optimizer state of DeepSpeed's engine for `module`, by parameter name and range."""
@@ -49,7 +55,8 @@ class ZeroState:
 
     def owned(self) -> Iterator[StateShard]:
         """The shards that this worker writes."""
-        for fragment in self._divided() if self.stage == 0 else self._fragments():
+        held = self._divided() if self.stage == 0 else self._fragments()
+        for fragment in chain.from_iterable(each.pieces() for each in held):
             moments = self.adamw.state[fragment.flat]
             tensors = {"master": fragment.flat, **{kind: moments[kind] for kind in STATE_KINDS[1:]}}
             on_host = {kind: fragment.of(tensor).to("cpu", torch.float32) for kind, tensor in tensors.items()}
