@@ -50,7 +50,9 @@ class S3Server:
         (self.folder / "data").mkdir(exist_ok=True)
         options = {
             "dir": self.folder / "data", "ip": "127.0.0.1", "volume.max": 10, "s3": "true",
-            "s3.config": self.folder / "s3.json", "master.volumeSizeLimitMB": 256, **self.ports,
+            "s3.config": self.folder / "s3.json", "master.volumeSizeLimitMB": 256, "master.telemetry": "false",
+            # What else it would serve, at ports of which a machine has one.
+            "s3.port.iceberg": 0, "s3.port.lance": 0, **self.ports,
         }  # fmt: skip
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
