@@ -131,7 +131,6 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     (_,) = (folder / "trials" / "cache").glob("reference-*")
     fingerprints = [json.loads((run / "run.json").read_text())["fingerprints"] for run in runs]
     assert fingerprints[0]["tokens"] == fingerprints[1]["tokens"]
-    assert fingerprints[0]["reference"] == fingerprints[1]["reference"]
     # Every checkpoint was scored, by weights that are not those of the other checkpoints.
     scores = [load_scores(path) for run in runs for path in sorted((run / "scores").iterdir())]
     baseline = load_scores(folder / "baseline")
