@@ -113,6 +113,13 @@ class Scene:
         """Start the second node."""
         self._start_node(f"--address={self.address}")
 
+    def wait_for_nodes(self) -> None:
+        """Wait until the living nodes are those that were started; this process has joined the cluster."""
+        import ray
+
+        started = len(self.nodes)
+        _wait(lambda: sum(node["Alive"] for node in ray.nodes()) == started, f"{started} nodes")
+
     def _start_node(self, *options: str) -> None:
         command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=1", *options]
         if "--head" in options:  # sockets lie in it: a short path
@@ -261,6 +268,7 @@ def node(run: Run) -> None:
     """SIGKILL of a node, and another in its place."""
     run.scene.kill_node()
     run.scene.start_worker_node()
+    run.scene.wait_for_nodes()
 
 
 def write(run: Run) -> None:
@@ -424,6 +432,7 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         scene.start_head()
         scene.start_worker_node()
         ray.init(address=scene.address, log_to_driver=False)
+        scene.wait_for_nodes()
         alone = Run(scene, "undisturbed", folder / "runs")
         alone.end()
 
