@@ -24,6 +24,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.1"  # else reports closer than 2 s block up to 1.9 s
 os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"  # else prints appear twice
+# Else a call of Ray's without one starts it, or waits for minutes for one that has ended meanwhile.
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
 # Else whatever runs beside the tests starves their workers.
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, Ray's own spelling
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -50,7 +50,7 @@ def train(rank, folder, sources_of, disturb, seed):
 
         noticed = highest(sources_of(folder))
         if attempt == 0 and rank == 1:  # the other worker learns of it by the step's reduction
-            Forwards(engine, random.Random(seed).randint(1, 8), lambda: disturb(folder))
+            Forwards(engine, random.Random(seed).randint(1, 7), lambda: disturb(folder))  # the 8th is of the last step
         try:
             run_engine(
                 config, random_rows(8), STEPS, save=save, engine=engine, progress=progress, noticed=noticed,

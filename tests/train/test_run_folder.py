@@ -216,7 +216,7 @@ def dotted_leaves(schema, prefix=""):
 
 
 def prepared_run(tmp_path, monkeypatch):
-    """Let `train` come as far as `fit`, with nothing prepared and no Ray."""
+    """Let `train` come as far as `fit`, with nothing prepared; Ray runs for the lease alone."""
     prepared = PreparedData(SimpleNamespace(folder=tmp_path / "tokens"), None, {})
     for name, result in {"model_depth": 3, "use_gpu": False, "prepare_data": prepared, "_total_steps": 8}.items():
         monkeypatch.setattr(run, name, lambda *_, result=result, **__: result)
@@ -224,7 +224,7 @@ def prepared_run(tmp_path, monkeypatch):
         monkeypatch.setattr(run, name, lambda *_, **__: None)
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
+def test_ctrl_c_says_how_to_go_on(ray_local, tmp_path, monkeypatch):
     def fit(_):  # Ray Train's handler ends the workers, and then the program
         signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
         os.kill(os.getpid(), signal.SIGINT)
@@ -238,7 +238,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_sigterm_to_a_worker_ends_a_run_without_restarts_as_a_preemption(tmp_path, monkeypatch):
+def test_sigterm_to_a_worker_ends_a_run_without_restarts_as_a_preemption(ray_local, tmp_path, monkeypatch):
     def fit(_):
         raise WorkerGroupError("rank 1: ...", {1: ended_by(Notice.RESTART, 5)})
 
@@ -250,7 +250,7 @@ def test_sigterm_to_a_worker_ends_a_run_without_restarts_as_a_preemption(tmp_pat
     assert (caught.value.step, caught.value.exit_status) == (5, 143)
 
 
-def test_a_run_that_another_driver_ended_meanwhile_is_not_started(started, tmp_path, monkeypatch):
+def test_a_run_that_another_driver_ended_meanwhile_is_not_started(ray_local, started, tmp_path, monkeypatch):
     prepared_run(tmp_path, monkeypatch)
     answers = iter([None, TrainResult(started, started / "train/checkpoint_000008", {})])
     monkeypatch.setattr(run, "ended", lambda _: next(answers))  # before the lease, and once it is held
