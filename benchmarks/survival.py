@@ -271,11 +271,16 @@ def node(run: Run) -> None:
     run.scene.wait_for_nodes()
 
 
+def _checkpoints(run: Run, *, whole: bool = False) -> list[Path]:
+    """Folders of checkpoints; with `whole`, of those that have their manifest."""
+    return sorted((run.folder / "train").glob("checkpoint_??????" + ("/manifest.json" if whole else "")))
+
+
 def write(run: Run) -> None:
     """SIGKILL of a worker while a checkpoint is written."""
 
     def writing() -> bool:
-        if list((run.folder / "train").glob(".checkpoint_*")):
+        if len(_checkpoints(run)) > len(_checkpoints(run, whole=True)):
             for process in run.scene.workers()[:1]:
                 _kill(process)
             return True
@@ -294,14 +299,13 @@ def term(run: Run) -> None:
 def damage(run: Run) -> None:
     """A damaged newest checkpoint, where there is one before it: a run whose checkpoints are all damaged ends."""
 
-    def found() -> list[Path]:
-        return sorted(path for path in (run.folder / "train").glob("checkpoint_*") if path.name[11:].isdigit())
-
-    _wait(lambda: len(found()) > 1 or run.driver.poll() is not None, "a second checkpoint")
+    _wait(lambda: len(_checkpoints(run, whole=True)) > 1 or run.driver.poll() is not None, "a second checkpoint")
     run.kill_driver()
     _wait(lambda: not run.scene.workers(), "the end of the workers")
-    if len(checkpoints := found()) > 1:
-        files = [path for path in sorted(checkpoints[-1].rglob("*")) if path.is_file() and path.stat().st_size > 8]
+    if len(checkpoints := _checkpoints(run, whole=True)) > 1:
+        files = [
+            path for path in sorted(checkpoints[-1].parent.rglob("*")) if path.is_file() and path.stat().st_size > 8
+        ]
         victim = run.scene.random.choice(files)
         content = bytearray(victim.read_bytes())
         if run.scene.random.random() < 0.5:
@@ -364,6 +368,7 @@ def left_behind(scene: Scene, run: Run) -> list[str]:
 
     kept = ".validate_storage_marker"  # Ray Train's
     names = [path for path in run.folder.rglob(".*") if path.name != kept]
+    names += [path for path in _checkpoints(run) if not (path / "manifest.json").is_file()]
     names += [path for path in scene.temporary.iterdir() if path.name.startswith("mlc_ray")]
     found = [str(path) for path in names]
 

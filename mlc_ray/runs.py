@@ -35,6 +35,8 @@ CONFIG_FILE, RUN_FILE, METRICS_FILE, TRAIN_FOLDER, SCORES_FOLDER, DIVERGED_FILE 
     "config.yaml", "run.json", "metrics.jsonl", "train", "scores", "diverged.json",
 )  # fmt: skip
 """Of a run; `diverged.json` says at which step it diverged, until it goes on past that step."""
+DAMAGED_FILE = "damaged.txt"
+"""Of a checkpoint that was found damaged at a start, which is passed over from then on: what is wrong with it."""
 MLFLOW_FILE = "mlflow.json"
 """The ids of a run's runs in MLflow, by tracking URI."""
 LEASE_FILE = "lease.json"
@@ -153,45 +155,42 @@ def user_cache() -> Path:
 class CheckpointFolder:
     """A complete checkpoint of a run, and the optimizer step after which it was written."""
 
-    folder: Path
+    folder: Place
     step: int
 
 
-def checkpoint_folder(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Place, step: int) -> Place:
     """Where the checkpoint of an optimizer step lies."""
     return run / TRAIN_FOLDER / f"checkpoint_{step:06d}"
 
 
-def checkpoint_folders(run: Path) -> list[tuple[int, Path]]:
-    """Step and folder of every checkpoint of a run by their names, whole or not, oldest first.
-
-    Not one that is being written or removed, nor what was set aside or a user has put beside them: their names differ.
-    """
-    found = ((_CHECKPOINT.fullmatch(folder.name), folder) for folder in (run / TRAIN_FOLDER).glob("checkpoint_*"))
-    return sorted((int(match[1]), folder) for match, folder in found if match and folder.is_dir())
+def checkpoint_folders(run: Place) -> list[tuple[int, Place]]:
+    """Step and folder of every checkpoint of a run by their names, whole or not, oldest first."""
+    found = ((_CHECKPOINT.fullmatch(folder.name), folder) for folder in (run / TRAIN_FOLDER).iterdir())
+    return sorted(((int(match[1]), folder) for match, folder in found if match), key=lambda each: each[0])
 
 
-def unfinished_files(run: Path) -> tuple[int, int]:
-    """How many files, and bytes in them, the checkpoints of a run have that are being written or removed just now.
-
-    Raises:
-        OSError: One of them was renamed or removed meanwhile.
-    """
-    sizes = [
-        status.st_size
-        for folder in (run / TRAIN_FOLDER).glob(".checkpoint_*")
-        for status in (path.stat() for path in folder.rglob("*"))
-    ]
-    return len(sizes), sum(sizes)
+def is_set_aside(checkpoint: Place) -> bool:
+    """Whether a checkpoint was found damaged at a start."""
+    return (checkpoint / DAMAGED_FILE).is_file()
 
 
-def complete_checkpoints(run: Path) -> tuple[list[CheckpointFolder], list[str]]:
+def checkpoint_sizes(run: Place) -> tuple[int, int]:
+    """How many files all checkpoints of a run have, and bytes in them: what grows while one is written."""
+    sizes = (run / TRAIN_FOLDER).sizes()
+    return len(sizes), sum(sizes.values())
+
+
+def complete_checkpoints(run: Place) -> tuple[list[CheckpointFolder], list[str]]:
     """The complete checkpoints of a run, oldest first, and what is wrong with the others.
 
     The manifest is what is trusted: its step, and every file that it lists with its size.
     """
     complete, faults = [], []
     for _, folder in checkpoint_folders(run):
+        if is_set_aside(folder):
+            faults.append(f"{str(folder)!r} is damaged: {DAMAGED_FILE} in it says where")
+            continue
         try:
             manifest = read_manifest(folder)
             verify_files(folder, manifest)
@@ -358,9 +357,9 @@ def _read_object(file: Path, fix: str) -> dict[str, Any]:
 
 def _of_run(run: Path) -> Path:
     """The newest complete checkpoint, else the export."""
-    complete, faults = complete_checkpoints(run)
+    complete, faults = complete_checkpoints(Place(run))
     if complete:
-        return _of_checkpoint(complete[-1].folder)
+        return _of_checkpoint(Path(complete[-1].folder))
     if (run / "export" / "config.json").is_file():
         return _with_weights(run / "export")
     looked = (

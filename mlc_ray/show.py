@@ -29,7 +29,6 @@ from mlc_ray.runs import (
     SCORES_FOLDER,
     SEARCH_CONFIG_FILE,
     STOPPED_FILE,
-    TRAIN_FOLDER,
     TRIALS_FILE,
     TRIALS_FOLDER,
     UTILITY_FILE,
@@ -41,7 +40,7 @@ from mlc_ray.runs import (
 )
 from mlc_ray.score.results import load_scores
 from mlc_ray.stats.rates import Interval, SideSummary, Summary
-from mlc_ray.storage import MANIFEST, Place
+from mlc_ray.storage import Place
 from mlc_ray.utility.file import load_utility
 
 Line = tuple[str, str]
@@ -161,12 +160,9 @@ def _diverged_next(folder: Place, config: Mapping[str, Any]) -> list[str]:
 
 
 def _checkpoints(folder: Place) -> tuple[list[int], list[str]]:
-    """Steps of the complete checkpoints, and the faults of the others; elsewhere than here sizes are not compared."""
-    if folder.is_local:
-        complete, faults = complete_checkpoints(Path(folder))
-        return [checkpoint.step for checkpoint in complete], faults
-    found = [child / MANIFEST for child in (folder / TRAIN_FOLDER).iterdir() if child.name.startswith("checkpoint_")]
-    return sorted(int(_json(file).get("step", 0)) for file in found if file.is_file()), []
+    """Steps of the complete checkpoints, and the faults of the others."""
+    complete, faults = complete_checkpoints(folder)
+    return [checkpoint.step for checkpoint in complete], faults
 
 
 def _metrics(row: Mapping[str, Any]) -> str:

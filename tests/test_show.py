@@ -37,7 +37,7 @@ def said(folder: Path) -> dict[str, str]:
 
 
 def checkpoint(run: Path, step: int) -> Path:
-    folder = checkpoint_folder(run, step)
+    folder = Path(checkpoint_folder(Place(run), step))
     folder.mkdir(parents=True)
     (folder / "weights").write_text("w")
     write_manifest(folder, step=step)

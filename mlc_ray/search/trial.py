@@ -40,7 +40,7 @@ from mlc_ray.search.objectives.base import BENIGN, HARMFUL, TrialScore, make_obj
 from mlc_ray.search.results import Trial, ending
 from mlc_ray.search.space import Space
 from mlc_ray.search.tune import FINISHED, STEP
-from mlc_ray.storage import fingerprint, fingerprint_model, write_json_atomic
+from mlc_ray.storage import Place, fingerprint, fingerprint_model, write_json_atomic
 
 
 class SearchError(MlcRayError):
@@ -215,7 +215,7 @@ def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
         callbacks=[ScoreReports()],  # type: ignore[no-untyped-call]
         display=False,
     )
-    last = find_checkpoint(folder)
+    last = Path(find_checkpoint(Place(folder)))
     step = int(json.loads((last / "manifest.json").read_text(encoding="utf-8"))["step"])
     if not (folder / SCORES_FOLDER / _STEP_FOLDER.format(step) / SCORES_FILE).is_file():
         # it died between its last checkpoint and the score of it

@@ -6,6 +6,7 @@
 
 from mlc_ray.storage.atomic import atomic_folder, write_json_atomic
 from mlc_ray.storage.base import (
+    MANIFEST,
     Place,
     Storage,
     StorageError,
@@ -19,7 +20,6 @@ from mlc_ray.storage.fingerprints import (
     fingerprint_tokenizer,
 )
 from mlc_ray.storage.manifests import (
-    MANIFEST,
     SEAL,
     ArtifactError,
     IncompleteArtifactError,

@@ -19,8 +19,8 @@ import os
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -28,7 +28,9 @@ from mlc_ray._registry import UnknownComponentError, resolve
 from mlc_ray.config.paths import real_path, scheme_of
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage.atomic import json_text
-from mlc_ray.storage.manifests import MANIFEST
+
+MANIFEST = "manifest.json"
+"""What a folder has once it is complete: see `mlc_ray.storage.manifests`."""
 
 
 class StorageError(MlcRayError, ValueError):
@@ -57,6 +59,24 @@ class Storage(ABC):
     @abstractmethod
     def remove(self, url: str) -> None:
         """Remove a file, or a folder with all that is in it; what does not exist is ignored."""
+
+    def write_bytes(self, url: str, content: bytes) -> None:
+        """Write a file that is in memory; it appears whole, or replaces an older one."""
+        with self.open(url, "wb") as file:
+            file.write(content)
+
+    def sizes(self, url: str, names: Iterable[str] | None = None) -> dict[str, int]:
+        """Bytes of each file in a folder and in the folders beneath it, by its path in the folder.
+
+        With `names`, of these files alone; one that is not there is left out.
+        """
+        if names is None:
+            names = self._names(url)
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError), self.open(_join(url, name)) as file:
+                found[name] = file.seek(0, os.SEEK_END)
+        return found
 
     def publish(self, local: Path, url: str, *, last: Sequence[str] = (MANIFEST,)) -> None:
         """Copy a finished file or folder of this machine to `url`; files called as in `last` come last, in that order.
@@ -87,6 +107,14 @@ class Storage(ABC):
             raise FileNotFoundError(f"nothing is at {url!r}")
         for name in names:
             self.fetch(_join(url, name), local / name)
+
+    def _names(self, url: str) -> Iterator[str]:
+        """Paths of all files beneath a folder."""
+        for name in self.list(url):
+            if self.exists(_join(url, name)):
+                yield name
+            else:
+                yield from (f"{name}/{inside}" for inside in self._names(_join(url, name)))
 
     def _send(self, local: Path, url: str) -> None:
         with local.open("rb") as source, self.open(url, "wb") as target:
@@ -211,10 +239,17 @@ class Place:
         """
         return json.loads(self.read_text())
 
+    def sizes(self, names: Iterable[str] | None = None) -> dict[str, int]:
+        """Bytes of the files in a folder, by their paths in it; see `Storage.sizes`."""
+        return self.storage.sizes(self.url, names)
+
+    def write_bytes(self, content: bytes) -> None:
+        """Write the whole file; a reader sees the old one or the new one."""
+        self.storage.write_bytes(self.url, content)
+
     def write_text(self, text: str) -> None:
         """Write the whole file; a reader sees the old one or the new one."""
-        with self.open("wb") as file:
-            file.write(text.encode("utf-8"))
+        self.write_bytes(text.encode("utf-8"))
 
     def write_json(self, value: Any) -> None:
         """Write `value` as indented JSON; NaN is refused (ValueError)."""

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mlc_ray.storage.manifests import MANIFEST, ArtifactError
+from mlc_ray.storage.base import MANIFEST
+from mlc_ray.storage.manifests import ArtifactError
 
 _DIGITS = 16
 _SAMPLES = 64

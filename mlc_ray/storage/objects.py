@@ -8,11 +8,12 @@ is used: an object is written whole, large ones in parts that become one object 
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -64,6 +65,20 @@ class ObjectStorage(Storage):
         with _faults_named(url):
             found = self.file_system(url).get_file_info(fs.FileSelector(self.key(url), allow_not_found=True))
         return sorted(each.base_name for each in found)
+
+    def write_bytes(self, url: str, content: bytes) -> None:
+        """Sent from memory."""
+        self._stream(io.BytesIO(content), url)
+
+    def sizes(self, url: str, names: Iterable[str] | None = None) -> dict[str, int]:
+        """As the store lists them, with one request for many."""
+        from pyarrow import fs
+
+        folder = self.key(url)
+        with _faults_named(url):
+            listed = self.file_system(url).get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=True))
+        found = {each.path.removeprefix(f"{folder}/"): int(each.size) for each in listed if each.is_file}
+        return found if names is None else {name: found[name] for name in names if name in found}
 
     def remove(self, url: str) -> None:
         """Remove an object, or all whose keys begin with it as a folder."""

@@ -20,7 +20,7 @@ from mlc_ray._registry import shipped_only
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.losses.objective import Objective, public_settings
 from mlc_ray.runs import PROVENANCE_FILE, RUN_FILE, output_folder
-from mlc_ray.storage import IncompleteArtifactError, atomic_folder, verify_checksums, write_json_atomic
+from mlc_ray.storage import IncompleteArtifactError, Place, atomic_folder, verify_checksums, write_json_atomic
 from mlc_ray.train.checkpoint import find_checkpoint, verified_manifest
 from mlc_ray.train.shards import CheckpointError
 
@@ -60,8 +60,8 @@ def export(
         OutputFolderError: `out` is a URL, or relative inside a Ray job.
     """
     out = output_folder(out, setting="out")
-    source = find_checkpoint(Path(run), checkpoint)
-    manifest = verified_manifest(source)
+    source = Path(find_checkpoint(Place(run), checkpoint))
+    manifest = verified_manifest(Place(source))
     with nullcontext() if trust_remote_code else shipped_only("add --trust-remote-code if you trust that module"):
         config = parse_config(TrainConfig, manifest["config"])
     if merge_lora and config.model.lora is None:

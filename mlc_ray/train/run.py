@@ -22,8 +22,8 @@ from mlc_ray.lease import LeaseGuard, lease
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.nodes import check_nodes
-from mlc_ray.runs import TRAIN_FOLDER
-from mlc_ray.storage import absolute_if_here, fingerprint_model
+from mlc_ray.runs import TRAIN_FOLDER, read_metrics
+from mlc_ray.storage import Place, absolute_if_here, fingerprint_model
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.console import RunDisplay
@@ -165,8 +165,6 @@ def _fit(
 ) -> TrainResult:
     """Have Ray Train run the workers to their end."""
     run_folder, steps = spec.run_folder, spec.total_steps
-    # Ray Train's list of earlier checkpoints: it would refuse to start where one of them is gone, and is not read here.
-    (run_folder / TRAIN_FOLDER / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     trainer = TorchTrainer(
         cast(Any, train_worker),
         train_loop_config={"spec": spec},
@@ -194,7 +192,7 @@ def _fit(
             StopFile(run_folder, spec.lease).at_sigterm(),
             keyboard_interrupt(f"to go on: mlc-ray train --resume {run_folder}"),
         ):
-            fitted: Any = trainer.fit()
+            trainer.fit()
     except DivergedError as error:
         record_divergence(run_folder, error)
         raise DivergedError(
@@ -219,7 +217,7 @@ def _fit(
         if (hung := hang_error(run_folder, spec.lease)) is not None:
             raise hung from error
         raise
-    return TrainResult(run_folder, find_checkpoint(run_folder), dict(fitted.metrics or {}))
+    return TrainResult(run_folder, find_checkpoint(Place(run_folder)), read_metrics(run_folder)[-1])
 
 
 def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool) -> PreparedData:

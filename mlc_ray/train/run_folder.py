@@ -33,7 +33,7 @@ class TrainResult:
     """Where a finished run is, its newest checkpoint, and the last step's metrics."""
 
     run_folder: Path
-    checkpoint: Path
+    checkpoint: Place
     metrics: Metrics
 
 
@@ -97,8 +97,8 @@ def changed_settings(folder: Path, config: TrainConfig) -> list[Change]:
 def ended(folder: Path) -> TrainResult | None:
     """What the run in `folder` came to, if the checkpoint of its last step is there."""
     steps = _facts(folder).get("total_steps")
-    checkpoints = list_checkpoints(folder)
-    if steps is None or not checkpoints or checkpoints[-1] != checkpoint_folder(folder, steps):
+    checkpoints = list_checkpoints(Place(folder))
+    if steps is None or not checkpoints or checkpoints[-1] != checkpoint_folder(Place(folder), steps):
         return None
     rows = list(read_metrics(folder))
     return TrainResult(folder, checkpoints[-1], rows[-1] if rows else {})
@@ -156,7 +156,7 @@ def record_start(
     changed = changed_settings(folder, config)
     if "fingerprints" in facts:
         refuse_other_content(facts["fingerprints"], fingerprints, changed, folder)
-    complete, _ = complete_checkpoints(folder)
+    complete, _ = complete_checkpoints(Place(folder))
     when = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": complete[-1].step if complete else 0}
     history = [{**when, "field": each.field, "before": each.before, "now": each.now} for each in changed]
     write_json_atomic(

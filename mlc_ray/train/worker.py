@@ -7,13 +7,13 @@ import logging
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2._internal.execution.context import get_train_context
 
@@ -26,7 +26,8 @@ from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.lease import LeaseGuard
 from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
-from mlc_ray.runs import unfinished_files
+from mlc_ray.runs import checkpoint_sizes
+from mlc_ray.storage import Place
 from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint, save_checkpoint
 from mlc_ray.train.checks import check_batch, check_tap
 from mlc_ray.train.divergence import forget_divergence
@@ -81,7 +82,8 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
     watchdog.beat("verifying the checksums of a checkpoint, with all workers")
     # From the folder, not from Ray's list, which names what was reported, not what is there and undamaged.
     progress = Progress()
-    if (checkpoint := agree_on_checkpoint(spec.run_folder)) is not None:
+    run = Place(spec.run_folder)
+    if (checkpoint := agree_on_checkpoint(run)) is not None:
         watchdog.beat("loading the checkpoint")
         progress = load_checkpoint(checkpoint, engine=engine, config=config, fingerprints=spec.fingerprints)
     watchdog.beat("opening its data", progress.step)
@@ -111,27 +113,21 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
                 forget_divergence(spec.run_folder, step)
 
         def save(at: Progress, metrics: Metrics) -> None:
-            if rank == 0:  # it gives the checkpoint its name; the others write once it has made the folder
+            if rank == 0:  # it removes and completes for all
                 guard.check(now=True)
             watchdog.beat("saving a checkpoint, with all workers")
             # A worker that has written its files waits for the slowest one: what any of them writes is progress.
-            with watchdog.while_changing(partial(unfinished_files, spec.run_folder)):
+            with watchdog.while_changing(partial(checkpoint_sizes, run)):
                 folder = save_checkpoint(
-                    spec.run_folder,
+                    run,
                     engine=engine,
                     tokenizer=tokenizer,
                     config=config,
                     progress=at,
                     fingerprints=spec.fingerprints,
                 )
-            watchdog.beat("reporting a checkpoint, with all workers")
-            ray.train.report(
-                {"step": at.step, **metrics},
-                checkpoint=Checkpoint(str(folder)),
-                checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,  # it lies where Ray would bring it
-            )
             if spec.score is not None:
-                score = partial(spec.score, spec.run_folder, folder, at.step)
+                score = partial(spec.score, spec.run_folder, Path(folder), at.step)
                 with watchdog.off():  # scoring takes as long as it takes, while the other workers wait
                     ray.train.report(_on_first_worker(score))
             watchdog.beat("between two steps")

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import mlc_ray
 from mlc_ray.config.train import CheckpointSection
+from mlc_ray.runs import resolve_model
+from mlc_ray.storage import MANIFEST, Place
 from mlc_ray.train import checkpoint as checkpoint_module
 from mlc_ray.train import shards
 from mlc_ray.train.checkpoint import (
@@ -106,9 +108,8 @@ def config_of(layout, model_folder, **sections):
 
 def saving(run, config, engine):
     def save(progress, metrics):
-        save_checkpoint(
-            run, engine=engine, tokenizer=tokenizer(), config=config, progress=progress, fingerprints=FINGERPRINTS
-        )
+        content = {"config": config, "progress": progress, "fingerprints": FINGERPRINTS}
+        save_checkpoint(Place(run), engine=engine, tokenizer=tokenizer(), **content)
 
     return save
 
@@ -139,7 +140,7 @@ def go_on(rank, folder, model_folder, pairs):
         # With adapters, frozen weights are those of the model that both runs name; all others come from the checkpoint.
         engine = make_engine(config, wrapped(config, seed=0 if config.model.lora else 9))
         torch.manual_seed(77)
-        checkpoint = find_checkpoint(folder / f"{before[0]} {before[1]}", "checkpoint_000002")
+        checkpoint = find_checkpoint(Place(folder / f"{before[0]} {before[1]}"), "checkpoint_000002")
         progress = load_checkpoint(checkpoint, engine=engine, config=config, fingerprints=FINGERPRINTS)
         start = (progress.step, progress.bundles)
         saving(folder / f"{before} as {now}", config, engine)(progress, {})
@@ -163,8 +164,8 @@ def save_and_go_on(rank, folder, model_folder, saved, pairs, damaged=None):
     if damaged is not None:
         if rank == 0:
             last = shutil.copytree(folder / "2 stage2", damaged) / "train/checkpoint_000004"
-            flip(last / sorted(verified_manifest(last)["files"])[1])  # of the second worker's share
-        agreed = from_rank_zero(None) or agree_on_checkpoint(damaged).name
+            flip(last / sorted(verified_manifest(Place(last))["files"])[1])  # of the second worker's share
+        agreed = from_rank_zero(None) or agree_on_checkpoint(Place(damaged)).name
     return first, again, agreed
 
 
@@ -196,8 +197,8 @@ def runs(tmp_path_factory):
 def whole_state(checkpoint):
     """All that a checkpoint holds of its trainable parameters, whoever wrote it."""
     index = json.loads((checkpoint / "state/index.json").read_text())
-    reader = ShardReader(checkpoint / "state", index)
-    return {name: reader(name, 0, entry["elements"]) for name, entry in index.items()}
+    with ShardReader(Place(checkpoint / "state"), index) as reader:
+        return {name: reader(name, 0, entry["elements"]) for name, entry in index.items()}
 
 
 @pytest.mark.parametrize(("before", "now"), PAIRS, ids=str)
@@ -240,7 +241,7 @@ def test_resuming_at_another_layout_gives_the_undisturbed_run(before, now, runs)
 
 def test_checkpoint_folder_is_as_documented(runs):
     folder = runs[0] / "2 stage2/train/checkpoint_000004"
-    manifest = verified_manifest(folder)
+    manifest = verified_manifest(Place(folder))
     assert (manifest["step"], manifest["bundles_consumed"], manifest["world_size"]) == (4, 14, 2)
     assert manifest["fingerprints"] == FINGERPRINTS
     assert manifest["resolved_config"]["optimizer"]["schedule"] == "cosine"
@@ -305,21 +306,20 @@ def test_of_a_lora_run_nothing_frozen_is_written(runs):
 DAMAGES = {
     "short": ("model/model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:1000])),
     "missing": ("state/00001-00000.safetensors", Path.unlink),
-    "no manifest": ("manifest.json", Path.unlink),
     "half a manifest": ("manifest.json", lambda path: path.write_bytes(path.read_bytes()[:500])),
 }
 
 
 @pytest.fixture
 def run(runs, tmp_path):
-    return Path(shutil.copytree(runs[0] / "2 stage2", tmp_path / "run"))
+    return Place(shutil.copytree(runs[0] / "2 stage2", tmp_path / "run"))
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_half_written_checkpoint_is_passed_over(damage, run, caplog):
     file, spoil = DAMAGES[damage]
     last = run / "train/checkpoint_000004"
-    spoil(last / file)
+    spoil(Path(last / file))
     with pytest.raises(CheckpointError, match=f"checkpoint_000004.*{file}"):
         verified_manifest(last)
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint_000002"]
@@ -329,39 +329,52 @@ def test_a_half_written_checkpoint_is_passed_over(damage, run, caplog):
 
 
 @pytest.mark.parametrize("file", ["model/model.safetensors", "state/00001-00000.safetensors", "state/index.json"])
-def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(file, run, tmp_path, caplog):
-    flip(run / "train/checkpoint_000004" / file)
-    (run / "train/.checkpoint_000006.writing").mkdir()
-    assert agree_on_checkpoint(run).name == "checkpoint_000002"
-    assert f"'{run}/train/checkpoint_000004' is damaged: '{file}' has checksum" in caplog.text
-    assert "checkpoint_000004.damaged now, and checkpoint_000002 is tried" in caplog.text
-    assert {path.name for path in (run / "train").iterdir()} == {"checkpoint_000002", "checkpoint_000004.damaged"}
-    flip(run / "train/checkpoint_000002" / file)
+def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(file, run, caplog):
+    last = run / "train/checkpoint_000004"
+    flip(Path(last / file))
+    for _ in range(2):
+        assert agree_on_checkpoint(run).name == "checkpoint_000002"
+    assert caplog.text.count(f"'{last}' is damaged: '{file}' has checksum") == 1  # not computed again
+    assert "damaged.txt in it says so from now on; checkpoint_000002 is tried" in caplog.text
+    assert f"'{file}' has checksum" in (last / "damaged.txt").read_text()
+    assert [each.name for each in list_checkpoints(run)] == ["checkpoint_000002"]
+    assert resolve_model(run) == str(run / "train/checkpoint_000002/model")
+    flip(Path(run / "train/checkpoint_000002" / file))
     for _ in range(2):  # a run that lost all it had does not start over by itself
         with pytest.raises(
-            CheckpointError, match=r"no usable checkpoint left: checkpoint_000002\.damaged, checkpoint_000"
+            CheckpointError, match=r"no usable checkpoint left: checkpoint_000002, checkpoint_000004 in"
         ):
             agree_on_checkpoint(run)
+
+
+def test_what_a_dead_run_was_writing_is_removed_at_the_next_start(run, caplog):
+    half = run / "train/checkpoint_000006"
+    (half / "state/00000-00000.safetensors").write_text("half of it")
+    (half / "state/.00001-00000.safetensors.tmp-1-2").write_text("and less")
+    assert [each.name for each in list_checkpoints(run)] == ["checkpoint_000002", "checkpoint_000004"]
+    assert agree_on_checkpoint(run).name == "checkpoint_000004"
+    assert f"removing {half}: it has no manifest.json, so its writing was cut off" in caplog.text
+    assert not half.exists()
 
 
 def test_what_one_worker_does_not_see_is_not_taken_for_damaged(run, monkeypatch):
     said = iter(["manifest.json is missing", None])  # here, and then to rank 0
     monkeypatch.setattr(checkpoint_module, "_fault", lambda *_: next(said))
-    with pytest.raises(CheckpointError, match=r"a worker on \S+ does not see .*checkpoint_000004' as rank 0 .*mount"):
+    with pytest.raises(CheckpointError, match=r"a worker on \S+ does not see .*checkpoint_000004' as rank 0 .*give"):
         agree_on_checkpoint(run)
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint_000002", "checkpoint_000004"]
 
 
 def test_damaged_weights_are_not_exported(run, tmp_path):
-    flip(run / "train/checkpoint_000004/model/model.safetensors")
+    flip(Path(run / "train/checkpoint_000004/model/model.safetensors"))
     with pytest.raises(CheckpointError, match=r"nothing is exported: .*'model/model.safetensors' has checksum"):
-        export(run, tmp_path / "out")
+        export(Path(run), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_workers_agree_on_a_checkpoint_though_one_alone_sees_the_damage(runs):
     assert runs[4] == ["checkpoint_000002"] * 2
-    assert (runs[0] / "damaged/train/checkpoint_000004.damaged").is_dir()
+    assert (runs[0] / "damaged/train/checkpoint_000004/damaged.txt").is_file()
 
 
 class Poison:
@@ -387,12 +400,12 @@ def written(tmp_path, monkeypatch):
     """State of two parameters by three workers, in files of 100 bytes or a range; and the reader of it."""
     monkeypatch.setattr(shards, "FILE_BYTES", 100)
     sizes = {"a": 50, "b": 7}
-    parts = [write_shards(tmp_path, rank, shards_of(sizes, rank, 3))[0] for rank in range(3)]
-    return ShardReader(tmp_path, json.loads(json.dumps(index_of(parts, sizes))))
+    parts = [write_shards(Place(tmp_path), rank, shards_of(sizes, rank, 3))[0] for rank in range(3)]
+    return ShardReader(Place(tmp_path), json.loads(json.dumps(index_of(parts, sizes))))
 
 
 def test_any_range_is_read_from_the_files_that_hold_it(written):
-    assert len(list(written.folder.iterdir())) > 3
+    assert len(written.folder.iterdir()) > 3
     for start, stop in [(0, 50), (0, 1), (18, 20), (19, 38), (37, 50), (5, 45)]:
         for i, values in enumerate(written("a", start, stop).values()):
             assert values.tolist() == [number + 1e4 * i for number in range(start, stop)]
@@ -410,12 +423,12 @@ def test_a_large_parameter_is_written_in_files_of_bounded_size(tmp_path, monkeyp
     adamw.step()
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     states = [ZeroState(module, adamw, 0, rank, 2) for rank in range(2)]
-    parts = [write_shards(tmp_path, rank, state.owned())[0] for rank, state in enumerate(states)]
+    parts = [write_shards(Place(tmp_path), rank, state.owned())[0] for rank, state in enumerate(states)]
     weights = torch.cat([torch.cat(list(load_file(file).values())) for file in tmp_path.iterdir()])
     assert len(weights) == 3 * sum(sizes.values())
     written = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in tmp_path.iterdir()]
     assert len(written) > 6 and max(written) < 500 + 3 * 4 * 16
-    read = ShardReader(tmp_path, index_of(parts, sizes))
+    read = ShardReader(Place(tmp_path), index_of(parts, sizes))
     for name, parameter in module.named_parameters():
         values = read(name, 0, parameter.numel())
         assert torch.equal(values["master"], parameter.detach().flatten())
@@ -433,8 +446,12 @@ def test_pieces_of_a_fragment_are_its_elements(monkeypatch):
 
 def test_files_of_state_run_no_code_and_damage_names_the_file(written, tmp_path):
     marker = tmp_path / "marker"
-    for content in (pickle.dumps(Poison(str(marker))), b"", b"\xff" * 100):
-        (written.folder / "00001-00000.safetensors").write_bytes(content)
+    file = written.folder / "00001-00000.safetensors"
+    with file.open() as opened:
+        whole = opened.read()
+    other = whole.replace(b'"F32"', b'"I32"')
+    for content in (pickle.dumps(Poison(str(marker))), b"", b"\xff" * 100, whole[:-4], other, b"\2\0\0\0\0\0\0\0{}"):
+        file.write_bytes(content)
         written.files.clear()
         with pytest.raises(CheckpointError, match=r"00001-00000\.safetensors' is damaged: .*remove its checkpoint"):
             written("a", 20, 25)
@@ -453,12 +470,16 @@ def test_state_is_of_every_element_once_and_of_this_model(written):
 
 
 def test_the_latest_checkpoints_and_those_for_good_are_kept(runs, tmp_path):
-    assert [path.name for path in list_checkpoints(runs[0] / "1 stage0")] == ["checkpoint_000002", "checkpoint_000004"]
-    for name in ["checkpoint_000003_best", *(f"checkpoint_{step:06d}" for step in range(1, 8))]:
-        (tmp_path / "train" / name).mkdir(parents=True)
-    prune_checkpoints(tmp_path, CheckpointSection(every=1, keep=2, keep_every=3))
-    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [
-        "checkpoint_000003", "checkpoint_000003_best", "checkpoint_000006", "checkpoint_000007"
+    steps = [path.name for path in list_checkpoints(Place(runs[0] / "1 stage0"))]
+    assert steps == ["checkpoint_000002", "checkpoint_000004"]
+    train = Place(tmp_path / "train")
+    for name in ["checkpoint_000003_best", *(f"checkpoint_{step:06d}" for step in range(1, 9))]:
+        (train / name / MANIFEST).write_text("{}")
+    for step in (5, 7):  # one of the two latest is damaged
+        (train / f"checkpoint_{step:06d}" / "damaged.txt").write_text("a flipped bit")
+    prune_checkpoints(Place(tmp_path), CheckpointSection(every=1, keep=2, keep_every=3))
+    assert [place.name for place in train.iterdir()] == [
+        "checkpoint_000003", "checkpoint_000003_best", "checkpoint_000006", "checkpoint_000007", "checkpoint_000008"
     ]  # fmt: skip
 
 

@@ -3,11 +3,11 @@
 import os
 import random
 import signal
-from pathlib import Path
 
 import pytest
 import torch
 
+from mlc_ray.storage import Place
 from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from mlc_ray.train.loop import Progress
 from mlc_ray.train.preemption import Notice, PreemptedError, Sigterm, StopFile, WorkersPreemptedError, highest
@@ -39,12 +39,12 @@ def train(rank, folder, sources_of, disturb, seed):
     for attempt in range(4):
         torch.manual_seed(rank)
         engine, progress, history = make_engine(config), Progress(), []
-        if made := list_checkpoints(Path(folder)):
+        if made := list_checkpoints(Place(folder)):
             progress = load_checkpoint(made[-1], engine=engine, config=config, fingerprints=CONTENT)
 
         def save(at, _, engine=engine):
             save_checkpoint(
-                Path(folder), engine=engine, tokenizer=tokenizer(), config=config, progress=at, fingerprints=CONTENT
+                Place(folder), engine=engine, tokenizer=tokenizer(), config=config, progress=at, fingerprints=CONTENT
             )
             saved.append(at.step)
 

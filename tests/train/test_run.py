@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from mlc_ray.config import TrainConfig, load_config
 from mlc_ray.runs import read_metrics
 from mlc_ray.show import show
+from mlc_ray.storage import Place
 from mlc_ray.train.checkpoint import list_checkpoints
 from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.run import train
@@ -102,7 +103,7 @@ def test_a_run_leaves_what_it_should(undisturbed, run_place):
         "validation/log_prob/chosen_change",
     } <= last.keys()
     assert first["validation/log_prob/chosen_change"] == 0 != last["validation/log_prob/chosen_change"]
-    assert [path.name for path in list_checkpoints(run)] == ["checkpoint_000006", "checkpoint_000008"]
+    assert [path.name for path in list_checkpoints(Place(run))] == ["checkpoint_000006", "checkpoint_000008"]
     assert undisturbed.checkpoint.name == "checkpoint_000008"
     assert undisturbed.metrics["step"] == STEPS
     rows = trained(run)
@@ -141,7 +142,7 @@ def test_a_run_that_diverges_ends_without_a_checkpoint_and_is_not_tried_again(ru
         train(config)
     assert "lower optimizer.learning_rate" in str(caught.value)
     assert [row["step"] for row in trained(run_place / "diverged")] == [1]
-    assert list_checkpoints(run_place / "diverged") == []
+    assert list_checkpoints(Place(run_place / "diverged")) == []
     assert (caught.value.step, len(caught.value.bundles)) == (2, 4)
     kept = json.loads((run_place / "diverged" / "diverged.json").read_text())
     assert (kept["step"], kept["bundles"]) == (2, list(caught.value.bundles))
@@ -201,7 +202,7 @@ def test_a_driver_that_gets_sigterm_saves_first_and_is_resumed_from_exactly(undi
     driver.send_signal(signal.SIGTERM)
     said = driver.communicate()[0]
     assert driver.returncode == 128 + signal.SIGTERM, said
-    (checkpoint,) = list_checkpoints(run)
+    (checkpoint,) = list_checkpoints(Place(run))
     step = int(checkpoint.name.removeprefix("checkpoint_"))
     assert 2 < step < STEPS and trained(run)[-1]["step"] == step
     assert f"got SIGTERM at step {step} of {STEPS}" in said and f"mlc-ray train --resume {run}" in said
@@ -225,9 +226,9 @@ def test_a_killed_driver_is_resumed_from_exactly_though_a_checkpoint_is_gone_and
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
     half = run / "train/checkpoint_000099"  # damaged since it was written
-    shutil.copytree(list_checkpoints(run)[-1], half)
+    shutil.copytree(list_checkpoints(Place(run))[-1], half)
     (half / "manifest.json").unlink()
-    shutil.rmtree(list_checkpoints(run)[-1])  # by hand; Ray Train's own list names it
+    shutil.rmtree(list_checkpoints(Place(run))[-1])  # by hand; Ray Train's own list names it
     free = ["cluster.max_failures=1", "logging.tensorboard=false", "optimizer.max_retries=7"]
     result = train(load_run_config(run, free), resume=run)
     assert losses(run) == losses(undisturbed.run_folder)

@@ -9,7 +9,8 @@ from threading import Event, Semaphore
 
 import pytest
 
-from mlc_ray.runs import unfinished_files
+from mlc_ray.runs import checkpoint_sizes
+from mlc_ray.storage import Place
 from mlc_ray.train import watchdog as module
 from mlc_ray.train.watchdog import Watchdog, hang_error
 
@@ -82,7 +83,7 @@ def test_files_of_a_checkpoint_that_grow_or_disappear_are_progress(tmp_path, mon
     def look():  # each look waits for this test, and the one after it tells that it was dealt with
         looked.set()
         goes_on.acquire()
-        return unfinished_files(tmp_path)
+        return checkpoint_sizes(Place(tmp_path))
 
     def next_look():
         looked.wait()
@@ -90,7 +91,7 @@ def test_files_of_a_checkpoint_that_grow_or_disappear_are_progress(tmp_path, mon
         goes_on.release()
         looked.wait()
 
-    writing = tmp_path / "train/.checkpoint_000004.writing"
+    writing = tmp_path / "train/checkpoint_000004"
     (writing / "state").mkdir(parents=True)
     file = writing / "state/part"
     with dog.while_changing(look):
