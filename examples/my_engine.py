@@ -26,6 +26,7 @@ from mlc_ray.train.engines.base import (
     StateReader,
     StateShard,
     TrainingEngineError,
+    each_once,
     owned_ranges,
     parameter_groups,
 )
@@ -102,13 +103,11 @@ class TorchDdp(Engine):
         self.optimizer.zero_grad()
         return float(norm)
 
-    def full_weights(self, *, trainable_only: bool = False) -> dict[str, Tensor] | None:
+    def weights(self, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """All of it is here, on every worker."""
-        if self.rank != 0:
-            return None
-        trainable = {name for name, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
-        state = self.module.state_dict()
-        return {k: v.detach().cpu() for k, v in state.items() if k in trainable or not trainable_only}
+        if self.rank == 0:
+            for name, value in each_once(self.module, trainable_only=trainable_only):
+                yield name, value.detach()
 
     def owned_state(self) -> Iterator[StateShard]:
         """All workers hold all of it: each writes its share."""
@@ -117,7 +116,7 @@ class TorchDdp(Engine):
             {name: p.numel() for name, p in trainable.items()}, self.rank, self.world_size
         ):
             state = {"master": trainable[name], **self.optimizer.state[trainable[name]]}
-            tensors = {kind: state[kind].detach().flatten()[start:stop].cpu() for kind in STATE_KINDS}
+            tensors = {kind: state[kind].detach().flatten()[start:stop] for kind in STATE_KINDS}
             yield StateShard(name, start, stop, tensors)
 
     def load_state(self, read: StateReader, steps: int) -> None:

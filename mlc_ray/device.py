@@ -86,3 +86,13 @@ def peak_tflops(name: str, dtype: str) -> float | None:
     """Peak of the GPU that PyTorch calls `name`, in 1e12 operations a second; None where it is not known."""
     known = [begin for begin in PEAK_TFLOPS if f"{name} ".startswith((f"{begin} ", f"{begin}-"))]
     return PEAK_TFLOPS[max(known, key=len)] if known and dtype == "bfloat16" else None
+
+
+def available_memory() -> int:
+    """Memory that programs can still get: of the machine, or of the container where that has a limit."""
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+        free = min(free, int(most) - int(used.read_text(encoding="ascii")))
+    return free

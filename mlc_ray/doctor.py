@@ -89,21 +89,11 @@ def look(folder: str, nonce: str | None = None) -> Machine:
         cpu=device.native_dtype(gpu=False),
         gpu=device.native_dtype(gpu=True) if gpus else None,
         cores=len(os.sched_getaffinity(0)),
-        memory=_available_memory(),
+        memory=device.available_memory(),
         disk=shutil.disk_usage(there).free,
         shm=shm,
         sees=sees,
     )
-
-
-def _available_memory() -> int:
-    """Memory that programs can still get: of the machine, or of the container where that has a limit."""
-    text = Path("/proc/meminfo").read_text(encoding="ascii")
-    free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
-        free = min(free, int(most) - int(used.read_text(encoding="ascii")))
-    return free
 
 
 def examine(machine: Machine) -> list[Finding]:

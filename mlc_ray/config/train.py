@@ -271,6 +271,11 @@ class CheckpointSection(Section):
     keep_every: PositiveInt | None = Field(
         None, description="Checkpoints of multiples of so many steps stay for good; a multiple of `every`."
     )
+    background: bool | Literal["auto"] = Field(
+        "auto",
+        description="Write while training goes on, from a copy in host memory: 12 bytes for each trained parameter, "
+        "over all workers. `auto`: where the copies of each host take at most half of the memory that is free on it.",
+    )
 
     @model_validator(mode="after")
     def _kept_ones_are_written(self) -> CheckpointSection:

@@ -60,10 +60,11 @@ class Storage(ABC):
     def remove(self, url: str) -> None:
         """Remove a file, or a folder with all that is in it; what does not exist is ignored."""
 
-    def write_bytes(self, url: str, content: bytes) -> None:
-        """Write a file that is in memory; it appears whole, or replaces an older one."""
+    def write_parts(self, url: str, parts: Sequence[bytes | memoryview]) -> None:
+        """Write a file whose parts are in memory; it appears whole, or replaces an older one."""
         with self.open(url, "wb") as file:
-            file.write(content)
+            for part in parts:
+                file.write(part)
 
     def sizes(self, url: str, names: Iterable[str] | None = None) -> dict[str, int]:
         """Bytes of each file in a folder and in the folders beneath it, by its path in the folder.
@@ -245,7 +246,11 @@ class Place:
 
     def write_bytes(self, content: bytes) -> None:
         """Write the whole file; a reader sees the old one or the new one."""
-        self.storage.write_bytes(self.url, content)
+        self.write_parts([content])
+
+    def write_parts(self, parts: Sequence[bytes | memoryview]) -> None:
+        """As `write_bytes`, of what lies in several pieces of memory."""
+        self.storage.write_parts(self.url, parts)
 
     def write_text(self, text: str) -> None:
         """Write the whole file; a reader sees the old one or the new one."""

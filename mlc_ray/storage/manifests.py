@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,15 @@ def _is_complete(folder: Path) -> bool:
     return True
 
 
-def checksum(content: bytes | Path | Place) -> str:
-    """BLAKE2b, 128 bits in hexadecimal, of bytes or of a file, which is read in pieces."""
-    if isinstance(content, bytes):
-        return _blake2b(content).hexdigest()
-    found = _blake2b()
-    with content.open("rb") as file:
-        while part := file.read(_AT_ONCE):
+def checksum(content: bytes | Sequence[bytes | memoryview] | Path | Place) -> str:
+    """BLAKE2b, 128 bits in hexadecimal, of bytes, of their parts in order, or of a file, which is read in pieces."""
+    found = hashlib.blake2b(digest_size=16)
+    if isinstance(content, Path | Place):
+        with content.open("rb") as file:
+            while read := file.read(_AT_ONCE):
+                found.update(read)
+    else:
+        for part in [content] if isinstance(content, bytes) else content:
             found.update(part)
     return found.hexdigest()
 
@@ -153,10 +155,6 @@ def verify_checksums(
             raise IncompleteArtifactError(
                 f"{str(folder)!r} is damaged: {name!r} has checksum {actual} instead of {expected}"
             )
-
-
-def _blake2b(content: bytes = b"") -> hashlib.blake2b:
-    return hashlib.blake2b(content, digest_size=16)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -8,12 +8,10 @@ is used: an object is written whole, large ones in parts that become one object 
 
 from __future__ import annotations
 
-import io
 import os
-import shutil
 import tempfile
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -66,9 +64,10 @@ class ObjectStorage(Storage):
             found = self.file_system(url).get_file_info(fs.FileSelector(self.key(url), allow_not_found=True))
         return sorted(each.base_name for each in found)
 
-    def write_bytes(self, url: str, content: bytes) -> None:
-        """Sent from memory."""
-        self._stream(io.BytesIO(content), url)
+    def write_parts(self, url: str, parts: Sequence[bytes | memoryview]) -> None:
+        """Sent from memory as it is."""
+        views = [memoryview(part).cast("B") for part in parts]
+        self._stream((view[at : at + _AT_ONCE] for view in views for at in range(0, len(view), _AT_ONCE)), url)
 
     def sizes(self, url: str, names: Iterable[str] | None = None) -> dict[str, int]:
         """As the store lists them, with one request for many."""
@@ -98,18 +97,19 @@ class ObjectStorage(Storage):
         with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY, prefix="mlc_ray-") as content:
             yield cast(BinaryIO, content)
             content.seek(0)
-            self._stream(cast(BinaryIO, content), url)
+            self._stream(_pieces(cast(BinaryIO, content)), url)
 
     def _send(self, local: Path, url: str) -> None:
         with local.open("rb") as content:
-            self._stream(content, url)
+            self._stream(_pieces(content), url)
 
-    def _stream(self, content: BinaryIO, url: str) -> None:
+    def _stream(self, content: Iterable[bytes | memoryview], url: str) -> None:
         served, key = self.file_system(url), self.key(url)
         with _faults_named(url):
             sink = served.open_output_stream(key)
             try:
-                shutil.copyfileobj(content, sink, _AT_ONCE)
+                for piece in content:
+                    sink.write(piece)
             except (
                 BaseException
             ):  # Ctrl-C too: closing stores what was sent so far, which nobody must take for the whole
@@ -119,6 +119,11 @@ class ObjectStorage(Storage):
                     served.delete_file(key)
                 raise
             sink.close()
+
+
+def _pieces(content: BinaryIO) -> Iterator[bytes]:
+    while piece := content.read(_AT_ONCE):
+        yield piece
 
 
 @register("storage", "s3")

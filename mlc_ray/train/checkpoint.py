@@ -17,25 +17,19 @@ Nothing in it depends on the number of workers or on how their engine shards: an
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from safetensors.torch import load
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.config.train import CheckpointSection
 from mlc_ray.runs import (
     DAMAGED_FILE,
     TRAIN_FOLDER,
-    checkpoint_folder,
     checkpoint_folders,
     complete_checkpoints,
     is_set_aside,
@@ -47,77 +41,19 @@ from mlc_ray.storage import (
     IncompleteArtifactError,
     Place,
     fingerprint,
-    library_versions,
     read_manifest,
-    sealed,
     verify_checksums,
     verify_files,
 )
 from mlc_ray.train.collectives import from_rank_zero, gather_objects, rank_and_workers
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.loop import Progress
-from mlc_ray.train.model import PolicyWithExtractor
-from mlc_ray.train.random_state import random_state, restore_random_state
-from mlc_ray.train.shards import CheckpointError, ShardReader, Written, index_of, write_file, write_shards
+from mlc_ray.train.random_state import restore_random_state
+from mlc_ray.train.shards import CheckpointError, ShardReader
 
 logger = logging.getLogger(__name__)
 
 STATE, INDEX = "state", "index.json"
-
-
-def save_checkpoint(
-    run: Place,
-    *,
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    config: TrainConfig,
-    progress: Progress,
-    fingerprints: Mapping[str, str],
-) -> Place:
-    """Write a checkpoint of a run, and remove those that are no longer to be kept; every worker calls it.
-
-    Once all workers' files are written, rank 0 adds the manifest. When this returns, on whichever worker, the
-    checkpoint is there.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointError: What the engine says that its workers own is not each trainable element once.
-    """
-    folder = checkpoint_folder(run, progress.step)
-    if engine.rank == 0:
-        remove_checkpoint(folder)
-    gather_objects(None)  # nothing of an older one is there from here on
-    ranges, files = write_shards(folder / STATE, engine.rank, engine.owned_state())
-    written = {f"{STATE}/{name}": value for name, value in files.items()}
-    own_random = _random_state_file(folder, engine.rank)
-    written[own_random.name] = write_file(own_random, save(random_state()))
-    lora = config.model.lora is not None
-    weights = engine.full_weights(trainable_only=lora)
-    if weights is not None:
-        written |= _save_weights(folder, engine.module, weights, tokenizer, lora=lora)
-    everyones = gather_objects((ranges, written))
-    if engine.rank == 0:
-        index = index_of([part for part, _ in everyones], _sizes(engine))
-        written = {name: value for _, part in everyones for name, value in part.items()}
-        written[f"{STATE}/{INDEX}"] = write_file(folder / STATE / INDEX, json.dumps(index).encode())
-        manifest = {
-            "config": config.model_dump(mode="json", exclude_unset=True),
-            "resolved_config": config.model_dump(mode="json"),
-            "fingerprints": dict(fingerprints),
-            "step": progress.step,
-            "bundles_consumed": progress.bundles,
-            "validation_before": progress.before,
-            "world_size": engine.world_size,
-            "versions": library_versions(),
-            "files": {name: size for name, (size, _) in sorted(written.items())},
-            "checksums": {name: value for name, (_, value) in sorted(written.items())},
-        }
-        (folder / MANIFEST).write_json(sealed(manifest))
-        prune_checkpoints(run, config.checkpoint)
-    gather_objects(None)
-    return folder
 
 
 def load_checkpoint(folder: Place, *, engine: Engine, config: TrainConfig, fingerprints: Mapping[str, str]) -> Progress:
@@ -137,9 +73,9 @@ def load_checkpoint(folder: Place, *, engine: Engine, config: TrainConfig, finge
                 f"now it is {value!r}: it has changed since; start a new run under another name"
             )
     with ShardReader(folder / STATE, (folder / STATE / INDEX).read_json()) as reader:
-        reader.check(_sizes(engine))
+        reader.check(element_counts(engine))
         engine.load_state(reader, manifest["step"])
-    if (own := _random_state_file(folder, engine.rank)).is_file():
+    if (own := folder / random_file(engine.rank)).is_file():
         with own.open() as file:
             restore_random_state(load(file.read()))
     else:
@@ -283,34 +219,12 @@ def _fault(folder: Place, rank: int, workers: int) -> str | None:
     return None
 
 
-def _sizes(engine: Engine) -> dict[str, int]:
-    """The number of elements of each trainable parameter."""
+def element_counts(engine: Engine) -> dict[str, int]:
+    """The number of elements of each trainable parameter of what an engine trains."""
     named = engine.module.named_parameters()
     return {name: torch.Size(engine.shape(p)).numel() for name, p in named if p.requires_grad}
 
 
-def _save_weights(
-    folder: Place,
-    module: PolicyWithExtractor,
-    weights: dict[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    lora: bool,
-) -> dict[str, Written]:
-    """Write the weights as they are published; returns what is written by file."""
-    # contiguous() also copies: a view into a shard would be written with its whole storage
-    extractor = {k.removeprefix("extractor."): v.contiguous() for k, v in weights.items() if k.startswith("extractor.")}
-    written = {"extractor.safetensors": write_file(folder / "extractor.safetensors", save(extractor))}
-    policy = {k.removeprefix("policy."): v for k, v in weights.items() if k.startswith("policy.")}
-    target = "adapter" if lora else "model"
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as temporary:
-        module.policy.save_pretrained(temporary, state_dict=policy, safe_serialization=True)
-        tokenizer.save_pretrained(temporary)
-        for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
-            name = f"{target}/{path.relative_to(temporary).as_posix()}"
-            written[name] = write_file(folder / name, path.read_bytes())
-    return written
-
-
-def _random_state_file(folder: Place, rank: int) -> Place:
-    return folder / f"random_state_{rank:05d}.safetensors"
+def random_file(rank: int) -> str:
+    """The file of a worker's random numbers in a checkpoint."""
+    return f"random_state_{rank:05d}.safetensors"

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +43,26 @@ class Progress:
     before: Metrics = field(default_factory=dict)
 
 
+class Saves(Protocol):
+    """What saves checkpoints. Every worker calls `save`, `settle` and `finish` after the same steps."""
+
+    def save(self, progress: Progress, metrics: Metrics, *, wait: bool) -> None:
+        """Save a checkpoint; with `wait`, return when it is there."""
+        ...
+
+    def writes(self) -> bool:
+        """Whether this worker still writes one."""
+        ...
+
+    def settle(self) -> None:
+        """Called after a step at which no worker wrote."""
+        ...
+
+    def finish(self) -> None:
+        """Wait for what is being written."""
+        ...
+
+
 def train_loop(
     config: TrainConfig,
     *,
@@ -54,7 +75,7 @@ def train_loop(
     validate: Callable[[], Metrics] | None = None,
     noticed: Callable[[], Notice] | None = None,
     log: Callable[[int, Metrics], None],
-    save: Callable[[Progress, Metrics], None],
+    saves: Saves,
 ) -> Metrics:
     """Run optimizer steps `progress.step` .. `total_steps`; returns the last step's metrics.
 
@@ -74,13 +95,12 @@ def train_loop(
         noticed: what this worker was told so far of being taken away.
         log: called as `log(step, metrics)` after every step, on every worker; where bundles are held out, for step 0
             too, with what they measure before training.
-        save: called as `save(progress, metrics)` every `checkpoint.every` steps, at the end and after a notice, on
-            every worker.
+        saves: saves every `checkpoint.every` steps, at the end and after a notice; what is saved last is waited for.
 
     Raises:
         PreemptedError: on every worker, after a checkpoint, when one had a notice to end.
         WorkersPreemptedError: the same where workers are to be started again.
-        DivergedError: on every worker, when `optimizer.max_retries` more tries of a step failed; nothing is saved then.
+        DivergedError: on every worker, when `optimizer.max_retries` more tries of a step failed; nothing is saved.
     """
     objective = Objective(config)
     work = Work.of(engine.module, engine.shape)
@@ -118,12 +138,14 @@ def train_loop(
                     progress.step + 1, retries + 1, config.optimizer.max_retries + 1,
                 )  # fmt: skip
         else:
+            saves.finish()
             raise _diverged(config, progress.step + 1, rate, micro_batches, meter)
         told = noticed() if noticed is not None else Notice.NONE
-        metrics = meter.reduce(waited, engine.device, told) | meter.tapped.measure(f"{config.seed} {progress.step}")
+        metrics = meter.reduce(waited, engine.device, told, writes=saves.writes())
+        metrics |= meter.tapped.measure(f"{config.seed} {progress.step}")
         progress.step += 1
         progress.bundles += int(metrics.pop("bundles"))
-        notice = Notice(int(metrics.pop("notice")))
+        notice, still_written = Notice(int(metrics.pop("notice"))), bool(metrics.pop("writes"))
         metrics |= {
             "learning_rate": rate,
             "gradient_norm": norm,
@@ -136,10 +158,12 @@ def train_loop(
         if validate is not None and held_out is not None and (last or progress.step % held_out.every == 0):
             metrics |= validate()
         log(progress.step, metrics)
+        if not still_written:
+            saves.settle()
         ends = notice >= Notice.RESTART and not last
         due = last or (config.checkpoint.every is not None and progress.step % config.checkpoint.every == 0)
         if due or ends or (notice is Notice.SAVE and not saved_for_notice):
-            save(progress, metrics)
+            saves.save(progress, metrics, wait=last or notice is not Notice.NONE)
         saved_for_notice = notice is Notice.SAVE  # it stays until the node is gone, and one checkpoint is enough
         if ends:
             raise ended_by(notice, progress.step)

@@ -64,13 +64,14 @@ class StepMeter:
         """This worker's bundles with a loss that is not finite."""
         return [name for names, fine in self.losses for name, ok in zip(names, fine.tolist(), strict=True) if not ok]
 
-    def reduce(self, waited: float, device: torch.device, notice: int = 0) -> Metrics:
+    def reduce(self, waited: float, device: torch.device, notice: int = 0, *, writes: bool = False) -> Metrics:
         """The step's metrics, the same on every worker; every worker must call it.
 
         Args:
             waited: seconds that this worker waited for its batches.
             device: where this worker computes.
             notice: what this worker was told (`preemption.Notice`); the largest of all workers' is the metric `notice`.
+            writes: whether this worker still writes a checkpoint; the metric `writes` is 1 where any does.
         """
         named = {**self.counts, **self.sums, **self.term_sums}
         packed = torch.stack([*named.values(), *torch.tensor(list(self.numbers.values()), device=device).double()])
@@ -80,8 +81,8 @@ class StepMeter:
         means = {name: totals[name] / bundles for name in self.sums}
         if term_bundles:  # where no bundle has two languages, the terms have no mean
             means |= {name: totals[name] / term_bundles for name in self.term_sums}
-        own = [self.numbers["tokens"], waited, peak_memory_gib(device), float(notice)]
-        most_tokens, longest_wait, memory, highest_notice = largest(own, device)
+        own = [self.numbers["tokens"], waited, peak_memory_gib(device), float(notice), float(writes)]
+        most_tokens, longest_wait, memory, highest_notice, any_writes = largest(own, device)
         return {
             "loss/total": totals["loss/total"] / workers,
             **dict(sorted(means.items())),
@@ -95,6 +96,7 @@ class StepMeter:
             "data_wait_seconds": longest_wait,
             "peak_memory_gib": memory,
             "notice": highest_notice,
+            "writes": any_writes,
         }
 
 

@@ -6,65 +6,52 @@ state/RANK-NUMBER.safetensors        what one worker wrote, cut at `FILE_BYTES`;
 
 from __future__ import annotations
 
-import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage import Place, StorageError, checksum
+from mlc_ray.storage import Place, StorageError
 from mlc_ray.train.engines.base import STATE_KINDS, StateShard
+from mlc_ray.train.tensor_files import FloatsFile, Parts, parts_of
 
 FILE_BYTES = 2**29
-"""A file is written once it holds so much: it is in host memory until then, and as safetensors' bytes once more. It is
-larger by less than a shard, which an engine keeps short (`mlc_ray.train.engines.base.pieces`)."""
-
-_HEADER_BYTES = 100_000_000  # what the format allows
+"""A file is written once it holds so much. It is larger by less than a shard, which an engine keeps short
+(`mlc_ray.train.engines.base.pieces`)."""
 
 Range = tuple[int, int, str]
 """Start and stop in the flattened parameter, and the file's name."""
-
-Written = tuple[int, str]
-"""Bytes of a file and its checksum."""
 
 
 class CheckpointError(MlcRayError):
     """A checkpoint is missing, incomplete or does not fit; the message quotes the path and names the fix."""
 
 
-def write_file(place: Place, content: bytes) -> Written:
-    """Write a whole file, on this machine to the disk itself; returns what a manifest says of it."""
-    place.write_bytes(content)
-    return len(content), checksum(content)
+@dataclass(frozen=True)
+class StateFile:
+    """A file of state before it is written: its name, what it holds of which parameter, and its content."""
+
+    name: str
+    ranges: Sequence[tuple[str, Range]]
+    parts: Parts
 
 
-def write_shards(
-    folder: Place, rank: int, shards: Iterable[StateShard]
-) -> tuple[dict[str, list[Range]], dict[str, Written]]:
-    """Write what this worker owns into `folder`, one file after another.
+def bytes_of(shards: Iterable[StateShard]) -> int:
+    """Bytes that a copy of these shards takes: 12 for each element, of which nothing is copied here."""
+    return sum(4 * len(STATE_KINDS) * (shard.stop - shard.start) for shard in shards)
 
-    Returns:
-        The ranges by parameter, and what is written by file name.
-    """
-    ranges: dict[str, list[Range]] = {}
-    written: dict[str, Written] = {}
-    for number, part in enumerate(_by_size(shards)):
-        file = f"{rank:05d}-{number:05d}.safetensors"
-        tensors = {
-            _key(kind, shard.name, shard.start): shard.tensors[kind].contiguous()
-            for shard in part
-            for kind in STATE_KINDS
-        }
-        written[file] = write_file(folder / file, save(tensors))
-        for shard in part:
-            ranges.setdefault(shard.name, []).append((shard.start, shard.stop, file))
-    return ranges, written
+
+def state_files(rank: int, shards: Iterable[StateShard]) -> Iterator[StateFile]:
+    """A copy in host memory of what this worker owns, one file after another."""
+    for number, part in enumerate(_by_size(map(_copied, shards))):
+        name = f"{rank:05d}-{number:05d}.safetensors"
+        tensors = {_key(kind, each.name, each.start): each.tensors[kind] for each in part for kind in STATE_KINDS}
+        yield StateFile(name, [(each.name, (each.start, each.stop, name)) for each in part], parts_of(tensors))
 
 
 def index_of(parts: Sequence[Mapping[str, list[Range]]], sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -90,51 +77,6 @@ def index_of(parts: Sequence[Mapping[str, list[Range]]], sizes: Mapping[str, int
     if unknown := sorted({name for part in parts for name in part} - sizes.keys()):
         raise CheckpointError(f"the engine's owned_state gives {unknown[0]!r}, which is no trainable parameter")
     return index
-
-
-class FloatsFile:
-    """A safetensors file of float32 vectors on any storage, of which only the bytes asked for are read."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self._opened = place.open()
-        self.file: BinaryIO = self._opened.__enter__()
-        try:
-            length = int.from_bytes(self.file.read(8), "little")
-            if length > _HEADER_BYTES:
-                raise ValueError(f"its header would have {length} bytes")
-            self.header: dict[str, Any] = json.loads(self._read(8, length))
-            self.start = 8 + length
-            end = self.start + max(each["data_offsets"][1] for each in self.header.values())
-            if (size := self.file.seek(0, os.SEEK_END)) != end:
-                raise ValueError(f"it has {size} bytes instead of {end}")
-        except BaseException:
-            self.close()
-            raise
-
-    def values(self, key: str, start: int, stop: int) -> Tensor:
-        """Elements `start` to `stop` of a vector.
-
-        Raises:
-            ValueError, KeyError: The file is not what its header says, or has no such vector.
-        """
-        entry = self.header[key]
-        first, end = entry["data_offsets"]
-        if entry["dtype"] != "F32" or not 0 <= start <= stop <= (end - first) // 4:
-            raise ValueError(f"{key!r} is not a float32 vector of {stop} elements or more")
-        return torch.frombuffer(
-            bytearray(self._read(self.start + first + 4 * start, 4 * (stop - start))), dtype=torch.float32
-        )
-
-    def close(self) -> None:
-        """Read no more."""
-        self._opened.__exit__(None, None, None)
-
-    def _read(self, offset: int, length: int) -> bytes:
-        self.file.seek(offset)
-        if len(content := self.file.read(length)) != length:
-            raise ValueError(f"it ends after {offset + len(content)} bytes, which is too early")
-        return content
 
 
 class ShardReader:
@@ -193,6 +135,11 @@ class ShardReader:
             raise CheckpointError(
                 f"{str(path)!r} is damaged: {error}; remove its checkpoint to go on from the one before"
             ) from None
+
+
+def _copied(shard: StateShard) -> StateShard:
+    tensors = {kind: shard.tensors[kind].to("cpu", torch.float32, copy=True) for kind in STATE_KINDS}
+    return replace(shard, tensors=tensors)
 
 
 def _by_size(shards: Iterable[StateShard]) -> Iterator[list[StateShard]]:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -28,7 +29,7 @@ from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import checkpoint_sizes
 from mlc_ray.storage import Place
-from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint, save_checkpoint
+from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint
 from mlc_ray.train.checks import check_batch, check_tap
 from mlc_ray.train.divergence import forget_divergence
 from mlc_ray.train.engines.base import Engine
@@ -46,6 +47,8 @@ from mlc_ray.train.reference import (
     policy_reference,
 )
 from mlc_ray.train.reference_cache import load_reference
+from mlc_ray.train.saving import CheckpointSaver
+from mlc_ray.train.shards import CheckpointError
 from mlc_ray.train.tracking import Tracker
 from mlc_ray.train.validation import Validation, batches_of, plans_of
 from mlc_ray.train.watchdog import Watchdog
@@ -97,6 +100,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
         _stream(tokens, planned, table, engine, cutting), "waiting for its batches", "in a step, with all workers"
     )
     steps = _checked(batches, engine)
+    saver = CheckpointSaver(run, engine=engine, tokenizer=tokenizer, config=config, fingerprints=spec.fingerprints)
     watchdog.beat("opening the trackers")
     with (
         contextlib.closing(Tracker(config, spec.run_folder, progress.step))
@@ -112,26 +116,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
                 tracker.log(step, {**metrics, "tokens_per_forward": float(cutting.tokens_per_forward)})
                 forget_divergence(spec.run_folder, step)
 
-        def save(at: Progress, metrics: Metrics) -> None:
-            if rank == 0:  # it removes and completes for all
-                guard.check(now=True)
-            watchdog.beat("saving a checkpoint, with all workers")
-            # A worker that has written its files waits for the slowest one: what any of them writes is progress.
-            with watchdog.while_changing(partial(checkpoint_sizes, run)):
-                folder = save_checkpoint(
-                    run,
-                    engine=engine,
-                    tokenizer=tokenizer,
-                    config=config,
-                    progress=at,
-                    fingerprints=spec.fingerprints,
-                )
-            if spec.score is not None:
-                score = partial(spec.score, spec.run_folder, Path(folder), at.step)
-                with watchdog.off():  # scoring takes as long as it takes, while the other workers wait
-                    ray.train.report(_on_first_worker(score))
-            watchdog.beat("between two steps")
-
+        saves = WatchedSaves(spec, saver, watchdog, guard)
         try:
             train_loop(
                 config,
@@ -144,10 +129,60 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
                 validate=_validation(config, spec.held_out, engine, online, cutting, progress, watchdog),
                 noticed=_notices(spec),
                 log=log,
-                save=save,
+                saves=saves,
             )
         finally:
             watchdog.beat("closing its batches and trackers")
+
+
+class WatchedSaves:
+    """Saves checkpoints of a run on Ray: watched for progress, under the lease, and scored where that is asked."""
+
+    def __init__(self, spec: WorkerSpec, saver: CheckpointSaver, watchdog: Watchdog, guard: LeaseGuard) -> None:
+        self.spec, self.saver, self.watchdog, self.guard = spec, saver, watchdog, guard
+        self.run = Place(spec.run_folder)
+        self.writes = saver.writes
+
+    def save(self, progress: Progress, metrics: Metrics, *, wait: bool) -> None:
+        """Save a checkpoint, and score it where that is asked.
+
+        Raises:
+            CheckpointError: It is waited for, and could not be written.
+        """
+        if self.saver.engine.rank == 0:  # it removes and completes for all
+            self.guard.check(now=True)
+        self.watchdog.beat("saving a checkpoint, with all workers")
+        with self._watched():
+            self.saver.save(progress)
+        needed = wait or self.spec.score is not None
+        if needed or not self.saver.in_background:
+            self.finish()
+        if needed and self.saver.fault is not None:
+            raise CheckpointError(f"{self.saver.fault}. To go on: mlc-ray train --resume {self.spec.run_folder}")
+        if self.spec.score is not None:
+            score = partial(self.spec.score, self.spec.run_folder, Path(str(self.saver.newest)), progress.step)
+            with self.watchdog.off():  # scoring takes as long as it takes, while the other workers wait
+                ray.train.report(_on_first_worker(score))
+        self.watchdog.beat("between two steps")
+
+    def settle(self) -> None:
+        """Under the lease still: another driver may have taken over while files were written."""
+        if self.saver.going:
+            self.watchdog.beat("completing a checkpoint, with all workers")
+            if self.saver.engine.rank == 0:
+                self.guard.check(now=True)
+            with self._watched():
+                self.saver.settle()
+            self.watchdog.beat("between two steps")
+
+    def finish(self) -> None:
+        """Wait for what is being written."""
+        while self.saver.going:
+            self.settle()
+
+    def _watched(self) -> AbstractContextManager[None]:
+        # A worker that has written its files waits for the slowest one: what any of them writes is progress.
+        return self.watchdog.while_changing(partial(checkpoint_sizes, self.run))
 
 
 def _notices(spec: WorkerSpec) -> Callable[[], Notice]:

@@ -9,7 +9,7 @@ import torch
 from mlc_ray.config import ConfigError, parse_config
 from mlc_ray.config.train import TrainConfig
 from mlc_ray.train.engines.base import TrainingEngineError
-from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, tiny_config
+from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, tiny_config, whole_weights
 
 NAME = "examples.my_engine:TorchDdp"
 ENGINES = {"deepspeed": {"stage": 0}, "mine": {"name": NAME, "stage": None}}
@@ -24,7 +24,7 @@ def train(rank):
     results = {}
     for name in ENGINES:
         engine, history = run_engine(config_of(name), random_rows(7), 4)
-        results[name] = history, engine.full_weights()
+        results[name] = history, whole_weights(engine)
     return results
 
 

@@ -25,7 +25,6 @@ from mlc_ray.train.checkpoint import (
     list_checkpoints,
     load_checkpoint,
     prune_checkpoints,
-    save_checkpoint,
     verified_manifest,
 )
 from mlc_ray.train.collectives import from_rank_zero
@@ -33,7 +32,9 @@ from mlc_ray.train.engines import base
 from mlc_ray.train.engines.base import STATE_KINDS, StateShard, owned_ranges
 from mlc_ray.train.engines.zero_state import Fragment, ZeroState
 from mlc_ray.train.export import export, model_card
-from mlc_ray.train.shards import CheckpointError, ShardReader, index_of, write_shards
+from mlc_ray.train.file_writer import write_file
+from mlc_ray.train.saving import CheckpointSaver
+from mlc_ray.train.shards import CheckpointError, ShardReader, index_of, state_files
 from tests.train.tiny import (
     VOCABULARY,
     make_engine,
@@ -42,6 +43,7 @@ from tests.train.tiny import (
     run_engine,
     tiny_config,
     tiny_model,
+    whole_weights,
     wrapped,
 )
 
@@ -107,15 +109,14 @@ def config_of(layout, model_folder, **sections):
 
 
 def saving(run, config, engine):
+    told = {"config": config, "fingerprints": FINGERPRINTS}
+    saver = CheckpointSaver(Place(run), engine=engine, tokenizer=tokenizer(), **told)
+
     def save(progress, metrics):
-        content = {"config": config, "progress": progress, "fingerprints": FINGERPRINTS}
-        save_checkpoint(Place(run), engine=engine, tokenizer=tokenizer(), **content)
+        saver.save(progress)
+        saver.finish()
 
     return save
-
-
-def copied(weights):
-    return weights and {name: value.clone() for name, value in weights.items()}
 
 
 def train_and_save(rank, folder, model_folder, layouts):
@@ -128,7 +129,7 @@ def train_and_save(rank, folder, model_folder, layouts):
         torch.manual_seed(rank)
         save = saving(folder / f"{workers} {layout}", config, engine)
         _, history = run_engine(config, random_rows(7), 4, save=save, engine=engine)
-        results[workers, layout] = [row["loss/total"] for row in history], copied(engine.full_weights())
+        results[workers, layout] = [row["loss/total"] for row in history], whole_weights(engine)
     return results
 
 
@@ -145,7 +146,7 @@ def go_on(rank, folder, model_folder, pairs):
         start = (progress.step, progress.bundles)
         saving(folder / f"{before} as {now}", config, engine)(progress, {})
         _, history = run_engine(config, random_rows(7), 4, engine=engine, progress=progress)
-        results[before, now] = start, [row["loss/total"] for row in history], copied(engine.full_weights())
+        results[before, now] = start, [row["loss/total"] for row in history], whole_weights(engine)
     return results
 
 
@@ -395,12 +396,22 @@ def shards_of(sizes, rank, workers):
         )
 
 
+def write_state(folder, rank, shards_of_rank):
+    """Write them, and return their ranges by parameter."""
+    ranges = {}
+    for file in state_files(rank, shards_of_rank):
+        write_file(Place(folder / file.name), file.parts)
+        for name, found in file.ranges:
+            ranges.setdefault(name, []).append(found)
+    return ranges
+
+
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """State of two parameters by three workers, in files of 100 bytes or a range; and the reader of it."""
     monkeypatch.setattr(shards, "FILE_BYTES", 100)
     sizes = {"a": 50, "b": 7}
-    parts = [write_shards(Place(tmp_path), rank, shards_of(sizes, rank, 3))[0] for rank in range(3)]
+    parts = [write_state(tmp_path, rank, shards_of(sizes, rank, 3)) for rank in range(3)]
     return ShardReader(Place(tmp_path), json.loads(json.dumps(index_of(parts, sizes))))
 
 
@@ -423,7 +434,7 @@ def test_a_large_parameter_is_written_in_files_of_bounded_size(tmp_path, monkeyp
     adamw.step()
     sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
     states = [ZeroState(module, adamw, 0, rank, 2) for rank in range(2)]
-    parts = [write_shards(Place(tmp_path), rank, state.owned())[0] for rank, state in enumerate(states)]
+    parts = [write_state(tmp_path, rank, state.owned()) for rank, state in enumerate(states)]
     weights = torch.cat([torch.cat(list(load_file(file).values())) for file in tmp_path.iterdir()])
     assert len(weights) == 3 * sum(sizes.values())
     written = [sum(tensor.nbytes for tensor in load_file(file).values()) for file in tmp_path.iterdir()]

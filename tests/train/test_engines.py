@@ -23,6 +23,7 @@ from tests.train.tiny import (
     run_engine,
     tiny_config,
     tiny_model,
+    whole_weights,
     wrapped,
 )
 
@@ -64,7 +65,7 @@ def train_scenarios(rank, table):
     for name, sections in SCENARIOS.items():
         config = tiny_config(**sections)
         engine, history = run_engine(config, random_rows(BUNDLES), STEPS, table)
-        results[name] = (history, engine.full_weights())
+        results[name] = (history, whole_weights(engine))
     return results
 
 
@@ -171,11 +172,10 @@ def first_steps(rank):
             engine={"stage": stage},
         )
         engine = make_engine(config)
-        before = engine.full_weights()
-        before = {name: value.clone() for name, value in before.items()}
+        before = whole_weights(engine)
         assert all(group["fused"] for group in engine._engine.optimizer.param_groups)  # plain AdamW is another kernel
         run_engine(config, random_rows(BUNDLES), 1, engine=engine)
-        states[stage] = {name: value.clone() for name, value in engine.full_weights().items()}
+        states[stage] = whole_weights(engine)
     with pytest.raises(TrainingEngineError, match=r"engine\.secondary_partition=2 does not divide 1 workers"):
         make_engine(tiny_config(engine={"stage": 3, "secondary_partition": 2}))
     config = tiny_config(objective={"loss": "simpo"})

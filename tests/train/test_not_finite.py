@@ -9,7 +9,7 @@ import torch
 from mlc_ray.errors import MlcRayError
 from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.loop import Progress, _with_telling_gradient
-from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, steps_of, tiny_config
+from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, steps_of, tiny_config, whole_weights
 
 STEPS = 4
 LORA = {"rank": 4, "dropout": 0.5, "target_modules": "all-linear"}
@@ -58,9 +58,9 @@ def undisturbed(rank, name):
     engine = make_engine(config)
 
     def save(progress, metrics):
-        state = engine.full_weights()
+        state = whole_weights(engine)
         if progress.step == 3 and state is not None:
-            weights.update({key: value.clone() for key, value in state.items()})
+            weights.update(state)
 
     _, history = run_engine(config, random_rows(7), STEPS, engine=engine, save=save)
     return numbers(history), weights
@@ -90,7 +90,7 @@ def disturbed(rank, name):
     retries = [row["retries"] for row in history]
     ids = [name for batch in list(steps_of(config, random_rows(7), rank, engine.world_size))[3]
            for name, weight in zip(batch.bundle_ids, batch.weight.tolist(), strict=True) if weight]  # fmt: skip
-    return numbers(history), engine.full_weights(), saved, message, where, retries, ids
+    return numbers(history), whole_weights(engine), saved, message, where, retries, ids
 
 
 def everything(rank):

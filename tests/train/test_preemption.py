@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mlc_ray.storage import Place
-from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint
 from mlc_ray.train.loop import Progress
 from mlc_ray.train.preemption import Notice, PreemptedError, Sigterm, StopFile, WorkersPreemptedError, highest
+from mlc_ray.train.saving import CheckpointSaver
 from tests.train.test_checkpoint import tokenizer
 from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, tiny_config
 
@@ -42,10 +43,12 @@ def train(rank, folder, sources_of, disturb, seed):
         if made := list_checkpoints(Place(folder)):
             progress = load_checkpoint(made[-1], engine=engine, config=config, fingerprints=CONTENT)
 
-        def save(at, _, engine=engine):
-            save_checkpoint(
-                Place(folder), engine=engine, tokenizer=tokenizer(), config=config, progress=at, fingerprints=CONTENT
-            )
+        told = {"config": config, "fingerprints": CONTENT}
+        saver = CheckpointSaver(Place(folder), engine=engine, tokenizer=tokenizer(), **told)
+
+        def save(at, _, saver=saver):
+            saver.save(at)
+            saver.finish()
             saved.append(at.step)
 
         noticed = highest(sources_of(folder))

@@ -8,7 +8,16 @@ import torch
 
 from mlc_ray.data.order import Order
 from mlc_ray.data.tables import keys_of
-from tests.train.tiny import LANGUAGES, ReferenceRow, on_workers, random_rows, run_engine, tiny_config, tiny_model
+from tests.train.tiny import (
+    LANGUAGES,
+    ReferenceRow,
+    on_workers,
+    random_rows,
+    run_engine,
+    tiny_config,
+    tiny_model,
+    whole_weights,
+)
 
 HEAD = (5, 3, 8, 13)
 BUNDLES, STEPS = 11, 6  # two epochs of batches of 11, 11 and 5 bundles
@@ -70,8 +79,7 @@ def train(rank, table, plan):
     for budget, engine, dtype in plan:
         config = configured(budget, STAGES[engine], model={"path": "tiny", "dtype": dtype})
         trained, history = run_engine(config, ROWS, STEPS, table)
-        weights = trained.full_weights()
-        results[budget, engine, dtype] = history, weights and {name: w.clone() for name, w in weights.items()}
+        results[budget, engine, dtype] = history, whole_weights(trained)
     return results
 
 

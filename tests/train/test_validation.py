@@ -38,6 +38,7 @@ from tests.train.tiny import (
     random_rows,
     run_engine,
     tiny_config,
+    whole_weights,
     wrapped,
 )
 
@@ -100,8 +101,7 @@ def trained_with(rank, engine, validated, table):
         _, history = run_engine(
             config, TRAINED, STEPS, table, engine=made, progress=progress, validate=measured if validated else None
         )
-    weights = made.full_weights()
-    return history, progress, weights and {name: value.clone() for name, value in weights.items()}
+    return history, progress, whole_weights(made)
 
 
 def all_runs(rank, table):

@@ -149,6 +149,31 @@ def make_engine(config, module=None):
     return chosen(module or wrapped(config), config, torch.device("cpu"))
 
 
+def whole_weights(engine):
+    """A copy of all weights on rank 0; None on other workers, which must call it too."""
+    copied = {name: value.clone() for name, value in engine.weights()}
+    return copied or None
+
+
+class SavesAtOnce:
+    """Calls `save(progress, metrics)` where a checkpoint is due."""
+
+    def __init__(self, save):
+        self._save = save
+
+    def save(self, progress, metrics, *, wait):
+        self._save(progress, metrics)
+
+    def writes(self):
+        return False
+
+    def settle(self):
+        pass
+
+    def finish(self):
+        pass
+
+
 def online_reference(config, engine):
     """The reference that is asked at every step: the policy without its adapters, or a second model."""
     objective = Objective(config)
@@ -164,7 +189,7 @@ def online_reference(config, engine):
 
 def run_engine(
     config, rows, steps, table=None, save=None, engine=None, progress=None, validate=None, reference=None, noticed=None,
-    history=None,
+    history=None, saves=None,
 ):  # fmt: skip
     """Train with a real engine in this worker; returns the engine and each step's metrics, which `history` gets too."""
     engine = engine or make_engine(config)
@@ -183,7 +208,7 @@ def run_engine(
         validate=validate,
         noticed=noticed,
         log=lambda step, metrics: history.append({"step": step, **metrics}),
-        save=save or (lambda progress, metrics: None),
+        saves=saves or SavesAtOnce(save or (lambda progress, metrics: None)),
     )
     return engine, history
 

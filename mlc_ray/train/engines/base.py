@@ -45,7 +45,8 @@ class StateShard:
         name: the parameter's, in `module.named_parameters()`.
         start: the range's first element in the whole parameter, flattened.
         stop: the element after its last one.
-        tensors: for each of `STATE_KINDS` the values, [stop - start], float32 on the CPU.
+        tensors: for each of `STATE_KINDS` the values, [stop - start], on any device. They may be views of what is
+            trained: whoever keeps them takes a copy.
     """
 
     name: str
@@ -143,12 +144,17 @@ class Engine(ABC):
         return 12 * sum(math.prod(self.shape(p)) for p in self.module.parameters() if p.requires_grad)
 
     @abstractmethod
-    def full_weights(self, *, trainable_only: bool = False) -> dict[str, Tensor] | None:
-        """The module's whole weights by name, on the CPU of rank 0; None on other workers. Every worker calls it."""
+    def weights(self, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The module's weights and buffers one after another, whole, by name, in the order of its `state_dict`.
+
+        Every worker goes through all of it, since they may be gathered; rank 0 alone gets them, others get nothing. A
+        tensor, on any device, may be gone or another one once the next is asked for. A weight that has two names comes
+        once, by the first.
+        """
 
     @abstractmethod
     def owned_state(self) -> Iterator[StateShard]:
-        """What this worker writes into a checkpoint, one range after another; every worker calls it.
+        """What this worker writes into a checkpoint, one range after another; every worker calls it, perhaps twice.
 
         The ranges of all workers together are every trainable parameter, each element once. Which ranges a worker owns
         is the engine's to say: a checkpoint is read by name and range, by any engine on any number of workers. Cut long
@@ -198,3 +204,13 @@ def parameter_groups(
         {"params": [p for p in trainable if len(shape(p)) >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trainable if len(shape(p)) < 2], "weight_decay": 0.0},
     ]
+
+
+def each_once(module: nn.Module, *, trainable_only: bool) -> Iterator[tuple[str, Tensor]]:
+    """Weights and buffers of `module.state_dict`, in its order, each under its first name alone."""
+    trainable = {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+    seen: set[int] = set()
+    for name, value in module.state_dict(keep_vars=True).items():
+        if id(value) not in seen and (id(value) in trainable or not trainable_only):
+            seen.add(id(value))
+            yield name, value

@@ -16,7 +16,14 @@ from pydantic import Field, model_validator
 from mlc_ray._registry import register
 from mlc_ray.config import EngineSettings
 from mlc_ray.config.base import NonNegativeInt, PositiveInt
-from mlc_ray.train.engines.base import Engine, StateReader, StateShard, TrainingEngineError, parameter_groups
+from mlc_ray.train.engines.base import (
+    Engine,
+    StateReader,
+    StateShard,
+    TrainingEngineError,
+    each_once,
+    parameter_groups,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -248,27 +255,22 @@ class DeepSpeed(Engine):
         buckets = 2 * min(int(config.reduce_bucket_size), parameters)
         return 4 * parameters // self.world_size + 4 * buckets + size * gathered
 
-    def full_weights(self, *, trainable_only: bool = False) -> dict[str, Tensor] | None:
-        """Gathered from all workers at stage 3, parameter by parameter; read from rank 0 below."""
+    def weights(self, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Gathered from all workers at stage 3, parameter by parameter; those of rank 0 below."""
         import deepspeed
         import torch
 
         if self._stage == 3:
             self._engine.optimizer.checkpoint_event_prologue()
         elif self.rank != 0:
-            return None
-        whole: dict[str, Tensor] = {}
-        frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        for name, value in self.module.state_dict(keep_vars=True).items():
-            if trainable_only and name in frozen:
-                continue
+            return
+        for name, value in each_once(self.module, trainable_only=trainable_only):
             sharded = self._stage == 3 and isinstance(value, torch.nn.Parameter)
             with deepspeed.zero.GatheredParameters([value]) if sharded else nullcontext():
                 if self.rank == 0:
-                    whole[name] = value.detach().to("cpu", copy=sharded)
+                    yield name, value.detach()
         if self._stage == 3:
             self._engine.optimizer.checkpoint_event_epilogue()
-        return whole if self.rank == 0 else None
 
     def owned_state(self) -> Iterator[StateShard]:
         """At stages 1 to 3 what ZeRO has given to this worker; at stage 0, where all hold everything, a share of it."""

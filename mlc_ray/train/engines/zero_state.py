@@ -59,8 +59,8 @@ class ZeroState:
         for fragment in chain.from_iterable(each.pieces() for each in held):
             moments = self.adamw.state[fragment.flat]
             tensors = {"master": fragment.flat, **{kind: moments[kind] for kind in STATE_KINDS[1:]}}
-            on_host = {kind: fragment.of(tensor).to("cpu", torch.float32) for kind, tensor in tensors.items()}
-            yield StateShard(fragment.name, fragment.start, fragment.stop, on_host)
+            views = {kind: fragment.of(tensor) for kind, tensor in tensors.items()}
+            yield StateShard(fragment.name, fragment.start, fragment.stop, views)
 
     @torch.no_grad()
     def load(self, read: StateReader, steps: int) -> None:

@@ -1,0 +1,220 @@
+"""Saving checkpoints while training goes on: it stops for the copy to host memory alone.
+
+A thread of each worker writes and checksums the worker's files, and waits for nobody. What workers need of each other
+is exchanged by the training threads, at steps after which all are known to have written: so no thread ever joins in a
+collective, and nothing can wait crosswise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from mlc_ray.config import TrainConfig
+from mlc_ray.device import available_memory
+from mlc_ray.runs import checkpoint_folder
+from mlc_ray.storage import MANIFEST, Place, StorageError, library_versions, sealed
+from mlc_ray.train.checkpoint import INDEX, STATE, element_counts, prune_checkpoints, random_file, remove_checkpoint
+from mlc_ray.train.collectives import from_rank_zero, gather_objects
+from mlc_ray.train.engines.base import Engine
+from mlc_ray.train.file_writer import Background, FileWriter, Written, with_retries, write_file
+from mlc_ray.train.loop import Progress
+from mlc_ray.train.published import published_bytes, published_files
+from mlc_ray.train.random_state import random_state
+from mlc_ray.train.shards import FILE_BYTES, Range, bytes_of, index_of, state_files
+from mlc_ray.train.tensor_files import parts_of
+
+logger = logging.getLogger(__name__)
+
+AHEAD_BYTES = 2 * 2**30
+"""How much of the published weights rank 0 holds at most in host memory, beside its state, before they are written."""
+
+_SLACK = 16 << 20  # headers of files, random numbers, the tokenizer
+
+MEMORY_SHARE = 0.5
+"""`checkpoint.background: auto` is on where all copies of a host take at most this share of its available memory."""
+
+
+@dataclass
+class _Going:
+    """A checkpoint that is being written; `completing` is rank 0's, once all workers have written their files."""
+
+    folder: Place
+    progress: Progress
+    writer: FileWriter
+    ranges: dict[str, list[Range]] = field(default_factory=dict)
+    all_written: bool = False
+    completing: Background | None = None
+
+
+class CheckpointSaver:
+    """Saves checkpoints of a run. Every worker calls `save`, `settle` and `finish` after the same steps.
+
+    Attributes:
+        newest: the folder of the last checkpoint that is there.
+        fault: why the last one that was tried is not, if so.
+        in_background: whether training goes on while files are written; said by the first `save`.
+    """
+
+    def __init__(
+        self,
+        run: Place,
+        *,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainConfig,
+        fingerprints: Mapping[str, str],
+    ) -> None:
+        self.run, self.engine, self.tokenizer, self.config = run, engine, tokenizer, config
+        self.fingerprints = dict(fingerprints)
+        self.lora = config.model.lora is not None
+        self.newest: Place | None = None
+        self.fault: str | None = None
+        self._going: _Going | None = None
+        self._room: int | None = None
+        self.in_background = False
+        self._said_to_wait = False
+
+    def save(self, progress: Progress) -> None:
+        """Copy what a checkpoint holds, and have it written; one that is still being written is waited for."""
+        if self._going is not None:
+            self._say_that_it_waits(progress)
+            self.finish()
+        folder = checkpoint_folder(self.run, progress.step)
+        if self.engine.rank == 0:
+            remove_checkpoint(folder)
+        room = self._room = self._find_room() if self._room is None else self._room
+        gather_objects(None)  # nothing of an older one is there from here on
+        going = self._going = _Going(folder, replace(progress, before=dict(progress.before)), FileWriter(folder, room))
+        going.writer.put(random_file(self.engine.rank), parts_of(random_state()))
+        for file in state_files(self.engine.rank, self.engine.owned_state()):
+            for name, found in file.ranges:
+                going.ranges.setdefault(name, []).append(found)
+            going.writer.put(f"{STATE}/{file.name}", file.parts)
+        for name, parts in published_files(self.engine, self.tokenizer, lora=self.lora):
+            going.writer.put(name, parts)
+        going.writer.end()
+
+    @property
+    def going(self) -> bool:
+        """Whether a checkpoint is on its way; so on all workers, or on none."""
+        return self._going is not None
+
+    def writes(self) -> bool:
+        """Whether this worker still writes something."""
+        going = self._going
+        if going is None:
+            return False
+        return going.completing.runs if going.completing is not None else going.writer.writes
+
+    def settle(self) -> None:
+        """Take the next step to a checkpoint's end, once no worker writes any more; one that does is waited for.
+
+        First what all have written becomes known to rank 0, which adds the index and the manifest, in a thread. Then
+        the checkpoint is there. One of which a file could not be written is removed, and a warning says why.
+
+        Raises:
+            CheckpointError: What the engine says that its workers own is not each trainable element once.
+        """
+        going = self._going
+        if going is None:
+            return
+        if not going.all_written:
+            fault = going.writer.wait()
+            everyones = gather_objects((going.ranges, going.writer.written, _told(fault)))
+            if not self._has_failed(going, next((fault for _, _, fault in everyones if fault is not None), None)):
+                going.all_written = True
+                index = index_of([ranges for ranges, _, _ in everyones], element_counts(self.engine))
+                written = {name: value for _, files, _ in everyones for name, value in files.items()}
+                if self.engine.rank == 0:
+                    going.completing = Background(lambda: self._complete(going, index, written), "checkpoint-completer")
+            return
+        fault = going.completing.wait() if going.completing is not None else None
+        if not self._has_failed(going, from_rank_zero(_told(fault))):
+            self._going, self.newest, self.fault = None, going.folder, None
+
+    def finish(self) -> None:
+        """Wait until what is being written is a checkpoint, or is known not to become one; raises as `settle`."""
+        while self._going is not None:
+            self.settle()
+
+    def _complete(self, going: _Going, index: Mapping[str, object], written: dict[str, Written]) -> None:
+        """Rank 0's part."""
+        written[f"{STATE}/{INDEX}"] = write_file(going.folder / STATE / INDEX, [json.dumps(index).encode()])
+        manifest = {
+            "config": self.config.model_dump(mode="json", exclude_unset=True),
+            "resolved_config": self.config.model_dump(mode="json"),
+            "fingerprints": self.fingerprints,
+            "step": going.progress.step,
+            "bundles_consumed": going.progress.bundles,
+            "validation_before": going.progress.before,
+            "world_size": self.engine.world_size,
+            "versions": library_versions(),
+            "files": {name: size for name, (size, _) in sorted(written.items())},
+            "checksums": {name: value for name, (_, value) in sorted(written.items())},
+        }
+        file = going.folder / MANIFEST
+        with_retries(str(file), lambda: file.write_json(sealed(manifest)))
+        with_retries("old checkpoints' removal", lambda: prune_checkpoints(self.run, self.config.checkpoint))
+
+    def _has_failed(self, going: _Going, fault: str | None) -> bool:
+        if fault is None:
+            return False
+        self._going = None
+        self.fault = f"checkpoint {str(going.folder)!r} could not be written: {fault}"
+        if self.engine.rank == 0:
+            logger.warning("%s. Training goes on; the checkpoints before stay as they are", self.fault)
+            try:
+                remove_checkpoint(going.folder)
+            except (OSError, StorageError) as error:
+                logger.warning("what is there of it could not be removed, and will be at the next start: %s", error)
+        return True
+
+    def _find_room(self) -> int:
+        """Bytes that this worker's files may take in host memory before they are written.
+
+        A worker's copy takes 12 bytes for each element of trainable parameters that it owns; that of rank 0 also the
+        published weights, of which at most `AHEAD_BYTES` wait at a time.
+        """
+        setting = self.config.checkpoint.background
+        needed = bytes_of(self.engine.owned_state())
+        if self.engine.rank == 0:
+            needed += min(AHEAD_BYTES, published_bytes(self.engine, lora=self.lora))
+        if setting == "auto":
+            setting = self._has_room(needed)
+        self.in_background = bool(setting)
+        return needed + _SLACK if setting else FILE_BYTES
+
+    def _has_room(self, needed: int) -> bool:
+        everyones = gather_objects((socket.gethostname(), needed, available_memory()))
+        for host in sorted({host for host, _, _ in everyones}):
+            copies = sum(size for name, size, _ in everyones if name == host)
+            free = min(free for name, _, free in everyones if name == host)
+            if copies > MEMORY_SHARE * free:
+                if self.engine.rank == 0:
+                    logger.warning(
+                        "training stops while checkpoints are written: on %s their copies would take %.1f GiB, more "
+                        "than half of the %.1f GiB of memory that are free (checkpoint.background=true does it anyway)",
+                        host, copies / 2**30, free / 2**30,
+                    )  # fmt: skip
+                return False
+        return True
+
+    def _say_that_it_waits(self, progress: Progress) -> None:
+        if self.engine.rank == 0 and not self._said_to_wait and self._going is not None:
+            self._said_to_wait = True
+            logger.warning(
+                "step %d: training waits for the checkpoint of step %d to be written; with a larger checkpoint.every "
+                "it need not",
+                progress.step, self._going.progress.step,
+            )  # fmt: skip
+
+
+def _told(fault: BaseException | None) -> str | None:
+    """A fault as text: of an error of this package what it says, of another one its kind too."""
+    return None if fault is None else f"{socket.gethostname()}: {type(fault).__name__}: {fault}"

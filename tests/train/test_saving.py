@@ -1,0 +1,268 @@
+"""Checkpoints are written while training goes on, and are what they were when it stopped for the copy."""
+
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.multiprocessing import ProcessExitedException
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from examples.my_storage import VaultStorage
+from mlc_ray import register
+from mlc_ray.storage import Place
+from mlc_ray.train import file_writer, published, saving
+from mlc_ray.train.checkpoint import agree_on_checkpoint, list_checkpoints, load_checkpoint
+from mlc_ray.train.engines.base import STATE_KINDS
+from mlc_ray.train.file_writer import FileWriter
+from mlc_ray.train.loop import Progress
+from mlc_ray.train.model import PolicyWithExtractor
+from mlc_ray.train.published import published_files
+from mlc_ray.train.saving import CheckpointSaver
+from mlc_ray.train.tensor_files import parts_of
+from tests.train.test_checkpoint import FINGERPRINTS, config_of, tokenizer, whole_state
+from tests.train.tiny import VOCABULARY, make_engine, on_workers, random_rows, run_engine, whole_weights
+
+LAYOUTS = ["stage0 bf16", "stage2", "stage3", "stage2_offload", "stage2 dropout", "ddp"]
+STEPS = 4
+
+
+@register("storage", "held")
+class HeldStorage(VaultStorage):
+    """Writes once it may; a file whose name has `refused` in it is refused so many times, or kills the process."""
+
+    gate = threading.Event()
+    refused, times, deadly = "none", 0, False
+
+    def write_parts(self, url, parts):
+        self.gate.wait()
+        if self.refused in url and self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.refused in url and type(self).times:
+            type(self).times -= 1
+            raise OSError(28, "No space left on device")
+        super().write_parts(url, parts)
+
+
+class InLoop:
+    """A saver as the loop asks for it, without what a run on Ray adds."""
+
+    def __init__(self, saver):
+        self.saver, self.writes, self.settle, self.finish = saver, saver.writes, saver.settle, saver.finish
+
+    def save(self, progress, metrics, *, wait):
+        self.saver.save(progress)
+        if wait or not self.saver.in_background:
+            self.saver.finish()
+
+
+class Rows(list):
+    """What is logged; storage may write once a step later than the first checkpoint's is."""
+
+    def __init__(self, saver):
+        super().__init__()
+        self.saver, self.went_on = saver, []
+
+    def append(self, row):
+        super().append(row)
+        if row["step"] == 3:
+            self.went_on = [self.saver.going, self.saver.writes()]
+            HeldStorage.gate.set()
+
+
+def saver_of(run, config, engine):
+    told = {"config": config, "fingerprints": FINGERPRINTS}
+    return CheckpointSaver(Place(run), engine=engine, tokenizer=tokenizer(), **told)
+
+
+def trained(rank, run, config, progress=None, engine=None):
+    """History, final weights, and whether the first checkpoint was still to be written a step later."""
+    engine = engine or make_engine(config)
+    torch.manual_seed(rank)
+    saver = saver_of(run, config, engine)
+    if progress is not None:
+        progress = load_checkpoint(progress, engine=engine, config=config, fingerprints=FINGERPRINTS)
+    rows = Rows(saver)
+    run_engine(config, random_rows(7), STEPS, saves=InLoop(saver), engine=engine, progress=progress, history=rows)
+    return [row["loss/total"] for row in rows], whole_weights(engine), rows.went_on
+
+
+def in_background_and_not(rank, model_folder, layout):
+    results = []
+    for background in (True, False):
+        settings = {"checkpoint": {"every": 2, "background": background}}
+        config = config_of(layout, model_folder, **settings)
+        HeldStorage.gate.clear() if background else HeldStorage.gate.set()
+        run = f"held://{layout}/{background}"
+        results.append(trained(rank, run, config))
+    config = config_of(layout, model_folder, checkpoint={"background": True})
+    first = list_checkpoints(Place(f"held://{layout}/True"))[0]
+    results.append(trained(rank, f"held://{layout}/resumed", config, progress=first))
+    return results
+
+
+def with_faults(rank, model_folder, caplog_file):
+    """What came of checkpoints of which rank 1's state is refused twice, and then always."""
+    logging.basicConfig(filename=f"{caplog_file}-{rank}", level=logging.WARNING, force=True)
+    file_writer.PAUSES = (0.0, 0.0)
+    HeldStorage.gate.set()
+    config = config_of("stage2", model_folder, checkpoint={"background": True})
+    engine, _ = run_engine(config, random_rows(7), 1)
+    saver = saver_of("held://faults/run", config, engine)
+    outcomes = []
+    for step, times in enumerate((2, 3, 0), 1):
+        HeldStorage.refused, HeldStorage.times = "/00001-00000", times
+        saver.save(Progress(step=step))
+        saver.finish()
+        outcomes.append((saver.fault, saver.newest and saver.newest.name))
+    names = [place.name for place in (Place("held://faults/run") / "train").iterdir()]
+    saving.available_memory = lambda: 1 << 20
+    config = config_of("stage2", model_folder)
+    saver = saver_of("held://memory/run", config, engine)
+    saver.save(Progress(step=1))
+    saver.finish()
+    return outcomes, names, (saver.in_background, saver.fault)
+
+
+MODELS = {
+    "tied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "experts": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 3}),
+}
+
+
+def model_of(name):
+    torch.manual_seed(0)
+    kind, config, more = MODELS[name]
+    return kind(
+        config(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, **more,
+        )
+    )  # fmt: skip
+
+
+def publish(rank, folder):
+    """Write the published files of two models at stage 3, in files of 16 KiB."""
+    published.FILE_BYTES = 16 << 10
+    for name in MODELS:
+        config = config_of("stage3", "none")
+        engine = make_engine(config, PolicyWithExtractor(model_of(name), layer=2, extractor_dim=16, seed=0))
+        for file, parts in published_files(engine, tokenizer(), lora=False):
+            (Place(folder / name) / file).write_parts(parts)
+            assert rank == 0
+
+
+def everything(rank, folder):
+    os.environ["VAULT"] = str(folder / "vault")
+    by_layout = {layout: in_background_and_not(rank, folder / "model", layout) for layout in LAYOUTS}
+    publish(rank, folder / "published")
+    return by_layout, with_faults(rank, folder / "model", folder / "log")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saving")
+    return folder, on_workers(2, everything, folder / "workers", folder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_is_the_state_at_which_training_went_on(layout, done, monkeypatch):
+    folder, results = done
+    monkeypatch.setenv("VAULT", str(folder / "vault"))
+    for by_layout, _ in results:
+        behind, stopped, resumed = by_layout[layout]
+        assert behind[2] == [True, True] and stopped[2] == [False, False]
+        assert behind[0] == stopped[0] and resumed[0] == stopped[0][2:]
+    _, wanted, _ = results[0][0][layout][1]
+    for _, weights, _ in results[0][0][layout]:
+        assert all(torch.equal(value, weights[name]) for name, value in wanted.items())
+    for number in (0, 1):
+        one, other = (list_checkpoints(Place(f"held://{layout}/{name}"))[number] for name in (True, False))
+        assert one.name == other.name == f"checkpoint_{2 * number + 2:06d}"
+        state, again = whole_state(one), whole_state(other)
+        assert all(
+            torch.equal(values[kind], again[name][kind]) for name, values in state.items() for kind in STATE_KINDS
+        )
+
+
+def test_what_a_storage_refuses_is_tried_three_times_and_then_no_checkpoint_but_training_goes_on(done):
+    folder, results = done
+    for _, (outcomes, names, in_memory) in results:
+        assert [newest for _, newest in outcomes] == ["checkpoint_000001", "checkpoint_000001", "checkpoint_000003"]
+        assert outcomes[0][0] is None and outcomes[2][0] is None
+        assert "checkpoint_000002' could not be written: " in outcomes[1][0]
+        assert "OSError: [Errno 28] No space left on device" in outcomes[1][0]
+        assert names == ["checkpoint_000001", "checkpoint_000003"]
+        assert in_memory == (False, None)
+    said = [Path(f"{folder}/log-{rank}").read_text() for rank in (0, 1)]
+    assert said[1].count("is tried again in 0 s: [Errno 28]") == 4
+    assert said[0].count("Training goes on; the checkpoints before stay as they are") == 1
+    assert "training stops while checkpoints are written" in said[0]
+    assert "training stops while" not in said[1] and "Training goes on" not in said[1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_published_model_is_written_in_files_of_bounded_size_and_loads(name, done):
+    folder = done[0] / "published" / name / "model"
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 3
+    for file in files:
+        weights = load_file(file)
+        one_block = len({key.partition(".layers.")[2].partition(".")[0] for key in weights}) == 1
+        assert (
+            sum(w.nbytes for w in weights.values()) <= 16 << 10
+            or len(weights) == 1
+            or (name == "experts" and one_block)
+        )
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for key, value in model_of(name).state_dict().items():
+        assert torch.equal(loaded[key], value), key
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= {path.name for path in folder.iterdir()}
+
+
+def die_while_writing(rank, folder, model_folder):
+    os.environ["VAULT"] = str(folder / "vault")
+    HeldStorage.gate.set()
+    config = config_of("stage0", model_folder, checkpoint={"every": 1, "background": True})
+    saver = saver_of("held://dies/run", config, run_engine(config, random_rows(7), 1)[0])
+    saver.save(Progress(step=1))
+    saver.finish()
+    HeldStorage.refused, HeldStorage.deadly = "model.safetensors", True  # state is written by then
+    saver.save(Progress(step=2))
+    saver.finish()
+
+
+def test_a_death_during_the_writing_loses_only_that_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    HeldStorage.gate.set()
+    run = Place("held://dies/run")
+    with pytest.raises(ProcessExitedException):
+        on_workers(1, die_while_writing, tmp_path / "worker", tmp_path, tmp_path / "model")
+    assert agree_on_checkpoint(run).name == "checkpoint_000001"
+    assert [place.name for place in (run / "train").iterdir()] == ["checkpoint_000001"]
+
+
+def test_no_more_waits_for_its_writing_than_there_is_room_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAULT", str(tmp_path))
+    HeldStorage.gate.clear()
+    writer, put = FileWriter(Place("held://room/files"), 300), threading.Semaphore(0)
+    parts = parts_of({"a": torch.arange(20.0)})  # 80 bytes and a header of 80
+
+    def put_all():
+        for number in range(5):
+            writer.put(str(number), parts)
+            put.release()
+        writer.end()
+
+    thread = threading.Thread(target=put_all)
+    thread.start()
+    put.acquire()
+    assert not put.acquire(timeout=0.2) and writer.writes
+    HeldStorage.gate.set()
+    thread.join()
+    assert writer.wait() is None
+    assert sorted(writer.written) == list("01234")
