@@ -10,6 +10,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,18 @@ class _Model:
         self.policy: Any = engine.module.policy
         nothing: dict[str, Tensor] = {}
         merged = revert_weight_conversion(self.policy, nothing) is not nothing
+        own = [
+            (name, value) for name, value in each_once(engine.module, trainable_only=False) if name.startswith(_POLICY)
+        ]
         self.files: dict[str, int] = {}
         number = size = 0
-        block = ""
-        for name, value in each_once(engine.module, trainable_only=False):
-            if not name.startswith(_POLICY):
-                continue
-            own, its_block = _bytes(engine, value), _block_of(name)
-            if size and size + own > FILE_BYTES and not (merged and its_block == block):
+        for _, unit in groupby(own, key=lambda each: _block_of(each[0]) if merged else each[0]):
+            together = list(unit)
+            more = sum(_bytes(engine, value) for _, value in together)
+            if size and size + more > FILE_BYTES:
                 number, size = number + 1, 0
-            size, block = size + own, its_block
-            self.files[name.removeprefix(_POLICY)] = number
+            size += more
+            self.files |= {name.removeprefix(_POLICY): number for name, _ in together}
         self.count = number + 1
         self.left = [list(self.files.values()).count(number) for number in range(self.count)]
         self.held: dict[int, dict[str, Tensor]] = {}

@@ -19,6 +19,7 @@ from mlc_ray.config import TrainConfig
 from mlc_ray.device import available_memory
 from mlc_ray.runs import checkpoint_folder
 from mlc_ray.storage import MANIFEST, Place, StorageError, library_versions, sealed
+from mlc_ray.train import published
 from mlc_ray.train.checkpoint import INDEX, STATE, element_counts, prune_checkpoints, random_file, remove_checkpoint
 from mlc_ray.train.collectives import from_rank_zero, gather_objects
 from mlc_ray.train.engines.base import Engine
@@ -32,7 +33,7 @@ from mlc_ray.train.tensor_files import parts_of
 logger = logging.getLogger(__name__)
 
 AHEAD_BYTES = 2 * 2**30
-"""How much of the published weights rank 0 holds at most in host memory, beside its state, before they are written."""
+"""How much of the published weights waits at most in rank 0's host memory for its writing."""
 
 _SLACK = 16 << 20  # headers of files, random numbers, the tokenizer
 
@@ -178,17 +179,16 @@ class CheckpointSaver:
     def _find_room(self) -> int:
         """Bytes that this worker's files may take in host memory before they are written.
 
-        A worker's copy takes 12 bytes for each element of trainable parameters that it owns; that of rank 0 also the
-        published weights, of which at most `AHEAD_BYTES` wait at a time.
+        A worker's copy takes 12 bytes for each element of trainable parameters that it owns. That of rank 0 also has
+        published weights: those of the file that is being gathered, and at most `AHEAD_BYTES` that wait.
         """
+        state = bytes_of(self.engine.owned_state())
+        weights = published_bytes(self.engine, lora=self.lora) if self.engine.rank == 0 else 0
         setting = self.config.checkpoint.background
-        needed = bytes_of(self.engine.owned_state())
-        if self.engine.rank == 0:
-            needed += min(AHEAD_BYTES, published_bytes(self.engine, lora=self.lora))
         if setting == "auto":
-            setting = self._has_room(needed)
+            setting = self._has_room(state + min(weights, AHEAD_BYTES + published.FILE_BYTES))
         self.in_background = bool(setting)
-        return needed + _SLACK if setting else FILE_BYTES
+        return state + min(weights, AHEAD_BYTES) + _SLACK if setting else FILE_BYTES
 
     def _has_room(self, needed: int) -> bool:
         everyones = gather_objects((socket.gethostname(), needed, available_memory()))
