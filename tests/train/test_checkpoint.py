@@ -55,6 +55,7 @@ ENGINES = {
     "stage2_offload": {"stage": 2, "offload_optimizer": True},
     "stage3": {"stage": 3, "persistence_threshold": 0},
     "stage3_whole": {"stage": 3},  # every parameter of the tiny model is below the threshold: gathered once, and kept
+    "stage3_hpz": {"stage": 3, "persistence_threshold": 0, "secondary_partition": 2},
     "stage3_offload": {"stage": 3, "persistence_threshold": 0, "offload_optimizer": True, "offload_parameters": True},
     "ddp": {"name": "examples.my_engine:TorchDdp", "stage": None},
 }
@@ -67,7 +68,7 @@ MODELS = {
 SAVED = {
     1: ["stage0"],
     2: [
-        "stage0", "stage2", "stage2_offload", "stage3", "stage3_whole", "ddp", "stage2 dropout", "stage3 lora",
+        "stage0", "stage2", "stage2_offload", "stage3", "stage3_whole", "stage3_hpz", "ddp", "stage2 dropout", "stage3 lora",
         "stage0 bf16", "stage3 bf16",
     ],
     3: ["stage1", "stage3"],  # of three, DDP adds up in another order once it has rebuilt its buckets
@@ -80,6 +81,8 @@ CROSSED = [
     ((2, "stage2_offload"), (3, "stage3_whole")),
     ((2, "stage3_whole"), (3, "ddp")),
     ((2, "stage3"), (2, "stage2")),
+    ((2, "stage2"), (2, "stage3_hpz")),
+    ((2, "stage3_hpz"), (1, "stage0")),
     ((2, "stage2"), (1, "stage0")),
     ((3, "stage1"), (1, "stage3")),
     ((3, "stage3"), (1, "stage2_offload")),
