@@ -24,6 +24,7 @@ from mlc_ray.train.model import ModelOutput
 from mlc_ray.train.preemption import Notice, ended_by
 from mlc_ray.train.random_state import random_state, restore_random_state
 from mlc_ray.train.reference import Reference, ReferenceOutput
+from mlc_ray.train.slow import SlowWorkers, Stopwatch
 from mlc_ray.train.watch import StateWindow, TappedStep
 from mlc_ray.types import Batch, LossOutput, move
 
@@ -110,6 +111,7 @@ def train_loop(
         else None
     )
     window = StateWindow(config.collapse.window if len(set(kinds)) > 1 else 0)
+    slow = SlowWorkers(engine.rank)
     engine.module.train()
     metrics: Metrics = {}
     saved_for_notice = False
@@ -127,7 +129,7 @@ def train_loop(
         before = random_state()
         for retries in range(config.optimizer.max_retries + 1):
             restore_random_state(before)
-            meter = StepMeter(TappedStep(config.collapse.sample, window), work)
+            meter = StepMeter(TappedStep(config.collapse.sample, window), work, Stopwatch(engine.device))
             _accumulate(engine, objective, micro_batches, reference, meter)
             norm = engine.step(rate)
             if math.isfinite(norm):
@@ -142,6 +144,7 @@ def train_loop(
             raise _diverged(config, progress.step + 1, rate, micro_batches, meter)
         told = noticed() if noticed is not None else Notice.NONE
         metrics = meter.reduce(waited, engine.device, told, writes=saves.writes())
+        slow.add(meter.paces)
         metrics |= meter.tapped.measure(f"{config.seed} {progress.step}")
         progress.step += 1
         progress.bundles += int(metrics.pop("bundles"))
@@ -185,7 +188,8 @@ def _accumulate(
         frozen = ReferenceOutput()
         if reference is not None and (objective.needs_reference_log_probs or batch.taps):
             frozen = reference(batch)
-        output = engine.forward(batch)
+        with meter.forwarding:
+            output = engine.forward(batch)
         result = loss_of(objective, batch, output, frozen)
         engine.backward(_with_telling_gradient(result.loss, output.chosen.total))
         meter.add(batch, output, result, idle=idle)

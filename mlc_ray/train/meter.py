@@ -12,6 +12,7 @@ from torch import Tensor
 from mlc_ray.train.collectives import largest, rank_and_workers, sum_over_workers
 from mlc_ray.train.flops import Work
 from mlc_ray.train.model import ModelOutput
+from mlc_ray.train.slow import Stopwatch
 from mlc_ray.train.watch import TappedStep
 from mlc_ray.types import Batch, LossOutput
 
@@ -24,16 +25,20 @@ class StepMeter:
 
     Numbers of the alignment loss are means over the batch's bundles, those of the terms over its bundles with at least
     two languages; a bundle forwarded at weight 0 is in none of them.
+
+    `forwarding` is the time of forwards; once reduced, `paces` has each worker's seconds for a token, by rank.
     """
 
     tapped: TappedStep
     work: Work | None
+    forwarding: Stopwatch
     sums: dict[str, Tensor] = field(default_factory=dict)
     term_sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("tokens", "idle_forwards", "flops"), 0.0))
     forwards: int = 0
     losses: list[tuple[list[str], Tensor]] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
 
     def add(self, batch: Batch, output: ModelOutput, result: LossOutput, *, idle: bool) -> None:
         """Add one micro-batch; nothing is waited for."""
@@ -74,9 +79,13 @@ class StepMeter:
             writes: whether this worker still writes a checkpoint; the metric `writes` is 1 where any does.
         """
         named = {**self.counts, **self.sums, **self.term_sums}
-        packed = torch.stack([*named.values(), *torch.tensor(list(self.numbers.values()), device=device).double()])
-        totals = dict(zip([*named, *self.numbers], sum_over_workers(packed).tolist(), strict=True))
-        _, workers = rank_and_workers()
+        rank, workers = rank_and_workers()
+        paces = [0.0] * workers  # a sum of which each worker has its own place gathers them
+        paces[rank] = self.forwarding.seconds() / self.numbers["tokens"]
+        own_numbers = torch.tensor([*self.numbers.values(), *paces], dtype=torch.float64, device=device)
+        summed = sum_over_workers(torch.cat([torch.stack(list(named.values())), own_numbers])).tolist()
+        totals = dict(zip([*named, *self.numbers], summed[:-workers], strict=True))
+        self.paces = summed[-workers:]
         bundles, term_bundles = totals["bundles"], totals.get("term_bundles", 0.0)
         means = {name: totals[name] / bundles for name in self.sums}
         if term_bundles:  # where no bundle has two languages, the terms have no mean

@@ -68,8 +68,8 @@ MODELS = {
 SAVED = {
     1: ["stage0"],
     2: [
-        "stage0", "stage2", "stage2_offload", "stage3", "stage3_whole", "stage3_hpz", "ddp", "stage2 dropout", "stage3 lora",
-        "stage0 bf16", "stage3 bf16",
+        "stage0", "stage2", "stage2_offload", "stage3", "stage3_whole", "stage3_hpz", "ddp", "stage2 dropout",
+        "stage3 lora", "stage0 bf16", "stage3 bf16",
     ],
     3: ["stage1", "stage3"],  # of three, DDP adds up in another order once it has rebuilt its buckets
 }  # fmt: skip

@@ -22,6 +22,7 @@ from mlc_ray.train.flops import Work
 from mlc_ray.train.loop import _accumulate
 from mlc_ray.train.meter import StepMeter
 from mlc_ray.train.reference import ReferenceModel, cached_reference
+from mlc_ray.train.slow import Stopwatch
 from mlc_ray.train.watch import StateWindow, TappedStep
 from mlc_ray.types import move
 from tests.train.tiny import random_rows, steps_of, tiny_config, tiny_model, wrapped
@@ -88,7 +89,7 @@ def run(config, reference=cached_reference):
         for batch in next(steps_of(config, random_rows(8), 0, 1))
     ]
     assert len(batches) == 2 and min(len(batch.bundle_ids) for batch in batches) > 2
-    meter = StepMeter(TappedStep(512, StateWindow(64)), Work.of(engine.module, Engine.shape))
+    meter = StepMeter(TappedStep(512, StateWindow(64)), Work.of(engine.module, Engine.shape), Stopwatch(META))
     with Crossings() as crossings, Literals() as literals:
         _accumulate(engine, objective, batches, reference, meter)
     assert all(parameter.grad is not None for parameter in engine.module.parameters())
