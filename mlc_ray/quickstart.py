@@ -172,4 +172,4 @@ def _settings(config_file: Path | None) -> tuple[Path, Path]:
 
 def fit_to_gpus(config: TrainConfig, gpus: int) -> list[str]:
     """Overrides that make the run fit on `gpus` GPUs, one worker each; its optimizer steps stay what they are."""
-    return [f"cluster.workers={gpus}"] if gpus < config.cluster.workers else []
+    return [f"cluster.workers={gpus}"] if gpus < config.cluster.most_workers else []

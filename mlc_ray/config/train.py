@@ -248,7 +248,11 @@ class ClusterSection(Section):
         "auto",
         description="`auto` joins a running cluster or starts a local one; `local` always starts one; or an address.",
     )
-    workers: PositiveInt = Field(1, description="Ray Train workers; one per GPU.")
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1,
+        description="Ray Train workers; one per GPU. `[least, most]`: as many as the cluster has room for, fewer when "
+        "it loses a node, more when it gets one; each change goes on from the last checkpoint.",
+    )
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs reserved per worker; leave some for Ray Data.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
     max_failures: NonNegativeInt = Field(
@@ -259,6 +263,25 @@ class ClusterSection(Section):
         description="Seconds without any progress after which a worker ends, and says what it waits for; 0 is off. No "
         "step and no part of the loading may take longer; a save may, while its files grow.",
     )
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest workers that a run goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """The most workers that a run takes."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @model_validator(mode="after")
+    def _least_is_not_more_than_most(self) -> ClusterSection:
+        if self.least_workers > self.most_workers:
+            raise ValueError(
+                f"cluster.workers=[{self.least_workers}, {self.most_workers}]: the first number is the least, the "
+                "second the most; exchange them"
+            )
+        return self
 
 
 class CheckpointSection(Section):

@@ -250,11 +250,16 @@ def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> N
     its workers; a little is left for Ray Data.
 
     Raises:
-        ClusterError: The trials asked for do not fit beside the engines.
+        ClusterError: The trials asked for do not fit beside the engines, or have no fixed number of workers.
     """
     gpu = device == "gpu"
     if config.share_gpu and not gpu:
         raise ClusterError("share_gpu=True, but this search runs on CPU, where engines cannot sleep; remove it")
+    if not isinstance(base.cluster.workers, int):
+        raise ClusterError(
+            f"cluster.workers={list(base.cluster.workers)}: a trial of a search keeps its number of workers, "
+            "since other trials would take what it gives up; set one number"
+        )
     engines = places(config.scoring, device, in_turn=config.share_gpu)
     workers = [(base.cluster.cpus_per_worker, 1 if gpu else 0)] * base.cluster.workers
     trials = [(TRIAL_CPUS, 0), *workers] * config.concurrency

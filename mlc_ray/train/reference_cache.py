@@ -103,7 +103,7 @@ def _compute(config: TrainConfig, tokens: TokenArtifact, needed: dict[str, Any],
             "gpu": gpu,
         },
         batch_size=BUNDLES_PER_FORWARD,
-        compute=ray.data.ActorPoolStrategy(size=min(config.cluster.workers, len(blocks))),
+        compute=ray.data.ActorPoolStrategy(size=min(config.cluster.least_workers, len(blocks))),
         num_cpus=config.cluster.cpus_per_worker,
         num_gpus=1 if gpu else 0,
     )

@@ -117,7 +117,7 @@ def train(
     check_device(config.model, gpu=gpu)
     check_fits(
         "training (cluster.workers x cluster.cpus_per_worker)",
-        [(config.cluster.cpus_per_worker, 1.0 if gpu else 0.0)] * config.cluster.workers,
+        [(config.cluster.cpus_per_worker, 1.0 if gpu else 0.0)] * config.cluster.least_workers,
     )
     if score is None:  # a search has asked before its trials
         check_nodes(run_folder.parent, paths_read(config))
@@ -170,7 +170,7 @@ def _fit(
         train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.workers,
+            num_workers=cast(Any, config.cluster.workers),  # two numbers: Ray Train V2's elastic policy
             use_gpu=gpu,
             resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
         ),
@@ -264,7 +264,7 @@ def _check_groups(config: TrainConfig, tokens: TokenArtifact, held_out: TokenArt
     budget = tokens_per_forward(config, gpu=gpu)
     if budget is None:
         return
-    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=config.cluster.workers)
+    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=config.cluster.most_workers)
     check_groups(tokens, tapping(order_of(config, tokens), cutting, _total_steps(config, tokens)), cutting)
     if held_out is not None:
         batches = batches_of(held_out, seed=config.seed, at_once=config.train.batch_bundles)
@@ -317,6 +317,6 @@ def _announce(config: TrainConfig, tokens: TokenArtifact, steps: int, *, gpu: bo
     budget = tokens_per_forward(config, gpu=gpu)
     if budget is None:
         return
-    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=config.cluster.workers)
+    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=config.cluster.most_workers)
     outlook = look_ahead(tokens, order_of(config, tokens), cutting, steps)
     logger.info("%s", "\n  ".join(said_of(outlook, cutting, config.train.batch_bundles)))

@@ -46,8 +46,8 @@ class Stopwatch:
         if self.on_gpu:
             if self._blocks:
                 self._blocks[-1][1].synchronize()
-            return sum(began.elapsed_time(ended) / 1000 for began, ended in self._blocks)
-        return sum(ended - began for began, ended in self._blocks)
+            return sum(float(began.elapsed_time(ended)) / 1000 for began, ended in self._blocks)
+        return sum(float(ended - began) for began, ended in self._blocks)
 
     def _now(self) -> Any:
         if not self.on_gpu:

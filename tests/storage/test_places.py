@@ -50,6 +50,10 @@ def test_a_place_reads_and_writes_the_same_wherever_it_is(place: Place) -> None:
         file.write(b"three")
         raise ZeroDivisionError
     assert (place / "b.txt").read_text() == "two"
+    (place / "a" / "y").write_parts([b"12", memoryview(b"345")])
+    assert place.sizes() == {"a/x.json": 14, "a/y": 5, "b.txt": 3}
+    assert (place / "a").sizes(["y", "none"]) == {"y": 5}
+    assert (place / "none").sizes() == {}
     (place / "a").remove()
     assert [inside.name for inside in place.iterdir()] == ["b.txt"]
     assert pickle.loads(pickle.dumps(place)) == place

@@ -154,6 +154,11 @@ class DeepSpeed(Engine):
         import torch.distributed as dist
 
         settings = _settings(config)
+        if settings.secondary_partition > 1 and not isinstance(config.cluster.workers, int):
+            raise TrainingEngineError(
+                f"engine.secondary_partition={settings.secondary_partition} groups a fixed number of workers, but "
+                f"cluster.workers={list(config.cluster.workers)} changes it; set one number, or secondary_partition=1"
+            )
         if dist.get_world_size() % settings.secondary_partition:
             raise TrainingEngineError(
                 f"engine.secondary_partition={settings.secondary_partition} does not divide "
