@@ -57,7 +57,7 @@ def test_a_run_that_loses_a_node_goes_on_with_fewer_workers(tmp_path, smollm2, r
     ]
     for (step, bundles, loss), (wanted_step, wanted_bundles, wanted) in zip(*losses, strict=True):
         assert (step, bundles) == (wanted_step, wanted_bundles)
-        assert loss == pytest.approx(wanted, rel=1e-5)
+        assert loss == pytest.approx(wanted, rel=1e-5)  # seen: 7e-7
     sizes = [
         (checkpoint / "manifest.json").read_json()["world_size"] for checkpoint in list_checkpoints(Place(run.folder))
     ]
