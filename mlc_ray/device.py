@@ -89,8 +89,10 @@ def peak_tflops(name: str, dtype: str) -> float | None:
 
 
 def available_memory() -> int:
-    """Memory that programs can still get: of the machine, or of the container where that has a limit."""
-    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    """Bytes that programs can still get, of the machine or of the container that limits them; 0 if not on Linux."""
+    if not (told := Path("/proc/meminfo")).is_file():
+        return 0
+    text = told.read_text(encoding="ascii")
     free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
