@@ -7,7 +7,6 @@ import logging
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import ray
@@ -27,7 +26,7 @@ from mlc_ray.lease import LeaseGuard
 from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import checkpoint_sizes
-from mlc_ray.storage import Place
+from mlc_ray.storage import fetched_bytes, local_model
 from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint, save_checkpoint
 from mlc_ray.train.checks import check_batch, check_tap
 from mlc_ray.train.divergence import forget_divergence
@@ -73,6 +72,9 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
     engine_class(config).prepare(device)
     torch.manual_seed(config.seed + rank)  # dropout; order and extractor have their own seeded generators
 
+    watchdog.beat("fetching the model")
+    with watchdog.while_changing(fetched_bytes):
+        local_model(config.model.path)  # of a URL, a copy for all workers of this machine
     watchdog.beat("loading the model")
     engine, online = _build(config, device)
     guard = LeaseGuard(spec.run_folder, spec.lease)
@@ -82,7 +84,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
     watchdog.beat("verifying the checksums of a checkpoint, with all workers")
     # From the folder, not from Ray's list, which names what was reported, not what is there and undamaged.
     progress = Progress()
-    run = Place(spec.run_folder)
+    run = spec.run_folder
     if (checkpoint := agree_on_checkpoint(run)) is not None:
         watchdog.beat("loading the checkpoint")
         progress = load_checkpoint(checkpoint, engine=engine, config=config, fingerprints=spec.fingerprints)
@@ -98,8 +100,9 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
     )
     steps = _checked(batches, engine)
     watchdog.beat("opening the trackers")
+    is_past_divergence = False
     with (
-        contextlib.closing(Tracker(config, spec.run_folder, progress.step))
+        contextlib.closing(Tracker(config, spec.run_folder, progress.step, guard.check))
         if rank == 0
         else contextlib.nullcontext() as tracker,
         contextlib.closing(steps),
@@ -110,11 +113,15 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
             if tracker is not None:
                 guard.check()
                 tracker.log(step, {**metrics, "tokens_per_forward": float(cutting.tokens_per_forward)})
-                forget_divergence(spec.run_folder, step)
+                nonlocal is_past_divergence
+                is_past_divergence = is_past_divergence or forget_divergence(spec.run_folder, step)
 
         def save(at: Progress, metrics: Metrics) -> None:
             if rank == 0:  # it removes and completes for all
                 guard.check(now=True)
+            if tracker is not None:
+                watchdog.beat("sending metrics")
+                tracker.sync()  # before: a run that goes on from the checkpoint has the rows up to it
             watchdog.beat("saving a checkpoint, with all workers")
             # A worker that has written its files waits for the slowest one: what any of them writes is progress.
             with watchdog.while_changing(partial(checkpoint_sizes, run)):
@@ -127,7 +134,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
                     fingerprints=spec.fingerprints,
                 )
             if spec.score is not None:
-                score = partial(spec.score, spec.run_folder, Path(folder), at.step)
+                score = partial(spec.score, spec.run_folder, folder, at.step)
                 with watchdog.off():  # scoring takes as long as it takes, while the other workers wait
                     ray.train.report(_on_first_worker(score))
             watchdog.beat("between two steps")
