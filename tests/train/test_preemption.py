@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from pathlib import Path
 
 import pytest
 import torch
