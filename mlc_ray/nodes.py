@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mlc_ray.config.paths import scheme_of
 from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import cache_folder
 from mlc_ray.storage import Place, StorageError, library_versions
 
 ALIKE = ("python", "mlc_ray", "torch", "ray", "deepspeed", "transformers")
@@ -50,12 +51,13 @@ def _is_there(path: str) -> bool:
         return False
 
 
-def check_nodes(folder: Path | Place, paths: Mapping[str, str]) -> None:
+def check_nodes(folder: Path | Place, paths: Mapping[str, str], *, setting: str = "output_dir") -> None:
     """Ask every other node that may get a worker, or a task of the data. A cluster of one node is not asked.
 
     Args:
         folder: where the run writes; a file is made in it for a moment.
         paths: what the run reads, by the setting that names it; URLs, and local paths that are there, are asked for.
+        setting: what names `folder`.
 
     Raises:
         NodeError: A node does not answer, does not see `folder` or a path, or has other versions.
@@ -85,7 +87,10 @@ def check_nodes(folder: Path | Place, paths: Mapping[str, str]) -> None:
         if isinstance(answer, Exception):
             faults.append(f"{name} does not answer ({answer}): install mlc_ray there by cluster/install.sh")
         else:
-            faults += [f"{name} {fault}" for fault in unlike(answer, library_versions(), nonce, str(folder), asked)]
+            faults += [
+                f"{name} {fault}"
+                for fault in unlike(answer, library_versions(), nonce, str(folder), asked, setting=setting)
+            ]
     if faults:
         raise NodeError(
             "\n  ".join(
@@ -94,14 +99,22 @@ def check_nodes(folder: Path | Place, paths: Mapping[str, str]) -> None:
         )
 
 
-def unlike(there: Sight, here: Mapping[str, str], nonce: str, folder: str, paths: Mapping[str, str]) -> list[str]:
+def unlike(
+    there: Sight,
+    here: Mapping[str, str],
+    nonce: str,
+    folder: str,
+    paths: Mapping[str, str],
+    *,
+    setting: str = "output_dir",
+) -> list[str]:
     """What a node lacks, each as a clause with its fix."""
     faults = []
     if there.nonce != nonce:
         what = "does not see" if there.nonce is None else "sees an old state of"
         faults.append(
             f"{what} {folder!r}: "
-            + _fix(folder, "mount the same storage on all nodes, and set output_dir to a folder on it")
+            + _fix(folder, f"mount the same storage on all nodes, and set {setting} to a folder on it")
         )
     faults += [
         f"does not see {name}={path!r}: {_fix(path, 'put it on storage that all nodes share, at the same path')}"
@@ -129,3 +142,14 @@ def _fix(place: str, here: str) -> str:
 def plain_version(version: str | None) -> str | None:
     """A version without the build's mark: +cpu on the head and +cu130 on the workers are one version."""
     return None if version is None else version.partition("+")[0]
+
+
+def check_nodes_of(output: Place, paths: Mapping[str, str]) -> None:
+    """`check_nodes` of the folder that runs go to; where that is a URL, of the cache too, which all nodes fill.
+
+    Raises:
+        NodeError: as `check_nodes`.
+    """
+    check_nodes(output, paths)
+    if not output.is_local:
+        check_nodes(cache_folder(output), {}, setting="MLC_RAY_CACHE")

@@ -29,7 +29,7 @@ from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
-from mlc_ray.nodes import check_nodes
+from mlc_ray.nodes import check_nodes_of
 from mlc_ray.runs import (
     BASE_FILE,
     BASELINE_FOLDER,
@@ -157,7 +157,7 @@ def _check(config: SearchConfig, space: Space) -> None:
     connect(base.cluster.address)
     check_device(base.model, gpu=_device(base) == "gpu")
     check_feasible(config, base, _device(base))
-    check_nodes(output_place(config.output_dir), paths_read(base))
+    check_nodes_of(output_place(config.output_dir), paths_read(base))
 
 
 def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:

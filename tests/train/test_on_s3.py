@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
-from mlc_ray.config import SearchConfig, load_config
+from mlc_ray.config import SearchConfig, TrainConfig, load_config
 from mlc_ray.runs import complete_checkpoints, read_metrics, resolve_model
 from mlc_ray.score.results import load_scores
 from mlc_ray.show import show
 from mlc_ray.storage import Place
 from mlc_ray.train.export import export
+from mlc_ray.train.run import train as train_here
 
 pytestmark = pytest.mark.slow
 STEPS = 6
@@ -42,6 +44,7 @@ def bucket(s3: str, small_llama: Path, repository: Path, tmp_path_factory: pytes
         "resume": "auto",
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": [{"path": str(folder / "bundles.jsonl")}], "languages": ["en", "sw"]},
+        "objective": {"loss": "simpo"},
         "mlc": {"extractor_dim": 16},
         "optimizer": {"learning_rate": 1e-2},
         "train": {"epochs": 8, "max_steps": STEPS, "batch_bundles": 4},
@@ -72,20 +75,23 @@ def rows(run: Place | Path) -> Sequence[tuple[int, Any]]:
     return [(row["step"], row["loss/total"]) for row in read_metrics(run)]
 
 
-def test_a_killed_run_on_s3_is_resumed_from_exactly_and_exported(bucket: Path, s3: str, tmp_path: Path) -> None:
+def test_a_killed_run_on_s3_is_resumed_from_exactly_and_exported(
+    bucket: Path, s3: str, small_llama: Path, tmp_path: Path, ray_local: Any
+) -> None:
     train = ["train", "--config", str(bucket / "run.yaml")]
     run = Place(s3) / "runs" / "mine"
     driver = mlc_ray(bucket, *train)
     while not complete_checkpoints(run)[0]:
         assert driver.poll() is None, driver.communicate()[0]
+        time.sleep(0.2)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.communicate()
     assert (run / "lease.json").is_file()
     shutil.rmtree(bucket / "cache")  # it goes on elsewhere
     assert f"run         {run}\n" in done(mlc_ray(bucket, *train))
     assert not (run / "lease.json").exists()
-    undisturbed = ["--set", f"output_dir={tmp_path}", "--set", "resume=never"]
-    done(mlc_ray(bucket, *train, *undisturbed))
+    here = [f"output_dir={tmp_path}", f"model.path={small_llama}"]
+    train_here(load_config(TrainConfig, bucket / "run.yaml", here))
     assert rows(run) == rows(tmp_path / "mine")
     assert [step for step, _ in rows(run)] == list(range(1, STEPS + 1))
     assert (run / "tensorboard").is_dir()
@@ -95,10 +101,10 @@ def test_a_killed_run_on_s3_is_resumed_from_exactly_and_exported(bucket: Path, s
     out = export(run, f"{s3}/exported")
     assert json.loads((out / "mlc_ray.json").read_text())["languages"] == ["en", "sw"]
     assert s3 not in (out / "README.md").read_text()
-    here = Path(export(tmp_path / "mine", tmp_path / "exported"))
-    assert sorted(path.name for path in here.iterdir()) == [each.name for each in out.iterdir()]
+    exported = Path(export(tmp_path / "mine", tmp_path / "exported"))
+    assert sorted(path.name for path in exported.iterdir()) == [each.name for each in out.iterdir()]
     with (out / "model.safetensors").open() as file:
-        assert file.read() == (here / "model.safetensors").read_bytes()
+        assert file.read() == (exported / "model.safetensors").read_bytes()
     assert not any(Path().glob("s3:*"))
 
 
