@@ -128,6 +128,10 @@ class Storage(ABC):
         for name in names:
             self.fetch(_join(url, name), local / name)
 
+    def holds_files(self, url: str) -> bool:
+        """Whether there are files beneath a folder."""
+        return any(True for _ in self._names(url))
+
     def _names(self, url: str) -> Iterator[str]:
         """Paths of all files beneath a folder."""
         for name in self.list(url):
@@ -230,7 +234,7 @@ class Place:
 
     def is_dir(self) -> bool:
         """Whether a folder is there."""
-        return Path(self.url).is_dir() if self.is_local else bool(self.storage.list(self.url))
+        return Path(self.url).is_dir() if self.is_local else self.storage.holds_files(self.url)
 
     def iterdir(self) -> list[Place]:
         """What is directly in a folder, by name; nothing if there is no such folder."""

@@ -80,6 +80,10 @@ class ObjectStorage(Storage):
         found = {each.path.removeprefix(f"{folder}/"): int(each.size) for each in listed if each.is_file}
         return found if names is None else {name: found[name] for name in names if name in found}
 
+    def holds_files(self, url: str) -> bool:
+        """Whether keys begin with the folder's; some stores list a folder for a while after its last file is gone."""
+        return bool(self.sizes(url))
+
     def modified(self, url: str) -> float | None:
         """When an object was written."""
         from pyarrow import fs
