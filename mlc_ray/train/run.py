@@ -72,7 +72,7 @@ class PreparedData:
 def train(
     config: TrainConfig,
     *,
-    resume: Place | None = None,
+    resume: Path | Place | None = None,
     score: CheckpointScorer | None = None,
     callbacks: Sequence[UserCallback] = (),
     display: bool = True,
@@ -151,7 +151,7 @@ def _said_to_have_ended(result: TrainResult) -> TrainResult:
     return result
 
 
-def _found(config: TrainConfig, resume: Place | None) -> tuple[TrainConfig, Place, bool]:
+def _found(config: TrainConfig, resume: Path | Place | None) -> tuple[TrainConfig, Place, bool]:
     """The settings, with the type that a run to go on with has; its folder; and whether the run is a new one."""
     run_folder, is_new = find_run_folder(config, resume)
     if not is_new:
@@ -217,7 +217,8 @@ def _fit(
         if (hung := hang_error(run_folder, spec.lease)) is not None:
             raise hung from error
         raise
-    return TrainResult(run_folder, find_checkpoint(run_folder), read_metrics(run_folder)[-1])
+    rows = read_metrics(run_folder)
+    return TrainResult(run_folder, find_checkpoint(run_folder), rows[-1] if rows else {})
 
 
 def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool) -> PreparedData:

@@ -52,14 +52,14 @@ def load_run_config(run: Path | Place, overrides: Sequence[str] = ()) -> TrainCo
     return parse_config(TrainConfig, raw)
 
 
-def find_run_folder(config: TrainConfig, resume: Place | None) -> tuple[Place, bool]:
+def find_run_folder(config: TrainConfig, resume: Path | Place | None) -> tuple[Place, bool]:
     """The run's folder, and whether the run is a new one.
 
     Raises:
         RunError: `resume` is no run folder, or without it and with `resume: never` the folder is there already.
     """
     if resume is not None:
-        folder = resume.absolute()
+        folder = Place(resume).absolute()
         if not (folder / CONFIG_FILE).is_file():
             raise RunError(f"--resume {str(resume)!r}: not a run folder, it has no {CONFIG_FILE}")
         if config.output_dir != (written := load_run_config(folder).output_dir):
