@@ -6,14 +6,13 @@ This module imports neither Ray nor torch; a stage loads what it needs when it i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from mlc_ray.config import EngineSection
 from mlc_ray.generate.engine import Device, Engine, EngineError, Generation, Warm, check_lengths, prepare_process
-from mlc_ray.storage import fingerprint_tokenizer, model_for_now
+from mlc_ray.storage import fingerprint_tokenizer
 
 if TYPE_CHECKING:
     from mlc_ray.data.tokens import ChatTemplate
@@ -37,7 +36,6 @@ class Stage:
 
     columns: pa.Schema
     engine: Engine | None = None
-    _copy: ExitStack | None = None
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """The values of `columns`, a dict per row of `table`, in its order; a value left out is null."""
@@ -46,21 +44,14 @@ class Stage:
     def swap(self, weights: str | None, *, lora: bool) -> dict[str, float]:
         """Serve other weights from now on; returns the seconds that `Engine.swap` does, and raises what it raises.
 
-        `weights` is a folder, by its path or URL, or a hub name; with `lora` a peft folder, or None for no adapter.
-        What a URL names is copied to this machine until others are served.
+        `weights` is a folder or hub name; with `lora` a peft folder, or None for no adapter.
         """
         if self.engine is None or (weights is None and not lora):
             raise ValueError(f"{type(self).__name__} cannot be given the weights {weights!r}")
-        with ExitStack() as copy:
-            folder = None if weights is None else copy.enter_context(model_for_now(weights))
-            if folder is None or lora:
-                seconds = self.engine.swap_adapter(folder)
-            else:
-                seconds = self.engine.swap(folder)
-                self.read_tokenizer(folder)
-            if self._copy is not None:
-                self._copy.close()
-            self._copy = copy.pop_all()  # kept: vLLM may read an adapter again
+        if weights is None or lora:
+            return self.engine.swap_adapter(weights)
+        seconds = self.engine.swap(weights)
+        self.read_tokenizer(weights)
         return seconds
 
     def read_tokenizer(self, model: str) -> None:
