@@ -73,7 +73,7 @@ class SearchConfig(Section):
 
     name: RunName = Field(description="Folder name of the search.")
     output_dir: StoredPath = Field(
-        "runs", description="Where search folders go; on a cluster, a path that all nodes share."
+        "runs", description="Where search folders go; on a cluster, a path that all nodes share, or a URL."
     )
     seed: Annotated[int, Field(ge=0, le=2**31)] = Field(42, description="Seed of the sampler; runs keep their own.")
     resume: Resume = Field("never", description=RESUME)

@@ -107,10 +107,10 @@ class StopFile:
 
     def __init__(self, run_folder: Path | Place, lease: str) -> None:
         self.path, self.lease = Place(run_folder) / STOP_FILE, lease
-        self._last, self._follower = (
-            Notice.NONE,
-            None if self.path.is_local else threading.Thread(target=self._follow, name="stop-file", daemon=True),
-        )
+        self._last = Notice.NONE
+        self._follower: threading.Thread | None = None
+        if not self.path.is_local:
+            self._follower = threading.Thread(target=self._follow, name="stop-file", daemon=True)
 
     def __call__(self) -> Notice:
         """END once the file has the lease's id: that of an earlier driver's is not obeyed."""

@@ -46,7 +46,7 @@ class UnreadableError(Exception):
 class GuardSettings(ReadingJudgeSettings):
     """What the settings of every guard model share."""
 
-    model: StoredPath = Field(description="Folder or hub name of the guard's weights.")
+    model: StoredPath = Field(description="Folder, its URL, or hub name of the guard's weights.")
     engine: EngineSection = Field(EngineSection(), description="Its vLLM engines.")
 
 
