@@ -37,7 +37,7 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
-from mlc_ray.runs import user_cache
+from mlc_ray.storage import user_cache
 
 LANGUAGES = 10
 PROMPT_WORDS, ANSWER_WORDS = (8, 20), (20, 50)

@@ -29,7 +29,7 @@ from mlc_ray.cluster import connect, use_gpu
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
-from mlc_ray.runs import user_cache
+from mlc_ray.storage import user_cache
 from mlc_ray.train import reference_cache
 from mlc_ray.train.reference_cache import (
     BUNDLES_PER_FORWARD,

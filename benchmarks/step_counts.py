@@ -30,7 +30,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
-from mlc_ray.runs import user_cache
+from mlc_ray.storage import user_cache
 from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.types import Batch, TokenRow, Tree, move
 

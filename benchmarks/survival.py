@@ -522,7 +522,7 @@ def _answers(address: str) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; 1 where a run did not end as the undisturbed one did."""
     from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
-    from mlc_ray.runs import user_cache
+    from mlc_ray.storage import user_cache
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--deaths", default="worker=1,driver=1,node=1,write=1,damage=1,nan=1")

@@ -32,7 +32,8 @@ from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
-from mlc_ray.runs import read_metrics, user_cache
+from mlc_ray.runs import read_metrics
+from mlc_ray.storage import user_cache
 from mlc_ray.train import worker
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.planning import order_of

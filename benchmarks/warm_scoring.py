@@ -26,10 +26,10 @@ from safetensors.torch import load_file, save_file
 from mlc_ray.cluster import check_fits, connect, use_gpu
 from mlc_ray.config import ScoringSection, parse_config
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
-from mlc_ray.runs import user_cache
 from mlc_ray.score.plan import places
 from mlc_ray.score.prompts import read_prompts
 from mlc_ray.score.scorer import WarmScorer, start_scorer
+from mlc_ray.storage import user_cache
 
 
 def main() -> int:

@@ -30,7 +30,8 @@ from mlc_ray.config import (
     parse_config,
     read_config_file,
 )
-from mlc_ray.runs import cache_folder, output_folder, output_place
+from mlc_ray.runs import cache_folder, model_name, output_place
+from mlc_ray.storage import Place
 from mlc_ray.types import Bundle
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ def train(
         config: the run's settings.
         bundles: what to train on, instead of `data.train`.
         overrides: `section.field=value`, as after --set.
-        resume: the folder of a run to go on with; `config` must be its own (`train.run_folder.load_run_config`), but
-            for what may change. With the setting `resume: auto`, the same call goes on with what an earlier one left.
+        resume: the folder or URL of a run to go on with; `config` must be its own
+            (`train.run_folder.load_run_config`), but for what may change. With the setting `resume: auto`, the same
+            call goes on with what an earlier one left.
 
     Returns:
         Where the run is, its newest checkpoint, and the last step's metrics.
@@ -73,7 +75,7 @@ def train(
 
     from mlc_ray.train.run import train
 
-    return train(settings, resume=None if resume is None else Path(resume))
+    return train(settings, resume=None if resume is None else Place(os.fspath(resume)))
 
 
 def score(
@@ -126,7 +128,7 @@ def search(
     if resume is not None:
         from mlc_ray.search.run import resume_search
 
-        return resume_search(Path(resume))
+        return resume_search(Place(os.fspath(resume)))
     assert config is not None
     settings = _settings(SearchConfig, config, overrides)
 
@@ -163,12 +165,13 @@ def probe(
     if isinstance(model, str | os.PathLike):
         model = {"path": os.fspath(model)}
     section = model if isinstance(model, ModelSection) else parse_config(ModelSection, model)
-    folder = output_folder(Path("runs", "probes", _name_of(section.path)) if out is None else Path(out), setting="out")
+    default = Path("runs", "probes", model_name(section.path))
+    folder = output_place(str(default if out is None else out), setting="out")
     given = list(bundles)
     if given and all(isinstance(item, str) for item in given):
         sources = [parse_config(SourceSection, {"path": item}) for item in given]
     else:
-        sources = [_as_source(given, folder.parent / "cache")]  # type: ignore[arg-type]
+        sources = [_as_source(given, cache_folder(folder.parent))]  # type: ignore[arg-type]
 
     from mlc_ray.search.probe import probe
 
@@ -213,7 +216,3 @@ def _as_source(bundles: Bundles, folder: Path) -> SourceSection:
     from mlc_ray.data.given import as_source
 
     return as_source(bundles, folder)
-
-
-def _name_of(model: str) -> str:
-    return Path(model).resolve().name if Path(model).exists() else model.replace("/", "-")

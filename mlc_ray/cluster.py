@@ -211,16 +211,18 @@ def _send_output_to(file: TextIO) -> None:
 
     Warnings of this package among it are logged by this process.
     """
-    # Ray has no public way to this; what it prints goes through one dispatcher, whose only handler is replaced.
+    # Ray has no public way to this. What its workers write goes through one dispatcher, whose only handler is replaced;
+    # what it says of a worker's death goes past that, straight to a function, and this package warns of it itself.
+    from ray._private import worker
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
-    from ray._private.worker import print_worker_logs
 
     dispatcher.remove_handler("ray_print_logs")
 
     def take(data: dict[str, Any]) -> None:
         others: Any = show_warnings(data.get("lines", []))
-        print_worker_logs({**data, "lines": others}, file)
+        worker.print_worker_logs({**data, "lines": others}, file)
 
+    worker.print_to_stdstream = lambda data, **_: take(data)
     dispatcher.add_handler("mlc_ray", take)
     for name, logger in logging.root.manager.loggerDict.items():
         if name.partition(".")[0] == "ray" and isinstance(logger, logging.Logger):

@@ -3,11 +3,12 @@
 Within a Ray cluster this is exact: the holder has an actor whose name is made from the folder, and Ray gives a name
 once and frees it when the holder's process dies. Between clusters it goes by `lease.json` in the folder, which the
 holder writes again every quarter of `LIFETIME`; a file that was not is taken over after `LIFETIME`. Its age is
-measured by the clock of the file server alone.
+measured by the clock of the storage alone, or where that has none, by watching the file for so long.
 
-Whoever takes over reads the file back after `SETTLE` seconds. Of two drivers that take over at once, from two clusters,
-both go on only where one needed longer than that from its look at the old file to its own writing, and then until the
-next check: whoever finds another's id in the file ends the run (`LeaseGuard`).
+Whoever takes over, or on storage without exclusive creation is the first, reads the file back after `SETTLE` seconds.
+Of two drivers that do so at once, from two clusters, both go on only where one needed longer than that from its look
+at the old file to its own writing, and then until the next check: whoever finds another's id in the file ends the run
+(`LeaseGuard`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import LEASE_FILE
-from mlc_ray.storage import write_json_atomic
+from mlc_ray.storage import Place
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Holder:
     """Who has a lease: a random id, and the process.
 
     `machine` and `started` tell whether a process of this pid is still the same one, where it can be seen from here;
-    `node` is the Ray node of the process, which no two clusters share.
+    `node` is the Ray node of the process, which no two clusters share. `renewed` is how often it renewed the lease.
     """
 
     id: str
@@ -66,6 +67,7 @@ class Holder:
     node: str
     ray_job: str
     since: str
+    renewed: int = 0
 
     @classmethod
     def here(cls) -> Holder:
@@ -96,7 +98,7 @@ class _Name:
 
 
 @contextmanager
-def lease(folder: Path, *, wait: bool, lifetime: float = LIFETIME) -> Iterator[str]:
+def lease(folder: Place, *, wait: bool, lifetime: float = LIFETIME) -> Iterator[str]:
     """Hold the lease on `folder`, which is made if need be, while the block runs.
 
     Args:
@@ -111,9 +113,8 @@ def lease(folder: Path, *, wait: bool, lifetime: float = LIFETIME) -> Iterator[s
     Raises:
         LeaseError: Another driver holds it.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    folder = folder.resolve()
+    folder = folder.absolute()
+    made = folder.is_local and not folder.exists()
     own = Holder.here()
     actor = _acquire(folder, own, wait=wait, lifetime=lifetime)
     ended = threading.Event()
@@ -127,14 +128,14 @@ def lease(folder: Path, *, wait: bool, lifetime: float = LIFETIME) -> Iterator[s
             renewing.join(_DYING)
             # Where it still runs, the storage hangs: the lease ends by itself.
             if not renewing.is_alive() and (holder := _read(folder)) is not None and holder.id == own.id:
-                (folder / LEASE_FILE).unlink(missing_ok=True)
+                (folder / LEASE_FILE).remove()
         except OSError as error:
             logger.warning("the lease on %s could not be given back (%s); it ends by itself", folder, error)
         finally:
             _give_name_back(actor)
         if made:
             with suppress(OSError):  # not empty: what the lease was for is there
-                folder.rmdir()
+                Path(folder).rmdir()
 
 
 class LeaseGuard:
@@ -146,7 +147,7 @@ class LeaseGuard:
         lifetime: of the lease, in seconds; for so long it is taken for held where the file cannot be read.
     """
 
-    def __init__(self, folder: Path, id: str, lifetime: float = LIFETIME) -> None:
+    def __init__(self, folder: Place, id: str, lifetime: float = LIFETIME) -> None:
         self.folder, self.id, self.lifetime = folder, id, lifetime
         self.checked = self.held = time.monotonic()
 
@@ -186,33 +187,37 @@ class LeaseGuard:
             )
 
 
-def _acquire(folder: Path, own: Holder, *, wait: bool, lifetime: float) -> Any:
+def _acquire(folder: Place, own: Holder, *, wait: bool, lifetime: float) -> Any:
     """Take the lease; returns the actor that holds the name in this cluster, or None outside of one."""
-    first, began, said = _stamp(folder), time.monotonic(), False
     actor, has_name = None, False
-    while True:
-        if not has_name:
-            actor, has_name = _take_name(folder)
-        holder = _read(folder)
-        if has_name and _is_free(folder, holder, lifetime) and _write_first(folder, own, holder):
-            return actor
-        holder = _read(folder)
-        renewed = holder is not None and _stamp(folder) != first
-        dying = holder is None or holder.has_died()
-        patience = lifetime + _DYING if wait else _DYING if dying else 0.0
-        if (renewed and not dying) or time.monotonic() - began > patience:
-            _give_name_back(actor)
-            raise LeaseError(_refusal(folder, holder, lifetime))
-        if not said and not dying:
-            logger.info(
-                "%s is held by %s; waiting until its lease ends, in %.0f s unless it is renewed",
-                folder, holder, max(0.0, lifetime - _age(folder)),
-            )  # fmt: skip
-            said = True
-        time.sleep(_POLL)
+    try:
+        first, began, said = _read(folder), time.monotonic(), False
+        while True:
+            if not has_name:
+                actor, has_name = _take_name(folder)
+            holder, watched = _read(folder), time.monotonic() - began
+            renewed = holder is not None and holder != first
+            ended = watched > lifetime and not renewed
+            if has_name and (ended or _is_free(folder, holder, lifetime)) and _write_first(folder, own, holder):
+                return actor
+            holder = _read(folder)
+            dying = holder is None or holder.has_died()
+            patience = lifetime + _DYING if wait else _DYING if dying else 0.0
+            if (holder is not None and holder != first and not dying) or watched > patience:
+                raise LeaseError(_refusal(folder, holder, lifetime))
+            if not said and not dying:
+                logger.info(
+                    "%s is held by %s; waiting until its lease ends, in %.0f s unless it is renewed",
+                    folder, holder, max(0.0, lifetime - _age(folder)),
+                )  # fmt: skip
+                said = True
+            time.sleep(_POLL)
+    except BaseException:
+        _give_name_back(actor)
+        raise
 
 
-def _is_free(folder: Path, holder: Holder | None, lifetime: float) -> bool:
+def _is_free(folder: Place, holder: Holder | None, lifetime: float) -> bool:
     """Whether the lease that the file tells of has ended; the name within this cluster is this process's."""
     if holder is None or holder.has_died() or _age(folder) > lifetime:
         return True
@@ -220,42 +225,34 @@ def _is_free(folder: Path, holder: Holder | None, lifetime: float) -> bool:
     return ray.is_initialized() and holder.node in {str(node["NodeID"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]
 
 
-def _write_first(folder: Path, own: Holder, before: Holder | None) -> bool:
+def _write_first(folder: Place, own: Holder, before: Holder | None) -> bool:
     """Write the lease file; False where another driver was faster."""
-    path = folder / LEASE_FILE
-    if before is None:
-        temporary = folder / f".{LEASE_FILE}.{own.id}"
-        try:
-            temporary.write_text(json.dumps(asdict(own)), encoding="utf-8")
-            os.link(temporary, path)  # it fails where the file is there
-        except FileExistsError:
-            return False
-        except OSError:  # no hard links here, as on mounted object stores
-            write_json_atomic(path, asdict(own))
-        else:
-            return True
-        finally:
-            temporary.unlink(missing_ok=True)
-    else:
-        write_json_atomic(path, asdict(own))
+    if before is None and (created := (folder / LEASE_FILE).create(json.dumps(asdict(own)))) is not None:
+        return created
+    _write(folder, own)
     time.sleep(SETTLE)
     found = _read(folder)
     return found is not None and found.id == own.id
 
 
-def _renew(folder: Path, own: Holder, lifetime: float, ended: threading.Event) -> None:
+def _write(folder: Place, own: Holder) -> None:
+    (folder / LEASE_FILE).write_json(asdict(own))
+
+
+def _renew(folder: Place, own: Holder, lifetime: float, ended: threading.Event) -> None:
     while not ended.wait(lifetime / 4):
         try:
             holder, is_held = _look_twice(folder, own.id)
             if not is_held:
                 logger.error("the lease on %s was lost to %s", folder, holder or "nobody: its file is gone")
                 return
-            write_json_atomic(folder / LEASE_FILE, asdict(own))
+            own = replace(own, renewed=own.renewed + 1)
+            _write(folder, own)
         except OSError as error:  # the storage may come back before the lease has ended
             logger.warning("the lease on %s could not be renewed: %s", folder, error)
 
 
-def _take_name(folder: Path) -> tuple[Any, bool]:
+def _take_name(folder: Place) -> tuple[Any, bool]:
     """The actor that holds the folder's name in this cluster, and whether the name is this process's."""
     if not ray.is_initialized():
         return None, True
@@ -280,7 +277,7 @@ def _give_name_back(actor: Any) -> None:
             ray.kill(actor)
 
 
-def _refusal(folder: Path, holder: Holder | None, lifetime: float) -> str:
+def _refusal(folder: Place, holder: Holder | None, lifetime: float) -> str:
     if holder is None:
         return (
             f"{str(folder)!r} is being taken by another driver of this Ray cluster; look what runs there, or try again"
@@ -292,7 +289,7 @@ def _refusal(folder: Path, holder: Holder | None, lifetime: float) -> str:
     )
 
 
-def _look_twice(folder: Path, id: str) -> tuple[Holder | None, bool]:
+def _look_twice(folder: Place, id: str) -> tuple[Holder | None, bool]:
     """Who the lease file names, and whether that is `id`; where it is not, it is read again a second later."""
     holder = _read(folder)
     if holder is None or holder.id != id:
@@ -301,37 +298,29 @@ def _look_twice(folder: Path, id: str) -> tuple[Holder | None, bool]:
     return holder, holder is not None and holder.id == id
 
 
-def _read(folder: Path) -> Holder | None:
+def _read(folder: Place) -> Holder | None:
     """Who the lease file names; None where there is none, or what it says is not a lease.
 
     Raises:
         OSError: The storage does not let it be read.
     """
     try:
-        return Holder(**json.loads((folder / LEASE_FILE).read_text(encoding="utf-8")))
+        return Holder(**(folder / LEASE_FILE).read_json())
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
 
-def _stamp(folder: Path) -> tuple[int, int] | None:
-    """What is another one after every writing of the lease file."""
-    try:
-        status = (folder / LEASE_FILE).stat()
-    except FileNotFoundError:
-        return None
-    return status.st_mtime_ns, status.st_ino
-
-
-def _age(folder: Path) -> float:
-    """Seconds since the lease file was written, by the clock that stamps the folder's files; 0 where it is gone."""
+def _age(folder: Place) -> float:
+    """Seconds since the lease file was written, by the clock that stamps the folder's files; 0 where none is known."""
     now = folder / f".{LEASE_FILE}.now-{uuid.uuid4().hex}"
     try:
-        now.touch()
-        return now.stat().st_mtime - (folder / LEASE_FILE).stat().st_mtime
+        now.write_text("")
+        times = now.modified(), (folder / LEASE_FILE).modified()
     except FileNotFoundError:
         return 0.0
     finally:
-        now.unlink(missing_ok=True)
+        now.remove()
+    return 0.0 if times[0] is None or times[1] is None else times[0] - times[1]
 
 
 def _machine() -> str:

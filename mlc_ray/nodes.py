@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlc_ray.config.paths import scheme_of
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage import library_versions
+from mlc_ray.runs import cache_folder
+from mlc_ray.storage import Place, StorageError, library_versions
 
 ALIKE = ("python", "mlc_ray", "torch", "ray", "deepspeed", "transformers")
 """What must have one version on all nodes; those of an engine that answers prompts are compared too, see `unlike`."""
@@ -35,19 +38,26 @@ class Sight:
 
 def look(nonce_file: str, paths: Sequence[str]) -> Sight:
     """What this machine has of it."""
+    nonce = None
+    with suppress(OSError, StorageError):
+        nonce = Place(nonce_file).read_text()
+    return Sight(library_versions(), nonce, [path for path in paths if not _is_there(path)])
+
+
+def _is_there(path: str) -> bool:
     try:
-        nonce = Path(nonce_file).read_text(encoding="ascii")
-    except OSError:
-        nonce = None
-    return Sight(library_versions(), nonce, [path for path in paths if not Path(path).exists()])
+        return Place(path).exists()
+    except (OSError, StorageError):  # this machine has no credentials, or does not reach the store
+        return False
 
 
-def check_nodes(folder: Path, paths: Mapping[str, str]) -> None:
+def check_nodes(folder: Path | Place, paths: Mapping[str, str], *, setting: str = "output_dir") -> None:
     """Ask every other node that may get a worker, or a task of the data. A cluster of one node is not asked.
 
     Args:
         folder: where the run writes; a file is made in it for a moment.
-        paths: what the run reads, by the setting that names it; only local paths that are there are asked for.
+        paths: what the run reads, by the setting that names it; URLs, and local paths that are there, are asked for.
+        setting: what names `folder`.
 
     Raises:
         NodeError: A node does not answer, does not see `folder` or a path, or has other versions.
@@ -63,21 +73,24 @@ def check_nodes(folder: Path, paths: Mapping[str, str]) -> None:
     }
     if not nodes:
         return
-    local = {name: path for name, path in paths.items() if Path(path).exists()}
-    nonce, said = uuid.uuid4().hex, f".nonce-{uuid.uuid4().hex}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Place(folder)
+    asked = {name: path for name, path in paths.items() if scheme_of(path) is not None or Path(path).exists()}
+    nonce, said = uuid.uuid4().hex, folder / f".nonce-{uuid.uuid4().hex}"
     try:
-        (folder / said).write_text(nonce, encoding="ascii")
-        answers = ask_nodes(look, str(folder / said), list(local.values()), nodes=list(nodes))
+        said.write_text(nonce)
+        answers = ask_nodes(look, str(said), list(asked.values()), nodes=list(nodes))
     finally:
-        (folder / said).unlink(missing_ok=True)
+        said.remove()
     faults = []
     for node, answer in answers.items():
         name = f"node {nodes[node]} ({node[:8]})"
         if isinstance(answer, Exception):
             faults.append(f"{name} does not answer ({answer}): install mlc_ray there by cluster/install.sh")
         else:
-            faults += [f"{name} {fault}" for fault in unlike(answer, library_versions(), nonce, str(folder), local)]
+            faults += [
+                f"{name} {fault}"
+                for fault in unlike(answer, library_versions(), nonce, str(folder), asked, setting=setting)
+            ]
     if faults:
         raise NodeError(
             "\n  ".join(
@@ -86,14 +99,25 @@ def check_nodes(folder: Path, paths: Mapping[str, str]) -> None:
         )
 
 
-def unlike(there: Sight, here: Mapping[str, str], nonce: str, folder: str, paths: Mapping[str, str]) -> list[str]:
+def unlike(
+    there: Sight,
+    here: Mapping[str, str],
+    nonce: str,
+    folder: str,
+    paths: Mapping[str, str],
+    *,
+    setting: str = "output_dir",
+) -> list[str]:
     """What a node lacks, each as a clause with its fix."""
     faults = []
     if there.nonce != nonce:
         what = "does not see" if there.nonce is None else "sees an old state of"
-        faults.append(f"{what} {folder!r}: mount the same storage on all nodes, and set output_dir to a folder on it")
+        faults.append(
+            f"{what} {folder!r}: "
+            + _fix(folder, f"mount the same storage on all nodes, and set {setting} to a folder on it")
+        )
     faults += [
-        f"does not see {name}={path!r}: put it on storage that all nodes share, at the same path"
+        f"does not see {name}={path!r}: {_fix(path, 'put it on storage that all nodes share, at the same path')}"
         for name, path in paths.items()
         if path in there.missing
     ]
@@ -108,6 +132,24 @@ def unlike(there: Sight, here: Mapping[str, str], nonce: str, folder: str, paths
     return faults
 
 
+def _fix(place: str, here: str) -> str:
+    """What to do where a node does not see `place`; `here` for a path."""
+    if (scheme := scheme_of(place)) is None:
+        return here
+    return f"give it what {scheme}:// needs, such as the endpoint and credentials in the environment it is started with"
+
+
 def plain_version(version: str | None) -> str | None:
     """A version without the build's mark: +cpu on the head and +cu130 on the workers are one version."""
     return None if version is None else version.partition("+")[0]
+
+
+def check_nodes_of(output: Place, paths: Mapping[str, str]) -> None:
+    """`check_nodes` of the folder that runs go to; where that is a URL, of the cache too, which all nodes fill.
+
+    Raises:
+        NodeError: as `check_nodes`.
+    """
+    check_nodes(output, paths)
+    if not output.is_local:
+        check_nodes(cache_folder(output), {}, setting="MLC_RAY_CACHE")

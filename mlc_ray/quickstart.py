@@ -22,8 +22,8 @@ from mlc_ray.doctor import check, doctor
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import keep_in
 from mlc_ray.progress import clock
-from mlc_ray.runs import user_cache
-from mlc_ray.storage import atomic_folder
+from mlc_ray.runs import output_folder
+from mlc_ray.storage import atomic_folder, user_cache
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     model = user_cache() / "models" / MODEL_NAME
     given = [f"name={name}", f"model.path={json.dumps(str(model))}"]
     config = load_config(TrainConfig, train_file, [*given, *overrides])
-    folder = Path(config.output_dir).expanduser().absolute() / config.name
+    folder = output_folder(config.output_dir) / config.name
     keep_in(folder)
     findings = doctor(config.output_dir, address="local")
     for finding in findings:
@@ -122,7 +122,6 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
     from mlc_ray.report.console import score_tables, show
     from mlc_ray.report.figures import scores_png
     from mlc_ray.score.run import open_pool, score
-    from mlc_ray.storage import Place
     from mlc_ray.train.export import export
     from mlc_ray.train.run import train
 
@@ -141,12 +140,12 @@ def run(config_file: Path | None = None, overrides: Sequence[str] = ()) -> Path:
         with open_pool(scoring("before", config.model.path), in_turn=True) if gpu else nullcontext() as pool:
             before = score(scoring("before", config.model.path), pool=pool)
             trained = train(config)
-            exported = export(trained.run_folder, trained.run_folder / "model", trust_remote_code=True)
+            exported = Path(export(trained.run_folder, trained.run_folder / "model", trust_remote_code=True))
             after = score(scoring("after", exported), pool=pool)
     finally:
         ray.shutdown()
     report = trained.run_folder / "before-after.png"
-    scores_png([before, after], Place(report))
+    scores_png([before, after], report)
     show(score_tables(before, after))
     print(f"report      {report}")
     print(f"responses   {after.responses_file}")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlc_ray.config.paths import real_path, stored_path
+from mlc_ray.config.paths import stored_path
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import (
     MANIFEST,
@@ -28,6 +28,7 @@ from mlc_ray.storage import (
     Place,
     StorageError,
     read_manifest,
+    user_cache,
     verify_files,
 )
 
@@ -133,21 +134,6 @@ def cache_folder(output: Place) -> Path:
     return Path(output) / "cache" if output.is_local else user_cache()
 
 
-def user_cache() -> Path:
-    """`$MLC_RAY_CACHE`, else `~/.cache/mlc_ray`; converted models are kept there too.
-
-    Raises:
-        OutputFolderError: `MLC_RAY_CACHE` is a URL.
-    """
-    configured = os.environ.get("MLC_RAY_CACHE")
-    if not configured:
-        return Path.home() / ".cache" / "mlc_ray"
-    try:
-        return Path(real_path(configured)).expanduser()
-    except ValueError as error:
-        raise OutputFolderError(f"MLC_RAY_CACHE={configured!r}: {error}") from None
-
-
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -211,13 +197,13 @@ class MetricsFileError(MlcRayError):
 class MetricsReader:
     """Follows a run's metrics file: each call of `read` returns the rows that are new since the one before."""
 
-    def __init__(self, run_folder: Path) -> None:
-        self.path = run_folder / METRICS_FILE
+    def __init__(self, run_folder: Path | Place) -> None:
+        self.file = Place(run_folder) / METRICS_FILE
         self.offset = self.lines = 0
-        self.file_id: int | None = None
+        self.last = b""
 
     def read(self) -> list[dict[str, Any]]:
-        """New whole rows; all of them again where the file is another one or shorter than it was.
+        """New whole rows; all of them again where the file is another one, or shorter than it was.
 
         A last line without its end of line is still being written, and left for the next call.
 
@@ -228,17 +214,26 @@ class MetricsReader:
             MetricsFileError: A line is not JSON, or has no optimizer step.
         """
         try:
-            file = self.path.open("rb")
+            with self.file.open() as file:
+                begin = self.offset - len(self.last)
+                data = b""
+                if file.seek(0, os.SEEK_END) > begin:
+                    file.seek(begin)
+                    data = file.read()
+                if data.startswith(self.last):
+                    data = data[len(self.last) :]
+                else:  # the row before is not where it was: a run that went on has replaced the file
+                    self.offset, self.lines = 0, 0
+                    file.seek(0)
+                    data = file.read()
         except FileNotFoundError:
             return []
-        with file:
-            status = os.fstat(file.fileno())
-            if status.st_ino != self.file_id or status.st_size < self.offset:
-                self.file_id, self.offset, self.lines = status.st_ino, 0, 0
-            file.seek(self.offset)
-            data = file.read()
+        rows = _rows(data, str(self.file), self.lines)
         whole = data[: data.rfind(b"\n") + 1]
-        rows = _rows(data, str(self.path), self.lines)
+        if whole:
+            self.last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
+        elif not self.offset:
+            self.last = b""
         self.offset, self.lines = self.offset + len(whole), self.lines + len(rows)
         return rows
 
@@ -279,8 +274,8 @@ def _rows(data: bytes, where: str, before: int) -> list[dict[str, Any]]:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def resolve_model(path: str | Path) -> str:
-    """The folder (absolute) or hub name to load weights from.
+def resolve_model(path: str | Path | Place) -> str:
+    """The folder (absolute, or a URL) or hub name to load weights from.
 
     Accepts a Hugging Face folder (`config.json`), a checkpoint (`model/config.json`), and a run: its newest checkpoint
     `train/checkpoint_*` that is complete, else its `export`. What is not a folder here but looks like a hub name is
@@ -289,18 +284,19 @@ def resolve_model(path: str | Path) -> str:
     Raises:
         ModelPathError: There is no model, it has no safetensors weights, or files of it are missing.
     """
-    folder = Path(path).expanduser()
-    if not folder.exists():
+    try:
+        folder = Place(stored_path(str(path)))
+    except ValueError as error:
         if _HUB_NAME.fullmatch(str(path)):
             return str(path)
-        try:
-            real_path(str(path))
-        except ValueError as error:
-            raise ModelPathError(f"model={str(path)!r}: {error}") from None
-        raise ModelPathError(f"model={str(path)!r} does not exist")
-    if not folder.is_dir():
+        raise ModelPathError(f"model={str(path)!r}: {error}") from None
+    if folder.is_local and not folder.absolute().exists() and _HUB_NAME.fullmatch(str(path)):
+        return str(path)
+    folder = folder.absolute()
+    if folder.is_file():
         raise ModelPathError(f"model={str(path)!r} is a file; give the folder with config.json and safetensors weights")
-    folder = folder.resolve()
+    if not folder.is_dir():
+        raise ModelPathError(f"model={str(path)!r} does not exist")
     if (folder / "config.json").is_file():
         return str(_with_weights(folder))
     if (folder / MANIFEST).is_file() or (folder / "model").is_dir():
@@ -308,7 +304,13 @@ def resolve_model(path: str | Path) -> str:
     return str(_of_run(folder))
 
 
-def training_languages(path: str | Path) -> list[str] | None:
+def model_name(path: str) -> str:
+    """The last part of a model's folder or URL, or a hub name with a dash: what a folder about it can be called."""
+    here = Place(path)
+    return here.absolute().name if not here.is_local or here.exists() else path.replace("/", "-")
+
+
+def training_languages(path: str | Path | Place) -> list[str] | None:
     """The languages of the bundles that a run, a checkpoint of it, or an exported model was trained on; None elsewhere.
 
     A run records them in `run.json`, an exported folder in `mlc_ray.json`.
@@ -316,8 +318,8 @@ def training_languages(path: str | Path) -> list[str] | None:
     Raises:
         ModelPathError: That file is damaged.
     """
-    folder = Path(path).expanduser()
-    for file in (folder / PROVENANCE_FILE, folder / RUN_FILE, folder / ".." / ".." / RUN_FILE):
+    folder = Place(path).absolute()
+    for file in (folder / PROVENANCE_FILE, folder / RUN_FILE, folder.parent.parent / RUN_FILE):
         if file.is_file():
             languages = _read_object(file, _FIX_RECORD).get("languages")
             if languages is not None and not (
@@ -331,12 +333,12 @@ def training_languages(path: str | Path) -> list[str] | None:
 
 
 def longest_context(model: str) -> int | None:
-    """The number of positions a local model was made for, where its config.json says so; None otherwise.
+    """The number of positions a model was made for, where its config.json says so; None otherwise, or of a hub name.
 
     Raises:
         ModelPathError: Its config.json is damaged.
     """
-    file = Path(model) / "config.json"
+    file = Place(model) / "config.json"
     if not file.is_file():
         return None
     config = _read_object(file, _FIX_MODEL)
@@ -345,9 +347,9 @@ def longest_context(model: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _read_object(file: Path, fix: str) -> dict[str, Any]:
+def _read_object(file: Place, fix: str) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_json()
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelPathError(f"{str(file)!r} is damaged: not valid JSON ({error}); {fix}") from None
     if not isinstance(content, dict):
@@ -355,11 +357,11 @@ def _read_object(file: Path, fix: str) -> dict[str, Any]:
     return content
 
 
-def _of_run(run: Path) -> Path:
+def _of_run(run: Place) -> Place:
     """The newest complete checkpoint, else the export."""
-    complete, faults = complete_checkpoints(Place(run))
+    complete, faults = complete_checkpoints(run)
     if complete:
-        return _of_checkpoint(Path(complete[-1].folder))
+        return _of_checkpoint(complete[-1].folder)
     if (run / "export" / "config.json").is_file():
         return _with_weights(run / "export")
     looked = (
@@ -369,7 +371,7 @@ def _of_run(run: Path) -> Path:
     raise ModelPathError("; ".join([looked, *faults]))
 
 
-def _of_checkpoint(folder: Path) -> Path:
+def _of_checkpoint(folder: Place) -> Place:
     if (folder / MANIFEST).is_file():
         try:
             verify_files(folder, read_manifest(folder))
@@ -385,18 +387,19 @@ def _of_checkpoint(folder: Path) -> Path:
     raise ModelPathError(f"checkpoint {str(folder)!r} has no model/config.json")
 
 
-def _with_weights(folder: Path) -> Path:
+def _with_weights(folder: Place) -> Place:
     """`folder`, once it is sure that its safetensors weights are all there."""
-    if not any(folder.glob("*.safetensors")):
-        others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    names = [each.name for each in folder.iterdir()]
+    if not any(name.endswith(".safetensors") for name in names):
+        others = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
         found = f" (it has {', '.join(others)}: pickles are never loaded; convert to safetensors)" if others else ""
         raise ModelPathError(f"model folder {str(folder)!r} has no *.safetensors weights{found}")
-    if (folder / _INDEX).is_file():
+    if _INDEX in names:
         weights = _read_object(folder / _INDEX, _FIX_MODEL).get("weight_map")
         if not isinstance(weights, dict):
             raise ModelPathError(f"{str(folder / _INDEX)!r} is damaged: it has no weight_map; {_FIX_MODEL}")
         listed = set(map(str, weights.values()))
-        if missing := sorted(name for name in listed if not (folder / name).is_file()):
+        if missing := sorted(listed.difference(names)):
             raise ModelPathError(
                 f"model folder {str(folder)!r} is incomplete: {_INDEX} names {missing[0]!r}, not there"
             )

@@ -266,7 +266,11 @@ def _name(side: SideSummary) -> str:
 def _search(folder: Place) -> list[Line]:
     config = _json(folder / SEARCH_CONFIG_FILE)
     trials = [child for child in (folder / TRIALS_FOLDER).iterdir() if (child / VALUES_FILE).is_file()]
-    over = [trial for trial in trials if (trial / MODEL_FOLDER).is_dir() or (trial / STOPPED_FILE).is_file()]
+    over = [
+        trial
+        for trial in trials
+        if (trial / MODEL_FOLDER / PROVENANCE_FILE).is_file() or (trial / STOPPED_FILE).is_file()
+    ]
     total = _number_of_trials(config)
     ended = (folder / TRIALS_FILE).is_file() and len(over) >= total
     lines = [

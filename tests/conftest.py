@@ -45,7 +45,7 @@ def repository() -> Path:
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder; converted on first use, cached afterwards."""
     from mlc_ray.quickstart import prepare_smollm2
-    from mlc_ray.runs import user_cache
+    from mlc_ray.storage import user_cache
 
     return prepare_smollm2(user_cache() / "models" / "SmolLM2-135M-Instruct")
 

@@ -98,10 +98,10 @@ def test_mistakes_of_each_function_are_told_before_anything_starts(tmp_path: Pat
         api.search()
     with pytest.raises(errors.SearchError, match="is not a search folder"):
         api.search(resume=tmp_path)
-    with pytest.raises(errors.ConfigError, match="path='s3://b': s3:// cannot be opened"):
-        api.probe("s3://b", ["sample:train"])
-    with pytest.raises(errors.OutputFolderError, match="out='s3:/b'"):
-        api.probe("m", ["sample:train"], out=Path("s3://b"))
+    with pytest.raises(errors.ConfigError, match="path='ftp://b': ftp:// cannot be opened"):
+        api.probe("ftp://b", ["sample:train"])
+    with pytest.raises(errors.OutputFolderError, match="out='ftp:/b'"):
+        api.probe("m", ["sample:train"], out=Path("ftp://b"))
     with pytest.raises(errors.ConfigError, match=r"bundles are given, and so is data\.train"):
         api.train({"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}, bundles=[])
 

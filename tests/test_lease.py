@@ -12,17 +12,19 @@ from types import SimpleNamespace
 
 import pytest
 
+import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray import lease as module
 from mlc_ray.lease import Holder, LeaseError, LeaseGuard, lease
+from mlc_ray.storage import Place
 
 HOLD = """
 import sys, time
-from pathlib import Path
 from mlc_ray.lease import lease
+from mlc_ray.storage import Place
 if len(sys.argv) > 2:
     import ray
     ray.init(address=sys.argv[2], log_to_driver=False, logging_level="ERROR")
-with lease(Path(sys.argv[1]), wait=False):
+with lease(Place(sys.argv[1]), wait=False):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -48,17 +50,17 @@ def test_a_second_driver_is_refused_and_told_whose_it_is(tmp_path):
     process = hold(tmp_path / "run")
     try:
         with pytest.raises(LeaseError, match=rf"run' is held by process {process.pid} on \S+, since \d.*ends at \d"):
-            lease(tmp_path / "run", wait=False).__enter__()
+            lease(Place(tmp_path / "run"), wait=False).__enter__()
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    with lease(tmp_path / "run", wait=False):  # at once: its process is seen to be gone
+    with lease(Place(tmp_path / "run"), wait=False):  # at once: its process is seen to be gone
         assert json.loads((tmp_path / "run/lease.json").read_text())["pid"] == os.getpid()
     assert not (tmp_path / "run/lease.json").exists()
 
 
 def test_it_is_free_after_an_error_and_leaves_no_folder(tmp_path):
-    with pytest.raises(KeyboardInterrupt), lease(tmp_path / "run", wait=False):
+    with pytest.raises(KeyboardInterrupt), lease(Place(tmp_path / "run"), wait=False):
         raise KeyboardInterrupt
     assert not (tmp_path / "run").exists()
 
@@ -67,25 +69,25 @@ def test_a_lease_of_another_machine_is_taken_when_it_has_ended_and_not_before(tm
     monkeypatch.setattr(module, "SETTLE", 0.0)
     foreign(tmp_path)
     with pytest.raises(LeaseError, match="on elsewhere"):
-        lease(tmp_path, wait=False).__enter__()
+        lease(Place(tmp_path), wait=False).__enter__()
     os.utime(tmp_path / "lease.json", (time.time() - 61, time.time() - 61))
-    with lease(tmp_path, wait=False) as held:
-        LeaseGuard(tmp_path, held).check()
+    with lease(Place(tmp_path), wait=False) as held:
+        LeaseGuard(Place(tmp_path), held).check()
 
 
 def test_waiting_takes_over_what_is_not_renewed_and_refuses_what_is(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SETTLE", 0.0)
     foreign(tmp_path)
-    with lease(tmp_path, wait=True, lifetime=2.0):
+    with lease(Place(tmp_path), wait=True, lifetime=2.0):
         assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
         with pytest.raises(LeaseError, match=rf"held by process {os.getpid()} "):  # it renews every half second
-            lease(tmp_path, wait=True, lifetime=2.0).__enter__()
+            lease(Place(tmp_path), wait=True, lifetime=2.0).__enter__()
 
 
 def test_a_driver_whose_lease_was_taken_writes_no_more(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_CHECKED_EVERY", 0.0)
-    with lease(tmp_path, wait=False) as held:
-        guard = LeaseGuard(tmp_path, held)
+    with lease(Place(tmp_path), wait=False) as held:
+        guard = LeaseGuard(Place(tmp_path), held)
         guard.check()
         foreign(tmp_path)
         with pytest.raises(LeaseError, match=r"was lost to process 1 on elsewhere"):
@@ -94,17 +96,17 @@ def test_a_driver_whose_lease_was_taken_writes_no_more(tmp_path, monkeypatch):
 
 
 def test_a_file_that_is_gone_for_a_moment_loses_no_lease(tmp_path, monkeypatch):
-    with lease(tmp_path, wait=False) as held:
+    with lease(Place(tmp_path), wait=False) as held:
         file = tmp_path / "lease.json"
         aside = file.rename(tmp_path / "aside")
         monkeypatch.setattr(module.time, "sleep", lambda _: aside.exists() and aside.rename(file))
-        LeaseGuard(tmp_path, held).check(now=True)
+        LeaseGuard(Place(tmp_path), held).check(now=True)
         assert file.exists()
 
 
 def test_storage_that_cannot_be_read_is_waited_for_as_long_as_the_lease_lives(tmp_path, monkeypatch):
-    with lease(tmp_path, wait=False) as held:
-        guard, file = LeaseGuard(tmp_path, held), tmp_path / "lease.json"
+    with lease(Place(tmp_path), wait=False) as held:
+        guard, file = LeaseGuard(Place(tmp_path), held), tmp_path / "lease.json"
         written = file.read_text()
         file.unlink()
         file.mkdir()  # reading it is an OSError that is not "not found"
@@ -119,7 +121,7 @@ def test_storage_that_cannot_be_read_is_waited_for_as_long_as_the_lease_lives(tm
         file.unlink()
         file.mkdir()
         with pytest.raises(LeaseError, match=r"could not be read for \d+ s.*go on once the storage is back"):
-            LeaseGuard(tmp_path, held, lifetime=-1.0).check(now=True)
+            LeaseGuard(Place(tmp_path), held, lifetime=-1.0).check(now=True)
     assert file.is_dir()  # giving the lease back failed, and the block ended all the same
 
 
@@ -139,7 +141,7 @@ def test_renewing_outlives_an_error_of_the_storage(tmp_path):
         yield True
 
     rounds = waits()
-    module._renew(tmp_path, own, 1.0, SimpleNamespace(wait=lambda _: next(rounds)))
+    module._renew(Place(tmp_path), own, 1.0, SimpleNamespace(wait=lambda _: next(rounds)))
     assert file.stat().st_mtime > 0
 
 
@@ -151,7 +153,40 @@ def test_of_two_clusters_that_take_over_at_once_one_finds_the_other(tmp_path, mo
     os.utime(tmp_path / "lease.json", (0, 0))
     monkeypatch.setattr(module.time, "sleep", settle)
     with pytest.raises(LeaseError, match="on elsewhere"):
-        lease(tmp_path, wait=False).__enter__()
+        lease(Place(tmp_path), wait=False).__enter__()
+
+
+@pytest.mark.parametrize("kind", ["vault", "s3"])
+def test_elsewhere_a_lease_is_taken_when_it_has_ended_and_not_before(kind, request, tmp_path, monkeypatch):
+    """A vault neither creates exclusively nor says when a file was written; an object store says it."""
+    monkeypatch.setattr(module, "SETTLE", 0.0)
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    folder = Place("vault://team/run") if kind == "vault" else Place(request.getfixturevalue("s3")) / tmp_path.name
+    with lease(folder, wait=False) as held:
+        LeaseGuard(folder, held).check(now=True)
+        with pytest.raises(LeaseError, match=rf"held by process {os.getpid()} "):
+            lease(folder, wait=False).__enter__()
+    assert folder.iterdir() == []
+    other = replace(Holder.here(), id="other", host="elsewhere", machine="another one", pid=1, node="", ray_job="")
+    (folder / "lease.json").write_json(asdict(other))
+    with pytest.raises(LeaseError, match="on elsewhere"):
+        lease(folder, wait=False).__enter__()
+    with lease(folder, wait=True, lifetime=2.0) as held:
+        guard = LeaseGuard(folder, held)
+        guard.check(now=True)
+        (folder / "lease.json").write_json(asdict(other))
+        with pytest.raises(LeaseError, match=r"was lost to process 1 on elsewhere"):
+            guard.check(now=True)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_storage_leaves_no_name_held(tmp_path, ray_local):
+    (tmp_path / "lease.json").mkdir()  # reading it is an OSError that is not "not found"
+    with pytest.raises(IsADirectoryError):
+        lease(Place(tmp_path), wait=False).__enter__()
+    (tmp_path / "lease.json").rmdir()
+    with lease(Place(tmp_path), wait=True):
+        pass
 
 
 @pytest.mark.slow
@@ -161,12 +196,12 @@ def test_within_a_cluster_a_killed_drivers_lease_is_free_at_once(tmp_path, ray_l
     holder = json.loads(Path(tmp_path / "lease.json").read_text())
     assert holder["ray_job"] != ray_local.get_runtime_context().get_job_id() and holder["pid"] == process.pid
     with pytest.raises(LeaseError, match=rf"held by process {process.pid} .*, Ray job {holder['ray_job']}, since"):
-        lease(tmp_path, wait=False).__enter__()
+        lease(Place(tmp_path), wait=False).__enter__()
     (tmp_path / "lease.json").unlink()
     with pytest.raises(LeaseError, match="being taken by another driver of this Ray cluster"):  # the name alone holds
-        lease(tmp_path, wait=False).__enter__()
+        lease(Place(tmp_path), wait=False).__enter__()
     (tmp_path / "lease.json").write_text(json.dumps(holder))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    with lease(tmp_path, wait=True, lifetime=1e6) as held:  # the file never grows old enough
+    with lease(Place(tmp_path), wait=True, lifetime=1e6) as held:  # the file never grows old enough
         assert json.loads((tmp_path / "lease.json").read_text())["id"] == held

@@ -132,6 +132,7 @@ logging.getLogger("mlc_ray").error("worse")
 DRIVER = """
 import sys
 from pathlib import Path
+from ray._private import worker
 from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 from mlc_ray.cluster import _send_output_to
 from mlc_ray.logs import command_line, keep_in, libraries
@@ -142,6 +143,8 @@ with command_line():
     _send_output_to(libraries())
     told = {"pid": 7, "ip": "10.0.0.1", "localhost": "10.0.0.1", "is_err": True, "actor_name": "RayTrainWorker"}
     dispatcher.emit({**told, "lines": sys.stdin.read().splitlines()})
+    # How Ray says that a worker died, which this package warns of itself.
+    worker.print_to_stdstream({"lines": ["A worker died"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
 """
 
 
@@ -155,5 +158,6 @@ def test_warnings_of_ours_in_a_worker_are_shown_at_once_and_its_other_output_is_
     text = (tmp_path / "libraries.log").read_text()
     assert "mlc_ray is not who says this" in text
     assert "RayTrainWorker pid=7" in text
+    assert "(raylet)" in text and "A worker died" in text
     assert "not told" not in worker.stderr
     assert text.count("not finite") == 1  # as a message of the driver's

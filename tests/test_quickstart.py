@@ -16,7 +16,7 @@ from mlc_ray import quickstart
 from mlc_ray.config import TrainConfig, load_config
 from mlc_ray.doctor import DoctorError, Finding
 from mlc_ray.quickstart import QuickstartError, fit_to_gpus, prepare_smollm2
-from mlc_ray.runs import user_cache
+from mlc_ray.storage import user_cache
 
 SECONDS = 900
 PHASES = ("reading", "tokenising", "reference", "training", "starting engines", "answering", "judging")

@@ -168,15 +168,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--languages", metavar="CODES", help="look at only these, e.g. en,ur,sw (default: all)")
     probe.add_argument("--limit", metavar="N", type=int, help="at most N bundles of each kind (default: 64)")
-    probe.add_argument("--out", metavar="FOLDER", type=_path, help="folder to write (default: runs/probes/MODEL)")
+    probe.add_argument("--out", metavar="FOLDER", type=_place, help="folder to write (default: runs/probes/MODEL)")
     probe.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="type of the weights (default: auto)"
     )
     probe.add_argument("--address", metavar="ADDRESS", default="auto", help="Ray address (default: auto)")
 
     export = add("export", "Write a run's model as a plain Hugging Face folder.")
-    export.add_argument("run", metavar="RUN", type=_path, help="run folder")
-    export.add_argument("out", metavar="OUT", type=_path, help="folder to write; must not exist")
+    export.add_argument("run", metavar="RUN", type=_place, help="run folder")
+    export.add_argument("out", metavar="OUT", type=_place, help="folder to write; must not exist")
     export.add_argument("--merge-lora", action="store_true", help="fold low-rank adapters into the weights")
     export.add_argument(
         "--trust-remote-code",
@@ -276,7 +276,7 @@ def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--resume",
         metavar="FOLDER",
-        type=_place if what == "score" else _path,
+        type=_place,
         help=f"{what} folder to go on with, by its own settings; "
         + ("--set changes where and how it runs, not what it computes" if what == "run" else "takes no others")
         + f" (a command with --set resume=auto starts a {what}, or resumes it if it exists already)",

@@ -260,11 +260,11 @@ def probe_command(arguments: argparse.Namespace) -> None:
 
     from mlc_ray.report.console import show
     from mlc_ray.report.tables import console
-    from mlc_ray.runs import output_folder
+    from mlc_ray.runs import model_name, output_place
     from mlc_ray.search.probe import probe, probe_table
 
-    name = Path(arguments.model).resolve().name if Path(arguments.model).exists() else arguments.model.replace("/", "-")
-    folder = output_folder(arguments.out or Path("runs") / "probes" / name, setting="--out")
+    default = Path("runs") / "probes" / model_name(arguments.model)
+    folder = output_place(str(arguments.out or default), setting="--out")
     found = probe(settings, sources, folder, languages=languages, limit=arguments.limit, address=arguments.address)
     show(console(probe_table(found, reversed(range(len(found.layers))))))
     print(f"probe in {folder}")
@@ -365,7 +365,7 @@ def doctor_command(arguments: argparse.Namespace) -> None:
 def quickstart_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray quickstart`."""
     from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2, run
-    from mlc_ray.runs import user_cache
+    from mlc_ray.storage import user_cache
 
     if arguments.only_model:
         print(prepare_smollm2(user_cache() / "models" / MODEL_NAME))

@@ -19,6 +19,7 @@ from mlc_ray.config.base import (
     config_schema,
     load_config,
     parse_config,
+    parse_yaml,
     read_config_file,
     refuse_userinfo,
 )
@@ -94,6 +95,7 @@ __all__ = [
     "config_schema",
     "load_config",
     "parse_config",
+    "parse_yaml",
     "read_config_file",
     "refuse_userinfo",
 ]

@@ -125,17 +125,32 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """
     file = recipe_file(str(path)) if str(path).startswith(RECIPE) else Path(path)
     try:
-        loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"config file {str(path)!r} does not exist") from None
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"config file {str(path)!r} is not valid YAML: {error}") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """The mapping in the text of a YAML file, not validated.
+
+    Args:
+        text: what the file holds.
+        where: its path or URL, for messages.
+
+    Raises:
+        ConfigError: It is not YAML, or no mapping.
+    """
+    try:
+        loaded = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {where!r} is not valid YAML: {error}") from None
     if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"config file {str(path)!r} holds {type(loaded).__name__}, expected sections such as `model:`"
-        )
+        raise ConfigError(f"config file {where!r} holds {type(loaded).__name__}, expected sections such as `model:`")
     return loaded
 
 

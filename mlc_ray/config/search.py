@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from mlc_ray._registry import resolve
 from mlc_ray.config.base import RESUME, PositiveInt, Resume, RunName, Section
 from mlc_ray.config.component import ComponentSettings
-from mlc_ray.config.paths import ConfigPath, RealPath
+from mlc_ray.config.paths import ConfigPath, StoredPath
 from mlc_ray.config.score import ScoringSection
 from mlc_ray.config.train import TrainConfig
 
@@ -72,8 +72,8 @@ class SearchConfig(Section):
     """A search: many runs that differ in a few fields, each scored by engines that stay warm."""
 
     name: RunName = Field(description="Folder name of the search.")
-    output_dir: RealPath = Field(
-        "runs", description="Where search folders go; on a cluster, a path that all nodes share."
+    output_dir: StoredPath = Field(
+        "runs", description="Where search folders go; on a cluster, a path that all nodes share, or a URL."
     )
     seed: Annotated[int, Field(ge=0, le=2**31)] = Field(42, description="Seed of the sampler; runs keep their own.")
     resume: Resume = Field("never", description=RESUME)

@@ -19,7 +19,7 @@ from mlc_ray.config.base import (
     refuse_userinfo,
 )
 from mlc_ray.config.component import ComponentName, ComponentSettings
-from mlc_ray.config.paths import RealPath, SourcePath
+from mlc_ray.config.paths import SourcePath, StoredPath
 
 DTYPE = (
     "Type of weights and activations; `auto` is bfloat16 where all that may run it compute in it natively (GPUs from "
@@ -30,7 +30,7 @@ DTYPE = (
 class ModelSection(Section):
     """The policy to align."""
 
-    path: RealPath = Field(description="Local folder or hub name of a Hugging Face causal language model.")
+    path: StoredPath = Field(description="Folder, its URL, or hub name of a Hugging Face causal language model.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description=DTYPE)
     attention: Literal["auto", "segments", "varlen", "flex"] = Field(
         "auto",
@@ -378,7 +378,9 @@ class TrainConfig(ObjectiveConfig):
     """One training run."""
 
     name: RunName = Field(description="Folder name of the run.")
-    output_dir: RealPath = Field("runs", description="Where run folders go; on a cluster, a path that all nodes share.")
+    output_dir: StoredPath = Field(
+        "runs", description="Where run folders go; on a cluster, a path that all nodes share, or a URL."
+    )
     seed: int = Field(42, description="Seed of data order, extractor initialisation and dropout.")
     resume: Resume = Field(
         "never",

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.runs import user_cache
-from mlc_ray.storage import Place, fingerprint, write_json_atomic
+from mlc_ray.storage import Place, fingerprint, user_cache, write_json_atomic
 
 BLOCK_BYTES = 8 << 20
 _READ_BYTES = 1 << 20

@@ -16,6 +16,7 @@ import pyarrow as pa
 from mlc_ray.data.bundles import select_languages
 from mlc_ray.data.tables import BUNDLES, TOKENS, bundle_columns, table_to_rows, token_table
 from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import local_model
 from mlc_ray.types import Bundle, TokenRow
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class TokenizationError(MlcRayError, ValueError):
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder or hub name.
+    """The tokenizer of a folder, by its path or URL, or of a hub name.
 
     Raises:
         TemplateError: it cannot be loaded.
@@ -46,7 +47,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     from transformers import AutoTokenizer  # takes 4 s, and who reads prompts or plans a search needs none of it
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(local_model(path, weights=False), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise TemplateError(f"model.path={path!r}: no tokenizer could be loaded from it: {error}") from error
 

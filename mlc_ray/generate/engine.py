@@ -15,6 +15,7 @@ from mlc_ray.config import EngineSection
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import longest_context
+from mlc_ray.storage import local_model
 from mlc_ray.types import PROMPT_TOO_LONG as PROMPT_TOO_LONG
 
 Device = Literal["cpu", "gpu"]
@@ -351,9 +352,10 @@ def _start_engine(model: str, engine: EngineSection, device: Device, warm: Warm 
         options["gpu_memory_utilization"] = engine.gpu_memory_utilization
     if warm is not None:
         options |= warm.options
+    folder = local_model(model)
     return LLM(
-        model=model,
-        tokenizer=model,
+        model=folder,
+        tokenizer=folder,
         load_format="safetensors",
         dtype=engine.dtype,
         max_model_len=engine.max_model_len,

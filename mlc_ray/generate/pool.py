@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Engine, engine_environment
 from mlc_ray.generate.stage import Stage
 from mlc_ray.progress import Phase, phase
+from mlc_ray.storage import model_for_now
 
 LIGHT_CPUS = 0.1
 """Reserved by an actor without an engine, and by an engine that is used in turn with training."""
@@ -134,6 +135,7 @@ class Worker:
 
     def __init__(self, stage: type[Stage], settings: Mapping[str, Any]) -> None:
         self._stage, self._settings = stage, settings
+        self._copy = ExitStack()  # of the weights that are served, where they come from a URL
 
     def __repr__(self) -> str:  # before each line that Ray passes on
         return self._stage.__name__
@@ -156,7 +158,12 @@ class Worker:
         self._made = self._stage(**self._settings)
 
     def _swap(self, weights: str | None, lora: bool) -> dict[str, float]:
-        return self._made.swap(weights, lora=lora)
+        with ExitStack() as copy:
+            folder = None if weights is None else copy.enter_context(model_for_now(weights))
+            seconds = self._made.swap(folder, lora=lora)
+            self._copy.close()
+            self._copy = copy.pop_all()  # kept: vLLM may read an adapter again
+        return seconds
 
     def _wake(self) -> None:
         self._engine().wake_up()
@@ -166,6 +173,7 @@ class Worker:
 
     def _close(self) -> None:
         self._made.close()
+        self._copy.close()
 
     def _engine(self) -> Engine:
         if self._made.engine is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
@@ -24,6 +24,7 @@ from mlc_ray.stats.rates import KINDS, language_order
 from mlc_ray.storage import Place
 from mlc_ray.types import ScoreRow
 
+PathT = TypeVar("PathT", Path, Place)
 DPI = 200
 _NAME_GAP = 4.6
 _WAYS = {"up": "-", "down": "--", "level": ":"}
@@ -189,14 +190,14 @@ class Trade:
 
 def pareto_png(
     points: Sequence[Trade],
-    path: Path,
+    path: PathT,
     *,
     baseline: Trade,
     front: Sequence[int],
     best: int | None,
     names: tuple[str, str],
     floor: float | None = None,
-) -> Path:
+) -> PathT:
     """Both sides of the trials of a search: the Pareto front, the best, the floor, and the baseline. Returns `path`.
 
     Args:
@@ -242,7 +243,7 @@ class Panel:
     level: float | None = None
 
 
-def layers_png(panels: Sequence[Panel], path: Path) -> Path:
+def layers_png(panels: Sequence[Panel], path: PathT) -> PathT:
     """Panels one above the other over the layers of a model, the embeddings first. Returns `path`."""
     figure = _figure(8, 2.7 * len(panels))
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -271,8 +272,9 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, bbox_inches="tight")
+def _save(figure: Figure, path: PathT) -> PathT:
+    with Place(path).open("wb") as file:
+        figure.savefig(file, format="png", bbox_inches="tight")
     return path
 
 

@@ -29,8 +29,8 @@ from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
 from mlc_ray.progress import phase
 from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT
-from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER
-from mlc_ray.storage import fingerprint_model, library_versions, write_json_atomic
+from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER, cache_folder
+from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side
 from mlc_ray.train.model import layer_states, load_policy
 from mlc_ray.types import move
 
@@ -209,7 +209,7 @@ def _centred(states: Tensor) -> Tensor:
 def probe(
     model: ModelSection,
     sources: Sequence[SourceSection],
-    folder: Path,
+    folder: Path | Place,
     *,
     languages: list[str] | None = None,
     limit: int | None = None,
@@ -230,25 +230,26 @@ def probe(
     Raises:
         ProbeError: there is one bundle only, or none has two languages.
     """
-    keep_in(folder)
+    folder = Place(folder)
+    keep_in(local_side(folder))
     connect(address)
     gpu = use_gpu(accelerator)
     check_fits("a probe", [(_PROBE_CPUS, 1.0 if gpu else 0.0)])
     data = DataSection(train=list(sources), languages=languages)
-    tokens = prepare_token_rows(data, model, cache_dir=folder.parent / "cache")
+    tokens = prepare_token_rows(data, model, cache_dir=cache_folder(folder.parent))
     return probe_tokens(with_dtype(model, gpu=gpu), tokens, folder, limit=limit, gpu=gpu)
 
 
-def probe_run(config: TrainConfig, folder: Path, *, limit: int | None, gpu: bool) -> Probe:
+def probe_run(config: TrainConfig, folder: Place, *, limit: int | None, gpu: bool) -> Probe:
     """Probe a run's model on the run's own bundles, of both kinds where its sources hold both."""
     # `only` restricts what is trained on; a probe needs benign bundles to tell harmful ones from.
     sources = [source.model_copy(update={"only": None}) for source in config.data.train]
     data = config.data.model_copy(update={"train": sources})
-    tokens = prepare_token_rows(data, config.model, cache_dir=folder.parent / TRIALS_FOLDER / "cache")
+    tokens = prepare_token_rows(data, config.model, cache_dir=cache_folder(folder.parent / TRIALS_FOLDER))
     return probe_tokens(config.model, tokens, folder, limit=limit, gpu=gpu)
 
 
-def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Path, *, limit: int | None, gpu: bool) -> Probe:
+def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Place, *, limit: int | None, gpu: bool) -> Probe:
     """Probe on token rows; raises as `probe`."""
     chosen = choose_bundles(tokens, limit or DEFAULT_LIMIT)
     logger.info("probing %s on %d bundles in %d languages", model.path, len(chosen), len(tokens.languages))
@@ -261,9 +262,9 @@ def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Path, *, li
         raise ProbeError("no bundle has two languages: there is no consistency to probe")
     harmful = torch.tensor([item["kind"] == "harmful" for item in rows])
     result = layer_statistics(states, present, harmful, tokens.languages)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(
-        folder / PROBE_FILE,
+    (folder / "probe.md").write_text(result.markdown())
+    probe_plot(result, folder / "probe.png")
+    (folder / PROBE_FILE).write_json(
         {
             "model": model.path,
             "model_fingerprint": fingerprint_model(model.path),
@@ -272,10 +273,8 @@ def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Path, *, li
             "bundles": len(rows),
             "probe": result.plain(),
             "versions": library_versions(),
-        },
+        }
     )
-    (folder / "probe.md").write_text(result.markdown(), encoding="utf-8")
-    probe_plot(result, folder / "probe.png")
     return result
 
 
@@ -343,7 +342,7 @@ def probe_table(probe: Probe, layers: Iterable[int]) -> Table:
     return table("", _COLUMNS, rows)
 
 
-def probe_plot(probe: Probe, path: Path) -> Path:
+def probe_plot(probe: Probe, place: Place) -> None:
     """Three panels over the layers: how collinear, how separable (a line per language), and the score."""
     from mlc_ray.report.figures import Panel, layers_png  # matplotlib takes a second to import
 
@@ -358,7 +357,7 @@ def probe_plot(probe: Probe, path: Path) -> Path:
         Panel("harmful / benign AUC", separable, strong="en", level=0.5),
         Panel("score", {"": [probe.layer_score(layer) for layer in range(len(probe.layers))]}),
     ]
-    return layers_png(panels, path)
+    layers_png(panels, place)
 
 
 def _mean(values: Iterable[float]) -> float | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from mlc_ray.report.text import ABSENT, percent, whole
 from mlc_ray.runs import (
     CONFIG_FILE,
     MODEL_FOLDER,
+    PROVENANCE_FILE,
     STOPPED_FILE,
     TRIALS_FILE,
     TRIALS_FOLDER,
@@ -24,22 +23,22 @@ from mlc_ray.runs import (
     read_metrics,
 )
 from mlc_ray.search.objectives.base import BENIGN, HARMFUL, TrialScore, make_objective, pareto_front
-from mlc_ray.storage import write_json_atomic
+from mlc_ray.storage import Place, new_folder
 
 Ending = Literal["finished", "stopped", "failed"]
 
 
-def read_values(folder: Path) -> dict[str, Any]:
+def read_values(folder: Place) -> dict[str, Any]:
     """The values of the trial in a run folder, as they were drawn."""
-    values: dict[str, Any] = json.loads((folder / VALUES_FILE).read_text(encoding="utf-8"))
+    values: dict[str, Any] = (folder / VALUES_FILE).read_json()
     return values
 
 
-def ending(folder: Path) -> Ending:
+def ending(folder: Place) -> Ending:
     """How the trial in a run folder ended; one that was cut off, or still runs, has "failed" so far."""
     if (folder / STOPPED_FILE).is_file():
         return "stopped"
-    return "finished" if (folder / MODEL_FOLDER).is_dir() else "failed"
+    return "finished" if (folder / MODEL_FOLDER / PROVENANCE_FILE).is_file() else "failed"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Trial:
         return self.ended == "finished"
 
     @staticmethod
-    def read(folder: Path, score: TrialScore, step: int) -> Trial:
+    def read(folder: Place, score: TrialScore, step: int) -> Trial:
         """The trial in a run folder of a search, with the score of its last scored step."""
         return Trial(
             name=folder.name,
@@ -81,7 +80,7 @@ class SearchResult:
     `failed` has a line for each trial that failed; one that had a score before is among the trials as well.
     """
 
-    folder: Path
+    folder: Place
     config: SearchConfig
     baseline: TrialScore
     trials: tuple[Trial, ...]
@@ -92,7 +91,7 @@ class SearchResult:
 
 
 def write_results(
-    folder: Path,
+    folder: Path | Place,
     config: SearchConfig,
     baseline: TrialScore,
     trials: Sequence[Trial],
@@ -101,16 +100,17 @@ def write_results(
     failed: Sequence[str] = (),
 ) -> SearchResult:
     """Write `trials.json`, `search.md`, `pareto.png`, `best.yaml` and `best/` into the folder."""
+    folder = Place(folder)
     front = pareto_front([trial.score.point for trial in trials])
     best = best_trial(trials)
     result = SearchResult(
         folder, config, baseline, tuple(trials), tuple(front), best, tuple(skipped_layers), tuple(failed)
     )
-    write_json_atomic(folder / TRIALS_FILE, _plain(result))
+    (folder / TRIALS_FILE).write_json(_plain(result))
     pareto_plot(result, folder / "pareto.png")
     if best is not None:
         _write_best(folder, trials[best])
-    (folder / "search.md").write_text(summary(result), encoding="utf-8")
+    (folder / "search.md").write_text(summary(result))
     return result
 
 
@@ -183,7 +183,7 @@ def summary(result: SearchResult) -> str:
     return f"# Search {result.config.name}\n\n{shown}\n{marks}\n\n{lines}\n\n![Pareto](pareto.png)\n"
 
 
-def pareto_plot(result: SearchResult, path: Path) -> Path:
+def pareto_plot(result: SearchResult, place: Place) -> None:
     """Both sides, a point per trial, the front, the floor, and the baseline."""
     from mlc_ray.report.figures import Trade, pareto_png  # matplotlib takes a second to import
 
@@ -192,9 +192,9 @@ def pareto_plot(result: SearchResult, path: Path) -> Path:
 
     base, floor = result.baseline, make_objective(result.config.objective).floor
     benign = "benign complied %" if base.benign is not None else "no benign prompts were asked"
-    return pareto_png(
+    pareto_png(
         [point(trial.score, ", ".join(map(_short, trial.values.values()))) for trial in result.trials],
-        path,
+        place,
         baseline=point(base),
         front=result.front,
         best=result.best,
@@ -207,15 +207,16 @@ def _harmful(score: TrialScore) -> str:
     return f"harmful {score.measure}"
 
 
-def _write_best(folder: Path, best: Trial) -> None:
+def _write_best(folder: Place, best: Trial) -> None:
     run = folder / TRIALS_FOLDER / best.name
-    raw = yaml.safe_load((run / CONFIG_FILE).read_text(encoding="utf-8"))
+    raw = yaml.safe_load((run / CONFIG_FILE).read_text())
     raw["name"] = f"{folder.name}-best"
     raw.pop("output_dir", None)  # the trials' own folder; a run made from this file goes where runs go
     text = f"# The best trial of search {folder.name} ({best.name}), ready for `mlc-ray train --config`.\n"
-    (folder / "best.yaml").write_text(text + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    shutil.rmtree(folder / "best", ignore_errors=True)
-    shutil.copytree(run / MODEL_FOLDER, folder / "best")
+    (folder / "best.yaml").write_text(text + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
+    (folder / "best").remove()
+    with new_folder(folder / "best", last=(PROVENANCE_FILE,)) as copy:
+        run.storage.fetch(str(run / MODEL_FOLDER), copy)
 
 
 def _percent(side: float | None) -> str:

@@ -13,9 +13,7 @@ score of the model before training). A search folder holds
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,21 +22,22 @@ import ray.tune
 import yaml
 
 from mlc_ray.cluster import ClusterError, amount, connect, fits, nodes_held, use_gpu, with_dtype
-from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, load_config, parse_config
+from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, parse_config, parse_yaml
 from mlc_ray.config.base import by_dotted_name
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
-from mlc_ray.nodes import check_nodes
+from mlc_ray.nodes import check_nodes_of
 from mlc_ray.runs import (
     BASE_FILE,
     BASELINE_FOLDER,
     SEARCH_CONFIG_FILE,
     SEARCH_FILE,
     TRIALS_FOLDER,
-    output_folder,
+    cache_folder,
+    output_place,
     resolve_model,
 )
 from mlc_ray.score.plan import places, with_dtypes
@@ -60,11 +59,12 @@ from mlc_ray.search.trial import (
 )
 from mlc_ray.search.tune import Ended, make_tuner
 from mlc_ray.storage import (
+    Place,
     absolute_if_here,
     fingerprint,
     fingerprint_model,
     library_versions,
-    write_json_atomic,
+    local_side,
 )
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.failures import keyboard_interrupt
@@ -88,8 +88,8 @@ def search(config: SearchConfig) -> SearchResult:
             score.
     """
     space = make_space(config)
-    folder = (output_folder(config.output_dir) / config.name).resolve()
-    if (folder / SEARCH_CONFIG_FILE).exists():
+    folder = (output_place(config.output_dir) / config.name).absolute()
+    if (folder / SEARCH_CONFIG_FILE).is_file():
         if config.resume == "never":
             raise SearchError(
                 f"search folder {str(folder)!r} exists already: choose another name, remove it, or go on with it by "
@@ -101,7 +101,7 @@ def search(config: SearchConfig) -> SearchResult:
                 f"({', '.join(changed)}): give the search another name, or the settings it has"
             )
         return resume_search(folder)
-    keep_in(folder)
+    keep_in(local_side(folder))
     _check(config, space)
     with lease(folder, wait=config.resume == "auto"):
         config, space = _with_dtypes(config, space)
@@ -110,14 +110,13 @@ def search(config: SearchConfig) -> SearchResult:
             prepared = _prepare(load_search(folder), space, folder)
         except BaseException:
             # The name is free again, since the fix is another setting; what is cached by content stays.
-            shutil.rmtree(folder / BASELINE_FOLDER, ignore_errors=True)
-            for name in (SEARCH_CONFIG_FILE, BASE_FILE):
-                (folder / name).unlink(missing_ok=True)
+            for name in (BASELINE_FOLDER, SEARCH_CONFIG_FILE, BASE_FILE):
+                (folder / name).remove()
             raise
         return _search(prepared)
 
 
-def resume_search(folder: Path) -> SearchResult:
+def resume_search(folder: Path | Place) -> SearchResult:
     """Go on with the search in a folder, with the settings it was started with.
 
     Trials that ended are not repeated; those that were running or failed go on from their last checkpoint.
@@ -126,10 +125,10 @@ def resume_search(folder: Path) -> SearchResult:
         SearchError: the folder holds no search, or prompts or model are not those it began with. Other errors are those
             of `search`.
     """
-    folder = folder.expanduser().resolve()
+    folder = Place(folder).absolute()
     config = load_search(folder)
     space = make_space(config)
-    keep_in(folder)
+    keep_in(local_side(folder))
     _check(config, space)
     with lease(folder, wait=config.resume == "auto"):
         return _search(_prepare(config, space, folder))
@@ -143,7 +142,7 @@ class Prepared:
     """
 
     shared: Shared
-    ended: list[Path]
+    ended: list[Place]
     baseline: TrialScore
     skipped_layers: list[Any]
 
@@ -158,10 +157,10 @@ def _check(config: SearchConfig, space: Space) -> None:
     connect(base.cluster.address)
     check_device(base.model, gpu=_device(base) == "gpu")
     check_feasible(config, base, _device(base))
-    check_nodes(output_folder(config.output_dir), paths_read(base))
+    check_nodes_of(output_place(config.output_dir), paths_read(base))
 
 
-def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
+def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     """Make what all trials share, or find it in the folder; the engines of the result are up."""
     base = _base(space, output_dir=str(folder / TRIALS_FOLDER))
     device = _device(base)
@@ -169,12 +168,12 @@ def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
     space, skipped = _probed(config, space, base, folder, device)
     lora_rank = _lora_rank(space)
     model = resolve_model(base.model.path)
-    make_judge(config.scoring.judge).check_ready(folder / "cache")
-    prompts = read_prompts(config.scoring, rejects=folder)
+    make_judge(config.scoring.judge).check_ready(cache_folder(folder))
+    prompts = read_prompts(config.scoring, rejects=local_side(folder))
     identity = {"prompts": prompts.fingerprint, "model": fingerprint_model(model)}
     _check_same(folder, identity)
     scorer = start_scorer(
-        model, config.scoring, prompts.table, device=device, folder=folder, lora_rank=lora_rank,
+        model, config.scoring, prompts.table, device=device, folder=local_side(folder), lora_rank=lora_rank,
         in_turn=config.share_gpu,
     )  # fmt: skip
     try:
@@ -182,14 +181,13 @@ def _prepare(config: SearchConfig, space: Space, folder: Path) -> Prepared:
         cut_off = {fingerprint(read_values(trial)): trial.name for trial in trial_folders(folder) if trial not in ended}
         shared = Shared(config, space, folder, scorer, identity["prompts"], model, lora_rank is not None, cut_off)
         baseline = shared.baseline()
-        write_json_atomic(
-            folder / SEARCH_FILE,
+        (folder / SEARCH_FILE).write_json(
             {
                 "skipped_layers": skipped,
                 "baseline": asdict(baseline),
                 "fingerprints": identity,
                 "versions": library_versions(),
-            },
+            }
         )
     except BaseException:
         scorer.close()
@@ -223,7 +221,7 @@ def _search(prepared: Prepared) -> SearchResult:
     )
 
 
-def _check_same(folder: Path, identity: dict[str, str]) -> None:
+def _check_same(folder: Place, identity: dict[str, str]) -> None:
     """Refuse to go on with other prompts or another model than those that this search began with.
 
     Raises:
@@ -231,7 +229,7 @@ def _check_same(folder: Path, identity: dict[str, str]) -> None:
     """
     if not (folder / SEARCH_FILE).is_file():
         return
-    before = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8")).get("fingerprints", {})
+    before = (folder / SEARCH_FILE).read_json().get("fingerprints", {})
     for name, value in identity.items():
         if before.get(name) != value:
             raise SearchError(
@@ -285,7 +283,7 @@ def _lora_rank(space: Space) -> int | None:
     return max(ranks) if ranks else None
 
 
-def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder: Path, device: Device) -> None:
+def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder: Place, device: Device) -> None:
     """Make what trials train on, and look for answers that one of their losses needs, though the base's does not.
 
     Raises:
@@ -294,7 +292,7 @@ def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder:
     """
     depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
     layer = resolve_layer(base.mlc.layer, depth)
-    data = prepare_data(base, cache_dir=folder / TRIALS_FOLDER / "cache", layer=layer, gpu=device == "gpu")
+    data = prepare_data(base, cache_dir=cache_folder(folder / TRIALS_FOLDER), layer=layer, gpu=device == "gpu")
     held_out = None if data.held_out is None else TokenArtifact.open(data.held_out.tokens_folder)
     if config.scheduler_metric is not None and held_out is not None:
         check_held_out(config.scheduler_metric, held_out)
@@ -306,7 +304,7 @@ def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder:
 
 
 def _probed(
-    config: SearchConfig, space: Space, base: TrainConfig, folder: Path, device: Device
+    config: SearchConfig, space: Space, base: TrainConfig, folder: Place, device: Device
 ) -> tuple[Space, list[Any]]:
     """The space without the layers that a probe ranks last, and which those are."""
     if config.probe is None:
@@ -314,7 +312,7 @@ def _probed(
     layers = space.parameters["mlc.layer"]
     every = values_of(layers)
     if (folder / SEARCH_FILE).is_file():  # resumed: what was left out then stays out
-        skipped = json.loads((folder / SEARCH_FILE).read_text(encoding="utf-8"))["skipped_layers"]
+        skipped = (folder / SEARCH_FILE).read_json()["skipped_layers"]
     else:
         result = probe_run(base, folder / "probe", limit=config.probe.limit, gpu=device == "gpu")
         skipped = sorted(every, key=result.rank_of)[config.probe.keep :]
@@ -341,20 +339,18 @@ def _device(base: TrainConfig) -> Device:
     return "gpu" if use_gpu(base.cluster.accelerator) else "cpu"
 
 
-def _write_settings(config: SearchConfig, space: Space, folder: Path) -> None:
+def _write_settings(config: SearchConfig, space: Space, folder: Place) -> None:
     """Write all that `load_search` needs, so that it works in any folder and after the files it names are gone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True), "utf-8")
-    write_json_atomic(folder / SEARCH_CONFIG_FILE, _settings(config, space, folder))
+    (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True))
+    (folder / SEARCH_CONFIG_FILE).write_json(_settings(config, space, folder))
 
 
-def changed_settings(config: SearchConfig, space: Space, folder: Path) -> list[str]:
+def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -> list[str]:
     """How the search that was begun in `folder` differs from this one: `NAME was X, now Y` for each setting."""
-    stored = load_config(SearchConfig, folder / SEARCH_CONFIG_FILE).model_dump(mode="json")
+    folder = Place(folder)
+    stored = _stored(folder).model_dump(mode="json")
     given = parse_config(SearchConfig, _settings(config, space, folder)).model_dump(mode="json")
-    before = by_dotted_name(
-        {"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text(encoding="utf-8"))}
-    )
+    before = by_dotted_name({"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text())})
     now = by_dotted_name({"search": given, "train": dict(space.base)})
     engines = ("engine", "judge.engine", "judge.translate.engine")  # `auto` became what it was then
     undecided = {*(f"search.scoring.{engine}.dtype" for engine in engines), "train.model.dtype"}
@@ -366,7 +362,7 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path) -> list[s
     ]
 
 
-def _settings(config: SearchConfig, space: Space, folder: Path) -> dict[str, Any]:
+def _settings(config: SearchConfig, space: Space, folder: Place) -> dict[str, Any]:
     """The settings as `folder` keeps them: paths made absolute, the run that trials share in a file beside them."""
     settings = config.model_dump(mode="json", exclude_unset=True)
     settings |= {"output_dir": str(folder.parent), "train": BASE_FILE, "set": []}
@@ -382,7 +378,7 @@ def _settings(config: SearchConfig, space: Space, folder: Path) -> dict[str, Any
     return settings
 
 
-def load_search(folder: Path) -> SearchConfig:
+def load_search(folder: Place) -> SearchConfig:
     """The settings of the search in a folder.
 
     Raises:
@@ -393,6 +389,15 @@ def load_search(folder: Path) -> SearchConfig:
             f"{str(folder)!r} is not a search folder, it has no {SEARCH_CONFIG_FILE}: a search is in OUTPUT_DIR/NAME, "
             "e.g. runs/search-demo"
         )
-    config = load_config(SearchConfig, folder / SEARCH_CONFIG_FILE)  # JSON is YAML
+    config = _stored(folder)
     # relative in the file: a folder that was moved is still whole
-    return config.model_copy(update={"train": str(folder / config.train), "output_dir": str(folder.parent)})
+    base = folder / config.train
+    if not folder.is_local:  # a config file is read as a file
+        base.storage.fetch(str(base), local_side(folder) / config.train)
+        base = Place(local_side(folder) / config.train)
+    return config.model_copy(update={"train": str(base), "output_dir": str(folder.parent)})
+
+
+def _stored(folder: Place) -> SearchConfig:
+    file = folder / SEARCH_CONFIG_FILE  # JSON is YAML
+    return parse_config(SearchConfig, parse_yaml(file.read_text(), str(file)))

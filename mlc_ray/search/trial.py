@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -40,14 +39,14 @@ from mlc_ray.search.objectives.base import BENIGN, HARMFUL, TrialScore, make_obj
 from mlc_ray.search.results import Trial, ending
 from mlc_ray.search.space import Space
 from mlc_ray.search.tune import FINISHED, STEP
-from mlc_ray.storage import Place, fingerprint, fingerprint_model, write_json_atomic
+from mlc_ray.storage import MANIFEST, Place, fingerprint, fingerprint_model, working_folder
 
 
 class SearchError(MlcRayError):
     """A search cannot start or go on; the message quotes the folder or the setting, and names the fix."""
 
 
-_STEP_FOLDER, _STEP_FOLDERS = "step-{:06d}", "step-[0-9][0-9][0-9][0-9][0-9][0-9]"
+_STEP_FOLDER, _STEP_NAME = "step-{:06d}", re.compile(r"step-\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,14 @@ class Shared:
 
     config: SearchConfig
     space: Space
-    folder: Path
+    folder: Place
     scorer: WarmScorer
     prompts: str
     model: str
     lora: bool
     cut_off: Mapping[str, str] = field(default_factory=dict)
 
-    def trial_folder(self, values: Mapping[str, Any], trial_id: str) -> Path:
+    def trial_folder(self, values: Mapping[str, Any], trial_id: str) -> Place:
         """The run folder of a trial: of the one that was cut off, where these are its values and it has not ended."""
         trials = self.folder / TRIALS_FOLDER
         earlier = self.cut_off.get(fingerprint(dict(values)))
@@ -80,7 +79,8 @@ class Shared:
         if not config.keep_checkpoints:
             for folder in trial_folders(self.folder):
                 if has_ended(folder):
-                    shutil.rmtree(folder / TRAIN_FOLDER, ignore_errors=True)  # another trial may do the same just now
+                    with suppress(FileNotFoundError):  # another trial may do the same just now
+                        (folder / TRAIN_FOLDER).remove()
 
     def baseline(self) -> TrialScore:
         """The score of the model before training: made once for a search, read from its folder when that is resumed."""
@@ -89,7 +89,7 @@ class Shared:
             self._score(folder, model=self.model, weights=None if self.lora else self.model)
         return self.score_in(folder)
 
-    def checkpoint(self, run_folder: Path, checkpoint: Path, step: int) -> Path:
+    def checkpoint(self, run_folder: Place, checkpoint: Place, step: int) -> Place:
         """Score a checkpoint of a run; returns the score's folder, `run_folder/scores/step-...`."""
         folder = run_folder / SCORES_FOLDER / _STEP_FOLDER.format(step)
         if self.lora:
@@ -98,11 +98,11 @@ class Shared:
             self._score(folder, model=str(checkpoint), weights=str(checkpoint / "model"))
         return folder
 
-    def score_in(self, folder: Path) -> TrialScore:
+    def score_in(self, folder: Place) -> TrialScore:
         """What a score folder is worth, by its last summary, which is over all benchmarks.
 
         Raises:
-        TooManyUnparsedError: Too few responses got a verdict.
+            TooManyUnparsedError: Too few responses got a verdict.
         """
         result = load_scores(folder)
         check_unparsed(result, self.config.scoring.max_unparsed)
@@ -110,7 +110,7 @@ class Shared:
         rows = [row for row in result.rows if row.benchmark == summary.benchmark]
         return make_objective(self.config.objective).score(summary, rows)
 
-    def metrics_in(self, folder: Path) -> dict[str, float]:
+    def metrics_in(self, folder: Place) -> dict[str, float]:
         """The numbers of a trial's score folder that Tune is told; raises as `score_in`, and
 
         Raises:
@@ -125,23 +125,23 @@ class Shared:
             **self._compared(folder),
         }
 
-    def _compared(self, folder: Path) -> dict[str, float]:
+    def _compared(self, folder: Place) -> dict[str, float]:
         """What the scheduler compares beside the objective, as the run logged it at the step of a score folder."""
         config: SearchConfig = self.config
         name = config.scheduler_metric
         if name is None:
             return {}
-        step = _step_of(folder)
-        row = next((row for row in read_metrics(folder.parents[1]) if row["step"] == step), {})
+        step, run = _step_of(folder), folder.parent.parent
+        row = next((row for row in read_metrics(run) if row["step"] == step), {})
         if name not in row:
             there = ", ".join(key for key in row if key.startswith("validation/")) or "nothing"
             raise SearchError(
-                f"scheduler_metric={name!r} was not measured at step {step} of trial {folder.parents[1].name}; "
+                f"scheduler_metric={name!r} was not measured at step {step} of trial {run.name}; "
                 f"measured were {there}: name one of these as scheduler_metric in a new search"
             )
         return {name: math.nan if row[name] is None else row[name]}
 
-    def _score(self, folder: Path, *, model: str, weights: str | None) -> None:
+    def _score(self, folder: Place, *, model: str, weights: str | None) -> None:
         """Score weights, or where trials train adapters one of those (None: no adapter), and write a score folder."""
         scored = self.scorer.score(weights, lora=self.lora)
         resolved = self.model if weights is None else weights
@@ -154,11 +154,11 @@ class Shared:
             prompts=self.prompts,
             seen_languages=training_languages(model),
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        request.save(folder)
-        pq.write_table(scored.judged, folder / RESPONSES_FILE)
         judging = plan_judging(make_judge(scoring.judge), scored.judged["language"].unique().to_pylist())
-        write_score(request, judging, scored.judged, folder, seconds=dict(scored.seconds))
+        with working_folder(folder, last=(SCORES_FILE,)) as here:
+            request.save(here)
+            pq.write_table(scored.judged, here / RESPONSES_FILE)
+            write_score(request, judging, scored.judged, here, seconds=dict(scored.seconds))
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class ScoreCheckpoint:
 
     shared: Shared
 
-    def __call__(self, run_folder: Path, checkpoint: Path, step: int) -> dict[str, float]:
+    def __call__(self, run_folder: Place, checkpoint: Place, step: int) -> dict[str, float]:
         """Score `checkpoint`, written at optimizer step `step`."""
         return self.shared.metrics_in(self.shared.checkpoint(run_folder, checkpoint, step))
 
@@ -190,8 +190,8 @@ class MarkStopped(ray.tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune for every trial that ended without a fault."""
         folder = self.shared.trial_folder(trial.config, trial.trial_id)
-        if folder.is_dir() and not (folder / MODEL_FOLDER).exists():
-            (folder / STOPPED_FILE).touch()
+        if folder.is_dir() and ending(folder) == "failed":
+            (folder / STOPPED_FILE).write_text("")
 
 
 def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
@@ -206,8 +206,7 @@ def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
 
     shared.drop_optimizer_states()
     folder = shared.trial_folder(values, ray.tune.get_context().get_trial_id())
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / VALUES_FILE, values)
+    (folder / VALUES_FILE).write_json(values)
     train(
         shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
         resume=folder if (folder / CONFIG_FILE).is_file() else None,
@@ -215,28 +214,30 @@ def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
         callbacks=[ScoreReports()],  # type: ignore[no-untyped-call]
         display=False,
     )
-    last = Path(find_checkpoint(Place(folder)))
-    step = int(json.loads((last / "manifest.json").read_text(encoding="utf-8"))["step"])
+    last = find_checkpoint(folder)
+    step = int((last / MANIFEST).read_json()["step"])
     if not (folder / SCORES_FOLDER / _STEP_FOLDER.format(step) / SCORES_FILE).is_file():
         # it died between its last checkpoint and the score of it
         ray.tune.report(ScoreCheckpoint(shared)(folder, last, step))
+    (folder / MODEL_FOLDER).remove()  # half of it, where storage has no rename and a process died while it wrote it
     export(folder, folder / MODEL_FOLDER, trust_remote_code=True)  # its components ran in this very trial
     ray.tune.report({**shared.metrics_in(scores_of(folder)[-1]), FINISHED: True})
 
 
-def trial_folders(search: Path) -> list[Path]:
+def trial_folders(search: Place) -> list[Place]:
     """The folders of all trials of a search that began, by name."""
-    return [path.parent for path in sorted((search / TRIALS_FOLDER).glob(f"*/{VALUES_FILE}"))]
+    return [folder for folder in (search / TRIALS_FOLDER).iterdir() if (folder / VALUES_FILE).is_file()]
 
 
-def has_ended(folder: Path) -> bool:
+def has_ended(folder: Place) -> bool:
     """Whether a trial ran to its end or was stopped; others were cut off, or failed."""
     return ending(folder) != "failed"
 
 
-def scores_of(run_folder: Path) -> list[Path]:
+def scores_of(run_folder: Place) -> list[Place]:
     """The complete score folders of a trial's checkpoints, the first checkpoint's first."""
-    return [path.parent for path in sorted((run_folder / SCORES_FOLDER).glob(f"{_STEP_FOLDERS}/{SCORES_FILE}"))]
+    found = (run_folder / SCORES_FOLDER).iterdir()
+    return [each for each in found if _STEP_NAME.fullmatch(each.name) and (each / SCORES_FILE).is_file()]
 
 
 def scored_trials(shared: Shared) -> list[Trial]:
@@ -253,5 +254,5 @@ def scored_trials(shared: Shared) -> list[Trial]:
     return found
 
 
-def _step_of(score_folder: Path) -> int:
+def _step_of(score_folder: Place) -> int:
     return int(score_folder.name.rpartition("-")[2])

@@ -18,6 +18,7 @@ from ray.tune.search.optuna import OptunaSearch
 from mlc_ray.config import SearchConfig
 from mlc_ray.search.objectives.base import BENIGN, HARMFUL, make_objective
 from mlc_ray.search.space import Space, distribution, mode_of
+from mlc_ray.storage import Place, local_side
 
 TUNE_FOLDER = "tune"
 STEP, FINISHED = "score_step", "finished"
@@ -38,7 +39,7 @@ def make_tuner(
     config: SearchConfig,
     space: Space,
     trainable: Any,
-    folder: Path,
+    folder: Path | Place,
     *,
     ended: Sequence[Ended] = (),
     cut_off: Sequence[Mapping[str, Any]] = (),
@@ -48,7 +49,8 @@ def make_tuner(
 
     A trial reports the objective's metrics, `HARMFUL`, `BENIGN` and `STEP` after every score. Of a search that is
     resumed, the sampler is told what `ended`, and the values of trials that were `cut_off` (or failed) are tried first.
-    Tune writes its own logs to `folder/tune`; nothing is read from there, so that a search depends on its runs alone.
+    Tune writes its own logs to `folder/tune`, of a search at a URL to this machine; nothing is read from there, so that
+    a search depends on its runs alone.
     """
     sampler = make_sampler(config, space, seen=len(ended) + len(cut_off))
     remaining = number_of_trials(config, space) - len(ended)
@@ -90,7 +92,10 @@ def make_tuner(
             max_concurrent_trials=config.concurrency,
         ),
         run_config=ray.tune.RunConfig(
-            name=TUNE_FOLDER, storage_path=str(folder), verbose=0, callbacks=[TrialLines(), *callbacks]
+            name=TUNE_FOLDER,
+            storage_path=str(local_side(Place(folder))),
+            verbose=0,
+            callbacks=[TrialLines(), *callbacks],
         ),
     )
 

@@ -1,7 +1,8 @@
 """Reading and writing files and folders, on disk or elsewhere, and verifying that they are complete.
 
 `base` has the storages and `Place`, `local` the one for plain paths, `atomic` whole-or-nothing writing on this machine,
-`manifests` and `fingerprints` how a folder is known to be complete and what is in it.
+`manifests` and `fingerprints` how a folder is known to be complete and what is in it, `copies` what a machine keeps of
+models that are elsewhere.
 """
 
 from mlc_ray.storage.atomic import atomic_folder, write_json_atomic
@@ -10,10 +11,13 @@ from mlc_ray.storage.base import (
     Place,
     Storage,
     StorageError,
+    StorageFaultError,
     absolute_if_here,
+    new_folder,
     storage_of,
     working_folder,
 )
+from mlc_ray.storage.copies import CacheError, fetched_bytes, local_model, local_side, model_for_now, user_cache
 from mlc_ray.storage.fingerprints import (
     fingerprint,
     fingerprint_model,
@@ -37,21 +41,29 @@ __all__ = [
     "MANIFEST",
     "SEAL",
     "ArtifactError",
+    "CacheError",
     "IncompleteArtifactError",
     "Place",
     "Storage",
     "StorageError",
+    "StorageFaultError",
     "absolute_if_here",
     "artifact_folder",
     "atomic_folder",
     "checksum",
+    "fetched_bytes",
     "fingerprint",
     "fingerprint_model",
     "fingerprint_tokenizer",
     "library_versions",
+    "local_model",
+    "local_side",
+    "model_for_now",
+    "new_folder",
     "read_manifest",
     "sealed",
     "storage_of",
+    "user_cache",
     "verify_checksums",
     "verify_files",
     "working_folder",

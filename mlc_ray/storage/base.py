@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, Literal
 from mlc_ray._registry import UnknownComponentError, resolve
 from mlc_ray.config.paths import real_path, scheme_of
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage.atomic import json_text
+from mlc_ray.storage.atomic import atomic_folder, json_text
 
 MANIFEST = "manifest.json"
 """What a folder has once it is complete: see `mlc_ray.storage.manifests`."""
@@ -35,6 +35,10 @@ MANIFEST = "manifest.json"
 
 class StorageError(MlcRayError, ValueError):
     """A URL cannot be used as asked; the message quotes it and says what to give instead."""
+
+
+class StorageFaultError(MlcRayError, OSError):
+    """A store did not do what it was asked, and may do it later: it is away, is overloaded, or refuses credentials."""
 
 
 class Storage(ABC):
@@ -79,6 +83,22 @@ class Storage(ABC):
                 found[name] = file.seek(0, os.SEEK_END)
         return found
 
+    def create(self, url: str, content: bytes) -> bool | None:
+        """Write a file that must not be there yet, so that of several who do it at once one succeeds.
+
+        Returns:
+            Whether it was written. None, with nothing written, where the storage cannot decide between two.
+        """
+        return None
+
+    def modified(self, url: str) -> float | None:
+        """When a file was written, in seconds by the storage's clock; None where it does not say.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        return None
+
     def publish(self, local: Path, url: str, *, last: Sequence[str] = (MANIFEST,)) -> None:
         """Copy a finished file or folder of this machine to `url`; files called as in `last` come last, in that order.
 
@@ -108,6 +128,10 @@ class Storage(ABC):
             raise FileNotFoundError(f"nothing is at {url!r}")
         for name in names:
             self.fetch(_join(url, name), local / name)
+
+    def holds_files(self, url: str) -> bool:
+        """Whether there are files beneath a folder."""
+        return any(True for _ in self._names(url))
 
     def _names(self, url: str) -> Iterator[str]:
         """Paths of all files beneath a folder."""
@@ -194,7 +218,8 @@ class Place:
         """The folder that it is in."""
         if self.is_local:
             return Place(Path(self.url).parent)
-        return Place(self.url.rstrip("/").rpartition("/")[0])
+        above = self.url.rstrip("/").rpartition("/")[0]
+        return self if above.endswith(":/") else Place(above)  # nothing is above a bucket
 
     def absolute(self) -> Place:
         """The same place, for a process in another working folder."""
@@ -210,7 +235,7 @@ class Place:
 
     def is_dir(self) -> bool:
         """Whether a folder is there."""
-        return Path(self.url).is_dir() if self.is_local else bool(self.storage.list(self.url))
+        return Path(self.url).is_dir() if self.is_local else self.storage.holds_files(self.url)
 
     def iterdir(self) -> list[Place]:
         """What is directly in a folder, by name; nothing if there is no such folder."""
@@ -259,6 +284,14 @@ class Place:
     def write_json(self, value: Any) -> None:
         """Write `value` as indented JSON; NaN is refused (ValueError)."""
         self.write_text(json_text(value))
+
+    def modified(self) -> float | None:
+        """When the file was written; see `Storage.modified`."""
+        return self.storage.modified(self.url)
+
+    def create(self, text: str) -> bool | None:
+        """Write a file that must not be there yet; see `Storage.create`."""
+        return self.storage.create(self.url, text.encode("utf-8"))
 
     def remove(self) -> None:
         """Remove the file, or the folder with all that is in it."""
@@ -309,6 +342,26 @@ def working_folder(place: Place, *, last: Sequence[str] = (MANIFEST,)) -> Iterat
             for name in sorted(after, key=lambda name: (order.get(name.rpartition("/")[2], 0), name)):
                 if before.get(name) != after[name]:
                     place.storage.publish(folder / name, str(place / name))
+
+
+@contextmanager
+def new_folder(place: Place, *, last: Sequence[str] = (MANIFEST,)) -> Iterator[Path]:
+    """Yield an empty folder of this machine that becomes `place` when the block ends; after an error nothing is there.
+
+    Elsewhere, files appear one after another, those called as in `last` at the end.
+
+    Raises:
+        FileExistsError: `place` exists at the start, or on this machine at the end.
+    """
+    if place.is_local:
+        with atomic_folder(Path(place)) as folder:
+            yield folder
+        return
+    if place.exists():
+        raise FileExistsError(f"folder {str(place)!r} already exists")
+    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as temporary:
+        yield Path(temporary)
+        place.storage.publish(Path(temporary), str(place), last=last)
 
 
 def _states(folder: Path) -> dict[str, tuple[int, int]]:

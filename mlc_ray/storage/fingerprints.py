@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mlc_ray.storage.base import MANIFEST
+from mlc_ray.config.paths import scheme_of
+from mlc_ray.storage.base import MANIFEST, Place
 from mlc_ray.storage.manifests import ArtifactError
 
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 _DIGITS = 16
 _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
-_WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+_AT_ONCE = 16  # reads of a storage elsewhere: each takes some 20 ms, and 64 of a file in turn more than a second
 _TOKENIZER_FILES = (
     "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
     "chat_template*", "*.gguf",
@@ -32,12 +36,12 @@ def fingerprint(obj: Any) -> str:
 
 
 def fingerprint_model(path: str) -> str:
-    """Fingerprint of a model: a local folder, or a hub name.
+    """Fingerprint of a model: a folder, by its path or URL, or a hub name.
 
-    A folder counts by the name, size and content of its small files (config, tokenizer, template); of each weight
-    file (safetensors, GGUF) the content is sampled: the first and last 64 KiB, which hold the header, and 62 blocks
-    of 64 KiB evenly between them. Training moves practically every weight, so samples tell two steps of one run
-    apart, in milliseconds instead of minutes at 70B. A hub name counts by name and, where it is cached, commit.
+    A folder, wherever it is, counts by the name, size and content of its small files (config, tokenizer, template); of
+    each weight file (safetensors, GGUF) the content is sampled: the first and last 64 KiB, which hold the header, and
+    62 blocks of 64 KiB evenly between them. Training moves practically every weight, so samples tell two steps of one
+    run apart, in milliseconds instead of minutes at 70B. A hub name counts by name and, where it is cached, commit.
     """
     return _fingerprint_model_files(path, ("*",))
 
@@ -48,19 +52,28 @@ def fingerprint_tokenizer(path: str) -> str:
 
 
 def _fingerprint_model_files(path: str, patterns: Iterable[str]) -> str:
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
+    if scheme_of(path) is None and not Path(path).expanduser().is_dir():
         return fingerprint({"hub": path, "commit": _cached_commit(path)})
-    files = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
-    files = [p for p in files if p.name != MANIFEST and not p.name.startswith(".")]
-    if not files:
+    folder = Place(path if scheme_of(path) else Path(path).expanduser())
+    names = [
+        name
+        for name in folder.storage.list(folder.url)
+        if name != MANIFEST and not name.startswith(".") and any(fnmatch.fnmatchcase(name, each) for each in patterns)
+    ]
+    if not (found := folder.sizes(names)):
         raise ArtifactError(f"cannot fingerprint {path!r}: the folder holds no model files")
-    return fingerprint(
-        [
-            (p.name, p.stat().st_size, _hash_samples(p) if p.suffix in _WEIGHT_SUFFIXES else _hash_whole(p))
-            for p in files
-        ]
-    )
+    return fingerprint_files(folder, found)
+
+
+def fingerprint_files(folder: Place, sizes: Mapping[str, int]) -> str:
+    """Fingerprint of files of a model's folder, by name, size and content; of large weight files it is sampled."""
+    return fingerprint([(name, sizes[name], _hash_model_file(folder / name, sizes[name])) for name in sorted(sizes)])
+
+
+def _hash_model_file(file: Place, size: int) -> str:
+    if file.name.endswith(WEIGHT_SUFFIXES) and size > _SAMPLES * _SAMPLE_BYTES:
+        return _hash_samples(file, size)
+    return _hash(file)
 
 
 def _cached_commit(name: str) -> str | None:
@@ -74,18 +87,24 @@ def _cached_commit(name: str) -> str | None:
     return Path(cached).parent.name if isinstance(cached, str) else None  # .../snapshots/COMMIT/config.json
 
 
-def _hash_whole(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _hash_samples(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= _SAMPLES * _SAMPLE_BYTES:
-        return _hash_whole(path)
+def _hash(file: Place) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for index in range(_SAMPLES):
-            file.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
+    with file.open() as opened:
+        while piece := opened.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _hash_samples(file: Place, size: int) -> str:
+    """SHA-256 of the samples; each is read by itself, so that a storage elsewhere serves several at once."""
+
+    def sample(index: int) -> bytes:
+        with file.open() as opened:
+            opened.seek((size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+            return opened.read(_SAMPLE_BYTES)
+
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1 if file.is_local else _AT_ONCE) as pool:
+        for content in pool.map(sample, range(_SAMPLES)):
+            digest.update(content)
     return digest.hexdigest()

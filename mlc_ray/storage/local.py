@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
+import uuid
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -13,6 +15,8 @@ from typing import BinaryIO, Literal
 from mlc_ray._registry import register
 from mlc_ray.storage.atomic import atomic_file
 from mlc_ray.storage.base import Storage
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 
 
 @register("storage", "file")
@@ -44,6 +48,28 @@ class LocalStorage(Storage):
                 if stat.S_ISREG((status := os.stat(folder / name)).st_mode):
                     found[name] = status.st_size
         return found
+
+    def create(self, url: str, content: bytes) -> bool | None:
+        """Write a file that must not be there yet; None where there are no hard links, as on mounted object stores."""
+        path = Path(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+        try:
+            temporary.write_bytes(content)
+            os.link(temporary, path)  # unlike a rename, it fails where the file is there
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                return None
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
+
+    def modified(self, url: str) -> float | None:
+        """When a file was written."""
+        return Path(url).stat().st_mtime
 
     def remove(self, url: str) -> None:
         """Remove a file, or a folder with all that is in it."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 
 from mlc_ray._registry import register
-from mlc_ray.storage.base import Storage, StorageError
+from mlc_ray.storage.base import Storage, StorageError, StorageFaultError
 
 if TYPE_CHECKING:
     from pyarrow import fs
@@ -78,6 +78,20 @@ class ObjectStorage(Storage):
             listed = self.file_system(url).get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=True))
         found = {each.path.removeprefix(f"{folder}/"): int(each.size) for each in listed if each.is_file}
         return found if names is None else {name: found[name] for name in names if name in found}
+
+    def holds_files(self, url: str) -> bool:
+        """Whether keys begin with the folder's; some stores list a folder for a while after its last file is gone."""
+        return bool(self.sizes(url))
+
+    def modified(self, url: str) -> float | None:
+        """When an object was written."""
+        from pyarrow import fs
+
+        with _faults_named(url):
+            (found,) = self.file_system(url).get_file_info([self.key(url)])
+        if found.type != fs.FileType.File:
+            raise FileNotFoundError(f"nothing is at {url!r}")
+        return None if found.mtime_ns is None else float(found.mtime_ns / 1e9)
 
     def remove(self, url: str) -> None:
         """Remove an object, or all whose keys begin with it as a folder."""
@@ -273,4 +287,4 @@ def _faults_named(url: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StorageError(f"{url!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise StorageFaultError(f"{url!r} cannot be used: {(str(error).splitlines() or [repr(error)])[0]}") from None

@@ -1,6 +1,7 @@
 """A run in the terminal: a line of progress and one table row per logged step.
 
-The driver reads metrics.jsonl as the workers write it, so a slow terminal never holds up a step. Rows are messages of
+The driver reads metrics.jsonl as the workers write it, or as they send it to a URL, so a slow terminal never holds up a
+step. Rows are messages of
 the logger `mlc_ray.train.console`, as many columns as fit the terminal.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from mlc_ray.progress import phase, terminal_width
 from mlc_ray.runs import MetricsReader
+from mlc_ray.storage import Place
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +47,11 @@ _SPARED = ("kinds", "GiB", "|grad|", "lr", "rank", "tok/s", "acc", "margin", "be
 class RunDisplay:
     """Shows a run while it lasts; use as a context manager around the call that trains."""
 
-    def __init__(self, run_folder: Path, total_steps: int, every: int, parts: Sequence[str]) -> None:
+    def __init__(self, run_folder: Path | Place, total_steps: int, every: int, parts: Sequence[str]) -> None:
         self.total, self.every = total_steps, every
         self.columns = fitting(columns(parts), terminal_width())
         self.metrics = MetricsReader(run_folder)
+        self.seconds = 0.5 if Place(run_folder).is_local else 5.0  # rows come every ten seconds from elsewhere
         self.shown = -1
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
@@ -68,7 +71,7 @@ class RunDisplay:
         self.stack.close()
 
     def _follow(self) -> None:
-        while not self.stop.wait(0.5):
+        while not self.stop.wait(self.seconds):
             self._update()
 
     def _update(self) -> None:

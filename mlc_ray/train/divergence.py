@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import DIVERGED_FILE
-from mlc_ray.storage import write_json_atomic
+from mlc_ray.storage import Place
 
 
 class DivergedError(MlcRayError, FloatingPointError):
@@ -25,14 +24,21 @@ class DivergedError(MlcRayError, FloatingPointError):
         self.step, self.bundles = step, tuple(bundles)
 
 
-def record_divergence(run_folder: Path, error: DivergedError) -> None:
+def record_divergence(run_folder: Path | Place, error: DivergedError) -> None:
     """Write into a run's folder at which step it diverged, with which bundles, and what to change."""
     content = {"step": error.step, "bundles": list(error.bundles), "message": str(error)}
-    write_json_atomic(run_folder / DIVERGED_FILE, content)
+    (Place(run_folder) / DIVERGED_FILE).write_json(content)
 
 
-def forget_divergence(run_folder: Path, step: int) -> None:
-    """Remove what `record_divergence` wrote, once optimizer step `step`, which is done, is as far as that."""
-    file = run_folder / DIVERGED_FILE
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["step"] <= step:
-        file.unlink()
+def forget_divergence(run_folder: Path | Place, step: int) -> bool:
+    """Remove what `record_divergence` wrote, once optimizer step `step`, which is done, is as far as that.
+
+    Returns:
+        Whether nothing is left of it.
+    """
+    file = Place(run_folder) / DIVERGED_FILE
+    if file.is_file():
+        if file.read_json()["step"] > step:
+            return False
+        file.remove()
+    return True

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlc_ray.storage import Place
 from mlc_ray.train.failures import own_errors
 
 
 class CheckpointScorer(Protocol):
     """Called on the first worker after every checkpoint while the others wait; its numbers are reported to Ray."""
 
-    def __call__(self, run_folder: Path, checkpoint: Path, step: int) -> dict[str, float]:
+    def __call__(self, run_folder: Place, checkpoint: Place, step: int) -> dict[str, float]:
         """Numbers about `checkpoint`, written at optimizer step `step`."""
         ...
 
@@ -34,7 +35,7 @@ class WorkerSpec:
     """What the driver tells its workers: the run's `config` as JSON has it, the id of the `lease` on its folder."""
 
     config: dict[str, Any]
-    run_folder: Path
+    run_folder: Place
     tokens_folder: Path
     reference_folder: Path | None
     fingerprints: dict[str, str]

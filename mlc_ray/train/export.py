@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,8 +20,8 @@ from typing import Any
 from mlc_ray._registry import shipped_only
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.losses.objective import Objective, public_settings
-from mlc_ray.runs import PROVENANCE_FILE, RUN_FILE, output_folder
-from mlc_ray.storage import IncompleteArtifactError, Place, atomic_folder, verify_checksums, write_json_atomic
+from mlc_ray.runs import PROVENANCE_FILE, RUN_FILE, output_place
+from mlc_ray.storage import IncompleteArtifactError, Place, new_folder, verify_checksums, write_json_atomic
 from mlc_ray.train.checkpoint import find_checkpoint, verified_manifest
 from mlc_ray.train.shards import CheckpointError
 
@@ -34,20 +35,20 @@ _PUBLISHED_OF_SOURCE = ("format", "kind", "only")
 
 
 def export(
-    run: str | Path,
-    out: str | Path,
+    run: str | Path | Place,
+    out: str | Path | Place,
     *,
     merge_lora: bool = False,
     checkpoint: str | None = None,
     trust_remote_code: bool = False,
-) -> Path:
+) -> Place:
     """Write a plain Hugging Face folder with a model card; returns it.
 
     A full-parameter run gives the whole model. A LoRA run gives the adapter, or with `merge_lora` the whole model.
 
     Args:
-        run: the folder of a run, or of one checkpoint.
-        out: the folder to make.
+        run: the folder or URL of a run, or of one checkpoint.
+        out: the folder to make, or its URL.
         merge_lora: add the adapter to the base model that the run names, which is loaded for it.
         checkpoint: the name of a checkpoint of the run (default: the newest).
         trust_remote_code: run Python code that the run names, which another person may have written: components from
@@ -57,11 +58,11 @@ def export(
         ConfigError: the run's settings name a component from outside this package, and it is not trusted.
         CheckpointError: if `out` exists, there is no complete checkpoint, there is nothing to merge, the base model
             needs code that is not trusted, or the checkpoint holds links or a file that is damaged.
-        OutputFolderError: `out` is a URL, or relative inside a Ray job.
+        OutputFolderError: `out` is a URL that no storage serves, or relative inside a Ray job.
     """
-    out = output_folder(out, setting="out")
-    source = Path(find_checkpoint(Place(run), checkpoint))
-    manifest = verified_manifest(Place(source))
+    out = output_place(str(out), setting="out")
+    source = find_checkpoint(Place(run).absolute(), checkpoint)
+    manifest = verified_manifest(source)
     with nullcontext() if trust_remote_code else shipped_only("add --trust-remote-code if you trust that module"):
         config = parse_config(TrainConfig, manifest["config"])
     if merge_lora and config.model.lora is None:
@@ -73,27 +74,32 @@ def export(
         )
     if out.exists():
         raise CheckpointError(f"export folder {str(out)!r} exists already; remove it or choose another")
-    trained = source / ("model" if config.model.lora is None else "adapter")
-    _refuse_links(trained)
-    try:
-        verify_checksums(source, manifest, [name for name in manifest["files"] if name.startswith(f"{trained.name}/")])
-    except IncompleteArtifactError as error:
-        raise CheckpointError(f"nothing is exported: {error}; export another checkpoint with --checkpoint") from None
-    with atomic_folder(out) as temporary:
+    trained = "model" if config.model.lora is None else "adapter"
+    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as scratch, new_folder(out, last=(PROVENANCE_FILE,)) as made:
+        here = Path(source if source.is_local else scratch)
+        if not source.is_local:
+            source.storage.fetch(str(source / trained), here / trained)
+        _refuse_links(here / trained)
+        try:
+            verify_checksums(here, manifest, [name for name in manifest["files"] if name.startswith(f"{trained}/")])
+        except IncompleteArtifactError as error:
+            raise CheckpointError(
+                f"nothing is exported: {error}; export another checkpoint with --checkpoint"
+            ) from None
         if merge_lora:
-            _merge(trained, config, temporary, trust_remote_code=trust_remote_code)
+            _merge(here / trained, config, made, trust_remote_code=trust_remote_code)
         else:
-            shutil.copytree(trained, temporary, dirs_exist_ok=True)
-            _hide_base_path(temporary / "adapter_config.json")
-        (temporary / "README.md").write_text(model_card(config, manifest), encoding="utf-8")
-        write_json_atomic(temporary / PROVENANCE_FILE, provenance(source, config, manifest))
+            shutil.copytree(here / trained, made, dirs_exist_ok=True)
+            _hide_base_path(made / "adapter_config.json")
+        (made / "README.md").write_text(model_card(config, manifest), encoding="utf-8")
+        write_json_atomic(made / PROVENANCE_FILE, provenance(source, config, manifest))
     return out
 
 
-def provenance(checkpoint: Path, config: TrainConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def provenance(checkpoint: Place, config: TrainConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What an exported folder says of where it comes from; a scorer reads `languages`, those of its training data."""
-    described = checkpoint.resolve().parent.parent / RUN_FILE
-    languages = json.loads(described.read_text(encoding="utf-8"))["languages"] if described.is_file() else None
+    described = checkpoint.parent.parent / RUN_FILE
+    languages = described.read_json()["languages"] if described.is_file() else None
     return {
         "languages": languages,
         **{name: manifest[name] for name in ("step", "bundles_consumed", "fingerprints", "versions")},

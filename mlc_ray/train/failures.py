@@ -37,7 +37,8 @@ class EndAtOwnError(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """Called by Ray Train's controller with what workers raised, by rank."""
         for _, error in sorted(worker_exceptions.items()):
-            if (own := own_error(error)) is not None:
+            # Not where a storage failed: it may be back at the next try.
+            if (own := own_error(error)) is not None and not isinstance(own, OSError):
                 raise own
         if self.max_failures and worker_exceptions:
             send_warnings()

@@ -23,9 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from mlc_ray.config import ModelSection
+from mlc_ray.config.paths import scheme_of
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.logprobs import response_log_probs, token_log_probs
+from mlc_ray.storage import local_model
 from mlc_ray.train.attention import TREE, Leaving, TreeAttention
 from mlc_ray.types import Answers, Batch, Prompts, ResponseLogProbs, Tree
 
@@ -216,7 +218,7 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()  # in a worker's log it is noise
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            settings.path,
+            local_model(settings.path),
             dtype=getattr(torch, resolved(settings.dtype, gpu=torch.cuda.is_available())),
             attn_implementation=TREE if settings.attention == "auto" else f"{TREE}_{settings.attention}",
             trust_remote_code=settings.trust_remote_code,
@@ -334,13 +336,14 @@ def model_depth(path: str | Path, *, trust_remote_code: bool) -> int:
     """
     text = str(path)
     # A hub's name is `owner/name` at most; of anything else the hub would say that it is a bad name.
-    if (text.startswith((".", "/", "~")) or text.count("/") > 1) and not Path(text).expanduser().exists():
+    is_path = scheme_of(text) is None and (text.startswith((".", "/", "~")) or text.count("/") > 1)
+    if is_path and not Path(text).expanduser().exists():
         raise ModelError(
             f"model.path={text!r}: there is no such folder (looked for from {str(Path.cwd())!r}); "
             "`mlc-ray quickstart --only-model` makes a small model and prints its folder"
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(local_model(text, weights=False), trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path={str(path)!r} cannot be read: {error}") from error
     return int(config.get_text_config().num_hidden_layers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import STOP_FILE
+from mlc_ray.storage import Place
 
 logger = logging.getLogger(__name__)
 
@@ -97,19 +99,38 @@ SIGTERM = Sigterm()
 """Of this process."""
 
 
+_LOOKS_EVERY = 2.0  # into a file elsewhere, by a thread: a step that asked a store itself would wait for the answer
+
+
 class StopFile:
     """Whether the driver that holds a lease asks its workers to end, by a file in the run's folder."""
 
-    def __init__(self, run_folder: Path, lease: str) -> None:
-        self.path, self.lease = run_folder / STOP_FILE, lease
+    def __init__(self, run_folder: Path | Place, lease: str) -> None:
+        self.path, self.lease = Place(run_folder) / STOP_FILE, lease
+        self._last = Notice.NONE
+        self._follower: threading.Thread | None = None
+        if not self.path.is_local:
+            self._follower = threading.Thread(target=self._follow, name="stop-file", daemon=True)
 
     def __call__(self) -> Notice:
         """END once the file has the lease's id: that of an earlier driver's is not obeyed."""
+        if self._follower is None:
+            return self._look()
+        if self._follower.ident is None:
+            self._follower.start()
+        return self._last
+
+    def _follow(self) -> None:
+        while self._last is Notice.NONE:
+            self._last = self._look()
+            time.sleep(_LOOKS_EVERY)
+
+    def _look(self) -> Notice:
         try:
-            return Notice.END if self.path.read_text(encoding="ascii") == self.lease else Notice.NONE
+            return Notice.END if self.path.read_text() == self.lease else Notice.NONE
         except FileNotFoundError:
             return Notice.NONE
-        except OSError as error:  # it is looked at every step
+        except OSError as error:  # it is looked at again
             logger.warning("whether the driver asks for the end could not be read: %s", error)
             return Notice.NONE
 
@@ -127,7 +148,7 @@ class StopFile:
 
         def ask(number: int, frame: Any) -> None:
             signal.signal(number, restored)
-            self.path.write_text(self.lease, encoding="ascii")
+            self.path.write_text(self.lease)
             logger.warning("SIGTERM: the run ends after its next step and a checkpoint of it; a second one ends it now")
 
         signal.signal(signal.SIGTERM, ask)
@@ -135,7 +156,7 @@ class StopFile:
             yield
         finally:
             signal.signal(signal.SIGTERM, restored)
-            self.path.unlink(missing_ok=True)
+            self.path.remove()
 
 
 def highest(sources: list[Callable[[], Notice]]) -> Callable[[], Notice]:

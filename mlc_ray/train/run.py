@@ -21,9 +21,9 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.lease import LeaseGuard, lease
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
-from mlc_ray.nodes import check_nodes
-from mlc_ray.runs import TRAIN_FOLDER, read_metrics
-from mlc_ray.storage import Place, absolute_if_here, fingerprint_model
+from mlc_ray.nodes import check_nodes_of
+from mlc_ray.runs import TRAIN_FOLDER, cache_folder, read_metrics
+from mlc_ray.storage import Place, absolute_if_here, fingerprint_model, local_side
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.console import RunDisplay
@@ -72,7 +72,7 @@ class PreparedData:
 def train(
     config: TrainConfig,
     *,
-    resume: Path | None = None,
+    resume: Path | Place | None = None,
     score: CheckpointScorer | None = None,
     callbacks: Sequence[UserCallback] = (),
     display: bool = True,
@@ -111,7 +111,7 @@ def train(
     asks_whether_ended = score is None  # else the last checkpoint may lack its score
     if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
         return _said_to_have_ended(result)
-    keep_in(run_folder)
+    keep_in(local_side(run_folder))
     connect(config.cluster.address)
     gpu = use_gpu(config.cluster.accelerator)
     check_device(config.model, gpu=gpu)
@@ -120,14 +120,14 @@ def train(
         [(config.cluster.cpus_per_worker, 1.0 if gpu else 0.0)] * config.cluster.least_workers,
     )
     if score is None:  # a search has asked before its trials
-        check_nodes(run_folder.parent, paths_read(config))
+        check_nodes_of(run_folder.parent, paths_read(config))
     with lease(run_folder, wait=config.resume == "auto") as held:
         config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it, or ended it
         if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
             return _said_to_have_ended(result)
         config = _with_dtype(config, gpu=gpu)
         with claimed(run_folder, config) if is_new else contextlib.nullcontext():
-            data = prepare_data(config, cache_dir=run_folder.parent / "cache", layer=layer, gpu=gpu)
+            data = prepare_data(config, cache_dir=cache_folder(run_folder.parent), layer=layer, gpu=gpu)
             steps = _total_steps(config, data.tokens)
             _announce(config, data.tokens, steps, gpu=gpu)
         LeaseGuard(run_folder, held).check(now=True)  # preparing data may have taken hours
@@ -151,7 +151,7 @@ def _said_to_have_ended(result: TrainResult) -> TrainResult:
     return result
 
 
-def _found(config: TrainConfig, resume: Path | None) -> tuple[TrainConfig, Path, bool]:
+def _found(config: TrainConfig, resume: Path | Place | None) -> tuple[TrainConfig, Place, bool]:
     """The settings, with the type that a run to go on with has; its folder; and whether the run is a new one."""
     run_folder, is_new = find_run_folder(config, resume)
     if not is_new:
@@ -176,7 +176,7 @@ def _fit(
         ),
         run_config=cast(Any, RunConfig)(  # type checkers see the class of Ray Train V1
             name=TRAIN_FOLDER,
-            storage_path=str(run_folder),
+            storage_path=str(local_side(run_folder)),  # Ray writes nothing there that is read again
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),  # the console has a table of its own
             callbacks=[*callbacks, EndAtOwnError(config.cluster.max_failures)],
@@ -217,7 +217,8 @@ def _fit(
         if (hung := hang_error(run_folder, spec.lease)) is not None:
             raise hung from error
         raise
-    return TrainResult(run_folder, find_checkpoint(Place(run_folder)), read_metrics(run_folder)[-1])
+    rows = read_metrics(run_folder)
+    return TrainResult(run_folder, find_checkpoint(run_folder), rows[-1] if rows else {})
 
 
 def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool) -> PreparedData:

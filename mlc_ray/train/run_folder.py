@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from typing import Any
 
 import yaml
 
-from mlc_ray.config import TrainConfig, load_config
+from mlc_ray.config import TrainConfig, apply_override, parse_config, parse_yaml
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
-from mlc_ray.runs import CONFIG_FILE, RUN_FILE, checkpoint_folder, complete_checkpoints, output_folder, read_metrics
-from mlc_ray.storage import Place, library_versions, write_json_atomic
-from mlc_ray.storage.atomic import atomic_file
+from mlc_ray.runs import CONFIG_FILE, RUN_FILE, checkpoint_folder, complete_checkpoints, output_place, read_metrics
+from mlc_ray.storage import Place, library_versions
 from mlc_ray.train.checkpoint import list_checkpoints
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.settings import Change, changes, refuse_fixed, refuse_other_content
@@ -32,32 +30,36 @@ class RunError(MlcRayError):
 class TrainResult:
     """Where a finished run is, its newest checkpoint, and the last step's metrics."""
 
-    run_folder: Path
+    run_folder: Place
     checkpoint: Place
     metrics: Metrics
 
 
-def load_run_config(run: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_run_config(run: Path | Place, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config that a run was last started with, and overrides `section.field=value` of it.
 
     Raises:
         RunError: `run` is not a run folder.
         ConfigError: The overrides are invalid.
     """
-    path = run / CONFIG_FILE
-    if not path.is_file():
-        raise RunError(f"{str(run)!r} is not a run folder: it has no {CONFIG_FILE}")
-    return load_config(TrainConfig, path, overrides)
+    file = Place(run) / CONFIG_FILE
+    try:
+        raw = parse_yaml(file.read_text(), str(file))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{str(run)!r} is not a run folder: it has no {CONFIG_FILE}") from None
+    for override in overrides:
+        apply_override(raw, override)
+    return parse_config(TrainConfig, raw)
 
 
-def find_run_folder(config: TrainConfig, resume: Path | None) -> tuple[Path, bool]:
+def find_run_folder(config: TrainConfig, resume: Path | Place | None) -> tuple[Place, bool]:
     """The run's folder, and whether the run is a new one.
 
     Raises:
         RunError: `resume` is no run folder, or without it and with `resume: never` the folder is there already.
     """
     if resume is not None:
-        folder = Path(resume).expanduser().resolve()
+        folder = Place(resume).absolute()
         if not (folder / CONFIG_FILE).is_file():
             raise RunError(f"--resume {str(resume)!r}: not a run folder, it has no {CONFIG_FILE}")
         if config.output_dir != (written := load_run_config(folder).output_dir):
@@ -66,15 +68,15 @@ def find_run_folder(config: TrainConfig, resume: Path | None) -> tuple[Path, boo
                 f"than {written!r}: leave it out"
             )
         return folder, False
-    folder = (output_folder(config.output_dir) / config.name).resolve()
-    if not (folder / CONFIG_FILE).exists():
+    folder = (output_place(config.output_dir) / config.name).absolute()
+    if not (folder / CONFIG_FILE).is_file():
         return folder, True
     if config.resume == "never":
         raise _exists_already(folder)
     return folder, False
 
 
-def with_dtype_of(folder: Path, config: TrainConfig) -> TrainConfig:
+def with_dtype_of(folder: Place, config: TrainConfig) -> TrainConfig:
     """`config` with `model.dtype: auto` replaced by what the run in `folder` computes in, wherever it is now."""
     if config.model.dtype != "auto":
         return config
@@ -82,7 +84,7 @@ def with_dtype_of(folder: Path, config: TrainConfig) -> TrainConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
 
 
-def changed_settings(folder: Path, config: TrainConfig) -> list[Change]:
+def changed_settings(folder: Place, config: TrainConfig) -> list[Change]:
     """The settings in which `config` differs from those that the run in `folder` was last started with.
 
     Raises:
@@ -94,19 +96,21 @@ def changed_settings(folder: Path, config: TrainConfig) -> list[Change]:
     return changed
 
 
-def ended(folder: Path) -> TrainResult | None:
+def ended(folder: Place) -> TrainResult | None:
     """What the run in `folder` came to, if the checkpoint of its last step is there."""
     steps = _facts(folder).get("total_steps")
-    checkpoints = list_checkpoints(Place(folder))
-    if steps is None or not checkpoints or checkpoints[-1] != checkpoint_folder(Place(folder), steps):
+    checkpoints = list_checkpoints(folder)
+    if steps is None or not checkpoints or checkpoints[-1] != checkpoint_folder(folder, steps):
         return None
     rows = list(read_metrics(folder))
     return TrainResult(folder, checkpoints[-1], rows[-1] if rows else {})
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
+def claimed(folder: Place, config: TrainConfig) -> Iterator[None]:
     """Take the run's name by writing its config.yaml before data are prepared, which may last minutes.
+
+    The lease is held. Where the storage cannot decide between two drivers, it alone does.
 
     When preparing fails, the name is free again, since the fix is another setting; a driver that is killed meanwhile
     leaves the file, and can be resumed.
@@ -114,31 +118,24 @@ def claimed(folder: Path, config: TrainConfig) -> Iterator[None]:
     Raises:
         RunError: Another run has taken the name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / CONFIG_FILE
-    temporary = folder / f".{CONFIG_FILE}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
-        temporary.write_text(_as_yaml(config), encoding="utf-8")
-        os.link(temporary, path)  # unlike a rename, it fails where the file is there
-    except FileExistsError:
-        raise _exists_already(folder) from None
-    except OSError:  # no hard links here, as on mounted object stores: less safe against a race, but a run can start
-        if path.exists():
-            raise _exists_already(folder) from None
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    file = folder / CONFIG_FILE
+    created = file.create(_as_yaml(config))
+    if created is False or (created is None and file.is_file()):
+        raise _exists_already(folder)
+    if created is None:
+        file.write_text(_as_yaml(config))
     try:
         yield
     except BaseException:
-        path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty: the user has put something into it
-            folder.rmdir()
+        file.remove()
+        if folder.is_local:
+            with contextlib.suppress(OSError):  # not empty: the user has put something into it
+                Path(folder).rmdir()
         raise
 
 
 def record_start(
-    folder: Path, config: TrainConfig, fingerprints: Mapping[str, str], tokens: TokenArtifact, steps: int
+    folder: Place, config: TrainConfig, fingerprints: Mapping[str, str], tokens: TokenArtifact, steps: int
 ) -> None:
     """Write what a run starts or goes on with into config.yaml and run.json, and there too what changed since before.
 
@@ -156,11 +153,10 @@ def record_start(
     changed = changed_settings(folder, config)
     if "fingerprints" in facts:
         refuse_other_content(facts["fingerprints"], fingerprints, changed, folder)
-    complete, _ = complete_checkpoints(Place(folder))
+    complete, _ = complete_checkpoints(folder)
     when = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "step": complete[-1].step if complete else 0}
     history = [{**when, "field": each.field, "before": each.before, "now": each.now} for each in changed]
-    write_json_atomic(
-        folder / RUN_FILE,
+    (folder / RUN_FILE).write_json(
         {
             "id": facts.get("id", uuid.uuid4().hex),
             "resolved_config": config.model_dump(mode="json"),
@@ -170,13 +166,12 @@ def record_start(
             "total_steps": steps,
             "versions": library_versions(),
             "changes": [*facts.get("changes", []), *history],
-        },
+        }
     )
-    with atomic_file(folder / CONFIG_FILE) as file:
-        file.write(_as_yaml(config).encode("utf-8"))
+    (folder / CONFIG_FILE).write_text(_as_yaml(config))
 
 
-def run_id(folder: Path) -> str:
+def run_id(folder: Place) -> str:
     """The id that a run has had since its first start, as trackers know it.
 
     Raises:
@@ -188,10 +183,10 @@ def run_id(folder: Path) -> str:
     return found
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def _facts(folder: Place) -> dict[str, Any]:
     """What run.json says; nothing where it is not written yet or damaged: going on writes it anew."""
     try:
-        facts = Place(folder / RUN_FILE).read_json()
+        facts = (folder / RUN_FILE).read_json()
     except (FileNotFoundError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -201,7 +196,7 @@ def _as_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
 
 
-def _exists_already(folder: Path) -> RunError:
+def _exists_already(folder: Place) -> RunError:
     return RunError(
         f"run folder {str(folder)!r} exists already: choose another name, remove it, or go on with it by "
         f"`mlc-ray train --resume {folder}` or by resume=auto"

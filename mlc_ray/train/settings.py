@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.config.base import by_dotted_name
 from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import Place
 
 
 class SettingsChangedError(MlcRayError):
@@ -114,7 +114,7 @@ def changes(before: Mapping[str, Any], now: TrainConfig) -> list[Change]:
     ]
 
 
-def refuse_fixed(changed: Iterable[Change], run_folder: Path) -> None:
+def refuse_fixed(changed: Iterable[Change], run_folder: Place) -> None:
     """Refuse to go on with a run where settings differ that must not.
 
     Raises:
@@ -130,7 +130,7 @@ def refuse_fixed(changed: Iterable[Change], run_folder: Path) -> None:
 
 
 def refuse_other_content(
-    before: Mapping[str, str], now: Mapping[str, str], changed: Iterable[Change], run_folder: Path
+    before: Mapping[str, str], now: Mapping[str, str], changed: Iterable[Change], run_folder: Place
 ) -> None:
     """Refuse to go on with a run whose model or bundles have another content, wherever they are.
 

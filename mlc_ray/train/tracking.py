@@ -1,4 +1,7 @@
-"""Where a run's metrics go: metrics.jsonl always; TensorBoard, Weights & Biases and MLflow as configured."""
+"""Where a run's metrics go: metrics.jsonl always; TensorBoard, Weights & Biases and MLflow as configured.
+
+Of a run at a URL, files are kept in the user's cache of rank 0's machine and sent there (`mirror`).
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,19 @@ import importlib.util
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import METRICS_FILE, MLFLOW_FILE, read_metrics
-from mlc_ray.storage import write_json_atomic
+from mlc_ray.storage import Place, local_side
+from mlc_ray.train.mirror import Mirror
 from mlc_ray.train.run_folder import run_id
 from mlc_ray.train.watch import Watch
+
+_TENSORBOARD = "tensorboard"
 
 
 class TrackingError(MlcRayError):
@@ -35,40 +42,55 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 class Tracker:
-    """Writes one run's metrics; only rank 0 has one. Steps after `start_step` from an earlier try are forgotten."""
+    """Writes one run's metrics; only rank 0 has one. Steps after `start_step` from an earlier try are forgotten.
 
-    def __init__(self, config: TrainConfig, run_folder: Path, start_step: int) -> None:
-        self.run_folder = run_folder
+    Args:
+        config: the run.
+        run_folder: its folder.
+        start_step: the optimizer step that it goes on after.
+        may_write: raises where another driver has taken the run; asked before metrics are sent to a URL.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_folder: Path | Place,
+        start_step: int,
+        may_write: Callable[[], None] = lambda: None,
+    ) -> None:
+        place = Place(run_folder)
+        folder, self.mirror = local_side(place), None
+        if not place.is_local:
+            folder = folder / "tracking"
+            self.mirror = Mirror(folder, place, (METRICS_FILE, _TENSORBOARD), may_write)
         # A run that starts anew writes a row of step 0 again, where bundles are held out.
-        kept = [row for row in read_metrics(run_folder) if start_step and row["step"] <= start_step]
+        kept = [row for row in read_metrics(folder) if start_step and row["step"] <= start_step]
         self.watch = Watch(config.collapse)
         for row in kept:
             self.watch.see(row)
-        _replace_rows(run_folder / METRICS_FILE, kept)
-        self.file = (run_folder / METRICS_FILE).open("a", encoding="utf-8")
+        _replace_rows(folder / METRICS_FILE, kept)
+        self.file = (folder / METRICS_FILE).open("a", encoding="utf-8")
         self.tensorboard: Any = None
         self.wandb: Any = None
         self.mlflow: Any = None
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(
-                str(run_folder / "tensorboard"), purge_step=start_step + 1 if start_step else 0
-            )
+            self.tensorboard = SummaryWriter(str(folder / _TENSORBOARD), purge_step=start_step + 1 if start_step else 0)
         if config.logging.wandb is not None:
             import wandb
 
             self.wandb = wandb.init(
                 project=config.logging.wandb,
                 name=config.name,
-                id=run_id(run_folder),
+                id=run_id(place),
                 resume="allow",
-                dir=str(run_folder),
+                dir=str(folder),
                 config=config.model_dump(mode="json"),
                 allow_val_change=True,  # what may change when a run goes on
             )
         if config.logging.mlflow is not None:
-            self.mlflow = _mlflow_run(config, config.logging.mlflow, run_folder)
+            self.mlflow = _mlflow_run(config, config.logging.mlflow, place)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Write one optimizer step's numbers everywhere, and `warnings` into its row where there are any."""
@@ -87,6 +109,13 @@ class Tracker:
         if self.mlflow is not None:
             self.mlflow.log_metrics(metrics, step=step)
 
+    def sync(self) -> None:
+        """Send what was logged so far to a run that is elsewhere."""
+        if self.mirror is not None:
+            if self.tensorboard is not None:
+                self.tensorboard.flush()
+            self.mirror.sync()
+
     def close(self) -> None:
         """Flush and end."""
         self.file.close()
@@ -96,13 +125,15 @@ class Tracker:
             self.wandb.finish()
         if self.mlflow is not None:
             self.mlflow.end_run()
+        if self.mirror is not None:
+            self.mirror.close()
 
     def _write(self, row: dict[str, Any]) -> None:
         self.file.write(_line(row))
         self.file.flush()
 
 
-def _mlflow_run(config: TrainConfig, uri: str, run_folder: Path) -> Any:
+def _mlflow_run(config: TrainConfig, uri: str, run_folder: Place) -> Any:
     """The module `mlflow`, in which the run's own run goes on; a new one where the run had none at `uri` so far.
 
     MLflow makes the id, which is kept in the run's folder with the URI.
@@ -114,11 +145,11 @@ def _mlflow_run(config: TrainConfig, uri: str, run_folder: Path) -> Any:
 
     mlflow.set_tracking_uri(uri)
     file = run_folder / MLFLOW_FILE
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known = file.read_json() if file.is_file() else {}
     if uri not in known:
         mlflow.set_experiment(config.logging.mlflow_experiment or config.name)
         known[uri] = mlflow.start_run(run_name=config.name).info.run_id
-        write_json_atomic(file, known)
+        file.write_json(known)
     else:
         try:
             mlflow.start_run(run_id=known[uri])

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import LOGS_FOLDER
-from mlc_ray.storage import write_json_atomic
+from mlc_ray.storage import Place
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ class Watchdog:
     Before that it writes all threads' stacks and a `Hang` into `logs/` of the run's folder.
     """
 
-    def __init__(self, timeout: float, run_folder: Path, *, lease: str, rank: int, step: int) -> None:
-        self.timeout, self.folder, self.lease, self.rank = timeout, run_folder / LOGS_FOLDER, lease, rank
+    def __init__(self, timeout: float, run_folder: Path | Place, *, lease: str, rank: int, step: int) -> None:
+        self.timeout, self.folder, self.lease, self.rank = timeout, Place(run_folder) / LOGS_FOLDER, lease, rank
         self.step, self.doing, self.heard, self.paused = step, "starting", time.monotonic(), 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -148,15 +148,16 @@ class Watchdog:
         )
         logger.error("no progress for %.0f s: %s; the worker ends", silent, hang)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with stacks.open("w", encoding="utf-8") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-            write_json_atomic(self.folder / f"{name}.json", asdict(hang))
+            with tempfile.TemporaryFile() as file:
+                faulthandler.dump_traceback(file.fileno(), all_threads=True)
+                file.seek(0)
+                stacks.write_text(file.read().decode("utf-8", errors="replace"))
+            (self.folder / f"{name}.json").write_json(asdict(hang))
         except OSError as error:  # the log has the message at least
             logger.error("the stacks could not be written to %s: %s", stacks, error)
 
 
-def hang_error(run_folder: Path, lease: str) -> HangError | None:
+def hang_error(run_folder: Path | Place, lease: str) -> HangError | None:
     """The error that tells of the last hang of a driver's workers, if it is why they have just ended.
 
     A hang of more than 90 s ago is not: the workers were started again after it.
@@ -166,7 +167,9 @@ def hang_error(run_folder: Path, lease: str) -> HangError | None:
         lease: of that driver; hangs under an earlier one are left out.
     """
     found: list[dict[str, Any]] = [
-        json.loads(file.read_text(encoding="utf-8")) for file in (run_folder / LOGS_FOLDER).glob("hang-*.json")
+        file.read_json()
+        for file in (Place(run_folder) / LOGS_FOLDER).iterdir()
+        if file.name.startswith("hang-") and file.name.endswith(".json")
     ]
     hangs = sorted((Hang(**each) for each in found if each["lease"] == lease), key=lambda hang: (hang.rank, -hang.time))
     last = max((hang.time for hang in hangs), default=0.0)

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import ray
@@ -28,7 +27,7 @@ from mlc_ray.lease import LeaseGuard
 from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import checkpoint_sizes
-from mlc_ray.storage import Place
+from mlc_ray.storage import fetched_bytes, local_model
 from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint
 from mlc_ray.train.checks import check_batch, check_tap
 from mlc_ray.train.divergence import forget_divergence
@@ -76,6 +75,9 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
     engine_class(config).prepare(device)
     torch.manual_seed(config.seed + rank)  # dropout; order and extractor have their own seeded generators
 
+    watchdog.beat("fetching the model")
+    with watchdog.while_changing(fetched_bytes):
+        local_model(config.model.path)  # of a URL, a copy for all workers of this machine
     watchdog.beat("loading the model")
     engine, online = _build(config, device)
     guard = LeaseGuard(spec.run_folder, spec.lease)
@@ -85,7 +87,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
     watchdog.beat("verifying the checksums of a checkpoint, with all workers")
     # From the folder, not from Ray's list, which names what was reported, not what is there and undamaged.
     progress = Progress()
-    run = Place(spec.run_folder)
+    run = spec.run_folder
     if (checkpoint := agree_on_checkpoint(run)) is not None:
         watchdog.beat("loading the checkpoint")
         progress = load_checkpoint(checkpoint, engine=engine, config=config, fingerprints=spec.fingerprints)
@@ -102,8 +104,9 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
     steps = _checked(batches, engine)
     saver = CheckpointSaver(run, engine=engine, tokenizer=tokenizer, config=config, fingerprints=spec.fingerprints)
     watchdog.beat("opening the trackers")
+    is_past_divergence = False
     with (
-        contextlib.closing(Tracker(config, spec.run_folder, progress.step))
+        contextlib.closing(Tracker(config, spec.run_folder, progress.step, guard.check))
         if rank == 0
         else contextlib.nullcontext() as tracker,
         contextlib.closing(steps),
@@ -114,9 +117,10 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
             if tracker is not None:
                 guard.check()
                 tracker.log(step, {**metrics, "tokens_per_forward": float(cutting.tokens_per_forward)})
-                forget_divergence(spec.run_folder, step)
+                nonlocal is_past_divergence
+                is_past_divergence = is_past_divergence or forget_divergence(spec.run_folder, step)
 
-        saves = WatchedSaves(spec, saver, watchdog, guard)
+        saves = WatchedSaves(spec, saver, tracker, watchdog, guard)
         try:
             train_loop(
                 config,
@@ -138,9 +142,15 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
 class WatchedSaves:
     """Saves checkpoints of a run on Ray: watched for progress, under the lease, and scored where that is asked."""
 
-    def __init__(self, spec: WorkerSpec, saver: CheckpointSaver, watchdog: Watchdog, guard: LeaseGuard) -> None:
-        self.spec, self.saver, self.watchdog, self.guard = spec, saver, watchdog, guard
-        self.run = Place(spec.run_folder)
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        saver: CheckpointSaver,
+        tracker: Tracker | None,
+        watchdog: Watchdog,
+        guard: LeaseGuard,
+    ) -> None:
+        self.spec, self.saver, self.tracker, self.watchdog, self.guard = spec, saver, tracker, watchdog, guard
         self.writes = saver.writes
 
     def save(self, progress: Progress, metrics: Metrics, *, wait: bool) -> None:
@@ -151,6 +161,9 @@ class WatchedSaves:
         """
         if self.saver.engine.rank == 0:  # it removes and completes for all
             self.guard.check(now=True)
+        if self.tracker is not None:
+            self.watchdog.beat("sending metrics")
+            self.tracker.sync()  # before: a run that goes on from the checkpoint has the rows up to it
         self.watchdog.beat("saving a checkpoint, with all workers")
         with self._watched():
             self.saver.save(progress)
@@ -159,8 +172,8 @@ class WatchedSaves:
             self.finish()
         if needed and self.saver.fault is not None:
             raise CheckpointError(f"{self.saver.fault}. To go on: mlc-ray train --resume {self.spec.run_folder}")
-        if self.spec.score is not None:
-            score = partial(self.spec.score, self.spec.run_folder, Path(str(self.saver.newest)), progress.step)
+        if self.spec.score is not None and (newest := self.saver.newest) is not None:
+            score = partial(self.spec.score, self.spec.run_folder, newest, progress.step)
             with self.watchdog.off():  # scoring takes as long as it takes, while the other workers wait
                 ray.train.report(_on_first_worker(score))
         self.watchdog.beat("between two steps")
@@ -182,7 +195,7 @@ class WatchedSaves:
 
     def _watched(self) -> AbstractContextManager[None]:
         # A worker that has written its files waits for the slowest one: what any of them writes is progress.
-        return self.watchdog.while_changing(partial(checkpoint_sizes, self.run))
+        return self.watchdog.while_changing(partial(checkpoint_sizes, self.spec.run_folder))
 
 
 def _notices(spec: WorkerSpec) -> Callable[[], Notice]:

@@ -27,7 +27,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, engine_environment
 from mlc_ray.runs import UTILITY_FILE, longest_context, output_folder, resolve_model
 from mlc_ray.score.results import ScoresFileError, load_scores
-from mlc_ray.storage import Place, fingerprint_model, library_versions
+from mlc_ray.storage import Place, fingerprint_model, library_versions, local_model
 from mlc_ray.utility.file import Utility, UtilityRow, load_utility, save_utility
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def _run(config: UtilityConfig, model: str, device: Device, log: Path) -> dict[s
 def harness_command(config: UtilityConfig, model: str, device: Device) -> list[str]:
     """The harness's command line, without where its results go."""
     engine = config.engine
-    arguments: dict[str, Any] = {"pretrained": model, "dtype": resolved(engine.dtype, gpu=device == "gpu")}
+    arguments: dict[str, Any] = {"pretrained": local_model(model), "dtype": resolved(engine.dtype, gpu=device == "gpu")}
     if engine.trust_remote_code:
         arguments["trust_remote_code"] = True
     if config.backend == "vllm":

@@ -11,6 +11,7 @@ import torch
 from mlc_ray.data.tables import keys_of
 from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
 from mlc_ray.search.probe import LayerStatistics, Probe, choose_bundles, layer_statistics, probe_plot, probe_table
+from mlc_ray.storage import Place
 
 LANGUAGES = ["bn", "en", "sw"]
 
@@ -92,5 +93,6 @@ def test_what_is_shown(tmp_path: Path) -> None:
     probe = layer_statistics(*made(), LANGUAGES)
     assert probe.markdown().count("\n| ") == 5  # header, rule, three layers
     assert [row.name.text for row in probe_table(probe, [2, 0]).rows] == ["2", "0"]
-    assert probe_plot(probe, tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    probe_plot(probe, Place(tmp_path / "p.png"))
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert probe.plain()["ranking"] == probe.ranking()

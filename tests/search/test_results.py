@@ -12,6 +12,7 @@ from mlc_ray.config import TrainConfig, load_config
 from mlc_ray.report.tables import markdown
 from mlc_ray.search.objectives.base import TrialScore
 from mlc_ray.search.results import SearchResult, Trial, best_trial, trials_table, verdict, write_results
+from mlc_ray.storage import Place
 
 from .test_space import search_config
 
@@ -113,12 +114,14 @@ def test_a_trial_is_read_from_its_folder(tmp_path: Path) -> None:
     drawn = {"optimizer.learning_rate": 1e-6, "mlc.layer": 20}
     (tmp_path / "values.json").write_text(json.dumps(drawn))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 1.5}\n{"step": 2, "step_seconds": 2.0}\n')
-    found = Trial.read(tmp_path, score(0.1, 0.9), 2)
+    found = Trial.read(Place(tmp_path), score(0.1, 0.9), 2)
     assert (found.values, found.ended, found.seconds) == (drawn, "failed", 3.5)
     (tmp_path / "model").mkdir()
-    assert Trial.read(tmp_path, score(0.1, 0.9), 2).ended == "finished"
+    assert Trial.read(Place(tmp_path), score(0.1, 0.9), 2).ended == "failed"  # half an export
+    (tmp_path / "model" / "mlc_ray.json").touch()
+    assert Trial.read(Place(tmp_path), score(0.1, 0.9), 2).ended == "finished"
     (tmp_path / "stopped").touch()
-    assert Trial.read(tmp_path, score(0.1, 0.9), 2).ended == "stopped"
+    assert Trial.read(Place(tmp_path), score(0.1, 0.9), 2).ended == "stopped"
 
 
 def test_an_objective_of_several_numbers_has_a_column_for_each_that_is_no_side(tmp_path: Path) -> None:

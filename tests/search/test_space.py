@@ -17,6 +17,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.search import run as search_run
 from mlc_ray.search.space import Space, check_held_out, distribution, make_space, restrict
 from mlc_ray.search.tune import make_scheduler
+from mlc_ray.storage import Place
 from mlc_ray.train.answers import MissingAnswersError
 from mlc_ray.train.run import PreparedData
 from mlc_ray.types import Bundle
@@ -359,4 +360,4 @@ def test_every_loss_of_the_space_finds_the_answers_it_needs_before_the_first_tri
     monkeypatch.setattr(search_run, "prepare_data", lambda *_, **__: data)
     base = space.run({"objective.loss": "sft"}, name="base")
     with pytest.raises(MissingAnswersError, match=r"objective\.loss='orpo' needs chosen and rejected answers"):
-        search_run._prepare_data(config, base, space, tmp_path, "cpu")
+        search_run._prepare_data(config, base, space, Place(tmp_path), "cpu")

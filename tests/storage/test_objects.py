@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from mlc_ray.storage import Place, StorageError, storage_of
+from mlc_ray.storage import Place, StorageError, StorageFaultError, storage_of
 from mlc_ray.storage.objects import FsspecStorage, s3_options
 
 
@@ -42,7 +42,7 @@ def test_ranges_are_read_without_the_rest(s3: str, tmp_path: Path) -> None:
 
 def test_a_store_that_refuses_is_named(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
-    with pytest.raises(StorageError, match=rf"'{s3}/x' cannot be used: .*SIGNATURE_DOES_NOT_MATCH"):
+    with pytest.raises(StorageFaultError, match=rf"'{s3}/x' cannot be used: .*SIGNATURE_DOES_NOT_MATCH"):
         (Place(s3) / "x").write_text("")
     with pytest.raises(StorageError, match=r"needs a package that is not installed"):
         Place("az://container/x").exists()

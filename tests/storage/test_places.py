@@ -10,7 +10,7 @@ import pytest
 
 from examples.my_storage import VaultStorage
 from mlc_ray.cli import main
-from mlc_ray.config import ConfigError, ScoreConfig, TrainConfig, parse_config
+from mlc_ray.config import ConfigError, ScoreConfig, TrainConfig, UtilityConfig, parse_config
 from mlc_ray.report.collect import collect
 from mlc_ray.runs import OutputFolderError, kind_of, output_folder, output_place, read_metrics
 from mlc_ray.score.results import load_records, load_scores
@@ -110,9 +110,16 @@ def test_a_registered_scheme_passes_where_places_are_used_and_nowhere_else(vault
         output_folder("vault://team")
     with pytest.raises(OutputFolderError, match=r"output_dir='ftp://team': ftp:// cannot be opened here"):
         output_place("ftp://team")
-    run = {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}, "output_dir": "vault://team"}
+    run = {
+        "name": "r",
+        "model": {"path": "vault://m"},
+        "data": {"train": [{"path": "d"}]},
+        "output_dir": "vault://team",
+    }
+    parsed = parse_config(TrainConfig, run)
+    assert (parsed.output_dir, parsed.model.path) == ("vault://team", "vault://m")
     with pytest.raises(ConfigError, match=r"output_dir='vault://team': vault:// cannot be opened here"):
-        parse_config(TrainConfig, run)
+        parse_config(UtilityConfig, {"model": "vault://m", "tasks": ["t"], "output_dir": "vault://team"})
 
 
 def test_a_run_and_its_scores_are_read_from_a_vault_as_from_a_disk(

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -63,7 +64,7 @@ def test_no_path_address_or_user_is_published(lora, checkpoint, tmp_path):
         data={"train": [{"path": "/data/secret-customer/bundles.jsonl"}, {"path": "someone/bundles"}]},
     )
     out = export(run, tmp_path / "out")
-    text = "\n".join(p.read_text(encoding="utf-8", errors="replace") for p in out.iterdir() if p.is_file())
+    text = "\n".join(p.read_text(encoding="utf-8", errors="replace") for p in Path(out).iterdir() if p.is_file())
     assert "secret" not in text and "tracking.intern" not in text and str(tmp_path) not in text
     published = json.loads((out / "mlc_ray.json").read_text())
     assert published["settings"].keys() >= {"objective", "mlc", "optimizer", "train", "model", "data", "seed"}

@@ -3,11 +3,14 @@
 import os
 import random
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
+import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray.storage import Place
+from mlc_ray.train import preemption
 from mlc_ray.train.checkpoint import list_checkpoints, load_checkpoint
 from mlc_ray.train.loop import Progress
 from mlc_ray.train.preemption import Notice, PreemptedError, Sigterm, StopFile, WorkersPreemptedError, highest
@@ -127,8 +130,26 @@ def test_the_drivers_sigterm_reaches_its_workers_and_a_second_one_is_what_it_was
             os.kill(os.getpid(), signal.SIGTERM)
             assert got == ["as before"]
         assert not stop.path.exists()
-        stop.path.mkdir()  # what cannot be read asks for nothing, and ends no worker
+        Path(stop.path).mkdir()  # what cannot be read asks for nothing, and ends no worker
         assert stop() is Notice.NONE
         assert highest([stop, lambda: Notice.SAVE, lambda: Notice.NONE])() is Notice.SAVE
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_drivers_wish_reaches_the_workers_of_a_run_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(preemption, "_LOOKS_EVERY", 0.01)
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    run = Place("vault://team/run")
+    stop = StopFile(run, "mine")
+    assert stop() is Notice.NONE
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with StopFile(run, "mine").at_sigterm():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (run / "stop").read_text() == "mine"
+            while stop() is not Notice.END:  # a thread looks
+                pass
+        assert run.iterdir() == []
     finally:
         signal.signal(signal.SIGTERM, before)

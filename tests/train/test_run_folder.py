@@ -4,15 +4,18 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from ray.train import WorkerGroupError
 from ray.train.torch import TorchTrainer
 
+import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray._registry import names, resolve
 from mlc_ray.config import SourceSection, TrainConfig
 from mlc_ray.config.component import ComponentSettings
+from mlc_ray.storage import Place
 from mlc_ray.train import run
 from mlc_ray.train.preemption import Notice, PreemptedError, ended_by
 from mlc_ray.train.run import PreparedData, _with_absolute_paths, train
@@ -86,6 +89,28 @@ def test_a_name_is_taken_without_hard_links_as_well(tmp_path, monkeypatch):
         assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
+def test_a_run_elsewhere_is_named_found_and_goes_on_as_one_on_a_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    config = tiny_config(output_dir="vault://team/runs", resume="auto")
+    folder, is_new = find_run_folder(config, None)
+    assert (folder, is_new) == (Place("vault://team/runs/tiny"), True)
+    with pytest.raises(ValueError, match="bad row"), claimed(folder, config):
+        raise ValueError("bad row")
+    assert not folder.exists()
+    with claimed(folder, config):
+        with pytest.raises(RunError, match=r"'vault://team/runs/tiny' exists already"), claimed(folder, config):
+            raise AssertionError("claimed twice")
+        record_start(folder, config, CONTENT, Tokens("abc"), 8)
+    assert find_run_folder(config, None) == find_run_folder(load_run_config(folder), folder) == (folder, False)
+    record_start(folder, load_run_config(folder, ["checkpoint.keep=5"]), CONTENT, Tokens("abc"), 8)
+    assert [change["field"] for change in (folder / "run.json").read_json()["changes"]] == ["checkpoint.keep"]
+    with pytest.raises(SettingsChangedError, match="seed was 42, now 1"):
+        changed_settings(folder, tiny_config(output_dir="vault://team/runs", seed=1))
+    with pytest.raises(RunError, match=r"'vault://team/none' is not a run folder"):
+        load_run_config(Place("vault://team/none"))
+    assert not (tmp_path / "vault:").exists()
+
+
 def test_auto_starts_or_goes_on(tmp_path):
     def config(**sections):
         return tiny_config(output_dir=str(tmp_path), resume="auto", **sections)
@@ -138,9 +163,10 @@ def changed_config(tmp_path, name, value):
 def started(tmp_path):
     """The folder of a run that was started."""
     config = tiny_config(output_dir=str(tmp_path), resume="auto")
-    with claimed(tmp_path / "tiny", config):
-        record_start(tmp_path / "tiny", config, CONTENT, Tokens("abc"), 8)
-    return tmp_path / "tiny"
+    folder, _ = find_run_folder(config, None)
+    with claimed(folder, config):
+        record_start(folder, config, CONTENT, Tokens("abc"), 8)
+    return folder
 
 
 @pytest.mark.parametrize("name", MAY_CHANGE)
@@ -185,7 +211,7 @@ def test_another_content_is_refused_wherever_it_is(name, started, tmp_path):
 def test_a_resumed_run_stays_in_its_folder(started, tmp_path):
     with pytest.raises(RunError, match=r"goes on in that folder, but output_dir='elsewhere'"):
         find_run_folder(load_run_config(started, ["output_dir=elsewhere"]), started)
-    moved = started.rename(tmp_path / "moved")
+    moved = Place(Path(started).rename(tmp_path / "moved"))
     assert find_run_folder(load_run_config(moved), moved) == (moved, False)
 
 

@@ -1,8 +1,13 @@
 import json
+import logging
 
 import pytest
 
+import examples.my_storage  # noqa: F401 - registers vault://
+from mlc_ray.lease import LeaseError
 from mlc_ray.runs import METRICS_FILE, MetricsReader, read_metrics
+from mlc_ray.storage import Place
+from mlc_ray.train import mirror
 from mlc_ray.train.console import RunDisplay, columns, fitting, header, table_row
 from mlc_ray.train.tracking import Tracker, TrackingError, check_trackers
 from tests.train.tiny import tiny_config
@@ -179,3 +184,54 @@ def test_a_narrow_terminal_gets_the_columns_that_matter_most():
     assert len(header(narrow)) < 80
     assert fitting(titles, None) == fitting(titles, 200) == titles
     assert list(fitting(titles, 20)) == ["loss", "alignment", "mlc"]
+
+
+def test_a_run_elsewhere_has_the_rows_and_events_that_it_goes_on_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    run = Place("vault://team/run")
+    for node in ("one", "another"):  # the machine of rank 0 is another one when the run goes on
+        monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / node))
+        start = 2 if node == "another" else 0
+        tracker = Tracker(tiny_config(), run, start_step=start)
+        for step in range(start + 1, start + 4):
+            tracker.log(step, {"loss/total": float(step)})
+        tracker.sync()
+        assert [row["step"] for row in read_metrics(run)] == list(range(1, start + 4))
+        tracker.log(start + 4, {"loss/total": 0.0})
+        tracker.close()
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert len((run / "tensorboard").iterdir()) == 2
+    assert not (tmp_path / "vault:").exists()
+
+
+def test_who_has_lost_the_run_sends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "cache"))
+
+    def lost():
+        raise LeaseError("lost")
+
+    tracker = Tracker(tiny_config(logging={"tensorboard": False}), "vault://team/run", 0, lost)
+    tracker.log(1, {"loss/total": 1.0})
+    with pytest.raises(LeaseError):
+        tracker.sync()
+    tracker.close()
+    assert read_metrics(Place("vault://team/run")) == []
+
+
+def test_an_outage_of_the_store_loses_no_row(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(mirror, "_PAUSE", 0.0)
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "cache"))
+    run = Place("vault://team/run")
+    tracker = Tracker(tiny_config(logging={"tensorboard": False}), run, 0)
+    tracker.log(1, {"loss/total": 1.0})
+    (tmp_path / "vault").rename(tmp_path / "away")
+    (tmp_path / "vault").write_text("no folder")
+    with caplog.at_level(logging.WARNING):
+        tracker.sync()
+    assert "metrics could not be sent to vault://team/run" in caplog.text
+    (tmp_path / "vault").unlink()
+    (tmp_path / "away").rename(tmp_path / "vault")
+    tracker.close()
+    assert [row["step"] for row in read_metrics(run)] == [1]

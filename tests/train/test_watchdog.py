@@ -1,7 +1,6 @@
 """A worker that hangs ends, and the driver is told where each one was."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ from threading import Event, Semaphore
 
 import pytest
 
+import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray.runs import checkpoint_sizes
 from mlc_ray.storage import Place
 from mlc_ray.train import watchdog as module
@@ -16,14 +16,20 @@ from mlc_ray.train.watchdog import Watchdog, hang_error
 
 HANGING = """
 import sys, threading
-from pathlib import Path
+from examples.my_storage import VaultStorage
+from mlc_ray.storage import Place
 from mlc_ray.train import watchdog
 
 def stuck_in_a_collective():
     threading.Event().wait()
 
+def hangs(*_):
+    threading.Event().wait()
+
 watchdog._LINGER, watchdog._TELLING = 0.0, float(sys.argv[4])
-dog = watchdog.Watchdog(0.4, Path(sys.argv[1]), lease=sys.argv[2], rank=int(sys.argv[3]), step=4)
+if watchdog._TELLING < 1:
+    VaultStorage.open = VaultStorage.write_bytes = hangs
+dog = watchdog.Watchdog(0.4, Place(sys.argv[1]), lease=sys.argv[2], rank=int(sys.argv[3]), step=4)
 for number in dog.over(iter([1, 2]), "waiting for its batches", "in a step, with all workers"):
     dog.beat("logging", 4 + number)
 if sys.argv[3] == "1":
@@ -66,11 +72,14 @@ def test_a_hang_ends_the_process_and_the_driver_says_where_each_worker_was(tmp_p
     assert hang_error(tmp_path, "mine") is None
 
 
-def test_a_worker_ends_where_the_storage_for_its_stacks_hangs(tmp_path):
-    (tmp_path / "logs").mkdir()
-    os.mkfifo(tmp_path / "logs/hang-step-000006-rank-00000.txt")  # opening it waits for a reader that never comes
-    assert hang(tmp_path, "mine", 0, telling=0.2).returncode == 1
-    assert hang_error(tmp_path, "mine") is None
+def test_where_a_worker_of_a_run_elsewhere_was_is_said_and_it_ends_though_that_storage_hangs(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    run = Place("vault://team/run")
+    assert hang(run, "mine", 0, telling=0.2).returncode == 1
+    assert hang_error(run, "mine") is None
+    assert hang(run, "mine", 0).returncode == 1
+    assert "mlc-ray train --resume vault://team/run" in str(hang_error(run, "mine"))
+    assert "stuck_in_a_collective" in (run / "logs" / "hang-step-000006-rank-00000.txt").read_text()
 
 
 def test_files_of_a_checkpoint_that_grow_or_disappear_are_progress(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 from pydantic import Field
 
 from mlc_ray.config import EngineSection, ReadingJudgeSettings
-from mlc_ray.config.paths import RealPath
+from mlc_ray.config.paths import StoredPath
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, check_lengths, prepare_process
 from mlc_ray.judges.base import Judge, JudgeError, Runs
 from mlc_ray.runs import resolve_model
@@ -46,7 +46,7 @@ class UnreadableError(Exception):
 class GuardSettings(ReadingJudgeSettings):
     """What the settings of every guard model share."""
 
-    model: RealPath = Field(description="Folder or hub name of the guard's weights.")
+    model: StoredPath = Field(description="Folder, its URL, or hub name of the guard's weights.")
     engine: EngineSection = Field(EngineSection(), description="Its vLLM engines.")
 
 

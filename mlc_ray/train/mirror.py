@@ -1,0 +1,98 @@
+"""A run's files that grow, kept on this machine and sent to where the run is: an object store has no append."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import Place
+
+logger = logging.getLogger(__name__)
+
+_EVERY = 10.0
+_SHARE = 0.05  # of the time is spent sending at most: a file is sent whole, and grows
+_TRIES, _PAUSE = 3, 5.0
+
+
+class Mirror:
+    """Sends the files of a folder that changed, every ten seconds and when told; use `close` at the end.
+
+    What is at `place` is fetched first, so that a run that goes on adds to it.
+
+    Args:
+        local: a folder of this machine; what it has from before is removed.
+        place: of the run.
+        names: files, and folders with files, that are kept; the rest of `local` stays here.
+        may_write: raises an `MlcRayError` where another driver has taken the run: nothing is sent from then on.
+    """
+
+    def __init__(self, local: Path, place: Place, names: Sequence[str], may_write: Callable[[], None]) -> None:
+        self.local, self.place, self.names, self.may_write = local, place, names, may_write
+        shutil.rmtree(local, ignore_errors=True)
+        local.mkdir(parents=True)
+        for name in names:
+            with suppress(FileNotFoundError):
+                place.storage.fetch(str(place / name), local / name)
+        self._sent = self._states()
+        self._sending, self._ended, self._seconds = threading.Lock(), threading.Event(), 0.0
+        self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
+        self._thread.start()
+
+    def sync(self) -> bool:
+        """Send what changed; False, with a warning, where the storage does not take it now.
+
+        Raises:
+            MlcRayError: of `may_write`.
+        """
+        with self._sending:
+            started = time.monotonic()
+            try:
+                self.may_write()
+                for path, state in self._states().items():
+                    if self._sent.get(path) != state:
+                        name = path.relative_to(self.local).as_posix()
+                        self.place.storage.publish(path, str(self.place / name))
+                        self._sent[path] = state
+            except OSError as error:
+                logger.warning("metrics could not be sent to %s, and will be later: %s", self.place, error)
+                return False
+            finally:
+                self._seconds = time.monotonic() - started
+            return True
+
+    def close(self) -> None:
+        """Send the rest, and end; where the storage does not take it after three tries, a warning says where it is."""
+        self._ended.set()
+        self._thread.join()
+        for _ in range(_TRIES):
+            try:
+                if self.sync():
+                    return
+            except MlcRayError:  # whoever has the run now has its own
+                return
+            time.sleep(_PAUSE)
+        logger.warning("the last metrics of %s are in %s on this machine alone", self.place, self.local)
+
+    def _follow(self) -> None:
+        while not self._ended.wait(max(_EVERY, self._seconds / _SHARE)):
+            try:
+                self.sync()
+            except MlcRayError as error:
+                logger.error("metrics are not sent to %s any more: %s", self.place, error)
+                return
+
+    def _states(self) -> dict[Path, tuple[int, int]]:
+        """Size and time of every file that is kept."""
+        states = {}
+        for name in self.names:
+            for path in (self.local / name, *(self.local / name).rglob("*")):
+                if path.is_file():
+                    found = path.stat()
+                    states[path] = (found.st_size, found.st_mtime_ns)
+        return states
