@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import ray
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
 from mlc_ray.data.contents import Block, Content, contents_of, read_blocks
-from mlc_ray.data.rejects import Ledger, PartRead, Sorting
+from mlc_ray.data.rejects import InvalidBundlesError, Ledger, PartRead, Sorting
 from mlc_ray.data.sources import Reading, Seen, SourceFile, parse, readings_of, resolve_source
 from mlc_ray.data.store import (
     FORMAT,
@@ -47,6 +46,12 @@ _PARTS = 4096
 """Parts of about 8 MiB, or larger ones where there would be more: every process maps a file of each."""
 
 _INVALID = ".invalid"
+
+
+def _rejects_file(part: int | None) -> str:
+    """What a task calls the file of a part's rejected rows; the pattern of all of them (None)."""
+    return f".rejects-{'*' if part is None else f'{part:05d}'}.jsonl"
+
 
 logger = logging.getLogger(__name__)
 
@@ -147,16 +152,16 @@ def read_bundles(
         KeyCollisionError: two different bundles have the same key.
     """
     files = _files(sources)
-    ledger = Ledger(Path(rejects_path), Path(rejects_path))
-    tables: list[pa.Table] = []
+    ledger, rejects, tables = Ledger(), list[str](), list[pa.Table]()
     stage_settings = {"languages": None if languages is None else list(languages)}
     with phase("reading", unit="bundles") as progress:
         for read, table in _results(_readings(files, _contents(files)), _read_stage, fn_kwargs=stage_settings):
             ledger.add(read)
+            rejects.append(read.rejects)
             tables.append(table)
             progress.advance(len(table))
     ids = pa.concat_tables(tables)["bundle_id"]
-    repeats, _ = ledger.close(lambda rows: ids.take(rows).to_pylist(), on_invalid)
+    repeats = ledger.close(lambda rows: ids.take(rows).to_pylist(), on_invalid, rejects, Path(rejects_path))
     kept = []
     for number, table in enumerate(tables):
         mask = np.ones(len(table), dtype=bool)
@@ -209,26 +214,17 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
     template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code))
     template.encode_prompt("x", data.max_prompt_tokens)
 
-    kept_rejects = folder.with_name(f"{folder.name}.rejects.jsonl")
-    # Another run that shares the folder may prepare the same data: each has a file of its own until it fails.
-    rejects_path = folder.with_name(f".{folder.name}.rejects-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl")
-    try:
-        ledger = Ledger(rejects_path, kept_rejects)
-        artifact = _write_token_rows(_readings(files, contents), ledger, data, model, name=name, folder=folder)
-    except BaseException:
-        if rejects_path.exists():
-            os.replace(rejects_path, kept_rejects)
-        raise
-    rejects_path.unlink(missing_ok=True)
-    kept_rejects.unlink(missing_ok=True)
+    artifact = _write_token_rows(_readings(files, contents), data, model, name=name, folder=folder)
     _announce(artifact)
     return artifact
 
 
 def _write_token_rows(
-    readings: Sequence[Reading], ledger: Ledger, data: DataSection, model: ModelSection, *, name: str, folder: Path
+    readings: Sequence[Reading], data: DataSection, model: ModelSection, *, name: str, folder: Path
 ) -> TokenArtifact:
+    kept_rejects = folder.with_name(f"{folder.name}.rejects.jsonl")
     with artifact_folder(folder) as temporary:
+        ledger = Ledger()
         results = _results(
             readings,
             Tokenize,
@@ -241,23 +237,31 @@ def _write_token_rows(
                 ledger.add(read)
                 shards.append(shard)
                 progress.advance(len(read.keys))
-        failed = data.on_invalid == "fail" and ledger.rejected
-        repeats, reasons = ledger.close(None if failed else bundle_ids_in(temporary, shards), data.on_invalid)
+        failed = data.on_invalid == "fail" and ledger.reasons
+        parts = sorted(temporary.glob(_rejects_file(None)))
+        rejects = (part.read_text(encoding="utf-8") for part in parts)
+        ids_at = None if failed else bundle_ids_in(temporary, shards)
+        try:
+            repeats = ledger.close(ids_at, data.on_invalid, rejects, temporary / REJECTS_FILE, named=kept_rejects)
+        except InvalidBundlesError:
+            os.replace(temporary / REJECTS_FILE, kept_rejects)
+            raise
+        for part in parts:
+            part.unlink()
         if repeats:
             task: Any = ray.remote(num_cpus=_CPUS)(rewrite_shard)
             again = [task.remote(temporary, n, drop, *ledger.columns(n)) for n, drop in repeats.items()]
             for number, shard in zip(repeats, ray.get(again), strict=True):
                 shards[number] = shard
-        if ledger.path.exists():
-            shutil.copyfile(ledger.path, temporary / REJECTS_FILE)
         finish_artifact(
             temporary,
             shards,
             fingerprint=name,
-            rejected=reasons.by_frequency(),
+            rejected=dict(ledger.reasons.most_common()),
             model=model.path,
             data=data.model_dump(mode="json", exclude={"validation"}),
         )
+    kept_rejects.unlink(missing_ok=True)
     return TokenArtifact.open(folder)
 
 
@@ -312,7 +316,7 @@ class Tokenize:
             failed = invalid.exists()
             for parsed in parse(reading, self.languages):
                 bundles = sorting.bundles(parsed)
-                if self.fails and sorting.rejected and not failed:
+                if self.fails and sorting.reasons and not failed:
                     failed = True
                     invalid.touch()
                 if len(bundles) and not failed:
@@ -320,7 +324,10 @@ class Tokenize:
                     yield rows.append_column("file", bundles["file"]).append_column("line", bundles["line"])
 
         shard = write_shard(self.folder, number, tokens())
-        return sorting.result(), shard
+        read = sorting.result()
+        if read.rejects:
+            (self.folder / _rejects_file(number)).write_text(read.rejects, "utf-8", "backslashreplace")
+        return replace(read, rejects=""), shard
 
 
 def _announce(artifact: TokenArtifact) -> None:
