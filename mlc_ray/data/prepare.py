@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ import pyarrow as pa
 import ray
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
+from mlc_ray.data.artifacts import is_made, new_artifact
 from mlc_ray.data.contents import Block, Content, contents_of, read_blocks
 from mlc_ray.data.rejects import InvalidBundlesError, Ledger, PartRead, Sorting
 from mlc_ray.data.sources import Reading, Seen, SourceFile, parse, readings_of, resolve_source
@@ -27,13 +28,14 @@ from mlc_ray.data.store import (
     bundle_ids_in,
     finish_artifact,
     rewrite_shard,
+    shard_file,
     write_shard,
 )
 from mlc_ray.data.tables import BUNDLES
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.progress import phase
-from mlc_ray.storage import IncompleteArtifactError, artifact_folder, fingerprint, fingerprint_tokenizer
+from mlc_ray.storage import Place, fingerprint, fingerprint_tokenizer
 
 # Other runs on the cluster may hold most of its CPUs. A stage that asked for whole ones would wait without a message.
 _CPUS = 0.25
@@ -45,12 +47,12 @@ _BLOCKS_A_TASK = 16
 _PARTS = 4096
 """Parts of about 8 MiB, or larger ones where there would be more: every process maps a file of each."""
 
-_INVALID = ".invalid"
+_INVALID = "invalid"
 
 
-def _rejects_file(part: int | None) -> str:
-    """What a task calls the file of a part's rejected rows; the pattern of all of them (None)."""
-    return f".rejects-{'*' if part is None else f'{part:05d}'}.jsonl"
+def _rejects_file(part: int) -> str:
+    """Where the task that reads a part writes its rejected rows."""
+    return f"rejects-{part:05d}.jsonl"
 
 
 logger = logging.getLogger(__name__)
@@ -182,11 +184,12 @@ def _read_stage(batch: Objects, languages: list[str] | None) -> Objects:
 # --------------------------------------------------------------------------------------------- parts -> token rows
 
 
-def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str | Path) -> TokenArtifact:
+def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str | Path | Place) -> TokenArtifact:
     """Read, validate and tokenise `data.train`; the result is a folder `cache_dir/tokens-FINGERPRINT`.
 
     Parts of the sources are read side by side, and each one's rows are written as a shard by the process that tokenises
-    them: `cache_dir` must be the same folder on all nodes. The driver keeps 12 bytes of each bundle (see `rejects`).
+    them: `cache_dir` must be the same folder on all nodes, or a URL. The driver keeps 12 bytes of each bundle (see
+    `rejects`).
 
     The fingerprint covers the content of the sources, the code of formats from outside this package, the tokenizer's
     files and the data settings. A complete folder is used again; an incomplete one is written once more. Rejected rows
@@ -200,15 +203,11 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
     files = _files(data.train)
     contents = _contents(files)
     name = token_fingerprint(data, model, contents)
-    folder = Path(cache_dir).absolute() / f"tokens-{name}"
-    if folder.exists():
-        try:
-            artifact = TokenArtifact.open(folder)
-        except IncompleteArtifactError as error:
-            logger.warning("%s; tokenising again", error)
-        else:
-            _announce(artifact)
-            return artifact
+    folder = Place(cache_dir).absolute() / f"tokens-{name}"
+    if is_made(folder):
+        artifact = TokenArtifact.open(folder)
+        _announce(artifact)
+        return artifact
 
     # Before anything is read: a template that does not fit is a fault of the settings, not of a row.
     template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code))
@@ -220,34 +219,39 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
 
 
 def _write_token_rows(
-    readings: Sequence[Reading], data: DataSection, model: ModelSection, *, name: str, folder: Path
+    readings: Sequence[Reading], data: DataSection, model: ModelSection, *, name: str, folder: Place
 ) -> TokenArtifact:
-    kept_rejects = folder.with_name(f"{folder.name}.rejects.jsonl")
-    with artifact_folder(folder) as temporary:
+    kept_rejects = folder.parent / f"{folder.name}.rejects.jsonl"
+    with new_artifact(folder) as temporary, tempfile.TemporaryDirectory(prefix="mlc_ray-") as here:
         ledger = Ledger()
+        (temporary / _INVALID).remove()  # of a run that was killed
         results = _results(
             readings,
             Tokenize,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(_tokenizers_at_most(), len(readings))),
             fn_constructor_kwargs={"data": data, "model": model, "folder": temporary},
         )
-        shards: list[Shard] = []
+        shards, parts = list[Shard](), list[Place]()
         with phase("tokenising", unit="bundles") as progress:
             for read, shard in results:
                 ledger.add(read)
+                if read.reasons:
+                    parts.append(temporary / _rejects_file(len(shards)))
                 shards.append(shard)
                 progress.advance(len(read.keys))
         failed = data.on_invalid == "fail" and ledger.reasons
-        parts = sorted(temporary.glob(_rejects_file(None)))
-        rejects = (part.read_text(encoding="utf-8") for part in parts)
+        rejected = Path(here) / REJECTS_FILE
+        rejects = (part.read_text() for part in parts)
         ids_at = None if failed else bundle_ids_in(temporary, shards)
         try:
-            repeats = ledger.close(ids_at, data.on_invalid, rejects, temporary / REJECTS_FILE, named=kept_rejects)
+            repeats = ledger.close(ids_at, data.on_invalid, rejects, rejected, named=kept_rejects)
         except InvalidBundlesError:
-            os.replace(temporary / REJECTS_FILE, kept_rejects)
+            kept_rejects.storage.publish(rejected, str(kept_rejects))
             raise
-        for part in parts:
-            part.unlink()
+        for part in [*parts, temporary / _INVALID]:
+            part.remove()
+        if rejected.exists():
+            temporary.storage.publish(rejected, str(temporary / REJECTS_FILE))
         if repeats:
             task: Any = ray.remote(num_cpus=_CPUS)(rewrite_shard)
             again = [task.remote(temporary, n, drop, *ledger.columns(n)) for n, drop in repeats.items()]
@@ -261,7 +265,7 @@ def _write_token_rows(
             model=model.path,
             data=data.model_dump(mode="json", exclude={"validation"}),
         )
-    kept_rejects.unlink(missing_ok=True)
+    kept_rejects.remove()
     return TokenArtifact.open(folder)
 
 
@@ -294,7 +298,7 @@ class Tokenize:
     is left is read only, so that all rejected rows can be named.
     """
 
-    def __init__(self, data: DataSection, model: ModelSection, folder: Path):
+    def __init__(self, data: DataSection, model: ModelSection, folder: Place):
         self.template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code))
         self.languages = data.languages
         self.folder = folder
@@ -313,20 +317,20 @@ class Tokenize:
         invalid = self.folder / _INVALID
 
         def tokens() -> Iterator[pa.Table]:
-            failed = invalid.exists()
+            failed = invalid.is_file()
             for parsed in parse(reading, self.languages):
                 bundles = sorting.bundles(parsed)
                 if self.fails and sorting.reasons and not failed:
                     failed = True
-                    invalid.touch()
+                    invalid.write_text("")
                 if len(bundles) and not failed:
                     rows = tokenize_table(bundles, self.template, **self.limits)
                     yield rows.append_column("file", bundles["file"]).append_column("line", bundles["line"])
 
-        shard = write_shard(self.folder, number, tokens())
+        shard = write_shard(self.folder, shard_file(number), tokens())
         read = sorting.result()
         if read.rejects:
-            (self.folder / _rejects_file(number)).write_text(read.rejects, "utf-8", "backslashreplace")
+            (self.folder / _rejects_file(number)).write_text(read.rejects)
         return replace(read, rejects=""), shard
 
 

@@ -25,6 +25,7 @@ from mlc_ray.data.bundles import NAMED_FIRST, RejectedRow, place
 from mlc_ray.data.ragged import Ints
 from mlc_ray.data.tables import BUNDLES, Keys, keys_of
 from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import Place
 
 OTHER_REASONS = "other reasons"
 _REASONS = 50
@@ -93,7 +94,7 @@ class Ledger:
         rejects: Iterable[str],
         path: Path,
         *,
-        named: Path | None = None,
+        named: Path | Place | None = None,
     ) -> dict[int, Ints]:
         """Repeated bundles, by part as indices among its bundles; `reasons` counts them too.
 
@@ -167,7 +168,7 @@ class Ledger:
                         "the two out"
                     )
 
-    def _say(self, kept: int, on_invalid: str, named: Path) -> None:
+    def _say(self, kept: int, on_invalid: str, named: Path | Place) -> None:
         rejected = self.reasons.total()
         if not rejected:
             return

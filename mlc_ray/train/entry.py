@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlc_ray.storage import Place
 from mlc_ray.train.failures import own_errors
 
 
@@ -25,8 +26,8 @@ class CheckpointScorer(Protocol):
 class HeldOut:
     """Where the tokens of held-out bundles are, and what the reference says of them."""
 
-    tokens_folder: Path
-    reference_folder: Path | None
+    tokens_folder: Place
+    reference_folder: Place | None
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class WorkerSpec:
 
     config: dict[str, Any]
     run_folder: Path
-    tokens_folder: Path
-    reference_folder: Path | None
+    tokens_folder: Place
+    reference_folder: Place | None
     fingerprints: dict[str, str]
     total_steps: int
     lease: str

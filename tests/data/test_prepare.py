@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from mlc_ray.data.rejects import InvalidBundlesError
 from mlc_ray.data.store import TokenArtifact, finish_artifact, shard_file, write_rows, write_shard
 from mlc_ray.data.tables import bundle_columns, keys_of, rows_to_table
 from mlc_ray.data.tokens import ChatTemplate, TokenizationError, load_tokenizer, tokenize_bundle
-from mlc_ray.storage import ArtifactError, IncompleteArtifactError, read_manifest
+from mlc_ray.storage import ArtifactError, IncompleteArtifactError, Place, read_manifest
 from mlc_ray.types import TokenRow
 
 COUNT = 11
@@ -168,7 +169,7 @@ def test_token_rows_on_disk_are_what_tokenising_gives(prepared):
 
 def test_an_artefact_is_used_again_wherever_its_source_lies(prepared, tmp_path):
     data, model, cache, artifact = prepared
-    rows = artifact.folder / shard_file(0)
+    rows = Path(artifact.folder) / shard_file(0)
     before = rows.stat().st_mtime_ns
     moved = SourceSection(path=shutil.copy(data.train[0].path, tmp_path))
     again = prepare_token_rows(data.model_copy(update={"train": [moved]}), model, cache_dir=cache)
@@ -226,10 +227,10 @@ def test_rows_are_found_across_pieces_of_the_file(stored):
 
 
 def test_a_manifest_lists_what_was_written_and_no_leftovers(tmp_path):
-    shard = write_shard(tmp_path, 0, [rows_to_table([token_row(0)])])
+    shard = write_shard(Place(tmp_path), shard_file(0), [rows_to_table([token_row(0)])])
     (tmp_path / ".rows-00000.arrow.tmp-7-0a").write_bytes(b"of a killed task")
     (tmp_path / "rows-00001.arrow").write_bytes(b"what no task reported")
-    finish_artifact(tmp_path, [shard], fingerprint="x", rejected={})
+    finish_artifact(Place(tmp_path), [shard], fingerprint="x", rejected={})
     assert read_manifest(tmp_path)["files"] == {shard.file: (tmp_path / shard.file).stat().st_size}
     assert not list(tmp_path.glob(".*"))
 
@@ -259,7 +260,7 @@ def test_nothing_is_tokenised_once_a_row_was_rejected_where_that_is_fatal(smollm
 
     def shards(on_invalid):
         data = DataSection(train=[SourceSection(path=path) for path in files], on_invalid=on_invalid)
-        stage = Tokenize(data, ModelSection(path=str(smollm2)), tmp_path / "shards")
+        stage = Tokenize(data, ModelSection(path=str(smollm2)), Place(tmp_path / "shards"))
         for number, path in enumerate(files):
             reading = np.array([sources.Reading(sources.SourceFile(path))])
             ((read, shard, seen),) = stage({"number": np.array([number]), "reading": reading})["result"]
@@ -285,7 +286,7 @@ def test_a_file_that_is_read_in_parts_gives_the_rows_that_it_gives_whole(ray_loc
         assert [row.bundle_id for row in one.rows(range(len(one)))] == [
             make_bundle(each).bundle_id for n, each in enumerate(records) if n not in (7, 21)
         ]
-        rejected = [json.loads(line) for line in one.rejects_path.read_text(encoding="utf-8").splitlines()]
+        rejected = [json.loads(line) for line in one.rejects_path.read_text().splitlines()]
         assert [row["line"] for row in rejected] == [8, 22]
         assert rejected[1]["reason"] == f"repeats the bundle of '{source.path}:4'"
         assert one.counts.lacking == {"chosen": 1, "rejected": 2}
