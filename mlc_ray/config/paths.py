@@ -70,12 +70,12 @@ def stored_path(path: str) -> str:
 
 
 def source_path(path: str) -> str:
-    """`path`, if it is not a URL; `sample:train` and hub names with a split (`NAME@CONFIG:SPLIT`) are none.
+    """`path` as of `stored_path`; `sample:train` and hub names with a split (`NAME@CONFIG:SPLIT`) are no URLs.
 
     Raises:
-        ValueError: as `real_path`.
+        ValueError: as `stored_path`.
     """
-    return path if path.startswith("sample:") or _HUB_SPLIT.fullmatch(path) else real_path(path)
+    return path if path.startswith("sample:") or _HUB_SPLIT.fullmatch(path) else stored_path(path)
 
 
 def config_path(path: str) -> str:

@@ -65,7 +65,7 @@ def _files(sources: Sequence[SourceSection]) -> list[SourceFile]:
     return [file for source in sources for file in resolve_source(source)]
 
 
-def _contents(files: Sequence[SourceFile]) -> dict[Path, Content]:
+def _contents(files: Sequence[SourceFile]) -> dict[Place, Content]:
     """The contents of all files, each of which is read once, and remembered."""
     paths = dict.fromkeys(path for file in files for path in file.files())
     return contents_of(paths, _blocks_by_tasks)
@@ -80,7 +80,7 @@ def _blocks_by_tasks(blocks: list[Block]) -> Iterable[tuple[str, int]]:
     return [each for result in results for each in result]
 
 
-def _readings(files: Sequence[SourceFile], contents: dict[Path, Content]) -> list[Reading]:
+def _readings(files: Sequence[SourceFile], contents: dict[Place, Content]) -> list[Reading]:
     """All that is to be read, in order, in parts."""
     blocks = -(-sum(len(content.digests) for content in contents.values()) // _PARTS)
     return [reading for file in files for reading in readings_of(file, contents, blocks=max(1, blocks))]
@@ -274,7 +274,7 @@ def _tokenizers_at_most() -> int:
     return max(1, int(resources.get("CPU", 1)))
 
 
-def token_fingerprint(data: DataSection, model: ModelSection, contents: dict[Path, Content] | None = None) -> str:
+def token_fingerprint(data: DataSection, model: ModelSection, contents: dict[Place, Content] | None = None) -> str:
     """Fingerprint of everything that token rows depend on; paths do not count, contents do.
 
     `contents` are those of the sources' files; without them, they are read.

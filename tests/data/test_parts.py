@@ -16,6 +16,7 @@ from mlc_ray.data.contents import contents_of
 from mlc_ray.data.rejects import InvalidBundlesError, KeyCollisionError, Ledger, Sorting, count
 from mlc_ray.data.sources import read_file, readings_of, resolve_source
 from mlc_ray.data.tables import BUNDLES, keys_of
+from mlc_ray.storage import Place
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,7 @@ def test_a_byte_that_is_not_utf8_is_named_by_its_place_in_the_file(tmp_path, mon
         list(read_file(file))
     cut(monkeypatch, 150)
     with pytest.raises(BundleFileError, match=re.escape(str(whole.value))):
-        both = [list(part.rows()) for part in readings_of(file, contents_of([path]), blocks=1)]
+        both = [list(part.rows()) for part in readings_of(file, contents_of([Place(path)]), blocks=1)]
         assert not both
 
 
@@ -105,15 +106,20 @@ def test_contents_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
         return contents.read_blocks(blocks)
 
     cut(monkeypatch, 6)
-    first = contents_of([path], counting)  # just written: it may change again within a tick of the clock
-    assert contents_of([path], counting) == first and asked == [3, 3]
-    assert first[path].line_breaks == [1, 1, 0]
+    first = contents_of([Place(path)], counting)  # just written: it may change again within a tick of the clock
+    assert contents_of([Place(path)], counting) == first and asked == [3, 3]
+    assert first[Place(path)].line_breaks == [1, 1, 0]
     os.utime(path, ns=(10**18, 10**18))
-    assert contents_of([path], counting) == contents_of([path], counting) == first and asked == [3, 3, 3, 0]
+    assert contents_of([Place(path)], counting) == contents_of([Place(path)], counting) == first and asked == [
+        3,
+        3,
+        3,
+        0,
+    ]
     path.write_bytes(b"one\ntwo\nTHREE")
     os.utime(path, ns=(10**18 + 1, 10**18 + 1))
-    changed = contents_of([path], counting)
-    assert changed[path].digests[0] == first[path].digests[0] and changed != first
+    changed = contents_of([Place(path)], counting)
+    assert changed[Place(path)].digests[0] == first[Place(path)].digests[0] and changed != first
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path):
@@ -126,7 +132,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path):
         os.utime(path, ns=(10**18 + 1, 10**18 + 1))
         return contents.read_blocks(blocks)
 
-    contents_of([path], changing)
+    contents_of([Place(path)], changing)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -136,7 +142,7 @@ def test_without_a_cache_nothing_is_remembered(tmp_path, monkeypatch, cache):
     path.write_bytes(b"one")
     os.utime(path, ns=(10**18, 10**18))
     monkeypatch.setenv("MLC_RAY_CACHE", cache.format(file=path))
-    assert contents_of([path]) == contents_of([path])
+    assert contents_of([Place(path)]) == contents_of([Place(path)])
     assert list(tmp_path.iterdir()) == [path]
 
 
