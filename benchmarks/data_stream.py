@@ -179,7 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     options = parser.parse_args(arguments)
     model = options.model or str(prepare_smollm2(user_cache() / "models" / MODEL_NAME))
-    ray.init(num_cpus=options.cpus, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False)
+    limits = {"num_cpus": options.cpus, "object_store_memory": STORE_BYTES}
+    ray.init("local", **limits, include_dashboard=False, log_to_driver=False)
     results = []
     with tempfile.TemporaryDirectory(prefix="mlc_ray-data-") as folder:
         for number in options.bundles:
