@@ -1,7 +1,7 @@
 """Paths in settings are text: a URL such as `s3://bucket/runs` must never become the folder `./s3:`.
 
 `RealPath` is a file or folder that any program can open, or a hub name; `StoredPath` also a URL of some storage,
-`SourcePath` also `sample:train` or a hub name with its split, `ConfigPath` also `recipe:NAME`.
+`SourcePath` also that, `sample:train` and a hub name with its split, `ConfigPath` also `recipe:NAME`.
 """
 
 from __future__ import annotations

@@ -23,13 +23,12 @@ from mlc_ray.data.artifacts import local_artifact
 from mlc_ray.data.bundles import NAMED_FIRST, place
 from mlc_ray.data.plan import Lengths
 from mlc_ray.data.ragged import Ints, common_start, starts_of
-from mlc_ray.data.tables import TOKENS, Keys, table_to_rows
+from mlc_ray.data.tables import ANSWERS, TOKENS, Keys, table_to_rows
 from mlc_ray.storage import ArtifactError, Place, read_manifest, write_manifest
 from mlc_ray.types import TokenRow
 
 FORMAT = 3
 REJECTS_FILE = "rejects.jsonl"
-ANSWERS = ("chosen", "rejected")
 _BATCH_ROWS = 8192
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from mlc_ray.data.bundles import select_languages
 from mlc_ray.data.ragged import common_start
-from mlc_ray.data.tables import BUNDLES, bundle_columns, table_to_rows, token_table
+from mlc_ray.data.tables import ANSWERS, BUNDLES, bundle_columns, table_to_rows, token_table
 from mlc_ray.data.tracing import Trace, Traced, replayed
 from mlc_ray.errors import MlcRayError
 from mlc_ray.types import Bundle, TokenRow
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 NO_PROMPT = -1
 """`TokenRow.response_prompt` of a bundle that has no answers and no prompt in its response language."""
 
-ANSWERS = ("chosen", "rejected")
 _READ = ["bundle_id", "kind", "languages", "texts", "response_language", *ANSWERS]
 _COPIED = ("bundle_id", "kind", "languages", "response_prompt")
 _SENTINEL = "qS7zK2vX9w"
