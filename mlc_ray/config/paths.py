@@ -1,7 +1,7 @@
 """Paths in settings are text: a URL such as `s3://bucket/runs` must never become the folder `./s3:`.
 
 `RealPath` is a file or folder that any program can open, or a hub name; `StoredPath` also a URL of some storage,
-`SourcePath` also `sample:train` or a hub name with its split, `ConfigPath` also `recipe:NAME`.
+`SourcePath` also that, `sample:train` and a hub name with its split, `ConfigPath` also `recipe:NAME`.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def stored_path(path: str) -> str:
 
 
 def source_path(path: str) -> str:
-    """`path`, if it is not a URL; `sample:train` and hub names with a split (`NAME@CONFIG:SPLIT`) are none.
+    """`path` as of `stored_path`; `sample:train` and hub names with a split (`NAME@CONFIG:SPLIT`) are no URLs.
 
     Raises:
-        ValueError: as `real_path`.
+        ValueError: as `stored_path`.
     """
-    return path if path.startswith("sample:") or _HUB_SPLIT.fullmatch(path) else real_path(path)
+    return path if path.startswith("sample:") or _HUB_SPLIT.fullmatch(path) else stored_path(path)
 
 
 def config_path(path: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import Place, fingerprint, user_cache, write_json_atomic
+from mlc_ray.storage.objects import ObjectStorage
 
 BLOCK_BYTES = 8 << 20
 _READ_BYTES = 1 << 20
@@ -49,7 +50,7 @@ def read_blocks(blocks: list[Block]) -> Iterator[tuple[str, int]]:
     """SHA-256 and line breaks of each block."""
     for block in blocks:
         digest, line_breaks, left = hashlib.sha256(), 0, BLOCK_BYTES
-        with Path(block.path).open("rb") as file:
+        with Place(block.path).open() as file:
             file.seek(block.start)
             while left and (piece := file.read(min(left, _READ_BYTES))):
                 digest.update(piece)
@@ -58,17 +59,17 @@ def read_blocks(blocks: list[Block]) -> Iterator[tuple[str, int]]:
         yield digest.hexdigest(), line_breaks
 
 
-def contents_of(paths: Iterable[Path], read: BlockReader = read_blocks) -> dict[Path, Content]:
+def contents_of(paths: Iterable[Place], read: BlockReader = read_blocks) -> dict[Place, Content]:
     """The content of files, by what is remembered in the user's cache for (path, size, time of change), or by `read`.
 
     Where that cache cannot be read or written, as without a home folder, nothing is remembered. Nor is a file that
-    changed while it was read.
+    changed while it was read, or whose storage does not say when it changed.
 
     Raises:
         OSError: a file cannot be read.
     """
-    found: dict[Path, Content] = {}
-    missing: dict[Path, list[Block]] = {}
+    found: dict[Place, Content] = {}
+    missing: dict[Place, list[Block]] = {}
     now, states = time.time(), {path: _state(path) for path in paths}
     for path, state in states.items():
         remembered = _recall(path, state)
@@ -76,39 +77,41 @@ def contents_of(paths: Iterable[Path], read: BlockReader = read_blocks) -> dict[
             found[path] = remembered
         else:
             starts = range(0, max(1, state["size"]), BLOCK_BYTES)
-            missing[path] = [Block(str(path.absolute()), start) for start in starts]
+            missing[path] = [Block(path.absolute().url, start) for start in starts]
     results = iter(read([block for blocks in missing.values() for block in blocks]))
     for path, blocks in missing.items():
         digests, line_breaks = zip(*(next(results) for _ in blocks), strict=True)
         found[path] = Content(list(digests), list(line_breaks))
-        if now - states[path]["mtime_ns"] / 1e9 > _SETTLED_SECONDS and _state(path) == states[path]:
+        changed = states[path]["mtime_ns"]
+        if changed is not None and now - changed / 1e9 > _SETTLED_SECONDS and _state(path) == states[path]:
             _remember(path, states[path], found[path])
     return found
 
 
-def files_of(path: Path) -> list[Path]:
+def files_of(path: Place) -> list[Place]:
     """A file, or the files in a folder and its folders, sorted.
 
     Raises:
         MlcRayError: there is neither.
     """
     if path.is_dir():
-        return sorted(inside for inside in path.rglob("*") if inside.is_file())
+        return [path / name for name in sorted(path.sizes())]
     if path.exists():
         return [path]
     raise MlcRayError(f"{str(path)!r} does not exist")
 
 
-def fingerprint_of(path: Path, contents: dict[Path, Content]) -> str:
+def fingerprint_of(path: Place, contents: dict[Place, Content]) -> str:
     """Of the names and contents of `files_of(path)`; a moved copy has the same."""
     root = path if path.is_dir() else path.parent
-    return fingerprint([[file.relative_to(root).as_posix(), contents[file].digests] for file in files_of(path)])
+    names = {file.url.removeprefix(root.url).lstrip("/"): contents[file].digests for file in files_of(path)}
+    return fingerprint(sorted(names.items()))
 
 
-def _recall(path: Path, state: dict[str, Any]) -> Content | None:
+def _recall(path: Place, state: dict[str, Any]) -> Content | None:
     try:
         known = Place(_memory(path)).read_json()
-        if any(known[name] != value for name, value in state.items()):
+        if any(known[name] != value or value is None for name, value in state.items()):
             return None
         return Content(known["digests"], known["line_breaks"])
     except _NO_CACHE:
@@ -117,17 +120,26 @@ def _recall(path: Path, state: dict[str, Any]) -> Content | None:
         return None
 
 
-def _remember(path: Path, state: dict[str, Any], content: Content) -> None:
+def _remember(path: Place, state: dict[str, Any], content: Content) -> None:
     with suppress(*_NO_CACHE):
         memory = _memory(path)
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(memory, {**state, **vars(content)})
 
 
-def _memory(path: Path) -> Path:
-    return user_cache() / "contents" / f"{fingerprint(str(path.absolute()))}.json"
+def _memory(path: Place) -> Path:
+    return user_cache() / "contents" / f"{fingerprint(path.absolute().url)}.json"
 
 
-def _state(path: Path) -> dict[str, Any]:
-    found = path.stat()
-    return {"size": found.st_size, "mtime_ns": found.st_mtime_ns, "block_bytes": BLOCK_BYTES}
+def _state(path: Place) -> dict[str, Any]:
+    """Size and time of change (None where the storage does not say), by which a file is known to be unchanged."""
+    storage = path.storage
+    if path.is_local:
+        found = Path(path).stat()
+        size, changed = found.st_size, found.st_mtime_ns
+    elif isinstance(storage, ObjectStorage):
+        (info,) = storage.file_system(path.url).get_file_info([storage.key(path.url)])
+        size, changed = info.size, info.mtime_ns
+    else:
+        size, changed = path.parent.sizes([path.name])[path.name], None
+    return {"size": size, "mtime_ns": changed, "block_bytes": BLOCK_BYTES}

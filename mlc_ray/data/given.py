@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-import uuid
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from mlc_ray.config import SourceSection
 from mlc_ray.data.bundles import GIVEN_PREFIX, BundleFileError
+from mlc_ray.storage import Place
 from mlc_ray.types import Bundle, Kind
 
 _DIGITS = 16
@@ -26,7 +26,7 @@ _DIGITS = 16
 
 def as_source(
     bundles: Iterable[Mapping[str, Any] | Bundle],
-    folder: str | Path,
+    folder: str | Path | Place,
     *,
     format: str = "mlc",
     kind: Kind | None = None,
@@ -41,7 +41,7 @@ def as_source(
         bundles: mappings with the fields of `format` (by default those of a bundle: `kind`, `prompts`, `chosen`,
             `rejected`, ...), or `Bundle`s. Rows of a `datasets.Dataset` have a null where a language is absent, which
             is taken as absence.
-        folder: where to keep them; the cache of a run is `OUTPUT_DIR/cache`.
+        folder: where to keep them, by its path or URL; the cache of a run is `OUTPUT_DIR/cache`.
         format: as a source's `format`.
         kind: as a source's `kind`.
         only: as a source's `only`.
@@ -49,25 +49,21 @@ def as_source(
     Raises:
         BundleFileError: there are none, or one is not a mapping, or holds what JSON cannot.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    temporary = target / f".{GIVEN_PREFIX}{os.getpid()}-{uuid.uuid4().hex[:8]}"
     digest = hashlib.sha256()
     table = _is_dataset(bundles)
     number = 0
-    try:
-        with temporary.open("wb") as file:
-            for number, bundle in enumerate(bundles, start=1):
-                line = _line(bundle, number, table=table)
-                digest.update(line)
-                file.write(line)
+    with tempfile.NamedTemporaryFile(prefix="mlc_ray-") as file:
+        for number, bundle in enumerate(bundles, start=1):
+            line = _line(bundle, number, table=table)
+            digest.update(line)
+            file.write(line)
         if not number:
             raise BundleFileError("no bundles were given: give at least one")
-        path = (target / f"{GIVEN_PREFIX}{digest.hexdigest()[:_DIGITS]}.jsonl").absolute()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return SourceSection(path=str(path), format=format, kind=kind, only=only)
+        file.flush()
+        target = Place(folder).absolute() / f"{GIVEN_PREFIX}{digest.hexdigest()[:_DIGITS]}.jsonl"
+        if not target.is_file():
+            target.storage.publish(Path(file.name), target.url)
+    return SourceSection(path=target.url, format=format, kind=kind, only=only)
 
 
 def _line(bundle: Mapping[str, Any] | Bundle, number: int, *, table: bool) -> bytes:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import uuid
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ import pyarrow as pa
 import ray
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
+from mlc_ray.data.artifacts import is_made, new_artifact
 from mlc_ray.data.contents import Block, Content, contents_of, read_blocks
-from mlc_ray.data.rejects import Ledger, PartRead, Sorting
+from mlc_ray.data.rejects import InvalidBundlesError, Ledger, PartRead, Sorting
 from mlc_ray.data.sources import Reading, Seen, SourceFile, parse, readings_of, resolve_source
 from mlc_ray.data.store import (
     FORMAT,
@@ -28,13 +28,14 @@ from mlc_ray.data.store import (
     bundle_ids_in,
     finish_artifact,
     rewrite_shard,
+    shard_file,
     write_shard,
 )
 from mlc_ray.data.tables import BUNDLES
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.progress import phase
-from mlc_ray.storage import IncompleteArtifactError, artifact_folder, fingerprint, fingerprint_tokenizer
+from mlc_ray.storage import Place, fingerprint, fingerprint_tokenizer
 
 # Other runs on the cluster may hold most of its CPUs. A stage that asked for whole ones would wait without a message.
 _CPUS = 0.25
@@ -46,7 +47,13 @@ _BLOCKS_A_TASK = 16
 _PARTS = 4096
 """Parts of about 8 MiB, or larger ones where there would be more: every process maps a file of each."""
 
-_INVALID = ".invalid"
+_INVALID = "invalid"
+
+
+def _rejects_file(part: int) -> str:
+    """Where the task that reads a part writes its rejected rows."""
+    return f"rejects-{part:05d}.jsonl"
+
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +65,7 @@ def _files(sources: Sequence[SourceSection]) -> list[SourceFile]:
     return [file for source in sources for file in resolve_source(source)]
 
 
-def _contents(files: Sequence[SourceFile]) -> dict[Path, Content]:
+def _contents(files: Sequence[SourceFile]) -> dict[Place, Content]:
     """The contents of all files, each of which is read once, and remembered."""
     paths = dict.fromkeys(path for file in files for path in file.files())
     return contents_of(paths, _blocks_by_tasks)
@@ -73,7 +80,7 @@ def _blocks_by_tasks(blocks: list[Block]) -> Iterable[tuple[str, int]]:
     return [each for result in results for each in result]
 
 
-def _readings(files: Sequence[SourceFile], contents: dict[Path, Content]) -> list[Reading]:
+def _readings(files: Sequence[SourceFile], contents: dict[Place, Content]) -> list[Reading]:
     """All that is to be read, in order, in parts."""
     blocks = -(-sum(len(content.digests) for content in contents.values()) // _PARTS)
     return [reading for file in files for reading in readings_of(file, contents, blocks=max(1, blocks))]
@@ -147,16 +154,16 @@ def read_bundles(
         KeyCollisionError: two different bundles have the same key.
     """
     files = _files(sources)
-    ledger = Ledger(Path(rejects_path), Path(rejects_path))
-    tables: list[pa.Table] = []
+    ledger, rejects, tables = Ledger(), list[str](), list[pa.Table]()
     stage_settings = {"languages": None if languages is None else list(languages)}
     with phase("reading", unit="bundles") as progress:
         for read, table in _results(_readings(files, _contents(files)), _read_stage, fn_kwargs=stage_settings):
             ledger.add(read)
+            rejects.append(read.rejects)
             tables.append(table)
             progress.advance(len(table))
     ids = pa.concat_tables(tables)["bundle_id"]
-    repeats, _ = ledger.close(lambda rows: ids.take(rows).to_pylist(), on_invalid)
+    repeats = ledger.close(lambda rows: ids.take(rows).to_pylist(), on_invalid, rejects, Path(rejects_path))
     kept = []
     for number, table in enumerate(tables):
         mask = np.ones(len(table), dtype=bool)
@@ -177,11 +184,12 @@ def _read_stage(batch: Objects, languages: list[str] | None) -> Objects:
 # --------------------------------------------------------------------------------------------- parts -> token rows
 
 
-def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str | Path) -> TokenArtifact:
+def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str | Path | Place) -> TokenArtifact:
     """Read, validate and tokenise `data.train`; the result is a folder `cache_dir/tokens-FINGERPRINT`.
 
     Parts of the sources are read side by side, and each one's rows are written as a shard by the process that tokenises
-    them: `cache_dir` must be the same folder on all nodes. The driver keeps 12 bytes of each bundle (see `rejects`).
+    them: `cache_dir` must be the same folder on all nodes, or a URL. The driver keeps 12 bytes of each bundle (see
+    `rejects`).
 
     The fingerprint covers the content of the sources, the code of formats from outside this package, the tokenizer's
     files and the data settings. A complete folder is used again; an incomplete one is written once more. Rejected rows
@@ -195,69 +203,69 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
     files = _files(data.train)
     contents = _contents(files)
     name = token_fingerprint(data, model, contents)
-    folder = Path(cache_dir).absolute() / f"tokens-{name}"
-    if folder.exists():
-        try:
-            artifact = TokenArtifact.open(folder)
-        except IncompleteArtifactError as error:
-            logger.warning("%s; tokenising again", error)
-        else:
-            _announce(artifact)
-            return artifact
+    folder = Place(cache_dir).absolute() / f"tokens-{name}"
+    if is_made(folder):
+        artifact = TokenArtifact.open(folder)
+        _announce(artifact)
+        return artifact
 
     # Before anything is read: a template that does not fit is a fault of the settings, not of a row.
     template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code))
     template.encode_prompt("x", data.max_prompt_tokens)
 
-    kept_rejects = folder.with_name(f"{folder.name}.rejects.jsonl")
-    # Another run that shares the folder may prepare the same data: each has a file of its own until it fails.
-    rejects_path = folder.with_name(f".{folder.name}.rejects-{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl")
-    try:
-        ledger = Ledger(rejects_path, kept_rejects)
-        artifact = _write_token_rows(_readings(files, contents), ledger, data, model, name=name, folder=folder)
-    except BaseException:
-        if rejects_path.exists():
-            os.replace(rejects_path, kept_rejects)
-        raise
-    rejects_path.unlink(missing_ok=True)
-    kept_rejects.unlink(missing_ok=True)
+    artifact = _write_token_rows(_readings(files, contents), data, model, name=name, folder=folder)
     _announce(artifact)
     return artifact
 
 
 def _write_token_rows(
-    readings: Sequence[Reading], ledger: Ledger, data: DataSection, model: ModelSection, *, name: str, folder: Path
+    readings: Sequence[Reading], data: DataSection, model: ModelSection, *, name: str, folder: Place
 ) -> TokenArtifact:
-    with artifact_folder(folder) as temporary:
+    kept_rejects = folder.parent / f"{folder.name}.rejects.jsonl"
+    with new_artifact(folder) as temporary, tempfile.TemporaryDirectory(prefix="mlc_ray-") as here:
+        ledger = Ledger()
+        (temporary / _INVALID).remove()  # of a run that was killed
         results = _results(
             readings,
             Tokenize,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(_tokenizers_at_most(), len(readings))),
             fn_constructor_kwargs={"data": data, "model": model, "folder": temporary},
         )
-        shards: list[Shard] = []
+        shards, parts = list[Shard](), list[Place]()
         with phase("tokenising", unit="bundles") as progress:
             for read, shard in results:
                 ledger.add(read)
+                if read.reasons:
+                    parts.append(temporary / _rejects_file(len(shards)))
                 shards.append(shard)
                 progress.advance(len(read.keys))
-        failed = data.on_invalid == "fail" and ledger.rejected
-        repeats, reasons = ledger.close(None if failed else bundle_ids_in(temporary, shards), data.on_invalid)
+        failed = data.on_invalid == "fail" and ledger.reasons
+        rejected = Path(here) / REJECTS_FILE
+        rejects = (part.read_text() for part in parts)
+        ids_at = None if failed else bundle_ids_in(temporary, shards)
+        try:
+            repeats = ledger.close(ids_at, data.on_invalid, rejects, rejected, named=kept_rejects)
+        except InvalidBundlesError:
+            kept_rejects.storage.publish(rejected, str(kept_rejects))
+            raise
+        for part in [*parts, temporary / _INVALID]:
+            part.remove()
+        if rejected.exists():
+            temporary.storage.publish(rejected, str(temporary / REJECTS_FILE))
         if repeats:
             task: Any = ray.remote(num_cpus=_CPUS)(rewrite_shard)
             again = [task.remote(temporary, n, drop, *ledger.columns(n)) for n, drop in repeats.items()]
             for number, shard in zip(repeats, ray.get(again), strict=True):
                 shards[number] = shard
-        if ledger.path.exists():
-            shutil.copyfile(ledger.path, temporary / REJECTS_FILE)
         finish_artifact(
             temporary,
             shards,
             fingerprint=name,
-            rejected=reasons.by_frequency(),
+            rejected=dict(ledger.reasons.most_common()),
             model=model.path,
             data=data.model_dump(mode="json", exclude={"validation"}),
         )
+    kept_rejects.remove()
     return TokenArtifact.open(folder)
 
 
@@ -266,7 +274,7 @@ def _tokenizers_at_most() -> int:
     return max(1, int(resources.get("CPU", 1)))
 
 
-def token_fingerprint(data: DataSection, model: ModelSection, contents: dict[Path, Content] | None = None) -> str:
+def token_fingerprint(data: DataSection, model: ModelSection, contents: dict[Place, Content] | None = None) -> str:
     """Fingerprint of everything that token rows depend on; paths do not count, contents do.
 
     `contents` are those of the sources' files; without them, they are read.
@@ -290,7 +298,7 @@ class Tokenize:
     is left is read only, so that all rejected rows can be named.
     """
 
-    def __init__(self, data: DataSection, model: ModelSection, folder: Path):
+    def __init__(self, data: DataSection, model: ModelSection, folder: Place):
         self.template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code))
         self.languages = data.languages
         self.folder = folder
@@ -309,18 +317,21 @@ class Tokenize:
         invalid = self.folder / _INVALID
 
         def tokens() -> Iterator[pa.Table]:
-            failed = invalid.exists()
+            failed = invalid.is_file()
             for parsed in parse(reading, self.languages):
                 bundles = sorting.bundles(parsed)
-                if self.fails and sorting.rejected and not failed:
+                if self.fails and sorting.reasons and not failed:
                     failed = True
-                    invalid.touch()
+                    invalid.write_text("")
                 if len(bundles) and not failed:
                     rows = tokenize_table(bundles, self.template, **self.limits)
                     yield rows.append_column("file", bundles["file"]).append_column("line", bundles["line"])
 
-        shard = write_shard(self.folder, number, tokens())
-        return sorting.result(), shard
+        shard = write_shard(self.folder, shard_file(number), tokens())
+        read = sorting.result()
+        if read.rejects:
+            (self.folder / _rejects_file(number)).write_text(read.rejects)
+        return replace(read, rejects=""), shard
 
 
 def _announce(artifact: TokenArtifact) -> None:

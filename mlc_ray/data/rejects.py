@@ -1,8 +1,8 @@
-"""What a driver keeps while a data set is read: numbers of every bundle, and the rejected rows in a file.
+"""What a driver keeps while a data set is read: numbers of every bundle, and why rows were rejected.
 
 Of each bundle that is 12 bytes: its key, 8, and its line, 4 or fewer; where a source joins files, 4 more for the number
 of its file. While repeats are found by sorting, at the end, it is 37 bytes (measured with four million bundles): 370 MB
-for ten million. Rejected rows never stay in memory.
+for ten million. Of rejected rows it keeps at most 50 reasons: the tasks write them down, and their files are joined.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +25,12 @@ from mlc_ray.data.bundles import NAMED_FIRST, RejectedRow, place
 from mlc_ray.data.ragged import Ints
 from mlc_ray.data.tables import BUNDLES, Keys, keys_of
 from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import Place
 
 OTHER_REASONS = "other reasons"
 _REASONS = 50
 _COMPARED_AT_ONCE = 1 << 16
+_NO_KEYS: Keys = np.empty(0, np.uint64)
 _VALUES = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 
 logger = logging.getLogger(__name__)
@@ -43,98 +44,70 @@ class KeyCollisionError(MlcRayError, ValueError):
     """Two bundles that differ have the same key; the message names both."""
 
 
-class ReasonCounts:
-    """How often each reason occurs; values and numbers in a reason do not tell reasons apart, and 50 are told apart."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-
-    def add(self, reason: str) -> None:
-        """Count it once."""
-        plain = _VALUES.sub("…", reason)
-        self._counts[plain if plain in self._counts or len(self._counts) < _REASONS else OTHER_REASONS] += 1
-
-    def by_frequency(self) -> dict[str, int]:
-        """Most frequent first."""
-        return dict(self._counts.most_common())
-
-    @property
-    def total(self) -> int:
-        """All that were counted."""
-        return self._counts.total()
+def count(reasons: Counter[str], reason: str, number: int = 1) -> None:
+    """Count a reason; values and numbers in it do not tell reasons apart, and at most 50 are told apart."""
+    plain = _VALUES.sub("…", reason)
+    reasons[plain if plain in reasons or len(reasons) < _REASONS else OTHER_REASONS] += number
 
 
 @dataclass(frozen=True)
 class PartRead:
-    """What a task says of the part of a source that it read, of B bundles and R rejected rows.
+    """What a task says of the part of a source that it read, of B bundles.
 
-    `rejected_at` [R] are the numbers of rejected rows among its rows, `rejects` their JSONL; `keys` and `lines` [B] are
-    of the bundles, and `file_of` [B] (None: all are of `files[0]`) indices into `files`.
+    `keys` and `lines` [B] are of the bundles, and `file_of` [B] (None: all are of `files[0]`) indices into `files`.
+    `reasons` counts why rows were rejected, `first` has the first of those rows, and `rejects` all, as JSON lines.
     """
 
-    rejected_at: Ints
-    rejects: str
     keys: Keys
     lines: npt.NDArray[Any]
     files: list[str]
     file_of: Ints | None
-
-
-@dataclass(frozen=True)
-class _Kept:
-    lines: npt.NDArray[Any]
-    files: list[str]
-    file_of: Ints | None
-    rejected_at: Ints
-
-    def place(self, index: int) -> tuple[str, int]:
-        return self.files[0 if self.file_of is None else int(self.file_of[index])], int(self.lines[index])
+    reasons: Counter[str]
+    first: list[RejectedRow]
+    rejects: str
 
 
 class Ledger:
-    """Takes down what tasks say of the parts of all sources, in order, and finds repeated bundles.
+    """Takes down what tasks say of the parts of all sources, in order, and finds repeated bundles."""
 
-    Args:
-        path: where rejected rows are written; an older file there is removed.
-        named: what messages call it.
-    """
-
-    def __init__(self, path: Path, named: Path) -> None:
-        self.path, self.named = path, named
+    def __init__(self) -> None:
         self.bundles = 0
-        self._spool: TextIO | None = None  # rejected rows without repeats, which are known at the end
+        self.reasons: Counter[str] = Counter()
+        self._first: list[RejectedRow] = []
         self._keys: list[Keys] = []
-        self._parts: list[_Kept] = []
-        path.unlink(missing_ok=True)
-
-    @property
-    def rejected(self) -> int:
-        """Rejected rows so far, repeated bundles not among them."""
-        return sum(len(part.rejected_at) for part in self._parts)
+        self._parts: list[PartRead] = []
 
     def add(self, read: PartRead) -> None:
-        """Take down the next part."""
+        """Take down the next part; of rejected rows only what a message says."""
         lines = read.lines.astype(np.min_scalar_type(int(read.lines.max(initial=0))))
         self._keys.append(read.keys)
-        self._parts.append(_Kept(lines, read.files, read.file_of, read.rejected_at))
+        self._parts.append(replace(read, keys=_NO_KEYS, lines=lines, rejects="", reasons=Counter(), first=[]))
+        self._first = [*self._first, *read.first][:NAMED_FIRST]
+        for reason, number in read.reasons.items():
+            count(self.reasons, reason, number)
         self.bundles += len(lines)
-        if read.rejects:
-            if self._spool is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._spool = tempfile.TemporaryFile("w+", encoding="utf-8", dir=self.path.parent)  # noqa: SIM115
-            self._spool.write(read.rejects)
 
     def close(
-        self, ids_at: Callable[[Ints], Sequence[str]] | None, on_invalid: str
-    ) -> tuple[dict[int, Ints], ReasonCounts]:
-        """Repeated bundles, by part as indices among its bundles; and why rows were rejected, repeats among them.
+        self,
+        ids_at: Callable[[Ints], Sequence[str]] | None,
+        on_invalid: str,
+        rejects: Iterable[str],
+        path: Path,
+        *,
+        named: Path | Place | None = None,
+    ) -> dict[int, Ints]:
+        """Repeated bundles, by part as indices among its bundles; `reasons` counts them too.
 
-        All rejected rows are in the file then, in the order of the sources.
+        Rejected rows are in `path` then, if there were any: what is no bundle in the order of the sources, and behind
+        it the repeats in theirs.
 
         Args:
             ids_at: ids of bundles by their number in the data set, to see whether equal keys are of equal bundles; None
                 where rows were rejected and that is fatal, which is said instead.
             on_invalid: `fail` or `skip`, as data.on_invalid.
+            rejects: the JSON lines of the parts, in order.
+            path: where to write them; an older file there is removed.
+            named: what messages call it (None: `path`).
 
         Raises:
             KeyCollisionError: two ids have the same key.
@@ -144,19 +117,20 @@ class Ledger:
         repeats, firsts = self._repeats()
         if ids_at is not None:
             self._refuse_collisions(repeats, firsts, ids_at, starts)
-        parts, begins = np.unique(np.searchsorted(starts, repeats, side="right") - 1, return_index=True)
-        inside = dict(zip(parts.tolist(), np.split(np.arange(len(repeats)), begins)[1:], strict=True))
-        reasons, first = ReasonCounts(), list[RejectedRow]()
-        if self.rejected or len(repeats):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                for row in self._in_order(repeats, firsts, inside, starts):
-                    reasons.add(row.reason)
-                    if len(first) < NAMED_FIRST:
-                        first.append(row)
+        path.unlink(missing_ok=True)
+        if self.reasons or len(repeats):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(rejects)
+                for repeat, first in zip(repeats.tolist(), firsts.tolist(), strict=True):
+                    reason = f"repeats the bundle of {place(*self._place(first, starts))!r}"
+                    row = RejectedRow(*self._place(repeat, starts), reason, "")
+                    count(self.reasons, reason)
+                    self._first = [*self._first, row][:NAMED_FIRST]
                     file.write(_json_line(row))
-        self._say(reasons, first, self.bundles - len(repeats), on_invalid)
-        return {part: repeats[which] - starts[part] for part, which in inside.items()}, reasons
+        self._say(self.bundles - len(repeats), on_invalid, named or path)
+        parts = np.searchsorted(starts, repeats, side="right") - 1
+        return {int(part): repeats[parts == part] - starts[part] for part in np.unique(parts)}
 
     def columns(self, part: int) -> tuple[list[str], npt.NDArray[Any]]:
         """File and line of each bundle of a part."""
@@ -166,7 +140,7 @@ class Ledger:
 
     def _repeats(self) -> tuple[Ints, Ints]:
         """Bundles whose key an earlier one has, ascending, and the first that has it."""
-        keys = np.concatenate([np.empty(0, np.uint64), *self._keys])
+        keys = np.concatenate([_NO_KEYS, *self._keys])
         self._keys.clear()
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
@@ -178,7 +152,8 @@ class Ledger:
 
     def _place(self, number: int, starts: Ints) -> tuple[str, int]:
         part = int(np.searchsorted(starts, number, side="right")) - 1
-        return self._parts[part].place(number - int(starts[part]))
+        kept, index = self._parts[part], number - int(starts[part])
+        return kept.files[0 if kept.file_of is None else int(kept.file_of[index])], int(kept.lines[index])
 
     def _refuse_collisions(
         self, repeats: Ints, firsts: Ints, ids_at: Callable[[Ints], Sequence[str]], starts: Ints
@@ -193,39 +168,22 @@ class Ledger:
                         "the two out"
                     )
 
-    def _in_order(self, repeats: Ints, firsts: Ints, inside: dict[int, Ints], starts: Ints) -> Iterator[RejectedRow]:
-        if self._spool is not None:
-            self._spool.seek(0)
-        for number, part in enumerate(self._parts):
-            which = inside.get(number, np.empty(0, dtype=int))
-            rows = np.setdiff1d(np.arange(len(part.lines) + len(part.rejected_at)), part.rejected_at)
-            again = rows[repeats[which] - starts[number]]
-            for index in np.argsort(np.concatenate([part.rejected_at, again])).tolist():
-                if index < len(part.rejected_at):
-                    assert self._spool is not None
-                    yield RejectedRow(**json.loads(self._spool.readline()))
-                    continue
-                pair = which[index - len(part.rejected_at)]
-                file, line = self._place(int(repeats[pair]), starts)
-                first = place(*self._place(int(firsts[pair]), starts))
-                yield RejectedRow(file, line, f"repeats the bundle of {first!r}", "")
-
-    def _say(self, reasons: ReasonCounts, first: list[RejectedRow], kept: int, on_invalid: str) -> None:
-        rejected = reasons.total
+    def _say(self, kept: int, on_invalid: str, named: Path | Place) -> None:
+        rejected = self.reasons.total()
         if not rejected:
             return
-        summary = "".join(f"\n  {count} x {reason}" for reason, count in reasons.by_frequency().items())
-        logger.warning("%d invalid rows, written to %s:%s", rejected, self.named, summary)
+        summary = "".join(f"\n  {number} x {reason}" for reason, number in self.reasons.most_common())
+        logger.warning("%d invalid rows, written to %s:%s", rejected, named, summary)
         if on_invalid != "fail" and kept:
             return
-        more = rejected - len(first)
+        more = rejected - len(self._first)
         raise InvalidBundlesError(
             "\n".join(
                 [
                     f"{rejected} of {rejected + kept} rows are not valid bundles:",
-                    *(f"  {place(row.file, row.line)}: {row.reason}" for row in first),
+                    *(f"  {place(row.file, row.line)}: {row.reason}" for row in self._first),
                     *([f"  and {more} more"] if more else []),
-                    f"All of them are in {str(self.named)!r}."
+                    f"All of them are in {str(named)!r}."
                     + (" To leave them out, set data.on_invalid=skip." if kept else " No valid row is left."),
                 ]
             )
@@ -236,27 +194,23 @@ class Sorting:
     """Separates tables of `PARSED` into bundles and rejected rows, in the task that reads them."""
 
     def __init__(self) -> None:
-        self._rows = 0
-        self._rejected_at: list[int] = []
+        self.reasons: Counter[str] = Counter()
+        self._first: list[RejectedRow] = []
         self._rejects: list[str] = []
         self._keys: list[Keys] = []
         self._lines: list[Ints] = []
         self._file_of: list[Ints] = []
         self._files: dict[str, int] = {}
 
-    @property
-    def rejected(self) -> int:
-        """Rejected rows so far."""
-        return len(self._rejected_at)
-
     def bundles(self, table: pa.Table) -> pa.Table:
         """The bundles of the next table, a table of `BUNDLES`."""
         valid = table["reason"].is_null().combine_chunks()
         if valid.false_count:
-            self._rejected_at += (self._rows + np.flatnonzero(~valid.to_numpy(zero_copy_only=False))).tolist()
             for row in table.filter(pc.invert(valid)).select(["file", "line", "reason", "text"]).to_pylist():
-                self._rejects.append(_json_line(RejectedRow(**row)))
-        self._rows += len(table)
+                rejected = RejectedRow(**row)
+                count(self.reasons, rejected.reason)
+                self._first = [*self._first, rejected][:NAMED_FIRST]
+                self._rejects.append(_json_line(rejected))
         bundles = table.filter(valid).select(BUNDLES.names)
         self._keys.append(keys_of(bundles["bundle_id"].to_pylist()))
         self._lines.append(bundles["line"].to_numpy())
@@ -268,12 +222,13 @@ class Sorting:
     def result(self) -> PartRead:
         """What was sorted."""
         return PartRead(
-            np.array(self._rejected_at, dtype=np.int64),
-            "".join(self._rejects),
-            np.concatenate([np.empty(0, np.uint64), *self._keys]),
-            np.concatenate([np.empty(0, np.int64), *self._lines]),
-            list(self._files),
-            np.concatenate(self._file_of) if len(self._files) > 1 else None,
+            keys=np.concatenate([_NO_KEYS, *self._keys]),
+            lines=np.concatenate([np.empty(0, np.int64), *self._lines]),
+            files=list(self._files),
+            file_of=np.concatenate(self._file_of) if len(self._files) > 1 else None,
+            reasons=self.reasons,
+            first=self._first,
+            rejects="".join(self._rejects),
         )
 
 

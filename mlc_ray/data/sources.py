@@ -26,7 +26,7 @@ from mlc_ray.data.formats.base import Format, Row
 from mlc_ray.data.formats.containers import Opened
 from mlc_ray.data.formats.records import Part
 from mlc_ray.data.tables import BUNDLES, bundle_columns
-from mlc_ray.storage import fingerprint
+from mlc_ray.storage import Place, fingerprint
 from mlc_ray.types import Bundle, Kind
 
 AUTO = "auto"
@@ -51,16 +51,16 @@ class SourceFile:
     kind: Kind | None = None
     only: Kind | None = None
 
-    def files(self) -> list[Path]:
-        """All files on this machine that belong to it; a hub dataset has none."""
-        return files_of(Path(self.path)) if Path(self.path).exists() else []
+    def files(self) -> list[Place]:
+        """All files that belong to it; a hub dataset has none."""
+        return files_of(Place(self.path)) if Place(self.path).exists() else []
 
-    def fingerprint(self, contents: dict[Path, Content] | None = None) -> str:
+    def fingerprint(self, contents: dict[Place, Content] | None = None) -> str:
         """Of the content, of how it is read, and of the code of a format from outside this package.
 
         `contents` are those of its `files`; without them, they are read.
         """
-        path = Path(self.path)
+        path = Place(self.path)
         if path.exists():
             content = fingerprint_of(path, contents if contents is not None else contents_of(self.files()))
         else:
@@ -93,12 +93,16 @@ def resolve_source(source: SourceSection) -> list[SourceFile]:
     """
     name, format = source.path, source.format
 
-    def file(path: str | Path, as_format: str = format) -> SourceFile:
+    def file(path: str | Path | Place, as_format: str = format) -> SourceFile:
         return SourceFile(str(path), as_format, source.kind, source.only)
 
     if name.startswith("sample:"):
         return [file(sample_path(name.removeprefix("sample:")), "mlc")]
-    path = Path(name).expanduser().absolute()  # tasks run elsewhere, with another working directory
+    path = Place(name)
+    if path.is_local:
+        path = Place(Path(name).expanduser().absolute())  # tasks run elsewhere, with another working directory
+    elif columnar.is_saved_dataset(path):
+        raise BundleFileError(f"{name!r} is a saved dataset; give it as a path, or its rows as Parquet files")
     if path.is_file() or (path.is_dir() and columnar.is_saved_dataset(path)):
         return [file(path)]
     if path.is_dir():
@@ -113,23 +117,34 @@ def resolve_source(source: SourceSection) -> list[SourceFile]:
             return [file(path, joined)]
         return [file(inside) for inside in files]
     folder_only = format != AUTO and make_format(format).whole_folder
-    if not folder_only and path.suffix not in containers.SUFFIXES and _HUB_NAME.fullmatch(name):
+    if not folder_only and containers.suffix_of(name) not in containers.SUFFIXES and _HUB_NAME.fullmatch(name):
         return [file(name)]
     raise BundleFileError(f"{name!r} does not exist")
 
 
-def _files_of(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix in containers.SUFFIXES and not p.name.startswith("."))
+def _files_of(folder: Place) -> list[Place]:
+    return [
+        file
+        for file in folder.iterdir()
+        if containers.suffix_of(file.name) in containers.SUFFIXES and not file.name.startswith(".")
+    ]
 
 
-def _format_of_folder(folder: Path, format: str) -> str | None:
+def _format_of_folder(folder: Place, format: str) -> str | None:
     """The format that reads the folder as a whole, if one does."""
     if format != AUTO:
-        return format if make_format(format).whole_folder else None
-    return next((name for name, known in _known_formats().items() if known.recognises_folder(folder)), None)
+        whole = make_format(format).whole_folder
+        if whole and not folder.is_local:
+            raise BundleFileError(
+                f"{str(folder)!r}: format {format!r} reads folders by their path alone; copy it to one"
+            )
+        return format if whole else None
+    if not folder.is_local:
+        return None
+    return next((name for name, known in _known_formats().items() if known.recognises_folder(Path(folder))), None)
 
 
-def _joined_format(files: list[Path], format: str) -> str | None:
+def _joined_format(files: list[Place], format: str) -> str | None:
     """The format that joins bundles over all files of a folder, if one does; `auto` looks at the first record.
 
     A file that cannot be read is left for the reading itself to report.
@@ -260,12 +275,12 @@ def read_file(file: SourceFile) -> Iterator[Row]:
     reading.seen.check(file)
 
 
-def readings_of(file: SourceFile, contents: dict[Path, Content], *, blocks: int) -> list[Reading]:
+def readings_of(file: SourceFile, contents: dict[Place, Content], *, blocks: int) -> list[Reading]:
     """A source cut into parts of about `blocks` blocks, where its format reads parts; else one reading of the whole."""
     whole = Reading(file)
-    path = Path(file.path)
+    path = Place(file.path)
     try:
-        if path.is_file() and path.stat().st_size <= blocks * BLOCK_BYTES:
+        if path in contents and len(contents[path].digests) <= blocks:
             return [whole]
         if path.is_dir() and not columnar.is_saved_dataset(path):
             return [whole]
@@ -291,7 +306,7 @@ def _rows_of_part(file: SourceFile, part: Part) -> Iterator[Row]:
 def _all_rows(file: SourceFile) -> Iterator[Row]:
     if file.format != AUTO and (reader := make_format(file.format)).whole_folder:
         return reader.read_folder(file.path, file.kind)
-    folder = Path(file.path)
+    folder = Place(file.path)
     many = folder.is_dir() and not columnar.is_saved_dataset(folder)
     opened = [_open(str(path), file.format) for path in (_files_of(folder) if many else [file.path])]
     form = opened[0][0]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,23 +19,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, Field
 
+from mlc_ray.data.artifacts import local_artifact
 from mlc_ray.data.bundles import NAMED_FIRST, place
 from mlc_ray.data.plan import Lengths
 from mlc_ray.data.ragged import Ints, common_start, starts_of
-from mlc_ray.data.tables import TOKENS, Keys, table_to_rows
-from mlc_ray.storage import ArtifactError, read_manifest, verify_files, write_manifest
-from mlc_ray.storage.atomic import atomic_file
+from mlc_ray.data.tables import ANSWERS, TOKENS, Keys, table_to_rows
+from mlc_ray.storage import ArtifactError, Place, read_manifest, write_manifest
 from mlc_ray.types import TokenRow
 
 FORMAT = 3
 REJECTS_FILE = "rejects.jsonl"
-ANSWERS = ("chosen", "rejected")
 _BATCH_ROWS = 8192
 
 
-def shard_file(number: int) -> str:
-    """The name of a shard."""
-    return f"rows-{number:05d}.arrow"
+def shard_file(number: int, *, without_repeats: bool = False) -> str:
+    """The name of a shard; one that is written anew without repeated bundles has another."""
+    return f"{'once' if without_repeats else 'rows'}-{number:05d}.arrow"
 
 
 @dataclass
@@ -114,39 +113,41 @@ class Shard:
     lacking: dict[str, list[Lacking]]
 
 
-def write_shard(folder: Path, number: int, tables: Iterable[pa.Table]) -> Shard:
-    """Write tables of `TOKENS` as one shard, which appears whole.
+def write_shard(folder: Place, file: str, tables: Iterable[pa.Table]) -> Shard:
+    """Write tables of `TOKENS` as the shard `file`, which appears whole.
 
     The tables may have the columns `file` and `line`, by which bundles that lack an answer are named; without them they
     are named by their number in the shard.
     """
-    shard = Shard(shard_file(number), 0, TokenCounts(), None, {})
+    shard = Shard(file, 0, TokenCounts(), None, {})
     # Uncompressed: a compressed column would have to be unpacked into each process, row by row of random access.
-    with (
-        atomic_file(folder / shard.file) as sink,
-        pa.ipc.new_file(sink, TOKENS, options=pa.ipc.IpcWriteOptions(unify_dictionaries=True)) as writer,
-    ):
-        for table in _joined(tables):
-            for name, lack in _lacking(table).items():
-                room = NAMED_FIRST - len(shard.lacking.get(name, []))
-                if rows := np.flatnonzero(lack)[:room].tolist():
-                    named = [_named(table, row, shard.counts.rows) for row in rows]
-                    shard.lacking.setdefault(name, []).extend(named)
-            shard.counts.add(TokenCounts.of(table))
-            shard.head = _head(table, shard.head)
-            writer.write_table(table.select(TOKENS.names).combine_chunks())
-    shard.bytes = (folder / shard.file).stat().st_size
+    options = pa.ipc.IpcWriteOptions(unify_dictionaries=True)
+    with (folder / file).open("wb") as sink:
+        with pa.ipc.new_file(sink, TOKENS, options=options) as writer:
+            for table in _joined(tables):
+                for name, lack in _lacking(table).items():
+                    room = NAMED_FIRST - len(shard.lacking.get(name, []))
+                    if rows := np.flatnonzero(lack)[:room].tolist():
+                        named = [_named(table, row, shard.counts.rows) for row in rows]
+                        shard.lacking.setdefault(name, []).extend(named)
+                shard.counts.add(TokenCounts.of(table))
+                shard.head = _head(table, shard.head)
+                writer.write_table(table.select(TOKENS.names).combine_chunks())
+        shard.bytes = sink.tell()
     return shard
 
 
-def rewrite_shard(folder: Path, number: int, drop: Ints, files: Sequence[str], lines: Sequence[int]) -> Shard:
-    """Write a shard anew without its rows `drop`; `files` and `lines` say where each of its rows stood."""
+def rewrite_shard(folder: Place, number: int, drop: Ints, files: Sequence[str], lines: Sequence[int]) -> Shard:
+    """Write a shard anew without its rows `drop`; `files` and `lines` say where each of its rows stood.
+
+    It has another name then: elsewhere a run that makes the same artefact may write the first one again meanwhile.
+    """
     keep = np.ones(len(lines), dtype=bool)
     keep[drop] = False
 
     def kept() -> Iterator[pa.Table]:
         start = 0
-        with pa.ipc.open_file(str(folder / shard_file(number))) as reader:
+        with (folder / shard_file(number)).open() as source, pa.ipc.open_file(source) as reader:
             for index in range(reader.num_record_batches):
                 table = pa.Table.from_batches([reader.get_batch(index)])
                 here = slice(start, start + len(table))
@@ -155,14 +156,27 @@ def rewrite_shard(folder: Path, number: int, drop: Ints, files: Sequence[str], l
                 yield table.filter(keep[here])
                 start += len(table)
 
-    return write_shard(folder, number, kept())
+    shard = write_shard(folder, shard_file(number, without_repeats=True), kept())
+    (folder / shard_file(number)).remove()
+    return shard
 
 
-def bundle_ids_in(folder: Path, shards: Sequence[Shard]) -> Callable[[Ints], list[str]]:
-    """What gives the ids of rows of a folder that has all its shards, but no manifest yet."""
-    batches = [batch for shard in shards for batch in _mapped(folder / shard.file)]
-    ids = pa.chunked_array([batch.column("bundle_id") for batch in batches], pa.string())
-    return lambda rows: ids.take(rows).to_pylist()
+def bundle_ids_in(folder: Place, shards: Sequence[Shard]) -> Callable[[Ints], list[str]]:
+    """What gives the ids of rows of a folder that has all its shards, but no manifest yet; it reads their shards."""
+    starts = np.cumsum([0, *(shard.counts.rows for shard in shards)])
+    only_ids = pa.ipc.IpcReadOptions(included_fields=[TOKENS.names.index("bundle_id")])
+
+    def ids_at(rows: Ints) -> list[str]:
+        found = np.empty(len(rows), dtype=object)
+        parts = np.searchsorted(starts, rows, side="right") - 1
+        for part in np.unique(parts).tolist():
+            with (folder / shards[part].file).open() as source:
+                ids = pa.ipc.open_file(source, options=only_ids).read_all()["bundle_id"]
+            here = parts == part
+            found[here] = ids.take(rows[here] - starts[part]).to_pylist()
+        return cast(list[str], found.tolist())
+
+    return ids_at
 
 
 def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -184,10 +198,10 @@ def _mapped(path: Path) -> list[pa.RecordBatch]:
         return [reader.get_batch(index) for index in range(reader.num_record_batches)]
 
 
-def finish_artifact(folder: Path, shards: Sequence[Shard], **manifest: Any) -> None:
+def finish_artifact(folder: Place, shards: Sequence[Shard], **manifest: Any) -> None:
     """Write the manifest of a folder that has all its shards, in the order of its rows, with the given fields.
 
-    It lists the shards and the rejected rows. What killed tasks left of a shard is removed.
+    It lists the shards and the rejected rows. What killed tasks left of a shard on this machine is removed.
     """
     counts = TokenCounts()
     head: Ints | None = None
@@ -198,11 +212,9 @@ def finish_artifact(folder: Path, shards: Sequence[Shard], **manifest: Any) -> N
             head = shard.head if head is None else _common(head, shard.head)
         for name, found in shard.lacking.items():
             lacking[name] = [*lacking.get(name, []), *found][:NAMED_FIRST]
-    for leftover in folder.glob(".rows-*.tmp-*"):
+    for leftover in Path(folder).glob(".rows-*.tmp-*") if folder.is_local else ():
         leftover.unlink(missing_ok=True)
-    files = {shard.file: shard.bytes for shard in shards}
-    if (rejects := folder / REJECTS_FILE).exists():
-        files[REJECTS_FILE] = rejects.stat().st_size
+    files = {shard.file: shard.bytes for shard in shards} | folder.sizes([REJECTS_FILE])
     write_manifest(
         folder,
         files=files,
@@ -219,7 +231,8 @@ def finish_artifact(folder: Path, shards: Sequence[Shard], **manifest: Any) -> N
 
 def write_rows(folder: Path, tables: Iterable[pa.Table], **manifest: Any) -> None:
     """An artefact with a shard of each table, for small calls."""
-    finish_artifact(folder, [write_shard(folder, n, [table]) for n, table in enumerate(tables)], **manifest)
+    shards = [write_shard(Place(folder), shard_file(n), [table]) for n, table in enumerate(tables)]
+    finish_artifact(Place(folder), shards, **manifest)
 
 
 def _lacking(table: pa.Table) -> dict[str, npt.NDArray[np.bool_]]:
@@ -268,37 +281,40 @@ class _Manifest(BaseModel):
 
 
 class TokenArtifact:
-    """A finished folder of token rows; get one from `TokenArtifact.open`. Pickling it carries the path only."""
+    """A finished folder of token rows; get one from `TokenArtifact.open`. Pickling it carries its place only.
 
-    def __init__(self, folder: Path, manifest: _Manifest):
+    `folder` is that place; what is mapped is the folder itself, or the copy of this machine.
+    """
+
+    def __init__(self, folder: Place, manifest: _Manifest, here: Path):
         self.folder = folder
         self.manifest = manifest
-        self._batches = [batch for name in manifest.shards for batch in _mapped(folder / name)]
+        self._batches = [batch for name in manifest.shards for batch in _mapped(here / name)]
         sizes = np.array([batch.num_rows for batch in self._batches], dtype=np.int64)
         self._starts = starts_of(sizes)
         self.rows_count = int(sizes.sum())
 
     @classmethod
-    def open(cls, folder: str | Path) -> TokenArtifact:
-        """Map a folder.
+    def open(cls, folder: str | Path | Place) -> TokenArtifact:
+        """Map a folder; one that is elsewhere is fetched first, once per machine.
 
         Raises:
             IncompleteArtifactError: a file is missing or short.
             ArtifactError: the folder holds something else.
         """
-        folder = Path(folder)
+        folder = Place(folder)
         manifest = read_manifest(folder)
         if manifest.get("artifact") != "tokens" or manifest.get("format") != FORMAT:
             raise ArtifactError(
                 f"{str(folder)!r} is not a folder of token rows in format {FORMAT}: it says artifact="
                 f"{manifest.get('artifact')!r}, format={manifest.get('format')!r}"
             )
-        verify_files(folder, manifest)
+        here = local_artifact(folder, manifest)
         try:
             found = _Manifest.model_validate(manifest)
             if strangers := sorted(set(found.shards) - manifest["files"].keys()):
                 raise ValueError(f"shards has {strangers[0]!r}, which is not in files")
-            return cls(folder, found)
+            return cls(folder, found, here)
         except (ValueError, pa.ArrowInvalid) as error:
             raise ArtifactError(
                 f"{str(folder)!r} is damaged: {' '.join(str(error).split())}; remove it, and it is made again"
@@ -331,7 +347,7 @@ class TokenArtifact:
         return self.manifest.rejected
 
     @property
-    def rejects_path(self) -> Path | None:
+    def rejects_path(self) -> Place | None:
         """JSONL of the rejected rows, if there were any."""
         return self.folder / REJECTS_FILE if self.rejected else None
 

@@ -13,6 +13,9 @@ import pyarrow as pa
 from mlc_ray.data.bundles import KINDS
 from mlc_ray.types import Bundle, TokenRow
 
+ANSWERS = ("chosen", "rejected")
+"""The columns of answers, in both tables."""
+
 Keys: TypeAlias = npt.NDArray[np.uint64]
 
 _TEXT = pa.string()

@@ -7,27 +7,37 @@ content, so a prompt that quotes the template's own markers cannot move a bounda
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain, takewhile
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from mlc_ray.data.bundles import select_languages
-from mlc_ray.data.tables import BUNDLES, TOKENS, bundle_columns, table_to_rows, token_table
+from mlc_ray.data.ragged import common_start
+from mlc_ray.data.tables import ANSWERS, BUNDLES, bundle_columns, table_to_rows, token_table
+from mlc_ray.data.tracing import Trace, Traced, replayed
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import local_model
 from mlc_ray.types import Bundle, TokenRow
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerBase
 
 NO_PROMPT = -1
 """`TokenRow.response_prompt` of a bundle that has no answers and no prompt in its response language."""
 
-ANSWERS = ("chosen", "rejected")
 _READ = ["bundle_id", "kind", "languages", "texts", "response_language", *ANSWERS]
+_COPIED = ("bundle_id", "kind", "languages", "response_prompt")
 _SENTINEL = "qS7zK2vX9w"
+_PROBES = (" \n\t x\u00a0\u3000\n ", "\"'<&>\\ {{ x }}{% x %}", "\nA\n\nB", "x" * 5000)
+"""Texts that come out otherwise where a template strips, escapes or shortens them."""
+
+
+Ids: TypeAlias = npt.NDArray[np.int32]
 
 
 class TemplateError(MlcRayError, ValueError):
@@ -53,10 +63,15 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, with its boundaries.
+    """A tokenizer's chat template, with its boundaries: texts become the ids of what it renders.
 
-    `head_ids` are the tokens before the user's text; `minimum` is the number of tokens of a prompt that holds one
-    letter, the least that a limit may be.
+    `head` and `tail` are what it writes around a user's text; `minimum` is the number of tokens of a prompt that holds
+    one letter, the least that a limit may be.
+
+    Ids are those of the template's own rendering. Two things save work where they are proven to change nothing. A
+    rendering is put together without the template where `tracing` knows what that does with a text. And only what
+    lies between the special tokens next to a text is tokenised: a tokenizer splits at those before all else, so what
+    lies beyond them always has the same ids.
 
     Raises:
         TemplateError: there is no usable template.
@@ -69,17 +84,21 @@ class ChatTemplate:
                 "or save a chat_template into the tokenizer's folder"
             )
         self.tokenizer = tokenizer
-        self.head, self.tail = self._split(self._render(_SENTINEL), "user")
-        answered = self._render(_SENTINEL, "x" + _SENTINEL + "x")
-        prompt = self._render(_SENTINEL)
+        self._traces = {"user": Trace(), "assistant": Trace()}
+        asked, said = (Traced(_SENTINEL, trace) for trace in self._traces.values())
+        prompt, answered = self._render(asked), self._render(asked, said)
+        self.head, self.tail = self._split(prompt, "user")
         if not answered.startswith(prompt):
             raise TemplateError(
                 "the chat template renders an answered conversation differently from the prompt that led to it: "
                 f"{answered!r} does not start with {prompt!r}"
             )
-        self._split(answered[len(prompt) :], "assistant")
-        self.head_ids = self._head_ids()
+        self._around_answer = self._split(answered[len(prompt) :], "assistant")
+        self._backend = _backend_of(tokenizer)
+        self.head_ids = self._ids_of_head()
         self.minimum = len(self._ids(self.head + "x" + self.tail))
+        self._learn_changes()
+        self._learn_fixed_ids()
 
     def encode_prompt(self, text: str, limit: int) -> tuple[list[int], int]:
         """Ids of the prompt that asks `text`, at most `limit` of them, and the number of tokens cut.
@@ -89,35 +108,12 @@ class ChatTemplate:
 
         Raises:
             TokenizationError: `limit` is too small for head and tail.
-        """
-        return self.cut_prompt(self._ids(self.render_prompt(text)), limit)
-
-    def render_prompt(self, text: str) -> str:
-        """The prompt that asks `text`, generation prompt included.
-
-        Raises:
             TemplateError: the template puts other text around this one than around others.
         """
-        rendered = self._render(text)
-        fits = len(rendered) >= len(self.head) + len(self.tail)
-        if not (fits and rendered.startswith(self.head) and rendered.endswith(self.tail)):
-            raise TemplateError(
-                f"the chat template puts other text around the prompt {text!r} than around other prompts: {rendered!r}"
-            )
-        return rendered
+        ids, cut = self.cut_prompt(self.prompt_ids([text])[0], limit)
+        return ids.tolist(), cut
 
-    def render_answered(self, prompt: str, rendered: str, answer: str) -> str:
-        """The conversation in which `answer` follows `prompt`, which alone is `rendered`.
-
-        Raises:
-            TemplateError: it does not begin with the prompt.
-        """
-        conversation = self._render(prompt, answer)
-        if not conversation.startswith(rendered):
-            raise TemplateError(f"the chat template changes the prompt {prompt!r} once it is answered")
-        return conversation
-
-    def cut_prompt(self, ids: list[int], limit: int) -> tuple[list[int], int]:
+    def cut_prompt(self, ids: Ids, limit: int) -> tuple[Ids, int]:
         """A prompt's ids within `limit`, and how many were cut; see `encode_prompt`."""
         if self.minimum > limit:
             raise TokenizationError(
@@ -127,29 +123,123 @@ class ChatTemplate:
         if len(ids) <= limit:
             return ids, 0
         # The tail is always inside the window that is kept, because limit >= minimum.
-        return self.head_ids + ids[len(ids) - (limit - len(self.head_ids)) :], len(ids) - limit
+        kept = ids[len(ids) - (limit - len(self.head_ids)) :]
+        return np.concatenate([self.head_ids, kept]), len(ids) - limit
 
-    def answer_ids(self, prompt_ids: list[int], ids: list[int], rendered: str, conversation: str) -> list[int]:
-        """Ids of the answer in a `conversation` with the given `ids`, whose prompt is `rendered` with `prompt_ids`.
+    def prompt_ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Uncut ids of the prompts that ask `texts`, generation prompt included; tokenised in one call.
+
+        Raises:
+            TemplateError: the template puts other text around one of them than around others.
+        """
+        (before, before_ids), (after, after_ids) = self._fixed
+        pieces = [self._prompt(text)[len(before) :].removesuffix(after) for text in texts]
+        return [np.concatenate([before_ids, ids, after_ids]) for ids in self._batch(pieces)]
+
+    def answer_ids(self, asked: Sequence[tuple[str, Ids, str]]) -> list[Ids]:
+        """Uncut ids of answers alone, end-of-turn token included; each is asked for as (prompt, its uncut ids, answer).
 
         Both uncut, prompt and answer are the template's own rendering of the conversation, unless the tokenizer would
         merge the generation prompt and the first letters into one token: then the answer is tokenised alone, because
         generation too starts behind a finished prompt.
+
+        Raises:
+            TemplateError: the template changes the prompt once it is answered.
         """
-        if ids[: len(prompt_ids)] == prompt_ids:
-            return ids[len(prompt_ids) :]
-        return self._ids(conversation[len(rendered) :])
+        alone = [self._answer(prompt, text) for prompt, _, text in asked]
+        leads = [self._lead or (self._prompt(prompt), ids) for prompt, ids, _ in asked]
+        behind = self._batch([lead + text for (lead, _), text in zip(leads, alone, strict=True)])
+        return [
+            ids[len(lead) :] if np.array_equal(ids[: len(lead)], lead) else self._ids(text)
+            for (_, lead), ids, text in zip(leads, behind, alone, strict=True)
+        ]
 
-    def ids_of(self, texts: list[str]) -> list[list[int]]:
-        """Ids of rendered texts, tokenised in one call."""
-        # The template writes BOS itself, as apply_chat_template(tokenize=True) assumes too.
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        return ids
+    def verify(self, conversations: Iterable[tuple[str, str | None]]) -> None:
+        """Compare what is put together for some prompts, each with an answer or none, with renderings.
 
-    def _head_ids(self) -> list[int]:
+        Should one ever differ, every text is rendered from then on.
+        """
+        if not all(self._puts_together(*each) for each in conversations):
+            for trace in self._traces.values():
+                trace.opaque = True
+
+    def _puts_together(self, prompt: str, answer: str | None) -> bool:
+        """Whether what is put together for these texts, if it is, is what a rendering is."""
+        if not (self._fills("user", prompt) and (answer is None or self._fills("assistant", answer))):
+            return True
+        whole = self._prompt(prompt) + ("" if answer is None else self._answer(prompt, answer))
+        return whole == self._render(prompt, answer)
+
+    def _fills(self, role: str, text: str) -> bool:
+        """Whether a text can be filled in without the template."""
+        return self._traces[role].holds_for(text)
+
+    def _prompt(self, text: str) -> str:
+        """The prompt that asks `text`, generation prompt included."""
+        if self._fills("user", text):
+            return f"{self.head}{replayed(text, self._changes['user'])}{self.tail}"
+        rendered = self._render(text)
+        fits = len(rendered) >= len(self.head) + len(self.tail)
+        if not (fits and rendered.startswith(self.head) and rendered.endswith(self.tail)):
+            raise TemplateError(
+                f"the chat template puts other text around the prompt {text!r} than around other prompts: {rendered!r}"
+            )
+        return rendered
+
+    def _answer(self, prompt: str, text: str) -> str:
+        """What follows the prompt in the conversation in which `text` answers it."""
+        if self._fills("user", prompt) and self._fills("assistant", text):
+            before, behind = self._around_answer
+            return f"{before}{replayed(text, self._changes['assistant'])}{behind}"
+        rendered, conversation = self._prompt(prompt), self._render(prompt, text)
+        if not conversation.startswith(rendered):
+            raise TemplateError(f"the chat template changes the prompt {prompt!r} once it is answered")
+        return conversation[len(rendered) :]
+
+    def _learn_changes(self) -> None:
+        """Which of the changes that were traced reach the output, by texts that differ under each."""
+        user, assistant = self._traces.values()
+        for changes in product(user.changes, assistant.changes):
+            self._changes = dict(zip(self._traces, changes, strict=True))
+            if all(self._puts_together(probe, probe) for probe in _PROBES):
+                return
+        user.opaque = assistant.opaque = True
+
+    def _learn_fixed_ids(self) -> None:
+        """What of head and tail lies beyond special tokens, and the last of these, behind which answers begin."""
+        marks = self._marks()
+        start = max((self.head.rfind(mark) for mark in marks), default=-1)
+        found = [(at, mark) for mark in marks if (at := self.tail.find(mark)) >= 0]
+        self._fixed = (self.head[: max(0, start)], self._ids(self.head[: max(0, start)])), ("", self._ids(""))
+        self._lead: tuple[str, Ids] | None = None
+        if found:
+            at, mark = min(found)
+            self._fixed = self._fixed[0], (self.tail[at + len(mark) :], self._ids(self.tail[at:])[1:])
+            lead = self.tail[max(self.tail.rfind(mark) for mark in marks) :]
+            self._lead = lead, self._ids(lead)
+
+    def _marks(self) -> list[str]:
+        """Added tokens in head or tail at which text is split whatever stands around them."""
+        if self._backend is None or self._backend.encode_special_tokens:
+            return []
+        added = list(self._backend.get_added_tokens_decoder().values())
+
+        def is_mark(token: AddedToken) -> bool:
+            text = token.content
+            awkward = token.normalized or token.single_word or token.lstrip or token.rstrip
+            # No other one begins earlier and reaches into it, or begins with it and goes on.
+            return not awkward and not any(
+                text[0] in other.content[1:] or (other.content != text and other.content.startswith(text))
+                for other in added
+            )
+
+        return [token.content for token in added if token.content in self.head + self.tail and is_mark(token)]
+
+    def _ids_of_head(self) -> Ids:
         """The ids of the head when text follows it: tokenised alone, line breaks at its end can become other tokens."""
-        one, other = self._ids(self.head + "x" + self.tail), self._ids(self.head + "y" + self.tail)
-        common = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
+        one, other = (self._ids(f"{self.head}{letter}{self.tail}") for letter in "xy")
+        shorter = min(len(one), len(other))
+        common = one[: common_start(np.concatenate([one, other]), np.array([0, len(one)]), np.array([shorter] * 2))]
         # A blank at its end may have merged with the letter; then the head tokenised alone is more accurate.
         return common if self.tokenizer.decode(common) == self.head else self._ids(self.head)
 
@@ -160,8 +250,17 @@ class ChatTemplate:
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=assistant is None)
         return cast(str, rendered)
 
-    def _ids(self, text: str) -> list[int]:
-        return self.ids_of([text])[0]
+    def _ids(self, text: str) -> Ids:
+        return self._batch([text])[0]
+
+    def _batch(self, texts: list[str]) -> list[Ids]:
+        """Ids of rendered texts, tokenised in one call."""
+        # The template writes BOS itself, as apply_chat_template(tokenize=True) assumes too.
+        if self._backend is not None:
+            found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+            # One at a time: tens of thousands of lists that live at once would be walked by the garbage collector.
+            return [np.array(each.ids, np.int32) for each in found]
+        return [np.array(ids, np.int32) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     @staticmethod
     def _split(rendered: str, role: str) -> tuple[str, str]:
@@ -171,6 +270,19 @@ class ChatTemplate:
                 f"the chat template writes the {role}'s text {len(tails)} times instead of once: {rendered!r}"
             )
         return head, tails[0]
+
+
+def _backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The `tokenizers.Tokenizer` that gives the same ids with less work; None where a class has its own way."""
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    own = type(tokenizer)
+    if getattr(own, "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
+        return None
+    if own.__call__ is not PreTrainedTokenizerBase.__call__:
+        return None
+    tokenizer("x", add_special_tokens=False)  # sets the backend to neither cut nor pad
+    return tokenizer.backend_tokenizer
 
 
 def tokenize_bundle(
@@ -199,47 +311,43 @@ def tokenize_bundle(
 def tokenize_table(
     bundles: pa.Table, template: ChatTemplate, *, max_prompt_tokens: int, max_response_tokens: int
 ) -> pa.Table:
-    """A table of `BUNDLES` as one of `TOKENS`: all their texts are rendered once and tokenised in one call.
+    """A table of `BUNDLES` as one of `TOKENS`: all prompts are tokenised in one call, then all answers.
 
-    An answer is tokenised behind its prompt, since the tokenizer may see across the boundary; the prompt's own ids are
-    taken from its language.
+    The first prompt of each language, and the first two answers, are compared with whole renderings.
 
     Raises:
         TokenizationError: the template alone exceeds max_prompt_tokens.
         TemplateError: the template is unusable.
     """
     rows = bundles.select(_READ).to_pylist()
-    asked = [[template.render_prompt(text) for text in row["texts"]] for row in rows]
-    answered: list[dict[str, str]] = []  # of each row: name of the answer -> conversation
-    for row, rendered in zip(rows, asked, strict=True):
-        row["response_prompt"] = NO_PROMPT
-        if row["response_language"] in row["languages"]:
-            at = row["response_prompt"] = row["languages"].index(row["response_language"])
-            texts = {name: row[name] for name in ANSWERS if row[name] is not None}
-            prompt = row["texts"][at]
-            answered.append({n: template.render_answered(prompt, rendered[at], text) for n, text in texts.items()})
-        else:
-            answered.append({})
-    ids = iter(template.ids_of([*chain(*asked), *chain(*(one.values() for one in answered))]))
-    prompt_ids = [[next(ids) for _ in rendered] for rendered in asked]
-    columns: dict[str, list[Any]] = {name: [] for name in TOKENS.names if name != "key"}
-    for row, rendered, whole, conversations in zip(rows, asked, prompt_ids, answered, strict=True):
-        cut = [template.cut_prompt(one, max_prompt_tokens) for one in whole]
-        at, lost = row["response_prompt"], 0
-        answers: dict[str, list[int] | None] = dict.fromkeys(ANSWERS)
-        for name, conversation in conversations.items():
-            answer = template.answer_ids(whole[at], next(ids), rendered[at], conversation)
-            answers[name] = answer[:max_response_tokens]
-            lost += max(0, len(answer) - max_response_tokens)
-        values = {
-            **row,
-            **answers,
-            "prompts": [kept for kept, _ in cut],
-            "tapped": [len(kept) - 1 for kept, _ in cut],
-            "truncated_prompt_tokens": sum(number for _, number in cut),
-            "truncated_response_tokens": lost,
-            "cut": [number for _, number in cut],
-        }
-        for name, column in columns.items():
-            column.append(values[name])
+    texts = [text for row in rows for text in row["texts"]]
+    starts = np.cumsum([0, *(len(row["texts"]) for row in rows)])  # of each row's prompts
+    answers: list[tuple[int, str, int]] = []  # row, name, prompt
+    for number, row in enumerate(rows):
+        continued = row["response_language"] in row["languages"]
+        at = row["response_prompt"] = row["languages"].index(row["response_language"]) if continued else NO_PROMPT
+        answers += [(number, name, starts[number] + at) for name in ANSWERS if continued and row[name] is not None]
+    first_of_languages = {code: text for row in rows for code, text in zip(row["languages"], row["texts"], strict=True)}
+    template.verify([(text, None) for text in first_of_languages.values()])
+    template.verify([(texts[prompt], rows[number][name]) for number, name, prompt in answers[:2]])
+    whole = template.prompt_ids(texts)
+    said = template.answer_ids([(texts[prompt], whole[prompt], rows[number][name]) for number, name, prompt in answers])
+    kept, cuts = zip(*(template.cut_prompt(ids, max_prompt_tokens) for ids in whole), strict=True)
+    lengths, cut = np.fromiter(map(len, kept), np.int32), np.array(cuts, dtype=np.int32)
+    lost = np.zeros(len(rows), dtype=np.int32)
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in _COPIED}
+    columns |= {name: [None] * len(rows) for name in ANSWERS}
+    for (number, name, _), ids in zip(answers, said, strict=True):
+        columns[name][number] = ids[:max_response_tokens]
+        lost[number] += max(0, len(ids) - max_response_tokens)
+    ends = np.cumsum([0, *lengths])
+    columns["prompts"] = _lists(starts, _lists(ends, pa.array(np.concatenate(kept))))
+    columns["tapped"], columns["cut"] = _lists(starts, pa.array(lengths - 1)), _lists(starts, pa.array(cut))
+    columns["truncated_prompt_tokens"] = np.add.reduceat(cut, starts[:-1])
+    columns["truncated_response_tokens"] = lost
     return token_table(columns)
+
+
+def _lists(bounds: npt.NDArray[np.int64], values: pa.Array) -> pa.Array:
+    """A column of lists that lie one after another in `values`, with these bounds [N + 1]."""
+    return pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), values)

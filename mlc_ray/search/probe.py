@@ -300,7 +300,7 @@ class ProbeActor:
     """A Ray Data actor that holds the model and reads every layer's states of bundles by row index."""
 
     def __init__(self, tokens_folder: str, settings: dict[str, Any], gpu: bool) -> None:
-        self.tokens = TokenArtifact.open(Path(tokens_folder))
+        self.tokens = TokenArtifact.open(tokens_folder)
         self.device = torch.device("cuda" if gpu else "cpu")
         self.model = load_policy(ModelSection(**settings))
         torch.nn.Module.eval(self.model)

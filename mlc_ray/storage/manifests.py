@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage.atomic import atomic_folder, write_json_atomic
+from mlc_ray.storage.atomic import atomic_folder
 from mlc_ray.storage.base import MANIFEST, Place
 
 SEAL = "checksum"
@@ -36,7 +36,9 @@ class IncompleteArtifactError(ArtifactError):
     """A file that the manifest lists is missing or has another size, or there is no manifest at all."""
 
 
-def write_manifest(folder: str | Path, *, files: Mapping[str, int] | None = None, **fields: Any) -> dict[str, Any]:
+def write_manifest(
+    folder: str | Path | Place, *, files: Mapping[str, int] | None = None, **fields: Any
+) -> dict[str, Any]:
     """Write `manifest.json` into `folder`: the fields, and `files`, every other file's relative path and size in bytes.
 
     Call it last, when everything else is in place. Returns what was written.
@@ -47,10 +49,9 @@ def write_manifest(folder: str | Path, *, files: Mapping[str, int] | None = None
             those that are in `folder`.
         fields: whatever JSON can hold.
     """
-    folder = Path(folder)
-    listed = _sizes(folder) if files is None else dict(sorted(files.items()))
+    listed = _sizes(Path(folder)) if files is None else dict(sorted(files.items()))
     manifest = sealed(json.loads(json.dumps({**fields, "files": listed})))
-    write_json_atomic(folder / MANIFEST, manifest)
+    (Place(folder) / MANIFEST).write_json(manifest)
     return manifest
 
 

@@ -7,7 +7,6 @@ that is imported by the call.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from mlc_ray.storage import Place
@@ -26,8 +25,8 @@ class CheckpointScorer(Protocol):
 class HeldOut:
     """Where the tokens of held-out bundles are, and what the reference says of them."""
 
-    tokens_folder: Path
-    reference_folder: Path | None
+    tokens_folder: Place
+    reference_folder: Place | None
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class WorkerSpec:
 
     config: dict[str, Any]
     run_folder: Place
-    tokens_folder: Path
-    reference_folder: Path | None
+    tokens_folder: Place
+    reference_folder: Place | None
     fingerprints: dict[str, str]
     total_steps: int
     lease: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,23 @@ import ray.data
 import torch
 
 from mlc_ray.config import ModelSection, TrainConfig
+from mlc_ray.data.artifacts import is_made, local_artifact, new_artifact
 from mlc_ray.data.batches import BatchError, collate
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
 from mlc_ray.progress import phase
 from mlc_ray.storage import (
-    IncompleteArtifactError,
-    artifact_folder,
+    Place,
     fingerprint,
     fingerprint_model,
     library_versions,
     read_manifest,
-    verify_files,
+    working_folder,
     write_manifest,
 )
 from mlc_ray.train.model import ModelError, load_policy
 from mlc_ray.train.reference import ReferenceModel, asked_of_reference
 from mlc_ray.types import ReferenceRows, move
-
-logger = logging.getLogger(__name__)
 
 _COLUMNS = ("chosen", "rejected", "state")
 BUNDLES_PER_FORWARD = 8
@@ -41,7 +38,9 @@ _ERRORS = {error.__name__: error for error in (BatchError, ModelError)}
 """What scoring may raise of ours."""
 
 
-def prepare_reference(config: TrainConfig, tokens: TokenArtifact, *, layer: int, cache_dir: Path, gpu: bool) -> Path:
+def prepare_reference(
+    config: TrainConfig, tokens: TokenArtifact, *, layer: int, cache_dir: Path | Place, gpu: bool
+) -> Place:
     """The folder of what the objective needs of the reference, for every bundle; computed unless there.
 
     The key holds the token rows' fingerprint, the model's weights, the type and the kernels of the forward, and what is
@@ -60,15 +59,10 @@ def prepare_reference(config: TrainConfig, tokens: TokenArtifact, *, layer: int,
             **needed,
         }
     )
-    folder = cache_dir / f"reference-{key}"
-    if folder.exists():
-        try:
-            verify_files(folder, read_manifest(folder))
-        except IncompleteArtifactError as error:
-            logger.warning("%s; computing it again", error)
-        else:
-            return folder
-    with artifact_folder(folder) as temporary:
+    folder = Place(cache_dir) / f"reference-{key}"
+    if is_made(folder):
+        return folder
+    with new_artifact(folder) as target, working_folder(target) as temporary:
         _compute(config, tokens, needed, temporary, gpu=gpu)
         write_manifest(
             temporary, fingerprint=key, tokens=tokens.fingerprint, bundles=len(tokens), versions=library_versions()
@@ -76,10 +70,10 @@ def prepare_reference(config: TrainConfig, tokens: TokenArtifact, *, layer: int,
     return folder
 
 
-def load_reference(folder: Path) -> ReferenceRows:
+def load_reference(folder: Path | Place) -> ReferenceRows:
     """What the reference says of each row of the token artefact; mapped, so that all processes of a node share it."""
-    verify_files(folder, read_manifest(folder))
-    found = {name: folder / column_file(name) for name in _COLUMNS}
+    here = local_artifact(Place(folder), read_manifest(folder))
+    found = {name: here / column_file(name) for name in _COLUMNS}
     return ReferenceRows(**{name: np.load(path, mmap_mode="r") for name, path in found.items() if path.exists()})
 
 
@@ -141,7 +135,7 @@ class ReferenceScorer:
     """A Ray Data actor that holds the reference model and scores bundles by row index."""
 
     def __init__(self, tokens_folder: str, settings: dict[str, Any], needed: dict[str, Any], gpu: bool) -> None:
-        self.tokens = TokenArtifact.open(Path(tokens_folder))
+        self.tokens = TokenArtifact.open(tokens_folder)
         self.device = torch.device("cuda" if gpu else "cpu")
         self.settings = ModelSection(**settings)
         self.needed = needed

@@ -64,7 +64,7 @@ class PreparedData:
     """What a run reads, on disk: made once, and used again by every later run that needs the same."""
 
     tokens: TokenArtifact
-    reference_folder: Path | None
+    reference_folder: Place | None
     fingerprints: dict[str, str]
     held_out: HeldOut | None = None
 
@@ -221,7 +221,7 @@ def _fit(
     return TrainResult(run_folder, find_checkpoint(run_folder), rows[-1] if rows else {})
 
 
-def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool) -> PreparedData:
+def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gpu: bool) -> PreparedData:
     """Token rows and, where the loss needs them, cached reference numbers for `config`; existing ones are reused.
 
     Raises:
@@ -246,7 +246,7 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path, layer: int, gpu: bool)
     return PreparedData(tokens, reference_folder, fingerprints, HeldOut(held_out.folder, held_out_reference))
 
 
-def _held_out_tokens(config: TrainConfig, training: TokenArtifact, cache_dir: Path) -> TokenArtifact | None:
+def _held_out_tokens(config: TrainConfig, training: TokenArtifact, cache_dir: Path | Place) -> TokenArtifact | None:
     section = held_out_section(config.data)
     if section is None:
         return None

@@ -78,3 +78,9 @@ def test_what_is_no_bundle_at_all_is_refused_at_once(tmp_path, given, message):
 def test_what_is_kept_is_read_by_people_too(tmp_path):
     lines = Path(as_source(RAW, tmp_path).path).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == RAW
+
+
+def test_bundles_are_kept_on_an_object_store(s3):
+    source = as_source(RAW, f"{s3}/cache")
+    assert source.path.startswith(f"{s3}/cache/given-") and as_source(iter(RAW), f"{s3}/cache") == source
+    assert read(source) == BUNDLES

@@ -3,8 +3,8 @@
 import json
 import os
 import re
+from collections import Counter
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,9 +13,10 @@ from mlc_ray.config import SourceSection
 from mlc_ray.data import contents, sources
 from mlc_ray.data.bundles import BundleFileError, RejectedRow, make_bundle
 from mlc_ray.data.contents import contents_of
-from mlc_ray.data.rejects import InvalidBundlesError, KeyCollisionError, Ledger, PartRead
+from mlc_ray.data.rejects import InvalidBundlesError, KeyCollisionError, Ledger, Sorting, count
 from mlc_ray.data.sources import read_file, readings_of, resolve_source
-from mlc_ray.data.tables import keys_of
+from mlc_ray.data.tables import BUNDLES, keys_of
+from mlc_ray.storage import Place
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +92,7 @@ def test_a_byte_that_is_not_utf8_is_named_by_its_place_in_the_file(tmp_path, mon
         list(read_file(file))
     cut(monkeypatch, 150)
     with pytest.raises(BundleFileError, match=re.escape(str(whole.value))):
-        both = [list(part.rows()) for part in readings_of(file, contents_of([path]), blocks=1)]
+        both = [list(part.rows()) for part in readings_of(file, contents_of([Place(path)]), blocks=1)]
         assert not both
 
 
@@ -105,15 +106,20 @@ def test_contents_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
         return contents.read_blocks(blocks)
 
     cut(monkeypatch, 6)
-    first = contents_of([path], counting)  # just written: it may change again within a tick of the clock
-    assert contents_of([path], counting) == first and asked == [3, 3]
-    assert first[path].line_breaks == [1, 1, 0]
+    first = contents_of([Place(path)], counting)  # just written: it may change again within a tick of the clock
+    assert contents_of([Place(path)], counting) == first and asked == [3, 3]
+    assert first[Place(path)].line_breaks == [1, 1, 0]
     os.utime(path, ns=(10**18, 10**18))
-    assert contents_of([path], counting) == contents_of([path], counting) == first and asked == [3, 3, 3, 0]
+    assert contents_of([Place(path)], counting) == contents_of([Place(path)], counting) == first and asked == [
+        3,
+        3,
+        3,
+        0,
+    ]
     path.write_bytes(b"one\ntwo\nTHREE")
     os.utime(path, ns=(10**18 + 1, 10**18 + 1))
-    changed = contents_of([path], counting)
-    assert changed[path].digests[0] == first[path].digests[0] and changed != first
+    changed = contents_of([Place(path)], counting)
+    assert changed[Place(path)].digests[0] == first[Place(path)].digests[0] and changed != first
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path):
@@ -126,7 +132,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path):
         os.utime(path, ns=(10**18 + 1, 10**18 + 1))
         return contents.read_blocks(blocks)
 
-    contents_of([path], changing)
+    contents_of([Place(path)], changing)
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -136,7 +142,7 @@ def test_without_a_cache_nothing_is_remembered(tmp_path, monkeypatch, cache):
     path.write_bytes(b"one")
     os.utime(path, ns=(10**18, 10**18))
     monkeypatch.setenv("MLC_RAY_CACHE", cache.format(file=path))
-    assert contents_of([path]) == contents_of([path])
+    assert contents_of([Place(path)]) == contents_of([Place(path)])
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -160,51 +166,60 @@ def test_a_folder_is_known_by_the_names_and_contents_of_its_files(tmp_path):
 
 def told(rows):
     """What a task says of rows: the name of a bundle, or None for a rejected row."""
-    kept = [(line, name) for line, name in enumerate(rows, start=1) if name]
-    at = [line - 1 for line, name in enumerate(rows, start=1) if not name]
-    text = "".join(
-        json.dumps({"file": "f", "line": n + 1, "reason": f"kind 'x{n}' at {n}", "text": ""}) + "\n" for n in at
-    )
-    lines = np.array([line for line, _ in kept], dtype=np.int64)
-    return PartRead(np.array(at, dtype=np.int64), text, keys_of(name for _, name in kept), lines, ["f"], None)
+    columns = {"file": "f", "text": None, **dict.fromkeys(BUNDLES.names)}
+    sorting = Sorting()
+    parsed = [
+        {
+            **columns,
+            "file": "f",
+            "line": line,
+            "bundle_id": name,
+            "reason": None if name else f"kind 'x{line}' at {line}",
+        }
+        for line, name in enumerate(rows, start=1)
+    ]
+    sorting.bundles(pa.Table.from_pylist(parsed, schema=sources.PARSED))
+    return sorting.result()
 
 
 def ledger_of(tmp_path, *parts):
-    ledger = Ledger(tmp_path / "rejects.jsonl", tmp_path / "rejects.jsonl")
-    for part in parts:
-        ledger.add(told(part))
+    """What finds repeats in parts: takes what it needs of ids, and `on_invalid`."""
+    ledger, said = Ledger(), [told(part) for part in parts]
+    for each in said:
+        ledger.add(each)
     names = [name for part in parts for name in part if name]
-    return ledger, lambda rows: [names[row] for row in rows]
+
+    def close(on_invalid, ids=lambda rows: [names[row] for row in rows]):
+        return ledger.close(ids, on_invalid, [each.rejects for each in said], tmp_path / "rejects.jsonl")
+
+    return ledger, close
 
 
 def test_the_first_of_repeats_is_kept_and_rejects_are_in_order(tmp_path):
-    ledger, ids = ledger_of(tmp_path, ["a", None, "b", "a"], [], ["c", "b", None, "a", "d"])
-    repeats, reasons = ledger.close(ids, "skip")
+    ledger, close = ledger_of(tmp_path, ["a", None, "b", "a"], [], ["c", "b", None, "a", "d"])
+    repeats = close("skip")
     assert {part: rows.tolist() for part, rows in repeats.items()} == {0: [2], 2: [1, 2]}
-    assert reasons.by_frequency() == {"repeats the bundle of …": 3, "kind … at …": 2}
+    assert ledger.reasons == {"repeats the bundle of …": 3, "kind … at …": 2}
     written = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
-    assert [row["line"] for row in written] == [2, 4, 2, 3, 4]
+    assert [row["line"] for row in written] == [2, 3, 4, 2, 4]
     assert [row["reason"] for row in written if row["line"] == 4] == ["repeats the bundle of 'f:1'"] * 2
-    with pytest.raises(InvalidBundlesError, match=r"(?s)5 of 9 rows.*f:2: kind 'x1'.*f:4: repeats.*f:2: .*All of"):
-        again, ids = ledger_of(tmp_path, ["a", None, "b", "a"], [], ["c", "b", None, "a", "d"])
-        again.close(ids, "fail")
+    with pytest.raises(InvalidBundlesError, match=r"(?s)5 of 9 rows.*f:2: kind 'x2'.*f:3: .*f:4: repeats.*All of"):
+        _, again = ledger_of(tmp_path, ["a", None, "b", "a"], [], ["c", "b", None, "a", "d"])
+        again("fail")
 
 
-def test_reasons_that_differ_in_more_than_values_are_told_apart_up_to_fifty(tmp_path):
-    ledger = Ledger(tmp_path / "r.jsonl", tmp_path / "r.jsonl")
+def test_reasons_that_differ_in_more_than_values_are_told_apart_up_to_fifty():
+    reasons = Counter()
     for number in range(60):
-        row = {"file": "f", "line": number, "reason": "no " * (number + 1), "text": ""}
-        part = told(["a"] if number == 0 else [])
-        lines = json.dumps(row) + "\n"
-        ledger.add(PartRead(np.array([1 if number == 0 else 0]), lines, part.keys, part.lines, ["f"], None))
-    _, reasons = ledger.close(lambda rows: [], "skip")
-    assert len(reasons.by_frequency()) == 51 and reasons.by_frequency()["other reasons"] == 10
+        count(reasons, "no " * (number + 1) + f"'{number}'")
+        count(reasons, "no '7'")
+    assert len(reasons) == 51 and reasons["other reasons"] == 10 and reasons["no …"] == 61
 
 
 def test_two_bundles_of_one_key_are_refused_by_name(tmp_path):
-    ledger, _ = ledger_of(tmp_path, ["a", "b"], ["a"])
+    _, close = ledger_of(tmp_path, ["a", "b"], ["a"])
     with pytest.raises(KeyCollisionError, match=r"f:1: bundle other has by chance the same key as bundle a of f:1"):
-        ledger.close(lambda rows: [["a", "b", "other"][row] for row in rows], "skip")
+        close("skip", lambda rows: [["a", "b", "other"][row] for row in rows])
 
 
 def test_bundles_of_the_sample_differ_in_their_keys():

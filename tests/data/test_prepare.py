@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from mlc_ray.data.rejects import InvalidBundlesError
 from mlc_ray.data.store import TokenArtifact, finish_artifact, shard_file, write_rows, write_shard
 from mlc_ray.data.tables import bundle_columns, keys_of, rows_to_table
 from mlc_ray.data.tokens import ChatTemplate, TokenizationError, load_tokenizer, tokenize_bundle
-from mlc_ray.storage import ArtifactError, IncompleteArtifactError, read_manifest
+from mlc_ray.storage import ArtifactError, IncompleteArtifactError, Place, read_manifest
 from mlc_ray.types import TokenRow
 
 COUNT = 11
@@ -84,10 +85,10 @@ def test_invalid_rows_are_written_counted_and_left_out_or_fatal(ray_local, tmp_p
     assert set(rows[0]) >= {"bundle_id", "languages", "texts", "file", "line"}
     assert "reason" not in rows[0]
     written = rejects(tmp_path)
-    assert [(r["file"], r["line"]) for r in written] == [(a.path, 2), (b.path, 1), (b.path, 2), (b.path, 4)]
+    assert [(r["file"], r["line"]) for r in written] == [(a.path, 2), (b.path, 2), (b.path, 4), (b.path, 1)]
     assert "'harmles'" in written[0]["reason"]
     assert json.loads(written[0]["text"]) == record(1, kind="harmles")
-    assert f"'{a.path}:1'" in written[1]["reason"]
+    assert f"'{a.path}:1'" in written[3]["reason"]
     assert "4 invalid rows" in caplog.text
 
     with pytest.raises(InvalidBundlesError) as error:
@@ -168,7 +169,7 @@ def test_token_rows_on_disk_are_what_tokenising_gives(prepared):
 
 def test_an_artefact_is_used_again_wherever_its_source_lies(prepared, tmp_path):
     data, model, cache, artifact = prepared
-    rows = artifact.folder / shard_file(0)
+    rows = Path(artifact.folder) / shard_file(0)
     before = rows.stat().st_mtime_ns
     moved = SourceSection(path=shutil.copy(data.train[0].path, tmp_path))
     again = prepare_token_rows(data.model_copy(update={"train": [moved]}), model, cache_dir=cache)
@@ -226,10 +227,10 @@ def test_rows_are_found_across_pieces_of_the_file(stored):
 
 
 def test_a_manifest_lists_what_was_written_and_no_leftovers(tmp_path):
-    shard = write_shard(tmp_path, 0, [rows_to_table([token_row(0)])])
+    shard = write_shard(Place(tmp_path), shard_file(0), [rows_to_table([token_row(0)])])
     (tmp_path / ".rows-00000.arrow.tmp-7-0a").write_bytes(b"of a killed task")
     (tmp_path / "rows-00001.arrow").write_bytes(b"what no task reported")
-    finish_artifact(tmp_path, [shard], fingerprint="x", rejected={})
+    finish_artifact(Place(tmp_path), [shard], fingerprint="x", rejected={})
     assert read_manifest(tmp_path)["files"] == {shard.file: (tmp_path / shard.file).stat().st_size}
     assert not list(tmp_path.glob(".*"))
 
@@ -259,11 +260,11 @@ def test_nothing_is_tokenised_once_a_row_was_rejected_where_that_is_fatal(smollm
 
     def shards(on_invalid):
         data = DataSection(train=[SourceSection(path=path) for path in files], on_invalid=on_invalid)
-        stage = Tokenize(data, ModelSection(path=str(smollm2)), tmp_path / "shards")
+        stage = Tokenize(data, ModelSection(path=str(smollm2)), Place(tmp_path / "shards"))
         for number, path in enumerate(files):
             reading = np.array([sources.Reading(sources.SourceFile(path))])
             ((read, shard, seen),) = stage({"number": np.array([number]), "reading": reading})["result"]
-            yield shard.counts.rows, len(read.keys), len(read.rejected_at), seen.records
+            yield shard.counts.rows, len(read.keys), read.reasons.total(), seen.records
 
     assert list(shards("skip")) == [(1, 1, 0, 1), (1, 1, 1, 2), (1, 1, 0, 1)]
     assert list(shards("fail")) == [(1, 1, 0, 1), (0, 1, 1, 2), (0, 1, 0, 1)]
@@ -285,7 +286,7 @@ def test_a_file_that_is_read_in_parts_gives_the_rows_that_it_gives_whole(ray_loc
         assert [row.bundle_id for row in one.rows(range(len(one)))] == [
             make_bundle(each).bundle_id for n, each in enumerate(records) if n not in (7, 21)
         ]
-        rejected = [json.loads(line) for line in one.rejects_path.read_text(encoding="utf-8").splitlines()]
+        rejected = [json.loads(line) for line in one.rejects_path.read_text().splitlines()]
         assert [row["line"] for row in rejected] == [8, 22]
         assert rejected[1]["reason"] == f"repeats the bundle of '{source.path}:4'"
         assert one.counts.lacking == {"chosen": 1, "rejected": 2}

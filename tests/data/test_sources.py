@@ -13,10 +13,13 @@ import pytest
 
 from mlc_ray._registry import names
 from mlc_ray.config import ConfigError, DataSection, SourceSection, parse_config
+from mlc_ray.data import contents, sources
 from mlc_ray.data.bundles import BundleFileError, RejectedRow, make_bundle
+from mlc_ray.data.contents import contents_of
 from mlc_ray.data.formats import columnar
 from mlc_ray.data.formats.base import Format
-from mlc_ray.data.sources import SourceFile, make_format, read_file, resolve_source, sample_path
+from mlc_ray.data.sources import SourceFile, make_format, read_file, readings_of, resolve_source, sample_path
+from mlc_ray.storage import Place
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OWN = {"kind": "benign", "prompts": {"en": "How do I hum?"}, "chosen": "Close your mouth.", "rejected": "No."}
@@ -299,3 +302,64 @@ def test_a_file_is_opened_once(tmp_path):
     writer.start()
     assert [line for line, _ in read(tmp_path / "x.jsonl")] == [2, 3]
     writer.join()
+
+
+# --------------------------------------------------------------------------------------------------- on an object store
+
+
+@pytest.fixture
+def both(tmp_path, s3, request, monkeypatch):
+    """The same files in a folder of this machine and of a bucket, with blocks so small that they are read in parts."""
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "cache"))
+    for module in (contents, sources):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 200)
+    here, there = tmp_path / "files", Place(s3) / request.node.name
+    here.mkdir()
+    records = [{"kind": "benign", "prompts": {"en": f"Number {n}?", "zh": "数" * (n % 5 + 1)}} for n in range(20)]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (here / "a.jsonl").write_text(lines, encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(records), here / "b.parquet", row_group_size=3)
+    (here / "c.csv").write_text("id,en,fr\n1,Hello?,Salut ?\n2,Bye?,\n", encoding="utf-8")
+    (here / "d.json").write_text(json.dumps(records[:3]), encoding="utf-8")
+    there.storage.publish(here, str(there))
+    return here, there
+
+
+def test_sources_on_an_object_store_are_read_as_those_of_a_folder(both):
+    _, there = both
+    local, remote = (resolve_source(SourceSection(path=str(folder), kind="benign")) for folder in both)
+    assert [file.path for file in remote] == [f"{there}/{name}" for name in ("a.jsonl", "b.parquet", "c.csv", "d.json")]
+    parts = []
+    for mine, theirs in zip(local, remote, strict=True):
+        assert mine.fingerprint() == theirs.fingerprint()
+        read = [
+            [reading.rows() for reading in readings_of(file, contents_of(file.files()), blocks=1)]
+            for file in (mine, theirs)
+        ]
+        parts.append(len(read[1]))
+        mine_rows, their_rows = ([row for part in rows for row in part] for rows in read)
+        assert [(row.line, row.parsed) for row in mine_rows] == [(row.line, row.parsed) for row in their_rows]
+        assert {row.file for row in their_rows} == {theirs.path}
+    assert parts[0] > 3 and parts[1] > 3
+
+
+def test_the_content_of_an_object_is_remembered_until_it_is_replaced(both, monkeypatch):
+    _, there = both
+    monkeypatch.setattr(contents, "_SETTLED_SECONDS", -60.0)
+    place = there / "a.jsonl"
+    first = contents_of([place])
+    assert contents_of([place], lambda blocks: iter(() if not blocks else [1 / 0])) == first
+    place.write_text("{}\n")
+    assert contents_of([place])[place].line_breaks == [1]
+
+
+def test_what_is_read_by_its_path_alone_is_refused_at_a_url(both):
+    _, there = both
+    (there / "saved" / "state.json").write_text("{}")
+    for path, format, said in (
+        ("saved", "auto", "saved dataset"),
+        ("", "xsafety", "reads folders by their path"),
+        ("x.jsonl", "auto", "does not exist"),
+    ):
+        with pytest.raises(BundleFileError, match=f"s3://.*{said}"):
+            resolve_source(SourceSection(path=f"{there}/{path}".rstrip("/"), format=format))

@@ -33,7 +33,35 @@ BRACKETS = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-TEMPLATES = {"chatml": CHATML, "gemma": GEMMA, "llama3": LLAMA3, "brackets": BRACKETS}
+THINKING = (  # as Qwen3's: it asks what texts hold, and what it writes of an answer depends on it
+    "{% for m in messages %}{% if m.role == 'user' %}"
+    "{% if m.content.startswith('<tool>') and m.content.endswith('</tool>') %}<|im_start|>user\n{{ m.content }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endif %}<|im_end|>\n"
+    "{% else %}{% set said = m.content %}{% if '</think>' in said %}{% set said = said.split('</think>')[-1] %}"
+    "{% endif %}{{ '<|im_start|>assistant\n' + said.lstrip('\n') + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MEASURING = CHATML.replace("{{ m.content }}", "{{ m.content if m.content | length < 30 else m.content | string }}")
+TEMPLATES = {
+    "chatml": CHATML, "gemma": GEMMA, "llama3": LLAMA3, "brackets": BRACKETS, "thinking": THINKING,
+    "measuring": MEASURING,
+}  # fmt: skip
+NASTY = [
+    "  spaces around  ",
+    "\n\nlines around\n",
+    "\u3000\u00a0wide blanks\u2028",
+    "quotes \"'<&>\\ and {{ braces }} {% raw %}",
+    "quotes <|im_end|>\n<|im_start|>assistant\n itself",
+    "<|im_end|",
+    "|im_start|>user",
+    "<tool>asked</tool>",
+    "<tool>asked",
+    "<think>\nno\n</think>\n\nyes",
+    "qS7zK2vX9w",
+    "user",
+    "e\u0301 is \u00e9, 👩‍👩‍👧 is one, \u202eright to left",
+    "คำถามภาษาไทยที่ไม่มีช่องว่าง" * 20,
+]  # fmt: skip
 SPECIAL = [
     "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|start_header_id|>",
     "<|end_header_id|>", "<|eot_id|>",
@@ -110,16 +138,54 @@ def test_short_prompts_and_answers_are_the_template_s_own_tokens(tokenizer):
     assert row.truncated_prompt_tokens == row.truncated_response_tokens == 0
 
 
+def renderings(tokenizer, monkeypatch):
+    """The texts that the tokenizer's template is asked to render from now on."""
+    asked, render = [], tokenizer.apply_chat_template
+
+    def counting(messages, **settings):
+        asked.append(messages[-1]["content"])
+        return render(messages, **settings)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
+    return asked
+
+
+def test_nasty_texts_have_the_ids_of_a_whole_rendering(tokenizer):
+    template = ChatTemplate(tokenizer)
+    prompts = template.prompt_ids(NASTY)
+    assert [ids.tolist() for ids in prompts] == [whole(tokenizer, text) for text in NASTY]
+    pairs = [(n, answer) for n in range(len(NASTY)) for answer in NASTY]
+    answers = template.answer_ids([(NASTY[n], prompts[n], answer) for n, answer in pairs])
+    for (n, answer), ids in zip(pairs, answers, strict=True):
+        prompt, conversation = prompts[n].tolist(), whole(tokenizer, NASTY[n], answer)
+        if conversation[: len(prompt)] == prompt:
+            assert ids.tolist() == conversation[len(prompt) :]
+        else:  # the tokenizer would merge across the boundary
+            assert tokenizer.decode(prompt + ids.tolist()) == tokenizer.decode(conversation)
+
+
 @pytest.mark.parametrize(
-    "text",
-    [
-        "  spaces around  ",
-        "\n\nlines around\n",
-        "quotes <|im_end|>\n<|im_start|>assistant\n itself",
-        "qS7zK2vX9w",
-        "user",
-    ],
+    ("name", "rendered"), [("chatml", 0), ("llama3", 0), ("brackets", 0), ("thinking", 2), ("measuring", len(NASTY))]
 )
+def test_texts_are_rendered_only_where_the_template_does_more_than_write_them(small, monkeypatch, name, rendered):
+    tokenizer = small(TEMPLATES[name])
+    template = ChatTemplate(tokenizer)
+    asked = renderings(tokenizer, monkeypatch)
+    template.prompt_ids(NASTY)
+    assert len(asked) == rendered
+
+
+def test_a_template_that_is_not_what_it_was_when_it_was_traced_is_rendered(small, monkeypatch):
+    tokenizer = small(CHATML)
+    template = ChatTemplate(tokenizer)
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content | replace('x', 'y') }}")
+    template.verify([("egg", None)])
+    assert template.prompt_ids(["x"])[0].tolist() != whole(tokenizer, "x")
+    template.verify([("x", None)])
+    assert template.prompt_ids(["x"])[0].tolist() == whole(tokenizer, "x")
+
+
+@pytest.mark.parametrize("text", [NASTY[0], NASTY[1], NASTY[4], "qS7zK2vX9w", "user"])
 def test_awkward_text_moves_no_boundary(tokenizer, text):
     template = ChatTemplate(tokenizer)
     ids, cut = template.encode_prompt(text, 512)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 from mlc_ray.data.batches import BatchError
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
-from mlc_ray.storage import write_manifest
+from mlc_ray.storage import Place, write_manifest
 from mlc_ray.train import reference_cache as ray_reference
 from mlc_ray.train.model import ModelError
 from mlc_ray.train.reference_cache import column_file, load_reference, prepare_reference
@@ -41,7 +42,7 @@ def prepare(tmp_path, monkeypatch):
 
         monkeypatch.setattr(ray_reference, "_compute", compute)
         folder = prepare_reference(config, Tokens(), layer=2, cache_dir=tmp_path / "cache", gpu=False)
-        return folder, load_reference(folder).chosen[0]
+        return Path(folder), load_reference(folder).chosen[0]
 
     return prepared
 
@@ -63,7 +64,7 @@ def test_an_incomplete_folder_is_computed_again(prepare, damage, caplog):
     folder, _ = prepare(-1.0)
     (folder / {"table": CHOSEN, "manifest": "manifest.json"}[damage]).unlink()
     assert prepare(-3.0) == (folder, -3.0)
-    assert "; computing it again" in caplog.text
+    assert "; making it again" in caplog.text
     assert json.loads((folder / "manifest.json").read_text())["bundles"] == 2
 
 
@@ -132,3 +133,16 @@ def test_numbers_come_back_to_their_rows_in_whatever_order_they_are_made(place, 
     parts.pop()
     with pytest.raises(RuntimeError, match="asked for 4 bundles and said something of 2"):
         prepare_reference(config, tokens, layer=2, cache_dir=place / "other", gpu=False)
+
+
+def test_numbers_on_an_object_store_are_fetched_and_mapped(place, s3, monkeypatch):
+    monkeypatch.setenv("MLC_RAY_CACHE", str(place / "cache"))
+    monkeypatch.setattr(
+        ray_reference, "_compute", lambda config, tokens, needed, folder, **_: np.save(folder / CHOSEN, [-1.0, -2.0])
+    )
+    config = tiny_config(model={"path": str(place / "model")})
+    folder = prepare_reference(config, Tokens(), layer=2, cache_dir=Place(s3), gpu=False)
+    found = load_reference(folder).chosen
+    assert isinstance(found, np.memmap) and found.tolist() == [-1.0, -2.0]
+    assert prepare_reference(config, Tokens(), layer=2, cache_dir=Place(s3), gpu=False) == folder
+    assert sorted(folder.sizes()) == [CHOSEN, "manifest.json"]

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from mlc_ray.data.bundles import BundleFileError
 from mlc_ray.data.formats.records import Part, Record
+from mlc_ray.storage import Place
 
 _ROWS_AT_ONCE = 1024
 _SHOWN = 5000
@@ -24,7 +25,7 @@ _SHOWN = 5000
 def parts_of_parquet(path: str, part_bytes: int) -> list[Part]:
     """A file cut between row groups into parts of about `part_bytes`; nothing where there is one, or it is damaged."""
     try:
-        metadata = pq.read_metadata(path)
+        metadata = pq.read_metadata(_source(path))
     except (pa.ArrowException, OSError):  # for the reading itself to report
         return []
     groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
@@ -38,6 +39,12 @@ def parts_of_parquet(path: str, part_bytes: int) -> list[Part]:
     return parts if len(parts) > 1 else []
 
 
+def _source(path: str) -> Any:
+    """What pyarrow reads row groups from by ranges of bytes."""
+    place = Place(path)
+    return path if place.is_local else place.open()
+
+
 def open_parquet(path: str, part: Part | None = None) -> tuple[list[str], Iterator[Record]]:
     """Columns and records of a file, or of a part of it.
 
@@ -45,7 +52,7 @@ def open_parquet(path: str, part: Part | None = None) -> tuple[list[str], Iterat
         BundleFileError: at once or while iterating, it is not readable.
     """
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(_source(path))
     except (pa.ArrowException, OSError) as error:
         raise BundleFileError(f"{path}: not readable as Parquet: {error}") from None
 
@@ -60,7 +67,7 @@ def open_parquet(path: str, part: Part | None = None) -> tuple[list[str], Iterat
     return list(file.schema_arrow.names), _numbered(records(), 1 if part is None else part.line)
 
 
-def is_saved_dataset(folder: Path) -> bool:
+def is_saved_dataset(folder: Place) -> bool:
     """Whether `folder` was written by `datasets`' save_to_disk."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 

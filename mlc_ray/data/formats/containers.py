@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
-from typing import Any, Literal
+from pathlib import Path, PurePath
+from typing import Any, Literal, cast
 
 from mlc_ray.data.bundles import BundleFileError
 from mlc_ray.data.formats.columnar import open_dataset, open_parquet, parts_of_dataset, parts_of_parquet
 from mlc_ray.data.formats.records import Part, Record
+from mlc_ray.storage import Place
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _DELIMITERS = (",", ";", "\t")
@@ -69,16 +71,16 @@ def open_records(path: str, *, container: Literal["csv"] | None = None) -> Opene
     Raises:
         BundleFileError: at once or while iterating, when the file cannot be read as what its suffix says.
     """
-    location = Path(path)
-    if location.is_dir() or not location.exists():
+    suffix = suffix_of(path)
+    if _is_dataset(path):
         return Opened(path, *open_dataset(path))
-    if location.suffix == ".parquet":
+    if suffix == ".parquet":
         return Opened(path, *open_parquet(path))
-    if location.suffix in (".jsonl", ".json"):
+    if suffix in (".jsonl", ".json"):
         return Opened(path, None, _json_records(path))
-    if location.suffix in (".csv", ".tsv") or container == "csv":
+    if suffix in (".csv", ".tsv") or container == "csv":
         return Opened(path, *_open_csv(path))
-    raise BundleFileError(f"{path}: the suffix {location.suffix!r} is not one of {', '.join(SUFFIXES)}")
+    raise BundleFileError(f"{path}: the suffix {suffix!r} is not one of {', '.join(SUFFIXES)}")
 
 
 def parts_of(path: str, line_breaks: list[int], block_bytes: int, blocks: int) -> list[Part]:
@@ -90,12 +92,12 @@ def parts_of(path: str, line_breaks: list[int], block_bytes: int, blocks: int) -
         block_bytes: the size of a block.
         blocks: how many blocks a part has.
     """
-    location = Path(path)
-    if location.is_dir() or not location.exists():
+    suffix = suffix_of(path)
+    if _is_dataset(path):
         return parts_of_dataset(path, block_bytes * blocks)
-    if location.suffix == ".parquet":
+    if suffix == ".parquet":
         return parts_of_parquet(path, block_bytes * blocks)
-    if location.suffix not in (".jsonl", ".json") or len(line_breaks) < 2 or _is_array(path):
+    if suffix not in (".jsonl", ".json") or len(line_breaks) < 2 or _is_array(path):
         return []
     ends = range(blocks, len(line_breaks) + blocks, blocks)
     return [Part((n - blocks) * block_bytes, n * block_bytes, 1 + sum(line_breaks[: n - blocks])) for n in ends]
@@ -107,20 +109,30 @@ def open_part(path: str, part: Part) -> Opened:
     Raises:
         BundleFileError: as `open_records`.
     """
-    location = Path(path)
-    if location.is_dir() or not location.exists():
+    if _is_dataset(path):
         return Opened(path, *open_dataset(path, part), may_be_empty=True)
-    if location.suffix == ".parquet":
+    if suffix_of(path) == ".parquet":
         return Opened(path, *open_parquet(path, part), may_be_empty=True)
     records = (_json_record(line, text.strip("\r\n")) for line, text in _lines(path, part) if text.strip())
     return Opened(path, None, records, may_be_empty=True)
+
+
+def suffix_of(path: str) -> str:
+    """The ending of a file's name, by its path or URL: `.jsonl`."""
+    return PurePath(path).suffix
+
+
+def _is_dataset(path: str) -> bool:
+    """Whether it is a folder or a hub name, and neither a file nor a pipe."""
+    place = Place(path)
+    return place.is_dir() or not place.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- JSON
 
 
 def _is_array(path: str) -> bool:
-    with Path(path).open("rb") as file:
+    with Place(path).open() as file:
         start = file.read(1 << 16)
     return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
@@ -206,7 +218,9 @@ def _lines(path: str, part: Part | None = None) -> Iterator[tuple[int, str]]:
     """
     number = offset = 0
     try:
-        with Path(path).open("rb") as file:
+        with Place(path).open() as opened:
+            # Objects of a store are read by ranges; lines are cut from a MiB at a time.
+            file = opened if Place(path).is_local else io.BufferedReader(cast(Any, opened), 1 << 20)
             if part is not None and part.start:
                 file.seek(part.start - 1)
                 rest = file.readline()  # of a line that the part before has; a mere line break is none

@@ -1,0 +1,87 @@
+"""Artefacts, which are folders with a manifest, where processes on several machines make and read them.
+
+On this machine, or on storage mounted on it, an artefact is made in a sibling folder that is renamed, and mapped where
+it lies. Elsewhere nothing can be renamed or mapped: files are written in their place, the manifest last, and each
+machine that reads the artefact fetches it once. Runs that make the same one write files of the same names and content.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlc_ray.storage import (
+    MANIFEST,
+    SEAL,
+    IncompleteArtifactError,
+    Place,
+    artifact_folder,
+    atomic_folder,
+    read_manifest,
+    user_cache,
+    verify_files,
+)
+
+_AT_ONCE = 8  # files that are fetched side by side
+
+logger = logging.getLogger(__name__)
+
+
+def is_made(place: Place) -> bool:
+    """Whether a complete artefact is there; a warning says what an incomplete one lacks."""
+    if not place.exists():
+        return False
+    try:
+        verify_files(place, read_manifest(place))
+    except IncompleteArtifactError as error:
+        logger.warning("%s; making it again", error)
+        return False
+    return True
+
+
+@contextmanager
+def new_artifact(place: Place) -> Iterator[Place]:
+    """Yield the folder whose files become the artefact `place` when the block ends, with the manifest as the last.
+
+    A complete artefact that another run made meanwhile stays as it is. After an error nothing is there; elsewhere there
+    may be files without a manifest, which the next run writes again.
+    """
+    if place.is_local:
+        with artifact_folder(Path(place)) as temporary:
+            yield Place(temporary)
+    else:
+        yield place
+
+
+def local_artifact(place: Place, manifest: dict[str, Any]) -> Path:
+    """The folder of an artefact on this machine; one from elsewhere is fetched unless it was.
+
+    A copy lies in `artifacts` of the user's cache, under the checksum of its manifest. The first process that needs it
+    fetches it, and others wait; it appears whole, and is fetched again where files of it were lost.
+
+    Args:
+        place: the artefact.
+        manifest: what `read_manifest` says of it.
+
+    Raises:
+        IncompleteArtifactError: files of the artefact are missing or short.
+        StorageError: its storage cannot be read.
+    """
+    if place.is_local:
+        verify_files(place, manifest)
+        return Path(place)
+    folder = user_cache() / "artifacts" / f"{place.name}-{manifest[SEAL]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, or its process ends
+        if not is_made(Place(folder)):
+            verify_files(place, manifest)
+            with atomic_folder(folder, replace=folder.exists()) as temporary, ThreadPoolExecutor(_AT_ONCE) as pool:
+                names = [*manifest["files"], MANIFEST]
+                list(pool.map(lambda name: place.storage.fetch(str(place / name), temporary / name), names))
+    return folder
