@@ -21,7 +21,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "mlc_ray"
 PATH = {
     "data": "formats/records formats/containers formats/base formats/mlc bundles contents sources tables rejects "
-    "prepare tokens store order plan stream batches trees ragged",
+    "prepare tracing tokens artifacts store order plan stream batches trees ragged",
     "losses": "base dpo mlc logprobs objective",
     "train": "run entry worker model attention engines/base engines/deepspeed planning loop meter collectives",
     "generate": "stage engine pool",
