@@ -30,7 +30,7 @@ from mlc_ray.config import (
     parse_config,
     read_config_file,
 )
-from mlc_ray.runs import cache_folder, model_name, output_place
+from mlc_ray.runs import artifact_cache, model_name, output_place
 from mlc_ray.storage import Place
 from mlc_ray.types import Bundle
 
@@ -171,7 +171,7 @@ def probe(
     if given and all(isinstance(item, str) for item in given):
         sources = [parse_config(SourceSection, {"path": item}) for item in given]
     else:
-        sources = [_as_source(given, cache_folder(folder.parent))]  # type: ignore[arg-type]
+        sources = [_as_source(given, artifact_cache(folder.parent))]  # type: ignore[arg-type]
 
     from mlc_ray.search.probe import probe
 
@@ -207,12 +207,12 @@ def _settings(
     if section.get(place[-1]):
         raise ConfigError(f"bundles are given, and so is {'.'.join(place)}={section[place[-1]]!r}: leave one out")
     output_dir = raw.get("output_dir", schema.model_fields["output_dir"].default)
-    source = _as_source(bundles, cache_folder(output_place(output_dir)))
+    source = _as_source(bundles, artifact_cache(output_place(output_dir)))
     section[place[-1]] = [source.model_dump(mode="json", exclude_unset=True)]
     return parse_config(schema, raw)
 
 
-def _as_source(bundles: Bundles, folder: Path) -> SourceSection:
+def _as_source(bundles: Bundles, folder: Place) -> SourceSection:
     from mlc_ray.data.given import as_source
 
     return as_source(bundles, folder)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from mlc_ray.config.paths import scheme_of
 from mlc_ray.errors import MlcRayError
-from mlc_ray.runs import cache_folder
 from mlc_ray.storage import Place, StorageError, library_versions
 
 ALIKE = ("python", "mlc_ray", "torch", "ray", "deepspeed", "transformers")
@@ -142,14 +141,3 @@ def _fix(place: str, here: str) -> str:
 def plain_version(version: str | None) -> str | None:
     """A version without the build's mark: +cpu on the head and +cu130 on the workers are one version."""
     return None if version is None else version.partition("+")[0]
-
-
-def check_nodes_of(output: Place, paths: Mapping[str, str]) -> None:
-    """`check_nodes` of the folder that runs go to; where that is a URL, of the cache too, which all nodes fill.
-
-    Raises:
-        NodeError: as `check_nodes`.
-    """
-    check_nodes(output, paths)
-    if not output.is_local:
-        check_nodes(cache_folder(output), {}, setting="MLC_RAY_CACHE")

@@ -129,8 +129,13 @@ def output_folder(output_dir: str | Path, *, setting: str = "output_dir") -> Pat
         raise OutputFolderError(f"{setting}={error}") from None
 
 
+def artifact_cache(output: Place) -> Place:
+    """Where prepared data go, which all nodes read and other runs use again: `cache` beside the runs."""
+    return output / "cache"
+
+
 def cache_folder(output: Place) -> Path:
-    """The folder for what can be computed again: `cache` beside the output, or the user's cache if that is remote."""
+    """The folder on this machine for what can be computed again: `cache` beside the output, or else the user's."""
     return Path(output) / "cache" if output.is_local else user_cache()
 
 

@@ -29,7 +29,7 @@ from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
 from mlc_ray.progress import phase
 from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT
-from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER, cache_folder
+from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER, artifact_cache
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side
 from mlc_ray.train.model import layer_states, load_policy
 from mlc_ray.types import move
@@ -236,7 +236,7 @@ def probe(
     gpu = use_gpu(accelerator)
     check_fits("a probe", [(_PROBE_CPUS, 1.0 if gpu else 0.0)])
     data = DataSection(train=list(sources), languages=languages)
-    tokens = prepare_token_rows(data, model, cache_dir=cache_folder(folder.parent))
+    tokens = prepare_token_rows(data, model, cache_dir=artifact_cache(folder.parent))
     return probe_tokens(with_dtype(model, gpu=gpu), tokens, folder, limit=limit, gpu=gpu)
 
 
@@ -245,7 +245,7 @@ def probe_run(config: TrainConfig, folder: Place, *, limit: int | None, gpu: boo
     # `only` restricts what is trained on; a probe needs benign bundles to tell harmful ones from.
     sources = [source.model_copy(update={"only": None}) for source in config.data.train]
     data = config.data.model_copy(update={"train": sources})
-    tokens = prepare_token_rows(data, config.model, cache_dir=cache_folder(folder.parent / TRIALS_FOLDER))
+    tokens = prepare_token_rows(data, config.model, cache_dir=artifact_cache(folder.parent / TRIALS_FOLDER))
     return probe_tokens(config.model, tokens, folder, limit=limit, gpu=gpu)
 
 

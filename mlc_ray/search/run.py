@@ -29,13 +29,14 @@ from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
-from mlc_ray.nodes import check_nodes_of
+from mlc_ray.nodes import check_nodes
 from mlc_ray.runs import (
     BASE_FILE,
     BASELINE_FOLDER,
     SEARCH_CONFIG_FILE,
     SEARCH_FILE,
     TRIALS_FOLDER,
+    artifact_cache,
     cache_folder,
     output_place,
     resolve_model,
@@ -157,7 +158,7 @@ def _check(config: SearchConfig, space: Space) -> None:
     connect(base.cluster.address)
     check_device(base.model, gpu=_device(base) == "gpu")
     check_feasible(config, base, _device(base))
-    check_nodes_of(output_place(config.output_dir), paths_read(base))
+    check_nodes(output_place(config.output_dir), paths_read(base))
 
 
 def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
@@ -292,7 +293,7 @@ def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder:
     """
     depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
     layer = resolve_layer(base.mlc.layer, depth)
-    data = prepare_data(base, cache_dir=cache_folder(folder / TRIALS_FOLDER), layer=layer, gpu=device == "gpu")
+    data = prepare_data(base, cache_dir=artifact_cache(folder / TRIALS_FOLDER), layer=layer, gpu=device == "gpu")
     held_out = None if data.held_out is None else TokenArtifact.open(data.held_out.tokens_folder)
     if config.scheduler_metric is not None and held_out is not None:
         check_held_out(config.scheduler_metric, held_out)

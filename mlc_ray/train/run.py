@@ -21,8 +21,8 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.lease import LeaseGuard, lease
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
-from mlc_ray.nodes import check_nodes_of
-from mlc_ray.runs import TRAIN_FOLDER, cache_folder, read_metrics
+from mlc_ray.nodes import check_nodes
+from mlc_ray.runs import TRAIN_FOLDER, artifact_cache, read_metrics
 from mlc_ray.storage import Place, absolute_if_here, fingerprint_model, local_side
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.checkpoint import find_checkpoint
@@ -120,14 +120,14 @@ def train(
         [(config.cluster.cpus_per_worker, 1.0 if gpu else 0.0)] * config.cluster.least_workers,
     )
     if score is None:  # a search has asked before its trials
-        check_nodes_of(run_folder.parent, paths_read(config))
+        check_nodes(run_folder.parent, paths_read(config))
     with lease(run_folder, wait=config.resume == "auto") as held:
         config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it, or ended it
         if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
             return _said_to_have_ended(result)
         config = _with_dtype(config, gpu=gpu)
         with claimed(run_folder, config) if is_new else contextlib.nullcontext():
-            data = prepare_data(config, cache_dir=cache_folder(run_folder.parent), layer=layer, gpu=gpu)
+            data = prepare_data(config, cache_dir=artifact_cache(run_folder.parent), layer=layer, gpu=gpu)
             steps = _total_steps(config, data.tokens)
             _announce(config, data.tokens, steps, gpu=gpu)
         LeaseGuard(run_folder, held).check(now=True)  # preparing data may have taken hours
