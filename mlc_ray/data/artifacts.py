@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,11 @@ from mlc_ray.storage import (
     IncompleteArtifactError,
     Place,
     artifact_folder,
-    atomic_folder,
     read_manifest,
     user_cache,
     verify_files,
 )
-
-_AT_ONCE = 8  # files that are fetched side by side
+from mlc_ray.storage.copies import fetch_files, locked
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +73,8 @@ def local_artifact(place: Place, manifest: dict[str, Any]) -> Path:
         verify_files(place, manifest)
         return Path(place)
     folder = user_cache() / "artifacts" / f"{place.name}-{manifest[SEAL]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, or its process ends
+    with locked(folder, fcntl.LOCK_EX):
         if not is_made(Place(folder)):
             verify_files(place, manifest)
-            with atomic_folder(folder, replace=folder.exists()) as temporary, ThreadPoolExecutor(_AT_ONCE) as pool:
-                names = [*manifest["files"], MANIFEST]
-                list(pool.map(lambda name: place.storage.fetch(str(place / name), temporary / name), names))
+            fetch_files(place, [*manifest["files"], MANIFEST], folder, replace=True)
     return folder

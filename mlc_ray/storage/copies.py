@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -65,8 +65,8 @@ def local_model(path: str, *, weights: bool = True) -> str:
     place = Place(path)
     folder, names = _copy(place, weights=weights)
     if not folder.is_dir():
-        with _locked(folder, fcntl.LOCK_EX):
-            _fetch(place, names, folder)
+        with locked(folder, fcntl.LOCK_EX):
+            fetch_files(place, names, folder)
     return str(folder)
 
 
@@ -82,11 +82,11 @@ def model_for_now(path: str) -> Iterator[str]:
     place = Place(path)
     whole, names = _copy(place, weights=True)
     folder = whole.with_name(f"{whole.name}-now")
-    with _locked(folder, fcntl.LOCK_SH) as lock:
+    with locked(folder, fcntl.LOCK_SH) as lock:
         while not folder.is_dir():
             # From shared to exclusive a lock is not changed at once: another process may fetch, or remove, meanwhile.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            _fetch(place, names, folder)
+            fetch_files(place, names, folder)
             fcntl.flock(lock, fcntl.LOCK_SH)
         try:
             yield str(folder)
@@ -121,14 +121,18 @@ def _copy(place: Place, *, weights: bool) -> tuple[Path, list[str]]:
     return user_cache() / "models" / f"{place.name}-{fingerprint_files(place, sizes)}", list(sizes)
 
 
-def _fetch(place: Place, names: list[str], folder: Path) -> None:
-    """Make a copy, unless it is there; its lock is held."""
-    with suppress(FileExistsError), atomic_folder(folder) as temporary, ThreadPoolExecutor(_AT_ONCE) as pool:
+def fetch_files(place: Place, names: Sequence[str], folder: Path, *, replace: bool = False) -> None:
+    """Copy files of a folder elsewhere to a new one, unless it is there; its lock is held.
+
+    With `replace` it is made anew.
+    """
+    replaced = atomic_folder(folder, replace=replace)
+    with suppress(FileExistsError), replaced as temporary, ThreadPoolExecutor(_AT_ONCE) as pool:
         list(pool.map(lambda name: place.storage.fetch(str(place / name), temporary / name), names))
 
 
 @contextmanager
-def _locked(folder: Path, kind: int) -> Iterator[int]:
+def locked(folder: Path, kind: int) -> Iterator[int]:
     """Hold the lock on a copy; yields its file's descriptor. The file stays: removed, another one could be locked."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder.with_name(f".{folder.name}.lock"), os.O_CREAT | os.O_RDWR, 0o600)

@@ -98,7 +98,9 @@ def test_every_engine_gets_the_dtype_of_the_cluster(monkeypatch: pytest.MonkeyPa
     assert dtypes_of(stored) == dtypes_of(decided)
 
 
-def test_a_score_goes_on_in_the_dtype_it_began_in(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_score_goes_on_in_the_dtype_it_began_in(
+    ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "bfloat16")
     monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
     asked: list[ScoreConfig] = []
