@@ -24,7 +24,6 @@ from mlc_ray.storage import local_model
 from mlc_ray.types import Bundle, TokenRow
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerBase
 
 NO_PROMPT = -1
@@ -224,7 +223,7 @@ class ChatTemplate:
             return []
         added = list(self._backend.get_added_tokens_decoder().values())
 
-        def is_mark(token: AddedToken) -> bool:
+        def is_mark(token: Any) -> bool:
             text = token.content
             awkward = token.normalized or token.single_word or token.lstrip or token.rstrip
             # No other one begins earlier and reaches into it, or begins with it and goes on.
