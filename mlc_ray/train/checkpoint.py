@@ -154,12 +154,14 @@ def _set_aside(run: Place, folder: Place, fault: str, host: str, *, own: str | N
 def prune_checkpoints(run: Place, settings: CheckpointSection) -> None:
     """Remove all checkpoints of a run but the latest `checkpoint.keep`, and those of `checkpoint.keep_every`.
 
-    Those that were set aside are removed with the others of their age, and none is kept for them.
+    Those that were set aside, and what is left of one whose removal was cut off, do not count as one of the latest; they
+    are removed with the others of their age.
     """
     folders = checkpoint_folders(run)
-    kept = [step for step, folder in folders if not is_set_aside(folder)][-settings.keep :]
+    usable = [step for step, folder in folders if (folder / MANIFEST).is_file() and not is_set_aside(folder)]
+    oldest = min(usable[-settings.keep :], default=0)
     for step, folder in folders:
-        if step < min(kept) and (settings.keep_every is None or step % settings.keep_every):
+        if step < oldest and (settings.keep_every is None or step % settings.keep_every):
             remove_checkpoint(folder)
 
 

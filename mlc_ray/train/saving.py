@@ -161,7 +161,13 @@ class CheckpointSaver:
         }
         file = going.folder / MANIFEST
         with_retries(str(file), lambda: file.write_json(sealed(manifest)))
-        with_retries("old checkpoints' removal", lambda: prune_checkpoints(self.run, self.config.checkpoint))
+        try:
+            prune_checkpoints(self.run, self.config.checkpoint)
+        except (OSError, StorageError) as error:  # this checkpoint is there: a fault here must not cost it
+            logger.warning(
+                "%s is saved, but older checkpoints could not be removed, and will be with the next one: %s",
+                going.folder, error,
+            )  # fmt: skip
 
     def _has_failed(self, going: _Going, fault: str | None) -> bool:
         if fault is None:

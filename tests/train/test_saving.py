@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 from examples.my_storage import VaultStorage
 from mlc_ray import register
-from mlc_ray.storage import Place
+from mlc_ray.config.train import CheckpointSection
+from mlc_ray.runs import checkpoint_folder, checkpoint_folders
+from mlc_ray.storage import MANIFEST, Place
 from mlc_ray.train import file_writer, published, saving
-from mlc_ray.train.checkpoint import agree_on_checkpoint, list_checkpoints, load_checkpoint
+from mlc_ray.train.checkpoint import agree_on_checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints
 from mlc_ray.train.engines.base import STATE_KINDS
 from mlc_ray.train.file_writer import FileWriter
 from mlc_ray.train.loop import Progress
@@ -36,7 +38,7 @@ class HeldStorage(VaultStorage):
     """Writes once it may; a file whose name has `refused` in it is refused so many times, or kills the process."""
 
     gate = threading.Event()
-    refused, times, deadly = "none", 0, False
+    refused, times, deadly, immovable = "none", 0, False, "none"
 
     def write_parts(self, url, parts):
         self.gate.wait()
@@ -46,6 +48,11 @@ class HeldStorage(VaultStorage):
             type(self).times -= 1
             raise OSError(28, "No space left on device")
         super().write_parts(url, parts)
+
+    def remove(self, url):
+        if url.endswith(self.immovable):
+            raise OSError(13, "Permission denied")
+        super().remove(url)
 
 
 class InLoop:
@@ -120,12 +127,30 @@ def with_faults(rank, model_folder, caplog_file):
         saver.finish()
         outcomes.append((saver.fault, saver.newest and saver.newest.name))
     names = [place.name for place in (Place("held://faults/run") / "train").iterdir()]
+    return outcomes, names, pruned(model_folder, engine), in_little_memory(model_folder, engine)
+
+
+def pruned(model_folder, engine):
+    """With checkpoint.keep=1, what is there after each of three saves; at the second the first cannot be removed."""
+    config = config_of("stage2", model_folder, checkpoint={"background": True, "keep": 1})
+    saver = saver_of("held://prune/run", config, engine)
+    outcomes = []
+    for step, immovable in enumerate(("none", "checkpoint_000001", "none"), 1):
+        HeldStorage.immovable = immovable
+        saver.save(Progress(step=step))
+        saver.finish()
+        places = (Place("held://prune/run") / "train").iterdir() if engine.rank == 0 else []
+        outcomes.append((saver.fault, saver.newest.name, [place.name for place in places]))
+    return outcomes
+
+
+def in_little_memory(model_folder, engine):
     saving.available_memory = lambda: 1 << 16
     config = config_of("stage2", model_folder)
     saver = saver_of("held://memory/run", config, engine)
     saver.save(Progress(step=1))
     saver.finish()
-    return outcomes, names, (saver.in_background, saver.fault)
+    return saver.in_background, saver.fault
 
 
 MODELS = {
@@ -190,7 +215,7 @@ def test_a_checkpoint_is_the_state_at_which_training_went_on(layout, done, monke
 
 def test_what_a_storage_refuses_is_tried_three_times_and_then_no_checkpoint_but_training_goes_on(done):
     folder, results = done
-    for _, (outcomes, names, in_memory) in results:
+    for _, (outcomes, names, _, in_memory) in results:
         assert [newest for _, newest in outcomes] == ["checkpoint_000001", "checkpoint_000001", "checkpoint_000003"]
         assert outcomes[0][0] is None and outcomes[2][0] is None
         assert "checkpoint_000002' could not be written: " in outcomes[1][0]
@@ -202,6 +227,21 @@ def test_what_a_storage_refuses_is_tried_three_times_and_then_no_checkpoint_but_
     assert said[0].count("Training goes on; the checkpoints before stay as they are") == 1
     assert "training stops while checkpoints are written" in said[0]
     assert "training stops while" not in said[1] and "Training goes on" not in said[1]
+
+
+def test_a_checkpoint_is_kept_though_an_older_one_cannot_be_removed(done):
+    folder, results = done
+    names = [f"checkpoint_{step:06d}" for step in (1, 2, 3)]
+    outcomes = results[0][1][2]
+    assert outcomes == [(None, names[0], names[:1]), (None, names[1], names[:2]), (None, names[2], names[2:])]
+    assert Path(f"{folder}/log-0").read_text().count("checkpoint_000002 is saved, but older checkpoints could not") == 1
+
+
+def test_what_has_no_manifest_does_not_count_as_a_kept_checkpoint(tmp_path):
+    for step in (1, 2, 3, 4):
+        (checkpoint_folder(Place(tmp_path), step) / ("state" if step == 3 else MANIFEST)).write_text("{}")
+    prune_checkpoints(Place(tmp_path), CheckpointSection(keep=2))
+    assert [step for step, _ in checkpoint_folders(Place(tmp_path))] == [2, 3, 4]
 
 
 @pytest.mark.parametrize("name", MODELS)
