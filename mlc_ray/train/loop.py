@@ -47,8 +47,8 @@ class Progress:
 class Saves(Protocol):
     """What saves checkpoints. Every worker calls `save`, `settle` and `finish` after the same steps."""
 
-    def save(self, progress: Progress, metrics: Metrics, *, wait: bool) -> None:
-        """Save a checkpoint; with `wait`, return when it is there."""
+    def save(self, progress: Progress, metrics: Metrics, *, wait: bool, needed: bool) -> None:
+        """Save a checkpoint; with `wait`, return when it is there. One that is `needed` must be, or this raises."""
         ...
 
     def writes(self) -> bool:
@@ -96,7 +96,7 @@ def train_loop(
         noticed: what this worker was told so far of being taken away.
         log: called as `log(step, metrics)` after every step, on every worker; where bundles are held out, for step 0
             too, with what they measure before training.
-        saves: saves every `checkpoint.every` steps, at the end and after a notice; what is saved last is waited for.
+        saves: saves every `checkpoint.every` steps, at the end and after a notice; the last two are waited for.
 
     Raises:
         PreemptedError: on every worker, after a checkpoint, when one had a notice to end.
@@ -166,7 +166,7 @@ def train_loop(
         ends = notice >= Notice.RESTART and not last
         due = last or (config.checkpoint.every is not None and progress.step % config.checkpoint.every == 0)
         if due or ends or (notice is Notice.SAVE and not saved_for_notice):
-            saves.save(progress, metrics, wait=last or notice is not Notice.NONE)
+            saves.save(progress, metrics, wait=last or notice is not Notice.NONE, needed=last or ends)
         saved_for_notice = notice is Notice.SAVE  # it stays until the node is gone, and one checkpoint is enough
         if ends:
             raise ended_by(notice, progress.step)

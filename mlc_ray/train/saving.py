@@ -1,8 +1,9 @@
-"""Saving checkpoints while training goes on: it stops for the copy to host memory alone.
+"""Saving checkpoints while training goes on: it stops while state and published weights are copied to host memory.
 
-A thread of each worker writes and checksums the worker's files, and waits for nobody. What workers need of each other
-is exchanged by the training threads, at steps after which all are known to have written: so no thread ever joins in a
-collective, and nothing can wait crosswise.
+Published weights that find no room there, beside `AHEAD_BYTES` of others, are copied once those are written, and
+training waits for it. A thread of each worker writes and checksums the worker's files, and waits for nobody. What
+workers need of each other is exchanged by the training threads, at steps after which all are known to have written: so
+no thread ever joins in a collective, and nothing can wait crosswise.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -56,6 +58,14 @@ class _Going:
 class CheckpointSaver:
     """Saves checkpoints of a run. Every worker calls `save`, `settle` and `finish` after the same steps.
 
+    Args:
+        run: its folder.
+        engine: what trains.
+        tokenizer: written beside the model.
+        config: the run's settings.
+        fingerprints: of the model and the data; a checkpoint of others is refused.
+        completing: entered around each step to a checkpoint's end, whoever asks for it: what it raises ends the step.
+
     Attributes:
         newest: the folder of the last checkpoint that is there.
         fault: why the last one that was tried is not, if so.
@@ -70,9 +80,10 @@ class CheckpointSaver:
         tokenizer: PreTrainedTokenizerBase,
         config: TrainConfig,
         fingerprints: Mapping[str, str],
+        completing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.run, self.engine, self.tokenizer, self.config = run, engine, tokenizer, config
-        self.fingerprints = dict(fingerprints)
+        self.fingerprints, self.completing = dict(fingerprints), completing
         self.lora = config.model.lora is not None
         self.newest: Place | None = None
         self.fault: str | None = None
@@ -100,6 +111,9 @@ class CheckpointSaver:
         for name, parts in published_files(self.engine, self.tokenizer, lora=self.lora):
             going.writer.put(name, parts)
         going.writer.end()
+        # Rank 0 may have waited for room, and so all wait for it here, where a watchdog sees files grow, rather than in
+        # the next step, where they would look hung.
+        gather_objects(None)
 
     @property
     def going(self) -> bool:
@@ -122,9 +136,16 @@ class CheckpointSaver:
         Raises:
             CheckpointError: What the engine says that its workers own is not each trainable element once.
         """
-        going = self._going
-        if going is None:
-            return
+        if (going := self._going) is not None:
+            with self.completing():
+                self._settle(going)
+
+    def finish(self) -> None:
+        """Wait until what is being written is a checkpoint, or is known not to become one; raises as `settle`."""
+        while self._going is not None:
+            self.settle()
+
+    def _settle(self, going: _Going) -> None:
         if not going.all_written:
             fault = going.writer.wait()
             everyones = gather_objects((going.ranges, going.writer.written, _told(fault)))
@@ -138,11 +159,6 @@ class CheckpointSaver:
         fault = going.completing.wait() if going.completing is not None else None
         if not self._has_failed(going, from_rank_zero(_told(fault))):
             self._going, self.newest, self.fault = None, going.folder, None
-
-    def finish(self) -> None:
-        """Wait until what is being written is a checkpoint, or is known not to become one; raises as `settle`."""
-        while self._going is not None:
-            self.settle()
 
     def _complete(self, going: _Going, index: Mapping[str, object], written: dict[str, Written]) -> None:
         """Rank 0's part."""

@@ -27,7 +27,7 @@ from mlc_ray.lease import LeaseGuard
 from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import checkpoint_sizes
-from mlc_ray.storage import fetched_bytes, local_model
+from mlc_ray.storage import Place, StorageFaultError, fetched_bytes, local_model
 from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint
 from mlc_ray.train.checks import check_batch, check_tap
 from mlc_ray.train.divergence import forget_divergence
@@ -47,7 +47,6 @@ from mlc_ray.train.reference import (
 )
 from mlc_ray.train.reference_cache import load_reference
 from mlc_ray.train.saving import CheckpointSaver
-from mlc_ray.train.shards import CheckpointError
 from mlc_ray.train.tracking import Tracker
 from mlc_ray.train.validation import Validation, batches_of, plans_of
 from mlc_ray.train.watchdog import Watchdog
@@ -102,7 +101,14 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
         _stream(tokens, planned, table, engine, cutting), "waiting for its batches", "in a step, with all workers"
     )
     steps = _checked(batches, engine)
-    saver = CheckpointSaver(run, engine=engine, tokenizer=tokenizer, config=config, fingerprints=spec.fingerprints)
+    saver = CheckpointSaver(
+        run,
+        engine=engine,
+        tokenizer=tokenizer,
+        config=config,
+        fingerprints=spec.fingerprints,
+        completing=partial(completing, run, watchdog, guard if rank == 0 else None),
+    )
     watchdog.beat("opening the trackers")
     is_past_divergence = False
     with (
@@ -139,6 +145,32 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
             watchdog.beat("closing its batches and trackers")
 
 
+@contextlib.contextmanager
+def completing(run: Place, watchdog: Watchdog, guard: LeaseGuard | None) -> Iterator[None]:
+    """Around a step to a checkpoint's end: watched for progress, and under the lease still.
+
+    Args:
+        run: its folder.
+        watchdog: this worker's; it goes back to what was done before.
+        guard: rank 0's, which completes checkpoints for all: another driver may have taken over meanwhile.
+
+    Raises:
+        LeaseError: One has.
+    """
+    before = watchdog.doing
+    watchdog.beat("completing a checkpoint, with all workers")
+    if guard is not None:
+        guard.check(now=True)
+    with _watched(run, watchdog):
+        yield
+    watchdog.beat(before)
+
+
+def _watched(run: Place, watchdog: Watchdog) -> AbstractContextManager[None]:
+    # A worker that has written its files waits for the slowest one: what any of them writes is progress.
+    return watchdog.while_changing(partial(checkpoint_sizes, run))
+
+
 class WatchedSaves:
     """Saves checkpoints of a run on Ray: watched for progress, under the lease, and scored where that is asked."""
 
@@ -151,13 +183,13 @@ class WatchedSaves:
         guard: LeaseGuard,
     ) -> None:
         self.spec, self.saver, self.tracker, self.watchdog, self.guard = spec, saver, tracker, watchdog, guard
-        self.writes = saver.writes
+        self.writes, self.settle, self.finish = saver.writes, saver.settle, saver.finish
 
-    def save(self, progress: Progress, metrics: Metrics, *, wait: bool) -> None:
+    def save(self, progress: Progress, metrics: Metrics, *, wait: bool, needed: bool) -> None:
         """Save a checkpoint, and score it where that is asked.
 
         Raises:
-            CheckpointError: It is waited for, and could not be written.
+            StorageFaultError: It is needed, or to be scored, and could not be written; `cluster.max_failures` applies.
         """
         if self.saver.engine.rank == 0:  # it removes and completes for all
             self.guard.check(now=True)
@@ -165,37 +197,18 @@ class WatchedSaves:
             self.watchdog.beat("sending metrics")
             self.tracker.sync()  # before: a run that goes on from the checkpoint has the rows up to it
         self.watchdog.beat("saving a checkpoint, with all workers")
-        with self._watched():
+        with _watched(self.spec.run_folder, self.watchdog):
             self.saver.save(progress)
-        needed = wait or self.spec.score is not None
-        if needed or not self.saver.in_background:
+        needed = needed or self.spec.score is not None
+        if wait or needed or not self.saver.in_background:
             self.finish()
         if needed and self.saver.fault is not None:
-            raise CheckpointError(f"{self.saver.fault}. To go on: mlc-ray train --resume {self.spec.run_folder}")
+            raise StorageFaultError(f"{self.saver.fault}. To go on: mlc-ray train --resume {self.spec.run_folder}")
         if self.spec.score is not None and (newest := self.saver.newest) is not None:
             score = partial(self.spec.score, self.spec.run_folder, newest, progress.step)
             with self.watchdog.off():  # scoring takes as long as it takes, while the other workers wait
                 ray.train.report(_on_first_worker(score))
         self.watchdog.beat("between two steps")
-
-    def settle(self) -> None:
-        """Under the lease still: another driver may have taken over while files were written."""
-        if self.saver.going:
-            self.watchdog.beat("completing a checkpoint, with all workers")
-            if self.saver.engine.rank == 0:
-                self.guard.check(now=True)
-            with self._watched():
-                self.saver.settle()
-            self.watchdog.beat("between two steps")
-
-    def finish(self) -> None:
-        """Wait for what is being written."""
-        while self.saver.going:
-            self.settle()
-
-    def _watched(self) -> AbstractContextManager[None]:
-        # A worker that has written its files waits for the slowest one: what any of them writes is progress.
-        return self.watchdog.while_changing(partial(checkpoint_sizes, self.spec.run_folder))
 
 
 def _notices(spec: WorkerSpec) -> Callable[[], Notice]:

@@ -4,6 +4,8 @@ import logging
 import os
 import signal
 import threading
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,17 +17,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from examples.my_storage import VaultStorage
 from mlc_ray import register
 from mlc_ray.config.train import CheckpointSection
-from mlc_ray.runs import checkpoint_folder, checkpoint_folders
-from mlc_ray.storage import MANIFEST, Place
+from mlc_ray.errors import MlcRayError
+from mlc_ray.lease import Holder, LeaseError, LeaseGuard
+from mlc_ray.runs import LEASE_FILE, checkpoint_folder, checkpoint_folders
+from mlc_ray.storage import MANIFEST, Place, StorageFaultError
 from mlc_ray.train import file_writer, published, saving
 from mlc_ray.train.checkpoint import agree_on_checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints
+from mlc_ray.train.collectives import from_rank_zero, gather_objects
 from mlc_ray.train.engines.base import STATE_KINDS
+from mlc_ray.train.entry import WorkerSpec
 from mlc_ray.train.file_writer import FileWriter
 from mlc_ray.train.loop import Progress
 from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.train.published import published_files
 from mlc_ray.train.saving import CheckpointSaver
 from mlc_ray.train.tensor_files import parts_of
+from mlc_ray.train.watchdog import Watchdog
+from mlc_ray.train.worker import WatchedSaves, completing
 from tests.train.test_checkpoint import FINGERPRINTS, config_of, tokenizer, whole_state
 from tests.train.tiny import VOCABULARY, make_engine, on_workers, random_rows, run_engine, whole_weights
 
@@ -61,7 +69,7 @@ class InLoop:
     def __init__(self, saver):
         self.saver, self.writes, self.settle, self.finish = saver, saver.writes, saver.settle, saver.finish
 
-    def save(self, progress, metrics, *, wait):
+    def save(self, progress, metrics, *, wait, needed):
         self.saver.save(progress)
         if wait or not self.saver.in_background:
             self.saver.finish()
@@ -127,7 +135,51 @@ def with_faults(rank, model_folder, caplog_file):
         saver.finish()
         outcomes.append((saver.fault, saver.newest and saver.newest.name))
     names = [place.name for place in (Place("held://faults/run") / "train").iterdir()]
-    return outcomes, names, pruned(model_folder, engine), in_little_memory(model_folder, engine)
+    ahead = left_ahead(model_folder, engine)
+    told = as_a_worker(model_folder, engine)
+    return outcomes, names, pruned(model_folder, engine), ahead, told, in_little_memory(model_folder, engine)
+
+
+def as_a_worker(model_folder, engine):
+    """What a worker of a run raises at a checkpoint that cannot be written and after its lease is lost."""
+    run, config = Place("held://lease/run"), config_of("stage2", model_folder, checkpoint={"background": True})
+    holder = from_rank_zero(Holder.here())
+    if engine.rank == 0:
+        (run / LEASE_FILE).write_json(asdict(holder))
+    spec = WorkerSpec({}, run, run, None, FINGERPRINTS, STEPS, holder.id, score=None)
+    watchdog, guard = Watchdog(0, run, lease=holder.id, rank=engine.rank, step=0), LeaseGuard(run, holder.id)
+    told = {"config": config, "fingerprints": FINGERPRINTS, "engine": engine, "tokenizer": tokenizer()}
+    saver = CheckpointSaver(run, **told, completing=partial(completing, run, watchdog, guard))
+    saves, raised = WatchedSaves(spec, saver, None, watchdog, guard), []
+    for step, needed in ((1, False), (2, True)):
+        HeldStorage.refused, HeldStorage.times = "/00001-00000", 3
+        try:
+            saves.save(Progress(step=step), {}, wait=True, needed=needed)
+        except MlcRayError as error:
+            raised.append((step, error))
+    HeldStorage.times = 0
+    saves.save(Progress(step=3), {}, wait=False, needed=False)
+    if engine.rank == 0:
+        (run / LEASE_FILE).write_json(asdict(replace(holder, id="another")))
+    gather_objects(None)
+    try:
+        saver.save(Progress(step=4))  # waits for the third
+    except MlcRayError as error:
+        raised.append((4, error))
+    return raised
+
+
+def left_ahead(model_folder, engine):
+    """Whether this worker left `save` before rank 0, which has room for one file at a time and writes late."""
+    saver = saver_of("held://room/run", config_of("stage2", model_folder, checkpoint={"background": True}), engine)
+    saver._room = 1
+    if engine.rank == 0:
+        HeldStorage.gate.clear()
+        threading.Timer(0.5, HeldStorage.gate.set).start()
+    saver.save(Progress(step=1))
+    written = (Place("held://room/run") / "train/checkpoint_000001/extractor.safetensors").is_file()
+    saver.finish()
+    return not written
 
 
 def pruned(model_folder, engine):
@@ -215,18 +267,33 @@ def test_a_checkpoint_is_the_state_at_which_training_went_on(layout, done, monke
 
 def test_what_a_storage_refuses_is_tried_three_times_and_then_no_checkpoint_but_training_goes_on(done):
     folder, results = done
-    for _, (outcomes, names, _, in_memory) in results:
+    for _, (outcomes, names, *_, in_memory) in results:
         assert [newest for _, newest in outcomes] == ["checkpoint_000001", "checkpoint_000001", "checkpoint_000003"]
         assert outcomes[0][0] is None and outcomes[2][0] is None
         assert "checkpoint_000002' could not be written: " in outcomes[1][0]
         assert "OSError: [Errno 28] No space left on device" in outcomes[1][0]
         assert names == ["checkpoint_000001", "checkpoint_000003"]
         assert in_memory == (False, None)
-    said = [Path(f"{folder}/log-{rank}").read_text() for rank in (0, 1)]
+    lines = [Path(f"{folder}/log-{rank}").read_text().splitlines() for rank in (0, 1)]
+    said = ["\n".join(line for line in each if "held://lease" not in line) for each in lines]
     assert said[1].count("is tried again in 0 s: [Errno 28]") == 4
     assert said[0].count("Training goes on; the checkpoints before stay as they are") == 1
     assert "training stops while checkpoints are written" in said[0]
     assert "training stops while" not in said[1] and "Training goes on" not in said[1]
+
+
+def test_all_workers_stay_in_a_save_until_rank_zero_had_room_for_its_files(done):
+    assert [faults[3] for _, faults in done[1]] == [False, False]
+
+
+def test_a_checkpoint_that_is_needed_ends_the_worker_as_a_fault_of_storage_and_none_is_completed_without_the_lease(
+    done,
+):
+    for _, (*_, raised, _) in done[1]:
+        assert [(step, type(error)) for step, error in raised] == [(2, StorageFaultError), (4, LeaseError)]
+        assert isinstance(raised[0][1], OSError)  # which Ray Train tries again
+        assert str(raised[0][1]).endswith("To go on: mlc-ray train --resume held://lease/run")
+        assert "the lease on 'held://lease/run' was lost to " in str(raised[1][1])
 
 
 def test_a_checkpoint_is_kept_though_an_older_one_cannot_be_removed(done):

@@ -161,7 +161,7 @@ class SavesAtOnce:
     def __init__(self, save):
         self._save = save
 
-    def save(self, progress, metrics, *, wait):
+    def save(self, progress, metrics, *, wait, needed):
         self._save(progress, metrics)
 
     def writes(self):
