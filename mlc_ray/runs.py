@@ -377,7 +377,12 @@ def _of_run(run: Place) -> Place:
 
 
 def _of_checkpoint(folder: Place) -> Place:
-    if (folder / MANIFEST).is_file():
+    if is_set_aside(folder):
+        raise ModelPathError(
+            f"checkpoint {str(folder)!r} was found damaged: {DAMAGED_FILE} in it says where; give another checkpoint"
+        )
+    # Without a manifest, a checkpoint is still being written; a folder of another name is what somebody took out of one.
+    if (folder / MANIFEST).is_file() or _CHECKPOINT.fullmatch(folder.name):
         try:
             verify_files(folder, read_manifest(folder))
         except IncompleteArtifactError as error:

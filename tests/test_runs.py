@@ -58,6 +58,22 @@ def test_a_run_without_a_complete_checkpoint_gives_its_export(tmp_path: Path) ->
     assert resolve_model(tmp_path) == str(export)
 
 
+def test_a_checkpoint_that_was_set_aside_is_refused(tmp_path: Path) -> None:
+    folder = checkpoint_at(tmp_path, 3)
+    (folder / "damaged.txt").write_text("a flipped bit")
+    with pytest.raises(ModelPathError, match=r"checkpoint_000003' was found damaged: damaged\.txt in it says where"):
+        resolve_model(folder)
+
+
+def test_a_checkpoint_that_is_still_being_written_is_refused(tmp_path: Path) -> None:
+    folder = checkpoint_at(tmp_path, 3)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(
+        ModelPathError, match=r"checkpoint_000003' is not a complete artefact: manifest\.json is missing"
+    ):
+        resolve_model(folder)
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     folder = checkpoint_at(tmp_path, 3)
     (folder / "model" / "model.safetensors").write_bytes(b"weig")

@@ -154,8 +154,8 @@ def _set_aside(run: Place, folder: Place, fault: str, host: str, *, own: str | N
 def prune_checkpoints(run: Place, settings: CheckpointSection) -> None:
     """Remove all checkpoints of a run but the latest `checkpoint.keep`, and those of `checkpoint.keep_every`.
 
-    Those that were set aside, and what is left of one whose removal was cut off, do not count as one of the latest; they
-    are removed with the others of their age.
+    Those that were set aside, and what is left of one whose removal was cut off, are not among the latest; they are
+    removed with the others of their age.
     """
     folders = checkpoint_folders(run)
     usable = [step for step, folder in folders if (folder / MANIFEST).is_file() and not is_set_aside(folder)]
@@ -175,8 +175,13 @@ def verified_manifest(folder: Place) -> dict[str, Any]:
     """The manifest of a complete checkpoint.
 
     Raises:
-        CheckpointError: A file is missing or cut short.
+        CheckpointError: A file is missing or cut short, or the checkpoint was set aside as damaged.
     """
+    if is_set_aside(folder):
+        raise CheckpointError(
+            f"checkpoint {str(folder)!r} was found damaged: {DAMAGED_FILE} in it says where; use another checkpoint, or "
+            f"restore its files from a copy and remove {DAMAGED_FILE}"
+        )
     try:
         manifest = read_manifest(folder)
         verify_files(folder, manifest)

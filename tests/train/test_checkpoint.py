@@ -343,6 +343,11 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(file, run, ca
     assert f"'{file}' has checksum" in (last / "damaged.txt").read_text()
     assert [each.name for each in list_checkpoints(run)] == ["checkpoint_000002"]
     assert resolve_model(run) == str(run / "train/checkpoint_000002/model")
+    for refused in (lambda: find_checkpoint(run, last.name), lambda: find_checkpoint(last)):
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint_000004' was found damaged: damaged\.txt in it says where"
+        ):
+            refused()
     flip(Path(run / "train/checkpoint_000002" / file))
     for _ in range(2):  # a run that lost all it had does not start over by itself
         with pytest.raises(
