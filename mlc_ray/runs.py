@@ -381,7 +381,7 @@ def _of_checkpoint(folder: Place) -> Place:
         raise ModelPathError(
             f"checkpoint {str(folder)!r} was found damaged: {DAMAGED_FILE} in it says where; give another checkpoint"
         )
-    # Without a manifest, a checkpoint is still being written; a folder of another name is what somebody took out of one.
+    # Without a manifest, one that is called so is still being written.
     if (folder / MANIFEST).is_file() or _CHECKPOINT.fullmatch(folder.name):
         try:
             verify_files(folder, read_manifest(folder))

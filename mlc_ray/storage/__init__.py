@@ -5,7 +5,7 @@
 models that are elsewhere.
 """
 
-from mlc_ray.storage.atomic import atomic_folder, write_json_atomic
+from mlc_ray.storage.atomic import atomic_folder, sync_folders, write_json_atomic
 from mlc_ray.storage.base import (
     MANIFEST,
     Place,
@@ -63,6 +63,7 @@ __all__ = [
     "read_manifest",
     "sealed",
     "storage_of",
+    "sync_folders",
     "user_cache",
     "verify_checksums",
     "verify_files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -80,6 +81,26 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync_folders(folder: Path) -> None:
+    """Have the names in a folder, in those beneath it and in the one that holds it on the disk itself.
+
+    A file that is on the disk can be lost at a power failure as long as its folder's entry is not there too.
+    """
+    for path in [
+        folder.parent,
+        folder,
+        *(Path(parent) / name for parent, names, _ in os.walk(folder) for name in names),
+    ]:
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a mounted store that knows no folders
+                raise
+        finally:
+            os.close(opened)
 
 
 def _temporary_sibling(path: Path) -> Path:

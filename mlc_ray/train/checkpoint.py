@@ -179,7 +179,7 @@ def verified_manifest(folder: Place) -> dict[str, Any]:
     """
     if is_set_aside(folder):
         raise CheckpointError(
-            f"checkpoint {str(folder)!r} was found damaged: {DAMAGED_FILE} in it says where; use another checkpoint, or "
+            f"checkpoint {str(folder)!r} was found damaged: {DAMAGED_FILE} in it says where; use another one, or "
             f"restore its files from a copy and remove {DAMAGED_FILE}"
         )
     try:

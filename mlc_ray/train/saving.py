@@ -14,13 +14,14 @@ import socket
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.device import available_memory
 from mlc_ray.runs import checkpoint_folder
-from mlc_ray.storage import MANIFEST, Place, StorageError, library_versions, sealed
+from mlc_ray.storage import MANIFEST, Place, StorageError, library_versions, sealed, sync_folders
 from mlc_ray.train import published
 from mlc_ray.train.checkpoint import INDEX, STATE, element_counts, prune_checkpoints, random_file, remove_checkpoint
 from mlc_ray.train.collectives import from_rank_zero, gather_objects
@@ -175,6 +176,8 @@ class CheckpointSaver:
             "files": {name: size for name, (size, _) in sorted(written.items())},
             "checksums": {name: value for name, (_, value) in sorted(written.items())},
         }
+        if going.folder.is_local:
+            with_retries(str(going.folder), lambda: sync_folders(Path(going.folder)))
         file = going.folder / MANIFEST
         with_retries(str(file), lambda: file.write_json(sealed(manifest)))
         try:

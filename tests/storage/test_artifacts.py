@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mlc_ray import storage as artifacts
-from mlc_ray.storage import ArtifactError, IncompleteArtifactError, fingerprints
+from mlc_ray.storage import ArtifactError, IncompleteArtifactError, fingerprints, sync_folders
 
 
 def test_fingerprint_ignores_key_order_and_sees_values():
@@ -115,3 +115,12 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 def test_library_versions_name_what_is_installed():
     assert {"python", "torch", "ray", "transformers"} <= artifacts.library_versions().keys()
+
+
+def test_the_names_in_all_folders_of_an_artefact_are_synced(tmp_path, monkeypatch):
+    (tmp_path / "artefact" / "state" / "deep").mkdir(parents=True)
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda opened: (fsync(opened), synced.append(os.fstat(opened).st_ino)))
+    sync_folders(tmp_path / "artefact")
+    folders = [tmp_path, *(tmp_path / name for name in ("artefact", "artefact/state", "artefact/state/deep"))]
+    assert synced == [path.stat().st_ino for path in folders]
