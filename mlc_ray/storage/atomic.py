@@ -84,15 +84,11 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def sync_folders(folder: Path) -> None:
-    """Have the names in a folder, in those beneath it and in the one that holds it on the disk itself.
+    """Put on the disk itself the names of files in a folder and in those beneath it, and the folder's own name.
 
-    A file that is on the disk can be lost at a power failure as long as its folder's entry is not there too.
+    Without its name, a file that is on the disk is lost at a power failure.
     """
-    for path in [
-        folder.parent,
-        folder,
-        *(Path(parent) / name for parent, names, _ in os.walk(folder) for name in names),
-    ]:
+    for path in [folder.parent, *(Path(inside) for inside, _, _ in os.walk(folder))]:
         opened = os.open(path, os.O_RDONLY)
         try:
             os.fsync(opened)
