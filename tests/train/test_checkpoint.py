@@ -492,7 +492,7 @@ def test_a_store_that_does_not_answer_is_neither_damage_nor_a_bad_model(written,
         lambda: model_depth(str(place), trust_remote_code=False),
         lambda: load_tokenizer(str(place)),
     ):
-        with pytest.raises(StorageFaultError, match="ACCESS_DENIED|SIGNATURE_DOES_NOT_MATCH"):
+        with pytest.raises(StorageFaultError, match=r"ACCESS_DENIED|SIGNATURE_DOES_NOT_MATCH"):
             read()
 
 

@@ -177,6 +177,24 @@ def test_display_shows_each_step_once_in_aligned_columns(tmp_path, caplog):
     assert shown["a-long-name"] == "0.2500" and shown["mlc"] == "-"
 
 
+def test_metrics_that_cannot_be_read_end_no_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    (no_folder := tmp_path / "no-folder").touch()
+    run = Place("vault://team/run")
+    (run / METRICS_FILE).write_text("")
+    with caplog.at_level("INFO", "mlc_ray"), RunDisplay(run, 5, every=1, parts=[]) as display:
+        monkeypatch.setenv("VAULT", str(no_folder))
+        for _ in range(2):
+            display._update()
+        assert caplog.text.count("steps are not shown until the metrics can be read") == 1
+        monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+        (run / METRICS_FILE).write_text('{"step": 1, "loss/total": 0.5}\n')
+        display._update()
+        assert [line.split()[0] for line in caplog.messages if line.strip()[:1].isdigit()] == ["1"]
+        (run / METRICS_FILE).write_text("no JSON\n")
+    assert caplog.text.count("steps are not shown until the metrics can be read") == 2
+
+
 def test_a_narrow_terminal_gets_the_columns_that_matter_most():
     titles = columns(["loss/alignment", "loss/mlc"])
     narrow = fitting(titles, 80)
