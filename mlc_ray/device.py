@@ -88,13 +88,39 @@ def peak_tflops(name: str, dtype: str) -> float | None:
     return PEAK_TFLOPS[max(known, key=len)] if known and dtype == "bfloat16" else None
 
 
-def available_memory() -> int:
-    """Bytes that programs can still get, of the machine or of the container that limits them; 0 if not on Linux."""
-    if not (told := Path("/proc/meminfo")).is_file():
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that programs can still get here; 0 if not on Linux.
+
+    That is the least of what is free of the machine, and within the limit of each control group (v2) that this process
+    is in: its own, as of a container or a Slurm job, and those above it. File content that was not read lately counts
+    as free, since the kernel drops it first.
+
+    Args:
+        root: where proc/ and sys/ are.
+    """
+    if not (told := root / "proc/meminfo").is_file():
         return 0
-    text = told.read_text(encoding="ascii")
-    free = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable:"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
-        free = min(free, int(most) - int(used.read_text(encoding="ascii")))
-    return free
+    free = _numbers(told)["MemAvailable:"] * 1024
+    groups = root / "sys/fs/cgroup"
+    for group in (groups / name for name in _own_groups(root / "proc/self/cgroup")):
+        limit, used, statistics = group / "memory.max", group / "memory.current", group / "memory.stat"
+        if limit.is_file() and used.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
+            dropped = _numbers(statistics).get("inactive_file", 0) if statistics.is_file() else 0
+            free = min(free, int(most) - int(used.read_text(encoding="ascii")) + dropped)
+    return max(0, free)
+
+
+def _own_groups(told: Path) -> list[str]:
+    """Paths of this process' control group and of those above it, to the root."""
+    lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    if own.startswith(".."):  # outside of what is mounted here
+        own = ""
+    parts = [part for part in own.split("/") if part]
+    return ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+
+
+def _numbers(told: Path) -> dict[str, int]:
+    """The first number of each line, by the word before it."""
+    lines = [line.split() for line in told.read_text(encoding="ascii").splitlines()]
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}

@@ -148,6 +148,18 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"engine": {"stage": 2, "persistence_threshold": 0}}, ["engine.persistence_threshold=0", "engine.stage=2"]),
         ({"engine": {"stage": 1, "overlap_comm": True}}, ["engine.overlap_comm=True", "engine.stage 2 or 3"]),
         ({"engine": {"stage": 2, "secondary_partition": 8}}, ["engine.secondary_partition=8", "engine.stage=2"]),
+        (
+            {"engine": {"stage": 3, "secondary_partition": 2}, "cluster": {"workers": [1, 2]}},
+            ["engine.secondary_partition=2 needs one number of workers", "cluster.workers=[1, 2]"],
+        ),
+        (
+            {"cluster": {"workers": [1, 2], "max_failures": 3}},
+            ["cluster.workers=[1, 2]", "checkpoint.every is not set", "checkpoint.every=100"],
+        ),
+        (
+            {"cluster": {"workers": [1, 2]}, "checkpoint": {"every": 5}},
+            ["cluster.workers=[1, 2]", "cluster.max_failures=0 ends", "cluster.max_failures=10"],
+        ),
         ({"engine": {"stage": 1, "accumulate_dtype": "float32"}}, ["engine.accumulate_dtype='float32'", "stage=1"]),
         ({"engine": {"extra": {"optimizer": {"type": "Lion"}}}}, ["engine.extra has 'optimizer'", "zero_optimization"]),
         (

@@ -13,7 +13,7 @@ import pytest
 from mlc_ray import device
 from mlc_ray.cluster import unprotected, with_dtype
 from mlc_ray.config import EngineSection, ModelSection
-from mlc_ray.device import cpu_flags, of_cpu, of_gpus, resolved
+from mlc_ray.device import available_memory, cpu_flags, of_cpu, of_gpus, resolved
 
 
 def test_a_cpu_computes_bfloat16_with_either_instruction_set() -> None:
@@ -117,3 +117,30 @@ def test_one_node_without_bfloat16_decides_for_all_that_may_compute(
 
 def test_defaults_are_auto() -> None:
     assert ModelSection(path="m").dtype == EngineSection().dtype == "auto"
+
+
+@pytest.mark.parametrize(
+    ("group", "free"),
+    [
+        ("/", 7000),  # the limit of the root, as a container sees its own
+        ("/jobs/step", 900),  # that of the job above: 5000 - 4500, of which 400 can be dropped
+        ("/jobs/elsewhere", 900),  # a group that has no limit of its own
+        ("/../outside", 7000),
+    ],
+)
+def test_the_least_of_all_limits_above_a_process_is_free(tmp_path: Path, group: str, free: int) -> None:
+    def told(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    told("proc/meminfo", "MemTotal:       100 kB\nMemAvailable:   8 kB\n")
+    told("proc/self/cgroup", f"1:name=systemd:/jobs\n0::{group}\n")
+    for name, limit, used, dropped in (("", 9000, 2000, 0), ("/jobs", 5000, 4500, 400), ("/jobs/step", "max", 10, 5)):
+        told(f"sys/fs/cgroup{name}/memory.max", f"{limit}\n")
+        told(f"sys/fs/cgroup{name}/memory.current", f"{used}\n")
+        told(f"sys/fs/cgroup{name}/memory.stat", f"anon 1\ninactive_file {dropped}\nactive_file 7\n")
+    assert available_memory(tmp_path) == free
+
+
+def test_what_this_machine_has_free_is_known() -> None:
+    assert available_memory() > 0 or not Path("/proc/meminfo").is_file()

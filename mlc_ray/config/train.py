@@ -240,6 +240,10 @@ class EngineSettings(Section):
 
     name: str = Field("deepspeed", description="The engine: `deepspeed`, or `package.module:Class`.")
 
+    def fixes_workers(self) -> str | None:
+        """The setting that needs one number of workers, as `engine.NAME=VALUE`; None where they may change."""
+        return None
+
 
 class ClusterSection(Section):
     """Ray resources of one run."""
@@ -251,7 +255,8 @@ class ClusterSection(Section):
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
         1,
         description="Ray Train workers; one per GPU. `[least, most]`: as many as the cluster has room for, fewer when "
-        "it loses a node, more when it gets one; each change goes on from the last checkpoint.",
+        "it loses a node, more when it gets one; each change goes on from the last checkpoint, so that "
+        "`checkpoint.every` and `cluster.max_failures` are needed too.",
     )
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs reserved per worker; leave some for Ray Data.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
@@ -435,6 +440,25 @@ class TrainConfig(ObjectiveConfig):
             )
         if self.model.kernels == "liger" and self.cluster.accelerator == "cpu":
             raise ValueError("model.kernels='liger' needs a GPU, but cluster.accelerator='cpu'; use kernels='torch'")
+        return self
+
+    @model_validator(mode="after")
+    def _workers_may_change(self) -> TrainConfig:
+        if isinstance(self.cluster.workers, int):
+            return self
+        changing = f"cluster.workers={list(self.cluster.workers)}"
+        if (fixing := self.engine.fixes_workers()) is not None:
+            raise ValueError(f"{fixing} needs one number of workers, but {changing}; give one, or remove {fixing}")
+        if self.checkpoint.every is None:
+            raise ValueError(
+                f"{changing}: each change goes on from the last checkpoint, but checkpoint.every is not set, so that "
+                "all steps would be taken again; set it, e.g. checkpoint.every=100"
+            )
+        if self.cluster.max_failures == 0:
+            raise ValueError(
+                f"{changing}: a lost node counts as a failure, but cluster.max_failures=0 ends the run at the first; "
+                "set it, e.g. cluster.max_failures=10"
+            )
         return self
 
 

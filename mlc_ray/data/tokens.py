@@ -52,11 +52,13 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
     Raises:
         TemplateError: it cannot be loaded.
+        StorageFaultError: it lies on a store that cannot be read now.
     """
     from transformers import AutoTokenizer  # takes 4 s, and who reads prompts or plans a search needs none of it
 
+    folder = local_model(path, weights=False)
     try:
-        return AutoTokenizer.from_pretrained(local_model(path, weights=False), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise TemplateError(f"model.path={path!r}: no tokenizer could be loaded from it: {error}") from error
 

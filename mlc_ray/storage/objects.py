@@ -8,11 +8,12 @@ is used: an object is written whole, large ones in parts that become one object 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, cast
@@ -124,15 +125,19 @@ class ObjectStorage(Storage):
             try:
                 for piece in content:
                     sink.write(piece)
-            except (
-                BaseException
-            ):  # Ctrl-C too: closing stores what was sent so far, which nobody must take for the whole
-                with suppress(Exception):
-                    sink.close()
-                with suppress(Exception):
-                    served.delete_file(key)
+            except BaseException:  # Ctrl-C too
+                _abandon(sink)
                 raise
             sink.close()
+
+
+def _abandon(sink: Any) -> None:
+    """Have a stream never closed, so that what is at its key stays: the store drops the parts that were sent.
+
+    pyarrow cannot abort one from Python, and its destructor closes it, which would store the parts as the whole
+    object. So it keeps a reference for the life of the process: at most a few parts of memory, for a rare fault.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(sink))
 
 
 def _pieces(content: BinaryIO) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_ray.progress import phase, terminal_width
-from mlc_ray.runs import MetricsReader
+from mlc_ray.runs import MetricsFileError, MetricsReader
 from mlc_ray.storage import Place
 
 logger = logging.getLogger(__name__)
@@ -45,14 +45,17 @@ _SPARED = ("kinds", "GiB", "|grad|", "lr", "rank", "tok/s", "acc", "margin", "be
 
 
 class RunDisplay:
-    """Shows a run while it lasts; use as a context manager around the call that trains."""
+    """Shows a run while it lasts; use as a context manager around the call that trains.
+
+    Metrics that cannot be read are warned of, once until they can be read again: they end no run.
+    """
 
     def __init__(self, run_folder: Path | Place, total_steps: int, every: int, parts: Sequence[str]) -> None:
         self.total, self.every = total_steps, every
         self.columns = fitting(columns(parts), terminal_width())
         self.metrics = MetricsReader(run_folder)
         self.seconds = 0.5 if Place(run_folder).is_local else 5.0  # rows come every ten seconds from elsewhere
-        self.shown = -1
+        self.shown, self.unreadable = -1, False
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
         self.stack = ExitStack()
@@ -75,7 +78,14 @@ class RunDisplay:
             self._update()
 
     def _update(self) -> None:
-        rows = self.metrics.read()
+        try:
+            rows = self.metrics.read()
+        except (OSError, MetricsFileError) as error:
+            if not self.unreadable:
+                logger.warning("steps are not shown until the metrics can be read: %s", error)
+            self.unreadable = True
+            return
+        self.unreadable = False
         if rows and rows[-1]["step"] < self.shown:
             self.shown = rows[-1]["step"]  # a worker died and training went back to its last checkpoint
         for row in rows:

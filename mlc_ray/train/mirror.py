@@ -23,23 +23,34 @@ _TRIES, _PAUSE = 3, 5.0
 class Mirror:
     """Sends the files of a folder that changed, every ten seconds and when told; use `close` at the end.
 
-    What is at `place` is fetched first, so that a run that goes on adds to it.
+    What is at `place` is fetched first, so that a run that goes on adds to it. A file that this machine has from an
+    earlier try, and that is not there or only its beginning, could not be sent then: with `unsent`, it is sent now.
 
     Args:
-        local: a folder of this machine; what it has from before is removed.
+        local: a folder of this machine; what else it has from before is removed.
         place: of the run.
         names: files, and folders with files, that are kept; the rest of `local` stays here.
+        unsent: whether what an earlier try could not send is still wanted.
         may_write: raises an `MlcRayError` where another driver has taken the run: nothing is sent from then on.
     """
 
-    def __init__(self, local: Path, place: Place, names: Sequence[str], may_write: Callable[[], None]) -> None:
+    def __init__(
+        self, local: Path, place: Place, names: Sequence[str], may_write: Callable[[], None], *, unsent: bool
+    ) -> None:
         self.local, self.place, self.names, self.may_write = local, place, names, may_write
-        shutil.rmtree(local, ignore_errors=True)
-        local.mkdir(parents=True)
+        fetched = local.with_name(f"{local.name}-fetched")  # beside it: where fetching fails, what is here stays
+        shutil.rmtree(fetched, ignore_errors=True)
+        fetched.mkdir(parents=True)
         for name in names:
             with suppress(FileNotFoundError):
-                place.storage.fetch(str(place / name), local / name)
-        self._sent = self._states()
+                place.storage.fetch(str(place / name), fetched / name)
+        ahead = [path for path in self._states() if unsent and _is_ahead(path, fetched / path.relative_to(local))]
+        for path in ahead:
+            (fetched / path.relative_to(local)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, fetched / path.relative_to(local))
+        shutil.rmtree(local, ignore_errors=True)
+        fetched.rename(local)
+        self._sent = {path: state for path, state in self._states().items() if path not in ahead}
         self._sending, self._ended, self._seconds = threading.Lock(), threading.Event(), 0.0
         self._thread = threading.Thread(target=self._follow, name="mirror", daemon=True)
         self._thread.start()
@@ -96,3 +107,12 @@ class Mirror:
                     found = path.stat()
                     states[path] = (found.st_size, found.st_mtime_ns)
         return states
+
+
+def _is_ahead(mine: Path, theirs: Path) -> bool:
+    """Whether a file has more than another, which is its beginning or does not exist."""
+    if not theirs.is_file():
+        return True
+    content = theirs.read_bytes()
+    with mine.open("rb") as file:
+        return file.read(len(content)) == content and bool(file.read(1))

@@ -214,11 +214,13 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
 
     Raises:
         ModelError: They cannot be loaded; the message quotes the path and the reason.
+        StorageFaultError: They lie on a store that cannot be read now.
     """
     transformers_logging.disable_progress_bar()  # in a worker's log it is noise
+    folder = local_model(settings.path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            local_model(settings.path),
+            folder,
             dtype=getattr(torch, resolved(settings.dtype, gpu=torch.cuda.is_available())),
             attn_implementation=TREE if settings.attention == "auto" else f"{TREE}_{settings.attention}",
             trust_remote_code=settings.trust_remote_code,
@@ -333,6 +335,7 @@ def model_depth(path: str | Path, *, trust_remote_code: bool) -> int:
 
     Raises:
         ModelError: There is no such model; the message quotes the path.
+        StorageFaultError: It lies on a store that cannot be read now.
     """
     text = str(path)
     # A hub's name is `owner/name` at most; of anything else the hub would say that it is a bad name.
@@ -342,8 +345,9 @@ def model_depth(path: str | Path, *, trust_remote_code: bool) -> int:
             f"model.path={text!r}: there is no such folder (looked for from {str(Path.cwd())!r}); "
             "`mlc-ray quickstart --only-model` makes a small model and prints its folder"
         )
+    folder = local_model(text, weights=False)
     try:
-        config = AutoConfig.from_pretrained(local_model(text, weights=False), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path={str(path)!r} cannot be read: {error}") from error
     return int(config.get_text_config().num_hidden_layers)

@@ -100,6 +100,7 @@ SIGTERM = Sigterm()
 
 
 _LOOKS_EVERY = 2.0  # into a file elsewhere, by a thread: a step that asked a store itself would wait for the answer
+_ASKS_EVERY = 2.0  # where the file could not be written
 
 
 class StopFile:
@@ -138,6 +139,8 @@ class StopFile:
     def at_sigterm(self) -> Iterator[None]:
         """In the driver: write the file at the first SIGTERM in this block; a second one does what it did before.
 
+        Where the storage does not take it, a thread tries again until it does, or the block ends.
+
         Only the main thread handles signals; elsewhere, as in a trial of a search, nothing changes.
         """
         if threading.current_thread() is not threading.main_thread():
@@ -148,15 +151,36 @@ class StopFile:
 
         def ask(number: int, frame: Any) -> None:
             signal.signal(number, restored)
-            self.path.write_text(self.lease)
             logger.warning("SIGTERM: the run ends after its next step and a checkpoint of it; a second one ends it now")
+            if not self._ask():
+                asking.start()
 
+        ended = threading.Event()
+        asking = threading.Thread(target=self._ask_again, args=(ended,), name="ask-for-the-end", daemon=True)
         signal.signal(signal.SIGTERM, ask)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, restored)
-            self.path.remove()
+            ended.set()
+            if asking.ident is not None:  # it was started
+                asking.join()
+            try:
+                self.path.remove()
+            except OSError as error:  # no later driver has this lease, so none obeys the file
+                logger.warning("%s is left behind: %s", self.path, error)
+
+    def _ask(self) -> bool:
+        try:
+            self.path.write_text(self.lease)
+        except OSError as error:
+            logger.warning("the workers could not be told of SIGTERM, and will be later: %s", error)
+            return False
+        return True
+
+    def _ask_again(self, ended: threading.Event) -> None:
+        while not ended.wait(_ASKS_EVERY) and not self._ask():
+            pass
 
 
 def highest(sources: list[Callable[[], Notice]]) -> Callable[[], Notice]:

@@ -111,7 +111,8 @@ class ShardReader:
         """The values of elements `start` to `stop` of parameter `name`, [stop - start] each, by kind.
 
         Raises:
-            CheckpointError: A file cannot be read, is no safetensors file, or does not hold what the index says.
+            CheckpointError: A file is missing, is no safetensors file, or does not hold what the index says.
+            OSError: A file cannot be read now.
         """
         ranges: list[Sequence[Any]] = self.index[name]["ranges"]
         first = bisect_right(ranges, start, key=itemgetter(0)) - 1
@@ -131,7 +132,7 @@ class ShardReader:
             return self.files[file].values(key, start, stop)
         except StorageError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
             raise CheckpointError(
                 f"{str(path)!r} is damaged: {error}; remove its checkpoint to go on from the one before"
             ) from None

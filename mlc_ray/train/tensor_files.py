@@ -52,20 +52,22 @@ class FloatsFile:
 
     Raises:
         ValueError, KeyError, TypeError: It is none, or was cut short.
+        OSError: It cannot be read now.
     """
 
     def __init__(self, place: Place) -> None:
         self._opened = place.open()
         self.file: BinaryIO = self._opened.__enter__()
         try:
-            length = int.from_bytes(self.file.read(8), "little")
+            self.size = self.file.seek(0, os.SEEK_END)
+            length = int.from_bytes(self._read(0, 8), "little")
             if length > _HEADER_BYTES:
                 raise ValueError(f"its header would have {length} bytes")
             self.header: dict[str, Any] = json.loads(self._read(8, length))
             self.start = 8 + length
             end = self.start + max(each["data_offsets"][1] for each in self.header.values())
-            if (size := self.file.seek(0, os.SEEK_END)) != end:
-                raise ValueError(f"it has {size} bytes instead of {end}")
+            if self.size != end:
+                raise ValueError(f"it has {self.size} bytes instead of {end}")
         except BaseException:
             self.close()
             raise
@@ -88,7 +90,10 @@ class FloatsFile:
         self._opened.__exit__(None, None, None)
 
     def _read(self, offset: int, length: int) -> bytes:
+        # Looked at first: to seek past the end is an OSError on some stores, which would pass for a fault of theirs.
+        if offset + length > self.size:
+            raise ValueError(f"it ends after {self.size} bytes, which is too early")
         self.file.seek(offset)
         if len(content := self.file.read(length)) != length:
-            raise ValueError(f"it ends after {offset + len(content)} bytes, which is too early")
+            raise OSError(f"{len(content)} bytes instead of {length} could be read at {offset}")
         return content

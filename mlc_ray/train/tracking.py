@@ -62,7 +62,8 @@ class Tracker:
         folder, self.mirror = local_side(place), None
         if not place.is_local:
             folder = folder / "tracking"
-            self.mirror = Mirror(folder, place, (METRICS_FILE, _TENSORBOARD), may_write)
+            # A run that starts anew logs all its steps again.
+            self.mirror = Mirror(folder, place, (METRICS_FILE, _TENSORBOARD), may_write, unsent=bool(start_step))
         # A run that starts anew writes a row of step 0 again, where bundles are held out.
         kept = [row for row in read_metrics(folder) if start_step and row["step"] <= start_step]
         self.watch = Watch(config.collapse)

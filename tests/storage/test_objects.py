@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,31 @@ def test_ranges_are_read_without_the_rest(s3: str, tmp_path: Path) -> None:
         assert file.read(5) == bytes(((20_000_003 + index) % 256) for index in range(5))
     place.storage.fetch(str(place), tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "large").read_bytes()
+
+
+OVERWRITE = """
+import sys
+from mlc_ray.storage import storage_of
+
+def pieces():
+    for _ in range(2):
+        yield bytes(16 << 20)
+    raise KeyboardInterrupt
+
+try:
+    storage_of(sys.argv[1])._stream(pieces(), sys.argv[1])
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupted_overwrite_leaves_the_older_object(s3: str, tmp_path: Path) -> None:
+    place = Place(s3) / tmp_path.name / "kept"
+    place.write_bytes(b"older")
+    command = [sys.executable, "-c", OVERWRITE, str(place)]  # a process, since its end closes streams as well
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "interrupted\n"
+    assert place.read_text() == "older"
+    assert place.parent.sizes() == {"kept": 5}
 
 
 def test_a_store_that_refuses_is_named(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

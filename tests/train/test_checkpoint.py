@@ -14,9 +14,10 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import mlc_ray
-from mlc_ray.config.train import CheckpointSection
+from mlc_ray.config.train import CheckpointSection, ModelSection
+from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.runs import resolve_model
-from mlc_ray.storage import MANIFEST, Place
+from mlc_ray.storage import MANIFEST, Place, StorageFaultError
 from mlc_ray.train import checkpoint as checkpoint_module
 from mlc_ray.train import shards
 from mlc_ray.train.checkpoint import (
@@ -33,6 +34,7 @@ from mlc_ray.train.engines.base import STATE_KINDS, StateShard, owned_ranges
 from mlc_ray.train.engines.zero_state import Fragment, ZeroState
 from mlc_ray.train.export import export, model_card
 from mlc_ray.train.file_writer import write_file
+from mlc_ray.train.model import load_policy, model_depth
 from mlc_ray.train.saving import CheckpointSaver
 from mlc_ray.train.shards import CheckpointError, ShardReader, index_of, state_files
 from tests.train.tiny import (
@@ -473,6 +475,28 @@ def test_files_of_state_run_no_code_and_damage_names_the_file(written, tmp_path)
         with pytest.raises(CheckpointError, match=r"00001-00000\.safetensors' is damaged: .*remove its checkpoint"):
             written("a", 20, 25)
     assert not marker.exists()
+
+
+def test_a_store_that_does_not_answer_is_neither_damage_nor_a_bad_model(written, s3, monkeypatch):
+    place = Place(s3) / "state"
+    place.storage.publish(Path(written.folder), str(place))
+    reader = ShardReader(place, written.index)
+    assert reader("a", 20, 25)["master"].tolist() == [20, 21, 22, 23, 24]
+    (place / "00001-00000.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"00001-00000\.safetensors' is damaged: it ends after 0 bytes"):
+        ShardReader(place, written.index)("a", 20, 25)
+    (place / "00001-00000.safetensors").remove()
+    with pytest.raises(CheckpointError, match=r"00001-00000\.safetensors' is damaged: "):
+        ShardReader(place, written.index)("a", 20, 25)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    for read in (
+        lambda: ShardReader(place, written.index)("a", 20, 25),
+        lambda: load_policy(ModelSection(path=str(place))),
+        lambda: model_depth(str(place), trust_remote_code=False),
+        lambda: load_tokenizer(str(place)),
+    ):
+        with pytest.raises(StorageFaultError, match=r"ACCESS_DENIED|SIGNATURE_DOES_NOT_MATCH"):
+            read()
 
 
 def test_state_is_of_every_element_once_and_of_this_model(written):

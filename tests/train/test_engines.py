@@ -176,8 +176,6 @@ def first_steps(rank):
         assert all(group["fused"] for group in engine._engine.optimizer.param_groups)  # plain AdamW is another kernel
         run_engine(config, random_rows(BUNDLES), 1, engine=engine)
         states[stage] = whole_weights(engine)
-    with pytest.raises(TrainingEngineError, match=r"groups a fixed number of workers, but cluster.workers=\[1, 2\]"):
-        make_engine(tiny_config(engine={"stage": 3, "secondary_partition": 2}, cluster={"workers": [1, 2]}))
     with pytest.raises(TrainingEngineError, match=r"engine\.secondary_partition=2 does not divide 1 workers"):
         make_engine(tiny_config(engine={"stage": 3, "secondary_partition": 2}))
     config = tiny_config(objective={"loss": "simpo"})

@@ -153,3 +153,24 @@ def test_the_drivers_wish_reaches_the_workers_of_a_run_elsewhere(tmp_path, monke
         assert run.iterdir() == []
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_store_that_is_away_at_sigterm_is_told_later_and_hides_no_error(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(preemption, "_ASKS_EVERY", 0.01)
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    (no_folder := tmp_path / "no-folder").touch()
+    stop = Place("vault://team/run/stop")
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(ZeroDivisionError), StopFile(Place("vault://team/run"), "mine").at_sigterm():
+            monkeypatch.setenv("VAULT", str(no_folder))
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert "the workers could not be told of SIGTERM, and will be later" in caplog.text
+            monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+            while not stop.is_file() or stop.read_text() != "mine":
+                pass
+            monkeypatch.setenv("VAULT", str(no_folder))
+            raise ZeroDivisionError
+        assert "vault://team/run/stop is left behind" in caplog.text
+    finally:
+        signal.signal(signal.SIGTERM, before)

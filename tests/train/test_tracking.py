@@ -177,6 +177,24 @@ def test_display_shows_each_step_once_in_aligned_columns(tmp_path, caplog):
     assert shown["a-long-name"] == "0.2500" and shown["mlc"] == "-"
 
 
+def test_metrics_that_cannot_be_read_end_no_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    (no_folder := tmp_path / "no-folder").touch()
+    run = Place("vault://team/run")
+    (run / METRICS_FILE).write_text("")
+    with caplog.at_level("INFO", "mlc_ray"), RunDisplay(run, 5, every=1, parts=[]) as display:
+        monkeypatch.setenv("VAULT", str(no_folder))
+        for _ in range(2):
+            display._update()
+        assert caplog.text.count("steps are not shown until the metrics can be read") == 1
+        monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+        (run / METRICS_FILE).write_text('{"step": 1, "loss/total": 0.5}\n')
+        display._update()
+        assert [line.split()[0] for line in caplog.messages if line.strip()[:1].isdigit()] == ["1"]
+        (run / METRICS_FILE).write_text("no JSON\n")
+    assert caplog.text.count("steps are not shown until the metrics can be read") == 2
+
+
 def test_a_narrow_terminal_gets_the_columns_that_matter_most():
     titles = columns(["loss/alignment", "loss/mlc"])
     narrow = fitting(titles, 80)
@@ -235,3 +253,35 @@ def test_an_outage_of_the_store_loses_no_row(tmp_path, monkeypatch, caplog):
     (tmp_path / "away").rename(tmp_path / "vault")
     tracker.close()
     assert [row["step"] for row in read_metrics(run)] == [1]
+
+
+def test_what_could_not_be_sent_at_the_end_of_a_try_is_sent_by_the_next_one(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(mirror, "_PAUSE", 0.0)
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "cache"))
+    (no_folder := tmp_path / "no-folder").touch()
+    run, config = Place("vault://team/run"), tiny_config()
+    tracker = Tracker(config, run, 0)
+    tracker.log(1, {"loss/total": 1.0})
+    tracker.sync()
+    tracker.log(2, {"loss/total": 2.0})
+    tracker.log(3, {"loss/total": 3.0})
+    monkeypatch.setenv("VAULT", str(no_folder))
+    tracker.close()
+    assert "the last metrics of vault://team/run are in" in caplog.text
+    with pytest.raises(OSError, match="no-folder"):  # it is still away: what is here stays
+        Tracker(config, run, 2)
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    assert [row["step"] for row in read_metrics(run)] == [1]
+    again = Tracker(config, run, 2)
+    again.log(3, {"loss/total": 30.0})
+    again.close()
+    assert [row["loss/total"] for row in read_metrics(run)] == [1.0, 2.0, 30.0]
+    assert len((run / "tensorboard").iterdir()) == 2
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "another"))
+    Tracker(config, run, 2).close()  # on another machine
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "cache"))
+    anew = Tracker(config, run, 0)
+    anew.log(1, {"loss/total": 10.0})
+    anew.close()
+    assert [row["loss/total"] for row in read_metrics(run)] == [10.0]

@@ -103,6 +103,10 @@ class DeepSpeed(Engine):
             description="More of DeepSpeed's own configuration, by its names; what a setting above decides is refused.",
         )
 
+        def fixes_workers(self) -> str | None:
+            """The groups of a secondary partition are of one number of workers."""
+            return f"engine.secondary_partition={self.secondary_partition}" if self.secondary_partition > 1 else None
+
         @model_validator(mode="after")
         def _each_at_its_stages(self) -> DeepSpeed.Settings:
             for name, stages in STAGES_OF.items():
@@ -154,11 +158,6 @@ class DeepSpeed(Engine):
         import torch.distributed as dist
 
         settings = _settings(config)
-        if settings.secondary_partition > 1 and not isinstance(config.cluster.workers, int):
-            raise TrainingEngineError(
-                f"engine.secondary_partition={settings.secondary_partition} groups a fixed number of workers, but "
-                f"cluster.workers={list(config.cluster.workers)} changes it; set one number, or secondary_partition=1"
-            )
         if dist.get_world_size() % settings.secondary_partition:
             raise TrainingEngineError(
                 f"engine.secondary_partition={settings.secondary_partition} does not divide "
