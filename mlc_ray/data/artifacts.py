@@ -2,7 +2,8 @@
 
 On this machine, or on storage mounted on it, an artefact is made in a sibling folder that is renamed, and mapped where
 it lies. Elsewhere nothing can be renamed or mapped: files are written in their place, the manifest last, and each
-machine that reads the artefact fetches it once. Runs that make the same one write files of the same names and content.
+machine that reads the artefact fetches it once. Runs that make the same one write files of the same names and content,
+and remove none of these.
 """
 
 from __future__ import annotations
