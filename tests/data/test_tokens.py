@@ -187,10 +187,9 @@ def test_a_template_that_renders_otherwise_than_when_it_was_traced_is_refused(sm
 @pytest.mark.parametrize(
     "written",
     [
-        "{% macro say(c) %}{{ 'a tag' if '</tool>' in c else c }}{% endmacro %}{{ say(m.content) }}",
+        "{% macro say(c) %}{{ c }}{% endmacro %}{{ 'a tag' if '</tool>' in say(m.content) else m.content }}",
         "{% set said %}{{ m.content }}{% endset %}{{ 'a tag' if '</tool>' in said else said }}",
         "{{ 'a tag' if '</tool>' in m.content ~ '' else m.content }}",
-        "{{ 'a tag' if '</tool>' in '%s' % m.content else m.content }}",
         "{{ 'a tag' if '</tool>' in [m.content] | join else m.content }}",
         "{{ 'a user' if m.content in 'users' else m.content }}",
         "{{ 'a user' if m.content is in 'users' else m.content }}",
