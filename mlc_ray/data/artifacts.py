@@ -2,13 +2,16 @@
 
 On this machine, or on storage mounted on it, an artefact is made in a sibling folder that is renamed, and mapped where
 it lies. Elsewhere nothing can be renamed or mapped: files are written in their place, the manifest last, and each
-machine that reads the artefact fetches it once. Runs that make the same one write files of the same names and content.
+machine that reads the artefact fetches it once. Runs that make the same one write files of the same names and content,
+and remove none of these.
 """
 
 from __future__ import annotations
 
 import fcntl
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +23,9 @@ from mlc_ray.storage import (
     IncompleteArtifactError,
     Place,
     artifact_folder,
-    read_manifest,
+    fault_of,
     user_cache,
+    verify_checksums,
     verify_files,
 )
 from mlc_ray.storage.copies import fetch_files, locked
@@ -33,12 +37,9 @@ def is_made(place: Place) -> bool:
     """Whether a complete artefact is there; a warning says what an incomplete one lacks."""
     if not place.exists():
         return False
-    try:
-        verify_files(place, read_manifest(place))
-    except IncompleteArtifactError as error:
-        logger.warning("%s; making it again", error)
-        return False
-    return True
+    if (fault := fault_of(place)) is not None:
+        logger.warning("%s; making it again", fault)
+    return fault is None
 
 
 @contextmanager
@@ -55,6 +56,23 @@ def new_artifact(place: Place) -> Iterator[Place]:
         yield place
 
 
+@contextmanager
+def artifact_made_here(place: Place) -> Iterator[Path]:
+    """As `new_artifact`, of an artefact that this process makes alone: yields an empty folder of this machine.
+
+    Elsewhere, nothing is written before the block ends, or after an error; then the files, and the manifest last.
+    """
+    if place.is_local:
+        with artifact_folder(Path(place)) as temporary:
+            yield temporary
+        return
+    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as made:
+        yield Path(made)
+        if fault_of(place) is not None:
+            (place / MANIFEST).remove()  # of one that lost files: it must not name those that are written now
+            place.storage.publish(Path(made), str(place))
+
+
 def local_artifact(place: Place, manifest: dict[str, Any]) -> Path:
     """The folder of an artefact on this machine; one from elsewhere is fetched unless it was.
 
@@ -66,7 +84,7 @@ def local_artifact(place: Place, manifest: dict[str, Any]) -> Path:
         manifest: what `read_manifest` says of it.
 
     Raises:
-        IncompleteArtifactError: files of the artefact are missing or short.
+        IncompleteArtifactError: files of the artefact are missing, short, or not what its checksums say, if it has any.
         StorageError: its storage cannot be read.
     """
     if place.is_local:
@@ -77,4 +95,9 @@ def local_artifact(place: Place, manifest: dict[str, Any]) -> Path:
         if not is_made(Place(folder)):
             verify_files(place, manifest)
             fetch_files(place, [*manifest["files"], MANIFEST], folder, replace=True)
+            try:
+                verify_checksums(folder, manifest, manifest.get("checksums", {}))
+            except IncompleteArtifactError as error:
+                shutil.rmtree(folder)
+                raise IncompleteArtifactError(f"{error}; remove {str(place)!r}, and it is made again") from None
     return folder

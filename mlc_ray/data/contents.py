@@ -16,7 +16,6 @@ from typing import Any
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import Place, fingerprint, user_cache, write_json_atomic
-from mlc_ray.storage.objects import ObjectStorage
 
 BLOCK_BYTES = 8 << 20
 _READ_BYTES = 1 << 20
@@ -82,8 +81,8 @@ def contents_of(paths: Iterable[Place], read: BlockReader = read_blocks) -> dict
     for path, blocks in missing.items():
         digests, line_breaks = zip(*(next(results) for _ in blocks), strict=True)
         found[path] = Content(list(digests), list(line_breaks))
-        changed = states[path]["mtime_ns"]
-        if changed is not None and now - changed / 1e9 > _SETTLED_SECONDS and _state(path) == states[path]:
+        changed = states[path]["modified"]
+        if changed is not None and now - changed > _SETTLED_SECONDS and _state(path) == states[path]:
             _remember(path, states[path], found[path])
     return found
 
@@ -133,13 +132,5 @@ def _memory(path: Place) -> Path:
 
 def _state(path: Place) -> dict[str, Any]:
     """Size and time of change (None where the storage does not say), by which a file is known to be unchanged."""
-    storage = path.storage
-    if path.is_local:
-        found = Path(path).stat()
-        size, changed = found.st_size, found.st_mtime_ns
-    elif isinstance(storage, ObjectStorage):
-        (info,) = storage.file_system(path.url).get_file_info([storage.key(path.url)])
-        size, changed = info.size, info.mtime_ns
-    else:
-        size, changed = path.parent.sizes([path.name])[path.name], None
-    return {"size": size, "mtime_ns": changed, "block_bytes": BLOCK_BYTES}
+    modified = path.modified()
+    return {"size": path.parent.sizes([path.name]).get(path.name, 0), "modified": modified, "block_bytes": BLOCK_BYTES}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -222,21 +224,24 @@ def _write_token_rows(
     readings: Sequence[Reading], data: DataSection, model: ModelSection, *, name: str, folder: Place
 ) -> TokenArtifact:
     kept_rejects = folder.parent / f"{folder.name}.rejects.jsonl"
-    with new_artifact(folder) as temporary, tempfile.TemporaryDirectory(prefix="mlc_ray-") as here:
+    with (
+        new_artifact(folder) as temporary,
+        _work_folder(temporary) as work,
+        tempfile.TemporaryDirectory(prefix="mlc_ray-") as here,
+    ):
         ledger = Ledger()
-        (temporary / _INVALID).remove()  # of a run that was killed
         results = _results(
             readings,
             Tokenize,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(_tokenizers_at_most(), len(readings))),
-            fn_constructor_kwargs={"data": data, "model": model, "folder": temporary},
+            fn_constructor_kwargs={"data": data, "model": model, "folder": temporary, "work": work},
         )
         shards, parts = list[Shard](), list[Place]()
         with phase("tokenising", unit="bundles") as progress:
             for read, shard in results:
                 ledger.add(read)
                 if read.reasons:
-                    parts.append(temporary / _rejects_file(len(shards)))
+                    parts.append(work / _rejects_file(len(shards)))
                 shards.append(shard)
                 progress.advance(len(read.keys))
         failed = data.on_invalid == "fail" and ledger.reasons
@@ -248,8 +253,6 @@ def _write_token_rows(
         except InvalidBundlesError:
             kept_rejects.storage.publish(rejected, str(kept_rejects))
             raise
-        for part in [*parts, temporary / _INVALID]:
-            part.remove()
         if rejected.exists():
             temporary.storage.publish(rejected, str(temporary / REJECTS_FILE))
         if repeats:
@@ -257,6 +260,8 @@ def _write_token_rows(
             again = [task.remote(temporary, n, drop, *ledger.columns(n)) for n, drop in repeats.items()]
             for number, shard in zip(repeats, ray.get(again), strict=True):
                 shards[number] = shard
+                if temporary.is_local:  # a folder that no other run has
+                    (temporary / shard_file(number)).remove()
         finish_artifact(
             temporary,
             shards,
@@ -267,6 +272,19 @@ def _write_token_rows(
         )
     kept_rejects.remove()
     return TokenArtifact.open(folder)
+
+
+@contextmanager
+def _work_folder(folder: Place) -> Iterator[Place]:
+    """A folder in `folder` for what this run alone writes and reads, removed when the block ends."""
+    work = folder / f"work-{uuid.uuid4().hex[:8]}"
+    try:
+        yield work
+    finally:
+        try:
+            work.remove()
+        except OSError as error:
+            logger.warning("%s could not be removed (%s); nothing reads it: remove it by hand", work, error)
 
 
 def _tokenizers_at_most() -> int:
@@ -296,12 +314,15 @@ class Tokenize:
 
     Where `data.on_invalid` is "fail", nothing is tokenised any more once a row was rejected, by whichever actor: what
     is left is read only, so that all rejected rows can be named.
+
+    Shards go to `folder`, where runs that make the same artefact write the same ones; rejected rows, and that there are
+    some, to `work`, which is this run's own.
     """
 
-    def __init__(self, data: DataSection, model: ModelSection, folder: Place):
+    def __init__(self, data: DataSection, model: ModelSection, folder: Place, work: Place):
         self.template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code))
         self.languages = data.languages
-        self.folder = folder
+        self.folder, self.work = folder, work
         self.fails = data.on_invalid == "fail"
         self.limits = {
             "max_prompt_tokens": data.max_prompt_tokens,
@@ -314,7 +335,7 @@ class Tokenize:
 
     def _write(self, number: int, reading: Reading) -> tuple[PartRead, Shard]:
         sorting = Sorting()
-        invalid = self.folder / _INVALID
+        invalid = self.work / _INVALID
 
         def tokens() -> Iterator[pa.Table]:
             failed = invalid.is_file()
@@ -330,7 +351,7 @@ class Tokenize:
         shard = write_shard(self.folder, shard_file(number), tokens())
         read = sorting.result()
         if read.rejects:
-            (self.folder / _rejects_file(number)).write_text(read.rejects)
+            (self.work / _rejects_file(number)).write_text(read.rejects)
         return replace(read, rejects=""), shard
 
 

@@ -140,7 +140,7 @@ def write_shard(folder: Place, file: str, tables: Iterable[pa.Table]) -> Shard:
 def rewrite_shard(folder: Place, number: int, drop: Ints, files: Sequence[str], lines: Sequence[int]) -> Shard:
     """Write a shard anew without its rows `drop`; `files` and `lines` say where each of its rows stood.
 
-    It has another name then: elsewhere a run that makes the same artefact may write the first one again meanwhile.
+    It has another name then, and the first one stays: elsewhere a run that makes the same artefact may still read it.
     """
     keep = np.ones(len(lines), dtype=bool)
     keep[drop] = False
@@ -156,9 +156,7 @@ def rewrite_shard(folder: Place, number: int, drop: Ints, files: Sequence[str], 
                 yield table.filter(keep[here])
                 start += len(table)
 
-    shard = write_shard(folder, shard_file(number, without_repeats=True), kept())
-    (folder / shard_file(number)).remove()
-    return shard
+    return write_shard(folder, shard_file(number, without_repeats=True), kept())
 
 
 def bundle_ids_in(folder: Place, shards: Sequence[Shard]) -> Callable[[Ints], list[str]]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from mlc_ray.data.bundles import select_languages
 from mlc_ray.data.ragged import common_start
 from mlc_ray.data.tables import ANSWERS, BUNDLES, bundle_columns, table_to_rows, token_table
-from mlc_ray.data.tracing import Trace, Traced, replayed
+from mlc_ray.data.tracing import Trace, Traced, is_traceable, replayed
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import local_model
 from mlc_ray.types import Bundle, TokenRow
@@ -32,7 +32,8 @@ NO_PROMPT = -1
 _READ = ["bundle_id", "kind", "languages", "texts", "response_language", *ANSWERS]
 _COPIED = ("bundle_id", "kind", "languages", "response_prompt")
 _SENTINEL = "qS7zK2vX9w"
-_PROBES = (" \n\t x\u00a0\u3000\n ", "\"'<&>\\ {{ x }}{% x %}", "\nA\n\nB", "x" * 5000)
+_BLANKS = " \n\t\u00a0\u3000"
+_PROBES = (f"{_BLANKS}x{_BLANKS}", "\"'<&>\\ {{ x }}{% x %}", "\nA\n\nB", "x" * 5000)
 """Texts that come out otherwise where a template strips, escapes or shortens them."""
 
 
@@ -158,18 +159,27 @@ class ChatTemplate:
     def verify(self, conversations: Iterable[tuple[str, str | None]]) -> None:
         """Compare what is put together for some prompts, each with an answer or none, with renderings.
 
-        Should one ever differ, every text is rendered from then on.
+        Raises:
+            TemplateError: they differ, so that ids of other texts may be wrong.
         """
-        if not all(self._puts_together(*each) for each in conversations):
-            for trace in self._traces.values():
-                trace.opaque = True
+        for prompt, answer in conversations:
+            if not (self._fills("user", prompt) and (answer is None or self._fills("assistant", answer))):
+                continue
+            whole = self._filled(prompt, answer)
+            if whole != (rendered := self._render(prompt, answer)):
+                raise TemplateError(
+                    f"the chat template of {self.tokenizer.name_or_path!r} renders {rendered!r}, where other "
+                    f"conversations lead to {whole!r}; what it writes may depend on nothing but the conversation: take "
+                    "the time, random numbers and the like out of it"
+                )
 
-    def _puts_together(self, prompt: str, answer: str | None) -> bool:
-        """Whether what is put together for these texts, if it is, is what a rendering is."""
-        if not (self._fills("user", prompt) and (answer is None or self._fills("assistant", answer))):
-            return True
-        whole = self._prompt(prompt) + ("" if answer is None else self._answer(prompt, answer))
-        return whole == self._render(prompt, answer)
+    def _filled(self, prompt: str, answer: str | None) -> str:
+        """A conversation put together without the template."""
+        filled = f"{self.head}{replayed(prompt, self._changes['user'])}{self.tail}"
+        if answer is None:
+            return filled
+        before, behind = self._around_answer
+        return f"{filled}{before}{replayed(answer, self._changes['assistant'])}{behind}"
 
     def _fills(self, role: str, text: str) -> bool:
         """Whether a text can be filled in without the template."""
@@ -178,7 +188,7 @@ class ChatTemplate:
     def _prompt(self, text: str) -> str:
         """The prompt that asks `text`, generation prompt included."""
         if self._fills("user", text):
-            return f"{self.head}{replayed(text, self._changes['user'])}{self.tail}"
+            return self._filled(text, None)
         rendered = self._render(text)
         fits = len(rendered) >= len(self.head) + len(self.tail)
         if not (fits and rendered.startswith(self.head) and rendered.endswith(self.tail)):
@@ -198,11 +208,23 @@ class ChatTemplate:
         return conversation[len(rendered) :]
 
     def _learn_changes(self) -> None:
-        """Which of the changes that were traced reach the output, by texts that differ under each."""
+        """Which of the changes that were traced reach the output, by texts that differ under each.
+
+        Unless exactly one way to fill in both texts agrees with all renderings, they are opaque.
+        """
         user, assistant = self._traces.values()
-        for changes in product(user.changes, assistant.changes):
-            self._changes = dict(zip(self._traces, changes, strict=True))
-            if all(self._puts_together(probe, probe) for probe in _PROBES):
+        code = self.tokenizer.get_chat_template()
+        prompts, answers = _probes_of(user), _probes_of(assistant)
+        if is_traceable(code) and prompts and answers:
+            pairs = [(prompt, answer) for prompt in prompts for answer in (None, *answers)]
+            rendered = {pair: self._render(*pair) for pair in pairs}
+            agreeing = []
+            for changes in product(sorted(user.changes, key=repr), sorted(assistant.changes, key=repr)):
+                self._changes = dict(zip(self._traces, changes, strict=True))
+                if all(self._filled(*pair) == text for pair, text in rendered.items()):
+                    agreeing.append(self._changes)
+            if len(agreeing) == 1:
+                self._changes = agreeing[0]
                 return
         user.opaque = assistant.opaque = True
 
@@ -271,6 +293,16 @@ class ChatTemplate:
                 f"the chat template writes the {role}'s text {len(tails)} times instead of once: {rendered!r}"
             )
         return head, tails[0]
+
+
+def _probes_of(trace: Trace) -> list[str]:
+    """Texts that tell a template's changes apart, all treated as the traced one was; none where `_PROBES` are not."""
+    if not all(trace.holds_for(probe) for probe in _PROBES):
+        return []
+    calls = {call for changes in trace.changes for call in changes}
+    stripped = sorted({"".join(arguments) or _BLANKS for _, arguments in calls})
+    derived = [f"{characters}A{characters}" for characters in (*stripped, "".join(stripped))]
+    return [*_PROBES, *(probe for probe in derived if trace.holds_for(probe))]
 
 
 def _backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -111,19 +111,20 @@ def artifact_folder(folder: Path) -> Iterator[Path]:
     try:
         with atomic_folder(folder, replace=folder.exists()) as temporary:
             yield temporary
-            if _is_complete(folder):
+            if fault_of(folder) is None:
                 raise FileExistsError(folder)
     except FileExistsError:
-        if not _is_complete(folder):
+        if fault_of(folder) is not None:
             raise
 
 
-def _is_complete(folder: Path) -> bool:
+def fault_of(folder: str | Path | Place) -> IncompleteArtifactError | None:
+    """What an artefact lacks, by its manifest and the sizes of its files; None where it is complete."""
     try:
         verify_files(folder, read_manifest(folder))
-    except IncompleteArtifactError:
-        return False
-    return True
+    except IncompleteArtifactError as error:
+        return error
+    return None
 
 
 def checksum(content: bytes | Sequence[bytes | memoryview] | Path | Place) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _IN_MEMORY = 64 << 20  # bytes of a file being written; a larger one waits on this machine's disk until it is whole
 _AT_ONCE = 16 << 20  # bytes that are copied at a time, the size of a part
+_LOOKED_UP = 16  # named files that are asked for one by one; a listing answers 1000 keys a request, needed or not
 
 
 class ObjectStorage(Storage):
@@ -71,12 +72,15 @@ class ObjectStorage(Storage):
         self._stream((view[at : at + _AT_ONCE] for view in views for at in range(0, len(view), _AT_ONCE)), url)
 
     def sizes(self, url: str, names: Iterable[str] | None = None) -> dict[str, int]:
-        """As the store lists them, with one request for many."""
+        """As the store lists them, with one request for many; a few named files are looked up each."""
         from pyarrow import fs
 
-        folder = self.key(url)
+        folder, names = self.key(url), None if names is None else list(names)
+        asked: Any = fs.FileSelector(folder, allow_not_found=True, recursive=True)
+        if names is not None and len(names) <= _LOOKED_UP:
+            asked = [f"{folder}/{name}" for name in names]
         with _faults_named(url):
-            listed = self.file_system(url).get_file_info(fs.FileSelector(folder, allow_not_found=True, recursive=True))
+            listed = self.file_system(url).get_file_info(asked)
         found = {each.path.removeprefix(f"{folder}/"): int(each.size) for each in listed if each.is_file}
         return found if names is None else {name: found[name] for name in names if name in found}
 

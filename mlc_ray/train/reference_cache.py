@@ -12,18 +12,18 @@ import ray.data
 import torch
 
 from mlc_ray.config import ModelSection, TrainConfig
-from mlc_ray.data.artifacts import is_made, local_artifact, new_artifact
+from mlc_ray.data.artifacts import artifact_made_here, is_made, local_artifact
 from mlc_ray.data.batches import BatchError, collate
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
 from mlc_ray.progress import phase
 from mlc_ray.storage import (
     Place,
+    checksum,
     fingerprint,
     fingerprint_model,
     library_versions,
     read_manifest,
-    working_folder,
     write_manifest,
 )
 from mlc_ray.train.model import ModelError, load_policy
@@ -62,10 +62,15 @@ def prepare_reference(
     folder = Place(cache_dir) / f"reference-{key}"
     if is_made(folder):
         return folder
-    with new_artifact(folder) as target, working_folder(target) as temporary:
+    with artifact_made_here(folder) as temporary:
         _compute(config, tokens, needed, temporary, gpu=gpu)
         write_manifest(
-            temporary, fingerprint=key, tokens=tokens.fingerprint, bundles=len(tokens), versions=library_versions()
+            temporary,
+            fingerprint=key,
+            tokens=tokens.fingerprint,
+            bundles=len(tokens),
+            versions=library_versions(),
+            checksums={path.name: checksum(path) for path in temporary.iterdir()},
         )
     return folder
 

@@ -117,7 +117,7 @@ def test_contents_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
         0,
     ]
     path.write_bytes(b"one\ntwo\nTHREE")
-    os.utime(path, ns=(10**18 + 1, 10**18 + 1))
+    os.utime(path, ns=(10**18 + 10**6, 10**18 + 10**6))
     changed = contents_of([Place(path)], counting)
     assert changed[Place(path)].digests[0] == first[Place(path)].digests[0] and changed != first
 
@@ -129,7 +129,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path):
 
     def changing(blocks):
         path.write_bytes(b"two")
-        os.utime(path, ns=(10**18 + 1, 10**18 + 1))
+        os.utime(path, ns=(10**18 + 10**6, 10**18 + 10**6))
         return contents.read_blocks(blocks)
 
     contents_of([Place(path)], changing)

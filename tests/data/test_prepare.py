@@ -18,7 +18,7 @@ from mlc_ray.data.prepare import (
     token_fingerprint,
 )
 from mlc_ray.data.rejects import InvalidBundlesError
-from mlc_ray.data.store import TokenArtifact, finish_artifact, shard_file, write_rows, write_shard
+from mlc_ray.data.store import TokenArtifact, finish_artifact, rewrite_shard, shard_file, write_rows, write_shard
 from mlc_ray.data.tables import bundle_columns, keys_of, rows_to_table
 from mlc_ray.data.tokens import ChatTemplate, TokenizationError, load_tokenizer, tokenize_bundle
 from mlc_ray.storage import ArtifactError, IncompleteArtifactError, Place, read_manifest
@@ -256,18 +256,27 @@ def in_parts(monkeypatch, size):
 
 def test_nothing_is_tokenised_once_a_row_was_rejected_where_that_is_fatal(smollm2, tmp_path):
     files = [write(tmp_path / f"{n}.jsonl", [record(n)] + [record(n, kind="x")] * (n == 1)).path for n in range(3)]
-    (tmp_path / "shards").mkdir()
+    folder, work = Place(tmp_path / "shards"), Place(tmp_path / "work")
 
     def shards(on_invalid):
         data = DataSection(train=[SourceSection(path=path) for path in files], on_invalid=on_invalid)
-        stage = Tokenize(data, ModelSection(path=str(smollm2)), Place(tmp_path / "shards"))
+        stage = Tokenize(data, ModelSection(path=str(smollm2)), folder, work)
         for number, path in enumerate(files):
             reading = np.array([sources.Reading(sources.SourceFile(path))])
             ((read, shard, seen),) = stage({"number": np.array([number]), "reading": reading})["result"]
             yield shard.counts.rows, len(read.keys), read.reasons.total(), seen.records
 
     assert list(shards("skip")) == [(1, 1, 0, 1), (1, 1, 1, 2), (1, 1, 0, 1)]
+    assert list(folder.sizes()) == [shard_file(n) for n in range(3)]  # nothing else that two runs would both write
     assert list(shards("fail")) == [(1, 1, 0, 1), (0, 1, 1, 2), (0, 1, 0, 1)]
+
+
+def test_runs_that_make_the_same_artefact_both_leave_out_repeats(tmp_path):
+    folder = Place(tmp_path)
+    write_shard(folder, shard_file(0), [rows_to_table([token_row(n) for n in (0, 1, 0)])])
+    one, other = (rewrite_shard(folder, 0, np.array([2]), ["a.jsonl"] * 3, [1, 2, 3]) for _ in range(2))
+    assert one == other
+    assert one.counts.rows == 2
 
 
 def test_a_file_that_is_read_in_parts_gives_the_rows_that_it_gives_whole(ray_local, smollm2, tmp_path, monkeypatch):

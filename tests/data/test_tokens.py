@@ -175,14 +175,51 @@ def test_texts_are_rendered_only_where_the_template_does_more_than_write_them(sm
     assert len(asked) == rendered
 
 
-def test_a_template_that_is_not_what_it_was_when_it_was_traced_is_rendered(small, monkeypatch):
+def test_a_template_that_renders_otherwise_than_when_it_was_traced_is_refused(small):
     tokenizer = small(CHATML)
     template = ChatTemplate(tokenizer)
     tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content | replace('x', 'y') }}")
     template.verify([("egg", None)])
-    assert template.prompt_ids(["x"])[0].tolist() != whole(tokenizer, "x")
-    template.verify([("x", None)])
-    assert template.prompt_ids(["x"])[0].tolist() == whole(tokenizer, "x")
+    with pytest.raises(TemplateError, match=r"renders '.*user\\ny<.*lead to '.*user\\nx<"):
+        template.verify([("x", None)])
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{% macro say(c) %}{{ c }}{% endmacro %}{{ 'a tag' if '</tool>' in say(m.content) else m.content }}",
+        "{% set said %}{{ m.content }}{% endset %}{{ 'a tag' if '</tool>' in said else said }}",
+        "{{ 'a tag' if '</tool>' in m.content ~ '' else m.content }}",
+        "{{ 'a tag' if '</tool>' in [m.content] | join else m.content }}",
+        "{{ 'a user' if m.content in 'users' else m.content }}",
+        "{{ 'a user' if m.content is in 'users' else m.content }}",
+        "{{ 'a user' if 'users'.startswith(m.content) else m.content }}",
+    ],
+)
+def test_what_a_text_cannot_note_is_found_in_the_code(small, written):
+    tokenizer = small(CHATML.replace("{{ m.content }}", written))
+    template = ChatTemplate(tokenizer)
+    assert [ids.tolist() for ids in template.prompt_ids(NASTY)] == [whole(tokenizer, text) for text in NASTY]
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        r"{% set said = m.content.rstrip('\n') %}{{ said if said else '' }}",
+        r"{% if m.content.rstrip('\n') == 'qS' %}{% endif %}{{ m.content }}",
+        r"{% if m.content.lstrip('ab') == 'qS' %}{% endif %}{{ m.content | trim }}",
+        r"{{ m.content.strip('<>').rstrip('\n ') }}",
+        r"{{ m.content.strip() | trim }}",
+    ],
+)
+def test_it_is_learnt_which_stripping_reaches_the_output(small, monkeypatch, written):
+    tokenizer = small(CHATML.replace("{{ m.content }}", written))
+    template = ChatTemplate(tokenizer)
+    texts = ["egg\n", "\negg", " egg \n", "abegg", "<egg> \n", "eggba"]
+    expected = [whole(tokenizer, text) for text in texts]
+    asked = renderings(tokenizer, monkeypatch)
+    assert [ids.tolist() for ids in template.prompt_ids(texts)] == expected
+    assert not asked
 
 
 @pytest.mark.parametrize("text", [NASTY[0], NASTY[1], NASTY[4], "qS7zK2vX9w", "user"])

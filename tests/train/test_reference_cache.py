@@ -1,6 +1,7 @@
 """The reference's cached numbers on disk: what two runs that share a cache, or a damaged folder, come to."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from examples.my_storage import VaultStorage  # noqa: F401 - registers vault://
 from mlc_ray.data.batches import BatchError
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
-from mlc_ray.storage import Place, write_manifest
+from mlc_ray.storage import IncompleteArtifactError, Place, write_manifest
 from mlc_ray.train import reference_cache as ray_reference
 from mlc_ray.train.model import ModelError
 from mlc_ray.train.reference_cache import column_file, load_reference, prepare_reference
@@ -35,14 +37,14 @@ def prepare(tmp_path, monkeypatch):
     (model / "config.json").write_text("{}")
     config = tiny_config(model={"path": str(model)})
 
-    def prepared(chosen, meanwhile=lambda: None):
+    def prepared(chosen, meanwhile=lambda: None, cache=tmp_path / "cache"):
         def compute(config, tokens, needed, folder, **_):
-            meanwhile()
             np.save(folder / CHOSEN, [chosen] * len(tokens))
+            meanwhile()
 
         monkeypatch.setattr(ray_reference, "_compute", compute)
-        folder = prepare_reference(config, Tokens(), layer=2, cache_dir=tmp_path / "cache", gpu=False)
-        return Path(folder), load_reference(folder).chosen[0]
+        folder = prepare_reference(config, Tokens(), layer=2, cache_dir=cache, gpu=False)
+        return Path(folder) if folder.is_local else folder, load_reference(folder).chosen[0]
 
     return prepared
 
@@ -77,6 +79,41 @@ def test_the_folder_of_a_faster_run_is_used(prepare, damaged_before):
         folder.rmdir()
     assert prepare(-3.0, meanwhile=lambda: write(folder, -5.0)) == (folder, -5.0)
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.fixture
+def vault(tmp_path, monkeypatch):
+    """A storage elsewhere, and a cache of this machine for the test alone."""
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "here"))
+    return Place("vault://team")
+
+
+def test_elsewhere_nothing_is_written_over_the_numbers_of_another_run(prepare, vault):
+    def another(stops):
+        prepare(-1.0, cache=vault)
+        if stops:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(0.0, meanwhile=lambda: another(stops=True), cache=vault)
+    folder, chosen = prepare(-7.0, cache=vault)
+    assert chosen == -1.0
+    (folder / CHOSEN).remove()
+    assert prepare(-3.0, meanwhile=lambda: another(stops=False), cache=vault) == (folder, -1.0)
+    (folder / CHOSEN).remove()
+    assert prepare(-5.0, cache=vault) == (folder, -5.0)
+
+
+def test_elsewhere_numbers_of_the_same_size_that_the_manifest_does_not_name_are_refused(prepare, vault, tmp_path):
+    folder, _ = prepare(-1.0, cache=vault)
+    with (folder / CHOSEN).open("wb") as file:
+        np.save(file, [-2.0] * 2)
+    shutil.rmtree(tmp_path / "here")  # another machine
+    with pytest.raises(
+        IncompleteArtifactError, match=r"'chosen\.npy' has checksum .*; remove 'vault://team/reference-"
+    ):
+        prepare(-1.0, cache=vault)
 
 
 @pytest.fixture
