@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlc_ray.config import (
+    ChatSection,
     ConfigError,
     ModelSection,
     ScoreConfig,
@@ -142,6 +143,7 @@ def probe(
     bundles: Bundles | Sequence[str],
     *,
     out: str | os.PathLike[str] | None = None,
+    chat: ChatSection | Mapping[str, Any] | None = None,
     languages: Sequence[str] | None = None,
     limit: int | None = None,
     address: str = "auto",
@@ -152,6 +154,7 @@ def probe(
         model: a Hugging Face folder or hub name, or settings as under `model` of a run.
         bundles: in memory, or paths as of a source (`sample:train`, a file, a hub name); of both kinds.
         out: folder to write (default: runs/probes/MODEL).
+        chat: the conversation that prompts stand in, as `chat` of a run (default: the one the model was trained in).
         languages: measure only these (default: all).
         limit: at most this many bundles of each kind (default: 64).
         address: Ray's, as `cluster.address` of a run.
@@ -176,7 +179,13 @@ def probe(
     from mlc_ray.search.probe import probe
 
     return probe(
-        section, sources, folder, languages=None if languages is None else list(languages), limit=limit, address=address
+        section,
+        sources,
+        folder,
+        chat=chat if isinstance(chat, ChatSection | None) else parse_config(ChatSection, dict(chat)),
+        languages=None if languages is None else list(languages),
+        limit=limit,
+        address=address,
     )
 
 

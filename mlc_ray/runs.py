@@ -16,10 +16,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mlc_ray.config import ChatSection, ConfigError, parse_config
 from mlc_ray.config.paths import stored_path
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import (
@@ -323,18 +325,39 @@ def training_languages(path: str | Path | Place) -> list[str] | None:
     Raises:
         ModelPathError: That file is damaged.
     """
+    for file, facts in _described(path):
+        languages = facts.get("languages")
+        if languages is not None and not (
+            isinstance(languages, list) and all(isinstance(code, str) for code in languages)
+        ):
+            raise ModelPathError(
+                f"{str(file)!r} is damaged: languages is {languages!r}, expected a list of codes; {_FIX_RECORD}"
+            )
+        return languages
+    return None
+
+
+def training_chat(path: str | Path | Place) -> ChatSection | None:
+    """The conversation that a run, a checkpoint of it, or an exported model was trained in; None elsewhere.
+
+    Raises:
+        ModelPathError: What says so is damaged.
+    """
+    for file, facts in _described(path):
+        if (chat := facts.get("chat")) is not None:
+            try:
+                return parse_config(ChatSection, chat)
+            except ConfigError as error:
+                raise ModelPathError(f"{str(file)!r} is damaged: chat: {error}; {_FIX_RECORD}") from None
+    return None
+
+
+def _described(path: str | Path | Place) -> Iterator[tuple[Place, dict[str, Any]]]:
+    """The files that say how a model was trained, and what is in them."""
     folder = Place(path).absolute()
     for file in (folder / PROVENANCE_FILE, folder / RUN_FILE, folder.parent.parent / RUN_FILE):
         if file.is_file():
-            languages = _read_object(file, _FIX_RECORD).get("languages")
-            if languages is not None and not (
-                isinstance(languages, list) and all(isinstance(code, str) for code in languages)
-            ):
-                raise ModelPathError(
-                    f"{str(file)!r} is damaged: languages is {languages!r}, expected a list of codes; {_FIX_RECORD}"
-                )
-            return languages
-    return None
+            yield file, _read_object(file, _FIX_RECORD)
 
 
 def longest_context(model: str) -> int | None:

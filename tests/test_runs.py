@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mlc_ray.config import ChatSection
 from mlc_ray.runs import (
     MetricsFileError,
     MetricsReader,
@@ -12,6 +13,7 @@ from mlc_ray.runs import (
     longest_context,
     read_metrics,
     resolve_model,
+    training_chat,
     training_languages,
 )
 from mlc_ray.storage import write_manifest
@@ -115,6 +117,20 @@ def test_other_paths_are_refused(tmp_path: Path) -> None:
         resolve_model(file)
     with pytest.raises(ModelPathError, match="holds no model"):
         resolve_model(tmp_path)
+
+
+def test_the_conversation_of_training_is_read_from_a_run_its_checkpoint_and_an_export(tmp_path: Path) -> None:
+    checkpoint = checkpoint_at(tmp_path / "run", 3)
+    chat = ChatSection(system="Be kind.", arguments={"thinking": False})
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"chat": chat.model_dump()}), encoding="utf-8")
+    export = model_at(tmp_path / "export")
+    assert training_chat(export) is None
+    (export / "mlc_ray.json").write_text('{"chat": {"date": "2031-02-03"}}', encoding="utf-8")
+    assert training_chat(tmp_path / "run") == training_chat(checkpoint) == chat
+    assert training_chat(export) == ChatSection(date="2031-02-03")
+    (export / "mlc_ray.json").write_text('{"chat": {"date": "today"}}', encoding="utf-8")
+    with pytest.raises(ModelPathError, match=r"mlc_ray\.json' is damaged: chat: (?s:.*)date='today' is no day"):
+        training_chat(export)
 
 
 def test_training_languages_are_read_from_a_run_its_checkpoint_and_an_export(tmp_path: Path) -> None:

@@ -166,6 +166,9 @@ def build_parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "--bundles", metavar="WHAT", action="append", required=True, help="bundles of both kinds; repeatable"
     )
+    probe.add_argument(
+        "--chat", metavar="YAML", help="system prompt, template arguments and date, e.g. '{system: You are kind.}'"
+    )
     probe.add_argument("--languages", metavar="CODES", help="look at only these, e.g. en,ur,sw (default: all)")
     probe.add_argument("--limit", metavar="N", type=int, help="at most N bundles of each kind (default: 64)")
     probe.add_argument("--out", metavar="FOLDER", type=_place, help="folder to write (default: runs/probes/MODEL)")

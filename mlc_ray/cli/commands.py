@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlc_ray.config import (
+    ChatSection,
     ConfigError,
     ModelSection,
     ScoreConfig,
@@ -22,6 +23,7 @@ from mlc_ray.config import (
     config_schema,
     load_config,
     parse_config,
+    parse_yaml,
     read_config_file,
 )
 
@@ -265,7 +267,15 @@ def probe_command(arguments: argparse.Namespace) -> None:
 
     default = Path("runs") / "probes" / model_name(arguments.model)
     folder = output_place(str(arguments.out or default), setting="--out")
-    found = probe(settings, sources, folder, languages=languages, limit=arguments.limit, address=arguments.address)
+    found = probe(
+        settings,
+        sources,
+        folder,
+        chat=None if arguments.chat is None else parse_config(ChatSection, parse_yaml(arguments.chat, "--chat")),
+        languages=languages,
+        limit=arguments.limit,
+        address=arguments.address,
+    )
     show(console(probe_table(found, reversed(range(len(found.layers))))))
     print(f"probe in {folder}")
 

@@ -23,6 +23,7 @@ from mlc_ray.config.base import (
     read_config_file,
     refuse_userinfo,
 )
+from mlc_ray.config.chat import PLAIN_CHAT, ChatSection
 from mlc_ray.config.score import (
     EndpointSection,
     EngineSection,
@@ -55,6 +56,8 @@ from mlc_ray.config.train import (
 )
 
 __all__ = [
+    "PLAIN_CHAT",
+    "ChatSection",
     "CheckpointSection",
     "ClusterSection",
     "CollapseSection",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mlc_ray.config.base import LANGUAGE_TAG, RESUME, Fraction, PositiveFloat, PositiveInt, Resume, RunName, Section
+from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.paths import RealPath, StoredPath
 from mlc_ray.config.train import DTYPE, SourceSection
@@ -141,6 +142,9 @@ class ScoringSection(Section):
     benchmarks: Annotated[list[SourceSection], Field(min_length=1)] = Field(description="Prompts to score on.")
     judge: Annotated[JudgeSettings, ComponentSettings("judge", default="refusal")] = Field(
         _REFUSAL, description="Who judges the responses."
+    )
+    chat: ChatSection | None = Field(
+        None, description="The conversation that prompts stand in (default: the one that the model was trained in)."
     )
     languages: list[str] | None = Field(None, description="Score only these languages (default: all present).")
     limit: PositiveInt | None = Field(None, description="At most this many bundles per benchmark and kind.")

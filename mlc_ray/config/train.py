@@ -18,6 +18,7 @@ from mlc_ray.config.base import (
     Section,
     refuse_userinfo,
 )
+from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentName, ComponentSettings
 from mlc_ray.config.paths import SourcePath, StoredPath
 
@@ -400,6 +401,7 @@ class TrainConfig(ObjectiveConfig):
         ),
     )
     model: ModelSection
+    chat: ChatSection = ChatSection()
     data: DataSection
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 
-from mlc_ray.config import DataSection, ModelSection, SourceSection
+from mlc_ray.config import PLAIN_CHAT, ChatSection, DataSection, ModelSection, SourceSection
 from mlc_ray.data.artifacts import is_made, new_artifact
 from mlc_ray.data.contents import Block, Content, contents_of, read_blocks
 from mlc_ray.data.rejects import InvalidBundlesError, Ledger, PartRead, Sorting
@@ -186,7 +186,9 @@ def _read_stage(batch: Objects, languages: list[str] | None) -> Objects:
 # --------------------------------------------------------------------------------------------- parts -> token rows
 
 
-def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str | Path | Place) -> TokenArtifact:
+def prepare_token_rows(
+    data: DataSection, model: ModelSection, *, chat: ChatSection = PLAIN_CHAT, cache_dir: str | Path | Place
+) -> TokenArtifact:
     """Read, validate and tokenise `data.train`; the result is a folder `cache_dir/tokens-FINGERPRINT`.
 
     Parts of the sources are read side by side, and each one's rows are written as a shard by the process that tokenises
@@ -194,8 +196,9 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
     `rejects`).
 
     The fingerprint covers the content of the sources, the code of formats from outside this package, the tokenizer's
-    files and the data settings. A complete folder is used again; an incomplete one is written once more. Rejected rows
-    are in `TokenArtifact.rejects_path`, or, if the function raises, in `cache_dir/tokens-FINGERPRINT.rejects.jsonl`.
+    files, `chat` and the data settings. A complete folder is used again; an incomplete one is written once more.
+    Rejected rows are in `TokenArtifact.rejects_path`, or, if the function raises, in
+    `cache_dir/tokens-FINGERPRINT.rejects.jsonl`.
 
     Raises:
         BundleFileError: as `read_bundles`, as do InvalidBundlesError and KeyCollisionError.
@@ -204,7 +207,7 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
     """
     files = _files(data.train)
     contents = _contents(files)
-    name = token_fingerprint(data, model, contents)
+    name = token_fingerprint(data, model, chat, contents)
     folder = Place(cache_dir).absolute() / f"tokens-{name}"
     if is_made(folder):
         artifact = TokenArtifact.open(folder)
@@ -212,16 +215,16 @@ def prepare_token_rows(data: DataSection, model: ModelSection, *, cache_dir: str
         return artifact
 
     # Before anything is read: a template that does not fit is a fault of the settings, not of a row.
-    template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code))
+    template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code), chat)
     template.encode_prompt("x", data.max_prompt_tokens)
 
-    artifact = _write_token_rows(_readings(files, contents), data, model, name=name, folder=folder)
+    artifact = _write_token_rows(_readings(files, contents), data, model, chat, name=name, folder=folder)
     _announce(artifact)
     return artifact
 
 
 def _write_token_rows(
-    readings: Sequence[Reading], data: DataSection, model: ModelSection, *, name: str, folder: Place
+    readings: Sequence[Reading], data: DataSection, model: ModelSection, chat: ChatSection, *, name: str, folder: Place
 ) -> TokenArtifact:
     kept_rejects = folder.parent / f"{folder.name}.rejects.jsonl"
     with (
@@ -234,7 +237,7 @@ def _write_token_rows(
             readings,
             Tokenize,
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(_tokenizers_at_most(), len(readings))),
-            fn_constructor_kwargs={"data": data, "model": model, "folder": temporary, "work": work},
+            fn_constructor_kwargs={"data": data, "model": model, "chat": chat, "folder": temporary, "work": work},
         )
         shards, parts = list[Shard](), list[Place]()
         with phase("tokenising", unit="bundles") as progress:
@@ -268,6 +271,7 @@ def _write_token_rows(
             fingerprint=name,
             rejected=dict(ledger.reasons.most_common()),
             model=model.path,
+            chat=chat.model_dump(mode="json"),
             data=data.model_dump(mode="json", exclude={"validation"}),
         )
     kept_rejects.remove()
@@ -292,7 +296,12 @@ def _tokenizers_at_most() -> int:
     return max(1, int(resources.get("CPU", 1)))
 
 
-def token_fingerprint(data: DataSection, model: ModelSection, contents: dict[Place, Content] | None = None) -> str:
+def token_fingerprint(
+    data: DataSection,
+    model: ModelSection,
+    chat: ChatSection = PLAIN_CHAT,
+    contents: dict[Place, Content] | None = None,
+) -> str:
     """Fingerprint of everything that token rows depend on; paths do not count, contents do.
 
     `contents` are those of the sources' files; without them, they are read.
@@ -304,6 +313,7 @@ def token_fingerprint(data: DataSection, model: ModelSection, contents: dict[Pla
             "format": FORMAT,
             "sources": [file.fingerprint(contents) for file in files],
             "tokenizer": fingerprint_tokenizer(model.path),
+            "chat": chat.model_dump(mode="json"),
             "settings": data.model_dump(mode="json", exclude={"train", "validation"}),
         }
     )
@@ -319,8 +329,8 @@ class Tokenize:
     some, to `work`, which is this run's own.
     """
 
-    def __init__(self, data: DataSection, model: ModelSection, folder: Place, work: Place):
-        self.template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code))
+    def __init__(self, data: DataSection, model: ModelSection, chat: ChatSection, folder: Place, work: Place):
+        self.template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code), chat)
         self.languages = data.languages
         self.folder, self.work = folder, work
         self.fails = data.on_invalid == "fail"

@@ -11,14 +11,18 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from jinja2.meta import find_undeclared_variables
 
+from mlc_ray.config import PLAIN_CHAT, ChatSection
+from mlc_ray.config.chat import dated
 from mlc_ray.data.bundles import select_languages
 from mlc_ray.data.ragged import common_start
 from mlc_ray.data.tables import ANSWERS, BUNDLES, bundle_columns, table_to_rows, token_table
-from mlc_ray.data.tracing import Trace, Traced, is_traceable, replayed
+from mlc_ray.data.tracing import Trace, Traced, code_of, is_traceable, replayed
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import local_model
 from mlc_ray.types import Bundle, TokenRow
@@ -67,6 +71,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 class ChatTemplate:
     """A tokenizer's chat template, with its boundaries: texts become the ids of what it renders.
 
+    `chat` is what the template is given beside the user's message.
+
     `head` and `tail` are what it writes around a user's text; `minimum` is the number of tokens of a prompt that holds
     one letter, the least that a limit may be.
 
@@ -76,20 +82,25 @@ class ChatTemplate:
     lies beyond them always has the same ids.
 
     Raises:
-        TemplateError: there is no usable template.
+        TemplateError: there is no usable template, or it does not use what `chat` gives it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: ChatSection = PLAIN_CHAT):
         if not tokenizer.chat_template:
             raise TemplateError(
                 f"model.path={tokenizer.name_or_path!r}: its tokenizer has no chat template; use an instruct model, "
                 "or save a chat_template into the tokenizer's folder"
             )
         self.tokenizer = tokenizer
+        self._chat = chat
+        self._given: dict[str, Any] = {**chat.arguments, **dated(chat.date)}
+        self._check_arguments()
         self._traces = {"user": Trace(), "assistant": Trace()}
         asked, said = (Traced(_SENTINEL, trace) for trace in self._traces.values())
         prompt, answered = self._render(asked), self._render(asked, said)
         self.head, self.tail = self._split(prompt, "user")
+        if chat.system is not None and chat.system.strip() not in self.head + self.tail:
+            raise TemplateError(f"chat.system={chat.system!r}: the chat template leaves it out: {prompt!r}")
         if not answered.startswith(prompt):
             raise TemplateError(
                 "the chat template renders an answered conversation differently from the prompt that led to it: "
@@ -267,11 +278,31 @@ class ChatTemplate:
         return common if self.tokenizer.decode(common) == self.head else self._ids(self.head)
 
     def _render(self, user: str, assistant: str | None = None) -> str:
-        messages = [{"role": "user", "content": user}]
-        if assistant is not None:
-            messages.append({"role": "assistant", "content": assistant})
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=assistant is None)
+        said = [("system", self._chat.system), ("user", user), ("assistant", assistant)]
+        messages = [{"role": role, "content": text} for role, text in said if text is not None]
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=assistant is None, **self._given
+            )
+        except jinja2.TemplateError as error:
+            raise TemplateError(
+                f"the chat template of {self.tokenizer.name_or_path!r} refuses a conversation of "
+                f"{', '.join(message['role'] for message in messages)}, with {self._chat!r}: {error}"
+            ) from None
         return cast(str, rendered)
+
+    def _check_arguments(self) -> None:
+        """Refuse an argument that the template never reads, where its code can be read."""
+        try:
+            read = find_undeclared_variables(code_of(self.tokenizer.get_chat_template()))
+        except jinja2.TemplateSyntaxError:
+            return
+        if unread := sorted(self._chat.arguments.keys() - read):
+            there = ", ".join(sorted(read - {"messages", "add_generation_prompt"})) or "nothing"
+            raise TemplateError(
+                f"chat.arguments has {unread[0]!r}, which the chat template of {self.tokenizer.name_or_path!r} does "
+                f"not read; beside the messages it reads {there}"
+            )
 
     def _ids(self, text: str) -> Ids:
         return self._batch([text])[0]

@@ -55,11 +55,16 @@ class Trace:
         return not self.opaque and all(replayed(text, calls) == answer for calls, answer in self.asked)
 
 
+def code_of(template: str) -> nodes.Template:
+    """The syntax tree of a chat template; raises jinja2's TemplateSyntaxError."""
+    return Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+
+
 def is_traceable(template: str) -> bool:
     """Whether a template's code does nothing with a text that `Traced` does not note; where in doubt, False."""
     try:
         # Tags that transformers adds, such as `generation`, are not known here: their blocks make plain strings too.
-        code = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        code = code_of(template)
     except TemplateSyntaxError:
         return False
     written = {id(part) for output in code.find_all(nodes.Output) for node in output.nodes for part in _added(node)}

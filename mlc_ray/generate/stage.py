@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from mlc_ray.config import EngineSection
+from mlc_ray.config import PLAIN_CHAT, ChatSection, EngineSection
 from mlc_ray.generate.engine import Device, Engine, EngineError, Generation, Warm, check_lengths, prepare_process
 from mlc_ray.storage import fingerprint_tokenizer
 
@@ -77,6 +77,7 @@ class Generator(Stage):
     Args:
         model: Hugging Face folder or hub name.
         settings: of the engine.
+        chat: the conversation that prompts stand in.
         max_new_tokens: longest answer.
         warm: for an engine whose weights will be swapped.
         shared: an engine that serves `model` already; by default one is started.
@@ -93,13 +94,14 @@ class Generator(Stage):
         settings: EngineSection,
         *,
         max_new_tokens: int,
+        chat: ChatSection = PLAIN_CHAT,
         device: Device,
         warm: Warm | None = None,
         shared: Engine | None = None,
     ) -> None:
         check_lengths(model, settings, max_new_tokens)
         prepare_process(settings, device)
-        self.settings = settings
+        self.settings, self.chat = settings, chat
         self.max_new_tokens = max_new_tokens
         self.longest_prompt = settings.max_model_len - max_new_tokens
         self._tokenizer = ""
@@ -114,7 +116,7 @@ class Generator(Stage):
         from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 
         self._template: ChatTemplate = ChatTemplate(
-            load_tokenizer(model, trust_remote_code=self.settings.trust_remote_code)
+            load_tokenizer(model, trust_remote_code=self.settings.trust_remote_code), self.chat
         )
         if self._template.minimum > self.longest_prompt:
             raise EngineError(

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from mlc_ray._registry import resolve
-from mlc_ray.config import EngineSection, JudgeSettings, ReadingJudgeSettings
+from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ReadingJudgeSettings
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Engine
 from mlc_ray.generate.translate import check_translator
@@ -176,8 +176,13 @@ class PromptJudge(BaseJudge):
     Settings: ClassVar[type[JudgeSettings]] = JudgeSettings
 
     @abstractmethod
-    def scorer(self, model: str, settings: EngineSection, *, device: Device, shared: Engine | None) -> PromptScorer:
-        """What gives the verdicts on `model`, in an engine of its own unless one that serves it is given."""
+    def scorer(
+        self, model: str, settings: EngineSection, *, chat: ChatSection, device: Device, shared: Engine | None
+    ) -> PromptScorer:
+        """What gives the verdicts on `model`, in an engine of its own unless one that serves it is given.
+
+        `chat` is the conversation that prompts stand in.
+        """
 
 
 def unparsed(measures: Sequence[Measure], reason: str) -> Verdict:

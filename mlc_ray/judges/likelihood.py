@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mlc_ray._registry import register
-from mlc_ray.config import EngineSection, JudgeSettings
+from mlc_ray.config import PLAIN_CHAT, ChatSection, EngineSection, JudgeSettings
 from mlc_ray.generate.engine import Device, Engine, EngineError, prepare_process
 from mlc_ray.judges.base import PromptJudge, PromptScorer
 from mlc_ray.types import Measure, Verdict, primary_language
@@ -81,13 +81,21 @@ class LikelihoodScorer(PromptScorer):
         EngineError: As of `Engine`; or the chat template leaves no tokens for a prompt.
     """
 
-    def __init__(self, model: str, settings: EngineSection, *, device: Device, shared: Engine | None = None):
+    def __init__(
+        self,
+        model: str,
+        settings: EngineSection,
+        *,
+        chat: ChatSection = PLAIN_CHAT,
+        device: Device,
+        shared: Engine | None = None,
+    ) -> None:
         prepare_process(settings, device)
 
         from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 
         tokenizer = load_tokenizer(model, trust_remote_code=settings.trust_remote_code)
-        self._template = ChatTemplate(tokenizer)
+        self._template = ChatTemplate(tokenizer, chat)
         # Tokenised alone, as an answer begins behind a finished prompt.
         self._ids: dict[str, list[int]] = {
             text: tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -154,9 +162,11 @@ class LikelihoodJudge(PromptJudge):
 
         name: str = "likelihood"
 
-    def scorer(self, model: str, settings: EngineSection, *, device: Device, shared: Engine | None) -> LikelihoodScorer:
+    def scorer(
+        self, model: str, settings: EngineSection, *, chat: ChatSection, device: Device, shared: Engine | None
+    ) -> LikelihoodScorer:
         """The scorer of `model`."""
-        return LikelihoodScorer(model, settings, device=device, shared=shared)
+        return LikelihoodScorer(model, settings, chat=chat, device=device, shared=shared)
 
 
 _NO_LIMIT = 1 << 62

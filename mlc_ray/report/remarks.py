@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from mlc_ray.report.collect import Model
 from mlc_ray.report.rates import harmful_side
 from mlc_ray.report.text import percent, whole
@@ -60,6 +62,7 @@ def _not_alike(models: Sequence[Model]) -> Iterator[str]:
     aspects: dict[str, list[object]] = {
         "prompts": [model.result.prompts for model in models],
         "judges": [model.result.judge for model in models],
+        "conversations (chat)": [_chat(model.result.config) for model in models],
         "longest responses (max_new_tokens)": [model.result.config.get("max_new_tokens") for model in models],
         "types computed in (engine.dtype)": [_dtype(model.result.config) for model in models],
     }
@@ -70,6 +73,11 @@ def _not_alike(models: Sequence[Model]) -> Iterator[str]:
         if len(labels) > 1:
             each = "; ".join(f"{value}: {', '.join(names)}" for value, names in labels.items())
             yield f"Not measured the same way, the {name} differ ({each}): compare with care."
+
+
+def _chat(config: Mapping[str, Any]) -> object:
+    chat = config.get("chat")
+    return yaml.safe_dump(chat, default_flow_style=True, allow_unicode=True).strip() if chat else None
 
 
 def _dtype(config: Mapping[str, Any]) -> object:

@@ -3,6 +3,7 @@ after another, and for a search, which keeps them open."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,15 +11,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlc_ray.cluster import with_dtype
-from mlc_ray.config import EngineSection, JudgeSettings, ScoringSection
+from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ScoringSection
 from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.pool import Part
 from mlc_ray.generate.stage import Generator
 from mlc_ray.judges.base import BaseJudge, make_judge
 from mlc_ray.judges.refusal import RefusalJudge
+from mlc_ray.runs import training_chat
 from mlc_ray.score.stages import JudgeStage, PromptJudgeStage, TranslateStage
 from mlc_ray.types import Measure, Via
 
+logger = logging.getLogger(__name__)
 USAGE_FILES = {"judge": "judge_usage.json", "translate": "translate_usage.json"}
 _LIGHT_ROWS = 4096  # of a judge without an engine: fewer are read sooner than another process starts
 _LIGHT_ACTORS = 4
@@ -74,7 +77,10 @@ def answering(
 
     With `warm` they can be given other weights; `in_turn` as in `Part`.
     """
-    settings: dict[str, Any] = {"model": model, "settings": scoring.engine, "device": device, "warm": warm}
+    assert scoring.chat is not None, "decided by now (with_chat)"
+    settings: dict[str, Any] = {
+        "model": model, "settings": scoring.engine, "chat": scoring.chat, "device": device, "warm": warm
+    }  # fmt: skip
     if judging.judge.runs == "prompts":
         settings |= {"judge": judging.judge.settings, "ways": judging.ways}
         return Part("judging", PromptJudgeStage, settings, scoring.engine, in_turn=in_turn)
@@ -117,6 +123,23 @@ def reading(judging: Judging, device: Device, *, rows: int, cache: Path, usage: 
         actors=light,
     )
     return parts
+
+
+def with_chat(scoring: ScoringT, model: str) -> ScoringT:
+    """`scoring` with the conversation that prompts stand in: if it says none, the one that `model` was trained in.
+
+    Args:
+        model: as the user named it: a run, a checkpoint of it, an exported model, or another model.
+
+    Raises:
+        ModelPathError: what describes the model is damaged.
+    """
+    trained = training_chat(model)
+    if scoring.chat is None:
+        return scoring.model_copy(update={"chat": trained or ChatSection()})
+    if trained is not None and trained != scoring.chat:
+        logger.warning("%s was trained with chat=%r, and is scored with chat=%r", model, trained, scoring.chat)
+    return scoring
 
 
 def with_dtypes(scoring: ScoringT, *, gpu: bool, before: ScoringSection | None = None) -> ScoringT:

@@ -41,7 +41,8 @@ class Request:
 def _decoding(request: Request) -> tuple[Any, ...]:
     config, engine = request.config, request.config.engine
     likelihood = make_judge(config.judge).runs == "prompts"
-    return request.fingerprint, request.prompts, likelihood, config.max_new_tokens, engine.max_model_len, engine.dtype
+    lengths = config.max_new_tokens, engine.max_model_len
+    return request.fingerprint, request.prompts, likelihood, config.chat, lengths, engine.dtype
 
 
 def load_request(folder: Path | Place) -> Request:

@@ -43,7 +43,16 @@ from mlc_ray.runs import (
     resolve_model,
     training_languages,
 )
-from mlc_ray.score.plan import USAGE_FILES, Judging, answering, judge_with_dtypes, plan_judging, reading, with_dtypes
+from mlc_ray.score.plan import (
+    USAGE_FILES,
+    Judging,
+    answering,
+    judge_with_dtypes,
+    plan_judging,
+    reading,
+    with_chat,
+    with_dtypes,
+)
 from mlc_ray.score.prompts import Prompts, read_prompts, slug
 from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores
@@ -103,6 +112,7 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: Po
     device = _connect(config)
     begun = config.resume == "auto" and (folder / REQUEST_FILE).is_file()
     config = with_dtypes(config, gpu=device == "gpu", before=load_request(folder).config if begun else None)
+    config = with_chat(config, config.model)
     judge = make_judge(config.judge)
     prompts = read_prompts(config, rejects=folder)
     judging = plan_judging(judge, prompts.languages)
@@ -148,7 +158,7 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
     """
     model = resolve_model(config.model)
     device = _connect(config)
-    config = with_dtypes(config, gpu=device == "gpu")
+    config = with_chat(with_dtypes(config, gpu=device == "gpu"), config.model)
     warm = Warm(sleeps=in_turn and device == "gpu")
     judge = make_reader(config.judge)  # what a judge of prompts is made with is known only when those are read
     part = answering(model, config, plan_judging(judge, ()), device, warm=warm, in_turn=in_turn)
@@ -347,7 +357,7 @@ def _check_engines(request: Request, judging: Judging, device: Device, pool: Poo
         held = pool.part.places(device)
         asked = {"stage": own.stage, **own.settings, "model": None, "warm": None}
         if asked != {"stage": pool.part.stage, **pool.part.settings, "model": None, "warm": None}:
-            raise ScoreError("the pool was opened for other engine settings, max_new_tokens, judge or device")
+            raise ScoreError("the pool was opened for other engine settings, chat, max_new_tokens, judge or device")
     _check_readers(request, judging, device, held)
 
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from mlc_ray.config import EngineSection, JudgeSettings, TranslateSection
+from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, TranslateSection
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, Warm
 from mlc_ray.generate.stage import ANSWERS, PROMPTS, Stage
 from mlc_ray.generate.translate import (
@@ -62,19 +62,20 @@ class PromptJudgeStage(Stage):
         settings: EngineSection,
         *,
         judge: JudgeSettings,
+        chat: ChatSection,
         device: Device,
         ways: Mapping[str, Via],
         warm: Warm | None = None,
     ) -> None:
         made = make_judge(judge)
         assert isinstance(made, PromptJudge)
-        self.judge, self.settings, self.device, self.ways = made, settings, device, ways
+        self.judge, self.settings, self.chat, self.device, self.ways = made, settings, chat, device, ways
         self.engine: Engine = Engine(model, settings, device=device, warm=warm)
         self.read_tokenizer(model)
 
     def read_tokenizer(self, model: str) -> None:
         """Have the judge's texts tokenised by `model`'s own tokenizer."""
-        self.scorer = self.judge.scorer(model, self.settings, device=self.device, shared=self.engine)
+        self.scorer = self.judge.scorer(model, self.settings, chat=self.chat, device=self.device, shared=self.engine)
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """A verdict per prompt."""

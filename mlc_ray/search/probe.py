@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
-from mlc_ray.config import DataSection, ModelSection, SourceSection, TrainConfig
+from mlc_ray.config import ChatSection, DataSection, ModelSection, SourceSection, TrainConfig
 from mlc_ray.data.batches import collate_prompts
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
@@ -29,7 +29,7 @@ from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
 from mlc_ray.progress import phase
 from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT
-from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER, artifact_cache
+from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER, artifact_cache, training_chat
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side
 from mlc_ray.train.model import layer_states, load_policy
 from mlc_ray.types import move
@@ -211,6 +211,7 @@ def probe(
     sources: Sequence[SourceSection],
     folder: Path | Place,
     *,
+    chat: ChatSection | None = None,
     languages: list[str] | None = None,
     limit: int | None = None,
     address: str = "auto",
@@ -222,6 +223,7 @@ def probe(
         model: The model and its dtype.
         sources: The bundles, of both kinds.
         folder: Where to write.
+        chat: The conversation that prompts stand in; None for the one that the model was trained in.
         languages: Look at only these; None for all.
         limit: At most this many bundles of each kind; None for `DEFAULT_LIMIT`.
         address: Ray address.
@@ -236,7 +238,8 @@ def probe(
     gpu = use_gpu(accelerator)
     check_fits("a probe", [(_PROBE_CPUS, 1.0 if gpu else 0.0)])
     data = DataSection(train=list(sources), languages=languages)
-    tokens = prepare_token_rows(data, model, cache_dir=artifact_cache(folder.parent))
+    chat = chat or training_chat(model.path) or ChatSection()
+    tokens = prepare_token_rows(data, model, chat=chat, cache_dir=artifact_cache(folder.parent))
     return probe_tokens(with_dtype(model, gpu=gpu), tokens, folder, limit=limit, gpu=gpu)
 
 
@@ -245,7 +248,8 @@ def probe_run(config: TrainConfig, folder: Place, *, limit: int | None, gpu: boo
     # `only` restricts what is trained on; a probe needs benign bundles to tell harmful ones from.
     sources = [source.model_copy(update={"only": None}) for source in config.data.train]
     data = config.data.model_copy(update={"train": sources})
-    tokens = prepare_token_rows(data, config.model, cache_dir=artifact_cache(folder.parent / TRIALS_FOLDER))
+    cache = artifact_cache(folder.parent / TRIALS_FOLDER)
+    tokens = prepare_token_rows(data, config.model, chat=config.chat, cache_dir=cache)
     return probe_tokens(config.model, tokens, folder, limit=limit, gpu=gpu)
 
 

@@ -89,6 +89,7 @@ def search(config: SearchConfig) -> SearchResult:
             score.
     """
     space = make_space(config)
+    config = _with_chat(config, space)
     folder = (output_place(config.output_dir) / config.name).absolute()
     if (folder / SEARCH_CONFIG_FILE).is_file():
         if config.resume == "never":
@@ -330,6 +331,21 @@ def _with_dtypes(config: SearchConfig, space: Space) -> tuple[SearchConfig, Spac
     scoring = with_dtypes(config.scoring, gpu=gpu)
     model = {**space.base["model"], "dtype": with_dtype(base.model, gpu=gpu).dtype}
     return config.model_copy(update={"scoring": scoring}), replace(space, base={**space.base, "model": model})
+
+
+def _with_chat(config: SearchConfig, space: Space) -> SearchConfig:
+    """Trials are scored in the conversation that they train in.
+
+    Raises:
+        ConfigError: `scoring.chat` is another one.
+    """
+    chat, asked = _base(space).chat, config.scoring.chat
+    if asked is not None and asked != chat:
+        raise ConfigError(
+            f"scoring.chat={asked!r}, but the runs train with chat={chat!r}; give chat in the file of the runs, or by "
+            "set, alone"
+        )
+    return config.model_copy(update={"scoring": config.scoring.model_copy(update={"chat": chat})})
 
 
 def _base(space: Space, **own: Any) -> TrainConfig:

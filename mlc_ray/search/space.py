@@ -105,6 +105,11 @@ def make_space(config: SearchConfig) -> Space:
     for name in config.space:
         if name in _OWN or any(name == own or name.startswith(f"{own}.") for own in _OWN_SECTIONS):
             raise ConfigError(f"space.{name}: the search decides {name} itself; it cannot vary")
+        if name.partition(".")[0] == "chat":
+            raise ConfigError(
+                f"space.{name}: all trials are scored on the same prompts, and train on them; give chat in the file of "
+                "the runs, or by set"
+            )
         if name in _SHARED:
             raise ConfigError(f"space.{name}: all trials share one model; search {name} in separate searches")
     raw = read_config_file(config.train)

@@ -97,11 +97,12 @@ def export(
 
 
 def provenance(checkpoint: Place, config: TrainConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What an exported folder says of where it comes from; a scorer reads `languages`, those of its training data."""
+    """What an exported folder says of where it comes from; a scorer reads `languages` and `chat` of its training."""
     described = checkpoint.parent.parent / RUN_FILE
     languages = described.read_json()["languages"] if described.is_file() else None
     return {
         "languages": languages,
+        "chat": config.chat.model_dump(mode="json"),
         **{name: manifest[name] for name in ("step", "bundles_consumed", "fingerprints", "versions")},
         "settings": _published(config),
     }

@@ -229,7 +229,7 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gp
         ValidationError: Held-out bundles are trained on.
         BudgetError: A group of bundles that are compared with each other does not fit into a forward.
     """
-    tokens = prepare_token_rows(config.data, config.model, cache_dir=cache_dir)
+    tokens = prepare_token_rows(config.data, config.model, chat=config.chat, cache_dir=cache_dir)
     check_answers(config, tokens)
     held_out = _held_out_tokens(config, tokens, cache_dir)
     _check_groups(config, tokens, held_out, gpu=gpu)
@@ -250,7 +250,7 @@ def _held_out_tokens(config: TrainConfig, training: TokenArtifact, cache_dir: Pa
     section = held_out_section(config.data)
     if section is None:
         return None
-    tokens = prepare_token_rows(section, config.model, cache_dir=cache_dir)
+    tokens = prepare_token_rows(section, config.model, chat=config.chat, cache_dir=cache_dir)
     check_answers(config, tokens)
     check_held_out(tokens, training)
     return tokens

@@ -163,6 +163,7 @@ def record_start(
             "fingerprints": dict(fingerprints),
             "bundles": len(tokens),
             "languages": list(tokens.languages),
+            "chat": config.chat.model_dump(mode="json"),
             "total_steps": steps,
             "versions": library_versions(),
             "changes": [*facts.get("changes", []), *history],

@@ -46,6 +46,7 @@ KINDS: Mapping[str, Kind] = {
     "model.lora.alpha": Kind.FIXED,
     "model.lora.dropout": Kind.FIXED,
     "model.lora.target_modules": Kind.FIXED,
+    "chat": Kind.CONTENT,
     "data.train": Kind.CONTENT,
     "data.validation.sources": Kind.CONTENT,
     "data.validation.every": Kind.FREE,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlc_ray.config import DataSection, ModelSection, SourceSection
+from mlc_ray.config import ChatSection, DataSection, ModelSection, SourceSection
 from mlc_ray.data import contents, sources
 from mlc_ray.data.bundles import KINDS, BundleFileError, make_bundle
 from mlc_ray.data.given import as_source
@@ -180,7 +180,8 @@ def test_an_artefact_is_used_again_wherever_its_source_lies(prepared, tmp_path):
         {"train": [SourceSection(path=data.train[0].path, kind="benign")]},
     ]
     names = {token_fingerprint(data.model_copy(update=change), model) for change in changed}
-    assert len(names | {artifact.fingerprint}) == 4
+    names |= {token_fingerprint(data, model, chat) for chat in (ChatSection(), ChatSection(date="2031-02-03"))}
+    assert len(names | {artifact.fingerprint}) == 5
 
 
 def test_a_damaged_artefact_is_made_anew_and_rejected_rows_travel_with_it(ray_local, smollm2, tmp_path, caplog):

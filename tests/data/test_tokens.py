@@ -4,6 +4,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from mlc_ray.config import ChatSection
 from mlc_ray.data.bundles import BundleError, make_bundle
 from mlc_ray.data.tokens import (
     NO_PROMPT,
@@ -316,3 +317,38 @@ def test_a_template_that_looks_at_the_text_is_refused(small):
 def test_a_folder_without_tokenizer_is_named(tmp_path):
     with pytest.raises(TemplateError, match=str(tmp_path)):
         load_tokenizer(str(tmp_path))
+
+
+SPEAKING = "{{ style }}\n" + CHATML
+STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + GEMMA
+DATED = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+
+
+def test_a_system_prompt_and_arguments_are_those_of_the_template(small):
+    tokenizer = small(SPEAKING)
+    template = ChatTemplate(tokenizer, ChatSection(system="Answer in one word.", arguments={"style": "kind"}))
+    messages = [{"role": "system", "content": "Answer in one word."}, {"role": "user", "content": "x"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, style="kind")
+    assert template.head + "x" + template.tail == rendered
+    assert template.head.startswith("kind\n<|im_start|>system\nAnswer in one word.")
+    assert tokenizer.decode(template.encode_prompt("x", 512)[0]) == rendered
+
+
+def test_a_template_is_told_the_date_of_the_settings_on_every_day(small):
+    tokenizer = small(DATED)
+    assert ChatTemplate(tokenizer).head.startswith("26 Jul 2024\n")
+    assert ChatTemplate(tokenizer, ChatSection(date="2031-02-03")).head.startswith("03 Feb 2031\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "chat", "message"),
+    [
+        (CHATML, {"arguments": {"enable_thinking": False}}, r"'enable_thinking', which .* it reads nothing"),
+        (STRICT, {"system": "Be brief."}, "refuses a conversation of system, user.*System role not supported"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'system' }}"), {"system": "Be brief."},
+         "'Be brief.': the chat template leaves it out"),
+    ],
+)  # fmt: skip
+def test_what_a_template_does_not_use_is_refused(small, template, chat, message):
+    with pytest.raises(TemplateError, match=message):
+        ChatTemplate(small(template), ChatSection(**chat))

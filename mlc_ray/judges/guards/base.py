@@ -24,6 +24,7 @@ from jinja2 import TemplateError
 from pydantic import Field
 
 from mlc_ray.config import EngineSection, ReadingJudgeSettings
+from mlc_ray.config.chat import dated
 from mlc_ray.config.paths import StoredPath
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, check_lengths, prepare_process
 from mlc_ray.judges.base import Judge, JudgeError, Runs
@@ -250,8 +251,9 @@ def conversation(tokenizer: Any, prompt: str, response: str, **options: Any) -> 
 
 
 def render(tokenizer: Any, messages: Messages, **options: Any) -> str:
-    """Messages in the tokenizer's chat template, with the beginning of the reply."""
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
+    """Messages in the tokenizer's chat template, with the beginning of the reply, and on the date of `config.chat`."""
+    given = {**dated(), **options}
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given))
 
 
 def message(role: str, content: str) -> dict[str, Any]:
