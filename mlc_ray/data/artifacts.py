@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from mlc_ray.storage import (
     Place,
     artifact_folder,
     fault_of,
+    scratch_folder,
     user_cache,
     verify_checksums,
     verify_files,
@@ -66,11 +66,11 @@ def artifact_made_here(place: Place) -> Iterator[Path]:
         with artifact_folder(Path(place)) as temporary:
             yield temporary
         return
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as made:
-        yield Path(made)
+    with scratch_folder() as made:
+        yield made
         if fault_of(place) is not None:
             (place / MANIFEST).remove()  # of one that lost files: it must not name those that are written now
-            place.storage.publish(Path(made), str(place))
+            place.storage.publish(made, str(place))
 
 
 def local_artifact(place: Place, manifest: dict[str, Any]) -> Path:

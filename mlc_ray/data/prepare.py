@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from mlc_ray.data.tables import BUNDLES
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.progress import phase
-from mlc_ray.storage import Place, fingerprint, fingerprint_tokenizer
+from mlc_ray.storage import Place, fingerprint, fingerprint_tokenizer, scratch_folder
 
 # Other runs on the cluster may hold most of its CPUs. A stage that asked for whole ones would wait without a message.
 _CPUS = 0.25
@@ -230,7 +229,7 @@ def _write_token_rows(
     with (
         new_artifact(folder) as temporary,
         _work_folder(temporary) as work,
-        tempfile.TemporaryDirectory(prefix="mlc_ray-") as here,
+        scratch_folder() as here,
     ):
         ledger = Ledger()
         results = _results(
@@ -248,7 +247,7 @@ def _write_token_rows(
                 shards.append(shard)
                 progress.advance(len(read.keys))
         failed = data.on_invalid == "fail" and ledger.reasons
-        rejected = Path(here) / REJECTS_FILE
+        rejected = here / REJECTS_FILE
         rejects = (part.read_text() for part in parts)
         ids_at = None if failed else bundle_ids_in(temporary, shards)
         try:

@@ -5,7 +5,7 @@
 models that are elsewhere.
 """
 
-from mlc_ray.storage.atomic import atomic_folder, sync_folders, write_json_atomic
+from mlc_ray.storage.atomic import atomic_folder, scratch_folder, sync_folders, write_json_atomic
 from mlc_ray.storage.base import (
     MANIFEST,
     Place,
@@ -63,6 +63,7 @@ __all__ = [
     "model_for_now",
     "new_folder",
     "read_manifest",
+    "scratch_folder",
     "sealed",
     "storage_of",
     "sync_folders",

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+import tempfile
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
+
+_SCRATCH = "mlc_ray-"
+_UNLOCKED_SECONDS = 30.0
+"""Longer than any process takes from making a scratch folder to locking it."""
 
 
 @contextmanager
@@ -81,6 +88,36 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(retired, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Yield an empty folder for temporary files of this machine, removed when the block ends.
+
+    Those that killed processes left are removed at the next call: whoever uses one holds a lock on it, which ends with
+    its process.
+    """
+    _remove_abandoned(Path(tempfile.gettempdir()))
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder:
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            yield Path(folder)
+        finally:
+            os.close(held)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for path in folder.glob(f"{_SCRATCH}*"):
+        with suppress(OSError):  # gone by now, or another user's, or in use
+            if time.time() - path.stat().st_mtime < _UNLOCKED_SECONDS:
+                continue
+            held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 def sync_folders(folder: Path) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -27,7 +26,7 @@ from typing import Any, BinaryIO, Literal
 from mlc_ray._registry import UnknownComponentError, resolve
 from mlc_ray.config.paths import real_path, scheme_of
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage.atomic import atomic_folder, json_text
+from mlc_ray.storage.atomic import atomic_folder, json_text, scratch_folder
 
 MANIFEST = "manifest.json"
 """What a folder has once it is complete: see `mlc_ray.storage.manifests`."""
@@ -326,8 +325,8 @@ def working_folder(place: Place, *, last: Sequence[str] = (MANIFEST,)) -> Iterat
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         return
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as temporary:
-        folder = Path(temporary) / place.name
+    with scratch_folder() as temporary:
+        folder = temporary / place.name
         folder.mkdir()
         if place.is_dir():
             place.storage.fetch(place.url, folder)
@@ -359,9 +358,9 @@ def new_folder(place: Place, *, last: Sequence[str] = (MANIFEST,)) -> Iterator[P
         return
     if place.exists():
         raise FileExistsError(f"folder {str(place)!r} already exists")
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as temporary:
-        yield Path(temporary)
-        place.storage.publish(Path(temporary), str(place), last=last)
+    with scratch_folder() as temporary:
+        yield temporary
+        place.storage.publish(temporary, str(place), last=last)
 
 
 def _states(folder: Path) -> dict[str, tuple[int, int]]:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +20,14 @@ from mlc_ray._registry import shipped_only
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.losses.objective import Objective, public_settings
 from mlc_ray.runs import PROVENANCE_FILE, RUN_FILE, output_place
-from mlc_ray.storage import IncompleteArtifactError, Place, new_folder, verify_checksums, write_json_atomic
+from mlc_ray.storage import (
+    IncompleteArtifactError,
+    Place,
+    new_folder,
+    scratch_folder,
+    verify_checksums,
+    write_json_atomic,
+)
 from mlc_ray.train.checkpoint import find_checkpoint, verified_manifest
 from mlc_ray.train.shards import CheckpointError
 
@@ -75,8 +81,8 @@ def export(
     if out.exists():
         raise CheckpointError(f"export folder {str(out)!r} exists already; remove it or choose another")
     trained = "model" if config.model.lora is None else "adapter"
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as scratch, new_folder(out, last=(PROVENANCE_FILE,)) as made:
-        here = Path(source if source.is_local else scratch)
+    with scratch_folder() as scratch, new_folder(out, last=(PROVENANCE_FILE,)) as made:
+        here = Path(source) if source.is_local else scratch
         if not source.is_local:
             source.storage.fetch(str(source / trained), here / trained)
         _refuse_links(here / trained)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
+from mlc_ray.storage import scratch_folder
 from mlc_ray.train.engines.base import Engine, each_once
 from mlc_ray.train.tensor_files import Parts, parts_of
 
@@ -109,12 +108,16 @@ def _adapter(policy: Any, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, 
 
 def _small_files(policy: Any, tokenizer: PreTrainedTokenizerBase, target: str) -> Iterator[tuple[str, Parts]]:
     """What transformers and peft write beside weights."""
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-") as temporary:
+    with scratch_folder() as temporary:
         policy.save_pretrained(temporary, state_dict={})
         tokenizer.save_pretrained(temporary)
-        for path in sorted(path for path in Path(temporary).rglob("*") if path.is_file()):
-            if path.suffix != ".safetensors":
-                yield f"{target}/{path.relative_to(temporary).as_posix()}", [path.read_bytes()]
+        found = {
+            path.relative_to(temporary).as_posix(): path.read_bytes()
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file() and path.suffix != ".safetensors"
+        }
+    for name, content in found.items():
+        yield f"{target}/{name}", [content]
 
 
 def _bytes(engine: Engine, value: Any) -> int:

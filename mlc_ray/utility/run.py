@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, engine_environment
 from mlc_ray.runs import UTILITY_FILE, longest_context, output_folder, resolve_model
 from mlc_ray.score.results import ScoresFileError, load_scores
-from mlc_ray.storage import Place, fingerprint_model, library_versions, local_model
+from mlc_ray.storage import Place, fingerprint_model, library_versions, local_model, scratch_folder
 from mlc_ray.utility.file import Utility, UtilityRow, load_utility, save_utility
 
 logger = logging.getLogger(__name__)
@@ -201,17 +200,17 @@ def _folder(config: UtilityConfig, fingerprint: str) -> Path:
 
 def _run(config: UtilityConfig, model: str, device: Device, log: Path) -> dict[str, Any]:
     """The harness's own results file, as read. All that the process prints goes to `log`."""
-    with tempfile.TemporaryDirectory(prefix="mlc-ray-utility-") as scratch:
-        command = [*harness_command(config, model, device), "--output_path", str(Path(scratch) / "results")]
+    with scratch_folder() as scratch:
+        command = [*harness_command(config, model, device), "--output_path", str(scratch / "results")]
         environment = {**os.environ, **engine_environment(config.engine, device)}
         if config.backend == "vllm" and _version("vllm") is None:
-            path = [_vllm_alias(Path(scratch) / "alias"), environment.get("PYTHONPATH", "")]
+            path = [_vllm_alias(scratch / "alias"), environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         with log.open("w", encoding="utf-8") as output:
             output.write(" ".join(command) + "\n")
             output.flush()
             done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
-        files = sorted((Path(scratch) / "results").rglob("results_*.json"))
+        files = sorted((scratch / "results").rglob("results_*.json"))
         if done.returncode != 0 or not files:
             last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
             raise UtilityError(
