@@ -67,7 +67,7 @@ class SourceSection(Section):
     """One source of bundles."""
 
     path: SourcePath = Field(
-        description="Path or URL of a file or folder, hub name, or `sample:train` / `sample:test` for the shipped data."
+        description="Path or URL of a file or folder, hub name, or `sample:train`, `sample:select` or `sample:test` for the shipped data."
     )
     format: Annotated[str, ComponentName("format", "auto")] = Field(
         "auto",

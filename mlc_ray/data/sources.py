@@ -30,7 +30,7 @@ from mlc_ray.storage import Place, fingerprint
 from mlc_ray.types import Bundle, Kind
 
 AUTO = "auto"
-SAMPLES = ("train", "test")
+SAMPLES = ("train", "select", "test")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?(:[\w.-]+)?")
 _SHIPPED = "mlc_ray.data.formats."
 _ROWS_AT_ONCE = 512
@@ -72,7 +72,7 @@ class SourceFile:
 
 
 def sample_path(name: str) -> Path:
-    """The shipped sample `train` or `test`.
+    """A file of the shipped sample: `train`, `select` or `test`.
 
     Raises:
         BundleFileError: it has another name, or the file is not there.
