@@ -320,7 +320,7 @@ def test_held_out_bundles_need_the_answers_that_the_loss_needs(tmp_path, monkeyp
     (tmp_path / "held.jsonl").write_text("", encoding="utf-8")
     lacking = [replace(row, rejected=None) for row in ROWS[16:20]]
 
-    def stored(data, model, *, cache_dir):
+    def stored(data, model, *, chat, cache_dir):
         rows = TRAINED if data.validation is not None else lacking
         folder = cache_dir / str(len(rows))
         folder.mkdir()
