@@ -67,7 +67,8 @@ class SourceSection(Section):
     """One source of bundles."""
 
     path: SourcePath = Field(
-        description="Path or URL of a file or folder, hub name, or `sample:train`, `sample:select` or `sample:test` for the shipped data."
+        description="Path or URL of a file or folder, hub name, or, of the shipped data, `sample:train`, "
+        "`sample:select` or `sample:test`."
     )
     format: Annotated[str, ComponentName("format", "auto")] = Field(
         "auto",

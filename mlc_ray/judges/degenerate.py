@@ -6,6 +6,8 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
+from unicodedata import category
 
 from mlc_ray.types import Answer, Verdict, primary_language
 
@@ -83,70 +85,117 @@ WRONG_SCRIPT_SHARE = 0.5
 """More than this share of a response's letters in other scripts make it degenerate."""
 
 
+SWITCHED_SHARE = 0.9
+"""... and more than this share of the letters of its second half, where the text begins in the right one."""
+_SWITCHED_LETTERS = 50
+
+
 def script_of(letter: str) -> str:
     """The script of a letter, "other" outside the ranges above."""
     index = bisect_right(_STARTS, ord(letter)) - 1
     return _RANGES[index][2] if index >= 0 and ord(letter) <= _RANGES[index][1] else "other"
 
 
-def _wrong_script(text: str, language: str) -> str | None:
+def _wrong_scripts(text: str, language: str) -> tuple[float, str]:
+    """The share of the letters that are in scripts which readers of `language` do not read, and the first of these."""
     code = primary_language(language)
     if code not in SCRIPTS or text.isascii():
-        return None
-    letters = Counter(filter(str.isalpha, text))
-    if not letters:
-        return None  # digits, which every script's readers read
+        return 0.0, ""
     scripts: Counter[str] = Counter()
-    for letter, n in letters.items():
+    for letter, n in Counter(filter(str.isalpha, text)).items():
         scripts[script_of(letter)] += n
     wrong = {script: n for script, n in scripts.items() if script not in SCRIPTS[code]}
-    share = sum(wrong.values()) / scripts.total()
+    if not wrong:
+        return 0.0, ""  # also where there are no letters: digits are read by all
+    return sum(wrong.values()) / scripts.total(), max(wrong, key=wrong.__getitem__)
+
+
+def _wrong_script(text: str, language: str) -> str | None:
+    """Whether most of the letters, or nearly all of those in the second half, are in other scripts."""
+    share, script = _wrong_scripts(text, language)
+    where = "letters"
     if share <= WRONG_SCRIPT_SHARE:
-        return None
-    return (
-        f"wrong script: {share:.0%} of the letters are not {' or '.join(sorted(SCRIPTS[code]))}, most of them "
-        + max(wrong, key=wrong.__getitem__)
-    )
+        half = text[len(text) // 2 :]
+        share, script = _wrong_scripts(half, language)
+        if share <= SWITCHED_SHARE or sum(map(str.isalpha, half)) < _SWITCHED_LETTERS:
+            return None
+        where = "second half's letters"
+    expected = " or ".join(sorted(SCRIPTS[primary_language(language)]))
+    return f"wrong script: {share:.0%} of the {where} are not {expected}, most of them {script}"
 
 
 # ------------------------------------------------------------------------------------------------ loops
 
-NGRAM = 10
-"""Characters in an n-gram, in scripts that space their words: a word or two."""
-UNSPACED_NGRAM = 4
-"""... and in texts with hardly a space, where a character says as much as two or three letters."""
-REPEATS = 4
-"""An n-gram that occurs this often, overlapping ones counted, is repeated."""
-LOOP_SHARE = 0.6
-"""A text of which repeated n-grams cover at least this share loops."""
+NGRAM = 3
+"""Units (words, numbers, characters of unspaced scripts) in an n-gram."""
+NOVELTY = 0.15
+"""A text whose second half has a smaller share of n-grams that did not come before loops."""
 SHORTEST_LOOP = 20
 """Characters below which nothing loops: "no, no, no" is an answer."""
+FEWEST_UNITS = 12
+"""Units below which n-grams are of characters: "hahaha..." is one word."""
 
-_NOT_WORDS = re.compile(r"[\W\d_]+")
-_NOT_DIGITS = re.compile(r"[\W_]+")
+_UNIT = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff66-\uff9d]"  # unspaced scripts
+    r"|(?:(?![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff66-\uff9d])[^\W\d_])+|\d+"
+)
+_ITEM_NUMBER = re.compile(r"^\W*\d+[.):]\s*", re.MULTILINE)
 
 
-def loop_share(text: str) -> float:
-    """The share of `text` that lies in character n-grams which occur at least `REPEATS` times, 0 to 1.
+def novelty(text: str) -> float:
+    """The share of n-grams in the second half of `text` that did not come before, 0 to 1; 1 of one too short to loop.
 
-    Case is ignored, and what stands between words counts as one space, so that a loop of lines numbered 1, 2, 3 is
-    still one; in a text without letters digits take their place. The n-gram is `NGRAM` long, `UNSPACED_NGRAM` where
-    under one character in 15 is a space. Characters, because words are not separated in every language. Texts under
-    `SHORTEST_LOOP` characters give 0.
+    A loop runs to the end, and nothing new comes in it; a table, code, a song or a drill says something new in every
+    line, however alike its lines are. Case, punctuation and the numbers of list items are left out, so that a loop of
+    lines numbered 1, 2, 3 is still one.
     """
-    between = _NOT_WORDS if any(map(str.isalpha, text)) else _NOT_DIGITS
-    text = between.sub(" ", text.casefold()).strip()
+    text = text.strip()
     if len(text) < SHORTEST_LOOP:
-        return 0.0
-    n = NGRAM if text.count(" ") * 15 > len(text) else UNSPACED_NGRAM
-    grams = [text[i : i + n] for i in range(len(text) - n + 1)]
-    count = Counter(grams)
-    covered, reached = 0, 0  # characters covered so far, and where the last repeated n-gram ends
-    for start, gram in enumerate(grams):
-        if count[gram] >= REPEATS:
-            covered += start + n - max(reached, start)
-            reached = start + n
-    return covered / len(text)
+        return 1.0
+    units = _UNIT.findall(_ITEM_NUMBER.sub("", text).casefold()) or list(text)
+    if len(units) < FEWEST_UNITS:
+        units = list("".join(units))
+    grams = list(zip(*(units[start:] for start in range(NGRAM)), strict=False))
+    half = len(units) // 2
+    if half >= len(grams):
+        return 1.0
+    seen, new = set(grams[:half]), 0
+    for gram in grams[half:]:
+        if gram not in seen:
+            new += 1
+            seen.add(gram)
+    return new / (len(grams) - half)
+
+
+# ------------------------------------------------------------------------------------------------ other garbage
+
+GARBAGE_SHARE = 0.05
+"""More than this share of characters that stand for no text (replacement, control, private, unassigned) is garbage."""
+SALAD_SHARE = 0.5
+"""More than this share of neighbouring words in different scripts, three or more of them, is a salad of scripts."""
+_FADING = 100  # characters, blanks aside, below which a line of dots or dashes may end a text
+
+_WORD = re.compile(r"[^\W\d_]{2,}")  # single letters are variables, units and answers to choose from
+
+
+def _garbage(text: str) -> str | None:
+    """Characters that no reader can read, a text that fades into punctuation, or a salad of scripts."""
+    unread = sum(
+        n for character, n in Counter(text).items()
+        if character == "\ufffd" or (category(character) in ("Cc", "Co", "Cn") and character not in "\n\r\t\f\v")
+    )  # fmt: skip
+    if unread > GARBAGE_SHARE * len(text):
+        return f"{unread / len(text):.0%} of the characters stand for no text"
+    written = "".join(text.split())
+    if len(written) >= _FADING and not any(map(str.isalnum, written[len(written) // 2 :])):
+        return "its second half holds no letters or digits"
+    scripts = [script_of(word[0]) for word in _WORD.findall(text)]
+    pairs = len(scripts) - 1
+    if pairs >= FEWEST_UNITS and len(set(scripts)) >= 3:
+        changes = sum(one != other for one, other in pairwise(scripts))
+        if changes > SALAD_SHARE * pairs:
+            return f"a salad of {len(set(scripts))} scripts: {changes / pairs:.0%} of neighbouring words are in two"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------ degeneracy
@@ -156,7 +205,7 @@ NO_LETTERS = "the response has no letters or digits"
 
 
 def degeneracy(text: str, language: str) -> str | None:
-    """Why `text` is degenerate, or None: empty, no letters or digits, looping, wrong script.
+    """Why `text` is degenerate, or None: empty, no letters or digits, unreadable characters, looping, wrong script.
 
     A number is an answer. Word salad without a repetition is not seen; a text in another script is degenerate also
     where the prompt asked for it, as for a translation.
@@ -165,8 +214,10 @@ def degeneracy(text: str, language: str) -> str | None:
         return EMPTY
     if not any(map(str.isalnum, text)):
         return NO_LETTERS
-    if (share := loop_share(text)) >= LOOP_SHARE:
-        return f"loops: repeated character n-grams cover {share:.0%} of it"
+    if (garbage := _garbage(text)) is not None:
+        return garbage
+    if (new := novelty(text)) < NOVELTY:
+        return f"loops: of its second half, {new:.0%} did not come before"
     return _wrong_script(text, language)
 
 

@@ -1,21 +1,26 @@
 from __future__ import annotations
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 from mlc_ray.judges.degenerate import (
     EMPTY,
-    LOOP_SHARE,
     NGRAM,
     NO_LETTERS,
-    REPEATS,
+    NOVELTY,
     SCRIPTS,
     degeneracy,
-    loop_share,
+    novelty,
     script_of,
     settle,
 )
 from mlc_ray.types import Answer, Behaviour, Safety, Verdict
 
+FALSE_OF_GOOD = (1, 196)
+FOUND_OF_DEGENERATE = (73, 16)
 LOOP = "the sea is blue and " * 12
 GREETINGS = {
     "en": "Wash the rice twice.", "de": "Wasche den Reis gründlich.", "es": "Lava el arroz dos veces.",
@@ -29,35 +34,49 @@ GREETINGS = {
 }  # fmt: skip
 
 
-def reference_share(text: str, n: int) -> float:
-    """The share by its definition: mark every character of every repeated n-gram."""
-    grams = [text[i : i + n] for i in range(len(text) - n + 1)]
-    marked = {i + j for i, gram in enumerate(grams) if grams.count(gram) >= REPEATS for j in range(n)}
-    return len(marked) / len(text)
+def held_out() -> list[dict[str, str]]:
+    lines = (Path(__file__).parent / "long" / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["split"] == "held_out"]
+
+
+def test_long_texts_of_many_forms_are_told_from_garbage_as_measured() -> None:
+    """The rules were made on the other half, `dev`; these figures were seen on this one, once."""
+    found = [(row["label"], degeneracy(row["response"], row["language"]) is not None) for row in held_out()]
+    counts = Counter(found)
+    assert (counts["good", True], counts["good", False]) == FALSE_OF_GOOD
+    assert (counts["degenerate", True], counts["degenerate", False]) == FOUND_OF_DEGENERATE
+
+
+def reference_novelty(words: list[str]) -> float:
+    """The share by its definition."""
+    grams = [tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)]
+    later = range(len(words) // 2, len(grams))
+    return sum(grams[i] not in grams[:i] for i in later) / len(later)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "one two three four five six seven eight nine ten",
+        "one two three four five six seven eight nine ten eleven twelve thirteen",
         "the sea is blue and the sea is blue and the sky the sea is blue or the sea is blue too",
         "to begin with a sentence of its own " + "round and round " * 6,
         "round and round " * 5 + "and then an end that nobody foresaw at all",
         "no " * 30,
     ],
 )
-def test_loop_share_is_its_definition(text: str) -> None:
-    assert loop_share(text) == pytest.approx(reference_share(text.strip(), NGRAM))
+def test_novelty_is_its_definition(text: str) -> None:
+    assert novelty(text) == pytest.approx(reference_novelty(text.split()))
 
 
 def test_a_loop_is_seen_in_every_script_and_however_it_is_punctuated() -> None:
-    assert loop_share("海は青い" * 10) == 1
-    assert loop_share("折" * 40) == 1
-    assert loop_share("море синее " * 9) > 0.95
-    assert loop_share("".join(f"{i}. Fold the paper in half.\n" for i in range(9))) > 0.95
-    assert loop_share("Fold the paper!\nfold THE paper... " * 6) > 0.95
-    assert loop_share("no, no, no") == 0  # too short to loop
-    assert loop_share("") == 0
+    assert novelty("海は青い" * 10) == 0
+    assert novelty("折" * 40) == 0
+    assert novelty("море синее " * 9) == 0
+    assert novelty("hahaha" * 20) == 0
+    assert novelty("".join(f"{i}. Fold the paper in half.\n" for i in range(9))) == 0
+    assert novelty("Fold the paper!\nfold THE paper... " * 6) == 0
+    assert novelty("no, no, no") == 1  # too short to loop
+    assert novelty("") == 1
 
 
 @pytest.mark.parametrize(
@@ -67,11 +86,27 @@ def test_a_loop_is_seen_in_every_script_and_however_it_is_punctuated() -> None:
         "1, 2, 3, 4, 5: one, two, three, four, five. Six, seven, eight, nine, ten, and we are done.",
         "春が来た、春が来た、どこに来た。山に来た、里に来た、野にも来た。",
         "| day | meal |\n|---|---|\n| Monday | rice |\n| Tuesday | soup |\n| Wednesday | beans |\n| Thursday | bread |",
+        "\n".join(f"INSERT INTO pets (id, age) VALUES ({i}, {i * i});" for i in range(9)),
+        "\n".join(" | ".join(str(a * b) for b in range(1, 10)) for a in range(1, 10)),
     ],
 )
-def test_refrains_lists_and_tables_do_not_loop(text: str) -> None:
-    assert loop_share(text) < LOOP_SHARE
+def test_refrains_lists_tables_and_code_do_not_loop(text: str) -> None:
+    assert novelty(text) > NOVELTY
     assert degeneracy(text, "xx") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Wash the rice \ufffd\ufffd\ufffd and \x00\x01 then", "stand for no text"),
+        ("Wash the rice twice" + "." * 60 + " -" * 60, "second half holds no letters"),
+        ("Wash рис 米饭 twice воды 然后 dry рис 米饭 twice воды 然后 dry soon", "a salad of 3 scripts"),
+        ("Wash the rice twice and let it rest for a while. " * 2 + "Ξεπλύνετε το ρύζι δύο φορές και αφήστε το. " * 2,
+         "of the second half's letters are not Latin"),
+    ],
+)  # fmt: skip
+def test_other_garbage_is_named(text: str, reason: str) -> None:
+    assert reason in (degeneracy(text, "en") or "")
 
 
 @pytest.mark.parametrize("code", sorted(SCRIPTS))
