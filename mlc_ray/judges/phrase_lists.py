@@ -162,6 +162,8 @@ def _expression(phrase: str) -> str:
         for i, piece in enumerate(pieces[:-1]):
             if piece.endswith(" "):  # the space before a word that starts with any letters
                 within[i] += r"\ "
+            if pieces[i + 1].startswith(" "):  # ... and after one that ends with any
+                within[i + 1] = r"\ " + within[i + 1]
         # A phrase may go on in the next sentence: "Sorry. I can't".
         gaps.append(r"\S*?".join(within).replace(r"\ ", "[ \\n]"))
     gap = rf"[^\n]{{0,{GAP}}}?"
