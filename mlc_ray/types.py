@@ -253,8 +253,9 @@ class Verdict:
     margin: float | None = None
 
 
-Via = Literal["", "translated", "uncovered"]
-"""How a judge came to read a language: it declares it (""), by translation, or not at all but asked for anyway."""
+Via = Literal["", "translated", "unmeasured", "uncovered"]
+"""How a judge came to read a language, the surest way first: it declares it (""), by translation, by word lists whose
+errors nobody has counted, or not at all but asked for anyway."""
 
 
 @dataclass(frozen=True)

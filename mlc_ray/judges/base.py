@@ -51,12 +51,14 @@ class BaseJudge(ABC):
     """A judge's settings and what is known of it before it reads anything; making one starts nothing.
 
     `name` is what tables show. `measures` are the questions it answers. `languages` holds the primary codes it declares
-    (`zh` covers `zh-Hant`), or is None for a judge that declares all.
+    (`zh` covers `zh-Hant`), or is None for a judge that declares all. `unmeasured` are those of them in which nobody has
+    counted how often it errs; tables mark them.
     """
 
     name: ClassVar[str]
     measures: ClassVar[tuple[Measure, ...]]
     languages: frozenset[str] | None
+    unmeasured: frozenset[str] = frozenset()
     runs: ClassVar[Runs]
     Settings: ClassVar[type[JudgeSettings]]
     settings: JudgeSettings
@@ -132,7 +134,7 @@ class BaseJudge(ABC):
         if translate is not None and primary_language(code) != "en" and (translate.all_languages or not covered):
             return "translated"
         if covered:
-            return ""
+            return "unmeasured" if primary_language(code) in self.unmeasured else ""
         return "uncovered" if self.settings.allow_uncovered else None
 
 

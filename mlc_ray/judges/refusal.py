@@ -22,6 +22,9 @@ help also say "you cannot" or "I can't": a warning, advice. 200 characters are t
 scripts, and about what 64 new tokens give.
 """
 
+MEASURED = frozenset("ar bn de en es fr hi id it ja jv ko ku nl pl ps pt ru sw th tr ur vi zh".split())
+"""Languages whose shipped lists are measured on labelled responses (docs/judges.md, "How often it errs")."""
+
 _READ = 4 * PREFIX_CHARACTERS  # of the response as it stands, so that long ones cost no more
 
 # ------------------------------------------------------------------------------------------------ whose words?
@@ -113,7 +116,8 @@ class RefusalJudge(Judge):
     A response in any language is compared with the phrases of that language and the English ones, because models often
     refuse in English, also when asked in another language. How a phrase is written, and which phrases speak against a
     refusal, is said in `judges.phrase_lists`. It reads wording, not intent: a refusal in words that no list foresees
-    counts as complied. How often it errs, per language, is in docs/judges.md.
+    counts as complied. How often it errs, per language, is in docs/judges.md; a language with a list that is not in
+    `MEASURED`, or that came by `phrases`, is marked `unmeasured` in every table.
 
     Args:
         settings: The settings; None for the defaults.
@@ -139,6 +143,7 @@ class RefusalJudge(Judge):
         super().__init__(settings or self.Settings())
         self._patterns = _shipped_patterns() if phrases is None else _compiled(phrases)
         self.languages = frozenset(self._patterns)
+        self.unmeasured = self.languages - MEASURED if phrases is None else self.languages
 
     def coverage_fixes(self, missing: Sequence[str]) -> list[str]:
         """Phrases of the language can be added too."""

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 from mlc_ray.types import Via
 
-VIA_MARK: dict[Via, str] = {"": "", "translated": "†", "uncovered": "‡"}
+VIA_MARK: dict[Via, str] = {"": "", "translated": "†", "unmeasured": "§", "uncovered": "‡"}
 VIA_TEXT: dict[Via, str] = {
     "": "",
     "translated": "read by the judge in translation",
+    "unmeasured": "read by word lists of your own, whose errors nobody has counted",
     "uncovered": "the judge does not declare this language: do not rely on it",
 }
 

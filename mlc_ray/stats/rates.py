@@ -249,8 +249,8 @@ class _Tally:
             hits=hits, misses=self.outcomes["misses"],
             degenerate=self.outcomes["degenerate"], unparsed=self.outcomes["unparsed"],
             rate=hits / n, low=low, high=high,
-            # The least direct way that any of them was read.
-            via="uncovered" if "uncovered" in self.ways else "translated" if "translated" in self.ways else "",
+            # The least sure way that any of them was read.
+            via=max(self.ways, key=get_args(Via).index),
             margin=self.margin_sum / self.margins if self.margins else None,
         )  # fmt: skip
 

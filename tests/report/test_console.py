@@ -111,6 +111,17 @@ def test_table_marks_languages_the_judge_does_not_declare() -> None:
     assert "‡ the judge does not declare this language: do not rely on it" in compared
 
 
+def test_table_marks_a_language_whose_word_list_nobody_has_measured() -> None:
+    judged = [
+        dataclasses.replace(r, via_refused="unmeasured" if r.language == "sw" else "")
+        for r in records("benign", en="C", sw="C")
+    ]
+    lines = [" ".join(line) for line in printed(score_tables(result_of("x", judged)))]
+    assert any(line.startswith("sw ") and "100.0§" in line for line in lines)
+    assert not any(line.startswith("en ") and "§" in line for line in lines)
+    assert "§ read by word lists of your own, whose errors nobody has counted" in lines
+
+
 def test_table_marks_the_measure_that_is_not_read_directly() -> None:
     judged = [
         dataclasses.replace(r, safety="safe", via_refused="uncovered" if r.language == "de" else "", via_safe="")

@@ -160,17 +160,19 @@ def test_degenerate_answers_are_no_compliance(tmp_path: Path) -> None:
     assert "Complies with only 25 % of benign prompts." in remarks(summary)
 
 
-def test_languages_read_by_translation_or_not_covered_are_marked(tmp_path: Path) -> None:
-    rows = grid(["en", "ku", "ps"], careful)
+def test_languages_that_the_judge_does_not_read_for_sure_are_marked(tmp_path: Path) -> None:
+    rows = grid(["en", "ku", "ps", "xx"], careful)
     for row in rows:
-        row["via_refused"] = {"ku": "translated", "ps": "uncovered"}.get(row["language"], "")
+        row["via_refused"] = {"ku": "translated", "ps": "uncovered", "xx": "unmeasured"}.get(row["language"], "")
     html = render(collect([write_score(tmp_path / "s", rows)]))
     assert all("in translation" in text for text in cells_of(html, "ku"))
     assert all("does not declare this language" in text for text in cells_of(html, "ps"))
-    assert not any("translation" in text or "declare" in text for text in cells_of(html, "en"))
+    assert all("nobody has counted" in text for text in cells_of(html, "xx"))
+    assert not any("translation" in text or "declare" in text or "nobody" in text for text in cells_of(html, "en"))
     page = Page(html)
     assert "† read by the judge in translation" in page.text
     assert "‡ the judge does not declare this language" in page.text
+    assert "§ read by word lists of your own" in page.text
 
 
 def test_model_output_cannot_become_markup(tmp_path: Path) -> None:
