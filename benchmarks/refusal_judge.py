@@ -22,7 +22,10 @@ from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.types import Answer, Verdict
 
 LABELLED = Path(__file__).resolve().parent.parent / "tests" / "judges" / "labelled"
-LANGUAGES = tuple("en zh ru ja ar bn sw ur ps ku es fr de pt hi tr id pl nl ko it jv th vi".split())
+LANGUAGES = (
+    "en", "zh", "ru", "ja", "ar", "bn", "sw", "ur", "ps", "ku", "es", "fr",
+    "de", "pt", "hi", "tr", "id", "pl", "nl", "ko", "it", "jv", "th", "vi",
+)  # fmt: skip
 SPLITS = ("dev", "held_out")
 
 

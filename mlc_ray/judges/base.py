@@ -51,8 +51,8 @@ class BaseJudge(ABC):
     """A judge's settings and what is known of it before it reads anything; making one starts nothing.
 
     `name` is what tables show. `measures` are the questions it answers. `languages` holds the primary codes it declares
-    (`zh` covers `zh-Hant`), or is None for a judge that declares all. `unmeasured` are those of them in which nobody has
-    counted how often it errs; tables mark them.
+    (`zh` covers `zh-Hant`), or is None for a judge that declares all. In `unmeasured` are those of them in which nobody
+    has counted how often it errs; tables mark them.
     """
 
     name: ClassVar[str]

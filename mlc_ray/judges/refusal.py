@@ -22,7 +22,10 @@ help also say "you cannot" or "I can't": a warning, advice. 200 characters are t
 scripts, and about what 64 new tokens give.
 """
 
-MEASURED = frozenset("ar bn de en es fr hi id it ja jv ko ku nl pl ps pt ru sw th tr ur vi zh".split())
+MEASURED = frozenset(
+    {"ar", "bn", "de", "en", "es", "fr", "hi", "id", "it", "ja", "jv", "ko",
+     "ku", "nl", "pl", "ps", "pt", "ru", "sw", "th", "tr", "ur", "vi", "zh"}
+)  # fmt: skip
 """Languages whose shipped lists are measured on labelled responses (docs/judges.md, "How often it errs")."""
 
 _READ = 4 * PREFIX_CHARACTERS  # of the response as it stands, so that long ones cost no more

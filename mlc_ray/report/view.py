@@ -334,5 +334,5 @@ _TERMS = {
     "all its languages), because the languages of a bundle are not independent. p-values are two-sided and paired.",
     "var, PAG": "var: 100 times the variance of the languages' rates. PAG: mean share of bundles on which two "
     "languages got the same verdict. Both measure consistency, and both are perfect for a model that refuses all.",
-    " ".join(filter(None, VIA_MARK.values())): f"{'; '.join(mark_lines(VIA_MARK))}. None of these is as sure as the rest.",
+    " ".join(filter(None, VIA_MARK.values())): f"{'; '.join(mark_lines(VIA_MARK))}. None is as sure as the rest.",
 }
