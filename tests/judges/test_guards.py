@@ -182,8 +182,8 @@ def test_other_errors_of_an_engine_are_not_swallowed(smollm2: Path) -> None:
 def test_a_guard_joined_by_the_phrases_keeps_its_own_way_to_read_a_language(smollm2: Path) -> None:
     stage = JudgeStage.__new__(JudgeStage)  # its `start` would start an engine
     guard = failing_guard(smollm2, RuntimeError("out of memory"))
-    stage.usage_file, stage.judges = None, [(guard, {"de": ""}), (RefusalJudge(), {"de": "uncovered"})]
-    row = {"prompt": "Warum?", "response": "I cannot help with that.", "language": "de", "kind": "harmful"}
+    stage.usage_file, stage.judges = None, [(guard, {"sv": ""}), (RefusalJudge(), {"sv": "uncovered"})]
+    row = {"prompt": "Varför?", "response": "I cannot help with that.", "language": "sv", "kind": "harmful"}
     (judged,) = stage(pa.Table.from_pylist([{**row, "finish": "stop"}])).to_pylist()
     assert (judged["behaviour"], judged["via_refused"]) == ("refused", "uncovered")
     assert (judged["safety"], judged["via_safe"]) == ("unparsed", "")

@@ -99,7 +99,7 @@ def responses_of(*answers: tuple[str, str], **columns: str) -> pa.Table:
 
 
 def judge_stage(folder: Path, **settings: Any) -> JudgeStage:
-    plan = {"ways": {"en": "", "de": "uncovered", "sw": "translated"}, "phrase_ways": None, "device": "cpu"}
+    plan = {"ways": {"en": "", "fi": "uncovered", "sw": "translated"}, "phrase_ways": None, "device": "cpu"}
     judge = settings.pop("judge", RefusalJudge.Settings())
     return JudgeStage(**{"settings": judge, **plan, "cache_dir": str(folder), **settings})
 
@@ -128,7 +128,7 @@ def test_a_translated_response_is_judged_in_english_and_a_failed_translation_not
 
 
 def test_a_language_the_judge_does_not_declare_is_marked(tmp_path: Path) -> None:
-    (row,) = judge_stage(tmp_path)(responses_of(("Das kann ich nicht.", "stop"), language="de")).to_pylist()
+    (row,) = judge_stage(tmp_path)(responses_of(("En voi tehdä sitä.", "stop"), language="fi")).to_pylist()
     assert (row["behaviour"], row["via_refused"]) == ("complied", "uncovered")
 
 

@@ -172,10 +172,10 @@ def test_rows_carry_margins_and_how_a_language_was_read() -> None:
 
 
 def test_each_measure_has_its_own_way_to_read_a_language() -> None:
-    # A guard that declares German says `safe`; the phrase judge, which does not, says `refused`.
-    records = [replace(r, behaviour="refused", via_refused="uncovered", via_safe="") for r in guarded({"de": "SX"})]
+    # A guard that declares Swedish says `safe`; the phrase judge, which does not, says `refused`.
+    records = [replace(r, behaviour="refused", via_refused="uncovered", via_safe="") for r in guarded({"sv": "SX"})]
     assert {row.measure: row.via for row in score_rows(records)} == {"refused": "uncovered", "safe": ""}
-    assert [side_of(records, measure=measure).uncovered for measure in ("refused", "safe")] == [("de",), ()]
+    assert [side_of(records, measure=measure).uncovered for measure in ("refused", "safe")] == [("sv",), ()]
 
 
 def test_rows_are_ordered_and_a_response_counts_once() -> None:
