@@ -183,8 +183,8 @@ class ScoringSection(Section):
     limit: PositiveInt | None = Field(None, description="At most this many bundles per benchmark and kind.")
     max_new_tokens: PositiveInt | None = Field(
         None,
-        description="Longest answer, in tokens (default: 1,024 for a judge of what is safe, as harm may come late; 64 for "
-        "one of refusals alone, which show early).",
+        description="Longest answer, in tokens (default: 1,024 for a judge of what is safe, as harm may come late; 64 "
+        "for one of refusals alone, which show early).",
     )
     on_invalid: Literal["fail", "skip"] = Field("fail", description="What an invalid row does; every one is reported.")
     max_unparsed: Fraction = Field(0.05, description="The run fails when a larger share of answers gets no verdict.")

@@ -97,7 +97,8 @@ class ReplyCache:
         if found is None:
             return None
         self._used.add(key)
-        return Reply(*found, cached=True)
+        text, finish, fault = found
+        return Reply(text, finish, fault, cached=True)
 
     def write(self, key: str, reply: Reply, model: str) -> None:
         """Keep a reply."""

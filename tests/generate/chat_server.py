@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             number = len(server.bodies)
             server.bodies.append(body)
-            server.headers.append(dict(self.headers))
+            server.headers.append({name.title(): value for name, value in self.headers.items()})
             server.times.append(time.monotonic())
             server.in_flight += 1
             server.peak = max(server.peak, server.in_flight)
