@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,28 +108,34 @@ def test_the_configured_cache_folder_wins(tmp_path: Path) -> None:
     assert not (tmp_path / "default").exists()
 
 
-def _ask_until_killed(settings: EndpointSection, folder: Path) -> None:
-    ChatEndpoint(settings, folder).ask(talk(*(f"text {number}" for number in range(6))))
+TEXTS = [f"text {number}" for number in range(6)]
 
 
-def test_a_killed_process_loses_the_replies_in_flight_alone(tmp_path: Path) -> None:
+def _ask_all(settings: EndpointSection, folder: Path) -> None:
+    ChatEndpoint(settings, folder).ask(talk(*TEXTS))
+
+
+def test_two_processes_share_a_cache_and_a_killed_one_loses_the_replies_in_flight_alone(tmp_path: Path) -> None:
     def answer(messages: list[dict[str, str]], number: int) -> Step:
-        return echo(messages, number) if number < 4 else Step(hang=True)
+        return Step(hang=True) if messages[0]["content"] in TEXTS[4:] else echo(messages, number)
 
-    process = multiprocessing.get_context("spawn")
     with serving(answer) as server:
-        asking = process.Process(target=_ask_until_killed, args=(settings_for(server, concurrency=2), tmp_path))
-        asking.start()
-        while len(server.bodies) < 6 and asking.is_alive():
-            time.sleep(0.01)
-        assert asking.pid is not None
-        os.kill(asking.pid, signal.SIGKILL)
-        asking.join()
+        work = (settings_for(server, concurrency=2), tmp_path)
+        other = multiprocessing.get_context("spawn").Process(target=_ask_all, args=work)
+        other.start()
+        mine = ChatEndpoint(settings_for(server), tmp_path)
+        own = 0
+        while other.is_alive() and sum(body["messages"][0]["content"] in TEXTS for body in server.bodies) < 6:
+            mine.ask(talk(f"own {own}"))  # writes as long as the other one does
+            own += 1
+        assert other.pid is not None
+        os.kill(other.pid, signal.SIGKILL)
+        other.join()
         server.answer = echo
         again = ChatEndpoint(settings_for(server), tmp_path)
-        replies = again.ask(talk(*(f"text {number}" for number in range(6))))
-    assert [reply.cached for reply in replies] == [True] * 4 + [False] * 2
-    assert (again.usage.requests, again.usage.cached) == (2, 4)
+        replies = again.ask(talk(*TEXTS, "own 0"))
+    assert [reply.cached for reply in replies] == [True] * 4 + [False] * 2 + [True]
+    assert (again.usage.requests, again.usage.cached) == (2, 5)
 
 
 def test_published_replies_are_read_on_another_machine(tmp_path: Path) -> None:
@@ -151,29 +156,6 @@ def test_published_replies_are_read_on_another_machine(tmp_path: Path) -> None:
     published.write_bytes(b"PAR1 no more")
     with pytest.raises(EndpointError, match=r"replies\.parquet' cannot be read.*remove the file"):
         third.cache.restore(published)
-
-
-def _ask_in_a_process(settings: EndpointSection, folder: Path, texts: list[str]) -> None:
-    replies = ChatEndpoint(settings, folder).ask(talk(*texts))
-    assert [reply.text for reply in replies] == [text.upper() for text in texts]
-
-
-def test_two_processes_share_a_cache(tmp_path: Path) -> None:
-    texts = [f"text {number}" for number in range(20)]
-    with serving(echo) as server:
-        other = multiprocessing.get_context("spawn").Process(
-            target=_ask_in_a_process, args=(settings_for(server), tmp_path, texts)
-        )
-        other.start()
-        asked = 0
-        while other.is_alive():  # this one writes as long as the other does
-            _ask_in_a_process(settings_for(server), tmp_path, [f"own {asked}"])
-            asked += 1
-        other.join()
-        assert other.exitcode == 0
-        third = ChatEndpoint(settings_for(server), tmp_path)
-        third.ask(talk(*texts, "own 0"))
-    assert (third.usage.cached, third.usage.requests) == (21, 0)
 
 
 def test_a_rate_limit_is_waited_out_as_long_as_the_server_asks(tmp_path: Path) -> None:
