@@ -73,6 +73,8 @@ class Connection:
             if isinstance(error, openai.APITimeoutError):
                 return Fault(f"no reply within endpoint.timeout_seconds={self._timeout:g}{_tried(question)}")
             return Fault(f"the connection was lost: {type(cause).__name__}: {cause}{_tried(question)}")
+        if response.status_code != 200:
+            return Fault(f"the endpoint answers {response.status_code}, without a reply", response.status_code)
         return response.content
 
 

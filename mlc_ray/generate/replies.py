@@ -26,6 +26,7 @@ REPLIES = pa.schema(dict.fromkeys(("key", "model", "text", "finish", "fault"), p
 
 _COLUMNS = ", ".join(REPLIES.names)
 _MESSAGE_CHARACTERS = 300
+_KEYS_AT_ONCE = 500
 _LOCK_SECONDS = 60.0  # a write takes less than a millisecond, restoring a million replies some seconds
 
 
@@ -115,13 +116,16 @@ class ReplyCache:
 
     def publish(self, published: Place) -> None:
         """Write the replies that were read or written since this cache was opened, beside those that are there."""
-        rows = {row[0]: row for row in _rows(published)}
-        with self._faults_named():
-            query = f"SELECT {_COLUMNS} FROM replies WHERE key = ?"
-            rows |= {key: self._database.execute(query, [key]).fetchone() for key in self._used - rows.keys()}
         if not self._used:
             return
-        columns = zip(*(rows[key] for key in sorted(rows)), strict=True)
+        rows = _rows(published)
+        missing = sorted(self._used.difference(row[0] for row in rows))
+        with self._faults_named():
+            for first in range(0, len(missing), _KEYS_AT_ONCE):
+                keys = missing[first : first + _KEYS_AT_ONCE]
+                query = f"SELECT {_COLUMNS} FROM replies WHERE key IN ({', '.join('?' for _ in keys)})"
+                rows += self._database.execute(query, keys).fetchall()
+        columns = zip(*sorted(rows), strict=True)
         content = io.BytesIO()
         pq.write_table(pa.table([list(column) for column in columns], schema=REPLIES), content)
         published.write_bytes(content.getvalue())

@@ -191,17 +191,18 @@ def test_a_passing_fault_is_tried_again(tmp_path: Path, fault: Step) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
+        (Step(status=204, raw=b""), "the endpoint answers 204, without a reply"),
         (Step(status=500, raw=b"<html>oops\n</html>"), "500: <html>oops </html> (tried 3 times)"),
         (Step(drop=True), "the connection was lost: RemoteProtocolError"),
         (Step(hang=True), "no reply within endpoint.timeout_seconds=1.5 (tried 2 times)"),
     ],
-    ids=["500", "drop", "hang"],
+    ids=["204", "500", "drop", "hang"],
 )
 def test_a_lasting_fault_ends_with_its_reason_and_is_not_cached(tmp_path: Path, fault: Step, words: str) -> None:
     with serving(planned(fault)) as server:
         patience = {"timeout_seconds": PATIENCE, "retries": 1} if fault.hang else {}
         reply, usage = ask_one(server, tmp_path, **patience)
-        assert len(server.bodies) == (2 if fault.hang else 3)
+        assert len(server.bodies) == {204: 1, 500: 3}.get(fault.status, 2 if fault.hang else 3)
         server.answer = echo
         assert ask_one(server, tmp_path)[0] == Reply("HELLO", "stop")
     assert (reply.text, reply.finish, usage.failed) == ("", ERROR, 1)
