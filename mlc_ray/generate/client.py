@@ -170,6 +170,8 @@ class ChatEndpoint:
 
     def _check_settings(self, fault: Fault, body: Mapping[str, Any]) -> None:
         """Raise where a fault, or a row of them, means that every further request will fail as well."""
+        if fault.by_content:
+            return
         self._faults = [*self._faults, fault][-FAULTS:]
         fix = self._fix(fault, body)
         if not self._proven:

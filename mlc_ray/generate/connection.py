@@ -18,6 +18,8 @@ from mlc_ray.config import EndpointSection
 from mlc_ray.generate.purse import Question
 from mlc_ray.generate.replies import Fault, server_message
 
+# Codes of 400 answers of OpenAI and Azure. A judge reads harmful text: a filter may refuse many responses in a row.
+_ABOUT_CONTENT = frozenset({"content_filter", "content_policy_violation", "invalid_prompt", "context_length_exceeded"})
 _question: ContextVar[Question] = ContextVar("question")
 
 
@@ -65,7 +67,8 @@ class Connection:
             )
         except openai.APIStatusError as error:
             message = f"the endpoint answers {error.status_code}: {server_message(error.response.content)}"
-            return Fault(message + _tried(question), error.status_code)
+            by_content = error.status_code == 400 and error.code in _ABOUT_CONTENT
+            return Fault(message + _tried(question), error.status_code, by_content=by_content)
         except openai.APIConnectionError as error:
             cause = error.__cause__
             if isinstance(cause, _UNSENT):

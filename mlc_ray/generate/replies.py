@@ -52,12 +52,14 @@ class Reply:
 class Fault:
     """A question that got no reply. `message` says why; `status` is the server's, None if it sent none.
 
-    `reached` is False if there was no connection at all.
+    `reached` is False if there was no connection at all. `by_content` is True if the server refused what this question
+    says (a content filter, too many tokens), so that it tells nothing about other questions.
     """
 
     message: str
     status: int | None = None
     reached: bool = True
+    by_content: bool = False
 
     @property
     def refused(self) -> bool:

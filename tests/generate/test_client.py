@@ -88,14 +88,20 @@ def test_a_second_session_reads_the_cache_and_costs_nothing(tmp_path: Path) -> N
     assert second.usage.cost_usd == pytest.approx(COST)
 
 
-def test_another_model_message_limit_or_address_is_another_key(tmp_path: Path) -> None:
+def test_another_model_limit_field_or_address_is_another_key(tmp_path: Path) -> None:
     with serving(echo) as server:
         settings = settings_for(server)
-        for changed in ({}, {"model": "other"}, {"max_reply_tokens": 11}, {"token_limit": "max_completion_tokens"}):
+        others = (
+            {"model": "n"},
+            {"max_reply_tokens": 11},
+            {"token_limit": "max_completion_tokens"},
+            {"request": {"seed": 7}},
+        )
+        for changed in ({}, *others):
             ChatEndpoint(settings.model_copy(update=changed), tmp_path).ask(talk("a"))
-        assert len(server.bodies) == 4
+        assert len(server.bodies) == 5
         ChatEndpoint(settings.model_copy(update={"concurrency": 1, "retries": 0}), tmp_path).ask(talk("a"))
-        assert len(server.bodies) == 4
+        assert len(server.bodies) == 5
     with serving(echo) as other:
         ChatEndpoint(settings_for(other), tmp_path).ask(talk("a"))
         assert len(other.bodies) == 1
@@ -291,6 +297,14 @@ def test_equal_refusals_in_a_row_stop_the_run_with_the_servers_message(tmp_path:
             endpoint.ask(talk(*(f"text {number}" for number in range(500))))
         assert len(server.bodies) == 1 + EQUAL_REFUSALS
         assert ChatEndpoint(settings_for(server, request={"top_p": 2}), tmp_path).ask(talk("text 0"))[0].cached
+
+
+def test_a_content_filter_refuses_responses_not_the_run(tmp_path: Path) -> None:
+    error = {"message": "temperature of the text: filtered", "code": "content_filter"}
+    with serving(planned(Step(status=400, raw=json.dumps({"error": error}).encode()))) as server:
+        replies = ChatEndpoint(settings_for(server), tmp_path).ask(talk(*map(str, range(EQUAL_REFUSALS + 1))))
+        assert len(server.bodies) == EQUAL_REFUSALS + 1
+    assert {reply.fault for reply in replies} == {"the endpoint answers 400: temperature of the text: filtered"}
 
 
 def test_faults_that_differ_stop_the_run_later(tmp_path: Path) -> None:

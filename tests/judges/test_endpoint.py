@@ -218,6 +218,10 @@ def test_it_declares_every_language_and_both_measures(tmp_path: Path) -> None:
     with serving(lambda messages, number: Step()) as server:
         judge = judge_for(server, tmp_path)
     assert (judge.name, judge.measures, judge.languages) == ("endpoint", ("refused", "safe"), None)
+    assert judge.identity == "endpoint m protocol=safety"
+    with serving(lambda messages, number: Step()) as server:
+        other = judge_for(server, tmp_path, request={"temperature": 1})
+    assert other.identity == 'endpoint m request={"temperature": 1} protocol=safety'
     assert judge.coverage(["en", "ku", "xx"]) == {"en": "", "ku": "", "xx": ""}
 
 
