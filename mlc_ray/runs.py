@@ -30,7 +30,6 @@ from mlc_ray.storage import (
     Place,
     StorageError,
     read_manifest,
-    user_cache,
     verify_files,
 )
 
@@ -48,10 +47,10 @@ LOGS_FOLDER = "logs"
 """Of a run whose workers hung: where each of them was."""
 STOP_FILE = "stop"
 """Of a run whose driver got SIGTERM: the lease's id, by which its workers know that it is meant for them."""
-REQUEST_FILE, RESPONSES_FILE, SCORES_FILE, HEATMAP_FILE, UTILITY_FILE = (
-    "request.json", "responses.parquet", "scores.json", "heatmap.png", "utility.json",
+REQUEST_FILE, RESPONSES_FILE, REPLIES_FILE, SCORES_FILE, HEATMAP_FILE, UTILITY_FILE = (
+    "request.json", "responses.parquet", "replies.parquet", "scores.json", "heatmap.png", "utility.json",
 )  # fmt: skip
-"""Of a score; `request.json` is written before anything runs, `scores.json` last."""
+"""Of a score; `request.json` is written before anything runs, `scores.json` last. `replies.parquet`: of endpoints."""
 SEARCH_CONFIG_FILE, BASE_FILE, SEARCH_FILE, TRIALS_FILE, TRIALS_FOLDER, BASELINE_FOLDER = (
     "config.json", "base.yaml", "search.json", "trials.json", "trials", "baseline",
 )  # fmt: skip
@@ -134,11 +133,6 @@ def output_folder(output_dir: str | Path, *, setting: str = "output_dir") -> Pat
 def artifact_cache(output: Place) -> Place:
     """Where prepared data go, which all nodes read and other runs use again: `cache` beside the runs."""
     return output / "cache"
-
-
-def cache_folder(output: Place) -> Path:
-    """The folder on this machine for what can be computed again: `cache` beside the output, or else the user's."""
-    return Path(output) / "cache" if output.is_local else user_cache()
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -28,6 +30,16 @@ class EngineSection(Section):
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you ask.")
 
 
+_REQUEST_FIXES = {
+    "model": "endpoint.model sets it",
+    "messages": "they are what is asked",
+    "max_tokens": "endpoint.max_reply_tokens sets it",
+    "max_completion_tokens": "endpoint.max_reply_tokens sets it, with endpoint.token_limit=max_completion_tokens",
+    "stream": "replies are read whole",
+    "n": "one reply is read",
+}
+
+
 class EndpointSection(Section):
     """An OpenAI-compatible chat endpoint."""
 
@@ -36,10 +48,14 @@ class EndpointSection(Section):
     api_key_env: str | None = Field(
         None, description="Environment variable that holds the key (default: none is sent). Keys are never stored."
     )
+    request: dict[str, Any] = Field(
+        {},
+        description="Further fields of the request, e.g. `reasoning_effort: low`; null leaves out `temperature` (0).",
+    )
     concurrency: PositiveInt = Field(8, description="Requests in flight at once.")
-    timeout_seconds: PositiveFloat = Field(60.0, description="Longest wait for one reply.")
+    timeout_seconds: PositiveFloat = Field(60.0, description="Longest silence while waiting for a reply.")
     retries: Annotated[int, Field(ge=0)] = Field(
-        5, description="Further tries after a rate limit, server error or lost connection, with growing waits."
+        8, description="Further tries after a rate limit, server error or lost connection, with growing waits."
     )
     max_reply_tokens: PositiveInt = Field(256, description="Longest reply, in tokens.")
     token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
@@ -51,8 +67,21 @@ class EndpointSection(Section):
         None, description="Stop asking before this is exceeded; answers not asked about are unparsed."
     )
     cache_dir: RealPath | None = Field(
-        None, description="Folder of replies keyed by content (default: `cache` beside the score folders)."
+        None, description="Folder on a local disk for the cache of replies (default: the user's cache)."
     )
+
+    @property
+    def asked(self) -> str:
+        """The model, and what else of the request its replies depend on."""
+        return self.model + (f" request={json.dumps(self.request, sort_keys=True)}" if self.request else "")
+
+    @field_validator("request")
+    @classmethod
+    def _fields_without_a_setting(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        if taken := sorted(fields.keys() & _REQUEST_FIXES.keys()):
+            fixes = "; ".join(f"{name}: {_REQUEST_FIXES[name]}" for name in taken)
+            raise ValueError(f"endpoint.request cannot hold {', '.join(map(repr, taken))} ({fixes}); remove it")
+        return fields
 
     @model_validator(mode="after")
     def _no_key_in_the_settings(self) -> EndpointSection:
@@ -62,6 +91,10 @@ class EndpointSection(Section):
                 "endpoint.base_url must be http:// or https://, a host without user or password, and a path without "
                 "query, e.g. https://api.openai.com/v1 (what was given is not shown: it may hold a key)"
             )
+        try:
+            urlsplit(self.base_url).port  # noqa: B018, reading it checks it
+        except ValueError:
+            raise ValueError("endpoint.base_url has a port that is no number up to 65535") from None
         if self.api_key_env is not None and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", self.api_key_env) is None:
             raise ValueError(
                 "endpoint.api_key_env must be the name of an environment variable, e.g. OPENAI_API_KEY (what was given "
@@ -148,7 +181,11 @@ class ScoringSection(Section):
     )
     languages: list[str] | None = Field(None, description="Score only these languages (default: all present).")
     limit: PositiveInt | None = Field(None, description="At most this many bundles per benchmark and kind.")
-    max_new_tokens: PositiveInt = Field(64, description="Longest answer, in tokens.")
+    max_new_tokens: PositiveInt | None = Field(
+        None,
+        description="Longest answer, in tokens (default: 1,024 for a judge of what is safe, as harm may come late; 64 "
+        "for one of refusals alone, which show early).",
+    )
     on_invalid: Literal["fail", "skip"] = Field("fail", description="What an invalid row does; every one is reported.")
     max_unparsed: Fraction = Field(0.05, description="The run fails when a larger share of answers gets no verdict.")
     engine: EngineSection = EngineSection()

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from mlc_ray.config import TranslateSection
 from mlc_ray.errors import MlcRayError
-from mlc_ray.generate.client import ChatEndpoint, EndpointUsage
+from mlc_ray.generate.client import ChatEndpoint
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, check_lengths
 from mlc_ray.generate.stage import Generator
 from mlc_ray.runs import resolve_model
@@ -67,17 +67,12 @@ class EndpointTranslator:
             raise TranslateError(
                 f"judge.translate has no endpoint (model={settings.model!r}): set its base_url and model"
             )
-        self._chat = ChatEndpoint(settings.endpoint, cache_dir)
-
-    @property
-    def usage(self) -> EndpointUsage:
-        """Requests, tokens and cost so far."""
-        return self._chat.usage
+        self.chat = ChatEndpoint(settings.endpoint, cache_dir)
 
     def translate(self, texts: Sequence[str], languages: Sequence[str]) -> list[Translation]:
         """The English of each text; blank ones are given back unasked."""
         asked = _asked(texts, languages)
-        replies = self._chat.ask([[{"role": "user", "content": request}] for _, request in asked])
+        replies = self.chat.ask([[{"role": "user", "content": request}] for _, request in asked])
         done = [Translation(text) for text in texts]
         for (index, _), reply in zip(asked, replies, strict=True):
             if reply.fault:
@@ -85,6 +80,10 @@ class EndpointTranslator:
             else:
                 done[index] = read_translation(reply.text, texts[index], languages[index])
         return done
+
+    def close(self) -> None:
+        """Close the cache of replies."""
+        self.chat.close()
 
 
 class ModelTranslator:
@@ -142,7 +141,7 @@ def check_translator(settings: TranslateSection, cache_dir: Path) -> None:
         MlcRayError: what the translator itself would raise later.
     """
     if settings.endpoint is not None:
-        EndpointTranslator(settings, cache_dir)
+        EndpointTranslator(settings, cache_dir).close()
     elif settings.model is not None:
         check_lengths(resolve_model(settings.model), settings.engine, settings.max_new_tokens)
 

@@ -84,7 +84,7 @@ class BaseJudge(ABC):
         if (translate := self.settings.translator) is not None:
             by = f"{translate.model} dtype={translate.engine.dtype}"
             if translate.endpoint is not None:
-                by = translate.endpoint.model
+                by = translate.endpoint.asked
             parts.append(f"translated by {by}{' (all languages)' if translate.all_languages else ''}")
         return " ".join(parts)
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from mlc_ray._registry import register
 from mlc_ray.config import EndpointSection, ReadingJudgeSettings
-from mlc_ray.generate.client import ChatEndpoint, Conversation, EndpointUsage
+from mlc_ray.generate.client import ChatEndpoint, Conversation
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import Judge, Runs, unparsed
 from mlc_ray.storage import fingerprint
@@ -96,8 +96,8 @@ class EndpointJudge(Judge):
     settings: Settings
 
     def identity_parts(self) -> list[str]:
-        """The endpoint's model and the protocol."""
-        return [f"{self.settings.endpoint.model} protocol={self.settings.protocol}"]
+        """The endpoint's model, further fields of its request, and the protocol."""
+        return [f"{self.settings.endpoint.asked} protocol={self.settings.protocol}"]
 
     def check_ready(self, cache_dir: Path) -> None:
         """Check the key and the cache's folder.
@@ -105,26 +105,25 @@ class EndpointJudge(Judge):
         Raises:
             EndpointError: the key is missing, or the folder cannot be written to.
         """
-        ChatEndpoint(self.settings.endpoint, cache_dir)
+        ChatEndpoint(self.settings.endpoint, cache_dir).close()
         super().check_ready(cache_dir)
 
     def start(self, device: Device, cache_dir: Path) -> None:
         """Prepare to ask. No request is sent yet: where the endpoint refuses, it is `judge` that fails."""
-        self._chat = ChatEndpoint(self.settings.endpoint, cache_dir)
+        self.chat = ChatEndpoint(self.settings.endpoint, cache_dir)
 
-    @property
-    def usage(self) -> EndpointUsage:
-        """Requests, tokens and cost so far."""
-        return self._chat.usage
+    def close(self) -> None:
+        """Close the cache of replies."""
+        self.chat.close()
 
     def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
         """The verdict on each answer; an empty response is `unparsed` and not sent.
 
         Raises:
-            EndpointError: The endpoint refuses the first request.
+            EndpointError: The endpoint refuses the first request, or one after another.
         """
         sent = [answer for answer in answers if answer.response.strip()]
-        replies = iter(self._chat.ask([judge_conversation(answer, self.settings.protocol) for answer in sent]))
+        replies = iter(self.chat.ask([judge_conversation(answer, self.settings.protocol) for answer in sent]))
         verdicts = []
         for answer in answers:
             if not answer.response.strip():

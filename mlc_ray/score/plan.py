@@ -19,10 +19,12 @@ from mlc_ray.judges.base import BaseJudge, make_judge
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import training_chat
 from mlc_ray.score.stages import JudgeStage, PromptJudgeStage, TranslateStage
+from mlc_ray.storage import Place
 from mlc_ray.types import Measure, Via
 
 logger = logging.getLogger(__name__)
 USAGE_FILES = {"judge": "judge_usage.json", "translate": "translate_usage.json"}
+_TOKENS_REFUSED, _TOKENS_SAFE = 64, 1024
 _LIGHT_ROWS = 4096  # of a judge without an engine: fewer are read sooner than another process starts
 _LIGHT_ACTORS = 4
 
@@ -84,26 +86,27 @@ def answering(
     if judging.judge.runs == "prompts":
         settings |= {"judge": judging.judge.settings, "ways": judging.ways}
         return Part("judging", PromptJudgeStage, settings, scoring.engine, in_turn=in_turn)
+    assert scoring.max_new_tokens is not None, "decided by now (with_longest_answer)"
     settings["max_new_tokens"] = scoring.max_new_tokens
     return Part("answering", Generator, settings, scoring.engine, in_turn=in_turn)
 
 
-def reading(judging: Judging, device: Device, *, rows: int, cache: Path, usage: Path) -> dict[str, Part]:
+def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies: Place) -> dict[str, Part]:
     """What reads responses, in order: `translate` if a language needs it, and `judge`.
 
     Nothing does for a judge that reads the policy itself.
 
     Args:
         rows: number of responses, by which the actors of a judge without an engine are counted.
-        cache: folder of an endpoint's replies.
         usage: folder for the files that say what an endpoint did and cost.
+        replies: the file of an endpoint's replies, which it starts from and adds to.
     """
     judge, translate = judging.judge, judging.judge.settings.translator
     if judge.runs == "prompts":
         return {}
 
     def common(name: str) -> dict[str, Any]:
-        return {"device": device, "cache_dir": str(cache), "usage_file": str(usage / USAGE_FILES[name])}
+        return {"device": device, "usage_file": str(usage / USAGE_FILES[name]), "replies_file": str(replies)}
 
     parts = {}
     if translate is not None and judging.translated is not None:
@@ -140,6 +143,14 @@ def with_chat(scoring: ScoringT, model: str) -> ScoringT:
     if trained is not None and trained != scoring.chat:
         logger.warning("%s was trained with chat=%r, and is scored with chat=%r", model, trained, scoring.chat)
     return scoring
+
+
+def with_longest_answer(scoring: ScoringT) -> ScoringT:
+    """`scoring` with `max_new_tokens` decided: a refusal shows in the first words, harm perhaps only at the end."""
+    if scoring.max_new_tokens is not None:
+        return scoring
+    longest = _TOKENS_SAFE if "safe" in make_judge(scoring.judge).measures else _TOKENS_REFUSED
+    return scoring.model_copy(update={"max_new_tokens": longest})
 
 
 def with_dtypes(scoring: ScoringT, *, gpu: bool, before: ScoringSection | None = None) -> ScoringT:

@@ -35,10 +35,10 @@ from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.logs import keep_in
 from mlc_ray.progress import phase
 from mlc_ray.runs import (
+    REPLIES_FILE,
     REQUEST_FILE,
     RESPONSES_FILE,
     SCORES_FILE,
-    cache_folder,
     output_place,
     resolve_model,
     training_languages,
@@ -52,12 +52,13 @@ from mlc_ray.score.plan import (
     reading,
     with_chat,
     with_dtypes,
+    with_longest_answer,
 )
 from mlc_ray.score.prompts import Prompts, read_prompts, slug
 from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores
 from mlc_ray.score.stages import RESPONSES
-from mlc_ray.storage import Place, fingerprint_model, library_versions, working_folder
+from mlc_ray.storage import Place, fingerprint_model, library_versions, user_cache, working_folder
 
 logger = logging.getLogger(__name__)
 
@@ -95,13 +96,15 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
         TooManyUnparsedError: when all is written.
     """
     model = resolve_model(config.model)
+    config = with_longest_answer(config)
     judge = make_judge(config.judge)
     if judge.runs != "prompts":
+        assert config.max_new_tokens is not None, "decided by now (with_longest_answer)"
         check_lengths(model, config.engine, config.max_new_tokens)
     name = config.name or f"{slug(Path(config.model).name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     place = output_place(config.output_dir) / name
     _check_free(place, resume=config.resume == "auto")
-    judge.check_ready(_cache(config))
+    judge.check_ready(user_cache())
     with _worked_on(place) as folder:
         result = _score(config, model, folder, place, pool)
     return _checked(replace(result, folder=place), config.max_unparsed)
@@ -158,7 +161,7 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
     """
     model = resolve_model(config.model)
     device = _connect(config)
-    config = with_chat(with_dtypes(config, gpu=device == "gpu"), config.model)
+    config = with_chat(with_dtypes(with_longest_answer(config), gpu=device == "gpu"), config.model)
     warm = Warm(sleeps=in_turn and device == "gpu")
     judge = make_reader(config.judge)  # what a judge of prompts is made with is known only when those are read
     part = answering(model, config, plan_judging(judge, ()), device, warm=warm, in_turn=in_turn)
@@ -189,7 +192,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
     earlier = request.config.judge
     config = request.config.model_copy(update={name: value for name, value in changes.items() if value is not None})
     judge = make_reader(config.judge)
-    judge.check_ready(_cache(config))
+    judge.check_ready(user_cache())
     languages = responses["language"].unique().to_pylist()
     plan_judging(judge, languages)
     target = source
@@ -206,6 +209,9 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
         request.save(folder)
         _write(responses, folder)  # what fails from here on is continued from these
+        if target != source and (source / REPLIES_FILE).is_file():
+            with (source / REPLIES_FILE).open() as replies:
+                (target / REPLIES_FILE).write_bytes(replies.read())
         judged = _judge_table(request, judging, responses, folder, target, device)
         result = write_score(request, judging, judged, folder)
     return _checked(replace(result, folder=target), config.max_unparsed)
@@ -250,7 +256,7 @@ def _judge_table(
     request: Request, judging: Judging, table: pa.Table, folder: Path, place: Place, device: Device
 ) -> pa.Table:
     """`_judge`, of responses that come from a file."""
-    (part, *_) = _reading(request, judging, len(table), folder, device)
+    (part, *_) = _reading(judging, len(table), folder, place, device)
     return _judge(request, judging, table, [Blocks.put(table, part, device)], folder, place, device)
 
 
@@ -267,7 +273,7 @@ def _judge(
     for file in USAGE_FILES.values():
         (folder / file).unlink(missing_ok=True)  # of an earlier judge
     try:
-        for part in _reading(request, judging, len(table), folder, device):
+        for part in _reading(judging, len(table), folder, place, device):
             with Pool.open(part, device) as pool, phase(part.name, len(table), "responses") as progress:
                 added = pool.map(*blocks, progress=progress)
             blocks.append(added)
@@ -279,8 +285,8 @@ def _judge(
     return table
 
 
-def _reading(request: Request, judging: Judging, rows: int, folder: Path, device: Device) -> list[Part]:
-    return list(reading(judging, device, rows=rows, cache=_cache(request.config), usage=folder).values())
+def _reading(judging: Judging, rows: int, folder: Path, place: Place, device: Device) -> list[Part]:
+    return list(reading(judging, device, rows=rows, usage=folder, replies=place / REPLIES_FILE).values())
 
 
 def _write(table: pa.Table, folder: Path) -> None:
@@ -362,13 +368,9 @@ def _check_engines(request: Request, judging: Judging, device: Device, pool: Poo
 
 
 def _check_readers(request: Request, judging: Judging, device: Device, held: Sequence[tuple[float, float]]) -> None:
-    for part in _reading(request, judging, 1, Path(), device):
+    for part in _reading(judging, 1, Path(), Place(Path()), device):
         if part.engine is not None:
             check_fits(f"{part.name}, by engines of its own,", [*held, *part.places(device)])
-
-
-def _cache(config: ScoreConfig) -> Path:
-    return cache_folder(output_place(config.output_dir))
 
 
 @contextmanager

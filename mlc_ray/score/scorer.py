@@ -22,8 +22,10 @@ from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.pool import Blocks, Part, Pool, expected_errors, side_by_side
 from mlc_ray.judges.base import make_judge
 from mlc_ray.progress import phase
+from mlc_ray.runs import REPLIES_FILE
 from mlc_ray.score.plan import answering, plan_judging, reading
 from mlc_ray.score.stages import JUDGED
+from mlc_ray.storage import Place
 
 logger = logging.getLogger(__name__)
 _CLOSE_SECONDS = 120.0  # of three pools one after another, of which each may take 30
@@ -122,7 +124,7 @@ def start_scorer(
     Args:
         model: Hugging Face folder or hub name.
         prompts: a table of `generate.stage.PROMPTS`.
-        folder: for an endpoint's cache, and for what it did and cost.
+        folder: for an endpoint's replies, and for what it did and cost.
         lora_rank: the rank of adapters that are to be served, None where whole models are.
         in_turn: engines give their GPU memory back between scores; they reserve no GPU of Ray, and use the first one
             of their machine.
@@ -133,7 +135,8 @@ def start_scorer(
     judging = plan_judging(make_judge(scoring.judge), prompts["language"].unique().to_pylist())
     warm = Warm(lora_rank, in_turn and device == "gpu")
     parts = [answering(model, scoring, judging, device, warm=warm, in_turn=in_turn)]
-    parts += reading(judging, device, rows=len(prompts), cache=folder / "cache", usage=folder).values()
+    replies = Place(folder / REPLIES_FILE)
+    parts += reading(judging, device, rows=len(prompts), usage=folder, replies=replies).values()
     actor: Any = ray.remote(Scorer).options(num_cpus=0).remote(parts, prompts, device)  # it only waits
     try:
         # Shown here: what the actor's own process says of them is seen by nobody.

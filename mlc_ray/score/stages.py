@@ -11,14 +11,16 @@ This module imports neither Ray nor torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, cast
 
 import pyarrow as pa
 
 from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, TranslateSection
+from mlc_ray.errors import MlcRayError
+from mlc_ray.generate.client import ChatEndpoint
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, Warm
 from mlc_ray.generate.stage import ANSWERS, PROMPTS, Stage
 from mlc_ray.generate.translate import (
@@ -30,7 +32,7 @@ from mlc_ray.generate.translate import (
 from mlc_ray.judges.base import Judge, PromptJudge, make_judge, make_reader
 from mlc_ray.judges.degenerate import settle
 from mlc_ray.judges.refusal import RefusalJudge
-from mlc_ray.storage import write_json_atomic
+from mlc_ray.storage import Place, user_cache, write_json_atomic
 from mlc_ray.types import Answer, Kind, Measure, Verdict, Via
 
 NOT_GENERATED = "not_generated"
@@ -92,10 +94,39 @@ class PromptJudgeStage(Stage):
         self.engine.close()
 
 
+class Asking:
+    """What a stage keeps of the endpoint that its judge or translator asks; nothing for one that asks none."""
+
+    def __init__(self, asker: Any, usage_file: str | None, replies_file: str | None) -> None:
+        self._chat: ChatEndpoint | None = getattr(asker, "chat", None)
+        self._usage_file = usage_file
+        self._replies = None if replies_file is None else Place(replies_file)
+        if self._chat is not None and self._replies is not None:
+            self._chat.cache.restore(self._replies)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Write what the questions of the block did and cost, and after an error, which ends the stage, the replies."""
+        try:
+            yield
+        except MlcRayError:
+            self.publish()
+            raise
+        finally:
+            if self._chat is not None and self._usage_file is not None:
+                write_json_atomic(self._usage_file, asdict(self._chat.usage))
+
+    def publish(self) -> None:
+        """Add the replies to their file."""
+        if self._chat is not None and self._replies is not None:
+            self._chat.cache.publish(self._replies)
+
+
 class TranslateStage(Stage):
     """`RESPONSES` -> `TRANSLATED`: English prompts and responses for the languages read by translation.
 
-    The translator is a model in an engine, or an endpoint, whose usage is written to `usage_file`.
+    The translator is a model in an engine, or an endpoint. What that did and cost is written to `usage_file`; its
+    replies are taken from `replies_file` and added to it.
     """
 
     columns = TRANSLATED
@@ -106,18 +137,18 @@ class TranslateStage(Stage):
         *,
         device: Device,
         ways: Mapping[str, Via],
-        cache_dir: str,
         usage_file: str | None = None,
+        replies_file: str | None = None,
     ) -> None:
         self.ways = ways
-        self.usage_file = usage_file
-        self.translator = make_translator(settings, device, Path(cache_dir))
+        self.translator = make_translator(settings, device, user_cache())
+        self.asking = Asking(self.translator, usage_file, replies_file)
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """Translate prompts and non-blank responses of the rows that need it."""
         wanted = [index for index, code in enumerate(table["language"].to_pylist()) if self.ways[code] == "translated"]
-        done = translate_answers(self.translator, answers_of(table.take(wanted)))
-        _note_usage(self.translator, self.usage_file)
+        with self.asking.noted():
+            done = translate_answers(self.translator, answers_of(table.take(wanted)))
         rows: list[dict[str, Any]] = [{} for _ in range(len(table))]
         for index, english in zip(wanted, done, strict=True):
             rows[index] = {
@@ -128,7 +159,8 @@ class TranslateStage(Stage):
         return rows
 
     def close(self) -> None:
-        """Free the memory of an engine."""
+        """Free the memory of an engine, or publish an endpoint's replies."""
+        self.asking.publish()
         _close(self.translator)
 
 
@@ -138,7 +170,7 @@ class JudgeStage(Stage):
     A judge that does not say whether a response refuses is joined by the phrase judge, because without the refusal rate
     of benign prompts a score means nothing: `phrase_ways` is how the phrase judge reads each language, None if it is
     not needed. Then degenerate answers are told apart (`degenerate.settle`). What an endpoint did and cost is written
-    to `usage_file`.
+    to `usage_file`; its replies are taken from `replies_file` and added to it.
     """
 
     columns = VERDICTS
@@ -150,12 +182,12 @@ class JudgeStage(Stage):
         device: Device,
         ways: Mapping[str, Via],
         phrase_ways: Mapping[str, Via] | None,
-        cache_dir: str,
         usage_file: str | None = None,
+        replies_file: str | None = None,
     ) -> None:
-        self.usage_file = usage_file
         judge = make_reader(settings)
-        judge.start(device, Path(cache_dir))
+        judge.start(device, user_cache())
+        self.asking = Asking(judge, usage_file, replies_file)
         self.judges: list[tuple[Judge, Mapping[str, Via]]] = [(judge, ways)]
         if phrase_ways is not None:
             self.judges.append((RefusalJudge(), phrase_ways))
@@ -165,17 +197,18 @@ class JudgeStage(Stage):
         answers = answers_of(table)
         english = _translations(table)
         verdicts = [Verdict() for _ in answers]
-        for judge, ways in self.judges:
-            given = _verdicts(judge, ways, answers, english)
-            verdicts = [_joined(a, b) for a, b in zip(verdicts, given, strict=True)]
-            _note_usage(judge, self.usage_file)
+        with self.asking.noted():
+            for judge, ways in self.judges:
+                given = _verdicts(judge, ways, answers, english)
+                verdicts = [_joined(a, b) for a, b in zip(verdicts, given, strict=True)]
         return [
             _verdict_row(settle(verdict, answer), _read_by(self.judges, answer.language))
             for verdict, answer in zip(verdicts, answers, strict=True)
         ]
 
     def close(self) -> None:
-        """Free the memory of a guard's engine."""
+        """Free the memory of a guard's engine, or publish an endpoint's replies."""
+        self.asking.publish()
         for judge, _ in self.judges:
             _close(judge)
 
@@ -201,12 +234,6 @@ def _close(user: Any) -> None:
     """Free the engine of a judge or translator that has one."""
     if (close := getattr(user, "close", None)) is not None:
         close()
-
-
-def _note_usage(asked: Any, file: str | None) -> None:
-    """Write what an endpoint did and cost so far; models have no `usage`."""
-    if file is not None and (usage := getattr(asked, "usage", None)) is not None:
-        write_json_atomic(file, asdict(usage))
 
 
 def _verdicts(

@@ -37,11 +37,10 @@ from mlc_ray.runs import (
     SEARCH_FILE,
     TRIALS_FOLDER,
     artifact_cache,
-    cache_folder,
     output_place,
     resolve_model,
 )
-from mlc_ray.score.plan import places, with_dtypes
+from mlc_ray.score.plan import places, with_dtypes, with_longest_answer
 from mlc_ray.score.prompts import read_prompts
 from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.objectives.base import TrialScore
@@ -66,6 +65,7 @@ from mlc_ray.storage import (
     fingerprint_model,
     library_versions,
     local_side,
+    user_cache,
 )
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.failures import keyboard_interrupt
@@ -90,6 +90,7 @@ def search(config: SearchConfig) -> SearchResult:
     """
     space = make_space(config)
     config = _with_chat(config, space)
+    config = config.model_copy(update={"scoring": with_longest_answer(config.scoring)})
     folder = (output_place(config.output_dir) / config.name).absolute()
     if (folder / SEARCH_CONFIG_FILE).is_file():
         if config.resume == "never":
@@ -170,7 +171,7 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     space, skipped = _probed(config, space, base, folder, device)
     lora_rank = _lora_rank(space)
     model = resolve_model(base.model.path)
-    make_judge(config.scoring.judge).check_ready(cache_folder(folder))
+    make_judge(config.scoring.judge).check_ready(user_cache())
     prompts = read_prompts(config.scoring, rejects=local_side(folder))
     identity = {"prompts": prompts.fingerprint, "model": fingerprint_model(model)}
     _check_same(folder, identity)

@@ -25,11 +25,11 @@ from mlc_ray.data.sources import PARSED, Reading, SourceFile, parse
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.errors import MlcRayError
-from mlc_ray.generate.replies import Reply, ReplyCache
+from mlc_ray.generate.replies import EndpointError, ReplyCache
 from mlc_ray.judges.endpoint import read_verdict
 from mlc_ray.judges.guards.base import Guard
 from mlc_ray.runs import MetricsFileError, read_metrics
-from mlc_ray.storage import ArtifactError, sealed
+from mlc_ray.storage import ArtifactError, Place, sealed
 from tests.train.tiny import random_rows
 
 _ASKED = os.environ.get("MLC_RAY_FUZZ")
@@ -272,11 +272,20 @@ def test_replies_of_guards(name: str) -> None:
 
 
 @fuzz
-@given(st.binary(max_size=60) | changed({"model": "m", "text": "t", "finish": "stop", "fault": ""}).map(as_text))
+@given(st.binary(max_size=120))
 def test_cached_replies(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    cache = ReplyCache(tmp_path_factory.getbasetemp() / "replies")
-    (cache.folder / "ab").mkdir(exist_ok=True)
-    (cache.folder / "ab" / "abcd.json").write_bytes(content)
-    read = cache.read("abcd")
-    assert read is None or isinstance(read, Reply)
-    shutil.rmtree(cache.folder / "ab")
+    folder = tmp_path_factory.getbasetemp() / "replies"
+    cache = ReplyCache(folder)
+    published = Place(folder / "replies.parquet")
+    published.write_bytes(content)
+    with pytest.raises(EndpointError, match="cannot be read"):
+        cache.restore(published)
+    cache.close()
+    cache.file.write_bytes(content)
+    try:
+        read = ReplyCache(folder).read("abcd")
+    except EndpointError as error:
+        assert str(cache.file) in str(error)
+    else:
+        assert read is None
+    shutil.rmtree(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class ChatServer(ThreadingHTTPServer):
         self.closing = threading.Event()
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []  # of arrival, in seconds
         self.in_flight = self.peak = 0
 
     @property
@@ -74,7 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
         with server.lock:
             number = len(server.bodies)
             server.bodies.append(body)
-            server.headers.append(dict(self.headers))
+            server.headers.append({name.title(): value for name, value in self.headers.items()})
+            server.times.append(time.monotonic())
             server.in_flight += 1
             server.peak = max(server.peak, server.in_flight)
         try:

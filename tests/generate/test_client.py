@@ -2,19 +2,20 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 import socket
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlc_ray.config import ConfigError, EndpointSection, ScoreConfig, parse_config
-from mlc_ray.generate import client as chat
-from mlc_ray.generate.client import ChatEndpoint, EndpointUsage
+from mlc_ray.generate.client import EQUAL_REFUSALS, FAULTS, ChatEndpoint
+from mlc_ray.generate.purse import EndpointUsage
 from mlc_ray.generate.replies import ERROR, NOT_ASKED, EndpointError, Reply, ReplyCache
+from mlc_ray.storage import Place
 
 from .chat_server import INPUT_TOKENS, OUTPUT_TOKENS, ChatServer, Step, echo, serving
 
@@ -26,7 +27,7 @@ COST = (INPUT_TOKENS * 1000 + OUTPUT_TOKENS * 2000) / 1e6  # of one reply of the
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
 
 
 def settings_for(server: ChatServer, **fields: Any) -> EndpointSection:
@@ -87,14 +88,20 @@ def test_a_second_session_reads_the_cache_and_costs_nothing(tmp_path: Path) -> N
     assert second.usage.cost_usd == pytest.approx(COST)
 
 
-def test_another_model_message_limit_or_address_is_another_key(tmp_path: Path) -> None:
+def test_another_model_limit_field_or_address_is_another_key(tmp_path: Path) -> None:
     with serving(echo) as server:
         settings = settings_for(server)
-        for changed in ({}, {"model": "other"}, {"max_reply_tokens": 11}, {"token_limit": "max_completion_tokens"}):
+        others = (
+            {"model": "n"},
+            {"max_reply_tokens": 11},
+            {"token_limit": "max_completion_tokens"},
+            {"request": {"seed": 7}},
+        )
+        for changed in ({}, *others):
             ChatEndpoint(settings.model_copy(update=changed), tmp_path).ask(talk("a"))
-        assert len(server.bodies) == 4
+        assert len(server.bodies) == 5
         ChatEndpoint(settings.model_copy(update={"concurrency": 1, "retries": 0}), tmp_path).ask(talk("a"))
-        assert len(server.bodies) == 4
+        assert len(server.bodies) == 5
     with serving(echo) as other:
         ChatEndpoint(settings_for(other), tmp_path).ask(talk("a"))
         assert len(other.bodies) == 1
@@ -103,53 +110,67 @@ def test_another_model_message_limit_or_address_is_another_key(tmp_path: Path) -
 def test_the_configured_cache_folder_wins(tmp_path: Path) -> None:
     with serving(echo) as server:
         ChatEndpoint(settings_for(server, cache_dir=str(tmp_path / "mine")), tmp_path / "default").ask(talk("a"))
-    assert list((tmp_path / "mine").rglob("*.json"))
+    assert list((tmp_path / "mine").glob("replies-*.sqlite"))
     assert not (tmp_path / "default").exists()
 
 
-def test_a_damaged_cache_file_is_asked_again_and_mended(tmp_path: Path) -> None:
+TEXTS = [f"text {number}" for number in range(6)]
+
+
+def _ask_all(settings: EndpointSection, folder: Path) -> None:
+    ChatEndpoint(settings, folder).ask(talk(*TEXTS))
+
+
+def test_two_processes_share_a_cache_and_a_killed_one_loses_the_replies_in_flight_alone(tmp_path: Path) -> None:
+    def answer(messages: list[dict[str, str]], number: int) -> Step:
+        return Step(hang=True) if messages[0]["content"] in TEXTS[4:] else echo(messages, number)
+
+    with serving(answer) as server:
+        work = (settings_for(server, concurrency=2), tmp_path)
+        other = multiprocessing.get_context("spawn").Process(target=_ask_all, args=work)
+        other.start()
+        mine = ChatEndpoint(settings_for(server), tmp_path)
+        own = 0
+        while other.is_alive() and sum(body["messages"][0]["content"] in TEXTS for body in server.bodies) < 6:
+            mine.ask(talk(f"own {own}"))  # writes as long as the other one does
+            own += 1
+        assert other.pid is not None
+        os.kill(other.pid, signal.SIGKILL)
+        other.join()
+        server.answer = echo
+        again = ChatEndpoint(settings_for(server), tmp_path)
+        replies = again.ask(talk(*TEXTS, "own 0"))
+    assert [reply.cached for reply in replies] == [True] * 4 + [False] * 2 + [True]
+    assert (again.usage.requests, again.usage.cached) == (2, 5)
+
+
+def test_published_replies_are_read_on_another_machine(tmp_path: Path) -> None:
+    published = Place(tmp_path / "score" / "replies.parquet")
     with serving(echo) as server:
-        ChatEndpoint(settings_for(server), tmp_path).ask(talk("a"))
-        [file] = tmp_path.rglob("*.json")
-        whole = file.read_text(encoding="utf-8")
-        for damaged in (whole[:-20], "[]", '{"text": 1, "finish": "stop", "fault": ""}', ""):
-            file.write_text(damaged, encoding="utf-8")
-            assert ChatEndpoint(settings_for(server), tmp_path).ask(talk("a"))[0] == Reply("A", "stop")
-            assert file.read_text(encoding="utf-8") == whole
-        assert len(server.bodies) == 5
+        here = ChatEndpoint(settings_for(server), tmp_path / "here")
+        here.cache.restore(published)  # nothing is there yet
+        here.ask(talk("a", "b"))
+        here.cache.publish(published)
+        there = ChatEndpoint(settings_for(server), tmp_path / "there")
+        there.cache.restore(published)
+        assert [reply.cached for reply in there.ask(talk("b", "c"))] == [True, False]
+        there.cache.publish(published)  # beside those that it did not need
+        third = ChatEndpoint(settings_for(server), tmp_path / "third")
+        third.cache.restore(published)
+        assert all(reply.cached for reply in third.ask(talk("a", "b", "c")))
+        assert len(server.bodies) == 3
+    published.write_bytes(b"PAR1 no more")
+    with pytest.raises(EndpointError, match=r"replies\.parquet' cannot be read.*remove the file"):
+        third.cache.restore(published)
 
 
-def _ask_in_a_process(settings: EndpointSection, folder: Path, texts: list[str]) -> None:
-    replies = ChatEndpoint(settings, folder).ask(talk(*texts))
-    assert [reply.text for reply in replies] == [text.upper() for text in texts]
-
-
-def test_two_processes_share_a_cache(tmp_path: Path) -> None:
-    texts = [f"text {number}" for number in range(20)]
-    context = multiprocessing.get_context("spawn")
-    with serving(echo) as server:
-        work = (settings_for(server), tmp_path, texts)
-        processes = [context.Process(target=_ask_in_a_process, args=work) for _ in range(2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        assert [process.exitcode for process in processes] == [0, 0]
-        third = ChatEndpoint(settings_for(server), tmp_path)
-        third.ask(talk(*texts))
-    assert (third.usage.cached, third.usage.requests) == (20, 0)
-    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 20  # no temporary file is left
-
-
-def test_a_rate_limit_is_waited_out_as_long_as_the_server_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[tuple[int, float]] = []
-    monkeypatch.setattr(chat, "_wait", lambda attempt, retry_after: waits.append((attempt, retry_after)) or 0.0)
-    limited = Step(status=429, headers={"Retry-After": "7"}, raw=b'{"error": {"message": "slow down"}}')
-    with serving(planned(limited, limited, Step())) as server:
+def test_a_rate_limit_is_waited_out_as_long_as_the_server_asks(tmp_path: Path) -> None:
+    limited = Step(status=429, headers={"Retry-After": "1"}, raw=b'{"error": {"message": "slow down"}}')
+    with serving(planned(limited, Step())) as server:
         reply, usage = ask_one(server, tmp_path)
+        assert server.times[1] - server.times[0] >= 1.0
     assert reply == Reply("fine", "stop")
-    assert waits == [(0, 7.0), (1, 7.0)]
-    assert (usage.requests, usage.retries, usage.failed) == (3, 2, 0)
+    assert (usage.requests, usage.retries, usage.failed) == (2, 1, 0)
 
 
 def test_a_server_that_wants_a_long_silence_is_left_alone(tmp_path: Path) -> None:
@@ -157,22 +178,6 @@ def test_a_server_that_wants_a_long_silence_is_left_alone(tmp_path: Path) -> Non
         reply, usage = ask_one(server, tmp_path)
     assert (reply.finish, usage.requests) == (ERROR, 1)
     assert "429: come back later" in reply.fault
-    assert "3600 s" in reply.fault
-
-
-def test_waits_grow_and_never_undercut_retry_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "FIRST_WAIT", 1.0)
-    for attempt, most in ((0, 1.0), (1, 2.0), (4, 16.0), (9, chat.LONGEST_WAIT)):
-        assert all(most / 2 <= chat._wait(attempt, 0.0) <= most for _ in range(50))
-    assert all(30.0 <= chat._wait(0, 30.0) <= 30.5 for _ in range(50))
-    assert len({chat._wait(0, 0.0) for _ in range(50)}) > 1
-
-
-def test_retry_after_is_seconds_or_a_date() -> None:
-    assert [chat._retry_after(header) for header in (None, "2", " 1.5 ", "soon", "-3")] == [0.0, 2.0, 1.5, 0.0, 0.0]
-    later = datetime.now(UTC) + timedelta(seconds=100)
-    assert 90 < chat._retry_after(format_datetime(later, usegmt=True)) <= 100
-    assert chat._retry_after("Mon, 01 Jan 2001 00:00:00 GMT") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -192,20 +197,22 @@ def test_a_passing_fault_is_tried_again(tmp_path: Path, fault: Step) -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
+        (Step(status=204, raw=b""), "the endpoint answers 204, without a reply"),
         (Step(status=500, raw=b"<html>oops\n</html>"), "500: <html>oops </html> (tried 3 times)"),
-        (Step(drop=True), "the connection was lost: ServerDisconnectedError"),
+        (Step(drop=True), "the connection was lost: RemoteProtocolError"),
         (Step(hang=True), "no reply within endpoint.timeout_seconds=1.5 (tried 2 times)"),
     ],
-    ids=["500", "drop", "hang"],
+    ids=["204", "500", "drop", "hang"],
 )
 def test_a_lasting_fault_ends_with_its_reason_and_is_not_cached(tmp_path: Path, fault: Step, words: str) -> None:
     with serving(planned(fault)) as server:
         patience = {"timeout_seconds": PATIENCE, "retries": 1} if fault.hang else {}
         reply, usage = ask_one(server, tmp_path, **patience)
-        assert len(server.bodies) == (2 if fault.hang else 3)
+        assert len(server.bodies) == {204: 1, 500: 3}.get(fault.status, 2 if fault.hang else 3)
+        server.answer = echo
+        assert ask_one(server, tmp_path)[0] == Reply("HELLO", "stop")
     assert (reply.text, reply.finish, usage.failed) == ("", ERROR, 1)
     assert words in reply.fault
-    assert not list(tmp_path.rglob("*.json"))
 
 
 def test_a_refused_request_is_not_tried_again_and_spoils_no_other(tmp_path: Path) -> None:
@@ -265,7 +272,9 @@ def test_wrong_settings_raise_at_the_first_request(
     quoting = json.dumps({"error": {"message": f"Incorrect API key provided: {KEY}"}}).encode()
     with serving(planned(Step(status=status, raw=quoting, headers={"Location": "/elsewhere"}))) as server:
         endpoint = ChatEndpoint(settings_for(server, api_key_env="JUDGE_KEY"), tmp_path)
-        with pytest.raises(EndpointError, match=rf"model='m', api_key_env='JUDGE_KEY' answers {status}") as caught:
+        with pytest.raises(
+            EndpointError, match=rf"model='m', api_key_env='JUDGE_KEY': the endpoint answers {status}"
+        ) as caught:
             endpoint.ask(talk("a", "b", "c", "d"))
         assert len(server.bodies) == 1
         assert server.base_url in str(caught.value)
@@ -280,10 +289,76 @@ def test_an_endpoint_that_is_not_there_raises_at_once(tmp_path: Path) -> None:
             ChatEndpoint(EndpointSection(base_url=url, model="m"), tmp_path).ask(talk("a"))
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/v1", "http://:80/v1", f"http://{'a' * 70}.example/v1"])
-def test_an_impossible_address_raises(tmp_path: Path, url: str) -> None:
-    with pytest.raises(EndpointError, match=r"has no valid address|cannot be reached"):
-        ChatEndpoint(EndpointSection(base_url=url, model="m"), tmp_path).ask(talk("a"))
+def test_equal_refusals_in_a_row_stop_the_run_with_the_servers_message(tmp_path: Path) -> None:
+    refused = Step(status=400, raw=b'{"error": {"message": "top_p must be below 1"}}')
+    with serving(planned(Step(), refused)) as server:
+        endpoint = ChatEndpoint(settings_for(server, concurrency=1, request={"top_p": 2}), tmp_path)
+        with pytest.raises(EndpointError, match=r"400: top_p must be below 1, to 3 .*request=\{top_p: null\}"):
+            endpoint.ask(talk(*(f"text {number}" for number in range(500))))
+        assert len(server.bodies) == 1 + EQUAL_REFUSALS
+        assert ChatEndpoint(settings_for(server, request={"top_p": 2}), tmp_path).ask(talk("text 0"))[0].cached
+
+
+def test_a_content_filter_refuses_responses_not_the_run(tmp_path: Path) -> None:
+    error = {"message": "temperature of the text: filtered", "code": "content_filter"}
+    with serving(planned(Step(status=400, raw=json.dumps({"error": error}).encode()))) as server:
+        replies = ChatEndpoint(settings_for(server), tmp_path).ask(talk(*map(str, range(EQUAL_REFUSALS + 1))))
+        assert len(server.bodies) == EQUAL_REFUSALS + 1
+    assert {reply.fault for reply in replies} == {"the endpoint answers 400: temperature of the text: filtered"}
+
+
+def test_faults_that_differ_stop_the_run_later(tmp_path: Path) -> None:
+    def answer(messages: list[dict[str, str]], number: int) -> Step:
+        return Step() if number < 9 and number % 3 == 0 else Step(status=422, raw=f"request {number} is bad".encode())
+
+    with serving(answer) as server:
+        with pytest.raises(EndpointError, match=f"is bad; {FAULTS} requests in a row got no reply"):
+            ChatEndpoint(settings_for(server, concurrency=1), tmp_path).ask(talk(*map(str, range(500))))
+        assert len(server.bodies) == 7 + FAULTS
+
+
+@pytest.mark.parametrize(
+    ("message", "fix", "fields"),
+    [
+        (
+            "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) is supported.",
+            r"set endpoint\.request=\{temperature: null\}",
+            {"request": {"temperature": None, "reasoning_effort": "low"}},
+        ),
+        (
+            "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead.",
+            r"set endpoint\.token_limit=max_completion_tokens",
+            {"token_limit": "max_completion_tokens"},
+        ),
+    ],
+)
+def test_a_model_that_refuses_a_parameter_names_the_setting_that_leaves_it_out(
+    tmp_path: Path, message: str, fix: str, fields: dict[str, Any]
+) -> None:
+    refused = Step(status=400, raw=json.dumps({"error": {"message": message}}).encode())
+    with serving(planned(refused, Step())) as server:
+        with pytest.raises(EndpointError, match=fix):
+            ChatEndpoint(settings_for(server), tmp_path).ask(talk("a", "b"))
+        assert len(server.bodies) == 1
+        ChatEndpoint(settings_for(server, **fields), tmp_path).ask(talk("a"))
+        sent = server.bodies[1]
+    if "request" in fields:
+        assert ("temperature" in sent, sent["reasoning_effort"]) == (False, "low")
+    else:
+        assert ("max_tokens" in sent, sent["max_completion_tokens"]) == (False, 10)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("base_url", "http://127.0.0.1:99999/v1", "port"),
+        ("request", {"max_tokens": 5}, r"'max_tokens' \(max_tokens: endpoint\.max_reply_tokens sets it\); remove it"),
+        ("request", {"stream": True}, "replies are read whole"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(field: str, value: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_config(EndpointSection, {"base_url": "http://host/v1", "model": "m", field: value})
 
 
 def test_a_later_401_is_the_replys_own(tmp_path: Path) -> None:
@@ -303,9 +378,10 @@ def test_the_key_is_sent_as_a_header_and_written_nowhere(tmp_path: Path, monkeyp
         assert KEY not in json.dumps(server.bodies)
     assert [reply.finish for reply in replies] == ["stop", ERROR, "refusal"]
     assert KEY not in repr(replies)
-    stored = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*.json")]
-    assert len(stored) == 2
-    assert KEY not in "".join(stored)
+    endpoint.cache.publish(Place(tmp_path / "replies.parquet"))
+    stored = [path.read_bytes() for path in tmp_path.iterdir()]
+    assert len(stored) > 1
+    assert KEY.encode() not in b"".join(stored)
 
 
 @pytest.mark.parametrize(("value", "words"), [(None, "is not set"), ("", "is not set"), ("sk abc\n", "holds spaces")])
@@ -395,3 +471,10 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with serving(echo) as server, pytest.raises(EndpointError, match=r"cache of replies .*cache"):
         ChatEndpoint(settings_for(server), tmp_path / "cache")
     assert ReplyCache(tmp_path).read("0" * 16) is None
+
+
+def test_a_reply_with_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
+    with serving(planned(Step("a \ud800 b"))) as server:
+        [reply] = ChatEndpoint(settings_for(server), tmp_path).ask(talk("a"))
+        [again] = ChatEndpoint(settings_for(server), tmp_path).ask(talk("a"))
+    assert (reply.text, again.text, again.cached) == ("a \ufffd\ufffd\ufffd b", reply.text, True)

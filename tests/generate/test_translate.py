@@ -148,7 +148,7 @@ def test_an_endpoint_translates_in_order_and_once(tmp_path: Path) -> None:
         assert len(server.bodies) == 5  # blank texts are not sent
     assert [item.text for item in done] == [*ENGLISH.values(), "", None, " \n"]
     assert "I cannot translate this." in done[5].reason
-    assert (translator.usage.requests, again.usage.requests, again.usage.cached) == (5, 0, 5)
+    assert (translator.chat.usage.requests, again.chat.usage.requests, again.chat.usage.cached) == (5, 0, 5)
     assert translator.translate([], []) == []
 
 

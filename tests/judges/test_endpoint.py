@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from mlc_ray.config import EndpointSection, JudgeSettings, ScoreConfig, parse_config
-from mlc_ray.generate import client as chat
 from mlc_ray.generate.replies import EndpointError
 from mlc_ray.judges.endpoint import EndpointJudge, Protocol, check_code, judge_conversation, read_verdict
 from mlc_ray.types import Answer
@@ -174,8 +173,8 @@ def test_verdicts_come_in_order_and_the_second_run_is_free(
         ("refused", "safe"), ("complied", "unsafe"), ("unparsed", "unparsed"), ("complied", "safe"), ("refused", "safe")
     ]  # fmt: skip
     assert verdicts[2].reason == "the response is empty"
-    assert (judge.usage.requests, judge.usage.cached) == (3, 1)
-    assert (again.usage.requests, again.usage.cached) == (0, 4)
+    assert (judge.chat.usage.requests, judge.chat.usage.cached) == (3, 1)
+    assert (again.chat.usage.requests, again.chat.usage.cached) == (0, 4)
     assert judge.judge([]) == []
 
 
@@ -207,7 +206,7 @@ def test_what_the_cap_left_out_is_unparsed(tmp_path: Path) -> None:
     with serving(lambda messages, number: Step(line(code_in(messages), "answers", "safe"))) as server:
         judge = judge_for(
             server, tmp_path, usd_per_million_input_tokens=1000.0, usd_per_million_output_tokens=0.0, max_cost_usd=1e-9,
-            max_reply_tokens=chat._TOKENS_PER_REQUEST,
+            max_reply_tokens=64,
         )  # fmt: skip
         verdicts = judge.judge([answer("a"), answer("b")])
         assert not server.bodies
@@ -219,6 +218,10 @@ def test_it_declares_every_language_and_both_measures(tmp_path: Path) -> None:
     with serving(lambda messages, number: Step()) as server:
         judge = judge_for(server, tmp_path)
     assert (judge.name, judge.measures, judge.languages) == ("endpoint", ("refused", "safe"), None)
+    assert judge.identity == "endpoint m protocol=safety"
+    with serving(lambda messages, number: Step()) as server:
+        other = judge_for(server, tmp_path, request={"temperature": 1})
+    assert other.identity == 'endpoint m request={"temperature": 1} protocol=safety'
     assert judge.coverage(["en", "ku", "xx"]) == {"en": "", "ku": "", "xx": ""}
 
 

@@ -19,7 +19,7 @@ from mlc_ray.judges.guards.qwen3guard import Qwen3Guard
 from mlc_ray.judges.guards.shieldgemma import POLICIES
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import ModelPathError
-from mlc_ray.score.stages import JudgeStage
+from mlc_ray.score.stages import Asking, JudgeStage
 from mlc_ray.types import Answer
 
 from .test_guard_formats import GUARDS
@@ -182,7 +182,7 @@ def test_other_errors_of_an_engine_are_not_swallowed(smollm2: Path) -> None:
 def test_a_guard_joined_by_the_phrases_keeps_its_own_way_to_read_a_language(smollm2: Path) -> None:
     stage = JudgeStage.__new__(JudgeStage)  # its `start` would start an engine
     guard = failing_guard(smollm2, RuntimeError("out of memory"))
-    stage.usage_file, stage.judges = None, [(guard, {"sv": ""}), (RefusalJudge(), {"sv": "uncovered"})]
+    stage.asking, stage.judges = Asking(guard, None, None), [(guard, {"sv": ""}), (RefusalJudge(), {"sv": "uncovered"})]
     row = {"prompt": "Varför?", "response": "I cannot help with that.", "language": "sv", "kind": "harmful"}
     (judged,) = stage(pa.Table.from_pylist([{**row, "finish": "stop"}])).to_pylist()
     assert (judged["behaviour"], judged["via_refused"]) == ("refused", "uncovered")

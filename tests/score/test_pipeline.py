@@ -14,7 +14,7 @@ import pytest
 
 import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray.cluster import ClusterError
-from mlc_ray.config import EngineSection, ScoreConfig, SourceSection, parse_config
+from mlc_ray.config import EndpointSection, EngineSection, ScoreConfig, SourceSection, parse_config
 from mlc_ray.device import resolved
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.generate.replies import EndpointError
@@ -23,6 +23,7 @@ from mlc_ray.judges.endpoint import EndpointJudge
 from mlc_ray.judges.likelihood import LikelihoodJudge
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.report.collect import collect
+from mlc_ray.score.plan import with_longest_answer
 from mlc_ray.score.prompts import BenchmarkError, benchmark_names, choose_prompts, explode
 from mlc_ray.score.request import Request, ScoreError
 from mlc_ray.score.results import load_scores
@@ -98,18 +99,56 @@ def responses_of(*answers: tuple[str, str], **columns: str) -> pa.Table:
     return pa.Table.from_pylist([{**row, "response": response, "finish": finish} for response, finish in answers])
 
 
-def judge_stage(folder: Path, **settings: Any) -> JudgeStage:
+def judge_stage(**settings: Any) -> JudgeStage:
     plan = {"ways": {"en": "", "fi": "uncovered", "sw": "translated"}, "phrase_ways": None, "device": "cpu"}
     judge = settings.pop("judge", RefusalJudge.Settings())
-    return JudgeStage(**{"settings": judge, **plan, "cache_dir": str(folder), **settings})
+    return JudgeStage(**{"settings": judge, **plan, **settings})
 
 
 def test_judging_a_batch(tmp_path: Path) -> None:
     answers = [("I cannot help with that.", "stop"), ("Boil it.", "length"), ("", "stop"), ("", PROMPT_TOO_LONG)]
-    judged = judge_stage(tmp_path)(responses_of(*answers)).to_pylist()
+    judged = judge_stage()(responses_of(*answers)).to_pylist()
     assert [row["behaviour"] for row in judged] == ["refused", "complied", "degenerate", "unparsed"]
     assert "too long" in judged[3]["reason"]
     assert {row["safety"] for row in judged} == {None}
+
+
+def test_replies_are_published_beside_the_score_and_taken_up_on_another_machine(tmp_path: Path) -> None:
+    table = responses_of(*((f"Boil {number} eggs.", "stop") for number in range(6)))
+    files = {"replies_file": str(tmp_path / "replies.parquet"), "usage_file": str(tmp_path / "usage.json")}
+
+    def judging(messages: list[dict[str, str]], number: int) -> Step:
+        return translate_then_judge(messages, number) if number < 3 else Step(status=400, raw=b"no such field")
+
+    with serving(judging) as server:
+
+        def stage_on(machine: str) -> JudgeStage:
+            endpoint = {"base_url": server.base_url, "model": "m", "retries": 0, "concurrency": 1}
+            settings = {"endpoint": {**endpoint, "cache_dir": str(tmp_path / machine)}}
+            return judge_stage(judge=EndpointJudge.Settings.model_validate(settings), **files)
+
+        with pytest.raises(EndpointError, match="400: no such field, to 3 requests in a row"):
+            stage_on("here")(table)
+        server.answer = translate_then_judge
+        stage = stage_on("there")
+        judged = stage(table).to_pylist()
+        stage.close()
+        assert len(server.bodies) == 3 + 3 + 3
+        assert stage_on("third")(table).to_pylist() == judged
+        assert len(server.bodies) == 9
+    assert json.loads((tmp_path / "usage.json").read_text())["cached"] == 6
+    assert {row["safety"] for row in judged} == {"safe"}
+
+
+@pytest.mark.parametrize(
+    ("judge", "longest"),
+    [({"name": "refusal"}, 64), ({"name": "likelihood"}, 64), ({"name": "qwen3guard", "model": "m"}, 1024),
+     ({"name": "endpoint", "endpoint": {"base_url": "http://host/v1", "model": "m"}}, 1024)],
+)  # fmt: skip
+def test_how_long_an_answer_may_be_follows_from_the_judge(judge: dict[str, Any], longest: int) -> None:
+    raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "judge": judge}
+    assert with_longest_answer(parse_config(ScoreConfig, raw)).max_new_tokens == longest
+    assert with_longest_answer(parse_config(ScoreConfig, {**raw, "max_new_tokens": 7})).max_new_tokens == 7
 
 
 def test_a_translated_response_is_judged_in_english_and_a_failed_translation_not_at_all(tmp_path: Path) -> None:
@@ -121,20 +160,20 @@ def test_a_translated_response_is_judged_in_english_and_a_failed_translation_not
     }
     for name, values in english.items():
         table = table.append_column(name, pa.array(values, pa.string()))
-    judged = judge_stage(tmp_path)(table).to_pylist()
+    judged = judge_stage()(table).to_pylist()
     assert [row["behaviour"] for row in judged] == ["refused", "complied", "unparsed"]
     assert {(row["via_refused"], row["via_safe"]) for row in judged} == {("translated", None)}
     assert judged[2]["reason"] == "the prompt was not translated: cut off"
 
 
 def test_a_language_the_judge_does_not_declare_is_marked(tmp_path: Path) -> None:
-    (row,) = judge_stage(tmp_path)(responses_of(("En voi tehdä sitä.", "stop"), language="fi")).to_pylist()
+    (row,) = judge_stage()(responses_of(("En voi tehdä sitä.", "stop"), language="fi")).to_pylist()
     assert (row["behaviour"], row["via_refused"]) == ("complied", "uncovered")
 
 
 def test_a_language_to_be_translated_is_not_judged_without_its_translation(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
-        judge_stage(tmp_path)(responses_of(("Samahani, siwezi.", "stop"), language="sw"))
+        judge_stage()(responses_of(("Samahani, siwezi.", "stop"), language="sw"))
 
 
 def test_lengths_are_checked_before_an_engine_starts(tmp_path: Path) -> None:
@@ -282,12 +321,15 @@ def test_an_endpoint_translates_and_judges_what_was_answered_before(
     pq.write_table(pa.Table.from_pylist(rows, schema=RESPONSES), folder / "responses.parquet")
     with serving(translate_then_judge) as server:
         prices = {"usd_per_million_input_tokens": 1.0, "usd_per_million_output_tokens": 1.0}
-        endpoint = {"base_url": server.base_url, "model": "m", "retries": 0, **prices}
+        endpoint = {"base_url": server.base_url, "model": "m", "retries": 0, "cache_dir": str(tmp_path), **prices}
         judge = EndpointJudge.Settings.model_validate(
             {"endpoint": endpoint, "translate": {"endpoint": endpoint, "all_languages": True}}
         )
         result = judge_again(folder, judge=judge)
         assert len(server.bodies) == 16 + 2 * 10  # a verdict each; prompt and response of all but the English ones
+        assert len(pq.read_table(result.folder / "replies.parquet")) == 16 + 2 * 10
+        moved = judge.model_copy(update={"endpoint": EndpointSection(**{**endpoint, "cache_dir": str(tmp_path / "b")})})
+        assert judge_again(result.folder, judge=moved, out=folder.parent / "moved").usage["judge"]["requests"] == 0
     assert result.measured_by == {"refused": "endpoint", "safe": "endpoint"}
     ways = {(row.language, row.via) for row in result.rows}
     assert ways == {("en", ""), ("es", "translated"), ("zh", "translated")}

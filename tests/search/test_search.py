@@ -274,7 +274,7 @@ def judged_in_english(messages: list[dict[str, str]], number: int) -> Step:
 def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_local: Any, run_place: Path) -> None:
     hinge, sign = "examples.my_loss:Hinge", "{name: 'examples.my_term:SameSign', weight: 0.5}"  # found in every trial
     with serving(judged_in_english) as server:
-        endpoint = {"base_url": server.base_url, "model": "m"}
+        endpoint = {"base_url": server.base_url, "model": "m", "cache_dir": str(run_place / "replies")}
         judge = {"name": "endpoint", "endpoint": endpoint, "translate": {"endpoint": endpoint, "all_languages": True}}
         result = search(
             configured(
