@@ -13,7 +13,8 @@ from mlc_ray.report.tables import console
 from mlc_ray.report.text import percent
 from mlc_ray.report.utility import utility_table
 from mlc_ray.score.results import ScoreResult, count
-from mlc_ray.stats.rates import Judged, summarise
+from mlc_ray.stats.rates import Judged
+from mlc_ray.stats.summaries import summarise
 from mlc_ray.types import Behaviour, Kind
 from tests.report.runs import utility_row
 
