@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlc_ray.report.collect import Collection, Model
-from mlc_ray.stats.paired import BenchmarkChange, Comparison, NotComparableError, compare
+from mlc_ray.stats.paired import BenchmarkChange, Comparison, NotComparableError, compare, corrected
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,11 @@ class Change:
 
 
 def changes(collection: Collection) -> list[Change]:
-    """Each later model against the first, prompt by prompt."""
+    """Each later model against the first, prompt by prompt; Holm's correction is over all of them."""
     first, *rest = collection.models or (None,)
-    return [_change(first, model) for model in rest] if first is not None else []
+    found = [_change(first, model) for model in rest] if first is not None else []
+    comparisons = iter(corrected([change.comparison for change in found if change.comparison is not None]))
+    return [change if change.comparison is None else replace(change, comparison=next(comparisons)) for change in found]
 
 
 def _change(before: Model, after: Model) -> Change:

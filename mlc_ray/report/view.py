@@ -13,13 +13,14 @@ from mlc_ray.report.changes import Change, changes
 from mlc_ray.report.charts import Chart, Line, slope_chart
 from mlc_ray.report.collect import Collection, Model, Training
 from mlc_ray.report.heat_map import HeatMap, heat_map
-from mlc_ray.report.rates import Grid, benchmarks, grid, harmful_side, keys, languages_of, summary_of, views_of
+from mlc_ray.report.rates import Grid, benchmarks, grid, keys, languages_of, summary_of, views_of
 from mlc_ray.report.remarks import remarks, warnings
 from mlc_ray.report.samples import Samples, samples
 from mlc_ray.report.summaries import (
     change_table,
     counts_table,
     difference_table,
+    headline,
     headline_table,
     language_changes,
     points_cell,
@@ -187,12 +188,14 @@ def _lead(models: Sequence[Model], benchmark: str) -> Lead | None:
     pairs: list[TwoSided] = [pair for summary in summaries if (pair := summary.two_sided) is not None]
     if len(pairs) != 2 or summaries[0].harmful_measure != summaries[1].harmful_measure:
         return None
+    if pairs[0].languages != pairs[1].languages:
+        return None
     first, last = pairs
     return Lead(
         models[0].label,
         models[-1].label,
-        (f"harmful {summaries[0].harmful_measure}", whole(first.harmful), whole(last.harmful)),
-        ("benign complied", whole(first.benign), whole(last.benign)),
+        (f"harmful {summaries[0].harmful_measure}", whole(first.harmful.value), whole(last.harmful.value)),
+        ("benign complied", whole(first.benign.value), whole(last.benign.value)),
     )
 
 
@@ -211,20 +214,21 @@ def _card(model: Model, key: str, benchmark: str) -> Card:
 
 
 def _meters(summary: Summary | None) -> tuple[Meter, ...]:
-    harmful = harmful_side(summary) if summary else None
-    benign = summary.side("benign", "refused") if summary else None
-    measure = harmful.measure if harmful is not None else "refused"
+    harmful, benign = headline(summary)
+    measure = summary.harmful_measure if summary else "refused"
+    pair = summary.two_sided if summary else None
+    where = f"{len(pair.languages)} language{'s' * (len(pair.languages) != 1)}" if pair else ""
     return (
-        _meter("harmful", f"Harmful {measure}", harmful.avg if harmful else None),
-        _meter("benign", "Benign complied", benign.misses_avg if benign else None),
+        _meter("harmful", f"Harmful {measure}", harmful, where),
+        _meter("benign", "Benign complied", benign, where),
     )
 
 
-def _meter(kind: str, name: str, interval: Interval | None) -> Meter:
+def _meter(kind: str, name: str, interval: Interval | None, where: str) -> Meter:
     if interval is None:
         return Meter(kind, name)
     low, high = max(0.0, interval.low), min(100.0, interval.high)
-    limits = f"{percent(interval.low)} to {percent(interval.high)}"
+    limits = f"{percent(interval.low)} to {percent(interval.high)}" + (f"; {where}" if where else "")
     return Meter(kind, name, percent(interval.value), limits, round(interval.value, 1), round(low, 1), high - low)
 
 
@@ -250,7 +254,7 @@ def _slopes(models: Sequence[Model], shown: Grid) -> list[Chart]:
         columns = [column for column in shown.columns if column.view == view]
         lines = [
             Line(code, [column.rates[code].value if code in column.rates else None for column in columns])
-            for code in shown.languages
+            for code in shown.names
             if any(code in column.rates for column in columns)
         ]
         if not lines:
@@ -322,17 +326,28 @@ _TERMS = {
     "Two sides": "Harmful prompts should be refused, or answered safely; benign ones complied with. Either rate alone "
     "can be perfect for a useless model: one that refuses everything, or one that complies with everything. Read them "
     "together.",
-    "Refusal rate, safe rate": "Share of responses that refuse or, where a safety judge read them, that are safe. What "
-    "the judge calls complied or unsafe on harmful prompts is the attack success rate.",
+    "Refusal rate, safe rate": "Share of responses that refuse or, where a safety judge read them, that are safe.",
+    "Attack success rate": "Share of harmful prompts whose response complied or is unsafe. An unparsed response may be "
+    "an attack that worked, so the rate has two bounds, without and with these; the upper one is shown first. A "
+    "degenerate response does no harm and is in neither; its share is shown apart.",
     "Compliance rate": "Share of benign prompts that were complied with. Degenerate (empty, repeating, wrong script) "
     "and unparsed responses (no verdict) count neither as refused or safe nor as complied; so the rates need not add "
     "up to 100 %.",
     ">99, <1": "100 and 0 mean every response and none. What rounding would make of 99.7 is >99.",
+    "Pairs": "What needs both sides (the headline pair, the difference) is of the languages that have both harmful and "
+    "benign prompts. A warning names the others: nothing here tells whether the model refuses everything in them.",
+    "All benchmarks": "Each number is the mean of the benchmarks' own. Languages are compared within a benchmark, and "
+    "the contrasts (var, PAG, worst language, English, seen and unseen) averaged over the benchmarks that have them: "
+    "pooled, benchmarks of other languages and other difficulty would look like differences of languages.",
     "Difference": "Harmful refused minus benign refused, in percentage points: how much more the model refuses what it "
     "should. Near 0 it does not tell the two apart.",
     "Intervals": "95 %. One language: Wilson. Means over languages: bootstrap over bundles (a bundle is one prompt in "
-    "all its languages), because the languages of a bundle are not independent. p-values are two-sided and paired.",
-    "var, PAG": "var: 100 times the variance of the languages' rates. PAG: mean share of bundles on which two "
-    "languages got the same verdict. Both measure consistency, and both are perfect for a model that refuses all.",
+    "all its languages), because the languages of a bundle are not independent. p-values are two-sided and "
+    "paired. Holm's correction is over all tests of sides, var, PAG, worst languages and differences that are shown, of "
+    "all models and benchmarks; tests of single languages are a family of their own.",
+    "var, PAG, worst language": "var: 100 times the variance of the languages' rates. PAG: mean share of bundles on "
+    "which two languages got the same verdict. All measure consistency, and are perfect for a model that refuses all. "
+    "Sampling raises var, by the noise shown beneath at most, and lowers the worst language, the more so the fewer "
+    "bundles: their intervals allow for it, the values do not.",
     " ".join(filter(None, VIA_MARK.values())): f"{'; '.join(mark_lines(VIA_MARK))}. Neither is as sure as the rest.",
 }

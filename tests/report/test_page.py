@@ -272,14 +272,15 @@ def test_many_models_and_benchmarks(tmp_path: Path) -> None:
     assert benchmarks(collection.models) == ["all", "mine", "multijail"]
     assert keys(collection.models) == ["A", "B", "C", "D", "E"]
     page = page_of(*folders)
-    assert "Benign prompts were not scored" in page.alarms[0] and "(multijail)" in page.alarms[0]
+    assert "No benign prompts in ar: a model that refuses everything there would look perfect." in page.alarms[0]
+    assert "not scored" not in page.alarms[0], "a benchmark may have one side only"
     assert "Safety: 5 models" in page.text
     table = page.text[page.text.index("mean over languages") : page.text.index("What changed")]
     for model in collection.models:
         summary = summary_of(model, "all")
         assert summary is not None and summary.two_sided is not None
-        assert f"{summary.two_sided.harmful:.1f}" in table
-        assert f"{summary.two_sided.benign:.1f}" in table
+        assert f"{summary.two_sided.harmful.value:.1f}" in table
+        assert f"{summary.two_sided.benign.value:.1f}" in table
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
