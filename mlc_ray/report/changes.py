@@ -42,11 +42,20 @@ def changes(collection: Collection) -> list[Change]:
     return [change if change.comparison is None else replace(change, comparison=next(comparisons)) for change in found]
 
 
+def compare_models(before: Model, after: Model) -> Comparison:
+    """Two models prompt by prompt.
+
+    Raises:
+        NotComparableError: They share no prompt, or no measure.
+    """
+    return compare([response.judged for response in before.responses], [r.judged for r in after.responses])
+
+
 def _change(before: Model, after: Model) -> Change:
     if lacking := [model.label for model in (before, after) if not model.responses]:
         return Change(before, after, None, f"the responses of {' and '.join(lacking)} are not there")
     try:
-        comparison = compare([r.judged for r in before.responses], [r.judged for r in after.responses])
+        comparison = compare_models(before, after)
     except NotComparableError as error:
         return Change(before, after, None, str(error))
     return Change(before, after, comparison)

@@ -36,8 +36,8 @@ def warnings(models: Sequence[Model]) -> list[str]:
     """What a reader must know before any number, one line each."""
     return [
         *_missing_sides(models),
-        *_not_alike(models),
-        *_unread(models),
+        *(f"Not measured the same way, {line}: compare with care." for line in differing(models)),
+        *unread(models),
         *_cut_off(models),
         *_too_long(models),
         *utility_warnings({model.label: model.utility for model in models}),
@@ -70,7 +70,8 @@ def _lacking(model: Model) -> Iterator[str]:
             yield _ONE_SIDED[kind].format(codes=", ".join(codes))
 
 
-def _not_alike(models: Sequence[Model]) -> Iterator[str]:
+def differing(models: Sequence[Model]) -> Iterator[str]:
+    """What was not measured alike, and which of the models had what: `the judges differ (x: a; y: b)`."""
     aspects: dict[str, list[object]] = {
         "prompts": [model.result.prompts for model in models],
         "judges": [model.result.judge for model in models],
@@ -84,7 +85,7 @@ def _not_alike(models: Sequence[Model]) -> Iterator[str]:
             labels.setdefault(value, []).append(model.label)
         if len(labels) > 1:
             each = "; ".join(f"{value}: {', '.join(names)}" for value, names in labels.items())
-            yield f"Not measured the same way, the {name} differ ({each}): compare with care."
+            yield f"the {name} differ ({each})"
 
 
 def _chat(config: Mapping[str, Any]) -> object:
@@ -103,7 +104,8 @@ def unparsed_bound(model: Model) -> float:
     return float(bound) if isinstance(bound, int | float) else 1.0
 
 
-def _unread(models: Sequence[Model]) -> Iterator[str]:
+def unread(models: Sequence[Model]) -> Iterator[str]:
+    """Models, and languages of them, of which more than `max_unparsed` got no verdict; a sentence each."""
     for model in models:
         result, bound = model.result, unparsed_bound(model)
         if result.unparsed_share > bound:
@@ -111,8 +113,8 @@ def _unread(models: Sequence[Model]) -> Iterator[str]:
                 f"{model.label}: {result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got "
                 f"no verdict, more than max_unparsed={bound:g}: the rates mean little."
             )
-        if unread := unread_rows(result, bound):
-            named = (f"{r.benchmark} {r.kind} {r.measure} {r.language} ({r.unparsed} of {r.n})" for r in unread)
+        if rows := unread_rows(result, bound):
+            named = (f"{r.benchmark} {r.kind} {r.measure} {r.language} ({r.unparsed} of {r.n})" for r in rows)
             yield (
                 f"{model.label}: more than max_unparsed={bound:g} got no verdict in {', '.join(named)}: ignore these "
                 "rates."

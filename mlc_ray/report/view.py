@@ -343,8 +343,8 @@ _TERMS = {
     "should. Near 0 it does not tell the two apart.",
     "Intervals": "95 %. One language: Wilson. Means over languages: bootstrap over bundles (a bundle is one prompt in "
     "all its languages), because the languages of a bundle are not independent. p-values are two-sided and "
-    "paired. Holm's correction is over all tests of sides, var, PAG, worst languages and differences that are shown, of "
-    "all models and benchmarks; tests of single languages are a family of their own.",
+    "paired. Holm's correction is over all tests of sides, var, PAG, worst languages and differences, of all models "
+    "and benchmarks; tests of single languages are a family of their own.",
     "var, PAG, worst language": "var: 100 times the variance of the languages' rates. PAG: mean share of bundles on "
     "which two languages got the same verdict. All measure consistency, and are perfect for a model that refuses all. "
     "Sampling raises var, by the noise shown beneath at most, and lowers the worst language, the more so the fewer "
