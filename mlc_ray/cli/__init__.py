@@ -208,6 +208,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--paper", metavar="FOLDER", type=_path, help="also write Markdown tables and PNG figures there"
     )
 
+    report.add_argument(
+        "--samples", metavar="N", type=int, default=0,
+        help="show N responses per model where an attack succeeded; they may be dangerous (default: 0, only counted)",
+    )  # fmt: skip
+    report.add_argument(
+        "--public", action="store_true", help="leave out settings, and of paths and URLs all but the last part"
+    )
+
     compare = add("compare", "Compare two scores prompt by prompt, and fail if a rule says so.", _COMPARE)
     compare.add_argument("before", metavar="A", type=_place, help="score folder to compare with")
     compare.add_argument("after", metavar="B", type=_place, help="score folder that is judged")

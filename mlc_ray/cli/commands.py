@@ -298,7 +298,10 @@ def report_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray report`."""
     from mlc_ray.report.write import write_report
 
-    for path in write_report(arguments.runs, arguments.out, paper=arguments.paper):
+    written = write_report(
+        arguments.runs, arguments.out, paper=arguments.paper, samples=arguments.samples, public=arguments.public
+    )
+    for path in written:
         print(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from mlc_ray.report.changes import Change
+from mlc_ray.report.changes import Change, rejudged
 from mlc_ray.report.collect import Model
 from mlc_ray.report.languages import language_name
 from mlc_ray.report.rates import (
@@ -24,6 +24,7 @@ from mlc_ray.report.remarks import unparsed_bound
 from mlc_ray.report.tables import NONE, Cell, Row, Table, Tone, cell, row, table
 from mlc_ray.report.text import ABSENT, fraction, p_value, percent, signed, variance, whole
 from mlc_ray.score.results import is_unread
+from mlc_ray.stats.agreement import JudgeAgreement
 from mlc_ray.stats.marks import VIA_MARK
 from mlc_ray.stats.paired import BenchmarkChange, Consistency, SideChange
 from mlc_ray.stats.rates import ALL_BENCHMARKS, KINDS, Interval, SideSummary, Summary
@@ -63,6 +64,7 @@ def language_table(models: Sequence[Model], shown: Grid, *, limits: bool = True)
     says so.
     """
     several = len(models) > 1
+    moves = several and not rejudged(models[0], models[-1])
     columns: list[tuple[Cell, list[Cell]]] = []  # the head of each, and its cells: the mean, then each language
     for kind in KINDS:
         views = list(dict.fromkeys(column.view for column in shown.columns if column.view.kind == kind))
@@ -73,7 +75,7 @@ def language_table(models: Sequence[Model], shown: Grid, *, limits: bool = True)
             for column in mine:
                 head = cell(view.column, column.key if several else "")
                 columns.append((head, _rate_cells(column, shown.names, limits=limits)))
-            if several:
+            if moves:
                 columns.append((cell("change, points"), _change_cells(mine[0], mine[-1], shown.names)))
     differences = [_differences(model, shown) for model in models]
     if any(differences):
@@ -202,7 +204,7 @@ def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
         rows.append(line(f"attack success, at least % ({miss})", lambda side: rate_cell(side.misses_avg)))
     else:
         name = "compliance rate (complied %)" if view.measure == "refused" else f"{miss} %"
-        rows.append(line(name, lambda side: _with_count(side.misses_avg, side.misses, side.n)))
+        rows.append(line(name, compliance_cell))
     if view.counts == "misses":
         rows.reverse()
     rows += [
@@ -230,6 +232,11 @@ def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
     if benchmark == ALL_BENCHMARKS:
         mean = "mean over benchmarks of means over languages; languages are compared within a benchmark only"
     return table(title, ["", *_names(models)], rows, f"by what is {view.measure}: {mean}")
+
+
+def compliance_cell(side: SideSummary) -> Cell:
+    """The compliance rate of benign prompts, with its counts."""
+    return _with_count(side.misses_avg, side.misses, side.n)
 
 
 def _with_count(rate: Interval, count: int, n: int) -> Cell:
@@ -348,6 +355,33 @@ _CHANGE: Mapping[Consistency, Callable[[float], str]] = {
     "pag": lambda value: signed(value, 3),
     "worst": signed,
 }
+
+
+def agreement_tables(change: Change, benchmark: str) -> Iterator[Table]:
+    """Two judges of the same responses: a table of the sides, then one per side with its languages."""
+    mine = [each for each in change.agreement if benchmark in (each.benchmark, ALL_BENCHMARKS)]
+    heads = ["", "agree %", "Cohen's kappa", "the first alone", "the second alone"]
+    title = f"{change.after.result.judge} and {change.before.result.judge} on the same responses"
+    sides = [each for each in mine if not each.language]
+    named = len({each.benchmark for each in sides}) > 1
+    note = "the first is the judge of the later score; alone: only it calls them refused or safe"
+    yield table(title, heads, [_agreement_row(f"{s.kind} {s.measure}", s, named) for s in sides], note)
+    for side in sides if benchmark != ALL_BENCHMARKS else ():
+        same = (side.kind, side.measure)
+        rows = [_agreement_row(each.language, each, False) for each in mine if each.language and
+                (each.kind, each.measure) == same]  # fmt: skip
+        yield table(f"{side.kind} {side.measure}", ["language", *heads[1:]], rows)
+
+
+def _agreement_row(name: str, each: JudgeAgreement, named: bool) -> Row:
+    kappa = each.kappa
+    cells = [
+        cell(percent(100 * each.same / each.n), f"{each.same} of {each.n}"),
+        NONE if kappa is None else cell(signed(kappa.value, 2), f"{signed(kappa.low, 2)} to {signed(kappa.high, 2)}"),
+        str(each.second_only),
+        str(each.first_only),
+    ]
+    return row(cell(name, each.benchmark if named else ""), cells)
 
 
 def language_changes(found: BenchmarkChange) -> Iterator[Table]:

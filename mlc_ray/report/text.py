@@ -15,6 +15,15 @@ _FORBIDDEN = re.compile(
 )
 
 
+# A URL, or an absolute path: a slash that does not follow a word, as in "and/or".
+_PATH = re.compile(r"(?:\b[a-z][a-z0-9+.-]*://|(?<![\w.])/)[^\s'\"<>,;)]+")
+
+
+def without_paths(value: str) -> str:
+    """`value` with of each URL and absolute path the last part alone: `…/name`."""
+    return _PATH.sub(lambda match: "…/" + match[0].rstrip("/").rpartition("/")[2], value)
+
+
 def clean(value: str) -> str:
     """`value` with a replacement character for each control character, those of text direction among them."""
     return _FORBIDDEN.sub("\ufffd", value)

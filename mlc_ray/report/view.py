@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from mlc_ray.report.changes import Change, changes
+from mlc_ray.report.categories import category_table
+from mlc_ray.report.changes import Change, before_and_after, changes, rejudged
 from mlc_ray.report.charts import Chart, Line, slope_chart
 from mlc_ray.report.collect import Collection, Model, Training
 from mlc_ray.report.heat_map import HeatMap, heat_map
@@ -17,6 +18,7 @@ from mlc_ray.report.rates import Grid, benchmarks, grid, keys, languages_of, sum
 from mlc_ray.report.remarks import remarks, warnings
 from mlc_ray.report.samples import Samples, samples
 from mlc_ray.report.summaries import (
+    agreement_tables,
     change_table,
     counts_table,
     difference_table,
@@ -74,11 +76,12 @@ class Lead:
 
 @dataclass(frozen=True)
 class ShownChange:
-    """A comparison on one benchmark; `why` says why there is none."""
+    """A comparison on one benchmark; `why` says why there is none. `folded` names what `languages` are."""
 
     title: str
     why: str = ""
     table: Table | None = None
+    folded: str = "Change by language"
     languages: tuple[Table, ...] = ()
     not_compared: str = ""
 
@@ -94,11 +97,12 @@ class Benchmark:
     difference: Table
     sides: tuple[Table, ...]
     counts: Table
+    categories: Table | None
 
 
 @dataclass(frozen=True)
 class Facts:
-    """How a score or a training was made: facts by name, and its settings as text."""
+    """How a score or a training was made: facts by name, and its settings as text (empty: left out)."""
 
     title: str
     facts: Mapping[str, str]
@@ -116,6 +120,7 @@ class View:
     cards: tuple[Card, ...]
     headline: Table | None
     benchmarks: tuple[Benchmark, ...]
+    compared: str
     models: int
     utility: Table | None
     runs: tuple[str, ...]
@@ -126,8 +131,14 @@ class View:
     terms: Mapping[str, str]
 
 
-def view_of(collection: Collection, sample_size: int) -> View:
-    """What the page of `collection` shows, with up to `sample_size` responses per model and side."""
+def view_of(collection: Collection, harmful_samples: int, *, public: bool = False) -> View:
+    """What the page of `collection` shows.
+
+    Args:
+        collection: All that there is.
+        harmful_samples: Responses to harmful prompts per model that are shown.
+        public: Without folders and settings.
+    """
     models = collection.models
     names = benchmarks(models)
     compared = changes(collection)
@@ -137,21 +148,26 @@ def view_of(collection: Collection, sample_size: int) -> View:
         title=_title(collection),
         facts=_facts_line(collection, names),
         warnings=tuple(warnings(models)) if models else (_NOTHING_SCORED,),
-        lead=_lead(models, names[0]) if len(models) == 2 else None,
+        lead=_lead(models, names[0]) if before_and_after(models) else None,
         cards=tuple(cards) if len(models) <= MOST_CARDS else (),
         headline=headline_table(models, names[0]) if len(models) > MOST_CARDS else None,
         benchmarks=tuple(_benchmark(models, compared, name) for name in names),
+        compared=_TWO_JUDGES if compared and all(change.agreement for change in compared) else "What changed",
         models=len(models),
         utility=utility_table({model.label: model.utility for model in models}),
         runs=tuple(run.label for run in runs),
         training=tuple(training_charts(runs, chart_groups(runs))),
-        samples=tuple(samples(models, sample_size)),
+        samples=tuple(samples(models, harmful_samples)),
         notes=collection.notes,
-        provenance=(*map(_model_facts, models), *map(_training_facts, collection.trainings)),
+        provenance=tuple(
+            _without_places(facts) if public else facts
+            for facts in (*map(_model_facts, models), *map(_training_facts, collection.trainings))
+        ),
         terms=_TERMS,
     )
 
 
+_TWO_JUDGES = "Two judges of the same responses"
 _NOTHING_SCORED = "Nothing was scored yet: training curves alone say nothing of safety."
 
 # --------------------------------------------------------------------------------------------- the first screen
@@ -163,6 +179,8 @@ def _title(collection: Collection) -> str:
         return f"Training of {', '.join(training.label for training in collection.trainings)}"
     if len(labels) == 1:
         return f"Safety: {labels[0]}"
+    if len(labels) == 2 and rejudged(*collection.models):
+        return f"Safety: {labels[0]} and {labels[1]}, two judges of the same responses"
     if len(labels) == 2:
         return f"Safety: {labels[1]} against {labels[0]}"
     return f"Safety: {len(labels)} models"
@@ -240,11 +258,12 @@ def _benchmark(models: Sequence[Model], compared: Sequence[Change], name: str) -
     return Benchmark(
         name=name,
         heat_map=heat_map(models, shown),
-        slopes=tuple(_slopes(models, shown)) if len(models) > 1 else (),
+        slopes=tuple(_slopes(models, shown)) if before_and_after(models) else (),
         changes=tuple(_shown_change(change, name) for change in compared),
         difference=difference_table(models, name),
         sides=tuple(side_table(models, name, view) for view in views_of(models, name)),
         counts=counts_table(models, name),
+        categories=category_table(models, name),
     )
 
 
@@ -268,6 +287,9 @@ def _slopes(models: Sequence[Model], shown: Grid) -> list[Chart]:
 
 
 def _shown_change(change: Change, benchmark: str) -> ShownChange:
+    if change.agreement:
+        first, *languages = agreement_tables(change, benchmark)
+        return ShownChange(change.title, table=first, folded="Agreement by language", languages=tuple(languages))
     found = change.on(benchmark)
     if change.comparison is None or found is None:
         return ShownChange(change.title, change.lacking(benchmark))
@@ -312,6 +334,13 @@ def _training_facts(training: Training) -> Facts:
         "versions": _versions(known.get("versions") or {}),
     }
     return Facts(f"Training: {training.label}", _known(facts), training.config)
+
+
+_PLACES = ("model", "loaded from", "folder")
+
+
+def _without_places(facts: Facts) -> Facts:
+    return Facts(facts.title, {name: value for name, value in facts.facts.items() if name not in _PLACES}, "")
 
 
 def _versions(versions: Mapping[str, Any]) -> str:
