@@ -51,8 +51,11 @@ def heat_map_png(models: Sequence[Model], benchmarks: Sequence[str], path: Path)
 def heat_map(models: Sequence[Model], benchmarks: Sequence[str]) -> Figure:
     """The figure that `heat_map_png` writes."""
     shown = [grid(models, name) for name in benchmarks]
-    # A row over all benchmarks has its mean alone: its rates are not of languages.
-    languages = sorted({code for each in shown if each.of == "language" for code in each.names}, key=language_order)
+    # Beside others a row over all benchmarks has its mean alone: its rates are not of languages.
+    of_languages = [each for each in shown if each.of == "language"]
+    languages = sorted({code for each in of_languages for code in each.names}, key=language_order)
+    if not of_languages:
+        languages = list(shown[0].names)
     labels, lines, groups = _heat_lines(models, shown)
     figure = _figure(1.6 + 0.07 * max(map(len, labels)) + 0.44 * (len(languages) + 1), 1.4 + 0.42 * len(lines))
     axes = figure.add_subplot()
@@ -79,7 +82,7 @@ def heat_map(models: Sequence[Model], benchmarks: Sequence[str]) -> Figure:
     for y in groups:
         axes.axhline(y - 0.5, color="white", linewidth=4)
     axes.spines[:].set_visible(False)
-    found = [r.row for c in lines if c is not None for r in c.rates.values() if r.row.language]
+    found = [r.row for c in lines if c is not None for name, r in c.rates.items() if name in languages]
     axes.set_title(f"% of responses, higher is better on both sides ({_n_per_cell(found)})", fontsize=9, loc="left")
     axes.set_xlabel("\n".join(mark_lines(row.via for row in found)), loc="left", fontsize=8)
     return figure

@@ -375,7 +375,7 @@ def agreement_tables(change: Change, benchmark: str) -> Iterator[Table]:
 
 def _agreement_row(name: str, each: JudgeAgreement, named: bool) -> Row:
     kappa = each.kappa
-    cells = [
+    cells: list[str | Cell] = [
         cell(percent(100 * each.same / each.n), f"{each.same} of {each.n}"),
         NONE if kappa is None else cell(signed(kappa.value, 2), f"{signed(kappa.low, 2)} to {signed(kappa.high, 2)}"),
         str(each.second_only),
