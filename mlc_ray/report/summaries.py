@@ -385,8 +385,8 @@ def _agreement_row(name: str, each: JudgeAgreement, named: bool) -> Row:
 
 
 def language_changes(found: BenchmarkChange) -> Iterator[Table]:
-    """A table per side, a row per language."""
-    for side in found.sides:
+    """A table per side, a row per language; none over all benchmarks."""
+    for side in found.sides if any(side.languages for side in found.sides) else ():
         rows = [
             row(
                 language(one.language),

@@ -1,4 +1,4 @@
-"""95 % intervals and p-values for verdicts that come in bundles. Pure numpy; docs/metrics.md says what and why.
+"""95 % intervals for verdicts that come in bundles. Pure numpy; docs/metrics.md says what and why.
 
 The languages of a bundle are one prompt asked several times, so the bundle is the unit: resampling draws whole bundles,
 each kind and benchmark for itself. Rates of a single language have one response per bundle and take Wilson's interval.
@@ -8,7 +8,6 @@ Shapes: B bundles, C columns (counts per measure and language), R resamples, K a
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,17 +21,13 @@ from numpy.typing import NDArray
 
 RESAMPLES = 2_000
 SEED = 20_260
-EXACT_BUNDLES = 14
-"""Up to this many bundles that differ, a sign-flip test goes through every one of the 2 ** n flips."""
-FLIPS = 20_000
-"""Random flips of a sign-flip test with more bundles."""
-SWAPS = 2_000
-"""Random exchanges of two models in whole bundles, to test a change that is no sum over bundles."""
 
 _NORMAL = NormalDist()
 _Z = _NORMAL.inv_cdf(0.975)
-_SAME = 1e-12  # rates are quotients of whole numbers: what differs by less is rounding
-_AT_ONCE = 4_000_000  # weights held in memory at once
+SAME = 1e-12
+"""Rates are quotients of whole numbers: what differs by less is rounding."""
+AT_ONCE = 4_000_000
+"""Weights held in memory at once."""
 
 Floats = NDArray[np.float64]
 
@@ -152,7 +147,7 @@ def resample(columns: NDArray[np.floating[Any]], stream: int) -> Resampled:
     sums = np.zeros((RESAMPLES, columns.shape[1]))
     size = len(columns)
     members = columns.astype(np.float32)  # exact: counts stay far below 2 ** 24
-    chunk = max(1, _AT_ONCE // size)
+    chunk = max(1, AT_ONCE // size)
     for start in range(0, RESAMPLES, chunk):
         rows = min(chunk, RESAMPLES - start)
         drawn = generator.integers(0, size, (rows, size)) + size * np.arange(rows)[:, None]
@@ -260,7 +255,8 @@ def interval(*terms: Term) -> tuple[float, float, float]:
     Efron, JASA 1987, with the acceleration of several samples: Davison and Hinkley 1997, chapter 5), the quantiles
     Phi(b + (b ± z) / (1 - a (b ± z))) of the resamples, where Phi(b) is the share of them below the value and a the
     jackknife's sum of cubes / (6 (sum of squares)^1.5). With a variance or an extreme, which sampling moves one way:
-    the basic limits 2 value - quantile (Davison and Hinkley, chapter 5), which take that bias out. Where the resamples
+    the basic limits 2 value - quantile (Davison and Hinkley, chapter 5), which take that bias out; where all are
+    variances that are added up, these or the limits of `_spread_limits`, whichever are wider. Where the resamples
     do not vary (one bundle, or all alike) they say nothing: there the limits are those of the statistics, combined by
     square-and-add (Newcombe, Statistics in Medicine 1998).
 
@@ -273,7 +269,7 @@ def interval(*terms: Term) -> tuple[float, float, float]:
         return value, *first.limits()
     resampled = sum((weight * term.of(term.source.resampled) for weight, term in terms), np.zeros(RESAMPLES))
     resampled = resampled[np.isfinite(resampled)]  # a resample may lack the only bundles with a language
-    if not len(resampled) or np.ptp(resampled) < _SAME:
+    if not len(resampled) or np.ptp(resampled) < SAME:
         return value, *_square_and_add(value, terms)
     if all(isinstance(term, MeanRate) for _, term in terms):
         at = _bca_levels(value, resampled, _acceleration(terms))
@@ -281,7 +277,38 @@ def interval(*terms: Term) -> tuple[float, float, float]:
         return value, float(low), float(high)
     level = _NORMAL.cdf(-_Z)
     low, high = 2 * value - np.quantile(resampled, [1 - level, level])
+    spreads = [(weight, term) for weight, term in terms if isinstance(term, RateVariance) and weight > 0]
+    if len(spreads) == len(terms):
+        least, most = _spread_limits(value, spreads)
+        low, high = min(low, least), max(high, most)
     return value, float(low), float(high)
+
+
+def _spread_limits(value: float, terms: Sequence[tuple[float, RateVariance]]) -> tuple[float, float]:
+    """Limits of a variance of rates by inversion of a test, since basic limits are too narrow near 0.
+
+    The rates are taken to lie as they were found, but s times as far from their mean; their errors are those of the
+    resamples. Then the variance that would be found is s² value + 2 s c + e, with c and e from the resamples, and the
+    limits are the s² value at which what was found is the 2.5 % and the 97.5 % quantile.
+    """
+    level = _NORMAL.cdf(-_Z)
+    crossed, noise = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
+    for weight, term in terms:
+        rates = term.rates(term.source.total)[0]
+        errors = term.rates(term.source.resampled) - rates
+        errors = np.nan_to_num(errors - np.nanmean(errors, axis=1, keepdims=True))
+        away = np.nan_to_num(rates - np.nanmean(rates))
+        crossed += weight * (errors * away).mean(axis=1)
+        noise += weight * (errors**2).mean(axis=1)
+    if value < SAME:  # no direction to go in: what errors alone make could as well have cancelled it
+        return 0.0, float(np.quantile(noise, 1 - level))
+    most = max(2.0, math.sqrt(0.25 / value))  # no rates spread further
+    scales = np.concatenate([np.linspace(0, 1, 100, endpoint=False), np.geomspace(1, most, 200)])
+    found = scales[:, None] ** 2 * value + 2 * scales[:, None] * crossed + noise  # [scales, R]
+    possible = scales[((found >= value).mean(axis=1) >= level) & ((found <= value).mean(axis=1) >= level)]
+    if not len(possible):  # it is smaller than errors alone make it
+        return 0.0, float(np.quantile(noise, 1 - level))
+    return float(possible[0] ** 2 * value), float(possible[-1] ** 2 * value)
 
 
 def _square_and_add(value: float, terms: Sequence[Term]) -> tuple[float, float]:
@@ -298,7 +325,7 @@ def _square_and_add(value: float, terms: Sequence[Term]) -> tuple[float, float]:
 def _bca_levels(value: float, resampled: Floats, acceleration: float) -> list[float]:
     size = len(resampled)
     # Values are discrete: half of those that equal the estimate count as below it.
-    below = ((resampled < value - _SAME).sum() + (resampled <= value + _SAME).sum()) / (2 * size)
+    below = ((resampled < value - SAME).sum() + (resampled <= value + SAME).sum()) / (2 * size)
     bias = _NORMAL.inv_cdf(min(max(below, 0.5 / size), 1 - 0.5 / size))
     # |acceleration| <= 1/6 and |bias| + z < 6, so the denominator stays positive.
     shifted = [bias + z for z in (-_Z, _Z)]
@@ -317,85 +344,3 @@ def _acceleration(terms: Sequence[Term]) -> float:
         influence = (len(values) - 1) / len(values) * (values.mean() - values)
         cubes, squares = cubes + (influence**3).sum(), squares + (influence**2).sum()
     return float(cubes / (6 * squares**1.5)) if squares > 0 else 0.0
-
-
-def sign_flip_p(contributions: Floats, stream: int = 0) -> float:
-    """Sign-flip (permutation) test of a sum, two-sided: the share of sign patterns s with |sum s_b c_b| >= |sum c_b|.
-
-    Exact, over all patterns, with at most `EXACT_BUNDLES` contributions that are not 0; else over `FLIPS` random ones,
-    the observed one counted among them, so that p is never 0 (Davison and Hinkley 1997, chapter 4).
-
-    Args:
-        contributions: [B], whose signs are exchangeable if nothing changed.
-        stream: Names the sequence of random numbers.
-
-    Returns:
-        The p-value; 1 if nothing differs.
-    """
-    sizes = np.abs(contributions)
-    if not len(contributions) or sizes.max() < _SAME:
-        return 1.0
-    units = np.round(contributions / sizes.max(), 12)
-    units = units[units != 0]
-    bound = abs(units.sum()) - _SAME * len(units)
-    if len(units) <= EXACT_BUNDLES:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(units))))
-        return float((np.abs(signs @ units) >= bound).mean())
-    # Bundles that differ by the same amount are flipped together: how many of them are positive is binomial.
-    amounts, members = np.unique(np.abs(units), return_counts=True)
-    generator = np.random.default_rng([SEED, stream])
-    reached, chunk = 0, max(1, _AT_ONCE // len(amounts))
-    for start in range(0, FLIPS, chunk):
-        positive = generator.binomial(members, 0.5, (min(chunk, FLIPS - start), len(amounts)))
-        reached += int((np.abs((2 * positive - members) @ amounts) >= bound).sum())
-    return (reached + 1) / (FLIPS + 1)
-
-
-def swapped_changes(before: Statistic, after: Statistic, stream: int = 0) -> Floats:
-    """[SWAPS] changes after - before with the two models exchanged in random bundles, as if they were alike.
-
-    Args:
-        before: One model's statistic; its counts are columns of the source of `after`, over the same `present`.
-        after: The other's.
-        stream: Names the sequence of random numbers.
-    """
-    columns = after.source.columns
-    moved = columns[:, after.counts] - columns[:, before.counts]
-    moved = moved[moved.any(axis=1)].astype(np.float32)
-    generator = np.random.default_rng([SEED, stream])
-    swapped = generator.integers(0, 2, (SWAPS, len(moved))).astype(np.float32) @ moved
-    sums = np.repeat(after.source.total, SWAPS, axis=0)
-    sums[:, before.counts] += swapped
-    sums[:, after.counts] -= swapped
-    return after.of(sums) - before.of(sums)
-
-
-def swap_p(change: float, swapped: Floats) -> float:
-    """Two-sided p-value of a change: the share of `swapped` changes as large, the observed one counted among them."""
-    return float(((np.abs(swapped) >= abs(change) - _SAME).sum() + 1) / (len(swapped) + 1))
-
-
-def mcnemar_p(gained: int, lost: int) -> float:
-    """McNemar's test (Psychometrika 1947), exact and two-sided: are the changes a fair coin's?
-
-    min(1, 2 P(X <= min(gained, lost))) with X binomial(gained + lost, 1/2); 1 without changes.
-    """
-    n = gained + lost
-    tail = term = 1
-    for k in range(min(gained, lost)):
-        term = term * (n - k) // (k + 1)
-        tail += term
-    return float(min(1.0, 2 * tail / 2**n))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction (Scandinavian Journal of Statistics 1979) of m tests: max over i <= k of (m - i + 1) p_(i).
-
-    The p-values, in the order given, may then be compared with one level though there are several tests.
-    """
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = largest
-    return corrected

@@ -9,20 +9,9 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.stats.intervals import (
-    Floats,
-    Grid,
-    Statistic,
-    Term,
-    holm,
-    interval,
-    make_grid,
-    mcnemar_p,
-    sign_flip_p,
-    swap_p,
-    swapped_changes,
-)
+from mlc_ray.stats.intervals import Floats, Grid, Statistic, Term, interval, make_grid
 from mlc_ray.stats.rates import ALL_BENCHMARKS, KINDS, MEASURES, Interval, Judged, language_order, outcome
+from mlc_ray.stats.significance import holm, mcnemar_p, sign_flip_p, swap_p, swapped_changes
 from mlc_ray.types import Kind, Measure
 
 
@@ -303,13 +292,16 @@ def _benchmark(
         common=common,
         only_before=len(asked[0]) - common,
         only_after=len(asked[1]) - common,
-        sides=tuple(_side(kind, by, [found[kind, by] for found in chosen if (kind, by) in found]) for kind, by in keys),
+        sides=tuple(
+            _side(kind, by, [found[kind, by] for found in chosen if (kind, by) in found], by_language=len(parts) == 1)
+            for kind, by in keys
+        ),
         difference=difference,
         difference_p=difference_p,
     )
 
 
-def _side(kind: Kind, measure: Measure, grids: Sequence[Grid]) -> SideChange:
+def _side(kind: Kind, measure: Measure, grids: Sequence[Grid], *, by_language: bool) -> SideChange:
     what = "misses" if (kind, measure) == ("benign", "refused") else "hits"
     means = [100 * sum(weight * term.value for weight, term in _means(grids, f"{when} {what}")) for when in _BOTH]
     return SideChange(
@@ -322,7 +314,7 @@ def _side(kind: Kind, measure: Measure, grids: Sequence[Grid]) -> SideChange:
         change=_scaled(100, _changes(grids, what)),
         p=sign_flip_p(_contributions(grids, what)),
         consistency=tuple(_consistency(grids, what)),
-        languages=_languages(grids[0], what) if len(grids) == 1 else (),
+        languages=_languages(grids[0], what) if by_language else (),
     )
 
 

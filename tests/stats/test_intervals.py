@@ -9,19 +9,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from mlc_ray.stats.intervals import (
-    EXACT_BUNDLES,
-    FLIPS,
-    RESAMPLES,
-    Grid,
-    Statistic,
-    holm,
-    interval,
-    make_grid,
-    mcnemar_p,
-    sign_flip_p,
-    wilson,
-)
+from mlc_ray.stats.intervals import RESAMPLES, Grid, Statistic, interval, make_grid, wilson
+from mlc_ray.stats.significance import EXACT_BUNDLES, FLIPS, holm, mcnemar_p, sign_flip_p
 
 Z = NormalDist().inv_cdf(0.975)
 
@@ -198,28 +187,39 @@ def test_no_limits_are_a_point(bundles: list[str]) -> None:
 def test_variance_takes_the_bias_of_sampling_out() -> None:
     """Six languages that are truly alike: the variance is never 0, yet its interval holds 0."""
     generator, held, values = np.random.default_rng(5), 0, []
-    for _ in range(100):
+    for _ in range(60):
         hits = generator.random((60, 6)) < 0.5
         found = grid_of(["".join("01"[int(hit)] for hit in row) for row in hits]).variance("hit", "present")
         value, low, _ = interval((1, found))
         values.append(value)
         held += low <= 0
     noise = 0.25 / 60
-    assert sum(values) / 100 == pytest.approx(noise * 5 / 6, rel=0.1)
-    assert held >= 93
+    assert sum(values) / 60 == pytest.approx(noise * 5 / 6, rel=0.15)
+    assert held >= 56
+
+
+def test_the_variance_of_two_languages_may_be_larger_than_it_was_found() -> None:
+    """Two languages, 10 points apart: chance often makes them alike, and basic limits then miss a third of the time."""
+    generator, held = np.random.default_rng(8), 0
+    for _ in range(60):
+        hits = generator.random((80, 2)) < [0.6, 0.5]
+        found = grid_of(["".join("01"[int(hit)] for hit in row) for row in hits]).variance("hit", "present")
+        _, low, high = interval((1, found))
+        held += low <= 0.05**2 <= high
+    assert held >= 53
 
 
 def test_the_worst_language_is_not_worse_than_chance_makes_it() -> None:
     """Ten languages that are truly alike at 70 %: the lowest is below, and its interval holds 70 %."""
     generator, held, values = np.random.default_rng(6), 0, []
-    for _ in range(100):
+    for _ in range(60):
         hits = generator.random((80, 10)) < 0.7
         found = grid_of(["".join("01"[int(hit)] for hit in row) for row in hits]).extreme("hit", "present")
         value, low, high = interval((1, found))
         values.append(value)
         held += low <= 0.7 <= high
-    assert sum(values) / 100 < 0.65
-    assert held >= 75  # 81 to 87 %, where all are alike: docs/metrics.md says so
+    assert sum(values) / 60 < 0.65
+    assert held >= 45  # 81 to 87 %, where all are alike: docs/metrics.md says so
 
 
 # ------------------------------------------------------------------------------------------------------------ coverage

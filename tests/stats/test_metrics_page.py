@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlc_ray.stats.intervals import EXACT_BUNDLES, FLIPS, RESAMPLES, SWAPS
+from mlc_ray.stats.intervals import RESAMPLES
 from mlc_ray.stats.paired import BenchmarkChange, ConsistencyChange, LanguageChange, SideChange
 from mlc_ray.stats.rates import SideSummary, Summary, TwoSided
+from mlc_ray.stats.significance import EXACT_BUNDLES, FLIPS, SWAPS
 
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What a table of definitions need not repeat: names of the thing itself, and its containers.
