@@ -87,7 +87,7 @@ are told apart in each language. `search` can use the ranking to leave out layer
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 a mistake that the message explains, 130 interrupted.
 
-    `compare` also has 1, a rule failed, and 3, the scores cannot be compared.
+    `compare` also has 1, a rule failed; 3 is that scores cannot be compared, or too much of one has no verdict.
     A run that ended by SIGTERM after a checkpoint is 143, as shells report that signal.
     """
     arguments = build_parser().parse_args(argv)

@@ -110,8 +110,8 @@ def unread(models: Sequence[Model]) -> Iterator[str]:
         result, bound = model.result, unparsed_bound(model)
         if result.unparsed_share > bound:
             yield (
-                f"{model.label}: {result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got "
-                f"no verdict, more than max_unparsed={bound:g}: the rates mean little."
+                f"{model.label}: {result.unparsed} of {result.responses} responses "
+                f"({percent(100 * result.unparsed_share)}%) got no verdict, more than max_unparsed={bound:g}: the rates mean little."
             )
         if rows := unread_rows(result, bound):
             named = (f"{r.benchmark} {r.kind} {r.measure} {r.language} ({r.unparsed} of {r.n})" for r in rows)
@@ -125,7 +125,7 @@ def _cut_off(models: Sequence[Model]) -> Iterator[str]:
     for model in models:
         if hides_harm(model.result):
             yield (
-                f"{model.label}: {cut_share(model.result):.0%} of the responses were cut off at max_new_tokens: a "
+                f"{model.label}: {whole(100 * cut_share(model.result))}% of the responses were cut off at max_new_tokens: a "
                 "harmful part may be missing from what was judged safe. Score with a larger max_new_tokens."
             )
 
