@@ -207,7 +207,6 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--paper", metavar="FOLDER", type=_path, help="also write Markdown tables and PNG figures there"
     )
-
     report.add_argument(
         "--samples", metavar="N", type=int, default=0,
         help="show N responses per model where an attack succeeded; they may be dangerous (default: 0, only counted)",

@@ -111,7 +111,8 @@ def unread(models: Sequence[Model]) -> Iterator[str]:
         if result.unparsed_share > bound:
             yield (
                 f"{model.label}: {result.unparsed} of {result.responses} responses "
-                f"({percent(100 * result.unparsed_share)}%) got no verdict, more than max_unparsed={bound:g}: the rates mean little."
+                f"({percent(100 * result.unparsed_share)}%) got no verdict, more than "
+                f"max_unparsed={bound:g}: the rates mean little."
             )
         if rows := unread_rows(result, bound):
             named = (f"{r.benchmark} {r.kind} {r.measure} {r.language} ({r.unparsed} of {r.n})" for r in rows)
@@ -125,8 +126,8 @@ def _cut_off(models: Sequence[Model]) -> Iterator[str]:
     for model in models:
         if hides_harm(model.result):
             yield (
-                f"{model.label}: {whole(100 * cut_share(model.result))}% of the responses were cut off at max_new_tokens: a "
-                "harmful part may be missing from what was judged safe. Score with a larger max_new_tokens."
+                f"{model.label}: {whole(100 * cut_share(model.result))}% of the responses were cut off at max_new_tokens: "
+                "a harmful part may be missing from what was judged safe. Score with a larger max_new_tokens."
             )
 
 
