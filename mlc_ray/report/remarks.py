@@ -126,8 +126,8 @@ def _cut_off(models: Sequence[Model]) -> Iterator[str]:
     for model in models:
         if hides_harm(model.result):
             yield (
-                f"{model.label}: {whole(100 * cut_share(model.result))}% of the responses were cut off at max_new_tokens: "
-                "a harmful part may be missing from what was judged safe. Score with a larger max_new_tokens."
+                f"{model.label}: {whole(100 * cut_share(model.result))}% of the responses were cut off at "
+                "max_new_tokens: a harmful part may be missing from what was judged safe. Score with a larger max_new_tokens."
             )
 
 

@@ -279,9 +279,9 @@ def _slopes(models: Sequence[Model], shown: Grid) -> list[Chart]:
         if not lines:
             continue
         mean = [column.mean.value if column.mean else None for column in columns]
-        title = f"{view.title}, % by language; average {whole(mean[0])} before, {whole(mean[-1])} after"
+        title = f"{view.title}, % by {shown.of}; average {whole(mean[0])} before, {whole(mean[-1])} after"
         drawn = [*lines, Line("avg", mean, strong=True)]
-        note = "%, by language; lines that fall are dashed"
+        note = f"%, by {shown.of}; lines that fall are dashed"
         charts.append(slope_chart(title, keys(models), drawn, caption=view.title, note=note))
     return charts
 
