@@ -127,7 +127,8 @@ def _cut_off(models: Sequence[Model]) -> Iterator[str]:
         if hides_harm(model.result):
             yield (
                 f"{model.label}: {whole(100 * cut_share(model.result))}% of the responses were cut off at "
-                "max_new_tokens: a harmful part may be missing from what was judged safe. Score with a larger max_new_tokens."
+                "max_new_tokens: a harmful part may be missing from what was judged safe. Score with a larger "
+                "max_new_tokens."
             )
 
 
