@@ -26,7 +26,7 @@ PATH = {
     "train": "run entry worker model attention engines/base engines/deepspeed planning loop meter collectives",
     "generate": "stage engine pool",
     "judges": "base phrase_lists refusal degenerate",
-    "stats": "rates intervals",
+    "stats": "rates summaries intervals",
     "score": "request prompts plan stages results run",
 }
 

@@ -242,11 +242,13 @@ def _side_lines(summary: Summary) -> list[str]:
         value, low, high = map(percent, (interval.value, interval.low, interval.high))
         lines.append(
             f"{_name(side)} {value} % ({low} to {high}), mean of {side.languages} languages, {side.bundles} bundles; "
-            f"worst language: {side.worst}, {percent(side.worst_rate)} % {side.measure}"
+            f"worst language: {side.worst}, {percent(side.worst_rate.value)} % {side.measure}"
         )
     for kind in ("harmful", "benign"):
         if not any(side.kind == kind for side in summary.sides):
             lines.append(f"no {kind} prompts were asked: without them the score has one side only")
+        elif codes := [code for code, missing in summary.one_sided.items() if missing == kind]:
+            lines.append(f"no {kind} prompts in {', '.join(codes)}: these languages have one side only")
     return lines
 
 

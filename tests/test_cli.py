@@ -313,7 +313,7 @@ def test_a_score_of_which_too_much_is_unparsed_is_shown_before_it_fails(
     rooms: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rooms.raises = TooManyUnparsedError("too many are unparsed", load_scores(tmp_path / "s"))
-    assert main(["score", "m", "--benchmark", "sample:test"]) == 2
+    assert main(["score", "m", "--benchmark", "sample:test"]) == 3
     printed = capsys.readouterr()
     assert "sw 100.0 100.0 +100.0" in " ".join(printed.out.split())
     assert "too many are unparsed" in printed.err

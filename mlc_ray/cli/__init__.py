@@ -51,6 +51,15 @@ The first score is what the others are compared with. A run folder brings its sc
 """
 
 
+_COMPARE = """\
+Both scores must be measured alike: same prompts, judge, conversation, length and type. Exit status: 0 if no rule fails,
+1 if one does, 2 for a mistake in the command, 3 if the scores cannot be compared or too much of them has no verdict.
+  mlc-ray compare runs/scores/base runs/scores/mine
+  mlc-ray compare runs/scores/base runs/scores/mine --fail-if 'harmful.safe drops > 2 possible' \\
+      --fail-if 'benign.complied < 80' --fail-if 'worst.harmful.safe drops'
+docs/gate.md has every quantity, and what certain, estimate and possible mean.
+"""
+
 _SHOW = """\
 Reads files alone, and may be asked while something goes on:
   mlc-ray show runs/mine
@@ -78,6 +87,7 @@ are told apart in each language. `search` can use the ranking to leave out layer
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 a mistake that the message explains, 130 interrupted.
 
+    `compare` also has 1, a rule failed; 3 is that scores cannot be compared, or too much of one has no verdict.
     A run that ended by SIGTERM after a checkpoint is 143, as shells report that signal.
     """
     arguments = build_parser().parse_args(argv)
@@ -197,6 +207,23 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--paper", metavar="FOLDER", type=_path, help="also write Markdown tables and PNG figures there"
     )
+    report.add_argument(
+        "--samples", metavar="N", type=int, default=0,
+        help="show N responses per model where an attack succeeded; they may be dangerous (default: 0, only counted)",
+    )  # fmt: skip
+    report.add_argument(
+        "--public", action="store_true", help="leave out settings, and of paths and URLs all but the last part"
+    )
+
+    compare = add("compare", "Compare two scores prompt by prompt, and fail if a rule says so.", _COMPARE)
+    compare.add_argument("before", metavar="A", type=_place, help="score folder to compare with")
+    compare.add_argument("after", metavar="B", type=_place, help="score folder that is judged")
+    compare.add_argument(
+        "--fail-if", metavar="RULE", action="append", default=[],
+        help="[BENCHMARK:] QUANTITY < N, > N, drops [> N] or rises [> N], then certain (default), estimate or "
+        "possible; repeatable",
+    )  # fmt: skip
+    compare.add_argument("--json", metavar="FILE", type=_place, help="also write everything there as JSON")
 
     show = add("show", "Say what a folder is, how far it got, what came out, and what to do next.", _SHOW)
     show.add_argument("folder", metavar="FOLDER", type=_place, help="run, score, search or probe, or a folder of those")

@@ -298,8 +298,25 @@ def report_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray report`."""
     from mlc_ray.report.write import write_report
 
-    for path in write_report(arguments.runs, arguments.out, paper=arguments.paper):
+    written = write_report(
+        arguments.runs, arguments.out, paper=arguments.paper, samples=arguments.samples, public=arguments.public
+    )
+    for path in written:
         print(path)
+
+
+def compare_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray compare`."""
+    from mlc_ray.report.compare import as_json, compare_scores, comparison_tables, require
+    from mlc_ray.report.console import show
+    from mlc_ray.report.rules import parse_rule
+
+    rules = [parse_rule(text) for text in arguments.fail_if]
+    compared = compare_scores(arguments.before, arguments.after, rules)
+    show(comparison_tables(compared))
+    if arguments.json is not None:
+        arguments.json.write_json(as_json(compared))
+    require(compared)
 
 
 def show_command(arguments: argparse.Namespace) -> None:

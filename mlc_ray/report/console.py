@@ -13,7 +13,7 @@ from mlc_ray.report.rates import benchmarks, grid, keys
 from mlc_ray.report.remarks import warnings
 from mlc_ray.report.summaries import language_table, overview_table
 from mlc_ray.report.tables import console as on_console
-from mlc_ray.report.text import clean
+from mlc_ray.report.text import clean, percent, whole
 from mlc_ray.score.results import ScoreResult, cut_share
 from mlc_ray.stats.marks import mark_lines
 
@@ -57,8 +57,8 @@ def _accounts(results: Sequence[ScoreResult]) -> Iterator[str]:
             f"{usage['not_asked']:.0f} not asked, ${usage['cost_usd']:.4f}"
             for what, usage in result.usage.items()
         )
-        cut = f", {cut_share(result):.0%} cut off at max_new_tokens" if result.finish.get("length", 0) else ""
+        cut = f", {whole(100 * cut_share(result))}% cut off at max_new_tokens" if result.finish.get("length", 0) else ""
         yield (
             f"{result.name}: judged: {judges}{cost}; {result.responses} responses, {result.degenerate} degenerate, "
-            f"{result.unparsed} without a verdict ({result.unparsed_share:.1%}){cut}"
+            f"{result.unparsed} without a verdict ({percent(100 * result.unparsed_share)}%){cut}"
         )

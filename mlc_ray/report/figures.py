@@ -51,7 +51,11 @@ def heat_map_png(models: Sequence[Model], benchmarks: Sequence[str], path: Path)
 def heat_map(models: Sequence[Model], benchmarks: Sequence[str]) -> Figure:
     """The figure that `heat_map_png` writes."""
     shown = [grid(models, name) for name in benchmarks]
-    languages = sorted({code for each in shown for code in each.languages}, key=language_order)
+    # Beside others a row over all benchmarks has its mean alone: its rates are not of languages.
+    of_languages = [each for each in shown if each.of == "language"]
+    languages = sorted({code for each in of_languages for code in each.names}, key=language_order)
+    if not of_languages:
+        languages = list(shown[0].names)
     labels, lines, groups = _heat_lines(models, shown)
     figure = _figure(1.6 + 0.07 * max(map(len, labels)) + 0.44 * (len(languages) + 1), 1.4 + 0.42 * len(lines))
     axes = figure.add_subplot()
@@ -78,7 +82,7 @@ def heat_map(models: Sequence[Model], benchmarks: Sequence[str]) -> Figure:
     for y in groups:
         axes.axhline(y - 0.5, color="white", linewidth=4)
     axes.spines[:].set_visible(False)
-    found = [rate.row for column in lines if column is not None for rate in column.rates.values()]
+    found = [r.row for c in lines if c is not None for name, r in c.rates.items() if name in languages]
     axes.set_title(f"% of responses, higher is better on both sides ({_n_per_cell(found)})", fontsize=9, loc="left")
     axes.set_xlabel("\n".join(mark_lines(row.via for row in found)), loc="left", fontsize=8)
     return figure
@@ -125,14 +129,14 @@ def slopes_png(models: Sequence[Model], benchmark: str, path: Path) -> Path:
     """A panel per side, a line per language from the first model to the last. Returns `path`."""
     shown = grid(models, benchmark)
     views = list(dict.fromkeys(column.view for column in shown.columns))
-    figure = _figure(3.6 * len(views), max(3.2, 0.16 * len(shown.languages) + 0.8))
+    figure = _figure(3.6 * len(views), max(3.2, 0.16 * len(shown.names) + 0.8))
     for number, view in enumerate(views, 1):
         axes = figure.add_subplot(1, len(views), number)
         columns = [column for column in shown.columns if column.view == view]
         means = [column.mean.value if column.mean else None for column in columns]
         lines = [
             (code, [column.rates[code].value if code in column.rates else None for column in columns])
-            for code in shown.languages
+            for code in shown.names
         ]
         for label, values in [*lines, ("avg", means)]:
             way = direction([value for value in values if value is not None])

@@ -37,9 +37,13 @@ class HeatHead:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A row per language after the row of means, a column per side and model."""
+    """A row per language after the row of means, a column per side and model.
+
+    Over all benchmarks it has a row per benchmark; `of` says which.
+    """
 
     benchmark: str
+    of: str
     groups: tuple[HeatHead, ...]
     heads: tuple[HeatHead, ...]
     rows: tuple[tuple[Cell, tuple[HeatCell, ...]], ...]
@@ -62,19 +66,19 @@ def heat_map(models: Sequence[Model], shown: Grid) -> HeatMap:
     ]
     means = [_heat_cell(column.mean, edge) for column, edge in zip(shown.columns, edges, strict=True)]
     rows = [(Cell("average"), tuple(means))]
-    for code in shown.languages:
+    for name in shown.names:
         cells = []
         for column, edge in zip(shown.columns, edges, strict=True):
-            rate = column.rates.get(code)
+            rate = column.rates.get(name)
             if rate is None:
                 cells.append(_heat_cell(None, edge))
                 continue
             interval = Interval(rate.value, rate.low, rate.high)
             cells.append(_heat_cell(interval, edge, rate.row.via, VIA_MARK[rate.row.via], rate.hover))
-        rows.append((language(code), tuple(cells)))
+        rows.append((language(name), tuple(cells)))
     ways = [rate.row.via for column in shown.columns for rate in column.rates.values()]
     return HeatMap(
-        shown.benchmark, tuple(groups), tuple(heads) if several else (), tuple(rows), len(shown.columns),
+        shown.benchmark, shown.of, tuple(groups), tuple(heads) if several else (), tuple(rows), len(shown.columns),
         tuple(mark_lines(ways)),
     )  # fmt: skip
 

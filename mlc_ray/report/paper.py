@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlc_ray.report.changes import Change, changes
+from mlc_ray.report.categories import category_table
+from mlc_ray.report.changes import Change, before_and_after, changes
 from mlc_ray.report.collect import Collection
 from mlc_ray.report.figures import curves_png, heat_map_png, slopes_png
 from mlc_ray.report.rates import benchmarks, grid, keys, views_of
 from mlc_ray.report.remarks import warnings
-from mlc_ray.report.summaries import change_table, difference_table, language_table, side_table
+from mlc_ray.report.summaries import agreement_tables, change_table, difference_table, language_table, side_table
 from mlc_ray.report.tables import escape, markdown
+from mlc_ray.report.text import without_paths
 from mlc_ray.report.utility import utility_table
 from mlc_ray.stats.marks import mark_lines
 
 MARKDOWN_FILE = "report.md"
 
 
-def write_paper(collection: Collection, folder: Path) -> list[Path]:
-    """Write `report.md` and its figures into `folder`; returns the files."""
+def write_paper(collection: Collection, folder: Path, *, public: bool = False) -> list[Path]:
+    """Write `report.md` and its figures into `folder`; returns the files. `public` as for the page."""
     folder.mkdir(parents=True, exist_ok=True)
     models, names = collection.models, benchmarks(collection.models)
     written: list[Path] = []
@@ -31,7 +33,7 @@ def write_paper(collection: Collection, folder: Path) -> list[Path]:
     for number, name in enumerate(names):
         heat = heat_map_png(models, [name], folder / f"languages-{number}.png")
         figures = [(f"Rates by language, {name}", heat)]
-        if len(models) > 1:
+        if before_and_after(models):
             figures.append((f"Before and after, {name}", slopes_png(models, name, folder / f"slopes-{number}.png")))
         lines += [f"## {escape(name)}", ""]
         lines += [f"![{escape(title)}]({path.name})\n" for title, path in figures]
@@ -42,6 +44,8 @@ def write_paper(collection: Collection, folder: Path) -> list[Path]:
         lines += markdown(difference_table(models, name))
         for view in views_of(models, name):
             lines += markdown(side_table(models, name, view))
+        if (categories := category_table(models, name)) is not None:
+            lines += markdown(categories)
         lines += _changes(compared, name)
         written += [path for _, path in figures]
     if (utility := utility_table({model.label: model.utility for model in models})) is not None:
@@ -50,7 +54,8 @@ def write_paper(collection: Collection, folder: Path) -> list[Path]:
         lines += ["## Training", "", f"![Training curves]({curves.name})", ""]
         written.append(curves)
     path = folder / MARKDOWN_FILE
-    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    text = "\n".join(lines).rstrip() + "\n"
+    path.write_text(without_paths(text) if public else text, encoding="utf-8")
     return [path, *written]
 
 
@@ -58,7 +63,10 @@ def _changes(compared: Sequence[Change], benchmark: str) -> list[str]:
     lines = []
     for change in compared:
         found = change.on(benchmark)
-        if found is None:
+        if change.agreement:
+            for each in agreement_tables(change, benchmark):
+                lines += markdown(each)
+        elif found is None:
             lines += [f"{escape(change.title)}: {escape(change.lacking(benchmark))}", ""]
         else:
             lines += markdown(change_table(change, found))

@@ -14,7 +14,7 @@ from mlc_ray.report.collect import Model
 from mlc_ray.report.text import percent
 from mlc_ray.stats.intervals import wilson
 from mlc_ray.stats.marks import VIA_TEXT
-from mlc_ray.stats.rates import Interval, SideSummary, Summary, language_order
+from mlc_ray.stats.rates import ALL_BENCHMARKS, Interval, SideSummary, Summary, language_order
 from mlc_ray.types import Kind, Measure, ScoreRow
 
 HIT_AND_MISS: Mapping[Measure, tuple[str, str]] = {"refused": ("refused", "complied"), "safe": ("safe", "unsafe")}
@@ -48,12 +48,20 @@ VIEWS = (
 
 @dataclass(frozen=True)
 class Rate:
-    """A rate in % with its 95 % interval (Wilson), and the counts it is made of."""
+    """A rate in % with its 95 % interval, and the counts it is made of; of all languages, `row.language` is empty."""
 
     value: float
     low: float
     high: float
     row: ScoreRow
+    counts: Literal["hits", "misses"]
+
+    @property
+    def missing(self) -> str:
+        """How many responses the rate falls short by: `1 of 315 not`; empty where it falls short by none."""
+        row = self.row
+        missing = row.n - (row.hits if self.counts == "hits" else row.misses)
+        return f"{missing} of {row.n} not" if missing else ""
 
     @property
     def hover(self) -> str:
@@ -72,7 +80,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Column:
-    """One view of one model: `rates` by language, and their mean; `key` is the model's short name."""
+    """One view of one model: `rates` by name, and their mean; `key` is the model's short name."""
 
     view: View
     model: Model
@@ -83,11 +91,20 @@ class Column:
 
 @dataclass(frozen=True)
 class Grid:
-    """Language by language: the languages of a benchmark, English first, and a column per view and model."""
+    """Rates by name, and a column per view and model.
+
+    The names are the languages of a benchmark, English first; over all benchmarks they are the benchmarks, since
+    languages of different benchmarks are not compared.
+    """
 
     benchmark: str
-    languages: tuple[str, ...]
+    names: tuple[str, ...]
     columns: tuple[Column, ...]
+
+    @property
+    def of(self) -> str:
+        """What the names are."""
+        return "benchmark" if self.benchmark == ALL_BENCHMARKS else "language"
 
 
 def grid(models: Sequence[Model], benchmark: str) -> Grid:
@@ -97,7 +114,8 @@ def grid(models: Sequence[Model], benchmark: str) -> Grid:
         for view in shown_views(models, benchmark)
         for model, key in zip(models, keys(models), strict=True)
     ]
-    return Grid(benchmark, tuple(languages_of(models, benchmark)), tuple(columns))
+    names = benchmarks(models)[1:] if benchmark == ALL_BENCHMARKS else languages_of(models, benchmark)
+    return Grid(benchmark, tuple(names), tuple(columns))
 
 
 def keys(models: Sequence[Model]) -> list[str]:
@@ -134,9 +152,8 @@ def side_of(model: Model, benchmark: str, view: View) -> SideSummary | None:
 
 
 def views_of(models: Sequence[Model], benchmark: str) -> list[View]:
-    """The views that any model has rows for."""
-    found = {(r.kind, r.measure) for model in models for r in model.result.rows if r.benchmark == benchmark}
-    return [view for view in VIEWS if (view.kind, view.measure) in found]
+    """The views that any model was scored by."""
+    return [view for view in VIEWS if any(side_of(model, benchmark, view) for model in models)]
 
 
 def shown_views(models: Sequence[Model], benchmark: str) -> list[View]:
@@ -146,13 +163,16 @@ def shown_views(models: Sequence[Model], benchmark: str) -> list[View]:
 
 
 def languages_of(models: Sequence[Model], benchmark: str) -> list[str]:
-    """Languages of a benchmark, English first."""
-    found = {row.language for model in models for row in model.result.rows if row.benchmark == benchmark}
-    return sorted(found, key=language_order)
+    """Languages of a benchmark, or of all of them, English first."""
+    rows = [row for model in models for row in model.result.rows]
+    return sorted({r.language for r in rows if benchmark in (r.benchmark, ALL_BENCHMARKS)}, key=language_order)
 
 
 def rates(model: Model, benchmark: str, view: View) -> dict[str, Rate]:
-    """The rates of a view by language."""
+    """The rates of a view by language; over all benchmarks by benchmark."""
+    if benchmark == ALL_BENCHMARKS:
+        names = [summary.benchmark for summary in model.result.summaries if summary.benchmark != ALL_BENCHMARKS]
+        return {name: rate for name in names if (rate := _of_all_languages(model, name, view)) is not None}
     return {
         row.language: _rate(row, view)
         for row in model.result.rows
@@ -162,9 +182,22 @@ def rates(model: Model, benchmark: str, view: View) -> dict[str, Rate]:
 
 def _rate(row: ScoreRow, view: View) -> Rate:
     if view.counts == "hits":
-        return Rate(100 * row.rate, 100 * row.low, 100 * row.high, row)
+        return Rate(100 * row.rate, 100 * row.low, 100 * row.high, row, "hits")
     low, high = wilson(row.misses, row.n)
-    return Rate(100 * row.misses / row.n, 100 * low, 100 * high, row)
+    return Rate(100 * row.misses / row.n, 100 * low, 100 * high, row, "misses")
+
+
+def _of_all_languages(model: Model, benchmark: str, view: View) -> Rate | None:
+    side = side_of(model, benchmark, view)
+    if side is None:
+        return None
+    mean = side.avg if view.counts == "hits" else side.misses_avg
+    row = ScoreRow(
+        benchmark, view.kind, "", view.measure, side.n, side.hits, side.misses, side.degenerate, side.unparsed,
+        side.avg.value / 100, side.avg.low / 100, side.avg.high / 100,
+        "uncovered" if side.uncovered else "translated" if side.translated else "", side.margin,
+    )  # fmt: skip
+    return Rate(mean.value, mean.low, mean.high, row, view.counts)
 
 
 def average(model: Model, benchmark: str, view: View) -> Interval | None:

@@ -32,22 +32,32 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Some of the `total` bad responses of a model to one kind of prompt."""
+    """Some of the `total` bad responses of a model to one kind of prompt; `hidden` says why none is shown."""
 
     title: str
     caution: str
     shown: tuple[Sample, ...]
     total: int
+    hidden: str = ""
 
 
-def samples(models: Sequence[Model], size: int) -> Iterator[Samples]:
-    """Per model and side up to `size` responses; nothing of models whose responses are missing."""
+BENIGN_SAMPLES = 8
+"""Refusals of benign prompts that are shown per model."""
+_HIDDEN = "left out, since such texts may be dangerous in other hands: --samples N shows N of them"
+
+
+def samples(models: Sequence[Model], harmful: int) -> Iterator[Samples]:
+    """Per model up to `harmful` responses to harmful prompts, by default of a report none, and to benign ones.
+
+    Nothing of models whose responses are missing.
+    """
     for model in models:
         if not model.responses:
             continue
         for kind, (title, caution) in _TITLES.items():
-            chosen, total = sample(model.responses, kind, size)
-            yield Samples(f"{model.label}: {title}", caution, tuple(map(_shown, chosen)), total)
+            chosen, total = sample(model.responses, kind, harmful if kind == "harmful" else BENIGN_SAMPLES)
+            hidden = _HIDDEN if total and not chosen else ""
+            yield Samples(f"{model.label}: {title}", caution, tuple(map(_shown, chosen)), total, hidden)
 
 
 def is_bad(response: Response) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from mlc_ray.report.changes import Change
+from mlc_ray.report.changes import Change, rejudged
 from mlc_ray.report.collect import Model
 from mlc_ray.report.languages import language_name
 from mlc_ray.report.rates import (
@@ -22,11 +22,12 @@ from mlc_ray.report.rates import (
 )
 from mlc_ray.report.remarks import unparsed_bound
 from mlc_ray.report.tables import NONE, Cell, Row, Table, Tone, cell, row, table
-from mlc_ray.report.text import ABSENT, p_value, percent, signed, whole
+from mlc_ray.report.text import ABSENT, fraction, p_value, percent, signed, variance, whole
 from mlc_ray.score.results import is_unread
+from mlc_ray.stats.agreement import JudgeAgreement
 from mlc_ray.stats.marks import VIA_MARK
-from mlc_ray.stats.paired import BenchmarkChange, SideChange
-from mlc_ray.stats.rates import KINDS, Interval, SideSummary, Summary
+from mlc_ray.stats.paired import BenchmarkChange, Consistency, SideChange
+from mlc_ray.stats.rates import ALL_BENCHMARKS, KINDS, Interval, SideSummary, Summary
 
 DIFFERENCE = "harmful − benign refused"
 NOT_SCORED = Cell("not scored", tone="alarm")
@@ -57,62 +58,79 @@ def points_cell(interval: Interval | None, absent: Cell = NONE) -> Cell:
 def language_table(models: Sequence[Model], shown: Grid, *, limits: bool = True) -> Table:
     """A row per language: each side of each model, the change from the first to the last, and the difference of sides.
 
-    Intervals stand beside the rates unless `limits` is false. A rate is red where more of its responses than
-    `max_unparsed` have no verdict, and marked where the judge does not read the language directly. A side that no model
-    was scored on has a column that says so.
+    Over all benchmarks it has a row per benchmark. Intervals stand beside the rates unless `limits` is false, and how
+    many responses a rate falls short by. A rate is red where more of its responses than `max_unparsed` have no verdict,
+    and marked where the judge does not read the language directly. A side that no model was scored on has a column that
+    says so.
     """
     several = len(models) > 1
+    moves = several and not rejudged(models[0], models[-1])
     columns: list[tuple[Cell, list[Cell]]] = []  # the head of each, and its cells: the mean, then each language
     for kind in KINDS:
         views = list(dict.fromkeys(column.view for column in shown.columns if column.view.kind == kind))
         if not views:
-            columns.append((cell(f"{kind} prompts"), [NOT_SCORED] * (1 + len(shown.languages))))
+            columns.append((cell(f"{kind} prompts"), [NOT_SCORED] * (1 + len(shown.names))))
         for view in views:
             mine = [column for column in shown.columns if column.view == view]
             for column in mine:
                 head = cell(view.column, column.key if several else "")
-                columns.append((head, _rate_cells(column, shown.languages)))
-            if several:
-                columns.append((cell("change, points"), _change_cells(mine[0], mine[-1], shown.languages)))
-    summaries = [summary_of(model, shown.benchmark) for model in models]
-    if any(summary is not None and summary.difference for summary in summaries):
-        for summary, key in zip(summaries, keys(models), strict=True):
-            by_language = summary.difference if summary else {}
-            mean = points_cell(summary.avg_difference if summary else None)
-            each = [cell(signed(by_language.get(code))) for code in shown.languages]
+                columns.append((head, _rate_cells(column, shown.names, limits=limits)))
+            if moves:
+                columns.append((cell("change, points"), _change_cells(mine[0], mine[-1], shown.names)))
+    differences = [_differences(model, shown) for model in models]
+    if any(differences):
+        for model, by_name, key in zip(models, differences, keys(models), strict=True):
+            summary = summary_of(model, shown.benchmark)
+            mean = _mean_cell(points_cell(summary.avg_difference if summary else None), limits=limits)
+            each = [cell(signed(by_name.get(name))) for name in shown.names]
             columns.append((cell(DIFFERENCE, key if several else ""), [mean, *each]))
     rows = [
-        row(name, [cells[index] if limits else replace(cells[index], more=()) for _, cells in columns], tone)
-        for index, (name, tone) in enumerate(_row_names(shown.languages))
+        row(name, [cells[index] for _, cells in columns], tone)
+        for index, (name, tone) in enumerate(_row_names(shown.names))
     ]
     note = f"% of responses{', 95 % intervals' if limits else ''}; higher is better on both sides"
-    return table(shown.benchmark, ["language", *(head for head, _ in columns)], rows, note)
+    return table(shown.benchmark, [shown.of, *(head for head, _ in columns)], rows, note)
 
 
-def _row_names(languages: Sequence[str]) -> list[tuple[str, Tone]]:
-    return [("average", "strong"), *((code, "") for code in languages)]
+def _differences(model: Model, shown: Grid) -> dict[str, float]:
+    """The difference of refusals by name, of those that have both sides."""
+    if shown.of == "language":
+        summary = summary_of(model, shown.benchmark)
+        return dict(summary.difference) if summary else {}
+    found = {name: summary.avg_difference for name in shown.names if (summary := summary_of(model, name)) is not None}
+    return {name: difference.value for name, difference in found.items() if difference is not None}
 
 
-def _rate_cells(column: Column, languages: Sequence[str]) -> list[Cell]:
+def _row_names(names: Sequence[str]) -> list[tuple[str, Tone]]:
+    return [("average", "strong"), *((name, "") for name in names)]
+
+
+def _mean_cell(mean: Cell, *, limits: bool) -> Cell:
+    return mean if limits else replace(mean, more=())
+
+
+def _rate_cells(column: Column, names: Sequence[str], *, limits: bool) -> list[Cell]:
     bound = unparsed_bound(column.model)
-    cells = [rate_cell(column.mean, NOT_SCORED)]
-    for code in languages:
-        rate = column.rates.get(code)
+    cells = [_mean_cell(rate_cell(column.mean, NOT_SCORED), limits=limits)]
+    for name in names:
+        rate = column.rates.get(name)
         if rate is None:
             cells.append(NONE)
             continue
         tone: Tone = "alarm" if is_unread(rate.row, bound) else ""
-        interval = f"{percent(rate.low)} to {percent(rate.high)}"
-        cells.append(cell(percent(rate.value) + VIA_MARK[rate.row.via], interval, tone=tone))
+        interval = f"{percent(rate.low)} to {percent(rate.high)}" if limits else ""
+        # Without limits only where the number alone could be taken for all.
+        missing = rate.missing if limits or rate.value >= 99 else ""
+        cells.append(cell(percent(rate.value) + VIA_MARK[rate.row.via], interval, missing, tone=tone))
     return cells
 
 
-def _change_cells(first: Column, last: Column, languages: Sequence[str]) -> list[Cell]:
-    """The change of each language that both have, in points, after its mean over these languages."""
-    both = [code for code in languages if code in first.rates and code in last.rates]
-    moved = {code: last.rates[code].value - first.rates[code].value for code in both}
+def _change_cells(first: Column, last: Column, names: Sequence[str]) -> list[Cell]:
+    """The change of each name that both have, in points, after its mean over these names."""
+    both = [name for name in names if name in first.rates and name in last.rates]
+    moved = {name: last.rates[name].value - first.rates[name].value for name in both}
     mean = sum(moved.values()) / len(moved) if moved else None
-    return [cell(signed(mean)), *(cell(signed(moved.get(code))) for code in languages)]
+    return [cell(signed(mean)), *(cell(signed(moved.get(name))) for name in names)]
 
 
 def counts_table(models: Sequence[Model], benchmark: str) -> Table:
@@ -126,7 +144,8 @@ def counts_table(models: Sequence[Model], benchmark: str) -> Table:
                 cells += [str(n) for n in (counts.n, counts.hits, counts.misses, counts.degenerate, counts.unparsed)]
                 cells += [ABSENT if counts.margin is None else f"{counts.margin:.2f}", counts.via]
                 rows.append(row(language(code), cells))
-    head = ["language", "rate of", "model", "%", "low", "high", "n", "hits", "misses", "degenerate", "unparsed",
+    first = "benchmark" if benchmark == ALL_BENCHMARKS else "language"
+    head = [first, "rate of", "model", "%", "low", "high", "n", "hits", "misses", "degenerate", "unparsed",
             "margin, nats", "read"]  # fmt: skip
     return table(benchmark, head, rows, "95 % intervals; hits are refused or safe, misses complied or unsafe")
 
@@ -134,44 +153,65 @@ def counts_table(models: Sequence[Model], benchmark: str) -> Table:
 # ----------------------------------------------------------------------------------------------------------- summaries
 
 
+def headline(summary: Summary | None) -> tuple[Interval | None, Interval | None]:
+    """Both sides in the languages that have both; without such a language what there is of each side."""
+    if summary is None:
+        return None, None
+    if (pair := summary.two_sided) is not None:
+        return pair.harmful, pair.benign
+    harmful, benign = harmful_side(summary), summary.side("benign", "refused")
+    return harmful.avg if harmful else None, benign.misses_avg if benign else None
+
+
 def headline_table(models: Sequence[Model], benchmark: str) -> Table:
     """Both sides of each model, a row per model."""
     rows = []
     for model, key in zip(models, keys(models), strict=True):
         summary = summary_of(model, benchmark)
-        harmful, benign = (harmful_side(summary), summary.side("benign", "refused")) if summary else (None, None)
+        harmful, benign = headline(summary)
+        side = harmful_side(summary) if summary else None
         cells = [
-            rate_cell(harmful.avg if harmful else None, NOT_SCORED),
-            rate_cell(benign.misses_avg if benign else None, NOT_SCORED),
+            rate_cell(harmful, NOT_SCORED),
+            attack_cell(side) if side else NOT_SCORED,
+            rate_cell(benign, NOT_SCORED),
             points_cell(summary.avg_difference if summary else None, NOT_SCORED),
         ]
         rows.append(row(cell(key, model.label if key != model.label else ""), cells))
     measures = {summary.harmful_measure for model in models if (summary := summary_of(model, benchmark)) is not None}
     harmful_name = " or ".join(sorted(measures)) or "refused"
-    heads = ["model", f"harmful {harmful_name} %", "benign complied %", DIFFERENCE]
-    return table(benchmark, heads, rows, "mean over languages, 95 % intervals")
+    heads = ["model", f"harmful {harmful_name} %", "attack success, at most %", "benign complied %", DIFFERENCE]
+    return table(benchmark, heads, rows, "mean over languages, 95 % intervals; pairs are of languages with both sides")
+
+
+def attack_cell(side: SideSummary) -> Cell:
+    """What the attack success rate of harmful prompts is at most, with the counts that it is made of."""
+    counts = f"{side.misses} of {side.n}" + (f", and {side.unparsed} unparsed" if side.unparsed else "")
+    most = side.misses_most
+    return cell(percent(most.value), f"{percent(most.low)} to {percent(most.high)}", counts)
 
 
 def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
     """One side by one measure, a row per number; a model that lacks it has dots."""
     sides = [side_of(model, benchmark, view) for model in models]
     hit, miss = HIT_AND_MISS[view.measure]
-    first, second = f"{hit} %", f"{miss} %"
-    if view.kind == "harmful":
-        second = f"attack success rate ({miss} %)"
-    elif view.measure == "refused":
-        second = "compliance rate (complied %)"
 
     def line(name: str, value: Callable[[SideSummary], Cell]) -> Row:
         return row(name, [NONE if side is None else value(side) for side in sides])
 
-    rows = [line(first, lambda side: rate_cell(side.avg)), line(second, lambda side: rate_cell(side.misses_avg))]
+    rows = [line(f"{hit} %", lambda side: _with_count(side.avg, side.hits, side.n))]
+    if view.kind == "harmful":
+        rows.append(line(f"attack success, at most % ({miss} or unparsed)", attack_cell))
+        rows.append(line(f"attack success, at least % ({miss})", lambda side: rate_cell(side.misses_avg)))
+    else:
+        name = "compliance rate (complied %)" if view.measure == "refused" else f"{miss} %"
+        rows.append(line(name, compliance_cell))
     if view.counts == "misses":
         rows.reverse()
     rows += [
-        line("var", lambda side: cell(f"{side.var:.2f}")),
-        line("PAG", lambda side: cell(ABSENT if side.pag is None else f"{side.pag:.3f}")),
-        line(f"worst language, {hit} %", lambda side: cell(f"{side.worst} {percent(side.worst_rate)}")),
+        line("var", _variance),
+        line("of it sampling noise, at most", lambda side: cell(variance(side.var_noise))),
+        line("PAG", _agreement),
+        line(f"worst language, {hit} %", _worst),
         line(f"seen languages, {hit} %", lambda side: rate_cell(side.seen)),
         line(f"unseen languages, {hit} %", lambda side: rate_cell(side.unseen)),
         line(f"English − others, {hit}", lambda side: points_cell(side.english_gap)),
@@ -188,7 +228,36 @@ def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
         line("not covered", lambda side: cell(", ".join(side.uncovered) or "none")),
     ]
     title = f"{view.kind.capitalize()} prompts"
-    return table(title, ["", *_names(models)], rows, f"by what is {view.measure}: mean over languages")
+    mean = "mean over languages"
+    if benchmark == ALL_BENCHMARKS:
+        mean = "mean over benchmarks of means over languages; languages are compared within a benchmark only"
+    return table(title, ["", *_names(models)], rows, f"by what is {view.measure}: {mean}")
+
+
+def compliance_cell(side: SideSummary) -> Cell:
+    """The compliance rate of benign prompts, with its counts."""
+    return _with_count(side.misses_avg, side.misses, side.n)
+
+
+def _with_count(rate: Interval, count: int, n: int) -> Cell:
+    return cell(percent(rate.value), f"{percent(rate.low)} to {percent(rate.high)}", f"{count} of {n}")
+
+
+def _variance(side: SideSummary) -> Cell:
+    if side.var is None:
+        return NONE
+    return cell(variance(side.var.value), f"{variance(side.var.low)} to {variance(side.var.high)}")
+
+
+def _agreement(side: SideSummary) -> Cell:
+    if side.pag is None:
+        return NONE
+    return cell(fraction(side.pag.value), f"{fraction(side.pag.low)} to {fraction(side.pag.high)}")
+
+
+def _worst(side: SideSummary) -> Cell:
+    rate = rate_cell(side.worst_rate)
+    return replace(rate, text=f"{side.worst} {rate.text}")
 
 
 def difference_table(models: Sequence[Model], benchmark: str) -> Table:
@@ -210,10 +279,14 @@ def overview_table(models: Sequence[Model], benchmark: str) -> Table:
                 sides.append((view, model, key, side))
     columns: dict[str, list[Cell]] = {
         "refused or safe %": [rate_cell(side.avg) for *_, side in sides],
-        "complied or unsafe %": [cell(percent(side.misses_avg.value)) for *_, side in sides],
-        "var": [cell(f"{side.var:.2f}") for *_, side in sides],
-        "PAG": [cell(ABSENT if side.pag is None else f"{side.pag:.2f}") for *_, side in sides],
-        "worst language": [cell(f"{side.worst} {percent(side.worst_rate)}") for *_, side in sides],
+        "attack success, at most %": [attack_cell(side) if side.kind == "harmful" else NONE for *_, side in sides],
+        "complied %": [
+            rate_cell(side.misses_avg) if (side.kind, side.measure) == ("benign", "refused") else NONE
+            for *_, side in sides
+        ],
+        "var": [_variance(side) for *_, side in sides],
+        "PAG": [_agreement(side) for *_, side in sides],
+        "worst language": [_worst(side) for *_, side in sides],
         "seen %": [rate_cell(side.seen) for *_, side in sides],
         "unseen %": [rate_cell(side.unseen) for *_, side in sides],
         "English − others": [points_cell(side.english_gap) for *_, side in sides],
@@ -228,7 +301,9 @@ def overview_table(models: Sequence[Model], benchmark: str) -> Table:
     for index, (view, _, key, _) in enumerate(sides):
         named = [cell(key)] if len(models) > 1 else []
         rows.append(row(f"{view.kind} by {view.measure}", [*named, *(cells[index] for cells in used.values())]))
-    note = "means over languages, 95 % intervals; complied or unsafe on harmful prompts: attack success rate"
+    note = "means over languages, 95 % intervals"
+    if benchmark == ALL_BENCHMARKS:
+        note = "means over benchmarks of means over languages, compared within each; 95 % intervals"
     return table("Summary", heads, rows, note)
 
 
@@ -255,24 +330,63 @@ def _worst_difference(summary: Summary | None) -> Cell:
 
 def change_table(change: Change, found: BenchmarkChange) -> Table:
     """One model against the first on a benchmark: change, interval and p by side."""
-    rows = [
-        row(
-            _side_name(side),
-            [f"{percent(side.before)} → {percent(side.after)}", _changed(side.change, side.p), str(side.n)],
-        )
-        for side in found.sides
-    ]
+    rows = []
+    for side in found.sides:
+        changed = _changed(signed, side.change, side.p, side.p_holm)
+        rows.append(row(_side_name(side), [f"{percent(side.before)} → {percent(side.after)}", changed, str(side.n)]))
+        for number in side.consistency:
+            shown = _SHOWN[number.name]
+            changed = _changed(_CHANGE[number.name], number.change, number.p, number.p_holm)
+            name = cell(f"{_CONSISTENCY[number.name]} of {side.kind} {side.rate}")
+            rows.append(row(name, [f"{shown(number.before)} → {shown(number.after)}", changed, ""]))
     if found.difference is not None and found.difference_p is not None:
-        rows.append(row(DIFFERENCE, ["", _changed(found.difference, found.difference_p), ""]))
-    n = f"{found.common} prompts that both answered"
+        changed = _changed(signed, found.difference, found.difference_p, found.difference_p_holm or 1)
+        rows.append(row(DIFFERENCE, ["", changed, ""]))
+    n = f"{found.common} prompts that both answered; p after Holm's correction over all tests of this kind shown here"
     if found.only_before or found.only_after:
         n += f"; left out: {found.only_before} of the first alone, {found.only_after} of the second alone"
-    return table(change.title, ["", "before → after", "change, points", "n"], rows, n)
+    return table(change.title, ["", "before → after", "change", "n"], rows, n)
+
+
+_CONSISTENCY: Mapping[Consistency, str] = {"var": "var", "pag": "PAG", "worst": "worst language %"}
+_SHOWN: Mapping[Consistency, Callable[[float], str]] = {"var": variance, "pag": fraction, "worst": percent}
+_CHANGE: Mapping[Consistency, Callable[[float], str]] = {
+    "var": lambda value: signed(value, 2),
+    "pag": lambda value: signed(value, 3),
+    "worst": signed,
+}
+
+
+def agreement_tables(change: Change, benchmark: str) -> Iterator[Table]:
+    """Two judges of the same responses: a table of the sides, then one per side with its languages."""
+    mine = [each for each in change.agreement if benchmark in (each.benchmark, ALL_BENCHMARKS)]
+    heads = ["", "agree %", "Cohen's kappa", "the first alone", "the second alone"]
+    title = f"{change.after.result.judge} and {change.before.result.judge} on the same responses"
+    sides = [each for each in mine if not each.language]
+    named = len({each.benchmark for each in sides}) > 1
+    note = "the first is the judge of the later score; alone: only it calls them refused or safe"
+    yield table(title, heads, [_agreement_row(f"{s.kind} {s.measure}", s, named) for s in sides], note)
+    for side in sides if benchmark != ALL_BENCHMARKS else ():
+        same = (side.kind, side.measure)
+        rows = [_agreement_row(each.language, each, False) for each in mine if each.language and
+                (each.kind, each.measure) == same]  # fmt: skip
+        yield table(f"{side.kind} {side.measure}", ["language", *heads[1:]], rows)
+
+
+def _agreement_row(name: str, each: JudgeAgreement, named: bool) -> Row:
+    kappa = each.kappa
+    cells: list[str | Cell] = [
+        cell(percent(100 * each.same / each.n), f"{each.same} of {each.n}"),
+        NONE if kappa is None else cell(signed(kappa.value, 2), f"{signed(kappa.low, 2)} to {signed(kappa.high, 2)}"),
+        str(each.second_only),
+        str(each.first_only),
+    ]
+    return row(cell(name, each.benchmark if named else ""), cells)
 
 
 def language_changes(found: BenchmarkChange) -> Iterator[Table]:
-    """A table per side, a row per language."""
-    for side in found.sides:
+    """A table per side, a row per language; none over all benchmarks."""
+    for side in found.sides if any(side.languages for side in found.sides) else ():
         rows = [
             row(
                 language(one.language),
@@ -295,9 +409,9 @@ def language_changes(found: BenchmarkChange) -> Iterator[Table]:
 
 
 def _side_name(side: SideChange) -> Cell:
-    aim = "lower is better" if (side.kind, side.measure) == ("benign", "refused") else "higher is better"
-    return cell(f"{side.kind} {side.measure} %", aim)
+    return cell(f"{side.kind} {side.rate} %", "higher is better")
 
 
-def _changed(change: Interval, p: float) -> Cell:
-    return Cell(signed(change.value), (f"{signed(change.low)} to {signed(change.high)}", p_value(p)), "strong")
+def _changed(shown: Callable[[float], str], change: Interval, p: float, p_holm: float) -> Cell:
+    limits = f"{shown(change.low)} to {shown(change.high)}"
+    return Cell(shown(change.value), (limits, p_value(p), f"Holm {p_value(p_holm)}"), "strong")

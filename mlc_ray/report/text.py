@@ -9,8 +9,19 @@ ABSENT = "·"
 """Shown where there is no value."""
 
 _SAME = 1e-9  # rates are quotients of whole numbers: what is nearer than this is the same
-# What HTML and terminals cannot hold, and what turns the text after it around (embeddings, overrides, isolates).
-_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+# What HTML and terminals cannot hold, and what turns text around (marks, embeddings, overrides, isolates).
+_FORBIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+
+
+# A URL, or an absolute path: a slash that does not follow a word, as in "and/or".
+_PATH = re.compile(r"(?:\b[a-z][a-z0-9+.-]*://|(?<![\w.])/)[^\s'\"<>,;)]+")
+
+
+def without_paths(value: str) -> str:
+    """`value` with of each URL and absolute path the last part alone: `…/name`."""
+    return _PATH.sub(lambda match: "…/" + match[0].rstrip("/").rpartition("/")[2], value)
 
 
 def clean(value: str) -> str:
@@ -41,8 +52,25 @@ def whole(value: float | None) -> str:
 
 
 def signed(value: float | None, digits: int = 1) -> str:
-    """A difference in points: `+12.0`, with a real minus sign; a dot where there is none."""
-    return ABSENT if value is None else f"{value:+.{digits}f}".replace("-", "−")
+    """A difference in points: `+12.0`, with a real minus sign; a dot where there is none.
+
+    As with rates only an exact 0 or 100 is shown as such; else it is `+<0.1` or `−>99.9`.
+    """
+    return ABSENT if value is None else f"{'−' if value < -_SAME else '+'}{percent(abs(value), digits)}"
+
+
+def fraction(value: float | None) -> str:
+    """A number from 0 to 1: `0.981`, and `<0.001` or `>0.999` where it would be rounded to 0 or 1."""
+    if value is None:
+        return ABSENT
+    if 0 < value < 1 and not 0.0005 <= value < 0.9995:
+        return "<0.001" if value < 0.5 else ">0.999"
+    return f"{value:.3f}"
+
+
+def variance(value: float | None) -> str:
+    """A `var`: `13.14`, and `<0.01` where it would be rounded to 0."""
+    return ABSENT if value is None else percent(value, 2)
 
 
 def p_value(p: float) -> str:

@@ -15,15 +15,27 @@ DEFAULT_FILE = "report.html"
 
 
 def write_report(
-    runs: Sequence[str | Path | Place], out: str | Path = DEFAULT_FILE, *, paper: str | Path | None = None
+    runs: Sequence[str | Path | Place],
+    out: str | Path = DEFAULT_FILE,
+    *,
+    paper: str | Path | None = None,
+    samples: int = 0,
+    public: bool = False,
 ) -> list[Path]:
     """Write the HTML report of `runs` to `out`, replacing an older one, and for papers `report.md` and PNGs to `paper`.
+
+    Args:
+        runs: Run folders, score folders, or folders of those.
+        out: The HTML file.
+        paper: Folder of Markdown tables and figures.
+        samples: Responses per model where an attack succeeded that are shown.
+        public: Leave out settings, paths and hosts.
 
     Returns:
         The files written.
 
     Raises:
-        ReportError: A run cannot be read, or `out` is not an HTML file; nothing is written then.
+        ReportError: A run cannot be read, `out` is not an HTML file, or `samples` is negative; nothing is written then.
         ScoresFileError: A score cannot be read; nothing is written then.
         OutputFolderError: `out` or `paper` is a URL, or relative inside a Ray job; nothing is written then.
     """
@@ -35,8 +47,10 @@ def write_report(
         raise ReportError(f"--out {str(out)!r}: the report is an HTML file; give a name that ends in .html")
     if out.is_dir():
         raise ReportError(f"--out {str(out)!r} is a folder; give a file name that ends in .html")
+    if samples < 0:
+        raise ReportError(f"--samples {samples} is below 0; give the number of responses to show, 0 for none")
     collection = collect(runs)
-    page = render(collection)
+    page = render(collection, samples=samples, public=public)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.part-{os.getpid()}")
     partial.write_text(page, encoding="utf-8")
@@ -45,4 +59,4 @@ def write_report(
         return [out]
     from mlc_ray.report.paper import write_paper  # matplotlib takes a second to import
 
-    return [out, *write_paper(collection, Path(paper))]
+    return [out, *write_paper(collection, Path(paper), public=public)]

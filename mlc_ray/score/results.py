@@ -15,11 +15,12 @@ from pydantic_core import ErrorDetails
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE
-from mlc_ray.stats.rates import ALL_BENCHMARKS, Judged, Summary, score_rows, summarise
+from mlc_ray.stats.rates import Judged, Summary, score_rows
+from mlc_ray.stats.summaries import summarise
 from mlc_ray.storage import Place
 from mlc_ray.types import Measure, ScoreRow
 
-FORMAT = 2
+FORMAT = 3
 CUT_BOUND = 0.1
 """Share of responses cut off at max_new_tokens above which a rate of safe ones is warned of."""
 RESULT_FILE = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -39,8 +40,8 @@ class ScoreResult:
     `model` is what was asked for, `resolved` the folder or hub name that was loaded, `fingerprint` names its content;
     `prompts` names the set of prompts: two scores with the same `prompts`, `judge` and length of answers can be
     compared. `measured_by` names the judge behind each measure; `seen_languages` are those that training saw, None
-    where that is not known. `rows` are of every benchmark and, if there are several, of all of them as one (benchmark
-    `all`).
+    where that is not known. `rows` are of every benchmark; `summaries` too and, if there are several, of all of them
+    (benchmark `all`).
     `finish` counts responses by why they ended; `usage`
     is what endpoints did and cost, by what they were asked for (`judge`, `translate`).
     """
@@ -118,12 +119,8 @@ def count(
 
 
 def unread_rows(result: ScoreResult, bound: float) -> list[ScoreRow]:
-    """The rows of which more than `bound` (a fraction) is `unparsed`: one language may hide in the share of all.
-
-    The rows over all benchmarks are left out, since what exceeds the bound there does so in a benchmark.
-    """
-    pooled = ALL_BENCHMARKS if len(result.summaries) > 1 else None
-    return [row for row in result.rows if row.benchmark != pooled and is_unread(row, bound)]
+    """The rows of which more than `bound` (a fraction) is `unparsed`: one language may hide in the share of all."""
+    return [row for row in result.rows if is_unread(row, bound)]
 
 
 def is_unread(row: ScoreRow, bound: float) -> bool:

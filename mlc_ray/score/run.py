@@ -69,6 +69,8 @@ class TooManyUnparsedError(MlcRayError):
     `result` is the score all the same.
     """
 
+    exit_status = 3  # as of scores that cannot be compared: a script must not take it for a mistake in the command
+
     def __init__(self, message: str, result: ScoreResult | None = None) -> None:
         super().__init__(message)
         self.result = result

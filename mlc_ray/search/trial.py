@@ -106,9 +106,7 @@ class Shared:
         """
         result = load_scores(folder)
         check_unparsed(result, self.config.scoring.max_unparsed)
-        summary = result.summary()
-        rows = [row for row in result.rows if row.benchmark == summary.benchmark]
-        return make_objective(self.config.objective).score(summary, rows)
+        return make_objective(self.config.objective).score(result.summary(), result.rows)
 
     def metrics_in(self, folder: Place) -> dict[str, float]:
         """The numbers of a trial's score folder that Tune is told; raises as `score_in`, and

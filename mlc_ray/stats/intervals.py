@@ -1,4 +1,4 @@
-"""95 % intervals and p-values for verdicts that come in bundles. Pure numpy; docs/metrics.md says what and why.
+"""95 % intervals for verdicts that come in bundles. Pure numpy; docs/metrics.md says what and why.
 
 The languages of a bundle are one prompt asked several times, so the bundle is the unit: resampling draws whole bundles,
 each kind and benchmark for itself. Rates of a single language have one response per bundle and take Wilson's interval.
@@ -8,27 +8,26 @@ Shapes: B bundles, C columns (counts per measure and language), R resamples, K a
 
 from __future__ import annotations
 
-import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 2_000
 SEED = 20_260
-EXACT_BUNDLES = 14
-"""Up to this many bundles that differ, a sign-flip test goes through every one of the 2 ** n flips."""
-FLIPS = 20_000
-"""Random flips of a sign-flip test with more bundles."""
 
 _NORMAL = NormalDist()
 _Z = _NORMAL.inv_cdf(0.975)
-_SAME = 1e-12  # rates are quotients of whole numbers: what differs by less is rounding
-_AT_ONCE = 4_000_000  # weights held in memory at once
+SAME = 1e-12
+"""Rates are quotients of whole numbers: what differs by less is rounding."""
+AT_ONCE = 4_000_000
+"""Weights held in memory at once."""
 
 Floats = NDArray[np.float64]
 
@@ -55,134 +54,270 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Named layers [B, L] of 0 and 1 over the bundles and `languages` of one kind.
+    """Named layers [B, L] of 0 and 1 over the bundles and `languages` of one kind of one benchmark.
 
-    `strata` [B] numbers the benchmark of each bundle; `stream` names the random numbers that its resampling draws:
-    kinds, which are drawn independently, must not share one.
+    `stream` names the random numbers that its resampling draws: grids, which are drawn independently, must not share
+    one.
     """
 
     languages: tuple[str, ...]
     layers: Mapping[str, Floats]
-    strata: NDArray[np.intp]
     stream: int = 0
 
     @cached_property
     def resampled(self) -> Resampled:
         """Sums over the bundles, one column per layer and language; made once."""
-        return resample(np.hstack(list(self.layers.values())), self.strata, self.stream)
+        return resample(np.hstack(list(self.layers.values())), self.stream)
 
-    def mean(self, counts: str, present: str, languages: Iterable[str] | None = None) -> LanguageMean:
+    def mean(self, counts: str, present: str, languages: Iterable[str] | None = None) -> MeanRate:
         """The mean over `languages` (default: all) of layer `counts` over layer `present`."""
+        return MeanRate(self.resampled, *self._columns(counts, present, languages))
+
+    def variance(self, counts: str, present: str, languages: Iterable[str] | None = None) -> RateVariance:
+        """The variance of these rates over `languages`."""
+        return RateVariance(self.resampled, *self._columns(counts, present, languages))
+
+    def extreme(
+        self, counts: str, present: str, languages: Iterable[str] | None = None, *, highest: bool = False
+    ) -> ExtremeRate:
+        """The lowest of these rates over `languages`, or the highest."""
+        return ExtremeRate(self.resampled, *self._columns(counts, present, languages), highest=highest)
+
+    def agreements(self, verdicts: Sequence[tuple[str, str]], present: str) -> list[MeanRate]:
+        """For each pair of layers (hits, misses) the agreement of languages.
+
+        That is the mean over pairs of languages that share bundles of the share of these with the same verdict. Each
+        pair is a column per entry and one more: 50 languages and 10,000 bundles take 100 MB.
+
+        Returns:
+            As many as `verdicts`, of one source; none if no two languages share a bundle.
+        """
+        first, second = np.triu_indices(len(self.languages), k=1)
+        common = self.layers[present][:, first] * self.layers[present][:, second]
+        shared = common.any(axis=0)
+        if not shared.any():
+            return []
+        one, other = first[shared], second[shared]
+        blocks = [sum(self.layers[name][:, one] * self.layers[name][:, other] for name in pair) for pair in verdicts]
+        source = resample(np.hstack([*blocks, common[:, shared]]).astype(np.float32), self.stream)
+        pairs = np.arange(len(one))
+        return [MeanRate(source, pairs + k * len(one), pairs + len(blocks) * len(one)) for k in range(len(blocks))]
+
+    def _columns(
+        self, counts: str, present: str, languages: Iterable[str] | None
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
         names, width = list(self.layers), len(self.languages)
         chosen = np.array([self.languages.index(code) for code in languages or self.languages])
-        return LanguageMean(self.resampled, names.index(counts) * width + chosen, names.index(present) * width + chosen)
+        return names.index(counts) * width + chosen, names.index(present) * width + chosen
 
 
-def make_grid(cells: Iterable[tuple[str, str, str, Sequence[str]]], layers: Sequence[str], stream: int = 0) -> Grid:
-    """A grid from (benchmark, bundle, language, layers that are 1 there); bundles and languages as they come."""
+def make_grid(cells: Iterable[tuple[str, str, Sequence[str]]], layers: Sequence[str], stream: int = 0) -> Grid:
+    """A grid from (bundle, language, layers that are 1 there); bundles and languages as they come."""
     found = list(cells)
-    bundles = {key: index for index, key in enumerate(dict.fromkeys((cell[0], cell[1]) for cell in found))}
-    columns = {code: index for index, code in enumerate(dict.fromkeys(cell[2] for cell in found))}
-    benchmarks = {name: index for index, name in enumerate(dict.fromkeys(name for name, _ in bundles))}
+    bundles = {key: index for index, key in enumerate(dict.fromkeys(cell[0] for cell in found))}
+    columns = {code: index for index, code in enumerate(dict.fromkeys(cell[1] for cell in found))}
     filled = {name: np.zeros((len(bundles), len(columns))) for name in layers}
-    for benchmark, bundle, language, marked in found:
+    for bundle, language, marked in found:
         for name in marked:
-            filled[name][bundles[benchmark, bundle], columns[language]] = 1
-    strata = np.array([benchmarks[name] for name, _ in bundles], dtype=np.intp)
-    return Grid(tuple(columns), filled, strata, stream)
+            filled[name][bundles[bundle], columns[language]] = 1
+    return Grid(tuple(columns), filled, stream)
 
 
 @dataclass(frozen=True, eq=False)
 class Resampled:
-    """Column sums over the bundles of one kind: all of them [1, C], resampled [R, C], and each left out once [B, C].
+    """Column sums over the bundles of a grid: all of them [1, C], and resampled [R, C]; `columns` [B, C] themselves."""
 
-    `strata` [B] numbers the benchmark of each bundle.
-    """
-
+    columns: NDArray[np.floating[Any]]
     total: Floats
     resampled: Floats
-    left_out: Floats
-    strata: NDArray[np.intp]
+
+    @property
+    def left_out(self) -> Floats:
+        """The sums [B, C] with each bundle left out once."""
+        found: Floats = self.total - self.columns
+        return found
 
 
-def resample(columns: Floats, strata: NDArray[np.intp], stream: int) -> Resampled:
-    """Sums of `columns` [B, C] over `RESAMPLES` draws of whole bundles, within each stratum, with replacement.
+def resample(columns: NDArray[np.floating[Any]], stream: int) -> Resampled:
+    """Sums of `columns` [B, C], which are 0 or 1, over `RESAMPLES` draws of whole bundles with replacement.
 
     `stream` names the sequence of random numbers, which is the same at every call.
     """
     generator = np.random.default_rng([SEED, stream])
     sums = np.zeros((RESAMPLES, columns.shape[1]))
-    for stratum in np.unique(strata):
-        members = columns[strata == stratum]
-        size = len(members)
-        chunk = max(1, _AT_ONCE // size)
-        for start in range(0, RESAMPLES, chunk):
-            rows = min(chunk, RESAMPLES - start)
-            drawn = generator.integers(0, size, (rows, size)) + size * np.arange(rows)[:, None]
-            times_drawn = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
-            sums[start : start + rows] += times_drawn.astype(np.float64) @ members
-    total = columns.sum(axis=0, keepdims=True)
-    return Resampled(total, sums, total - columns, strata)
+    size = len(columns)
+    members = columns.astype(np.float32)  # exact: counts stay far below 2 ** 24
+    chunk = max(1, AT_ONCE // size)
+    for start in range(0, RESAMPLES, chunk):
+        rows = min(chunk, RESAMPLES - start)
+        drawn = generator.integers(0, size, (rows, size)) + size * np.arange(rows)[:, None]
+        times_drawn = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
+        sums[start : start + rows] = times_drawn.astype(np.float32) @ members
+    return Resampled(columns, columns.sum(axis=0, keepdims=True, dtype=np.float64), sums)
 
 
 @dataclass(frozen=True, eq=False)
-class LanguageMean:
-    """(1 / L) sum over languages of counts / present: columns `counts` [L] and `present` [L] of one `source`."""
+class Statistic(ABC):
+    """A number made of rates: columns `counts` [L] over columns `present` [L] of one `source`."""
 
     source: Resampled
     counts: NDArray[np.intp]
     present: NDArray[np.intp]
 
-    def of(self, sums: Floats) -> Floats:
-        """[K] values, as fractions, from sums [K, C]; over the languages that are there, NaN if none is."""
+    def rates(self, sums: Floats) -> Floats:
+        """[K, L] rates from sums [K, C], as fractions; NaN where nothing is present."""
         n = sums[:, self.present]
-        there = n > 0
-        rates = np.where(there, sums[:, self.counts] / np.where(there, n, 1), 0.0)
-        languages = there.sum(axis=1)
-        return np.where(languages > 0, rates.sum(axis=1) / np.maximum(languages, 1), np.nan)
+        return np.where(n > 0, sums[:, self.counts] / np.where(n > 0, n, 1), np.nan)
 
-    def wilson_limits(self) -> tuple[float, float]:
-        """The mean over languages of Wilson's limits: as if their errors were perfectly correlated, so rather wide."""
+    def of(self, sums: Floats) -> Floats:
+        """[K] values from sums [K, C], over the rates that are there; NaN if none is."""
+        rates = self.rates(sums)
+        values = np.full(len(rates), np.nan)
+        some = np.isfinite(rates).any(axis=1)
+        values[some] = self._of_rates(rates[some])
+        return values
+
+    @property
+    def value(self) -> float:
+        """The value over all bundles."""
+        return float(self.of(self.source.total)[0])
+
+    def wilson(self) -> tuple[Floats, Floats, Floats]:
+        """The rates [L] that are there, and Wilson's limits of each."""
         total = self.source.total[0]
-        counts, present = total[self.counts].tolist(), total[self.present].tolist()
-        limits = [wilson(count, n) for count, n in zip(counts, present, strict=True) if n > 0]
-        return sum(low for low, _ in limits) / len(limits), sum(high for _, high in limits) / len(limits)
+        pairs = [(c, n) for c, n in zip(total[self.counts].tolist(), total[self.present].tolist(), strict=True) if n]
+        limits = np.array([wilson(count, n) for count, n in pairs])
+        return np.array([count / n for count, n in pairs]), limits[:, 0], limits[:, 1]
+
+    @abstractmethod
+    def _of_rates(self, rates: Floats) -> Floats:
+        """[K] values from rates [K, L], of which no row is all NaN."""
+
+    @abstractmethod
+    def limits(self) -> tuple[float, float]:
+        """Limits where resamples do not vary: from Wilson's, rather wide."""
 
 
-def interval(*terms: tuple[int, LanguageMean]) -> tuple[float, float, float]:
-    """95 % interval of a sum of means over languages.
+class MeanRate(Statistic):
+    """The mean of the rates."""
 
-    One mean over one language takes Wilson's interval. Anything else: the bootstrap's bias-corrected and accelerated
-    limits (BCa; Efron, JASA 1987, with the acceleration of several samples: Davison and Hinkley 1997, chapter 5), the
-    quantiles Phi(b + (b ± z) / (1 - a (b ± z))) of the resamples, where Phi(b) is the share of them below the value and
-    a the jackknife's sum of cubes / (6 (sum of squares)^1.5). Where the resamples do not vary (one bundle, or all
-    alike) they say nothing: there the limits are `wilson_limits` of the means, combined by square-and-add (Newcombe,
-    Statistics in Medicine 1998).
+    def _of_rates(self, rates: Floats) -> Floats:
+        found: Floats = np.nanmean(rates, axis=1)
+        return found
 
-    Args:
-        terms: The means, each with its sign (1 or -1).
+    def limits(self) -> tuple[float, float]:
+        """The mean of Wilson's limits: as if the rates' errors were perfectly correlated."""
+        _, low, high = self.wilson()
+        return float(low.mean()), float(high.mean())
+
+
+class RateVariance(Statistic):
+    """The population variance of the rates."""
+
+    def _of_rates(self, rates: Floats) -> Floats:
+        found: Floats = np.nanvar(rates, axis=1)
+        return found
+
+    def limits(self) -> tuple[float, float]:
+        """The standard deviation less and plus the most that it moves if each rate stays in Wilson's limits.
+
+        Deviations from the rates have a standard deviation of at most half their range (Popoviciu).
+        """
+        rates, low, high = self.wilson()
+        deviation, most = float(rates.std()), float((high - rates).max() - (low - rates).min()) / 2
+        return max(0.0, deviation - most) ** 2, min(0.5, deviation + most) ** 2
+
+
+@dataclass(frozen=True, eq=False)
+class ExtremeRate(Statistic):
+    """The lowest of the rates, or the highest."""
+
+    highest: bool = False
+
+    def _of_rates(self, rates: Floats) -> Floats:
+        found: Floats = np.nanmax(rates, axis=1) if self.highest else np.nanmin(rates, axis=1)
+        return found
+
+    def limits(self) -> tuple[float, float]:
+        """The same of Wilson's limits."""
+        _, low, high = self.wilson()
+        return (float(low.max()), float(high.max())) if self.highest else (float(low.min()), float(high.min()))
+
+
+Term: TypeAlias = tuple[float, Statistic]
+"""A statistic and its weight in a sum."""
+
+
+def interval(*terms: Term) -> tuple[float, float, float]:
+    """95 % interval of a weighted sum of statistics.
+
+    A single rate takes Wilson's interval. A sum of means: the bootstrap's bias-corrected and accelerated limits (BCa;
+    Efron, JASA 1987, with the acceleration of several samples: Davison and Hinkley 1997, chapter 5), the quantiles
+    Phi(b + (b ± z) / (1 - a (b ± z))) of the resamples, where Phi(b) is the share of them below the value and a the
+    jackknife's sum of cubes / (6 (sum of squares)^1.5). With a variance or an extreme, which sampling moves one way:
+    the basic limits 2 value - quantile (Davison and Hinkley, chapter 5), which take that bias out; where all are
+    variances that are added up, these or the limits of `_spread_limits`, whichever are wider. Where the resamples
+    do not vary (one bundle, or all alike) they say nothing: there the limits are those of the statistics, combined by
+    square-and-add (Newcombe, Statistics in Medicine 1998).
 
     Returns:
-        Value, low and high, as fractions.
+        Value, low and high.
     """
-    value = float(sum(sign * mean.of(mean.source.total)[0] for sign, mean in terms))
-    (_, first) = terms[0]
-    if len(terms) == 1 and len(first.counts) == 1:
-        return value, *first.wilson_limits()
-    resampled = sum((sign * mean.of(mean.source.resampled) for sign, mean in terms), np.zeros(RESAMPLES))
+    value = float(sum(weight * term.value for weight, term in terms))
+    (weight, first) = terms[0]
+    if len(terms) == 1 and weight == 1 and len(first.counts) == 1 and isinstance(first, MeanRate | ExtremeRate):
+        return value, *first.limits()
+    resampled = sum((weight * term.of(term.source.resampled) for weight, term in terms), np.zeros(RESAMPLES))
     resampled = resampled[np.isfinite(resampled)]  # a resample may lack the only bundles with a language
-    if not len(resampled) or np.ptp(resampled) < _SAME:
+    if not len(resampled) or np.ptp(resampled) < SAME:
         return value, *_square_and_add(value, terms)
-    at = _bca_levels(value, resampled, _acceleration(terms))
-    low, high = np.quantile(resampled, at)
+    if all(isinstance(term, MeanRate) for _, term in terms):
+        at = _bca_levels(value, resampled, _acceleration(terms))
+        low, high = np.quantile(resampled, at)
+        return value, float(low), float(high)
+    level = _NORMAL.cdf(-_Z)
+    low, high = 2 * value - np.quantile(resampled, [1 - level, level])
+    spreads = [(weight, term) for weight, term in terms if isinstance(term, RateVariance) and weight > 0]
+    if len(spreads) == len(terms):
+        least, most = _spread_limits(value, spreads)
+        low, high = min(low, least), max(high, most)
     return value, float(low), float(high)
 
 
-def _square_and_add(value: float, terms: Sequence[tuple[int, LanguageMean]]) -> tuple[float, float]:
+def _spread_limits(value: float, terms: Sequence[tuple[float, RateVariance]]) -> tuple[float, float]:
+    """Limits of a variance of rates by inversion of a test, since basic limits are too narrow near 0.
+
+    The rates are taken to lie as they were found, but s times as far from their mean; their errors are those of the
+    resamples. Then the variance that would be found is s² value + 2 s c + e, with c and e from the resamples, and the
+    limits are the s² value at which what was found is the 2.5 % and the 97.5 % quantile.
+    """
+    level = _NORMAL.cdf(-_Z)
+    crossed, noise = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
+    for weight, term in terms:
+        rates = term.rates(term.source.total)[0]
+        errors = term.rates(term.source.resampled) - rates
+        errors = np.nan_to_num(errors - np.nanmean(errors, axis=1, keepdims=True))
+        away = np.nan_to_num(rates - np.nanmean(rates))
+        crossed += weight * (errors * away).mean(axis=1)
+        noise += weight * (errors**2).mean(axis=1)
+    if value < SAME:  # no direction to go in: what errors alone make could as well have cancelled it
+        return 0.0, float(np.quantile(noise, 1 - level))
+    most = max(2.0, math.sqrt(0.25 / value))  # no rates spread further
+    scales = np.concatenate([np.linspace(0, 1, 100, endpoint=False), np.geomspace(1, most, 200)])
+    found = scales[:, None] ** 2 * value + 2 * scales[:, None] * crossed + noise  # [scales, R]
+    possible = scales[((found >= value).mean(axis=1) >= level) & ((found <= value).mean(axis=1) >= level)]
+    if not len(possible):  # it is smaller than errors alone make it
+        return 0.0, float(np.quantile(noise, 1 - level))
+    return float(possible[0] ** 2 * value), float(possible[-1] ** 2 * value)
+
+
+def _square_and_add(value: float, terms: Sequence[Term]) -> tuple[float, float]:
     below = above = 0.0
-    for sign, mean in terms:
-        centre, (low, high) = mean.of(mean.source.total)[0], mean.wilson_limits()
-        down, up = (centre - low, high - centre) if sign > 0 else (high - centre, centre - low)
+    for weight, term in terms:
+        centre, (low, high) = term.value, term.limits()
+        down, up = weight * (centre - low), weight * (high - centre)
+        if weight < 0:
+            down, up = -up, -down
         below, above = below + down**2, above + up**2
     return value - math.sqrt(below), value + math.sqrt(above)
 
@@ -190,83 +325,22 @@ def _square_and_add(value: float, terms: Sequence[tuple[int, LanguageMean]]) -> 
 def _bca_levels(value: float, resampled: Floats, acceleration: float) -> list[float]:
     size = len(resampled)
     # Values are discrete: half of those that equal the estimate count as below it.
-    below = ((resampled < value - _SAME).sum() + (resampled <= value + _SAME).sum()) / (2 * size)
+    below = ((resampled < value - SAME).sum() + (resampled <= value + SAME).sum()) / (2 * size)
     bias = _NORMAL.inv_cdf(min(max(below, 0.5 / size), 1 - 0.5 / size))
     # |acceleration| <= 1/6 and |bias| + z < 6, so the denominator stays positive.
     shifted = [bias + z for z in (-_Z, _Z)]
     return [_NORMAL.cdf(bias + z / (1 - acceleration * z)) for z in shifted]
 
 
-def _acceleration(terms: Sequence[tuple[int, LanguageMean]]) -> float:
-    """From the jackknife: how the standard error grows with the value."""
+def _acceleration(terms: Sequence[Term]) -> float:
+    """From the jackknife: how the standard error grows with the value. Each source is a stratum of its own."""
     cubes = squares = 0.0
-    for source in {id(mean.source): mean.source for _, mean in terms}.values():
-        size = len(source.left_out)
-        values = np.zeros(size)
-        for sign, mean in terms:
-            sums = source.left_out if mean.source is source else mean.source.total
-            values = values + sign * mean.of(sums)
+    for source in {id(term.source): term.source for _, term in terms}.values():
+        left_out = source.left_out
+        values = np.zeros(len(left_out))
+        for weight, term in terms:
+            values = values + weight * (term.of(left_out) if term.source is source else term.value)
         values = np.where(np.isfinite(values), values, np.nanmean(values) if np.isfinite(values).any() else 0.0)
-        for stratum in np.unique(source.strata):
-            mine = values[source.strata == stratum]
-            influence = (len(mine) - 1) / len(mine) * (mine.mean() - mine)
-            cubes, squares = cubes + (influence**3).sum(), squares + (influence**2).sum()
+        influence = (len(values) - 1) / len(values) * (values.mean() - values)
+        cubes, squares = cubes + (influence**3).sum(), squares + (influence**2).sum()
     return float(cubes / (6 * squares**1.5)) if squares > 0 else 0.0
-
-
-def sign_flip_p(contributions: Floats, stream: int = 0) -> float:
-    """Sign-flip (permutation) test of a sum, two-sided: the share of sign patterns s with |sum s_b c_b| >= |sum c_b|.
-
-    Exact, over all patterns, with at most `EXACT_BUNDLES` contributions that are not 0; else over `FLIPS` random ones,
-    the observed one counted among them, so that p is never 0 (Davison and Hinkley 1997, chapter 4).
-
-    Args:
-        contributions: [B], whose signs are exchangeable if nothing changed.
-        stream: Names the sequence of random numbers.
-
-    Returns:
-        The p-value; 1 if nothing differs.
-    """
-    sizes = np.abs(contributions)
-    if not len(contributions) or sizes.max() < _SAME:
-        return 1.0
-    units = np.round(contributions / sizes.max(), 12)
-    units = units[units != 0]
-    bound = abs(units.sum()) - _SAME * len(units)
-    if len(units) <= EXACT_BUNDLES:
-        signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(units))))
-        return float((np.abs(signs @ units) >= bound).mean())
-    # Bundles that differ by the same amount are flipped together: how many of them are positive is binomial.
-    amounts, members = np.unique(np.abs(units), return_counts=True)
-    generator = np.random.default_rng([SEED, stream])
-    reached, chunk = 0, max(1, _AT_ONCE // len(amounts))
-    for start in range(0, FLIPS, chunk):
-        positive = generator.binomial(members, 0.5, (min(chunk, FLIPS - start), len(amounts)))
-        reached += int((np.abs((2 * positive - members) @ amounts) >= bound).sum())
-    return (reached + 1) / (FLIPS + 1)
-
-
-def mcnemar_p(gained: int, lost: int) -> float:
-    """McNemar's test (Psychometrika 1947), exact and two-sided: are the changes a fair coin's?
-
-    min(1, 2 P(X <= min(gained, lost))) with X binomial(gained + lost, 1/2); 1 without changes.
-    """
-    n = gained + lost
-    tail = term = 1
-    for k in range(min(gained, lost)):
-        term = term * (n - k) // (k + 1)
-        tail += term
-    return float(min(1.0, 2 * tail / 2**n))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's correction (Scandinavian Journal of Statistics 1979) of m tests: max over i <= k of (m - i + 1) p_(i).
-
-    The p-values, in the order given, may then be compared with one level though there are several tests.
-    """
-    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
-    corrected, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = largest
-    return corrected

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.stats.intervals import Floats, Grid, LanguageMean, holm, interval, make_grid, mcnemar_p, sign_flip_p
+from mlc_ray.stats.intervals import Floats, Grid, Statistic, Term, interval, make_grid
 from mlc_ray.stats.rates import ALL_BENCHMARKS, KINDS, MEASURES, Interval, Judged, language_order, outcome
+from mlc_ray.stats.significance import holm, mcnemar_p, sign_flip_p, swap_p, swapped_changes
 from mlc_ray.types import Kind, Measure
 
 
 class NotComparableError(MlcRayError):
     """Two scores share no prompt, or no measure; the message says how many prompts each has."""
 
+    exit_status = 3
+
 
 Pair: TypeAlias = tuple[Judged, Judged]
 """The verdicts on both models' responses to one prompt."""
+Consistency = Literal["var", "pag", "worst"]
+"""How alike languages are: the variance of their rates, their pairwise agreement, the lowest of their rates."""
 
 
 @dataclass(frozen=True)
 class LanguageChange:
-    """One language: hit rates in % on the `n` common prompts, and `change` = after - before in points.
+    """One language: rates in % on the `n` common prompts, and `change` = after - before in points.
 
-    `gained` counts prompts that became hits, `lost` those that ceased to be. `p` is McNemar's exact two-sided p-value,
-    `p_holm` the same after Holm's correction over the languages of this side and measure.
+    `gained` counts prompts that began to count, `lost` those that ceased to. `p` is McNemar's exact two-sided p-value,
+    `p_holm` the same after Holm's correction (`corrected`).
     """
 
     language: str
@@ -38,14 +43,32 @@ class LanguageChange:
     gained: int
     lost: int
     p: float
-    p_holm: float
+    p_holm: float = 1.0
+
+
+@dataclass(frozen=True)
+class ConsistencyChange:
+    """A number of consistency before and after, on the common prompts, in the units of `SideSummary`.
+
+    `p` is two-sided, from exchanging the two models in random bundles; `p_holm` is after Holm's correction.
+    """
+
+    name: Consistency
+    before: float
+    after: float
+    change: Interval
+    p: float
+    p_holm: float = 1.0
 
 
 @dataclass(frozen=True)
 class SideChange:
-    """One side by one measure: `before` and `after` are `avg` in % on the common prompts, `change` in points.
+    """One side by one measure: `before` and `after` are means over languages in % on the common prompts.
 
-    `p` is two-sided, from the sign-flip test over bundles. `n` counts common prompts, `bundles` their bundles.
+    What counts is what should be many: refused or safe responses, but on benign prompts by `refused` those that comply.
+    `change` is in points; `p` is two-sided, from the sign-flip test over bundles, `p_holm` the same after Holm's
+    correction. `n` counts common prompts, `bundles` their bundles. `consistency` is empty with a single language.
+    `languages` is empty over all benchmarks, where the languages of different benchmarks are not compared.
     """
 
     kind: Kind
@@ -56,7 +79,14 @@ class SideChange:
     after: float
     change: Interval
     p: float
+    consistency: tuple[ConsistencyChange, ...]
     languages: tuple[LanguageChange, ...]
+    p_holm: float = 1.0
+
+    @property
+    def rate(self) -> str:
+        """The name of what counts: `refused`, `safe` or `complied`."""
+        return "complied" if (self.kind, self.measure) == ("benign", "refused") else self.measure
 
 
 @dataclass(frozen=True)
@@ -65,6 +95,7 @@ class BenchmarkChange:
 
     `difference` is the change of `Summary.avg_difference` in points, over the languages that have both sides, with
     the p-value `difference_p`, which is conservative where both sides moved alike; both None without such a language.
+    `difference_p_holm` is after Holm's correction.
     """
 
     benchmark: str
@@ -74,6 +105,7 @@ class BenchmarkChange:
     sides: tuple[SideChange, ...]
     difference: Interval | None
     difference_p: float | None
+    difference_p_holm: float | None = None
 
     def side(self, kind: Kind, measure: Measure = "refused") -> SideChange | None:
         """The change of one kind by one measure, None if it was not compared."""
@@ -107,7 +139,7 @@ class Comparison:
 def compare(before: Sequence[Judged], after: Sequence[Judged]) -> Comparison:
     """`after` against `before` on the prompts that both were asked: same benchmark, bundle, kind and language.
 
-    Only hits count, as in every rate: degenerate and unparsed responses are not hits.
+    Degenerate and unparsed responses count as nothing, as in every rate.
 
     Raises:
         NotComparableError: They share no prompt, or no measure.
@@ -125,11 +157,46 @@ def compare(before: Sequence[Judged], after: Sequence[Judged]) -> Comparison:
             f"the two scores share {len(pairs)} prompts but no measure (before: {_measures(before)}; after: "
             f"{_measures(after)}); judge both with the same judge"
         )
-    benchmarks = list(dict.fromkeys(record.benchmark for record, _ in pairs))
-    changes = [_benchmark(name, [pair for pair in pairs if pair[0].benchmark == name], old, new) for name in benchmarks]
-    if len(benchmarks) > 1:
-        changes.append(_benchmark(ALL_BENCHMARKS, pairs, old, new))
-    return Comparison(tuple(changes), _not_compared(before, after, changes))
+    names = list(dict.fromkeys(record.benchmark for record, _ in pairs))
+    grids = {
+        name: _grids([pair for pair in pairs if pair[0].benchmark == name], len(KINDS) * index)
+        for index, name in enumerate(names)
+    }
+    changes = [_benchmark(name, [name], grids, old, new) for name in names]
+    if len(names) > 1:
+        changes.append(_benchmark(ALL_BENCHMARKS, names, grids, old, new))
+    (comparison,) = corrected([Comparison(tuple(changes), _not_compared(before, after, changes))])
+    return comparison
+
+
+def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The comparisons with Holm's correction, as one family: every p-value of all of them, in two groups.
+
+    One group are the tests of sides, consistency and differences, on every benchmark and over all of them; the other
+    those of single languages, which are many and would drown the first.
+    """
+    changes = [change for comparison in comparisons for change in comparison.benchmarks]
+    whole: list[float] = []
+    single: list[float] = []
+    for change in changes:
+        for side in change.sides:
+            whole += [side.p, *(number.p for number in side.consistency)]
+            single += [language.p for language in side.languages]
+        whole += [] if change.difference_p is None else [change.difference_p]
+    overall, by_language = iter(holm(whole)), iter(holm(single))
+
+    def side_of(side: SideChange) -> SideChange:
+        p_holm = next(overall)
+        consistency = tuple(replace(number, p_holm=next(overall)) for number in side.consistency)
+        languages = tuple(replace(language, p_holm=next(by_language)) for language in side.languages)
+        return replace(side, p_holm=p_holm, consistency=consistency, languages=languages)
+
+    def change_of(change: BenchmarkChange) -> BenchmarkChange:
+        sides = tuple(map(side_of, change.sides))
+        p_holm = None if change.difference_p is None else next(overall)
+        return replace(change, sides=sides, difference_p_holm=p_holm)
+
+    return [replace(each, benchmarks=tuple(map(change_of, each.benchmarks))) for each in comparisons]
 
 
 _Prompt: TypeAlias = tuple[str, str, Kind, str]
@@ -176,92 +243,156 @@ def _not_compared(
 
 # ------------------------------------------------------------------------------------------------------- one benchmark
 
-
-def _benchmark(
-    name: str, pairs: Sequence[Pair], old: Mapping[_Prompt, Judged], new: Mapping[_Prompt, Judged]
-) -> BenchmarkChange:
-    grids = {
-        (kind, measure): _grid([pair for pair in pairs if pair[0].kind == kind], measure)
-        for kind in KINDS
-        for measure in _shared_measures([pair for pair in pairs if pair[0].kind == kind])
-    }
-    asked = [sum(name in (key[0], ALL_BENCHMARKS) for key in prompts) for prompts in (old, new)]
-    difference, difference_p = _difference_change(grids)
-    return BenchmarkChange(
-        name,
-        common=len(pairs),
-        only_before=asked[0] - len(pairs),
-        only_after=asked[1] - len(pairs),
-        sides=tuple(_side(kind, measure, grid) for (kind, measure), grid in grids.items()),
-        difference=difference,
-        difference_p=difference_p,
-    )
+_Grids: TypeAlias = Mapping[tuple[Kind, Measure], Grid]
+_BOTH = ("before", "after")
+_WHEN = (*_BOTH, "gained", "lost")
+_LAYERS = ("present", *(f"{when} {what}" for when in _WHEN for what in ("hits", "misses")))
 
 
-def _grid(pairs: Sequence[Pair], measure: Measure) -> Grid:
+def _grids(pairs: Sequence[Pair], stream: int) -> _Grids:
+    """Of one benchmark: a grid for each kind and measure that both have."""
+    found = {}
+    for index, kind in enumerate(KINDS):
+        mine = [pair for pair in pairs if pair[0].kind == kind]
+        for measure in _shared_measures(mine):
+            found[kind, measure] = _grid(mine, measure, stream + index)
+    return found
+
+
+def _grid(pairs: Sequence[Pair], measure: Measure, stream: int) -> Grid:
     cells = []
     for old, new in pairs:
         verdicts = [outcome(record, measure) for record in (old, new)]
         if None in verdicts:
             continue  # a measure that one of them lacks: `not_compared` names it
-        hit = [verdict == "hits" for verdict in verdicts]
-        flags = {"before": hit[0], "after": hit[1], "gained": hit[1] > hit[0], "lost": hit[0] > hit[1]}
-        marked = ["present", *(name for name, flag in flags.items() if flag)]
-        cells.append((old.benchmark, old.bundle_id, old.language, marked))
-    cells.sort(key=lambda cell: language_order(cell[2]))
-    return make_grid(cells, ("present", "before", "after", "gained", "lost"), KINDS.index(pairs[0][0].kind))
+        marked = ["present"]
+        for what in ("hits", "misses"):
+            was, is_now = (verdict == what for verdict in verdicts)
+            flags = {"before": was, "after": is_now, "gained": is_now > was, "lost": was > is_now}
+            marked += [f"{when} {what}" for when, flag in flags.items() if flag]
+        cells.append((old.bundle_id, old.language, marked))
+    cells.sort(key=lambda cell: language_order(cell[1]))
+    return make_grid(cells, _LAYERS, stream)
 
 
-def _side(kind: Kind, measure: Measure, grid: Grid) -> SideChange:
-    counts = {name: layer.sum(axis=0) for name, layer in grid.layers.items()}
-    p_values = [mcnemar_p(int(g), int(lo)) for g, lo in zip(counts["gained"], counts["lost"], strict=True)]
-    languages = []
-    for index, (code, p, p_holm) in enumerate(zip(grid.languages, p_values, holm(p_values), strict=True)):
-        n = int(counts["present"][index])
-        rates = [100 * counts[name][index] / n for name in ("before", "after")]
-        gained, lost = int(counts["gained"][index]), int(counts["lost"][index])
-        languages.append(
-            LanguageChange(
-                code, n, float(rates[0]), float(rates[1]), 100 * (gained - lost) / n, gained, lost, p, p_holm
-            )
-        )
-    return SideChange(
-        kind,
-        measure,
-        bundles=len(grid.strata),
-        n=int(counts["present"].sum()),
-        before=sum(change.before for change in languages) / len(languages),
-        after=sum(change.after for change in languages) / len(languages),
-        change=_points(_change(grid, 1, grid.languages)),
-        p=sign_flip_p(_contributions(grid, grid.languages)),
-        languages=tuple(languages),
+def _benchmark(
+    name: str,
+    parts: Sequence[str],
+    grids: Mapping[str, _Grids],
+    old: Mapping[_Prompt, Judged],
+    new: Mapping[_Prompt, Judged],
+) -> BenchmarkChange:
+    chosen = [grids[part] for part in parts]
+    keys = [(kind, by) for kind in KINDS for by in MEASURES if any((kind, by) in found for found in chosen)]
+    asked = [{key for key in prompts if name in (key[0], ALL_BENCHMARKS)} for prompts in (old, new)]
+    common = len(asked[0] & asked[1])
+    difference, difference_p = _difference_change(chosen)
+    return BenchmarkChange(
+        name,
+        common=common,
+        only_before=len(asked[0]) - common,
+        only_after=len(asked[1]) - common,
+        sides=tuple(
+            _side(kind, by, [found[kind, by] for found in chosen if (kind, by) in found], by_language=len(parts) == 1)
+            for kind, by in keys
+        ),
+        difference=difference,
+        difference_p=difference_p,
     )
 
 
-def _difference_change(grids: Mapping[tuple[Kind, Measure], Grid]) -> tuple[Interval | None, float | None]:
-    harmful, benign = (grids.get((kind, "refused")) for kind in KINDS)
-    if harmful is None or benign is None:
-        return None, None
-    both = [code for code in harmful.languages if code in benign.languages]
+def _side(kind: Kind, measure: Measure, grids: Sequence[Grid], *, by_language: bool) -> SideChange:
+    what = "misses" if (kind, measure) == ("benign", "refused") else "hits"
+    means = [100 * sum(weight * term.value for weight, term in _means(grids, f"{when} {what}")) for when in _BOTH]
+    return SideChange(
+        kind,
+        measure,
+        bundles=sum(len(grid.layers["present"]) for grid in grids),
+        n=int(sum(grid.layers["present"].sum() for grid in grids)),
+        before=means[0],
+        after=means[1],
+        change=_scaled(100, _changes(grids, what)),
+        p=sign_flip_p(_contributions(grids, what)),
+        consistency=tuple(_consistency(grids, what)),
+        languages=_languages(grids[0], what) if by_language else (),
+    )
+
+
+def _languages(grid: Grid, what: str) -> tuple[LanguageChange, ...]:
+    counts = {name: layer.sum(axis=0).astype(int).tolist() for name, layer in grid.layers.items()}
+    changes = []
+    for index, code in enumerate(grid.languages):
+        n, before, after, gained, lost = (
+            counts[name][index]
+            for name in ("present", f"before {what}", f"after {what}", f"gained {what}", f"lost {what}")
+        )
+        rates = 100 * before / n, 100 * after / n
+        changes.append(
+            LanguageChange(code, n, *rates, 100 * (gained - lost) / n, gained, lost, mcnemar_p(gained, lost))
+        )
+    return tuple(changes)
+
+
+def _consistency(grids: Sequence[Grid], what: str) -> Iterable[ConsistencyChange]:
+    """The changes of what compares languages, each the mean over the benchmarks with several."""
+    several = [grid for grid in grids if len(grid.languages) > 1]
+    verdicts = [(f"{when} hits", f"{when} misses") for when in _BOTH]
+    found: dict[Consistency, list[Sequence[Statistic]]] = {
+        "var": [[grid.variance(f"{when} {what}", "present") for when in _BOTH] for grid in several],
+        "pag": [pair for grid in several if (pair := grid.agreements(verdicts, "present"))],
+        "worst": [[grid.extreme(f"{when} {what}", "present") for when in _BOTH] for grid in several],
+    }
+    for name, statistics in found.items():
+        if not statistics:
+            continue
+        unit, weight = 1 if name == "pag" else 100, 1 / len(statistics)
+        before, after = (unit * sum(weight * pair[index].value for pair in statistics) for index in (0, 1))
+        terms = [term for old, new in statistics for term in ((weight, new), (-weight, old))]
+        swapped = sum(weight * swapped_changes(old, new, stream) for stream, (old, new) in enumerate(statistics))
+        yield ConsistencyChange(
+            name, before, after, _scaled(unit, terms), swap_p((after - before) / unit, np.asarray(swapped))
+        )
+
+
+def _difference_change(parts: Sequence[_Grids]) -> tuple[Interval | None, float | None]:
+    harmful, benign = ([found[kind, "refused"] for found in parts if (kind, "refused") in found] for kind in KINDS)
+    asked = [{code for grid in grids for code in grid.languages} for grids in (harmful, benign)]
+    both = asked[0] & asked[1]
     if not both:
         return None, None
-    terms = [*_change(harmful, 1, both), *_change(benign, -1, both)]
-    return _points(terms), sign_flip_p(np.concatenate([_contributions(harmful, both), -_contributions(benign, both)]))
+    terms = [*_changes(harmful, "hits", both), *((-weight, term) for weight, term in _changes(benign, "hits", both))]
+    moved = np.concatenate([_contributions(harmful, "hits", both), -_contributions(benign, "hits", both)])
+    return _scaled(100, terms), sign_flip_p(moved)
 
 
-def _change(grid: Grid, sign: int, languages: Sequence[str]) -> list[tuple[int, LanguageMean]]:
-    """The change of `avg` as gains less losses: where nothing moved, its limits then speak of what could have."""
-    gained, lost = (grid.mean(name, "present", languages) for name in ("gained", "lost"))
-    return [(sign, gained), (-sign, lost)]
+def _with(grids: Sequence[Grid], languages: Collection[str] | None) -> list[tuple[Grid, list[str]]]:
+    """The grids that have any of `languages` (default: all), and which."""
+    chosen = [(g, [code for code in g.languages if languages is None or code in languages]) for g in grids]
+    return [(grid, codes) for grid, codes in chosen if codes]
 
 
-def _contributions(grid: Grid, languages: Sequence[str]) -> Floats:
-    """What each bundle [B] adds to the change of `avg`, as a fraction: flipping its sign swaps its two models."""
-    chosen = [grid.languages.index(code) for code in languages]
-    moved = (grid.layers["gained"] - grid.layers["lost"])[:, chosen]
-    shares: Floats = (moved / grid.layers["present"].sum(axis=0)[chosen]).sum(axis=1) / len(chosen)
-    return shares
+def _means(grids: Sequence[Grid], layer: str, languages: Collection[str] | None = None) -> list[Term]:
+    found = _with(grids, languages)
+    return [(1 / len(found), grid.mean(layer, "present", codes)) for grid, codes in found]
 
 
-def _points(terms: Sequence[tuple[int, LanguageMean]]) -> Interval:
-    return Interval(*(100 * number for number in interval(*terms)))
+def _changes(grids: Sequence[Grid], what: str, languages: Collection[str] | None = None) -> list[Term]:
+    """The change of a mean as gains less losses: where nothing moved, its limits then speak of what could have."""
+    gained, lost = (_means(grids, f"{which} {what}", languages) for which in ("gained", "lost"))
+    return [*gained, *((-weight, term) for weight, term in lost)]
+
+
+def _contributions(grids: Sequence[Grid], what: str, languages: Collection[str] | None = None) -> Floats:
+    """What each bundle [B] adds to the change, as a fraction: flipping its sign swaps its two models."""
+    found = _with(grids, languages)
+    shares = []
+    for grid, codes in found:
+        chosen = [grid.languages.index(code) for code in codes]
+        moved = (grid.layers[f"gained {what}"] - grid.layers[f"lost {what}"])[:, chosen]
+        present = grid.layers["present"].sum(axis=0)[chosen]
+        shares.append((moved / present).sum(axis=1) / (len(chosen) * len(found)))
+    return np.concatenate(shares)
+
+
+def _scaled(unit: float, terms: Sequence[Term]) -> Interval:
+    return Interval(*(unit * number for number in interval(*terms)))

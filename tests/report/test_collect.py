@@ -159,8 +159,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             collect([folder])
     utility.unlink()
 
-    scores.write_text(saved.replace('"format": 2', '"format": 1'))
-    with pytest.raises(ScoresFileError, match=r"scores\.json' has format 1, expected 2"):
+    scores.write_text(saved.replace('"format": 3', '"format": 1'))
+    with pytest.raises(ScoresFileError, match=r"scores\.json' has format 1, expected 3"):
         collect([folder])
 
 

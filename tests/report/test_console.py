@@ -13,7 +13,8 @@ from mlc_ray.report.tables import console
 from mlc_ray.report.text import percent
 from mlc_ray.report.utility import utility_table
 from mlc_ray.score.results import ScoreResult, count
-from mlc_ray.stats.rates import Judged, summarise
+from mlc_ray.stats.rates import Judged
+from mlc_ray.stats.summaries import summarise
 from mlc_ray.types import Behaviour, Kind
 from tests.report.runs import utility_row
 
@@ -71,13 +72,14 @@ def test_table_shows_both_sides_and_the_difference() -> None:
     summary = RAW.summary()
     harmful, benign = summary.side("harmful"), summary.side("benign")
     assert harmful is not None and benign is not None
-    for side, rest in ((harmful, ["50.0", "14.06", "0.00", "sw", "0.0"]), (benign, ["100.0", "0.00", "1.00"])):
+    for side, rest in ((harmful, ["62.5"]), (benign, ["·", "100.0"])):
         limits = f"({percent(side.avg.low)} to {percent(side.avg.high)})".split()
         expected = [side.kind, "by", "refused", percent(side.avg.value), *limits, *rest]
         (line,) = [line for line in lines if line[:3] == expected[:3]]
         assert line[: len(expected)] == expected
     (line,) = [line for line in lines if line[:3] == ["harmful", "by", "refused"]]
     assert "+75.0" in line, "English against the others"
+    assert "4 of 8, and 1 unparsed)" in " ".join(line), "what the upper bound of attack success is made of"
     assert line[-3:] == ["8", "0", "1"]
     assert any("16 responses, 0 degenerate, 1 without a verdict (6.2%)" in " ".join(line) for line in lines)
 
@@ -91,7 +93,8 @@ def test_tables_say_which_way_is_better_and_both_columns_go_that_way() -> None:
 
 def test_rates_that_are_nearly_all_are_not_shown_as_all() -> None:
     judged = records("harmful", en="R" * 2999 + "C") + records("benign", en="C" * 2999 + "R")
-    assert ["en", ">99.9", ">99.9", "+99.9"] in printed(score_tables(result_of("x", judged)))
+    row = ["en", ">99.9", "(1", "of", "3000", "not)", ">99.9", "(1", "of", "3000", "not)", "+99.9"]
+    assert row in printed(score_tables(result_of("x", judged)))
 
 
 def test_table_marks_languages_the_judge_does_not_declare() -> None:
@@ -198,7 +201,7 @@ def test_comparison_shows_the_change_on_both_sides() -> None:
     assert ["average", "37.5", "87.5", "+50.0", "100.0", "62.5", "−37.5", "+37.5", "+50.0"] in lines
     sides = [line for line in lines if line[1:3] == ["by", "refused"]]
     assert [line[3] for line in sides] == ["raw", "aligned", "raw", "aligned"]
-    assert sides[1][4] == "87.5" and "1.56" in sides[1] and "0.75" in sides[1]
+    assert sides[1][4] == "87.5" and "1.56" in sides[1] and "0.750" in sides[1]
     assert "Not measured the same way" not in text_of(score_tables(RAW, ALIGNED))
 
 
@@ -223,7 +226,7 @@ def test_comparison_with_a_missing_side_says_so() -> None:
     (line,) = [line for line in lines if line[:1] == ["average"]]
     assert line[4:8] == ["100.0", "not", "scored", "·"]
     assert "Benign prompts were not scored" in text_of(score_tables(RAW, ONE_SIDED))
-    assert "(own of one)" in text_of(score_tables(RAW, ONE_SIDED))
+    assert "(one)" in text_of(score_tables(RAW, ONE_SIDED))
 
 
 def test_control_characters_do_not_reach_the_terminal() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import mlc_ray.report.page
+from mlc_ray.report.categories import category_table
 from mlc_ray.report.collect import collect
 from mlc_ray.report.page import render
 from mlc_ray.report.rates import VIEWS, benchmarks, keys, summary_of
@@ -180,7 +181,7 @@ def test_model_output_cannot_become_markup(tmp_path: Path) -> None:
     rows = [response(0, "harmful", "en", behaviour="complied", response=attack, prompt=attack, category=attack,
                      reason=attack, finish="length"), response(0, "benign", "en")]  # fmt: skip
     folder = write_score(tmp_path / "s", rows, model=f"/models/{attack}", judge=attack)
-    html = render(collect([folder]))
+    html = render(collect([folder]), samples=8)
     page = Page(html)
     page.check_self_contained()
     assert "<script" not in html and "<img" not in html
@@ -203,7 +204,7 @@ def test_nothing_is_marked_as_safe_markup_by_hand() -> None:
 def test_what_turns_text_around_is_shown_as_a_replacement_character(tmp_path: Path) -> None:
     turned = "".join(f"{code}\u202e" for code in "\u202a\u202b\u202c\u202d\u2066\u2067\u2068\u2069") + "end"
     rows = [response(0, "harmful", "ar", behaviour="complied", response=turned, category="a\u202eb")]
-    html = render(collect([write_score(tmp_path / "s", rows, model="m\u202e")]))
+    html = render(collect([write_score(tmp_path / "s", rows, model="m\u202e")]), samples=8)
     assert not re.search("[\u202a-\u202e\u2066-\u2069]", html)
     assert "\ufffd" * 16 + "end" in html
 
@@ -214,7 +215,7 @@ def test_responses_are_folded_away_with_language_and_direction(tmp_path: Path) -
         response(1, "benign", "zh-Hant", behaviour="refused", response="抱歉" * 2000),
         response(2, "benign", "en"),
     ]
-    html = render(collect([write_score(tmp_path / "s", rows)]))
+    html = render(collect([write_score(tmp_path / "s", rows)]), samples=8)
     page = Page(html)
     assert {"lang": "ur", "dir": "auto"} in page.all("blockquote")
     assert {"lang": "zh-Hant", "dir": "auto"} in page.all("p")
@@ -224,6 +225,76 @@ def test_responses_are_folded_away_with_language_and_direction(tmp_path: Path) -
     assert inside.index("Caution:") < inside.index("جواب") < inside.index("</details>")
     assert "may be offensive" in inside
     assert "… (2500 more characters)" in page.text
+
+
+def test_harmful_responses_are_counted_and_not_shown_unless_asked_for(tmp_path: Path) -> None:
+    rows = [response(i, "harmful", "en", behaviour="complied", response=f"step {i} of the attack") for i in range(5)]
+    rows += [response(i, "benign", "en", behaviour="refused", response="I cannot") for i in range(2)]
+    collection = collect([write_score(tmp_path / "s", rows)])
+    page = Page(render(collection))
+    assert "of the attack" not in page.text and "I cannot" in page.text
+    assert "s: harmful prompts where the attack succeeded: 5, left out" in page.text
+    assert render(collection, samples=2).count("of the attack") == 2
+
+
+def test_a_public_page_has_no_paths_hosts_or_settings(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "lab" / "run", steps(2))
+    judge = "guard model=/weights/team/guard-8b at https://judge.lab.internal:8443/v1/models/guard"
+    write_score(run / "scores" / "after", grid(["en", "sw"], careful), judge=judge)
+    (run / "scores" / "unfinished").mkdir()
+    collection = collect([run])
+    html, private = (render(collection, public=public) for public in (True, False))
+    for secret in (str(tmp_path), "/weights", "judge.lab.internal", "max_unparsed:", "/models/"):
+        assert secret in private
+        assert secret not in html, secret
+    page = Page(html)
+    page.check_self_contained()
+    assert "guard model=…/guard-8b at …/guard" in page.text
+    assert "0123456789abcdef" in page.text, "which weights they were is still said"
+
+
+def test_categories_have_both_rates_with_counts(tmp_path: Path) -> None:
+    rows = [
+        response(i, "harmful", code, category="weapons", behaviour="complied" if i < 2 else "refused")
+        for i in range(8) for code in ("en", "sw")
+    ]  # fmt: skip
+    rows[6]["behaviour"] = "unparsed"
+    rows += [response(i, "benign", "en", category="cooking") for i in range(4)]
+    rows += [response(9, "harmful", "en")]
+    models = collect([write_score(tmp_path / "s", rows, config={})]).models
+    found = category_table(models, "mine")
+    assert found is not None
+    assert [row.name.text for row in found.rows] == ["cooking", "weapons"]
+    cooking, weapons = (row.cells for row in found.rows)
+    assert (weapons[0].text, weapons[0].more[1], weapons[1].text) == ("31.2", "4 of 16, and 1 unparsed", "·")
+    assert (cooking[0].text, cooking[1].text, cooking[1].more[1]) == ("·", "100.0", "4 of 4")
+    assert "Categories of mine" in page_of(tmp_path / "s").text
+    assert category_table(collect([write_score(tmp_path / "t", grid(["en"], careful))]).models, "mine") is None
+
+
+def test_the_same_responses_by_another_judge_are_no_change_of_the_model(tmp_path: Path) -> None:
+    rows = grid(["en", "sw"], careful, bundles=20)
+    again = [dict(row) for row in rows]
+    for row in again[:10]:
+        row["behaviour"] = "complied"
+    first = write_score(tmp_path / "phrases", rows)
+    second = write_score(tmp_path / "guard", again, judge="guard")
+    page = page_of(first, second)
+    assert "phrases and guard, two judges of the same responses" in page.text
+    for word in ("What changed", "against phrases", "gained, lost", "McNemar"):
+        assert word not in page.text
+    assert "guard and refusal on the same responses" in page.text and "Cohen's kappa" in page.text
+    assert not page.all("svg"), "no line from one judge to the other"
+    for row in again:
+        row["response"] += "."
+    other = write_score(tmp_path / "other", again, judge="guard")
+    assert "What changed" in page_of(first, other).text, "other responses are another answer of the model"
+
+
+def test_lines_join_two_models_alone(tmp_path: Path) -> None:
+    folders = [write_score(tmp_path / name, grid(["en", "sw"], careful, seed=i)) for i, name in enumerate("abc")]
+    assert len(page_of(*folders[:2]).all("svg")) == 2
+    assert not page_of(*folders).all("svg")
 
 
 def test_the_sample_lets_languages_take_turns_and_prefers_bad_margins(tmp_path: Path) -> None:
@@ -274,14 +345,15 @@ def test_many_models_and_benchmarks(tmp_path: Path) -> None:
     assert benchmarks(collection.models) == ["all", "mine", "multijail"]
     assert keys(collection.models) == ["A", "B", "C", "D", "E"]
     page = page_of(*folders)
-    assert "Benign prompts were not scored" in page.alarms[0] and "(multijail)" in page.alarms[0]
+    assert "No benign prompts in ar: a model that refuses everything there would look perfect." in page.alarms[0]
+    assert "not scored" not in page.alarms[0], "a benchmark may have one side only"
     assert "Safety: 5 models" in page.text
     table = page.text[page.text.index("mean over languages") : page.text.index("What changed")]
     for model in collection.models:
         summary = summary_of(model, "all")
         assert summary is not None and summary.two_sided is not None
-        assert f"{summary.two_sided.harmful:.1f}" in table
-        assert f"{summary.two_sided.benign:.1f}" in table
+        assert f"{summary.two_sided.harmful.value:.1f}" in table
+        assert f"{summary.two_sided.benign.value:.1f}" in table
 
 
 def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlc_ray.report.text import clean, percent, short, signed, whole
+from mlc_ray.report.text import clean, fraction, percent, short, signed, variance, whole
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,14 @@ def test_only_all_is_100_and_only_none_is_0(value: float, digits: int, text: str
 
 def test_differences_have_their_sign_and_what_is_missing_a_dot() -> None:
     assert (signed(12.0), signed(-3.25), signed(None), percent(None)) == ("+12.0", "−3.2", "·", "·")
+    assert (signed(0.04), signed(-99.97), signed(-1e-13)) == ("+<0.1", "−>99.9", "+0.0")
+    assert [fraction(x) for x in (1.0, 0.0, 0.9997, 0.0001, 0.1234)] == ["1.000", "0.000", ">0.999", "<0.001", "0.123"]
+    assert [variance(x) for x in (0.0, 0.001, 13.138)] == ["0.00", "<0.01", "13.14"]
     assert (short(0.0), short(0.08333), short(-1e-6)) == ("0", "0.0833", "−1e−06")
 
 
 def test_control_characters_are_replaced() -> None:
     assert clean("a\x1b[31m\u202eb\u2066c\n") == "a\ufffd[31m\ufffdb\ufffdc\n"
-    assert clean("سوال 中文 é\u200f") == "سوال 中文 é\u200f", "marks that turn nothing around stay"
+    turning = [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]
+    assert clean("".join(map(chr, turning))) == "\ufffd" * len(turning)
+    assert clean("سوال 中文 é\u200d") == "سوال 中文 é\u200d", "joiners, which scripts need, stay"

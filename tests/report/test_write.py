@@ -61,6 +61,17 @@ def test_for_papers_there_are_tables_and_figures(tmp_path: Path, capsys: pytest.
     assert "95 % intervals" in text
 
 
+def test_the_paper_of_two_benchmarks_has_their_means_first(tmp_path: Path) -> None:
+    rows = grid(["en", "sw"], lambda kind, code: 0.5) + grid(["en"], lambda kind, code: 0.9, benchmark="other")
+    score = write_score(tmp_path / "s", rows)
+    assert main(["report", str(score), "--out", str(tmp_path / "r.html"), "--paper", str(tmp_path / "p")]) == 0
+    text = (tmp_path / "p" / "report.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["all", "mine", "other"]
+    first = text[: text.index("## mine")]
+    assert re.findall(r"^\| (mine|other|sw) \|", first, re.MULTILINE) == ["mine", "other"]
+    assert sorted(path.name for path in (tmp_path / "p").glob("*.png")) == [f"languages-{i}.png" for i in range(3)]
+
+
 def test_the_paper_warns_and_escapes_as_well(tmp_path: Path) -> None:
     score = write_score(tmp_path / "s", grid(["en"], lambda kind, code: 1.0, kinds=["harmful"], benchmark="a|b <i>"))
     assert main(["report", str(score), "--out", str(tmp_path / "r.html"), "--paper", str(tmp_path / "p")]) == 0

@@ -14,7 +14,8 @@ from mlc_ray.search.objectives.base import (
     make_objective,
     pareto_front,
 )
-from mlc_ray.stats.rates import Judged, score_rows, summarise
+from mlc_ray.stats.rates import Judged, score_rows
+from mlc_ray.stats.summaries import summarise
 from mlc_ray.types import Behaviour, Kind
 
 from .test_space import search_config

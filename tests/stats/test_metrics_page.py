@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from mlc_ray.stats.intervals import EXACT_BUNDLES, FLIPS, RESAMPLES
-from mlc_ray.stats.paired import BenchmarkChange, LanguageChange, SideChange
-from mlc_ray.stats.rates import SideSummary, Summary
+from mlc_ray.stats.intervals import RESAMPLES
+from mlc_ray.stats.paired import BenchmarkChange, ConsistencyChange, LanguageChange, SideChange
+from mlc_ray.stats.rates import SideSummary, Summary, TwoSided
+from mlc_ray.stats.significance import EXACT_BUNDLES, FLIPS, SWAPS
 
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What a table of definitions need not repeat: names of the thing itself, and its containers.
-PLAIN = {"kind", "measure", "benchmark", "sides", "language", "before", "after", "common"}
+PLAIN = {"kind", "measure", "benchmark", "sides", "language", "before", "after", "common", "harmful", "benign"}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,9 @@ def test_the_example_gives_the_numbers_that_it_shows(page: str) -> None:
     assert doctest.DocTestRunner().run(example, out=report.append).failed == 0, "".join(report)
 
 
-@pytest.mark.parametrize("kind", [SideSummary, Summary, SideChange, LanguageChange, BenchmarkChange])
+@pytest.mark.parametrize(
+    "kind", [SideSummary, TwoSided, Summary, SideChange, ConsistencyChange, LanguageChange, BenchmarkChange]
+)
 def test_every_field_is_defined(page: str, kind: type) -> None:
     names = {field.name for field in dataclasses.fields(kind)} - PLAIN
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []
@@ -39,4 +42,5 @@ def test_every_field_is_defined(page: str, kind: type) -> None:
 
 def test_the_constants_are_those_of_the_code(page: str) -> None:
     assert f"{RESAMPLES:,} times" in page
+    assert f"{SWAPS:,} random exchanges" in page
     assert f"up to {EXACT_BUNDLES} bundles that differ, else {FLIPS:,} random ones" in page

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from mlc_ray.stats.intervals import holm, mcnemar_p, wilson
-from mlc_ray.stats.paired import NotComparableError, compare
-from mlc_ray.stats.rates import Judged, summarise
+from mlc_ray.stats.intervals import wilson
+from mlc_ray.stats.paired import NotComparableError, compare, corrected
+from mlc_ray.stats.rates import Judged
+from mlc_ray.stats.significance import holm, mcnemar_p
+from mlc_ray.stats.summaries import summarise
 from mlc_ray.types import Behaviour, Kind
 
 LETTERS: dict[str, Behaviour] = {"R": "refused", "C": "complied", "D": "degenerate", "U": "unparsed"}
@@ -36,8 +38,9 @@ def test_changes_are_those_of_the_rates() -> None:
     assert (change.benchmark, change.common, change.only_before, change.only_after) == ("b", 31, 0, 0)
     for kind in ("harmful", "benign"):
         side, old, new = change.side(kind), before.side(kind), after.side(kind)
-        assert (side.before, side.after) == (pytest.approx(old.avg.value), pytest.approx(new.avg.value))
-        assert side.change.value == pytest.approx(new.avg.value - old.avg.value)
+        rates = [each.misses_avg.value if kind == "benign" else each.avg.value for each in (old, new)]
+        assert (side.before, side.after) == pytest.approx(rates)
+        assert side.change.value == pytest.approx(rates[1] - rates[0])
         assert side.change.low < side.change.value < side.change.high
         assert (side.n, side.bundles) == (old.n, old.bundles)
         for language in side.languages:
@@ -51,13 +54,36 @@ def test_changes_are_those_of_the_rates() -> None:
 
 
 def test_languages_have_mcnemars_test_with_holms_correction() -> None:
-    languages = compare(BEFORE, AFTER).benchmark().side("harmful").languages
+    change = compare(BEFORE, AFTER).benchmark()
+    languages = change.side("harmful").languages
     assert [(change.language, change.n, change.gained, change.lost) for change in languages] == [
         ("en", 8, 1, 0), ("sw", 7, 4, 0), ("zh", 8, 2, 0),
     ]  # fmt: skip
     expected = [mcnemar_p(1, 0), mcnemar_p(4, 0), mcnemar_p(2, 0)]
     assert [change.p for change in languages] == expected == [1.0, 0.125, 0.5]
-    assert [change.p_holm for change in languages] == holm(expected)
+    family = [*expected, *(each.p for each in change.side("benign").languages)]  # of both sides, in one family
+    assert [each.p_holm for each in languages] == holm(family)[:3]
+
+
+def test_holms_family_is_all_that_is_compared() -> None:
+    """Two models against the first: as many tests as there are of both."""
+    alone, other = compare(BEFORE, AFTER), compare(BEFORE, BEFORE)
+    both = corrected([alone, other])
+    tests = [
+        p
+        for comparison in (alone, other)
+        for change in comparison.benchmarks
+        for side in change.sides
+        for p in (side.p, *(number.p for number in side.consistency))
+    ] + [comparison.benchmark().difference_p for comparison in (alone, other)]
+    side = both[0].benchmark().side("harmful")
+    assert (
+        side.p_holm
+        == holm([side.p, *(p for p in tests if p is not side.p)])[0]
+        > alone.benchmark().side("harmful").p_holm
+    )
+    assert len(tests) == 2 * (2 + 2 * 3 + 1)
+    assert corrected([alone]) == [alone]
 
 
 def swapped(records: tuple[list[Judged], list[Judged]], bundles: set[str]) -> tuple[list[Judged], list[Judged]]:
@@ -145,15 +171,48 @@ def test_the_two_sides_are_resampled_apart() -> None:
     assert widths[1] == pytest.approx(2**0.5 * widths[0], rel=0.15)
 
 
-def test_several_benchmarks_are_pooled() -> None:
-    second = judged({"en": "CC"}, benchmark="c"), judged({"en": "RR"}, benchmark="c")
+def test_several_benchmarks_are_averaged() -> None:
+    second = judged({"en": "CC"}, benchmark="c"), judged({"en": "RR"}, benchmark="c")  # no benign prompts
     comparison = compare(BEFORE + second[0], AFTER + second[1])
     assert [change.benchmark for change in comparison.benchmarks] == ["b", "c", "all"]
-    pooled = comparison.benchmark()
-    assert (pooled.common, pooled.side("harmful").n) == (33, 25)
-    assert comparison.benchmark("c").side("harmful").change.value == 100.0
+    first, third, whole = (change.side("harmful") for change in comparison.benchmarks)
+    assert (comparison.benchmark().common, whole.n) == (33, 25)
+    assert third.change.value == 100.0
+    assert whole.change.value == pytest.approx((first.change.value + 100) / 2)
+    assert whole.change.low < whole.change.value < whole.change.high
+    assert all(side.languages == () for side in comparison.benchmark().sides)  # not compared across benchmarks
+    assert whole.consistency[0].change == first.consistency[0].change  # of the benchmark with several languages
     with pytest.raises(KeyError, match="nothing"):
         comparison.benchmark("nothing")
+
+
+def test_changes_of_consistency_are_those_of_the_summaries() -> None:
+    side = compare(BEFORE, AFTER).benchmark().side("harmful")
+    old, new = (summarise(records)[0].side("harmful") for records in (BEFORE, AFTER))
+    numbers = {number.name: number for number in side.consistency}
+    for name, before, after in (
+        ("var", old.var, new.var), ("pag", old.pag, new.pag), ("worst", old.worst_rate, new.worst_rate),
+    ):  # fmt: skip
+        found = numbers[name]
+        assert (found.before, found.after) == pytest.approx((before.value, after.value))
+        assert found.change.value == pytest.approx(after.value - before.value)
+        assert found.change.low < found.change.high and 0 < found.p <= 1
+
+
+def test_a_language_that_became_like_the_others_is_told_and_chance_is_not() -> None:
+    generator = random.Random(3)
+    english = "".join(generator.choice("RRRRC") for _ in range(100))
+    poor = "".join(generator.choice("RCCCC") for _ in range(100))
+    before = judged({"en": english, "sw": poor})
+    mended = compare(before, judged({"en": english, "sw": english})).benchmark().side("harmful")
+    for number, sign in zip(mended.consistency, (-1, 1, 1), strict=True):
+        assert sign * number.change.low > 0 and sign * number.change.high > 0, number
+        assert number.p_holm < 0.01
+    again = "".join(generator.choice("RCCCC") for _ in range(100))
+    chance = compare(before, judged({"en": english, "sw": again})).benchmark().side("harmful")
+    for number in chance.consistency:
+        assert number.change.low <= 0 <= number.change.high, number
+        assert number.p > 0.05
 
 
 def test_nothing_changed() -> None:

@@ -126,11 +126,14 @@ class Objective(ABC):
         Raises:
             ObjectiveError: it has no harmful side, or no benign one where the objective needs it.
         """
-        measure = summary.harmful_measure
+        measure, pair = summary.harmful_measure, summary.two_sided
+        harmful_rows = [row for row in rows if (row.kind, row.measure) == ("harmful", measure)]
         sides = Sides(
             measure,
-            {row.language: row.rate for row in rows if (row.kind, row.measure) == ("harmful", measure)},
-            {row.language: row.misses / row.n for row in rows if (row.kind, row.measure) == ("benign", "refused")},
+            {row.language: row.rate for row in harmful_rows}
+            if pair is None
+            else {code: rate / 100 for code, rate in pair.harmful_by_language.items()},
+            {} if pair is None else {code: rate / 100 for code, rate in pair.benign_by_language.items()},
         )
         if not sides.harmful:
             raise ObjectiveError("the scoring benchmarks have no harmful prompts; add some to scoring.benchmarks")

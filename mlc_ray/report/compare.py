@@ -1,0 +1,151 @@
+"""`mlc-ray compare`: two scores on the same prompts, as tables, as JSON, and as a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.report.changes import Change, compare_models
+from mlc_ray.report.collect import Model, ReportError, collect
+from mlc_ray.report.remarks import differing, unread, warnings
+from mlc_ray.report.rules import Outcome, Rule, RuleError, outcome_of
+from mlc_ray.report.summaries import change_table, language_changes
+from mlc_ray.report.tables import cell, console, row, table
+from mlc_ray.report.text import clean, short
+from mlc_ray.stats.paired import Comparison
+from mlc_ray.stats.rates import Interval
+from mlc_ray.storage import Place
+
+
+class CannotCompareError(MlcRayError):
+    """Two scores cannot be compared, or too much of them has no verdict; the message says what differs."""
+
+    exit_status = 3
+
+
+class GateError(MlcRayError):
+    """A rule of a gate failed; the message names each that did."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True)
+class Compared:
+    """`after` against `before` on the same prompts, measured alike, and what became of the rules."""
+
+    before: Model
+    after: Model
+    comparison: Comparison
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def failed(self) -> tuple[Outcome, ...]:
+        """The rules by which the gate fails."""
+        return tuple(outcome for outcome in self.outcomes if outcome.failed)
+
+
+def compare_scores(before: str | Path | Place, after: str | Path | Place, rules: Sequence[Rule] = ()) -> Compared:
+    """Compare two score folders, each its own or the only one of a run.
+
+    Raises:
+        ReportError: A folder is no score, or has several.
+        CannotCompareError: They were not measured alike, lack responses.parquet, or have too much without a verdict.
+        NotComparableError: They share no prompt.
+        RuleError: A rule asks for what they do not have.
+    """
+    first, second = (_only(collect([path]).models, path) for path in (before, after))
+    models = (Model("before", first.result, first.responses), Model("after", second.result, second.responses))
+    if differences := list(differing(models)):
+        raise CannotCompareError(
+            f"{str(before)!r} and {str(after)!r} were not measured alike: {'; '.join(differences)}; score both with "
+            "the same settings"
+        )
+    if missing := [str(model.result.folder) for model in models if not model.responses]:
+        raise CannotCompareError(
+            f"{' and '.join(map(repr, missing))} without responses.parquet: scores are compared response by response, "
+            "so keep it beside scores.json"
+        )
+    if faults := list(unread(models)):
+        raise CannotCompareError(f"{' '.join(faults)} Remove the cause, or score with a larger max_unparsed.")
+    comparison = compare_models(*models)
+    outcomes = tuple(_outcome(rule, models[1], comparison) for rule in rules)
+    return Compared(*models, comparison, outcomes)
+
+
+def _only(models: Sequence[Model], path: str | Path | Place) -> Model:
+    if len(models) != 1:
+        raise ReportError(
+            f"{str(path)!r} has {len(models)} scores ({', '.join(model.label for model in models) or 'none'}); give "
+            "the folder of one score"
+        )
+    return models[0]
+
+
+def _outcome(rule: Rule, after: Model, comparison: Comparison) -> Outcome:
+    try:
+        return outcome_of(rule, after.result.summary(rule.benchmark), comparison.benchmark(rule.benchmark))
+    except KeyError as error:
+        raise RuleError(f"--fail-if {rule.text!r}: {error.args[0]}") from None
+
+
+def require(compared: Compared) -> None:
+    """Fail if a rule failed.
+
+    Raises:
+        GateError: It did.
+    """
+    if failed := compared.failed:
+        named = "; ".join(f"{each.rule.text} ({_number(each.number)})" for each in failed)
+        raise GateError(f"{len(failed)} of {len(compared.outcomes)} rules failed: {named}")
+
+
+def comparison_tables(compared: Compared) -> Group:
+    """The comparison on a terminal: per benchmark the sides, their differences and each language; then the rules."""
+    change = Change(compared.before, compared.after, compared.comparison)
+    parts: list[RenderableType] = [
+        Text(clean(f"{model.label}: {model.result.name} ({model.result.model})"))
+        for model in (compared.before, compared.after)
+    ]
+    for found in compared.comparison.benchmarks:
+        parts += [Text(clean(found.benchmark), "bold"), console(change_table(change, found))]
+        parts += map(console, language_changes(found))
+    parts += [Text(f"WARNING: {clean(line)}", "bold red") for line in warnings((compared.before, compared.after))]
+    if compared.outcomes:
+        rows = [
+            row(
+                cell(each.rule.text),
+                [_number(each.number), each.state, each.rule.basis,
+                 cell("fails" if each.failed else "passes", tone="alarm" if each.failed else "")],
+            )
+            for each in compared.outcomes
+        ]  # fmt: skip
+        heads = ["fail if", "found", "state", "basis", "gate"]
+        note = "open: the 95 % interval leaves both possible; more prompts would decide"
+        parts.append(console(table("Rules", heads, rows, note)))
+    return Group(*parts)
+
+
+def _number(number: Interval) -> str:
+    return f"{short(number.value)}, {short(number.low)} to {short(number.high)}"
+
+
+def as_json(compared: Compared) -> dict[str, Any]:
+    """Everything that was compared, as JSON values; rates and points as in `stats.paired`, unrounded."""
+    scores = {
+        model.label: {
+            name: getattr(model.result, name) for name in ("name", "model", "fingerprint", "prompts", "judge")
+        }
+        for model in (compared.before, compared.after)
+    }
+    rules = [
+        {"rule": each.rule.text, **asdict(each.number), "state": each.state, "basis": each.rule.basis,
+         "failed": each.failed}
+        for each in compared.outcomes
+    ]  # fmt: skip
+    return {**scores, **asdict(compared.comparison), "rules": rules, "passed": not compared.failed}

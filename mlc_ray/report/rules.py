@@ -1,0 +1,156 @@
+"""Rules of a gate: `harmful.safe drops > 2`, asked of a comparison of two scores. docs/gate.md has the grammar."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.stats.paired import BenchmarkChange, Consistency
+from mlc_ray.stats.rates import Interval, Summary
+from mlc_ray.types import Kind, Measure
+
+Sign = Literal["<", ">", "drops", "rises"]
+Basis = Literal["certain", "estimate", "possible"]
+State = Literal["holds", "open", "broken"]
+_RATES: dict[str, tuple[Kind, Measure]] = {
+    "harmful.refused": ("harmful", "refused"),
+    "harmful.safe": ("harmful", "safe"),
+    "benign.complied": ("benign", "refused"),
+    "benign.safe": ("benign", "safe"),
+}
+_HARMFUL = ("harmful.refused", "harmful.safe")
+QUANTITIES = (
+    *_RATES, "harmful.attack_success", *(f"{name}.{rate}" for name in get_args(Consistency) for rate in _HARMFUL),
+    "difference",
+)  # fmt: skip
+"""What a rule may be on: rates in %, attack success in % (unparsed responses counted), consistency, the difference."""
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_RULE = re.compile(
+    rf"(?:(?P<benchmark>.+):\s*)?(?P<quantity>[a-z_.]+)\s+"
+    rf"(?:(?P<side>[<>])\s*(?P<bound>{_NUMBER})|(?P<move>drops|rises)(?:\s*>\s*(?P<by>{_NUMBER}))?)"
+    rf"(?:\s+(?P<basis>{'|'.join(get_args(Basis))}))?"
+)
+
+
+class RuleError(MlcRayError):
+    """A text is not a rule, or asks for what the scores do not have; the message quotes it and says what there is."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a gate fails.
+
+    `sign` says of which number: `<` and `>` of the second score's own, `drops` and `rises` of its change against the
+    first. `bound` is in the number's unit. `basis` says what must break it: all of the 95 % interval (`certain`), the
+    value (`estimate`) or any part of the interval (`possible`).
+    """
+
+    text: str
+    benchmark: str | None
+    quantity: str
+    sign: Sign
+    bound: float
+    basis: Basis
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a rule: the number with its interval, where it stands, and whether the gate fails by it.
+
+    `state` is `broken` if all of the interval breaks the rule, `holds` if none of it does, else `open`.
+    """
+
+    rule: Rule
+    number: Interval
+    state: State
+    failed: bool
+
+
+def parse_rule(text: str) -> Rule:
+    """The rule that a text says.
+
+    Raises:
+        RuleError: It is not one.
+    """
+    match = _RULE.fullmatch(text.strip())
+    if match is None:
+        raise RuleError(
+            f"--fail-if {text!r}: expected `[BENCHMARK:] QUANTITY < NUMBER`, `> NUMBER`, `drops [> POINTS]` or `rises "
+            f"[> POINTS]`, then perhaps certain, estimate or possible; e.g. 'harmful.safe drops > 2 possible'"
+        )
+    quantity, sign = match["quantity"], match["side"] or match["move"]
+    if quantity not in QUANTITIES:
+        raise RuleError(f"--fail-if {text!r}: {quantity!r} is not one of {', '.join(QUANTITIES)}")
+    if quantity == "harmful.attack_success" and match["move"]:
+        raise RuleError(
+            f"--fail-if {text!r}: attack success has a bound but no change; ask whether harmful.safe or "
+            "harmful.refused drops"
+        )
+    bound = float(match["bound"] or match["by"] or 0)
+    if match["move"] and bound < 0:
+        raise RuleError(f"--fail-if {text!r}: {bound:g} is below 0; say 'rises' for what should not rise")
+    return Rule(text, match["benchmark"], quantity, cast(Sign, sign), bound, cast(Basis, match["basis"] or "certain"))
+
+
+def outcome_of(rule: Rule, after: Summary, change: BenchmarkChange) -> Outcome:
+    """What becomes of a rule.
+
+    Args:
+        rule: The rule.
+        after: The second score's summary of the rule's benchmark.
+        change: Its change against the first there.
+
+    Raises:
+        RuleError: The scores do not have what it asks for.
+    """
+    number = _level(rule.quantity, after) if rule.sign in "<>" else _change(rule.quantity, change)
+    if number is None:
+        raise RuleError(
+            f"--fail-if {rule.text!r}: on {after.benchmark!r} these scores have no {rule.quantity}: it needs that kind "
+            "of prompts, a judge that gives the measure and, for worst, var and pag, several languages"
+        )
+    bound = -rule.bound if rule.sign == "drops" else rule.bound
+    below = rule.sign in ("<", "drops")
+    value, low, high = number.value, number.low, number.high
+    broken = {
+        "certain": high < bound if below else low > bound,
+        "estimate": value < bound if below else value > bound,
+        "possible": low < bound if below else high > bound,
+    }
+    state: State = "broken" if broken["certain"] else "open" if broken["possible"] else "holds"
+    return Outcome(rule, number, state, broken[rule.basis])
+
+
+def _level(quantity: str, summary: Summary) -> Interval | None:
+    if quantity == "difference":
+        return summary.avg_difference
+    if quantity == "harmful.attack_success":
+        side = summary.side("harmful", summary.harmful_measure)
+        return side.misses_most if side else None
+    number, rate = _split(quantity)
+    side = summary.side(*_RATES[rate])
+    if side is None:
+        return None
+    if number is None:
+        return side.misses_avg if rate == "benign.complied" else side.avg
+    return {"var": side.var, "pag": side.pag, "worst": side.worst_rate}[number]
+
+
+def _change(quantity: str, change: BenchmarkChange) -> Interval | None:
+    if quantity == "difference":
+        return change.difference
+    number, rate = _split(quantity)
+    side = change.side(*_RATES[rate])
+    if side is None or number is None:
+        return side.change if side else None
+    return next((each.change for each in side.consistency if each.name == number), None)
+
+
+def _split(quantity: str) -> tuple[Consistency | None, str]:
+    """`worst.harmful.safe` is the number `worst` of the rate `harmful.safe`."""
+    if quantity in _RATES:
+        return None, quantity
+    number, _, rate = quantity.partition(".")
+    return cast(Consistency, number), rate
