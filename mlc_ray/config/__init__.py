@@ -35,7 +35,7 @@ from mlc_ray.config.score import (
     UtilityConfig,
     UtilityEngineSection,
 )
-from mlc_ray.config.search import ObjectiveSettings, ParameterSection, ProbePriorSection, SearchConfig
+from mlc_ray.config.search import ConfirmSection, ObjectiveSettings, ParameterSection, ProbePriorSection, SearchConfig
 from mlc_ray.config.train import (
     CheckpointSection,
     ClusterSection,
@@ -62,6 +62,7 @@ __all__ = [
     "ClusterSection",
     "CollapseSection",
     "ConfigError",
+    "ConfirmSection",
     "DataSection",
     "EndpointSection",
     "EngineSection",

@@ -11,7 +11,7 @@ from mlc_ray.config.base import RESUME, PositiveInt, Resume, RunName, Section
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.paths import ConfigPath, StoredPath
 from mlc_ray.config.score import ScoringSection
-from mlc_ray.config.train import TrainConfig
+from mlc_ray.config.train import SourceSection, TrainConfig
 
 Scalar = bool | int | float | str
 
@@ -56,6 +56,11 @@ class ObjectiveSettings(Section):
     """What the settings of every search objective share; an objective adds its own fields in its nested `Settings`."""
 
     name: str = Field(description="Objective: a name, or package.module:Class for one from outside this package.")
+    one_sided_languages: list[str] = Field(
+        [],
+        description="Languages that may lack harmful or benign prompts. They are asked and shown, and count on neither "
+        "side; one that is not listed here and lacks a side is refused.",
+    )
 
 
 _AVERAGE: Any = {}  # validated like any other value: the settings of the objective that is the default
@@ -66,6 +71,31 @@ class ProbePriorSection(Section):
 
     keep: PositiveInt = Field(3, description="How many of the searched layers stay, those that the probe ranks first.")
     limit: PositiveInt | None = Field(None, description="Probe on at most this many bundles of each kind.")
+
+
+class ConfirmSection(Section):
+    """What is reported of a search: its best few points, scored on bundles on which none of them was chosen."""
+
+    benchmarks: Annotated[list[SourceSection], Field(min_length=1)] | None = Field(
+        None,
+        description="Bundles to confirm on (default: every second bundle of scoring.benchmarks, by the hash of its "
+        "content, is kept from the trials for this).",
+    )
+    limit: PositiveInt | None = Field(
+        None, description="At most this many bundles per benchmark and kind of confirm.benchmarks."
+    )
+    keep: PositiveInt = Field(3, description="How many points are confirmed: those of the highest lower bounds.")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="Train each of them again with these seeds, and confirm the mean over seeds."
+    )
+
+    @model_validator(mode="after")
+    def _read(self) -> ConfirmSection:
+        if self.limit is not None and self.benchmarks is None:
+            raise ValueError(f"limit={self.limit} is read with confirm.benchmarks only; set scoring.limit")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds!r} names a seed twice")
+        return self
 
 
 class SearchConfig(Section):
@@ -85,7 +115,16 @@ class SearchConfig(Section):
     sampler: Literal["tpe", "random", "grid"] = Field(
         "tpe", description="Optuna's sampler: tree-structured Parzen estimator, random, or every combination."
     )
-    trials: PositiveInt | None = Field(None, description="Number of trials (grid: default and most is all).")
+    trials: PositiveInt | None = Field(None, description="Number of points to try (grid: default and most is all).")
+    enqueue: list[dict[str, Scalar]] = Field(
+        [], description="Points tried first, each a value for every name of space."
+    )
+    repeats: PositiveInt = Field(1, description="Trials a point, each with a seed of its own: seed, seed + 1, ...")
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Stop trials after this time, and confirm those that ended; the others go on when the search is "
+        "resumed, with the same time again.",
+    )
     concurrency: PositiveInt = Field(1, description="Trials at once.")
     scheduler: Literal["none", "asha", "median"] = Field(
         "none", description="Stop poor trials at a checkpoint: successive halving, or below the median of the others."
@@ -97,13 +136,21 @@ class SearchConfig(Section):
         "validation/reward/accuracy or validation/harmful/log_prob/chosen_change (default: the objective).",
     )
     grace_scores: PositiveInt = Field(1, description="Schedulers: scores a trial gets before it may be stopped.")
+    reduction_factor: Annotated[int, Field(ge=2)] = Field(
+        4, description="asha: one in this many trials goes on at each rung; rungs are grace_scores x its powers."
+    )
+    max_scores: PositiveInt | None = Field(None, description="asha: a trial ends at this many scores.")
     objective: Annotated[ObjectiveSettings, ComponentSettings("objective", default="average")] = Field(
         _AVERAGE, description="What makes one trial better than another."
     )
     scoring: ScoringSection
+    confirm: ConfirmSection = ConfirmSection()
     probe: ProbePriorSection | None = Field(None, description="Probe first, and search the layers it ranks first.")
     share_gpu: bool = Field(
         False, description="The engine sleeps while trials train, so that both fit one GPU; else engines own theirs."
+    )
+    keep_models: PositiveInt | None = Field(
+        None, description="Keep the models of this many of the best trials (default: of all)."
     )
     keep_checkpoints: bool = Field(False, description="Keep every trial's optimizer state, not only its model.")
 
@@ -134,7 +181,14 @@ class SearchConfig(Section):
                 raise ValueError(f"sampler='grid' needs choice or integers; {ranges[0]} is a range of numbers")
         elif self.trials is None:
             raise ValueError(f"sampler={self.sampler!r} needs trials: how many?")
-        metrics = resolve("objective", self.objective.name).metrics
+        objective = resolve("objective", self.objective.name)
+        metrics = objective.metrics
+        if self.objective.one_sided_languages and not objective.needs_benign:
+            raise ValueError(
+                f"objective.one_sided_languages={self.objective.one_sided_languages!r} is not read by "
+                f"objective={self.objective.name!r}, which needs no benign prompts; remove it"
+            )
+        self._check_selection()
         if self.scheduler != "none" and len(metrics) > 1 and self.scheduler_metric is None:
             raise ValueError(
                 f"scheduler={self.scheduler!r} compares trials by one number, but objective={self.objective.name!r} "
@@ -144,6 +198,13 @@ class SearchConfig(Section):
             raise ValueError(f"scheduler_metric={self.scheduler_metric!r} is read by schedulers only; scheduler='none'")
         if "grace_scores" in self.model_fields_set and self.scheduler == "none":
             raise ValueError(f"grace_scores={self.grace_scores} is read by schedulers only; scheduler='none'")
+        for name in ("reduction_factor", "max_scores"):
+            if name in self.model_fields_set and self.scheduler != "asha":
+                raise ValueError(f"{name}={getattr(self, name)} is read by asha only; scheduler={self.scheduler!r}")
+        if self.max_scores is not None and self.max_scores <= self.grace_scores:
+            raise ValueError(
+                f"max_scores={self.max_scores} must be above grace_scores={self.grace_scores}, or no trial is compared"
+            )
         if self.share_gpu and self.scoring.engine.replicas > 1:
             raise ValueError(
                 f"share_gpu=True has one engine sleep beside training, but scoring.engine.replicas="
@@ -164,6 +225,23 @@ class SearchConfig(Section):
         if self.probe is not None:
             self._check_probe(self.probe)
         return self
+
+    def _check_selection(self) -> None:
+        """What trials are chosen on, and what is confirmed of them."""
+        if any(source.path == "sample:test" for source in self.scoring.benchmarks):
+            raise ValueError(
+                "scoring.benchmarks has sample:test, which is never selected on: choose trials on sample:select, and "
+                "confirm them on it (confirm: {benchmarks: [{path: sample:test}]})"
+            )
+        seeded = {"repeats": self.repeats > 1, "confirm.seeds": bool(self.confirm.seeds)}
+        for name, given in seeded.items():
+            if given and "seed" in self.space:
+                raise ValueError(f"{name} sets the runs' seed, which space varies; remove one of them")
+        if self.keep_models is not None and self.keep_models < self.confirm.keep * self.repeats:
+            raise ValueError(
+                f"keep_models={self.keep_models} leaves too few models for confirm.keep={self.confirm.keep} "
+                f"points of repeats={self.repeats}: {self.confirm.keep * self.repeats} or more, or lower confirm.keep"
+            )
 
     def _check_probe(self, probe: ProbePriorSection) -> None:
         if "mlc.layer" not in self.space:

@@ -54,7 +54,7 @@ def run_search(ray_local: Any, tmp_path: Path) -> Callable[..., list[dict[str, A
     def run_it(
         ended: Sequence[Ended] = (), cut_off: Sequence[dict[str, Any]] = (), meet: int = 0, **settings: Any
     ) -> list[dict[str, Any]]:
-        scoring = {"benchmarks": [{"path": "sample:test"}]}
+        scoring = {"benchmarks": [{"path": "sample:train"}]}
         settings = {"name": "s", "train": str(tmp_path / "run.yaml"), "scoring": scoring, **settings}
         config = parse_config(SearchConfig, settings)
         nonlocal at_once
@@ -164,7 +164,7 @@ def test_no_more_trials_than_a_grid_has_points(tmp_path: Path) -> None:
         "train": str(tmp_path / "run.yaml"),
         "space": {"mlc.layer": {"choice": [1, 2, 3]}},
         "sampler": "grid",
-        "scoring": {"benchmarks": [{"path": "sample:test"}]},
+        "scoring": {"benchmarks": [{"path": "sample:train"}]},
     }
     for asked, expected in ((None, 3), (2, 2), (9, 3)):
         config = parse_config(SearchConfig, {**settings, **({} if asked is None else {"trials": asked})})

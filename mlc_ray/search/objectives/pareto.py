@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from mlc_ray._registry import register
 from mlc_ray.config import ObjectiveSettings
-from mlc_ray.search.objectives.base import BENIGN, HARMFUL, Direction, Objective, Sides, mean
-from mlc_ray.stats.rates import Summary
+from mlc_ray.search.objectives.base import BENIGN, HARMFUL, Direction, Objective, mean
+from mlc_ray.search.sides import Sides
 
 
 @register("objective", "pareto")
@@ -24,10 +24,10 @@ class Pareto(Objective):
 
         name: str = "pareto"
 
-    def values(self, summary: Summary, sides: Sides) -> tuple[float, ...]:
+    def values(self, sides: Sides) -> tuple[float, ...]:
         """Both sides."""
         return mean(sides.harmful.values()), mean(sides.benign.values())
 
-    def rank(self, values: Sequence[float], sides: Sides) -> float:
+    def rank(self, values: Sequence[float]) -> float:
         """Both sides together."""
         return sum(values)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mlc_ray._registry import register
 from mlc_ray.config import ObjectiveSettings
-from mlc_ray.search.objectives.base import Objective, Sides, mean
-from mlc_ray.stats.rates import Summary
+from mlc_ray.search.objectives.base import Objective, mean
+from mlc_ray.search.sides import Sides
 
 
 @register("objective", "safety_alone")
@@ -25,6 +25,6 @@ class SafetyAlone(Objective):
         """What such a search selects."""
         return "safety alone was maximised: a model that refuses everything wins; read the benign side"
 
-    def values(self, summary: Summary, sides: Sides) -> tuple[float, ...]:
+    def values(self, sides: Sides) -> tuple[float, ...]:
         """One number."""
         return (mean(sides.harmful.values()),)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mlc_ray._registry import register
-from mlc_ray.search.objectives.base import Floored, FlooredSettings, Sides
+from mlc_ray.search.objectives.base import Floored, FlooredSettings
+from mlc_ray.search.sides import Sides
 
 
 @register("objective", "worst_language")
