@@ -3,8 +3,8 @@
     RUN/       config.yaml first, run.json, metrics.jsonl, train/checkpoint_NNNNNN/, scores/NAME/ (a score each);
                diverged.json where a step failed every time, mlflow.json where MLflow is asked for
     SCORE/     request.json first, responses.parquet, scores.json last, perhaps utility.json
-    SEARCH/    base.yaml and config.json first, search.json, trials/ID/ (a run each), baseline/ (a score), at the end
-               trials.json, best.yaml, best/
+    SEARCH/    base.yaml and config.json first, search.json, trials/ID/ (a run each), baseline/ and confirmation/ (scores
+               of the model before training), trials.json, at the end best.yaml and best/
     PROBE/     probe.json
 
 Training and scoring meet only through these folders, and so what describes them lies beneath both. Paths of settings
@@ -54,9 +54,12 @@ REQUEST_FILE, RESPONSES_FILE, REPLIES_FILE, SCORES_FILE, HEATMAP_FILE, UTILITY_F
 SEARCH_CONFIG_FILE, BASE_FILE, SEARCH_FILE, TRIALS_FILE, TRIALS_FOLDER, BASELINE_FOLDER = (
     "config.json", "base.yaml", "search.json", "trials.json", "trials", "baseline",
 )  # fmt: skip
-"""Of a search; `search.json` is there when the trials begin, `trials.json` when they have ended."""
-VALUES_FILE, MODEL_FOLDER, STOPPED_FILE = "values.json", "model", "stopped"
-"""Of a trial, which is a run too: what was drawn for it, its model once it is done, the mark of one cut short."""
+"""Of a search; `search.json` is there when the trials begin, `trials.json` from the first score on."""
+VALUES_FILE, MODEL_FOLDER, FINISHED_FILE, STOPPED_FILE = "values.json", "model", "finished", "stopped"
+"""Of a trial, which is a run too: what was drawn for it, its model unless that was one of too many, and the mark of one
+that ran to its end or was cut short."""
+CONFIRMATION = "confirmation"
+"""The name of a trial's score, and of the baseline's, on the prompts that chose no trial."""
 PROBE_FILE = "probe.json"
 PROVENANCE_FILE = "mlc_ray.json"
 """Of an exported model: where it comes from."""

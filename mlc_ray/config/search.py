@@ -139,7 +139,6 @@ class SearchConfig(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = Field(
         4, description="asha: one in this many trials goes on at each rung; rungs are grace_scores x its powers."
     )
-    max_scores: PositiveInt | None = Field(None, description="asha: a trial ends at this many scores.")
     objective: Annotated[ObjectiveSettings, ComponentSettings("objective", default="average")] = Field(
         _AVERAGE, description="What makes one trial better than another."
     )
@@ -198,12 +197,9 @@ class SearchConfig(Section):
             raise ValueError(f"scheduler_metric={self.scheduler_metric!r} is read by schedulers only; scheduler='none'")
         if "grace_scores" in self.model_fields_set and self.scheduler == "none":
             raise ValueError(f"grace_scores={self.grace_scores} is read by schedulers only; scheduler='none'")
-        for name in ("reduction_factor", "max_scores"):
-            if name in self.model_fields_set and self.scheduler != "asha":
-                raise ValueError(f"{name}={getattr(self, name)} is read by asha only; scheduler={self.scheduler!r}")
-        if self.max_scores is not None and self.max_scores <= self.grace_scores:
+        if "reduction_factor" in self.model_fields_set and self.scheduler != "asha":
             raise ValueError(
-                f"max_scores={self.max_scores} must be above grace_scores={self.grace_scores}, or no trial is compared"
+                f"reduction_factor={self.reduction_factor} is read by asha only; scheduler={self.scheduler!r}"
             )
         if self.share_gpu and self.scoring.engine.replicas > 1:
             raise ValueError(

@@ -16,8 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.exceptions
 
 from mlc_ray.config import ScoringSection
+from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.pool import Blocks, Part, Pool, expected_errors, side_by_side
 from mlc_ray.judges.base import make_judge
@@ -29,6 +31,10 @@ from mlc_ray.storage import Place
 
 logger = logging.getLogger(__name__)
 _CLOSE_SECONDS = 120.0  # of three pools one after another, of which each may take 30
+
+
+class ScorerDiedError(MlcRayError):
+    """An engine or a judge of a warm scorer has died, so that it scores nothing more; the message says of what."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +57,27 @@ class Scorer:
         self._answering, *self._reading = Pool.open_all(parts, device)
         self._prompts = Blocks.put(self._table, parts[0], device)
 
-    def score(self, weights: str | None, lora: bool) -> WarmScore:
+    def check(self) -> None:
+        """Raise Ray's error of an actor that has died."""
+        for pool in (self._answering, *self._reading):
+            ray.get([actor.__ray_ready__.remote() for actor in pool.actors])
+
+    def score(self, weights: str | None, lora: bool, prompts: pa.Table | None) -> WarmScore:
         """Verdicts on the model in the folder `weights` (`lora`: on an adapter, None for no adapter)."""
+        table, asked = self._table, self._prompts
+        if prompts is not None:
+            table, asked = prompts, Blocks.put(prompts, self._answering.part, self._answering.device)
         started = time.perf_counter()
         with self._answering.awake():
             woken = time.perf_counter()
             swap = self._answering.swap(weights, lora=lora)
             swapped = time.perf_counter()
-            found = [self._answering.map(self._prompts)]
+            found = [self._answering.map(asked)]
             answered = time.perf_counter()
         slept = time.perf_counter()
         for pool in self._reading:
-            found.append(pool.map(self._prompts, *found))
-        judged = side_by_side(self._table, found).select(JUDGED.names)
+            found.append(pool.map(asked, *found))
+        judged = side_by_side(table, found).select(JUDGED.names)
         ended = time.perf_counter()
         seconds = {
             "wake": woken - started, **swap, "answer": answered - swapped, "sleep": slept - answered,
@@ -83,19 +97,32 @@ class WarmScorer:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    def score(self, weights: str | None, *, lora: bool = False) -> WarmScore:
+    def check(self) -> None:
+        """Wait until the scorer has nothing else to do, and ask whether it and all its engines live.
+
+        Raises:
+            ScorerDiedError: one of them does not.
+        """
+        try:
+            ray.get(self._actor.check.remote())
+        except ray.exceptions.RayError as error:
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise ScorerDiedError(f"an engine that scores has died ({said[0]})") from None
+
+    def score(self, weights: str | None, *, lora: bool = False, prompts: pa.Table | None = None) -> WarmScore:
         """Verdicts on a model.
 
         Args:
             weights: a folder or hub name of weights of the same shape as those the scorer was started with; with
                 `lora` a peft folder to be served over those, or None for no adapter.
+            prompts: others than those that the scorer was started with, in the same languages.
 
         Raises:
             StaleWeightsError: an engine does not serve the weights.
             MlcRayError: what an engine or a judge raises.
         """
         with expected_errors():
-            score: WarmScore = ray.get(self._actor.score.remote(weights, lora))
+            score: WarmScore = ray.get(self._actor.score.remote(weights, lora, prompts))
         return score
 
     def close(self) -> None:

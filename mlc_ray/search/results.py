@@ -1,4 +1,4 @@
-"""The results of a search: a table of trials, the Pareto plot, the best config and its model."""
+"""The results of a search: tables of trials and of what was confirmed, the Pareto plot, the best config and its model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any, Literal
 import yaml
 
 from mlc_ray.config import SearchConfig
-from mlc_ray.report.tables import Table, markdown, row, table
-from mlc_ray.report.text import ABSENT, percent, whole
+from mlc_ray.report.tables import Cell, Row, Table, cell, markdown, row, table
+from mlc_ray.report.text import ABSENT, percent, signed
 from mlc_ray.runs import (
     CONFIG_FILE,
+    DIVERGED_FILE,
+    FINISHED_FILE,
     MODEL_FOLDER,
     PROVENANCE_FILE,
     STOPPED_FILE,
@@ -23,9 +25,10 @@ from mlc_ray.runs import (
     read_metrics,
 )
 from mlc_ray.search.objectives.base import BENIGN, HARMFUL, TrialScore, make_objective, pareto_front
+from mlc_ray.stats.rates import Interval
 from mlc_ray.storage import Place, new_folder
 
-Ending = Literal["finished", "stopped", "failed"]
+Ending = Literal["finished", "stopped", "diverged", "failed"]
 
 
 def read_values(folder: Place) -> dict[str, Any]:
@@ -36,16 +39,15 @@ def read_values(folder: Place) -> dict[str, Any]:
 
 def ending(folder: Place) -> Ending:
     """How the trial in a run folder ended; one that was cut off, or still runs, has "failed" so far."""
-    if (folder / STOPPED_FILE).is_file():
-        return "stopped"
-    return "finished" if (folder / MODEL_FOLDER / PROVENANCE_FILE).is_file() else "failed"
+    marks: dict[str, Ending] = {FINISHED_FILE: "finished", STOPPED_FILE: "stopped", DIVERGED_FILE: "diverged"}
+    return next((ended for mark, ended in marks.items() if (folder / mark).is_file()), "failed")
 
 
 @dataclass(frozen=True)
 class Trial:
     """One trial: its values as they were drawn, its last score and at which step, and how it ended.
 
-    `ended` is "finished", "stopped" (by the scheduler) or "failed"; `seconds` those of its optimizer steps.
+    `ended` is "finished", "stopped" (by the scheduler), "diverged" or "failed"; `seconds` those of its optimizer steps.
     """
 
     name: str
@@ -57,7 +59,7 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether it ran to its end, and has a model."""
+        """Whether it ran to its end."""
         return self.ended == "finished"
 
     @staticmethod
@@ -74,10 +76,65 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class SearchResult:
-    """A whole search. `front` are indices into `trials`; `best` is one too, None if none ran to its end.
+class Change:
+    """The best confirmed model against another on the same prompts: best minus other in points, paired by bundle.
 
-    `failed` has a line for each trial that failed; one that had a score before is among the trials as well.
+    `told_apart` says whether they differ by a test at 5 % on the harmful side, or, of an objective that needs benign
+    prompts and has no floor under them, on either.
+    """
+
+    harmful: Interval
+    benign: Interval | None
+    told_apart: bool
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A point on the prompts that chose none: `trial` has its model, `runs` are all that were scored, `score` their mean.
+
+    `change` is the best minus this one; None of the best itself.
+    """
+
+    trial: str
+    runs: tuple[str, ...]
+    values: Mapping[str, Any]
+    score: TrialScore
+    change: Change | None = None
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The result of a search: the points that were confirmed, best first, and the model before training.
+
+    `change` is the best minus that model.
+    """
+
+    points: tuple[Confirmed, ...]
+    baseline: TrialScore
+    change: Change
+
+    @property
+    def best(self) -> Confirmed:
+        """The best of them."""
+        return self.points[0]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How many of the trials have ended, and about how many seconds the others take (None: not known)."""
+
+    ended: int
+    total: int
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A whole search, or what there is of it. `front` are indices into `trials`.
+
+    The scores of `trials` and `baseline` chose what was confirmed, and so the best of them are too good: `confirmation`
+    has the result, None before the trials have ended or where none ran to its end. `failed` has a line for each trial
+    that failed; one that had a score before is among the trials as well.
     """
 
     folder: Place
@@ -85,9 +142,15 @@ class SearchResult:
     baseline: TrialScore
     trials: tuple[Trial, ...]
     front: tuple[int, ...]
-    best: int | None
+    progress: Progress
     skipped_layers: tuple[Any, ...]
     failed: tuple[str, ...]
+    confirmation: Confirmation | None
+
+    @property
+    def best(self) -> Confirmed | None:
+        """The best point of those confirmed."""
+        return None if self.confirmation is None else self.confirmation.best
 
 
 def write_results(
@@ -96,58 +159,91 @@ def write_results(
     baseline: TrialScore,
     trials: Sequence[Trial],
     *,
+    progress: Progress,
     skipped_layers: Sequence[Any] = (),
     failed: Sequence[str] = (),
+    confirmation: Confirmation | None = None,
 ) -> SearchResult:
-    """Write `trials.json`, `search.md`, `pareto.png`, `best.yaml` and `best/` into the folder."""
+    """Write `trials.json`, `search.md`, `pareto.png` and, once something is confirmed, `best.yaml` and `best/`."""
     folder = Place(folder)
     front = pareto_front([trial.score.point for trial in trials])
-    best = best_trial(trials)
     result = SearchResult(
-        folder, config, baseline, tuple(trials), tuple(front), best, tuple(skipped_layers), tuple(failed)
-    )
+        folder, config, baseline, tuple(trials), tuple(front), progress, tuple(skipped_layers), tuple(failed),
+        confirmation,
+    )  # fmt: skip
+    if confirmation is not None:
+        _write_best(folder, confirmation.best.trial)
     (folder / TRIALS_FILE).write_json(_plain(result))
     pareto_plot(result, folder / "pareto.png")
-    if best is not None:
-        _write_best(folder, trials[best])
     (folder / "search.md").write_text(summary(result))
     return result
-
-
-def best_trial(trials: Sequence[Trial]) -> int | None:
-    """The finished trial that the objective ranks highest, None where no trial ran to its end.
-
-    One below the floor can be best when all are; `verdict` says so.
-    """
-    finished = [index for index, trial in enumerate(trials) if trial.finished]
-    return max(finished, key=lambda index: trials[index].score.rank, default=None)
 
 
 # -------------------------------------------------------------------------------------------------------- what is shown
 
 
-def trials_table(result: SearchResult) -> Table:
-    """A row per trial, best first, and the baseline."""
+def confirmation_table(result: SearchResult) -> Table | None:
+    """The result: a row per confirmed point, best first, and the model before training."""
+    found = result.confirmation
+    if found is None:
+        return None
     space = list(result.config.space)
-    metrics = make_objective(result.config.objective).metrics
-    own = [(index, name) for index, name in enumerate(metrics) if name not in (HARMFUL, BENIGN)]
-    sides = [f"{_harmful(result.baseline)} %", "benign complied %", "worst language"]
-
-    def numbers(score: TrialScore) -> list[str]:
-        worst = min(score.harmful_by_language, key=lambda code: score.harmful_by_language[code])
-        lowest = f"{worst} {whole(100 * score.harmful_by_language[worst])}"
-        values = [f"{score.values[index]:.3f}" for index, _ in own]
-        return [_percent(score.harmful), _percent(score.benign), lowest, *values]
-
     rows = []
+    for point in found.points:
+        cells = [*(_short(point.values[name]) for name in space), *_numbers(result.config, point.score)]
+        cells += [str(len(point.runs)), *_change(point.change)]
+        rows.append(row(point.trial, cells, tone="strong" if point is found.best else ""))
+    empty = [ABSENT] * len(space)
+    rows.append(row("baseline", [*empty, *_numbers(result.config, found.baseline), "1", *_change(found.change)]))
+    heads = [*space, *_heads(result), "models", "best less this", "told apart"]
+    return table("Confirmed", ["trial", *heads], rows, "on bundles that chose no trial")
+
+
+def _change(change: Change | None) -> list[str | Cell]:
+    if change is None:
+        return [ABSENT, ABSENT]
+    limits = f"{signed(change.harmful.low)} to {signed(change.harmful.high)}"
+    return [cell(signed(change.harmful.value), limits), "yes" if change.told_apart else "no"]
+
+
+def trials_table(result: SearchResult) -> Table:
+    """A row per trial, best first, and the baseline, on the prompts that chose what was confirmed."""
+    space = list(result.config.space)
+    confirmed = [] if result.confirmation is None else [point.trial for point in result.confirmation.points]
+    rows: list[Row] = []
     for index in sorted(range(len(result.trials)), key=lambda i: -result.trials[i].score.rank):
         trial = result.trials[index]
-        mark = ("^" if index in result.front else "") + ("*" if index == result.best else "")
+        mark = ("^" if index in result.front else "") + ("*" if trial.name in confirmed else "")
         values = [_short(trial.values[name]) for name in space]
-        cells = [*values, *numbers(trial.score), str(trial.step), trial.ended, f"{trial.seconds:.0f}"]
-        rows.append(row(trial.name + mark, cells, tone="strong" if index == result.best else ""))
-    rows.append(row("baseline", [*[ABSENT] * len(space), *numbers(result.baseline), *[ABSENT] * 3]))
-    return table("", ["trial", *space, *sides, *(name for _, name in own), "step", "ended", "train s"], rows)
+        cells = [*values, *_numbers(result.config, trial.score), str(trial.step), trial.ended, f"{trial.seconds:.0f}"]
+        rows.append(row(trial.name + mark, cells))
+    numbers = _numbers(result.config, result.baseline)
+    rows.append(row("baseline", [*[ABSENT] * len(space), *numbers, *[ABSENT] * 3]))
+    note = "on the bundles that choose; the best of these numbers are too good"
+    return table("Selection", ["trial", *space, *_heads(result), "step", "ended", "train s"], rows, note)
+
+
+def _heads(result: SearchResult) -> list[str]:
+    own = [f"{name} at least" for name in _own_metrics(result.config).values()]
+    return [f"{_harmful(result.baseline)} %", "benign complied %", "worst language", *own]
+
+
+def _numbers(config: SearchConfig, score: TrialScore) -> list[str | Cell]:
+    by_language = score.harmful_by_language
+    worst = min(by_language, key=lambda code: by_language[code].value)
+    lowest = _rate(by_language[worst])
+    own = [f"{score.values[index]:.3f}" for index in _own_metrics(config)]
+    return [_rate(score.harmful), _rate(score.benign), cell(f"{worst} {lowest.text}", *lowest.more), *own]
+
+
+def _own_metrics(config: SearchConfig) -> dict[int, str]:
+    """The objective's metrics that are no side of a score, by their index."""
+    metrics = make_objective(config.objective).metrics
+    return {index: name for index, name in enumerate(metrics) if name not in (HARMFUL, BENIGN)}
+
+
+def _rate(rate: Interval | None) -> Cell:
+    return cell(ABSENT) if rate is None else cell(percent(rate.value), f"{percent(rate.low)} to {percent(rate.high)}")
 
 
 def verdict(result: SearchResult) -> list[str]:
@@ -155,49 +251,89 @@ def verdict(result: SearchResult) -> list[str]:
     objective = make_objective(result.config.objective)
     lines = [f"WARNING: {objective.warning}"] if objective.warning is not None else []
     lines += [f"WARNING: a trial failed: {fault}" for fault in result.failed]
-    if result.best is None:
-        return [*lines, "no trial ran to its end"]
-    best = result.trials[result.best]
+    progress, found = result.progress, result.confirmation
+    if progress.ended < progress.total:
+        lines.append(f"{progress.ended} of {progress.total} trials have ended{_time_left(progress)}")
+    if found is None:
+        finished = sum(trial.finished for trial in result.trials)
+        return [*lines, "nothing is confirmed yet" if finished else "no trial ran to its end"]
+    best = found.best
     if not best.score.feasible and objective.floor is not None:
         lines.append(
-            f"WARNING: no trial complies with {100 * objective.floor:.0f} % of benign prompts or more; the best is "
-            "only the nearest to it"
+            f"WARNING: it is not sure that any of those confirmed complies with {100 * objective.floor:.0f} % of benign "
+            "prompts: the interval of the best reaches below"
         )
     values = ", ".join(f"{name}={_short(value)}" for name, value in best.values.items())
-    base = result.baseline
+    lines.append(f"best: {best.trial} ({values})")
     lines.append(
-        f"best: {best.name} ({values}): {_harmful(base)} {_percent(best.score.harmful)} % (baseline "
-        f"{_percent(base.harmful)} %), benign complied {_percent(best.score.benign)} % (baseline "
-        f"{_percent(base.benign)} %)"
+        _against_baseline(_harmful(best.score), best.score.harmful, found.baseline.harmful, found.change.harmful)
     )
+    lines.append(_against_baseline("benign complied", best.score.benign, found.baseline.benign, found.change.benign))
+    if len(best.runs) > 1:
+        lines.append(f"these are means over {len(best.runs)} seeds; intervals are over prompts, not over seeds")
+    if not found.change.told_apart:
+        lines.append("not told apart from the baseline")
+    alike = [point for point in found.points[1:] if point.change is not None and not point.change.told_apart]
+    if alike:
+        lines.append(f"not told apart from: {', '.join(map(_named, alike))}")
+    elif len(found.points) > 1:
+        lines.append(f"told apart from {', '.join(point.trial for point in found.points[1:])}")
     if result.skipped_layers:
         lines.append(f"layers that the probe left out: {', '.join(map(str, result.skipped_layers))}")
     return [*lines, f"config  {result.folder / 'best.yaml'}", f"model   {result.folder / 'best'}"]
 
 
+def _named(point: Confirmed) -> str:
+    assert point.change is not None
+    changes = {"harmful": point.change.harmful, "benign": point.change.benign}
+    said = [f"{side} {signed(each.value)}" for side, each in changes.items() if each is not None]
+    return f"{point.trial} (best less this: {', '.join(said)} points)"
+
+
+def _against_baseline(name: str, best: Interval | None, baseline: Interval | None, change: Interval | None) -> str:
+    if best is None or baseline is None or change is None:
+        return f"{name}: no such prompts were asked"
+    value, before = _rate(best), percent(baseline.value)
+    changed = f"{signed(change.value)} points, {signed(change.low)} to {signed(change.high)}, paired"
+    return f"{name} {value.text} % ({value.more[0]}); baseline {before} %, change {changed}"
+
+
+def _time_left(progress: Progress) -> str:
+    return "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two units that tell most: `3 h 05 min`, `12 min`."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{max(1, minutes)} min"
+
+
 def summary(result: SearchResult) -> str:
-    """The table and the verdict as a Markdown file."""
-    shown = "\n".join(markdown(trials_table(result)))
+    """The tables and the verdict as a Markdown file."""
+    found = confirmation_table(result)
+    confirmed = "" if found is None else "\n".join(markdown(found)) + "\n"
     lines = "\n".join(f"- {line}" for line in verdict(result))
-    marks = "`*` best, `^` on the Pareto front."
-    return f"# Search {result.config.name}\n\n{shown}\n{marks}\n\n{lines}\n\n![Pareto](pareto.png)\n"
+    shown = "\n".join(markdown(trials_table(result)))
+    marks = "`*` confirmed, `^` on the Pareto front. Rates have their 95 % intervals."
+    return f"# Search {result.config.name}\n\n{lines}\n\n{confirmed}{shown}\n{marks}\n\n![Pareto](pareto.png)\n"
 
 
 def pareto_plot(result: SearchResult, place: Place) -> None:
-    """Both sides, a point per trial, the front, the floor, and the baseline."""
+    """Both sides of the selection, a point per trial, the front, the floor, and the baseline."""
     from mlc_ray.report.figures import Trade, pareto_png  # matplotlib takes a second to import
 
     def point(score: TrialScore, label: str = "") -> Trade:
-        return Trade(100 * score.point[0], 100 * score.point[1], label)
+        return Trade(*score.point, label)
 
     base, floor = result.baseline, make_objective(result.config.objective).floor
     benign = "benign complied %" if base.benign is not None else "no benign prompts were asked"
+    names = [trial.name for trial in result.trials]
     pareto_png(
         [point(trial.score, ", ".join(map(_short, trial.values.values()))) for trial in result.trials],
         place,
         baseline=point(base),
         front=result.front,
-        best=result.best,
+        best=names.index(result.best.trial) if result.best is not None else None,
         names=(f"{_harmful(base)} %", benign),
         floor=None if floor is None else 100 * floor,
     )
@@ -207,20 +343,16 @@ def _harmful(score: TrialScore) -> str:
     return f"harmful {score.measure}"
 
 
-def _write_best(folder: Place, best: Trial) -> None:
-    run = folder / TRIALS_FOLDER / best.name
+def _write_best(folder: Place, trial: str) -> None:
+    run = folder / TRIALS_FOLDER / trial
     raw = yaml.safe_load((run / CONFIG_FILE).read_text())
     raw["name"] = f"{folder.name}-best"
     raw.pop("output_dir", None)  # the trials' own folder; a run made from this file goes where runs go
-    text = f"# The best trial of search {folder.name} ({best.name}), ready for `mlc-ray train --config`.\n"
+    text = f"# The best trial of search {folder.name} ({trial}), ready for `mlc-ray train --config`.\n"
     (folder / "best.yaml").write_text(text + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
     (folder / "best").remove()
     with new_folder(folder / "best", last=(PROVENANCE_FILE,)) as copy:
         run.storage.fetch(str(run / MODEL_FOLDER), copy)
-
-
-def _percent(side: float | None) -> str:
-    return percent(None if side is None else 100 * side)
 
 
 def _short(value: Any) -> str:
@@ -229,5 +361,6 @@ def _short(value: Any) -> str:
 
 def _plain(result: SearchResult) -> dict[str, Any]:
     content = {name: value for name, value in vars(result).items() if name != "config"}
-    trials = [asdict(trial) for trial in result.trials]
-    return {**content, "folder": result.folder.name, "baseline": asdict(result.baseline), "trials": trials}
+    for name in ("baseline", "progress", "confirmation"):
+        content[name] = None if content[name] is None else asdict(content[name])
+    return {**content, "folder": result.folder.name, "trials": [asdict(trial) for trial in result.trials]}

@@ -5,15 +5,21 @@ score of the model before training). A search folder holds
 
     config.json      the settings; base.yaml the run that all trials share, as its file was when the search began
     search.json      the layers that a probe left out, the baseline, fingerprints of prompts and model, versions
-    trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per checkpoint, in the end `model/` or,
-                     where the scheduler ended it, `stopped`; `--resume` goes by these alone
+    trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per checkpoint, in the end `model/` and
+                     `finished` or, where the scheduler ended it, `stopped`; `--resume` goes by these alone. Of the few
+                     that are confirmed also `scores/confirmation`, and `trials/ID-seed-N/` (runs, but no trials)
+    baseline/, confirmation/     scores of the model before training, on the prompts that choose and that confirm
     tune/            Ray Tune's own logs
-    trials.json, search.md, *.png, best.yaml, best/      the results (`search.results`)
+    trials.json, search.md, *.png      the results (`search.results`), written anew after every score
+    best.yaml, best/                   the best of those confirmed
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +28,7 @@ import ray.tune
 import yaml
 
 from mlc_ray.cluster import ClusterError, amount, connect, fits, nodes_held, use_gpu, with_dtype
-from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, parse_config, parse_yaml
+from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, apply_override, parse_config, parse_yaml
 from mlc_ray.config.base import by_dotted_name
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
@@ -41,27 +47,20 @@ from mlc_ray.runs import (
     resolve_model,
 )
 from mlc_ray.score.plan import places, with_dtypes, with_longest_answer
-from mlc_ray.score.prompts import read_prompts
+from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.scorer import start_scorer
-from mlc_ray.search.objectives.base import TrialScore
+from mlc_ray.search.confirm import confirm
+from mlc_ray.search.objectives.base import TrialScore, make_objective
 from mlc_ray.search.probe import probe_run
-from mlc_ray.search.results import SearchResult, read_values, write_results
+from mlc_ray.search.record import Recorder
+from mlc_ray.search.results import SearchResult, ending, read_values
+from mlc_ray.search.selection import read_asked
 from mlc_ray.search.space import Space, check_held_out, make_space, restrict, values_of
-from mlc_ray.search.trial import (
-    MarkStopped,
-    SearchError,
-    Shared,
-    has_ended,
-    run_trial,
-    scored_trials,
-    scores_of,
-    trial_folders,
-)
-from mlc_ray.search.tune import Ended, make_tuner
+from mlc_ray.search.trial import SearchError, Shared, run_trial, scores_of, step_of, trial_folders
+from mlc_ray.search.tune import CutOff, EndEarly, Ended, Points, make_tuner, number_of_points, seeds_of
 from mlc_ray.storage import (
     Place,
     absolute_if_here,
-    fingerprint,
     fingerprint_model,
     library_versions,
     local_side,
@@ -103,7 +102,7 @@ def search(config: SearchConfig) -> SearchResult:
                 f"resume='auto': search folder {str(folder)!r} holds a search with other settings "
                 f"({', '.join(changed)}): give the search another name, or the settings it has"
             )
-        return resume_search(folder)
+        return resume_search(folder, [f"{name}={json.dumps(getattr(config, name))}" for name in MAY_CHANGE])
     keep_in(local_side(folder))
     _check(config, space)
     with lease(folder, wait=config.resume == "auto"):
@@ -119,33 +118,65 @@ def search(config: SearchConfig) -> SearchResult:
         return _search(prepared)
 
 
-def resume_search(folder: Path | Place) -> SearchResult:
+MAY_CHANGE = ("trials", "max_hours")
+"""The settings that may differ when a search is resumed."""
+
+
+def resume_search(folder: Path | Place, overrides: Sequence[str] = ()) -> SearchResult:
     """Go on with the search in a folder, with the settings it was started with.
 
     Trials that ended are not repeated; those that were running or failed go on from their last checkpoint.
 
+    Args:
+        folder: The search's folder.
+        overrides: `trials=N`, more than before, and `max_hours=H`; the folder keeps them.
+
     Raises:
+        ConfigError: another setting is given, or fewer trials than before.
         SearchError: the folder holds no search, or prompts or model are not those it began with. Other errors are those
             of `search`.
     """
     folder = Place(folder).absolute()
     config = load_search(folder)
+    if overrides:
+        config = changed_config(folder, config, overrides)
     space = make_space(config)
     keep_in(local_side(folder))
     _check(config, space)
     with lease(folder, wait=config.resume == "auto"):
+        if overrides:
+            _write_config(config, space, folder)
         return _search(_prepare(config, space, folder))
+
+
+def changed_config(folder: Place, config: SearchConfig, overrides: Sequence[str]) -> SearchConfig:
+    """The settings of a search with others of `MAY_CHANGE`.
+
+    Raises:
+        ConfigError: another setting is given, or fewer trials than before.
+    """
+    raw = config.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        if (name := override.partition("=")[0].strip()) not in MAY_CHANGE:
+            raise ConfigError(
+                f"{override!r} cannot go with the search in {str(folder)!r}, which keeps the settings that it began "
+                f"with; {' and '.join(MAY_CHANGE)} may change: start a new search for {name}"
+            )
+        apply_override(raw, override)
+    changed = parse_config(SearchConfig, raw)
+    if config.trials is not None and (changed.trials or math.inf) < config.trials:
+        raise ConfigError(
+            f"trials={changed.trials}, but this search was to make {config.trials}: give more, or as many"
+        )
+    return changed
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything before the trials: what they share, the baseline, and the layers left out.
-
-    `ended` are the folders of an earlier process's trials that are not to be repeated.
-    """
+    """Everything before the trials: what they share, the prompts that confirm, the baseline, the layers left out."""
 
     shared: Shared
-    ended: list[Place]
+    confirmation: Prompts
     baseline: TrialScore
     skipped_layers: list[Any]
 
@@ -154,6 +185,10 @@ def _check(config: SearchConfig, space: Space) -> None:
     """Join the cluster, and raise if it can never hold the search, or the model lacks a layer of it."""
     base = _base(space)
     _lora_rank(space)
+    if twice := sorted(set(config.confirm.seeds) & set(seeds_of(config, space))):
+        raise ConfigError(
+            f"confirm.seeds={config.confirm.seeds}: the trials are trained with seed {twice[0]} themselves"
+        )
     depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
     for corner in space.corners():
         resolve_layer(space.run(corner, name="corner").mlc.layer, depth)
@@ -167,22 +202,20 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     """Make what all trials share, or find it in the folder; the engines of the result are up."""
     base = _base(space, output_dir=str(folder / TRIALS_FOLDER))
     device = _device(base)
+    make_judge(config.scoring.judge).check_ready(cache_folder(folder))
+    prompts = read_asked(config, make_objective(config.objective), rejects=local_side(folder))
+    model = resolve_model(base.model.path)
+    identity = {"prompts": prompts.fingerprint, "model": fingerprint_model(model)}
+    _check_same(folder, identity)
     _prepare_data(config, base, space, folder, device)
     space, skipped = _probed(config, space, base, folder, device)
     lora_rank = _lora_rank(space)
-    model = resolve_model(base.model.path)
-    make_judge(config.scoring.judge).check_ready(user_cache())
-    prompts = read_prompts(config.scoring, rejects=local_side(folder))
-    identity = {"prompts": prompts.fingerprint, "model": fingerprint_model(model)}
-    _check_same(folder, identity)
     scorer = start_scorer(
-        model, config.scoring, prompts.table, device=device, folder=local_side(folder), lora_rank=lora_rank,
+        model, config.scoring, prompts.selection.table, device=device, folder=local_side(folder), lora_rank=lora_rank,
         in_turn=config.share_gpu,
     )  # fmt: skip
     try:
-        ended = [trial for trial in trial_folders(folder) if has_ended(trial) and scores_of(trial)]
-        cut_off = {fingerprint(read_values(trial)): trial.name for trial in trial_folders(folder) if trial not in ended}
-        shared = Shared(config, space, folder, scorer, identity["prompts"], model, lora_rank is not None, cut_off)
+        shared = Shared(config, space, folder, scorer, prompts.selection.fingerprint, model, lora_rank is not None)
         baseline = shared.baseline()
         (folder / SEARCH_FILE).write_json(
             {
@@ -195,33 +228,54 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     except BaseException:
         scorer.close()
         raise
-    return Prepared(shared, ended, baseline, skipped)
+    return Prepared(shared, prompts.confirmation, baseline, skipped)
 
 
 def _search(prepared: Prepared) -> SearchResult:
-    """Run the trials and write the results."""
+    """Run the trials, confirm the best, and write the results."""
     shared = prepared.shared
-    failed: list[str] = []
+    config, folder = shared.config, shared.folder
+    total = number_of_points(config, shared.space) * config.repeats
+    end = EndEarly(config.max_hours)
+    recorder = Recorder(shared, prepared.baseline, prepared.skipped_layers, total=total, end=end)
+    go_on = f"mlc-ray search --resume {folder}"
     try:
-        ended = [Ended(read_values(f), shared.metrics_in(scores_of(f)[-1])) for f in prepared.ended]
-        cut_off = [read_values(shared.folder / TRIALS_FOLDER / name) for name in shared.cut_off.values()]
-        trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, shared=shared), {"cpu": TRIAL_CPUS})
-        tuner = make_tuner(
-            shared.config, shared.space, trainable, shared.folder, ended=ended, cut_off=cut_off,
-            callbacks=[MarkStopped(shared)],
-        )  # fmt: skip
-        if tuner is not None:
-            with keyboard_interrupt(f"to go on: mlc-ray search --resume {shared.folder}"):
-                failed = [str(error).strip().splitlines()[-1] for error in tuner.fit().errors]
+        ended, cut_off = _earlier_trials(shared)
+        if remaining := max(0, total - len(ended)):
+            points = Points(
+                config, shared.space, folder, languages=list(prepared.baseline.harmful_by_language), ended=ended,
+                cut_off=cut_off,
+            )  # fmt: skip
+            trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, shared=shared), {"cpu": TRIAL_CPUS})
+            tuner = make_tuner(config, trainable, folder, points, remaining=remaining, callbacks=[recorder], stop=end)
+            with keyboard_interrupt(f"to go on: {go_on}"):
+                recorder.failed = [str(error).strip().splitlines()[-1] for error in tuner.fit().errors]
+        shared.drop_optimizer_states()
+        if end.fault is not None:
+            recorder.write()
+            raise SearchError(f"{end.fault}; what was scored is in {str(folder / 'search.md')!r}; go on by `{go_on}`")
+        if not recorder.trials:
+            first = recorder.failed[0] if recorder.failed else end.reason or "none"
+            raise SearchError(f"no trial got as far as a score; the first fault: {first}")
+        recorder.write()
+        confirmation = confirm(shared, prepared.confirmation, list(recorder.trials.values()))
     finally:
         shared.scorer.close()
-    shared.drop_optimizer_states()
-    trials = scored_trials(shared)
-    if not trials:
-        raise SearchError(f"no trial got as far as a score; the first fault: {failed[0] if failed else 'none'}")
-    return write_results(
-        shared.folder, shared.config, prepared.baseline, trials, skipped_layers=prepared.skipped_layers, failed=failed
-    )
+    return recorder.write(confirmation)
+
+
+def _earlier_trials(shared: Shared) -> tuple[list[Ended], list[CutOff]]:
+    """The trials of earlier processes: those not to be repeated, and those to go on with."""
+    ended, cut_off = [], []
+    for folder in trial_folders(shared.folder):
+        values, state, scores = read_values(folder), ending(folder), scores_of(folder)
+        if state == "diverged":
+            ended.append(Ended(values, state))
+        elif state != "failed" and scores:
+            ended.append(Ended(values, state, shared.score_in(scores[-1]).values, step_of(scores[-1])))
+        else:
+            cut_off.append(CutOff(values, folder.name))
+    return ended, cut_off
 
 
 def _check_same(folder: Place, identity: dict[str, str]) -> None:
@@ -360,11 +414,18 @@ def _device(base: TrainConfig) -> Device:
 def _write_settings(config: SearchConfig, space: Space, folder: Place) -> None:
     """Write all that `load_search` needs, so that it works in any folder and after the files it names are gone."""
     (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True))
+    _write_config(config, space, folder)
+
+
+def _write_config(config: SearchConfig, space: Space, folder: Place) -> None:
     (folder / SEARCH_CONFIG_FILE).write_json(_settings(config, space, folder))
 
 
 def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -> list[str]:
-    """How the search that was begun in `folder` differs from this one: `NAME was X, now Y` for each setting."""
+    """How the search that was begun in `folder` differs from this one: `NAME was X, now Y` for each setting.
+
+    Those that may change are left out.
+    """
     folder = Place(folder)
     stored = _stored(folder).model_dump(mode="json")
     given = parse_config(SearchConfig, _settings(config, space, folder)).model_dump(mode="json")
@@ -372,7 +433,11 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -
     now = by_dotted_name({"search": given, "train": dict(space.base)})
     engines = ("engine", "judge.engine", "judge.translate.engine")  # `auto` became what it was then
     undecided = {*(f"search.scoring.{engine}.dtype" for engine in engines), "train.model.dtype"}
-    ignored = {"search.resume", *(name for name in undecided if now.get(name, "auto") == "auto")}
+    ignored = {
+        "search.resume",
+        *(f"search.{name}" for name in MAY_CHANGE),
+        *(name for name in undecided if now.get(name, "auto") == "auto"),
+    }
     return [
         f"{name.removeprefix('search.')} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - ignored)
@@ -387,7 +452,7 @@ def _settings(config: SearchConfig, space: Space, folder: Place) -> dict[str, An
     settings["space"] = {
         name: each.model_dump(mode="json", exclude_unset=True) for name, each in space.parameters.items()
     }
-    for place in settings["scoring"]["benchmarks"]:
+    for place in [*settings["scoring"]["benchmarks"], *(settings.get("confirm", {}).get("benchmarks") or ())]:
         place["path"] = absolute_if_here(place["path"])
     judge = settings["scoring"].get("judge") or {}
     for section in (judge, judge.get("translate") or {}):

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from mlc_ray.config import ConfirmSection, ScoringSection
+from mlc_ray.config import ConfirmSection, SearchConfig
 from mlc_ray.data.bundles import NAMED_FIRST
-from mlc_ray.score.prompts import BenchmarkError, Prompts
+from mlc_ray.score.prompts import BenchmarkError, Prompts, read_prompts
 from mlc_ray.search.objectives.base import Objective, TrialScore, languages_of_kinds
 from mlc_ray.storage import fingerprint
 
@@ -34,6 +36,30 @@ class AskedPrompts:
     def fingerprint(self) -> str:
         """Names both."""
         return fingerprint([self.selection.fingerprint, self.confirmation.fingerprint])
+
+
+def read_asked(config: SearchConfig, objective: Objective, *, rejects: Path) -> AskedPrompts:
+    """The prompts of a search, in the same languages; invalid rows go into files in the folder `rejects`.
+
+    Raises:
+        BenchmarkError: `check_prompts` refuses them, or `confirm.benchmarks` lacks a language of `scoring.benchmarks`.
+        MlcRayError: what `read_prompts` raises.
+    """
+    chosen, confirm = read_prompts(config.scoring, rejects=rejects), config.confirm
+    if confirm.benchmarks is None:
+        asked = split(chosen)
+    else:
+        changes = {"benchmarks": confirm.benchmarks, "limit": confirm.limit}
+        other = read_prompts(config.scoring.model_copy(update=changes), rejects=rejects / "confirm")
+        if absent := sorted(set(chosen.languages) - set(other.languages)):
+            raise BenchmarkError(
+                f"confirm.benchmarks has no prompts in {', '.join(absent)}, which scoring.benchmarks has: what was "
+                "chosen there could not be confirmed; add such prompts, or leave these out of scoring.languages"
+            )
+        mask = np.isin(other.table["language"].to_pylist(), chosen.languages)
+        asked = AskedPrompts(chosen, _part(other, mask))
+    check_prompts(asked, config.confirm, objective)
+    return asked
 
 
 def split(prompts: Prompts) -> AskedPrompts:
@@ -57,13 +83,13 @@ def split(prompts: Prompts) -> AskedPrompts:
     return AskedPrompts(_part(prompts, ~mask), _part(prompts, mask))
 
 
-def _part(prompts: Prompts, mask: np.ndarray) -> Prompts:
+def _part(prompts: Prompts, mask: NDArray[np.bool_]) -> Prompts:
     table = prompts.table.filter(pa.array(mask))
     asked = zip(_bundles(table), table["language"].to_pylist(), strict=True)
     return Prompts(table, fingerprint([prompts.fingerprint, sorted((*bundle, code) for bundle, code in asked)]))
 
 
-def check_prompts(asked: AskedPrompts, scoring: ScoringSection, confirm: ConfirmSection, objective: Objective) -> None:
+def check_prompts(asked: AskedPrompts, confirm: ConfirmSection, objective: Objective) -> None:
     """Refuse prompts that cannot choose a model, or that would confirm it on what it was chosen by.
 
     Raises:

@@ -87,6 +87,13 @@ class Space:
             for value in _ends(parameter)[1:]:
                 yield {**first, name: value}
 
+    @property
+    def points(self) -> int | None:
+        """The number of points; None where a parameter is a range of numbers."""
+        if any(each.choice is None and each.integers is None for each in self.parameters.values()):
+            return None
+        return math.prod(len(values_of(each)) for each in self.parameters.values())
+
     def grid(self) -> list[dict[str, Any]]:
         """All combinations of choices and whole numbers, in the order they are written."""
         names = list(self.parameters)
@@ -123,14 +130,12 @@ def make_space(config: SearchConfig) -> Space:
     _check_fields_of_components(config, raw)
     space = Space(raw, {name: _absolute(name, parameter) for name, parameter in config.space.items()})
     _check_base(config, space)
-    if (
-        config.sampler == "grid"
-        and (points := math.prod(map(len, map(values_of, config.space.values())))) > _MOST_POINTS
-    ):
+    if config.sampler == "grid" and (points := space.points or 0) > _MOST_POINTS:
         raise ConfigError(
             f"sampler='grid' has {points:,} points here, more than {_MOST_POINTS:,}: list fewer values, or draw some "
             "with sampler=random or tpe, and trials"
         )
+    _check_number(config, space)
     if config.scheduler_metric is not None:
         _check_comparable(config.scheduler_metric, config.space)
     for values in (*space.corners(), *_points(config, space)):
@@ -143,6 +148,36 @@ def make_space(config: SearchConfig) -> Space:
         if config.scheduler_metric is not None:
             _check_scheduler_metric(config.scheduler_metric, run)
     return space
+
+
+def _check_number(config: SearchConfig, space: Space) -> None:
+    """Refuse more trials than there are points, and enqueued points that are not in the space."""
+    points = space.points
+    if config.sampler != "grid" and points is not None and config.trials is not None and config.trials > points:
+        raise ConfigError(
+            f"trials={config.trials}, but space has {points} points and none is tried twice: ask for {points} or "
+            "fewer, or for repeats of each (repeats: 3)"
+        )
+    for index, point in enumerate(config.enqueue):
+        if point.keys() != config.space.keys():
+            raise ConfigError(f"enqueue.{index}={point!r} must give a value for each of {', '.join(config.space)}")
+        for name, value in point.items():
+            if not _holds(config.space[name], value):
+                raise ConfigError(f"enqueue.{index}: {name}={value!r} is not in space.{name}")
+        if point in config.enqueue[:index]:
+            raise ConfigError(f"enqueue.{index}={point!r} is given twice; for several seeds set repeats")
+
+
+def _holds(parameter: ParameterSection, value: Any) -> bool:
+    """Whether a parameter can have a value: of a choice one that is written alike, 1 not being True or 1.0."""
+    if parameter.choice is not None:
+        return any(type(each) is type(value) and each == value for each in parameter.choice)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if parameter.integers is not None:
+        return isinstance(value, int) and parameter.integers[0] <= value <= parameter.integers[1]
+    low, high = parameter.uniform or parameter.loguniform or (0.0, 0.0)
+    return low <= value <= high
 
 
 def _check_scheduler_metric(metric: str, run: TrainConfig) -> None:

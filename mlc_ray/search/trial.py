@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -19,11 +18,11 @@ from mlc_ray.judges.base import make_judge
 from mlc_ray.runs import (
     BASELINE_FOLDER,
     CONFIG_FILE,
+    FINISHED_FILE,
     MODEL_FOLDER,
     RESPONSES_FILE,
     SCORES_FILE,
     SCORES_FOLDER,
-    STOPPED_FILE,
     TRAIN_FOLDER,
     TRIALS_FOLDER,
     VALUES_FILE,
@@ -31,15 +30,17 @@ from mlc_ray.runs import (
     training_languages,
 )
 from mlc_ray.score.plan import plan_judging
+from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.request import Request
-from mlc_ray.score.results import load_scores
+from mlc_ray.score.results import load_records, load_scores
 from mlc_ray.score.run import TooManyUnparsedError, check_unparsed, write_score
 from mlc_ray.score.scorer import WarmScorer
-from mlc_ray.search.objectives.base import BENIGN, HARMFUL, TrialScore, make_objective
+from mlc_ray.search.objectives.base import TrialScore, make_objective
 from mlc_ray.search.results import Trial, ending
 from mlc_ray.search.space import Space
-from mlc_ray.search.tune import FINISHED, STEP
-from mlc_ray.storage import MANIFEST, Place, fingerprint, fingerprint_model, working_folder
+from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES
+from mlc_ray.stats.rates import Judged
+from mlc_ray.storage import MANIFEST, Place, fingerprint_model, working_folder
 
 
 class SearchError(MlcRayError):
@@ -53,9 +54,8 @@ _STEP_FOLDER, _STEP_NAME = "step-{:06d}", re.compile(r"step-\d{6,}")
 class Shared:
     """What every trial is given. Sent to the processes of trials and, within `ScoreCheckpoint`, to training workers.
 
-    `model` is the folder or hub name of the weights that training starts from, `prompts` the fingerprint of what is
-    asked, `lora` whether trials train adapters. `cut_off` has the names of trials that an earlier process began and did
-    not end, by the fingerprints of their values.
+    `model` is the folder or hub name of the weights that training starts from, `prompts` the fingerprint of what trials
+    are asked, `lora` whether they train adapters.
     """
 
     config: SearchConfig
@@ -65,13 +65,10 @@ class Shared:
     prompts: str
     model: str
     lora: bool
-    cut_off: Mapping[str, str] = field(default_factory=dict)
 
-    def trial_folder(self, values: Mapping[str, Any], trial_id: str) -> Place:
-        """The run folder of a trial: of the one that was cut off, where these are its values and it has not ended."""
-        trials = self.folder / TRIALS_FOLDER
-        earlier = self.cut_off.get(fingerprint(dict(values)))
-        return trials / trial_id if earlier is None or has_ended(trials / earlier) else trials / earlier
+    def trial_folder(self, name: str) -> Place:
+        """The run folder of a trial."""
+        return self.folder / TRIALS_FOLDER / name
 
     def drop_optimizer_states(self) -> None:
         """Remove the checkpoints of trials that ended, unless they are to be kept; failed ones can be gone on with."""
@@ -85,28 +82,33 @@ class Shared:
     def baseline(self) -> TrialScore:
         """The score of the model before training: made once for a search, read from its folder when that is resumed."""
         folder = self.folder / BASELINE_FOLDER
-        if not (folder / SCORES_FILE).is_file():
-            self._score(folder, model=self.model, weights=None if self.lora else self.model)
+        self.score(folder, model=self.model, weights=None if self.lora else self.model)
         return self.score_in(folder)
 
     def checkpoint(self, run_folder: Place, checkpoint: Place, step: int) -> Place:
         """Score a checkpoint of a run; returns the score's folder, `run_folder/scores/step-...`."""
         folder = run_folder / SCORES_FOLDER / _STEP_FOLDER.format(step)
-        if self.lora:
-            self._score(folder, model=str(checkpoint), weights=str(checkpoint / "adapter"))
-        else:
-            self._score(folder, model=str(checkpoint), weights=str(checkpoint / "model"))
+        weights = checkpoint / ("adapter" if self.lora else "model")
+        self.score(folder, model=str(checkpoint), weights=str(weights))
         return folder
 
-    def score_in(self, folder: Place) -> TrialScore:
-        """What a score folder is worth, by its last summary, which is over all benchmarks.
+    def score_in(self, *folders: Place) -> TrialScore:
+        """What a score folder is worth, or several of models that differ in their seed.
 
         Raises:
             TooManyUnparsedError: Too few responses got a verdict.
         """
+        return make_objective(self.config.objective).score(*map(self.records_in, folders))
+
+    def records_in(self, folder: Place) -> list[Judged]:
+        """The verdicts of a score folder.
+
+        Raises:
+            TooManyUnparsedError: Too few responses got one.
+        """
         result = load_scores(folder)
         check_unparsed(result, self.config.scoring.max_unparsed)
-        return make_objective(self.config.objective).score(result.summary(), result.rows)
+        return load_records(result)
 
     def metrics_in(self, folder: Place) -> dict[str, float]:
         """The numbers of a trial's score folder that Tune is told; raises as `score_in`, and
@@ -116,10 +118,8 @@ class Shared:
         """
         score = self.score_in(folder)
         return {
-            HARMFUL: score.harmful,
-            BENIGN: math.nan if score.benign is None else score.benign,
             **dict(zip(make_objective(self.config.objective).metrics, score.values, strict=True)),
-            STEP: float(_step_of(folder)),
+            STEP: float(step_of(folder)),
             **self._compared(folder),
         }
 
@@ -129,7 +129,7 @@ class Shared:
         name = config.scheduler_metric
         if name is None:
             return {}
-        step, run = _step_of(folder), folder.parent.parent
+        step, run = step_of(folder), folder.parent.parent
         row = next((row for row in read_metrics(run) if row["step"] == step), {})
         if name not in row:
             there = ", ".join(key for key in row if key.startswith("validation/")) or "nothing"
@@ -139,9 +139,18 @@ class Shared:
             )
         return {name: math.nan if row[name] is None else row[name]}
 
-    def _score(self, folder: Place, *, model: str, weights: str | None) -> None:
-        """Score weights, or where trials train adapters one of those (None: no adapter), and write a score folder."""
-        scored = self.scorer.score(weights, lora=self.lora)
+    def score(self, folder: Place, *, model: str, weights: str | None, prompts: Prompts | None = None) -> None:
+        """Score weights, or where trials train adapters one of those (None: no adapter), unless the folder has it.
+
+        Args:
+            folder: The score's folder.
+            model: What the score is said to be of, and where the languages of its training are recorded.
+            weights: What the engines serve.
+            prompts: Others than every trial is asked.
+        """
+        if (folder / SCORES_FILE).is_file():
+            return
+        scored = self.scorer.score(weights, lora=self.lora, prompts=None if prompts is None else prompts.table)
         resolved = self.model if weights is None else weights
         scoring = self.config.scoring
         own = {"name": folder.name, "output_dir": str(folder.parent), "model": model}
@@ -149,7 +158,7 @@ class Shared:
             config=parse_config(ScoreConfig, {**scoring.model_dump(mode="json", exclude_unset=True), **own}),
             resolved=resolved,
             fingerprint=fingerprint_model(resolved),
-            prompts=self.prompts,
+            prompts=self.prompts if prompts is None else prompts.fingerprint,
             seen_languages=training_languages(model),
         )
         judging = plan_judging(make_judge(scoring.judge), scored.judged["language"].unique().to_pylist())
@@ -179,31 +188,26 @@ class ScoreReports(TuneReportCallback):
             super().after_report(run_context, metrics, None)
 
 
-class MarkStopped(ray.tune.Callback):
-    """Marks the folder of a trial that Tune ended before its time: it is not to be gone on with."""
-
-    def __init__(self, shared: Shared) -> None:
-        self.shared = shared
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Called by Tune for every trial that ended without a fault."""
-        folder = self.shared.trial_folder(trial.config, trial.trial_id)
-        if folder.is_dir() and ending(folder) == "failed":
-            (folder / STOPPED_FILE).write_text("")
-
-
-def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
+def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
     """One trial, in a process of its own: train, scoring at checkpoints; then keep the model and drop the rest.
 
     Called for a trial that was cut off, it goes on from the last checkpoint.
+
+    Args:
+        given: Its values and the name of its folder, as `tune.Points` gives them.
+        shared: What all trials share.
+
+    Raises:
+        ScorerDiedError: Nothing could score it; raised before it trains.
     """
     # Here alone: workers and their controller unpickle `ScoreCheckpoint`, and would import all that too.
     from mlc_ray.train.checkpoint import find_checkpoint
     from mlc_ray.train.export import export
     from mlc_ray.train.run import train
 
+    shared.scorer.check()
     shared.drop_optimizer_states()
-    folder = shared.trial_folder(values, ray.tune.get_context().get_trial_id())
+    folder, values = shared.trial_folder(given[FOLDER]), given[VALUES]
     (folder / VALUES_FILE).write_json(values)
     train(
         shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
@@ -219,6 +223,7 @@ def run_trial(values: dict[str, Any], *, shared: Shared) -> None:
         ray.tune.report(ScoreCheckpoint(shared)(folder, last, step))
     (folder / MODEL_FOLDER).remove()  # half of it, where storage has no rename and a process died while it wrote it
     export(folder, folder / MODEL_FOLDER, trust_remote_code=True)  # its components ran in this very trial
+    (folder / FINISHED_FILE).write_text("")
     ray.tune.report({**shared.metrics_in(scores_of(folder)[-1]), FINISHED: True})
 
 
@@ -228,7 +233,7 @@ def trial_folders(search: Place) -> list[Place]:
 
 
 def has_ended(folder: Place) -> bool:
-    """Whether a trial ran to its end or was stopped; others were cut off, or failed."""
+    """Whether a trial ran to its end, was stopped, or diverged; others were cut off, or failed."""
     return ending(folder) != "failed"
 
 
@@ -240,17 +245,20 @@ def scores_of(run_folder: Place) -> list[Place]:
 
 def scored_trials(shared: Shared) -> list[Trial]:
     """All trials of a search that have a score, by their names; the last score counts."""
-    found = []
-    for folder in trial_folders(shared.folder):
-        if not (scores := scores_of(folder)):
-            continue
-        try:
-            score = shared.score_in(scores[-1])
-        except TooManyUnparsedError:
-            continue  # its trial failed of it, and is listed with those
-        found.append(Trial.read(folder, score, _step_of(scores[-1])))
-    return found
+    return [trial for folder in trial_folders(shared.folder) if (trial := read_trial(shared, folder)) is not None]
 
 
-def _step_of(score_folder: Place) -> int:
+def read_trial(shared: Shared, folder: Place) -> Trial | None:
+    """The trial in a run folder, None before its first score, or where too few of its responses got a verdict."""
+    if not (scores := scores_of(folder)):
+        return None
+    try:
+        score = shared.score_in(scores[-1])
+    except TooManyUnparsedError:
+        return None  # its trial failed of it, and is listed with those
+    return Trial.read(folder, score, step_of(scores[-1]))
+
+
+def step_of(score_folder: Place) -> int:
+    """The optimizer step of a checkpoint's score."""
     return int(score_folder.name.rpartition("-")[2])

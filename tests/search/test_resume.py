@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
+from mlc_ray.search.folder import changed_settings, write_settings
 
 from mlc_ray.config import ConfigError, SearchConfig, load_config
-from mlc_ray.search.run import _write_settings, changed_settings, search
+from mlc_ray.search.run import search
 from mlc_ray.search.space import make_space
 from mlc_ray.search.trial import SearchError
 from mlc_ray.storage import Place
@@ -25,7 +26,7 @@ def place(tmp_path: Path) -> Path:
     }  # fmt: skip
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(searched))
     config = configured(tmp_path, "scoring.engine.dtype=float32", "set=[model.dtype=float32]")
-    _write_settings(config, make_space(config), Place(tmp_path / "found"))
+    write_settings(config, make_space(config), Place(tmp_path / "found"))
     return tmp_path
 
 

@@ -1,0 +1,125 @@
+"""What the driver does while trials run: results are written after every score, and dead engines end the search."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray.tune
+
+from mlc_ray.runs import STOPPED_FILE
+from mlc_ray.score.scorer import ScorerDiedError
+from mlc_ray.search.confirm import drop_models
+from mlc_ray.search.objectives.base import TrialScore
+from mlc_ray.search.results import Confirmation, Progress, SearchResult, Trial, duration, ending, write_results
+from mlc_ray.search.trial import Shared, has_ended, read_trial, scored_trials, trial_folders
+from mlc_ray.search.tune import FINISHED, FOLDER, VALUES, EndEarly
+from mlc_ray.stats.rates import Interval
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder(ray.tune.Callback):
+    """Writes the results after every score, with the time left, and marks what became of each trial.
+
+    `total` is the number of trials, those of earlier processes too; `end` is told of engines that died.
+    """
+
+    def __init__(
+        self, shared: Shared, baseline: TrialScore, skipped_layers: list[Any], *, total: int, end: EndEarly
+    ) -> None:
+        self._shared, self._baseline, self._skipped, self._total, self._end = (
+            shared, baseline, skipped_layers, total, end,
+        )  # fmt: skip
+        self.trials: dict[str, Trial] = {trial.name: trial for trial in scored_trials(shared)}
+        self.failed: list[str] = []
+        self._began: dict[str, float] = {}
+        self._took: list[float] = []
+
+    def progress(self) -> Progress:
+        """From what the trials of this process took so far."""
+        ended = sum(map(has_ended, trial_folders(self._shared.folder)))
+        left = None
+        if self._took:
+            each = sum(self._took) / len(self._took)
+            left = each * (self._total - ended) / self._shared.config.concurrency
+            left -= sum(min(each, time.monotonic() - began) for began in self._began.values()) / max(
+                1, self._shared.config.concurrency
+            )
+        return Progress(ended, self._total, None if left is None else max(0.0, left))
+
+    def write(self, confirmation: Confirmation | None = None) -> SearchResult:
+        """Write what there is so far."""
+        return write_results(
+            self._shared.folder, self._shared.config, self._baseline, list(self.trials.values()),
+            progress=self.progress(), skipped_layers=self._skipped, failed=self.failed, confirmation=confirmation,
+        )  # fmt: skip
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune for every trial that begins."""
+        self._began[trial.trial_id] = time.monotonic()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Called by Tune for every score, and once more for a trial that has finished."""
+        if result.get(FINISHED):
+            return
+        found = read_trial(self._shared, self._shared.trial_folder(trial.config[FOLDER]))
+        if found is not None:
+            self.trials[found.name] = found
+            benign = found.score.benign
+            logger.info(
+                "trial %s  %s  step %d  harmful %s %s  benign complied %s", found.name, _values(found.values),
+                found.step, found.score.measure, _rate(found.score.harmful), "-" if benign is None else _rate(benign),
+            )  # fmt: skip
+        self._try_to_write()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune for every trial that ended without a fault, or that was ended."""
+        began = self._began.pop(trial.trial_id, None)
+        folder = self._shared.trial_folder(trial.config[FOLDER])
+        if folder.is_dir() and ending(folder) == "failed":
+            if self._end.reason:
+                return  # cut off with the search, to be gone on with
+            (folder / STOPPED_FILE).write_text("")
+        elif began is not None:
+            self._took.append(time.monotonic() - began)
+        if (found := read_trial(self._shared, folder)) is not None:
+            self.trials[found.name] = found
+        drop_models(self._shared, list(self.trials.values()))
+        progress = self.progress()
+        left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
+        logger.info("%d of %d trials have ended%s", progress.ended, progress.total, left)
+        self._try_to_write()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Called by Tune for every trial that failed."""
+        self._began.pop(trial.trial_id, None)
+        logger.warning("trial %s  %s  failed", trial.config[FOLDER], _values(trial.config[VALUES]))
+        folder = self._shared.trial_folder(trial.config[FOLDER])
+        if folder.is_dir() and (found := read_trial(self._shared, folder)) is not None:
+            self.trials[found.name] = found
+        try:
+            self._shared.scorer.check()
+        except ScorerDiedError as error:
+            self._end.fault = error
+        self._try_to_write()
+
+    def _try_to_write(self) -> None:
+        try:
+            self.write()
+        except OSError as error:  # a store that is away for a while must not end the trials
+            logger.warning("the results so far could not be written (%s); they are again after the next score", error)
+
+
+def _rate(rate: Interval) -> str:
+    return f"{rate.value:.1f} % ({rate.low:.1f} to {rate.high:.1f})"
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    return "  ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
