@@ -1,4 +1,4 @@
-"""The results of a search: tables of trials and of what was confirmed, the Pareto plot, the best config and its model."""
+"""The results of a search: tables of trials and of what was confirmed, the Pareto plot, the best config and model."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A point on the prompts that chose none: `trial` has its model, `runs` are all that were scored, `score` their mean.
+    """A point on the prompts that chose none: `trial` has its model, `score` is the mean over all `runs` scored.
 
     `change` is the best minus this one; None of the best itself.
     """
@@ -260,18 +260,17 @@ def verdict(result: SearchResult) -> list[str]:
     best = found.best
     if not best.score.feasible and objective.floor is not None:
         lines.append(
-            f"WARNING: it is not sure that any of those confirmed complies with {100 * objective.floor:.0f} % of benign "
-            "prompts: the interval of the best reaches below"
+            f"WARNING: it is not sure that the best complies with {100 * objective.floor:.0f} % of benign prompts: its "
+            "interval reaches below"
         )
     values = ", ".join(f"{name}={_short(value)}" for name, value in best.values.items())
     lines.append(f"best: {best.trial} ({values})")
-    lines.append(
-        _against_baseline(_harmful(best.score), best.score.harmful, found.baseline.harmful, found.change.harmful)
-    )
-    lines.append(_against_baseline("benign complied", best.score.benign, found.baseline.benign, found.change.benign))
+    change, base = found.change, found.baseline
+    lines.append(_against_baseline(_harmful(best.score), best.score.harmful, base.harmful, change.harmful))
+    lines.append(_against_baseline("benign complied", best.score.benign, base.benign, change.benign))
     if len(best.runs) > 1:
         lines.append(f"these are means over {len(best.runs)} seeds; intervals are over prompts, not over seeds")
-    if not found.change.told_apart:
+    if not change.told_apart:
         lines.append("not told apart from the baseline")
     alike = [point for point in found.points[1:] if point.change is not None and not point.change.told_apart]
     if alike:

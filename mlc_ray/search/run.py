@@ -18,18 +18,15 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray.tune
-import yaml
 
 from mlc_ray.cluster import ClusterError, amount, connect, fits, nodes_held, use_gpu, with_dtype
-from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, apply_override, parse_config, parse_yaml
-from mlc_ray.config.base import by_dotted_name
+from mlc_ray.config import ConfigError, SearchConfig, TrainConfig
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
@@ -50,6 +47,14 @@ from mlc_ray.score.plan import places, with_dtypes, with_longest_answer
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.confirm import confirm
+from mlc_ray.search.folder import (
+    MAY_CHANGE,
+    changed_config,
+    changed_settings,
+    load_search,
+    write_config,
+    write_settings,
+)
 from mlc_ray.search.objectives.base import TrialScore, make_objective
 from mlc_ray.search.probe import probe_run
 from mlc_ray.search.record import Recorder
@@ -60,7 +65,6 @@ from mlc_ray.search.trial import SearchError, Shared, run_trial, scores_of, step
 from mlc_ray.search.tune import CutOff, EndEarly, Ended, Points, make_tuner, number_of_points, seeds_of
 from mlc_ray.storage import (
     Place,
-    absolute_if_here,
     fingerprint_model,
     library_versions,
     local_side,
@@ -107,7 +111,7 @@ def search(config: SearchConfig) -> SearchResult:
     _check(config, space)
     with lease(folder, wait=config.resume == "auto"):
         config, space = _with_dtypes(config, space)
-        _write_settings(config, space, folder)
+        write_settings(config, space, folder)
         try:
             prepared = _prepare(load_search(folder), space, folder)
         except BaseException:
@@ -116,10 +120,6 @@ def search(config: SearchConfig) -> SearchResult:
                 (folder / name).remove()
             raise
         return _search(prepared)
-
-
-MAY_CHANGE = ("trials", "max_hours")
-"""The settings that may differ when a search is resumed."""
 
 
 def resume_search(folder: Path | Place, overrides: Sequence[str] = ()) -> SearchResult:
@@ -145,30 +145,8 @@ def resume_search(folder: Path | Place, overrides: Sequence[str] = ()) -> Search
     _check(config, space)
     with lease(folder, wait=config.resume == "auto"):
         if overrides:
-            _write_config(config, space, folder)
+            write_config(config, space, folder)
         return _search(_prepare(config, space, folder))
-
-
-def changed_config(folder: Place, config: SearchConfig, overrides: Sequence[str]) -> SearchConfig:
-    """The settings of a search with others of `MAY_CHANGE`.
-
-    Raises:
-        ConfigError: another setting is given, or fewer trials than before.
-    """
-    raw = config.model_dump(mode="json", exclude_unset=True)
-    for override in overrides:
-        if (name := override.partition("=")[0].strip()) not in MAY_CHANGE:
-            raise ConfigError(
-                f"{override!r} cannot go with the search in {str(folder)!r}, which keeps the settings that it began "
-                f"with; {' and '.join(MAY_CHANGE)} may change: start a new search for {name}"
-            )
-        apply_override(raw, override)
-    changed = parse_config(SearchConfig, raw)
-    if config.trials is not None and (changed.trials or math.inf) < config.trials:
-        raise ConfigError(
-            f"trials={changed.trials}, but this search was to make {config.trials}: give more, or as many"
-        )
-    return changed
 
 
 @dataclass(frozen=True)
@@ -186,9 +164,7 @@ def _check(config: SearchConfig, space: Space) -> None:
     base = _base(space)
     _lora_rank(space)
     if twice := sorted(set(config.confirm.seeds) & set(seeds_of(config, space))):
-        raise ConfigError(
-            f"confirm.seeds={config.confirm.seeds}: the trials are trained with seed {twice[0]} themselves"
-        )
+        raise ConfigError(f"confirm.seeds={config.confirm.seeds}: trials are trained with seed {twice[0]} themselves")
     depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
     for corner in space.corners():
         resolve_layer(space.run(corner, name="corner").mlc.layer, depth)
@@ -409,78 +385,3 @@ def _base(space: Space, **own: Any) -> TrainConfig:
 
 def _device(base: TrainConfig) -> Device:
     return "gpu" if use_gpu(base.cluster.accelerator) else "cpu"
-
-
-def _write_settings(config: SearchConfig, space: Space, folder: Place) -> None:
-    """Write all that `load_search` needs, so that it works in any folder and after the files it names are gone."""
-    (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True))
-    _write_config(config, space, folder)
-
-
-def _write_config(config: SearchConfig, space: Space, folder: Place) -> None:
-    (folder / SEARCH_CONFIG_FILE).write_json(_settings(config, space, folder))
-
-
-def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -> list[str]:
-    """How the search that was begun in `folder` differs from this one: `NAME was X, now Y` for each setting.
-
-    Those that may change are left out.
-    """
-    folder = Place(folder)
-    stored = _stored(folder).model_dump(mode="json")
-    given = parse_config(SearchConfig, _settings(config, space, folder)).model_dump(mode="json")
-    before = by_dotted_name({"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text())})
-    now = by_dotted_name({"search": given, "train": dict(space.base)})
-    engines = ("engine", "judge.engine", "judge.translate.engine")  # `auto` became what it was then
-    undecided = {*(f"search.scoring.{engine}.dtype" for engine in engines), "train.model.dtype"}
-    ignored = {
-        "search.resume",
-        *(f"search.{name}" for name in MAY_CHANGE),
-        *(name for name in undecided if now.get(name, "auto") == "auto"),
-    }
-    return [
-        f"{name.removeprefix('search.')} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted((before.keys() | now.keys()) - ignored)
-        if before.get(name) != now.get(name)
-    ]
-
-
-def _settings(config: SearchConfig, space: Space, folder: Place) -> dict[str, Any]:
-    """The settings as `folder` keeps them: paths made absolute, the run that trials share in a file beside them."""
-    settings = config.model_dump(mode="json", exclude_unset=True)
-    settings |= {"output_dir": str(folder.parent), "train": BASE_FILE, "set": []}
-    settings["space"] = {
-        name: each.model_dump(mode="json", exclude_unset=True) for name, each in space.parameters.items()
-    }
-    for place in [*settings["scoring"]["benchmarks"], *(settings.get("confirm", {}).get("benchmarks") or ())]:
-        place["path"] = absolute_if_here(place["path"])
-    judge = settings["scoring"].get("judge") or {}
-    for section in (judge, judge.get("translate") or {}):
-        if section.get("model") is not None:
-            section["model"] = absolute_if_here(section["model"])
-    return settings
-
-
-def load_search(folder: Place) -> SearchConfig:
-    """The settings of the search in a folder.
-
-    Raises:
-        SearchError: The folder holds no search.
-    """
-    if not (folder / SEARCH_CONFIG_FILE).is_file():
-        raise SearchError(
-            f"{str(folder)!r} is not a search folder, it has no {SEARCH_CONFIG_FILE}: a search is in OUTPUT_DIR/NAME, "
-            "e.g. runs/search-demo"
-        )
-    config = _stored(folder)
-    # relative in the file: a folder that was moved is still whole
-    base = folder / config.train
-    if not folder.is_local:  # a config file is read as a file
-        base.storage.fetch(str(base), local_side(folder) / config.train)
-        base = Place(local_side(folder) / config.train)
-    return config.model_copy(update={"train": str(base), "output_dir": str(folder.parent)})
-
-
-def _stored(folder: Place) -> SearchConfig:
-    file = folder / SEARCH_CONFIG_FILE  # JSON is YAML
-    return parse_config(SearchConfig, parse_yaml(file.read_text(), str(file)))

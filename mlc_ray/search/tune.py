@@ -1,4 +1,4 @@
-"""Ray Tune as a search uses it: which point each trial gets, what Optuna is told of it, schedulers, and when to stop."""
+"""Ray Tune as a search uses it: which point each trial gets, what Optuna is told of it, and when to stop."""
 
 from __future__ import annotations
 
@@ -223,8 +223,8 @@ def make_tuner(
 ) -> ray.tune.Tuner:
     """A tuner of `remaining` trials that call `trainable` with what `points` gives them.
 
-    A trial reports the objective's metrics and `STEP` after every score. Tune writes its own logs to `folder/tune`, of a
-    search at a URL to this machine; nothing is read from there, so that a search depends on its runs alone.
+    A trial reports the objective's metrics and `STEP` after every score. Tune writes its own logs to `folder/tune`, of
+    a search at a URL to this machine; nothing is read from there, so that a search depends on its runs alone.
     """
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the newer one prints a box whatever `verbose` says
     return ray.tune.Tuner(

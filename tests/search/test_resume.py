@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from mlc_ray.search.folder import changed_settings, write_settings
 
 from mlc_ray.config import ConfigError, SearchConfig, load_config
+from mlc_ray.search.folder import changed_settings, write_settings
 from mlc_ray.search.run import search
 from mlc_ray.search.space import make_space
 from mlc_ray.search.trial import SearchError

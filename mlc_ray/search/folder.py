@@ -1,0 +1,115 @@
+"""The settings of a search in its folder: written whole, read back, and compared with those that a command gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlc_ray.config import ConfigError, SearchConfig, apply_override, parse_config, parse_yaml
+from mlc_ray.config.base import by_dotted_name
+from mlc_ray.runs import BASE_FILE, SEARCH_CONFIG_FILE
+from mlc_ray.search.space import Space
+from mlc_ray.search.trial import SearchError
+from mlc_ray.storage import Place, absolute_if_here, local_side
+
+MAY_CHANGE = ("trials", "max_hours")
+"""The settings that may differ when a search is resumed."""
+
+
+def changed_config(folder: Place, config: SearchConfig, overrides: Sequence[str]) -> SearchConfig:
+    """The settings of a search with others of `MAY_CHANGE`.
+
+    Raises:
+        ConfigError: another setting is given, or fewer trials than before.
+    """
+    raw = config.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        if (name := override.partition("=")[0].strip()) not in MAY_CHANGE:
+            raise ConfigError(
+                f"{override!r} cannot go with the search in {str(folder)!r}, which keeps the settings that it began "
+                f"with; {' and '.join(MAY_CHANGE)} may change: start a new search for {name}"
+            )
+        apply_override(raw, override)
+    changed = parse_config(SearchConfig, raw)
+    if config.trials is not None and (changed.trials or math.inf) < config.trials:
+        raise ConfigError(
+            f"trials={changed.trials}, but this search has {config.trials} already: give more, or as many"
+        )
+    return changed
+
+
+def write_settings(config: SearchConfig, space: Space, folder: Place) -> None:
+    """Write all that `load_search` needs, so that it works in any folder and after the files it names are gone."""
+    (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True))
+    write_config(config, space, folder)
+
+
+def write_config(config: SearchConfig, space: Space, folder: Place) -> None:
+    """Write the settings of the search itself anew."""
+    (folder / SEARCH_CONFIG_FILE).write_json(_settings(config, space, folder))
+
+
+def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -> list[str]:
+    """How the search that was begun in `folder` differs from this one: `NAME was X, now Y` for each setting.
+
+    Those that may change are left out.
+    """
+    folder = Place(folder)
+    stored = _stored(folder).model_dump(mode="json")
+    given = parse_config(SearchConfig, _settings(config, space, folder)).model_dump(mode="json")
+    before = by_dotted_name({"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text())})
+    now = by_dotted_name({"search": given, "train": dict(space.base)})
+    engines = ("engine", "judge.engine", "judge.translate.engine")  # `auto` became what it was then
+    undecided = {*(f"search.scoring.{engine}.dtype" for engine in engines), "train.model.dtype"}
+    ignored = {"search.resume", *(f"search.{name}" for name in MAY_CHANGE)}
+    ignored |= {name for name in undecided if now.get(name, "auto") == "auto"}
+    return [
+        f"{name.removeprefix('search.')} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted((before.keys() | now.keys()) - ignored)
+        if before.get(name) != now.get(name)
+    ]
+
+
+def _settings(config: SearchConfig, space: Space, folder: Place) -> dict[str, Any]:
+    """The settings as `folder` keeps them: paths made absolute, the run that trials share in a file beside them."""
+    settings = config.model_dump(mode="json", exclude_unset=True)
+    settings |= {"output_dir": str(folder.parent), "train": BASE_FILE, "set": []}
+    settings["space"] = {
+        name: each.model_dump(mode="json", exclude_unset=True) for name, each in space.parameters.items()
+    }
+    for place in [*settings["scoring"]["benchmarks"], *(settings.get("confirm", {}).get("benchmarks") or ())]:
+        place["path"] = absolute_if_here(place["path"])
+    judge = settings["scoring"].get("judge") or {}
+    for section in (judge, judge.get("translate") or {}):
+        if section.get("model") is not None:
+            section["model"] = absolute_if_here(section["model"])
+    return settings
+
+
+def load_search(folder: Place) -> SearchConfig:
+    """The settings of the search in a folder.
+
+    Raises:
+        SearchError: The folder holds no search.
+    """
+    if not (folder / SEARCH_CONFIG_FILE).is_file():
+        raise SearchError(
+            f"{str(folder)!r} is not a search folder, it has no {SEARCH_CONFIG_FILE}: a search is in OUTPUT_DIR/NAME, "
+            "e.g. runs/search-demo"
+        )
+    config = _stored(folder)
+    # relative in the file: a folder that was moved is still whole
+    base = folder / config.train
+    if not folder.is_local:  # a config file is read as a file
+        base.storage.fetch(str(base), local_side(folder) / config.train)
+        base = Place(local_side(folder) / config.train)
+    return config.model_copy(update={"train": str(base), "output_dir": str(folder.parent)})
+
+
+def _stored(folder: Place) -> SearchConfig:
+    file = folder / SEARCH_CONFIG_FILE  # JSON is YAML
+    return parse_config(SearchConfig, parse_yaml(file.read_text(), str(file)))
