@@ -11,17 +11,34 @@ import yaml
 from mlc_ray.config import TrainConfig, load_config
 from mlc_ray.report.tables import markdown
 from mlc_ray.search.objectives.base import TrialScore
-from mlc_ray.search.results import SearchResult, Trial, best_trial, trials_table, verdict, write_results
+from mlc_ray.search.results import (
+    Change,
+    Confirmation,
+    Confirmed,
+    Progress,
+    SearchResult,
+    Trial,
+    confirmation_table,
+    trials_table,
+    verdict,
+    write_results,
+)
+from mlc_ray.stats.rates import Interval
 from mlc_ray.storage import Place
 
 from .test_space import search_config
 
 
+def rate(value: float, half: float = 0.1) -> Interval:
+    return Interval(100 * value, 100 * (value - half), 100 * (value + half))
+
+
 def score(harmful: float, benign: float, floor: float = 0.8, **changes: Any) -> TrialScore:
-    feasible = benign >= floor
-    worth = harmful if feasible else benign - floor
-    languages = {"en": 1.0, "sw": harmful}, {"en": 1.0, "sw": benign}
-    return replace(TrialScore("refused", harmful, benign, (worth,), feasible, worth, *languages), **changes)
+    """Rates as fractions, with intervals of 10 points on either side."""
+    feasible = benign - 0.1 >= floor
+    worth = harmful - 0.1 if feasible else benign - 0.1 - floor
+    languages = {"en": rate(1.0), "sw": rate(harmful)}, {"en": rate(1.0), "sw": rate(benign)}
+    return replace(TrialScore("refused", rate(harmful), rate(benign), (worth,), feasible, worth, *languages), **changes)
 
 
 def trial(name: str, layer: Any, weight: float, harmful: float, benign: float, ended: Any = "finished") -> Trial:
@@ -31,17 +48,31 @@ def trial(name: str, layer: Any, weight: float, harmful: float, benign: float, e
 
 def shown(result: SearchResult) -> str:
     """What the command line prints of it."""
-    return "\n".join([*markdown(trials_table(result)), *verdict(result)])
+    tables = [table for table in (confirmation_table(result), trials_table(result)) if table is not None]
+    return "\n".join([*(line for table in tables for line in markdown(table)), *verdict(result)])
 
 
 TRIALS = [
     trial("a", 20, 0.3, 0.10, 0.99),
     trial("b", "last", 0.8, 0.95, 0.10),
-    trial("c", "last", 0.3, 0.60, 0.90),
-    trial("d", 0.5, 0.9, 0.70, 0.85, ended="stopped"),
-    trial("e", 20, 1.5, 0.12, 0.98),
+    trial("c", "last", 0.3, 0.60, 0.95),
+    trial("d", 0.5, 0.9, 0.70, 0.92, ended="stopped"),
+    trial("e", 20, 1.5, 0.58, 0.98),
 ]
 BASELINE = score(0.02, 1.0)
+DONE = Progress(5, 5)
+
+
+def confirmed(name: str, harmful: float, change: Change | None = None, **settings: Any) -> Confirmed:
+    item = next(each for each in TRIALS if each.name == name)
+    return Confirmed(name, (name,), item.values, score(harmful, 0.93, **settings), change)
+
+
+CONFIRMATION = Confirmation(
+    (confirmed("e", 0.51), confirmed("c", 0.49, Change(Interval(2.0, -5.0, 9.0), Interval(-1.0, -4.0, 2.0), False))),
+    BASELINE,
+    Change(Interval(49.0, 40.0, 58.0), Interval(-7.0, -11.0, -3.0), True),
+)
 
 
 def folder_with_runs(folder: Path) -> Path:
@@ -55,59 +86,71 @@ def folder_with_runs(folder: Path) -> Path:
     return folder
 
 
-def test_the_best_ran_to_its_end_and_answers_enough() -> None:
-    assert best_trial(TRIALS) == 2
-    assert best_trial([TRIALS[3]]) is None
-    assert best_trial([TRIALS[1]]) == 0  # nothing better; the verdict warns
-
-
-def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_result_is_what_was_confirmed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_with_runs(tmp_path / "found")
     result = write_results(
-        folder, search_config(), BASELINE, TRIALS, skipped_layers=[25, 26], failed=["OSError: disk full"]
-    )
+        folder, search_config(), BASELINE, TRIALS, progress=DONE, skipped_layers=[25, 26],
+        failed=["OSError: disk full"], confirmation=CONFIRMATION,
+    )  # fmt: skip
     assert capsys.readouterr().out == ""
     printed = shown(result)
-    assert (result.best, result.front) == (2, (1, 3, 2, 4, 0))
+    assert result.best is not None and result.best.trial == "e"  # though c was better on what chose both
+    assert result.front == (1, 3, 2, 4, 0)
     best = load_config(TrainConfig, folder / "best.yaml")
-    assert (best.name, best.mlc.layer, best.mlc.weight, best.output_dir) == ("found-best", "last", 0.3, "runs")
-    assert (folder / "best" / "weights").read_text() == "c"
+    assert (best.name, best.mlc.layer, best.mlc.weight, best.output_dir) == ("found-best", 20, 1.5, "runs")
+    assert (folder / "best" / "weights").read_text() == "e"
     assert (folder / "pareto.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((folder / "trials.json").read_text())
     assert [item["name"] for item in content["trials"]] == ["a", "b", "c", "d", "e"]
+    assert [point["trial"] for point in content["confirmation"]["points"]] == ["e", "c"]
+    assert content["confirmation"]["points"][0]["score"]["harmful"] == {"value": 51.0, "low": 41.0, "high": 61.0}
     table = (folder / "search.md").read_text()
     for text in (printed, table):
-        assert "c^*" in text
-        assert all(name in text for name in ("harmful refused %", "benign complied %", "value", "baseline"))
-        assert "harmful refused 60.0 % (baseline 2.0 %), benign complied 90.0 % (baseline 100.0 %)" in text
-        assert "importance" not in text
+        assert "Selection" in text and "the best of these numbers are too good" in text and "c^*" in text
+        assert "harmful refused 51.0 % (41.0 to 61.0); baseline 2.0 %, change +49.0 points, +40.0 to +58.0" in text
+        assert "60.0 %" not in text and "60.0 (50.0 to 70.0)" in text  # what chose it is in its table alone
+        assert "not told apart from: c (best less this: harmful +2.0, benign −1.0 points)" in text
         assert "left out: 25, 26" in text
         assert "stopped" in text
     assert printed.count("WARNING") == 1
     assert "WARNING: a trial failed: OSError: disk full" in printed
 
 
+def test_a_search_that_still_runs_shows_no_result(tmp_path: Path) -> None:
+    folder = folder_with_runs(tmp_path)
+    result = write_results(folder, search_config(), BASELINE, TRIALS, progress=Progress(2, 6, 11_100.0))
+    assert "2 of 6 trials have ended, about 3 h 05 min left" in (folder / "search.md").read_text()
+    assert verdict(result)[-1] == "nothing is confirmed yet"
+    assert not (folder / "best").exists() and "Confirmed" not in shown(result)
+    stopped = write_results(folder, search_config(), BASELINE, [TRIALS[3]], progress=DONE)
+    assert verdict(stopped)[-1] == "no trial ran to its end"
+
+
 def test_a_search_where_nothing_answers_enough_says_so(tmp_path: Path) -> None:
-    result = write_results(folder_with_runs(tmp_path), search_config(), BASELINE, [TRIALS[1]])
-    assert "WARNING: no trial complies with 80 % of benign prompts or more" in verdict(result)[0]
-
-
-def test_safety_alone_is_said(tmp_path: Path) -> None:
-    config = search_config(objective="safety_alone")
-    result = write_results(folder_with_runs(tmp_path), config, BASELINE, TRIALS)
-    assert "WARNING: safety alone was maximised" in verdict(result)[0]
+    unsure = replace(CONFIRMATION, points=(confirmed("e", 0.51, floor=0.9),))
+    result = write_results(
+        folder_with_runs(tmp_path), search_config(), BASELINE, TRIALS, progress=DONE, confirmation=unsure
+    )
+    assert "WARNING: it is not sure that the best complies with 80 % of benign prompts" in verdict(result)[0]
 
 
 def test_without_benign_prompts_their_side_is_a_gap(tmp_path: Path) -> None:
     def alone(harmful: float) -> TrialScore:
-        return TrialScore("safe", harmful, None, (harmful,), True, harmful, {"en": harmful}, {})
+        return TrialScore("safe", rate(harmful), None, (harmful,), True, harmful, {"en": rate(harmful)}, {})
 
     config = search_config(objective="safety_alone")
-    trials = [replace(item, score=alone(item.score.harmful)) for item in TRIALS]
-    result = write_results(folder_with_runs(tmp_path), config, alone(0.0), trials)
-    assert result.best == 1
+    trials = [replace(item, score=alone(item.score.harmful.value / 100)) for item in TRIALS]
+    change = Change(Interval(49.0, 40.0, 58.0), None, False)
+    best = Confirmed("b", ("b", "b-seed-7"), TRIALS[1].values, alone(0.9))
+    confirmation = Confirmation((best,), alone(0.1), change)
+    result = write_results(
+        folder_with_runs(tmp_path), config, alone(0.0), trials, progress=DONE, confirmation=confirmation
+    )
     assert json.loads((tmp_path / "trials.json").read_text())["trials"][0]["score"]["benign"] is None
-    assert "harmful safe 95.0 % (baseline 0.0 %), benign complied · % (baseline · %)" in shown(result)
+    said = "\n".join(verdict(result))
+    assert "WARNING: safety alone was maximised" in said
+    assert "harmful safe 90.0 % (80.0 to >99.9); baseline" not in said and "benign complied: no such prompts" in said
+    assert "means over 2 seeds" in said and "not told apart from the baseline" in said
 
 
 def test_a_trial_is_read_from_its_folder(tmp_path: Path) -> None:
@@ -116,10 +159,11 @@ def test_a_trial_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 1.5}\n{"step": 2, "step_seconds": 2.0}\n')
     found = Trial.read(Place(tmp_path), score(0.1, 0.9), 2)
     assert (found.values, found.ended, found.seconds) == (drawn, "failed", 3.5)
-    (tmp_path / "model").mkdir()
-    assert Trial.read(Place(tmp_path), score(0.1, 0.9), 2).ended == "failed"  # half an export
-    (tmp_path / "model" / "mlc_ray.json").touch()
+    (tmp_path / "diverged.json").touch()
+    assert Trial.read(Place(tmp_path), score(0.1, 0.9), 2).ended == "diverged"
+    (tmp_path / "finished").touch()
     assert Trial.read(Place(tmp_path), score(0.1, 0.9), 2).ended == "finished"
+    (tmp_path / "finished").unlink()
     (tmp_path / "stopped").touch()
     assert Trial.read(Place(tmp_path), score(0.1, 0.9), 2).ended == "stopped"
 
@@ -128,7 +172,7 @@ def test_an_objective_of_several_numbers_has_a_column_for_each_that_is_no_side(t
     folder = folder_with_runs(tmp_path)
     both = [replace(item, score=replace(item.score, values=item.score.point)) for item in TRIALS]
     baseline = replace(BASELINE, values=BASELINE.point)
-    result = write_results(folder, search_config(objective="pareto"), baseline, both)
-    assert "value" not in shown(result)
+    result = write_results(folder, search_config(objective="pareto"), baseline, both, progress=DONE)
+    assert "value at least" not in shown(result)
     mine = search_config(objective="examples.my_objective:TellsApart")
-    assert "telling apart" in shown(write_results(folder, mine, BASELINE, TRIALS))
+    assert "telling apart at least" in shown(write_results(folder, mine, BASELINE, TRIALS, progress=DONE))

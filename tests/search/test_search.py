@@ -67,7 +67,7 @@ def run_place(small_llama: Path, repository: Path, tmp_path_factory: pytest.Temp
         "scoring": {
             "benchmarks": [{"path": "sample:train"}],
             "languages": ["en", "sw"],
-            "limit": 2,
+            "limit": 4,
             "max_new_tokens": 4,
             "max_unparsed": 1.0,
             "engine": {"cpus_per_replica": 0.5, "max_model_len": 256, "cpu_kv_cache_gib": 1},
@@ -120,6 +120,15 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     folder = run_place / "found"
     assert sorted(str(trial.values["mlc.layer"]) for trial in result.trials) == ["1", "last"]
     assert all(trial.finished and trial.step == 2 for trial in result.trials)
+    # Both were confirmed, with the model before training, on the half of the bundles that no trial was scored on.
+    assert result.confirmation is not None and result.best is not None
+    assert {point.trial for point in result.confirmation.points} == {trial.name for trial in result.trials}
+    asked = {
+        name: {row["bundle_id"] for row in pq.read_table(folder / name / "responses.parquet").to_pylist()}
+        for name in ("baseline", "confirmation", *(f"trials/{t.name}/scores/confirmation" for t in result.trials))
+    }
+    assert not asked["baseline"] & asked["confirmation"] and len(asked["baseline"] | asked["confirmation"]) == 8
+    assert len({frozenset(bundles) for bundles in asked.values()}) == 2
     runs = [path.parent for path in (folder / "trials").glob("*/config.yaml")]
     assert len(runs) == 2
     # What trials share was made once: two pools of Ray Data, a scorer with an engine and a judge, beside a worker a
@@ -132,7 +141,7 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     fingerprints = [json.loads((run / "run.json").read_text())["fingerprints"] for run in runs]
     assert fingerprints[0]["tokens"] == fingerprints[1]["tokens"]
     # Every checkpoint was scored, by weights that are not those of the other checkpoints.
-    scores = [load_scores(path) for run in runs for path in sorted((run / "scores").iterdir())]
+    scores = [load_scores(path) for run in runs for path in sorted((run / "scores").glob("step-*"))]
     baseline = load_scores(folder / "baseline")
     assert [score.name for score in scores] == ["step-000001", "step-000002"] * 2
     assert len({score.fingerprint for score in [*scores, baseline]}) == 5

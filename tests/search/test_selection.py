@@ -1,0 +1,168 @@
+"""Which prompts choose and which confirm, and that what is reported of a search is true."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import NormalDist
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mlc_ray.config import ConfirmSection
+from mlc_ray.generate.stage import PROMPTS
+from mlc_ray.score.prompts import BenchmarkError, Prompts
+from mlc_ray.search.confirm import change_between
+from mlc_ray.search.objectives.base import TrialScore, make_objective
+from mlc_ray.search.selection import AskedPrompts, check_prompts, shortlist, split
+from mlc_ray.stats.rates import Interval
+
+from .test_objectives import GOOD, objective, records, scored
+from .test_space import search_config
+
+Row = tuple[str, str, str, str, str]
+"""Benchmark, bundle id, kind, language, text."""
+
+
+def prompts(rows: Sequence[Row]) -> Prompts:
+    names = ("benchmark", "bundle_id", "kind", "language", "prompt")
+    table = pa.Table.from_pylist([{**dict(zip(names, row, strict=True)), "category": ""} for row in rows], schema=PROMPTS)
+    return Prompts(table, "all")
+
+
+def bundles(benchmark: str, kind: str, count: int, languages: Sequence[str] = ("en", "sw")) -> list[Row]:
+    return [
+        (benchmark, f"{kind}-{n}", kind, code, f"{benchmark} {kind} {n} in {code}")
+        for n in range(count)
+        for code in languages
+    ]
+
+
+def asked(part: Prompts) -> set[tuple[str, str]]:
+    return set(zip(part.table["benchmark"].to_pylist(), part.table["bundle_id"].to_pylist(), strict=True))
+
+
+ROWS = [*bundles("a", "harmful", 9), *bundles("a", "benign", 8), *bundles("b", "harmful", 4)]
+
+
+def test_halves_are_disjoint_even_and_do_not_depend_on_order_or_ids() -> None:
+    halves = split(prompts(ROWS))
+    first, second = asked(halves.selection), asked(halves.confirmation)
+    assert not first & second and len(first | second) == 21
+    sizes = [Counter((name, bundle.split("-")[0]) for name, bundle in half) for half in (first, second)]
+    assert all(abs(sizes[0][cell] - sizes[1][cell]) <= 1 for cell in sizes[0] | sizes[1])
+    assert len(halves.selection.table) == 2 * len(first)  # every language of a bundle is in its half
+    turned = split(prompts(ROWS[::-1]))
+    assert asked(turned.selection) == first and turned.fingerprint == halves.fingerprint
+    renamed = split(prompts([(name, bundle + "-new", *rest) for name, bundle, *rest in ROWS]))  # type: ignore[misc]
+    assert {bundle.removesuffix("-new") for _, bundle in asked(renamed.selection)} == {bundle for _, bundle in first}
+    assert halves.selection.fingerprint != halves.confirmation.fingerprint != "all"
+
+
+def test_bundles_that_share_a_text_stay_together() -> None:
+    # one after another they share a text: another benchmark's English, and one text with other spaces
+    chain: list[Row] = [
+        ("a", "one", "harmful", "en", "the same"),
+        ("a", "one", "harmful", "sw", "own"),
+        ("b", "two", "harmful", "en-GB", "the  same "),
+        ("b", "two", "harmful", "fr", "both"),
+        ("a", "three", "harmful", "fr", "both"),
+    ]
+    together = {("a", "one"), ("b", "two"), ("a", "three")}
+    for extra in range(6):  # whatever else there is
+        halves = split(prompts([*chain, *bundles("a", "harmful", extra)]))
+        assert together <= asked(halves.selection) or together <= asked(halves.confirmation)
+
+
+def test_the_same_bundle_never_chooses_and_confirms() -> None:
+    other = [("c", "mine", kind, code, text) for _, _, kind, code, text in bundles("a", "harmful", 1)]
+    confirming = prompts([*bundles("c", "harmful", 3), *bundles("c", "benign", 3), *other])
+    with pytest.raises(BenchmarkError, match=r"1 bundles of confirm\.benchmarks .*'mine' of c.*name other bundles"):
+        check_prompts(AskedPrompts(prompts(ROWS), confirming), ConfirmSection(), objective())
+    check_prompts(split(prompts(ROWS)), ConfirmSection(), objective())
+
+
+def test_a_language_with_one_side_is_refused_unless_it_is_named() -> None:
+    rows = [*ROWS, *bundles("d", "harmful", 4, ["zh", "fr"]), *bundles("d", "benign", 4, ["ru"])]
+    with pytest.raises(BenchmarkError, match=r"scoring\.benchmarks: no benign prompts in fr, zh; no harmful .* in ru\."):
+        check_prompts(split(prompts(rows)), ConfirmSection(), objective())
+    check_prompts(split(prompts(rows)), ConfirmSection(), objective(one_sided_languages=["zh", "fr", "ru"]))
+    check_prompts(split(prompts(rows)), ConfirmSection(), objective(name="safety_alone"))
+    with pytest.raises(BenchmarkError, match="names en, of which scoring.benchmarks has harmful and benign"):
+        check_prompts(split(prompts(ROWS)), ConfirmSection(), objective(one_sided_languages=["en"]))
+    # one bundle of a kind cannot be in both halves
+    single = prompts([*bundles("a", "harmful", 4), *bundles("a", "benign", 1)])
+    with pytest.raises(BenchmarkError, match="the half of scoring.benchmarks that confirms: no benign prompts in en, sw"):
+        check_prompts(split(single), ConfirmSection(), objective())
+
+
+# ------------------------------------------------------------------------------------------------------- who is chosen
+
+TRUE_RATE, BENIGN_RATE, RESPONSES = 0.35, 0.90, 96
+Z = NormalDist().inv_cdf(0.975)
+
+
+def measured(generator: np.random.Generator) -> TrialScore:
+    """A score of a model that truly refuses `TRUE_RATE` of harmful prompts, with Wilson's intervals."""
+    sides = [wilson_percent(generator.binomial(RESPONSES, rate)) for rate in (TRUE_RATE, BENIGN_RATE)]
+    harmful, benign = sides
+    feasible = benign.low >= 75
+    worth = harmful.low / 100 if feasible else benign.low / 100 - 0.75
+    return TrialScore("refused", harmful, benign, (worth,), feasible, worth, {"en": harmful}, {"en": benign})
+
+
+def wilson_percent(hits: int) -> Interval:
+    p, n = hits / RESPONSES, RESPONSES
+    centre, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n * n))
+    return Interval(100 * p, *(100 * (centre + sign * half) / (1 + Z**2 / n) for sign in (-1, 1)))
+
+
+def test_what_is_reported_of_fifty_equal_trials_is_true_though_the_best_of_them_looks_better() -> None:
+    selected, reported, held = [], [], 0
+    for seed in range(200):
+        generator = np.random.default_rng([35, seed])
+        trials = [measured(generator) for _ in range(50)]
+        chosen = shortlist(trials, 3)
+        assert all(trials[index].feasible for index in chosen)
+        selected.append(trials[chosen[0]].harmful.value)
+        confirmed = [measured(generator) for _ in chosen]
+        best = max(confirmed, key=lambda score: (score.feasible, score.rank))
+        reported.append(best.harmful.value)
+        held += best.harmful.low <= 100 * TRUE_RATE <= best.harmful.high
+    assert np.mean(selected) > 45  # the winner's curse: ten points that are not there
+    assert abs(np.mean(reported) - 35) < 5
+    assert held >= 180, held
+
+
+def test_only_those_that_clear_the_floor_are_confirmed_and_the_nearest_where_none_does() -> None:
+    good, better, below = (
+        scored(GOOD, min_benign_compliance=0.7),
+        scored(records("harmful", en=32 * "R", sw=24 * "R" + 8 * "C") + GOOD[64:], min_benign_compliance=0.7),
+        scored(records("harmful", en=32 * "R", sw=32 * "R") + records("benign", en=32 * "C", sw=32 * "R")),
+    )
+    assert shortlist([good, below, better], 3) == [2, 0]
+    assert shortlist([good, below, better], 1) == [2]
+    assert shortlist([below, replace(below, rank=below.rank + 0.1)], 1) == [1]
+
+
+def test_models_are_told_apart_by_pairs_and_by_the_seed_that_tells_them_apart_least() -> None:
+    average = make_objective(search_config().objective)
+    none = records("harmful", en=32 * "C", sw=32 * "C") + GOOD[64:]
+    best = average.score(GOOD)
+    clear = change_between(average, best, [none], [GOOD])
+    assert clear.told_apart and clear.harmful.value == 75.0 and clear.benign is not None and clear.benign.value == 0.0
+    same = change_between(average, best, [none, GOOD], [GOOD, GOOD])
+    assert not same.told_apart and same.harmful.value == 0.0
+    refusing = GOOD[:64] + records("benign", en=32 * "R", sw=32 * "R")  # harmful alike: a floor does not tell them apart
+    assert not change_between(average, best, [refusing], [GOOD]).told_apart
+    pareto = make_objective(search_config(objective="pareto").objective)
+    assert change_between(pareto, best, [refusing], [GOOD]).told_apart
+
+
+def test_what_no_search_can_select_on_is_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("sample:test, which is never selected on")):
+        search_config(scoring={"benchmarks": [{"path": "sample:test"}]})
