@@ -115,10 +115,11 @@ def search(
     Args:
         config: the search's settings.
         overrides: `section.field=value`, as after --set.
-        resume: the folder of a search to go on with by its own settings, instead of `config`.
+        resume: the folder of a search to go on with by its own settings, instead of `config`; of these `trials` and
+            `max_hours` may change.
 
     Returns:
-        The baseline, all trials, and the best of them.
+        The baseline, all trials, and what was confirmed of the best of them.
 
     Raises:
         ConfigError: a setting is unknown, ill-typed or unsupported, or both or neither of config and resume are given.
@@ -129,7 +130,7 @@ def search(
     if resume is not None:
         from mlc_ray.search.run import resume_search
 
-        return resume_search(Place(os.fspath(resume)))
+        return resume_search(Place(os.fspath(resume)), overrides)
     assert config is not None
     settings = _settings(SearchConfig, config, overrides)
 

@@ -3,8 +3,8 @@
     RUN/       config.yaml first, run.json, metrics.jsonl, train/checkpoint_NNNNNN/, scores/NAME/ (a score each);
                diverged.json where a step failed every time, mlflow.json where MLflow is asked for
     SCORE/     request.json first, responses.parquet, scores.json last, perhaps utility.json
-    SEARCH/    base.yaml and config.json first, search.json, trials/ID/ (a run each), baseline/ and confirmation/ (scores
-               of the model before training), trials.json, at the end best.yaml and best/
+    SEARCH/    base.yaml and config.json first, search.json, trials/ID/ (a run each), baseline/ and confirmation/
+               (scores of the model before training), trials.json, at the end best.yaml and best/
     PROBE/     probe.json
 
 Training and scoring meet only through these folders, and so what describes them lies beneath both. Paths of settings

@@ -6,6 +6,7 @@ One function per kind of folder gives its lines; `_KINDS` lists them.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +18,9 @@ from mlc_ray.report.text import percent
 from mlc_ray.runs import (
     BASELINE_FOLDER,
     CONFIG_FILE,
+    CONFIRMATION,
     DIVERGED_FILE,
+    FINISHED_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
     PROBE_FILE,
@@ -268,24 +271,31 @@ def _name(side: SideSummary) -> str:
 def _search(folder: Place) -> list[Line]:
     config = _json(folder / SEARCH_CONFIG_FILE)
     trials = [child for child in (folder / TRIALS_FOLDER).iterdir() if (child / VALUES_FILE).is_file()]
-    over = [
-        trial
-        for trial in trials
-        if (trial / MODEL_FOLDER / PROVENANCE_FILE).is_file() or (trial / STOPPED_FILE).is_file()
-    ]
+    marks = (FINISHED_FILE, STOPPED_FILE, DIVERGED_FILE)
+    over = [trial for trial in trials if any((trial / mark).is_file() for mark in marks)]
     total = _number_of_trials(config)
-    ended = (folder / TRIALS_FILE).is_file() and len(over) >= total
+    found = _json(folder / TRIALS_FILE)
+    ended = found.get("confirmation") is not None and len(over) >= total
     lines = [
         ("search", str(folder)),
         ("space", "; ".join(f"{name}: {_parameter(each)}" for name, each in config.get("space", {}).items())),
         ("state", f"{'ended, ' if ended else ''}{len(over)} of {total} trials have ended" + _unfinished(trials, over)),
         ("baseline", _rates(folder / BASELINE_FOLDER)),
     ]
-    best = _best(_json(folder / TRIALS_FILE))
+    left = (found.get("progress") or {}).get("seconds_left")
+    if left and not ended:
+        lines.append(("time left", f"about {_duration(left)}{_age(folder / TRIALS_FILE)}"))
+    confirmed = [point["trial"] for point in (found.get("confirmation") or {}).get("points", ())]
+    best = confirmed[0] if confirmed else None
+    for name in confirmed:
+        rates = _rates(folder / TRIALS_FOLDER / name / SCORES_FOLDER / CONFIRMATION)
+        lines.append((f"confirmed {name}", rates + ("   <- best" if name == best else "")))
     for trial in trials[:_MOST_TRIALS]:
-        lines.append((f"trial {trial.name}", _trial(trial) + ("   <- best" if trial.name == best else "")))
+        lines.append((f"trial {trial.name}", _trial(trial)))
     if len(trials) > _MOST_TRIALS:
         lines.append(("", f"and {len(trials) - _MOST_TRIALS} more"))
+    if trials:
+        lines.append(("note", "the rates of trials chose those that are confirmed: the best of them are too good"))
     here = _quoted(folder)
     commands = [] if ended else [f"mlc-ray search --resume {here}   # if it is not running any more"]
     if best is not None:
@@ -303,7 +313,8 @@ def _unfinished(trials: Sequence[Place], over: Sequence[Place]) -> str:
 
 def _trial(folder: Place) -> str:
     """A trial's values, its last step and the rates of its last score."""
-    scores = [child for child in (folder / SCORES_FOLDER).iterdir() if (child / SCORES_FILE).is_file()]
+    of_steps = [child for child in (folder / SCORES_FOLDER).iterdir() if child.name.startswith("step-")]
+    scores = [child for child in of_steps if (child / SCORES_FILE).is_file()]
     rates = _rates(scores[-1]) if scores else "not scored yet"
     rows = read_metrics(folder)
     step = f"step {rows[-1]['step'] if rows else 0}"
@@ -314,20 +325,14 @@ def _trial(folder: Place) -> str:
 
 
 def _number_of_trials(config: Mapping[str, Any]) -> int:
-    """As asked for; a grid without a number has all its points."""
-    points = 1
+    """As asked for, but no more than there are points, and each as often as it is repeated."""
+    points: float = 1
     for each in config.get("space", {}).values():
         low, high = each.get("integers") or (1, len(each.get("choice") or (None,)))
         points *= 1 + high - low
-    asked = config.get("trials")
-    if config.get("sampler") == "grid":
-        return min(int(asked or points), points)
-    return int(asked or 1)
-
-
-def _best(found: Mapping[str, Any]) -> str | None:
-    index = found.get("best")
-    return None if index is None else str(found["trials"][index]["name"])
+        if each.get("choice") is None and each.get("integers") is None:
+            points = math.inf  # a range of numbers
+    return int(min(config.get("trials") or points, points)) * int(config.get("repeats", 1))
 
 
 def _parameter(each: Mapping[str, Any]) -> str:

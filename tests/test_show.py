@@ -178,6 +178,7 @@ def search_folder(folder: Path) -> Path:
     write_score(folder / "trials" / "a" / "scores" / "step-000006", ROWS)
     (folder / "trials" / "a" / "model").mkdir()
     write_json_atomic(folder / "trials" / "a" / "model" / "mlc_ray.json", {})
+    (folder / "trials" / "a" / "finished").touch()
     (folder / "trials" / "b" / "stopped").touch()
     return folder
 
@@ -192,20 +193,26 @@ def test_a_search_that_goes_on(tmp_path: Path) -> None:
     assert lines["trial b"].endswith("step 6, stopped, not scored yet")
     record_divergence(folder / "trials" / "c", DivergedError("step 7: not finite", step=7))
     assert said(folder)["trial c"].endswith("step 6, diverged at step 7, not scored yet")
+    assert said(folder)["state"] == "3 of 4 trials have ended"  # a diverged one is not gone on with
     assert lines["next"] == f"mlc-ray search --resume {folder}   # if it is not running any more"
+    write_json_atomic(folder / "trials.json", {"progress": {"seconds_left": 7500.0}, "confirmation": None})
+    assert said(folder)["time left"].startswith("about 2 h 05 min")
+    assert "too good" in lines["note"]
     trial = said(folder / "trials" / "a")
     assert trial["trial"] == "of a search, with mlc.layer=20, mlc.weight=0.123"
     assert trial["state"] == "ended, 6 of 24 steps"
 
 
-def test_a_search_that_ended_names_the_best_trial(tmp_path: Path) -> None:
+def test_a_search_that_ended_shows_what_was_confirmed(tmp_path: Path) -> None:
     folder = search_folder(tmp_path / "s")
     config = json.loads((folder / "config.json").read_text())
     write_json_atomic(folder / "config.json", {**config, "trials": 2})
-    write_json_atomic(folder / "trials.json", {"best": 0, "trials": [{"name": "a"}]})
+    assert "ended, " not in said(folder)["state"]  # nothing is confirmed
+    write_score(folder / "trials" / "a" / "scores" / "confirmation", ROWS)
+    write_json_atomic(folder / "trials.json", {"confirmation": {"points": [{"trial": "a"}]}})
     lines = said(folder)
     assert lines["state"].startswith("ended, 2 of 2 trials have ended")
-    assert lines["trial a"].endswith("<- best")
+    assert re.match(r"harmful refused .* benign complied .* %   <- best", lines["confirmed a"])
     assert lines["next"].splitlines()[-1] == f"mlc-ray train --config {folder}/best.yaml"
 
 

@@ -230,10 +230,11 @@ def utility_config(arguments: argparse.Namespace) -> UtilityConfig:
 def search_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray search`."""
     if arguments.resume is not None:
-        _refuse_settings(arguments, "search")
+        if arguments.config is not None:
+            _refuse_settings(arguments, "search")
         from mlc_ray.search.run import resume_search
 
-        _show_search(resume_search(arguments.resume))
+        _show_search(resume_search(arguments.resume, arguments.overrides))
         return
     if arguments.config is None:
         raise ConfigError("search needs --config FILE (see configs/search/) or --resume FOLDER")
@@ -247,9 +248,11 @@ def search_command(arguments: argparse.Namespace) -> None:
 def _show_search(result: SearchResult) -> None:
     from mlc_ray.report.console import show
     from mlc_ray.report.tables import console
-    from mlc_ray.search.results import trials_table, verdict
+    from mlc_ray.search.results import confirmation_table, trials_table, verdict
 
-    show(console(trials_table(result)))
+    for shown in (trials_table(result), confirmation_table(result)):
+        if shown is not None:
+            show(console(shown))
     for line in verdict(result):
         print(line)
 

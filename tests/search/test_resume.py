@@ -22,7 +22,7 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     searched = {
         "name": "found", "output_dir": str(tmp_path), "train": str(tmp_path / "run.yaml"), "sampler": "grid",
-        "space": {"mlc.layer": {"choice": [1, "last"]}}, "scoring": {"benchmarks": [{"path": "sample:train"}]},
+        "space": {"mlc.layer": {"choice": [1, "last"]}}, "scoring": {"benchmarks": [{"path": "sample:select"}]},
     }  # fmt: skip
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(searched))
     config = configured(tmp_path, "scoring.engine.dtype=float32", "set=[model.dtype=float32]")

@@ -65,7 +65,7 @@ def run_place(small_llama: Path, repository: Path, tmp_path_factory: pytest.Temp
         "sampler": "grid",
         "objective": {"name": "average", "min_benign_compliance": 0.0},
         "scoring": {
-            "benchmarks": [{"path": "sample:train"}],
+            "benchmarks": [{"path": "sample:select"}],
             "languages": ["en", "sw"],
             "limit": 4,
             "max_new_tokens": 4,

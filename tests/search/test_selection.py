@@ -30,7 +30,9 @@ Row = tuple[str, str, str, str, str]
 
 def prompts(rows: Sequence[Row]) -> Prompts:
     names = ("benchmark", "bundle_id", "kind", "language", "prompt")
-    table = pa.Table.from_pylist([{**dict(zip(names, row, strict=True)), "category": ""} for row in rows], schema=PROMPTS)
+    table = pa.Table.from_pylist(
+        [{**dict(zip(names, row, strict=True)), "category": ""} for row in rows], schema=PROMPTS
+    )
     return Prompts(table, "all")
 
 
@@ -88,7 +90,7 @@ def test_the_same_bundle_never_chooses_and_confirms() -> None:
 
 def test_a_language_with_one_side_is_refused_unless_it_is_named() -> None:
     rows = [*ROWS, *bundles("d", "harmful", 4, ["zh", "fr"]), *bundles("d", "benign", 4, ["ru"])]
-    with pytest.raises(BenchmarkError, match=r"scoring\.benchmarks: no benign prompts in fr, zh; no harmful .* in ru\."):
+    with pytest.raises(BenchmarkError, match=r"benchmarks: no benign prompts in fr, zh; no harmful .* in ru\."):
         check_prompts(split(prompts(rows)), ConfirmSection(), objective())
     check_prompts(split(prompts(rows)), ConfirmSection(), objective(one_sided_languages=["zh", "fr", "ru"]))
     check_prompts(split(prompts(rows)), ConfirmSection(), objective(name="safety_alone"))
@@ -96,7 +98,7 @@ def test_a_language_with_one_side_is_refused_unless_it_is_named() -> None:
         check_prompts(split(prompts(ROWS)), ConfirmSection(), objective(one_sided_languages=["en"]))
     # one bundle of a kind cannot be in both halves
     single = prompts([*bundles("a", "harmful", 4), *bundles("a", "benign", 1)])
-    with pytest.raises(BenchmarkError, match="the half of scoring.benchmarks that confirms: no benign prompts in en, sw"):
+    with pytest.raises(BenchmarkError, match="half of scoring.benchmarks that confirms: no benign prompts in en, sw"):
         check_prompts(split(single), ConfirmSection(), objective())
 
 
@@ -157,7 +159,8 @@ def test_models_are_told_apart_by_pairs_and_by_the_seed_that_tells_them_apart_le
     assert clear.told_apart and clear.harmful.value == 75.0 and clear.benign is not None and clear.benign.value == 0.0
     same = change_between(average, best, [none, GOOD], [GOOD, GOOD])
     assert not same.told_apart and same.harmful.value == 0.0
-    refusing = GOOD[:64] + records("benign", en=32 * "R", sw=32 * "R")  # harmful alike: a floor does not tell them apart
+    # The harmful sides are alike, and with a floor they alone decide.
+    refusing = GOOD[:64] + records("benign", en=32 * "R", sw=32 * "R")
     assert not change_between(average, best, [refusing], [GOOD]).told_apart
     pareto = make_objective(search_config(objective="pareto").objective)
     assert change_between(pareto, best, [refusing], [GOOD]).told_apart

@@ -33,7 +33,7 @@ def search_config(**changes: Any) -> SearchConfig:
         "train": QUICKSTART,
         "space": {"mlc.layer": {"choice": [20, "last", 0.5]}, "mlc.weight": {"loguniform": [0.1, 2.0]}},
         "trials": 6,
-        "scoring": {"benchmarks": [{"path": "sample:train"}]},
+        "scoring": {"benchmarks": [{"path": "sample:select"}]},
     }
     return parse_config(SearchConfig, {**raw, **changes})
 

@@ -14,7 +14,8 @@ import yaml
 from mlc_ray.config import SearchConfig, parse_config
 from mlc_ray.search.objectives.base import BENIGN, HARMFUL
 from mlc_ray.search.space import make_space
-from mlc_ray.search.tune import STEP, Ended, make_tuner, number_of_trials
+from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES, CutOff, Ended, Points, make_tuner, number_of_points
+from mlc_ray.storage import Place
 
 pytestmark = pytest.mark.slow
 
@@ -30,16 +31,20 @@ def run_search(ray_local: Any, tmp_path: Path) -> Callable[..., list[dict[str, A
     run = {"name": "base", "model": {"path": "some/model"}, "data": {"train": [{"path": "sample:train"}]}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
 
-    def score_of_a_layer(values: dict[str, Any]) -> None:
+    def score_of_a_layer(given: dict[str, Any]) -> None:
+        values = given[VALUES]
         with (tmp_path / "calls").open("a") as calls:
             calls.write(f"{values['mlc.layer']}\n")
         if (tmp_path / f"fail-{values['mlc.layer']}").exists():
+            (tmp_path / "trials" / given[FOLDER]).mkdir(parents=True)
+            (tmp_path / "trials" / given[FOLDER] / "diverged.json").touch()
             raise RuntimeError("no luck with this layer")
         harmful = 1 - abs(values["mlc.layer"] - BEST_LAYER) / 10
         benign = values.get("mlc.weight", 1.0)
         began = time.time()
         for step in range(1, REPORTS + 1):
             ray.tune.report({VALUE: harmful, HARMFUL: harmful, BENIGN: benign, STEP: float(step)})
+        ray.tune.report({VALUE: harmful, HARMFUL: harmful, BENIGN: benign, STEP: float(step), FINISHED: True})
         if at_once:  # hold the place until as many run as may, and a moment for one that may not
             (tmp_path / f"began-{began}").touch()
             deadline = time.monotonic() + 120
@@ -52,15 +57,18 @@ def run_search(ray_local: Any, tmp_path: Path) -> Callable[..., list[dict[str, A
     at_once = 0
 
     def run_it(
-        ended: Sequence[Ended] = (), cut_off: Sequence[dict[str, Any]] = (), meet: int = 0, **settings: Any
+        ended: Sequence[Ended] = (), cut_off: Sequence[CutOff] = (), meet: int = 0, **settings: Any
     ) -> list[dict[str, Any]]:
-        scoring = {"benchmarks": [{"path": "sample:train"}]}
+        scoring = {"benchmarks": [{"path": "sample:select"}]}
         settings = {"name": "s", "train": str(tmp_path / "run.yaml"), "scoring": scoring, **settings}
         config = parse_config(SearchConfig, settings)
         nonlocal at_once
         at_once = meet
-        tuner = make_tuner(config, make_space(config), score_of_a_layer, tmp_path, ended=ended, cut_off=cut_off)
-        return [] if tuner is None else [result.metrics or {} for result in tuner.fit()]
+        space = make_space(config)
+        points = Points(config, space, Place(tmp_path), languages=["en"], ended=ended, cut_off=cut_off)
+        remaining = number_of_points(config, space) * config.repeats - len(ended)
+        tuner = make_tuner(config, score_of_a_layer, tmp_path, points, remaining=remaining)
+        return [result.metrics or {} for result in tuner.fit()]
 
     return run_it
 
@@ -82,7 +90,7 @@ def test_both_sides_are_maximised_under_pareto(run_search: Callable[..., list[di
     # Only a weight of 1 is benign: with one objective it would not matter, since no floor asks for it.
     space = {"mlc.layer": {"integers": [1, 20]}, "mlc.weight": {"uniform": [0.0, 1.0]}}
     results = run_search(space=space, sampler="tpe", trials=24, objective="pareto")
-    assert {result["training_iteration"] for result in results} == {REPORTS}  # nothing is stopped
+    assert {result["training_iteration"] for result in results} == {REPORTS + 1}  # nothing is stopped
     both = [result[HARMFUL] + result[BENIGN] for result in sorted(results, key=lambda r: r["timestamp"])]
     assert sum(both[-8:]) > sum(both[:8])
     benign = [result[BENIGN] for result in sorted(results, key=lambda r: r["timestamp"])]
@@ -99,15 +107,14 @@ def test_a_grid_is_tried_whole_and_a_resumed_one_to_its_end(
     run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     results = run_search(**GRID)
-    points = [(result["config"]["mlc.layer"], result["config"]["mlc.weight"]) for result in results]
+    points = [tuple(result["config"][VALUES].values()) for result in results]
     assert sorted(points) == [(2, 0.1), (2, 1.0), (7, 0.1), (7, 1.0)]
-    done = {VALUE: 0.5, HARMFUL: 0.5, BENIGN: 0.1}
-    ended = [Ended({"mlc.layer": 2, "mlc.weight": 0.1}, done), Ended({"mlc.layer": 7, "mlc.weight": 0.1}, done)]
-    again = run_search(**GRID, ended=ended, cut_off=[{"mlc.layer": 7, "mlc.weight": 1.0}])
-    points = [(result["config"]["mlc.layer"], result["config"]["mlc.weight"]) for result in again]
+    ended = [Ended({"mlc.layer": layer, "mlc.weight": 0.1}, "finished", (0.5,)) for layer in (2, 7)]
+    again = run_search(**GRID, ended=ended, cut_off=[CutOff({"mlc.layer": 7, "mlc.weight": 1.0}, "earlier")])
+    points = [tuple(result["config"][VALUES].values()) for result in again]
     assert sorted(points) == [(2, 1.0), (7, 1.0)]
     assert tried_by(tmp_path)[4:] == [7, 2]  # what was cut off comes first
-    assert run_search(**GRID, ended=ended * 2) == []
+    assert sum(result["config"][FOLDER] == "earlier" for result in again) == 1
 
 
 def test_a_trial_that_fails_does_not_end_the_others(
@@ -121,14 +128,16 @@ def test_a_trial_that_fails_does_not_end_the_others(
 
 def test_a_resumed_sampler_knows_what_was_seen(run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
     space = {"mlc.layer": {"integers": [1, 1000]}}
-    seen = [Ended({"mlc.layer": layer}, {VALUE: -abs(layer - 400) / 1000}) for layer in range(10, 1000, 30)]
+    seen = [Ended({"mlc.layer": layer}, "finished", (-abs(layer - 400) / 1000,)) for layer in range(10, 1000, 30)]
     run_search(space=space, sampler="tpe", trials=len(seen) + 6, ended=seen)
     tried = tried_by(tmp_path)
     assert len(tried) == 6
     assert sum(abs(layer - 400) < 100 for layer in tried) >= 4  # near those that were good, from the first on
     run_search(space=space, sampler="random", trials=3)
     first = tried_by(tmp_path)[6:]
-    run_search(space=space, sampler="random", trials=6, ended=[Ended({"mlc.layer": n}, {VALUE: 0.0}) for n in first])
+    run_search(
+        space=space, sampler="random", trials=6, ended=[Ended({"mlc.layer": n}, "finished", (0.0,)) for n in first]
+    )
     assert not set(tried_by(tmp_path)[9:]) & set(first)  # not the same draws once more
 
 
@@ -136,7 +145,7 @@ def test_a_resumed_sampler_knows_what_was_seen(run_search: Callable[..., list[di
 def test_no_more_trials_at_once_than_asked_for(
     run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path, concurrency: int
 ) -> None:
-    cut_off = [{"mlc.layer": 2, "mlc.weight": 0.1}, {"mlc.layer": 7, "mlc.weight": 0.1}]
+    cut_off = [CutOff({"mlc.layer": layer, "mlc.weight": 0.1}, f"earlier-{layer}") for layer in (2, 7)]
     run_search(**GRID, cut_off=cut_off, concurrency=concurrency, meet=concurrency)
     times = [tuple(map(float, line.split())) for line in (tmp_path / "times").read_text().splitlines()]
     assert len(times) == 4
@@ -152,20 +161,6 @@ def test_poor_trials_are_stopped_early(run_search: Callable[..., list[dict[str, 
         grace_scores=1,
         set=["checkpoint.every=1"],
     )
-    reports = {result["config"]["mlc.layer"]: result["training_iteration"] for result in results}
-    assert reports[7] == REPORTS
+    reports = {result["config"][VALUES]["mlc.layer"]: result["training_iteration"] for result in results}
+    assert reports[7] == REPORTS + 1
     assert min(reports.values()) == 1
-
-
-def test_no_more_trials_than_a_grid_has_points(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("{name: base, model: {path: m}, data: {train: [{path: 'sample:train'}]}}")
-    settings: dict[str, Any] = {
-        "name": "s",
-        "train": str(tmp_path / "run.yaml"),
-        "space": {"mlc.layer": {"choice": [1, 2, 3]}},
-        "sampler": "grid",
-        "scoring": {"benchmarks": [{"path": "sample:train"}]},
-    }
-    for asked, expected in ((None, 3), (2, 2), (9, 3)):
-        config = parse_config(SearchConfig, {**settings, **({} if asked is None else {"trials": asked})})
-        assert number_of_trials(config, make_space(config)) == expected

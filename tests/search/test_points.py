@@ -1,0 +1,154 @@
+"""Which points trials get, in which folders and with which seeds, and what Optuna is told; without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from mlc_ray.config import ConfigError
+from mlc_ray.search.space import make_space
+from mlc_ray.search.tune import (
+    FINISHED,
+    FOLDER,
+    STEP,
+    VALUES,
+    CutOff,
+    EndEarly,
+    Ended,
+    Points,
+    number_of_points,
+)
+from mlc_ray.storage import Place
+
+from .test_space import search_config
+
+FOUR: dict[str, Any] = {"mlc.layer": {"choice": [10, 20]}, "mlc.weight": {"choice": [0.5, 1.0]}}
+RANGE: dict[str, Any] = {"mlc.layer": {"integers": [1, 20]}}
+
+
+def points(
+    folder: Path, *, ended: list[Ended] | None = None, cut_off: list[CutOff] | None = None, **settings: Any
+) -> Points:
+    config = search_config(**settings)
+    return Points(config, make_space(config), Place(folder), languages=["en"], ended=ended or [], cut_off=cut_off or [])
+
+
+def given(source: Points) -> list[dict[str, Any]]:
+    """All that a searcher gives, each trial ending as worth 0.5 before the next begins."""
+    found = []
+    while (each := source.suggest(f"t{len(found)}")) != Searcher.FINISHED:
+        source.on_trial_complete(f"t{len(found)}", {"value": 0.5, STEP: 4.0, FINISHED: True})
+        found.append(each)
+    return found
+
+
+def told(source: Points) -> list[optuna.trial.FrozenTrial]:
+    return source._study.get_trials(deepcopy=False)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_no_point_is_tried_twice_until_all_are(tmp_path: Path, sampler: str) -> None:
+    found = [tuple(each[VALUES].values()) for each in given(points(tmp_path, space=FOUR, sampler=sampler, trials=4))]
+    assert sorted(found) == [(10, 0.5), (10, 1.0), (20, 0.5), (20, 1.0)]
+    many = [each[VALUES]["mlc.layer"] for each in given(points(tmp_path, space=RANGE, sampler=sampler, trials=20))]
+    assert sorted(many) == list(range(1, 21))
+
+
+def test_more_trials_than_points_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="trials=5, but space has 4 points and none is tried twice"):
+        make_space(search_config(space=FOUR, trials=5))
+    grid = search_config(space=FOUR, trials=9, sampler="grid")
+    assert number_of_points(grid, make_space(grid)) == 4  # of a grid the default and most is all
+
+
+def test_the_points_enqueued_come_first_and_are_not_repeated_by_a_grid(tmp_path: Path) -> None:
+    first = {"mlc.weight": 1.0, "mlc.layer": 20}
+    grid = given(points(tmp_path, space=FOUR, sampler="grid", trials=None, enqueue=[first]))
+    found = [tuple(each[VALUES].values()) for each in grid]
+    assert found == [(20, 1.0), (10, 0.5), (10, 1.0), (20, 0.5)]
+    drawn = given(points(tmp_path, space=RANGE, trials=3, enqueue=[{"mlc.layer": 13}]))
+    assert drawn[0][VALUES] == {"mlc.layer": 13} and len(drawn) == 3
+
+
+@pytest.mark.parametrize(
+    ("point", "fault"),
+    [
+        ({"mlc.layer": 10}, "must give a value for each of mlc.layer, mlc.weight"),
+        ({"mlc.layer": 11, "mlc.weight": 0.5}, "mlc.layer=11 is not in space.mlc.layer"),
+        ({"mlc.layer": 10, "mlc.weight": True}, "mlc.weight=True is not in"),
+    ],
+)
+def test_what_is_not_in_the_space_cannot_be_enqueued(point: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        make_space(search_config(space=FOUR, trials=2, enqueue=[point]))
+
+
+def test_every_point_is_repeated_with_seeds_of_its_own(tmp_path: Path) -> None:
+    found = given(points(tmp_path, space=FOUR, sampler="grid", trials=2, repeats=3))
+    assert [each[VALUES]["seed"] for each in found] == [42, 43, 44] * 2
+    assert len({each[FOLDER] for each in found}) == 6
+    ended = [Ended({"mlc.layer": 10, "mlc.weight": 0.5, "seed": 42}, "finished", (0.5,))]
+    waiting = [CutOff({"mlc.layer": 10, "mlc.weight": 0.5, "seed": 44}, "before")]
+    again = given(points(tmp_path, space=FOUR, sampler="grid", trials=2, repeats=3, ended=ended, cut_off=waiting))
+    assert [each[VALUES]["seed"] for each in again] == [44, 43, 42, 43, 44]  # first what was cut off, then what lacks
+    assert again[0][FOLDER] == "before"
+
+
+def test_no_two_trials_share_a_folder(tmp_path: Path) -> None:
+    # As in a search that went on with two at once: the point that was cut off is another trial's as well.
+    (tmp_path / "trials" / "t1").mkdir(parents=True)
+    same = {"mlc.layer": 10, "mlc.weight": 0.5}
+    source = points(tmp_path, space=FOUR, sampler="grid", trials=4, repeats=1, concurrency=2,
+                    cut_off=[CutOff(same, "before"), CutOff(same, "other")])  # fmt: skip
+    folders = [source.suggest(f"t{number}")[FOLDER] for number in range(5)]  # none has ended
+    assert folders[:2] == ["before", "other"] and len(set(folders)) == 5
+    assert "t1" not in folders
+
+
+def test_optuna_is_told_what_became_of_each(tmp_path: Path) -> None:
+    source = points(tmp_path, space=RANGE, trials=4)
+    folders = [source.suggest(name)[FOLDER] for name in "abcd"]
+    (tmp_path / "trials" / folders[2]).mkdir(parents=True)
+    (tmp_path / "trials" / folders[2] / "diverged.json").touch()
+    source.on_trial_complete("a", {"value": 0.6, STEP: 8.0, FINISHED: True})
+    source.on_trial_complete("b", {"value": 0.4, STEP: 2.0})
+    source.on_trial_complete("c", {"value": 0.3, STEP: 2.0}, error=True)
+    source.on_trial_complete("d", error=True)
+    finished, stopped, diverged, failed = told(source)
+    assert (finished.state, finished.values) == (TrialState.COMPLETE, [0.6])
+    assert (stopped.state, stopped.intermediate_values) == (TrialState.PRUNED, {2: 0.4})
+    assert (diverged.state, diverged.values) == (TrialState.COMPLETE, [-0.8])  # as a model that says nothing
+    assert failed.state == TrialState.FAIL
+    # Another process learns the same from the trials' own files.
+    ended = [
+        Ended(finished.params, "finished", (0.6,), 8),
+        Ended(stopped.params, "stopped", (0.4,), 2),
+        Ended(diverged.params, "diverged"),
+    ]
+    again = told(points(tmp_path, space=RANGE, trials=4, ended=ended))
+    assert [(t.state, t.params, t.intermediate_values) for t in again] == [
+        (t.state, t.params, t.intermediate_values) for t in (finished, stopped, diverged)
+    ]
+    assert again[2].values == [-0.8]
+
+
+def test_a_sampler_leaves_where_trials_diverge(tmp_path: Path) -> None:
+    diverging = [Ended({"mlc.layer": layer}, "diverged") for layer in range(101, 200, 5)]
+    good = [Ended({"mlc.layer": layer}, "finished", (0.5,)) for layer in range(1, 100, 5)]
+    source = points(tmp_path, space={"mlc.layer": {"integers": [1, 200]}}, trials=60, ended=[*diverging, *good])
+    assert sum(each[VALUES]["mlc.layer"] <= 100 for each in given(source)) >= 15  # of 20
+
+
+def test_a_search_ends_when_its_hours_are_over() -> None:
+    clock = [0.0]
+    end = EndEarly(1.5, now=lambda: clock[0])
+    assert not end.stop_all() and not end("trial", {})
+    clock[0] = 5_401.0
+    assert end.stop_all() and end.reason == "max_hours=1.5 are over"
+    assert not EndEarly(None).stop_all()
