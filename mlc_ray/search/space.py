@@ -135,7 +135,6 @@ def make_space(config: SearchConfig) -> Space:
             f"sampler='grid' has {points:,} points here, more than {_MOST_POINTS:,}: list fewer values, or draw some "
             "with sampler=random or tpe, and trials"
         )
-    _check_number(config, space)
     if config.scheduler_metric is not None:
         _check_comparable(config.scheduler_metric, config.space)
     for values in (*space.corners(), *_points(config, space)):
@@ -147,6 +146,7 @@ def make_space(config: SearchConfig) -> Space:
             )
         if config.scheduler_metric is not None:
             _check_scheduler_metric(config.scheduler_metric, run)
+    _check_number(config, space)
     return space
 
 

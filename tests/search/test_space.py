@@ -32,7 +32,7 @@ def search_config(**changes: Any) -> SearchConfig:
         "name": "s",
         "train": QUICKSTART,
         "space": {"mlc.layer": {"choice": [20, "last", 0.5]}, "mlc.weight": {"loguniform": [0.1, 2.0]}},
-        "trials": 6,
+        "trials": 1,
         "scoring": {"benchmarks": [{"path": "sample:select"}]},
     }
     return parse_config(SearchConfig, {**raw, **changes})
