@@ -48,6 +48,7 @@ def test_search_as_a_ray_job(head: Head, repository: Path, small_llama: Path, tm
         "space={mlc.layer: {choice: [2, last]}}",
         "sampler=random",
         "scoring.limit=1",
+        "confirm.limit=1",
         "scoring.languages=[en,fr]",
         "scoring.max_new_tokens=4",
         "scoring.max_unparsed=1.0",

@@ -308,7 +308,10 @@ def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
         metavar="FOLDER",
         type=_place,
         help=f"{what} folder to go on with, by its own settings; "
-        + ("--set changes where and how it runs, not what it computes" if what == "run" else "takes no others")
+        + {
+            "run": "--set changes where and how it runs, not what it computes",
+            "search": "--set changes trials and max_hours alone",
+        }.get(what, "takes no others")
         + f" (a command with --set resume=auto starts a {what}, or resumes it if it exists already)",
     )
 

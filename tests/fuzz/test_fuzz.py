@@ -111,7 +111,7 @@ SEARCH: dict[str, Any] = {
     "sampler": "tpe",
     "trials": 4,
     "objective": {"name": "average"},
-    "scoring": {"benchmarks": [{"path": "sample:test"}], "languages": ["en"]},
+    "scoring": {"benchmarks": [{"path": "sample:select"}], "languages": ["en"]},
 }
 
 

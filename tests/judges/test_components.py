@@ -96,7 +96,7 @@ def test_a_judge_from_outside(tmp_path: Path) -> None:
 
 
 def search_settings(**judge: Any) -> SearchConfig:
-    scoring = {"benchmarks": [{"path": "sample:test"}], "judge": judge}
+    scoring = {"benchmarks": [{"path": "sample:select"}], "judge": judge}
     space = {"mlc.layer": {"choice": [1, 2]}}
     return parse_config(
         SearchConfig, {"name": "s", "train": "t", "space": space, "sampler": "grid", "scoring": scoring}

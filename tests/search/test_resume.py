@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from mlc_ray.config import ConfigError, SearchConfig, load_config
-from mlc_ray.search.folder import changed_settings, write_settings
-from mlc_ray.search.run import search
+from mlc_ray.search.folder import changed_config, changed_settings, load_search, write_config, write_settings
+from mlc_ray.search.run import resume_search, search
 from mlc_ray.search.space import make_space
 from mlc_ray.search.trial import SearchError
 from mlc_ray.storage import Place
@@ -65,3 +65,18 @@ def test_a_folder_that_is_there_is_refused_by_default(place: Path) -> None:
         search(configured(place))
     with pytest.raises(ConfigError, match="resume='always'"):
         configured(place, "resume=always")
+
+
+def test_trials_are_added_and_hours_are_changed(place: Path) -> None:
+    assert changed(place, "resume=auto", "trials=1", "max_hours=3") == []
+    folder = Place(place / "found")
+    config = changed_config(folder, load_search(folder), ["trials=1", "max_hours=8.5"])
+    assert (config.trials, config.max_hours) == (1, 8.5)
+    write_config(config, make_space(config), folder)
+    more = changed_config(folder, load_search(folder), ["trials=2"])
+    assert (more.trials, more.max_hours) == (2, 8.5)  # the folder has kept them
+    assert changed_config(folder, more, ["trials=null"]).trials is None  # of a grid all
+    with pytest.raises(ConfigError, match="trials=1, but this search has 2 already"):
+        changed_config(folder, more, ["trials=1"])
+    with pytest.raises(ConfigError, match=r"'concurrency=2' cannot go with.*trials and max_hours may change"):
+        resume_search(folder, ["concurrency=2"])

@@ -193,7 +193,7 @@ def test_a_trial_that_is_worse_on_held_out_bundles_is_stopped_and_leaves_nothing
     by_rate = {trial.values["optimizer.learning_rate"]: trial for trial in result.trials}
     assert {rate: trial.ended for rate, trial in by_rate.items()} == {1e-3: "finished", 1e-30: "stopped"}
     assert by_rate[1e-30].step < 4  # its workers may write another score before Tune's decision reaches them
-    assert result.best is not None and result.trials[result.best].values["optimizer.learning_rate"] == 1e-3
+    assert result.best is not None and result.best.values["optimizer.learning_rate"] == 1e-3
     assert not list((run_place / "stopped" / "trials").glob("*/train"))  # optimizer states are gone
 
 
@@ -249,10 +249,11 @@ def test_a_killed_driver_is_resumed_where_it_was(run_place: Path, small_llama: P
                 child.send_signal(signal.SIGKILL)
         process.wait()
     (done,) = (path.parent for path in (folder / "trials").glob("*/model"))
-    scored = list((folder / "trials").glob("*/scores/*/scores.json"))
+    scored = list((folder / "trials").glob("*/scores/step-*/scores.json"))
     assert len(scored) in (4, 5)
     before = {path: path.stat().st_mtime_ns for path in [*done.rglob("*.json*"), *scored]}
-    assert not (folder / "trials.json").exists()
+    so_far = json.loads((folder / "trials.json").read_text())  # written after every score
+    assert so_far["trials"] and so_far["confirmation"] is None
 
     # What the search was made from is gone, and the call comes from another folder: its own folder has it all.
     config.unlink()
@@ -266,10 +267,12 @@ def test_a_killed_driver_is_resumed_where_it_was(run_place: Path, small_llama: P
     )
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    trials = json.loads((folder / "trials.json").read_text())["trials"]
+    content = json.loads((folder / "trials.json").read_text())
+    trials = content["trials"]
     assert sorted(str(trial["values"]["mlc.layer"]) for trial in trials) == ["1", "last"]
     assert all(trial["ended"] == "finished" and trial["step"] == 3 for trial in trials)
-    assert len(list((folder / "trials").glob("*/scores/*/scores.json"))) == 6
+    assert len(list((folder / "trials").glob("*/scores/step-*/scores.json"))) == 6
+    assert {point["trial"] for point in content["confirmation"]["points"]} == {trial["name"] for trial in trials}
 
 
 def judged_in_english(messages: list[dict[str, str]], number: int) -> Step:
@@ -305,7 +308,7 @@ def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_
     kept, left_out = sorted(("last", 2), key=lambda layer: ranking.index({"last": 4, 2: 2}[layer]))
     assert [trial.values["mlc.layer"] for trial in result.trials] == [kept, kept]
     assert result.skipped_layers == (left_out,)
-    of_trials = [load_scores(path) for path in sorted((folder / "trials").glob("*/scores/*"))]
+    of_trials = [load_scores(path) for path in sorted((folder / "trials").glob("*/scores/step-*"))]
     baseline = load_scores(folder / "baseline")
     assert len({baseline.fingerprint, *(scored.fingerprint for scored in of_trials)}) == 5
     for scored in (baseline, *of_trials):

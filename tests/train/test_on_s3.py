@@ -123,7 +123,7 @@ def test_a_score_and_a_search_on_s3(bucket: Path, s3: str) -> None:
         "sampler": "grid",
         "objective": {"name": "average", "min_benign_compliance": 0.0},
         "scoring": {
-            "benchmarks": [{"path": "sample:test"}],
+            "benchmarks": [{"path": "sample:select"}],
             "engine": ENGINE,
             **{name: yaml.safe_load(value) for name, value in (each.split("=") for each in SCORING)},
         },
@@ -137,10 +137,10 @@ def test_a_score_and_a_search_on_s3(bucket: Path, s3: str) -> None:
     assert (found / "best" / "model.safetensors").is_file() and (found / "pareto.png").is_file()
     for trial in (found / "trials").iterdir():
         scores = [load_scores(each) for each in (trial / "scores").iterdir()]
-        assert [score.name for score in scores] == ["step-000001", "step-000002"]
-        assert len({score.fingerprint for score in scores}) == 2
+        assert [score.name for score in scores] == ["confirmation", "step-000001", "step-000002"]
+        assert len({score.fingerprint for score in scores[1:]}) == 2
         assert not (trial / "train").is_dir()
-    assert "2 of 2 trials have ended" in show(found)
+    assert "ended, 2 of 2 trials have ended" in show(found)
     done(mlc_ray(bucket, "search", "--resume", str(found)))
     report = bucket / "report.html"
     done(mlc_ray(bucket, "report", f"{s3}/scores/base", str(found / "baseline"), "--out", str(report)))
