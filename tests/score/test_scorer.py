@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.exceptions
 
 from mlc_ray.score import scorer
-from mlc_ray.score.scorer import WarmScorer
+from mlc_ray.score.scorer import ScorerDiedError, WarmScorer
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -34,3 +35,12 @@ def test_a_scorer_that_died_or_is_stuck_hides_no_error(
     assert killed == [actor]
     assert None not in waited
     assert ("is killed" in caplog.text) is not answers
+
+
+def test_a_scorer_that_died_says_so_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(reference: Any) -> None:
+        raise ray.exceptions.RayActorError(error_msg="The actor died: out of memory")
+
+    monkeypatch.setattr(scorer, "ray", SimpleNamespace(get=get, exceptions=ray.exceptions))
+    with pytest.raises(ScorerDiedError, match=r"has died \(.*out of memory"):
+        WarmScorer(SimpleNamespace(check=SimpleNamespace(remote=object))).check()

@@ -7,7 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +19,13 @@ import pytest
 from mlc_ray.config import ConfirmSection
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.score.prompts import BenchmarkError, Prompts
-from mlc_ray.search.confirm import change_between
+from mlc_ray.search.confirm import change_between, drop_models, finished_points
 from mlc_ray.search.objectives.base import TrialScore, make_objective
+from mlc_ray.search.results import Trial
 from mlc_ray.search.selection import AskedPrompts, check_prompts, shortlist, split
+from mlc_ray.search.space import make_space
 from mlc_ray.stats.rates import Interval
+from mlc_ray.storage import Place
 
 from .test_objectives import GOOD, objective, records, scored
 from .test_space import search_config
@@ -94,11 +100,11 @@ def test_a_language_with_one_side_is_refused_unless_it_is_named() -> None:
         check_prompts(split(prompts(rows)), ConfirmSection(), objective())
     check_prompts(split(prompts(rows)), ConfirmSection(), objective(one_sided_languages=["zh", "fr", "ru"]))
     check_prompts(split(prompts(rows)), ConfirmSection(), objective(name="safety_alone"))
-    with pytest.raises(BenchmarkError, match="names en, of which scoring.benchmarks has harmful and benign"):
+    with pytest.raises(BenchmarkError, match=r"names en, of which scoring\.benchmarks has harmful and benign"):
         check_prompts(split(prompts(ROWS)), ConfirmSection(), objective(one_sided_languages=["en"]))
     # one bundle of a kind cannot be in both halves
     single = prompts([*bundles("a", "harmful", 4), *bundles("a", "benign", 1)])
-    with pytest.raises(BenchmarkError, match="half of scoring.benchmarks that confirms: no benign prompts in en, sw"):
+    with pytest.raises(BenchmarkError, match=r"half of scoring\.benchmarks that confirms: no benign prompts in en, sw"):
         check_prompts(split(single), ConfirmSection(), objective())
 
 
@@ -164,6 +170,28 @@ def test_models_are_told_apart_by_pairs_and_by_the_seed_that_tells_them_apart_le
     assert not change_between(average, best, [refusing], [GOOD]).told_apart
     pareto = make_objective(search_config(objective="pareto").objective)
     assert change_between(pareto, best, [refusing], [GOOD]).told_apart
+
+
+def test_the_models_of_the_best_trials_are_kept(tmp_path: Path) -> None:
+    config = search_config(keep_models=2, confirm={"keep": 1}, repeats=2, trials=2)
+    shared: Any = SimpleNamespace(
+        config=config, space=make_space(config), trial_folder=lambda name: Place(tmp_path / name),
+        score_in=lambda *folders: worth[folders[0].parent.parent.name],
+    )  # fmt: skip
+    ranks = {"a": 0.1, "b": 0.3, "c": 0.2}
+    worth = {f"{point}{seed}": replace(scored(GOOD), rank=rank) for point, rank in ranks.items() for seed in "12"}
+    trials = []
+    for name, score in worth.items():
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "scores" / "step-000001").mkdir(parents=True)
+        (tmp_path / name / "scores" / "step-000001" / "scores.json").touch()
+        values = {"mlc.layer": 20, "mlc.weight": ranks[name[0]], "seed": int(name[1])}
+        trials.append(Trial(name, values, score, 1, "finished", 1.0))
+    drop_models(shared, trials[:3])  # the second point lacks a repeat, and is not judged yet
+    assert all((tmp_path / name / "model").is_dir() for name in ("a1", "a2", "b1"))
+    drop_models(shared, trials)
+    assert sorted(path.parent.name for path in tmp_path.glob("*/model")) == ["b1", "b2"]
+    assert [point.trials[0].name for point in finished_points(shared, trials)] == ["b1", "c1", "a1"]
 
 
 def test_what_no_search_can_select_on_is_refused() -> None:
