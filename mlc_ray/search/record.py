@@ -81,7 +81,7 @@ class Recorder(ray.tune.Callback):
         """Called by Tune for every trial that ended without a fault, or that was ended."""
         began = self._began.pop(trial.trial_id, None)
         folder = self._shared.trial_folder(trial.config[FOLDER])
-        if folder.is_dir() and ending(folder) == "failed":
+        if folder.is_dir() and ending(folder) == "unfinished":
             if self._end.reason:
                 return  # cut off with the search, to be gone on with
             (folder / STOPPED_FILE).write_text("")

@@ -28,7 +28,7 @@ from mlc_ray.search.objectives.base import BENIGN, HARMFUL, TrialScore, make_obj
 from mlc_ray.stats.rates import Interval
 from mlc_ray.storage import Place, new_folder
 
-Ending = Literal["finished", "stopped", "diverged", "failed"]
+Ending = Literal["finished", "stopped", "diverged", "unfinished"]
 
 
 def read_values(folder: Place) -> dict[str, Any]:
@@ -38,16 +38,17 @@ def read_values(folder: Place) -> dict[str, Any]:
 
 
 def ending(folder: Place) -> Ending:
-    """How the trial in a run folder ended; one that was cut off, or still runs, has "failed" so far."""
+    """How the trial in a run folder ended; one that runs, failed, or was cut off is "unfinished"."""
     marks: dict[str, Ending] = {FINISHED_FILE: "finished", STOPPED_FILE: "stopped", DIVERGED_FILE: "diverged"}
-    return next((ended for mark, ended in marks.items() if (folder / mark).is_file()), "failed")
+    return next((ended for mark, ended in marks.items() if (folder / mark).is_file()), "unfinished")
 
 
 @dataclass(frozen=True)
 class Trial:
     """One trial: its values as they were drawn, its last score and at which step, and how it ended.
 
-    `ended` is "finished", "stopped" (by the scheduler), "diverged" or "failed"; `seconds` those of its optimizer steps.
+    `ended` is "finished", "stopped" (by the scheduler), "diverged" or "unfinished"; `seconds` are those of its
+    optimizer steps.
     """
 
     name: str
@@ -255,8 +256,8 @@ def verdict(result: SearchResult) -> list[str]:
     if progress.ended < progress.total:
         lines.append(f"{progress.ended} of {progress.total} trials have ended{_time_left(progress)}")
     if found is None:
-        finished = sum(trial.finished for trial in result.trials)
-        return [*lines, "nothing is confirmed yet" if finished else "no trial ran to its end"]
+        over = progress.ended >= progress.total and not any(trial.finished for trial in result.trials)
+        return [*lines, "no trial ran to its end" if over else "nothing is confirmed yet"]
     best = found.best
     if not best.score.feasible and objective.floor is not None:
         lines.append(

@@ -247,7 +247,7 @@ def _earlier_trials(shared: Shared) -> tuple[list[Ended], list[CutOff]]:
         values, state, scores = read_values(folder), ending(folder), scores_of(folder)
         if state == "diverged":
             ended.append(Ended(values, state))
-        elif state != "failed" and scores:
+        elif state != "unfinished" and scores:
             ended.append(Ended(values, state, shared.score_in(scores[-1]).values, step_of(scores[-1])))
         else:
             cut_off.append(CutOff(values, folder.name))

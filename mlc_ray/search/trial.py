@@ -234,7 +234,7 @@ def trial_folders(search: Place) -> list[Place]:
 
 def has_ended(folder: Place) -> bool:
     """Whether a trial ran to its end, was stopped, or diverged; others were cut off, or failed."""
-    return ending(folder) != "failed"
+    return ending(folder) != "unfinished"
 
 
 def scores_of(run_folder: Place) -> list[Place]:

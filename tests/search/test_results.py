@@ -158,7 +158,7 @@ def test_a_trial_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "values.json").write_text(json.dumps(drawn))
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 1.5}\n{"step": 2, "step_seconds": 2.0}\n')
     found = Trial.read(Place(tmp_path), score(0.1, 0.9), 2)
-    assert (found.values, found.ended, found.seconds) == (drawn, "failed", 3.5)
+    assert (found.values, found.ended, found.seconds) == (drawn, "unfinished", 3.5)
     (tmp_path / "diverged.json").touch()
     assert Trial.read(Place(tmp_path), score(0.1, 0.9), 2).ended == "diverged"
     (tmp_path / "finished").touch()
