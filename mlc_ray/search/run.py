@@ -233,6 +233,8 @@ def _search(prepared: Prepared) -> SearchResult:
         if not recorder.trials:
             first = recorder.failed[0] if recorder.failed else end.reason or "none"
             raise SearchError(f"no trial got as far as a score; the first fault: {first}")
+        if end.reason:
+            logger.info("%s; what has ended is confirmed, and `%s` goes on with the others", end.reason, go_on)
         recorder.write()
         confirmation = confirm(shared, prepared.confirmation, list(recorder.trials.values()))
     finally:
