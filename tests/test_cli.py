@@ -177,7 +177,10 @@ def test_config_prints_the_schema(arguments: list[str], title: str, capsys: pyte
         (["train", "--config", "none.yaml"], ["none.yaml", "does not exist"]),
         (["train", "--resume", "runs/x", "--config", "c.yaml"], ["--config", "runs/x", "keeps its own settings"]),
         (["train", "--resume", "runs/x", "--set", "seed=1"], ["'runs/x' is not a run folder"]),
-        (["search", "--resume", "runs/x", "--set", "seed=1"], ["--set", "runs/x", "a resumed search"]),
+        (
+            ["search", "--resume", "runs/x", "--set", "seed=1"],
+            ["'seed=1'", "runs/x", "trials and max_hours may change"],
+        ),
         (["score", "m", "--resume", "runs/x", "--limit", "3"], ["MODEL and --limit", "runs/x", "a resumed score"]),
         (["score", "--resume", "runs/x"], ["runs/x' is not a score folder"]),
         (["judge", __file__, "--judge", "phrases"], ["test_cli.py' is not a score folder"]),

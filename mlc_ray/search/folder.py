@@ -20,19 +20,28 @@ MAY_CHANGE = ("trials", "max_hours")
 """The settings that may differ when a search is resumed."""
 
 
-def changed_config(folder: Place, config: SearchConfig, overrides: Sequence[str]) -> SearchConfig:
-    """The settings of a search with others of `MAY_CHANGE`.
+def check_may_change(folder: Place, overrides: Sequence[str]) -> None:
+    """Refuse to resume a search with other settings than those of `MAY_CHANGE`.
 
     Raises:
-        ConfigError: another setting is given, or fewer trials than before.
+        ConfigError: another is given.
     """
-    raw = config.model_dump(mode="json", exclude_unset=True)
     for override in overrides:
         if (name := override.partition("=")[0].strip()) not in MAY_CHANGE:
             raise ConfigError(
                 f"{override!r} cannot go with the search in {str(folder)!r}, which keeps the settings that it began "
                 f"with; {' and '.join(MAY_CHANGE)} may change: start a new search for {name}"
             )
+
+
+def changed_config(config: SearchConfig, overrides: Sequence[str]) -> SearchConfig:
+    """The settings of a search with others of `MAY_CHANGE`.
+
+    Raises:
+        ConfigError: there are fewer trials than before.
+    """
+    raw = config.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
         apply_override(raw, override)
     changed = parse_config(SearchConfig, raw)
     if config.trials is not None and (changed.trials or math.inf) < config.trials:

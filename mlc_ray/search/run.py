@@ -51,6 +51,7 @@ from mlc_ray.search.folder import (
     MAY_CHANGE,
     changed_config,
     changed_settings,
+    check_may_change,
     load_search,
     write_config,
     write_settings,
@@ -137,9 +138,10 @@ def resume_search(folder: Path | Place, overrides: Sequence[str] = ()) -> Search
             of `search`.
     """
     folder = Place(folder).absolute()
+    check_may_change(folder, overrides)
     config = load_search(folder)
     if overrides:
-        config = changed_config(folder, config, overrides)
+        config = changed_config(config, overrides)
     space = make_space(config)
     keep_in(local_side(folder))
     _check(config, space)

@@ -70,13 +70,13 @@ def test_a_folder_that_is_there_is_refused_by_default(place: Path) -> None:
 def test_trials_are_added_and_hours_are_changed(place: Path) -> None:
     assert changed(place, "resume=auto", "trials=1", "max_hours=3") == []
     folder = Place(place / "found")
-    config = changed_config(folder, load_search(folder), ["trials=1", "max_hours=8.5"])
+    config = changed_config(load_search(folder), ["trials=1", "max_hours=8.5"])
     assert (config.trials, config.max_hours) == (1, 8.5)
     write_config(config, make_space(config), folder)
-    more = changed_config(folder, load_search(folder), ["trials=2"])
+    more = changed_config(load_search(folder), ["trials=2"])
     assert (more.trials, more.max_hours) == (2, 8.5)  # the folder has kept them
-    assert changed_config(folder, more, ["trials=null"]).trials is None  # of a grid all
+    assert changed_config(more, ["trials=null"]).trials is None  # of a grid all
     with pytest.raises(ConfigError, match="trials=1, but this search has 2 already"):
-        changed_config(folder, more, ["trials=1"])
+        changed_config(more, ["trials=1"])
     with pytest.raises(ConfigError, match=r"'concurrency=2' cannot go with.*trials and max_hours may change"):
         resume_search(folder, ["concurrency=2"])
