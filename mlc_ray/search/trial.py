@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.parquet as pq
 import ray.tune
-from ray.tune.integration.ray_train import TuneReportCallback
 
 from mlc_ray.config import ScoreConfig, SearchConfig, parse_config
 from mlc_ray.errors import MlcRayError
@@ -47,6 +47,7 @@ class SearchError(MlcRayError):
     """A search cannot start or go on; the message quotes the folder or the setting, and names the fix."""
 
 
+_LOOK_SECONDS = 1.0  # between looks for a new score, which takes seconds at least
 _STEP_FOLDER, _STEP_NAME = "step-{:06d}", re.compile(r"step-\d{6,}")
 
 
@@ -179,15 +180,6 @@ class ScoreCheckpoint:
         return self.shared.metrics_in(self.shared.checkpoint(run_folder, checkpoint, step))
 
 
-class ScoreReports(TuneReportCallback):
-    """Hands scores, and nothing else that a run reports, to Tune, whose schedulers count reports."""
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Pass on a report that carries a score."""
-        if STEP in metrics[0]:
-            super().after_report(run_context, metrics, None)
-
-
 def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
     """One trial, in a process of its own: train, scoring at checkpoints; then keep the model and drop the rest.
 
@@ -209,13 +201,25 @@ def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
     shared.drop_optimizer_states()
     folder, values = shared.trial_folder(given[FOLDER]), given[VALUES]
     (folder / VALUES_FILE).write_json(values)
-    train(
-        shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
-        resume=folder if (folder / CONFIG_FILE).is_file() else None,
-        score=ScoreCheckpoint(shared),
-        callbacks=[ScoreReports()],  # type: ignore[no-untyped-call]
-        display=False,
-    )
+    reported = {score.name for score in scores_of(folder)}
+    # Reported from this thread alone. Ray's `TuneReportCallback` has the trial's main thread report as well, and where
+    # both do at once, each waits for the other without end.
+    with ThreadPoolExecutor(1) as threads:
+        training = threads.submit(
+            train,
+            shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
+            resume=folder if (folder / CONFIG_FILE).is_file() else None,
+            score=ScoreCheckpoint(shared),
+            display=False,
+        )
+        over = False
+        while not over:
+            over = bool(wait([training], timeout=_LOOK_SECONDS).done)
+            for score in scores_of(folder):
+                if score.name not in reported:
+                    reported.add(score.name)
+                    ray.tune.report(shared.metrics_in(score))
+    training.result()
     last = find_checkpoint(folder)
     step = int((last / MANIFEST).read_json()["step"])
     if not (folder / SCORES_FOLDER / _STEP_FOLDER.format(step) / SCORES_FILE).is_file():
