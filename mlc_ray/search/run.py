@@ -180,7 +180,7 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     """Make what all trials share, or find it in the folder; the engines of the result are up."""
     base = _base(space, output_dir=str(folder / TRIALS_FOLDER))
     device = _device(base)
-    make_judge(config.scoring.judge).check_ready(cache_folder(folder))
+    make_judge(config.scoring.judge).check_ready(user_cache())
     prompts = read_asked(config, make_objective(config.objective), rejects=local_side(folder))
     model = resolve_model(base.model.path)
     identity = {"prompts": prompts.fingerprint, "model": fingerprint_model(model)}
