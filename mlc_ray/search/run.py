@@ -41,7 +41,7 @@ from mlc_ray.runs import (
     output_place,
     resolve_model,
 )
-from mlc_ray.score.plan import places, with_dtypes
+from mlc_ray.score.plan import check_prompts, places, with_dtypes
 from mlc_ray.score.prompts import read_prompts
 from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.objectives.base import TrialScore
@@ -170,8 +170,10 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     space, skipped = _probed(config, space, base, folder, device)
     lora_rank = _lora_rank(space)
     model = resolve_model(base.model.path)
-    make_judge(config.scoring.judge).check_ready(cache_folder(folder))
+    judge = make_judge(config.scoring.judge)
+    judge.check_ready(cache_folder(folder))
     prompts = read_prompts(config.scoring, rejects=local_side(folder))
+    check_prompts(judge, prompts, config.scoring, model)
     identity = {"prompts": prompts.fingerprint, "model": fingerprint_model(model)}
     _check_same(folder, identity)
     scorer = start_scorer(
