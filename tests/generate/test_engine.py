@@ -12,6 +12,7 @@ import pytest
 from mlc_ray.config import EngineSection
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Engine, EngineError
 from mlc_ray.generate.stage import Generator
+from mlc_ray.judges.guards.base import GuardEngineSection
 from mlc_ray.judges.guards.qwen3guard import Qwen3Guard
 from mlc_ray.judges.likelihood import LikelihoodScorer, margin, openings_for
 from mlc_ray.types import Answer
@@ -35,7 +36,8 @@ def look(model: str, file: Path) -> None:
     engine = Engine(model, SETTINGS, device="cpu")
     generator = Generator(model, SETTINGS, max_new_tokens=8, device="cpu", shared=engine)
     scorer = LikelihoodScorer(model, SETTINGS, device="cpu", shared=engine)
-    guard = Qwen3Guard(Qwen3Guard.Settings(model=model, engine=SETTINGS))
+    own = GuardEngineSection(**SETTINGS.model_dump())
+    guard = Qwen3Guard(Qwen3Guard.Settings(model=str(asking_as_a_guard(model, file.parent)), engine=own))
     guard.start("cpu", file.parent, shared=engine)
 
     template = scorer._template
@@ -62,6 +64,19 @@ def look(model: str, file: Path) -> None:
     for user in (guard, scorer, generator):
         user.close()
     file.write_bytes(pickle.dumps(seen))
+
+
+def asking_as_a_guard(model: str, folder: Path) -> Path:
+    """The same model with a template that asks what a guard's asks."""
+    guard = folder / "guard"
+    guard.mkdir()
+    for each in Path(model).iterdir():
+        (guard / each.name).symlink_to(each)
+    template = guard / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8")
+    template.unlink()
+    template.write_text(text.replace("a helpful AI assistant", "asked what is unsafe,"), encoding="utf-8")
+    return guard
 
 
 def fault(engine: Engine, ids: list[list[int]], starts: list[int]) -> str:

@@ -71,6 +71,7 @@ def guard_called(name: str, **fields: Any) -> Guard:
     return guard
 
 
+_TRAINING = [text for text in (*WORDINGS.values(), *TEMPLATES.values(), GUIDELINES) if text]
 NAMES = [name for name in names("judge") if issubclass(resolve("judge", name), Guard)]
 
 
@@ -84,15 +85,34 @@ def worded(name: str, folder: Path) -> Guard:
 
 
 def tokenizer_of(name: str, smollm2: Path) -> Any:
-    """A tokenizer with the control tokens and the template of a family: by pieces of bytes, or of text with blanks."""
+    """A tokenizer with the control tokens and the template of a family.
+
+    SmolLM2's for PolyGuard, whose real one has the same tokens; small ones of the family's kind for the others.
+    """
     from transformers import AddedToken, AutoTokenizer
 
-    tokenizer = sentencepieces() if name in ("wildguard", "shieldgemma") else AutoTokenizer.from_pretrained(smollm2)
+    if name == "polyguard":
+        tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    else:
+        tokenizer = sentencepieces() if name in ("wildguard", "shieldgemma") else bytes_in_pairs()
     tokenizer.add_special_tokens({"additional_special_tokens": CONTROL_TOKENS[name]})
     plain = {"qwen3guard": ["<think>", "</think>"], "shieldgemma": ["\n\n"]}.get(name, [])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
     tokenizer.chat_template = TEMPLATES[name]
     return tokenizer
+
+
+def bytes_in_pairs() -> Any:
+    """A tokenizer as those of Qwen, Llama 3 and Granite: pieces of bytes, merged within words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(_TRAINING, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=model)
 
 
 def sentencepieces() -> Any:
@@ -103,12 +123,11 @@ def sentencepieces() -> Any:
     def blank(model: models.BPE) -> Tokenizer:
         made = Tokenizer(model)
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+        made.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace()])
         return made
 
     learnt = blank(models.BPE())
-    data = [text for text in (*WORDINGS.values(), *TEMPLATES.values(), GUIDELINES) if text]
-    learnt.train_from_iterator(data, trainers.BpeTrainer(vocab_size=600, show_progress=False))
+    learnt.train_from_iterator(_TRAINING, trainers.BpeTrainer(vocab_size=500))
     trained = json.loads(learnt.to_str())["model"]
     single = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]  # ordinary tokens: the trainer would add them
     vocabulary = {token: number for number, token in enumerate([*single, *trained["vocab"]])}

@@ -227,7 +227,7 @@ def test_a_wording_is_asked_as_it_is(tokenizers: dict[str, Any], tmp_path: Path)
     assert asked("wildguard") == (filled(WORDINGS["wildguard"]),)
     system, user = WORDINGS["polyguard"].strip().split("\n\nHuman user:")
     turns = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHuman user:{filled(user)}<|im_end|>\n"
-    assert asked("polyguard") == (turns + "<|im_start|>assistant\n",)
+    assert asked("polyguard") == (turns + "<|im_start|>assistant",)
     (nemotron,) = asked("nemotron-safety-guard")
     assert f"<|end_header_id|>\n\n{filled(WORDINGS['nemotron-safety-guard'])}<|eot_id|>" in nemotron
     shield = asked("shieldgemma")

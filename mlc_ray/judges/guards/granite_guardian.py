@@ -1,6 +1,6 @@
 """Granite Guardian 3.0 to 4.1 on its risk "harm", in English: yes or no.
 
-Wording: up to 3.3 the folder's chat template, which holds the risk by name. For 4.1, whose template holds none, the file
+Wording: up to 3.3 the folder's chat template, which holds the risk by name. For 4.1, whose template has none, the file
 `judge.prompt`: the user's last message as its card shows it, with the card's criterion and scoring schema in it.
 """
 
