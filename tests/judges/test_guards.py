@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -192,7 +193,8 @@ def test_a_guard_without_its_wording_is_refused(tokenizers: dict[str, Any], name
         guard_called(name, prompt="/none/at/all").learn(tokenizers[name])
     file = tmp_path / "prompt"
     for piece in resolve("judge", name).holds:
-        file.write_text(WORDINGS[name].replace(piece, piece.replace(piece.replace("{", "}").split("}")[0], "")))
+        slots = "".join(re.findall(r"\{\w+\}", piece))
+        file.write_text(WORDINGS[name].replace(piece, slots), encoding="utf-8")
         with pytest.raises(JudgeError, match=f"not the wording of '{name}'.*copy it from {card}"):
             guard_called(name, prompt=str(file)).learn(tokenizers[name])
 
