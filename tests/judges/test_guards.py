@@ -15,9 +15,10 @@ import pyarrow as pa
 import pytest
 
 from mlc_ray._registry import resolve
-from mlc_ray.generate.engine import PROMPT_TOO_LONG, Engine, EngineError, Generation
+from mlc_ray.generate.engine import Engine, EngineError, Generation
 from mlc_ray.judges.base import JudgeError, Policy
 from mlc_ray.judges.guards.base import Guard
+from mlc_ray.judges.guards.llama_guard import LlamaGuard
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import ModelPathError
 from mlc_ray.score.stages import JudgeStage
@@ -336,66 +337,49 @@ def test_a_window_that_cannot_hold_what_the_policy_may_write_is_refused(
         guard.check_prompts(prompts, replace(policy, max_new_tokens=fitting + 1))
     with pytest.raises(JudgeError, match=r"max_model_len is 300.*set judge\.engine\.max_model_len=\d+ or more"):
         guard_in(folder, max_model_len=300).check_prompts({"en": prompts["en"]}, policy)
+    # What is translated is as long as the translator may write, whatever the policy writes.
+    translate = {"model": "translator", "max_new_tokens": 1200, "all_languages": True}
+    settings = LlamaGuard.Settings.model_validate({**guard.settings.model_dump(), "translate": translate})
+    with pytest.raises(JudgeError, match=r"in 'th'.* 1200 for the longest prompt.*set judge\.translate\.max_new"):
+        LlamaGuard(settings).check_prompts(prompts, policy)
     # A prompt that is too long for the policy gets no response to judge.
     guard.check_prompts(prompts, replace(policy, longest_prompt=10))
 
 
-# --------------------------------------------------------------------------------------------------- what engines reply
+# ------------------------------------------------------------------------------------------------ when an engine fails
 
 
-class GivenReplies(Engine):
-    """An engine that never started: it gives one reply to everything, or fails."""
+class FailingEngine(Engine):
+    """An engine that never started, and fails when it is asked."""
 
-    def __init__(self, reply: str | Exception, longest: int = 10_000):
-        self.reply, self.max_model_len = reply, longest
+    def __init__(self, error: Exception):
+        self.error = error
 
     def generate(self, ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
-        if isinstance(self.reply, Exception):
-            raise self.reply
-        longest = self.max_model_len - max_new_tokens
-        return [
-            Generation(self.reply, "stop", len(each), 1)
-            if len(each) <= longest
-            else Generation("", PROMPT_TOO_LONG, len(each), 0)
-            for each in ids
-        ]
+        if ids:
+            raise self.error
+        return []
 
 
 @pytest.fixture
-def guard(tokenizers: dict[str, Any], tmp_path: Path) -> Guard:
-    return guard_in(guard_folder(tmp_path / "guard", tokenizers["llama-guard"]))
-
-
-def started(guard: Guard, engine: Engine, tmp_path: Path) -> Guard:
-    guard.start("cpu", tmp_path, shared=engine)
+def failing(tokenizers: dict[str, Any], tmp_path: Path) -> Guard:
+    guard = guard_in(guard_folder(tmp_path / "guard", tokenizers["llama-guard"]))
+    guard.start("cpu", tmp_path, shared=FailingEngine(RuntimeError("the device is out of memory")))
     return guard
 
 
-def test_an_engine_that_fails_is_a_fault_and_no_verdict(guard: Guard, tmp_path: Path) -> None:
-    answers = [Answer("Why?", text, "en", "harmful") for text in ("Because.", "", "No.")]
-    for error in (RuntimeError("the device is out of memory"), ValueError("a bad request"), EngineError("too long")):
-        with pytest.raises(type(error), match=str(error)):
-            started(guard, GivenReplies(error), tmp_path).judge(answers)
+def test_an_engine_that_fails_is_a_fault_and_no_verdict(failing: Guard) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        failing.judge([Answer("Why?", text, "en", "harmful") for text in ("Because.", "", "No.")])
+    (unasked,) = failing.judge([Answer("Why?", "", "en", "harmful")])
+    assert (unasked.safety, unasked.reason) == ("unparsed", "the response is empty")
 
 
-def test_verdicts_come_in_order_and_say_what_was_escaped(guard: Guard, tmp_path: Path) -> None:
-    texts = ["Because.", "", "<|eot_id|> <END CONVERSATION>", "word " * 500]
-    verdicts = started(guard, GivenReplies("safe", longest=400), tmp_path).judge(
-        [Answer("Why?", text, "en", "harmful") for text in texts]
-    )
-    assert [verdict.safety for verdict in verdicts] == ["safe", "unparsed", "safe", "unparsed"]
-    plain, empty, escaped, long = (verdict.reason for verdict in verdicts)
-    assert (plain, empty) == ("safe", "the response is empty")
-    assert "1 markers and 1 control tokens of the guard were made ordinary text" in escaped
-    assert "judge.engine.max_model_len=400" in long
-
-
-def test_a_guard_joined_by_the_phrases_keeps_its_own_way_to_read_a_language(guard: Guard, tmp_path: Path) -> None:
+def test_a_guard_joined_by_the_phrases_keeps_its_own_way_to_read_a_language(failing: Guard) -> None:
     stage = JudgeStage.__new__(JudgeStage)  # its `start` would start an engine
-    judge = started(guard, GivenReplies("perhaps"), tmp_path)
-    stage.usage_file, stage.judges = None, [(judge, {"de": ""}), (RefusalJudge(), {"de": "uncovered"})]
+    stage.usage_file, stage.judges = None, [(failing, {"de": ""}), (RefusalJudge(), {"de": "uncovered"})]
     row = {"prompt": "Warum?", "response": "I cannot help with that.", "language": "de", "kind": "harmful"}
-    (judged,) = stage(pa.Table.from_pylist([{**row, "finish": "stop"}])).to_pylist()
+    (judged,) = stage(pa.Table.from_pylist([{**row, "finish": "abort"}])).to_pylist()
     assert (judged["behaviour"], judged["via_refused"]) == ("refused", "uncovered")
     assert (judged["safety"], judged["via_safe"]) == ("unparsed", "")
 

@@ -12,21 +12,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlc_ray.judges.base import JudgeError, Policy
-from mlc_ray.runs import longest_context
+from mlc_ray.runs import longest_context, resolve_model
 
 if TYPE_CHECKING:
     from mlc_ray.judges.guards.base import Guard
 
+_RESPONSE = "max_new_tokens"
 _COUNTED = 64  # of each language, the longest prompts by bytes: all of 300,000 would take a minute
 
 
 @dataclass(frozen=True)
 class _Longest:
-    """The most that a conversation in `language` may take of the guard's tokens, around it nothing."""
+    """The most that prompt and response in `language` may take of the guard's tokens.
+
+    `limit` is the setting that bounds what is written, and `per_token` how many of the guard's tokens one token of it
+    may bring.
+    """
 
     language: str
     prompt: int
     response: int
+    limit: str
     per_token: float
 
 
@@ -35,7 +41,7 @@ def check_window(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Pol
 
     Prompts are counted by the guard's tokenizer. A response is not there yet: it is taken to have as many of the
     guard's tokens for each of the policy's as the prompts in its language have, at least one. What is translated for
-    the guard is as long as the translator may write.
+    the guard is as long as the translator may write, in as many tokens.
 
     Raises:
         JudgeError: they do not fit; the message has the numbers and the fix.
@@ -48,16 +54,18 @@ def check_window(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Pol
     worst = max(found, key=lambda each: each.prompt + each.response)
     if (needed := fixed + worst.prompt + worst.response) <= window:
         return
-    positions = context_of(guard.settings.model, trust_remote_code=guard.settings.engine.trust_remote_code)
-    left = math.floor((window - fixed - worst.prompt) / worst.per_token)
-    fixes = [f"max_new_tokens={left} or less"] if left > 0 else []
+    model, trust = resolve_model(guard.settings.model), guard.settings.engine.trust_remote_code
+    positions = context_of(model, trust_remote_code=trust)
+    fixed_prompt = worst.prompt if worst.limit == _RESPONSE else 0  # a translated one is bounded by the same setting
+    left = math.floor((window - fixed - fixed_prompt) / worst.per_token)
+    fixes = [f"{worst.limit}={left} or less"] if left > 0 else []
     if positions is None or needed <= positions:
         fixes.insert(0, f"judge.engine.max_model_len={needed} or more")
+    each_of = f" ({worst.per_token:.2f} for each token of the policy's)" if worst.limit == _RESPONSE else ""
     raise JudgeError(
         f"judge.name={guard.name!r}: a conversation in {worst.language!r} may take {needed} of its tokens, and "
         f"judge.engine.max_model_len is {window}: {frame} for its template, {worst.prompt} for the longest prompt, "
-        f"{worst.response} for a response of {policy.max_new_tokens} tokens (each is {worst.per_token:.2f} of the "
-        f"guard's in this language) and {guard.max_new_tokens} for its reply; set "
+        f"{worst.response} for the longest response{each_of} and {guard.max_new_tokens} for its reply; set "
         f"{' or '.join(fixes) or 'languages to those that fit, or take another guard'}"
     )
 
@@ -88,8 +96,10 @@ def _longest(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Policy)
     for language, texts in prompts.items():
         if ways[language] == "translated" and translate is not None:
             endpoint = translate.endpoint
-            limit = translate.max_new_tokens if endpoint is None else endpoint.max_reply_tokens
-            yield _Longest(language, limit, limit, limit / policy.max_new_tokens)
+            setting, limit = "max_new_tokens", translate.max_new_tokens
+            if endpoint is not None:
+                setting, limit = "endpoint.max_reply_tokens", endpoint.max_reply_tokens
+            yield _Longest(language, limit, limit, f"judge.translate.{setting}", 2.0)  # prompt and response
             continue
         by_length = sorted(set(texts), key=lambda text: len(text.encode()), reverse=True)[:_COUNTED]
         counts = [(_tokens(own, text), _tokens(theirs, text)) for text in by_length]
@@ -98,7 +108,7 @@ def _longest(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Policy)
         if sent and (total := sum(other for _, other in sent)):
             ratio = max(1.0, sum(mine for mine, _ in sent) / total)
             response = math.ceil(policy.max_new_tokens * ratio)
-            yield _Longest(language, max(mine for mine, _ in sent), response, ratio)
+            yield _Longest(language, max(mine for mine, _ in sent), response, _RESPONSE, ratio)
 
 
 def _tokens(tokenizer: Any, text: str) -> int:
