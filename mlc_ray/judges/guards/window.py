@@ -56,8 +56,10 @@ def check_window(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Pol
         return
     model, trust = resolve_model(guard.settings.model), guard.settings.engine.trust_remote_code
     positions = context_of(model, trust_remote_code=trust)
-    fixed_prompt = worst.prompt if worst.limit == _RESPONSE else 0  # a translated one is bounded by the same setting
-    left = math.floor((window - fixed - fixed_prompt) / worst.per_token)
+    alike = [each for each in found if each.limit == worst.limit]
+    # A translated prompt is bounded by the same setting as its response.
+    spaces = [(window - fixed - (each.prompt if each.limit == _RESPONSE else 0)) / each.per_token for each in alike]
+    left = math.floor(min(spaces))
     fixes = [f"{worst.limit}={left} or less"] if left > 0 else []
     if positions is None or needed <= positions:
         fixes.insert(0, f"judge.engine.max_model_len={needed} or more")
