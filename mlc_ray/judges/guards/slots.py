@@ -31,7 +31,8 @@ SENTINELS = ("qS7zK2vX9w", "hT4mB8cN1r")
 _BLANKS = "\n \n\t"
 _VERBATIM = ("\"'<&>\\ {{ x }}{% x %}{prompt}{response}\n\né", "x" * 5000)
 """Texts that come out otherwise where a template escapes, fills in or shortens them."""
-_ENDS: tuple[tuple[str, str | None], ...] = (("all", None), ("line breaks", "\n"))
+_TRIMMED = ("", "\n", None)
+"""What templates take away at an end of a text: nothing, line breaks, all blanks; as `str.lstrip` takes it."""
 
 _TAG = re.compile(r"<[^<>\n]{1,60}>|\[/?[A-Z][A-Z_ ]{1,40}\]")
 _LABEL = re.compile(r"[\s#*-]*([^\W\d_][\w '/()-]{0,39}:)")
@@ -117,15 +118,12 @@ class Slots:
         texts = list(SENTINELS)
         texts[slot] = f"{_BLANKS}{SENTINELS[slot]}{_BLANKS[::-1]}"
         rendered = render(*texts)
-        for left, right in product((False, *_ENDS), repeat=2):
+        for left, right in product(_TRIMMED, repeat=2):
 
-            def trim(text: str, left: Any = left, right: Any = right) -> str:
-                text = text.lstrip(left[1]) if left else text
-                return text.rstrip(right[1]) if right else text
+            def trim(text: str, left: str | None = left, right: str | None = right) -> str:
+                return text.lstrip(left).rstrip(right)
 
-            filled = [*texts[:slot], trim(texts[slot]), *texts[slot + 1 :]]
-            self._trims = [str, str]
-            if self.text(*filled) == rendered:
+            if self.text(*texts[:slot], trim(texts[slot]), *texts[slot + 1 :]) == rendered:
                 return trim
         raise SlotError("it changes more of the texts than blanks at their ends")
 
