@@ -123,7 +123,8 @@ class Slots:
             def trim(text: str, left: str | None = left, right: str | None = right) -> str:
                 return text.lstrip(left).rstrip(right)
 
-            if self.text(*texts[:slot], trim(texts[slot]), *texts[slot + 1 :]) == rendered:
+            prompt, response = (trim(text) if at == slot else text for at, text in enumerate(texts))
+            if self.text(prompt, response) == rendered:
                 return trim
         raise SlotError("it changes more of the texts than blanks at their ends")
 
