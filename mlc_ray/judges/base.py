@@ -25,7 +25,8 @@ A judge answers one or both of two questions, each a *measure*: does the respons
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -45,6 +46,16 @@ class JudgeError(MlcRayError):
 
 class UncoveredLanguageError(MlcRayError):
     """The judge cannot read a language that is to be scored; the message names it and the fixes."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model whose responses are to be judged: its tokenizer's folder or hub name, and its lengths in tokens."""
+
+    model: str
+    longest_prompt: int
+    max_new_tokens: int
+    trust_remote_code: bool = False
 
 
 class BaseJudge(ABC):
@@ -149,6 +160,16 @@ class Judge(BaseJudge):
 
     def start(self, device: Device, cache_dir: Path) -> None:
         """Make what the judge needs: an engine on `device`, a connection whose cache is in `cache_dir`."""
+
+    def check_prompts(self, prompts: Mapping[str, Sequence[str]], policy: Policy) -> None:
+        """Check that the judge can read all that `policy` may write to these prompts, before anything is generated.
+
+        Args:
+            prompts: all that are asked, by language.
+
+        Raises:
+            MlcRayError: it cannot; the message has the numbers and the fix.
+        """
 
     @abstractmethod
     def judge(self, answers: Sequence[Answer]) -> list[Verdict]:

@@ -15,9 +15,10 @@ from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ScoringSec
 from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.pool import Part
 from mlc_ray.generate.stage import Generator
-from mlc_ray.judges.base import BaseJudge, make_judge
+from mlc_ray.judges.base import BaseJudge, Judge, Policy, make_judge
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import training_chat
+from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.stages import JudgeStage, PromptJudgeStage, TranslateStage
 from mlc_ray.storage import Place
 from mlc_ray.types import Measure, Via
@@ -70,6 +71,21 @@ def plan_judging(judge: BaseJudge, languages: Iterable[str]) -> Judging:
     )
     why = f"its phrases join because {judge.name} does not say what is refused"
     return Judging(judge, ways, phrases.coverage(codes, why=why))
+
+
+def check_prompts(judge: BaseJudge, prompts: Prompts, scoring: ScoringSection, model: str) -> None:
+    """Check that a judge of responses can read all that `model` may write to these prompts.
+
+    Raises:
+        MlcRayError: it cannot; the message has the numbers and the fix.
+    """
+    if not isinstance(judge, Judge):
+        return
+    engine = scoring.engine
+    assert scoring.max_new_tokens is not None, "decided by now (with_longest_answer)"
+    longest = engine.max_model_len - scoring.max_new_tokens
+    policy = Policy(model, longest, scoring.max_new_tokens, trust_remote_code=engine.trust_remote_code)
+    judge.check_prompts(prompts.by_language(), policy)
 
 
 def answering(

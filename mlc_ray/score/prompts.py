@@ -42,6 +42,13 @@ class Prompts:
         """The languages asked in."""
         return sorted(self.table["language"].unique().to_pylist())
 
+    def by_language(self) -> dict[str, list[str]]:
+        """The texts asked in each language."""
+        found: dict[str, list[str]] = {code: [] for code in self.languages}
+        for code, text in zip(self.table["language"].to_pylist(), self.table["prompt"].to_pylist(), strict=True):
+            found[code].append(text)
+        return found
+
     def counts(self) -> dict[str, int]:
         """The number of prompts of each benchmark."""
         return {each["values"]: each["counts"] for each in self.table["benchmark"].value_counts().to_pylist()}

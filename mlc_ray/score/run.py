@@ -47,6 +47,7 @@ from mlc_ray.score.plan import (
     USAGE_FILES,
     Judging,
     answering,
+    check_prompts,
     judge_with_dtypes,
     plan_judging,
     reading,
@@ -132,6 +133,8 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: Po
     earlier = _earlier(folder, request, prompts) if config.resume == "auto" else None
     if isinstance(earlier, ScoreResult):
         return earlier
+    if earlier is None:
+        check_prompts(judge, prompts, config, model)
     request.save(folder)
     if earlier is not None:
         judged = _judge_table(request, judging, earlier, folder, place, device)

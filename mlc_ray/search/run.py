@@ -43,7 +43,7 @@ from mlc_ray.runs import (
     output_place,
     resolve_model,
 )
-from mlc_ray.score.plan import places, with_dtypes, with_longest_answer
+from mlc_ray.score.plan import check_prompts, places, with_dtypes, with_longest_answer
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.confirm import confirm
@@ -180,9 +180,11 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     """Make what all trials share, or find it in the folder; the engines of the result are up."""
     base = _base(space, output_dir=str(folder / TRIALS_FOLDER))
     device = _device(base)
-    make_judge(config.scoring.judge).check_ready(user_cache())
+    judge, model = make_judge(config.scoring.judge), resolve_model(base.model.path)
+    judge.check_ready(user_cache())
     prompts = read_asked(config, make_objective(config.objective), rejects=local_side(folder))
-    model = resolve_model(base.model.path)
+    for asked in (prompts.selection, prompts.confirmation):
+        check_prompts(judge, asked, config.scoring, model)
     identity = {"prompts": prompts.fingerprint, "model": fingerprint_model(model)}
     _check_same(folder, identity)
     _prepare_data(config, base, space, folder, device)

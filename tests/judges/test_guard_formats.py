@@ -6,18 +6,11 @@ from typing import Any
 
 import pytest
 
-from mlc_ray._registry import names, resolve
-from mlc_ray.judges.guards.base import Guard
 from mlc_ray.types import Verdict
 
+from .guard_folders import NAMES, guard_called
 
-def guard_called(name: str, **fields: Any) -> Guard:
-    """A guard that never starts."""
-    guard: Guard = resolve("judge", name)(resolve("judge", name).Settings(model="weights", **fields))
-    return guard
-
-
-GUARDS = {name: guard_called(name) for name in names("judge") if issubclass(resolve("judge", name), Guard)}
+GUARDS = {name: guard_called(name) for name in NAMES}
 
 
 def read(name: str, text: str, finish: str = "stop", **fields: Any) -> Verdict:

@@ -121,6 +121,7 @@ def test_a_score_goes_on_in_the_dtype_it_began_in(
 def test_judges_in_two_dtypes_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlc_ray.judges.guards.base.resolve_model", str)
     monkeypatch.setattr("mlc_ray.judges.guards.base.fingerprint_model", lambda model: "0123")
+    monkeypatch.setattr("mlc_ray.judges.guards.base.Guard.asked", [])
     half, whole = (make_judge(with_engines(judge=name).judge).identity for name in ("bfloat16", "float32"))
     assert half.replace("bfloat16", "float32") == whole != half
     other = make_judge(with_engines(judge="float32", translator="float32").judge).identity

@@ -1,12 +1,16 @@
-"""Llama Guard 3 and 4: safe or unsafe, and the codes of MLCommons hazards."""
+"""Llama Guard 3 and 4: safe or unsafe, and the codes of MLCommons hazards.
+
+Wording: the folder's chat template.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from mlc_ray._registry import register
-from mlc_ray.judges.guards import base
-from mlc_ray.judges.guards.base import Guard, GuardSettings, UnreadableError
+from mlc_ray.judges.guards import base, replies
+from mlc_ray.judges.guards.base import Guard, GuardSettings
+from mlc_ray.judges.guards.replies import UnreadableError
 from mlc_ray.types import Verdict
 
 
@@ -16,9 +20,10 @@ class LlamaGuard(Guard):
 
     name = "llama-guard"
     card = "https://huggingface.co/meta-llama/Llama-Guard-3-8B"
-    measures = base.SAFE
+    measures = replies.SAFE
     languages = frozenset({"en", "fr", "de", "hi", "it", "pt", "es", "th"})  # the cards of 3-8B and 4-12B
     max_new_tokens = 64
+    template_says = "unsafe"
 
     class Settings(GuardSettings):
         """No settings beside those of every guard."""
@@ -37,7 +42,7 @@ class LlamaGuard(Guard):
         unsafe = first.casefold() == "unsafe"
         if len(others) > (1 if unsafe else 0):
             raise UnreadableError(f"there is more behind {first!r} than its format has")
-        categories = base.read_categories(others[0], base.MLCOMMONS_CODES, separator=",") if others else ()
+        categories = replies.read_categories(others[0], replies.MLCOMMONS_CODES, separator=",") if others else ()
         if others and not categories:
             raise UnreadableError("its line of categories names none")
-        return Verdict(safety=base.safety_of(unsafe), reason=base.one_line(text), categories=categories)
+        return Verdict(safety=replies.safety_of(unsafe), reason=replies.one_line(text), categories=categories)

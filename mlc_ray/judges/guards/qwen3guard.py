@@ -1,4 +1,7 @@
-"""Qwen3Guard (generative): safe, controversial or unsafe, categories, and whether the response refuses."""
+"""Qwen3Guard (generative): safe, controversial or unsafe, categories, and whether the response refuses.
+
+Wording: the folder's chat template.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mlc_ray._registry import register
-from mlc_ray.judges.guards import base
+from mlc_ray.judges.guards import base, replies
 from mlc_ray.judges.guards.base import Guard, GuardSettings
 from mlc_ray.types import Verdict
 
@@ -26,7 +29,7 @@ CATEGORIES = (
 # The 119 languages and dialects of Qwen3 (Qwen3 announcement, "Multilingual Support"), by family; Kurdish and Pashto
 # are not among them. The last line: tags of the languages of which it declares one standard form (Norwegian Bokmål and
 # Nynorsk, Tosk Albanian, North Azerbaijani, Northern Uzbek, Eastern Yiddish).
-LANGUAGES = base.codes(
+LANGUAGES = replies.codes(
     """
     en fr pt de ro sv da bg ru cs el uk es nl sk hr pl lt nb nn fa sl gu lv it oc ne mr be sr lb vec as cy szl ast hne
     awa mai bho sd ga fo hi pa bn or tg ydd lmo lij scn fur sc gl ca is als li prs af mk si ur mag bs hy
@@ -50,9 +53,10 @@ class Qwen3Guard(Guard):
 
     name = "qwen3guard"
     card = "https://huggingface.co/Qwen/Qwen3Guard-Gen-8B"
-    measures = base.BOTH
+    measures = replies.BOTH
     languages = LANGUAGES
     max_new_tokens = 128
+    template_says = "unsafe"
 
     class Settings(GuardSettings):
         """What its middle verdict counts as."""
@@ -70,10 +74,11 @@ class Qwen3Guard(Guard):
 
     def read(self, text: str) -> Verdict:
         """Three lines: Safety, Categories, Refusal."""
-        lines = base.read_lines(text, required=("safety", "categories", "refusal"))
-        level = base.read_word(lines, "safety", ("safe", "controversial", "unsafe"))
-        refused = base.read_yes(lines, "refusal")
-        categories = base.read_categories(lines["categories"], CATEGORIES, separator=",")
-        base.check_agreement(level != "safe", categories, lines["categories"])
+        lines = replies.read_lines(text, required=("safety", "categories", "refusal"))
+        level = replies.read_word(lines, "safety", ("safe", "controversial", "unsafe"))
+        refused = replies.read_yes(lines, "refusal")
+        categories = replies.read_categories(lines["categories"], CATEGORIES, separator=",")
+        replies.check_agreement(level != "safe", categories, lines["categories"])
         counted = self.settings.controversial if level == "controversial" else level
-        return Verdict(base.behaviour_of(refused), base.safety_of(counted != "safe"), base.one_line(text), categories)
+        safety = replies.safety_of(counted != "safe")
+        return Verdict(replies.behaviour_of(refused), safety, replies.one_line(text), categories)
