@@ -119,7 +119,7 @@ class Asking:
         written = dict[int, tuple[str, int]]()
         for start in range(0, len(missing), at_once):
             numbers = missing[start : start + at_once]
-            said = self._ask(tokens, np.concatenate([np.array(ranges[number]) for number in numbers]), beat)
+            said = self.ask(tokens, np.concatenate([np.array(ranges[number]) for number in numbers]), beat)
             ends = np.cumsum([len(ranges[number]) for number in numbers])[:-1]
             for index, (number, part) in enumerate(zip(numbers, np.split(said, ends), strict=True)):
                 if index % workers == rank:
@@ -132,10 +132,13 @@ class Asking:
             files = dict(shards[number] for number in sorted(shards))
             finish_reference(folder, files, fingerprint=key, tokens=tokens.fingerprint, bundles=len(tokens))
 
-    def _ask(self, tokens: TokenArtifact, rows: Ints, beat: Callable[[str], None]) -> np.ndarray:
-        """What the reference says of N rows: an array [N] of `records`, the same on every worker.
+    def ask(self, tokens: TokenArtifact, rows: Ints, beat: Callable[[str], None]) -> np.ndarray:
+        """What the reference says of N rows: an array [N] of `records`, the same on every worker, which all call it.
 
         A worker for which nothing is left asks about the smallest bundle once more, as an idle one does in training.
+
+        Raises:
+            BatchError: A bundle lacks an answer.
         """
         rank, workers = rank_and_workers()
         own = tokens.lengths(rows).own_tokens(head=tokens.head, taps=False, rejected=self.log_probs)

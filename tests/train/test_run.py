@@ -159,7 +159,7 @@ def test_an_engine_and_a_term_from_outside_train_a_whole_run_as_deepspeed_does(u
 
 
 def test_a_run_that_ended_is_not_started_again(undisturbed, run_place, monkeypatch):
-    monkeypatch.setattr("mlc_ray.train.run.TorchTrainer", lambda *_, **__: pytest.fail("workers were started"))
+    monkeypatch.setattr("mlc_ray.train.run.run_workers", lambda *_, **__: pytest.fail("workers were started"))
     for again in (
         train(configured(run_place, "resume=auto")),
         train(load_run_config(undisturbed.run_folder), resume=undisturbed.run_folder),
