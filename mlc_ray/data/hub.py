@@ -56,16 +56,24 @@ class HubName:
         """
         if self.is_pinned:
             return self
-        # Half a second, and only hub names need them.
-        import httpx
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi  # half a second, and only hub names need it
         from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
         try:
             commit = HfApi().dataset_info(self.name, revision=self.revision).sha
-        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-            raise BundleFileError(f"{str(self)!r} cannot be had from the hub: {_first_line(error)}") from None
-        except (httpx.HTTPError, OSError) as error:
+        except RevisionNotFoundError:
+            raise BundleFileError(
+                f"{str(self)!r}: {self.name!r} has no branch, tag or commit {self.revision!r}; give one that it "
+                "has, or none for its newest commit"
+            ) from None
+        except RepositoryNotFoundError:
+            raise BundleFileError(
+                f"{str(self)!r}: it is not on this machine, and the hub has no data set {self.name!r}, or shows it to "
+                "others alone; correct the path, or set HF_TOKEN"
+            ) from None
+        except HFValidationError as error:
+            raise BundleFileError(f"{str(self)!r} is no name of the hub: {_first_line(error)}") from None
+        except _unreachable() as error:
             commit = self._cached(error)
         return replace(self, revision=commit)
 
@@ -85,11 +93,17 @@ class HubName:
         """The `datasets.Dataset`, or a `DatasetDict` where no split is named.
 
         Raises:
-            BundleFileError: The hub could not be reached, and what `datasets` took from its cache is of another commit.
+            BundleFileError: It cannot be loaded; or the hub could not be reached, and what `datasets` took from its
+                cache is of another commit.
         """
         import datasets  # two seconds
 
-        loaded = datasets.load_dataset(self.name, self.config, split=self.split, revision=self.revision)
+        try:
+            loaded = datasets.load_dataset(self.name, self.config, split=self.split, revision=self.revision)
+        except _unreachable() as error:
+            raise BundleFileError(
+                f"{str(self)!r} cannot be loaded as a Hugging Face dataset: {_first_line(error)}"
+            ) from None
         every = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
         files = [file["filename"] for one in every for file in one.cache_files]
         # Where it cannot reach the hub it takes what is newest in its cache, whatever the revision.
@@ -110,6 +124,14 @@ def cached_commits(name: str) -> list[str]:
     folder = f"{owner}___{camelcase_to_snakecase(own)}" if owner else camelcase_to_snakecase(own)
     found = Path(datasets.config.HF_DATASETS_CACHE).expanduser().glob(f"{folder}/*/*/*")
     return sorted({path.name for path in found if path.is_dir() and _COMMIT.fullmatch(path.name)})
+
+
+def _unreachable() -> tuple[type[Exception], ...]:
+    """What is raised where the hub, or what it should have sent, is not there."""
+    from huggingface_hub import errors
+
+    # Its HTTP client's, which is httpx in some releases and httpx2 in others; `datasets` lets the latter through.
+    return (OSError, vars(errors)["HTTPError"])
 
 
 def _first_line(error: Exception) -> str:

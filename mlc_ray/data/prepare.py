@@ -204,7 +204,8 @@ def prepare_token_rows(
         TokenizationError: data.max_prompt_tokens is too small for the template and any text.
         TemplateError: the template is unusable.
     """
-    data = data.model_copy(update={"train": pinned(data.train)})  # the hub is asked once, and the manifest says what for
+    # The hub is asked once, and the manifest has the commits.
+    data = data.model_copy(update={"train": pinned(data.train)})
     files = _files(data.train)
     contents = _contents(files)
     name = token_fingerprint(data, model, chat, contents)

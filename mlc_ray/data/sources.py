@@ -41,7 +41,7 @@ PARSED = pa.schema([*BUNDLES, ("reason", _TEXT), ("text", _TEXT)])
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One thing to read in one go: a file, a saved dataset, a dataset of the hub at a commit (`hub.HubName`), or a folder
+    """One thing to read in one go: a file, a saved dataset, one of the hub at a commit (`hub.HubName`), or a folder
     whose files hold languages of the same bundles.
     """
 

@@ -24,6 +24,7 @@ import yaml
 from mlc_ray.cluster import ClusterError, amount, connect, fits, nodes_held, use_gpu, with_dtype
 from mlc_ray.config import ConfigError, SearchConfig, TrainConfig, parse_config, parse_yaml
 from mlc_ray.config.base import by_dotted_name
+from mlc_ray.data.hub import HubName
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
@@ -47,7 +48,7 @@ from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.objectives.base import TrialScore
 from mlc_ray.search.probe import probe_run
 from mlc_ray.search.results import SearchResult, read_values, write_results
-from mlc_ray.search.space import Space, check_held_out, make_space, restrict, values_of
+from mlc_ray.search.space import Space, check_held_out, make_space, restrict, values_of, with_commits
 from mlc_ray.search.trial import (
     MarkStopped,
     SearchError,
@@ -106,7 +107,7 @@ def search(config: SearchConfig) -> SearchResult:
     keep_in(local_side(folder))
     _check(config, space)
     with lease(folder, wait=config.resume == "auto"):
-        config, space = _with_dtypes(config, space)
+        config, space = _with_dtypes(config, with_commits(space))
         _write_settings(config, space, folder)
         try:
             prepared = _prepare(load_search(folder), space, folder)
@@ -375,8 +376,18 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -
     return [
         f"{name.removeprefix('search.')} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - ignored)
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and _without_commits(before.get(name)) != now.get(name)
     ]
+
+
+def _without_commits(value: Any) -> Any:
+    """A setting as it was before names of the hub were pinned to their commits."""
+    if isinstance(value, list):
+        return [_without_commits(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _without_commits(each) for name, each in value.items()}
+    name = HubName.parse(value) if isinstance(value, str) else None
+    return value if name is None or not name.is_pinned else str(replace(name, revision=None))
 
 
 def _settings(config: SearchConfig, space: Space, folder: Place) -> dict[str, Any]:

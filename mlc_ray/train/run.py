@@ -14,6 +14,7 @@ from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import SourceSection, TrainConfig, parse_config
 from mlc_ray.data.order import total_steps
 from mlc_ray.data.prepare import prepare_token_rows
+from mlc_ray.data.sources import pinned
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.lease import LeaseGuard, lease
@@ -48,7 +49,9 @@ from mlc_ray.train.run_folder import (
     ended,
     find_run_folder,
     record_start,
+    with_commits_of,
     with_dtype_of,
+    with_sources,
 )
 from mlc_ray.train.tracking import check_trackers
 from mlc_ray.train.validation import batches_of, check_held_out, held_out_section
@@ -124,7 +127,7 @@ def train(
         config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it, or ended it
         if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
             return _said_to_have_ended(result)
-        config = _with_dtype(config, gpu=gpu)
+        config = with_sources(_with_dtype(config, gpu=gpu), pinned)
         with claimed(run_folder, config) if is_new else contextlib.nullcontext():
             data = prepare_data(config, cache_dir=artifact_cache(run_folder.parent), layer=layer, gpu=gpu)
             steps = _total_steps(config, data.tokens)
@@ -151,10 +154,10 @@ def _said_to_have_ended(result: TrainResult) -> TrainResult:
 
 
 def _found(config: TrainConfig, resume: Path | Place | None) -> tuple[TrainConfig, Place, bool]:
-    """The settings, with the type that a run to go on with has; its folder; and whether the run is a new one."""
+    """The settings, with the type and the commits that a run to go on with has; its folder; and whether it is new."""
     run_folder, is_new = find_run_folder(config, resume)
     if not is_new:
-        config = with_dtype_of(run_folder, config)
+        config = with_commits_of(run_folder, with_dtype_of(run_folder, config))
         changed_settings(run_folder, config)
     return config, run_folder, is_new
 
@@ -278,15 +281,11 @@ def paths_read(config: TrainConfig) -> dict[str, str]:
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    def absolute(sources: list[SourceSection]) -> list[SourceSection]:
+    def absolute(sources: Sequence[SourceSection]) -> list[SourceSection]:
         return [source.model_copy(update={"path": absolute_if_here(source.path)}) for source in sources]
 
     model = config.model.model_copy(update={"path": absolute_if_here(config.model.path)})
-    data = config.data.model_copy(update={"train": absolute(config.data.train)})
-    if data.validation is not None:
-        validation = data.validation.model_copy(update={"sources": absolute(data.validation.sources)})
-        data = data.model_copy(update={"validation": validation})
-    return config.model_copy(update={"model": model, "data": data})
+    return with_sources(config.model_copy(update={"model": model}), absolute)
 
 
 def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:

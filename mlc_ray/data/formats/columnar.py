@@ -92,9 +92,9 @@ def _load_dataset(path: str, files: tuple[tuple[str, int, int], ...]) -> Any:
     import datasets  # two seconds, and only this format needs it
     from datasets.exceptions import DatasetsError
 
-    hub_name = HubName.parse(path)
+    hub_name = None if Path(path).is_dir() else HubName.parse(path)
     try:
-        if Path(path).is_dir() or hub_name is None:
+        if hub_name is None:
             loaded = datasets.load_from_disk(path)
         else:
             loaded = hub_name.load()
@@ -105,8 +105,7 @@ def _load_dataset(path: str, files: tuple[tuple[str, int, int], ...]) -> Any:
     if isinstance(loaded, datasets.DatasetDict):
         if len(loaded) != 1:
             first = next(iter(loaded), "train")
-            is_folder = Path(path).is_dir() or hub_name is None
-            example = f"{path}/{first}" if is_folder else str(replace(hub_name, split=first))
+            example = f"{path}/{first}" if hub_name is None else str(replace(hub_name, split=first))
             raise BundleFileError(f"{path!r} has the splits {sorted(loaded)!r}; name one, such as {example!r}")
         loaded = next(iter(loaded.values()))
     return loaded
