@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
 from mlc_ray.progress import Phase, phase
-from mlc_ray.storage import MANIFEST, Place, fault_of, fingerprint, fingerprint_model
+from mlc_ray.storage import MANIFEST, Place, fault_of, fingerprint, fingerprint_model, scratch_folder
 from mlc_ray.train.entry import Asked, ReferenceSpec, reference_worker
 from mlc_ray.train.reference import asked_of_reference
 from mlc_ray.train.reference_shards import FORMAT, shard_files, shard_number, shard_ranges
@@ -92,7 +91,7 @@ def _ask(config: TrainConfig, missing: Mapping[Asked, int], *, layer: int, cache
     total = sum(missing.values())
     try:
         with (
-            tempfile.TemporaryDirectory(prefix="mlc_ray-") as storage,
+            scratch_folder() as storage,
             phase("reference", total=total, unit="bundles", done=_bundles_in(missing)) as progress,
             _following(missing, progress),
         ):
@@ -103,7 +102,7 @@ def _ask(config: TrainConfig, missing: Mapping[Asked, int], *, layer: int, cache
                 workers=config.cluster.least_workers,
                 gpu=gpu,
                 name="reference",
-                storage=Path(storage),
+                storage=storage,
                 goes_on="and ask the reference what is missing",
                 to_go_on=_AGAIN,
             )
