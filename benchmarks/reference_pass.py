@@ -1,8 +1,9 @@
 """How fast the cached reference is computed, against a bare loop of the same forwards in one process.
 
-The pass over the sample runs as training runs it, as a Ray Data stage with one actor; the actor notes when each forward
-begins and ends. The bare loop makes the same forwards of the same bundles in a process of its own, before and after.
-What both say must be equal, or the exit status is 1. Starting the actor and loading the model are stated apart.
+The pass over the sample runs as before training, in one worker of Ray Train with the engine; the engine notes when each
+forward begins and ends. The bare loop makes the same forwards of the same bundles in a process of its own, before and
+after, with neither. What both say must be equal, or the exit status is 1. Starting the worker and loading the model are
+stated apart.
 
     python benchmarks/reference_pass.py --out reference.json
 """
@@ -15,65 +16,71 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from mlc_ray.cluster import connect, use_gpu
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.data.prepare import prepare_token_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
-from mlc_ray.storage import user_cache
-from mlc_ray.train import reference_cache
-from mlc_ray.train.reference_cache import (
-    BUNDLES_PER_FORWARD,
-    ReferenceScorer,
-    column_file,
-    load_reference,
-    prepare_reference,
-)
+from mlc_ray.storage import Place, user_cache
+from mlc_ray.train.engines.deepspeed import DeepSpeed
+from mlc_ray.train.model import load_policy
+from mlc_ray.train.reference import ReferenceModel, ReferenceOutput
+from mlc_ray.train.reference_cache import prepare_references
+from mlc_ray.train.reference_pass import Asking
+from mlc_ray.train.reference_shards import load_reference, shard_ranges
+from mlc_ray.types import Batch
 
 NEEDED = {"log_probs": True, "layer": None}
 
 
-class TimedScorer:
-    """The actor, with the time at which each of its forwards began and ended in a column."""
+class TimedDeepSpeed(DeepSpeed):
+    """The engine of every run, with the times at which each forward of the reference began and ended in a file."""
 
-    def __init__(self, **settings: Any) -> None:
-        # Imported here, in the actor: this class takes its place in the driver's module, and travels without it.
-        from mlc_ray.train.reference_cache import ReferenceScorer
+    class Settings(DeepSpeed.Settings):
+        """And where that file is."""
 
-        self.scorer = ReferenceScorer(**settings)
+        times: str
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> pa.Table:
-        """As ever, and two columns more."""
-        began = time.time()
-        table = self.scorer(batch)
-        times = {"began": began, "ended": time.time()}
-        for name, value in times.items():
-            table = table.append_column(name, pa.array([value] * len(table)))
-        return table
+    @classmethod
+    def frozen(
+        cls, model: ReferenceModel, config: TrainConfig, device: torch.device
+    ) -> Callable[[Batch], ReferenceOutput]:
+        """As ever, and a line for each forward."""
+        reference = super().frozen(model, config, device)
+        times = Path(config.engine.times)
+
+        def ask(batch: Batch) -> ReferenceOutput:
+            began = time.time()
+            said = reference(batch)
+            with times.open("a", encoding="utf-8") as file:
+                file.write(f"{json.dumps([began, time.time()])}\n")
+            return said
+
+        return ask
 
 
 def bare(tokens_folder: str, settings: dict[str, Any], gpu: bool, threads: int) -> tuple[float, list[list[float]]]:
-    """Seconds of all forwards one after another, the first repeated beforehand; and log-probs of each row."""
+    """Seconds of all forwards one after another, one made beforehand; and log-probs of each row."""
     torch.set_num_threads(threads)
-    scorer = ReferenceScorer(tokens_folder, settings, NEEDED, gpu)
-    rows = len(scorer.tokens)
-    batches = [
-        {"row": np.arange(at, min(at + BUNDLES_PER_FORWARD, rows))} for at in range(0, rows, BUNDLES_PER_FORWARD)
-    ]
-    scorer(batches[0])
-    began = time.time()
-    table = pa.concat_tables([scorer(batch) for batch in batches])
+    config, device = parse_config(TrainConfig, settings), torch.device("cuda" if gpu else "cpu")
+    tokens = TokenArtifact.open(tokens_folder)
+    model = ReferenceModel(load_policy(config.model), **NEEDED).to(device).eval()
+    asking = Asking.of(config, lambda batch: model(batch, state=batch.taps), NEEDED, device)
+    with torch.no_grad():
+        asking.ask(tokens, np.arange(1), lambda _: None)
+        began = time.time()
+        parts = [asking.ask(tokens, np.array(rows), lambda _: None) for rows in shard_ranges(len(tokens))]
     seconds = time.time() - began
-    return seconds, np.column_stack([table["chosen"], table["rejected"]]).tolist()
+    said = np.concatenate(parts)
+    return seconds, np.column_stack([said["chosen"], said["rejected"]]).tolist()
 
 
 def in_child(*arguments: Any) -> Any:
@@ -84,6 +91,7 @@ def in_child(*arguments: Any) -> Any:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Both, and how they compare."""
+    times = folder / "times.jsonl"
     config = parse_config(
         TrainConfig,
         {
@@ -91,25 +99,24 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "output_dir": str(folder),
             "model": {"path": options.model, "dtype": options.dtype},
             "data": {"train": [{"path": "sample:train", "only": options.only}]},
+            "engine": {"name": "reference_pass:TimedDeepSpeed", "stage": 0, "times": str(times)},
             "cluster": {"address": "local", "cpus_per_worker": options.threads},
         },
     )
     connect("local")
     gpu = use_gpu("auto")
     tokens = prepare_token_rows(config.data, config.model, cache_dir=folder)
-    loop = (str(tokens.folder), config.model.model_dump(), gpu, options.threads)
+    loop = (str(tokens.folder), config.model_dump(mode="json", exclude_unset=True), gpu, options.threads)
     before, said = in_child(*loop)
     asked = time.time()
-    with mock.patch.object(reference_cache, "ReferenceScorer", TimedScorer):
-        reference_folder = prepare_reference(config, tokens, layer=0, cache_dir=folder, gpu=gpu)
+    (reference_folder,) = prepare_references(config, [tokens], layer=0, cache_dir=Place(folder), gpu=gpu).values()
     whole = time.time() - asked
     after, _ = in_child(*loop)
-    cached = load_reference(reference_folder)
-    # The columns that are not the reference's own lie beside those that are.
-    times = {name: np.load(reference_folder / column_file(name)).tolist() for name in ("began", "ended")}
-    first, last = min(times["began"]), max(times["ended"])
+    cached = load_reference(reference_folder).take(range(len(tokens)))
+    forwards = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()]
+    first, last = forwards[0][0], forwards[-1][1]
     alone = (before + after) / 2
-    busy = sum(ended - began for began, ended in set(zip(times["began"], times["ended"], strict=True)))
+    busy = sum(ended - began for began, ended in forwards)
     return {
         "model": options.model, "dtype": options.dtype, "threads": options.threads, "bundles": len(tokens),
         "bare_seconds": [before, after], "pass_seconds": last - first, "start_seconds": first - asked,

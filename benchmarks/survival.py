@@ -375,7 +375,7 @@ def left_behind(scene: Scene, run: Run) -> list[str]:
     def held() -> list[str]:
         groups = [each for each in ray.util.placement_group_table().values() if each["state"] != "REMOVED"]
         alive = list_actors(address=scene.address, filters=[("state", "=", "ALIVE")])
-        own = {"TrainController", "RayTrainWorker", "PlacementGroupCleaner", "ReferenceScorer"}
+        own = {"TrainController", "RayTrainWorker", "PlacementGroupCleaner"}
         return [f"placement group {each['placement_group_id']}" for each in groups] + [
             f"actor {each.class_name}" for each in alive if any(name in each.class_name for name in own)
         ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 if TYPE_CHECKING:  # torch is imported by whoever makes tensors, not by whoever names them
     import numpy as np
@@ -183,7 +183,7 @@ class ReferenceRows:
     """The frozen reference's outputs for N bundles, cached; None is what the objective does not need.
 
     `chosen` and `rejected` [N] are summed log-probs in nats, float64; `state` [N, H] are float32 hidden states of the
-    last token of the response-language prompt at the tapped layer. They may be maps of files: `take` reads its rows.
+    last token of the response-language prompt at the tapped layer.
     """
 
     chosen: np.ndarray | None = None
@@ -193,6 +193,14 @@ class ReferenceRows:
     def take(self, rows: Sequence[int]) -> ReferenceRows:
         """Those of some bundles, in memory."""
         return ReferenceRows(*(None if column is None else column[list(rows)] for column in vars(self).values()))
+
+
+class ReferenceTable(Protocol):
+    """What the frozen reference says of each row of a token artefact, wherever it is kept."""
+
+    def take(self, rows: Sequence[int]) -> ReferenceRows:
+        """What it says of some rows, in memory."""
+        ...
 
 
 @dataclass(frozen=True)

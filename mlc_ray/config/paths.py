@@ -15,7 +15,7 @@ from mlc_ray._registry import UnknownComponentError, resolve
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `s3:/b` too: what pathlib makes of s3://b
 _LIKE_URL = re.compile(r"(\w[\w+.-]+):")  # `s3:b`; one letter alone may be a drive
-_HUB_SPLIT = re.compile(r"[\w.-]+(@[\w.-]+)?:[\w.-]+")  # owner/name:split is not like a URL
+_HUB_SPLIT = re.compile(r"[\w.-]+(@[\w.-]+)?:[\w.-]+(#[\w./-]+)?")  # owner/name:split is not like a URL
 
 
 def scheme_of(path: str) -> str | None:
@@ -70,7 +70,7 @@ def stored_path(path: str) -> str:
 
 
 def source_path(path: str) -> str:
-    """`path` as of `stored_path`; `sample:train` and hub names with a split (`NAME@CONFIG:SPLIT`) are no URLs.
+    """`path` as of `stored_path`; `sample:train` and hub names with a split (`NAME@CONFIG:SPLIT#REVISION`) are no URLs.
 
     Raises:
         ValueError: as `stored_path`.

@@ -67,8 +67,8 @@ class SourceSection(Section):
     """One source of bundles."""
 
     path: SourcePath = Field(
-        description="Path or URL of a file or folder, hub name, or, of the shipped data, `sample:train`, "
-        "`sample:select` or `sample:test`."
+        description="Path or URL of a file or folder, hub name `NAME[@CONFIG][:SPLIT][#REVISION]`, or, of the shipped "
+        "data, `sample:train`, `sample:select` or `sample:test`."
     )
     format: Annotated[str, ComponentName("format", "auto")] = Field(
         "auto",

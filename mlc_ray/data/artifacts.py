@@ -3,7 +3,7 @@
 On this machine, or on storage mounted on it, an artefact is made in a sibling folder that is renamed, and mapped where
 it lies. Elsewhere nothing can be renamed or mapped: files are written in their place, the manifest last, and each
 machine that reads the artefact fetches it once. Runs that make the same one write files of the same names and content,
-and remove none of these.
+and remove none of these. What the reference says is written in its place everywhere, for a later pass to go on with.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from mlc_ray.storage import (
     Place,
     artifact_folder,
     fault_of,
-    scratch_folder,
     user_cache,
     verify_checksums,
     verify_files,
@@ -54,23 +53,6 @@ def new_artifact(place: Place) -> Iterator[Place]:
             yield Place(temporary)
     else:
         yield place
-
-
-@contextmanager
-def artifact_made_here(place: Place) -> Iterator[Path]:
-    """As `new_artifact`, of an artefact that this process makes alone: yields an empty folder of this machine.
-
-    Elsewhere, nothing is written before the block ends, or after an error; then the files, and the manifest last.
-    """
-    if place.is_local:
-        with artifact_folder(Path(place)) as temporary:
-            yield temporary
-        return
-    with scratch_folder() as made:
-        yield made
-        if fault_of(place) is not None:
-            (place / MANIFEST).remove()  # of one that lost files: it must not name those that are written now
-            place.storage.publish(made, str(place))
 
 
 def local_artifact(place: Place, manifest: dict[str, Any]) -> Path:

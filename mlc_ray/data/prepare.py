@@ -20,7 +20,7 @@ from mlc_ray.config import PLAIN_CHAT, ChatSection, DataSection, ModelSection, S
 from mlc_ray.data.artifacts import is_made, new_artifact
 from mlc_ray.data.contents import Block, Content, contents_of, read_blocks
 from mlc_ray.data.rejects import InvalidBundlesError, Ledger, PartRead, Sorting
-from mlc_ray.data.sources import Reading, Seen, SourceFile, parse, readings_of, resolve_source
+from mlc_ray.data.sources import Reading, Seen, SourceFile, parse, pinned, readings_of, resolve_source
 from mlc_ray.data.store import (
     FORMAT,
     REJECTS_FILE,
@@ -204,6 +204,8 @@ def prepare_token_rows(
         TokenizationError: data.max_prompt_tokens is too small for the template and any text.
         TemplateError: the template is unusable.
     """
+    # The hub is asked once, and the manifest has the commits.
+    data = data.model_copy(update={"train": pinned(data.train)})
     files = _files(data.train)
     contents = _contents(files)
     name = token_fingerprint(data, model, chat, contents)

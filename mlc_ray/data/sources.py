@@ -8,8 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -25,13 +24,13 @@ from mlc_ray.data.formats import columnar, containers
 from mlc_ray.data.formats.base import Format, Row
 from mlc_ray.data.formats.containers import Opened
 from mlc_ray.data.formats.records import Part
+from mlc_ray.data.hub import HubName
 from mlc_ray.data.tables import BUNDLES, bundle_columns
 from mlc_ray.storage import Place, fingerprint
 from mlc_ray.types import Bundle, Kind
 
 AUTO = "auto"
 SAMPLES = ("train", "select", "test")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w.-]+)?(:[\w.-]+)?")
 _SHIPPED = "mlc_ray.data.formats."
 _ROWS_AT_ONCE = 512
 _TEXT = pa.string()
@@ -42,8 +41,8 @@ PARSED = pa.schema([*BUNDLES, ("reason", _TEXT), ("text", _TEXT)])
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One thing to read in one go: a file, a saved dataset, a hub dataset (`NAME[@CONFIG][:SPLIT]`), or a folder whose
-    files hold languages of the same bundles.
+    """One thing to read in one go: a file, a saved dataset, one of the hub at a commit (`hub.HubName`), or a folder
+    whose files hold languages of the same bundles.
     """
 
     path: str
@@ -64,7 +63,7 @@ class SourceFile:
         if path.exists():
             content = fingerprint_of(path, contents if contents is not None else contents_of(self.files()))
         else:
-            content = columnar.load_dataset(self.path)._fingerprint
+            content = self.path  # with its commit
         return fingerprint([content, self.format, self.kind, self.only, _code_of(self.format)])
 
 
@@ -86,10 +85,10 @@ def sample_path(name: str) -> Path:
 
 
 def resolve_source(source: SourceSection) -> list[SourceFile]:
-    """What a source of the settings stands for, in a fixed order.
+    """What a source of the settings stands for, in a fixed order; a name of the hub is pinned to a commit.
 
     Raises:
-        BundleFileError: there is nothing there.
+        BundleFileError: there is nothing there, or the hub cannot say which commit a name stands for.
     """
     name, format = source.path, source.format
 
@@ -116,10 +115,31 @@ def resolve_source(source: SourceSection) -> list[SourceFile]:
         if (joined := _joined_format(files, format)) is not None:
             return [file(path, joined)]
         return [file(inside) for inside in files]
-    folder_only = format != AUTO and make_format(format).whole_folder
-    if not folder_only and containers.suffix_of(name) not in containers.SUFFIXES and _HUB_NAME.fullmatch(name):
-        return [file(name)]
+    if (hub_name := _hub_name(source)) is not None:
+        return [file(str(hub_name.pinned()))]
     raise BundleFileError(f"{name!r} does not exist")
+
+
+def pinned(sources: Sequence[SourceSection]) -> list[SourceSection]:
+    """The same sources, names of the hub with the commit that they stand for now; one that has it is not asked about.
+
+    Raises:
+        BundleFileError: the hub cannot say which.
+    """
+    names = [None if Path(source.path).expanduser().exists() else _hub_name(source) for source in sources]
+    return [
+        source if name is None else source.model_copy(update={"path": str(name.pinned())})
+        for source, name in zip(sources, names, strict=True)
+    ]
+
+
+def _hub_name(source: SourceSection) -> HubName | None:
+    """What a source that is not there names on the hub, if anything."""
+    if source.path.startswith("sample:") or containers.suffix_of(source.path) in containers.SUFFIXES:
+        return None
+    if source.format != AUTO and make_format(source.format).whole_folder:
+        return None
+    return HubName.parse(source.path)
 
 
 def _files_of(folder: Place) -> list[Place]:

@@ -359,7 +359,7 @@ class TokenArtifact:
         """The first bundles without a chosen or without a rejected answer; `counts.lacking` has their number."""
         return self.manifest.lacking
 
-    def lengths(self, indices: Sequence[int] | None = None) -> Lengths:
+    def lengths(self, indices: Sequence[int] | Ints | None = None) -> Lengths:
         """Tokens of some rows, or of all; read from Arrow's offsets, no token is.
 
         Raises:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TypeVar
 
 from mlc_ray.data.batches import collate
 from mlc_ray.data.order import Order
 from mlc_ray.data.plan import Cutting, Forward, StepPlan
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.types import Batch, ReferenceRows, pinned
+from mlc_ray.types import Batch, ReferenceTable, pinned
 
 AHEAD = 2
 """Optimizer steps that are ready before they are asked for; 32 bundles in ten languages are about half a MiB."""
@@ -33,7 +33,7 @@ def stream_steps(
     rank: int,
     languages: Sequence[str],
     needs_rejected: bool,
-    reference: ReferenceRows | None,
+    reference: ReferenceTable | None,
     pin: bool = False,
 ) -> Iterator[list[Batch]]:
     """Worker `rank`'s micro-batches of each planned step, made by a thread a few steps ahead.
@@ -69,7 +69,7 @@ def stream_steps(
     return ahead([batch(micro[rank], plan.taps) for micro in plan.forwards] for plan in planned)
 
 
-def ahead(values: Iterator[T], number: int = AHEAD) -> Iterator[T]:
+def ahead(values: Iterator[T], number: int = AHEAD) -> Generator[T]:
     """The same values, up to `number` of them made before they are asked for, in a thread.
 
     An error of theirs is raised here, in its turn. The thread ends when nobody asks any more.

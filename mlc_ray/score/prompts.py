@@ -6,6 +6,7 @@ Texts are short: ten thousand prompts are a few MB. They are read once, and made
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,12 +86,12 @@ def slug(text: str) -> str:
 
 def benchmark_names(sources: Sequence[SourceSection]) -> list[str]:
     """A name for each source: a file or folder by its own name, anything else as given; a second one gets `#2`."""
-    names: list[str] = []
+    names, seen = list[str](), Counter({ALL_BENCHMARKS: 1})
     for source in sources:
         path = Path(source.path).expanduser()
         plain = path.stem if path.is_file() else path.name if path.is_dir() else source.path
-        count = sum(name.partition("#")[0] == plain for name in (*names, ALL_BENCHMARKS)) + 1
-        names.append(plain if count == 1 else f"{plain}#{count}")
+        seen[plain] += 1
+        names.append(plain if seen[plain] == 1 else f"{plain}#{seen[plain]}")
     return names
 
 

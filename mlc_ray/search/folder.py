@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from mlc_ray.config import ConfigError, SearchConfig, apply_override, parse_config, parse_yaml
 from mlc_ray.config.base import by_dotted_name
+from mlc_ray.data.hub import HubName
 from mlc_ray.runs import BASE_FILE, SEARCH_CONFIG_FILE
 from mlc_ray.search.space import Space
 from mlc_ray.search.trial import SearchError
@@ -79,8 +81,18 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -
     return [
         f"{name.removeprefix('search.')} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - ignored)
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and _without_commits(before.get(name)) != now.get(name)
     ]
+
+
+def _without_commits(value: Any) -> Any:
+    """A setting as it was before names of the hub were pinned to their commits."""
+    if isinstance(value, list):
+        return [_without_commits(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _without_commits(each) for name, each in value.items()}
+    name = HubName.parse(value) if isinstance(value, str) else None
+    return value if name is None or not name.is_pinned else str(replace(name, revision=None))
 
 
 def _settings(config: SearchConfig, space: Space, folder: Place) -> dict[str, Any]:

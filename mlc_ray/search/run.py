@@ -61,7 +61,7 @@ from mlc_ray.search.probe import probe_run
 from mlc_ray.search.record import Recorder
 from mlc_ray.search.results import SearchResult, ending, read_values
 from mlc_ray.search.selection import read_asked
-from mlc_ray.search.space import Space, check_held_out, make_space, restrict, values_of
+from mlc_ray.search.space import Space, check_held_out, make_space, restrict, values_of, with_commits
 from mlc_ray.search.trial import SearchError, Shared, run_trial, scores_of, step_of, trial_folders
 from mlc_ray.search.tune import CutOff, EndEarly, Ended, Points, make_tuner, number_of_points, seeds_of
 from mlc_ray.storage import (
@@ -111,7 +111,7 @@ def search(config: SearchConfig) -> SearchResult:
     keep_in(local_side(folder))
     _check(config, space)
     with lease(folder, wait=config.resume == "auto"):
-        config, space = _with_dtypes(config, space)
+        config, space = _with_dtypes(config, with_commits(space))
         write_settings(config, space, folder)
         try:
             prepared = _prepare(load_search(folder), space, folder)

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +22,7 @@ from mlc_ray.config import (
     ConfigError,
     ParameterSection,
     SearchConfig,
+    SourceSection,
     TrainConfig,
     apply_override,
     parse_config,
@@ -29,6 +30,7 @@ from mlc_ray.config import (
 )
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.data.bundles import KINDS
+from mlc_ray.data.sources import pinned
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.runs import training_name
 from mlc_ray.storage import absolute_if_here
@@ -346,11 +348,28 @@ def distribution(parameter: ParameterSection) -> optuna.distributions.BaseDistri
 
 def _make_absolute(raw: dict[str, Any]) -> None:
     """Local paths of the model and of data become absolute, in place: trials run in folders of their own."""
-    train, held_out = _mapping_at(raw, "data").get("train"), _mapping_at(raw, "data.validation").get("sources")
-    sources = [place for listed in (train, held_out) if isinstance(listed, list) for place in listed]
-    for place in (raw.get("model"), *sources):
+    for place in (raw.get("model"), *_sources(raw)):
         if isinstance(place, dict) and isinstance(place.get("path"), str):
             place["path"] = absolute_if_here(place["path"])
+
+
+def with_commits(space: Space) -> Space:
+    """`space` whose base names the commits of its data sets of the hub: all trials read the same.
+
+    Raises:
+        BundleFileError: The hub cannot say which.
+    """
+    base = copy.deepcopy(dict(space.base))
+    for place in _sources(base):
+        (found,) = pinned([SourceSection.model_validate(place)])
+        place["path"] = found.path
+    return replace(space, base=base)
+
+
+def _sources(raw: Mapping[str, Any]) -> list[Any]:
+    """The sources of a raw config, of training and held out."""
+    train, held_out = _mapping_at(raw, "data").get("train"), _mapping_at(raw, "data.validation").get("sources")
+    return [place for listed in (train, held_out) if isinstance(listed, list) for place in listed]
 
 
 def _absolute(name: str, parameter: ParameterSection) -> ParameterSection:

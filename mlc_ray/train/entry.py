@@ -1,4 +1,4 @@
-"""What Ray Train's controller is handed: the settings of a run's workers, and the function that each of them calls.
+"""What Ray Train's controller is handed: what workers are told, and the function that each of them calls.
 
 The controller and the process of a trial unpickle both and need none of what a worker imports, which takes seconds: so
 that is imported by the call.
@@ -44,9 +44,41 @@ class WorkerSpec:
     held_out: HeldOut | None = None
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A token artefact that the reference is asked about, the folder of what it says, and that artefact's key."""
+
+    tokens_folder: Place
+    folder: Place
+    key: str
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """What the driver tells the workers of a reference pass.
+
+    `config` is the run's as JSON has it, `layer` the one whose states are kept where they are needed, `folder` where
+    hangs are told of, and `id` the pass's own, which they bear.
+    """
+
+    config: dict[str, Any]
+    layer: int
+    asked: tuple[Asked, ...]
+    folder: Place
+    id: str
+
+
 def train_worker(told: dict[str, WorkerSpec]) -> None:
     """One process per GPU. Raises an `MlcRayError` unwrapped: causes are lost between processes."""
     from mlc_ray.train.worker import work
+
+    with own_errors():
+        work(told["spec"])
+
+
+def reference_worker(told: dict[str, ReferenceSpec]) -> None:
+    """One process per GPU, as for training; errors as there."""
+    from mlc_ray.train.reference_pass import work
 
     with own_errors():
         work(told["spec"])

@@ -29,10 +29,11 @@ class EndAtOwnError(UserCallback):
 
     Args:
         max_failures: how often it starts them again.
+        goes_on: where they go on from, as "from the last checkpoint".
     """
 
-    def __init__(self, max_failures: int) -> None:
-        self.max_failures = max_failures
+    def __init__(self, max_failures: int, goes_on: str) -> None:
+        self.max_failures, self.goes_on = max_failures, goes_on
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """Called by Ray Train's controller with what workers raised, by rank."""
@@ -45,8 +46,8 @@ class EndAtOwnError(UserCallback):
             rank, error = min(worker_exceptions.items(), key=lambda item: item[0])
             said = str(error).strip().splitlines() or [type(error).__name__]
             logger.warning(
-                "worker %d failed (%s); where cluster.max_failures=%d allows, all workers start again from the last "
-                "checkpoint", rank, said[-1], self.max_failures,
+                "worker %d failed (%s); where cluster.max_failures=%d allows, all workers start again %s",
+                rank, said[-1], self.max_failures, self.goes_on,
             )  # fmt: skip
 
 

@@ -7,15 +7,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train import UserCallback
 
-from mlc_ray.cluster import check_fits, connect, known_to_ray_train, use_gpu, with_dtype
+from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import SourceSection, TrainConfig, parse_config
 from mlc_ray.data.order import total_steps
 from mlc_ray.data.prepare import prepare_token_rows
+from mlc_ray.data.sources import pinned
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.lease import LeaseGuard, lease
@@ -29,7 +28,7 @@ from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import CheckpointScorer, HeldOut, WorkerSpec, train_worker
-from mlc_ray.train.failures import EndAtOwnError, error_inside, keyboard_interrupt, own_errors
+from mlc_ray.train.failures import error_inside
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
 from mlc_ray.train.planning import (
     check_groups,
@@ -42,7 +41,7 @@ from mlc_ray.train.planning import (
     tokens_per_forward,
 )
 from mlc_ray.train.preemption import PreemptedError, StopFile, WorkersPreemptedError
-from mlc_ray.train.reference_cache import prepare_reference
+from mlc_ray.train.reference_cache import prepare_references
 from mlc_ray.train.run_folder import (
     TrainResult,
     changed_settings,
@@ -50,11 +49,14 @@ from mlc_ray.train.run_folder import (
     ended,
     find_run_folder,
     record_start,
+    with_commits_of,
     with_dtype_of,
+    with_sources,
 )
 from mlc_ray.train.tracking import check_trackers
 from mlc_ray.train.validation import batches_of, check_held_out, held_out_section
 from mlc_ray.train.watchdog import hang_error
+from mlc_ray.train.workers import run_workers
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +127,7 @@ def train(
         config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it, or ended it
         if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
             return _said_to_have_ended(result)
-        config = _with_dtype(config, gpu=gpu)
+        config = with_sources(_with_dtype(config, gpu=gpu), pinned)
         with claimed(run_folder, config) if is_new else contextlib.nullcontext():
             data = prepare_data(config, cache_dir=artifact_cache(run_folder.parent), layer=layer, gpu=gpu)
             steps = _total_steps(config, data.tokens)
@@ -152,10 +154,10 @@ def _said_to_have_ended(result: TrainResult) -> TrainResult:
 
 
 def _found(config: TrainConfig, resume: Path | Place | None) -> tuple[TrainConfig, Place, bool]:
-    """The settings, with the type that a run to go on with has; its folder; and whether the run is a new one."""
+    """The settings, with the type and the commits that a run to go on with has; its folder; and whether it is new."""
     run_folder, is_new = find_run_folder(config, resume)
     if not is_new:
-        config = with_dtype_of(run_folder, config)
+        config = with_commits_of(run_folder, with_dtype_of(run_folder, config))
         changed_settings(run_folder, config)
     return config, run_folder, is_new
 
@@ -165,34 +167,26 @@ def _fit(
 ) -> TrainResult:
     """Have Ray Train run the workers to their end."""
     run_folder, steps = spec.run_folder, spec.total_steps
-    trainer = TorchTrainer(
-        cast(Any, train_worker),
-        train_loop_config={"spec": spec},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=cast(Any, config.cluster.workers),  # two numbers: Ray Train V2's elastic policy
-            use_gpu=gpu,
-            resources_per_worker={"CPU": config.cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
-        ),
-        run_config=cast(Any, RunConfig)(  # type checkers see the class of Ray Train V1
-            name=TRAIN_FOLDER,
-            storage_path=str(local_side(run_folder)),  # Ray writes nothing there that is read again
-            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),  # the console has a table of its own
-            callbacks=[*callbacks, EndAtOwnError(config.cluster.max_failures)],
-        ),
-    )
+    to_go_on = f"mlc-ray train --resume {run_folder}"
     try:
         with (
             RunDisplay(run_folder, steps, config.logging.every, Objective(config).parts)
             if display
             else contextlib.nullcontext(),
-            own_errors(),
-            known_to_ray_train(),
             StopFile(run_folder, spec.lease).at_sigterm(),
-            keyboard_interrupt(f"to go on: mlc-ray train --resume {run_folder}"),
         ):
-            trainer.fit()
+            run_workers(
+                train_worker,
+                spec,
+                config.cluster,
+                workers=config.cluster.workers,
+                gpu=gpu,
+                name=TRAIN_FOLDER,
+                storage=local_side(run_folder),
+                goes_on="from the last checkpoint",
+                to_go_on=to_go_on,
+                callbacks=callbacks,
+            )
     except DivergedError as error:
         record_divergence(run_folder, error)
         raise DivergedError(
@@ -201,7 +195,7 @@ def _fit(
     except PreemptedError as error:
         raise PreemptedError(
             f"run {str(run_folder)!r} got SIGTERM at step {error.step} of {steps} and ended after a checkpoint; to go "
-            f"on: mlc-ray train --resume {run_folder}",
+            f"on: {to_go_on}",
             step=error.step,
         ) from None
     except MlcRayError:
@@ -211,10 +205,11 @@ def _fit(
             raise PreemptedError(
                 f"a worker of run {str(run_folder)!r} got SIGTERM at step {preempted.step} of {steps}, all ended after "
                 f"a checkpoint, and none of cluster.max_failures={config.cluster.max_failures} restarts is left; to "
-                f"go on: mlc-ray train --resume {run_folder}",
+                f"go on: {to_go_on}",
                 step=preempted.step,
             ) from error
-        if (hung := hang_error(run_folder, spec.lease)) is not None:
+        run = f"run {str(run_folder)!r}"
+        if (hung := hang_error(run_folder, spec.lease, what=run, to_go_on=to_go_on)) is not None:
             raise hung from error
         raise
     rows = read_metrics(run_folder)
@@ -234,16 +229,18 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gp
     held_out = _held_out_tokens(config, tokens, cache_dir)
     _check_groups(config, tokens, held_out, gpu=gpu)
     fingerprints = {"model": fingerprint_model(config.model.path), "tokens": tokens.fingerprint}
-    reference_folder = held_out_reference = None
-    cached = config.needs_reference and config.reference == "cached"
-    if cached:
-        reference_folder = prepare_reference(config, tokens, layer=layer, cache_dir=cache_dir, gpu=gpu)
-    if held_out is None:
-        return PreparedData(tokens, reference_folder, fingerprints)
-    fingerprints["validation"] = held_out.fingerprint
-    if cached:
-        held_out_reference = prepare_reference(config, held_out, layer=layer, cache_dir=cache_dir, gpu=gpu)
-    return PreparedData(tokens, reference_folder, fingerprints, HeldOut(held_out.folder, held_out_reference))
+    if held_out is not None:
+        fingerprints["validation"] = held_out.fingerprint
+    said: dict[str, Place] = {}
+    if config.needs_reference and config.reference == "cached":
+        both = [tokens] if held_out is None else [tokens, held_out]
+        said = prepare_references(config, both, layer=layer, cache_dir=cache_dir, gpu=gpu)
+    return PreparedData(
+        tokens,
+        said.get(tokens.fingerprint),
+        fingerprints,
+        None if held_out is None else HeldOut(held_out.folder, said.get(held_out.fingerprint)),
+    )
 
 
 def _held_out_tokens(config: TrainConfig, training: TokenArtifact, cache_dir: Path | Place) -> TokenArtifact | None:
@@ -284,15 +281,11 @@ def paths_read(config: TrainConfig) -> dict[str, str]:
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    def absolute(sources: list[SourceSection]) -> list[SourceSection]:
+    def absolute(sources: Sequence[SourceSection]) -> list[SourceSection]:
         return [source.model_copy(update={"path": absolute_if_here(source.path)}) for source in sources]
 
     model = config.model.model_copy(update={"path": absolute_if_here(config.model.path)})
-    data = config.data.model_copy(update={"train": absolute(config.data.train)})
-    if data.validation is not None:
-        validation = data.validation.model_copy(update={"sources": absolute(data.validation.sources)})
-        data = data.model_copy(update={"validation": validation})
-    return config.model_copy(update={"model": model, "data": data})
+    return with_sources(config.model_copy(update={"model": model}), absolute)
 
 
 def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mlc_ray.config import TrainConfig, apply_override, parse_config, parse_yaml
+from mlc_ray.config import SourceSection, TrainConfig, apply_override, parse_config, parse_yaml
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import CONFIG_FILE, RUN_FILE, checkpoint_folder, complete_checkpoints, output_place, read_metrics
@@ -82,6 +82,27 @@ def with_dtype_of(folder: Place, config: TrainConfig) -> TrainConfig:
         return config
     dtype = load_run_config(folder).model.dtype
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def with_sources(config: TrainConfig, change: Callable[[Sequence[SourceSection]], list[SourceSection]]) -> TrainConfig:
+    """`config` with what `change` makes of its sources, those of training and those held out."""
+    data = config.data.model_copy(update={"train": change(config.data.train)})
+    if data.validation is not None:
+        validation = data.validation.model_copy(update={"sources": change(data.validation.sources)})
+        data = data.model_copy(update={"validation": validation})
+    return config.model_copy(update={"data": data})
+
+
+def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
+    """`config` whose names of the hub without a revision have the commits that the run in `folder` was started with."""
+    data = load_run_config(folder).data
+    before = [*data.train, *(data.validation.sources if data.validation is not None else ())]
+    commits = {source.path.rpartition("#")[0]: source.path for source in before}
+
+    def known(sources: Sequence[SourceSection]) -> list[SourceSection]:
+        return [source.model_copy(update={"path": commits.get(source.path, source.path)}) for source in sources]
+
+    return with_sources(config, known)
 
 
 def changed_settings(folder: Place, config: TrainConfig) -> list[Change]:

@@ -157,7 +157,7 @@ class Watchdog:
             logger.error("the stacks could not be written to %s: %s", stacks, error)
 
 
-def hang_error(run_folder: Path | Place, lease: str) -> HangError | None:
+def hang_error(run_folder: Path | Place, lease: str, *, what: str, to_go_on: str) -> HangError | None:
     """The error that tells of the last hang of a driver's workers, if it is why they have just ended.
 
     A hang of more than 90 s ago is not: the workers were started again after it.
@@ -165,6 +165,8 @@ def hang_error(run_folder: Path | Place, lease: str) -> HangError | None:
     Args:
         run_folder: the run's.
         lease: of that driver; hangs under an earlier one are left out.
+        what: what its workers did, for the message.
+        to_go_on: what to do then.
     """
     found: list[dict[str, Any]] = [
         file.read_json()
@@ -178,7 +180,7 @@ def hang_error(run_folder: Path | Place, lease: str) -> HangError | None:
     hangs = [hang for hang in hangs if last - hang.time < _TOGETHER]
     told = "; ".join(str(hang) for hang in hangs)
     return HangError(
-        f"run {str(run_folder)!r} made no progress for {max(hang.seconds for hang in hangs):.0f} s: {told}. The worker "
+        f"{what} made no progress for {max(hang.seconds for hang in hangs):.0f} s: {told}. The worker "
         "to look at is the one that does something else than wait for the others. Where a step or part of the loading "
-        f"takes that long, raise cluster.hang_timeout; to go on: mlc-ray train --resume {run_folder}"
+        f"takes that long, raise cluster.hang_timeout; to go on: {to_go_on}"
     )

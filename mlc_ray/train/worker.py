@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import ray
 import ray.train
@@ -45,12 +45,12 @@ from mlc_ray.train.reference import (
     cached_reference,
     policy_reference,
 )
-from mlc_ray.train.reference_cache import load_reference
+from mlc_ray.train.reference_shards import load_reference
 from mlc_ray.train.saving import CheckpointSaver
 from mlc_ray.train.tracking import Tracker
 from mlc_ray.train.validation import Validation, batches_of, plans_of
 from mlc_ray.train.watchdog import Watchdog
-from mlc_ray.types import Batch, ReferenceRows, move
+from mlc_ray.types import Batch, ReferenceTable, move
 
 
 def engine_class(config: TrainConfig) -> type[Engine]:
@@ -61,7 +61,7 @@ def engine_class(config: TrainConfig) -> type[Engine]:
 def work(spec: WorkerSpec) -> None:
     """Train, as one worker of a run."""
     send_warnings()
-    _quiet()
+    quiet()
     config = parse_config(TrainConfig, spec.config)
     rank = ray.train.get_context().get_world_rank()
     watchdog = Watchdog(config.cluster.hang_timeout, spec.run_folder, lease=spec.lease, rank=rank, step=0)
@@ -239,7 +239,7 @@ def _on_first_worker(function: Callable[[], Metrics]) -> Metrics:
     return cast(Metrics, broadcast_from_rank_zero(function() if first else None))
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep notices about Ray's and PyTorch's own calls out of the run's console; warnings of this package stay."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     for name in list(logging.root.manager.loggerDict):
@@ -265,15 +265,21 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
     asked = asked_of_reference(Objective(config), layer)
     if config.model.lora is not None:
         return engine, policy_reference(engine.module, ReferenceModel(engine.module.language_model, **asked))
+    return engine, frozen_reference(config, asked, device)
+
+
+def frozen_reference(config: TrainConfig, asked: dict[str, Any], device: torch.device) -> Reference:
+    """The reference as the engine runs it; `asked` are the arguments of the `ReferenceModel`."""
+    chosen = engine_class(config)
     with chosen.loading(config):
         frozen = ReferenceModel(load_policy(config.model), **asked)
-    return engine, chosen.frozen(frozen, config, device)
+    return chosen.frozen(frozen, config, device)
 
 
 def _stream(
     tokens: TokenArtifact,
     planned: Iterator[StepPlan],
-    table: ReferenceRows | None,
+    table: ReferenceTable | None,
     engine: Engine,
     cutting: Cutting,
 ) -> Iterator[list[Batch]]:
@@ -320,7 +326,7 @@ def _validation(
     )
 
 
-def _asked(online: Reference | None, table: ReferenceRows | None) -> Reference | None:
+def _asked(online: Reference | None, table: ReferenceTable | None) -> Reference | None:
     """What answers for the reference: a model, or the table whose numbers batches bring along."""
     return online or (cached_reference if table is not None else None)
 

@@ -226,7 +226,8 @@ def test_sources_resolve_to_files_in_order(tmp_path):
         (tmp_path / name).touch()
     found = resolve_source(SourceSection(path=str(tmp_path), kind="benign"))
     assert [(Path(f.path).name, f.kind) for f in found] == [("a.csv", "benign"), ("b.jsonl", "benign")]
-    assert resolve_source(SourceSection(path="owner/name"))[0] == SourceFile("owner/name")
+    at_commit = f"owner/name#{'0' * 40}"
+    assert resolve_source(SourceSection(path=at_commit)) == [SourceFile(at_commit)]
     for missing in (str(tmp_path / "no.jsonl"), "data/train.jsonl"):
         with pytest.raises(BundleFileError, match="does not exist"):
             resolve_source(SourceSection(path=missing))

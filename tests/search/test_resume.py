@@ -11,7 +11,7 @@ import yaml
 from mlc_ray.config import ConfigError, SearchConfig, load_config
 from mlc_ray.search.folder import changed_config, changed_settings, load_search, write_config, write_settings
 from mlc_ray.search.run import resume_search, search
-from mlc_ray.search.space import make_space
+from mlc_ray.search.space import make_space, with_commits
 from mlc_ray.search.trial import SearchError
 from mlc_ray.storage import Place
 
@@ -43,6 +43,19 @@ def test_the_same_settings_are_the_same_search(place: Path) -> None:
     assert changed(place) == []  # types were decided when it began
     assert changed(place, "resume=auto", "objective=average", "set=[model.dtype=float32]") == []
     assert changed(place, "set=[model.dtype=bfloat16]") == ["train.model.dtype was 'float32', now 'bfloat16'"]
+
+
+def test_a_name_of_the_hub_is_the_same_at_the_commit_that_was_noted(place: Path) -> None:
+    def named(name: str) -> str:
+        return f"set=['data.train=[{{path: \"{name}\"}}]', model.dtype=float32]"
+
+    commit, other = "c" * 40, "d" * 40
+    config = configured(place, "scoring.engine.dtype=float32", named(f"owner/name#{commit}"))
+    write_settings(config, with_commits(make_space(config)), Place(place / "found"))
+    assert changed(place, named("owner/name")) == changed(place, named(f"owner/name#{commit}")) == []
+    for another in (f"owner/name#{other}", "owner/another"):
+        (difference,) = changed(place, named(another))
+        assert commit in difference and another in difference
 
 
 @pytest.mark.parametrize(

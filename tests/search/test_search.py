@@ -131,11 +131,11 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     assert len({frozenset(bundles) for bundles in asked.values()}) == 2
     runs = [path.parent for path in (folder / "trials").glob("*/config.yaml")]
     assert len(runs) == 2
-    # What trials share was made once: two pools of Ray Data, a scorer with an engine and a judge, beside a worker a
-    # trial.
+    # What trials share was made once: a pool of Ray Data, a scorer with an engine and a judge, and what the reference
+    # says, by a worker of its own beside one a trial.
     started = actors_started(ray_local) - before
-    once = {"Tokenize": 1, "ReferenceScorer": 1, "Scorer": 1, "Worker": 2}
-    assert {name: started[name] for name in (*once, "RayTrainWorker")} == {**once, "RayTrainWorker": 2}
+    once = {"Tokenize": 1, "Scorer": 1, "Worker": 2}
+    assert {name: started[name] for name in (*once, "RayTrainWorker")} == {**once, "RayTrainWorker": 1 + 2}
     (_,) = (folder / "trials" / "cache").glob("tokens-*")
     (_,) = (folder / "trials" / "cache").glob("reference-*")
     fingerprints = [json.loads((run / "run.json").read_text())["fingerprints"] for run in runs]

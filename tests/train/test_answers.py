@@ -80,6 +80,6 @@ def test_both_answers_may_be_missing(made):
 def test_it_is_found_before_the_reference_is_loaded(made, reference, tmp_path, monkeypatch):
     config, tokens, *_ = made({2: ["chosen"]}, reference=reference)
     monkeypatch.setattr(run, "prepare_token_rows", lambda *_, **__: tokens)
-    monkeypatch.setattr(run, "prepare_reference", lambda *_, **__: pytest.fail("the reference was asked"))
+    monkeypatch.setattr(run, "prepare_references", lambda *_, **__: pytest.fail("the reference was asked"))
     with pytest.raises(MissingAnswersError, match="without a rejected answer: 1 of 9"):
         run.prepare_data(config, cache_dir=tmp_path, layer=2, gpu=False)

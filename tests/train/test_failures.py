@@ -96,7 +96,7 @@ def test_errors_that_name_each_other_as_causes_are_each_looked_at_once() -> None
 @pytest.mark.parametrize("own", [CHECKPOINT, ModelError("m"), BatchError("b"), TooManyUnparsedError("u"), DIVERGED])
 def test_an_error_of_ours_is_not_tried_again(own: MlcRayError) -> None:
     """The very calls of Ray Train's controller, up to its decision and to what `fit` raises."""
-    handler = UserCallbackHandler([EndAtOwnError(0)], train_run_context=SimpleNamespace())
+    handler = UserCallbackHandler([EndAtOwnError(0, "from the last checkpoint")], train_run_context=SimpleNamespace())
     policy = create_failure_policy(FailureConfig(max_failures=3))
     handler.after_worker_group_poll_status(polled(None, None))
     handler.after_worker_group_poll_status(polled(RuntimeError("a worker died"), None))
@@ -121,7 +121,7 @@ def test_a_failure_that_is_tried_again_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("mlc_ray.train.failures.send_warnings", lambda: None)  # it is for a process of Ray's own
-    handler = UserCallbackHandler([EndAtOwnError(3)], train_run_context=SimpleNamespace())
+    handler = UserCallbackHandler([EndAtOwnError(3, "from the last checkpoint")], train_run_context=SimpleNamespace())
     handler.after_worker_group_poll_status(polled(None, RuntimeError("first line\nthe device is lost")))
     assert "worker 1 failed (" in caplog.text and "the device is lost); where cluster.max_failures=3" in caplog.text
 

@@ -1,4 +1,4 @@
-"""The reference's cached numbers on disk: what two runs that share a cache, or a damaged folder, come to."""
+"""The reference pass: the same numbers on any workers, resumed by shard, and what runs that share a cache come to."""
 
 import json
 import shutil
@@ -6,180 +6,233 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
+import torch
 
 from examples.my_storage import VaultStorage  # noqa: F401 - registers vault://
 from mlc_ray.data.batches import BatchError
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
-from mlc_ray.storage import IncompleteArtifactError, Place, write_manifest
-from mlc_ray.train import reference_cache as ray_reference
-from mlc_ray.train.model import ModelError
-from mlc_ray.train.reference_cache import column_file, load_reference, prepare_reference
-from tests.train.tiny import random_rows, tiny_config, tiny_model
+from mlc_ray.storage import IncompleteArtifactError, Place, read_manifest, verify_checksums
+from mlc_ray.train import reference_cache, reference_shards
+from mlc_ray.train.model import load_policy
+from mlc_ray.train.reference import ReferenceModel
+from mlc_ray.train.reference_cache import asked_of, prepare_references
+from mlc_ray.train.reference_pass import Asking
+from mlc_ray.train.reference_shards import load_reference, shard_files, shard_number
+from mlc_ray.train.worker import frozen_reference
+from tests.train.tiny import on_workers, random_rows, tiny_config, tiny_model
 
-CHOSEN = column_file("chosen")
+CPU = torch.device("cpu")
+ASKED = {"log_probs": True, "layer": 2}
+BUNDLES, SHARD = 22, 6  # four shards, the last of four bundles
+STAGES = {"zero0": {"stage": 0}, "zero3": {"stage": 3, "persistence_threshold": 0}}
 
 
-class Tokens:
-    fingerprint = "t"
+@pytest.fixture(autouse=True)
+def short_shards(monkeypatch):
+    monkeypatch.setattr(reference_shards, "SHARD_BUNDLES", SHARD)
+    monkeypatch.setattr("mlc_ray.train.reference_pass.BUNDLES_PER_WORKER", 1)
 
-    def __len__(self):
-        return 2
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model, and token rows."""
+    folder = tmp_path_factory.mktemp("reference")
+    tiny_model().save_pretrained(folder / "model")
+    (folder / "tokens").mkdir()
+    write_rows(folder / "tokens", [rows_to_table(random_rows(BUNDLES))], fingerprint="t", rejected={})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(place):
+    """What the model says of each bundle, in a plain forward of it alone."""
+    model = ReferenceModel(load_policy(configured(place).model), **ASKED).eval()
+    tokens = TokenArtifact.open(place / "tokens")
+    asking = Asking(lambda batch: model(batch, state=batch.taps), True, True, 1, CPU)
+    with torch.no_grad():
+        return np.concatenate([asking.ask(tokens, np.array([row]), lambda _: None) for row in range(BUNDLES)])
+
+
+def configured(place, **sections):
+    return tiny_config(model={"path": str(place / "model")}, terms={"anchor": {"weight": 0.3}}, **sections)
+
+
+def check(folder, said):
+    stored = load_reference(folder)
+    rows = [BUNDLES - 1, 0, SHARD, 3]
+    taken = stored.take(rows)
+    for name in ("chosen", "rejected", "state"):
+        assert getattr(taken, name) == pytest.approx(said[name][rows], rel=1e-6, abs=1e-6), name
+    assert stored.take(range(BUNDLES)).chosen == pytest.approx(said["chosen"], rel=1e-6)
+    assert read_manifest(folder)["bundles"] == BUNDLES and taken.chosen.dtype == np.float64
+
+
+# ----------------------------------------------------------------------------------------------- workers with an engine
+
+
+def ask_on_all(rank, place, cache):
+    reference_shards.SHARD_BUNDLES = SHARD
+    tokens = TokenArtifact.open(place / "tokens")
+    for name, stage in STAGES.items():
+        config = configured(place, engine=stage)
+        asking = Asking.of(config, frozen_reference(config, ASKED, CPU), ASKED, CPU)
+        asking.fill(Place(cache / name), tokens, key="k", beat=lambda _: None)
+    # Without a budget, as on a GPU by default.
+    replace(asking, tokens_per_forward=None).fill(Place(cache / "eight"), tokens, key="k", beat=lambda _: None)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_workers_at_any_zero_stage_say_what_the_model_says(workers, place, said, tmp_path):
+    on_workers(workers, ask_on_all, tmp_path / "results", place, tmp_path)
+    for name in (*STAGES, "eight"):
+        assert len(shard_files(Place(tmp_path / name))) == 4
+        check(tmp_path / name, said)
+
+
+# ----------------------------------------------------------------------------------------- passes in the test's process
+
+
+class Counted:
+    """The reference, which does something before one of its forwards, and may err by rounding."""
+
+    def __init__(self, place, before=None, then=lambda: None, factor=1.0):
+        self.model = ReferenceModel(load_policy(configured(place).model), **ASKED).eval()
+        self.before, self.then, self.factor, self.forwards, self.bundles = before, then, factor, 0, []
+
+    @torch.no_grad()
+    def __call__(self, batch):
+        if self.forwards == self.before:
+            self.then()
+        self.forwards += 1
+        self.bundles += batch.bundle_ids
+        given = self.model(batch, state=batch.taps)
+        return replace(given, chosen=given.chosen * self.factor)
+
+
+def fill(place, folder, reference, tokens="tokens"):
+    asking = Asking.of(configured(place), reference, ASKED, CPU)
+    asking.fill(Place(folder), TokenArtifact.open(place / tokens), key="k", beat=lambda _: None)
+    return reference
+
+
+def die():
+    raise KeyboardInterrupt
+
+
+def of_shards(*numbers):
+    return {
+        f"bundle-{row:02d}" for number in numbers for row in range(number * SHARD, min(BUNDLES, number * SHARD + SHARD))
+    }
+
+
+def test_a_pass_that_died_goes_on_with_the_shards_that_are_missing(place, said, tmp_path):
+    folder = tmp_path / "ours"
+    whole = fill(place, tmp_path / "whole", Counted(place))
+    dying = Counted(place, before=whole.forwards // 2 + 1, then=die)
+    with pytest.raises(KeyboardInterrupt):
+        fill(place, folder, dying)
+    assert sorted(map(shard_number, shard_files(Place(folder)))) == [0, 1]
+    assert not (folder / "manifest.json").exists()
+    again = fill(place, folder, Counted(place))
+    assert set(again.bundles) == of_shards(2, 3) and again.forwards < whole.forwards
+    check(folder, said)
+
+
+def test_a_damaged_shard_is_asked_again(place, said, tmp_path, caplog):
+    folder = tmp_path / "ours"
+    fill(place, folder, Counted(place))
+    (name,) = [name for name in shard_files(Place(folder)) if shard_number(name) == 2]
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+    (folder / "manifest.json").unlink()
+    assert set(fill(place, folder, Counted(place)).bundles) == of_shards(2)
+    assert f"{folder / name} is damaged; the reference is asked again" in caplog.text
+    verify_checksums(folder, read_manifest(folder))
+    check(folder, said)
+
+
+@pytest.mark.parametrize("where", ["here", "vault"])
+def test_of_two_passes_at_once_the_first_to_end_is_kept_whole(where, place, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "cache"))
+    folder = Place("vault://team/ours") if where == "vault" else Place(tmp_path / "ours")
+    another = Counted(place, factor=1 + 1e-7)
+    fill(place, folder, Counted(place, before=5, then=lambda: fill(place, folder, another)))
+    assert len(set(another.bundles)) > SHARD  # it found what the first had written, and did the rest
+    manifest = read_manifest(folder)
+    verify_checksums(folder, manifest)
+    assert len(manifest["files"]) == 4 < len(shard_files(folder))
+    check(folder, said)
+
+
+def test_a_bundle_without_an_answer_that_is_needed_is_named(place, tmp_path):
+    rows = random_rows(BUNDLES)
+    rows[12] = replace(rows[12], rejected=None)
+    (place / "lacking").mkdir()
+    write_rows(place / "lacking", [rows_to_table(rows)], fingerprint="lacking", rejected={})
+    with pytest.raises(BatchError, match="bundle bundle-12 has no 'rejected' answer"):
+        fill(place, tmp_path / "ours", Counted(place), tokens="lacking")
+
+
+# ----------------------------------------------------------------------------------------------- the driver, by its key
 
 
 @pytest.fixture
-def prepare(tmp_path, monkeypatch):
-    """Prepare with a number given in the model's place, and something that happens while it is computed."""
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    config = tiny_config(model={"path": str(model)})
+def prepare(place, monkeypatch):
+    """Prepare with one worker, which is this process; says where, and about which bundles the reference was asked."""
 
-    def prepared(chosen, meanwhile=lambda: None, cache=tmp_path / "cache"):
-        def compute(config, tokens, needed, folder, **_):
-            np.save(folder / CHOSEN, [chosen] * len(tokens))
-            meanwhile()
+    def prepared(cache, **sections):
+        reference = Counted(place)
 
-        monkeypatch.setattr(ray_reference, "_compute", compute)
-        folder = prepare_reference(config, Tokens(), layer=2, cache_dir=cache, gpu=False)
-        return Path(folder) if folder.is_local else folder, load_reference(folder).chosen[0]
+        def here(worker, spec, cluster, **_):
+            asking = Asking.of(configured(place), reference, ASKED, CPU)
+            for each in spec.asked:
+                asking.fill(each.folder, TokenArtifact.open(each.tokens_folder), key=each.key, beat=lambda _: None)
+
+        monkeypatch.setattr(reference_cache, "run_workers", here)
+        tokens = TokenArtifact.open(place / "tokens")
+        found = prepare_references(configured(place, **sections), [tokens], layer=2, cache_dir=cache, gpu=False)
+        return found["t"], set(reference.bundles)
 
     return prepared
 
 
-def write(folder, chosen):
-    folder.mkdir(exist_ok=True)
-    np.save(folder / CHOSEN, [chosen] * 2)
-    write_manifest(folder)
-
-
-def test_a_complete_folder_is_used_again(prepare):
-    folder, chosen = prepare(-1.0)
-    assert chosen == -1.0
-    assert prepare(-9.0) == (folder, -1.0)
-
-
-@pytest.mark.parametrize("damage", ["table", "manifest"])
-def test_an_incomplete_folder_is_computed_again(prepare, damage, caplog):
-    folder, _ = prepare(-1.0)
-    (folder / {"table": CHOSEN, "manifest": "manifest.json"}[damage]).unlink()
-    assert prepare(-3.0) == (folder, -3.0)
-    assert "; making it again" in caplog.text
-    assert json.loads((folder / "manifest.json").read_text())["bundles"] == 2
-
-
-@pytest.mark.parametrize("damaged_before", [False, True])
-def test_the_folder_of_a_faster_run_is_used(prepare, damaged_before):
-    folder, _ = prepare(-1.0)
-    (folder / CHOSEN).unlink()
-    if not damaged_before:
-        (folder / "manifest.json").unlink()
-        folder.rmdir()
-    assert prepare(-3.0, meanwhile=lambda: write(folder, -5.0)) == (folder, -5.0)
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
-
-
-@pytest.fixture
-def vault(tmp_path, monkeypatch):
-    """A storage elsewhere, and a cache of this machine for the test alone."""
-    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
-    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "here"))
-    return Place("vault://team")
-
-
-def test_elsewhere_nothing_is_written_over_the_numbers_of_another_run(prepare, vault):
-    def another(stops):
-        prepare(-1.0, cache=vault)
-        if stops:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(0.0, meanwhile=lambda: another(stops=True), cache=vault)
-    folder, chosen = prepare(-7.0, cache=vault)
-    assert chosen == -1.0
-    (folder / CHOSEN).remove()
-    assert prepare(-3.0, meanwhile=lambda: another(stops=False), cache=vault) == (folder, -1.0)
-    (folder / CHOSEN).remove()
-    assert prepare(-5.0, cache=vault) == (folder, -5.0)
-
-
-def test_elsewhere_numbers_of_the_same_size_that_the_manifest_does_not_name_are_refused(prepare, vault, tmp_path):
-    folder, _ = prepare(-1.0, cache=vault)
-    with (folder / CHOSEN).open("wb") as file:
-        np.save(file, [-2.0] * 2)
-    shutil.rmtree(tmp_path / "here")  # another machine
-    with pytest.raises(
-        IncompleteArtifactError, match=r"'chosen\.npy' has checksum .*; remove 'vault://team/reference-"
-    ):
-        prepare(-1.0, cache=vault)
-
-
-@pytest.fixture
-def place(tmp_path):
-    """A tiny model, and token rows of which one has no rejected answer."""
-    rows = random_rows(20)
-    rows[12] = replace(rows[12], rejected=None)
-    tiny_model().save_pretrained(tmp_path / "model")
-    (tmp_path / "tokens").mkdir()
-    write_rows(tmp_path / "tokens", [rows_to_table(rows)], fingerprint="t", rejected={})
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text("{}")
-    return tmp_path
-
-
-@pytest.mark.parametrize(("model", "error"), [("model", BatchError), ("broken", ModelError)])
-def test_an_actor_of_the_pass_hands_over_an_error_of_ours_as_data(place, monkeypatch, model, error):
-    class Scored:
-        def map_batches(self, scorer, *, fn_constructor_kwargs, **_):
-            self.scorer = scorer(**fn_constructor_kwargs)
-            return self
-
-        def iter_batches(self, **_):
-            return (self.scorer({"row": np.arange(start, start + 4)}) for start in range(0, 20, 4))
-
-    monkeypatch.setattr(ray_reference.ray.data, "from_blocks", lambda _: Scored())
-    config = tiny_config(model={"path": str(place / model)})
-    with pytest.raises(error) as caught:
-        prepare_reference(config, TokenArtifact.open(place / "tokens"), layer=2, cache_dir=place / "cache", gpu=False)
-    assert type(caught.value) is error
-
-
-def test_numbers_come_back_to_their_rows_in_whatever_order_they_are_made(place, monkeypatch):
-    parts = [np.array([3, 1]), np.array([0, 2])]
-
-    class Scored:
-        def map_batches(self, *_, **__):
-            return self
-
-        def iter_batches(self, **_):
-            for rows in parts:
-                states = pa.FixedSizeListArray.from_arrays(pa.array(np.repeat(rows, 2), pa.float32()), 2)
-                yield pa.table({"row": rows, "chosen": rows * -1.0, "state": states})
-
-    monkeypatch.setattr(ray_reference.ray.data, "from_blocks", lambda _: Scored())
-    (place / "four").mkdir()
-    write_rows(place / "four", [rows_to_table(random_rows(4))], fingerprint="t", rejected={})
-    config, tokens = tiny_config(model={"path": str(place / "model")}), TokenArtifact.open(place / "four")
-    folder = prepare_reference(config, tokens, layer=2, cache_dir=place / "cache", gpu=False)
-    found = load_reference(folder)
-    assert isinstance(found.state, np.memmap) and found.rejected is None
-    taken = found.take([2, 0])
-    assert taken.chosen.tolist() == [-2.0, 0.0] and taken.state.tolist() == [[2.0, 2.0], [0.0, 0.0]]
-    parts.pop()
-    with pytest.raises(RuntimeError, match="asked for 4 bundles and said something of 2"):
-        prepare_reference(config, tokens, layer=2, cache_dir=place / "other", gpu=False)
-
-
-def test_numbers_on_an_object_store_are_fetched_and_mapped(place, s3, monkeypatch):
-    monkeypatch.setenv("MLC_RAY_CACHE", str(place / "cache"))
-    monkeypatch.setattr(
-        ray_reference, "_compute", lambda config, tokens, needed, folder, **_: np.save(folder / CHOSEN, [-1.0, -2.0])
+def test_a_complete_folder_is_used_again_and_a_lost_shard_alone_is_made_again(prepare, said, tmp_path, caplog):
+    folder, asked = prepare(tmp_path)
+    assert asked == of_shards(0, 1, 2, 3)
+    assert prepare(tmp_path, cluster={"workers": 2}, engine={"stage": 3}, train={"tokens_per_forward": 9}) == (
+        folder,
+        set(),
     )
-    config = tiny_config(model={"path": str(place / "model")})
-    folder = prepare_reference(config, Tokens(), layer=2, cache_dir=Place(s3), gpu=False)
-    found = load_reference(folder).chosen
-    assert isinstance(found, np.memmap) and found.tolist() == [-1.0, -2.0]
-    assert prepare_reference(config, Tokens(), layer=2, cache_dir=Place(s3), gpu=False) == folder
-    assert sorted(folder.sizes()) == [CHOSEN, "manifest.json"]
+    first = min(Path(folder).glob("shard-*"))
+    first.unlink()
+    assert prepare(tmp_path) == (folder, of_shards(0))
+    assert f"{first.name!r} is missing; making again what is missing" in caplog.text
+    assert json.loads((folder / "manifest.json").read_text())["tokens"] == "t"
+    check(folder, said)
+
+
+def test_what_is_needed_decides_the_key(place):
+    tokens = TokenArtifact.open(place / "tokens")
+    both = configured(place)
+    plain = both.model_copy(update={"terms": {}})
+    keys = [
+        asked_of(config, tokens, layer=layer, cache_dir=place, gpu=False).key
+        for config, layer in ((both, 2), (both, 3), (plain, 2), (plain, 3))
+    ]
+    assert len(set(keys)) == 3 and keys[2] == keys[3]  # no states, so no layer
+
+
+def test_shards_on_an_object_store_are_fetched_and_checked(prepare, said, s3, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "cache"))
+    folder, asked = prepare(Place(s3))
+    assert len(asked) == BUNDLES and prepare(Place(s3)) == (folder, set())
+    check(folder, said)
+    (name, *_) = shard_files(folder)
+    (folder / name).write_bytes(b"\0" * folder.sizes([name])[name])
+    shutil.rmtree(tmp_path / "cache")  # another machine
+    with pytest.raises(IncompleteArtifactError, match=f"{name!r} has checksum .*; remove '{s3}/reference-"):
+        load_reference(folder)

@@ -21,6 +21,7 @@ from mlc_ray.show import show
 from mlc_ray.storage import Place
 from mlc_ray.train.checkpoint import list_checkpoints
 from mlc_ray.train.divergence import DivergedError
+from mlc_ray.train.model import ModelError
 from mlc_ray.train.run import train
 from mlc_ray.train.run_folder import RunError, load_run_config
 
@@ -133,6 +134,15 @@ def test_cached_and_online_references_give_the_same_losses(undisturbed, run_plac
         assert live[2] == pytest.approx(cached[2], rel=1e-4, abs=1e-5)
 
 
+def test_an_error_of_a_reference_worker_arrives_as_it_is(ray_local, run_place):
+    shutil.copytree(run_place / "model", run_place / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
+    model = f"model.path={run_place / 'no_weights'}"
+    with pytest.raises(ModelError, match="no_weights' cannot be loaded") as caught:
+        train(configured(run_place, "name=without", model, "cluster.workers=1", "cluster.max_failures=3"))
+    assert type(caught.value) is ModelError
+    assert not (run_place / "without").exists()  # the name is free again
+
+
 def test_a_run_that_diverges_ends_without_a_checkpoint_and_is_not_tried_again(run_place):
     config = configured(
         run_place, "name=diverged", "optimizer.learning_rate=1e30", "optimizer.max_retries=1", "cluster.max_failures=3"
@@ -159,7 +169,7 @@ def test_an_engine_and_a_term_from_outside_train_a_whole_run_as_deepspeed_does(u
 
 
 def test_a_run_that_ended_is_not_started_again(undisturbed, run_place, monkeypatch):
-    monkeypatch.setattr("mlc_ray.train.run.TorchTrainer", lambda *_, **__: pytest.fail("workers were started"))
+    monkeypatch.setattr("mlc_ray.train.run.run_workers", lambda *_, **__: pytest.fail("workers were started"))
     for again in (
         train(configured(run_place, "resume=auto")),
         train(load_run_config(undisturbed.run_folder), resume=undisturbed.run_folder),

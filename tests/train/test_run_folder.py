@@ -28,6 +28,7 @@ from mlc_ray.train.run_folder import (
     load_run_config,
     record_start,
     run_id,
+    with_commits_of,
 )
 from mlc_ray.train.settings import KINDS, Kind, SettingsChangedError, kind_of_field
 from tests.test_schema_read import sections_in
@@ -167,6 +168,23 @@ def started(tmp_path):
     with claimed(folder, config):
         record_start(folder, config, CONTENT, Tokens("abc"), 8)
     return folder
+
+
+def test_a_run_goes_on_with_the_commits_that_it_was_started_with(tmp_path):
+    def at(held_out, *names):
+        sections = {"sources": [{"path": held_out}], "every": 2}
+        return tiny_config(
+            output_dir=str(tmp_path), data={"train": [{"path": name} for name in names], "validation": sections}
+        )
+
+    first, second, other = ("#" + digit * 40 for digit in "abc")
+    with claimed(
+        find_run_folder(at("x", "y"), None)[0], started := at(f"held/out{second}", f"owner/name{first}", "p/q")
+    ):
+        known = with_commits_of(tmp_path / "tiny", at("held/out", "owner/name", "p/q"))
+        assert known == started
+        moved = at(f"held/out{other}", "owner/name#v1", "owner/new")
+        assert with_commits_of(tmp_path / "tiny", moved) == moved
 
 
 @pytest.mark.parametrize("name", MAY_CHANGE)

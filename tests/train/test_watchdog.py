@@ -45,12 +45,17 @@ def hang(folder, lease, rank, telling=10.0):
     )  # fmt: skip
 
 
+def told(run):
+    """What the driver says of it."""
+    return hang_error(run, "mine", what=f"run {str(run)!r}", to_go_on=f"mlc-ray train --resume {run}")
+
+
 def test_a_hang_ends_the_process_and_the_driver_says_where_each_worker_was(tmp_path):
-    assert hang_error(tmp_path, "mine") is None
+    assert told(tmp_path) is None
     for rank in (0, 1):
         assert hang(tmp_path, "mine", rank).returncode == 1
     assert hang(tmp_path, "of an earlier driver", 2).returncode == 1
-    said = str(hang_error(tmp_path, "mine"))
+    said = str(told(tmp_path))
     for part in (
         "rank 0 on ",
         "after step 6, while waiting for its batches",
@@ -65,20 +70,20 @@ def test_a_hang_ends_the_process_and_the_driver_says_where_each_worker_was(tmp_p
     assert "stuck_in_a_collective" in stacks and "watchdog" in stacks
     older = json.loads((tmp_path / "logs/hang-step-000006-rank-00000.json").read_text())
     (tmp_path / "logs/hang-step-000002-rank-00000.json").write_text(json.dumps({**older, "step": 2, "time": 0.0}))
-    assert "after step 2" not in str(hang_error(tmp_path, "mine"))  # the workers were started again after that one
+    assert "after step 2" not in str(told(tmp_path))  # the workers were started again after that one
     for rank in (0, 1):  # and they were after these, long ago: whatever ended the run now is something else
         old = json.dumps({**older, "time": time.time() - 3600})
         (tmp_path / f"logs/hang-step-000006-rank-{rank:05d}.json").write_text(old)
-    assert hang_error(tmp_path, "mine") is None
+    assert told(tmp_path) is None
 
 
 def test_where_a_worker_of_a_run_elsewhere_was_is_said_and_it_ends_though_that_storage_hangs(tmp_path, monkeypatch):
     monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
     run = Place("vault://team/run")
     assert hang(run, "mine", 0, telling=0.2).returncode == 1
-    assert hang_error(run, "mine") is None
+    assert told(run) is None
     assert hang(run, "mine", 0).returncode == 1
-    assert "mlc-ray train --resume vault://team/run" in str(hang_error(run, "mine"))
+    assert "mlc-ray train --resume vault://team/run" in str(told(run))
     assert "stuck_in_a_collective" in (run / "logs" / "hang-step-000006-rank-00000.txt").read_text()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from mlc_ray.data.bundles import BundleFileError
 from mlc_ray.data.formats.records import Part, Record
+from mlc_ray.data.hub import HubName
 from mlc_ray.storage import Place
 
 _ROWS_AT_ONCE = 1024
@@ -73,7 +75,7 @@ def is_saved_dataset(folder: Place) -> bool:
 
 
 def load_dataset(path: str) -> Any:
-    """The `datasets.Dataset` of a saved folder or of a hub name `NAME[@CONFIG][:SPLIT]`.
+    """The `datasets.Dataset` of a saved folder or of a hub name (`mlc_ray.data.hub`).
 
     A process loads it once, however many parts of it it reads, and a folder again when a file in it changed.
 
@@ -90,19 +92,20 @@ def _load_dataset(path: str, files: tuple[tuple[str, int, int], ...]) -> Any:
     import datasets  # two seconds, and only this format needs it
     from datasets.exceptions import DatasetsError
 
-    whole, _, split = path.partition(":")
-    name, _, config = whole.partition("@")
+    hub_name = None if Path(path).is_dir() else HubName.parse(path)
     try:
-        if Path(path).is_dir():
+        if hub_name is None:
             loaded = datasets.load_from_disk(path)
         else:
-            loaded = datasets.load_dataset(name, config or None, split=split or None)
+            loaded = hub_name.load()
+    except BundleFileError:
+        raise
     except (DatasetsError, OSError, ValueError, pa.ArrowException) as error:
         raise BundleFileError(f"{path!r} cannot be loaded as a Hugging Face dataset: {error}") from None
     if isinstance(loaded, datasets.DatasetDict):
         if len(loaded) != 1:
             first = next(iter(loaded), "train")
-            example = f"{path}/{first}" if Path(path).is_dir() else f"{whole}:{first}"
+            example = f"{path}/{first}" if hub_name is None else str(replace(hub_name, split=first))
             raise BundleFileError(f"{path!r} has the splits {sorted(loaded)!r}; name one, such as {example!r}")
         loaded = next(iter(loaded.values()))
     return loaded

@@ -1,0 +1,206 @@
+"""What the workers of a reference pass do: load the frozen reference by the engine, and ask it shard by shard.
+
+All workers ask about the same bundles at the same time, cut among them as training cuts a batch, and make as many
+forwards: an engine may have to gather the model's parameters in each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+from torch import Tensor
+
+from mlc_ray.config import TrainConfig, parse_config
+from mlc_ray.data.batches import collate
+from mlc_ray.data.plan import cut
+from mlc_ray.data.ragged import Ints
+from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.stream import ahead
+from mlc_ray.logs import send_warnings
+from mlc_ray.losses.objective import Objective
+from mlc_ray.storage import Place, fetched_bytes, local_model
+from mlc_ray.train.collectives import from_rank_zero, gather_objects, rank_and_workers
+from mlc_ray.train.entry import ReferenceSpec
+from mlc_ray.train.planning import tokens_per_forward
+from mlc_ray.train.reference import Reference, asked_of_reference
+from mlc_ray.train.reference_shards import (
+    finish_reference,
+    is_whole,
+    records,
+    shard_files,
+    shard_number,
+    shard_ranges,
+    write_shard,
+)
+from mlc_ray.train.watchdog import Watchdog
+from mlc_ray.train.worker import engine_class, frozen_reference, quiet
+from mlc_ray.types import Batch, ReferenceRows, move
+
+logger = logging.getLogger(__name__)
+
+BUNDLES_PER_FORWARD = 8
+"""Where `tokens_per_forward: auto` goes by a GPU's free memory: it counts what a backward keeps, and there is none."""
+
+BUNDLES_PER_WORKER = 64
+"""Asked about at once at least, if so many are missing: workers wait for the slowest at the end of each."""
+
+
+def work(spec: ReferenceSpec) -> None:
+    """Ask the reference, as one worker of a pass."""
+    send_warnings()
+    quiet()
+    config = parse_config(TrainConfig, spec.config)
+    rank = ray.train.get_context().get_world_rank()
+    watchdog = Watchdog(config.cluster.hang_timeout, spec.folder, lease=spec.id, rank=rank, step=0)
+    with contextlib.closing(watchdog):
+        device = ray.train.torch.get_device()
+        engine_class(config).prepare(device)
+        watchdog.beat("fetching the model")
+        with watchdog.while_changing(fetched_bytes):
+            local_model(config.model.path)  # of a URL, a copy for all workers of this machine
+        watchdog.beat("loading the model")
+        asked = asked_of_reference(Objective(config), spec.layer)
+        asking = Asking.of(config, frozen_reference(config, asked, device), asked, device)
+        for each in spec.asked:
+            watchdog.beat("opening its data")
+            tokens = TokenArtifact.open(each.tokens_folder)
+            asking.fill(each.folder, tokens, key=each.key, beat=watchdog.beat)
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How the reference is asked.
+
+    Args:
+        reference: what answers, batch by batch; every worker calls it as often.
+        log_probs: whether answers' log-probs are needed.
+        states: whether tapped states are.
+        tokens_per_forward: the budget of a forward; None for `BUNDLES_PER_FORWARD`.
+        device: where batches go.
+    """
+
+    reference: Reference
+    log_probs: bool
+    states: bool
+    tokens_per_forward: int | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, config: TrainConfig, reference: Reference, asked: dict[str, Any], device: torch.device) -> Asking:
+        """As the settings say; `asked` are the arguments of the `ReferenceModel`."""
+        budget = tokens_per_forward(config, gpu=device.type == "cuda")
+        return cls(reference, asked["log_probs"], asked["layer"] is not None, budget, device)
+
+    def fill(self, folder: Place, tokens: TokenArtifact, *, key: str, beat: Callable[[str], None]) -> None:
+        """Write all shards of a folder that are not there or damaged, and its manifest; every worker must call it.
+
+        Args:
+            folder: of the artefact.
+            tokens: the bundles to ask about.
+            key: the artefact's fingerprint.
+            beat: called with what begins.
+
+        Raises:
+            BatchError: A bundle lacks an answer.
+        """
+        rank, workers = rank_and_workers()
+        ranges = shard_ranges(len(tokens))
+        shards = _whole_shards(folder, beat)
+        missing = [number for number in range(len(ranges)) if number not in shards]
+        at_once = -(-BUNDLES_PER_WORKER * workers // len(ranges[0]))
+        written = dict[int, tuple[str, int]]()
+        for start in range(0, len(missing), at_once):
+            numbers = missing[start : start + at_once]
+            said = self.ask(tokens, np.concatenate([np.array(ranges[number]) for number in numbers]), beat)
+            ends = np.cumsum([len(ranges[number]) for number in numbers])[:-1]
+            for index, (number, part) in enumerate(zip(numbers, np.split(said, ends), strict=True)):
+                if index % workers == rank:
+                    beat(f"writing shard {number} of what the reference says")
+                    written[number] = write_shard(folder, number, part)
+        beat("completing what the reference says, with all workers")
+        for each in gather_objects(written):
+            shards.update(each)
+        if rank == 0:
+            files = dict(shards[number] for number in sorted(shards))
+            finish_reference(folder, files, fingerprint=key, tokens=tokens.fingerprint, bundles=len(tokens))
+
+    def ask(self, tokens: TokenArtifact, rows: Ints, beat: Callable[[str], None]) -> np.ndarray:
+        """What the reference says of N rows: an array [N] of `records`, the same on every worker, which all call it.
+
+        A worker for which nothing is left asks about the smallest bundle once more, as an idle one does in training.
+
+        Raises:
+            BatchError: A bundle lacks an answer.
+        """
+        rank, workers = rank_and_workers()
+        own = tokens.lengths(rows).own_tokens(head=tokens.head, taps=False, rejected=self.log_probs)
+        if self.tokens_per_forward is None:
+            bins = cut([1] * len(rows), BUNDLES_PER_FORWARD, workers)
+        else:
+            bins = cut(own.tolist(), self.tokens_per_forward - tokens.head, workers)
+        spare = int(np.argmin(own))
+        parts = list[tuple[list[int], np.ndarray]]()
+        mine = [micro[rank] for micro in bins]
+        with contextlib.closing(ahead(self._batch(tokens, rows[chosen or [spare]]) for chosen in mine)) as batches:
+            for chosen, batch in zip(mine, batches, strict=True):
+                beat("asking the reference, with all workers")
+                said = self._records(batch)
+                if chosen:
+                    parts.append((chosen, said))
+        gathered = [part for each in gather_objects(parts) for part in each]
+        whole = np.empty(len(rows), dtype=gathered[0][1].dtype)
+        for chosen, said in gathered:
+            whole[chosen] = said
+        return whole
+
+    def _batch(self, tokens: TokenArtifact, rows: Ints) -> Batch:
+        return collate(
+            tokens.table(rows.tolist()),
+            languages=tokens.languages,
+            weights=[1.0] * len(rows),
+            needs_rejected=self.log_probs,
+            reference=None,
+            tap=self.states,
+        )
+
+    def _records(self, batch: Batch) -> np.ndarray:
+        said = self.reference(move(batch, self.device))
+
+        def column(values: Tensor | None, dtype: torch.dtype) -> np.ndarray | None:
+            return None if values is None else values.to("cpu", dtype).numpy()
+
+        return records(
+            ReferenceRows(
+                column(said.chosen, torch.float64),
+                column(said.rejected, torch.float64),
+                column(said.state, torch.float32),
+            )
+        )
+
+
+def _whole_shards(folder: Place, beat: Callable[[str], None]) -> dict[int, tuple[str, int]]:
+    """Names and sizes in bytes of the shards that are there and whole, by number; every worker reads a share of them.
+
+    Where runs wrote a shard twice, with numbers that differ by rounding, the last by name.
+    """
+    rank, workers = rank_and_workers()
+    names = from_rank_zero(shard_files(folder) if rank == 0 else [])
+    whole = list[str]()
+    for name in names[rank::workers]:
+        beat(f"verifying the checksum of {name}")
+        if is_whole(folder / name):
+            whole.append(name)
+        else:
+            logger.warning("%s is damaged; the reference is asked again about its bundles", folder / name)
+    beat("verifying checksums, with all workers")
+    found = sorted(name for part in gather_objects(whole) for name in part)
+    sizes = folder.sizes(found)
+    return {shard_number(name): (name, sizes[name]) for name in found}

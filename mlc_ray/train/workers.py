@@ -1,0 +1,66 @@
+"""How the driver has Ray Train run a group of workers: those of training, and those of the reference's pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from mlc_ray.cluster import known_to_ray_train
+from mlc_ray.config import ClusterSection
+from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_errors
+
+
+def run_workers(
+    worker: Callable[[dict[str, Any]], None],
+    spec: object,
+    cluster: ClusterSection,
+    *,
+    workers: int | tuple[int, int],
+    gpu: bool,
+    name: str,
+    storage: Path,
+    goes_on: str,
+    to_go_on: str,
+    callbacks: Sequence[UserCallback] = (),
+) -> None:
+    """Run `worker({"spec": spec})` in every worker to its end; workers that die are started again.
+
+    Args:
+        worker: what each worker calls.
+        spec: what it is told.
+        cluster: what each worker gets, and how often all are started again.
+        workers: how many; two numbers are the least and the most.
+        gpu: whether each gets a GPU.
+        name: of the folder in `storage` that Ray Train writes into.
+        storage: a folder of this machine; Ray writes nothing there that is read again.
+        goes_on: where workers that are started again go on from, for a warning.
+        to_go_on: the command, or what else goes on after Ctrl-C, for its message.
+        callbacks: Ray Train's own.
+
+    Raises:
+        MlcRayError: A worker raised it, and all have ended.
+        KeyboardInterrupt: Ctrl-C; the workers have ended by then.
+    """
+    trainer = TorchTrainer(
+        cast(Any, worker),
+        train_loop_config={"spec": spec},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cast(Any, workers),  # two numbers: Ray Train V2's elastic policy
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=cast(Any, RunConfig)(  # type checkers see the class of Ray Train V1
+            name=name,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # the console has a table of its own
+            callbacks=[*callbacks, EndAtOwnError(cluster.max_failures, goes_on)],
+        ),
+    )
+    with own_errors(), known_to_ray_train(), keyboard_interrupt(f"to go on: {to_go_on}"):
+        trainer.fit()
