@@ -20,15 +20,16 @@ from transformers import PreTrainedTokenizerBase
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.device import available_memory
+from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import checkpoint_folder
-from mlc_ray.storage import MANIFEST, Place, StorageError, library_versions, sealed, sync_folders
+from mlc_ray.storage import MANIFEST, Place, StorageError, StorageFaultError, library_versions, sealed, sync_folders
 from mlc_ray.train import published
 from mlc_ray.train.checkpoint import INDEX, STATE, element_counts, prune_checkpoints, random_file, remove_checkpoint
 from mlc_ray.train.collectives import from_rank_zero, gather_objects
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.file_writer import Background, FileWriter, Written, with_retries, write_file
 from mlc_ray.train.loop import Progress
-from mlc_ray.train.published import published_bytes, published_files
+from mlc_ray.train.published import published_bytes, published_files, small_files
 from mlc_ray.train.random_state import random_state
 from mlc_ray.train.shards import FILE_BYTES, Range, bytes_of, index_of, state_files
 from mlc_ray.train.tensor_files import parts_of
@@ -42,6 +43,10 @@ _SLACK = 16 << 20  # headers of files, random numbers, the tokenizer
 
 MEMORY_SHARE = 0.5
 """`checkpoint.background: auto` is on where all copies of a host take at most this share of its available memory."""
+
+
+class CheckpointWriterError(MlcRayError):
+    """A checkpoint's files could not be made or written, though the storage refused nothing; the message quotes why."""
 
 
 @dataclass
@@ -66,6 +71,8 @@ class CheckpointSaver:
         config: the run's settings.
         fingerprints: of the model and the data; a checkpoint of others is refused.
         completing: entered around each step to a checkpoint's end, whoever asks for it: what it raises ends the step.
+        record: called by a thread of rank 0 before a checkpoint is there: stores what was logged up to it. Where it
+            raises an OSError, that is no checkpoint.
 
     Attributes:
         newest: the folder of the last checkpoint that is there.
@@ -82,10 +89,12 @@ class CheckpointSaver:
         config: TrainConfig,
         fingerprints: Mapping[str, str],
         completing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        record: Callable[[], None] = lambda: None,
     ) -> None:
-        self.run, self.engine, self.tokenizer, self.config = run, engine, tokenizer, config
-        self.fingerprints, self.completing = dict(fingerprints), completing
+        self.run, self.engine, self.config = run, engine, config
+        self.fingerprints, self.completing, self.record = dict(fingerprints), completing, record
         self.lora = config.model.lora is not None
+        self._small_files = small_files(engine.module.policy, tokenizer, lora=self.lora) if engine.rank == 0 else []
         self.newest: Place | None = None
         self.fault: str | None = None
         self._going: _Going | None = None
@@ -109,7 +118,7 @@ class CheckpointSaver:
             for name, found in file.ranges:
                 going.ranges.setdefault(name, []).append(found)
             going.writer.put(f"{STATE}/{file.name}", file.parts)
-        for name, parts in published_files(self.engine, self.tokenizer, lora=self.lora):
+        for name, parts in published_files(self.engine, self._small_files, lora=self.lora):
             going.writer.put(name, parts)
         going.writer.end()
         # Rank 0 may have waited for room, and so all wait for it here, where a watchdog sees files grow, rather than in
@@ -136,6 +145,7 @@ class CheckpointSaver:
 
         Raises:
             CheckpointError: What the engine says that its workers own is not each trainable element once.
+            CheckpointWriterError: On every worker: a thread of one ended by another error than a fault of the storage.
         """
         if (going := self._going) is not None:
             with self.completing():
@@ -176,10 +186,11 @@ class CheckpointSaver:
             "files": {name: size for name, (size, _) in sorted(written.items())},
             "checksums": {name: value for name, (_, value) in sorted(written.items())},
         }
+        with_retries("storing what was logged", self.record)
         if going.folder.is_local:
-            with_retries(str(going.folder), lambda: sync_folders(Path(going.folder)))
+            with_retries(f"writing {going.folder}", lambda: sync_folders(Path(going.folder)))
         file = going.folder / MANIFEST
-        with_retries(str(file), lambda: file.write_json(sealed(manifest)))
+        with_retries(f"writing {file}", lambda: file.write_json(sealed(manifest)))
         try:
             prune_checkpoints(self.run, self.config.checkpoint)
         except (OSError, StorageError) as error:  # this checkpoint is there: a fault here must not cost it
@@ -188,13 +199,15 @@ class CheckpointSaver:
                 going.folder, error,
             )  # fmt: skip
 
-    def _has_failed(self, going: _Going, fault: str | None) -> bool:
+    def _has_failed(self, going: _Going, fault: MlcRayError | None) -> bool:
         if fault is None:
             return False
         self._going = None
+        if not isinstance(fault, StorageFaultError):
+            raise fault
         self.fault = f"checkpoint {str(going.folder)!r} could not be written: {fault}"
         if self.engine.rank == 0:
-            logger.warning("%s. Training goes on; the checkpoints before stay as they are", self.fault)
+            logger.warning("%s. The checkpoints before it stay as they are", self.fault)
             try:
                 remove_checkpoint(going.folder)
             except (OSError, StorageError) as error:
@@ -240,6 +253,17 @@ class CheckpointSaver:
             )  # fmt: skip
 
 
-def _told(fault: BaseException | None) -> str | None:
-    """A fault as text: of an error of this package what it says, of another one its kind too."""
-    return None if fault is None else f"{socket.gethostname()}: {type(fault).__name__}: {fault}"
+def _told(fault: BaseException | None) -> MlcRayError | None:
+    """The fault of a thread as every worker hears of it: one of the storage, an error of this package, or a bug."""
+    if fault is None:
+        return None
+    where = f"{socket.gethostname()}: {type(fault).__name__}: {fault}"
+    if isinstance(fault, OSError | StorageError):
+        return StorageFaultError(where)
+    if isinstance(fault, MlcRayError):
+        return fault
+    logger.error("the writing of a checkpoint ended by an error that is none of the storage", exc_info=fault)
+    return CheckpointWriterError(
+        f"a checkpoint could not be written, and not by a fault of the storage ({where}): another try would end the "
+        "same way. The log has the traceback; report it, or correct the engine or storage that raised it"
+    )

@@ -29,8 +29,8 @@ from mlc_ray.train.entry import WorkerSpec
 from mlc_ray.train.file_writer import FileWriter
 from mlc_ray.train.loop import Progress
 from mlc_ray.train.model import PolicyWithExtractor
-from mlc_ray.train.published import published_files
-from mlc_ray.train.saving import CheckpointSaver
+from mlc_ray.train.published import published_files, small_files
+from mlc_ray.train.saving import CheckpointSaver, CheckpointWriterError
 from mlc_ray.train.tensor_files import parts_of
 from mlc_ray.train.watchdog import Watchdog
 from mlc_ray.train.worker import WatchedSaves, completing
@@ -47,6 +47,7 @@ class HeldStorage(VaultStorage):
 
     gate = threading.Event()
     refused, times, deadly, immovable = "none", 0, False, "none"
+    fault = OSError(28, "No space left on device")
 
     def write_parts(self, url, parts):
         self.gate.wait()
@@ -54,7 +55,7 @@ class HeldStorage(VaultStorage):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.refused in url and type(self).times:
             type(self).times -= 1
-            raise OSError(28, "No space left on device")
+            raise self.fault
         super().write_parts(url, parts)
 
     def remove(self, url):
@@ -73,6 +74,7 @@ class InLoop:
         self.saver.save(progress)
         if wait or not self.saver.in_background:
             self.saver.finish()
+        return self.saver.fault is None
 
 
 class Rows(list):
@@ -149,16 +151,25 @@ def as_a_worker(model_folder, engine):
     spec = WorkerSpec({}, run, run, None, FINGERPRINTS, STEPS, holder.id, score=None)
     watchdog, guard = Watchdog(0, run, lease=holder.id, rank=engine.rank, step=0), LeaseGuard(run, holder.id)
     told = {"config": config, "fingerprints": FINGERPRINTS, "engine": engine, "tokenizer": tokenizer()}
-    saver = CheckpointSaver(run, **told, completing=partial(completing, run, watchdog, guard))
-    saves, raised = WatchedSaves(spec, saver, None, watchdog, guard), []
-    for step, needed in ((1, False), (2, True)):
-        HeldStorage.refused, HeldStorage.times = "/00001-00000", 3
+    logged = []
+
+    def record():
+        logged.append(saver.newest)
+        if len(logged) <= 3:
+            raise OSError(28, "No space left on device")
+
+    saver = CheckpointSaver(run, **told, completing=partial(completing, run, watchdog, guard), record=record)
+    saves, raised = WatchedSaves(spec, saver, watchdog, guard), []
+    assert not saves.save(Progress(step=1), {}, wait=True, needed=False)
+    assert len(logged) == (3 if engine.rank == 0 else 0) and saver.newest is None
+    for step, needed, fault in ((1, False, HeldStorage.fault), (2, True, HeldStorage.fault), (2, False, KeyError("x"))):
+        HeldStorage.refused, HeldStorage.times, HeldStorage.fault = "/00001-00000", 3, fault
         try:
-            saves.save(Progress(step=step), {}, wait=True, needed=needed)
+            assert not saves.save(Progress(step=step), {}, wait=True, needed=needed)
         except MlcRayError as error:
             raised.append((step, error))
-    HeldStorage.times = 0
-    saves.save(Progress(step=3), {}, wait=False, needed=False)
+    HeldStorage.times, HeldStorage.fault = 0, OSError(28, "No space left on device")
+    assert saves.save(Progress(step=3), {}, wait=False, needed=False)
     if engine.rank == 0:
         (run / LEASE_FILE).write_json(asdict(replace(holder, id="another")))
     gather_objects(None)
@@ -228,7 +239,8 @@ def publish(rank, folder):
     for name in MODELS:
         config = config_of("stage3", "none")
         engine = make_engine(config, PolicyWithExtractor(model_of(name), layer=2, extractor_dim=16, seed=0))
-        for file, parts in published_files(engine, tokenizer(), lora=False):
+        beside = small_files(engine.module.policy, tokenizer(), lora=False)
+        for file, parts in published_files(engine, beside, lora=False):
             (Place(folder / name) / file).write_parts(parts)
             assert rank == 0
 
@@ -277,23 +289,23 @@ def test_what_a_storage_refuses_is_tried_three_times_and_then_no_checkpoint_but_
     lines = [Path(f"{folder}/log-{rank}").read_text().splitlines() for rank in (0, 1)]
     said = ["\n".join(line for line in each if "held://lease" not in line) for each in lines]
     assert said[1].count("is tried again in 0 s: [Errno 28]") == 4
-    assert said[0].count("Training goes on; the checkpoints before stay as they are") == 1
+    assert said[0].count("The checkpoints before it stay as they are") == 1
     assert "training stops while checkpoints are written" in said[0]
-    assert "training stops while" not in said[1] and "Training goes on" not in said[1]
+    assert "training stops while" not in said[1] and "stay as they are" not in said[1]
 
 
 def test_all_workers_stay_in_a_save_until_rank_zero_had_room_for_its_files(done):
     assert [faults[3] for _, faults in done[1]] == [False, False]
 
 
-def test_a_checkpoint_that_is_needed_ends_the_worker_as_a_fault_of_storage_and_none_is_completed_without_the_lease(
-    done,
-):
+def test_what_ends_the_workers_is_a_needed_checkpoint_that_is_refused_a_bug_or_a_lost_lease(done):
     for _, (*_, raised, _) in done[1]:
-        assert [(step, type(error)) for step, error in raised] == [(2, StorageFaultError), (4, LeaseError)]
-        assert isinstance(raised[0][1], OSError)  # which Ray Train tries again
-        assert str(raised[0][1]).endswith("To go on: mlc-ray train --resume held://lease/run")
-        assert "the lease on 'held://lease/run' was lost to " in str(raised[1][1])
+        assert [step for step, _ in raised] == [2, 2, 4]
+        refused, bug, lost = (error for _, error in raised)
+        assert isinstance(refused, StorageFaultError) and isinstance(refused, OSError)  # which Ray Train tries again
+        assert str(refused).endswith("To go on: mlc-ray train --resume held://lease/run")
+        assert type(bug) is CheckpointWriterError and "KeyError: 'x'" in str(bug)  # which it does not
+        assert type(lost) is LeaseError and "the lease on 'held://lease/run' was lost to " in str(lost)
 
 
 def test_a_checkpoint_is_kept_though_an_older_one_cannot_be_removed(done):
