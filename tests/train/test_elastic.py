@@ -9,8 +9,7 @@ import pytest
 
 from mlc_ray.config.train import ClusterSection
 from mlc_ray.runs import read_metrics
-from mlc_ray.storage import Place
-from mlc_ray.train.checkpoint import list_checkpoints
+from mlc_ray.storage import MANIFEST
 
 
 def test_the_number_of_workers_is_one_or_the_least_and_the_most():
@@ -31,34 +30,39 @@ while sum(node["Alive"] for node in ray.nodes()) < 2:
 
 @pytest.mark.slow
 @pytest.mark.soak
-def test_a_run_that_loses_a_node_goes_on_with_fewer_workers(tmp_path, smollm2, repository, monkeypatch):
+def test_a_run_grows_with_the_cluster_and_goes_on_with_fewer_workers_when_it_loses_a_node(
+    tmp_path, smollm2, repository, monkeypatch
+):
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    import survival
+    from survival_scene import STEPS, Run, Scene, wait
 
-    scene = survival.Scene(tmp_path, seed=1)
+    def sizes(run):
+        return {place.name: (place / MANIFEST).read_json()["world_size"] for place in run.checkpoints(whole=True)}
+
+    scene = Scene(tmp_path, seed=1)
     scene.prepare(smollm2)
     try:
         scene.start_head()
+        run = Run(scene, "elastic", tmp_path / "runs", ["cluster.workers=[1, 2]"])
+        assert run.until(3), run.log()
+        (tmp_path / "hold").touch()  # Ray looks for room 60 s after the workers' start
+        wait(lambda: len(sizes(run)) > 0, "a checkpoint of one worker")
+        assert set(sizes(run).values()) == {1}
         scene.start_worker_node()
-        subprocess.run([sys.executable, "-c", JOINED, scene.address], env=scene.environment, check=True, timeout=90)
-        undisturbed = survival.Run(scene, "undisturbed", tmp_path / "runs")
-        undisturbed.end()
-        settings = (tmp_path / "run.yaml").read_text().replace("workers: 2", "workers: [1, 2]")
-        (tmp_path / "run.yaml").write_text(settings)
-        run = survival.Run(scene, "shrunk", tmp_path / "runs")
-        assert run.until(survival.STEPS // 2), run.log()
+        wait(lambda: len(scene.workers()) == 2 or run.driver.poll() is not None, "a second worker")
+        (tmp_path / "hold").unlink()
+        wait(lambda: 2 in sizes(run).values() or run.driver.poll() is not None, "a checkpoint of two workers")
+        assert run.driver.poll() is None, run.log()
         scene.kill_node()
         run.end()
+        assert sizes(run)[f"checkpoint_{STEPS:06d}"] == 1
+        scene.start_worker_node()
+        subprocess.run([sys.executable, "-c", JOINED, scene.address], env=scene.environment, check=True, timeout=90)
+        undisturbed = Run(scene, "undisturbed", tmp_path / "runs")
+        undisturbed.end()
     finally:
         scene.close()
-    losses = [
-        [(row["step"], row["bundles_consumed"], row["loss/total"]) for row in read_metrics(each.folder)]
-        for each in (run, undisturbed)
-    ]
-    for (step, bundles, loss), (wanted_step, wanted_bundles, wanted) in zip(*losses, strict=True):
-        assert (step, bundles) == (wanted_step, wanted_bundles)
-        assert loss == pytest.approx(wanted, rel=1e-5)  # seen: 7e-7
-    sizes = [
-        (checkpoint / "manifest.json").read_json()["world_size"] for checkpoint in list_checkpoints(Place(run.folder))
-    ]
-    assert sizes[-1] == 1
+    rows, others = (read_metrics(each.folder) for each in (run, undisturbed))
+    for row, other in zip(rows, others, strict=True):
+        assert (row["step"], row["bundles_consumed"]) == (other["step"], other["bundles_consumed"])
+        assert row["loss/total"] == pytest.approx(other["loss/total"], rel=1e-5)

@@ -1,7 +1,13 @@
 import json
 import logging
+import os
 import resource
-from contextlib import contextmanager
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager, suppress
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -13,6 +19,7 @@ from mlc_ray.storage import Place, StorageFaultError
 from mlc_ray.train import mirror
 from mlc_ray.train.console import RunDisplay, columns, fitting, header, table_row
 from mlc_ray.train.tracking import Tracker, TrackingError, check_trackers
+from tests.ray_head import free_ports
 from tests.train.tiny import tiny_config
 
 
@@ -150,22 +157,31 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("wandb/offline-run-*/run-0123abcd.wandb"))) == 2  # `wandb sync` joins them by the id
 
 
+def log_to(tracker, steps):
+    for step in steps:
+        tracker.log(step, {"loss/total": float(step)})
+    tracker.close()
+
+
+def the_run_at(client):
+    """The one run of the experiment, after steps 1 to 3 and, in another try, 3 and 4."""
+    experiment = client.get_experiment_by_name("tiny")
+    (run,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss/total")
+    assert {(metric.step, metric.value) for metric in history} == {(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)}
+    assert (run.info.run_name, run.info.status) == ("tiny", "FINISHED")
+    return run
+
+
 def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = (tmp_path / "store").as_uri()
     config = tiny_config(logging={"tensorboard": False, "mlflow": uri})
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        tracker = Tracker(config, tmp_path, start_step=start)
-        for step in steps:
-            tracker.log(step, {"loss/total": float(step)})
-        tracker.close()
+        log_to(Tracker(config, tmp_path, start_step=start), steps)
     client = mlflow.tracking.MlflowClient(uri)
-    experiment = client.get_experiment_by_name("tiny")
-    (run,) = client.search_runs([experiment.experiment_id])
-    history = client.get_metric_history(run.info.run_id, "loss/total")
-    assert {(metric.step, metric.value) for metric in history} == {(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)}
-    assert (run.info.run_name, run.info.status) == ("tiny", "FINISHED")
+    run = the_run_at(client)
     client.delete_run(run.info.run_id)
     (tmp_path / "mlflow.json").write_text(json.dumps({uri: "0" * 32}))
     with pytest.raises(TrackingError, match=r"has no run '0{32}'.*mlflow\.json.*remove the file"):
@@ -178,6 +194,52 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
 def fresh(folder):
     folder.mkdir()
     return folder
+
+
+@contextmanager
+def mlflow_server(folder, port):
+    """MLflow's own server, on a database and artefacts in `folder`, until SIGKILL at the end."""
+    stores = [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination",
+        folder / "artifacts",
+    ]
+    command = [sys.executable, "-m", "mlflow", "server", *stores, "--host", "127.0.0.1", "--port", port, "--workers", 1]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # it needs one more package
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            alive = process.poll() is None and time.monotonic() < deadline
+            assert alive, (folder / "server.log").read_text()
+            time.sleep(0.2)
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_mlflow_goes_on_in_the_same_run_of_a_server_that_was_killed_meanwhile(tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("flask_cors")
+    (port,) = free_ports(1)
+    uri = f"http://127.0.0.1:{port}"
+    config = tiny_config(logging={"tensorboard": False, "mlflow": uri})
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        with mlflow_server(tmp_path, port):
+            log_to(Tracker(config, tmp_path, start_step=start), steps)
+            client = mlflow.tracking.MlflowClient(uri)
+            if start:
+                run = the_run_at(client)
+                assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["config.json"]
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
