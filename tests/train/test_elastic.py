@@ -39,21 +39,22 @@ def test_a_run_grows_with_the_cluster_and_goes_on_with_fewer_workers_when_it_los
     def sizes(run):
         return {place.name: (place / MANIFEST).read_json()["world_size"] for place in run.checkpoints(whole=True)}
 
-    scene = Scene(tmp_path, seed=1)
+    scene, hold = Scene(tmp_path / "scene", seed=1), tmp_path / "scene" / "hold"
     scene.prepare(smollm2)
     try:
         scene.start_head()
         run = Run(scene, "elastic", tmp_path / "runs", ["cluster.workers=[1, 2]"])
-        assert run.until(3), run.log()
-        (tmp_path / "hold").touch()  # Ray looks for room 60 s after the workers' start
-        wait(lambda: len(sizes(run)) > 0, "a checkpoint of one worker")
-        assert set(sizes(run).values()) == {1}
+        wait(lambda: bool(sizes(run)) or run.driver.poll() is not None, "a checkpoint of one worker")
+        hold.touch()  # Ray looks for room 60 s after the workers' start
+        assert run.driver.poll() is None and set(sizes(run).values()) == {1}, run.log()
         scene.start_worker_node()
         wait(lambda: len(scene.workers()) == 2 or run.driver.poll() is not None, "a second worker")
-        (tmp_path / "hold").unlink()
+        hold.unlink()
         wait(lambda: 2 in sizes(run).values() or run.driver.poll() is not None, "a checkpoint of two workers")
+        hold.touch()
         assert run.driver.poll() is None, run.log()
         scene.kill_node()
+        hold.unlink()
         run.end()
         assert sizes(run)[f"checkpoint_{STEPS:06d}"] == 1
         scene.start_worker_node()
