@@ -99,8 +99,7 @@ def _room_for(path: Path) -> Iterator[None]:
         if error.errno not in _NO_ROOM or isinstance(error, StorageFaultError):
             raise
         raise StorageFaultError(
-            f"{str(path)!r} cannot be written: {os.strerror(error.errno)}; make room there, and give the same command "
-            "again where this one has ended"
+            f"{str(path)!r} cannot be written: {os.strerror(error.errno)}; make room there"
         ) from error
 
 
