@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 
 from mlc_ray._registry import register
+from mlc_ray.errors import MlcRayError
 from mlc_ray.storage.base import Storage, StorageError, StorageFaultError
 
 if TYPE_CHECKING:
@@ -293,7 +294,10 @@ def _faults_named(url: str) -> Iterator[None]:
     """A store's fault as an error that quotes the URL; that nothing is there stays a FileNotFoundError."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, MlcRayError):
         raise
-    except OSError as error:
+    except Exception as error:
+        # What serves fsspec raises errors of its own package, as azure.core's, none of which is an OSError.
+        if not isinstance(error, OSError) and type(error).__module__ == "builtins":
+            raise
         raise StorageFaultError(f"{url!r} cannot be used: {(str(error).splitlines() or [repr(error)])[0]}") from None
