@@ -108,10 +108,9 @@ class CheckpointSaver:
             self._say_that_it_waits(progress)
             self.finish()
         folder = checkpoint_folder(self.run, progress.step)
-        if self.engine.rank == 0:
-            remove_checkpoint(folder)
+        if self._has_failed(folder, from_rank_zero(self._removed(folder))):  # else nothing of an older one is there
+            return
         room = self._room = self._find_room() if self._room is None else self._room
-        gather_objects(None)  # nothing of an older one is there from here on
         going = self._going = _Going(folder, replace(progress, before=dict(progress.before)), FileWriter(folder, room))
         going.writer.put(random_file(self.engine.rank), parts_of(random_state()))
         for file in state_files(self.engine.rank, self.engine.owned_state()):
@@ -160,7 +159,8 @@ class CheckpointSaver:
         if not going.all_written:
             fault = going.writer.wait()
             everyones = gather_objects((going.ranges, going.writer.written, _told(fault)))
-            if not self._has_failed(going, next((fault for _, _, fault in everyones if fault is not None), None)):
+            faults = [fault for _, _, fault in everyones if fault is not None]
+            if not self._has_failed(going.folder, faults[0] if faults else None):
                 going.all_written = True
                 index = index_of([ranges for ranges, _, _ in everyones], element_counts(self.engine))
                 written = {name: value for _, files, _ in everyones for name, value in files.items()}
@@ -168,7 +168,7 @@ class CheckpointSaver:
                     going.completing = Background(lambda: self._complete(going, index, written), "checkpoint-completer")
             return
         fault = going.completing.wait() if going.completing is not None else None
-        if not self._has_failed(going, from_rank_zero(_told(fault))):
+        if not self._has_failed(going.folder, from_rank_zero(_told(fault))):
             self._going, self.newest, self.fault = None, going.folder, None
 
     def _complete(self, going: _Going, index: Mapping[str, object], written: dict[str, Written]) -> None:
@@ -199,17 +199,26 @@ class CheckpointSaver:
                 going.folder, error,
             )  # fmt: skip
 
-    def _has_failed(self, going: _Going, fault: MlcRayError | None) -> bool:
+    def _removed(self, folder: Place) -> MlcRayError | None:
+        """Remove what is there of an earlier checkpoint, on rank 0; why it could not be, if so."""
+        if self.engine.rank == 0:
+            try:
+                with_retries(f"removing {folder}", lambda: remove_checkpoint(folder))
+            except (OSError, StorageError) as error:
+                return _told(error)
+        return None
+
+    def _has_failed(self, folder: Place, fault: MlcRayError | None) -> bool:
         if fault is None:
             return False
         self._going = None
         if not isinstance(fault, StorageFaultError):
             raise fault
-        self.fault = f"checkpoint {str(going.folder)!r} could not be written: {fault}"
+        self.fault = f"checkpoint {str(folder)!r} could not be written: {fault}"
         if self.engine.rank == 0:
             logger.warning("%s. The checkpoints before it stay as they are", self.fault)
             try:
-                remove_checkpoint(going.folder)
+                remove_checkpoint(folder)
             except (OSError, StorageError) as error:
                 logger.warning("what is there of it could not be removed, and will be at the next start: %s", error)
         return True

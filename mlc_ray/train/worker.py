@@ -116,7 +116,8 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
                 guard.check()
                 tracker.log(step, {**metrics, "tokens_per_forward": float(cutting.tokens_per_forward)})
                 nonlocal is_past_divergence
-                is_past_divergence = is_past_divergence or forget_divergence(spec.run_folder, step)
+                with contextlib.suppress(OSError):  # it is asked again after the next step
+                    is_past_divergence = is_past_divergence or forget_divergence(spec.run_folder, step)
 
         saver = CheckpointSaver(
             run,

@@ -160,6 +160,10 @@ def as_a_worker(model_folder, engine):
 
     saver = CheckpointSaver(run, **told, completing=partial(completing, run, watchdog, guard), record=record)
     saves, raised = WatchedSaves(spec, saver, watchdog, guard), []
+    HeldStorage.immovable = "checkpoint_000001"
+    assert not saves.save(Progress(step=1), {}, wait=True, needed=False)
+    assert "Permission denied" in saver.fault and logged == []
+    HeldStorage.immovable = "none"
     assert not saves.save(Progress(step=1), {}, wait=True, needed=False)
     assert len(logged) == (3 if engine.rank == 0 else 0) and saver.newest is None
     for step, needed, fault in ((1, False, HeldStorage.fault), (2, True, HeldStorage.fault), (2, False, KeyError("x"))):
