@@ -245,7 +245,8 @@ class Run:
 
     def checkpoints(self, *, whole: bool = False) -> list[Place]:
         """Folders of checkpoints; with `whole`, of those that have their manifest."""
-        folders = [folder for _, folder in checkpoint_folders(self.folder)]
+        # Stores list a folder for a while after its last file is gone.
+        folders = [folder for _, folder in checkpoint_folders(self.folder) if folder.is_dir()]
         return [folder for folder in folders if (folder / MANIFEST).is_file()] if whole else folders
 
     def log(self) -> str:

@@ -13,7 +13,7 @@ import os
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, cast
@@ -104,7 +104,8 @@ class ObjectStorage(Storage):
         from pyarrow import fs
 
         served, key = self.file_system(url), self.key(url)
-        with _faults_named(url):
+        # A folder that a store still lists after its last file is gone cannot be removed: it is not there.
+        with _faults_named(url), suppress(FileNotFoundError):
             (found,) = served.get_file_info([key])
             if found.type == fs.FileType.File:
                 served.delete_file(key)

@@ -107,3 +107,13 @@ def test_a_fault_that_a_package_tells_in_its_own_way_is_one_of_the_store(
     is_a_bug = isinstance(fault, KeyError)
     with pytest.raises(KeyError if is_a_bug else StorageFaultError, match="away"):
         Memory().exists("memory://bucket/away")
+
+
+def test_a_folder_that_is_listed_after_its_last_file_is_gone_needs_no_removing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: object, path: str, **__: object) -> None:
+        raise FileNotFoundError(path)
+
+    storage = Memory()
+    storage.write_parts("memory://bucket/lingering/a", [b"1"])
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.rm", gone)
+    storage.remove("memory://bucket/lingering")

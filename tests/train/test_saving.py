@@ -20,7 +20,7 @@ from mlc_ray.config.train import CheckpointSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.lease import Holder, LeaseError, LeaseGuard
 from mlc_ray.runs import LEASE_FILE, checkpoint_folder, checkpoint_folders
-from mlc_ray.storage import MANIFEST, Place, StorageFaultError
+from mlc_ray.storage import MANIFEST, Place, StorageFaultError, sealed
 from mlc_ray.train import file_writer, published, saving
 from mlc_ray.train.checkpoint import agree_on_checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints
 from mlc_ray.train.collectives import from_rank_zero, gather_objects
@@ -62,6 +62,14 @@ class HeldStorage(VaultStorage):
         if url.endswith(self.immovable):
             raise OSError(13, "Permission denied")
         super().remove(url)
+
+
+@register("storage", "lingering")
+class LingeringStorage(VaultStorage):
+    """Lists a checkpoint's folder whose files are gone, as SeaweedFS does for a while."""
+
+    def list(self, url):
+        return [*super().list(url), *(["checkpoint_000009"] if url.endswith("/train") else [])]
 
 
 class InLoop:
@@ -325,6 +333,13 @@ def test_what_has_no_manifest_does_not_count_as_a_kept_checkpoint(tmp_path):
         (checkpoint_folder(Place(tmp_path), step) / ("state" if step == 3 else MANIFEST)).write_text("{}")
     prune_checkpoints(Place(tmp_path), CheckpointSection(keep=2))
     assert [step for step, _ in checkpoint_folders(Place(tmp_path))] == [2, 3, 4]
+
+
+def test_a_folder_without_files_is_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAULT", str(tmp_path))
+    run = Place("lingering://run")
+    (checkpoint_folder(run, 1) / MANIFEST).write_json(sealed({"step": 1, "files": {}, "checksums": {}}))
+    assert agree_on_checkpoint(run) == checkpoint_folder(run, 1)
 
 
 @pytest.mark.parametrize("name", MODELS)
