@@ -150,6 +150,7 @@ class LeaseGuard:
     def __init__(self, folder: Place, id: str, lifetime: float = LIFETIME) -> None:
         self.folder, self.id, self.lifetime = folder, id, lifetime
         self.checked = self.held = time.monotonic()
+        self._has_warned = False
 
     def check(self, *, now: bool = False) -> None:
         """Look into the lease file, if the last look is some seconds ago.
@@ -174,11 +175,13 @@ class LeaseGuard:
                         f"the lease on {str(self.folder)!r} could not be read for {silent:.0f} s, in which another "
                         f"driver may have taken it: {error}. This run ends; go on once the storage is back"
                     ) from error
-                logger.warning("the lease on %s could not be read: %s", self.folder, error)
+                if not self._has_warned:  # it is read again every second: said once until it can be
+                    logger.warning("the lease on %s cannot be read now: %s", self.folder, error)
+                self._has_warned = True
             if not now:
                 return
             time.sleep(_LOOK_AGAIN)
-        self.held = self.checked
+        self.held, self._has_warned = self.checked, False
         if not is_held:
             raise LeaseError(
                 f"the lease on {str(self.folder)!r} was lost to {holder or 'nobody: its file is gone'}; this run "

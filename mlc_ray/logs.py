@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.progress import Display, draw_on
@@ -51,6 +51,22 @@ class _Handler(logging.Handler):
             print(text, file=self._stream, flush=True)
 
 
+class _Lossy(io.FileIO):
+    """A file that drops what a full disk does not take: Ray's thread that brings workers' output would end by it."""
+
+    _has_warned = False
+
+    def write(self, data: Any) -> int:
+        """Write bytes, or drop them, with one warning."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True  # first: the warning is written here too
+                logger.warning("what libraries write is lost while their file cannot be written: %s", error)
+            return len(data)
+
+
 class _Capture:
     """The file that libraries write to: a temporary one until its folder is known."""
 
@@ -59,7 +75,7 @@ class _Capture:
         with tempfile.TemporaryFile() as file:
             self._fd = os.dup(file.fileno())
         self.stream = io.TextIOWrapper(
-            io.FileIO(self._fd, "w"), encoding="utf-8", errors="backslashreplace", write_through=True
+            _Lossy(self._fd, "w"), encoding="utf-8", errors="backslashreplace", write_through=True
         )
         self._kept = os.dup(2)
         os.dup2(self._fd, 2)

@@ -72,6 +72,32 @@ def test_only_our_messages_are_shown_and_all_others_are_in_the_file(tmp_path: Pa
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["libraries.log"]  # the first folder keeps it
 
 
+FULL = """
+import logging, resource, sys
+from pathlib import Path
+from mlc_ray.logs import command_line, keep_in, libraries
+
+with command_line():
+    keep_in(Path(sys.argv[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+    for _ in range(3):
+        print("a library's line", file=libraries(), flush=True)
+    logging.getLogger("mlc_ray").info("goes on")
+"""
+
+
+def test_on_a_full_disk_what_libraries_say_is_lost_with_a_warning(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stderr.splitlines()
+    assert first.endswith("libraries.log")
+    assert lines == [
+        "warning: what libraries write is lost while their file cannot be written: [Errno 27] File too large",
+        "goes on",
+    ]
+    assert "a library's line" not in (tmp_path / "libraries.log").read_text()
+
+
 def test_an_unexpected_error_is_shown_with_all_that_was_said_unless_a_file_has_it(tmp_path: Path) -> None:
     for said in ("early: a child", "late: core_worker.cc", "KeyError: 'what went wrong'"):
         assert said in run("-", "bug").stderr

@@ -7,16 +7,18 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from mlc_ray._registry import register
 from mlc_ray.storage.atomic import atomic_file
-from mlc_ray.storage.base import Storage
+from mlc_ray.storage.base import Storage, StorageFaultError
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @register("storage", "file")
@@ -27,8 +29,7 @@ class LocalStorage(Storage):
         """A file to read, or to write: a written one appears, or replaces an older one, when it is closed."""
         if mode == "rb":
             return Path(url).open("rb")
-        Path(url).parent.mkdir(parents=True, exist_ok=True)
-        return atomic_file(url)
+        return _written(Path(url))
 
     def exists(self, url: str) -> bool:
         """Whether a file is there."""
@@ -52,10 +53,11 @@ class LocalStorage(Storage):
     def create(self, url: str, content: bytes) -> bool | None:
         """Write a file that must not be there yet; None where there are no hard links, as on mounted object stores."""
         path = Path(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
         try:
-            temporary.write_bytes(content)
+            with _room_for(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_bytes(content)
             os.link(temporary, path)  # unlike a rename, it fails where the file is there
         except FileExistsError:
             return False
@@ -78,6 +80,27 @@ class LocalStorage(Storage):
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    with _room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            yield file
+
+
+@contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """A full disk as an error that says which file it does not take."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM or isinstance(error, StorageFaultError):
+            raise
+        raise StorageFaultError(
+            f"{str(path)!r} cannot be written: {os.strerror(error.errno)}; make room there"
+        ) from error
 
 
 def _names(folder: Path) -> list[str]:

@@ -13,13 +13,14 @@ import os
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 
 from mlc_ray._registry import register
+from mlc_ray.errors import MlcRayError
 from mlc_ray.storage.base import Storage, StorageError, StorageFaultError
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ class ObjectStorage(Storage):
         from pyarrow import fs
 
         served, key = self.file_system(url), self.key(url)
-        with _faults_named(url):
+        # A folder that a store still lists after its last file is gone cannot be removed: it is not there.
+        with _faults_named(url), suppress(FileNotFoundError):
             (found,) = served.get_file_info([key])
             if found.type == fs.FileType.File:
                 served.delete_file(key)
@@ -293,7 +295,10 @@ def _faults_named(url: str) -> Iterator[None]:
     """A store's fault as an error that quotes the URL; that nothing is there stays a FileNotFoundError."""
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, MlcRayError):
         raise
-    except OSError as error:
+    except Exception as error:
+        # What serves fsspec raises errors of its own package, as azure.core's, none of which is an OSError.
+        if not isinstance(error, OSError) and type(error).__module__ == "builtins":
+            raise
         raise StorageFaultError(f"{url!r} cannot be used: {(str(error).splitlines() or [repr(error)])[0]}") from None

@@ -127,7 +127,9 @@ def _newest(run: Place) -> tuple[Place | None, str | None]:
     """The newest checkpoint by name, if there is one; and why a run does not start over where none is usable."""
     folders = [folder for _, folder in checkpoint_folders(run)]
     damaged = [folder.name for folder in folders if is_set_aside(folder)]
-    if usable := [folder for folder in folders if folder.name not in damaged]:
+    # What is listed without a manifest has been removed: some stores list a folder after its last file is gone.
+    usable = [folder for folder in folders if folder.name not in damaged and (folder / MANIFEST).is_file()]
+    if usable:
         return usable[-1], None
     if not damaged:
         return None, None

@@ -61,7 +61,7 @@ class RunDisplay:
         self.stack = ExitStack()
 
     def __enter__(self) -> RunDisplay:
-        self.shown = max((row["step"] for row in self.metrics.read()), default=-1)
+        self.shown = max((row["step"] for row in self._read() or []), default=-1)
         logger.info(header(self.columns))
         self.phase = self.stack.enter_context(phase("training", self.total, "steps", done=max(0, self.shown)))
         self.thread.start()
@@ -77,15 +77,21 @@ class RunDisplay:
         while not self.stop.wait(self.seconds):
             self._update()
 
-    def _update(self) -> None:
+    def _read(self) -> list[dict[str, Any]] | None:
+        """The rows that are new; None where they cannot be read now."""
         try:
             rows = self.metrics.read()
         except (OSError, MetricsFileError) as error:
             if not self.unreadable:
                 logger.warning("steps are not shown until the metrics can be read: %s", error)
             self.unreadable = True
-            return
+            return None
         self.unreadable = False
+        return rows
+
+    def _update(self) -> None:
+        if (rows := self._read()) is None:
+            return
         if rows and rows[-1]["step"] < self.shown:
             self.shown = rows[-1]["step"]  # a worker died and training went back to its last checkpoint
         for row in rows:

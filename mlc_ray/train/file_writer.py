@@ -22,24 +22,24 @@ PAUSES = (2.0, 10.0)
 """Seconds before the second and the third try of what a storage refused."""
 
 
-def with_retries(what: str, write: Callable[[], T]) -> T:
-    """What `write` returns; where the storage refuses it, it is tried three times.
+def with_retries(what: str, call: Callable[[], T]) -> T:
+    """What `call` returns; where the storage refuses it, it is tried three times. `what` it does is for the log.
 
     Raises:
         OSError, StorageError: The third try failed too.
     """
     for pause in PAUSES:
         try:
-            return write()
+            return call()
         except (OSError, StorageError) as error:
-            logger.warning("%s could not be written, and is tried again in %.0f s: %s", what, pause, error)
+            logger.warning("%s failed, and is tried again in %.0f s: %s", what, pause, error)
             threading.Event().wait(pause)
-    return write()
+    return call()
 
 
 def write_file(place: Place, parts: Parts) -> Written:
     """Write a whole file, on this machine to the disk itself; returns what a manifest says of it."""
-    with_retries(str(place), lambda: place.write_parts(parts))
+    with_retries(f"writing {place}", lambda: place.write_parts(parts))
     return size_of(parts), checksum(parts)
 
 

@@ -47,8 +47,12 @@ class Progress:
 class Saves(Protocol):
     """What saves checkpoints. Every worker calls `save`, `settle` and `finish` after the same steps."""
 
-    def save(self, progress: Progress, metrics: Metrics, *, wait: bool, needed: bool) -> None:
-        """Save a checkpoint; with `wait`, return when it is there. One that is `needed` must be, or this raises."""
+    def save(self, progress: Progress, metrics: Metrics, *, wait: bool, needed: bool) -> bool:
+        """Save a checkpoint; with `wait`, return when it is there. One that is `needed` must be, or this raises.
+
+        Returns:
+            Whether it is there or being written, the same on every worker.
+        """
         ...
 
     def writes(self) -> bool:
@@ -165,9 +169,11 @@ def train_loop(
             saves.settle()
         ends = notice >= Notice.RESTART and not last
         due = last or (config.checkpoint.every is not None and progress.step % config.checkpoint.every == 0)
+        saved = False
         if due or ends or (notice is Notice.SAVE and not saved_for_notice):
-            saves.save(progress, metrics, wait=last or notice is not Notice.NONE, needed=last or ends)
-        saved_for_notice = notice is Notice.SAVE  # it stays until the node is gone, and one checkpoint is enough
+            saved = saves.save(progress, metrics, wait=last or notice is not Notice.NONE, needed=last or ends)
+        # It stays until the node is gone, and one checkpoint is enough.
+        saved_for_notice = notice is Notice.SAVE and (saved or saved_for_notice)
         if ends:
             raise ended_by(notice, progress.step)
     return metrics

@@ -108,7 +108,7 @@ class StopFile:
 
     def __init__(self, run_folder: Path | Place, lease: str) -> None:
         self.path, self.lease = Place(run_folder) / STOP_FILE, lease
-        self._last = Notice.NONE
+        self._last, self._has_warned = Notice.NONE, False
         self._follower: threading.Thread | None = None
         if not self.path.is_local:
             self._follower = threading.Thread(target=self._follow, name="stop-file", daemon=True)
@@ -128,12 +128,16 @@ class StopFile:
 
     def _look(self) -> Notice:
         try:
-            return Notice.END if self.path.read_text() == self.lease else Notice.NONE
+            found = self.path.read_text()
         except FileNotFoundError:
+            found = ""
+        except OSError as error:  # it is looked at again, every two seconds or every step: said once until it is read
+            if not self._has_warned:
+                logger.warning("whether the driver asks for the end cannot be read now: %s", error)
+            self._has_warned = True
             return Notice.NONE
-        except OSError as error:  # it is looked at again
-            logger.warning("whether the driver asks for the end could not be read: %s", error)
-            return Notice.NONE
+        self._has_warned = False
+        return Notice.END if found == self.lease else Notice.NONE
 
     @contextmanager
     def at_sigterm(self) -> Iterator[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -27,10 +27,10 @@ FILE_BYTES = 2**30
 _POLICY, _EXTRACTOR = "policy.", "extractor."
 
 
-def published_files(engine: Engine, tokenizer: PreTrainedTokenizerBase, *, lora: bool) -> Iterator[tuple[str, Parts]]:
+def published_files(engine: Engine, beside: Sequence[tuple[str, Parts]], *, lora: bool) -> Iterator[tuple[str, Parts]]:
     """Names and contents of the extractor's file and of those in `model/`, or with `lora` in `adapter/`.
 
-    Every worker goes through all of them; rank 0 alone gets any.
+    Every worker goes through all of them; rank 0 alone gets any. `beside` the weights are `small_files`.
     """
     extractor: dict[str, Tensor] = {}
     adapter: dict[str, Tensor] = {}
@@ -47,7 +47,7 @@ def published_files(engine: Engine, tokenizer: PreTrainedTokenizerBase, *, lora:
     if engine.rank == 0:
         yield "extractor.safetensors", parts_of(extractor)
         yield from _adapter(engine.module.policy, adapter) if model is None else model.index()
-        yield from _small_files(engine.module.policy, tokenizer, "adapter" if lora else "model")
+        yield from beside
 
 
 def published_bytes(engine: Engine, *, lora: bool) -> int:
@@ -106,18 +106,20 @@ def _adapter(policy: Any, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, 
     yield "adapter/adapter_model.safetensors", parts_of(named, of_model=True)
 
 
-def _small_files(policy: Any, tokenizer: PreTrainedTokenizerBase, target: str) -> Iterator[tuple[str, Parts]]:
-    """What transformers and peft write beside weights."""
-    with scratch_folder() as temporary:
-        policy.save_pretrained(temporary, state_dict={})
-        tokenizer.save_pretrained(temporary)
-        found = {
-            path.relative_to(temporary).as_posix(): path.read_bytes()
-            for path in sorted(temporary.rglob("*"))
+def small_files(policy: Any, tokenizer: PreTrainedTokenizerBase, *, lora: bool) -> list[tuple[str, Parts]]:
+    """What transformers and peft write beside weights: the same at every step, so made once, before training.
+
+    At a step, a temporary folder on a full /tmp would end the worker.
+    """
+    target = "adapter" if lora else "model"
+    with scratch_folder() as scratch:
+        policy.save_pretrained(scratch, state_dict={})
+        tokenizer.save_pretrained(scratch)
+        return [
+            (f"{target}/{path.relative_to(scratch).as_posix()}", [path.read_bytes()])
+            for path in sorted(scratch.rglob("*"))
             if path.is_file() and path.suffix != ".safetensors"
-        }
-    for name, content in found.items():
-        yield f"{target}/{name}", [content]
+        ]
 
 
 def _bytes(engine: Engine, value: Any) -> int:

@@ -21,10 +21,9 @@ from mlc_ray.lease import LeaseGuard, lease
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.nodes import check_nodes
-from mlc_ray.runs import TRAIN_FOLDER, artifact_cache, read_metrics
+from mlc_ray.runs import TRAIN_FOLDER, artifact_cache
 from mlc_ray.storage import Place, absolute_if_here, fingerprint_model, local_side
 from mlc_ray.train.answers import check_answers
-from mlc_ray.train.checkpoint import find_checkpoint
 from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import CheckpointScorer, HeldOut, WorkerSpec, train_worker
@@ -49,6 +48,7 @@ from mlc_ray.train.run_folder import (
     ended,
     find_run_folder,
     record_start,
+    result_of,
     with_commits_of,
     with_dtype_of,
     with_sources,
@@ -188,7 +188,10 @@ def _fit(
                 callbacks=callbacks,
             )
     except DivergedError as error:
-        record_divergence(run_folder, error)
+        try:
+            record_divergence(run_folder, error)
+        except OSError as fault:
+            logger.warning("%s does not say that the run diverged: %s", run_folder, fault)
         raise DivergedError(
             f"run {str(run_folder)!r} ended at {error}", step=error.step, bundles=error.bundles
         ) from None
@@ -208,12 +211,15 @@ def _fit(
                 f"go on: {to_go_on}",
                 step=preempted.step,
             ) from error
-        run = f"run {str(run_folder)!r}"
-        if (hung := hang_error(run_folder, spec.lease, what=run, to_go_on=to_go_on)) is not None:
+        try:
+            hung = hang_error(run_folder, spec.lease, what=f"run {str(run_folder)!r}", to_go_on=to_go_on)
+        except OSError as fault:
+            logger.warning("whether a worker hung could not be read: %s", fault)
+            raise error from None
+        if hung is not None:
             raise hung from error
         raise
-    rows = read_metrics(run_folder)
-    return TrainResult(run_folder, find_checkpoint(run_folder), rows[-1] if rows else {})
+    return result_of(run_folder)
 
 
 def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gpu: bool) -> PreparedData:

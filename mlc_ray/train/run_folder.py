@@ -15,9 +15,18 @@ import yaml
 from mlc_ray.config import SourceSection, TrainConfig, apply_override, parse_config, parse_yaml
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
-from mlc_ray.runs import CONFIG_FILE, RUN_FILE, checkpoint_folder, complete_checkpoints, output_place, read_metrics
-from mlc_ray.storage import Place, library_versions
-from mlc_ray.train.checkpoint import list_checkpoints
+from mlc_ray.runs import (
+    CONFIG_FILE,
+    RUN_FILE,
+    TRAIN_FOLDER,
+    checkpoint_folder,
+    complete_checkpoints,
+    output_place,
+    read_metrics,
+)
+from mlc_ray.storage import Place, StorageFaultError, library_versions
+from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints
+from mlc_ray.train.file_writer import with_retries
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.settings import Change, changes, refuse_fixed, refuse_other_content
 
@@ -125,6 +134,27 @@ def ended(folder: Place) -> TrainResult | None:
         return None
     rows = list(read_metrics(folder))
     return TrainResult(folder, checkpoints[-1], rows[-1] if rows else {})
+
+
+def result_of(folder: Place) -> TrainResult:
+    """What the run in `folder`, whose workers have just ended, came to; a storage that is away is asked three times.
+
+    Raises:
+        StorageFaultError: It still is: the run has ended, and its result cannot be told.
+    """
+
+    def read() -> TrainResult:
+        rows = read_metrics(folder)
+        return TrainResult(folder, find_checkpoint(folder), rows[-1] if rows else {})
+
+    try:
+        return with_retries(f"reading what run {folder} came to", read)
+    except OSError as error:
+        raise StorageFaultError(
+            f"run {str(folder)!r} has ended after its last step, with a checkpoint in {str(folder / TRAIN_FOLDER)!r}, "
+            f"but they cannot be read now: {error}. Nothing is left to train: once the storage answers, "
+            f"`mlc-ray train --resume {folder}` says so"
+        ) from error
 
 
 @contextlib.contextmanager

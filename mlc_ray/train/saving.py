@@ -20,15 +20,16 @@ from transformers import PreTrainedTokenizerBase
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.device import available_memory
+from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import checkpoint_folder
-from mlc_ray.storage import MANIFEST, Place, StorageError, library_versions, sealed, sync_folders
+from mlc_ray.storage import MANIFEST, Place, StorageError, StorageFaultError, library_versions, sealed, sync_folders
 from mlc_ray.train import published
 from mlc_ray.train.checkpoint import INDEX, STATE, element_counts, prune_checkpoints, random_file, remove_checkpoint
 from mlc_ray.train.collectives import from_rank_zero, gather_objects
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.file_writer import Background, FileWriter, Written, with_retries, write_file
 from mlc_ray.train.loop import Progress
-from mlc_ray.train.published import published_bytes, published_files
+from mlc_ray.train.published import published_bytes, published_files, small_files
 from mlc_ray.train.random_state import random_state
 from mlc_ray.train.shards import FILE_BYTES, Range, bytes_of, index_of, state_files
 from mlc_ray.train.tensor_files import parts_of
@@ -42,6 +43,10 @@ _SLACK = 16 << 20  # headers of files, random numbers, the tokenizer
 
 MEMORY_SHARE = 0.5
 """`checkpoint.background: auto` is on where all copies of a host take at most this share of its available memory."""
+
+
+class CheckpointWriterError(MlcRayError):
+    """A checkpoint's files could not be made or written, though the storage refused nothing; the message quotes why."""
 
 
 @dataclass
@@ -66,6 +71,8 @@ class CheckpointSaver:
         config: the run's settings.
         fingerprints: of the model and the data; a checkpoint of others is refused.
         completing: entered around each step to a checkpoint's end, whoever asks for it: what it raises ends the step.
+        record: called by a thread of rank 0 before a checkpoint is there: stores what was logged up to it. Where it
+            raises an OSError, that is no checkpoint.
 
     Attributes:
         newest: the folder of the last checkpoint that is there.
@@ -82,10 +89,12 @@ class CheckpointSaver:
         config: TrainConfig,
         fingerprints: Mapping[str, str],
         completing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        record: Callable[[], None] = lambda: None,
     ) -> None:
-        self.run, self.engine, self.tokenizer, self.config = run, engine, tokenizer, config
-        self.fingerprints, self.completing = dict(fingerprints), completing
+        self.run, self.engine, self.config = run, engine, config
+        self.fingerprints, self.completing, self.record = dict(fingerprints), completing, record
         self.lora = config.model.lora is not None
+        self._small_files = small_files(engine.module.policy, tokenizer, lora=self.lora) if engine.rank == 0 else []
         self.newest: Place | None = None
         self.fault: str | None = None
         self._going: _Going | None = None
@@ -99,17 +108,16 @@ class CheckpointSaver:
             self._say_that_it_waits(progress)
             self.finish()
         folder = checkpoint_folder(self.run, progress.step)
-        if self.engine.rank == 0:
-            remove_checkpoint(folder)
+        if self._has_failed(folder, from_rank_zero(self._removed(folder))):  # else nothing of an older one is there
+            return
         room = self._room = self._find_room() if self._room is None else self._room
-        gather_objects(None)  # nothing of an older one is there from here on
         going = self._going = _Going(folder, replace(progress, before=dict(progress.before)), FileWriter(folder, room))
         going.writer.put(random_file(self.engine.rank), parts_of(random_state()))
         for file in state_files(self.engine.rank, self.engine.owned_state()):
             for name, found in file.ranges:
                 going.ranges.setdefault(name, []).append(found)
             going.writer.put(f"{STATE}/{file.name}", file.parts)
-        for name, parts in published_files(self.engine, self.tokenizer, lora=self.lora):
+        for name, parts in published_files(self.engine, self._small_files, lora=self.lora):
             going.writer.put(name, parts)
         going.writer.end()
         # Rank 0 may have waited for room, and so all wait for it here, where a watchdog sees files grow, rather than in
@@ -136,6 +144,7 @@ class CheckpointSaver:
 
         Raises:
             CheckpointError: What the engine says that its workers own is not each trainable element once.
+            CheckpointWriterError: On every worker: a thread of one ended by another error than a fault of the storage.
         """
         if (going := self._going) is not None:
             with self.completing():
@@ -150,7 +159,8 @@ class CheckpointSaver:
         if not going.all_written:
             fault = going.writer.wait()
             everyones = gather_objects((going.ranges, going.writer.written, _told(fault)))
-            if not self._has_failed(going, next((fault for _, _, fault in everyones if fault is not None), None)):
+            faults = [fault for _, _, fault in everyones if fault is not None]
+            if not self._has_failed(going.folder, faults[0] if faults else None):
                 going.all_written = True
                 index = index_of([ranges for ranges, _, _ in everyones], element_counts(self.engine))
                 written = {name: value for _, files, _ in everyones for name, value in files.items()}
@@ -158,7 +168,7 @@ class CheckpointSaver:
                     going.completing = Background(lambda: self._complete(going, index, written), "checkpoint-completer")
             return
         fault = going.completing.wait() if going.completing is not None else None
-        if not self._has_failed(going, from_rank_zero(_told(fault))):
+        if not self._has_failed(going.folder, from_rank_zero(_told(fault))):
             self._going, self.newest, self.fault = None, going.folder, None
 
     def _complete(self, going: _Going, index: Mapping[str, object], written: dict[str, Written]) -> None:
@@ -176,10 +186,11 @@ class CheckpointSaver:
             "files": {name: size for name, (size, _) in sorted(written.items())},
             "checksums": {name: value for name, (_, value) in sorted(written.items())},
         }
+        with_retries("storing what was logged", self.record)
         if going.folder.is_local:
-            with_retries(str(going.folder), lambda: sync_folders(Path(going.folder)))
+            with_retries(f"writing {going.folder}", lambda: sync_folders(Path(going.folder)))
         file = going.folder / MANIFEST
-        with_retries(str(file), lambda: file.write_json(sealed(manifest)))
+        with_retries(f"writing {file}", lambda: file.write_json(sealed(manifest)))
         try:
             prune_checkpoints(self.run, self.config.checkpoint)
         except (OSError, StorageError) as error:  # this checkpoint is there: a fault here must not cost it
@@ -188,15 +199,26 @@ class CheckpointSaver:
                 going.folder, error,
             )  # fmt: skip
 
-    def _has_failed(self, going: _Going, fault: str | None) -> bool:
+    def _removed(self, folder: Place) -> MlcRayError | None:
+        """Remove what is there of an earlier checkpoint, on rank 0; why it could not be, if so."""
+        if self.engine.rank == 0:
+            try:
+                with_retries(f"removing {folder}", lambda: remove_checkpoint(folder))
+            except (OSError, StorageError) as error:
+                return _told(error)
+        return None
+
+    def _has_failed(self, folder: Place, fault: MlcRayError | None) -> bool:
         if fault is None:
             return False
         self._going = None
-        self.fault = f"checkpoint {str(going.folder)!r} could not be written: {fault}"
+        if not isinstance(fault, StorageFaultError):
+            raise fault
+        self.fault = f"checkpoint {str(folder)!r} could not be written: {fault}"
         if self.engine.rank == 0:
-            logger.warning("%s. Training goes on; the checkpoints before stay as they are", self.fault)
+            logger.warning("%s. The checkpoints before it stay as they are", self.fault)
             try:
-                remove_checkpoint(going.folder)
+                remove_checkpoint(folder)
             except (OSError, StorageError) as error:
                 logger.warning("what is there of it could not be removed, and will be at the next start: %s", error)
         return True
@@ -240,6 +262,17 @@ class CheckpointSaver:
             )  # fmt: skip
 
 
-def _told(fault: BaseException | None) -> str | None:
-    """A fault as text: of an error of this package what it says, of another one its kind too."""
-    return None if fault is None else f"{socket.gethostname()}: {type(fault).__name__}: {fault}"
+def _told(fault: BaseException | None) -> MlcRayError | None:
+    """The fault of a thread as every worker hears of it: one of the storage, an error of this package, or a bug."""
+    if fault is None:
+        return None
+    where = f"{socket.gethostname()}: {type(fault).__name__}: {fault}"
+    if isinstance(fault, OSError | StorageError):
+        return StorageFaultError(where)
+    if isinstance(fault, MlcRayError):
+        return fault
+    logger.error("the writing of a checkpoint ended by an error that is none of the storage", exc_info=fault)
+    return CheckpointWriterError(
+        f"a checkpoint could not be written, and not by a fault of the storage ({where}): another try would end the "
+        "same way. The log has the traceback; report it, or correct the engine or storage that raised it"
+    )

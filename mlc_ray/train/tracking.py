@@ -8,16 +8,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import METRICS_FILE, MLFLOW_FILE, read_metrics
-from mlc_ray.storage import Place, local_side
+from mlc_ray.storage import Place, StorageFaultError, local_side
 from mlc_ray.train.mirror import Mirror
+from mlc_ray.train.rows import EventFiles, RowFile
 from mlc_ray.train.run_folder import run_id
 from mlc_ray.train.watch import Watch
 
@@ -65,19 +66,14 @@ class Tracker:
             # A run that starts anew logs all its steps again.
             self.mirror = Mirror(folder, place, (METRICS_FILE, _TENSORBOARD), may_write, unsent=bool(start_step))
         # A run that starts anew writes a row of step 0 again, where bundles are held out.
-        kept = [row for row in read_metrics(folder) if start_step and row["step"] <= start_step]
+        kept = list(takewhile(lambda row: start_step and row["step"] <= start_step, read_metrics(folder)))
         self.watch = Watch(config.collapse)
         for row in kept:
             self.watch.see(row)
-        _replace_rows(folder / METRICS_FILE, kept)
-        self.file = (folder / METRICS_FILE).open("a", encoding="utf-8")
-        self.tensorboard: Any = None
+        self.rows = RowFile(folder / METRICS_FILE, _bytes_of(folder / METRICS_FILE, len(kept)))
+        self.events = EventFiles(folder / _TENSORBOARD, start_step) if config.logging.tensorboard else None
         self.wandb: Any = None
         self.mlflow: Any = None
-        if config.logging.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(folder / _TENSORBOARD), purge_step=start_step + 1 if start_step else 0)
         if config.logging.wandb is not None:
             import wandb
 
@@ -101,37 +97,38 @@ class Tracker:
             warnings.append(f"the loss or its gradients were not finite: tried again {retries:.0f} times")
         if warnings:
             row["warnings"] = warnings
-        self._write(row)
-        if self.tensorboard is not None:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, step)
+        self.rows.append(_line(row).encode())
+        if self.events is not None:
+            self.events.add(step, metrics)
         if self.wandb is not None and step >= self.wandb.step:  # it takes no step twice: those after a checkpoint stay
             self.wandb.log(metrics, step=step)
         if self.mlflow is not None:
             self.mlflow.log_metrics(metrics, step=step)
 
     def sync(self) -> None:
-        """Send what was logged so far to a run that is elsewhere."""
-        if self.mirror is not None:
-            if self.tensorboard is not None:
-                self.tensorboard.flush()
-            self.mirror.sync()
+        """Have the rows logged so far where the run is, on the disk itself or sent; a thread may call it.
+
+        Raises:
+            OSError: The storage does not take them; they are kept and written later.
+            LeaseError: Another driver has taken the run (`may_write`).
+        """
+        self.rows.sync()
+        if self.events is not None:
+            self.events.sync()
+        if self.mirror is not None and not self.mirror.sync():
+            raise StorageFaultError(f"metrics could not be sent to {str(self.mirror.place)!r}")
 
     def close(self) -> None:
         """Flush and end."""
-        self.file.close()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        self.rows.close()
+        if self.events is not None:
+            self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
         if self.mlflow is not None:
             self.mlflow.end_run()
         if self.mirror is not None:
             self.mirror.close()
-
-    def _write(self, row: dict[str, Any]) -> None:
-        self.file.write(_line(row))
-        self.file.flush()
 
 
 def _mlflow_run(config: TrainConfig, uri: str, run_folder: Place) -> Any:
@@ -173,11 +170,9 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(whole, allow_nan=False) + "\n"
 
 
-def _replace_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    # By a rename: a worker that dies here must not take the rows of the steps before with it.
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_line(row) for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _bytes_of(path: Path, lines: int) -> int:
+    """How many bytes the first `lines` lines of a file take."""
+    if not lines:
+        return 0
+    with path.open("rb") as file:
+        return sum(len(next(file)) for _ in range(lines))

@@ -101,14 +101,6 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
         _stream(tokens, planned, table, engine, cutting), "waiting for its batches", "in a step, with all workers"
     )
     steps = _checked(batches, engine)
-    saver = CheckpointSaver(
-        run,
-        engine=engine,
-        tokenizer=tokenizer,
-        config=config,
-        fingerprints=spec.fingerprints,
-        completing=partial(completing, run, watchdog, guard if rank == 0 else None),
-    )
     watchdog.beat("opening the trackers")
     is_past_divergence = False
     with (
@@ -124,9 +116,19 @@ def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) 
                 guard.check()
                 tracker.log(step, {**metrics, "tokens_per_forward": float(cutting.tokens_per_forward)})
                 nonlocal is_past_divergence
-                is_past_divergence = is_past_divergence or forget_divergence(spec.run_folder, step)
+                with contextlib.suppress(OSError):  # it is asked again after the next step
+                    is_past_divergence = is_past_divergence or forget_divergence(spec.run_folder, step)
 
-        saves = WatchedSaves(spec, saver, tracker, watchdog, guard)
+        saver = CheckpointSaver(
+            run,
+            engine=engine,
+            tokenizer=tokenizer,
+            config=config,
+            fingerprints=spec.fingerprints,
+            completing=partial(completing, run, watchdog, guard if rank == 0 else None),
+            record=tracker.sync if tracker is not None else lambda: None,
+        )
+        saves = WatchedSaves(spec, saver, watchdog, guard)
         try:
             train_loop(
                 config,
@@ -174,28 +176,18 @@ def _watched(run: Place, watchdog: Watchdog) -> AbstractContextManager[None]:
 class WatchedSaves:
     """Saves checkpoints of a run on Ray: watched for progress, under the lease, and scored where that is asked."""
 
-    def __init__(
-        self,
-        spec: WorkerSpec,
-        saver: CheckpointSaver,
-        tracker: Tracker | None,
-        watchdog: Watchdog,
-        guard: LeaseGuard,
-    ) -> None:
-        self.spec, self.saver, self.tracker, self.watchdog, self.guard = spec, saver, tracker, watchdog, guard
+    def __init__(self, spec: WorkerSpec, saver: CheckpointSaver, watchdog: Watchdog, guard: LeaseGuard) -> None:
+        self.spec, self.saver, self.watchdog, self.guard = spec, saver, watchdog, guard
         self.writes, self.settle, self.finish = saver.writes, saver.settle, saver.finish
 
-    def save(self, progress: Progress, metrics: Metrics, *, wait: bool, needed: bool) -> None:
-        """Save a checkpoint, and score it where that is asked.
+    def save(self, progress: Progress, metrics: Metrics, *, wait: bool, needed: bool) -> bool:
+        """Save a checkpoint, and score it where that is asked; False where it could not be written.
 
         Raises:
             StorageFaultError: It is needed, or to be scored, and could not be written; `cluster.max_failures` applies.
         """
         if self.saver.engine.rank == 0:  # it removes and completes for all
             self.guard.check(now=True)
-        if self.tracker is not None:
-            self.watchdog.beat("sending metrics")
-            self.tracker.sync()  # before: a run that goes on from the checkpoint has the rows up to it
         self.watchdog.beat("saving a checkpoint, with all workers")
         with _watched(self.spec.run_folder, self.watchdog):
             self.saver.save(progress)
@@ -209,6 +201,7 @@ class WatchedSaves:
             with self.watchdog.off():  # scoring takes as long as it takes, while the other workers wait
                 ray.train.report(_on_first_worker(score))
         self.watchdog.beat("between two steps")
+        return self.saver.going or self.saver.fault is None
 
 
 def _notices(spec: WorkerSpec) -> Callable[[], Notice]:

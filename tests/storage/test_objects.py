@@ -75,10 +75,15 @@ def test_a_store_that_refuses_is_named(s3: str, monkeypatch: pytest.MonkeyPatch)
         Place("az://container/x").exists()
 
 
-def test_what_fsspec_serves_is_a_storage() -> None:
-    class Memory(FsspecStorage):
-        protocol = "memory"
+class Memory(FsspecStorage):
+    protocol = "memory"
 
+
+class AzureError(Exception):
+    """As azure.core's, the errors of which are none of Python's."""
+
+
+def test_what_fsspec_serves_is_a_storage() -> None:
     storage = Memory()
     with storage.open("memory://bucket/a/b.txt", "wb") as file:
         file.write(b"one")
@@ -89,3 +94,26 @@ def test_what_fsspec_serves_is_a_storage() -> None:
     storage.remove("memory://bucket/a")
     assert storage.list("memory://bucket/a") == []
     assert isinstance(storage.file_system("memory://bucket"), fs.PyFileSystem)
+
+
+@pytest.mark.parametrize("fault", [ConnectionResetError("away"), AzureError("away"), KeyError("away")])
+def test_a_fault_that_a_package_tells_in_its_own_way_is_one_of_the_store(
+    fault: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", away)
+    is_a_bug = isinstance(fault, KeyError)
+    with pytest.raises(KeyError if is_a_bug else StorageFaultError, match="away"):
+        Memory().exists("memory://bucket/away")
+
+
+def test_a_folder_that_is_listed_after_its_last_file_is_gone_needs_no_removing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(_: object, path: str, **__: object) -> None:
+        raise FileNotFoundError(path)
+
+    storage = Memory()
+    storage.write_parts("memory://bucket/lingering/a", [b"1"])
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.rm", gone)
+    storage.remove("memory://bucket/lingering")

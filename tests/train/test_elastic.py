@@ -9,8 +9,7 @@ import pytest
 
 from mlc_ray.config.train import ClusterSection
 from mlc_ray.runs import read_metrics
-from mlc_ray.storage import Place
-from mlc_ray.train.checkpoint import list_checkpoints
+from mlc_ray.storage import MANIFEST
 
 
 def test_the_number_of_workers_is_one_or_the_least_and_the_most():
@@ -29,36 +28,68 @@ while sum(node["Alive"] for node in ray.nodes()) < 2:
 """
 
 
-@pytest.mark.slow
-@pytest.mark.soak
-def test_a_run_that_loses_a_node_goes_on_with_fewer_workers(tmp_path, smollm2, repository, monkeypatch):
+@pytest.fixture
+def scene(tmp_path, smollm2, repository, monkeypatch):
     monkeypatch.syspath_prepend(str(repository / "benchmarks"))
-    import survival
+    from survival_scene import Scene
 
-    scene = survival.Scene(tmp_path, seed=1)
+    scene = Scene(tmp_path / "scene", seed=1)
     scene.prepare(smollm2)
     try:
         scene.start_head()
-        scene.start_worker_node()
-        subprocess.run([sys.executable, "-c", JOINED, scene.address], env=scene.environment, check=True, timeout=90)
-        undisturbed = survival.Run(scene, "undisturbed", tmp_path / "runs")
-        undisturbed.end()
-        settings = (tmp_path / "run.yaml").read_text().replace("workers: 2", "workers: [1, 2]")
-        (tmp_path / "run.yaml").write_text(settings)
-        run = survival.Run(scene, "shrunk", tmp_path / "runs")
-        assert run.until(survival.STEPS // 2), run.log()
-        scene.kill_node()
-        run.end()
+        yield scene
     finally:
         scene.close()
-    losses = [
-        [(row["step"], row["bundles_consumed"], row["loss/total"]) for row in read_metrics(each.folder)]
-        for each in (run, undisturbed)
-    ]
-    for (step, bundles, loss), (wanted_step, wanted_bundles, wanted) in zip(*losses, strict=True):
-        assert (step, bundles) == (wanted_step, wanted_bundles)
-        assert loss == pytest.approx(wanted, rel=1e-5)  # seen: 7e-7
-    sizes = [
-        (checkpoint / "manifest.json").read_json()["world_size"] for checkpoint in list_checkpoints(Place(run.folder))
-    ]
-    assert sizes[-1] == 1
+
+
+def undisturbed(scene):
+    """A run of two workers, on two nodes that are there."""
+    from survival_scene import Run
+
+    subprocess.run([sys.executable, "-c", JOINED, scene.address], env=scene.environment, check=True, timeout=90)
+    run = Run(scene, "undisturbed", scene.folder / "runs")
+    run.end()
+    return run
+
+
+def sizes(run):
+    """How many workers wrote each checkpoint, by its name."""
+    return {place.name: (place / MANIFEST).read_json()["world_size"] for place in run.checkpoints(whole=True)}
+
+
+def assert_same_steps(run, other):
+    for row, wanted in zip(read_metrics(run.folder), read_metrics(other.folder), strict=True):
+        assert (row["step"], row["bundles_consumed"]) == (wanted["step"], wanted["bundles_consumed"])
+        assert row["loss/total"] == pytest.approx(wanted["loss/total"], rel=1e-5)  # seen: 7e-7
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_a_run_that_loses_a_node_goes_on_with_fewer_workers(scene):
+    from survival_scene import STEPS, Run
+
+    scene.start_worker_node()
+    alone = undisturbed(scene)
+    run = Run(scene, "shrunk", scene.folder / "runs", ["cluster.workers=[1, 2]"])
+    assert run.until(STEPS // 2), run.log()
+    scene.kill_node()
+    run.end()
+    assert sizes(run)[f"checkpoint_{STEPS:06d}"] == 1
+    assert_same_steps(run, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_a_run_goes_on_with_more_workers_when_a_node_joins(scene):
+    from survival_scene import STEPS, Run, wait
+
+    run, hold = Run(scene, "grown", scene.folder / "runs", ["cluster.workers=[1, 2]"]), scene.folder / "hold"
+    wait(lambda: bool(sizes(run)) or run.driver.poll() is not None, "a checkpoint of one worker")
+    hold.touch()  # Ray looks for room 60 s after the workers' start
+    assert run.driver.poll() is None and set(sizes(run).values()) == {1}, run.log()
+    scene.start_worker_node()
+    wait(lambda: len(scene.workers()) == 2 or run.driver.poll() is not None, "a second worker")
+    hold.unlink()
+    run.end()
+    assert sizes(run)[f"checkpoint_{STEPS:06d}"] == 2
+    assert_same_steps(run, undisturbed(scene))

@@ -117,6 +117,22 @@ def test_a_node_that_is_drained_costs_one_checkpoint_and_training_goes_on(undist
     assert (losses, endings, saved) == (undisturbed[0], ["end"], [1, STEPS])
 
 
+def drained_while_nothing_can_be_saved(rank):
+    tried = []
+
+    def save(progress, _):
+        tried.append(progress.step)
+        return len(tried) > 2
+
+    config = tiny_config(objective={"loss": "simpo"}, train={"batch_bundles": 4})
+    run_engine(config, random_rows(8), 4, save=save, noticed=lambda: Notice.SAVE)
+    return tried
+
+
+def test_a_checkpoint_that_could_not_be_saved_for_a_draining_node_is_tried_after_the_next_step(tmp_path):
+    assert on_workers(1, drained_while_nothing_can_be_saved, tmp_path) == [[1, 2, 3, 4]]  # the last is of the end
+
+
 def test_the_drivers_sigterm_reaches_its_workers_and_a_second_one_is_what_it_was(tmp_path):
     stop = StopFile(tmp_path, "mine")
     got = []

@@ -1,5 +1,6 @@
 """A run's name and its paths: what is settled before anything is trained, without Ray."""
 
+import errno
 import json
 import os
 import signal
@@ -15,8 +16,9 @@ import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray._registry import names, resolve
 from mlc_ray.config import SourceSection, TrainConfig
 from mlc_ray.config.component import ComponentSettings
-from mlc_ray.storage import Place
-from mlc_ray.train import run
+from mlc_ray.runs import METRICS_FILE
+from mlc_ray.storage import MANIFEST, Place, StorageFaultError, sealed
+from mlc_ray.train import file_writer, run
 from mlc_ray.train.preemption import Notice, PreemptedError, ended_by
 from mlc_ray.train.run import PreparedData, _with_absolute_paths, train
 from mlc_ray.train.run_folder import (
@@ -27,6 +29,7 @@ from mlc_ray.train.run_folder import (
     find_run_folder,
     load_run_config,
     record_start,
+    result_of,
     run_id,
     with_commits_of,
 )
@@ -49,6 +52,42 @@ def test_a_name_is_taken_before_data_are_prepared(tmp_path):
         assert [path.name for path in folder.iterdir()] == ["config.yaml"]
     assert load_run_config(folder) == config
     assert find_run_folder(config, folder) == (folder, False)  # --resume takes it, with or without a checkpoint
+
+
+def test_a_storage_that_is_away_when_the_run_has_ended_is_asked_again_and_then_said_to_be_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_writer, "PAUSES", (0.0, 0.0))
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    folder = Place("vault://team/run")
+    checkpoint = folder / "train" / "checkpoint_000001"
+    (checkpoint / MANIFEST).write_json(sealed({"step": 1, "files": {}, "checksums": {}}))
+    (folder / METRICS_FILE).write_text('{"step": 1}\n')
+    tries = []
+
+    def read(place, plain=Place.open):
+        tries.append(place)
+        if len(tries) == 1:
+            raise StorageFaultError("away")
+        return plain(place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "open", read)
+        assert result_of(folder) == TrainResult(folder, checkpoint, {"step": 1})
+    (tmp_path / "no-folder").touch()
+    monkeypatch.setenv("VAULT", str(tmp_path / "no-folder"))
+    with pytest.raises(
+        StorageFaultError, match=r"'vault://team/run' has ended after its last step.*train --resume vault"
+    ):
+        result_of(folder)
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StorageFaultError, match=r"config.yaml' cannot be written: No space left on device; make room"):
+        (Place(tmp_path) / "config.yaml").write_text("name: a")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_is_free_again_when_preparing_fails(tmp_path):

@@ -20,7 +20,7 @@ from mlc_ray.config.train import CheckpointSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.lease import Holder, LeaseError, LeaseGuard
 from mlc_ray.runs import LEASE_FILE, checkpoint_folder, checkpoint_folders
-from mlc_ray.storage import MANIFEST, Place, StorageFaultError
+from mlc_ray.storage import MANIFEST, Place, StorageFaultError, sealed
 from mlc_ray.train import file_writer, published, saving
 from mlc_ray.train.checkpoint import agree_on_checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints
 from mlc_ray.train.collectives import from_rank_zero, gather_objects
@@ -29,8 +29,8 @@ from mlc_ray.train.entry import WorkerSpec
 from mlc_ray.train.file_writer import FileWriter
 from mlc_ray.train.loop import Progress
 from mlc_ray.train.model import PolicyWithExtractor
-from mlc_ray.train.published import published_files
-from mlc_ray.train.saving import CheckpointSaver
+from mlc_ray.train.published import published_files, small_files
+from mlc_ray.train.saving import CheckpointSaver, CheckpointWriterError
 from mlc_ray.train.tensor_files import parts_of
 from mlc_ray.train.watchdog import Watchdog
 from mlc_ray.train.worker import WatchedSaves, completing
@@ -47,6 +47,7 @@ class HeldStorage(VaultStorage):
 
     gate = threading.Event()
     refused, times, deadly, immovable = "none", 0, False, "none"
+    fault = OSError(28, "No space left on device")
 
     def write_parts(self, url, parts):
         self.gate.wait()
@@ -54,13 +55,21 @@ class HeldStorage(VaultStorage):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.refused in url and type(self).times:
             type(self).times -= 1
-            raise OSError(28, "No space left on device")
+            raise self.fault
         super().write_parts(url, parts)
 
     def remove(self, url):
         if url.endswith(self.immovable):
             raise OSError(13, "Permission denied")
         super().remove(url)
+
+
+@register("storage", "lingering")
+class LingeringStorage(VaultStorage):
+    """Lists a checkpoint's folder whose files are gone, as SeaweedFS does for a while."""
+
+    def list(self, url):
+        return [*super().list(url), *(["checkpoint_000009"] if url.endswith("/train") else [])]
 
 
 class InLoop:
@@ -73,6 +82,7 @@ class InLoop:
         self.saver.save(progress)
         if wait or not self.saver.in_background:
             self.saver.finish()
+        return self.saver.fault is None
 
 
 class Rows(list):
@@ -149,16 +159,29 @@ def as_a_worker(model_folder, engine):
     spec = WorkerSpec({}, run, run, None, FINGERPRINTS, STEPS, holder.id, score=None)
     watchdog, guard = Watchdog(0, run, lease=holder.id, rank=engine.rank, step=0), LeaseGuard(run, holder.id)
     told = {"config": config, "fingerprints": FINGERPRINTS, "engine": engine, "tokenizer": tokenizer()}
-    saver = CheckpointSaver(run, **told, completing=partial(completing, run, watchdog, guard))
-    saves, raised = WatchedSaves(spec, saver, None, watchdog, guard), []
-    for step, needed in ((1, False), (2, True)):
-        HeldStorage.refused, HeldStorage.times = "/00001-00000", 3
+    logged = []
+
+    def record():
+        logged.append(saver.newest)
+        if len(logged) <= 3:
+            raise OSError(28, "No space left on device")
+
+    saver = CheckpointSaver(run, **told, completing=partial(completing, run, watchdog, guard), record=record)
+    saves, raised = WatchedSaves(spec, saver, watchdog, guard), []
+    HeldStorage.immovable = "checkpoint_000001"
+    assert not saves.save(Progress(step=1), {}, wait=True, needed=False)
+    assert "Permission denied" in saver.fault and logged == []
+    HeldStorage.immovable = "none"
+    assert not saves.save(Progress(step=1), {}, wait=True, needed=False)
+    assert len(logged) == (3 if engine.rank == 0 else 0) and saver.newest is None
+    for step, needed, fault in ((1, False, HeldStorage.fault), (2, True, HeldStorage.fault), (2, False, KeyError("x"))):
+        HeldStorage.refused, HeldStorage.times, HeldStorage.fault = "/00001-00000", 3, fault
         try:
-            saves.save(Progress(step=step), {}, wait=True, needed=needed)
+            assert not saves.save(Progress(step=step), {}, wait=True, needed=needed)
         except MlcRayError as error:
             raised.append((step, error))
-    HeldStorage.times = 0
-    saves.save(Progress(step=3), {}, wait=False, needed=False)
+    HeldStorage.times, HeldStorage.fault = 0, OSError(28, "No space left on device")
+    assert saves.save(Progress(step=3), {}, wait=False, needed=False)
     if engine.rank == 0:
         (run / LEASE_FILE).write_json(asdict(replace(holder, id="another")))
     gather_objects(None)
@@ -228,7 +251,8 @@ def publish(rank, folder):
     for name in MODELS:
         config = config_of("stage3", "none")
         engine = make_engine(config, PolicyWithExtractor(model_of(name), layer=2, extractor_dim=16, seed=0))
-        for file, parts in published_files(engine, tokenizer(), lora=False):
+        beside = small_files(engine.module.policy, tokenizer(), lora=False)
+        for file, parts in published_files(engine, beside, lora=False):
             (Place(folder / name) / file).write_parts(parts)
             assert rank == 0
 
@@ -277,23 +301,23 @@ def test_what_a_storage_refuses_is_tried_three_times_and_then_no_checkpoint_but_
     lines = [Path(f"{folder}/log-{rank}").read_text().splitlines() for rank in (0, 1)]
     said = ["\n".join(line for line in each if "held://lease" not in line) for each in lines]
     assert said[1].count("is tried again in 0 s: [Errno 28]") == 4
-    assert said[0].count("Training goes on; the checkpoints before stay as they are") == 1
+    assert said[0].count("The checkpoints before it stay as they are") == 1
     assert "training stops while checkpoints are written" in said[0]
-    assert "training stops while" not in said[1] and "Training goes on" not in said[1]
+    assert "training stops while" not in said[1] and "stay as they are" not in said[1]
 
 
 def test_all_workers_stay_in_a_save_until_rank_zero_had_room_for_its_files(done):
     assert [faults[3] for _, faults in done[1]] == [False, False]
 
 
-def test_a_checkpoint_that_is_needed_ends_the_worker_as_a_fault_of_storage_and_none_is_completed_without_the_lease(
-    done,
-):
+def test_what_ends_the_workers_is_a_needed_checkpoint_that_is_refused_a_bug_or_a_lost_lease(done):
     for _, (*_, raised, _) in done[1]:
-        assert [(step, type(error)) for step, error in raised] == [(2, StorageFaultError), (4, LeaseError)]
-        assert isinstance(raised[0][1], OSError)  # which Ray Train tries again
-        assert str(raised[0][1]).endswith("To go on: mlc-ray train --resume held://lease/run")
-        assert "the lease on 'held://lease/run' was lost to " in str(raised[1][1])
+        assert [step for step, _ in raised] == [2, 2, 4]
+        refused, bug, lost = (error for _, error in raised)
+        assert isinstance(refused, StorageFaultError) and isinstance(refused, OSError)  # which Ray Train tries again
+        assert str(refused).endswith("To go on: mlc-ray train --resume held://lease/run")
+        assert type(bug) is CheckpointWriterError and "KeyError: 'x'" in str(bug)  # which it does not
+        assert type(lost) is LeaseError and "the lease on 'held://lease/run' was lost to " in str(lost)
 
 
 def test_a_checkpoint_is_kept_though_an_older_one_cannot_be_removed(done):
@@ -309,6 +333,13 @@ def test_what_has_no_manifest_does_not_count_as_a_kept_checkpoint(tmp_path):
         (checkpoint_folder(Place(tmp_path), step) / ("state" if step == 3 else MANIFEST)).write_text("{}")
     prune_checkpoints(Place(tmp_path), CheckpointSection(keep=2))
     assert [step for step, _ in checkpoint_folders(Place(tmp_path))] == [2, 3, 4]
+
+
+def test_a_folder_without_files_is_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAULT", str(tmp_path))
+    run = Place("lingering://run")
+    (checkpoint_folder(run, 1) / MANIFEST).write_json(sealed({"step": 1, "files": {}, "checksums": {}}))
+    assert agree_on_checkpoint(run) == checkpoint_folder(run, 1)
 
 
 @pytest.mark.parametrize("name", MODELS)

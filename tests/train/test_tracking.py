@@ -1,15 +1,25 @@
 import json
 import logging
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager, suppress
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray.lease import LeaseError
 from mlc_ray.runs import METRICS_FILE, MetricsReader, read_metrics
-from mlc_ray.storage import Place
+from mlc_ray.storage import Place, StorageFaultError
 from mlc_ray.train import mirror
 from mlc_ray.train.console import RunDisplay, columns, fitting, header, table_row
 from mlc_ray.train.tracking import Tracker, TrackingError, check_trackers
+from tests.ray_head import free_ports
 from tests.train.tiny import tiny_config
 
 
@@ -55,20 +65,48 @@ def test_nan_is_written_as_null_and_a_half_written_line_is_left_for_later(tmp_pa
     assert list(read_metrics(tmp_path)) == [{"step": 1, "collapse/between_bundle_cosine": None}]
 
 
-def test_kept_rows_replace_the_file_as_a_whole(tmp_path, monkeypatch):
-    config = tiny_config(logging={"tensorboard": False})
-    first = Tracker(config, tmp_path, start_step=0)
-    for step in (1, 2):
-        first.log(step, {"loss/total": float(step)})
-    first.close()
+@contextmanager
+def files_of_at_most(size):
+    """What a full disk does, by a limit of this process: a write is short, and the next one is refused."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    def die(*_):
-        raise OSError("disk full")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("os.fsync", die)
-        Tracker(config, tmp_path, start_step=2)
-    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+def events_of(folder):
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("loss/total")]
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread")  # TensorBoard's, which ends by what the disk refuses
+def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, caplog):
+    tracker = Tracker(tiny_config(), tmp_path, start_step=0)
+    tracker.log(1, {"loss/total": 1.0})
+    tracker.sync()
+    with files_of_at_most((tmp_path / METRICS_FILE).stat().st_size + 10):
+        for step in (2, 3):
+            tracker.log(step, {"loss/total": float(step)})
+        with pytest.raises(OSError, match="File too large"):
+            tracker.sync()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+    assert (tmp_path / METRICS_FILE).read_bytes().endswith(b'{"step": 2')
+    assert caplog.text.count("is once the disk takes it") == 1
+    tracker.log(4, {"loss/total": 4.0})
+    tracker.sync()
+    assert [row["loss/total"] for row in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 4.0]
+    assert events_of(tmp_path) == [(step, float(step)) for step in (1, 2, 3, 4)]
+    tracker.close()
+    with files_of_at_most(1):  # steps are forgotten there too
+        again = Tracker(tiny_config(), tmp_path, start_step=2)
+        again.log(3, {"loss/total": 30.0})
+        assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    again.close()
+    assert [row["loss/total"] for row in read_metrics(tmp_path)] == [1.0, 2.0, 30.0]
+    assert events_of(tmp_path) == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
 def test_a_reader_gives_each_row_once_and_starts_again_with_another_file(tmp_path):
@@ -92,14 +130,10 @@ def test_a_reader_gives_each_row_once_and_starts_again_with_another_file(tmp_pat
 
 
 def test_tensorboard_holds_the_numbers(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     tracker = Tracker(tiny_config(), tmp_path, start_step=0)
     tracker.log(1, {"loss/total": 0.5})
     tracker.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss/total")] == [(1, 0.5)]
+    assert events_of(tmp_path) == [(1, 0.5)]
 
 
 def started(run_folder):
@@ -123,22 +157,31 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("wandb/offline-run-*/run-0123abcd.wandb"))) == 2  # `wandb sync` joins them by the id
 
 
+def log_to(tracker, steps):
+    for step in steps:
+        tracker.log(step, {"loss/total": float(step)})
+    tracker.close()
+
+
+def the_run_at(client):
+    """The one run of the experiment, after steps 1 to 3 and, in another try, 3 and 4."""
+    experiment = client.get_experiment_by_name("tiny")
+    (run,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss/total")
+    assert {(metric.step, metric.value) for metric in history} == {(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)}
+    assert (run.info.run_name, run.info.status) == ("tiny", "FINISHED")
+    return run
+
+
 def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uri = (tmp_path / "store").as_uri()
     config = tiny_config(logging={"tensorboard": False, "mlflow": uri})
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        tracker = Tracker(config, tmp_path, start_step=start)
-        for step in steps:
-            tracker.log(step, {"loss/total": float(step)})
-        tracker.close()
+        log_to(Tracker(config, tmp_path, start_step=start), steps)
     client = mlflow.tracking.MlflowClient(uri)
-    experiment = client.get_experiment_by_name("tiny")
-    (run,) = client.search_runs([experiment.experiment_id])
-    history = client.get_metric_history(run.info.run_id, "loss/total")
-    assert {(metric.step, metric.value) for metric in history} == {(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)}
-    assert (run.info.run_name, run.info.status) == ("tiny", "FINISHED")
+    run = the_run_at(client)
     client.delete_run(run.info.run_id)
     (tmp_path / "mlflow.json").write_text(json.dumps({uri: "0" * 32}))
     with pytest.raises(TrackingError, match=r"has no run '0{32}'.*mlflow\.json.*remove the file"):
@@ -151,6 +194,52 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path, monkeypatch):
 def fresh(folder):
     folder.mkdir()
     return folder
+
+
+@contextmanager
+def mlflow_server(folder, port):
+    """MLflow's own server, on a database and artefacts in `folder`, until SIGKILL at the end."""
+    stores = [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'mlflow.db'}",
+        "--artifacts-destination",
+        folder / "artifacts",
+    ]
+    command = [sys.executable, "-m", "mlflow", "server", *stores, "--host", "127.0.0.1", "--port", port, "--workers", 1]
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # it needs one more package
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            list(map(str, command)), env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            alive = process.poll() is None and time.monotonic() < deadline
+            assert alive, (folder / "server.log").read_text()
+            time.sleep(0.2)
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+def test_mlflow_goes_on_in_the_same_run_of_a_server_that_was_killed_meanwhile(tmp_path):
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("flask_cors")
+    (port,) = free_ports(1)
+    uri = f"http://127.0.0.1:{port}"
+    config = tiny_config(logging={"tensorboard": False, "mlflow": uri})
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        with mlflow_server(tmp_path, port):
+            log_to(Tracker(config, tmp_path, start_step=start), steps)
+            client = mlflow.tracking.MlflowClient(uri)
+            if start:
+                run = the_run_at(client)
+                assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["config.json"]
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
@@ -182,8 +271,9 @@ def test_metrics_that_cannot_be_read_end_no_run(tmp_path, monkeypatch, caplog):
     (no_folder := tmp_path / "no-folder").touch()
     run = Place("vault://team/run")
     (run / METRICS_FILE).write_text("")
-    with caplog.at_level("INFO", "mlc_ray"), RunDisplay(run, 5, every=1, parts=[]) as display:
-        monkeypatch.setenv("VAULT", str(no_folder))
+    display = RunDisplay(run, 5, every=1, parts=[])
+    monkeypatch.setenv("VAULT", str(no_folder))
+    with caplog.at_level("INFO", "mlc_ray"), display:
         for _ in range(2):
             display._update()
         assert caplog.text.count("steps are not shown until the metrics can be read") == 1
@@ -246,7 +336,7 @@ def test_an_outage_of_the_store_loses_no_row(tmp_path, monkeypatch, caplog):
     tracker.log(1, {"loss/total": 1.0})
     (tmp_path / "vault").rename(tmp_path / "away")
     (tmp_path / "vault").write_text("no folder")
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING), pytest.raises(StorageFaultError, match="'vault://team/run'"):
         tracker.sync()
     assert "metrics could not be sent to vault://team/run" in caplog.text
     (tmp_path / "vault").unlink()

@@ -156,13 +156,13 @@ def whole_weights(engine):
 
 
 class SavesAtOnce:
-    """Calls `save(progress, metrics)` where a checkpoint is due."""
+    """Calls `save(progress, metrics)` where a checkpoint is due; False means that it could not be written."""
 
     def __init__(self, save):
         self._save = save
 
     def save(self, progress, metrics, *, wait, needed):
-        self._save(progress, metrics)
+        return self._save(progress, metrics) is not False
 
     def writes(self):
         return False
