@@ -53,7 +53,8 @@ class Recorder(ray.tune.Callback):
     def write(self, confirmation: Confirmation | None = None) -> SearchResult:
         """Write what there is so far."""
         return write_results(
-            self._shared.folder, self._shared.config, self._baseline, list(self.trials.values()),
+            self._shared.folder, self._shared.config, self._baseline,
+            [self.trials[name] for name in sorted(self.trials)],
             progress=self.progress(), skipped_layers=self._skipped, failed=self.failed, confirmation=confirmation,
         )  # fmt: skip
 
