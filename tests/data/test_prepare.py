@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlc_ray.config import ChatSection, DataSection, ModelSection, SourceSection
+from mlc_ray.config import PLAIN_CHAT, ChatSection, DataSection, ModelSection, SourceSection
 from mlc_ray.data import contents, sources
 from mlc_ray.data.bundles import KINDS, BundleFileError, make_bundle
 from mlc_ray.data.given import as_source
@@ -261,7 +261,7 @@ def test_nothing_is_tokenised_once_a_row_was_rejected_where_that_is_fatal(smollm
 
     def shards(on_invalid):
         data = DataSection(train=[SourceSection(path=path) for path in files], on_invalid=on_invalid)
-        stage = Tokenize(data, ModelSection(path=str(smollm2)), folder, work)
+        stage = Tokenize(data, ModelSection(path=str(smollm2)), PLAIN_CHAT, folder, work)
         for number, path in enumerate(files):
             reading = np.array([sources.Reading(sources.SourceFile(path))])
             ((read, shard, seen),) = stage({"number": np.array([number]), "reading": reading})["result"]

@@ -99,7 +99,7 @@ def tiny_config(**sections):
     raw = {
         "name": "tiny",
         "model": {"path": "tiny", "dtype": "float32"},
-        "data": {"train": [{"path": "none"}]},
+        "data": {"train": [{"path": "sample:train"}]},
         "mlc": {"layer": 2, "every": 2, "extractor_dim": 16},
         "optimizer": {"learning_rate": 1e-2, "max_grad_norm": 1.0},
         "train": {"epochs": 2, "batch_bundles": 4, "tokens_per_forward": 50},  # about a bundle
