@@ -151,3 +151,14 @@ def test_a_search_ends_when_its_hours_are_over() -> None:
     clock[0] = 5_401.0
     assert end.stop_all() and end.reason == "max_hours=1.5 are over"
     assert not EndEarly(None).stop_all()
+
+
+def test_tpe_comes_near_to_what_was_good(tmp_path: Path) -> None:
+    best = 70
+    for seed in range(5):
+        source = points(tmp_path, space={"mlc.layer": {"integers": [1, 100]}}, sampler="tpe", trials=24, seed=seed)
+        distances = []
+        for number in range(24):
+            distances.append(abs(source.suggest(str(number))[VALUES]["mlc.layer"] - best))
+            source.on_trial_complete(str(number), {"value": 1 - distances[-1] / 100, FINISHED: True, STEP: 1.0})
+        assert sum(distances[-8:]) < sum(distances[:8]), seed
