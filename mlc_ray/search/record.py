@@ -35,6 +35,7 @@ class Recorder(ray.tune.Callback):
         )  # fmt: skip
         self.trials: dict[str, Trial] = {trial.name: trial for trial in scored_trials(shared)}
         self.failed: list[str] = []
+        self.over = False  # whether no trial of this process will run any more
         self._began: dict[str, float] = {}
         self._took: list[float] = []
 
@@ -42,7 +43,7 @@ class Recorder(ray.tune.Callback):
         """From what the trials of this process took so far."""
         ended = sum(map(has_ended, trial_folders(self._shared.folder)))
         left = None
-        if self._took:
+        if self._took and not self.over:
             each = sum(self._took) / len(self._took)
             left = each * (self._total - ended) / self._shared.config.concurrency
             left -= sum(min(each, time.monotonic() - began) for began in self._began.values()) / max(

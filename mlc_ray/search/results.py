@@ -80,7 +80,8 @@ class Trial:
 class Change:
     """The best confirmed model against another on the same prompts: best minus other in points, paired by bundle.
 
-    `told_apart` says whether they differ by a test at 5 % on the harmful side, or, of an objective that needs benign
+    Of several seeds it is the difference of the mean rates. `told_apart` says whether they differ by a test at 5 %,
+    corrected for all comparisons with the best (Holm), on the harmful side, or, of an objective that needs benign
     prompts and has no floor under them, on either.
     """
 
@@ -107,12 +108,13 @@ class Confirmed:
 class Confirmation:
     """The result of a search: the points that were confirmed, best first, and the model before training.
 
-    `change` is the best minus that model.
+    `change` is the best minus that model; `left_out` says which models could not be confirmed, and why.
     """
 
     points: tuple[Confirmed, ...]
     baseline: TrialScore
     change: Change
+    left_out: tuple[str, ...] = ()
 
     @property
     def best(self) -> Confirmed:
@@ -197,7 +199,11 @@ def confirmation_table(result: SearchResult) -> Table | None:
     empty = [ABSENT] * len(space)
     rows.append(row("baseline", [*empty, *_numbers(result.config, found.baseline), "1", *_change(found.change)]))
     heads = [*space, *_heads(result), "models", "best less this", "told apart"]
-    return table("Confirmed", ["trial", *heads], rows, "on bundles that chose no trial")
+    note = (
+        "on bundles that chose no trial; the best is the first of the selection unless another is told apart from it; "
+        "told apart: at 5 %, corrected for all rows (Holm)"
+    )
+    return table("Confirmed", ["trial", *heads], rows, note)
 
 
 def _change(change: Change | None) -> list[str | Cell]:
@@ -258,6 +264,7 @@ def verdict(result: SearchResult) -> list[str]:
     if found is None:
         over = progress.ended >= progress.total and not any(trial.finished for trial in result.trials)
         return [*lines, "no trial ran to its end" if over else "nothing is confirmed yet"]
+    lines += [f"WARNING: not confirmed, {fault}" for fault in found.left_out]
     best = found.best
     if not best.score.feasible and objective.floor is not None:
         lines.append(

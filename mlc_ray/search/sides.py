@@ -141,7 +141,8 @@ def side_change(
             for runs in (bests, others)
         )
         if best is not None and other is not None:
-            layers = {"best": best.layers["counted"], "other": other.layers["counted"], "present": best.layers["present"]}
+            layers = {name: each.layers["counted"] for name, each in (("best", best), ("other", other))}
+            layers["present"] = best.layers["present"]
             if codes := [code for code in languages if code in best.languages]:
                 found.append((replace(best, layers=layers), codes))
     return _percent(
