@@ -274,7 +274,9 @@ def _search(folder: Place) -> list[Line]:
     over = [trial for trial in trials if any((trial / mark).is_file() for mark in marks)]
     found = _json(folder / TRIALS_FILE)
     total = (found.get("progress") or {}).get("total") or _number_of_trials(config)  # a probe may have left fewer
-    ended = found.get("confirmation") is not None and len(over) >= total
+    confirmation = found.get("confirmation") or {}
+    more = len(over) - (confirmation.get("trials") or len(over))  # that ended after what is confirmed
+    ended = bool(confirmation) and len(over) >= total and more <= 0
     lines = [
         ("search", str(folder)),
         ("space", "; ".join(f"{name}: {_parameter(each)}" for name, each in config.get("space", {}).items())),
@@ -284,10 +286,11 @@ def _search(folder: Place) -> list[Line]:
     left = (found.get("progress") or {}).get("seconds_left")
     if left and not ended:
         lines.append(("time left", f"about {_duration(left)}{_age(folder / TRIALS_FILE)}"))
-    confirmed = (found.get("confirmation") or {}).get("points", ())
+    confirmed = confirmation.get("points", ())
     best = confirmed[0]["trial"] if confirmed else None
     for point in confirmed:
         mark = "   <- best" if point["trial"] == best else ""
+        mark += f"   (before {more} more trials had ended)" if more > 0 else ""
         lines.append((f"confirmed {point['trial']}", _confirmed(point) + mark))
     for trial in trials[:_MOST_TRIALS]:
         lines.append((f"trial {trial.name}", _trial(trial)))

@@ -71,7 +71,8 @@ class ProbePriorSection(Section):
 
     keep: PositiveInt = Field(
         3,
-        description="How many of the searched layers stay, those that the probe ranks first; those of enqueued points stay too.",
+        description="How many of the searched layers stay, those that the probe ranks first; those of enqueued points "
+        "stay too.",
     )
     limit: PositiveInt | None = Field(None, description="Probe on at most this many bundles of each kind.")
 

@@ -57,7 +57,7 @@ def finished_points(shared: Shared, trials: Sequence[Trial]) -> list[Point]:
 
     def order(point: Point) -> tuple[bool, bool, float, bool, str]:
         whole, score = len(point.trials) == shared.config.repeats, point.score
-        # Of equal points the first by name, so that every process has the same order; but rather one that has its model.
+        # Of equal points one that has its model, and then the first by name: every process has the same order.
         without_model = not all(_has_model(shared, trial) for trial in point.trials)
         return not whole, not score.feasible, -score.rank, without_model, point.trials[0].name
 
@@ -183,7 +183,7 @@ def confirmation_of(
 
 
 def best_of(scores: Sequence[TrialScore], p_values: Sequence[float]) -> int:
-    """The best of those confirmed: the first of the selection, unless the confirmation tells a better one apart from it.
+    """The best of those confirmed: the first of the selection, unless a better one is told apart from it.
 
     The best of them by the confirmation itself would be the luckiest of them on these prompts.
 

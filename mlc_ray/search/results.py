@@ -108,18 +108,46 @@ class Confirmed:
 class Confirmation:
     """The result of a search: the points that were confirmed, best first, and the model before training.
 
-    `change` is the best minus that model; `left_out` says which models could not be confirmed, and why.
+    `change` is the best minus that model; `left_out` says which models could not be confirmed, and why;
+    `trials` is how many trials it was made after.
     """
 
     points: tuple[Confirmed, ...]
     baseline: TrialScore
     change: Change
     left_out: tuple[str, ...] = ()
+    trials: int | None = None
 
     @property
     def best(self) -> Confirmed:
         """The best of them."""
         return self.points[0]
+
+
+def read_confirmation(search: Place) -> Confirmation | None:
+    """What an earlier process confirmed, from the `trials.json` of a search; None if nothing."""
+    if not (search / TRIALS_FILE).is_file() or (raw := (search / TRIALS_FILE).read_json()["confirmation"]) is None:
+        return None
+
+    def interval(each: Any) -> Any:
+        return None if each is None else Interval(**each)
+
+    def score(each: dict[str, Any]) -> TrialScore:
+        sides = {name: interval(each[name]) for name in ("harmful", "benign")}
+        for name in ("harmful_by_language", "benign_by_language"):
+            sides[name] = {code: Interval(**rate) for code, rate in each[name].items()}
+        return TrialScore(**{**each, **sides, "values": tuple(each["values"])})
+
+    def change(each: Any) -> Any:
+        return each and Change(interval(each["harmful"]), interval(each["benign"]), each["told_apart"])
+
+    points = [
+        Confirmed(each["trial"], tuple(each["runs"]), each["values"], score(each["score"]), change(each["change"]))
+        for each in raw["points"]
+    ]
+    return Confirmation(
+        tuple(points), score(raw["baseline"]), change(raw["change"]), tuple(raw["left_out"]), raw["trials"]
+    )
 
 
 @dataclass(frozen=True)
@@ -166,15 +194,19 @@ def write_results(
     skipped_layers: Sequence[Any] = (),
     failed: Sequence[str] = (),
     confirmation: Confirmation | None = None,
+    earlier: bool = False,
 ) -> SearchResult:
-    """Write `trials.json`, `search.md`, `pareto.png` and, once something is confirmed, `best.yaml` and `best/`."""
+    """Write `trials.json`, `search.md`, `pareto.png` and, once something is confirmed, `best.yaml` and `best/`.
+
+    `earlier` says that the confirmation is an earlier one, of which `best.yaml` and `best/` are there.
+    """
     folder = Place(folder)
     front = pareto_front([trial.score.point for trial in trials])
     result = SearchResult(
         folder, config, baseline, tuple(trials), tuple(front), progress, tuple(skipped_layers), tuple(failed),
         confirmation,
     )  # fmt: skip
-    if confirmation is not None:
+    if confirmation is not None and not earlier:
         _write_best(folder, confirmation.best.trial)
     (folder / TRIALS_FILE).write_json(_plain(result))
     pareto_plot(result, folder / "pareto.png")
@@ -265,6 +297,8 @@ def verdict(result: SearchResult) -> list[str]:
         over = progress.ended >= progress.total and not any(trial.finished for trial in result.trials)
         return [*lines, "no trial ran to its end" if over else "nothing is confirmed yet"]
     lines += [f"WARNING: not confirmed, {fault}" for fault in found.left_out]
+    if found.trials is not None and (more := progress.ended - found.trials) > 0:
+        lines.append(f"the best was confirmed before {more} more trials had ended")
     best = found.best
     if not best.score.feasible and objective.floor is not None:
         lines.append(

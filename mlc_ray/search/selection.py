@@ -93,8 +93,9 @@ def check_prompts(asked: AskedPrompts, confirm: ConfirmSection, objective: Objec
     """Refuse prompts that cannot choose a model, or that would confirm it on what it was chosen by.
 
     Raises:
-        BenchmarkError: a bundle is in both sets, harmful prompts are not in the same languages, or a language lacks harmful or benign prompts without being named in
-            `objective.one_sided_languages`, or is named there without lacking any.
+        BenchmarkError: a bundle is in both sets, harmful prompts are not in the same languages, or a language lacks
+            harmful or benign prompts without being named in `objective.one_sided_languages`, or is named there without
+            lacking any.
     """
     _check_disjoint(asked)
     settings = {"selection": "scoring.benchmarks", "confirmation": "confirm.benchmarks"}

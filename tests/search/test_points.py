@@ -167,7 +167,7 @@ def test_a_layer_of_an_enqueued_point_stays_whatever_the_probe_says(tmp_path: Pa
     space, skipped = _probed(config, make_space(config), base, Place(tmp_path), "cpu")
     assert skipped == [0.8]
     source = Points(config, space, Place(tmp_path), languages=["en"])
-    assert [each[VALUES]["mlc.layer"] for each in given(source)][0] == "last"
+    assert given(source)[0][VALUES]["mlc.layer"] == "last"
 
 
 def test_a_trial_whose_last_score_has_no_value_is_not_repeated_and_not_told(tmp_path: Path) -> None:
