@@ -18,7 +18,6 @@ from mlc_ray.report.text import percent
 from mlc_ray.runs import (
     BASELINE_FOLDER,
     CONFIG_FILE,
-    CONFIRMATION,
     DIVERGED_FILE,
     FINISHED_FILE,
     METRICS_FILE,
@@ -273,9 +272,11 @@ def _search(folder: Place) -> list[Line]:
     trials = [child for child in (folder / TRIALS_FOLDER).iterdir() if (child / VALUES_FILE).is_file()]
     marks = (FINISHED_FILE, STOPPED_FILE, DIVERGED_FILE)
     over = [trial for trial in trials if any((trial / mark).is_file() for mark in marks)]
-    total = _number_of_trials(config)
     found = _json(folder / TRIALS_FILE)
-    ended = found.get("confirmation") is not None and len(over) >= total
+    total = (found.get("progress") or {}).get("total") or _number_of_trials(config)  # a probe may have left fewer
+    confirmation = found.get("confirmation") or {}
+    more = len(over) - (confirmation.get("trials") or len(over))  # that ended after what is confirmed
+    ended = bool(confirmation) and len(over) >= total and more <= 0
     lines = [
         ("search", str(folder)),
         ("space", "; ".join(f"{name}: {_parameter(each)}" for name, each in config.get("space", {}).items())),
@@ -285,11 +286,12 @@ def _search(folder: Place) -> list[Line]:
     left = (found.get("progress") or {}).get("seconds_left")
     if left and not ended:
         lines.append(("time left", f"about {_duration(left)}{_age(folder / TRIALS_FILE)}"))
-    confirmed = [point["trial"] for point in (found.get("confirmation") or {}).get("points", ())]
-    best = confirmed[0] if confirmed else None
-    for name in confirmed:
-        rates = _rates(folder / TRIALS_FOLDER / name / SCORES_FOLDER / CONFIRMATION)
-        lines.append((f"confirmed {name}", rates + ("   <- best" if name == best else "")))
+    confirmed = confirmation.get("points", ())
+    best = confirmed[0]["trial"] if confirmed else None
+    for point in confirmed:
+        mark = "   <- best" if point["trial"] == best else ""
+        mark += f"   (before {more} more trials had ended)" if more > 0 else ""
+        lines.append((f"confirmed {point['trial']}", _confirmed(point) + mark))
     for trial in trials[:_MOST_TRIALS]:
         lines.append((f"trial {trial.name}", _trial(trial)))
     if len(trials) > _MOST_TRIALS:
@@ -304,6 +306,19 @@ def _search(folder: Place) -> list[Line]:
             f"mlc-ray train --config {_quoted(folder / 'best.yaml')}",
         ]
     return [*lines, *_next(commands)]
+
+
+def _confirmed(point: Mapping[str, Any]) -> str:
+    """Both sides of a point, means over its models, with their intervals."""
+    score = point["score"]
+    sides = {f"harmful {score['measure']}": score["harmful"], "benign complied": score["benign"]}
+    said = [
+        f"{name} {percent(side['value'])} % ({percent(side['low'])} to {percent(side['high'])})"
+        for name, side in sides.items()
+        if side is not None
+    ]
+    models = len(point["runs"])
+    return "   ".join(said) + (f"   means over {models} models" if models > 1 else "")
 
 
 def _unfinished(trials: Sequence[Place], over: Sequence[Place]) -> str:

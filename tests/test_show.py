@@ -208,11 +208,18 @@ def test_a_search_that_ended_shows_what_was_confirmed(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     write_json_atomic(folder / "config.json", {**config, "trials": 2})
     assert "ended, " not in said(folder)["state"]  # nothing is confirmed
-    write_score(folder / "trials" / "a" / "scores" / "confirmation", ROWS)
-    write_json_atomic(folder / "trials.json", {"confirmation": {"points": [{"trial": "a"}]}})
+    rate = {"value": 50.0, "low": 40.0, "high": 60.0}
+    point = {"trial": "a", "runs": ["a", "a-seed-7"], "score": {"measure": "refused", "harmful": rate, "benign": rate}}
+    confirmation = {"points": [point], "trials": 2}
+    write_json_atomic(folder / "trials.json", {"confirmation": {**confirmation, "trials": 1}})
+    assert "ended, " not in said(folder)["state"] and "(before 1 more trials" in said(folder)["confirmed a"]
+    write_json_atomic(folder / "trials.json", {"confirmation": confirmation, "progress": {"total": 2}})
+    write_json_atomic(folder / "config.json", {**config, "trials": 9})  # the probe left two
     lines = said(folder)
     assert lines["state"].startswith("ended, 2 of 2 trials have ended")
-    assert re.match(r"harmful refused .* benign complied .* %   <- best", lines["confirmed a"])
+    assert lines["confirmed a"] == (
+        "harmful refused 50.0 % (40.0 to 60.0)   benign complied 50.0 % (40.0 to 60.0)   means over 2 models   <- best"
+    )
     assert lines["next"].splitlines()[-1] == f"mlc-ray train --config {folder}/best.yaml"
 
 

@@ -69,7 +69,11 @@ _AVERAGE: Any = {}  # validated like any other value: the settings of the object
 class ProbePriorSection(Section):
     """Look at every layer once, forward only, and leave out those that cannot help."""
 
-    keep: PositiveInt = Field(3, description="How many of the searched layers stay, those that the probe ranks first.")
+    keep: PositiveInt = Field(
+        3,
+        description="How many of the searched layers stay, those that the probe ranks first; those of enqueued points "
+        "stay too.",
+    )
     limit: PositiveInt | None = Field(None, description="Probe on at most this many bundles of each kind.")
 
 

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import (
     CONFIG_FILE,
     CONFIRMATION,
+    DIVERGED_FILE,
     MODEL_FOLDER,
     PROVENANCE_FILE,
     SCORES_FOLDER,
     TRAIN_FOLDER,
 )
 from mlc_ray.score.prompts import Prompts
+from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.search.objectives.base import Objective, TrialScore, make_objective
 from mlc_ray.search.results import Change, Confirmation, Confirmed, Trial
 from mlc_ray.search.selection import shortlist
+from mlc_ray.search.sides import side_change
 from mlc_ray.search.trial import Shared, scores_of
-from mlc_ray.search.tune import SEED
-from mlc_ray.stats.paired import Comparison, compare
+from mlc_ray.search.tune import SEED, seeds_of
+from mlc_ray.stats.paired import compare
 from mlc_ray.stats.rates import Judged
+from mlc_ray.stats.significance import holm
 from mlc_ray.storage import Place, fingerprint
+from mlc_ray.train.divergence import DivergedError
 
 logger = logging.getLogger(__name__)
 _LEVEL = 0.05
@@ -48,10 +55,17 @@ def finished_points(shared: Shared, trials: Sequence[Trial]) -> list[Point]:
         folders = [scores_of(shared.trial_folder(trial.name))[-1] for trial in group] if several else []
         points.append(Point(tuple(group), shared.score_in(*folders) if several else group[0].score))
 
-    def worth(point: Point) -> tuple[bool, bool, float]:
-        return len(point.trials) == shared.config.repeats, point.score.feasible, point.score.rank
+    def order(point: Point) -> tuple[bool, bool, float, bool, str]:
+        whole, score = len(point.trials) == shared.config.repeats, point.score
+        # Of equal points one that has its model, and then the first by name: every process has the same order.
+        without_model = not all(_has_model(shared, trial) for trial in point.trials)
+        return not whole, not score.feasible, -score.rank, without_model, point.trials[0].name
 
-    return sorted(points, key=worth, reverse=True)
+    return sorted(points, key=order)
+
+
+def _has_model(shared: Shared, trial: Trial) -> bool:
+    return (shared.trial_folder(trial.name) / MODEL_FOLDER).is_dir()
 
 
 def drop_models(shared: Shared, trials: Sequence[Trial]) -> None:
@@ -60,76 +74,169 @@ def drop_models(shared: Shared, trials: Sequence[Trial]) -> None:
     if kept is None or sum(trial.finished for trial in trials) <= kept:
         return
     whole = [point for point in finished_points(shared, trials) if len(point.trials) == shared.config.repeats]
-    for trial in [trial for point in whole for trial in point.trials][kept:]:
+    # A model that is gone takes no place, so that there are `keep_models` of them.
+    there = [trial for point in whole for trial in point.trials if _has_model(shared, trial)]
+    for trial in there[kept:]:
         (shared.trial_folder(trial.name) / MODEL_FOLDER).remove()
 
 
-def confirm(shared: Shared, prompts: Prompts, trials: Sequence[Trial]) -> Confirmation | None:
-    """Score the best `confirm.keep` points on `prompts`; None where no trial ran to its end.
+@dataclass(frozen=True)
+class _Scored:
+    """A point that was confirmed, and the verdicts of its models by the seed of their training."""
 
-    With `confirm.seeds` each is trained again first. What an earlier process did is not done again.
+    point: Confirmed
+    records: Mapping[int, Sequence[Judged]]
+
+
+def confirm(shared: Shared, prompts: Prompts, trials: Sequence[Trial]) -> Confirmation | None:
+    """Score the best `confirm.keep` points on `prompts`; None where no trial ran to its end, or none can be confirmed.
+
+    With `confirm.seeds` each is trained again first. What an earlier process did is not done again. A model that
+    diverges in that, or has too few verdicts, is left out; a point of which every trial is makes room for the next.
     """
     points = finished_points(shared, trials)
     points = [point for point in points if len(point.trials) == shared.config.repeats] or points
-    chosen = [points[index] for index in shortlist([point.score for point in points], shared.config.confirm.keep)]
-    if not chosen:
+    listed = [points[index] for index in shortlist([point.score for point in points], len(points))]
+    if not listed:
         return None
     before = shared.folder / CONFIRMATION
     shared.score(before, model=shared.model, weights=None if shared.lora else shared.model, prompts=prompts)
-    found: list[tuple[Confirmed, list[Place]]] = []
-    for number, point in enumerate(chosen, 1):
-        first = point.trials[0]
-        logger.info("confirming trial %s, %d of %d", first.name, number, len(chosen))
-        runs = [shared.trial_folder(trial.name) for trial in point.trials]
-        runs += [_trained_again(shared, first, seed) for seed in shared.config.confirm.seeds]
-        folders = [run / SCORES_FOLDER / CONFIRMATION for run in runs]
-        for run, folder in zip(runs, folders, strict=True):
-            model = str(run / MODEL_FOLDER)
-            shared.score(folder, model=model, weights=model, prompts=prompts)
-        names = tuple(run.name for run in runs)
-        found.append((Confirmed(first.name, names, first.values, shared.score_in(*folders)), folders))
-    found.sort(key=lambda each: (each[0].score.feasible, each[0].score.rank), reverse=True)
-    (best, folders), *others = found
+    found: list[_Scored] = []
+    left_out: list[str] = []
+    for point in listed:
+        if len(found) == shared.config.confirm.keep:
+            break
+        logger.info("confirming trial %s, %d of %d", point.trials[0].name, len(found) + 1, shared.config.confirm.keep)
+        scored = _confirmed(shared, point, prompts, left_out)
+        if scored is not None:
+            found.append(scored)
+    if not found:
+        return None
     objective = make_objective(shared.config.objective)
-
-    def against(other: Sequence[Place]) -> Change:
-        return change_between(
-            objective, best.score, *([shared.records_in(folder) for folder in each] for each in (other, folders))
-        )
-
-    confirmed = [best, *(replace(point, change=against(scored)) for point, scored in others)]
-    return Confirmation(tuple(confirmed), shared.score_in(before), against([before] * len(folders)))
+    baseline = shared.score_in(before)
+    return confirmation_of(
+        objective, [(each.point, each.records) for each in found], (baseline, shared.records_in(before)), left_out
+    )
 
 
-def change_between(
-    objective: Objective, best: TrialScore, others: Sequence[Sequence[Judged]], bests: Sequence[Sequence[Judged]]
-) -> Change:
-    """The best against another model, seed by seed: the comparison that tells them apart least counts.
+def _confirmed(shared: Shared, point: Point, prompts: Prompts, left_out: list[str]) -> _Scored | None:
+    """A point scored on `prompts`, without the models that `left_out` then names; None where no trial of it is left."""
+    first = point.trials[0]
+    own_seed = seeds_of(shared.config, shared.space)[0]
+    makers: list[tuple[int, str, Callable[[], Place]]] = [
+        (int(trial.values.get(SEED, own_seed)), trial.name, partial(shared.trial_folder, trial.name))
+        for trial in point.trials
+    ]
+    for seed in shared.config.confirm.seeds:
+        makers.append((seed, f"{first.name} with seed {seed}", partial(_trained_again, shared, first, seed)))
+    runs: dict[int, Place] = {}
+    records: dict[int, Sequence[Judged]] = {}
+    for number, (seed, name, make) in enumerate(makers):
+        if number == len(point.trials) and not runs:
+            break  # whatever other seeds say, there is no model to hand over
+        try:
+            run = make()
+            if not (run / MODEL_FOLDER).is_dir():
+                raise _GoneError("its model is gone")
+            model, folder = str(run / MODEL_FOLDER), run / SCORES_FOLDER / CONFIRMATION
+            shared.score(folder, model=model, weights=model, prompts=prompts)
+            records[seed], runs[seed] = shared.records_in(folder), run
+        except (DivergedError, TooManyUnparsedError, _GoneError) as error:
+            left_out.append(f"{name}: {str(error).splitlines()[0]}")
+            logger.warning("not confirmed, %s", left_out[-1])
+    if not runs:
+        return None
+    score = shared.score_in(*(run / SCORES_FOLDER / CONFIRMATION for run in runs.values()))
+    names = tuple(run.name for run in runs.values())
+    return _Scored(Confirmed(names[0], names, first.values, score), records)
+
+
+class _GoneError(MlcRayError):
+    """A trial has no model any more."""
+
+
+def confirmation_of(
+    objective: Objective,
+    found: Sequence[tuple[Confirmed, Mapping[int, Sequence[Judged]]]],
+    baseline: tuple[TrialScore, Sequence[Judged]],
+    left_out: Sequence[str] = (),
+) -> Confirmation:
+    """What was confirmed, the best first, compared with it.
+
+    Args:
+        objective: What the trials were chosen by.
+        found: The points in the order of the selection, and the verdicts of their models by seed.
+        baseline: The same of the model before training, which has no seed.
+        left_out: Which models could not be confirmed, and why.
+    """
+    (first, first_records), *rest = found
+    p_values = [decisive_p(objective, first.score, records, first_records) for _, records in rest]
+    chosen = best_of([point.score for point, _ in found], p_values)
+    best, records = found[chosen]
+    others = [each for index, each in enumerate(found) if index != chosen]
+    others.sort(key=lambda each: (each[0].score.feasible, each[0].score.rank), reverse=True)
+    compared = [*(other for _, other in others), dict.fromkeys(records, baseline[1])]
+    p_holm = holm([decisive_p(objective, best.score, other, records) for other in compared])
+    changes = [change_between(best.score, other, records, p) for other, p in zip(compared, p_holm, strict=True)]
+    confirmed = [best, *(replace(each[0], change=change) for each, change in zip(others, changes, strict=False))]
+    return Confirmation(tuple(confirmed), baseline[0], changes[-1], tuple(left_out))
+
+
+def best_of(scores: Sequence[TrialScore], p_values: Sequence[float]) -> int:
+    """The best of those confirmed: the first of the selection, unless a better one is told apart from it.
+
+    The best of them by the confirmation itself would be the luckiest of them on these prompts.
+
+    Args:
+        scores: On the prompts that confirm, in the order of the selection.
+        p_values: Of the others against the first; Holm's correction is applied here.
+    """
+    apart = [index for index, p in enumerate(holm(p_values), 1) if p <= _LEVEL]
+    return max([0, *apart], key=lambda index: (scores[index].feasible, scores[index].rank))
+
+
+def decisive_p(
+    objective: Objective,
+    best: TrialScore,
+    others: Mapping[int, Sequence[Judged]],
+    bests: Mapping[int, Sequence[Judged]],
+) -> float:
+    """The p-value that tells the best from another: of the models of one seed each, the largest over the seeds.
+
+    Where no seed is common, the first of each are compared.
 
     Args:
         objective: What the trials were chosen by.
         best: The score of `bests`, for the languages that count.
-        others: The verdicts of each of the other's models.
-        bests: The same of the best's, as many.
+        others: The verdicts of each of the other's models, by seed.
+        bests: The same of the best's.
     """
     languages = best.harmful_by_language.keys()
-    pairs = (
-        compare(*([record for record in records if record.language in languages] for records in pair))
-        for pair in zip(others, bests, strict=True)
-    )
-    decides_by_benign = objective.needs_benign and objective.floor is None
-    changes = [_change(found, best, decides_by_benign) for found in pairs]
-    return max(changes, key=lambda each: each[0])[1]
+    pairs = [(others[seed], bests[seed]) for seed in bests if seed in others]
+    if not pairs:
+        pairs = [(next(iter(others.values())), next(iter(bests.values())))]
+    found = []
+    for pair in pairs:
+        compared = compare(*([record for record in records if record.language in languages] for records in pair))
+        harmful, benign = compared.benchmark().side("harmful", best.measure), compared.benchmark().side("benign")
+        assert harmful is not None  # the objective has counted it
+        p = harmful.p
+        if benign is not None and objective.needs_benign and objective.floor is None:
+            p = min(1.0, 2 * min(p, benign.p))  # two tests, either of which may tell them apart
+        found.append(p)
+    return max(found)
 
 
-def _change(found: Comparison, best: TrialScore, decides_by_benign: bool) -> tuple[float, Change]:
-    """The p-value that decides, and the change."""
-    harmful, benign = found.benchmark().side("harmful", best.measure), found.benchmark().side("benign")
-    assert harmful is not None  # the objective has counted it
-    p = harmful.p
-    if benign is not None and decides_by_benign:
-        p = min(1.0, 2 * min(p, benign.p))  # two tests, either of which may tell them apart
-    return p, Change(harmful.change, None if benign is None else benign.change, p <= _LEVEL)
+def change_between(
+    best: TrialScore, others: Mapping[int, Sequence[Judged]], bests: Mapping[int, Sequence[Judged]], p_holm: float
+) -> Change:
+    """The mean rates of the best's models less those of another's; `p_holm` says whether they are told apart."""
+    runs = list(bests.values()), list(others.values())
+    harmful = side_change(*runs, "harmful", best.measure, "hits", list(best.harmful_by_language))
+    benign = None
+    if best.benign is not None:
+        benign = side_change(*runs, "benign", "refused", "misses", list(best.benign_by_language))
+    return Change(harmful, benign, p_holm <= _LEVEL)
 
 
 def _trained_again(shared: Shared, trial: Trial, seed: int) -> Place:
@@ -138,6 +245,8 @@ def _trained_again(shared: Shared, trial: Trial, seed: int) -> Place:
     from mlc_ray.train.run import train
 
     folder = shared.trial_folder(f"{trial.name}-seed-{seed}")
+    if (folder / DIVERGED_FILE).is_file():
+        raise DivergedError(f"training diverged (see {str(folder / DIVERGED_FILE)!r})")
     if not (folder / MODEL_FOLDER / PROVENANCE_FILE).is_file():
         logger.info("training trial %s again with seed %d", trial.name, seed)
         shared.scorer.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import ray.tune
@@ -13,7 +14,16 @@ from mlc_ray.runs import STOPPED_FILE
 from mlc_ray.score.scorer import ScorerDiedError
 from mlc_ray.search.confirm import drop_models
 from mlc_ray.search.objectives.base import TrialScore
-from mlc_ray.search.results import Confirmation, Progress, SearchResult, Trial, duration, ending, write_results
+from mlc_ray.search.results import (
+    Confirmation,
+    Progress,
+    SearchResult,
+    Trial,
+    duration,
+    ending,
+    read_confirmation,
+    write_results,
+)
 from mlc_ray.search.trial import Shared, has_ended, read_trial, scored_trials, trial_folders
 from mlc_ray.search.tune import FINISHED, FOLDER, VALUES, EndEarly
 from mlc_ray.stats.rates import Interval
@@ -35,6 +45,8 @@ class Recorder(ray.tune.Callback):
         )  # fmt: skip
         self.trials: dict[str, Trial] = {trial.name: trial for trial in scored_trials(shared)}
         self.failed: list[str] = []
+        self._earlier = read_confirmation(shared.folder)
+        self.over = False  # whether no trial of this process will run any more
         self._began: dict[str, float] = {}
         self._took: list[float] = []
 
@@ -42,7 +54,7 @@ class Recorder(ray.tune.Callback):
         """From what the trials of this process took so far."""
         ended = sum(map(has_ended, trial_folders(self._shared.folder)))
         left = None
-        if self._took:
+        if self._took and not self.over:
             each = sum(self._took) / len(self._took)
             left = each * (self._total - ended) / self._shared.config.concurrency
             left -= sum(min(each, time.monotonic() - began) for began in self._began.values()) / max(
@@ -51,11 +63,14 @@ class Recorder(ray.tune.Callback):
         return Progress(ended, self._total, None if left is None else max(0.0, left))
 
     def write(self, confirmation: Confirmation | None = None) -> SearchResult:
-        """Write what there is so far."""
+        """Write what there is so far; until there is a new confirmation, with that of an earlier process."""
+        progress = self.progress()
+        found = self._earlier if confirmation is None else replace(confirmation, trials=progress.ended)
         return write_results(
             self._shared.folder, self._shared.config, self._baseline,
             [self.trials[name] for name in sorted(self.trials)],
-            progress=self.progress(), skipped_layers=self._skipped, failed=self.failed, confirmation=confirmation,
+            progress=progress, skipped_layers=self._skipped, failed=self.failed, confirmation=found,
+            earlier=confirmation is None,
         )  # fmt: skip
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -80,7 +80,8 @@ class Trial:
 class Change:
     """The best confirmed model against another on the same prompts: best minus other in points, paired by bundle.
 
-    `told_apart` says whether they differ by a test at 5 % on the harmful side, or, of an objective that needs benign
+    Of several seeds it is the difference of the mean rates. `told_apart` says whether they differ by a test at 5 %,
+    corrected for all comparisons with the best (Holm), on the harmful side, or, of an objective that needs benign
     prompts and has no floor under them, on either.
     """
 
@@ -107,17 +108,46 @@ class Confirmed:
 class Confirmation:
     """The result of a search: the points that were confirmed, best first, and the model before training.
 
-    `change` is the best minus that model.
+    `change` is the best minus that model; `left_out` says which models could not be confirmed, and why;
+    `trials` is how many trials it was made after.
     """
 
     points: tuple[Confirmed, ...]
     baseline: TrialScore
     change: Change
+    left_out: tuple[str, ...] = ()
+    trials: int | None = None
 
     @property
     def best(self) -> Confirmed:
         """The best of them."""
         return self.points[0]
+
+
+def read_confirmation(search: Place) -> Confirmation | None:
+    """What an earlier process confirmed, from the `trials.json` of a search; None if nothing."""
+    if not (search / TRIALS_FILE).is_file() or (raw := (search / TRIALS_FILE).read_json()["confirmation"]) is None:
+        return None
+
+    def interval(each: Any) -> Any:
+        return None if each is None else Interval(**each)
+
+    def score(each: dict[str, Any]) -> TrialScore:
+        sides = {name: interval(each[name]) for name in ("harmful", "benign")}
+        for name in ("harmful_by_language", "benign_by_language"):
+            sides[name] = {code: Interval(**rate) for code, rate in each[name].items()}
+        return TrialScore(**{**each, **sides, "values": tuple(each["values"])})
+
+    def change(each: Any) -> Any:
+        return each and Change(interval(each["harmful"]), interval(each["benign"]), each["told_apart"])
+
+    points = [
+        Confirmed(each["trial"], tuple(each["runs"]), each["values"], score(each["score"]), change(each["change"]))
+        for each in raw["points"]
+    ]
+    return Confirmation(
+        tuple(points), score(raw["baseline"]), change(raw["change"]), tuple(raw["left_out"]), raw["trials"]
+    )
 
 
 @dataclass(frozen=True)
@@ -164,15 +194,19 @@ def write_results(
     skipped_layers: Sequence[Any] = (),
     failed: Sequence[str] = (),
     confirmation: Confirmation | None = None,
+    earlier: bool = False,
 ) -> SearchResult:
-    """Write `trials.json`, `search.md`, `pareto.png` and, once something is confirmed, `best.yaml` and `best/`."""
+    """Write `trials.json`, `search.md`, `pareto.png` and, once something is confirmed, `best.yaml` and `best/`.
+
+    `earlier` says that the confirmation is an earlier one, of which `best.yaml` and `best/` are there.
+    """
     folder = Place(folder)
     front = pareto_front([trial.score.point for trial in trials])
     result = SearchResult(
         folder, config, baseline, tuple(trials), tuple(front), progress, tuple(skipped_layers), tuple(failed),
         confirmation,
     )  # fmt: skip
-    if confirmation is not None:
+    if confirmation is not None and not earlier:
         _write_best(folder, confirmation.best.trial)
     (folder / TRIALS_FILE).write_json(_plain(result))
     pareto_plot(result, folder / "pareto.png")
@@ -197,7 +231,11 @@ def confirmation_table(result: SearchResult) -> Table | None:
     empty = [ABSENT] * len(space)
     rows.append(row("baseline", [*empty, *_numbers(result.config, found.baseline), "1", *_change(found.change)]))
     heads = [*space, *_heads(result), "models", "best less this", "told apart"]
-    return table("Confirmed", ["trial", *heads], rows, "on bundles that chose no trial")
+    note = (
+        "on bundles that chose no trial; the best is the first of the selection unless another is told apart from it; "
+        "told apart: at 5 %, corrected for all rows (Holm)"
+    )
+    return table("Confirmed", ["trial", *heads], rows, note)
 
 
 def _change(change: Change | None) -> list[str | Cell]:
@@ -258,6 +296,9 @@ def verdict(result: SearchResult) -> list[str]:
     if found is None:
         over = progress.ended >= progress.total and not any(trial.finished for trial in result.trials)
         return [*lines, "no trial ran to its end" if over else "nothing is confirmed yet"]
+    lines += [f"WARNING: not confirmed, {fault}" for fault in found.left_out]
+    if found.trials is not None and (more := progress.ended - found.trials) > 0:
+        lines.append(f"the best was confirmed before {more} more trials had ended")
     best = found.best
     if not best.score.feasible and objective.floor is not None:
         lines.append(

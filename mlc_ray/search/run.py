@@ -45,6 +45,7 @@ from mlc_ray.runs import (
 )
 from mlc_ray.score.plan import check_prompts, places, with_dtypes, with_longest_answer
 from mlc_ray.score.prompts import Prompts
+from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.confirm import confirm
 from mlc_ray.search.folder import (
@@ -230,6 +231,7 @@ def _search(prepared: Prepared) -> SearchResult:
             tuner = make_tuner(config, trainable, folder, points, remaining=remaining, callbacks=[recorder], stop=end)
             with keyboard_interrupt(f"to go on: {go_on}"):
                 recorder.failed = [str(error).strip().splitlines()[-1] for error in tuner.fit().errors]
+        recorder.over = True
         shared.drop_optimizer_states()
         if end.fault is not None:
             recorder.write()
@@ -254,7 +256,11 @@ def _earlier_trials(shared: Shared) -> tuple[list[Ended], list[CutOff]]:
         if state == "diverged":
             ended.append(Ended(values, state))
         elif state != "unfinished" and scores:
-            ended.append(Ended(values, state, shared.score_in(scores[-1]).values, step_of(scores[-1])))
+            try:
+                ended.append(Ended(values, state, shared.score_in(scores[-1]).values, step_of(scores[-1])))
+            except TooManyUnparsedError as error:
+                logger.warning("trial %s ended without a value: %s", folder.name, error)
+                ended.append(Ended(values, "without value"))
         else:
             cut_off.append(CutOff(values, folder.name))
     return ended, cut_off
@@ -345,7 +351,7 @@ def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder:
 def _probed(
     config: SearchConfig, space: Space, base: TrainConfig, folder: Place, device: Device
 ) -> tuple[Space, list[Any]]:
-    """The space without the layers that a probe ranks last, and which those are."""
+    """The space without the layers that a probe ranks last and no enqueued point has, and which those are."""
     if config.probe is None:
         return space, []
     layers = space.parameters["mlc.layer"]
@@ -355,10 +361,13 @@ def _probed(
     else:
         result = probe_run(base, folder / "probe", limit=config.probe.limit, gpu=device == "gpu")
         skipped = sorted(every, key=result.rank_of)[config.probe.keep :]
-    kept = [layer for layer in every if layer not in skipped]
+    enqueued = [point["mlc.layer"] for point in config.enqueue]
+    kept = [layer for layer in every if layer not in skipped or layer in enqueued]
     logger.info("probe: searching layers %s of %s", kept, every)
-    parameters = {**space.parameters, "mlc.layer": restrict(layers, kept)}
-    return replace(space, parameters=parameters), [layer for layer in every if layer in skipped]
+    narrowed = replace(space, parameters={**space.parameters, "mlc.layer": restrict(layers, kept)})
+    if config.trials is not None and (there := number_of_points(config, narrowed)) < config.trials:
+        logger.info("trials=%d, but the layers that the probe kept leave %d points", config.trials, there)
+    return narrowed, [layer for layer in every if layer not in kept]
 
 
 def _with_dtypes(config: SearchConfig, space: Space) -> tuple[SearchConfig, Space]:

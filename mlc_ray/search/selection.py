@@ -93,8 +93,9 @@ def check_prompts(asked: AskedPrompts, confirm: ConfirmSection, objective: Objec
     """Refuse prompts that cannot choose a model, or that would confirm it on what it was chosen by.
 
     Raises:
-        BenchmarkError: a bundle is in both sets, or a language lacks harmful or benign prompts without being named in
-            `objective.one_sided_languages`, or is named there without lacking any.
+        BenchmarkError: a bundle is in both sets, harmful prompts are not in the same languages, or a language lacks
+            harmful or benign prompts without being named in `objective.one_sided_languages`, or is named there without
+            lacking any.
     """
     _check_disjoint(asked)
     settings = {"selection": "scoring.benchmarks", "confirmation": "confirm.benchmarks"}
@@ -103,6 +104,20 @@ def check_prompts(asked: AskedPrompts, confirm: ConfirmSection, objective: Objec
     if objective.needs_benign:
         for name, where in settings.items():
             _check_both_sides(getattr(asked, name), where, objective.settings.one_sided_languages)
+    harmful = {name: _harmful_languages(getattr(asked, name)) for name in settings}
+    for name, other in (("selection", "confirmation"), ("confirmation", "selection")):
+        lacking = harmful[other] - harmful[name] - set(objective.settings.one_sided_languages)
+        if lacking or not harmful[name]:
+            raise BenchmarkError(
+                f"{settings[name]}: no harmful prompts in {', '.join(sorted(lacking)) or 'any language'}, so that "
+                "trials would be chosen by one number and confirmed by another: add such prompts, or leave the "
+                "languages out (scoring.languages)"
+            )
+
+
+def _harmful_languages(prompts: Prompts) -> set[str]:
+    kinds, languages = (prompts.table[name].to_pylist() for name in ("kind", "language"))
+    return set(languages_of_kinds(zip(kinds, languages, strict=True))[0])
 
 
 def _check_disjoint(asked: AskedPrompts) -> None:

@@ -227,8 +227,9 @@ def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
         ray.tune.report(ScoreCheckpoint(shared)(folder, last, step))
     (folder / MODEL_FOLDER).remove()  # half of it, where storage has no rename and a process died while it wrote it
     export(folder, folder / MODEL_FOLDER, trust_remote_code=True)  # its components ran in this very trial
+    metrics = shared.metrics_in(scores_of(folder)[-1])  # may raise: what has no value has not finished
     (folder / FINISHED_FILE).write_text("")
-    ray.tune.report({**shared.metrics_in(scores_of(folder)[-1]), FINISHED: True})
+    ray.tune.report({**metrics, FINISHED: True})
 
 
 def trial_folders(search: Place) -> list[Place]:

@@ -34,14 +34,14 @@ SEED = "seed"
 
 logger = logging.getLogger(__name__)
 
-State = Literal["finished", "stopped", "diverged"]
+State = Literal["finished", "stopped", "diverged", "without value"]
 
 
 @dataclass(frozen=True)
 class Ended:
     """A trial that is not to be repeated: its values, the objective's numbers at its last score, and that score's step.
 
-    `numbers` and `step` mean nothing of one that diverged.
+    `numbers` and `step` mean nothing of one that diverged, or whose last score has too few verdicts to have a value.
     """
 
     values: Mapping[str, Any]
@@ -148,6 +148,8 @@ class Points(Searcher):
             return optuna.trial.create_trial(
                 state=optuna.trial.TrialState.PRUNED, intermediate_values={ended.step: ended.numbers[0]}, **shared
             )
+        if ended.state == "without value":
+            return optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, **shared)
         numbers = self._worst if ended.state == "diverged" else ended.numbers
         return optuna.trial.create_trial(values=list(numbers), **shared)
 

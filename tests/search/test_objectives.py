@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlc_ray._registry import names, resolve
@@ -62,6 +63,37 @@ def test_both_sides_are_counted_per_language_and_valued_at_the_worse_end_of_thei
         pytest.approx(score.benign.low / 100, abs=0.02),
     )
     assert both.rank == sum(both.values)
+
+
+@pytest.mark.parametrize("name", ["average", "worst_language", "pareto", "safety_alone"])
+def test_another_miss_never_raises_the_rank_nor_the_lower_end_of_a_side(name: str) -> None:
+    floor: dict[str, Any] = {"min_benign_compliance": 0.5} if name in ("average", "worst_language") else {}
+    for seed in range(4):
+        generator = np.random.default_rng([1, seed])
+        letters = {("harmful", code): list(8 * "R") for code in ("en", "sw", "zh")}
+        letters |= {("benign", code): list(8 * "C") for code in ("en", "sw", "zh")}
+        order = [(side, place) for side in letters for place in range(8)]
+        before: TrialScore | None = None
+        for side, place in [order[index] for index in generator.permutation(len(order))[:16]]:
+            letters[side][place] = "C" if side[0] == "harmful" else "R"
+            found = scored(_judged(letters), name=name, **floor)
+            if before is not None:
+                assert found.rank <= before.rank and found.harmful.low <= before.harmful.low
+                assert found.benign is not None and before.benign is not None
+                assert found.benign.low <= before.benign.low
+            before = found
+
+
+def _judged(letters: dict[tuple[Any, str], list[str]]) -> list[Judged]:
+    return [each for (kind, code), line in letters.items() for each in records(kind, **{code: "".join(line)})]
+
+
+def test_all_of_many_beats_all_but_one() -> None:
+    codes = [f"l{index}" for index in range(12)]
+    benign = records("benign", **dict.fromkeys(codes, 60 * "C"))
+    whole = records("harmful", **dict.fromkeys(codes, 60 * "R"))
+    missed = records("harmful", **{**dict.fromkeys(codes, 60 * "R"), "l0": 59 * "R" + "C"})
+    assert scored(whole + benign).rank > scored(missed + benign).rank
 
 
 def test_a_floor_is_cleared_by_the_lower_end_of_the_benign_side() -> None:
@@ -174,6 +206,25 @@ def test_settings_that_no_objective_has_are_refused(settings: dict[str, Any], fa
 def test_what_is_no_objective_is_refused() -> None:
     with pytest.raises(ObjectiveError, match="does not extend Objective"):
         make_objective(ObjectiveSettings(name="mlc_ray.search.space:Space"))
+
+
+class Attack(Objective):
+    """Minimised, and with a floor."""
+
+    name = "attack"
+    directions = ("minimize",)
+
+    @property
+    def floor(self) -> float:
+        return 0.8
+
+    def values(self, sides: Sides) -> tuple[float, ...]:
+        return (1 - sum(sides.harmful.values()) / len(sides.harmful),)
+
+
+def test_a_floor_under_a_number_that_is_minimised_is_refused() -> None:
+    with pytest.raises(ObjectiveError, match=r"has a floor and directions=\('minimize',\).*times -1"):
+        make_objective(ObjectiveSettings(name="tests.search.test_objectives:Attack"))
 
 
 def test_schedulers_need_one_number() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -11,6 +13,8 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from mlc_ray.config import ConfigError
+from mlc_ray.score.run import TooManyUnparsedError
+from mlc_ray.search.run import _earlier_trials, _probed
 from mlc_ray.search.space import make_space
 from mlc_ray.search.tune import (
     FINISHED,
@@ -162,3 +166,35 @@ def test_tpe_comes_near_to_what_was_good(tmp_path: Path) -> None:
             distances.append(abs(source.suggest(str(number))[VALUES]["mlc.layer"] - best))
             source.on_trial_complete(str(number), {"value": 1 - distances[-1] / 100, FINISHED: True, STEP: 1.0})
         assert sum(distances[-8:]) < sum(distances[:8]), seed
+
+
+def test_a_layer_of_an_enqueued_point_stays_whatever_the_probe_says(tmp_path: Path) -> None:
+    config = search_config(
+        space={"mlc.layer": {"choice": [0.5, 0.65, 0.8, "last"]}}, trials=4, enqueue=[{"mlc.layer": "last"}],
+        probe={"keep": 2},
+    )  # fmt: skip
+    (tmp_path / "search.json").write_text(json.dumps({"skipped_layers": [0.8, "last"]}))
+    base: Any = None  # the probe is not made again
+    space, skipped = _probed(config, make_space(config), base, Place(tmp_path), "cpu")
+    assert skipped == [0.8]
+    source = Points(config, space, Place(tmp_path), languages=["en"])
+    assert given(source)[0][VALUES]["mlc.layer"] == "last"
+
+
+def test_a_trial_whose_last_score_has_no_value_is_not_repeated_and_not_told(tmp_path: Path) -> None:
+    run = tmp_path / "trials" / "a"
+    (run / "scores" / "step-000002").mkdir(parents=True)
+    (run / "scores" / "step-000002" / "scores.json").touch()
+    (run / "finished").touch()
+    values = {"mlc.layer": 10, "mlc.weight": 0.5}
+    (run / "values.json").write_text(json.dumps(values))
+
+    def score_in(*folders: Place) -> None:
+        raise TooManyUnparsedError("half of the responses have no verdict")
+
+    shared: Any = SimpleNamespace(folder=Place(tmp_path), score_in=score_in)
+    ended, cut_off = _earlier_trials(shared)
+    assert (ended, cut_off) == ([Ended(values, "without value")], [])
+    source = points(tmp_path, space=FOUR, trials=4, ended=ended)
+    assert [trial.state for trial in told(source)] == [TrialState.FAIL]
+    assert len(given(source)) == 3

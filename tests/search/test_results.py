@@ -19,6 +19,7 @@ from mlc_ray.search.results import (
     SearchResult,
     Trial,
     confirmation_table,
+    read_confirmation,
     trials_table,
     verdict,
     write_results,
@@ -124,6 +125,20 @@ def test_a_search_that_still_runs_shows_no_result(tmp_path: Path) -> None:
     assert not (folder / "best").exists() and "Confirmed" not in shown(result)
     stopped = write_results(folder, search_config(), BASELINE, [TRIALS[3]], progress=DONE)
     assert verdict(stopped)[-1] == "no trial ran to its end"
+
+
+def test_a_resumed_search_keeps_what_was_confirmed_and_says_so(tmp_path: Path) -> None:
+    folder = folder_with_runs(tmp_path)
+    before = replace(CONFIRMATION, trials=5, left_out=("x: diverged",))
+    write_results(folder, search_config(), BASELINE, TRIALS, progress=DONE, confirmation=before)
+    assert read_confirmation(Place(folder)) == before
+    (folder / "best" / "weights").write_text("as it was")
+    result = write_results(
+        folder, search_config(), BASELINE, TRIALS, progress=Progress(7, 8), confirmation=before, earlier=True
+    )
+    assert "the best was confirmed before 2 more trials had ended" in verdict(result)
+    assert "WARNING: not confirmed, x: diverged" in verdict(result)
+    assert (folder / "best" / "weights").read_text() == "as it was"
 
 
 def test_a_search_where_nothing_answers_enough_says_so(tmp_path: Path) -> None:

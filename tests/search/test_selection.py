@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,9 +20,9 @@ import pytest
 from mlc_ray.config import ConfirmSection
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.score.prompts import BenchmarkError, Prompts
-from mlc_ray.search.confirm import change_between, drop_models, finished_points
+from mlc_ray.search.confirm import best_of, confirmation_of, decisive_p, drop_models, finished_points
 from mlc_ray.search.objectives.base import TrialScore, make_objective
-from mlc_ray.search.results import Trial
+from mlc_ray.search.results import Confirmed, Trial
 from mlc_ray.search.selection import AskedPrompts, check_prompts, shortlist, split
 from mlc_ray.search.space import make_space
 from mlc_ray.stats.rates import Interval
@@ -138,12 +139,29 @@ def test_what_is_reported_of_fifty_equal_trials_is_true_though_the_best_of_them_
         assert all(trials[index].feasible for index in chosen)
         selected.append(trials[chosen[0]].harmful.value)
         confirmed = [measured(generator) for _ in chosen]
-        best = max(confirmed, key=lambda score: (score.feasible, score.rank))
+        p_values = [_p_value(confirmed[0], other) for other in confirmed[1:]]
+        best = confirmed[best_of(confirmed, p_values)]
         reported.append(best.harmful.value)
         held += best.harmful.low <= 100 * TRUE_RATE <= best.harmful.high
     assert np.mean(selected) > 45  # the winner's curse: ten points that are not there
-    assert abs(np.mean(reported) - 35) < 5
-    assert held >= 180, held
+    assert abs(np.mean(reported) - 35) < 1.5
+    assert held >= 184, held  # 95 % of 200 less two standard errors
+
+
+def _p_value(first: TrialScore, other: TrialScore) -> float:
+    """Of two independent rates, by a normal approximation."""
+    a, b = first.harmful.value / 100, other.harmful.value / 100
+    pooled = (a + b) / 2
+    return 2 * NormalDist().cdf(-abs(a - b) / math.sqrt(2 * pooled * (1 - pooled) / RESPONSES))
+
+
+def test_another_is_the_best_only_where_it_is_told_apart() -> None:
+    benign = records("benign", en=32 * "C")
+    low, high = (scored(records("harmful", en=n * "R" + (32 - n) * "C") + benign) for n in (8, 28))
+    assert best_of([low, high], [0.001]) == 1
+    assert best_of([low, high], [0.06]) == 0
+    assert best_of([low, high, low], [0.03, 0.5]) == 0  # Holm: 0.06
+    assert best_of([high, low], [0.001]) == 0
 
 
 def test_only_those_that_clear_the_floor_are_confirmed_and_the_nearest_where_none_does() -> None:
@@ -161,15 +179,28 @@ def test_models_are_told_apart_by_pairs_and_by_the_seed_that_tells_them_apart_le
     average = make_objective(search_config().objective)
     none = records("harmful", en=32 * "C", sw=32 * "C") + GOOD[64:]
     best = average.score(GOOD)
-    clear = change_between(average, best, [none], [GOOD])
-    assert clear.told_apart and clear.harmful.value == 75.0 and clear.benign is not None and clear.benign.value == 0.0
-    same = change_between(average, best, [none, GOOD], [GOOD, GOOD])
-    assert not same.told_apart and same.harmful.value == 0.0
+    assert decisive_p(average, best, {1: none}, {1: GOOD}) < 0.001
+    assert decisive_p(average, best, {1: none, 2: GOOD}, {1: GOOD, 2: GOOD}) == 1.0
+    assert decisive_p(average, best, {1: none, 2: GOOD}, {1: GOOD}) < 0.001  # only the first seed is common
+    assert decisive_p(average, best, {3: none}, {1: GOOD, 2: GOOD}) < 0.001  # none is
     # The harmful sides are alike, and with a floor they alone decide.
     refusing = GOOD[:64] + records("benign", en=32 * "R", sw=32 * "R")
-    assert not change_between(average, best, [refusing], [GOOD]).told_apart
+    assert decisive_p(average, best, {1: refusing}, {1: GOOD}) == 1.0
     pareto = make_objective(search_config(objective="pareto").objective)
-    assert change_between(pareto, best, [refusing], [GOOD]).told_apart
+    assert decisive_p(pareto, best, {1: refusing}, {1: GOOD}) < 0.001
+
+
+def test_the_change_is_the_difference_of_the_mean_rates_over_seeds() -> None:
+    average = make_objective(search_config().objective)
+    none = records("harmful", en=32 * "C", sw=32 * "C") + GOOD[64:]
+    half = records("harmful", en=16 * "RC", sw=16 * "RC") + GOOD[64:]
+    seeds = {1: GOOD, 2: half}
+    best, base = average.score(*seeds.values()), average.score(none)
+    values = search_config().enqueue or [{}]
+    found = confirmation_of(average, [(Confirmed("a", ("a", "b"), values[0], best), seeds)], (base, none))
+    assert found.change.harmful.value == pytest.approx(best.harmful.value - base.harmful.value) == 62.5
+    assert found.change.harmful.low < 62.5 < found.change.harmful.high and found.change.told_apart
+    assert found.change.benign is not None and found.change.benign.value == 0.0
 
 
 def test_the_models_of_the_best_trials_are_kept(tmp_path: Path) -> None:
@@ -192,6 +223,32 @@ def test_the_models_of_the_best_trials_are_kept(tmp_path: Path) -> None:
     drop_models(shared, trials)
     assert sorted(path.parent.name for path in tmp_path.glob("*/model")) == ["b1", "b2"]
     assert [point.trials[0].name for point in finished_points(shared, trials)] == ["b1", "c1", "a1"]
+
+
+def test_of_equal_trials_one_keeps_its_model_whatever_their_order(tmp_path: Path) -> None:
+    config = search_config(keep_models=1, confirm={"keep": 1}, trials=2)
+    shared: Any = SimpleNamespace(
+        config=config, space=make_space(config), trial_folder=lambda name: Place(tmp_path / name)
+    )
+    trials = []
+    for name, layer in (("9f", 10), ("2a", 20)):
+        (tmp_path / name / "model").mkdir(parents=True)
+        trials.append(Trial(name, {"mlc.layer": layer, "mlc.weight": 1.0}, scored(GOOD), 1, "finished", 1.0))
+    assert [point.trials[0].name for point in finished_points(shared, trials)] == ["2a", "9f"]
+    shutil.rmtree(tmp_path / "2a" / "model")  # the only model that is left stays, and is what is confirmed
+    for order in (trials, trials[::-1]):
+        drop_models(shared, order)
+        assert [path.parent.name for path in tmp_path.glob("*/model")] == ["9f"]
+        assert finished_points(shared, order)[0].trials[0].name == "9f"
+
+
+def test_harmful_prompts_choose_and_confirm_in_the_same_languages() -> None:
+    alone = objective(name="safety_alone")
+    benign = AskedPrompts(prompts(ROWS), prompts(bundles("c", "benign", 3)))
+    with pytest.raises(BenchmarkError, match=r"^confirm\.benchmarks: no harmful prompts in en, sw,"):
+        check_prompts(benign, ConfirmSection(benchmarks=[{"path": "c"}]), alone)  # type: ignore[list-item]
+    with pytest.raises(BenchmarkError, match=r"the half of scoring.* confirms: no harmful prompts in en"):
+        check_prompts(split(prompts(bundles("a", "harmful", 1))), ConfirmSection(), alone)
 
 
 def test_what_no_search_can_select_on_is_refused() -> None:

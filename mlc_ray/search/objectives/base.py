@@ -180,10 +180,18 @@ def languages_of_kinds(prompts: Iterable[tuple[Kind, str]]) -> tuple[list[str], 
 
 
 def _bounds(objective: Objective, read: ReadSides) -> Iterator[float]:
-    """Each number of an objective at the worse end of its 95 % interval: a quantile of its values at the resamples."""
-    drawn = np.array([objective.values(sides) for sides in read.draws()])
-    for direction, values in zip(objective.directions, drawn.T, strict=True):
-        yield float(np.quantile(values, 0.025 if direction == "maximize" else 0.975))
+    """Each number of an objective at the worse end of its 95 % interval.
+
+    That is the worse of a quantile of its values at the resamples and its value where every rate is at Wilson's lower
+    limit. Both follow the rates in one direction, so that of an objective which rises with every rate, one more miss
+    never raises a number: see `search.sides`.
+    """
+    drawn = np.array([objective.values(sides) for sides in read.draws()]).T
+    for direction, values, limit in zip(objective.directions, drawn, objective.values(read.lowest), strict=True):
+        if direction == "maximize":
+            yield min(float(np.quantile(values, 0.025)), limit)
+        else:
+            yield max(float(np.quantile(values, 0.975)), limit)
 
 
 class FlooredSettings(ObjectiveSettings):
@@ -225,7 +233,7 @@ def make_objective(settings: ObjectiveSettings) -> Objective:
 
     Raises:
         UnknownComponentError: no objective has that name.
-        ObjectiveError: what has that name is not an objective.
+        ObjectiveError: what has that name is not an objective, or has a floor and minimises.
     """
     found: Any = resolve("objective", settings.name)
     if not issubclass(found, Objective):
@@ -235,7 +243,13 @@ def make_objective(settings: ObjectiveSettings) -> Objective:
             f"objective.name={settings.name!r}: metrics={found.metrics!r} and directions={found.directions!r} must be "
             "of one length, at least 1"
         )
-    return cast(Objective, found(settings))
+    objective = cast(Objective, found(settings))
+    if objective.floor is not None and "minimize" in objective.directions:
+        raise ObjectiveError(
+            f"objective.name={settings.name!r} has a floor and directions={found.directions!r}: below the floor a "
+            "trial counts by a negative number, the best where it is minimised; maximise the number times -1"
+        )
+    return objective
 
 
 def mean(numbers: Iterable[float]) -> float:
