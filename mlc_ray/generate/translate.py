@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from mlc_ray.config import TRANSLATION_MARKERS, TranslateSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.client import ChatEndpoint
-from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, check_lengths
+from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, check_finished, check_lengths
 from mlc_ray.generate.stage import Generator
 from mlc_ray.runs import resolve_model
 from mlc_ray.storage import fingerprint
@@ -108,6 +108,7 @@ class ModelTranslator:
         """The English of each text; blank ones are given back, and a text too long for the engine is not sent."""
         asked = _asked(texts, languages)
         generations = self._generator.generate([request for _, request in asked])
+        check_finished(generations)
         done = [Translation(text) for text in texts]
         for (index, _), generation in zip(asked, generations, strict=True):
             if generation.finish == PROMPT_TOO_LONG:
@@ -117,8 +118,6 @@ class ModelTranslator:
             elif generation.finish == "length":
                 fault = f"it was cut off at translate.max_new_tokens={self._limit}: {_excerpt(generation.text)}"
                 done[index] = Translation(None, fault)
-            elif generation.finish != "stop":
-                done[index] = Translation(None, f"the engine ended the translation with {generation.finish!r}")
             else:
                 done[index] = read_translation(generation.text, texts[index], languages[index])
         return done

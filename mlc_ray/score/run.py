@@ -256,6 +256,12 @@ def _answer(
             answers = pool.map(blocks, progress=progress)
     table = side_by_side(prompts.table, [answers])
     _write(table, folder)
+    if thinking := sum(text.lstrip().startswith("<think>") for text in table["response"].to_pylist()):
+        logger.warning(
+            "%d of %d responses begin with <think>: thoughts are judged, and may use up max_new_tokens=%s; set "
+            "chat.arguments={enable_thinking: false} if the model's template takes it",
+            thinking, len(table), request.config.max_new_tokens,
+        )  # fmt: skip
     return table, [blocks, answers]
 
 

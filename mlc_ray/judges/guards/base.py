@@ -27,7 +27,15 @@ from pydantic import Field
 from mlc_ray.config import EngineSection, JudgeSettings, ReadingJudgeSettings
 from mlc_ray.config.chat import dated
 from mlc_ray.config.paths import StoredPath
-from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, Generation, check_lengths, prepare_process
+from mlc_ray.generate.engine import (
+    PROMPT_TOO_LONG,
+    Device,
+    Engine,
+    Generation,
+    check_finished,
+    check_lengths,
+    prepare_process,
+)
 from mlc_ray.judges.base import Judge, JudgeError, Policy, Runs
 from mlc_ray.judges.guards.replies import UnreadableError
 from mlc_ray.judges.guards.slots import EscapeError, Filled, SlotError, Slots
@@ -256,6 +264,7 @@ class Guard(Judge):
 
     def _verdict(self, replies: Sequence[Generation], question: Filled) -> Verdict:
         """The verdict in the replies on one response, one for each of `policies`."""
+        check_finished(replies)
         if any(reply.finish == PROMPT_TOO_LONG for reply in replies):
             tokens = max(reply.prompt_tokens for reply in replies)
             return self.unparsed(
