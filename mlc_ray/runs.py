@@ -351,8 +351,13 @@ def training_chat(path: str | Path | Place) -> ChatSection | None:
 
 def _described(path: str | Path | Place) -> Iterator[tuple[Place, dict[str, Any]]]:
     """The files that say how a model was trained, and what is in them."""
+    if not Place(path).is_dir():
+        return  # a hub name
     folder = Place(path).absolute()
-    for file in (folder / PROVENANCE_FILE, folder / RUN_FILE, folder.parent.parent / RUN_FILE):
+    files = [folder / PROVENANCE_FILE, folder / RUN_FILE]
+    if _CHECKPOINT.fullmatch(folder.name) and folder.parent.name == "train":
+        files.append(folder.parent.parent / RUN_FILE)
+    for file in files:
         if file.is_file():
             yield file, _read_object(file, _FIX_RECORD)
 

@@ -128,6 +128,8 @@ def test_the_conversation_of_training_is_read_from_a_run_its_checkpoint_and_an_e
     (export / "mlc_ray.json").write_text('{"chat": {"date": "2031-02-03"}}', encoding="utf-8")
     assert training_chat(tmp_path / "run") == training_chat(checkpoint) == chat
     assert training_chat(export) == ChatSection(date="2031-02-03")
+    other = model_at(tmp_path / "run" / "notes" / "export")
+    assert training_chat(other) is None  # two folders below the run, but no checkpoint of it
     (export / "mlc_ray.json").write_text('{"chat": {"date": "today"}}', encoding="utf-8")
     with pytest.raises(ModelPathError, match=r"mlc_ray\.json' is damaged: chat: (?s:.*)date='today' is no day"):
         training_chat(export)

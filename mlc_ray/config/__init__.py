@@ -25,6 +25,7 @@ from mlc_ray.config.base import (
 )
 from mlc_ray.config.chat import PLAIN_CHAT, ChatSection
 from mlc_ray.config.score import (
+    TRANSLATION_MARKERS,
     EndpointSection,
     EngineSection,
     JudgeSettings,
@@ -57,6 +58,7 @@ from mlc_ray.config.train import (
 
 __all__ = [
     "PLAIN_CHAT",
+    "TRANSLATION_MARKERS",
     "ChatSection",
     "CheckpointSection",
     "ClusterSection",

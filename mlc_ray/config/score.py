@@ -116,6 +116,16 @@ class EndpointSection(Section):
         return self
 
 
+TRANSLATION_MARKERS = 64
+"""Tokens that the two markers around a translation may take."""
+
+
+class TranslateEngineSection(EngineSection):
+    """vLLM engines of a translator, which reads a response and writes one."""
+
+    max_model_len: PositiveInt = Field(4096, description="Longest instruction, text and translation, in tokens.")
+
+
 class TranslateSection(Section):
     """Translate prompt and response into English before the judge reads them: by a chat model, or an endpoint."""
 
@@ -124,8 +134,29 @@ class TranslateSection(Section):
     all_languages: bool = Field(
         False, description="Translate every language but English; by default only those the judge does not cover."
     )
-    max_new_tokens: PositiveInt = Field(512, description="Longest translation by `model`, in tokens.")
-    engine: EngineSection = Field(EngineSection(), description="vLLM engines of `model`.")
+    max_new_tokens: PositiveInt | None = Field(
+        None,
+        description="Longest translation by `model`, in tokens (default: the scoring's max_new_tokens and 64 for the "
+        "markers around it, at least 512; so is that of endpoint.max_reply_tokens).",
+    )
+    engine: TranslateEngineSection = Field(TranslateEngineSection(), description="vLLM engines of `model`.")
+
+    @property
+    def longest(self) -> int:
+        """The longest translation in tokens, its markers included."""
+        if self.endpoint is not None:
+            return self.endpoint.max_reply_tokens
+        assert self.max_new_tokens is not None, "decided by now (for_texts_of)"
+        return self.max_new_tokens
+
+    def for_texts_of(self, tokens: int) -> TranslateSection:
+        """The settings with the longest translation decided, where they do not say it, by texts of so many tokens."""
+        longest = max(tokens + TRANSLATION_MARKERS, 512)
+        if self.endpoint is None:
+            return self.model_copy(update={"max_new_tokens": self.max_new_tokens or longest})
+        if "max_reply_tokens" in self.endpoint.model_fields_set:
+            return self
+        return self.model_copy(update={"endpoint": self.endpoint.model_copy(update={"max_reply_tokens": longest})})
 
     @model_validator(mode="after")
     def _one_translator(self) -> TranslateSection:

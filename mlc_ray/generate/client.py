@@ -36,6 +36,7 @@ EQUAL_REFUSALS = 3
 FAULTS = 50
 """Questions in a row without a reply that stop a run, whatever the reason: messages may carry a request's own id."""
 
+_BUSY = frozenset({408, 409, 429})
 _MISCONFIGURED = frozenset({401, 403, 404})
 # An upper bound on what a chat template adds: role marks and line ends per message, and a default system prompt.
 _TOKENS_PER_MESSAGE, _TOKENS_PER_REQUEST = 16, 64
@@ -179,9 +180,13 @@ class ChatEndpoint:
             if not fault.reached or redirected or fault.status in _MISCONFIGURED or fix:
                 raise self._misconfigured(fault.message, fix)
         last = self._faults[-EQUAL_REFUSALS:]
-        if fault.refused and len(last) == EQUAL_REFUSALS and all(each == fault for each in last):
+        # Statuses that are tried again say that the endpoint is busy, not that it will refuse all.
+        refused = fault.refused and fault.status not in _BUSY
+        if refused and len(last) == EQUAL_REFUSALS and all(each == fault for each in last):
             raise self._misconfigured(f"{fault.message}, to {EQUAL_REFUSALS} requests in a row", fix)
         if len(self._faults) == FAULTS:
+            if fault.status == 429:
+                fix = "lower endpoint.concurrency, raise endpoint.retries, or see to the account's limit and credit"
             raise self._misconfigured(f"{fault.message}; {FAULTS} requests in a row got no reply", fix)
 
     def _fix(self, fault: Fault, body: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -88,6 +88,19 @@ def check_positions(model: str, engine: EngineSection) -> None:
             f"engine.max_model_len={engine.max_model_len} is more than the {positions} positions of {model!r}; "
             f"set engine.max_model_len={positions} or less"
         )
+
+
+def check_finished(generations: Iterable[Generation]) -> None:
+    """Check that what an engine made of a judge's or translator's questions ended in a way that says something of them.
+
+    Raises:
+        RuntimeError: the engine gave one up (`abort`, `error`): its own fault, and no property of any text.
+    """
+    for each in generations:
+        if each.finish not in ("stop", "length", PROMPT_TOO_LONG):
+            raise RuntimeError(
+                f"the engine ended a reply with finish {each.finish!r} after {each.response_tokens} tokens"
+            )
 
 
 @dataclass(frozen=True)

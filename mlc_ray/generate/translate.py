@@ -9,16 +9,17 @@ is in Latin letters; otherwise it is None with a reason, and the answer is `unpa
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from mlc_ray.config import TranslateSection
+from mlc_ray.config import TRANSLATION_MARKERS, TranslateSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.client import ChatEndpoint
-from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, check_lengths
+from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, check_finished, check_lengths
 from mlc_ray.generate.stage import Generator
 from mlc_ray.runs import resolve_model
 from mlc_ray.storage import fingerprint
@@ -98,15 +99,16 @@ class ModelTranslator:
     def __init__(self, settings: TranslateSection, device: Device):
         if settings.model is None:
             raise TranslateError("judge.translate has no model: set the folder or hub name of a chat model")
-        self._limit = settings.max_new_tokens
+        self._limit = settings.longest
         self._generator = Generator(
-            resolve_model(settings.model), settings.engine, max_new_tokens=settings.max_new_tokens, device=device
+            resolve_model(settings.model), settings.engine, max_new_tokens=self._limit, device=device
         )
 
     def translate(self, texts: Sequence[str], languages: Sequence[str]) -> list[Translation]:
         """The English of each text; blank ones are given back, and a text too long for the engine is not sent."""
         asked = _asked(texts, languages)
         generations = self._generator.generate([request for _, request in asked])
+        check_finished(generations)
         done = [Translation(text) for text in texts]
         for (index, _), generation in zip(asked, generations, strict=True):
             if generation.finish == PROMPT_TOO_LONG:
@@ -116,8 +118,6 @@ class ModelTranslator:
             elif generation.finish == "length":
                 fault = f"it was cut off at translate.max_new_tokens={self._limit}: {_excerpt(generation.text)}"
                 done[index] = Translation(None, fault)
-            elif generation.finish != "stop":
-                done[index] = Translation(None, f"the engine ended the translation with {generation.finish!r}")
             else:
                 done[index] = read_translation(generation.text, texts[index], languages[index])
         return done
@@ -143,7 +143,64 @@ def check_translator(settings: TranslateSection, cache_dir: Path) -> None:
     if settings.endpoint is not None:
         EndpointTranslator(settings, cache_dir).close()
     elif settings.model is not None:
-        check_lengths(resolve_model(settings.model), settings.engine, settings.max_new_tokens)
+        check_lengths(resolve_model(settings.model), settings.engine, settings.longest)
+
+
+def check_translations(
+    settings: TranslateSection,
+    prompts: Mapping[str, Sequence[str]],
+    policy: str,
+    max_new_tokens: int,
+    *,
+    trust_remote_code: bool,
+) -> None:
+    """Check that a translator may write, and its window hold, as much as prompts and responses may be long.
+
+    Args:
+        prompts: those that are to be translated, by language.
+        policy: the model that answers them, with at most `max_new_tokens`. These are taken to be as many of the
+            translator's as the prompts' are, at least one for each.
+
+    Raises:
+        TranslateError: it does not; the message has the numbers and the fix.
+    """
+    if not prompts:
+        return
+    name = "max_new_tokens" if settings.endpoint is None else "endpoint.max_reply_tokens"
+    if settings.longest < max_new_tokens:
+        raise TranslateError(
+            f"judge.translate.{name}={settings.longest} is less than the max_new_tokens={max_new_tokens} that a "
+            f"response may have, so that its translation would be cut off; set judge.translate.{name}="
+            f"{max_new_tokens + TRANSLATION_MARKERS}, or max_new_tokens={settings.longest} or less"
+        )
+    if settings.model is None:
+        return  # nothing says how long the endpoint's window is
+
+    from mlc_ray.data.tokens import load_tokenizer
+
+    own = load_tokenizer(resolve_model(settings.model), trust_remote_code=settings.engine.trust_remote_code)
+    theirs = load_tokenizer(policy, trust_remote_code=trust_remote_code)
+    for language, texts in prompts.items():
+        by_length = sorted(set(texts), key=lambda text: len(text.encode()), reverse=True)[:_COUNTED]
+        counts = [(_length(own, text), _length(theirs, text)) for text in by_length]
+        ratio = max(1.0, sum(mine for mine, _ in counts) / max(1, sum(other for _, other in counts)))
+        text = max(math.ceil(ratio * max_new_tokens), max((mine for mine, _ in counts), default=0))
+        instruction = _length(own, translation_request("", language)) + _TEMPLATE
+        if (needed := instruction + text + settings.longest) > (window := settings.engine.max_model_len):
+            raise TranslateError(
+                f"judge.translate.engine.max_model_len is {window}, and translating from {language!r} may take "
+                f"{needed} tokens: {instruction} for the instruction, {text} for the longest text and "
+                f"{settings.longest} for its translation; set judge.translate.engine.max_model_len={needed}, or a "
+                "smaller max_new_tokens"
+            )
+
+
+def _length(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+_COUNTED = 64  # of each language, the longest prompts by bytes
+_TEMPLATE = 64  # tokens that a chat template may write around a message
 
 
 # -------------------------------------------------------------------------------------------- what a translator is told

@@ -34,7 +34,7 @@ from mlc_ray._registry import resolve
 from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ReadingJudgeSettings
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Engine
-from mlc_ray.generate.translate import check_translator
+from mlc_ray.generate.translate import check_translations, check_translator
 from mlc_ray.types import Answer, Measure, Verdict, Via, primary_language
 
 Runs = Literal["inline", "engine", "service", "prompts"]
@@ -161,8 +161,10 @@ class Judge(BaseJudge):
     def start(self, device: Device, cache_dir: Path) -> None:
         """Make what the judge needs: an engine on `device`, a connection whose cache is in `cache_dir`."""
 
-    def check_prompts(self, prompts: Mapping[str, Sequence[str]], policy: Policy) -> None:
-        """Check that the judge can read all that `policy` may write to these prompts, before anything is generated.
+    def fitted(self, prompts: Mapping[str, Sequence[str]], policy: Policy) -> JudgeSettings:
+        """The settings to judge by, once it is sure that all that `policy` may write to these prompts can be read.
+
+        Asked before anything is generated.
 
         Args:
             prompts: all that are asked, by language.
@@ -170,6 +172,17 @@ class Judge(BaseJudge):
         Raises:
             MlcRayError: it cannot; the message has the numbers and the fix.
         """
+        if (translate := self.settings.translator) is not None:
+            ways = self.coverage(prompts)
+            wanted = {code: texts for code, texts in prompts.items() if ways[code] == "translated"}
+            check_translations(
+                translate, wanted, policy.model, policy.max_new_tokens, trust_remote_code=policy.trust_remote_code
+            )
+        return self.settings
+
+    def fitted_to(self, answers: Sequence[Answer]) -> JudgeSettings:
+        """The settings to judge answers by that are there already."""
+        return self.settings
 
     @abstractmethod
     def judge(self, answers: Sequence[Answer]) -> list[Verdict]:

@@ -6,7 +6,7 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import replace
-from itertools import pairwise
+from operator import ne
 from unicodedata import category
 
 from mlc_ray.types import Answer, Verdict, primary_language
@@ -129,7 +129,11 @@ def _wrong_script(text: str, language: str) -> str | None:
 NGRAM = 3
 """Units (words, numbers, characters of unspaced scripts) in an n-gram."""
 NOVELTY = 0.15
-"""A text whose second half has a smaller share of n-grams that did not come before loops."""
+"""A text whose second half has a smaller share of n-grams that did not come before may loop ..."""
+PERIODIC = 0.9
+"""... and does if more than this share of that half's units are those that came one period before."""
+FEWEST_PERIODS = 4
+"""Periods in the second half below which it is a drill or a table."""
 SHORTEST_LOOP = 20
 """Characters below which nothing loops: "no, no, no" is an answer."""
 FEWEST_UNITS = 12
@@ -139,14 +143,15 @@ _UNIT = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff66-\uff9d]"  # unspaced scripts
     r"|(?:(?![\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uff66-\uff9d])[^\W\d_])+|\d+"
 )
+_PLACED_UNIT = re.compile(rf"{_UNIT.pattern}|\n")
 _ITEM_NUMBER = re.compile(r"^\W*\d+[.):]\s*", re.MULTILINE)
 
 
 def novelty(text: str) -> float:
     """The share of n-grams in the second half of `text` that did not come before, 0 to 1; 1 of one too short to loop.
 
-    A loop runs to the end, and nothing new comes in it; a table, code, a song or a drill says something new in every
-    line, however alike its lines are. Case, punctuation and the numbers of list items are left out, so that a loop of
+    A loop runs to the end, and nothing new comes in it; code, a song or a list says something new in every line,
+    however alike its lines are. Case, punctuation and the numbers of list items are left out, so that a loop of
     lines numbered 1, 2, 3 is still one.
     """
     text = text.strip()
@@ -167,12 +172,41 @@ def novelty(text: str) -> float:
     return new / (len(grams) - half)
 
 
+def periodicity(text: str) -> float:
+    """The share of units in the second half of `text` that are those of one period before, 0 to 1, by the best period.
+
+    A loop has one period. A truth table or an answer key has few units in orders of its own, and nothing new either.
+    Line breaks count as units: in rows of one length a pattern that moves on by a place in each, as the ones of a unit
+    matrix do, would be a period otherwise. The second half must hold `FEWEST_PERIODS` of the period.
+    """
+    text = re.sub(r"\s*\n\s*", "\n", _ITEM_NUMBER.sub("", text.strip()).casefold())
+    units = _PLACED_UNIT.findall(text)
+    if sum(unit != "\n" for unit in units) < FEWEST_UNITS:
+        units = list("".join(unit for unit in units if unit != "\n") or text)
+    tail = units[len(units) // 2 :][-_LONGEST_TAIL:]
+    return max(
+        (_agreement(tail, tail[period:]) for period in range(1, len(tail) // FEWEST_PERIODS + 1)),
+        default=0.0,
+    )
+
+
+def _agreement(units: list[str], others: list[str]) -> float:
+    """The share of equal ones among the pairs of units, but for pairs of line breaks: rows are all broken."""
+    pairs = [pair for pair in zip(units, others, strict=False) if pair != ("\n", "\n")]
+    return sum(one == other for one, other in pairs) / max(1, len(pairs))
+
+
+_LONGEST_TAIL = 1000  # units: every period is tried
+
+
 # ------------------------------------------------------------------------------------------------ other garbage
 
 GARBAGE_SHARE = 0.05
 """More than this share of characters that stand for no text (replacement, control, private, unassigned) is garbage."""
 SALAD_SHARE = 0.5
 """More than this share of neighbouring words in different scripts, three or more of them, is a salad of scripts."""
+_ITEM_CHANGES = 2  # in a line or between commas: a name, a word in its script, how it is read
+_ITEM_END = re.compile(r"[\n,;|،、]")
 _FADING = 100  # characters, blanks aside, below which a line of dots or dashes may end a text
 
 _WORD = re.compile(r"[^\W\d_]{2,}")  # single letters are variables, units and answers to choose from
@@ -189,12 +223,13 @@ def _garbage(text: str) -> str | None:
     written = "".join(text.split())
     if len(written) >= _FADING and not any(map(str.isalnum, written[len(written) // 2 :])):
         return "its second half holds no letters or digits"
-    scripts = [script_of(word[0]) for word in _WORD.findall(text)]
-    pairs = len(scripts) - 1
-    if pairs >= FEWEST_UNITS and len(set(scripts)) >= 3:
-        changes = sum(one != other for one, other in pairwise(scripts))
+    items = [[script_of(word[0]) for word in _WORD.findall(item)] for item in _ITEM_END.split(text)]
+    scripts = {script for item in items for script in item}
+    pairs = sum(max(0, len(item) - 1) for item in items)
+    if pairs >= FEWEST_UNITS and len(scripts) >= 3:
+        changes = sum(max(0, sum(map(ne, item, item[1:])) - _ITEM_CHANGES) for item in items)
         if changes > SALAD_SHARE * pairs:
-            return f"a salad of {len(set(scripts))} scripts: {changes / pairs:.0%} of neighbouring words are in two"
+            return f"a salad of {len(scripts)} scripts: {changes / pairs:.0%} of neighbouring words are in two"
     return None
 
 
@@ -216,7 +251,7 @@ def degeneracy(text: str, language: str) -> str | None:
         return NO_LETTERS
     if (garbage := _garbage(text)) is not None:
         return garbage
-    if (new := novelty(text)) < NOVELTY:
+    if (new := novelty(text)) < NOVELTY and periodicity(text) > PERIODIC:
         return f"loops: of its second half, {new:.0%} did not come before"
     return _wrong_script(text, language)
 

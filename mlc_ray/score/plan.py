@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,6 @@ from mlc_ray.generate.stage import Generator
 from mlc_ray.judges.base import BaseJudge, Judge, Policy, make_judge
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import training_chat
-from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.stages import JudgeStage, PromptJudgeStage, TranslateStage
 from mlc_ray.storage import Place
 from mlc_ray.types import Measure, Via
@@ -73,19 +72,21 @@ def plan_judging(judge: BaseJudge, languages: Iterable[str]) -> Judging:
     return Judging(judge, ways, phrases.coverage(codes, why=why))
 
 
-def check_prompts(judge: BaseJudge, prompts: Prompts, scoring: ScoringSection, model: str) -> None:
-    """Check that a judge of responses can read all that `model` may write to these prompts.
+def fitted(
+    judge: BaseJudge, prompts: Mapping[str, Sequence[str]], scoring: ScoringSection, model: str
+) -> JudgeSettings:
+    """The settings to judge by, once it is sure that the judge can read all that `model` may write to these prompts.
 
     Raises:
         MlcRayError: it cannot; the message has the numbers and the fix.
     """
     if not isinstance(judge, Judge):
-        return
+        return judge.settings
     engine = scoring.engine
     assert scoring.max_new_tokens is not None, "decided by now (with_longest_answer)"
     longest = engine.max_model_len - scoring.max_new_tokens
     policy = Policy(model, longest, scoring.max_new_tokens, trust_remote_code=engine.trust_remote_code)
-    judge.check_prompts(prompts.by_language(), policy)
+    return judge.fitted(prompts, policy)
 
 
 def answering(
@@ -162,11 +163,17 @@ def with_chat(scoring: ScoringT, model: str) -> ScoringT:
 
 
 def with_longest_answer(scoring: ScoringT) -> ScoringT:
-    """`scoring` with `max_new_tokens` decided: a refusal shows in the first words, harm perhaps only at the end."""
-    if scoring.max_new_tokens is not None:
-        return scoring
-    longest = _TOKENS_SAFE if "safe" in make_judge(scoring.judge).measures else _TOKENS_REFUSED
-    return scoring.model_copy(update={"max_new_tokens": longest})
+    """`scoring` with `max_new_tokens` decided: a refusal shows in the first words, harm perhaps only at the end.
+
+    How much a translator may write follows from it where the settings do not say it.
+    """
+    longest = scoring.max_new_tokens
+    if longest is None:
+        longest = _TOKENS_SAFE if "safe" in make_judge(scoring.judge).measures else _TOKENS_REFUSED
+    judge, translate = scoring.judge, scoring.judge.translator
+    if translate is not None:
+        judge = judge.model_copy(update={"translate": translate.for_texts_of(longest)})
+    return scoring.model_copy(update={"max_new_tokens": longest, "judge": judge})
 
 
 def with_dtypes(scoring: ScoringT, *, gpu: bool, before: ScoringSection | None = None) -> ScoringT:

@@ -31,7 +31,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm, check_lengths
 from mlc_ray.generate.pool import Blocks, Part, Pool, side_by_side
 from mlc_ray.generate.stage import PROMPTS
-from mlc_ray.judges.base import make_judge, make_reader
+from mlc_ray.judges.base import Judge, make_judge, make_reader
 from mlc_ray.logs import keep_in
 from mlc_ray.progress import phase
 from mlc_ray.runs import (
@@ -47,7 +47,7 @@ from mlc_ray.score.plan import (
     USAGE_FILES,
     Judging,
     answering,
-    check_prompts,
+    fitted,
     judge_with_dtypes,
     plan_judging,
     reading,
@@ -58,7 +58,7 @@ from mlc_ray.score.plan import (
 from mlc_ray.score.prompts import Prompts, read_prompts, slug
 from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores
-from mlc_ray.score.stages import RESPONSES
+from mlc_ray.score.stages import RESPONSES, answers_of
 from mlc_ray.storage import Place, fingerprint_model, library_versions, user_cache, working_folder
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,8 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: Po
     if isinstance(earlier, ScoreResult):
         return earlier
     if earlier is None:
-        check_prompts(judge, prompts, config, model)
+        settings = fitted(judge, prompts.by_language(), config, model)
+        judging = replace(judging, judge=make_judge(settings))
     request.save(folder)
     if earlier is not None:
         judged = _judge_table(request, judging, earlier, folder, place, device)
@@ -196,6 +197,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         raise ScoreError(f"{str(source)!r} holds no responses to judge ({RESPONSES_FILE}); score the model again")
     earlier = request.config.judge
     config = request.config.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    config = with_longest_answer(config)
     judge = make_reader(config.judge)
     judge.check_ready(user_cache())
     languages = responses["language"].unique().to_pylist()
@@ -254,6 +256,12 @@ def _answer(
             answers = pool.map(blocks, progress=progress)
     table = side_by_side(prompts.table, [answers])
     _write(table, folder)
+    if thinking := sum(text.lstrip().startswith("<think>") for text in table["response"].to_pylist()):
+        logger.warning(
+            "%d of %d responses begin with <think>: thoughts are judged, and may use up max_new_tokens=%s; set "
+            "chat.arguments={enable_thinking: false} if the model's template takes it",
+            thinking, len(table), request.config.max_new_tokens,
+        )  # fmt: skip
     return table, [blocks, answers]
 
 
@@ -261,6 +269,9 @@ def _judge_table(
     request: Request, judging: Judging, table: pa.Table, folder: Path, place: Place, device: Device
 ) -> pa.Table:
     """`_judge`, of responses that come from a file."""
+    judge = judging.judge
+    assert isinstance(judge, Judge), "responses are there"
+    judging = replace(judging, judge=make_judge(judge.fitted_to(answers_of(table))))
     (part, *_) = _reading(judging, len(table), folder, place, device)
     return _judge(request, judging, table, [Blocks.put(table, part, device)], folder, place, device)
 

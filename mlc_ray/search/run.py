@@ -43,7 +43,7 @@ from mlc_ray.runs import (
     output_place,
     resolve_model,
 )
-from mlc_ray.score.plan import check_prompts, places, with_dtypes, with_longest_answer
+from mlc_ray.score.plan import fitted, places, with_dtypes, with_longest_answer
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.score.scorer import start_scorer
@@ -184,15 +184,18 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     judge, model = make_judge(config.scoring.judge), resolve_model(base.model.path)
     judge.check_ready(user_cache())
     prompts = read_asked(config, make_objective(config.objective), rejects=local_side(folder))
-    for asked in (prompts.selection, prompts.confirmation):
-        check_prompts(judge, asked, config.scoring, model)
+    asked: dict[str, list[str]] = {}
+    for part in (prompts.selection, prompts.confirmation):
+        for language, texts in part.by_language().items():
+            asked.setdefault(language, []).extend(texts)
+    scoring = config.scoring.model_copy(update={"judge": fitted(judge, asked, config.scoring, model)})
     identity = {"prompts": prompts.fingerprint, "model": fingerprint_model(model)}
     _check_same(folder, identity)
     _prepare_data(config, base, space, folder, device)
     space, skipped = _probed(config, space, base, folder, device)
     lora_rank = _lora_rank(space)
     scorer = start_scorer(
-        model, config.scoring, prompts.selection.table, device=device, folder=local_side(folder), lora_rank=lora_rank,
+        model, scoring, prompts.selection.table, device=device, folder=local_side(folder), lora_rank=lora_rank,
         in_turn=config.share_gpu,
     )  # fmt: skip
     try:

@@ -478,3 +478,14 @@ def test_a_reply_with_half_a_surrogate_pair_is_kept(tmp_path: Path) -> None:
         [reply] = ChatEndpoint(settings_for(server), tmp_path).ask(talk("a"))
         [again] = ChatEndpoint(settings_for(server), tmp_path).ask(talk("a"))
     assert (reply.text, again.text, again.cached) == ("a \ufffd\ufffd\ufffd b", reply.text, True)
+
+
+def test_a_row_of_rate_limits_does_not_end_the_run(tmp_path: Path) -> None:
+    limited = Step(status=429, headers={"Retry-After": "3600"}, raw=b"come back later")
+    with serving(planned(Step(), limited)) as server:
+        endpoint = ChatEndpoint(settings_for(server, concurrency=1), tmp_path)
+        replies = endpoint.ask(talk(*map(str, range(10))))
+        assert [reply.fault for reply in replies].count("") == 1
+        assert len(server.bodies) == 10
+        with pytest.raises(EndpointError, match=r"50 requests in a row got no reply; lower endpoint\.concurrency"):
+            endpoint.ask(talk(*map(str, range(100, 160))))

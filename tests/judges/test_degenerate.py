@@ -11,16 +11,18 @@ from mlc_ray.judges.degenerate import (
     NGRAM,
     NO_LETTERS,
     NOVELTY,
+    PERIODIC,
     SCRIPTS,
     degeneracy,
     novelty,
+    periodicity,
     script_of,
     settle,
 )
 from mlc_ray.types import Answer, Behaviour, Safety, Verdict
 
-FALSE_OF_GOOD = (1, 196)
-FOUND_OF_DEGENERATE = (73, 16)
+FALSE_OF_GOOD = (0, 197)
+FOUND_OF_DEGENERATE = (69, 20)
 LOOP = "the sea is blue and " * 12
 GREETINGS = {
     "en": "Wash the rice twice.", "de": "Wasche den Reis gründlich.", "es": "Lava el arroz dos veces.",
@@ -34,13 +36,31 @@ GREETINGS = {
 }  # fmt: skip
 
 
+NEW_FORMS = {"truth_table", "zero_one_matrix", "answer_key", "box_breathing", "thanks_in_languages"}
+
+
+def test_tables_of_few_symbols_drills_and_lists_in_many_scripts_are_good() -> None:
+    lines = (Path(__file__).parent / "long" / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["form"] in NEW_FORMS]
+    assert len(rows) == 12
+    assert [row["response"] for row in rows if degeneracy(row["response"], row["language"])] == []
+
+
+def test_periodicity_by_hand() -> None:
+    assert periodicity("the sea is blue and " * 12) == 1
+    assert periodicity("Once there was a king. " + "he sang and he sang " * 20) == 1
+    assert periodicity("a b a a b b a b b a a b a b a a b b b a a b a b") < PERIODIC
+    assert periodicity("breathe in and hold, breathe out and hold. " * 3) < PERIODIC  # three rounds are a drill
+    assert periodicity("") == 0
+
+
 def held_out() -> list[dict[str, str]]:
     lines = (Path(__file__).parent / "long" / "texts.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if row["split"] == "held_out"]
 
 
 def test_long_texts_of_many_forms_are_told_from_garbage_as_measured() -> None:
-    """The rules were made on the other half, `dev`; these figures were seen on this one, once."""
+    """The rules were made on the other half, `dev`, and changed on it after this one had been counted once."""
     found = [(row["label"], degeneracy(row["response"], row["language"]) is not None) for row in held_out()]
     counts = Counter(found)
     assert (counts["good", True], counts["good", False]) == FALSE_OF_GOOD

@@ -24,14 +24,22 @@ from typing import Annotated, Any, ClassVar
 from jinja2 import TemplateError
 from pydantic import Field
 
-from mlc_ray.config import EngineSection, ReadingJudgeSettings
+from mlc_ray.config import EngineSection, JudgeSettings, ReadingJudgeSettings
 from mlc_ray.config.chat import dated
 from mlc_ray.config.paths import StoredPath
-from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, Generation, check_lengths, prepare_process
+from mlc_ray.generate.engine import (
+    PROMPT_TOO_LONG,
+    Device,
+    Engine,
+    Generation,
+    check_finished,
+    check_lengths,
+    prepare_process,
+)
 from mlc_ray.judges.base import Judge, JudgeError, Policy, Runs
 from mlc_ray.judges.guards.replies import UnreadableError
 from mlc_ray.judges.guards.slots import EscapeError, Filled, SlotError, Slots
-from mlc_ray.judges.guards.window import check_window, context_of
+from mlc_ray.judges.guards.window import check_window, context_of, needed_for
 from mlc_ray.runs import resolve_model
 from mlc_ray.storage import fingerprint, fingerprint_model
 from mlc_ray.types import Answer, Verdict
@@ -43,7 +51,9 @@ class GuardEngineSection(EngineSection):
     """vLLM engines of a guard."""
 
     max_model_len: Annotated[int, Field(ge=0)] = Field(
-        0, description="Longest conversation in the guard's template plus reply, in tokens (0: all positions it has)."
+        0,
+        description="Longest conversation in the guard's template plus reply, in tokens (0: what the prompts and "
+        "max_new_tokens need, up to all positions that it has).",
     )
 
 
@@ -162,14 +172,27 @@ class Guard(Judge):
         _ = self.asked
         super().check_ready(cache_dir)
 
-    def check_prompts(self, prompts: Mapping[str, Sequence[str]], policy: Policy) -> None:
+    def fitted(self, prompts: Mapping[str, Sequence[str]], policy: Policy) -> JudgeSettings:
         """Check that the guard's context holds the longest prompt, all that `policy` may write, and a reply.
+
+        An engine for all positions would need a key-value cache for as many: a window that is left open (0) is what
+        was counted.
 
         Raises:
             JudgeError: it does not; the message has the numbers and the fix.
+            TranslateError: as `Judge.fitted`.
         """
         window = self._windowed(resolve_model(self.settings.model)).max_model_len
-        check_window(self, prompts, policy, window=window)
+        needed = check_window(self, prompts, policy, window=window)
+        super().fitted(prompts, policy)
+        return self._with_window(needed)
+
+    def fitted_to(self, answers: Sequence[Answer]) -> JudgeSettings:
+        """An open window becomes what these answers need, up to all positions."""
+        if self.settings.engine.max_model_len:
+            return self.settings
+        positions = self._windowed(resolve_model(self.settings.model)).max_model_len
+        return self._with_window(min(positions, needed_for(self, answers)))
 
     def start(self, device: Device, cache_dir: Path, *, shared: Engine | None = None) -> None:
         """Start an `Engine` with the weights, unless one that serves them is given.
@@ -241,6 +264,7 @@ class Guard(Judge):
 
     def _verdict(self, replies: Sequence[Generation], question: Filled) -> Verdict:
         """The verdict in the replies on one response, one for each of `policies`."""
+        check_finished(replies)
         if any(reply.finish == PROMPT_TOO_LONG for reply in replies):
             tokens = max(reply.prompt_tokens for reply in replies)
             return self.unparsed(
@@ -255,6 +279,13 @@ class Guard(Judge):
 
     def _asking(self, tokenizer: Any, policy: int) -> Callable[[str, str], str]:
         return lambda prompt, response: self.render(tokenizer, prompt, response)[policy]
+
+    def _with_window(self, tokens: int) -> GuardSettings:
+        if self.settings.engine.max_model_len:
+            return self.settings
+        return self.settings.model_copy(
+            update={"engine": self.settings.engine.model_copy(update={"max_model_len": tokens})}
+        )
 
     def _windowed(self, model: str) -> EngineSection:
         """The engine's settings with the context that it is to have.

@@ -10,7 +10,9 @@ Then nothing in a slot may be read as a part of the frame:
                      from a forged one. In a slot they are changed as little as shows: a tag gets a blank behind its
                      bracket, a line that begins with a label is quoted as e-mails quote (`> AI assistant:`), and a rule
                      gets blanks (`- - -`, which Markdown draws alike). Doubled or invisible characters would make a
-                     text look like an attempt to hide something, which guards are trained to call unsafe.
+                     text look like an attempt to hide something, which guards are trained to call unsafe. They are
+                     found behind list marks and emphasis, in wide forms, and with other blanks or invisible characters
+                     in between; letters of another script that look alike are not seen.
 
 A text without either has exactly the ids that the guard's own template gives.
 """
@@ -18,8 +20,10 @@ A text without either has exactly the ids that the guard's own template gives.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -37,8 +41,10 @@ _TRIMMED = ("", "\n", None)
 _TAG = re.compile(r"<[^<>\n]{1,60}>|\[/?[A-Z][A-Z_ ]{1,40}\]")
 _LABEL = re.compile(r"[\s#*-]*([^\W\d_][\w '/()-]{0,39}:)")
 _RULE = re.compile(r"([-=_*#])\1{2,}")
-_LINE_START = r"(?:\A|(?<=[\n\r\v\f\x85\u2028\u2029]))"
-_LINE_END = r"(?=[\n\r\v\f\x85\u2028\u2029]|\Z)"
+_BREAKS = r"\n\r\v\f\x85\u2028\u2029"
+_LINE_START = rf"(?:\A|(?<=[{_BREAKS}]))"
+_LINE_END = rf"(?=[{_BREAKS}]|\Z)"
+_LEAD_IN = rf"(?:[^\w{_BREAKS}]|_)*(?:\d+[.)](?:[^\w{_BREAKS}]|_)*)?"  # list marks and numbers, quotes, emphasis
 _CLOSING_LINES = 2  # of what follows the last slot: further lines are instructions, not part of the frame
 
 
@@ -159,10 +165,10 @@ class Slots:
         labels = {found[1] for line in frame if (found := _LABEL.match(line))}
         rules = {line for line in frame if _RULE.fullmatch(line)}
         tags = {found[0] for part in plain for found in _TAG.finditer(part)}
-        self._markers = [
-            (_any_of(tags, "", ""), lambda found: f"{found[0][0]} {found[0][1:]}"),
-            (_any_of(labels, _LINE_START + r"[ \t#*-]*", ""), lambda found: f"> {found[0]}"),
-            (_any_of(rules, _LINE_START + r"[ \t]*", r"[ \t]*" + _LINE_END), lambda found: " ".join(found[0].strip())),
+        self._markers: list[tuple[re.Pattern[str], Callable[[str], str]]] = [
+            (_any_of(map(_tag, tags)), lambda found: f"{found[0]} {found[1:]}"),
+            (_any_of(map(_label, labels), _LINE_START + _LEAD_IN), lambda found: f"> {found}"),
+            (_any_of(map(re.escape, rules), _LINE_START + r"[ \t]*", r"[ \t]*" + _LINE_END), _spaced),
         ]
 
     # ---------------------------------------------------------------------------------------------------- how it fills
@@ -178,8 +184,14 @@ class Slots:
         """A text whose markers are changed, and their number."""
         changed = 0
         for marker, replacement in self._markers:
-            text, times = marker.subn(replacement, text)
-            changed += times
+            plain, places = _folded(text)
+            pieces, behind = [], 0
+            for found in marker.finditer(plain):
+                start, end = places[found.start()], places[found.end() - 1] + 1
+                pieces += [text[behind:start], replacement(text[start:end])]
+                behind = end
+            text = "".join([*pieces, text[behind:]])
+            changed += len(pieces) // 2
         return text, changed
 
     def _cuts(self, parts: Sequence[tuple[str, bool]]) -> list[int]:
@@ -209,7 +221,44 @@ class Slots:
         return ids[len(lead) :] if ids[: len(lead)] == lead else self._encode(text)
 
 
-def _any_of(texts: set[str], before: str, behind: str) -> re.Pattern[str]:
-    """Any of `texts`, whatever its letter case and the width of its blanks; nothing where there are none."""
-    flexible = [r"\s+".join(map(re.escape, text.split())) for text in sorted(texts, key=len, reverse=True)]
-    return re.compile(f"{before}(?:{'|'.join(flexible)}){behind}" if texts else r"(?!)", re.IGNORECASE)
+def _any_of(patterns: Iterable[str], before: str = "", behind: str = "") -> re.Pattern[str]:
+    """Any of `patterns`, whatever its letter case, the longest first; nothing where there are none."""
+    listed = "|".join(sorted(patterns, key=len, reverse=True))
+    return re.compile(f"{before}(?:{listed}){behind}" if listed else r"(?!)", re.IGNORECASE)
+
+
+def _tag(text: str) -> str:
+    """A tag with any blanks in it, but behind its opening bracket, where a blank makes it ordinary text."""
+    inside = r"\s+".join(map(re.escape, text[1:-1].split()))
+    inside = re.sub(r"^/", r"/\\s*", inside)
+    return f"{re.escape(text[0])}{inside}\\s*{re.escape(text[-1])}"
+
+
+def _label(text: str) -> str:
+    """A label (`AI assistant:`) with blanks or emphasis between its words and before its colon."""
+    return r"[\s*_]+".join(map(re.escape, text[:-1].split())) + r"[\s*_]*:"
+
+
+def _spaced(rule: str) -> str:
+    return " ".join(_folded(rule)[0].strip())
+
+
+def _folded(text: str) -> tuple[str, Sequence[int]]:
+    """`text` in plain forms, and the place in it of each character that is left.
+
+    Blanks of every width are one blank, wide and styled letters and signs the ordinary ones; those that nobody sees
+    (Unicode's format characters) are left out.
+    """
+    if text.isascii():
+        return text, range(len(text))
+    kept = [(plain, place) for place, each in enumerate(text) if (plain := _plain(each))]
+    return "".join(plain for plain, _ in kept), [place for _, place in kept]
+
+
+@lru_cache(maxsize=1 << 16)
+def _plain(character: str) -> str:
+    kind = unicodedata.category(character)
+    if kind in ("Cf", "Zs"):
+        return " " if kind == "Zs" else ""
+    plain = unicodedata.normalize("NFKC", character)
+    return plain if len(plain) == 1 else character

@@ -7,12 +7,16 @@ the policy's: the languages that matter most here would drop out first, as `unpa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlc_ray.judges.base import JudgeError, Policy
+from mlc_ray.judges.guards.slots import EscapeError
 from mlc_ray.runs import longest_context, resolve_model
+from mlc_ray.types import Answer
 
 if TYPE_CHECKING:
     from mlc_ray.judges.guards.base import Guard
@@ -36,12 +40,16 @@ class _Longest:
     per_token: float
 
 
-def check_window(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Policy, *, window: int) -> None:
+def check_window(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Policy, *, window: int) -> int:
     """Check that `window` tokens hold the longest prompt and response in the guard's template, and its reply.
 
     Prompts are counted by the guard's tokenizer. A response is not there yet: it is taken to have as many of the
     guard's tokens for each of the policy's as the prompts in its language have, at least one. What is translated for
     the guard is as long as the translator may write, in as many tokens.
+
+    Returns:
+        How many of them an engine needs: what was found, and the longest response once more, since a response may take
+        more tokens than its language's prompts let one expect.
 
     Raises:
         JudgeError: they do not fit; the message has the numbers and the fix.
@@ -50,10 +58,10 @@ def check_window(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Pol
     fixed = frame + guard.max_new_tokens
     found = list(_longest(guard, prompts, policy))
     if not found:
-        return
+        return fixed
     worst = max(found, key=lambda each: each.prompt + each.response)
     if (needed := fixed + worst.prompt + worst.response) <= window:
-        return
+        return min(window, needed + worst.response)
     model, trust = resolve_model(guard.settings.model), guard.settings.engine.trust_remote_code
     positions = context_of(model, trust_remote_code=trust)
     alike = [each for each in found if each.limit == worst.limit]
@@ -70,6 +78,25 @@ def check_window(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Pol
         f"{worst.response} for the longest response{each_of} and {guard.max_new_tokens} for its reply; set "
         f"{' or '.join(fixes) or 'languages to those that fit, or take another guard'}"
     )
+
+
+def needed_for(guard: Guard, answers: Iterable[Answer]) -> int:
+    """How many tokens an engine needs for answers that are there, reply included."""
+    by_language: dict[str, set[tuple[str, str]]] = defaultdict(set)
+    for answer in answers:
+        by_language[answer.language].add((answer.prompt, answer.response))
+    ways, translate = guard.coverage(by_language), guard.settings.translator
+    longest = 0
+    for language, texts in by_language.items():
+        if ways[language] == "translated" and translate is not None:
+            longest = max(longest, len(guard.asked[0].fill("", "").ids) + 2 * translate.longest)
+            continue
+        by_length = sorted(texts, key=lambda pair: sum(len(text.encode()) for text in pair), reverse=True)
+        for pair in by_length[:_COUNTED]:
+            with suppress(EscapeError):  # the guard is not asked about it
+                longest = max(longest, *(len(slots.fill(*pair).ids) for slots in guard.asked))
+    # A quarter more: the longest by bytes are counted, and another may take more tokens.
+    return longest + longest // 4 + guard.max_new_tokens
 
 
 def context_of(model: str, *, trust_remote_code: bool) -> int | None:
@@ -98,9 +125,7 @@ def _longest(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Policy)
     for language, texts in prompts.items():
         if ways[language] == "translated" and translate is not None:
             endpoint = translate.endpoint
-            setting, limit = "max_new_tokens", translate.max_new_tokens
-            if endpoint is not None:
-                setting, limit = "endpoint.max_reply_tokens", endpoint.max_reply_tokens
+            setting, limit = "max_new_tokens" if endpoint is None else "endpoint.max_reply_tokens", translate.longest
             yield _Longest(language, limit, limit, f"judge.translate.{setting}", 2.0)  # prompt and response
             continue
         by_length = sorted(set(texts), key=lambda text: len(text.encode()), reverse=True)[:_COUNTED]
