@@ -86,7 +86,8 @@ class BaseJudge(ABC):
     def identity(self) -> str:
         """Names the judge with all that its verdicts depend on: scores with different identities do not compare.
 
-        The name, what `identity_parts` gives, what its engine computes in, and who translates. How fast, how often and
+        The name, what `identity_parts` gives, what its engine computes in, who translates, and the rules of
+        degenerate responses. How fast, how often and
         for how much a judge is asked does not count.
         """
         parts = [self.settings.name, *self.identity_parts()]
@@ -97,6 +98,7 @@ class BaseJudge(ABC):
             if translate.endpoint is not None:
                 by = translate.endpoint.asked
             parts.append(f"translated by {by}{' (all languages)' if translate.all_languages else ''}")
+        parts.append(f"degenerate={RULES}")
         return " ".join(parts)
 
     def identity_parts(self) -> list[str]:

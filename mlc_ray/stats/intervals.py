@@ -77,11 +77,9 @@ class Grid:
         """The variance of these rates over `languages`."""
         return RateVariance(self.resampled, *self._columns(counts, present, languages))
 
-    def extreme(
-        self, counts: str, present: str, languages: Iterable[str] | None = None, *, highest: bool = False
-    ) -> ExtremeRate:
-        """The lowest of these rates over `languages`, or the highest."""
-        return ExtremeRate(self.resampled, *self._columns(counts, present, languages), highest=highest)
+    def lowest(self, counts: str, present: str, languages: Iterable[str] | None = None) -> LowestRate:
+        """The lowest of these rates over `languages`."""
+        return LowestRate(self.resampled, *self._columns(counts, present, languages))
 
     def agreements(self, verdicts: Sequence[tuple[str, str]], present: str) -> list[MeanRate]:
         """For each pair of layers (hits, misses) the agreement of languages.
@@ -235,20 +233,17 @@ class RateVariance(Statistic):
         return max(0.0, deviation - most) ** 2, min(0.5, deviation + most) ** 2
 
 
-@dataclass(frozen=True, eq=False)
-class ExtremeRate(Statistic):
-    """The lowest of the rates, or the highest."""
-
-    highest: bool = False
+class LowestRate(Statistic):
+    """The lowest of the rates."""
 
     def _of_rates(self, rates: Floats) -> Floats:
-        found: Floats = np.nanmax(rates, axis=1) if self.highest else np.nanmin(rates, axis=1)
+        found: Floats = np.nanmin(rates, axis=1)
         return found
 
     def limits(self) -> tuple[float, float]:
         """The same of Wilson's limits."""
         _, low, high = self.wilson()
-        return (float(low.max()), float(high.max())) if self.highest else (float(low.min()), float(high.min()))
+        return float(low.min()), float(high.min())
 
 
 Term: TypeAlias = tuple[float, Statistic]
@@ -261,7 +256,7 @@ def interval(*terms: Term) -> tuple[float, float, float]:
     A single rate takes Wilson's interval. A sum of means: the bootstrap's bias-corrected and accelerated limits (BCa;
     Efron, JASA 1987, with the acceleration of several samples: Davison and Hinkley 1997, chapter 5), the quantiles
     Phi(b + (b ± z) / (1 - a (b ± z))) of the resamples, where Phi(b) is the share of them below the value and a the
-    jackknife's sum of cubes / (6 (sum of squares)^1.5). With a variance or an extreme, which sampling moves one way:
+    jackknife's sum of cubes / (6 (sum of squares)^1.5). With a variance or a lowest rate, which sampling moves one way:
     the basic limits 2 value - quantile (Davison and Hinkley, chapter 5), which take that bias out; where all are
     variances that are added up, these or the limits of `_spread_limits`, whichever are wider. Where the resamples
     of a source do not vary (one bundle, or all alike) they say nothing of it: its terms then have their own limits.
@@ -273,7 +268,7 @@ def interval(*terms: Term) -> tuple[float, float, float]:
     """
     value = float(sum(weight * term.value for weight, term in terms))
     (weight, first) = terms[0]
-    if len(terms) == 1 and weight == 1 and len(first.counts) == 1 and isinstance(first, MeanRate | ExtremeRate):
+    if len(terms) == 1 and weight == 1 and len(first.counts) == 1 and isinstance(first, MeanRate | LowestRate):
         return value, *first.limits()
     varying: list[Term] = []
     alike: list[Term] = []

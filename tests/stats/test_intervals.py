@@ -179,7 +179,7 @@ def test_agreement_and_its_jackknife_against_plain_loops() -> None:
 @pytest.mark.parametrize("bundles", [["111"] * 20, ["110"] * 20, ["10"]])
 def test_no_limits_are_a_point(bundles: list[str]) -> None:
     grid = grid_of(bundles)
-    for found in (grid.variance("hit", "present"), grid.extreme("hit", "present"), agreement(bundles)):
+    for found in (grid.variance("hit", "present"), grid.lowest("hit", "present"), agreement(bundles)):
         value, low, high = interval((1, found))
         assert low <= value <= high and high - low > 0.001
 
@@ -214,7 +214,7 @@ def test_the_worst_language_is_not_worse_than_chance_makes_it() -> None:
     generator, held, values = np.random.default_rng(6), 0, []
     for _ in range(60):
         hits = generator.random((80, 10)) < 0.7
-        found = grid_of(["".join("01"[int(hit)] for hit in row) for row in hits]).extreme("hit", "present")
+        found = grid_of(["".join("01"[int(hit)] for hit in row) for row in hits]).lowest("hit", "present")
         value, low, high = interval((1, found))
         values.append(value)
         held += low <= 0.7 <= high
