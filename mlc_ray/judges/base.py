@@ -35,6 +35,7 @@ from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ReadingJud
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Engine
 from mlc_ray.generate.translate import check_translator
+from mlc_ray.judges.degenerate import RULES
 from mlc_ray.types import Answer, Measure, Verdict, Via, primary_language
 
 Runs = Literal["inline", "engine", "service", "prompts"]

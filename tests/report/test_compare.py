@@ -70,6 +70,11 @@ def test_scores_that_were_not_measured_alike_are_refused(tmp_path: Path, capsys:
     error = capsys.readouterr().err
     assert "the prompts differ (feedfacecafebeef: before; others: after)" in error
     assert "the judges differ (refusal: before; guard@1: after)" in error
+    other = {"python": "3.12.1", "vllm": "0.31.0", "mlc_ray": "9"}
+    assert status(first, model(tmp_path / "d", 0.9, versions=other)) == 3
+    assert "the engines' versions differ (vllm 0.30.0: before; vllm 0.31.0: after)" in capsys.readouterr().err
+    assert status(first, model(tmp_path / "e", 0.9, versions={**other, "vllm": "0.30.0"})) == 0
+    assert "different versions of mlc_ray (before: unknown; after: 9)" in capsys.readouterr().out
     unread = model(tmp_path / "c", 0.9)
     rows = grid(LANGUAGES, lambda kind, language: 0.9, bundles=60)
     for row in rows[:60]:
