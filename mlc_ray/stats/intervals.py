@@ -290,7 +290,8 @@ def interval(*terms: Term) -> tuple[float, float, float]:
 def _resampled(terms: Sequence[Term]) -> Floats:
     """The sum of the terms in each resample that has all of them: one may lack the only bundles with a language."""
     found: Floats = sum((weight * term.of(term.source.resampled) for weight, term in terms), np.zeros(RESAMPLES))
-    return found[np.isfinite(found)]
+    there: Floats = found[np.isfinite(found)]
+    return there
 
 
 def _bootstrap_limits(value: float, terms: Sequence[Term]) -> tuple[float, float]:
