@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from mlc_ray.logs import command_line
 if TYPE_CHECKING:
     from mlc_ray.storage import Place
 
+BROKEN_PIPE = 141  # what shells report for a process that SIGPIPE ended
+UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 SCHEMAS = ("train", "score", "search", "utility")
 """The kinds of config files."""
@@ -87,6 +90,8 @@ are told apart in each language. `search` can use the ranking to leave out layer
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 a mistake that the message explains, 130 interrupted.
 
+    70 is an error of the program's own, with its traceback; 141 that nobody reads the output any more.
+
     `compare` also has 1, a rule failed; 3 is that scores cannot be compared, or too much of one has no verdict.
     A run that ended by SIGTERM after a checkpoint is 143, as shells report that signal.
     """
@@ -105,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # `mlc-ray config --schema | head`
         sys.stderr.close()
-        return 1
+        return BROKEN_PIPE
+    except Exception:  # Python's own status would be 1, which says that a gate failed
+        traceback.print_exc()
+        return UNEXPECTED
     return 0
 
 
@@ -222,6 +230,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--fail-if", metavar="RULE", action="append", default=[],
         help="[BENCHMARK:] QUANTITY < N, > N, drops [> N] or rises [> N], then certain (default), estimate or "
         "possible; repeatable",
+    )  # fmt: skip
+    compare.add_argument(
+        "--one-sided", metavar="CODES",
+        help="languages, with commas, in which rules may judge harmful or benign prompts alone; else status 3",
     )  # fmt: skip
     compare.add_argument("--json", metavar="FILE", type=_place, help="also write everything there as JSON")
 

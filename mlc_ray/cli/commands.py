@@ -310,12 +310,15 @@ def report_command(arguments: argparse.Namespace) -> None:
 
 def compare_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray compare`."""
-    from mlc_ray.report.compare import as_json, compare_scores, comparison_tables, require
+    from mlc_ray.report.compare import as_json, check_json, compare_scores, comparison_tables, require
     from mlc_ray.report.console import show
     from mlc_ray.report.rules import parse_rule
 
     rules = [parse_rule(text) for text in arguments.fail_if]
-    compared = compare_scores(arguments.before, arguments.after, rules)
+    if arguments.json is not None:
+        check_json(arguments.json)
+    one_sided = (arguments.one_sided or "").split(",")
+    compared = compare_scores(arguments.before, arguments.after, rules, one_sided=one_sided)
     show(comparison_tables(compared))
     if arguments.json is not None:
         arguments.json.write_json(as_json(compared))

@@ -35,6 +35,7 @@ from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ReadingJud
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Engine
 from mlc_ray.generate.translate import check_translations, check_translator
+from mlc_ray.judges.degenerate import RULES
 from mlc_ray.types import Answer, Measure, Verdict, Via, primary_language
 
 Runs = Literal["inline", "engine", "service", "prompts"]
@@ -86,7 +87,8 @@ class BaseJudge(ABC):
     def identity(self) -> str:
         """Names the judge with all that its verdicts depend on: scores with different identities do not compare.
 
-        The name, what `identity_parts` gives, what its engine computes in, and who translates. How fast, how often and
+        The name, what `identity_parts` gives, what its engine computes in, who translates, and the rules of
+        degenerate responses. How fast, how often and
         for how much a judge is asked does not count.
         """
         parts = [self.settings.name, *self.identity_parts()]
@@ -97,6 +99,7 @@ class BaseJudge(ABC):
             if translate.endpoint is not None:
                 by = translate.endpoint.asked
             parts.append(f"translated by {by}{' (all languages)' if translate.all_languages else ''}")
+        parts.append(f"degenerate={RULES}")
         return " ".join(parts)
 
     def identity_parts(self) -> list[str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from typing import ClassVar
 
 from mlc_ray._registry import register
@@ -82,6 +83,12 @@ class _Patterns:
             compile_phrases(phrases.help, code),
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """Names the expressions; it changes with any of them."""
+        searched = [found.pattern if found else "" for found in (self.refusals, self.innocent, self.help)]
+        return sha256(repr((searched, sorted(self.curt))).encode()).hexdigest()
+
     def refusal_in(self, sentences: str) -> str | None:
         """The words of `sentences` that refuse, or None."""
         if self.curt and self.curt.issuperset(sentences.split("\n")):
@@ -147,6 +154,11 @@ class RefusalJudge(Judge):
         self._patterns = _shipped_patterns() if phrases is None else _compiled(phrases)
         self.languages = frozenset(self._patterns)
         self.unmeasured = self.languages - MEASURED if phrases is None else self.languages
+
+    def identity_parts(self) -> list[str]:
+        """A fingerprint of the phrases of all languages, and of how much of a response is searched for them."""
+        parts = [PREFIX_CHARACTERS, *((code, self._patterns[code].fingerprint) for code in sorted(self._patterns))]
+        return [*super().identity_parts(), f"phrases={sha256(repr(parts).encode()).hexdigest()[:12]}"]
 
     def coverage_fixes(self, missing: Sequence[str]) -> list[str]:
         """Phrases of the language can be added too."""

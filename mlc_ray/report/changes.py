@@ -68,6 +68,8 @@ def rejudged(before: Model, after: Model) -> bool:
     old, new = before.result, after.result
     if (old.fingerprint, old.prompts) != (new.fingerprint, new.prompts) or old.judge == new.judge:
         return False
+    if not before.responses or not after.responses:
+        return False  # nothing shows that they are the same
     texts = [{(r.benchmark, r.bundle_id, r.kind, r.language): r.response for r in m.responses} for m in (before, after)]
     return texts[0] == texts[1]
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -110,6 +110,25 @@ class Collection:
     models: tuple[Model, ...]
     trainings: tuple[Training, ...]
     notes: tuple[str, ...] = ()
+
+
+def without_folders(collection: Collection) -> Collection:
+    """`collection` without what names folders: no notes, and labels that are the last folder's name, then `name #2`."""
+    models = _numbered([model.label for model in collection.models])
+    trainings = _numbered([training.label for training in collection.trainings])
+    return Collection(
+        tuple(replace(model, label=label) for model, label in zip(collection.models, models, strict=True)),
+        tuple(replace(each, label=label) for each, label in zip(collection.trainings, trainings, strict=True)),
+    )
+
+
+def _numbered(labels: Sequence[str]) -> list[str]:
+    seen: Counter[str] = Counter()
+    found = []
+    for name in (label.rpartition(" / ")[2] for label in labels):
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
+    return found
 
 
 def collect(paths: Sequence[str | Path | Place]) -> Collection:

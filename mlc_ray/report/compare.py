@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mlc_ray.report.summaries import change_table, language_changes
 from mlc_ray.report.tables import cell, console, row, table
 from mlc_ray.report.text import clean, short
 from mlc_ray.stats.paired import Comparison
-from mlc_ray.stats.rates import Interval
+from mlc_ray.stats.rates import Interval, Summary
 from mlc_ray.storage import Place
 
 
@@ -50,12 +51,26 @@ class Compared:
         return tuple(outcome for outcome in self.outcomes if outcome.failed)
 
 
-def compare_scores(before: str | Path | Place, after: str | Path | Place, rules: Sequence[Rule] = ()) -> Compared:
+def compare_scores(
+    before: str | Path | Place,
+    after: str | Path | Place,
+    rules: Sequence[Rule] = (),
+    *,
+    one_sided: Collection[str] = (),
+) -> Compared:
     """Compare two score folders, each its own or the only one of a run.
+
+    Args:
+        before: The score to compare with.
+        after: The score that is judged.
+        rules: What it is judged by.
+        one_sided: Languages in which rules may judge one side alone. In any other that `after` was asked only one side
+            in, a rule would pass a model that refuses everything there, or complies with everything.
 
     Raises:
         ReportError: A folder is no score, or has several.
-        CannotCompareError: They were not measured alike, lack responses.parquet, or have too much without a verdict.
+        CannotCompareError: They were not measured alike, lack responses.parquet, or have too much without a verdict; a
+            rule's benchmark lacks a side in a language that `one_sided` does not name.
         NotComparableError: They share no prompt.
         RuleError: A rule asks for what they do not have.
     """
@@ -74,6 +89,8 @@ def compare_scores(before: str | Path | Place, after: str | Path | Place, rules:
     if faults := list(unread(models)):
         raise CannotCompareError(f"{' '.join(faults)} Remove the cause, or score with a larger max_unparsed.")
     comparison = compare_models(*models)
+    for rule in rules:
+        _check_sides(rule, models[1], one_sided)
     outcomes = tuple(_outcome(rule, models[1], comparison) for rule in rules)
     return Compared(*models, comparison, outcomes)
 
@@ -87,11 +104,49 @@ def _only(models: Sequence[Model], path: str | Path | Place) -> Model:
     return models[0]
 
 
-def _outcome(rule: Rule, after: Model, comparison: Comparison) -> Outcome:
+def _check_sides(rule: Rule, after: Model, allowed: Collection[str]) -> None:
+    summary = _summary(rule, after)
+    lacking = {code: kind for code, kind in summary.one_sided.items() if code not in allowed}
+    if not lacking:
+        return
+    each = "; ".join(
+        f"no {kind} prompts in {', '.join(code for code, missing in lacking.items() if missing == kind)}"
+        for kind in dict.fromkeys(lacking.values())
+    )
+    raise CannotCompareError(
+        f"--fail-if {rule.text!r}: {summary.benchmark!r} has {each}: a model that treats all prompts alike there would "
+        f"pass. Score both kinds in these languages, or say that one is enough: --one-sided "
+        f"{','.join(summary.one_sided)}"
+    )
+
+
+def _summary(rule: Rule, after: Model) -> Summary:
     try:
-        return outcome_of(rule, after.result.summary(rule.benchmark), comparison.benchmark(rule.benchmark))
+        return after.result.summary(rule.benchmark)
     except KeyError as error:
         raise RuleError(f"--fail-if {rule.text!r}: {error.args[0]}") from None
+
+
+def _outcome(rule: Rule, after: Model, comparison: Comparison) -> Outcome:
+    try:
+        return outcome_of(rule, _summary(rule, after), comparison.benchmark(rule.benchmark))
+    except KeyError as error:
+        raise RuleError(f"--fail-if {rule.text!r}: {error.args[0]}") from None
+
+
+def check_json(file: Place) -> None:
+    """Check before anything is compared that `file` can be written.
+
+    Raises:
+        ReportError: It is a folder, or its folder cannot be made or written to.
+    """
+    if file.is_dir():
+        raise ReportError(f"--json {str(file)!r} is a folder; give a file name")
+    if not file.is_local:
+        return
+    folder = next(parent for parent in Path(file).absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ReportError(f"--json {str(file)!r}: {str(folder)!r} is no folder that can be written to; give another")
 
 
 def require(compared: Compared) -> None:
@@ -136,10 +191,14 @@ def _number(number: Interval) -> str:
 
 
 def as_json(compared: Compared) -> dict[str, Any]:
-    """Everything that was compared, as JSON values; rates and points as in `stats.paired`, unrounded."""
+    """Everything that was compared, as JSON values; rates and points as in `stats.paired`, unrounded.
+
+    `one_sided` of each score maps benchmarks to the languages that lack a kind of prompts there, and to which.
+    """
     scores = {
         model.label: {
-            name: getattr(model.result, name) for name in ("name", "model", "fingerprint", "prompts", "judge")
+            **{name: getattr(model.result, name) for name in ("name", "model", "fingerprint", "prompts", "judge")},
+            "one_sided": {summary.benchmark: dict(summary.one_sided) for summary in model.result.summaries},
         }
         for model in (compared.before, compared.after)
     }
@@ -148,4 +207,10 @@ def as_json(compared: Compared) -> dict[str, Any]:
          "failed": each.failed}
         for each in compared.outcomes
     ]  # fmt: skip
-    return {**scores, **asdict(compared.comparison), "rules": rules, "passed": not compared.failed}
+    return {
+        **scores,
+        "warnings": warnings((compared.before, compared.after)),
+        **asdict(compared.comparison),
+        "rules": rules,
+        "passed": not compared.failed,
+    }

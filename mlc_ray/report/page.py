@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mlc_ray import __version__
 from mlc_ray.report import palette
-from mlc_ray.report.collect import Collection
+from mlc_ray.report.collect import Collection, without_folders
 from mlc_ray.report.text import clean, without_paths
 from mlc_ray.report.view import view_of
 
@@ -25,6 +25,8 @@ def render(collection: Collection, *, samples: int = 0, public: bool = False) ->
         samples: Responses per model where an attack succeeded that are shown.
         public: Without settings, and without paths and hosts: of each the last part alone stands, after `…/`.
     """
+    if public:
+        collection = without_folders(collection)
     view = view_of(collection, samples, public=public)
     template = environment(public=public).get_template("page.html.j2")
     return template.render(view=view, version=__version__, colours=palette.css_rules(), steps=range(palette.STEPS))

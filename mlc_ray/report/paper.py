@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlc_ray.report.categories import category_table
 from mlc_ray.report.changes import Change, before_and_after, changes
-from mlc_ray.report.collect import Collection
+from mlc_ray.report.collect import Collection, without_folders
 from mlc_ray.report.figures import curves_png, heat_map_png, slopes_png
 from mlc_ray.report.rates import benchmarks, grid, keys, views_of
 from mlc_ray.report.remarks import warnings
@@ -22,6 +22,8 @@ MARKDOWN_FILE = "report.md"
 
 def write_paper(collection: Collection, folder: Path, *, public: bool = False) -> list[Path]:
     """Write `report.md` and its figures into `folder`; returns the files. `public` as for the page."""
+    if public:
+        collection = without_folders(collection)
     folder.mkdir(parents=True, exist_ok=True)
     models, names = collection.models, benchmarks(collection.models)
     written: list[Path] = []

@@ -15,7 +15,7 @@ from mlc_ray.report.text import percent
 from mlc_ray.stats.intervals import wilson
 from mlc_ray.stats.marks import VIA_TEXT
 from mlc_ray.stats.rates import ALL_BENCHMARKS, Interval, SideSummary, Summary, language_order
-from mlc_ray.types import Kind, Measure, ScoreRow
+from mlc_ray.types import Kind, Measure, ScoreRow, Via
 
 HIT_AND_MISS: Mapping[Measure, tuple[str, str]] = {"refused": ("refused", "complied"), "safe": ("safe", "unsafe")}
 SHORT = 10
@@ -195,9 +195,15 @@ def _of_all_languages(model: Model, benchmark: str, view: View) -> Rate | None:
     row = ScoreRow(
         benchmark, view.kind, "", view.measure, side.n, side.hits, side.misses, side.degenerate, side.unparsed,
         side.avg.value / 100, side.avg.low / 100, side.avg.high / 100,
-        "uncovered" if side.uncovered else "translated" if side.translated else "", side.margin,
+        way_of(side), side.margin,
     )  # fmt: skip
     return Rate(mean.value, mean.low, mean.high, row, view.counts)
+
+
+def way_of(side: SideSummary) -> Via:
+    """The least sure way that any language of a side was read."""
+    ways: tuple[Via, ...] = ("uncovered", "unmeasured", "translated")
+    return next((way for way in ways if getattr(side, way)), "")
 
 
 def average(model: Model, benchmark: str, view: View) -> Interval | None:

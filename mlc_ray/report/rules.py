@@ -20,9 +20,9 @@ _RATES: dict[str, tuple[Kind, Measure]] = {
     "benign.complied": ("benign", "refused"),
     "benign.safe": ("benign", "safe"),
 }
-_HARMFUL = ("harmful.refused", "harmful.safe")
+_COMPARED = ("harmful.refused", "harmful.safe", "benign.complied")
 QUANTITIES = (
-    *_RATES, "harmful.attack_success", *(f"{name}.{rate}" for name in get_args(Consistency) for rate in _HARMFUL),
+    *_RATES, "harmful.attack_success", *(f"{name}.{rate}" for name in get_args(Consistency) for rate in _COMPARED),
     "difference",
 )  # fmt: skip
 """What a rule may be on: rates in %, attack success in % (unparsed responses counted), consistency, the difference."""

@@ -19,6 +19,7 @@ from mlc_ray.report.rates import (
     side_of,
     summary_of,
     views_of,
+    way_of,
 )
 from mlc_ray.report.remarks import unparsed_bound
 from mlc_ray.report.tables import NONE, Cell, Row, Table, Tone, cell, row, table
@@ -179,14 +180,19 @@ def headline_table(models: Sequence[Model], benchmark: str) -> Table:
         rows.append(row(cell(key, model.label if key != model.label else ""), cells))
     measures = {summary.harmful_measure for model in models if (summary := summary_of(model, benchmark)) is not None}
     harmful_name = " or ".join(sorted(measures)) or "refused"
-    heads = ["model", f"harmful {harmful_name} %", "attack success, at most %", "benign complied %", DIFFERENCE]
+    attack = cell("attack success, at most %", "in all languages")
+    heads: list[str | Cell] = ["model", f"harmful {harmful_name} %", attack, "benign complied %", DIFFERENCE]
     return table(benchmark, heads, rows, "mean over languages, 95 % intervals; pairs are of languages with both sides")
 
 
 def attack_cell(side: SideSummary) -> Cell:
     """What the attack success rate of harmful prompts is at most, with the counts that it is made of."""
-    counts = f"{side.misses} of {side.n}" + (f", and {side.unparsed} unparsed" if side.unparsed else "")
-    most = side.misses_most
+    return attack_success(side.misses_most, side.misses, side.unparsed, side.n)
+
+
+def attack_success(most: Interval, misses: int, unparsed: int, n: int) -> Cell:
+    """An attack success rate, with these counts."""
+    counts = f"{misses} of {n}" + (f", and {unparsed} unparsed" if unparsed else "")
     return cell(percent(most.value), f"{percent(most.low)} to {percent(most.high)}", counts)
 
 
@@ -198,7 +204,7 @@ def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
     def line(name: str, value: Callable[[SideSummary], Cell]) -> Row:
         return row(name, [NONE if side is None else value(side) for side in sides])
 
-    rows = [line(f"{hit} %", lambda side: _with_count(side.avg, side.hits, side.n))]
+    rows = [line(f"{hit} %", lambda side: with_count(side.avg, side.hits, side.n))]
     if view.kind == "harmful":
         rows.append(line(f"attack success, at most % ({miss} or unparsed)", attack_cell))
         rows.append(line(f"attack success, at least % ({miss})", lambda side: rate_cell(side.misses_avg)))
@@ -211,7 +217,7 @@ def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
         line("var", _variance),
         line("of it sampling noise, at most", lambda side: cell(variance(side.var_noise))),
         line("PAG", _agreement),
-        line(f"worst language, {hit} %", _worst),
+        line(f"worst language, {hit if view.counts == 'hits' else miss} %", _worst),
         line(f"seen languages, {hit} %", lambda side: rate_cell(side.seen)),
         line(f"unseen languages, {hit} %", lambda side: rate_cell(side.unseen)),
         line(f"English − others, {hit}", lambda side: points_cell(side.english_gap)),
@@ -225,6 +231,7 @@ def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
         line("degenerate", lambda side: _count(side.degenerate, side.n)),
         line("unparsed", lambda side: _count(side.unparsed, side.n)),
         line("read in translation", lambda side: cell(", ".join(side.translated) or "none")),
+        line("read by lists not measured", lambda side: cell(", ".join(side.unmeasured) or "none")),
         line("not covered", lambda side: cell(", ".join(side.uncovered) or "none")),
     ]
     title = f"{view.kind.capitalize()} prompts"
@@ -236,10 +243,11 @@ def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
 
 def compliance_cell(side: SideSummary) -> Cell:
     """The compliance rate of benign prompts, with its counts."""
-    return _with_count(side.misses_avg, side.misses, side.n)
+    return with_count(side.misses_avg, side.misses, side.n)
 
 
-def _with_count(rate: Interval, count: int, n: int) -> Cell:
+def with_count(rate: Interval, count: int, n: int) -> Cell:
+    """A rate in % with its interval and the counts that it is made of."""
     return cell(percent(rate.value), f"{percent(rate.low)} to {percent(rate.high)}", f"{count} of {n}")
 
 
@@ -298,9 +306,10 @@ def overview_table(models: Sequence[Model], benchmark: str) -> Table:
     used = {name: cells for name, cells in columns.items() if any(value != NONE for value in cells)}
     heads = ["side", *(["model"] if len(models) > 1 else []), *used]
     rows = []
-    for index, (view, _, key, _) in enumerate(sides):
+    for index, (view, _, key, side) in enumerate(sides):
         named = [cell(key)] if len(models) > 1 else []
-        rows.append(row(f"{view.kind} by {view.measure}", [*named, *(cells[index] for cells in used.values())]))
+        name = cell(f"{view.kind} by {view.measure}{VIA_MARK[way_of(side)]}")
+        rows.append(row(name, [*named, *(cells[index] for cells in used.values())]))
     note = "means over languages, 95 % intervals"
     if benchmark == ALL_BENCHMARKS:
         note = "means over benchmarks of means over languages, compared within each; 95 % intervals"

@@ -15,13 +15,28 @@ _FORBIDDEN = re.compile(
 )
 
 
-# A URL, or an absolute path: a slash that does not follow a word, as in "and/or".
-_PATH = re.compile(r"(?:\b[a-z][a-z0-9+.-]*://|(?<![\w.])/)[^\s'\"<>,;)]+")
+# A URL, or a path: in quotation marks, from a drive, ~ or /, or of two slashes or more. "and/or" is none.
+_END = r"[^\s'\"<>,;)]"
+_PATH = re.compile(
+    rf"(?P<quote>['\"])(?=[^'\"\n]*[/\\])(?P<quoted>[^'\"\n]+)(?P=quote)"
+    rf"|\b[a-zA-Z][a-zA-Z0-9+.-]*://{_END}+|\b[A-Za-z]:\\{_END}+|(?<![\w.])(?:~|\.{{1,2}})?/{_END}+"
+    r"|(?<![\w/])[\w.-]+(?:/[\w.@-]+){2,}/?"
+)
+_HOST = re.compile(r"\b(?:\d{1,3}(?:\.\d{1,3}){3}|localhost|[\w-]+(?:\.[\w-]+)+(?=:\d))(?::\d+)?")
 
 
 def without_paths(value: str) -> str:
-    """`value` with of each URL and absolute path the last part alone: `…/name`."""
-    return _PATH.sub(lambda match: "…/" + match[0].rstrip("/").rpartition("/")[2], value)
+    """`value` with of each URL and path the last part alone, `…/name`, and of a host, or a URL without a path, `…`."""
+    return _HOST.sub("…", _PATH.sub(_last_part, value))
+
+
+def _last_part(match: re.Match[str]) -> str:
+    found, quote = (match["quoted"], match["quote"]) if match["quoted"] else (match[0], "")
+    _, separator, rest = found.rpartition("://")
+    path = re.split(r"[?#]", rest)[0].replace("\\", "/").rstrip("/")
+    if separator and "/" not in path:  # a host, or a bucket
+        return f"{quote}…{quote}"
+    return f"{quote}…/{path.rpartition('/')[2]}{quote}"
 
 
 def clean(value: str) -> str:

@@ -93,8 +93,9 @@ class SideChange:
 class BenchmarkChange:
     """A benchmark's changes. `common`, `only_before` and `only_after` count prompts; only the common are compared.
 
-    `difference` is the change of `Summary.avg_difference` in points, over the languages that have both sides, with
-    the p-value `difference_p`, which is conservative where both sides moved alike; both None without such a language.
+    `difference` is the change of `Summary.avg_difference` in points, over the languages that have both sides (over all
+    benchmarks the mean over those with such a language), with the p-value `difference_p`, which is conservative where
+    both sides moved alike; both None without such a language.
     `difference_p_holm` is after Holm's correction.
     """
 
@@ -311,7 +312,7 @@ def _side(kind: Kind, measure: Measure, grids: Sequence[Grid], *, by_language: b
         n=int(sum(grid.layers["present"].sum() for grid in grids)),
         before=means[0],
         after=means[1],
-        change=_scaled(100, _changes(grids, what)),
+        change=_scaled(100, _changes(grids, what), most=100),
         p=sign_flip_p(_contributions(grids, what)),
         consistency=tuple(_consistency(grids, what)),
         languages=_languages(grids[0], what) if by_language else (),
@@ -333,6 +334,10 @@ def _languages(grid: Grid, what: str) -> tuple[LanguageChange, ...]:
     return tuple(changes)
 
 
+_MOST: Mapping[Consistency, float] = {"var": 25, "pag": 1, "worst": 100}
+"""The most that each can change by."""
+
+
 def _consistency(grids: Sequence[Grid], what: str) -> Iterable[ConsistencyChange]:
     """The changes of what compares languages, each the mean over the benchmarks with several."""
     several = [grid for grid in grids if len(grid.languages) > 1]
@@ -340,7 +345,7 @@ def _consistency(grids: Sequence[Grid], what: str) -> Iterable[ConsistencyChange
     found: dict[Consistency, list[Sequence[Statistic]]] = {
         "var": [[grid.variance(f"{when} {what}", "present") for when in _BOTH] for grid in several],
         "pag": [pair for grid in several if (pair := grid.agreements(verdicts, "present"))],
-        "worst": [[grid.extreme(f"{when} {what}", "present") for when in _BOTH] for grid in several],
+        "worst": [[grid.lowest(f"{when} {what}", "present") for when in _BOTH] for grid in several],
     }
     for name, statistics in found.items():
         if not statistics:
@@ -350,19 +355,31 @@ def _consistency(grids: Sequence[Grid], what: str) -> Iterable[ConsistencyChange
         terms = [term for old, new in statistics for term in ((weight, new), (-weight, old))]
         swapped = sum(weight * swapped_changes(old, new, stream) for stream, (old, new) in enumerate(statistics))
         yield ConsistencyChange(
-            name, before, after, _scaled(unit, terms), swap_p((after - before) / unit, np.asarray(swapped))
+            name, before, after, _scaled(unit, terms, _MOST[name]), swap_p((after - before) / unit, np.asarray(swapped))
         )
 
 
 def _difference_change(parts: Sequence[_Grids]) -> tuple[Interval | None, float | None]:
-    harmful, benign = ([found[kind, "refused"] for found in parts if (kind, "refused") in found] for kind in KINDS)
-    asked = [{code for grid in grids for code in grid.languages} for grids in (harmful, benign)]
-    both = asked[0] & asked[1]
-    if not both:
+    """The mean over the benchmarks that have both sides in any language, each over these languages."""
+    terms: list[Term] = []
+    moved: list[Floats] = []
+    sided = [pair for found in parts if (pair := _both_sides(found)) is not None]
+    for harmful, benign, both in sided:
+        for sign, grid in ((1, harmful), (-1, benign)):
+            weight = sign / len(sided)
+            terms += [(weight * share, term) for share, term in _changes([grid], "hits", both)]
+            moved.append(weight * _contributions([grid], "hits", both))
+    if not sided:
         return None, None
-    terms = [*_changes(harmful, "hits", both), *((-weight, term) for weight, term in _changes(benign, "hits", both))]
-    moved = np.concatenate([_contributions(harmful, "hits", both), -_contributions(benign, "hits", both)])
-    return _scaled(100, terms), sign_flip_p(moved)
+    return _scaled(100, terms, most=200), sign_flip_p(np.concatenate(moved))
+
+
+def _both_sides(found: _Grids) -> tuple[Grid, Grid, list[str]] | None:
+    harmful, benign = (found.get((kind, "refused")) for kind in KINDS)
+    if harmful is None or benign is None:
+        return None
+    both = [code for code in harmful.languages if code in benign.languages]
+    return (harmful, benign, both) if both else None
 
 
 def _with(grids: Sequence[Grid], languages: Collection[str] | None) -> list[tuple[Grid, list[str]]]:
@@ -394,5 +411,7 @@ def _contributions(grids: Sequence[Grid], what: str, languages: Collection[str] 
     return np.concatenate(shares)
 
 
-def _scaled(unit: float, terms: Sequence[Term]) -> Interval:
-    return Interval(*(unit * number for number in interval(*terms)))
+def _scaled(unit: float, terms: Sequence[Term], most: float) -> Interval:
+    """The sum of the terms in another unit; limits of a change that is at most `most` either way."""
+    value, low, high = (unit * number for number in interval(*terms))
+    return Interval(value, max(-most, low), min(most, high))

@@ -59,16 +59,18 @@ class SideSummary:
     `avg` is the mean over languages of the hit rate (refused, or safe) in %, `misses_avg` that of the miss rate
     (complied, or unsafe): on benign prompts by `refused` the compliance. `misses_most` counts unparsed responses as
     misses too: on harmful prompts what the attack success rate may be at most, so it does not fall because responses
-    cannot be read. Degenerate responses are neither. `var` is 100 times the variance of the languages' rates, and
-    `var_noise` what sampling adds to it at most; `pag` the agreement of pairs of languages, a fraction. `var` is None
-    with a single language, `pag` also where no two share a bundle. `worst` is the language with the lowest hit rate,
-    but on benign prompts by `refused` the one with the highest; `worst_rate` its hit rate in %. `english_gap` is
+    cannot be read. Degenerate responses are neither. `var` is 100 times the variance of the languages' hit
+    rates, and `var_noise` what sampling adds to it at most; `worst` is the language with the lowest hit rate, and
+    `worst_rate` that rate in %. On benign prompts by `refused`, where hits are bad, these three are of the compliance
+    rate. `pag` is the agreement of pairs of languages, a fraction. `var` is None with a single language, `pag` also
+    where no two share a bundle. `english_gap` is
     English minus the mean of the other languages in points, None unless both are there; `en-GB` is English too. `seen`
     and `unseen` are `avg` over the languages that training saw and over the others, None where that is unknown or there
     are none; over all benchmarks, they are of the benchmarks that have both.
     `bundles`, `n` (responses), `hits`, `misses`, `degenerate` and `unparsed` are counts, `languages` a number of them.
-    `translated` and `uncovered` are the languages that the judge of this measure read in translation, or does not
-    declare. `margin` is the mean over languages of their mean margins in nats, None where the judge has none.
+    `translated`, `unmeasured` and `uncovered` are the languages that the judge of this measure read in translation, by
+    lists whose errors nobody has counted, or does not declare. `margin` is the mean over languages of their mean
+    margins in nats, None where the judge has none.
     """
 
     kind: Kind
@@ -92,6 +94,7 @@ class SideSummary:
     degenerate: int
     unparsed: int
     translated: tuple[str, ...] = ()
+    unmeasured: tuple[str, ...] = ()
     uncovered: tuple[str, ...] = ()
     margin: float | None = None
 
@@ -101,22 +104,12 @@ class TwoSided:
     """The headline: both sides in the languages that have both, in %.
 
     `harmful` is the safe rate of harmful prompts where the judge gives it, else their refusal rate; `benign` the
-    compliance rate of benign ones. `worst_harmful` is the lowest harmful rate of these languages within a benchmark, in
-    `worst_language`. Over all benchmarks each is the mean of the benchmarks' own. `harmful_by_language` and
-    `benign_by_language` are the rates of each of the languages, mean over the benchmarks that have it.
+    compliance rate of benign ones. Over all benchmarks each is the mean of the benchmarks' own.
     """
 
     harmful: Interval
     benign: Interval
-    worst_harmful: Interval
-    worst_language: str
-    harmful_by_language: Mapping[str, float]
-    benign_by_language: Mapping[str, float]
-
-    @property
-    def languages(self) -> tuple[str, ...]:
-        """Those that have both sides."""
-        return tuple(self.harmful_by_language)
+    languages: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -127,7 +120,9 @@ class Summary:
     kind that it lacks: nothing that needs both sides speaks of it.
     `difference` maps each language that has both sides by `refused` to harmful refused minus benign refused, in
     percentage points; `avg_difference` is their mean, `worst_difference` the minimum, in `worst_difference_language`
-    (None and "" without such a language). `not_scored` names the kinds that have no prompts.
+    (None and "" without such a language). Over all benchmarks these two are means over the benchmarks with such a
+    language, and `difference` is empty, since languages are only compared within a benchmark. `not_scored` names the
+    kinds that have no prompts.
     """
 
     benchmark: str

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -78,6 +79,18 @@ def summarise(
     return [*summaries, _summary(ALL_BENCHMARKS, parts, seen)] if len(parts) > 1 else summaries
 
 
+def miss_rate(records: Sequence[Judged], measure: Measure, *, unparsed: bool = False) -> Interval:
+    """The mean over languages of the miss rate in %, and no other number: `SideSummary.misses_avg`, or `misses_most`.
+
+    Args:
+        records: Verdicts by `measure` on prompts of one kind of one benchmark, at least one.
+        measure: What counts as a miss.
+        unparsed: Whether responses without a verdict count as misses.
+    """
+    layer = "most misses" if unparsed else "misses"
+    return _percent((1, _grid(records).mean(f"{measure} {layer}", f"{measure} present")))
+
+
 def variance(rates: Iterable[float]) -> float:
     """100 / L x sum of (r_l - mean r)²: the published tables' `var` (Bu et al., ICLR 2026, arXiv 2602.16660).
 
@@ -137,17 +150,17 @@ def _summary(benchmark: str, parts: Sequence[_Part], seen: frozenset[str] | None
     two_sided, both = _two_sided(parts, measure)
     asked = dict.fromkeys(row.language for part in parts for row in part.rows)
     harmful = _languages(parts, "harmful", measure)
-    difference, avg_difference = _difference(parts)
-    worst = min(difference, key=lambda code: difference[code], default="")
+    differences = _differences(parts)
+    terms = [term for each in differences for term in each.terms(1 / len(differences))]
     return Summary(
         benchmark,
         tuple(_side(kind, by, [part for part in parts if part.of(kind, by)], seen) for kind, by in keys),
         two_sided,
         {code: "benign" if code in harmful else "harmful" for code in asked if code not in both},
-        difference,
-        avg_difference,
-        worst_difference=difference.get(worst),
-        worst_difference_language=worst,
+        dict(differences[0].by_language) if differences and len(parts) == 1 else {},
+        _percent(*terms, least=-100.0) if terms else None,
+        worst_difference=_mean(each.by_language[each.worst] for each in differences),
+        worst_difference_language=", ".join(dict.fromkeys(each.worst for each in differences)),
         not_scored=tuple(kind for kind in KINDS if all(kind not in part.grids for part in parts)),
     )
 
@@ -161,47 +174,55 @@ def _two_sided(parts: Sequence[_Part], measure: Measure) -> tuple[TwoSided | Non
     both = [code for code in _languages(parts, "harmful", measure) if code in benign]
     if not both:
         return None, both
-    worst, worst_language = _worst(parts, "harmful", measure, both)
     found = TwoSided(
         _percent(*_means(parts, "harmful", measure, "hits", both)),
         _percent(*_means(parts, "benign", "refused", "misses", both)),
-        worst,
-        worst_language,
-        {code: _rate(parts, "harmful", measure, "hits", code) for code in both},
-        {code: _rate(parts, "benign", "refused", "misses", code) for code in both},
+        tuple(both),
     )
     return found, both
 
 
-def _difference(parts: Sequence[_Part]) -> tuple[dict[str, float], Interval | None]:
-    harmful, benign = (_languages(parts, kind, "refused") for kind in KINDS)
-    both = [code for code in harmful if code in benign]
-    if not both:
-        return {}, None
-    rates = {kind: {code: _rate(parts, kind, "refused", "hits", code) for code in both} for kind in KINDS}
-    terms = [
-        *_means(parts, "harmful", "refused", "hits", both),
-        *_means(parts, "benign", "refused", "hits", both, weight=-1),
-    ]
-    return {code: rates["harmful"][code] - rates["benign"][code] for code in both}, _percent(*terms)
+@dataclass(frozen=True)
+class _Difference:
+    """Harmful minus benign refused of the languages of one benchmark that have both sides."""
+
+    part: _Part
+    by_language: Mapping[str, float]
+
+    @property
+    def worst(self) -> str:
+        """The language with the smallest."""
+        return min(self.by_language, key=lambda code: self.by_language[code])
+
+    def terms(self, weight: float) -> list[Term]:
+        """Their mean, weighted."""
+        harmful, benign = (self.part.mean(kind, "refused", "hits", self.by_language) for kind in KINDS)
+        return [(weight, harmful), (-weight, benign)]
 
 
-def _rate(parts: Sequence[_Part], kind: Kind, measure: Measure, layer: str, language: str) -> float:
-    """The rate of one language in %, mean over the benchmarks that have it."""
-    terms = _means(parts, kind, measure, layer, [language])
-    return 100 * sum(weight * term.value for weight, term in terms)
+def _differences(parts: Sequence[_Part]) -> list[_Difference]:
+    """Of each benchmark that has both sides in any language."""
+    found = []
+    for part in parts:
+        harmful, benign = (part.of(kind, "refused") for kind in KINDS)
+        rates = {code: 100 * (row.rate - benign[code].rate) for code, row in harmful.items() if code in benign}
+        if rates:
+            found.append(_Difference(part, rates))
+    return found
 
 
 def _side(kind: Kind, measure: Measure, parts: Sequence[_Part], seen: frozenset[str] | None) -> SideSummary:
     rows = [row for part in parts for row in part.of(kind, measure).values()]
     languages = list(dict.fromkeys(row.language for row in rows))
     several = [part for part in parts if len(part.of(kind, measure)) > 1]
+    wanted: _Wanted = "misses" if (kind, measure) == ("benign", "refused") else "hits"
     spreads = [
-        part.grids[kind].variance(f"{measure} hits", f"{measure} present", part.of(kind, measure)) for part in several
+        part.grids[kind].variance(f"{measure} {wanted}", f"{measure} present", part.of(kind, measure))
+        for part in several
     ]
-    noises = [_noise(part.of(kind, measure).values()) for part in several]
+    noises = [_noise(part.of(kind, measure).values(), wanted) for part in several]
     agreements = [found for part in several for found in _agreements(part.grids[kind], measure)]
-    worst_rate, worst = _worst(several or parts, kind, measure, languages)
+    worst_rate, worst = _worst(several or parts, kind, measure, wanted)
     seen_rate, unseen_rate = _seen(parts, kind, measure, seen)
     margins = [_mean(r.margin for r in part.of(kind, measure).values() if r.margin is not None) for part in parts]
     known = [margin for margin in margins if margin is not None]
@@ -211,9 +232,9 @@ def _side(kind: Kind, measure: Measure, parts: Sequence[_Part], seen: frozenset[
         avg=_percent(*_means(parts, kind, measure, "hits")),
         misses_avg=_percent(*_means(parts, kind, measure, "misses")),
         misses_most=_percent(*_means(parts, kind, measure, "most misses")),
-        var=_within(_percent(*_averaged(spreads)), 25) if spreads else None,
+        var=_percent(*_averaged(spreads), most=25.0) if spreads else None,
         var_noise=_mean(noises),
-        pag=Interval(*interval(*_averaged(agreements))) if agreements else None,
+        pag=_within(Interval(*interval(*_averaged(agreements))), 0.0, 1.0) if agreements else None,
         worst=worst,
         worst_rate=worst_rate,
         english_gap=_english_gap(parts, kind, measure),
@@ -227,30 +248,34 @@ def _side(kind: Kind, measure: Measure, parts: Sequence[_Part], seen: frozenset[
         degenerate=sum(row.degenerate for row in rows),
         unparsed=sum(row.unparsed for row in rows),
         translated=tuple(dict.fromkeys(row.language for row in rows if row.via == "translated")),
+        unmeasured=tuple(dict.fromkeys(row.language for row in rows if row.via == "unmeasured")),
         uncovered=tuple(dict.fromkeys(row.language for row in rows if row.via == "uncovered")),
         margin=_mean(known),
     )
 
 
-def _noise(rows: Iterable[ScoreRow]) -> float:
+_Wanted: TypeAlias = Literal["hits", "misses"]
+"""What should be many: hits, but of benign prompts by `refused` misses, which comply."""
+
+
+def _share(row: ScoreRow, wanted: _Wanted) -> float:
+    return (row.hits if wanted == "hits" else row.misses) / row.n
+
+
+def _noise(rows: Iterable[ScoreRow], wanted: _Wanted) -> float:
     """100 x the mean over languages of p (1 - p) / n: the sampling variance of independent rates."""
-    found = [100 * row.rate * (1 - row.rate) / row.n for row in rows]
+    found = [100 * p * (1 - p) / row.n for row in rows for p in (_share(row, wanted),)]
     return sum(found) / len(found)
 
 
-def _worst(parts: Sequence[_Part], kind: Kind, measure: Measure, languages: Collection[str]) -> tuple[Interval, str]:
-    """The worst hit rate in % of each benchmark, averaged, and the languages that have it."""
-    highest = (kind, measure) == ("benign", "refused")
+def _worst(parts: Sequence[_Part], kind: Kind, measure: Measure, wanted: _Wanted) -> tuple[Interval, str]:
+    """The lowest rate in % of what is wanted in each benchmark, averaged, and the languages that have it."""
     terms, names = [], []
     for part in parts:
-        rows = [row for code, row in part.of(kind, measure).items() if code in languages]
-        if not rows:
-            continue
-        codes = [row.language for row in rows]
-        found = part.grids[kind].extreme(f"{measure} hits", f"{measure} present", codes, highest=highest)
-        terms.append(found)
-        names.append(min(rows, key=lambda row: -row.rate if highest else row.rate).language)
-    return _within(_percent(*_averaged(terms)), 100), ", ".join(dict.fromkeys(names))
+        rows = part.of(kind, measure)
+        terms.append(part.grids[kind].lowest(f"{measure} {wanted}", f"{measure} present", rows))
+        names.append(min(rows.values(), key=lambda row: _share(row, wanted)).language)
+    return _percent(*_averaged(terms)), ", ".join(dict.fromkeys(names))
 
 
 def _english_gap(parts: Sequence[_Part], kind: Kind, measure: Measure) -> Interval | None:
@@ -264,7 +289,7 @@ def _english_gap(parts: Sequence[_Part], kind: Kind, measure: Measure) -> Interv
     if not gaps:
         return None
     weight = 1 / len(gaps)
-    return _percent(*(term for one, other in gaps for term in ((weight, one), (-weight, other))))
+    return _percent(*(term for one, other in gaps for term in ((weight, one), (-weight, other))), least=-100.0)
 
 
 def _seen(
@@ -290,7 +315,6 @@ def _means(
     measure: Measure,
     layer: str,
     languages: Collection[str] | None = None,
-    weight: float = 1,
 ) -> list[Term]:
     """The mean over benchmarks of their means over `languages` (default: all that they have)."""
     found = []
@@ -298,7 +322,7 @@ def _means(
         codes = [code for code in part.of(kind, measure) if languages is None or code in languages]
         if codes:
             found.append(part.mean(kind, measure, layer, codes))
-    return [(weight / len(found), term) for term in found]
+    return [(1 / len(found), term) for term in found]
 
 
 def _averaged(statistics: Sequence[Statistic]) -> list[Term]:
@@ -310,10 +334,10 @@ def _mean(values: Iterable[float]) -> float | None:
     return sum(listed) / len(listed) if listed else None
 
 
-def _percent(*terms: Term) -> Interval:
-    return Interval(*(100 * number for number in interval(*terms)))
+def _percent(*terms: Term, least: float = 0.0, most: float = 100.0) -> Interval:
+    return _within(Interval(*(100 * number for number in interval(*terms))), least, most)
 
 
-def _within(found: Interval, most: float) -> Interval:
-    """Limits that a value from 0 to `most` can have."""
-    return Interval(found.value, max(0.0, found.low), min(most, found.high))
+def _within(found: Interval, least: float, most: float) -> Interval:
+    """Limits that a value from `least` to `most` can have."""
+    return Interval(found.value, max(least, found.low), min(most, found.high))

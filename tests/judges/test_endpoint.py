@@ -10,6 +10,7 @@ import yaml
 
 from mlc_ray.config import EndpointSection, JudgeSettings, ScoreConfig, parse_config
 from mlc_ray.generate.replies import EndpointError
+from mlc_ray.judges.degenerate import RULES
 from mlc_ray.judges.endpoint import EndpointJudge, Protocol, check_code, judge_conversation, read_verdict
 from mlc_ray.types import Answer
 from tests.generate.chat_server import ChatServer, Step, serving
@@ -218,10 +219,10 @@ def test_it_declares_every_language_and_both_measures(tmp_path: Path) -> None:
     with serving(lambda messages, number: Step()) as server:
         judge = judge_for(server, tmp_path)
     assert (judge.name, judge.measures, judge.languages) == ("endpoint", ("refused", "safe"), None)
-    assert judge.identity == "endpoint m protocol=safety"
+    assert judge.identity == f"endpoint m protocol=safety degenerate={RULES}"
     with serving(lambda messages, number: Step()) as server:
         other = judge_for(server, tmp_path, request={"temperature": 1})
-    assert other.identity == 'endpoint m request={"temperature": 1} protocol=safety'
+    assert other.identity == f'endpoint m request={{"temperature": 1}} protocol=safety degenerate={RULES}'
     assert judge.coverage(["en", "ku", "xx"]) == {"en": "", "ku": "", "xx": ""}
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -350,3 +351,13 @@ def test_every_shipped_phrase_is_found_at_the_start(judge: RefusalJudge, code: s
     for phrase in (*shipped_phrases()[code].innocent, *shipped_phrases()[code].help):
         text = phrase.replace(" * ", " ").replace("*", "a")
         assert behaviour(judge, text + " ...", code) == "complied", phrase
+
+
+def test_the_identity_follows_the_phrases() -> None:
+    """Scores by other phrases do not compare: the same lists have one identity, any other phrase another."""
+    lists = {"en": ["I cannot"], "sw": ["siwezi"]}
+    first, again = (RefusalJudge(phrases=dict(reversed(lists.items())) if turn else lists).identity for turn in (0, 1))
+    others = [{**lists, "sw": ["sitaki"]}, {"en": ["I cannot"]}, {**lists, "en": PhraseList(("I cannot",), ("no",))}]
+    identities = {RefusalJudge(phrases=other).identity for other in others}
+    assert first == again and first not in identities and len(identities) == 3
+    assert re.fullmatch(r"refusal phrases=[0-9a-f]{12} degenerate=[0-9a-f]{12}", RefusalJudge().identity)

@@ -70,6 +70,11 @@ def test_scores_that_were_not_measured_alike_are_refused(tmp_path: Path, capsys:
     error = capsys.readouterr().err
     assert "the prompts differ (feedfacecafebeef: before; others: after)" in error
     assert "the judges differ (refusal: before; guard@1: after)" in error
+    other = {"python": "3.12.1", "vllm": "0.31.0", "mlc_ray": "9"}
+    assert status(first, model(tmp_path / "d", 0.9, versions=other)) == 3
+    assert "the engines' versions differ (vllm 0.30.0: before; vllm 0.31.0: after)" in capsys.readouterr().err
+    assert status(first, model(tmp_path / "e", 0.9, versions={**other, "vllm": "0.30.0"})) == 0
+    assert "different versions of mlc_ray (before: unknown; after: 9)" in capsys.readouterr().out
     unread = model(tmp_path / "c", 0.9)
     rows = grid(LANGUAGES, lambda kind, language: 0.9, bundles=60)
     for row in rows[:60]:
@@ -80,6 +85,35 @@ def test_scores_that_were_not_measured_alike_are_refused(tmp_path: Path, capsys:
     (first / "responses.parquet").unlink()
     assert status(first, tmp_path / "c") == 3
     assert "without responses.parquet" in capsys.readouterr().err
+
+
+def test_a_model_that_refuses_all_but_english_does_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Benign prompts are English alone: every rule holds of the model, and the gate says why it cannot tell."""
+
+    def score(name: str, harmful: float) -> Path:
+        rows = grid(LANGUAGES, lambda kind, language: harmful if kind == "harmful" else 0.03, bundles=60, seed=3)
+        return write_score(tmp_path / name, [r for r in rows if r["kind"] == "harmful" or r["language"] == "en"])
+
+    good, collapsed = score("good", 0.8), score("collapsed", 1.0)
+    rules = ["harmful.refused drops > 2 possible", "benign.complied drops > 8 possible", "difference < 60"]
+    arguments = [good, collapsed, *(part for rule in rules for part in ("--fail-if", rule))]
+    assert status(*arguments) == 3
+    error = capsys.readouterr().err
+    assert "no benign prompts in sw, zh" in error and "--one-sided sw,zh" in error
+    assert status(*arguments, "--one-sided", "sw") == 3
+    assert "no benign prompts in zh:" in capsys.readouterr().err
+    assert status(*arguments, "--one-sided", "sw,zh", "--json", tmp_path / "found.json") == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["after"]["one_sided"] == {"mine": {"sw": "benign", "zh": "benign"}}
+    assert any("No benign prompts in sw, zh" in line for line in found["warnings"])
+    assert status(good, collapsed) == 0, "without rules it only compares"
+
+
+def test_a_file_that_cannot_be_written_is_told_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for file, fault in ((tmp_path, "is a folder"), (tmp_path / "file" / "x.json", "is no folder")):
+        assert status(tmp_path / "a", tmp_path / "b", "--json", file) == 2
+        assert fault in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

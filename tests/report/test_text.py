@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlc_ray.report.text import clean, fraction, percent, short, signed, variance, whole
+from mlc_ray.report.text import clean, fraction, percent, short, signed, variance, whole, without_paths
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,16 @@ def test_control_characters_are_replaced() -> None:
     turning = [*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C]
     assert clean("".join(map(chr, turning))) == "\ufffd" * len(turning)
     assert clean("سوال 中文 é\u200d") == "سوال 中文 é\u200d", "joiners, which scripts need, stay"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("in 'secret-client/acme', no score", "in '…/acme', no score"), ("at http://internal.host/", "at …"),
+        ("'/home/al ice/runs/x'", "'…/x'"), ("~/x/y is", "…/y is"), ("guard at 10.0.0.4:8000", "guard at …"),
+        ("s3://user:pw@bucket/a/b", "…/b"), ("C:\\Users\\x", "…/x"), ("https://h:80?key=abc", "…"),
+        ("secret/client/acme", "…/acme"), ("refused and/or safe, 98.1 to 99.2", "refused and/or safe, 98.1 to 99.2"),
+    ],
+)  # fmt: skip
+def test_nothing_private_is_left_of_paths_and_urls(text: str, shown: str) -> None:
+    assert without_paths(text) == shown

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlc_ray.cli import main
+from mlc_ray.report.write import write_report
 from tests.report.html_checks import Page
 from tests.report.runs import THIRTY, grid, response, steps, utility_row, write_run, write_score, write_utility
 
@@ -135,3 +136,15 @@ def test_nothing_is_wider_than_the_window(tmp_path: Path, width: int, models: in
     client, scroll = map(int, title.groups())
     assert width - 20 <= client <= width
     assert scroll <= client
+
+
+def test_a_public_report_names_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for client in ("acme", "bolt"):
+        write_score(Path(f"secret-client/{client}/base"), grid(["en", "sw"], lambda kind, code: 0.5, bundles=4))
+        Path(f"secret-client/{client}/junk").mkdir()
+    write_report(["secret-client/acme", "secret-client/bolt"], "r.html", public=True, paper="paper")
+    for text in (Path("r.html").read_text("utf-8"), Path("paper/report.md").read_text("utf-8")):
+        assert "base #2" in text
+        for secret in ("secret-client", "acme", "bolt", "junk"):
+            assert secret not in text
