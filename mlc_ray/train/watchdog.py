@@ -141,7 +141,7 @@ class Watchdog:
                     os._exit(1)  # the training thread is stuck in a call that no exception reaches
 
     def _tell(self, silent: float) -> None:
-        name = f"hang-step-{self.step:06d}-rank-{self.rank:05d}"
+        name = f"hang-{self.lease[:8]}-step-{self.step:06d}-rank-{self.rank:05d}"
         stacks = self.folder / f"{name}.txt"
         hang = Hang(
             self.lease, self.rank, socket.gethostname(), self.step, self.doing, silent, str(stacks), time.time()
