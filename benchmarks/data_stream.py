@@ -17,7 +17,6 @@ import json
 import multiprocessing
 import os
 import random
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +37,7 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
-from mlc_ray.storage import user_cache
+from mlc_ray.storage import scratch_folder, user_cache
 
 LANGUAGES = 10
 PROMPT_WORDS, ANSWER_WORDS = (8, 20), (20, 50)
@@ -182,9 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     limits = {"num_cpus": options.cpus, "object_store_memory": STORE_BYTES}
     ray.init("local", **limits, include_dashboard=False, log_to_driver=False)
     results = []
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-data-") as folder:
+    with scratch_folder() as folder:
         for number in options.bundles:
-            results.append(measure(number, model, Path(folder)))
+            results.append(measure(number, model, folder))
             text = (
                 "{bundles:>9} bundles, {tokens} tokens in {shards} shards: {seconds:.0f} s, {cpu_seconds:.0f} CPU s, "
             )

@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +28,7 @@ from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
-from mlc_ray.storage import Place, user_cache
+from mlc_ray.storage import Place, scratch_folder, user_cache
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.model import load_policy
 from mlc_ray.train.reference import ReferenceModel, ReferenceOutput
@@ -135,8 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the figures to this JSON file")
     options = parser.parse_args(arguments)
     options.model = options.model or str(prepare_smollm2(user_cache() / "models" / MODEL_NAME))
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-reference-") as folder:
-        result = measure(options, Path(folder))
+    with scratch_folder() as folder:
+        result = measure(options, folder)
     text = "{bundles} bundles: the pass took {pass_seconds:.2f} s, after {start_seconds:.1f} s to start and before "
     text += (
         "{end_seconds:.1f} s to end; a bare loop {bare_seconds[0]:.2f} and {bare_seconds[1]:.2f} s: {speed:.0%} of it"

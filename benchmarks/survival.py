@@ -75,7 +75,7 @@ def left_behind(scene: Scene, run: Run) -> list[str]:
     found = [str(path) for path in files if path.name != kept and any(part[0] == "." for part in path.parts)]
     found += [str(path) for path in run.checkpoints() if path not in run.checkpoints(whole=True)]
     found += [name for name in (LEASE_FILE, STOP_FILE) if (run.folder / name).is_file()]
-    found += [str(path) for path in scene.temporary.iterdir() if path.name.startswith("mlc_ray")]
+    found += [str(path) for path in scene.temporary.iterdir() if "mlc_ray" in path.name]
 
     def held() -> list[str]:
         groups = [each for each in ray.util.placement_group_table().values() if each["state"] != "REMOVED"]

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import socket
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median, quantiles
@@ -33,7 +32,7 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.runs import read_metrics
-from mlc_ray.storage import user_cache
+from mlc_ray.storage import scratch_folder, user_cache
 from mlc_ray.train import worker
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.planning import order_of
@@ -137,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.model = options.model or str(prepare_smollm2(user_cache() / "models" / MODEL_NAME))
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))  # for Ray's workers
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-overhead-") as folder:
-        result = measure(options, Path(folder))
+    with scratch_folder() as folder:
+        result = measure(options, folder)
     first, third = result["quartiles_of_ratio"][0], result["quartiles_of_ratio"][2]
     medians = ", ".join(f"{me} {value:.4f} s" for me, value in result["median_seconds"].items())
     print(f"{len(result['ratios'])} pairs of steps: median {medians}")

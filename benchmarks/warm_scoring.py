@@ -14,7 +14,6 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -29,7 +28,7 @@ from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.score.plan import places
 from mlc_ray.score.prompts import read_prompts
 from mlc_ray.score.scorer import WarmScorer, start_scorer
-from mlc_ray.storage import user_cache
+from mlc_ray.storage import scratch_folder, user_cache
 
 
 def main() -> int:
@@ -53,9 +52,9 @@ def main() -> int:
     )
     connect("local")
     check_fits("engine and judge", places(scoring, "gpu" if use_gpu("auto") else "cpu"))
-    with tempfile.TemporaryDirectory(prefix="mlc_ray-warm-") as scratch:
-        other = noisy_copy(model, Path(scratch) / "other")
-        figures, alike = measure(model, other, scoring, arguments.rounds, Path(scratch))
+    with scratch_folder() as scratch:
+        other = noisy_copy(model, scratch / "other")
+        figures, alike = measure(model, other, scoring, arguments.rounds, scratch)
     print(table(figures))
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

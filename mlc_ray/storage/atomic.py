@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 import tempfile
 import time
 import uuid
@@ -15,7 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_SCRATCH = "mlc_ray-"
+_SCRATCH = f".mlc_ray-scratch-{socket.gethostname()}-{os.getuid()}"
+"""A name that nobody gives: such folders of killed processes are removed. A lock of another host may not be seen."""
 _UNLOCKED_SECONDS = 30.0
 """Longer than any process takes from making a scratch folder to locking it."""
 
@@ -94,22 +96,25 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 def scratch_folder() -> Iterator[Path]:
     """Yield an empty folder for temporary files of this machine, removed when the block ends.
 
-    Those that killed processes left are removed at the next call: whoever uses one holds a lock on it, which ends with
-    its process.
+    Those that killed processes of this user and host left are removed at the next call: whoever uses one holds a lock
+    on it, which ends with its process. Where the file system has no locks (some NFS and Lustre), none is removed.
     """
-    _remove_abandoned(Path(tempfile.gettempdir()))
-    with tempfile.TemporaryDirectory(prefix=_SCRATCH) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}-") as folder:
         held = os.open(folder, os.O_RDONLY)
         try:
-            fcntl.flock(held, fcntl.LOCK_EX)
+            with suppress(OSError):
+                fcntl.flock(held, fcntl.LOCK_EX)
+                _remove_abandoned(Path(folder).parent)
             yield Path(folder)
         finally:
             os.close(held)
 
 
 def _remove_abandoned(folder: Path) -> None:
-    for path in folder.glob(f"{_SCRATCH}*"):
-        with suppress(OSError):  # gone by now, or another user's, or in use
+    for path in folder.iterdir():
+        if path.name.rpartition("-")[0] != _SCRATCH:
+            continue
+        with suppress(OSError):  # gone by now, or in use
             if time.time() - path.stat().st_mtime < _UNLOCKED_SECONDS:
                 continue
             held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

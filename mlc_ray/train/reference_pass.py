@@ -7,6 +7,7 @@ forwards: an engine may have to gather the model's parameters in each of them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.storage import Place, fetched_bytes, local_model
 from mlc_ray.train.collectives import from_rank_zero, gather_objects, rank_and_workers
 from mlc_ray.train.entry import ReferenceSpec
+from mlc_ray.train.file_writer import with_retries
 from mlc_ray.train.planning import tokens_per_forward
 from mlc_ray.train.reference import Reference, asked_of_reference
 from mlc_ray.train.reference_shards import (
@@ -124,13 +126,15 @@ class Asking:
             for index, (number, part) in enumerate(zip(numbers, np.split(said, ends), strict=True)):
                 if index % workers == rank:
                     beat(f"writing shard {number} of what the reference says")
-                    written[number] = write_shard(folder, number, part)
+                    write = functools.partial(write_shard, folder, number, part)
+                    written[number] = with_retries(f"writing shard {number} into {folder}", write)
         beat("completing what the reference says, with all workers")
         for each in gather_objects(written):
             shards.update(each)
         if rank == 0:
             files = dict(shards[number] for number in sorted(shards))
-            finish_reference(folder, files, fingerprint=key, tokens=tokens.fingerprint, bundles=len(tokens))
+            facts = {"fingerprint": key, "tokens": tokens.fingerprint, "bundles": len(tokens)}
+            with_retries(f"completing {folder}", lambda: finish_reference(folder, files, **facts))
 
     def ask(self, tokens: TokenArtifact, rows: Ints, beat: Callable[[str], None]) -> np.ndarray:
         """What the reference says of N rows: an array [N] of `records`, the same on every worker, which all call it.
@@ -196,7 +200,7 @@ def _whole_shards(folder: Place, beat: Callable[[str], None]) -> dict[int, tuple
     whole = list[str]()
     for name in names[rank::workers]:
         beat(f"verifying the checksum of {name}")
-        if is_whole(folder / name):
+        if with_retries(f"reading {folder / name}", functools.partial(is_whole, folder / name)):
             whole.append(name)
         else:
             logger.warning("%s is damaged; the reference is asked again about its bundles", folder / name)

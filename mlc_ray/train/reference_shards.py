@@ -9,6 +9,7 @@ write the same artefact, whose numbers may differ by rounding, none changes a fi
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,9 @@ FORMAT = 2
 SHARD_BUNDLES = 512
 """Bundles of a shard, which is what a pass loses when it dies: 3 minutes of a CPU that reads 3 bundles a second."""
 MOST_SHARDS = 4096
-"""Shards are larger where there would be more: each process maps a file of each, and may map 65,530 in all (Linux)."""
+"""Shards are larger where there would be more: each is a file, and a line of the manifest."""
+OPEN_SHARDS = 128
+"""Shards that are mapped at a time: each holds a file descriptor, of which a process may have 1,024 in all."""
 
 _NAME = re.compile(r"shard-(\d{5})-([0-9a-f]{32})\.npy")
 
@@ -91,18 +94,19 @@ def finish_reference(folder: Place, shards: Mapping[str, int], **fields: Any) ->
 class StoredReference:
     """What the reference says of all rows of a token artefact; get one from `load_reference`.
 
-    The shards are mapped, so that all processes of a node share them through the page cache.
+    Shards are mapped when they are read, the last `OPEN_SHARDS` of them at a time; all processes of a node share them
+    through the page cache.
     """
 
     def __init__(self, shards: Sequence[Path], each: int) -> None:
-        self._shards = [np.load(path, mmap_mode="r") for path in shards]
-        self._each = each
+        self._shards, self._each = shards, each
+        self._mapped = functools.lru_cache(OPEN_SHARDS)(functools.partial(np.load, mmap_mode="r"))
 
     def take(self, rows: Sequence[int]) -> ReferenceRows:
         """What it says of some rows, in memory."""
-        found = np.empty(len(rows), dtype=self._shards[0].dtype)
+        found = np.empty(len(rows), dtype=self._mapped(self._shards[0]).dtype)
         for position, row in enumerate(rows):
-            found[position] = self._shards[row // self._each][row % self._each]
+            found[position] = self._mapped(self._shards[row // self._each])[row % self._each]
         return ReferenceRows(**{name: np.ascontiguousarray(found[name]) for name in found.dtype.names or ()})
 
 

@@ -83,13 +83,16 @@ class EventFiles:
         self._writer: SummaryWriter | None = None
         self._shown_until = after + 1 if after else 0
         self._steps: list[tuple[int, Mapping[str, float]]] = []  # which may not be on the disk
+        self._is_refused = False
         self._lock = threading.Lock()
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write a step's numbers, now or later; a warning says where it is later."""
         with self._lock:
             self._steps.append((step, metrics))
-            self._try(self._steps[-1:], flush=len(self._steps) >= _FLUSHED_EVERY)
+            # After a refusal, each try makes a file: only every so many steps, and at `sync`.
+            if not self._is_refused or len(self._steps) % _FLUSHED_EVERY == 0:
+                self._try(self._steps[-1:], flush=len(self._steps) >= _FLUSHED_EVERY)
 
     def sync(self) -> None:
         """Have what was added on the disk; a warning says where it does not take it."""
@@ -114,8 +117,11 @@ class EventFiles:
             if flush:
                 self._writer.flush()
                 self._steps.clear()
+                self._is_refused = False
         except OSError as error:  # its thread has ended by it, and so nothing more can be written by this writer
-            logger.warning("%s: steps from %d on are written later: %s", self.folder, self._steps[0][0], error)
+            if not self._is_refused:
+                logger.warning("%s: steps from %d on are written later: %s", self.folder, self._steps[0][0], error)
+            self._is_refused = True
             self._shown_until = self._steps[0][0]
             self._give_up()
 

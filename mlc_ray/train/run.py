@@ -211,11 +211,7 @@ def _fit(
                 f"go on: {to_go_on}",
                 step=preempted.step,
             ) from error
-        try:
-            hung = hang_error(run_folder, spec.lease, what=f"run {str(run_folder)!r}", to_go_on=to_go_on)
-        except OSError as fault:
-            logger.warning("whether a worker hung could not be read: %s", fault)
-            raise error from None
+        hung = hang_error(run_folder, spec.lease, what=f"run {str(run_folder)!r}", to_go_on=to_go_on)
         if hung is not None:
             raise hung from error
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from mlc_ray.config import SourceSection, TrainConfig, apply_override, parse_config, parse_yaml
+from mlc_ray.data.hub import HubName
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import (
@@ -103,13 +104,17 @@ def with_sources(config: TrainConfig, change: Callable[[Sequence[SourceSection]]
 
 
 def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
-    """`config` whose names of the hub without a revision have the commits that the run in `folder` was started with."""
+    """`config` whose names of the hub without a revision have the commits that `folder`'s run has at their place."""
     data = load_run_config(folder).data
-    before = [*data.train, *(data.validation.sources if data.validation is not None else ())]
-    commits = {source.path.rpartition("#")[0]: source.path for source in before}
+    stored = iter([data.train, data.validation.sources if data.validation is not None else []])
 
     def known(sources: Sequence[SourceSection]) -> list[SourceSection]:
-        return [source.model_copy(update={"path": commits.get(source.path, source.path)}) for source in sources]
+        found = list(sources)
+        for position, (source, before) in enumerate(zip(sources, next(stored), strict=False)):
+            name = HubName.parse(before.path)
+            if name is not None and name.is_pinned and str(replace(name, revision=None)) == source.path:
+                found[position] = source.model_copy(update={"path": before.path})
+        return found
 
     return with_sources(config, known)
 

@@ -141,7 +141,7 @@ class Watchdog:
                     os._exit(1)  # the training thread is stuck in a call that no exception reaches
 
     def _tell(self, silent: float) -> None:
-        name = f"hang-step-{self.step:06d}-rank-{self.rank:05d}"
+        name = f"hang-{self.lease[:8]}-step-{self.step:06d}-rank-{self.rank:05d}"
         stacks = self.folder / f"{name}.txt"
         hang = Hang(
             self.lease, self.rank, socket.gethostname(), self.step, self.doing, silent, str(stacks), time.time()
@@ -160,7 +160,8 @@ class Watchdog:
 def hang_error(run_folder: Path | Place, lease: str, *, what: str, to_go_on: str) -> HangError | None:
     """The error that tells of the last hang of a driver's workers, if it is why they have just ended.
 
-    A hang of more than 90 s ago is not: the workers were started again after it.
+    A hang of more than 90 s ago is not: the workers were started again after it. Where the storage is away, a warning
+    says that it could not be read.
 
     Args:
         run_folder: the run's.
@@ -168,11 +169,15 @@ def hang_error(run_folder: Path | Place, lease: str, *, what: str, to_go_on: str
         what: what its workers did, for the message.
         to_go_on: what to do then.
     """
-    found: list[dict[str, Any]] = [
-        file.read_json()
-        for file in (Place(run_folder) / LOGS_FOLDER).iterdir()
-        if file.name.startswith("hang-") and file.name.endswith(".json")
-    ]
+    try:
+        found: list[dict[str, Any]] = [
+            file.read_json()
+            for file in (Place(run_folder) / LOGS_FOLDER).iterdir()
+            if file.name.startswith("hang-") and file.name.endswith(".json")
+        ]
+    except OSError as fault:
+        logger.warning("whether a worker hung could not be read: %s", fault)
+        return None
     hangs = sorted((Hang(**each) for each in found if each["lease"] == lease), key=lambda hang: (hang.rank, -hang.time))
     last = max((hang.time for hang in hangs), default=0.0)
     if time.time() - last > _RECENT:

@@ -1,6 +1,8 @@
 """The reference pass: the same numbers on any workers, resumed by shard, and what runs that share a cache come to."""
 
 import json
+import os
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from mlc_ray.train.model import load_policy
 from mlc_ray.train.reference import ReferenceModel
 from mlc_ray.train.reference_cache import asked_of, prepare_references
 from mlc_ray.train.reference_pass import Asking
-from mlc_ray.train.reference_shards import load_reference, shard_files, shard_number
+from mlc_ray.train.reference_shards import StoredReference, load_reference, shard_files, shard_number, write_shard
 from mlc_ray.train.worker import frozen_reference
 from tests.train.tiny import on_workers, random_rows, tiny_config, tiny_model
 
@@ -213,6 +215,23 @@ def test_a_complete_folder_is_used_again_and_a_lost_shard_alone_is_made_again(pr
     assert f"{first.name!r} is missing; making again what is missing" in caplog.text
     assert json.loads((folder / "manifest.json").read_text())["tokens"] == "t"
     check(folder, said)
+
+
+def test_more_shards_can_be_read_than_a_process_may_have_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_shards, "OPEN_SHARDS", 8)
+    shards = 40
+    rows = np.zeros(1, dtype=[("chosen", "f8")])
+    names = []
+    for number in range(shards):
+        rows["chosen"] = number
+        names.append(write_shard(Place(tmp_path), number, rows)[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 20, hard))
+    try:
+        taken = StoredReference([tmp_path / name for name in names], 1).take(range(shards))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert taken.chosen.tolist() == list(range(shards))
 
 
 def test_what_is_needed_decides_the_key(place):

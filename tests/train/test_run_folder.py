@@ -226,6 +226,16 @@ def test_a_run_goes_on_with_the_commits_that_it_was_started_with(tmp_path):
         assert with_commits_of(tmp_path / "tiny", moved) == moved
 
 
+def test_each_source_keeps_the_commit_of_its_own_place(tmp_path):
+    def at(*names):
+        return tiny_config(output_dir=str(tmp_path), data={"train": [{"path": name} for name in names]})
+
+    first, second = ("owner/name#" + digit * 40 for digit in "ab")
+    with claimed(find_run_folder(at("x"), None)[0], at(first, second, "data/rows#1")):
+        known = with_commits_of(tmp_path / "tiny", at("owner/name", "owner/name#v1", "data/rows"))
+        assert known == at(first, "owner/name#v1", "data/rows")
+
+
 @pytest.mark.parametrize("name", MAY_CHANGE)
 def test_what_decides_no_step_may_change_and_the_folder_says_so(name, started, tmp_path):
     before, known = load_run_config(started), run_id(started)

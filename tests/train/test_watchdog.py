@@ -66,14 +66,14 @@ def test_a_hang_ends_the_process_and_the_driver_says_where_each_worker_was(tmp_p
     ):
         assert part in said
     assert "rank 2" not in said
-    stacks = (tmp_path / "logs/hang-step-000006-rank-00001.txt").read_text()
+    stacks = (tmp_path / "logs/hang-mine-step-000006-rank-00001.txt").read_text()
     assert "stuck_in_a_collective" in stacks and "watchdog" in stacks
-    older = json.loads((tmp_path / "logs/hang-step-000006-rank-00000.json").read_text())
-    (tmp_path / "logs/hang-step-000002-rank-00000.json").write_text(json.dumps({**older, "step": 2, "time": 0.0}))
+    older = json.loads((tmp_path / "logs/hang-mine-step-000006-rank-00000.json").read_text())
+    (tmp_path / "logs/hang-mine-step-000002-rank-00000.json").write_text(json.dumps({**older, "step": 2, "time": 0.0}))
     assert "after step 2" not in str(told(tmp_path))  # the workers were started again after that one
     for rank in (0, 1):  # and they were after these, long ago: whatever ended the run now is something else
         old = json.dumps({**older, "time": time.time() - 3600})
-        (tmp_path / f"logs/hang-step-000006-rank-{rank:05d}.json").write_text(old)
+        (tmp_path / f"logs/hang-mine-step-000006-rank-{rank:05d}.json").write_text(old)
     assert told(tmp_path) is None
 
 
@@ -84,7 +84,7 @@ def test_where_a_worker_of_a_run_elsewhere_was_is_said_and_it_ends_though_that_s
     assert told(run) is None
     assert hang(run, "mine", 0).returncode == 1
     assert "mlc-ray train --resume vault://team/run" in str(told(run))
-    assert "stuck_in_a_collective" in (run / "logs" / "hang-step-000006-rank-00000.txt").read_text()
+    assert "stuck_in_a_collective" in (run / "logs" / "hang-mine-step-000006-rank-00000.txt").read_text()
 
 
 def test_files_of_a_checkpoint_that_grow_or_disappear_are_progress(tmp_path, monkeypatch):
