@@ -141,14 +141,6 @@ class TranslateSection(Section):
     )
     engine: TranslateEngineSection = Field(TranslateEngineSection(), description="vLLM engines of `model`.")
 
-    @property
-    def longest(self) -> int:
-        """The longest translation in tokens, its markers included."""
-        if self.endpoint is not None:
-            return self.endpoint.max_reply_tokens
-        assert self.max_new_tokens is not None, "decided by now (for_texts_of)"
-        return self.max_new_tokens
-
     def for_texts_of(self, tokens: int) -> TranslateSection:
         """The settings with the longest translation decided, where they do not say it, by texts of so many tokens."""
         longest = max(tokens + TRANSLATION_MARKERS, 512)

@@ -99,7 +99,7 @@ class ModelTranslator:
     def __init__(self, settings: TranslateSection, device: Device):
         if settings.model is None:
             raise TranslateError("judge.translate has no model: set the folder or hub name of a chat model")
-        self._limit = settings.longest
+        self._limit = longest_translation(settings)
         self._generator = Generator(
             resolve_model(settings.model), settings.engine, max_new_tokens=self._limit, device=device
         )
@@ -134,6 +134,14 @@ def make_translator(settings: TranslateSection, device: Device, cache_dir: Path)
     return ModelTranslator(settings, device)
 
 
+def longest_translation(settings: TranslateSection) -> int:
+    """The longest translation in tokens, its markers included."""
+    if settings.endpoint is not None:
+        return settings.endpoint.max_reply_tokens
+    assert settings.max_new_tokens is not None, "decided by now (TranslateSection.for_texts_of)"
+    return settings.max_new_tokens
+
+
 def check_translator(settings: TranslateSection, cache_dir: Path) -> None:
     """Check what can be known to be wrong with a translator before an engine starts.
 
@@ -143,7 +151,7 @@ def check_translator(settings: TranslateSection, cache_dir: Path) -> None:
     if settings.endpoint is not None:
         EndpointTranslator(settings, cache_dir).close()
     elif settings.model is not None:
-        check_lengths(resolve_model(settings.model), settings.engine, settings.longest)
+        check_lengths(resolve_model(settings.model), settings.engine, longest_translation(settings))
 
 
 def check_translations(
@@ -167,11 +175,12 @@ def check_translations(
     if not prompts:
         return
     name = "max_new_tokens" if settings.endpoint is None else "endpoint.max_reply_tokens"
-    if settings.longest < max_new_tokens:
+    longest = longest_translation(settings)
+    if longest < max_new_tokens:
         raise TranslateError(
-            f"judge.translate.{name}={settings.longest} is less than the max_new_tokens={max_new_tokens} that a "
+            f"judge.translate.{name}={longest} is less than the max_new_tokens={max_new_tokens} that a "
             f"response may have, so that its translation would be cut off; set judge.translate.{name}="
-            f"{max_new_tokens + TRANSLATION_MARKERS}, or max_new_tokens={settings.longest} or less"
+            f"{max_new_tokens + TRANSLATION_MARKERS}, or max_new_tokens={longest} or less"
         )
     if settings.model is None:
         return  # nothing says how long the endpoint's window is
@@ -186,11 +195,11 @@ def check_translations(
         ratio = max(1.0, sum(mine for mine, _ in counts) / max(1, sum(other for _, other in counts)))
         text = max(math.ceil(ratio * max_new_tokens), max((mine for mine, _ in counts), default=0))
         instruction = _length(own, translation_request("", language)) + _TEMPLATE
-        if (needed := instruction + text + settings.longest) > (window := settings.engine.max_model_len):
+        if (needed := instruction + text + longest) > (window := settings.engine.max_model_len):
             raise TranslateError(
                 f"judge.translate.engine.max_model_len is {window}, and translating from {language!r} may take "
                 f"{needed} tokens: {instruction} for the instruction, {text} for the longest text and "
-                f"{settings.longest} for its translation; set judge.translate.engine.max_model_len={needed}, or a "
+                f"{longest} for its translation; set judge.translate.engine.max_model_len={needed}, or a "
                 "smaller max_new_tokens"
             )
 

@@ -45,6 +45,7 @@ from mlc_ray.train.run_folder import (
     TrainResult,
     changed_settings,
     claimed,
+    commits_of,
     ended,
     find_run_folder,
     record_start,
@@ -127,13 +128,14 @@ def train(
         config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it, or ended it
         if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
             return _said_to_have_ended(result)
-        config = with_sources(_with_dtype(config, gpu=gpu), pinned)
+        given = _with_dtype(config, gpu=gpu)
+        config = with_sources(given, pinned)
         with claimed(run_folder, config) if is_new else contextlib.nullcontext():
             data = prepare_data(config, cache_dir=artifact_cache(run_folder.parent), layer=layer, gpu=gpu)
             steps = _total_steps(config, data.tokens)
             _announce(config, data.tokens, steps, gpu=gpu)
         LeaseGuard(run_folder, held).check(now=True)  # preparing data may have taken hours
-        record_start(run_folder, config, data.fingerprints, data.tokens, steps)
+        record_start(run_folder, config, data.fingerprints, data.tokens, steps, commits_of(given, config))
         spec = WorkerSpec(
             config=config.model_dump(mode="json", exclude_unset=True),
             run_folder=run_folder,

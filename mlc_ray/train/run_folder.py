@@ -31,6 +31,9 @@ from mlc_ray.train.file_writer import with_retries
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.settings import Change, changes, refuse_fixed, refuse_other_content
 
+_COMMITS = "commits"
+"""Of run.json: what names of the hub, as they were given, stood for when the run began."""
+
 
 class RunError(MlcRayError):
     """A run cannot start or go on; the message quotes the folder and names the fix."""
@@ -104,12 +107,14 @@ def with_sources(config: TrainConfig, change: Callable[[Sequence[SourceSection]]
 
 
 def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
-    """`config` whose names of the hub without a revision have the commits that `folder`'s run has at their place."""
+    """`config` whose names of the hub have the commits that they stood for when the run in `folder` began."""
+    commits = _facts(Place(folder)).get(_COMMITS, {})
     data = load_run_config(folder).data
     stored = iter([data.train, data.validation.sources if data.validation is not None else []])
 
     def known(sources: Sequence[SourceSection]) -> list[SourceSection]:
-        found = list(sources)
+        found = [source.model_copy(update={"path": commits.get(source.path, source.path)}) for source in sources]
+        # A run that died while it prepared its data has no such record yet, but the commits at their places.
         for position, (source, before) in enumerate(zip(sources, next(stored), strict=False)):
             name = HubName.parse(before.path)
             if name is not None and name.is_pinned and str(replace(name, revision=None)) == source.path:
@@ -117,6 +122,20 @@ def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
         return found
 
     return with_sources(config, known)
+
+
+def commits_of(given: TrainConfig, pinned: TrainConfig) -> dict[str, str]:
+    """What each name of the hub in `given` stands for in `pinned`."""
+    named: list[str] = []
+
+    def note(sources: Sequence[SourceSection]) -> list[SourceSection]:
+        named.extend(source.path for source in sources)
+        return list(sources)
+
+    with_sources(given, note)
+    with_sources(pinned, note)
+    half = len(named) // 2
+    return {name: commit for name, commit in zip(named[:half], named[half:], strict=True) if name != commit}
 
 
 def changed_settings(folder: Place, config: TrainConfig) -> list[Change]:
@@ -191,7 +210,12 @@ def claimed(folder: Place, config: TrainConfig) -> Iterator[None]:
 
 
 def record_start(
-    folder: Place, config: TrainConfig, fingerprints: Mapping[str, str], tokens: TokenArtifact, steps: int
+    folder: Place,
+    config: TrainConfig,
+    fingerprints: Mapping[str, str],
+    tokens: TokenArtifact,
+    steps: int,
+    commits: Mapping[str, str] | None = None,
 ) -> None:
     """Write what a run starts or goes on with into config.yaml and run.json, and there too what changed since before.
 
@@ -201,6 +225,7 @@ def record_start(
         fingerprints: of the model and the bundles.
         tokens: the bundles as tokens.
         steps: optimizer steps of the whole run.
+        commits: what names of the hub that were given stand for, as of `commits_of`.
 
     Raises:
         SettingsChangedError: A setting or a content differs that must not; nothing is written then.
@@ -219,6 +244,7 @@ def record_start(
             "fingerprints": dict(fingerprints),
             "bundles": len(tokens),
             "languages": list(tokens.languages),
+            _COMMITS: {**facts.get(_COMMITS, {}), **(commits or {})},
             "chat": config.chat.model_dump(mode="json"),
             "total_steps": steps,
             "versions": library_versions(),

@@ -17,7 +17,7 @@ import pytest
 from mlc_ray._registry import resolve
 from mlc_ray.config import ScoringSection
 from mlc_ray.generate.engine import Engine, EngineError, Generation
-from mlc_ray.generate.translate import TranslateError
+from mlc_ray.generate.translate import TranslateError, longest_translation
 from mlc_ray.judges.base import JudgeError, Policy, make_reader
 from mlc_ray.judges.guards.base import Guard
 from mlc_ray.judges.guards.llama_guard import LlamaGuard
@@ -394,9 +394,9 @@ def test_a_translator_must_hold_what_the_policy_may_write(tokenizers: dict[str, 
         )
         return make_reader(with_longest_answer(scoring).judge).fitted({"de": ["Wie geht es dir?"]}, policy)
 
-    assert fitted(model=folder).translator.longest > 1024
+    assert longest_translation(fitted(model=folder).translator) > 1024
     endpoint = {"base_url": "http://translator/v1", "model": "m"}
-    assert fitted(endpoint=endpoint).translator.longest > 1024
+    assert longest_translation(fitted(endpoint=endpoint).translator) > 1024
     with pytest.raises(TranslateError, match=r"endpoint\.max_reply_tokens=256 is less than the max_new_tokens=1024"):
         fitted(endpoint={**endpoint, "max_reply_tokens": 256})
     with pytest.raises(TranslateError, match=r"translate\.max_new_tokens=512 is less.*max_new_tokens=1088, or"):

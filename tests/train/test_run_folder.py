@@ -26,6 +26,7 @@ from mlc_ray.train.run_folder import (
     TrainResult,
     changed_settings,
     claimed,
+    commits_of,
     find_run_folder,
     load_run_config,
     record_start,
@@ -234,6 +235,19 @@ def test_each_source_keeps_the_commit_of_its_own_place(tmp_path):
     with claimed(find_run_folder(at("x"), None)[0], at(first, second, "data/rows#1")):
         known = with_commits_of(tmp_path / "tiny", at("owner/name", "owner/name#v1", "data/rows"))
         assert known == at(first, "owner/name#v1", "data/rows")
+
+
+def test_a_branch_keeps_the_commit_that_it_had_when_the_run_began(tmp_path):
+    def at(name):
+        return tiny_config(output_dir=str(tmp_path), data={"train": [{"path": name}]})
+
+    given, started = at("owner/name#main"), at("owner/name#" + "a" * 40)
+    assert commits_of(given, started) == {"owner/name#main": "owner/name#" + "a" * 40}
+    with claimed(find_run_folder(started, None)[0], started):
+        record_start(Place(tmp_path / "tiny"), started, CONTENT, Tokens("abc"), 8, commits_of(given, started))
+        record_start(Place(tmp_path / "tiny"), started, CONTENT, Tokens("abc"), 8, {})  # it went on
+        assert with_commits_of(tmp_path / "tiny", given) == started
+        assert with_commits_of(tmp_path / "tiny", at("owner/name#v1")) == at("owner/name#v1")
 
 
 @pytest.mark.parametrize("name", MAY_CHANGE)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlc_ray.generate.translate import longest_translation
 from mlc_ray.judges.base import JudgeError, Policy
 from mlc_ray.judges.guards.slots import EscapeError
 from mlc_ray.runs import longest_context, resolve_model
@@ -89,7 +90,7 @@ def needed_for(guard: Guard, answers: Iterable[Answer]) -> int:
     longest = 0
     for language, texts in by_language.items():
         if ways[language] == "translated" and translate is not None:
-            longest = max(longest, len(guard.asked[0].fill("", "").ids) + 2 * translate.longest)
+            longest = max(longest, len(guard.asked[0].fill("", "").ids) + 2 * longest_translation(translate))
             continue
         by_length = sorted(texts, key=lambda pair: sum(len(text.encode()) for text in pair), reverse=True)
         for pair in by_length[:_COUNTED]:
@@ -125,7 +126,10 @@ def _longest(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Policy)
     for language, texts in prompts.items():
         if ways[language] == "translated" and translate is not None:
             endpoint = translate.endpoint
-            setting, limit = "max_new_tokens" if endpoint is None else "endpoint.max_reply_tokens", translate.longest
+            setting, limit = (
+                "max_new_tokens" if endpoint is None else "endpoint.max_reply_tokens",
+                longest_translation(translate),
+            )
             yield _Longest(language, limit, limit, f"judge.translate.{setting}", 2.0)  # prompt and response
             continue
         by_length = sorted(set(texts), key=lambda text: len(text.encode()), reverse=True)[:_COUNTED]
