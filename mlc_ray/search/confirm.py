@@ -137,11 +137,11 @@ def _confirmed(shared: Shared, point: Point, prompts: Prompts, left_out: list[st
         try:
             run = make()
             if not (run / MODEL_FOLDER).is_dir():
-                raise _GoneError("its model is gone")
+                raise ModelGoneError("its model is gone")
             model, folder = str(run / MODEL_FOLDER), run / SCORES_FOLDER / CONFIRMATION
             shared.score(folder, model=model, weights=model, prompts=prompts)
             records[seed], runs[seed] = shared.records_in(folder), run
-        except (DivergedError, TooManyUnparsedError, _GoneError) as error:
+        except (DivergedError, TooManyUnparsedError, ModelGoneError) as error:
             left_out.append(f"{name}: {str(error).splitlines()[0]}")
             logger.warning("not confirmed, %s", left_out[-1])
     if not runs:
@@ -151,7 +151,7 @@ def _confirmed(shared: Shared, point: Point, prompts: Prompts, left_out: list[st
     return _Scored(Confirmed(names[0], names, first.values, score), records)
 
 
-class _GoneError(MlcRayError):
+class ModelGoneError(MlcRayError):
     """A trial has no model any more."""
 
 
