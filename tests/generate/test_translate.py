@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mlc_ray.config import EndpointSection, EngineSection, TranslateSection
+from mlc_ray.config import EndpointSection, TranslateSection
+from mlc_ray.config.score import TranslateEngineSection
 from mlc_ray.generate.replies import EndpointError
 from mlc_ray.generate.translate import (
     EndpointTranslator,
@@ -232,7 +233,7 @@ def test_every_answer_needs_its_translation() -> None:
 
 def by_the_model(model: str, batches: list[list[tuple[str, str]]]) -> list[list[Translation]]:
     """Translations of batches of (text, language) by one engine, closed at the end."""
-    engine = EngineSection(dtype="float32", max_model_len=448, cpu_kv_cache_gib=1)
+    engine = TranslateEngineSection(dtype="float32", max_model_len=448, cpu_kv_cache_gib=1)
     translator = ModelTranslator(TranslateSection(model=model, max_new_tokens=48, engine=engine), "cpu")
     done = [translator.translate([text for text, _ in batch], [code for _, code in batch]) for batch in batches]
     translator.close()

@@ -105,9 +105,9 @@ def test_a_real_server_is_asked_and_an_unreliable_judge_is_never_taken_for_safe(
     judge = EndpointJudge(EndpointJudge.Settings(endpoint=endpoint))
     judge.start("cpu", tmp_path)
     verdicts = judge.judge(answers)
-    assert (judge.usage.requests, judge.usage.cached, judge.usage.failed) == (3, 0, 0)
-    assert judge.usage.input_tokens > 600
-    assert judge.usage.output_tokens > 3
+    assert (judge.chat.usage.requests, judge.chat.usage.cached, judge.chat.usage.failed) == (3, 0, 0)
+    assert judge.chat.usage.input_tokens > 600
+    assert judge.chat.usage.output_tokens > 3
     assert verdicts[3].safety == verdicts[3].behaviour == "unparsed"
 
     replies = chat.ask(
@@ -124,4 +124,4 @@ def test_a_real_server_is_asked_and_an_unreliable_judge_is_never_taken_for_safe(
     again = EndpointJudge(judge.settings)
     again.start("cpu", tmp_path)
     assert again.judge(answers) == verdicts
-    assert (again.usage.requests, again.usage.cached, again.usage.cost_usd) == (0, 3, 0.0)
+    assert (again.chat.usage.requests, again.chat.usage.cached, again.chat.usage.cost_usd) == (0, 3, 0.0)
