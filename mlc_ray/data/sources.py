@@ -121,7 +121,7 @@ def resolve_source(source: SourceSection) -> list[SourceFile]:
 
 
 def pinned(sources: Sequence[SourceSection]) -> list[SourceSection]:
-    """The same sources, names of the hub with the commit that they stand for now; one that has it is not asked about.
+    """The same sources, with each name of the hub at the commit that it stands for now; one at a commit stays.
 
     Raises:
         BundleFileError: the hub cannot say which.

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mlc_ray.config import SourceSection, TrainConfig, apply_override, parse_config, parse_yaml
+from mlc_ray.config import DataSection, SourceSection, TrainConfig, apply_override, parse_config, parse_yaml
 from mlc_ray.data.hub import HubName
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
@@ -126,16 +126,13 @@ def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
 
 def commits_of(given: TrainConfig, pinned: TrainConfig) -> dict[str, str]:
     """What each name of the hub in `given` stands for in `pinned`."""
-    named: list[str] = []
+    pairs = zip(_sources(given.data), _sources(pinned.data), strict=True)
+    return {one.path: other.path for one, other in pairs if one.path != other.path}
 
-    def note(sources: Sequence[SourceSection]) -> list[SourceSection]:
-        named.extend(source.path for source in sources)
-        return list(sources)
 
-    with_sources(given, note)
-    with_sources(pinned, note)
-    half = len(named) // 2
-    return {name: commit for name, commit in zip(named[:half], named[half:], strict=True) if name != commit}
+def _sources(data: DataSection) -> list[SourceSection]:
+    """Those of training, and those held out."""
+    return [*data.train, *(data.validation.sources if data.validation is not None else ())]
 
 
 def changed_settings(folder: Place, config: TrainConfig) -> list[Change]:

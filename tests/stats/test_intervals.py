@@ -184,12 +184,17 @@ def test_no_limits_are_a_point(bundles: list[str]) -> None:
         assert low <= value <= high and high - low > 0.001
 
 
+def as_text(hits: np.ndarray) -> list[str]:
+    """Hits [B, L] as the bundles of `grid_of`."""
+    return ["".join("01"[int(hit)] for hit in row) for row in hits]
+
+
 def test_variance_takes_the_bias_of_sampling_out() -> None:
     """Six languages that are truly alike: the variance is never 0, yet its interval holds 0."""
     generator, held, values = np.random.default_rng(5), 0, []
     for _ in range(60):
         hits = generator.random((60, 6)) < 0.5
-        found = grid_of(["".join("01"[int(hit)] for hit in row) for row in hits]).variance("hit", "present")
+        found = grid_of(as_text(hits)).variance("hit", "present")
         value, low, _ = interval((1, found))
         values.append(value)
         held += low <= 0
@@ -203,7 +208,7 @@ def test_the_variance_of_two_languages_may_be_larger_than_it_was_found() -> None
     generator, held = np.random.default_rng(8), 0
     for _ in range(60):
         hits = generator.random((80, 2)) < [0.6, 0.5]
-        found = grid_of(["".join("01"[int(hit)] for hit in row) for row in hits]).variance("hit", "present")
+        found = grid_of(as_text(hits)).variance("hit", "present")
         _, low, high = interval((1, found))
         held += low <= 0.05**2 <= high
     assert held >= 53
@@ -214,7 +219,7 @@ def test_the_worst_language_is_not_worse_than_chance_makes_it() -> None:
     generator, held, values = np.random.default_rng(6), 0, []
     for _ in range(60):
         hits = generator.random((80, 10)) < 0.7
-        found = grid_of(["".join("01"[int(hit)] for hit in row) for row in hits]).lowest("hit", "present")
+        found = grid_of(as_text(hits)).lowest("hit", "present")
         value, low, high = interval((1, found))
         values.append(value)
         held += low <= 0.7 <= high
@@ -236,7 +241,7 @@ def coverage(rate: float, alike: float, bundles: int, trials: int = 200) -> dict
     for _ in range(trials):
         shared, own = generator.normal(size=(bundles, 1)), generator.normal(size=(bundles, 6))
         hits = math.sqrt(alike) * shared + math.sqrt(1 - alike) * own < threshold
-        grid = grid_of(["".join("01"[int(hit)] for hit in row) for row in hits])
+        grid = grid_of(as_text(hits))
         mean = grid.mean("hit", "present")
         limits = {
             "bca": interval((1, mean))[1:],
