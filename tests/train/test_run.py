@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -178,15 +179,23 @@ def test_a_run_that_ended_is_not_started_again(undisturbed, run_place, monkeypat
         assert again.metrics["loss/total"] == undisturbed.metrics["loss/total"]
 
 
+def ray_train_workers():
+    """Those of the Ray that this process or a command that it has started began."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
 def kill_a_worker_after_step(run, step, killed):
     """SIGKILL one Ray Train worker of this test's own Ray once `step` is logged."""
     while not any(row["step"] >= step for row in read_metrics(run)):
         time.sleep(0.02)
-    for process in psutil.Process().children(recursive=True):
-        if process.is_running() and "RayTrainWorker" in " ".join(process.cmdline()):
-            process.kill()
-            killed.append(process.pid)
-            return
+    worker = ray_train_workers()[0]
+    worker.kill()
+    killed.append(worker.pid)
 
 
 def test_a_killed_worker_is_recovered_from_exactly(undisturbed, run_place):
@@ -209,8 +218,17 @@ def test_a_driver_that_gets_sigterm_saves_first_and_is_resumed_from_exactly(undi
     while not any(row["step"] >= 2 for row in read_metrics(run)):
         assert driver.poll() is None, driver.communicate()[0]
         time.sleep(0.02)
+    workers = ray_train_workers()
+    for worker in workers:  # they stand still: a driver that a busy machine wakes late would find the last step done
+        worker.suspend()
     driver.send_signal(signal.SIGTERM)
+    while not (run / "stop").exists():
+        assert driver.poll() is None, driver.communicate()[0]
+        time.sleep(0.02)
+    for worker in workers:
+        worker.resume()
     said = driver.communicate()[0]
+    assert len(workers) == 2
     assert driver.returncode == 128 + signal.SIGTERM, said
     (checkpoint,) = list_checkpoints(Place(run))
     step = int(checkpoint.name.removeprefix("checkpoint_"))
