@@ -137,7 +137,7 @@ def start(folder: str) -> dict[str, float]:
     before, began = anonymous(os.getpid()), time.perf_counter()
     tokens = TokenArtifact.open(folder)
     order = Order(tokens.keys, seed=0, batch_bundles=32)
-    cutting = Cutting(8192, 8, head=tokens.head, rejected=True, taps=lambda _: True)
+    cutting = Cutting(8192, 8, head=tokens.head, rejected=True, taps=lambda _: True, ever_taps=True)
     next(plans(tokens, order, cutting, range(1)))
     return {"start_seconds": time.perf_counter() - began, "start_bytes": anonymous(os.getpid()) - before}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -91,6 +92,11 @@ class ValidationSection(Section):
     every: PositiveInt = Field(
         50, description="Optimizer steps between measurements; the first is before training, the last at its end."
     )
+    max_chosen_drop: PositiveFloat | None = Field(
+        1.0,
+        description="Warn when the chosen answers' summed log-prob has fallen by more nats than this since the start, "
+        "as a preference loss can do that lowers the rejected ones more; null switches it off.",
+    )
 
 
 class DataSection(Section):
@@ -112,6 +118,11 @@ class LossSettings(Section):
     """What every alignment loss has; its own settings are in its class, `mlc_ray.losses.NAME`."""
 
     loss: str = Field(description="Alignment loss: a name, or package.module:Class of your own.")
+    sft_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Factor of the mean negative log-likelihood per token of the chosen answers, added to the loss: "
+        "preference losses alone may lower what the chosen answers' own probability is. 0 switches it off.",
+    )
 
 
 class TermSettings(Section):
@@ -119,6 +130,30 @@ class TermSettings(Section):
 
     name: str = Field(description="Term: a name, or package.module:Class of your own (default: its key).")
     weight: Annotated[float, Field(ge=0)] = Field(0.1, description="Factor in the total loss. 0 switches it off.")
+    start: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of all optimizer steps after which the term begins; before, it is not computed."
+    )
+    ramp: Fraction = Field(
+        0.0, description="Share of all optimizer steps over which the term's weight rises linearly, from its start on."
+    )
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """What multiplies `weight` at optimizer step `step` (from 0) of `total_steps`: 0 before the start, 1 in full.
+
+        A ramp of R steps has 1/R, 2/R, ... 1. A pure function, so resuming needs no state.
+        """
+        since = step - math.floor(self.start * total_steps)
+        rising = max(1, round(self.ramp * total_steps))
+        return min(1.0, max(0, since + 1) / rising)
+
+    @model_validator(mode="after")
+    def _reaches_its_weight(self) -> Self:
+        if self.start + self.ramp > 1:
+            raise ValueError(
+                f"start={self.start} and ramp={self.ramp} end after the last step, so that the term never has its "
+                "weight; their sum must be at most 1"
+            )
+        return self
 
 
 class TapSection(TermSettings):
@@ -153,7 +188,7 @@ def _settings_by_default() -> Any:
 
 
 class ObjectiveConfig(Section):
-    """What is minimised: total = alignment + mlc.weight * mlc + sum of terms.NAME.weight * NAME."""
+    """What is minimised: total = alignment + sft_weight * sft + mlc.weight * mlc + sum of terms.NAME.weight * NAME."""
 
     objective: Annotated[LossSettings, ComponentSettings("loss", by="loss", default="dpo")] = Field(
         default_factory=_settings_by_default, description="The alignment loss on the answers in the response language."
@@ -179,6 +214,14 @@ class ObjectiveConfig(Section):
         )
 
     @model_validator(mode="after")
+    def _one_sft_loss(self) -> Self:
+        if self.objective.loss == "sft" and self.objective.sft_weight:
+            raise ValueError(
+                f"objective.sft_weight={self.objective.sft_weight} adds what objective.loss='sft' is already; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_tap_and_parts_of_different_names(self) -> Self:
         for name, term in self.terms.items():
             if isinstance(term, TapSection):
@@ -186,7 +229,7 @@ class ObjectiveConfig(Section):
                     f"terms.{name}.name={term.name!r} has a tap of its own, but all terms read the one under mlc; "
                     f"set mlc.name={term.name!r} to put it in MLC's place"
                 )
-        if taken := sorted({"mlc", "alignment", "total"} & self.terms.keys()):
+        if taken := sorted({"mlc", "alignment", "sft", "total"} & self.terms.keys()):
             raise ValueError(
                 f"terms.{taken[0]}: loss/{taken[0]} is the name of another part; give the term another key, and its "
                 f"class as terms.KEY.name"

@@ -92,6 +92,7 @@ class Cutting:
         head: tokens that all prompts begin with.
         rejected: whether rejected answers are forwarded.
         taps: whether optimizer step `step` (from 0) forwards all prompts.
+        ever_taps: whether any step does.
         group_bundles: the most bundles of a group, or None where no term compares bundles.
     """
 
@@ -100,6 +101,7 @@ class Cutting:
     head: int
     rejected: bool
     taps: Callable[[int], bool]
+    ever_taps: bool
     group_bundles: int | None = None
 
     def plan(self, step: int, rows: Sequence[int], lengths: Lengths) -> StepPlan:

@@ -1,8 +1,8 @@
-"""From config to one scalar: total = alignment + sum of weight * term, weighted sums over bundles; and its parts."""
+"""From config to one scalar: total = alignment + sum of weight * part, weighted sums over bundles; and its parts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from mlc_ray._registry import resolve
 from mlc_ray.config import LossSettings, ObjectiveConfig, TermSettings
 from mlc_ray.losses.base import Alignment, AlignmentLoss, Tapped, Term, TermLoss
+from mlc_ray.losses.logprobs import mean_log_prob
 from mlc_ray.types import LossOutput, ResponseLogProbs
 
 
@@ -30,15 +31,23 @@ class Objective:
 
     @property
     def parts(self) -> list[str]:
-        """What the total is made of, as metrics name it: `loss/alignment`, and `loss/NAME` of each term."""
-        return [f"loss/{name}" for name in ("alignment", *self.terms)]
+        """What the total is made of, as metrics name it: `loss/alignment`, `loss/sft`, and `loss/NAME` of each term."""
+        return [f"loss/{name}" for name in ("alignment", *(["sft"] if self.sft_weight else []), *self.terms)]
+
+    @property
+    def sft_weight(self) -> float:
+        """Factor of the SFT loss that is added to the alignment loss; 0 where there is none."""
+        return self.config.objective.sft_weight
 
     def describe(self) -> list[str]:
         """A line for each part: its weight, its name and its settings, those that may be published."""
         loss = self.config.objective.loss
-        lines = [_described(loss, public_settings(self.config.objective), {"loss"})]
+        lines = [_described(loss, public_settings(self.config.objective), {"loss", "sft_weight"})]
+        if self.sft_weight:
+            lines.append(f"{self.sft_weight} x sft")
         for name, term in self.config.active_terms.items():
-            own = {"weight", "name"} if term.name == name else {"weight"}
+            own = {"weight"} | ({"name"} if term.name == name else set())
+            own |= {key for key in ("start", "ramp") if not getattr(term, key)}
             lines.append(_described(f"{term.weight} x {name}", public_settings(term), own))
         return lines
 
@@ -67,9 +76,19 @@ class Objective:
         """Whether bundles must have a rejected answer."""
         return self.alignment.needs_rejected
 
-    def taps(self, step: int) -> bool:
-        """Whether optimizer step `step` (from 0) has the terms; the same on every worker."""
-        return bool(self.terms) and step % self.config.mlc.every == 0
+    def factors(self, step: int, total_steps: int) -> dict[str, float]:
+        """The terms of optimizer step `step` (from 0) of `total_steps`, each with what multiplies its weight there.
+
+        The same on every worker; empty where the step has no terms.
+        """
+        if step % self.config.mlc.every:
+            return {}
+        factors = {name: term.settings.factor(step, total_steps) for name, term in self.terms.items()}
+        return {name: factor for name, factor in factors.items() if factor > 0}
+
+    def taps(self, step: int, total_steps: int) -> bool:
+        """Whether optimizer step `step` (from 0) of `total_steps` has terms."""
+        return bool(self.factors(step, total_steps))
 
     def total_loss(
         self,
@@ -85,6 +104,7 @@ class Objective:
         tapped: Tensor | None = None,
         term_weight: Tensor | None = None,
         groups: Sequence[int] | None = None,
+        factors: Mapping[str, float] | None = None,
     ) -> LossOutput:
         """Loss of B bundles, a scalar, and its parts for each of them, which the caller averages over a whole batch.
 
@@ -104,6 +124,7 @@ class Objective:
             term_weight: [B], each bundle's factor in the terms (default: `weight`).
             groups: A number for each bundle; neighbours with the same one are a group, which some terms compare with
                 each other (default: all are one).
+            factors: The terms to compute, each with what multiplies its weight (default: all, by 1).
 
         Returns:
             The scalar to differentiate; metrics are [B], one number per bundle: `parts`, without their weights, and
@@ -115,6 +136,10 @@ class Objective:
         aligned = self._align(chosen, rejected, reference_chosen, reference_rejected)
         total = (aligned.loss * weight).sum()
         metrics: dict[str, Tensor] = {"loss/alignment": aligned.loss.detach()}
+        if self.sft_weight:
+            fitted = -mean_log_prob(chosen)
+            total = total + self.sft_weight * (fitted * weight).sum()
+            metrics["loss/sft"] = fitted.detach()
         if aligned.chosen_reward is not None and aligned.rejected_reward is not None:
             margin = aligned.chosen_reward - aligned.rejected_reward
             metrics["reward/chosen"] = aligned.chosen_reward
@@ -128,9 +153,12 @@ class Objective:
         here = Tapped(representations, present, tapped)
         of_terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
+            factor = 1.0 if factors is None else factors.get(name, 0.0)
+            if not factor:
+                continue
             result = _term_loss(name, term, here, reference_state, groups)
-            factors = term.settings.weight * (weight if term_weight is None else term_weight)
-            total = total + (result.loss.to(total.dtype) * factors).sum()
+            of_bundles = factor * term.settings.weight * (weight if term_weight is None else term_weight)
+            total = total + (result.loss.to(total.dtype) * of_bundles).sum()
             of_terms[f"loss/{name}"] = result.loss.detach()
             of_terms |= {f"{name}/{key}": value.detach() for key, value in result.metrics.items()}
         return LossOutput(loss=total, metrics=metrics, term_metrics=of_terms)

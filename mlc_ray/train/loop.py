@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -126,7 +126,8 @@ def train_loop(
         rate = learning_rate(progress.step, total_steps, config.optimizer)
         micro_batches = next(steps)
         waited = time.perf_counter() - started
-        if any(batch.taps is not objective.taps(progress.step) for batch in micro_batches):
+        factors = objective.factors(progress.step, total_steps)
+        if any(batch.taps is not bool(factors) for batch in micro_batches):
             raise ValueError(
                 f"step {progress.step + 1}: its batches were made for a step that taps, or for one that does not"
             )
@@ -134,7 +135,7 @@ def train_loop(
         for retries in range(config.optimizer.max_retries + 1):
             restore_random_state(before)
             meter = StepMeter(TappedStep(config.collapse.sample, window), work, Stopwatch(engine.device))
-            _accumulate(engine, objective, micro_batches, reference, meter)
+            _accumulate(engine, objective, factors, micro_batches, reference, meter)
             norm = engine.step(rate)
             if math.isfinite(norm):
                 break
@@ -182,6 +183,7 @@ def train_loop(
 def _accumulate(
     engine: Engine,
     objective: Objective,
+    factors: Mapping[str, float],
     micro_batches: Sequence[Batch],
     reference: Reference | None,
     meter: StepMeter,
@@ -196,13 +198,22 @@ def _accumulate(
             frozen = reference(batch)
         with meter.forwarding:
             output = engine.forward(batch)
-        result = loss_of(objective, batch, output, frozen)
+        result = loss_of(objective, batch, output, frozen, factors)
         engine.backward(_with_telling_gradient(result.loss, output.chosen.total))
         meter.add(batch, output, result, idle=idle)
 
 
-def loss_of(objective: Objective, batch: Batch, output: ModelOutput, frozen: ReferenceOutput) -> LossOutput:
-    """The loss of one micro-batch, from its forward's output and what the reference says of it."""
+def loss_of(
+    objective: Objective,
+    batch: Batch,
+    output: ModelOutput,
+    frozen: ReferenceOutput,
+    factors: Mapping[str, float] | None = None,
+) -> LossOutput:
+    """The loss of one micro-batch, from its forward's output and what the reference says of it.
+
+    `factors` as of `Objective.total_loss`.
+    """
     return objective.total_loss(
         weight=batch.weight,
         chosen=output.chosen,
@@ -215,6 +226,7 @@ def loss_of(objective: Objective, batch: Batch, output: ModelOutput, frozen: Ref
         tapped=output.tapped,
         term_weight=batch.term_weight,
         groups=batch.groups,
+        factors=factors,
     )
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from mlc_ray.config import TrainConfig
-from mlc_ray.data.order import Order
+from mlc_ray.config import ConfigError, TrainConfig
+from mlc_ray.data.order import Order, total_steps
 from mlc_ray.data.plan import BudgetError, Cutting, group_of
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
@@ -30,15 +30,38 @@ def order_of(config: TrainConfig, tokens: TokenArtifact) -> Order:
     return Order(tokens.keys, seed=config.seed, batch_bundles=config.train.batch_bundles)
 
 
+def steps_of(config: TrainConfig, tokens: TokenArtifact) -> int:
+    """The optimizer steps of a run."""
+    train = config.train
+    return total_steps(len(tokens), epochs=train.epochs, batch_bundles=train.batch_bundles, max_steps=train.max_steps)
+
+
+def check_terms(config: TrainConfig, steps: int) -> None:
+    """Make sure that each term has a step, in a run of so many.
+
+    Raises:
+        ConfigError: One has none.
+    """
+    every = config.mlc.every
+    for name, term in config.active_terms.items():
+        if not any(term.factor(step, steps) for step in range(0, steps, every)):
+            path = "mlc" if name == "mlc" else f"terms.{name}"
+            raise ConfigError(
+                f"{path}.start={term.start} with mlc.every={every} leaves no step of {steps} that has the term; lower "
+                "one of them, or train for more steps"
+            )
+
+
 def cutting_of(config: TrainConfig, tokens: TokenArtifact, *, tokens_per_forward: int, world_size: int) -> Cutting:
     """By what they are cut."""
-    objective = Objective(config)
+    objective, steps = Objective(config), steps_of(config, tokens)
     return Cutting(
         tokens_per_forward,
         world_size,
         head=tokens.head,
         rejected=objective.needs_rejected,
-        taps=objective.taps,
+        taps=lambda step: objective.taps(step, steps),
+        ever_taps=bool(objective.terms),
         group_bundles=config.train.group_bundles if objective.needs_group else None,
     )
 
@@ -96,7 +119,7 @@ class Outlook:
 
 def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_steps: int) -> Outlook:
     """What the steps of a run are like, from lengths alone."""
-    own = tokens.own_tokens(head=cutting.head, taps=cutting.taps(0), rejected=cutting.rejected)
+    own = tokens.own_tokens(head=cutting.head, taps=cutting.ever_taps, rejected=cutting.rejected)
     looked_at = min(LOOKED_AT, total_steps)
     looked = [cutting.plan(s, rows, tokens.lengths(rows)) for s in range(looked_at) for rows in [order.batch(s)]]
     return Outlook(
@@ -162,5 +185,4 @@ def tapping(order: Order, cutting: Cutting, total_steps: int) -> Iterator[list[i
 
 def held_out_cutting(cutting: Cutting, held_out: TokenArtifact) -> Cutting:
     """How held-out bundles are cut in a run that cuts its batches so: with the terms, if it has any on any step."""
-    taps = cutting.taps(0)
-    return replace(cutting, head=held_out.head, taps=lambda _: taps)
+    return replace(cutting, head=held_out.head, taps=lambda _: cutting.ever_taps)

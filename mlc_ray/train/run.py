@@ -12,7 +12,6 @@ from ray.train import UserCallback
 
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import SourceSection, TrainConfig, parse_config
-from mlc_ray.data.order import total_steps
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.sources import pinned
 from mlc_ray.data.store import TokenArtifact
@@ -31,11 +30,13 @@ from mlc_ray.train.failures import error_inside
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
 from mlc_ray.train.planning import (
     check_groups,
+    check_terms,
     cutting_of,
     held_out_cutting,
     look_ahead,
     order_of,
     said_of,
+    steps_of,
     tapping,
     tokens_per_forward,
 )
@@ -132,7 +133,7 @@ def train(
         config = with_sources(given, pinned)
         with claimed(run_folder, config) if is_new else contextlib.nullcontext():
             data = prepare_data(config, cache_dir=artifact_cache(run_folder.parent), layer=layer, gpu=gpu)
-            steps = _total_steps(config, data.tokens)
+            steps = steps_of(config, data.tokens)
             _announce(config, data.tokens, steps, gpu=gpu)
         LeaseGuard(run_folder, held).check(now=True)  # preparing data may have taken hours
         record_start(run_folder, config, data.fingerprints, data.tokens, steps, commits_of(given, config))
@@ -227,9 +228,11 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gp
         MissingAnswersError: Bundles lack answers that the loss needs; found before a model is loaded.
         ValidationError: Held-out bundles are trained on.
         BudgetError: A group of bundles that are compared with each other does not fit into a forward.
+        ConfigError: A term has no step in so short a run.
     """
     tokens = prepare_token_rows(config.data, config.model, chat=config.chat, cache_dir=cache_dir)
     check_answers(config, tokens)
+    check_terms(config, steps_of(config, tokens))
     held_out = _held_out_tokens(config, tokens, cache_dir)
     _check_groups(config, tokens, held_out, gpu=gpu)
     fingerprints = {"model": fingerprint_model(config.model.path), "tokens": tokens.fingerprint}
@@ -267,7 +270,7 @@ def _check_groups(config: TrainConfig, tokens: TokenArtifact, held_out: TokenArt
     if budget is None:
         return
     cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=config.cluster.most_workers)
-    check_groups(tokens, tapping(order_of(config, tokens), cutting, _total_steps(config, tokens)), cutting)
+    check_groups(tokens, tapping(order_of(config, tokens), cutting, steps_of(config, tokens)), cutting)
     if held_out is not None:
         batches = batches_of(held_out, seed=config.seed, at_once=config.train.batch_bundles)
         check_groups(held_out, batches, held_out_cutting(cutting, held_out))
@@ -299,15 +302,6 @@ def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:
         return config
     given = config.model_dump(mode="json", exclude_unset=True)
     return parse_config(TrainConfig, {**given, "model": {**given["model"], "dtype": model.dtype}})
-
-
-def _total_steps(config: TrainConfig, tokens: TokenArtifact) -> int:
-    return total_steps(
-        len(tokens),
-        epochs=config.train.epochs,
-        batch_bundles=config.train.batch_bundles,
-        max_steps=config.train.max_steps,
-    )
 
 
 def _announce(config: TrainConfig, tokens: TokenArtifact, steps: int, *, gpu: bool) -> None:

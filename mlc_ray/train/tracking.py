@@ -67,7 +67,8 @@ class Tracker:
             self.mirror = Mirror(folder, place, (METRICS_FILE, _TENSORBOARD), may_write, unsent=bool(start_step))
         # A run that starts anew writes a row of step 0 again, where bundles are held out.
         kept = list(takewhile(lambda row: start_step and row["step"] <= start_step, read_metrics(folder)))
-        self.watch = Watch(config.collapse)
+        held_out = config.data.validation
+        self.watch = Watch(config.collapse, max_chosen_drop=held_out.max_chosen_drop if held_out else None)
         for row in kept:
             self.watch.see(row)
         self.rows = RowFile(folder / METRICS_FILE, _bytes_of(folder / METRICS_FILE, len(kept)))

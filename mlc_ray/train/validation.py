@@ -94,8 +94,8 @@ class Validation:
         """Means over the held-out bundles and, under `KIND/`, over those of each kind; every worker must call it.
 
         Returns:
-            `validation/` and the name that training gives the same number: `loss/total`, which has all terms,
-            `loss/alignment`, `loss/NAME`, `reward/margin`, `mlc/leading_share`, ...; and beside them
+            `validation/` and the name that training gives the same number: `loss/total`, which has all terms at their
+            whole weights, `loss/alignment`, `loss/NAME`, `reward/margin`, `mlc/leading_share`, ...; and beside them
             `log_prob/chosen`: the chosen answers' summed log-probs, in nats;
             `log_prob/chosen_change`: the same, less what it was before training;
             `mlc/cosine/LANGUAGE`: see `language_cosines`.
@@ -118,6 +118,8 @@ class Validation:
         }
         for prefix in self._prefixes():
             if (loss := means.get(f"{prefix}loss/alignment")) is not None:
+                if self.objective.sft_weight:
+                    loss += self.objective.sft_weight * means[f"{prefix}loss/sft"]
                 for name, term in self.objective.terms.items():
                     loss += term.settings.weight * means.get(f"{prefix}loss/{name}", 0.0)
                 means[f"{prefix}loss/total"] = loss

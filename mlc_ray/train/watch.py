@@ -105,8 +105,9 @@ class TappedStep:
 class Watch:
     """Says when a measure crosses its bound, only from the rows of a run in order, so that a replay agrees."""
 
-    def __init__(self, settings: CollapseSection) -> None:
+    def __init__(self, settings: CollapseSection, *, max_chosen_drop: float | None = None) -> None:
         self.settings = settings
+        self.max_chosen_drop = max_chosen_drop
         self.values: dict[str, list[float]] = {}
         self.crossed: set[str] = set()
         self.been_above: set[str] = set()
@@ -117,7 +118,8 @@ class Watch:
         What is compared is the median of the last `SMOOTHED` values, since a round of few bundles is noisy. The bounds
         of spread and effective rank are shares of the median of the first `SMOOTHED` ones: a language model's states
         are alike from the start, how much depends on model and layer. Separability is compared with a fixed bound, once
-        it has been above it: kinds that this model never told apart have not collapsed.
+        it has been above it: kinds that this model never told apart have not collapsed. The change of the chosen
+        answers' log-probs is compared as it is: it is a mean over all held-out bundles.
         """
         cosine, rank = row.get("collapse/between_bundle_cosine"), row.get("collapse/effective_rank_share")
         spread = None if cosine is None else 1 - cosine
@@ -131,6 +133,7 @@ class Watch:
                 bounds.min_separability,
                 "min_separability",
             ),
+            self._chosen_fell(row.get("validation/log_prob/chosen_change")),
         ]
         return [warning for warning in found if warning is not None]
 
@@ -155,6 +158,18 @@ class Watch:
         if not self._crosses(field, now < bound and field in self.been_above):
             return None
         return f"collapse: {title} fell to {now:.3g}, below collapse.{field}={bound:g}; 0.5 is chance"
+
+    def _chosen_fell(self, change: float | None) -> str | None:
+        bound = self.max_chosen_drop
+        if bound is None or change is None or math.isnan(change):
+            return None
+        if not self._crosses("max_chosen_drop", change < -bound):
+            return None
+        return (
+            f"the held-out chosen answers lost {-change:.3g} nats each since the start, more than "
+            f"data.validation.max_chosen_drop={bound:g}: the loss lowers the answers that it should teach (likelihood "
+            "displacement); objective.sft_weight or a lower learning rate keep them"
+        )
 
     def _smoothed(self, field: str, value: float | None) -> float | None:
         if value is None or math.isnan(value):

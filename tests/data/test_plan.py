@@ -25,7 +25,7 @@ def lengths_of(count, seed=0):
 
 
 def cutting(budget=300, workers=2, groups=None, every=1, **changes):
-    taps = {"taps": lambda step: step % every == 0}
+    taps = {"taps": lambda step: step % every == 0, "ever_taps": True}
     return Cutting(budget, workers, **{"head": HEAD, "rejected": True, "group_bundles": groups, **taps, **changes})
 
 

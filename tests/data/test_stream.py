@@ -28,7 +28,9 @@ def artifact(tmp_path_factory):
 
 def steps_of(artifact, world=1, rank=0, steps=range(6), budget=150, tap_every=2):
     order = Order(artifact.keys, seed=3, batch_bundles=4)
-    cutting = Cutting(budget, world, head=artifact.head, rejected=True, taps=lambda step: step % tap_every == 0)
+    cutting = Cutting(
+        budget, world, head=artifact.head, rejected=True, taps=lambda step: step % tap_every == 0, ever_taps=True
+    )
     streamed = stream_steps(
         artifact, plans(artifact, order, cutting, steps),
         rank=rank, languages=LANGUAGES, needs_rejected=True, reference=None,
@@ -52,7 +54,7 @@ def test_all_workers_together_have_every_bundle_once_an_epoch(artifact, world):
 
 def test_what_is_forwarded_is_what_was_planned(artifact):
     order = Order(artifact.keys, seed=3, batch_bundles=4)
-    cutting = Cutting(150, 2, head=artifact.head, rejected=True, taps=lambda step: step % 2 == 0)
+    cutting = Cutting(150, 2, head=artifact.head, rejected=True, taps=lambda step: step % 2 == 0, ever_taps=True)
     for rank in range(2):
         for plan, step in zip(plans(artifact, order, cutting, range(6)), steps_of(artifact, 2, rank), strict=True):
             planned = [tokens[rank] for tokens in plan.tokens]

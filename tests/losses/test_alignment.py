@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from mlc_ray.config import ObjectiveConfig
 from mlc_ray.losses.dpo import dpo_loss
@@ -129,8 +130,49 @@ def test_total_is_alignment_plus_weighted_mlc_over_real_bundles(pair):
 
 
 def test_mlc_every_second_step():
-    assert [objective(every=2).taps(step) for step in range(5)] == [True, False, True, False, True]
-    assert not objective(weight=0).taps(0)
+    assert [objective(every=2).taps(step, 5) for step in range(5)] == [True, False, True, False, True]
+    assert not objective(weight=0).taps(0, 5)
+
+
+def test_a_term_begins_late_and_rises():
+    late = objective(start=0.3, ramp=0.4)
+    assert [late.factors(step, 10).get("mlc", 0.0) for step in range(10)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
+    assert [late.taps(step, 10) for step in range(5)] == [False, False, False, True, True]
+    every_other = objective(start=0.3, every=2)
+    assert [every_other.factors(step, 10) for step in (2, 3, 4)] == [{}, {}, {"mlc": 1.0}]
+    assert objective(start=0.99).taps(0, 1)  # the last step always comes after it
+    for start, ramp in ((1.0, 0.0), (0.7, 0.4)):
+        with pytest.raises(ValidationError):
+            objective(start=start, ramp=ramp)
+
+
+def test_the_total_has_a_rising_term_by_its_factor(pair):
+    z = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    chosen, rejected = pair
+    arguments = {"chosen": chosen, "rejected": rejected, "representations": z, "weight": torch.full((2,), 0.5)}
+    arguments |= dict(zip(("reference_chosen", "reference_rejected"), reference(), strict=True))
+    both = objective(weight=0.5)
+    whole, half, none = (both.total_loss(**arguments, factors=f) for f in (None, {"mlc": 0.5}, {}))
+    alignment = whole.metrics["loss/alignment"].mean().item()
+    mlc = whole.term_metrics["loss/mlc"].mean().item()
+    assert whole.loss.item() == pytest.approx(alignment + 0.5 * mlc)
+    assert half.loss.item() == pytest.approx(alignment + 0.25 * mlc)
+    assert half.term_metrics["loss/mlc"].tolist() == whole.term_metrics["loss/mlc"].tolist()  # logged without a weight
+    assert none.loss.item() == pytest.approx(alignment) and "loss/mlc" not in none.term_metrics
+
+
+def test_an_sft_part_beside_a_preference_loss(pair):
+    chosen, rejected = pair
+    settings = ObjectiveConfig(objective={"loss": "simpo", "sft_weight": 0.25}, mlc={"weight": 0})
+    both = Objective(settings)
+    result = both.total_loss(weight=torch.full((2,), 0.5), chosen=chosen, rejected=rejected)
+    simpo = simpo_loss(chosen, rejected, beta=0.1, margin=0.5).loss
+    assert result.metrics["loss/sft"].tolist() == pytest.approx([3.0, 1.5])  # nats a token of the chosen answers
+    assert result.loss.item() == pytest.approx((simpo.mean() + 0.25 * 2.25).item())
+    assert both.parts == ["loss/alignment", "loss/sft"]
+    assert both.describe() == ["simpo (beta=0.1, margin=0.5)", "0.25 x sft"]
+    with pytest.raises(ValidationError, match="is already; remove it"):
+        ObjectiveConfig(objective={"loss": "sft", "sft_weight": 0.25})
 
 
 def test_what_an_objective_needs():

@@ -302,7 +302,7 @@ def test_several_terms_at_once_and_every_part_is_in_the_total():
     }
     term = objective(mlc=0, **terms)
     assert term.parts == ["loss/alignment", "loss/contrast", "loss/cold", "loss/anchor"]
-    assert [term.taps(step) for step in (0, 1)] == [True, True]
+    assert [term.taps(step, 2) for step in (0, 1)] == [True, True]
     z, weight = random(2, 4, 8), torch.full((2,), 0.5).double()
     given = {"weight": weight, "representations": z, "tapped": z, **inputs(2)}
     result = term.total_loss(**given, reference_state=random(2, 8, seed=1))
@@ -313,7 +313,7 @@ def test_several_terms_at_once_and_every_part_is_in_the_total():
     assert result.loss.item() == pytest.approx(total)
     assert {name for name in found if name.startswith("loss/")} == set(parts)
     assert parts["loss/contrast"] != parts["loss/cold"]
-    assert not objective(mlc=0, variance={"weight": 0}).taps(0)
+    assert not objective(mlc=0, variance={"weight": 0}).taps(0, 1)
 
 
 def test_a_description_names_every_part_with_its_settings():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlc_ray.config import ModelSection
+from mlc_ray.config import ConfigError, ModelSection
 from mlc_ray.data.batches import collate
 from mlc_ray.data.plan import BudgetError
 from mlc_ray.data.store import TokenArtifact, write_rows
@@ -17,7 +17,17 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
 from mlc_ray.train.memory import CPU_TOKENS, Costs, tokens_in
-from mlc_ray.train.planning import check_groups, cutting_of, look_ahead, order_of, said_of, tapping, tokens_per_forward
+from mlc_ray.train.planning import (
+    check_groups,
+    check_terms,
+    cutting_of,
+    look_ahead,
+    order_of,
+    said_of,
+    steps_of,
+    tapping,
+    tokens_per_forward,
+)
 from tests.train.tiny import LANGUAGES, random_rows, tiny_config, tiny_model, wrapped
 
 ROWS = random_rows(30, head=(1, 2, 3))
@@ -77,6 +87,21 @@ def test_a_budget_that_the_largest_group_exceeds_is_refused_with_both_numbers(to
     # A term that is off, or compares nothing, needs no group.
     for terms in ({"contrast": {"weight": 0}}, {"anchor": {}}):
         looked_at(tokens, 100, terms=terms)
+
+
+def test_a_term_without_a_step_is_refused(tokens):
+    late = tiny_config(
+        train={"batch_bundles": 8, "epochs": 1, "max_steps": 5}, mlc={"every": 4, "start": 0.9}, terms={"anchor": {}}
+    )
+    assert steps_of(late, tokens) == 4
+    with pytest.raises(ConfigError, match=r"mlc.start=0.9 with mlc.every=4 leaves no step of 4 that has the term"):
+        check_terms(late, 4)
+    check_terms(late, 5)  # steps 0 and 4
+    cutting = cutting_of(late, tokens, tokens_per_forward=10**6, world_size=1)
+    assert [cutting.taps(step) for step in range(4)] == [True, False, False, False]  # those of the anchor alone
+    alone = tiny_config(train={"batch_bundles": 8, "epochs": 1}, mlc={"every": 1, "start": 0.5})
+    cutting = cutting_of(alone, tokens, tokens_per_forward=10**6, world_size=1)
+    assert [cutting.taps(step) for step in range(4)] == [False, False, True, True] and cutting.ever_taps
 
 
 def test_auto_is_a_fixed_number_on_a_cpu_and_left_to_the_workers_on_gpus():

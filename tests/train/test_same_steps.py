@@ -48,8 +48,13 @@ ROWS = single_language(random_rows(27, head=HEAD))
 
 def configured(budget, engine, **sections):
     return tiny_config(
+        objective={"sft_weight": 0.2},
         mlc={"layer": 2, "every": 2, "extractor_dim": 16},
-        terms={"contrast": {"weight": 0.5, "temperature": 0.3}, "variance": {"weight": 0.5}, "anchor": {"weight": 0.3}},
+        terms={
+            "contrast": {"weight": 0.5, "temperature": 0.3, "start": 0.3, "ramp": 0.5},
+            "variance": {"weight": 0.5},
+            "anchor": {"weight": 0.3},
+        },
         train={"epochs": 2, "batch_bundles": BUNDLES, "group_bundles": GROUPS, "tokens_per_forward": budget},
         # AdamW makes more of rounding the larger it is: at 3e-3 weights differ by 2e-6.
         optimizer={"learning_rate": 5e-4},
@@ -110,7 +115,7 @@ def distance(found, wanted):
 @pytest.mark.parametrize("run", [run for run in RUNS if run[3] == "float32"], ids=str)
 def test_losses_and_weights_are_those_of_one_worker_with_one_forward(run, trained):
     (history, weights), (expected, wanted) = trained[run], trained[1, BUDGETS[-1], "stage2", "float32"]
-    parts = ["loss/total", "loss/alignment", "loss/mlc", "loss/contrast", "loss/variance", "loss/anchor"]
+    parts = ["loss/total", "loss/alignment", "loss/sft", "loss/mlc", "loss/contrast", "loss/variance", "loss/anchor"]
     assert [row["step"] for row in history] == list(range(1, STEPS + 1))
     for row, want in zip(history, expected, strict=True):
         assert row.keys() == want.keys()
@@ -131,12 +136,13 @@ def test_what_was_compared_had_moved_and_every_term_had_a_part_in_it(trained):
     history, weights = trained[1, BUDGETS[-1], "stage2", "float32"]
     before = {f"policy.{name}": value for name, value in tiny_model().state_dict().items()}
     assert all(distance(weights[name], value) > 5e-4 for name, value in before.items())
-    for row in history[::2]:
-        terms = (
-            0.8 * row["loss/mlc"] + 0.5 * row["loss/contrast"] + 0.5 * row["loss/variance"] + 0.3 * row["loss/anchor"]
-        )
-        assert row["loss/total"] == pytest.approx(row["loss/alignment"] + terms, rel=1e-6)
-        assert min(row["loss/mlc"], row["loss/contrast"], row["loss/variance"]) > 0.01
+    assert "loss/contrast" not in history[0]
+    for row, contrast in zip(history[::2], (0, 2 / 3, 1), strict=True):  # it begins after the first step
+        parts = row["loss/alignment"] + 0.2 * row["loss/sft"] + 0.8 * row["loss/mlc"]
+        parts += contrast * 0.5 * row.get("loss/contrast", 0.0)
+        parts += 0.5 * row["loss/variance"] + 0.3 * row["loss/anchor"]
+        assert row["loss/total"] == pytest.approx(parts, rel=1e-6)
+        assert min(row["loss/mlc"], row.get("loss/contrast", 1.0), row["loss/variance"]) > 0.01
 
 
 def test_the_cut_is_another_one_and_what_it_costs_is_logged(trained):

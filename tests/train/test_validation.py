@@ -88,7 +88,7 @@ def trained_with(rank, engine, validated, table):
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder), [rows_to_table(HELD_OUT)], fingerprint="held-out", rejected={})
         tokens = TokenArtifact.open(folder)
-        cutting = Cutting(60, made.world_size, head=tokens.head, rejected=True, taps=lambda step: True)
+        cutting = Cutting(60, made.world_size, head=tokens.head, rejected=True, taps=lambda step: True, ever_taps=True)
         rows = batches_of(tokens, seed=config.seed, at_once=4)
 
         def batches():

@@ -213,6 +213,17 @@ def test_each_measure_has_its_bound_and_0_switches_it_off():
     assert "fell to 0.6, below collapse.min_separability=0.75; 0.5 is chance" in texts[-1]
 
 
+def test_a_chosen_answer_that_becomes_less_likely_is_warned_of_once():
+    watch = Watch(CollapseSection(), max_chosen_drop=1.0)
+    changes = [None, 0.0, -0.9, -1.1, -3.0, -0.5, -1.2, math.nan]
+    rows = [{"step": step, "validation/log_prob/chosen_change": change} for step, change in enumerate(changes)]
+    found = {row["step"]: warnings for row in rows if (warnings := watch.see(row))}
+    assert list(found) == [3, 6]
+    assert "lost 1.1 nats each since the start, more than data.validation.max_chosen_drop=1" in found[3][0]
+    silent = Watch(CollapseSection())
+    assert not any(silent.see(row) for row in rows)
+
+
 def test_kinds_that_were_never_told_apart_raise_no_alarm():
     watch = Watch(CollapseSection())
     assert not any(watch.see(row) for row in rows_of([0.1] * 30, auc=[0.4] * 10 + [0.7] * 20))
