@@ -92,10 +92,10 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"data": {"train": [{"path": "a", "fromat": "sft"}]}}, ["data.train.0.fromat='sft'", "'format'"]),
         ({"model": {"path": "m", "lora": {"rnak": 4}}}, ["model.lora.rnak=4", "'rank'"]),
         ({"name": "a/b"}, ["name='a/b'"]),
-        ({"objective": {"loss": "sft", "beta": 0.1}}, ["objective.beta=0.1: no such field (valid here: loss)"]),
+        ({"objective": {"loss": "sft", "beta": 0.1}}, ["objective.beta=0.1: no such field (valid here: loss, sft_weight)"]),
         (
             {"objective": {"loss": "ipo", "label_smoothing": 0.1}},
-            ["objective.label_smoothing=0.1: no such field (valid here: beta, loss)"],
+            ["objective.label_smoothing=0.1: no such field (valid here: beta, loss, sft_weight)"],
         ),
         (
             {"objective": {"loss": "dop"}},
@@ -108,12 +108,12 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"mlc": {"name": "contrast"}}, ["mlc: name='contrast' cannot stand here", "Settings that extends TapSection"]),
         (
             {"terms": {"anchor": {"temperature": 0.1}}},
-            ["terms.anchor.temperature=0.1: no such field (valid here: name, weight)"],
+            ["terms.anchor.temperature=0.1: no such field (valid here: name, ramp, start, weight)"],
         ),
         (
             {"terms": {"contrast": {"target_std": 1.0, "wight": 1}, "variance": {"weight": -1}, "two words": {}}},
             [
-                "terms.contrast.target_std=1.0: no such field (valid here: name, temperature, weight)",
+                "terms.contrast.target_std=1.0: no such field",
                 "terms.contrast.wight=1: no such field; did you mean 'weight'?",
                 "terms.variance.weight=-1: Input should be greater than or equal to 0",
                 "terms.two words: a key is letters",
@@ -371,7 +371,7 @@ def test_json_schema_has_the_settings_of_every_component() -> None:
     fields = config_schema(TrainConfig)["properties"]
     losses = {option["properties"]["loss"]["const"]: option for option in fields["objective"]["oneOf"]}
     assert losses.keys() == {"dpo", "ipo", "orpo", "sft", "simpo"}
-    assert losses["simpo"]["properties"].keys() == {"loss", "beta", "margin"}
+    assert losses["simpo"]["properties"].keys() == {"loss", "beta", "margin", "sft_weight"}
     terms = {option["properties"]["name"]["const"] for option in fields["terms"]["additionalProperties"]["anyOf"]}
     assert terms >= {"anchor", "contrast", "variance"}
     assert [option["properties"]["name"]["const"] for option in fields["mlc"]["oneOf"]] == ["mlc"]

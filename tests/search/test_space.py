@@ -153,7 +153,8 @@ def test_losses_are_searched_with_the_fields_that_all_of_them_have(sampler: str)
     ]
     assert [run.needs_reference for run in runs] == [True, True, False, False, False, False]
     simpo = {"objective.loss": "simpo"}
-    assert space.run(simpo, name="t").objective.model_dump() == {"loss": "simpo", "beta": 0.1, "margin": 0.5}
+    kept = {"loss": "simpo", "sft_weight": 0.0, "beta": 0.1, "margin": 0.5}
+    assert space.run(simpo, name="t").objective.model_dump() == kept
 
 
 @pytest.mark.parametrize(
