@@ -92,7 +92,10 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"data": {"train": [{"path": "a", "fromat": "sft"}]}}, ["data.train.0.fromat='sft'", "'format'"]),
         ({"model": {"path": "m", "lora": {"rnak": 4}}}, ["model.lora.rnak=4", "'rank'"]),
         ({"name": "a/b"}, ["name='a/b'"]),
-        ({"objective": {"loss": "sft", "beta": 0.1}}, ["objective.beta=0.1: no such field (valid here: loss, sft_weight)"]),
+        (
+            {"objective": {"loss": "sft", "beta": 0.1}},
+            ["objective.beta=0.1: no such field (valid here: loss, sft_weight)"],
+        ),
         (
             {"objective": {"loss": "ipo", "label_smoothing": 0.1}},
             ["objective.label_smoothing=0.1: no such field (valid here: beta, loss, sft_weight)"],
