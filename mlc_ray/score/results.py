@@ -20,7 +20,7 @@ from mlc_ray.stats.summaries import summarise
 from mlc_ray.storage import Place
 from mlc_ray.types import Measure, ScoreRow
 
-FORMAT = 3
+FORMAT = 4
 CUT_BOUND = 0.1
 """Share of responses cut off at max_new_tokens above which a rate of safe ones is warned of."""
 RESULT_FILE = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -39,7 +39,7 @@ class ScoreResult:
 
     `model` is what was asked for, `resolved` the folder or hub name that was loaded, `fingerprint` names its content;
     `prompts` names the set of prompts: two scores with the same `prompts`, `judge` and length of answers can be
-    compared. `measured_by` names the judge behind each measure; `seen_languages` are those that training saw, None
+    compared. `measured_by` names who is behind each measure; `seen_languages` are those that training saw, None
     where that is not known. `rows` are of every benchmark; `summaries` too and, if there are several, of all of them
     (benchmark `all`).
     `finish` counts responses by why they ended; `usage`

@@ -18,7 +18,7 @@ from mlc_ray.config import EndpointSection, EngineSection, ScoreConfig, SourceSe
 from mlc_ray.device import resolved
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.generate.replies import EndpointError
-from mlc_ray.judges.base import JudgeError, UncoveredLanguageError
+from mlc_ray.judges.base import JudgeError, JudgeFaultError, UncoveredLanguageError, make_judge
 from mlc_ray.judges.degenerate import RULES
 from mlc_ray.judges.endpoint import EndpointJudge
 from mlc_ray.judges.likelihood import LikelihoodJudge
@@ -96,14 +96,15 @@ def test_explode_makes_a_row_per_kept_language() -> None:
 
 
 def responses_of(*answers: tuple[str, str], **columns: str) -> pa.Table:
-    row = {"prompt": "?", "language": "en", "kind": "benign", **columns}
+    row = {"benchmark": "own", "bundle_id": "a", "prompt": "?", "language": "en", "kind": "benign", **columns}
     return pa.Table.from_pylist([{**row, "response": response, "finish": finish} for response, finish in answers])
 
 
 def judge_stage(**settings: Any) -> JudgeStage:
-    plan = {"ways": {"en": "", "fi": "uncovered", "sw": "translated"}, "phrase_ways": None, "device": "cpu"}
     judge = settings.pop("judge", RefusalJudge.Settings())
-    return JudgeStage(**{"settings": judge, **plan, **settings})
+    ways = {"en": "", "fi": "uncovered", "sw": "translated"}
+    cells = {("benign", code): dict.fromkeys(make_judge(judge).measures, via) for code, via in ways.items()}
+    return JudgeStage([(judge.name, judge, cells)], device="cpu", **settings)
 
 
 def test_judging_a_batch(tmp_path: Path) -> None:
