@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE
+from mlc_ray.stats.calibration import CorrectedRate
 from mlc_ray.stats.rates import Judged, Summary, score_rows
 from mlc_ray.stats.summaries import summarise
 from mlc_ray.storage import Place
@@ -43,7 +44,8 @@ class ScoreResult:
     where that is not known. `rows` are of every benchmark; `summaries` too and, if there are several, of all of them
     (benchmark `all`).
     `finish` counts responses by why they ended; `usage`
-    is what endpoints did and cost, by what they were asked for (`judge`, `translate`).
+    is what endpoints did and cost, by what they were asked for (`judge`, `translate`). `corrected` has a rate corrected
+    for the judge's errors beside each row, by the calibration whose content `calibration` names; empty without one.
     """
 
     __pydantic_config__ = RESULT_FILE
@@ -66,6 +68,8 @@ class ScoreResult:
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    calibration: str = ""
+    corrected: tuple[CorrectedRate, ...] = ()
     folder: Place = field(default_factory=lambda: Place("."))
 
     @property

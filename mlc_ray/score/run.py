@@ -43,6 +43,7 @@ from mlc_ray.runs import (
     resolve_model,
     training_languages,
 )
+from mlc_ray.score.calibration import check_calibration, with_corrected_rates
 from mlc_ray.score.plan import (
     USAGE_SUFFIX,
     Judging,
@@ -130,6 +131,7 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: Po
         seen_languages=config.seen_languages or training_languages(config.model),
     )
     _check_engines(request, judging, device, pool)
+    check_calibration(config.calibration, judging.identity)
     earlier = _earlier(folder, request, prompts, judging) if config.resume == "auto" else None
     if isinstance(earlier, ScoreResult):
         return earlier
@@ -183,7 +185,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
     Args:
         scored: the score folder.
         out: the new folder (default: the old name and the judge's).
-        changes: fields of its settings that differ: `judge`, `max_unparsed`, `address`, `accelerator`.
+        changes: fields of its settings that differ: `judge`, `calibration`, `max_unparsed`, `address`, `accelerator`.
 
     Raises:
         ScoreError: the folder holds no responses, or the new one exists already.
@@ -211,6 +213,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         decided = judge_with_dtypes(config.judge, gpu=device == "gpu", before=earlier)
         request = replace(request, config=config.model_copy(update={"judge": decided}))
         judging = plan_judging(make_reader(decided), responses)
+        check_calibration(request.config.calibration, judging.identity)
         _check_readers(request, judging, device, [])
         logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
         request.save(folder)
@@ -337,6 +340,7 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
         versions=library_versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
+    result = with_corrected_rates(result, request.config.calibration)
     save_scores(result)
     return result
 
@@ -419,10 +423,13 @@ def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging)
         return None
     found = load_request(folder)
     finished = load_scores(folder) if (folder / SCORES_FILE).is_file() else None
-    if not request.asks_as(found) or (finished is not None and finished.judge != judging.identity):
+    if not request.asks_as(found) or (
+        finished is not None
+        and (finished.judge, finished.config.get("calibration")) != (judging.identity, request.config.calibration)
+    ):
         raise ScoreError(
             f"score folder {str(folder)!r} holds a score of another model, other prompts, or other settings of engine "
-            "or judge, with which resume: auto cannot go on; choose another name, or remove it"
+            "or judge, or with another calibration, with which resume: auto cannot go on; choose another name, or remove it"
         )
     if finished is not None:
         logger.info("%s is finished already", folder)
