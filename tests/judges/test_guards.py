@@ -446,6 +446,8 @@ def test_a_guard_joined_by_the_phrases_keeps_its_own_way_to_read_a_language(fail
     (judged,) = stage(pa.Table.from_pylist([{**row, "finish": "abort"}])).to_pylist()
     assert (judged["behaviour"], judged["via_refused"]) == ("refused", "uncovered")
     assert (judged["safety"], judged["via_safe"]) == ("unparsed", "")
+    with pytest.raises(RuntimeError, match="out of memory"):  # of the engine: no verdict, and no fault of the judge
+        stage(pa.Table.from_pylist([{**row, "finish": "stop"}]))
 
 
 # ---------------------------------------------------------------------------------------------------------- real guards

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import examples.my_storage  # noqa: F401 - registers vault://
+from examples.my_judge import ShortAnswerJudge
 from mlc_ray.cluster import ClusterError
-from mlc_ray.config import EndpointSection, EngineSection, ScoreConfig, SourceSection, parse_config
+from mlc_ray.config import EndpointSection, EngineSection, ReadingJudgeSettings, ScoreConfig, SourceSection, parse_config
 from mlc_ray.device import resolved
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.generate.replies import EndpointError
@@ -32,6 +34,7 @@ from mlc_ray.score.run import TooManyUnparsedError, judge_again, open_pool, resu
 from mlc_ray.score.stages import RESPONSES, JudgeStage
 from mlc_ray.show import show
 from mlc_ray.storage import Place
+from mlc_ray.types import Answer, Verdict
 from tests.generate.chat_server import Step, serving
 from tests.generate.weights import noisy_copy
 
@@ -166,6 +169,48 @@ def test_a_translated_response_is_judged_in_english_and_a_failed_translation_not
     assert [row["behaviour"] for row in judged] == ["refused", "complied", "unparsed"]
     assert {(row["via_refused"], row["via_safe"]) for row in judged} == {("translated", None)}
     assert judged[2]["reason"] == "the prompt was not translated: cut off"
+
+
+class FaultyJudge(ShortAnswerJudge):
+    """Raises on, or misjudges, what its word is in."""
+
+    class Settings(ReadingJudgeSettings):
+        """What it does."""
+
+        words: int = 8
+        fault: str = "raises"
+
+    settings: Settings
+
+    def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """Verdicts, or too few, or such as it does not declare."""
+        if self.settings.fault == "raises" and any("egg" in answer.response for answer in answers):
+            raise ZeroDivisionError("no words")
+        if self.settings.fault == "together" and len(answers) > 1:
+            raise ZeroDivisionError("two")
+        verdicts = super().judge(answers)
+        if self.settings.fault == "few":
+            return verdicts[1:]
+        return [Verdict("refused", "safe")] * len(answers) if self.settings.fault == "more" else verdicts
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("raises", r"FaultyJudge' raised ZeroDivisionError: no words on the response to bundle 'b1' of 'own' in 'en', "
+                r"which begins 'Boil the egg.'; .*libraries\.log"),
+     ("together", "on 2 responses together, and on none of them alone"),
+     ("few", "gave 1 verdicts on 2 responses"),
+     ("more", r"declares measures=\('refused',\), and its verdict on bundle 'b0'.*correct safe")],
+)  # fmt: skip
+def test_a_judge_that_breaks_its_contract_is_named_with_the_row(
+    fault: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = FaultyJudge.Settings(name=f"{__name__}:FaultyJudge", fault=fault)
+    answers = [("Take some rice and boil it for ten minutes.", "stop"), ("Boil the egg.", "stop")]
+    table = responses_of(*answers).drop_columns(["bundle_id"]).append_column("bundle_id", pa.array(["b0", "b1"]))
+    with pytest.raises(JudgeFaultError, match=message):
+        judge_stage(judge=judge)(table)
+    assert ("in judge\n    raise ZeroDivisionError" in capsys.readouterr().err) == (fault in ("raises", "together"))
 
 
 def test_a_language_the_judge_does_not_declare_is_marked(tmp_path: Path) -> None:
