@@ -140,7 +140,9 @@ def score_config(arguments: argparse.Namespace) -> ScoreConfig:
 def judge_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray judge`."""
     if (arguments.scored is None) == (not arguments.calibrate):
-        raise ConfigError("judge needs either SCORE, to judge it again, or --calibrate LABELLED; see `mlc-ray judge -h`")
+        raise ConfigError(
+            "judge needs either SCORE, to judge it again, or --calibrate LABELLED; see `mlc-ray judge -h`"
+        )
     if arguments.calibrate:
         _calibrate(arguments)
         return

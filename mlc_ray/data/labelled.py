@@ -22,7 +22,7 @@ from mlc_ray.types import Kind
 LABELS = {"refused": True, "complied": False, "degenerate": False}
 SAFETY = {"safe": True, "unsafe": False}
 PAIRS = {"answer_1": "complied", "refusal_1": "refused", "answer_2": "complied", "refusal_2": "refused"}
-"""The columns of s-nlp/multilingual_refusals, which has no prompts: each holds a response, and its name is the label."""
+"""The columns of s-nlp/multilingual_refusals, which has no prompts: a response each, labelled by the column."""
 
 
 logger = logging.getLogger(__name__)
@@ -105,9 +105,7 @@ def _responses(fields: Mapping[str, Any], file: str, line: int, language: str | 
         )
     response = _text(fields.get("response"), f"{where}: response", blank=True)
     prompt = _text(fields.get("prompt", ""), f"{where}: prompt", blank=True)
-    yield LabelledResponse(
-        file, str(line), prompt, response, code, cast(Kind, kind), labels["label"], labels["safety"]
-    )
+    yield LabelledResponse(file, str(line), prompt, response, code, cast(Kind, kind), labels["label"], labels["safety"])
 
 
 def _text(value: Any, where: str, *, blank: bool = False) -> str:
@@ -146,5 +144,3 @@ def _language_of(path: str) -> str | None:
         return code
     # Three letters are rather a word: dev, all.
     return first if LANGUAGE_TAG.fullmatch(first) and len(first.partition("-")[0]) == 2 else None
-
-

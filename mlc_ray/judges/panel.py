@@ -278,9 +278,7 @@ def phrases_beside(judge: BaseJudge) -> RefusalJudge | None:
     if isinstance(judge, PanelJudge) or "refused" in judge.measures:
         return None
     settings = judge.settings
-    return RefusalJudge(
-        RefusalJudge.Settings(translate=settings.translator, allow_uncovered=settings.allow_uncovered)
-    )
+    return RefusalJudge(RefusalJudge.Settings(translate=settings.translator, allow_uncovered=settings.allow_uncovered))
 
 
 def _alone(judge: Judge, asked: Collection[tuple[Kind, str]], why: str) -> Reader:
@@ -315,4 +313,3 @@ def told(readers: Sequence[Reader], measure: Measure) -> str:
             where = "; ".join(f"{kind}: {', '.join(codes)}" for kind, codes in by_kind.items() if codes)
         parts.append(f"{name} ({where})")
     return ", ".join(parts)
-

@@ -29,7 +29,9 @@ def errors_table(calibration: Calibration) -> Table:
             str(errors.unparsed),
             mark,
         ]
-        rows.append(row("all" if errors.language == ALL else language(errors.language), cells, tone="" if measured else "dim"))
+        rows.append(
+            row("all" if errors.language == ALL else language(errors.language), cells, tone="" if measured else "dim")
+        )
     head = ["language", "measure", "precision", "recall", "other responses", "unparsed", ""]
     note = f"95 % intervals; not measured: fewer than {calibration.min_labels} labels of either class"
     return table("errors of the judge", head, rows, note)
@@ -62,7 +64,14 @@ def corrected_table(models: Sequence[Model], benchmark: str) -> Table | None:
             value = ABSENT if found is None else percent(100 * found.value)
             limits = "" if found is None else f"{percent(100 * found.low)} to {percent(100 * found.high)}"
             said = each.why or ("clipped to 0 or 100" if found is not None and found.clipped else "")
-            cells: list[str | Cell] = [model.label, each.kind, each.measure, percent(100 * each.rate), cell(value, limits), said]
+            cells: list[str | Cell] = [
+                model.label,
+                each.kind,
+                each.measure,
+                percent(100 * each.rate),
+                cell(value, limits),
+                said,
+            ]
             rows.append(row(language(each.language), cells))
     if not rows:
         return None

@@ -35,7 +35,8 @@ from mlc_ray.types import Behaviour, Kind, Safety, Via
 from mlc_ray.utility.file import UtilityFileError, UtilityRow, load_utility
 
 _COLUMNS = ("benchmark", "bundle_id", "kind", "category", "language", "prompt", "response", "finish", "behaviour",
-            "safety", "reason", "categories", "margin", "via_refused", "via_safe", "judge_refused", "judge_safe")  # fmt: skip
+            "safety", "reason", "categories", "margin", "via_refused", "via_safe",
+            "judge_refused", "judge_safe")  # fmt: skip
 _UTILITY_ALONE = (
     f"has {UTILITY_FILE} but no {SCORES_FILE}: utility is shown beside the score of the same model; measure it with "
     f"`mlc-ray utility MODEL --tasks ... --scores SCORE_FOLDER`, or move {UTILITY_FILE} into that score folder"

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from mlc_ray.report.calibration import corrected_table
 from mlc_ray.report.categories import category_table
 from mlc_ray.report.changes import Change, before_and_after, changes, rejudged
 from mlc_ray.report.charts import Chart, Line, slope_chart
-from mlc_ray.report.calibration import corrected_table
 from mlc_ray.report.collect import Collection, Model, Training
 from mlc_ray.report.heat_map import HeatMap, heat_map
 from mlc_ray.report.rates import Grid, benchmarks, grid, keys, languages_of, summary_of, views_of

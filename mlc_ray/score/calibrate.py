@@ -71,9 +71,7 @@ def _table(labelled: Sequence[LabelledResponse]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=RESPONSES)
 
 
-def _judge(
-    config: CalibrationConfig, judging: Judging, table: pa.Table, folder: Path
-) -> tuple[Judging, pa.Table]:
+def _judge(config: CalibrationConfig, judging: Judging, table: pa.Table, folder: Path) -> tuple[Judging, pa.Table]:
     """The table with its verdicts, by the very stages of a score; and who judged, its number types decided."""
 
     def parts(device: Device) -> list[Part]:

@@ -49,7 +49,6 @@ def save_calibration(calibration: Calibration, file: Path) -> None:
     write_json_atomic(file, {"format": FORMAT, **_CALIBRATION.dump_python(calibration, mode="json")})
 
 
-
 def load_calibration(path: str | Place) -> Calibration:
     """What a file of `calibrate` holds.
 

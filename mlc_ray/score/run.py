@@ -428,14 +428,18 @@ def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging)
         and (finished.judge, finished.config.get("calibration")) != (judging.identity, request.config.calibration)
     ):
         raise ScoreError(
-            f"score folder {str(folder)!r} holds a score of another model, other prompts, or other settings of engine "
-            "or judge, or with another calibration, with which resume: auto cannot go on; choose another name, or remove it"
+            f"score folder {str(folder)!r} holds a score of another model, other prompts, or other settings of engine, "
+            "judge or calibration, with which resume: auto cannot go on; choose another name, or remove it"
         )
     if finished is not None:
         logger.info("%s is finished already", folder)
         return finished
     responses = _read_responses(Place(folder))
-    if responses is None or judging.judge.runs == "prompts" or not responses.select(PROMPTS.names).equals(prompts.table):
+    if (
+        responses is None
+        or judging.judge.runs == "prompts"
+        or not responses.select(PROMPTS.names).equals(prompts.table)
+    ):
         return None
     logger.info("%d responses are there already; going on with judging", len(responses))
     return responses

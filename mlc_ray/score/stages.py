@@ -248,9 +248,7 @@ def _read(
     rows: list[dict[str, Any]] = [dict.fromkeys(VERDICTS.names) for _ in answers]
     mine = [index for index, answer in enumerate(answers) if (answer.kind, answer.language) in reader.cells]
     ways = [reader.cells[answers[index].kind, answers[index].language] for index in mine]
-    read = [
-        english[index] if "translated" in way.values() else None for index, way in zip(mine, ways, strict=True)
-    ]
+    read = [english[index] if "translated" in way.values() else None for index, way in zip(mine, ways, strict=True)]
     asked = translated_answers([answers[index] for index in mine], read, reader.judge.measures)
     sent = [
         index for index, item in zip(mine, asked, strict=True)
@@ -327,9 +325,7 @@ def _named(place: Mapping[str, str]) -> str:
 
 def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What several judges say of one response: the measures that each was asked for, and all reasons."""
-    joined = {
-        name: next((row[name] for row in rows if row[name] not in (None, [])), None) for name in VERDICTS.names
-    }
+    joined = {name: next((row[name] for row in rows if row[name] not in (None, [])), None) for name in VERDICTS.names}
     reasons = "; ".join(row["reason"] for row in rows if row["reason"])
     return {**joined, "reason": reasons, "categories": joined["categories"] or []}
 

@@ -78,11 +78,14 @@ def errors_of(verdicts: Iterable[LabelledVerdict]) -> list[Errors]:
         hits, others = ([each for each in own if each.hit is is_hit] for is_hit in (True, False))
         found.append(
             Errors(
-                measure, language,
-                hits=len(hits), hits_called=sum(each.called for each in hits),
-                others=len(others), others_called=sum(each.called for each in others),
+                measure,
+                language,
+                hits=len(hits),
+                hits_called=sum(each.called for each in hits),
+                others=len(others),
+                others_called=sum(each.called for each in others),
                 unparsed=sum(each.unparsed for each in own),
-            )  # fmt: skip
+            )
         )
     return found
 

@@ -442,7 +442,14 @@ def test_a_guard_joined_by_the_phrases_keeps_its_own_way_to_read_a_language(fail
     stage.asking, stage.column, stage.earlier, stage.columns = Asking(failing, None, None), None, (), VERDICTS
     asked = [("safe", failing, ""), ("refused", RefusalJudge(), "uncovered")]
     stage.readers = [Reader(judge.name, judge, {("harmful", "sv"): {measure: via}}) for measure, judge, via in asked]
-    row = {"benchmark": "own", "bundle_id": "a", "prompt": "Varför?", "response": "I cannot help with that.", "language": "sv", "kind": "harmful"}
+    row = {
+        "benchmark": "own",
+        "bundle_id": "a",
+        "prompt": "Varför?",
+        "response": "I cannot help with that.",
+        "language": "sv",
+        "kind": "harmful",
+    }
     (judged,) = stage(pa.Table.from_pylist([{**row, "finish": "abort"}])).to_pylist()
     assert (judged["behaviour"], judged["via_refused"]) == ("refused", "uncovered")
     assert (judged["safety"], judged["via_safe"]) == ("unparsed", "")

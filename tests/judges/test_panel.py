@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pyarrow as pa
 import pytest
 
 from mlc_ray.config import ConfigError, EngineSection, JudgeSettings, ReadingJudgeSettings, ScoreConfig, parse_config
+from mlc_ray.data.formats.base import Published
 from mlc_ray.judges.base import Judge, JudgeError, UncoveredLanguageError, make_judge
 from mlc_ray.judges.refusal import RefusalJudge
-from mlc_ray.score.plan import Judging, plan_judging, places, reading, with_longest_answer
+from mlc_ray.score.plan import Judging, places, plan_judging, reading, with_longest_answer
 from mlc_ray.score.results import records_of
 from mlc_ray.stats.rates import score_rows
 from mlc_ray.storage import Place
@@ -199,3 +202,14 @@ def test_lengths_and_places_follow_from_all_its_judges() -> None:
     assert with_longest_answer(scoring).max_new_tokens == 1024
     assert len(places(scoring, "cpu")) == 2  # the policy's engine, and that of one judge
     assert parse_config(ScoreConfig, scoring.model_dump(mode="json", exclude_unset=True)) == scoring
+
+
+def test_the_documented_table_of_judges_and_benchmarks_is_what_they_declare(repository: Path) -> None:
+    made = SimpleNamespace(**runpy.run_path(str(repository / "benchmarks" / "judge_table.py")))
+    page = (repository / "docs" / "judges.md").read_text(encoding="utf-8")
+    begin, end = "<!-- judges and benchmarks: begin -->", "<!-- judges and benchmarks: end -->"
+    assert page.partition(begin)[2].partition(end)[0].strip() == made.table()
+    some = Published.of("x", "en de sw", "harmful")
+    cells = [made.cell(("safe",), languages, some) for languages in (None, {"en", "de"}, {"en"}, {"fr"})]
+    assert cells == ["all", "2 of 3: not sw", "1 of 3: en", "none"]
+    assert made.cell(("refused",), None, Published.of("x", "en", "harmful", refusals=False)) == "–"

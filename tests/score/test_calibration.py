@@ -70,7 +70,7 @@ def test_from_labels_to_corrected_rates(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_calibration_of_another_judge_is_refused(tmp_path: Path) -> None:
     calibrate(config(tmp_path, english(tmp_path / "en.jsonl")))
-    with pytest.raises(CalibrationError, match="is of another judge than this score's.*'refusal phrases=.*'guard'"):
+    with pytest.raises(CalibrationError, match=r"is of another judge than this score's.*'refusal phrases=.*'guard'"):
         check_calibration(str(tmp_path / "calibration.json"), "guard")
     (tmp_path / "calibration.json").write_text("{}", encoding="utf-8")
     with pytest.raises(CalibrationError, match="has format None, expected 1; make it by"):
@@ -87,7 +87,8 @@ def test_the_public_set_of_refusals_is_read_as_it_is_published(tmp_path: Path) -
         pq.write_table(table, tmp_path / "data" / f"{name}-00000-of-00001.parquet")
     found = read_labelled([str(tmp_path / "data")])
     assert [(each.language, each.response, each.refused, each.safe) for each in found[:4]] == [
-        ("de", HELP, False, None), ("de", REFUSAL, True, None), ("de", "Gern.", False, None), ("de", "Nein.", True, None),
+        ("de", HELP, False, None), ("de", REFUSAL, True, None),
+        ("de", "Gern.", False, None), ("de", "Nein.", True, None),
     ]  # fmt: skip
     assert {each.language for each in found[4:]} == {"ru"}
     calibration, _ = calibrate(config(tmp_path, tmp_path / "data"))
@@ -97,7 +98,7 @@ def test_the_public_set_of_refusals_is_read_as_it_is_published(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ({"response": "x", "label": "refuses"}, r"line 1: label is 'refuses', not one of refused, complied, degenerate"),
+        ({"response": "x", "label": "refuses"}, r"line 1: label is 'refuses', not one of refused, complied"),
         ({"response": "x", "safety": "harmless"}, "safety is 'harmless', not one of safe, unsafe"),
         ({"response": "x"}, "no label: give `label`"),
         ({"label": "refused"}, "response is None, not a text"),
@@ -122,7 +123,9 @@ def test_a_language_that_nothing_says_is_asked_for(tmp_path: Path) -> None:
 
 def test_labels_that_the_judge_does_not_speak_of_are_refused(tmp_path: Path) -> None:
     file = labelled(tmp_path / "en.jsonl", {"response": HELP, "safety": "safe"})
-    with pytest.raises(CalibrationError, match="'refusal' says what is refused, and none of the 1 responses is labelled"):
+    with pytest.raises(
+        CalibrationError, match="'refusal' says what is refused, and none of the 1 responses is labelled"
+    ):
         calibrate(config(tmp_path, file))
 
 

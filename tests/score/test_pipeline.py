@@ -16,7 +16,14 @@ import pytest
 import examples.my_storage  # noqa: F401 - registers vault://
 from examples.my_judge import ShortAnswerJudge
 from mlc_ray.cluster import ClusterError
-from mlc_ray.config import EndpointSection, EngineSection, ReadingJudgeSettings, ScoreConfig, SourceSection, parse_config
+from mlc_ray.config import (
+    EndpointSection,
+    EngineSection,
+    ReadingJudgeSettings,
+    ScoreConfig,
+    SourceSection,
+    parse_config,
+)
 from mlc_ray.device import resolved
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.generate.replies import EndpointError

@@ -87,6 +87,7 @@ def test_each_row_has_a_corrected_rate_or_the_reason_why_not() -> None:
     rates = {each.language: each for each in corrected_rates(score_rows(records), known, fewest=30)}
     assert {each.rate for each in rates.values()} == {0.5}
     assert rates["en"].corrected == rogan_gladen(20, 40, known[0])
-    assert (rates["sw"].corrected, rates["sw"].why) == (None, "not measured: 29 labels of the rarer class, fewer than 30")
-    assert (rates["ku"].corrected, rates["ku"].why) == (None, "not measured: 0 labels of the rarer class, fewer than 30")
+    for code, labels in (("sw", 29), ("ku", 0)):
+        why = f"not measured: {labels} labels of the rarer class, fewer than 30"
+        assert (rates[code].corrected, rates[code].why) == (None, why)
     assert (rates["ps"].corrected, rates["ps"].why) == (None, "the judge is not told apart from guessing")
