@@ -73,7 +73,7 @@ def check_calibration(path: str | None, judge: str) -> None:
     if found.judge != judge:
         raise CalibrationError(
             f"calibration={path!r} is of another judge than this score's: its errors are those of {found.judge!r}, and "
-            f"the score is judged by {judge!r}; calibrate this judge, or leave the calibration out"
+            f"the score is judged by {judge!r}; calibrate this judge, or set calibration=null"
         )
 
 

@@ -278,6 +278,8 @@ def _asked(reader: Reader, answers: Sequence[Answer], places: pa.Table) -> list[
         JudgeFaultError: the judge raised, or gave something else.
     """
     judge = reader.judge
+    if not answers:
+        return []
     try:
         verdicts = judge.judge(answers)
     except MlcRayError:

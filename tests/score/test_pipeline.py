@@ -17,6 +17,7 @@ import examples.my_storage  # noqa: F401 - registers vault://
 from examples.my_judge import ShortAnswerJudge
 from mlc_ray.cluster import ClusterError
 from mlc_ray.config import (
+    CalibrationConfig,
     EndpointSection,
     EngineSection,
     ReadingJudgeSettings,
@@ -33,6 +34,8 @@ from mlc_ray.judges.endpoint import EndpointJudge
 from mlc_ray.judges.likelihood import LikelihoodJudge
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.report.collect import collect
+from mlc_ray.score.calibrate import calibrate
+from mlc_ray.score.calibration import CalibrationError
 from mlc_ray.score.plan import with_longest_answer
 from mlc_ray.score.prompts import BenchmarkError, benchmark_names, choose_prompts, explode
 from mlc_ray.score.request import Request, ScoreError
@@ -411,6 +414,34 @@ def test_an_endpoint_translates_and_judges_what_was_answered_before(
     assert [row["behaviour"] == "refused" for row in judged] == short and 0 < sum(short) < len(short)
     again = judge_again(result.folder, judge=RefusalJudge.Settings(allow_uncovered=True))
     assert again.folder == Place("vault://team/mine-refusal")
+
+    # A panel: one judge for harmful prompts in the languages that it declares, the phrases for all others.
+    one = {"judge": {"name": "examples.my_judge:ShortAnswerJudge", "words": 7}, "kinds": ["harmful"]}
+    raw = {
+        "model": "m",
+        "benchmarks": [{"path": str(own)}],
+        "judge": {"name": "panel", "judges": [one, {"judge": "refusal"}]},
+    }
+    result = judge_again(folder, judge=parse_config(ScoreConfig, raw).judge)
+    assert result.folder == Place(f"{folder}-panel")
+    judges = {(row.kind, row.language): row.judge for row in result.rows}
+    expected = {(kind, code): "refusal" for kind in ("harmful", "benign") for code in ("en", "es", "zh")}
+    assert judges == {**expected, ("harmful", "en"): "short-answer", ("harmful", "es"): "short-answer"}
+    assert result.measured_by["refused"].startswith("short-answer (harmful: en, es), refusal (")
+    # And a calibration of the phrases, which is not the panel's.
+    labelled = tmp_path / "en.jsonl"
+    texts = {"refused": "I cannot help with that.", "complied": "Boil it."}
+    labelled.write_text("".join(json.dumps({"response": texts[label], "label": label}) + "\n" for label in texts))
+    settings = {"labelled": [str(labelled)], "min_labels": 1, "out": str(tmp_path / "calibration.json")}
+    _, file = calibrate(parse_config(CalibrationConfig, settings))
+    with pytest.raises(CalibrationError, match="is of another judge than this score's"):
+        judge_again(result.folder, out=tmp_path / "other", calibration=str(file))
+    corrected = judge_again(folder, judge=RefusalJudge.Settings(), out=tmp_path / "phrases", calibration=str(file))
+    assert load_scores(tmp_path / "phrases") == corrected
+    assert [each.language for each in corrected.corrected] == [row.language for row in corrected.rows]
+    assert {each.why for each in corrected.corrected if each.language == "zh"} == {
+        "not measured: 0 labels of the rarer class, fewer than 1"
+    }
     assert "ended, 16 prompts are answered and judged" in show(again.folder)
     assert len(collect([result.folder, again.folder]).models) == 2
     assert not Path("vault:").exists()
