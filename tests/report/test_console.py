@@ -147,7 +147,7 @@ def test_languages_of_several_judges_are_named() -> None:
 
     assert "several judges" not in text_of(score_tables(judged_by("refusal")))
     assert (
-        "x: what is refused of own's harmful prompts was said by several judges (refusal: en, de; guard: sw): differences"
+        "x: what is refused of own's harmful prompts was said by several judges (refusal: en, de; guard: sw):"
     ) in text_of(score_tables(judged_by("guard")))
 
 
