@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from mlc_ray.score.plan import Judging, judge_with_dtypes, plan_judging, reading
 from mlc_ray.score.stages import RESPONSES, answers_of
 from mlc_ray.stats.calibration import LabelledVerdict, errors_of
 from mlc_ray.storage import Place, fingerprint, user_cache
+
+logger = logging.getLogger(__name__)
 
 
 def calibrate(config: CalibrationConfig) -> tuple[Calibration, Path]:
@@ -42,19 +45,27 @@ def calibrate(config: CalibrationConfig) -> tuple[Calibration, Path]:
     judging = plan_judging(make_reader(judge.fitted_to(answers_of(table))), table)
     with tempfile.TemporaryDirectory() as folder:
         judging, judged = _judge(config, judging, table, Path(folder))
+    verdicts = _verdicts(labelled, judged)
+    said = ", ".join(judging.measured_by)
+    if not verdicts:
+        raise CalibrationError(
+            f"the judge {judge.name!r} says what is {said}, and none of the {len(labelled)} responses is labelled by "
+            "that; label refusals as `label`, harm as `safety`"
+        )
+    labels = sum((each.refused is not None) + (each.safe is not None) for each in labelled)
+    if labels > len(verdicts):
+        logger.warning(
+            "%d of %d labels are not counted: of these prompts the judge says what is %s only",
+            labels - len(verdicts), labels, said,
+        )  # fmt: skip
     found = Calibration(
         judge=judging.identity,
         sources=tuple(config.labelled),
         labels=fingerprint([[vars(each)[name] for name in _CONTENT] for each in labelled]),
         min_labels=config.min_labels,
-        errors=tuple(errors_of(_verdicts(labelled, judged))),
+        errors=tuple(errors_of(verdicts)),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
-    if not found.errors:
-        raise CalibrationError(
-            f"the judge {judge.name!r} says what is {' and '.join(judge.measures)}, and none of the "
-            f"{len(labelled)} responses is labelled by that; label refusals as `label`, harm as `safety`"
-        )
     save_calibration(found, out)
     return found, out
 

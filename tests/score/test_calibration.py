@@ -121,8 +121,11 @@ def test_a_language_that_nothing_says_is_asked_for(tmp_path: Path) -> None:
         read_labelled([f"{file},lang=pt"])
 
 
-def test_labels_that_the_judge_does_not_speak_of_are_refused(tmp_path: Path) -> None:
+def test_labels_that_the_judge_does_not_speak_of_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = labelled(tmp_path / "en.jsonl", {"response": HELP, "safety": "safe"})
+    both = labelled(tmp_path / "de.jsonl", {"response": HELP, "safety": "safe", "label": "complied"})
+    calibrate(config(tmp_path, both, out=str(tmp_path / "both.json")))
+    assert "1 of 2 labels are not counted: of these prompts the judge says what is refused only" in caplog.text
     with pytest.raises(
         CalibrationError, match="'refusal' says what is refused, and none of the 1 responses is labelled"
     ):
