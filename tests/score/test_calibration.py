@@ -64,6 +64,9 @@ def test_from_labels_to_corrected_rates(tmp_path: Path, capsys: pytest.CaptureFi
     assert corrected.rows == result.rows and corrected.summaries == result.summaries  # what is counted stays
     save_scores(corrected)
     assert load_scores(tmp_path / "s") == corrected
+    assert main(["report", str(tmp_path / "s"), "--out", str(tmp_path / "report.html")]) == 0
+    assert "clipped to 0 or 100" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    capsys.readouterr()
     show(score_tables(corrected))
     assert "mine, corrected for the judge's errors" in " ".join(capsys.readouterr().out.split())
 
