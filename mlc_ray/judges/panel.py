@@ -22,11 +22,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, ClassVar, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mlc_ray._registry import register
 from mlc_ray.config import JudgeSettings, ReadingJudgeSettings, TranslateSection
-from mlc_ray.config.base import Section
+from mlc_ray.config.base import LANGUAGE_TAG, Section
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.generate.translate import check_translations
 from mlc_ray.judges.base import BaseJudge, Judge, JudgeError, Policy, Runs, UncoveredLanguageError, make_judge
@@ -62,6 +62,16 @@ class PanelMember(Section):
     languages: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="In these languages; `zh` is `zh-Hant` too (default: all that it declares)."
     )
+
+    @field_validator("languages")
+    @classmethod
+    def _tags(cls, codes: list[str] | None) -> list[str] | None:
+        if unlike := [code for code in codes or () if not LANGUAGE_TAG.fullmatch(code)]:
+            raise ValueError(
+                f"languages has {', '.join(map(repr, unlike))}, not a language tag; write them like 'en', 'zh-Hant', "
+                "'pt-BR' (BCP 47, with its cases)"
+            )
+        return codes
 
     @model_validator(mode="after")
     def _what_the_panel_says_for_all(self) -> PanelMember:

@@ -173,6 +173,7 @@ def test_what_none_declares_is_read_in_translation_or_marked(tmp_path: Path) -> 
         ([{"judge": "likelihood"}], "'likelihood' cannot stand here"),
         ([{"judge": {"name": "panel", "judges": [{"judge": "refusal"}]}}], "'panel' cannot stand here"),
         ([{"judge": "refusal", "kinds": []}], "kinds"),
+        ([{"judge": "refusal", "languages": ["German"]}], "languages has 'German', not a language tag"),
         ([], "judges"),
     ],
 )
