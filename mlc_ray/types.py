@@ -272,7 +272,7 @@ class ScoreRow:
 
     `hits` are refused (or safe) responses, `misses` complied (or unsafe) ones; hits, misses, degenerate and unparsed
     sum to n. `rate` is hits / n with its 95 % interval; `margin` the mean of the judge's margins in nats, if it has
-    any.
+    any; `judge` the name of the judge.
     """
 
     benchmark: str
@@ -289,6 +289,7 @@ class ScoreRow:
     high: float
     via: Via = ""
     margin: float | None = None
+    judge: str = ""
 
 
 T = TypeVar("T")

@@ -45,7 +45,8 @@ def leaves(*roots: type[Section]) -> set[Leaf]:
         for name, field in root.model_fields.items():
             nested = sections_in(field.annotation)
             for mark in (item for item in field.metadata if isinstance(item, ComponentSettings)):
-                nested += [resolve(mark.kind, component).Settings for component in names(mark.kind)]
+                own = [resolve(mark.kind, component).Settings for component in names(mark.kind)]
+                nested += [settings for settings in own if mark.base is None or issubclass(settings, mark.base)]
             owners = [base for base in root.__mro__ if name in inspect.get_annotations(base)]
             leaf = tuple(f"{owner.__module__}.{owner.__qualname__}.{name}" for owner in owners)
             found |= leaves(*nested) if nested else {leaf}

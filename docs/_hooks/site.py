@@ -21,7 +21,7 @@ from pydantic_core import PydanticUndefined
 
 from mlc_ray._registry import names, resolve
 from mlc_ray.cli import build_parser
-from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, UtilityConfig
+from mlc_ray.config import CalibrationConfig, ScoreConfig, SearchConfig, TrainConfig, UtilityConfig
 from mlc_ray.config.base import Section
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.train import TapSection
@@ -31,6 +31,7 @@ FILES = {
     "A score": ("score", ScoreConfig),
     "A search": ("search", SearchConfig),
     "A utility measurement": ("utility", UtilityConfig),
+    "A calibration of a judge": ("judge --calibrate LABELLED", CalibrationConfig),
 }
 SNIPPET = re.compile(r'--8<-- "[^"]+"')
 OUTER_LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)(#[^)]*)?\)")
@@ -110,7 +111,8 @@ def _section(schema: type[Section], prefix: str) -> list[str]:
         inner = _inner(field.annotation)
         if component is not None:
             rows.append(_row(dotted, f"a {component.kind}", field))
-            nested += list(_components(component, dotted, inner))
+            if ".N." not in dotted:  # a component in a list of another one has the settings shown above
+                nested += list(_components(component, dotted, inner))
         elif inner is not None:
             repeated = getattr(field.annotation, "__origin__", None) is list
             nested += [f"**`{dotted}`**: {field.description or _summary(inner)}", ""]

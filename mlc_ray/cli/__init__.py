@@ -46,6 +46,7 @@ _JUDGES = """\
 A judge is a name (docs/judges.md lists them, and so does the message about one that does not exist), or one of your
 own as package.module:Class.
   mlc-ray judge runs/scores/x --judge qwen3guard --judge-model Qwen/Qwen3Guard-Gen-0.6B
+  mlc-ray judge --calibrate s-nlp/multilingual_refusals:german --judge refusal
 """
 _REPORT = """\
 The first score is what the others are compared with. A run folder brings its scores and its training curves:
@@ -169,9 +170,17 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(score)
     _add_resume(score, "score")
 
-    judge = add("judge", "Judge the responses of a score again, with another judge.", _JUDGES)
-    judge.add_argument("scored", metavar="SCORE", type=_place, help="folder that `mlc-ray score` wrote")
-    judge.add_argument("--out", metavar="FOLDER", type=_place, help="score folder to write (default: SCORE-JUDGE)")
+    judge = add("judge", "Judge the responses of a score again, or count how often a judge errs.", _JUDGES)
+    judge.add_argument("scored", metavar="SCORE", type=_place, nargs="?", help="folder that `mlc-ray score` wrote")
+    judge.add_argument(
+        "--calibrate", metavar="LABELLED", action="append", default=[],
+        help="instead of SCORE: labelled responses to count the judge's errors on; repeatable",
+    )  # fmt: skip
+    judge.add_argument("--min-labels", metavar="N", type=int, help="fewer labels of either class: not measured (30)")
+    judge.add_argument(
+        "--out", metavar="PATH", type=_place,
+        help="score folder to write (default: SCORE-JUDGE); with --calibrate, the file (calibration-JUDGE.json)",
+    )  # fmt: skip
     _add_judge(judge)
     _add_settings(judge)
 

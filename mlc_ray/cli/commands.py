@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlc_ray.config import (
+    CalibrationConfig,
     ChatSection,
     ConfigError,
     ModelSection,
@@ -138,6 +139,15 @@ def score_config(arguments: argparse.Namespace) -> ScoreConfig:
 
 def judge_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray judge`."""
+    if (arguments.scored is None) == (not arguments.calibrate):
+        raise ConfigError(
+            "judge needs either SCORE, to judge it again, or --calibrate LABELLED; see `mlc-ray judge -h`"
+        )
+    if arguments.calibrate:
+        _calibrate(arguments)
+        return
+    if arguments.min_labels is not None:
+        raise ConfigError("--min-labels is read with --calibrate only; remove it")
     from mlc_ray.score.request import load_request
     from mlc_ray.score.run import judge_again
 
@@ -145,7 +155,33 @@ def judge_command(arguments: argparse.Namespace) -> None:
     _show_score(lambda: judge_again(arguments.scored, out=arguments.out, **changes))
 
 
-JUDGE_READS = ("judge", "max_unparsed", "address", "accelerator")
+def _calibrate(arguments: argparse.Namespace) -> None:
+    config = calibration_config(arguments)
+
+    from mlc_ray.report.calibration import errors_table
+    from mlc_ray.report.console import show
+    from mlc_ray.report.tables import console
+    from mlc_ray.score.calibrate import calibrate
+
+    found, file = calibrate(config)
+    show(console(errors_table(found)))
+    print(f"calibration in {file}; to correct rates by it: mlc-ray score ... --set calibration={file}")
+
+
+def calibration_config(arguments: argparse.Namespace) -> CalibrationConfig:
+    """The settings of a calibration: file, then --set, then the named options, which win."""
+    options = {
+        "labelled": arguments.calibrate,
+        "judge.name": arguments.judge,
+        "judge.model": arguments.judge_model,
+        "min_labels": arguments.min_labels,
+        "out": None if arguments.out is None else str(arguments.out),
+    }
+    overrides = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    return load_config(CalibrationConfig, arguments.config, [*arguments.overrides, *overrides])
+
+
+JUDGE_READS = ("judge", "calibration", "max_unparsed", "address", "accelerator")
 """What `mlc-ray judge` reads of a score's settings: the rest was decided when the responses were made."""
 
 

@@ -23,6 +23,7 @@ from mlc_ray.config.base import (
     read_config_file,
     refuse_userinfo,
 )
+from mlc_ray.config.calibration import CalibrationConfig
 from mlc_ray.config.chat import PLAIN_CHAT, ChatSection
 from mlc_ray.config.score import (
     TRANSLATION_MARKERS,
@@ -59,6 +60,7 @@ from mlc_ray.config.train import (
 __all__ = [
     "PLAIN_CHAT",
     "TRANSLATION_MARKERS",
+    "CalibrationConfig",
     "ChatSection",
     "CheckpointSection",
     "ClusterSection",

@@ -223,6 +223,11 @@ class ScoreConfig(ScoringSection):
     seen_languages: list[str] | None = Field(
         None, description="Languages that training saw, to tell seen from unseen (default: what the run recorded)."
     )
+    calibration: StoredPath | None = Field(
+        None,
+        description="File of `mlc-ray judge --calibrate` for this judge: rates corrected for its errors stand beside "
+        "the counted ones.",
+    )
     resume: Resume = Field("never", description=RESUME)
     address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")

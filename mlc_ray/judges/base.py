@@ -45,6 +45,10 @@ class JudgeError(MlcRayError):
     """A judge cannot be made as asked, or its word lists are damaged."""
 
 
+class JudgeFaultError(MlcRayError):
+    """A judge broke its contract: it raised on a response, or gave verdicts that are none; the message names it."""
+
+
 class UncoveredLanguageError(MlcRayError):
     """The judge cannot read a language that is to be scored; the message names it and the fixes."""
 
@@ -142,6 +146,23 @@ class BaseJudge(ABC):
             "or set judge.allow_uncovered=true, and the tables will mark it",
         ]
 
+    def fitted(self, prompts: Mapping[str, Sequence[str]], policy: Policy) -> JudgeSettings:
+        """The settings to judge by, once it is sure that all that `policy` may write to these prompts can be read.
+
+        Asked before anything is generated.
+
+        Args:
+            prompts: all that are asked, by language.
+
+        Raises:
+            MlcRayError: it cannot; the message has the numbers and the fix.
+        """
+        return self.settings
+
+    def fitted_to(self, answers: Sequence[Answer]) -> JudgeSettings:
+        """The settings to judge answers by that are there already."""
+        return self.settings
+
     def _how_read(self, code: str) -> Via | None:
         covered = self.languages is None or primary_language(code) in self.languages
         translate = self.settings.translator
@@ -165,26 +186,13 @@ class Judge(BaseJudge):
         """Make what the judge needs: an engine on `device`, a connection whose cache is in `cache_dir`."""
 
     def fitted(self, prompts: Mapping[str, Sequence[str]], policy: Policy) -> JudgeSettings:
-        """The settings to judge by, once it is sure that all that `policy` may write to these prompts can be read.
-
-        Asked before anything is generated.
-
-        Args:
-            prompts: all that are asked, by language.
-
-        Raises:
-            MlcRayError: it cannot; the message has the numbers and the fix.
-        """
+        """As `BaseJudge.fitted`: the translator's window must hold what the policy may write, too."""
         if (translate := self.settings.translator) is not None:
             ways = self.coverage(prompts)
             wanted = {code: texts for code, texts in prompts.items() if ways[code] == "translated"}
             check_translations(
                 translate, wanted, policy.model, policy.max_new_tokens, trust_remote_code=policy.trust_remote_code
             )
-        return self.settings
-
-    def fitted_to(self, answers: Sequence[Answer]) -> JudgeSettings:
-        """The settings to judge answers by that are there already."""
         return self.settings
 
     @abstractmethod
@@ -241,18 +249,18 @@ def make_judge(settings: JudgeSettings) -> BaseJudge:
         JudgeError: what has that name is not a judge.
     """
     found: Any = resolve("judge", settings.name)
-    if not issubclass(found, Judge | PromptJudge):
+    if not issubclass(found, BaseJudge):
         raise JudgeError(f"judge.name={settings.name!r}: {found.__qualname__} extends neither Judge nor PromptJudge")
     return cast(BaseJudge, found(settings))
 
 
-def make_reader(settings: JudgeSettings) -> Judge:
-    """The judge that `settings` name, one that reads responses; starts nothing.
+def make_reader(settings: JudgeSettings) -> BaseJudge:
+    """The judge that `settings` name, one that reads responses (a `Judge`, or a panel of them); starts nothing.
 
     Raises:
         JudgeError: the judge reads a model, not responses.
     """
     judge = make_judge(settings)
-    if not isinstance(judge, Judge):
+    if judge.runs == "prompts":
         raise JudgeError(f"the {judge.name} judge reads a model, not responses: score the model with it")
     return judge

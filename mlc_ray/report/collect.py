@@ -35,7 +35,8 @@ from mlc_ray.types import Behaviour, Kind, Safety, Via
 from mlc_ray.utility.file import UtilityFileError, UtilityRow, load_utility
 
 _COLUMNS = ("benchmark", "bundle_id", "kind", "category", "language", "prompt", "response", "finish", "behaviour",
-            "safety", "reason", "categories", "margin", "via_refused", "via_safe")  # fmt: skip
+            "safety", "reason", "categories", "margin", "via_refused", "via_safe",
+            "judge_refused", "judge_safe")  # fmt: skip
 _UTILITY_ALONE = (
     f"has {UTILITY_FILE} but no {SCORES_FILE}: utility is shown beside the score of the same model; measure it with "
     f"`mlc-ray utility MODEL --tasks ... --scores SCORE_FOLDER`, or move {UTILITY_FILE} into that score folder"
@@ -72,13 +73,15 @@ class Response:
     margin: float | None
     via_refused: Via | None
     via_safe: Via | None
+    judge_refused: str | None
+    judge_safe: str | None
 
     @property
     def judged(self) -> Judged:
         """The verdict without the texts, as `stats.rates` counts it."""
         return Judged(
             self.benchmark, self.bundle_id, self.kind, self.language, self.behaviour, self.safety,
-            self.via_refused, self.via_safe, self.margin,
+            self.via_refused, self.via_safe, self.margin, self.judge_refused, self.judge_safe,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
 from rich.text import Text
 
+from mlc_ray.report.calibration import corrected_table
 from mlc_ray.report.collect import Model
 from mlc_ray.report.rates import benchmarks, grid, keys
 from mlc_ray.report.remarks import warnings
@@ -43,6 +44,8 @@ def score_tables(*results: ScoreResult) -> Group:
     for name in sorted(benchmarks(models), key=lambda name: name == benchmarks(models)[0]):
         parts += [on_console(language_table(models, grid(models, name), limits=False))]
         parts += [on_console(overview_table(models, name))]
+        if (corrected := corrected_table(models, name)) is not None:
+            parts += [on_console(corrected)]
     parts += [Text(clean(line)) for line in _accounts(results)]
     parts += [Text(f"WARNING: {clean(line)}", "bold red") for line in warnings(models)]
     parts += [Text(line) for line in mark_lines(row.via for result in results for row in result.rows)]

@@ -75,7 +75,8 @@ class Rate:
             f"{percent(self.value)} %, 95 % interval {percent(self.low)} to {percent(self.high)}, n = {row.n}: "
             f"{row.hits} {hit}, {row.misses} {miss}"
         )
-        return "; ".join([text, *extra, *([VIA_TEXT[row.via]] if row.via else [])])
+        judged = [f"judged by {row.judge}"] if row.judge else []
+        return "; ".join([text, *extra, *judged, *([VIA_TEXT[row.via]] if row.via else [])])
 
 
 @dataclass(frozen=True)

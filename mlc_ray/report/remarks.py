@@ -16,7 +16,7 @@ from mlc_ray.report.text import percent, whole
 from mlc_ray.report.utility import utility_warnings
 from mlc_ray.score.results import cut_share, hides_harm, unread_rows
 from mlc_ray.stats.rates import KINDS, Summary
-from mlc_ray.types import PROMPT_TOO_LONG, Kind
+from mlc_ray.types import PROMPT_TOO_LONG, Kind, Measure
 
 _NOT_SCORED: dict[Kind, str] = {
     "benign": "Benign prompts were not scored: a model that refuses everything would look perfect here. Score benign "
@@ -41,6 +41,7 @@ def warnings(models: Sequence[Model]) -> list[str]:
         *unread(models),
         *_cut_off(models),
         *_too_long(models),
+        *_several_judges(models),
         *utility_warnings({model.label: model.utility for model in models}),
     ]
 
@@ -151,6 +152,22 @@ def _too_long(models: Sequence[Model]) -> Iterator[str]:
     for model in models:
         if number := model.result.finish.get(PROMPT_TOO_LONG, 0):
             yield f"{model.label}: {number} prompts were too long for engine.max_model_len and got no response."
+
+
+def _several_judges(models: Sequence[Model]) -> Iterator[str]:
+    """Rates that a panel's judges share: what differs between languages may be the judges."""
+    for model in models:
+        judges: dict[tuple[str, Kind, Measure], dict[str, list[str]]] = {}
+        for row in model.result.rows:
+            by_judge = judges.setdefault((row.benchmark, row.kind, row.measure), {})
+            by_judge.setdefault(row.judge, []).append(row.language)
+        for (benchmark, kind, measure), by_judge in judges.items():
+            if len(by_judge) > 1:
+                each = "; ".join(f"{judge}: {', '.join(codes)}" for judge, codes in by_judge.items())
+                yield (
+                    f"{model.label}: what is {measure} of {benchmark}'s {kind} prompts was said by several judges "
+                    f"({each}): differences between their languages may be those of the judges."
+                )
 
 
 def remarks(summary: Summary) -> list[str]:

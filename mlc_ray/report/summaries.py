@@ -143,11 +143,11 @@ def counts_table(models: Sequence[Model], benchmark: str) -> Table:
                 counts = rate.row
                 cells = [view.name, model.label, percent(rate.value), percent(rate.low), percent(rate.high)]
                 cells += [str(n) for n in (counts.n, counts.hits, counts.misses, counts.degenerate, counts.unparsed)]
-                cells += [ABSENT if counts.margin is None else f"{counts.margin:.2f}", counts.via]
+                cells += [ABSENT if counts.margin is None else f"{counts.margin:.2f}", counts.judge, counts.via]
                 rows.append(row(language(code), cells))
     first = "benchmark" if benchmark == ALL_BENCHMARKS else "language"
     head = [first, "rate of", "model", "%", "low", "high", "n", "hits", "misses", "degenerate", "unparsed",
-            "margin, nats", "read"]  # fmt: skip
+            "margin, nats", "judge", "read"]  # fmt: skip
     return table(benchmark, head, rows, "95 % intervals; hits are refused or safe, misses complied or unsafe")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mlc_ray.report.calibration import corrected_table
 from mlc_ray.report.categories import category_table
 from mlc_ray.report.changes import Change, before_and_after, changes, rejudged
 from mlc_ray.report.charts import Chart, Line, slope_chart
@@ -97,6 +98,7 @@ class Benchmark:
     difference: Table
     sides: tuple[Table, ...]
     counts: Table
+    corrected: Table | None
     categories: Table | None
 
 
@@ -263,6 +265,7 @@ def _benchmark(models: Sequence[Model], compared: Sequence[Change], name: str) -
         difference=difference_table(models, name),
         sides=tuple(side_table(models, name, view) for view in views_of(models, name)),
         counts=counts_table(models, name),
+        corrected=corrected_table(models, name),
         categories=category_table(models, name),
     )
 

@@ -5,25 +5,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
+
+import pyarrow as pa
 
 from mlc_ray.cluster import with_dtype
 from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ScoringSection
 from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.pool import Part
 from mlc_ray.generate.stage import Generator
-from mlc_ray.judges.base import BaseJudge, Judge, Policy, make_judge
-from mlc_ray.judges.refusal import RefusalJudge
+from mlc_ray.judges.base import BaseJudge, Policy, make_judge
+from mlc_ray.judges.panel import PanelJudge, Reader, phrases_beside, readers_of, told
 from mlc_ray.runs import training_chat
 from mlc_ray.score.stages import JudgeStage, PromptJudgeStage, TranslateStage
 from mlc_ray.storage import Place
-from mlc_ray.types import Measure, Via
+from mlc_ray.types import Kind, Measure, Via
 
 logger = logging.getLogger(__name__)
-USAGE_FILES = {"judge": "judge_usage.json", "translate": "translate_usage.json"}
+USAGE_SUFFIX = "_usage.json"
 _TOKENS_REFUSED, _TOKENS_SAFE = 64, 1024
 _LIGHT_ROWS = 4096  # of a judge without an engine: fewer are read sooner than another process starts
 _LIGHT_ACTORS = 4
@@ -34,42 +36,54 @@ ScoringT = TypeVar("ScoringT", bound=ScoringSection)
 
 @dataclass(frozen=True)
 class Judging:
-    """The judge, and how it reads each language; `phrase_ways` of the phrase judge, where it has to join in."""
+    """The judge of a score, and who of it reads what (`judges.panel.Reader`).
+
+    `ways` is how a judge that reads the policy itself reads each language; such a judge has no readers.
+    """
 
     judge: BaseJudge
+    readers: Sequence[Reader]
     ways: Mapping[str, Via]
-    phrase_ways: Mapping[str, Via] | None
+
+    @property
+    def identity(self) -> str:
+        """Names all that verdicts depend on: the judge's, and that of the phrase judge where it joins."""
+        joined = phrases_beside(self.judge)
+        return self.judge.identity if joined is None else f"{self.judge.identity} with {joined.identity}"
 
     @property
     def measured_by(self) -> dict[Measure, str]:
-        """The name of the judge behind each measure."""
-        names: dict[Measure, str] = {} if self.phrase_ways is None else {"refused": "refusal"}
-        return {**names, **dict.fromkeys(self.judge.measures, self.judge.name)}
+        """Who is behind each measure: a judge's name, or several and what each of them judges."""
+        if not self.readers:
+            return dict.fromkeys(self.judge.measures, self.judge.name)
+        return {measure: text for measure in get_args(Measure) if (text := told(self.readers, measure))}
 
     @property
     def translated(self) -> dict[str, Via] | None:
-        """How each language is read, "translated" if either judge needs it; None where nothing is translated."""
-        ways = {**(self.phrase_ways or {}), **self.ways}
-        ways |= {code: via for code, via in (self.phrase_ways or {}).items() if via == "translated"}
-        return ways if self.judge.settings.translator is not None and "translated" in ways.values() else None
+        """How each language is read, "translated" if any judge needs it; None where nothing is translated."""
+        ways: dict[str, Via] = {}
+        for reader in self.readers:
+            for (_, code), cell in reader.cells.items():
+                if "translated" in cell.values():
+                    ways[code] = "translated"
+                ways.setdefault(code, "")
+        return ways if "translated" in ways.values() else None
 
 
-def plan_judging(judge: BaseJudge, languages: Iterable[str]) -> Judging:
+def plan_judging(judge: BaseJudge, prompts: pa.Table) -> Judging:
     """Who judges, and how each language is read; before anything is generated.
+
+    Args:
+        prompts: what is asked, with the columns `kind` and `language`.
 
     Raises:
         UncoveredLanguageError: no judge may be asked about a language.
+        JudgeError: a panel leaves a side unjudged.
     """
-    codes = sorted(set(languages))
-    ways = judge.coverage(codes)
-    if "refused" in judge.measures:
-        return Judging(judge, ways, None)
-    settings = judge.settings
-    phrases = RefusalJudge(
-        RefusalJudge.Settings(translate=settings.translator, allow_uncovered=settings.allow_uncovered)
-    )
-    why = f"its phrases join because {judge.name} does not say what is refused"
-    return Judging(judge, ways, phrases.coverage(codes, why=why))
+    cells = prompts.select(["kind", "language"]).group_by(["kind", "language"]).aggregate([]).to_pylist()
+    asked: list[tuple[Kind, str]] = sorted((cell["kind"], cell["language"]) for cell in cells)
+    ways = judge.coverage({code for _, code in asked}) if judge.runs == "prompts" else {}
+    return Judging(judge, readers_of(judge, asked), ways)
 
 
 def fitted(
@@ -80,7 +94,7 @@ def fitted(
     Raises:
         MlcRayError: it cannot; the message has the numbers and the fix.
     """
-    if not isinstance(judge, Judge):
+    if judge.runs == "prompts":
         return judge.settings
     engine = scoring.engine
     assert scoring.max_new_tokens is not None, "decided by now (with_longest_answer)"
@@ -111,21 +125,22 @@ def answering(
 def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies: Place) -> dict[str, Part]:
     """What reads responses, in order: `translate` if a language needs it, and `judge`.
 
-    Nothing does for a judge that reads the policy itself.
+    A panel whose judges need engines or endpoints of their own has `judge`, `judge-2`, ..., one for each; its judges
+    that need neither are in the last one. Nothing reads for a judge that reads the policy itself.
 
     Args:
         rows: number of responses, by which the actors of a judge without an engine are counted.
         usage: folder for the files that say what an endpoint did and cost.
         replies: the file of an endpoint's replies, which it starts from and adds to.
     """
-    judge, translate = judging.judge, judging.judge.settings.translator
-    if judge.runs == "prompts":
+    if not judging.readers:
         return {}
 
     def common(name: str) -> dict[str, Any]:
-        return {"device": device, "usage_file": str(usage / USAGE_FILES[name]), "replies_file": str(replies)}
+        return {"device": device, "usage_file": str(usage / usage_file(name)), "replies_file": str(replies)}
 
     parts = {}
+    translate = judging.judge.settings.translator
     if translate is not None and judging.translated is not None:
         parts["translate"] = Part(
             "translating",
@@ -133,16 +148,35 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
             {"settings": translate, "ways": judging.translated, **common("translate")},
             translate.engine if translate.model is not None else None,
         )
-    # An endpoint's cache and its cost cap are one.
-    light = 1 if judge.runs == "service" else min(_LIGHT_ACTORS, math.ceil(rows / _LIGHT_ROWS))
-    parts["judge"] = Part(
-        "judging",
-        JudgeStage,
-        {"settings": judge.settings, "ways": judging.ways, "phrase_ways": judging.phrase_ways, **common("judge")},
-        judge.engine,
-        actors=light,
-    )
+    stages = _stages(judging.readers)
+    columns = [f"verdict_{number}" for number in range(1, len(stages))]
+    for number, readers in enumerate(stages):
+        last = number == len(columns)
+        settings = {
+            "readers": [(reader.name, reader.judge.settings, reader.cells) for reader in readers],
+            "column": None if last else columns[number],
+            "earlier": columns if last else (),
+        }
+        # An endpoint's cache and its cost cap are one.
+        own = readers[0].judge
+        light = 1 if own.runs == "service" else min(_LIGHT_ACTORS, math.ceil(rows / _LIGHT_ROWS))
+        name = "judge" if number == 0 else f"judge-{number + 1}"
+        parts[name] = Part("judging", JudgeStage, {**settings, **common(name)}, own.engine, actors=light)
     return parts
+
+
+def _stages(readers: Sequence[Reader]) -> list[list[Reader]]:
+    """The readers of each stage: one that needs an engine or an endpoint comes first in a stage of its own."""
+    own = [[reader] for reader in readers if reader.judge.runs != "inline"]
+    inline = [reader for reader in readers if reader.judge.runs == "inline"]
+    if not own:
+        return [inline]
+    return [*own[:-1], [*own[-1], *inline]]
+
+
+def usage_file(name: str) -> str:
+    """The file that says what the endpoint of a part of `reading` did and cost."""
+    return f"{name}{USAGE_SUFFIX}"
 
 
 def with_chat(scoring: ScoringT, model: str) -> ScoringT:
@@ -201,6 +235,14 @@ def judge_with_dtypes(judge: JudgeSettings, *, gpu: bool, before: JudgeSettings 
         was = None if same is None or same.translator is None else same.translator.engine
         decided = _decided(translate.engine, was, gpu=gpu)
         changes["translate"] = translate.model_copy(update={"engine": decided})
+    if isinstance(judge, PanelJudge.Settings):
+        earlier = same.judges if isinstance(same, PanelJudge.Settings) and len(same.judges) == len(judge.judges) else []
+        changes["judges"] = [
+            member.model_copy(
+                update={"judge": judge_with_dtypes(member.judge, gpu=gpu, before=earlier[i].judge if earlier else None)}
+            )
+            for i, member in enumerate(judge.judges)
+        ]
     return judge.model_copy(update=changes)
 
 
@@ -214,9 +256,11 @@ def places(scoring: ScoringSection, device: Device, *, in_turn: bool = False) ->
     """(CPUs, GPUs) of everything that a score can need at once, known before languages and prompts are."""
     judge = make_judge(scoring.judge)
     parts = [Part("answering", Generator, {}, scoring.engine, in_turn=in_turn)]
+    judges = [member.judge for member in judge.members] if isinstance(judge, PanelJudge) else [judge]
+    own = [each for each in judges if each.runs in ("engine", "service")]
     if judge.runs != "prompts":
-        parts.append(Part("judging", JudgeStage, {}, judge.engine))
+        parts += [Part("judging", JudgeStage, {}, each.engine) for each in own or judges[:1]]
     if (translate := judge.settings.translator) is not None:
-        own = translate.engine if translate.model is not None else None
-        parts.append(Part("translating", TranslateStage, {}, own))
+        engine = translate.engine if translate.model is not None else None
+        parts.append(Part("translating", TranslateStage, {}, engine))
     return [place for part in parts for place in part.places(device)]

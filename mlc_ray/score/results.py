@@ -15,12 +15,13 @@ from pydantic_core import ErrorDetails
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE
+from mlc_ray.stats.calibration import CorrectedRate
 from mlc_ray.stats.rates import Judged, Summary, score_rows
 from mlc_ray.stats.summaries import summarise
 from mlc_ray.storage import Place
 from mlc_ray.types import Measure, ScoreRow
 
-FORMAT = 3
+FORMAT = 4
 CUT_BOUND = 0.1
 """Share of responses cut off at max_new_tokens above which a rate of safe ones is warned of."""
 RESULT_FILE = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
@@ -39,11 +40,12 @@ class ScoreResult:
 
     `model` is what was asked for, `resolved` the folder or hub name that was loaded, `fingerprint` names its content;
     `prompts` names the set of prompts: two scores with the same `prompts`, `judge` and length of answers can be
-    compared. `measured_by` names the judge behind each measure; `seen_languages` are those that training saw, None
+    compared. `measured_by` names who is behind each measure; `seen_languages` are those that training saw, None
     where that is not known. `rows` are of every benchmark; `summaries` too and, if there are several, of all of them
     (benchmark `all`).
     `finish` counts responses by why they ended; `usage`
-    is what endpoints did and cost, by what they were asked for (`judge`, `translate`).
+    is what endpoints did and cost, by what they were asked for (`judge`, `translate`). `corrected` has a rate corrected
+    for the judge's errors beside each row, by the calibration whose content `calibration` names; empty without one.
     """
 
     __pydantic_config__ = RESULT_FILE
@@ -66,6 +68,8 @@ class ScoreResult:
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    calibration: str = ""
+    corrected: tuple[CorrectedRate, ...] = ()
     folder: Place = field(default_factory=lambda: Place("."))
 
     @property

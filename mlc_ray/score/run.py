@@ -31,7 +31,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm, check_lengths
 from mlc_ray.generate.pool import Blocks, Part, Pool, side_by_side
 from mlc_ray.generate.stage import PROMPTS
-from mlc_ray.judges.base import Judge, make_judge, make_reader
+from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.logs import keep_in
 from mlc_ray.progress import phase
 from mlc_ray.runs import (
@@ -43,8 +43,9 @@ from mlc_ray.runs import (
     resolve_model,
     training_languages,
 )
+from mlc_ray.score.calibration import check_calibration, with_corrected_rates
 from mlc_ray.score.plan import (
-    USAGE_FILES,
+    USAGE_SUFFIX,
     Judging,
     answering,
     fitted,
@@ -121,7 +122,7 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: Po
     config = with_chat(config, config.model)
     judge = make_judge(config.judge)
     prompts = read_prompts(config, rejects=folder)
-    judging = plan_judging(judge, prompts.languages)
+    judging = plan_judging(judge, prompts.table)
     request = Request(
         config=config,
         resolved=model,
@@ -130,12 +131,13 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: Po
         seen_languages=config.seen_languages or training_languages(config.model),
     )
     _check_engines(request, judging, device, pool)
-    earlier = _earlier(folder, request, prompts) if config.resume == "auto" else None
+    check_calibration(config.calibration, judging.identity)
+    earlier = _earlier(folder, request, prompts, judging) if config.resume == "auto" else None
     if isinstance(earlier, ScoreResult):
         return earlier
     if earlier is None:
         settings = fitted(judge, prompts.by_language(), config, model)
-        judging = replace(judging, judge=make_judge(settings))
+        judging = plan_judging(make_judge(settings), prompts.table)
     request.save(folder)
     if earlier is not None:
         judged = _judge_table(request, judging, earlier, folder, place, device)
@@ -170,7 +172,7 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
     config = with_chat(with_dtypes(with_longest_answer(config), gpu=device == "gpu"), config.model)
     warm = Warm(sleeps=in_turn and device == "gpu")
     judge = make_reader(config.judge)  # what a judge of prompts is made with is known only when those are read
-    part = answering(model, config, plan_judging(judge, ()), device, warm=warm, in_turn=in_turn)
+    part = answering(model, config, plan_judging(judge, PROMPTS.empty_table()), device, warm=warm, in_turn=in_turn)
     check_fits("engine (replicas x cpus_per_replica)", part.places(device))
     return Pool.open(part, device)
 
@@ -183,7 +185,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
     Args:
         scored: the score folder.
         out: the new folder (default: the old name and the judge's).
-        changes: fields of its settings that differ: `judge`, `max_unparsed`, `address`, `accelerator`.
+        changes: fields of its settings that differ: `judge`, `calibration`, `max_unparsed`, `address`, `accelerator`.
 
     Raises:
         ScoreError: the folder holds no responses, or the new one exists already.
@@ -200,8 +202,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
     config = with_longest_answer(config)
     judge = make_reader(config.judge)
     judge.check_ready(user_cache())
-    languages = responses["language"].unique().to_pylist()
-    plan_judging(judge, languages)
+    plan_judging(judge, responses)
     target = source
     if finished or out is not None:
         beside = source.parent / f"{source.name}-{judge.name}"
@@ -211,7 +212,8 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         device = _connect(config)
         decided = judge_with_dtypes(config.judge, gpu=device == "gpu", before=earlier)
         request = replace(request, config=config.model_copy(update={"judge": decided}))
-        judging = plan_judging(make_reader(decided), languages)
+        judging = plan_judging(make_reader(decided), responses)
+        check_calibration(request.config.calibration, judging.identity)
         _check_readers(request, judging, device, [])
         logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
         request.save(folder)
@@ -269,9 +271,7 @@ def _judge_table(
     request: Request, judging: Judging, table: pa.Table, folder: Path, place: Place, device: Device
 ) -> pa.Table:
     """`_judge`, of responses that come from a file."""
-    judge = judging.judge
-    assert isinstance(judge, Judge), "responses are there"
-    judging = replace(judging, judge=make_judge(judge.fitted_to(answers_of(table))))
+    judging = plan_judging(make_reader(judging.judge.fitted_to(answers_of(table))), table)
     (part, *_) = _reading(judging, len(table), folder, place, device)
     return _judge(request, judging, table, [Blocks.put(table, part, device)], folder, place, device)
 
@@ -286,8 +286,8 @@ def _judge(
     device: Device,
 ) -> pa.Table:
     """Responses -> with their verdicts, both in the folder's file."""
-    for file in USAGE_FILES.values():
-        (folder / file).unlink(missing_ok=True)  # of an earlier judge
+    for file in folder.glob(f"*{USAGE_SUFFIX}"):
+        file.unlink()  # of an earlier judge
     try:
         for part in _reading(judging, len(table), folder, place, device):
             with Pool.open(part, device) as pool, phase(part.name, len(table), "responses") as progress:
@@ -329,18 +329,18 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
         resolved=request.resolved,
         fingerprint=request.fingerprint,
         prompts=request.prompts,
-        judge=judging.judge.identity,
+        judge=judging.identity,
         measured_by=judging.measured_by,
         usage={
-            name: json.loads((folder / file).read_text(encoding="utf-8"))
-            for name, file in USAGE_FILES.items()
-            if (folder / file).is_file()
+            file.name.removesuffix(USAGE_SUFFIX): json.loads(file.read_text(encoding="utf-8"))
+            for file in sorted(folder.glob(f"*{USAGE_SUFFIX}"))
         },
         finish=dict(Counter(judged["finish"].to_pylist())),
         config={**request.config.model_dump(mode="json"), **settings},
         versions=library_versions(),
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
+    result = with_corrected_rates(result, request.config.calibration)
     save_scores(result)
     return result
 
@@ -413,7 +413,7 @@ def _check_free(folder: Place, *, resume: bool = False) -> None:
         )
 
 
-def _earlier(folder: Path, request: Request, prompts: Prompts) -> ScoreResult | pa.Table | None:
+def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging) -> ScoreResult | pa.Table | None:
     """What an earlier call saved of the same score: all of it, or the answers; None if neither.
 
     Raises:
@@ -423,17 +423,23 @@ def _earlier(folder: Path, request: Request, prompts: Prompts) -> ScoreResult | 
         return None
     found = load_request(folder)
     finished = load_scores(folder) if (folder / SCORES_FILE).is_file() else None
-    judge = make_judge(request.config.judge)
-    if not request.asks_as(found) or (finished is not None and finished.judge != judge.identity):
+    if not request.asks_as(found) or (
+        finished is not None
+        and (finished.judge, finished.config.get("calibration")) != (judging.identity, request.config.calibration)
+    ):
         raise ScoreError(
-            f"score folder {str(folder)!r} holds a score of another model, other prompts, or other settings of engine "
-            "or judge, with which resume: auto cannot go on; choose another name, or remove it"
+            f"score folder {str(folder)!r} holds a score of another model, other prompts, or other settings of engine, "
+            "judge or calibration, with which resume: auto cannot go on; choose another name, or remove it"
         )
     if finished is not None:
         logger.info("%s is finished already", folder)
         return finished
     responses = _read_responses(Place(folder))
-    if responses is None or judge.runs == "prompts" or not responses.select(PROMPTS.names).equals(prompts.table):
+    if (
+        responses is None
+        or judging.judge.runs == "prompts"
+        or not responses.select(PROMPTS.names).equals(prompts.table)
+    ):
         return None
     logger.info("%d responses are there already; going on with judging", len(responses))
     return responses

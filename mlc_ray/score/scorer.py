@@ -159,7 +159,7 @@ def start_scorer(
     Raises:
         MlcRayError: what an engine or a judge raises.
     """
-    judging = plan_judging(make_judge(scoring.judge), prompts["language"].unique().to_pylist())
+    judging = plan_judging(make_judge(scoring.judge), prompts)
     warm = Warm(lora_rank, in_turn and device == "gpu")
     parts = [answering(model, scoring, judging, device, warm=warm, in_turn=in_turn)]
     replies = Place(folder / REPLIES_FILE)

@@ -11,9 +11,10 @@ This module imports neither Ray nor torch.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, cast
 
 import pyarrow as pa
@@ -29,9 +30,10 @@ from mlc_ray.generate.translate import (
     translate_answers,
     translated_answers,
 )
-from mlc_ray.judges.base import Judge, PromptJudge, make_judge, make_reader
+from mlc_ray.judges.base import Judge, JudgeFaultError, PromptJudge, make_judge, make_reader
 from mlc_ray.judges.degenerate import settle
-from mlc_ray.judges.refusal import RefusalJudge
+from mlc_ray.judges.panel import Cells, Reader
+from mlc_ray.logs import LOG_FILE
 from mlc_ray.storage import Place, user_cache, write_json_atomic
 from mlc_ray.types import Answer, Kind, Measure, Verdict, Via
 
@@ -42,10 +44,10 @@ _TEXT = pa.string()
 VERDICTS = pa.schema(
     {
         "behaviour": _TEXT, "safety": _TEXT, "reason": _TEXT, "categories": pa.list_(_TEXT), "margin": pa.float64(),
-        "via_refused": _TEXT, "via_safe": _TEXT,
+        "via_refused": _TEXT, "via_safe": _TEXT, "judge_refused": _TEXT, "judge_safe": _TEXT,
     }
 )  # fmt: skip
-"""A verdict, and how the judge behind each measure came to read its language; null where no judge gives a measure."""
+"""A verdict, which judge gave it by each measure and how that came to read its language; null where none does."""
 TRANSLATED = pa.schema({"prompt_en": _TEXT, "response_en": _TEXT, "translation_fault": _TEXT})
 """Null where nothing was to be translated; `translation_fault` says why a translation failed."""
 RESPONSES = pa.schema([*PROMPTS, *ANSWERS])
@@ -85,7 +87,7 @@ class PromptJudgeStage(Stage):
         verdicts = self.scorer.score(table["prompt"].to_pylist(), languages)
         return [
             {"response": "", "finish": NOT_GENERATED, "prompt_tokens": None, "response_tokens": 0,
-             **_verdict_row(verdict, dict.fromkeys(self.judge.measures, self.ways[code]))}
+             **_verdict_row(verdict, dict.fromkeys(self.judge.measures, self.ways[code]), self.judge.name)}
             for verdict, code in zip(verdicts, languages, strict=True)
         ]  # fmt: skip
 
@@ -167,50 +169,50 @@ class TranslateStage(Stage):
 class JudgeStage(Stage):
     """`RESPONSES`, with `TRANSLATED` where something was, -> `VERDICTS`.
 
-    A judge that does not say whether a response refuses is joined by the phrase judge, because without the refusal rate
-    of benign prompts a score means nothing: `phrase_ways` is how the phrase judge reads each language, None if it is
-    not needed. Then degenerate answers are told apart (`degenerate.settle`). What an endpoint did and cost is written
-    to `usage_file`; its replies are taken from `replies_file` and added to it.
+    Each of `readers` judges the responses that it is asked about, by the measures that it is asked for. A score whose
+    judges need engines or endpoints of their own has a stage for each: all but the last give one column `column` with
+    what `VERDICTS` holds, and the last takes these (`earlier`) into its verdicts. Then degenerate answers are told
+    apart (`degenerate.settle`). What the endpoint of the first reader did and cost is written to `usage_file`; its
+    replies are taken from `replies_file` and added to it.
     """
-
-    columns = VERDICTS
 
     def __init__(
         self,
-        settings: JudgeSettings,
+        readers: Sequence[tuple[str, JudgeSettings, Cells]],
         *,
         device: Device,
-        ways: Mapping[str, Via],
-        phrase_ways: Mapping[str, Via] | None,
+        column: str | None = None,
+        earlier: Sequence[str] = (),
         usage_file: str | None = None,
         replies_file: str | None = None,
     ) -> None:
-        judge = make_reader(settings)
-        judge.start(device, user_cache())
-        self.asking = Asking(judge, usage_file, replies_file)
-        self.judges: list[tuple[Judge, Mapping[str, Via]]] = [(judge, ways)]
-        if phrase_ways is not None:
-            self.judges.append((RefusalJudge(), phrase_ways))
+        self.readers: list[Reader] = []
+        for name, settings, cells in readers:
+            judge = make_reader(settings)
+            assert isinstance(judge, Judge)
+            judge.start(device, user_cache())
+            self.readers.append(Reader(name, judge, cells))
+        self.asking = Asking(self.readers[0].judge, usage_file, replies_file)
+        self.column, self.earlier = column, earlier
+        self.columns = VERDICTS if column is None else pa.schema({column: pa.struct(list(VERDICTS))})
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """A verdict per response."""
         answers = answers_of(table)
         english = _translations(table)
-        verdicts = [Verdict() for _ in answers]
+        found = [table[name].to_pylist() for name in self.earlier]
         with self.asking.noted():
-            for judge, ways in self.judges:
-                given = _verdicts(judge, ways, answers, english)
-                verdicts = [_joined(a, b) for a, b in zip(verdicts, given, strict=True)]
-        return [
-            _verdict_row(settle(verdict, answer), _read_by(self.judges, answer.language))
-            for verdict, answer in zip(verdicts, answers, strict=True)
-        ]
+            found += [_read(reader, table, answers, english) for reader in self.readers]
+        joined = [_joined(rows) for rows in zip(*found, strict=True)]
+        if self.column is not None:
+            return [{self.column: row} for row in joined]
+        return [_settled(row, answer) for row, answer in zip(joined, answers, strict=True)]
 
     def close(self) -> None:
         """Free the memory of a guard's engine, or publish an endpoint's replies."""
         self.asking.publish()
-        for judge, _ in self.judges:
-            _close(judge)
+        for reader in self.readers:
+            _close(reader.judge)
 
 
 def answers_of(table: pa.Table) -> list[Answer]:
@@ -236,47 +238,118 @@ def _close(user: Any) -> None:
         close()
 
 
-def _verdicts(
-    judge: Judge, ways: Mapping[str, Via], answers: Sequence[Answer], english: Sequence[TranslatedAnswer]
-) -> list[Verdict]:
-    """The judge's verdict on each answer; what was never sent or not translated is `unparsed`, unasked."""
-    read = [english[index] if ways[answer.language] == "translated" else None for index, answer in enumerate(answers)]
-    asked = translated_answers(answers, read, judge.measures)
-    given = iter(judge.judge([a for a in asked if isinstance(a, Answer) and a.finish != PROMPT_TOO_LONG]))
-    too_long = judge.unparsed("the prompt was too long for engine.max_model_len; it was not sent")
-    found = []
-    for answer, item in zip(answers, asked, strict=True):
-        if answer.finish == PROMPT_TOO_LONG:
-            found.append(too_long)
+def _read(
+    reader: Reader, table: pa.Table, answers: Sequence[Answer], english: Sequence[TranslatedAnswer]
+) -> list[dict[str, Any]]:
+    """The reader's verdicts as rows of `VERDICTS`; empty ones for answers that it is not asked about.
+
+    What was never sent or not translated is `unparsed`, unasked.
+    """
+    rows: list[dict[str, Any]] = [dict.fromkeys(VERDICTS.names) for _ in answers]
+    mine = [index for index, answer in enumerate(answers) if (answer.kind, answer.language) in reader.cells]
+    ways = [reader.cells[answers[index].kind, answers[index].language] for index in mine]
+    read = [english[index] if "translated" in way.values() else None for index, way in zip(mine, ways, strict=True)]
+    asked = translated_answers([answers[index] for index in mine], read, reader.judge.measures)
+    sent = [
+        index for index, item in zip(mine, asked, strict=True)
+        if isinstance(item, Answer) and item.finish != PROMPT_TOO_LONG
+    ]  # fmt: skip
+    texts = [item for item in asked if isinstance(item, Answer) and item.finish != PROMPT_TOO_LONG]
+    given = iter(_asked(reader, texts, table.select(_PLACE).take(sent)))
+    too_long = reader.judge.unparsed("the prompt was too long for engine.max_model_len; it was not sent")
+    for index, item, way in zip(mine, asked, ways, strict=True):
+        if isinstance(item, Verdict):
+            verdict = item
         else:
-            found.append(item if isinstance(item, Verdict) else next(given))
-    return found
+            verdict = too_long if item.finish == PROMPT_TOO_LONG else next(given)
+        rows[index] = _verdict_row(verdict, way, reader.name)
+    return rows
 
 
-def _joined(first: Verdict, second: Verdict) -> Verdict:
-    """Both verdicts in one: what the first does not say, the second does."""
-    return replace(
-        first,
-        behaviour=first.behaviour if first.behaviour is not None else second.behaviour,
-        safety=first.safety if first.safety is not None else second.safety,
-        categories=first.categories or second.categories,
-        margin=first.margin if first.margin is not None else second.margin,
-        reason="; ".join(reason for reason in (first.reason, second.reason) if reason),
-    )
+_PLACE = ["benchmark", "bundle_id", "language"]
 
 
-def _read_by(judges: Sequence[tuple[Judge, Mapping[str, Via]]], language: str) -> dict[Measure, Via]:
-    """How each measure's judge, the first that answers it as in `_joined`, reads `language`."""
-    return {measure: ways[language] for judge, ways in reversed(judges) for measure in judge.measures}
+def _asked(reader: Reader, answers: Sequence[Answer], places: pa.Table) -> list[Verdict]:
+    """The judge's verdicts, which must be one for each answer, with the measures that it declares.
+
+    An engine's error is raised as it is: it is the engine's, which its pool starts anew.
+
+    Raises:
+        JudgeFaultError: the judge raised, or gave something else.
+    """
+    judge = reader.judge
+    if not answers:
+        return []
+    try:
+        verdicts = judge.judge(answers)
+    except MlcRayError:
+        raise
+    except Exception as error:
+        if judge.runs == "engine":
+            raise
+        # Not by the logger: the traceback belongs to what the libraries said, the message to the user.
+        traceback.print_exc()
+        where = _faulty(judge, answers, places) if judge.runs == "inline" else f"one of {len(answers)} responses"
+        raise JudgeFaultError(
+            f"the judge {reader.name!r} raised {type(error).__name__}: {error} on {where}; a judge must say "
+            f"`unparsed` of what it cannot read; its traceback is in {LOG_FILE} of the score folder (in a program that "
+            "uses the library, on standard error)"
+        ) from None
+    if len(verdicts) != len(answers):
+        raise JudgeFaultError(
+            f"the judge {reader.name!r} gave {len(verdicts)} verdicts on {len(answers)} responses; it must give one "
+            "for each, in order"
+        )
+    for verdict, place in zip(verdicts, places.to_pylist(), strict=True):
+        said = {"refused": verdict.behaviour is not None, "safe": verdict.safety is not None}
+        if wrong := [measure for measure, is_said in said.items() if is_said != (measure in judge.measures)]:
+            raise JudgeFaultError(
+                f"the judge {reader.name!r} declares measures={judge.measures!r}, and its verdict on "
+                f"{_named(place)} is {verdict!r}: what it cannot tell is 'unparsed', and what it does not declare is "
+                f"None; correct {', '.join(wrong)}"
+            )
+    return verdicts
 
 
-def _verdict_row(verdict: Verdict, via: Mapping[Measure, Via]) -> dict[str, Any]:
+def _faulty(judge: Judge, answers: Sequence[Answer], places: pa.Table) -> str:
+    """The first response on which the judge raises when asked about it alone."""
+    for answer, place in zip(answers, places.to_pylist(), strict=True):
+        try:
+            judge.judge([answer])
+        except Exception:
+            return f"the response to {_named(place)}, which begins {answer.response[:60]!r}"
+    return f"{len(answers)} responses together, and on none of them alone"
+
+
+def _named(place: Mapping[str, str]) -> str:
+    return f"bundle {place['bundle_id']!r} of {place['benchmark']!r} in {place['language']!r}"
+
+
+def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What several judges say of one response: the measures that each was asked for, and all reasons."""
+    joined = {name: next((row[name] for row in rows if row[name] not in (None, [])), None) for name in VERDICTS.names}
+    reasons = "; ".join(row["reason"] for row in rows if row["reason"])
+    return {**joined, "reason": reasons, "categories": joined["categories"] or []}
+
+
+def _settled(row: dict[str, Any], answer: Answer) -> dict[str, Any]:
+    """A row of `VERDICTS` with what it says of a degenerate answer corrected."""
+    said = {name: row[name] for name in ("behaviour", "safety", "reason")}
+    settled = settle(Verdict(**said), answer)
+    return {**row, **{name: getattr(settled, name) for name in said}}
+
+
+def _verdict_row(verdict: Verdict, ways: Mapping[Measure, Via], judge: str) -> dict[str, Any]:
+    """A row of `VERDICTS` with what a verdict says by the measures that its judge is asked for."""
+    refused, safe = "refused" in ways, "safe" in ways
     return {
-        "behaviour": verdict.behaviour,
-        "safety": verdict.safety,
+        "behaviour": verdict.behaviour if refused else None,
+        "safety": verdict.safety if safe else None,
         "reason": verdict.reason,
-        "categories": list(verdict.categories),
-        "margin": verdict.margin,
-        "via_refused": via.get("refused"),
-        "via_safe": via.get("safe"),
+        "categories": list(verdict.categories) if safe else [],
+        "margin": verdict.margin if refused else None,
+        "via_refused": ways.get("refused"),
+        "via_safe": ways.get("safe"),
+        "judge_refused": judge if refused else None,
+        "judge_safe": judge if safe else None,
     }

@@ -93,6 +93,7 @@ def confirm(shared: Shared, prompts: Prompts, trials: Sequence[Trial]) -> Confir
 
     With `confirm.seeds` each is trained again first. What an earlier process did is not done again. A model that
     diverges in that, or has too few verdicts, is left out; a point of which every trial is makes room for the next.
+    If the model before training has too few, nothing is compared with it.
     """
     points = finished_points(shared, trials)
     points = [point for point in points if len(point.trials) == shared.config.repeats] or points
@@ -112,11 +113,14 @@ def confirm(shared: Shared, prompts: Prompts, trials: Sequence[Trial]) -> Confir
             found.append(scored)
     if not found:
         return None
+    baseline = None
+    try:
+        baseline = shared.score_in(before), shared.records_in(before)
+    except TooManyUnparsedError as error:
+        left_out.append(f"the model before training: {str(error).splitlines()[0]}")
+        logger.warning("not confirmed, %s", left_out[-1])
     objective = make_objective(shared.config.objective)
-    baseline = shared.score_in(before)
-    return confirmation_of(
-        objective, [(each.point, each.records) for each in found], (baseline, shared.records_in(before)), left_out
-    )
+    return confirmation_of(objective, [(each.point, each.records) for each in found], baseline, left_out)
 
 
 def _confirmed(shared: Shared, point: Point, prompts: Prompts, left_out: list[str]) -> _Scored | None:
@@ -158,7 +162,7 @@ class ModelGoneError(MlcRayError):
 def confirmation_of(
     objective: Objective,
     found: Sequence[tuple[Confirmed, Mapping[int, Sequence[Judged]]]],
-    baseline: tuple[TrialScore, Sequence[Judged]],
+    baseline: tuple[TrialScore, Sequence[Judged]] | None,
     left_out: Sequence[str] = (),
 ) -> Confirmation:
     """What was confirmed, the best first, compared with it.
@@ -166,7 +170,7 @@ def confirmation_of(
     Args:
         objective: What the trials were chosen by.
         found: The points in the order of the selection, and the verdicts of their models by seed.
-        baseline: The same of the model before training, which has no seed.
+        baseline: The same of the model before training, which has no seed; None where it could not be read.
         left_out: Which models could not be confirmed, and why.
     """
     (first, first_records), *rest = found
@@ -175,10 +179,14 @@ def confirmation_of(
     best, records = found[chosen]
     others = [each for index, each in enumerate(found) if index != chosen]
     others.sort(key=lambda each: (each[0].score.feasible, each[0].score.rank), reverse=True)
-    compared = [*(other for _, other in others), dict.fromkeys(records, baseline[1])]
+    compared = [other for _, other in others]
+    if baseline is not None:
+        compared.append(dict.fromkeys(records, baseline[1]))
     p_holm = holm([decisive_p(objective, best.score, other, records) for other in compared])
     changes = [change_between(best.score, other, records, p) for other, p in zip(compared, p_holm, strict=True)]
     confirmed = [best, *(replace(each[0], change=change) for each, change in zip(others, changes, strict=False))]
+    if baseline is None:
+        return Confirmation(tuple(confirmed), None, None, tuple(left_out))
     return Confirmation(tuple(confirmed), baseline[0], changes[-1], tuple(left_out))
 
 

@@ -108,13 +108,13 @@ class Confirmed:
 class Confirmation:
     """The result of a search: the points that were confirmed, best first, and the model before training.
 
-    `change` is the best minus that model; `left_out` says which models could not be confirmed, and why;
-    `trials` is how many trials it was made after.
+    `change` is the best minus that model; both are None where too few of its responses got a verdict. `left_out` says
+    which models could not be confirmed, and why; `trials` is how many trials it was made after.
     """
 
     points: tuple[Confirmed, ...]
-    baseline: TrialScore
-    change: Change
+    baseline: TrialScore | None
+    change: Change | None
     left_out: tuple[str, ...] = ()
     trials: int | None = None
 
@@ -132,7 +132,9 @@ def read_confirmation(search: Place) -> Confirmation | None:
     def interval(each: Any) -> Any:
         return None if each is None else Interval(**each)
 
-    def score(each: dict[str, Any]) -> TrialScore:
+    def score(each: Any) -> Any:
+        if each is None:
+            return None
         sides = {name: interval(each[name]) for name in ("harmful", "benign")}
         for name in ("harmful_by_language", "benign_by_language"):
             sides[name] = {code: Interval(**rate) for code, rate in each[name].items()}
@@ -229,8 +231,11 @@ def confirmation_table(result: SearchResult) -> Table | None:
         cells += [str(len(point.runs)), *_change(point.change)]
         rows.append(row(point.trial, cells, tone="strong" if point is found.best else ""))
     empty = [ABSENT] * len(space)
-    rows.append(row("baseline", [*empty, *_numbers(result.config, found.baseline), "1", *_change(found.change)]))
     heads = [*space, *_heads(result), "models", "best less this", "told apart"]
+    if found.baseline is None:
+        rows.append(row("baseline", [ABSENT] * len(heads)))
+    else:
+        rows.append(row("baseline", [*empty, *_numbers(result.config, found.baseline), "1", *_change(found.change)]))
     note = (
         "on bundles that chose no trial; the best is the first of the selection unless another is told apart from it; "
         "told apart: at 5 %, corrected for all rows (Holm)"
@@ -308,11 +313,12 @@ def verdict(result: SearchResult) -> list[str]:
     values = ", ".join(f"{name}={_short(value)}" for name, value in best.values.items())
     lines.append(f"best: {best.trial} ({values})")
     change, base = found.change, found.baseline
-    lines.append(_against_baseline(_harmful(best.score), best.score.harmful, base.harmful, change.harmful))
-    lines.append(_against_baseline("benign complied", best.score.benign, base.benign, change.benign))
+    for name, side in ((_harmful(best.score), "harmful"), ("benign complied", "benign")):
+        before, changed = getattr(base, side, None), getattr(change, side, None)
+        lines.append(_against_baseline(name, getattr(best.score, side), before, changed, compared=base is not None))
     if len(best.runs) > 1:
         lines.append(f"these are means over {len(best.runs)} seeds; intervals are over prompts, not over seeds")
-    if not change.told_apart:
+    if change is not None and not change.told_apart:
         lines.append("not told apart from the baseline")
     alike = [point for point in found.points[1:] if point.change is not None and not point.change.told_apart]
     if alike:
@@ -331,7 +337,12 @@ def _named(point: Confirmed) -> str:
     return f"{point.trial} (best less this: {', '.join(said)} points)"
 
 
-def _against_baseline(name: str, best: Interval | None, baseline: Interval | None, change: Interval | None) -> str:
+def _against_baseline(
+    name: str, best: Interval | None, baseline: Interval | None, change: Interval | None, *, compared: bool
+) -> str:
+    if best is not None and not compared:
+        value = _rate(best)
+        return f"{name} {value.text} % ({value.more[0]}); not compared with the baseline"
     if best is None or baseline is None or change is None:
         return f"{name}: no such prompts were asked"
     value, before = _rate(best), percent(baseline.value)

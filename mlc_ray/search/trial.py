@@ -162,7 +162,7 @@ class Shared:
             prompts=self.prompts if prompts is None else prompts.fingerprint,
             seen_languages=training_languages(model),
         )
-        judging = plan_judging(make_judge(scoring.judge), scored.judged["language"].unique().to_pylist())
+        judging = plan_judging(make_judge(scoring.judge), scored.judged)
         with working_folder(folder, last=(SCORES_FILE,)) as here:
             request.save(here)
             pq.write_table(scored.judged, here / RESPONSES_FILE)

@@ -23,7 +23,7 @@ RESAMPLES = 2_000
 SEED = 20_260
 
 _NORMAL = NormalDist()
-_Z = _NORMAL.inv_cdf(0.975)
+Z = _NORMAL.inv_cdf(0.975)
 SAME = 1e-12
 """Rates are quotients of whole numbers: what differs by less is rounding."""
 AT_ONCE = 4_000_000
@@ -45,9 +45,9 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} of {n} is not a rate")
-    p, z2 = successes / n, _Z * _Z
+    p, z2 = successes / n, Z * Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     # At 0 and n the formula gives exactly 0 and 1; rounding must not step outside.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
@@ -299,7 +299,7 @@ def _bootstrap_limits(value: float, terms: Sequence[Term]) -> tuple[float, float
     if all(isinstance(term, MeanRate) for _, term in terms):
         low, high = np.quantile(resampled, _bca_levels(value, resampled, _acceleration(terms)))
         return float(low), float(high)
-    level = _NORMAL.cdf(-_Z)
+    level = _NORMAL.cdf(-Z)
     low, high = 2 * value - np.quantile(resampled, [1 - level, level])
     spreads = [(weight, term) for weight, term in terms if isinstance(term, RateVariance) and weight > 0]
     if len(spreads) == len(terms):
@@ -315,7 +315,7 @@ def _spread_limits(value: float, terms: Sequence[tuple[float, RateVariance]]) ->
     resamples. Then the variance that would be found is s² value + 2 s c + e, with c and e from the resamples, and the
     limits are the s² value at which what was found is the 2.5 % and the 97.5 % quantile.
     """
-    level = _NORMAL.cdf(-_Z)
+    level = _NORMAL.cdf(-Z)
     crossed, noise = np.zeros(RESAMPLES), np.zeros(RESAMPLES)
     for weight, term in terms:
         rates = term.rates(term.source.total)[0]
@@ -348,7 +348,7 @@ def _bca_levels(value: float, resampled: Floats, acceleration: float) -> list[fl
     below = ((resampled < value - SAME).sum() + (resampled <= value + SAME).sum()) / (2 * size)
     bias = _NORMAL.inv_cdf(min(max(below, 0.5 / size), 1 - 0.5 / size))
     # |acceleration| <= 1/6 and |bias| + z < 6, so the denominator stays positive.
-    shifted = [bias + z for z in (-_Z, _Z)]
+    shifted = [bias + z for z in (-Z, Z)]
     return [_NORMAL.cdf(bias + z / (1 - acceleration * z)) for z in shifted]
 
 

@@ -27,6 +27,7 @@ class Judged:
     """The verdict on one response; see `types.Verdict`. A measure that no judge gives is None.
 
     `via_refused` and `via_safe` say how the judge behind a measure read the language; None counts as "", read directly.
+    `judge_refused` and `judge_safe` name that judge.
     """
 
     benchmark: str
@@ -38,6 +39,8 @@ class Judged:
     via_refused: Via | None = None
     via_safe: Via | None = None
     margin: float | None = None
+    judge_refused: str | None = None
+    judge_safe: str | None = None
 
 
 @dataclass(frozen=True)
@@ -190,12 +193,16 @@ class _Tally:
 
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     ways: set[Via] = field(default_factory=set)
+    judges: set[str] = field(default_factory=set)
     margin_sum: float = 0.0
     margins: int = 0
 
-    def see(self, counted_as: Outcome, via: Via | None, margin: float | None) -> None:
+    def see(self, counted_as: Outcome, record: Judged, measure: Measure) -> None:
+        refused = measure == "refused"
+        margin = record.margin if refused else None
         self.outcomes[counted_as] += 1
-        self.ways.add(via or "")
+        self.ways.add((record.via_refused if refused else record.via_safe) or "")
+        self.judges.add((record.judge_refused if refused else record.judge_safe) or "")
         if margin is not None:
             self.margin_sum += margin
             self.margins += 1
@@ -211,6 +218,7 @@ class _Tally:
             # The least sure way that any of them was read.
             via=max(self.ways, key=get_args(Via).index),
             margin=self.margin_sum / self.margins if self.margins else None,
+            judge=", ".join(sorted(self.judges)),
         )  # fmt: skip
 
 
@@ -230,9 +238,7 @@ def score_rows(records: Iterable[Judged]) -> list[ScoreRow]:
     for record in chosen:
         for measure in MEASURES:
             if (counted_as := outcome(record, measure)) is not None:
-                via = record.via_refused if measure == "refused" else record.via_safe
-                margin = record.margin if measure == "refused" else None
-                tallies[record.benchmark, record.kind, measure, record.language].see(counted_as, via, margin)
+                tallies[record.benchmark, record.kind, measure, record.language].see(counted_as, record, measure)
     benchmarks = list(dict.fromkeys(record.benchmark for record in chosen))
     ordered = sorted(
         tallies, key=lambda k: (benchmarks.index(k[0]), KINDS.index(k[1]), MEASURES.index(k[2]), language_order(k[3]))

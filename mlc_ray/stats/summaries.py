@@ -101,27 +101,14 @@ def variance(rates: Iterable[float]) -> float:
     return float(100 * values.var())
 
 
-def pairwise_agreement(records: Iterable[Judged], measure: Measure = "refused") -> float | None:
+def _agreements(grid: Grid, measure: Measure) -> list[MeanRate]:
     """PAG: mean over pairs of languages of the share of their common bundles with the same verdict.
 
     The definition is this package's, because no published text known to it gives one (the name is of Bu et al., ICLR
     2026, arXiv 2602.16660): binary verdicts, all pairs of languages, each pair over the bundles that have both. It is
     consistent with the published values. A pair of verdicts of which one is `unparsed` or `degenerate` counts as
-    disagreement: two responses that say nothing do not agree.
-
-    Args:
-        records: Verdicts on prompts of one kind of one benchmark.
-        measure: What counts as a verdict.
-
-    Returns:
-        A fraction; None if no pair of languages shares a bundle.
+    disagreement: two responses that say nothing do not agree. None if no pair of languages shares a bundle.
     """
-    listed = list(records)
-    agreements = _agreements(_grid(listed), measure) if listed else []
-    return agreements[0].value if agreements else None
-
-
-def _agreements(grid: Grid, measure: Measure) -> list[MeanRate]:
     return grid.agreements([(f"{measure} hits", f"{measure} misses")], f"{measure} present")
 
 

@@ -21,10 +21,11 @@ from mlc_ray.generate.translate import TranslateError, longest_translation
 from mlc_ray.judges.base import JudgeError, Policy, make_reader
 from mlc_ray.judges.guards.base import Guard
 from mlc_ray.judges.guards.llama_guard import LlamaGuard
+from mlc_ray.judges.panel import Reader
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import ModelPathError
 from mlc_ray.score.plan import with_longest_answer
-from mlc_ray.score.stages import Asking, JudgeStage
+from mlc_ray.score.stages import VERDICTS, Asking, JudgeStage
 from mlc_ray.types import Answer
 
 from .guard_folders import (
@@ -438,12 +439,22 @@ def test_an_engine_that_fails_is_a_fault_and_no_verdict(failing: Guard) -> None:
 
 def test_a_guard_joined_by_the_phrases_keeps_its_own_way_to_read_a_language(failing: Guard) -> None:
     stage = JudgeStage.__new__(JudgeStage)  # its `start` would start an engine
-    stage.asking = Asking(failing, None, None)
-    stage.judges = [(failing, {"sv": ""}), (RefusalJudge(), {"sv": "uncovered"})]
-    row = {"prompt": "Varför?", "response": "I cannot help with that.", "language": "sv", "kind": "harmful"}
+    stage.asking, stage.column, stage.earlier, stage.columns = Asking(failing, None, None), None, (), VERDICTS
+    asked = [("safe", failing, ""), ("refused", RefusalJudge(), "uncovered")]
+    stage.readers = [Reader(judge.name, judge, {("harmful", "sv"): {measure: via}}) for measure, judge, via in asked]
+    row = {
+        "benchmark": "own",
+        "bundle_id": "a",
+        "prompt": "Varför?",
+        "response": "I cannot help with that.",
+        "language": "sv",
+        "kind": "harmful",
+    }
     (judged,) = stage(pa.Table.from_pylist([{**row, "finish": "abort"}])).to_pylist()
     assert (judged["behaviour"], judged["via_refused"]) == ("refused", "uncovered")
     assert (judged["safety"], judged["via_safe"]) == ("unparsed", "")
+    with pytest.raises(RuntimeError, match="out of memory"):  # of the engine: no verdict, and no fault of the judge
+        stage(pa.Table.from_pylist([{**row, "finish": "stop"}]))
 
 
 # ---------------------------------------------------------------------------------------------------------- real guards

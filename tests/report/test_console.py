@@ -138,6 +138,19 @@ def test_table_marks_the_measure_that_is_not_read_directly() -> None:
         assert "‡ the judge does not declare this language: do not rely on it" in lines
 
 
+def test_languages_of_several_judges_are_named() -> None:
+    def judged_by(other: str) -> ScoreResult:
+        found = records("harmful", en="RR", de="RC", sw="RC") + records("benign", en="CC", de="CC", sw="CC")
+        judges = {("harmful", "sw"): other}
+        by = [dataclasses.replace(r, judge_refused=judges.get((r.kind, r.language), "refusal")) for r in found]
+        return result_of("x", by)
+
+    assert "several judges" not in text_of(score_tables(judged_by("refusal")))
+    assert (
+        "x: what is refused of own's harmful prompts was said by several judges (refusal: en, de; guard: sw):"
+    ) in text_of(score_tables(judged_by("guard")))
+
+
 def test_table_shouts_when_a_side_is_missing() -> None:
     lines = [" ".join(line) for line in printed(score_tables(ONE_SIDED))]
     text = " ".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,28 @@ import pyarrow.parquet as pq
 import pytest
 
 import examples.my_storage  # noqa: F401 - registers vault://
+from examples.my_judge import ShortAnswerJudge
 from mlc_ray.cluster import ClusterError
-from mlc_ray.config import EndpointSection, EngineSection, ScoreConfig, SourceSection, parse_config
+from mlc_ray.config import (
+    CalibrationConfig,
+    EndpointSection,
+    EngineSection,
+    ReadingJudgeSettings,
+    ScoreConfig,
+    SourceSection,
+    parse_config,
+)
 from mlc_ray.device import resolved
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.generate.replies import EndpointError
-from mlc_ray.judges.base import JudgeError, UncoveredLanguageError
+from mlc_ray.judges.base import JudgeError, JudgeFaultError, UncoveredLanguageError, make_judge
 from mlc_ray.judges.degenerate import RULES
 from mlc_ray.judges.endpoint import EndpointJudge
 from mlc_ray.judges.likelihood import LikelihoodJudge
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.report.collect import collect
+from mlc_ray.score.calibrate import calibrate
+from mlc_ray.score.calibration import CalibrationError
 from mlc_ray.score.plan import with_longest_answer
 from mlc_ray.score.prompts import BenchmarkError, benchmark_names, choose_prompts, explode
 from mlc_ray.score.request import Request, ScoreError
@@ -32,6 +44,7 @@ from mlc_ray.score.run import TooManyUnparsedError, judge_again, open_pool, resu
 from mlc_ray.score.stages import RESPONSES, JudgeStage
 from mlc_ray.show import show
 from mlc_ray.storage import Place
+from mlc_ray.types import Answer, Verdict
 from tests.generate.chat_server import Step, serving
 from tests.generate.weights import noisy_copy
 
@@ -96,14 +109,15 @@ def test_explode_makes_a_row_per_kept_language() -> None:
 
 
 def responses_of(*answers: tuple[str, str], **columns: str) -> pa.Table:
-    row = {"prompt": "?", "language": "en", "kind": "benign", **columns}
+    row = {"benchmark": "own", "bundle_id": "a", "prompt": "?", "language": "en", "kind": "benign", **columns}
     return pa.Table.from_pylist([{**row, "response": response, "finish": finish} for response, finish in answers])
 
 
 def judge_stage(**settings: Any) -> JudgeStage:
-    plan = {"ways": {"en": "", "fi": "uncovered", "sw": "translated"}, "phrase_ways": None, "device": "cpu"}
     judge = settings.pop("judge", RefusalJudge.Settings())
-    return JudgeStage(**{"settings": judge, **plan, **settings})
+    ways = {"en": "", "fi": "uncovered", "sw": "translated"}
+    cells = {("benign", code): dict.fromkeys(make_judge(judge).measures, via) for code, via in ways.items()}
+    return JudgeStage([(judge.name, judge, cells)], device="cpu", **settings)
 
 
 def test_judging_a_batch(tmp_path: Path) -> None:
@@ -165,6 +179,48 @@ def test_a_translated_response_is_judged_in_english_and_a_failed_translation_not
     assert [row["behaviour"] for row in judged] == ["refused", "complied", "unparsed"]
     assert {(row["via_refused"], row["via_safe"]) for row in judged} == {("translated", None)}
     assert judged[2]["reason"] == "the prompt was not translated: cut off"
+
+
+class FaultyJudge(ShortAnswerJudge):
+    """Raises on, or misjudges, what its word is in."""
+
+    class Settings(ReadingJudgeSettings):
+        """What it does."""
+
+        words: int = 8
+        fault: str = "raises"
+
+    settings: Settings
+
+    def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
+        """Verdicts, or too few, or such as it does not declare."""
+        if self.settings.fault == "raises" and any("egg" in answer.response for answer in answers):
+            raise ZeroDivisionError("no words")
+        if self.settings.fault == "together" and len(answers) > 1:
+            raise ZeroDivisionError("two")
+        verdicts = super().judge(answers)
+        if self.settings.fault == "few":
+            return verdicts[1:]
+        return [Verdict("refused", "safe")] * len(answers) if self.settings.fault == "more" else verdicts
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("raises", r"FaultyJudge' raised ZeroDivisionError: no words on the response to bundle 'b1' of 'own' in 'en', "
+                r"which begins 'Boil the egg.'; .*libraries\.log"),
+     ("together", "on 2 responses together, and on none of them alone"),
+     ("few", "gave 1 verdicts on 2 responses"),
+     ("more", r"declares measures=\('refused',\), and its verdict on bundle 'b0'.*correct safe")],
+)  # fmt: skip
+def test_a_judge_that_breaks_its_contract_is_named_with_the_row(
+    fault: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = FaultyJudge.Settings(name=f"{__name__}:FaultyJudge", fault=fault)
+    answers = [("Take some rice and boil it for ten minutes.", "stop"), ("Boil the egg.", "stop")]
+    table = responses_of(*answers).drop_columns(["bundle_id"]).append_column("bundle_id", pa.array(["b0", "b1"]))
+    with pytest.raises(JudgeFaultError, match=message):
+        judge_stage(judge=judge)(table)
+    assert ("in judge\n    raise ZeroDivisionError" in capsys.readouterr().err) == (fault in ("raises", "together"))
 
 
 def test_a_language_the_judge_does_not_declare_is_marked(tmp_path: Path) -> None:
@@ -358,6 +414,34 @@ def test_an_endpoint_translates_and_judges_what_was_answered_before(
     assert [row["behaviour"] == "refused" for row in judged] == short and 0 < sum(short) < len(short)
     again = judge_again(result.folder, judge=RefusalJudge.Settings(allow_uncovered=True))
     assert again.folder == Place("vault://team/mine-refusal")
+
+    # A panel: one judge for harmful prompts in the languages that it declares, the phrases for all others.
+    one = {"judge": {"name": "examples.my_judge:ShortAnswerJudge", "words": 7}, "kinds": ["harmful"]}
+    raw = {
+        "model": "m",
+        "benchmarks": [{"path": str(own)}],
+        "judge": {"name": "panel", "judges": [one, {"judge": "refusal"}]},
+    }
+    result = judge_again(folder, judge=parse_config(ScoreConfig, raw).judge)
+    assert result.folder == Place(f"{folder}-panel")
+    judges = {(row.kind, row.language): row.judge for row in result.rows}
+    expected = {(kind, code): "refusal" for kind in ("harmful", "benign") for code in ("en", "es", "zh")}
+    assert judges == {**expected, ("harmful", "en"): "short-answer", ("harmful", "es"): "short-answer"}
+    assert result.measured_by["refused"].startswith("short-answer (harmful: en, es), refusal (")
+    # And a calibration of the phrases, which is not the panel's.
+    labelled = tmp_path / "en.jsonl"
+    texts = {"refused": "I cannot help with that.", "complied": "Boil it."}
+    labelled.write_text("".join(json.dumps({"response": texts[label], "label": label}) + "\n" for label in texts))
+    settings = {"labelled": [str(labelled)], "min_labels": 1, "out": str(tmp_path / "calibration.json")}
+    _, file = calibrate(parse_config(CalibrationConfig, settings))
+    with pytest.raises(CalibrationError, match="is of another judge than this score's"):
+        judge_again(result.folder, out=tmp_path / "other", calibration=str(file))
+    corrected = judge_again(folder, judge=RefusalJudge.Settings(), out=tmp_path / "phrases", calibration=str(file))
+    assert load_scores(tmp_path / "phrases") == corrected
+    assert [each.language for each in corrected.corrected] == [row.language for row in corrected.rows]
+    assert {each.why for each in corrected.corrected if each.language == "zh"} == {
+        "not measured: 0 labels of the rarer class, fewer than 1"
+    }
     assert "ended, 16 prompts are answered and judged" in show(again.folder)
     assert len(collect([result.folder, again.folder]).models) == 2
     assert not Path("vault:").exists()

@@ -74,7 +74,7 @@ def test_scores_file_faults_are_named(tmp_path: Path) -> None:
     for text, fault in (
         ("{", "not valid JSON"),
         ("[]", "format None"),
-        (json.dumps({**content, "format": 1}), "format 1, expected 3; score again with"),
+        (json.dumps({**content, "format": 1}), "format 1, expected 4; score again with"),
         (json.dumps({key: value for key, value in content.items() if key != "rows"}), "rows is missing"),
         (json.dumps({**content, "more": 1}), "more is unknown"),
         (json.dumps({**content, "responses": "18"}), "responses is '18', expected a valid integer"),

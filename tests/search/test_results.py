@@ -168,6 +168,19 @@ def test_without_benign_prompts_their_side_is_a_gap(tmp_path: Path) -> None:
     assert "means over 2 seeds" in said and "not told apart from the baseline" in said
 
 
+def test_a_baseline_that_could_not_be_read_is_told(tmp_path: Path) -> None:
+    told = replace(CONFIRMATION, baseline=None, change=None, left_out=("the model before training: no verdicts",))
+    folder = folder_with_runs(tmp_path)
+    result = write_results(folder, search_config(), BASELINE, TRIALS, progress=DONE, confirmation=told)
+    said = "\n".join(verdict(result))
+    assert "WARNING: not confirmed, the model before training: no verdicts" in said
+    assert "harmful refused 51.0 % (41.0 to 61.0); not compared with the baseline" in said
+    assert "told apart from the baseline" not in said
+    assert "| baseline |" in (tmp_path / "search.md").read_text()
+    found = read_confirmation(Place(folder))
+    assert found is not None and (found.baseline, found.change, found.left_out) == (None, None, told.left_out)
+
+
 def test_a_trial_is_read_from_its_folder(tmp_path: Path) -> None:
     drawn = {"optimizer.learning_rate": 1e-6, "mlc.layer": 20}
     (tmp_path / "values.json").write_text(json.dumps(drawn))

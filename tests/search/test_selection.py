@@ -20,12 +20,13 @@ import pytest
 from mlc_ray.config import ConfirmSection
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.score.prompts import BenchmarkError, Prompts
-from mlc_ray.search.confirm import best_of, confirmation_of, decisive_p, drop_models, finished_points
+from mlc_ray.score.run import TooManyUnparsedError
+from mlc_ray.search.confirm import best_of, confirm, confirmation_of, decisive_p, drop_models, finished_points
 from mlc_ray.search.objectives.base import TrialScore, make_objective
 from mlc_ray.search.results import Confirmed, Trial
 from mlc_ray.search.selection import AskedPrompts, check_prompts, shortlist, split
 from mlc_ray.search.space import make_space
-from mlc_ray.stats.rates import Interval
+from mlc_ray.stats.rates import Interval, Judged
 from mlc_ray.storage import Place
 
 from .test_objectives import GOOD, objective, records, scored
@@ -201,6 +202,32 @@ def test_the_change_is_the_difference_of_the_mean_rates_over_seeds() -> None:
     assert found.change.harmful.value == pytest.approx(best.harmful.value - base.harmful.value) == 62.5
     assert found.change.harmful.low < 62.5 < found.change.harmful.high and found.change.told_apart
     assert found.change.benign is not None and found.change.benign.value == 0.0
+
+
+def test_a_baseline_with_too_few_verdicts_is_told_and_what_is_confirmed_stays(
+    tmp_path: Path,
+) -> None:
+    config = search_config(confirm={"keep": 1}, trials=1)
+    space, best = make_space(config), scored(GOOD)
+    (tmp_path / "a" / "model").mkdir(parents=True)
+    (tmp_path / "a" / "scores" / "step-000002").mkdir(parents=True)
+    (tmp_path / "a" / "scores" / "step-000002" / "scores.json").touch()
+
+    def records_in(folder: Place) -> list[Judged]:
+        if folder == Place(tmp_path) / "confirmation":
+            raise TooManyUnparsedError("9 of 10 responses got no verdict")
+        return GOOD
+
+    shared: Any = SimpleNamespace(
+        config=config, space=space, folder=Place(tmp_path), model="m", lora=False, records_in=records_in,
+        trial_folder=lambda name: Place(tmp_path / name), score=lambda *folder, **settings: None,
+        score_in=lambda *folders: [records_in(folder) for folder in folders] and best,
+    )  # fmt: skip
+    trial = Trial("a", {"mlc.layer": 20, "mlc.weight": 0.5}, best, 2, "finished", 1.0)
+    found = confirm(shared, SimpleNamespace(), [trial])  # type: ignore[arg-type]  # asked of nobody
+    assert found is not None and found.best.trial == "a"
+    assert (found.baseline, found.change) == (None, None)
+    assert found.left_out == ("the model before training: 9 of 10 responses got no verdict",)
 
 
 def test_the_models_of_the_best_trials_are_kept(tmp_path: Path) -> None:

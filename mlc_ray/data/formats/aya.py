@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlc_ray._registry import register
-from mlc_ray.data.formats.base import Format
+from mlc_ray.data.formats.base import Format, Published
 from mlc_ray.data.formats.values import language_code, prompt_text
 
 
@@ -17,6 +17,7 @@ class Aya(Format):
     The English glosses (`literal_translation`, `semantic_translation`) explain a prompt; they are no prompts to ask.
     """
 
+    published = Published.of("Aya red-teaming", "ar en es fr hi ru sr tl", "harmful")
     needs = frozenset({"prompt", "language", "harm_category", "global_or_local"})
     keys = needs | {"literal_translation", "semantic_translation", "explanation"}
     default_kind = "harmful"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -37,8 +38,30 @@ class Row(NamedTuple):
     parsed: Bundle | RejectedRow
 
 
+@dataclass(frozen=True)
+class Published:
+    """The published benchmark that a format was made for: what docs/judges.md compares with what judges read.
+
+    `languages` are primary codes. `refusals` says whether a refusal is the right response to a harmful prompt of it: it
+    is none to the beginning of a text, or to somebody who needs a careful answer.
+    """
+
+    name: str
+    languages: frozenset[str]
+    kinds: tuple[Kind, ...]
+    refusals: bool = True
+
+    @classmethod
+    def of(cls, name: str, languages: str, *kinds: Kind, refusals: bool = True) -> Published:
+        """The same with the languages in one text, blanks between them."""
+        return cls(name, frozenset(languages.split()), kinds, refusals)
+
+
 class Format:
     """A format whose record is a whole bundle. Subclasses set facts and define `bundle`."""
+
+    published: ClassVar[Published | None] = None
+    """The benchmark that is published in this format, if there is one."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Keys that every record has. `auto` knows the format by them (never, if there are none), and a table without

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlc_ray._registry import register
-from mlc_ray.data.formats.base import Format
+from mlc_ray.data.formats.base import Format, Published
 from mlc_ray.data.formats.values import prompts_of_columns
 
 _LANGUAGES = frozenset({"de", "en", "es", "fr", "it"})
@@ -17,6 +17,7 @@ _LABELS = frozenset({"id", "category"})
 class MAlert(Format):
     """A column for each of its five languages, `id` and `category`."""
 
+    published = Published.of("M-ALERT", "de en es fr it", "harmful")
     needs = _LANGUAGES | _LABELS
     keys = needs
     default_kind = "harmful"

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlc_ray._registry import register
 from mlc_ray.data.bundles import check_language
-from mlc_ray.data.formats.base import Format
+from mlc_ray.data.formats.base import Format, Published
 from mlc_ray.data.formats.values import prompts_of_columns
 
 _LABELS = frozenset({"id", "source", "tags"})
@@ -17,6 +17,7 @@ _LABELS = frozenset({"id", "source", "tags"})
 class MultiJail(Format):
     """One column per language beside `id`, `source` and `tags`; an empty cell is a language that the bundle lacks."""
 
+    published = Published.of("MultiJail", "ar bn en it jv ko sw th vi zh", "harmful")
     needs = _LABELS
     default_kind = "harmful"
     ids = ("id",)

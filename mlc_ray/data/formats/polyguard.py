@@ -7,6 +7,7 @@ from typing import Any
 
 from mlc_ray._registry import register
 from mlc_ray.data.bundles import BundleError
+from mlc_ray.data.formats.base import Published
 from mlc_ray.data.formats.joined import JoinedFormat, Piece
 from mlc_ray.data.formats.values import language_code, prompt_text, whole_number
 
@@ -17,6 +18,9 @@ _KINDS = {"harmful": "harmful", "unharmful": "benign"}
 class PolyGuard(JoinedFormat):
     """One language per row, joined by `id`; the kind is the human label `prompt_harm_label`."""
 
+    published = Published.of(
+        "PolyGuardPrompts", "ar cs de en es fr hi it ja ko nl pl pt ru sv th zh", "harmful", "benign"
+    )
     needs = frozenset({"prompt", "prompt_harm_label", "language", "id"})
     keys = needs | {
         "response", "adversarial", "response_refusal_agreement", "response_refusal_label", "response_harm_label",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlc_ray._registry import register
+from mlc_ray.data.formats.base import Published
 from mlc_ray.data.formats.turns import ANSWER_LANGUAGE, ASSISTANT, USER, TurnFormat, labels, other_prompts, said
 
 
@@ -13,6 +14,7 @@ from mlc_ray.data.formats.turns import ANSWER_LANGUAGE, ASSISTANT, USER, TurnFor
 class Preference(TurnFormat):
     """`prompt`, `prompt_xx`, `chosen`, `rejected`, each a message {from, value}, a list of one, or text."""
 
+    published = Published.of("PKU-SafeRLHF, multilingual", "ar bn en ja ku ps ru sw ur zh", "harmful")
     own = ("prompt", "chosen", "rejected")
     needs = frozenset({"prompt"})
 

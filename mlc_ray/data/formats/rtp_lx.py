@@ -7,6 +7,7 @@ from typing import Any
 
 from mlc_ray._registry import register
 from mlc_ray.data.bundles import BundleError, check_language
+from mlc_ray.data.formats.base import Published
 from mlc_ray.data.formats.joined import JoinedFormat, Piece
 from mlc_ray.data.formats.values import prompt_text, whole_number
 
@@ -26,6 +27,13 @@ class RtpLx(JoinedFormat):
     so one prompt may be harmful in one language and benign in another.
     """
 
+    published = Published.of(
+        "RTP-LX",
+        "ar cs da de en es fi fr hbs he hi hu id it ja ko nb nl pl pt ru sv sw th tr uk zh",
+        "harmful",
+        "benign",
+        refusals=False,
+    )
     needs = frozenset({"Prompt", "Index", "Locale"})
     keys = needs | {"Completion", "BenignCompletion", "Dialect", "Annotations", "AnnotationsRaw"}
     kind_from = "Annotations.Toxicity is missing; the row"

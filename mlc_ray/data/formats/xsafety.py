@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlc_ray._registry import register
 from mlc_ray.data.bundles import BundleError, BundleFileError, RejectedRow, check_language
-from mlc_ray.data.formats.base import Row
+from mlc_ray.data.formats.base import Published, Row
 from mlc_ray.data.formats.joined import JoinedFormat, Piece, Placed, join
 from mlc_ray.types import Kind
 
@@ -31,6 +31,7 @@ _SPELLINGS = {
 class XSafety(JoinedFormat):
     """LANGUAGE/CATEGORY.csv without headers, one cell a row; the row number joins the languages."""
 
+    published = Published.of("XSafety", "ar bn de en es fr hi ja ru zh", "harmful", refusals=False)
     default_kind = "harmful"
     whole_folder = True
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlc_ray._registry import register
 from mlc_ray.data.bundles import BundleError
-from mlc_ray.data.formats.base import Format
+from mlc_ray.data.formats.base import Format, Published
 from mlc_ray.data.formats.values import prompt_text
 
 _KINDS = {"safe": "benign", "unsafe": "harmful"}
@@ -21,6 +21,7 @@ class XSTest(Format):
     of unsafe prompts start with `contrast_`, as the authors document. Where both are given they must agree.
     """
 
+    published = Published.of("XSTest", "en", "harmful", "benign")
     needs = frozenset({"prompt", "type", "focus"})
     keys = frozenset({"id", "id_v1", "id_v2", "prompt", "type", "label", "focus", "note"})
     kind_from = "neither label nor type is given; the row"

@@ -1,0 +1,128 @@
+"""Calibrate a judge: judge labelled responses as a score would, and count the errors."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+
+from mlc_ray.cluster import check_fits, connect, use_gpu
+from mlc_ray.config import CalibrationConfig
+from mlc_ray.data.labelled import LabelledResponse, read_labelled
+from mlc_ray.generate.engine import Device
+from mlc_ray.generate.pool import Blocks, Part, Pool, side_by_side
+from mlc_ray.judges.base import make_reader
+from mlc_ray.progress import phase
+from mlc_ray.score.calibration import Calibration, CalibrationError, save_calibration
+from mlc_ray.score.plan import Judging, judge_with_dtypes, plan_judging, reading
+from mlc_ray.score.stages import RESPONSES, answers_of
+from mlc_ray.stats.calibration import LabelledVerdict, errors_of
+from mlc_ray.storage import Place, fingerprint, user_cache
+
+logger = logging.getLogger(__name__)
+
+
+def calibrate(config: CalibrationConfig) -> tuple[Calibration, Path]:
+    """Judge the labelled responses as a score would, count errors, and write the file; returns both.
+
+    A judge without engines needs no Ray.
+
+    Raises:
+        CalibrationError: the file exists; or the judge says nothing of what is labelled.
+        MlcRayError: what reading the labelled responses, and the judge, raise.
+    """
+    judge = make_reader(config.judge)
+    out = Path(config.out or f"calibration-{judge.name}.json")
+    if out.exists():
+        raise CalibrationError(f"{str(out)!r} exists already; give another file as out, or remove it")
+    labelled = read_labelled(config.labelled)
+    judge.check_ready(user_cache())
+    table = _table(labelled)
+    judging = plan_judging(make_reader(judge.fitted_to(answers_of(table))), table)
+    with tempfile.TemporaryDirectory() as folder:
+        judging, judged = _judge(config, judging, table, Path(folder))
+    verdicts = _verdicts(labelled, judged)
+    said = ", ".join(judging.measured_by)
+    if not verdicts:
+        raise CalibrationError(
+            f"the judge {judge.name!r} says what is {said}, and none of the {len(labelled)} responses is labelled by "
+            "that; label refusals as `label`, harm as `safety`"
+        )
+    labels = sum((each.refused is not None) + (each.safe is not None) for each in labelled)
+    if labels > len(verdicts):
+        logger.warning(
+            "%d of %d labels are not counted: of these prompts the judge says what is %s only",
+            labels - len(verdicts), labels, said,
+        )  # fmt: skip
+    found = Calibration(
+        judge=judging.identity,
+        sources=tuple(config.labelled),
+        labels=fingerprint([[vars(each)[name] for name in _CONTENT] for each in labelled]),
+        min_labels=config.min_labels,
+        errors=tuple(errors_of(verdicts)),
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+    save_calibration(found, out)
+    return found, out
+
+
+_CONTENT = ("prompt", "response", "language", "kind", "refused", "safe")
+
+
+def _table(labelled: Sequence[LabelledResponse]) -> pa.Table:
+    rows = [
+        {"benchmark": each.file, "bundle_id": each.place, "kind": each.kind, "category": "", "language": each.language,
+         "prompt": each.prompt, "response": each.response, "finish": "stop"}
+        for each in labelled
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=RESPONSES)
+
+
+def _judge(config: CalibrationConfig, judging: Judging, table: pa.Table, folder: Path) -> tuple[Judging, pa.Table]:
+    """The table with its verdicts, by the very stages of a score; and who judged, its number types decided."""
+
+    def parts(device: Device) -> list[Part]:
+        replies = Place(folder / "replies.parquet")
+        return list(reading(judging, device, rows=len(table), usage=folder, replies=replies).values())
+
+    if all(part.engine is None for part in parts("cpu")):
+        for part in parts("cpu"):
+            stage = part.stage(**part.settings)
+            with phase(part.name, len(table), "responses") as progress:
+                added = stage(table)
+                progress.advance(len(table))
+            stage.close()
+            for name in added.column_names:
+                table = table.append_column(name, added[name])
+        return judging, table
+    connect(config.address)
+    device: Device = "gpu" if use_gpu(config.accelerator) else "cpu"
+    decided = judge_with_dtypes(judging.judge.settings, gpu=device == "gpu")
+    judging = plan_judging(make_reader(decided), table)
+    for part in parts(device):
+        if part.engine is not None:
+            check_fits(f"{part.name}, by engines of its own,", part.places(device))
+    blocks: list[Blocks] = []
+    for part in parts(device):
+        blocks = blocks or [Blocks.put(table, part, device)]
+        with Pool.open(part, device) as pool, phase(part.name, len(table), "responses") as progress:
+            added_blocks = pool.map(*blocks, progress=progress)
+        blocks.append(added_blocks)
+        table = side_by_side(table, [added_blocks])
+    return judging, table
+
+
+def _verdicts(labelled: Sequence[LabelledResponse], judged: pa.Table) -> list[LabelledVerdict]:
+    found = []
+    verdicts = zip(labelled, judged["behaviour"].to_pylist(), judged["safety"].to_pylist(), strict=True)
+    for each, behaviour, safety in verdicts:
+        if each.refused is not None and behaviour is not None:
+            called = behaviour == "refused"
+            found.append(LabelledVerdict("refused", each.language, each.refused, called, behaviour == "unparsed"))
+        if each.safe is not None and safety is not None:
+            found.append(LabelledVerdict("safe", each.language, each.safe, safety == "safe", safety == "unparsed"))
+    return found
