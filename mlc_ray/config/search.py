@@ -130,13 +130,18 @@ class SearchConfig(Section):
         "resumed, with the same time again.",
     )
     concurrency: PositiveInt = Field(1, description="Trials at once.")
+    score_every: PositiveInt | None = Field(
+        None,
+        description="Optimizer steps between scores of a trial, of its weights alone; the last step is always scored "
+        "(default: that one only). Optimizer states are written every `checkpoint.every` steps of the run, to resume.",
+    )
     scheduler: Literal["none", "asha", "median"] = Field(
-        "none", description="Stop poor trials at a checkpoint: successive halving, or below the median of the others."
+        "none", description="Stop poor trials at a score: successive halving, or below the median of the others."
     )
     scheduler_metric: str | None = Field(
         None,
         pattern=r"^validation(/[\w.-]+)+$",
-        description="What the scheduler compares at each checkpoint: a number of data.validation, such as "
+        description="What the scheduler compares at each score: a number of data.validation, such as "
         "validation/reward/accuracy or validation/harmful/log_prob/chosen_change (default: the objective).",
     )
     grace_scores: PositiveInt = Field(1, description="Schedulers: scores a trial gets before it may be stopped.")
@@ -196,6 +201,11 @@ class SearchConfig(Section):
             raise ValueError(
                 f"scheduler={self.scheduler!r} compares trials by one number, but objective={self.objective.name!r} "
                 f"has {', '.join(metrics)}; set scheduler_metric, scheduler='none', or another objective"
+            )
+        if self.scheduler != "none" and self.score_every is None:
+            raise ValueError(
+                f"scheduler={self.scheduler!r} stops trials at their scores, but score_every=None scores the last step "
+                "alone; set score_every, or scheduler=none"
             )
         if self.scheduler_metric is not None and self.scheduler == "none":
             raise ValueError(f"scheduler_metric={self.scheduler_metric!r} is read by schedulers only; scheduler='none'")

@@ -5,7 +5,7 @@ score of the model before training). A search folder holds
 
     config.json      the settings; base.yaml the run that all trials share, as its file was when the search began
     search.json      the layers that a probe left out, the baseline, fingerprints of prompts and model, versions
-    trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per checkpoint, in the end `model/` and
+    trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per score, in the end `model/` and
                      `finished` or, where the scheduler ended it, `stopped`; `--resume` goes by these alone. Of the few
                      that are confirmed also `scores/confirmation`, and `trials/ID-seed-N/` (runs, but no trials)
     baseline/, confirmation/     scores of the model before training, on the prompts that choose and that confirm
@@ -127,7 +127,8 @@ def search(config: SearchConfig) -> SearchResult:
 def resume_search(folder: Path | Place, overrides: Sequence[str] = ()) -> SearchResult:
     """Go on with the search in a folder, with the settings it was started with.
 
-    Trials that ended are not repeated; those that were running or failed go on from their last checkpoint.
+    Trials that ended are not repeated; those that were running or failed go on from their last checkpoint, or else
+    start over.
 
     Args:
         folder: The search's folder.

@@ -54,7 +54,6 @@ def run_place(small_llama: Path, repository: Path, tmp_path_factory: pytest.Temp
         "train": {"epochs": 4, "max_steps": 2},
         "engine": {"stage": 2},
         "cluster": {"address": "local", "workers": 1, "cpus_per_worker": 0.5},
-        "checkpoint": {"every": 1, "keep": 1},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     searched = {
@@ -62,6 +61,7 @@ def run_place(small_llama: Path, repository: Path, tmp_path_factory: pytest.Temp
         "output_dir": str(folder),
         "train": str(folder / "run.yaml"),
         "space": {"mlc.layer": {"choice": [1, "last"]}},
+        "score_every": 1,
         "sampler": "grid",
         "objective": {"name": "average", "min_benign_compliance": 0.0},
         "scoring": {
@@ -232,7 +232,11 @@ def test_a_killed_driver_is_resumed_where_it_was(run_place: Path, small_llama: P
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"HF_HUB_CACHE": str(tmp_path)}
     cached_from_a_hub(small_llama, "someone/small", tmp_path)  # and, while we are at it, the model is a hub's
     command = [sys.executable, "-m", "mlc_ray", "search"]
-    settings = ["name=killed", f"train={config}", "set=[train.max_steps=3, model.path=someone/small]"]
+    settings = [
+        "name=killed",
+        f"train={config}",
+        "set=[train.max_steps=3, model.path=someone/small, checkpoint.every=1, checkpoint.keep=1]",
+    ]
     started = [*command, "--config", str(run_place / "search.yaml"), *(f"--set={setting}" for setting in settings)]
     with (run_place / "killed.log").open("w") as log:
         process = subprocess.Popen(

@@ -202,9 +202,9 @@ def test_terms_are_searched_by_name() -> None:
 def test_settings_without_effect_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"set 'mlc\.layer=7' has no effect: space varies mlc\.layer"):
         make_space(search_config(set=["mlc.layer=7"]))
-    with pytest.raises(ConfigError, match=r"scheduler='asha' stops trials at checkpoints.*set checkpoint\.every"):
-        make_space(search_config(scheduler="asha"))
-    make_space(search_config(scheduler="asha", set=["checkpoint.every=2"]))
+    with pytest.raises(ConfigError, match=r"scheduler='asha' stops trials at their scores.*set score_every"):
+        search_config(scheduler="asha")
+    make_space(search_config(scheduler="asha", score_every=2))
     with pytest.raises(ConfigError, match=r"set 'output_dir=/x' has no effect: give output_dir at the top"):
         make_space(search_config(set=["output_dir=/x"]))
 
@@ -214,38 +214,39 @@ RATES: dict[str, Any] = {"optimizer.learning_rate": {"choice": [1e-5, 1e-6]}}
 
 
 def compared_by(metric: str, *overrides: str, space: dict[str, Any] = RATES, **changes: Any) -> SearchConfig:
-    return search_config(scheduler="asha", scheduler_metric=metric, set=list(overrides), space=space, **changes)
+    settings = {"score_every": 4, **changes}
+    return search_config(scheduler="asha", scheduler_metric=metric, set=list(overrides), space=space, **settings)
 
 
 def test_trials_can_be_compared_on_held_out_bundles() -> None:
     lower = ("loss/total", "harmful/loss/alignment", "loss/mlc", "benign/loss/contrast")
     higher = ("reward/margin", "harmful/reward/accuracy", "log_prob/chosen_change", "benign/mlc/leading_share")
     for name in (*lower, *higher):
-        config = compared_by(f"validation/{name}", HELD_OUT, "checkpoint.every=4", "terms.contrast.weight=0.5")
+        config = compared_by(f"validation/{name}", HELD_OUT, "terms.contrast.weight=0.5")
         make_space(config)
         scheduler = make_scheduler(config)
         assert (scheduler.metric, scheduler._metric_op) == (f"validation/{name}", -1.0 if name in lower else 1.0)
-    make_space(compared_by("validation/loss/mlc", HELD_OUT, "checkpoint.every=2", objective={"name": "pareto"}))
+    make_space(compared_by("validation/loss/mlc", HELD_OUT, objective={"name": "pareto"}))
 
 
 @pytest.mark.parametrize(
     ("metric", "overrides", "fault"),
     [
-        ("validation/loss/mlc", ["checkpoint.every=4"], "measured on data.validation, which the runs do not have"),
+        ("validation/loss/mlc", [], "measured on data.validation, which the runs do not have"),
         (
             "validation/loss/mlc",
-            [HELD_OUT, "checkpoint.every=3"],
-            r"checkpoint\.every=3 steps, but measured every data\.validation\.every=2",
+            [HELD_OUT.replace("every: 2", "every: 3")],
+            r"score_every=4 steps, but measured every data\.validation\.every=3",
         ),
-        ("validation/loss/anchor", [HELD_OUT, "checkpoint.every=2"], "for each NAME of loss/total, .*, loss/mlc$"),
+        ("validation/loss/anchor", [HELD_OUT], "for each NAME of loss/total, .*, loss/mlc$"),
         (
             "validation/mlc/leading_share",
-            [HELD_OUT, "checkpoint.every=2", "terms.contrast.weight=0.5", "mlc.weight=0"],
+            [HELD_OUT, "terms.contrast.weight=0.5", "mlc.weight=0"],
             "log_prob/chosen_change, loss/contrast$",
         ),
         (
             "validation/reward/margin",
-            [HELD_OUT, "checkpoint.every=2", "objective={loss: sft}"],
+            [HELD_OUT, "objective={loss: sft}"],
             "objective.loss='sft' measure .* loss/alignment, log_prob/chosen, ",
         ),
     ],
@@ -269,7 +270,7 @@ def test_what_trials_do_not_measure_compares_none(metric: str, overrides: list[s
 def test_a_number_that_means_another_thing_in_each_trial_compares_none(
     name: str, field: str, values: list[Any]
 ) -> None:
-    overrides = [HELD_OUT, "checkpoint.every=2", "terms.contrast.weight=0.5", "objective={}"]
+    overrides = [HELD_OUT, "terms.contrast.weight=0.5", "objective={}"]
     space = {field: {"choice": values}}
     with pytest.raises(ConfigError, match=rf"validation/{name}' cannot compare trials that differ in {field}, .*; use"):
         make_space(compared_by(f"validation/{name}", *overrides, space=space))

@@ -150,7 +150,7 @@ def test_poor_trials_are_stopped_early(run_search: Callable[..., list[dict[str, 
         sampler="grid",
         scheduler=scheduler,
         grace_scores=1,
-        set=["checkpoint.every=1"],
+        score_every=1,
     )
     reports = {result["config"][VALUES]["mlc.layer"]: result["training_iteration"] for result in results}
     assert reports[7] == REPORTS + 1
