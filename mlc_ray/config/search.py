@@ -66,14 +66,14 @@ class ObjectiveSettings(Section):
 _AVERAGE: Any = {}  # validated like any other value: the settings of the objective that is the default
 
 
-class ProbePriorSection(Section):
-    """Look at every layer once, forward only, and leave out those that cannot help."""
+Criterion = Literal["headroom", "silhouette", "separation", "transfer"]
+"""What ranks layers before training; `search.criteria` has the formulas."""
 
-    keep: PositiveInt = Field(
-        3,
-        description="How many of the searched layers stay, those that the probe ranks first; those of enqueued points "
-        "stay too.",
-    )
+
+class ProbePriorSection(Section):
+    """Look at every layer once, forward only, and try the layers in the order in which it ranks them."""
+
+    criterion: Criterion = Field("headroom", description="What ranks the layers, see docs/search.md; all are shown.")
     limit: PositiveInt | None = Field(None, description="Probe on at most this many bundles of each kind.")
 
 
@@ -153,7 +153,9 @@ class SearchConfig(Section):
     )
     scoring: ScoringSection
     confirm: ConfirmSection = ConfirmSection()
-    probe: ProbePriorSection | None = Field(None, description="Probe first, and search the layers it ranks first.")
+    probe: ProbePriorSection | None = Field(
+        None, description="Probe first, and try layers in the order of its ranking; none is left out."
+    )
     share_gpu: bool = Field(
         False, description="The engine sleeps while trials train, so that both fit one GPU; else engines own theirs."
     )
@@ -233,7 +235,7 @@ class SearchConfig(Section):
                 f"translate.model={translated_by!r}); use another judge, or share_gpu=False"
             )
         if self.probe is not None:
-            self._check_probe(self.probe)
+            self._check_probe()
         return self
 
     def _check_selection(self) -> None:
@@ -253,16 +255,9 @@ class SearchConfig(Section):
                 f"points of repeats={self.repeats}: {self.confirm.keep * self.repeats} or more, or lower confirm.keep"
             )
 
-    def _check_probe(self, probe: ProbePriorSection) -> None:
+    def _check_probe(self) -> None:
         if "mlc.layer" not in self.space:
             raise ValueError("probe ranks layers, but space does not vary mlc.layer; remove one or add the other")
         layers = self.space["mlc.layer"]
         if layers.choice is None and layers.integers is None:
-            raise ValueError("probe keeps the best of listed layers: give space.mlc.layer as choice or integers")
-        low, high = layers.integers or (1, len(layers.choice or ()))
-        listed = 1 + high - low
-        if probe.keep >= listed:
-            raise ValueError(
-                f"probe.keep={probe.keep} leaves out none of the {listed} layers that space lists; keep fewer, or "
-                "remove probe"
-            )
+            raise ValueError("probe ranks listed layers: give space.mlc.layer as choice or integers")

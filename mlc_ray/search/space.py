@@ -374,12 +374,6 @@ def _absolute(name: str, parameter: ParameterSection) -> ParameterSection:
     return ParameterSection(choice=[absolute_if_here(str(value)) for value in parameter.choice])
 
 
-def restrict(parameter: ParameterSection, kept: Iterable[Any]) -> ParameterSection:
-    """`parameter` with only the values in `kept`, in the order it has them."""
-    wanted = list(kept)
-    return ParameterSection(choice=[value for value in values_of(parameter) if value in wanted])
-
-
 def _ends(parameter: ParameterSection) -> list[Any]:
     if parameter.choice is not None:
         return list(parameter.choice)

@@ -15,7 +15,7 @@ from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.search import run as search_run
-from mlc_ray.search.space import Space, check_held_out, distribution, make_space, restrict
+from mlc_ray.search.space import Space, check_held_out, distribution, make_space
 from mlc_ray.search.tune import make_scheduler
 from mlc_ray.storage import Place
 from mlc_ray.train.answers import MissingAnswersError
@@ -103,7 +103,8 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
         ({"space": {"mlc.weight": {"choice": [[1]]}}}, r"space\.mlc\.weight\.choice\.0=\[1\]: .*valid boolean, or "),
         ({"model": {"path": "x"}}, r"model is a setting of the runs.*set: \[model\.path=/abs/model\]"),
         ({"seed": -1}, "seed=-1"),
-        ({"probe": {"keep": 3}}, "leaves out none of the 3 layers"),
+        ({"probe": {"criterion": "luck"}}, r"probe\.criterion='luck'.*headroom"),
+        ({"probe": {}, "space": {"mlc.layer": {"uniform": [0.1, 0.9]}}}, "probe ranks listed layers"),
         ({"trials": None}, "needs trials"),
         ({"sampler": "grid"}, "needs choice or integers; mlc.weight"),
         ({"scheduler": "asha", "objective": "pareto"}, "compares trials by one number"),
@@ -322,11 +323,6 @@ def test_a_grid_that_nobody_means_is_refused() -> None:
 def test_a_grid_has_every_combination_once() -> None:
     space = Space({}, {"a": ParameterSection(choice=["x", "y"]), "b": ParameterSection(integers=(3, 5))})
     assert space.grid() == [{"a": a, "b": b} for a in "xy" for b in (3, 4, 5)]
-
-
-def test_restricting_keeps_the_order() -> None:
-    assert restrict(ParameterSection(integers=(1, 5)), [4, 2]).choice == [2, 4]
-    assert restrict(ParameterSection(choice=["last", 3, 0.5]), [0.5, "last"]).choice == ["last", 0.5]
 
 
 def test_distributions_draw_from_the_range_that_is_written() -> None:
