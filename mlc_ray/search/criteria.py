@@ -8,7 +8,7 @@ reads, and what came of the layers that they ranked first.
     separation   mean cosine within bundles, less that between them
     transfer     mean AUC, in the other languages, of a harmful/benign probe trained on English
 
-Intervals are of a bootstrap over bundles, harmful and benign ones drawn apart. The probes are not trained again and a
+Intervals are percentiles of a bootstrap over bundles. The probes are not trained again and a
 state's nearest other bundle stays the same: with replacement, copies of a bundle would be trained on and asked about, and
 be each other's nearest. So an interval says how far the number depends on the bundles that it averages over.
 """
@@ -90,7 +90,7 @@ def layer_statistics(
     made = _Layer(states, present, harmful, languages)
     every = torch.ones(1, len(states), dtype=torch.float64)
     once = made.numbers(every)
-    drawn = resamples(harmful)
+    drawn = resamples(len(states))
     parts = [made.numbers(drawn[start : start + _AT_ONCE]) for start in range(0, len(drawn), _AT_ONCE)]
     criteria: dict[str, Estimate | None] = dict.fromkeys(CRITERIA)
     for name in CRITERIA:
@@ -108,15 +108,15 @@ def layer_statistics(
     )
 
 
-def resamples(harmful: Tensor) -> Tensor:
-    """How often each bundle is drawn, [RESAMPLES, N]: as many of each kind as there are, with replacement."""
+def resamples(bundles: int) -> Tensor:
+    """How often each bundle is drawn with replacement, [RESAMPLES, N].
+
+    Not kind by kind: pairs of bundles of one kind would then be drawn together less often than others, by 1 in the
+    number of that kind, and cosines between bundles be biased.
+    """
     generator = np.random.default_rng(_SEED)
-    drawn = np.zeros((RESAMPLES, len(harmful)))
-    for kind in (harmful, ~harmful):
-        rows = kind.nonzero()[:, 0].numpy()
-        if len(rows):
-            drawn[:, rows] = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=RESAMPLES)
-    return torch.from_numpy(drawn)
+    drawn = generator.multinomial(bundles, np.full(bundles, 1 / bundles), size=RESAMPLES)
+    return torch.from_numpy(drawn).double()
 
 
 class _Layer:

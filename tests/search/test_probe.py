@@ -177,19 +177,17 @@ def test_a_criterion_is_its_formula_in_numpy(criterion: str, layer: int, probed:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_so_it_is_where_bundles_count_as_often_as_they_are_drawn(criterion: str) -> None:
     states, present, harmful = made()
-    drawn = resamples(harmful)[7]
+    drawn = resamples(24)[7]
     layer = criteria._Layer(states[:, :, 2], present, harmful, LANGUAGES)
     (found,) = layer.numbers(drawn.unsqueeze(0))[criterion].tolist()
     assert found == pytest.approx(Rows(2, drawn.numpy()).value(criterion), abs=1e-6)
 
 
-def test_resamples_draw_as_many_bundles_of_each_kind_as_there_are() -> None:
-    harmful = torch.tensor([True] * 5 + [False] * 9)
-    drawn = resamples(harmful)
-    assert len(drawn) == criteria.RESAMPLES
-    assert bool((drawn[:, harmful].sum(dim=1) == 5).all() and (drawn[:, ~harmful].sum(dim=1) == 9).all())
+def test_resamples_draw_bundles_with_replacement_and_alike_in_every_process() -> None:
+    drawn = resamples(14)
+    assert drawn.shape == (criteria.RESAMPLES, 14) and bool((drawn.sum(dim=1) == 14).all())
     assert len({tuple(row) for row in drawn.tolist()}) > 900
-    assert torch.equal(drawn, resamples(harmful))
+    assert torch.equal(drawn, resamples(14))
 
 
 def test_intervals_hold_the_number_and_narrow_with_more_bundles(probed: Probe) -> None:
