@@ -89,9 +89,7 @@ def trained(model: PreTrainedModel, layer: int, rows: Sequence[TokenRow]) -> lis
     with torch.no_grad():
         for chosen in steps:
             shares = [1 / BUNDLES] * BUNDLES
-            batch = collate(
-                chosen, languages=TRAINED, weights=shares, needs_rejected=True, reference=None, tap=True
-            )
+            batch = collate(chosen, languages=TRAINED, weights=shares, needs_rejected=True, reference=None, tap=True)
             said = ReferenceModel(model)(batch, state=False)
             batches.append(replace(batch, reference_chosen=said.chosen, reference_rejected=said.rejected))
     weights = [each for each in module.parameters() if each.requires_grad]
@@ -109,14 +107,22 @@ def trained(model: PreTrainedModel, layer: int, rows: Sequence[TokenRow]) -> lis
 
 @torch.no_grad()
 def answered(model: PreTrainedModel, tokenizer: Any, template: ChatTemplate, limit: int) -> list[dict[str, Any]]:
-    """A row per prompt of the first bundles of `sample:select`: kind, bundle, language, answer, and what it was read as."""
+    """A row per prompt of the first bundles of `sample:select`: the answer, what it was read as, and what was asked."""
     model.eval()
     asked = []
     for kind in ("harmful", "benign"):
         for line in [line for line in sample("select") if line["kind"] == kind][:limit]:
             for code in SCORED:
                 ids, _ = template.encode_prompt(line["prompts"][code], MOST_TOKENS)
-                asked.append({"kind": kind, "bundle": line["pair"], "language": code, "prompt": line["prompts"][code], "ids": ids})
+                asked.append(
+                    {
+                        "kind": kind,
+                        "bundle": line["pair"],
+                        "language": code,
+                        "prompt": line["prompts"][code],
+                        "ids": ids,
+                    }
+                )
     asked.sort(key=lambda each: len(each["ids"]))
     model.set_attn_implementation("sdpa")
     for start in range(0, len(asked), AT_ONCE):
@@ -134,13 +140,16 @@ def answered(model: PreTrainedModel, tokenizer: Any, template: ChatTemplate, lim
             each["answer"] = tokenizer.decode(row, skip_special_tokens=True)
             del each["ids"]
     judge = RefusalJudge(RefusalJudge.Settings())
-    verdicts = judge.judge([Answer(each["prompt"], each["answer"], each["language"], each["kind"], "length") for each in asked])
+    verdicts = judge.judge(
+        [Answer(each["prompt"], each["answer"], each["language"], each["kind"], "length") for each in asked]
+    )
     for each, verdict in zip(asked, verdicts, strict=True):
         each["read_as"] = verdict.behaviour
     return asked
 
 
 def main() -> None:
+    """Train and score the layers that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"Hugging Face folder (default: {MODEL_NAME}, prepared as the quickstart does)")
     parser.add_argument("--layers", type=int, nargs="*", default=[], help="indices into hidden_states; -1: no training")

@@ -36,8 +36,8 @@ from mlc_ray.storage import Place
 from mlc_ray.types import Bundle
 
 if TYPE_CHECKING:
-    from mlc_ray.score.results import ScoreResult
     from mlc_ray.config.search import Criterion
+    from mlc_ray.score.results import ScoreResult
     from mlc_ray.search.probe import Probe
     from mlc_ray.search.results import SearchResult
     from mlc_ray.train.run_folder import TrainResult

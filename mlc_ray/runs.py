@@ -162,7 +162,7 @@ def checkpoint_folders(run: Place) -> list[tuple[int, Place]]:
 
 
 def weights_folder(run: Place, step: int) -> Place:
-    """Where the weights of an optimizer step lie that a trial is scored by: a checkpoint without what resuming needs."""
+    """Where the weights of an optimizer step lie by which a trial is scored, without what resuming needs."""
     return run / TRAIN_FOLDER / f"weights_{step:06d}"
 
 

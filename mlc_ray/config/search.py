@@ -157,7 +157,9 @@ class SearchConfig(Section):
         None, description="Probe first, and try layers in the order of its ranking; none is left out."
     )
     share_gpu: bool = Field(
-        False, description="The engine sleeps while trials train, so that both fit one GPU; else engines own theirs."
+        False,
+        description="The engine sleeps while trials train, so that both fit the GPU of a cluster that has one; else "
+        "engines own theirs.",
     )
     keep_models: PositiveInt | None = Field(
         None, description="Keep the models of this many of the best trials (default: of all)."

@@ -105,9 +105,10 @@ def probe_wins(states: Tensor, positive: Tensor) -> Tensor:
     """Which of two states a ridge classifier scores higher that saw neither; float64 [P, Q], in closed form.
 
     For every pair of a positive and a negative of states [N, H], labels `positive` [N], the probe is trained on the
-    other N - 2 rows and asked about the two: 1 where they are in order, 0.5 where they score alike, else 0. Leaving out single rows would be
-    biased below chance, because the row left out shifts the training labels the other way (Airola et al. 2011, "An
-    experimental comparison of cross-validation techniques for estimating the area under the ROC curve"). With the
+    other N - 2 rows and asked about the two: 1 where they are in order, 0.5 where they score alike, else 0. Leaving out
+    single rows would be biased below chance, because the row left out shifts the training labels the other way (Airola
+    et al. 2011, "An experimental comparison of cross-validation techniques for estimating the area under the ROC
+    curve"). With the
     kernel K of centred states, G = (K + 1 + ridge I)^-1 and alpha = G y, labels y of +1 and -1, predictions for a
     held-out set S are y_S - G_SS^-1 alpha_S: no probe is trained twice.
     """

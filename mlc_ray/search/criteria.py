@@ -8,9 +8,9 @@ reads, and what came of the layers that they ranked first.
     separation   mean cosine within bundles, less that between them
     transfer     mean AUC, in the other languages, of a harmful/benign probe trained on English
 
-Intervals are percentiles of a bootstrap over bundles. The probes are not trained again and a
-state's nearest other bundle stays the same: with replacement, copies of a bundle would be trained on and asked about, and
-be each other's nearest. So an interval says how far the number depends on the bundles that it averages over.
+Intervals are percentiles of a bootstrap over bundles. The probes are not trained again and a state's nearest other bundle
+stays the same: with replacement, copies of a bundle would be trained on and asked about, and be each other's nearest. So
+an interval says how far the number depends on the bundles that it averages over.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class LayerStatistics:
 
     `share` is s1^2 / sum s^2 within bundles, mean over bundles: 1 when all languages are collinear already. `within`
     and `between` are mean cosines of rows of one bundle and of different bundles. `separability` is, by language, the
-    AUC of a linear probe that tells harmful from benign (`losses.measures.probe_auc`; empty with too few of either), and
-    `transfer` by language that of a probe trained on English states and asked in the other language. `criteria` are by
-    name, None of one that these bundles cannot give.
+    AUC of a linear probe that tells harmful from benign (`losses.measures.probe_auc`; empty with too few of either),
+    and `transfer` by language that of a probe trained on English states and asked in the other language. `criteria`
+    are by name, None of one that these bundles cannot give.
     """
 
     layer: int
@@ -86,7 +86,7 @@ class _Pairs:
 def layer_statistics(
     layer: int, states: Tensor, present: Tensor, harmful: Tensor, languages: Sequence[str]
 ) -> LayerStatistics:
-    """Statistics of a layer's states [N, L, H] of N bundles; `present` [N, L], `harmful` [N], `languages` the L codes."""
+    """Statistics of a layer's states [N, L, H]; `present` [N, L], `harmful` [N], `languages` the L codes."""
     made = _Layer(states, present, harmful, languages)
     every = torch.ones(1, len(states), dtype=torch.float64)
     once = made.numbers(every)
@@ -176,7 +176,7 @@ class _Layer:
 
 
 class _Silhouettes:
-    """Silhouettes of the rows by two labels, cosine distance (Rousseeuw 1987; that of a row alone in its cluster is 0)."""
+    """Silhouettes of the rows by two labels, cosine distance (Rousseeuw 1987): 0 of a row alone in its cluster."""
 
     def __init__(self, rows: Tensor, present: Tensor) -> None:
         self.bundle, self.language = present.nonzero(as_tuple=True)

@@ -293,4 +293,3 @@ def probe_plot(probe: Probe, place: Place) -> None:
         Panel("criteria", criteria, strong=probe.criterion),
     ]
     layers_png(panels, place)
-

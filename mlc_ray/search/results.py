@@ -200,9 +200,7 @@ def write_results(
     """
     folder = Place(folder)
     front = pareto_front([trial.score.point for trial in trials])
-    result = SearchResult(
-        folder, config, baseline, tuple(trials), tuple(front), progress, tuple(failed), confirmation
-    )
+    result = SearchResult(folder, config, baseline, tuple(trials), tuple(front), progress, tuple(failed), confirmation)
     if confirmation is not None and not earlier:
         _write_best(folder, confirmation.best.trial)
     (folder / TRIALS_FILE).write_json(_plain(result))

@@ -25,7 +25,16 @@ from typing import Any
 
 import ray.tune
 
-from mlc_ray.cluster import ClusterError, amount, connect, fits, nodes_held, use_gpu, with_dtype
+from mlc_ray.cluster import (
+    ClusterError,
+    amount,
+    connect,
+    fits,
+    node_resources,
+    nodes_held,
+    use_gpu,
+    with_dtype,
+)
 from mlc_ray.config import ConfigError, SearchConfig, TrainConfig
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
@@ -297,11 +306,20 @@ def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> N
     its workers; a little is left for Ray Data.
 
     Raises:
-        ClusterError: The trials asked for do not fit beside the engines, or have no fixed number of workers.
+        ClusterError: The trials asked for do not fit beside the engines, or have no fixed number of workers; or they
+            are to share a GPU with the engine, and there are several.
     """
     gpu = device == "gpu"
     if config.share_gpu and not gpu:
         raise ClusterError("share_gpu=True, but this search runs on CPU, where engines cannot sleep; remove it")
+    if config.share_gpu and [node.get("GPU", 0.0) for node in node_resources()] != [1.0]:
+        # Ray Train makes a placement group of its own for each trial and joins none that is there, while the engine
+        # lives from the first trial to the last: no group can hold both.
+        raise ClusterError(
+            f"share_gpu=True, but {nodes_held()}: the engine and the trials meet for certain only where there is one "
+            "node with one GPU, since Ray Train places each trial anew; give the engine a GPU of its own "
+            "(share_gpu: false), or start Ray on one GPU (ray start --head --num-gpus=1)"
+        )
     if not isinstance(base.cluster.workers, int):
         raise ClusterError(
             f"cluster.workers={list(base.cluster.workers)}: a trial of a search keeps its number of workers, "
@@ -314,8 +332,8 @@ def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> N
         raise ClusterError(
             f"concurrency={config.concurrency} trials of {amount(trials[: len(workers) + 1])} (its own process, and "
             f"cluster.workers x cluster.cpus_per_worker) beside engines of {amount(engines)}, and some CPU for Ray "
-            f"Data, are more than the nodes can hold; {nodes_held()}: ask for less, add nodes, or on one GPU let "
-            "engines sleep beside training (share_gpu: true)"
+            f"Data, are more than the nodes can hold; {nodes_held()}: ask for less, add nodes, or where there is one "
+            "GPU let the engine sleep beside training (share_gpu: true)"
         )
 
 

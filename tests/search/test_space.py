@@ -9,6 +9,8 @@ from typing import Any
 import optuna
 import pytest
 
+from mlc_ray import cluster
+from mlc_ray.cluster import ClusterError
 from mlc_ray.config import ConfigError, ParameterSection, SearchConfig, parse_config
 from mlc_ray.data.sources import SourceFile, read_file, sample_path
 from mlc_ray.data.store import TokenArtifact, write_rows
@@ -104,7 +106,6 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
         ({"model": {"path": "x"}}, r"model is a setting of the runs.*set: \[model\.path=/abs/model\]"),
         ({"seed": -1}, "seed=-1"),
         ({"probe": {"criterion": "luck"}}, r"probe\.criterion='luck'.*headroom"),
-        ({"probe": {}, "space": {"mlc.layer": {"uniform": [0.1, 0.9]}}}, "probe ranks listed layers"),
         ({"trials": None}, "needs trials"),
         ({"sampler": "grid"}, "needs choice or integers; mlc.weight"),
         ({"scheduler": "asha", "objective": "pareto"}, "compares trials by one number"),
@@ -358,3 +359,22 @@ def test_every_loss_of_the_space_finds_the_answers_it_needs_before_the_first_tri
     base = space.run({"objective.loss": "sft"}, name="base")
     with pytest.raises(MissingAnswersError, match=r"objective\.loss='orpo' needs chosen and rejected answers"):
         search_run._prepare_data(config, base, space, Place(tmp_path), "cpu")
+
+
+ONE_GPU, TWO_GPUS, NO_GPU = ({"CPU": 8.0, **gpu} for gpu in ({"GPU": 1.0}, {"GPU": 2.0}, {}))
+
+
+@pytest.mark.parametrize("nodes", [[TWO_GPUS], [ONE_GPU, ONE_GPU], [ONE_GPU, NO_GPU]])
+def test_a_gpu_is_shared_only_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]]
+) -> None:
+    config = search_config(share_gpu=True, set=["cluster.workers=1"])
+    base = make_space(config).run({}, name="base")
+    for module in (cluster, search_run):
+        monkeypatch.setattr(module, "node_resources", lambda: nodes)
+    with pytest.raises(ClusterError, match=r"share_gpu=True, but the Ray cluster has .*GPUs.*one node with one GPU"):
+        search_run.check_feasible(config, base, "gpu")
+    nodes[:] = [ONE_GPU]
+    search_run.check_feasible(config, base, "gpu")
+    with pytest.raises(ClusterError, match="runs on CPU, where engines cannot sleep"):
+        search_run.check_feasible(config, base, "cpu")

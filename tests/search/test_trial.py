@@ -60,7 +60,11 @@ class Scorer:
 def shared_of(folder: Path, scorer: Any, **settings: Any) -> Shared:
     model = folder / "base"
     weights_at(model)
-    run = {"name": "base", "model": {"path": str(model), "dtype": "float32"}, "data": {"train": [{"path": "sample:train"}]}}
+    run = {
+        "name": "base",
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": [{"path": "sample:train"}]},
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     raw = {
         "name": "s", "output_dir": str(folder), "train": str(folder / "run.yaml"), "trials": 3,
@@ -82,7 +86,9 @@ def trained(shared: Shared, name: str, step: int, *, ends: bool) -> None:
     run = shared.trial_folder(name)
     folder = weights_folder(run, step)
     weights_at(Path(folder / "model"))
-    files = {f"model/{file}": Path(folder / "model" / file).read_bytes() for file in ("model.safetensors", "config.json")}
+    files = {
+        f"model/{file}": Path(folder / "model" / file).read_bytes() for file in ("model.safetensors", "config.json")
+    }
     config = shared.space.run({"mlc.weight": 0.5}, name=name, output_dir=str(run.parent))
     manifest = {
         "config": config.model_dump(mode="json", exclude_unset=True), "step": step, "ends": ends, "bundles_consumed": 8,
