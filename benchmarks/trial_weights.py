@@ -1,7 +1,8 @@
 """What a score of a trial has written: weights alone, against a whole checkpoint with optimizer states.
 
 One worker with SmolLM2-135M-Instruct under DeepSpeed (ZeRO-2), all parameters and LoRA, writes both, and then weights
-to memory (`/dev/shm`), which is the most that handing them over without a disk could save. `load` is reading the published file once, as an engine does.
+to memory (`/dev/shm`), which is the most that handing them over without a disk could save. `load` is reading the
+published file once, as an engine does.
 
     python benchmarks/trial_weights.py --rounds 5
 """

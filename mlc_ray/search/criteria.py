@@ -8,9 +8,9 @@ reads, and what came of the layers that they ranked first.
     separation   mean cosine within bundles, less that between them
     transfer     mean AUC, in the other languages, of a harmful/benign probe trained on English
 
-Intervals are percentiles of a bootstrap over bundles. The probes are not trained again and a state's nearest other bundle
-stays the same: with replacement, copies of a bundle would be trained on and asked about, and be each other's nearest. So
-an interval says how far the number depends on the bundles that it averages over.
+Intervals are percentiles of a bootstrap over bundles. The probes are not trained again and a state's nearest other
+bundle stays the same: with replacement, copies of a bundle would be trained on and asked about, and be each other's
+nearest. So an interval says how far the number depends on the bundles that it averages over.
 """
 
 from __future__ import annotations
