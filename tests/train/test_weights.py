@@ -1,74 +1,93 @@
 """What a trial of a search publishes to be scored: weights alone, beside the checkpoints that a run goes on from."""
 
-import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mlc_ray.runs import checkpoint_folders, training_languages, weights_folders
+from mlc_ray.lease import Holder, LeaseGuard
+from mlc_ray.runs import LEASE_FILE, checkpoint_folders, training_languages, weights_folders
 from mlc_ray.storage import Place
+from mlc_ray.train import worker
 from mlc_ray.train.checkpoint import agree_on_checkpoint, last_weights, list_checkpoints, load_checkpoint
+from mlc_ray.train.collectives import from_rank_zero
+from mlc_ray.train.entry import WorkerSpec
 from mlc_ray.train.export import export
 from mlc_ray.train.saving import CheckpointSaver
+from mlc_ray.train.watchdog import Watchdog
+from mlc_ray.train.worker import WatchedSaves
 from tests.train.test_checkpoint import FINGERPRINTS, config_of, tokenizer
 from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, whole_weights
 
 STEPS = 5
-LAYOUTS = ["stage2", "stage3", "stage2 lora"]
+LAYOUTS = ["stage2", "stage3 lora"]
 
 
-class Scores:
-    """A trial's saves as its worker has them, without Ray: weights every two steps, states every three."""
+class Noted:
+    """What scores weights: notes what is there when it is called, as it is on rank 0 alone."""
 
-    at_the_end = False
+    every, keep_state = 2, False
 
-    def __init__(self, saver, run, engine):
-        self.saver, self.run, self.engine = saver, run, engine
-        self.writes, self.settle, self.finish = saver.writes, saver.settle, saver.finish
+    def __init__(self):
         self.seen = []
 
-    def save(self, progress, metrics, *, wait, needed):
-        self.saver.save(progress)
-        self.finish()
-        return True
-
-    def score(self, progress, *, last):
-        if not (last or progress.step % 2 == 0):
-            return
-        self.saver.publish(progress, ends=last)
-        self.finish()
-        found = last_weights(self.run)
+    def __call__(self, run_folder, weights, step):
+        found = last_weights(run_folder)
+        sizes = weights.sizes()
         self.seen.append(
             {
-                "step": progress.step,
-                "weights": whole_weights(self.engine),
-                "files": sorted(self.saver.newest.sizes()),
-                "there": [folder.name for folder in weights_folders(self.run)],
-                "states": [folder.name for _, folder in checkpoint_folders(self.run)],
-                "bytes": sum(self.saver.newest.sizes().values()),
+                "step": step,
+                "files": sorted(sizes),
+                "bytes": sum(sizes.values()),
+                "there": [folder.name for folder in weights_folders(run_folder)],
+                "states": [folder.name for _, folder in checkpoint_folders(run_folder)],
                 "ends": found and (found[0].name, found[1]),
             }
         )
+        return {"step": float(step)}
+
+
+class Saves(WatchedSaves):
+    """A worker's saves, which also keep the weights that the engine has at each score."""
+
+    def score(self, progress, *, last):
+        before = len(REPORTED)
+        super().score(progress, last=last)
+        if len(REPORTED) > before:
+            self.engine_weights.append(whole_weights(self.saver.engine))
+
+
+REPORTED = []
 
 
 def trial(rank, folder, model_folder):
-    """Of each layout what was published at each step, and what a worker that resumes publishes."""
+    """Of each layout what was scored at each step, and what a worker that resumes has scored."""
+    # What is Ray's of it: the broadcast, and the report to a controller.
+    worker._on_first_worker = lambda function: from_rank_zero(function() if rank == 0 else None)
+    worker.ray.train.report = REPORTED.append
     outcomes = {}
     for layout in LAYOUTS:
-        config = config_of(layout, model_folder, checkpoint={"every": 3, "background": False})
-        run = Place(folder / layout)
+        config = config_of(layout, model_folder, checkpoint={"every": 3, "background": True})
+        run, holder = Place(folder / layout), from_rank_zero(Holder.here())
+        if rank == 0:
+            (run / LEASE_FILE).write_json(asdict(holder))
         runs = []
         for _ in range(2):
-            engine = make_engine(config)
+            engine, noted = make_engine(config), Noted()
             told = {"config": config, "fingerprints": FINGERPRINTS}
-            saves = Scores(CheckpointSaver(run, engine=engine, tokenizer=tokenizer(), **told), run, engine)
-            progress = None
+            spec = WorkerSpec({}, run, run, None, FINGERPRINTS, STEPS, holder.id, score=noted)
+            watchdog, guard = Watchdog(0, run, lease=holder.id, rank=rank, step=0), LeaseGuard(run, holder.id)
+            saves = Saves(spec, CheckpointSaver(run, engine=engine, tokenizer=tokenizer(), **told), watchdog, guard)
+            saves.engine_weights, progress = [], None
             if (newest := agree_on_checkpoint(run)) is not None:
                 progress = load_checkpoint(newest, engine=engine, **told)
+            REPORTED.clear()
             run_engine(config, random_rows(10), STEPS, saves=saves, engine=engine, progress=progress)
-            runs.append(saves.seen)
+            for seen, weights in zip(noted.seen, saves.engine_weights, strict=False):  # the second rank has neither
+                seen["weights"] = weights
+            runs.append((noted.seen, [each["step"] for each in REPORTED]))
         outcomes[layout] = runs
     return outcomes
 
@@ -76,13 +95,15 @@ def trial(rank, folder, model_folder):
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    return folder, on_workers(2, trial, folder / "workers", folder, folder / "model")[0]
+    return folder, on_workers(2, trial, folder / "workers", folder, folder / "model")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_alone_are_published_and_states_are_written_at_their_own_interval(layout, trials):
-    folder, outcomes = trials
-    first, resumed = outcomes[layout]
+    folder, (outcomes, others) = trials
+    (first, reported), (resumed, reported_again) = outcomes[layout]
+    assert reported == [2, 4, 5] and reported_again == [4, 5]
+    assert others[layout] == [([], [2, 4, 5]), ([], [4, 5])]  # the second rank waits, and is told the same
     assert [each["step"] for each in first] == [2, 4, 5]
     assert [each["states"] for each in first] == [[], ["checkpoint_000003"], ["checkpoint_000003"]]
     assert [each["there"] for each in first] == [[f"weights_{n:06d}"] for n in (2, 4, 5)]  # those before are gone
@@ -99,9 +120,9 @@ def test_weights_alone_are_published_and_states_are_written_at_their_own_interva
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_published_is_what_was_trained_and_is_exported_as_it_is(layout, trials, tmp_path):
-    folder, outcomes = trials
+    folder, (outcomes, _) = trials
     (weights, step) = last_weights(Place(folder / layout))
-    last = outcomes[layout][1][-1]
+    last = outcomes[layout][1][0][-1]
     assert step == last["step"] == STEPS
     out = export(weights, tmp_path / "out")
     file = "adapter_model.safetensors" if "lora" in layout else "model.safetensors"
@@ -112,14 +133,14 @@ def test_what_is_published_is_what_was_trained_and_is_exported_as_it_is(layout, 
     if "lora" not in layout:
         for name, value in exported.items():
             assert torch.equal(value, last["weights"][f"policy.{name}"]), name
-    assert os.path.exists(out / "README.md")
+    assert (Path(out) / "README.md").is_file()
 
 
 def test_weights_are_a_third_of_a_checkpoint_or_less(trials):
-    folder, outcomes = trials
+    folder, (outcomes, _) = trials
     run = Place(folder / "stage2")
     whole = sum(list_checkpoints(run)[0].sizes().values())
-    assert outcomes["stage2"][0][0]["bytes"] < whole / 3
+    assert outcomes["stage2"][0][0][0]["bytes"] < whole / 3
 
 
 def test_the_languages_of_a_trial_are_known_by_its_weights(tmp_path):
