@@ -67,10 +67,14 @@ class Probe:
         return {**asdict(self), "ranking": self.ranking(), "rankings": rankings}
 
     def ranking(self, criterion: Criterion | None = None) -> list[int]:
-        """All layers, the one where the criterion is highest first; empty where these bundles cannot give it."""
+        """All layers, the one where the criterion is highest first; empty where these bundles cannot give it.
+
+        The embeddings are last whatever their numbers: the last token of every prompt is the template's, so that they
+        are the same state in all, of which a silhouette is 0, more than that of many a layer.
+        """
         values = [layer.criteria[criterion or self.criterion] for layer in self.layers]
         there = {layer: value.value for layer, value in enumerate(values) if value is not None}
-        return sorted(there, key=lambda layer: (-there[layer], -layer))
+        return sorted(there, key=lambda layer: (layer == 0, -there[layer], -layer))
 
     def rank_of(self, layer: int | float | str, criterion: Criterion | None = None) -> int:
         """Rank of `mlc.layer` as a run writes it: an index, a fraction of the depth, or "last"; 0 is best."""

@@ -242,10 +242,10 @@ def test_layers_rank_by_the_criterion_that_is_asked_for() -> None:
         for i in range(4)
     ]
     probe = Probe(tuple(layers), ("en", "sw"), 10)
-    assert probe.ranking() == [2, 1, 0, 3]  # of equal layers the deeper first
-    assert probe.ranking("transfer") == [0, 3, 2, 1]
-    assert [probe.rank_of(layer) for layer in (2, "last", 0.5)] == [0, 3, 0]
-    assert [probe.rank_of(layer, "transfer") for layer in (2, "last", 0.0)] == [2, 1, 0]
+    assert probe.ranking() == [2, 1, 3, 0]  # of equal layers the deeper first
+    assert probe.ranking("transfer") == [3, 2, 1, 0]  # the embeddings last, though their number is the highest
+    assert [probe.rank_of(layer) for layer in (2, "last", 0.5)] == [0, 2, 0]
+    assert [probe.rank_of(layer, "transfer") for layer in (2, "last", 0.0)] == [1, 0, 3]
 
 
 def test_a_larger_limit_only_adds() -> None:
