@@ -36,6 +36,7 @@ from mlc_ray.storage import Place
 from mlc_ray.types import Bundle
 
 if TYPE_CHECKING:
+    from mlc_ray.config.search import Criterion
     from mlc_ray.score.results import ScoreResult
     from mlc_ray.search.probe import Probe
     from mlc_ray.search.results import SearchResult
@@ -147,6 +148,7 @@ def probe(
     chat: ChatSection | Mapping[str, Any] | None = None,
     languages: Sequence[str] | None = None,
     limit: int | None = None,
+    criterion: Criterion = "headroom",
     address: str = "auto",
 ) -> Probe:
     """Measure every layer of a model, forward only: how consistent, distinct and separable its states are.
@@ -158,6 +160,7 @@ def probe(
         chat: the conversation that prompts stand in, as `chat` of a run (default: the one the model was trained in).
         languages: measure only these (default: all).
         limit: at most this many bundles of each kind (default: 64).
+        criterion: what ranks the layers: headroom, silhouette, separation or transfer; all are computed.
         address: Ray's, as `cluster.address` of a run.
 
     Returns:
@@ -186,6 +189,7 @@ def probe(
         chat=chat if isinstance(chat, ChatSection | None) else parse_config(ChatSection, dict(chat)),
         languages=None if languages is None else list(languages),
         limit=limit,
+        criterion=criterion,
         address=address,
     )
 

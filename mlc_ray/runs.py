@@ -67,6 +67,7 @@ PROVENANCE_FILE = "mlc_ray.json"
 FolderKind = Literal["run", "score", "search", "probe"]
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
+_WEIGHTS = re.compile(r"weights_(\d{6,})")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` starts
 _INDEX = "model.safetensors.index.json"
@@ -158,6 +159,17 @@ def checkpoint_folders(run: Place) -> list[tuple[int, Place]]:
     """Step and folder of every checkpoint of a run by their names, whole or not, oldest first."""
     found = ((_CHECKPOINT.fullmatch(folder.name), folder) for folder in (run / TRAIN_FOLDER).iterdir())
     return sorted(((int(match[1]), folder) for match, folder in found if match), key=lambda each: each[0])
+
+
+def weights_folder(run: Place, step: int) -> Place:
+    """Where the weights of an optimizer step lie by which a trial is scored, without what resuming needs."""
+    return run / TRAIN_FOLDER / f"weights_{step:06d}"
+
+
+def weights_folders(run: Place) -> list[Place]:
+    """The folder of every step's weights by their names, whole or not, oldest first."""
+    found = ((_WEIGHTS.fullmatch(folder.name), folder) for folder in (run / TRAIN_FOLDER).iterdir())
+    return [folder for _, folder in sorted((int(match[1]), folder) for match, folder in found if match)]
 
 
 def is_set_aside(checkpoint: Place) -> bool:
@@ -355,7 +367,7 @@ def _described(path: str | Path | Place) -> Iterator[tuple[Place, dict[str, Any]
         return  # a hub name
     folder = Place(path).absolute()
     files = [folder / PROVENANCE_FILE, folder / RUN_FILE]
-    if _CHECKPOINT.fullmatch(folder.name) and folder.parent.name == "train":
+    if (_CHECKPOINT.fullmatch(folder.name) or _WEIGHTS.fullmatch(folder.name)) and folder.parent.name == TRAIN_FOLDER:
         files.append(folder.parent.parent / RUN_FILE)
     for file in files:
         if file.is_file():

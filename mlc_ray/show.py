@@ -273,7 +273,7 @@ def _search(folder: Place) -> list[Line]:
     marks = (FINISHED_FILE, STOPPED_FILE, DIVERGED_FILE)
     over = [trial for trial in trials if any((trial / mark).is_file() for mark in marks)]
     found = _json(folder / TRIALS_FILE)
-    total = (found.get("progress") or {}).get("total") or _number_of_trials(config)  # a probe may have left fewer
+    total = (found.get("progress") or {}).get("total") or _number_of_trials(config)
     confirmation = found.get("confirmation") or {}
     more = len(over) - (confirmation.get("trials") or len(over))  # that ended after what is confirmed
     ended = bool(confirmation) and len(over) >= total and more <= 0

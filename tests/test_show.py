@@ -214,7 +214,7 @@ def test_a_search_that_ended_shows_what_was_confirmed(tmp_path: Path) -> None:
     write_json_atomic(folder / "trials.json", {"confirmation": {**confirmation, "trials": 1}})
     assert "ended, " not in said(folder)["state"] and "(before 1 more trials" in said(folder)["confirmed a"]
     write_json_atomic(folder / "trials.json", {"confirmation": confirmation, "progress": {"total": 2}})
-    write_json_atomic(folder / "config.json", {**config, "trials": 9})  # the probe left two
+    write_json_atomic(folder / "config.json", {**config, "trials": 9})  # of a space with two points
     lines = said(folder)
     assert lines["state"].startswith("ended, 2 of 2 trials have ended")
     assert lines["confirmed a"] == (

@@ -83,7 +83,7 @@ Every trial is a run of `mlc-ray train` that differs in the fields under `space`
 """
 _PROBE = """\
 For every layer: how collinear the languages of a bundle are, how far bundles are apart, and how well harmful and benign
-are told apart in each language. `search` can use the ranking to leave out layers (its section `probe`).
+are told apart in each language. `search` can try layers in the order of the ranking (its section `probe`).
   mlc-ray probe HuggingFaceTB/SmolLM2-135M-Instruct --bundles sample:train
 """
 
@@ -198,6 +198,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--languages", metavar="CODES", help="look at only these, e.g. en,ur,sw (default: all)")
     probe.add_argument("--limit", metavar="N", type=int, help="at most N bundles of each kind (default: 64)")
+    probe.add_argument(
+        "--criterion", choices=["headroom", "silhouette", "separation", "transfer"], default="headroom",
+        help="what ranks the layers (default: headroom); all are shown",
+    )  # fmt: skip
     probe.add_argument("--out", metavar="FOLDER", type=_place, help="folder to write (default: runs/probes/MODEL)")
     probe.add_argument(
         "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="type of the weights (default: auto)"

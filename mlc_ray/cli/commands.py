@@ -313,6 +313,7 @@ def probe_command(arguments: argparse.Namespace) -> None:
         chat=None if arguments.chat is None else parse_config(ChatSection, parse_yaml(arguments.chat, "--chat")),
         languages=languages,
         limit=arguments.limit,
+        criterion=arguments.criterion,
         address=arguments.address,
     )
     show(console(probe_table(found, reversed(range(len(found.layers))))))

@@ -66,14 +66,14 @@ class ObjectiveSettings(Section):
 _AVERAGE: Any = {}  # validated like any other value: the settings of the objective that is the default
 
 
-class ProbePriorSection(Section):
-    """Look at every layer once, forward only, and leave out those that cannot help."""
+Criterion = Literal["headroom", "silhouette", "separation", "transfer"]
+"""What ranks layers before training; `search.criteria` has the formulas."""
 
-    keep: PositiveInt = Field(
-        3,
-        description="How many of the searched layers stay, those that the probe ranks first; those of enqueued points "
-        "stay too.",
-    )
+
+class ProbePriorSection(Section):
+    """Look at every layer once, forward only, and try the layers in the order in which it ranks them."""
+
+    criterion: Criterion = Field("headroom", description="What ranks the layers, see docs/search.md; all are shown.")
     limit: PositiveInt | None = Field(None, description="Probe on at most this many bundles of each kind.")
 
 
@@ -130,13 +130,18 @@ class SearchConfig(Section):
         "resumed, with the same time again.",
     )
     concurrency: PositiveInt = Field(1, description="Trials at once.")
+    score_every: PositiveInt | None = Field(
+        None,
+        description="Optimizer steps between scores of a trial, of its weights alone; the last step is always scored "
+        "(default: that one only). Optimizer states are written every `checkpoint.every` steps of the run, to resume.",
+    )
     scheduler: Literal["none", "asha", "median"] = Field(
-        "none", description="Stop poor trials at a checkpoint: successive halving, or below the median of the others."
+        "none", description="Stop poor trials at a score: successive halving, or below the median of the others."
     )
     scheduler_metric: str | None = Field(
         None,
         pattern=r"^validation(/[\w.-]+)+$",
-        description="What the scheduler compares at each checkpoint: a number of data.validation, such as "
+        description="What the scheduler compares at each score: a number of data.validation, such as "
         "validation/reward/accuracy or validation/harmful/log_prob/chosen_change (default: the objective).",
     )
     grace_scores: PositiveInt = Field(1, description="Schedulers: scores a trial gets before it may be stopped.")
@@ -148,9 +153,13 @@ class SearchConfig(Section):
     )
     scoring: ScoringSection
     confirm: ConfirmSection = ConfirmSection()
-    probe: ProbePriorSection | None = Field(None, description="Probe first, and search the layers it ranks first.")
+    probe: ProbePriorSection | None = Field(
+        None, description="Probe first, and try layers in the order of its ranking; none is left out."
+    )
     share_gpu: bool = Field(
-        False, description="The engine sleeps while trials train, so that both fit one GPU; else engines own theirs."
+        False,
+        description="The engine sleeps while trials train, so that both fit the GPU of a cluster that has one; else "
+        "engines own theirs.",
     )
     keep_models: PositiveInt | None = Field(
         None, description="Keep the models of this many of the best trials (default: of all)."
@@ -197,6 +206,11 @@ class SearchConfig(Section):
                 f"scheduler={self.scheduler!r} compares trials by one number, but objective={self.objective.name!r} "
                 f"has {', '.join(metrics)}; set scheduler_metric, scheduler='none', or another objective"
             )
+        if self.scheduler != "none" and self.score_every is None:
+            raise ValueError(
+                f"scheduler={self.scheduler!r} stops trials at their scores, but score_every=None scores the last step "
+                "alone; set score_every, or scheduler=none"
+            )
         if self.scheduler_metric is not None and self.scheduler == "none":
             raise ValueError(f"scheduler_metric={self.scheduler_metric!r} is read by schedulers only; scheduler='none'")
         if "grace_scores" in self.model_fields_set and self.scheduler == "none":
@@ -223,7 +237,7 @@ class SearchConfig(Section):
                 f"translate.model={translated_by!r}); use another judge, or share_gpu=False"
             )
         if self.probe is not None:
-            self._check_probe(self.probe)
+            self._check_probe()
         return self
 
     def _check_selection(self) -> None:
@@ -243,16 +257,9 @@ class SearchConfig(Section):
                 f"points of repeats={self.repeats}: {self.confirm.keep * self.repeats} or more, or lower confirm.keep"
             )
 
-    def _check_probe(self, probe: ProbePriorSection) -> None:
+    def _check_probe(self) -> None:
         if "mlc.layer" not in self.space:
             raise ValueError("probe ranks layers, but space does not vary mlc.layer; remove one or add the other")
         layers = self.space["mlc.layer"]
         if layers.choice is None and layers.integers is None:
-            raise ValueError("probe keeps the best of listed layers: give space.mlc.layer as choice or integers")
-        low, high = layers.integers or (1, len(layers.choice or ()))
-        listed = 1 + high - low
-        if probe.keep >= listed:
-            raise ValueError(
-                f"probe.keep={probe.keep} leaves out none of the {listed} layers that space lists; keep fewer, or "
-                "remove probe"
-            )
+            raise ValueError("probe ranks listed layers: give space.mlc.layer as choice or integers")

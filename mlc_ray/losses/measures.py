@@ -97,12 +97,18 @@ def separability(states: Tensor, present: Tensor, harmful: Tensor) -> Tensor:
 
 
 def probe_auc(states: Tensor, positive: Tensor) -> Tensor:
-    """Leave-pair-out AUC of a ridge classifier on states [N, H], labels `positive` [N]; float64, closed form.
+    """Leave-pair-out AUC of a ridge classifier on states [N, H], labels `positive` [N]: the mean of `probe_wins`."""
+    return probe_wins(states, positive).mean()
 
-    For every pair of a positive and a negative, the probe is trained on the other N - 2 rows and asked which of the two
-    scores higher; the AUC is the share of pairs in order, ties counting one half. Leaving out single rows would be
-    biased below chance, because the row left out shifts the training labels the other way (Airola et al. 2011, "An
-    experimental comparison of cross-validation techniques for estimating the area under the ROC curve"). With the
+
+def probe_wins(states: Tensor, positive: Tensor) -> Tensor:
+    """Which of two states a ridge classifier scores higher that saw neither; float64 [P, Q], in closed form.
+
+    For every pair of a positive and a negative of states [N, H], labels `positive` [N], the probe is trained on the
+    other N - 2 rows and asked about the two: 1 where they are in order, 0.5 where they score alike, else 0. Leaving out
+    single rows would be biased below chance, because the row left out shifts the training labels the other way (Airola
+    et al. 2011, "An experimental comparison of cross-validation techniques for estimating the area under the ROC
+    curve"). With the
     kernel K of centred states, G = (K + 1 + ridge I)^-1 and alpha = G y, labels y of +1 and -1, predictions for a
     held-out set S are y_S - G_SS^-1 alpha_S: no probe is trained twice.
     """
@@ -124,4 +130,4 @@ def probe_auc(states: Tensor, positive: Tensor) -> Tensor:
     score_down = -1.0 - (own_up * alpha_down - cross * alpha_up) / determinant
     difference = score_up - score_down
     tie = difference.abs() < 1e-9  # identical states score alike up to rounding
-    return torch.where(tie, 0.5, (difference > 0).double()).mean()
+    return torch.where(tie, 0.5, (difference > 0).double())

@@ -7,7 +7,7 @@ cannot tell. The states are read forward only, by a Ray Data actor.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,18 @@ from torch import Tensor
 
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import ChatSection, DataSection, ModelSection, SourceSection, TrainConfig
+from mlc_ray.config.search import Criterion
 from mlc_ray.data.batches import collate_prompts
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import keep_in
-from mlc_ray.losses.measures import MIN_PER_KIND, RIDGE, probe_auc
-from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
+from mlc_ray.losses.measures import MIN_PER_KIND
 from mlc_ray.progress import phase
 from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT
 from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER, artifact_cache, training_chat
+from mlc_ray.search.criteria import CRITERIA, LayerStatistics, layer_statistics
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side
 from mlc_ray.train.model import layer_states, load_policy
 from mlc_ray.types import move
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 BUNDLES_PER_FORWARD = 4
 DEFAULT_LIMIT = 64
 """Bundles of each kind: enough for a probe's AUC to have a standard error near 0.05, few enough to hold all layers."""
+DEFAULT: Criterion = "headroom"
 _PROBE_CPUS = 1.0
 
 
@@ -46,46 +48,13 @@ class ProbeError(MlcRayError):
 
 
 @dataclass(frozen=True)
-class LayerStatistics:
-    """One layer, an index into Hugging Face's `hidden_states`.
-
-    `share` is s1^2 / sum s^2 within bundles, mean over bundles: 1 when all languages are collinear already. `within`
-    and `between` are mean cosines of rows of one bundle and of different bundles; `separation` is their difference: how
-    far a bundle's languages are nearer to each other than to other bundles. `separability` is, by language, the AUC of
-    a linear probe that tells harmful from benign (`losses.measures.probe_auc`; empty with too few of either), and
-    `transfer` by language that of a probe trained on English states and asked in the other language.
-    """
-
-    layer: int
-    share: float
-    within: float
-    between: float
-    separability: Mapping[str, float]
-    transfer: Mapping[str, float]
-
-    @property
-    def separation(self) -> float:
-        """`within` - `between`."""
-        return self.within - self.between
-
-    @property
-    def mean_separability(self) -> float | None:
-        """Mean over languages, None where there is none."""
-        return _mean(self.separability.values())
-
-    @property
-    def mean_transfer(self) -> float | None:
-        """Mean over languages other than English, None where there is none."""
-        return _mean(self.transfer.values())
-
-
-@dataclass(frozen=True)
 class Probe:
-    """Statistics of all layers 0..N, and of what they are."""
+    """Statistics of all layers 0..N, what they are of, and the criterion that ranks them."""
 
     layers: tuple[LayerStatistics, ...]
     languages: tuple[str, ...]
     bundles: int
+    criterion: Criterion = DEFAULT
 
     @property
     def depth(self) -> int:
@@ -94,33 +63,29 @@ class Probe:
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "ranking": self.ranking()}
+        rankings = {name: self.ranking(name) for name in CRITERIA}
+        return {**asdict(self), "ranking": self.ranking(), "rankings": rankings}
 
-    def ranking(self) -> list[int]:
-        """All layers, the one where the term is most likely to help first (`layer_score`)."""
-        return sorted(range(len(self.layers)), key=lambda layer: (-self.layer_score(layer), -layer))
+    def ranking(self, criterion: Criterion | None = None) -> list[int]:
+        """All layers, the one where the criterion is highest first; empty where these bundles cannot give it.
 
-    def rank_of(self, layer: int | float | str) -> int:
+        The embeddings are last whatever their numbers: the last token of every prompt is the template's, so that they
+        are the same state in all, of which a silhouette is 0, more than that of many a layer.
+        """
+        values = [layer.criteria[criterion or self.criterion] for layer in self.layers]
+        there = {layer: value.value for layer, value in enumerate(values) if value is not None}
+        return sorted(there, key=lambda layer: (layer == 0, -there[layer], -layer))
+
+    def rank_of(self, layer: int | float | str, criterion: Criterion | None = None) -> int:
         """Rank of `mlc.layer` as a run writes it: an index, a fraction of the depth, or "last"; 0 is best."""
         index = self.depth if layer == "last" else round(layer * self.depth) if isinstance(layer, float) else int(layer)
-        return self.ranking().index(index)
-
-    def layer_score(self, layer: int) -> float:
-        """How likely the consistency term helps at `layer`: scope times knowledge, from 0 to 1; see docs/search.md.
-
-        Scope is 1 - `share`: where the languages are collinear already, the term has nothing to do. Knowledge is how
-        much better than chance English states tell harmful from benign, 2 AUC - 1 (1 where there is no such probe):
-        consistency spreads what the English states hold, and cannot spread what they do not.
-        """
-        statistics = self.layers[layer]
-        auc = statistics.separability.get("en")
-        knowledge = 1.0 if auc is None else max(0.0, 2 * auc - 1)
-        return (1.0 - statistics.share) * knowledge
+        return self.ranking(criterion).index(index)
 
     def markdown(self) -> str:
-        """All layers as a Markdown table, best ranked first."""
-        title = f"# Probe of {self.depth + 1} layers on {self.bundles} bundles"
-        return "\n".join([title, "", *markdown(probe_table(self, self.ranking()))])
+        """All layers as Markdown tables, best ranked first."""
+        title = f"# Probe of {self.depth + 1} layers on {self.bundles} bundles, ranked by {self.criterion}"
+        tables = (probe_table(self, self.ranking()), statistics_table(self, self.ranking()))
+        return "\n".join([title, "", *markdown(tables[0]), "", *markdown(tables[1])])
 
 
 def choose_bundles(tokens: TokenArtifact, limit: int) -> list[int]:
@@ -133,74 +98,24 @@ def choose_bundles(tokens: TokenArtifact, limit: int) -> list[int]:
     return sorted(row for kind in np.unique(kinds) for row in ordered[kinds == kind][:limit].tolist())
 
 
-def layer_statistics(states: Tensor, present: Tensor, harmful: Tensor, languages: Sequence[str]) -> Probe:
-    """Statistics of states [N, L, layers, H] of N bundles; `present` [N, L], `harmful` [N], `languages` the L codes."""
-    layers = tuple(
-        _one_layer(layer, states[:, :, layer], present, harmful, languages) for layer in range(states.shape[2])
-    )
-    return Probe(layers, tuple(languages), len(states))
+def statistics(
+    states: Tensor, present: Tensor, harmful: Tensor, languages: Sequence[str], criterion: Criterion = DEFAULT
+) -> Probe:
+    """Statistics of states [N, L, layers, H] of N bundles; `present` [N, L], `harmful` [N], `languages` the L codes.
 
-
-def _one_layer(
-    layer: int, states: Tensor, present: Tensor, harmful: Tensor, languages: Sequence[str]
-) -> LayerStatistics:
-    several = present.sum(dim=1) > 1
-    share = leading_share(singular_values(unit_rows(states[several], present[several]))).mean()
-    within, between = _cosines(states, present)
-    separability = {}
-    for index, code in enumerate(languages):
-        here = present[:, index]
-        if min(int(harmful[here].sum()), int((~harmful[here]).sum())) >= MIN_PER_KIND:
-            separability[code] = float(probe_auc(states[here, index], harmful[here]))
-    transfer = {}
-    if "en" in separability:
-        english = list(languages).index("en")
-        transfer = {
-            code: float(_transfer_auc(states, present, harmful, english, languages.index(code)))
-            for code in separability
-            if code != "en"
-        }
-    return LayerStatistics(layer, float(share), float(within), float(between), separability, transfer)
-
-
-def _cosines(states: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cosine between rows of one bundle (different languages), and between rows of different bundles."""
-    rows = unit_rows(states, present)
-    # Sums over pairs from sums over rows: |sum of rows|^2 counts every pair, and each row with itself once.
-    total = rows.flatten(0, 1).sum(dim=0).square().sum()
-    inside = rows.sum(dim=1).square().sum(dim=-1)  # [N]
-    counts = present.sum(dim=1).double()
-    n = counts.sum()
-    within = (inside.sum() - n) / (counts.square().sum() - n)
-    between = (total - inside.sum()) / (n.square() - counts.square().sum())
-    return within, between
-
-
-def _transfer_auc(states: Tensor, present: Tensor, harmful: Tensor, source: int, target: int) -> Tensor:
-    """AUC in the language `target` of a ridge probe trained on the language `source`, each centred by itself.
-
-    A bundle is never asked about by a probe that was trained on it in another language: the probe is trained on one
-    half of the bundles and asked about the other, both ways, and the AUCs are averaged.
+    Raises:
+        ProbeError: The bundles cannot give the criterion.
     """
-    aucs = []
-    half = torch.zeros(len(states), dtype=torch.bool)
-    for kind in (harmful, ~harmful):
-        half[kind.nonzero()[::2, 0]] = True
-    for train in (half, ~half):
-        fit, ask = train & present[:, source], ~train & present[:, target]
-        x, y = _centred(states[fit, source]), torch.where(harmful[fit], 1.0, -1.0).double()
-        kernel = x @ x.T
-        scale = kernel.diagonal().mean()
-        weights = x.T @ torch.linalg.solve(kernel / scale + RIDGE * torch.eye(len(x), dtype=x.dtype), y)
-        scores = _centred(states[ask, target]) @ weights
-        up, down = scores[harmful[ask]], scores[~harmful[ask]]
-        difference = up.unsqueeze(1) - down.unsqueeze(0)
-        aucs.append(((difference > 0).double() + 0.5 * (difference == 0).double()).mean())
-    return torch.stack(aucs).nanmean()
-
-
-def _centred(states: Tensor) -> Tensor:
-    return states.double() - states.double().mean(dim=0)
+    layers = tuple(
+        layer_statistics(layer, states[:, :, layer], present, harmful, languages) for layer in range(states.shape[2])
+    )
+    if layers[0].criteria[criterion] is None:
+        raise ProbeError(
+            f"criterion={criterion!r} needs English and another language with at least {MIN_PER_KIND} bundles of each "
+            f"kind; there are {int(harmful.sum())} harmful and {int((~harmful).sum())} benign bundles in "
+            f"{', '.join(languages)}: add some, or rank by another one of {', '.join(CRITERIA)}"
+        )
+    return Probe(layers, tuple(languages), len(states), criterion)
 
 
 # ----------------------------------------------------------------------------------------------------- reading states
@@ -214,6 +129,7 @@ def probe(
     chat: ChatSection | None = None,
     languages: list[str] | None = None,
     limit: int | None = None,
+    criterion: Criterion = DEFAULT,
     address: str = "auto",
     accelerator: str = "auto",
 ) -> Probe:
@@ -226,11 +142,12 @@ def probe(
         chat: The conversation that prompts stand in; None for the one that the model was trained in.
         languages: Look at only these; None for all.
         limit: At most this many bundles of each kind; None for `DEFAULT_LIMIT`.
+        criterion: What ranks the layers.
         address: Ray address.
         accelerator: "auto", "cpu" or "gpu".
 
     Raises:
-        ProbeError: there is one bundle only, or none has two languages.
+        ProbeError: there is one bundle only, none has two languages, or they cannot give the criterion.
     """
     folder = Place(folder)
     keep_in(local_side(folder))
@@ -240,20 +157,28 @@ def probe(
     data = DataSection(train=list(sources), languages=languages)
     chat = chat or training_chat(model.path) or ChatSection()
     tokens = prepare_token_rows(data, model, chat=chat, cache_dir=artifact_cache(folder.parent))
-    return probe_tokens(with_dtype(model, gpu=gpu), tokens, folder, limit=limit, gpu=gpu)
+    return probe_tokens(with_dtype(model, gpu=gpu), tokens, folder, limit=limit, criterion=criterion, gpu=gpu)
 
 
-def probe_run(config: TrainConfig, folder: Place, *, limit: int | None, gpu: bool) -> Probe:
+def probe_run(config: TrainConfig, folder: Place, *, limit: int | None, criterion: Criterion, gpu: bool) -> Probe:
     """Probe a run's model on the run's own bundles, of both kinds where its sources hold both."""
     # `only` restricts what is trained on; a probe needs benign bundles to tell harmful ones from.
     sources = [source.model_copy(update={"only": None}) for source in config.data.train]
     data = config.data.model_copy(update={"train": sources})
     cache = artifact_cache(folder.parent / TRIALS_FOLDER)
     tokens = prepare_token_rows(data, config.model, chat=config.chat, cache_dir=cache)
-    return probe_tokens(config.model, tokens, folder, limit=limit, gpu=gpu)
+    return probe_tokens(config.model, tokens, folder, limit=limit, criterion=criterion, gpu=gpu)
 
 
-def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Place, *, limit: int | None, gpu: bool) -> Probe:
+def probe_tokens(
+    model: ModelSection,
+    tokens: TokenArtifact,
+    folder: Place,
+    *,
+    limit: int | None,
+    criterion: Criterion,
+    gpu: bool,
+) -> Probe:
     """Probe on token rows; raises as `probe`."""
     chosen = choose_bundles(tokens, limit or DEFAULT_LIMIT)
     logger.info("probing %s on %d bundles in %d languages", model.path, len(chosen), len(tokens.languages))
@@ -265,7 +190,7 @@ def probe_tokens(model: ModelSection, tokens: TokenArtifact, folder: Place, *, l
     if not (present.sum(dim=1) > 1).any():
         raise ProbeError("no bundle has two languages: there is no consistency to probe")
     harmful = torch.tensor([item["kind"] == "harmful" for item in rows])
-    result = layer_statistics(states, present, harmful, tokens.languages)
+    result = statistics(states, present, harmful, tokens.languages, criterion)
     (folder / "probe.md").write_text(result.markdown())
     probe_plot(result, folder / "probe.png")
     (folder / PROBE_FILE).write_json(
@@ -330,24 +255,29 @@ class ProbeActor:
 
 # -------------------------------------------------------------------------------------------------------- what is shown
 
-_COLUMNS = ("layer", "rank", "score", "share", "within", "between", "separation", "AUC en", "AUC mean", "transfer")
-
 
 def probe_table(probe: Probe, layers: Iterable[int]) -> Table:
-    """The numbers of `layers`, a row each, in their order."""
+    """The rank of each of `layers`, in their order, and every criterion with its 95 % interval over bundles."""
+    rows = []
+    for layer in layers:
+        found = [probe.layers[layer].criteria[name] for name in CRITERIA]
+        shown = [ABSENT if x is None else f"{x.value:.3f} ({x.low:.3f} to {x.high:.3f})" for x in found]
+        rows.append(row(str(layer), [str(probe.rank_of(layer) + 1), *shown]))
+    return table("", ("layer", "rank", *CRITERIA), rows)
+
+
+def statistics_table(probe: Probe, layers: Iterable[int]) -> Table:
+    """What the criteria are made of, a row for each of `layers`, in their order."""
     rows = []
     for layer in layers:
         s = probe.layers[layer]
-        numbers = (
-            s.share, s.within, s.between, s.separation, s.separability.get("en"), s.mean_separability, s.mean_transfer,
-        )  # fmt: skip
-        shown = [ABSENT if number is None else f"{number:.3f}" for number in numbers]
-        rows.append(row(str(layer), [str(probe.rank_of(layer) + 1), f"{probe.layer_score(layer):.4f}", *shown]))
-    return table("", _COLUMNS, rows)
+        numbers = (s.share, s.within, s.between, s.separability.get("en"), s.mean_separability)
+        rows.append(row(str(layer), [ABSENT if number is None else f"{number:.3f}" for number in numbers]))
+    return table("", ("layer", "share", "within", "between", "AUC en", "AUC mean"), rows)
 
 
 def probe_plot(probe: Probe, place: Place) -> None:
-    """Three panels over the layers: how collinear, how separable (a line per language), and the score."""
+    """Three panels over the layers: how collinear, how separable (a line per language), and the criteria."""
     from mlc_ray.report.figures import Panel, layers_png  # matplotlib takes a second to import
 
     collinear = {name: [getattr(layer, name) for layer in probe.layers] for name in ("share", "within", "between")}
@@ -356,14 +286,14 @@ def probe_plot(probe: Probe, place: Place) -> None:
         values = [layer.separability[code] for layer in probe.layers if code in layer.separability]
         if len(values) == len(probe.layers):
             separable[code] = values
+    criteria: dict[str, list[float]] = {}
+    for name in CRITERIA:
+        found = [layer.criteria[name] for layer in probe.layers]
+        if values := [each.value for each in found if each is not None]:
+            criteria[name] = values
     panels = [
         Panel("collinearity", collinear),
         Panel("harmful / benign AUC", separable, strong="en", level=0.5),
-        Panel("score", {"": [probe.layer_score(layer) for layer in range(len(probe.layers))]}),
+        Panel("criteria", criteria, strong=probe.criterion),
     ]
     layers_png(panels, place)
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else None

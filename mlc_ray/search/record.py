@@ -37,12 +37,8 @@ class Recorder(ray.tune.Callback):
     `total` is the number of trials, those of earlier processes too; `end` is told of engines that died.
     """
 
-    def __init__(
-        self, shared: Shared, baseline: TrialScore, skipped_layers: list[Any], *, total: int, end: EndEarly
-    ) -> None:
-        self._shared, self._baseline, self._skipped, self._total, self._end = (
-            shared, baseline, skipped_layers, total, end,
-        )  # fmt: skip
+    def __init__(self, shared: Shared, baseline: TrialScore, *, total: int, end: EndEarly) -> None:
+        self._shared, self._baseline, self._total, self._end = shared, baseline, total, end
         self.trials: dict[str, Trial] = {trial.name: trial for trial in scored_trials(shared)}
         self.failed: list[str] = []
         self._earlier = read_confirmation(shared.folder)
@@ -69,7 +65,7 @@ class Recorder(ray.tune.Callback):
         return write_results(
             self._shared.folder, self._shared.config, self._baseline,
             [self.trials[name] for name in sorted(self.trials)],
-            progress=progress, skipped_layers=self._skipped, failed=self.failed, confirmation=found,
+            progress=progress, failed=self.failed, confirmation=found,
             earlier=confirmation is None,
         )  # fmt: skip
 

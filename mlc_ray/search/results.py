@@ -176,7 +176,6 @@ class SearchResult:
     trials: tuple[Trial, ...]
     front: tuple[int, ...]
     progress: Progress
-    skipped_layers: tuple[Any, ...]
     failed: tuple[str, ...]
     confirmation: Confirmation | None
 
@@ -193,7 +192,6 @@ def write_results(
     trials: Sequence[Trial],
     *,
     progress: Progress,
-    skipped_layers: Sequence[Any] = (),
     failed: Sequence[str] = (),
     confirmation: Confirmation | None = None,
     earlier: bool = False,
@@ -204,10 +202,7 @@ def write_results(
     """
     folder = Place(folder)
     front = pareto_front([trial.score.point for trial in trials])
-    result = SearchResult(
-        folder, config, baseline, tuple(trials), tuple(front), progress, tuple(skipped_layers), tuple(failed),
-        confirmation,
-    )  # fmt: skip
+    result = SearchResult(folder, config, baseline, tuple(trials), tuple(front), progress, tuple(failed), confirmation)
     if confirmation is not None and not earlier:
         _write_best(folder, confirmation.best.trial)
     (folder / TRIALS_FILE).write_json(_plain(result))
@@ -325,8 +320,6 @@ def verdict(result: SearchResult) -> list[str]:
         lines.append(f"not told apart from: {', '.join(map(_named, alike))}")
     elif len(found.points) > 1:
         lines.append(f"told apart from {', '.join(point.trial for point in found.points[1:])}")
-    if result.skipped_layers:
-        lines.append(f"layers that the probe left out: {', '.join(map(str, result.skipped_layers))}")
     return [*lines, f"config  {result.folder / 'best.yaml'}", f"model   {result.folder / 'best'}"]
 
 

@@ -4,8 +4,8 @@ Before the first trial: token rows, the reference's log-probs, the prompts to sc
 score of the model before training). A search folder holds
 
     config.json      the settings; base.yaml the run that all trials share, as its file was when the search began
-    search.json      the layers that a probe left out, the baseline, fingerprints of prompts and model, versions
-    trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per checkpoint, in the end `model/` and
+    search.json      the order of the layers by a probe, the baseline, fingerprints of prompts and model, versions
+    trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per score, in the end `model/` and
                      `finished` or, where the scheduler ended it, `stopped`; `--resume` goes by these alone. Of the few
                      that are confirmed also `scores/confirmation`, and `trials/ID-seed-N/` (runs, but no trials)
     baseline/, confirmation/     scores of the model before training, on the prompts that choose and that confirm
@@ -25,7 +25,16 @@ from typing import Any
 
 import ray.tune
 
-from mlc_ray.cluster import ClusterError, amount, connect, fits, nodes_held, use_gpu, with_dtype
+from mlc_ray.cluster import (
+    ClusterError,
+    amount,
+    connect,
+    fits,
+    node_resources,
+    nodes_held,
+    use_gpu,
+    with_dtype,
+)
 from mlc_ray.config import ConfigError, SearchConfig, TrainConfig
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
@@ -62,9 +71,9 @@ from mlc_ray.search.probe import probe_run
 from mlc_ray.search.record import Recorder
 from mlc_ray.search.results import SearchResult, ending, read_values
 from mlc_ray.search.selection import read_asked
-from mlc_ray.search.space import Space, check_held_out, make_space, restrict, values_of, with_commits
+from mlc_ray.search.space import Space, check_held_out, make_space, values_of, with_commits
 from mlc_ray.search.trial import SearchError, Shared, run_trial, scores_of, step_of, trial_folders
-from mlc_ray.search.tune import CutOff, EndEarly, Ended, Points, make_tuner, number_of_points, seeds_of
+from mlc_ray.search.tune import LAYER, CutOff, EndEarly, Ended, Points, make_tuner, number_of_points, seeds_of
 from mlc_ray.storage import (
     Place,
     fingerprint_model,
@@ -127,7 +136,8 @@ def search(config: SearchConfig) -> SearchResult:
 def resume_search(folder: Path | Place, overrides: Sequence[str] = ()) -> SearchResult:
     """Go on with the search in a folder, with the settings it was started with.
 
-    Trials that ended are not repeated; those that were running or failed go on from their last checkpoint.
+    Trials that ended are not repeated; those that were running or failed go on from their last checkpoint, or else
+    start over.
 
     Args:
         folder: The search's folder.
@@ -154,12 +164,12 @@ def resume_search(folder: Path | Place, overrides: Sequence[str] = ()) -> Search
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything before the trials: what they share, the prompts that confirm, the baseline, the layers left out."""
+    """Everything before the trials: what they share, the prompts that confirm, the baseline, the order of layers."""
 
     shared: Shared
     confirmation: Prompts
     baseline: TrialScore
-    skipped_layers: list[Any]
+    layer_order: list[Any]
 
 
 def _check(config: SearchConfig, space: Space) -> None:
@@ -192,7 +202,7 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     identity = {"prompts": prompts.fingerprint, "model": fingerprint_model(model)}
     _check_same(folder, identity)
     _prepare_data(config, base, space, folder, device)
-    space, skipped = _probed(config, space, base, folder, device)
+    order = _layer_order(config, space, base, folder, device)
     lora_rank = _lora_rank(space)
     scorer = start_scorer(
         model, scoring, prompts.selection.table, device=device, folder=local_side(folder), lora_rank=lora_rank,
@@ -203,7 +213,7 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
         baseline = shared.baseline()
         (folder / SEARCH_FILE).write_json(
             {
-                "skipped_layers": skipped,
+                "layer_order": order,
                 "baseline": asdict(baseline),
                 "fingerprints": identity,
                 "versions": library_versions(),
@@ -212,7 +222,7 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     except BaseException:
         scorer.close()
         raise
-    return Prepared(shared, prompts.confirmation, baseline, skipped)
+    return Prepared(shared, prompts.confirmation, baseline, order)
 
 
 def _search(prepared: Prepared) -> SearchResult:
@@ -221,14 +231,14 @@ def _search(prepared: Prepared) -> SearchResult:
     config, folder = shared.config, shared.folder
     total = number_of_points(config, shared.space) * config.repeats
     end = EndEarly(config.max_hours)
-    recorder = Recorder(shared, prepared.baseline, prepared.skipped_layers, total=total, end=end)
+    recorder = Recorder(shared, prepared.baseline, total=total, end=end)
     go_on = f"mlc-ray search --resume {folder}"
     try:
         ended, cut_off = _earlier_trials(shared)
         if remaining := max(0, total - len(ended)):
             points = Points(
                 config, shared.space, folder, languages=list(prepared.baseline.harmful_by_language), ended=ended,
-                cut_off=cut_off,
+                cut_off=cut_off, layers=prepared.layer_order,
             )  # fmt: skip
             trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, shared=shared), {"cpu": TRIAL_CPUS})
             tuner = make_tuner(config, trainable, folder, points, remaining=remaining, callbacks=[recorder], stop=end)
@@ -296,11 +306,20 @@ def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> N
     its workers; a little is left for Ray Data.
 
     Raises:
-        ClusterError: The trials asked for do not fit beside the engines, or have no fixed number of workers.
+        ClusterError: The trials asked for do not fit beside the engines, or have no fixed number of workers; or they
+            are to share a GPU with the engine, and there are several.
     """
     gpu = device == "gpu"
     if config.share_gpu and not gpu:
         raise ClusterError("share_gpu=True, but this search runs on CPU, where engines cannot sleep; remove it")
+    if config.share_gpu and [node.get("GPU", 0.0) for node in node_resources()] != [1.0]:
+        # Ray Train makes a placement group of its own for each trial and joins none that is there, while the engine
+        # lives from the first trial to the last: no group can hold both.
+        raise ClusterError(
+            f"share_gpu=True, but {nodes_held()}: the engine and the trials meet for certain only where there is one "
+            "node with one GPU, since Ray Train places each trial anew; give the engine a GPU of its own "
+            "(share_gpu: false), or start Ray on one GPU (ray start --head --num-gpus=1)"
+        )
     if not isinstance(base.cluster.workers, int):
         raise ClusterError(
             f"cluster.workers={list(base.cluster.workers)}: a trial of a search keeps its number of workers, "
@@ -313,8 +332,8 @@ def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> N
         raise ClusterError(
             f"concurrency={config.concurrency} trials of {amount(trials[: len(workers) + 1])} (its own process, and "
             f"cluster.workers x cluster.cpus_per_worker) beside engines of {amount(engines)}, and some CPU for Ray "
-            f"Data, are more than the nodes can hold; {nodes_held()}: ask for less, add nodes, or on one GPU let "
-            "engines sleep beside training (share_gpu: true)"
+            f"Data, are more than the nodes can hold; {nodes_held()}: ask for less, add nodes, or where there is one "
+            "GPU let the engine sleep beside training (share_gpu: true)"
         )
 
 
@@ -351,26 +370,20 @@ def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder:
             check_answers(run, held_out)
 
 
-def _probed(
+def _layer_order(
     config: SearchConfig, space: Space, base: TrainConfig, folder: Place, device: Device
-) -> tuple[Space, list[Any]]:
-    """The space without the layers that a probe ranks last and no enqueued point has, and which those are."""
+) -> list[str | int | float]:
+    """The layers of the space in the order in which a probe ranks them; empty where none is asked for."""
     if config.probe is None:
-        return space, []
-    layers = space.parameters["mlc.layer"]
-    every = values_of(layers)
-    if (folder / SEARCH_FILE).is_file():  # resumed: what was left out then stays out
-        skipped = (folder / SEARCH_FILE).read_json()["skipped_layers"]
-    else:
-        result = probe_run(base, folder / "probe", limit=config.probe.limit, gpu=device == "gpu")
-        skipped = sorted(every, key=result.rank_of)[config.probe.keep :]
-    enqueued = [point["mlc.layer"] for point in config.enqueue]
-    kept = [layer for layer in every if layer not in skipped or layer in enqueued]
-    logger.info("probe: searching layers %s of %s", kept, every)
-    narrowed = replace(space, parameters={**space.parameters, "mlc.layer": restrict(layers, kept)})
-    if config.trials is not None and (there := number_of_points(config, narrowed)) < config.trials:
-        logger.info("trials=%d, but the layers that the probe kept leave %d points", config.trials, there)
-    return narrowed, [layer for layer in every if layer not in kept]
+        return []
+    every = values_of(space.parameters[LAYER])
+    if (folder / SEARCH_FILE).is_file():  # resumed: in the order that the search began with
+        return list((folder / SEARCH_FILE).read_json()["layer_order"])
+    criterion = config.probe.criterion
+    result = probe_run(base, folder / "probe", limit=config.probe.limit, criterion=criterion, gpu=device == "gpu")
+    order = sorted(every, key=result.rank_of)
+    logger.info("probe: layers are tried in the order of %s: %s", criterion, ", ".join(map(str, order)))
+    return order
 
 
 def _with_dtypes(config: SearchConfig, space: Space) -> tuple[SearchConfig, Space]:

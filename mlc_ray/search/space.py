@@ -141,13 +141,8 @@ def make_space(config: SearchConfig) -> Space:
         _check_comparable(config.scheduler_metric, config.space)
     for values in (*space.corners(), *_points(config, space)):
         run = space.run(values, name="corner")
-        if config.scheduler != "none" and run.checkpoint.every is None:
-            raise ConfigError(
-                f"scheduler={config.scheduler!r} stops trials at checkpoints, but checkpoint.every=None writes one "
-                "only at the end; set checkpoint.every, or scheduler=none"
-            )
         if config.scheduler_metric is not None:
-            _check_scheduler_metric(config.scheduler_metric, run)
+            _check_scheduler_metric(config.scheduler_metric, run, config.score_every)
     _check_number(config, space)
     return space
 
@@ -182,14 +177,14 @@ def _holds(parameter: ParameterSection, value: Any) -> bool:
     return low <= value <= high
 
 
-def _check_scheduler_metric(metric: str, run: TrainConfig) -> None:
-    """Refuse to compare trials by a number that a run does not measure, or not at every checkpoint."""
-    held_out, every = run.data.validation, run.checkpoint.every
+def _check_scheduler_metric(metric: str, run: TrainConfig, every: int | None) -> None:
+    """Refuse to compare trials by a number that a run does not measure, or not at every score, each `every` steps."""
+    held_out = run.data.validation
     if held_out is None:
         raise ConfigError(f"scheduler_metric={metric!r} is measured on data.validation, which the runs do not have")
     if every is not None and every % held_out.every:
         raise ConfigError(
-            f"scheduler_metric={metric!r} is compared at checkpoints, every checkpoint.every={every} steps, but "
+            f"scheduler_metric={metric!r} is compared at scores, every score_every={every} steps, but "
             f"measured every data.validation.every={held_out.every}: let the second divide the first"
         )
     names = [*_HIGHER_IS_BETTER, *(f"loss/{name}" for name in run.active_terms)]
@@ -377,12 +372,6 @@ def _absolute(name: str, parameter: ParameterSection) -> ParameterSection:
     if not name.endswith(".path") or parameter.choice is None:
         return parameter
     return ParameterSection(choice=[absolute_if_here(str(value)) for value in parameter.choice])
-
-
-def restrict(parameter: ParameterSection, kept: Iterable[Any]) -> ParameterSection:
-    """`parameter` with only the values in `kept`, in the order it has them."""
-    wanted = list(kept)
-    return ParameterSection(choice=[value for value in values_of(parameter) if value in wanted])
 
 
 def _ends(parameter: ParameterSection) -> list[Any]:

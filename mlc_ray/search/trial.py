@@ -1,9 +1,10 @@
-"""A trial: a run of `mlc-ray train`, scored at every checkpoint by engines that stay warm."""
+"""A trial: a run of `mlc-ray train`, whose weights engines that stay warm score every few steps and at the end."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from mlc_ray.runs import (
     VALUES_FILE,
     read_metrics,
     training_languages,
+    weights_folders,
 )
 from mlc_ray.score.plan import plan_judging
 from mlc_ray.score.prompts import Prompts
@@ -40,7 +42,7 @@ from mlc_ray.search.results import Trial, ending
 from mlc_ray.search.space import Space
 from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES
 from mlc_ray.stats.rates import Judged
-from mlc_ray.storage import MANIFEST, Place, fingerprint_model, working_folder
+from mlc_ray.storage import Place, fingerprint_model, working_folder
 
 
 class SearchError(MlcRayError):
@@ -53,7 +55,7 @@ _STEP_FOLDER, _STEP_NAME = "step-{:06d}", re.compile(r"step-\d{6,}")
 
 @dataclass(frozen=True)
 class Shared:
-    """What every trial is given. Sent to the processes of trials and, within `ScoreCheckpoint`, to training workers.
+    """What every trial is given. Sent to the processes of trials and, within `ScoreWeights`, to training workers.
 
     `model` is the folder or hub name of the weights that training starts from, `prompts` the fingerprint of what trials
     are asked, `lora` whether they train adapters.
@@ -72,13 +74,16 @@ class Shared:
         return self.folder / TRIALS_FOLDER / name
 
     def drop_optimizer_states(self) -> None:
-        """Remove the checkpoints of trials that ended, unless they are to be kept; failed ones can be gone on with."""
+        """Remove checkpoints and published weights of trials that ended, unless checkpoints are to be kept.
+
+        Those that failed can be gone on with.
+        """
         config: SearchConfig = self.config
-        if not config.keep_checkpoints:
-            for folder in trial_folders(self.folder):
-                if has_ended(folder):
-                    with suppress(FileNotFoundError):  # another trial may do the same just now
-                        (folder / TRAIN_FOLDER).remove()
+        for folder in filter(has_ended, trial_folders(self.folder)):
+            gone = weights_folders(folder) if config.keep_checkpoints else [folder / TRAIN_FOLDER]
+            for each in gone:
+                with suppress(FileNotFoundError):  # another trial may do the same just now
+                    each.remove()
 
     def baseline(self) -> TrialScore:
         """The score of the model before training: made once for a search, read from its folder when that is resumed."""
@@ -86,11 +91,10 @@ class Shared:
         self.score(folder, model=self.model, weights=None if self.lora else self.model)
         return self.score_in(folder)
 
-    def checkpoint(self, run_folder: Place, checkpoint: Place, step: int) -> Place:
-        """Score a checkpoint of a run; returns the score's folder, `run_folder/scores/step-...`."""
+    def weights(self, run_folder: Place, weights: Place, step: int) -> Place:
+        """Score published weights of a run; returns the score's folder, `run_folder/scores/step-...`."""
         folder = run_folder / SCORES_FOLDER / _STEP_FOLDER.format(step)
-        weights = checkpoint / ("adapter" if self.lora else "model")
-        self.score(folder, model=str(checkpoint), weights=str(weights))
+        self.score(folder, model=str(weights), weights=str(weights / ("adapter" if self.lora else "model")))
         return folder
 
     def score_in(self, *folders: Place) -> TrialScore:
@@ -170,20 +174,31 @@ class Shared:
 
 
 @dataclass(frozen=True)
-class ScoreCheckpoint:
-    """Called by a run's first worker after every checkpoint: scores it and returns the numbers that Tune compares."""
+class ScoreWeights:
+    """Called by a run's first worker with published weights: scores them, returns the numbers that Tune compares."""
 
     shared: Shared
 
-    def __call__(self, run_folder: Place, checkpoint: Place, step: int) -> dict[str, float]:
-        """Score `checkpoint`, written at optimizer step `step`."""
-        return self.shared.metrics_in(self.shared.checkpoint(run_folder, checkpoint, step))
+    @property
+    def every(self) -> int | None:
+        """Optimizer steps between scores."""
+        return self.shared.config.score_every
+
+    @property
+    def keep_state(self) -> bool:
+        """Whether a trial ends with its optimizer states, too."""
+        return self.shared.config.keep_checkpoints
+
+    def __call__(self, run_folder: Place, weights: Place, step: int) -> dict[str, float]:
+        """Score the folder of `weights`, written at optimizer step `step`."""
+        return self.shared.metrics_in(self.shared.weights(run_folder, weights, step))
 
 
 def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
-    """One trial, in a process of its own: train, scoring at checkpoints; then keep the model and drop the rest.
+    """One trial, in a process of its own: train, with scores; then keep the model and drop the rest.
 
-    Called for a trial that was cut off, it goes on from the last checkpoint.
+    Called for a trial that was cut off, it goes on from the last checkpoint; one whose last weights are there already
+    is not trained.
 
     Args:
         given: Its values and the name of its folder, as `tune.Points` gives them.
@@ -192,8 +207,8 @@ def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
     Raises:
         ScorerDiedError: Nothing could score it; raised before it trains.
     """
-    # Here alone: workers and their controller unpickle `ScoreCheckpoint`, and would import all that too.
-    from mlc_ray.train.checkpoint import find_checkpoint
+    # Here alone: workers and their controller unpickle `ScoreWeights`, and would import all that too.
+    from mlc_ray.train.checkpoint import last_weights
     from mlc_ray.train.export import export
     from mlc_ray.train.run import train
 
@@ -201,6 +216,23 @@ def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
     shared.drop_optimizer_states()
     folder, values = shared.trial_folder(given[FOLDER]), given[VALUES]
     (folder / VALUES_FILE).write_json(values)
+    if last_weights(folder) is None:
+        _train_and_report(train, shared, folder, values)
+    found = last_weights(folder)
+    assert found is not None  # `train` raises where they could not be written
+    weights, step = found
+    if not (folder / SCORES_FOLDER / _STEP_FOLDER.format(step) / SCORES_FILE).is_file():
+        # it died between writing its last weights and their score
+        ray.tune.report(ScoreWeights(shared)(folder, weights, step))
+    (folder / MODEL_FOLDER).remove()  # half of it, where storage has no rename and a process died while it wrote it
+    export(weights, folder / MODEL_FOLDER, trust_remote_code=True)  # its components ran in this very trial
+    metrics = shared.metrics_in(scores_of(folder)[-1])  # may raise: what has no value has not finished
+    (folder / FINISHED_FILE).write_text("")
+    ray.tune.report({**metrics, FINISHED: True})
+
+
+def _train_and_report(train: Callable[..., Any], shared: Shared, folder: Place, values: dict[str, Any]) -> None:
+    """Train the run in `folder` to its end; every score that appears meanwhile is reported to Tune."""
     reported = {score.name for score in scores_of(folder)}
     # Reported from this thread alone. Ray's `TuneReportCallback` has the trial's main thread report as well, and where
     # both do at once, each waits for the other without end.
@@ -209,7 +241,7 @@ def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
             train,
             shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
             resume=folder if (folder / CONFIG_FILE).is_file() else None,
-            score=ScoreCheckpoint(shared),
+            score=ScoreWeights(shared),
             display=False,
         )
         over = False
@@ -220,16 +252,6 @@ def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
                     reported.add(score.name)
                     ray.tune.report(shared.metrics_in(score))
     training.result()
-    last = find_checkpoint(folder)
-    step = int((last / MANIFEST).read_json()["step"])
-    if not (folder / SCORES_FOLDER / _STEP_FOLDER.format(step) / SCORES_FILE).is_file():
-        # it died between its last checkpoint and the score of it
-        ray.tune.report(ScoreCheckpoint(shared)(folder, last, step))
-    (folder / MODEL_FOLDER).remove()  # half of it, where storage has no rename and a process died while it wrote it
-    export(folder, folder / MODEL_FOLDER, trust_remote_code=True)  # its components ran in this very trial
-    metrics = shared.metrics_in(scores_of(folder)[-1])  # may raise: what has no value has not finished
-    (folder / FINISHED_FILE).write_text("")
-    ray.tune.report({**metrics, FINISHED: True})
 
 
 def trial_folders(search: Place) -> list[Place]:
@@ -243,7 +265,7 @@ def has_ended(folder: Place) -> bool:
 
 
 def scores_of(run_folder: Place) -> list[Place]:
-    """The complete score folders of a trial's checkpoints, the first checkpoint's first."""
+    """The complete score folders of a trial's weights, the first step's first."""
     found = (run_folder / SCORES_FOLDER).iterdir()
     return [each for each in found if _STEP_NAME.fullmatch(each.name) and (each / SCORES_FILE).is_file()]
 
@@ -265,5 +287,5 @@ def read_trial(shared: Shared, folder: Place) -> Trial | None:
 
 
 def step_of(score_folder: Place) -> int:
-    """The optimizer step of a checkpoint's score."""
+    """The optimizer step of a score of weights."""
     return int(score_folder.name.rpartition("-")[2])

@@ -29,6 +29,8 @@ STEP, FINISHED = "score_step", "finished"
 """What a trial reports beside its score: its optimizer step and, at its end, that it came there."""
 VALUES, FOLDER = "values", "folder"
 """What a trial is given: its values, and the name of its run folder, which no other trial gets."""
+LAYER = "mlc.layer"
+"""The field of a run that a probe ranks the values of."""
 SEED = "seed"
 """The field of a run that `repeats` and `confirm.seeds` set."""
 
@@ -62,8 +64,9 @@ class Points(Searcher):
     """Gives each trial its values and its folder, and tells Optuna what became of it.
 
     First come the trials that were cut off; then the repeats that points lack; then, point by point, those that are
-    enqueued, those of a grid, or what the sampler draws. No point is tried twice, beyond its repeats. Optuna's study is
-    in memory alone, and made anew from the trials' own files by every process (`ended`).
+    enqueued, those of a grid, or what the sampler draws. Where `layers` are given in an order, a grid follows it, and a
+    sampler first draws a point of each layer. No point is tried twice, beyond its repeats. Optuna's study is in memory
+    alone, and made anew from the trials' own files by every process (`ended`).
 
     A stopped trial is told as pruned at its last score, which TPE ranks behind those that finished; one that diverged
     as worth what a model is that says nothing; one that failed otherwise is not told.
@@ -78,6 +81,7 @@ class Points(Searcher):
         languages: Sequence[str],
         ended: Sequence[Ended] = (),
         cut_off: Sequence[CutOff] = (),
+        layers: Sequence[Any] = (),
     ) -> None:
         super().__init__()
         self._config, self._space, self._trials = config, space, folder / TRIALS_FOLDER
@@ -90,7 +94,8 @@ class Points(Searcher):
         )
         self._generator = np.random.default_rng([config.seed, len(ended)])
         self._cut_off = list(cut_off)
-        self._first = first_points(config, space)
+        self._layers = list(layers)
+        self._first = first_points(config, space, self._layers)
         self._begun: dict[str, tuple[dict[str, Any], set[int]]] = {}  # of each point the seeds that were begun
         self._running: dict[str, tuple[optuna.trial.Trial, str]] = {}
         self._seeds = seeds_of(config, space)
@@ -183,6 +188,10 @@ class Points(Searcher):
         for point in self._first:
             if fingerprint(point) not in self._begun:
                 return self._asked(point)
+        tried = {fingerprint(point[LAYER]) for point, _ in self._begun.values()} if self._layers else set()
+        for layer in self._layers:
+            if fingerprint(layer) not in tried:
+                return self._asked({LAYER: layer})  # the sampler draws the rest
         for _ in range(_DRAWS):
             trial = self._study.ask(self._distributions)
             if fingerprint(trial.params) not in self._begun:
@@ -201,9 +210,12 @@ def _any(generator: np.random.Generator, values: Sequence[Any]) -> Any:
 _DRAWS = 20  # of a sampler that comes back to points that were tried, before one of the others is drawn by chance
 
 
-def first_points(config: SearchConfig, space: Space) -> list[dict[str, Any]]:
-    """The points that are tried in a fixed order: those enqueued, and then those of a grid as it is written."""
+def first_points(config: SearchConfig, space: Space, layers: Sequence[Any] = ()) -> list[dict[str, Any]]:
+    """The points that are tried in a fixed order: those enqueued, then a grid's as it is written, or by `layers`."""
     grid = space.grid() if config.sampler == "grid" else []
+    if layers:
+        place = {fingerprint(layer): index for index, layer in enumerate(layers)}
+        grid.sort(key=lambda point: place[fingerprint(point[LAYER])])
     return [{name: point[name] for name in space.parameters} for point in (*config.enqueue, *grid)]
 
 

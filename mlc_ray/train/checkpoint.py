@@ -12,6 +12,9 @@ manifest.json          resolved config, fingerprints, step, bundles consumed, nu
                        file its size and checksum
 damaged.txt            of one that was found damaged: what is wrong with it
 
+A trial of a search is scored by `weights_NNNNNN` beside these folders: a policy or adapter, the extractor and a
+manifest, which says in `ends` whether its step was the run's last one. No run goes on from them.
+
 Nothing in it depends on the number of workers or on how their engine shards: any layout goes on from any other's.
 """
 
@@ -33,6 +36,7 @@ from mlc_ray.runs import (
     checkpoint_folders,
     complete_checkpoints,
     is_set_aside,
+    weights_folders,
 )
 from mlc_ray.storage import (
     MANIFEST,
@@ -197,9 +201,25 @@ def list_checkpoints(run: Place) -> list[Place]:
     return [checkpoint.folder for checkpoint in complete_checkpoints(run)[0]]
 
 
+def prune_weights(run: Place, kept: Place) -> None:
+    """Remove the weights of all steps of a run but `kept`."""
+    for folder in weights_folders(run):
+        if folder != kept:
+            remove_checkpoint(folder)
+
+
+def last_weights(run: Place) -> tuple[Place, int] | None:
+    """The weights that a run ended with, and their step, if they are there and whole; a search scores them."""
+    for folder in reversed(weights_folders(run)):
+        if (folder / MANIFEST).is_file():
+            manifest = verified_manifest(folder)
+            return (folder, manifest["step"]) if manifest["ends"] else None
+    return None
+
+
 def find_checkpoint(run: Place, name: str | None = None) -> Place:
-    """The newest complete checkpoint of a run, or the one called `name`; `run` may be a checkpoint itself."""
-    if (run / MANIFEST).is_file() and (run / STATE).is_dir():
+    """The newest complete checkpoint of a run, or that called `name`; `run` may be one, or a step's weights, itself."""
+    if (run / MANIFEST).is_file() and any((run / part).is_dir() for part in (STATE, "model", "adapter")):
         verified_manifest(run)
         return run
     if name is not None:

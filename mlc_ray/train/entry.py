@@ -13,11 +13,21 @@ from mlc_ray.storage import Place
 from mlc_ray.train.failures import own_errors
 
 
-class CheckpointScorer(Protocol):
-    """Called on the first worker after every checkpoint while the others wait; its numbers are reported to Ray."""
+class WeightsScorer(Protocol):
+    """Called on the first worker with published weights while the others wait; its numbers are reported to Ray."""
 
-    def __call__(self, run_folder: Place, checkpoint: Place, step: int) -> dict[str, float]:
-        """Numbers about `checkpoint`, written at optimizer step `step`."""
+    @property
+    def every(self) -> int | None:
+        """Optimizer steps between scores; None: the last step's weights alone are scored, as they always are."""
+        ...
+
+    @property
+    def keep_state(self) -> bool:
+        """Whether the run is to end with a checkpoint, too."""
+        ...
+
+    def __call__(self, run_folder: Place, weights: Place, step: int) -> dict[str, float]:
+        """Numbers about the folder of `weights`, written at optimizer step `step`."""
         ...
 
 
@@ -40,7 +50,7 @@ class WorkerSpec:
     fingerprints: dict[str, str]
     total_steps: int
     lease: str
-    score: CheckpointScorer | None
+    score: WeightsScorer | None
     held_out: HeldOut | None = None
 
 

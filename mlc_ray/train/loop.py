@@ -45,7 +45,12 @@ class Progress:
 
 
 class Saves(Protocol):
-    """What saves checkpoints. Every worker calls `save`, `settle` and `finish` after the same steps."""
+    """What saves checkpoints. Every worker calls `save`, `score`, `settle` and `finish` after the same steps."""
+
+    @property
+    def at_the_end(self) -> bool:
+        """Whether a run ends with a checkpoint; of a trial of a search only its weights are asked for."""
+        ...
 
     def save(self, progress: Progress, metrics: Metrics, *, wait: bool, needed: bool) -> bool:
         """Save a checkpoint; with `wait`, return when it is there. One that is `needed` must be, or this raises.
@@ -53,6 +58,10 @@ class Saves(Protocol):
         Returns:
             Whether it is there or being written, the same on every worker.
         """
+        ...
+
+    def score(self, progress: Progress, *, last: bool) -> None:
+        """Called after every step, behind `save`: where it is due, publish the weights and have them scored."""
         ...
 
     def writes(self) -> bool:
@@ -100,7 +109,8 @@ def train_loop(
         noticed: what this worker was told so far of being taken away.
         log: called as `log(step, metrics)` after every step, on every worker; where bundles are held out, for step 0
             too, with what they measure before training.
-        saves: saves every `checkpoint.every` steps, at the end and after a notice; the last two are waited for.
+        saves: saves every `checkpoint.every` steps, at the end unless it says otherwise, and after a notice; the last
+            two are waited for.
 
     Raises:
         PreemptedError: on every worker, after a checkpoint, when one had a notice to end.
@@ -121,6 +131,8 @@ def train_loop(
     saved_for_notice = False
     if validate is not None and progress.step == 0:
         log(0, validate())
+    if progress.step:  # it may have died before that step's score
+        saves.score(progress, last=progress.step == total_steps)
     while progress.step < total_steps:
         started = time.perf_counter()
         rate = learning_rate(progress.step, total_steps, config.optimizer)
@@ -169,10 +181,13 @@ def train_loop(
         if not still_written:
             saves.settle()
         ends = notice >= Notice.RESTART and not last
-        due = last or (config.checkpoint.every is not None and progress.step % config.checkpoint.every == 0)
+        every = config.checkpoint.every
+        due = saves.at_the_end if last else every is not None and progress.step % every == 0
         saved = False
         if due or ends or (notice is Notice.SAVE and not saved_for_notice):
             saved = saves.save(progress, metrics, wait=last or notice is not Notice.NONE, needed=last or ends)
+        if not ends:
+            saves.score(progress, last=last)
         # It stays until the node is gone, and one checkpoint is enough.
         saved_for_notice = notice is Notice.SAVE and (saved or saved_for_notice)
         if ends:

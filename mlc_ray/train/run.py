@@ -25,7 +25,7 @@ from mlc_ray.storage import Place, absolute_if_here, fingerprint_model, local_si
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.divergence import DivergedError, record_divergence
-from mlc_ray.train.entry import CheckpointScorer, HeldOut, WorkerSpec, train_worker
+from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec, train_worker
 from mlc_ray.train.failures import error_inside
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
 from mlc_ray.train.planning import (
@@ -77,7 +77,7 @@ def train(
     config: TrainConfig,
     *,
     resume: Path | Place | None = None,
-    score: CheckpointScorer | None = None,
+    score: WeightsScorer | None = None,
     callbacks: Sequence[UserCallback] = (),
     display: bool = True,
 ) -> TrainResult:
@@ -88,7 +88,8 @@ def train(
             there, so that the same command can be given again after whatever ended it.
         resume: go on with the run in this folder, by its own settings (`run_folder.load_run_config`), of which those
             may differ that `settings.KINDS` lets change.
-        score: called with every checkpoint.
+        score: called with the weights of every `score.every` steps and of the last; the run then ends with those, and
+            with a checkpoint only if `score.keep_state`.
         callbacks: Ray Train's own.
         display: show progress on the console.
 

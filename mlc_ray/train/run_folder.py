@@ -26,7 +26,7 @@ from mlc_ray.runs import (
     read_metrics,
 )
 from mlc_ray.storage import Place, StorageFaultError, library_versions
-from mlc_ray.train.checkpoint import find_checkpoint, list_checkpoints
+from mlc_ray.train.checkpoint import find_checkpoint, last_weights, list_checkpoints
 from mlc_ray.train.file_writer import with_retries
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.settings import Change, changes, refuse_fixed, refuse_other_content
@@ -41,7 +41,7 @@ class RunError(MlcRayError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a finished run is, its newest checkpoint, and the last step's metrics."""
+    """Where a finished run is, its newest checkpoint (of a trial, its last weights), and the last step's metrics."""
 
     run_folder: Place
     checkpoint: Place
@@ -165,8 +165,9 @@ def result_of(folder: Place) -> TrainResult:
     """
 
     def read() -> TrainResult:
-        rows = read_metrics(folder)
-        return TrainResult(folder, find_checkpoint(folder), rows[-1] if rows else {})
+        rows, weights = read_metrics(folder), last_weights(folder)
+        newest = find_checkpoint(folder) if weights is None else weights[0]
+        return TrainResult(folder, newest, rows[-1] if rows else {})
 
     try:
         return with_retries(f"reading what run {folder} came to", read)

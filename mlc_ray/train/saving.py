@@ -15,16 +15,25 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mlc_ray.config import TrainConfig
 from mlc_ray.device import available_memory
 from mlc_ray.errors import MlcRayError
-from mlc_ray.runs import checkpoint_folder
+from mlc_ray.runs import checkpoint_folder, weights_folder
 from mlc_ray.storage import MANIFEST, Place, StorageError, StorageFaultError, library_versions, sealed, sync_folders
 from mlc_ray.train import published
-from mlc_ray.train.checkpoint import INDEX, STATE, element_counts, prune_checkpoints, random_file, remove_checkpoint
+from mlc_ray.train.checkpoint import (
+    INDEX,
+    STATE,
+    element_counts,
+    prune_checkpoints,
+    prune_weights,
+    random_file,
+    remove_checkpoint,
+)
 from mlc_ray.train.collectives import from_rank_zero, gather_objects
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.file_writer import Background, FileWriter, Written, with_retries, write_file
@@ -51,18 +60,22 @@ class CheckpointWriterError(MlcRayError):
 
 @dataclass
 class _Going:
-    """A checkpoint that is being written; `completing` is rank 0's, once all workers have written their files."""
+    """A checkpoint that is being written; `completing` is rank 0's, once all workers have written their files.
+
+    `ends` is of weights alone, without what resuming needs: whether their step is the last one.
+    """
 
     folder: Place
     progress: Progress
     writer: FileWriter
+    ends: bool | None = None
     ranges: dict[str, list[Range]] = field(default_factory=dict)
     all_written: bool = False
     completing: Background | None = None
 
 
 class CheckpointSaver:
-    """Saves checkpoints of a run. Every worker calls `save`, `settle` and `finish` after the same steps.
+    """Saves checkpoints of a run. Every worker calls `save`, `publish`, `settle` and `finish` after the same steps.
 
     Args:
         run: its folder.
@@ -75,7 +88,7 @@ class CheckpointSaver:
             raises an OSError, that is no checkpoint.
 
     Attributes:
-        newest: the folder of the last checkpoint that is there.
+        newest: the folder of the last checkpoint that is there, or of the last published weights.
         fault: why the last one that was tried is not, if so.
         in_background: whether training goes on while files are written; said by the first `save`.
     """
@@ -107,16 +120,34 @@ class CheckpointSaver:
         if self._going is not None:
             self._say_that_it_waits(progress)
             self.finish()
-        folder = checkpoint_folder(self.run, progress.step)
-        if self._has_failed(folder, from_rank_zero(self._removed(folder))):  # else nothing of an older one is there
-            return
         room = self._room = self._find_room() if self._room is None else self._room
-        going = self._going = _Going(folder, replace(progress, before=dict(progress.before)), FileWriter(folder, room))
+        if (going := self._begun(checkpoint_folder(self.run, progress.step), progress, room)) is None:
+            return
         going.writer.put(random_file(self.engine.rank), parts_of(random_state()))
         for file in state_files(self.engine.rank, self.engine.owned_state()):
             for name, found in file.ranges:
                 going.ranges.setdefault(name, []).append(found)
             going.writer.put(f"{STATE}/{file.name}", file.parts)
+        self._put_weights(going)
+
+    def publish(self, progress: Progress, *, ends: bool) -> None:
+        """Have the weights alone written, those of earlier steps then removed; `ends` is whether the step is the last.
+
+        As with `save`, they are there after `finish`; what is being written already is waited for.
+        """
+        self.finish()
+        if (going := self._begun(weights_folder(self.run, progress.step), progress, AHEAD_BYTES)) is not None:
+            going.ends = ends
+            self._put_weights(going)
+
+    def _begun(self, folder: Place, progress: Progress, room: int) -> _Going | None:
+        """What is written into `folder` from now on; None where an earlier one there cannot be removed."""
+        if self._has_failed(folder, from_rank_zero(self._removed(folder))):
+            return None
+        self._going = _Going(folder, replace(progress, before=dict(progress.before)), FileWriter(folder, room))
+        return self._going
+
+    def _put_weights(self, going: _Going) -> None:
         for name, parts in published_files(self.engine, self._small_files, lora=self.lora):
             going.writer.put(name, parts)
         going.writer.end()
@@ -162,7 +193,9 @@ class CheckpointSaver:
             faults = [fault for _, _, fault in everyones if fault is not None]
             if not self._has_failed(going.folder, faults[0] if faults else None):
                 going.all_written = True
-                index = index_of([ranges for ranges, _, _ in everyones], element_counts(self.engine))
+                index: Mapping[str, object] | None = None
+                if going.ends is None:
+                    index = index_of([ranges for ranges, _, _ in everyones], element_counts(self.engine))
                 written = {name: value for _, files, _ in everyones for name, value in files.items()}
                 if self.engine.rank == 0:
                     going.completing = Background(lambda: self._complete(going, index, written), "checkpoint-completer")
@@ -171,10 +204,11 @@ class CheckpointSaver:
         if not self._has_failed(going.folder, from_rank_zero(_told(fault))):
             self._going, self.newest, self.fault = None, going.folder, None
 
-    def _complete(self, going: _Going, index: Mapping[str, object], written: dict[str, Written]) -> None:
-        """Rank 0's part."""
-        written[f"{STATE}/{INDEX}"] = write_file(going.folder / STATE / INDEX, [json.dumps(index).encode()])
-        manifest = {
+    def _complete(self, going: _Going, index: Mapping[str, object] | None, written: dict[str, Written]) -> None:
+        """Rank 0's part; there is no `index` of weights alone."""
+        if index is not None:
+            written[f"{STATE}/{INDEX}"] = write_file(going.folder / STATE / INDEX, [json.dumps(index).encode()])
+        manifest: dict[str, Any] = {
             "config": self.config.model_dump(mode="json", exclude_unset=True),
             "resolved_config": self.config.model_dump(mode="json"),
             "fingerprints": self.fingerprints,
@@ -185,6 +219,7 @@ class CheckpointSaver:
             "versions": library_versions(),
             "files": {name: size for name, (size, _) in sorted(written.items())},
             "checksums": {name: value for name, (_, value) in sorted(written.items())},
+            **({} if going.ends is None else {"ends": going.ends}),
         }
         with_retries("storing what was logged", self.record)
         if going.folder.is_local:
@@ -192,7 +227,10 @@ class CheckpointSaver:
         file = going.folder / MANIFEST
         with_retries(f"writing {file}", lambda: file.write_json(sealed(manifest)))
         try:
-            prune_checkpoints(self.run, self.config.checkpoint)
+            if going.ends is None:
+                prune_checkpoints(self.run, self.config.checkpoint)
+            else:
+                prune_weights(self.run, going.folder)
         except (OSError, StorageError) as error:  # this checkpoint is there: a fault here must not cost it
             logger.warning(
                 "%s is saved, but older checkpoints could not be removed, and will be with the next one: %s",

@@ -180,28 +180,50 @@ class WatchedSaves:
         self.spec, self.saver, self.watchdog, self.guard = spec, saver, watchdog, guard
         self.writes, self.settle, self.finish = saver.writes, saver.settle, saver.finish
 
+    @property
+    def at_the_end(self) -> bool:
+        """Whether the run ends with a checkpoint: nothing goes on from the end of a trial."""
+        return self.spec.score is None or self.spec.score.keep_state
+
     def save(self, progress: Progress, metrics: Metrics, *, wait: bool, needed: bool) -> bool:
-        """Save a checkpoint, and score it where that is asked; False where it could not be written.
+        """Save a checkpoint; False where it could not be written.
 
         Raises:
-            StorageFaultError: It is needed, or to be scored, and could not be written; `cluster.max_failures` applies.
+            StorageFaultError: It is needed, and could not be written; `cluster.max_failures` applies.
         """
         if self.saver.engine.rank == 0:  # it removes and completes for all
             self.guard.check(now=True)
         self.watchdog.beat("saving a checkpoint, with all workers")
         with _watched(self.spec.run_folder, self.watchdog):
             self.saver.save(progress)
-        needed = needed or self.spec.score is not None
         if wait or needed or not self.saver.in_background:
             self.finish()
         if needed and self.saver.fault is not None:
             raise StorageFaultError(f"{self.saver.fault}. To go on: mlc-ray train --resume {self.spec.run_folder}")
-        if self.spec.score is not None and (newest := self.saver.newest) is not None:
-            score = partial(self.spec.score, self.spec.run_folder, newest, progress.step)
-            with self.watchdog.off():  # scoring takes as long as it takes, while the other workers wait
-                ray.train.report(_on_first_worker(score))
         self.watchdog.beat("between two steps")
         return self.saver.going or self.saver.fault is None
+
+    def score(self, progress: Progress, *, last: bool) -> None:
+        """Publish the weights and score them, where that is asked of this step.
+
+        Raises:
+            StorageFaultError: They could not be written.
+        """
+        asked = self.spec.score
+        if asked is None or not (last or (asked.every is not None and progress.step % asked.every == 0)):
+            return
+        if self.saver.engine.rank == 0:
+            self.guard.check(now=True)
+        self.watchdog.beat("publishing weights, with all workers")
+        with _watched(self.spec.run_folder, self.watchdog):
+            self.saver.publish(progress, ends=last)
+            self.finish()
+        if self.saver.fault is not None or self.saver.newest is None:
+            raise StorageFaultError(f"{self.saver.fault}. To go on, resume the search")
+        score = partial(asked, self.spec.run_folder, self.saver.newest, progress.step)
+        with self.watchdog.off():  # scoring takes as long as it takes, while the other workers wait
+            ray.train.report(_on_first_worker(score))
+        self.watchdog.beat("between two steps")
 
 
 def _notices(spec: WorkerSpec) -> Callable[[], Notice]:

@@ -229,8 +229,8 @@ def test_a_floor_under_a_number_that_is_minimised_is_refused() -> None:
 
 def test_schedulers_need_one_number() -> None:
     with pytest.raises(ConfigError, match=r"scheduler='asha' compares trials by one number.*harmful, benign_complied"):
-        search_config(objective="pareto", scheduler="asha", set=["checkpoint.every=1"])
-    search_config(objective=OUTSIDE, scheduler="asha", set=["checkpoint.every=1"])
+        search_config(objective="pareto", scheduler="asha", score_every=1)
+    search_config(objective=OUTSIDE, scheduler="asha", score_every=1)
 
 
 def test_an_objective_from_outside() -> None:

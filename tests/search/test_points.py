@@ -14,7 +14,11 @@ from ray.tune.search import Searcher
 
 from mlc_ray.config import ConfigError
 from mlc_ray.score.run import TooManyUnparsedError
-from mlc_ray.search.run import _earlier_trials, _probed
+from mlc_ray.search import run as search_run
+from mlc_ray.search.criteria import Estimate, LayerStatistics
+from mlc_ray.search.objectives.base import BENIGN, HARMFUL
+from mlc_ray.search.probe import Probe
+from mlc_ray.search.run import _earlier_trials, _layer_order
 from mlc_ray.search.space import make_space
 from mlc_ray.search.tune import (
     FINISHED,
@@ -168,17 +172,88 @@ def test_tpe_comes_near_to_what_was_good(tmp_path: Path) -> None:
         assert sum(distances[-8:]) < sum(distances[:8]), seed
 
 
-def test_a_layer_of_an_enqueued_point_stays_whatever_the_probe_says(tmp_path: Path) -> None:
-    config = search_config(
-        space={"mlc.layer": {"choice": [0.5, 0.65, 0.8, "last"]}}, trials=4, enqueue=[{"mlc.layer": "last"}],
-        probe={"keep": 2},
-    )  # fmt: skip
-    (tmp_path / "search.json").write_text(json.dumps({"skipped_layers": [0.8, "last"]}))
+LAYERS: dict[str, Any] = {"mlc.layer": {"choice": [0.5, 0.65, 0.8, "last"]}}
+ORDER = ["last", 0.5, 0.8, 0.65]
+
+
+def tried(folder: Path, **settings: Any) -> list[Any]:
+    """The layers that are tried where a probe ranks them as in `ORDER`."""
+    config = search_config(**settings)
+    source = Points(config, make_space(config), Place(folder), languages=["en"], layers=ORDER)
+    return [each[VALUES]["mlc.layer"] for each in given(source)]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_probe_orders_the_layers_and_leaves_out_none(tmp_path: Path, sampler: str) -> None:
+    weighted = {**LAYERS, "mlc.weight": {"loguniform": [0.1, 3.0]}}
+    found = tried(tmp_path, space=weighted, sampler=sampler, trials=40)
+    assert found[:4] == ORDER
+    assert set(found[4:]) == set(ORDER)  # the sampler draws any of them later
+    first = {"mlc.layer": 0.8, "mlc.weight": 1.0}
+    enqueued = tried(tmp_path, space=weighted, sampler=sampler, trials=4, enqueue=[first])
+    assert enqueued == [0.8, "last", 0.5, 0.65]  # a layer that has been tried has had its turn
+
+
+def test_a_grid_follows_the_order_of_the_layers(tmp_path: Path) -> None:
+    grid = {**LAYERS, "mlc.weight": {"choice": [0.5, 1.0]}}
+    assert tried(tmp_path, space=grid, sampler="grid", trials=None) == [layer for layer in ORDER for _ in range(2)]
+
+
+def test_a_resumed_search_has_the_order_that_it_began_with(tmp_path: Path) -> None:
+    config = search_config(space=LAYERS, trials=4, probe={})
+    (tmp_path / "search.json").write_text(json.dumps({"layer_order": ORDER}))
     base: Any = None  # the probe is not made again
-    space, skipped = _probed(config, make_space(config), base, Place(tmp_path), "cpu")
-    assert skipped == [0.8]
-    source = Points(config, space, Place(tmp_path), languages=["en"])
-    assert given(source)[0][VALUES]["mlc.layer"] == "last"
+    assert _layer_order(config, make_space(config), base, Place(tmp_path), "cpu") == ORDER
+    source = Points(config, make_space(config), Place(tmp_path), languages=["en"], layers=ORDER,
+                    ended=[Ended({"mlc.layer": "last"}, "finished", (0.5,))])  # fmt: skip
+    assert [each[VALUES]["mlc.layer"] for each in given(source)] == ORDER[1:]
+
+
+def test_a_search_without_a_probe_has_no_order(tmp_path: Path) -> None:
+    config = search_config(space=LAYERS, trials=4)
+    base: Any = None
+    assert _layer_order(config, make_space(config), base, Place(tmp_path), "cpu") == []
+
+
+def test_a_probe_says_in_which_order_it_has_layers_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {15: 0.3, 20: 0.1, 24: 0.2, 30: 0.4}  # by index: of 30 blocks 0.5, 0.65 and 0.8 are 15, 20 and 24
+    layers = []
+    for index in range(31):
+        headroom = Estimate(values.get(index, 0.0), 0.0, 1.0)
+        layers.append(LayerStatistics(index, 0, 0, 0, {}, {}, {"headroom": headroom}))
+    asked = []
+
+    def probe_run(*args: Any, **settings: Any) -> Probe:
+        asked.append(settings)
+        return Probe(tuple(layers), ("en",), 10)
+
+    monkeypatch.setattr(search_run, "probe_run", probe_run)  # which runs on Ray, and is tested there
+    config = search_config(space=LAYERS, trials=4, probe={"limit": 8})
+    base: Any = None
+    with caplog.at_level("INFO"):
+        order = _layer_order(config, make_space(config), base, Place(tmp_path), "cpu")
+    assert order == ["last", 0.5, 0.8, 0.65]
+    assert "probe: layers are tried in the order of headroom: last, 0.5, 0.8, 0.65" in caplog.text
+    assert asked == [{"limit": 8, "criterion": "headroom", "gpu": False}]
+
+
+def test_both_sides_are_maximised_under_pareto(tmp_path: Path) -> None:
+    # Only a weight of 1 is benign: with one objective it would not matter, since no floor asks for it.
+    space = {"mlc.layer": {"integers": [1, 20]}, "mlc.weight": {"uniform": [0.0, 1.0]}}
+    for seed in range(3):
+        source = points(tmp_path, space=space, sampler="tpe", trials=24, seed=seed, objective="pareto")
+        both, benign = [], []
+        for number in range(24):
+            values = source.suggest(str(number))[VALUES]
+            worth = {HARMFUL: 1 - abs(values["mlc.layer"] - 7) / 10, BENIGN: values["mlc.weight"]}
+            source.on_trial_complete(str(number), {**worth, STEP: 4.0, FINISHED: True})
+            both.append(sum(worth.values()))
+            benign.append(worth[BENIGN])
+        assert sum(both[-8:]) > sum(both[:8]), seed
+        assert sum(benign[-8:]) > sum(benign[:8]), seed
+        assert all(len(trial.values) == 2 for trial in told(source))
 
 
 def test_a_trial_whose_last_score_has_no_value_is_not_repeated_and_not_told(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import read_metrics
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import judge_again
-from mlc_ray.search.probe import choose_bundles, layer_statistics
+from mlc_ray.search.probe import choose_bundles, statistics
 from mlc_ray.search.run import resume_search, search
 from mlc_ray.search.trial import SearchError
 from tests.generate.chat_server import Step, serving
@@ -54,7 +54,6 @@ def run_place(small_llama: Path, repository: Path, tmp_path_factory: pytest.Temp
         "train": {"epochs": 4, "max_steps": 2},
         "engine": {"stage": 2},
         "cluster": {"address": "local", "workers": 1, "cpus_per_worker": 0.5},
-        "checkpoint": {"every": 1, "keep": 1},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     searched = {
@@ -62,6 +61,7 @@ def run_place(small_llama: Path, repository: Path, tmp_path_factory: pytest.Temp
         "output_dir": str(folder),
         "train": str(folder / "run.yaml"),
         "space": {"mlc.layer": {"choice": [1, "last"]}},
+        "score_every": 1,
         "sampler": "grid",
         "objective": {"name": "average", "min_benign_compliance": 0.0},
         "scoring": {
@@ -232,7 +232,11 @@ def test_a_killed_driver_is_resumed_where_it_was(run_place: Path, small_llama: P
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"HF_HUB_CACHE": str(tmp_path)}
     cached_from_a_hub(small_llama, "someone/small", tmp_path)  # and, while we are at it, the model is a hub's
     command = [sys.executable, "-m", "mlc_ray", "search"]
-    settings = ["name=killed", f"train={config}", "set=[train.max_steps=3, model.path=someone/small]"]
+    settings = [
+        "name=killed",
+        f"train={config}",
+        "set=[train.max_steps=3, model.path=someone/small, checkpoint.every=1, checkpoint.keep=1]",
+    ]
     started = [*command, "--config", str(run_place / "search.yaml"), *(f"--set={setting}" for setting in settings)]
     with (run_place / "killed.log").open("w") as log:
         process = subprocess.Popen(
@@ -292,22 +296,21 @@ def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_
             configured(
                 run_place,
                 "name=adapters",
-                f"space={{mlc.layer: {{choice: [2, last]}}, objective.loss: {{choice: [sft, '{hinge}']}}}}",
-                "probe.keep=1",
+                "space={mlc.layer: {choice: [2, last]}}",
+                "probe.criterion=silhouette",
                 "scoring.engine.replicas=2",
-                f'set=[model.lora.rank=4, "terms={{sign: {sign}}}"]',
+                f'set=[model.lora.rank=4, "objective.loss={hinge}", "terms={{sign: {sign}}}"]',
                 f"scoring.judge={json.dumps(judge)}",
             )
         )
     assert [(trial.finished, trial.step) for trial in result.trials] == [(True, 2), (True, 2)]
-    assert {trial.values["objective.loss"] for trial in result.trials} == {"sft", hinge}
     folder = run_place / "adapters"
     for metrics in (folder / "trials").glob("*/metrics.jsonl"):
         assert all(row["loss/sign"] >= 0 and "sign/cosine" in row for row in read_metrics(metrics.parent))
     ranking = json.loads((folder / "probe" / "probe.json").read_text())["probe"]["ranking"]
-    kept, left_out = sorted(("last", 2), key=lambda layer: ranking.index({"last": 4, 2: 2}[layer]))
-    assert [trial.values["mlc.layer"] for trial in result.trials] == [kept, kept]
-    assert result.skipped_layers == (left_out,)
+    order = sorted(("last", 2), key=lambda layer: ranking.index({"last": 4, 2: 2}[layer]))
+    began = sorted(result.trials, key=lambda trial: (folder / "trials" / trial.name / "values.json").stat().st_mtime_ns)
+    assert [trial.values["mlc.layer"] for trial in began] == order
     of_trials = [load_scores(path) for path in sorted((folder / "trials").glob("*/scores/step-*"))]
     baseline = load_scores(folder / "baseline")
     assert len({baseline.fingerprint, *(scored.fingerprint for scored in of_trials)}) == 5
@@ -357,8 +360,10 @@ def test_a_probe_sees_every_layer_as_transformers_does(ray_local: Any, small_lla
         rows.append([torch.stack([layer[0, -1] for layer in each]) for each in states])
     states = torch.stack([torch.stack(row) for row in rows])  # [N, L, layers, H]
     harmful = torch.tensor([row.kind == "harmful" for row in chosen])
-    expected = layer_statistics(states, torch.ones(16, 2, dtype=torch.bool), harmful, ["en", "sw"])
+    expected = statistics(states, torch.ones(16, 2, dtype=torch.bool), harmful, ["en", "sw"])
     for ours, theirs in zip(found.layers, expected.layers, strict=True):
         assert ours.share == pytest.approx(theirs.share, rel=1e-4)
         assert ours.within == pytest.approx(theirs.within, rel=1e-3, abs=1e-4)
         assert ours.separability == pytest.approx(theirs.separability, abs=0.05)
+        for name in ("silhouette", "separation"):
+            assert ours.criteria[name].value == pytest.approx(theirs.criteria[name].value, rel=1e-3, abs=1e-3)

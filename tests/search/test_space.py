@@ -9,13 +9,15 @@ from typing import Any
 import optuna
 import pytest
 
+from mlc_ray import cluster
+from mlc_ray.cluster import ClusterError
 from mlc_ray.config import ConfigError, ParameterSection, SearchConfig, parse_config
 from mlc_ray.data.sources import SourceFile, read_file, sample_path
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.search import run as search_run
-from mlc_ray.search.space import Space, check_held_out, distribution, make_space, restrict
+from mlc_ray.search.space import Space, check_held_out, distribution, make_space
 from mlc_ray.search.tune import make_scheduler
 from mlc_ray.storage import Place
 from mlc_ray.train.answers import MissingAnswersError
@@ -103,7 +105,7 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
         ({"space": {"mlc.weight": {"choice": [[1]]}}}, r"space\.mlc\.weight\.choice\.0=\[1\]: .*valid boolean, or "),
         ({"model": {"path": "x"}}, r"model is a setting of the runs.*set: \[model\.path=/abs/model\]"),
         ({"seed": -1}, "seed=-1"),
-        ({"probe": {"keep": 3}}, "leaves out none of the 3 layers"),
+        ({"probe": {"criterion": "luck"}}, r"probe\.criterion='luck'.*headroom"),
         ({"trials": None}, "needs trials"),
         ({"sampler": "grid"}, "needs choice or integers; mlc.weight"),
         ({"scheduler": "asha", "objective": "pareto"}, "compares trials by one number"),
@@ -203,9 +205,9 @@ def test_terms_are_searched_by_name() -> None:
 def test_settings_without_effect_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"set 'mlc\.layer=7' has no effect: space varies mlc\.layer"):
         make_space(search_config(set=["mlc.layer=7"]))
-    with pytest.raises(ConfigError, match=r"scheduler='asha' stops trials at checkpoints.*set checkpoint\.every"):
-        make_space(search_config(scheduler="asha"))
-    make_space(search_config(scheduler="asha", set=["checkpoint.every=2"]))
+    with pytest.raises(ConfigError, match=r"scheduler='asha' stops trials at their scores.*set score_every"):
+        search_config(scheduler="asha")
+    make_space(search_config(scheduler="asha", score_every=2))
     with pytest.raises(ConfigError, match=r"set 'output_dir=/x' has no effect: give output_dir at the top"):
         make_space(search_config(set=["output_dir=/x"]))
 
@@ -215,38 +217,39 @@ RATES: dict[str, Any] = {"optimizer.learning_rate": {"choice": [1e-5, 1e-6]}}
 
 
 def compared_by(metric: str, *overrides: str, space: dict[str, Any] = RATES, **changes: Any) -> SearchConfig:
-    return search_config(scheduler="asha", scheduler_metric=metric, set=list(overrides), space=space, **changes)
+    settings = {"score_every": 4, **changes}
+    return search_config(scheduler="asha", scheduler_metric=metric, set=list(overrides), space=space, **settings)
 
 
 def test_trials_can_be_compared_on_held_out_bundles() -> None:
     lower = ("loss/total", "harmful/loss/alignment", "loss/mlc", "benign/loss/contrast")
     higher = ("reward/margin", "harmful/reward/accuracy", "log_prob/chosen_change", "benign/mlc/leading_share")
     for name in (*lower, *higher):
-        config = compared_by(f"validation/{name}", HELD_OUT, "checkpoint.every=4", "terms.contrast.weight=0.5")
+        config = compared_by(f"validation/{name}", HELD_OUT, "terms.contrast.weight=0.5")
         make_space(config)
         scheduler = make_scheduler(config)
         assert (scheduler.metric, scheduler._metric_op) == (f"validation/{name}", -1.0 if name in lower else 1.0)
-    make_space(compared_by("validation/loss/mlc", HELD_OUT, "checkpoint.every=2", objective={"name": "pareto"}))
+    make_space(compared_by("validation/loss/mlc", HELD_OUT, objective={"name": "pareto"}))
 
 
 @pytest.mark.parametrize(
     ("metric", "overrides", "fault"),
     [
-        ("validation/loss/mlc", ["checkpoint.every=4"], "measured on data.validation, which the runs do not have"),
+        ("validation/loss/mlc", [], "measured on data.validation, which the runs do not have"),
         (
             "validation/loss/mlc",
-            [HELD_OUT, "checkpoint.every=3"],
-            r"checkpoint\.every=3 steps, but measured every data\.validation\.every=2",
+            [HELD_OUT.replace("every: 2", "every: 3")],
+            r"score_every=4 steps, but measured every data\.validation\.every=3",
         ),
-        ("validation/loss/anchor", [HELD_OUT, "checkpoint.every=2"], "for each NAME of loss/total, .*, loss/mlc$"),
+        ("validation/loss/anchor", [HELD_OUT], "for each NAME of loss/total, .*, loss/mlc$"),
         (
             "validation/mlc/leading_share",
-            [HELD_OUT, "checkpoint.every=2", "terms.contrast.weight=0.5", "mlc.weight=0"],
+            [HELD_OUT, "terms.contrast.weight=0.5", "mlc.weight=0"],
             "log_prob/chosen_change, loss/contrast$",
         ),
         (
             "validation/reward/margin",
-            [HELD_OUT, "checkpoint.every=2", "objective={loss: sft}"],
+            [HELD_OUT, "objective={loss: sft}"],
             "objective.loss='sft' measure .* loss/alignment, log_prob/chosen, ",
         ),
     ],
@@ -270,7 +273,7 @@ def test_what_trials_do_not_measure_compares_none(metric: str, overrides: list[s
 def test_a_number_that_means_another_thing_in_each_trial_compares_none(
     name: str, field: str, values: list[Any]
 ) -> None:
-    overrides = [HELD_OUT, "checkpoint.every=2", "terms.contrast.weight=0.5", "objective={}"]
+    overrides = [HELD_OUT, "terms.contrast.weight=0.5", "objective={}"]
     space = {field: {"choice": values}}
     with pytest.raises(ConfigError, match=rf"validation/{name}' cannot compare trials that differ in {field}, .*; use"):
         make_space(compared_by(f"validation/{name}", *overrides, space=space))
@@ -324,11 +327,6 @@ def test_a_grid_has_every_combination_once() -> None:
     assert space.grid() == [{"a": a, "b": b} for a in "xy" for b in (3, 4, 5)]
 
 
-def test_restricting_keeps_the_order() -> None:
-    assert restrict(ParameterSection(integers=(1, 5)), [4, 2]).choice == [2, 4]
-    assert restrict(ParameterSection(choice=["last", 3, 0.5]), [0.5, "last"]).choice == ["last", 0.5]
-
-
 def test_distributions_draw_from_the_range_that_is_written() -> None:
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask(
         {
@@ -362,3 +360,22 @@ def test_every_loss_of_the_space_finds_the_answers_it_needs_before_the_first_tri
     base = space.run({"objective.loss": "sft"}, name="base")
     with pytest.raises(MissingAnswersError, match=r"objective\.loss='orpo' needs chosen and rejected answers"):
         search_run._prepare_data(config, base, space, Place(tmp_path), "cpu")
+
+
+ONE_GPU, TWO_GPUS, NO_GPU = ({"CPU": 8.0, **gpu} for gpu in ({"GPU": 1.0}, {"GPU": 2.0}, {}))
+
+
+@pytest.mark.parametrize("nodes", [[TWO_GPUS], [ONE_GPU, ONE_GPU], [ONE_GPU, NO_GPU]])
+def test_a_gpu_is_shared_only_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, float]]
+) -> None:
+    config = search_config(share_gpu=True, set=["cluster.workers=1"])
+    base = make_space(config).run({}, name="base")
+    for module in (cluster, search_run):
+        monkeypatch.setattr(module, "node_resources", lambda: nodes)
+    with pytest.raises(ClusterError, match=r"share_gpu=True, but the Ray cluster has .*GPUs.*one node with one GPU"):
+        search_run.check_feasible(config, base, "gpu")
+    nodes[:] = [ONE_GPU]
+    search_run.check_feasible(config, base, "gpu")
+    with pytest.raises(ClusterError, match="runs on CPU, where engines cannot sleep"):
+        search_run.check_feasible(config, base, "cpu")

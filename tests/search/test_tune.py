@@ -77,17 +77,6 @@ def tried_by(folder: Path) -> list[int]:
     return [int(line) for line in (folder / "calls").read_text().split()]
 
 
-def test_both_sides_are_maximised_under_pareto(run_search: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
-    # Only a weight of 1 is benign: with one objective it would not matter, since no floor asks for it.
-    space = {"mlc.layer": {"integers": [1, 20]}, "mlc.weight": {"uniform": [0.0, 1.0]}}
-    results = run_search(space=space, sampler="tpe", trials=24, objective="pareto")
-    assert {result["training_iteration"] for result in results} == {REPORTS + 1}  # nothing is stopped
-    both = [result[HARMFUL] + result[BENIGN] for result in sorted(results, key=lambda r: r["timestamp"])]
-    assert sum(both[-8:]) > sum(both[:8])
-    benign = [result[BENIGN] for result in sorted(results, key=lambda r: r["timestamp"])]
-    assert sum(benign[-8:]) > sum(benign[:8])
-
-
 GRID: dict[str, Any] = {
     "space": {"mlc.layer": {"choice": [2, 7]}, "mlc.weight": {"choice": [0.1, 1.0]}},
     "sampler": "grid",
@@ -150,7 +139,7 @@ def test_poor_trials_are_stopped_early(run_search: Callable[..., list[dict[str, 
         sampler="grid",
         scheduler=scheduler,
         grace_scores=1,
-        set=["checkpoint.every=1"],
+        score_every=1,
     )
     reports = {result["config"][VALUES]["mlc.layer"]: result["training_iteration"] for result in results}
     assert reports[7] == REPORTS + 1

@@ -75,6 +75,8 @@ class LingeringStorage(VaultStorage):
 class InLoop:
     """A saver as the loop asks for it, without what a run on Ray adds."""
 
+    at_the_end = True
+
     def __init__(self, saver):
         self.saver, self.writes, self.settle, self.finish = saver, saver.writes, saver.settle, saver.finish
 
@@ -83,6 +85,9 @@ class InLoop:
         if wait or not self.saver.in_background:
             self.saver.finish()
         return self.saver.fault is None
+
+    def score(self, progress, *, last):
+        pass
 
 
 class Rows(list):

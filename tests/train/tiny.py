@@ -164,6 +164,11 @@ class SavesAtOnce:
     def save(self, progress, metrics, *, wait, needed):
         return self._save(progress, metrics) is not False
 
+    at_the_end = True
+
+    def score(self, progress, *, last):
+        pass
+
     def writes(self):
         return False
 

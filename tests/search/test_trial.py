@@ -1,0 +1,160 @@
+"""A trial from its last weights to its end, and which models are confirmed; without Ray and engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray.tune
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from mlc_ray.config import SearchConfig, parse_config
+from mlc_ray.runs import weights_folder
+from mlc_ray.score.prompts import Prompts
+from mlc_ray.score.scorer import ScorerDiedError, WarmScore
+from mlc_ray.score.stages import JUDGED, PROMPTS
+from mlc_ray.search.confirm import confirm
+from mlc_ray.search.results import ending
+from mlc_ray.search.space import make_space
+from mlc_ray.search.trial import Shared, run_trial, scored_trials
+from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES
+from mlc_ray.storage import MANIFEST, Place, sealed
+from mlc_ray.storage.manifests import checksum
+
+ROWS = [
+    {"benchmark": "own", "bundle_id": f"{kind}{n}", "kind": kind, "category": "c", "language": code, "prompt": f"{n}?"}
+    for kind in ("harmful", "benign") for n in range(20) for code in ("en", "sw")
+]  # fmt: skip
+
+
+@dataclass
+class Scorer:
+    """Stands where engines would: says how each folder of weights behaves, and notes what it is asked."""
+
+    unparsed: tuple[str, ...] = ()
+    dead: bool = False
+    asked: list[str | None] = field(default_factory=list)
+
+    def check(self) -> None:
+        if self.dead:
+            raise ScorerDiedError("an engine that scores has died")
+
+    def score(self, weights: str | None, *, lora: bool = False, prompts: pa.Table | None = None) -> WarmScore:
+        self.asked.append(weights)
+        lost = any(name in str(weights) for name in self.unparsed) and prompts is not None
+        good = {"harmful": "refused", "benign": "complied"}
+        rows = [
+            {**row, "response": "?", "finish": "stop", "behaviour": "unparsed" if lost else good[row["kind"]],
+             "categories": [], "via_refused": ""}
+            for row in ROWS
+        ]  # fmt: skip
+        filled = [{name: row.get(name) for name in JUDGED.names} for row in rows]
+        return WarmScore(pa.Table.from_pylist(filled, schema=JUDGED), {"total": 1.0})
+
+
+def shared_of(folder: Path, scorer: Any, **settings: Any) -> Shared:
+    model = folder / "base"
+    weights_at(model)
+    run = {
+        "name": "base",
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": [{"path": "sample:train"}]},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    raw = {
+        "name": "s", "output_dir": str(folder), "train": str(folder / "run.yaml"), "trials": 3,
+        "space": {"mlc.weight": {"choice": [0.1, 0.5, 1.0]}}, "scoring": {"benchmarks": [{"path": "sample:select"}]},
+        **settings,
+    }  # fmt: skip
+    config = parse_config(SearchConfig, raw)
+    return Shared(config, make_space(config), Place(folder), scorer, "prompts", str(model), lora=False)
+
+
+def weights_at(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    save_file({"w": torch.arange(4.0)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+
+
+def trained(shared: Shared, name: str, step: int, *, ends: bool) -> None:
+    """What the workers of a trial leave that died when its weights of `step` were published."""
+    run = shared.trial_folder(name)
+    folder = weights_folder(run, step)
+    weights_at(Path(folder / "model"))
+    files = {
+        f"model/{file}": Path(folder / "model" / file).read_bytes() for file in ("model.safetensors", "config.json")
+    }
+    config = shared.space.run({"mlc.weight": 0.5}, name=name, output_dir=str(run.parent))
+    manifest = {
+        "config": config.model_dump(mode="json", exclude_unset=True), "step": step, "ends": ends, "bundles_consumed": 8,
+        "fingerprints": {}, "versions": {}, "files": {file: len(data) for file, data in files.items()},
+        "checksums": {file: checksum(data) for file, data in files.items()},
+    }  # fmt: skip
+    (folder / MANIFEST).write_json(sealed(manifest))
+    (run / "run.json").write_json({"languages": ["en", "sw"]})
+
+
+def test_a_trial_that_died_after_its_last_weights_is_scored_exported_and_then_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = Scorer()
+    shared = shared_of(tmp_path, scorer)
+    trained(shared, "a", 4, ends=True)
+    run = Path(shared.trial_folder("a"))
+    told: list[tuple[dict[str, Any], list[str]]] = []
+
+    def report(metrics: dict[str, Any]) -> None:
+        told.append((metrics, sorted(path.name for path in run.iterdir())))
+
+    monkeypatch.setattr(ray.tune, "report", report)
+    run_trial({VALUES: {"mlc.weight": 0.5}, FOLDER: "a"}, shared=shared)
+    assert scorer.asked == [str(run / "train" / "weights_000004" / "model")]  # and nothing was trained
+    (first, seen), (last, at_the_end) = told
+    assert (first[STEP], FINISHED in first) == (4.0, False) and "model" not in seen and "finished" not in seen
+    assert last == {**first, FINISHED: True} and {"model", "finished"} <= set(at_the_end)
+    assert (run / "model" / "model.safetensors").is_file() and ending(Place(run)) == "finished"
+    # What scoring needed goes when the next trial begins.
+    shared.drop_optimizer_states()
+    assert not (run / "train").exists()
+
+
+def test_of_a_trial_whose_checkpoints_are_kept_only_what_was_scored_goes(tmp_path: Path) -> None:
+    shared = shared_of(tmp_path, Scorer(), keep_checkpoints=True)
+    trained(shared, "a", 4, ends=True)
+    run = shared.trial_folder("a")
+    (run / "values.json").write_json({"mlc.weight": 0.5})
+    (run / "train" / "checkpoint_000004" / "manifest.json").write_json({})
+    shared.drop_optimizer_states()  # it has not ended
+    assert weights_folder(run, 4).is_dir()
+    (run / "finished").write_text("")
+    shared.drop_optimizer_states()
+    assert [folder.name for folder in (run / "train").iterdir()] == ["checkpoint_000004"]
+
+
+def test_no_trial_begins_where_nothing_could_score_it(tmp_path: Path) -> None:
+    shared = shared_of(tmp_path, Scorer(dead=True))
+    with pytest.raises(ScorerDiedError):
+        run_trial({VALUES: {"mlc.weight": 0.5}, FOLDER: "a"}, shared=shared)
+    assert not shared.trial_folder("a").exists()
+
+
+def test_a_model_that_cannot_be_confirmed_is_left_out_and_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    scorer = Scorer(unparsed=("trials/a/",))
+    shared = shared_of(tmp_path, scorer, confirm={"keep": 2})
+    monkeypatch.setattr(ray.tune, "report", lambda metrics: None)
+    for name, weight in {"a": 0.1, "b": 0.5, "c": 1.0}.items():
+        trained(shared, name, 4, ends=True)
+        run_trial({VALUES: {"mlc.weight": weight}, FOLDER: name}, shared=shared)
+    found = confirm(shared, Prompts(pa.Table.from_pylist(ROWS, schema=PROMPTS), "others"), scored_trials(shared))
+    assert found is not None
+    assert [point.trial for point in found.points] == ["b", "c"]  # a, the first by name of three alike, is not there
+    (said,) = found.left_out
+    assert said.startswith("a: ") and "no verdict" in said
+    assert "not confirmed, a: " in caplog.text
