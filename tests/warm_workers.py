@@ -114,6 +114,7 @@ def fork(asked: socket.socket) -> None:
             _become(told)
         for each in descriptors:
             os.close(each)
+    os._exit(0)  # to tear down what was imported takes a second or two
 
 
 def _become(told: dict[str, Any]) -> None:
