@@ -76,17 +76,26 @@ def small_llama(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def ray_local(request: pytest.FixtureRequest) -> Iterator[Any]:
-    """One real Ray for all tests that need one: a local node of 2 CPUs."""
+def ray_local(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One real Ray for all tests that need one: a local node of 2 CPUs, whose workers have imported what they need."""
     import ray
+
+    from tests.warm_workers import running
 
     if any({"ray_local", "s3"} <= set(item.fixturenames) for item in request.session.items):  # type: ignore[attr-defined]
         request.getfixturevalue("s3")  # its workers get the environment that is there when it starts
     ray.shutdown()  # of one that a test of this process started without asking for this fixture
     # With the dashboard, as any real cluster has it: Ray Train asks it which runs have died, to free what they held.
-    ray.init(address="local", num_cpus=2, include_dashboard=True, log_to_driver=False)
-    yield ray
-    ray.shutdown()
+    with running(tmp_path_factory.mktemp("warm")) as python:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=True,
+            log_to_driver=False,
+            runtime_env={"py_executable": python},
+        )
+        yield ray
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -118,3 +118,25 @@ def test_reference_pass_benchmark(tmp_path: Path, repository: Path, small_llama:
     result = json.loads(out.read_text())
     assert result["bundles"] == 48 and 0 < result["busy"] <= 1
     assert "48 bundles: the pass took" in done.stdout
+
+
+def test_lines_of_functions_that_were_called_are_counted_with_their_docstrings() -> None:
+    narrow_path = importlib.import_module("benchmarks.narrow_path")
+    text = '''class One:
+    """Not a function's."""
+
+    @property
+    def called(self):
+        """Two
+        lines."""
+        def inside():
+            """Counts with it."""
+        return inside
+
+    def never(self):
+        """Nothing."""
+'''
+    decorated, plain = {4}, {5}
+    for called in (decorated, plain):
+        assert narrow_path.lines_that_run(text, called) == (6 + 1, 3)
+    assert narrow_path.lines_that_run(text, set()) == (0, 0)
