@@ -186,10 +186,12 @@ def test_forwards_on_a_gpu_are_alike_in_tokens(place):
         forwards.append(sum(own[int(each.removeprefix("bundle-"))] for each in batch.bundle_ids))
         return model(batch)
 
-    Asking(reference, True, True, None, CPU).ask(tokens, np.arange(BUNDLES), lambda _: None)
+    # Dealt out in this order, one forward would get the longest ones.
+    rows = np.empty(BUNDLES, dtype=int)
+    rows[0::3], rows[1::3], rows[2::3] = np.split(np.argsort(-own), [8, 15])
+    Asking(reference, True, True, None, CPU).ask(tokens, rows, lambda _: None)
     assert sum(forwards) == own.sum() and len(forwards) <= -(-BUNDLES // BUNDLES_PER_FORWARD) + 1
-    assert max(forwards) <= BUNDLES_PER_FORWARD * own.mean() + 0.5
-    assert max(forwards) - min(forwards) <= own.min()  # by numbers of bundles: more than the largest one
+    assert max(forwards) - min(forwards) <= own.min()
 
 
 def test_a_bundle_without_an_answer_that_is_needed_is_named(place, tmp_path):
