@@ -247,13 +247,14 @@ def _remove_groups_of(holder: Holder) -> None:
     if not _is_of_this_cluster(holder):
         return
     of_job = ("creator_job_id", "=", holder.ray_job), ("is_detached", "=", False), ("state", "!=", "REMOVED")
+    here = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
     try:
-        left = list_placement_groups(filters=list(of_job), detail=True)
-        jobs = {job.job_id: job.status for job in list_jobs()} if left else {}
-    except RayStateApiException as error:  # a cluster without a dashboard
+        left = list_placement_groups(here, filters=list(of_job), detail=True)
+        jobs = list_jobs(here, filters=[("job_id", "=", holder.ray_job)]) if left else []
+    except (RayStateApiException, OSError) as error:  # a cluster without a dashboard
         logger.info("whether %s left placement groups cannot be told: %s", holder, error)
         return
-    if jobs.get(holder.ray_job) == "RUNNING":  # the driver was one process of several
+    if any(job.status == "RUNNING" for job in jobs):  # the driver was one process of several
         return
     for each in left:
         logger.warning("removing placement group %s, which %s left", each.placement_group_id, holder)
