@@ -215,5 +215,12 @@ def test_within_a_cluster_a_killed_drivers_lease_is_free_at_once(tmp_path, ray_l
             assert json.loads((tmp_path / "lease.json").read_text())["id"] == held
         groups = list_placement_groups(filters=[("creator_job_id", "=", holder["ray_job"])])
         assert [group.state for group in groups] == ["REMOVED"]
+        own = ray_local.util.placement_group([{"CPU": 0.5}])
+        assert own.wait(60)
+        same_job = holder | {"ray_job": ray_local.get_runtime_context().get_job_id()}  # as of a trial of a search
+        (tmp_path / "lease.json").write_text(json.dumps(same_job))
+        with lease(Place(tmp_path), wait=True, lifetime=1e6):
+            assert ray_local.util.placement_group_table(own)["state"] == "CREATED"
+        ray_local.util.remove_placement_group(own)
     finally:
         ray_local.kill(ray_local.get_actor("outlives", namespace="test"))
