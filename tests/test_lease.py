@@ -213,7 +213,8 @@ def test_within_a_cluster_a_killed_drivers_lease_is_free_at_once(tmp_path, ray_l
     try:
         with lease(Place(tmp_path), wait=True, lifetime=1e6) as held:  # the file never grows old enough
             assert json.loads((tmp_path / "lease.json").read_text())["id"] == held
-        groups = list_placement_groups(filters=[("creator_job_id", "=", holder["ray_job"])])
+        here = ray_local.get_runtime_context().gcs_address
+        groups = list_placement_groups(here, filters=[("creator_job_id", "=", holder["ray_job"])])
         assert [group.state for group in groups] == ["REMOVED"]
         own = ray_local.util.placement_group([{"CPU": 0.5}])
         assert own.wait(60)
