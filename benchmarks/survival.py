@@ -3,7 +3,8 @@
 On a Ray of two nodes on this machine, the same run (float32, two workers, ZeRO-2, dropout off, a checkpoint every two
 steps) is struck again and again, and started again by the same command, `mlc-ray train --set resume=auto`. In the end
 the losses of all steps and the weights must be those of the run that nobody struck, and nothing may be left: no file
-half written, no actor, no placement group, no lease. The deaths:
+half written, no actor, no placement group, no lease. A death that found nothing to strike, since the run was over by
+then or the process had ended, is not counted, and is repeated in a later run. The deaths:
 
     worker   SIGKILL of a training worker
     driver   SIGKILL of the process that was started
@@ -23,12 +24,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +46,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 from tests.s3_server import running
 
 TENSORBOARD = ["logging.tensorboard=true"]
+TRIES = 3
+"""How often a death is repeated, at most, until it strikes."""
 
 
 def differences(run: Place, undisturbed: Place) -> dict[str, float]:
@@ -65,24 +71,34 @@ def differences(run: Place, undisturbed: Place) -> dict[str, float]:
     return {"losses": losses, "weights": weights}
 
 
-def left_behind(scene: Scene, run: Run) -> list[str]:
+SWEEP = "from mlc_ray.storage import scratch_folder\nwith scratch_folder(): pass"
+
+
+def left_behind(run: Run) -> list[str]:
     """Files half written, processes, actors and placement groups that the run should have taken with it."""
     import ray
     from ray.util.state import list_actors
 
+    scene = run.scene
     kept = ".validate_storage_marker"  # Ray Train's
     files = map(Path, run.folder.sizes())
     found = [str(path) for path in files if path.name != kept and any(part[0] == "." for part in path.parts)]
     found += [str(path) for path in run.checkpoints() if path not in run.checkpoints(whole=True)]
     found += [name for name in (LEASE_FILE, STOP_FILE) if (run.folder / name).is_file()]
-    found += [str(path) for path in scene.temporary.iterdir() if "mlc_ray" in path.name]
 
     def held() -> list[str]:
+        scratch = list(scene.temporary.glob(".mlc_ray-scratch-*"))
+        for path in scratch:
+            os.utime(path, (0, 0))  # it is taken for abandoned after some seconds
+        if scratch:  # killed processes cannot remove them: the next one does, but for those in use
+            subprocess.run([sys.executable, "-c", SWEEP], env=scene.environment, check=True)
         groups = [each for each in ray.util.placement_group_table().values() if each["state"] != "REMOVED"]
         alive = list_actors(address=scene.address, filters=[("state", "=", "ALIVE")])
         own = {"TrainController", "RayTrainWorker", "PlacementGroupCleaner"}
-        return [f"placement group {each['placement_group_id']}" for each in groups] + [
-            f"actor {each.class_name}" for each in alive if any(name in each.class_name for name in own)
+        return [
+            *(str(path) for path in scene.temporary.iterdir() if path.name not in scene.kept),
+            *(f"placement group {each['placement_group_id']}" for each in groups),
+            *(f"actor {each.class_name}" for each in alive if any(name in each.class_name for name in own)),
         ]
 
     deadline = time.monotonic() + 60
@@ -91,27 +107,35 @@ def left_behind(scene: Scene, run: Run) -> list[str]:
     return found + now
 
 
-def strike(
-    scene: Scene, name: str, deaths: Sequence[str], output_dir: Path | Place, settings: Sequence[str] = ()
-) -> dict[str, Any]:
-    """A run with these deaths, at moments in their order, to its end."""
-    began = time.monotonic()
-    run = Run(scene, name, output_dir, settings)
-    at = sorted(scene.random.sample(range(1, STEPS - 1), len(deaths)))
-    struck = []
+def strike(run: Run, deaths: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Have a run die these deaths, in their order, and see it to its end; yields each and whether it struck."""
+    at = sorted(run.scene.random.sample(range(1, STEPS - 1), len(deaths)))
     for step, death in zip(at, deaths, strict=True):
-        if not run.until(step):
-            run.start()  # an earlier death ended it
-            run.until(step)
-        struck.append(f"{death} at {run.step()}")
-        DEATHS[death](run)
+        while not run.until(step) and run.driver.returncode != 0:
+            run.start_again()  # an earlier death ended it
+        reached = run.step()
+        yield f"{death} at {reached}", not run.ended() and DEATHS[death](run)
     while True:
-        wait(lambda: run.driver.poll() is not None, f"the end of {name}")
+        wait(run.ended, f"the end of {run.name}")
         if run.driver.returncode == 0:
             break
-        assert run.starts < 3 * len(deaths) + 3, run.log()[-4000:]
-        run.start()
-    return {"name": name, "deaths": struck, "starts": run.starts, "seconds": time.monotonic() - began, "run": run}
+        run.start_again()
+
+
+def lived(run: Run, deaths: Sequence[str], alone: Run) -> dict[str, Any]:
+    """What became of a run with these deaths, as a row."""
+    began = time.monotonic()
+    row: dict[str, Any] = {"name": run.name, "deaths": [], "missed": [], "losses": inf, "weights": inf, "error": None}
+    try:
+        for death, struck in strike(run, deaths):
+            row["deaths" if struck else "missed"].append(death)
+        row |= differences(run.folder, alone.folder)
+    except (AssertionError, TimeoutError) as error:  # the others are still worth to be seen
+        row["error"] = str(error)
+        run.kill_driver()
+    row |= {"starts": run.starts, "seconds": time.monotonic() - began, "left": left_behind(run)}
+    row["ok"] = row["losses"] <= 1e-6 and row["weights"] <= 1e-6 and not row["left"]
+    return row
 
 
 def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -137,33 +161,44 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         scene.wait_for_nodes()
         alone = Run(scene, "undisturbed", folder / "runs")
         alone.end()
+        # Ray's dashboard and PyTorch have folders there; a run that nobody struck leaves none of this package's.
+        scene.kept = {path.name for path in scene.temporary.iterdir() if "mlc_ray" not in path.name}
 
         def with_prepared(output_dir: Path | Place) -> None:
             """Have what the undisturbed run prepared there too: each time it would take a third of the run."""
             where = artifact_cache(Place(output_dir))
             where.storage.publish(folder / "runs" / "cache", str(where))
 
-        def judged(row: dict[str, Any]) -> None:
-            run = row.pop("run")
-            row |= differences(run.folder, alone.folder)
-            row["left"] = left_behind(scene, run)
-            row["ok"] = row["losses"] <= 1e-6 and row["weights"] <= 1e-6 and not row["left"]
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+        def live(name: str, deaths: Sequence[str], output_dir: Path | Place, settings: Sequence[str] = ()) -> None:
+            rows.append(lived(Run(scene, name, output_dir, settings), deaths, alone))
+            print(json.dumps(rows[-1]), flush=True)
 
-        for number in range(0, len(deaths), options.per_run):
-            judged(strike(scene, f"struck-{number:03d}", deaths[number : number + options.per_run], folder / "runs"))
+        tries = Counter[str]()
+        while deaths:
+            now, deaths = deaths[: options.per_run], deaths[options.per_run :]
+            live(f"struck-{len(rows):03d}", now, folder / "runs")
+            for death in (each.split()[0] for each in rows[-1]["missed"]):
+                tries[death] += 1
+                if tries[death] < TRIES * int(wanted[death]):
+                    deaths.append(death)
+
+        def until_struck(death: str, number: int, output_dir: Path | Place) -> None:
+            for again in range(TRIES):
+                live(f"{death}-{number}-{again}", [death], output_dir, TENSORBOARD)
+                if rows[-1]["deaths"]:
+                    break
+
         for number in range(int(wanted.get("full", 0))):
             with small_disk(folder / f"disk-{number}", mebibytes=192) as mounted:  # five checkpoints of 28 MB, and more
                 if not mounted:
                     print("full: left out, no right to mount a disk")
                     break
                 with_prepared(folder / f"disk-{number}")
-                judged(strike(scene, f"full-{number}", ["full"], folder / f"disk-{number}", TENSORBOARD))
+                until_struck("full", number, folder / f"disk-{number}")
         if "server" in wanted:
             with_prepared(bucket)
         for number in range(int(wanted.get("server", 0))):
-            judged(strike(scene, f"server-{number}", ["server"], bucket, TENSORBOARD))
+            until_struck("server", number, bucket)
     return rows
 
 
@@ -173,14 +208,14 @@ def _made(folder: Path) -> Path:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Deaths by kind, and how far the runs were from the undisturbed one."""
-    kinds = Counter(death.split()[0] for row in rows for death in row["deaths"])
+    """Deaths that struck by kind, and how far the runs were from the undisturbed one."""
+    kinds = Counter(_kinds(rows))
     lines = [
-        "| death | times | runs | runs that were equal | largest difference of losses | of weights |",
+        "| death | times | runs | equal, with nothing left | largest difference of losses | of weights |",
         "|---" * 6 + "|",
     ]
     for kind, times in kinds.items():
-        of = [row for row in rows if any(death.split()[0] == kind for death in row["deaths"])]
+        of = [row for row in rows if kind in _kinds([row])]
         lines.append(
             f"| {kind} | {times} | {len(of)} | {sum(row['ok'] for row in of)} | "
             f"{max(row['losses'] for row in of):.1e} | {max(row['weights'] for row in of):.1e} |"
@@ -188,8 +223,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _kinds(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The kind of each death that struck."""
+    return [death.split()[0] for row in rows for death in row["deaths"]]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 1 where a run did not end as the undisturbed one did."""
+    """The command line; 1 where a run did not end as the undisturbed one did, or a death never struck."""
     from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
     from mlc_ray.storage import user_cache
 
@@ -209,7 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(rows))
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0 if rows and all(row["ok"] for row in rows) else 1
+    wanted = {name: int(number) for name, number in (part.split("=") for part in options.deaths.split(","))}
+    if never := Counter(wanted) - Counter(_kinds(rows)):
+        print("did not strike:", ", ".join(f"{name} {times} times" for name, times in never.items()))
+    return 0 if all(row["ok"] for row in rows) and not never else 1
 
 
 if __name__ == "__main__":

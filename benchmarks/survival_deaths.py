@@ -1,4 +1,7 @@
-"""The deaths that `survival.py` has a run die, each a function that is called at a random moment of a run."""
+"""The deaths that `survival.py` has a run die, each a function that is called at a random moment of a run.
+
+Each returns whether it struck what it was meant to: by then the run may be over, or what it strikes may have ended.
+"""
 
 from __future__ import annotations
 
@@ -8,56 +11,74 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from survival_scene import Run, kill, wait
+import psutil
+from survival_scene import STEPS, Run, kill, wait
+
+from mlc_ray.runs import is_set_aside
+from mlc_ray.storage import MANIFEST, Place
 
 
-def worker(run: Run) -> None:
+def worker(run: Run) -> bool:
     """SIGKILL of a worker."""
-    wait(lambda: bool(run.scene.workers()) or run.driver.poll() is not None, "workers")
-    if workers := run.scene.workers():
-        kill(run.scene.random.choice(workers))
+    wait(lambda: bool(run.scene.workers()) or run.ended(), "workers")
+    workers = run.scene.workers()
+    return bool(workers) and kill(run.scene.random.choice(workers))
 
 
-def driver(run: Run) -> None:
+def driver(run: Run) -> bool:
     """SIGKILL of the driver, and the same command again."""
-    run.kill_driver()
+    struck = run.kill_driver()
     run.start()
+    return struck
 
 
-def node(run: Run) -> None:
-    """SIGKILL of a node, and another in its place."""
+def node(run: Run) -> bool:
+    """SIGKILL of a node that trains, and another in its place."""
+    wait(lambda: bool(run.scene.workers(last_node=True)) or run.ended(), "a worker on the second node")
+    struck = bool(run.scene.workers(last_node=True))
     run.scene.kill_node()
-    run.scene.start_worker_node()
-    run.scene.wait_for_nodes()
+    run.scene.start_worker_node()  # it is there some seconds later, and another death may come before
+    return struck
 
 
-def write(run: Run) -> None:
-    """SIGKILL of a worker while a checkpoint is written."""
-
-    def writing() -> bool:
-        if len(run.checkpoints()) > len(run.checkpoints(whole=True)):
-            for process in run.scene.workers()[:1]:
-                kill(process)
-            return True
-        return run.driver.poll() is not None
-
-    wait(writing, "a checkpoint that is written", every=0.001)
+def write(run: Run) -> bool:
+    """SIGKILL of a worker while a checkpoint is written, which is not completed then."""
+    wait(lambda: _written(run) is None or run.ended(), "the end of what is written now, or was left by another death")
+    wait(lambda: _written(run) is not None or run.ended(), "a checkpoint that is written", every=0.001)
+    workers, checkpoint = run.scene.workers(), _written(run)
+    if checkpoint is None or not workers or not kill(run.scene.random.choice(workers)):
+        return False
+    psutil.wait_procs(workers, timeout=60)  # Ray ends the others
+    return not (checkpoint / MANIFEST).is_file()
 
 
-def term(run: Run) -> None:
+def _written(run: Run) -> Place | None:
+    """The checkpoint that has no manifest yet; one that is being removed has lost its own, but is not the newest."""
+    newest = run.checkpoints()[-1:]
+    return newest[0] if newest and newest != run.checkpoints(whole=True)[-1:] else None
+
+
+def term(run: Run) -> bool:
     """SIGTERM of the driver, which ends cleanly; then the same command again."""
     run.driver.send_signal(signal.SIGTERM)
-    wait(lambda: run.driver.poll() is not None, "the end after SIGTERM")
+    wait(run.ended, "the end after SIGTERM")
+    struck = run.driver.returncode == 128 + signal.SIGTERM
     run.start()
+    return struck
 
 
-def damage(run: Run) -> None:
-    """A damaged newest checkpoint, where there is one before it: a run whose checkpoints are all damaged ends."""
+def damage(run: Run) -> bool:
+    """A damaged newest checkpoint, which is passed over for the one before; where there is none, a run would end."""
 
-    wait(lambda: len(run.checkpoints(whole=True)) > 1 or run.driver.poll() is not None, "a second checkpoint")
-    run.kill_driver()
+    def whole() -> list[Place]:
+        return [folder for folder in run.checkpoints(whole=True) if not is_set_aside(folder)]
+
+    wait(lambda: len(whole()) > 1 or run.ended(), "a second checkpoint")
+    struck = run.kill_driver()
     wait(lambda: not run.scene.workers(), "the end of the workers")
-    if len(checkpoints := run.checkpoints(whole=True)) > 1:
+    checkpoints = whole()
+    struck = struck and len(checkpoints) > 1 and checkpoints[-1].name != f"checkpoint_{STEPS:06d}"
+    if struck:
         files = sorted(Path(checkpoints[-1]).rglob("*"))
         victim = run.scene.random.choice([path for path in files if path.is_file() and path.stat().st_size > 8])
         content = bytearray(victim.read_bytes())
@@ -67,14 +88,23 @@ def damage(run: Run) -> None:
             content[run.scene.random.randrange(len(content))] ^= 1 << run.scene.random.randrange(8)
         victim.write_bytes(content)
     run.start()
+    if struck:
+        wait(lambda: is_set_aside(checkpoints[-1]) or run.ended(), f"the warning of {victim}")
+        assert is_set_aside(checkpoints[-1]) or run.driver.returncode != 0, f"{victim} was damaged, and was used"
+    return struck
 
 
-def nan(run: Run) -> None:
+def nan(run: Run) -> bool:
     """A loss that is NaN once."""
-    (run.scene.folder / "stumble").touch()
+    file = run.scene.folder / "stumble"
+    file.touch()
+    wait(lambda: not file.exists() or run.ended(), "a forward that stumbles")
+    struck = not file.exists()
+    file.unlink(missing_ok=True)
+    return struck
 
 
-def full(run: Run) -> None:
+def full(run: Run) -> bool:
     """A disk that is full until it has refused a checkpoint, or the run has ended, and a random while longer."""
     filler = Path(run.output_dir) / "filler"
     before = run.log().count(_REFUSED)
@@ -83,7 +113,7 @@ def full(run: Run) -> None:
         with filler.open("ab", buffering=0) as file, suppress(OSError):
             while True:  # again and again: what is removed leaves room
                 file.write(bytes(1 << 16))
-        return run.log().count(_REFUSED) > before or run.driver.poll() is not None
+        return run.log().count(_REFUSED) > before or run.ended()
 
     wait(refused, "a refused checkpoint")
     until = time.monotonic() + run.scene.random.uniform(0, 15)
@@ -91,17 +121,20 @@ def full(run: Run) -> None:
         refused()
         time.sleep(0.05)
     filler.unlink()
+    return run.log().count(_REFUSED) > before
 
 
-def server(run: Run) -> None:
+def server(run: Run) -> bool:
     """SIGKILL of the object store that the run writes to; it is back before the retries are over, or after that."""
+    struck = not run.ended()
     run.scene.server.kill()
     time.sleep(run.scene.random.choice([run.scene.random.uniform(2, 8), run.scene.random.uniform(20, 40)]))
     run.scene.server.start()
+    return struck
 
 
 _REFUSED = "could not be written: "
 
-DEATHS: dict[str, Callable[[Run], None]] = {
+DEATHS: dict[str, Callable[[Run], bool]] = {
     each.__name__: each for each in (worker, driver, node, write, term, damage, nan, full, server)
 }

@@ -27,6 +27,7 @@ from mlc_ray.storage import MANIFEST, Place
 
 STEPS, EVERY = 12, 2
 SECONDS = 400  # the longest that anything is waited for
+MOST_STARTS = 20  # of one run
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -62,6 +63,7 @@ class Scene:
     seed: int
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     address: str = ""
+    kept: set[str] = field(default_factory=set)  # temporary files that no run leaves
     server: Any = None  # a `tests.s3_server.S3Server`, where a run writes to one
 
     def __post_init__(self) -> None:
@@ -127,17 +129,13 @@ class Scene:
                 )
             )  # fmt: skip
 
-    def processes(self) -> list[psutil.Process]:
-        """All that runs on the nodes."""
+    def workers(self, *, last_node: bool = False) -> list[psutil.Process]:
+        """The training workers; with `last_node`, those on the node that was started last."""
         found = []
-        for node in self.nodes:
+        for node in self.nodes[-1:] if last_node else self.nodes:
             with suppress(psutil.NoSuchProcess):
                 found += psutil.Process(node.pid).children(recursive=True)
-        return found
-
-    def workers(self) -> list[psutil.Process]:
-        """The training workers."""
-        return [process for process in self.processes() if "RayTrainWorker" in _title(process)]
+        return [process for process in found if "RayTrainWorker" in _title(process)]
 
     def kill_node(self) -> None:
         """SIGKILL for the second node."""
@@ -221,6 +219,11 @@ class Run:
         self.starts += 1
         self.driver = self.scene.start(self.name, self.output_dir, self.settings)
 
+    def start_again(self) -> None:
+        """Start it where it has ended with an error, as often as is sensible."""
+        assert self.starts < MOST_STARTS, self.log()[-4000:]
+        self.start()
+
     def step(self) -> int:
         """The last optimizer step that was logged."""
         with suppress(Exception):  # a row is being written, or the store is away
@@ -229,18 +232,22 @@ class Run:
 
     def until(self, step: int) -> bool:
         """Wait for a step, and a random moment more; False where the run has ended by then."""
-        wait(lambda: self.step() >= step or self.driver.poll() is not None, f"step {step} of {self.name}")
+        wait(lambda: self.step() >= step or self.ended(), f"step {step} of {self.name}")
         time.sleep(self.scene.random.uniform(0, 0.6))
-        return self.driver.poll() is None
+        return not self.ended()
 
-    def kill_driver(self) -> None:
-        """SIGKILL for the process that was started."""
-        kill(psutil.Process(self.driver.pid))
-        self.driver.wait()
+    def ended(self) -> bool:
+        """Whether the driver has."""
+        return self.driver.poll() is not None
+
+    def kill_driver(self) -> bool:
+        """SIGKILL for the process that was started; False where it had ended by itself."""
+        self.driver.kill()
+        return self.driver.wait() == -signal.SIGKILL
 
     def end(self, status: int = 0) -> None:
         """Wait for the driver's end."""
-        wait(lambda: self.driver.poll() is not None, f"the end of {self.name}")
+        wait(self.ended, f"the end of {self.name}")
         assert self.driver.returncode == status, self.log()[-4000:]
 
     def checkpoints(self, *, whole: bool = False) -> list[Place]:
@@ -283,10 +290,13 @@ def _title(process: psutil.Process) -> str:
     return ""
 
 
-def kill(process: psutil.Process) -> None:
-    """SIGKILL, where it is there still."""
+def kill(process: psutil.Process) -> bool:
+    """SIGKILL; False where the process had ended already."""
     with suppress(psutil.NoSuchProcess):
+        lives = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
         process.send_signal(signal.SIGKILL)
+        return lives
+    return False
 
 
 def _free_ports(count: int) -> list[int]:

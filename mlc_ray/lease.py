@@ -29,7 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state import list_jobs, list_placement_groups
+from ray.util.state.exception import RayStateApiException
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import LEASE_FILE
@@ -202,6 +205,8 @@ def _acquire(folder: Place, own: Holder, *, wait: bool, lifetime: float) -> Any:
             renewed = holder is not None and holder != first
             ended = watched > lifetime and not renewed
             if has_name and (ended or _is_free(folder, holder, lifetime)) and _write_first(folder, own, holder):
+                if holder is not None:
+                    _remove_groups_of(holder)
                 return actor
             holder = _read(folder)
             dying = holder is None or holder.has_died()
@@ -225,7 +230,36 @@ def _is_free(folder: Place, holder: Holder | None, lifetime: float) -> bool:
     if holder is None or holder.has_died() or _age(folder) > lifetime:
         return True
     # The holder is of this cluster, and yet its name was free: its process is dead.
+    return _is_of_this_cluster(holder)
+
+
+def _is_of_this_cluster(holder: Holder) -> bool:
     return ray.is_initialized() and holder.node in {str(node["NodeID"]) for node in ray.nodes()}  # type: ignore[no-untyped-call]
+
+
+def _remove_groups_of(holder: Holder) -> None:
+    """Remove the placement groups that a driver of this cluster left, whose process is dead, and its Ray job too.
+
+    Ray removes groups with their job. But Ray Train's controller lives some milliseconds longer than its driver, and
+    where workers were just being replaced it makes a group for new ones, which holds their CPUs and GPUs for good: its
+    own cleaner (2.60) knows a group once its workers have started.
+    """
+    if not _is_of_this_cluster(holder):
+        return
+    of_job = ("creator_job_id", "=", holder.ray_job), ("is_detached", "=", False), ("state", "!=", "REMOVED")
+    here = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
+    try:
+        left = list_placement_groups(here, filters=list(of_job), detail=True)
+        jobs = list_jobs(here, filters=[("job_id", "=", holder.ray_job)]) if left else []
+    except (RayStateApiException, OSError) as error:  # a cluster without a dashboard
+        logger.info("whether %s left placement groups cannot be told: %s", holder, error)
+        return
+    if any(job.status == "RUNNING" for job in jobs):  # the driver was one process of several
+        return
+    for each in left:
+        logger.warning("removing placement group %s, which %s left", each.placement_group_id, holder)
+        group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(each.placement_group_id)))
+        remove_placement_group(group)
 
 
 def _write_first(folder: Place, own: Holder, before: Holder | None) -> bool:

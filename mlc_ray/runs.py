@@ -51,8 +51,8 @@ REQUEST_FILE, RESPONSES_FILE, REPLIES_FILE, SCORES_FILE, HEATMAP_FILE, UTILITY_F
     "request.json", "responses.parquet", "replies.parquet", "scores.json", "heatmap.png", "utility.json",
 )  # fmt: skip
 """Of a score; `request.json` is written before anything runs, `scores.json` last. `replies.parquet`: of endpoints."""
-SEARCH_CONFIG_FILE, BASE_FILE, SEARCH_FILE, TRIALS_FILE, TRIALS_FOLDER, BASELINE_FOLDER = (
-    "config.json", "base.yaml", "search.json", "trials.json", "trials", "baseline",
+SEARCH_CONFIG_FILE, BASE_FILE, COMMITS_FILE, SEARCH_FILE, TRIALS_FILE, TRIALS_FOLDER, BASELINE_FOLDER = (
+    "config.json", "base.yaml", "commits.json", "search.json", "trials.json", "trials", "baseline",
 )  # fmt: skip
 """Of a search; `search.json` is there when the trials begin, `trials.json` from the first score on."""
 VALUES_FILE, MODEL_FOLDER, FINISHED_FILE, STOPPED_FILE = "values.json", "model", "finished", "stopped"

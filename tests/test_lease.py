@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray.util.state import list_placement_groups
 
 import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray import lease as module
@@ -24,6 +25,12 @@ from mlc_ray.storage import Place
 if len(sys.argv) > 2:
     import ray
     ray.init(address=sys.argv[2], log_to_driver=False, logging_level="ERROR")
+    class Outlives:  # as Ray Train's controller does, for some milliseconds, and this one for good
+        def reserve(self):
+            self.group = ray.util.placement_group([{"CPU": 0.5}])
+            return self.group.wait(60)
+    outlives = ray.remote(num_cpus=0)(Outlives).options(lifetime="detached", name="outlives", namespace="test").remote()
+    assert ray.get(outlives.reserve.remote())
 with lease(Place(sys.argv[1]), wait=False):
     print("held", flush=True)
     time.sleep(600)
@@ -203,5 +210,18 @@ def test_within_a_cluster_a_killed_drivers_lease_is_free_at_once(tmp_path, ray_l
     (tmp_path / "lease.json").write_text(json.dumps(holder))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    with lease(Place(tmp_path), wait=True, lifetime=1e6) as held:  # the file never grows old enough
-        assert json.loads((tmp_path / "lease.json").read_text())["id"] == held
+    try:
+        with lease(Place(tmp_path), wait=True, lifetime=1e6) as held:  # the file never grows old enough
+            assert json.loads((tmp_path / "lease.json").read_text())["id"] == held
+        here = ray_local.get_runtime_context().gcs_address
+        groups = list_placement_groups(here, filters=[("creator_job_id", "=", holder["ray_job"])])
+        assert [group.state for group in groups] == ["REMOVED"]
+        own = ray_local.util.placement_group([{"CPU": 0.5}])
+        assert own.wait(60)
+        same_job = holder | {"ray_job": ray_local.get_runtime_context().get_job_id()}  # as of a trial of a search
+        (tmp_path / "lease.json").write_text(json.dumps(same_job))
+        with lease(Place(tmp_path), wait=True, lifetime=1e6):
+            assert ray_local.util.placement_group_table(own)["state"] == "CREATED"
+        ray_local.util.remove_placement_group(own)
+    finally:
+        ray_local.kill(ray_local.get_actor("outlives", namespace="test"))

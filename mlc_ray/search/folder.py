@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import yaml
 
 from mlc_ray.config import ConfigError, SearchConfig, apply_override, parse_config, parse_yaml
 from mlc_ray.config.base import by_dotted_name
-from mlc_ray.data.hub import HubName
-from mlc_ray.runs import BASE_FILE, SEARCH_CONFIG_FILE
+from mlc_ray.runs import BASE_FILE, COMMITS_FILE, SEARCH_CONFIG_FILE
 from mlc_ray.search.space import Space
 from mlc_ray.search.trial import SearchError
 from mlc_ray.storage import Place, absolute_if_here, local_side
@@ -53,8 +51,12 @@ def changed_config(config: SearchConfig, overrides: Sequence[str]) -> SearchConf
     return changed
 
 
-def write_settings(config: SearchConfig, space: Space, folder: Place) -> None:
-    """Write all that `load_search` needs, so that it works in any folder and after the files it names are gone."""
+def write_settings(config: SearchConfig, space: Space, folder: Place, commits: Mapping[str, str]) -> None:
+    """Write all that `load_search` needs, so that it works in any folder and after the files it names are gone.
+
+    `commits` are those that names of the hub stand for, by the name that was given.
+    """
+    (folder / COMMITS_FILE).write_json(commits)
     (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True))
     write_config(config, space, folder)
 
@@ -71,6 +73,7 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -
     """
     folder = Place(folder)
     stored = _stored(folder).model_dump(mode="json")
+    commits = (folder / COMMITS_FILE).read_json()
     given = parse_config(SearchConfig, _settings(config, space, folder)).model_dump(mode="json")
     before = by_dotted_name({"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text())})
     now = by_dotted_name({"search": given, "train": dict(space.base)})
@@ -81,18 +84,17 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -
     return [
         f"{name.removeprefix('search.')} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - ignored)
-        if before.get(name) != now.get(name) and _without_commits(before.get(name)) != now.get(name)
+        if before.get(name) not in (now.get(name), _with_commits(now.get(name), commits))
     ]
 
 
-def _without_commits(value: Any) -> Any:
-    """A setting as it was before names of the hub were pinned to their commits."""
+def _with_commits(value: Any, commits: Mapping[str, str]) -> Any:
+    """A setting with the commits that its names of the hub stood for when the search began."""
     if isinstance(value, list):
-        return [_without_commits(each) for each in value]
+        return [_with_commits(each, commits) for each in value]
     if isinstance(value, dict):
-        return {name: _without_commits(each) for name, each in value.items()}
-    name = HubName.parse(value) if isinstance(value, str) else None
-    return value if name is None or not name.is_pinned else str(replace(name, revision=None))
+        return {name: _with_commits(each, commits) for name, each in value.items()}
+    return commits.get(value, value) if isinstance(value, str) else value
 
 
 def _settings(config: SearchConfig, space: Space, folder: Place) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Before the first trial: token rows, the reference's log-probs, the prompts to score, the engines, and the baseline (the
 score of the model before training). A search folder holds
 
-    config.json      the settings; base.yaml the run that all trials share, as its file was when the search began
+    config.json      the settings; base.yaml the run that all trials share, as its file was when the search began;
+                     commits.json what names of data sets of the hub stood for then
     search.json      the order of the layers by a probe, the baseline, fingerprints of prompts and model, versions
     trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per score, in the end `model/` and
                      `finished` or, where the scheduler ended it, `stopped`; `--resume` goes by these alone. Of the few
@@ -45,6 +46,7 @@ from mlc_ray.nodes import check_nodes
 from mlc_ray.runs import (
     BASE_FILE,
     BASELINE_FOLDER,
+    COMMITS_FILE,
     SEARCH_CONFIG_FILE,
     SEARCH_FILE,
     TRIALS_FOLDER,
@@ -121,13 +123,14 @@ def search(config: SearchConfig) -> SearchResult:
     keep_in(local_side(folder))
     _check(config, space)
     with lease(folder, wait=config.resume == "auto"):
-        config, space = _with_dtypes(config, with_commits(space))
-        write_settings(config, space, folder)
+        config, space, commits = with_commits(config, space)
+        config, space = _with_dtypes(config, space)
+        write_settings(config, space, folder, commits)
         try:
             prepared = _prepare(load_search(folder), space, folder)
         except BaseException:
             # The name is free again, since the fix is another setting; what is cached by content stays.
-            for name in (BASELINE_FOLDER, SEARCH_CONFIG_FILE, BASE_FILE):
+            for name in (BASELINE_FOLDER, SEARCH_CONFIG_FILE, BASE_FILE, COMMITS_FILE):
                 (folder / name).remove()
             raise
         return _search(prepared)

@@ -10,7 +10,7 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -348,17 +348,32 @@ def _make_absolute(raw: dict[str, Any]) -> None:
             place["path"] = absolute_if_here(place["path"])
 
 
-def with_commits(space: Space) -> Space:
-    """`space` whose base names the commits of its data sets of the hub: all trials read the same.
+def with_commits(config: SearchConfig, space: Space) -> tuple[SearchConfig, Space, dict[str, str]]:
+    """A search that names the commits of its data sets of the hub, and what each name that was given stands for.
+
+    So all its trials read the same, and so do those of the search when it is resumed.
 
     Raises:
         BundleFileError: The hub cannot say which.
     """
+    commits: dict[str, str] = {}
+
+    def at_commits(sources: Sequence[SourceSection]) -> list[SourceSection]:
+        found = pinned(sources)
+        pairs = zip(sources, found, strict=True)
+        commits.update({one.path: other.path for one, other in pairs if one.path != other.path})
+        return found
+
     base = copy.deepcopy(dict(space.base))
     for place in _sources(base):
-        (found,) = pinned([SourceSection.model_validate(place)])
+        (found,) = at_commits([SourceSection.model_validate(place)])
         place["path"] = found.path
-    return replace(space, base=base)
+    scoring, confirm = config.scoring, config.confirm
+    scoring = scoring.model_copy(update={"benchmarks": at_commits(scoring.benchmarks)})
+    if confirm.benchmarks is not None:
+        confirm = confirm.model_copy(update={"benchmarks": at_commits(confirm.benchmarks)})
+    config = config.model_copy(update={"scoring": scoring, "confirm": confirm})
+    return config, replace(space, base=base), commits
 
 
 def _sources(raw: Mapping[str, Any]) -> list[Any]:

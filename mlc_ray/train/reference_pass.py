@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray.train
-import ray.train.torch
 import torch
 from torch import Tensor
 
@@ -25,9 +23,8 @@ from mlc_ray.data.plan import cut
 from mlc_ray.data.ragged import Ints
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import ahead
-from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
-from mlc_ray.storage import Place, fetched_bytes, local_model
+from mlc_ray.storage import Place
 from mlc_ray.train.collectives import from_rank_zero, gather_objects, rank_and_workers
 from mlc_ray.train.entry import ReferenceSpec
 from mlc_ray.train.file_writer import with_retries
@@ -37,19 +34,20 @@ from mlc_ray.train.reference_shards import (
     finish_reference,
     is_whole,
     records,
+    shard_bundles,
     shard_files,
     shard_number,
     shard_ranges,
     write_shard,
 )
-from mlc_ray.train.watchdog import Watchdog
-from mlc_ray.train.worker import engine_class, frozen_reference, quiet
+from mlc_ray.train.worker import begun, frozen_reference
 from mlc_ray.types import Batch, ReferenceRows, move
 
 logger = logging.getLogger(__name__)
 
 BUNDLES_PER_FORWARD = 8
-"""Where `tokens_per_forward: auto` goes by a GPU's free memory: it counts what a backward keeps, and there is none."""
+"""Of mean length, in a forward where `tokens_per_forward: auto` goes by a GPU's free memory: it counts what a backward
+keeps, and there is none."""
 
 BUNDLES_PER_WORKER = 64
 """Asked about at once at least, if so many are missing: workers wait for the slowest at the end of each."""
@@ -57,18 +55,8 @@ BUNDLES_PER_WORKER = 64
 
 def work(spec: ReferenceSpec) -> None:
     """Ask the reference, as one worker of a pass."""
-    send_warnings()
-    quiet()
     config = parse_config(TrainConfig, spec.config)
-    rank = ray.train.get_context().get_world_rank()
-    watchdog = Watchdog(config.cluster.hang_timeout, spec.folder, lease=spec.id, rank=rank, step=0)
-    with contextlib.closing(watchdog):
-        device = ray.train.torch.get_device()
-        engine_class(config).prepare(device)
-        watchdog.beat("fetching the model")
-        with watchdog.while_changing(fetched_bytes):
-            local_model(config.model.path)  # of a URL, a copy for all workers of this machine
-        watchdog.beat("loading the model")
+    with begun(config, spec.folder, spec.id) as (watchdog, device):
         asked = asked_of_reference(Objective(config), spec.layer)
         asking = Asking.of(config, frozen_reference(config, asked, device), asked, device)
         for each in spec.asked:
@@ -85,7 +73,7 @@ class Asking:
         reference: what answers, batch by batch; every worker calls it as often.
         log_probs: whether answers' log-probs are needed.
         states: whether tapped states are.
-        tokens_per_forward: the budget of a forward; None for `BUNDLES_PER_FORWARD`.
+        tokens_per_forward: the budget of a forward; None for the tokens of `BUNDLES_PER_FORWARD`.
         device: where batches go.
     """
 
@@ -117,7 +105,7 @@ class Asking:
         ranges = shard_ranges(len(tokens))
         shards = _whole_shards(folder, beat)
         missing = [number for number in range(len(ranges)) if number not in shards]
-        at_once = -(-BUNDLES_PER_WORKER * workers // len(ranges[0]))
+        at_once = -(-BUNDLES_PER_WORKER * workers // shard_bundles(len(tokens)))
         written = dict[int, tuple[str, int]]()
         for start in range(0, len(missing), at_once):
             numbers = missing[start : start + at_once]
@@ -146,10 +134,9 @@ class Asking:
         """
         rank, workers = rank_and_workers()
         own = tokens.lengths(rows).own_tokens(head=tokens.head, taps=False, rejected=self.log_probs)
-        if self.tokens_per_forward is None:
-            bins = cut([1] * len(rows), BUNDLES_PER_FORWARD, workers)
-        else:
-            bins = cut(own.tolist(), self.tokens_per_forward - tokens.head, workers)
+        budget = self.tokens_per_forward
+        capacity = round(BUNDLES_PER_FORWARD * own.mean()) if budget is None else budget - tokens.head
+        bins = cut(own.tolist(), capacity, workers)
         spare = int(np.argmin(own))
         parts = list[tuple[list[int], np.ndarray]]()
         mine = [micro[rank] for micro in bins]

@@ -60,24 +60,39 @@ def engine_class(config: TrainConfig) -> type[Engine]:
 
 def work(spec: WorkerSpec) -> None:
     """Train, as one worker of a run."""
+    config = parse_config(TrainConfig, spec.config)
+    with begun(config, spec.run_folder, spec.lease) as (watchdog, device):
+        _work(spec, config, watchdog, device)
+
+
+@contextlib.contextmanager
+def begun(config: TrainConfig, folder: Place, lease: str) -> Iterator[tuple[Watchdog, torch.device]]:
+    """A worker whose engine has prepared its device, with the model on its machine, about to load it.
+
+    Args:
+        config: the run's settings.
+        folder: where a hang is told of.
+        lease: the id that hangs bear.
+
+    Yields:
+        What watches it until the block ends, loading and closing too; and its device.
+    """
     send_warnings()
     quiet()
-    config = parse_config(TrainConfig, spec.config)
     rank = ray.train.get_context().get_world_rank()
-    watchdog = Watchdog(config.cluster.hang_timeout, spec.run_folder, lease=spec.lease, rank=rank, step=0)
-    with contextlib.closing(watchdog):  # it watches loading and closing, too
-        _work(spec, config, rank, watchdog)
+    with contextlib.closing(Watchdog(config.cluster.hang_timeout, folder, lease=lease, rank=rank, step=0)) as watchdog:
+        device = ray.train.torch.get_device()
+        engine_class(config).prepare(device)
+        watchdog.beat("fetching the model")
+        with watchdog.while_changing(fetched_bytes):
+            local_model(config.model.path)  # of a URL, a copy for all workers of this machine
+        watchdog.beat("loading the model")
+        yield watchdog, device
 
 
-def _work(spec: WorkerSpec, config: TrainConfig, rank: int, watchdog: Watchdog) -> None:
-    device = ray.train.torch.get_device()
-    engine_class(config).prepare(device)
+def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: torch.device) -> None:
+    rank = watchdog.rank
     torch.manual_seed(config.seed + rank)  # dropout; order and extractor have their own seeded generators
-
-    watchdog.beat("fetching the model")
-    with watchdog.while_changing(fetched_bytes):
-        local_model(config.model.path)  # of a URL, a copy for all workers of this machine
-    watchdog.beat("loading the model")
     engine, online = _build(config, device)
     guard = LeaseGuard(spec.run_folder, spec.lease)
     if rank == 0:  # it removes and renames for all, and the others wait for it

@@ -14,6 +14,7 @@ from mlc_ray.search.run import resume_search, search
 from mlc_ray.search.space import make_space, with_commits
 from mlc_ray.search.trial import SearchError
 from mlc_ray.storage import Place
+from tests.data.hub_server import Hub, running
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def place(tmp_path: Path) -> Path:
     }  # fmt: skip
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(searched))
     config = configured(tmp_path, "scoring.engine.dtype=float32", "set=[model.dtype=float32]")
-    write_settings(config, make_space(config), Place(tmp_path / "found"))
+    write_settings(config, make_space(config), Place(tmp_path / "found"), {})
     return tmp_path
 
 
@@ -45,17 +46,32 @@ def test_the_same_settings_are_the_same_search(place: Path) -> None:
     assert changed(place, "set=[model.dtype=bfloat16]") == ["train.model.dtype was 'float32', now 'bfloat16'"]
 
 
-def test_a_name_of_the_hub_is_the_same_at_the_commit_that_was_noted(place: Path) -> None:
-    def named(name: str) -> str:
-        return f"set=['data.train=[{{path: \"{name}\"}}]', model.dtype=float32]"
+def test_a_search_keeps_the_commits_that_it_began_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, dev = (letter * 40 for letter in "abc")
+    hub = Hub("owner/pairs", dict.fromkeys((first, second, dev), b"{}"), {"main": first, "dev": dev})
 
-    commit, other = "c" * 40, "d" * 40
-    config = configured(place, "scoring.engine.dtype=float32", named(f"owner/name#{commit}"))
-    write_settings(config, with_commits(make_space(config)), Place(place / "found"))
-    assert changed(place, named("owner/name")) == changed(place, named(f"owner/name#{commit}")) == []
-    for another in (f"owner/name#{other}", "owner/another"):
-        (difference,) = changed(place, named(another))
-        assert commit in difference and another in difference
+    def named(name: str) -> list[str]:
+        given = f'[{{path: "{name}"}}]'
+        return [
+            f"set=['data.train={given}', model.dtype=float32]", f"scoring.benchmarks={given}",
+            f"confirm.benchmarks={given}",
+        ]  # fmt: skip
+
+    with running(hub):
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        config = configured(place, "scoring.engine.dtype=float32", *named("owner/pairs#main"))
+        config, space, commits = with_commits(config, make_space(config))
+        write_settings(config, space, Place(place / "found"), commits)
+    hub.refs["main"] = second
+    stored = load_search(Place(place / "found"))
+    assert stored.confirm.benchmarks is not None
+    sources = [*stored.scoring.benchmarks, *stored.confirm.benchmarks, *make_space(stored).run({}, name="r").data.train]
+    assert [source.path for source in sources] == [f"owner/pairs#{first}"] * 3
+    assert changed(place, *named("owner/pairs#main")) == changed(place, *named(f"owner/pairs#{first}")) == []
+    for another in (f"owner/pairs#{second}", "owner/pairs#dev", "owner/pairs", "owner/another"):
+        differences = changed(place, *named(another))
+        assert len(differences) == 3 and all(first in each and another in each for each in differences)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from mlc_ray.train import reference_cache, reference_shards
 from mlc_ray.train.model import load_policy
 from mlc_ray.train.reference import ReferenceModel
 from mlc_ray.train.reference_cache import asked_of, prepare_references
-from mlc_ray.train.reference_pass import Asking
+from mlc_ray.train.reference_pass import BUNDLES_PER_FORWARD, Asking
 from mlc_ray.train.reference_shards import StoredReference, load_reference, shard_files, shard_number, write_shard
 from mlc_ray.train.worker import frozen_reference
 from tests.train.tiny import on_workers, random_rows, tiny_config, tiny_model
@@ -168,6 +168,30 @@ def test_of_two_passes_at_once_the_first_to_end_is_kept_whole(where, place, said
     verify_checksums(folder, manifest)
     assert len(manifest["files"]) == 4 < len(shard_files(folder))
     check(folder, said)
+
+
+def test_no_bundles_are_a_complete_folder_without_shards(place, tmp_path):
+    (place / "none").mkdir()
+    write_rows(place / "none", [rows_to_table([])], fingerprint="none", rejected={})
+    fill(place, tmp_path / "ours", Counted(place), tokens="none")
+    assert read_manifest(tmp_path / "ours")["bundles"] == 0 and not shard_files(Place(tmp_path / "ours"))
+
+
+def test_forwards_on_a_gpu_are_alike_in_tokens(place):
+    tokens = TokenArtifact.open(place / "tokens")
+    own = tokens.own_tokens(head=tokens.head, taps=False, rejected=True)
+    model, forwards = Counted(place), []
+
+    def reference(batch):
+        forwards.append(sum(own[int(each.removeprefix("bundle-"))] for each in batch.bundle_ids))
+        return model(batch)
+
+    # Dealt out in this order, one forward would get the longest ones.
+    rows = np.empty(BUNDLES, dtype=int)
+    rows[0::3], rows[1::3], rows[2::3] = np.split(np.argsort(-own), [8, 15])
+    Asking(reference, True, True, None, CPU).ask(tokens, rows, lambda _: None)
+    assert sum(forwards) == own.sum() and len(forwards) <= -(-BUNDLES // BUNDLES_PER_FORWARD) + 1
+    assert max(forwards) - min(forwards) <= own.min()
 
 
 def test_a_bundle_without_an_answer_that_is_needed_is_named(place, tmp_path):

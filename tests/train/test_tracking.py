@@ -18,6 +18,7 @@ from mlc_ray.runs import METRICS_FILE, MetricsReader, read_metrics
 from mlc_ray.storage import Place, StorageFaultError
 from mlc_ray.train import mirror
 from mlc_ray.train.console import RunDisplay, columns, fitting, header, table_row
+from mlc_ray.train.rows import EventFiles
 from mlc_ray.train.tracking import Tracker, TrackingError, check_trackers
 from tests.ray_head import free_ports
 from tests.train.tiny import tiny_config
@@ -107,6 +108,24 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(tmp_path, caplog):
     again.close()
     assert [row["loss/total"] for row in read_metrics(tmp_path)] == [1.0, 2.0, 30.0]
     assert events_of(tmp_path) == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+@pytest.mark.filterwarnings("ignore:Exception in thread")
+def test_a_disk_that_stays_full_costs_one_warning_and_few_files_of_events(tmp_path, caplog):
+    events, steps = EventFiles(tmp_path / "tensorboard", after=0), range(1, 301)
+    with files_of_at_most(1):
+        for step in steps:
+            events.add(step, {"loss/total": float(step)})
+            if step == 50:
+                events.sync()
+    assert caplog.text.count("are written later") == 1
+    assert len(list((tmp_path / "tensorboard").iterdir())) <= 5  # the first, one at `sync`, one every 100 steps
+    events.close()
+    assert events_of(tmp_path) == [(step, float(step)) for step in steps]
+    events.add(301, {"loss/total": 301.0})
+    with files_of_at_most(1):
+        events.close()
+    assert caplog.text.count("are written later") == 2  # the disk was written to meanwhile
 
 
 def test_a_reader_gives_each_row_once_and_starts_again_with_another_file(tmp_path):
