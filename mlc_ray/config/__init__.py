@@ -10,6 +10,7 @@ anything starts. Validators reject, they never rewrite.
 from mlc_ray.config.base import (
     ConfigError,
     Fraction,
+    LanguageTag,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -38,6 +39,7 @@ from mlc_ray.config.score import (
 )
 from mlc_ray.config.search import ConfirmSection, ObjectiveSettings, ParameterSection, ProbePriorSection, SearchConfig
 from mlc_ray.config.train import (
+    AnswerSettings,
     CheckpointSection,
     ClusterSection,
     CollapseSection,
@@ -59,6 +61,7 @@ from mlc_ray.config.train import (
 __all__ = [
     "PLAIN_CHAT",
     "TRANSLATION_MARKERS",
+    "AnswerSettings",
     "ChatSection",
     "CheckpointSection",
     "ClusterSection",
@@ -71,6 +74,7 @@ __all__ = [
     "EngineSettings",
     "Fraction",
     "JudgeSettings",
+    "LanguageTag",
     "LoggingSection",
     "LoraSection",
     "LossSettings",

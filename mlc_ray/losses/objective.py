@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import LossSettings, ObjectiveConfig, TermSettings
-from mlc_ray.losses.base import Alignment, AlignmentLoss, Tapped, Term, TermLoss
-from mlc_ray.types import LossOutput, ResponseLogProbs
+from mlc_ray.losses.base import Alignment, AlignmentLoss, Pooled, Tapped, Term, TermLoss, mean_over_answers
+from mlc_ray.types import AnswerRows, LossOutput, Pairing, Pooling, ResponseLogProbs
 
 
 class Objective:
@@ -67,6 +67,21 @@ class Objective:
         """Whether bundles must have a rejected answer."""
         return self.alignment.needs_rejected
 
+    @property
+    def pairing(self) -> Pairing:
+        """Which answers are read, behind which prompts."""
+        return self.alignment.pairing
+
+    @property
+    def reference_pairing(self) -> Pairing:
+        """Which answers the reference is asked about."""
+        return self.alignment.reference_pairing
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How states of whole sequences are pooled, where they are read."""
+        return self.alignment.pooling
+
     def taps(self, step: int) -> bool:
         """Whether optimizer step `step` (from 0) has the terms; the same on every worker."""
         return bool(self.terms) and step % self.config.mlc.every == 0
@@ -85,6 +100,9 @@ class Objective:
         tapped: Tensor | None = None,
         term_weight: Tensor | None = None,
         groups: Sequence[int] | None = None,
+        rows: AnswerRows | None = None,
+        pooled: Tensor | None = None,
+        reference_pooled: Tensor | None = None,
     ) -> LossOutput:
         """Loss of B bundles, a scalar, and its parts for each of them, which the caller averages over a whole batch.
 
@@ -93,10 +111,11 @@ class Objective:
 
         Args:
             weight: [B], the factor of each bundle.
-            chosen: Log-probs of the chosen answers.
+            chosen: Log-probs of the A chosen answers.
             rejected: Those of the rejected ones.
-            reference_chosen: [B], the reference's summed log-probs of the chosen answers.
-            reference_rejected: [B], those of the rejected ones.
+            reference_chosen: [A], the reference's summed log-probs of the chosen answers; [B] where `reference_pairing`
+                asks about those in the response language alone.
+            reference_rejected: Those of the rejected ones.
             reference_state: [B, H], its tapped states of the response prompts.
             representations: [B, L, D], the extractor's outputs; given on steps that tap, and absent on others.
             present: [B, L], the languages that each bundle has; all of them if it is not given.
@@ -104,6 +123,9 @@ class Objective:
             term_weight: [B], each bundle's factor in the terms (default: `weight`).
             groups: A number for each bundle; neighbours with the same one are a group, which some terms compare with
                 each other (default: all are one).
+            rows: Whose the answers are; without them, each bundle has one in the response language.
+            pooled: [2, B, H], states pooled over whole sequences.
+            reference_pooled: [2, B, H], those of the reference.
 
         Returns:
             The scalar to differentiate; metrics are [B], one number per bundle: `parts`, without their weights, and
@@ -112,20 +134,24 @@ class Objective:
         Raises:
             ValueError: A component needs what was not given; the message names both.
         """
-        aligned = self._align(chosen, rejected, reference_chosen, reference_rejected)
-        total = (aligned.loss * weight).sum()
-        metrics: dict[str, Tensor] = {"loss/alignment": aligned.loss.detach()}
+        of_pooled = None if pooled is None or reference_pooled is None else Pooled(pooled, reference_pooled)
+        aligned = self._align(chosen, rejected, reference_chosen, reference_rejected, rows, of_pooled)
+        answers = None if self.alignment.needs_rows else rows
+        loss = mean_over_answers(aligned.loss, answers)
+        total = (loss * weight).sum()
+        metrics: dict[str, Tensor] = {"loss/alignment": loss.detach()}
         if aligned.chosen_reward is not None and aligned.rejected_reward is not None:
             margin = aligned.chosen_reward - aligned.rejected_reward
-            metrics["reward/chosen"] = aligned.chosen_reward
-            metrics["reward/rejected"] = aligned.rejected_reward
-            metrics["reward/margin"] = margin
-            metrics["reward/accuracy"] = (margin > 0).to(margin.dtype)
+            rewards = {"chosen": aligned.chosen_reward, "rejected": aligned.rejected_reward, "margin": margin}
+            rewards["accuracy"] = (margin > 0).to(margin.dtype)
+            metrics |= {f"reward/{name}": mean_over_answers(values, answers) for name, values in rewards.items()}
+        metrics |= {f"alignment/{name}": values.detach() for name, values in aligned.metrics.items()}
         if representations is None:
             return LossOutput(loss=total, metrics=metrics)
         if present is None:
             present = torch.ones(representations.shape[:2], dtype=torch.bool, device=representations.device)
-        here = Tapped(representations, present, tapped)
+        response = None if rows is None else rows.prompt[rows.response]
+        here = Tapped(representations, present, tapped, response)
         of_terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             result = _term_loss(name, term, here, reference_state, groups)
@@ -141,6 +167,8 @@ class Objective:
         rejected: ResponseLogProbs | None,
         reference_chosen: Tensor | None,
         reference_rejected: Tensor | None,
+        rows: AnswerRows | None,
+        pooled: Pooled | None,
     ) -> AlignmentLoss:
         loss, given = f"objective.loss={self.config.objective.loss!r}", dict[str, Any](chosen=chosen)
         if self.alignment.needs_rejected:
@@ -151,6 +179,14 @@ class Objective:
             if reference_chosen is None or reference_rejected is None:
                 raise ValueError(f"{loss} needs the reference's log-probs, none were given")
             given |= {"reference_chosen": reference_chosen, "reference_rejected": reference_rejected}
+        if self.alignment.needs_rows:
+            if rows is None:
+                raise ValueError(f"{loss} needs to know whose the answers are, which was not given")
+            given["rows"] = rows
+        if self.alignment.pooling is not None:
+            if pooled is None:
+                raise ValueError(f"{loss} needs pooled states of policy and reference, none were given")
+            given["pooled"] = pooled
         return self.alignment(**given)
 
 
@@ -183,8 +219,7 @@ def _term_loss(
         return term(**given)
     results = []
     for part in _slices(groups):
-        hidden = None if tapped.hidden is None else tapped.hidden[part]
-        own = dict[str, Any](tapped=Tapped(tapped.representations[part], tapped.present[part], hidden))
+        own = dict[str, Any](tapped=tapped.part(part))
         if term.needs_reference_state and reference_state is not None:
             own["reference_state"] = reference_state[part]
         results.append(term(**own))

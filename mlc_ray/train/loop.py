@@ -215,6 +215,9 @@ def loss_of(objective: Objective, batch: Batch, output: ModelOutput, frozen: Ref
         tapped=output.tapped,
         term_weight=batch.term_weight,
         groups=batch.groups,
+        rows=batch.rows,
+        pooled=output.pooled,
+        reference_pooled=frozen.pooled,
     )
 
 

@@ -40,6 +40,8 @@ def cutting_of(config: TrainConfig, tokens: TokenArtifact, *, tokens_per_forward
         rejected=objective.needs_rejected,
         taps=objective.taps,
         group_bundles=config.train.group_bundles if objective.needs_group else None,
+        pairing=objective.pairing,
+        whole=objective.pooling is not None,
     )
 
 
@@ -96,7 +98,7 @@ class Outlook:
 
 def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_steps: int) -> Outlook:
     """What the steps of a run are like, from lengths alone."""
-    own = tokens.own_tokens(head=cutting.head, taps=cutting.taps(0), rejected=cutting.rejected)
+    own = cutting.own_tokens(tokens, taps=cutting.taps(0))
     looked_at = min(LOOKED_AT, total_steps)
     looked = [cutting.plan(s, rows, tokens.lengths(rows)) for s in range(looked_at) for rows in [order.batch(s)]]
     return Outlook(
@@ -140,7 +142,7 @@ def check_groups(tokens: TokenArtifact, batches: Iterable[Sequence[int]], cuttin
     """
     if cutting.group_bundles is None:
         return
-    own = tokens.own_tokens(head=cutting.head, taps=True, rejected=cutting.rejected)
+    own = cutting.own_tokens(tokens, taps=True)
     capacity = cutting.tokens_per_forward - cutting.head
     most = 0
     for rows in batches:
