@@ -51,6 +51,8 @@ class Alignment(ABC):
 
     Settings: ClassVar[type[LossSettings]]
     settings: LossSettings
+    note: ClassVar[str] = ""
+    """What a model card says beside the settings: the source, and what is not the authors'."""
     needs_reference: ClassVar[bool] = False
     """Whether it compares the policy with a frozen reference."""
     needs_rejected: ClassVar[bool] = True
@@ -156,6 +158,8 @@ class Term(ABC):
 
     Settings: ClassVar[type[TermSettings]]
     settings: TermSettings
+    note: ClassVar[str] = ""
+    """What a model card says beside the settings: the source, and what is not the authors'."""
     needs_reference_state: ClassVar[bool] = False
     """Whether it compares tapped states with those of a frozen reference."""
     needs_group: ClassVar[bool] = False

@@ -48,6 +48,7 @@ class Cosine(Term):
             return self
 
     settings: Settings
+    note = "ours, in the place of the term of arXiv 2602.16660"
 
     @property
     def needs_group(self) -> bool:  # type: ignore[override]

@@ -26,6 +26,7 @@ class Dco(Alignment):
 
     settings: Settings
     needs_reference = True
+    note = "after arXiv 2603.04678; ours: each language is paired with the response language"
     needs_rows = True
 
     @property

@@ -47,6 +47,7 @@ class Mpo(Alignment):
 
     settings: Settings
     needs_reference = True
+    note = "after arXiv 2505.16869; ours: min_source_gap, English once a bundle, no padding in the means"
     needs_rows = True
 
     @property

@@ -36,10 +36,11 @@ class Objective:
     def describe(self) -> list[str]:
         """A line for each part: its weight, its name and its settings, those that may be published."""
         loss = self.config.objective.loss
-        lines = [_described(loss, public_settings(self.config.objective), {"loss"})]
-        for name, term in self.config.active_terms.items():
-            own = {"weight", "name"} if term.name == name else {"weight"}
-            lines.append(_described(f"{term.weight} x {name}", public_settings(term), own))
+        lines = [_described(loss, public_settings(self.config.objective), {"loss"}, self.alignment.note)]
+        for name, term in self.terms.items():
+            settings = term.settings
+            own = {"weight", "name"} if settings.name == name else {"weight"}
+            lines.append(_described(f"{settings.weight} x {name}", public_settings(settings), own, term.note))
         return lines
 
     @property
@@ -202,9 +203,9 @@ def public_settings(settings: LossSettings | TermSettings) -> dict[str, Any]:
     return {key: value for key, value in whole.items() if key == by or isinstance(value, bool | int | float)}
 
 
-def _described(title: str, settings: dict[str, Any], said: set[str]) -> str:
+def _described(title: str, settings: dict[str, Any], said: set[str], note: str) -> str:
     values = ", ".join(f"{key}={value}" for key, value in settings.items() if key not in said)
-    return f"{title} ({values})" if values else title
+    return (f"{title} ({values})" if values else title) + (f": {note}" if note else "")
 
 
 def _term_loss(

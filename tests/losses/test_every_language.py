@@ -162,6 +162,12 @@ def test_settings_that_make_no_loss_are_refused(settings, message):
         parse_config(ObjectiveConfig, {"objective": settings})
 
 
+@pytest.mark.parametrize(("loss", "source"), [("mpo", "2505.16869"), ("dco", "2603.04678"), ("sdrrl", "2402.12204")])
+def test_a_model_card_says_whose_a_method_is_and_what_of_it_is_ours(loss, source):
+    (line,) = objective(loss).describe()
+    assert line.startswith(f"{loss} (") and f"): after arXiv {source}; ours: " in line
+
+
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "sft"])
 def test_the_upper_bound_is_the_mean_of_the_loss_over_a_bundle_s_languages(loss, pair):
     """The loss of answers in all languages is the mean of what it costs to read each language alone."""

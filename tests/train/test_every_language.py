@@ -9,6 +9,7 @@ import torch
 from mlc_ray.data.batches import BatchError, collate
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.model import PolicyWithExtractor
+from mlc_ray.train.published import published_files
 from mlc_ray.train.reference import ReferenceModel
 from tests.train.tiny import (
     LANGUAGES,
@@ -177,22 +178,23 @@ def configured(name, budget, stage, reference="cached"):
 
 
 def train(rank, plan):
-    """History and weights of each (loss, budget, stage, reference)."""
+    """History, weights and published files of each (loss, budget, stage, reference)."""
     results = {}
     for run in plan:
         config = configured(*run)
         table = reference_rows(config) if config.needs_reference and config.reference == "cached" else None
         trained, history = run_engine(config, ROWS, STEPS, table)
-        results[run] = history, whole_weights(trained)
+        files = [file for file, _ in published_files(trained, [], lora=False)]
+        results[run] = history, whole_weights(trained), files
     return results
 
 
 WHOLE = 10**6
-PARTS = dict.fromkeys(LOSSES, 120) | {"sdrrl": 240}  # tokens: more than the largest group of two bundles has
+PARTS = 120  # tokens: more than the largest group of two bundles has
 PLANS = {
     1: [(name, WHOLE, 0, "cached") for name in LOSSES],
-    2: [(name, PARTS[name], 3 if name in ("mpo", "sdrrl") else 2, "cached") for name in LOSSES]
-    + [("mpo", PARTS["mpo"], 2, "online"), ("dco", PARTS["dco"], 3, "online")],
+    2: [(name, PARTS, 3 if name in ("mpo", "sdrrl") else 2, "cached") for name in LOSSES]
+    + [("mpo", PARTS, 2, "online"), ("dco", PARTS, 3, "online")],
 }
 
 
@@ -208,14 +210,14 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("run", PLANS[2], ids=str)
 def test_steps_are_those_of_one_worker_with_one_forward(run, trained):
-    (history, weights), (expected, wanted) = trained[2, *run], trained[1, run[0], WHOLE, 0, "cached"]
+    (history, weights, _), (expected, wanted, files) = trained[2, *run], trained[1, run[0], WHOLE, 0, "cached"]
     assert max(row["forwards"] for row in history) > 1
     for row, want in zip(history, expected, strict=True):
         for name in (n for n in want if n.startswith(("loss/", "alignment/")) or n == "reward/margin"):
             assert row[name] == pytest.approx(want[name], rel=1e-5, abs=1e-5), (row["step"], name)
         assert row["gradient_norm"] == pytest.approx(want["gradient_norm"], rel=1e-4)
     before = {f"policy.{name}": value for name, value in tiny_model().state_dict().items()}
-    assert wanted.keys() == before.keys()  # there is no extractor
+    assert wanted.keys() == before.keys() and "extractor.safetensors" not in files  # there is none
     for name, value in wanted.items():
         assert float((weights[name] - value).norm() / value.norm()) < 1e-5, name
         assert float((value - before[name]).norm() / value.norm()) > 1e-5, name
