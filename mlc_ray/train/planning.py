@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,8 +61,10 @@ def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine) 
     """
     free = torch.cuda.mem_get_info(engine.device)[0]
     free += torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
-    counts = tokens.counts
-    share = counts.response_tokens / max(1, counts.response_tokens + sum(counts.prompt_tokens.values()))
+    objective = Objective(config)
+    asked: dict[str, Any] = {"rejected": objective.needs_rejected, "pairing": objective.pairing}
+    forwarded = int(tokens.own_tokens(head=0, taps=True, whole=True, **asked).sum(dtype=np.int64))
+    share = 1 - sum(tokens.counts.prompt_tokens.values()) / max(1, forwarded)
     costs = Costs.of(engine.module.language_model, config.model)
     own = tokens_in(free - engine.memory_to_come(), costs, response_share=share)
     return max(1, -int(largest([-own], engine.device)[0]))
