@@ -80,10 +80,11 @@ class ReferenceModel(nn.Module):
 
 def asked_of_reference(objective: Objective, layer: int) -> dict[str, Any]:
     """What an objective needs of the reference, as arguments of `ReferenceModel`: log-probs, states at `layer`, ..."""
+    log_probs = objective.needs_reference_log_probs
     return {
-        "log_probs": objective.needs_reference_log_probs,
+        "log_probs": log_probs,
         "layer": layer if objective.needs_reference_state else None,
-        "pairing": objective.reference_pairing,
+        "pairing": objective.reference_pairing if log_probs else "response",  # one answer is read for a state, too
         "pooling": objective.pooling,
     }
 

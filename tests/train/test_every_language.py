@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from mlc_ray.data.batches import BatchError, collate
+from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.objective import Objective
+from mlc_ray.storage import Place
 from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.train.published import published_files
-from mlc_ray.train.reference import ReferenceModel
+from mlc_ray.train.reference import ReferenceModel, asked_of_reference
+from mlc_ray.train.reference_pass import Asking
+from mlc_ray.train.reference_shards import StoredReference, write_shard
 from tests.train.tiny import (
     LANGUAGES,
     ReferenceRow,
@@ -100,9 +105,6 @@ def test_log_probs_are_those_of_plain_forwards(pairing, tap):
 @pytest.mark.parametrize("pairing", ["response", "own", "shared", "crossed"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_forward_has_as_many_tokens_as_it_is_planned_with(pairing, whole, tmp_path):
-    from mlc_ray.data.store import TokenArtifact, write_rows
-    from mlc_ray.data.tables import rows_to_table
-
     write_rows(tmp_path, [rows_to_table(ROWS)], fingerprint="x", rejected={})
     tokens = TokenArtifact.open(tmp_path)
     for tap in (True, False):
@@ -239,3 +241,42 @@ def test_the_reference_says_of_answers_in_every_language_what_it_says_of_each():
         alone = ReferenceModel(tiny_model(), pooling="last")(batch, state=False)
     assert said.chosen.shape == (sum(len(row.languages) for row in ROWS),)
     assert torch.equal(said.chosen[batch.rows.response], alone.chosen) and alone.pooled.shape == (2, len(ROWS), 32)
+
+
+def test_of_a_reference_that_gives_states_alone_no_further_answers_are_asked():
+    asked = asked_of_reference(Objective(tiny_config(objective={"loss": "sdrrl"}, terms={"anchor": {}})), 2)
+    assert asked == {"log_probs": False, "layer": 2, "pairing": "response", "pooling": None}
+    assert asked_of_reference(Objective(tiny_config(objective={"loss": "dco"})), 2)["pairing"] == "own"
+
+
+@pytest.mark.parametrize("name", ["mpo", "dco"])
+def test_what_a_reference_pass_stores_is_what_batches_bring_along(name, tmp_path):
+    """From token rows by forwards of any size, through a shard on disk, to the rows of a batch in another order."""
+    config = configured(name, WHOLE, 0)
+    objective, expected = Objective(config), reference_rows(config)
+    write_rows(tmp_path, [rows_to_table(ROWS)], fingerprint="x", rejected={})
+    tokens = TokenArtifact.open(tmp_path)
+    asked = asked_of_reference(objective, 2)
+    model = ReferenceModel(tiny_model(), **asked)
+    asking = Asking(
+        torch.no_grad()(lambda batch: model(batch, state=False)), True, False, 90, torch.device("cpu"),
+        asked["pairing"], asked["pooling"] is not None,
+    )  # fmt: skip
+    said = asking.ask(tokens, np.arange(len(ROWS)), lambda _: None)
+    shard, _ = write_shard(Place(tmp_path), 0, said)
+    picked = [7, 2, 5]
+    stored = StoredReference([tmp_path / shard], len(ROWS)).take(picked)
+    batch = collate(
+        tokens.table(picked), languages=LANGUAGES, weights=[1.0] * 3, needs_rejected=True, reference=stored, tap=False,
+        pairing=objective.pairing, whole=objective.pooling is not None,
+    )  # fmt: skip
+    for name_of, found in (("chosen", batch.reference_chosen), ("rejected", batch.reference_rejected)):
+        rows = [getattr(expected[ROWS[row].bundle_id], name_of) for row in picked]
+        pairs = zip(batch.rows.bundle.tolist(), batch.rows.answer.tolist(), strict=True)
+        wanted = rows if objective.reference_pairing == "response" else [rows[bundle][code] for bundle, code in pairs]
+        assert found.tolist() == pytest.approx(wanted, abs=1e-4)
+    if objective.pooling is None:
+        assert batch.reference_pooled is None
+    else:
+        wanted = np.stack([expected[ROWS[row].bundle_id].pooled for row in picked], axis=1)
+        assert np.allclose(batch.reference_pooled.numpy(), wanted, atol=1e-5)
