@@ -37,7 +37,7 @@ from mlc_ray.train.reference_pass import Asking
 from mlc_ray.train.reference_shards import load_reference, shard_ranges
 from mlc_ray.types import Batch
 
-NEEDED = {"log_probs": True, "layer": None}
+NEEDED = {"log_probs": True, "layer": None, "pairing": "response", "pooling": None}
 
 
 class TimedDeepSpeed(DeepSpeed):

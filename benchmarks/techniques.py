@@ -140,8 +140,8 @@ def split_step(module: PolicyWithExtractor, batch: Batch, prompts: Tree, attenti
     assert batch.prompts is not None
     model = module.language_model
     model.set_attn_implementation(attention)
-    chosen, rejected, _ = read_answers(model, batch, batch.tree, None, 0)
-    _, hidden = read_tree(model, prompts, None, batch.prompts.tapped, module.layer)
+    chosen, rejected, *_ = read_answers(model, batch, batch.tree, None, 0)
+    _, hidden, _ = read_tree(model, prompts, None, batch.prompts.tapped, module.layer)
     return learn(gridded(module, chosen, rejected, hidden, batch.prompts, len(batch.bundle_ids)), batch)
 
 
@@ -172,7 +172,7 @@ def head_on_every_row(given: Given) -> Callable[[], Losses]:
         scored = []
         for part in (batch.chosen, batch.rejected):
             log_probs = plain(logits.index_select(0, part.predicting), part.targets)
-            scored.append(response_log_probs(log_probs, part.bundle_of_target, n_bundles))
+            scored.append(response_log_probs(log_probs, part.row_of_target, n_bundles))
         return learn(gridded(module, *scored, kept[0][0].index_select(0, prompts.tapped), prompts, n_bundles), batch)
 
     return step

@@ -1,6 +1,6 @@
 """The types that packages exchange, and the legend of the letters in shapes.
 
-    B bundles   L languages   P prompts (all languages of all bundles)   T tokens   R response tokens
+    B bundles   L languages   P prompts (all languages of all bundles)   A answers   T tokens   R response tokens
     H hidden size   D extractor size   V vocabulary   S segments of a row; in losses, min(L, D) singular values
 
 A *bundle* is one prompt in several languages. What is forwarded at once is a prefix tree in a single row (`Tree`).
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, TypeVar, cast
 
 if TYPE_CHECKING:  # torch is imported by whoever makes tensors, not by whoever names them
     import numpy as np
@@ -19,6 +19,18 @@ if TYPE_CHECKING:  # torch is imported by whoever makes tensors, not by whoever 
 
 Kind = Literal["harmful", "benign"]
 
+Pooling = Literal["mean_all", "mean_masked", "last"]
+"""What stands for a sequence of prompt and answer: the mean over the states of all its tokens, over those of the
+answer, or the state of the last one."""
+
+Pairing = Literal["response", "own", "shared", "crossed"]
+"""Which answers of a bundle continue which of its prompts.
+
+`response`: those in the response language, their own prompt. `own`: those in every language, the prompt in that
+language. `shared`: those in the response language, the prompts in every language. `crossed`: `own` and `shared`, and
+those in every language the prompt in the response language.
+"""
+
 
 def primary_language(code: str) -> str:
     """The language of a BCP 47 tag without script and region: `zh` of `zh-Hant`."""
@@ -26,10 +38,19 @@ def primary_language(code: str) -> str:
 
 
 @dataclass(frozen=True)
-class Bundle:
-    """One prompt in several languages, with answers in one of them.
+class AnswerPair:
+    """The answers to a bundle's prompt in one language."""
 
-    `chosen` and `rejected` are absent in prompt-only and evaluation bundles; `bundle_id` is a hash of the content.
+    chosen: str
+    rejected: str | None = None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """One prompt in several languages, with answers in one of them or more.
+
+    `chosen` and `rejected`, in `response_language`, are absent in prompt-only and evaluation bundles; `answers` are
+    those in further languages. `bundle_id` is a hash of the content.
     """
 
     bundle_id: str
@@ -40,6 +61,15 @@ class Bundle:
     response_language: str = "en"
     source: str = ""
     category: str = ""
+    answers: Mapping[str, AnswerPair] = field(default_factory=dict)
+
+
+class TokenAnswers(TypedDict):
+    """Answers in a further language as ids; they continue `TokenRow.prompts[prompt]`."""
+
+    prompt: int
+    chosen: list[int]
+    rejected: list[int] | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +78,8 @@ class TokenRow:
 
     `prompts[i]` is the whole chat-templated prompt of `languages[i]`, generation prompt included; `tapped[i]` is the
     index in it of the last token of the generation prompt. `chosen` and `rejected` are the answer's ids alone,
-    end-of-turn token included, and continue `prompts[response_prompt]`. `truncated_*` count tokens cut off.
+    end-of-turn token included, and continue `prompts[response_prompt]`; `answers` are those in further languages, in
+    the order of their prompts. `truncated_*` count tokens cut off.
     """
 
     bundle_id: str
@@ -61,6 +92,7 @@ class TokenRow:
     rejected: list[int] | None = None
     truncated_prompt_tokens: int = 0
     truncated_response_tokens: int = 0
+    answers: list[TokenAnswers] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,16 +152,45 @@ class Tree:
 
 @dataclass(frozen=True)
 class Answers:
-    """One answer to each of B bundles.
+    """A answers, as `AnswerRows` says to which prompts.
 
     `predicting` [R] are the places in the tree's row whose next token is a response token, `targets` [R] those
-    response tokens, and `bundle_of_target` [R] the bundle (0..B-1) each belongs to, ascending. An answer's last token
-    predicts nothing: it is a target, and not in the row.
+    response tokens, and `row_of_target` [R] the answer (0..A-1) each belongs to, ascending. An answer's last token
+    predicts nothing: it is a target, and not in the row but where states of whole sequences are read.
     """
 
     predicting: Tensor
     targets: Tensor
-    bundle_of_target: Tensor
+    row_of_target: Tensor
+
+
+@dataclass(frozen=True)
+class AnswerRows:
+    """Whose the A answers of B bundles are; chosen and rejected ones have the same A rows.
+
+    `bundle` [A], ascending, `prompt` [A] the column of the language of the prompt that each continues, and `answer` [A]
+    that of its own language. `response` [B] are the rows of the answers in the response language to the prompt in it,
+    which are each bundle's first.
+    """
+
+    bundle: Tensor
+    prompt: Tensor
+    answer: Tensor
+    response: Tensor
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where the tokens of whole sequences are, the response-language prompt and an answer to it: B chosen, B rejected.
+
+    `places` [K] are their places in the tree's row, `sequence` [K] whose they are: bundle b's chosen answer is b, its
+    rejected one B + b. `is_answer` [K] says which are of the answer, `last` [2B] are the places of the last tokens.
+    """
+
+    places: Tensor
+    sequence: Tensor
+    is_answer: Tensor
+    last: Tensor
 
 
 @dataclass(frozen=True)
@@ -153,9 +214,10 @@ class Batch:
     for the terms on representations. `groups` has the group of each bundle; those of equal number, which are
     neighbours, are compared with each other by some terms. `languages` names the L columns of the grid; it is the same
     list on every worker and step. `prompts` is None where the step does not tap: then `tree` holds no prompt but those
-    that answers continue.
-    `reference_chosen` and `reference_rejected` [B] are summed response log-probs of the frozen reference, and
-    `reference_state` [B, H] its tapped state of each bundle's response prompt, where those were cached.
+    that answers continue. `rows` says whose the A answers are; `sequences` is there where states of them are pooled.
+    `reference_chosen` and `reference_rejected` are summed response log-probs of the frozen reference: [A], or [B] where
+    it is asked about answers in the response language alone. `reference_state` [B, H] is its tapped state of each
+    bundle's response prompt, `reference_pooled` [2, B, H] its states pooled over sequences, where those were cached.
     """
 
     bundle_ids: tuple[str, ...]
@@ -167,10 +229,13 @@ class Batch:
     tree: Tree
     chosen: Answers
     rejected: Answers | None
+    rows: AnswerRows
     prompts: Prompts | None
+    sequences: Sequences | None = None
     reference_chosen: Tensor | None = None
     reference_rejected: Tensor | None = None
     reference_state: Tensor | None = None
+    reference_pooled: Tensor | None = None
 
     @property
     def taps(self) -> bool:
@@ -182,13 +247,16 @@ class Batch:
 class ReferenceRows:
     """The frozen reference's outputs for N bundles, cached; None is what the objective does not need.
 
-    `chosen` and `rejected` [N] are summed log-probs in nats, float64; `state` [N, H] are float32 hidden states of the
-    last token of the response-language prompt at the tapped layer.
+    `chosen` and `rejected` are summed log-probs in nats, float64: [N] of the answers in the response language, or
+    [N, L] of those in every language, NaN where a bundle lacks it. `state` [N, H] are float32 hidden states of the last
+    token of the response-language prompt at the tapped layer, `pooled` [N, 2, H] float32 states of the last layer,
+    pooled over the response-language prompt and its chosen or rejected answer.
     """
 
     chosen: np.ndarray | None = None
     rejected: np.ndarray | None = None
     state: np.ndarray | None = None
+    pooled: np.ndarray | None = None
 
     def take(self, rows: Sequence[int]) -> ReferenceRows:
         """Those of some bundles, in memory."""
@@ -205,7 +273,10 @@ class ReferenceTable(Protocol):
 
 @dataclass(frozen=True)
 class ResponseLogProbs:
-    """Per bundle: `total` [B] is the summed log-prob of its answer in nats, `length` [B] its number of tokens."""
+    """Per answer: `total` [A] is its summed log-prob in nats, `length` [A] its number of tokens.
+
+    A is B where a bundle has one answer of a kind, in the response language.
+    """
 
     total: Tensor
     length: Tensor

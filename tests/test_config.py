@@ -94,11 +94,11 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"name": "a/b"}, ["name='a/b'"]),
         (
             {"objective": {"loss": "sft", "beta": 0.1}},
-            ["objective.beta=0.1: no such field (valid here: loss, sft_weight)"],
+            ["objective.beta=0.1: no such field (valid here: answers, loss, sft_weight)"],
         ),
         (
             {"objective": {"loss": "ipo", "label_smoothing": 0.1}},
-            ["objective.label_smoothing=0.1: no such field (valid here: beta, loss, sft_weight)"],
+            ["objective.label_smoothing=0.1: no such field (valid here: answers, beta, loss, sft_weight)"],
         ),
         (
             {"objective": {"loss": "dop"}},
@@ -373,11 +373,11 @@ def test_json_schema_describes_every_field(schema: type[TrainConfig] | type[Scor
 def test_json_schema_has_the_settings_of_every_component() -> None:
     fields = config_schema(TrainConfig)["properties"]
     losses = {option["properties"]["loss"]["const"]: option for option in fields["objective"]["oneOf"]}
-    assert losses.keys() == {"dpo", "ipo", "orpo", "sft", "simpo"}
-    assert losses["simpo"]["properties"].keys() == {"loss", "beta", "margin", "sft_weight"}
+    assert losses.keys() == {"dco", "dpo", "ipo", "mpo", "orpo", "sdrrl", "sft", "simpo"}
+    assert losses["simpo"]["properties"].keys() == {"loss", "answers", "beta", "margin", "sft_weight"}
     terms = {option["properties"]["name"]["const"] for option in fields["terms"]["additionalProperties"]["anyOf"]}
     assert terms >= {"anchor", "contrast", "variance"}
-    assert [option["properties"]["name"]["const"] for option in fields["mlc"]["oneOf"]] == ["mlc"]
+    assert [option["properties"]["name"]["const"] for option in fields["mlc"]["oneOf"]] == ["cosine", "mlc"]
     for option in (*losses.values(), *fields["mlc"]["oneOf"], *fields["terms"]["additionalProperties"]["anyOf"]):
         assert all(field.get("description") for field in option["properties"].values())
 

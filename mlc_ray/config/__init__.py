@@ -10,6 +10,7 @@ anything starts. Validators reject, they never rewrite.
 from mlc_ray.config.base import (
     ConfigError,
     Fraction,
+    LanguageTag,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -39,6 +40,7 @@ from mlc_ray.config.score import (
 )
 from mlc_ray.config.search import ConfirmSection, ObjectiveSettings, ParameterSection, ProbePriorSection, SearchConfig
 from mlc_ray.config.train import (
+    AnswerSettings,
     CheckpointSection,
     ClusterSection,
     CollapseSection,
@@ -60,6 +62,7 @@ from mlc_ray.config.train import (
 __all__ = [
     "PLAIN_CHAT",
     "TRANSLATION_MARKERS",
+    "AnswerSettings",
     "CalibrationConfig",
     "ChatSection",
     "CheckpointSection",
@@ -73,6 +76,7 @@ __all__ = [
     "EngineSettings",
     "Fraction",
     "JudgeSettings",
+    "LanguageTag",
     "LoggingSection",
     "LoraSection",
     "LossSettings",

@@ -125,6 +125,16 @@ class LossSettings(Section):
     )
 
 
+class AnswerSettings(LossSettings):
+    """What a loss of answers in one language has beside that."""
+
+    answers: Literal["response", "all"] = Field(
+        "response",
+        description="`response`: answers in the response language alone. `all`: those in every language of a bundle, "
+        "each to the prompt in it; a bundle's loss is the mean over them (the fully translated upper bound).",
+    )
+
+
 class TermSettings(Section):
     """What every further term has; its own settings are in its class, `mlc_ray.losses.NAME`."""
 
@@ -168,7 +178,14 @@ class TapSection(TermSettings):
     every: PositiveInt = Field(
         1, description="Add the terms every this many optimizer steps; other steps skip their forward."
     )
-    extractor_dim: PositiveInt = Field(512, description="Output size of the linear extractor.")
+    extractor_dim: PositiveInt | None = Field(
+        512, description="Output size of the linear extractor; `null`: none, terms read the tapped states themselves."
+    )
+    centring: bool = Field(
+        False,
+        description="Whether the term under `mlc` first takes from each representation the mean over its group "
+        "(`train.group_bundles`).",
+    )
 
     @field_validator("layer", mode="before")
     @classmethod
@@ -276,7 +293,8 @@ class TrainSection(Section):
         ),
     )
     group_bundles: Annotated[PositiveInt, Field(ge=2)] = Field(
-        8, description="The most bundles of a batch that `contrast` and `variance` compare with each other."
+        8,
+        description="The most bundles of a batch that `contrast`, `variance` and `mlc.centring` look at together.",
     )
 
 
@@ -464,16 +482,22 @@ class TrainConfig(ObjectiveConfig):
             raise ValueError(
                 f"reference={self.reference!r} is not read by objective.loss={self.objective.loss!r}; remove it"
             )
-        comparing = [name for name, term in self.terms.items() if resolve("term", term.name).needs_group]
+        terms = {"mlc": self.mlc, **self.terms}
+        comparing = [name for name, term in terms.items() if resolve("term", term.name)(term).needs_group]
         if comparing and self.train.batch_bundles < 2:
+            where, fix = (
+                ("mlc.centring", "set it to false")
+                if comparing[0] == "mlc"
+                else (f"terms.{comparing[0]}", "remove the term")
+            )
             raise ValueError(
-                f"terms.{comparing[0]} compares the bundles of a batch, but train.batch_bundles="
-                f"{self.train.batch_bundles} gives it a single one; raise it, or remove the term"
+                f"{where} compares the bundles of a batch, but train.batch_bundles={self.train.batch_bundles} gives it "
+                f"a single one; raise it, or {fix}"
             )
         if self.train.group_bundles != TrainSection.model_fields["group_bundles"].default and not comparing:
             raise ValueError(
                 f"train.group_bundles={self.train.group_bundles} is read by terms that compare bundles, and this run "
-                "has none; remove it, or add terms.contrast or terms.variance"
+                "has none; remove it, or add terms.contrast, terms.variance or mlc.centring"
             )
         if self.model.attention == "varlen" and self.model.dtype == "float32":
             raise ValueError(

@@ -18,7 +18,18 @@ from mlc_ray.data.ragged import Ints, common_start, ranges, starts_of
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.data.trees import make_tree
 from mlc_ray.errors import MlcRayError
-from mlc_ray.types import Answers, Batch, Kind, Prompts, ReferenceRows, TokenRow, Tree
+from mlc_ray.types import (
+    AnswerRows,
+    Answers,
+    Batch,
+    Kind,
+    Pairing,
+    Prompts,
+    ReferenceRows,
+    Sequences,
+    TokenRow,
+    Tree,
+)
 
 TokenRows: TypeAlias = pa.Table | Sequence[TokenRow]
 """A table of `mlc_ray.data.tables.TOKENS`, or (for small calls) token rows."""
@@ -38,6 +49,8 @@ def collate(
     tap: bool,
     term_weights: Sequence[float] | None = None,
     groups: Sequence[int] | None = None,
+    pairing: Pairing = "response",
+    whole: bool = False,
 ) -> Batch:
     """B token rows as a `Batch` (shapes as documented there; ids int64, weights and log-probs float32, on CPU).
 
@@ -50,6 +63,8 @@ def collate(
         tap: whether the prompts in all languages are read, or only those that are answered.
         term_weights: the bundles' weights in terms on representations, [B]; None for `weights`.
         groups: the group of each bundle, [B]; None where no term needs any.
+        pairing: which answers continue which prompts.
+        whole: whether states of whole sequences are pooled.
 
     Raises:
         BatchError: there are no rows, or a bundle lacks an answer or has a language outside `languages`.
@@ -63,7 +78,9 @@ def collate(
     kinds: list[Kind] = table["kind"].to_pylist()
     said = reference or ReferenceRows()
     grid = _Grid.of(table, languages)
-    tree, answers, prompts = _plant(table, grid, ("chosen", "rejected") if needs_rejected else ("chosen",), tap=tap)
+    names = ("chosen", "rejected") if needs_rejected else ("chosen",)
+    planted = _plant(table, grid, names, tap=tap, pairing=pairing, whole=whole)
+    assert planted.rows is not None
     return Batch(
         bundle_ids=tuple(bundle_ids),
         kinds=tuple(kinds),
@@ -71,13 +88,16 @@ def collate(
         weight=torch.tensor(weights, dtype=torch.float32),
         term_weight=torch.tensor(weights if term_weights is None else term_weights, dtype=torch.float32),
         groups=tuple(groups) if groups is not None else None,
-        tree=tree,
-        chosen=answers[0],
-        rejected=answers[1] if needs_rejected else None,
-        prompts=prompts if tap else None,
-        reference_chosen=_float32(said.chosen),
-        reference_rejected=_float32(said.rejected) if needs_rejected else None,
+        tree=planted.tree,
+        chosen=planted.answers[0],
+        rejected=planted.answers[1] if needs_rejected else None,
+        rows=planted.rows,
+        prompts=planted.prompts if tap else None,
+        sequences=planted.sequences,
+        reference_chosen=_float32(_of_rows(said.chosen, planted.rows)),
+        reference_rejected=_float32(_of_rows(said.rejected, planted.rows)) if needs_rejected else None,
         reference_state=_float32(said.state),
+        reference_pooled=_float32(None if said.pooled is None else said.pooled.swapaxes(0, 1)),
     )
 
 
@@ -88,8 +108,8 @@ def collate_prompts(rows: TokenRows, languages: Sequence[str]) -> tuple[Tree, Pr
         BatchError: a bundle has a language outside `languages`, the grid's L.
     """
     table = _table(rows)
-    tree, _, prompts = _plant(table, _Grid.of(table, languages), (), tap=True)
-    return tree, prompts
+    planted = _plant(table, _Grid.of(table, languages), (), tap=True)
+    return planted.tree, planted.prompts
 
 
 @dataclass(frozen=True)
@@ -122,31 +142,98 @@ class _Grid:
         return cls(_integers(prompts.flatten()), starts_of(lengths), lengths, tapped, bundle, column)
 
 
-def _plant(table: pa.Table, grid: _Grid, names: Sequence[str], *, tap: bool) -> tuple[Tree, list[Answers], Prompts]:
+@dataclass(frozen=True)
+class _Said:
+    """All answers of a table, those in the response language first, [B + F]; and the A that continue a prompt.
+
+    `prompt` [B + F] is the prompt of the grid in an answer's own language. `bundle`, `continued` and `which` [A] are
+    the bundle, the prompt of the grid and the answer of each that is read; `response` [B] as in `AnswerRows`.
+    """
+
+    prompt: Ints
+    bundle: Ints
+    continued: Ints
+    which: Ints
+    response: Ints
+
+    @classmethod
+    def of(cls, table: pa.Table, grid: _Grid, pairing: Pairing) -> _Said:
+        first = starts_of(_lengths(table["languages"]))
+        own = first + _integers(table["response_prompt"])
+        bundles = np.arange(len(table))
+        answers = table["answers"].combine_chunks()
+        of_bundle = np.repeat(bundles, _lengths(answers))
+        prompt = first[of_bundle] + _integers(answers.flatten().field("prompt"))
+        further = len(table) + np.arange(len(of_bundle))
+        rows = [(bundles, own, bundles)]
+        if pairing in ("own", "crossed"):
+            rows.append((of_bundle, prompt, further))
+        if pairing in ("shared", "crossed"):
+            others = np.setdiff1d(np.arange(len(grid.starts)), own)
+            rows.append((grid.bundle[others], others, grid.bundle[others]))
+        if pairing == "crossed":
+            rows.append((of_bundle, own[of_bundle], further))
+        bundle, continued, which = np.concatenate([np.stack(each) for each in rows], axis=1)
+        is_response = (continued == own[bundle]) & (which < len(table))
+        order = np.lexsort((which, continued, ~is_response, bundle))
+        return cls(
+            np.concatenate([own, prompt]),
+            bundle[order],
+            continued[order],
+            which[order],
+            np.flatnonzero(is_response[order]),
+        )
+
+    def rows(self, grid: _Grid) -> AnswerRows:
+        """As tensors."""
+        own = grid.column[self.prompt[self.which]]
+        parts = (self.bundle, grid.column[self.continued], own, self.response)
+        return AnswerRows(*(torch.from_numpy(part) for part in parts))
+
+
+@dataclass(frozen=True)
+class _Planted:
+    """What a forward reads, and where in the tree's row everything is."""
+
+    tree: Tree
+    answers: list[Answers]
+    prompts: Prompts
+    rows: AnswerRows | None
+    sequences: Sequences | None
+
+
+def _plant(
+    table: pa.Table, grid: _Grid, names: Sequence[str], *, tap: bool, pairing: Pairing = "response", whole: bool = False
+) -> _Planted:
     """The tree of B bundles, where their answers called `names` are in it, and (if `tap`) where their prompts are.
 
     The row: the head that all its prompts begin with (where there is one), the prompts that are answered, the answers
     of each name, the other prompts.
     """
-    n_bundles = len(table)
-    found = [_answers(table, name) for name in names]
-    answered = starts_of(_lengths(table["languages"])) + _integers(table["response_prompt"]) if names else np.arange(0)
+    found = [_answers(table, name, pairing) for name in names]
+    said = _Said.of(table, grid, pairing) if names else None
+    answered = np.unique(said.continued) if said is not None else np.arange(0)
     order = np.lexsort((grid.column, grid.bundle)) if tap else answered
     others = order[~np.isin(order, answered)]
     prompts = np.concatenate([answered, others])
     # Short of the tapped token, which is of its prompt alone. A single prompt shares its beginning with none.
     head = common_start(grid.ids, grid.starts[prompts], grid.tapped[prompts]) if len(prompts) > 1 else 0
     heads = 1 if head else 0
-    continued = np.arange(heads, heads + len(answered))
+    continued = heads + np.searchsorted(answered, said.continued) if said is not None else np.arange(0)
+    n_answers = len(continued)
 
     sources = [grid.ids, *(ids for ids, _ in found)]
     offsets = starts_of(np.array([len(ids) for ids in sources]))[1:]
+    own = [(starts_of(n)[said.which], n[said.which]) for _, n in found] if said is not None else []
     starts, lengths, parents = np.concatenate(
         [
             _segments(grid.starts[prompts[:heads]], head, -1),
             _segments(grid.starts[answered] + head, grid.lengths[answered] - head, heads - 1),
             # An answer's last token predicts nothing.
-            *(_segments(at + starts_of(n), n - 1, continued) for at, (_, n) in zip(offsets, found, strict=True)),
+            *(
+                _segments(offset + at, n if whole else n - 1, continued)
+                for offset, (at, n) in zip(offsets, own, strict=True)
+            ),
             _segments(grid.starts[others] + head, grid.lengths[others] - head, heads - 1),
         ],
         axis=1,
@@ -163,18 +250,39 @@ def _plant(table: pa.Table, grid: _Grid, names: Sequence[str], *, tap: bool) -> 
     )
 
     segment = np.empty(len(grid.starts), dtype=np.int64)
-    segment[answered], segment[others] = continued, np.arange(last_answer, len(lengths))
+    segment[answered], segment[others] = heads + np.arange(len(answered)), np.arange(last_answer, len(lengths))
     ends = places[continued] + lengths[continued] - 1
     answers = []
-    for index, (ids, counts) in enumerate(found):
-        first = places[heads + n_bundles * (1 + index) : heads + n_bundles * (2 + index)]
-        predicting = ranges(first - 1, counts)
+    for index, ((ids, _), (at, counts)) in enumerate(zip(found, own, strict=True)):
+        begin = heads + len(answered) + n_answers * index
+        predicting = ranges(places[begin : begin + n_answers] - 1, counts)
         predicting[starts_of(counts)] = ends  # the prompt's last token predicts the answer's first
-        bundle = np.repeat(np.arange(n_bundles), counts)
-        answers.append(Answers(torch.from_numpy(predicting), torch.from_numpy(ids), torch.from_numpy(bundle)))
+        row = np.repeat(np.arange(n_answers), counts)
+        answers.append(Answers(*(torch.from_numpy(part) for part in (predicting, ids[ranges(at, counts)], row))))
     tapped = places[segment[order]] + grid.tapped[order] - head
-    where = (tapped, grid.bundle[order], grid.column[order])
-    return tree, answers, Prompts(*(torch.from_numpy(part) for part in where))
+    where = Prompts(*(torch.from_numpy(part) for part in (tapped, grid.bundle[order], grid.column[order])))
+    if said is None:
+        return _Planted(tree, answers, where, None, None)
+    sequences = None
+    if whole:
+        begins = heads + len(answered) + n_answers * np.arange(len(names))[:, None] + said.response
+        sequences = _sequences(places, lengths, head, continued[said.response], begins)
+    return _Planted(tree, answers, where, said.rows(grid), sequences)
+
+
+def _sequences(places: Ints, lengths: Ints, head: int, prompts: Ints, answers: Ints) -> Sequences:
+    """Sequences of segments: the head, `prompts` [B], and `answers` [names, B]."""
+    both = np.broadcast_to(prompts, answers.shape).ravel()
+    ends = answers.ravel()
+    runs = np.stack([np.zeros(len(both), dtype=np.int64), places[both], places[ends]], axis=1)
+    sizes = np.stack([np.full(len(both), head), lengths[both], lengths[ends]], axis=1)
+    parts = (
+        ranges(runs.ravel(), sizes.ravel()),
+        np.repeat(np.arange(len(both)), sizes.sum(axis=1)),
+        np.repeat(np.tile([False, False, True], len(both)), sizes.ravel()),
+        places[ends] + lengths[ends] - 1,
+    )
+    return Sequences(*(torch.from_numpy(part) for part in parts))
 
 
 def _segments(starts: Ints, lengths: Ints | int, parents: Ints | int) -> Ints:
@@ -182,14 +290,33 @@ def _segments(starts: Ints, lengths: Ints | int, parents: Ints | int) -> Ints:
     return np.stack(np.broadcast_arrays(starts, lengths, parents))
 
 
-def _answers(table: pa.Table, name: str) -> tuple[Ints, Ints]:
-    """Ids of each bundle's answer called `name`, one after another, and their lengths."""
+def _answers(table: pa.Table, name: str, pairing: Pairing) -> tuple[Ints, Ints]:
+    """Ids of all answers called `name`, one after another, and their lengths [B + F], as `_Said` has them.
+
+    Raises:
+        BatchError: one that `pairing` reads is absent.
+    """
     answers = table[name].combine_chunks()
     lengths = _lengths(answers)
-    if (missing := (lengths == 0) | (_integers(table["response_prompt"]) < 0)).any():
-        bundle = table["bundle_id"][int(np.argmax(missing))].as_py()
-        raise BatchError(f"bundle {bundle} has no {name!r} answer, which this loss needs")
-    return _integers(answers.flatten()), lengths
+    missing = (lengths == 0) | (_integers(table["response_prompt"]) < 0)
+    every = table["answers"].combine_chunks()
+    further = every.flatten().field(name)
+    further_lengths = _lengths(further)
+    if pairing in ("own", "crossed"):
+        bundle = np.repeat(np.arange(len(table)), _lengths(every))
+        number = np.bincount(bundle[further_lengths > 0], minlength=len(table))
+        missing = missing | (number + 1 < _lengths(table["languages"]))
+    if missing.any():
+        bundle_id = table["bundle_id"][int(np.argmax(missing))].as_py()
+        where = " in each of its languages" if pairing in ("own", "crossed") else ""
+        raise BatchError(f"bundle {bundle_id} has no {name!r} answer{where}, which this loss needs")
+    ids = np.concatenate([_integers(answers.flatten()), _integers(further.flatten())])
+    return ids, np.concatenate([lengths, further_lengths])
+
+
+def _of_rows(said: np.ndarray | None, rows: AnswerRows) -> np.ndarray | None:
+    """What the reference says of each answer [A], from [B, L]; of each bundle [B] where that is what it says."""
+    return said if said is None or said.ndim == 1 else said[rows.bundle.numpy(), rows.answer.numpy()]
 
 
 def _table(rows: TokenRows) -> pa.Table:

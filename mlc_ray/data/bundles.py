@@ -11,9 +11,9 @@ from typing import Any, cast, get_args
 from mlc_ray.config.base import LANGUAGE_TAG
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import fingerprint
-from mlc_ray.types import Bundle, Kind
+from mlc_ray.types import AnswerPair, Bundle, Kind
 
-FIELDS = ("bundle_id", "kind", "prompts", "chosen", "rejected", "response_language", "source", "category")
+FIELDS = ("bundle_id", "kind", "prompts", "chosen", "rejected", "response_language", "answers", "source", "category")
 KINDS: tuple[str, ...] = get_args(Kind)
 
 GIVEN_PREFIX = "given-"
@@ -81,8 +81,14 @@ def make_bundle(raw: Mapping[str, Any], *, kind: Any = None) -> Bundle:
         )
     if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
         raise BundleError(f"chosen and rejected are the same: {_quote(chosen)}")
+    answers = _answers(field("answers", {}), prompts, response_language)
+    if answers and chosen is None:
+        raise BundleError(
+            f"answers are given in {', '.join(answers)}, but chosen is not, the answer in {response_language!r} "
+            "(response_language)"
+        )
     bundle = Bundle(
-        bundle_id=bundle_id_of(kind, prompts, chosen, rejected, response_language),
+        bundle_id=bundle_id_of(kind, prompts, chosen, rejected, response_language, answers),
         kind=kind,
         prompts=prompts,
         chosen=chosen,
@@ -90,6 +96,7 @@ def make_bundle(raw: Mapping[str, Any], *, kind: Any = None) -> Bundle:
         response_language=response_language,
         source=_label(field("source", ""), "source"),
         category=_label(field("category", ""), "category"),
+        answers=answers,
     )
     if field("bundle_id", bundle.bundle_id) != bundle.bundle_id:
         raise BundleError(
@@ -100,15 +107,21 @@ def make_bundle(raw: Mapping[str, Any], *, kind: Any = None) -> Bundle:
 
 
 def bundle_id_of(
-    kind: str, prompts: Mapping[str, str], chosen: str | None, rejected: str | None, response_language: str
+    kind: str,
+    prompts: Mapping[str, str],
+    chosen: str | None,
+    rejected: str | None,
+    response_language: str,
+    answers: Mapping[str, AnswerPair] | None = None,
 ) -> str:
     """16 hex digits naming the content. `source` and `category` are labels, not content: they do not count."""
     content = {"kind": kind, "prompts": dict(prompts), "chosen": chosen, "rejected": rejected}
-    return fingerprint({**content, "response_language": response_language})
+    further = {"answers": {code: vars(pair) for code, pair in answers.items()}} if answers else {}
+    return fingerprint({**content, "response_language": response_language, **further})
 
 
 def select_languages(bundle: Bundle, languages: Sequence[str] | None) -> list[str]:
-    """The bundle's languages that are in `languages` (None: all), sorted.
+    """The bundle's languages that are in `languages` (None: all), sorted; answers in others are left out with them.
 
     Raises:
         BundleError: none is left, or answers would lose the prompt they answer; the message names data.languages.
@@ -156,6 +169,31 @@ def _prompts(value: Any) -> dict[str, str]:
         raise BundleError("prompts is empty; a bundle has at least one language")
     items = sorted(value.items(), key=lambda item: str(item[0]))
     return {check_language(code, "prompts"): _text(text, f"prompts[{code!r}]") for code, text in items}
+
+
+def _answers(value: Any, prompts: Mapping[str, str], response_language: str) -> dict[str, AnswerPair]:
+    """The answers in further languages than the response language, sorted."""
+    if not isinstance(value, Mapping):
+        raise BundleError(f"answers is {_quote(value)}, not a mapping of language codes to chosen and rejected")
+    found = {}
+    for code, pair in sorted(value.items(), key=lambda item: str(item[0])):
+        check_language(code, "answers")
+        where = f"answers[{code!r}]"
+        if pair is not None and (not isinstance(pair, Mapping) or not pair.keys() <= {"chosen", "rejected"}):
+            raise BundleError(f"{where} is {_quote(pair)}, not a mapping of chosen and rejected to texts")
+        given = {name: _text(text, f"{where}[{name!r}]") for name, text in (pair or {}).items() if text is not None}
+        if not given:  # a column of Parquet has every language in every row
+            continue
+        if code == response_language:
+            raise BundleError(f"{where}: answers in {code!r}, the response_language, stand in chosen and rejected")
+        if code not in prompts:
+            raise BundleError(f"{where} answers no prompt: there is none in {code!r} (languages: {sorted(prompts)!r})")
+        if "chosen" not in given:
+            raise BundleError(f"{where} has rejected ({_quote(given['rejected'])}) but not chosen")
+        if given["chosen"].strip() == given.get("rejected", "").strip():
+            raise BundleError(f"{where}: chosen and rejected are the same: {_quote(given['chosen'])}")
+        found[code] = AnswerPair(**given)
+    return found
 
 
 def _text(value: Any, where: str) -> str:

@@ -10,11 +10,16 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlc_ray.data.ragged import Ints
 from mlc_ray.errors import MlcRayError
+from mlc_ray.types import Pairing
+
+if TYPE_CHECKING:
+    from mlc_ray.data.store import TokenArtifact
 
 
 class BudgetError(MlcRayError):
@@ -26,6 +31,8 @@ class Lengths:
     """Tokens of N bundles, each an array [N]; 0 where a bundle has none.
 
     `prompts` are those of all languages, `answered` of the prompt that the answers continue, `languages` a number.
+    `chosen` and `rejected` are in the response language, `further_chosen` and `further_rejected` those of all `further`
+    languages with answers.
     """
 
     languages: Ints
@@ -33,21 +40,31 @@ class Lengths:
     answered: Ints
     chosen: Ints
     rejected: Ints
+    further_chosen: Ints
+    further_rejected: Ints
+    further: Ints
 
     def take(self, rows: Sequence[int] | Ints) -> Lengths:
         """Those of some rows."""
         return Lengths(*(values[rows] for values in vars(self).values()))
 
-    def own_tokens(self, *, head: int, taps: bool, rejected: bool) -> Ints:
-        """Tokens that each bundle adds to a forward, [N]: all its prompts where a step taps, else the answered one.
+    def own_tokens(
+        self, *, head: int, taps: bool, rejected: bool, pairing: Pairing = "response", whole: bool = False
+    ) -> Ints:
+        """Tokens that each bundle adds to a forward, [N]: all its prompts where a step taps, else the answered ones.
 
-        The last token of an answer predicts nothing and is not forwarded.
+        The last token of an answer predicts nothing and is not forwarded, unless `whole` sequences are read. Answers in
+        every language must be there where `pairing` reads them.
         """
-        prompts = self.prompts - head * self.languages if taps else self.answered - head
-        answers = (self.chosen - 1).clip(min=0)
-        if rejected:
-            answers = answers + (self.rejected - 1).clip(min=0)
-        own: Ints = prompts.clip(min=0) + answers
+        prompts = self.prompts - head * self.languages if taps or pairing != "response" else self.answered - head
+        last = 0 if whole else 1
+        own: Ints = prompts.clip(min=0)
+        pairs = [(self.chosen, self.further_chosen), (self.rejected, self.further_rejected)]
+        for response, further in pairs if rejected else pairs[:1]:
+            one, more = (response - last).clip(min=0), further - last * self.further
+            if pairing in ("shared", "crossed"):
+                one = one * self.languages
+            own = own + one + {"response": 0, "own": 1, "shared": 0, "crossed": 2}[pairing] * more
         return own
 
 
@@ -94,6 +111,8 @@ class Cutting:
         taps: whether optimizer step `step` (from 0) forwards all prompts.
         ever_taps: whether any step does.
         group_bundles: the most bundles of a group, or None where no term compares bundles.
+        pairing: which answers continue which prompts.
+        whole: whether the last tokens of answers are forwarded too.
     """
 
     tokens_per_forward: int
@@ -103,11 +122,19 @@ class Cutting:
     taps: Callable[[int], bool]
     ever_taps: bool
     group_bundles: int | None = None
+    pairing: Pairing = "response"
+    whole: bool = False
+
+    def own_tokens(self, lengths: Lengths | TokenArtifact, *, taps: bool) -> Ints:
+        """Tokens that each bundle adds to a forward of a step that taps, or of one that does not."""
+        return lengths.own_tokens(
+            head=self.head, taps=taps, rejected=self.rejected, pairing=self.pairing, whole=self.whole
+        )
 
     def plan(self, step: int, rows: Sequence[int], lengths: Lengths) -> StepPlan:
         """Cut the batch `rows`, of which `lengths` has the tokens."""
         taps = self.taps(step)
-        own = lengths.own_tokens(head=self.head, taps=taps, rejected=self.rejected)
+        own = self.own_tokens(lengths, taps=taps)
         groups = group_of(len(rows), self.group_bundles) if taps and self.group_bundles is not None else None
         items = _members(groups) if groups is not None else [[position] for position in range(len(rows))]
         bins = cut([int(own[item].sum()) for item in items], self.tokens_per_forward - self.head, self.world_size)

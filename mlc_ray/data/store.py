@@ -25,10 +25,12 @@ from mlc_ray.data.plan import Lengths
 from mlc_ray.data.ragged import Ints, common_start, starts_of
 from mlc_ray.data.tables import ANSWERS, TOKENS, Keys, table_to_rows
 from mlc_ray.storage import ArtifactError, Place, read_manifest, write_manifest
-from mlc_ray.types import TokenRow
+from mlc_ray.types import Pairing, TokenRow
 
-FORMAT = 3
+FORMAT = 4
 REJECTS_FILE = "rejects.jsonl"
+EVERY = "every "
+"""How the names of answers begin in `lacking` where each language of a bundle counts."""
 _BATCH_ROWS = 8192
 
 
@@ -42,7 +44,9 @@ class TokenCounts:
     """What a data set weighs, and what was lost to the limits; everything in tokens unless it says otherwise.
 
     `kinds` counts bundles, `truncated_prompts` prompts, `truncated_responses` bundles with an answer that lost its end,
-    and `lacking` bundles without a chosen (or with none that continues a prompt), or without a rejected answer.
+    and `lacking` bundles without a chosen (or with none that continues a prompt), or without a rejected answer, and
+    under `every chosen` and `every rejected` those without one in each of their languages. `answered` counts bundles by
+    their response language, those that have a prompt in it.
     """
 
     rows: int = 0
@@ -54,6 +58,7 @@ class TokenCounts:
     truncated_responses: int = 0
     truncated_response_tokens: int = 0
     lacking: Counter[str] = field(default_factory=Counter)
+    answered: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, table: pa.Table) -> TokenCounts:
@@ -68,16 +73,25 @@ class TokenCounts:
             return Counter({name: total for name, total in zip(names, sums, strict=True) if total})
 
         cut_answers = table["truncated_response_tokens"].to_numpy()
+        response = table["response_prompt"].to_numpy()
+        first = starts_of(pc.list_value_length(table["languages"]).to_numpy().astype(np.int64))
+        answered = np.zeros(len(code), dtype=np.int64)
+        answered[(first + response)[response >= 0]] = 1
         return cls(
             rows=table.num_rows,
             kinds=Counter({each["values"]: each["counts"] for each in table["kind"].value_counts().to_pylist()}),
             prompt_tokens=by_language(lengths),
-            response_tokens=sum(pc.sum(pc.list_value_length(table[name])).as_py() or 0 for name in ANSWERS),
+            response_tokens=sum(
+                pc.sum(pc.list_value_length(ids)).as_py() or 0
+                for name in ANSWERS
+                for ids in (table[name], pc.struct_field(pc.list_flatten(table["answers"]), name))
+            ),
             truncated_prompts=by_language(cuts > 0),
             truncated_prompt_tokens=by_language(cuts),
             truncated_responses=int((cut_answers > 0).sum()),
             truncated_response_tokens=int(cut_answers.sum()),
             lacking=Counter({name: int(lack.sum()) for name, lack in _lacking(table).items() if lack.any()}),
+            answered=by_language(answered),
         )
 
     def add(self, other: TokenCounts) -> None:
@@ -94,11 +108,15 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class Lacking:
-    """A bundle without answers that some losses need: where it stood (`data.jsonl:3`), and what is absent."""
+    """A bundle without answers that some losses need: where it stood (`data.jsonl:3`), and what is absent.
+
+    `absent` are of the answers in the response language, `languages` those in which the answer is absent.
+    """
 
     bundle_id: str
     place: str
     absent: list[str]
+    languages: list[str]
 
 
 @dataclass
@@ -128,7 +146,7 @@ def write_shard(folder: Place, file: str, tables: Iterable[pa.Table]) -> Shard:
                 for name, lack in _lacking(table).items():
                     room = NAMED_FIRST - len(shard.lacking.get(name, []))
                     if rows := np.flatnonzero(lack)[:room].tolist():
-                        named = [_named(table, row, shard.counts.rows) for row in rows]
+                        named = [_named(table, row, shard.counts.rows, name.removeprefix(EVERY)) for row in rows]
                         shard.lacking.setdefault(name, []).extend(named)
                 shard.counts.add(TokenCounts.of(table))
                 shard.head = _head(table, shard.head)
@@ -237,15 +255,26 @@ def _lacking(table: pa.Table) -> dict[str, npt.NDArray[np.bool_]]:
     """Which rows lack each answer."""
     absent = {name: pc.fill_null(pc.list_value_length(table[name]), 0).to_numpy() == 0 for name in ANSWERS}
     absent["chosen"] = absent["chosen"] | (table["response_prompt"].to_numpy() < 0)
+    further = pc.list_flatten(table["answers"])
+    bundle = pc.list_parent_indices(table["answers"]).to_numpy()
+    languages = pc.list_value_length(table["languages"]).to_numpy()
+    for name in ANSWERS:
+        there = bundle[pc.fill_null(pc.list_value_length(pc.struct_field(further, name)), 0).to_numpy() > 0]
+        number = np.bincount(there, minlength=len(table)) + ~absent[name]
+        absent[EVERY + name] = number < languages
     return absent
 
 
-def _named(table: pa.Table, row: int, before: int) -> Lacking:
+def _named(table: pa.Table, row: int, before: int, answer: str) -> Lacking:
     where = f"row {before + row + 1}"
     if "file" in table.column_names:
         where = place(table["file"][row].as_py(), table["line"][row].as_py())
-    absent = [name for name, lack in _lacking(table.slice(row, 1)).items() if lack[0]]
-    return Lacking(table["bundle_id"][row].as_py(), where, absent)
+    absent = [name for name, lack in _lacking(table.slice(row, 1)).items() if lack[0] and name in ANSWERS]
+    there = {further["prompt"] for further in table["answers"][row].as_py() if further[answer]}
+    if answer not in absent:
+        there.add(table["response_prompt"][row].as_py())
+    languages = [code for index, code in enumerate(table["languages"][row].as_py()) if index not in there]
+    return Lacking(table["bundle_id"][row].as_py(), where, absent, languages)
 
 
 def _head(table: pa.Table, before: Ints | None) -> Ints | None:
@@ -377,12 +406,12 @@ class TokenArtifact:
             found[:, here] = _lengths(self._batches[part], wanted[here] - self._starts[part])
         return Lengths(*found)
 
-    def own_tokens(self, *, head: int, taps: bool, rejected: bool) -> Ints:
-        """`Lengths.own_tokens` of all rows, [N] int32; made shard by shard, since `Lengths` are 40 bytes a bundle."""
-        parts = [
-            Lengths(*_lengths(batch, None)).own_tokens(head=head, taps=taps, rejected=rejected).astype(np.int32)
-            for batch in self._batches
-        ]
+    def own_tokens(
+        self, *, head: int, taps: bool, rejected: bool, pairing: Pairing = "response", whole: bool = False
+    ) -> Ints:
+        """`Lengths.own_tokens` of all rows, [N] int32; made shard by shard, since `Lengths` are 64 bytes a bundle."""
+        asked: dict[str, Any] = {"head": head, "taps": taps, "rejected": rejected, "pairing": pairing, "whole": whole}
+        parts = [Lengths(*_lengths(batch, None)).own_tokens(**asked).astype(np.int32) for batch in self._batches]
         return np.concatenate([np.empty(0, np.int32), *parts])
 
     @cached_property
@@ -422,7 +451,7 @@ class TokenArtifact:
 
 
 def _lengths(batch: pa.RecordBatch, rows: Ints | None) -> Ints:
-    """The fields of `Lengths` for some rows of a record batch (None: all), [5, N]."""
+    """The fields of `Lengths` for some rows of a record batch (None: all), [8, N]."""
     rows = np.arange(batch.num_rows) if rows is None else rows
     prompts = batch.column("prompts")
     first = prompts.offsets.to_numpy()
@@ -435,4 +464,9 @@ def _lengths(batch: pa.RecordBatch, rows: Ints | None) -> Ints:
         offsets = batch.column(name).offsets.to_numpy()
         answers.append(offsets[rows + 1] - offsets[rows])
     own = np.where(answered >= 0, tokens[one + 1] - tokens[one], 0)
-    return np.stack([ends - starts, tokens[ends] - tokens[starts], own, *answers]).astype(np.int64)
+    further = batch.column("answers")
+    begin, end = further.offsets.to_numpy()[rows], further.offsets.to_numpy()[rows + 1]
+    for name in ("chosen", "rejected"):
+        offsets = further.values.field(name).offsets.to_numpy()
+        answers.append(offsets[end] - offsets[begin])
+    return np.stack([ends - starts, tokens[ends] - tokens[starts], own, *answers, end - begin]).astype(np.int64)

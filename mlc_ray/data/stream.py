@@ -11,7 +11,7 @@ from mlc_ray.data.batches import collate
 from mlc_ray.data.order import Order
 from mlc_ray.data.plan import Cutting, Forward, StepPlan
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.types import Batch, ReferenceTable, pinned
+from mlc_ray.types import Batch, Pairing, ReferenceTable, pinned
 
 AHEAD = 2
 """Optimizer steps that are ready before they are asked for; 32 bundles in ten languages are about half a MiB."""
@@ -35,6 +35,8 @@ def stream_steps(
     needs_rejected: bool,
     reference: ReferenceTable | None,
     pin: bool = False,
+    pairing: Pairing = "response",
+    whole: bool = False,
 ) -> Iterator[list[Batch]]:
     """Worker `rank`'s micro-batches of each planned step, made by a thread a few steps ahead.
 
@@ -48,6 +50,8 @@ def stream_steps(
         needs_rejected: whether the loss reads rejected answers.
         reference: what the frozen reference says of each row; None where the loss needs none.
         pin: whether tensors go into pinned memory, from which a GPU copies while it computes.
+        pairing: which answers continue which prompts.
+        whole: whether states of whole sequences are pooled.
 
     Raises:
         BatchError: a bundle lacks what the loss needs.
@@ -63,6 +67,8 @@ def stream_steps(
             needs_rejected=needs_rejected,
             reference=None if reference is None else reference.take(forward.rows),
             tap=taps,
+            pairing=pairing,
+            whole=whole,
         )
         return pinned(made) if pin else made
 

@@ -14,12 +14,13 @@ from mlc_ray.data.bundles import KINDS
 from mlc_ray.types import Bundle, TokenRow
 
 ANSWERS = ("chosen", "rejected")
-"""The columns of answers, in both tables."""
+"""The columns of answers in the response language, in both tables, and the fields of each of the further `answers`."""
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
 
 _TEXT = pa.string()
 _IDS = pa.list_(pa.int32())
+_FURTHER = pa.struct({"prompt": pa.int32(), "chosen": _IDS, "rejected": _IDS})
 
 BUNDLES = pa.schema(
     {
@@ -30,6 +31,7 @@ BUNDLES = pa.schema(
         "chosen": _TEXT,
         "rejected": _TEXT,
         "response_language": _TEXT,
+        "answers": pa.list_(pa.struct({"language": _TEXT, "chosen": _TEXT, "rejected": _TEXT})),
         "source": _TEXT,
         "category": _TEXT,
         "file": _TEXT,
@@ -52,6 +54,7 @@ TOKENS = pa.schema(
         pa.field("response_prompt", pa.int32(), nullable=False),
         pa.field("chosen", _IDS),
         pa.field("rejected", _IDS),
+        pa.field("answers", pa.list_(_FURTHER), nullable=False),
         pa.field("truncated_prompt_tokens", pa.int32(), nullable=False),
         pa.field("truncated_response_tokens", pa.int32(), nullable=False),
         pa.field("cut", _IDS, nullable=False),  # tokens each prompt lost, parallel to languages
@@ -94,6 +97,11 @@ def bundle_columns(bundle: Bundle, languages: Sequence[str] | None = None) -> di
         "chosen": bundle.chosen,
         "rejected": bundle.rejected,
         "response_language": bundle.response_language,
+        "answers": [
+            {"language": code, "chosen": pair.chosen, "rejected": pair.rejected}
+            for code, pair in bundle.answers.items()
+            if code in kept
+        ],
         "source": bundle.source,
         "category": bundle.category,
     }

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 NO_PROMPT = -1
 """`TokenRow.response_prompt` of a bundle that has no answers and no prompt in its response language."""
 
-_READ = ["bundle_id", "kind", "languages", "texts", "response_language", *ANSWERS]
+_READ = ["bundle_id", "kind", "languages", "texts", "response_language", *ANSWERS, "answers"]
 _COPIED = ("bundle_id", "kind", "languages", "response_prompt")
 _SENTINEL = "qS7zK2vX9w"
 _BLANKS = " \n\t\u00a0\u3000"
@@ -386,24 +386,30 @@ def tokenize_table(
     rows = bundles.select(_READ).to_pylist()
     texts = [text for row in rows for text in row["texts"]]
     starts = np.cumsum([0, *(len(row["texts"]) for row in rows)])  # of each row's prompts
-    answers: list[tuple[int, str, int]] = []  # row, name, prompt
+    answers: list[tuple[int, dict[str, Any], str, int]] = []  # row, what it belongs to, name, prompt
     for number, row in enumerate(rows):
         continued = row["response_language"] in row["languages"]
-        at = row["response_prompt"] = row["languages"].index(row["response_language"]) if continued else NO_PROMPT
-        answers += [(number, name, starts[number] + at) for name in ANSWERS if continued and row[name] is not None]
+        row["response_prompt"] = row["languages"].index(row["response_language"]) if continued else NO_PROMPT
+        pairs = [(row, row["response_prompt"])] if continued else []
+        for further in row["answers"]:
+            further["prompt"] = row["languages"].index(further.pop("language"))
+            pairs.append((further, further["prompt"]))
+        answers += [
+            (number, pair, name, int(starts[number]) + at) for pair, at in pairs for name in ANSWERS if pair[name]
+        ]
     first_of_languages = {code: text for row in rows for code, text in zip(row["languages"], row["texts"], strict=True)}
     template.verify([(text, None) for text in first_of_languages.values()])
-    template.verify([(texts[prompt], rows[number][name]) for number, name, prompt in answers[:2]])
+    template.verify([(texts[prompt], pair[name]) for _, pair, name, prompt in answers[:2]])
     whole = template.prompt_ids(texts)
-    said = template.answer_ids([(texts[prompt], whole[prompt], rows[number][name]) for number, name, prompt in answers])
+    said = template.answer_ids([(texts[prompt], whole[prompt], pair[name]) for _, pair, name, prompt in answers])
     kept, cuts = zip(*(template.cut_prompt(ids, max_prompt_tokens) for ids in whole), strict=True)
     lengths, cut = np.fromiter(map(len, kept), np.int32), np.array(cuts, dtype=np.int32)
     lost = np.zeros(len(rows), dtype=np.int32)
     columns: dict[str, Any] = {name: [row[name] for row in rows] for name in _COPIED}
-    columns |= {name: [None] * len(rows) for name in ANSWERS}
-    for (number, name, _), ids in zip(answers, said, strict=True):
-        columns[name][number] = ids[:max_response_tokens]
+    for (number, pair, name, _), ids in zip(answers, said, strict=True):
+        pair[name] = ids[:max_response_tokens]
         lost[number] += max(0, len(ids) - max_response_tokens)
+    columns |= {name: [row[name] for row in rows] for name in (*ANSWERS, "answers")}
     ends = np.cumsum([0, *lengths])
     columns["prompts"] = _lists(starts, _lists(ends, pa.array(np.concatenate(kept))))
     columns["tapped"], columns["cut"] = _lists(starts, pa.array(lengths - 1)), _lists(starts, pa.array(cut))

@@ -11,52 +11,122 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from mlc_ray.config import LossSettings, TermSettings
+from mlc_ray.config import AnswerSettings, LossSettings, TermSettings
+from mlc_ray.types import AnswerRows, Pairing, Pooling
 
 
 @dataclass(frozen=True)
 class AlignmentLoss:
-    """Loss [B] to differentiate, and the detached rewards [B] the loss implies (None where it has none)."""
+    """Loss [A] to differentiate, of each answer or of each pair of answers to the same prompt.
+
+    Beside it the detached rewards [A] that it implies (None where it has none). Of an alignment that `needs_rows` all
+    are [B], and so are `metrics`, further numbers to log.
+    """
 
     loss: Tensor
     chosen_reward: Tensor | None = None
     rejected_reward: Tensor | None = None
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """States [2, B, H] of the policy and of the frozen reference, pooled over the response-language prompt with its
+    chosen and with its rejected answer (`types.Pooling`)."""
+
+    policy: Tensor
+    reference: Tensor
 
 
 class Alignment(ABC):
     """An alignment loss. Subclasses nest their `Settings`, and are registered by `@register("loss", NAME)`.
 
-    `__call__` is given `chosen`; `rejected` if `needs_rejected`; and `reference_chosen` and `reference_rejected`, the
-    frozen reference's summed log-probs [B], if `needs_reference`.
+    `__call__` is given `chosen`; `rejected` if `needs_rejected`; `reference_chosen` and `reference_rejected`, the
+    frozen reference's summed log-probs, if `needs_reference`; `rows` if `needs_rows`; and `pooled` if `pooling` is not
+    None.
     """
 
     Settings: ClassVar[type[LossSettings]]
     settings: LossSettings
+    note: ClassVar[str] = ""
+    """What a model card says beside the settings: the source, and what is not the authors'."""
     needs_reference: ClassVar[bool] = False
     """Whether it compares the policy with a frozen reference."""
     needs_rejected: ClassVar[bool] = True
     """Whether bundles must have a rejected answer."""
+    needs_rows: ClassVar[bool] = False
+    """Whether it relates answers of a bundle to each other: it is given whose they are, `AnswerRows`, and says what
+    each bundle costs. The loss of other alignments is of each answer, and a bundle's the mean over its answers."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
 
+    @property
+    def pairing(self) -> Pairing:
+        """Which answers it reads, behind which prompts."""
+        return "response"
+
+    @property
+    def reference_pairing(self) -> Pairing:
+        """Which of them the frozen reference is asked about: the same, or those in the response language alone."""
+        return self.pairing
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How states of the response-language sequences are pooled, where it reads them."""
+        return None
+
+    @property
+    def response_language(self) -> str | None:
+        """What the response language of all bundles must be, if it is tied to one."""
+        return None
+
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> AlignmentLoss:
-        """The loss of each bundle."""
+        """The loss of each answer, or of each bundle."""
+
+
+class PerAnswer(Alignment):
+    """A loss of answers in one language: in the response language, or in every language, the translated upper bound."""
+
+    settings: AnswerSettings
+
+    @property
+    def pairing(self) -> Pairing:
+        """As `objective.answers` says."""
+        return "own" if self.settings.answers == "all" else "response"
 
 
 @dataclass(frozen=True)
 class Tapped:
     """What was tapped of B bundles; rows count where `present` [B, L] is true.
 
-    `representations` [B, L, D] are the extractor's outputs, `hidden` [B, L, H] the states before it, if they were kept.
+    `representations` [B, L, D] are the extractor's outputs, `hidden` [B, L, H] the states before it, if they were kept,
+    and `response` [B] the columns of the response languages.
     """
 
     representations: Tensor
     present: Tensor
     hidden: Tensor | None = None
+    response: Tensor | None = None
+
+    @property
+    def response_columns(self) -> Tensor:
+        """`response`.
+
+        Raises:
+            ValueError: The caller gave none.
+        """
+        if self.response is None:
+            raise ValueError("the columns of the response languages are needed, none were given")
+        return self.response
+
+    def part(self, bundles: slice) -> Tapped:
+        """What was tapped of some of the bundles."""
+        return Tapped(*(None if value is None else value[bundles] for value in vars(self).values()))  # type: ignore[arg-type]
 
     @property
     def states(self) -> Tensor:
@@ -88,6 +158,8 @@ class Term(ABC):
 
     Settings: ClassVar[type[TermSettings]]
     settings: TermSettings
+    note: ClassVar[str] = ""
+    """What a model card says beside the settings: the source, and what is not the authors'."""
     needs_reference_state: ClassVar[bool] = False
     """Whether it compares tapped states with those of a frozen reference."""
     needs_group: ClassVar[bool] = False
@@ -100,6 +172,15 @@ class Term(ABC):
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> TermLoss:
         """The loss of each bundle, without the term's weight."""
+
+
+def mean_over_answers(values: Tensor, rows: AnswerRows | None) -> Tensor:
+    """Mean over each bundle's answers [B] of values [A]; without `rows`, each bundle has one."""
+    if rows is None:
+        return values
+    number = len(rows.response)
+    sums = values.new_zeros(number).index_add(0, rows.bundle, values)
+    return sums / values.new_zeros(number).index_add(0, rows.bundle, torch.ones_like(values))
 
 
 def mean_over_languages(losses: Tensor, valid: Tensor, n_bundles: int) -> Tensor:

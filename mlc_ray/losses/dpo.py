@@ -9,16 +9,16 @@ from pydantic import Field
 from torch import Tensor
 
 from mlc_ray._registry import register
-from mlc_ray.config import LossSettings, PositiveFloat
-from mlc_ray.losses.base import Alignment, AlignmentLoss
+from mlc_ray.config import AnswerSettings, PositiveFloat
+from mlc_ray.losses.base import AlignmentLoss, PerAnswer
 from mlc_ray.types import ResponseLogProbs
 
 
 @register("loss", "dpo")
-class Dpo(Alignment):
+class Dpo(PerAnswer):
     """`dpo_loss` with its settings."""
 
-    class Settings(LossSettings):
+    class Settings(AnswerSettings):
         """Sigmoid DPO."""
 
         beta: PositiveFloat = Field(0.1, description="Strength of the preference against staying near the reference.")
@@ -36,7 +36,7 @@ class Dpo(Alignment):
         reference_chosen: Tensor,
         reference_rejected: Tensor,
     ) -> AlignmentLoss:
-        """The loss of each bundle [B]."""
+        """The loss of each pair of answers [A]."""
         return dpo_loss(
             chosen,
             rejected,
@@ -56,7 +56,7 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
 ) -> AlignmentLoss:
-    """Sigmoid DPO (Rafailov et al. 2023, eq. 7); label smoothing as conservative DPO. `reference_*` [B] are sums.
+    """Sigmoid DPO (Rafailov et al. 2023, eq. 7); label smoothing as conservative DPO. `reference_*` [A] are sums.
 
     With h the difference of the policy's and the reference's log-ratios:
     -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h); ln 2 when the policy is the reference.

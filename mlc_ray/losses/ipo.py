@@ -6,16 +6,16 @@ from pydantic import Field
 from torch import Tensor
 
 from mlc_ray._registry import register
-from mlc_ray.config import LossSettings, PositiveFloat
-from mlc_ray.losses.base import Alignment, AlignmentLoss
+from mlc_ray.config import AnswerSettings, PositiveFloat
+from mlc_ray.losses.base import AlignmentLoss, PerAnswer
 from mlc_ray.types import ResponseLogProbs
 
 
 @register("loss", "ipo")
-class Ipo(Alignment):
+class Ipo(PerAnswer):
     """`ipo_loss` with its settings."""
 
-    class Settings(LossSettings):
+    class Settings(AnswerSettings):
         """IPO on log-probs averaged over tokens."""
 
         beta: PositiveFloat = Field(0.1, description="The wanted gap of log-ratios a token is 1 / (2 beta) nats.")
@@ -30,7 +30,7 @@ class Ipo(Alignment):
         reference_chosen: Tensor,
         reference_rejected: Tensor,
     ) -> AlignmentLoss:
-        """The loss of each bundle [B]."""
+        """The loss of each pair of answers [A]."""
         return ipo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=self.settings.beta)
 
 

@@ -25,17 +25,17 @@ CHUNK_ELSEWHERE = 2**24
 """On a GPU: 64 MiB in float32, some hundred rows of a vocabulary of 152k, so that a kernel has enough to do."""
 
 
-def response_log_probs(log_probs: Tensor, bundle_of_target: Tensor, n_bundles: int) -> ResponseLogProbs:
-    """Summed log-prob in nats and token count of each bundle's answer.
+def response_log_probs(log_probs: Tensor, row_of_target: Tensor, n_answers: int) -> ResponseLogProbs:
+    """Summed log-prob in nats and token count of each answer.
 
     Args:
         log_probs: [R], of the answers' tokens, from `token_log_probs`.
-        bundle_of_target: [R], the bundle 0..B-1 of each.
-        n_bundles: B.
+        row_of_target: [R], the answer 0..A-1 of each.
+        n_answers: A.
     """
-    total = log_probs.new_zeros(n_bundles).index_add(0, bundle_of_target, log_probs)
-    ones = torch.ones_like(bundle_of_target)  # bincount would wait for the device, to learn the largest value
-    length = bundle_of_target.new_zeros(n_bundles).index_add(0, bundle_of_target, ones)
+    total = log_probs.new_zeros(n_answers).index_add(0, row_of_target, log_probs)
+    ones = torch.ones_like(row_of_target)  # bincount would wait for the device, to learn the largest value
+    length = row_of_target.new_zeros(n_answers).index_add(0, row_of_target, ones)
     return ResponseLogProbs(total=total, length=length)
 
 
@@ -50,7 +50,7 @@ def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_log_prob(answer: ResponseLogProbs) -> Tensor:
-    """Mean log-prob per token of each answer [B], in nats."""
+    """Mean log-prob per token of each answer [A], in nats."""
     return answer.total / answer.length
 
 

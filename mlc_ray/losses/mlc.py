@@ -44,10 +44,15 @@ class Mlc(Term):
 
     settings: Settings
 
+    @property
+    def needs_group(self) -> bool:  # type: ignore[override]
+        """Whether it takes the mean over a group first."""
+        return self.settings.centring
+
     def __call__(self, tapped: Tapped) -> TermLoss:
         """The loss of each bundle [B], and `leading_share` [B]."""
         losses, values = mlc_losses(
-            tapped.representations,
+            centred(tapped) if self.settings.centring else tapped.representations,
             temperature=self.settings.temperature,
             scaling=self.settings.scaling,
             present=tapped.present,
@@ -121,6 +126,18 @@ def mlc_losses(
     logits = logits.masked_fill(~valid, torch.finfo(logits.dtype).min)
     losses = -F.log_softmax(logits, dim=1)[:, 0]
     return torch.where(counts > 1, losses, torch.zeros_like(losses)), values
+
+
+def centred(tapped: Tapped) -> Tensor:
+    """Representations [B, L, D] in float64, less their mean over all that are present; absent ones become zero.
+
+    States of language models share a large mean, beside which all of them look collinear. The mean takes part in the
+    gradient. It is of a group of bundles, so that how a batch is cut does not matter.
+    """
+    rows = tapped.representations.double()
+    present = tapped.present.unsqueeze(-1)
+    mean = rows.where(present, 0.0).sum(dim=(0, 1)) / present.sum().clamp(min=1)
+    return (rows - mean).where(present, 0.0)
 
 
 def unit_rows(representations: Tensor, present: Tensor | None = None) -> Tensor:

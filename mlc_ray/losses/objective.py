@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import LossSettings, ObjectiveConfig, TermSettings
-from mlc_ray.losses.base import Alignment, AlignmentLoss, Tapped, Term, TermLoss
+from mlc_ray.losses.base import Alignment, AlignmentLoss, Pooled, Tapped, Term, TermLoss, mean_over_answers
 from mlc_ray.losses.logprobs import mean_log_prob
-from mlc_ray.types import LossOutput, ResponseLogProbs
+from mlc_ray.types import AnswerRows, LossOutput, Pairing, Pooling, ResponseLogProbs
 
 
 class Objective:
@@ -42,13 +42,14 @@ class Objective:
     def describe(self) -> list[str]:
         """A line for each part: its weight, its name and its settings, those that may be published."""
         loss = self.config.objective.loss
-        lines = [_described(loss, public_settings(self.config.objective), {"loss", "sft_weight"})]
+        lines = [_described(loss, public_settings(self.config.objective), {"loss", "sft_weight"}, self.alignment.note)]
         if self.sft_weight:
             lines.append(f"{self.sft_weight} x sft")
-        for name, term in self.config.active_terms.items():
-            own = {"weight"} | ({"name"} if term.name == name else set())
-            own |= {key for key in ("start", "ramp") if not getattr(term, key)}
-            lines.append(_described(f"{term.weight} x {name}", public_settings(term), own))
+        for name, term in self.terms.items():
+            settings = term.settings
+            own = {"weight"} | ({"name"} if settings.name == name else set())
+            own |= {key for key in ("start", "ramp") if not getattr(settings, key)}
+            lines.append(_described(f"{settings.weight} x {name}", public_settings(settings), own, term.note))
         return lines
 
     @property
@@ -75,6 +76,21 @@ class Objective:
     def needs_rejected(self) -> bool:
         """Whether bundles must have a rejected answer."""
         return self.alignment.needs_rejected
+
+    @property
+    def pairing(self) -> Pairing:
+        """Which answers are read, behind which prompts."""
+        return self.alignment.pairing
+
+    @property
+    def reference_pairing(self) -> Pairing:
+        """Which answers the reference is asked about."""
+        return self.alignment.reference_pairing
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How states of whole sequences are pooled, where they are read."""
+        return self.alignment.pooling
 
     def factors(self, step: int, total_steps: int) -> dict[str, float]:
         """The terms of optimizer step `step` (from 0) of `total_steps`, each with what multiplies its weight there.
@@ -104,6 +120,9 @@ class Objective:
         tapped: Tensor | None = None,
         term_weight: Tensor | None = None,
         groups: Sequence[int] | None = None,
+        rows: AnswerRows | None = None,
+        pooled: Tensor | None = None,
+        reference_pooled: Tensor | None = None,
         factors: Mapping[str, float] | None = None,
     ) -> LossOutput:
         """Loss of B bundles, a scalar, and its parts for each of them, which the caller averages over a whole batch.
@@ -113,10 +132,11 @@ class Objective:
 
         Args:
             weight: [B], the factor of each bundle.
-            chosen: Log-probs of the chosen answers.
+            chosen: Log-probs of the A chosen answers.
             rejected: Those of the rejected ones.
-            reference_chosen: [B], the reference's summed log-probs of the chosen answers.
-            reference_rejected: [B], those of the rejected ones.
+            reference_chosen: [A], the reference's summed log-probs of the chosen answers; [B] where `reference_pairing`
+                asks about those in the response language alone.
+            reference_rejected: Those of the rejected ones.
             reference_state: [B, H], its tapped states of the response prompts.
             representations: [B, L, D], the extractor's outputs; given on steps that tap, and absent on others.
             present: [B, L], the languages that each bundle has; all of them if it is not given.
@@ -124,6 +144,9 @@ class Objective:
             term_weight: [B], each bundle's factor in the terms (default: `weight`).
             groups: A number for each bundle; neighbours with the same one are a group, which some terms compare with
                 each other (default: all are one).
+            rows: Whose the answers are; without them, each bundle has one in the response language.
+            pooled: [2, B, H], states pooled over whole sequences.
+            reference_pooled: [2, B, H], those of the reference.
             factors: The terms to compute, each with what multiplies its weight (default: all, by 1).
 
         Returns:
@@ -133,24 +156,28 @@ class Objective:
         Raises:
             ValueError: A component needs what was not given; the message names both.
         """
-        aligned = self._align(chosen, rejected, reference_chosen, reference_rejected)
-        total = (aligned.loss * weight).sum()
-        metrics: dict[str, Tensor] = {"loss/alignment": aligned.loss.detach()}
+        of_pooled = None if pooled is None or reference_pooled is None else Pooled(pooled, reference_pooled)
+        aligned = self._align(chosen, rejected, reference_chosen, reference_rejected, rows, of_pooled)
+        answers = None if self.alignment.needs_rows else rows
+        loss = mean_over_answers(aligned.loss, answers)
+        total = (loss * weight).sum()
+        metrics: dict[str, Tensor] = {"loss/alignment": loss.detach()}
         if self.sft_weight:
-            fitted = -mean_log_prob(chosen)
+            fitted = mean_over_answers(-mean_log_prob(chosen), rows)
             total = total + self.sft_weight * (fitted * weight).sum()
             metrics["loss/sft"] = fitted.detach()
         if aligned.chosen_reward is not None and aligned.rejected_reward is not None:
             margin = aligned.chosen_reward - aligned.rejected_reward
-            metrics["reward/chosen"] = aligned.chosen_reward
-            metrics["reward/rejected"] = aligned.rejected_reward
-            metrics["reward/margin"] = margin
-            metrics["reward/accuracy"] = (margin > 0).to(margin.dtype)
+            rewards = {"chosen": aligned.chosen_reward, "rejected": aligned.rejected_reward, "margin": margin}
+            rewards["accuracy"] = (margin > 0).to(margin.dtype)
+            metrics |= {f"reward/{name}": mean_over_answers(values, answers) for name, values in rewards.items()}
+        metrics |= {f"alignment/{name}": values.detach() for name, values in aligned.metrics.items()}
         if representations is None:
             return LossOutput(loss=total, metrics=metrics)
         if present is None:
             present = torch.ones(representations.shape[:2], dtype=torch.bool, device=representations.device)
-        here = Tapped(representations, present, tapped)
+        response = None if rows is None else rows.prompt[rows.response]
+        here = Tapped(representations, present, tapped, response)
         of_terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             factor = 1.0 if factors is None else factors.get(name, 0.0)
@@ -169,6 +196,8 @@ class Objective:
         rejected: ResponseLogProbs | None,
         reference_chosen: Tensor | None,
         reference_rejected: Tensor | None,
+        rows: AnswerRows | None,
+        pooled: Pooled | None,
     ) -> AlignmentLoss:
         loss, given = f"objective.loss={self.config.objective.loss!r}", dict[str, Any](chosen=chosen)
         if self.alignment.needs_rejected:
@@ -179,6 +208,14 @@ class Objective:
             if reference_chosen is None or reference_rejected is None:
                 raise ValueError(f"{loss} needs the reference's log-probs, none were given")
             given |= {"reference_chosen": reference_chosen, "reference_rejected": reference_rejected}
+        if self.alignment.needs_rows:
+            if rows is None:
+                raise ValueError(f"{loss} needs to know whose the answers are, which was not given")
+            given["rows"] = rows
+        if self.alignment.pooling is not None:
+            if pooled is None:
+                raise ValueError(f"{loss} needs pooled states of policy and reference, none were given")
+            given["pooled"] = pooled
         return self.alignment(**given)
 
 
@@ -194,9 +231,9 @@ def public_settings(settings: LossSettings | TermSettings) -> dict[str, Any]:
     return {key: value for key, value in whole.items() if key == by or isinstance(value, bool | int | float)}
 
 
-def _described(title: str, settings: dict[str, Any], said: set[str]) -> str:
+def _described(title: str, settings: dict[str, Any], said: set[str], note: str) -> str:
     values = ", ".join(f"{key}={value}" for key, value in settings.items() if key not in said)
-    return f"{title} ({values})" if values else title
+    return (f"{title} ({values})" if values else title) + (f": {note}" if note else "")
 
 
 def _term_loss(
@@ -211,8 +248,7 @@ def _term_loss(
         return term(**given)
     results = []
     for part in _slices(groups):
-        hidden = None if tapped.hidden is None else tapped.hidden[part]
-        own = dict[str, Any](tapped=Tapped(tapped.representations[part], tapped.present[part], hidden))
+        own = dict[str, Any](tapped=tapped.part(part))
         if term.needs_reference_state and reference_state is not None:
             own["reference_state"] = reference_state[part]
         results.append(term(**own))

@@ -8,17 +8,17 @@ from pydantic import Field
 from torch import Tensor
 
 from mlc_ray._registry import register
-from mlc_ray.config import LossSettings, PositiveFloat
-from mlc_ray.losses.base import Alignment, AlignmentLoss
+from mlc_ray.config import AnswerSettings, PositiveFloat
+from mlc_ray.losses.base import AlignmentLoss, PerAnswer
 from mlc_ray.losses.logprobs import mean_log_prob
 from mlc_ray.types import ResponseLogProbs
 
 
 @register("loss", "orpo")
-class Orpo(Alignment):
+class Orpo(PerAnswer):
     """`orpo_loss` with its settings."""
 
-    class Settings(LossSettings):
+    class Settings(AnswerSettings):
         """ORPO."""
 
         beta: PositiveFloat = Field(0.1, description="Weight of the odds-ratio part beside the SFT part.")
@@ -26,7 +26,7 @@ class Orpo(Alignment):
     settings: Settings
 
     def __call__(self, chosen: ResponseLogProbs, rejected: ResponseLogProbs) -> AlignmentLoss:
-        """The loss of each bundle [B]."""
+        """The loss of each pair of answers [A]."""
         return orpo_loss(chosen, rejected, beta=self.settings.beta)
 
 

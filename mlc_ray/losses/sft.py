@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from mlc_ray._registry import register
-from mlc_ray.config import LossSettings
-from mlc_ray.losses.base import Alignment, AlignmentLoss
+from mlc_ray.config import AnswerSettings
+from mlc_ray.losses.base import AlignmentLoss, PerAnswer
 from mlc_ray.losses.logprobs import mean_log_prob
 from mlc_ray.types import ResponseLogProbs
 
 
 @register("loss", "sft")
-class Sft(Alignment):
-    """`sft_loss`, which has no settings."""
+class Sft(PerAnswer):
+    """`sft_loss`, which has no settings of its own."""
 
-    class Settings(LossSettings):
+    class Settings(AnswerSettings):
         """Negative log-likelihood of the chosen answers."""
 
+    settings: Settings
     needs_rejected = False
 
     def __call__(self, chosen: ResponseLogProbs) -> AlignmentLoss:
-        """The loss of each bundle [B]."""
+        """The loss of each answer [A]."""
         return sft_loss(chosen)
 
 

@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from mlc_ray._registry import register
-from mlc_ray.config import LossSettings, PositiveFloat
-from mlc_ray.losses.base import Alignment, AlignmentLoss
+from mlc_ray.config import AnswerSettings, PositiveFloat
+from mlc_ray.losses.base import AlignmentLoss, PerAnswer
 from mlc_ray.losses.logprobs import mean_log_prob
 from mlc_ray.types import ResponseLogProbs
 
 
 @register("loss", "simpo")
-class Simpo(Alignment):
+class Simpo(PerAnswer):
     """`simpo_loss` with its settings."""
 
-    class Settings(LossSettings):
+    class Settings(AnswerSettings):
         """SimPO."""
 
         beta: PositiveFloat = Field(0.1, description="Factor of the mean log-probs, which are the rewards.")
@@ -27,7 +27,7 @@ class Simpo(Alignment):
     settings: Settings
 
     def __call__(self, chosen: ResponseLogProbs, rejected: ResponseLogProbs) -> AlignmentLoss:
-        """The loss of each bundle [B]."""
+        """The loss of each pair of answers [A]."""
         return simpo_loss(chosen, rejected, beta=self.settings.beta, margin=self.settings.margin)
 
 

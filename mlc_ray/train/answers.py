@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlc_ray.config import TrainConfig
-from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.store import EVERY, Lacking, TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
 
@@ -13,36 +13,59 @@ class MissingAnswersError(MlcRayError):
 
 
 def check_answers(config: TrainConfig, tokens: TokenArtifact) -> None:
-    """Make sure that each bundle has a chosen answer and, where the loss reads them, a rejected one.
+    """Make sure that each bundle has the answers that the loss reads, chosen and rejected, in the languages needed.
 
     Only the manifest is read. A bundle without a chosen answer has no rejected one.
 
     Raises:
         MissingAnswersError: Some have not.
     """
-    needed = ("chosen", "rejected") if Objective(config).needs_rejected else ("chosen",)
+    objective = Objective(config)
+    loss = f"objective.loss={config.objective.loss!r}"
+    needed = ("chosen", "rejected") if objective.needs_rejected else ("chosen",)
+    _check(tokens, f"{loss} needs {' and '.join(needed)} answers", needed)
+    if objective.pairing in ("own", "crossed"):
+        in_every = f"{loss} as it is set needs {' and '.join(needed)} answers in each language of a bundle"
+        _check_every(tokens, in_every, needed[-1])
+    wanted = objective.alignment.response_language
+    if wanted is not None and (others := {code: n for code, n in tokens.counts.answered.items() if code != wanted}):
+        counts = ", ".join(f"{code}: {n} of {len(tokens)}" for code, n in sorted(others.items()))
+        raise MissingAnswersError(
+            f"{loss} has the dominant language {wanted!r}, but bundles have other response languages ({counts}); set "
+            "objective.dominant to theirs, or give these bundles that response_language"
+        )
+
+
+def _check(tokens: TokenArtifact, needs: str, needed: tuple[str, ...]) -> None:
+    """Refuse bundles without an answer in the response language."""
     lacking = tokens.counts.lacking
     if not any(lacking[answer] for answer in needed):
         return
     first = tokens.lacking[needed[-1]]
-    named = [
-        f"  {one.place}: bundle {one.bundle_id} has no {' and no '.join(a for a in one.absent if a in needed)} answer"
-        for one in first
-    ]
-    more = lacking[needed[-1]] - len(named)
+    named = [f"has no {' and no '.join(answer for answer in one.absent if answer in needed)} answer" for one in first]
     counts = ", ".join(
         f"without a {answer} answer: {lacking[answer]} of {len(tokens)}" for answer in needed if lacking[answer]
     )
     fix = "Complete these rows or leave them out"
     if not lacking["chosen"]:
         fix = "Complete these rows, leave them out, or choose a loss that needs no rejected answers: objective.loss=sft"
-    raise MissingAnswersError(
-        "\n".join(
-            [
-                f"objective.loss={config.objective.loss!r} needs {' and '.join(needed)} answers; bundles {counts}",
-                *named,
-                *([f"  and {more} more"] if more else []),
-                f"{fix}.",
-            ]
-        )
-    )
+    raise MissingAnswersError(_message(f"{needs}; bundles {counts}", first, named, lacking[needed[-1]], fix))
+
+
+def _check_every(tokens: TokenArtifact, needs: str, answer: str) -> None:
+    """Refuse bundles without an answer in one of their languages."""
+    number = tokens.counts.lacking[EVERY + answer]
+    if not number:
+        return
+    first = tokens.lacking[EVERY + answer]
+    named = [f"has no {answer} answer in {', '.join(one.languages)}" for one in first]
+    complete = "Complete these rows (answers: {LANGUAGE: {chosen: ..., rejected: ...}})"
+    fix = f"{complete}, or leave languages out by data.languages"
+    head = f"{needs}; bundles without a {answer} answer in one: {number} of {len(tokens)}"
+    raise MissingAnswersError(_message(head, first, named, number, fix))
+
+
+def _message(head: str, first: list[Lacking], named: list[str], number: int, fix: str) -> str:
+    lines = [f"  {one.place}: bundle {one.bundle_id} {text}" for one, text in zip(first, named, strict=True)]
+    more = number - len(named)
+    return "\n".join([head, *lines, *([f"  and {more} more"] if more else []), f"{fix}."])

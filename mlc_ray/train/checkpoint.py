@@ -5,7 +5,7 @@ manifest, which is written last and removed first.
 
 model/                 the policy: safetensors and tokenizer (full-parameter runs)
 adapter/               the LoRA adapters in peft's format (LoRA runs; model/ is made at export)
-extractor.safetensors  the extractor, dropped at export
+extractor.safetensors  the extractor, if there is one; dropped at export
 state/                 float32 weights and AdamW's moments, by parameter and range: see `shards`
 random_state_*         random numbers, one file a worker
 manifest.json          resolved config, fingerprints, step, bundles consumed, number of workers, versions, and of every

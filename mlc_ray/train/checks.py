@@ -40,7 +40,7 @@ def check_tap(model: PreTrainedModel, layer: int) -> None:
     assert batch.prompts is not None
     with _evaluating(model):
         try:
-            chosen, rejected, states = read_answers(model, batch, batch.tree, batch.prompts.tapped, layer)
+            chosen, rejected, states, _ = read_answers(model, batch, batch.tree, batch.prompts.tapped, layer)
         except (RuntimeError, TypeError) as error:
             raise ModelError(
                 f"{type(model).__name__} is not supported: its forward cannot be tapped ({error})"
@@ -68,7 +68,7 @@ def check_batch(model: PreTrainedModel, batch: Batch, layer: int) -> None:
     """
     tapped = batch.prompts.tapped if batch.prompts is not None else None
     with _evaluating(model):
-        chosen, rejected, _ = read_answers(model, batch, batch.tree, tapped, layer)
+        chosen, rejected, _, _ = read_answers(model, batch, batch.tree, tapped, layer)
     pairs = [(batch.chosen, chosen)]
     if batch.rejected is not None and rejected is not None:
         pairs.append((batch.rejected, rejected))
@@ -91,7 +91,7 @@ def _first_sequence(batch: Batch, answers: Answers) -> tuple[list[int], list[int
     start = sum(tree.key_lengths[:segment])
     path = tree.keys[start : start + tree.key_lengths[segment]]
     prompt = tree.input_ids[0, path[path <= last]]
-    return prompt.tolist(), answers.targets[answers.bundle_of_target == 0].tolist()
+    return prompt.tolist(), answers.targets[answers.row_of_target == 0].tolist()
 
 
 def _plain_log_prob(model: PreTrainedModel, prompt: list[int], answer: list[int], layer: int) -> Tensor:

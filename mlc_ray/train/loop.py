@@ -241,6 +241,9 @@ def loss_of(
         tapped=output.tapped,
         term_weight=batch.term_weight,
         groups=batch.groups,
+        rows=batch.rows,
+        pooled=output.pooled,
+        reference_pooled=frozen.pooled,
         factors=factors,
     )
 

@@ -29,7 +29,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.logprobs import response_log_probs, token_log_probs
 from mlc_ray.storage import local_model
 from mlc_ray.train.attention import TREE, Leaving, TreeAttention
-from mlc_ray.types import Answers, Batch, Prompts, ResponseLogProbs, Tree
+from mlc_ray.types import Answers, Batch, Pooling, Prompts, ResponseLogProbs, Sequences, Tree
 
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 _PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default")
@@ -45,7 +45,8 @@ class ModelOutput:
     """What one forward gives: log-probs of answers, and on tapped steps what was tapped, on a [B, L] grid.
 
     `tapped` [B, L, H] are the hidden states and `representations` [B, L, D] the extractor's outputs, both float32 and
-    zero where `present` [B, L] is false.
+    zero where `present` [B, L] is false. `pooled` [2, B, H], float32, are states of the last layer, after the final
+    norm, pooled over the response-language prompt and its chosen or rejected answer, where the objective asks for them.
     """
 
     chosen: ResponseLogProbs
@@ -53,6 +54,7 @@ class ModelOutput:
     tapped: Tensor | None = None
     representations: Tensor | None = None
     present: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 class Extractor(nn.Linear):
@@ -69,12 +71,28 @@ class Extractor(nn.Linear):
 
 
 class PolicyWithExtractor(nn.Module):
-    """A causal language model, and the linear extractor on the tapped states of one of its layers."""
+    """A causal language model, and the linear extractor on the tapped states of one of its layers.
 
-    def __init__(self, policy: PreTrainedModel, *, layer: int, extractor_dim: int, seed: int) -> None:
+    Without `extractor_dim` there is no extractor: the tapped states are the representations. `pooling` says what of
+    whole sequences is read, if anything.
+    """
+
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        *,
+        layer: int,
+        extractor_dim: int | None,
+        seed: int,
+        pooling: Pooling | None = None,
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.layer = layer
+        self.pooling = pooling
+        self.extractor: Extractor | None = None
+        if extractor_dim is None:
+            return
         language_model = self.language_model
         hidden_size = language_model.config.get_text_config().hidden_size
         self.extractor = Extractor(hidden_size, extractor_dim)
@@ -98,42 +116,81 @@ class PolicyWithExtractor(nn.Module):
         n_bundles, n_languages = len(batch.bundle_ids), len(batch.languages)
         prompts = batch.prompts
         tapped = prompts.tapped if prompts is not None else None
-        chosen, rejected, hidden = read_answers(self.language_model, batch, batch.tree, tapped, self.layer)
+        chosen, rejected, hidden, pooled = read_answers(
+            self.language_model, batch, batch.tree, tapped, self.layer, self.pooling
+        )
         if prompts is None or hidden is None:
-            # Zero gradients, not absent ones: whether an optimizer skips a parameter without gradient depends on
-            # the ZeRO stage, and the same run must not.
-            row = next(self.extractor.parameters()).new_zeros(1, self.extractor.in_features)
-            idle = 0.0 * self.extractor(row).sum()
-            return ModelOutput(ResponseLogProbs(chosen.total + idle, chosen.length), rejected)
+            if self.extractor is not None:
+                # Zero gradients, not absent ones: whether an optimizer skips a parameter without gradient depends on
+                # the ZeRO stage, and the same run must not.
+                row = next(self.extractor.parameters()).new_zeros(1, self.extractor.in_features)
+                idle = 0.0 * self.extractor(row).sum()
+                chosen = ResponseLogProbs(chosen.total + idle, chosen.length)
+            return ModelOutput(chosen, rejected, pooled=pooled)
         states, present = to_grid(hidden.float(), prompts, n_bundles, n_languages)
-        grid, _ = to_grid(self.extractor(hidden), prompts, n_bundles, n_languages)
-        return ModelOutput(chosen, rejected, states, grid, present)
+        grid = states
+        if self.extractor is not None:
+            grid, _ = to_grid(self.extractor(hidden), prompts, n_bundles, n_languages)
+        return ModelOutput(chosen, rejected, states, grid, present, pooled)
 
 
 def read_answers(
-    model: PreTrainedModel, batch: Batch, tree: Tree, tapped: Tensor | None, layer: int
-) -> tuple[ResponseLogProbs, ResponseLogProbs | None, Tensor | None]:
-    """Summed log-probs of chosen and rejected answers [B], and states [P, H] as `read_tree` has them.
+    model: PreTrainedModel,
+    batch: Batch,
+    tree: Tree,
+    tapped: Tensor | None,
+    layer: int,
+    pooling: Pooling | None = None,
+) -> tuple[ResponseLogProbs, ResponseLogProbs | None, Tensor | None, Tensor | None]:
+    """Summed log-probs of chosen and rejected answers [A], states [P, H] as `read_tree` has them, and pooled ones.
 
-    `tree` is the batch's, or as much of it as holds the answers.
+    `tree` is the batch's, or as much of it as holds the answers. Pooled states [2, B, H] are there with `pooling`, and
+    those of rejected answers only where the batch has some ([1, B, H] otherwise).
     """
     answers = [batch.chosen] if batch.rejected is None else [batch.chosen, batch.rejected]
-    logits, states = read_tree(model, tree, torch.cat([part.predicting for part in answers]), tapped, layer)
+    normed = None
+    if pooling is not None:
+        assert batch.sequences is not None
+        normed = batch.sequences.last if pooling == "last" else batch.sequences.places
+    logits, states, whole = read_tree(
+        model, tree, torch.cat([part.predicting for part in answers]), tapped, layer, normed
+    )
     assert logits is not None
     log_probs = token_log_probs(logits, torch.cat([part.targets for part in answers]))
     scored = [
-        response_log_probs(own, part.bundle_of_target, len(batch.bundle_ids))
+        response_log_probs(own, part.row_of_target, len(batch.rows.bundle))
         for own, part in zip(log_probs.split([part.targets.numel() for part in answers]), answers, strict=True)
     ]
-    return scored[0], scored[1] if batch.rejected is not None else None, states
+    pooled = None
+    if pooling is not None and whole is not None and batch.sequences is not None:
+        pooled = pool(whole, batch.sequences, pooling).unflatten(0, (len(answers), len(batch.bundle_ids)))
+    return scored[0], scored[1] if batch.rejected is not None else None, states, pooled
+
+
+def pool(states: Tensor, sequences: Sequences, pooling: Pooling) -> Tensor:
+    """One float32 vector a sequence, [S, H], of the states of its last tokens [S, H] or of all its tokens [K, H]."""
+    if pooling == "last":
+        return states.float()
+    counted = sequences.is_answer.float() if pooling == "mean_masked" else torch.ones_like(states[:, 0]).float()
+    number = len(sequences.last)
+    sums = counted.new_zeros(number, states.shape[1]).index_add(
+        0, sequences.sequence, states.float() * counted.unsqueeze(1)
+    )
+    return sums / counted.new_zeros(number).index_add(0, sequences.sequence, counted).unsqueeze(1)
 
 
 def read_tree(
-    model: PreTrainedModel, tree: Tree, predicting: Tensor | None, tapped: Tensor | None, layer: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """Logits [R, V] at the rows `predicting` and hidden states [P, H] of the rows `tapped`, from one forward.
+    model: PreTrainedModel,
+    tree: Tree,
+    predicting: Tensor | None,
+    tapped: Tensor | None,
+    layer: int,
+    normed: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Logits [R, V] at the rows `predicting` and states of the rows `tapped` [P, H] and `normed`, from one forward.
 
-    States are those of `layer`, an index into Hugging Face's `hidden_states`. Only the rows that are asked for reach
+    States of `tapped` are those of `layer`, an index into Hugging Face's `hidden_states`; those of `normed` are the
+    last layer's, after the final norm. Only the rows that are asked for reach
     the final norm, and only `predicting` the head. Where `layer` is below the last, prompts without answers leave the
     row there, and without `predicting` all but one segment: every module runs, once, whatever is asked.
     """
@@ -146,24 +203,26 @@ def read_tree(
     inputs = {"input_ids": tree.input_ids, "position_ids": tree.position_ids, "use_cache": False}
     inputs["tree"] = TreeAttention(tree, leaving)
     n_tapped = tapped.numel() if tapped is not None and last else 0
+    n_normed = normed.numel() if normed is not None else 0
     rows = [tapped] if tapped is not None and last else []
-    rows += [predicting] if predicting is not None else []
+    rows += [part for part in (normed, predicting) if part is not None]
     # The predicting rows last: the head of transformers' models keeps as many of the last rows as it is told.
-    with _rows_into_final_norm(model, torch.cat(rows) if rows else tree.input_ids.new_zeros(1)) as normed:
+    with _rows_into_final_norm(model, torch.cat(rows) if rows else tree.input_ids.new_zeros(1)) as given:
         if predicting is None:
             logits = None
             model.get_decoder()(**inputs)
         else:
             # Through the model's own head, so that soft-capping and logit scaling are whatever the architecture says.
             logits = model(**inputs, logits_to_keep=predicting.numel()).logits[0, -predicting.numel() :]
+    whole = given[0][0, n_tapped : n_tapped + n_normed] if normed is not None else None
     if tapped is None:
-        return logits, None
+        return logits, None, whole
     if leaving is None:
-        return logits, normed[0][0, :n_tapped]
+        return logits, given[0][0, :n_tapped], whole
     states = leaving.take()
     if states is None:
         raise ModelError(f"{type(model).__name__} is not supported: its blocks do not hand on the tree they are given")
-    return logits, states[0].index_select(0, tapped)
+    return logits, states[0].index_select(0, tapped), whole
 
 
 def layer_states(model: PreTrainedModel, tree: Tree, prompts: Prompts) -> Tensor:
@@ -175,10 +234,9 @@ def layer_states(model: PreTrainedModel, tree: Tree, prompts: Prompts) -> Tensor
     return torch.stack([state[0].index_select(0, prompts.tapped) for state in output.hidden_states], dim=1)
 
 
-def response_prompts(answers: Answers, n_bundles: int) -> Tensor:
-    """Places in the row [B] of the last tokens of the prompts that B answers continue."""
-    bundles = torch.arange(n_bundles, device=answers.targets.device)
-    return answers.predicting[torch.searchsorted(answers.bundle_of_target, bundles)]
+def response_prompts(answers: Answers, response: Tensor) -> Tensor:
+    """Places in the row [B] of the last tokens of the prompts that the answers `response` [B] continue."""
+    return answers.predicting[torch.searchsorted(answers.row_of_target, response)]
 
 
 def to_grid(projected: Tensor, prompts: Prompts, n_bundles: int, n_languages: int) -> tuple[Tensor, Tensor]:

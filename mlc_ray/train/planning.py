@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +64,8 @@ def cutting_of(config: TrainConfig, tokens: TokenArtifact, *, tokens_per_forward
         taps=lambda step: objective.taps(step, steps),
         ever_taps=bool(objective.terms),
         group_bundles=config.train.group_bundles if objective.needs_group else None,
+        pairing=objective.pairing,
+        whole=objective.pooling is not None,
     )
 
 
@@ -81,8 +84,10 @@ def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine) 
     """
     free = torch.cuda.mem_get_info(engine.device)[0]
     free += torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
-    counts = tokens.counts
-    share = counts.response_tokens / max(1, counts.response_tokens + sum(counts.prompt_tokens.values()))
+    objective = Objective(config)
+    asked: dict[str, Any] = {"rejected": objective.needs_rejected, "pairing": objective.pairing}
+    forwarded = int(tokens.own_tokens(head=0, taps=True, whole=True, **asked).sum(dtype=np.int64))
+    share = 1 - sum(tokens.counts.prompt_tokens.values()) / max(1, forwarded)
     costs = Costs.of(engine.module.language_model, config.model)
     own = tokens_in(free - engine.memory_to_come(), costs, response_share=share)
     return max(1, -int(largest([-own], engine.device)[0]))
@@ -119,7 +124,7 @@ class Outlook:
 
 def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_steps: int) -> Outlook:
     """What the steps of a run are like, from lengths alone."""
-    own = tokens.own_tokens(head=cutting.head, taps=cutting.ever_taps, rejected=cutting.rejected)
+    own = cutting.own_tokens(tokens, taps=cutting.ever_taps)
     looked_at = min(LOOKED_AT, total_steps)
     looked = [cutting.plan(s, rows, tokens.lengths(rows)) for s in range(looked_at) for rows in [order.batch(s)]]
     return Outlook(
@@ -163,7 +168,7 @@ def check_groups(tokens: TokenArtifact, batches: Iterable[Sequence[int]], cuttin
     """
     if cutting.group_bundles is None:
         return
-    own = tokens.own_tokens(head=cutting.head, taps=True, rejected=cutting.rejected)
+    own = cutting.own_tokens(tokens, taps=True)
     capacity = cutting.tokens_per_forward - cutting.head
     most = 0
     for rows in batches:

@@ -28,7 +28,7 @@ _POLICY, _EXTRACTOR = "policy.", "extractor."
 
 
 def published_files(engine: Engine, beside: Sequence[tuple[str, Parts]], *, lora: bool) -> Iterator[tuple[str, Parts]]:
-    """Names and contents of the extractor's file and of those in `model/`, or with `lora` in `adapter/`.
+    """Names and contents of the extractor's file (if there is one), and those in `model/`, or with `lora` `adapter/`.
 
     Every worker goes through all of them; rank 0 alone gets any. `beside` the weights are `small_files`.
     """
@@ -45,7 +45,8 @@ def published_files(engine: Engine, beside: Sequence[tuple[str, Parts]], *, lora
             yield from model.add(name.removeprefix(_POLICY), copy)
         del copy
     if engine.rank == 0:
-        yield "extractor.safetensors", parts_of(extractor)
+        if extractor:
+            yield "extractor.safetensors", parts_of(extractor)
         yield from _adapter(engine.module.policy, adapter) if model is None else model.index()
         yield from beside
 

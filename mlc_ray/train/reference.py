@@ -13,33 +13,49 @@ from transformers import PreTrainedModel
 
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.model import read_answers, read_tree, response_prompts
-from mlc_ray.types import Batch
+from mlc_ray.types import Batch, Pairing, Pooling
 
 
 @dataclass(frozen=True)
 class ReferenceOutput:
     """The reference's outputs for B bundles; None is what was not asked for.
 
-    `chosen` and `rejected` [B] are summed log-probs of the answers in nats, `state` [B, H] the tapped state of the last
-    token of the response-language prompt; all float32.
+    `chosen` and `rejected` are summed log-probs of the answers in nats: [A], or [B] where only those in the response
+    language are asked about. `state` [B, H] is the tapped state of the last token of the response-language prompt,
+    `pooled` [2, B, H] as `ModelOutput` has it; all float32.
     """
 
     chosen: Tensor | None = None
     rejected: Tensor | None = None
     state: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 Reference = Callable[[Batch], ReferenceOutput]
 
 
 class ReferenceModel(nn.Module):
-    """The frozen language model: answers' log-probs, and tapped states at `layer` unless that is None."""
+    """The frozen language model: answers' log-probs, and tapped states at `layer` unless that is None.
 
-    def __init__(self, model: PreTrainedModel, *, log_probs: bool = True, layer: int | None = None) -> None:
+    `pairing` says which answers it is asked about: all that a batch has, or with `response` only those in the response
+    language. With `pooling`, their log-probs come with pooled states.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        log_probs: bool = True,
+        layer: int | None = None,
+        pairing: Pairing = "response",
+        pooling: Pooling | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.log_probs = log_probs
         self.layer = layer
+        self.pairing = pairing
+        self.pooling = pooling
 
     def forward(self, batch: Batch, *, state: bool) -> ReferenceOutput:
         """Log-probs if it has them, and states if it has them and `state`; one forward, of no more than that needs.
@@ -47,26 +63,29 @@ class ReferenceModel(nn.Module):
         Raises:
             ValueError: Log-probs are asked of a batch without rejected answers.
         """
-        n_bundles = len(batch.bundle_ids)
         tree = batch.tree.first(batch.tree.prompt_only)
         layer = self.layer if self.layer is not None and state else None
-        tapped = response_prompts(batch.chosen, n_bundles) if layer is not None else None
-        chosen = rejected = hidden = None
+        tapped = response_prompts(batch.chosen, batch.rows.response) if layer is not None else None
+        chosen = rejected = hidden = pooled = None
         if self.log_probs:
             if batch.rejected is None:
                 raise ValueError("the reference is asked for bundles without rejected answers")
-            first, second, hidden = read_answers(self.model, batch, tree, tapped, layer or 0)
-            chosen, rejected = first.total, second.total if second is not None else None
+            first, second, hidden, pooled = read_answers(self.model, batch, tree, tapped, layer or 0, self.pooling)
+            asked = batch.rows.response if self.pairing == "response" else slice(None)
+            chosen, rejected = first.total[asked], second.total[asked] if second is not None else None
         elif tapped is not None and layer is not None:
-            _, hidden = read_tree(self.model, tree.first(tree.answers), None, tapped, layer)
-        return ReferenceOutput(chosen, rejected, hidden.float() if hidden is not None else None)
+            _, hidden, _ = read_tree(self.model, tree.first(tree.answers), None, tapped, layer)
+        return ReferenceOutput(chosen, rejected, hidden.float() if hidden is not None else None, pooled)
 
 
 def asked_of_reference(objective: Objective, layer: int) -> dict[str, Any]:
-    """What an objective needs of the reference, as arguments of `ReferenceModel`: log-probs, states at `layer`."""
+    """What an objective needs of the reference, as arguments of `ReferenceModel`: log-probs, states at `layer`, ..."""
+    log_probs = objective.needs_reference_log_probs
     return {
-        "log_probs": objective.needs_reference_log_probs,
+        "log_probs": log_probs,
         "layer": layer if objective.needs_reference_state else None,
+        "pairing": objective.reference_pairing if log_probs else "response",  # one answer is read for a state, too
+        "pooling": objective.pooling,
     }
 
 
@@ -113,4 +132,6 @@ def cached_reference(batch: Batch) -> ReferenceOutput:
     """The numbers that the batch brought along."""
     if batch.reference_chosen is None and batch.reference_state is None:
         raise ValueError("the batch has no cached reference numbers")
-    return ReferenceOutput(batch.reference_chosen, batch.reference_rejected, batch.reference_state)
+    return ReferenceOutput(
+        batch.reference_chosen, batch.reference_rejected, batch.reference_state, batch.reference_pooled
+    )

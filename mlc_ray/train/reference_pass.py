@@ -41,7 +41,7 @@ from mlc_ray.train.reference_shards import (
     write_shard,
 )
 from mlc_ray.train.worker import begun, frozen_reference
-from mlc_ray.types import Batch, ReferenceRows, move
+from mlc_ray.types import Batch, Pairing, ReferenceRows, move
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,8 @@ class Asking:
         states: whether tapped states are.
         tokens_per_forward: the budget of a forward; None for the tokens of `BUNDLES_PER_FORWARD`.
         device: where batches go.
+        pairing: which answers it is asked about.
+        pools: whether pooled states are needed.
     """
 
     reference: Reference
@@ -82,12 +84,22 @@ class Asking:
     states: bool
     tokens_per_forward: int | None
     device: torch.device
+    pairing: Pairing
+    pools: bool
 
     @classmethod
     def of(cls, config: TrainConfig, reference: Reference, asked: dict[str, Any], device: torch.device) -> Asking:
         """As the settings say; `asked` are the arguments of the `ReferenceModel`."""
         budget = tokens_per_forward(config, gpu=device.type == "cuda")
-        return cls(reference, asked["log_probs"], asked["layer"] is not None, budget, device)
+        return cls(
+            reference,
+            asked["log_probs"],
+            asked["layer"] is not None,
+            budget,
+            device,
+            asked["pairing"],
+            asked["pooling"] is not None,
+        )
 
     def fill(self, folder: Place, tokens: TokenArtifact, *, key: str, beat: Callable[[str], None]) -> None:
         """Write all shards of a folder that are not there or damaged, and its manifest; every worker must call it.
@@ -133,7 +145,9 @@ class Asking:
             BatchError: A bundle lacks an answer.
         """
         rank, workers = rank_and_workers()
-        own = tokens.lengths(rows).own_tokens(head=tokens.head, taps=False, rejected=self.log_probs)
+        own = tokens.lengths(rows).own_tokens(
+            head=tokens.head, taps=False, rejected=self.log_probs, pairing=self.pairing, whole=self.pools
+        )
         budget = self.tokens_per_forward
         capacity = round(BUNDLES_PER_FORWARD * own.mean()) if budget is None else budget - tokens.head
         bins = cut(own.tolist(), capacity, workers)
@@ -160,6 +174,8 @@ class Asking:
             needs_rejected=self.log_probs,
             reference=None,
             tap=self.states,
+            pairing=self.pairing,
+            whole=self.pools,
         )
 
     def _records(self, batch: Batch) -> np.ndarray:
@@ -168,11 +184,20 @@ class Asking:
         def column(values: Tensor | None, dtype: torch.dtype) -> np.ndarray | None:
             return None if values is None else values.to("cpu", dtype).numpy()
 
+        def of_answers(values: Tensor | None) -> np.ndarray | None:
+            totals = column(values, torch.float64)
+            if totals is None or self.pairing == "response":
+                return totals
+            grid = np.full((len(batch.bundle_ids), len(batch.languages)), np.nan)
+            grid[batch.rows.bundle.numpy(), batch.rows.answer.numpy()] = totals
+            return grid
+
         return records(
             ReferenceRows(
-                column(said.chosen, torch.float64),
-                column(said.rejected, torch.float64),
+                of_answers(said.chosen),
+                of_answers(said.rejected),
                 column(said.state, torch.float32),
+                column(None if said.pooled is None else said.pooled.transpose(0, 1), torch.float32),
             )
         )
 

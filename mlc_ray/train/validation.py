@@ -139,7 +139,7 @@ class Validation:
         output = self.engine.forward(batch)
         result = loss_of(self.objective, batch, output, frozen)
         real, with_terms = batch.weight > 0, batch.term_weight > 0
-        numbers = {_CHOSEN: (output.chosen.total, real)}
+        numbers = {_CHOSEN: (output.chosen.total[batch.rows.response], real)}
         numbers |= {name: (values, real) for name, values in result.metrics.items()}
         numbers |= {name: (values, with_terms) for name, values in result.term_metrics.items()}
         if output.representations is not None and output.present is not None:

@@ -286,13 +286,20 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
         policy = load_policy(config.model)
     layer = resolve_layer(config.mlc.layer, policy.config.get_text_config().num_hidden_layers)
     policy = add_adapters(policy, config.model)
-    module = PolicyWithExtractor(policy, layer=layer, extractor_dim=config.mlc.extractor_dim, seed=config.seed)
+    objective = Objective(config)
+    module = PolicyWithExtractor(
+        policy,
+        layer=layer,
+        extractor_dim=config.mlc.extractor_dim,
+        seed=config.seed,
+        pooling=objective.pooling,
+    )
     module.to(dtype=getattr(torch, config.model.dtype))
     engine = chosen(module, config, device)
     check_tap(engine.module.language_model, layer)
     if not (config.needs_reference and config.reference == "online"):
         return engine, None
-    asked = asked_of_reference(Objective(config), layer)
+    asked = asked_of_reference(objective, layer)
     if config.model.lora is not None:
         return engine, policy_reference(engine.module, ReferenceModel(engine.module.language_model, **asked))
     return engine, frozen_reference(config, asked, device)
@@ -320,6 +327,8 @@ def _stream(
         rank=engine.rank,
         languages=tokens.languages,
         needs_rejected=cutting.rejected,
+        pairing=cutting.pairing,
+        whole=cutting.whole,
         reference=table,
         pin=engine.device.type == "cuda",
     )

@@ -74,7 +74,7 @@ def test_every_sequence_is_found_in_the_tree(rows, tap):
     made = batch(rows, weights=[1.0] * len(rows), tap=tap)
     for name, answers in (("chosen", made.chosen), ("rejected", made.rejected)):
         for index, given in enumerate(rows):
-            mine = (answers.bundle_of_target == index).nonzero().flatten()
+            mine = (answers.row_of_target == index).nonzero().flatten()
             answer = getattr(given, name)
             assert answers.targets[mine].tolist() == answer
             for step, place in enumerate(answers.predicting[mine].tolist()):

@@ -2,7 +2,7 @@ import pytest
 
 from mlc_ray.data.bundles import BundleError, make_bundle, select_languages
 from mlc_ray.data.tables import bundle_columns
-from mlc_ray.types import Bundle
+from mlc_ray.types import AnswerPair, Bundle
 
 GOOD = {
     "kind": "benign",
@@ -17,6 +17,7 @@ def test_a_good_row_becomes_a_bundle_and_a_row_of_the_table():
     assert (bundle.kind, bundle.response_language, bundle.source, bundle.category) == ("benign", "en", "handmade", "")
     row = bundle_columns(bundle)
     prompts = dict(zip(row.pop("languages"), row.pop("texts"), strict=True))
+    assert row.pop("answers") == []
     assert Bundle(prompts=prompts, **row) == bundle
     assert bundle_columns(bundle, ["zh-Hant"])["texts"] == ["怎麼煮蛋？"]
 
@@ -26,7 +27,8 @@ def test_the_id_is_the_content_and_nothing_else():
     reordered = {**GOOD, "prompts": dict(reversed(GOOD["prompts"].items())), "source": "elsewhere", "category": "x"}
     assert make_bundle(reordered).bundle_id == bundle.bundle_id
     assert make_bundle({**GOOD, "bundle_id": bundle.bundle_id}) == bundle
-    for key, value in {"kind": "harmful", "chosen": "Nine.", "prompts": {"en": "How?"}}.items():
+    further = {"zh-Hant": {"chosen": "八分鐘。"}}
+    for key, value in {"kind": "harmful", "chosen": "Nine.", "prompts": {"en": "How?"}, "answers": further}.items():
         assert make_bundle({**GOOD, key: value}).bundle_id != bundle.bundle_id
     with pytest.raises(BundleError, match=f"'0123'.*'{bundle.bundle_id}'"):
         make_bundle({**GOOD, "bundle_id": "0123"})
@@ -55,12 +57,38 @@ def test_the_id_is_the_content_and_nothing_else():
         ({"response_language": "fr"}, "in 'fr', but there is no prompt in it"),
         ({"response_language": "French"}, "response_language: 'French'"),
         ({"category": 3}, "category is 3"),
+        ({"answers": ["x"]}, r"answers is \['x'\], not a mapping"),
+        ({"answers": {"zh-Hant": "八"}}, r"answers\['zh-Hant'\] is '八', not a mapping of chosen and rejected"),
+        ({"answers": {"zh-Hant": {"chosen": "八", "x": "y"}}}, "not a mapping of chosen and rejected to texts"),
+        ({"answers": {"zh-Hant": {"chosen": " "}}}, r"answers\['zh-Hant'\]\['chosen'\] is blank"),
+        ({"answers": {"zh-Hant": {"rejected": "不"}}}, r"answers\['zh-Hant'\] has rejected \('不'\) but not chosen"),
+        ({"answers": {"zh-Hant": {"chosen": "不", "rejected": "不 "}}}, "the same: '不'"),
+        ({"answers": {"en": {"chosen": "x"}}}, "answers in 'en', the response_language, stand in chosen and rejected"),
+        ({"answers": {"fr": {"chosen": "x"}}}, r"answers\['fr'\] answers no prompt: there is none in 'fr'"),
+        ({"answers": {"chinese": {"chosen": "x"}}}, "answers: 'chinese' is not a language code"),
+        (
+            {"answers": {"zh-Hant": {"chosen": "x"}}, "chosen": None, "rejected": None},
+            "answers are given in zh-Hant, but chosen is not, the answer in 'en'",
+        ),
         ({"promts": {}}, "unknown key 'promts'; did you mean 'prompts'"),
     ],
 )
 def test_each_violation_is_refused_with_its_value(change, reason):
     with pytest.raises(BundleError, match=reason):
         make_bundle({**GOOD, **change})
+
+
+def test_answers_in_further_languages_are_kept_with_their_prompts():
+    """A column of Parquet has each language in every row, null where a row has none."""
+    answers = {
+        "zh-Hant": {"chosen": "八分鐘。", "rejected": None},
+        "fr": None,
+        "en": {"chosen": None, "rejected": None},
+    }
+    bundle = make_bundle({**GOOD, "answers": answers})
+    assert bundle.answers == {"zh-Hant": AnswerPair("八分鐘。")}
+    assert bundle_columns(bundle)["answers"] == [{"language": "zh-Hant", "chosen": "八分鐘。", "rejected": None}]
+    assert bundle_columns(bundle, ["en"])["answers"] == []
 
 
 @pytest.mark.parametrize("code", ["en", "yue", "zh-Hant", "pt-BR", "zh-Hant-TW", "es-419"])

@@ -21,6 +21,7 @@ def lengths_of(count, seed=0):
         np.array([int(p[0]) for p in prompts]),
         draw.integers(1, 40, count),
         draw.integers(1, 40, count),
+        *np.zeros((3, count), dtype=np.int64),
     )
 
 

@@ -12,9 +12,9 @@ from mlc_ray.data.plan import Cutting
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.stream import ahead, plans, stream_steps
 from mlc_ray.data.tables import rows_to_table
-from tests.train.tiny import LANGUAGES, random_rows
+from tests.train.tiny import LANGUAGES, random_rows, translated
 
-ROWS = random_rows(11)
+ROWS = translated(random_rows(11))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,11 @@ def test_lengths_are_read_from_offsets_of_any_rows(artifact):
     found = artifact.lengths()
     for index, row in enumerate(ROWS):
         answered = len(row.prompts[row.response_prompt])
-        expected = (len(row.languages), sum(map(len, row.prompts)), answered, len(row.chosen), len(row.rejected))
+        expected = (
+            *(len(row.languages), sum(map(len, row.prompts)), answered, len(row.chosen), len(row.rejected)),
+            *(sum(len(one[name]) for one in row.answers) for name in ("chosen", "rejected")),
+            len(row.answers),
+        )
         assert tuple(int(values[index]) for values in vars(found).values()) == expected
     some = [9, 0, 4, 5, 3, 4]
     for name, values in vars(artifact.lengths(some)).items():

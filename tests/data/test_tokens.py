@@ -283,6 +283,27 @@ def test_a_limit_below_the_template_names_the_setting_and_values(tokenizer):
         template.encode_prompt("x", template.minimum - 1)
 
 
+def test_answers_in_further_languages_continue_their_own_prompts(small):
+    tokenizer = small(GEMMA)
+    answers = {"zh": {"chosen": "八分钟。", "rejected": "不。"}, "ur": {"chosen": "آٹھ منٹ"}}
+    bundle = make_bundle({"kind": BUNDLE.kind, "prompts": BUNDLE.prompts, "chosen": BUNDLE.chosen, "answers": answers})
+    row = tokenize(bundle, tokenizer)
+    assert [(row.languages[one["prompt"]], one["rejected"] is None) for one in row.answers] == [
+        ("ur", True),
+        ("zh", False),
+    ]
+    for one in row.answers:
+        code = row.languages[one["prompt"]]
+        for name, text in answers[code].items():
+            assert row.prompts[one["prompt"]] + one[name] == whole(tokenizer, BUNDLE.prompts[code], text)
+    fewer = tokenize(bundle, tokenizer, ["zh", "en"])
+    assert [fewer.languages[one["prompt"]] for one in fewer.answers] == ["zh"]
+    cut = tokenize(bundle, tokenizer, response=2)
+    assert [one["chosen"] for one in cut.answers] == [one["chosen"][:2] for one in row.answers]
+    lost = [row.chosen, *(ids for one in row.answers for ids in (one["chosen"], one["rejected"]) if ids)]
+    assert cut.truncated_response_tokens == sum(len(ids) - 2 for ids in lost)
+
+
 def test_languages_are_restricted_but_an_answer_keeps_its_prompt(small):
     tokenizer = small(GEMMA)
     assert tokenize(BUNDLE, tokenizer, ["zh", "en"]).languages == ["en", "zh"]

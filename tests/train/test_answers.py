@@ -8,7 +8,7 @@ from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.train import run
 from mlc_ray.train.answers import MissingAnswersError, check_answers
-from tests.train.tiny import random_rows, tiny_config
+from tests.train.tiny import random_rows, tiny_config, translated
 
 
 @pytest.fixture
@@ -74,6 +74,39 @@ def test_both_answers_may_be_missing(made):
     ) as caught:
         check_answers(config, tokens)
     assert f"  {file}:1: bundle {ids[0]} has no chosen and no rejected answer" in str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("objective", "answer"), [({"loss": "mpo"}, "rejected"), ({"loss": "sft", "answers": "all"}, "chosen")]
+)
+def test_a_language_without_an_answer_is_named(tmp_path, objective, answer):
+    rows, file = translated(random_rows(6)), tmp_path / "bundles.jsonl"
+    lacking = {
+        "chosen": [one for one in rows[1].answers if rows[1].languages[one["prompt"]] != "sw"],
+        "rejected": [{**one, "rejected": None} for one in rows[1].answers],
+    }
+    rows[1] = replace(rows[1], answers=lacking[answer])
+    table = rows_to_table(rows).append_column("file", [[str(file)] * 6]).append_column("line", [range(1, 7)])
+    write_rows(tmp_path, [table], fingerprint="x", rejected={})
+    with pytest.raises(MissingAnswersError) as caught:
+        check_answers(tiny_config(objective=objective), TokenArtifact.open(tmp_path))
+    head, place, fix = str(caught.value).splitlines()
+    assert head.startswith(f"objective.loss={objective['loss']!r} as it is set needs ")
+    assert head.endswith(f"answers in each language of a bundle; bundles without a {answer} answer in one: 1 of 6")
+    where = "sw" if answer == "chosen" else "ar, sw"
+    assert place == f"  {file}:2: bundle {rows[1].bundle_id} has no {answer} answer in {where}"
+    assert "data.languages" in fix
+    check_answers(tiny_config(), TokenArtifact.open(tmp_path))  # English alone is all that DPO reads
+
+
+def test_another_dominant_language_than_that_of_the_answers_is_refused(tmp_path):
+    write_rows(tmp_path, [rows_to_table(translated(random_rows(6)))], fingerprint="x", rejected={})
+    tokens = TokenArtifact.open(tmp_path)
+    check_answers(tiny_config(objective={"loss": "mpo"}), tokens)
+    with pytest.raises(
+        MissingAnswersError, match=r"dominant language 'zh', but .*\(en: 6 of 6\); set objective\.dominant"
+    ):
+        check_answers(tiny_config(objective={"loss": "mpo", "dominant": "zh"}), tokens)
 
 
 @pytest.mark.parametrize("reference", ["cached", "online"])

@@ -552,6 +552,9 @@ def test_the_card_names_every_part_of_the_loss():
     manifest = {"step": 1, "bundles_consumed": 2, "fingerprints": {}, "versions": {}}
     with_term = tiny_config(terms={"anchor": {"weight": 0.25}})
     card = model_card(with_term, manifest)
-    assert "- dpo (beta=0.1, label_smoothing=0.0)\n- 0.8 x mlc (layer=2, every=2, extractor_dim=16, temp" in card
+    assert (
+        "- dpo (answers=response, beta=0.1, label_smoothing=0.0)\n- 0.8 x mlc (layer=2, every=2, extractor_dim=16, "
+        in card
+    )
     assert "- 0.25 x anchor\n" in card
     assert "anchor" not in model_card(tiny_config(), manifest)

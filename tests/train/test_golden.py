@@ -20,7 +20,7 @@ from mlc_ray.losses.mlc import mlc_loss
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.train.reference import ReferenceModel
-from mlc_ray.types import Answers, Batch, Prompts
+from mlc_ray.types import AnswerRows, Answers, Batch, Prompts
 
 FOLDER = Path(os.environ.get("MLC_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
@@ -143,5 +143,6 @@ def batch_of(case, tensors):
         ),
         chosen=answers(0),
         rejected=answers(pairs),
+        rows=AnswerRows(torch.arange(pairs), torch.zeros(pairs).long(), torch.zeros(pairs).long(), torch.arange(pairs)),
         prompts=Prompts((starts + lengths - 1)[2 * pairs :], place // languages, place % languages),
     )

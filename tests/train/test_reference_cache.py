@@ -26,7 +26,7 @@ from mlc_ray.train.worker import frozen_reference
 from tests.train.tiny import on_workers, random_rows, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
-ASKED = {"log_probs": True, "layer": 2}
+ASKED = {"log_probs": True, "layer": 2, "pairing": "response", "pooling": None}
 BUNDLES, SHARD = 22, 6  # four shards, the last of four bundles
 STAGES = {"zero0": {"stage": 0}, "zero3": {"stage": 3, "persistence_threshold": 0}}
 
@@ -52,7 +52,7 @@ def said(place):
     """What the model says of each bundle, in a plain forward of it alone."""
     model = ReferenceModel(load_policy(configured(place).model), **ASKED).eval()
     tokens = TokenArtifact.open(place / "tokens")
-    asking = Asking(lambda batch: model(batch, state=batch.taps), True, True, 1, CPU)
+    asking = Asking(lambda batch: model(batch, state=batch.taps), True, True, 1, CPU, "response", False)
     with torch.no_grad():
         return np.concatenate([asking.ask(tokens, np.array([row]), lambda _: None) for row in range(BUNDLES)])
 

@@ -135,6 +135,34 @@ def test_cached_and_online_references_give_the_same_losses(undisturbed, run_plac
         assert live[2] == pytest.approx(cached[2], rel=1e-4, abs=1e-5)
 
 
+def test_answers_in_every_language_go_from_a_file_through_a_cached_reference_into_steps(ray_local, run_place):
+    for name in ("bundles", "held_out"):
+        bundles = [json.loads(line) for line in (run_place / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for bundle in bundles:
+            bundle.pop("bundle_id", None)
+            bundle["answers"] = {
+                code: {"chosen": f"{code}: {bundle['chosen']}", "rejected": f"{code}: {bundle['rejected']}"}
+                for code in ("sw", "zh")
+            }
+        lines = "".join(json.dumps(bundle) + "\n" for bundle in bundles)
+        (run_place / f"{name}_answered.jsonl").write_text(lines, encoding="utf-8")
+    settings = [
+        f"data.train=[{{path: {run_place / 'bundles_answered.jsonl'}}}]",
+        f"data.validation={{sources: [{{path: {run_place / 'held_out_answered.jsonl'}}}], every: 3}}",
+        "objective={loss: mpo}", "terms={}", "mlc.extractor_dim=null", "train.max_steps=2",
+    ]  # fmt: skip
+    cached = train(configured(run_place, "name=mpo", *settings)).run_folder
+    online = train(configured(run_place, "name=mpo-online", "reference=online", *settings)).run_folder
+    first, last = losses(cached)[0][2], losses(cached)[-1][2]
+    assert first["validation/alignment/anchor"] < 1e-9 < last["validation/alignment/anchor"]
+    assert last["validation/alignment/source_gap"] == first["validation/alignment/source_gap"]  # it is the reference's
+    for stored, live in zip(losses(cached), losses(online), strict=True):
+        assert live[1] == pytest.approx(stored[1], rel=1e-5)
+        assert live[2] == pytest.approx(stored[2], rel=1e-4, abs=1e-5)
+    (checkpoint,) = list_checkpoints(Place(cached))
+    assert not (checkpoint / "extractor.safetensors").is_file()
+
+
 def test_an_error_of_a_reference_worker_arrives_as_it_is(ray_local, run_place):
     shutil.copytree(run_place / "model", run_place / "no_weights", ignore=shutil.ignore_patterns("*.safetensors"))
     model = f"model.path={run_place / 'no_weights'}"

@@ -4,7 +4,7 @@ import os
 import socket
 import tempfile
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, checkpoint_blocks, resolve_layer
 from mlc_ray.train.planning import check_groups, cutting_of, order_of, tapping, tokens_per_forward
-from mlc_ray.train.reference import ReferenceModel, cached_reference, policy_reference
+from mlc_ray.train.reference import ReferenceModel, asked_of_reference, cached_reference, policy_reference
 from mlc_ray.types import ReferenceRows, TokenRow
 
 VOCABULARY = 67
@@ -38,6 +38,7 @@ class ReferenceRow:
     chosen: float | None = None
     rejected: float | None = None
     state: np.ndarray | None = None
+    pooled: np.ndarray | None = None
 
 
 def aligned(table, rows):
@@ -45,7 +46,7 @@ def aligned(table, rows):
     if table is None:
         return None
     said = [table[row.bundle_id] for row in rows]
-    columns = {name: [getattr(one, name) for one in said] for name in ("chosen", "rejected", "state")}
+    columns = {name: [getattr(one, name) for one in said] for name in ("chosen", "rejected", "state", "pooled")}
     return ReferenceRows(**{name: np.array(v) for name, v in columns.items() if v[0] is not None})
 
 
@@ -94,6 +95,27 @@ def random_rows(count, seed=1, head=()):
     return rows
 
 
+def translated(rows, seed=5):
+    """The same bundles with random answers in all their other languages."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens():
+        length = int(torch.randint(1, 6, (1,), generator=generator))
+        return torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+
+    return [
+        replace(
+            row,
+            answers=[
+                {"prompt": index, "chosen": tokens(), "rejected": tokens()}
+                for index in range(len(row.languages))
+                if index != row.response_prompt
+            ],
+        )
+        for row in rows
+    ]
+
+
 def tiny_config(**sections):
     """A config whose model path is never read: the tests hand the model over."""
     raw = {
@@ -116,7 +138,11 @@ def wrapped(config, seed=0):
     checkpoint_blocks(policy, config.model.gradient_checkpointing)
     layer = resolve_layer(config.mlc.layer, 3)
     module = PolicyWithExtractor(
-        add_adapters(policy, config.model), layer=layer, extractor_dim=config.mlc.extractor_dim, seed=config.seed
+        add_adapters(policy, config.model),
+        layer=layer,
+        extractor_dim=config.mlc.extractor_dim,
+        seed=config.seed,
+        pooling=Objective(config).pooling,
     )
     return module.to(getattr(torch, config.model.dtype))
 
@@ -139,6 +165,8 @@ def steps_of(config, rows, rank, world_size, table=None, start_step=0):
             rank=rank,
             languages=LANGUAGES,
             needs_rejected=cutting.rejected,
+            pairing=cutting.pairing,
+            whole=cutting.whole,
             reference=aligned(table, rows),
         )
 
@@ -182,10 +210,7 @@ class SavesAtOnce:
 def online_reference(config, engine):
     """The reference that is asked at every step: the policy without its adapters, or a second model."""
     objective = Objective(config)
-    asked = {
-        "log_probs": objective.needs_reference_log_probs,
-        "layer": resolve_layer(config.mlc.layer, 3) if objective.needs_reference_state else None,
-    }
+    asked = asked_of_reference(objective, resolve_layer(config.mlc.layer, 3))
     if config.model.lora is not None:
         return policy_reference(engine.module, ReferenceModel(engine.module.language_model, **asked))
     frozen = ReferenceModel(tiny_model().to(getattr(torch, config.model.dtype)), **asked)

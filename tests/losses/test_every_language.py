@@ -1,0 +1,194 @@
+"""Losses that read answers in several languages: values and gradients against plain loops, and where each is zero."""
+
+import pytest
+import torch
+
+from mlc_ray.config import ConfigError, ObjectiveConfig, parse_config
+from mlc_ray.losses.base import Pooled
+from mlc_ray.losses.dco import dco_loss
+from mlc_ray.losses.mpo import mpo_loss
+from mlc_ray.losses.objective import Objective
+from mlc_ray.losses.sdrrl import sdrrl_loss
+from mlc_ray.types import AnswerRows, ResponseLogProbs
+
+# Three bundles: answers in en (column 1), ar and sw; in en and ar; in sw alone, its response language.
+ROWS = AnswerRows(
+    bundle=torch.tensor([0, 0, 0, 1, 1, 2]),
+    prompt=torch.tensor([1, 0, 2, 1, 0, 2]),
+    answer=torch.tensor([1, 0, 2, 1, 0, 2]),
+    response=torch.tensor([0, 3, 5]),
+)
+MEMBERS = {0: [0, 1, 2], 1: [3, 4], 2: [5]}
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def answers(seed, lengths=(4, 3, 6, 2, 5, 1)):
+    return ResponseLogProbs((-5 * random(len(lengths), seed=seed).abs()).requires_grad_(), torch.tensor(lengths))
+
+
+CHOSEN_LENGTHS, REJECTED_LENGTHS = (4, 3, 6, 2, 5, 1), (2, 2, 7, 3, 1, 4)
+
+
+@pytest.fixture
+def pair():
+    return answers(1, CHOSEN_LENGTHS), answers(2, REJECTED_LENGTHS)
+
+
+def gradients(loss, *values):
+    weights = torch.tensor([0.5, 1.5, -2.0], dtype=torch.float64)
+    return torch.autograd.grad((loss * weights).sum(), values, allow_unused=True)
+
+
+def plain_mpo(chosen, rejected, reference_chosen, reference_rejected, pooled, *, beta, hidden_weight, least=None):
+    losses = []
+    for bundle, members in MEMBERS.items():
+        source, *targets = members
+        gap = {
+            row: chosen.total[row] / chosen.length[row] - rejected.total[row] / rejected.length[row] for row in targets
+        }
+        wanted = reference_chosen[bundle] / chosen.length[source] - reference_rejected[bundle] / rejected.length[source]
+        teaches = bool(targets) and (least is None or wanted > least)
+        errors = [(beta * gap[row] - wanted) ** 2 for row in targets] if teaches else [torch.zeros(())]
+        distance = torch.nn.functional.mse_loss(pooled.policy[:, bundle], pooled.reference[:, bundle])
+        losses.append(sum(errors) / len(errors) + hidden_weight * distance)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("least", [None, 0.4])
+def test_mpo_equals_the_plain_loop(pair, least):
+    references = random(3, seed=3), random(3, seed=4)
+    policy = random(2, 3, 7, seed=5).requires_grad_()
+    pooled = Pooled(policy, random(2, 3, 7, seed=6).requires_grad_())
+    result = mpo_loss(*pair, *references, ROWS, pooled, beta=1.5, hidden_weight=0.7, min_source_gap=least)
+    expected = plain_mpo(*pair, *references, pooled, beta=1.5, hidden_weight=0.7, least=least)
+    assert torch.allclose(result.loss, expected, rtol=1e-6)  # distances of states are taken in float32
+    inputs = [pair[0].total, pair[1].total, policy]
+    for ours, theirs in zip(gradients(result.loss, *inputs), gradients(expected, *inputs), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert gradients(result.loss, pooled.reference) == (None,)
+    assert 0 < result.metrics["teaches"].sum() <= 3 and (result.metrics["teaches"].sum() < 3) == (least is not None)
+
+
+def test_mpo_is_zero_where_policy_is_reference_and_languages_are_one(pair):
+    """The authors' case: beta 1, the target says what the dominant language says."""
+    chosen, rejected = (
+        ResponseLogProbs(one.total[[0, 0, 0, 3, 3, 5]].detach().requires_grad_(), one.length[[0, 0, 0, 3, 3, 5]])
+        for one in pair
+    )
+    references = [one.total[ROWS.response].detach() for one in (chosen, rejected)]
+    states = random(2, 3, 7)
+    assert mpo_loss(chosen, rejected, *references, ROWS, Pooled(states, states), beta=1.0).loss.tolist() == [0, 0, 0]
+    moved = mpo_loss(chosen, rejected, *references, ROWS, Pooled(states, states), beta=2.0)
+    (gradient,) = gradients(moved.loss, chosen.total)
+    assert (gradient[ROWS.response] == 0).all() and (gradient[[1, 2, 4]] != 0).all()  # English is a fixed teacher
+
+
+def plain_dco(chosen, rejected, reference_chosen, reference_rejected, *, beta):
+    losses = []
+    for first, *others in MEMBERS.values():
+
+        def ratio(row):
+            return (chosen.total[row] - reference_chosen[row]) - (rejected.total[row] - reference_rejected[row])
+
+        def odds(row):
+            return reference_chosen[row] - reference_rejected[row]
+
+        costs = [(ratio(first) - odds(t) / beta).abs() + (ratio(t) - beta * odds(first)).abs() for t in others]
+        losses.append(sum(costs) / len(costs) if costs else torch.zeros((), dtype=torch.float64))
+    return torch.stack(losses)
+
+
+def test_dco_equals_the_plain_loop(pair):
+    references = random(6, seed=3), random(6, seed=4)
+    ours, theirs = dco_loss(*pair, *references, ROWS, beta=0.6).loss, plain_dco(*pair, *references, beta=0.6)
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+    for mine, expected in zip(*(gradients(x, pair[0].total, pair[1].total) for x in (ours, theirs)), strict=True):
+        assert torch.allclose(mine, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_dco_is_zero_where_the_reference_is_indifferent_and_the_policy_is_it(pair):
+    references = [one.total.detach() for one in pair]
+    assert dco_loss(*pair, references[0], references[0], ROWS, beta=1.0).loss[0] > 0
+    same = ResponseLogProbs(pair[0].total, pair[0].length)
+    assert dco_loss(same, same, references[0], references[0], ROWS, beta=1.0).loss.tolist() == [0, 0, 0]
+
+
+def test_sdrrl_equals_the_plain_loop():
+    # Bundle 0 has all pairings of en (1) with ar (0) and sw (2), bundle 1 English alone.
+    pairs = [(0, 1, 1), (0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 2, 2), (0, 2, 1), (0, 1, 2), (1, 1, 1)]
+    rows = AnswerRows(*torch.tensor(pairs).T, response=torch.tensor([0, 7]))
+    chosen = answers(1, (4, 3, 6, 2, 5, 1, 7, 3))
+    shares = (0.4, 0.3, 0.2, 0.1)
+    result = sdrrl_loss(chosen, rows, shares=shares)
+    nll = -chosen.total / chosen.length
+    expected = 0.4 * nll[0] + 0.3 * (nll[1] + nll[4]) / 2 + 0.2 * (nll[2] + nll[5]) / 2 + 0.1 * (nll[3] + nll[6]) / 2
+    assert torch.allclose(result.loss, torch.stack([expected, 0.4 * nll[7]]))
+    ours, theirs = (torch.autograd.grad(x, chosen.total, retain_graph=True)[0] for x in (result.loss[0], expected))
+    assert torch.allclose(ours, theirs) and (ours[:7] != 0).all()
+    assert result.metrics["english_prompts"].tolist() == pytest.approx([float((nll[3] + nll[6]).detach() / 2), 0])
+
+
+def objective(loss, **settings):
+    return Objective(ObjectiveConfig.model_validate({"objective": {"loss": loss, **settings}, "mlc": {"weight": 0}}))
+
+
+@pytest.mark.parametrize(
+    ("shares", "pairing"),
+    [
+        ({}, "crossed"),
+        ({"english": 1, "translated": 0, "english_answers": 0, "english_prompts": 0}, "response"),
+        ({"english": 0.5, "translated": 0, "english_answers": 0.5, "english_prompts": 0}, "shared"),
+        ({"english": 0.5, "translated": 0.5, "english_answers": 0, "english_prompts": 0}, "own"),
+    ],
+)
+def test_sdrrl_reads_no_more_answers_than_its_shares_ask_for(shares, pairing):
+    assert objective("sdrrl", **shares).pairing == pairing
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"loss": "sdrrl", "english": 0.5}, "add up to 1.25; make that 1"),
+        ({"loss": "mpo", "dominant": "English"}, "dominant"),
+        ({"loss": "mpo", "answers": "all"}, "answers"),
+        ({"loss": "dco", "answers": "response"}, "answers"),
+    ],
+)
+def test_settings_that_make_no_loss_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(ObjectiveConfig, {"objective": settings})
+
+
+@pytest.mark.parametrize(("loss", "source"), [("mpo", "2505.16869"), ("dco", "2603.04678"), ("sdrrl", "2402.12204")])
+def test_a_model_card_says_whose_a_method_is_and_what_of_it_is_ours(loss, source):
+    (line,) = objective(loss).describe()
+    assert line.startswith(f"{loss} (") and f"): after arXiv {source}; ours: " in line
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "sft"])
+def test_the_upper_bound_is_the_mean_of_the_loss_over_a_bundle_s_languages(loss, pair):
+    """The loss of answers in all languages is the mean of what it costs to read each language alone."""
+    references = random(6, seed=3), random(6, seed=4)
+
+    def of(bound, rows, picked):
+        given = {"chosen": pair[0], "rejected": pair[1], "reference_chosen": references[0]}
+        given["reference_rejected"] = references[1]
+        given = {
+            name: ResponseLogProbs(one.total[picked], one.length[picked])
+            if name in ("chosen", "rejected")
+            else one[picked]
+            for name, one in given.items()
+        }
+        count = len(rows.response) if rows is not None else len(picked)
+        return bound.total_loss(weight=torch.ones(count, dtype=torch.float64), rows=rows, **given)
+
+    bound = objective(loss, answers="all")
+    assert bound.pairing == "own" and objective(loss).pairing == "response"
+    whole = of(bound, ROWS, list(range(6))).metrics
+    alone = of(objective(loss), None, list(range(6))).metrics
+    for name, values in whole.items():
+        expected = [float(alone[name][members].mean()) for members in MEMBERS.values()]
+        assert values.tolist() == pytest.approx(expected), name
