@@ -170,7 +170,7 @@ def test_an_sft_part_beside_a_preference_loss(pair):
     assert result.metrics["loss/sft"].tolist() == pytest.approx([3.0, 1.5])  # nats a token of the chosen answers
     assert result.loss.item() == pytest.approx((simpo.mean() + 0.25 * 2.25).item())
     assert both.parts == ["loss/alignment", "loss/sft"]
-    assert both.describe() == ["simpo (beta=0.1, margin=0.5)", "0.25 x sft"]
+    assert both.describe() == ["simpo (answers=response, beta=0.1, margin=0.5)", "0.25 x sft"]
     with pytest.raises(ValidationError, match="is already; remove it"):
         ObjectiveConfig(objective={"loss": "sft", "sft_weight": 0.25})
 
