@@ -205,6 +205,10 @@ class SearchConfig(Section):
             raise ValueError(
                 f"reduction_factor={self.reduction_factor} is read by asha only; scheduler={self.scheduler!r}"
             )
+        if self.scoring.engine.replicas == "auto":
+            raise ValueError(
+                "scoring.engine.replicas='auto' would take what the trials train on; set a number of engines"
+            )
         if self.share_gpu and self.scoring.engine.replicas > 1:
             raise ValueError(
                 f"share_gpu=True has one engine sleep beside training, but scoring.engine.replicas="

@@ -5,6 +5,7 @@ Console, page and Markdown show the same lines.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -79,6 +80,7 @@ def differing(models: Sequence[Model]) -> Iterator[str]:
         "conversations (chat)": [_chat(model.result.config) for model in models],
         "longest responses (max_new_tokens)": [model.result.config.get("max_new_tokens") for model in models],
         "types computed in (engine.dtype)": [_dtype(model.result.config) for model in models],
+        "engines' settings (engine.options)": [_options(model.result.config) for model in models],
         "engines' versions": [_engine(model.result.versions) for model in models],
     }
     for name, found in aspects.items():
@@ -88,6 +90,11 @@ def differing(models: Sequence[Model]) -> Iterator[str]:
         if len(labels) > 1:
             each = "; ".join(f"{value}: {', '.join(names)}" for value, names in labels.items())
             yield f"the {name} differ ({each})"
+
+
+def _options(config: Mapping[str, Any]) -> str:
+    engine = config.get("engine")
+    return json.dumps(engine.get("options", {}) if isinstance(engine, Mapping) else {}, sort_keys=True)
 
 
 def _engine(versions: Mapping[str, str]) -> str:

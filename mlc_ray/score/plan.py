@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlc_ray.cluster import with_dtype
+from mlc_ray.cluster import how_many_fit, with_dtype
 from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ScoringSection
 from mlc_ray.generate.engine import Device, Warm
-from mlc_ray.generate.pool import Part
+from mlc_ray.generate.replica import Part, place_of
 from mlc_ray.generate.stage import Generator
 from mlc_ray.judges.base import BaseJudge, Judge, Policy, make_judge
 from mlc_ray.judges.refusal import RefusalJudge
@@ -102,10 +102,10 @@ def answering(
     }  # fmt: skip
     if judging.judge.runs == "prompts":
         settings |= {"judge": judging.judge.settings, "ways": judging.ways}
-        return Part("judging", PromptJudgeStage, settings, scoring.engine, in_turn=in_turn)
+        return Part("judging", PromptJudgeStage, settings, _counted(scoring.engine, device), in_turn=in_turn)
     assert scoring.max_new_tokens is not None, "decided by now (with_longest_answer)"
     settings["max_new_tokens"] = scoring.max_new_tokens
-    return Part("answering", Generator, settings, scoring.engine, in_turn=in_turn)
+    return Part("answering", Generator, settings, _counted(scoring.engine, device), in_turn=in_turn)
 
 
 def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies: Place) -> dict[str, Part]:
@@ -131,7 +131,8 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
             "translating",
             TranslateStage,
             {"settings": translate, "ways": judging.translated, **common("translate")},
-            translate.engine if translate.model is not None else None,
+            _counted(translate.engine, device) if translate.model is not None else None,
+            once=translate.endpoint is not None,
         )
     # An endpoint's cache and its cost cap are one.
     light = 1 if judge.runs == "service" else min(_LIGHT_ACTORS, math.ceil(rows / _LIGHT_ROWS))
@@ -139,10 +140,18 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
         "judging",
         JudgeStage,
         {"settings": judge.settings, "ways": judging.ways, "phrase_ways": judging.phrase_ways, **common("judge")},
-        judge.engine,
+        None if judge.engine is None else _counted(judge.engine, device),
         actors=light,
+        once=judge.runs == "service",
     )
     return parts
+
+
+def _counted(engine: EngineSection, device: Device) -> EngineSection:
+    """`engine` with `replicas: auto` decided by the nodes that there are."""
+    if engine.replicas != "auto":
+        return engine
+    return engine.model_copy(update={"replicas": how_many_fit(place_of(engine, device))})
 
 
 def with_chat(scoring: ScoringT, model: str) -> ScoringT:
@@ -213,10 +222,10 @@ def _decided(engine: EngineSection, before: EngineSection | None, *, gpu: bool) 
 def places(scoring: ScoringSection, device: Device, *, in_turn: bool = False) -> list[tuple[float, float]]:
     """(CPUs, GPUs) of everything that a score can need at once, known before languages and prompts are."""
     judge = make_judge(scoring.judge)
-    parts = [Part("answering", Generator, {}, scoring.engine, in_turn=in_turn)]
+    parts = [Part("answering", Generator, {}, _counted(scoring.engine, device), in_turn=in_turn)]
     if judge.runs != "prompts":
-        parts.append(Part("judging", JudgeStage, {}, judge.engine))
+        parts.append(Part("judging", JudgeStage, {}, None if judge.engine is None else _counted(judge.engine, device)))
     if (translate := judge.settings.translator) is not None:
-        own = translate.engine if translate.model is not None else None
+        own = _counted(translate.engine, device) if translate.model is not None else None
         parts.append(Part("translating", TranslateStage, {}, own))
     return [place for part in parts for place in part.places(device)]

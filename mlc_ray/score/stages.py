@@ -22,18 +22,18 @@ from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, TranslateS
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.client import ChatEndpoint
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, Warm
-from mlc_ray.generate.stage import ANSWERS, PROMPTS, Stage
+from mlc_ray.generate.stage import ANSWERS, PROMPTS, Stage, no_answer
 from mlc_ray.generate.translate import (
     TranslatedAnswer,
     make_translator,
     translate_answers,
     translated_answers,
 )
-from mlc_ray.judges.base import Judge, PromptJudge, make_judge, make_reader
+from mlc_ray.judges.base import Judge, PromptJudge, make_judge, make_reader, unparsed
 from mlc_ray.judges.degenerate import settle
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.storage import Place, user_cache, write_json_atomic
-from mlc_ray.types import Answer, Kind, Measure, Verdict, Via
+from mlc_ray.types import ENGINE_FAULT, Answer, Kind, Measure, Verdict, Via
 
 NOT_GENERATED = "not_generated"
 """Finish reason where the judge needs no response."""
@@ -88,6 +88,16 @@ class PromptJudgeStage(Stage):
              **_verdict_row(verdict, dict.fromkeys(self.judge.measures, self.ways[code]))}
             for verdict, code in zip(verdicts, languages, strict=True)
         ]  # fmt: skip
+
+    @classmethod
+    def given_up(cls, table: pa.Table, fault: str, **settings: Any) -> list[dict[str, Any]]:
+        """No verdict."""
+        made = make_judge(settings["judge"])
+        verdict, ways = unparsed(made.measures, fault), settings["ways"]
+        return [
+            {**no_answer(fault), **_verdict_row(verdict, dict.fromkeys(made.measures, ways[code]))}
+            for code in table["language"].to_pylist()
+        ]
 
     def close(self) -> None:
         """Free the engine's memory."""
@@ -158,6 +168,14 @@ class TranslateStage(Stage):
             }
         return rows
 
+    @classmethod
+    def given_up(cls, table: pa.Table, fault: str, **settings: Any) -> list[dict[str, Any]]:
+        """No translation."""
+        ways = settings["ways"]
+        return [
+            {"translation_fault": fault} if ways[code] == "translated" else {} for code in table["language"].to_pylist()
+        ]
+
     def close(self) -> None:
         """Free the memory of an engine, or publish an endpoint's replies."""
         self.asking.publish()
@@ -206,6 +224,18 @@ class JudgeStage(Stage):
             for verdict, answer in zip(verdicts, answers, strict=True)
         ]
 
+    @classmethod
+    def given_up(cls, table: pa.Table, fault: str, **settings: Any) -> list[dict[str, Any]]:
+        """No verdict by the judge, and none by phrases: one side alone would say that the other is known."""
+        judge = make_reader(settings["settings"])
+        measures: dict[Measure, Mapping[str, Via]] = dict.fromkeys(judge.measures, settings["ways"])
+        if settings["phrase_ways"] is not None:
+            measures = {"refused": settings["phrase_ways"], **measures}
+        return [
+            _verdict_row(unparsed([*measures], fault), {measure: ways[code] for measure, ways in measures.items()})
+            for code in table["language"].to_pylist()
+        ]
+
     def close(self) -> None:
         """Free the memory of a guard's engine, or publish an endpoint's replies."""
         self.asking.publish()
@@ -242,12 +272,15 @@ def _verdicts(
     """The judge's verdict on each answer; what was never sent or not translated is `unparsed`, unasked."""
     read = [english[index] if ways[answer.language] == "translated" else None for index, answer in enumerate(answers)]
     asked = translated_answers(answers, read, judge.measures)
-    given = iter(judge.judge([a for a in asked if isinstance(a, Answer) and a.finish != PROMPT_TOO_LONG]))
-    too_long = judge.unparsed("the prompt was too long for engine.max_model_len; it was not sent")
+    unanswered = {
+        PROMPT_TOO_LONG: judge.unparsed("the prompt was too long for engine.max_model_len; it was not sent"),
+        ENGINE_FAULT: judge.unparsed("engines fail on the prompt, as `fault` says; it has no answer"),
+    }
+    given = iter(judge.judge([a for a in asked if isinstance(a, Answer) and a.finish not in unanswered]))
     found = []
     for answer, item in zip(answers, asked, strict=True):
-        if answer.finish == PROMPT_TOO_LONG:
-            found.append(too_long)
+        if answer.finish in unanswered:
+            found.append(unanswered[answer.finish])
         else:
             found.append(item if isinstance(item, Verdict) else next(given))
     return found

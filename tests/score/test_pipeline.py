@@ -445,7 +445,7 @@ def test_what_cannot_be_scored_is_refused_before_an_engine_starts(
     def no_engine(*args: Any) -> None:
         raise AssertionError("a pool was opened")
 
-    monkeypatch.setattr("mlc_ray.score.run.Pool.open", no_engine)
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", no_engine)
     benchmark = write_bundles(tmp_path / "own.jsonl", [{"kind": "benign", "prompts": {"eo": "Saluton"}}])
     keyless = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "MLC_RAY_NO_SUCH_KEY"}
     with pytest.raises(EndpointError, match="MLC_RAY_NO_SUCH_KEY"):

@@ -135,8 +135,7 @@ def test_what_to_go_on_with_is_named_by_its_place(
         raise JudgeError("the judge is away")
 
     monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
-    monkeypatch.setattr("mlc_ray.score.run.Blocks.put", lambda *_: None)
-    monkeypatch.setattr("mlc_ray.score.run.Pool.open", failing)
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", failing)
     monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
     benchmark = write_bundles(tmp_path / "own.jsonl")
     source = unfinished(config_for(tmp_path / "model", benchmark, tmp_path / "scores"), answered=True)
