@@ -24,6 +24,7 @@ from mlc_ray.judges.endpoint import EndpointJudge
 from mlc_ray.judges.likelihood import LikelihoodJudge
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.report.collect import collect
+from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import with_longest_answer
 from mlc_ray.score.prompts import BenchmarkError, benchmark_names, choose_prompts, explode
 from mlc_ray.score.request import Request, ScoreError
@@ -209,12 +210,26 @@ def config_for(model: Path, benchmark: Path, output: Path, **changes: Any) -> Sc
 
 
 @pytest.mark.slow
-def test_real_model_from_bundles_to_scores(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
+def test_real_model_from_bundles_to_scores(
+    smollm2: Path, ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     too_long = {"kind": "benign", "prompts": {"en": "Please sum this up. " * 100}}
     benchmark = write_bundles(tmp_path / "own.jsonl", [too_long])
     config = config_for(smollm2, benchmark, tmp_path / "scores", max_unparsed=0.2)
+    blocks = config.engine.model_copy(update={"block_rows": 8})
 
-    result = score(config)
+    # Ctrl-C after the first block: it stays, and the same command asks for the others alone.
+    caplog.set_level("INFO")
+    with monkeypatch.context() as patch:
+        patch.setattr("mlc_ray.score.kept.Kept.land", land_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            score(config.model_copy(update={"engine": blocks}))
+    (landed,) = (tmp_path / "scores" / "score" / "kept" / "answering").iterdir()
+    first = pq.read_table(landed).drop_columns("key")
+    result = score(config.model_copy(update={"resume": "auto"}))
+    assert "answering: 8 of 17 prompts are done already" in caplog.text
+    assert pq.read_table(result.responses_file).select(first.column_names).slice(0, 8).equals(first)
+    assert not (tmp_path / "scores" / "score" / "kept").exists()
 
     rows = pq.read_table(result.responses_file).to_pylist()
     asked = {(row["kind"], row["language"], row["prompt"]) for row in rows}
@@ -256,6 +271,15 @@ def test_real_model_from_bundles_to_scores(smollm2: Path, ray_local: Any, tmp_pa
     assert pq.read_table(again.responses_file).equals(pq.read_table(result.responses_file))
     with pytest.raises(JudgeError, match="reads a model, not responses"):
         judge_again(result.folder, judge=LikelihoodJudge.Settings())
+
+
+def land_and_interrupt(kept: Kept, first: int, columns: pa.Table) -> None:
+    """`Kept.land`, and what Ctrl-C raises in the driver."""
+    LAND(kept, first, columns)
+    raise KeyboardInterrupt
+
+
+LAND = Kept.land
 
 
 @pytest.mark.slow
