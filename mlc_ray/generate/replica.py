@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
@@ -109,7 +108,7 @@ class Where:
     def here(cls) -> Where:
         """Of this process, which is an actor's."""
         node = ray.get_runtime_context().get_node_id()
-        log = os.path.realpath(f"/proc/self/fd/{sys.stderr.fileno()}")
+        log = os.path.realpath("/proc/self/fd/2")
         address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
         return cls(node, address, os.getpid(), _began(os.getpid()), log)
 
@@ -250,14 +249,14 @@ class Replica:
         """
         limits, watch = self.part.limits, self._watch
         watch.look(seconds, lambda: self._ask("beat"))
+        # While it starts it may have no place yet, or hold Python's lock for long.
+        if self.method != "start" and watch.unanswered > limits.hang_seconds:
+            return f"did not answer for engine.hang_seconds={limits.hang_seconds:g}"
         if self.method != "run":
-            # It loads a model, or waits for a place; vLLM holds Python's lock for long meanwhile.
             if watch.since_begin > limits.start_seconds:
                 waits = "" if self.where else f"; it has no place: it needs {_needs(self.part, self.device)}"
                 return f"did not {self.method} in engine.start_seconds={limits.start_seconds:g}{waits}"
             return None
-        if watch.unanswered > limits.hang_seconds:
-            return f"did not answer for engine.hang_seconds={limits.hang_seconds:g}"
         # The first step after a start may compile.
         name = "hang_seconds" if watch.steps else "start_seconds"
         bound = limits.hang_seconds if watch.steps else max(limits.start_seconds, limits.hang_seconds)

@@ -94,6 +94,7 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
         EngineError: lengths do not fit, or an engine does not start.
         ScoreError: the folder holds a score, with `resume: auto` another one; or `pool` was opened for other settings.
         ClusterError: the cluster can never hold the engines.
+        EngineDiedError: engines die, hang or fail whatever is done; what is answered is kept.
         MlcRayError: what the readers of the benchmarks raise.
         TooManyUnparsedError: when all is written.
     """
@@ -164,6 +165,8 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> EnginePool:
     Raises:
         MlcRayError: as `score`, before anything is read or written.
     """
+    if in_turn and config.engine.replicas == "auto":
+        raise ScoreError("engine.replicas='auto' fills the nodes, and training is to have them in turn; set a number")
     model = resolve_model(config.model)
     device = _connect(config)
     config = with_chat(with_dtypes(with_longest_answer(config), gpu=device == "gpu"), config.model)
