@@ -17,7 +17,7 @@ from mlc_ray.report.text import percent, whole
 from mlc_ray.report.utility import utility_warnings
 from mlc_ray.score.results import cut_share, hides_harm, unread_rows
 from mlc_ray.stats.rates import KINDS, Summary
-from mlc_ray.types import PROMPT_TOO_LONG, Kind
+from mlc_ray.types import ENGINE_FAULT, PROMPT_TOO_LONG, Kind
 
 _NOT_SCORED: dict[Kind, str] = {
     "benign": "Benign prompts were not scored: a model that refuses everything would look perfect here. Score benign "
@@ -41,7 +41,7 @@ def warnings(models: Sequence[Model]) -> list[str]:
         *_other_version(models),
         *unread(models),
         *_cut_off(models),
-        *_too_long(models),
+        *_unanswered(models),
         *utility_warnings({model.label: model.utility for model in models}),
     ]
 
@@ -154,10 +154,15 @@ def _cut_off(models: Sequence[Model]) -> Iterator[str]:
             )
 
 
-def _too_long(models: Sequence[Model]) -> Iterator[str]:
+def _unanswered(models: Sequence[Model]) -> Iterator[str]:
     for model in models:
         if number := model.result.finish.get(PROMPT_TOO_LONG, 0):
             yield f"{model.label}: {number} prompts were too long for engine.max_model_len and got no response."
+        if number := model.result.finish.get(ENGINE_FAULT, 0):
+            yield (
+                f"{model.label}: engines fail on {number} prompts alone, which have no response; the column `fault` of "
+                "responses.parquet says how."
+            )
 
 
 def remarks(summary: Summary) -> list[str]:

@@ -16,8 +16,10 @@ import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray.cluster import ClusterError
 from mlc_ray.config import EndpointSection, EngineSection, ScoreConfig, SourceSection, parse_config
 from mlc_ray.device import resolved
+from mlc_ray.generate.blocks import joined
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.generate.replies import EndpointError
+from mlc_ray.generate.stage import Generator
 from mlc_ray.judges.base import JudgeError, UncoveredLanguageError
 from mlc_ray.judges.degenerate import RULES
 from mlc_ray.judges.endpoint import EndpointJudge
@@ -30,7 +32,7 @@ from mlc_ray.score.prompts import BenchmarkError, benchmark_names, choose_prompt
 from mlc_ray.score.request import Request, ScoreError
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import TooManyUnparsedError, judge_again, open_pool, resume_score, score
-from mlc_ray.score.stages import RESPONSES, JudgeStage
+from mlc_ray.score.stages import RESPONSES, JudgeStage, PromptJudgeStage, TranslateStage
 from mlc_ray.show import show
 from mlc_ray.storage import Place
 from tests.generate.chat_server import Step, serving
@@ -193,6 +195,24 @@ def test_threads_follow_the_reserved_cpus_and_do_not_spin() -> None:
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "3"
     assert "OMP_NUM_THREADS" not in engine_environment(EngineSection(), "gpu")
+
+
+def test_what_engines_fail_on_is_no_verdict() -> None:
+    fault = "engine 1 of 2 for answering died"
+    asked = pa.table({"prompt": ["?", "¿?"], "language": ["en", "fi"], "kind": ["harmful"] * 2})
+    unanswered = joined(asked, pa.Table.from_pylist(Generator.given_up(asked, fault), schema=Generator.columns))
+    assert unanswered["fault"].to_pylist() == [fault] * 2
+    stage = judge_stage()
+    for row in stage(unanswered).to_pylist():  # phrases would find no refusal in an empty response
+        assert row["behaviour"] == "unparsed" and "engines fail on the prompt" in row["reason"]
+    made_with = {"settings": RefusalJudge.Settings(), "ways": {"en": "", "fi": "translated"}, "phrase_ways": None}
+    judged = JudgeStage.given_up(asked, fault, **made_with)
+    assert [(row["behaviour"], row["safety"], row["reason"]) for row in judged] == [("unparsed", None, fault)] * 2
+    assert [row["via_refused"] for row in judged] == ["", "translated"]
+    assert TranslateStage.given_up(asked, fault, **made_with) == [{}, {"translation_fault": fault}]
+    policy = {"judge": LikelihoodJudge.Settings(), "ways": {"en": "", "fi": ""}}
+    (row, _) = PromptJudgeStage.given_up(asked, fault, **policy)
+    assert (row["finish"], row["fault"], row["reason"]) == ("engine_fault", fault, fault)
 
 
 def config_for(model: Path, benchmark: Path, output: Path, **changes: Any) -> ScoreConfig:
