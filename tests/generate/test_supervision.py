@@ -102,7 +102,7 @@ def test_who_fails_is_started_again_with_what_it_served(
     assert set(found["weights"].to_pylist()) == {"second"}
     assert found["fault"].null_count == 64
     assert landed == dict.fromkeys(range(0, 64, 8), 8)  # each block once
-    assert len(set(found["pid"].to_pylist())) >= 3  # there were others before
+    assert caplog.text.count("it is started again") == 2
     assert set(again["pid"].to_pylist()) <= pids
     assert says in caplog.text and "log " in caplog.text and "node " in caplog.text
 
