@@ -300,7 +300,7 @@ class EnginePool:
     def _ended(self, replica: Replica, trouble: str, *, hung: bool) -> _Outcome:
         at = f" ({replica.where})" if replica.where is not None else ""
         fault = f"{replica} {trouble}"
-        replica.failures += 1
+        replica.failures += replica.method in ("start", "swap")
         replica.end(hung=hung)
         logger.warning("%s%s; it is %s", fault, at, "started again" if self._may_start(replica) else "given up")
         return _Outcome(replica, fault=fault, at=at)

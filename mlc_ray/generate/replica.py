@@ -182,7 +182,7 @@ class Worker:
 class Replica:
     """An actor that may be gone, and the one call that it works on.
 
-    `failures` counts its deaths and failed starts since a call of it succeeded.
+    `failures` counts the starts and swaps that failed since a call of it succeeded.
     """
 
     part: Part
@@ -254,7 +254,7 @@ class Replica:
             return f"did not answer for engine.hang_seconds={limits.hang_seconds:g}"
         if self.method != "run":
             if watch.since_begin > limits.start_seconds:
-                waits = "" if self.where else f"; it has no place: it needs {_needs(self.part, self.device)}"
+                waits = "" if self.where else f"; no node has it yet: it needs {_needs(self.part, self.device)}"
                 return f"did not {self.method} in engine.start_seconds={limits.start_seconds:g}{waits}"
             return None
         # The first step after a start may compile.

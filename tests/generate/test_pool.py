@@ -117,7 +117,7 @@ def test_two_engines_answer_as_one_before_and_after_a_swap(smollm2: Path, ray_lo
             cpu_kv_cache_gib=1,
             dtype="float32",
             block_rows=16,
-            hang_seconds=10,
+            hang_seconds=15,
         )
         settings = {"settings": engine, "max_new_tokens": 6, "device": "cpu", "warm": Warm()}
         return Part("answering", Generator, {"model": str(model), **settings}, engine)

@@ -20,7 +20,7 @@ from mlc_ray.generate.pool import EnginePool
 from mlc_ray.generate.replica import EngineDiedError, Part
 from mlc_ray.generate.stage import Stage
 
-LIMITS = {"cpus_per_replica": 0.2, "start_seconds": 60.0, "hang_seconds": 2.0, "retries": 1, "block_rows": 8}
+LIMITS = {"cpus_per_replica": 0.2, "start_seconds": 60.0, "hang_seconds": 60.0, "retries": 1, "block_rows": 8}
 
 
 class RefusedError(MlcRayError):
@@ -84,8 +84,8 @@ NUMBERS = pa.table({"number": range(64)})
     ("trouble", "says"),
     [
         ("die", "died"),
-        ("stop", "did not answer for engine.hang_seconds=2"),
-        ("hang", "made no step for engine.hang_seconds=2"),
+        ("stop", "did not answer for engine.hang_seconds=5"),
+        ("hang", "made no step for engine.hang_seconds=5"),
         ("raise", "failed by ValueError: cannot be added to"),
     ],
 )
@@ -93,7 +93,8 @@ def test_who_fails_is_started_again_with_what_it_served(
     ray_local: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str, says: str
 ) -> None:
     landed: dict[int, int] = {}
-    with EnginePool.open(part(tmp_path, {9: trouble, 40: trouble}), "cpu") as pool:
+    limits = {"hang_seconds": 5.0} if trouble in ("stop", "hang") else {}
+    with EnginePool.open(part(tmp_path, {9: trouble, 40: trouble}, limits=limits), "cpu") as pool:
         pool.swap("second")
         found = pool.map(NUMBERS, landed=lambda first, columns: landed.update({first: len(columns)}))
         again = pool.map(NUMBERS)
@@ -109,7 +110,8 @@ def test_who_fails_is_started_again_with_what_it_served(
 
 @pytest.mark.slow
 def test_rows_that_kill_whatever_asks_them_are_marked_and_no_others(ray_local: Any, tmp_path: Path) -> None:
-    with EnginePool.open(part(tmp_path, {3: "die", 44: "raise"}, always=True), "cpu") as pool:
+    limits = {"retries": 0, "block_rows": 4}
+    with EnginePool.open(part(tmp_path, {3: "die", 44: "raise"}, always=True, limits=limits), "cpu") as pool:
         landed: list[int] = []
         found = pool.map(NUMBERS, landed=lambda first, columns: landed.extend(range(first, first + len(columns))))
     assert [number for number, value in enumerate(found["next"].to_pylist(), 1) if value != number] == [4, 45]
@@ -121,15 +123,16 @@ def test_rows_that_kill_whatever_asks_them_are_marked_and_no_others(ray_local: A
 @pytest.mark.slow
 def test_what_cannot_go_on_stops(ray_local: Any, tmp_path: Path) -> None:
     # Everything fails: it is not tried row by row.
-    everything = part(tmp_path, dict.fromkeys(range(64), "raise"), always=True)
+    limits = {"retries": 0, "block_rows": 2}
+    everything = part(tmp_path, dict.fromkeys(range(64), "raise"), replicas=1, always=True, limits=limits)
     with (
-        pytest.raises(EngineDiedError, match=r"failed \d+ times in a row; .*cannot be added"),
+        pytest.raises(EngineDiedError, match=r"failed 4 times in a row; .*cannot be added"),
         EnginePool.open(everything, "cpu") as pool,
     ):
         pool.map(NUMBERS)
     # An engine that does not start again, beside one that lives; and none that lives.
     for replicas, fails in ((2, False), (1, True)):
-        marks = tmp_path / str(replicas)
+        marks = tmp_path / f"of-{replicas}"
         marks.mkdir()
         with EnginePool.open(part(marks, {9: "die"}, replicas=replicas, start="raise"), "cpu") as pool:
             if not fails:
@@ -148,11 +151,11 @@ def test_what_cannot_go_on_stops(ray_local: Any, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_start_that_takes_too_long_says_where_or_that_it_has_no_place(ray_local: Any, tmp_path: Path) -> None:
     (tmp_path / "mark").touch()
-    limits = {"start_seconds": 4.0}
-    with pytest.raises(EngineDiedError, match=r"did not start in engine.start_seconds=4 \(node .*, log /.*\)"):
-        EnginePool.open(part(tmp_path, {}, replicas=1, start="hang", limits=limits), "cpu")
-    with pytest.raises(EngineDiedError, match="has no place: it needs 64 CPUs"):
-        EnginePool.open(part(tmp_path, {}, replicas=1, limits={**limits, "cpus_per_replica": 64.0}), "cpu")
+    with pytest.raises(EngineDiedError, match=r"did not start in engine.start_seconds=15 \(node .*, log /.*\)"):
+        EnginePool.open(part(tmp_path, {}, replicas=1, start="hang", limits={"start_seconds": 15.0}), "cpu")
+    with pytest.raises(EngineDiedError, match=r"in engine.start_seconds=1; no node has it yet: it needs 64 CPUs"):
+        limits = {"start_seconds": 1.0, "cpus_per_replica": 64.0}
+        EnginePool.open(part(tmp_path, {}, replicas=1, limits=limits), "cpu")
 
 
 @pytest.mark.slow
