@@ -226,12 +226,7 @@ class EnginePool:
             elif replica.actor is None and self._may_start(replica):
                 replica.begin(self._served)
         if all(replica.actor is None for replica in self.replicas):
-            why = f"in {self.part.limits.retries + 1} tries; their faults are logged"
-            if self.part.once:
-                why = "since nobody knows any more what its endpoint has cost so far"
-            raise EngineDiedError(
-                f"all of the {len(self.replicas)} actors for {self.part.name} are gone, and none starts again {why}"
-            )
+            raise self._gone()
 
     def _each(self, method: str, *arguments: Any, start: bool = True) -> list[Any]:
         """What a method of every worker returns.
@@ -244,6 +239,8 @@ class EnginePool:
             if replica.is_idle:
                 replica.ask(method, *arguments)
             elif replica.actor is None and start:
+                if not self._may_start(replica):
+                    raise self._gone()
                 replica.begin(self._served)
             else:
                 continue
@@ -258,7 +255,7 @@ class EnginePool:
                     replica.ask(method, *arguments)
                     asked.add(replica.number)
                 elif start and not self._may_start(replica):
-                    raise EngineDiedError(f"{found.fault}{found.at}, and so it did {replica.failures} times in a row")
+                    raise self._gone() if self.part.once else EngineDiedError(f"{found.fault}{found.at}, for good")
                 elif start:
                     replica.begin(self._served)
                     asked.add(replica.number)
@@ -304,6 +301,14 @@ class EnginePool:
         replica.end(hung=hung)
         logger.warning("%s%s; it is %s", fault, at, "started again" if self._may_start(replica) else "given up")
         return _Outcome(replica, fault=fault, at=at)
+
+    def _gone(self) -> EngineDiedError:
+        why = f"in {self.part.limits.retries + 1} tries; their faults are logged"
+        if self.part.once:
+            why = "since nobody knows any more what its endpoint has cost so far"
+        return EngineDiedError(
+            f"all of the {len(self.replicas)} actors for {self.part.name} are gone, and none starts again {why}"
+        )
 
     def _may_start(self, replica: Replica) -> bool:
         return replica.failures <= self.part.limits.retries and not self.part.once

@@ -170,8 +170,10 @@ def test_a_check_starts_the_dead_and_what_cannot_be_had_again_is_not_started(ray
     assert set(after["weights"].to_pylist()) == {"second"}
     settings = {"marks": str(tmp_path), "trouble": {9: "die"}}
     asking = Part("asking", Fragile, settings, once=True)
-    with pytest.raises(EngineDiedError, match="its endpoint has cost"), EnginePool.open(asking, "cpu") as pool:
-        pool.map(NUMBERS)
+    with EnginePool.open(asking, "cpu") as pool:
+        for asked in (lambda: pool.map(NUMBERS), pool.check, lambda: pool.map(NUMBERS)):
+            with pytest.raises(EngineDiedError, match="its endpoint has cost"):
+                asked()
 
 
 def test_a_piece_is_tried_halved_and_given_up() -> None:
