@@ -24,10 +24,10 @@ PATH = {
     "prepare tracing tokens artifacts store order plan stream batches trees ragged",
     "losses": "base dpo mlc logprobs objective",
     "train": "run entry worker model attention engines/base engines/deepspeed planning loop meter collectives",
-    "generate": "stage engine pool",
+    "generate": "stage engine blocks replica pool",
     "judges": "base phrase_lists refusal degenerate",
     "stats": "rates summaries intervals",
-    "score": "request prompts plan stages results run",
+    "score": "request prompts plan stages kept passes results run",
 }
 
 # Runs at the start of every Python process below: writes down each function of the package when it is first called.

@@ -312,6 +312,16 @@ def node_resources() -> list[dict[str, float]]:
     return [node["Resources"] for node in living_nodes()]
 
 
+def how_many_fit(part: tuple[float, float]) -> int:
+    """How many parts of (CPUs, GPUs) the nodes hold at once, each on one node, with some CPU left; at least 1."""
+    cpus, gpus = part
+    most = 0
+    for node in node_resources():
+        counts = [node.get(name, 0.0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
+        most += int(min(counts) + 1e-9)
+    return max(1, most if fits([part] * most) else most - 1)
+
+
 def fits(parts: Sequence[tuple[float, float]]) -> bool:
     """Whether the nodes can hold all parts of (CPUs, GPUs) at once and keep some CPU: each part lies on one node.
 

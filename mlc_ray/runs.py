@@ -47,6 +47,7 @@ LOGS_FOLDER = "logs"
 """Of a run whose workers hung: where each of them was."""
 STOP_FILE = "stop"
 """Of a run whose driver got SIGTERM: the lease's id, by which its workers know that it is meant for them."""
+KEPT_FOLDER = "kept"
 REQUEST_FILE, RESPONSES_FILE, REPLIES_FILE, SCORES_FILE, HEATMAP_FILE, UTILITY_FILE = (
     "request.json", "responses.parquet", "replies.parquet", "scores.json", "heatmap.png", "utility.json",
 )  # fmt: skip

@@ -293,6 +293,8 @@ class LossOutput:
 
 PROMPT_TOO_LONG = "prompt_too_long"
 """Finish reason of a prompt that leaves no tokens for a response and is not sent to the model."""
+ENGINE_FAULT = "engine_fault"
+"""Finish reason of a prompt on which an engine died, hung or failed, alone and as often as it was asked."""
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,45 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from mlc_ray.config.base import LANGUAGE_TAG, RESUME, Fraction, PositiveFloat, PositiveInt, Resume, RunName, Section
+from mlc_ray.config.base import (
+    LANGUAGE_TAG,
+    RESUME,
+    Fraction,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Resume,
+    RunName,
+    Section,
+)
 from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.paths import RealPath, StoredPath
 from mlc_ray.config.train import DTYPE, SourceSection
 
+# What of vLLM's own settings `engine.options` may hold: how an engine computes, not what it is asked or what it loads.
+ENGINE_OPTIONS = (
+    "attention_backend", "cpu_offload_gb", "disable_cascade_attn", "enable_chunked_prefill", "enable_expert_parallel",
+    "kv_cache_dtype", "max_num_batched_tokens", "max_num_seqs", "quantization", "safetensors_load_strategy",
+)  # fmt: skip
+_OPTION_FIXES = {
+    "dtype": "engine.dtype sets it",
+    "enforce_eager": "engine.enforce_eager sets it",
+    "gpu_memory_utilization": "engine.gpu_memory_utilization sets it",
+    "max_model_len": "engine.max_model_len sets it",
+    "tensor_parallel_size": "engine.tensor_parallel sets it",
+    "trust_remote_code": "engine.trust_remote_code sets it",
+    "pipeline_parallel_size": "an engine lies on one node; set engine.tensor_parallel to at most the GPUs of a node",
+    "data_parallel_size": "engine.replicas sets it",
+}
+
 
 class EngineSection(Section):
     """vLLM engines of the scorer."""
 
-    replicas: PositiveInt = Field(1, description="Engines, each a Ray actor.")
+    replicas: PositiveInt | Literal["auto"] = Field(
+        1, description="Engines, each a Ray actor; `auto`: as many as the nodes hold when they start."
+    )
     cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs reserved per engine.")
     tensor_parallel: PositiveInt = Field(1, description="GPUs per engine.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description=DTYPE)
@@ -28,6 +56,36 @@ class EngineSection(Section):
     cpu_kv_cache_gib: PositiveInt = Field(2, description="Key-value cache of an engine on CPU, in GiB.")
     enforce_eager: bool = Field(False, description="GPU: skip graph capture; starts faster, generates slower.")
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you ask.")
+    options: dict[str, Any] = Field(
+        {},
+        description="Further settings of vLLM by its own names, e.g. `max_num_seqs: 64`: " + ", ".join(ENGINE_OPTIONS),
+    )
+    block_rows: PositiveInt | None = Field(
+        None, description="Prompts given to an engine at a time (default: 16 to 64 on CPU, 128 to 512 on GPU)."
+    )
+    start_seconds: PositiveFloat = Field(
+        1800.0,
+        description="Longest start of an engine, from when it is asked for; also until its first step, and a swap.",
+    )
+    hang_seconds: PositiveFloat = Field(
+        300.0, description="An engine that makes no step for so long while it has work is started again."
+    )
+    retries: NonNegativeInt = Field(
+        2, description="Further tries of a block that an engine fails on, before its halves are tried; and of a start."
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _options_that_are_known(cls, options: dict[str, Any]) -> dict[str, Any]:
+        if unknown := sorted(options.keys() - set(ENGINE_OPTIONS)):
+            fixes = "".join(f"; {name}: {_OPTION_FIXES[name]}" for name in unknown if name in _OPTION_FIXES)
+            held, known = ", ".join(map(repr, unknown)), ", ".join(ENGINE_OPTIONS)
+            raise ValueError(f"engine.options cannot hold {held}, but only {known}{fixes}")
+        return options
+
+
+# How a pool (`generate.pool`) works with its engines: a process that has an engine of its own reads none of them.
+POOL_FIELDS = ("replicas", "block_rows", "start_seconds", "hang_seconds", "retries")
 
 
 _REQUEST_FIXES = {
@@ -283,11 +341,10 @@ class UtilityConfig(Section):
 
     @model_validator(mode="after")
     def _one_engine(self) -> UtilityConfig:
-        if self.engine.replicas != 1:
-            raise ValueError(
-                f"engine.replicas={self.engine.replicas} is not read by utility, which runs one engine; remove it"
-            )
-        unread = sorted(self.engine.model_fields_set - {"replicas", *HF_ENGINE_FIELDS}) if self.backend == "hf" else []
+        if pooled := [name for name in POOL_FIELDS if name in self.engine.model_fields_set]:
+            given = ", ".join(f"engine.{name}={getattr(self.engine, name)!r}" for name in pooled)
+            raise ValueError(f"{given}: not read by utility, which runs one engine and no pool of them; remove it")
+        unread = sorted(self.engine.model_fields_set - set(HF_ENGINE_FIELDS)) if self.backend == "hf" else []
         if unread:
             given = ", ".join(f"engine.{name}={getattr(self.engine, name)!r}" for name in unread)
             raise ValueError(

@@ -219,7 +219,17 @@ class SearchConfig(Section):
             raise ValueError(
                 f"reduction_factor={self.reduction_factor} is read by asha only; scheduler={self.scheduler!r}"
             )
-        if self.share_gpu and self.scoring.engine.replicas > 1:
+        judge = self.scoring.judge
+        engines: dict[str, Any] = {
+            "engine": self.scoring.engine,
+            "judge.engine": getattr(judge, "engine", None),
+            "judge.translate.engine": judge.translator and judge.translator.engine,
+        }
+        if names := [name for name, engine in engines.items() if engine is not None and engine.replicas == "auto"]:
+            raise ValueError(
+                f"scoring.{names[0]}.replicas='auto' would take what the trials train on; set a number of engines"
+            )
+        if self.share_gpu and self.scoring.engine.replicas != 1:
             raise ValueError(
                 f"share_gpu=True has one engine sleep beside training, but scoring.engine.replicas="
                 f"{self.scoring.engine.replicas}; set it to 1, or share_gpu=False"

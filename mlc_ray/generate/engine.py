@@ -365,8 +365,9 @@ def _start_engine(model: str, engine: EngineSection, device: Device, warm: Warm 
         options["gpu_memory_utilization"] = engine.gpu_memory_utilization
     if warm is not None:
         options |= warm.options
+    options |= engine.options
     folder = local_model(model)
-    return LLM(
+    llm = LLM(
         model=folder,
         tokenizer=folder,
         load_format="safetensors",
@@ -380,3 +381,28 @@ def _start_engine(model: str, engine: EngineSection, device: Device, warm: Warm 
         use_tqdm_on_load=False,
         **options,
     )
+    _count_steps(llm)
+    return llm
+
+
+_steps = 0
+
+
+def steps_done() -> int:
+    """Steps that all engines of this process have made: while one has work, a number that stands still says it hangs.
+
+    A step is one forward over what is in the batch: a token of every answer, or a piece of some prompts.
+    """
+    return _steps
+
+
+def _count_steps(llm: Any) -> None:
+    step = llm.llm_engine.step
+
+    def counted() -> Any:
+        global _steps
+        found = step()
+        _steps += 1
+        return found
+
+    llm.llm_engine.step = counted

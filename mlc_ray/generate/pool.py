@@ -1,26 +1,30 @@
-"""One pool for scores and searches: Ray actors that each hold a stage, fed with blocks of rows from one queue.
+"""One supervised pool for scores and searches: actors that each hold a stage, fed with blocks of rows from one queue.
 
-    prompts = Blocks.put(table, part, device)      # into Ray's object store, once
-    with Pool.open(part, device) as pool:
-        answers = pool.map(prompts)                # the new columns, block for block, in the object store as well
-        pool.swap(folder)                          # the same engines serve other weights, which is verified
+    with EnginePool.open(part, device) as pool:
+        answers = pool.map(prompts)        # the new columns, row for row
+        pool.swap(folder)                  # the same engines serve other weights, which is verified
         answers = pool.map(prompts)
-    table = answers.table()
 
-A free actor takes the next block, so that a slow one does not delay the others; results are ordered by the block's
-number, and the order of rows within a block never changes. The columns that a stage adds stay in the object store until
-they are read: the actors of the next stage get them from there, beside the blocks of prompts, and not through the
-driver.
+An idle actor takes the next block, so that a slow one does not delay the others. What an actor made of a block comes to
+the pool's process at once, where nothing that happens to an actor or its node can take it away; `map` can hand it on as
+it comes.
 
-A pool belongs to one process, which calls one method at a time. An actor that dies ends the call with Ray's own error;
-no block is retried.
+An engine that dies, hangs or fails is started again with the weights that it served, swapped and proved as ever, and
+its block is given to whoever is idle. A block that engines failed on `engine.retries` + 1 times is halved, again and
+again, until the rows on which they fail stand alone; those are marked (`Stage.given_up`), and everything else has its
+answer. A pool whose engines die of everything stops with `EngineDiedError`. What a stage itself raises as a
+`MlcRayError` (a setting, a limit of cost) is nothing that another try would change: it ends the call.
+
+A pool belongs to one process, which calls one method at a time.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,162 +32,31 @@ import pyarrow as pa
 import ray
 import ray.exceptions
 
-from mlc_ray.config import EngineSection
 from mlc_ray.errors import MlcRayError
-from mlc_ray.generate.engine import Device, Engine, engine_environment
-from mlc_ray.generate.stage import Stage
+from mlc_ray.generate.blocks import Job, Landed, Piece, block_rows
+from mlc_ray.generate.engine import Device
+from mlc_ray.generate.replica import EngineDiedError, Part, Replica, Weights, reason
 from mlc_ray.progress import Phase, phase
-from mlc_ray.storage import model_for_now
 
-LIGHT_CPUS = 0.1
-"""Reserved by an actor without an engine, and by an engine that is used in turn with training."""
+logger = logging.getLogger(__name__)
 
-# The most and the least rows of a block. One block is what an engine works on at a time: too small, and its batch is
-# not full; too large, and progress comes late and the last engine works alone. SmolLM2-135M on two cores, 192 prompts
-# of 24 new tokens: blocks of 64 take 4 % more CPU time than all at once, blocks of 32 take 15 %.
-_BLOCK_ROWS: Mapping[Device, tuple[int, int]] = {"cpu": (64, 16), "gpu": (512, 128)}
-_BLOCKS_PER_REPLICA = 4
-_QUEUED = 2  # blocks given to an actor at once: the second travels while the first is worked on
 _CLOSE_SECONDS = 30.0
+_LOOK_SECONDS = 1.0  # between looks after the actors; a block takes seconds at least
 
 
 @dataclass(frozen=True)
-class Part:
-    """One stage of a score and where it runs.
+class _Outcome:
+    """What became of a replica's call: a result, or why there is none, and where that was."""
 
-    `name` is what progress calls it. With an `engine` each of its replicas is an actor with that engine's CPUs and
-    GPUs; without, `actors` light ones. `in_turn` is for engines that work in turn with training: they reserve nothing
-    of Ray, and on GPUs their memory is given back between uses (`Pool.awake`).
-    """
-
-    name: str
-    stage: type[Stage]
-    settings: Mapping[str, Any]
-    engine: EngineSection | None = None
-    actors: int = 1
-    in_turn: bool = False
-
-    @property
-    def replicas(self) -> int:
-        """Number of actors."""
-        return self.actors if self.engine is None else self.engine.replicas
-
-    def places(self, device: Device) -> list[tuple[float, float]]:
-        """(CPUs, GPUs) that each actor reserves, for `cluster.fits`."""
-        if self.engine is None or self.in_turn:
-            return [(LIGHT_CPUS, 0.0)] * self.replicas
-        gpus = self.engine.tensor_parallel if device == "gpu" else 0
-        return [(self.engine.cpus_per_replica, float(gpus))] * self.replicas
-
-    def options(self, device: Device) -> dict[str, Any]:
-        """Ray's options of each actor."""
-        cpus, gpus = self.places(device)[0]
-        # Set when the process starts: OpenMP reads its settings once, when torch is loaded.
-        variables = {} if self.engine is None else engine_environment(self.engine, device)
-        return {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": variables}}
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A table in Ray's object store, in blocks of consecutive rows; what travels between processes is references."""
-
-    references: tuple[Any, ...]
-    lengths: tuple[int, ...]
-
-    @classmethod
-    def put(cls, table: pa.Table, part: Part, device: Device) -> Blocks:
-        """Cut a table into blocks of a size that suits the actors of `part`, and put them into the object store."""
-        rows = block_rows(len(table), part.replicas, device)
-        # `take` copies: a slice would be stored with all of the table behind it.
-        blocks = [table.take(list(range(first, min(first + rows, len(table))))) for first in range(0, len(table), rows)]
-        return cls(tuple(ray.put(block) for block in blocks), tuple(map(len, blocks)))
-
-    def __len__(self) -> int:
-        return sum(self.lengths)
-
-    def table(self) -> pa.Table:
-        """All rows, in order."""
-        return pa.concat_tables(ray.get(list(self.references)))
-
-
-def side_by_side(table: pa.Table, columns: Sequence[Blocks]) -> pa.Table:
-    """`table` with what the stages of pools added to it."""
-    return _joined([table, *(blocks.table() for blocks in columns)])
-
-
-def _joined(tables: Sequence[pa.Table]) -> pa.Table:
-    table, *others = tables
-    for other in others:
-        for name in other.column_names:
-            table = table.append_column(name, other[name])
-    return table
-
-
-def block_rows(rows: int, replicas: int, device: Device) -> int:
-    """Rows of a block: several blocks for each replica where there are enough rows, so that none works alone long."""
-    most, least = _BLOCK_ROWS[device]
-    if replicas == 1:
-        return most
-    balanced = min(most, max(least, math.ceil(rows / (_BLOCKS_PER_REPLICA * replicas))))
-    return max(1, min(balanced, rows // replicas))
-
-
-class Worker:
-    """An actor of a pool. An expected error is returned beside the result, not raised: for one that is raised Ray logs
-    a traceback for every result that was not fetched.
-    """
-
-    def __init__(self, stage: type[Stage], settings: Mapping[str, Any]) -> None:
-        self._stage, self._settings = stage, settings
-        self._copy = ExitStack()  # of the weights that are served, where they come from a URL
-
-    def __repr__(self) -> str:  # before each line that Ray passes on
-        return self._stage.__name__
-
-    def run(self, *columns: pa.Table) -> tuple[pa.Table | None, MlcRayError | None]:
-        """The stage's columns for the rows of one block, whose tables lie side by side."""
-        try:
-            return self._made(_joined(columns)), None
-        except MlcRayError as error:
-            return None, error
-
-    def call(self, method: str, *arguments: Any) -> tuple[Any, MlcRayError | None]:
-        """One of the methods below."""
-        try:
-            return getattr(self, f"_{method}")(*arguments), None
-        except MlcRayError as error:
-            return None, error
-
-    def _start(self) -> None:
-        self._made = self._stage(**self._settings)
-
-    def _swap(self, weights: str | None, lora: bool) -> dict[str, float]:
-        with ExitStack() as copy:
-            folder = None if weights is None else copy.enter_context(model_for_now(weights))
-            seconds = self._made.swap(folder, lora=lora)
-            self._copy.close()
-            self._copy = copy.pop_all()  # kept: vLLM may read an adapter again
-        return seconds
-
-    def _wake(self) -> None:
-        self._engine().wake_up()
-
-    def _sleep(self) -> None:
-        self._engine().sleep()
-
-    def _close(self) -> None:
-        self._made.close()
-        self._copy.close()
-
-    def _engine(self) -> Engine:
-        if self._made.engine is None:
-            raise RuntimeError(f"{self!r} has no engine that could sleep")
-        return self._made.engine
+    replica: Replica
+    result: Any = None
+    fault: str | None = None
+    at: str = ""
 
 
 @dataclass
-class Pool:
-    """The actors of one `Part`; `open` it, `map` blocks, `swap` weights, `close` it. Also a context manager.
+class EnginePool:
+    """The actors of one `Part`; `open` it, `map` rows, `swap` weights, `close` it. Also a context manager.
 
     `weights` are those that its engines serve: the model they were started with, or what `swap` was given last; None
     after a swap that failed.
@@ -192,29 +65,37 @@ class Pool:
     part: Part
     device: Device
     weights: str | None
-    actors: list[Any] = field(default_factory=list)
+    replicas: list[Replica]
+    _served: Weights | None = None  # None: those that the stage is made with
+    _sure: bool = True  # that they serve them: not after a swap that failed
+    _pieces: dict[int, Piece] = field(default_factory=dict)  # by the number of the replica that works on it
+    _looked: float = 0.0
 
     @classmethod
-    def open(cls, part: Part, device: Device) -> Pool:
+    def open(cls, part: Part, device: Device) -> EnginePool:
         """Start the actors and wait until all are up.
 
         Raises:
+            EngineDiedError: one of them died, or was not up in `engine.start_seconds`.
             MlcRayError: what the stage raises, engines above all, as itself.
         """
         return cls.open_all([part], device)[0]
 
     @classmethod
-    def open_all(cls, parts: Sequence[Part], device: Device) -> list[Pool]:
+    def open_all(cls, parts: Sequence[Part], device: Device) -> list[EnginePool]:
         """Several pools, whose actors start at once; raises as `open` does, and leaves nothing running then."""
-        pools = [cls(part, device, part.settings.get("model")) for part in parts]
+        pools = [
+            cls(part, device, part.settings.get("model"), [Replica(part, device, at) for at in range(part.replicas)])
+            for part in parts
+        ]
         try:
             for pool in pools:
-                actor = ray.remote(Worker).options(**pool.part.options(device))
-                pool.actors = [actor.remote(pool.part.stage, pool.part.settings) for _ in range(pool.part.replicas)]
-            _start(pools)
+                for replica in pool.replicas:
+                    replica.begin(None)
+            _wait_for_all(pools)
             for pool in pools:
                 if pool.sleeps:
-                    pool._each("sleep")
+                    pool._each("sleep", start=False)
         except BaseException:
             for pool in pools:
                 pool.kill()
@@ -226,39 +107,41 @@ class Pool:
         """Whether the engines give their memory back between uses."""
         return self.part.in_turn and self.device == "gpu"
 
-    def map(self, *inputs: Blocks, progress: Phase | None = None) -> Blocks:
-        """The stage's columns for every row.
+    def map(self, table: pa.Table, *, progress: Phase | None = None, landed: Landed | None = None) -> pa.Table:
+        """The stage's columns for every row of `table`, in its order.
 
         Args:
-            inputs: the tables that the stage reads, cut alike; it sees their columns side by side.
-            progress: is told of the rows of every block that is done.
+            table: what the stage reads.
+            progress: is told of the rows that are done.
+            landed: is told of what is done as it comes, in any order; not of rows that are marked as failed.
 
         Raises:
+            EngineDiedError: no engine is left, or they die of whatever they are given.
             MlcRayError: what the stage raises, as itself.
         """
-        if any(blocks.lengths != inputs[0].lengths for blocks in inputs):
-            raise ValueError("blocks of several lengths cannot lie side by side")
-        queue = iter(range(len(inputs[0].lengths)))
-        results: dict[int, Any] = {}
-        running: dict[Any, tuple[int, Any, Any]] = {}  # reference of an error or None -> block, its columns, actor
-
-        def give(actor: Any) -> None:
-            for block in queue:
-                columns, fault = actor.run.options(num_returns=2).remote(*(each.references[block] for each in inputs))
-                running[fault] = (block, columns, actor)
-                return
-
-        for actor in [actor for _ in range(_QUEUED) for actor in self.actors]:
-            give(actor)
-        while running:
-            (fault, *_), _ = ray.wait(list(running), num_returns=1)
-            block, columns, actor = running.pop(fault)
-            _raise(ray.get(fault))
-            results[block] = columns
-            give(actor)
-            if progress is not None:
-                progress.advance(inputs[0].lengths[block])
-        return Blocks(tuple(results[block] for block in range(len(results))), inputs[0].lengths)
+        if not self._sure:
+            raise RuntimeError("the last swap failed, so that it is unknown which weights would answer: swap again")
+        for replica in self.replicas:
+            replica.failures = 0
+        job = Job(table, self.part, deque(self._cut(table)), progress, landed)
+        try:
+            while job.left:
+                self._feed(job.queue)
+                for found in self._outcomes():
+                    piece = self._pieces.pop(found.replica.number, None)
+                    if piece is None:  # a start, and `_feed` says when those failed too often
+                        continue
+                    if found.fault is None:
+                        job.take(piece, found.result)
+                    else:
+                        job.failed(piece, found.fault, found.at)
+        except BaseException:
+            for number in self._pieces:
+                if not self.replicas[number].is_idle:
+                    self.replicas[number].end()
+            self._pieces.clear()
+            raise
+        return job.columns
 
     def swap(self, weights: str | None, *, lora: bool = False) -> dict[str, float]:
         """Have all engines serve other weights, and prove it (`generate.swap`).
@@ -271,10 +154,12 @@ class Pool:
 
         Raises:
             StaleWeightsError: an engine does not serve them.
+            EngineDiedError: engines die of it.
         """
-        self.weights = None  # until it is verified, it is unknown what they serve
+        self.weights, self._sure = None, False  # until it is verified, it is unknown what they serve
+        self._served = (weights, lora)
         found = self._each("swap", weights, lora)
-        self.weights = weights
+        self.weights, self._sure = weights, True
         return {name: max(seconds[name] for seconds in found) for name in found[0]}
 
     @contextmanager
@@ -287,22 +172,31 @@ class Pool:
         try:
             yield
         finally:  # training needs the memory even after an error
-            self._each("sleep")
+            self._each("sleep", start=False)
+
+    def check(self) -> None:
+        """Ask all actors whether they live, and start those that do not again; while they sleep, when they are woken.
+
+        Raises:
+            EngineDiedError: one of them does not come up.
+        """
+        self._each("ping", start=not self.sleeps)
 
     def close(self) -> None:
         """End the actors. Engines free their memory first: Ray calls a GPU free as soon as it has sent the signal."""
-        closing = [actor.call.remote("close") for actor in self.actors]
+        closing = [replica for replica in self.replicas if replica.is_idle]
+        for replica in closing:
+            replica.ask("close")
         if closing:
-            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_SECONDS)
+            ray.wait([each.doing for each in closing], num_returns=len(closing), timeout=_CLOSE_SECONDS)
         self.kill()
 
     def kill(self) -> None:
         """End the actors at once, even in the middle of a block."""
-        for actor in self.actors:
-            ray.kill(actor)
-        self.actors = []
+        for replica in self.replicas:
+            replica.end()
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> EnginePool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -311,33 +205,129 @@ class Pool:
         else:
             self.kill()
 
-    def _each(self, method: str, *arguments: Any) -> list[Any]:
-        return _call(self.actors, method, *arguments)
+    # -------------------------------------------------------------------------------------------------- how it works
+
+    def _cut(self, table: pa.Table) -> Iterator[Piece]:
+        rows = self.part.limits.block_rows or block_rows(len(table), self.part.replicas, self.device)
+        for first in range(0, len(table), rows):
+            stop = min(first + rows, len(table))
+            # `take` copies: a slice would be stored with all of the table behind it.
+            yield Piece(ray.put(table.take(list(range(first, stop)))), 0, first, stop)
+
+    def _feed(self, queue: deque[Piece]) -> None:
+        """Give the next pieces to who is idle; who is gone starts again, while there is something to do."""
+        for replica in self.replicas:
+            if not queue:
+                return
+            if replica.is_idle:
+                piece = queue.popleft()
+                self._pieces[replica.number] = piece
+                replica.ask("run", piece.block, piece.offset, piece.offset + len(piece))
+            elif replica.actor is None and self._may_start(replica):
+                replica.begin(self._served)
+        if all(replica.actor is None for replica in self.replicas):
+            raise self._gone()
+
+    def _each(self, method: str, *arguments: Any, start: bool = True) -> list[Any]:
+        """What a method of every worker returns.
+
+        With `start`, who is gone or dies of it starts again, with the weights that are served, instead of being asked.
+        """
+        asked = set()  # those that are not are still busy with what an earlier call began
+        for replica in self.replicas:
+            replica.failures = 0
+            if replica.is_idle:
+                replica.ask(method, *arguments)
+            elif replica.actor is None and start:
+                if not self._may_start(replica):
+                    raise self._gone()
+                replica.begin(self._served)
+            else:
+                continue
+            asked.add(replica.number)
+        results = []
+        while any(replica.doing is not None for replica in self.replicas):
+            for found in self._outcomes():
+                replica = found.replica
+                if found.fault is None and replica.number in asked:
+                    results.append(found.result)
+                elif found.fault is None:
+                    replica.ask(method, *arguments)
+                    asked.add(replica.number)
+                elif start and not self._may_start(replica):
+                    raise self._gone() if self.part.once else EngineDiedError(f"{found.fault}{found.at}, for good")
+                elif start:
+                    replica.begin(self._served)
+                    asked.add(replica.number)
+        return results
+
+    def _outcomes(self) -> list[_Outcome]:
+        """What has become of calls by now, or within a second; who died or hangs has ended, and is told of in the log.
+
+        Raises:
+            MlcRayError: what a stage raised.
+            RayTaskError: what the stage of a light actor raised.
+        """
+        doing = {replica.doing: replica for replica in self.replicas if replica.doing is not None}
+        limits = self.part.limits
+        pause = min(_LOOK_SECONDS, limits.hang_seconds / 4, limits.start_seconds / 4)
+        ready, _ = ray.wait(list(doing), num_returns=len(doing), timeout=0)
+        if not ready:
+            ready, _ = ray.wait(list(doing), num_returns=1, timeout=pause)
+        now = time.monotonic()
+        seconds = min(now - self._looked, 2 * pause)  # what is longer, the pool's own process was away
+        self._looked = now
+        found = []
+        for reference, replica in doing.items():
+            if reference in ready:
+                try:
+                    found.append(_Outcome(replica, replica.take()))
+                    continue
+                except ray.exceptions.RayError as error:
+                    if self.part.engine is None and isinstance(error, ray.exceptions.RayTaskError):
+                        raise  # a mistake in the code of a judge
+                    trouble, hung = reason(error), False
+            elif (said := replica.trouble(seconds)) is not None:
+                trouble, hung = said, True
+            else:
+                continue
+            found.append(self._ended(replica, trouble, hung=hung))
+        return found
+
+    def _ended(self, replica: Replica, trouble: str, *, hung: bool) -> _Outcome:
+        at = f" ({replica.where})" if replica.where is not None else ""
+        fault = f"{replica} {trouble}"
+        replica.failures += replica.method in ("start", "swap")
+        replica.end(hung=hung)
+        logger.warning("%s%s; it is %s", fault, at, "started again" if self._may_start(replica) else "given up")
+        return _Outcome(replica, fault=fault, at=at)
+
+    def _gone(self) -> EngineDiedError:
+        why = f"in {self.part.limits.retries + 1} tries; their faults are logged"
+        if self.part.once:
+            why = "since nobody knows any more what its endpoint has cost so far"
+        return EngineDiedError(
+            f"all of the {len(self.replicas)} actors for {self.part.name} are gone, and none starts again {why}"
+        )
+
+    def _may_start(self, replica: Replica) -> bool:
+        return replica.failures <= self.part.limits.retries and not self.part.once
 
 
-def _start(pools: Sequence[Pool]) -> None:
-    """Wait until all actors are up, or one raises; an engine may take minutes, so those are counted."""
-    starting = {actor.call.remote("start"): pool for pool in pools for actor in pool.actors}
-    engines = sum(pool.part.engine is not None for pool in starting.values())
+def _wait_for_all(pools: Sequence[EnginePool]) -> None:
+    """Wait until all actors are up, or one is not; an engine may take minutes, so those are counted."""
+    engines = sum(pool.part.replicas for pool in pools if pool.part.engine is not None)
     with phase("starting engines", engines, "engines") if engines else nullcontext() as progress:
-        while starting:
-            (reference, *_), _ = ray.wait(list(starting), num_returns=1)
-            _, error = ray.get(reference)
-            _raise(error)
-            if starting.pop(reference).part.engine is not None and progress is not None:
-                progress.advance()
-
-
-def _call(actors: Sequence[Any], method: str, *arguments: Any) -> list[Any]:
-    done = ray.get([actor.call.remote(method, *arguments) for actor in actors])
-    for _, error in done:
-        _raise(error)
-    return [result for result, _ in done]
-
-
-def _raise(error: MlcRayError | None) -> None:
-    if error is not None:
-        raise error
+        waiting = list(pools)
+        while waiting:
+            for pool in list(waiting):
+                for found in pool._outcomes():
+                    if found.fault is not None:
+                        raise EngineDiedError(found.fault + found.at)
+                    if pool.part.engine is not None and progress is not None:
+                        progress.advance()
+                if all(replica.doing is None for replica in pool.replicas):
+                    waiting.remove(pool)
 
 
 @contextmanager

@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from mlc_ray.config import PLAIN_CHAT, ChatSection, EngineSection
-from mlc_ray.generate.engine import Device, Engine, EngineError, Generation, Warm, check_lengths, prepare_process
+from mlc_ray.generate.engine import (
+    Device,
+    Engine,
+    EngineError,
+    Generation,
+    Warm,
+    check_finished,
+    check_lengths,
+    prepare_process,
+)
 from mlc_ray.storage import fingerprint_tokenizer
+from mlc_ray.types import ENGINE_FAULT
 
 if TYPE_CHECKING:
     from mlc_ray.data.tokens import ChatTemplate
@@ -21,17 +31,22 @@ _TEXT = pa.string()
 PROMPTS = pa.schema(dict.fromkeys(("benchmark", "bundle_id", "kind", "category", "language", "prompt"), _TEXT))
 """A prompt to answer."""
 ANSWERS = pa.schema(
-    {"response": _TEXT, "finish": _TEXT, "prompt_tokens": pa.int32(), "response_tokens": pa.int32()}
+    {"response": _TEXT, "finish": _TEXT, "prompt_tokens": pa.int32(), "response_tokens": pa.int32(), "fault": _TEXT}
 )  # fmt: skip
-"""The columns that answering adds."""
+"""The columns that answering adds; `fault` says why an engine gave no answer (finish `ENGINE_FAULT`), else null."""
 _NO_LIMIT = 1 << 62
+
+
+def no_answer(fault: str) -> dict[str, Any]:
+    """The columns of a prompt on which engines fail."""
+    return {"response": "", "finish": ENGINE_FAULT, "prompt_tokens": None, "response_tokens": 0, "fault": fault}
 
 
 class Stage:
     """Gives rows new columns. Made from plain settings in the actor that runs it, engines included.
 
-    `columns` are those it adds. `engine` is the policy's engine where the stage holds one that `Pool.swap` may give
-    other weights; it is None for a stage whose weights stay.
+    `columns` are those it adds. `engine` is the policy's engine where the stage holds one that `EnginePool.swap` may
+    give other weights; it is None for a stage whose weights stay.
     """
 
     columns: pa.Schema
@@ -40,6 +55,19 @@ class Stage:
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """The values of `columns`, a dict per row of `table`, in its order; a value left out is null."""
         raise NotImplementedError
+
+    @classmethod
+    def given_up(cls, table: pa.Table, fault: str, **settings: Any) -> list[dict[str, Any]]:
+        """As `rows`, for rows on which engines fail, as `fault` says; they are no property of any text.
+
+        Called without a stage: `settings` are those that one is made with.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def adds(cls, **settings: Any) -> pa.Schema:
+        """The `columns` of a stage that is made with these settings."""
+        return cls.columns
 
     def swap(self, weights: str | None, *, lora: bool) -> dict[str, float]:
         """Serve other weights from now on; returns the seconds that `Engine.swap` does, and raises what it raises.
@@ -131,7 +159,13 @@ class Generator(Stage):
         return self.engine.generate(ids, self.max_new_tokens)
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
-        """An answer per row, to its `prompt`."""
+        """An answer per row, to its `prompt`.
+
+        Raises:
+            RuntimeError: the engine gave an answer up.
+        """
+        answers = self.generate(table["prompt"].to_pylist())
+        check_finished(answers)
         return [
             {
                 "response": answer.text,
@@ -139,8 +173,13 @@ class Generator(Stage):
                 "prompt_tokens": answer.prompt_tokens,
                 "response_tokens": answer.response_tokens,
             }
-            for answer in self.generate(table["prompt"].to_pylist())
+            for answer in answers
         ]
+
+    @classmethod
+    def given_up(cls, table: pa.Table, fault: str, **_: Any) -> list[dict[str, Any]]:
+        """No answer."""
+        return [no_answer(fault)] * len(table)
 
     def close(self) -> None:
         """Free the engine's memory; the generator cannot be used afterwards."""

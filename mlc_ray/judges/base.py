@@ -24,6 +24,7 @@ A judge answers one or both of two questions, each a *measure*: does the respons
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ class Policy:
     trust_remote_code: bool = False
 
 
+def _computing(engine: EngineSection) -> str:
+    options = f" options={json.dumps(engine.options, sort_keys=True)}" if engine.options else ""
+    return f"dtype={engine.dtype}{options}"
+
+
 class BaseJudge(ABC):
     """A judge's settings and what is known of it before it reads anything; making one starts nothing.
 
@@ -97,9 +103,9 @@ class BaseJudge(ABC):
         """
         parts = [self.settings.name, *self.identity_parts()]
         if self.engine is not None:
-            parts.append(f"dtype={self.engine.dtype}")
+            parts.append(_computing(self.engine))
         if (translate := self.settings.translator) is not None:
-            by = f"{translate.model} dtype={translate.engine.dtype}"
+            by = f"{translate.model} {_computing(translate.engine)}"
             if translate.endpoint is not None:
                 by = translate.endpoint.asked
             parts.append(f"translated by {by}{' (all languages)' if translate.all_languages else ''}")

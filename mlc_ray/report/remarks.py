@@ -5,6 +5,7 @@ Console, page and Markdown show the same lines.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from mlc_ray.report.text import percent, whole
 from mlc_ray.report.utility import utility_warnings
 from mlc_ray.score.results import cut_share, hides_harm, unread_rows
 from mlc_ray.stats.rates import KINDS, Summary
-from mlc_ray.types import PROMPT_TOO_LONG, Kind, Measure
+from mlc_ray.types import ENGINE_FAULT, PROMPT_TOO_LONG, Kind, Measure
 
 _NOT_SCORED: dict[Kind, str] = {
     "benign": "Benign prompts were not scored: a model that refuses everything would look perfect here. Score benign "
@@ -40,7 +41,7 @@ def warnings(models: Sequence[Model]) -> list[str]:
         *_other_version(models),
         *unread(models),
         *_cut_off(models),
-        *_too_long(models),
+        *_unanswered(models),
         *_several_judges(models),
         *utility_warnings({model.label: model.utility for model in models}),
     ]
@@ -80,6 +81,7 @@ def differing(models: Sequence[Model]) -> Iterator[str]:
         "conversations (chat)": [_chat(model.result.config) for model in models],
         "longest responses (max_new_tokens)": [model.result.config.get("max_new_tokens") for model in models],
         "types computed in (engine.dtype)": [_dtype(model.result.config) for model in models],
+        "engines' settings (engine.options)": [_options(model.result.config) for model in models],
         "engines' versions": [_engine(model.result.versions) for model in models],
     }
     for name, found in aspects.items():
@@ -89,6 +91,11 @@ def differing(models: Sequence[Model]) -> Iterator[str]:
         if len(labels) > 1:
             each = "; ".join(f"{value}: {', '.join(names)}" for value, names in labels.items())
             yield f"the {name} differ ({each})"
+
+
+def _options(config: Mapping[str, Any]) -> str:
+    engine = config.get("engine")
+    return json.dumps(engine.get("options", {}) if isinstance(engine, Mapping) else {}, sort_keys=True)
 
 
 def _engine(versions: Mapping[str, str]) -> str:
@@ -148,10 +155,15 @@ def _cut_off(models: Sequence[Model]) -> Iterator[str]:
             )
 
 
-def _too_long(models: Sequence[Model]) -> Iterator[str]:
+def _unanswered(models: Sequence[Model]) -> Iterator[str]:
     for model in models:
         if number := model.result.finish.get(PROMPT_TOO_LONG, 0):
             yield f"{model.label}: {number} prompts were too long for engine.max_model_len and got no response."
+        if number := model.result.finish.get(ENGINE_FAULT, 0):
+            yield (
+                f"{model.label}: engines fail on {number} prompts alone, which have no response; the column `fault` of "
+                "responses.parquet says how."
+            )
 
 
 def _several_judges(models: Sequence[Model]) -> Iterator[str]:

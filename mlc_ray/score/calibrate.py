@@ -13,8 +13,10 @@ import pyarrow as pa
 from mlc_ray.cluster import check_fits, connect, use_gpu
 from mlc_ray.config import CalibrationConfig
 from mlc_ray.data.labelled import LabelledResponse, read_labelled
+from mlc_ray.generate.blocks import joined
 from mlc_ray.generate.engine import Device
-from mlc_ray.generate.pool import Blocks, Part, Pool, side_by_side
+from mlc_ray.generate.pool import EnginePool
+from mlc_ray.generate.replica import Part
 from mlc_ray.judges.base import make_reader
 from mlc_ray.progress import phase
 from mlc_ray.score.calibration import Calibration, CalibrationError, save_calibration
@@ -96,8 +98,7 @@ def _judge(config: CalibrationConfig, judging: Judging, table: pa.Table, folder:
                 added = stage(table)
                 progress.advance(len(table))
             stage.close()
-            for name in added.column_names:
-                table = table.append_column(name, added[name])
+            table = joined(table, added)
         return judging, table
     connect(config.address)
     device: Device = "gpu" if use_gpu(config.accelerator) else "cpu"
@@ -106,13 +107,9 @@ def _judge(config: CalibrationConfig, judging: Judging, table: pa.Table, folder:
     for part in parts(device):
         if part.engine is not None:
             check_fits(f"{part.name}, by engines of its own,", part.places(device))
-    blocks: list[Blocks] = []
     for part in parts(device):
-        blocks = blocks or [Blocks.put(table, part, device)]
-        with Pool.open(part, device) as pool, phase(part.name, len(table), "responses") as progress:
-            added_blocks = pool.map(*blocks, progress=progress)
-        blocks.append(added_blocks)
-        table = side_by_side(table, [added_blocks])
+        with EnginePool.open(part, device) as pool, phase(part.name, len(table), "responses") as progress:
+            table = joined(table, pool.map(table, progress=progress))
     return judging, table
 
 

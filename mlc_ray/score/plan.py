@@ -12,10 +12,10 @@ from typing import Any, TypeVar, get_args
 
 import pyarrow as pa
 
-from mlc_ray.cluster import with_dtype
+from mlc_ray.cluster import how_many_fit, with_dtype
 from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ScoringSection
 from mlc_ray.generate.engine import Device, Warm
-from mlc_ray.generate.pool import Part
+from mlc_ray.generate.replica import Part, place_of
 from mlc_ray.generate.stage import Generator
 from mlc_ray.judges.base import BaseJudge, Policy, make_judge
 from mlc_ray.judges.panel import PanelJudge, Reader, phrases_beside, readers_of, told
@@ -116,10 +116,10 @@ def answering(
     }  # fmt: skip
     if judging.judge.runs == "prompts":
         settings |= {"judge": judging.judge.settings, "ways": judging.ways}
-        return Part("judging", PromptJudgeStage, settings, scoring.engine, in_turn=in_turn)
+        return Part("judging", PromptJudgeStage, settings, _counted(scoring.engine, device), in_turn=in_turn)
     assert scoring.max_new_tokens is not None, "decided by now (with_longest_answer)"
     settings["max_new_tokens"] = scoring.max_new_tokens
-    return Part("answering", Generator, settings, scoring.engine, in_turn=in_turn)
+    return Part("answering", Generator, settings, _counted(scoring.engine, device), in_turn=in_turn)
 
 
 def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies: Place) -> dict[str, Part]:
@@ -146,7 +146,8 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
             "translating",
             TranslateStage,
             {"settings": translate, "ways": judging.translated, **common("translate")},
-            translate.engine if translate.model is not None else None,
+            _counted(translate.engine, device) if translate.model is not None else None,
+            once=translate.endpoint is not None,
         )
     stages = _stages(judging.readers)
     columns = [f"verdict_{number}" for number in range(1, len(stages))]
@@ -161,7 +162,14 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
         own = readers[0].judge
         light = 1 if own.runs == "service" else min(_LIGHT_ACTORS, math.ceil(rows / _LIGHT_ROWS))
         name = "judge" if number == 0 else f"judge-{number + 1}"
-        parts[name] = Part("judging", JudgeStage, {**settings, **common(name)}, own.engine, actors=light)
+        parts[name] = Part(
+            "judging",
+            JudgeStage,
+            {**settings, **common(name)},
+            None if own.engine is None else _counted(own.engine, device),
+            actors=light,
+            once=own.runs == "service",
+        )
     return parts
 
 
@@ -177,6 +185,13 @@ def _stages(readers: Sequence[Reader]) -> list[list[Reader]]:
 def usage_file(name: str) -> str:
     """The file that says what the endpoint of a part of `reading` did and cost."""
     return f"{name}{USAGE_SUFFIX}"
+
+
+def _counted(engine: EngineSection, device: Device) -> EngineSection:
+    """`engine` with `replicas: auto` decided by the nodes that there are."""
+    if engine.replicas != "auto":
+        return engine
+    return engine.model_copy(update={"replicas": how_many_fit(place_of(engine, device))})
 
 
 def with_chat(scoring: ScoringT, model: str) -> ScoringT:
@@ -255,12 +270,13 @@ def _decided(engine: EngineSection, before: EngineSection | None, *, gpu: bool) 
 def places(scoring: ScoringSection, device: Device, *, in_turn: bool = False) -> list[tuple[float, float]]:
     """(CPUs, GPUs) of everything that a score can need at once, known before languages and prompts are."""
     judge = make_judge(scoring.judge)
-    parts = [Part("answering", Generator, {}, scoring.engine, in_turn=in_turn)]
+    parts = [Part("answering", Generator, {}, _counted(scoring.engine, device), in_turn=in_turn)]
     judges = [member.judge for member in judge.members] if isinstance(judge, PanelJudge) else [judge]
     own = [each for each in judges if each.runs in ("engine", "service")]
     if judge.runs != "prompts":
-        parts += [Part("judging", JudgeStage, {}, each.engine) for each in own or judges[:1]]
+        engines = [None if each.engine is None else _counted(each.engine, device) for each in own or judges[:1]]
+        parts += [Part("judging", JudgeStage, {}, engine) for engine in engines]
     if (translate := judge.settings.translator) is not None:
-        engine = translate.engine if translate.model is not None else None
+        engine = _counted(translate.engine, device) if translate.model is not None else None
         parts.append(Part("translating", TranslateStage, {}, engine))
     return [place for part in parts for place in part.places(device)]

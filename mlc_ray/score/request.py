@@ -35,14 +35,16 @@ class Request:
 
     def asks_as(self, other: Request) -> bool:
         """Whether both would get the same answers: from the same weights, to the same prompts, decoded alike."""
-        return _decoding(self) == _decoding(other)
+        return (self.prompts, self.decoding) == (other.prompts, other.decoding)
 
-
-def _decoding(request: Request) -> tuple[Any, ...]:
-    config, engine = request.config, request.config.engine
-    likelihood = make_judge(config.judge).runs == "prompts"
-    lengths = config.max_new_tokens, engine.max_model_len
-    return request.fingerprint, request.prompts, likelihood, config.chat, lengths, engine.dtype
+    @property
+    def decoding(self) -> list[Any]:
+        """What the answer to a prompt follows from, beside the prompt itself."""
+        config, engine = self.config, self.config.engine
+        likelihood = make_judge(config.judge).runs == "prompts"
+        chat = None if config.chat is None else config.chat.model_dump(mode="json")
+        lengths = [config.max_new_tokens, engine.max_model_len]
+        return [self.fingerprint, likelihood, chat, lengths, engine.dtype, engine.options]
 
 
 def load_request(folder: Path | Place) -> Request:

@@ -1,13 +1,12 @@
 """Scoring on Ray: generate responses to the prompts of benchmarks, judge them, count the verdicts, and save all of it.
 
-Answering, translating and judging run one after another, each in a pool of its own (`generate.pool`): two engines never
-share a machine's memory. Each adds its columns to one file, `responses.parquet`, as it ends, so that no prompt is
-answered twice: a score that a judge's error interrupted is resumed from there.
+Answering, translating and judging run one after another (`score.passes`), each in a pool of its own (`generate.pool`):
+two engines never share a machine's memory.
 
 The way of a prompt's text through a score, from a row of a bundle table (`data`): a cell of the driver's table of
-prompts; a cell of a block in the object store, where it is copied once; in the engine's actor a Python string, the
-rendered conversation, its ids and vLLM's request; in the judge's actor, read from the same block, part of an `Answer`;
-and in the end a cell of `responses.parquet`. The answer comes back to the driver once, without the prompt.
+prompts; a cell of a block in the object store, where it is copied once for each pass; in the engine's actor a Python
+string, the rendered conversation, its ids and vLLM's request; in the judge's actor part of an `Answer`; and in the end
+a cell of `responses.parquet`. The answer comes back to the driver once, without the prompt.
 """
 
 from __future__ import annotations
@@ -29,11 +28,10 @@ from mlc_ray.cluster import check_fits, connect, use_gpu
 from mlc_ray.config import ScoreConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm, check_lengths
-from mlc_ray.generate.pool import Blocks, Part, Pool, side_by_side
+from mlc_ray.generate.pool import EnginePool
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.logs import keep_in
-from mlc_ray.progress import phase
 from mlc_ray.runs import (
     REPLIES_FILE,
     REQUEST_FILE,
@@ -44,6 +42,7 @@ from mlc_ray.runs import (
     training_languages,
 )
 from mlc_ray.score.calibration import check_calibration, with_corrected_rates
+from mlc_ray.score.passes import Passes
 from mlc_ray.score.plan import (
     USAGE_SUFFIX,
     Judging,
@@ -78,7 +77,7 @@ class TooManyUnparsedError(MlcRayError):
         self.result = result
 
 
-def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
+def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult:
     """Answer, judge, count; write the score folder and return what is in it. Nothing is printed.
 
     The folder `output_dir/name` gets `responses.parquet` and `scores.json` (written last). On a cluster, a local model
@@ -96,6 +95,7 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
         EngineError: lengths do not fit, or an engine does not start.
         ScoreError: the folder holds a score, with `resume: auto` another one; or `pool` was opened for other settings.
         ClusterError: the cluster can never hold the engines.
+        EngineDiedError: engines die, hang or fail whatever is done; what is answered is kept.
         MlcRayError: what the readers of the benchmarks raise.
         TooManyUnparsedError: when all is written.
     """
@@ -114,7 +114,7 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
     return _checked(replace(result, folder=place), config.max_unparsed)
 
 
-def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: Pool | None) -> ScoreResult:
+def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: EnginePool | None) -> ScoreResult:
     """The score, in a folder of this machine; what an earlier call finished is not done again."""
     device = _connect(config)
     begun = config.resume == "auto" and (folder / REQUEST_FILE).is_file()
@@ -140,15 +140,15 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: Po
         judging = plan_judging(make_judge(settings), prompts.table)
     request.save(folder)
     if earlier is not None:
-        judged = _judge_table(request, judging, earlier, folder, place, device)
+        judged = Passes(request, folder, place, device).judge(_fitted_to(judging, earlier), earlier)
         return write_score(request, judging, judged, folder)
     asked = ", ".join(f"{name} ({number} prompts)" for name, number in prompts.counts().items())
     logger.info("scoring %s on %s", model, asked)
-    table, blocks = _answer(request, judging, prompts, folder, device, pool)
-    return write_score(request, judging, _judge(request, judging, table, blocks, folder, place, device), folder)
+    work = Passes(request, folder, place, device)
+    return write_score(request, judging, work.judge(judging, work.answer(judging, prompts.table, pool)), folder)
 
 
-def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
+def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> EnginePool:
     """Engines with the weights of `config.model`, for several scores one after another: `score(config, pool=pool)`.
 
     A score of other weights than those that the engines serve swaps and proves them (`generate.swap`) instead of
@@ -167,6 +167,8 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
     Raises:
         MlcRayError: as `score`, before anything is read or written.
     """
+    if in_turn and config.engine.replicas == "auto":
+        raise ScoreError("engine.replicas='auto' fills the nodes, and training is to have them in turn; set a number")
     model = resolve_model(config.model)
     device = _connect(config)
     config = with_chat(with_dtypes(with_longest_answer(config), gpu=device == "gpu"), config.model)
@@ -174,7 +176,7 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
     judge = make_reader(config.judge)  # what a judge of prompts is made with is known only when those are read
     part = answering(model, config, plan_judging(judge, PROMPTS.empty_table()), device, warm=warm, in_turn=in_turn)
     check_fits("engine (replicas x cpus_per_replica)", part.places(device))
-    return Pool.open(part, device)
+    return EnginePool.open(part, device)
 
 
 def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = None, **changes: Any) -> ScoreResult:
@@ -217,11 +219,12 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         _check_readers(request, judging, device, [])
         logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
         request.save(folder)
-        _write(responses, folder)  # what fails from here on is continued from these
+        work = Passes(request, folder, target, device)
+        work.write(responses)  # what fails from here on is continued from these
         if target != source and (source / REPLIES_FILE).is_file():
             with (source / REPLIES_FILE).open() as replies:
                 (target / REPLIES_FILE).write_bytes(replies.read())
-        judged = _judge_table(request, judging, responses, folder, target, device)
+        judged = work.judge(_fitted_to(judging, responses), responses)
         result = write_score(request, judging, judged, folder)
     return _checked(replace(result, folder=target), config.max_unparsed)
 
@@ -236,79 +239,6 @@ def resume_score(folder: str | Path | Place) -> ScoreResult:
     place = Place(folder).absolute()
     own = {"name": place.name, "output_dir": str(place.parent), "resume": "auto"}
     return score(load_request(place).config.model_copy(update=own))
-
-
-# ---------------------------------------------------------------------------------------------------------- the stages
-
-
-def _answer(
-    request: Request, judging: Judging, prompts: Prompts, folder: Path, device: Device, pool: Pool | None
-) -> tuple[pa.Table, list[Blocks]]:
-    """The prompts with the policy's answers: as a table, written to the folder, and as blocks for what reads them."""
-    part = answering(request.resolved, request.config, judging, device, in_turn=False) if pool is None else pool.part
-    blocks = Blocks.put(prompts.table, part, device)
-    shown = part.name, len(prompts.table), "prompts"
-    if pool is None:
-        with Pool.open(part, device) as own, phase(*shown) as progress:
-            answers = own.map(blocks, progress=progress)
-    else:
-        with phase(*shown) as progress, pool.awake():
-            if pool.weights != request.resolved:
-                pool.swap(request.resolved)
-            answers = pool.map(blocks, progress=progress)
-    table = side_by_side(prompts.table, [answers])
-    _write(table, folder)
-    if thinking := sum(text.lstrip().startswith("<think>") for text in table["response"].to_pylist()):
-        logger.warning(
-            "%d of %d responses begin with <think>: thoughts are judged, and may use up max_new_tokens=%s; set "
-            "chat.arguments={enable_thinking: false} if the model's template takes it",
-            thinking, len(table), request.config.max_new_tokens,
-        )  # fmt: skip
-    return table, [blocks, answers]
-
-
-def _judge_table(
-    request: Request, judging: Judging, table: pa.Table, folder: Path, place: Place, device: Device
-) -> pa.Table:
-    """`_judge`, of responses that come from a file."""
-    judging = plan_judging(make_reader(judging.judge.fitted_to(answers_of(table))), table)
-    (part, *_) = _reading(judging, len(table), folder, place, device)
-    return _judge(request, judging, table, [Blocks.put(table, part, device)], folder, place, device)
-
-
-def _judge(
-    request: Request,
-    judging: Judging,
-    table: pa.Table,
-    blocks: list[Blocks],
-    folder: Path,
-    place: Place,
-    device: Device,
-) -> pa.Table:
-    """Responses -> with their verdicts, both in the folder's file."""
-    for file in folder.glob(f"*{USAGE_SUFFIX}"):
-        file.unlink()  # of an earlier judge
-    try:
-        for part in _reading(judging, len(table), folder, place, device):
-            with Pool.open(part, device) as pool, phase(part.name, len(table), "responses") as progress:
-                added = pool.map(*blocks, progress=progress)
-            blocks.append(added)
-            table = side_by_side(table, [added])
-            _write(table, folder)
-    except MlcRayError:
-        logger.error("the responses are kept; go on with `mlc-ray judge %s`", place)
-        raise
-    return table
-
-
-def _reading(judging: Judging, rows: int, folder: Path, place: Place, device: Device) -> list[Part]:
-    return list(reading(judging, device, rows=rows, usage=folder, replies=place / REPLIES_FILE).values())
-
-
-def _write(table: pa.Table, folder: Path) -> None:
-    partial = folder / f".{RESPONSES_FILE}.part"
-    pq.write_table(table, partial)
-    partial.replace(folder / RESPONSES_FILE)
 
 
 # ------------------------------------------------------------------------------------------------------------ counting
@@ -369,7 +299,7 @@ def _connect(config: ScoreConfig) -> Device:
     return "gpu" if use_gpu(config.accelerator) else "cpu"
 
 
-def _check_engines(request: Request, judging: Judging, device: Device, pool: Pool | None) -> None:
+def _check_engines(request: Request, judging: Judging, device: Device, pool: EnginePool | None) -> None:
     """Raise before anything starts if the engines cannot be had: pools follow each other, but one that stays open."""
     held: list[tuple[float, float]] = []
     own = answering(request.resolved, request.config, judging, device, in_turn=False)
@@ -384,7 +314,7 @@ def _check_engines(request: Request, judging: Judging, device: Device, pool: Poo
 
 
 def _check_readers(request: Request, judging: Judging, device: Device, held: Sequence[tuple[float, float]]) -> None:
-    for part in _reading(judging, 1, Path(), Place(Path()), device):
+    for part in reading(judging, device, rows=1, usage=Path(), replies=Place(Path())).values():
         if part.engine is not None:
             check_fits(f"{part.name}, by engines of its own,", [*held, *part.places(device)])
 
@@ -396,6 +326,11 @@ def _worked_on(place: Place) -> Iterator[Path]:
         if place.is_local:
             keep_in(folder)
         yield folder
+
+
+def _fitted_to(judging: Judging, responses: pa.Table) -> Judging:
+    """`judging` by a judge whose window holds these responses."""
+    return plan_judging(make_reader(judging.judge.fitted_to(answers_of(responses))), responses)
 
 
 def _check_free(folder: Place, *, resume: bool = False) -> None:

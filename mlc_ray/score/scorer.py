@@ -20,8 +20,10 @@ import ray.exceptions
 
 from mlc_ray.config import ScoringSection
 from mlc_ray.errors import MlcRayError
+from mlc_ray.generate.blocks import joined
 from mlc_ray.generate.engine import Device, Warm
-from mlc_ray.generate.pool import Blocks, Part, Pool, expected_errors, side_by_side
+from mlc_ray.generate.pool import EnginePool, expected_errors
+from mlc_ray.generate.replica import EngineDiedError, Part
 from mlc_ray.judges.base import make_judge
 from mlc_ray.progress import phase
 from mlc_ray.runs import REPLIES_FILE
@@ -34,7 +36,7 @@ _CLOSE_SECONDS = 120.0  # of three pools one after another, of which each may ta
 
 
 class ScorerDiedError(MlcRayError):
-    """An engine or a judge of a warm scorer has died, so that it scores nothing more; the message says of what."""
+    """A warm scorer, or an engine of it for good, has died: it scores nothing more. The message says of what."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class WarmScore:
 
 
 class Scorer:
-    """The pools of a score, open, and the prompts in the object store."""
+    """The pools of a score, open, and the prompts."""
 
     def __init__(self, parts: list[Part], prompts: pa.Table, device: Device) -> None:
         self._made = parts, prompts, device
@@ -54,36 +56,32 @@ class Scorer:
     def start(self) -> None:
         """Start all actors; raises what a stage raises."""
         parts, self._table, device = self._made
-        self._answering, *self._reading = Pool.open_all(parts, device)
-        self._prompts = Blocks.put(self._table, parts[0], device)
+        self._answering, *self._reading = EnginePool.open_all(parts, device)
 
     def check(self) -> None:
-        """Raise Ray's error of an actor that has died."""
+        """Start what has died again; raises as `EnginePool.check` does."""
         for pool in (self._answering, *self._reading):
-            ray.get([actor.__ray_ready__.remote() for actor in pool.actors])
+            pool.check()
 
     def score(self, weights: str | None, lora: bool, prompts: pa.Table | None) -> WarmScore:
         """Verdicts on the model in the folder `weights` (`lora`: on an adapter, None for no adapter)."""
-        table, asked = self._table, self._prompts
-        if prompts is not None:
-            table, asked = prompts, Blocks.put(prompts, self._answering.part, self._answering.device)
+        table = self._table if prompts is None else prompts
         started = time.perf_counter()
         with self._answering.awake():
             woken = time.perf_counter()
             swap = self._answering.swap(weights, lora=lora)
             swapped = time.perf_counter()
-            found = [self._answering.map(asked)]
+            table = joined(table, self._answering.map(table))
             answered = time.perf_counter()
         slept = time.perf_counter()
         for pool in self._reading:
-            found.append(pool.map(asked, *found))
-        judged = side_by_side(table, found).select(JUDGED.names)
+            table = joined(table, pool.map(table))
         ended = time.perf_counter()
         seconds = {
             "wake": woken - started, **swap, "answer": answered - swapped, "sleep": slept - answered,
             "judge": ended - slept, "total": ended - started,
         }  # fmt: skip
-        return WarmScore(judged, seconds)
+        return WarmScore(table.select(JUDGED.names), seconds)
 
     def close(self) -> None:
         """End all actors."""
@@ -98,13 +96,16 @@ class WarmScorer:
         self._actor = actor
 
     def check(self) -> None:
-        """Wait until the scorer has nothing else to do, and ask whether it and all its engines live.
+        """Wait until the scorer has nothing else to do, and see to it that all its engines live.
 
         Raises:
-            ScorerDiedError: one of them does not.
+            ScorerDiedError: it does not live, or one of them does not start again.
         """
         try:
-            ray.get(self._actor.check.remote())
+            with expected_errors():
+                ray.get(self._actor.check.remote())
+        except EngineDiedError as error:
+            raise ScorerDiedError(str(error)) from None
         except ray.exceptions.RayError as error:
             said = str(error).strip().splitlines() or [type(error).__name__]
             raise ScorerDiedError(f"an engine that scores has died ({said[0]})") from None

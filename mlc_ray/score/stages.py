@@ -23,19 +23,19 @@ from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, TranslateS
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.client import ChatEndpoint
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, Engine, Warm
-from mlc_ray.generate.stage import ANSWERS, PROMPTS, Stage
+from mlc_ray.generate.stage import ANSWERS, PROMPTS, Stage, no_answer
 from mlc_ray.generate.translate import (
     TranslatedAnswer,
     make_translator,
     translate_answers,
     translated_answers,
 )
-from mlc_ray.judges.base import Judge, JudgeFaultError, PromptJudge, make_judge, make_reader
+from mlc_ray.judges.base import Judge, JudgeFaultError, PromptJudge, make_judge, make_reader, unparsed
 from mlc_ray.judges.degenerate import settle
 from mlc_ray.judges.panel import Cells, Reader
 from mlc_ray.logs import LOG_FILE
 from mlc_ray.storage import Place, user_cache, write_json_atomic
-from mlc_ray.types import Answer, Kind, Measure, Verdict, Via
+from mlc_ray.types import ENGINE_FAULT, Answer, Kind, Measure, Verdict, Via
 
 NOT_GENERATED = "not_generated"
 """Finish reason where the judge needs no response."""
@@ -90,6 +90,16 @@ class PromptJudgeStage(Stage):
              **_verdict_row(verdict, dict.fromkeys(self.judge.measures, self.ways[code]), self.judge.name)}
             for verdict, code in zip(verdicts, languages, strict=True)
         ]  # fmt: skip
+
+    @classmethod
+    def given_up(cls, table: pa.Table, fault: str, **settings: Any) -> list[dict[str, Any]]:
+        """No verdict."""
+        made = make_judge(settings["judge"])
+        verdict, ways = unparsed(made.measures, fault), settings["ways"]
+        return [
+            {**no_answer(fault), **_verdict_row(verdict, dict.fromkeys(made.measures, ways[code]), made.name)}
+            for code in table["language"].to_pylist()
+        ]
 
     def close(self) -> None:
         """Free the engine's memory."""
@@ -160,6 +170,14 @@ class TranslateStage(Stage):
             }
         return rows
 
+    @classmethod
+    def given_up(cls, table: pa.Table, fault: str, **settings: Any) -> list[dict[str, Any]]:
+        """No translation."""
+        ways = settings["ways"]
+        return [
+            {"translation_fault": fault} if ways[code] == "translated" else {} for code in table["language"].to_pylist()
+        ]
+
     def close(self) -> None:
         """Free the memory of an engine, or publish an endpoint's replies."""
         self.asking.publish()
@@ -194,7 +212,7 @@ class JudgeStage(Stage):
             self.readers.append(Reader(name, judge, cells))
         self.asking = Asking(self.readers[0].judge, usage_file, replies_file)
         self.column, self.earlier = column, earlier
-        self.columns = VERDICTS if column is None else pa.schema({column: pa.struct(list(VERDICTS))})
+        self.columns = self.adds(column=column)
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """A verdict per response."""
@@ -207,6 +225,26 @@ class JudgeStage(Stage):
         if self.column is not None:
             return [{self.column: row} for row in joined]
         return [_settled(row, answer) for row, answer in zip(joined, answers, strict=True)]
+
+    @classmethod
+    def given_up(cls, table: pa.Table, fault: str, **settings: Any) -> list[dict[str, Any]]:
+        """No verdict by any of the stage's readers: one side alone would say that the other is known."""
+        rows = []
+        earlier = [table[name].to_pylist() for name in settings["earlier"]]
+        for index, answer in enumerate(answers_of(table)):
+            found = [given[index] for given in earlier]
+            for name, _, cells in settings["readers"]:
+                ways = cells.get((answer.kind, answer.language), {})
+                found.append(_verdict_row(unparsed([*ways], fault if ways else ""), ways, name))
+            rows.append(_joined(found))
+        column = settings["column"]
+        return rows if column is None else [{column: row} for row in rows]
+
+    @classmethod
+    def adds(cls, **settings: Any) -> pa.Schema:
+        """`VERDICTS`, or a column that holds what it says."""
+        column = settings["column"]
+        return VERDICTS if column is None else pa.schema({column: pa.struct(list(VERDICTS))})
 
     def close(self) -> None:
         """Free the memory of a guard's engine, or publish an endpoint's replies."""
@@ -250,18 +288,23 @@ def _read(
     ways = [reader.cells[answers[index].kind, answers[index].language] for index in mine]
     read = [english[index] if "translated" in way.values() else None for index, way in zip(mine, ways, strict=True)]
     asked = translated_answers([answers[index] for index in mine], read, reader.judge.measures)
+    unanswered = {
+        PROMPT_TOO_LONG: reader.judge.unparsed("the prompt was too long for engine.max_model_len; it was not sent"),
+        ENGINE_FAULT: reader.judge.unparsed("engines fail on the prompt, as `fault` says; it has no answer"),
+    }
     sent = [
         index for index, item in zip(mine, asked, strict=True)
-        if isinstance(item, Answer) and item.finish != PROMPT_TOO_LONG
+        if isinstance(item, Answer) and item.finish not in unanswered
     ]  # fmt: skip
-    texts = [item for item in asked if isinstance(item, Answer) and item.finish != PROMPT_TOO_LONG]
-    given = iter(_asked(reader, texts, table.select(_PLACE).take(sent)))
-    too_long = reader.judge.unparsed("the prompt was too long for engine.max_model_len; it was not sent")
+    texts = [item for item in asked if isinstance(item, Answer) and item.finish not in unanswered]
+    given = iter(_asked(reader, texts, table.select(_PLACE).take(pa.array(sent, pa.int64()))))
     for index, item, way in zip(mine, asked, ways, strict=True):
-        if isinstance(item, Verdict):
+        if answers[index].finish in unanswered:
+            verdict = unanswered[answers[index].finish]
+        elif isinstance(item, Verdict):
             verdict = item
         else:
-            verdict = too_long if item.finish == PROMPT_TOO_LONG else next(given)
+            verdict = next(given)
         rows[index] = _verdict_row(verdict, way, reader.name)
     return rows
 

@@ -235,6 +235,7 @@ def harness_command(config: UtilityConfig, model: str, device: Device) -> list[s
             "seed": 0,
             # On CPU compiling takes minutes at every start, and needs a compiler.
             "enforce_eager": engine.enforce_eager or device == "cpu",
+            **engine.options,
         }
         if device == "gpu":
             arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization

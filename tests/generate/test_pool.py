@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import pytest
 
 from mlc_ray.config import EngineSection
 from mlc_ray.errors import MlcRayError
+from mlc_ray.generate.blocks import block_rows, joined
 from mlc_ray.generate.engine import Warm
-from mlc_ray.generate.pool import Blocks, Part, Pool, block_rows, side_by_side
+from mlc_ray.generate.pool import EnginePool
+from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import PROMPTS, Generator, Stage
 from mlc_ray.progress import phase
 from tests.generate.weights import noisy_copy
@@ -69,34 +73,36 @@ def test_a_slow_actor_delays_nobody_and_rows_stay_in_order(ray_local: Any, caplo
     caplog.set_level("INFO", logger="mlc_ray.progress")
     part = Part("doubling", Uneven, {}, actors=2)
     table = pa.table({"number": range(400)})
-    blocks = Blocks.put(table, part, "cpu")
-    assert blocks.lengths == (50,) * 8
-    with Pool.open(part, "cpu") as pool, phase("doubling", len(table), "numbers") as progress:
-        doubled = pool.map(blocks, progress=progress)
-        again = pool.map(blocks)
+    with EnginePool.open(part, "cpu") as pool, phase("doubling", len(table), "numbers") as progress:
+        doubled = pool.map(table, progress=progress)
+        again = pool.map(table)
+        nothing = pool.map(table.slice(0, 0))
     assert "doubling: 400 numbers in" in caplog.text
-    result = side_by_side(table, [doubled])
+    result = joined(table, doubled)
     assert result["number"].to_pylist() == list(range(400))
     assert result["double"].to_pylist() == list(range(0, 800, 2))
-    assert again.table().select(["double"]).equals(doubled.table().select(["double"]))
+    assert again.select(["double"]).equals(doubled.select(["double"]))
+    assert (len(nothing), nothing.schema) == (0, Uneven.columns)
     slow = result["by"][0].as_py()
     taken = [result["by"][50 * block].as_py() for block in range(8)]
-    assert taken.count(slow) == 2  # the one it slept over and the one given to it beforehand
+    assert taken.count(slow) == 1  # the one it slept over: the other did all the rest
 
     # A fault arrives as itself: of a row, and of making the stage.
     broken = Part("doubling", Uneven, {"fault": 120}, actors=2)
-    with pytest.raises(UnevenError, match="number 120") as caught, Pool.open(broken, "cpu") as pool:
-        pool.map(blocks)
+    with pytest.raises(UnevenError, match="number 120") as caught, EnginePool.open(broken, "cpu") as pool:
+        pool.map(table)
     assert type(caught.value) is UnevenError
     with pytest.raises(UnevenError, match="set it to False"):
-        Pool.open(Part("doubling", Uneven, {"broken": True}), "cpu")
-    with pytest.raises(ValueError, match="side by side"):
-        pool.map(blocks, Blocks(blocks.references[:1], blocks.lengths[:1]))
+        EnginePool.open(Part("doubling", Uneven, {"broken": True}), "cpu")
 
 
 @pytest.mark.slow
 def test_two_engines_answer_as_one_before_and_after_a_swap(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
-    """Order and completeness with two replicas; and a pool that was given other weights answers as a fresh engine."""
+    """Order and completeness with two replicas; and a pool that was given other weights answers as a fresh engine.
+
+    So does one whose engine is killed, and another stopped, while it answers: rows that were done before stay as they
+    were, and whoever comes instead serves what was served. Steps are those of real engines.
+    """
     other = noisy_copy(smollm2, tmp_path / "other")
     things = ["rice", "tea", "snow", "wolves", "bread", "silver", "violins", "maps", "rain", "chess", "clay", "honey"]
     asked = [f.format(thing) for thing in things for f in ("How is {} made?", "¿Qué es {}?", "Tell me about {}.")]
@@ -105,25 +111,46 @@ def test_two_engines_answer_as_one_before_and_after_a_swap(smollm2: Path, ray_lo
 
     def part(model: Path, replicas: int) -> Part:
         engine = EngineSection(
-            replicas=replicas, cpus_per_replica=0.9, max_model_len=256, cpu_kv_cache_gib=1, dtype="float32"
+            replicas=replicas,
+            cpus_per_replica=0.9,
+            max_model_len=256,
+            cpu_kv_cache_gib=1,
+            dtype="float32",
+            block_rows=16,
+            hang_seconds=15,
         )
         settings = {"settings": engine, "max_new_tokens": 6, "device": "cpu", "warm": Warm()}
         return Part("answering", Generator, {"model": str(model), **settings}, engine)
 
-    with Pool.open(part(smollm2, 2), "cpu") as pool:
-        blocks = Blocks.put(table, pool.part, "cpu")
-        assert len(blocks.lengths) == 3
-        before = pool.map(blocks).table()
+    landed: list[int] = []
+
+    def strike(first: int, columns: pa.Table) -> None:
+        if not landed:  # both are at work on the next block, or will be
+            killed, stopped = (replica.where for replica in pool.replicas)
+            assert killed is not None and stopped is not None
+            os.kill(killed.pid, signal.SIGKILL)
+            os.kill(stopped.pid, signal.SIGSTOP)
+        landed.append(first)
+
+    with EnginePool.open(part(smollm2, 2), "cpu") as pool:
+        before = pool.map(table)
         seconds = pool.swap(str(other))
         assert (pool.weights, set(seconds)) == (str(other), {"transfer", "proof"})
-        after = pool.map(blocks).table()
-    with Pool.open(part(other, 1), "cpu") as pool:
-        fresh = pool.map(Blocks.put(table, pool.part, "cpu")).table()
+        idle = [ray_local.get(replica._ask("beat")) for replica in pool.replicas]
+        after = pool.map(table)
+        steps = [ray_local.get(replica._ask("beat")) for replica in pool.replicas]
+        struck = pool.map(table, landed=strike)
+    # A hang is told by them: a block of answers is a step for each of their tokens.
+    assert sum(steps) - sum(idle) >= 3 * 6
+    with EnginePool.open(part(other, 1), "cpu") as pool:
+        fresh = pool.map(table)
         pool.swap(str(smollm2))
-        back = pool.map(Blocks.put(table, pool.part, "cpu")).table()
+        back = pool.map(table)
     assert len(before) == 36
     assert len(set(before["response"].to_pylist())) > 20  # one answer could be told from another
     # float32 leaves no ties: what shares a batch does not show.
     assert after.equals(fresh)
+    assert struck.equals(after)
+    assert sorted(landed) == [0, 16, 32]
     assert before.equals(back)
     assert not after.equals(before)

@@ -160,8 +160,9 @@ def test_table_shouts_when_a_side_is_missing() -> None:
 
 
 def test_table_names_prompts_that_were_too_long() -> None:
-    cut = dataclasses.replace(RAW, finish={"stop": 13, "prompt_too_long": 3})
+    cut = dataclasses.replace(RAW, finish={"stop": 11, "prompt_too_long": 3, "engine_fault": 2})
     assert "3 prompts were too long" in text_of(score_tables(cut))
+    assert "engines fail on 2 prompts alone" in text_of(score_tables(cut))
     assert "too long" not in text_of(score_tables(RAW))
 
 

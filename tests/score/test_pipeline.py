@@ -26,8 +26,10 @@ from mlc_ray.config import (
     parse_config,
 )
 from mlc_ray.device import resolved
+from mlc_ray.generate.blocks import joined
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.generate.replies import EndpointError
+from mlc_ray.generate.stage import Generator
 from mlc_ray.judges.base import JudgeError, JudgeFaultError, UncoveredLanguageError, make_judge
 from mlc_ray.judges.degenerate import RULES
 from mlc_ray.judges.endpoint import EndpointJudge
@@ -36,15 +38,16 @@ from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.report.collect import collect
 from mlc_ray.score.calibrate import calibrate
 from mlc_ray.score.calibration import CalibrationError
+from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import with_longest_answer
 from mlc_ray.score.prompts import BenchmarkError, benchmark_names, choose_prompts, explode
 from mlc_ray.score.request import Request, ScoreError
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import TooManyUnparsedError, judge_again, open_pool, resume_score, score
-from mlc_ray.score.stages import RESPONSES, JudgeStage
+from mlc_ray.score.stages import RESPONSES, JudgeStage, PromptJudgeStage, TranslateStage
 from mlc_ray.show import show
 from mlc_ray.storage import Place
-from mlc_ray.types import Answer, Verdict
+from mlc_ray.types import Answer, Verdict, Via
 from tests.generate.chat_server import Step, serving
 from tests.generate.weights import noisy_copy
 
@@ -250,6 +253,33 @@ def test_threads_follow_the_reserved_cpus_and_do_not_spin() -> None:
     assert "OMP_NUM_THREADS" not in engine_environment(EngineSection(), "gpu")
 
 
+def test_what_engines_fail_on_is_no_verdict() -> None:
+    fault = "engine 1 of 2 for answering died"
+    asked = pa.table({"prompt": ["?", "¿?"], "language": ["en", "fi"], "kind": ["harmful"] * 2})
+    asked = joined(asked, pa.table({"benchmark": ["own"] * 2, "bundle_id": ["a", "b"]}))
+    unanswered = joined(asked, pa.Table.from_pylist(Generator.given_up(asked, fault), schema=Generator.columns))
+    assert unanswered["fault"].to_pylist() == [fault] * 2
+    stage = judge_stage()
+    for row in stage(unanswered).to_pylist():  # phrases would find no refusal in an empty response
+        assert row["behaviour"] == "unparsed" and "engines fail on the prompt" in row["reason"]
+    ways: dict[str, Via] = {"en": "", "fi": "translated"}
+    cells = {("harmful", code): {"refused": via} for code, via in ways.items()}
+    made_with = {"readers": [("refusal", RefusalJudge.Settings(), cells)], "column": None, "earlier": ()}
+    judged = JudgeStage.given_up(unanswered, fault, **made_with)
+    assert [(row["behaviour"], row["safety"], row["reason"]) for row in judged] == [("unparsed", None, fault)] * 2
+    assert [row["via_refused"] for row in judged] == ["", "translated"]
+    # A panel's earlier stage says the same in a column, which the last one takes into its verdicts.
+    given = JudgeStage.given_up(unanswered, fault, **{**made_with, "column": "verdict_1"})
+    assert given == [{"verdict_1": row} for row in judged]
+    earlier = joined(unanswered, pa.Table.from_pylist(given, schema=JudgeStage.adds(column="verdict_1")))
+    later = {"readers": [("other", RefusalJudge.Settings(), {})], "column": None, "earlier": ["verdict_1"]}
+    assert JudgeStage.given_up(earlier, fault, **later) == judged
+    assert TranslateStage.given_up(asked, fault, ways=ways) == [{}, {"translation_fault": fault}]
+    policy = {"judge": LikelihoodJudge.Settings(), "ways": {"en": "", "fi": ""}}
+    (row, _) = PromptJudgeStage.given_up(asked, fault, **policy)
+    assert (row["finish"], row["fault"], row["reason"]) == ("engine_fault", fault, fault)
+
+
 def config_for(model: Path, benchmark: Path, output: Path, **changes: Any) -> ScoreConfig:
     raw = {
         "name": "score",
@@ -265,12 +295,26 @@ def config_for(model: Path, benchmark: Path, output: Path, **changes: Any) -> Sc
 
 
 @pytest.mark.slow
-def test_real_model_from_bundles_to_scores(smollm2: Path, ray_local: Any, tmp_path: Path) -> None:
+def test_real_model_from_bundles_to_scores(
+    smollm2: Path, ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     too_long = {"kind": "benign", "prompts": {"en": "Please sum this up. " * 100}}
     benchmark = write_bundles(tmp_path / "own.jsonl", [too_long])
     config = config_for(smollm2, benchmark, tmp_path / "scores", max_unparsed=0.2)
+    blocks = config.engine.model_copy(update={"block_rows": 8})
 
-    result = score(config)
+    # Ctrl-C after the first block: it stays, and the same command asks for the others alone.
+    caplog.set_level("INFO")
+    with monkeypatch.context() as patch:
+        patch.setattr("mlc_ray.score.kept.Kept.land", land_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            score(config.model_copy(update={"engine": blocks}))
+    (landed,) = (tmp_path / "scores" / "score" / "kept" / "answering").iterdir()
+    first = pq.read_table(landed).drop_columns("key")
+    result = score(config.model_copy(update={"resume": "auto"}))
+    assert "answering: 8 of 17 prompts are done already" in caplog.text
+    assert pq.read_table(result.responses_file).select(first.column_names).slice(0, 8).equals(first)
+    assert not (tmp_path / "scores" / "score" / "kept").exists()
 
     rows = pq.read_table(result.responses_file).to_pylist()
     asked = {(row["kind"], row["language"], row["prompt"]) for row in rows}
@@ -312,6 +356,15 @@ def test_real_model_from_bundles_to_scores(smollm2: Path, ray_local: Any, tmp_pa
     assert pq.read_table(again.responses_file).equals(pq.read_table(result.responses_file))
     with pytest.raises(JudgeError, match="reads a model, not responses"):
         judge_again(result.folder, judge=LikelihoodJudge.Settings())
+
+
+def land_and_interrupt(kept: Kept, first: int, columns: pa.Table) -> None:
+    """`Kept.land`, and what Ctrl-C raises in the driver."""
+    LAND(kept, first, columns)
+    raise KeyboardInterrupt
+
+
+LAND = Kept.land
 
 
 @pytest.mark.slow
@@ -529,7 +582,7 @@ def test_what_cannot_be_scored_is_refused_before_an_engine_starts(
     def no_engine(*args: Any) -> None:
         raise AssertionError("a pool was opened")
 
-    monkeypatch.setattr("mlc_ray.score.run.Pool.open", no_engine)
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", no_engine)
     benchmark = write_bundles(tmp_path / "own.jsonl", [{"kind": "benign", "prompts": {"eo": "Saluton"}}])
     keyless = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "MLC_RAY_NO_SUCH_KEY"}
     with pytest.raises(EndpointError, match="MLC_RAY_NO_SUCH_KEY"):

@@ -118,6 +118,19 @@ def test_a_score_goes_on_in_the_dtype_it_began_in(
     assert asked[0].engine.dtype == "float32"
 
 
+def test_options_of_an_engine_are_few_and_part_of_what_answers(tmp_path: Path) -> None:
+    def asked(**options: object) -> Request:
+        raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "engine": {"options": options}}
+        return Request(parse_config(ScoreConfig, raw), "m", "0123", "prompts", None)
+
+    assert not asked(kv_cache_dtype="fp8").asks_as(asked())
+    assert asked(kv_cache_dtype="fp8").asks_as(asked(kv_cache_dtype="fp8"))
+    with pytest.raises(ConfigError, match=r"cannot hold 'load_format', but only attention_backend, .*quantization"):
+        asked(load_format="pt")
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_size: an engine lies on one node; set engine.tensor_par"):
+        asked(pipeline_parallel_size=2)
+
+
 def test_judges_in_two_dtypes_are_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlc_ray.judges.guards.base.resolve_model", str)
     monkeypatch.setattr("mlc_ray.judges.guards.base.fingerprint_model", lambda model: "0123")
@@ -135,8 +148,7 @@ def test_what_to_go_on_with_is_named_by_its_place(
         raise JudgeError("the judge is away")
 
     monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
-    monkeypatch.setattr("mlc_ray.score.run.Blocks.put", lambda *_: None)
-    monkeypatch.setattr("mlc_ray.score.run.Pool.open", failing)
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", failing)
     monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
     benchmark = write_bundles(tmp_path / "own.jsonl")
     source = unfinished(config_for(tmp_path / "model", benchmark, tmp_path / "scores"), answered=True)

@@ -22,7 +22,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from mlc_ray import cluster as ray_cluster
-from mlc_ray.cluster import ClusterError, fits
+from mlc_ray.cluster import ClusterError, fits, how_many_fit
 from mlc_ray.config import SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.judges.refusal import RefusalJudge
@@ -223,6 +223,7 @@ def test_parts_fit_on_nodes_and_not_on_their_sum(monkeypatch: pytest.MonkeyPatch
     assert not fits([(5, 0)] * 3)
     assert fits([(7.9, 0), (8, 0)])
     assert not fits([(8, 0), (8, 0)])  # nothing is left for Ray Data
+    assert [how_many_fit(part) for part in ((1, 1), (1, 2), (3, 0), (8, 0), (1, 4))] == [4, 2, 4, 1, 1]
 
 
 @pytest.mark.soak

@@ -121,6 +121,10 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
             {"share_gpu": True, "scoring": {"benchmarks": [{"path": "x"}], "engine": {"replicas": 2}}},
             r"scoring\.engine\.replicas=2",
         ),
+        (
+            {"scoring": {"benchmarks": [{"path": "x"}], "engine": {"replicas": "auto"}}},
+            "replicas='auto' would take what the trials train on",
+        ),
         ({"share_gpu": True, "concurrency": 2}, "concurrency=2 trials would train while it answers"),
         (
             {

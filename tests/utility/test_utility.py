@@ -83,7 +83,8 @@ def test_the_command_line_of_each_backend():
     assert (arguments["enforce_eager"], arguments["max_model_len"]) == (True, 4096)
     assert command[command.index("--tasks") + 1] == "mmlu,mmmlu_sw_ke"
     assert command[command.index("--limit") + 1] == "5"
-    gpu = harness_command(config(engine={"tensor_parallel": 2}), "m", "gpu")
+    gpu = harness_command(config(engine={"tensor_parallel": 2, "options": {"max_num_seqs": 8}}), "m", "gpu")
+    assert json.loads(gpu[gpu.index("--model_args") + 1])["max_num_seqs"] == 8
     assert json.loads(gpu[gpu.index("--model_args") + 1])["tensor_parallel_size"] == 2
     plain = harness_command(config(backend="hf", chat_template=True, num_fewshot=0), "m", "cpu")
     assert plain[plain.index("--device") + 1] == "cpu"
@@ -94,6 +95,8 @@ def test_the_command_line_of_each_backend():
 def test_settings_that_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match=r"engine\.replicas=2"):
         config(engine={"replicas": 2})
+    with pytest.raises(ConfigError, match=r"engine\.hang_seconds=9\.0: not read by utility"):
+        config(engine={"hang_seconds": 9})
     with pytest.raises(ConfigError, match="tasks"):
         config(tasks=[])
     with pytest.raises(UtilityError, match=r"holds no task file \(\*\.yaml\)"):

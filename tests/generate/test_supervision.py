@@ -1,0 +1,202 @@
+"""What a pool does about actors that die, hang or fail, on real Ray; their stage does so when it is told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from mlc_ray.config import EngineSection
+from mlc_ray.errors import MlcRayError
+from mlc_ray.generate import engine
+from mlc_ray.generate.blocks import Job, Piece
+from mlc_ray.generate.pool import EnginePool
+from mlc_ray.generate.replica import EngineDiedError, Part
+from mlc_ray.generate.stage import Stage
+
+LIMITS = {"cpus_per_replica": 0.2, "start_seconds": 60.0, "hang_seconds": 60.0, "retries": 1, "block_rows": 8}
+
+
+class RefusedError(MlcRayError):
+    """Of `Fragile`."""
+
+
+class Fragile(Stage):
+    """Adds 1 to numbers and tells by which process, in steps as an engine makes them.
+
+    `trouble` says what a number does: `die`, `stop` (the process), `hang` (no step any more), `raise`, `refuse`. Unless
+    it is `always`, it does so once: a file is the mark.
+    """
+
+    columns = pa.schema({"next": pa.int64(), "pid": pa.int64(), "weights": pa.string(), "fault": pa.string()})
+
+    def __init__(self, marks: str, trouble: dict[int, str], always: bool = False, start: str = "") -> None:
+        self.marks, self.trouble, self.always, self.weights = Path(marks), trouble, always, "first"
+        if start and list(self.marks.iterdir()):  # once something has happened
+            self._do(start)
+
+    def rows(self, table: pa.Table) -> list[dict[str, Any]]:
+        found = []
+        for number in table["number"].to_pylist():
+            engine._steps += 1
+            mark = self.marks / str(number)
+            if (trouble := self.trouble.get(number)) and (self.always or not mark.exists()):
+                mark.touch()
+                self._do(trouble)
+            found.append({"next": number + 1, "pid": os.getpid(), "weights": self.weights})
+        time.sleep(0.05)
+        return found
+
+    def _do(self, trouble: str) -> None:
+        if trouble == "refuse":
+            raise RefusedError("number is refused")
+        if trouble == "raise":
+            raise ValueError("cannot be added to")
+        if trouble == "hang":
+            time.sleep(600)
+        os.kill(os.getpid(), {"die": signal.SIGKILL, "stop": signal.SIGSTOP}[trouble])
+
+    def swap(self, weights: str | None, *, lora: bool) -> dict[str, float]:
+        self.weights = str(weights)
+        return {"transfer": 0.0, "proof": 0.0}
+
+    @classmethod
+    def given_up(cls, table: pa.Table, fault: str, **_: Any) -> list[dict[str, Any]]:
+        return [{"fault": fault}] * len(table)
+
+
+def part(marks: Path, trouble: dict[int, str], *, replicas: int = 2, limits: Any = (), **settings: Any) -> Part:
+    section = EngineSection(replicas=replicas, **{**LIMITS, **dict(limits)})
+    return Part("adding", Fragile, {"marks": str(marks), "trouble": trouble, **settings}, section)
+
+
+NUMBERS = pa.table({"number": range(64)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        ("die", "died"),
+        ("stop", "did not answer for engine.hang_seconds=5"),
+        ("hang", "made no step for engine.hang_seconds=5"),
+        ("raise", "failed by ValueError: cannot be added to"),
+    ],
+)
+def test_who_fails_is_started_again_with_what_it_served(
+    ray_local: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str, says: str
+) -> None:
+    landed: dict[int, int] = {}
+    limits = {"hang_seconds": 5.0} if trouble in ("stop", "hang") else {}
+    with EnginePool.open(part(tmp_path, {9: trouble, 40: trouble}, limits=limits), "cpu") as pool:
+        pool.swap("second")
+        found = pool.map(NUMBERS, landed=lambda first, columns: landed.update({first: len(columns)}))
+        again = pool.map(NUMBERS)
+        pids = {replica.where.pid for replica in pool.replicas if replica.where}
+    assert found["next"].to_pylist() == list(range(1, 65))
+    assert set(found["weights"].to_pylist()) == {"second"}
+    assert found["fault"].null_count == 64
+    assert landed == dict.fromkeys(range(0, 64, 8), 8)  # each block once
+    assert caplog.text.count("it is started again") == 2
+    assert set(again["pid"].to_pylist()) <= pids
+    assert says in caplog.text and "log " in caplog.text and "node " in caplog.text
+
+
+@pytest.mark.slow
+def test_rows_that_kill_whatever_asks_them_are_marked_and_no_others(ray_local: Any, tmp_path: Path) -> None:
+    limits = {"retries": 0, "block_rows": 4}
+    with EnginePool.open(part(tmp_path, {3: "die", 44: "raise"}, always=True, limits=limits), "cpu") as pool:
+        landed: list[int] = []
+        found = pool.map(NUMBERS, landed=lambda first, columns: landed.extend(range(first, first + len(columns))))
+    assert [number for number, value in enumerate(found["next"].to_pylist(), 1) if value != number] == [4, 45]
+    assert "died" in found["fault"][3].as_py() and "cannot be added to" in found["fault"][44].as_py()
+    assert found["fault"].null_count == 62
+    assert sorted(landed) == sorted(set(range(64)) - {3, 44})
+
+
+@pytest.mark.slow
+def test_what_cannot_go_on_stops(ray_local: Any, tmp_path: Path) -> None:
+    # Everything fails: it is not tried row by row.
+    limits = {"retries": 0, "block_rows": 2}
+    everything = part(tmp_path, dict.fromkeys(range(64), "raise"), replicas=1, always=True, limits=limits)
+    with (
+        pytest.raises(EngineDiedError, match=r"failed 4 times in a row; .*cannot be added"),
+        EnginePool.open(everything, "cpu") as pool,
+    ):
+        pool.map(NUMBERS)
+    # An engine that does not start again, beside one that lives; and none that lives.
+    for replicas, fails in ((2, False), (1, True)):
+        marks = tmp_path / f"of-{replicas}"
+        marks.mkdir()
+        with EnginePool.open(part(marks, {9: "die"}, replicas=replicas, start="raise"), "cpu") as pool:
+            if not fails:
+                assert pool.map(NUMBERS)["next"].to_pylist() == list(range(1, 65))
+                continue
+            with pytest.raises(EngineDiedError, match=r"1 actors for adding are gone.*in 2 tries"):
+                pool.map(NUMBERS)
+    # What the stage knows to be wrong is not tried again, and who raised it lives on.
+    with EnginePool.open(part(tmp_path, {500: "refuse"}, replicas=1, always=True), "cpu") as pool:
+        before = pool.map(NUMBERS)["pid"][0]
+        with pytest.raises(RefusedError):
+            pool.map(pa.table({"number": [500]}))
+        assert pool.map(NUMBERS)["pid"][0] == before
+
+
+@pytest.mark.slow
+def test_a_start_that_takes_too_long_says_where_or_that_it_has_no_place(ray_local: Any, tmp_path: Path) -> None:
+    (tmp_path / "mark").touch()
+    with pytest.raises(EngineDiedError, match=r"did not start in engine.start_seconds=15 \(node .*, log /.*\)"):
+        EnginePool.open(part(tmp_path, {}, replicas=1, start="hang", limits={"start_seconds": 15.0}), "cpu")
+    with pytest.raises(EngineDiedError, match=r"in engine.start_seconds=1; no node has it yet: it needs 64 CPUs"):
+        limits = {"start_seconds": 1.0, "cpus_per_replica": 64.0}
+        EnginePool.open(part(tmp_path, {}, replicas=1, limits=limits), "cpu")
+
+
+@pytest.mark.slow
+def test_a_check_starts_the_dead_and_what_cannot_be_had_again_is_not_started(ray_local: Any, tmp_path: Path) -> None:
+    with EnginePool.open(part(tmp_path, {}, replicas=1), "cpu") as pool:
+        pool.swap("second")
+        first = pool.map(NUMBERS)["pid"][0].as_py()
+        os.kill(first, signal.SIGKILL)
+        pool.check()
+        after = pool.map(NUMBERS)
+    assert first not in after["pid"].to_pylist()
+    assert set(after["weights"].to_pylist()) == {"second"}
+    settings = {"marks": str(tmp_path), "trouble": {9: "die"}}
+    asking = Part("asking", Fragile, settings, once=True)
+    with EnginePool.open(asking, "cpu") as pool:
+        for asked in (lambda: pool.map(NUMBERS), pool.check, lambda: pool.map(NUMBERS)):
+            with pytest.raises(EngineDiedError, match="its endpoint has cost"):
+                asked()
+
+
+def test_a_piece_is_tried_halved_and_given_up() -> None:
+    def tries(piece: Piece) -> list[tuple[int, int]]:
+        """All tries of a piece whose row 5 always fails, the last ones of that row."""
+        found = [(piece.first, piece.stop)]
+        if piece.first <= 5 < piece.stop:
+            for rest in piece.again(1):
+                found += tries(rest)
+        return found
+
+    whole, halves, alone = [(0, 8)] * 2, [(0, 4), (4, 8), (4, 6), (4, 5)], [(5, 6)] * 2
+    assert tries(Piece(None, 0, 0, 8)) == [*whole, *halves, *alone, (6, 8)]
+    assert [each.offset for each in Piece(None, 10, 20, 24, 1).again(1)] == [10, 12]
+
+
+def test_one_bad_row_alone_does_not_stop_a_pool(tmp_path: Path) -> None:
+    """Its pieces come before all others, and nothing is done in between: so often may a pool fail."""
+    made = part(tmp_path, {}, replicas=1)
+    job = Job(NUMBERS, made, deque(Piece(None, 0, first, first + 8) for first in range(0, 64, 8)), None, None)
+    while job.queue[0].first == 0:
+        job.failed(job.queue.popleft(), "it died", "")
+    assert job.done[0]["fault"].to_pylist() == ["it died"]
+    with pytest.raises(EngineDiedError, match="in a row; the last: it died, far away; remove the cause"):
+        while True:
+            job.failed(job.queue.popleft(), "it died", ", far away")
