@@ -255,7 +255,7 @@ def test_threads_follow_the_reserved_cpus_and_do_not_spin() -> None:
 
 def test_what_engines_fail_on_is_no_verdict() -> None:
     fault = "engine 1 of 2 for answering died"
-    asked = pa.table({"prompt": ["?", "¿?"], "language": ["en", "fi"], "kind": ["harmful"] * 2})
+    asked = pa.table({"prompt": ["?", "¿?"], "language": ["en", "fi"], "kind": ["benign"] * 2})
     asked = joined(asked, pa.table({"benchmark": ["own"] * 2, "bundle_id": ["a", "b"]}))
     unanswered = joined(asked, pa.Table.from_pylist(Generator.given_up(asked, fault), schema=Generator.columns))
     assert unanswered["fault"].to_pylist() == [fault] * 2
@@ -263,7 +263,7 @@ def test_what_engines_fail_on_is_no_verdict() -> None:
     for row in stage(unanswered).to_pylist():  # phrases would find no refusal in an empty response
         assert row["behaviour"] == "unparsed" and "engines fail on the prompt" in row["reason"]
     ways: dict[str, Via] = {"en": "", "fi": "translated"}
-    cells = {("harmful", code): {"refused": via} for code, via in ways.items()}
+    cells = {("benign", code): {"refused": via} for code, via in ways.items()}
     made_with = {"readers": [("refusal", RefusalJudge.Settings(), cells)], "column": None, "earlier": ()}
     judged = JudgeStage.given_up(unanswered, fault, **made_with)
     assert [(row["behaviour"], row["safety"], row["reason"]) for row in judged] == [("unparsed", None, fault)] * 2
