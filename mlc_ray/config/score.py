@@ -129,7 +129,9 @@ class TranslateEngineSection(EngineSection):
 class TranslateSection(Section):
     """Translate prompt and response into English before the judge reads them: by a chat model, or an endpoint."""
 
-    model: StoredPath | None = Field(None, description="Folder, its URL, or hub name of a chat model, run by vLLM.")
+    model: StoredPath | None = Field(
+        None, description="Folder, its URL, or hub name `NAME[#REVISION]` of a chat model, run by vLLM."
+    )
     endpoint: EndpointSection | None = Field(None, description="An endpoint that translates instead.")
     all_languages: bool = Field(
         False, description="Translate every language but English; by default only those the judge does not cover."
@@ -219,7 +221,9 @@ class ScoreConfig(ScoringSection):
 
     name: RunName | None = Field(None, description="Folder name of the score (default: from the model and the time).")
     output_dir: StoredPath = Field("runs/scores", description="Where score folders go.")
-    model: StoredPath = Field(description="Folder of a run, a checkpoint or an exported model, its URL, or hub name.")
+    model: StoredPath = Field(
+        description="Folder of a run, a checkpoint or an exported model, its URL, or hub name `NAME[#REVISION]`."
+    )
     seen_languages: list[str] | None = Field(
         None, description="Languages that training saw, to tell seen from unseen (default: what the run recorded)."
     )
@@ -260,7 +264,9 @@ class UtilityEngineSection(EngineSection):
 class UtilityConfig(Section):
     """One run of lm-evaluation-harness: what the model still knows."""
 
-    model: StoredPath = Field(description="Folder of a run, a checkpoint or an exported model, its URL, or hub name.")
+    model: StoredPath = Field(
+        description="Folder of a run, a checkpoint or an exported model, its URL, or hub name `NAME[#REVISION]`."
+    )
     tasks: Annotated[list[str], Field(min_length=1)] = Field(
         description="Tasks or groups of lm-evaluation-harness, e.g. mmlu, mmmlu_sw_ke."
     )

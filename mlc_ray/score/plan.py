@@ -19,7 +19,7 @@ from mlc_ray.judges.base import BaseJudge, Judge, Policy, make_judge
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import training_chat
 from mlc_ray.score.stages import JudgeStage, PromptJudgeStage, TranslateStage
-from mlc_ray.storage import Place
+from mlc_ray.storage import Place, absolute_if_here, pinned_model, without_commit
 from mlc_ray.types import Measure, Via
 
 logger = logging.getLogger(__name__)
@@ -174,6 +174,31 @@ def with_longest_answer(scoring: ScoringT) -> ScoringT:
     if translate is not None:
         judge = judge.model_copy(update={"translate": translate.for_texts_of(longest)})
     return scoring.model_copy(update={"max_new_tokens": longest, "judge": judge})
+
+
+def with_judge_models(scoring: ScoringT, before: JudgeSettings | None = None) -> ScoringT:
+    """`scoring` whose judge and translator, where they are models of the hub, are named with their commits.
+
+    Args:
+        scoring: the settings.
+        before: the judge with which the same score began; of a name that is the same its commit is kept.
+
+    Raises:
+        HubError: the hub has no such model or revision, or cannot say which commit that is.
+    """
+
+    def pinned(model: str, known: str | None) -> str:
+        model = absolute_if_here(model)
+        return known if known is not None and without_commit(known) == model else pinned_model(model)
+
+    judge, changes = scoring.judge, dict[str, Any]()
+    was = before if before is not None and before.name == judge.name else None
+    if isinstance(model := getattr(judge, "model", None), str):
+        changes["model"] = pinned(model, getattr(was, "model", None))
+    if (translate := judge.translator) is not None and translate.model is not None:
+        known = None if was is None or was.translator is None else was.translator.model
+        changes["translate"] = translate.model_copy(update={"model": pinned(translate.model, known)})
+    return scoring.model_copy(update={"judge": judge.model_copy(update=changes)})
 
 
 def with_dtypes(scoring: ScoringT, *, gpu: bool, before: ScoringSection | None = None) -> ScoringT:

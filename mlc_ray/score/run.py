@@ -40,7 +40,7 @@ from mlc_ray.runs import (
     RESPONSES_FILE,
     SCORES_FILE,
     output_place,
-    resolve_model,
+    pinned_weights,
     training_languages,
 )
 from mlc_ray.score.plan import (
@@ -53,6 +53,7 @@ from mlc_ray.score.plan import (
     reading,
     with_chat,
     with_dtypes,
+    with_judge_models,
     with_longest_answer,
 )
 from mlc_ray.score.prompts import Prompts, read_prompts, slug
@@ -98,14 +99,16 @@ def score(config: ScoreConfig, *, pool: Pool | None = None) -> ScoreResult:
         MlcRayError: what the readers of the benchmarks raise.
         TooManyUnparsedError: when all is written.
     """
-    model = resolve_model(config.model)
     config = with_longest_answer(config)
+    name = config.name or f"{slug(Path(config.model).name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    place = output_place(config.output_dir) / name
+    before = _begun(place) if config.resume == "auto" else None
+    model = pinned_weights(config.model, {} if before is None else {before.config.model: before.resolved})
+    config = with_judge_models(config, None if before is None else before.config.judge)
     judge = make_judge(config.judge)
     if judge.runs != "prompts":
         assert config.max_new_tokens is not None, "decided by now (with_longest_answer)"
         check_lengths(model, config.engine, config.max_new_tokens)
-    name = config.name or f"{slug(Path(config.model).name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    place = output_place(config.output_dir) / name
     _check_free(place, resume=config.resume == "auto")
     judge.check_ready(user_cache())
     with _worked_on(place) as folder:
@@ -165,7 +168,7 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
     Raises:
         MlcRayError: as `score`, before anything is read or written.
     """
-    model = resolve_model(config.model)
+    model = pinned_weights(config.model)
     device = _connect(config)
     config = with_chat(with_dtypes(with_longest_answer(config), gpu=device == "gpu"), config.model)
     warm = Warm(sleeps=in_turn and device == "gpu")
@@ -197,7 +200,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         raise ScoreError(f"{str(source)!r} holds no responses to judge ({RESPONSES_FILE}); score the model again")
     earlier = request.config.judge
     config = request.config.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    config = with_longest_answer(config)
+    config = with_judge_models(with_longest_answer(config), earlier)
     judge = make_reader(config.judge)
     judge.check_ready(user_cache())
     languages = responses["language"].unique().to_pylist()
@@ -396,6 +399,11 @@ def _worked_on(place: Place) -> Iterator[Path]:
         if place.is_local:
             keep_in(folder)
         yield folder
+
+
+def _begun(place: Place) -> Request | None:
+    """What the score is of that began in a folder; None where none did."""
+    return load_request(place) if (place / REQUEST_FILE).is_file() else None
 
 
 def _check_free(folder: Place, *, resume: bool = False) -> None:

@@ -43,7 +43,7 @@ from mlc_ray.runs import (
     output_place,
     resolve_model,
 )
-from mlc_ray.score.plan import fitted, places, with_dtypes, with_longest_answer
+from mlc_ray.score.plan import fitted, places, with_dtypes, with_judge_models, with_longest_answer
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.score.scorer import start_scorer
@@ -110,9 +110,11 @@ def search(config: SearchConfig) -> SearchResult:
             )
         return resume_search(folder, [f"{name}={json.dumps(getattr(config, name))}" for name in MAY_CHANGE])
     keep_in(local_side(folder))
+    space = with_commits(space)
+    config = config.model_copy(update={"scoring": with_judge_models(config.scoring)})
     _check(config, space)
     with lease(folder, wait=config.resume == "auto"):
-        config, space = _with_dtypes(config, with_commits(space))
+        config, space = _with_dtypes(config, space)
         write_settings(config, space, folder)
         try:
             prepared = _prepare(load_search(folder), space, folder)

@@ -33,7 +33,7 @@ from mlc_ray.data.bundles import KINDS
 from mlc_ray.data.sources import pinned
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.runs import training_name
-from mlc_ray.storage import absolute_if_here
+from mlc_ray.storage import absolute_if_here, pinned_model
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study it creates
 
@@ -354,12 +354,14 @@ def _make_absolute(raw: dict[str, Any]) -> None:
 
 
 def with_commits(space: Space) -> Space:
-    """`space` whose base names the commits of its data sets of the hub: all trials read the same.
+    """`space` whose base names the commits of its model and data sets of the hub: all trials read the same.
 
     Raises:
-        BundleFileError: The hub cannot say which.
+        HubError: The hub cannot say which, of the model.
+        BundleFileError: The same of a data set.
     """
     base = copy.deepcopy(dict(space.base))
+    base["model"]["path"] = pinned_model(base["model"]["path"])
     for place in _sources(base):
         (found,) = pinned([SourceSection.model_validate(place)])
         place["path"] = found.path
