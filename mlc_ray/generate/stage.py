@@ -6,24 +6,38 @@ This module imports neither Ray nor torch; a stage loads what it needs when it i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from mlc_ray.config import PLAIN_CHAT, ChatSection, EngineSection
-from mlc_ray.generate.engine import Device, Engine, EngineError, Generation, Warm, check_lengths, prepare_process
-from mlc_ray.storage import fingerprint_tokenizer
+from mlc_ray.config import GREEDY, PLAIN_CHAT, AskingSection, ChatSection, EngineSection
+from mlc_ray.generate.engine import (
+    PROMPT_TOO_LONG,
+    Device,
+    Engine,
+    EngineError,
+    Generation,
+    Warm,
+    check_lengths,
+    prepare_process,
+)
+from mlc_ray.generate.reasoning import apart, marks_of, opens_thoughts
+from mlc_ray.storage import fingerprint, fingerprint_tokenizer
+from mlc_ray.types import FORBIDDEN_THOUGHTS, UNFINISHED_THOUGHTS
 
 if TYPE_CHECKING:
     from mlc_ray.data.tokens import ChatTemplate
 
 _TEXT = pa.string()
-PROMPTS = pa.schema(dict.fromkeys(("benchmark", "bundle_id", "kind", "category", "language", "prompt"), _TEXT))
-"""A prompt to answer."""
+PROMPTS = pa.schema(
+    {**dict.fromkeys(("benchmark", "bundle_id", "kind", "category", "language", "prompt"), _TEXT), "sample": pa.int32()}
+)
+"""A prompt to answer; `sample` counts its answers from 0."""
 ANSWERS = pa.schema(
-    {"response": _TEXT, "finish": _TEXT, "prompt_tokens": pa.int32(), "response_tokens": pa.int32()}
+    {"response": _TEXT, "thoughts": _TEXT, "finish": _TEXT, "prompt_tokens": pa.int32(), "response_tokens": pa.int32()}
 )  # fmt: skip
-"""The columns that answering adds."""
+"""The columns that answering adds: `thoughts` is null where none were taken off, `response_tokens` counts both."""
 _NO_LIMIT = 1 << 62
 
 
@@ -69,7 +83,7 @@ class Stage:
 
 
 class Generator(Stage):
-    """`PROMPTS` -> `ANSWERS`: a chat model answers single user messages, greedily.
+    """`PROMPTS` -> `ANSWERS`: a chat model answers single user messages.
 
     The prompt's ids come from the same chat template code as in training, generation prompt included, so what is scored
     is exactly what was trained.
@@ -79,6 +93,7 @@ class Generator(Stage):
         settings: of the engine.
         chat: the conversation that prompts stand in.
         max_new_tokens: longest answer.
+        asking: how answers are drawn, and what becomes of thoughts.
         warm: for an engine whose weights will be swapped.
         shared: an engine that serves `model` already; by default one is started.
 
@@ -95,13 +110,14 @@ class Generator(Stage):
         *,
         max_new_tokens: int,
         chat: ChatSection = PLAIN_CHAT,
+        asking: AskingSection = GREEDY,
         device: Device,
         warm: Warm | None = None,
         shared: Engine | None = None,
     ) -> None:
         check_lengths(model, settings, max_new_tokens)
         prepare_process(settings, device)
-        self.settings, self.chat = settings, chat
+        self.settings, self.chat, self.asking = settings, chat, asking
         self.max_new_tokens = max_new_tokens
         self.longest_prompt = settings.max_model_len - max_new_tokens
         self._tokenizer = ""
@@ -116,32 +132,67 @@ class Generator(Stage):
         from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 
         self._template: ChatTemplate = ChatTemplate(
-            load_tokenizer(model, trust_remote_code=self.settings.trust_remote_code), self.chat
+            load_tokenizer(model, trust_remote_code=self.settings.trust_remote_code),
+            self.chat,
+            prompts_only=True,
         )
         if self._template.minimum > self.longest_prompt:
             raise EngineError(
                 f"engine.max_model_len={self.settings.max_model_len} less max_new_tokens={self.max_new_tokens} leaves "
                 f"no space for the chat template, which takes {self._template.minimum - 1} tokens"
             )
+        self._marks = None if self.asking.reasoning == "judge" else marks_of(self._template.tokenizer)
         self._tokenizer = name
 
     def generate(self, prompts: Sequence[str]) -> list[Generation]:
-        """The answer to each prompt, in order; one of more than `longest_prompt` tokens has none, see `Engine`."""
-        ids = [self._template.encode_prompt(prompt, _NO_LIMIT)[0] for prompt in prompts]
-        return self.engine.generate(ids, self.max_new_tokens)
+        """The greedy answer to each prompt, in order; one of more than `longest_prompt` tokens has none, see `Engine`.
+
+        Thoughts are part of it.
+        """
+        return self.engine.generate(self._ids(prompts), self.max_new_tokens)
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """An answer per row, to its `prompt`."""
+        answers = self.engine.generate(
+            self._ids(table["prompt"].to_pylist()),
+            self.max_new_tokens,
+            temperature=self.asking.temperature,
+            seeds=None if self.asking.temperature == 0 else seeds_of(table, self.asking.seed),
+            special=self._marks is not None and self._marks.special,
+        )
         return [
-            {
-                "response": answer.text,
-                "finish": answer.finish,
-                "prompt_tokens": answer.prompt_tokens,
-                "response_tokens": answer.response_tokens,
-            }
-            for answer in self.generate(table["prompt"].to_pylist())
+            {**self._read(answer), "prompt_tokens": answer.prompt_tokens, "response_tokens": answer.response_tokens}
+            for answer in answers
         ]
+
+    def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [self._template.encode_prompt(prompt, _NO_LIMIT)[0] for prompt in prompts]
+
+    def _read(self, answer: Generation) -> dict[str, Any]:
+        """Response, thoughts and finish reason; a response that is all thoughts, or may have none, is no answer."""
+        if self._marks is None or answer.finish == PROMPT_TOO_LONG:
+            return {"response": answer.text, "finish": answer.finish}
+        found = apart(answer.text, self._marks, opened=opens_thoughts(self._template.tail, self._marks))
+        if self._marks.special:
+            for token in self._template.tokenizer.all_special_tokens:
+                found = replace(
+                    found,
+                    answer=found.answer.replace(token, ""),
+                    thoughts=None if found.thoughts is None else found.thoughts.replace(token, ""),
+                )
+        finish = answer.finish
+        if self.asking.reasoning == "forbid" and found.thoughts:
+            finish = FORBIDDEN_THOUGHTS
+        elif found.unfinished:
+            finish = UNFINISHED_THOUGHTS
+        return {"response": found.answer, "thoughts": found.thoughts or None, "finish": finish}
 
     def close(self) -> None:
         """Free the engine's memory; the generator cannot be used afterwards."""
         self.engine.close()
+
+
+def seeds_of(table: pa.Table, seed: int) -> list[int]:
+    """A seed for every row of `PROMPTS`, made from what names it: the same wherever and beside whatever it is asked."""
+    columns = (table[name].to_pylist() for name in ("benchmark", "bundle_id", "language", "sample"))
+    return [int(fingerprint([seed, *names])[:8], 16) for names in zip(*columns, strict=True)]

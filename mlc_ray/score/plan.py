@@ -104,7 +104,7 @@ def answering(
         settings |= {"judge": judging.judge.settings, "ways": judging.ways}
         return Part("judging", PromptJudgeStage, settings, scoring.engine, in_turn=in_turn)
     assert scoring.max_new_tokens is not None, "decided by now (with_longest_answer)"
-    settings["max_new_tokens"] = scoring.max_new_tokens
+    settings |= {"max_new_tokens": scoring.max_new_tokens, "asking": scoring.asking}
     return Part("answering", Generator, settings, scoring.engine, in_turn=in_turn)
 
 

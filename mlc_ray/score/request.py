@@ -42,7 +42,7 @@ def _decoding(request: Request) -> tuple[Any, ...]:
     config, engine = request.config, request.config.engine
     likelihood = make_judge(config.judge).runs == "prompts"
     lengths = config.max_new_tokens, engine.max_model_len
-    return request.fingerprint, request.prompts, likelihood, config.chat, lengths, engine.dtype
+    return request.fingerprint, request.prompts, likelihood, config.chat, config.asking, lengths, engine.dtype
 
 
 def load_request(folder: Path | Place) -> Request:

@@ -60,6 +60,7 @@ from mlc_ray.score.prompts import Prompts, read_prompts, slug
 from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores
 from mlc_ray.score.stages import RESPONSES, answers_of
+from mlc_ray.score.thoughts import warn_of_thoughts, with_reasoning
 from mlc_ray.storage import Place, fingerprint_model, library_versions, user_cache, working_folder
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: Po
     device = _connect(config)
     begun = config.resume == "auto" and (folder / REQUEST_FILE).is_file()
     config = with_dtypes(config, gpu=device == "gpu", before=load_request(folder).config if begun else None)
-    config = with_chat(config, config.model)
+    config = with_reasoning(with_chat(config, config.model), model)
     judge = make_judge(config.judge)
     prompts = read_prompts(config, rejects=folder)
     judging = plan_judging(judge, prompts.languages)
@@ -171,6 +172,7 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> Pool:
     model = pinned_weights(config.model)
     device = _connect(config)
     config = with_chat(with_dtypes(with_longest_answer(config), gpu=device == "gpu"), config.model)
+    config = with_reasoning(config, model)
     warm = Warm(sleeps=in_turn and device == "gpu")
     judge = make_reader(config.judge)  # what a judge of prompts is made with is known only when those are read
     part = answering(model, config, plan_judging(judge, ()), device, warm=warm, in_turn=in_turn)
@@ -259,12 +261,7 @@ def _answer(
             answers = pool.map(blocks, progress=progress)
     table = side_by_side(prompts.table, [answers])
     _write(table, folder)
-    if thinking := sum(text.lstrip().startswith("<think>") for text in table["response"].to_pylist()):
-        logger.warning(
-            "%d of %d responses begin with <think>: thoughts are judged, and may use up max_new_tokens=%s; set "
-            "chat.arguments={enable_thinking: false} if the model's template takes it",
-            thinking, len(table), request.config.max_new_tokens,
-        )  # fmt: skip
+    warn_of_thoughts(table, request.config)
     return table, [blocks, answers]
 
 

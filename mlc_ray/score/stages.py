@@ -33,11 +33,25 @@ from mlc_ray.judges.base import Judge, PromptJudge, make_judge, make_reader
 from mlc_ray.judges.degenerate import settle
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.storage import Place, user_cache, write_json_atomic
-from mlc_ray.types import Answer, Kind, Measure, Verdict, Via
+from mlc_ray.types import (
+    FORBIDDEN_THOUGHTS,
+    UNFINISHED_THOUGHTS,
+    Answer,
+    Kind,
+    Measure,
+    Verdict,
+    Via,
+)
 
 NOT_GENERATED = "not_generated"
 """Finish reason where the judge needs no response."""
 
+NO_ANSWER = {
+    PROMPT_TOO_LONG: "the prompt was too long for engine.max_model_len; it was not sent",
+    UNFINISHED_THOUGHTS: "its thoughts did not end within max_new_tokens, so there is no answer",
+    FORBIDDEN_THOUGHTS: "it begins with thoughts, which asking.reasoning=forbid was to turn off",
+}
+"""Finish reasons of rows without an answer to judge, and what is said of them: they count as unparsed."""
 _TEXT = pa.string()
 VERDICTS = pa.schema(
     {
@@ -242,12 +256,11 @@ def _verdicts(
     """The judge's verdict on each answer; what was never sent or not translated is `unparsed`, unasked."""
     read = [english[index] if ways[answer.language] == "translated" else None for index, answer in enumerate(answers)]
     asked = translated_answers(answers, read, judge.measures)
-    given = iter(judge.judge([a for a in asked if isinstance(a, Answer) and a.finish != PROMPT_TOO_LONG]))
-    too_long = judge.unparsed("the prompt was too long for engine.max_model_len; it was not sent")
+    given = iter(judge.judge([a for a in asked if isinstance(a, Answer) and a.finish not in NO_ANSWER]))
     found = []
     for answer, item in zip(answers, asked, strict=True):
-        if answer.finish == PROMPT_TOO_LONG:
-            found.append(too_long)
+        if answer.finish in NO_ANSWER:
+            found.append(judge.unparsed(NO_ANSWER[answer.finish]))
         else:
             found.append(item if isinstance(item, Verdict) else next(given))
     return found

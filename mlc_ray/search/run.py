@@ -396,6 +396,11 @@ def _with_chat(config: SearchConfig, space: Space) -> SearchConfig:
             f"scoring.chat={asked!r}, but the runs train with chat={chat!r}; give chat in the file of the runs, or by "
             "set, alone"
         )
+    if config.scoring.asking.reasoning == "forbid":
+        raise ConfigError(
+            "scoring.asking.reasoning='forbid' would score trials in another conversation than they train in; turn "
+            "thoughts off in the chat of the runs, e.g. set: [chat.arguments={enable_thinking: false}]"
+        )
     return config.model_copy(update={"scoring": config.scoring.model_copy(update={"chat": chat})})
 
 

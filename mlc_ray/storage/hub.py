@@ -146,12 +146,11 @@ def snapshot(model: HubModel, *, weights: bool = True) -> Path:
         HubError: they cannot be fetched.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     ignored = [*_NEVER_LOADED, *([] if weights else ["*.safetensors"])]
     try:
         return Path(snapshot_download(model.name, revision=model.revision, ignore_patterns=ignored))
-    except (*unreachable(), HfHubHTTPError, LocalEntryNotFoundError) as error:
+    except unreachable() as error:
         raise HubError(
             f"{str(model)!r} cannot be fetched from the hub: {first_line(error)}; correct the name, set HF_TOKEN, or "
             "fetch it on every node while the hub can be reached"

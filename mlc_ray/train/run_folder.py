@@ -114,10 +114,10 @@ def with_model(config: TrainConfig, path: str) -> TrainConfig:
 def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
     """`config` whose names of the hub have the commits that they stood for when the run in `folder` began."""
     commits = _facts(Place(folder)).get(_COMMITS, {})
-    before = load_run_config(folder)
-    data, model = before.data, commits.get(config.model.path, config.model.path)
-    if without_commit(before.model.path) == model:
-        model = before.model.path
+    began = load_run_config(folder)
+    data, model = began.data, commits.get(config.model.path, config.model.path)
+    if without_commit(began.model.path) == model:
+        model = began.model.path
     stored = iter([data.train, data.validation.sources if data.validation is not None else []])
 
     def known(sources: Sequence[SourceSection]) -> list[SourceSection]:
@@ -134,8 +134,8 @@ def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
 
 def commits_of(given: TrainConfig, pinned: TrainConfig) -> dict[str, str]:
     """What each name of the hub in `given` stands for in `pinned`."""
-    pairs = zip(_sources(given.data), _sources(pinned.data), strict=True)
-    return {one.path: other.path for one, other in [(given.model, pinned.model), *pairs] if one.path != other.path}
+    paths = ([each.model.path, *(source.path for source in _sources(each.data))] for each in (given, pinned))
+    return {one: other for one, other in zip(*paths, strict=True) if one != other}
 
 
 def _sources(data: DataSection) -> list[SourceSection]:

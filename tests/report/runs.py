@@ -22,7 +22,7 @@ SCHEMA = pa.schema(
         *((name, TEXT) for name in ("benchmark", "bundle_id", "kind", "category", "language", "prompt", "response")),
         ("finish", TEXT), ("prompt_tokens", pa.int32()), ("response_tokens", pa.int32()),
         ("behaviour", TEXT), ("safety", TEXT), ("reason", TEXT), ("categories", pa.list_(TEXT)),
-        ("margin", pa.float64()), ("via_refused", TEXT), ("via_safe", TEXT),
+        ("margin", pa.float64()), ("via_refused", TEXT), ("via_safe", TEXT), ("sample", pa.int32()), ("thoughts", TEXT),
     ]
 )  # fmt: skip
 THIRTY = [
@@ -38,6 +38,7 @@ def response(bundle: int, kind: Kind, language: str, **columns: Any) -> dict[str
         "prompt": f"prompt {bundle} in {language}", "response": f"answer {bundle} in {language}", "finish": "stop",
         "prompt_tokens": 8, "response_tokens": 8, "behaviour": "refused" if kind == "harmful" else "complied",
         "safety": None, "reason": "", "categories": None, "margin": None, "via_refused": "", "via_safe": None,
+        "sample": 0, "thoughts": None,
     }  # fmt: skip
     assert row.keys() >= columns.keys()
     return {**row, **columns}

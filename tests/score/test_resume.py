@@ -71,6 +71,16 @@ def test_what_goes_on_has_a_name() -> None:
     assert parse_config(ScoreConfig, {**raw, "name": "s"}).resume == "auto"
 
 
+@pytest.mark.parametrize("asking", [{"temperature": 0.5}, {"reasoning": "judge"}])
+def test_answers_that_were_asked_otherwise_are_not_gone_on_with(asking: dict[str, Any]) -> None:
+    raw = {"model": "m", "benchmarks": [{"path": "sample:test"}]}
+    requests = [
+        Request(parse_config(ScoreConfig, {**raw, **own}), "m", "0123456789abcdef", "prompts", ["en"])
+        for own in ({}, {"asking": asking}, {"asking": {}})
+    ]
+    assert requests[0].asks_as(requests[2]) and not requests[0].asks_as(requests[1])
+
+
 def with_engines(**dtypes: str) -> ScoreConfig:
     """A guard and a translator, each with an engine; `dtypes` of the policy's, the judge's and the translator's."""
     engines = {name: {"dtype": dtypes[name]} if name in dtypes else {} for name in ("policy", "judge", "translator")}
