@@ -19,7 +19,7 @@ from mlc_ray.judges.base import BaseJudge, Judge, Policy, make_judge
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.runs import training_chat
 from mlc_ray.score.stages import JudgeStage, PromptJudgeStage, TranslateStage
-from mlc_ray.storage import Place, absolute_if_here, pinned_model, without_commit
+from mlc_ray.storage import Place, pinned_model, without_commit
 from mlc_ray.types import Measure, Via
 
 logger = logging.getLogger(__name__)
@@ -188,7 +188,6 @@ def with_judge_models(scoring: ScoringT, before: JudgeSettings | None = None) ->
     """
 
     def pinned(model: str, known: str | None) -> str:
-        model = absolute_if_here(model)
         return known if known is not None and without_commit(known) == model else pinned_model(model)
 
     judge, changes = scoring.judge, dict[str, Any]()
