@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mlc_ray.config import ChatSection
 from mlc_ray.config.chat import dated
 from mlc_ray.errors import MlcRayError
+from mlc_ray.types import FORBIDDEN_THOUGHTS, PROMPT_TOO_LONG, UNFINISHED_THOUGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,6 +89,51 @@ def apart(text: str, marks: Marks, *, opened: bool) -> Parts:
     if not thoughts and rest.lstrip().startswith(marks.end):  # it says that it answers at once
         return Parts(rest.lstrip()[len(marks.end) :].lstrip())
     return Parts(rest.lstrip(), "\n".join(thoughts)) if thoughts else Parts(text)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads responses of one model: takes thoughts off, and says which response is no answer.
+
+    `opened` is whether its template begins thoughts, `special_tokens` are what to leave out where its marks are some.
+    With `marks` None, responses are left as they are.
+    """
+
+    marks: Marks | None
+    opened: bool = False
+    forbidden: bool = False
+    special_tokens: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, tail: str, reasoning: str) -> Reader:
+        """For a tokenizer, what its chat template writes behind a user's text, and `asking.reasoning`."""
+        marks = None if reasoning == "judge" else marks_of(tokenizer)
+        if marks is None:
+            return cls(None)
+        special = tuple(tokenizer.all_special_tokens) if marks.special else ()
+        return cls(marks, opens_thoughts(tail, marks), reasoning == "forbid", special)
+
+    @property
+    def special(self) -> bool:
+        """Whether it needs special tokens in the text."""
+        return bool(self.special_tokens)
+
+    def read(self, text: str, finish: str) -> dict[str, str | None]:
+        """`response`, `thoughts` (None where there are none) and `finish` of what was generated."""
+        if self.marks is None or finish == PROMPT_TOO_LONG:
+            return {"response": text, "thoughts": None, "finish": finish}
+        found = apart(text, self.marks, opened=self.opened)
+        answer, thoughts = self._plain(found.answer), self._plain(found.thoughts or "")
+        if self.forbidden and thoughts:
+            finish = FORBIDDEN_THOUGHTS
+        elif found.unfinished:
+            finish = UNFINISHED_THOUGHTS
+        return {"response": answer, "thoughts": thoughts or None, "finish": finish}
+
+    def _plain(self, text: str) -> str:
+        for token in self.special_tokens:
+            text = text.replace(token, "")
+        return text
 
 
 def without_thoughts(tokenizer: PreTrainedTokenizerBase, chat: ChatSection) -> ChatSection:

@@ -6,14 +6,12 @@ This module imports neither Ray nor torch; a stage loads what it needs when it i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from mlc_ray.config import GREEDY, PLAIN_CHAT, AskingSection, ChatSection, EngineSection
 from mlc_ray.generate.engine import (
-    PROMPT_TOO_LONG,
     Device,
     Engine,
     EngineError,
@@ -22,9 +20,8 @@ from mlc_ray.generate.engine import (
     check_lengths,
     prepare_process,
 )
-from mlc_ray.generate.reasoning import apart, marks_of, opens_thoughts
+from mlc_ray.generate.reasoning import Reader
 from mlc_ray.storage import fingerprint, fingerprint_tokenizer
-from mlc_ray.types import FORBIDDEN_THOUGHTS, UNFINISHED_THOUGHTS
 
 if TYPE_CHECKING:
     from mlc_ray.data.tokens import ChatTemplate
@@ -141,7 +138,7 @@ class Generator(Stage):
                 f"engine.max_model_len={self.settings.max_model_len} less max_new_tokens={self.max_new_tokens} leaves "
                 f"no space for the chat template, which takes {self._template.minimum - 1} tokens"
             )
-        self._marks = None if self.asking.reasoning == "judge" else marks_of(self._template.tokenizer)
+        self._reader = Reader.of(self._template.tokenizer, self._template.tail, self.asking.reasoning)
         self._tokenizer = name
 
     def generate(self, prompts: Sequence[str]) -> list[Generation]:
@@ -158,34 +155,19 @@ class Generator(Stage):
             self.max_new_tokens,
             temperature=self.asking.temperature,
             seeds=None if self.asking.temperature == 0 else seeds_of(table, self.asking.seed),
-            special=self._marks is not None and self._marks.special,
+            special=self._reader.special,
         )
         return [
-            {**self._read(answer), "prompt_tokens": answer.prompt_tokens, "response_tokens": answer.response_tokens}
+            {
+                **self._reader.read(answer.text, answer.finish),
+                "prompt_tokens": answer.prompt_tokens,
+                "response_tokens": answer.response_tokens,
+            }
             for answer in answers
         ]
 
     def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
         return [self._template.encode_prompt(prompt, _NO_LIMIT)[0] for prompt in prompts]
-
-    def _read(self, answer: Generation) -> dict[str, Any]:
-        """Response, thoughts and finish reason; a response that is all thoughts, or may have none, is no answer."""
-        if self._marks is None or answer.finish == PROMPT_TOO_LONG:
-            return {"response": answer.text, "finish": answer.finish}
-        found = apart(answer.text, self._marks, opened=opens_thoughts(self._template.tail, self._marks))
-        if self._marks.special:
-            for token in self._template.tokenizer.all_special_tokens:
-                found = replace(
-                    found,
-                    answer=found.answer.replace(token, ""),
-                    thoughts=None if found.thoughts is None else found.thoughts.replace(token, ""),
-                )
-        finish = answer.finish
-        if self.asking.reasoning == "forbid" and found.thoughts:
-            finish = FORBIDDEN_THOUGHTS
-        elif found.unfinished:
-            finish = UNFINISHED_THOUGHTS
-        return {"response": found.answer, "thoughts": found.thoughts or None, "finish": finish}
 
     def close(self) -> None:
         """Free the engine's memory; the generator cannot be used afterwards."""

@@ -10,8 +10,18 @@ import pytest
 
 from mlc_ray.config import ChatSection, ConfigError, ScoreConfig, SearchConfig, parse_config
 from mlc_ray.data.tokens import ChatTemplate, TemplateError, load_tokenizer
-from mlc_ray.generate.reasoning import Marks, Parts, ReasoningError, apart, marks_of, opens_thoughts, without_thoughts
+from mlc_ray.generate.reasoning import (
+    Marks,
+    Parts,
+    Reader,
+    ReasoningError,
+    apart,
+    marks_of,
+    opens_thoughts,
+    without_thoughts,
+)
 from mlc_ray.generate.stage import PROMPTS, seeds_of
+from mlc_ray.types import FORBIDDEN_THOUGHTS, PROMPT_TOO_LONG, UNFINISHED_THOUGHTS
 
 THINK = Marks("<think>", "</think>")
 SWITCHED = (
@@ -74,6 +84,39 @@ def test_a_template_may_begin_the_thoughts_itself(smollm2: Path, opening: str, o
     if opening:  # an answered conversation does not begin with the prompt: it cannot be trained on
         with pytest.raises(TemplateError, match="renders an answered conversation differently"):
             ChatTemplate(tokenizer(smollm2, opening))
+
+
+def test_a_response_without_an_answer_says_so(smollm2: Path) -> None:
+    own = tokenizer(smollm2)
+
+    def read(reasoning: str, text: str, finish: str = "stop", tail: str = "") -> tuple[str | None, ...]:
+        return tuple(Reader.of(own, tail, reasoning).read(text, finish).values())
+
+    whole = "<think>Hm.</think>Boil it."
+    assert read("strip", whole) == ("Boil it.", "Hm.", "stop")
+    assert read("judge", whole) == (whole, None, "stop")
+    assert read("forbid", whole) == ("Boil it.", "Hm.", FORBIDDEN_THOUGHTS)
+    assert read("forbid", "<think>\n</think>Boil it.") == ("Boil it.", None, "stop")
+    assert read("strip", "Boil it.", "length") == ("Boil it.", None, "length")
+    assert read("strip", "Hm", "length", "assistant\n<think>\n") == ("", "Hm", UNFINISHED_THOUGHTS)
+    assert read("strip", "", PROMPT_TOO_LONG, "<think>") == ("", None, PROMPT_TOO_LONG)
+    plain = Reader.of(load_tokenizer(str(smollm2)), "", "strip")
+    assert plain.read(whole, "stop") == {"response": whole, "thoughts": None, "finish": "stop"} and not plain.special
+
+
+def test_marks_that_are_special_tokens_are_read_and_left_out(smollm2: Path) -> None:
+    own = tokenizer(smollm2, marked=False)
+    own.add_special_tokens({"additional_special_tokens": ["[THINK]", "[/THINK]"]})
+    reader = Reader.of(own, "", "strip")
+    assert reader.special
+    assert list(reader.read("[THINK]Hm.[/THINK]Boil it.<|im_end|>", "stop").values()) == ["Boil it.", "Hm.", "stop"]
+    assert list(reader.read("Boil it.<|im_end|>", "stop").values()) == ["Boil it.", None, "stop"]
+    final = Marks("<|channel|>analysis<|message|>", "<|channel|>final<|message|>", special=True)
+    tokens = ("<|channel|>", "<|message|>", "<|end|>", "<|start|>")
+    text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Boil it."
+    assert Reader(final, special_tokens=tokens).read(text, "stop")["response"] == "Boil it."
+    at_once = "<|channel|>final<|message|>Boil it."
+    assert list(Reader(final, special_tokens=tokens).read(at_once, "stop").values()) == ["Boil it.", None, "stop"]
 
 
 def test_thoughts_are_turned_off_by_the_templates_own_switch(smollm2: Path) -> None:
