@@ -131,7 +131,8 @@ def commit_of(
         if commits:
             fix += f"; the cache on this machine has {', '.join(commits)}"
         raise HubError(
-            f"{given!r}: the hub cannot be asked which commit that is ({first_line(error)}): {fix}"
+            f"{given!r} is no path on this machine, and the hub cannot be asked which commit that is "
+            f"({first_line(error)}): {fix}"
         ) from None
 
 
