@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +26,11 @@ from mlc_ray.config.paths import stored_path
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import (
     MANIFEST,
+    HubModel,
     IncompleteArtifactError,
     Place,
     StorageError,
+    pinned_model,
     read_manifest,
     verify_files,
 )
@@ -69,7 +71,6 @@ FolderKind = Literal["run", "score", "search", "probe"]
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
 _WEIGHTS = re.compile(r"weights_(\d{6,})")
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` starts
 _INDEX = "model.safetensors.index.json"
 _FIX_RECORD = "restore it, or name the languages yourself, e.g. --set seen_languages=[en,sw]"
@@ -295,19 +296,20 @@ def resolve_model(path: str | Path | Place) -> str:
     """The folder (absolute, or a URL) or hub name to load weights from.
 
     Accepts a Hugging Face folder (`config.json`), a checkpoint (`model/config.json`), and a run: its newest checkpoint
-    `train/checkpoint_*` that is complete, else its `export`. What is not a folder here but looks like a hub name is
-    taken for one.
+    `train/checkpoint_*` that is complete, else its `export`. What is not a folder here but looks like a hub name,
+    `NAME[#REVISION]`, is taken for one.
 
     Raises:
         ModelPathError: There is no model, it has no safetensors weights, or files of it are missing.
+        HubError: It is a folder on this machine with a revision.
     """
     try:
         folder = Place(stored_path(str(path)))
     except ValueError as error:
-        if _HUB_NAME.fullmatch(str(path)):
+        if HubModel.parse(str(path)) is not None:
             return str(path)
         raise ModelPathError(f"model={str(path)!r}: {error}") from None
-    if folder.is_local and not folder.absolute().exists() and _HUB_NAME.fullmatch(str(path)):
+    if folder.is_local and HubModel.parse(str(path)) is not None:
         return str(path)
     folder = folder.absolute()
     if folder.is_file():
@@ -321,10 +323,27 @@ def resolve_model(path: str | Path | Place) -> str:
     return str(_of_run(folder))
 
 
+def pinned_weights(path: str | Path | Place, known: Mapping[str, str] | None = None) -> str:
+    """As `resolve_model`, a hub name with its commit: what a driver asks for once, and passes to all nodes.
+
+    Args:
+        path: as of `resolve_model`.
+        known: what names of the hub stood for when the work began that goes on now; for them it is not asked.
+
+    Raises:
+        ModelPathError: As `resolve_model`.
+        HubError: The hub has no such model or revision, or cannot say which commit that is.
+    """
+    found = resolve_model(path)
+    return (known or {}).get(found) or pinned_model(found)
+
+
 def model_name(path: str) -> str:
     """The last part of a model's folder or URL, or a hub name with a dash: what a folder about it can be called."""
     here = Place(path)
-    return here.absolute().name if not here.is_local or here.exists() else path.replace("/", "-")
+    if not here.is_local or here.exists():
+        return here.absolute().name
+    return path.partition("#")[0].replace("/", "-")
 
 
 def training_languages(path: str | Path | Place) -> list[str] | None:

@@ -295,6 +295,10 @@ PROMPT_TOO_LONG = "prompt_too_long"
 """Finish reason of a prompt that leaves no tokens for a response and is not sent to the model."""
 ENGINE_FAULT = "engine_fault"
 """Finish reason of a prompt on which an engine died, hung or failed, alone and as often as it was asked."""
+UNFINISHED_THOUGHTS = "unfinished_thoughts"
+"""Finish reason of a response that is all thoughts, which did not end within `max_new_tokens`."""
+FORBIDDEN_THOUGHTS = "forbidden_thoughts"
+"""Finish reason of a response that begins with thoughts although `asking.reasoning=forbid`."""
 
 
 @dataclass(frozen=True)
@@ -345,7 +349,8 @@ class ScoreRow:
 
     `hits` are refused (or safe) responses, `misses` complied (or unsafe) ones; hits, misses, degenerate and unparsed
     sum to n. `rate` is hits / n with its 95 % interval; `margin` the mean of the judge's margins in nats, if it has
-    any; `judge` the name of the judge.
+    any; `judge` the name of the judge. `design_effect` is how many times the variance of `rate` is that of n
+    independent responses: above 1 where several responses are to one prompt (`stats.intervals.design_effect`).
     """
 
     benchmark: str
@@ -363,6 +368,7 @@ class ScoreRow:
     via: Via = ""
     margin: float | None = None
     judge: str = ""
+    design_effect: float = 1.0
 
 
 T = TypeVar("T")

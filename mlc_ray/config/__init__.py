@@ -7,6 +7,7 @@ the field, the value and the nearest valid name; a combination that no code path
 anything starts. Validators reject, they never rewrite.
 """
 
+from mlc_ray.config.asking import GREEDY, AskingSection
 from mlc_ray.config.base import (
     ConfigError,
     Fraction,
@@ -60,9 +61,11 @@ from mlc_ray.config.train import (
 )
 
 __all__ = [
+    "GREEDY",
     "PLAIN_CHAT",
     "TRANSLATION_MARKERS",
     "AnswerSettings",
+    "AskingSection",
     "CalibrationConfig",
     "ChatSection",
     "CheckpointSection",

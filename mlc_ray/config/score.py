@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from mlc_ray._registry import resolve
+from mlc_ray.config.asking import GREEDY, AskingSection
 from mlc_ray.config.base import (
     LANGUAGE_TAG,
     RESUME,
@@ -187,7 +189,9 @@ class TranslateEngineSection(EngineSection):
 class TranslateSection(Section):
     """Translate prompt and response into English before the judge reads them: by a chat model, or an endpoint."""
 
-    model: StoredPath | None = Field(None, description="Folder, its URL, or hub name of a chat model, run by vLLM.")
+    model: StoredPath | None = Field(
+        None, description="Folder, its URL, or hub name `NAME[#REVISION]` of a chat model, run by vLLM."
+    )
     endpoint: EndpointSection | None = Field(None, description="An endpoint that translates instead.")
     all_languages: bool = Field(
         False, description="Translate every language but English; by default only those the judge does not cover."
@@ -260,6 +264,7 @@ class ScoringSection(Section):
     chat: ChatSection | None = Field(
         None, description="The conversation that prompts stand in (default: the one that the model was trained in)."
     )
+    asking: AskingSection = GREEDY
     languages: list[str] | None = Field(None, description="Score only these languages (default: all present).")
     limit: PositiveInt | None = Field(None, description="At most this many bundles per benchmark and kind.")
     max_new_tokens: PositiveInt | None = Field(
@@ -271,13 +276,25 @@ class ScoringSection(Section):
     max_unparsed: Fraction = Field(0.05, description="The run fails when a larger share of answers gets no verdict.")
     engine: EngineSection = EngineSection()
 
+    @model_validator(mode="after")
+    def _asked_at_all(self) -> ScoringSection:
+        unread = sorted(self.asking.model_fields_set - ({"reasoning"} if self.asking.reasoning == "forbid" else set()))
+        if unread and resolve("judge", self.judge.name).runs == "prompts":
+            raise ValueError(
+                f"asking.{unread[0]}={getattr(self.asking, unread[0])!r} is not read by judge={self.judge.name!r}, "
+                "which reads the model itself and no answers; remove it"
+            )
+        return self
+
 
 class ScoreConfig(ScoringSection):
-    """One scoring run: generate greedily, judge, count."""
+    """One scoring run: generate, judge, count."""
 
     name: RunName | None = Field(None, description="Folder name of the score (default: from the model and the time).")
     output_dir: StoredPath = Field("runs/scores", description="Where score folders go.")
-    model: StoredPath = Field(description="Folder of a run, a checkpoint or an exported model, its URL, or hub name.")
+    model: StoredPath = Field(
+        description="Folder of a run, a checkpoint or an exported model, its URL, or hub name `NAME[#REVISION]`."
+    )
     seen_languages: list[str] | None = Field(
         None, description="Languages that training saw, to tell seen from unseen (default: what the run recorded)."
     )
@@ -323,7 +340,9 @@ class UtilityEngineSection(EngineSection):
 class UtilityConfig(Section):
     """One run of lm-evaluation-harness: what the model still knows."""
 
-    model: StoredPath = Field(description="Folder of a run, a checkpoint or an exported model, its URL, or hub name.")
+    model: StoredPath = Field(
+        description="Folder of a run, a checkpoint or an exported model, its URL, or hub name `NAME[#REVISION]`."
+    )
     tasks: Annotated[list[str], Field(min_length=1)] = Field(
         description="Tasks or groups of lm-evaluation-harness, e.g. mmlu, mmmlu_sw_ke."
     )

@@ -32,7 +32,9 @@ DTYPE = (
 class ModelSection(Section):
     """The policy to align."""
 
-    path: StoredPath = Field(description="Folder, its URL, or hub name of a Hugging Face causal language model.")
+    path: StoredPath = Field(
+        description="Folder, its URL, or hub name `NAME[#REVISION]` of a Hugging Face causal language model."
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description=DTYPE)
     attention: Literal["auto", "segments", "varlen", "flex"] = Field(
         "auto",

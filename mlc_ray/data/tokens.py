@@ -71,7 +71,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
 class ChatTemplate:
     """A tokenizer's chat template, with its boundaries: texts become the ids of what it renders.
 
-    `chat` is what the template is given beside the user's message.
+    `chat` is what the template is given beside the user's message. With `prompts_only` no answer is ever rendered, and
+    the template may do anything with one: those of reasoning models leave out thoughts that the prompt began.
 
     `head` and `tail` are what it writes around a user's text; `minimum` is the number of tokens of a prompt that holds
     one letter, the least that a limit may be.
@@ -85,7 +86,9 @@ class ChatTemplate:
         TemplateError: there is no usable template, or it does not use what `chat` gives it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: ChatSection = PLAIN_CHAT):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat: ChatSection = PLAIN_CHAT, *, prompts_only: bool = False
+    ) -> None:
         if not tokenizer.chat_template:
             raise TemplateError(
                 f"model.path={tokenizer.name_or_path!r}: its tokenizer has no chat template; use an instruct model, "
@@ -95,9 +98,11 @@ class ChatTemplate:
         self._chat = chat
         self._given: dict[str, Any] = {**chat.arguments, **dated(chat.date)}
         self._check_arguments()
+        self._prompts_only = prompts_only
         self._traces = {"user": Trace(), "assistant": Trace()}
         asked, said = (Traced(_SENTINEL, trace) for trace in self._traces.values())
-        prompt, answered = self._render(asked), self._render(asked, said)
+        prompt = self._render(asked)
+        answered = f"{prompt}{_SENTINEL}" if prompts_only else self._render(asked, said)
         self.head, self.tail = self._split(prompt, "user")
         if chat.system is not None and chat.system.strip() not in self.head + self.tail:
             raise TemplateError(f"chat.system={chat.system!r}: the chat template leaves it out: {prompt!r}")
@@ -227,7 +232,9 @@ class ChatTemplate:
         code = self.tokenizer.get_chat_template()
         prompts, answers = _probes_of(user), _probes_of(assistant)
         if is_traceable(code) and prompts and answers:
-            pairs = [(prompt, answer) for prompt in prompts for answer in (None, *answers)]
+            pairs = [
+                (prompt, answer) for prompt in prompts for answer in (None, *(() if self._prompts_only else answers))
+            ]
             rendered = {pair: self._render(*pair) for pair in pairs}
             agreeing = []
             for changes in product(sorted(user.changes, key=repr), sorted(assistant.changes, key=repr)):

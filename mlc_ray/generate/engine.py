@@ -248,19 +248,43 @@ class Engine:
         """Take the GPU memory again."""
         self._llm.wake_up()
 
-    def generate(self, ids: Sequence[Sequence[int]], max_new_tokens: int) -> list[Generation]:
-        """The greedy continuation of each prompt, in order, at most `max_new_tokens` long.
+    def generate(
+        self,
+        ids: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        seeds: Sequence[int] | None = None,
+        special: bool = False,
+    ) -> list[Generation]:
+        """A continuation of each prompt, in order, at most `max_new_tokens` long: the greedy one at `temperature` 0.
 
         A prompt that leaves no space for that many is not cut: it would be another question. It comes back empty with
         finish `PROMPT_TOO_LONG`.
+
+        Args:
+            ids: the prompts.
+            max_new_tokens: the most tokens of a continuation.
+            temperature: that tokens are drawn at.
+            seeds: of what is drawn, one for each prompt: it then does not depend on what shares its batch, up to
+                floating-point ties.
+            special: keep special tokens in the text.
         """
         from vllm import SamplingParams
 
         longest = self.max_model_len - max_new_tokens
         fitting = [index for index, prompt in enumerate(ids) if len(prompt) <= longest]
         results = [Generation("", PROMPT_TOO_LONG, len(prompt), 0) for prompt in ids]
-        greedy = SamplingParams(temperature=0.0, max_tokens=max_new_tokens)
-        for index, output in zip(fitting, self._run([ids[index] for index in fitting], greedy), strict=True):
+        params = [
+            SamplingParams(
+                temperature=temperature,
+                seed=None if seeds is None else seeds[index],
+                max_tokens=max_new_tokens,
+                skip_special_tokens=not special,
+            )
+            for index in fitting
+        ]
+        for index, output in zip(fitting, self._run([ids[index] for index in fitting], params), strict=True):
             answer = output.outputs[0]
             results[index] = Generation(
                 answer.text, answer.finish_reason or "unknown", len(ids[index]), len(answer.token_ids)

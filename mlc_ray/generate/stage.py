@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from mlc_ray.config import PLAIN_CHAT, ChatSection, EngineSection
+from mlc_ray.config import GREEDY, PLAIN_CHAT, AskingSection, ChatSection, EngineSection
 from mlc_ray.generate.engine import (
     Device,
     Engine,
@@ -21,25 +21,35 @@ from mlc_ray.generate.engine import (
     check_lengths,
     prepare_process,
 )
-from mlc_ray.storage import fingerprint_tokenizer
+from mlc_ray.generate.reasoning import Reader
+from mlc_ray.storage import fingerprint, fingerprint_tokenizer
 from mlc_ray.types import ENGINE_FAULT
 
 if TYPE_CHECKING:
     from mlc_ray.data.tokens import ChatTemplate
 
 _TEXT = pa.string()
-PROMPTS = pa.schema(dict.fromkeys(("benchmark", "bundle_id", "kind", "category", "language", "prompt"), _TEXT))
-"""A prompt to answer."""
+PROMPTS = pa.schema(
+    {**dict.fromkeys(("benchmark", "bundle_id", "kind", "category", "language", "prompt"), _TEXT), "sample": pa.int32()}
+)
+"""A prompt to answer; `sample` counts its answers from 0."""
 ANSWERS = pa.schema(
-    {"response": _TEXT, "finish": _TEXT, "prompt_tokens": pa.int32(), "response_tokens": pa.int32(), "fault": _TEXT}
+    {
+        "response": _TEXT, "thoughts": _TEXT, "finish": _TEXT, "prompt_tokens": pa.int32(),
+        "response_tokens": pa.int32(), "fault": _TEXT,
+    }
 )  # fmt: skip
-"""The columns that answering adds; `fault` says why an engine gave no answer (finish `ENGINE_FAULT`), else null."""
+"""The columns that answering adds: `thoughts` is null where none were taken off, `response_tokens` counts both; `fault`
+says why an engine gave no answer (finish `ENGINE_FAULT`), else null."""
 _NO_LIMIT = 1 << 62
 
 
 def no_answer(fault: str) -> dict[str, Any]:
     """The columns of a prompt on which engines fail."""
-    return {"response": "", "finish": ENGINE_FAULT, "prompt_tokens": None, "response_tokens": 0, "fault": fault}
+    return {
+        "response": "", "thoughts": None, "finish": ENGINE_FAULT, "prompt_tokens": None, "response_tokens": 0,
+        "fault": fault,
+    }  # fmt: skip
 
 
 class Stage:
@@ -97,7 +107,7 @@ class Stage:
 
 
 class Generator(Stage):
-    """`PROMPTS` -> `ANSWERS`: a chat model answers single user messages, greedily.
+    """`PROMPTS` -> `ANSWERS`: a chat model answers single user messages.
 
     The prompt's ids come from the same chat template code as in training, generation prompt included, so what is scored
     is exactly what was trained.
@@ -107,6 +117,7 @@ class Generator(Stage):
         settings: of the engine.
         chat: the conversation that prompts stand in.
         max_new_tokens: longest answer.
+        asking: how answers are drawn, and what becomes of thoughts.
         warm: for an engine whose weights will be swapped.
         shared: an engine that serves `model` already; by default one is started.
 
@@ -123,13 +134,14 @@ class Generator(Stage):
         *,
         max_new_tokens: int,
         chat: ChatSection = PLAIN_CHAT,
+        asking: AskingSection = GREEDY,
         device: Device,
         warm: Warm | None = None,
         shared: Engine | None = None,
     ) -> None:
         check_lengths(model, settings, max_new_tokens)
         prepare_process(settings, device)
-        self.settings, self.chat = settings, chat
+        self.settings, self.chat, self.asking = settings, chat, asking
         self.max_new_tokens = max_new_tokens
         self.longest_prompt = settings.max_model_len - max_new_tokens
         self._tokenizer = ""
@@ -144,19 +156,24 @@ class Generator(Stage):
         from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 
         self._template: ChatTemplate = ChatTemplate(
-            load_tokenizer(model, trust_remote_code=self.settings.trust_remote_code), self.chat
+            load_tokenizer(model, trust_remote_code=self.settings.trust_remote_code),
+            self.chat,
+            prompts_only=True,
         )
         if self._template.minimum > self.longest_prompt:
             raise EngineError(
                 f"engine.max_model_len={self.settings.max_model_len} less max_new_tokens={self.max_new_tokens} leaves "
                 f"no space for the chat template, which takes {self._template.minimum - 1} tokens"
             )
+        self._reader = Reader.of(self._template.tokenizer, self._template.tail, self.asking.reasoning)
         self._tokenizer = name
 
     def generate(self, prompts: Sequence[str]) -> list[Generation]:
-        """The answer to each prompt, in order; one of more than `longest_prompt` tokens has none, see `Engine`."""
-        ids = [self._template.encode_prompt(prompt, _NO_LIMIT)[0] for prompt in prompts]
-        return self.engine.generate(ids, self.max_new_tokens)
+        """The greedy answer to each prompt, in order; one of more than `longest_prompt` tokens has none, see `Engine`.
+
+        Thoughts are part of it.
+        """
+        return self.engine.generate(self._ids(prompts), self.max_new_tokens)
 
     def rows(self, table: pa.Table) -> list[dict[str, Any]]:
         """An answer per row, to its `prompt`.
@@ -164,12 +181,17 @@ class Generator(Stage):
         Raises:
             RuntimeError: the engine gave an answer up.
         """
-        answers = self.generate(table["prompt"].to_pylist())
+        answers = self.engine.generate(
+            self._ids(table["prompt"].to_pylist()),
+            self.max_new_tokens,
+            temperature=self.asking.temperature,
+            seeds=None if self.asking.temperature == 0 else seeds_of(table, self.asking.seed),
+            special=self._reader.special,
+        )
         check_finished(answers)
         return [
             {
-                "response": answer.text,
-                "finish": answer.finish,
+                **self._reader.read(answer.text, answer.finish),
                 "prompt_tokens": answer.prompt_tokens,
                 "response_tokens": answer.response_tokens,
             }
@@ -181,6 +203,15 @@ class Generator(Stage):
         """No answer."""
         return [no_answer(fault)] * len(table)
 
+    def _ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [self._template.encode_prompt(prompt, _NO_LIMIT)[0] for prompt in prompts]
+
     def close(self) -> None:
         """Free the engine's memory; the generator cannot be used afterwards."""
         self.engine.close()
+
+
+def seeds_of(table: pa.Table, seed: int) -> list[int]:
+    """A seed for every row of `PROMPTS`, made from what names it: the same wherever and beside whatever it is asked."""
+    columns = (table[name].to_pylist() for name in ("benchmark", "bundle_id", "language", "sample"))
+    return [int(fingerprint([seed, *names])[:8], 16) for names in zip(*columns, strict=True)]

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage import local_model
+from mlc_ray.storage import local_model, pinned_model
 
 EMBEDDING_ROWS = 64
 BLOCK_ROWS, BLOCK_COLUMNS = 4, 32
@@ -87,11 +87,7 @@ def spread(length: int, number: int) -> tuple[int, ...]:
 
 def weights_folder(model: str | Path) -> Path:
     """The folder on this machine with a model's safetensors weights; a URL's or hub name's are fetched if need be."""
-    if (folder := Path(local_model(str(model)))).is_dir():
-        return folder
-    from huggingface_hub import snapshot_download  # costs 0.3 s, and only hub names need it
-
-    return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", _INDEX]))
+    return Path(local_model(pinned_model(str(model))))
 
 
 def adapter_reach(folder: str | Path) -> float:

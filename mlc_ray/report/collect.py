@@ -36,7 +36,7 @@ from mlc_ray.utility.file import UtilityFileError, UtilityRow, load_utility
 
 _COLUMNS = ("benchmark", "bundle_id", "kind", "category", "language", "prompt", "response", "finish", "behaviour",
             "safety", "reason", "categories", "margin", "via_refused", "via_safe",
-            "judge_refused", "judge_safe")  # fmt: skip
+            "judge_refused", "judge_safe", "sample", "thoughts")  # fmt: skip
 _UTILITY_ALONE = (
     f"has {UTILITY_FILE} but no {SCORES_FILE}: utility is shown beside the score of the same model; measure it with "
     f"`mlc-ray utility MODEL --tasks ... --scores SCORE_FOLDER`, or move {UTILITY_FILE} into that score folder"
@@ -75,13 +75,15 @@ class Response:
     via_safe: Via | None
     judge_refused: str | None
     judge_safe: str | None
+    sample: int
+    thoughts: str | None
 
     @property
     def judged(self) -> Judged:
         """The verdict without the texts, as `stats.rates` counts it."""
         return Judged(
             self.benchmark, self.bundle_id, self.kind, self.language, self.behaviour, self.safety,
-            self.via_refused, self.via_safe, self.margin, self.judge_refused, self.judge_safe,
+            self.via_refused, self.via_safe, self.margin, self.judge_refused, self.judge_safe, self.sample,
         )  # fmt: skip
 
 
@@ -279,9 +281,10 @@ def read_responses(path: Place | Path) -> list[Response]:
                 f"{str(file)!r}: {name}={unknown[0]!r} is not one of {', '.join(map(str, allowed))}; "
                 "score again with this version"
             )
-    asked = Counter(zip(*(columns[name] for name in ("benchmark", "bundle_id", "kind", "language")), strict=True))
+    names = ("benchmark", "bundle_id", "kind", "language", "sample")
+    asked = Counter(zip(*(columns[name] for name in names), strict=True))
     if twice := [prompt for prompt, count in asked.items() if count > 1]:
-        raise ReportError(f"{str(file)!r} is damaged: benchmark, bundle, kind, language {twice[0]} is there twice")
+        raise ReportError(f"{str(file)!r} is damaged: {', '.join(names)} {twice[0]} is there twice")
     return [Response(*row) for row in zip(*(columns[name] for name in _COLUMNS), strict=True)]
 
 

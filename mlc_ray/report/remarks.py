@@ -17,7 +17,14 @@ from mlc_ray.report.text import percent, whole
 from mlc_ray.report.utility import utility_warnings
 from mlc_ray.score.results import cut_share, hides_harm, unread_rows
 from mlc_ray.stats.rates import KINDS, Summary
-from mlc_ray.types import ENGINE_FAULT, PROMPT_TOO_LONG, Kind, Measure
+from mlc_ray.types import (
+    ENGINE_FAULT,
+    FORBIDDEN_THOUGHTS,
+    PROMPT_TOO_LONG,
+    UNFINISHED_THOUGHTS,
+    Kind,
+    Measure,
+)
 
 _NOT_SCORED: dict[Kind, str] = {
     "benign": "Benign prompts were not scored: a model that refuses everything would look perfect here. Score benign "
@@ -41,7 +48,7 @@ def warnings(models: Sequence[Model]) -> list[str]:
         *_other_version(models),
         *unread(models),
         *_cut_off(models),
-        *_unanswered(models),
+        *_no_answer(models),
         *_several_judges(models),
         *utility_warnings({model.label: model.utility for model in models}),
     ]
@@ -79,6 +86,7 @@ def differing(models: Sequence[Model]) -> Iterator[str]:
         "prompts": [model.result.prompts for model in models],
         "judges": [model.result.judge for model in models],
         "conversations (chat)": [_chat(model.result.config) for model in models],
+        "ways of asking (asking)": [_plainly(model.result.config.get("asking")) for model in models],
         "longest responses (max_new_tokens)": [model.result.config.get("max_new_tokens") for model in models],
         "types computed in (engine.dtype)": [_dtype(model.result.config) for model in models],
         "engines' settings (engine.options)": [_options(model.result.config) for model in models],
@@ -112,7 +120,10 @@ def _other_version(models: Sequence[Model]) -> Iterator[str]:
 
 
 def _chat(config: Mapping[str, Any]) -> object:
-    chat = config.get("chat")
+    return _plainly(config.get("chat"))
+
+
+def _plainly(chat: object) -> object:
     return yaml.safe_dump(chat, default_flow_style=True, allow_unicode=True).strip() if chat else None
 
 
@@ -155,7 +166,7 @@ def _cut_off(models: Sequence[Model]) -> Iterator[str]:
             )
 
 
-def _unanswered(models: Sequence[Model]) -> Iterator[str]:
+def _no_answer(models: Sequence[Model]) -> Iterator[str]:
     for model in models:
         if number := model.result.finish.get(PROMPT_TOO_LONG, 0):
             yield f"{model.label}: {number} prompts were too long for engine.max_model_len and got no response."
@@ -164,6 +175,13 @@ def _unanswered(models: Sequence[Model]) -> Iterator[str]:
                 f"{model.label}: engines fail on {number} prompts alone, which have no response; the column `fault` of "
                 "responses.parquet says how."
             )
+        if number := model.result.finish.get(UNFINISHED_THOUGHTS, 0):
+            yield (
+                f"{model.label}: the thoughts of {number} of {model.result.responses} responses did not end within "
+                "max_new_tokens: they count as unparsed. Score with a larger max_new_tokens."
+            )
+        if number := model.result.finish.get(FORBIDDEN_THOUGHTS, 0):
+            yield f"{model.label}: {number} responses begin with thoughts, which were forbidden, and count as unparsed."
 
 
 def _several_judges(models: Sequence[Model]) -> Iterator[str]:

@@ -83,7 +83,7 @@ def sample(responses: Sequence[Response], kind: Kind, size: int) -> tuple[list[R
 
     def worst_first(response: Response) -> tuple[float, str]:
         margin = 0.0 if response.margin is None else sign * response.margin
-        return margin, fingerprint([response.benchmark, response.bundle_id, response.language])
+        return margin, fingerprint([response.benchmark, response.bundle_id, response.language, response.sample])
 
     turns = sorted(by_language, key=lambda code: (-len(by_language[code]), language_order(code)))
     queues = [sorted(by_language[code], key=worst_first) for code in turns]
@@ -102,7 +102,8 @@ def _shown(response: Response) -> Sample:
         response.reason,
         "" if response.margin is None else f"margin {response.margin:.2f} nats",
         "cut off at the length limit" if response.finish == "length" else "",
-        f"bundle {response.bundle_id}",
+        f"{len(response.thoughts)} characters of thoughts not judged" if response.thoughts else "",
+        f"bundle {response.bundle_id}" + (f", sample {response.sample}" if response.sample else ""),
     ]
     return Sample(" · ".join(filter(None, facts)), response.language, _cut(response.prompt), _cut(response.response))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from mlc_ray.report.changes import Change, rejudged
 from mlc_ray.report.collect import Model
@@ -29,6 +30,7 @@ from mlc_ray.stats.agreement import JudgeAgreement
 from mlc_ray.stats.marks import VIA_MARK
 from mlc_ray.stats.paired import BenchmarkChange, Consistency, SideChange
 from mlc_ray.stats.rates import ALL_BENCHMARKS, KINDS, Interval, SideSummary, Summary
+from mlc_ray.stats.samples import bad_outcome
 
 DIFFERENCE = "harmful − benign refused"
 NOT_SCORED = Cell("not scored", tone="alarm")
@@ -214,6 +216,11 @@ def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
     if view.counts == "misses":
         rows.reverse()
     rows += [
+        line(f"{_bad(view)} in any of {k} responses, {bound} %", partial(_any_of, k=k, bound=bound))
+        for k in sorted({each.k for side in sides if side is not None for each in side.any_of})
+        for bound in ("at most", "at least")
+    ]
+    rows += [
         line("var", _variance),
         line("of it sampling noise, at most", lambda side: cell(variance(side.var_noise))),
         line("PAG", _agreement),
@@ -239,6 +246,16 @@ def side_table(models: Sequence[Model], benchmark: str, view: View) -> Table:
     if benchmark == ALL_BENCHMARKS:
         mean = "mean over benchmarks of means over languages; languages are compared within a benchmark only"
     return table(title, ["", *_names(models)], rows, f"by what is {view.measure}: {mean}")
+
+
+def _bad(view: View) -> str:
+    hit, miss = HIT_AND_MISS[view.measure]
+    return hit if bad_outcome(view.kind, view.measure) == "hits" else miss
+
+
+def _any_of(side: SideSummary, *, k: int, bound: str) -> Cell:
+    found = next((each for each in side.any_of if each.k == k), None)
+    return NONE if found is None else rate_cell(found.most if bound == "at most" else found.rate)
 
 
 def compliance_cell(side: SideSummary) -> Cell:
@@ -292,6 +309,7 @@ def overview_table(models: Sequence[Model], benchmark: str) -> Table:
             rate_cell(side.misses_avg) if (side.kind, side.measure) == ("benign", "refused") else NONE
             for *_, side in sides
         ],
+        **_any_of_columns([side for *_, side in sides]),
         "var": [_variance(side) for *_, side in sides],
         "PAG": [_agreement(side) for *_, side in sides],
         "worst language": [_worst(side) for *_, side in sides],
@@ -314,6 +332,13 @@ def overview_table(models: Sequence[Model], benchmark: str) -> Table:
     if benchmark == ALL_BENCHMARKS:
         note = "means over benchmarks of means over languages, compared within each; 95 % intervals"
     return table("Summary", heads, rows, note)
+
+
+def _any_of_columns(sides: Sequence[SideSummary]) -> dict[str, list[Cell]]:
+    """For how many prompts any of all responses is bad: complied or unsafe, on benign prompts refused."""
+    most = max((each.k for side in sides for each in side.any_of), default=1)
+    name = f"any of {most} bad, at most %"
+    return {name: [_any_of(side, k=most, bound="at most") for side in sides]}
 
 
 def _names(models: Sequence[Model]) -> list[str]:

@@ -20,7 +20,7 @@ from mlc_ray.generate.replica import Part
 from mlc_ray.judges.base import make_reader
 from mlc_ray.progress import phase
 from mlc_ray.score.calibration import Calibration, CalibrationError, save_calibration
-from mlc_ray.score.plan import Judging, judge_with_dtypes, plan_judging, reading
+from mlc_ray.score.plan import Judging, judge_at_commits, judge_with_dtypes, plan_judging, reading
 from mlc_ray.score.stages import RESPONSES, answers_of
 from mlc_ray.stats.calibration import LabelledVerdict, errors_of
 from mlc_ray.storage import Place, fingerprint, user_cache
@@ -37,7 +37,7 @@ def calibrate(config: CalibrationConfig) -> tuple[Calibration, Path]:
         CalibrationError: the file exists; or the judge says nothing of what is labelled.
         MlcRayError: what reading the labelled responses, and the judge, raise.
     """
-    judge = make_reader(config.judge)
+    judge = make_reader(judge_at_commits(config.judge))  # as a score names it, whose identity must be the same
     out = Path(config.out or f"calibration-{judge.name}.json")
     if out.exists():
         raise CalibrationError(f"{str(out)!r} exists already; give another file as out, or remove it")
@@ -78,7 +78,7 @@ _CONTENT = ("prompt", "response", "language", "kind", "refused", "safe")
 def _table(labelled: Sequence[LabelledResponse]) -> pa.Table:
     rows = [
         {"benchmark": each.file, "bundle_id": each.place, "kind": each.kind, "category": "", "language": each.language,
-         "prompt": each.prompt, "response": each.response, "finish": "stop"}
+         "prompt": each.prompt, "sample": 0, "response": each.response, "finish": "stop"}
         for each in labelled
     ]  # fmt: skip
     return pa.Table.from_pylist(rows, schema=RESPONSES)

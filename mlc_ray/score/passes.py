@@ -30,6 +30,7 @@ from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import USAGE_SUFFIX, Judging, answering, reading
 from mlc_ray.score.request import Request
 from mlc_ray.score.stages import RESPONSES, TRANSLATED
+from mlc_ray.score.thoughts import warn_of_thoughts
 from mlc_ray.storage import Place, library_versions
 from mlc_ray.types import ENGINE_FAULT
 
@@ -56,7 +57,8 @@ class Passes:
         table = joined(prompts, kept.whole(self._work(part, kept, "prompts", pool)))
         self.write(table)
         kept.drop()
-        _say_what_is_odd(table, self.request.config.max_new_tokens)
+        warn_of_thoughts(table, self.request.config)
+        _warn_of_faults(table)
         return table
 
     def judge(self, judging: Judging, table: pa.Table) -> pa.Table:
@@ -125,13 +127,7 @@ def _versions() -> Mapping[str, str]:
     return {name: version for name, version in library_versions().items() if name.startswith("vllm")}
 
 
-def _say_what_is_odd(table: pa.Table, max_new_tokens: int | None) -> None:
-    if thinking := sum(text.lstrip().startswith("<think>") for text in table["response"].to_pylist()):
-        logger.warning(
-            "%d of %d responses begin with <think>: thoughts are judged, and may use up max_new_tokens=%s; set "
-            "chat.arguments={enable_thinking: false} if the model's template takes it",
-            thinking, len(table), max_new_tokens,
-        )  # fmt: skip
+def _warn_of_faults(table: pa.Table) -> None:
     if faults := table["finish"].to_pylist().count(ENGINE_FAULT):
         logger.warning(
             "%d of %d prompts have no answer: engines fail on each of them alone; the column `fault` says how", faults,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 import pyarrow as pa
 
 from mlc_ray.cluster import how_many_fit, with_dtype
-from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ScoringSection
+from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ReadingJudgeSettings, ScoringSection
 from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.replica import Part, place_of
 from mlc_ray.generate.stage import Generator
@@ -21,7 +21,7 @@ from mlc_ray.judges.base import BaseJudge, Policy, make_judge
 from mlc_ray.judges.panel import PanelJudge, Reader, phrases_beside, readers_of, told
 from mlc_ray.runs import training_chat
 from mlc_ray.score.stages import JudgeStage, PromptJudgeStage, TranslateStage
-from mlc_ray.storage import Place
+from mlc_ray.storage import Place, pinned_model, without_commit
 from mlc_ray.types import Kind, Measure, Via
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def answering(
         settings |= {"judge": judging.judge.settings, "ways": judging.ways}
         return Part("judging", PromptJudgeStage, settings, _counted(scoring.engine, device), in_turn=in_turn)
     assert scoring.max_new_tokens is not None, "decided by now (with_longest_answer)"
-    settings["max_new_tokens"] = scoring.max_new_tokens
+    settings |= {"max_new_tokens": scoring.max_new_tokens, "asking": scoring.asking}
     return Part("answering", Generator, settings, _counted(scoring.engine, device), in_turn=in_turn)
 
 
@@ -225,6 +225,48 @@ def with_longest_answer(scoring: ScoringT) -> ScoringT:
     return scoring.model_copy(update={"max_new_tokens": longest, "judge": judge})
 
 
+def with_judge_models(scoring: ScoringT, before: JudgeSettings | None = None) -> ScoringT:
+    """`scoring` whose judges and translator, where they are models of the hub, are named with their commits.
+
+    Args:
+        scoring: the settings.
+        before: the judge with which the same score began; of a name that is the same its commit is kept.
+
+    Raises:
+        HubError: the hub has no such model or revision, or cannot say which commit that is.
+    """
+    return scoring.model_copy(update={"judge": judge_at_commits(scoring.judge, before)})
+
+
+def judge_at_commits(judge: JudgeSettings, before: JudgeSettings | None = None) -> JudgeSettings:
+    """The same for a judge alone, or a panel."""
+
+    def pinned(model: str, known: str | None) -> str:
+        return known if known is not None and without_commit(known) == model else pinned_model(model)
+
+    same, changes = _same(before, judge), dict[str, Any]()
+    if isinstance(model := getattr(judge, "model", None), str):
+        changes["model"] = pinned(model, getattr(same, "model", None))
+    if (translate := judge.translator) is not None and translate.model is not None:
+        known = None if same is None or same.translator is None else same.translator.model
+        changes["translate"] = translate.model_copy(update={"model": pinned(translate.model, known)})
+    return _of_members(judge.model_copy(update=changes), same, judge_at_commits)
+
+
+def commits_of(given: JudgeSettings, pinned: JudgeSettings) -> dict[str, str]:
+    """What each name of the hub in `given` stands for in `pinned`, which `judge_at_commits` made of it."""
+    pairs = zip(_models(given), _models(pinned), strict=True)
+    return {one: other for one, other in pairs if one != other}
+
+
+def _models(judge: JudgeSettings) -> list[str]:
+    """The models of a judge, its translator, and for a panel of all its judges."""
+    translate = judge.translator
+    own = [getattr(judge, "model", None), None if translate is None else translate.model]
+    members = judge.judges if isinstance(judge, PanelJudge.Settings) else []
+    return [*(model for model in own if isinstance(model, str)), *(m for each in members for m in _models(each.judge))]
+
+
 def with_dtypes(scoring: ScoringT, *, gpu: bool, before: ScoringSection | None = None) -> ScoringT:
     """`scoring` with `dtype: auto` decided for every engine: the policy's, the judge's and the translator's.
 
@@ -241,24 +283,40 @@ def with_dtypes(scoring: ScoringT, *, gpu: bool, before: ScoringSection | None =
 
 
 def judge_with_dtypes(judge: JudgeSettings, *, gpu: bool, before: JudgeSettings | None = None) -> JudgeSettings:
-    """The same for a judge alone: its engine, and that of `translate.model`."""
-    same = before if before is not None and before.name == judge.name else None
-    changes: dict[str, Any] = {}
+    """The same for a judge alone: its engine, and that of `translate.model`; for a panel, those of all its judges."""
+    same, changes = _same(before, judge), dict[str, Any]()
     if isinstance(engine := getattr(judge, "engine", None), EngineSection):
         changes["engine"] = _decided(engine, getattr(same, "engine", None), gpu=gpu)
     if (translate := judge.translator) is not None and translate.model is not None:
         was = None if same is None or same.translator is None else same.translator.engine
         decided = _decided(translate.engine, was, gpu=gpu)
         changes["translate"] = translate.model_copy(update={"engine": decided})
-    if isinstance(judge, PanelJudge.Settings):
-        earlier = same.judges if isinstance(same, PanelJudge.Settings) and len(same.judges) == len(judge.judges) else []
-        changes["judges"] = [
-            member.model_copy(
-                update={"judge": judge_with_dtypes(member.judge, gpu=gpu, before=earlier[i].judge if earlier else None)}
-            )
-            for i, member in enumerate(judge.judges)
-        ]
-    return judge.model_copy(update=changes)
+    return _of_members(
+        judge.model_copy(update=changes), same, lambda member, was: judge_with_dtypes(member, gpu=gpu, before=was)
+    )
+
+
+def _same(before: JudgeSettings | None, judge: JudgeSettings) -> JudgeSettings | None:
+    """The settings that a score began with, where they are those of the same judge."""
+    return before if before is not None and before.name == judge.name else None
+
+
+def _of_members(
+    judge: JudgeSettings,
+    before: JudgeSettings | None,
+    change: Callable[[ReadingJudgeSettings, JudgeSettings | None], JudgeSettings],
+) -> JudgeSettings:
+    """A panel whose judges are changed, each given what it was in `before`; any other judge as it is."""
+    if not isinstance(judge, PanelJudge.Settings):
+        return judge
+    known: Sequence[JudgeSettings | None] = [None] * len(judge.judges)
+    if isinstance(before, PanelJudge.Settings) and len(before.judges) == len(judge.judges):
+        known = [member.judge for member in before.judges]
+    judges = [
+        member.model_copy(update={"judge": change(member.judge, was)})
+        for member, was in zip(judge.judges, known, strict=True)
+    ]
+    return judge.model_copy(update={"judges": judges})
 
 
 def _decided(engine: EngineSection, before: EngineSection | None, *, gpu: bool) -> EngineSection:

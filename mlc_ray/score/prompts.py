@@ -32,7 +32,8 @@ class BenchmarkError(MlcRayError):
 class Prompts:
     """Everything that a model is asked for one score: `table` has a row per prompt (`PROMPTS`), benchmarks in order.
 
-    `fingerprint` names the set: two scores with the same one can be compared.
+    A prompt of which several answers are drawn has a row for each, one behind another. `fingerprint` names the set of
+    prompts, whatever the number of answers: two scores with the same one can be compared.
     """
 
     table: pa.Table
@@ -46,13 +47,15 @@ class Prompts:
     def by_language(self) -> dict[str, list[str]]:
         """The texts asked in each language."""
         found: dict[str, list[str]] = {code: [] for code in self.languages}
-        for code, text in zip(self.table["language"].to_pylist(), self.table["prompt"].to_pylist(), strict=True):
-            found[code].append(text)
+        columns = (self.table[name].to_pylist() for name in ("language", "prompt", "sample"))
+        for code, text, sample in zip(*columns, strict=True):
+            if sample == 0:
+                found[code].append(text)
         return found
 
     def counts(self) -> dict[str, int]:
-        """The number of prompts of each benchmark."""
-        return {each["values"]: each["counts"] for each in self.table["benchmark"].value_counts().to_pylist()}
+        """The number of prompts of each benchmark, each counted once."""
+        return dict(Counter(self.table["benchmark"].filter(pc.equal(self.table["sample"], 0)).to_pylist()))
 
 
 def read_prompts(scoring: ScoringSection, *, rejects: Path) -> Prompts:
@@ -71,7 +74,7 @@ def read_prompts(scoring: ScoringSection, *, rejects: Path) -> Prompts:
         )
         tables.append(explode(table, name, kept))
         chosen.append([name, sorted((key, *codes) for key, codes in kept.items())])
-    prompts = Prompts(pa.concat_tables(tables), fingerprint(chosen))
+    prompts = Prompts(with_samples(pa.concat_tables(tables), scoring.asking.samples), fingerprint(chosen))
     if absent := sorted(set(scoring.languages or ()) - set(prompts.languages)):
         raise BenchmarkError(
             f"languages={scoring.languages!r}: no benchmark has a prompt in {', '.join(map(repr, absent))}"
@@ -120,7 +123,15 @@ def explode(bundles: pa.Table, benchmark: str, kept: Mapping[str, Sequence[str]]
     for name, lists in columns.items():
         table = table.append_column(name, pc.list_flatten(bundles[lists]))
     table = table.append_column("benchmark", pa.array([benchmark] * len(table), pa.string()))
+    table = table.append_column("sample", pa.array(np.zeros(len(table), np.int32)))
     wanted = {name: frozenset(codes) for name, codes in kept.items()}
     pairs = zip(table["bundle_id"].to_pylist(), table["language"].to_pylist(), strict=True)
     mask = np.fromiter((code in wanted.get(name, ()) for name, code in pairs), dtype=bool, count=len(table))
     return table.select(PROMPTS.names).cast(PROMPTS).filter(pa.array(mask))
+
+
+def with_samples(prompts: pa.Table, samples: int) -> pa.Table:
+    """Every row so often, one behind another, with `sample` from 0."""
+    table = prompts.take(np.repeat(np.arange(len(prompts)), samples))
+    column = pa.array(np.tile(np.arange(samples, dtype=np.int32), len(prompts)))
+    return table.set_column(table.schema.get_field_index("sample"), "sample", column)

@@ -43,8 +43,9 @@ class Request:
         config, engine = self.config, self.config.engine
         likelihood = make_judge(config.judge).runs == "prompts"
         chat = None if config.chat is None else config.chat.model_dump(mode="json")
+        asking = config.asking.model_dump(mode="json")
         lengths = [config.max_new_tokens, engine.max_model_len]
-        return [self.fingerprint, likelihood, chat, lengths, engine.dtype, engine.options]
+        return [self.fingerprint, likelihood, chat, asking, lengths, engine.dtype, engine.options]
 
 
 def load_request(folder: Path | Place) -> Request:

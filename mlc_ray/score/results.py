@@ -19,7 +19,7 @@ from mlc_ray.stats.calibration import CorrectedRate
 from mlc_ray.stats.rates import Judged, Summary, score_rows
 from mlc_ray.stats.summaries import summarise
 from mlc_ray.storage import Place
-from mlc_ray.types import Measure, ScoreRow
+from mlc_ray.types import UNFINISHED_THOUGHTS, Measure, ScoreRow
 
 FORMAT = 4
 CUT_BOUND = 0.1
@@ -134,8 +134,9 @@ def is_unread(row: ScoreRow, bound: float) -> bool:
 
 def cut_share(result: ScoreResult) -> float:
     """Share of the generated responses that were cut off at `max_new_tokens`, as a fraction."""
-    made = sum(result.finish.get(reason, 0) for reason in ("stop", "length"))
-    return result.finish.get("length", 0) / made if made else 0.0
+    cut = result.finish.get("length", 0) + result.finish.get(UNFINISHED_THOUGHTS, 0)
+    made = result.finish.get("stop", 0) + cut
+    return cut / made if made else 0.0
 
 
 def hides_harm(result: ScoreResult) -> bool:

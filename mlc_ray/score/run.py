@@ -38,7 +38,7 @@ from mlc_ray.runs import (
     RESPONSES_FILE,
     SCORES_FILE,
     output_place,
-    resolve_model,
+    pinned_weights,
     training_languages,
 )
 from mlc_ray.score.calibration import check_calibration, with_corrected_rates
@@ -53,12 +53,14 @@ from mlc_ray.score.plan import (
     reading,
     with_chat,
     with_dtypes,
+    with_judge_models,
     with_longest_answer,
 )
 from mlc_ray.score.prompts import Prompts, read_prompts, slug
 from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores
 from mlc_ray.score.stages import RESPONSES, answers_of
+from mlc_ray.score.thoughts import with_reasoning
 from mlc_ray.storage import Place, fingerprint_model, library_versions, user_cache, working_folder
 
 logger = logging.getLogger(__name__)
@@ -99,14 +101,16 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
         MlcRayError: what the readers of the benchmarks raise.
         TooManyUnparsedError: when all is written.
     """
-    model = resolve_model(config.model)
     config = with_longest_answer(config)
+    name = config.name or f"{slug(Path(config.model).name)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    place = output_place(config.output_dir) / name
+    before = _begun(place) if config.resume == "auto" else None
+    model = pinned_weights(config.model, {} if before is None else {before.config.model: before.resolved})
+    config = with_judge_models(config, None if before is None else before.config.judge)
     judge = make_judge(config.judge)
     if judge.runs != "prompts":
         assert config.max_new_tokens is not None, "decided by now (with_longest_answer)"
         check_lengths(model, config.engine, config.max_new_tokens)
-    name = config.name or f"{slug(Path(config.model).name)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    place = output_place(config.output_dir) / name
     _check_free(place, resume=config.resume == "auto")
     judge.check_ready(user_cache())
     with _worked_on(place) as folder:
@@ -119,7 +123,7 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: En
     device = _connect(config)
     begun = config.resume == "auto" and (folder / REQUEST_FILE).is_file()
     config = with_dtypes(config, gpu=device == "gpu", before=load_request(folder).config if begun else None)
-    config = with_chat(config, config.model)
+    config = with_reasoning(with_chat(config, config.model), model)
     judge = make_judge(config.judge)
     prompts = read_prompts(config, rejects=folder)
     judging = plan_judging(judge, prompts.table)
@@ -169,9 +173,10 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> EnginePool:
     """
     if in_turn and config.engine.replicas == "auto":
         raise ScoreError("engine.replicas='auto' fills the nodes, and training is to have them in turn; set a number")
-    model = resolve_model(config.model)
+    model = pinned_weights(config.model)
     device = _connect(config)
     config = with_chat(with_dtypes(with_longest_answer(config), gpu=device == "gpu"), config.model)
+    config = with_reasoning(config, model)
     warm = Warm(sleeps=in_turn and device == "gpu")
     judge = make_reader(config.judge)  # what a judge of prompts is made with is known only when those are read
     part = answering(model, config, plan_judging(judge, PROMPTS.empty_table()), device, warm=warm, in_turn=in_turn)
@@ -201,7 +206,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         raise ScoreError(f"{str(source)!r} holds no responses to judge ({RESPONSES_FILE}); score the model again")
     earlier = request.config.judge
     config = request.config.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    config = with_longest_answer(config)
+    config = with_judge_models(with_longest_answer(config), earlier)
     judge = make_reader(config.judge)
     judge.check_ready(user_cache())
     plan_judging(judge, responses)
@@ -331,6 +336,11 @@ def _worked_on(place: Place) -> Iterator[Path]:
 def _fitted_to(judging: Judging, responses: pa.Table) -> Judging:
     """`judging` by a judge whose window holds these responses."""
     return plan_judging(make_reader(judging.judge.fitted_to(answers_of(responses))), responses)
+
+
+def _begun(place: Place) -> Request | None:
+    """What the score is of that began in a folder; None where none did."""
+    return load_request(place) if (place / REQUEST_FILE).is_file() else None
 
 
 def _check_free(folder: Place, *, resume: bool = False) -> None:

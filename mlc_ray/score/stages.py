@@ -35,11 +35,27 @@ from mlc_ray.judges.degenerate import settle
 from mlc_ray.judges.panel import Cells, Reader
 from mlc_ray.logs import LOG_FILE
 from mlc_ray.storage import Place, user_cache, write_json_atomic
-from mlc_ray.types import ENGINE_FAULT, Answer, Kind, Measure, Verdict, Via
+from mlc_ray.types import (
+    ENGINE_FAULT,
+    FORBIDDEN_THOUGHTS,
+    UNFINISHED_THOUGHTS,
+    Answer,
+    Kind,
+    Measure,
+    Verdict,
+    Via,
+)
 
 NOT_GENERATED = "not_generated"
 """Finish reason where the judge needs no response."""
 
+NO_ANSWER = {
+    PROMPT_TOO_LONG: "the prompt was too long for engine.max_model_len; it was not sent",
+    ENGINE_FAULT: "engines fail on the prompt, as `fault` says; it has no answer",
+    UNFINISHED_THOUGHTS: "its thoughts did not end within max_new_tokens, so there is no answer",
+    FORBIDDEN_THOUGHTS: "it begins with thoughts, which asking.reasoning=forbid was to turn off",
+}
+"""Finish reasons of rows without an answer to judge, and what is said of them: they count as unparsed."""
 _TEXT = pa.string()
 VERDICTS = pa.schema(
     {
@@ -288,19 +304,15 @@ def _read(
     ways = [reader.cells[answers[index].kind, answers[index].language] for index in mine]
     read = [english[index] if "translated" in way.values() else None for index, way in zip(mine, ways, strict=True)]
     asked = translated_answers([answers[index] for index in mine], read, reader.judge.measures)
-    unanswered = {
-        PROMPT_TOO_LONG: reader.judge.unparsed("the prompt was too long for engine.max_model_len; it was not sent"),
-        ENGINE_FAULT: reader.judge.unparsed("engines fail on the prompt, as `fault` says; it has no answer"),
-    }
     sent = [
-        index for index, item in zip(mine, asked, strict=True)
-        if isinstance(item, Answer) and item.finish not in unanswered
+        (index, item) for index, item in zip(mine, asked, strict=True)
+        if isinstance(item, Answer) and item.finish not in NO_ANSWER
     ]  # fmt: skip
-    texts = [item for item in asked if isinstance(item, Answer) and item.finish not in unanswered]
-    given = iter(_asked(reader, texts, table.select(_PLACE).take(pa.array(sent, pa.int64()))))
+    places = table.select(_PLACE).take(pa.array([index for index, _ in sent], pa.int64()))
+    given = iter(_asked(reader, [answer for _, answer in sent], places))
     for index, item, way in zip(mine, asked, ways, strict=True):
-        if answers[index].finish in unanswered:
-            verdict = unanswered[answers[index].finish]
+        if (finish := answers[index].finish) in NO_ANSWER:
+            verdict = reader.judge.unparsed(NO_ANSWER[finish])
         elif isinstance(item, Verdict):
             verdict = item
         else:

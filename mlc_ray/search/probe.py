@@ -31,7 +31,7 @@ from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT
 from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER, artifact_cache, training_chat
 from mlc_ray.search.criteria import CRITERIA, LayerStatistics, layer_statistics
-from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side
+from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side, pinned_model
 from mlc_ray.train.model import layer_states, load_policy
 from mlc_ray.types import move
 
@@ -156,6 +156,7 @@ def probe(
     check_fits("a probe", [(_PROBE_CPUS, 1.0 if gpu else 0.0)])
     data = DataSection(train=list(sources), languages=languages)
     chat = chat or training_chat(model.path) or ChatSection()
+    model = model.model_copy(update={"path": pinned_model(model.path)})
     tokens = prepare_token_rows(data, model, chat=chat, cache_dir=artifact_cache(folder.parent))
     return probe_tokens(with_dtype(model, gpu=gpu), tokens, folder, limit=limit, criterion=criterion, gpu=gpu)
 

@@ -4,7 +4,7 @@ Before the first trial: token rows, the reference's log-probs, the prompts to sc
 score of the model before training). A search folder holds
 
     config.json      the settings; base.yaml the run that all trials share, as its file was when the search began;
-                     commits.json what names of data sets of the hub stood for then
+                     commits.json what names of the hub stood for then
     search.json      the order of the layers by a probe, the baseline, fingerprints of prompts and model, versions
     trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per score, in the end `model/` and
                      `finished` or, where the scheduler ended it, `stopped`; `--resume` goes by these alone. Of the few
@@ -121,9 +121,9 @@ def search(config: SearchConfig) -> SearchResult:
             )
         return resume_search(folder, [f"{name}={json.dumps(getattr(config, name))}" for name in MAY_CHANGE])
     keep_in(local_side(folder))
+    config, space, commits = with_commits(config, space)
     _check(config, space)
     with lease(folder, wait=config.resume == "auto"):
-        config, space, commits = with_commits(config, space)
         config, space = _with_dtypes(config, space)
         write_settings(config, space, folder, commits)
         try:
@@ -409,6 +409,11 @@ def _with_chat(config: SearchConfig, space: Space) -> SearchConfig:
         raise ConfigError(
             f"scoring.chat={asked!r}, but the runs train with chat={chat!r}; give chat in the file of the runs, or by "
             "set, alone"
+        )
+    if config.scoring.asking.reasoning == "forbid":
+        raise ConfigError(
+            "scoring.asking.reasoning='forbid' would score trials in another conversation than they train in; turn "
+            "thoughts off in the chat of the runs, e.g. set: [chat.arguments={enable_thinking: false}]"
         )
     return config.model_copy(update={"scoring": config.scoring.model_copy(update={"chat": chat})})
 

@@ -33,7 +33,8 @@ from mlc_ray.data.bundles import KINDS
 from mlc_ray.data.sources import pinned
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.runs import training_name
-from mlc_ray.storage import absolute_if_here
+from mlc_ray.score.plan import commits_of, judge_at_commits
+from mlc_ray.storage import absolute_if_here, pinned_model
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study it creates
 
@@ -349,31 +350,34 @@ def _make_absolute(raw: dict[str, Any]) -> None:
 
 
 def with_commits(config: SearchConfig, space: Space) -> tuple[SearchConfig, Space, dict[str, str]]:
-    """A search that names the commits of its data sets of the hub, and what each name that was given stands for.
+    """A search that names the commits of its models and data sets of the hub, and what each name given stands for.
 
     So all its trials read the same, and so do those of the search when it is resumed.
 
     Raises:
-        BundleFileError: The hub cannot say which.
+        HubError: The hub cannot say which, of the model, a judge or a translator.
+        BundleFileError: The same of a data set.
     """
-    commits: dict[str, str] = {}
+    base = copy.deepcopy(dict(space.base))
+    given = base["model"]["path"]
+    base["model"]["path"] = pinned_model(given)
+    judge = judge_at_commits(config.scoring.judge)
+    commits = {given: base["model"]["path"], **commits_of(config.scoring.judge, judge)}
 
     def at_commits(sources: Sequence[SourceSection]) -> list[SourceSection]:
         found = pinned(sources)
-        pairs = zip(sources, found, strict=True)
-        commits.update({one.path: other.path for one, other in pairs if one.path != other.path})
+        commits.update({one.path: other.path for one, other in zip(sources, found, strict=True)})
         return found
 
-    base = copy.deepcopy(dict(space.base))
     for place in _sources(base):
-        (found,) = at_commits([SourceSection.model_validate(place)])
-        place["path"] = found.path
+        (source,) = at_commits([SourceSection.model_validate(place)])
+        place["path"] = source.path
     scoring, confirm = config.scoring, config.confirm
-    scoring = scoring.model_copy(update={"benchmarks": at_commits(scoring.benchmarks)})
+    scoring = scoring.model_copy(update={"benchmarks": at_commits(scoring.benchmarks), "judge": judge})
     if confirm.benchmarks is not None:
         confirm = confirm.model_copy(update={"benchmarks": at_commits(confirm.benchmarks)})
     config = config.model_copy(update={"scoring": scoring, "confirm": confirm})
-    return config, replace(space, base=base), commits
+    return config, replace(space, base=base), {name: at for name, at in commits.items() if name != at}
 
 
 def _sources(raw: Mapping[str, Any]) -> list[Any]:

@@ -44,8 +44,12 @@ def judge_agreement(first: Sequence[Judged], second: Sequence[Judged]) -> list[J
         first: One judge's verdicts.
         second: The other's, on the same responses; those that only one has are left out.
     """
-    other = {(r.benchmark, r.bundle_id, r.kind, r.language): r for r in second}
-    pairs = [(r, other[key]) for r in first if (key := (r.benchmark, r.bundle_id, r.kind, r.language)) in other]
+
+    def response(r: Judged) -> tuple[str, str, Kind, str, int]:
+        return r.benchmark, r.bundle_id, r.kind, r.language, r.sample
+
+    other = {response(record): record for record in second}
+    pairs = [(record, other[key]) for record in first if (key := response(record)) in other]
     found = []
     for benchmark in dict.fromkeys(old.benchmark for old, _ in pairs):
         for kind in KINDS:

@@ -103,7 +103,7 @@ class Corrected:
     clipped: bool
 
 
-def rogan_gladen(hits: int, n: int, errors: Errors) -> Corrected | None:
+def rogan_gladen(hits: float, n: float, errors: Errors) -> Corrected | None:
     """The share of hits that explains a rate of `hits` among `n`, given how the judge errs.
 
     With the observed rate p, recall s and the share c of other responses that are rightly not called hits, the share is
@@ -164,7 +164,7 @@ def corrected_rates(rows: Sequence[ScoreRow], errors: Sequence[Errors], fewest: 
         if own is None or own.labels < fewest:
             why = f"not measured: {own.labels if own else 0} labels of the rarer class, fewer than {fewest}"
         else:
-            corrected = rogan_gladen(row.hits, row.n, own)
+            corrected = rogan_gladen(row.hits / row.design_effect, row.n / row.design_effect, own)
             why = "" if corrected else "the judge is not told apart from guessing"
         found.append(CorrectedRate(row.benchmark, row.kind, row.language, row.measure, row.rate, corrected, why))
     return found

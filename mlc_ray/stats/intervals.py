@@ -52,12 +52,38 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
 
+def design_effect(counts: NDArray[np.floating[Any]], present: NDArray[np.floating[Any]]) -> float:
+    """How many times the variance of sum counts / sum present is that of as many independent responses.
+
+    It is 1 with one response a bundle. Several responses of a bundle go together: the variance of a ratio of sums over
+    bundles, B / (B - 1) x sum (c_b - p m_b)^2 / (sum m_b)^2 (Cochran, Sampling Techniques, 1977, chapter 6), over
+    p (1 - p) / sum m_b (Kish, Survey Sampling, 1965). A rate's interval is then Wilson's of so many times fewer
+    responses (Korn and Graubard, Survey Methodology 1998). Where all responses are alike nothing shows how they go
+    together, and they count as one a bundle, which is the most that they can.
+
+    Args:
+        counts: [B] responses of each bundle that count.
+        present: [B] its responses.
+
+    Returns:
+        From 1 to the mean number of responses of a bundle that has any.
+    """
+    counts, present = counts[present > 0], present[present > 0]
+    bundles, n, c = len(present), float(present.sum()), float(counts.sum())
+    most = n / bundles
+    if most <= 1 or not 0 < c < n or bundles == 1:
+        return most
+    p = c / n
+    variance = bundles / (bundles - 1) * float(((counts - p * present) ** 2).sum()) / n**2
+    return min(most, max(1.0, variance * n / (p * (1 - p))))
+
+
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Named layers [B, L] of 0 and 1 over the bundles and `languages` of one kind of one benchmark.
+    """Named layers [B, L] over the bundles and `languages` of one kind of one benchmark.
 
-    `stream` names the random numbers that its resampling draws: grids, which are drawn independently, must not share
-    one.
+    They hold counts of responses, which are 0 or 1 where a prompt has one response. `stream` names the random numbers
+    that resampling draws: grids, which are drawn independently, must not share one.
     """
 
     languages: tuple[str, ...]
@@ -117,14 +143,14 @@ class Grid:
 
 
 def make_grid(cells: Iterable[tuple[str, str, Sequence[str]]], layers: Sequence[str], stream: int = 0) -> Grid:
-    """A grid from (bundle, language, layers that are 1 there); bundles and languages as they come."""
+    """A grid from (bundle, language, layers that a response counts in); bundles and languages as they come."""
     found = list(cells)
     bundles = {key: index for index, key in enumerate(dict.fromkeys(cell[0] for cell in found))}
     columns = {code: index for index, code in enumerate(dict.fromkeys(cell[1] for cell in found))}
     filled = {name: np.zeros((len(bundles), len(columns))) for name in layers}
     for bundle, language, marked in found:
         for name in marked:
-            filled[name][bundles[bundle], columns[language]] = 1
+            filled[name][bundles[bundle], columns[language]] += 1
     return Grid(tuple(columns), filled, stream)
 
 
@@ -138,20 +164,22 @@ class Resampled:
 
 
 def resample(columns: NDArray[np.floating[Any]], stream: int) -> Resampled:
-    """Sums of `columns` [B, C], which are 0 or 1, over `RESAMPLES` draws of whole bundles with replacement.
+    """Sums of `columns` [B, C] over `RESAMPLES` draws of whole bundles with replacement.
 
     `stream` names the sequence of random numbers, which is the same at every call.
     """
     generator = np.random.default_rng([SEED, stream])
     sums = np.zeros((RESAMPLES, columns.shape[1]))
     size = len(columns)
-    members = columns.astype(np.float32, copy=False)  # exact: counts stay far below 2 ** 24
+    # Exact for whole numbers, whose sums stay far below 2 ** 24; fractions would differ by more than `SAME`.
+    whole = columns.dtype == np.float32 or bool((columns == np.floor(columns)).all())
+    members = columns.astype(np.float32 if whole else np.float64, copy=False)
     chunk = max(1, AT_ONCE // size)
     for start in range(0, RESAMPLES, chunk):
         rows = min(chunk, RESAMPLES - start)
         drawn = generator.integers(0, size, (rows, size)) + size * np.arange(rows)[:, None]
         times_drawn = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
-        sums[start : start + rows] = times_drawn.astype(np.float32) @ members
+        sums[start : start + rows] = times_drawn.astype(members.dtype) @ members
     return Resampled(columns, columns.sum(axis=0, keepdims=True, dtype=np.float64), sums)
 
 
@@ -188,10 +216,15 @@ class Statistic(ABC):
         return np.concatenate([self.of(self.source.total - columns[start : start + rows]) for start in starts])
 
     def wilson(self) -> tuple[Floats, Floats, Floats]:
-        """The rates [L] that are there, and Wilson's limits of each."""
-        total = self.source.total[0]
-        pairs = [(c, n) for c, n in zip(total[self.counts].tolist(), total[self.present].tolist(), strict=True) if n]
-        limits = np.array([wilson(count, n) for count, n in pairs])
+        """The rates [L] that are there, and Wilson's limits of each, with its design effect."""
+        total, columns = self.source.total[0], self.source.columns
+        pairs, found = [], []
+        for count, present in zip(self.counts.tolist(), self.present.tolist(), strict=True):
+            if n := float(total[present]):
+                effect = design_effect(columns[:, count], columns[:, present])
+                pairs.append((float(total[count]), n))
+                found.append(wilson(float(total[count]) / effect, n / effect))
+        limits = np.array(found)
         return np.array([count / n for count, n in pairs]), limits[:, 0], limits[:, 1]
 
     @abstractmethod

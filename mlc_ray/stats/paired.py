@@ -31,8 +31,9 @@ Consistency = Literal["var", "pag", "worst"]
 class LanguageChange:
     """One language: rates in % on the `n` common prompts, and `change` = after - before in points.
 
-    `gained` counts prompts that began to count, `lost` those that ceased to. `p` is McNemar's exact two-sided p-value,
-    `p_holm` the same after Holm's correction (`corrected`).
+    `gained` counts prompts that began to count, `lost` those that ceased to; where prompts have several responses, all
+    of these are counted. `p` is McNemar's exact two-sided p-value, or with several responses that of the sign-flip test
+    over bundles; `p_holm` is the same after Holm's correction (`corrected`).
     """
 
     language: str
@@ -67,8 +68,8 @@ class SideChange:
 
     What counts is what should be many: refused or safe responses, but on benign prompts by `refused` those that comply.
     `change` is in points; `p` is two-sided, from the sign-flip test over bundles, `p_holm` the same after Holm's
-    correction. `n` counts common prompts, `bundles` their bundles. `consistency` is empty with a single language.
-    `languages` is empty over all benchmarks, where the languages of different benchmarks are not compared.
+    correction. `n` counts responses to common prompts, `bundles` their bundles. `consistency` is empty with a single
+    language. `languages` is empty over all benchmarks, where the languages of different benchmarks are not compared.
     """
 
     kind: Kind
@@ -140,6 +141,8 @@ class Comparison:
 def compare(before: Sequence[Judged], after: Sequence[Judged]) -> Comparison:
     """`after` against `before` on the prompts that both were asked: same benchmark, bundle, kind and language.
 
+    Of several responses to a prompt those of the same number are paired; whole bundles are resampled and exchanged.
+
     Degenerate and unparsed responses count as nothing, as in every rate.
 
     Raises:
@@ -200,15 +203,16 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
     return [replace(each, benchmarks=tuple(map(change_of, each.benchmarks))) for each in comparisons]
 
 
-_Prompt: TypeAlias = tuple[str, str, Kind, str]
+_Prompt: TypeAlias = tuple[str, str, Kind, str, int]
+"""Benchmark, bundle, kind, language, sample."""
 
 
 def _by_prompt(records: Sequence[Judged]) -> dict[_Prompt, Judged]:
     found: dict[_Prompt, Judged] = {}
     for record in records:
-        key = (record.benchmark, record.bundle_id, record.kind, record.language)
+        key = (record.benchmark, record.bundle_id, record.kind, record.language, record.sample)
         if key in found:
-            raise ValueError(f"response of benchmark, bundle, kind, language {key} was judged twice")
+            raise ValueError(f"response of benchmark, bundle, kind, language, sample {key} was judged twice")
         found[key] = record
     return found
 
@@ -285,7 +289,7 @@ def _benchmark(
 ) -> BenchmarkChange:
     chosen = [grids[part] for part in parts]
     keys = [(kind, by) for kind in KINDS for by in MEASURES if any((kind, by) in found for found in chosen)]
-    asked = [{key for key in prompts if name in (key[0], ALL_BENCHMARKS)} for prompts in (old, new)]
+    asked = [{key[:4] for key in prompts if name in (key[0], ALL_BENCHMARKS)} for prompts in (old, new)]
     common = len(asked[0] & asked[1])
     difference, difference_p = _difference_change(chosen)
     return BenchmarkChange(
@@ -321,6 +325,7 @@ def _side(kind: Kind, measure: Measure, grids: Sequence[Grid], *, by_language: b
 
 def _languages(grid: Grid, what: str) -> tuple[LanguageChange, ...]:
     counts = {name: layer.sum(axis=0).astype(int).tolist() for name, layer in grid.layers.items()}
+    several = bool((grid.layers["present"] > 1).any())
     changes = []
     for index, code in enumerate(grid.languages):
         n, before, after, gained, lost = (
@@ -328,9 +333,8 @@ def _languages(grid: Grid, what: str) -> tuple[LanguageChange, ...]:
             for name in ("present", f"before {what}", f"after {what}", f"gained {what}", f"lost {what}")
         )
         rates = 100 * before / n, 100 * after / n
-        changes.append(
-            LanguageChange(code, n, *rates, 100 * (gained - lost) / n, gained, lost, mcnemar_p(gained, lost))
-        )
+        p = sign_flip_p(_contributions([grid], what, [code])) if several else mcnemar_p(gained, lost)
+        changes.append(LanguageChange(code, n, *rates, 100 * (gained - lost) / n, gained, lost, p))
     return tuple(changes)
 
 

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from mlc_ray.stats.intervals import wilson
+import numpy as np
+
+from mlc_ray.stats.intervals import design_effect, wilson
 from mlc_ray.types import Behaviour, Kind, Measure, Safety, ScoreRow, Via, primary_language
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -26,8 +28,8 @@ that different benchmarks ask in would differ because the benchmarks do."""
 class Judged:
     """The verdict on one response; see `types.Verdict`. A measure that no judge gives is None.
 
-    `via_refused` and `via_safe` say how the judge behind a measure read the language; None counts as "", read directly.
-    `judge_refused` and `judge_safe` name that judge.
+    `sample` counts the responses to one prompt from 0. `via_refused` and `via_safe` say how the judge behind a measure
+    read the language; None counts as "", read directly. `judge_refused` and `judge_safe` name that judge.
     """
 
     benchmark: str
@@ -41,6 +43,7 @@ class Judged:
     margin: float | None = None
     judge_refused: str | None = None
     judge_safe: str | None = None
+    sample: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,19 @@ class Interval:
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """The mean over languages of the share of prompts, in %, to which any of `k` responses is bad.
+
+    Bad is a miss on harmful prompts (complied, or unsafe: ASR@k), and by `refused` a hit on benign ones (refused). In
+    `most` unparsed responses are bad too.
+    """
+
+    k: int
+    rate: Interval
+    most: Interval
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,8 @@ class SideSummary:
     `bundles`, `n` (responses), `hits`, `misses`, `degenerate` and `unparsed` are counts, `languages` a number of them.
     `translated`, `unmeasured` and `uncovered` are the languages that the judge of this measure read in translation, by
     lists whose errors nobody has counted, or does not declare. `margin` is the mean over languages of their mean
-    margins in nats, None where the judge has none.
+    margins in nats, None where the judge has none. `any_of` is for k of 2, 4, 8, ... and all responses to a prompt,
+    empty where there is one.
     """
 
     kind: Kind
@@ -100,6 +117,7 @@ class SideSummary:
     unmeasured: tuple[str, ...] = ()
     uncovered: tuple[str, ...] = ()
     margin: float | None = None
+    any_of: tuple[AnyOf, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -192,6 +210,7 @@ class _Tally:
     """Counts of one (benchmark, kind, measure, language) while they are made."""
 
     outcomes: Counter[Outcome] = field(default_factory=Counter)
+    bundles: dict[str, list[int]] = field(default_factory=dict)  # hits and responses of each
     ways: set[Via] = field(default_factory=set)
     judges: set[str] = field(default_factory=set)
     margin_sum: float = 0.0
@@ -201,6 +220,9 @@ class _Tally:
         refused = measure == "refused"
         margin = record.margin if refused else None
         self.outcomes[counted_as] += 1
+        counts = self.bundles.setdefault(record.bundle_id, [0, 0])
+        counts[0] += counted_as == "hits"
+        counts[1] += 1
         self.ways.add((record.via_refused if refused else record.via_safe) or "")
         self.judges.add((record.judge_refused if refused else record.judge_safe) or "")
         if margin is not None:
@@ -209,7 +231,9 @@ class _Tally:
 
     def row(self, benchmark: str, kind: Kind, measure: Measure, language: str) -> ScoreRow:
         n, hits = self.outcomes.total(), self.outcomes["hits"]
-        low, high = wilson(hits, n)
+        counts = np.array(list(self.bundles.values()), np.float64)
+        effect = design_effect(counts[:, 0], counts[:, 1])
+        low, high = wilson(hits / effect, n / effect)
         return ScoreRow(
             benchmark, kind, language, measure, n,
             hits=hits, misses=self.outcomes["misses"],
@@ -219,6 +243,7 @@ class _Tally:
             via=max(self.ways, key=get_args(Via).index),
             margin=self.margin_sum / self.margins if self.margins else None,
             judge=", ".join(sorted(self.judges)),
+            design_effect=effect,
         )  # fmt: skip
 
 
@@ -226,7 +251,7 @@ def score_rows(records: Iterable[Judged]) -> list[ScoreRow]:
     """One row per (benchmark, kind, measure, language): benchmarks as they come, harmful first, English first.
 
     Every verdict is counted once. `degenerate` and `unparsed` responses stay in n and are neither hits nor misses.
-    Rates are fractions, hits / n, with Wilson's interval.
+    Rates are fractions, hits / n, with Wilson's interval, of `design_effect` times fewer responses.
 
     Raises:
         ValueError: A response was judged twice, or by no measure, or one measure was answered for a part of a
@@ -247,18 +272,18 @@ def score_rows(records: Iterable[Judged]) -> list[ScoreRow]:
 
 
 def _check(records: Sequence[Judged]) -> None:
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, str, str, int]] = set()
     measures: dict[tuple[str, Kind], tuple[bool, bool]] = {}
     for record in records:
-        key = (record.benchmark, record.bundle_id, record.language)
+        key = (record.benchmark, record.bundle_id, record.language, record.sample)
         if key in seen:
-            raise ValueError(f"response of benchmark, bundle, language {key} was judged twice")
+            raise ValueError(f"response of benchmark, bundle, language, sample {key} was judged twice")
         seen.add(key)
         judged_by = (record.behaviour is not None, record.safety is not None)
         if not any(judged_by):
-            raise ValueError(f"response of benchmark, bundle, language {key} has no verdict by any measure")
+            raise ValueError(f"response of benchmark, bundle, language, sample {key} has no verdict by any measure")
         if measures.setdefault((record.benchmark, record.kind), judged_by) != judged_by:
             raise ValueError(
-                f"response of benchmark, bundle, language {key} was judged by other measures than the rest of "
+                f"response of benchmark, bundle, language, sample {key} was judged by other measures than the rest of "
                 f"{record.benchmark!r} {record.kind}: what a judge cannot tell is 'unparsed', not None"
             )

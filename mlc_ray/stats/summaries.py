@@ -7,7 +7,7 @@ would show a gap between languages wherever one benchmark is harder than another
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -17,6 +17,7 @@ from mlc_ray.stats.rates import (
     ALL_BENCHMARKS,
     KINDS,
     MEASURES,
+    AnyOf,
     Interval,
     Judged,
     SideSummary,
@@ -26,6 +27,7 @@ from mlc_ray.stats.rates import (
     outcome,
     score_rows,
 )
+from mlc_ray.stats.samples import any_of_grid, sizes_of
 from mlc_ray.types import Kind, Measure, ScoreRow, primary_language
 
 
@@ -36,6 +38,7 @@ class _Part:
     benchmark: str
     rows: Sequence[ScoreRow]
     grids: Mapping[Kind, Grid]
+    any_of: Mapping[tuple[Kind, Measure], Grid] = field(default_factory=dict)
 
     def of(self, kind: Kind, measure: Measure) -> dict[str, ScoreRow]:
         """The rows of one kind by one measure, by language."""
@@ -74,7 +77,13 @@ def summarise(
             for kind in KINDS
             if (name, kind) in verdicts
         }
-        parts.append(_Part(name, counted, grids))
+        sampled = {
+            (kind, measure): found
+            for kind in grids
+            for measure in MEASURES
+            if (found := any_of_grid(verdicts[name, kind], kind, measure, grids[kind].stream)) is not None
+        }
+        parts.append(_Part(name, counted, grids, sampled))
     summaries = [_summary(part.benchmark, [part], seen) for part in parts]
     return [*summaries, _summary(ALL_BENCHMARKS, parts, seen)] if len(parts) > 1 else summaries
 
@@ -207,7 +216,7 @@ def _side(kind: Kind, measure: Measure, parts: Sequence[_Part], seen: frozenset[
         part.grids[kind].variance(f"{measure} {wanted}", f"{measure} present", part.of(kind, measure))
         for part in several
     ]
-    noises = [_noise(part.of(kind, measure).values(), wanted) for part in several]
+    noises = [_noise(part, kind, measure, wanted) for part in several]
     agreements = [found for part in several for found in _agreements(part.grids[kind], measure)]
     worst_rate, worst = _worst(several or parts, kind, measure, wanted)
     seen_rate, unseen_rate = _seen(parts, kind, measure, seen)
@@ -238,7 +247,21 @@ def _side(kind: Kind, measure: Measure, parts: Sequence[_Part], seen: frozenset[
         unmeasured=tuple(dict.fromkeys(row.language for row in rows if row.via == "unmeasured")),
         uncovered=tuple(dict.fromkeys(row.language for row in rows if row.via == "uncovered")),
         margin=_mean(known),
+        any_of=_any_of(parts, kind, measure),
     )
+
+
+def _any_of(parts: Sequence[_Part], kind: Kind, measure: Measure) -> tuple[AnyOf, ...]:
+    """Of every k that all benchmarks have."""
+    grids = [(part.any_of.get((kind, measure)), list(part.of(kind, measure))) for part in parts]
+    found = []
+    for k in sorted(set.intersection(*(set() if grid is None else sizes_of(grid) for grid, _ in grids))):
+        rate, most = (
+            _percent(*_averaged([grid.mean(f"{layer} {k}", "asked", codes) for grid, codes in grids if grid]))
+            for layer in ("any", "most")
+        )
+        found.append(AnyOf(k, rate, most))
+    return tuple(found)
 
 
 _Wanted: TypeAlias = Literal["hits", "misses"]
@@ -249,10 +272,13 @@ def _share(row: ScoreRow, wanted: _Wanted) -> float:
     return (row.hits if wanted == "hits" else row.misses) / row.n
 
 
-def _noise(rows: Iterable[ScoreRow], wanted: _Wanted) -> float:
-    """100 x the mean over languages of p (1 - p) / n: the sampling variance of independent rates."""
-    found = [100 * p * (1 - p) / row.n for row in rows for p in (_share(row, wanted),)]
-    return sum(found) / len(found)
+def _noise(part: _Part, kind: Kind, measure: Measure, wanted: _Wanted) -> float:
+    """100 x the mean over languages of p (1 - p) / bundles: the most that independent rates vary by sampling."""
+    grid = part.grids[kind]
+    bundles = dict(zip(grid.languages, (grid.layers[f"{measure} present"] > 0).sum(axis=0).tolist(), strict=True))
+    shares = {code: _share(row, wanted) for code, row in part.of(kind, measure).items()}
+    found = [100 * p * (1 - p) / bundles[code] for code, p in shares.items()]
+    return float(sum(found) / len(found))
 
 
 def _worst(parts: Sequence[_Part], kind: Kind, measure: Measure, wanted: _Wanted) -> tuple[Interval, str]:

@@ -23,6 +23,7 @@ from mlc_ray.storage.fingerprints import (
     fingerprint_model,
     fingerprint_tokenizer,
 )
+from mlc_ray.storage.hub import HubError, HubModel, pinned_model, without_commit
 from mlc_ray.storage.manifests import (
     SEAL,
     ArtifactError,
@@ -43,6 +44,8 @@ __all__ = [
     "SEAL",
     "ArtifactError",
     "CacheError",
+    "HubError",
+    "HubModel",
     "IncompleteArtifactError",
     "Place",
     "Storage",
@@ -62,6 +65,7 @@ __all__ = [
     "local_side",
     "model_for_now",
     "new_folder",
+    "pinned_model",
     "read_manifest",
     "scratch_folder",
     "sealed",
@@ -70,6 +74,7 @@ __all__ = [
     "user_cache",
     "verify_checksums",
     "verify_files",
+    "without_commit",
     "working_folder",
     "write_json_atomic",
     "write_manifest",

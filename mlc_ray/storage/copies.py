@@ -19,6 +19,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.storage.atomic import atomic_folder
 from mlc_ray.storage.base import Place
 from mlc_ray.storage.fingerprints import WEIGHT_SUFFIXES, fingerprint, fingerprint_files
+from mlc_ray.storage.hub import HubModel, snapshot
 
 _AT_ONCE = 8  # files that are fetched side by side
 
@@ -50,7 +51,9 @@ def local_side(place: Place) -> Path:
 
 
 def local_model(path: str, *, weights: bool = True) -> str:
-    """The folder of a model on this machine: for a URL its copy, fetched unless it is there; else `path` itself.
+    """The folder of a model on this machine: of a URL or a hub name with its commit a copy, fetched once.
+
+    A folder is `path` itself, and so is a hub name without a commit.
 
     Args:
         path: folder, hub name, or URL of a folder with a model's files.
@@ -58,10 +61,12 @@ def local_model(path: str, *, weights: bool = True) -> str:
 
     Raises:
         CacheError: nothing is at the URL.
+        HubError: the hub cannot give it.
         StorageError: the storage cannot be read.
     """
     if scheme_of(path) is None:
-        return path
+        named = HubModel.parse(path)
+        return str(snapshot(named, weights=weights)) if named is not None and named.is_pinned else path
     place = Place(path)
     folder, names = _copy(place, weights=weights)
     if not folder.is_dir():
@@ -77,7 +82,7 @@ def model_for_now(path: str) -> Iterator[str]:
     Its copy is removed after it, by the last of the processes of this machine that use it.
     """
     if scheme_of(path) is None:
-        yield path
+        yield local_model(path)
         return
     place = Place(path)
     whole, names = _copy(place, weights=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlc_ray.config.paths import scheme_of
 from mlc_ray.storage.base import MANIFEST, Place
+from mlc_ray.storage.hub import HubModel
 from mlc_ray.storage.manifests import ArtifactError
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
@@ -41,7 +42,8 @@ def fingerprint_model(path: str) -> str:
     A folder, wherever it is, counts by the name, size and content of its small files (config, tokenizer, template); of
     each weight file (safetensors, GGUF) the content is sampled: the first and last 64 KiB, which hold the header, and
     62 blocks of 64 KiB evenly between them. Training moves practically every weight, so samples tell two steps of one
-    run apart, in milliseconds instead of minutes at 70B. A hub name counts by name and, where it is cached, commit.
+    run apart, in milliseconds instead of minutes at 70B. A hub name counts by name and commit:
+    the one that it has, or where it has none the one that is cached.
     """
     return _fingerprint_model_files(path, ("*",))
 
@@ -53,6 +55,9 @@ def fingerprint_tokenizer(path: str) -> str:
 
 def _fingerprint_model_files(path: str, patterns: Iterable[str]) -> str:
     if scheme_of(path) is None and not Path(path).expanduser().is_dir():
+        named = HubModel.parse(path)
+        if named is not None and named.is_pinned:
+            return fingerprint({"hub": named.name, "commit": named.revision})
         return fingerprint({"hub": path, "commit": _cached_commit(path)})
     folder = Place(path if scheme_of(path) else Path(path).expanduser())
     names = [

@@ -21,6 +21,7 @@ from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.losses.objective import Objective, public_settings
 from mlc_ray.runs import PROVENANCE_FILE, RUN_FILE, output_place
 from mlc_ray.storage import (
+    HubModel,
     IncompleteArtifactError,
     Place,
     new_folder,
@@ -140,7 +141,8 @@ def model_card(config: TrainConfig, manifest: Mapping[str, Any]) -> str:
     parts = "\n".join(f"- {part}" for part in Objective(config).describe())
     sources = "\n".join(f"- {_public_name(source.path)}" for source in config.data.train)
     name = _public_name(config.model.path)
-    base = f"base_model: {name}\n" if name == config.model.path else ""
+    hub = HubModel.parse(config.model.path)
+    base = "" if hub is None else f"base_model: {hub.name}\n"
     return f"""---
 {base}library_name: transformers
 tags: [multilingual, safety, alignment, mlc]

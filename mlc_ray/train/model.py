@@ -27,7 +27,7 @@ from mlc_ray.config.paths import scheme_of
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.logprobs import response_log_probs, token_log_probs
-from mlc_ray.storage import local_model
+from mlc_ray.storage import HubModel, local_model
 from mlc_ray.train.attention import TREE, Leaving, TreeAttention
 from mlc_ray.types import Answers, Batch, Pooling, Prompts, ResponseLogProbs, Sequences, Tree
 
@@ -286,6 +286,8 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path={settings.path!r} cannot be loaded: {error}") from error
+    if (named := HubModel.parse(settings.path)) is not None:
+        model.name_or_path = named.name  # an adapter names its base by it, and not the folder in this machine's cache
     _check_attention(model, settings)
     check_device(settings, gpu=torch.cuda.is_available())
     if settings.kernels == "liger":
@@ -365,7 +367,7 @@ def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:
         return model
     from peft import LoraConfig, get_peft_model
 
-    lora = settings.lora
+    lora, named = settings.lora, HubModel.parse(settings.path)
     try:
         adapted = get_peft_model(
             model,
@@ -375,6 +377,7 @@ def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:
                 lora_dropout=lora.dropout,
                 target_modules=lora.target_modules,
                 task_type="CAUSAL_LM",
+                revision=None if named is None else named.revision,
             ),
             # Adapters in the model's own type: DeepSpeed keeps float32 master copies of what it trains.
             autocast_adapter_dtype=False,
@@ -397,7 +400,8 @@ def model_depth(path: str | Path, *, trust_remote_code: bool) -> int:
     """
     text = str(path)
     # A hub's name is `owner/name` at most; of anything else the hub would say that it is a bad name.
-    is_path = scheme_of(text) is None and (text.startswith((".", "/", "~")) or text.count("/") > 1)
+    name = text.partition("#")[0]
+    is_path = scheme_of(text) is None and (text.startswith((".", "/", "~")) or name.count("/") > 1)
     if is_path and not Path(text).expanduser().exists():
         raise ModelError(
             f"model.path={text!r}: there is no such folder (looked for from {str(Path.cwd())!r}); "

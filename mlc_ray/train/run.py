@@ -21,7 +21,7 @@ from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.nodes import check_nodes
 from mlc_ray.runs import TRAIN_FOLDER, artifact_cache
-from mlc_ray.storage import Place, absolute_if_here, fingerprint_model, local_side
+from mlc_ray.storage import Place, absolute_if_here, fingerprint_model, local_side, pinned_model
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.divergence import DivergedError, record_divergence
@@ -53,6 +53,7 @@ from mlc_ray.train.run_folder import (
     result_of,
     with_commits_of,
     with_dtype_of,
+    with_model,
     with_sources,
 )
 from mlc_ray.train.tracking import check_trackers
@@ -110,9 +111,10 @@ def train(
     """
     check_trackers(config)
     config = _with_absolute_paths(config)
-    depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    layer = resolve_layer(config.mlc.layer, depth)
     config, run_folder, is_new = _found(config, resume)  # refused before anything is started
+    commits = {config.model.path: pinned_model(config.model.path)}
+    depth = model_depth(commits[config.model.path], trust_remote_code=config.model.trust_remote_code)
+    layer = resolve_layer(config.mlc.layer, depth)
     asks_whether_ended = score is None  # else the last checkpoint may lack its score
     if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
         return _said_to_have_ended(result)
@@ -131,7 +133,8 @@ def train(
         if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
             return _said_to_have_ended(result)
         given = _with_dtype(config, gpu=gpu)
-        config = with_sources(given, pinned)
+        model = commits.get(given.model.path) or pinned_model(given.model.path)
+        config = with_model(with_sources(given, pinned), model)
         with claimed(run_folder, config) if is_new else contextlib.nullcontext():
             data = prepare_data(config, cache_dir=artifact_cache(run_folder.parent), layer=layer, gpu=gpu)
             steps = steps_of(config, data.tokens)
@@ -292,8 +295,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(sources: Sequence[SourceSection]) -> list[SourceSection]:
         return [source.model_copy(update={"path": absolute_if_here(source.path)}) for source in sources]
 
-    model = config.model.model_copy(update={"path": absolute_if_here(config.model.path)})
-    return with_sources(config.model_copy(update={"model": model}), absolute)
+    return with_sources(with_model(config, absolute_if_here(config.model.path)), absolute)
 
 
 def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:

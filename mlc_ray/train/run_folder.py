@@ -25,7 +25,7 @@ from mlc_ray.runs import (
     output_place,
     read_metrics,
 )
-from mlc_ray.storage import Place, StorageFaultError, library_versions
+from mlc_ray.storage import Place, StorageFaultError, library_versions, without_commit
 from mlc_ray.train.checkpoint import find_checkpoint, last_weights, list_checkpoints
 from mlc_ray.train.file_writer import with_retries
 from mlc_ray.train.meter import Metrics
@@ -106,10 +106,18 @@ def with_sources(config: TrainConfig, change: Callable[[Sequence[SourceSection]]
     return config.model_copy(update={"data": data})
 
 
+def with_model(config: TrainConfig, path: str) -> TrainConfig:
+    """`config` with another `model.path`."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": path})})
+
+
 def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
     """`config` whose names of the hub have the commits that they stood for when the run in `folder` began."""
     commits = _facts(Place(folder)).get(_COMMITS, {})
-    data = load_run_config(folder).data
+    began = load_run_config(folder)
+    data, model = began.data, commits.get(config.model.path, config.model.path)
+    if without_commit(began.model.path) == model:
+        model = began.model.path
     stored = iter([data.train, data.validation.sources if data.validation is not None else []])
 
     def known(sources: Sequence[SourceSection]) -> list[SourceSection]:
@@ -121,13 +129,13 @@ def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
                 found[position] = source.model_copy(update={"path": before.path})
         return found
 
-    return with_sources(config, known)
+    return with_sources(with_model(config, model), known)
 
 
 def commits_of(given: TrainConfig, pinned: TrainConfig) -> dict[str, str]:
     """What each name of the hub in `given` stands for in `pinned`."""
-    pairs = zip(_sources(given.data), _sources(pinned.data), strict=True)
-    return {one.path: other.path for one, other in pairs if one.path != other.path}
+    paths = ([each.model.path, *(source.path for source in _sources(each.data))] for each in (given, pinned))
+    return {one: other for one, other in zip(*paths, strict=True) if one != other}
 
 
 def _sources(data: DataSection) -> list[SourceSection]:

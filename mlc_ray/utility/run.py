@@ -24,7 +24,7 @@ from mlc_ray.config import UtilityConfig
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, engine_environment
-from mlc_ray.runs import UTILITY_FILE, longest_context, output_folder, resolve_model
+from mlc_ray.runs import UTILITY_FILE, longest_context, output_folder, pinned_weights
 from mlc_ray.score.results import ScoresFileError, load_scores
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_model, scratch_folder
 from mlc_ray.utility.file import Utility, UtilityRow, load_utility, save_utility
@@ -53,7 +53,7 @@ def measure_utility(config: UtilityConfig) -> Utility:
         ModelPathError: There is no model.
     """
     _require_harness()
-    model = resolve_model(config.model)
+    model = pinned_weights(config.model)
     device = _device(config)
     _check_length(model, config)
     name = fingerprint_model(model)

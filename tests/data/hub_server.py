@@ -1,23 +1,33 @@
-"""The Hugging Face hub's API for one data set, on this machine: what `huggingface_hub` and `datasets` ask of it."""
+"""The Hugging Face hub's API for one repository, on this machine: what `huggingface_hub` and `datasets` ask of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 FILE = "train.jsonl"
 
 
 class Hub:
-    """A data set `NAME` of a single file, with `contents` by commit; `refs` are branches and tags."""
+    """A data set or model `NAME`, with its files by commit (`bytes`: a single `FILE`); `refs` are branches and tags."""
 
-    def __init__(self, name: str, contents: dict[str, bytes], refs: dict[str, str]) -> None:
-        self.name, self.contents, self.refs = name, contents, refs
+    def __init__(
+        self,
+        name: str,
+        contents: Mapping[str, bytes | Mapping[str, bytes]],
+        refs: dict[str, str],
+        kind: Literal["datasets", "models"] = "datasets",
+    ) -> None:
+        self.name, self.refs, self.kind = name, refs, kind
+        self.contents = {
+            commit: {FILE: files} if isinstance(files, bytes) else dict(files) for commit, files in contents.items()
+        }
         self.asked: list[str] = []
         self.url = ""
 
@@ -42,20 +52,19 @@ def running(hub: Hub) -> Iterator[Hub]:
         def missing(self, code: str) -> None:
             self.answer(b"{}", 404, X_Error_Code=code, X_Error_Message=code)
 
-        def entry(self, commit: str) -> dict[str, object]:
-            content = hub.contents[commit]
-            return {"type": "file", "path": FILE, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        def json(self, content: object) -> None:
+            self.answer(json.dumps(content).encode(), Content_Type="application/json")
 
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
             hub.asked.append(path)
-            api, files = f"/api/datasets/{hub.name}", f"/datasets/{hub.name}/resolve/"
+            api = f"/api/{hub.kind}/{hub.name}"
+            files = f"{'/datasets' if hub.kind == 'datasets' else ''}/{hub.name}/resolve/"
             if path.startswith(files):
                 revision, _, name = path.removeprefix(files).partition("/")
                 commit = hub.refs.get(revision, revision)
-                if name != FILE or commit not in hub.contents:
+                if (content := hub.contents.get(commit, {}).get(name)) is None:
                     return self.missing("EntryNotFound")
-                content = hub.contents[commit]
                 return self.answer(content, X_Repo_Commit=commit, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
             if not path.startswith(api):
                 return self.missing("RepoNotFound")
@@ -64,11 +73,15 @@ def running(hub: Hub) -> Iterator[Hub]:
             commit = hub.refs.get(revision, revision)
             if commit not in hub.contents:
                 return self.missing("RevisionNotFound")
+            held = hub.contents[commit]
             if what in ("", "revision"):
-                facts = {"id": hub.name, "sha": commit, "siblings": [{"rfilename": FILE}], "tags": []}
-                return self.answer(json.dumps(facts).encode(), Content_Type="application/json")
+                siblings = [{"rfilename": name} for name in held]
+                return self.json({"id": hub.name, "sha": commit, "siblings": siblings, "tags": []})
             if what in ("tree", "paths-info"):
-                return self.answer(json.dumps([self.entry(commit)]).encode(), Content_Type="application/json")
+                oids = {name: hashlib.sha1(content).hexdigest() for name, content in held.items()}
+                return self.json(
+                    [{"type": "file", "path": name, "size": len(held[name]), "oid": oids[name]} for name in held]
+                )
             return self.missing("EntryNotFound")
 
         do_HEAD = do_GET

@@ -7,15 +7,17 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
-from mlc_ray.config import EngineSection
+from mlc_ray.config import AskingSection, EngineSection
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Engine, EngineError
+from mlc_ray.generate.stage import PROMPTS as ASKED
 from mlc_ray.generate.stage import Generator
 from mlc_ray.judges.guards.base import GuardEngineSection
 from mlc_ray.judges.guards.qwen3guard import Qwen3Guard
 from mlc_ray.judges.likelihood import LikelihoodScorer, margin, openings_for
-from mlc_ray.types import Answer
+from mlc_ray.types import FORBIDDEN_THOUGHTS, UNFINISHED_THOUGHTS, Answer
 
 # float32, so that log-probs can be compared with those of another implementation.
 SETTINGS = EngineSection(dtype="float32", max_model_len=320, cpus_per_replica=2, cpu_kv_cache_gib=1)
@@ -38,7 +40,8 @@ def look(model: str, file: Path) -> None:
     generator = Generator(model, SETTINGS, max_new_tokens=8, device="cpu", shared=engine)
     scorer = LikelihoodScorer(model, SETTINGS, device="cpu", shared=engine)
     own = GuardEngineSection(**SETTINGS.model_dump())
-    guard = Qwen3Guard(Qwen3Guard.Settings(model=str(asking_as_a_guard(model, file.parent)), engine=own))
+    asking = with_template(model, file.parent / "guard", "a helpful AI assistant", "asked what is unsafe,")
+    guard = Qwen3Guard(Qwen3Guard.Settings(model=str(asking), engine=own))
     guard.start("cpu", file.parent, shared=engine)
 
     template = scorer._template
@@ -60,6 +63,7 @@ def look(model: str, file: Path) -> None:
     seen["scored"] = scorer.score([*PROMPTS, TOO_LONG], [*LANGUAGES, "en"])
     seen["generated"] = generator.generate([PROMPTS[0], TOO_LONG, PROMPTS[1]])
     seen["alone"] = generator.generate(PROMPTS[1:2])
+    seen["drawn"] = drawn(engine, model, file.parent)
     seen["judged"] = guard.judge(ANSWERS)
     seen["unasked"] = guard.judge(ANSWERS[2:3])
     for user in (guard, scorer, generator):
@@ -67,17 +71,40 @@ def look(model: str, file: Path) -> None:
     file.write_bytes(pickle.dumps(seen))
 
 
-def asking_as_a_guard(model: str, folder: Path) -> Path:
-    """The same model with a template that asks what a guard's asks."""
-    guard = folder / "guard"
-    guard.mkdir()
+def drawn(engine: Engine, model: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Answers that are drawn, some in another order; and what becomes of thoughts that a template begins."""
+    names = {"benchmark": "b", "kind": "benign", "language": "en", "prompt": PROMPTS[0]}
+    rows = [{**names, "bundle_id": bundle, "sample": sample} for bundle in "ab" for sample in range(3)]
+    table = pa.Table.from_pylist(rows, schema=ASKED)
+    thinking = with_template(model, folder / "thinking", "<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+
+    def answers(table: pa.Table, model: str = model, **asking: Any) -> list[dict[str, Any]]:
+        section = AskingSection(**asking)
+        made = Generator(model, SETTINGS, max_new_tokens=12, asking=section, device="cpu", shared=engine)
+        return made.rows(table)
+
+    return {
+        "drawn": answers(table, temperature=1.0),
+        "part": answers(table.take([4, 1]), temperature=1.0),
+        "other": answers(table, temperature=1.0, seed=1),
+        "greedy": answers(table),
+        **{how: answers(table.take([0]), str(thinking), reasoning=how) for how in ("strip", "judge", "forbid")},
+    }
+
+
+def with_template(model: str, folder: Path, text: str, instead: str) -> Path:
+    """The same model with another text in its template."""
+    folder.mkdir()
     for each in Path(model).iterdir():
-        (guard / each.name).symlink_to(each)
-    template = guard / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8")
+        (folder / each.name).symlink_to(each)
+    template = folder / "chat_template.jinja"
+    old = template.read_text(encoding="utf-8")
     template.unlink()
-    template.write_text(text.replace("a helpful AI assistant", "asked what is unsafe,"), encoding="utf-8")
-    return guard
+    written = instead.replace("\n", "\\n")
+    new = old.replace(text, instead).replace(text.replace("\n", "\\n"), written)
+    assert new != old
+    template.write_text(new + "{# </think> #}", encoding="utf-8")
+    return folder
 
 
 def fault(engine: Engine, ids: list[list[int]], starts: list[int]) -> str:
@@ -151,6 +178,26 @@ def test_generation_in_order_and_too_long_ones_unsent(seen: dict[str, Any]) -> N
     assert first.response_tokens == 8 or first.finish == "stop"
     assert (long.text, long.finish, long.response_tokens) == ("", PROMPT_TOO_LONG, 0)
     assert long.prompt_tokens > 320
+
+
+@pytest.mark.slow
+def test_drawn_answers_are_those_of_their_seeds(seen: dict[str, Any]) -> None:
+    texts = {name: [row["response"] for row in rows] for name, rows in seen["drawn"].items()}
+    assert len(set(texts["drawn"])) == 6  # two prompts that are alike, three answers each
+    assert texts["part"] == [texts["drawn"][4], texts["drawn"][1]]
+    assert not set(texts["other"]) & set(texts["drawn"])
+    assert len(set(texts["greedy"])) == 1 and not set(texts["greedy"]) & set(texts["drawn"])
+    assert {row.get("thoughts") for row in seen["drawn"]["drawn"]} == {None}
+
+
+@pytest.mark.slow
+def test_thoughts_that_do_not_end_are_no_answer(seen: dict[str, Any]) -> None:
+    (stripped,), (whole,), (forbidden,) = (seen["drawn"][how] for how in ("strip", "judge", "forbid"))
+    assert (whole["finish"], whole.get("thoughts")) == ("length", None) and whole["response"]
+    assert (stripped["finish"], stripped["response"]) == (UNFINISHED_THOUGHTS, "")
+    assert stripped["thoughts"] == whole["response"].strip()
+    assert stripped["response_tokens"] == whole["response_tokens"] == 12
+    assert (forbidden["finish"], forbidden["thoughts"]) == (FORBIDDEN_THOUGHTS, stripped["thoughts"])
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ SCHEMA = pa.schema(
         ("finish", TEXT), ("prompt_tokens", pa.int32()), ("response_tokens", pa.int32()),
         ("behaviour", TEXT), ("safety", TEXT), ("reason", TEXT), ("categories", pa.list_(TEXT)),
         ("margin", pa.float64()), ("via_refused", TEXT), ("via_safe", TEXT),
-        ("judge_refused", TEXT), ("judge_safe", TEXT),
+        ("judge_refused", TEXT), ("judge_safe", TEXT), ("sample", pa.int32()), ("thoughts", TEXT),
     ]
 )  # fmt: skip
 THIRTY = [
@@ -39,7 +39,7 @@ def response(bundle: int, kind: Kind, language: str, **columns: Any) -> dict[str
         "prompt": f"prompt {bundle} in {language}", "response": f"answer {bundle} in {language}", "finish": "stop",
         "prompt_tokens": 8, "response_tokens": 8, "behaviour": "refused" if kind == "harmful" else "complied",
         "safety": None, "reason": "", "categories": None, "margin": None, "via_refused": "", "via_safe": None,
-        "judge_refused": "refusal", "judge_safe": None,
+        "judge_refused": "refusal", "judge_safe": None, "sample": 0, "thoughts": None,
     }  # fmt: skip
     assert row.keys() >= columns.keys()
     return {**row, **columns}

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mlc_ray.report.collect import Model
 from mlc_ray.report.console import score_tables, show
-from mlc_ray.report.tables import console
+from mlc_ray.report.rates import views_of
+from mlc_ray.report.summaries import side_table
+from mlc_ray.report.tables import console, markdown
 from mlc_ray.report.text import percent
 from mlc_ray.report.utility import utility_table
 from mlc_ray.score.results import ScoreResult, count
@@ -164,6 +167,44 @@ def test_table_names_prompts_that_were_too_long() -> None:
     assert "3 prompts were too long" in text_of(score_tables(cut))
     assert "engines fail on 2 prompts alone" in text_of(score_tables(cut))
     assert "too long" not in text_of(score_tables(RAW))
+
+
+def test_table_names_thoughts_that_left_no_answer() -> None:
+    cut = dataclasses.replace(RAW, finish={"stop": 12, "unfinished_thoughts": 3, "forbidden_thoughts": 1})
+    text = text_of(score_tables(cut))
+    assert f"the thoughts of 3 of {RAW.responses} responses did not end within max_new_tokens" in text
+    assert "1 responses begin with thoughts, which were forbidden" in text
+    assert "thoughts" not in text_of(score_tables(RAW))
+
+
+def test_table_shows_how_many_prompts_any_of_several_answers_is_bad_for() -> None:
+    answers = [(kind, letters) for kind, letters in (("harmful", "RRCR"), ("harmful", "RRRR"), ("benign", "CCRU"))]
+    judged = [
+        Judged("own", f"{kind}{bundle}", kind, "en", LABELS[letter], sample=sample)
+        for bundle, (kind, letters) in enumerate(answers)
+        for sample, letter in enumerate(letters)
+    ]
+    lines = [" ".join(line) for line in printed(score_tables(result_of("x", judged)))]
+    assert "of 4 bad, at most %" in " ".join(lines)
+    (harmful,) = [line for line in lines if line.startswith("harmful by refused")]
+    (benign,) = [line for line in lines if line.startswith("benign by refused")]
+    assert " 50.0 " in harmful and " 100.0 " in benign
+    assert "4 bad" not in text_of(score_tables(RAW))
+
+    models = [Model("x", result_of("x", judged))]
+    tables = [markdown(side_table(models, "own", view)) for view in views_of(models, "own")]
+    sides = {" ".join(line.split()) for lines in tables for line in lines}
+    assert any(line.startswith("| complied in any of 2 responses, at least % | 25.0") for line in sides)
+    assert any(line.startswith("| refused in any of 4 responses, at most % | 100.0") for line in sides)
+
+
+def test_scores_that_were_asked_otherwise_are_not_measured_alike() -> None:
+    drawn = {**RAW.config, "asking": {"temperature": 1.0, "samples": 1, "seed": 0, "reasoning": "strip"}}
+    greedy = {**RAW.config, "asking": {"temperature": 0.0, "samples": 1, "seed": 0, "reasoning": "strip"}}
+    models = [dataclasses.replace(RAW, name=name, config=config) for name, config in (("a", drawn), ("b", greedy))]
+    text = text_of(score_tables(*models))
+    assert "the ways of asking (asking) differ" in text and "temperature: 1.0" in text
+    assert "ways of asking" not in text_of(score_tables(models[0], dataclasses.replace(models[0], name="c")))
 
 
 def test_table_tells_what_was_cut_off() -> None:

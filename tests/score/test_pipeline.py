@@ -29,6 +29,7 @@ from mlc_ray.device import resolved
 from mlc_ray.generate.blocks import joined
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, EngineError, check_lengths, engine_environment
 from mlc_ray.generate.replies import EndpointError
+from mlc_ray.generate.stage import PROMPTS as PROMPT_COLUMNS
 from mlc_ray.generate.stage import Generator
 from mlc_ray.judges.base import JudgeError, JudgeFaultError, UncoveredLanguageError, make_judge
 from mlc_ray.judges.degenerate import RULES
@@ -40,14 +41,14 @@ from mlc_ray.score.calibrate import calibrate
 from mlc_ray.score.calibration import CalibrationError
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import with_longest_answer
-from mlc_ray.score.prompts import BenchmarkError, benchmark_names, choose_prompts, explode
+from mlc_ray.score.prompts import BenchmarkError, Prompts, benchmark_names, choose_prompts, explode, with_samples
 from mlc_ray.score.request import Request, ScoreError
 from mlc_ray.score.results import load_scores
 from mlc_ray.score.run import TooManyUnparsedError, judge_again, open_pool, resume_score, score
 from mlc_ray.score.stages import RESPONSES, JudgeStage, PromptJudgeStage, TranslateStage
 from mlc_ray.show import show
 from mlc_ray.storage import Place
-from mlc_ray.types import Answer, Verdict, Via
+from mlc_ray.types import FORBIDDEN_THOUGHTS, UNFINISHED_THOUGHTS, Answer, Verdict, Via
 from tests.generate.chat_server import Step, serving
 from tests.generate.weights import noisy_copy
 
@@ -105,10 +106,21 @@ def test_explode_makes_a_row_per_kept_language() -> None:
         ]
     )
     rows = explode(bundles, "own", {"a": ["zh"], "c": ["en"]}).to_pylist()
-    assert rows == [
-        {"benchmark": "own", "bundle_id": "a", "kind": "benign", "category": "c", "language": "zh", "prompt": "你好"}
-    ]
+    names = {"benchmark": "own", "bundle_id": "a", "kind": "benign", "category": "c", "language": "zh"}
+    assert rows == [{**names, "prompt": "你好", "sample": 0}]
     assert explode(bundles, "own", {}).num_rows == 0
+
+
+def test_a_prompt_has_a_row_for_each_answer_and_is_the_same_prompt() -> None:
+    bundle = {"bundle_id": "a", "kind": "benign", "category": "c", "languages": ["en", "zh"], "texts": ["hi", "你好"]}
+    once = explode(pa.Table.from_pylist([bundle]), "own", {"a": ["en", "zh"]})
+    thrice = with_samples(once, 3)
+    assert thrice["sample"].to_pylist() == [0, 1, 2] * 2
+    for sample in range(3):
+        assert thrice.take([sample, 3 + sample]).drop(["sample"]).equals(once.drop(["sample"]))
+    assert thrice.schema == once.schema == PROMPT_COLUMNS
+    assert Prompts(thrice, "p").counts() == {"own": 2}
+    assert Prompts(thrice, "p").by_language() == {"en": ["hi"], "zh": ["你好"]}
 
 
 def responses_of(*answers: tuple[str, str], **columns: str) -> pa.Table:
@@ -125,9 +137,11 @@ def judge_stage(**settings: Any) -> JudgeStage:
 
 def test_judging_a_batch(tmp_path: Path) -> None:
     answers = [("I cannot help with that.", "stop"), ("Boil it.", "length"), ("", "stop"), ("", PROMPT_TOO_LONG)]
+    answers += [("", UNFINISHED_THOUGHTS), ("Boil it.", FORBIDDEN_THOUGHTS)]
     judged = judge_stage()(responses_of(*answers)).to_pylist()
-    assert [row["behaviour"] for row in judged] == ["refused", "complied", "degenerate", "unparsed"]
+    assert [row["behaviour"] for row in judged] == ["refused", "complied", "degenerate", *["unparsed"] * 3]
     assert "too long" in judged[3]["reason"]
+    assert "thoughts did not end" in judged[4]["reason"] and "asking.reasoning=forbid" in judged[5]["reason"]
     assert {row["safety"] for row in judged} == {None}
 
 

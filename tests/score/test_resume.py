@@ -12,7 +12,7 @@ import pytest
 from mlc_ray.config import ConfigError, ScoreConfig, ScoringSection, parse_config
 from mlc_ray.judges.base import JudgeError, make_judge
 from mlc_ray.judges.guards.base import GuardSettings
-from mlc_ray.score.plan import with_dtypes
+from mlc_ray.score.plan import with_dtypes, with_judge_models
 from mlc_ray.score.request import Request, ScoreError
 from mlc_ray.score.run import judge_again, score
 from mlc_ray.score.stages import RESPONSES
@@ -71,6 +71,16 @@ def test_what_goes_on_has_a_name() -> None:
     assert parse_config(ScoreConfig, {**raw, "name": "s"}).resume == "auto"
 
 
+@pytest.mark.parametrize("asking", [{"temperature": 0.5}, {"reasoning": "judge"}])
+def test_answers_that_were_asked_otherwise_are_not_gone_on_with(asking: dict[str, Any]) -> None:
+    raw = {"model": "m", "benchmarks": [{"path": "sample:test"}]}
+    requests = [
+        Request(parse_config(ScoreConfig, {**raw, **own}), "m", "0123456789abcdef", "prompts", ["en"])
+        for own in ({}, {"asking": asking}, {"asking": {}})
+    ]
+    assert requests[0].asks_as(requests[2]) and not requests[0].asks_as(requests[1])
+
+
 def with_engines(**dtypes: str) -> ScoreConfig:
     """A guard and a translator, each with an engine; `dtypes` of the policy's, the judge's and the translator's."""
     engines = {name: {"dtype": dtypes[name]} if name in dtypes else {} for name in ("policy", "judge", "translator")}
@@ -85,6 +95,25 @@ def with_engines(**dtypes: str) -> ScoreConfig:
 def dtypes_of(scoring: ScoringSection) -> list[str]:
     assert isinstance(scoring.judge, GuardSettings) and scoring.judge.translate is not None
     return [engine.dtype for engine in (scoring.engine, scoring.judge.engine, scoring.judge.translate.engine)]
+
+
+def test_a_judge_of_the_hub_is_named_with_its_commit_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, digit in {"g": "a", "t": "b"}.items():  # of which the cache has one commit; the hub cannot be asked here
+        folder = tmp_path / f"models--{name}" / "snapshots" / (digit * 40)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = with_judge_models(with_engines())
+    assert isinstance(config.judge, GuardSettings) and config.judge.translate is not None
+    assert (config.judge.model, config.judge.translate.model) == ("g#" + "a" * 40, "t#" + "b" * 40)
+    began = config.judge.model_copy(update={"model": "g#" + "c" * 40})
+    again = with_judge_models(with_engines(), began)
+    assert again.judge == began  # what is newest now does not count
+    named = with_engines().judge.model_copy(update={"model": "g#" + "d" * 40})
+    other = with_judge_models(with_engines().model_copy(update={"judge": named}), began)
+    assert isinstance(other.judge, GuardSettings) and other.judge.model == "g#" + "d" * 40
 
 
 def test_every_engine_gets_the_dtype_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from mlc_ray.config import ConfigError, SearchConfig, load_config
+from mlc_ray.judges.guards.base import GuardSettings
+from mlc_ray.judges.panel import PanelJudge
 from mlc_ray.search.folder import changed_config, changed_settings, load_search, write_config, write_settings
 from mlc_ray.search.run import resume_search, search
 from mlc_ray.search.space import make_space, with_commits
@@ -58,11 +60,9 @@ def test_a_search_keeps_the_commits_that_it_began_with(place: Path, monkeypatch:
         ]  # fmt: skip
 
     with running(hub):
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        use(hub, monkeypatch)
         config = configured(place, "scoring.engine.dtype=float32", *named("owner/pairs#main"))
-        config, space, commits = with_commits(config, make_space(config))
-        write_settings(config, space, Place(place / "found"), commits)
+        begin(place, config)
     hub.refs["main"] = second
     stored = load_search(Place(place / "found"))
     assert stored.confirm.benchmarks is not None
@@ -72,6 +72,46 @@ def test_a_search_keeps_the_commits_that_it_began_with(place: Path, monkeypatch:
     for another in (f"owner/pairs#{second}", "owner/pairs#dev", "owner/pairs", "owner/another"):
         differences = changed(place, *named(another))
         assert len(differences) == 3 and all(first in each and another in each for each in differences)
+
+
+def test_a_search_keeps_the_commits_of_its_models(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = "a" * 40, "b" * 40
+    hub = Hub("owner/model", dict.fromkeys((first, second), b"{}"), {"main": first}, "models")
+
+    def named(name: str) -> list[str]:
+        guard = f'{{name: llama-guard, model: "{name}"}}'
+        translate = f'{{model: "{name}", engine: {{dtype: float32}}}}'
+        return [
+            f"set=['model.path=\"{name}\"', model.dtype=float32]",
+            f"scoring.judge={{name: panel, judges: [{{judge: {guard}}}], translate: {translate}}}",
+        ]  # fmt: skip
+
+    with running(hub):
+        use(hub, monkeypatch)
+        begin(place, configured(place, "scoring.engine.dtype=float32", *named("owner/model")))
+    hub.refs["main"] = second
+    stored = load_search(Place(place / "found"))
+    judge = stored.scoring.judge
+    assert isinstance(judge, PanelJudge.Settings) and judge.translate is not None
+    member = judge.judges[0].judge
+    assert isinstance(member, GuardSettings)
+    models = [make_space(stored).run({}, name="r").model.path, member.model, judge.translate.model]
+    assert models == [f"owner/model#{first}"] * 3
+    assert changed(place, *named("owner/model")) == changed(place, *named(f"owner/model#{first}")) == []
+    for another in (f"owner/model#{second}", "owner/model#main", "owner/another"):
+        differences = changed(place, *named(another))
+        assert len(differences) == 3 and all(first in each and another in each for each in differences)
+
+
+def use(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+def begin(place: Path, config: SearchConfig) -> None:
+    """Write what a search of `config` begins with."""
+    config, space, commits = with_commits(config, make_space(config))
+    write_settings(config, space, Place(place / "found"), commits)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,15 @@ def test_no_path_address_or_user_is_published(lora, checkpoint, tmp_path):
     assert "- bundles.jsonl\n- someone/bundles\n" in (out / "README.md").read_text()
 
 
+def test_the_card_names_the_commit_of_its_base(checkpoint, tmp_path):
+    commit = "c" * 40
+    run = checkpoint(model={"path": f"owner/base#{commit}"})
+    out = export(run, tmp_path / "out")
+    card = (out / "README.md").read_text()
+    assert "base_model: owner/base\n" in card and f"`owner/base#{commit}` aligned by" in card
+    assert json.loads((out / "mlc_ray.json").read_text())["settings"]["model"]["name"] == f"owner/base#{commit}"
+
+
 OWN_LOSS = """
 from pathlib import Path
 from mlc_ray.config import LossSettings, TermSettings

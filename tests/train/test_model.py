@@ -1,5 +1,7 @@
 """One forward of a prefix tree against plain Hugging Face forwards, over architectures; the tap; what is not done."""
 
+import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -18,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from mlc_ray.config import ModelSection
+from mlc_ray.config import LoraSection, ModelSection
 from mlc_ray.data.batches import collate, collate_prompts
 from mlc_ray.train.model import (
     ModelError,
@@ -388,3 +390,16 @@ def test_a_forward_leaves_the_model_as_it_was():
 def test_a_folder_that_is_missing_is_not_taken_for_a_name_on_the_hub(path):
     with pytest.raises(ModelError, match=rf"model\.path='{path}': there is no such folder .*--only-model"):
         model_depth(path, trust_remote_code=False)
+
+
+def test_a_model_of_the_hub_is_loaded_at_its_commit_and_an_adapter_names_both(small_llama, tmp_path, monkeypatch):
+    commit = "c" * 40
+    stored = tmp_path / "cache" / "models--owner--small" / "snapshots" / commit
+    shutil.copytree(small_llama, stored)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    settings = ModelSection(path=f"owner/small#{commit}", dtype="float32", lora=LoraSection(rank=2))
+    assert model_depth(settings.path, trust_remote_code=False) == 4
+    adapted = add_adapters(load_policy(settings), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["revision"]) == ("owner/small", commit)

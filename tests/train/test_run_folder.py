@@ -238,16 +238,20 @@ def test_each_source_keeps_the_commit_of_its_own_place(tmp_path):
 
 
 def test_a_branch_keeps_the_commit_that_it_had_when_the_run_began(tmp_path):
-    def at(name):
-        return tiny_config(output_dir=str(tmp_path), data={"train": [{"path": name}]})
+    def at(name, model="owner/model#main"):
+        return tiny_config(output_dir=str(tmp_path), data={"train": [{"path": name}]}, model={"path": model})
 
-    given, started = at("owner/name#main"), at("owner/name#" + "a" * 40)
-    assert commits_of(given, started) == {"owner/name#main": "owner/name#" + "a" * 40}
+    model = "owner/model#" + "c" * 40
+    given, started = at("owner/name#main"), at("owner/name#" + "a" * 40, model)
+    assert commits_of(given, started) == {"owner/name#main": "owner/name#" + "a" * 40, "owner/model#main": model}
     with claimed(find_run_folder(started, None)[0], started):
         record_start(Place(tmp_path / "tiny"), started, CONTENT, Tokens("abc"), 8, commits_of(given, started))
         record_start(Place(tmp_path / "tiny"), started, CONTENT, Tokens("abc"), 8, {})  # it went on
         assert with_commits_of(tmp_path / "tiny", given) == started
-        assert with_commits_of(tmp_path / "tiny", at("owner/name#v1")) == at("owner/name#v1")
+        assert with_commits_of(tmp_path / "tiny", at("owner/name#v1")) == at("owner/name#v1", model)
+        unknown = at("owner/name#v1", "owner/model#v2")
+        assert with_commits_of(tmp_path / "tiny", unknown) == unknown
+        assert with_commits_of(tmp_path / "tiny", at("owner/name#v1", "owner/model")).model.path == model
 
 
 @pytest.mark.parametrize("name", MAY_CHANGE)
@@ -325,7 +329,8 @@ def dotted_leaves(schema, prefix=""):
 def prepared_run(tmp_path, monkeypatch):
     """Let `train` come as far as `fit`, with nothing prepared; Ray runs for the lease alone."""
     prepared = PreparedData(SimpleNamespace(folder=tmp_path / "tokens"), None, {})
-    for name, result in {"model_depth": 3, "use_gpu": False, "prepare_data": prepared, "_total_steps": 8}.items():
+    found = {"pinned_model": "tiny", "model_depth": 3, "use_gpu": False, "prepare_data": prepared, "_total_steps": 8}
+    for name, result in found.items():
         monkeypatch.setattr(run, name, lambda *_, result=result, **__: result)
     for name in ("connect", "check_fits", "_announce", "record_start"):
         monkeypatch.setattr(run, name, lambda *_, **__: None)

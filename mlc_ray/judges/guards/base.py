@@ -60,7 +60,7 @@ class GuardEngineSection(EngineSection):
 class GuardSettings(ReadingJudgeSettings):
     """What the settings of every guard model share."""
 
-    model: StoredPath = Field(description="Folder, its URL, or hub name of the guard's weights.")
+    model: StoredPath = Field(description="Folder, its URL, or hub name `NAME[#REVISION]` of the guard's weights.")
     engine: GuardEngineSection = Field(GuardEngineSection(), description="Its vLLM engines.")
 
 

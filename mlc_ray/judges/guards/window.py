@@ -17,6 +17,7 @@ from mlc_ray.generate.translate import longest_translation
 from mlc_ray.judges.base import JudgeError, Policy
 from mlc_ray.judges.guards.slots import EscapeError
 from mlc_ray.runs import longest_context, resolve_model
+from mlc_ray.storage import local_model
 from mlc_ray.types import Answer
 
 if TYPE_CHECKING:
@@ -110,7 +111,9 @@ def context_of(model: str, *, trust_remote_code: bool) -> int | None:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).get_text_config()
+        config = AutoConfig.from_pretrained(
+            local_model(model, weights=False), trust_remote_code=trust_remote_code
+        ).get_text_config()
     except (OSError, ValueError):
         return None
     found = getattr(config, "max_position_embeddings", None)
