@@ -75,7 +75,7 @@ def responses(*rows: tuple[str, str, str]) -> pa.Table:
     return pa.Table.from_pylist(
         [
             {"benchmark": "own", "bundle_id": f"{kind}{number}", "kind": kind, "category": "", "language": code,
-             "prompt": "?", "response": text, "finish": "stop", "prompt_tokens": 1, "response_tokens": 1}
+             "prompt": "?", "sample": 0, "response": text, "finish": "stop", "prompt_tokens": 1, "response_tokens": 1}
             for number, (kind, code, text) in enumerate(rows)
         ]
     )  # fmt: skip

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 import examples.my_storage  # noqa: F401 - registers vault://
+from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.score.kept import Kept
 from mlc_ray.storage import Place
 
@@ -50,3 +51,13 @@ def test_blocks_that_landed_are_not_asked_for_again(
     assert kept(place, columns=pa.schema({"response": pa.string()})).done == 0
     second.drop()
     assert kept(place).done == 0
+
+
+def test_answers_to_one_prompt_are_kept_apart(tmp_path: Path) -> None:
+    prompts = pa.Table.from_pylist([{"prompt": "?", "sample": sample} for sample in range(3)], schema=PROMPTS)
+
+    def begun() -> Kept:
+        return Kept(Place(tmp_path), "answering", "model", prompts, PROMPTS.names, COLUMNS)
+
+    begun().land(1, answers(prompts.slice(1, 1)))
+    assert begun().missing["sample"].to_pylist() == [0, 2]

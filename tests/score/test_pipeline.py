@@ -48,7 +48,7 @@ from mlc_ray.score.run import TooManyUnparsedError, judge_again, open_pool, resu
 from mlc_ray.score.stages import RESPONSES, JudgeStage, PromptJudgeStage, TranslateStage
 from mlc_ray.show import show
 from mlc_ray.storage import Place
-from mlc_ray.types import FORBIDDEN_THOUGHTS, UNFINISHED_THOUGHTS, Answer, Verdict, Via
+from mlc_ray.types import ENGINE_FAULT, FORBIDDEN_THOUGHTS, UNFINISHED_THOUGHTS, Answer, Verdict, Via
 from tests.generate.chat_server import Step, serving
 from tests.generate.weights import noisy_copy
 
@@ -137,11 +137,12 @@ def judge_stage(**settings: Any) -> JudgeStage:
 
 def test_judging_a_batch(tmp_path: Path) -> None:
     answers = [("I cannot help with that.", "stop"), ("Boil it.", "length"), ("", "stop"), ("", PROMPT_TOO_LONG)]
-    answers += [("", UNFINISHED_THOUGHTS), ("Boil it.", FORBIDDEN_THOUGHTS)]
+    answers += [("", UNFINISHED_THOUGHTS), ("Boil it.", FORBIDDEN_THOUGHTS), ("", ENGINE_FAULT)]
     judged = judge_stage()(responses_of(*answers)).to_pylist()
-    assert [row["behaviour"] for row in judged] == ["refused", "complied", "degenerate", *["unparsed"] * 3]
+    assert [row["behaviour"] for row in judged] == ["refused", "complied", "degenerate", *["unparsed"] * 4]
     assert "too long" in judged[3]["reason"]
     assert "thoughts did not end" in judged[4]["reason"] and "asking.reasoning=forbid" in judged[5]["reason"]
+    assert "engines fail on the prompt" in judged[6]["reason"]
     assert {row["safety"] for row in judged} == {None}
 
 
@@ -439,7 +440,8 @@ def test_an_endpoint_translates_and_judges_what_was_answered_before(
     Request(config, str(smollm2), "0123456789abcdef", "prompts", ["en"]).save(folder)
     rows = [
         {"benchmark": "own", "bundle_id": f"{kind}{index}", "kind": kind, "category": "", "language": code,
-         "prompt": text, "response": f"{text} ...", "finish": "stop", "prompt_tokens": 9, "response_tokens": 9}
+         "prompt": text, "sample": 0, "response": f"{text} ...", "finish": "stop", "prompt_tokens": 9,
+         "response_tokens": 9}
         for kind, items in PROMPTS.items() for index, item in enumerate(items) for code, text in item.items()
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows, schema=RESPONSES), folder / "responses.parquet")

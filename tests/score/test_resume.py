@@ -16,7 +16,7 @@ from mlc_ray.score.plan import with_dtypes, with_judge_models
 from mlc_ray.score.request import Request, ScoreError
 from mlc_ray.score.run import judge_again, score
 from mlc_ray.score.stages import RESPONSES
-from mlc_ray.storage import Place
+from mlc_ray.storage import Place, fingerprint
 from tests.score.test_pipeline import config_for, write_bundles
 
 ROW = {
@@ -79,6 +79,8 @@ def test_answers_that_were_asked_otherwise_are_not_gone_on_with(asking: dict[str
         for own in ({}, {"asking": asking}, {"asking": {}})
     ]
     assert requests[0].asks_as(requests[2]) and not requests[0].asks_as(requests[1])
+    kept = [fingerprint(request.decoding) for request in requests]  # of answers that an interrupted score goes on from
+    assert kept[0] == kept[2] != kept[1]
 
 
 def with_engines(**dtypes: str) -> ScoreConfig:
@@ -114,6 +116,16 @@ def test_a_judge_of_the_hub_is_named_with_its_commit_and_keeps_it(
     named = with_engines().judge.model_copy(update={"model": "g#" + "d" * 40})
     other = with_judge_models(with_engines().model_copy(update={"judge": named}), began)
     assert isinstance(other.judge, GuardSettings) and other.judge.model == "g#" + "d" * 40
+
+
+def test_a_panels_judges_of_the_hub_keep_their_commits() -> None:
+    def panel(model: str) -> ScoreConfig:
+        judges = [{"judge": "refusal"}, {"judge": {"name": "llama-guard", "model": model}}]
+        raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "judge": {"name": "panel", "judges": judges}}
+        return parse_config(ScoreConfig, raw)
+
+    began = panel("owner/guard#" + "c" * 40).judge
+    assert with_judge_models(panel("owner/guard"), began).judge == began
 
 
 def test_every_engine_gets_the_dtype_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mlc_ray.stats.agreement import judge_agreement
+from mlc_ray.stats.rates import Judged
 
 from .test_rates import judged
 
@@ -46,3 +49,11 @@ def test_only_common_verdicts_count_and_gibberish_that_both_see_does_not() -> No
     assert set(found) == {("harmful", ""), ("harmful", "en"), ("benign", ""), ("benign", "en")}
     assert (found["harmful", ""].n, found["harmful", ""].same, found["harmful", ""].second_only) == (3, 2, 1)
     assert (found["benign", ""].same, found["benign", ""].second_only) == (0, 1)
+
+
+def test_each_of_several_responses_to_a_prompt_is_compared_with_itself() -> None:
+    def by_sample(letters: str) -> list[Judged]:
+        return [replace(r, sample=n) for n, letter in enumerate(letters) for r in judged({"en": letter})]
+
+    (found, _) = judge_agreement(by_sample("RRCC"), by_sample("RRCR"))
+    assert (found.n, found.same, found.second_only) == (4, 3, 1)

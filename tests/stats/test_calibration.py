@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlc_ray.stats.calibration import Errors, LabelledVerdict, corrected_rates, errors_of, rogan_gladen
+from mlc_ray.stats.calibration import Corrected, Errors, LabelledVerdict, corrected_rates, errors_of, rogan_gladen
 from mlc_ray.stats.intervals import wilson
 from mlc_ray.stats.rates import Judged, score_rows
 
@@ -91,3 +91,18 @@ def test_each_row_has_a_corrected_rate_or_the_reason_why_not() -> None:
         why = f"not measured: {labels} labels of the rarer class, fewer than 30"
         assert (rates[code].corrected, rates[code].why) == (None, why)
     assert (rates["ps"].corrected, rates["ps"].why) == (None, "the judge is not told apart from guessing")
+
+
+def test_equal_responses_to_one_prompt_make_a_corrected_rate_no_surer() -> None:
+    def corrected(samples: int) -> Corrected:
+        records = [
+            Judged("b", f"{number}", "harmful", "en", "refused" if number < 20 else "complied", sample=sample)
+            for number in range(40)
+            for sample in range(samples)
+        ]
+        (rate,) = corrected_rates(score_rows(records), [errors(40, 36, 40, 2)], fewest=30)
+        assert rate.corrected is not None
+        return rate.corrected
+
+    one, five = corrected(1), corrected(5)
+    assert (five.value, five.low, five.high) == pytest.approx((one.value, one.low, one.high), abs=0.01)
