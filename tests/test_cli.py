@@ -94,7 +94,7 @@ def test_the_console_script_finds_components_in_the_current_folder(tmp_path: Pat
         (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
     done = console_script(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout)["objective"] == {"loss": "my_loss:Hinge", "margin": 1.5}
+    assert yaml.safe_load(done.stdout)["objective"] == {"loss": "my_loss:Hinge", "sft_weight": 0.0, "margin": 1.5}
     refused = console_script(tmp_path, PYTHONSAFEPATH="1")
     assert refused.returncode == 2 and "there is no module 'my_loss'" in refused.stderr
 

@@ -48,7 +48,7 @@ class Objective:
         for name, term in self.terms.items():
             settings = term.settings
             own = {"weight"} | ({"name"} if settings.name == name else set())
-            own |= {key for key in ("start", "ramp") if not getattr(settings, key)}
+            own |= {key for key, value in (("start", settings.start), ("ramp", settings.ramp)) if not value}
             lines.append(_described(f"{settings.weight} x {name}", public_settings(settings), own, term.note))
         return lines
 

@@ -21,7 +21,11 @@ from tests.data.hub_server import Hub, running
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    run: dict[str, Any] = {"name": "r", "model": {"path": str(tmp_path / "m")}, "data": {"train": [{"path": "sample:train"}]}}
+    run: dict[str, Any] = {
+        "name": "r",
+        "model": {"path": str(tmp_path / "m")},
+        "data": {"train": [{"path": "sample:train"}]},
+    }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     searched = {
         "name": "found", "output_dir": str(tmp_path), "train": str(tmp_path / "run.yaml"), "sampler": "grid",

@@ -159,7 +159,7 @@ def test_losses_are_searched_with_the_fields_that_all_of_them_have(sampler: str)
     ]
     assert [run.needs_reference for run in runs] == [True, True, False, False, False, False]
     simpo = {"objective.loss": "simpo"}
-    kept = {"loss": "simpo", "sft_weight": 0.0, "beta": 0.1, "margin": 0.5}
+    kept = {"loss": "simpo", "answers": "response", "sft_weight": 0.0, "beta": 0.1, "margin": 0.5}
     assert space.run(simpo, name="t").objective.model_dump() == kept
 
 
@@ -169,7 +169,7 @@ def test_losses_are_searched_with_the_fields_that_all_of_them_have(sampler: str)
         (
             {"space": {"objective.loss": ["dpo", "simpo"], "objective.margin": [0.1, 0.2]}},
             r"objective\.loss='dpo' has no field margin, but space varies objective\.margin for every trial \(dpo has "
-            r"beta, label_smoothing, sft_weight\); take objective\.margin out .*among those that have it \(simpo\)",
+            r"answers, beta, label_smoothing, sft_weight\); take objective\.margin out .*among those that have it \(simpo\)",
         ),
         (
             {"space": {"objective.loss": ["dpo", "sft"]}},
@@ -179,7 +179,7 @@ def test_losses_are_searched_with_the_fields_that_all_of_them_have(sampler: str)
             {"space": {"objective.loss": ["simpo", "orpo"]}, "set": ["objective.margin=1.0"]},
             r"objective\.loss='orpo' has no field margin.*set: \[objective={}\] drops",
         ),
-        ({"space": {"objective.margin": [0.1]}}, r"objective\.margin=0\.1: no such field \(valid here: beta"),
+        ({"space": {"objective.margin": [0.1]}}, r"objective\.margin=0\.1: no such field \(valid here: answers, beta"),
         ({"space": {"objective.loss": ["dpo", "dpoo"]}}, "no loss is called 'dpoo'"),
         (
             {"space": {"objective.loss": ["dpo", "simpo"]}, "set": ["reference=online"]},
