@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ from mlc_ray.cluster import connect
 from mlc_ray.config import ScoreConfig, parse_config
 from mlc_ray.generate.pool import EnginePool
 from mlc_ray.generate.replica import Part
-from mlc_ray.generate.stage import Generator
+from mlc_ray.generate.stage import ANSWERS, PROMPTS, Generator
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.runs import KEPT_FOLDER, RESPONSES_FILE
+from mlc_ray.score.kept import row_keys
+from mlc_ray.score.passes import made_by
 from mlc_ray.score.prompts import read_prompts
+from mlc_ray.score.request import load_request
 from mlc_ray.storage import scratch_folder, user_cache
 
 
@@ -163,7 +167,7 @@ class Striker(threading.Thread):
             while not self._over:
                 busy = [each for each in self.pool.replicas if each.method == "run" and each.doing is not None]
                 if busy and (where := self.draw.choice(busy).where) is not None:
-                    self.safe += sum(len(columns) for _, columns in self.landed)
+                    self.safe = sum(len(columns) for _, columns in self.landed)
                     os.kill(where.pid, self.sign)
                     self.struck += 1
                     break
@@ -232,14 +236,25 @@ def drivers(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     named = ["benchmark", "bundle_id", "kind", "language", "prompt"]
     if not found.select(named).equals(expected.select(named)):
         broken.append("the rows are not the prompts, one for each")
-    answers = {(row["response"], row["finish"], row["response_tokens"]) for row in found.to_pylist()}
-    lost = [key for key, row in kept.items() if (row["response"], row["finish"], row["response_tokens"]) not in answers]
-    broken += [f"row {key} is not in the result as it landed" for key in lost]
+    if found["fault"].null_count != len(found):
+        broken.append(f"{len(found) - found['fault'].null_count} rows are marked as failed")
+    broken += astray(kept, found, made_by(load_request(folder)))
     return {
         "prompts": len(expected), "drivers killed": len(kept_at), "rows landed at each death": kept_at,
         "answers that differ from the undisturbed ones": differing(expected, found), "broken": broken,
         "arguments": {name: str(value) for name, value in vars(arguments).items()},
     }  # fmt: skip
+
+
+def astray(kept: Mapping[str, Mapping[str, Any]], found: pa.Table, by: Any) -> list[str]:
+    """What must not be: rows that landed, by their keys, and that the result has not, or not as they landed."""
+    keys = row_keys(by, found, PROMPTS.names)
+    answers = dict(zip(keys, found.select(ANSWERS.names).to_pylist(), strict=True))
+    return [
+        f"row {key} is not in the result as it landed"
+        for key, row in kept.items()
+        if key not in answers or {**answers[key], "key": key} != row
+    ]
 
 
 def blocks_of(folder: Path) -> list[Path]:

@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from math import inf
 from pathlib import Path
@@ -107,19 +107,27 @@ def left_behind(run: Run) -> list[str]:
     return found + now
 
 
-def strike(run: Run, deaths: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Have a run die these deaths, in their order, and see it to its end; yields each and whether it struck."""
+def strike(run: Run, deaths: Sequence[str], row: dict[str, list[str]]) -> None:
+    """Have a run die these deaths, in their order, and see it to its end.
+
+    Each is then in the row's `deaths` or, where it did not strike or was not come to, in `missed`. One that raises an
+    error has struck.
+    """
     at = sorted(run.scene.random.sample(range(1, STEPS - 1), len(deaths)))
-    for step, death in zip(at, deaths, strict=True):
-        while not run.until(step) and run.driver.returncode != 0:
-            run.start_again()  # an earlier death ended it
-        reached = run.step()
-        yield f"{death} at {reached}", not run.ended() and DEATHS[death](run)
-    while True:
-        wait(run.ended, f"the end of {run.name}")
-        if run.driver.returncode == 0:
-            break
-        run.start_again()
+    try:
+        for step, death in zip(at, deaths, strict=True):
+            while not run.until(step) and run.driver.returncode != 0:
+                run.start_again()  # an earlier death ended it
+            row["deaths"].append(f"{death} at {run.step()}")
+            if run.ended() or not DEATHS[death](run):
+                row["missed"].append(row["deaths"].pop())
+        while True:
+            wait(run.ended, f"the end of {run.name}")
+            if run.driver.returncode == 0:
+                break
+            run.start_again()
+    finally:
+        row["missed"] += deaths[len(row["deaths"]) + len(row["missed"]) :]
 
 
 def lived(run: Run, deaths: Sequence[str], alone: Run) -> dict[str, Any]:
@@ -127,13 +135,16 @@ def lived(run: Run, deaths: Sequence[str], alone: Run) -> dict[str, Any]:
     began = time.monotonic()
     row: dict[str, Any] = {"name": run.name, "deaths": [], "missed": [], "losses": inf, "weights": inf, "error": None}
     try:
-        for death, struck in strike(run, deaths):
-            row["deaths" if struck else "missed"].append(death)
+        strike(run, deaths, row)
         row |= differences(run.folder, alone.folder)
-    except (AssertionError, TimeoutError) as error:  # the others are still worth to be seen
-        row["error"] = str(error)
+    except Exception as error:  # whatever it is, the other runs are still worth to be seen
+        row["error"] = f"{type(error).__name__}: {error}"
         run.kill_driver()
-    row |= {"starts": run.starts, "seconds": time.monotonic() - began, "left": left_behind(run)}
+    try:
+        row["left"] = left_behind(run)
+    except Exception as error:
+        row["left"] = [f"not known: {type(error).__name__}: {error}"]
+    row |= {"starts": run.starts, "seconds": time.monotonic() - began}
     row["ok"] = row["losses"] <= 1e-6 and row["weights"] <= 1e-6 and not row["left"]
     return row
 
@@ -172,6 +183,8 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         def live(name: str, deaths: Sequence[str], output_dir: Path | Place, settings: Sequence[str] = ()) -> None:
             rows.append(lived(Run(scene, name, output_dir, settings), deaths, alone))
             print(json.dumps(rows[-1]), flush=True)
+            if options.out is not None:
+                options.out.write_text(json.dumps(rows, indent=1) + "\n")
 
         tries = Counter[str]()
         while deaths:
@@ -208,17 +221,18 @@ def _made(folder: Path) -> Path:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Deaths that struck by kind, and how far the runs were from the undisturbed one."""
+    """Deaths that struck by kind, and how far the runs were from the undisturbed one; last, of all runs."""
     kinds = Counter(_kinds(rows))
+    lived_through = {kind: [row for row in rows if kind in _kinds([row])] for kind in kinds} | {"all": rows}
     lines = [
         "| death | times | runs | equal, with nothing left | largest difference of losses | of weights |",
         "|---" * 6 + "|",
     ]
-    for kind, times in kinds.items():
-        of = [row for row in rows if kind in _kinds([row])]
+    for kind, of in lived_through.items():
+        times = kinds[kind] if kind in kinds else kinds.total()
+        losses, weights = (max((row[name] for row in of), default=0.0) for name in ("losses", "weights"))
         lines.append(
-            f"| {kind} | {times} | {len(of)} | {sum(row['ok'] for row in of)} | "
-            f"{max(row['losses'] for row in of):.1e} | {max(row['weights'] for row in of):.1e} |"
+            f"| {kind} | {times} | {len(of)} | {sum(row['ok'] for row in of)} | {losses:.1e} | {weights:.1e} |"
         )
     return "\n".join(lines)
 
@@ -247,8 +261,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True)
         rows = survive(options, folder)
     print(table(rows))
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
     wanted = {name: int(number) for name, number in (part.split("=") for part in options.deaths.split(","))}
     if never := Counter(wanted) - Counter(_kinds(rows)):
         print("did not strike:", ", ".join(f"{name} {times} times" for name, times in never.items()))

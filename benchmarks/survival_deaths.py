@@ -88,10 +88,12 @@ def damage(run: Run) -> bool:
             content[run.scene.random.randrange(len(content))] ^= 1 << run.scene.random.randrange(8)
         victim.write_bytes(content)
     run.start()
-    if struck:
-        wait(lambda: is_set_aside(checkpoints[-1]) or run.ended(), f"the warning of {victim}")
-        assert is_set_aside(checkpoints[-1]) or run.driver.returncode != 0, f"{victim} was damaged, and was used"
-    return struck
+    if not struck:
+        return False
+    wait(lambda: is_set_aside(checkpoints[-1]) or run.ended(), f"the warning of {victim}")
+    seen = is_set_aside(checkpoints[-1])
+    assert seen or run.driver.returncode != 0, f"{victim} was damaged, and was used"
+    return seen  # else the run ended by itself before it looked there
 
 
 def nan(run: Run) -> bool:

@@ -1,9 +1,10 @@
 """Which layer is the best to train at: short runs that differ in `mlc.layer` alone, each scored on both kinds.
 
-What the probe's criteria said of the layers before training is compared with what came of it (docs/search.md). Each run
-is DPO + MLC in one process, without Ray and vLLM: ten steps of two of the sample's harmful training bundles in five
-languages, embeddings frozen, and then the answers to the first bundles of `sample:select` in six. Criteria are of the
-first bundles of the sample's training half, in the five.
+What the probe's criteria said of the layers before training is compared with what came of it. Each run is DPO + MLC in
+one process, without Ray and vLLM: ten steps of two of the sample's harmful training bundles in five languages,
+embeddings frozen, and then the answers to the first bundles of `sample:select` in six. Criteria are of the first
+bundles of the sample's training half, in the five. It has not been run yet at this size; docs/probe.md has figures of
+earlier runs.
 
     python benchmarks/trained_layers.py --probe --layers 30 20 10 --out layers.json
 

@@ -31,7 +31,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from ray.util.state import list_jobs, list_placement_groups
+from ray.util.state import list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
 from mlc_ray.errors import MlcRayError
@@ -238,28 +238,36 @@ def _is_of_this_cluster(holder: Holder) -> bool:
 
 
 def _remove_groups_of(holder: Holder) -> None:
-    """Remove the placement groups that a driver of this cluster left, whose process is dead, and its Ray job too.
+    """Remove the placement groups that a driver of this cluster left, whose process and whose Ray job are dead.
 
-    Ray removes groups with their job. But Ray Train's controller lives some milliseconds longer than its driver, and
-    where workers were just being replaced it makes a group for new ones, which holds their CPUs and GPUs for good: its
-    own cleaner (2.60) knows a group once its workers have started.
+    Ray removes the groups of a job that ends. But Ray Train's controller lives some milliseconds longer than its
+    driver, and where workers were just being replaced it makes a group for new ones, which holds their CPUs and GPUs
+    for good: its own cleaner (2.60) knows a group once its workers have started.
     """
-    if not _is_of_this_cluster(holder):
+    if not _is_of_this_cluster(holder) or holder.ray_job == ray.get_runtime_context().get_job_id():
         return
     of_job = ("creator_job_id", "=", holder.ray_job), ("is_detached", "=", False), ("state", "!=", "REMOVED")
     here = ray.get_runtime_context().gcs_address  # there may be other clusters on this machine
     try:
         left = list_placement_groups(here, filters=list(of_job), detail=True)
-        jobs = list_jobs(here, filters=[("job_id", "=", holder.ray_job)]) if left else []
     except (RayStateApiException, OSError) as error:  # a cluster without a dashboard
         logger.info("whether %s left placement groups cannot be told: %s", holder, error)
         return
-    if any(job.status == "RUNNING" for job in jobs):  # the driver was one process of several
+    if left and not _has_ended(holder.ray_job):  # the driver was one process of several
+        logger.info("placement groups of %s are left alone: Ray does not know that its job has ended", holder)
         return
     for each in left:
         logger.warning("removing placement group %s, which %s left", each.placement_group_id, holder)
         group = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(each.placement_group_id)))
         remove_placement_group(group)
+
+
+def _has_ended(ray_job: str) -> bool:
+    """Whether Ray knows a job of this cluster, and that its driver is dead."""
+    # `ray.util.state.list_jobs` has of each `ray job submit` the last driver alone.
+    from ray._private.state import jobs
+
+    return any(each["JobID"] == ray_job and each["IsDead"] for each in jobs())  # type: ignore[no-untyped-call]
 
 
 def _write_first(folder: Place, own: Holder, before: Holder | None) -> bool:

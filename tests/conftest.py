@@ -76,7 +76,7 @@ def small_llama(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="session")
-def ray_local(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def ray_local(request: pytest.FixtureRequest) -> Iterator[Any]:
     """One real Ray for all tests that need one: a local node of 2 CPUs, whose workers have imported what they need."""
     import ray
 
@@ -86,7 +86,7 @@ def ray_local(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         request.getfixturevalue("s3")  # its workers get the environment that is there when it starts
     ray.shutdown()  # of one that a test of this process started without asking for this fixture
     # With the dashboard, as any real cluster has it: Ray Train asks it which runs have died, to free what they held.
-    with running(tmp_path_factory.mktemp("warm")) as python:
+    with running() as python:
         ray.init(
             address="local",
             num_cpus=2,

@@ -8,9 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from mlc_ray.generate.blocks import joined
+from mlc_ray.generate.stage import ANSWERS, PROMPTS
+from mlc_ray.score.kept import Kept
+from mlc_ray.storage import Place
 
 
 def test_step_benchmark(tmp_path: Path, repository: Path) -> None:
@@ -140,3 +147,18 @@ def test_lines_of_functions_that_were_called_are_counted_with_their_docstrings()
     for called in (decorated, plain):
         assert narrow_path.lines_that_run(text, called) == (6 + 1, 3)
     assert narrow_path.lines_that_run(text, set()) == (0, 0)
+
+
+def test_rows_that_landed_are_found_by_what_they_answer(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+    deaths = importlib.import_module("engine_deaths")
+    prompts = pa.Table.from_pylist([{"bundle_id": code, "prompt": f"in {code}"} for code in "abc"], schema=PROMPTS)
+    answers = pa.Table.from_pylist([{"response": code, "finish": "stop"} for code in "abc"], schema=ANSWERS)
+    Kept(Place(tmp_path), "answering", ["by"], prompts, PROMPTS.names, ANSWERS).land(0, answers.slice(0, 2))
+    kept = {row["key"]: row for file in deaths.blocks_of(tmp_path) for row in pq.read_table(file).to_pylist()}
+    assert len(kept) == 2
+    assert deaths.astray(kept, joined(prompts, answers), ["by"]) == []
+    swapped = joined(prompts, answers.take([1, 0, 2]))  # the same answers, to each other's prompts
+    assert len(deaths.astray(kept, swapped, ["by"])) == 2

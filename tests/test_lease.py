@@ -24,7 +24,10 @@ from mlc_ray.lease import lease
 from mlc_ray.storage import Place
 if len(sys.argv) > 2:
     import ray
-    ray.init(address=sys.argv[2], log_to_driver=False, logging_level="ERROR")
+    submission = ray.job_config.JobConfig(metadata={"job_submission_id": "test"})  # as of `ray job submit`
+    ray.init(address=sys.argv[2], job_config=submission, log_to_driver=False, logging_level="ERROR")
+    if sys.argv[1] == "and ends":
+        sys.exit()
     class Outlives:  # as Ray Train's controller does, for some milliseconds, and this one for good
         def reserve(self):
             self.group = ray.util.placement_group([{"CPU": 0.5}])
@@ -199,11 +202,21 @@ def test_an_error_of_the_storage_leaves_no_name_held(tmp_path, ray_local):
 @pytest.mark.slow
 def test_within_a_cluster_a_killed_drivers_lease_is_free_at_once(tmp_path, ray_local, monkeypatch):
     monkeypatch.setattr(module, "_machine", lambda: "")  # nothing is known of the process: Ray alone tells
-    process = hold(tmp_path, ray_local.get_runtime_context().gcs_address)
+    here = ray_local.get_runtime_context().gcs_address
+    process = hold(tmp_path, here)
     holder = json.loads(Path(tmp_path / "lease.json").read_text())
     assert holder["ray_job"] != ray_local.get_runtime_context().get_job_id() and holder["pid"] == process.pid
     with pytest.raises(LeaseError, match=rf"held by process {process.pid} .*, Ray job {holder['ray_job']}, since"):
         lease(Place(tmp_path), wait=False).__enter__()
+
+    def states() -> list[str]:
+        groups = list_placement_groups(here, filters=[("creator_job_id", "=", holder["ray_job"])])
+        return [group.state for group in groups]
+
+    # Another driver of the same submission: of these, Ray's `list_jobs` has the last one alone.
+    subprocess.run([sys.executable, "-c", HOLD, "and ends", here], check=True)
+    module._remove_groups_of(Holder(**holder))
+    assert states() == ["CREATED"]
     (tmp_path / "lease.json").unlink()
     with pytest.raises(LeaseError, match="being taken by another driver of this Ray cluster"):  # the name alone holds
         lease(Place(tmp_path), wait=False).__enter__()
@@ -213,9 +226,7 @@ def test_within_a_cluster_a_killed_drivers_lease_is_free_at_once(tmp_path, ray_l
     try:
         with lease(Place(tmp_path), wait=True, lifetime=1e6) as held:  # the file never grows old enough
             assert json.loads((tmp_path / "lease.json").read_text())["id"] == held
-        here = ray_local.get_runtime_context().gcs_address
-        groups = list_placement_groups(here, filters=[("creator_job_id", "=", holder["ray_job"])])
-        assert [group.state for group in groups] == ["REMOVED"]
+        assert states() == ["REMOVED"]
         own = ray_local.util.placement_group([{"CPU": 0.5}])
         assert own.wait(60)
         same_job = holder | {"ray_job": ray_local.get_runtime_context().get_job_id()}  # as of a trial of a search

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +25,34 @@ def test_six_deaths(tmp_path: Path, repository: Path, smollm2: Path) -> None:
     struck = sorted(death.split()[0] for run in runs for death in run["deaths"])
     assert struck == ["damage", "driver", "nan", "node", "worker", "write"]
     assert all(run["losses"] == run["weights"] == 0 and run["left"] == [] for run in runs)
+
+
+def test_a_death_that_ends_in_an_error_is_in_the_table(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(repository)
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # a scene changes it
+    survival, scenes = importlib.import_module("survival"), importlib.import_module("survival_scene")
+
+    class Sleeping(scenes.Scene):
+        def start(self, name, output_dir, settings):
+            return subprocess.Popen(["sleep", "60"])
+
+    def break_off(run):
+        raise FileNotFoundError("a manifest")
+
+    monkeypatch.setitem(survival.DEATHS, "misses", lambda run: False)
+    monkeypatch.setitem(survival.DEATHS, "breaks off", break_off)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 12}) + "\n")
+    run = scenes.Run(Sleeping(tmp_path / "scene", seed=0), "run", tmp_path)
+    # What is left is looked for in a cluster, and here is none: another error that is to end no benchmark.
+    row = survival.lived(run, ["misses", "breaks off", "worker"], run)
+    assert row["error"] == "FileNotFoundError: a manifest" and row["left"] and not row["ok"] and run.ended()
+    assert (row["deaths"], row["missed"]) == (["breaks off at 12"], ["misses at 12", "worker"])
+    other = {"deaths": [], "ok": True, "losses": 0.0, "weights": 0.0}
+    assert survival.table([row, other]).splitlines()[2:] == [
+        "| breaks | 1 | 1 | 0 | inf | inf |",
+        "| all | 1 | 2 | 1 | inf | inf |",
+    ]

@@ -3,7 +3,8 @@
 Each worker of Ray imports for itself: 8 CPU seconds where it trains (torch, transformers, DeepSpeed), 7 where it holds
 an engine (vLLM). Here Ray starts `ask` in Python's place, which hands its arguments, environment and streams to
 `serve`; that forks the worker from a process which has imported everything, one for each set of the variables that are
-read meanwhile. The runs that tests start as commands have a Ray of their own, whose workers start as anybody's do.
+read meanwhile. Forks of one process share the seed of its string hashes, so a set of strings has the same order in all
+of them; plain workers draw a seed each. Commands that tests start have a Ray of their own, with plain workers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,16 +50,19 @@ Message = tuple[dict[str, Any], list[int]]
 
 
 @contextlib.contextmanager
-def running(folder: Path) -> Iterator[str]:
-    """What Ray is to start as `py_executable`; `folder` is for the socket."""
-    address = folder / "socket"
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(address))
-        listening.listen(64)
-        command = [sys.executable, __file__, "serve", str(listening.fileno())]
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], start_new_session=True)
-    with server:  # closes its input, which ends it; so does the end of this process, however it comes
-        yield shlex.join([sys.executable, "-I", "-S", __file__, "ask", str(address)])
+def running() -> Iterator[str]:
+    """What Ray is to start as `py_executable`."""
+    # The path of a socket has 107 bytes at most, and those of pytest's folders can have more.
+    with tempfile.TemporaryDirectory(prefix="warm-", dir="/tmp") as folder:
+        address = f"{folder}/socket"
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(address)
+            listening.listen(64)
+            command = [sys.executable, __file__, "serve", str(listening.fileno())]
+            open_files = [listening.fileno()]
+            server = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=open_files, start_new_session=True)
+        with server:  # closes its input, which ends it; so does the end of this process, however it comes
+            yield shlex.join([sys.executable, "-I", "-S", __file__, "ask", address])
 
 
 def ask(address: str, arguments: list[str]) -> None:
@@ -87,7 +93,7 @@ def serve(listening: socket.socket) -> None:
                 subprocess.Popen(command, env=environment, pass_fds=[other.fileno()])
         try:
             _send(warm[key], told, [*streams, connection.fileno()])
-        except BrokenPipeError:  # it has said why on stderr; Ray asks again
+        except BrokenPipeError:  # it was killed, or has crashed; Ray asks again
             del warm[key]
         connection.close()
         for stream in streams:
@@ -97,7 +103,10 @@ def serve(listening: socket.socket) -> None:
 def fork(asked: socket.socket) -> None:
     """Import, and fork a worker at each message, which keeps `ask`'s connection open until it ends."""
     for name in ANSWERS if "VLLM_ENABLE_V1_MULTIPROCESSING" in os.environ else TRAINS:
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except Exception:  # the workers meet it again, where a test sees it; Ray would start one that ends for ever
+            traceback.print_exc()
     gc.freeze()  # a collection would write into what all of them share
     atexit.register(gc.unfreeze)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them

@@ -28,11 +28,7 @@ class Dco(Alignment):
     needs_reference = True
     note = "after arXiv 2603.04678; ours: each language is paired with the response language"
     needs_rows = True
-
-    @property
-    def pairing(self) -> Pairing:
-        """Answers in every language."""
-        return "own"
+    pairing: Pairing = "own"
 
     def __call__(
         self,

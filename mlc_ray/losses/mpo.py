@@ -49,16 +49,8 @@ class Mpo(Alignment):
     needs_reference = True
     note = "after arXiv 2505.16869; ours: min_source_gap, English once a bundle, no padding in the means"
     needs_rows = True
-
-    @property
-    def pairing(self) -> Pairing:
-        """Answers in every language."""
-        return "own"
-
-    @property
-    def reference_pairing(self) -> Pairing:
-        """The reference never sees another language than the dominant one."""
-        return "response"
+    pairing: Pairing = "own"
+    reference_pairing: Pairing = "response"  # it never sees another language than the dominant one
 
     @property
     def pooling(self) -> Pooling | None:

@@ -37,9 +37,7 @@ class Kept:
         self, place: Place, name: str, made_by: Any, table: pa.Table, reads: Sequence[str], columns: pa.Schema
     ) -> None:
         self._place, self._columns = place / KEPT_FOLDER / name, columns
-        by = fingerprint(made_by)
-        rows = table.select([column for column in reads if column in table.column_names]).to_pylist()
-        self._keys = [fingerprint([by, row]) for row in rows]
+        self._keys = row_keys(made_by, table, reads)
         self._found = self._read()
         self._table = table
         self._missing = [index for index, key in enumerate(self._keys) if key not in self._found]
@@ -84,3 +82,10 @@ class Kept:
                     if (key := row.pop("key")) in wanted:
                         found[key] = row
         return found
+
+
+def row_keys(made_by: Any, table: pa.Table, reads: Sequence[str]) -> list[str]:
+    """The key of every row, as `Kept` has it."""
+    by = fingerprint(made_by)
+    rows = table.select([column for column in reads if column in table.column_names]).to_pylist()
+    return [fingerprint([by, row]) for row in rows]

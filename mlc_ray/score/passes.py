@@ -50,10 +50,10 @@ class Passes:
         """`prompts` with the policy's answers, also in the folder's file; by the engines of `pool` if there is one."""
         own = answering(self.request.resolved, self.request.config, judging, self.device, in_turn=False)
         part = own if pool is None else pool.part
-        made_by = [self.request.decoding, _versions()]
+        by = made_by(self.request)
         if judging.judge.runs == "prompts":
-            made_by.append([judging.judge.identity, dict(judging.ways)])
-        kept = self._kept("answering", part, made_by, prompts, PROMPTS.names)
+            by.append([judging.judge.identity, dict(judging.ways)])
+        kept = self._kept("answering", part, by, prompts, PROMPTS.names)
         table = joined(prompts, kept.whole(self._work(part, kept, "prompts", pool)))
         self.write(table)
         kept.drop()
@@ -66,10 +66,10 @@ class Passes:
         for file in self.folder.glob(f"*{USAGE_SUFFIX}"):
             file.unlink()  # of an earlier judge
         parts = reading(judging, self.device, rows=len(table), usage=self.folder, replies=self.place / REPLIES_FILE)
-        made_by = [judging.identity, *map(_asked, judging.readers), _versions()]
+        by = [judging.identity, *map(_asked, judging.readers), _versions()]
         try:
             for name, part in parts.items():
-                kept = self._kept(name, part, made_by, table, [*RESPONSES.names, *TRANSLATED.names])
+                kept = self._kept(name, part, by, table, [*RESPONSES.names, *TRANSLATED.names])
                 table = joined(table, kept.whole(self._work(part, kept, "responses", None)))
                 self.write(table)
         except MlcRayError:
@@ -101,6 +101,11 @@ class Passes:
             phase(part.name, len(rows), unit) as progress,
         ):
             return engines.map(rows, progress=progress, landed=landed)
+
+
+def made_by(request: Request) -> list[Any]:
+    """What the model's answers follow from, beside a prompt: a part of the keys of rows that are kept."""
+    return [request.decoding, _versions()]
 
 
 @contextmanager

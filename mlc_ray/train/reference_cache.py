@@ -60,9 +60,10 @@ def prepare_references(
 def asked_of(config: TrainConfig, tokens: TokenArtifact, *, layer: int, cache_dir: Path | Place, gpu: bool) -> Asked:
     """What the reference is asked about a token artefact, and the folder for it, which is named by its key.
 
-    The key holds the token rows' fingerprint, the model's weights, the type and the kernels of the forward, and what is
-    needed: log-probs, or tapped states at `layer`, or both. It holds neither the engine nor the number of workers nor
-    the tokens of a forward: by these, numbers differ by rounding alone.
+    The key holds the token rows' fingerprint, the model's weights, the type and the kernels of the forward, the device,
+    and what is needed: log-probs, and of which answers behind which prompts (`Pairing`); tapped states at `layer`;
+    states of whole sequences, and how they are pooled (`Pooling`). It holds neither the engine nor the number of
+    workers nor the tokens of a forward: by these, numbers differ by rounding alone.
     """
     key = fingerprint(
         {

@@ -46,8 +46,8 @@ from mlc_ray.types import Batch, Pairing, ReferenceRows, move
 logger = logging.getLogger(__name__)
 
 BUNDLES_PER_FORWARD = 8
-"""Of mean length, in a forward where `tokens_per_forward: auto` goes by a GPU's free memory: it counts what a backward
-keeps, and there is none."""
+"""On a GPU with `tokens_per_forward: auto`, a forward of the pass has this many times a bundle's mean number of tokens.
+In training `auto` goes by what a backward keeps of a forward; here is no backward."""
 
 BUNDLES_PER_WORKER = 64
 """Asked about at once at least, if so many are missing: workers wait for the slowest at the end of each."""

@@ -1,0 +1,22 @@
+"""A worker that is forked from a warm process says what went wrong in it, as a plain one does."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+from tests.warm_workers import running
+
+
+def test_what_cannot_be_imported_is_an_error_of_the_worker(tmp_path: Path, repository: Path) -> None:
+    for name in ("vllm", "ray"):  # shadowed, so that the warm process can import nothing
+        (tmp_path / f"{name}.py").write_text("raise ImportError('a library is missing')")
+    (tmp_path / "worker.py").write_text("print('begun', flush=True)\nimport vllm\n")
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": f"{tmp_path}:{repository}"}
+    with running() as python:
+        command = [*shlex.split(python), str(tmp_path / "worker.py")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "begun\n"
+    assert done.stderr.count("ImportError: a library is missing") == 1
