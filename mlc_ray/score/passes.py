@@ -25,7 +25,7 @@ from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.panel import Reader
 from mlc_ray.progress import phase
-from mlc_ray.runs import KEPT_FOLDER, REPLIES_FILE, RESPONSES_FILE
+from mlc_ray.runs import REPLIES_FILE, RESPONSES_FILE
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import USAGE_SUFFIX, Judging, answering, reading
 from mlc_ray.score.request import Request
@@ -55,7 +55,6 @@ class Passes:
         kept = self._kept("answering", part, made_by, prompts, PROMPTS.names)
         table = joined(prompts, kept.whole(self._work(part, kept, "prompts", pool)))
         self.write(table)
-        kept.drop()
         _say_what_is_odd(table, self.request.config.max_new_tokens)
         return table
 
@@ -67,13 +66,13 @@ class Passes:
         made_by = [judging.identity, *map(_asked, judging.readers), _versions()]
         try:
             for name, part in parts.items():
-                kept = self._kept(name, part, made_by, table, [*RESPONSES.names, *TRANSLATED.names])
+                reads = [*RESPONSES.names, *TRANSLATED.names, *part.settings.get("earlier", ())]
+                kept = self._kept(name, part, made_by, table, reads)
                 table = joined(table, kept.whole(self._work(part, kept, "responses", None)))
                 self.write(table)
         except MlcRayError:
             logger.error("the responses are kept; go on with `mlc-ray judge %s`", self.place)
             raise
-        (self.place / KEPT_FOLDER).remove()
         return table
 
     def write(self, table: pa.Table) -> None:
