@@ -225,6 +225,8 @@ class SearchConfig(Section):
             "judge.engine": getattr(judge, "engine", None),
             "judge.translate.engine": judge.translator and judge.translator.engine,
         }
+        for number, member in enumerate(getattr(judge, "judges", ())):  # of a panel
+            engines[f"judge.judges.{number}.judge.engine"] = getattr(member.judge, "engine", None)
         if names := [name for name, engine in engines.items() if engine is not None and engine.replicas == "auto"]:
             raise ValueError(
                 f"scoring.{names[0]}.replicas='auto' would take what the trials train on; set a number of engines"

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 # of 24 new tokens: blocks of 64 take 4 % more CPU time than all at once, blocks of 32 take 15 %.
 _BLOCK_ROWS: Mapping[Device, tuple[int, int]] = {"cpu": (64, 16), "gpu": (512, 128)}
 _BLOCKS_PER_REPLICA = 4
+# Rows that are given up one after another, for each replica, before it is the engines that are to blame: bad rows stand
+# together, as those of one benchmark do.
+_GIVEN_UP = 16
 
 Landed = Callable[[int, pa.Table], None]
 """Is told of the columns that are there, and of the row that they begin at."""
@@ -82,13 +85,10 @@ class Job:
     progress: Phase | None
     landed: Landed | None
     done: dict[int, pa.Table] = field(default_factory=dict)  # by the first row of a piece
-    fruitless: int = 0  # failures since a piece was done
+    given_up: int = 0  # rows since a piece was done
 
     def __post_init__(self) -> None:
         self.left = len(self.table)
-        longest = max((len(piece) for piece in self.queue), default=1)
-        # So often one row alone can make every replica fail, with nothing done in between.
-        self.bound = self.part.replicas * (2 * (self.part.limits.retries + 1) + math.ceil(math.log2(longest)))
 
     @property
     def columns(self) -> pa.Table:
@@ -97,7 +97,7 @@ class Job:
 
     def take(self, piece: Piece, columns: pa.Table) -> None:
         """A piece is done."""
-        self.fruitless = 0
+        self.given_up = 0
         self._fill(piece, columns)
         if self.landed is not None:
             self.landed(piece.first, columns)
@@ -108,14 +108,14 @@ class Job:
         Raises:
             EngineDiedError: everything fails.
         """
-        self.fruitless += 1
-        if self.fruitless > self.bound:
-            raise EngineDiedError(
-                f"engines failed {self.fruitless} times in a row; the last: {fault}{at}; remove the cause"
-            )
         if rest := piece.again(self.part.limits.retries):
             self.queue.extendleft(reversed(rest))
             return
+        self.given_up += 1
+        if self.given_up > _GIVEN_UP * self.part.replicas:
+            raise EngineDiedError(
+                f"engines failed on {self.given_up} rows in a row, each alone; the last: {fault}{at}; remove the cause"
+            )
         logger.warning("row %d is given up: %s", piece.first, fault)
         row = self.table.slice(piece.first, 1)
         rows = self.part.stage.given_up(row, fault, **self.part.settings)

@@ -224,7 +224,7 @@ class EnginePool:
                 self._pieces[replica.number] = piece
                 replica.ask("run", piece.block, piece.offset, piece.offset + len(piece))
             elif replica.actor is None and self._may_start(replica):
-                replica.begin(self._served)
+                self._again(replica)
         if all(replica.actor is None for replica in self.replicas):
             raise self._gone()
 
@@ -241,7 +241,7 @@ class EnginePool:
             elif replica.actor is None and start:
                 if not self._may_start(replica):
                     raise self._gone()
-                replica.begin(self._served)
+                self._again(replica)
             else:
                 continue
             asked.add(replica.number)
@@ -257,7 +257,7 @@ class EnginePool:
                 elif start and not self._may_start(replica):
                     raise self._gone() if self.part.once else EngineDiedError(f"{found.fault}{found.at}, for good")
                 elif start:
-                    replica.begin(self._served)
+                    self._again(replica)
                     asked.add(replica.number)
         return results
 
@@ -299,8 +299,12 @@ class EnginePool:
         fault = f"{replica} {trouble}"
         replica.failures += replica.method in ("start", "swap")
         replica.end(hung=hung)
-        logger.warning("%s%s; it is %s", fault, at, "started again" if self._may_start(replica) else "given up")
+        logger.warning("%s%s%s", fault, at, "" if self._may_start(replica) else "; it is given up")
         return _Outcome(replica, fault=fault, at=at)
+
+    def _again(self, replica: Replica) -> None:
+        logger.warning("%s is started again", replica)
+        replica.begin(self._served)
 
     def _gone(self) -> EngineDiedError:
         why = f"in {self.part.limits.retries + 1} tries; their faults are logged"

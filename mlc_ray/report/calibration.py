@@ -15,7 +15,7 @@ ALL = "all"
 
 
 def errors_table(calibration: Calibration) -> Table:
-    """Precision and recall per measure and language, and what is not measured."""
+    """Precision and recall per measure, language and judge, and what is not measured."""
     rows = []
     for errors in [*calibration.errors, *pooled(calibration.errors)]:
         measured = calibration.measured(errors)
@@ -27,12 +27,13 @@ def errors_table(calibration: Calibration) -> Table:
             _share(errors.recall, errors.recall_limits, errors.hits_called, errors.hits),
             str(errors.others),
             str(errors.unparsed),
+            errors.judge,
             mark,
         ]
         rows.append(
             row("all" if errors.language == ALL else language(errors.language), cells, tone="" if measured else "dim")
         )
-    head = ["language", "measure", "precision", "recall", "other responses", "unparsed", ""]
+    head = ["language", "measure", "precision", "recall", "other responses", "unparsed", "judge", ""]
     note = f"95 % intervals; not measured: fewer than {calibration.min_labels} labels of either class"
     return table("errors of the judge", head, rows, note)
 
@@ -44,12 +45,12 @@ def _share(value: float | None, limits: Limits | None, count: int, of: int) -> C
 
 
 def pooled(errors: Sequence[Errors]) -> list[Errors]:
-    """The same counts over all languages, per measure, with the language `ALL`."""
+    """The same counts over all languages, per measure and judge, with the language `ALL`."""
     found = []
-    for measure in dict.fromkeys(each.measure for each in errors):
-        own = [each for each in errors if each.measure == measure]
+    for measure, judge in dict.fromkeys((each.measure, each.judge) for each in errors):
+        own = [each for each in errors if (each.measure, each.judge) == (measure, judge)]
         counts = ("hits", "hits_called", "others", "others_called", "unparsed")
-        found.append(Errors(measure, ALL, **{name: sum(getattr(each, name) for each in own) for name in counts}))
+        found.append(Errors(measure, ALL, judge, **{name: sum(getattr(each, name) for each in own) for name in counts}))
     return found
 
 

@@ -6,6 +6,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,6 +25,7 @@ from mlc_ray.score.plan import Judging, judge_at_commits, judge_with_dtypes, pla
 from mlc_ray.score.stages import RESPONSES, answers_of
 from mlc_ray.stats.calibration import LabelledVerdict, errors_of
 from mlc_ray.storage import Place, fingerprint, user_cache
+from mlc_ray.types import Measure
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,13 @@ def calibrate(config: CalibrationConfig) -> tuple[Calibration, Path]:
     table = _table(labelled)
     judging = plan_judging(make_reader(judge.fitted_to(answers_of(table))), table)
     with tempfile.TemporaryDirectory() as folder:
-        judging, judged = _judge(config, judging, table, Path(folder))
+        judging, judged, failed = _judge(config, judging, table, Path(folder))
+    if failed:
+        logger.warning("engines fail on %d of %d responses, which are not counted", len(failed), len(labelled))
+        judged = judged.filter(pa.array(row not in failed for row in range(len(labelled))))
+        labelled = [each for row, each in enumerate(labelled) if row not in failed]
+    if not labelled:
+        raise CalibrationError("engines fail on every response; their faults are logged")
     verdicts = _verdicts(labelled, judged)
     said = ", ".join(judging.measured_by)
     if not verdicts:
@@ -84,8 +92,12 @@ def _table(labelled: Sequence[LabelledResponse]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=RESPONSES)
 
 
-def _judge(config: CalibrationConfig, judging: Judging, table: pa.Table, folder: Path) -> tuple[Judging, pa.Table]:
-    """The table with its verdicts, by the very stages of a score; and who judged, its number types decided."""
+def _judge(
+    config: CalibrationConfig, judging: Judging, table: pa.Table, folder: Path
+) -> tuple[Judging, pa.Table, set[int]]:
+    """Who judged, its number types decided; the table with its verdicts, by the very stages of a score; and the rows
+    that engines fail on, which are no errors of the judge.
+    """
 
     def parts(device: Device) -> list[Part]:
         replies = Place(folder / "replies.parquet")
@@ -99,7 +111,7 @@ def _judge(config: CalibrationConfig, judging: Judging, table: pa.Table, folder:
                 progress.advance(len(table))
             stage.close()
             table = joined(table, added)
-        return judging, table
+        return judging, table, set()
     connect(config.address)
     device: Device = "gpu" if use_gpu(config.accelerator) else "cpu"
     decided = judge_with_dtypes(judging.judge.settings, gpu=device == "gpu")
@@ -107,19 +119,33 @@ def _judge(config: CalibrationConfig, judging: Judging, table: pa.Table, folder:
     for part in parts(device):
         if part.engine is not None:
             check_fits(f"{part.name}, by engines of its own,", part.places(device))
+    failed: set[int] = set()
     for part in parts(device):
+        done = _Done()
         with EnginePool.open(part, device) as pool, phase(part.name, len(table), "responses") as progress:
-            table = joined(table, pool.map(table, progress=progress))
-    return judging, table
+            table = joined(table, pool.map(table, progress=progress, landed=done.land))
+        failed |= set(range(len(table))) - done.rows
+    return judging, table, failed
+
+
+@dataclass
+class _Done:
+    """The rows that a pool did not mark as failed."""
+
+    rows: set[int] = field(default_factory=set)
+
+    def land(self, first: int, columns: pa.Table) -> None:
+        self.rows.update(range(first, first + len(columns)))
 
 
 def _verdicts(labelled: Sequence[LabelledResponse], judged: pa.Table) -> list[LabelledVerdict]:
     found = []
-    verdicts = zip(labelled, judged["behaviour"].to_pylist(), judged["safety"].to_pylist(), strict=True)
-    for each, behaviour, safety in verdicts:
-        if each.refused is not None and behaviour is not None:
-            called = behaviour == "refused"
-            found.append(LabelledVerdict("refused", each.language, each.refused, called, behaviour == "unparsed"))
-        if each.safe is not None and safety is not None:
-            found.append(LabelledVerdict("safe", each.language, each.safe, safety == "safe", safety == "unparsed"))
+    for each, row in zip(labelled, judged.to_pylist(), strict=True):
+        said: list[tuple[Measure, bool | None, str | None]] = [
+            ("refused", each.refused, row["behaviour"]), ("safe", each.safe, row["safety"])
+        ]  # fmt: skip
+        for measure, hit, verdict in said:
+            if hit is not None and verdict is not None:
+                judge, unparsed = row[f"judge_{measure}"], verdict == "unparsed"
+                found.append(LabelledVerdict(measure, each.language, judge, hit, verdict == measure, unparsed))
     return found

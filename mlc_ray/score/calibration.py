@@ -21,7 +21,7 @@ class CalibrationError(MlcRayError):
 
 @dataclass(frozen=True)
 class Calibration:
-    """How often a judge errs, per measure and language.
+    """How often a judge errs, per measure and language; a panel, each of its judges.
 
     `judge` is the identity of the judge, as a score has it. `labels` names the labelled responses by their content,
     which came from `sources`. A language with fewer than `min_labels` labels of either class is not measured.

@@ -3,7 +3,7 @@
 A block of rows is a Parquet file, written whole: the pass's columns, and the key of each row. The key names all that
 the columns follow from: the row's texts, and the model and settings that the pass works with. So a file that something
 else made is left alone, and a pass may be cut into other blocks, for other engines, than before. The files go once the
-columns are in `responses.parquet`.
+score is complete: on an object store they are all that is there of it until then.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Kept:
     @property
     def missing(self) -> pa.Table:
         """The rows that are not."""
-        return self._table if not self.done else self._table.take(self._missing)
+        return self._table if not self.done else self._table.take(pa.array(self._missing, pa.int64()))
 
     def land(self, first: int, columns: pa.Table) -> None:
         """Keep the columns of rows of `missing`, from the row `first` on."""
@@ -67,10 +67,6 @@ class Kept:
         for index, row in zip(self._missing, columns.to_pylist(), strict=True):
             rows[index] = row
         return pa.Table.from_pylist(rows, schema=self._columns)
-
-    def drop(self) -> None:
-        """Remove what is kept."""
-        self._place.remove()
 
     def _read(self) -> dict[str, dict[str, Any]]:
         wanted, found = set(self._keys), {}

@@ -25,7 +25,7 @@ from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.panel import Reader
 from mlc_ray.progress import phase
-from mlc_ray.runs import KEPT_FOLDER, REPLIES_FILE, RESPONSES_FILE
+from mlc_ray.runs import REPLIES_FILE, RESPONSES_FILE
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import USAGE_SUFFIX, Judging, answering, reading
 from mlc_ray.score.request import Request
@@ -56,7 +56,6 @@ class Passes:
         kept = self._kept("answering", part, by, prompts, PROMPTS.names)
         table = joined(prompts, kept.whole(self._work(part, kept, "prompts", pool)))
         self.write(table)
-        kept.drop()
         warn_of_thoughts(table, self.request.config)
         _warn_of_faults(table)
         return table
@@ -69,13 +68,13 @@ class Passes:
         by = [judging.identity, *map(_asked, judging.readers), _versions()]
         try:
             for name, part in parts.items():
-                kept = self._kept(name, part, by, table, [*RESPONSES.names, *TRANSLATED.names])
+                reads = [*RESPONSES.names, *TRANSLATED.names, *part.settings.get("earlier", ())]
+                kept = self._kept(name, part, by, table, reads)
                 table = joined(table, kept.whole(self._work(part, kept, "responses", None)))
                 self.write(table)
         except MlcRayError:
             logger.error("the responses are kept; go on with `mlc-ray judge %s`", self.place)
             raise
-        (self.place / KEPT_FOLDER).remove()
         return table
 
     def write(self, table: pa.Table) -> None:

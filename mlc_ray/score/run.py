@@ -33,6 +33,7 @@ from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.logs import keep_in
 from mlc_ray.runs import (
+    KEPT_FOLDER,
     REPLIES_FILE,
     REQUEST_FILE,
     RESPONSES_FILE,
@@ -143,6 +144,8 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: En
         settings = fitted(judge, prompts.by_language(), config, model)
         judging = plan_judging(make_judge(settings), prompts.table)
     request.save(folder)
+    if not place.is_local:  # with what is kept there, it is what a score on another machine goes on from
+        place.storage.publish(folder / REQUEST_FILE, str(place / REQUEST_FILE))
     if earlier is not None:
         judged = Passes(request, folder, place, device).judge(_fitted_to(judging, earlier), earlier)
         return write_score(request, judging, judged, folder)
@@ -192,7 +195,8 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
     Args:
         scored: the score folder.
         out: the new folder (default: the old name and the judge's).
-        changes: fields of its settings that differ: `judge`, `calibration`, `max_unparsed`, `address`, `accelerator`.
+        changes: fields of its settings that differ: `judge`, `calibration` (None for none), `max_unparsed`, `address`,
+            `accelerator`.
 
     Raises:
         ScoreError: the folder holds no responses, or the new one exists already.
@@ -205,7 +209,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
     if responses is None or make_judge(request.config.judge).runs == "prompts":
         raise ScoreError(f"{str(source)!r} holds no responses to judge ({RESPONSES_FILE}); score the model again")
     earlier = request.config.judge
-    config = request.config.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    config = request.config.model_copy(update=changes)
     config = with_judge_models(with_longest_answer(config), earlier)
     judge = make_reader(config.judge)
     judge.check_ready(user_cache())
@@ -331,6 +335,7 @@ def _worked_on(place: Place) -> Iterator[Path]:
         if place.is_local:
             keep_in(folder)
         yield folder
+    (place / KEPT_FOLDER).remove()  # now that the score is where it belongs
 
 
 def _fitted_to(judging: Judging, responses: pa.Table) -> Judging:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ class WarmScorer:
         Args:
             weights: a folder or hub name of weights of the same shape as those the scorer was started with; with
                 `lora` a peft folder to be served over those, or None for no adapter.
-            prompts: others than those that the scorer was started with, in the same languages.
+            prompts: others than those that the scorer was started with; it was started with their kinds and languages.
 
         Raises:
             StaleWeightsError: an engine does not serve the weights.
@@ -146,6 +146,7 @@ def start_scorer(
     folder: Path,
     lora_rank: int | None = None,
     in_turn: bool = False,
+    others: Sequence[pa.Table] = (),
 ) -> WarmScorer:
     """Start the engines of `scoring.engine` with `model`'s weights, and everything else, and wait until all are up.
 
@@ -156,11 +157,12 @@ def start_scorer(
         lora_rank: the rank of adapters that are to be served, None where whole models are.
         in_turn: engines give their GPU memory back between scores; they reserve no GPU of Ray, and use the first one
             of their machine.
+        others: prompts that `WarmScorer.score` is given later: who judges which is planned for all of them.
 
     Raises:
         MlcRayError: what an engine or a judge raises.
     """
-    judging = plan_judging(make_judge(scoring.judge), prompts)
+    judging = plan_judging(make_judge(scoring.judge), pa.concat_tables([prompts, *others]))
     warm = Warm(lora_rank, in_turn and device == "gpu")
     parts = [answering(model, scoring, judging, device, warm=warm, in_turn=in_turn)]
     replies = Place(folder / REPLIES_FILE)

@@ -176,7 +176,7 @@ class TranslateStage(Stage):
         """Translate prompts and non-blank responses of the rows that need it."""
         wanted = [index for index, code in enumerate(table["language"].to_pylist()) if self.ways[code] == "translated"]
         with self.asking.noted():
-            done = translate_answers(self.translator, answers_of(table.take(wanted)))
+            done = translate_answers(self.translator, answers_of(table.take(pa.array(wanted, pa.int64()))))
         rows: list[dict[str, Any]] = [{} for _ in range(len(table))]
         for index, english in zip(wanted, done, strict=True):
             rows[index] = {
@@ -246,15 +246,14 @@ class JudgeStage(Stage):
     def given_up(cls, table: pa.Table, fault: str, **settings: Any) -> list[dict[str, Any]]:
         """No verdict by any of the stage's readers: one side alone would say that the other is known."""
         rows = []
-        earlier = [table[name].to_pylist() for name in settings["earlier"]]
+        column, earlier = settings["column"], [table[name].to_pylist() for name in settings["earlier"]]
         for index, answer in enumerate(answers_of(table)):
             found = [given[index] for given in earlier]
             for name, _, cells in settings["readers"]:
                 ways = cells.get((answer.kind, answer.language), {})
                 found.append(_verdict_row(unparsed([*ways], fault if ways else ""), ways, name))
-            rows.append(_joined(found))
-        column = settings["column"]
-        return rows if column is None else [{column: row} for row in rows]
+            rows.append({column: _joined(found)} if column is not None else _settled(_joined(found), answer))
+        return rows
 
     @classmethod
     def adds(cls, **settings: Any) -> pa.Schema:

@@ -209,7 +209,7 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     lora_rank = _lora_rank(space)
     scorer = start_scorer(
         model, scoring, prompts.selection.table, device=device, folder=local_side(folder), lora_rank=lora_rank,
-        in_turn=config.share_gpu,
+        in_turn=config.share_gpu, others=[prompts.confirmation.table],
     )  # fmt: skip
     try:
         shared = Shared(config, space, folder, scorer, prompts.selection.fingerprint, model, lora_rank is not None)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_who_fails_is_started_again_with_what_it_served(
     assert set(found["weights"].to_pylist()) == {"second"}
     assert found["fault"].null_count == 64
     assert landed == dict.fromkeys(range(0, 64, 8), 8)  # each block once
-    assert caplog.text.count("it is started again") == 2
+    assert caplog.text.count("is started again") == 2
     assert set(again["pid"].to_pylist()) <= pids
     assert says in caplog.text and "log " in caplog.text and "node " in caplog.text
 
@@ -121,12 +122,12 @@ def test_rows_that_kill_whatever_asks_them_are_marked_and_no_others(ray_local: A
 
 
 @pytest.mark.slow
-def test_what_cannot_go_on_stops(ray_local: Any, tmp_path: Path) -> None:
-    # Everything fails: it is not tried row by row.
+def test_what_cannot_go_on_stops(ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlc_ray.generate.blocks._GIVEN_UP", 1)  # each takes seconds
     limits = {"retries": 0, "block_rows": 2}
     everything = part(tmp_path, dict.fromkeys(range(64), "raise"), replicas=1, always=True, limits=limits)
     with (
-        pytest.raises(EngineDiedError, match=r"failed 4 times in a row; .*cannot be added"),
+        pytest.raises(EngineDiedError, match=r"failed on 2 rows in a row, each alone; .*cannot be added"),
         EnginePool.open(everything, "cpu") as pool,
     ):
         pool.map(NUMBERS)
@@ -190,13 +191,37 @@ def test_a_piece_is_tried_halved_and_given_up() -> None:
     assert [each.offset for each in Piece(None, 10, 20, 24, 1).again(1)] == [10, 12]
 
 
-def test_one_bad_row_alone_does_not_stop_a_pool(tmp_path: Path) -> None:
-    """Its pieces come before all others, and nothing is done in between: so often may a pool fail."""
-    made = part(tmp_path, {}, replicas=1)
-    job = Job(NUMBERS, made, deque(Piece(None, 0, first, first + 8) for first in range(0, 64, 8)), None, None)
-    while job.queue[0].first == 0:
-        job.failed(job.queue.popleft(), "it died", "")
-    assert job.done[0]["fault"].to_pylist() == ["it died"]
-    with pytest.raises(EngineDiedError, match="in a row; the last: it died, far away; remove the cause"):
-        while True:
-            job.failed(job.queue.popleft(), "it died", ", far away")
+def outcome(job: Job, bad: Sequence[int]) -> list[int]:
+    """The rows that a job marks, where `bad` ones fail whenever they are tried."""
+    while job.left:
+        piece = job.queue.popleft()
+        if any(piece.first <= row < piece.stop for row in bad):
+            job.failed(piece, "it died", ", far away")
+        else:
+            rows = [{"next": row + 1} for row in range(piece.first, piece.stop)]
+            job.take(piece, pa.Table.from_pylist(rows, schema=Fragile.columns))
+    found = job.columns.to_pylist()
+    assert all((row["fault"] is None) == (row["next"] == number) for number, row in enumerate(found, 1))
+    return [number for number, row in enumerate(found) if row["fault"] is not None]
+
+
+def job(marks: Path, rows: int, replicas: int, block: int = 64) -> Job:
+    pieces = deque(Piece(None, 0, first, min(first + block, rows)) for first in range(0, rows, block))
+    made = part(marks, {}, replicas=replicas, limits={"retries": 2})
+    return Job(pa.table({"number": range(rows)}), made, pieces, None, None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "bad", "replicas"),
+    [(192, [0], 1), (192, [0, 1], 1), (192, [101, 102], 1), (2000, range(1000, 1010), 2), (2, [0, 1], 1)],
+)
+def test_bad_rows_next_to_each_other_stop_nothing(tmp_path: Path, rows: int, bad: Sequence[int], replicas: int) -> None:
+    """Nothing is done between their tries; the last case is what a score that goes on has left."""
+    assert outcome(job(tmp_path, rows, replicas), bad) == list(bad)
+
+
+def test_engines_that_fail_on_everything_stop_a_pool(tmp_path: Path) -> None:
+    everything = job(tmp_path, 192, replicas=2)
+    with pytest.raises(EngineDiedError, match="on 33 rows in a row, each alone; the last: it died, far away; remove"):
+        outcome(everything, range(192))
+    assert len(everything.done) == 32

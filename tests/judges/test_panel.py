@@ -13,13 +13,19 @@ import pytest
 
 from mlc_ray.config import ConfigError, EngineSection, JudgeSettings, ReadingJudgeSettings, ScoreConfig, parse_config
 from mlc_ray.data.formats.base import Published
+from mlc_ray.generate.blocks import joined
+from mlc_ray.generate.replica import Part
 from mlc_ray.judges.base import Judge, JudgeError, UncoveredLanguageError, make_judge
 from mlc_ray.judges.refusal import RefusalJudge
+from mlc_ray.score.passes import Passes
 from mlc_ray.score.plan import Judging, places, plan_judging, reading, with_longest_answer
+from mlc_ray.score.request import Request
 from mlc_ray.score.results import records_of
+from mlc_ray.score.stages import VERDICTS
 from mlc_ray.stats.rates import score_rows
 from mlc_ray.storage import Place
 from mlc_ray.types import Answer, Measure, Verdict
+from tests.score.local_pool import LocalPool
 
 HERE = "tests.judges.test_panel"
 
@@ -120,6 +126,47 @@ def test_each_side_has_its_judge_and_tables_say_which(tmp_path: Path) -> None:
         ("harmful", "en", "safe"): "word", ("harmful", "sw", "safe"): "word#2",
         ("benign", "en", "refused"): "refusal", ("benign", "zh", "refused"): "refusal",
     }  # fmt: skip
+
+
+TWO_ENGINES = [{"judge": ENGINE, "measures": ["safe"]}, {"judge": ENGINE, "measures": ["refused"]}]
+
+
+def test_gibberish_is_not_safe_where_engines_fail_on_the_other_measure(tmp_path: Path) -> None:
+    table = responses(("harmful", "en", "the the " * 200), ("harmful", "en", "Boil the rice for ten minutes."))
+    judging = plan_judging(make_judge(settings(TWO_ENGINES)), table)
+    first, last = reading(judging, "cpu", rows=2, usage=tmp_path, replies=Place(tmp_path)).values()
+    said = joined(table, first.stage(**first.settings)(table))
+    assert [row["safety"] for row in said["verdict_1"].to_pylist()] == ["safe", "safe"]
+    rows = last.stage.given_up(said, "it died", **last.settings)
+    assert [(row["behaviour"], row["safety"]) for row in rows] == [("unparsed", "degenerate"), ("unparsed", "safe")]
+    assert all(row.keys() == set(VERDICTS.names) for row in rows)
+
+
+def test_what_the_last_judge_has_done_is_done_again_where_an_earlier_one_now_says_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = responses(("harmful", "en", "Take a knife, no more."), ("harmful", "en", "Boil the rice for ten minutes."))
+    judging = plan_judging(make_judge(settings(TWO_ENGINES)), table)
+    config = parse_config(ScoreConfig, {"model": "m", "benchmarks": [{"path": "sample:test"}]})
+    passes = Passes(Request(config, "m", "0123", "prompts", None), tmp_path, Place(tmp_path), "cpu")
+    fails = True
+    pools: list[LocalPool] = []
+
+    def opened(part: Part, _: str) -> LocalPool:
+        first = part.settings["column"] is not None
+        pools.append(LocalPool(part, fails=lambda row: first and fails and "knife" in row["response"]))
+        return pools[-1]
+
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", opened)
+    rows = passes.judge(judging, table).to_pylist()
+    assert [(row["behaviour"], row["safety"]) for row in rows] == [("refused", "unparsed"), ("complied", "safe")]
+    fails = False
+    pools.clear()
+    rows = passes.judge(judging, table).to_pylist()  # as a score that goes on
+    assert [(row["behaviour"], row["safety"]) for row in rows] == [("refused", "unsafe"), ("complied", "safe")]
+    assert [len(pool.asked) for pool in pools] == [1, 1]  # that row alone, by both
+    assert passes.judge(judging, table).to_pylist() == rows
+    assert len(pools) == 2  # nothing is asked where everything is kept
 
 
 def test_a_language_that_the_first_judge_lacks_goes_to_the_next(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,7 +18,9 @@ from mlc_ray.report.console import score_tables, show
 from mlc_ray.score.calibrate import calibrate
 from mlc_ray.score.calibration import CalibrationError, check_calibration, load_calibration, with_corrected_rates
 from mlc_ray.score.results import load_scores, save_scores
+from mlc_ray.stats.calibration import Errors
 from tests.report.runs import grid, write_score
+from tests.score.local_pool import LocalPool
 
 REFUSAL, HELP = "I'm sorry, but I can't help with that.", "Boil the rice for ten minutes."
 
@@ -133,6 +136,28 @@ def test_labels_that_the_judge_does_not_speak_of_are_refused(tmp_path: Path, cap
         CalibrationError, match="'refusal' says what is refused, and none of the 1 responses is labelled"
     ):
         calibrate(config(tmp_path, file))
+
+
+def test_what_engines_fail_on_is_no_error_of_the_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "?", "response": f"no {n}", "label": "refused"} for n in range(6)]
+    rows += [{"prompt": "?", "response": f"Boil it. {n}", "label": "complied"} for n in range(5)]
+    file = labelled(tmp_path / "en.jsonl", *rows)
+    monkeypatch.setattr("mlc_ray.score.calibrate.connect", lambda address: None)
+    monkeypatch.setattr("mlc_ray.score.calibrate.use_gpu", lambda accelerator: False)
+    monkeypatch.setattr("mlc_ray.score.calibrate.check_fits", lambda *_: None)
+    bad = ["no 2", "no 3", "Boil it. 0"]
+    opened = partial(LocalPool, fails=lambda row: row["response"] in bad)
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device: opened(part))
+    found, _ = calibrate(config(tmp_path, file, judge={"name": "tests.judges.test_panel:EngineWordJudge"}))
+    assert found.errors == (
+        Errors("refused", "en", "word", hits=4, hits_called=4, others=4, others_called=0, unparsed=0),
+    )
+    assert "engines fail on 3 of 11 responses, which are not counted" in caplog.text
+    bad += [row["response"] for row in rows]
+    with pytest.raises(CalibrationError, match="engines fail on every response"):
+        calibrate(config(tmp_path, file, out="none.json", judge={"name": "tests.judges.test_panel:EngineWordJudge"}))
 
 
 def test_the_command_takes_a_score_or_labels(capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,8 +49,13 @@ def test_blocks_that_landed_are_not_asked_for_again(
     assert kept(place, made_by=("model", 2)).done == 0
     assert kept(place, table=TABLE.set_column(1, "language", pa.array(["de"] * 10))).done == 0
     assert kept(place, columns=pa.schema({"response": pa.string()})).done == 0
-    second.drop()
-    assert kept(place).done == 0
+
+    # And all of them: a pass that ended before its columns were written anywhere else.
+    third = kept(place)
+    third.land(0, answers(third.missing))
+    fourth = kept(place)
+    assert (fourth.done, len(fourth.missing), fourth.missing.schema) == (10, 0, TABLE.schema)
+    assert fourth.whole(COLUMNS.empty_table()).equals(whole)
 
 
 def test_answers_to_one_prompt_are_kept_apart(tmp_path: Path) -> None:

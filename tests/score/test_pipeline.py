@@ -23,6 +23,7 @@ from mlc_ray.config import (
     ReadingJudgeSettings,
     ScoreConfig,
     SourceSection,
+    TranslateSection,
     parse_config,
 )
 from mlc_ray.device import resolved
@@ -239,6 +240,17 @@ def test_a_judge_that_breaks_its_contract_is_named_with_the_row(
     with pytest.raises(JudgeFaultError, match=message):
         judge_stage(judge=judge)(table)
     assert ("in judge\n    raise ZeroDivisionError" in capsys.readouterr().err) == (fault in ("raises", "together"))
+
+
+def test_where_no_language_of_a_block_needs_a_translation_nothing_is_translated(tmp_path: Path) -> None:
+    with serving(translate_then_judge) as server:
+        endpoint = {"base_url": server.base_url, "model": "m", "cache_dir": str(tmp_path)}
+        settings = TranslateSection.model_validate({"endpoint": endpoint})
+        stage = TranslateStage(settings, device="cpu", ways={"en": "", "sw": "translated"})
+        english = stage(responses_of(("Boil it.", "stop")))
+        assert english.to_pylist() == [dict.fromkeys(english.column_names)]
+        assert server.bodies == []
+        stage.close()
 
 
 def test_a_language_the_judge_does_not_declare_is_marked(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlc_ray.config import ConfigError, ScoreConfig, ScoringSection, parse_config
+from mlc_ray.config import CalibrationConfig, ConfigError, ScoreConfig, ScoringSection, parse_config
+from mlc_ray.generate.replica import Part
+from mlc_ray.generate.stage import ANSWERS, Generator
 from mlc_ray.judges.base import JudgeError, make_judge
 from mlc_ray.judges.guards.base import GuardSettings
+from mlc_ray.score.calibrate import calibrate
+from mlc_ray.score.calibration import CalibrationError
 from mlc_ray.score.plan import with_dtypes, with_judge_models
-from mlc_ray.score.request import Request, ScoreError
+from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.run import judge_again, score
 from mlc_ray.score.stages import RESPONSES
 from mlc_ray.storage import Place, fingerprint
+from tests.score.local_pool import LocalPool
 from tests.score.test_pipeline import config_for, write_bundles
 
 ROW = {
@@ -199,3 +205,67 @@ def test_what_to_go_on_with_is_named_by_its_place(
     assert (Place("vault://team/mine") / "responses.parquet").is_file()
     with pytest.raises(ScoreError, match=r"unfinished score.*vault://team/mine"):
         judge_again(source, out="vault://team/mine")
+
+
+def test_a_score_can_be_judged_again_without_the_calibration_of_another_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_engines(*_: Any) -> None:
+        raise JudgeError("far enough")
+
+    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", no_engines)
+    labelled = tmp_path / "en.jsonl"
+    labelled.write_text('{"response": "I cannot help.", "label": "refused", "language": "en"}\n', encoding="utf-8")
+    judge = {"name": "examples.my_judge:ShortAnswerJudge"}
+    made = {"labelled": [str(labelled)], "out": str(tmp_path / "c.json"), "judge": judge}
+    _, file = calibrate(parse_config(CalibrationConfig, made))
+    benchmark = write_bundles(tmp_path / "own.jsonl")
+    config = config_for(tmp_path / "model", benchmark, tmp_path / "scores", calibration=str(file))
+    source = unfinished(config, answered=True)
+    with pytest.raises(CalibrationError, match="or set calibration=null"):
+        judge_again(source, out=tmp_path / "mine")
+    with pytest.raises(JudgeError, match="far enough"):
+        judge_again(source, out=tmp_path / "other", calibration=None)
+    assert load_request(tmp_path / "other").config.calibration is None
+
+
+def test_what_an_object_store_holds_while_a_score_is_judged_is_enough_to_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver dies while judging: the store is as it was then, and nothing on its machine is left."""
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "float32")
+    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
+    monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
+    vault, then = tmp_path / "vault", tmp_path / "then"
+    monkeypatch.setenv("VAULT", str(vault))
+
+    def dying(part: Part, device: str) -> None:
+        shutil.copytree(vault, then)
+        raise JudgeError("the machine is gone")
+
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", dying)
+    benchmark = write_bundles(tmp_path / "own.jsonl")
+    config = config_for(model, benchmark, tmp_path, output_dir="vault://team/scores", resume="auto")
+    answer = {"response": "I cannot help with that.", "finish": "stop", "prompt_tokens": 9, "response_tokens": 6}
+    part = Part("answering", Generator, {}, config.engine)
+
+    def engines() -> Any:
+        return LocalPool(part, work=lambda rows: pa.Table.from_pylist([answer] * len(rows), schema=ANSWERS))
+
+    first, second = engines(), engines()
+    with pytest.raises(JudgeError, match="machine is gone"):
+        score(config, pool=first)
+    assert len(first.asked) == 16
+
+    monkeypatch.setenv("VAULT", str(then))
+    folder = Place("vault://team/scores/score")
+    assert [place.name for place in folder.iterdir()] == ["kept", "request.json"]
+    assert len((folder / "kept" / "answering").iterdir()) == 4
+    with pytest.raises(ScoreError, match="unfinished score"):
+        score(config.model_copy(update={"resume": "never"}), pool=second)
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device: LocalPool(part))
+    result = score(config, pool=second)
+    assert second.asked == []
+    assert (result.responses, result.unparsed, result.finish) == (16, 0, {"stop": 16})
+    assert [place.name for place in folder.iterdir()] == ["request.json", "responses.parquet", "scores.json"]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray.exceptions
 
+from mlc_ray.config import ScoreConfig, parse_config
+from mlc_ray.generate.replica import Part
+from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.score import scorer
-from mlc_ray.score.scorer import ScorerDiedError, WarmScorer
+from mlc_ray.score.plan import with_longest_answer
+from mlc_ray.score.scorer import ScorerDiedError, WarmScorer, start_scorer
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -44,3 +50,30 @@ def test_a_scorer_that_died_says_so_when_asked(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(scorer, "ray", SimpleNamespace(get=get, exceptions=ray.exceptions))
     with pytest.raises(ScorerDiedError, match=r"has died \(.*out of memory"):
         WarmScorer(SimpleNamespace(check=SimpleNamespace(remote=object))).check()
+
+
+def test_who_judges_is_planned_for_the_prompts_that_come_later_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[Part]] = []
+
+    class Remote:
+        """Notes the parts of the scorer that would be started."""
+
+        start = SimpleNamespace(remote=lambda: None)
+
+        def options(self, **_: Any) -> Remote:
+            return self
+
+        def remote(self, parts: list[Part], *_: Any) -> Remote:
+            made.append(parts)
+            return self
+
+    monkeypatch.setattr(scorer, "ray", SimpleNamespace(remote=lambda cls: Remote(), get=lambda reference: None))
+    raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "chat": {}}
+    scoring = with_longest_answer(parse_config(ScoreConfig, raw))
+    row = dict.fromkeys(PROMPTS.names, "?") | {"language": "en"}
+    harmful, benign = (pa.Table.from_pylist([{**row, "kind": kind}], schema=PROMPTS) for kind in ("harmful", "benign"))
+    start_scorer("m", scoring, harmful, device="cpu", folder=tmp_path, others=[benign])
+    ((_, _, cells),) = made[0][1].settings["readers"]
+    assert set(cells) == {("harmful", "en"), ("benign", "en")}

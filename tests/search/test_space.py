@@ -125,6 +125,21 @@ def test_a_value_that_no_run_takes_is_found_before_the_first_trial(space: Any, m
             {"scoring": {"benchmarks": [{"path": "x"}], "engine": {"replicas": "auto"}}},
             "replicas='auto' would take what the trials train on",
         ),
+        (
+            {
+                "scoring": {
+                    "benchmarks": [{"path": "x"}],
+                    "judge": {
+                        "name": "panel",
+                        "judges": [
+                            {"judge": "refusal"},
+                            {"judge": {"name": "qwen3guard", "model": "m", "engine": {"replicas": "auto"}}},
+                        ],
+                    },
+                }
+            },
+            r"scoring\.judge\.judges\.1\.judge\.engine\.replicas='auto' would take",
+        ),
         ({"share_gpu": True, "concurrency": 2}, "concurrency=2 trials would train while it answers"),
         (
             {

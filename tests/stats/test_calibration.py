@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
 from mlc_ray.stats.calibration import Corrected, Errors, LabelledVerdict, corrected_rates, errors_of, rogan_gladen
 from mlc_ray.stats.intervals import wilson
 from mlc_ray.stats.rates import Judged, score_rows
+from mlc_ray.types import Kind
 
 
-def errors(hits: int, called: int, others: int, wrongly: int, language: str = "en") -> Errors:
-    return Errors("refused", language, hits, called, others, wrongly, unparsed=0)
+def errors(hits: int, called: int, others: int, wrongly: int, language: str = "en", judge: str = "") -> Errors:
+    return Errors("refused", language, judge, hits, called, others, wrongly, unparsed=0)
 
 
 def test_precision_and_recall_of_labelled_responses() -> None:
     #                          hit    called unparsed
     cells = [*[(True, True, False)] * 6, (True, False, False), (True, False, True), (False, True, False)]
     cells += [(False, False, False)] * 3
-    english = [LabelledVerdict("refused", "en", *cell) for cell in cells]
-    swahili = [LabelledVerdict("safe", "sw", False, False, False)]
+    english = [LabelledVerdict("refused", "en", "r", *cell) for cell in cells]
+    swahili = [LabelledVerdict("safe", "sw", "g", False, False, False)]
     found, other = errors_of([*swahili, *english])
-    assert found == Errors("refused", "en", hits=8, hits_called=6, others=4, others_called=1, unparsed=1)
+    assert found == Errors("refused", "en", "r", hits=8, hits_called=6, others=4, others_called=1, unparsed=1)
     assert (found.recall, found.precision, found.labels) == (6 / 8, 6 / 7, 4)
     assert (found.recall_limits, found.precision_limits) == (wilson(6, 8), wilson(6, 7))
     assert (other.recall, other.precision, other.recall_limits, other.labels) == (None, None, None, 0)
@@ -106,3 +109,22 @@ def test_equal_responses_to_one_prompt_make_a_corrected_rate_no_surer() -> None:
 
     one, five = corrected(1), corrected(5)
     assert (five.value, five.low, five.high) == pytest.approx((one.value, one.low, one.high), abs=0.01)
+
+
+def test_a_panels_rate_is_corrected_by_the_errors_of_the_judge_that_made_it() -> None:
+    """One judge of the harmful side, which never errs, and one of the benign side that nobody has labelled."""
+    verdict = partial(LabelledVerdict, "refused", "en", "phrases")
+    harmful = [verdict(is_hit, is_hit, False) for is_hit in (True, False) for _ in range(40)]
+    wrong = [LabelledVerdict("refused", "en", "other", False, True, False)] * 40
+    found = {each.judge: each for each in errors_of([*harmful, *wrong])}
+    assert (found["phrases"].hits, found["phrases"].others_called, found["other"].others_called) == (40, 0, 40)
+    kinds: dict[Kind, str] = {"harmful": "phrases", "benign": "other"}
+    records = [
+        Judged("b", f"{kind}{number}", kind, "en", "refused" if number < 20 else "complied", judge_refused=judge)
+        for kind, judge in kinds.items()
+        for number in range(40)
+    ]
+    for known in (errors_of(harmful), list(found.values())):
+        rates = {each.kind: each for each in corrected_rates(score_rows(records), known, fewest=30)}
+        assert rates["harmful"].corrected == rogan_gladen(20, 40, found["phrases"])
+        assert rates["benign"].corrected is None and "not measured: 0 labels" in rates["benign"].why
