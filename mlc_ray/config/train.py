@@ -154,7 +154,7 @@ class TermSettings(Section):
 
         A ramp of R steps has 1/R, 2/R, ... 1. A pure function, so resuming needs no state.
         """
-        since = step - math.floor(self.start * total_steps)
+        since = step - math.floor(self.start * total_steps + 1e-9)  # 0.29 x 100 is a little below 29 in floats
         rising = max(1, round(self.ramp * total_steps))
         return min(1.0, max(0, since + 1) / rising)
 
@@ -234,10 +234,9 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _one_sft_loss(self) -> Self:
-        if self.objective.loss == "sft" and self.objective.sft_weight:
-            raise ValueError(
-                f"objective.sft_weight={self.objective.sft_weight} adds what objective.loss='sft' is already; remove it"
-            )
+        loss, weight = self.objective.loss, self.objective.sft_weight
+        if loss in ("sft", "sdrrl") and weight:
+            raise ValueError(f"objective.sft_weight={weight} adds what objective.loss={loss!r} is already; remove it")
         return self
 
     @model_validator(mode="after")
@@ -484,13 +483,17 @@ class TrainConfig(ObjectiveConfig):
             raise ValueError(
                 f"reference={self.reference!r} is not read by objective.loss={self.objective.loss!r}; remove it"
             )
+        asked = resolve("loss", self.objective.loss)(self.objective)
+        if self.reference == "cached" and asked.needs_reference and asked.reference_pairing in ("shared", "crossed"):
+            raise ValueError(
+                f"objective.loss={self.objective.loss!r} asks the reference about answers behind several prompts, but "
+                "reference='cached' keeps one number of each answer; set reference: online"
+            )
         terms = {"mlc": self.mlc, **self.terms}
         comparing = [name for name, term in terms.items() if resolve("term", term.name)(term).needs_group]
-        if comparing and self.train.batch_bundles < 2:
+        if self.train.batch_bundles < 2 and (active := [name for name in comparing if name in self.active_terms]):
             where, fix = (
-                ("mlc.centring", "set it to false")
-                if comparing[0] == "mlc"
-                else (f"terms.{comparing[0]}", "remove the term")
+                ("mlc.centring", "set it to false") if active[0] == "mlc" else (f"terms.{active[0]}", "remove the term")
             )
             raise ValueError(
                 f"{where} compares the bundles of a batch, but train.batch_bundles={self.train.batch_bundles} gives it "

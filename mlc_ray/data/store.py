@@ -383,6 +383,14 @@ class TokenArtifact:
         """How many tokens all prompts of the data set begin with: the template's, before the user's text."""
         return self.manifest.head
 
+    @cached_property
+    def most_languages(self) -> int:
+        """Of the bundle that has the most; read from Arrow's offsets."""
+        return max(
+            (int(np.diff(each.column("prompts").offsets.to_numpy()).max(initial=0)) for each in self._batches),
+            default=0,
+        )
+
     @property
     def lacking(self) -> dict[str, list[Lacking]]:
         """The first bundles without a chosen or without a rejected answer; `counts.lacking` has their number."""

@@ -71,7 +71,10 @@ class Alignment(ABC):
 
     @property
     def reference_pairing(self) -> Pairing:
-        """Which of them the frozen reference is asked about: the same, or those in the response language alone."""
+        """Which of them the frozen reference is asked about: the same, or those in the response language alone.
+
+        A cached reference keeps one number of each answer: `shared` and `crossed` need `reference: online`.
+        """
         return self.pairing
 
     @property
@@ -93,6 +96,11 @@ class PerAnswer(Alignment):
     """A loss of answers in one language: in the response language, or in every language, the translated upper bound."""
 
     settings: AnswerSettings
+
+    @property
+    def note(self) -> str:  # type: ignore[override]
+        """That answers in every language are not the loss's authors'."""
+        return "ours: answers in every language of a bundle" if self.settings.answers == "all" else ""
 
     @property
     def pairing(self) -> Pairing:

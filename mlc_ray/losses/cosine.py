@@ -15,14 +15,17 @@ from torch import Tensor
 from mlc_ray._registry import register
 from mlc_ray.config import TapSection
 from mlc_ray.losses.base import Tapped, Term, TermLoss
-from mlc_ray.losses.mlc import centred, unit_rows
+from mlc_ray.losses.mlc import centred, comparable, unit_rows
 
 Form = Literal["linear", "squared", "anchored"]
 
 
 @register("term", "cosine")
 class Cosine(Term):
-    """`cosine_losses` with its settings; it stands in MLC's place, by `mlc.name=cosine`."""
+    """`cosine_losses` with its settings; it stands in MLC's place, by `mlc.name=cosine`.
+
+    With `centring` the loss of a group of one bundle is 0.
+    """
 
     class Settings(TapSection):
         """Pairwise cosines of a bundle's languages, in MLC's place, and the tap that all terms read."""
@@ -61,6 +64,8 @@ class Cosine(Term):
         anchor = tapped.response_columns if self.settings.form == "anchored" else None
         squared, detach = self.settings.form == "squared", self.settings.detach is not False
         losses = cosine_losses(representations, tapped.present, squared=squared, anchor=anchor, detach=detach)
+        if self.settings.centring:
+            losses = losses.where(comparable(tapped), 0.0)
         with torch.no_grad():
             cosines = 1 - cosine_losses(representations, tapped.present)
         return TermLoss(losses, {"cosine": cosines})

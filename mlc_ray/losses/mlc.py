@@ -27,7 +27,10 @@ Scaling = Literal["leading", "none"]
 
 @register("term", "mlc")
 class Mlc(Term):
-    """`mlc_losses` with its settings; its singular values are logged as their leading share."""
+    """`mlc_losses` with its settings; its singular values are logged as their leading share.
+
+    With `centring` the loss of a group of one bundle is 0.
+    """
 
     class Settings(TapSection):
         """The multilingual-consistency term, and the tap that all terms read."""
@@ -45,6 +48,12 @@ class Mlc(Term):
     settings: Settings
 
     @property
+    def note(self) -> str:  # type: ignore[override]
+        """What of its settings the method's authors do not have."""
+        own = {"no extractor": self.settings.extractor_dim is None, "centring": self.settings.centring}
+        return f"ours: {', '.join(found)}" if (found := [name for name, is_set in own.items() if is_set]) else ""
+
+    @property
     def needs_group(self) -> bool:  # type: ignore[override]
         """Whether it takes the mean over a group first."""
         return self.settings.centring
@@ -57,6 +66,8 @@ class Mlc(Term):
             scaling=self.settings.scaling,
             present=tapped.present,
         )
+        if self.settings.centring:
+            losses = losses.where(comparable(tapped), 0.0)
         return TermLoss(losses, {"leading_share": leading_share(values)})
 
 
@@ -138,6 +149,11 @@ def centred(tapped: Tapped) -> Tensor:
     present = tapped.present.unsqueeze(-1)
     mean = rows.where(present, 0.0).sum(dim=(0, 1)) / present.sum().clamp(min=1)
     return (rows - mean).where(present, 0.0)
+
+
+def comparable(tapped: Tapped) -> Tensor:
+    """Whether a group has two bundles, a boolean scalar: less its own mean, what is left of a lone one is noise."""
+    return tapped.present.any(dim=1).sum() > 1
 
 
 def unit_rows(representations: Tensor, present: Tensor | None = None) -> Tensor:

@@ -50,7 +50,8 @@ class Mpo(Alignment):
     note = "after arXiv 2505.16869; ours: min_source_gap, English once a bundle, no padding in the means"
     needs_rows = True
     pairing: Pairing = "own"
-    reference_pairing: Pairing = "response"  # it never sees another language than the dominant one
+    # A cached reference is asked about the dominant language alone; online, it forwards the batch's answers in all.
+    reference_pairing: Pairing = "response"
 
     @property
     def pooling(self) -> Pooling | None:
@@ -123,10 +124,12 @@ def mpo_loss(
     source = (
         reference_chosen / chosen.length[rows.response] - reference_rejected / rejected.length[rows.response]
     ).detach()
-    teaches = torch.ones_like(source) if min_source_gap is None else (source > min_source_gap).to(source.dtype)
     is_target = torch.ones_like(gap).index_fill(0, rows.response, 0.0)
     errors = (beta * gap - source[rows.bundle]).square() * is_target
     targets = gap.new_zeros(number).index_add(0, rows.bundle, is_target)
+    teaches = (targets > 0).to(source.dtype)
+    if min_source_gap is not None:
+        teaches = teaches * (source > min_source_gap)
     regression = gap.new_zeros(number).index_add(0, rows.bundle, errors) / targets.clamp(min=1)
     loss = teaches * regression
     metrics = {"source_gap": source, "regression": regression.detach(), "teaches": teaches}

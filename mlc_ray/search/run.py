@@ -73,7 +73,7 @@ from mlc_ray.search.probe import probe_run
 from mlc_ray.search.record import Recorder
 from mlc_ray.search.results import SearchResult, ending, read_values
 from mlc_ray.search.selection import read_asked
-from mlc_ray.search.space import Space, check_held_out, make_space, values_of, with_commits
+from mlc_ray.search.space import Space, check_held_out, make_space, tried, values_of, with_commits
 from mlc_ray.search.trial import SearchError, Shared, run_trial, scores_of, step_of, trial_folders
 from mlc_ray.search.tune import LAYER, CutOff, EndEarly, Ended, Points, make_tuner, number_of_points, seeds_of
 from mlc_ray.storage import (
@@ -86,6 +86,7 @@ from mlc_ray.storage import (
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.failures import keyboard_interrupt
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
+from mlc_ray.train.planning import check_terms, steps_of
 from mlc_ray.train.run import paths_read, prepare_data
 
 logger = logging.getLogger(__name__)
@@ -354,10 +355,10 @@ def _lora_rank(space: Space) -> int | None:
 
 
 def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder: Place, device: Device) -> None:
-    """Make what trials train on, and look for answers that one of their losses needs, though the base's does not.
+    """Make what trials train on, and look for answers and steps that one of them needs, though the base does not.
 
     Raises:
-        ConfigError: No held-out bundle has what the scheduler compares.
+        ConfigError: No held-out bundle has what the scheduler compares, or a term of a trial has no step.
         MissingAnswersError: Answers are missing.
     """
     depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
@@ -366,9 +367,13 @@ def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder:
     held_out = None if data.held_out is None else TokenArtifact.open(data.held_out.tokens_folder)
     if config.scheduler_metric is not None and held_out is not None:
         check_held_out(config.scheduler_metric, held_out)
-    for corner in space.corners():
-        run = space.run(corner, name="corner")
+    for values in tried(config, space):
+        run = space.run(values, name="corner")
         check_answers(run, data.tokens)
+        try:
+            check_terms(run, steps_of(run, data.tokens))
+        except ConfigError as error:
+            raise ConfigError(f"with {values!r}: {error}") from None
         if held_out is not None and base.data.validation is not None:
             check_answers(run, held_out)
 

@@ -41,6 +41,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study
 _HIGHER_IS_BETTER = {
     "loss/total": False,
     "loss/alignment": False,
+    "loss/sft": False,
     "reward/margin": True,
     "reward/accuracy": True,
     "log_prob/chosen": True,
@@ -140,7 +141,7 @@ def make_space(config: SearchConfig) -> Space:
         )
     if config.scheduler_metric is not None:
         _check_comparable(config.scheduler_metric, config.space)
-    for values in (*space.corners(), *_points(config, space)):
+    for values in tried(config, space):
         run = space.run(values, name="corner")
         if config.scheduler_metric is not None:
             _check_scheduler_metric(config.scheduler_metric, run, config.score_every)
@@ -189,7 +190,9 @@ def _check_scheduler_metric(metric: str, run: TrainConfig, every: int | None) ->
             f"measured every data.validation.every={held_out.every}: let the second divide the first"
         )
     names = [*_HIGHER_IS_BETTER, *(f"loss/{name}" for name in run.active_terms)]
-    if "mlc" not in run.active_terms:
+    if not run.objective.sft_weight:
+        names.remove("loss/sft")
+    if "mlc" not in run.active_terms or run.mlc.name != "mlc":  # of the terms in its place, none has singular values
         names.remove("mlc/leading_share")
     if not _has_rewards(run):
         names = [name for name in names if not name.startswith("reward/")]
@@ -208,23 +211,27 @@ def _check_comparable(metric: str, fields: Iterable[str]) -> None:
     """
     name = training_name(metric)
     for field in fields:
-        section, _, last = field.partition(".")
-        tap = section == "mlc" and last not in ("weight", "every")
-        if name == "loss/total":
-            defines = section in ("objective", "terms", "mlc") and field != "mlc.every"
+        section, last = field.partition(".")[0], field.rpartition(".")[2]
+        if field == "mlc.every" or (section in ("mlc", "terms") and last in ("start", "ramp")):
+            defines = False  # held-out bundles are measured with all terms at their whole weights
+        elif name == "loss/total":
+            defines = section in ("objective", "terms", "mlc") or field == "train.group_bundles"
         elif name in ("loss/alignment", "reward/margin"):
-            defines = section == "objective"
+            defines = section == "objective" and last != "sft_weight"
+        elif name in ("loss/sft", "reward/accuracy"):
+            defines = field in ("objective.loss", "objective.answers")
         elif name == "mlc/leading_share":
-            defines = field in ("mlc.layer", "mlc.extractor_dim")
+            tap = ("mlc.layer", "mlc.extractor_dim", "mlc.name", "mlc.centring")
+            defines = field in (*tap, "train.group_bundles")
         elif name.startswith("loss/"):
-            own = field.startswith(f"terms.{name.removeprefix('loss/')}.") and not field.endswith(".weight")
-            defines = tap or own
+            own = section == "mlc" or field.startswith(f"terms.{name.removeprefix('loss/')}.")
+            defines = (own and last != "weight") or field == "train.group_bundles"
         else:
             defines = False
         if defines:
             raise ConfigError(
                 f"scheduler_metric={metric!r} cannot compare trials that differ in {field}, which is part of what it "
-                "measures; use validation/reward/accuracy or validation/log_prob/chosen_change, or the objective"
+                "measures; use validation/log_prob/chosen_change, or the objective"
             )
 
 
@@ -250,11 +257,19 @@ def _has_rewards(run: TrainConfig) -> bool:
     import torch
 
     from mlc_ray.losses.objective import Objective
-    from mlc_ray.types import ResponseLogProbs
+    from mlc_ray.types import AnswerRows, ResponseLogProbs
 
     zero, answer = torch.zeros(1), ResponseLogProbs(torch.full((1,), -1.0), torch.ones(1, dtype=torch.long))
+    states = torch.zeros(2, 1, 1)
     said = Objective(run).total_loss(
-        weight=torch.ones(1), chosen=answer, rejected=answer, reference_chosen=zero, reference_rejected=zero
+        weight=torch.ones(1),
+        chosen=answer,
+        rejected=answer,
+        reference_chosen=zero,
+        reference_rejected=zero,
+        rows=AnswerRows(*torch.zeros(4, 1, dtype=torch.long)),
+        pooled=states,
+        reference_pooled=states,
     )
     return "reward/margin" in said.metrics
 
@@ -321,13 +336,15 @@ def _check_base(config: SearchConfig, space: Space) -> None:
             raise ConfigError(f"train={config.train!r} with set={config.set!r}: {error}") from None
 
 
-def _points(config: SearchConfig, space: Space) -> list[dict[str, Any]]:
-    """All points of a grid, or some that a sampler could draw: values can be valid each and not together."""
+def tried(config: SearchConfig, space: Space) -> list[dict[str, Any]]:
+    """The points whose runs are validated before the search: all corners, and all points of a grid, or some that a
+    sampler could draw. Values can be valid each and not together."""
+    corners = list(space.corners())
     if config.sampler == "grid":
-        return space.grid()
+        return [*corners, *space.grid()]
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=config.seed))
     distributions = {name: distribution(parameter) for name, parameter in space.parameters.items()}
-    return [study.ask(distributions).params for _ in range(_DRAWS)]
+    return [*corners, *(study.ask(distributions).params for _ in range(_DRAWS))]
 
 
 def distribution(parameter: ParameterSection) -> optuna.distributions.BaseDistribution:

@@ -15,10 +15,11 @@ class MissingAnswersError(MlcRayError):
 def check_answers(config: TrainConfig, tokens: TokenArtifact) -> None:
     """Make sure that each bundle has the answers that the loss reads, chosen and rejected, in the languages needed.
 
-    Only the manifest is read. A bundle without a chosen answer has no rejected one.
+    The manifest is read, and for a loss that relates languages to each other how many a bundle has. A bundle without a
+    chosen answer has no rejected one.
 
     Raises:
-        MissingAnswersError: Some have not.
+        MissingAnswersError: Some have not, or of a loss that relates languages no bundle has two.
     """
     objective = Objective(config)
     loss = f"objective.loss={config.objective.loss!r}"
@@ -27,6 +28,11 @@ def check_answers(config: TrainConfig, tokens: TokenArtifact) -> None:
     if objective.pairing in ("own", "crossed"):
         in_every = f"{loss} as it is set needs {' and '.join(needed)} answers in each language of a bundle"
         _check_every(tokens, in_every, needed[-1])
+    if objective.alignment.needs_rows and objective.pairing != "response" and tokens.most_languages < 2:
+        raise MissingAnswersError(
+            f"{loss} relates a bundle's languages to each other, but none of the {len(tokens)} bundles has two; "
+            "add prompts and answers in others, or keep more by data.languages"
+        )
     wanted = objective.alignment.response_language
     if wanted is not None and (others := {code: n for code, n in tokens.counts.answered.items() if code != wanted}):
         counts = ", ".join(f"{code}: {n} of {len(tokens)}" for code, n in sorted(others.items()))

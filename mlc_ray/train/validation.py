@@ -158,6 +158,7 @@ def language_cosines(representations: Tensor, present: Tensor) -> tuple[Tensor, 
     """Mean |cosine| of each language with the others of its bundle, [B, L]; and whether there are others, [B, L].
 
     What `mlc/leading_share` says of a bundle, said of each of its languages: 1 where all others are collinear with it.
+    It is of representations before `mlc.centring`, which the share comes after.
     """
     rows = unit_rows(representations, present)
     cosines = (rows @ rows.mT).abs()  # an absent row is zero

@@ -138,6 +138,7 @@ def test_a_term_begins_late_and_rises():
     late = objective(start=0.3, ramp=0.4)
     assert [late.factors(step, 10).get("mlc", 0.0) for step in range(10)] == [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
     assert [late.taps(step, 10) for step in range(5)] == [False, False, False, True, True]
+    assert [objective(start=0.29).taps(step, 100) for step in (28, 29)] == [False, True]
     every_other = objective(start=0.3, every=2)
     assert [every_other.factors(step, 10) for step in (2, 3, 4)] == [{}, {}, {"mlc": 1.0}]
     assert objective(start=0.99).taps(0, 1)  # the last step always comes after it

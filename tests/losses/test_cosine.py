@@ -97,6 +97,21 @@ def test_a_centred_term_is_of_its_group_alone(name):
         tapped=Tapped(z, whole)).loss)  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["mlc", "cosine"])
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_centred_bundle_alone_has_no_loss(name, absent):
+    """Less their own mean, its languages are noise, which a term would turn towards each other."""
+    z, present = (random(1 + absent, 3, 8) + 5).requires_grad_(), torch.ones(1 + absent, 3, dtype=torch.bool)
+    present[1:] = False
+    whole = torch.ones(3, 3, dtype=torch.bool)
+    for centring in (True, False):
+        term = Objective(ObjectiveConfig.model_validate({"mlc": {"name": name, "centring": centring}})).terms["mlc"]
+        losses = term(tapped=Tapped(z, present)).loss
+        (gradient,) = torch.autograd.grad(losses.sum(), z)
+        assert (losses == 0).all() == centring and (gradient == 0).all() == centring
+        assert (term(tapped=Tapped(random(3, 3, 8), whole)).loss > 0).all()
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
@@ -111,6 +126,7 @@ def test_settings_that_are_not_read_are_refused(sections, message):
 
 
 def test_centring_needs_a_group():
+    assert tiny_config(mlc={"centring": True, "weight": 0}, train={"batch_bundles": 1}).active_terms == {}
     with pytest.raises(ValueError, match=r"mlc\.centring compares the bundles of a batch, but train\.batch_bundles=1"):
         tiny_config(mlc={"centring": True}, train={"batch_bundles": 1})
     assert tiny_config(mlc={"centring": True}, train={"group_bundles": 3}).train.group_bundles == 3

@@ -5,11 +5,12 @@ import torch
 
 from mlc_ray.config import ConfigError, ObjectiveConfig, parse_config
 from mlc_ray.losses.base import Pooled
-from mlc_ray.losses.dco import dco_loss
+from mlc_ray.losses.dco import Dco, dco_loss
 from mlc_ray.losses.mpo import mpo_loss
 from mlc_ray.losses.objective import Objective
 from mlc_ray.losses.sdrrl import sdrrl_loss
 from mlc_ray.types import AnswerRows, ResponseLogProbs
+from tests.train.tiny import tiny_config
 
 # Three bundles: answers in en (column 1), ar and sw; in en and ar; in sw alone, its response language.
 ROWS = AnswerRows(
@@ -69,7 +70,8 @@ def test_mpo_equals_the_plain_loop(pair, least):
     for ours, theirs in zip(gradients(result.loss, *inputs), gradients(expected, *inputs), strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-6, atol=1e-7)
     assert gradients(result.loss, pooled.reference) == (None,)
-    assert 0 < result.metrics["teaches"].sum() <= 3 and (result.metrics["teaches"].sum() < 3) == (least is not None)
+    teaches = result.metrics["teaches"].tolist()
+    assert teaches[2] == 0 and sum(teaches) == (2 if least is None else 1)  # the last bundle has no other language
 
 
 def test_mpo_is_zero_where_policy_is_reference_and_languages_are_one(pair):
@@ -155,6 +157,7 @@ def test_sdrrl_reads_no_more_answers_than_its_shares_ask_for(shares, pairing):
         ({"loss": "mpo", "dominant": "English"}, "dominant"),
         ({"loss": "mpo", "answers": "all"}, "answers"),
         ({"loss": "dco", "answers": "response"}, "answers"),
+        ({"loss": "sdrrl", "sft_weight": 0.5}, "adds what objective.loss='sdrrl' is already; remove it"),
     ],
 )
 def test_settings_that_make_no_loss_are_refused(settings, message):
@@ -166,6 +169,33 @@ def test_settings_that_make_no_loss_are_refused(settings, message):
 def test_a_model_card_says_whose_a_method_is_and_what_of_it_is_ours(loss, source):
     (line,) = objective(loss).describe()
     assert line.startswith(f"{loss} (") and f"): after arXiv {source}; ours: " in line
+
+
+@pytest.mark.parametrize(
+    ("sections", "ours"),
+    [
+        ({"objective": {"loss": "dpo", "answers": "all"}}, "ours: answers in every language of a bundle"),
+        ({"mlc": {"extractor_dim": None}}, "ours: no extractor"),
+        ({"mlc": {"extractor_dim": None, "centring": True}}, "ours: no extractor, centring"),
+        ({}, ""),
+    ],
+)
+def test_a_model_card_says_which_settings_are_ours(sections, ours):
+    lines = Objective(ObjectiveConfig.model_validate(sections)).describe()
+    assert [line.partition("): ")[2] for line in lines if "ours" in line] == ([ours] if ours else [])
+
+
+class Crossed(Dco):
+    """DCO that also reads answers to prompts in other languages than theirs."""
+
+    pairing = "crossed"
+
+
+def test_a_cached_reference_of_answers_to_several_prompts_is_refused():
+    loss = {"loss": "tests.losses.test_every_language:Crossed"}
+    with pytest.raises(ValueError, match=r"Crossed' asks the reference about .*; set reference: online"):
+        tiny_config(objective=loss)
+    assert Objective(tiny_config(objective=loss, reference="online")).reference_pairing == "crossed"
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "sft"])

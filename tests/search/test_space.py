@@ -10,6 +10,7 @@ import optuna
 import pytest
 
 from mlc_ray import cluster
+from mlc_ray._registry import names
 from mlc_ray.cluster import ClusterError
 from mlc_ray.config import ConfigError, ParameterSection, SearchConfig, parse_config
 from mlc_ray.data.sources import SourceFile, read_file, sample_path
@@ -174,7 +175,7 @@ def test_losses_are_searched_with_the_fields_that_all_of_them_have(sampler: str)
     ]
     assert [run.needs_reference for run in runs] == [True, True, False, False, False, False]
     simpo = {"objective.loss": "simpo"}
-    kept = {"loss": "simpo", "answers": "response", "sft_weight": 0.0, "beta": 0.1, "margin": 0.5}
+    kept = {"loss": "simpo", "sft_weight": 0.0, "answers": "response", "beta": 0.1, "margin": 0.5}
     assert space.run(simpo, name="t").objective.model_dump() == kept
 
 
@@ -184,8 +185,7 @@ def test_losses_are_searched_with_the_fields_that_all_of_them_have(sampler: str)
         (
             {"space": {"objective.loss": ["dpo", "simpo"], "objective.margin": [0.1, 0.2]}},
             r"objective\.loss='dpo' has no field margin, but space varies objective\.margin for every trial \(dpo has "
-            r"answers, beta, label_smoothing, sft_weight\); take objective\.margin out .*among those that have it "
-            r"\(simpo\)",
+            r"answers, beta, label_smoothing, sft_weight\); take objective\.margin out .*those that have it \(simpo\)",
         ),
         (
             {"space": {"objective.loss": ["dpo", "sft"]}},
@@ -252,6 +252,35 @@ def test_trials_can_be_compared_on_held_out_bundles() -> None:
     make_space(compared_by("validation/loss/mlc", HELD_OUT, objective={"name": "pareto"}))
 
 
+@pytest.mark.parametrize("loss", names("loss"))
+def test_runs_of_every_loss_can_be_compared(loss: str) -> None:
+    overrides = [HELD_OUT, f"objective={{loss: {loss}}}"]
+    make_space(compared_by("validation/loss/alignment", *overrides))
+    rewarded = compared_by("validation/reward/accuracy", *overrides)
+    if loss in ("dpo", "ipo", "simpo", "orpo"):
+        make_space(rewarded)
+    else:
+        with pytest.raises(ConfigError, match=f"objective.loss='{loss}' measure "):
+            make_space(rewarded)
+
+
+def test_trials_can_be_compared_by_an_sft_part() -> None:
+    overrides = [HELD_OUT, "objective.sft_weight=0.1"]
+    make_space(compared_by("validation/benign/loss/sft", *overrides))
+    with pytest.raises(ConfigError, match="log_prob/chosen_change, "):
+        make_space(compared_by("validation/loss/sft", HELD_OUT))
+    with pytest.raises(ConfigError, match=r"cannot compare trials that differ in objective\.answers"):
+        space = {"objective.answers": {"choice": ["response", "all"]}}
+        make_space(compared_by("validation/loss/sft", *overrides, space=space))
+
+
+@pytest.mark.parametrize("field", ["mlc.start", "mlc.ramp", "mlc.every", "terms.contrast.start"])
+@pytest.mark.parametrize("name", ["loss/total", "loss/mlc", "loss/contrast"])
+def test_when_a_term_begins_is_no_part_of_what_is_measured(field: str, name: str) -> None:
+    space = {field: {"choice": [1, 2] if field == "mlc.every" else [0.0, 0.5]}}
+    make_space(compared_by(f"validation/{name}", HELD_OUT, "terms.contrast.weight=0.5", space=space))
+
+
 @pytest.mark.parametrize(
     ("metric", "overrides", "fault"),
     [
@@ -266,6 +295,11 @@ def test_trials_can_be_compared_on_held_out_bundles() -> None:
             "validation/mlc/leading_share",
             [HELD_OUT, "terms.contrast.weight=0.5", "mlc.weight=0"],
             "log_prob/chosen_change, loss/contrast$",
+        ),
+        (
+            "validation/mlc/leading_share",
+            [HELD_OUT, "mlc={name: cosine}"],
+            "log_prob/chosen_change, loss/mlc$",
         ),
         (
             "validation/reward/margin",
@@ -287,13 +321,20 @@ def test_what_trials_do_not_measure_compares_none(metric: str, overrides: list[s
         ("reward/margin", "objective.beta", [0.1, 0.5]),
         ("loss/mlc", "mlc.layer", [1, 2]),
         ("mlc/leading_share", "mlc.layer", [1, 2]),
+        ("mlc/leading_share", "mlc.centring", [False, True]),
+        ("mlc/leading_share", "mlc.name", ["mlc", "cosine"]),
+        ("mlc/leading_share", "train.group_bundles", [4, 8]),
+        ("loss/contrast", "train.group_bundles", [4, 8]),
+        ("loss/total", "train.group_bundles", [4, 8]),
+        ("reward/accuracy", "objective.answers", ["response", "all"]),
+        ("reward/accuracy", "objective.loss", ["dpo", "orpo"]),
         ("loss/contrast", "terms.contrast.temperature", [0.1, 0.2]),
     ],
 )
 def test_a_number_that_means_another_thing_in_each_trial_compares_none(
     name: str, field: str, values: list[Any]
 ) -> None:
-    overrides = [HELD_OUT, "terms.contrast.weight=0.5", "objective={}"]
+    overrides = [HELD_OUT, "terms.contrast.weight=0.5", "objective={}", "mlc={}"]
     space = {field: {"choice": values}}
     with pytest.raises(ConfigError, match=rf"validation/{name}' cannot compare trials that differ in {field}, .*; use"):
         make_space(compared_by(f"validation/{name}", *overrides, space=space))
@@ -309,6 +350,7 @@ def test_what_no_held_out_bundle_has_compares_none(tmp_path: Path) -> None:
         write_rows(tmp_path / name, [rows_to_table(stored)], fingerprint=name, rejected={})
         found.append(TokenArtifact.open(tmp_path / name))
     two, one = found
+    check_held_out("validation/loss/sft", one)
     for metric in ("validation/loss/total", "validation/harmful/loss/mlc", "validation/mlc/leading_share"):
         check_held_out(metric, two)
     check_held_out("validation/loss/alignment", one)
@@ -379,6 +421,22 @@ def test_every_loss_of_the_space_finds_the_answers_it_needs_before_the_first_tri
     monkeypatch.setattr(search_run, "prepare_data", lambda *_, **__: data)
     base = space.run({"objective.loss": "sft"}, name="base")
     with pytest.raises(MissingAnswersError, match=r"objective\.loss='orpo' needs chosen and rejected answers"):
+        search_run._prepare_data(config, base, space, Place(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize("sampler", ["grid", "random"])
+def test_values_that_together_leave_a_term_no_step_are_found_before_the_first_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    late: dict[str, Any] = {"mlc.start": {"choice": [0.0, 0.6]}, "mlc.every": {"choice": [1, 4]}}
+    config = search_config(space=late, sampler=sampler, set=["train.batch_bundles=2", "train.epochs=1"])
+    space = make_space(config)
+    write_rows(tmp_path, [rows_to_table(random_rows(8))], fingerprint="x", rejected={})  # four steps
+    data = PreparedData(TokenArtifact.open(tmp_path), None, {})
+    monkeypatch.setattr(search_run, "model_depth", lambda *_, **__: 3)
+    monkeypatch.setattr(search_run, "prepare_data", lambda *_, **__: data)
+    base = space.run({}, name="base")
+    with pytest.raises(ConfigError, match=r"with {'mlc\.start': 0\.6, 'mlc\.every': 4}: mlc\.start=.* no step of 4"):
         search_run._prepare_data(config, base, space, Place(tmp_path), "cpu")
 
 

@@ -109,6 +109,29 @@ def test_another_dominant_language_than_that_of_the_answers_is_refused(tmp_path)
         check_answers(tiny_config(objective={"loss": "mpo", "dominant": "zh"}), tokens)
 
 
+@pytest.mark.parametrize("loss", ["mpo", "dco", "sdrrl"])
+def test_a_loss_between_languages_needs_a_bundle_with_two(tmp_path, loss):
+    rows = translated(random_rows(6))
+    alone = [
+        replace(row, languages=["en"], prompts=[row.prompts[0]], tapped=row.tapped[:1], response_prompt=0, answers=[])
+        for row in rows
+    ]
+    found = []
+    for name, stored in {"alone": alone, "mixed": [*alone[:5], rows[5]]}.items():
+        (tmp_path / name).mkdir()
+        tables = [rows_to_table(stored[:3]), rows_to_table(stored[3:])]
+        write_rows(tmp_path / name, tables, fingerprint=name, rejected={})
+        found.append(TokenArtifact.open(tmp_path / name))
+    assert [tokens.most_languages for tokens in found] == [1, 3]
+    config = tiny_config(objective={"loss": loss})
+    with pytest.raises(MissingAnswersError, match=f"loss='{loss}' relates .* none of the 6 bundles has two;"):
+        check_answers(config, found[0])
+    check_answers(config, found[1])
+    english = {"english": 1, "translated": 0, "english_answers": 0, "english_prompts": 0}
+    for objective in ({"loss": "sdrrl", **english}, {"loss": "dpo", "answers": "all"}):
+        check_answers(tiny_config(objective=objective), found[0])  # these relate none
+
+
 @pytest.mark.parametrize("reference", ["cached", "online"])
 def test_it_is_found_before_the_reference_is_loaded(made, reference, tmp_path, monkeypatch):
     config, tokens, *_ = made({2: ["chosen"]}, reference=reference)
