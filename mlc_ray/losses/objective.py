@@ -158,12 +158,14 @@ class Objective:
         """
         of_pooled = None if pooled is None or reference_pooled is None else Pooled(pooled, reference_pooled)
         aligned = self._align(chosen, rejected, reference_chosen, reference_rejected, rows, of_pooled)
-        answers = None if self.alignment.needs_rows else rows
+        # In the response language alone each bundle has one answer, and there is nothing to average.
+        several = None if self.pairing == "response" else rows
+        answers = None if self.alignment.needs_rows else several
         loss = mean_over_answers(aligned.loss, answers)
         total = (loss * weight).sum()
         metrics: dict[str, Tensor] = {"loss/alignment": loss.detach()}
         if self.sft_weight:
-            fitted = mean_over_answers(-mean_log_prob(chosen), rows)
+            fitted = mean_over_answers(-mean_log_prob(chosen), several)
             total = total + self.sft_weight * (fitted * weight).sum()
             metrics["loss/sft"] = fitted.detach()
         if aligned.chosen_reward is not None and aligned.rejected_reward is not None:
