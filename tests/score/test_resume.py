@@ -231,7 +231,7 @@ def test_a_score_can_be_judged_again_without_the_calibration_of_another_judge(
 
 
 def test_what_an_object_store_holds_while_a_score_is_judged_is_enough_to_go_on(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver dies while judging: the store is as it was then, and nothing on its machine is left."""
     monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "float32")

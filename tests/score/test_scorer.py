@@ -72,8 +72,9 @@ def test_who_judges_is_planned_for_the_prompts_that_come_later_too(
     monkeypatch.setattr(scorer, "ray", SimpleNamespace(remote=lambda cls: Remote(), get=lambda reference: None))
     raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "chat": {}}
     scoring = with_longest_answer(parse_config(ScoreConfig, raw))
-    row = dict.fromkeys(PROMPTS.names, "?") | {"language": "en"}
-    harmful, benign = (pa.Table.from_pylist([{**row, "kind": kind}], schema=PROMPTS) for kind in ("harmful", "benign"))
+    harmful, benign = (
+        pa.Table.from_pylist([{"kind": kind, "language": "en"}], schema=PROMPTS) for kind in ("harmful", "benign")
+    )
     start_scorer("m", scoring, harmful, device="cpu", folder=tmp_path, others=[benign])
     ((_, _, cells),) = made[0][1].settings["readers"]
     assert set(cells) == {("harmful", "en"), ("benign", "en")}
