@@ -50,6 +50,7 @@ KINDS: Mapping[str, Kind] = {
     "data.train": Kind.CONTENT,
     "data.validation.sources": Kind.CONTENT,
     "data.validation.every": Kind.FREE,
+    "data.validation.max_chosen_drop": Kind.FREE,
     "data.on_invalid": Kind.CONTENT,
     "data.languages": Kind.CONTENT,
     "data.max_prompt_tokens": Kind.CONTENT,

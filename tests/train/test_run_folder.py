@@ -325,7 +325,7 @@ def dotted_leaves(schema, prefix=""):
 def prepared_run(tmp_path, monkeypatch):
     """Let `train` come as far as `fit`, with nothing prepared; Ray runs for the lease alone."""
     prepared = PreparedData(SimpleNamespace(folder=tmp_path / "tokens"), None, {})
-    for name, result in {"model_depth": 3, "use_gpu": False, "prepare_data": prepared, "_total_steps": 8}.items():
+    for name, result in {"model_depth": 3, "use_gpu": False, "prepare_data": prepared, "steps_of": 8}.items():
         monkeypatch.setattr(run, name, lambda *_, result=result, **__: result)
     for name in ("connect", "check_fits", "_announce", "record_start"):
         monkeypatch.setattr(run, name, lambda *_, **__: None)
