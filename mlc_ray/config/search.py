@@ -164,7 +164,11 @@ class SearchConfig(Section):
     keep_models: PositiveInt | None = Field(
         None, description="Keep the models of this many of the best trials (default: of all)."
     )
-    keep_checkpoints: bool = Field(False, description="Keep every trial's optimizer state, not only its model.")
+    keep_checkpoints: bool = Field(
+        False,
+        description="Write a checkpoint of the last step too, and keep what is there when a trial ends: of one that "
+        "was stopped early, the checkpoints of `checkpoint.every`.",
+    )
 
     @model_validator(mode="before")
     @classmethod

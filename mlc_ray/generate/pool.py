@@ -177,6 +177,8 @@ class EnginePool:
     def check(self) -> None:
         """Ask all actors whether they live, and start those that do not again; while they sleep, when they are woken.
 
+        Who is started serves the weights that its stage is made with: `swap` then, unless no others were served.
+
         Raises:
             EngineDiedError: one of them does not come up.
         """
@@ -224,14 +226,16 @@ class EnginePool:
                 self._pieces[replica.number] = piece
                 replica.ask("run", piece.block, piece.offset, piece.offset + len(piece))
             elif replica.actor is None and self._may_start(replica):
-                self._again(replica)
+                self._again(replica, self._served)
         if all(replica.actor is None for replica in self.replicas):
             raise self._gone()
 
     def _each(self, method: str, *arguments: Any, start: bool = True) -> list[Any]:
         """What a method of every worker returns.
 
-        With `start`, who is gone or dies of it starts again, with the weights that are served, instead of being asked.
+        With `start`, who is gone or dies of it starts again instead of being asked: for a swap with its weights, else
+        with those that the stage is made with. Others that are served may be gone by now: a search removes those of a
+        trial that has ended.
         """
         asked = set()  # those that are not are still busy with what an earlier call began
         for replica in self.replicas:
@@ -241,7 +245,7 @@ class EnginePool:
             elif replica.actor is None and start:
                 if not self._may_start(replica):
                     raise self._gone()
-                self._again(replica)
+                self._begin(replica, method)
             else:
                 continue
             asked.add(replica.number)
@@ -257,9 +261,15 @@ class EnginePool:
                 elif start and not self._may_start(replica):
                     raise self._gone() if self.part.once else EngineDiedError(f"{found.fault}{found.at}, for good")
                 elif start:
-                    self._again(replica)
+                    self._begin(replica, method)
                     asked.add(replica.number)
         return results
+
+    def _begin(self, replica: Replica, method: str) -> None:
+        """Start a replica again instead of asking it for `method`; see `_each`."""
+        if method != "swap" and self._served is not None:
+            self.weights, self._sure = None, False
+        self._again(replica, self._served if method == "swap" else None)
 
     def _outcomes(self) -> list[_Outcome]:
         """What has become of calls by now, or within a second; who died or hangs has ended, and is told of in the log.
@@ -302,9 +312,9 @@ class EnginePool:
         logger.warning("%s%s%s", fault, at, "" if self._may_start(replica) else "; it is given up")
         return _Outcome(replica, fault=fault, at=at)
 
-    def _again(self, replica: Replica) -> None:
+    def _again(self, replica: Replica, weights: Weights | None) -> None:
         logger.warning("%s is started again", replica)
-        replica.begin(self._served)
+        replica.begin(weights)
 
     def _gone(self) -> EngineDiedError:
         why = f"in {self.part.limits.retries + 1} tries; their faults are logged"

@@ -32,6 +32,7 @@ RESAMPLES = 1_000
 _AT_ONCE = 100  # resamples: at 1,536 rows of 12 languages, 15 MB each of what is weighted
 _SEED = 20_260
 _LEVELS = [0.025, 0.975]
+_ALIKE = 1e-9  # what differs by less, as states that are the same do by rounding, is alike (as in `probe_wins`)
 
 
 @dataclass(frozen=True)
@@ -208,9 +209,9 @@ class _Silhouettes:
 
 
 def _silhouette(cohesion: Tensor, separation: Tensor, several: Tensor) -> Tensor:
-    """(b - a) / max(a, b) where a cluster has several rows and there is another, else 0."""
+    """(b - a) / max(a, b) where a cluster has rows and there is another, else 0, as of rows that are all alike."""
     most = torch.maximum(cohesion, separation)
-    there = several & torch.isfinite(separation) & (most > 0)
+    there = several & torch.isfinite(separation) & (most > _ALIKE)
     return torch.where(there, (separation - cohesion) / torch.where(there, most, 1.0), 0.0)
 
 
@@ -229,10 +230,11 @@ def _transfers(states: Tensor, present: Tensor, harmful: Tensor, source: int, ta
         x, y = _centred(states[fit, source]), torch.where(harmful[fit], 1.0, -1.0).double()
         kernel = x @ x.T
         scale = kernel.diagonal().mean()
-        weights = x.T @ torch.linalg.solve(kernel / scale + RIDGE * torch.eye(len(x), dtype=x.dtype), y)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of states that are all the same: chance
+        weights = x.T @ torch.linalg.solve(kernel / scale + RIDGE * torch.eye(len(x), dtype=x.dtype), y) / scale
         scores = _centred(states[ask, target]) @ weights
         difference = scores[harmful[ask]].unsqueeze(1) - scores[~harmful[ask]].unsqueeze(0)
-        wins = (difference > 0).double() + 0.5 * (difference == 0).double()
+        wins = torch.where(difference.abs() < _ALIKE, 0.5, (difference > 0).double())
         found.append(_Pairs(ask[harmful[ask]], ask[~harmful[ask]], wins))
     return found
 

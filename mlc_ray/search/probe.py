@@ -61,10 +61,17 @@ class Probe:
         """N, the number of blocks."""
         return len(self.layers) - 1
 
+    @property
+    def note(self) -> str | None:
+        """What `headroom` is where English states cannot be asked which kind they are of; None where they can."""
+        if "en" in self.layers[0].separability:
+            return None
+        return f"headroom is 1 - share alone: English has fewer than {MIN_PER_KIND} harmful or benign bundles"
+
     def plain(self) -> dict[str, Any]:
         """For JSON."""
         rankings = {name: self.ranking(name) for name in CRITERIA}
-        return {**asdict(self), "ranking": self.ranking(), "rankings": rankings}
+        return {**asdict(self), "note": self.note, "ranking": self.ranking(), "rankings": rankings}
 
     def ranking(self, criterion: Criterion | None = None) -> list[int]:
         """All layers, the one where the criterion is highest first; empty where these bundles cannot give it.
@@ -85,7 +92,8 @@ class Probe:
         """All layers as Markdown tables, best ranked first."""
         title = f"# Probe of {self.depth + 1} layers on {self.bundles} bundles, ranked by {self.criterion}"
         tables = (probe_table(self, self.ranking()), statistics_table(self, self.ranking()))
-        return "\n".join([title, "", *markdown(tables[0]), "", *markdown(tables[1])])
+        note = [] if self.note is None else [f"{self.note}.", ""]
+        return "\n".join([title, "", *note, *markdown(tables[0]), "", *markdown(tables[1])])
 
 
 def choose_bundles(tokens: TokenArtifact, limit: int) -> list[int]:
@@ -115,7 +123,10 @@ def statistics(
             f"kind; there are {int(harmful.sum())} harmful and {int((~harmful).sum())} benign bundles in "
             f"{', '.join(languages)}: add some, or rank by another one of {', '.join(CRITERIA)}"
         )
-    return Probe(layers, tuple(languages), len(states), criterion)
+    probe = Probe(layers, tuple(languages), len(states), criterion)
+    if probe.note is not None:
+        logger.warning("%s; add bundles of the kind that lacks, or rank by another criterion", probe.note)
+    return probe
 
 
 # ----------------------------------------------------------------------------------------------------- reading states

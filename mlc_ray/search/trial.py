@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -43,6 +44,8 @@ from mlc_ray.search.space import Space
 from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES
 from mlc_ray.stats.rates import Judged
 from mlc_ray.storage import Place, fingerprint_model, working_folder
+
+logger = logging.getLogger(__name__)
 
 
 class SearchError(MlcRayError):
@@ -198,7 +201,7 @@ def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
     """One trial, in a process of its own: train, with scores; then keep the model and drop the rest.
 
     Called for a trial that was cut off, it goes on from the last checkpoint; one whose last weights are there already
-    is not trained.
+    is not trained, unless they are damaged.
 
     Args:
         given: Its values and the name of its folder, as `tune.Points` gives them.
@@ -208,7 +211,7 @@ def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
         ScorerDiedError: Nothing could score it; raised before it trains.
     """
     # Here alone: workers and their controller unpickle `ScoreWeights`, and would import all that too.
-    from mlc_ray.train.checkpoint import last_weights
+    from mlc_ray.train.checkpoint import damaged_weights, last_weights, remove_checkpoint
     from mlc_ray.train.export import export
     from mlc_ray.train.run import train
 
@@ -216,6 +219,12 @@ def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
     shared.drop_optimizer_states()
     folder, values = shared.trial_folder(given[FOLDER]), given[VALUES]
     (folder / VALUES_FILE).write_json(values)
+    for damaged, fault in damaged_weights(folder):
+        logger.warning("trial %s goes on without %s and its score: %s", folder.name, damaged.name, fault)
+        score = folder / SCORES_FOLDER / _STEP_FOLDER.format(step_of(damaged))
+        (score / SCORES_FILE).remove()  # first, so that what is left of it is none
+        score.remove()
+        remove_checkpoint(damaged)
     if last_weights(folder) is None:
         _train_and_report(train, shared, folder, values)
     found = last_weights(folder)
@@ -286,6 +295,6 @@ def read_trial(shared: Shared, folder: Place) -> Trial | None:
     return Trial.read(folder, score, step_of(scores[-1]))
 
 
-def step_of(score_folder: Place) -> int:
-    """The optimizer step of a score of weights."""
-    return int(score_folder.name.rpartition("-")[2])
+def step_of(folder: Place) -> int:
+    """The optimizer step of weights, or of their score, by the name of its folder."""
+    return int(re.split("[-_]", folder.name)[-1])

@@ -208,6 +208,12 @@ def prune_weights(run: Place, kept: Place) -> None:
             remove_checkpoint(folder)
 
 
+def damaged_weights(run: Place) -> list[tuple[Place, str]]:
+    """The weights of a run of which a file is not what was written, each with what is wrong; reads all of them."""
+    written = [folder for folder in weights_folders(run) if (folder / MANIFEST).is_file()]
+    return [(folder, fault) for folder in written if (fault := _fault(folder, 0, 1)) is not None]
+
+
 def last_weights(run: Place) -> tuple[Place, int] | None:
     """The weights that a run ended with, and their step, if they are there and whole; a search scores them."""
     for folder in reversed(weights_folders(run)):

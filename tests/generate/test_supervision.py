@@ -64,6 +64,8 @@ class Fragile(Stage):
         os.kill(os.getpid(), {"die": signal.SIGKILL, "stop": signal.SIGSTOP}[trouble])
 
     def swap(self, weights: str | None, *, lora: bool) -> dict[str, float]:
+        if weights is not None and weights.startswith("/") and not Path(weights).is_dir():
+            raise FileNotFoundError(weights)
         self.weights = str(weights)
         return {"transfer": 0.0, "proof": 0.0}
 
@@ -161,14 +163,22 @@ def test_a_start_that_takes_too_long_says_where_or_that_it_has_no_place(ray_loca
 
 @pytest.mark.slow
 def test_a_check_starts_the_dead_and_what_cannot_be_had_again_is_not_started(ray_local: Any, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    second.mkdir()
     with EnginePool.open(part(tmp_path, {}, replicas=1), "cpu") as pool:
-        pool.swap("second")
+        pool.check()
+        pool.swap(str(second))
         first = pool.map(NUMBERS)["pid"][0].as_py()
+        second.rmdir()  # as a search removes the weights of a trial that has ended
         os.kill(first, signal.SIGKILL)
         pool.check()
+        assert pool.weights is None
+        with pytest.raises(RuntimeError, match="swap again"):
+            pool.map(NUMBERS)
+        pool.swap(str(tmp_path))
         after = pool.map(NUMBERS)
     assert first not in after["pid"].to_pylist()
-    assert set(after["weights"].to_pylist()) == {"second"}
+    assert set(after["weights"].to_pylist()) == {str(tmp_path)}
     settings = {"marks": str(tmp_path), "trouble": {9: "die"}}
     asking = Part("asking", Fragile, settings, once=True)
     with EnginePool.open(asking, "cpu") as pool:

@@ -235,6 +235,27 @@ def test_with_one_kind_only_consistency_is_told() -> None:
         statistics(states, present, harmful, LANGUAGES, "transfer")
 
 
+def test_without_enough_english_bundles_headroom_says_that_it_is_the_share_alone(
+    caplog: pytest.LogCaptureFixture, probed: Probe
+) -> None:
+    states, present, harmful = made(14)  # seven of each kind
+    few = statistics(states, present, harmful, LANGUAGES)
+    note = "headroom is 1 - share alone: English has fewer than 8 harmful or benign bundles"
+    assert few.plain()["note"] == note and f"\n{note}.\n" in few.markdown() and note in caplog.text
+    foreign = statistics(*made(), ["bn", "ru", "sw"])
+    assert foreign.note == note
+    assert probed.plain()["note"] is None and "alone" not in probed.markdown()
+
+
+@pytest.mark.parametrize("fill", [1.0, 0.37])
+def test_states_that_are_all_the_same_tell_nothing(fill: float) -> None:
+    _, _, harmful = made()
+    for layer in statistics(torch.full((24, 3, 1, 576), fill), torch.ones(24, 3).bool(), harmful, LANGUAGES).layers:
+        assert set(layer.transfer.values()) == set(layer.separability.values()) == {0.5}
+        assert layer.criteria["transfer"] == Estimate(0.5, 0.5, 0.5)
+        assert layer.criteria["silhouette"] == Estimate(0.0, 0.0, 0.0)
+
+
 def test_layers_rank_by_the_criterion_that_is_asked_for() -> None:
     values = {"headroom": [0.1, 0.3, 0.3, 0.0], "transfer": [0.9, 0.5, 0.6, 0.7]}
     layers = [

@@ -21,7 +21,7 @@ from mlc_ray.score.stages import JUDGED, PROMPTS
 from mlc_ray.search.confirm import confirm
 from mlc_ray.search.results import ending
 from mlc_ray.search.space import make_space
-from mlc_ray.search.trial import Shared, run_trial, scored_trials
+from mlc_ray.search.trial import ScoreWeights, Shared, run_trial, scored_trials
 from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES
 from mlc_ray.storage import MANIFEST, Place, sealed
 from mlc_ray.storage.manifests import checksum
@@ -121,6 +121,49 @@ def test_a_trial_that_died_after_its_last_weights_is_scored_exported_and_then_ma
     # What scoring needed goes when the next trial begins.
     shared.drop_optimizer_states()
     assert not (run / "train").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: data[:-8], "'model/model.safetensors' is short, "),
+        (lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:], "'model/model.safetensors' has checksum "),
+    ],
+)
+@pytest.mark.parametrize("scored", [False, True])
+def test_damaged_last_weights_are_removed_with_their_score_and_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: Any, says: str,
+    scored: bool,
+) -> None:  # fmt: skip
+    scorer = Scorer()
+    shared = shared_of(tmp_path, scorer)
+    trained(shared, "a", 4, ends=True)
+    run = shared.trial_folder("a")
+    weights = weights_folder(run, 4)
+    if scored:
+        shared.weights(run, weights, 4)
+        scorer.asked.clear()
+    file = Path(weights / "model" / "model.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    (run / "config.yaml").write_text("")
+    went_on: list[Place | None] = []
+
+    def train(config: Any, *, resume: Place | None, score: ScoreWeights, display: bool) -> None:
+        # Stands where training would, which needs Ray: leaves what its workers leave, and has that scored.
+        went_on.append(resume)
+        assert not weights.exists() and not (run / "scores" / "step-000004").exists()
+        trained(shared, "a", 4, ends=True)
+        score(run, weights, 4)
+
+    monkeypatch.setattr("mlc_ray.train.run.train", train)
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray.tune, "report", told.append)
+    run_trial({VALUES: {"mlc.weight": 0.5}, FOLDER: "a"}, shared=shared)
+    assert "goes on without weights_000004 and its score" in caplog.text and says in caplog.text
+    assert went_on == [run] and scorer.asked == [str(weights / "model")]
+    assert told[0][STEP] == 4.0 and told[-1][FINISHED] and ending(run) == "finished"
+    assert (Path(run) / "model" / "model.safetensors").read_bytes() == whole
 
 
 def test_of_a_trial_whose_checkpoints_are_kept_only_what_was_scored_goes(tmp_path: Path) -> None:

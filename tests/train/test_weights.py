@@ -23,15 +23,16 @@ from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, w
 
 STEPS = 5
 LAYOUTS = ["stage2", "stage3 lora"]
+KEPT = "stage2 kept"  # whose trials end with a checkpoint
 
 
 class Noted:
     """What scores weights: notes what is there when it is called, as it is on rank 0 alone."""
 
-    every, keep_state = 2, False
+    every = 2
 
-    def __init__(self):
-        self.seen = []
+    def __init__(self, *, keep_state):
+        self.keep_state, self.seen = keep_state, []
 
     def __call__(self, run_folder, weights, step):
         found = last_weights(run_folder)
@@ -68,14 +69,14 @@ def trial(rank, folder, model_folder):
     worker._on_first_worker = lambda function: from_rank_zero(function() if rank == 0 else None)
     worker.ray.train.report = REPORTED.append
     outcomes = {}
-    for layout in LAYOUTS:
-        config = config_of(layout, model_folder, checkpoint={"every": 3, "background": True})
+    for layout in [*LAYOUTS, KEPT]:
+        config = config_of(layout.removesuffix(" kept"), model_folder, checkpoint={"every": 3, "background": True})
         run, holder = Place(folder / layout), from_rank_zero(Holder.here())
         if rank == 0:
             (run / LEASE_FILE).write_json(asdict(holder))
         runs = []
         for _ in range(2):
-            engine, noted = make_engine(config), Noted()
+            engine, noted = make_engine(config), Noted(keep_state=layout == KEPT)
             told = {"config": config, "fingerprints": FINGERPRINTS}
             spec = WorkerSpec({}, run, run, None, FINGERPRINTS, STEPS, holder.id, score=noted)
             watchdog, guard = Watchdog(0, run, lease=holder.id, rank=rank, step=0), LeaseGuard(run, holder.id)
@@ -116,6 +117,16 @@ def test_weights_alone_are_published_and_states_are_written_at_their_own_interva
     for one, other in zip(first[1:], resumed, strict=True):
         assert all(torch.equal(value, other["weights"][name]) for name, value in one["weights"].items())
     assert len(list_checkpoints(Place(folder / layout))) == 1
+
+
+def test_a_trial_that_keeps_its_checkpoints_goes_on_from_the_last_step(trials):
+    _, (outcomes, _) = trials
+    (first, reported), (resumed, reported_again) = outcomes[KEPT]
+    assert (reported, reported_again) == ([2, 4, 5], [5])
+    assert [each["states"] for each in first][1:] == [["checkpoint_000003"], ["checkpoint_000003", "checkpoint_000005"]]
+    (again,) = resumed
+    assert again["there"] == ["weights_000005"] and again["states"] == first[-1]["states"]
+    assert all(torch.equal(value, again["weights"][name]) for name, value in first[-1]["weights"].items())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
