@@ -271,7 +271,7 @@ def test_export_is_the_trained_model(name, runs, tmp_path):
             assert torch.equal(state[key.removeprefix("policy.")], value), key
     assert AutoTokenizer.from_pretrained(out).vocab_size == VOCABULARY
     card = (out / "README.md").read_text()
-    assert "- simpo (beta=" in card and "4 optimizer steps, 14 bundles" in card
+    assert "- simpo (answers=response, beta=" in card and "4 optimizer steps, 14 bundles" in card
 
 
 @pytest.mark.parametrize("name", ["stage2 dropout", "stage3 lora"])
