@@ -569,7 +569,7 @@ def test_responses_outlive_a_judge_that_fails(
     assert (len(answered), answered.schema.names) == (16, RESPONSES.names)
     with pytest.raises(EndpointError, match=r"127\.0\.0\.1:9"):
         resume_score(folder)  # it is the judge's turn, who fails as before
-    monkeypatch.setattr("mlc_ray.score.run._answer", None)  # nobody is asked again
+    monkeypatch.setattr("mlc_ray.score.passes.Passes.answer", None)  # nobody is asked again
     completed = score(config.model_copy(update={"judge": RefusalJudge.Settings(), "resume": "auto"}))
     assert completed.folder == folder
     assert pq.read_table(completed.responses_file).select(answered.column_names).equals(answered)
