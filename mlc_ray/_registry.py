@@ -151,6 +151,8 @@ def _imported(kind: ComponentKind, path: str) -> type[Any]:
     component = getattr(module, class_name, None)
     if not isinstance(component, type):
         raise UnknownComponentError(f"{kind} {path!r}: module {module_name!r} has no class {class_name!r}")
+    if lacking := sorted(getattr(component, "__abstractmethods__", ())):
+        raise UnknownComponentError(f"{kind} {path!r} cannot be used: it does not define {', '.join(lacking)}")
     return component
 
 

@@ -71,6 +71,9 @@ from mlc_ray.losses.base import Alignment
 class Hinge(Alignment):
     class Settings(LossSettings):
         margin: float = 1.5
+
+    def __call__(self, chosen, rejected):
+        raise NotImplementedError
 """
 
 
@@ -95,6 +98,9 @@ def test_the_console_script_finds_components_in_the_current_folder(tmp_path: Pat
     done = console_script(tmp_path)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["objective"] == {"loss": "my_loss:Hinge", "sft_weight": 0.0, "margin": 1.5}
+    (tmp_path / "my_loss.py").write_text(HINGE.partition("    def __call__")[0])
+    lacking = console_script(tmp_path)
+    assert lacking.returncode == 2 and "'my_loss:Hinge' cannot be used: it does not define __call__" in lacking.stderr
     refused = console_script(tmp_path, PYTHONSAFEPATH="1")
     assert refused.returncode == 2 and "there is no module 'my_loss'" in refused.stderr
 

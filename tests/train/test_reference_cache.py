@@ -189,7 +189,7 @@ def test_forwards_on_a_gpu_are_alike_in_tokens(place):
     # Dealt out in this order, one forward would get the longest ones.
     rows = np.empty(BUNDLES, dtype=int)
     rows[0::3], rows[1::3], rows[2::3] = np.split(np.argsort(-own), [8, 15])
-    Asking(reference, True, True, None, CPU).ask(tokens, rows, lambda _: None)
+    Asking(reference, True, True, None, CPU, "response", False).ask(tokens, rows, lambda _: None)
     assert sum(forwards) == own.sum() and len(forwards) <= -(-BUNDLES // BUNDLES_PER_FORWARD) + 1
     assert max(forwards) - min(forwards) <= own.min()
 

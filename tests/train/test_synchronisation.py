@@ -91,7 +91,7 @@ def run(config, reference=cached_reference):
     assert len(batches) == 2 and min(len(batch.bundle_ids) for batch in batches) > 2
     meter = StepMeter(TappedStep(512, StateWindow(64)), Work.of(engine.module, Engine.shape), Stopwatch(META))
     with Crossings() as crossings, Literals() as literals:
-        _accumulate(engine, objective, batches, reference, meter)
+        _accumulate(engine, objective, objective.factors(0, 1), batches, reference, meter)
     assert all(parameter.grad is not None for parameter in engine.module.parameters())
     return crossings.seen + literals.seen, batches
 
