@@ -119,7 +119,8 @@ def test_texts_of_a_loss_of_ones_own_are_not_published(checkpoint, tmp_path, mon
     manifest.write_text(json.dumps(content))
     out = export(run, tmp_path / "out", trust_remote_code=True)
     settings = json.loads((out / "mlc_ray.json").read_text())["settings"]
-    assert settings["objective"] == {"loss": "own_loss_of_export:Loss", "sft_weight": 0.0, "margin": 1.5, "strict": True}
+    published = {"loss": "own_loss_of_export:Loss", "sft_weight": 0.0, "margin": 1.5, "strict": True}
+    assert settings["objective"] == published
     own = {"name": "own_loss_of_export:OwnTerm", "weight": 0.25, "start": 0.0, "ramp": 0.0}
     assert settings["terms"] == {"mine": own}
     card = (out / "README.md").read_text()
