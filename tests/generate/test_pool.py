@@ -106,7 +106,7 @@ def test_two_engines_answer_as_one_before_and_after_a_swap(smollm2: Path, ray_lo
     other = noisy_copy(smollm2, tmp_path / "other")
     things = ["rice", "tea", "snow", "wolves", "bread", "silver", "violins", "maps", "rain", "chess", "clay", "honey"]
     asked = [f.format(thing) for thing in things for f in ("How is {} made?", "¿Qué es {}?", "Tell me about {}.")]
-    rows = [{**dict.fromkeys(PROMPTS.names, "x"), "prompt": text} for text in asked]
+    rows = [{**dict.fromkeys(PROMPTS.names, "x"), "sample": 0, "prompt": text} for text in asked]
     table = pa.Table.from_pylist(rows, schema=PROMPTS)
 
     def part(model: Path, replicas: int) -> Part:
