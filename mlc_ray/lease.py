@@ -129,8 +129,9 @@ def lease(folder: Place, *, wait: bool, lifetime: float = LIFETIME) -> Iterator[
         ended.set()
         try:
             renewing.join(_DYING)
-            # Where it still runs, the storage hangs: the lease ends by itself.
-            if not renewing.is_alive() and (holder := _read(folder)) is not None and holder.id == own.id:
+            if renewing.is_alive():
+                raise OSError(f"a renewal has waited {_DYING:g} s for the storage")
+            if (holder := _read(folder)) is not None and holder.id == own.id:
                 (folder / LEASE_FILE).remove()
         except OSError as error:
             logger.warning("the lease on %s could not be given back (%s); it ends by itself", folder, error)

@@ -25,7 +25,7 @@ from mlc_ray.train.export import export
 from mlc_ray.train.run import train as train_here
 
 pytestmark = pytest.mark.slow
-STEPS = 6
+STEPS = 24
 SCORING = ["limit=2", "languages=[en,sw]", "max_new_tokens=4", "max_unparsed=1.0"]
 ENGINE = {"cpus_per_replica": 0.5, "max_model_len": 256, "cpu_kv_cache_gib": 1}
 
@@ -47,7 +47,7 @@ def bucket(s3: str, small_llama: Path, repository: Path, tmp_path_factory: pytes
         "objective": {"loss": "simpo"},
         "mlc": {"extractor_dim": 16},
         "optimizer": {"learning_rate": 1e-2},
-        "train": {"epochs": 8, "max_steps": STEPS, "batch_bundles": 4},
+        "train": {"epochs": 24, "max_steps": STEPS, "batch_bundles": 4},
         "engine": {"stage": 2},
         "cluster": {"address": "local", "workers": 1, "cpus_per_worker": 0.5},
         "checkpoint": {"every": 2, "keep": 2},
@@ -83,21 +83,22 @@ def test_a_killed_run_on_s3_is_resumed_from_exactly_and_exported(
     driver = mlc_ray(bucket, *train)
     while not complete_checkpoints(run)[0]:
         assert driver.poll() is None, driver.communicate()[0]
-        time.sleep(0.2)
+        time.sleep(0.05)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.communicate()
     assert (run / "lease.json").is_file()
     shutil.rmtree(bucket / "cache")  # it goes on elsewhere
-    assert f"run         {run}\n" in done(mlc_ray(bucket, *train))
-    assert not (run / "lease.json").exists()
+    said = done(mlc_ray(bucket, *train))
+    assert f"run         {run}\n" in said
+    assert "has ended already" not in said and not (run / "lease.json").exists(), said
     here = [f"output_dir={tmp_path}", f"model.path={small_llama}"]
     train_here(load_config(TrainConfig, bucket / "run.yaml", here))
     assert rows(run) == rows(tmp_path / "mine")
     assert [step for step, _ in rows(run)] == list(range(1, STEPS + 1))
     assert (run / "tensorboard").is_dir()
 
-    assert "ended, 6 of 6 steps" in show(run)
-    assert resolve_model(run) == f"{run}/train/checkpoint_00000{STEPS}/model"
+    assert f"ended, {STEPS} of {STEPS} steps" in show(run)
+    assert resolve_model(run) == f"{run}/train/checkpoint_{STEPS:06d}/model"
     out = export(run, f"{s3}/exported")
     assert json.loads((out / "mlc_ray.json").read_text())["languages"] == ["en", "sw"]
     assert s3 not in (out / "README.md").read_text()
