@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mlc_ray.data.batches import collate
 from mlc_ray.data.bundles import make_bundle
@@ -26,6 +27,17 @@ LANGUAGES = sorted(LENGTHS)
 MOST_TOKENS = 512
 
 
+def sample_row(line: Mapping[str, Any], template: ChatTemplate, languages: Sequence[str]) -> TokenRow:
+    """A bundle of the shipped sample, as its file has it, templated and tokenized."""
+    return tokenize_bundle(
+        make_bundle({key: value for key, value in line.items() if key not in ("pair", "split")}),
+        template,
+        languages=languages,
+        max_prompt_tokens=MOST_TOKENS,
+        max_response_tokens=MOST_TOKENS,
+    )
+
+
 def sample_rows(tokenizer_folder: str, bundles: int, repeats: int, seed: int = 0) -> list[list[TokenRow]]:
     """Bundles of the sample's training half in ten languages, templated and tokenized, for each of the repeats.
 
@@ -34,16 +46,7 @@ def sample_rows(tokenizer_folder: str, bundles: int, repeats: int, seed: int = 0
     template = ChatTemplate(load_tokenizer(tokenizer_folder))
     lines = [json.loads(line) for line in sample_path("train").read_text(encoding="utf-8").splitlines()]
     random.Random(seed).shuffle(lines)
-    rows = [
-        tokenize_bundle(
-            make_bundle({key: value for key, value in line.items() if key not in ("pair", "split")}),
-            template,
-            languages=LANGUAGES,
-            max_prompt_tokens=MOST_TOKENS,
-            max_response_tokens=MOST_TOKENS,
-        )
-        for line in lines
-    ]
+    rows = [sample_row(line, template, LANGUAGES) for line in lines]
     return [[rows[(at * bundles + i) % len(rows)] for i in range(bundles)] for at in range(repeats)]
 
 

@@ -22,15 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_data import MOST_TOKENS
+from step_data import MOST_TOKENS, sample_row
 from techniques import OBJECTIVE
 from transformers import PreTrainedModel
 
 from mlc_ray.config import ModelSection
 from mlc_ray.data.batches import collate, collate_prompts
-from mlc_ray.data.bundles import make_bundle
 from mlc_ray.data.sources import sample_path
-from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
+from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.search.probe import statistics
@@ -53,17 +52,7 @@ def sample(split: str) -> list[dict[str, Any]]:
 
 def training_rows(template: ChatTemplate, kind: str = "harmful") -> list[TokenRow]:
     """The sample's training bundles of a kind, templated and tokenized."""
-    return [
-        tokenize_bundle(
-            make_bundle({key: value for key, value in line.items() if key not in ("pair", "split")}),
-            template,
-            languages=TRAINED,
-            max_prompt_tokens=MOST_TOKENS,
-            max_response_tokens=MOST_TOKENS,
-        )
-        for line in sample("train")
-        if line["kind"] == kind
-    ]
+    return [sample_row(line, template, TRAINED) for line in sample("train") if line["kind"] == kind]
 
 
 @torch.no_grad()

@@ -120,7 +120,9 @@ class EnginePool:
             MlcRayError: what the stage raises, as itself.
         """
         if not self._sure:
-            raise RuntimeError("the last swap failed, so that it is unknown which weights would answer: swap again")
+            raise RuntimeError(
+                "after a failed swap, or a start since, it is unknown which weights would answer: swap first"
+            )
         for replica in self.replicas:
             replica.failures = 0
         job = Job(table, self.part, deque(self._cut(table)), progress, landed)

@@ -26,6 +26,7 @@ from torch import Tensor
 from mlc_ray.config.search import Criterion
 from mlc_ray.losses.measures import MIN_PER_KIND, RIDGE, probe_wins
 from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
+from mlc_ray.stats.rates import Interval
 
 CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
 RESAMPLES = 1_000
@@ -33,15 +34,6 @@ _AT_ONCE = 100  # resamples: at 1,536 rows of 12 languages, 15 MB each of what i
 _SEED = 20_260
 _LEVELS = [0.025, 0.975]
 _ALIKE = 1e-9  # what differs by less, as states that are the same do by rounding, is alike (as in `probe_wins`)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval over bundles."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ class LayerStatistics:
     between: float
     separability: Mapping[str, float]
     transfer: Mapping[str, float]
-    criteria: Mapping[str, Estimate | None]
+    criteria: Mapping[str, Interval | None]
 
     @property
     def mean_separability(self) -> float | None:
@@ -93,11 +85,11 @@ def layer_statistics(
     once = made.numbers(every)
     drawn = resamples(len(states))
     parts = [made.numbers(drawn[start : start + _AT_ONCE]) for start in range(0, len(drawn), _AT_ONCE)]
-    criteria: dict[str, Estimate | None] = dict.fromkeys(CRITERIA)
+    criteria: dict[str, Interval | None] = dict.fromkeys(CRITERIA)
     for name in CRITERIA:
         if name in once:
             low, high = np.nanquantile(torch.cat([part[name] for part in parts]).numpy(), _LEVELS)
-            criteria[name] = Estimate(float(once[name]), float(low), float(high))
+            criteria[name] = Interval(float(once[name]), float(low), float(high))
     return LayerStatistics(
         layer,
         share=float(once["share"]),

@@ -48,7 +48,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95 % interval, in the unit of the value: % (rates), percentage points (differences)."""
+    """A value with its 95 % interval: in % (rates), percentage points (differences) or no unit (criteria of layers)."""
 
     value: float
     low: float

@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 from mlc_ray.config import ConfigError
 from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.search import run as search_run
-from mlc_ray.search.criteria import Estimate, LayerStatistics
+from mlc_ray.search.criteria import LayerStatistics
 from mlc_ray.search.objectives.base import BENIGN, HARMFUL
 from mlc_ray.search.probe import Probe
 from mlc_ray.search.run import _earlier_trials, _layer_order
@@ -31,6 +31,7 @@ from mlc_ray.search.tune import (
     Points,
     number_of_points,
 )
+from mlc_ray.stats.rates import Interval
 from mlc_ray.storage import Place
 
 from .test_space import search_config
@@ -221,7 +222,7 @@ def test_a_probe_says_in_which_order_it_has_layers_tried(
     values = {15: 0.3, 20: 0.1, 24: 0.2, 30: 0.4}  # by index: of 30 blocks 0.5, 0.65 and 0.8 are 15, 20 and 24
     layers = []
     for index in range(31):
-        headroom = Estimate(values.get(index, 0.0), 0.0, 1.0)
+        headroom = Interval(values.get(index, 0.0), 0.0, 1.0)
         layers.append(LayerStatistics(index, 0, 0, 0, {}, {}, {"headroom": headroom}))
     asked = []
 

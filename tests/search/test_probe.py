@@ -12,7 +12,7 @@ import torch
 from mlc_ray.data.tables import keys_of
 from mlc_ray.losses.mlc import leading_share, singular_values, unit_rows
 from mlc_ray.search import criteria
-from mlc_ray.search.criteria import CRITERIA, Estimate, LayerStatistics, resamples
+from mlc_ray.search.criteria import CRITERIA, LayerStatistics, resamples
 from mlc_ray.search.probe import (
     Probe,
     ProbeError,
@@ -22,6 +22,7 @@ from mlc_ray.search.probe import (
     statistics,
     statistics_table,
 )
+from mlc_ray.stats.rates import Interval
 from mlc_ray.storage import Place
 
 LANGUAGES = ["bn", "en", "sw"]
@@ -252,14 +253,14 @@ def test_states_that_are_all_the_same_tell_nothing(fill: float) -> None:
     _, _, harmful = made()
     for layer in statistics(torch.full((24, 3, 1, 576), fill), torch.ones(24, 3).bool(), harmful, LANGUAGES).layers:
         assert set(layer.transfer.values()) == set(layer.separability.values()) == {0.5}
-        assert layer.criteria["transfer"] == Estimate(0.5, 0.5, 0.5)
-        assert layer.criteria["silhouette"] == Estimate(0.0, 0.0, 0.0)
+        assert layer.criteria["transfer"] == Interval(0.5, 0.5, 0.5)
+        assert layer.criteria["silhouette"] == Interval(0.0, 0.0, 0.0)
 
 
 def test_layers_rank_by_the_criterion_that_is_asked_for() -> None:
     values = {"headroom": [0.1, 0.3, 0.3, 0.0], "transfer": [0.9, 0.5, 0.6, 0.7]}
     layers = [
-        LayerStatistics(i, 0, 0, 0, {}, {}, {name: Estimate(each[i], 0, 1) for name, each in values.items()})
+        LayerStatistics(i, 0, 0, 0, {}, {}, {name: Interval(each[i], 0, 1) for name, each in values.items()})
         for i in range(4)
     ]
     probe = Probe(tuple(layers), ("en", "sw"), 10)
