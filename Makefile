@@ -33,7 +33,7 @@ search-demo: install
 # The slow ones one after another: each of them takes both cores, and Ray Train wants no second Ray on the machine.
 # They share a Ray, in which one that fails may leave CPUs held, and the others would wait for these: hence -x.
 test: test-fast
-	$(BIN)/python -m pytest -x -m "slow and not soak"
+	$(BIN)/python -m pytest -m "slow and not soak"
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile

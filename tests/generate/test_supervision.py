@@ -173,7 +173,7 @@ def test_a_check_starts_the_dead_and_what_cannot_be_had_again_is_not_started(ray
         os.kill(first, signal.SIGKILL)
         pool.check()
         assert pool.weights is None
-        with pytest.raises(RuntimeError, match="swap again"):
+        with pytest.raises(RuntimeError, match="swap first"):
             pool.map(NUMBERS)
         pool.swap(str(tmp_path))
         after = pool.map(NUMBERS)
