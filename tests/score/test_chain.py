@@ -11,13 +11,14 @@ import pytest
 
 from mlc_ray.config import EngineSection
 from mlc_ray.generate.blocks import joined
-from mlc_ray.generate.pool import work
+from mlc_ray.generate.pool import EnginePool, work
 from mlc_ray.generate.replica import EngineDiedError, Part
 from mlc_ray.generate.stage import Stage
 from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import side_by_side
 from mlc_ray.storage import Place
+from tests.generate.test_supervision import LIMITS, Fragile, RefusedError
 from tests.score.local_pool import LocalPool
 
 TABLE = pa.table({"prompt": [f"prompt {number}" for number in range(20)]})
@@ -152,6 +153,58 @@ def test_a_row_that_is_given_up_goes_on_and_is_asked_again(tmp_path: Path, monke
     log: list[tuple[str, int]] = []
     assert together(tmp_path, log, monkeypatch)["judged"].equals(one_after_another())
     assert log == [("answered", 1), ("translated", 1), ("judged", 1)]
+
+
+class Later(Fragile):
+    """Doubles what `Fragile` gives, with the same troubles."""
+
+    columns = pa.schema({"double": pa.int64()})
+
+    def rows(self, table: pa.Table) -> list[dict[str, Any]]:
+        super().rows(table)
+        return [{"double": 2 * number} for number in table["next"].to_pylist()]
+
+
+@pytest.mark.slow
+def test_two_pools_work_at_once_and_each_is_supervised(
+    ray_local: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = EngineSection(**LIMITS)
+    parts = []
+    for stage, trouble in ((Fragile, {40: "die"}), (Later, {20: "die", 130: "refuse"})):
+        marks = tmp_path / stage.__name__
+        marks.mkdir()
+        parts.append(Part(stage.__name__, stage, {"marks": str(marks), "trouble": trouble}, engine))
+    with EnginePool.open(parts[0], "cpu") as first, EnginePool.open(parts[1], "cpu") as later:
+
+        def both(numbers: range) -> tuple[list[pa.Table], int]:
+            """The tables of the passes that ended, and how many rows the later one had done when the first ended."""
+            tables: list[pa.Table] = []
+            done: list[int] = []
+
+            def ended(table: pa.Table) -> None:
+                tables.append(table)
+                done.append(passes[1].job.added - passes[1].job.left)
+
+            passes = [Pass(each, "cpu", len(numbers), ended=ended) for each in parts]
+            chain(passes, pa.table({"number": numbers}))
+            try:
+                work([(first, passes[0].job), (later, passes[1].job)])
+            except RefusedError:
+                assert len(tables) == 1
+            return tables, done[0]
+
+        (_, table), before = both(range(64))
+        assert table["number"].to_pylist() == list(range(64))
+        assert table["double"].to_pylist() == list(range(2, 130, 2))
+        assert table["fault"].null_count == 64
+        assert before > 0  # while a first actor was started again
+        assert caplog.text.count("is started again") == 2
+        (table,), _ = both(range(100, 164))  # the later one raises: what the first has done is whole
+        assert table["next"].to_pylist() == list(range(101, 165))
+        assert "Later failed, and goes no further: number is refused; Fragile goes on" in caplog.text
+        pids = {replica.where.pid for replica in first.replicas if replica.where}
+        assert set(table["pid"].to_pylist()) == pids  # nobody was started again for it
 
 
 NODE = {"CPU": 16.0, "GPU": 8.0}
