@@ -146,14 +146,18 @@ class EnginePool:
         for replica in self.replicas:
             replica.failures = 0
 
-    def advance(self, job: Job) -> None:
+    def advance(self, job: Job, *, patient: bool = False) -> None:
         """Take what has come of `job` by now, and give its next pieces to who is idle.
+
+        Args:
+            job: what the pool works on.
+            patient: who has no place on a node yet may wait for one: others that hold it will end.
 
         Raises:
             EngineDiedError: no engine is left, or they die of whatever they are given.
             MlcRayError: what the stage raises, as itself.
         """
-        for found in self._outcomes():
+        for found in self._outcomes(patient=patient):
             piece = self._pieces.pop(found.replica.number, None)
             if piece is None:  # a start, and `_feed` says when those failed too often
                 continue
@@ -304,7 +308,7 @@ class EnginePool:
             self.weights, self._sure = None, False
         self._again(replica, self._served if method == "swap" else None)
 
-    def _outcomes(self) -> list[_Outcome]:
+    def _outcomes(self, *, patient: bool = False) -> list[_Outcome]:
         """What has become of calls by now; who died or hangs has ended, and is told of in the log.
 
         Raises:
@@ -326,6 +330,8 @@ class EnginePool:
                     if self.part.engine is None and isinstance(error, ray.exceptions.RayTaskError):
                         raise  # a mistake in the code of a judge
                     trouble, hung = reason(error), False
+            elif patient and replica.method == "start" and replica.where is None:
+                continue
             elif (said := replica.trouble(seconds)) is not None:
                 trouble, hung = said, True
             else:
@@ -397,7 +403,7 @@ def work(jobs: Sequence[tuple[EnginePool, Job]]) -> None:
         while going:
             for at, (pool, job) in enumerate(going):
                 try:
-                    pool.advance(job)
+                    pool.advance(job, patient=at > 0)
                 except Exception as error:
                     if at == 0:
                         raise

@@ -49,16 +49,16 @@ class Pass:
         self._places: list[int] = []  # of the rows of the job, in the whole table
         self._keys: list[str] = []  # of those
         self._made: list[tuple[Sequence[int], pa.Table]] = []
-        self._shown = ExitStack()
+        self.lasting = ExitStack()
+        """What lasts until all rows are done: the pool, where it is for this pass alone."""
 
-    def show(self) -> ExitStack:
-        """Show the progress from now on, until all rows are done or what is returned is closed."""
+    def show(self) -> None:
+        """Show the progress from now on."""
         if self.done and self._kept is not None:
             logger.info("%s: %d of %d %s are done already", self.part.name, self.done, self._rows, self._unit)
         if self._unit is not None:
             shown = phase(self.part.name, self._rows, self._unit, done=self.done)
-            self.job.progress = self._shown.enter_context(shown)
-        return self._shown
+            self.job.progress = self.lasting.enter_context(shown)
 
     def add(self, places: Sequence[int], table: pa.Table) -> None:
         """Rows come, from these places of the whole table."""
@@ -108,9 +108,13 @@ class Pass:
             self.next.add(places, table)
 
     def _ended(self) -> None:
-        self._shown.close()
-        self._told(self.table)
-        if self.next is not None:
+        table = self.table
+        self._told(table)
+        self.lasting.close()
+        self._made.clear()
+        if self.next is None:
+            self._made.append((range(len(table)), table))
+        else:
             self.next.job.close()
 
 

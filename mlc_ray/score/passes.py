@@ -109,14 +109,13 @@ class Passes:
             one.job.ended()
         try:
             with ExitStack() as stack:
-                pools = [
-                    stack.enter_context(EnginePool.open(each.part, self.device, wait=False)) for each, _ in left[1:]
-                ]
-                for each, _ in left[:1]:
-                    pools.insert(0, stack.enter_context(self._engines(each)))
+                jobs = []
+                for at, (each, one) in enumerate(left):  # the first ones have their place first
+                    stack.enter_context(one.lasting)
+                    jobs.append((one.lasting.enter_context(self._engines(each, wait=at == 0)), one.job))
                 for _, one in left:
-                    stack.enter_context(one.show())
-                work([(pool, one.job) for pool, (_, one) in zip(pools, left, strict=True)])
+                    one.show()
+                work(jobs)
         except MlcRayError:
             if planned[0].unit == "responses" or passes[0].job.is_over:
                 logger.error("the responses are kept; go on with `mlc-ray judge %s`", self.place)
@@ -137,10 +136,10 @@ class Passes:
         )
 
     @contextmanager
-    def _engines(self, planned: _Planned) -> Iterator[EnginePool]:
-        """Engines that are up: of an open pool, with the model's weights, or new ones, which end with the block."""
+    def _engines(self, planned: _Planned, *, wait: bool) -> Iterator[EnginePool]:
+        """The engines of an open pool, with the model's weights, or new ones, which end with the block."""
         if planned.pool is None:
-            with EnginePool.open(planned.part, self.device) as own:
+            with EnginePool.open(planned.part, self.device, wait=wait) as own:
                 yield own
             return
         with planned.pool.awake():

@@ -33,7 +33,7 @@ class LocalPool(EnginePool):
         self.work = part.stage(**part.settings) if work is None else work
         self.asked: list[str] = []
 
-    def advance(self, job: Job) -> None:
+    def advance(self, job: Job, *, patient: bool = False) -> None:
         while job.queue:
             piece = job.queue.popleft()
             self.asked += piece.rows["prompt"].to_pylist()

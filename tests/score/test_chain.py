@@ -55,7 +55,7 @@ class OneByOne(LocalPool):
 
     log: list[tuple[str, int]]
 
-    def advance(self, job: Any) -> None:
+    def advance(self, job: Any, *, patient: bool = False) -> None:
         if not job.queue:
             return
         piece = job.queue.pop()
