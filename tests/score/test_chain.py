@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -205,6 +207,22 @@ def test_two_pools_work_at_once_and_each_is_supervised(
         assert "Later failed, and goes no further: number is refused; Fragile goes on" in caplog.text
         pids = {replica.where.pid for replica in first.replicas if replica.where}
         assert set(table["pid"].to_pylist()) == pids  # nobody was started again for it
+
+        # An engine that has no place waits for as long as the engines before it are at work, and no longer.
+        caplog.clear()
+        unplaced = Part("unplaced", Later, parts[1].settings, EngineSection(cpus_per_replica=64, start_seconds=1))
+        said: list[str] = []
+        passes = [Pass(each, "cpu", 8, ended=lambda _: said.append(caplog.text)) for each in (parts[0], unplaced)]
+        chain(passes, pa.table({"number": range(200, 208)}))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)  # so that it takes a while
+        with (
+            EnginePool.open(unplaced, "cpu", wait=False) as waits,
+            pytest.raises(EngineDiedError, match="1 actors for unplaced are gone, and none starts again in 3 tries"),
+        ):
+            work([(first, passes[0].job), (waits, passes[1].job)])
+        assert len(said) == 1 and "is started again" in said[0] and "unplaced" not in said[0]
+        assert caplog.text.count("no node has it yet: it needs 64 CPUs") == 3
 
 
 NODE = {"CPU": 16.0, "GPU": 8.0}
