@@ -407,8 +407,10 @@ def work(jobs: Sequence[tuple[EnginePool, Job]]) -> None:
                 except Exception as error:
                     if at == 0:
                         raise
-                    logger.error("%s failed, and goes no further: %s; %s goes on", pool.part.name, error,
-                                 going[0][0].part.name)  # fmt: skip
+                    said = reason(error) if isinstance(error, ray.exceptions.RayError) else error
+                    logger.error(
+                        "%s failed, and goes no further: %s; %s goes on", pool.part.name, said, going[0][0].part.name
+                    )
                     failure = failure or error
                     for behind, _ in going[at:]:
                         behind.drop()

@@ -9,6 +9,7 @@ score is complete: on an object store they are all that is there of it until the
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from mlc_ray.runs import KEPT_FOLDER
 from mlc_ray.storage import Place, fingerprint
 
+logger = logging.getLogger(__name__)
 _KEY = pa.field("key", pa.string())
 
 
@@ -43,16 +45,27 @@ class Kept:
         return keys, [self._found.get(key) for key in keys]
 
     def land(self, keys: Sequence[str], columns: pa.Table) -> None:
-        """Keep the columns of the rows with these keys."""
+        """Keep the columns of the rows with these keys; where that fails, a warning says so, and they are not kept."""
         buffer = io.BytesIO()
-        pq.write_table(columns.append_column(_KEY, pa.array(keys, pa.string())), buffer)
-        (self._place / f"{fingerprint(keys)}.parquet").write_parts([buffer.getbuffer()])
+        pq.write_table(columns.append_column(_KEY, pa.array(keys, pa.string())), buffer, write_page_checksum=True)
+        file = self._place / f"{fingerprint(keys)}.parquet"
+        try:
+            file.write_parts([buffer.getbuffer()])
+        except OSError as error:  # a storage that is full or away for a while; the rows are in memory
+            logger.warning(
+                "%d rows could not be kept: %s; if the score ends early, they are asked again", len(keys), error
+            )
 
     def _read(self) -> dict[str, dict[str, Any]]:
         found = {}
         for file in self._place.iterdir() if self._place.is_dir() else []:
             with file.open() as opened:
-                table = pq.read_table(opened)
+                content = opened.read()
+            try:
+                table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+            except (pa.ArrowException, OSError) as error:
+                logger.warning("%s is damaged (%s); its rows are asked again", file, str(error).splitlines()[0])
+                continue
             if table.schema.remove_metadata().equals(pa.schema([*self._columns, _KEY])):
                 for row in table.to_pylist():
                     found[row.pop("key")] = row

@@ -64,3 +64,36 @@ def test_answers_to_one_prompt_are_kept_apart(tmp_path: Path) -> None:
     keys, _ = begun().look(prompts)
     begun().land(keys[1:2], answers(prompts.slice(1, 1)))
     assert missing(begun(), prompts) == [0, 2]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_block_is_named_and_asked_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    keys, _ = kept(Place(tmp_path)).look(TABLE)
+    for first in (0, 5):
+        kept(Place(tmp_path)).land(keys[first : first + 3], answers(TABLE).slice(first, 3))
+    file = sorted((tmp_path / "kept" / "answering").iterdir())[0]
+    content = bytearray(file.read_bytes())
+    there = {(0, 1, 2): [0, 1, 2, 9], (5, 6, 7): [5, 6, 7]}
+    lost = next(rows for rows in there if keys[rows[0]].encode() in content)
+    content[content.index(b"to prompt") + 4] ^= 1
+    file.write_bytes({"cut": content[:-9], "flipped": content, "empty": b""}[damage])
+    left = [row for row in range(10) if row not in there[(5, 6, 7) if lost[0] == 0 else (0, 1, 2)]]
+    assert missing(kept(Place(tmp_path))) == left
+    assert f"{file} is damaged (" in caplog.text
+
+
+def test_a_storage_that_is_full_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    found = kept(Place(tmp_path))
+    keys, _ = found.look(TABLE)
+    with monkeypatch.context() as patch:
+        patch.setattr(Place, "write_parts", full)
+        found.land(keys, answers(TABLE))
+    assert "10 rows could not be kept: [Errno 28] No space left on device" in caplog.text
+    assert len(missing(kept(Place(tmp_path)))) == 10
