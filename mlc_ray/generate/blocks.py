@@ -117,7 +117,7 @@ class Job:
     progress: Phase | None = None
     queue: deque[Piece] = field(default_factory=deque)
     added: int = 0  # rows
-    left: int = 0  # rows
+    left: int = 0  # rows, and a probe of one that is done
     closed: bool = False
     fruitless: int = 0  # failures of engines since a piece was done
     _proven: Piece | None = None  # a row that was done once
@@ -156,6 +156,7 @@ class Job:
         self.fruitless = self._probes = 0
         self._probing = self._probing and not piece.probe
         if piece.repeated:
+            self.left -= 1
             return
         self._proven = Piece(piece.block, piece.offset, piece.first, piece.first + 1, probe=True, repeated=True)
         self._fill(piece, columns, marked=False)
@@ -170,6 +171,7 @@ class Job:
             EngineDiedError: engines fail on those too.
         """
         self.fruitless += 1
+        self.left -= piece.repeated
         if piece.probe:
             self._probes += 1
             self._probing = False
@@ -195,6 +197,7 @@ class Job:
         """Have a row asked next that says whether engines work at all."""
         if self._proven is not None:
             probe = self._proven
+            self.left += 1  # nobody is to be busy with it once the job is over
         elif self.queue:
             at = len(self.queue) - 1 - self._probes * len(self.queue) // _PROBES
             piece = self.queue[at]

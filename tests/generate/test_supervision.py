@@ -247,6 +247,7 @@ def test_what_a_score_that_goes_on_has_left_may_be_bad_rows_alone(tmp_path: Path
     left = Asked(tmp_path, 40, range(40))
     left.job.known(pa.table({"number": [1000]}))  # one that was done before
     assert left.marked() == list(range(40))
+    assert not left.job.queue  # no probe is left to be asked
 
 
 def test_engines_that_fail_on_everything_stop_a_pool_soon(tmp_path: Path) -> None:
