@@ -15,7 +15,8 @@ again, until the rows on which they fail stand alone; those are marked (`Stage.g
 answer. A pool whose engines die of everything stops with `EngineDiedError`. What a stage itself raises as a
 `MlcRayError` (a setting, a limit of cost) is nothing that another try would change: it ends the call.
 
-A pool belongs to one process, which calls one method at a time.
+A pool belongs to one process, which calls one method at a time. `work` has several pools at work at once, each on rows
+that another one has done.
 """
 
 from __future__ import annotations
