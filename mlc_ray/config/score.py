@@ -39,7 +39,8 @@ _OPTION_FIXES = {
     "max_model_len": "engine.max_model_len sets it",
     "tensor_parallel_size": "engine.tensor_parallel sets it",
     "trust_remote_code": "engine.trust_remote_code sets it",
-    "pipeline_parallel_size": "an engine lies on one node; set engine.tensor_parallel to at most the GPUs of a node",
+    "pipeline_parallel_size": "an engine lies on one node, since one over several could not be tested; set "
+    "engine.tensor_parallel to at most the GPUs of a node",
     "data_parallel_size": "engine.replicas sets it",
 }
 

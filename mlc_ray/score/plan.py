@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 
 import pyarrow as pa
 
-from mlc_ray.cluster import how_many_fit, with_dtype
+from mlc_ray.cluster import fits, how_many_fit, with_dtype
 from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ReadingJudgeSettings, ScoringSection
 from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.replica import Part, place_of
@@ -171,6 +171,32 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
             once=own.runs == "service",
         )
     return parts
+
+
+def side_by_side(parts: Sequence[Part], device: Device, *, is_open: bool) -> list[list[Part]]:
+    """Which parts work at once; each group follows the one before it, whose engines have ended by then.
+
+    A part joins those before it if the nodes hold all of them at once. On CPU two engines never do: CPUs are reserved,
+    but not the memory, which one engine alone may fill. Neither does one join engines that work in turn with training,
+    of whose GPU Ray knows nothing.
+
+    Args:
+        parts: in order.
+        device: of the engines.
+        is_open: the engines of the first part are up, and stay up.
+    """
+    groups: list[list[Part]] = []
+    held = parts[0].places(device) if is_open else []
+    for part in parts:
+        group = groups[-1] if groups else []
+        engines = [each for each in (*group, *([parts[0]] if is_open else [])) if each.engine is not None]
+        apart = part.engine is not None and engines and (device == "cpu" or any(each.in_turn for each in engines))
+        new = [each for each in (*group, part) if not (is_open and each is parts[0])]
+        if group and not apart and fits([*held, *(place for each in new for place in each.places(device))]):
+            group.append(part)
+        else:
+            groups.append([part])
+    return groups
 
 
 def _stages(readers: Sequence[Reader]) -> list[list[Reader]]:
