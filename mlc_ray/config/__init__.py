@@ -36,6 +36,7 @@ from mlc_ray.config.score import (
     ScoreConfig,
     ScoringSection,
     TranslateSection,
+    TranslatorSection,
     UtilityConfig,
     UtilityEngineSection,
 )
@@ -104,6 +105,7 @@ __all__ = [
     "TrainConfig",
     "TrainSection",
     "TranslateSection",
+    "TranslatorSection",
     "UtilityConfig",
     "UtilityEngineSection",
     "apply_override",
