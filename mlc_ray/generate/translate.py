@@ -28,7 +28,6 @@ from mlc_ray.runs import resolve_model
 from mlc_ray.storage import fingerprint
 from mlc_ray.types import Answer, Measure, Verdict
 
-
 ENDPOINT_FAULT = "endpoint: "
 """How the reason begins where an endpoint gave no whole reply."""
 
@@ -261,14 +260,16 @@ def translation_request(text: str, language: str, into: Language = ENGLISH) -> s
     )
 
 
-def read_translation(reply: str, source: str, language: str, into: Language = ENGLISH) -> Translation:
+def read_translation(
+    reply: str, source: str, language: str, into: Language = ENGLISH, *, strict: bool = True
+) -> Translation:
     """The translation in a translator's whole reply to `translation_request(source, language, into)`.
 
-    None with a reason if it is not between its markers (a refusal is not), blank, or without letters although the
-    source has some; into English also if it is mostly in other letters than Latin ones, or the source itself where that
-    does not look like English.
+    None with a reason if it is not between its markers (a refusal is not; without `strict` as `read_marked`), blank, or
+    without letters although the source has some; into English also if it is mostly in other letters than Latin ones, or
+    the source itself where that does not look like English.
     """
-    found = read_marked(reply, _marker(into), _code(source, language, into), "translation")
+    found = read_marked(reply, _marker(into), _code(source, language, into), "translation", strict=strict)
     if (text := found.text) is None:
         return found
     letters = [character for character in text if character.isalpha()]
@@ -283,7 +284,7 @@ def read_translation(reply: str, source: str, language: str, into: Language = EN
     return found
 
 
-def read_marked(reply: str, marker: str, code: str, what: str) -> Translation:
+def read_marked(reply: str, marker: str, code: str, what: str, *, strict: bool = True) -> Translation:
     """What a reply has between the markers `<MARKER-CODE>` and `</MARKER-CODE>`, and nothing outside them.
 
     Args:
@@ -291,9 +292,14 @@ def read_marked(reply: str, marker: str, code: str, what: str) -> Translation:
         marker: the markers' name.
         code: what only the request can have told the model.
         what: what is asked for, in a reason.
+        strict: without both markers there is nothing. Otherwise what begins and ends the reply may be any markers of
+            the code, or none: small models forget them, and the text alone has to show what it is.
     """
     opening, closing = f"<{marker}-{code}>", f"</{marker}-{code}>"
     body = reply.strip()
+    if not strict:
+        inside = re.sub(rf"^(?:</?[\w-]+-{code}>\s*)+|(?:\s*</?[\w-]+-{code}>)+$", "", body).strip()
+        body = body if code in inside else f"{opening}{inside}{closing}"
     if not (body.startswith(opening) and body.endswith(closing) and body.count(code) == 2):
         return Translation(None, f"the reply is not a {what} between the markers asked for: {excerpt(reply)}")
     text = body[len(opening) : -len(closing)].strip()
