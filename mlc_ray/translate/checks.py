@@ -61,7 +61,7 @@ Check = Callable[[Pair, Tools], str | None]
 
 def language(pair: Pair, tools: Tools) -> str | None:
     """Another language is likelier than the one asked for."""
-    return tools.identifier.fault(pair.text, pair.language, tools.settings.min_confidence)
+    return tools.identifier.fault(marks_out(pair.text), pair.language, tools.settings.min_confidence)
 
 
 def script(pair: Pair, tools: Tools) -> str | None:
@@ -92,10 +92,11 @@ def kept(pair: Pair, tools: Tools) -> str | None:
 
 
 def refusal(pair: Pair, tools: Tools) -> str | None:
-    """The translator refused in place of translating: its text opens with a refusal, and the source does not."""
-    if tools.refuses(pair.text, pair.language) and not tools.refuses(pair.source, "en"):
-        return f"it refuses, and the source does not: {excerpt(pair.text)}"
-    return None
+    """The translator refused, in place of translating or after it: a line refuses, and none of the source does."""
+    if any(tools.refuses(line, "en") for line in pair.source.splitlines()):
+        return None
+    refusing = [line for line in pair.text.splitlines() if tools.refuses(line, pair.language)]
+    return f"it refuses, and the source does not: {excerpt(refusing[0])}" if refusing else None
 
 
 def copy(pair: Pair, tools: Tools) -> str | None:

@@ -68,9 +68,8 @@ def plan_of(config: TranslateConfig, drafts: Sequence[Draft]) -> Plan:
             of = config.twins.of
             twins = [draft.bundle for draft in chosen if draft.bundle.kind in of]
             requests = [twin_request(bundle.prompts["en"], OTHER[bundle.kind]) for bundle in twins]
-            lengths = [len(bundle.prompts["en"]) for bundle in twins]
             found.append(_asked("twins", config.translator, requests, _written(count, twins), scale, count))
-            kinds = [kind_request("x" * length) for length in lengths]
+            kinds = [kind_request(bundle.prompts["en"]) for bundle in twins]
             judge = config.twins.judge or config.translator
             found.append(_asked("kinds of twins", judge, kinds, _MARKERS * len(kinds), scale, _counter(judge)))
         if config.languages:

@@ -38,8 +38,8 @@ from mlc_ray.runs import (
 )
 from mlc_ray.score.plan import USAGE_SUFFIX, counted
 from mlc_ray.score.prompts import choose_prompts
-from mlc_ray.storage import MANIFEST, Place, checksum, fault_of, fingerprint, scratch_folder, write_manifest
-from mlc_ray.translate.answers import answering_part, own_answers
+from mlc_ray.storage import MANIFEST, Place, checksum, fault_of, fingerprint, scratch_folder, user_cache, write_manifest
+from mlc_ray.translate.answers import answering_part, check_judge, own_answers
 from mlc_ray.translate.asking import Work, asking, working
 from mlc_ray.translate.assemble import Assembly
 from mlc_ray.translate.checks import Tools
@@ -107,6 +107,8 @@ def translate(config: TranslateConfig) -> Translation:
     _check_places(decided.config, device)
     with scratch_folder() as scratch:
         bundles = _read(config, scratch / _REJECTS)
+        if (answers := decided.config.answers) is not None and answers.languages == "all":
+            check_judge(answers, sorted({*_languages(bundles), *config.languages}), user_cache())
         own = fingerprint([identity(decided), bundles["bundle_id"].to_pylist()])
         if before is not None and before["identity"] != own:
             raise TranslationError(
@@ -183,6 +185,10 @@ def _read(config: TranslateConfig, rejects: Path) -> pa.Table:
     return table
 
 
+def _languages(bundles: pa.Table) -> set[str]:
+    return {code for codes in bundles["languages"].to_pylist() for code in codes}
+
+
 def _check_places(config: TranslateConfig, device: Device) -> None:
     """Raise before anything starts if the engines of a step cannot be had; steps follow each other."""
     sections = [config.translator, None if config.twins is None else config.twins.judge]
@@ -253,8 +259,7 @@ class _Run:
 
     def tools(self) -> Tools:
         """What checks need."""
-        known = {code for codes in self.bundles["languages"].to_pylist() for code in codes}
-        return Tools(self.config.checks, Identifier({*self.config.languages, *known}))
+        return Tools(self.config.checks, Identifier({*self.config.languages, *_languages(self.bundles)}))
 
     def _step(
         self, step: str, before: str | None, opened: Callable[[], AbstractContextManager[Work]], work_on: _Step
