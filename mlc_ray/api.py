@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from mlc_ray.search.probe import Probe
     from mlc_ray.search.results import SearchResult
     from mlc_ray.train.run_folder import TrainResult
-    from mlc_ray.translate.run import Translation
+    from mlc_ray.translate.run import TranslateResult
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 Settings = Mapping[str, Any] | str | os.PathLike[str]
@@ -198,7 +198,7 @@ def probe(
 
 def translate(
     config: TranslateConfig | Settings, *, bundles: Bundles | None = None, overrides: Sequence[str] = ()
-) -> Translation:
+) -> TranslateResult:
     """Make bundles from English ones: prompts in further languages, twins of the other kind, a model's own answers.
 
     Args:

@@ -91,7 +91,7 @@ are told apart in each language. `search` can try layers in the order of the ran
 _TRANSLATE = """\
 Prompts in further languages by a chat model or an endpoint, checked; twins of the other kind; a model's own answers:
   mlc-ray translate --bundles english.jsonl --languages zh,es,fr --translator Qwen/Qwen2.5-7B-Instruct --out runs/mine
-  mlc-ray translate --config recipe:translate --plan         what it would ask and cost; nothing is asked
+  mlc-ray translate --config recipe:translate/default --plan   what it would ask and cost; nothing is asked
   mlc-ray translate --resume runs/mine
 docs/translate.md has the checks, and what the files hold.
 """

@@ -99,14 +99,19 @@ class Assembly:
 
 def _with_own(bundle: Bundle, own: Sequence[Own], *, keep_given: bool) -> Bundle | dict[str, str]:
     """A bundle with the model's own answers where there are any; in English there must be one, of either origin."""
-    kept = {each.language: _pair(bundle, each) for each in own if each.outcome == "kept"}
+    # A prompt may have turned out to be a near-duplicate since it was answered.
+    used = [each for each in own if each.outcome == "kept" and each.language in bundle.prompts]
+    kept = {each.language: _pair(bundle, each) for each in used}
     english = kept.pop("en", None)
     if english is None:
         reason = next((f"{each.outcome}: {each.reason}" for each in own if each.language == "en"), "it was not asked")
         if not keep_given or bundle.chosen is None or bundle.response_language != "en":
             return {NO_OWN: reason}
         return remade(bundle, answers={**bundle.answers, **kept})
-    answers = {**(bundle.answers if keep_given else {}), **kept}
+    answers = dict(bundle.answers) if keep_given else {}
+    if keep_given and bundle.chosen is not None:
+        answers[bundle.response_language] = AnswerPair(bundle.chosen, bundle.rejected)
+    answers |= kept
     answers.pop("en", None)
     return remade(
         bundle, chosen=english.chosen, rejected=english.rejected, response_language="en", answers=answers

@@ -55,7 +55,7 @@ _REJECTS = "rejects.jsonl"
 
 
 @dataclass(frozen=True)
-class Translation:
+class TranslateResult:
     """What was made: its folder, and the quality report."""
 
     folder: Place
@@ -79,7 +79,7 @@ def plan(config: TranslateConfig) -> Plan:
         return plan_of(decided.config, drafts_of(_read(config, Path(folder) / _REJECTS)))
 
 
-def translate(config: TranslateConfig) -> Translation:
+def translate(config: TranslateConfig) -> TranslateResult:
     """Make the bundles; write the folder `output_dir/name`, and return what is in it. Nothing is printed.
 
     The folder gets `translation.json` first, then `bundles/` and `rejected/` with a file for each shard, `quality.json`
@@ -117,7 +117,7 @@ def translate(config: TranslateConfig) -> Translation:
             )
         if before is not None and (place / MANIFEST).is_file() and fault_of(place) is None:
             logger.info("%s is finished already", place)
-            return Translation(place, load_quality(place))
+            return TranslateResult(place, load_quality(place))
         (place / TRANSLATION_FILE).write_json({"identity": own, **decided.request()})
         if (scratch / _REJECTS).is_file():
             (place / _REJECTS).write_bytes((scratch / _REJECTS).read_bytes())
@@ -127,10 +127,10 @@ def translate(config: TranslateConfig) -> Translation:
         run.steps()
         quality = run.assemble()
     (place / KEPT_FOLDER).remove()
-    return Translation(place, quality)
+    return TranslateResult(place, quality)
 
 
-def resume_translation(folder: str | Path | Place) -> Translation:
+def resume_translation(folder: str | Path | Place) -> TranslateResult:
     """Go on with the translation in a folder, by its own settings.
 
     Raises:

@@ -55,7 +55,7 @@ def _twin_faults(prompt: str, twin: str, tools: Tools) -> dict[str, str]:
 def judge_twins(shard: Shard, name: str, work: Work, tools: Tools) -> None:
     """Take out the twins that are not of the other kind, as the model that is asked sees it."""
     twins = [draft for draft in shard.drafts if draft.twin_of]
-    texts = [draft.bundle.prompts["en"] for draft in twins]
+    texts, lost = [draft.bundle.prompts["en"] for draft in twins], set[int]()
     for draft, text, reply in zip(
         twins, texts, work.ask(f"kinds-{name}", [kind_request(text) for text in texts]), strict=True
     ):
@@ -67,7 +67,8 @@ def judge_twins(shard: Shard, name: str, work: Work, tools: Tools) -> None:
         if verdict.text is not None:
             check, reason = "wrong kind", f"it is to be {kind}, and is called {verdict.text}"
         shard.failed.append(Failed(draft.twin_of, kind, text, check, reason))
-        shard.drafts.remove(draft)
+        lost.add(id(draft))
+    shard.drafts = [draft for draft in shard.drafts if id(draft) not in lost]
 
 
 # ---------------------------------------------------------------------------------------------------------------- texts

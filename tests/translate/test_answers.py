@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from mlc_ray.config import ConfigError, TranslateConfig, parse_config
 from mlc_ray.config.translate import ChecksSection, OnPolicySection
+from mlc_ray.data.bundles import make_bundle
 from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import ANSWERS, Generator
 from mlc_ray.judges.base import UncoveredLanguageError
@@ -200,3 +202,14 @@ def test_texts_that_fail_take_their_language_with_them() -> None:
     assert draft.translated_answers() == {}
     draft.texts[2].faults.clear()
     assert draft.translated_answers() == {"es": AnswerPair("Así.", "No.")}
+
+
+def test_an_answer_to_a_prompt_that_was_rejected_since_is_not_used(tools: Tools) -> None:
+    german = bundle(prompts={**RICE, "de": "Wie koche ich Reis?"}, chosen="Koch ihn.", response_language="de")
+    own = [Own(code, GOOD[code], "kept", refusal=NO[code]) for code in RICE] + [
+        Own("fr", "Lavez.", "kept", refusal="Non.")
+    ]
+    [line], _ = assembled(Draft(german, own=own), tools, otherwise="given")
+    made = make_bundle({key: value for key, value in json.loads(line).items() if key != "pair"})
+    assert (made.response_language, made.chosen) == ("en", GOOD["en"])
+    assert made.answers == {"de": AnswerPair("Koch ihn."), "es": AnswerPair(GOOD["es"], NO["es"])}

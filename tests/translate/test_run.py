@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mlc_ray import api
-from mlc_ray.cli import main
+from mlc_ray.cli import build_parser, main
+from mlc_ray.cli.commands import translate_config
 from mlc_ray.config import ConfigError, SourceSection, TranslateConfig, parse_config
 from mlc_ray.data.prepare import read_bundles
 from mlc_ray.generate.translate import translation_request
@@ -20,7 +21,7 @@ from mlc_ray.translate.asking import CostCapError
 from mlc_ray.translate.decided import TranslationError
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.quality import QualityFileError, load_quality
-from mlc_ray.translate.run import resume_translation
+from mlc_ray.translate.run import TranslateResult, resume_translation
 from tests.translate.worlds import CACTUS, DIARY, REFUSAL, RICE, SURE, TWIN, WORDS, rows, settings, translator, write
 
 
@@ -175,7 +176,7 @@ def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], words: 
         parse_config(TranslateConfig, {"name": "n", "sources": [{"path": "sample:train"}], **fields})
 
 
-def by_a_model(model: str, source: Path, folder: Path, tokens: int, **fields: Any) -> api.Translation:
+def by_a_model(model: str, source: Path, folder: Path, tokens: int, **fields: Any) -> TranslateResult:
     engine = {"max_model_len": 512, "cpu_kv_cache_gib": 1, "cpus_per_replica": 1}
     raw = {
         "name": "made",
@@ -232,3 +233,13 @@ def test_a_multilingual_model_translates(ray_local: Any, tmp_path: Path) -> None
     assert sum(each.accepted for each in texts) >= 5
     prompts = [text for row in lines(made.bundles) for code, text in row["prompts"].items() if code != "en"]
     assert not any(text.strip(" .!").casefold() == "ok" or text.count("\n") > 2 for text in prompts)
+
+
+def test_the_recipe_is_valid_and_named_options_win() -> None:
+    line = ["translate", "--config", "recipe:translate/default", "--languages", "sw, ur", "--out", "runs/tr/mine"]
+    config = translate_config(build_parser().parse_args([*line, "--bundles", "a.jsonl,only=harmful", "--limit", "3"]))
+    assert (config.languages, config.name, config.output_dir, config.limit) == (["sw", "ur"], "mine", "runs/tr", 3)
+    assert [(source.path, source.only) for source in config.sources] == [("a.jsonl", "harmful")]
+    assert config.translator is not None and config.translator.model == "Qwen/Qwen2.5-7B-Instruct"
+    with pytest.raises(ConfigError, match=r"--bundles a\.jsonl,kind=odd"):
+        translate_config(build_parser().parse_args([*line, "--bundles", "a.jsonl,kind=odd"]))
