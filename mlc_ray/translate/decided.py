@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from mlc_ray.cluster import with_dtype
@@ -68,8 +69,13 @@ def decide(config: TranslateConfig, before: Mapping[str, Any] | None) -> Decided
         before: what `read_request` found of the translation that goes on.
 
     Raises:
+        TranslationError: a package is missing.
         MlcRayError: a model is not there, lengths do not fit, a key is missing, a judge may not be asked.
     """
+    if missing := [name for name in ("datasketch", "lingua", "sacrebleu") if find_spec(name) is None]:
+        raise TranslationError(
+            f"translate needs packages that are not installed ({', '.join(missing)}): pip install 'mlc_ray[translate]'"
+        )
     known: dict[str, str] = {} if before is None else before["resolved"]
     resolved: dict[str, str] = {}
 

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mlc_ray.config.translate import ChecksSection
-from mlc_ray.translate.checks import CHECKS, NearDuplicates, Pair, Tools, faults, marks, numbers, scripts_of
+from mlc_ray.translate.checks import (
+    CHECKS,
+    NEAR_DUPLICATE,
+    NO_BACK_TRANSLATION,
+    NO_TRANSLATION,
+    NearDuplicates,
+    Pair,
+    Tools,
+    faults,
+    marks,
+    numbers,
+    scripts_of,
+)
 from mlc_ray.translate.languages import Identifier, named
 
 GOOD = [
@@ -56,6 +70,11 @@ def test_each_check_finds_its_fault(tools: Tools, check: str, source: str, text:
 
 def test_every_check_has_a_text_that_fails_it() -> None:
     assert {check for check, *_ in BAD} | {"back-translation"} == set(CHECKS)
+
+
+def test_the_page_has_every_check(repository: Path) -> None:
+    page = (repository / "docs" / "translate.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in [*CHECKS, NO_TRANSLATION, NO_BACK_TRANSLATION, NEAR_DUPLICATE])
 
 
 def test_a_translation_back_is_compared_with_the_source(tools: Tools) -> None:
