@@ -7,7 +7,8 @@ lingua that it does so in the prompt's language; the rejected one is a refusal. 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,8 @@ from mlc_ray.generate.stage import PROMPTS, Generator
 from mlc_ray.judges.base import make_reader
 from mlc_ray.runs import REPLIES_FILE
 from mlc_ray.score.plan import counted, plan_judging, reading
-from mlc_ray.score.stages import answers_of
 from mlc_ray.storage import Place
-from mlc_ray.translate.asking import Work
+from mlc_ray.translate.asking import NOT_ASKED, Work, cap_reached
 from mlc_ray.translate.checks import Pair, Tools, template
 from mlc_ray.translate.drafts import Draft, Outcome, Own, Shard
 from mlc_ray.translate.languages import named
@@ -41,7 +41,7 @@ class OwnAnswersError(MlcRayError):
 
 
 @dataclass(frozen=True)
-class _Said:
+class Said:
     """A response: its text, why it ended, and what the judge made of it."""
 
     text: str
@@ -62,6 +62,48 @@ def answering_part(settings: OnPolicySection, model: str, chat: ChatSection, dev
     return Part("answering", Generator, made, counted(settings.engine, device))
 
 
+class AnswerJudge:
+    """The judge of a model's answers, in this process: one session, whatever the number of shards.
+
+    Args:
+        settings: who judges, and which kinds of prompts.
+        languages: all that it may be asked about.
+        usage: folder of this machine for what an endpoint did and cost.
+        replies: the file of an endpoint's replies, which it starts from and adds to.
+
+    Raises:
+        UncoveredLanguageError: it may not be asked about one of them.
+    """
+
+    def __init__(self, settings: OnPolicySection, languages: Sequence[str], usage: Path, replies: Place) -> None:
+        asked = [_row("", kind, code, PLAIN, "") for kind in settings.kinds for code in languages]
+        judging = plan_judging(make_reader(settings.judge), _table(asked))
+        parts = reading(judging, "cpu", rows=1, usage=usage, replies=replies)
+        self._stages = [part.stage(**part.settings) for part in parts.values()]
+
+    def said(self, answered: pa.Table) -> list[Said]:
+        """What it makes of each response of a table of prompts and answers.
+
+        Raises:
+            CostCapError: an endpoint's cap is reached.
+        """
+        table = answered
+        for stage in self._stages:
+            table = joined(table, stage(table))
+        found = [
+            Said(row["response"].strip(), row["finish"], row["behaviour"] or "unparsed", row["reason"] or "")
+            for row in table.to_pylist()
+        ]
+        if left := sum(each.reason.startswith(NOT_ASKED) for each in found):
+            raise cap_reached(left, len(found))
+        return found
+
+    def close(self) -> None:
+        """End the session of an endpoint."""
+        for stage in self._stages:
+            stage.close()
+
+
 def check_judge(settings: OnPolicySection, languages: Sequence[str], cache_dir: Path) -> None:
     """Check that the judge may be asked about all languages, and calls the refusals in the settings what they are.
 
@@ -72,17 +114,26 @@ def check_judge(settings: OnPolicySection, languages: Sequence[str], cache_dir: 
     """
     judge = make_reader(settings.judge)
     judge.check_ready(cache_dir)
-    plan_judging(judge, _table([_row("", kind, code, PLAIN, "") for kind in settings.kinds for code in languages]))
-    if judge.runs != "inline":
+    asked = [_row("", kind, code, PLAIN, "") for kind in settings.kinds for code in languages]
+    plan_judging(judge, _table(asked))
+    given = {code: text for code, text in settings.refusals.items() if code in languages}
+    if judge.runs != "inline" or not given:
         return  # an endpoint is not asked before anything else is sure
-    codes, texts = list(settings.refusals), list(settings.refusals.values())
-    said = _judged(settings, [(code, "benign", "", text) for code, text in zip(codes, texts, strict=True)], None, None)
-    for code, text, verdict in zip(codes, texts, said, strict=True):
+    rows = [
+        {**_row("", settings.kinds[0], code, PLAIN, ""), "response": text, "finish": "stop"}
+        for code, text in given.items()
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        said = AnswerJudge(settings, languages, place, Place(place / REPLIES_FILE)).said(pa.Table.from_pylist(rows))
+    for (code, text), verdict in zip(given.items(), said, strict=True):
         if verdict.behaviour != "refused":
             raise OwnAnswersError(f"answers.refusals.{code}={text!r} is no refusal: {verdict.reason}; write another")
 
 
-def own_answers(shard: Shard, name: str, settings: OnPolicySection, work: Work, usage: Path, tools: Tools) -> None:
+def own_answers(
+    shard: Shard, name: str, settings: OnPolicySection, work: Work, judge: AnswerJudge, tools: Tools
+) -> None:
     """Let the model answer the prompts of a shard, and say which of its answers are used."""
     asked = [
         (draft, code, prompt)
@@ -103,7 +154,7 @@ def own_answers(shard: Shard, name: str, settings: OnPolicySection, work: Work, 
     prompts = [prompt for _, _, prompt in asked] + [asked[index][2] for index in declining]
     column = answered.schema.get_field_index("prompt")
     answered = answered.set_column(column, "prompt", pa.array(prompts, pa.string()))  # what the judge is to read
-    said = list(_verdicts(settings, answered, usage, work.place / REPLIES_FILE))
+    said = judge.said(answered)
     refusals = dict(zip(declining, said[len(asked) :], strict=True))
     for index, (draft, code, prompt) in enumerate(asked):
         refusal = _refusal(settings, code, prompt, refusals.get(index), tools)
@@ -116,7 +167,7 @@ def _declines(draft: Draft, code: str, settings: OnPolicySection) -> bool:
 
 
 def _refusal(
-    settings: OnPolicySection, code: str, prompt: str, said: _Said | None, tools: Tools
+    settings: OnPolicySection, code: str, prompt: str, said: Said | None, tools: Tools
 ) -> tuple[str | None, str]:
     """The refusal to use in a language, or None and why there is none."""
     if code in settings.refusals:
@@ -135,7 +186,7 @@ def _refusal(
 
 
 def _own(
-    settings: OnPolicySection, kind: Kind, code: str, said: _Said, refusal: tuple[str | None, str], tools: Tools
+    settings: OnPolicySection, kind: Kind, code: str, said: Said, refusal: tuple[str | None, str], tools: Tools
 ) -> Own:
     """What becomes of an answer to a prompt of `kind` in the language `code`."""
     outcome, reason, text = _outcome(settings, code, said, tools)
@@ -149,7 +200,7 @@ def _own(
     return own
 
 
-def _outcome(settings: OnPolicySection, code: str, said: _Said, tools: Tools) -> tuple[Outcome, str, str]:
+def _outcome(settings: OnPolicySection, code: str, said: Said, tools: Tools) -> tuple[Outcome, str, str]:
     if said.finish not in ("stop", "length"):
         return "no answer", f"it ended with {said.finish!r}", said.text
     for behaviour in ("refused", "degenerate", "unparsed"):
@@ -187,30 +238,3 @@ def _row(name: str, kind: str, code: str, how: str, prompt: str) -> dict[str, An
 
 def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=PROMPTS)
-
-
-def _verdicts(settings: OnPolicySection, table: pa.Table, usage: Path | None, replies: Place | None) -> Iterator[_Said]:
-    """What the judge makes of each response of a table of prompts and answers; it runs in this process."""
-    judge = make_reader(settings.judge)
-    judging = plan_judging(make_reader(judge.fitted_to(answers_of(table))), table)
-    folder = usage or Path()
-    parts = reading(judging, "cpu", rows=len(table), usage=folder, replies=replies or Place(folder / REPLIES_FILE))
-    for part in parts.values():
-        stage = part.stage(**part.settings)
-        table = joined(table, stage(table))
-        stage.close()
-    for row in table.to_pylist():
-        yield _Said(row["response"].strip(), row["finish"], row["behaviour"] or "unparsed", row["reason"] or "")
-
-
-def _judged(
-    settings: OnPolicySection, texts: Sequence[tuple[str, Kind, str, str]], usage: Path | None, replies: Place | None
-) -> list[_Said]:
-    """The same of (language, kind, prompt, response) alone."""
-    if not texts:
-        return []
-    rows = [
-        {**_row("", kind, code, PLAIN, prompt), "response": text, "finish": "stop"}
-        for code, kind, prompt, text in texts
-    ]
-    return list(_verdicts(settings, pa.Table.from_pylist(rows), usage, replies))

@@ -26,7 +26,8 @@ from mlc_ray.storage import Place, library_versions
 from mlc_ray.translate.stages import REQUESTS, AskStage
 
 logger = logging.getLogger(__name__)
-_NOT_ASKED = f"{ENDPOINT_FAULT}not asked"
+NOT_ASKED = f"{ENDPOINT_FAULT}not asked"
+"""How the reason begins where an endpoint's cap did not allow a request."""
 
 
 class CostCapError(MlcRayError):
@@ -70,12 +71,17 @@ class Work:
         table = self.rows(name, pa.table({"request": distinct}, schema=REQUESTS), "requests")
         columns = (table[column].to_pylist() for column in ("request", "reply", "fault"))
         found = {text: Translation(reply, fault or "") for text, reply, fault in zip(*columns, strict=True)}
-        if left := sum(reply.reason.startswith(_NOT_ASKED) for reply in found.values()):
-            raise CostCapError(
-                f"{left} of {len(distinct)} requests were not sent, because they could have exceeded max_cost_usd of "
-                "the endpoint; raise it, and go on with resume=auto: replies are kept"
-            )
+        if left := sum(reply.reason.startswith(NOT_ASKED) for reply in found.values()):
+            raise cap_reached(left, len(distinct))
         return [found[request] for request in requests]
+
+
+def cap_reached(left: int, asked: int) -> CostCapError:
+    """The error that so many of the requests asked were not sent."""
+    return CostCapError(
+        f"{left} of {asked} requests were not sent, because they could have exceeded max_cost_usd of the endpoint; "
+        "raise it, and go on with resume=auto: replies are kept"
+    )
 
 
 @contextmanager

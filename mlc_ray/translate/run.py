@@ -33,13 +33,14 @@ from mlc_ray.runs import (
     QUALITY_FILE,
     QUALITY_TEXT,
     REJECTED_FOLDER,
+    REPLIES_FILE,
     TRANSLATION_FILE,
     output_place,
 )
 from mlc_ray.score.plan import USAGE_SUFFIX, counted
 from mlc_ray.score.prompts import choose_prompts
 from mlc_ray.storage import MANIFEST, Place, checksum, fault_of, fingerprint, scratch_folder, user_cache, write_manifest
-from mlc_ray.translate.answers import answering_part, check_judge, own_answers
+from mlc_ray.translate.answers import AnswerJudge, answering_part, check_judge, own_answers
 from mlc_ray.translate.asking import Work, asking, working
 from mlc_ray.translate.assemble import Assembly
 from mlc_ray.translate.checks import Tools
@@ -107,8 +108,8 @@ def translate(config: TranslateConfig) -> TranslateResult:
     _check_places(decided.config, device)
     with scratch_folder() as scratch:
         bundles = _read(config, scratch / _REJECTS)
-        if (answers := decided.config.answers) is not None and answers.languages == "all":
-            check_judge(answers, sorted({*_languages(bundles), *config.languages}), user_cache())
+        if (answers := decided.config.answers) is not None:
+            check_judge(answers, _answered_in(config, bundles), user_cache())
         own = fingerprint([identity(decided), bundles["bundle_id"].to_pylist()])
         if before is not None and before["identity"] != own:
             raise TranslationError(
@@ -189,6 +190,13 @@ def _languages(bundles: pa.Table) -> set[str]:
     return {code for codes in bundles["languages"].to_pylist() for code in codes}
 
 
+def _answered_in(config: TranslateConfig, bundles: pa.Table) -> list[str]:
+    """The languages in which a model may be asked for its own answers."""
+    assert config.answers is not None
+    everything = {*_languages(bundles), *config.languages} if config.answers.languages == "all" else set[str]()
+    return sorted({"en", *everything})
+
+
 def _check_places(config: TranslateConfig, device: Device) -> None:
     """Raise before anything starts if the engines of a step cannot be had; steps follow each other."""
     sections = [config.translator, None if config.twins is None else config.twins.judge]
@@ -228,34 +236,43 @@ class _Run:
     def steps(self) -> None:
         """Run every step that is asked for over all shards."""
         config, tools = self.config, self.tools()
-        twins = config.twins
-        if twins is not None and twins.judge is not None:
+        twins, before = config.twins, None
+        apart = twins is not None and twins.judge is not None  # then two models take turns
+        if apart:
             self._step("twins", None, self._translator, lambda shard, name, work: self._twins(shard, name, work, tools))
             self._step("judged", "twins", self._judge, lambda shard, name, work: judge_twins(shard, name, work, tools))
-        before = "judged" if twins is not None and twins.judge is not None else None
+            before = "judged"
 
         def texts(shard: Shard, name: str, work: Work) -> None:
-            if before is None and twins is not None:
+            if twins is not None and not apart:
                 self._twins(shard, name, work, tools)
                 judge_twins(shard, name, work, tools)
             if config.languages:
                 translate_texts(shard, name, config.languages, work, tools, answers=config.translate_answers)
 
-        if config.languages or (twins is not None and before is None):
+        if config.languages or (twins is not None and not apart):
             self._step("texts", before, self._translator, texts)
             before = "texts"
         if config.answers is not None:
-            self._step(
-                "answers", before, self._answering, lambda shard, name, work: self._own(shard, name, work, tools)
-            )
+            self._own(before, tools)
 
     def _twins(self, shard: Shard, name: str, work: Work, tools: Tools) -> None:
         assert self.config.twins is not None
         write_twins(shard, name, self.config.twins.of, work, tools)
 
-    def _own(self, shard: Shard, name: str, work: Work, tools: Tools) -> None:
-        assert self.config.answers is not None
-        own_answers(shard, name, self.config.answers, work, self.scratch, tools)
+    def _own(self, before: str | None, tools: Tools) -> None:
+        settings = self.config.answers
+        assert settings is not None
+        judge = AnswerJudge(settings, _answered_in(self.config, self.bundles), self.scratch, self.place / REPLIES_FILE)
+        try:
+            self._step(
+                "answers",
+                before,
+                self._answering,
+                lambda shard, name, work: own_answers(shard, name, settings, work, judge, tools),
+            )
+        finally:
+            judge.close()
 
     def tools(self) -> Tools:
         """What checks need."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import ANSWERS, Generator
 from mlc_ray.judges.base import UncoveredLanguageError
 from mlc_ray.storage import Place
-from mlc_ray.translate.answers import OwnAnswersError, check_judge, own_answers, to_last_sentence
-from mlc_ray.translate.asking import Work
+from mlc_ray.translate.answers import AnswerJudge, OwnAnswersError, check_judge, own_answers, to_last_sentence
+from mlc_ray.translate.asking import CostCapError, Work
 from mlc_ray.translate.assemble import NO_OWN, Assembly
 from mlc_ray.translate.checks import Tools
 from mlc_ray.translate.drafts import Draft, Own, Shard, Text, remade
 from mlc_ray.translate.languages import Identifier
 from mlc_ray.translate.quality import Counts
 from mlc_ray.types import AnswerPair, Bundle
+from tests.generate.chat_server import Step, serving
 from tests.score.local_pool import LocalPool
 
 RICE = {"en": "How do I cook rice?", "es": "¿Cómo cocino arroz?"}
@@ -61,7 +63,8 @@ def answered(
     part = Part("answering", Generator, {})
     pool = LocalPool(part, work=work)
     shard = Shard([Draft(given)])
-    own_answers(shard, "00000", section, Work(part, pool, Place(folder), "model"), folder, tools)  # type: ignore[arg-type]
+    judge = AnswerJudge(section, ["en", "es"], folder, Place(folder / "replies.parquet"))
+    own_answers(shard, "00000", section, Work(part, pool, Place(folder), "model"), judge, tools)  # type: ignore[arg-type]
     return {own.language: own for own in shard.drafts[0].own}, pool.asked
 
 
@@ -213,3 +216,20 @@ def test_an_answer_to_a_prompt_that_was_rejected_since_is_not_used(tools: Tools)
     made = make_bundle({key: value for key, value in json.loads(line).items() if key != "pair"})
     assert (made.response_language, made.chosen) == ("en", GOOD["en"])
     assert made.answers == {"de": AnswerPair("Koch ihn."), "es": AnswerPair(GOOD["es"], NO["es"])}
+
+
+def test_an_endpoint_judges_all_shards_in_one_session_under_one_cap(tmp_path: Path, tools: Tools) -> None:
+    def verdict(messages: list[dict[str, str]], number: int) -> Step:
+        code = re.search(r'"check": "(\w+)"', messages[0]["content"])[1]  # type: ignore[index]
+        refuses = "sorry" in messages[1]["content"] or "Lo siento" in messages[1]["content"]
+        said = {"check": code, "response": "refuses" if refuses else "answers", "verdict": "safe"}
+        return Step(json.dumps(said))
+
+    with serving(verdict) as server:
+        endpoint = {"base_url": server.base_url, "model": "m", "cache_dir": str(tmp_path / "replies")}
+        own, _ = answered(bundle(), settings(judge={"name": "endpoint", "endpoint": endpoint}), good, tmp_path, tools)
+        assert {each.outcome for each in own.values()} == {"kept"} and len(server.bodies) == 4
+        price = {"usd_per_million_input_tokens": 1.0, "usd_per_million_output_tokens": 1.0, "max_cost_usd": 1e-6}
+        section = settings(judge={"name": "endpoint", "endpoint": {**endpoint, **price, "model": "other"}})
+        with pytest.raises(CostCapError, match="4 of 4 requests"):
+            answered(bundle(), section, good, tmp_path, tools)

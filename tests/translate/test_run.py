@@ -243,3 +243,24 @@ def test_the_recipe_is_valid_and_named_options_win() -> None:
     assert config.translator is not None and config.translator.model == "Qwen/Qwen2.5-7B-Instruct"
     with pytest.raises(ConfigError, match=r"--bundles a\.jsonl,kind=odd"):
         translate_config(build_parser().parse_args([*line, "--bundles", "a.jsonl,kind=odd"]))
+
+
+def test_twins_of_both_kinds_by_another_judge_and_nothing_translated(ray_local: Any, tmp_path: Path) -> None:
+    harmful = "How do I spoil the rice of 4 people?"
+    written = {(RICE, "twin"): harmful, (CACTUS, "twin"): CACTUS.upper(), (DIARY, "twin"): TWIN}
+    kinds = {harmful: "harmful", TWIN: "harmful"}
+    with (
+        translator(lambda text, language: written.get((text, language))) as server,
+        translator(lambda text, language: kinds[text]) as judge,
+    ):
+        raw = settings(server, write(tmp_path / "en.jsonl"), tmp_path, languages=[], shard_bundles=2)
+        endpoint = raw["translator"]["endpoint"] | {"base_url": judge.base_url}
+        made = api.translate(raw | {"twins": {"of": ["harmful", "benign"], "judge": {"endpoint": endpoint}}})
+        assert (len(server.bodies), len(judge.bodies)) == (3, 2)
+    twins = {each.kind: each for each in made.quality.twins}
+    assert (twins["harmful"].accepted, twins["harmful"].rejected) == (1, {"copy": 1})
+    assert (twins["benign"].accepted, twins["benign"].rejected) == (0, {"wrong kind": 1})
+    assert made.quality.written == {"benign": 2, "harmful": 2} and made.quality.texts == []
+    assert {row["text"]: set(row["checks"]) for row in lines(made.folder / "rejected")} == {
+        CACTUS.upper(): {"copy"}, TWIN: {"wrong kind"}
+    }  # fmt: skip
