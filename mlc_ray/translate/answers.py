@@ -157,7 +157,7 @@ def own_answers(
     said = judge.said(answered)
     refusals = dict(zip(declining, said[len(asked) :], strict=True))
     for index, (draft, code, prompt) in enumerate(asked):
-        refusal = _refusal(settings, code, prompt, refusals.get(index), tools)
+        refusal = _refusal(settings, draft.bundle.kind, code, prompt, refusals.get(index), tools)
         draft.own.append(_own(settings, draft.bundle.kind, code, said[index], refusal, tools))
 
 
@@ -167,10 +167,10 @@ def _declines(draft: Draft, code: str, settings: OnPolicySection) -> bool:
 
 
 def _refusal(
-    settings: OnPolicySection, code: str, prompt: str, said: Said | None, tools: Tools
+    settings: OnPolicySection, kind: Kind, code: str, prompt: str, said: Said | None, tools: Tools
 ) -> tuple[str | None, str]:
     """The refusal to use in a language, or None and why there is none."""
-    if code in settings.refusals:
+    if code in settings.refusals and (settings.pairs or kind == "harmful"):
         return settings.refusals[code], ""
     if said is None:
         return None, ""

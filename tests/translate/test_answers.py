@@ -85,8 +85,10 @@ def test_an_answer_is_chosen_and_a_refusal_rejected_in_each_language(tmp_path: P
 def test_english_alone_is_asked_by_default_and_given_refusals_are_used(tmp_path: Path, tools: Tools) -> None:
     own, asked = answered(bundle(), settings(languages="english", refusals={"en": NO["en"]}), good, tmp_path, tools)
     assert asked == [RICE["en"]] and own.keys() == {"en"} and own["en"].refusal == NO["en"]
-    own, asked = answered(bundle(), settings(languages="english", pairs=False), good, tmp_path, tools)
-    assert asked == [RICE["en"]] and own["en"].outcome == "kept" and own["en"].refusal is None
+    for refusals in ({}, {"en": NO["en"]}):
+        alone = settings(languages="english", pairs=False, refusals=refusals)
+        own, asked = answered(bundle(), alone, good, tmp_path, tools)
+        assert asked == [RICE["en"]] and own["en"].outcome == "kept" and own["en"].refusal is None
 
 
 @pytest.mark.parametrize(
