@@ -14,6 +14,7 @@ from mlc_ray.cli import build_parser, main
 from mlc_ray.cli.commands import translate_config
 from mlc_ray.config import ConfigError, SourceSection, TranslateConfig, parse_config
 from mlc_ray.data.prepare import read_bundles
+from mlc_ray.generate.engine import EngineError
 from mlc_ray.generate.translate import translation_request
 from mlc_ray.show import show
 from mlc_ray.storage import Place, fault_of, read_manifest
@@ -21,7 +22,7 @@ from mlc_ray.translate.asking import CostCapError
 from mlc_ray.translate.decided import TranslationError
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.quality import QualityFileError, load_quality
-from mlc_ray.translate.run import TranslateResult, resume_translation
+from mlc_ray.translate.run import TranslateResult, plan, resume_translation
 from tests.translate.worlds import CACTUS, DIARY, REFUSAL, RICE, SURE, TWIN, WORDS, rows, settings, translator, write
 
 
@@ -264,3 +265,28 @@ def test_twins_of_both_kinds_by_another_judge_and_nothing_translated(ray_local: 
     assert {row["text"]: set(row["checks"]) for row in lines(made.folder / "rejected")} == {
         CACTUS.upper(): {"copy"}, TWIN: {"wrong kind"}
     }  # fmt: skip
+
+
+def test_a_plan_counts_with_the_models_own_tokenizer(ray_local: Any, smollm2: Path, tmp_path: Path) -> None:
+    engine = {"max_model_len": 2048}
+    raw = {
+        "name": "planned",
+        "output_dir": str(tmp_path),
+        "sources": [{"path": str(write(tmp_path / "en.jsonl"))}],
+        "languages": ["zh", "es"],
+        "translator": {"model": str(smollm2), "engine": engine},
+        "twins": {"of": ["harmful"]},
+        "answers": {"model": str(smollm2), "languages": "all", "engine": engine, "max_new_tokens": 100},
+    }
+    found = plan(parse_config(TranslateConfig, raw))
+    asked = {each.what: each for each in found.asked}
+    assert (found.bundles, found.shards) == (3, 1)
+    # A twin is translated as well; there and back, into two languages; two benign prompts and a twin are answered.
+    assert {what: each.requests for what, each in asked.items()} == {
+        "twins": 1, "kinds of twins": 1, "translations": 4 * 2 * 2, "own answers": 3 * 3 * 2
+    }  # fmt: skip
+    assert asked["own answers"].written == 18 * 100 and all(each.usd is None for each in found.asked)
+    assert 100 < asked["translations"].read / 16 < 400
+    assert not (tmp_path / "planned").exists()
+    with pytest.raises(EngineError, match="max_new_tokens=100 leaves no space"):
+        plan(parse_config(TranslateConfig, {**raw, "answers": {**raw["answers"], "engine": {"max_model_len": 100}}}))
