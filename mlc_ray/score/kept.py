@@ -53,7 +53,7 @@ class Kept:
             file.write_parts([buffer.getbuffer()])
         except OSError as error:  # a storage that is full or away for a while; the rows are in memory
             logger.warning(
-                "%d rows could not be kept: %s; if the score ends early, they are asked again", len(keys), error
+                "%d rows could not be kept: %s; if this ends early, they are asked again", len(keys), error
             )
 
     def _read(self) -> dict[str, dict[str, Any]]:

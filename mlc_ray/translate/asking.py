@@ -13,13 +13,12 @@ import pyarrow as pa
 
 from mlc_ray.config import TranslatorSection
 from mlc_ray.errors import MlcRayError
-from mlc_ray.generate.blocks import joined
 from mlc_ray.generate.engine import Device
-from mlc_ray.generate.pool import EnginePool
+from mlc_ray.generate.pool import EnginePool, work
 from mlc_ray.generate.replica import Part
 from mlc_ray.generate.translate import ENDPOINT_FAULT, Translation
-from mlc_ray.progress import phase
 from mlc_ray.runs import REPLIES_FILE
+from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import counted, usage_file
 from mlc_ray.storage import Place, library_versions
@@ -48,16 +47,17 @@ class Work:
 
     def rows(self, name: str, table: pa.Table, unit: str) -> pa.Table:
         """`table` with the part's columns; `name` says which rows they are, in the folder of what is kept."""
-        kept = Kept(self.place, name, self.made_by, table, table.column_names, self.part.columns)
-        missing = kept.missing
-        if kept.done:
-            logger.info("%s: %d of %d %s are done already", self.part.name, kept.done, len(table), unit)
-        columns = self.part.columns.empty_table()
-        if len(missing):
-            landed = kept.land if self.part.engine is not None else None  # an endpoint's replies are in its cache
-            with phase(self.part.name, len(missing), unit) as progress:
-                columns = self.pool.map(missing, progress=progress, landed=landed)
-        return joined(table, kept.whole(columns))
+        kept = Kept(self.place, name, self.made_by, table.column_names, self.part.columns)
+        has_engine = self.part.engine is not None  # an endpoint's replies are in its cache
+        one = Pass(self.part, self.pool.device, len(table), kept=kept, keeps=has_engine, unit=unit)
+        chain([one], table)
+        if one.done < len(table):
+            with one.lasting:
+                one.show()
+                work([(self.pool, one.job)])
+        else:
+            one.job.ended()
+        return one.table
 
     def ask(self, name: str, requests: Sequence[str]) -> list[Translation]:
         """The whole reply to each request, in order, or why there is none; equal ones are asked once.

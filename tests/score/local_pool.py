@@ -13,12 +13,13 @@ from mlc_ray.generate.replica import Part
 
 
 class LocalPool(EnginePool):
-    """A pool without actors; `asked` are the prompts of the rows that came to be worked on.
+    """A pool without actors; `asked` is what the rows that came to be worked on ask.
 
     Args:
         part: as of a pool.
         work: gives the part's columns (default: its stage).
         fails: whether a row fails whenever it is tried.
+        asks: the column that `asked` is of.
     """
 
     def __init__(
@@ -27,16 +28,17 @@ class LocalPool(EnginePool):
         *,
         work: Callable[[pa.Table], pa.Table] | None = None,
         fails: Callable[[dict[str, Any]], bool] = lambda row: False,
+        asks: str = "prompt",
     ) -> None:
         super().__init__(part, "cpu", None, [])
-        self.fails = fails
+        self.fails, self.asks = fails, asks
         self.work = part.stage(**part.settings) if work is None else work
         self.asked: list[str] = []
 
     def advance(self, job: Job, *, patient: bool = False) -> None:
         while job.queue:
             piece = job.queue.popleft()
-            self.asked += piece.rows["prompt"].to_pylist()
+            self.asked += piece.rows[self.asks].to_pylist()
             if any(map(self.fails, piece.rows.to_pylist())):
                 job.failed(piece, "it died", "")
             else:

@@ -28,7 +28,7 @@ def prompts(*texts: str) -> pa.Table:
 
 
 def work_by(folder: Path, made_by: Any = "model", **pool: Any) -> Work:
-    part = Part("answering", Generator, {}, EngineSection())
+    part = Part("answering", Generator, {}, EngineSection(block_rows=4))
     return Work(part, LocalPool(part, **pool), Place(folder), made_by)  # type: ignore[arg-type]
 
 
@@ -50,14 +50,6 @@ def test_blocks_that_are_done_are_not_asked_for_again(tmp_path: Path) -> None:
         assert other.pool.asked == list("abcdefghij")  # type: ignore[attr-defined]
 
 
-class Asked(LocalPool):
-    """As `LocalPool`, of requests."""
-
-    def map(self, table: pa.Table, **_: Any) -> pa.Table:
-        self.asked += table["request"].to_pylist()
-        return self.work(table)
-
-
 def test_equal_requests_are_asked_once_and_a_cap_is_an_error(tmp_path: Path) -> None:
     def replies(table: pa.Table) -> pa.Table:
         found = []
@@ -67,7 +59,7 @@ def test_equal_requests_are_asked_once_and_a_cap_is_an_error(tmp_path: Path) -> 
         return pa.Table.from_pylist(found, schema=REPLIES)
 
     part = Part("translating", AskStage, {})
-    work = Work(part, Asked(part, work=replies), Place(tmp_path), "model")  # type: ignore[arg-type]
+    work = Work(part, LocalPool(part, work=replies, asks="request"), Place(tmp_path), "model")  # type: ignore[arg-type]
     assert work.ask("texts", ["a", "b", "a"]) == [
         Translation("A"), Translation(None, "endpoint: 500: oops"), Translation("A")
     ]  # fmt: skip
