@@ -53,6 +53,12 @@ finally:
     assert "mlc-ray" in done.stdout
 
 
+@pytest.mark.parametrize("module", ["mlc_ray.train.run", "mlc_ray.search.run"])
+def test_drivers_import_none_of_what_makes_models(module: str) -> None:
+    done = python("-c", f"import sys, {module}; print('transformers.modeling_utils' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_module_and_console_script_are_the_same_command() -> None:
     script = Path(sys.executable).parent / "mlc-ray"
     assert script.is_file()
