@@ -167,7 +167,7 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         if "server" in wanted:
             bucket = scene.start_server(stack.enter_context(running(_made(folder / "server"))))
         if options.warm:
-            scene.fork_workers(stack.enter_context(warm_workers.running()))
+            scene.fork_workers(stack.enter_context(warm_workers.running(several=True)))
         scene.start_head()
         scene.start_worker_node()
         ray.init(address=scene.address, log_to_driver=False)
