@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--deaths", default="worker=1,driver=1,node=1,write=1,damage=1,nan=1")
     parser.add_argument("--per-run", type=int, default=3, help="deaths that one run lives through")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--warm", action="store_true", help="fork workers from a process that has imported everything")
+    parser.add_argument("--warm", action="store_true", help="fork workers from a process that has imported much")
     parser.add_argument("--model", help="folder with a tokenizer (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--keep", type=Path, help="a new folder for runs and logs, which stays")

@@ -17,7 +17,7 @@ import pytest
 def test_six_deaths(tmp_path: Path, repository: Path, smollm2: Path) -> None:
     out = tmp_path / "survival.json"
     command = [sys.executable, repository / "benchmarks" / "survival.py", "--model", smollm2, "--out", out]
-    more = ["--keep", tmp_path / "place", "--per-run", "6", "--warm"]
+    more = ["--keep", tmp_path / "place", "--per-run", "6"]
     done = subprocess.run(list(map(str, [*command, *more])), capture_output=True, text=True, timeout=800)
     logs = "\n".join(path.read_text(errors="replace")[-3000:] for path in (tmp_path / "place").glob("*.log"))
     assert done.returncode == 0, done.stdout + done.stderr + logs
