@@ -41,7 +41,7 @@ from mlc_ray.types import Answer, Batch, TokenRow
 
 TRAINED = ["en", "es", "ru", "sw", "zh"]
 SCORED = [*TRAINED, "fr"]
-STEPS, BUNDLES, LEARNING_RATE, EXTRACTOR, SEED = 10, 2, 1e-4, 512, 42
+STEPS, BUNDLES, EXTRACTOR, SEED = 10, 2, 512, 42
 NEW_TOKENS, AT_ONCE, PROBED = 16, 60, 20
 
 
@@ -68,7 +68,7 @@ def probed(model: PreTrainedModel, template: ChatTemplate) -> dict[str, Any]:
     return statistics(torch.stack(grids), present, harmful, TRAINED).plain()
 
 
-def trained(model: PreTrainedModel, layer: int, rows: Sequence[TokenRow]) -> list[float]:
+def trained(model: PreTrainedModel, layer: int, rows: Sequence[TokenRow], learning_rate: float) -> list[float]:
     """Train `model` with the term at `layer`; the losses of all steps. The reference is the model as it came."""
     model.get_input_embeddings().requires_grad_(False)
     module = PolicyWithExtractor(model, layer=layer, extractor_dim=EXTRACTOR, seed=SEED)
@@ -83,7 +83,7 @@ def trained(model: PreTrainedModel, layer: int, rows: Sequence[TokenRow]) -> lis
             said = ReferenceModel(model)(batch, state=False)
             batches.append(replace(batch, reference_chosen=said.chosen, reference_rejected=said.rejected))
     weights = [each for each in module.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     losses = []
     for batch in batches:
         result = loss_of(OBJECTIVE, batch, module(batch), cached_reference(batch))
@@ -145,6 +145,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=[], help="indices into hidden_states; -1: no training")
     parser.add_argument("--probe", action="store_true", help="also compute the criteria")
     parser.add_argument("--limit", type=int, default=12, help="bundles of each kind to score on (default: 12)")
+    parser.add_argument("--learning-rate", type=float, default=3e-5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -159,13 +160,13 @@ def main() -> None:
         options.out.write_text(json.dumps(found, ensure_ascii=False))
         print(name, found[name]["rankings"], flush=True)
     for layer in [None if layer == -1 else layer for layer in options.layers]:
-        name = f"{Path(path).name} {layer}"
+        name = f"{Path(path).name} {layer}" + ("" if layer is None else f" {options.learning_rate:g}")
         if name in found:
             continue
         started = time.perf_counter()
         torch.manual_seed(SEED)
         model = load_policy(ModelSection(path=path, dtype="float32"))
-        losses = [] if layer is None else trained(model, layer, rows)
+        losses = [] if layer is None else trained(model, layer, rows, options.learning_rate)
         ended = time.perf_counter()
         answers = answered(model, tokenizer, template, options.limit)
         seconds = {"train": ended - started, "answer": time.perf_counter() - ended}

@@ -1,4 +1,4 @@
-"""The commands as functions: `train`, `score`, `search` and `probe`, from settings or a file of them, to a result.
+"""The commands as functions: `train`, `score`, `search`, `probe`, `translate`; from settings, or a file, to a result.
 
     from mlc_ray import api
 
@@ -27,6 +27,7 @@ from mlc_ray.config import (
     Section,
     SourceSection,
     TrainConfig,
+    TranslateConfig,
     apply_override,
     parse_config,
     read_config_file,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from mlc_ray.search.probe import Probe
     from mlc_ray.search.results import SearchResult
     from mlc_ray.train.run_folder import TrainResult
+    from mlc_ray.translate.run import TranslateResult
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 Settings = Mapping[str, Any] | str | os.PathLike[str]
@@ -192,6 +194,30 @@ def probe(
         criterion=criterion,
         address=address,
     )
+
+
+def translate(
+    config: TranslateConfig | Settings, *, bundles: Bundles | None = None, overrides: Sequence[str] = ()
+) -> TranslateResult:
+    """Make bundles from English ones: prompts in further languages, twins of the other kind, a model's own answers.
+
+    Args:
+        config: the translation's settings.
+        bundles: what to start from, instead of `sources`.
+        overrides: `section.field=value`, as after --set.
+
+    Returns:
+        Its folder, where `bundles` are, and the quality report.
+
+    Raises:
+        ConfigError: a setting is unknown, ill-typed or unsupported.
+        MlcRayError: whatever else a user can cause and correct.
+    """
+    settings = _settings(TranslateConfig, config, overrides, bundles, ("sources",))
+
+    from mlc_ray.translate.run import translate
+
+    return translate(settings)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings

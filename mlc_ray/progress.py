@@ -3,9 +3,9 @@
     with phase("answering", total=384, unit="prompts") as progress:
         progress.advance(16)
 
-On a terminal (`draw_on`, which the command line calls) the line is redrawn in place while the phase lasts. Everywhere
-else it is a message of the logger `mlc_ray.progress`, every 15 seconds and once at the end: a program that uses the
-library shows it or not as it configures logging.
+On a terminal (`draw_on`, which the command line calls) the line is redrawn in place while the phase lasts; phases that
+last at the same time share it. Everywhere else it is a message of the logger `mlc_ray.progress`, every 15 seconds and
+once at the end: a program that uses the library shows it or not as it configures logging.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Display:
 
 
 _display: Display | None = None
+_shown: list[Phase] = []  # phases that last, the first to begin first
 
 
 def draw_on(display: Display | None) -> None:
@@ -122,6 +123,7 @@ class Phase:
 def phase(name: str, total: int | None = None, unit: str = "", done: int = 0) -> Iterator[Phase]:
     """Show a phase's progress while the block runs; `done` are done before it begins."""
     shown = Phase(name, total, unit, done)
+    _shown.append(shown)
     ended = threading.Event()
     ticker = threading.Thread(target=_show, args=(shown, ended), name=f"progress of {name}", daemon=True)
     ticker.start()
@@ -130,6 +132,7 @@ def phase(name: str, total: int | None = None, unit: str = "", done: int = 0) ->
     finally:
         ended.set()
         ticker.join()
+        _shown.remove(shown)
         if _display is not None:
             _display.draw("")
         logger.info(shown.end_line())
@@ -141,7 +144,8 @@ def _show(shown: Phase, ended: threading.Event) -> None:
             logger.info(shown.line())
         return
     while True:
-        _display.draw(shown.line(bar=True))
+        if shown is _shown[0]:  # the terminal has one line for all
+            _display.draw("; ".join([shown.line(bar=True), *(each.line() for each in _shown[1:])]))
         if ended.wait(DRAW_SECONDS):
             return
 

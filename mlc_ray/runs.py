@@ -6,6 +6,8 @@
     SEARCH/    base.yaml and config.json first, search.json, trials/ID/ (a run each), baseline/ and confirmation/
                (scores of the model before training), trials.json, at the end best.yaml and best/
     PROBE/     probe.json
+    TRANSLATION/  translation.json first, bundles/ and rejected/ (a file for each shard), quality.json and quality.md,
+               manifest.json last
 
 Training and scoring meet only through these folders, and so what describes them lies beneath both. Paths of settings
 and models are resolved here too.
@@ -64,10 +66,14 @@ that ran to its end or was cut short."""
 CONFIRMATION = "confirmation"
 """The name of a trial's score, and of the baseline's, on the prompts that chose no trial."""
 PROBE_FILE = "probe.json"
+TRANSLATION_FILE, QUALITY_FILE, QUALITY_TEXT, BUNDLES_FOLDER, REJECTED_FOLDER = (
+    "translation.json", "quality.json", "quality.md", "bundles", "rejected",
+)  # fmt: skip
+"""Of a translation; `translation.json` is written before anything runs, the manifest last."""
 PROVENANCE_FILE = "mlc_ray.json"
 """Of an exported model: where it comes from."""
 
-FolderKind = Literal["run", "score", "search", "probe"]
+FolderKind = Literal["run", "score", "search", "probe", "translation"]
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
 _WEIGHTS = re.compile(r"weights_(\d{6,})")
@@ -98,6 +104,7 @@ def kind_of(folder: Place) -> FolderKind | None:
 
 _FIRST_FILES: dict[FolderKind, str] = {
     "search": BASE_FILE, "score": REQUEST_FILE, "run": CONFIG_FILE, "probe": PROBE_FILE,
+    "translation": TRANSLATION_FILE,
 }  # fmt: skip
 
 

@@ -17,13 +17,16 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.report.text import percent
 from mlc_ray.runs import (
     BASELINE_FOLDER,
+    BUNDLES_FOLDER,
     CONFIG_FILE,
     DIVERGED_FILE,
     FINISHED_FILE,
+    KEPT_FOLDER,
     METRICS_FILE,
     MODEL_FOLDER,
     PROBE_FILE,
     PROVENANCE_FILE,
+    QUALITY_TEXT,
     REQUEST_FILE,
     RESPONSES_FILE,
     RUN_FILE,
@@ -31,6 +34,7 @@ from mlc_ray.runs import (
     SCORES_FOLDER,
     SEARCH_CONFIG_FILE,
     STOPPED_FILE,
+    TRANSLATION_FILE,
     TRIALS_FILE,
     TRIALS_FOLDER,
     UTILITY_FILE,
@@ -42,7 +46,8 @@ from mlc_ray.runs import (
 )
 from mlc_ray.score.results import load_scores
 from mlc_ray.stats.rates import Interval, SideSummary, Summary
-from mlc_ray.storage import Place
+from mlc_ray.storage import MANIFEST, Place
+from mlc_ray.translate import quality as qualities
 from mlc_ray.utility.file import load_utility
 
 Line = tuple[str, str]
@@ -58,7 +63,7 @@ class ShowError(MlcRayError):
 
 
 def show(folder: str | Path | Place) -> str:
-    """The folder of a run, score, search or probe, in progress or ended, as text; of several, a line for each.
+    """The folder of a run, score, search, probe or translation, in progress or ended; of several, a line for each.
 
     Raises:
         ShowError: it neither is nor holds one of them, or a file in it is damaged.
@@ -73,8 +78,10 @@ def show(folder: str | Path | Place) -> str:
     inside = [(child, kind_of(child)) for child in place.iterdir()]
     known = [(child, found) for child, found in inside if found is not None]
     if not known:
-        what = "holds no run, score, search or probe" if place.is_dir() else "is not a folder"
-        raise ShowError(f"{str(place)!r} {what}; give one that `mlc-ray train`, `score`, `search` or `probe` wrote")
+        what = "holds no run, score, search, probe or translation" if place.is_dir() else "is not a folder"
+        raise ShowError(
+            f"{str(place)!r} {what}; give one that `mlc-ray train`, `score`, `search`, `probe` or `translate` wrote"
+        )
     lines: list[Line] = []
     for child, found in known:
         rows = dict(_KINDS[found](child))
@@ -371,11 +378,38 @@ def _probe(folder: Place) -> list[Line]:
     ]
 
 
+# --------------------------------------------------------------------------------------------------------- translations
+
+
+def _translation(folder: Place) -> list[Line]:
+    config = _json(folder / TRANSLATION_FILE).get("config", {})
+    lines = [("translation", str(folder)), ("languages", ", ".join(config.get("languages", ())) or "none")]
+    if not (folder / MANIFEST).is_file():
+        steps = [file.name for file in (folder / KEPT_FOLDER).iterdir() if file.name.startswith("drafts-")]
+        done = f"{len(steps)} steps of shards are done" if steps else "the first step of the first shard is not done"
+        lines.append(("state", f"{done}{_age(folder / TRANSLATION_FILE)}"))
+        return [*lines, *_next([f"mlc-ray translate --resume {_quoted(folder)}   # if it is not running any more"])]
+    quality = qualities.load_quality(folder)
+    lines.append(("state", f"ended, {qualities.summary(quality)}"))
+    for each in quality.texts:
+        median = "" if each.chrf_median is None else f", median chrF {each.chrf_median:.1f}"
+        lines.append((each.part, f"{each.language}: {each.accepted} of {each.asked} accepted{median}"))
+    lines += [("twins", f"{each.kind}: {each.accepted} of {each.asked} accepted") for each in quality.twins]
+    lines += [
+        ("own answers", f"{each.language}, {each.kind}: {each.kept} of {each.asked} kept, {each.refused} refuse")
+        for each in quality.own
+    ]
+    lines.append(("report", str(folder / QUALITY_TEXT)))
+    source = json.dumps([{"path": str(folder / BUNDLES_FOLDER)}])
+    return [*lines, *_next([f"mlc-ray train --config CONFIG --set data.train={shlex.quote(source)}"])]
+
+
 _KINDS: dict[FolderKind, Callable[[Place], list[Line]]] = {
     "run": _run,
     "score": _score,
     "search": _search,
     "probe": _probe,
+    "translation": _translation,
 }
 
 

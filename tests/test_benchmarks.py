@@ -156,7 +156,8 @@ def test_rows_that_landed_are_found_by_what_they_answer(
     deaths = importlib.import_module("engine_deaths")
     prompts = pa.Table.from_pylist([{"bundle_id": code, "prompt": f"in {code}"} for code in "abc"], schema=PROMPTS)
     answers = pa.Table.from_pylist([{"response": code, "finish": "stop"} for code in "abc"], schema=ANSWERS)
-    Kept(Place(tmp_path), "answering", ["by"], prompts, PROMPTS.names, ANSWERS).land(0, answers.slice(0, 2))
+    kept_of = Kept(Place(tmp_path), "answering", ["by"], PROMPTS.names, ANSWERS)
+    kept_of.land(kept_of.look(prompts)[0][:2], answers.slice(0, 2))
     kept = {row["key"]: row for file in deaths.blocks_of(tmp_path) for row in pq.read_table(file).to_pylist()}
     assert len(kept) == 2
     assert deaths.astray(kept, joined(prompts, answers), ["by"]) == []

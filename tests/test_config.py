@@ -19,6 +19,7 @@ from mlc_ray.config import (
     SearchConfig,
     TermSettings,
     TrainConfig,
+    TranslateConfig,
     apply_override,
     config_schema,
     load_config,
@@ -32,6 +33,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRAIN_FILES = sorted(CONFIGS.glob("*.yaml"))
 SCORE_FILES = sorted((CONFIGS / "score").glob("*.yaml"))
 SEARCH_FILES = sorted((CONFIGS / "search").glob("*.yaml"))
+TRANSLATE_FILES = sorted((CONFIGS / "translate").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "sample:train"}]}}
 
 
@@ -55,11 +57,17 @@ def test_search_files_parse_and_every_corner_is_a_run(file: Path, monkeypatch: p
     make_space(load_config(SearchConfig, file))
 
 
+@pytest.mark.parametrize("file", TRANSLATE_FILES, ids=lambda p: p.name)
+def test_translate_files_parse(file: Path) -> None:
+    load_config(TranslateConfig, file)
+
+
 def test_no_config_file_is_left_out() -> None:
     assert {p.name for p in TRAIN_FILES} >= {"quickstart.yaml", "qwen2.5-7b.yaml", "gemma-2-9b.yaml"}
     assert SCORE_FILES
     assert SEARCH_FILES
-    assert {*TRAIN_FILES, *SCORE_FILES, *SEARCH_FILES} == {p for p in CONFIGS.rglob("*") if p.is_file()}
+    known = {*TRAIN_FILES, *SCORE_FILES, *SEARCH_FILES, *TRANSLATE_FILES}
+    assert TRANSLATE_FILES and known == {p for p in CONFIGS.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(("file", "layer", "stage"), [("qwen2.5-7b.yaml", 28, 2), ("gemma-2-9b.yaml", 42, 3)])

@@ -20,8 +20,8 @@ import pytest
 import yaml
 
 from mlc_ray.cli import build_parser
-from mlc_ray.cli.commands import score_config
-from mlc_ray.config import ScoreConfig, TrainConfig, load_config
+from mlc_ray.cli.commands import score_config, translate_config
+from mlc_ray.config import ScoreConfig, TrainConfig, TranslateConfig, load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REPOSITORY_DOCUMENTS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs").rglob("*.md"))
@@ -73,6 +73,8 @@ def test_quoted_commands_parse(arguments: list[str], capsys: pytest.CaptureFixtu
     if arguments[0] == "score":
         parsed.config = REPOSITORY / config if config is not None else None
         assert isinstance(score_config(parsed), ScoreConfig)
+    if arguments[0] == "translate" and parsed.resume is None:
+        assert isinstance(translate_config(parsed), TranslateConfig)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -166,7 +168,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_site_has_every_command_setting_and_error(site: Path) -> None:
     commands_page = (site / "reference" / "commands.html").read_text(encoding="utf-8")
-    for command in ("train", "score", "search", "probe", "export", "report"):
+    for command in ("train", "score", "search", "probe", "translate", "export", "report"):
         assert f"mlc-ray {command}" in commands_page
     settings = (site / "reference" / "settings.html").read_text(encoding="utf-8")
     for field in ("mlc.layer", "model.path", "optimizer.learning_rate", "engine.max_model_len", "space"):

@@ -86,6 +86,24 @@ def test_a_terminal_shows_one_line_redrawn_below_what_stays(monkeypatch: pytest.
     assert "━╌" in stream.getvalue()  # it was half done once
 
 
+def test_phases_at_the_same_time_share_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "DRAW_SECONDS", 0.01)
+    stream = io.StringIO()
+    draw_on(Display(stream, width=200))
+    try:
+        with phase("answering", 8, "prompts") as first, phase("judging", 8, "responses") as second:
+            first.advance(4)
+            second.advance(2)
+            time.sleep(0.1)
+            drawn = stream.getvalue()
+        time.sleep(0.05)
+    finally:
+        draw_on(None)
+    last = [line for line in screen(drawn, 200) if line][-1]
+    assert re.fullmatch(r"answering: .* 4 of 8 prompts, .* left; judging: 2 of 8 responses, .* left", last)
+    assert not any(line.startswith("judging") for line in drawn.split("\r"))
+
+
 def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE = 141  # what shells report for a process that SIGPIPE ended
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
-SCHEMAS = ("train", "score", "search", "utility")
+SCHEMAS = ("train", "score", "search", "utility", "translate")
 """The kinds of config files."""
 
 _SETTINGS = """\
@@ -85,6 +85,15 @@ _PROBE = """\
 For every layer: how collinear the languages of a bundle are, how far bundles are apart, and how well harmful and benign
 are told apart in each language. `search` can try layers in the order of the ranking (its section `probe`).
   mlc-ray probe HuggingFaceTB/SmolLM2-135M-Instruct --bundles sample:train
+"""
+
+
+_TRANSLATE = """\
+Prompts in further languages by a chat model or an endpoint, checked; twins of the other kind; a model's own answers:
+  mlc-ray translate --bundles english.jsonl --languages zh,es,fr --translator Qwen/Qwen2.5-7B-Instruct --out runs/mine
+  mlc-ray translate --config recipe:translate/default --plan   what it would ask and cost; nothing is asked
+  mlc-ray translate --resume runs/mine
+docs/translate.md has the checks, and what the files hold.
 """
 
 
@@ -208,6 +217,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     probe.add_argument("--address", metavar="ADDRESS", default="auto", help="Ray address (default: auto)")
 
+    translate = add("translate", "Make multilingual bundles from English ones, and check them.", _TRANSLATE)
+    translate.add_argument(
+        "--bundles", metavar="WHAT", action="append", default=[], help="bundles with English prompts; repeatable"
+    )
+    translate.add_argument("--languages", metavar="CODES", help="languages to translate into, e.g. zh,es,fr")
+    translate.add_argument("--translator", metavar="MODEL", help="chat model that translates: folder or hub name")
+    translate.add_argument("--limit", metavar="N", type=int, help="at most N bundles of each kind")
+    translate.add_argument("--out", metavar="FOLDER", type=_place, help="folder to write")
+    translate.add_argument("--plan", action="store_true", help="say what would be asked and what it costs, and stop")
+    _add_settings(translate)
+    _add_resume(translate, "translation")
+
     export = add("export", "Write a run's model as a plain Hugging Face folder.")
     export.add_argument("run", metavar="RUN", type=_place, help="run folder")
     export.add_argument("out", metavar="OUT", type=_place, help="folder to write; must not exist")
@@ -251,7 +272,9 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", metavar="FILE", type=_place, help="also write everything there as JSON")
 
     show = add("show", "Say what a folder is, how far it got, what came out, and what to do next.", _SHOW)
-    show.add_argument("folder", metavar="FOLDER", type=_place, help="run, score, search or probe, or a folder of those")
+    show.add_argument(
+        "folder", metavar="FOLDER", type=_place, help="run, score, search, probe or translation, or a folder of those"
+    )
 
     utility = add(
         "utility",

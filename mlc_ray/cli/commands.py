@@ -19,6 +19,7 @@ from mlc_ray.config import (
     Section,
     SourceSection,
     TrainConfig,
+    TranslateConfig,
     UtilityConfig,
     apply_override,
     config_schema,
@@ -32,11 +33,15 @@ if TYPE_CHECKING:
     from mlc_ray.score.results import ScoreResult
     from mlc_ray.search.results import SearchResult
 
-SCHEMAS: dict[str, type[TrainConfig] | type[ScoreConfig] | type[SearchConfig] | type[UtilityConfig]] = {
+SCHEMAS: dict[
+    str,
+    type[TrainConfig] | type[ScoreConfig] | type[SearchConfig] | type[UtilityConfig] | type[TranslateConfig],
+] = {
     "train": TrainConfig,
     "score": ScoreConfig,
     "search": SearchConfig,
     "utility": UtilityConfig,
+    "translate": TranslateConfig,
 }
 """The kinds of config files; `cli.SCHEMAS` has their names."""
 
@@ -211,7 +216,7 @@ def judge_changes(arguments: argparse.Namespace, scored: ScoreConfig) -> dict[st
     return {name: getattr(resolved, name) for name in raw}
 
 
-def parse_benchmark(text: str) -> dict[str, str]:
+def parse_benchmark(text: str, flag: str = "--benchmark") -> dict[str, str]:
     """`PATH[,format=F][,kind=K][,only=K]` as a `SourceSection` mapping.
 
     Raises:
@@ -224,12 +229,12 @@ def parse_benchmark(text: str) -> dict[str, str]:
     for mark in marks:
         name, separator, value = mark.partition("=")
         if not separator or name not in allowed:
-            raise ConfigError(f"--benchmark {text}: {mark!r} is neither format=..., kind=... nor only=...")
+            raise ConfigError(f"{flag} {text}: {mark!r} is neither format=..., kind=... nor only=...")
         if (choices := allowed[name]) is not None and value not in choices:
-            raise ConfigError(f"--benchmark {text}: {name}={value!r}, expected one of {', '.join(choices)}")
+            raise ConfigError(f"{flag} {text}: {name}={value!r}, expected one of {', '.join(choices)}")
         source[name] = value
     if not path:
-        raise ConfigError(f"--benchmark {text!r}: the path is empty")
+        raise ConfigError(f"{flag} {text!r}: the path is empty")
     parse_config(SourceSection, source)
     return source
 
@@ -318,6 +323,46 @@ def probe_command(arguments: argparse.Namespace) -> None:
     )
     show(console(probe_table(found, reversed(range(len(found.layers))))))
     print(f"probe in {folder}")
+
+
+def translate_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray translate`."""
+    from mlc_ray.report.console import show
+    from mlc_ray.report.tables import console
+    from mlc_ray.translate.quality import summary, tables
+
+    if arguments.resume is not None:
+        _refuse_settings(arguments, "translation")
+        from mlc_ray.translate.run import resume_translation
+
+        made = resume_translation(arguments.resume)
+    else:
+        config = translate_config(arguments)
+
+        from mlc_ray.translate.run import plan, translate
+
+        if arguments.plan:
+            print("\n".join(plan(config).lines()))
+            return
+        made = translate(config)
+    for each in tables(made.quality):
+        show(console(each))
+    print(summary(made.quality))
+    print(f"bundles in {made.bundles}")
+
+
+def translate_config(arguments: argparse.Namespace) -> TranslateConfig:
+    """The settings of a translation: file, then --set, then the named options, which win."""
+    options = {
+        "sources": [parse_benchmark(text, "--bundles") for text in arguments.bundles] or None,
+        "languages": arguments.languages and [code.strip() for code in arguments.languages.split(",")],
+        "translator.model": arguments.translator,
+        "limit": arguments.limit,
+    }
+    if arguments.out is not None:
+        options |= {"name": arguments.out.name, "output_dir": str(arguments.out.parent)}
+    overrides = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
+    return load_config(TranslateConfig, arguments.config, [*arguments.overrides, *overrides])
 
 
 def export_command(arguments: argparse.Namespace) -> None:

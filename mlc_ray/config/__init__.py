@@ -36,6 +36,7 @@ from mlc_ray.config.score import (
     ScoreConfig,
     ScoringSection,
     TranslateSection,
+    TranslatorSection,
     UtilityConfig,
     UtilityEngineSection,
 )
@@ -59,6 +60,7 @@ from mlc_ray.config.train import (
     TrainConfig,
     TrainSection,
 )
+from mlc_ray.config.translate import ChecksSection, OnPolicySection, TranslateConfig, TwinsSection
 
 __all__ = [
     "GREEDY",
@@ -69,6 +71,7 @@ __all__ = [
     "CalibrationConfig",
     "ChatSection",
     "CheckpointSection",
+    "ChecksSection",
     "ClusterSection",
     "CollapseSection",
     "ConfigError",
@@ -87,6 +90,7 @@ __all__ = [
     "NonNegativeInt",
     "ObjectiveConfig",
     "ObjectiveSettings",
+    "OnPolicySection",
     "OptimizerSection",
     "ParameterSection",
     "PositiveFloat",
@@ -103,7 +107,10 @@ __all__ = [
     "TermSettings",
     "TrainConfig",
     "TrainSection",
+    "TranslateConfig",
     "TranslateSection",
+    "TranslatorSection",
+    "TwinsSection",
     "UtilityConfig",
     "UtilityEngineSection",
     "apply_override",

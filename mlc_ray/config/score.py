@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -39,7 +39,8 @@ _OPTION_FIXES = {
     "max_model_len": "engine.max_model_len sets it",
     "tensor_parallel_size": "engine.tensor_parallel sets it",
     "trust_remote_code": "engine.trust_remote_code sets it",
-    "pipeline_parallel_size": "an engine lies on one node; set engine.tensor_parallel to at most the GPUs of a node",
+    "pipeline_parallel_size": "an engine lies on one node, since one over several could not be tested; set "
+    "engine.tensor_parallel to at most the GPUs of a node",
     "data_parallel_size": "engine.replicas sets it",
 }
 
@@ -186,24 +187,22 @@ class TranslateEngineSection(EngineSection):
     max_model_len: PositiveInt = Field(4096, description="Longest instruction, text and translation, in tokens.")
 
 
-class TranslateSection(Section):
-    """Translate prompt and response into English before the judge reads them: by a chat model, or an endpoint."""
+class TranslatorSection(Section):
+    """Who translates: a chat model, or an endpoint."""
 
     model: StoredPath | None = Field(
         None, description="Folder, its URL, or hub name `NAME[#REVISION]` of a chat model, run by vLLM."
     )
     endpoint: EndpointSection | None = Field(None, description="An endpoint that translates instead.")
-    all_languages: bool = Field(
-        False, description="Translate every language but English; by default only those the judge does not cover."
-    )
     max_new_tokens: PositiveInt | None = Field(
         None,
-        description="Longest translation by `model`, in tokens (default: the scoring's max_new_tokens and 64 for the "
-        "markers around it, at least 512; so is that of endpoint.max_reply_tokens).",
+        description="Longest translation by `model`, in tokens (default: of a judge's translator the scoring's "
+        "max_new_tokens and 64 for the markers around it, at least 512, else 512; so is that of "
+        "endpoint.max_reply_tokens).",
     )
     engine: TranslateEngineSection = Field(TranslateEngineSection(), description="vLLM engines of `model`.")
 
-    def for_texts_of(self, tokens: int) -> TranslateSection:
+    def for_texts_of(self, tokens: int) -> Self:
         """The settings with the longest translation decided, where they do not say it, by texts of so many tokens."""
         longest = max(tokens + TRANSLATION_MARKERS, 512)
         if self.endpoint is None:
@@ -213,17 +212,23 @@ class TranslateSection(Section):
         return self.model_copy(update={"endpoint": self.endpoint.model_copy(update={"max_reply_tokens": longest})})
 
     @model_validator(mode="after")
-    def _one_translator(self) -> TranslateSection:
+    def _one_translator(self) -> Self:
         if (self.model is None) == (self.endpoint is None):
             raise ValueError(
-                f"translate needs exactly one of model and endpoint, got model={self.model!r} and "
+                f"a translator needs exactly one of model and endpoint, got model={self.model!r} and "
                 f"endpoint={'set' if self.endpoint else None!r}"
             )
         if self.model is None and (unread := {"engine", "max_new_tokens"} & self.model_fields_set):
-            raise ValueError(
-                f"translate.{min(unread)} is read with translate.model only, not with an endpoint; remove it"
-            )
+            raise ValueError(f"{min(unread)} is read with a translator's model only, not with an endpoint; remove it")
         return self
+
+
+class TranslateSection(TranslatorSection):
+    """Translate prompt and response into English before the judge reads them: by a chat model, or an endpoint."""
+
+    all_languages: bool = Field(
+        False, description="Translate every language but English; by default only those the judge does not cover."
+    )
 
 
 class JudgeSettings(Section):

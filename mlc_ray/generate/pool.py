@@ -15,7 +15,8 @@ again, until the rows on which they fail stand alone; those are marked (`Stage.g
 answer. A pool whose engines die of everything stops with `EngineDiedError`. What a stage itself raises as a
 `MlcRayError` (a setting, a limit of cost) is nothing that another try would change: it ends the call.
 
-A pool belongs to one process, which calls one method at a time.
+A pool belongs to one process, which calls one method at a time. `work` has several pools at work at once, each on rows
+that another one has done.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import ray
 import ray.exceptions
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.generate.blocks import Job, Landed, Piece, block_rows
+from mlc_ray.generate.blocks import Job, Landed, Piece, block_size
 from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import EngineDiedError, Part, Replica, Weights, reason
 from mlc_ray.progress import Phase, phase
@@ -72,17 +73,17 @@ class EnginePool:
     _looked: float = 0.0
 
     @classmethod
-    def open(cls, part: Part, device: Device) -> EnginePool:
-        """Start the actors and wait until all are up.
+    def open(cls, part: Part, device: Device, *, wait: bool = True) -> EnginePool:
+        """Start the actors and wait until all are up; without `wait` they are while work goes on.
 
         Raises:
             EngineDiedError: one of them died, or was not up in `engine.start_seconds`.
             MlcRayError: what the stage raises, engines above all, as itself.
         """
-        return cls.open_all([part], device)[0]
+        return cls.open_all([part], device, wait=wait)[0]
 
     @classmethod
-    def open_all(cls, parts: Sequence[Part], device: Device) -> list[EnginePool]:
+    def open_all(cls, parts: Sequence[Part], device: Device, *, wait: bool = True) -> list[EnginePool]:
         """Several pools, whose actors start at once; raises as `open` does, and leaves nothing running then."""
         pools = [
             cls(part, device, part.settings.get("model"), [Replica(part, device, at) for at in range(part.replicas)])
@@ -92,7 +93,8 @@ class EnginePool:
             for pool in pools:
                 for replica in pool.replicas:
                     replica.begin(None)
-            _wait_for_all(pools)
+            if wait:
+                _wait_for_all(pools)
             for pool in pools:
                 if pool.sleeps:
                     pool._each("sleep", start=False)
@@ -119,31 +121,69 @@ class EnginePool:
             EngineDiedError: no engine is left, or they die of whatever they are given.
             MlcRayError: what the stage raises, as itself.
         """
+        done: dict[int, pa.Table] = {}
+
+        def took(piece: Piece, columns: pa.Table, marked: bool) -> None:
+            done[piece.first] = columns
+            if landed is not None and not marked:
+                landed(piece.first, columns)
+
+        job = Job(self.part, block_size(self.part, self.device, len(table)), took, progress=progress)
+        job.add(table)
+        job.close()
+        work([(self, job)])
+        return pa.concat_tables([self.part.columns.empty_table(), *(done[first] for first in sorted(done))])
+
+    def begin(self) -> None:
+        """Be ready for a job.
+
+        Raises:
+            RuntimeError: it is unknown which weights would answer.
+        """
         if not self._sure:
             raise RuntimeError(
                 "after a failed swap, or a start since, it is unknown which weights would answer: swap first"
             )
         for replica in self.replicas:
             replica.failures = 0
-        job = Job(table, self.part, deque(self._cut(table)), progress, landed)
-        try:
-            while job.left:
-                self._feed(job.queue)
-                for found in self._outcomes():
-                    piece = self._pieces.pop(found.replica.number, None)
-                    if piece is None:  # a start, and `_feed` says when those failed too often
-                        continue
-                    if found.fault is None:
-                        job.take(piece, found.result)
-                    else:
-                        job.failed(piece, found.fault, found.at)
-        except BaseException:
-            for number in self._pieces:
-                if not self.replicas[number].is_idle:
-                    self.replicas[number].end()
-            self._pieces.clear()
-            raise
-        return job.columns
+
+    def advance(self, job: Job, *, patient: bool = False) -> None:
+        """Take what has come of `job` by now, and give its next pieces to who is idle.
+
+        Args:
+            job: what the pool works on.
+            patient: who has no place on a node yet may wait for one: others that hold it will end.
+
+        Raises:
+            EngineDiedError: no engine is left, or they die of whatever they are given.
+            MlcRayError: what the stage raises, as itself.
+        """
+        for found in self._outcomes(patient=patient):
+            piece = self._pieces.pop(found.replica.number, None)
+            if piece is None:  # a start, and `_feed` says when those failed too often
+                continue
+            if found.fault is None:
+                job.take(piece, found.result)
+            else:
+                job.failed(piece, found.fault, found.at)
+        self._feed(job.queue)
+
+    def drop(self) -> None:
+        """End who is busy with a piece: what it would give is wanted no more."""
+        for number in self._pieces:
+            if not self.replicas[number].is_idle:
+                self.replicas[number].end()
+        self._pieces.clear()
+
+    @property
+    def busy(self) -> list[Any]:
+        """Ray's references to what its actors are doing."""
+        return [replica.doing for replica in self.replicas if replica.doing is not None]
+
+    @property
+    def pause(self) -> float:
+        """Seconds between looks after its actors."""
+        return min(_LOOK_SECONDS, self.part.limits.hang_seconds / 4, self.part.limits.start_seconds / 4)
 
     def swap(self, weights: str | None, *, lora: bool = False) -> dict[str, float]:
         """Have all engines serve other weights, and prove it (`generate.swap`).
@@ -211,13 +251,6 @@ class EnginePool:
 
     # -------------------------------------------------------------------------------------------------- how it works
 
-    def _cut(self, table: pa.Table) -> Iterator[Piece]:
-        rows = self.part.limits.block_rows or block_rows(len(table), self.part.replicas, self.device)
-        for first in range(0, len(table), rows):
-            stop = min(first + rows, len(table))
-            # `take` copies: a slice would be stored with all of the table behind it.
-            yield Piece(ray.put(table.take(list(range(first, stop)))), 0, first, stop)
-
     def _feed(self, queue: deque[Piece]) -> None:
         """Give the next pieces to who is idle; who is gone starts again, while there is something to do."""
         for replica in self.replicas:
@@ -226,7 +259,9 @@ class EnginePool:
             if replica.is_idle:
                 piece = queue.popleft()
                 self._pieces[replica.number] = piece
-                replica.ask("run", piece.block, piece.offset, piece.offset + len(piece))
+                if piece.block.stored is None:
+                    piece.block.stored = ray.put(piece.block.rows)
+                replica.ask("run", piece.block.stored, piece.offset, piece.offset + len(piece))
             elif replica.actor is None and self._may_start(replica):
                 self._again(replica, self._served)
         if all(replica.actor is None for replica in self.replicas):
@@ -252,7 +287,8 @@ class EnginePool:
                 continue
             asked.add(replica.number)
         results = []
-        while any(replica.doing is not None for replica in self.replicas):
+        while self.busy:
+            _wait([self])
             for found in self._outcomes():
                 replica = found.replica
                 if found.fault is None and replica.number in asked:
@@ -273,21 +309,17 @@ class EnginePool:
             self.weights, self._sure = None, False
         self._again(replica, self._served if method == "swap" else None)
 
-    def _outcomes(self) -> list[_Outcome]:
-        """What has become of calls by now, or within a second; who died or hangs has ended, and is told of in the log.
+    def _outcomes(self, *, patient: bool = False) -> list[_Outcome]:
+        """What has become of calls by now; who died or hangs has ended, and is told of in the log.
 
         Raises:
             MlcRayError: what a stage raised.
             RayTaskError: what the stage of a light actor raised.
         """
         doing = {replica.doing: replica for replica in self.replicas if replica.doing is not None}
-        limits = self.part.limits
-        pause = min(_LOOK_SECONDS, limits.hang_seconds / 4, limits.start_seconds / 4)
-        ready, _ = ray.wait(list(doing), num_returns=len(doing), timeout=0)
-        if not ready:
-            ready, _ = ray.wait(list(doing), num_returns=1, timeout=pause)
+        ready, _ = ray.wait(list(doing), num_returns=len(doing), timeout=0) if doing else ([], [])
         now = time.monotonic()
-        seconds = min(now - self._looked, 2 * pause)  # what is longer, the pool's own process was away
+        seconds = min(now - self._looked, 2 * self.pause)  # what is longer, the pool's own process was away
         self._looked = now
         found = []
         for reference, replica in doing.items():
@@ -299,6 +331,8 @@ class EnginePool:
                     if self.part.engine is None and isinstance(error, ray.exceptions.RayTaskError):
                         raise  # a mistake in the code of a judge
                     trouble, hung = reason(error), False
+            elif patient and replica.method == "start" and replica.where is None:
+                continue
             elif (said := replica.trouble(seconds)) is not None:
                 trouble, hung = said, True
             else:
@@ -336,14 +370,64 @@ def _wait_for_all(pools: Sequence[EnginePool]) -> None:
     with phase("starting engines", engines, "engines") if engines else nullcontext() as progress:
         waiting = list(pools)
         while waiting:
+            _wait(waiting)
             for pool in list(waiting):
                 for found in pool._outcomes():
                     if found.fault is not None:
                         raise EngineDiedError(found.fault + found.at)
                     if pool.part.engine is not None and progress is not None:
                         progress.advance()
-                if all(replica.doing is None for replica in pool.replicas):
+                if not pool.busy:
                     waiting.remove(pool)
+
+
+def _wait(pools: Sequence[EnginePool]) -> None:
+    """Wait until one of the pools' actors has done what it does, or it is time to look after them."""
+    ray.wait([each for pool in pools for each in pool.busy], num_returns=1, timeout=min(pool.pause for pool in pools))
+
+
+def work(jobs: Sequence[tuple[EnginePool, Job]]) -> None:
+    """Have each pool work on its job, all at once, until all are over.
+
+    What a job takes may add rows to those behind it. An error in the first that is not over ends all. One in a later
+    job ends that and those behind it; those before it are finished, so that nothing is lost that another try would have
+    to do again, and then it is raised.
+
+    Raises:
+        EngineDiedError: a pool has no engine left, or they die of whatever they are given.
+        MlcRayError: what a stage raises, as itself.
+    """
+    going, failure = list(jobs), None
+    try:
+        for pool, _ in going:
+            pool.begin()
+        while going:
+            for at, (pool, job) in enumerate(going):
+                try:
+                    pool.advance(job, patient=at > 0)
+                except Exception as error:
+                    if at == 0:
+                        raise
+                    said = reason(error) if isinstance(error, ray.exceptions.RayError) else error
+                    logger.error(
+                        "%s failed, and goes no further: %s; %s goes on", pool.part.name, said, going[0][0].part.name
+                    )
+                    failure = failure or error
+                    for behind, _ in going[at:]:
+                        behind.drop()
+                    del going[at:]
+                    break
+                if job.is_over:
+                    job.ended()
+            going = [(pool, job) for pool, job in going if not job.is_over]
+            if going:
+                _wait([pool for pool, _ in going])
+    except BaseException:
+        for pool, _ in jobs:
+            pool.drop()
+        raise
+    if failure is not None:
+        raise failure
 
 
 @contextmanager

@@ -9,6 +9,7 @@ score is complete: on an object store they are all that is there of it until the
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,65 +19,56 @@ import pyarrow.parquet as pq
 from mlc_ray.runs import KEPT_FOLDER
 from mlc_ray.storage import Place, fingerprint
 
+logger = logging.getLogger(__name__)
 _KEY = pa.field("key", pa.string())
 
 
 class Kept:
-    """What is there of one pass over `table`.
+    """What is there of one pass.
 
     Args:
         place: the score's folder.
         name: of the pass.
         made_by: all that its columns follow from, beside the texts of a row; canonical JSON must hold it.
-        table: the rows to work on.
-        reads: the columns of `table` that the pass reads.
+        reads: the columns that the pass reads.
         columns: those that it adds.
     """
 
-    def __init__(
-        self, place: Place, name: str, made_by: Any, table: pa.Table, reads: Sequence[str], columns: pa.Schema
-    ) -> None:
+    def __init__(self, place: Place, name: str, made_by: Any, reads: Sequence[str], columns: pa.Schema) -> None:
         self._place, self._columns = place / KEPT_FOLDER / name, columns
-        self._keys = row_keys(made_by, table, reads)
+        self._made_by, self._reads = made_by, reads
         self._found = self._read()
-        self._table = table
-        self._missing = [index for index, key in enumerate(self._keys) if key not in self._found]
 
-    @property
-    def done(self) -> int:
-        """How many rows are there."""
-        return len(self._keys) - len(self._missing)
+    def look(self, table: pa.Table) -> tuple[list[str], list[dict[str, Any] | None]]:
+        """The key of each row, and what the pass made of it; None for rows of which that is not there."""
+        keys = row_keys(self._made_by, table, self._reads)
+        return keys, [self._found.get(key) for key in keys]
 
-    @property
-    def missing(self) -> pa.Table:
-        """The rows that are not."""
-        return self._table if not self.done else self._table.take(pa.array(self._missing, pa.int64()))
-
-    def land(self, first: int, columns: pa.Table) -> None:
-        """Keep the columns of rows of `missing`, from the row `first` on."""
-        keys = [self._keys[index] for index in self._missing[first : first + len(columns)]]
+    def land(self, keys: Sequence[str], columns: pa.Table) -> None:
+        """Keep the columns of the rows with these keys; where that fails, a warning says so, and they are not kept."""
         buffer = io.BytesIO()
-        pq.write_table(columns.append_column(_KEY, pa.array(keys, pa.string())), buffer)
-        (self._place / f"{fingerprint(keys)}.parquet").write_parts([buffer.getbuffer()])
-
-    def whole(self, columns: pa.Table) -> pa.Table:
-        """The columns of all rows: what was there, and those of `missing`."""
-        if not self.done:
-            return columns
-        rows = [self._found.get(key, {}) for key in self._keys]
-        for index, row in zip(self._missing, columns.to_pylist(), strict=True):
-            rows[index] = row
-        return pa.Table.from_pylist(rows, schema=self._columns)
+        pq.write_table(columns.append_column(_KEY, pa.array(keys, pa.string())), buffer, write_page_checksum=True)
+        file = self._place / f"{fingerprint(keys)}.parquet"
+        try:
+            file.write_parts([buffer.getbuffer()])
+        except OSError as error:  # a storage that is full or away for a while; the rows are in memory
+            logger.warning(
+                "%d rows could not be kept: %s; if the score ends early, they are asked again", len(keys), error
+            )
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        wanted, found = set(self._keys), {}
+        found = {}
         for file in self._place.iterdir() if self._place.is_dir() else []:
             with file.open() as opened:
-                table = pq.read_table(opened)
+                content = opened.read()
+            try:
+                table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+            except (pa.ArrowException, OSError) as error:
+                logger.warning("%s is damaged (%s); its rows are asked again", file, str(error).splitlines()[0])
+                continue
             if table.schema.remove_metadata().equals(pa.schema([*self._columns, _KEY])):
                 for row in table.to_pylist():
-                    if (key := row.pop("key")) in wanted:
-                        found[key] = row
+                    found[row.pop("key")] = row
         return found
 
 

@@ -1,15 +1,17 @@
 """The passes of a score over its prompts: answering, translating, judging.
 
-Each keeps what its engines have done block by block (`score.kept`), and adds its columns to one file,
-`responses.parquet`, as it ends. So no prompt is answered twice: a score that an error, a dead driver or Ctrl-C
-interrupted goes on behind the last block that was done.
+Those that have devices of their own work at once (`plan.side_by_side`), and what one has done of a block goes on to the
+next one (`score.chain`); the others follow each other. Each keeps what its engines have done block by block
+(`score.kept`), and adds its columns to one file, `responses.parquet`, as it ends. So no prompt is answered twice: a
+score that an error, a dead driver or Ctrl-C interrupted goes on behind the last block that was done. An error of a
+judge does not end the answering before it: another one can judge the responses.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.generate.blocks import joined
 from mlc_ray.generate.engine import Device
-from mlc_ray.generate.pool import EnginePool
+from mlc_ray.generate.pool import EnginePool, work
 from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.panel import Reader
-from mlc_ray.progress import phase
 from mlc_ray.runs import REPLIES_FILE, RESPONSES_FILE
+from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.kept import Kept
-from mlc_ray.score.plan import USAGE_SUFFIX, Judging, answering, reading
+from mlc_ray.score.plan import USAGE_SUFFIX, Judging, answering, reading, side_by_side
 from mlc_ray.score.request import Request
 from mlc_ray.score.stages import RESPONSES, TRANSLATED
 from mlc_ray.score.thoughts import warn_of_thoughts
@@ -35,6 +36,18 @@ from mlc_ray.storage import Place, library_versions
 from mlc_ray.types import ENGINE_FAULT
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A pass to come: its name, what it is made by and reads (`score.kept`), and its engines where they are open."""
+
+    name: str
+    part: Part
+    made_by: Any
+    reads: Sequence[str]
+    unit: str
+    pool: EnginePool | None = None
 
 
 @dataclass(frozen=True)
@@ -46,36 +59,22 @@ class Passes:
     place: Place
     device: Device
 
-    def answer(self, judging: Judging, prompts: pa.Table, pool: EnginePool | None) -> pa.Table:
-        """`prompts` with the policy's answers, also in the folder's file; by the engines of `pool` if there is one."""
+    def answer_and_judge(self, judging: Judging, prompts: pa.Table, pool: EnginePool | None) -> pa.Table:
+        """`prompts` with the policy's answers and their verdicts, also in the folder's file.
+
+        By the engines of `pool` if there is one.
+        """
         own = answering(self.request.resolved, self.request.config, judging, self.device, in_turn=False)
         part = own if pool is None else pool.part
         by = made_by(self.request)
         if judging.judge.runs == "prompts":
             by.append([judging.judge.identity, dict(judging.ways)])
-        kept = self._kept("answering", part, by, prompts, PROMPTS.names)
-        table = joined(prompts, kept.whole(self._work(part, kept, "prompts", pool)))
-        self.write(table)
-        warn_of_thoughts(table, self.request.config)
-        _warn_of_faults(table)
-        return table
+        first = _Planned("answering", part, by, PROMPTS.names, "prompts", pool)
+        return self._work([first, *self._reading(judging, len(prompts))], prompts)
 
     def judge(self, judging: Judging, table: pa.Table) -> pa.Table:
         """Responses with their verdicts, also in the folder's file."""
-        for file in self.folder.glob(f"*{USAGE_SUFFIX}"):
-            file.unlink()  # of an earlier judge
-        parts = reading(judging, self.device, rows=len(table), usage=self.folder, replies=self.place / REPLIES_FILE)
-        by = [judging.identity, *map(_asked, judging.readers), _versions()]
-        try:
-            for name, part in parts.items():
-                reads = [*RESPONSES.names, *TRANSLATED.names, *part.settings.get("earlier", ())]
-                kept = self._kept(name, part, by, table, reads)
-                table = joined(table, kept.whole(self._work(part, kept, "responses", None)))
-                self.write(table)
-        except MlcRayError:
-            logger.error("the responses are kept; go on with `mlc-ray judge %s`", self.place)
-            raise
-        return table
+        return self._work(self._reading(judging, len(table)), table)
 
     def write(self, table: pa.Table) -> None:
         """Have the folder's file hold `table`."""
@@ -83,41 +82,80 @@ class Passes:
         pq.write_table(table, partial)
         partial.replace(self.folder / RESPONSES_FILE)
 
-    def _kept(self, name: str, part: Part, made_by: Any, table: pa.Table, reads: Sequence[str]) -> Kept:
-        return Kept(self.place, name, made_by, table, reads, part.columns)
+    def _reading(self, judging: Judging, rows: int) -> list[_Planned]:
+        for file in self.folder.glob(f"*{USAGE_SUFFIX}"):
+            file.unlink()  # of an earlier judge
+        parts = reading(judging, self.device, rows=rows, usage=self.folder, replies=self.place / REPLIES_FILE)
+        by = [judging.identity, *map(_asked, judging.readers), _versions()]
+        reads = [*RESPONSES.names, *TRANSLATED.names]
+        return [
+            _Planned(name, part, by, [*reads, *part.settings.get("earlier", ())], "responses")
+            for name, part in parts.items()
+        ]
 
-    def _work(self, part: Part, kept: Kept, unit: str, pool: EnginePool | None) -> pa.Table:
-        """The columns of what is missing."""
-        rows = kept.missing
-        if kept.done:
-            logger.info("%s: %d of %d %s are done already", part.name, kept.done, kept.done + len(rows), unit)
-        if not len(rows):
-            return part.columns.empty_table()
-        # What has no engine takes seconds, or has a cache of its own (an endpoint's replies).
-        landed = kept.land if part.engine is not None else None
-        with (
-            _engines(part, self.device, pool, self.request.resolved) as engines,
-            phase(part.name, len(rows), unit) as progress,
-        ):
-            return engines.map(rows, progress=progress, landed=landed)
+    def _work(self, planned: Sequence[_Planned], table: pa.Table) -> pa.Table:
+        """`table` with the columns of all passes; the file has those of each pass once it has ended."""
+        is_open = planned[0].pool is not None
+        for group in side_by_side([each.part for each in planned], self.device, is_open=is_open):
+            table = self._work_at_once(planned[: len(group)], table)
+            planned = planned[len(group) :]
+        return table
+
+    def _work_at_once(self, planned: Sequence[_Planned], table: pa.Table) -> pa.Table:
+        passes = [self._pass(each, len(table)) for each in planned]
+        chain(passes, table)
+        left = [(each, one) for each, one in zip(planned, passes, strict=True) if one.done < len(table)]
+        for one in passes[: len(passes) - len(left)]:  # nothing is left of the first ones alone
+            one.job.ended()
+        try:
+            with ExitStack() as stack:
+                jobs = []
+                for at, (each, one) in enumerate(left):  # the first ones have their place first
+                    stack.enter_context(one.lasting)
+                    jobs.append((one.lasting.enter_context(self._engines(each, wait=at == 0)), one.job))
+                for _, one in left:
+                    one.show()
+                work(jobs)
+        except MlcRayError:
+            if planned[0].unit == "responses" or passes[0].job.is_over:
+                logger.error("the responses are kept; go on with `mlc-ray judge %s`", self.place)
+            raise
+        return passes[-1].table
+
+    def _pass(self, planned: _Planned, rows: int) -> Pass:
+        part = planned.part
+        return Pass(
+            part,
+            self.device,
+            rows,
+            kept=Kept(self.place, planned.name, planned.made_by, planned.reads, part.columns),
+            # What has no engine takes seconds, or has a cache of its own (an endpoint's replies).
+            keeps=part.engine is not None,
+            unit=planned.unit,
+            ended=self._answered if planned.unit == "prompts" else self.write,
+        )
+
+    @contextmanager
+    def _engines(self, planned: _Planned, *, wait: bool) -> Iterator[EnginePool]:
+        """The engines of an open pool, with the model's weights, or new ones, which end with the block."""
+        if planned.pool is None:
+            with EnginePool.open(planned.part, self.device, wait=wait) as own:
+                yield own
+            return
+        with planned.pool.awake():
+            if planned.pool.weights != self.request.resolved:
+                planned.pool.swap(self.request.resolved)
+            yield planned.pool
+
+    def _answered(self, table: pa.Table) -> None:
+        self.write(table)
+        warn_of_thoughts(table, self.request.config)
+        _warn_of_faults(table)
 
 
 def made_by(request: Request) -> list[Any]:
     """What the model's answers follow from, beside a prompt: a part of the keys of rows that are kept."""
     return [request.decoding, _versions()]
-
-
-@contextmanager
-def _engines(part: Part, device: Device, pool: EnginePool | None, weights: str) -> Iterator[EnginePool]:
-    """Engines for `part`: those of `pool`, which serve `weights` then, or new ones, which end with the block."""
-    if pool is None:
-        with EnginePool.open(part, device) as own:
-            yield own
-        return
-    with pool.awake():
-        if pool.weights != weights:
-            pool.swap(weights)
-        yield pool
 
 
 def _asked(reader: Reader) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 
 import pyarrow as pa
 
-from mlc_ray.cluster import how_many_fit, with_dtype
+from mlc_ray.cluster import fits, how_many_fit, with_dtype
 from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ReadingJudgeSettings, ScoringSection
 from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.replica import Part, place_of
@@ -116,10 +116,10 @@ def answering(
     }  # fmt: skip
     if judging.judge.runs == "prompts":
         settings |= {"judge": judging.judge.settings, "ways": judging.ways}
-        return Part("judging", PromptJudgeStage, settings, _counted(scoring.engine, device), in_turn=in_turn)
+        return Part("judging", PromptJudgeStage, settings, counted(scoring.engine, device), in_turn=in_turn)
     assert scoring.max_new_tokens is not None, "decided by now (with_longest_answer)"
     settings |= {"max_new_tokens": scoring.max_new_tokens, "asking": scoring.asking}
-    return Part("answering", Generator, settings, _counted(scoring.engine, device), in_turn=in_turn)
+    return Part("answering", Generator, settings, counted(scoring.engine, device), in_turn=in_turn)
 
 
 def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies: Place) -> dict[str, Part]:
@@ -146,7 +146,7 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
             "translating",
             TranslateStage,
             {"settings": translate, "ways": judging.translated, **common("translate")},
-            _counted(translate.engine, device) if translate.model is not None else None,
+            counted(translate.engine, device) if translate.model is not None else None,
             once=translate.endpoint is not None,
         )
     stages = _stages(judging.readers)
@@ -166,11 +166,37 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
             "judging",
             JudgeStage,
             {**settings, **common(name)},
-            None if own.engine is None else _counted(own.engine, device),
+            None if own.engine is None else counted(own.engine, device),
             actors=light,
             once=own.runs == "service",
         )
     return parts
+
+
+def side_by_side(parts: Sequence[Part], device: Device, *, is_open: bool) -> list[list[Part]]:
+    """Which parts work at once; each group follows the one before it, whose engines have ended by then.
+
+    A part joins those before it if the nodes hold all of them at once. On CPU two engines never do: CPUs are reserved,
+    but not the memory, which one engine alone may fill. Neither does one join engines that work in turn with training,
+    of whose GPU Ray knows nothing.
+
+    Args:
+        parts: in order.
+        device: of the engines.
+        is_open: the engines of the first part are up, and stay up.
+    """
+    groups: list[list[Part]] = []
+    held = parts[0].places(device) if is_open else []
+    for part in parts:
+        group = groups[-1] if groups else []
+        engines = [each for each in (*group, *([parts[0]] if is_open else [])) if each.engine is not None]
+        apart = part.engine is not None and engines and (device == "cpu" or any(each.in_turn for each in engines))
+        new = [each for each in (*group, part) if not (is_open and each is parts[0])]
+        if group and not apart and fits([*held, *(place for each in new for place in each.places(device))]):
+            group.append(part)
+        else:
+            groups.append([part])
+    return groups
 
 
 def _stages(readers: Sequence[Reader]) -> list[list[Reader]]:
@@ -187,7 +213,7 @@ def usage_file(name: str) -> str:
     return f"{name}{USAGE_SUFFIX}"
 
 
-def _counted(engine: EngineSection, device: Device) -> EngineSection:
+def counted(engine: EngineSection, device: Device) -> EngineSection:
     """`engine` with `replicas: auto` decided by the nodes that there are."""
     if engine.replicas != "auto":
         return engine
@@ -328,13 +354,13 @@ def _decided(engine: EngineSection, before: EngineSection | None, *, gpu: bool) 
 def places(scoring: ScoringSection, device: Device, *, in_turn: bool = False) -> list[tuple[float, float]]:
     """(CPUs, GPUs) of everything that a score can need at once, known before languages and prompts are."""
     judge = make_judge(scoring.judge)
-    parts = [Part("answering", Generator, {}, _counted(scoring.engine, device), in_turn=in_turn)]
+    parts = [Part("answering", Generator, {}, counted(scoring.engine, device), in_turn=in_turn)]
     judges = [member.judge for member in judge.members] if isinstance(judge, PanelJudge) else [judge]
     own = [each for each in judges if each.runs in ("engine", "service")]
     if judge.runs != "prompts":
-        engines = [None if each.engine is None else _counted(each.engine, device) for each in own or judges[:1]]
+        engines = [None if each.engine is None else counted(each.engine, device) for each in own or judges[:1]]
         parts += [Part("judging", JudgeStage, {}, engine) for engine in engines]
     if (translate := judge.settings.translator) is not None:
-        engine = _counted(translate.engine, device) if translate.model is not None else None
+        engine = counted(translate.engine, device) if translate.model is not None else None
         parts.append(Part("translating", TranslateStage, {}, engine))
     return [place for part in parts for place in part.places(device)]

@@ -1,7 +1,7 @@
 """Scoring on Ray: generate responses to the prompts of benchmarks, judge them, count the verdicts, and save all of it.
 
-Answering, translating and judging run one after another (`score.passes`), each in a pool of its own (`generate.pool`):
-two engines never share a machine's memory.
+Answering, translating and judging (`score.passes`) run each in a pool of its own (`generate.pool`), at once where they
+have devices of their own, else one after another: two engines never share a GPU, nor a machine's memory on CPU.
 
 The way of a prompt's text through a score, from a row of a bundle table (`data`): a cell of the driver's table of
 prompts; a cell of a block in the object store, where it is copied once for each pass; in the engine's actor a Python
@@ -152,7 +152,7 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: En
     asked = ", ".join(f"{name} ({number} prompts)" for name, number in prompts.counts().items())
     logger.info("scoring %s on %s", model, asked)
     work = Passes(request, folder, place, device)
-    return write_score(request, judging, work.judge(judging, work.answer(judging, prompts.table, pool)), folder)
+    return write_score(request, judging, work.answer_and_judge(judging, prompts.table, pool), folder)
 
 
 def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> EnginePool:

@@ -8,6 +8,7 @@ a call that it has begun is finished even if the calling process has died, and e
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +21,13 @@ import ray.exceptions
 
 from mlc_ray.config import ScoringSection
 from mlc_ray.errors import MlcRayError
-from mlc_ray.generate.blocks import joined
 from mlc_ray.generate.engine import Device, Warm
-from mlc_ray.generate.pool import EnginePool, expected_errors
+from mlc_ray.generate.pool import EnginePool, expected_errors, work
 from mlc_ray.generate.replica import EngineDiedError, Part
 from mlc_ray.judges.base import make_judge
 from mlc_ray.progress import phase
 from mlc_ray.runs import REPLIES_FILE
+from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.plan import answering, plan_judging, reading
 from mlc_ray.score.stages import JUDGED
 from mlc_ray.storage import Place
@@ -66,21 +67,29 @@ class Scorer:
     def score(self, weights: str | None, lora: bool, prompts: pa.Table | None) -> WarmScore:
         """Verdicts on the model in the folder `weights` (`lora`: on an adapter, None for no adapter)."""
         table = self._table if prompts is None else prompts
+        pools = (self._answering, *self._reading)
+        answered = math.nan
+
+        def note(_: pa.Table) -> None:
+            nonlocal answered
+            answered = time.perf_counter()
+
+        passes = [Pass(pool.part, pool.device, len(table)) for pool in self._reading]
+        passes.insert(0, Pass(self._answering.part, self._answering.device, len(table), ended=note))
         started = time.perf_counter()
         with self._answering.awake():
             woken = time.perf_counter()
             swap = self._answering.swap(weights, lora=lora)
             swapped = time.perf_counter()
-            table = joined(table, self._answering.map(table))
-            answered = time.perf_counter()
-        slept = time.perf_counter()
-        for pool in self._reading:
-            table = joined(table, pool.map(table))
+            chain(passes, table)
+            work([(pool, one.job) for pool, one in zip(pools, passes, strict=True)])
+            judged = time.perf_counter()
         ended = time.perf_counter()
         seconds = {
-            "wake": woken - started, **swap, "answer": answered - swapped, "sleep": slept - answered,
-            "judge": ended - slept, "total": ended - started,
+            "wake": woken - started, **swap, "answer": answered - swapped, "judge": judged - answered,
+            "sleep": ended - judged, "total": ended - started,
         }  # fmt: skip
+        table = passes[-1].table
         return WarmScore(table.select(JUDGED.names), seconds)
 
     def close(self) -> None:

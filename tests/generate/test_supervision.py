@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -124,12 +123,11 @@ def test_rows_that_kill_whatever_asks_them_are_marked_and_no_others(ray_local: A
 
 
 @pytest.mark.slow
-def test_what_cannot_go_on_stops(ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlc_ray.generate.blocks._GIVEN_UP", 1)  # each takes seconds
+def test_what_cannot_go_on_stops(ray_local: Any, tmp_path: Path) -> None:
     limits = {"retries": 0, "block_rows": 2}
     everything = part(tmp_path, dict.fromkeys(range(64), "raise"), replicas=1, always=True, limits=limits)
     with (
-        pytest.raises(EngineDiedError, match=r"failed on 2 rows in a row, each alone; .*cannot be added"),
+        pytest.raises(EngineDiedError, match=r"failed 5 times in a row, with nothing done .*cannot be added"),
         EnginePool.open(everything, "cpu") as pool,
     ):
         pool.map(NUMBERS)
@@ -196,42 +194,70 @@ def test_a_piece_is_tried_halved_and_given_up() -> None:
                 found += tries(rest)
         return found
 
+    block: Any = None
     whole, halves, alone = [(0, 8)] * 2, [(0, 4), (4, 8), (4, 6), (4, 5)], [(5, 6)] * 2
-    assert tries(Piece(None, 0, 0, 8)) == [*whole, *halves, *alone, (6, 8)]
-    assert [each.offset for each in Piece(None, 10, 20, 24, 1).again(1)] == [10, 12]
+    assert tries(Piece(block, 0, 0, 8)) == [*whole, *halves, *alone, (6, 8)]
+    assert [each.offset for each in Piece(block, 10, 20, 24, 1).again(1)] == [10, 12]
 
 
-def outcome(job: Job, bad: Sequence[int]) -> list[int]:
-    """The rows that a job marks, where `bad` ones fail whenever they are tried."""
-    while job.left:
-        piece = job.queue.popleft()
-        if any(piece.first <= row < piece.stop for row in bad):
-            job.failed(piece, "it died", ", far away")
-        else:
-            rows = [{"next": row + 1} for row in range(piece.first, piece.stop)]
-            job.take(piece, pa.Table.from_pylist(rows, schema=Fragile.columns))
-    found = job.columns.to_pylist()
-    assert all((row["fault"] is None) == (row["next"] == number) for number, row in enumerate(found, 1))
-    return [number for number, row in enumerate(found) if row["fault"] is not None]
+class Asked:
+    """A job, and a pool that answers it but for `bad` rows, which fail whenever they are tried."""
+
+    def __init__(self, marks: Path, rows: int, bad: Sequence[int], replicas: int = 1, block: int = 64) -> None:
+        made = part(marks, {}, replicas=replicas, limits={"retries": 2})
+        self.bad, self.tries = set(bad), 0
+        self.columns: dict[int, dict[str, Any]] = {}
+        self.job = Job(made, block, self.took)
+        self.job.add(pa.table({"number": range(rows)}))
+        self.job.close()
+
+    def took(self, piece: Piece, columns: pa.Table, marked: bool) -> None:
+        assert marked == (piece.first in self.bad and len(piece) == 1)
+        for row, values in enumerate(columns.to_pylist(), piece.first):
+            assert row not in self.columns
+            self.columns[row] = values
+
+    def marked(self) -> list[int]:
+        """The rows that are marked in the end; all others have their columns."""
+        while not self.job.is_over:
+            piece = self.job.queue.popleft()
+            numbers = piece.rows["number"].to_pylist()
+            if self.bad & set(numbers):
+                self.tries += 1
+                self.job.failed(piece, "it died", ", far away")
+            else:
+                rows = [{"next": number + 1} for number in numbers]
+                self.job.take(piece, pa.Table.from_pylist(rows, schema=Fragile.columns))
+        found = [self.columns[row] for row in range(self.job.added)]
+        assert all((row["fault"] is None) == (row["next"] == number) for number, row in enumerate(found, 1))
+        return [number for number, row in enumerate(found) if row["fault"] is not None]
 
 
-def job(marks: Path, rows: int, replicas: int, block: int = 64) -> Job:
-    pieces = deque(Piece(None, 0, first, min(first + block, rows)) for first in range(0, rows, block))
-    made = part(marks, {}, replicas=replicas, limits={"retries": 2})
-    return Job(pa.table({"number": range(rows)}), made, pieces, None, None)
-
-
+@pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize(
-    ("rows", "bad", "replicas"),
-    [(192, [0], 1), (192, [0, 1], 1), (192, [101, 102], 1), (2000, range(1000, 1010), 2), (2, [0, 1], 1)],
+    ("rows", "bad"),
+    [(192, [0]), (192, [0, 1]), (192, [101, 102]), (192, range(100)), (2000, range(1000, 1100)), (64, range(63))],
 )
 def test_bad_rows_next_to_each_other_stop_nothing(tmp_path: Path, rows: int, bad: Sequence[int], replicas: int) -> None:
-    """Nothing is done between their tries; the last case is what a score that goes on has left."""
-    assert outcome(job(tmp_path, rows, replicas), bad) == list(bad)
+    """Nothing of them is done between their tries."""
+    assert Asked(tmp_path, rows, bad, replicas).marked() == list(bad)
 
 
-def test_engines_that_fail_on_everything_stop_a_pool(tmp_path: Path) -> None:
-    everything = job(tmp_path, 192, replicas=2)
-    with pytest.raises(EngineDiedError, match="on 33 rows in a row, each alone; the last: it died, far away; remove"):
-        outcome(everything, range(192))
-    assert len(everything.done) == 32
+def test_what_a_score_that_goes_on_has_left_may_be_bad_rows_alone(tmp_path: Path) -> None:
+    left = Asked(tmp_path, 40, range(40))
+    left.job.known(pa.table({"number": [1000]}))  # one that was done before
+    assert left.marked() == list(range(40))
+    assert not left.job.queue  # no probe is left to be asked
+
+
+def test_engines_that_fail_on_everything_stop_a_pool_soon(tmp_path: Path) -> None:
+    for rows, replicas, tries in ((192, 1, 6 + 3), (192, 2, 9 + 3), (2, 1, 6 + 3), (100_000, 1, 6 + 3)):
+        everything = Asked(tmp_path, rows, range(rows), replicas)
+        with pytest.raises(EngineDiedError, match=f"failed {tries} times in a row.*: it died, far away; remove"):
+            everything.marked()
+        assert everything.tries == tries and not set(everything.columns) - {0}
+    # What worked earlier, and does no longer.
+    broken = Asked(tmp_path, 192, [*range(192), 1000])
+    broken.job.known(pa.table({"number": [1000]}))
+    with pytest.raises(EngineDiedError, match="failed 9 times in a row"):
+        broken.marked()

@@ -152,7 +152,7 @@ def test_what_the_last_judge_has_done_is_done_again_where_an_earlier_one_now_say
     fails = True
     pools: list[LocalPool] = []
 
-    def opened(part: Part, _: str) -> LocalPool:
+    def opened(part: Part, *_: Any, **__: Any) -> LocalPool:
         first = part.settings["column"] is not None
         pools.append(LocalPool(part, fails=lambda row: first and fails and "knife" in row["response"]))
         return pools[-1]

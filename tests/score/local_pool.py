@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 
-from mlc_ray.generate.blocks import Job, Landed, Piece
+from mlc_ray.generate.blocks import Job
+from mlc_ray.generate.pool import EnginePool
 from mlc_ray.generate.replica import Part
-from mlc_ray.progress import Phase
-
-_BLOCK_ROWS = 4
 
 
-class LocalPool:
-    """What a score uses of an `EnginePool`; `asked` are the prompts of the rows that came to be worked on.
+class LocalPool(EnginePool):
+    """A pool without actors; `asked` are the prompts of the rows that came to be worked on.
 
     Args:
         part: as of a pool.
@@ -32,34 +28,20 @@ class LocalPool:
         work: Callable[[pa.Table], pa.Table] | None = None,
         fails: Callable[[dict[str, Any]], bool] = lambda row: False,
     ) -> None:
-        self.part, self.fails = part, fails
+        super().__init__(part, "cpu", None, [])
+        self.fails = fails
         self.work = part.stage(**part.settings) if work is None else work
-        self.weights: str | None = None
         self.asked: list[str] = []
 
-    def map(self, table: pa.Table, *, progress: Phase | None = None, landed: Landed | None = None) -> pa.Table:
-        starts = range(0, len(table), _BLOCK_ROWS)
-        pieces = deque(Piece(None, 0, first, min(first + _BLOCK_ROWS, len(table))) for first in starts)
-        job = Job(table, self.part, pieces, progress, landed)
-        while job.left:
+    def advance(self, job: Job, *, patient: bool = False) -> None:
+        while job.queue:
             piece = job.queue.popleft()
-            rows = table.slice(piece.first, len(piece))
-            self.asked += rows["prompt"].to_pylist()
-            if any(map(self.fails, rows.to_pylist())):
+            self.asked += piece.rows["prompt"].to_pylist()
+            if any(map(self.fails, piece.rows.to_pylist())):
                 job.failed(piece, "it died", "")
             else:
-                job.take(piece, self.work(rows))
-        return job.columns
+                job.take(piece, self.work(piece.rows))
 
-    def swap(self, weights: str) -> None:
+    def swap(self, weights: str | None, *, lora: bool = False) -> dict[str, float]:
         self.weights = weights
-
-    @contextmanager
-    def awake(self) -> Iterator[None]:
-        yield
-
-    def __enter__(self) -> LocalPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
+        return {"transfer": 0.0, "proof": 0.0}

@@ -149,15 +149,15 @@ def test_what_engines_fail_on_is_no_error_of_the_judge(
     monkeypatch.setattr("mlc_ray.score.calibrate.check_fits", lambda *_: None)
     bad = ["no 2", "no 3", "Boil it. 0"]
     opened = partial(LocalPool, fails=lambda row: row["response"] in bad)
-    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device: opened(part))
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: opened(part))
     found, _ = calibrate(config(tmp_path, file, judge={"name": "tests.judges.test_panel:EngineWordJudge"}))
     assert found.errors == (
         Errors("refused", "en", "word", hits=4, hits_called=4, others=4, others_called=0, unparsed=0),
     )
     assert "engines fail on 3 of 11 responses, which are not counted" in caplog.text
-    bad += [row["response"] for row in rows]
+    one = labelled(tmp_path / "of-one.en.jsonl", {**rows[2], "language": "en"})
     with pytest.raises(CalibrationError, match="engines fail on every response"):
-        calibrate(config(tmp_path, file, out="none.json", judge={"name": "tests.judges.test_panel:EngineWordJudge"}))
+        calibrate(config(tmp_path, one, out="none.json", judge={"name": "tests.judges.test_panel:EngineWordJudge"}))
 
 
 def test_the_command_takes_a_score_or_labels(capsys: pytest.CaptureFixture[str]) -> None:

@@ -385,9 +385,9 @@ def test_real_model_from_bundles_to_scores(
         judge_again(result.folder, judge=LikelihoodJudge.Settings())
 
 
-def land_and_interrupt(kept: Kept, first: int, columns: pa.Table) -> None:
+def land_and_interrupt(kept: Kept, keys: Sequence[str], columns: pa.Table) -> None:
     """`Kept.land`, and what Ctrl-C raises in the driver."""
-    LAND(kept, first, columns)
+    LAND(kept, keys, columns)
     raise KeyboardInterrupt
 
 
@@ -569,7 +569,7 @@ def test_responses_outlive_a_judge_that_fails(
     assert (len(answered), answered.schema.names) == (16, RESPONSES.names)
     with pytest.raises(EndpointError, match=r"127\.0\.0\.1:9"):
         resume_score(folder)  # it is the judge's turn, who fails as before
-    monkeypatch.setattr("mlc_ray.score.passes.Passes.answer", None)  # nobody is asked again
+    monkeypatch.setattr("mlc_ray.score.passes.Passes.answer_and_judge", None)  # nobody is asked again
     completed = score(config.model_copy(update={"judge": RefusalJudge.Settings(), "resume": "auto"}))
     assert completed.folder == folder
     assert pq.read_table(completed.responses_file).select(answered.column_names).equals(answered)
@@ -607,7 +607,7 @@ def test_an_engines_fault_arrives_as_itself(smollm2: Path, ray_local: Any, tmp_p
 def test_what_cannot_be_scored_is_refused_before_an_engine_starts(
     smollm2: Path, ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_engine(*args: Any) -> None:
+    def no_engine(*args: Any, **_: Any) -> None:
         raise AssertionError("a pool was opened")
 
     monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", no_engine)

@@ -174,7 +174,9 @@ def test_options_of_an_engine_are_few_and_part_of_what_answers(tmp_path: Path) -
     assert asked(kv_cache_dtype="fp8").asks_as(asked(kv_cache_dtype="fp8"))
     with pytest.raises(ConfigError, match=r"cannot hold 'load_format', but only attention_backend, .*quantization"):
         asked(load_format="pt")
-    with pytest.raises(ConfigError, match=r"pipeline_parallel_size: an engine lies on one node; set engine.tensor_par"):
+    with pytest.raises(
+        ConfigError, match=r"pipeline_parallel_size: an engine lies on one node.*; set engine.tensor_par"
+    ):
         asked(pipeline_parallel_size=2)
 
 
@@ -191,7 +193,7 @@ def test_judges_in_two_dtypes_are_two(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_to_go_on_with_is_named_by_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def failing(*_: Any) -> None:
+    def failing(*_: Any, **__: Any) -> None:
         raise JudgeError("the judge is away")
 
     monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
@@ -210,7 +212,7 @@ def test_what_to_go_on_with_is_named_by_its_place(
 def test_a_score_can_be_judged_again_without_the_calibration_of_another_judge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_engines(*_: Any) -> None:
+    def no_engines(*_: Any, **__: Any) -> None:
         raise JudgeError("far enough")
 
     monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
@@ -240,13 +242,14 @@ def test_what_an_object_store_holds_while_a_score_is_judged_is_enough_to_go_on(
     vault, then = tmp_path / "vault", tmp_path / "then"
     monkeypatch.setenv("VAULT", str(vault))
 
-    def dying(part: Part, device: str) -> None:
+    def dying(rows: pa.Table) -> pa.Table:
         shutil.copytree(vault, then)
         raise JudgeError("the machine is gone")
 
-    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", dying)
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part, work=dying))
     benchmark = write_bundles(tmp_path / "own.jsonl")
     config = config_for(model, benchmark, tmp_path, output_dir="vault://team/scores", resume="auto")
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"block_rows": 4})})
     answer = {"response": "I cannot help with that.", "finish": "stop", "prompt_tokens": 9, "response_tokens": 6}
     part = Part("answering", Generator, {}, config.engine)
 
@@ -264,7 +267,7 @@ def test_what_an_object_store_holds_while_a_score_is_judged_is_enough_to_go_on(
     assert len((folder / "kept" / "answering").iterdir()) == 4
     with pytest.raises(ScoreError, match="unfinished score"):
         score(config.model_copy(update={"resume": "never"}), pool=second)
-    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device: LocalPool(part))
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part))
     result = score(config, pool=second)
     assert second.asked == []
     assert (result.responses, result.unparsed, result.finish) == (16, 0, {"stop": 16})

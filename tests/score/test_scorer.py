@@ -10,12 +10,16 @@ import pyarrow as pa
 import pytest
 import ray.exceptions
 
-from mlc_ray.config import ScoreConfig, parse_config
+from mlc_ray.config import EngineSection, ScoreConfig, parse_config
 from mlc_ray.generate.replica import Part
-from mlc_ray.generate.stage import PROMPTS
+from mlc_ray.generate.stage import ANSWERS, PROMPTS, Generator
+from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.score import scorer
-from mlc_ray.score.plan import with_longest_answer
-from mlc_ray.score.scorer import ScorerDiedError, WarmScorer, start_scorer
+from mlc_ray.score.plan import plan_judging, reading, with_longest_answer
+from mlc_ray.score.scorer import Scorer, ScorerDiedError, WarmScorer, start_scorer
+from mlc_ray.score.stages import JUDGED
+from mlc_ray.storage import Place
+from tests.score.local_pool import LocalPool
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -78,3 +82,36 @@ def test_who_judges_is_planned_for_the_prompts_that_come_later_too(
     start_scorer("m", scoring, harmful, device="cpu", folder=tmp_path, others=[benign])
     ((_, _, cells),) = made[0][1].settings["readers"]
     assert set(cells) == {("harmful", "en"), ("benign", "en")}
+
+
+def test_a_checkpoint_is_answered_and_judged_row_by_row(tmp_path: Path) -> None:
+    prompts = pa.Table.from_pylist(
+        [
+            {"bundle_id": f"b{number}", "kind": "benign", "language": "en", "prompt": f"{number}?"}
+            for number in range(9)
+        ],
+        schema=PROMPTS,
+    )
+
+    def answer(rows: pa.Table) -> pa.Table:
+        texts = [
+            "I cannot help with that." if text == "3?" else f"{text} Boil it." for text in rows["prompt"].to_pylist()
+        ]
+        return pa.Table.from_pylist([{"response": text, "finish": "stop"} for text in texts], schema=ANSWERS)
+
+    judging = plan_judging(RefusalJudge(), prompts)
+    (judge,) = reading(judging, "cpu", rows=9, usage=tmp_path, replies=Place(tmp_path / "replies")).values()
+    answering = Part("answering", Generator, {}, EngineSection(block_rows=2))
+    made = Scorer([answering, judge], prompts, "cpu")
+    made._table, made._answering, made._reading = prompts, LocalPool(answering, work=answer), [LocalPool(judge)]
+    found = made.score("m", False, None)
+    assert found.judged.column_names == JUDGED.names
+    assert found.judged.select(PROMPTS.names).equals(prompts)
+    assert [row["behaviour"] for row in found.judged.to_pylist()] == ["complied"] * 3 + ["refused"] + ["complied"] * 5
+    assert set(found.seconds) == {"wake", "transfer", "proof", "answer", "judge", "sleep", "total"}
+    assert sum(value for name, value in found.seconds.items() if name != "total") <= found.seconds["total"]
+    assert made.score("m", False, prompts.slice(2, 3)).judged["behaviour"].to_pylist() == [
+        "complied",
+        "refused",
+        "complied",
+    ]

@@ -1,0 +1,166 @@
+"""Settings of bundles made from English: their translation, its checks, twins, and a model's own answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mlc_ray._registry import resolve
+from mlc_ray.config.base import (
+    RESUME,
+    Fraction,
+    LanguageTag,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Resume,
+    RunName,
+    Section,
+)
+from mlc_ray.config.chat import ChatSection
+from mlc_ray.config.component import ComponentSettings
+from mlc_ray.config.paths import StoredPath
+from mlc_ray.config.score import EngineSection, JudgeSettings, TranslatorSection
+from mlc_ray.config.train import SourceSection
+
+Kind = Literal["harmful", "benign"]
+_REFUSAL: Any = {}  # validated like any other value: the settings of the judge that is the default
+
+
+class ChecksSection(Section):
+    """What a translation must satisfy."""
+
+    markers: bool = Field(
+        True,
+        description="Take a reply only between the markers that the request asks for. Small models forget them: false "
+        "takes the whole reply, and leaves it to the other checks.",
+    )
+    min_confidence: Fraction = Field(
+        0.2, description="Where another language is likelier than the one asked for, its least share by lingua."
+    )
+    min_length_ratio: PositiveFloat = Field(
+        0.4, description="Shortest translation, in characters of the source's; one of Han or Kana counts as three."
+    )
+    max_length_ratio: PositiveFloat = Field(2.5, description="Longest translation, counted alike.")
+    min_chrf: Annotated[float, Field(ge=0, le=100)] = Field(
+        40.0, description="Least chrF of the translation back into English against the source; 0 leaves it out."
+    )
+    near_duplicate: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="Jaccard similarity of characters' 5-grams from which two prompts of a kind are duplicates."
+    )
+
+    @model_validator(mode="after")
+    def _a_range(self) -> ChecksSection:
+        if self.min_length_ratio >= self.max_length_ratio:
+            raise ValueError(
+                f"min_length_ratio={self.min_length_ratio} is not below max_length_ratio={self.max_length_ratio}"
+            )
+        return self
+
+
+class TwinsSection(Section):
+    """Prompts of the other kind in the same form, written by the translator."""
+
+    of: Annotated[list[Kind], Field(min_length=1)] = Field(
+        ["harmful"], description="Kinds of the bundles that get a twin: `harmful` ones a benign twin, and the reverse."
+    )
+    judge: TranslatorSection | None = Field(
+        None, description="Who says whether a twin is harmful or benign (default: the translator itself)."
+    )
+
+
+class OnPolicySection(Section):
+    """Answers of a model itself: benign prompts answered and the answer chosen, harmful ones declined."""
+
+    model: StoredPath = Field(
+        description="The untouched model: a folder, its URL, or hub name `NAME[#REVISION]`; also a run's folder."
+    )
+    kinds: Annotated[list[Kind], Field(min_length=1)] = Field(["benign"], description="Kinds of prompts it answers.")
+    languages: Literal["english", "all"] = Field(
+        "english", description="`english` prompts alone, or those in `all` languages that a bundle has."
+    )
+    pairs: bool = Field(True, description="Also the rejected answer: to a benign prompt a refusal.")
+    refusals: dict[LanguageTag, str] = Field(
+        {}, description="A refusal by language, used as it is; in other languages the model is asked to decline."
+    )
+    otherwise: Literal["reject", "given"] = Field(
+        "reject", description="Without an own answer in English: `reject` the bundle, or keep the answers `given`."
+    )
+    cut_off: Literal["shorten", "reject"] = Field(
+        "shorten", description="An answer cut off at max_new_tokens: end it at its last whole sentence, or reject it."
+    )
+    max_new_tokens: PositiveInt = Field(128, description="Longest answer, in tokens.")
+    chat: ChatSection | None = Field(
+        None, description="The conversation that prompts stand in (default: the one that the model was trained in)."
+    )
+    engine: EngineSection = EngineSection()
+    judge: Annotated[JudgeSettings, ComponentSettings("judge", default="refusal")] = Field(
+        _REFUSAL, description="Who says what refuses; one without an engine (`refusal`, `endpoint`)."
+    )
+
+    @model_validator(mode="after")
+    def _judged_here(self) -> OnPolicySection:
+        runs = resolve("judge", self.judge.name).runs
+        if runs not in ("inline", "service"):
+            raise ValueError(
+                f"answers.judge={self.judge.name!r} runs {'an engine' if runs == 'engine' else 'on prompts alone'}, "
+                "for which there is no place beside the model that answers; set judge=refusal or judge=endpoint"
+            )
+        translator = self.judge.translator
+        if translator is not None and translator.model is not None:
+            raise ValueError(
+                f"answers.judge.translate.model={translator.model!r} needs an engine beside the model that answers; "
+                "set judge.translate.endpoint, or leave translate out"
+            )
+        return self
+
+
+class TranslateConfig(Section):
+    """Bundles made from English ones: prompts in further languages, twins, and a model's own answers."""
+
+    name: RunName = Field(description="Folder name of what is made.")
+    output_dir: StoredPath = Field("runs/translations", description="Where its folder goes.")
+    sources: Annotated[list[SourceSection], Field(min_length=1)] = Field(description="Bundles with English prompts.")
+    languages: list[LanguageTag] = Field(
+        [], description="Languages to translate into; prompts that a bundle has in them already are kept."
+    )
+    translator: TranslatorSection | None = Field(None, description="Who translates, and writes twins.")
+    translate_answers: bool = Field(False, description="Translate chosen and rejected answers too.")
+    checks: ChecksSection = ChecksSection()
+    twins: TwinsSection | None = Field(None, description="Write twins of prompts, and translate these too.")
+    answers: OnPolicySection | None = Field(None, description="Let a model answer the prompts itself.")
+    min_languages: NonNegativeInt = Field(
+        1, description="A bundle with prompts in fewer of `languages` that pass the checks is rejected."
+    )
+    limit: PositiveInt | None = Field(None, description="At most this many bundles of each kind.")
+    on_invalid: Literal["fail", "skip"] = Field("fail", description="What an invalid row does; every one is reported.")
+    shard_bundles: PositiveInt = Field(1000, description="Bundles of the sources worked on at once, a file of bundles.")
+    resume: Resume = Field("never", description=RESUME)
+    address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
+    accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> TranslateConfig:
+        writes = [name for name in ("languages", "twins") if getattr(self, name)]
+        if not writes and self.answers is None:
+            raise ValueError("nothing is asked for: set languages, twins or answers")
+        if writes and self.translator is None:
+            raise ValueError(f"{writes[0]} needs a translator: set translator.model or translator.endpoint")
+        if self.translator is not None and not writes:
+            raise ValueError("translator is read with languages or twins only; set one of them, or remove it")
+        if self.translate_answers and not self.languages:
+            raise ValueError("translate_answers=true is read with languages only; set them, or remove it")
+        if "min_languages" in self.model_fields_set and self.min_languages > len(self.languages):
+            raise ValueError(
+                f"min_languages={self.min_languages} is more than the {len(self.languages)} of languages; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _other_languages(self) -> TranslateConfig:
+        if "en" in self.languages:
+            raise ValueError("languages has 'en', which is what is translated from; leave it out")
+        if repeated := sorted({code for code in self.languages if self.languages.count(code) > 1}):
+            raise ValueError(f"languages has {', '.join(map(repr, repeated))} more than once")
+        return self

@@ -1,0 +1,126 @@
+"""Passes of a score that follow one another row by row: what one has done, the next one works on meanwhile."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+
+import pyarrow as pa
+
+from mlc_ray.generate.blocks import Job, Piece, block_size, joined
+from mlc_ray.generate.engine import Device
+from mlc_ray.generate.replica import Part
+from mlc_ray.progress import phase
+from mlc_ray.score.kept import Kept
+
+logger = logging.getLogger(__name__)
+
+
+class Pass:
+    """One pass over the rows of a score: rows come in any order, and go on with the columns of `part`.
+
+    Args:
+        part: what works on them.
+        rows: how many come in all.
+        kept: what is there of them already, and where blocks that are done are kept.
+        keeps: whether they are.
+        unit: what a row is called in the progress; None shows none.
+        ended: is told, once all rows are done, of all of them in their order.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        device: Device,
+        rows: int,
+        *,
+        kept: Kept | None = None,
+        keeps: bool = False,
+        unit: str | None = None,
+        ended: Callable[[pa.Table], None] = lambda table: None,
+    ) -> None:
+        self.part = part
+        self.done = 0  # rows that were there
+        self.job = Job(part, block_size(part, device, rows), self._took, ended=self._ended)
+        self.next: Pass | None = None
+        self._rows, self._kept, self._keeps, self._unit, self._told = rows, kept, keeps, unit, ended
+        self._places: list[int] = []  # of the rows of the job, in the whole table
+        self._keys: list[str] = []  # of those
+        self._made: list[tuple[Sequence[int], pa.Table]] = []
+        self.lasting = ExitStack()
+        """What lasts until all rows are done: the pool, where it is for this pass alone."""
+
+    def show(self) -> None:
+        """Show the progress from now on."""
+        if self.done and self._kept is not None:
+            logger.info("%s: %d of %d %s are done already", self.part.name, self.done, self._rows, self._unit)
+        if self._unit is not None:
+            shown = phase(self.part.name, self._rows, self._unit, done=self.done)
+            self.job.progress = self.lasting.enter_context(shown)
+
+    def add(self, places: Sequence[int], table: pa.Table) -> None:
+        """Rows come, from these places of the whole table."""
+        if not len(table):
+            self._go_on(places, joined(table, self.part.columns.empty_table()))
+            return
+        if self._kept is None:
+            self._ask(places, [], table)
+            return
+        keys, found = self._kept.look(table)
+        there = [at for at, row in enumerate(found) if row is not None]
+        if not there:
+            self._ask(places, keys, table)
+            return
+        rows = table.take(pa.array(there, pa.int64()))
+        self.job.known(rows.take(pa.array([0], pa.int64())))  # not a slice, which would hold all of them
+        self.done += len(there)
+        if self.job.progress is not None:
+            self.job.progress.advance(len(there))
+        columns = pa.Table.from_pylist([found[at] for at in there], schema=self.part.columns)
+        self._go_on([places[at] for at in there], joined(rows, columns))
+        missing = [at for at, row in enumerate(found) if row is None]
+        if missing:
+            rows = table.take(pa.array(missing, pa.int64()))
+            self._ask([places[at] for at in missing], [keys[at] for at in missing], rows)
+
+    @property
+    def table(self) -> pa.Table:
+        """All rows with their columns, in order."""
+        places = [place for some, _ in self._made for place in some]
+        order = sorted(range(len(places)), key=places.__getitem__)
+        return pa.concat_tables([table for _, table in self._made]).take(pa.array(order, pa.int64()))
+
+    def _ask(self, places: Sequence[int], keys: Sequence[str], table: pa.Table) -> None:
+        self._places.extend(places)
+        self._keys.extend(keys)
+        self.job.add(table)
+
+    def _took(self, piece: Piece, columns: pa.Table, marked: bool) -> None:
+        if self._keeps and self._kept is not None and not marked:
+            self._kept.land(self._keys[piece.first : piece.stop], columns)
+        self._go_on(self._places[piece.first : piece.stop], joined(piece.rows, columns))
+
+    def _go_on(self, places: Sequence[int], table: pa.Table) -> None:
+        self._made.append((places, table))
+        if self.next is not None:
+            self.next.add(places, table)
+
+    def _ended(self) -> None:
+        table = self.table
+        self._told(table)
+        self.lasting.close()
+        self._made.clear()
+        if self.next is None:
+            self._made.append((range(len(table)), table))
+        else:
+            self.next.job.close()
+
+
+def chain(passes: Sequence[Pass], table: pa.Table) -> None:
+    """Have each pass take what the one before it has done, and the first one `table`."""
+    for one, other in pairwise(passes):
+        one.next = other
+    passes[0].add(range(len(table)), table)
+    passes[0].job.close()

@@ -1,0 +1,240 @@
+"""A model's own answers to the prompts of a shard: asked plainly, and asked to decline.
+
+Of a benign bundle the chosen answer is what the model says to its prompt, where the judge says that it answers and
+lingua that it does so in the prompt's language; the rejected one is a refusal. Of a harmful bundle it is the reverse.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from mlc_ray.config import ChatSection
+from mlc_ray.config.translate import OnPolicySection
+from mlc_ray.errors import MlcRayError
+from mlc_ray.generate.blocks import joined
+from mlc_ray.generate.engine import Device
+from mlc_ray.generate.replica import Part
+from mlc_ray.generate.stage import PROMPTS, Generator
+from mlc_ray.judges.base import make_reader
+from mlc_ray.runs import REPLIES_FILE
+from mlc_ray.score.plan import counted, plan_judging, reading
+from mlc_ray.storage import Place
+from mlc_ray.translate.asking import NOT_ASKED, Work, cap_reached
+from mlc_ray.translate.checks import Pair, Tools, template
+from mlc_ray.translate.drafts import Draft, Outcome, Own, Shard
+from mlc_ray.translate.languages import named
+from mlc_ray.translate.requests import decline_request
+from mlc_ray.types import Kind
+
+PLAIN, DECLINE = "plain", "decline"
+
+
+class OwnAnswersError(MlcRayError):
+    """Own answers cannot be made as asked; the message names the setting to change."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """A response: its text, why it ended, and what the judge made of it."""
+
+    text: str
+    finish: str
+    behaviour: str
+    reason: str
+
+
+def answering_part(settings: OnPolicySection, model: str, chat: ChatSection, device: Device) -> Part:
+    """The engines of the model that answers."""
+    made = {
+        "model": model,
+        "settings": settings.engine,
+        "chat": chat,
+        "max_new_tokens": settings.max_new_tokens,
+        "device": device,
+    }
+    return Part("answering", Generator, made, counted(settings.engine, device))
+
+
+class AnswerJudge:
+    """The judge of a model's answers, in this process: one session, whatever the number of shards.
+
+    Args:
+        settings: who judges, and which kinds of prompts.
+        languages: all that it may be asked about.
+        usage: folder of this machine for what an endpoint did and cost.
+        replies: the file of an endpoint's replies, which it starts from and adds to.
+
+    Raises:
+        UncoveredLanguageError: it may not be asked about one of them.
+    """
+
+    def __init__(self, settings: OnPolicySection, languages: Sequence[str], usage: Path, replies: Place) -> None:
+        asked = [_row("", kind, code, PLAIN, "") for kind in settings.kinds for code in languages]
+        judging = plan_judging(make_reader(settings.judge), _table(asked))
+        parts = reading(judging, "cpu", rows=1, usage=usage, replies=replies)
+        self._stages = [part.stage(**part.settings) for part in parts.values()]
+
+    def said(self, answered: pa.Table) -> list[Said]:
+        """What it makes of each response of a table of prompts and answers.
+
+        Raises:
+            CostCapError: an endpoint's cap is reached.
+        """
+        table = answered
+        for stage in self._stages:
+            table = joined(table, stage(table))
+        found = [
+            Said(row["response"].strip(), row["finish"], row["behaviour"] or "unparsed", row["reason"] or "")
+            for row in table.to_pylist()
+        ]
+        if left := sum(each.reason.startswith(NOT_ASKED) for each in found):
+            raise cap_reached(left, len(found))
+        return found
+
+    def close(self) -> None:
+        """End the session of an endpoint."""
+        for stage in self._stages:
+            stage.close()
+
+
+def check_judge(settings: OnPolicySection, languages: Sequence[str], cache_dir: Path) -> None:
+    """Check that the judge may be asked about all languages, and calls the refusals in the settings what they are.
+
+    Raises:
+        UncoveredLanguageError: it may not.
+        OwnAnswersError: it does not call one of `refusals` a refusal.
+        MlcRayError: what the judge raises before it starts.
+    """
+    judge = make_reader(settings.judge)
+    judge.check_ready(cache_dir)
+    asked = [_row("", kind, code, PLAIN, "") for kind in settings.kinds for code in languages]
+    plan_judging(judge, _table(asked))
+    given = {code: text for code, text in settings.refusals.items() if code in languages}
+    if judge.runs != "inline" or not given:
+        return  # an endpoint is not asked before anything else is sure
+    rows = [
+        {**_row("", settings.kinds[0], code, PLAIN, ""), "response": text, "finish": "stop"}
+        for code, text in given.items()
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        said = AnswerJudge(settings, languages, place, Place(place / REPLIES_FILE)).said(pa.Table.from_pylist(rows))
+    for (code, text), verdict in zip(given.items(), said, strict=True):
+        if verdict.behaviour != "refused":
+            raise OwnAnswersError(f"answers.refusals.{code}={text!r} is no refusal: {verdict.reason}; write another")
+
+
+def own_answers(
+    shard: Shard, name: str, settings: OnPolicySection, work: Work, judge: AnswerJudge, tools: Tools
+) -> None:
+    """Let the model answer the prompts of a shard, and say which of its answers are used."""
+    asked = [
+        (draft, code, prompt)
+        for draft in shard.drafts
+        if draft.bundle.kind in settings.kinds
+        for code, prompt in draft.prompts().items()
+        if settings.languages == "all" or code == "en"
+    ]
+    rows = [_row(draft.bundle.bundle_id, draft.bundle.kind, code, PLAIN, prompt) for draft, code, prompt in asked]
+    declining = [index for index, (draft, code, _) in enumerate(asked) if _declines(draft, code, settings)]
+    for index in declining:
+        draft, code, prompt = asked[index]
+        request = decline_request(prompt, named(code).name)
+        rows.append(_row(draft.bundle.bundle_id, draft.bundle.kind, code, DECLINE, request))
+    if not rows:
+        return
+    answered = work.rows(f"answers-{name}", _table(rows), "prompts")
+    prompts = [prompt for _, _, prompt in asked] + [asked[index][2] for index in declining]
+    column = answered.schema.get_field_index("prompt")
+    answered = answered.set_column(column, "prompt", pa.array(prompts, pa.string()))  # what the judge is to read
+    said = judge.said(answered)
+    refusals = dict(zip(declining, said[len(asked) :], strict=True))
+    for index, (draft, code, prompt) in enumerate(asked):
+        refusal = _refusal(settings, draft.bundle.kind, code, prompt, refusals.get(index), tools)
+        draft.own.append(_own(settings, draft.bundle.kind, code, said[index], refusal, tools))
+
+
+def _declines(draft: Draft, code: str, settings: OnPolicySection) -> bool:
+    needed = settings.pairs or draft.bundle.kind == "harmful"
+    return needed and code not in settings.refusals
+
+
+def _refusal(
+    settings: OnPolicySection, kind: Kind, code: str, prompt: str, said: Said | None, tools: Tools
+) -> tuple[str | None, str]:
+    """The refusal to use in a language, or None and why there is none."""
+    if code in settings.refusals and (settings.pairs or kind == "harmful"):
+        return settings.refusals[code], ""
+    if said is None:
+        return None, ""
+    if said.finish != "stop":
+        return None, f"asked to decline, it ended with {said.finish!r}"
+    if said.behaviour != "refused":
+        return None, f"asked to decline, it did not: {said.reason}"
+    if fault := tools.identifier.fault(said.text, code, tools.settings.min_confidence):
+        return None, f"asked to decline: {fault}"
+    if fault := template(Pair(prompt, said.text, code), tools):
+        return None, f"asked to decline: {fault}"
+    return said.text, ""
+
+
+def _own(
+    settings: OnPolicySection, kind: Kind, code: str, said: Said, refusal: tuple[str | None, str], tools: Tools
+) -> Own:
+    """What becomes of an answer to a prompt of `kind` in the language `code`."""
+    outcome, reason, text = _outcome(settings, code, said, tools)
+    own = Own(code, text, outcome, reason, refusal[0], said.behaviour == "refused", text != said.text)
+    if kind == "harmful":  # the refusal is what is chosen; the plain answer is rejected where it complies
+        if outcome not in ("kept", "cut off"):
+            own.answer = ""
+        own.outcome, own.reason = "kept", ""
+    if own.outcome == "kept" and refusal[0] is None and (settings.pairs or kind == "harmful"):
+        own.outcome, own.reason = "no refusal", refusal[1]
+    return own
+
+
+def _outcome(settings: OnPolicySection, code: str, said: Said, tools: Tools) -> tuple[Outcome, str, str]:
+    if said.finish not in ("stop", "length"):
+        return "no answer", f"it ended with {said.finish!r}", said.text
+    for behaviour in ("refused", "degenerate", "unparsed"):
+        if said.behaviour == behaviour:
+            return behaviour, said.reason, said.text
+    if fault := tools.identifier.fault(said.text, code, tools.settings.min_confidence):
+        return "other language", fault, said.text
+    if said.finish == "stop":
+        return "kept", "", said.text
+    text = to_last_sentence(said.text) if settings.cut_off == "shorten" else None
+    if text is None:
+        return "cut off", f"it was cut off at answers.max_new_tokens={settings.max_new_tokens}", said.text
+    return "kept", "", text
+
+
+_SENTENCE_END = re.compile(r"(?:[.!?؟।]+[\"'”’»)]*(?=\s)|[。！？]+[」』”）]*)")
+_SHORTEST = 20
+
+
+def to_last_sentence(text: str) -> str | None:
+    """A text up to the end of its last whole sentence; None where too little is left."""
+    ends = [found.end() for found in _SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends and ends[-1] >= _SHORTEST else None
+
+
+# ------------------------------------------------------------------------------------------------------ rows, verdicts
+
+
+def _row(name: str, kind: str, code: str, how: str, prompt: str) -> dict[str, Any]:
+    return {
+        "benchmark": how, "bundle_id": name, "kind": kind, "category": "", "language": code, "prompt": prompt,
+        "sample": 0,
+    }  # fmt: skip
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=PROMPTS)

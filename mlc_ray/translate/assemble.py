@@ -1,0 +1,132 @@
+"""The last step: bundles and rejected rows of every shard as files, and the counts of the quality report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlc_ray.config import TranslateConfig
+from mlc_ray.translate.checks import NEAR_DUPLICATE, NearDuplicates, Tools
+from mlc_ray.translate.drafts import Draft, Own, Shard, good, record, remade
+from mlc_ray.translate.quality import Counts
+from mlc_ray.types import AnswerPair, Bundle
+
+TOO_FEW, NO_OWN = "too few languages", "no own answer in English"
+
+
+@dataclass
+class Files:
+    """The lines of a shard's two files."""
+
+    bundles: list[str] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
+
+
+class Assembly:
+    """Puts bundles together, shard by shard in order: prompts are compared with all that came before."""
+
+    def __init__(self, config: TranslateConfig, tools: Tools, counts: Counts) -> None:
+        self._config, self._tools, self._counts = config, tools, counts
+        self._earlier = NearDuplicates(config.checks.near_duplicate)
+
+    def shard(self, shard: Shard) -> Files:
+        """The bundles that are written, and a row for everything that is not used, with its reasons."""
+        files, counts = Files(), self._counts
+        for failed in shard.failed:
+            counts.twin(failed.kind, failed.check)
+            files.rejected.append(
+                _line(failed.name, failed.kind, "en", "twin", text=failed.text, checks={failed.check: failed.reason})
+            )
+        for draft in shard.drafts:
+            bundle = draft.bundle
+            if draft.twin_of:
+                counts.twin(bundle.kind, "")
+            else:
+                counts.read[bundle.kind] += 1
+            made = self._bundle(draft)
+            if isinstance(made, Bundle):
+                pair = draft.twin_of or bundle.bundle_id
+                files.bundles.append(json.dumps(record(made, pair), ensure_ascii=False))
+                counts.written[made.kind] += 1
+            else:
+                counts.rejected.update(made.keys())
+                files.rejected.append(
+                    _line(bundle.bundle_id, bundle.kind, "en", "bundle", text=bundle.prompts["en"], checks=made)
+                )
+            files.rejected += self._rows(draft)
+        return files
+
+    def _bundle(self, draft: Draft) -> Bundle | dict[str, str]:
+        """The bundle, or why it is not written."""
+        bundle, config = draft.bundle, self._config
+        if near := self._earlier.add(bundle.prompts["en"], bundle.kind, "en", bundle.bundle_id):
+            return {NEAR_DUPLICATE: f"its English prompt nearly repeats that of {near}"}
+        for text in draft.texts:
+            if text.part == "prompt" and good(text):
+                near = self._earlier.add(str(text.text), bundle.kind, text.language, bundle.bundle_id)
+                if near is not None:
+                    text.faults[NEAR_DUPLICATE] = f"it nearly repeats the prompt of {near}"
+        prompts = draft.prompts()
+        there = [code for code in config.languages if code in prompts]
+        if len(there) < min(config.min_languages, len(config.languages)):
+            return {TOO_FEW: f"it has prompts in {len(there)} of {len(config.languages)} languages: {there!r}"}
+        answers = {code: pair for code, pair in bundle.answers.items() if code in prompts} | draft.translated_answers()
+        given = remade(bundle, prompts=prompts, answers=answers if bundle.chosen is not None else {})
+        if config.answers is None or bundle.kind not in config.answers.kinds:
+            return given
+        return _with_own(given, draft.own, keep_given=config.answers.otherwise == "given")
+
+    def _rows(self, draft: Draft) -> Iterator[str]:
+        """Rows of the texts and own answers that are not used; all are counted."""
+        bundle = draft.bundle
+        for code in self._config.languages:
+            if code in bundle.prompts:
+                self._counts.given(code, "prompt")
+        for text in draft.texts:
+            identified = self._tools.identifier.reads(text.language)
+            self._counts.text(text.language, text.part, text.faults, text.chrf, identified=identified)
+            if text.faults:
+                more = {"source": text.source, "text": text.text, "back": text.back, "checks": text.faults}
+                yield _line(bundle.bundle_id, bundle.kind, text.language, text.part, **more)
+        for own in draft.own:
+            self._counts.own(own.language, bundle.kind, own.outcome, refused=own.refused, shortened=own.shortened)
+            if own.outcome != "kept":
+                more = {"text": own.answer, "checks": {own.outcome: own.reason}}
+                yield _line(bundle.bundle_id, bundle.kind, own.language, "own answer", **more)
+
+
+def _with_own(bundle: Bundle, own: Sequence[Own], *, keep_given: bool) -> Bundle | dict[str, str]:
+    """A bundle with the model's own answers where there are any; in English there must be one, of either origin."""
+    # A prompt may have turned out to be a near-duplicate since it was answered.
+    used = [each for each in own if each.outcome == "kept" and each.language in bundle.prompts]
+    kept = {each.language: _pair(bundle, each) for each in used}
+    english = kept.pop("en", None)
+    if english is None:
+        reason = next((f"{each.outcome}: {each.reason}" for each in own if each.language == "en"), "it was not asked")
+        if not keep_given or bundle.chosen is None or bundle.response_language != "en":
+            return {NO_OWN: reason}
+        return remade(bundle, answers={**bundle.answers, **kept})
+    answers = dict(bundle.answers) if keep_given else {}
+    if keep_given and bundle.chosen is not None:
+        answers[bundle.response_language] = AnswerPair(bundle.chosen, bundle.rejected)
+    answers |= kept
+    answers.pop("en", None)
+    return remade(
+        bundle, chosen=english.chosen, rejected=english.rejected, response_language="en", answers=answers
+    )  # fmt: skip
+
+
+def _pair(bundle: Bundle, own: Own) -> AnswerPair:
+    """The model's answer and its refusal, in the order that the bundle's kind asks for."""
+    if bundle.kind == "benign":
+        return AnswerPair(own.answer, own.refusal)
+    given = bundle.answers.get(own.language)
+    known = bundle.rejected if own.language == bundle.response_language else None if given is None else given.rejected
+    return AnswerPair(str(own.refusal), own.answer or known)
+
+
+def _line(name: str, kind: str, language: str, part: str, **more: Any) -> str:
+    fields = {"bundle_id": name, "kind": kind, "language": language, "part": part, **more}
+    return json.dumps({key: value for key, value in fields.items() if value is not None}, ensure_ascii=False)

@@ -1,0 +1,186 @@
+"""What is decided of a translation's settings before it runs, what results follow from, and where both are noted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+from mlc_ray.cluster import with_dtype
+from mlc_ray.config import ChatSection, EngineSection, TranslateConfig, TranslatorSection, parse_config
+from mlc_ray.errors import MlcRayError
+from mlc_ray.generate.engine import check_lengths
+from mlc_ray.generate.translate import check_translator
+from mlc_ray.judges.base import make_reader
+from mlc_ray.runs import TRANSLATION_FILE, pinned_weights, training_chat
+from mlc_ray.score.plan import judge_at_commits
+from mlc_ray.storage import Place, fingerprint_model, user_cache
+from mlc_ray.translate.answers import check_judge
+
+_TOKENS = 448  # of a text, where settings do not say how long a translation may be: 512 with its markers
+SectionT = TypeVar("SectionT", TranslatorSection, Any)
+
+
+class TranslationError(MlcRayError):
+    """A translation cannot be made as asked; the message names the setting to change."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Settings with models by what they stand for, lengths and number types decided; `chat` is of the own answers.
+
+    `given` are the settings as they were given, `resolved` what each model's name in them stands for.
+    """
+
+    given: TranslateConfig
+    config: TranslateConfig
+    resolved: Mapping[str, str]
+    chat: ChatSection | None
+
+    def request(self) -> dict[str, Any]:
+        """What is noted in the folder."""
+        return {
+            "config": self.given.model_dump(mode="json", exclude_unset=True),
+            "resolved": dict(self.resolved),
+            "dtypes": {name: engine.dtype for name, engine in _engines(self.config).items()},
+        }
+
+    def translator_identity(self, settings: TranslatorSection) -> list[Any]:
+        """What the replies of a translator follow from, beside the request."""
+        if (endpoint := settings.endpoint) is not None:
+            return [endpoint.base_url, endpoint.asked, endpoint.max_reply_tokens]
+        return [fingerprint_model(str(settings.model)), settings.max_new_tokens, *_computing(settings.engine)]
+
+    def answers_identity(self) -> list[Any]:
+        """What a model's own answers follow from, beside the prompt."""
+        settings, chat = self.config.answers, self.chat
+        assert settings is not None and chat is not None
+        lengths = [settings.max_new_tokens, *_computing(settings.engine)]
+        return [fingerprint_model(settings.model), chat.model_dump(mode="json"), *lengths]
+
+
+def decide(config: TranslateConfig, before: Mapping[str, Any] | None) -> Decided:
+    """Settings with what can be decided without a cluster, all checked that can be.
+
+    Args:
+        config: the settings as they are given.
+        before: what `read_request` found of the translation that goes on.
+
+    Raises:
+        TranslationError: a package is missing.
+        MlcRayError: a model is not there, lengths do not fit, a key is missing, a judge may not be asked.
+    """
+    if missing := [name for name in ("datasketch", "lingua", "sacrebleu") if find_spec(name) is None]:
+        raise TranslationError(
+            f"translate needs packages that are not installed ({', '.join(missing)}): pip install 'mlc_ray[translate]'"
+        )
+    known: dict[str, str] = {} if before is None else before["resolved"]
+    resolved: dict[str, str] = {}
+
+    def pinned(model: str) -> str:
+        resolved[model] = known.get(model) or pinned_weights(model)
+        return resolved[model]
+
+    def translator(section: TranslatorSection) -> TranslatorSection:
+        section = section.for_texts_of(_TOKENS)
+        if section.model is not None:
+            section = section.model_copy(update={"model": pinned(section.model)})
+        check_translator(section, user_cache())
+        return section
+
+    changes: dict[str, Any] = {}
+    if config.translator is not None:
+        changes["translator"] = translator(config.translator)
+    if config.twins is not None and config.twins.judge is not None:
+        changes["twins"] = config.twins.model_copy(update={"judge": translator(config.twins.judge)})
+    chat = None
+    if (own := config.answers) is not None:
+        chat = own.chat or training_chat(own.model) or ChatSection()
+        judge = judge_at_commits(own.judge)
+        changes["answers"] = own.model_copy(update={"model": pinned(own.model), "judge": judge})
+        check_lengths(changes["answers"].model, own.engine, own.max_new_tokens)
+        languages = ["en", *config.languages] if own.languages == "all" else ["en"]
+        check_judge(changes["answers"], languages, user_cache())
+    return Decided(config, config.model_copy(update=changes), resolved, chat)
+
+
+def with_dtypes(decided: Decided, before: Mapping[str, Any] | None, *, gpu: bool) -> Decided:
+    """The same with `dtype: auto` of every engine decided: as it was before, or as the nodes compute natively.
+
+    Raises:
+        ClusterError: a node did not answer.
+    """
+    was: Mapping[str, str] = {} if before is None else before["dtypes"]
+
+    def engine(name: str, section: EngineSection) -> EngineSection:
+        if section.dtype == "auto" and name in was:
+            section = section.model_copy(update={"dtype": was[name]})
+        return with_dtype(section, gpu=gpu)
+
+    def inside(name: str, section: SectionT) -> SectionT:
+        if name not in _engines(decided.config):
+            return section
+        return section.model_copy(update={"engine": engine(name, section.engine)})
+
+    config, changes = decided.config, dict[str, Any]()
+    if config.translator is not None:
+        changes["translator"] = inside("translator", config.translator)
+    if config.twins is not None and config.twins.judge is not None:
+        changes["twins"] = config.twins.model_copy(update={"judge": inside("twins.judge", config.twins.judge)})
+    if config.answers is not None:
+        changes["answers"] = inside("answers", config.answers)
+    return replace(decided, config=config.model_copy(update=changes))
+
+
+def identity(decided: Decided) -> list[Any]:
+    """All that a translation follows from but its bundles, as JSON: how fast and for how much does not count."""
+    config, own = decided.config, decided.config.answers
+    found: list[Any] = [
+        config.languages,
+        config.translate_answers,
+        config.checks.model_dump(mode="json"),
+        config.min_languages,
+        config.shard_bundles,
+        config.translator and decided.translator_identity(config.translator),
+    ]
+    if config.twins is not None:
+        judge = config.twins.judge
+        found += [config.twins.of, judge and decided.translator_identity(judge)]
+    if own is not None:
+        fields = own.model_dump(
+            mode="json", include={"kinds", "languages", "pairs", "refusals", "otherwise", "cut_off"}
+        )
+        found += [fields, make_reader(own.judge).identity, decided.answers_identity()]
+    return found
+
+
+def read_request(place: Place) -> dict[str, Any] | None:
+    """What is noted in the folder of a translation, its `config` as settings; None where none began.
+
+    Raises:
+        TranslationError: the note is damaged.
+    """
+    file = place / TRANSLATION_FILE
+    try:
+        content: dict[str, Any] = file.read_json()
+        return {**content, "config": parse_config(TranslateConfig, content["config"])}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise TranslationError(f"{str(file)!r} is damaged: {error}") from None
+
+
+def _engines(config: TranslateConfig) -> dict[str, EngineSection]:
+    """The engines that there will be, by where they stand in the settings."""
+    judge = None if config.twins is None else config.twins.judge
+    sections = {"translator": config.translator, "twins.judge": judge}
+    found: dict[str, EngineSection] = {
+        name: section.engine for name, section in sections.items() if section is not None and section.model is not None
+    }
+    return found if config.answers is None else {**found, "answers": config.answers.engine}
+
+
+def _computing(engine: EngineSection) -> list[Any]:
+    return [engine.max_model_len, engine.dtype, engine.options]

@@ -1,0 +1,157 @@
+"""Bundles while they are made: the source, what models wrote for it, and what became of that.
+
+The drafts of a shard are a file after each step, so that a step which is done is not done again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
+
+import pyarrow as pa
+from pydantic import TypeAdapter
+
+from mlc_ray.data.bundles import bundle_id_of
+from mlc_ray.storage import Place
+from mlc_ray.types import AnswerPair, Bundle, Kind
+
+Part = Literal["prompt", "chosen", "rejected"]
+Outcome = Literal[
+    "kept", "refused", "complied", "other language", "degenerate", "unparsed", "cut off", "no answer", "no refusal"
+]
+"""What became of a model's own answer: the first of these that applies is counted."""
+
+
+@dataclass
+class Text:
+    """A text of a bundle that was to be translated; `faults` are reasons by the name of the check."""
+
+    language: str
+    part: Part
+    source: str
+    text: str | None = None
+    back: str | None = None
+    chrf: float | None = None
+    faults: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Own:
+    """What the model itself says to a prompt of a bundle: `answer` as it was asked, `refusal` asked to decline."""
+
+    language: str
+    answer: str
+    outcome: Outcome
+    reason: str = ""
+    refusal: str | None = None
+    refused: bool = False  # whether the plain answer is a refusal
+    shortened: bool = False
+
+
+@dataclass
+class Draft:
+    """A bundle in the making; `twin_of` names the bundle whose twin it is."""
+
+    bundle: Bundle
+    twin_of: str = ""
+    texts: list[Text] = field(default_factory=list)
+    own: list[Own] = field(default_factory=list)
+
+    def prompts(self) -> dict[str, str]:
+        """The prompts by language: those of the source, and the translations that passed."""
+        made = {text.language: text.text for text in self.texts if text.part == "prompt" and good(text)}
+        return {**self.bundle.prompts, **cast(dict[str, str], made)}
+
+    def translated_answers(self) -> dict[str, AnswerPair]:
+        """The given answers in the languages whose prompts there are, where both were translated."""
+        prompts, found = self.prompts(), {}
+        by_place = {(text.language, text.part): text for text in self.texts}
+        for language in {text.language for text in self.texts if text.part == "chosen"} & prompts.keys():
+            chosen, rejected = by_place[language, "chosen"], by_place.get((language, "rejected"))
+            if good(chosen) and (rejected is None or good(rejected)):
+                found[language] = AnswerPair(str(chosen.text), None if rejected is None else rejected.text)
+        return found
+
+
+@dataclass
+class Failed:
+    """A twin that came to nothing; `name` is that of the bundle it was to be a twin of."""
+
+    name: str
+    kind: Kind
+    text: str | None
+    check: str
+    reason: str
+
+
+@dataclass
+class Shard:
+    """The drafts of a shard, and the twins that are none."""
+
+    drafts: list[Draft]
+    failed: list[Failed] = field(default_factory=list)
+
+
+_SHARD = TypeAdapter(Shard)
+
+
+def good(text: Text) -> bool:
+    """Whether a text was translated and passes the checks."""
+    return text.text is not None and not text.faults
+
+
+def save_shard(file: Place, shard: Shard) -> None:
+    """Write a shard's drafts."""
+    file.write_bytes(_SHARD.dump_json(shard))
+
+
+def load_shard(file: Place) -> Shard:
+    """Read a shard's drafts.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    with file.open() as opened:
+        return _SHARD.validate_json(opened.read())
+
+
+def drafts_of(bundles: pa.Table) -> list[Draft]:
+    """A draft of each row of a table of `BUNDLES`."""
+    return [Draft(bundle) for bundle in _bundles(bundles)]
+
+
+def remade(bundle: Bundle, **changes: Any) -> Bundle:
+    """A bundle with other content, and the id of that."""
+    new = replace(bundle, **changes)
+    prompts = dict(sorted(new.prompts.items()))
+    answers = dict(sorted(new.answers.items()))
+    name = bundle_id_of(new.kind, prompts, new.chosen, new.rejected, new.response_language, answers)
+    return replace(new, bundle_id=name, prompts=prompts, answers=answers)
+
+
+def record(bundle: Bundle, pair: str) -> dict[str, Any]:
+    """A bundle as a record of a file of bundles; `pair` ties twins together, and is not read."""
+    answers: Mapping[str, Any] = {code: _present(vars(pair)) for code, pair in bundle.answers.items()}
+    fields = {**vars(bundle), "prompts": dict(bundle.prompts), "answers": answers, "pair": pair}
+    return {name: value for name, value in fields.items() if value not in (None, "", {})}
+
+
+def _present(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _bundles(table: pa.Table) -> Iterator[Bundle]:
+    for row in table.to_pylist():
+        answers: Sequence[Mapping[str, Any]] = row["answers"] or ()
+        yield Bundle(
+            bundle_id=row["bundle_id"],
+            kind=row["kind"],
+            prompts=dict(zip(row["languages"], row["texts"], strict=True)),
+            chosen=row["chosen"],
+            rejected=row["rejected"],
+            response_language=row["response_language"],
+            source=row["source"],
+            category=row["category"],
+            answers={each["language"]: AnswerPair(each["chosen"], each["rejected"]) for each in answers},
+        )

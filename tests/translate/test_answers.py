@@ -1,0 +1,237 @@
+"""A model's own answers: which of them are used, and what becomes of the others."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from mlc_ray.config import ConfigError, TranslateConfig, parse_config
+from mlc_ray.config.translate import ChecksSection, OnPolicySection
+from mlc_ray.data.bundles import make_bundle
+from mlc_ray.generate.replica import Part
+from mlc_ray.generate.stage import ANSWERS, Generator
+from mlc_ray.judges.base import UncoveredLanguageError
+from mlc_ray.storage import Place
+from mlc_ray.translate.answers import AnswerJudge, OwnAnswersError, check_judge, own_answers, to_last_sentence
+from mlc_ray.translate.asking import CostCapError, Work
+from mlc_ray.translate.assemble import NO_OWN, Assembly
+from mlc_ray.translate.checks import Tools
+from mlc_ray.translate.drafts import Draft, Own, Shard, Text, remade
+from mlc_ray.translate.languages import Identifier
+from mlc_ray.translate.quality import Counts
+from mlc_ray.types import AnswerPair, Bundle
+from tests.generate.chat_server import Step, serving
+from tests.score.local_pool import LocalPool
+
+RICE = {"en": "How do I cook rice?", "es": "¿Cómo cocino arroz?"}
+GOOD = {"en": "First wash the rice, then boil it in water.", "es": "Primero lava el arroz y después hiérvelo en agua."}
+NO = {"en": "I'm sorry, but I can't help with that.", "es": "Lo siento, pero no puedo ayudarte con eso."}
+Said = Callable[[str, str], tuple[str, str]]
+
+
+@pytest.fixture(scope="module")
+def tools() -> Tools:
+    return Tools(ChecksSection(), Identifier(["es"]))
+
+
+def settings(**fields: Any) -> OnPolicySection:
+    return parse_config(OnPolicySection, {"model": "m", "languages": "all", **fields})
+
+
+def bundle(**fields: Any) -> Bundle:
+    return remade(Bundle("", "benign", {}), **{"prompts": RICE, **fields})
+
+
+def answered(
+    given: Bundle, section: OnPolicySection, said: Said, folder: Path, tools: Tools
+) -> tuple[dict[str, Own], list[str]]:
+    """What became of the answers to a bundle, by a model that says `said(how, language)`, and what it was asked."""
+
+    def work(table: pa.Table) -> pa.Table:
+        rows = []
+        for row in table.to_pylist():
+            text, finish = said(row["benchmark"], row["language"])
+            rows.append({"response": text, "finish": finish, "prompt_tokens": 5, "response_tokens": 5})
+        return pa.Table.from_pylist(rows, schema=ANSWERS)
+
+    part = Part("answering", Generator, {})
+    pool = LocalPool(part, work=work)
+    shard = Shard([Draft(given)])
+    judge = AnswerJudge(section, ["en", "es"], folder, Place(folder / "replies.parquet"))
+    own_answers(shard, "00000", section, Work(part, pool, Place(folder), "model"), judge, tools)  # type: ignore[arg-type]
+    return {own.language: own for own in shard.drafts[0].own}, pool.asked
+
+
+def good(how: str, language: str) -> tuple[str, str]:
+    return (GOOD if how == "plain" else NO)[language], "stop"
+
+
+def test_an_answer_is_chosen_and_a_refusal_rejected_in_each_language(tmp_path: Path, tools: Tools) -> None:
+    own, asked = answered(bundle(), settings(), good, tmp_path, tools)
+    assert asked[:2] == [RICE["en"], RICE["es"]]
+    assert ["in English," in asked[2], "in Spanish," in asked[3]] == [True, True]
+    assert {code: (each.answer, each.refusal, each.outcome) for code, each in own.items()} == {
+        code: (GOOD[code], NO[code], "kept") for code in RICE
+    }
+    assert not list((tmp_path / "kept").glob("answers-*/*"))  # this pool has no engine
+
+
+def test_english_alone_is_asked_by_default_and_given_refusals_are_used(tmp_path: Path, tools: Tools) -> None:
+    own, asked = answered(bundle(), settings(languages="english", refusals={"en": NO["en"]}), good, tmp_path, tools)
+    assert asked == [RICE["en"]] and own.keys() == {"en"} and own["en"].refusal == NO["en"]
+    for refusals in ({}, {"en": NO["en"]}):
+        alone = settings(languages="english", pairs=False, refusals=refusals)
+        own, asked = answered(bundle(), alone, good, tmp_path, tools)
+        assert asked == [RICE["en"]] and own["en"].outcome == "kept" and own["en"].refusal is None
+
+
+@pytest.mark.parametrize(
+    ("plain", "decline", "outcome", "reason"),
+    [
+        ((NO["es"], "stop"), None, "refused", "says"),
+        ((NO["en"], "stop"), None, "refused", "says"),
+        ((GOOD["en"], "stop"), None, "other language", "it is 'en'"),
+        (("", "stop"), None, "degenerate", "empty"),
+        (("arroz " * 60, "stop"), None, "degenerate", ""),
+        ((GOOD["es"], "prompt_too_long"), None, "no answer", "prompt_too_long"),
+        (("Primero lava el arroz y después", "length"), None, "cut off", "answers.max_new_tokens=128"),
+        ((GOOD["es"], "stop"), (GOOD["es"], "stop"), "no refusal", "asked to decline, it did not"),
+        ((GOOD["es"], "stop"), (NO["en"], "stop"), "no refusal", "it is 'en'"),
+        ((GOOD["es"], "stop"), (NO["es"], "length"), "no refusal", "ended with 'length'"),
+        ((GOOD["es"], "stop"), (NO["es"] + " <|im_end|>", "stop"), "no refusal", "im_end"),
+    ],
+)
+def test_what_is_not_used_says_why(
+    plain: tuple[str, str], decline: tuple[str, str] | None, outcome: str, reason: str, tmp_path: Path, tools: Tools
+) -> None:
+    def said(how: str, language: str) -> tuple[str, str]:
+        if language == "en":
+            return good(how, language)
+        return plain if how == "plain" else decline or good(how, language)
+
+    own, _ = answered(bundle(), settings(), said, tmp_path, tools)
+    assert own["en"].outcome == "kept"
+    assert (own["es"].outcome, own["es"].refused) == (outcome, outcome == "refused")
+    assert reason in own["es"].reason
+
+
+def test_an_answer_that_is_cut_off_ends_at_its_last_sentence_or_is_not_used(tmp_path: Path, tools: Tools) -> None:
+    def cut(how: str, language: str) -> tuple[str, str]:
+        return (f"{GOOD[language]} Y", "length") if how == "plain" else good(how, language)
+
+    own, _ = answered(bundle(), settings(), cut, tmp_path, tools)
+    assert own["es"].answer == GOOD["es"] and own["es"].shortened and own["es"].outcome == "kept"
+    own, _ = answered(bundle(), settings(cut_off="reject"), cut, tmp_path, tools)
+    assert own["es"].outcome == "cut off"
+    assert to_last_sentence("It costs 3.5 dollars in all") is None
+    assert (
+        to_last_sentence("先把米洗干净，然后用水煮，等二十分钟左右就好了。然后")
+        == "先把米洗干净，然后用水煮，等二十分钟左右就好了。"
+    )
+    assert to_last_sentence('He said: "Wash the rice first." And th') == 'He said: "Wash the rice first."'
+
+
+def test_a_harmful_prompt_is_declined_and_what_complies_is_rejected(tmp_path: Path, tools: Tools) -> None:
+    section = settings(kinds=["harmful"])
+    own, _ = answered(bundle(kind="harmful"), section, good, tmp_path, tools)
+    assert (own["es"].outcome, own["es"].answer, own["es"].refusal) == ("kept", GOOD["es"], NO["es"])
+
+    def refuses(how: str, language: str) -> tuple[str, str]:
+        return NO[language], "stop"
+
+    own, _ = answered(bundle(kind="harmful"), section, refuses, tmp_path, tools)
+    assert (own["es"].outcome, own["es"].answer, own["es"].refused) == ("kept", "", True)
+    own, asked = answered(bundle(), section, refuses, tmp_path, tools)
+    assert own == {} and asked == []  # a benign one, of which nothing is asked
+
+
+def assembled(draft: Draft, tools: Tools, **fields: Any) -> tuple[list[str], list[str]]:
+    section = {"model": "m", "languages": "all", **fields}
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "answers": section}
+    config = parse_config(TranslateConfig, raw)
+    files = Assembly(config, tools, Counts("n")).shard(Shard([draft]))
+    return files.bundles, files.rejected
+
+
+def test_own_answers_take_the_place_of_given_ones(tools: Tools) -> None:
+    given = bundle(chosen="Wash it.", rejected="No.", answers={"es": AnswerPair("Lávalo.", "No.")})
+    kept = [Own(code, GOOD[code], "kept", refusal=NO[code]) for code in RICE]
+    [line], rejected = assembled(Draft(given, own=kept), tools)
+    assert not rejected
+    assert f'"chosen": "{GOOD["en"]}", "rejected": "{NO["en"]}"' in line
+    assert GOOD["es"] in line and "Lávalo" not in line
+    lost = [Own("en", NO["en"], "refused", "says so"), kept[1]]
+    lines, rejected = assembled(Draft(given, own=lost), tools)
+    assert lines == [] and any(NO_OWN in row and "refused: says so" in row for row in rejected)
+    [line], rejected = assembled(Draft(given, own=lost), tools, otherwise="given")
+    assert "Wash it." in line and GOOD["es"] in line and "Lávalo" not in line
+    assert any('"part": "own answer"' in row for row in rejected)
+    harmful = bundle(kind="harmful", chosen="No way.", rejected="Sure, wash it.")
+    own = [Own("en", "", "kept", refusal=NO["en"], refused=True)]
+    [line], _ = assembled(Draft(harmful, own=own), tools, kinds=["harmful"])
+    assert f'"chosen": "{NO["en"]}", "rejected": "Sure, wash it."' in line
+
+
+def test_a_judge_is_checked_before_anything_is_asked(tmp_path: Path) -> None:
+    with pytest.raises(OwnAnswersError, match=r"answers\.refusals\.en='Sure!' is no refusal.*write another"):
+        check_judge(settings(refusals={"en": "Sure!"}), ["en"], tmp_path)
+    check_judge(settings(refusals=NO), ["en", "es"], tmp_path)
+    with pytest.raises(UncoveredLanguageError, match="'fi'"):
+        check_judge(settings(), ["en", "fi"], tmp_path)
+    with pytest.raises(ConfigError, match=r"judge='likelihood' runs on prompts alone"):
+        settings(judge={"name": "likelihood"})
+    with pytest.raises(ConfigError, match=r"judge='qwen3guard' runs an engine.*set judge=refusal"):
+        settings(judge={"name": "qwen3guard", "model": "g"})
+    with pytest.raises(ConfigError, match=r"translate\.model='t' needs an engine"):
+        settings(judge={"name": "refusal", "translate": {"model": "t"}})
+
+
+def test_texts_that_fail_take_their_language_with_them() -> None:
+    draft = Draft(
+        bundle(prompts={"en": "How?"}, chosen="So.", rejected="No."),
+        texts=[
+            Text("es", "prompt", "How?", "¿Cómo?"),
+            Text("es", "chosen", "So.", "Así."),
+            Text("es", "rejected", "No.", "No.", faults={"copy": "it is the source itself"}),
+            Text("fr", "prompt", "How?", None, faults={"no translation": "x"}),
+            Text("fr", "chosen", "So.", "Ainsi."),
+        ],
+    )
+    assert draft.prompts() == {"en": "How?", "es": "¿Cómo?"}
+    assert draft.translated_answers() == {}
+    draft.texts[2].faults.clear()
+    assert draft.translated_answers() == {"es": AnswerPair("Así.", "No.")}
+
+
+def test_an_answer_to_a_prompt_that_was_rejected_since_is_not_used(tools: Tools) -> None:
+    german = bundle(prompts={**RICE, "de": "Wie koche ich Reis?"}, chosen="Koch ihn.", response_language="de")
+    own = [Own(code, GOOD[code], "kept", refusal=NO[code]) for code in RICE] + [
+        Own("fr", "Lavez.", "kept", refusal="Non.")
+    ]
+    [line], _ = assembled(Draft(german, own=own), tools, otherwise="given")
+    made = make_bundle({key: value for key, value in json.loads(line).items() if key != "pair"})
+    assert (made.response_language, made.chosen) == ("en", GOOD["en"])
+    assert made.answers == {"de": AnswerPair("Koch ihn."), "es": AnswerPair(GOOD["es"], NO["es"])}
+
+
+def test_an_endpoint_judges_all_shards_in_one_session_under_one_cap(tmp_path: Path, tools: Tools) -> None:
+    def verdict(messages: list[dict[str, str]], number: int) -> Step:
+        code = re.search(r'"check": "(\w+)"', messages[0]["content"])[1]  # type: ignore[index]
+        refuses = "sorry" in messages[1]["content"] or "Lo siento" in messages[1]["content"]
+        said = {"check": code, "response": "refuses" if refuses else "answers", "verdict": "safe"}
+        return Step(json.dumps(said))
+
+    with serving(verdict) as server:
+        endpoint = {"base_url": server.base_url, "model": "m", "cache_dir": str(tmp_path / "replies")}
+        own, _ = answered(bundle(), settings(judge={"name": "endpoint", "endpoint": endpoint}), good, tmp_path, tools)
+        assert {each.outcome for each in own.values()} == {"kept"} and len(server.bodies) == 4
+        price = {"usd_per_million_input_tokens": 1.0, "usd_per_million_output_tokens": 1.0, "max_cost_usd": 1e-6}
+        section = settings(judge={"name": "endpoint", "endpoint": {**endpoint, **price, "model": "other"}})
+        with pytest.raises(CostCapError, match="4 of 4 requests"):
+            answered(bundle(), section, good, tmp_path, tools)
