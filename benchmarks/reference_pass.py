@@ -3,7 +3,8 @@
 The pass over the sample runs as before training, in one worker of Ray Train with the engine; the engine notes when each
 forward begins and ends. The bare loop makes the same forwards of the same bundles in a process of its own, before and
 after, with neither. What both say must be equal, or the exit status is 1. Starting the worker and loading the model are
-stated apart.
+stated apart. On a machine that does other work wall times mean little: read the CPU seconds of the two processes, which
+are given too.
 
     python benchmarks/reference_pass.py --out reference.json
 """
@@ -41,7 +42,10 @@ NEEDED = {"log_probs": True, "layer": None, "pairing": "response", "pooling": No
 
 
 class TimedDeepSpeed(DeepSpeed):
-    """The engine of every run, with the times at which each forward of the reference began and ended in a file."""
+    """The engine of every run, with when each forward of the reference began and ended in a file.
+
+    Each is two times: that of the clock, and the CPU seconds of the process until then.
+    """
 
     class Settings(DeepSpeed.Settings):
         """And where that file is."""
@@ -57,17 +61,24 @@ class TimedDeepSpeed(DeepSpeed):
         times = Path(config.engine.times)
 
         def ask(batch: Batch) -> ReferenceOutput:
-            began = time.time()
+            began = now()
             said = reference(batch)
             with times.open("a", encoding="utf-8") as file:
-                file.write(f"{json.dumps([began, time.time()])}\n")
+                file.write(f"{json.dumps([began, now()])}\n")
             return said
 
         return ask
 
 
-def bare(tokens_folder: str, settings: dict[str, Any], gpu: bool, threads: int) -> tuple[float, list[list[float]]]:
-    """Seconds of all forwards one after another, one made beforehand; and log-probs of each row."""
+def now() -> list[float]:
+    """The clock, and the CPU seconds of this process."""
+    return [time.time(), time.process_time()]
+
+
+def bare(
+    tokens_folder: str, settings: dict[str, Any], gpu: bool, threads: int
+) -> tuple[list[float], list[list[float]]]:
+    """Seconds and CPU seconds of all forwards one after another, one made beforehand; and log-probs of each row."""
     torch.set_num_threads(threads)
     config, device = parse_config(TrainConfig, settings), torch.device("cuda" if gpu else "cpu")
     tokens = TokenArtifact.open(tokens_folder)
@@ -75,9 +86,9 @@ def bare(tokens_folder: str, settings: dict[str, Any], gpu: bool, threads: int) 
     asking = Asking.of(config, lambda batch: model(batch, state=batch.taps), NEEDED, device)
     with torch.no_grad():
         asking.ask(tokens, np.arange(1), lambda _: None)
-        began = time.time()
+        began = now()
         parts = [asking.ask(tokens, np.array(rows), lambda _: None) for rows in shard_ranges(len(tokens))]
-    seconds = time.time() - began
+    seconds = [after - before for before, after in zip(began, now(), strict=True)]
     said = np.concatenate(parts)
     return seconds, np.column_stack([said["chosen"], said["rejected"]]).tolist()
 
@@ -113,12 +124,14 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     after, _ = in_child(*loop)
     cached = load_reference(reference_folder).take(range(len(tokens)))
     forwards = [json.loads(line) for line in times.read_text(encoding="utf-8").splitlines()]
-    first, last = forwards[0][0], forwards[-1][1]
-    alone = (before + after) / 2
-    busy = sum(ended - began for began, ended in forwards)
+    (first, first_cpu), (last, last_cpu) = forwards[0][0], forwards[-1][1]
+    alone, alone_cpu = ((one + other) / 2 for one, other in zip(before, after, strict=True))
+    busy = sum(ended - began for (began, _), (ended, _) in forwards)
     return {
         "model": options.model, "dtype": options.dtype, "threads": options.threads, "bundles": len(tokens),
-        "bare_seconds": [before, after], "pass_seconds": last - first, "start_seconds": first - asked,
+        "bare_seconds": [before[0], after[0]], "pass_seconds": last - first, "start_seconds": first - asked,
+        "bare_cpu_seconds": [before[1], after[1]], "pass_cpu_seconds": last_cpu - first_cpu,
+        "cpu_speed": alone_cpu / (last_cpu - first_cpu),
         "end_seconds": asked + whole - last, "speed": alone / (last - first), "busy": busy / (last - first),
         "equal": np.column_stack([cached.chosen, cached.rejected]).tolist() == said,
     }  # fmt: skip
@@ -138,7 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = measure(options, folder)
     text = "{bundles} bundles: the pass took {pass_seconds:.2f} s, after {start_seconds:.1f} s to start and before "
     text += (
-        "{end_seconds:.1f} s to end; a bare loop {bare_seconds[0]:.2f} and {bare_seconds[1]:.2f} s: {speed:.0%} of it"
+        "{end_seconds:.1f} s to end; a bare loop {bare_seconds[0]:.2f} and {bare_seconds[1]:.2f} s: {speed:.0%} of it. "
+    )
+    text += (
+        "CPU seconds: {pass_cpu_seconds:.2f}; {bare_cpu_seconds[0]:.2f} and {bare_cpu_seconds[1]:.2f}: {cpu_speed:.0%}"
     )
     print(text.format(**result))
     if options.out is not None:

@@ -43,6 +43,7 @@ from mlc_ray.runs import LEASE_FILE, STOP_FILE, artifact_cache, checkpoint_folde
 from mlc_ray.storage import Place
 
 sys.path.append(str(Path(__file__).parents[1]))
+from tests import warm_workers
 from tests.s3_server import running
 
 TENSORBOARD = ["logging.tensorboard=true"]
@@ -165,6 +166,8 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         stack.callback(scene.close)
         if "server" in wanted:
             bucket = scene.start_server(stack.enter_context(running(_made(folder / "server"))))
+        if options.warm:
+            scene.fork_workers(stack.enter_context(warm_workers.running(several=True)))
         scene.start_head()
         scene.start_worker_node()
         ray.init(address=scene.address, log_to_driver=False)
@@ -251,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--deaths", default="worker=1,driver=1,node=1,write=1,damage=1,nan=1")
     parser.add_argument("--per-run", type=int, default=3, help="deaths that one run lives through")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warm", action="store_true", help="fork workers from a process that has imported much")
     parser.add_argument("--model", help="folder with a tokenizer (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--keep", type=Path, help="a new folder for runs and logs, which stays")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -65,6 +66,7 @@ class Scene:
     address: str = ""
     kept: set[str] = field(default_factory=set)  # temporary files that no run leaves
     server: Any = None  # a `tests.s3_server.S3Server`, where a run writes to one
+    warm: bool = False  # whether workers are forked from a process of `tests.warm_workers`
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -94,6 +96,11 @@ class Scene:
         os.environ |= server.environment
         self.environment |= server.environment
         return Place(server.make_bucket("survival")) / "runs"
+
+    def fork_workers(self, python: str) -> None:
+        """Have runs start Ray's workers by this command, one of `tests.warm_workers`."""
+        self.warm = True
+        self.environment["RAY_JOB_CONFIG_JSON_ENV_VAR"] = json.dumps({"runtime_env": {"py_executable": python}})
 
     # -------------------------------------------------------------------------------------------------------- cluster
 
@@ -131,11 +138,14 @@ class Scene:
 
     def workers(self, *, last_node: bool = False) -> list[psutil.Process]:
         """The training workers; with `last_node`, those on the node that was started last."""
-        found = []
-        for node in self.nodes[-1:] if last_node else self.nodes:
+        # A forked one is no child of its node; of two, each is on a node of its own, which has no room for another.
+        roots = [os.getpid()] if self.warm else [node.pid for node in (self.nodes[-1:] if last_node else self.nodes)]
+        found: list[psutil.Process] = []
+        for root in roots:
             with suppress(psutil.NoSuchProcess):
-                found += psutil.Process(node.pid).children(recursive=True)
-        return [process for process in found if "RayTrainWorker" in _title(process)]
+                found += psutil.Process(root).children(recursive=True)
+        workers = [process for process in found if "RayTrainWorker" in _title(process)]
+        return workers if not (self.warm and last_node) or len(workers) == 2 else []
 
     def kill_node(self) -> None:
         """SIGKILL for the second node."""

@@ -277,6 +277,11 @@ def read_metrics(run_folder: Path | Place) -> list[dict[str, Any]]:
         return []
 
 
+def logged_until(run_folder: Path | Place) -> int:
+    """The last optimizer step of which a run's metrics have a row; 0 where they have none. Raises as `read_metrics`."""
+    return max((row["step"] for row in read_metrics(run_folder)), default=0)
+
+
 def training_name(metric: str) -> str:
     """The name by which training logs the number that `metric` is of held-out bundles, or of those of a kind."""
     return re.sub(r"^validation/((harmful|benign)/)?", "", metric)

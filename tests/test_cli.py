@@ -53,6 +53,12 @@ finally:
     assert "mlc-ray" in done.stdout
 
 
+def test_drivers_import_none_of_what_makes_models() -> None:
+    code = "import sys, mlc_ray.train.run, mlc_ray.search.run; print('transformers.modeling_utils' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_module_and_console_script_are_the_same_command() -> None:
     script = Path(sys.executable).parent / "mlc-ray"
     assert script.is_file()

@@ -3,8 +3,9 @@
 Each worker of Ray imports for itself: 8 CPU seconds where it trains (torch, transformers, DeepSpeed), 7 where it holds
 an engine (vLLM). Here Ray starts `ask` in Python's place, which hands its arguments, environment and streams to
 `serve`; that forks the worker from a process which has imported everything, one for each set of the variables that are
-read meanwhile. Forks of one process share the seed of its string hashes, so a set of strings has the same order in all
-of them; plain workers draw a seed each. Commands that tests start have a Ray of their own, with plain workers.
+read meanwhile. Ray's own library reads job and node at its import: where workers are of several, each imports it for
+itself, in a second. Forks of one process share the seed of its string hashes, so a set of strings has the same order in
+all of them; plain workers draw a seed each. Commands that tests start have a Ray of their own, with plain workers.
 """
 
 from __future__ import annotations
@@ -30,12 +31,17 @@ from typing import Any
 
 # Read while something is imported, so that a worker with other values needs another process to be forked from.
 READ_AT_IMPORT = ("DS_", "HF_", "KMP_", "MKL_", "OMP_", "PYTHON", "TORCH", "TRANSFORMERS_", "VLLM_")
-TRAINS = (
-    "mlc_ray.train.worker",
-    "mlc_ray.train.reference_pass",
+WITHOUT_RAY = (
+    "mlc_ray.train.checks",
     "mlc_ray.train.engines.deepspeed",
+    "mlc_ray.train.saving",
     "transformers.models.llama.modeling_llama",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+)
+TRAINS = (
+    *WITHOUT_RAY,
+    "mlc_ray.train.worker",
+    "mlc_ray.train.reference_pass",
     "ray._private.workers.default_worker",
 )
 ANSWERS = (
@@ -50,15 +56,16 @@ Message = tuple[dict[str, Any], list[int]]
 
 
 @contextlib.contextmanager
-def running() -> Iterator[str]:
-    """What Ray is to start as `py_executable`."""
+def running(*, several: bool = False) -> Iterator[str]:
+    """What Ray is to start as `py_executable`; `several` says whether its workers are of several jobs or nodes."""
     # The path of a socket has 107 bytes at most, and those of pytest's folders can have more.
     with tempfile.TemporaryDirectory(prefix="warm-", dir="/tmp") as folder:
         address = f"{folder}/socket"
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(address)
             listening.listen(64)
-            command = [sys.executable, __file__, "serve", str(listening.fileno())]
+            kind = "several" if several else "one"
+            command = [sys.executable, __file__, "serve", str(listening.fileno()), kind]
             open_files = [listening.fileno()]
             server = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=open_files, start_new_session=True)
         with server:  # closes its input, which ends it; so does the end of this process, however it comes
@@ -74,7 +81,7 @@ def ask(address: str, arguments: list[str]) -> None:
         connection.recv(1)  # nothing, once the worker has ended
 
 
-def serve(listening: socket.socket) -> None:
+def serve(listening: socket.socket, kind: str) -> None:
     """Hand every worker that is asked for to the process that it is to be forked from."""
     warm: dict[frozenset[tuple[str, str]], socket.socket] = {}
     while sys.stdin not in select.select([listening, sys.stdin], [], [])[0]:
@@ -89,7 +96,7 @@ def serve(listening: socket.socket) -> None:
             # Ray sets it to the CPUs of an actor, a part of one here, before that imports torch.
             environment.setdefault("OMP_NUM_THREADS", "1")
             with other:
-                command = [sys.executable, __file__, "fork", str(other.fileno())]
+                command = [sys.executable, __file__, "fork", str(other.fileno()), kind]
                 subprocess.Popen(command, env=environment, pass_fds=[other.fileno()])
         try:
             _send(warm[key], told, [*streams, connection.fileno()])
@@ -100,9 +107,10 @@ def serve(listening: socket.socket) -> None:
             os.close(stream)
 
 
-def fork(asked: socket.socket) -> None:
+def fork(asked: socket.socket, kind: str) -> None:
     """Import, and fork a worker at each message, which keeps `ask`'s connection open until it ends."""
-    for name in ANSWERS if "VLLM_ENABLE_V1_MULTIPROCESSING" in os.environ else TRAINS:
+    trains = WITHOUT_RAY if kind == "several" else TRAINS
+    for name in ANSWERS if "VLLM_ENABLE_V1_MULTIPROCESSING" in os.environ else trains:
         try:
             importlib.import_module(name)
         except Exception:  # the workers meet it again, where a test sees it; Ray would start one that ends for ever
@@ -157,4 +165,4 @@ if __name__ == "__main__":
     if role == "ask":
         ask(given, rest)
     else:
-        {"serve": serve, "fork": fork}[role](socket.socket(fileno=int(given)))
+        {"serve": serve, "fork": fork}[role](socket.socket(fileno=int(given)), *rest)

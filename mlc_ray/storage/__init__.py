@@ -5,7 +5,7 @@
 models that are elsewhere.
 """
 
-from mlc_ray.storage.atomic import atomic_folder, scratch_folder, sync_folders, write_json_atomic
+from mlc_ray.storage.atomic import atomic_file, atomic_folder, scratch_folder, sync_folders, write_json_atomic
 from mlc_ray.storage.base import (
     MANIFEST,
     Place,
@@ -53,6 +53,7 @@ __all__ = [
     "StorageFaultError",
     "absolute_if_here",
     "artifact_folder",
+    "atomic_file",
     "atomic_folder",
     "checksum",
     "fault_of",

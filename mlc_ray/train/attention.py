@@ -1,7 +1,7 @@
 """Attention over a prefix tree: a token attends to its own sequence, which lies in the row in pieces (`types.Tree`).
 
-Registered with transformers' own interface, so that models stay untouched; the tree is an argument of the forward, and
-models hand it through to every layer. There are three ways to the same numbers:
+Registered with transformers' own interface (`register_attention`), so that models stay untouched; the tree is an
+argument of the forward, and models hand it through to every layer. There are three ways to the same numbers:
 
 - `segments`: PyTorch's kernel for each segment, on its keys and its ancestors'. Any device and type.
 - `varlen`: PyTorch's kernel for sequences of different lengths, once for all segments, on keys and values gathered by
@@ -25,12 +25,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from mlc_ray.types import Tree
 
 TREE = "tree"
-"""The attention that chooses a way; each way is also registered by itself, as `tree_segments` and so on."""
+"""The attention that chooses a way; each way is also known by itself, as `tree_segments` and so on."""
 BLOCK = 128
 """Side of FlexAttention's blocks, its default."""
 
@@ -299,6 +298,13 @@ def _sent(values: NDArray[Any], device: torch.device) -> Tensor:
 
 
 WAYS: dict[str, Way] = {"segments": by_segments, "varlen": by_lengths, "flex": by_blocks}
-AttentionInterface.register(TREE, tree_attention)
-for _name, _way in WAYS.items():
-    AttentionInterface.register(f"{TREE}_{_name}", partial(tree_attention, way=_way))
+
+
+@cache
+def register_attention() -> None:
+    """Have transformers know this attention by its names, before a model is made that is given one of them."""
+    from transformers import AttentionInterface  # takes 2 s, and drivers make no model
+
+    AttentionInterface.register(TREE, tree_attention)
+    for name, way in WAYS.items():
+        AttentionInterface.register(f"{TREE}_{name}", partial(tree_attention, way=way))

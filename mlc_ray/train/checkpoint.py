@@ -32,6 +32,7 @@ from mlc_ray.config import TrainConfig
 from mlc_ray.config.train import CheckpointSection
 from mlc_ray.runs import (
     DAMAGED_FILE,
+    METRICS_FILE,
     TRAIN_FOLDER,
     checkpoint_folders,
     complete_checkpoints,
@@ -87,12 +88,17 @@ def load_checkpoint(folder: Place, *, engine: Engine, config: TrainConfig, finge
     return Progress(manifest["step"], manifest["bundles_consumed"], manifest["validation_before"])
 
 
-def agree_on_checkpoint(run: Place) -> Place | None:
+def agree_on_checkpoint(run: Place, logged: int | None = None) -> Place | None:
     """The newest undamaged checkpoint of a run, the same on all workers; every worker calls it, at its start.
 
     Rank 0 looks which one is the newest, and each worker computes the checksums of its share of the files. Where one is
     wrong for rank 0 too, the checkpoint is set aside by a file `damaged.txt` in it, a warning says so, and the one
-    before is looked at. What has no manifest is what a run that died left unfinished: rank 0 removes it.
+    before is looked at. So is it where steps were not logged: rows would be missing for good. What has no manifest is
+    what a run that died left unfinished: rank 0 removes it.
+
+    Args:
+        run: its folder.
+        logged: on rank 0, the last step of which the metrics have a row; None where nothing is logged.
 
     Returns:
         Its folder; None where the run has not written one yet.
@@ -109,13 +115,15 @@ def agree_on_checkpoint(run: Place) -> Place | None:
             raise CheckpointError(refusal)
         if newest is None:
             return None
-        faults = gather_objects((_fault(newest, rank, workers), socket.gethostname()))
+        own = _unlogged(newest, logged) or _fault(newest, rank, workers)
+        faults = gather_objects((own, socket.gethostname()))
         faulty = next((number for number, (fault, _) in enumerate(faults) if fault is not None), None)
         if faulty is None:
             return newest
         if rank == 0:
             fault, host = faults[faulty]
-            refusal = _set_aside(run, newest, str(fault), host, own=_fault(newest, faulty, workers))
+            own = own if faulty == rank else _fault(newest, faulty, workers)
+            refusal = _set_aside(run, newest, str(fault), host, own=own)
         if (refusal := from_rank_zero(refusal)) is not None:
             raise CheckpointError(refusal)
 
@@ -141,6 +149,14 @@ def _newest(run: Place) -> tuple[Place | None, str | None]:
         f"run {str(run)!r} has no usable checkpoint left: {', '.join(damaged)} in {TRAIN_FOLDER}/ are damaged. Restore "
         f"one of them from a copy and remove {DAMAGED_FILE} in it, or remove them all to start over from step 0"
     )
+
+
+def _unlogged(folder: Place, logged: int | None) -> str | None:
+    """That steps of a checkpoint have no row: its driver had lost the run, or rows were lost since."""
+    if logged is None or (step := int(folder.name.rpartition("_")[2])) <= logged:
+        return None
+    missing = f"step {step}" if step == logged + 1 else f"steps {logged + 1} to {step}"
+    return f"{str(folder)!r}: {METRICS_FILE} has no rows of {missing}, which it comes after"
 
 
 def _set_aside(run: Place, folder: Place, fault: str, host: str, *, own: str | None) -> str | None:

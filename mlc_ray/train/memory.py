@@ -6,12 +6,14 @@ Nothing here is measured: what is counted is what PyTorch keeps of a transformer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from mlc_ray.config import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CPU_TOKENS = 2048
 """`auto` on a CPU, which no more tokens at once make faster: about 3 GB for a model of 135M parameters in float32."""

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from mlc_ray.config import ModelSection
@@ -28,8 +28,11 @@ from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.logprobs import response_log_probs, token_log_probs
 from mlc_ray.storage import HubModel, local_model
-from mlc_ray.train.attention import TREE, Leaving, TreeAttention
+from mlc_ray.train.attention import TREE, Leaving, TreeAttention, register_attention
 from mlc_ray.types import Answers, Batch, Pooling, Prompts, ResponseLogProbs, Sequences, Tree
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 _PRODUCTS = ("aten.mm.default", "aten.addmm.default", "aten.bmm.default")
@@ -106,7 +109,7 @@ class PolicyWithExtractor(nn.Module):
     def language_model(self) -> PreTrainedModel:
         """The causal language model itself; peft injects adapters into it in place."""
         policy: Any = self.policy
-        return cast(PreTrainedModel, policy.get_base_model() if hasattr(policy, "get_base_model") else policy)
+        return cast("PreTrainedModel", policy.get_base_model() if hasattr(policy, "get_base_model") else policy)
 
     def forward(self, batch: Batch) -> ModelOutput:
         """Log-probs of the batch's answers and, if it taps, its representations; one forward of the language model.
@@ -274,6 +277,9 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
         ModelError: They cannot be loaded; the message quotes the path and the reason.
         StorageFaultError: They lie on a store that cannot be read now.
     """
+    from transformers import AutoModelForCausalLM  # takes 2 s, and drivers ask for a model's depth alone
+
+    register_attention()
     transformers_logging.disable_progress_bar()  # in a worker's log it is noise
     folder = local_model(settings.path)
     try:

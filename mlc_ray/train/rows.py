@@ -9,13 +9,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from mlc_ray.errors import MlcRayError
+from mlc_ray.storage import atomic_file
+
 logger = logging.getLogger(__name__)
 
 _FLUSHED_EVERY = 100  # steps whose numbers are kept at most, to be written again: about 4 KB each
 
 
+class RowFileError(MlcRayError):
+    """A run's file of rows is not the one any more that this process writes; the message names it."""
+
+
 class RowFile:
     """Appends lines to a file; those that the disk does not take wait in memory and are written before the next one.
+
+    The file is a new one, with what is kept of the old. What a process of an earlier try appends is not in it, and that
+    process can tell (`check`).
 
     Args:
         path: the file.
@@ -27,6 +37,8 @@ class RowFile:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
+        with suppress(OSError):  # no room for a copy, or nothing to copy: then nobody appends to the old one either
+            _replace_by_beginning(path, size)
         # Not buffered: of a line that is refused it must be known how much is in the file.
         self._file = path.open("ab", buffering=0)
         self._file.truncate(size)
@@ -53,6 +65,22 @@ class RowFile:
             self._write()
             os.fsync(self._file.fileno())
 
+    def check(self) -> None:
+        """Make sure that the lines written so far are in the file that has the name.
+
+        Raises:
+            RowFileError: It was removed, or another one is in its place.
+        """
+        try:
+            is_own = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            is_own = False
+        if not is_own:
+            raise RowFileError(
+                f"{str(self.path)!r} was removed or replaced while this run wrote to it, by another driver of the run "
+                "or by hand: no checkpoint is completed whose rows are lost with it. Go on from the last one"
+            )
+
     def close(self) -> None:
         """Write what waits, and end; a warning says where the disk does not take it."""
         with self._lock:
@@ -66,6 +94,11 @@ class RowFile:
         while self._waiting:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
         self._is_refused = False
+
+
+def _replace_by_beginning(path: Path, size: int) -> None:
+    with path.open("rb") as old, atomic_file(path) as new:
+        new.write(old.read(size))
 
 
 class EventFiles:

@@ -84,8 +84,8 @@ class CheckpointSaver:
         config: the run's settings.
         fingerprints: of the model and the data; a checkpoint of others is refused.
         completing: entered around each step to a checkpoint's end, whoever asks for it: what it raises ends the step.
-        record: called by a thread of rank 0 before a checkpoint is there: stores what was logged up to it. Where it
-            raises an OSError, that is no checkpoint.
+        record: called by a thread of rank 0 last before the manifest is written: stores what was logged up to it, and
+            makes sure that the run is still this driver's. Where it raises, that is no checkpoint.
 
     Attributes:
         newest: the folder of the last checkpoint that is there, or of the last published weights.
@@ -221,9 +221,9 @@ class CheckpointSaver:
             "checksums": {name: value for name, (_, value) in sorted(written.items())},
             **({} if going.ends is None else {"ends": going.ends}),
         }
-        with_retries("storing what was logged", self.record)
         if going.folder.is_local:
             with_retries(f"writing {going.folder}", lambda: sync_folders(Path(going.folder)))
+        with_retries("storing what was logged", self.record)
         file = going.folder / MANIFEST
         with_retries(f"writing {file}", lambda: file.write_json(sealed(manifest)))
         try:

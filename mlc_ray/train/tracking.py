@@ -112,12 +112,14 @@ class Tracker:
         Raises:
             OSError: The storage does not take them; they are kept and written later.
             LeaseError: Another driver has taken the run (`may_write`).
+            RowFileError: The rows are not there any more: they were removed, or another driver has its own there.
         """
         self.rows.sync()
         if self.events is not None:
             self.events.sync()
         if self.mirror is not None and not self.mirror.sync():
             raise StorageFaultError(f"metrics could not be sent to {str(self.mirror.place)!r}")
+        self.rows.check()  # at the end: so it was these rows that were sent
 
     def close(self) -> None:
         """Flush and end."""

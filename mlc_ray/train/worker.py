@@ -26,7 +26,7 @@ from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.lease import LeaseGuard
 from mlc_ray.logs import send_warnings
 from mlc_ray.losses.objective import Objective
-from mlc_ray.runs import checkpoint_sizes
+from mlc_ray.runs import checkpoint_sizes, logged_until
 from mlc_ray.storage import Place, StorageFaultError, fetched_bytes, local_model
 from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint
 from mlc_ray.train.checks import check_batch, check_tap
@@ -102,7 +102,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
     # From the folder, not from Ray's list, which names what was reported, not what is there and undamaged.
     progress = Progress()
     run = spec.run_folder
-    if (checkpoint := agree_on_checkpoint(run)) is not None:
+    if (checkpoint := agree_on_checkpoint(run, logged_until(run) if rank == 0 else None)) is not None:
         watchdog.beat("loading the checkpoint")
         progress = load_checkpoint(checkpoint, engine=engine, config=config, fingerprints=spec.fingerprints)
     watchdog.beat("opening its data", progress.step)
@@ -141,7 +141,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
             config=config,
             fingerprints=spec.fingerprints,
             completing=partial(completing, run, watchdog, guard if rank == 0 else None),
-            record=tracker.sync if tracker is not None else lambda: None,
+            record=partial(record, tracker, guard) if tracker is not None else lambda: None,
         )
         saves = WatchedSaves(spec, saver, watchdog, guard)
         try:
@@ -181,6 +181,12 @@ def completing(run: Place, watchdog: Watchdog, guard: LeaseGuard | None) -> Iter
     with _watched(run, watchdog):
         yield
     watchdog.beat(before)
+
+
+def record(tracker: Tracker, guard: LeaseGuard) -> None:
+    """What rank 0 does last before it writes a manifest: raises as `Tracker.sync` and `LeaseGuard.check`."""
+    tracker.sync()
+    guard.check(now=True)  # sending may have taken long, and another driver may have taken over meanwhile
 
 
 def _watched(run: Place, watchdog: Watchdog) -> AbstractContextManager[None]:

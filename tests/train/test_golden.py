@@ -18,10 +18,12 @@ from mlc_ray.config import ObjectiveConfig
 from mlc_ray.data.trees import make_tree
 from mlc_ray.losses.mlc import mlc_loss
 from mlc_ray.losses.objective import Objective
+from mlc_ray.train.attention import register_attention
 from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.train.reference import ReferenceModel
 from mlc_ray.types import AnswerRows, Answers, Batch, Prompts
 
+register_attention()
 FOLDER = Path(os.environ.get("MLC_GOLDEN_DIR", Path(__file__).parents[1] / "golden"))
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import threading
 from dataclasses import asdict, replace
@@ -30,10 +31,13 @@ from mlc_ray.train.file_writer import FileWriter
 from mlc_ray.train.loop import Progress
 from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.train.published import published_files, small_files
+from mlc_ray.train.rows import RowFileError
 from mlc_ray.train.saving import CheckpointSaver, CheckpointWriterError
+from mlc_ray.train.shards import CheckpointError
 from mlc_ray.train.tensor_files import parts_of
+from mlc_ray.train.tracking import Tracker
 from mlc_ray.train.watchdog import Watchdog
-from mlc_ray.train.worker import WatchedSaves, completing
+from mlc_ray.train.worker import WatchedSaves, completing, record
 from tests.train.test_checkpoint import FINGERPRINTS, config_of, tokenizer, whole_state
 from tests.train.tiny import VOCABULARY, make_engine, on_workers, random_rows, run_engine, whole_weights
 
@@ -48,6 +52,12 @@ class HeldStorage(VaultStorage):
     gate = threading.Event()
     refused, times, deadly, immovable = "none", 0, False, "none"
     fault = OSError(28, "No space left on device")
+    taken = None  # a lease file, and what another driver writes into it as soon as rows are sent
+
+    def publish(self, local, url, **more):
+        super().publish(local, url, **more)
+        if self.taken is not None:
+            self.taken[0].write_json(self.taken[1])
 
     def write_parts(self, url, parts):
         self.gate.wait()
@@ -152,7 +162,8 @@ def with_faults(rank, model_folder, caplog_file):
     names = [place.name for place in (Place("held://faults/run") / "train").iterdir()]
     ahead = left_ahead(model_folder, engine)
     told = as_a_worker(model_folder, engine)
-    return outcomes, names, pruned(model_folder, engine), ahead, told, in_little_memory(model_folder, engine)
+    lost = taken_over(model_folder, engine, Path(f"{caplog_file}-cache"))
+    return outcomes, names, pruned(model_folder, engine), ahead, lost, told, in_little_memory(model_folder, engine)
 
 
 def as_a_worker(model_folder, engine):
@@ -195,6 +206,41 @@ def as_a_worker(model_folder, engine):
     except MlcRayError as error:
         raised.append((4, error))
     return raised
+
+
+def taken_over(model_folder, engine, cache):
+    """What a worker of a killed driver raises where another driver takes its run, and the checkpoints that are there.
+
+    First, the other has the lease once the rows are sent; then, rows are lost with the cache that they are kept in.
+    """
+    os.environ["MLC_RAY_CACHE"] = str(cache)
+    run, raised = Place("held://taken/run"), []
+    config = config_of("stage2", model_folder, checkpoint={"background": False}, logging={"tensorboard": False})
+    holder = from_rank_zero(Holder.here())
+    for step, is_taken in ((2, True), (4, False)):
+        HeldStorage.taken = None
+        if engine.rank == 0:
+            (run / LEASE_FILE).write_json(asdict(holder))
+        gather_objects(None)
+        guard = LeaseGuard(run, holder.id)
+        tracker = Tracker(config, run, 0, guard.check) if engine.rank == 0 else None
+        told = {"config": config, "fingerprints": FINGERPRINTS, "engine": engine, "tokenizer": tokenizer()}
+        saver = CheckpointSaver(run, **told, record=partial(record, tracker, guard) if tracker else lambda: None)
+        if tracker is not None:
+            tracker.log(step, {"loss/total": 1.0})
+            tracker.sync()
+            tracker.log(step + 1, {"loss/total": 1.0})
+            if is_taken:
+                HeldStorage.taken = (run / LEASE_FILE, asdict(replace(holder, id="another")))
+            else:
+                shutil.rmtree(cache)
+        saver.save(Progress(step=step + 1))
+        try:
+            saver.finish()
+        except MlcRayError as error:
+            raised.append(error)
+        gather_objects(None)
+    return raised, list_checkpoints(run)
 
 
 def left_ahead(model_folder, engine):
@@ -315,6 +361,11 @@ def test_all_workers_stay_in_a_save_until_rank_zero_had_room_for_its_files(done)
     assert [faults[3] for _, faults in done[1]] == [False, False]
 
 
+def test_a_checkpoint_is_not_completed_by_workers_whose_run_or_rows_were_taken(done):
+    for _, (*_, (raised, completed), _, _) in done[1]:
+        assert [type(error) for error in raised] == [LeaseError, RowFileError] and completed == []
+
+
 def test_what_ends_the_workers_is_a_needed_checkpoint_that_is_refused_a_bug_or_a_lost_lease(done):
     for _, (*_, raised, _) in done[1]:
         assert [step for step, _ in raised] == [2, 2, 4]
@@ -345,6 +396,21 @@ def test_a_folder_without_files_is_no_checkpoint(tmp_path, monkeypatch):
     run = Place("lingering://run")
     (checkpoint_folder(run, 1) / MANIFEST).write_json(sealed({"step": 1, "files": {}, "checksums": {}}))
     assert agree_on_checkpoint(run) == checkpoint_folder(run, 1)
+
+
+def test_a_checkpoint_whose_steps_were_not_logged_is_passed_over(tmp_path, caplog):
+    run = Place(tmp_path)
+    for step in (2, 4):
+        manifest = sealed({"step": step, "files": {}, "checksums": {}})
+        (checkpoint_folder(run, step) / MANIFEST).write_json(manifest)
+    assert agree_on_checkpoint(run, 4) == checkpoint_folder(run, 4)
+    assert agree_on_checkpoint(run, 2) == checkpoint_folder(run, 2)
+    assert "has no rows of steps 3 to 4, which it comes after; damaged.txt in it says so" in caplog.text
+    assert agree_on_checkpoint(run, 4) == checkpoint_folder(run, 2)
+    with pytest.raises(
+        CheckpointError, match="no usable checkpoint left: checkpoint_000002, checkpoint_000004 in train"
+    ):
+        agree_on_checkpoint(run, 1)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,12 +2,14 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,7 +20,7 @@ from mlc_ray.runs import METRICS_FILE, MetricsReader, read_metrics
 from mlc_ray.storage import Place, StorageFaultError
 from mlc_ray.train import mirror
 from mlc_ray.train.console import RunDisplay, columns, fitting, header, table_row
-from mlc_ray.train.rows import EventFiles
+from mlc_ray.train.rows import EventFiles, RowFileError
 from mlc_ray.train.tracking import Tracker, TrackingError, check_trackers
 from tests.ray_head import free_ports
 from tests.train.tiny import tiny_config
@@ -344,6 +346,36 @@ def test_who_has_lost_the_run_sends_nothing(tmp_path, monkeypatch):
         tracker.sync()
     tracker.close()
     assert read_metrics(Place("vault://team/run")) == []
+
+
+@pytest.mark.parametrize("place", ["vault://team/run", "run"])
+def test_rows_of_a_driver_that_lost_the_run_are_not_among_those_of_the_next(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "cache"))
+    run, config = Place(place if "://" in place else tmp_path / place), tiny_config(logging={"tensorboard": False})
+    if run.is_local:
+        Path(run).mkdir()
+    first = Tracker(config, run, 0)
+    for step in (1, 2):
+        first.log(step, {"loss/total": float(step)})
+    first.sync()
+    second = Tracker(config, run, 2)  # its driver was killed, and its workers live on for a moment
+    for step in (3, 4):
+        first.log(step, {"loss/total": 0.0})
+    with pytest.raises(RowFileError, match=r"metrics\.jsonl' was removed or replaced .* by another driver"):
+        first.sync()
+    first.close()
+    second.log(3, {"loss/total": 3.0})
+    second.sync()
+    assert [(row["step"], row["loss/total"]) for row in read_metrics(run)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    if run.is_local:
+        (run / METRICS_FILE).remove()
+    else:
+        shutil.rmtree(tmp_path / "cache")
+    second.log(4, {"loss/total": 4.0})
+    with pytest.raises(RowFileError):
+        second.sync()
+    second.close()
 
 
 def test_an_outage_of_the_store_loses_no_row(tmp_path, monkeypatch, caplog):

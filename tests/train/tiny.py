@@ -20,6 +20,7 @@ from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.objective import Objective
+from mlc_ray.train.attention import register_attention
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, checkpoint_blocks, resolve_layer
@@ -27,6 +28,7 @@ from mlc_ray.train.planning import check_groups, cutting_of, order_of, tapping, 
 from mlc_ray.train.reference import ReferenceModel, asked_of_reference, cached_reference, policy_reference
 from mlc_ray.types import ReferenceRows, TokenRow
 
+register_attention()
 VOCABULARY = 67
 LANGUAGES = ["ar", "en", "sw"]
 
