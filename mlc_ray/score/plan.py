@@ -116,10 +116,10 @@ def answering(
     }  # fmt: skip
     if judging.judge.runs == "prompts":
         settings |= {"judge": judging.judge.settings, "ways": judging.ways}
-        return Part("judging", PromptJudgeStage, settings, _counted(scoring.engine, device), in_turn=in_turn)
+        return Part("judging", PromptJudgeStage, settings, counted(scoring.engine, device), in_turn=in_turn)
     assert scoring.max_new_tokens is not None, "decided by now (with_longest_answer)"
     settings |= {"max_new_tokens": scoring.max_new_tokens, "asking": scoring.asking}
-    return Part("answering", Generator, settings, _counted(scoring.engine, device), in_turn=in_turn)
+    return Part("answering", Generator, settings, counted(scoring.engine, device), in_turn=in_turn)
 
 
 def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies: Place) -> dict[str, Part]:
@@ -146,7 +146,7 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
             "translating",
             TranslateStage,
             {"settings": translate, "ways": judging.translated, **common("translate")},
-            _counted(translate.engine, device) if translate.model is not None else None,
+            counted(translate.engine, device) if translate.model is not None else None,
             once=translate.endpoint is not None,
         )
     stages = _stages(judging.readers)
@@ -166,7 +166,7 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
             "judging",
             JudgeStage,
             {**settings, **common(name)},
-            None if own.engine is None else _counted(own.engine, device),
+            None if own.engine is None else counted(own.engine, device),
             actors=light,
             once=own.runs == "service",
         )
@@ -187,7 +187,7 @@ def usage_file(name: str) -> str:
     return f"{name}{USAGE_SUFFIX}"
 
 
-def _counted(engine: EngineSection, device: Device) -> EngineSection:
+def counted(engine: EngineSection, device: Device) -> EngineSection:
     """`engine` with `replicas: auto` decided by the nodes that there are."""
     if engine.replicas != "auto":
         return engine
@@ -328,13 +328,13 @@ def _decided(engine: EngineSection, before: EngineSection | None, *, gpu: bool) 
 def places(scoring: ScoringSection, device: Device, *, in_turn: bool = False) -> list[tuple[float, float]]:
     """(CPUs, GPUs) of everything that a score can need at once, known before languages and prompts are."""
     judge = make_judge(scoring.judge)
-    parts = [Part("answering", Generator, {}, _counted(scoring.engine, device), in_turn=in_turn)]
+    parts = [Part("answering", Generator, {}, counted(scoring.engine, device), in_turn=in_turn)]
     judges = [member.judge for member in judge.members] if isinstance(judge, PanelJudge) else [judge]
     own = [each for each in judges if each.runs in ("engine", "service")]
     if judge.runs != "prompts":
-        engines = [None if each.engine is None else _counted(each.engine, device) for each in own or judges[:1]]
+        engines = [None if each.engine is None else counted(each.engine, device) for each in own or judges[:1]]
         parts += [Part("judging", JudgeStage, {}, engine) for engine in engines]
     if (translate := judge.settings.translator) is not None:
-        engine = _counted(translate.engine, device) if translate.model is not None else None
+        engine = counted(translate.engine, device) if translate.model is not None else None
         parts.append(Part("translating", TranslateStage, {}, engine))
     return [place for part in parts for place in part.places(device)]
