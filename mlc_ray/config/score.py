@@ -280,6 +280,11 @@ class ScoringSection(Section):
                 f"asking.{unread[0]}={getattr(self.asking, unread[0])!r} is not read by judge={self.judge.name!r}, "
                 "which reads the model itself and no answers; remove it"
             )
+        if self.max_new_tokens is not None and resolve("judge", self.judge.name).runs == "prompts":
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} is not read by judge={self.judge.name!r}, which reads the model "
+                "itself and no answers; remove it"
+            )
         return self
 
 

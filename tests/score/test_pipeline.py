@@ -535,8 +535,9 @@ def test_the_likelihood_judge_needs_no_response_and_writes_into_a_vault(
     monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
     benchmark = write_bundles(tmp_path / "own.jsonl")
     config = config_for(
-        smollm2, benchmark, tmp_path, judge={"name": "likelihood"}, output_dir="vault://team/scores", resume="auto"
-    )
+        smollm2, benchmark, tmp_path, judge={"name": "likelihood"}, output_dir="vault://team/scores", resume="auto",
+        max_new_tokens=None,
+    )  # fmt: skip
     result = score(config)
     assert result.folder == Place("vault://team/scores/score")
     assert [place.name for place in result.folder.iterdir()] == ["request.json", "responses.parquet", "scores.json"]

@@ -145,6 +145,21 @@ def test_every_engine_gets_the_dtype_of_the_cluster(monkeypatch: pytest.MonkeyPa
     assert dtypes_of(stored) == dtypes_of(decided)
 
 
+def test_engine_settings_of_the_other_device_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "bfloat16")
+    engine = {"cpu_kv_cache_gib": 4, "gpu_memory_utilization": 0.5}
+    raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "engine": engine}
+    with caplog.at_level("WARNING"):
+        with_dtypes(parse_config(ScoreConfig, raw), gpu=True)
+        with_dtypes(parse_config(ScoreConfig, raw), gpu=False)
+    assert [record.getMessage() for record in caplog.records] == [
+        "engine.cpu_kv_cache_gib=4 is not read where engines run on GPUs",
+        "engine.gpu_memory_utilization=0.5 is not read where engines run on CPUs",
+    ]
+
+
 def test_a_score_goes_on_in_the_dtype_it_began_in(
     ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
