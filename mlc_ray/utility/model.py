@@ -135,9 +135,11 @@ class PooledLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             sampling = dict(normalize_gen_kwargs(given, default_max_gen_toks=_MOST_NEW_TOKENS))
             until = handle_stop_sequences(sampling.pop("until", None), eos=self.tokenizer.decode(self.eot_token_id))
             tokens = int(sampling.pop("max_gen_toks"))
-            sampling.pop("do_sample", None)  # the temperature says it
+            # A task that says neither is answered greedily, though vLLM's own default is to draw at 1.
+            temperature = 1.0 if sampling.pop("do_sample") else 0.0
             ids, tokens = maybe_truncate(self.tok_encode(context), tokens, self.max_length, side="left", verbose=True)
-            own = {"skip_special_tokens": False, "spaces_between_special_tokens": False, "seed": index}
+            own: dict[str, Any] = {"skip_special_tokens": False, "spaces_between_special_tokens": False, "seed": index}
+            own["temperature"] = temperature
             sampling = {**own, **sampling, "max_tokens": tokens, "stop": until}
             rows.append({"ids": ids, "start": None, "sampling": json.dumps(sampling)})
             ends.append(until)
