@@ -18,7 +18,7 @@ import yaml
 
 import mlc_ray
 from mlc_ray.cli import SCHEMAS, build_parser, commands, main
-from mlc_ray.cli.commands import parse_benchmark, score_config
+from mlc_ray.cli.commands import parse_benchmark, probe_model, score_config
 from mlc_ray.config import ConfigError, ScoreConfig, TrainConfig, parse_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.score.results import load_scores
@@ -419,3 +419,10 @@ sys.exit(main(["export", "run", "out"]))
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert said == "mlc-ray: interrupted\n"
+
+
+def test_a_probe_takes_settings_of_the_model_that_it_reads() -> None:
+    found = probe_model("m", ["trust_remote_code=true", "dtype=float32"])
+    assert (found.path, found.trust_remote_code, found.dtype) == ("m", True, "float32")
+    with pytest.raises(ConfigError, match=r"lora=.*`mlc-ray probe` reads dtype, attention, kernels, trust_remote_code"):
+        probe_model("m", ["lora.rank=4"])

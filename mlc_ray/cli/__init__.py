@@ -213,8 +213,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     probe.add_argument("--out", metavar="FOLDER", type=_place, help="folder to write (default: runs/probes/MODEL)")
     probe.add_argument(
-        "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="type of the weights (default: auto)"
-    )
+        "--set", metavar="FIELD=VALUE", dest="overrides", action="append", default=[],
+        help="a setting that a run has under model: dtype, attention, kernels, trust_remote_code; repeatable",
+    )  # fmt: skip
     probe.add_argument("--address", metavar="ADDRESS", default="auto", help="Ray address (default: auto)")
 
     translate = add("translate", "Make multilingual bundles from English ones, and check them.", _TRANSLATE)

@@ -301,7 +301,7 @@ def _show_search(result: SearchResult) -> None:
 def probe_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray probe`."""
     sources = [parse_config(SourceSection, parse_benchmark(text)) for text in arguments.bundles]
-    settings = parse_config(ModelSection, {"path": arguments.model, "dtype": arguments.dtype})
+    settings = probe_model(arguments.model, arguments.overrides)
     languages = arguments.languages and [code.strip() for code in arguments.languages.split(",")]
 
     from mlc_ray.report.console import show
@@ -363,6 +363,24 @@ def translate_config(arguments: argparse.Namespace) -> TranslateConfig:
         options |= {"name": arguments.out.name, "output_dir": str(arguments.out.parent)}
     overrides = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
     return load_config(TranslateConfig, arguments.config, [*arguments.overrides, *overrides])
+
+
+PROBE_READS = ("dtype", "attention", "kernels", "trust_remote_code")
+"""Settings of a run's `model` that a forward of the whole model reads."""
+
+
+def probe_model(path: str, overrides: Sequence[str]) -> ModelSection:
+    """The model to look at.
+
+    Raises:
+        ConfigError: A probe does not read one of the settings.
+    """
+    raw: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(raw, override)
+    if unread := sorted(set(raw) - set(PROBE_READS)):
+        raise ConfigError(f"{unread[0]}={raw[unread[0]]!r}: `mlc-ray probe` reads {', '.join(PROBE_READS)} only")
+    return parse_config(ModelSection, {**raw, "path": path})
 
 
 def export_command(arguments: argparse.Namespace) -> None:

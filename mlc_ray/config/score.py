@@ -87,10 +87,6 @@ class EngineSection(Section):
         return options
 
 
-# How a pool (`generate.pool`) works with its engines: a process that has an engine of its own reads none of them.
-POOL_FIELDS = ("replicas", "block_rows", "start_seconds", "hang_seconds", "retries")
-
-
 _REQUEST_FIXES = {
     "model": "endpoint.model sets it",
     "messages": "they are what is asked",
@@ -289,6 +285,11 @@ class ScoringSection(Section):
                 f"asking.{unread[0]}={getattr(self.asking, unread[0])!r} is not read by judge={self.judge.name!r}, "
                 "which reads the model itself and no answers; remove it"
             )
+        if self.max_new_tokens is not None and resolve("judge", self.judge.name).runs == "prompts":
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} is not read by judge={self.judge.name!r}, which reads the model "
+                "itself and no answers; remove it"
+            )
         return self
 
 
@@ -332,7 +333,7 @@ class ScoreConfig(ScoringSection):
         return self
 
 
-# Those that `score.utility` hands to transformers; threads on CPU follow cpus_per_replica.
+# Those that `utility.run` hands to transformers; threads on CPU follow cpus_per_replica.
 HF_ENGINE_FIELDS = ("cpus_per_replica", "dtype", "max_model_len", "trust_remote_code")
 
 
@@ -359,17 +360,22 @@ class UtilityConfig(Section):
         None, description="Worked examples before each question (default: the task's own)."
     )
     chat_template: bool = Field(False, description="Put questions into the model's chat template.")
-    backend: Literal["vllm", "hf"] = Field("vllm", description="What runs the model: vLLM, or plain transformers.")
-    accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` follows what is installed.")
+    backend: Literal["vllm", "hf"] = Field(
+        "vllm", description="What runs the model: a pool of vLLM engines, or plain transformers in one process."
+    )
+    address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
+    accelerator: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="`auto`: GPUs if the cluster, or torch with backend=hf, has some."
+    )
     engine: UtilityEngineSection = UtilityEngineSection()
 
     @model_validator(mode="after")
-    def _one_engine(self) -> UtilityConfig:
-        if pooled := [name for name in POOL_FIELDS if name in self.engine.model_fields_set]:
-            given = ", ".join(f"engine.{name}={getattr(self.engine, name)!r}" for name in pooled)
-            raise ValueError(f"{given}: not read by utility, which runs one engine and no pool of them; remove it")
-        unread = sorted(self.engine.model_fields_set - set(HF_ENGINE_FIELDS)) if self.backend == "hf" else []
-        if unread:
+    def _what_transformers_read(self) -> UtilityConfig:
+        if self.backend != "hf":
+            return self
+        if "address" in self.model_fields_set:
+            raise ValueError(f"address={self.address!r}: not read with backend='hf', which needs no Ray; remove it")
+        if unread := sorted(self.engine.model_fields_set - set(HF_ENGINE_FIELDS)):
             given = ", ".join(f"engine.{name}={getattr(self.engine, name)!r}" for name in unread)
             raise ValueError(
                 f"{given}: not read with backend='hf', which reads engine.{', engine.'.join(HF_ENGINE_FIELDS)} alone; "

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -33,6 +33,14 @@ class Generation:
     finish: str
     prompt_tokens: int
     response_tokens: int
+
+
+@dataclass(frozen=True)
+class Tail:
+    """What a model says of the end of a sequence: log-prob in nats; whether each of its tokens was a likeliest one."""
+
+    log_prob: float
+    greedy: bool
 
 
 def engine_environment(engine: EngineSection, device: Device) -> dict[str, str]:
@@ -291,7 +299,30 @@ class Engine:
             )
         return results
 
+    def complete(self, ids: Sequence[Sequence[int]], sampling: Sequence[Mapping[str, Any]]) -> list[str]:
+        """A text behind each prompt, in order, drawn by vLLM's `SamplingParams` of these fields.
+
+        Raises:
+            EngineError: vLLM has no such field, or takes no such value.
+            RuntimeError: the engine gave one up.
+        """
+        from vllm import SamplingParams
+
+        try:
+            params = [SamplingParams(**each) for each in sampling]
+        except (TypeError, ValueError) as error:
+            raise EngineError(f"vLLM cannot sample as the task says: {error}; change its generation_kwargs") from None
+        outputs = [output.outputs[0] for output in self._run(ids, params)]
+        check_finished(
+            Generation(each.text, each.finish_reason or "unknown", 0, len(each.token_ids)) for each in outputs
+        )
+        return [each.text for each in outputs]
+
     def log_probs(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[float]:
+        """The log-probs of `tails` alone, which asks vLLM for less."""
+        return [tail.log_prob for tail in self._tails(ids, starts, likeliest=0)]
+
+    def tails(self, ids: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Tail]:
         """log P(ids[i][starts[i]:] | ids[i][:starts[i]]) in nats, summed over tokens, for each sequence i.
 
         What sequences have in common at their front is computed once, in whole blocks of the key-value cache, if they
@@ -301,6 +332,9 @@ class Engine:
             EngineError: a sequence is longer than `max_model_len` - 1 (vLLM samples one token behind it), or a start
                 leaves nothing before it or nothing behind it.
         """
+        return self._tails(ids, starts, likeliest=1)
+
+    def _tails(self, ids: Sequence[Sequence[int]], starts: Sequence[int], *, likeliest: int) -> list[Tail]:
         for sequence, start in zip(ids, starts, strict=True):
             if len(sequence) >= self.max_model_len or not 0 < start < len(sequence):
                 raise EngineError(
@@ -309,32 +343,47 @@ class Engine:
                 )
         # What an earlier call left in the cache may reach into the tokens that are asked about.
         self._llm.reset_prefix_cache()
-        results = self._shared_log_probs(ids, starts)
+        results = self._shared_tails(ids, starts, likeliest)
         # Two continuations that begin alike can share a block that reaches into them: those again, without sharing.
         again = [index for index, value in enumerate(results) if value is None]
-        alone = self._shared_log_probs([ids[i] for i in again], [starts[i] for i in again], shared=False)
+        alone = self._shared_tails([ids[i] for i in again], [starts[i] for i in again], likeliest, shared=False)
         whole = dict(zip(again, alone, strict=True))
-        return [cast(float, whole.get(index, value)) for index, value in enumerate(results)]
+        return [cast(Tail, whole.get(index, value)) for index, value in enumerate(results)]
 
-    def _shared_log_probs(
-        self, ids: Sequence[Sequence[int]], starts: Sequence[int], shared: bool = True
-    ) -> list[float | None]:
-        """As `log_probs`; None where the cache spared vLLM the computation of a token that is asked about."""
+    def _shared_tails(
+        self, ids: Sequence[Sequence[int]], starts: Sequence[int], likeliest: int, shared: bool = True
+    ) -> list[Tail | None]:
+        """As `tails`; None where the cache spared vLLM the computation of a token that is asked about."""
         from vllm import SamplingParams
 
-        # 0 further tokens per position: only the prompt's own. vLLM would not read its cache beside prompt log-probs,
-        # because positions found there have none: true, and made up for by looking at `num_cached_tokens`.
+        # Per position the prompt's own token, and the likeliest if asked for. vLLM would not read its cache beside
+        # prompt log-probs, because positions found there have none: true, and made up for by looking at
+        # `num_cached_tokens`.
         asked = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=not shared
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=likeliest,
+            detokenize=False,
+            skip_reading_prefix_cache=not shared,
         )
-        results: list[float | None] = []
-        for first in range(0, len(ids), self._batch):
-            batch = range(first, min(first + self._batch, len(ids)))
+        results: list[Tail | None] = []
+        for batch in self._batches(ids):
             for index, output in zip(batch, self._run([ids[i] for i in batch], asked), strict=True):
                 # The log-prob of a token comes from the position before it.
                 known = (output.num_cached_tokens or 0) < starts[index]
-                results.append(_tail_log_prob(output, ids[index][starts[index] :]) if known else None)
+                results.append(_tail(output, ids[index][starts[index] :]) if known else None)
         return results
+
+    def _batches(self, ids: Sequence[Sequence[int]]) -> Iterator[range]:
+        """Sequences that are asked about at a time."""
+        first = tokens = 0
+        for index, sequence in enumerate(ids):
+            if index > first and (index - first == self._batch or tokens + len(sequence) > _LOG_PROB_TOKENS):
+                yield range(first, index)
+                first, tokens = index, 0
+            tokens += len(sequence)
+        if first < len(ids):
+            yield range(first, len(ids))
 
     def close(self) -> None:
         """Free the engine's memory; it cannot be used afterwards."""
@@ -353,16 +402,18 @@ def prepare_process(engine: EngineSection, device: Device) -> None:
         os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"  # vLLM would choose it and fail
 
 
-def _tail_log_prob(output: Any, tail: Sequence[int]) -> float:
-    """Summed log-prob of the last tokens of a prompt; by position from the end, since cached ones may be left out."""
-    rows = output.prompt_logprobs[-len(tail) :]
-    return float(sum(row[token].logprob for row, token in zip(rows, tail, strict=True)))
+def _tail(output: Any, tail: Sequence[int]) -> Tail:
+    """Of the last tokens of a prompt; by position from the end, since cached ones may be left out."""
+    rows = list(zip(output.prompt_logprobs[-len(tail) :], tail, strict=True))
+    greedy = all(row[token].logprob >= max(each.logprob for each in row.values()) for row, token in rows)
+    return Tail(float(sum(row[token].logprob for row, token in rows)), greedy)
 
 
-# vLLM gives back an object per token of every sequence: what is held at a time stays within some ten MB. Engines that
-# serve adapters take one: vLLM's LoRA layer of the LM head has an index per sampled token, not per prompt token, and
-# fails on the second sequence.
+# vLLM gives back an object per token of every sequence: what is held at a time stays within some hundred MB. Engines
+# that serve adapters take one: vLLM's LoRA layer of the LM head has an index per sampled token, not per prompt token,
+# and fails on the second sequence.
 _LOG_PROB_BATCH = 1024
+_LOG_PROB_TOKENS = 1 << 18
 
 
 def _start_engine(model: str, engine: EngineSection, device: Device, warm: Warm | None) -> Any:

@@ -12,7 +12,7 @@ number of tokens that its script takes. The price is that a longer opening count
 both sides have equally many. The zero of the margin is nominal, because help begins in more ways than refusals do:
 compare margins of models or languages with each other, rather than count those above 0.
 
-The measure is smooth where counts of refusals among few prompts jump, which is what a search needs.
+The measure is smooth where counts of refusals among few prompts jump. A search counts verdicts and reads no margin.
 """
 
 from __future__ import annotations

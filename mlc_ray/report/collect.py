@@ -1,7 +1,8 @@
 """Folders -> plain data: what was scored, what was trained, and what was found but could not be used.
 
 A RUN is a training run's folder (`config.yaml`, `run.json`, `metrics.jsonl`, scores in `scores/*/`), a score folder
-(`scores.json`, `responses.parquet`, perhaps `utility.json`), or a folder of those. Nothing is computed here.
+(`scores.json`, `responses.parquet`, perhaps `utility.json`), a search's (`trials.json`), or a folder of those. Nothing
+is computed here.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlc_ray.errors import MlcRayError
+from mlc_ray.report.search import Search, is_search, read_search, scores_of
 from mlc_ray.runs import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -25,6 +27,7 @@ from mlc_ray.runs import (
     RUN_FILE,
     SCORES_FILE,
     SCORES_FOLDER,
+    TRIALS_FILE,
     UTILITY_FILE,
     read_metrics,
 )
@@ -115,15 +118,18 @@ class Collection:
     models: tuple[Model, ...]
     trainings: tuple[Training, ...]
     notes: tuple[str, ...] = ()
+    searches: tuple[Search, ...] = ()
 
 
 def without_folders(collection: Collection) -> Collection:
     """`collection` without what names folders: no notes, and labels that are the last folder's name, then `name #2`."""
     models = _numbered([model.label for model in collection.models])
     trainings = _numbered([training.label for training in collection.trainings])
+    searches = _numbered([search.label for search in collection.searches])
     return Collection(
         tuple(replace(model, label=label) for model, label in zip(collection.models, models, strict=True)),
         tuple(replace(each, label=label) for each, label in zip(collection.trainings, trainings, strict=True)),
+        searches=tuple(replace(each, label=label) for each, label in zip(collection.searches, searches, strict=True)),
     )
 
 
@@ -142,26 +148,29 @@ def collect(paths: Sequence[str | Path | Place]) -> Collection:
     Raises:
         ReportError: A path is not a run, or is given twice; a file is damaged.
         ScoresFileError: A `scores.json` is damaged.
+        SearchFileError: A `trials.json` is damaged.
     """
     if not paths:
-        raise ReportError("no run was given; name at least one run folder or score folder")
-    runs: list[Place] = []
-    scores: list[Place] = []
-    notes: list[str] = []
+        raise ReportError("no run was given; name at least one run folder, score folder or search folder")
+    every = _Found()
     for path in map(Place, paths):
-        _find(path, runs, scores, notes)
-    for kind, found in (("run", runs), ("score", scores)):
+        _find(path, every)
+    runs, scores, notes = every.runs, every.scores, every.notes
+    for kind, found in (("search", every.searches), ("run", runs), ("score", scores)):
         if twice := [str(p) for p, count in Counter(p.absolute() for p in found).items() if count > 1]:
             raise ReportError(f"{kind} folder {twice[0]!r} is in the report twice; give it once")
-    labels = _labels(scores)
+    labels = _labels([every.names.get(folder, _names(folder)) for folder in scores])
     models = [_read_model(folder, label, notes) for folder, label in zip(scores, labels, strict=True)]
-    trainings = [_read_training(folder, label) for folder, label in zip(runs, _labels(runs), strict=True)]
-    if not models and not any(training.metrics for training in trainings):
+    labels = _labels(list(map(_names, runs)))
+    trainings = [_read_training(folder, label) for folder, label in zip(runs, labels, strict=True)]
+    labels = _labels(list(map(_names, every.searches)))
+    searches = [read_search(folder, label) for folder, label in zip(every.searches, labels, strict=True)]
+    if not models and not searches and not any(training.metrics for training in trainings):
         raise ReportError(
             f"{', '.join(repr(str(path)) for path in paths)}: neither a score nor training metrics there yet; "
             "score the run with `mlc-ray score`"
         )
-    return Collection(tuple(models), tuple(trainings), tuple(notes))
+    return Collection(tuple(models), tuple(trainings), tuple(notes), tuple(searches))
 
 
 # --------------------------------------------------------------------------------------------- what is where
@@ -181,36 +190,60 @@ def _is_utility(folder: Place) -> bool:
     return (folder / UTILITY_FILE).is_file() and not _is_score(folder)
 
 
-def _find(path: Place, runs: list[Place], scores: list[Place], notes: list[str]) -> None:
+@dataclass
+class _Found:
+    """Folders of each kind. `names` has what a search calls scores that do not bear the names of their folders."""
+
+    runs: list[Place] = field(default_factory=list)
+    scores: list[Place] = field(default_factory=list)
+    searches: list[Place] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    names: dict[Place, list[str]] = field(default_factory=dict)
+
+
+def _find(path: Place, found: _Found) -> None:
+    scores, notes = found.scores, found.notes
     if not path.exists():
-        raise ReportError(f"{str(path)!r} does not exist; give a run folder, a score folder, or a folder of those")
+        raise ReportError(
+            f"{str(path)!r} does not exist; give a run folder, a score folder, a search folder, or a folder of those"
+        )
     if not path.is_dir():
         raise ReportError(f"{str(path)!r} is a file; give the folder it is in")
     if _is_score(path):
         scores.append(path)
         return
+    if is_search(path):
+        found.searches.append(path)
+        for name, folder in scores_of(path).items():
+            if _is_score(folder):
+                scores.append(folder)
+                found.names[folder] = [*_names(path), name]
+            else:
+                notes.append(f"of {str(path)!r}, the score of {name} is not there")
+        return
     if _is_run(path):
-        runs.append(path)
+        found.runs.append(path)
         scores.extend(_scores_in(path / SCORES_FOLDER, notes))
         return
     if _is_utility(path):
         raise ReportError(f"{str(path)!r} {_UTILITY_ALONE}")
     inside = [child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")]
-    known = [child for child in inside if _is_score(child) or _is_run(child)]
+    known = [child for child in inside if _is_score(child) or is_search(child) or _is_run(child)]
     alone = [child for child in inside if child not in known and _is_utility(child)]
     if alone and not known:
         raise ReportError(f"{str(alone[0])!r} {_UTILITY_ALONE}")
     if not known:
         raise ReportError(
             f"{str(path)!r} is neither a run (no {CONFIG_FILE} with {RUN_FILE}, {METRICS_FILE} or scores/) nor a score "
-            f"(no {SCORES_FILE}), and holds neither; give a folder that `mlc-ray train` or `mlc-ray score` wrote"
+            f"(no {SCORES_FILE}) nor a search (no {TRIALS_FILE}), and holds none; give a folder that `mlc-ray train`, "
+            "`mlc-ray score` or `mlc-ray search` wrote"
         )
-    for child in [child for child in known if _is_run(child) and not _is_score(child)]:
-        _find(child, runs, scores, notes)
+    for child in [child for child in known if not _is_score(child)]:
+        _find(child, found)
     scores.extend(_by_time([child for child in known if _is_score(child)]))
     notes += [f"{str(child)!r} {_UTILITY_ALONE}" for child in alone]
     if others := [child.name for child in inside if child not in [*known, *alone]]:
-        notes.append(f"in {str(path)!r}, neither a run nor a finished score: {', '.join(others)}")
+        notes.append(f"in {str(path)!r}, neither a run, a search nor a finished score: {', '.join(others)}")
 
 
 def _scores_in(folder: Place, notes: list[str]) -> list[Place]:
@@ -226,9 +259,12 @@ def _by_time(folders: Iterable[Place]) -> list[Place]:
     return sorted(folders, key=lambda folder: (load_scores(folder).created, folder.name))
 
 
-def _labels(folders: Sequence[Place]) -> list[str]:
+def _names(folder: Place) -> list[str]:
+    return [part for part in str(folder.absolute()).split("/") if part != SCORES_FOLDER]
+
+
+def _labels(parts: Sequence[Sequence[str]]) -> list[str]:
     """The shortest ends of the paths that tell them apart, without the folder `scores`: `after`, or `run / after`."""
-    parts = [[part for part in str(folder.absolute()).split("/") if part != SCORES_FOLDER] for folder in folders]
     depths = [1] * len(parts)
     while True:
         labels = [" / ".join(names[-depth:]) for names, depth in zip(parts, depths, strict=True)]

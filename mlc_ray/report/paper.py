@@ -31,6 +31,10 @@ def write_paper(collection: Collection, folder: Path, *, public: bool = False) -
     lines += [f"> **Warning:** {escape(line)}\n" for line in warnings(models)]
     if models and len(models) > 1 and keys(models) != [model.label for model in models]:
         lines += [*(f"- {key}: {escape(m.label)}" for key, m in zip(keys(models), models, strict=True)), ""]
+    for search in collection.searches:
+        lines += [f"## Search {escape(search.label)}", "", *(f"- {escape(line)}" for line in search.findings), ""]
+        for shown in search.tables:
+            lines += markdown(shown)
     compared = changes(collection)
     for number, name in enumerate(names):
         heat = heat_map_png(models, [name], folder / f"languages-{number}.png")
@@ -39,9 +43,9 @@ def write_paper(collection: Collection, folder: Path, *, public: bool = False) -
             figures.append((f"Before and after, {name}", slopes_png(models, name, folder / f"slopes-{number}.png")))
         lines += [f"## {escape(name)}", ""]
         lines += [f"![{escape(title)}]({path.name})\n" for title, path in figures]
-        shown = grid(models, name)
-        lines += markdown(language_table(models, shown))
-        notes = mark_lines(rate.row.via for column in shown.columns for rate in column.rates.values())
+        rates = grid(models, name)
+        lines += markdown(language_table(models, rates))
+        notes = mark_lines(rate.row.via for column in rates.columns for rate in column.rates.values())
         lines += [*(f"{line}  " for line in notes), *([""] if notes else [])]
         lines += markdown(difference_table(models, name))
         for view in views_of(models, name):

@@ -18,6 +18,7 @@ from mlc_ray.report.heat_map import HeatMap, heat_map
 from mlc_ray.report.rates import Grid, benchmarks, grid, keys, languages_of, summary_of, views_of
 from mlc_ray.report.remarks import remarks, warnings
 from mlc_ray.report.samples import Samples, samples
+from mlc_ray.report.search import Search
 from mlc_ray.report.summaries import (
     agreement_tables,
     change_table,
@@ -121,6 +122,7 @@ class View:
     lead: Lead | None
     cards: tuple[Card, ...]
     headline: Table | None
+    searches: tuple[Search, ...]
     benchmarks: tuple[Benchmark, ...]
     compared: str
     models: int
@@ -149,10 +151,11 @@ def view_of(collection: Collection, harmful_samples: int, *, public: bool = Fals
     return View(
         title=_title(collection),
         facts=_facts_line(collection, names),
-        warnings=tuple(warnings(models)) if models else (_NOTHING_SCORED,),
+        warnings=tuple(warnings(models)) if models or not runs else (_NOTHING_SCORED,),
         lead=_lead(models, names[0]) if before_and_after(models) else None,
         cards=tuple(cards) if len(models) <= MOST_CARDS else (),
         headline=headline_table(models, names[0]) if len(models) > MOST_CARDS else None,
+        searches=collection.searches,
         benchmarks=tuple(_benchmark(models, compared, name) for name in names),
         compared=_TWO_JUDGES if compared and all(change.agreement for change in compared) else "What changed",
         models=len(models),
@@ -177,6 +180,8 @@ _NOTHING_SCORED = "Nothing was scored yet: training curves alone say nothing of 
 
 def _title(collection: Collection) -> str:
     labels = [model.label for model in collection.models]
+    if collection.searches:
+        return f"Safety: search {', '.join(search.label for search in collection.searches)}"
     if not labels:
         return f"Training of {', '.join(training.label for training in collection.trainings)}"
     if len(labels) == 1:

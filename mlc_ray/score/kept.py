@@ -52,9 +52,7 @@ class Kept:
         try:
             file.write_parts([buffer.getbuffer()])
         except OSError as error:  # a storage that is full or away for a while; the rows are in memory
-            logger.warning(
-                "%d rows could not be kept: %s; if this ends early, they are asked again", len(keys), error
-            )
+            logger.warning("%d rows could not be kept: %s; if this ends early, they are asked again", len(keys), error)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         found = {}

@@ -242,9 +242,11 @@ def with_longest_answer(scoring: ScoringT) -> ScoringT:
 
     How much a translator may write follows from it where the settings do not say it.
     """
-    longest = scoring.max_new_tokens
+    longest, read = scoring.max_new_tokens, make_judge(scoring.judge)
+    if read.runs == "prompts":
+        return scoring  # nothing is answered
     if longest is None:
-        longest = _TOKENS_SAFE if "safe" in make_judge(scoring.judge).measures else _TOKENS_REFUSED
+        longest = _TOKENS_SAFE if "safe" in read.measures else _TOKENS_REFUSED
     judge, translate = scoring.judge, scoring.judge.translator
     if translate is not None:
         judge = judge.model_copy(update={"translate": translate.for_texts_of(longest)})
@@ -345,7 +347,15 @@ def _of_members(
     return judge.model_copy(update={"judges": judges})
 
 
+_OF_ONE_DEVICE = {True: ("cpu_kv_cache_gib",), False: ("gpu_memory_utilization", "enforce_eager", "tensor_parallel")}
+"""Settings of an engine that are not read on GPUs, and on CPUs."""
+
+
 def _decided(engine: EngineSection, before: EngineSection | None, *, gpu: bool) -> EngineSection:
+    for name in _OF_ONE_DEVICE[gpu]:
+        if name in engine.model_fields_set:
+            where = "GPUs" if gpu else "CPUs"
+            logger.warning("engine.%s=%r is not read where engines run on %s", name, getattr(engine, name), where)
     if engine.dtype == "auto" and before is not None:
         engine = engine.model_copy(update={"dtype": before.dtype})
     return with_dtype(engine, gpu=gpu)

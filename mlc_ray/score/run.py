@@ -31,6 +31,7 @@ from mlc_ray.generate.engine import Device, Warm, check_lengths
 from mlc_ray.generate.pool import EnginePool
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge, make_reader
+from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.runs import (
     KEPT_FOLDER,
@@ -97,6 +98,7 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
         UncoveredLanguageError: no judge may be asked about a language.
         EngineError: lengths do not fit, or an engine does not start.
         ScoreError: the folder holds a score, with `resume: auto` another one; or `pool` was opened for other settings.
+        LeaseError: another process works in the folder. With `resume: auto` it is waited for whether that one is alive.
         ClusterError: the cluster can never hold the engines.
         EngineDiedError: engines die, hang or fail whatever is done; what is answered is kept.
         MlcRayError: what the readers of the benchmarks raise.
@@ -114,8 +116,10 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
         check_lengths(model, config.engine, config.max_new_tokens)
     _check_free(place, resume=config.resume == "auto")
     judge.check_ready(user_cache())
-    with _worked_on(place) as folder:
-        result = _score(config, model, folder, place, pool)
+    with lease(place, wait=config.resume == "auto"):
+        _check_free(place, resume=config.resume == "auto")  # another process may have scored there meanwhile
+        with _worked_on(place) as folder:
+            result = _score(config, model, folder, place, pool)
     return _checked(replace(result, folder=place), config.max_unparsed)
 
 
@@ -219,7 +223,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         beside = source.parent / f"{source.name}-{judge.name}"
         target = beside if out is None else output_place(str(out), setting="out")
         _check_free(target)
-    with _worked_on(target) as folder:
+    with lease(target, wait=False), _worked_on(target) as folder:
         device = _connect(config)
         decided = judge_with_dtypes(config.judge, gpu=device == "gpu", before=earlier)
         request = replace(request, config=config.model_copy(update={"judge": decided}))

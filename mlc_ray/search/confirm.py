@@ -16,6 +16,7 @@ from mlc_ray.runs import (
     PROVENANCE_FILE,
     SCORES_FOLDER,
     TRAIN_FOLDER,
+    weights_folders,
 )
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.run import TooManyUnparsedError
@@ -30,6 +31,7 @@ from mlc_ray.stats.rates import Judged
 from mlc_ray.stats.significance import holm
 from mlc_ray.storage import Place, fingerprint
 from mlc_ray.train.divergence import DivergedError
+from mlc_ray.train.entry import LastWeights
 
 logger = logging.getLogger(__name__)
 _LEVEL = 0.05
@@ -248,7 +250,11 @@ def change_between(
 
 
 def _trained_again(shared: Shared, trial: Trial, seed: int) -> Place:
-    """The run folder of a trial's values with another seed, trained to its end; it is no trial of the search."""
+    """The run folder of a trial's values with another seed, trained to its end; it is no trial of the search.
+
+    As of a trial, its last weights alone are written, unless checkpoints are to be kept.
+    """
+    from mlc_ray.train.checkpoint import damaged_weights, last_weights, remove_checkpoint
     from mlc_ray.train.export import export
     from mlc_ray.train.run import train
 
@@ -259,12 +265,19 @@ def _trained_again(shared: Shared, trial: Trial, seed: int) -> Place:
         logger.info("training trial %s again with seed %d", trial.name, seed)
         shared.scorer.check()
         values = {**trial.values, SEED: seed}
-        train(
-            shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
-            resume=folder if (folder / CONFIG_FILE).is_file() else None,
-        )
+        for damaged, fault in damaged_weights(folder):
+            logger.warning("%s goes on without %s: %s", folder.name, damaged.name, fault)
+            remove_checkpoint(damaged)
+        if last_weights(folder) is None:  # else it died while it exported them
+            train(
+                shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
+                resume=folder if (folder / CONFIG_FILE).is_file() else None,
+                score=LastWeights(keep_state=shared.config.keep_checkpoints),
+            )
+        found = last_weights(folder)
+        assert found is not None  # `train` raises where they could not be written
         (folder / MODEL_FOLDER).remove()
-        export(folder, folder / MODEL_FOLDER, trust_remote_code=True)  # its components ran in this very search
-    if not shared.config.keep_checkpoints:
-        (folder / TRAIN_FOLDER).remove()
+        export(found[0], folder / MODEL_FOLDER, trust_remote_code=True)  # its components ran in this very search
+    for gone in weights_folders(folder) if shared.config.keep_checkpoints else [folder / TRAIN_FOLDER]:
+        gone.remove()
     return folder

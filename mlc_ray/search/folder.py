@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from mlc_ray.config.base import by_dotted_name
 from mlc_ray.runs import BASE_FILE, COMMITS_FILE, SEARCH_CONFIG_FILE
 from mlc_ray.search.space import Space
 from mlc_ray.search.trial import SearchError
-from mlc_ray.storage import Place, absolute_if_here, local_side
+from mlc_ray.storage import Commits, Place, absolute_if_here, local_side
 
 MAY_CHANGE = ("trials", "max_hours")
 """The settings that may differ when a search is resumed."""
@@ -51,10 +51,10 @@ def changed_config(config: SearchConfig, overrides: Sequence[str]) -> SearchConf
     return changed
 
 
-def write_settings(config: SearchConfig, space: Space, folder: Place, commits: Mapping[str, str]) -> None:
+def write_settings(config: SearchConfig, space: Space, folder: Place, commits: Commits) -> None:
     """Write all that `load_search` needs, so that it works in any folder and after the files it names are gone.
 
-    `commits` are those that names of the hub stand for, by the name that was given.
+    `commits` are those that names of the hub stand for.
     """
     (folder / COMMITS_FILE).write_json(commits)
     (folder / BASE_FILE).write_text(yaml.safe_dump(dict(space.base), sort_keys=False, allow_unicode=True))
@@ -84,17 +84,30 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -
     return [
         f"{name.removeprefix('search.')} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - ignored)
-        if before.get(name) not in (now.get(name), _with_commits(now.get(name), commits))
+        if before.get(name) not in (now.get(name), _with_commits(name, now.get(name), commits))
     ]
 
 
-def _with_commits(value: Any, commits: Mapping[str, str]) -> Any:
-    """A setting with the commits that its names of the hub stood for when the search began."""
-    if isinstance(value, list):
-        return [_with_commits(each, commits) for each in value]
-    if isinstance(value, dict):
-        return {name: _with_commits(each, commits) for name, each in value.items()}
-    return commits.get(value, value) if isinstance(value, str) else value
+_SOURCES = (
+    "search.scoring.benchmarks",
+    "search.confirm.benchmarks",
+    "train.data.train",
+    "train.data.validation.sources",
+)
+
+
+def _with_commits(name: str, value: Any, commits: Commits) -> Any:
+    """The setting `name` with the commits that its names of the hub stood for when the search began."""
+    stood_for = commits["data set" if name in _SOURCES else "model"]
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, list):
+            return [replaced(each) for each in value]
+        if isinstance(value, dict):
+            return {key: replaced(each) for key, each in value.items()}
+        return stood_for.get(value, value) if isinstance(value, str) else value
+
+    return replaced(value)
 
 
 def _settings(config: SearchConfig, space: Space, folder: Place) -> dict[str, Any]:
@@ -106,11 +119,21 @@ def _settings(config: SearchConfig, space: Space, folder: Place) -> dict[str, An
     }
     for place in [*settings["scoring"]["benchmarks"], *(settings.get("confirm", {}).get("benchmarks") or ())]:
         place["path"] = absolute_if_here(place["path"])
-    judge = settings["scoring"].get("judge") or {}
-    for section in (judge, judge.get("translate") or {}):
-        if section.get("model") is not None:
-            section["model"] = absolute_if_here(section["model"])
+    _make_absolute(settings["scoring"].get("judge") or {})
     return settings
+
+
+def _make_absolute(judge: dict[str, Any]) -> None:
+    """Local paths of a judge, its translator and the judges of a panel become absolute, in place."""
+    for section in (judge, judge.get("translate") or {}):
+        for name in ("model", "prompt"):
+            if isinstance(section.get(name), str):
+                section[name] = absolute_if_here(section[name])
+        endpoint = section.get("endpoint") or {}
+        if endpoint.get("cache_dir") is not None:  # it need not be there yet
+            endpoint["cache_dir"] = str(Path(endpoint["cache_dir"]).expanduser().absolute())
+    for member in judge.get("judges") or ():
+        _make_absolute(member["judge"])
 
 
 def load_search(folder: Place) -> SearchConfig:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from mlc_ray.config import SearchConfig
+from mlc_ray.report.search import SHOWN
 from mlc_ray.report.tables import Cell, Row, Table, cell, markdown, row, table
 from mlc_ray.report.text import ABSENT, percent, signed
 from mlc_ray.runs import (
@@ -258,7 +259,7 @@ def trials_table(result: SearchResult) -> Table:
         rows.append(row(trial.name + mark, cells))
     numbers = _numbers(result.config, result.baseline)
     rows.append(row("baseline", [*[ABSENT] * len(space), *numbers, *[ABSENT] * 3]))
-    note = "on the bundles that choose; the best of these numbers are too good"
+    note = "on the bundles that choose; the best of these numbers are too good; * confirmed, ^ on the Pareto front"
     return table("Selection", ["trial", *space, *_heads(result), "step", "ended", "train s"], rows, note)
 
 
@@ -286,6 +287,12 @@ def _rate(rate: Interval | None) -> Cell:
 
 
 def verdict(result: SearchResult) -> list[str]:
+    """The result in a few lines, warnings first, and where the best is."""
+    places = [f"config  {result.folder / 'best.yaml'}", f"model   {result.folder / 'best'}"]
+    return [*findings(result), *(places if result.confirmation is not None else ())]
+
+
+def findings(result: SearchResult) -> list[str]:
     """The result in a few lines, warnings first."""
     objective = make_objective(result.config.objective)
     lines = [f"WARNING: {objective.warning}"] if objective.warning is not None else []
@@ -320,7 +327,7 @@ def verdict(result: SearchResult) -> list[str]:
         lines.append(f"not told apart from: {', '.join(map(_named, alike))}")
     elif len(found.points) > 1:
         lines.append(f"told apart from {', '.join(point.trial for point in found.points[1:])}")
-    return [*lines, f"config  {result.folder / 'best.yaml'}", f"model   {result.folder / 'best'}"]
+    return lines
 
 
 def _named(point: Confirmed) -> str:
@@ -359,7 +366,7 @@ def summary(result: SearchResult) -> str:
     confirmed = "" if found is None else "\n".join(markdown(found)) + "\n"
     lines = "\n".join(f"- {line}" for line in verdict(result))
     shown = "\n".join(markdown(trials_table(result)))
-    marks = "`*` confirmed, `^` on the Pareto front. Rates have their 95 % intervals."
+    marks = "Rates have their 95 % intervals."
     return f"# Search {result.config.name}\n\n{lines}\n\n{confirmed}{shown}\n{marks}\n\n![Pareto](pareto.png)\n"
 
 
@@ -408,4 +415,10 @@ def _plain(result: SearchResult) -> dict[str, Any]:
     content = {name: value for name, value in vars(result).items() if name != "config"}
     for name in ("baseline", "progress", "confirmation"):
         content[name] = None if content[name] is None else asdict(content[name])
-    return {**content, "folder": result.folder.name, "trials": [asdict(trial) for trial in result.trials]}
+    tables = filter(None, (confirmation_table(result), trials_table(result)))
+    return {
+        **content,
+        "folder": result.folder.name,
+        "trials": [asdict(trial) for trial in result.trials],
+        SHOWN: {"findings": findings(result), "tables": [asdict(each) for each in tables]},  # for reports
+    }

@@ -34,7 +34,7 @@ from mlc_ray.data.sources import pinned
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.runs import training_name
 from mlc_ray.score.plan import commits_of, judge_at_commits
-from mlc_ray.storage import absolute_if_here, pinned_model
+from mlc_ray.storage import Commits, absolute_if_here, pinned_model
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it announces every study it creates
 
@@ -366,7 +366,7 @@ def _make_absolute(raw: dict[str, Any]) -> None:
             place["path"] = absolute_if_here(place["path"])
 
 
-def with_commits(config: SearchConfig, space: Space) -> tuple[SearchConfig, Space, dict[str, str]]:
+def with_commits(config: SearchConfig, space: Space) -> tuple[SearchConfig, Space, Commits]:
     """A search that names the commits of its models and data sets of the hub, and what each name given stands for.
 
     So all its trials read the same, and so do those of the search when it is resumed.
@@ -379,11 +379,12 @@ def with_commits(config: SearchConfig, space: Space) -> tuple[SearchConfig, Spac
     given = base["model"]["path"]
     base["model"]["path"] = pinned_model(given)
     judge = judge_at_commits(config.scoring.judge)
-    commits = {given: base["model"]["path"], **commits_of(config.scoring.judge, judge)}
+    models = {given: base["model"]["path"], **commits_of(config.scoring.judge, judge)}
+    data_sets: dict[str, str] = {}
 
     def at_commits(sources: Sequence[SourceSection]) -> list[SourceSection]:
         found = pinned(sources)
-        commits.update({one.path: other.path for one, other in zip(sources, found, strict=True)})
+        data_sets.update({one.path: other.path for one, other in zip(sources, found, strict=True)})
         return found
 
     for place in _sources(base):
@@ -394,7 +395,11 @@ def with_commits(config: SearchConfig, space: Space) -> tuple[SearchConfig, Spac
     if confirm.benchmarks is not None:
         confirm = confirm.model_copy(update={"benchmarks": at_commits(confirm.benchmarks)})
     config = config.model_copy(update={"scoring": scoring, "confirm": confirm})
-    return config, replace(space, base=base), {name: at for name, at in commits.items() if name != at}
+    return config, replace(space, base=base), {"model": _changed(models), "data set": _changed(data_sets)}
+
+
+def _changed(commits: Mapping[str, str]) -> dict[str, str]:
+    return {name: at for name, at in commits.items() if name != at}
 
 
 def _sources(raw: Mapping[str, Any]) -> list[Any]:

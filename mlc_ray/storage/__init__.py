@@ -23,7 +23,7 @@ from mlc_ray.storage.fingerprints import (
     fingerprint_model,
     fingerprint_tokenizer,
 )
-from mlc_ray.storage.hub import HubError, HubModel, pinned_model, without_commit
+from mlc_ray.storage.hub import NO_COMMITS, Commits, HubError, HubModel, pinned_model, without_commit
 from mlc_ray.storage.manifests import (
     SEAL,
     ArtifactError,
@@ -41,9 +41,11 @@ from mlc_ray.storage.manifests import (
 
 __all__ = [
     "MANIFEST",
+    "NO_COMMITS",
     "SEAL",
     "ArtifactError",
     "CacheError",
+    "Commits",
     "HubError",
     "HubModel",
     "IncompleteArtifactError",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,9 @@ from mlc_ray.errors import MlcRayError
 logger = logging.getLogger(__name__)
 
 Repository = Literal["model", "data set"]
+Commits = Mapping[Repository, Mapping[str, str]]
+"""What names of the hub stand for, by their kind, since a model and a data set may have one name, and as given."""
+NO_COMMITS: Commits = {"model": {}, "data set": {}}
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(#(?P<revision>[\w./-]+))?")
 _CONFIG = "config.json"

@@ -32,6 +32,18 @@ class WeightsScorer(Protocol):
 
 
 @dataclass(frozen=True)
+class LastWeights:
+    """A `WeightsScorer` that scores nothing: a run whose last weights alone are asked for, without optimizer states."""
+
+    keep_state: bool = False
+    every: int | None = None
+
+    def __call__(self, run_folder: Place, weights: Place, step: int) -> dict[str, float]:
+        """No numbers."""
+        return {}
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """Where the tokens of held-out bundles are, and what the reference says of them."""
 

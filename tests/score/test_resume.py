@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import ANSWERS, Generator
 from mlc_ray.judges.base import JudgeError, make_judge
 from mlc_ray.judges.guards.base import GuardSettings
+from mlc_ray.lease import LeaseError, lease
 from mlc_ray.score.calibrate import calibrate
 from mlc_ray.score.calibration import CalibrationError
 from mlc_ray.score.plan import with_dtypes, with_judge_models
@@ -134,6 +136,13 @@ def test_a_panels_judges_of_the_hub_keep_their_commits() -> None:
     assert with_judge_models(panel("owner/guard"), began).judge == began
 
 
+def test_two_processes_do_not_score_into_one_folder(small_llama: Path, tmp_path: Path) -> None:
+    config = config_for(small_llama, write_bundles(tmp_path / "own.jsonl"), tmp_path)
+    with lease(Place(tmp_path / "score"), wait=False), pytest.raises(LeaseError, match=f"process {os.getpid()} on"):
+        score(config)
+    assert not (tmp_path / "score").exists()
+
+
 def test_every_engine_gets_the_dtype_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "bfloat16" if gpu else "float32")
     decided = with_dtypes(with_engines(judge="float16"), gpu=True)
@@ -143,6 +152,21 @@ def test_every_engine_gets_the_dtype_of_the_cluster(monkeypatch: pytest.MonkeyPa
     assert dtypes_of(again) == ["float32", "float16", "bfloat16"]
     stored = parse_config(ScoreConfig, decided.model_dump(mode="json", exclude_unset=True))
     assert dtypes_of(stored) == dtypes_of(decided)
+
+
+def test_engine_settings_of_the_other_device_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "bfloat16")
+    engine = {"cpu_kv_cache_gib": 4, "gpu_memory_utilization": 0.5}
+    raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "engine": engine}
+    with caplog.at_level("WARNING"):
+        with_dtypes(parse_config(ScoreConfig, raw), gpu=True)
+        with_dtypes(parse_config(ScoreConfig, raw), gpu=False)
+    assert [record.getMessage() for record in caplog.records] == [
+        "engine.cpu_kv_cache_gib=4 is not read where engines run on GPUs",
+        "engine.gpu_memory_utilization=0.5 is not read where engines run on CPUs",
+    ]
 
 
 def test_a_score_goes_on_in_the_dtype_it_began_in(
@@ -263,6 +287,7 @@ def test_what_an_object_store_holds_while_a_score_is_judged_is_enough_to_go_on(
 
     monkeypatch.setenv("VAULT", str(then))
     folder = Place("vault://team/scores/score")
+    (folder / "lease.json").remove()  # its process is dead; this one, which wrote it, is not
     assert [place.name for place in folder.iterdir()] == ["kept", "request.json"]
     assert len((folder / "kept" / "answering").iterdir()) == 4
     with pytest.raises(ScoreError, match="unfinished score"):

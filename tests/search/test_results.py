@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ import pytest
 import yaml
 
 from mlc_ray.config import TrainConfig, load_config
+from mlc_ray.report.collect import ReportError, collect
+from mlc_ray.report.page import render
+from mlc_ray.report.paper import write_paper
+from mlc_ray.report.search import SearchFileError
 from mlc_ray.report.tables import markdown
 from mlc_ray.search.objectives.base import TrialScore
 from mlc_ray.search.results import (
@@ -26,6 +31,8 @@ from mlc_ray.search.results import (
 )
 from mlc_ray.stats.rates import Interval
 from mlc_ray.storage import Place
+from tests.report.html_checks import Page
+from tests.report.runs import grid, write_score
 
 from .test_space import search_config
 
@@ -203,3 +210,44 @@ def test_an_objective_of_several_numbers_has_a_column_for_each_that_is_no_side(t
     assert "value at least" not in shown(result)
     mine = search_config(objective="examples.my_objective:TellsApart")
     assert "telling apart at least" in shown(write_results(folder, mine, BASELINE, TRIALS, progress=DONE))
+
+
+def scored(folder: Path, refuses: float, **more: Any) -> None:
+    rows = grid(["en", "sw"], lambda kind, code: refuses if kind == "harmful" else 0.05, bundles=30)
+    write_score(folder, rows, **more)
+
+
+def test_a_report_of_a_search_shows_what_was_confirmed_and_the_trials(tmp_path: Path) -> None:
+    folder = folder_with_runs(tmp_path / "found")
+    scored(folder / "baseline", 0.1)
+    write_results(folder, search_config(), BASELINE, TRIALS, progress=Progress(2, 6))
+    so_far = collect([folder])
+    assert [model.label for model in so_far.models] == ["before training"]
+    page = Page(render(so_far))
+    assert "Safety: search found" in page.text and "nothing is confirmed yet" in page.text
+    assert "Selection" in page.text and "the best of these numbers are too good" in page.text
+
+    write_results(folder, search_config(), BASELINE, TRIALS, progress=DONE, confirmation=CONFIRMATION)
+    scored(folder / "confirmation", 0.1)
+    for name, refuses in (("e", 0.9), ("c", 0.8)):
+        scored(folder / "trials" / name / "scores" / "confirmation", refuses, fingerprint=name)
+        scored(folder / "trials" / name / "scores" / "step-000004", 0.99, fingerprint=name)
+    found = collect([tmp_path])  # a folder of searches is one of runs
+    assert [model.label for model in found.models] == ["before training", "e", "c"] and not found.notes
+    page = Page(render(found))
+    page.check_self_contained()
+    assert "not told apart from: c" in page.text and "Confirmed" in page.text and "Selection" in page.text
+    assert str(tmp_path) in render(found) and str(tmp_path) not in render(found, public=True)
+    write_paper(found, tmp_path / "paper")
+    assert "**Confirmed**" in (tmp_path / "paper" / "report.md").read_text()
+
+    shutil.rmtree(folder / "trials" / "c" / "scores" / "confirmation")
+    (note,) = collect([folder]).notes
+    assert "the score of c is not there" in note
+    with pytest.raises(ReportError, match=r"search folder .* twice"):
+        collect([folder, folder])
+    content = json.loads((folder / "trials.json").read_text())
+    for damaged in ("{", "[]", json.dumps({**content, "shown": {"findings": 1}})):
+        (folder / "trials.json").write_text(damaged)
+        with pytest.raises(SearchFileError, match=r"is damaged: .*search --resume"):
+            collect([folder])

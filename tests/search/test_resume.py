@@ -15,7 +15,7 @@ from mlc_ray.search.folder import changed_config, changed_settings, load_search,
 from mlc_ray.search.run import resume_search, search
 from mlc_ray.search.space import make_space, with_commits
 from mlc_ray.search.trial import SearchError
-from mlc_ray.storage import Place
+from mlc_ray.storage import NO_COMMITS, Commits, Place
 from tests.data.hub_server import Hub, running
 
 
@@ -33,7 +33,7 @@ def place(tmp_path: Path) -> Path:
     }  # fmt: skip
     (tmp_path / "search.yaml").write_text(yaml.safe_dump(searched))
     config = configured(tmp_path, "scoring.engine.dtype=float32", "set=[model.dtype=float32]")
-    write_settings(config, make_space(config), Place(tmp_path / "found"), {})
+    write_settings(config, make_space(config), Place(tmp_path / "found"), NO_COMMITS)
     return tmp_path
 
 
@@ -105,6 +105,37 @@ def test_a_search_keeps_the_commits_of_its_models(place: Path, monkeypatch: pyte
     for another in (f"owner/model#{second}", "owner/model#main", "owner/another"):
         differences = changed(place, *named(another))
         assert len(differences) == 3 and all(first in each and another in each for each in differences)
+
+
+def test_a_model_and_a_data_set_of_one_name_are_told_apart(place: Path) -> None:
+    model, data_set = ("owner/name#" + digit * 40 for digit in "ab")
+
+    def named(model: str, data_set: str) -> list[str]:
+        return [f"set=['model.path=\"{model}\"', model.dtype=float32]", f'scoring.benchmarks=[{{path: "{data_set}"}}]']
+
+    config = configured(place, "scoring.engine.dtype=float32", *named(model, data_set))
+    commits: Commits = {"model": {"owner/name": model}, "data set": {"owner/name": data_set}}
+    write_settings(config, make_space(config), Place(place / "found"), commits)
+    assert changed(place, *named("owner/name", "owner/name")) == []
+    assert len(changed(place, *named(data_set, model))) == 2
+
+
+def test_paths_of_a_panels_judges_hold_in_any_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    for folder in ("guard", "translator"):
+        (place / folder).mkdir()
+    (place / "wording.txt").write_text("words")
+    guard = "{name: wildguard, model: guard, prompt: wording.txt}"
+    asked = "{name: endpoint, endpoint: {base_url: 'http://localhost:1/v1', model: m, cache_dir: replies}}"
+    judge = f"{{name: panel, judges: [{{judge: {guard}}}, {{judge: {asked}}}], translate: {{model: translator}}}}"
+    config = configured(place, "set=[model.dtype=float32]", f"scoring.judge={judge}")
+    write_config(config, make_space(config), Place(place / "found"))
+    monkeypatch.chdir("/")
+    stored = load_search(Place(place / "found")).scoring.judge.model_dump(mode="json")
+    guard_settings, endpoint = (member["judge"] for member in stored["judges"])
+    assert [guard_settings["model"], guard_settings["prompt"]] == [str(place / "guard"), str(place / "wording.txt")]
+    assert endpoint["endpoint"]["cache_dir"] == str(place / "replies")
+    assert stored["translate"]["model"] == str(place / "translator")
 
 
 def use(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,10 +302,17 @@ def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_
                 "scoring.engine.replicas=2",
                 f'set=[model.lora.rank=4, "objective.loss={hinge}", "terms={{sign: {sign}}}"]',
                 f"scoring.judge={json.dumps(judge)}",
+                "confirm={keep: 1, seeds: [7]}",
             )
         )
     assert [(trial.finished, trial.step) for trial in result.trials] == [(True, 2), (True, 2)]
     folder = run_place / "adapters"
+    # The one that is confirmed was trained again, to its last weights alone.
+    assert result.confirmation is not None
+    (point,) = result.confirmation.points
+    first, again = (folder / "trials" / name for name in point.runs)
+    assert again.name == f"{first.name}-seed-7" and (again / "model" / "adapter_config.json").is_file()
+    assert not (again / "train").exists() and len(read_metrics(again)) == 2
     for metrics in (folder / "trials").glob("*/metrics.jsonl"):
         assert all(row["loss/sign"] >= 0 and "sign/cosine" in row for row in read_metrics(metrics.parent))
     ranking = json.loads((folder / "probe" / "probe.json").read_text())["probe"]["ranking"]
@@ -322,8 +329,8 @@ def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_
     for kind in ("judge", "translate"):
         assert json.loads((folder / f"{kind}_usage.json").read_text())["requests"] > 0
     assert (folder / "best" / "adapter_config.json").is_file()
-    again = judge_again(folder / "baseline", judge=RefusalJudge.Settings())  # warm scores are scores like any other
-    assert again.prompts == baseline.prompts
+    rejudged = judge_again(folder / "baseline", judge=RefusalJudge.Settings())  # warm scores are scores like any other
+    assert rejudged.prompts == baseline.prompts
     assert nothing_is_held(ray_local)
 
 

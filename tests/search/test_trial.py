@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import save_file
 
 from mlc_ray.config import SearchConfig, parse_config
-from mlc_ray.runs import weights_folder
+from mlc_ray.runs import PROVENANCE_FILE, weights_folder
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.scorer import ScorerDiedError, WarmScore
 from mlc_ray.score.stages import JUDGED, PROMPTS
@@ -25,6 +25,7 @@ from mlc_ray.search.trial import ScoreWeights, Shared, run_trial, scored_trials
 from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES
 from mlc_ray.storage import MANIFEST, Place, sealed
 from mlc_ray.storage.manifests import checksum
+from mlc_ray.train.entry import LastWeights
 
 ROWS = [
     {"benchmark": "own", "bundle_id": f"{kind}{n}", "kind": kind, "category": "c", "language": code, "prompt": f"{n}?"}
@@ -164,6 +165,39 @@ def test_damaged_last_weights_are_removed_with_their_score_and_trained_again(
     assert went_on == [run] and scorer.asked == [str(weights / "model")]
     assert told[0][STEP] == 4.0 and told[-1][FINISHED] and ending(run) == "finished"
     assert (Path(run) / "model" / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_is_trained_again_with_another_seed_writes_its_last_weights_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    scorer = Scorer()
+    shared = shared_of(tmp_path, scorer, confirm={"keep": 1, "seeds": [7]}, keep_checkpoints=kept)
+    monkeypatch.setattr(ray.tune, "report", lambda metrics: None)
+    trained(shared, "a", 4, ends=True)
+    run_trial({VALUES: {"mlc.weight": 0.5}, FOLDER: "a"}, shared=shared)
+    again = shared.trial_folder("a-seed-7")
+    seeds: list[int] = []
+
+    def train(config: Any, *, resume: Place | None, score: LastWeights) -> None:
+        # Stands where training would, which needs Ray: leaves what its workers leave.
+        assert resume is None and score.every is None and score.keep_state == kept
+        seeds.append(config.seed)
+        trained(shared, "a-seed-7", 4, ends=True)
+        if kept:
+            (again / "train" / "checkpoint_000004" / "manifest.json").write_json({})
+
+    monkeypatch.setattr("mlc_ray.train.run.train", train)
+    others = Prompts(pa.Table.from_pylist(ROWS, schema=PROMPTS), "others")
+    found = confirm(shared, others, scored_trials(shared))
+    assert found is not None and found.points[0].runs == ("a", "a-seed-7") and seeds == [7]
+    assert [folder.name for folder in (again / "train").iterdir()] == ["checkpoint_000004"] * kept
+    # It died while it exported them: they are not trained once more.
+    trained(shared, "a-seed-7", 4, ends=True)
+    (again / "model" / PROVENANCE_FILE).remove()
+    (again / "scores" / "confirmation").remove()
+    found = confirm(shared, others, scored_trials(shared))
+    assert found is not None and found.points[0].runs == ("a", "a-seed-7") and seeds == [7]
 
 
 def test_of_a_trial_whose_checkpoints_are_kept_only_what_was_scored_goes(tmp_path: Path) -> None:

@@ -243,15 +243,29 @@ def test_a_branch_keeps_the_commit_that_it_had_when_the_run_began(tmp_path):
 
     model = "owner/model#" + "c" * 40
     given, started = at("owner/name#main"), at("owner/name#" + "a" * 40, model)
-    assert commits_of(given, started) == {"owner/name#main": "owner/name#" + "a" * 40, "owner/model#main": model}
+    assert commits_of(given, started) == {
+        "model": {"owner/model#main": model},
+        "data set": {"owner/name#main": "owner/name#" + "a" * 40},
+    }
     with claimed(find_run_folder(started, None)[0], started):
         record_start(Place(tmp_path / "tiny"), started, CONTENT, Tokens("abc"), 8, commits_of(given, started))
-        record_start(Place(tmp_path / "tiny"), started, CONTENT, Tokens("abc"), 8, {})  # it went on
+        record_start(Place(tmp_path / "tiny"), started, CONTENT, Tokens("abc"), 8)  # it went on
         assert with_commits_of(tmp_path / "tiny", given) == started
         assert with_commits_of(tmp_path / "tiny", at("owner/name#v1")) == at("owner/name#v1", model)
         unknown = at("owner/name#v1", "owner/model#v2")
         assert with_commits_of(tmp_path / "tiny", unknown) == unknown
         assert with_commits_of(tmp_path / "tiny", at("owner/name#v1", "owner/model")).model.path == model
+
+
+def test_a_model_and_a_data_set_of_one_name_keep_a_commit_each(tmp_path):
+    def at(model, data):
+        return tiny_config(output_dir=str(tmp_path), data={"train": [{"path": data}]}, model={"path": model})
+
+    given = at("owner/name#main", "owner/name#main")
+    started = at("owner/name#" + "a" * 40, "owner/name#" + "b" * 40)
+    with claimed(find_run_folder(started, None)[0], started):
+        record_start(Place(tmp_path / "tiny"), started, CONTENT, Tokens("abc"), 8, commits_of(given, started))
+        assert with_commits_of(tmp_path / "tiny", given) == started
 
 
 @pytest.mark.parametrize("name", MAY_CHANGE)

@@ -1,4 +1,4 @@
-"""Utility through lm-evaluation-harness: its command line, its results file, and one real run on real vLLM."""
+"""Utility through lm-evaluation-harness: its command line, its results, and what real engines of a pool tell it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from mlc_ray.cli import build_parser
 from mlc_ray.cli.commands import utility_config
 from mlc_ray.config import ConfigError, UtilityConfig, parse_config
+from mlc_ray.generate.engine import EngineError
 from mlc_ray.runs import ModelPathError
 from mlc_ray.storage import fingerprint_model
 from mlc_ray.utility import run as utility
-from mlc_ray.utility.file import Utility, UtilityFileError, load_utility, save_utility
-from mlc_ray.utility.run import (
-    UtilityError,
-    harness_command,
-    measure_utility,
-    rows_of,
-)
+from mlc_ray.utility.file import Utility, UtilityError, UtilityFileError, load_utility, save_utility
+from mlc_ray.utility.run import harness_command, measure_utility, open_pool, rows_of
 from tests.report.runs import response, write_score
 
 TASKS = Path(__file__).parent / "tasks"
@@ -75,38 +72,35 @@ def test_results_without_numbers_are_refused():
         rows_of({"results": {"mmlu": {"acc,none": "high"}}}, config())
 
 
-def test_the_command_line_of_each_backend():
-    command = harness_command(config(tasks=["mmlu", "mmmlu_sw_ke"], limit=5), "/model, with a comma", "cpu")
-    assert command[1:6] == ["-m", "lm_eval", "run", "--model", "vllm"]
+def test_the_command_line_for_transformers():
+    settings = {"backend": "hf", "tasks": ["mmlu", "mmmlu_sw_ke"], "limit": 5, "chat_template": True, "num_fewshot": 0}
+    command = harness_command(config(**settings), "/model, with a comma", "cpu")
+    assert command[1:6] == ["-m", "lm_eval", "run", "--model", "hf"]
     arguments = json.loads(command[command.index("--model_args") + 1])
-    assert arguments["pretrained"] == "/model, with a comma"
-    assert (arguments["enforce_eager"], arguments["max_model_len"]) == (True, 4096)
+    assert (arguments["pretrained"], arguments["max_length"]) == ("/model, with a comma", 4096)
     assert command[command.index("--tasks") + 1] == "mmlu,mmmlu_sw_ke"
     assert command[command.index("--limit") + 1] == "5"
-    gpu = harness_command(config(engine={"tensor_parallel": 2, "options": {"max_num_seqs": 8}}), "m", "gpu")
-    assert json.loads(gpu[gpu.index("--model_args") + 1])["max_num_seqs"] == 8
-    assert json.loads(gpu[gpu.index("--model_args") + 1])["tensor_parallel_size"] == 2
-    plain = harness_command(config(backend="hf", chat_template=True, num_fewshot=0), "m", "cpu")
-    assert plain[plain.index("--device") + 1] == "cpu"
-    assert plain[plain.index("--num_fewshot") + 1] == "0"
-    assert "--apply_chat_template" in plain
+    assert command[command.index("--device") + 1] == "cpu"
+    assert command[command.index("--num_fewshot") + 1] == "0"
+    assert "--apply_chat_template" in command
 
 
 def test_settings_that_cannot_be(tmp_path):
-    with pytest.raises(ConfigError, match=r"engine\.replicas=2"):
-        config(engine={"replicas": 2})
-    with pytest.raises(ConfigError, match=r"engine\.hang_seconds=9\.0: not read by utility"):
-        config(engine={"hang_seconds": 9})
+    with pytest.raises(ConfigError, match=r"address='local': not read with backend='hf'"):
+        config(backend="hf", address="local")
+    with pytest.raises(UtilityError, match="backend='hf' has no pool"):
+        utility.open_pool(config(backend="hf"))
     with pytest.raises(ConfigError, match="tasks"):
         config(tasks=[])
     with pytest.raises(UtilityError, match=r"holds no task file \(\*\.yaml\)"):
-        harness_command(config(include_path=str(tmp_path)), "m", "cpu")
+        harness_command(config(backend="hf", include_path=str(tmp_path)), "m", "cpu")
 
 
 @pytest.mark.parametrize(
     "engine",
     [
         {"tensor_parallel": 2}, {"gpu_memory_utilization": 0.5}, {"enforce_eager": True}, {"cpu_kv_cache_gib": 4},
+        {"replicas": 2}, {"hang_seconds": 9.0},
     ],
 )  # fmt: skip
 def test_engine_settings_that_transformers_do_not_read_are_refused(engine: dict[str, Any]) -> None:
@@ -165,15 +159,15 @@ def test_models_and_score_folders_are_checked_before_anything_starts(tmp_path, s
     with pytest.raises(ModelPathError, match="does not exist"):
         measure_utility(config(model=str(tmp_path / "none")))
     settings = {"model": str(smollm2), "output_dir": str(tmp_path)}
-    with pytest.raises(UtilityError, match=r"max_model_len=9999 is more than the 8192 positions"):
+    with pytest.raises(EngineError, match=r"max_model_len=9999 is more than the 8192 positions"):
         measure_utility(config(**settings, engine={"max_model_len": 9999}))
     with pytest.raises(UtilityError, match="is not a score folder"):
         measure_utility(config(**settings, scores=str(tmp_path)))
     other = write_score(tmp_path / "other", [response(0, "harmful", "en")], fingerprint="0000")
     with pytest.raises(UtilityError, match="is the score of another model: its fingerprint is '0000'"):
         measure_utility(config(**settings, scores=str(other)))
-    with pytest.raises(UtilityError, match="accelerator='gpu', but the installed vLLM is for CPU"):
-        measure_utility(config(**settings, accelerator="gpu"))
+    with pytest.raises(UtilityError, match=r"tasks has 'no_such_task', .*include_path adds your own"):
+        measure_utility(config(**settings, tasks=["no_such_task"]))
 
 
 @pytest.mark.parametrize(
@@ -187,28 +181,81 @@ def test_utility_files_that_cannot_be_read(tmp_path, content, message):
         load_utility(tmp_path)
 
 
-@needs_harness
-@pytest.mark.slow
-def test_a_small_task_of_ones_own_on_real_vllm_is_merged_into_the_score_folder(tmp_path, smollm2):
+@pytest.fixture
+def settings(tmp_path: Path, smollm2: Path, ray_local: Any) -> dict[str, Any]:
+    """A small task of one's own, and a small engine for it."""
     tasks = tmp_path / "tasks"
     shutil.copytree(TASKS, tasks)
     task = tasks / "small_facts.yaml"
     task.write_text(task.read_text().replace("small_facts.jsonl", str(tasks / "small_facts.jsonl")))
-    rows = [response(0, "harmful", "en")]
-    scores = write_score(tmp_path / "scores", rows, fingerprint=fingerprint_model(str(smollm2)))
-    settings = {
-        "model": str(smollm2), "scores": str(scores), "include_path": str(tasks),
-        "engine": {"max_model_len": 512, "cpu_kv_cache_gib": 1},
+    engine = {"max_model_len": 512, "cpu_kv_cache_gib": 1, "dtype": "float32", "cpus_per_replica": 0.5}
+    return {
+        "model": str(smollm2), "tasks": ["small_facts"], "include_path": str(tasks), "engine": engine,
+        "output_dir": str(tmp_path / "utility"),
     }  # fmt: skip
 
-    with pytest.raises(UtilityError, match=r"no_such_task[\s\S]*utility\.log|utility\.log[\s\S]*no_such_task"):
-        measure_utility(config(**settings, tasks=["no_such_task"]))
-    assert not (scores / "utility.json").exists()
 
-    measured = measure_utility(config(**settings, tasks=["small_facts"]))
-    row = measured.row("small_facts")
-    assert row.n == 8
-    assert 0.5 <= row.value <= 1.0  # three choices each: guessing gives a third
-    assert row.stderr is not None
-    assert load_utility(scores) == measured
-    assert measured.versions["lm_eval"]
+@needs_harness
+@pytest.mark.slow
+def test_a_pool_of_engines_serves_the_harness_and_says_what_its_own_class_does(
+    tmp_path: Path, settings: dict[str, Any], smollm2: Path
+) -> None:
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from mlc_ray.utility.model import PooledLM
+
+    def asked(kind: Any, *arguments: Any) -> list[Instance]:
+        return [Instance(kind, {}, each, 0) for each in arguments]
+
+    facts = [json.loads(line) for line in (TASKS / "small_facts.jsonl").read_text().splitlines()]
+    front = "".join(f"Question: {fact['question']}\nAnswer: {fact['choices'][fact['answer']]}\n\n" for fact in facts)
+    pairs = [
+        (f"{front}Question: {fact['question']}\nAnswer:", f" {each}") for fact in facts for each in fact["choices"]
+    ]
+    pairs += [("", "The sky is blue."), ("One, two, ", "three"), (front * 9, " water"), ("One, two,", " three, four")]
+    until = {"until": ["\n"], "max_gen_toks": 12}
+    texts = [(f"{front}Question: {fact['question']}\nAnswer:", until) for fact in facts[:3]]
+    scores = write_score(
+        tmp_path / "scores", [response(0, "harmful", "en")], fingerprint=fingerprint_model(str(smollm2))
+    )
+
+    with open_pool(config(**settings)) as pool:
+        ours = PooledLM(pool, str(smollm2), max_length=512)
+        # It takes a token more than its length, and vLLM one less: the long question loses as much of its front.
+        theirs = HFLM(str(smollm2), dtype="float32", batch_size=8, device="cpu", max_length=510)
+        for mine, its in zip(
+            ours.loglikelihood(asked("loglikelihood", *pairs)),
+            theirs.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True),
+            strict=True,
+        ):
+            assert mine[0] == pytest.approx(its[0], abs=1e-3) and mine[1] == its[1]
+        rolling = asked("loglikelihood_rolling", (front,), ("A short text.",))
+        assert ours.loglikelihood_rolling(rolling) == pytest.approx(theirs.loglikelihood_rolling(rolling), abs=1e-2)
+        drawn = ours.generate_until(asked("generate_until", *texts))
+        assert drawn == theirs.generate_until(asked("generate_until", *texts), disable_tqdm=True)
+        assert all(drawn) and not any("\n" in text for text in drawn)
+        with pytest.raises(UtilityError, match=r"takes 600 tokens, more than engine\.max_model_len=512"):
+            ours._loglikelihood_tokens([(("", ""), [1], [2] * 600)])
+        with pytest.raises(EngineError, match=r"cannot sample as the task says: .*nonsense"):
+            ours.generate_until(asked("generate_until", ("a", {"nonsense": 1})))
+
+        measured = measure_utility(config(**settings, scores=str(scores)), pool)
+        row = measured.row("small_facts")
+        assert row.n == 8 and row.stderr is not None and row.value is not None
+        assert 0.5 <= row.value <= 1.0  # three choices each: guessing gives a third
+        assert load_utility(scores) == measured and measured.versions["lm_eval"]
+        # The same engine serves another model.
+        other = tmp_path / "other"
+        shutil.copytree(smollm2, other)
+        weights = load_file(other / "model.safetensors")
+        save_file(
+            {name: torch.roll(each, 1, 0) for name, each in weights.items()},
+            other / "model.safetensors",
+            {"format": "pt"},
+        )
+        broken = measure_utility(config(**{**settings, "model": str(other)}), pool).row("small_facts")
+        assert pool.weights == str(other) and broken.value is not None and broken.value < row.value
+        with pytest.raises(UtilityError, match="other settings of engine"):
+            measure_utility(config(**{**settings, "engine": {"max_model_len": 256}}), pool)
