@@ -6,23 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from mlc_ray.config.base import LanguageTag, PositiveInt, Section
+from mlc_ray.config.base import LanguageTag, Section
 
 
 class OpeningsSection(Section):
     """Openings of refusals. In each language those in it and the English ones are read.
 
-    A language's own are phrases of its list (`mlc_ray/judges/phrases`). Where there is no list, English ones are read
-    alone.
+    A language's own are the section `[openings]` of its list (`mlc_ray/judges/phrases`); without a list it has the
+    English ones alone.
     """
 
     read: Literal["whole", "first_token"] = Field(
         "whole",
         description="`whole`: the probability that a response begins with one of the openings. `first_token`: with the "
         "first token of one, which costs no tokens, and takes a polite beginning for a refusal.",
-    )
-    per_language: PositiveInt = Field(
-        8, description="How many phrases of a language's list are read: the first that begin with no other one."
     )
     further: dict[LanguageTag, Annotated[list[str], Field(min_length=1)]] = Field(
         default_factory=dict,

@@ -1,4 +1,4 @@
-"""How refusals open, as whole phrases: from the refusal judge's lists, and what settings add to them."""
+"""How refusals open, as whole phrases and letter by letter: from the refusal judge's lists, and what settings add."""
 
 from __future__ import annotations
 
@@ -14,18 +14,5 @@ def refusal_openings(language: str, settings: OpeningsSection) -> list[str]:
     """
     codes = dict.fromkeys((language, primary_language(language), "en"))
     given = [text for code in codes for text in settings.further.get(code, [])]
-    listed = [text for code in codes for text in _listed(code)[: settings.per_language]]
+    listed = [text for code in codes if code in shipped_phrases() for text in shipped_phrases()[code].openings]
     return list(dict.fromkeys((*given, *listed)))
-
-
-def has_openings(language: str) -> bool:
-    """Whether there is a list for a language."""
-    return primary_language(language) in shipped_phrases()
-
-
-def _listed(code: str) -> list[str]:
-    """A list's refusals that are plain text and begin with no other one."""
-    if code not in shipped_phrases():
-        return []
-    plain = [phrase for phrase in shipped_phrases()[code].refusals if not set("*|") & set(phrase)]
-    return [phrase for phrase in plain if not any(phrase != other and phrase.startswith(other) for other in plain)]

@@ -62,7 +62,7 @@ class Objective:
         if self.widest_scope != "none":
             given = self.config.openings
             further = sum(map(len, given.further.values()))
-            lines.append(f"openings of refusals: {given.read}, {given.per_language} a language, {further} further ones")
+            lines.append(f"openings of refusals: {given.read}, {further} further ones")
         return lines
 
     @property

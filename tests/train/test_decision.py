@@ -117,7 +117,7 @@ def plain_loss(model, rows, begun):
         p = torch.sigmoid(english)
         decided.append(-torch.log(p if row.kind == "harmful" else 1 - p))
         target = english.detach().clamp(-3, 3)
-        far = [v for v in m.values() if not (abs(float(target)) == 3 and float(v * target) >= 9)]
+        far = [v for v in m.values() if not (abs(float(target)) == 3 and float(v.detach() * target) >= 9)]
         if m:
             errors = [torch.nn.functional.smooth_l1_loss(v, target, reduction="none") for v in far]
             drawn.append(sum(errors) / len(m) if errors else torch.zeros(()))
