@@ -111,8 +111,9 @@ class Tree:
     to itself; its position counts from the start of its sequence.
 
     First lie the head and the prompts that answers continue, then (from segment `answers` on) the answers, and last
-    (from `prompt_only` on) prompts that are read but not answered, and openings. So what a forward can do without is
-    always at the end, and `first` cuts it off.
+    (from `prompt_only` on) prompts that are read but not answered, and (from `openings` on) openings of responses,
+    those behind one prompt next to each other. So what a forward can do without is always at the end, and `first` cuts
+    it off.
 
     For kernels that take sequences of different lengths, `keys` [K] lists for one segment after another the places in
     the row of what its last token attends to, in order of position; `query_bounds` and `key_bounds` [S + 1] (int32)
@@ -126,6 +127,7 @@ class Tree:
     parents: tuple[int, ...]
     answers: int
     prompt_only: int
+    openings: int
     key_lengths: tuple[int, ...]
     keys: Tensor
     query_bounds: Tensor
@@ -148,6 +150,7 @@ class Tree:
             parents=self.parents[:count],
             answers=min(self.answers, count),
             prompt_only=min(self.prompt_only, count),
+            openings=min(self.openings, count),
             key_lengths=self.key_lengths[:count],
             keys=self.keys[: sum(self.key_lengths[:count])],
             query_bounds=self.query_bounds[: count + 1],

@@ -302,6 +302,7 @@ def _plant(
         np.where(parents < 0, -1, (np.cumsum(there) - 1)[parents])[there],
         answers=heads + len(answered),
         prompt_only=int(there[:last_answer].sum()),
+        openings=int(there[: last_answer + len(others)].sum()),
     )
 
     ends = places[continued] + lengths[continued] - 1

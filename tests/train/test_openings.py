@@ -70,7 +70,7 @@ def test_probabilities_of_refusals_and_gradients_are_those_of_plain_forwards(sco
     weights = {cell: 0.3 + index % 4 for index, cell in enumerate(sorted(expected))}
     for cell, value in expected.items():
         # The head's logits are taken in float32, as in training.
-        assert float(output.refusals[cell]) == pytest.approx(float(value), abs=1e-5), cell
+        assert float(output.refusals[cell].detach()) == pytest.approx(float(value.detach()), abs=1e-5), cell
     sum(weights[cell] * output.refusals[cell] for cell in expected).backward()
     sum(weights[cell] * value for cell, value in expected.items()).backward()
     for (name, own), their in zip(ours.named_parameters(), theirs.parameters(), strict=True):
