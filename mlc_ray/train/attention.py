@@ -206,8 +206,8 @@ def _seen_in(tree: Tree, before: int, segments: range, window: int | None) -> ND
     seen = np.concatenate([np.ones((len(segment), before), dtype=bool), line[segment][:, segment]], axis=1)
     positions = np.concatenate([np.arange(before), starts[segment] + within])
     distances = positions[before:, None] - positions
-    near: NDArray[np.bool_] = distances < (np.inf if window is None else window)
-    return seen & (distances >= 0) & near
+    found: NDArray[np.bool_] = seen & (distances >= 0) & (distances < (np.inf if window is None else window))
+    return found
 
 
 def _mask(n_queries: int, n_keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
