@@ -1,5 +1,6 @@
 """Openings of responses in the prefix tree: values and gradients against plain forwards, and what a forward holds."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,8 @@ from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.base import refusal_log_odds
 from mlc_ray.losses.logprobs import token_log_probs
-from mlc_ray.train.model import PolicyWithExtractor, opening_log_probs, read_tree
+from mlc_ray.train.model import PolicyWithExtractor, checkpoint_blocks, opening_log_probs, read_tree
+from tests.train.test_model import ARCHITECTURES, build
 from tests.train.tiny import LANGUAGES, VOCABULARY, random_rows, tiny_model, translated
 
 # With common beginnings, one of a single token, and in one language another number of them.
@@ -75,6 +77,35 @@ def test_probabilities_of_refusals_and_gradients_are_those_of_plain_forwards(sco
     sum(weights[cell] * value for cell, value in expected.items()).backward()
     for (name, own), their in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(own.grad, their.grad, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mistral_sliding", "qwen3"])
+def test_so_they_are_of_architectures_with_windows_and_soft_caps(name):
+    """By transformers' own eager attention and head; the windows are shorter than the prompts."""
+    rows = ROWS[:2]
+    ours, theirs = build(deepcopy(ARCHITECTURES[name])), build(deepcopy(ARCHITECTURES[name]), "eager")
+    output = PolicyWithExtractor(ours, layer=2, extractor_dim=16, seed=0)(made(rows))
+    expected = plain_grid(theirs, rows, "all")
+    for cell, value in expected.items():
+        assert float(output.refusals[cell].detach()) == pytest.approx(float(value.detach()), rel=1e-4), cell
+    sum(output.refusals[cell] for cell in expected).backward()
+    sum(expected.values()).backward()
+    for (parameter, own), their in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        scale = float(their.grad.abs().max().clamp(min=1e-3))
+        assert torch.allclose(own.grad / scale, their.grad / scale, rtol=0, atol=1e-4), parameter
+
+
+@pytest.mark.parametrize("how", [True, "selective"])
+def test_gradients_are_the_same_where_blocks_run_again(how):
+    found = []
+    for again in (False, how):
+        model = tiny_model()
+        checkpoint_blocks(model, again)
+        module = PolicyWithExtractor(model, layer=1, extractor_dim=16, seed=0).train()
+        output = module(made())
+        (output.refusals.sum() + output.representations.square().sum()).backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in zip(*found, strict=True))
 
 
 def test_what_else_a_forward_gives_does_not_change():
