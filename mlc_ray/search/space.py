@@ -270,6 +270,7 @@ def _has_rewards(run: TrainConfig) -> bool:
         rows=AnswerRows(*torch.zeros(4, 1, dtype=torch.long)),
         pooled=states,
         reference_pooled=states,
+        factors={},  # no terms, which may need more than this
     )
     return "reward/margin" in said.metrics
 
