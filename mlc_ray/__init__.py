@@ -6,17 +6,17 @@ Data flows one way, and this is the order in which to read the packages:
                  `hub`; `given` for those in memory), read in their `formats` and validated (`bundles`), tokenised with
                  the model's own template (`tokens`), stored (`tables`, `store`), put in an order that a seed decides
                  (`order`), cut into forwards (`plan`), and read ahead by each worker (`stream`) as batches (`batches`),
-                 each a prefix tree (`trees`, `ragged`); `prepare` makes the stored token rows, on Ray Data
+                 each a prefix tree (`trees`, `branches`, `ragged`); `prepare` makes the stored token rows, on Ray Data
     losses/      pure tensor functions: the alignment losses, the consistency term (`mlc`) and further terms, their sum
                  (`objective`), and measures of collapse (`measures`)
     train/       `run` starts the `workers` once the data have what the loss needs (`answers`), by an `entry` that Ray's
                  controller reads too; `worker` is what each of them does: the policy (`model`) with its `attention`
-                 over a tree, the `checks` at the start, how batches are cut (`planning`, `memory`), the `engines`, the
-                 frozen reference (`reference`; cached by a pass of its own: `reference_cache`, `reference_pass`,
-                 `reference_shards`), the training loop (`loop`), what the workers exchange (`collectives`), held-out
-                 bundles (`validation`), what is measured, watched and logged (`meter`, `flops`, `watch`, `tracking`,
-                 `console`), how a run fails (`failures`, `divergence`), checkpoints (`checkpoint`, `shards`,
-                 `random_state`) and the `export` of a plain model
+                 over a tree, the `checks` at the start, how batches are cut (`planning`, `memory`), the `openings` of
+                 refusals that terms read, the `engines`, the frozen reference (`reference`; cached by a pass of its
+                 own: `reference_cache`, `reference_pass`, `reference_shards`), the training loop (`loop`), what the
+                 workers exchange (`collectives`), held-out bundles (`validation`), what is measured, watched and logged
+                 (`meter`, `flops`, `watch`, `tracking`, `console`), how a run fails (`failures`, `divergence`),
+                 checkpoints (`checkpoint`, `shards`, `random_state`) and the `export` of a plain model
     generate/    responses by vLLM (`engine`) from weights that are verified (`swap`), by a `pool` of Ray actors that
                  each run a `stage`; endpoints (`client`, `replies`) and translation (`translate`)
     judges/      verdicts on responses: refusal phrases, guard models, endpoints, likelihood, degenerate text

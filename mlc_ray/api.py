@@ -22,6 +22,7 @@ from mlc_ray.config import (
     ChatSection,
     ConfigError,
     ModelSection,
+    OpeningsSection,
     ScoreConfig,
     SearchConfig,
     Section,
@@ -151,9 +152,12 @@ def probe(
     languages: Sequence[str] | None = None,
     limit: int | None = None,
     criterion: Criterion = "headroom",
+    openings: OpeningsSection | Mapping[str, Any] | None = None,
     address: str = "auto",
 ) -> Probe:
     """Measure every layer of a model, forward only: how consistent, distinct and separable its states are.
+
+    And in every language, how well its own odds of opening with a refusal tell harmful prompts from benign ones.
 
     Args:
         model: a Hugging Face folder or hub name, or settings as under `model` of a run.
@@ -163,6 +167,7 @@ def probe(
         languages: measure only these (default: all).
         limit: at most this many bundles of each kind (default: 64).
         criterion: what ranks the layers: headroom, silhouette, separation or transfer; all are computed.
+        openings: how refusals open, as `openings` of a run.
         address: Ray's, as `cluster.address` of a run.
 
     Returns:
@@ -192,6 +197,9 @@ def probe(
         languages=None if languages is None else list(languages),
         limit=limit,
         criterion=criterion,
+        openings=openings
+        if isinstance(openings, OpeningsSection | None)
+        else parse_config(OpeningsSection, dict(openings)),
         address=address,
     )
 

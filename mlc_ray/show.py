@@ -367,13 +367,14 @@ def _parameter(each: Mapping[str, Any]) -> str:
 def _probe(folder: Place) -> list[Line]:
     content = _json(folder / PROBE_FILE)
     probe = content.get("probe", {})
-    ranking = probe.get("ranking", [])
+    ranking, unknown = probe.get("ranking", []), probe.get("unknown", [])
     commands = [f"mlc-ray train --config CONFIG --set mlc.layer={ranking[0]}"] if ranking else []
     return [
         ("probe", str(folder)),
         ("model", str(content.get("model"))),
         ("state", f"ended, {content.get('bundles')} bundles in {len(probe.get('languages', ()))} languages"),
         ("layers", f"ranked {', '.join(map(str, ranking[:5]))} first, of {len(ranking)}"),
+        *([("not known", f"{', '.join(unknown)}: refused without telling what")] if unknown else []),
         *_next(commands),
     ]
 

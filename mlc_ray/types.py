@@ -2,6 +2,7 @@
 
     B bundles   L languages   P prompts (all languages of all bundles)   A answers   T tokens   R response tokens
     H hidden size   D extractor size   V vocabulary   S segments of a row; in losses, min(L, D) singular values
+    O openings of responses
 
 A *bundle* is one prompt in several languages. What is forwarded at once is a prefix tree in a single row (`Tree`).
 """
@@ -30,6 +31,10 @@ Pairing = Literal["response", "own", "shared", "crossed"]
 language. `shared`: those in the response language, the prompts in every language. `crossed`: `own` and `shared`, and
 those in every language the prompt in the response language.
 """
+
+
+Scope = Literal["none", "response", "all"]
+"""Behind which prompts of a bundle openings of responses are read: none, the one in the response language, or all."""
 
 
 def primary_language(code: str) -> str:
@@ -101,13 +106,14 @@ class Tree:
 
     In causal attention a token's state depends on what comes before it alone, so one forward serves all sequences that
     begin alike. The row is S *segments* one after another: the head of the chat template, prompts that continue it,
-    answers that continue those. `parents` says which segment, earlier in the row, each one continues (-1: none).
-    A token attends to the tokens of its segment's ancestors and, in its own segment, to those up to itself; its
-    position counts from the start of its sequence.
+    answers and openings of responses that continue those. `parents` says which segment, earlier in the row, each one
+    continues (-1: none). A token attends to the tokens of its segment's ancestors and, in its own segment, to those up
+    to itself; its position counts from the start of its sequence.
 
     First lie the head and the prompts that answers continue, then (from segment `answers` on) the answers, and last
-    (from `prompt_only` on) prompts that are read but not answered. So what a forward can do without is always at the
-    end, and `first` cuts it off.
+    (from `prompt_only` on) prompts that are read but not answered, and (from `openings` on) openings of responses,
+    those behind one prompt next to each other. So what a forward can do without is always at the end, and `first` cuts
+    it off.
 
     For kernels that take sequences of different lengths, `keys` [K] lists for one segment after another the places in
     the row of what its last token attends to, in order of position; `query_bounds` and `key_bounds` [S + 1] (int32)
@@ -121,6 +127,7 @@ class Tree:
     parents: tuple[int, ...]
     answers: int
     prompt_only: int
+    openings: int
     key_lengths: tuple[int, ...]
     keys: Tensor
     query_bounds: Tensor
@@ -143,6 +150,7 @@ class Tree:
             parents=self.parents[:count],
             answers=min(self.answers, count),
             prompt_only=min(self.prompt_only, count),
+            openings=min(self.openings, count),
             key_lengths=self.key_lengths[:count],
             keys=self.keys[: sum(self.key_lengths[:count])],
             query_bounds=self.query_bounds[: count + 1],
@@ -206,6 +214,24 @@ class Prompts:
 
 
 @dataclass(frozen=True)
+class Openings:
+    """Openings of responses behind P prompts: where the O openings of all of them are predicted.
+
+    `predicting` [U] are the places in the tree's row whose next token is read, and `targets` [U, K] the tokens that
+    openings go on with there, -1 where there are less than K. `steps` [O, D] has each opening's targets in `targets`
+    flattened, and `of_prompt` [P, N] each prompt's openings; U * K and O stand where there is none.
+    `bundle_of_prompt` [P] and `language_of_prompt` [P] place each prompt in a [B, L] grid.
+    """
+
+    predicting: Tensor
+    targets: Tensor
+    steps: Tensor
+    of_prompt: Tensor
+    bundle_of_prompt: Tensor
+    language_of_prompt: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """What one worker forwards at once.
 
@@ -214,7 +240,8 @@ class Batch:
     for the terms on representations. `groups` has the group of each bundle; those of equal number, which are
     neighbours, are compared with each other by some terms. `languages` names the L columns of the grid; it is the same
     list on every worker and step. `prompts` is None where the step does not tap: then `tree` holds no prompt but those
-    that answers continue. `rows` says whose the A answers are; `sequences` is there where states of them are pooled.
+    that answers continue. `rows` says whose the A answers are; `sequences` is there where states of them are pooled,
+    `openings` where a step reads how responses would open.
     `reference_chosen` and `reference_rejected` are summed response log-probs of the frozen reference: [A], or [B] where
     it is asked about answers in the response language alone. `reference_state` [B, H] is its tapped state of each
     bundle's response prompt, `reference_pooled` [2, B, H] its states pooled over sequences, where those were cached.
@@ -236,6 +263,7 @@ class Batch:
     reference_rejected: Tensor | None = None
     reference_state: Tensor | None = None
     reference_pooled: Tensor | None = None
+    openings: Openings | None = None
 
     @property
     def taps(self) -> bool:

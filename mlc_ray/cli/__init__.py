@@ -83,7 +83,8 @@ Every trial is a run of `mlc-ray train` that differs in the fields under `space`
 """
 _PROBE = """\
 For every layer: how collinear the languages of a bundle are, how far bundles are apart, and how well harmful and benign
-are told apart in each language. `search` can try layers in the order of the ranking (its section `probe`).
+are told apart in each language. `search` can try layers in the order of the ranking (its section `probe`). And for
+every language: how well the model's own odds of opening with a refusal tell harmful prompts from benign ones.
   mlc-ray probe HuggingFaceTB/SmolLM2-135M-Instruct --bundles sample:train
 """
 

@@ -27,6 +27,7 @@ from mlc_ray.config.base import (
 )
 from mlc_ray.config.calibration import CalibrationConfig
 from mlc_ray.config.chat import PLAIN_CHAT, ChatSection
+from mlc_ray.config.openings import OpeningsSection
 from mlc_ray.config.score import (
     TRANSLATION_MARKERS,
     EndpointSection,
@@ -91,6 +92,7 @@ __all__ = [
     "ObjectiveConfig",
     "ObjectiveSettings",
     "OnPolicySection",
+    "OpeningsSection",
     "OptimizerSection",
     "ParameterSection",
     "PositiveFloat",

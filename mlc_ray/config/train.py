@@ -21,6 +21,7 @@ from mlc_ray.config.base import (
 )
 from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentName, ComponentSettings
+from mlc_ray.config.openings import OpeningsSection
 from mlc_ray.config.paths import SourcePath, StoredPath
 
 DTYPE = (
@@ -98,6 +99,12 @@ class ValidationSection(Section):
         1.0,
         description="Warn when the chosen answers' summed log-prob has fallen by more nats than this since the start, "
         "as a preference loss can do that lowers the rejected ones more; null switches it off.",
+    )
+    min_decision_auc: Fraction | None = Field(
+        0.75,
+        description="Warn when a term that relates languages begins while, in the response language, the AUC of the "
+        "refusal's log-odds (`openings`) over harmful against benign bundles is below this; null: do not measure it "
+        "where no term does.",
     )
 
 
@@ -217,8 +224,9 @@ class ObjectiveConfig(Section):
         description="The multilingual-consistency term, and the tap that all terms read.",
     )
     terms: Annotated[Mapping[str, TermSettings], ComponentSettings("term", by_key=True)] = Field(
-        default_factory=dict, description="Further terms by name, on the steps that tap (default: none)."
+        default_factory=dict, description="Further terms by name, on the steps of `mlc.every` (default: none)."
     )
+    openings: OpeningsSection = OpeningsSection()
 
     @property
     def active_terms(self) -> dict[str, TermSettings]:
@@ -231,6 +239,11 @@ class ObjectiveConfig(Section):
         return resolve("loss", self.objective.loss).needs_reference or any(
             resolve("term", term.name).needs_reference_state for term in self.active_terms.values()
         )
+
+    @property
+    def reads_decisions(self) -> bool:
+        """Whether a term reads how likely responses are to open as refusals."""
+        return any(resolve("term", term.name).needs_decisions for term in self.active_terms.values())
 
     @model_validator(mode="after")
     def _one_sft_loss(self) -> Self:
@@ -252,7 +265,7 @@ class ObjectiveConfig(Section):
                 f"terms.{taken[0]}: loss/{taken[0]} is the name of another part; give the term another key, and its "
                 f"class as terms.KEY.name"
             )
-        others = {"loss", "reward", "log_prob", "collapse", "validation", "harmful", "benign"}
+        others = {"loss", "reward", "log_prob", "refusal", "collapse", "validation", "harmful", "benign"}
         if taken := sorted(others & self.terms.keys()):
             raise ValueError(
                 f"terms.{taken[0]}: {taken[0]}/... are other numbers that a run logs; give the term another key, and "
@@ -515,6 +528,17 @@ class TrainConfig(ObjectiveConfig):
             )
         if self.model.kernels == "liger" and self.cluster.accelerator == "cpu":
             raise ValueError("model.kernels='liger' needs a GPU, but cluster.accelerator='cpu'; use kernels='torch'")
+        return self
+
+    @model_validator(mode="after")
+    def _openings_are_read(self) -> TrainConfig:
+        held_out = self.data.validation
+        measured = held_out is not None and held_out.min_decision_auc is not None
+        if self.openings != OpeningsSection() and not (self.reads_decisions or measured):
+            raise ValueError(
+                "openings is read by terms.decision, terms.consistency and data.validation.min_decision_auc, and this "
+                "run has none of them; remove it, or add one"
+            )
         return self
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from mlc_ray.data.branches import Branches, Grown
 from mlc_ray.data.ragged import Ints, common_start, ranges, starts_of
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.data.trees import make_tree
@@ -23,9 +24,11 @@ from mlc_ray.types import (
     Answers,
     Batch,
     Kind,
+    Openings,
     Pairing,
     Prompts,
     ReferenceRows,
+    Scope,
     Sequences,
     TokenRow,
     Tree,
@@ -51,6 +54,8 @@ def collate(
     groups: Sequence[int] | None = None,
     pairing: Pairing = "response",
     whole: bool = False,
+    scope: Scope = "none",
+    branches: Branches | None = None,
 ) -> Batch:
     """B token rows as a `Batch` (shapes as documented there; ids int64, weights and log-probs float32, on CPU).
 
@@ -65,6 +70,8 @@ def collate(
         groups: the group of each bundle, [B]; None where no term needs any.
         pairing: which answers continue which prompts.
         whole: whether states of whole sequences are pooled.
+        scope: behind which prompts openings of responses are read; `all` only with `tap`.
+        branches: these openings, in all of `languages`; read unless `scope` is `none`.
 
     Raises:
         BatchError: there are no rows, or a bundle lacks an answer or has a language outside `languages`.
@@ -79,7 +86,8 @@ def collate(
     said = reference or ReferenceRows()
     grid = _Grid.of(table, languages)
     names = ("chosen", "rejected") if needs_rejected else ("chosen",)
-    planted = _plant(table, grid, names, tap=tap, pairing=pairing, whole=whole)
+    opened = _Opened.of(table, grid, languages, scope, branches)
+    planted = _plant(table, grid, names, tap=tap, pairing=pairing, whole=whole, opened=opened)
     assert planted.rows is not None
     return Batch(
         bundle_ids=tuple(bundle_ids),
@@ -98,6 +106,7 @@ def collate(
         reference_rejected=_float32(_of_rows(said.rejected, planted.rows)) if needs_rejected else None,
         reference_state=_float32(said.state),
         reference_pooled=_float32(None if said.pooled is None else said.pooled.swapaxes(0, 1)),
+        openings=planted.openings,
     )
 
 
@@ -110,6 +119,15 @@ def collate_prompts(rows: TokenRows, languages: Sequence[str]) -> tuple[Tree, Pr
     table = _table(rows)
     planted = _plant(table, _Grid.of(table, languages), (), tap=True)
     return planted.tree, planted.prompts
+
+
+def collate_openings(rows: TokenRows, languages: Sequence[str], branches: Branches) -> tuple[Tree, Prompts, Openings]:
+    """The same, with openings of responses behind each prompt; raises as `collate_prompts`."""
+    table = _table(rows)
+    grid = _Grid.of(table, languages)
+    planted = _plant(table, grid, (), tap=True, opened=_Opened.of(table, grid, languages, "all", branches))
+    assert planted.openings is not None
+    return planted.tree, planted.prompts, planted.openings
 
 
 @dataclass(frozen=True)
@@ -192,6 +210,27 @@ class _Said:
 
 
 @dataclass(frozen=True)
+class _Opened:
+    """The prompts of the grid behind which openings are read, [P], and the openings of each one's language."""
+
+    prompts: Ints
+    codes: Sequence[str]
+    branches: Branches
+
+    @classmethod
+    def of(
+        cls, table: pa.Table, grid: _Grid, languages: Sequence[str], scope: Scope, branches: Branches | None
+    ) -> _Opened | None:
+        if scope == "none":
+            return None
+        assert branches is not None
+        first = starts_of(_lengths(table["languages"]))
+        every = np.lexsort((grid.column, grid.bundle))
+        prompts = every if scope == "all" else first + _integers(table["response_prompt"])
+        return cls(prompts, [languages[column] for column in grid.column[prompts]], branches)
+
+
+@dataclass(frozen=True)
 class _Planted:
     """What a forward reads, and where in the tree's row everything is."""
 
@@ -200,15 +239,23 @@ class _Planted:
     prompts: Prompts
     rows: AnswerRows | None
     sequences: Sequences | None
+    openings: Openings | None
 
 
 def _plant(
-    table: pa.Table, grid: _Grid, names: Sequence[str], *, tap: bool, pairing: Pairing = "response", whole: bool = False
+    table: pa.Table,
+    grid: _Grid,
+    names: Sequence[str],
+    *,
+    tap: bool,
+    pairing: Pairing = "response",
+    whole: bool = False,
+    opened: _Opened | None = None,
 ) -> _Planted:
     """The tree of B bundles, where their answers called `names` are in it, and (if `tap`) where their prompts are.
 
     The row: the head that all its prompts begin with (where there is one), the prompts that are answered, the answers
-    of each name, the other prompts.
+    of each name, the other prompts, openings of responses.
     """
     found = [_answers(table, name, pairing) for name in names]
     said = _Said.of(table, grid, pairing) if names else None
@@ -222,7 +269,15 @@ def _plant(
     continued = heads + np.searchsorted(answered, said.continued) if said is not None else np.arange(0)
     n_answers = len(continued)
 
-    sources = [grid.ids, *(ids for ids, _ in found)]
+    segment = np.full(len(grid.starts), -1, dtype=np.int64)
+    last_answer = heads + len(answered) + n_answers * len(names)
+    segment[answered], segment[others] = heads + np.arange(len(answered)), last_answer + np.arange(len(others))
+    grown = None
+    if opened is not None:
+        last_prompt = last_answer + len(others)
+        grown = Grown.behind(opened.branches, opened.codes, segment[opened.prompts], last_prompt)
+
+    sources = [grid.ids, *(ids for ids, _ in found), *([grown.ids] if grown is not None else [])]
     offsets = starts_of(np.array([len(ids) for ids in sources]))[1:]
     own = [(starts_of(n)[said.which], n[said.which]) for _, n in found] if said is not None else []
     starts, lengths, parents = np.concatenate(
@@ -232,25 +287,24 @@ def _plant(
             # An answer's last token predicts nothing.
             *(
                 _segments(offset + at, n if whole else n - 1, continued)
-                for offset, (at, n) in zip(offsets, own, strict=True)
+                for offset, (at, n) in zip(offsets, own, strict=False)
             ),
             _segments(grid.starts[others] + head, grid.lengths[others] - head, heads - 1),
+            *([grown.segments + np.array([[offsets[-1]], [0], [0]])] if grown is not None else []),
         ],
         axis=1,
     )
     places = starts_of(lengths)
     there = lengths > 0  # an answer of one token has nothing in the row
-    last_answer = len(lengths) - len(others)
     tree = make_tree(
         np.concatenate(sources)[ranges(starts, lengths)],
         lengths[there],
-        parents[there],
+        np.where(parents < 0, -1, (np.cumsum(there) - 1)[parents])[there],
         answers=heads + len(answered),
         prompt_only=int(there[:last_answer].sum()),
+        openings=int(there[: last_answer + len(others)].sum()),
     )
 
-    segment = np.empty(len(grid.starts), dtype=np.int64)
-    segment[answered], segment[others] = heads + np.arange(len(answered)), np.arange(last_answer, len(lengths))
     ends = places[continued] + lengths[continued] - 1
     answers = []
     for index, ((ids, _), (at, counts)) in enumerate(zip(found, own, strict=True)):
@@ -261,13 +315,22 @@ def _plant(
         answers.append(Answers(*(torch.from_numpy(part) for part in (predicting, ids[ranges(at, counts)], row))))
     tapped = places[segment[order]] + grid.tapped[order] - head
     where = Prompts(*(torch.from_numpy(part) for part in (tapped, grid.bundle[order], grid.column[order])))
+    openings = None
+    if opened is not None and grown is not None:
+        at = segment[opened.prompts]
+        openings = grown.read(
+            places[at] + lengths[at] - 1,
+            int(lengths.sum()) - len(grown.ids),
+            bundle=grid.bundle[opened.prompts],
+            column=grid.column[opened.prompts],
+        )
     if said is None:
-        return _Planted(tree, answers, where, None, None)
+        return _Planted(tree, answers, where, None, None, openings)
     sequences = None
     if whole:
         begins = heads + len(answered) + n_answers * np.arange(len(names))[:, None] + said.response
         sequences = _sequences(places, lengths, head, continued[said.response], begins)
-    return _Planted(tree, answers, where, said.rows(grid), sequences)
+    return _Planted(tree, answers, where, said.rows(grid), sequences, openings)
 
 
 def _sequences(places: Ints, lengths: Ints, head: int, prompts: Ints, answers: Ints) -> Sequences:

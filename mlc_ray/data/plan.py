@@ -16,9 +16,10 @@ import numpy as np
 
 from mlc_ray.data.ragged import Ints
 from mlc_ray.errors import MlcRayError
-from mlc_ray.types import Pairing
+from mlc_ray.types import Pairing, Scope
 
 if TYPE_CHECKING:
+    from mlc_ray.data.branches import Branches
     from mlc_ray.data.store import TokenArtifact
 
 
@@ -49,12 +50,20 @@ class Lengths:
         return Lengths(*(values[rows] for values in vars(self).values()))
 
     def own_tokens(
-        self, *, head: int, taps: bool, rejected: bool, pairing: Pairing = "response", whole: bool = False
+        self,
+        *,
+        head: int,
+        taps: bool,
+        rejected: bool,
+        pairing: Pairing = "response",
+        whole: bool = False,
+        scope: Scope = "none",
+        openings: int = 0,
     ) -> Ints:
         """Tokens that each bundle adds to a forward, [N]: all its prompts where a step taps, else the answered ones.
 
         The last token of an answer predicts nothing and is not forwarded, unless `whole` sequences are read. Answers in
-        every language must be there where `pairing` reads them.
+        every language must be there where `pairing` reads them. Behind each prompt of `scope` there are `openings`.
         """
         prompts = self.prompts - head * self.languages if taps or pairing != "response" else self.answered - head
         last = 0 if whole else 1
@@ -65,7 +74,8 @@ class Lengths:
             if pairing in ("shared", "crossed"):
                 one = one * self.languages
             own = own + one + {"response": 0, "own": 1, "shared": 0, "crossed": 2}[pairing] * more
-        return own
+        opened: Ints = np.full_like(own, int(scope == "response")) if scope != "all" else self.languages
+        return own + openings * opened
 
 
 @dataclass(frozen=True)
@@ -91,10 +101,12 @@ class Forward:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """An optimizer step: `forwards[micro][rank]`; `taps` as `Objective.taps` says; `tokens[micro][rank]` at most."""
+    """An optimizer step: `forwards[micro][rank]`; `taps` and `scope` as the `Objective` says; `tokens[micro][rank]` at
+    most."""
 
     step: int
     taps: bool
+    scope: Scope
     forwards: tuple[tuple[Forward, ...], ...]
     tokens: tuple[tuple[int, ...], ...]
 
@@ -113,6 +125,9 @@ class Cutting:
         group_bundles: the most bundles of a group, or None where no term compares bundles.
         pairing: which answers continue which prompts.
         whole: whether the last tokens of answers are forwarded too.
+        scope: behind which prompts step `step` reads openings of responses; `all` of a step that taps alone.
+        widest: the widest of these, of any step.
+        branches: these openings; None where no step reads any.
     """
 
     tokens_per_forward: int
@@ -124,17 +139,27 @@ class Cutting:
     group_bundles: int | None = None
     pairing: Pairing = "response"
     whole: bool = False
+    scope: Callable[[int], Scope] = lambda _: "none"
+    widest: Scope = "none"
+    branches: Branches | None = None
 
-    def own_tokens(self, lengths: Lengths | TokenArtifact, *, taps: bool) -> Ints:
-        """Tokens that each bundle adds to a forward of a step that taps, or of one that does not."""
+    def own_tokens(self, lengths: Lengths | TokenArtifact, *, taps: bool, scope: Scope) -> Ints:
+        """Tokens that each bundle adds to a forward of a step that taps, or of one that does not; with openings, the
+        most: a language may have less of them than another."""
         return lengths.own_tokens(
-            head=self.head, taps=taps, rejected=self.rejected, pairing=self.pairing, whole=self.whole
+            head=self.head,
+            taps=taps,
+            rejected=self.rejected,
+            pairing=self.pairing,
+            whole=self.whole,
+            scope=scope,
+            openings=self.branches.tokens if self.branches is not None else 0,
         )
 
     def plan(self, step: int, rows: Sequence[int], lengths: Lengths) -> StepPlan:
         """Cut the batch `rows`, of which `lengths` has the tokens."""
-        taps = self.taps(step)
-        own = self.own_tokens(lengths, taps=taps)
+        taps, scope = self.taps(step), self.scope(step)
+        own = self.own_tokens(lengths, taps=taps, scope=scope)
         groups = group_of(len(rows), self.group_bundles) if taps and self.group_bundles is not None else None
         items = _members(groups) if groups is not None else [[position] for position in range(len(rows))]
         bins = cut([int(own[item].sum()) for item in items], self.tokens_per_forward - self.head, self.world_size)
@@ -160,6 +185,7 @@ class Cutting:
         return StepPlan(
             step,
             taps,
+            scope,
             tuple(tuple(forward(one) for one in micro) for micro in bins),
             tuple(tuple(tokens(one) for one in micro) for micro in bins),
         )

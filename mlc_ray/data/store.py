@@ -25,7 +25,7 @@ from mlc_ray.data.plan import Lengths
 from mlc_ray.data.ragged import Ints, common_start, starts_of
 from mlc_ray.data.tables import ANSWERS, TOKENS, Keys, table_to_rows
 from mlc_ray.storage import ArtifactError, Place, read_manifest, write_manifest
-from mlc_ray.types import Pairing, TokenRow
+from mlc_ray.types import TokenRow
 
 FORMAT = 4
 REJECTS_FILE = "rejects.jsonl"
@@ -414,11 +414,8 @@ class TokenArtifact:
             found[:, here] = _lengths(self._batches[part], wanted[here] - self._starts[part])
         return Lengths(*found)
 
-    def own_tokens(
-        self, *, head: int, taps: bool, rejected: bool, pairing: Pairing = "response", whole: bool = False
-    ) -> Ints:
+    def own_tokens(self, **asked: Any) -> Ints:
         """`Lengths.own_tokens` of all rows, [N] int32; made shard by shard, since `Lengths` are 64 bytes a bundle."""
-        asked: dict[str, Any] = {"head": head, "taps": taps, "rejected": rejected, "pairing": pairing, "whole": whole}
         parts = [Lengths(*_lengths(batch, None)).own_tokens(**asked).astype(np.int32) for batch in self._batches]
         return np.concatenate([np.empty(0, np.int32), *parts])
 

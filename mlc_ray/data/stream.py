@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import TypeVar
 
 from mlc_ray.data.batches import collate
+from mlc_ray.data.branches import Branches
 from mlc_ray.data.order import Order
 from mlc_ray.data.plan import Cutting, Forward, StepPlan
 from mlc_ray.data.store import TokenArtifact
@@ -37,6 +38,7 @@ def stream_steps(
     pin: bool = False,
     pairing: Pairing = "response",
     whole: bool = False,
+    branches: Branches | None = None,
 ) -> Iterator[list[Batch]]:
     """Worker `rank`'s micro-batches of each planned step, made by a thread a few steps ahead.
 
@@ -52,12 +54,13 @@ def stream_steps(
         pin: whether tensors go into pinned memory, from which a GPU copies while it computes.
         pairing: which answers continue which prompts.
         whole: whether states of whole sequences are pooled.
+        branches: the openings of responses that steps read; None where none does.
 
     Raises:
         BatchError: a bundle lacks what the loss needs.
     """
 
-    def batch(forward: Forward, taps: bool) -> Batch:
+    def batch(forward: Forward, plan: StepPlan) -> Batch:
         made = collate(
             tokens.table(forward.rows),
             languages=languages,
@@ -66,13 +69,15 @@ def stream_steps(
             groups=forward.groups,
             needs_rejected=needs_rejected,
             reference=None if reference is None else reference.take(forward.rows),
-            tap=taps,
+            tap=plan.taps,
             pairing=pairing,
             whole=whole,
+            scope=plan.scope,
+            branches=branches,
         )
         return pinned(made) if pin else made
 
-    return ahead([batch(micro[rank], plan.taps) for micro in plan.forwards] for plan in planned)
+    return ahead([batch(micro[rank], plan) for micro in plan.forwards] for plan in planned)
 
 
 def ahead(values: Iterator[T], number: int = AHEAD) -> Generator[T]:

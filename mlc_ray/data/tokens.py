@@ -172,6 +172,20 @@ class ChatTemplate:
             for (_, lead), ids, text in zip(leads, behind, alone, strict=True)
         ]
 
+    def opening_ids(self, texts: Sequence[str]) -> list[Ids]:
+        """Ids that answers begin with which begin with `texts`, behind the generation prompt; tokenised in one call.
+
+        What the template writes before an answer is in them. An answer that goes on may have other ids where its next
+        letters merge with the last ones of the text.
+        """
+        before, _ = self._around_answer
+        lead, lead_ids = self._lead or (self._prompt("x"), self.prompt_ids(["x"])[0])
+        behind = self._batch([f"{lead}{before}{text}" for text in texts])
+        return [
+            ids[len(lead_ids) :] if np.array_equal(ids[: len(lead_ids)], lead_ids) else self._ids(before + text)
+            for text, ids in zip(texts, behind, strict=True)
+        ]
+
     def verify(self, conversations: Iterable[tuple[str, str | None]]) -> None:
         """Compare what is put together for some prompts, each with an answer or none, with renderings.
 

@@ -9,7 +9,9 @@ from mlc_ray.data.ragged import Ints, ranges, starts_of
 from mlc_ray.types import Tree
 
 
-def make_tree(ids: Ints, lengths: Ints, parents: Ints, *, answers: int, prompt_only: int) -> Tree:
+def make_tree(
+    ids: Ints, lengths: Ints, parents: Ints, *, answers: int, prompt_only: int, openings: int | None = None
+) -> Tree:
     """The `Tree` of S segments that lie one after another in `ids` [T] (see there for their order).
 
     Args:
@@ -18,6 +20,7 @@ def make_tree(ids: Ints, lengths: Ints, parents: Ints, *, answers: int, prompt_o
         parents: the segment that each continues, which comes before it, or -1, [S].
         answers: the first segment that is an answer.
         prompt_only: the first segment that is a prompt which no answer continues; S where there is none.
+        openings: the first segment of openings of responses; None where there is none.
     """
     starts = starts_of(lengths)
     # Each segment, its parent, the parent's parent, ... until nobody has one: [S, depth] once turned round.
@@ -36,6 +39,7 @@ def make_tree(ids: Ints, lengths: Ints, parents: Ints, *, answers: int, prompt_o
         parents=tuple(parents.tolist()),
         answers=answers,
         prompt_only=prompt_only,
+        openings=len(lengths) if openings is None else openings,
         key_lengths=tuple(key_lengths.tolist()),
         keys=torch.from_numpy(keys),
         query_bounds=_bounds(lengths),

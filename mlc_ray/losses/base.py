@@ -6,6 +6,7 @@ bundle costs; the sum over bundles, with its weights, and the weight of a term a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -149,6 +150,39 @@ class Tapped:
 
 
 @dataclass(frozen=True)
+class Decisions:
+    """How likely B bundles' responses are to open as refusals, where `present` [B, L] is true.
+
+    `log_odds` [B, L] in nats, float64, see `refusal_log_odds`; `response` [B] are the columns of the response
+    languages, where they always are, and `harmful` [B] says of which kind the bundles are.
+    """
+
+    log_odds: Tensor
+    present: Tensor
+    response: Tensor
+    harmful: Tensor
+
+    @property
+    def in_response(self) -> Tensor:
+        """Those in the response language, [B]."""
+        return self.log_odds[torch.arange(len(self.log_odds), device=self.log_odds.device), self.response]
+
+
+def refusal_log_odds(log_probs: Tensor) -> Tensor:
+    """logit p of log p, in nats and float64: m = log p - log(1 - p).
+
+    p rounds to 1 where a refusal is nearly certain. There p is taken for 1 - 1e-6 (m = 13.8), and the gradient for what
+    it is there, so that a benign prompt that is refused with certainty is still taught otherwise.
+    """
+    exact = log_probs.double()
+    bounded = exact + (exact.detach().clamp(max=_MOST_LOG_PROB) - exact.detach())
+    return bounded - torch.log(-torch.expm1(bounded))
+
+
+_MOST_LOG_PROB = math.log1p(-1e-6)
+
+
+@dataclass(frozen=True)
 class TermLoss:
     """Loss of each bundle, [B], and detached numbers [B] to log beside it."""
 
@@ -159,8 +193,9 @@ class TermLoss:
 class Term(ABC):
     """A further term of the total. Subclasses nest their `Settings`, and are registered by `@register("term", NAME)`.
 
-    `__call__` is given `tapped`, and `reference_state` [B, H], the frozen reference's tapped states of the bundles'
-    response prompts, if `needs_reference_state`. A term that `needs_group` is called for each group of a batch alone:
+    `__call__` is given `tapped` unless it `needs_decisions`: then it is given `decisions`. It is given
+    `reference_state` [B, H], the frozen reference's tapped states of the bundles' response prompts, if
+    `needs_reference_state`. A term that `needs_group` is called for each group of a batch alone:
     the B bundles that it is given are the group, and it may compare them with each other.
     """
 
@@ -173,6 +208,14 @@ class Term(ABC):
     needs_group: ClassVar[bool] = False
     """Whether it compares bundles with each other: those of a group, `train.group_bundles` consecutive ones of the
     batch."""
+    needs_decisions: ClassVar[bool] = False
+    """Whether it reads how likely responses are to open as refusals (`openings`)."""
+    needs_languages: ClassVar[bool] = True
+    """Whether it relates a bundle's languages to each other: its mean is then over the bundles that have two, and it
+    carries into the others what the response language has learned. Else it reads the response language alone, of all
+    bundles."""
+    needs_kinds: ClassVar[bool] = False
+    """Whether it needs bundles of both kinds."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

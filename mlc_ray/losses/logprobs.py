@@ -42,8 +42,9 @@ def response_log_probs(log_probs: Tensor, row_of_target: Tensor, n_answers: int)
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-prob in nats of each of `targets` [R] under `logits` [R, V]: [R], float32 whatever the logits' type.
 
-    Give it all logits that the head returned, at once. The backward overwrites them with their gradient: where anything
-    else needs them for its own, or the backward runs twice, autograd raises an error.
+    `targets` may be [R, K]: several of a row, all different, or -1, which has 0 for its log-prob. Give all logits that
+    the head returned, at once. The backward overwrites them with their gradient: where anything else needs them for its
+    own, or the backward runs twice, autograd raises an error.
     """
     log_probs: Tensor = cast(Any, _TokenLogProbs).apply(logits, targets)
     return log_probs
@@ -58,11 +59,17 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, logits: Tensor, targets: Tensor) -> Tensor:
         context.save_for_backward(logits, targets)
+        if targets.dim() == 1:
+            losses = [
+                F.cross_entropy(part.float(), target, reduction="none")
+                for part, target in zip(*_pieces(logits, targets), strict=True)
+            ]
+            return -torch.cat(losses)
         parts = [
-            F.cross_entropy(part.float(), target, reduction="none")
+            part.float().log_softmax(dim=-1).gather(1, target.clamp(min=0))
             for part, target in zip(*_pieces(logits, targets), strict=True)
         ]
-        return -torch.cat(parts)
+        return torch.cat(parts).masked_fill_(targets < 0, 0.0)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -70,9 +77,11 @@ class _TokenLogProbs(torch.autograd.Function):
         # Through detach() it is still the same version counter: a second reader of these logits fails, loudly.
         logits = logits.detach()
         for part, target, gradient in zip(*_pieces(logits, targets, gradients[0]), strict=True):
-            own, target = gradient.unsqueeze(1), target.unsqueeze(1)
-            slope = part.float().softmax(dim=-1).mul_(-own)
-            part.copy_(slope.scatter_(1, target, slope.gather(1, target) + own))
+            if targets.dim() == 1:
+                target, gradient = target.unsqueeze(1), gradient.unsqueeze(1)
+            own = gradient.masked_fill(target < 0, 0.0)
+            slope = part.float().softmax(dim=-1).mul_(-own.sum(dim=1, keepdim=True))
+            part.copy_(slope.scatter_add_(1, target.clamp(min=0), own))
         return logits, None
 
 

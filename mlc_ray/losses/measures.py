@@ -6,6 +6,8 @@ of one optimizer step, `separability` at hidden states before the extractor.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,6 +96,18 @@ def separability(states: Tensor, present: Tensor, harmful: Tensor) -> Tensor:
         if min(int(labels.sum()), int((~labels).sum())) >= MIN_PER_KIND:
             scores.append(probe_auc(states[here, language], labels))
     return torch.stack(scores).mean() if scores else torch.tensor(float("nan"), dtype=torch.float64)
+
+
+def auc(scores: Tensor, positive: Tensor) -> float:
+    """Share of pairs of a positive and a negative in which the positive's score [N] is higher, ties by half.
+
+    NaN without both.
+    """
+    ups, downs = scores[positive], scores[~positive].sort().values
+    if not len(ups) or not len(downs):
+        return math.nan
+    below, up_to = (torch.searchsorted(downs, ups.contiguous(), right=right) for right in (False, True))
+    return float((below + up_to).double().mean()) / (2 * len(downs))
 
 
 def probe_auc(states: Tensor, positive: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,9 +11,18 @@ from torch import Tensor
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import LossSettings, ObjectiveConfig, TermSettings
-from mlc_ray.losses.base import Alignment, AlignmentLoss, Pooled, Tapped, Term, TermLoss, mean_over_answers
+from mlc_ray.losses.base import (
+    Alignment,
+    AlignmentLoss,
+    Decisions,
+    Pooled,
+    Tapped,
+    Term,
+    TermLoss,
+    mean_over_answers,
+)
 from mlc_ray.losses.logprobs import mean_log_prob
-from mlc_ray.types import AnswerRows, LossOutput, Pairing, Pooling, ResponseLogProbs
+from mlc_ray.types import AnswerRows, LossOutput, Pairing, Pooling, ResponseLogProbs, Scope
 
 
 class Objective:
@@ -50,6 +59,10 @@ class Objective:
             own = {"weight"} | ({"name"} if settings.name == name else set())
             own |= {key for key, value in (("start", settings.start), ("ramp", settings.ramp)) if not value}
             lines.append(_described(f"{settings.weight} x {name}", public_settings(settings), own, term.note))
+        if self.widest_scope != "none":
+            given = self.config.openings
+            further = sum(map(len, given.further.values()))
+            lines.append(f"openings of refusals: {given.read}, {further} further ones")
         return lines
 
     @property
@@ -103,8 +116,39 @@ class Objective:
         return {name: factor for name, factor in factors.items() if factor > 0}
 
     def taps(self, step: int, total_steps: int) -> bool:
-        """Whether optimizer step `step` (from 0) of `total_steps` has terms."""
-        return bool(self.factors(step, total_steps))
+        """Whether optimizer step `step` (from 0) of `total_steps` has terms that read prompts in all languages."""
+        return any(self.terms[name].needs_languages for name in self.factors(step, total_steps))
+
+    def scope(self, step: int, total_steps: int) -> Scope:
+        """Behind which prompts that step reads openings of responses."""
+        return self._scope(self.factors(step, total_steps))
+
+    @property
+    def ever_taps(self) -> bool:
+        """Whether any term reads prompts in all languages."""
+        return any(term.needs_languages for term in self.terms.values())
+
+    @property
+    def widest_scope(self) -> Scope:
+        """Behind which prompts openings are read where all terms are computed."""
+        return self._scope(self.terms)
+
+    def begins(self, total_steps: int) -> dict[int, list[str]]:
+        """Steps done (0 .. `total_steps` - 1) before terms begin that relate languages, and which ones do then."""
+        found: dict[int, list[str]] = {}
+        for name, term in self.terms.items():
+            steps = (
+                step for step in range(0, total_steps, self.config.mlc.every) if term.settings.factor(step, total_steps)
+            )
+            if term.needs_languages and (first := next(steps, None)) is not None:
+                found.setdefault(first, []).append(name)
+        return found
+
+    def _scope(self, names: Iterable[str]) -> Scope:
+        reading = [self.terms[name] for name in names if self.terms[name].needs_decisions]
+        if not reading:
+            return "none"
+        return "all" if any(term.needs_languages for term in reading) else "response"
 
     def total_loss(
         self,
@@ -124,6 +168,7 @@ class Objective:
         pooled: Tensor | None = None,
         reference_pooled: Tensor | None = None,
         factors: Mapping[str, float] | None = None,
+        decisions: Decisions | None = None,
     ) -> LossOutput:
         """Loss of B bundles, a scalar, and its parts for each of them, which the caller averages over a whole batch.
 
@@ -148,6 +193,7 @@ class Objective:
             pooled: [2, B, H], states pooled over whole sequences.
             reference_pooled: [2, B, H], those of the reference.
             factors: The terms to compute, each with what multiplies its weight (default: all, by 1).
+            decisions: How likely responses are to open as refusals, where a term reads that.
 
         Returns:
             The scalar to differentiate; metrics are [B], one number per bundle: `parts`, without their weights, and
@@ -174,22 +220,23 @@ class Objective:
             rewards["accuracy"] = (margin > 0).to(margin.dtype)
             metrics |= {f"reward/{name}": mean_over_answers(values, answers) for name, values in rewards.items()}
         metrics |= {f"alignment/{name}": values.detach() for name, values in aligned.metrics.items()}
-        if representations is None:
-            return LossOutput(loss=total, metrics=metrics)
-        if present is None:
-            present = torch.ones(representations.shape[:2], dtype=torch.bool, device=representations.device)
-        response = None if rows is None else rows.prompt[rows.response]
-        here = Tapped(representations, present, tapped, response)
+        here = None
+        if representations is not None:
+            if present is None:
+                present = torch.ones(representations.shape[:2], dtype=torch.bool, device=representations.device)
+            here = Tapped(representations, present, tapped, None if rows is None else rows.prompt[rows.response])
         of_terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             factor = 1.0 if factors is None else factors.get(name, 0.0)
-            if not factor:
+            if not factor or (here is None and term.needs_languages):
                 continue
-            result = _term_loss(name, term, here, reference_state, groups)
-            of_bundles = factor * term.settings.weight * (weight if term_weight is None else term_weight)
+            result = _term_loss(name, term, here, decisions, reference_state, groups)
+            own_weight = term_weight if term_weight is not None and term.needs_languages else weight
+            of_bundles = factor * term.settings.weight * own_weight
             total = total + (result.loss.to(total.dtype) * of_bundles).sum()
-            of_terms[f"loss/{name}"] = result.loss.detach()
-            of_terms |= {f"{name}/{key}": value.detach() for key, value in result.metrics.items()}
+            logged = of_terms if term.needs_languages else metrics
+            logged[f"loss/{name}"] = result.loss.detach()
+            logged |= {f"{name}/{key}": value.detach() for key, value in result.metrics.items()}
         return LossOutput(loss=total, metrics=metrics, term_metrics=of_terms)
 
     def _align(
@@ -239,8 +286,18 @@ def _described(title: str, settings: dict[str, Any], said: set[str], note: str) 
 
 
 def _term_loss(
-    name: str, term: Term, tapped: Tapped, reference_state: Tensor | None, groups: Sequence[int] | None
+    name: str,
+    term: Term,
+    tapped: Tapped | None,
+    decisions: Decisions | None,
+    reference_state: Tensor | None,
+    groups: Sequence[int] | None,
 ) -> TermLoss:
+    if term.needs_decisions:
+        if decisions is None:
+            raise ValueError(f"term {name!r} needs to know how responses open, which was not given")
+        return term(decisions=decisions)
+    assert tapped is not None
     given = dict[str, Any](tapped=tapped)
     if term.needs_reference_state:
         if reference_state is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,27 @@ import torch
 from torch import Tensor
 
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
-from mlc_ray.config import ChatSection, DataSection, ModelSection, SourceSection, TrainConfig
+from mlc_ray.config import ChatSection, DataSection, ModelSection, OpeningsSection, SourceSection, TrainConfig
 from mlc_ray.config.search import Criterion
-from mlc_ray.data.batches import collate_prompts
+from mlc_ray.data.batches import collate_openings, collate_prompts
+from mlc_ray.data.branches import Branches
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import keep_in
+from mlc_ray.losses.base import refusal_log_odds
+from mlc_ray.losses.logprobs import token_log_probs
 from mlc_ray.losses.measures import MIN_PER_KIND
 from mlc_ray.progress import phase
 from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT
 from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER, artifact_cache, training_chat
 from mlc_ray.search.criteria import CRITERIA, LayerStatistics, layer_statistics
+from mlc_ray.search.decisions import LanguageDecision, decision_table, decisions
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side, pinned_model
-from mlc_ray.train.model import layer_states, load_policy
+from mlc_ray.train.model import layer_states, load_policy, opening_log_probs, read_tree
+from mlc_ray.train.openings import make_branches
 from mlc_ray.types import move
 
 logger = logging.getLogger(__name__)
@@ -55,6 +61,12 @@ class Probe:
     languages: tuple[str, ...]
     bundles: int
     criterion: Criterion = DEFAULT
+    decisions: tuple[LanguageDecision, ...] = ()
+
+    @property
+    def unknown(self) -> list[str]:
+        """Languages in which the model refuses without telling harmful from benign: they do not count as safe."""
+        return [each.language for each in self.decisions if each.is_unknown]
 
     @property
     def depth(self) -> int:
@@ -71,7 +83,8 @@ class Probe:
     def plain(self) -> dict[str, Any]:
         """For JSON."""
         rankings = {name: self.ranking(name) for name in CRITERIA}
-        return {**asdict(self), "note": self.note, "ranking": self.ranking(), "rankings": rankings}
+        said = {"note": self.note, "ranking": self.ranking(), "rankings": rankings, "unknown": self.unknown}
+        return {**asdict(self), **said}
 
     def ranking(self, criterion: Criterion | None = None) -> list[int]:
         """All layers, the one where the criterion is highest first; empty where these bundles cannot give it.
@@ -93,7 +106,8 @@ class Probe:
         title = f"# Probe of {self.depth + 1} layers on {self.bundles} bundles, ranked by {self.criterion}"
         tables = (probe_table(self, self.ranking()), statistics_table(self, self.ranking()))
         note = [] if self.note is None else [f"{self.note}.", ""]
-        return "\n".join([title, "", *note, *markdown(tables[0]), "", *markdown(tables[1])])
+        decided = ["", *markdown(decision_table(self.decisions))] if self.decisions else []
+        return "\n".join([title, "", *note, *markdown(tables[0]), "", *markdown(tables[1]), *decided])
 
 
 def choose_bundles(tokens: TokenArtifact, limit: int) -> list[int]:
@@ -141,6 +155,7 @@ def probe(
     languages: list[str] | None = None,
     limit: int | None = None,
     criterion: Criterion = DEFAULT,
+    openings: OpeningsSection | None = None,
     address: str = "auto",
     accelerator: str = "auto",
 ) -> Probe:
@@ -154,6 +169,7 @@ def probe(
         languages: Look at only these; None for all.
         limit: At most this many bundles of each kind; None for `DEFAULT_LIMIT`.
         criterion: What ranks the layers.
+        openings: How refusals open; None for the defaults.
         address: Ray address.
         accelerator: "auto", "cpu" or "gpu".
 
@@ -169,7 +185,11 @@ def probe(
     chat = chat or training_chat(model.path) or ChatSection()
     model = model.model_copy(update={"path": pinned_model(model.path)})
     tokens = prepare_token_rows(data, model, chat=chat, cache_dir=artifact_cache(folder.parent))
-    return probe_tokens(with_dtype(model, gpu=gpu), tokens, folder, limit=limit, criterion=criterion, gpu=gpu)
+    tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    template = ChatTemplate(tokenizer, chat, prompts_only=True)
+    branches = make_branches(openings or OpeningsSection(), template, tokens.languages)
+    section = with_dtype(model, gpu=gpu)
+    return probe_tokens(section, tokens, folder, limit=limit, criterion=criterion, branches=branches, gpu=gpu)
 
 
 def probe_run(config: TrainConfig, folder: Place, *, limit: int | None, criterion: Criterion, gpu: bool) -> Probe:
@@ -179,7 +199,7 @@ def probe_run(config: TrainConfig, folder: Place, *, limit: int | None, criterio
     data = config.data.model_copy(update={"train": sources})
     cache = artifact_cache(folder.parent / TRIALS_FOLDER)
     tokens = prepare_token_rows(data, config.model, chat=config.chat, cache_dir=cache)
-    return probe_tokens(config.model, tokens, folder, limit=limit, criterion=criterion, gpu=gpu)
+    return probe_tokens(config.model, tokens, folder, limit=limit, criterion=criterion, branches=None, gpu=gpu)
 
 
 def probe_tokens(
@@ -189,12 +209,13 @@ def probe_tokens(
     *,
     limit: int | None,
     criterion: Criterion,
+    branches: Branches | None,
     gpu: bool,
 ) -> Probe:
-    """Probe on token rows; raises as `probe`."""
+    """Probe on token rows, and decisions where openings of refusals are given; raises as `probe`."""
     chosen = choose_bundles(tokens, limit or DEFAULT_LIMIT)
     logger.info("probing %s on %d bundles in %d languages", model.path, len(chosen), len(tokens.languages))
-    rows = _forward(model, tokens, chosen, gpu=gpu)
+    rows = _forward(model, tokens, chosen, branches, gpu=gpu)
     states = torch.from_numpy(np.stack([item["states"] for item in rows]))  # [N, L, layers, H]
     present = torch.from_numpy(np.stack([item["present"] for item in rows]))
     if len(rows) < 2:
@@ -203,6 +224,14 @@ def probe_tokens(
         raise ProbeError("no bundle has two languages: there is no consistency to probe")
     harmful = torch.tensor([item["kind"] == "harmful" for item in rows])
     result = statistics(states, present, harmful, tokens.languages, criterion)
+    if branches is not None:
+        log_odds = torch.from_numpy(np.stack([item["log_odds"] for item in rows]))
+        result = replace(result, decisions=decisions(log_odds, present, harmful, tokens.languages))
+        if result.unknown:
+            logger.warning(
+                "the model does not know %s: it refuses there without telling harmful from benign, which is no safety",
+                ", ".join(result.unknown),
+            )
     (folder / "probe.md").write_text(result.markdown())
     probe_plot(result, folder / "probe.png")
     (folder / PROBE_FILE).write_json(
@@ -219,10 +248,13 @@ def probe_tokens(
     return result
 
 
-def _forward(model: ModelSection, tokens: TokenArtifact, rows: Sequence[int], *, gpu: bool) -> list[dict[str, Any]]:
+def _forward(
+    model: ModelSection, tokens: TokenArtifact, rows: Sequence[int], branches: Branches | None, *, gpu: bool
+) -> list[dict[str, Any]]:
+    told = {"tokens_folder": str(tokens.folder), "settings": model.model_dump(), "branches": branches, "gpu": gpu}
     streamed = ray.data.from_items([{"id": row} for row in rows]).map_batches(
         ProbeActor,
-        fn_constructor_kwargs={"tokens_folder": str(tokens.folder), "settings": model.model_dump(), "gpu": gpu},
+        fn_constructor_kwargs=told,
         batch_size=BUNDLES_PER_FORWARD,
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=_PROBE_CPUS,
@@ -240,8 +272,8 @@ def _forward(model: ModelSection, tokens: TokenArtifact, rows: Sequence[int], *,
 class ProbeActor:
     """A Ray Data actor that holds the model and reads every layer's states of bundles by row index."""
 
-    def __init__(self, tokens_folder: str, settings: dict[str, Any], gpu: bool) -> None:
-        self.tokens = TokenArtifact.open(tokens_folder)
+    def __init__(self, tokens_folder: str, settings: dict[str, Any], branches: Branches | None, gpu: bool) -> None:
+        self.tokens, self.branches = TokenArtifact.open(tokens_folder), branches
         self.device = torch.device("cuda" if gpu else "cpu")
         self.model = load_policy(ModelSection(**settings))
         torch.nn.Module.eval(self.model)
@@ -249,7 +281,8 @@ class ProbeActor:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Rows `id` -> kind, states [L, layers, H] float32 (zero where absent), present [L]."""
+        """Rows `id` -> kind, states [L, layers, H] float32 (zero where absent), present [L]; log_odds [L] float64, of
+        openings, where they are read."""
         rows = self.tokens.table(batch["id"].tolist())
         tree, prompts = move(collate_prompts(rows, self.tokens.languages), self.device)
         states = layer_states(self.model, tree, prompts).float().cpu()  # [P, layers, H]
@@ -258,11 +291,21 @@ class ProbeActor:
         index = (prompts.bundle_of_prompt.cpu(), prompts.language_of_prompt.cpu())
         grid[index] = states
         present[index] = True
-        return {
+        said = {
             "kind": np.array(rows["kind"].to_pylist()),
             "states": grid.numpy(),
             "present": present.numpy(),
         }
+        if self.branches is not None:
+            tree, prompts, openings = move(collate_openings(rows, self.tokens.languages, self.branches), self.device)
+            # By the model's own head, which layers' states do not pass.
+            logits, _, _ = read_tree(self.model, tree, openings.predicting, None, 0)
+            assert logits is not None
+            log_probs = opening_log_probs(token_log_probs(logits, openings.targets), openings)
+            log_odds = torch.zeros(grid.shape[:2], dtype=torch.float64)
+            log_odds[index] = refusal_log_odds(log_probs).cpu()
+            said["log_odds"] = log_odds.numpy()
+        return said
 
 
 # -------------------------------------------------------------------------------------------------------- what is shown

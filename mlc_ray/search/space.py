@@ -215,7 +215,7 @@ def _check_comparable(metric: str, fields: Iterable[str]) -> None:
         if field == "mlc.every" or (section in ("mlc", "terms") and last in ("start", "ramp")):
             defines = False  # held-out bundles are measured with all terms at their whole weights
         elif name == "loss/total":
-            defines = section in ("objective", "terms", "mlc") or field == "train.group_bundles"
+            defines = section in ("objective", "terms", "mlc", "openings") or field == "train.group_bundles"
         elif name in ("loss/alignment", "reward/margin"):
             defines = section == "objective" and last != "sft_weight"
         elif name in ("loss/sft", "reward/accuracy"):
@@ -225,7 +225,7 @@ def _check_comparable(metric: str, fields: Iterable[str]) -> None:
             defines = field in (*tap, "train.group_bundles")
         elif name.startswith("loss/"):
             own = section == "mlc" or field.startswith(f"terms.{name.removeprefix('loss/')}.")
-            defines = (own and last != "weight") or field == "train.group_bundles"
+            defines = (own and last != "weight") or field == "train.group_bundles" or section == "openings"
         else:
             defines = False
         if defines:
@@ -270,6 +270,7 @@ def _has_rewards(run: TrainConfig) -> bool:
         rows=AnswerRows(*torch.zeros(4, 1, dtype=torch.long)),
         pooled=states,
         reference_pooled=states,
+        factors={},  # no terms, which may need more than this
     )
     return "reward/margin" in said.metrics
 

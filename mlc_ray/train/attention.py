@@ -3,7 +3,8 @@
 Registered with transformers' own interface (`register_attention`), so that models stay untouched; the tree is an
 argument of the forward, and models hand it through to every layer. There are three ways to the same numbers:
 
-- `segments`: PyTorch's kernel for each segment, on its keys and its ancestors'. Any device and type.
+- `segments`: PyTorch's kernel for each segment, on its keys and its ancestors', and once for all openings behind a
+  prompt. Any device and type.
 - `varlen`: PyTorch's kernel for sequences of different lengths, once for all segments, on keys and values gathered by
   an index. CUDA in 16 bits, no soft-capping.
 - `flex`: FlexAttention, once, with the tree as block mask. CUDA.
@@ -60,12 +61,24 @@ class TreeAttention:
         """Of each segment, its ancestors and itself, the first of its sequence first."""
         for index, parent in enumerate(tree.parents):
             self.paths.append((*self.paths[parent], index) if parent >= 0 else (index,))
+        self.bushes = _bushes(tree)
+        """Of each prompt behind which openings are, the prompt, and their segments."""
 
     def mask(self, *asked: Any) -> Tensor | None:
         """`_mask(*asked)`, made for the first layer that asks."""
         if asked not in self._kept:
             self._kept[asked] = _mask(*asked)
         return cast("Tensor | None", self._kept[asked])
+
+    def bush_mask(self, number: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The mask of a bush's tokens on those of its prompt's sequence and their own, made for the first layer."""
+        asked = ("bush", number, window, dtype, device)
+        if asked not in self._kept:
+            prompt, segments = self.bushes[number]
+            seen = _seen_in(self.tree, self.tree.key_lengths[prompt], segments, window)
+            mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(torch.from_numpy(~seen), -torch.inf)
+            self._kept[asked] = mask.to(device)
+        return cast(Tensor, self._kept[asked])
 
     def blocks(self, window: int | None) -> Any:
         """`block_mask` with this window, made for the first layer that asks."""
@@ -142,15 +155,58 @@ def _way_for(query: Tensor, asked: Asked) -> Way:
 
 
 def by_segments(query: Tensor, key: Tensor, value: Tensor, tree: TreeAttention, asked: Asked) -> Tensor:
-    """Each segment by itself. Costs a call a segment; of masks, only (its tokens) x (its sequence's)."""
-    lengths = tree.tree.lengths
-    queries, keys, values = (part.split(lengths, dim=2) for part in (query, key, value))
+    """Each segment by itself, and each prompt's openings, which are many and short, at once.
+
+    Costs a call a segment or a bush of openings; of masks, only (its tokens) x (its sequence's).
+    """
+    row = tree.tree
+    sizes = list(row.lengths[: row.openings])
+    sizes += [sum(row.lengths[segments.start : segments.stop]) for _, segments in tree.bushes]
+    queries, keys, values = (part.split(sizes, dim=2) for part in (query, key, value))
     outputs = []
-    for index, path in enumerate(tree.paths):
-        k, v = (torch.cat([part[i] for i in path], dim=2) if len(path) > 1 else part[index] for part in (keys, values))
-        mask = tree.mask(lengths[index], k.shape[2], asked.window, query.dtype, query.device)
+    for index, path in enumerate((*tree.paths[: row.openings], *(tree.paths[prompt] for prompt, _ in tree.bushes))):
+        bush = index - row.openings
+        seen = path if bush < 0 else (*path, index)
+        k, v = (torch.cat([part[i] for i in seen], dim=2) if len(seen) > 1 else part[index] for part in (keys, values))
+        mask = (
+            tree.mask(sizes[index], k.shape[2], asked.window, query.dtype, query.device)
+            if bush < 0
+            else tree.bush_mask(bush, asked.window, query.dtype, query.device)
+        )
         outputs.append(_attend(queries[index], k, v, mask, asked))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _bushes(tree: Tree) -> list[tuple[int, range]]:
+    """The openings behind each prompt: the prompt, and their segments, which lie next to each other."""
+    found: list[tuple[int, range]] = []
+    for index in range(tree.openings, len(tree.parents)):
+        parent = tree.parents[index]
+        if parent < tree.openings and (not found or found[-1][0] != parent):
+            found.append((parent, range(index, index + 1)))
+        else:
+            prompt, segments = found[-1]
+            found[-1] = (prompt, range(segments.start, index + 1))
+    return found
+
+
+def _seen_in(tree: Tree, before: int, segments: range, window: int | None) -> NDArray[np.bool_]:
+    """What tokens of these openings attend to, [q, k]: the `before` tokens up to their prompt, and their own."""
+    count, first = len(segments), segments.start
+    line = np.eye(count, dtype=bool)
+    starts = np.full(count, before)  # positions
+    for own, index in enumerate(segments):
+        if (parent := tree.parents[index] - first) >= 0:
+            line[own] |= line[parent]
+            starts[own] = starts[parent] + tree.lengths[index - own + parent]
+    lengths = np.array(tree.lengths[first : segments.stop])
+    segment = np.repeat(np.arange(count), lengths)
+    within = np.arange(len(segment)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    seen = np.concatenate([np.ones((len(segment), before), dtype=bool), line[segment][:, segment]], axis=1)
+    positions = np.concatenate([np.arange(before), starts[segment] + within])
+    distances = positions[before:, None] - positions
+    found: NDArray[np.bool_] = seen & (distances >= 0) & (distances < (np.inf if window is None else window))
+    return found
 
 
 def _mask(n_queries: int, n_keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:

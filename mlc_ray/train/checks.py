@@ -40,7 +40,7 @@ def check_tap(model: PreTrainedModel, layer: int) -> None:
     assert batch.prompts is not None
     with _evaluating(model):
         try:
-            chosen, rejected, states, _ = read_answers(model, batch, batch.tree, batch.prompts.tapped, layer)
+            chosen, rejected, states, *_ = read_answers(model, batch, batch.tree, batch.prompts.tapped, layer)
         except (RuntimeError, TypeError) as error:
             raise ModelError(
                 f"{type(model).__name__} is not supported: its forward cannot be tapped ({error})"
@@ -68,7 +68,7 @@ def check_batch(model: PreTrainedModel, batch: Batch, layer: int) -> None:
     """
     tapped = batch.prompts.tapped if batch.prompts is not None else None
     with _evaluating(model):
-        chosen, rejected, _, _ = read_answers(model, batch, batch.tree, tapped, layer)
+        chosen, rejected, *_ = read_answers(model, batch, batch.tree, tapped, layer)
     pairs = [(batch.chosen, chosen)]
     if batch.rejected is not None and rejected is not None:
         pairs.append((batch.rejected, rejected))

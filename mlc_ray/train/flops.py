@@ -69,12 +69,13 @@ class Work:
         matrix if it is trained; attention 4 a pair of tokens, layer and dimension forward, and twice that backward.
         """
         tree = batch.tree
-        stays = tree.first(tree.prompt_only)
+        stays = tree if batch.openings is not None else tree.first(tree.prompt_only)
         leaves = tree.tokens - stays.tokens
         share = self.tapped / self.layers
         tokens = stays.tokens + share * leaves
         pairs = _pairs(stays) + share * (_pairs(tree) - _pairs(stays))
         answers = len(batch.chosen.targets) + (len(batch.rejected.targets) if batch.rejected is not None else 0)
+        answers += len(batch.openings.predicting) if batch.openings is not None else 0
         return (
             (4 + 2 * self.trained) * self.blocks * tokens
             + (4 + 2 * self.head_trained) * self.head * answers

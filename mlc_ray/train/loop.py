@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mlc_ray.config import OptimizerSection, TrainConfig
 from mlc_ray.device import peak_tflops
+from mlc_ray.losses.base import Decisions, refusal_log_odds
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.collectives import gather_objects
 from mlc_ray.train.divergence import DivergedError
@@ -104,8 +105,8 @@ def train_loop(
         progress: where to start; moved on with every step.
         total_steps: where to stop.
         kinds: of the bundles, all that occur: only where there are both, states are kept for the probe.
-        validate: measures held-out bundles, on every worker: before the first step, every `data.validation.every` steps
-            and at the end.
+        validate: measures held-out bundles, on every worker: before the first step, every `data.validation.every`
+            steps, before a term begins that relates languages, and at the end.
         noticed: what this worker was told so far of being taken away.
         log: called as `log(step, metrics)` after every step, on every worker; where bundles are held out, for step 0
             too, with what they measure before training.
@@ -118,6 +119,7 @@ def train_loop(
         DivergedError: on every worker, when `optimizer.max_retries` more tries of a step failed; nothing is saved.
     """
     objective = Objective(config)
+    begins = objective.begins(total_steps)
     work = Work.of(engine.module, engine.shape)
     peak = (
         peak_tflops(torch.cuda.get_device_name(engine.device), config.model.dtype)
@@ -139,10 +141,9 @@ def train_loop(
         micro_batches = next(steps)
         waited = time.perf_counter() - started
         factors = objective.factors(progress.step, total_steps)
-        if any(batch.taps is not bool(factors) for batch in micro_batches):
-            raise ValueError(
-                f"step {progress.step + 1}: its batches were made for a step that taps, or for one that does not"
-            )
+        taps, opens = objective.taps(progress.step, total_steps), objective.scope(progress.step, total_steps) != "none"
+        if any(batch.taps is not taps or (batch.openings is not None) is not opens for batch in micro_batches):
+            raise ValueError(f"step {progress.step + 1}: its batches were made for a step that reads other things")
         before = random_state()
         for retries in range(config.optimizer.max_retries + 1):
             restore_random_state(before)
@@ -175,7 +176,8 @@ def train_loop(
         }
         last = progress.step == total_steps
         held_out = config.data.validation
-        if validate is not None and held_out is not None and (last or progress.step % held_out.every == 0):
+        measures = last or progress.step in begins or (held_out is not None and progress.step % held_out.every == 0)
+        if validate is not None and measures:
             metrics |= validate()
         log(progress.step, metrics)
         if not still_written:
@@ -245,7 +247,17 @@ def loss_of(
         pooled=output.pooled,
         reference_pooled=frozen.pooled,
         factors=factors,
+        decisions=decisions_of(batch, output),
     )
+
+
+def decisions_of(batch: Batch, output: ModelOutput) -> Decisions | None:
+    """How likely responses are to open as refusals, where the batch reads that."""
+    if output.refusals is None or output.opened is None:
+        return None
+    harmful = torch.tensor([kind == "harmful" for kind in batch.kinds], device=output.refusals.device)
+    response = batch.rows.prompt[batch.rows.response]
+    return Decisions(refusal_log_odds(output.refusals), output.opened, response, harmful)
 
 
 def _speed(metrics: Metrics, seconds: float, peak: float | None) -> Metrics:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.logprobs import response_log_probs, token_log_probs
 from mlc_ray.storage import HubModel, local_model
 from mlc_ray.train.attention import TREE, Leaving, TreeAttention, register_attention
-from mlc_ray.types import Answers, Batch, Pooling, Prompts, ResponseLogProbs, Sequences, Tree
+from mlc_ray.types import Answers, Batch, Openings, Pooling, Prompts, ResponseLogProbs, Sequences, Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +50,8 @@ class ModelOutput:
     `tapped` [B, L, H] are the hidden states and `representations` [B, L, D] the extractor's outputs, both float32 and
     zero where `present` [B, L] is false. `pooled` [2, B, H], float32, are states of the last layer, after the final
     norm, pooled over the response-language prompt and its chosen or rejected answer, where the objective asks for them.
+    `refusals` [B, L] are log-probs, in nats, of responses that open as refusals, where the batch has `openings` behind
+    the prompt (`opened` [B, L]).
     """
 
     chosen: ResponseLogProbs
@@ -58,6 +60,8 @@ class ModelOutput:
     representations: Tensor | None = None
     present: Tensor | None = None
     pooled: Tensor | None = None
+    refusals: Tensor | None = None
+    opened: Tensor | None = None
 
 
 class Extractor(nn.Linear):
@@ -119,9 +123,12 @@ class PolicyWithExtractor(nn.Module):
         n_bundles, n_languages = len(batch.bundle_ids), len(batch.languages)
         prompts = batch.prompts
         tapped = prompts.tapped if prompts is not None else None
-        chosen, rejected, hidden, pooled = read_answers(
-            self.language_model, batch, batch.tree, tapped, self.layer, self.pooling
-        )
+        read = read_answers(self.language_model, batch, batch.tree, tapped, self.layer, self.pooling, batch.openings)
+        chosen, rejected, hidden, pooled = read.chosen, read.rejected, read.states, read.pooled
+        refusals = opened = None
+        if read.refusals is not None and batch.openings is not None:
+            grid, opened = to_grid(read.refusals.unsqueeze(1), batch.openings, n_bundles, n_languages)
+            refusals = grid.squeeze(2)
         if prompts is None or hidden is None:
             if self.extractor is not None:
                 # Zero gradients, not absent ones: whether an optimizer skips a parameter without gradient depends on
@@ -129,12 +136,23 @@ class PolicyWithExtractor(nn.Module):
                 row = next(self.extractor.parameters()).new_zeros(1, self.extractor.in_features)
                 idle = 0.0 * self.extractor(row).sum()
                 chosen = ResponseLogProbs(chosen.total + idle, chosen.length)
-            return ModelOutput(chosen, rejected, pooled=pooled)
+            return ModelOutput(chosen, rejected, pooled=pooled, refusals=refusals, opened=opened)
         states, present = to_grid(hidden.float(), prompts, n_bundles, n_languages)
         grid = states
         if self.extractor is not None:
             grid, _ = to_grid(self.extractor(hidden), prompts, n_bundles, n_languages)
-        return ModelOutput(chosen, rejected, states, grid, present, pooled)
+        return ModelOutput(chosen, rejected, states, grid, present, pooled, refusals, opened)
+
+
+class Read(NamedTuple):
+    """What one forward says of a batch: summed log-probs of answers [A], tapped states [P, H], pooled ones [2, B, H]
+    ([1, B, H] without rejected answers), log-probs of openings of responses [P], see `opening_log_probs`."""
+
+    chosen: ResponseLogProbs
+    rejected: ResponseLogProbs | None
+    states: Tensor | None
+    pooled: Tensor | None
+    refusals: Tensor | None
 
 
 def read_answers(
@@ -144,30 +162,48 @@ def read_answers(
     tapped: Tensor | None,
     layer: int,
     pooling: Pooling | None = None,
-) -> tuple[ResponseLogProbs, ResponseLogProbs | None, Tensor | None, Tensor | None]:
-    """Summed log-probs of chosen and rejected answers [A], states [P, H] as `read_tree` has them, and pooled ones.
+    openings: Openings | None = None,
+) -> Read:
+    """The answers of a batch, and what else is asked for, from one forward.
 
-    `tree` is the batch's, or as much of it as holds the answers. Pooled states [2, B, H] are there with `pooling`, and
-    those of rejected answers only where the batch has some ([1, B, H] otherwise).
+    `tree` is the batch's, or as much of it as holds the answers; all of it with `openings`.
     """
     answers = [batch.chosen] if batch.rejected is None else [batch.chosen, batch.rejected]
     normed = None
     if pooling is not None:
         assert batch.sequences is not None
         normed = batch.sequences.last if pooling == "last" else batch.sequences.places
+    predicting, targets = ([getattr(part, name) for part in answers] for name in ("predicting", "targets"))
+    if openings is not None:
+        predicting.append(openings.predicting)
+        # Of the head's logits, which are read at once, a row of an answer has one target.
+        targets = [
+            nn.functional.pad(each.unsqueeze(1), (0, openings.targets.shape[1] - 1), value=-1) for each in targets
+        ]
+        targets.append(openings.targets)
     logits, states, whole = read_tree(
-        model, tree, torch.cat([part.predicting for part in answers]), tapped, layer, normed
+        model, tree, torch.cat(predicting), tapped, layer, normed, all_stay=openings is not None
     )
     assert logits is not None
-    log_probs = token_log_probs(logits, torch.cat([part.targets for part in answers]))
+    log_probs = token_log_probs(logits, torch.cat(targets)).split([len(each) for each in targets])
     scored = [
-        response_log_probs(own, part.row_of_target, len(batch.rows.bundle))
-        for own, part in zip(log_probs.split([part.targets.numel() for part in answers]), answers, strict=True)
+        response_log_probs(own if openings is None else own[:, 0], part.row_of_target, len(batch.rows.bundle))
+        for own, part in zip(log_probs, answers, strict=False)
     ]
     pooled = None
     if pooling is not None and whole is not None and batch.sequences is not None:
         pooled = pool(whole, batch.sequences, pooling).unflatten(0, (len(answers), len(batch.bundle_ids)))
-    return scored[0], scored[1] if batch.rejected is not None else None, states, pooled
+    refusals = opening_log_probs(log_probs[-1], openings) if openings is not None else None
+    return Read(scored[0], scored[1] if batch.rejected is not None else None, states, pooled, refusals)
+
+
+def opening_log_probs(log_probs: Tensor, openings: Openings) -> Tensor:
+    """Log-prob in nats that a response to each prompt begins with one of its openings [P], which exclude each other.
+
+    `log_probs` [U, K] are of `openings.targets`.
+    """
+    whole = torch.cat([log_probs.flatten(), log_probs.new_zeros(1)])[openings.steps].sum(dim=1)
+    return torch.cat([whole, whole.new_full((1,), -torch.inf)])[openings.of_prompt].logsumexp(dim=1)
 
 
 def pool(states: Tensor, sequences: Sequences, pooling: Pooling) -> Tensor:
@@ -189,19 +225,22 @@ def read_tree(
     tapped: Tensor | None,
     layer: int,
     normed: Tensor | None = None,
+    *,
+    all_stay: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Logits [R, V] at the rows `predicting` and states of the rows `tapped` [P, H] and `normed`, from one forward.
 
     States of `tapped` are those of `layer`, an index into Hugging Face's `hidden_states`; those of `normed` are the
     last layer's, after the final norm. Only the rows that are asked for reach
     the final norm, and only `predicting` the head. Where `layer` is below the last, prompts without answers leave the
-    row there, and without `predicting` all but one segment: every module runs, once, whatever is asked.
+    row there unless `all_stay`, and without `predicting` all but one segment: every module runs, once, whatever is
+    asked.
     """
     last = layer == n_layers(model)
     leaving = None
     if tapped is not None and not last:
         leave_at(model, layer)
-        staying = tree.first(tree.prompt_only if predicting is not None else 1)
+        staying = tree if all_stay else tree.first(tree.prompt_only if predicting is not None else 1)
         leaving = Leaving(layer, TreeAttention(staying))
     inputs = {"input_ids": tree.input_ids, "position_ids": tree.position_ids, "use_cache": False}
     inputs["tree"] = TreeAttention(tree, leaving)
@@ -242,7 +281,7 @@ def response_prompts(answers: Answers, response: Tensor) -> Tensor:
     return answers.predicting[torch.searchsorted(answers.row_of_target, response)]
 
 
-def to_grid(projected: Tensor, prompts: Prompts, n_bundles: int, n_languages: int) -> tuple[Tensor, Tensor]:
+def to_grid(projected: Tensor, prompts: Prompts | Openings, n_bundles: int, n_languages: int) -> tuple[Tensor, Tensor]:
     """Place [P, D] on a [B, L, D] grid, zero where a bundle lacks a language; and the mask [B, L] of what is there."""
     index = (prompts.bundle_of_prompt, prompts.language_of_prompt)
     grid = projected.new_zeros(n_bundles, n_languages, projected.shape[-1]).index_put(index, projected)

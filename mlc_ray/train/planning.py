@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mlc_ray.config import ConfigError, TrainConfig
+from mlc_ray.data.branches import Branches
 from mlc_ray.data.order import Order, total_steps
 from mlc_ray.data.plan import BudgetError, Cutting, group_of
 from mlc_ray.data.store import TokenArtifact
@@ -54,8 +55,31 @@ def check_terms(config: TrainConfig, steps: int) -> None:
             )
 
 
-def cutting_of(config: TrainConfig, tokens: TokenArtifact, *, tokens_per_forward: int, world_size: int) -> Cutting:
-    """By what they are cut."""
+def check_kinds(config: TrainConfig, tokens: TokenArtifact) -> None:
+    """Make sure that there are bundles of both kinds where a term teaches to tell them apart.
+
+    Raises:
+        ConfigError: There are not.
+    """
+    kinds = sorted(tokens.distinct_kinds)
+    needing = [name for name, term in Objective(config).terms.items() if term.needs_kinds]
+    if needing and len(kinds) < 2:
+        raise ConfigError(
+            f"terms.{needing[0]} teaches to tell harmful from benign bundles, but all {len(tokens)} of data.train are "
+            f"{kinds[0]}: add bundles of the other kind (their rows, or their source's `kind`, say which they are), or "
+            "remove the term"
+        )
+
+
+def cutting_of(
+    config: TrainConfig,
+    tokens: TokenArtifact,
+    *,
+    tokens_per_forward: int,
+    world_size: int,
+    branches: Branches | None = None,
+) -> Cutting:
+    """By what they are cut; `branches` are the openings of responses that steps read."""
     objective, steps = Objective(config), steps_of(config, tokens)
     return Cutting(
         tokens_per_forward,
@@ -63,10 +87,13 @@ def cutting_of(config: TrainConfig, tokens: TokenArtifact, *, tokens_per_forward
         head=tokens.head,
         rejected=objective.needs_rejected,
         taps=lambda step: objective.taps(step, steps),
-        ever_taps=bool(objective.terms),
+        ever_taps=objective.ever_taps,
         group_bundles=config.train.group_bundles if objective.needs_group else None,
         pairing=objective.pairing,
         whole=objective.pooling is not None,
+        scope=lambda step: objective.scope(step, steps),
+        widest=objective.widest_scope,
+        branches=branches,
     )
 
 
@@ -78,7 +105,7 @@ def tokens_per_forward(config: TrainConfig, *, gpu: bool) -> int | None:
     return None if gpu else CPU_TOKENS
 
 
-def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine) -> int:
+def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine, branches: Branches | None) -> int:
     """`auto` on GPUs: what the one with the least free memory holds; every worker must call it once it has its engine.
 
     Free is what neither another process nor a tensor of this one takes, less what the engine's first step allocates.
@@ -87,6 +114,8 @@ def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine) 
     free += torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
     objective = Objective(config)
     asked: dict[str, Any] = {"rejected": objective.needs_rejected, "pairing": objective.pairing}
+    if branches is not None:  # behind a prompt's last token, too
+        asked |= {"scope": objective.widest_scope, "openings": branches.tokens + 1}
     forwarded = int(tokens.own_tokens(head=0, taps=True, whole=True, **asked).sum(dtype=np.int64))
     share = 1 - sum(tokens.counts.prompt_tokens.values()) / max(1, forwarded)
     costs = Costs.of(engine.module.language_model, config.model)
@@ -94,15 +123,21 @@ def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine) 
     return max(1, -int(largest([-own], engine.device)[0]))
 
 
-def cutting_of_worker(config: TrainConfig, tokens: TokenArtifact, engine: Engine, total_steps: int) -> Cutting:
+def cutting_of_worker(
+    config: TrainConfig,
+    tokens: TokenArtifact,
+    engine: Engine,
+    total_steps: int,
+    branches: Branches | None = None,
+) -> Cutting:
     """The cutting, once a worker has its engine; where the budget is counted from memory, it is looked at here.
 
     Raises:
         BudgetError: What must be forwarded at once does not fit.
     """
     said = tokens_per_forward(config, gpu=engine.device.type == "cuda")
-    budget = said if said is not None else tokens_that_fit(config, tokens, engine)
-    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=engine.world_size)
+    budget = said if said is not None else tokens_that_fit(config, tokens, engine, branches)
+    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=engine.world_size, branches=branches)
     if said is None:
         order = order_of(config, tokens)
         check_groups(tokens, tapping(order, cutting, total_steps), cutting)
@@ -125,7 +160,7 @@ class Outlook:
 
 def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_steps: int) -> Outlook:
     """What the steps of a run are like, from lengths alone."""
-    own = cutting.own_tokens(tokens, taps=cutting.ever_taps)
+    own = cutting.own_tokens(tokens, taps=cutting.ever_taps, scope=cutting.widest)
     looked_at = min(LOOKED_AT, total_steps)
     looked = [cutting.plan(s, rows, tokens.lengths(rows)) for s in range(looked_at) for rows in [order.batch(s)]]
     return Outlook(
@@ -169,7 +204,7 @@ def check_groups(tokens: TokenArtifact, batches: Iterable[Sequence[int]], cuttin
     """
     if cutting.group_bundles is None:
         return
-    own = cutting.own_tokens(tokens, taps=True)
+    own = cutting.own_tokens(tokens, taps=True, scope=cutting.widest)
     capacity = cutting.tokens_per_forward - cutting.head
     most = 0
     for rows in batches:
@@ -190,5 +225,12 @@ def tapping(order: Order, cutting: Cutting, total_steps: int) -> Iterator[list[i
 
 
 def held_out_cutting(cutting: Cutting, held_out: TokenArtifact) -> Cutting:
-    """How held-out bundles are cut in a run that cuts its batches so: with the terms, if it has any on any step."""
-    return replace(cutting, head=held_out.head, taps=lambda _: cutting.ever_taps)
+    """How held-out bundles are cut in a run that cuts its batches so: with the terms, if it has any on any step.
+
+    Where they are of both kinds, openings of responses are read at least in the response language.
+    """
+    scope = cutting.widest
+    if scope == "none" and cutting.branches is not None and len(held_out.distinct_kinds) > 1:
+        scope = "response"
+    taps, head = cutting.ever_taps, held_out.head
+    return replace(cutting, head=head, taps=lambda _: taps, scope=lambda _: scope, widest=scope)

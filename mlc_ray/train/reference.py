@@ -72,7 +72,7 @@ class ReferenceModel(nn.Module):
         if self.log_probs:
             if batch.rejected is None:
                 raise ValueError("the reference is asked for bundles without rejected answers")
-            first, second, hidden, pooled = read_answers(self.model, batch, tree, tapped, layer or 0, self.pooling)
+            first, second, hidden, pooled, _ = read_answers(self.model, batch, tree, tapped, layer or 0, self.pooling)
             asked = batch.rows.response if self.pairing == "response" else slice(None)
             chosen, rejected = first.total[asked], second.total[asked] if second is not None else None
         elif tapped is not None and layer is not None:

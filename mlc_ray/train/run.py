@@ -28,8 +28,10 @@ from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec, train_worker
 from mlc_ray.train.failures import error_inside
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
+from mlc_ray.train.openings import branches_of
 from mlc_ray.train.planning import (
     check_groups,
+    check_kinds,
     check_terms,
     cutting_of,
     held_out_cutting,
@@ -232,11 +234,12 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gp
         MissingAnswersError: Bundles lack answers that the loss needs; found before a model is loaded.
         ValidationError: Held-out bundles are trained on.
         BudgetError: A group of bundles that are compared with each other does not fit into a forward.
-        ConfigError: A term has no step in so short a run.
+        ConfigError: A term has no step in so short a run, or no bundles of both kinds, which it needs.
     """
     tokens = prepare_token_rows(config.data, config.model, chat=config.chat, cache_dir=cache_dir)
     check_answers(config, tokens)
     check_terms(config, steps_of(config, tokens))
+    check_kinds(config, tokens)
     held_out = _held_out_tokens(config, tokens, cache_dir)
     _check_groups(config, tokens, held_out, gpu=gpu)
     fingerprints = {"model": fingerprint_model(config.model.path), "tokens": tokens.fingerprint}
@@ -273,7 +276,9 @@ def _check_groups(config: TrainConfig, tokens: TokenArtifact, held_out: TokenArt
     budget = tokens_per_forward(config, gpu=gpu)
     if budget is None:
         return
-    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=config.cluster.most_workers)
+    branches = branches_of(config, None, [tokens, *([held_out] if held_out is not None else [])])
+    workers = config.cluster.most_workers
+    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=workers, branches=branches)
     check_groups(tokens, tapping(order_of(config, tokens), cutting, steps_of(config, tokens)), cutting)
     if held_out is not None:
         batches = batches_of(held_out, seed=config.seed, at_once=config.train.batch_bundles)
@@ -312,6 +317,8 @@ def _announce(config: TrainConfig, tokens: TokenArtifact, steps: int, *, gpu: bo
     budget = tokens_per_forward(config, gpu=gpu)
     if budget is None:
         return
-    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=config.cluster.most_workers)
+    branches = branches_of(config, None, [tokens])
+    workers = config.cluster.most_workers
+    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=workers, branches=branches)
     outlook = look_ahead(tokens, order_of(config, tokens), cutting, steps)
     logger.info("%s", "\n  ".join(said_of(outlook, cutting, config.train.batch_bundles)))

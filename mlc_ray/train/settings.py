@@ -51,6 +51,7 @@ KINDS: Mapping[str, Kind] = {
     "data.validation.sources": Kind.CONTENT,
     "data.validation.every": Kind.FREE,
     "data.validation.max_chosen_drop": Kind.FREE,  # it warns
+    "data.validation.min_decision_auc": Kind.FREE,
     "data.on_invalid": Kind.CONTENT,
     "data.languages": Kind.CONTENT,
     "data.max_prompt_tokens": Kind.CONTENT,
@@ -58,6 +59,7 @@ KINDS: Mapping[str, Kind] = {
     "objective": Kind.FIXED,
     "mlc": Kind.FIXED,
     "terms": Kind.FIXED,
+    "openings": Kind.FIXED,
     "optimizer.learning_rate": Kind.FIXED,
     "optimizer.weight_decay": Kind.FIXED,
     "optimizer.betas": Kind.FIXED,

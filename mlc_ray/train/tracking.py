@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class Tracker:
         run_folder: its folder.
         start_step: the optimizer step that it goes on after.
         may_write: raises where another driver has taken the run; asked before metrics are sent to a URL.
+        begins: as `Objective.begins` says, for the warning of terms that begin too early.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Tracker:
         run_folder: Path | Place,
         start_step: int,
         may_write: Callable[[], None] = lambda: None,
+        *,
+        begins: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         place = Place(run_folder)
         folder, self.mirror = local_side(place), None
@@ -68,7 +71,12 @@ class Tracker:
         # A run that starts anew writes a row of step 0 again, where bundles are held out.
         kept = list(takewhile(lambda row: start_step and row["step"] <= start_step, read_metrics(folder)))
         held_out = config.data.validation
-        self.watch = Watch(config.collapse, max_chosen_drop=held_out.max_chosen_drop if held_out else None)
+        self.watch = Watch(
+            config.collapse,
+            max_chosen_drop=held_out.max_chosen_drop if held_out else None,
+            min_decision_auc=held_out.min_decision_auc if held_out else None,
+            begins=begins,
+        )
         for row in kept:
             self.watch.see(row)
         self.rows = RowFile(folder / METRICS_FILE, _bytes_of(folder / METRICS_FILE, len(kept)))

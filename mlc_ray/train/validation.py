@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from mlc_ray.data.order import epoch_order
 from mlc_ray.data.plan import Cutting, StepPlan
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
+from mlc_ray.losses.measures import auc
 from mlc_ray.losses.mlc import unit_rows
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.collectives import sum_over_workers
+from mlc_ray.train.collectives import gather_objects, sum_over_workers
 from mlc_ray.train.engines.base import Engine
-from mlc_ray.train.loop import Progress, loss_of
+from mlc_ray.train.loop import Progress, decisions_of, loss_of
 from mlc_ray.train.meter import Metrics, add_to
 from mlc_ray.train.reference import Reference, ReferenceOutput
 from mlc_ray.types import Batch, move
@@ -89,6 +90,7 @@ class Validation:
     reference: Reference | None
     kinds: Sequence[str]
     progress: Progress
+    _decided: list[tuple[str, float, bool]] = field(default_factory=list, init=False)
 
     def __call__(self) -> Metrics:
         """Means over the held-out bundles and, under `KIND/`, over those of each kind; every worker must call it.
@@ -98,8 +100,12 @@ class Validation:
             whole weights, `loss/alignment`, `loss/NAME`, `reward/margin`, `mlc/leading_share`, ...; and beside them
             `log_prob/chosen`: the chosen answers' summed log-probs, in nats;
             `log_prob/chosen_change`: the same, less what it was before training;
-            `mlc/cosine/LANGUAGE`: see `language_cosines`.
+            `mlc/cosine/LANGUAGE`: see `language_cosines`;
+            `refusal/log_odds`, `refusal/log_odds/LANGUAGE`: log-odds, in nats, that a response opens as a refusal, in
+            the response language and in each that is read;
+            `refusal/auc`, `refusal/auc/LANGUAGE`, of both kinds alone: how well these tell harmful from benign.
         """
+        self._decided.clear()
         module, sums = self.engine.module, dict[str, Tensor]()
         training = module.training
         module.eval()
@@ -110,6 +116,7 @@ class Validation:
                         self._add(sums, move(batch, self.engine.device))
         finally:
             module.train(training)
+        found = self._aucs()
         totals = dict(zip(sums, sum_over_workers(torch.stack(list(sums.values()))).tolist(), strict=True))
         means = {
             name: total / count
@@ -128,7 +135,20 @@ class Validation:
             self.progress.before = {name: value for name, value in chosen.items() if math.isfinite(value)}
         for name, before in self.progress.before.items():
             means[name.removesuffix(_CHOSEN) + _CHANGE] = means[name] - before
-        return {PREFIX + name: value for name, value in sorted(means.items())}
+        return {PREFIX + name: value for name, value in sorted({**means, **found}.items())}
+
+    def _aucs(self) -> Metrics:
+        """AUC of the log-odds of all workers' bundles, by the name of the metric; every worker calls it."""
+        every = [one for part in gather_objects(self._decided) for one in part]
+        metrics = {}
+        for name in sorted({name for name, _, _ in every}):
+            values, harmful = zip(
+                *((value, is_harmful) for own, value, is_harmful in every if own == name), strict=True
+            )
+            found = auc(torch.tensor(values, dtype=torch.float64), torch.tensor(harmful))
+            if not math.isnan(found):
+                metrics[name] = found
+        return metrics
 
     def _prefixes(self) -> list[str]:
         return ["", *(f"{kind}/" for kind in self.kinds)]
@@ -146,6 +166,16 @@ class Validation:
             cosines, others = language_cosines(output.representations, output.present)
             for column, language in enumerate(batch.languages):
                 numbers[f"mlc/cosine/{language}"] = (cosines[:, column], others[:, column] & real)
+        if (decisions := decisions_of(batch, output)) is not None:
+            numbers["refusal/log_odds"] = (decisions.in_response, real)
+            for column, language in enumerate(batch.languages):
+                values, there = decisions.log_odds[:, column], decisions.present[:, column]
+                numbers[f"refusal/log_odds/{language}"] = (values, there & real)
+            for name in (name for name in numbers if name.startswith("refusal/log_odds")):
+                values, counts = numbers[name]
+                rows = zip(values.tolist(), counts.tolist(), decisions.harmful.tolist(), strict=True)
+                to = name.replace("log_odds", "auc")
+                self._decided += [(to, value, harmful) for value, there, harmful in rows if there]
         for prefix, kind in zip(self._prefixes(), [None, *self.kinds], strict=True):
             own = torch.tensor([kind in (None, it) for it in batch.kinds], device=real.device)
             for name, (values, counts) in numbers.items():

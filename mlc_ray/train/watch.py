@@ -105,9 +105,18 @@ class TappedStep:
 class Watch:
     """Says when a measure crosses its bound, only from the rows of a run in order, so that a replay agrees."""
 
-    def __init__(self, settings: CollapseSection, *, max_chosen_drop: float | None = None) -> None:
+    def __init__(
+        self,
+        settings: CollapseSection,
+        *,
+        max_chosen_drop: float | None = None,
+        min_decision_auc: float | None = None,
+        begins: Mapping[int, Sequence[str]] | None = None,
+    ) -> None:
         self.settings = settings
         self.max_chosen_drop = max_chosen_drop
+        self.min_decision_auc = min_decision_auc
+        self.begins = begins or {}
         self.values: dict[str, list[float]] = {}
         self.crossed: set[str] = set()
         self.been_above: set[str] = set()
@@ -119,7 +128,8 @@ class Watch:
         of spread and effective rank are shares of the median of the first `SMOOTHED` ones: a language model's states
         are alike from the start, how much depends on model and layer. Separability is compared with a fixed bound, once
         it has been above it: kinds that this model never told apart have not collapsed. The change of the chosen
-        answers' log-probs is compared as it is: it is a mean over all held-out bundles.
+        answers' log-probs is compared as it is: it is a mean over all held-out bundles. So is the AUC of decisions,
+        after the step that a term begins behind.
         """
         cosine, rank = row.get("collapse/between_bundle_cosine"), row.get("collapse/effective_rank_share")
         spread = None if cosine is None else 1 - cosine
@@ -134,6 +144,7 @@ class Watch:
                 "min_separability",
             ),
             self._chosen_fell(row.get("validation/log_prob/chosen_change")),
+            self._undecided(row.get("step"), row.get("validation/refusal/auc")),
         ]
         return [warning for warning in found if warning is not None]
 
@@ -169,6 +180,17 @@ class Watch:
             f"the held-out chosen answers lost {-change:.3g} nats each since the start, more than "
             f"data.validation.max_chosen_drop={bound:g}: the loss lowers the answers that it should teach (likelihood "
             "displacement); objective.sft_weight or a lower learning rate keep them"
+        )
+
+    def _undecided(self, step: int | None, auc: float | None) -> str | None:
+        bound, names = self.min_decision_auc, self.begins.get(-1 if step is None else step)
+        if bound is None or names is None or auc is None or math.isnan(auc) or auc >= bound:
+            return None
+        return (
+            f"{', '.join(names)} begin{'s' if len(names) == 1 else ''} after step {step}, but in the response language "
+            f"the refusal's log-odds tell held-out harmful from benign bundles with an AUC of {auc:.2f} only, below "
+            f"data.validation.min_decision_auc={bound:g}: what is carried into the other languages is no judgement "
+            "yet; a later start (mlc.start, terms.NAME.start) or terms.decision helps"
         )
 
     def _smoothed(self, field: str, value: float | None) -> float | None:

@@ -36,6 +36,7 @@ from mlc_ray.train.entry import HeldOut, WorkerSpec
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
+from mlc_ray.train.openings import branches_of
 from mlc_ray.train.planning import check_groups, cutting_of_worker, held_out_cutting, order_of
 from mlc_ray.train.preemption import SIGTERM, Notice, StopFile, highest
 from mlc_ray.train.reference import (
@@ -110,7 +111,9 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
     table = load_reference(spec.reference_folder) if spec.reference_folder else None
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     watchdog.beat("cutting its batches, with all workers")
-    cutting = cutting_of_worker(config, tokens, engine, spec.total_steps)
+    held_out = TokenArtifact.open(spec.held_out.tokens_folder) if spec.held_out is not None else None
+    branches = branches_of(config, tokenizer, [tokens, *([held_out] if held_out is not None else [])])
+    cutting = cutting_of_worker(config, tokens, engine, spec.total_steps, branches)
     planned = plans(tokens, order_of(config, tokens), cutting, range(progress.step, spec.total_steps))
     batches = watchdog.over(
         _stream(tokens, planned, table, engine, cutting), "waiting for its batches", "in a step, with all workers"
@@ -119,7 +122,11 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
     watchdog.beat("opening the trackers")
     is_past_divergence = False
     with (
-        contextlib.closing(Tracker(config, spec.run_folder, progress.step, guard.check))
+        contextlib.closing(
+            Tracker(
+                config, spec.run_folder, progress.step, guard.check, begins=Objective(config).begins(spec.total_steps)
+            )
+        )
         if rank == 0
         else contextlib.nullcontext() as tracker,
         contextlib.closing(steps),
@@ -153,7 +160,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
                 progress=progress,
                 total_steps=spec.total_steps,
                 kinds=tokens.distinct_kinds,
-                validate=_validation(config, spec.held_out, engine, online, cutting, progress, watchdog),
+                validate=_validation(config, spec.held_out, held_out, engine, online, cutting, progress, watchdog),
                 noticed=_notices(spec),
                 log=log,
                 saves=saves,
@@ -335,6 +342,7 @@ def _stream(
         needs_rejected=cutting.rejected,
         pairing=cutting.pairing,
         whole=cutting.whole,
+        branches=cutting.branches,
         reference=table,
         pin=engine.device.type == "cuda",
     )
@@ -343,6 +351,7 @@ def _stream(
 def _validation(
     config: TrainConfig,
     found: HeldOut | None,
+    tokens: TokenArtifact | None,
     engine: Engine,
     online: Reference | None,
     cutting: Cutting,
@@ -350,9 +359,8 @@ def _validation(
     watchdog: Watchdog,
 ) -> Validation | None:
     """What measures held-out bundles, where there are some."""
-    if found is None:
+    if found is None or tokens is None:
         return None
-    tokens = TokenArtifact.open(found.tokens_folder)
     table = load_reference(found.reference_folder) if found.reference_folder else None
     own = held_out_cutting(cutting, tokens)
     rows = batches_of(tokens, seed=config.seed, at_once=config.train.batch_bundles)

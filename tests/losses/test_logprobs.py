@@ -98,3 +98,25 @@ def test_log_probs_and_lengths_of_answers():
     result = response_log_probs(log_probs, bundles, 3)
     assert result.total.tolist() == [-6.0, -9.0, 0.0]
     assert result.length.tolist() == [3, 2, 0]
+
+
+@pytest.mark.parametrize("piece", [1, 3 * 101, 2**20])
+def test_several_targets_of_a_row_give_the_plain_values_and_gradients(monkeypatch, piece):
+    monkeypatch.setitem(logprobs.CHUNK, "cpu", piece)
+    several = torch.tensor([[3, 7, -1], [5, -1, -1], [100, 0, 9], [0, 1, 2], [-1, -1, -1], [1, 50, 2]])
+
+    def asked(logits, _):
+        return token_log_probs(logits, several)
+
+    def expected(logits, _):
+        shares = logits.float().log_softmax(dim=-1).gather(1, several.clamp(min=0))
+        return torch.where(several < 0, 0.0, shares)
+
+    def gradients(function):
+        hidden, head, targets, _ = given(6, 101)
+        hidden, head = hidden.requires_grad_(), head.requires_grad_()
+        values = function(F.linear(hidden, head), targets)
+        return values.detach(), *torch.autograd.grad((values * torch.arange(18.0).view(6, 3)).sum(), (hidden, head))
+
+    for found, wanted in zip(gradients(asked), gradients(expected), strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)

@@ -329,6 +329,7 @@ def test_what_trials_do_not_measure_compares_none(metric: str, overrides: list[s
         ("reward/accuracy", "objective.answers", ["response", "all"]),
         ("reward/accuracy", "objective.loss", ["dpo", "orpo"]),
         ("loss/contrast", "terms.contrast.temperature", [0.1, 0.2]),
+        ("loss/total", "openings.read", ["whole", "first_token"]),
     ],
 )
 def test_a_number_that_means_another_thing_in_each_trial_compares_none(
@@ -339,6 +340,10 @@ def test_a_number_that_means_another_thing_in_each_trial_compares_none(
     with pytest.raises(ConfigError, match=rf"validation/{name}' cannot compare trials that differ in {field}, .*; use"):
         make_space(compared_by(f"validation/{name}", *overrides, space=space))
     make_space(compared_by("validation/log_prob/chosen_change", *overrides, space=space))
+
+
+def test_trials_are_compared_by_a_term_on_decisions() -> None:
+    make_space(compared_by("validation/loss/decision", HELD_OUT, "terms.decision.weight=0.5"))
 
 
 def test_what_no_held_out_bundle_has_compares_none(tmp_path: Path) -> None:

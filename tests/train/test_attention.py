@@ -17,13 +17,15 @@ TREES = {  # lengths and parents
     "head, prompts, answers": ([4, 5, 3, 4, 1, 2, 6], [-1, 0, 0, 1, 1, 2, 0]),
     "no head": ([5, 3, 4], [-1, 0, -1]),
     "deep": ([2, 3, 1, 2, 3], [-1, 0, 1, 2, 2]),
+    "openings": ([4, 5, 3, 2, 2, 1, 3, 2, 4], [-1, 0, 0, 1, 3, 3, 1, 2, 7], 3),  # the first segment of these
     "long": ([90, 60, 40, 130, 70, 20, 1], [-1, 0, 0, 1, 2, 0, 0]),  # over several of FlexAttention's blocks
 }
 
 
 def tree_of(name):
-    lengths, parents = (np.array(part) for part in TREES[name])
-    return make_tree(np.arange(lengths.sum()), lengths, parents, answers=len(lengths), prompt_only=len(lengths))
+    lengths, parents, openings = (*TREES[name], None)[:3]
+    ends, ids = len(lengths), np.arange(sum(lengths))
+    return make_tree(ids, np.array(lengths), np.array(parents), answers=ends, prompt_only=ends, openings=openings)
 
 
 def visible(tree, window=None):

@@ -59,7 +59,12 @@ def run_place(smollm2, repository, tmp_path_factory):
             "languages": ["en", "sw", "zh"],
         },
         "mlc": {"layer": 3, "every": 2, "extractor_dim": 32},
-        "terms": {"anchor": {}, "sign": {"name": "examples.my_term:SameSign", "weight": 0.5}},  # one from outside
+        "terms": {
+            "anchor": {},
+            "sign": {"name": "examples.my_term:SameSign", "weight": 0.5},  # one from outside
+            "decision": {"weight": 0.2},
+            "consistency": {"weight": 0.2, "start": 0.5},
+        },
         "optimizer": {"learning_rate": 1e-3},
         "train": {"epochs": 4, "max_steps": STEPS, "batch_bundles": 4},
         "engine": {"stage": 2},
@@ -95,7 +100,8 @@ def undisturbed(ray_local, run_place):
 def test_a_run_leaves_what_it_should(undisturbed, run_place):
     run = undisturbed.run_folder
     assert [(step, bool(held_out)) for step, _, held_out in losses(run)] == [
-        (step, step in (0, 3, 6, 8)) for step in range(STEPS + 1)
+        (step, step in (0, 3, 4, 6, 8))
+        for step in range(STEPS + 1)  # and 4, behind which consistency begins
     ]
     first, last = losses(run)[0][2], losses(run)[-1][2]
     assert {"validation/loss/total", "validation/harmful/reward/margin", "validation/mlc/leading_share"} <= first.keys()
@@ -103,6 +109,8 @@ def test_a_run_leaves_what_it_should(undisturbed, run_place):
         "validation/benign/mlc/cosine/sw",
         "validation/sign/cosine",
         "validation/log_prob/chosen_change",
+        "validation/refusal/auc",
+        "validation/refusal/auc/zh",
     } <= last.keys()
     assert first["validation/log_prob/chosen_change"] == 0 != last["validation/log_prob/chosen_change"]
     assert [path.name for path in list_checkpoints(Place(run))] == ["checkpoint_000006", "checkpoint_000008"]
@@ -114,6 +122,12 @@ def test_a_run_leaves_what_it_should(undisturbed, run_place):
     measures = {"collapse/between_bundle_cosine", "collapse/effective_rank", "collapse/effective_rank_share"}
     assert {"mlc/leading_share", "loss/mlc", "loss/anchor", "loss/sign", "sign/cosine"} | measures <= rows[0].keys()
     assert "loss/mlc" not in rows[1]
+    assert [step for step, row in enumerate(rows, 1) if "loss/decision" in row] == [1, 3, 5, 7]
+    assert [step for step, row in enumerate(rows, 1) if "loss/consistency" in row] == [5, 7]
+    # Of random weights English does not tell the kinds apart.
+    (warned,) = (" ".join(row.get("warnings", ())) for row in read_metrics(Path(run)) if row["step"] == 4)
+    auc = losses(run)[4][2]["validation/refusal/auc"]
+    assert ("consistency begins after step 4" in warned) is (auc < 0.75)
     assert any((run / "tensorboard").iterdir())
     assert load_run_config(run) == configured(run_place)
     described = json.loads((run / "run.json").read_text())

@@ -149,14 +149,14 @@ def wrapped(config, seed=0):
     return module.to(getattr(torch, config.model.dtype))
 
 
-def steps_of(config, rows, rank, world_size, table=None, start_step=0):
+def steps_of(config, rows, rank, world_size, table=None, start_step=0, branches=None):
     """The micro-batches one worker has at each step, from a stored artefact as in a run."""
     with tempfile.TemporaryDirectory() as folder:
         write_rows(Path(folder), [rows_to_table(rows)], fingerprint="tiny", rejected={})
         tokens = TokenArtifact.open(folder)
         order = order_of(config, tokens)
         budget = tokens_per_forward(config, gpu=False)
-        cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=world_size)
+        cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=world_size, branches=branches)
         steps = total_steps(
             len(rows), epochs=config.train.epochs, batch_bundles=config.train.batch_bundles, max_steps=None
         )
@@ -169,6 +169,7 @@ def steps_of(config, rows, rank, world_size, table=None, start_step=0):
             needs_rejected=cutting.rejected,
             pairing=cutting.pairing,
             whole=cutting.whole,
+            branches=cutting.branches,
             reference=aligned(table, rows),
         )
 
@@ -221,7 +222,7 @@ def online_reference(config, engine):
 
 def run_engine(
     config, rows, steps, table=None, save=None, engine=None, progress=None, validate=None, reference=None, noticed=None,
-    history=None, saves=None,
+    history=None, saves=None, branches=None,
 ):  # fmt: skip
     """Train with a real engine in this worker; returns the engine and each step's metrics, which `history` gets too."""
     engine = engine or make_engine(config)
@@ -232,7 +233,7 @@ def run_engine(
     train_loop(
         config,
         engine=engine,
-        steps=steps_of(config, rows, engine.rank, engine.world_size, table, progress.step),
+        steps=steps_of(config, rows, engine.rank, engine.world_size, table, progress.step, branches),
         reference=reference,
         progress=progress,
         total_steps=steps,

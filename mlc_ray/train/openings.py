@@ -1,0 +1,49 @@
+"""The openings of refusals as tokens of a model, in the languages of data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from mlc_ray.config import OpeningsSection, TrainConfig
+from mlc_ray.data.branches import Branches
+from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
+from mlc_ray.judges.openings import refusal_openings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def branches_of(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase | None, artefacts: Sequence[TokenArtifact]
+) -> Branches | None:
+    """The openings that a run reads, in the languages of its bundles; None where it reads none.
+
+    Without `tokenizer`, the model's is loaded.
+
+    Raises:
+        OpeningsError: A language has none.
+    """
+    held_out = config.data.validation
+    if not config.reads_decisions and (held_out is None or held_out.min_decision_auc is None):
+        return None
+    model = config.model
+    tokenizer = tokenizer or load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    languages = {code for tokens in artefacts for code in tokens.languages}
+    return make_branches(config.openings, ChatTemplate(tokenizer, config.chat), languages)
+
+
+def make_branches(settings: OpeningsSection, template: ChatTemplate, languages: Iterable[str]) -> Branches:
+    """The openings in some languages as `template` writes them behind a prompt.
+
+    Raises:
+        OpeningsError: A language has none.
+    """
+    length = 1 if settings.read == "first_token" else None
+    return Branches(
+        {
+            code: [ids[:length].tolist() for ids in template.opening_ids(refusal_openings(code, settings))]
+            for code in sorted(languages)
+        }
+    )

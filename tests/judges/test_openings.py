@@ -1,0 +1,58 @@
+"""Openings of refusals: the refusal judge takes each for a refusal, and tokens are those of the chat template."""
+
+import numpy as np
+import pytest
+
+from mlc_ray.config import OpeningsSection
+from mlc_ray.data.branches import prefix_free
+from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
+from mlc_ray.judges.likelihood import OPENINGS
+from mlc_ray.judges.openings import refusal_openings
+from mlc_ray.judges.phrase_lists import normalise, shipped_phrases
+from mlc_ray.judges.refusal import RefusalJudge
+from mlc_ray.train.openings import make_branches
+from mlc_ray.types import Answer
+
+
+@pytest.mark.parametrize("code", sorted(shipped_phrases()))
+def test_the_refusal_judge_takes_each_opening_for_a_refusal(code):
+    openings = shipped_phrases()[code].openings
+    answers = [Answer(prompt="?", response=text, language=code, kind="harmful") for text in openings]
+    verdicts = RefusalJudge().judge(answers)
+    assert [text for text, verdict in zip(openings, verdicts, strict=True) if verdict.behaviour != "refused"] == []
+    assert len(openings) >= 5 and len(set(openings)) == len(openings)
+    assert not any(set("*|") & set(text) or text != text.strip() for text in openings)
+    # How responses comply begins with none of them.
+    complied = [normalise(text) for one in OPENINGS.values() for text in one.compliances]
+    assert not any(text.startswith(normalise(opening)) for text in complied for opening in openings)
+
+
+def test_a_language_has_its_own_openings_and_english_ones_and_what_is_given():
+    none = OpeningsSection()
+    english = list(shipped_phrases()["en"].openings)
+    assert refusal_openings("en", none) == english
+    assert refusal_openings("zh-Hant", none) == [*shipped_phrases()["zh"].openings, *english]
+    assert refusal_openings("xx", none) == english  # no list
+    given = OpeningsSection(further={"en": ["No."], "zh-Hant": ["抱歉"], "zh": ["不"], "fr": ["Non"]})
+    assert refusal_openings("zh-Hant", given)[:3] == ["抱歉", "不", "No."]
+    assert refusal_openings("en", given)[0] == "No." and "Non" not in refusal_openings("en", given)
+
+
+def test_tokens_are_those_that_answers_begin_with(smollm2):
+    template = ChatTemplate(load_tokenizer(str(smollm2)))
+    texts = refusal_openings("es", OpeningsSection())
+    prompt = template.prompt_ids(["How?"])[0]
+    for text, ids in zip(texts, template.opening_ids(texts), strict=True):
+        (answer,) = template.answer_ids([("How?", prompt, f"{text}, or so.")])
+        assert np.array_equal(answer[: len(ids)], ids), text
+        assert template.tokenizer.decode(ids) == text
+
+
+def test_branches_of_a_real_tokenizer(smollm2):
+    template = ChatTemplate(load_tokenizer(str(smollm2)))
+    whole = make_branches(OpeningsSection(), template, ["es", "en"])
+    first = make_branches(OpeningsSection(read="first_token"), template, ["es", "en"])
+    ids = [tuple(each.tolist()) for each in template.opening_ids(refusal_openings("es", OpeningsSection()))]
+    assert whole.openings["es"] == prefix_free(ids)
+    assert whole.tokens > 0 == first.tokens
+    assert sorted(first.openings["en"]) == sorted({one[:1] for one in whole.openings["en"]})

@@ -1,0 +1,83 @@
+"""Decisions by language: the AUC and its interval, who is not known, and the log-odds that a probe reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlc_ray.config import ModelSection
+from mlc_ray.data.branches import Branches
+from mlc_ray.data.store import write_rows
+from mlc_ray.data.tables import rows_to_table
+from mlc_ray.report.tables import markdown
+from mlc_ray.search.criteria import resamples
+from mlc_ray.search.decisions import decision_table, decisions
+from mlc_ray.search.probe import Probe, ProbeActor
+from tests.train.test_openings import OPENINGS, plain
+from tests.train.tiny import LANGUAGES, random_rows, tiny_model
+
+NUMBER = 40
+
+
+def made() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-odds in four languages: told apart, at chance and refused, at chance and answered, of too few bundles."""
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(NUMBER, 4, generator=generator, dtype=torch.float64)
+    harmful = torch.arange(NUMBER) % 2 == 0
+    sign = torch.where(harmful, 2.0, -2.0)
+    log_odds = torch.stack([noise[:, 0] + sign, noise[:, 1] + 6, noise[:, 2] - 6, noise[:, 3]], dim=1)
+    present = torch.ones(NUMBER, 4, dtype=torch.bool)
+    present[14:, 3] = False
+    return log_odds, present, harmful
+
+
+def test_the_auc_is_of_pairs_and_its_interval_of_resampled_bundles() -> None:
+    log_odds, present, harmful = made()
+    found = decisions(log_odds, present, harmful, ["en", "sw", "zh", "xx"])
+    assert [each.language for each in found] == ["en", "sw", "zh"]
+
+    def auc(times: np.ndarray) -> float:
+        pairs = [
+            (float(log_odds[u, 0] > log_odds[d, 0]), times[u] * times[d])
+            for u in range(NUMBER)
+            for d in range(NUMBER)
+            if harmful[u] and not harmful[d]
+        ]
+        return float(np.average([won for won, _ in pairs], weights=[weight for _, weight in pairs]))
+
+    assert found[0].auc.value == pytest.approx(auc(np.ones(NUMBER)))
+    drawn = [auc(times) for times in resamples(NUMBER)[:100].numpy()]
+    assert found[0].auc.low <= np.quantile(drawn, 0.1) <= np.quantile(drawn, 0.9) <= found[0].auc.high
+    assert (found[0].harmful, found[0].benign) == pytest.approx(
+        [100 * float((log_odds[kind, 0] > 0).double().mean()) for kind in (harmful, ~harmful)]
+    )
+
+
+def test_a_language_is_not_known_where_all_is_refused_at_chance() -> None:
+    found = decisions(*made(), ["en", "sw", "zh", "xx"])
+    assert [each.is_unknown for each in found] == [False, True, False]  # one that answers all is not called safe anyway
+    assert Probe((), ("en",), 3, decisions=found).unknown == ["sw"]
+    lines = markdown(decision_table(found))
+    assert [("not known" in line) for line in lines if line.startswith(("| en", "| sw", "| zh"))] == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_a_probe_reads_the_log_odds_of_plain_forwards(tmp_path: Path) -> None:
+    model, rows = tiny_model(), random_rows(3, head=(5, 3, 8))
+    model.save_pretrained(tmp_path / "model")
+    write_rows(tmp_path / "tokens", [rows_to_table(rows)], fingerprint="x", rejected={})
+    settings = ModelSection(path=str(tmp_path / "model"), dtype="float32").model_dump()
+    actor = ProbeActor(str(tmp_path / "tokens"), settings, Branches(OPENINGS), gpu=False)
+    said = actor({"id": np.arange(3)})
+    for index, row in enumerate(rows):
+        for code, prompt in zip(row.languages, row.prompts, strict=True):
+            expected = torch.logit(plain(model, prompt, OPENINGS[code]).detach().double().exp())
+            assert said["log_odds"][index, LANGUAGES.index(code)] == pytest.approx(float(expected), abs=1e-4)
+    without = ProbeActor(str(tmp_path / "tokens"), settings, None, gpu=False)({"id": np.arange(3)})
+    assert "log_odds" not in without and np.array_equal(without["states"], said["states"])
