@@ -34,7 +34,7 @@ PATH = {
 
 # Runs at the start of every Python process below: each function of the package writes down its first call. A profile
 # function would miss those that Ray calls from threads of its own.
-RECORDER = '''
+RECORDER = """
 import ast, importlib.machinery, os, sys
 package, out = os.environ["NARROW_PATH_PACKAGE"], os.environ["NARROW_PATH_OUT"]
 seen = set()
@@ -66,7 +66,7 @@ class Finder:
                 spec.loader = Recorded(spec.loader.name, spec.loader.path)
             return spec
 sys.meta_path.insert(0, Finder)
-'''
+"""
 RUN = """
 import sys
 from mlc_ray import api
@@ -121,7 +121,7 @@ def main(model: str) -> None:
 
 
 def lines_that_run(text: str, called: set[int]) -> tuple[int, int]:
-    """Lines of the outermost functions and methods that were called: of source, and of everything between first and last.
+    """Lines of the outermost functions and methods that were called: of source, and all from each first to its last.
 
     Source lines are those that hold code: no docstring, comment or blank line. A decorated function begins at its
     decorator; one that is nested in another counts with it.

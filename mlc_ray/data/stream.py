@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 from mlc_ray.data.batches import collate
 from mlc_ray.data.order import Order
 from mlc_ray.data.plan import Cutting, Forward, StepPlan
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.types import Batch, Pairing, ReferenceTable, pinned
+from mlc_ray.types import Batch, ReferenceTable, pinned
 
 AHEAD = 2
 """Optimizer steps that are ready before they are asked for; 32 bundles in ten languages are about half a MiB."""
@@ -29,14 +29,11 @@ def plans(tokens: TokenArtifact, order: Order, cutting: Cutting, steps: range) -
 def stream_steps(
     tokens: TokenArtifact,
     planned: Iterator[StepPlan],
+    cutting: Cutting,
+    reference: ReferenceTable | None,
     *,
     rank: int,
-    languages: Sequence[str],
-    needs_rejected: bool,
-    reference: ReferenceTable | None,
     pin: bool = False,
-    pairing: Pairing = "response",
-    whole: bool = False,
 ) -> Iterator[list[Batch]]:
     """Worker `rank`'s micro-batches of each planned step, made by a thread a few steps ahead.
 
@@ -45,13 +42,10 @@ def stream_steps(
     Args:
         tokens: the artefact.
         planned: the steps, see `plans`.
-        rank: whose forwards.
-        languages: the columns of the grid of a batch.
-        needs_rejected: whether the loss reads rejected answers.
+        cutting: by what they are cut, and so what of a bundle is read.
         reference: what the frozen reference says of each row; None where the loss needs none.
+        rank: whose forwards.
         pin: whether tensors go into pinned memory, from which a GPU copies while it computes.
-        pairing: which answers continue which prompts.
-        whole: whether states of whole sequences are pooled.
 
     Raises:
         BatchError: a bundle lacks what the loss needs.
@@ -60,15 +54,15 @@ def stream_steps(
     def batch(forward: Forward, taps: bool) -> Batch:
         made = collate(
             tokens.table(forward.rows),
-            languages=languages,
+            languages=tokens.languages,
             weights=forward.weights,
             term_weights=forward.term_weights,
             groups=forward.groups,
-            needs_rejected=needs_rejected,
+            needs_rejected=cutting.rejected,
             reference=None if reference is None else reference.take(forward.rows),
             tap=taps,
-            pairing=pairing,
-            whole=whole,
+            pairing=cutting.pairing,
+            whole=cutting.whole,
         )
         return pinned(made) if pin else made
 

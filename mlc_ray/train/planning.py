@@ -14,6 +14,7 @@ from mlc_ray.config import ConfigError, TrainConfig
 from mlc_ray.data.order import Order, total_steps
 from mlc_ray.data.plan import BudgetError, Cutting, group_of
 from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.stream import plans
 from mlc_ray.losses.objective import Objective
 from mlc_ray.progress import counted
 from mlc_ray.train.collectives import largest
@@ -127,7 +128,7 @@ def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_step
     """What the steps of a run are like, from lengths alone."""
     own = cutting.own_tokens(tokens, taps=cutting.ever_taps)
     looked_at = min(LOOKED_AT, total_steps)
-    looked = [cutting.plan(s, rows, tokens.lengths(rows)) for s in range(looked_at) for rows in [order.batch(s)]]
+    looked = list(plans(tokens, order, cutting, range(looked_at)))
     return Outlook(
         steps=looked_at,
         forwards=sum(len(plan.forwards) for plan in looked),

@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import TrainConfig, parse_config
-from mlc_ray.data.plan import Cutting, StepPlan
+from mlc_ray.data.plan import Cutting
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tokens import load_tokenizer
@@ -112,9 +112,9 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
     watchdog.beat("cutting its batches, with all workers")
     cutting = cutting_of_worker(config, tokens, engine, spec.total_steps)
     planned = plans(tokens, order_of(config, tokens), cutting, range(progress.step, spec.total_steps))
-    batches = watchdog.over(
-        _stream(tokens, planned, table, engine, cutting), "waiting for its batches", "in a step, with all workers"
-    )
+    pin = device.type == "cuda"
+    batches = stream_steps(tokens, planned, cutting, table, rank=rank, pin=pin)
+    batches = watchdog.over(batches, "waiting for its batches", "in a step, with all workers")
     steps = _checked(batches, engine)
     watchdog.beat("opening the trackers")
     is_past_divergence = False
@@ -313,27 +313,6 @@ def frozen_reference(config: TrainConfig, asked: dict[str, Any], device: torch.d
     return chosen.frozen(frozen, config, device)
 
 
-def _stream(
-    tokens: TokenArtifact,
-    planned: Iterator[StepPlan],
-    table: ReferenceTable | None,
-    engine: Engine,
-    cutting: Cutting,
-) -> Iterator[list[Batch]]:
-    """This worker's micro-batches of each planned step."""
-    return stream_steps(
-        tokens,
-        planned,
-        rank=engine.rank,
-        languages=tokens.languages,
-        needs_rejected=cutting.rejected,
-        pairing=cutting.pairing,
-        whole=cutting.whole,
-        reference=table,
-        pin=engine.device.type == "cuda",
-    )
-
-
 def _validation(
     config: TrainConfig,
     found: HeldOut | None,
@@ -355,7 +334,14 @@ def _validation(
         Objective(config),
         engine,
         lambda: watchdog.over(
-            _stream(tokens, plans_of(tokens, rows, own), table, engine, own),
+            stream_steps(
+                tokens,
+                plans_of(tokens, rows, own),
+                own,
+                table,
+                rank=engine.rank,
+                pin=engine.device.type == "cuda",
+            ),
             "waiting for held-out batches",
             "measuring held-out bundles, with all workers",
         ),

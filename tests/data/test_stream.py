@@ -12,7 +12,7 @@ from mlc_ray.data.plan import Cutting
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.stream import ahead, plans, stream_steps
 from mlc_ray.data.tables import rows_to_table
-from tests.train.tiny import LANGUAGES, random_rows, translated
+from tests.train.tiny import random_rows, translated
 
 ROWS = translated(random_rows(11))
 
@@ -31,11 +31,7 @@ def steps_of(artifact, world=1, rank=0, steps=range(6), budget=150, tap_every=2)
     cutting = Cutting(
         budget, world, head=artifact.head, rejected=True, taps=lambda step: step % tap_every == 0, ever_taps=True
     )
-    streamed = stream_steps(
-        artifact, plans(artifact, order, cutting, steps),
-        rank=rank, languages=LANGUAGES, needs_rejected=True, reference=None,
-    )  # fmt: skip
-    return list(streamed)
+    return list(stream_steps(artifact, plans(artifact, order, cutting, steps), cutting, None, rank=rank))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -162,12 +162,9 @@ def steps_of(config, rows, rank, world_size, table=None, start_step=0):
         yield from stream_steps(
             tokens,
             plans(tokens, order, cutting, range(start_step, steps)),
+            cutting,
+            aligned(table, rows),
             rank=rank,
-            languages=LANGUAGES,
-            needs_rejected=cutting.rejected,
-            pairing=cutting.pairing,
-            whole=cutting.whole,
-            reference=aligned(table, rows),
         )
 
 
