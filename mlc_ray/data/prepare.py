@@ -6,7 +6,6 @@ import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import ray
 from mlc_ray.config import PLAIN_CHAT, ChatSection, DataSection, ModelSection, SourceSection
 from mlc_ray.data.artifacts import is_made, new_artifact
 from mlc_ray.data.contents import Block, Content, contents_of, read_blocks
-from mlc_ray.data.rejects import InvalidBundlesError, Ledger, PartRead, Sorting
+from mlc_ray.data.rejects import InvalidBundlesError, Ledger, PartRead
 from mlc_ray.data.sources import Reading, Seen, SourceFile, parse, pinned, readings_of, resolve_source
 from mlc_ray.data.store import (
     FORMAT,
@@ -160,7 +159,7 @@ def read_bundles(
     with phase("reading", unit="bundles") as progress:
         for read, table in _results(_readings(files, _contents(files)), _read_stage, fn_kwargs=stage_settings):
             ledger.add(read)
-            rejects.append(read.rejects)
+            rejects += read.rejects
             tables.append(table)
             progress.advance(len(table))
     ids = pa.concat_tables(tables)["bundle_id"]
@@ -175,9 +174,9 @@ def read_bundles(
 
 def _read_stage(batch: Objects, languages: list[str] | None) -> Objects:
     def work(reading: Reading) -> tuple[PartRead, pa.Table]:
-        sorting = Sorting()
-        bundles = [sorting.bundles(part) for part in parse(reading, languages)]
-        return sorting.result(), pa.concat_tables([BUNDLES.empty_table(), *bundles])
+        read = PartRead()
+        bundles = [read.bundles(part) for part in parse(reading, languages)]
+        return read, pa.concat_tables([BUNDLES.empty_table(), *bundles])
 
     return _answering(work, batch)
 
@@ -247,7 +246,7 @@ def _write_token_rows(
                 if read.reasons:
                     parts.append(work / _rejects_file(len(shards)))
                 shards.append(shard)
-                progress.advance(len(read.keys))
+                progress.advance(sum(map(len, read.keys)))
         failed = data.on_invalid == "fail" and ledger.reasons
         rejected = here / REJECTS_FILE
         rejects = (part.read_text() for part in parts)
@@ -345,14 +344,14 @@ class Tokenize:
         return _answering(partial(self._write, int(batch["number"][0])), batch)
 
     def _write(self, number: int, reading: Reading) -> tuple[PartRead, Shard]:
-        sorting = Sorting()
+        read = PartRead()
         invalid = self.work / _INVALID
 
         def tokens() -> Iterator[pa.Table]:
             failed = invalid.is_file()
             for parsed in parse(reading, self.languages):
-                bundles = sorting.bundles(parsed)
-                if self.fails and sorting.reasons and not failed:
+                bundles = read.bundles(parsed)
+                if self.fails and read.reasons and not failed:
                     failed = True
                     invalid.write_text("")
                 if len(bundles) and not failed:
@@ -360,10 +359,10 @@ class Tokenize:
                     yield rows.append_column("file", bundles["file"]).append_column("line", bundles["line"])
 
         shard = write_shard(self.folder, shard_file(number), tokens())
-        read = sorting.result()
         if read.rejects:
-            (self.work / _rejects_file(number)).write_text(read.rejects)
-        return replace(read, rejects=""), shard
+            (self.work / _rejects_file(number)).write_text("".join(read.rejects))
+            read.rejects.clear()
+        return read, shard
 
 
 def _announce(artifact: TokenArtifact) -> None:
