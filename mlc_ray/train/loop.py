@@ -209,7 +209,7 @@ def _accumulate(
         idle = not bool(on_host.weight.any())
         batch = move(on_host, engine.device)
         frozen = ReferenceOutput()
-        if reference is not None and (objective.needs_reference_log_probs or batch.taps):
+        if reference is not None and (objective.alignment.needs_reference or batch.taps):
             frozen = reference(batch)
         with meter.forwarding:
             output = engine.forward(batch)

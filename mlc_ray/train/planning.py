@@ -62,12 +62,12 @@ def cutting_of(config: TrainConfig, tokens: TokenArtifact, *, tokens_per_forward
         tokens_per_forward,
         world_size,
         head=tokens.head,
-        rejected=objective.needs_rejected,
+        rejected=objective.alignment.needs_rejected,
         taps=lambda step: objective.taps(step, steps),
         ever_taps=bool(objective.terms),
         group_bundles=config.train.group_bundles if objective.needs_group else None,
-        pairing=objective.pairing,
-        whole=objective.pooling is not None,
+        pairing=objective.alignment.pairing,
+        whole=objective.alignment.pooling is not None,
     )
 
 
@@ -87,7 +87,7 @@ def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine) 
     free = torch.cuda.mem_get_info(engine.device)[0]
     free += torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
     objective = Objective(config)
-    asked: dict[str, Any] = {"rejected": objective.needs_rejected, "pairing": objective.pairing}
+    asked: dict[str, Any] = {"rejected": objective.alignment.needs_rejected, "pairing": objective.alignment.pairing}
     forwarded = int(tokens.own_tokens(head=0, taps=True, whole=True, **asked).sum(dtype=np.int64))
     share = 1 - sum(tokens.counts.prompt_tokens.values()) / max(1, forwarded)
     costs = Costs.of(engine.module.language_model, config.model)

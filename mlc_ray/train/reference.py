@@ -80,12 +80,14 @@ class ReferenceModel(nn.Module):
 
 def asked_of_reference(objective: Objective, layer: int) -> dict[str, Any]:
     """What an objective needs of the reference, as arguments of `ReferenceModel`: log-probs, states at `layer`, ..."""
-    log_probs = objective.needs_reference_log_probs
+    log_probs = objective.alignment.needs_reference
     return {
         "log_probs": log_probs,
         "layer": layer if objective.needs_reference_state else None,
-        "pairing": objective.reference_pairing if log_probs else "response",  # one answer is read for a state, too
-        "pooling": objective.pooling,
+        "pairing": objective.alignment.reference_pairing
+        if log_probs
+        else "response",  # one answer is read for a state, too
+        "pooling": objective.alignment.pooling,
     }
 
 

@@ -292,7 +292,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
         layer=layer,
         extractor_dim=config.mlc.extractor_dim,
         seed=config.seed,
-        pooling=objective.pooling,
+        pooling=objective.alignment.pooling,
     )
     module.to(dtype=getattr(torch, config.model.dtype))
     engine = chosen(module, config, device)

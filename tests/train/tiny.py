@@ -142,7 +142,7 @@ def wrapped(config, seed=0):
         layer=layer,
         extractor_dim=config.mlc.extractor_dim,
         seed=config.seed,
-        pooling=Objective(config).pooling,
+        pooling=Objective(config).alignment.pooling,
     )
     return module.to(getattr(torch, config.model.dtype))
 
