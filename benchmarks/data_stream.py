@@ -162,7 +162,7 @@ def measure(number: int, model: str, folder: Path) -> dict[str, float]:
     alone = (before + in_child(bare, model)) / 2  # around what it is compared with: other work on the machine varies
     tokens = sum(artifact.counts.prompt_tokens.values()) + artifact.counts.response_tokens
     return {
-        "bundles": number, "tokens": tokens, "shards": len(list(Path(artifact.folder).glob("*.arrow"))),
+        "bundles": number, "tokens": tokens, "shards": len(artifact.manifest.shards),
         "bare_seconds": alone, "ratio": alone * number / watched.cpu_seconds,
         "seconds": seconds, "cpu_seconds": watched.cpu_seconds, "peak_bytes": watched.peak,
         **in_child(start, str(artifact.folder)),

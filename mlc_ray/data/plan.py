@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -136,7 +137,9 @@ class Cutting:
         taps = self.taps(step)
         own = self.own_tokens(lengths, taps=taps)
         groups = group_of(len(rows), self.group_bundles) if taps and self.group_bundles is not None else None
-        items = _members(groups) if groups is not None else [[position] for position in range(len(rows))]
+        # What must be in the same forward: a group, or else a bundle.
+        positions = groupby(range(len(rows)), key=groups.__getitem__ if groups is not None else None)
+        items = [list(same) for _, same in positions]
         bins = cut([int(own[item].sum()) for item in items], self.tokens_per_forward - self.head, self.world_size)
         weight = self.world_size / len(rows)
         with_term = lengths.languages >= 2
@@ -223,11 +226,3 @@ def _first_fit(sizes: Sequence[int], capacity: int, order: Sequence[int]) -> lis
         bins[index].append(item)
         space[index] -= sizes[item]
     return bins
-
-
-def _members(groups: Sequence[int]) -> list[list[int]]:
-    """Positions of each group."""
-    members: list[list[int]] = [[] for _ in range(groups[-1] + 1)]
-    for position, group in enumerate(groups):
-        members[group].append(position)
-    return members

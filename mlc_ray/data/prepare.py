@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +97,17 @@ def _results(readings: Sequence[Reading], stage: Any, **options: Any) -> Iterato
     planned = ray.data.from_items(items, override_num_blocks=len(items))
     quiet_and_ordered(planned)
     done: Any = planned.map_batches(stage, batch_size=1, batch_format="numpy", num_cpus=_CPUS, **options)
-    seen: dict[SourceFile, Seen] = {}
     results = (said for batch in done.iter_batches(batch_size=None, batch_format="numpy") for said in batch["result"])
-    for number, (reading, said) in enumerate(zip(readings, results, strict=True)):
-        if isinstance(said, MlcRayError):
-            raise said
-        read, made, part_seen = said
-        whole = seen.setdefault(reading.file, Seen())
-        whole.records += part_seen.records
-        whole.kept += part_seen.kept
-        if number + 1 == len(readings) or readings[number + 1].file != reading.file:
-            seen.pop(reading.file).check(reading.file)
-        yield read, made
+    answered = zip(readings, results, strict=True)
+    for file, parts in groupby(answered, key=lambda each: each[0].file):
+        seen = Seen()
+        for _, said in parts:
+            if isinstance(said, MlcRayError):
+                raise said
+            read, made, of_part = said
+            seen.add(of_part)
+            yield read, made
+        seen.check(file)
 
 
 Objects = dict[str, npt.NDArray[np.object_]]

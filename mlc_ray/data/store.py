@@ -312,7 +312,7 @@ class TokenArtifact:
     """
 
     def __init__(self, folder: Place, manifest: _Manifest, here: Path):
-        self.folder = folder
+        self.folder, self.manifest = folder, manifest
         self.fingerprint, self.languages, self.head = manifest.fingerprint, manifest.languages, manifest.head
         self.counts, self.rejected, self.lacking = manifest.counts, manifest.rejected, manifest.lacking
         self._batches = [batch for name in manifest.shards for batch in _mapped(here / name)]
