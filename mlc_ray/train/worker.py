@@ -330,25 +330,14 @@ def _validation(
     own = held_out_cutting(cutting, tokens)
     rows = batches_of(tokens, seed=config.seed, at_once=config.train.batch_bundles)
     check_groups(tokens, rows, own)
-    return Validation(
-        Objective(config),
-        engine,
-        lambda: watchdog.over(
-            stream_steps(
-                tokens,
-                plans_of(tokens, rows, own),
-                own,
-                table,
-                rank=engine.rank,
-                pin=engine.device.type == "cuda",
-            ),
-            "waiting for held-out batches",
-            "measuring held-out bundles, with all workers",
-        ),
-        _asked(online, table),
-        sorted(tokens.distinct_kinds),
-        progress,
-    )
+    pin = engine.device.type == "cuda"
+
+    def batches() -> Iterator[list[Batch]]:
+        streamed = stream_steps(tokens, plans_of(tokens, rows, own), own, table, rank=engine.rank, pin=pin)
+        return watchdog.over(streamed, "waiting for held-out batches", "measuring held-out bundles, with all workers")
+
+    kinds = sorted(tokens.distinct_kinds)
+    return Validation(Objective(config), engine, batches, _asked(online, table), kinds, progress)
 
 
 def _asked(online: Reference | None, table: ReferenceTable | None) -> Reference | None:

@@ -147,7 +147,7 @@ def objective(loss, **settings):
     ],
 )
 def test_sdrrl_reads_no_more_answers_than_its_shares_ask_for(shares, pairing):
-    assert objective("sdrrl", **shares).pairing == pairing
+    assert objective("sdrrl", **shares).alignment.pairing == pairing
 
 
 @pytest.mark.parametrize(
