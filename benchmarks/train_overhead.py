@@ -87,7 +87,7 @@ def plain(settings: dict[str, Any], tokens_folder: Path, gpu: bool) -> None:
     tracker = Tracker(config, folder, 0)
     train_loop(
         config, engine=engine, steps=steps, reference=reference, progress=Progress(), total_steps=total,
-        kinds=tokens.distinct_kinds, log=tracker.log, save=lambda progress, metrics: None,
+        kinds=tokens.counts.kinds, log=tracker.log, save=lambda progress, metrics: None,
     )  # fmt: skip
     tracker.close()
     steps.close()

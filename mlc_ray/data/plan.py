@@ -11,16 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlc_ray.data.ragged import Ints
 from mlc_ray.errors import MlcRayError
 from mlc_ray.types import Pairing
-
-if TYPE_CHECKING:
-    from mlc_ray.data.store import TokenArtifact
 
 
 class BudgetError(MlcRayError):
@@ -126,7 +122,7 @@ class Cutting:
     pairing: Pairing = "response"
     whole: bool = False
 
-    def own_tokens(self, lengths: Lengths | TokenArtifact, *, taps: bool) -> Ints:
+    def own_tokens(self, lengths: Lengths, *, taps: bool) -> Ints:
         """Tokens that each bundle adds to a forward of a step that taps, or of one that does not."""
         return lengths.own_tokens(
             head=self.head, taps=taps, rejected=self.rejected, pairing=self.pairing, whole=self.whole

@@ -25,7 +25,7 @@ from mlc_ray.data.plan import Lengths
 from mlc_ray.data.ragged import Ints, common_start, shared_start, starts_of
 from mlc_ray.data.tables import ANSWERS, TOKENS, Keys, table_to_rows
 from mlc_ray.storage import ArtifactError, Place, read_manifest, write_manifest
-from mlc_ray.types import Pairing, TokenRow
+from mlc_ray.types import TokenRow
 
 FORMAT = 4
 REJECTS_FILE = "rejects.jsonl"
@@ -365,14 +365,12 @@ class TokenArtifact:
             default=0,
         )
 
-    def lengths(self, indices: Sequence[int] | Ints | None = None) -> Lengths:
-        """Tokens of some rows, or of all; read from Arrow's offsets, no token is.
+    def lengths(self, indices: Sequence[int] | Ints) -> Lengths:
+        """Tokens of some rows; read from Arrow's offsets, no token is.
 
         Raises:
             IndexError: An index is outside 0..rows-1.
         """
-        if indices is None:
-            return Lengths(*np.concatenate([_lengths(batch, None) for batch in self._batches], axis=1))
         wanted = np.asarray(indices, dtype=np.int64)
         if len(outside := wanted[(wanted < 0) | (wanted >= self.rows_count)]):
             raise IndexError(f"row {outside[0]} of {self.rows_count} in {str(self.folder)!r}")
@@ -383,12 +381,9 @@ class TokenArtifact:
             found[:, here] = _lengths(self._batches[part], wanted[here] - self._starts[part])
         return Lengths(*found)
 
-    def own_tokens(
-        self, *, head: int, taps: bool, rejected: bool, pairing: Pairing = "response", whole: bool = False
-    ) -> Ints:
-        """`Lengths.own_tokens` of all rows, [N] int32; made shard by shard, since `Lengths` are 64 bytes a bundle."""
-        asked: dict[str, Any] = {"head": head, "taps": taps, "rejected": rejected, "pairing": pairing, "whole": whole}
-        parts = [Lengths(*_lengths(batch, None)).own_tokens(**asked).astype(np.int32) for batch in self._batches]
+    def counted(self, number: Callable[[Lengths], Ints]) -> Ints:
+        """What `number` says of all rows, [N] int32; made shard by shard, since `Lengths` are 64 bytes a bundle."""
+        parts = [number(Lengths(*_lengths(batch))).astype(np.int32) for batch in self._batches]
         return np.concatenate([np.empty(0, np.int32), *parts])
 
     @cached_property
@@ -402,11 +397,6 @@ class TokenArtifact:
         """Kinds of all rows, [N], as indices into `mlc_ray.data.bundles.KINDS`."""
         parts = [batch.column("kind").indices.to_numpy() for batch in self._batches]
         return np.concatenate([np.empty(0, np.int8), *parts])
-
-    @property
-    def distinct_kinds(self) -> set[str]:
-        """The kinds that occur."""
-        return set(self.counts.kinds)
 
     def table(self, indices: Iterable[int]) -> pa.Table:
         """Rows by index as a table of `TOKENS`, reading only those.
@@ -427,7 +417,7 @@ class TokenArtifact:
         return table_to_rows(self.table(indices))
 
 
-def _lengths(batch: pa.RecordBatch, rows: Ints | None) -> Ints:
+def _lengths(batch: pa.RecordBatch, rows: Ints | None = None) -> Ints:
     """The fields of `Lengths` for some rows of a record batch (None: all), [8, N]."""
     rows = np.arange(batch.num_rows) if rows is None else rows
     prompts = batch.column("prompts")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Generator, Iterator
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, cast
 
 from mlc_ray.data.batches import collate
 from mlc_ray.data.order import Order
@@ -74,38 +74,11 @@ def ahead(values: Iterator[T], number: int = AHEAD) -> Generator[T]:
 
     An error of theirs is raised here, in its turn. The thread ends when nobody asks any more.
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(number)
-    stopped = threading.Event()
-
-    def hand_over(value: T | None, error: BaseException | None = None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put((value, error), timeout=0.2)
-                return True
-            except queue.Full:
-                pass
-        return False
-
-    def make() -> None:
-        try:
-            for value in values:
-                if not hand_over(value):
-                    return
-        except BaseException as error:  # whatever it is, the one who asks must see it
-            hand_over(None, error)
-        else:
-            hand_over(None, StopIteration())
-
-    thread = threading.Thread(target=make, name="batches", daemon=True)
-    thread.start()
+    pool, end = ThreadPoolExecutor(1, "batches"), object()
     try:
-        while True:
-            value, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield value  # type: ignore[misc]
+        ready = deque(pool.submit(next, values, end) for _ in range(number))
+        while (value := ready.popleft().result()) is not end:
+            ready.append(pool.submit(next, values, end))
+            yield cast(T, value)
     finally:
-        stopped.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

@@ -192,6 +192,7 @@ def _side(sides: Sequence[_Side], seen: frozenset[str] | None) -> SideSummary:
     compared = several or sides
     worst = [min(side.rows.values(), key=lambda row: getattr(row, wanted) / row.n).language for side in compared]
     english, others = _split(sides, is_english)
+    gap = [*english, *((-weight, term) for weight, term in others)]
     trained, unseen = ([], []) if seen is None else _split(sides, lambda code: primary_language(code) in seen)
     margins = (_mean(row.margin for row in side.rows.values() if row.margin is not None) for side in sides)
     counts: dict[str, Any] = {name: sum(getattr(row, name) for row in rows) for name in _COUNTS}
@@ -209,7 +210,7 @@ def _side(sides: Sequence[_Side], seen: frozenset[str] | None) -> SideSummary:
         pag=_within(Interval(*interval(*_averaged(agreements))), 0.0, 1.0) if agreements else None,
         worst=", ".join(dict.fromkeys(worst)),
         worst_rate=_percent(*_averaged([side.grid.lowest(wanted, "present") for side in compared])),
-        english_gap=_percent(*english, *_negative(others), least=-100.0) if english and others else None,
+        english_gap=_percent(*gap, least=-100.0) if english and others else None,
         seen=_percent(*trained) if trained else None,
         unseen=_percent(*unseen) if unseen else None,
         languages=len({row.language for row in rows}),
@@ -254,10 +255,6 @@ def _means(sides: Sequence[_Side], layer: str, languages: Collection[str] | None
 
 def _averaged(statistics: Sequence[Statistic]) -> list[Term]:
     return [(1 / len(statistics), statistic) for statistic in statistics]
-
-
-def _negative(terms: Iterable[Term]) -> list[Term]:
-    return [(-weight, term) for weight, term in terms]
 
 
 def _mean(values: Iterable[float]) -> float | None:

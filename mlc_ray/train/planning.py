@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,8 +89,8 @@ def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine) 
     free += torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
     objective = Objective(config)
     asked: dict[str, Any] = {"rejected": objective.alignment.needs_rejected, "pairing": objective.alignment.pairing}
-    forwarded = int(tokens.own_tokens(head=0, taps=True, whole=True, **asked).sum(dtype=np.int64))
-    share = 1 - sum(tokens.counts.prompt_tokens.values()) / max(1, forwarded)
+    forwarded = tokens.counted(lambda lengths: lengths.own_tokens(head=0, taps=True, whole=True, **asked))
+    share = 1 - sum(tokens.counts.prompt_tokens.values()) / max(1, int(forwarded.sum(dtype=np.int64)))
     costs = Costs.of(engine.module.language_model, config.model)
     own = tokens_in(free - engine.memory_to_come(), costs, response_share=share)
     return max(1, -int(largest([-own], engine.device)[0]))
@@ -126,7 +127,7 @@ class Outlook:
 
 def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_steps: int) -> Outlook:
     """What the steps of a run are like, from lengths alone."""
-    own = cutting.own_tokens(tokens, taps=cutting.ever_taps)
+    own = tokens.counted(partial(cutting.own_tokens, taps=cutting.ever_taps))
     looked_at = min(LOOKED_AT, total_steps)
     looked = list(plans(tokens, order, cutting, range(looked_at)))
     return Outlook(
@@ -170,7 +171,7 @@ def check_groups(tokens: TokenArtifact, batches: Iterable[Sequence[int]], cuttin
     """
     if cutting.group_bundles is None:
         return
-    own = cutting.own_tokens(tokens, taps=True)
+    own = tokens.counted(partial(cutting.own_tokens, taps=True))
     capacity = cutting.tokens_per_forward - cutting.head
     most = 0
     for rows in batches:

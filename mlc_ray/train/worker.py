@@ -152,7 +152,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
                 reference=_asked(online, table),
                 progress=progress,
                 total_steps=spec.total_steps,
-                kinds=tokens.distinct_kinds,
+                kinds=tokens.counts.kinds,
                 validate=_validation(config, spec.held_out, engine, online, cutting, progress, watchdog),
                 noticed=_notices(spec),
                 log=log,
@@ -336,7 +336,7 @@ def _validation(
         streamed = stream_steps(tokens, plans_of(tokens, rows, own), own, table, rank=engine.rank, pin=pin)
         return watchdog.over(streamed, "waiting for held-out batches", "measuring held-out bundles, with all workers")
 
-    kinds = sorted(tokens.distinct_kinds)
+    kinds = sorted(tokens.counts.kinds)
     return Validation(Objective(config), engine, batches, _asked(online, table), kinds, progress)
 
 

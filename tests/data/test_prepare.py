@@ -155,7 +155,7 @@ def test_token_rows_on_disk_are_what_tokenising_gives(prepared):
     assert artifact.rows([7, 2, 7]) == [expected[7], expected[2], expected[7]]
     assert artifact.keys.tolist() == keys_of(row.bundle_id for row in expected).tolist()
     assert [KINDS[kind] for kind in artifact.kinds] == [row.kind for row in expected]
-    assert artifact.distinct_kinds == {"benign"}
+    assert artifact.counts.kinds.keys() == {"benign"}
     assert artifact.languages == ["de", "en", "fr"]
     counts = artifact.counts
     assert counts.rows == len(artifact) == COUNT

@@ -1,12 +1,14 @@
 """Answers in every language: what one forward of the tree says of them, and steps that no cut and no worker changes."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from mlc_ray.data.batches import BatchError, collate
+from mlc_ray.data.plan import Lengths
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.objective import Objective
@@ -108,12 +110,11 @@ def test_a_forward_has_as_many_tokens_as_it_is_planned_with(pairing, whole, tmp_
     write_rows(tmp_path, [rows_to_table(ROWS)], fingerprint="x", rejected={})
     tokens = TokenArtifact.open(tmp_path)
     for tap in (True, False):
-        own = tokens.own_tokens(head=tokens.head, taps=tap, rejected=True, pairing=pairing, whole=whole)
+        asked = {"head": tokens.head, "taps": tap, "rejected": True, "pairing": pairing, "whole": whole}
+        own = tokens.counted(partial(Lengths.own_tokens, **asked))
         batch = made(tokens.table(range(len(ROWS))), pairing=pairing, whole=whole, tap=tap)
         assert batch.tree.tokens == tokens.head + int(own.sum())
-        assert own.tolist() == tokens.lengths(range(len(ROWS))).own_tokens(
-            head=tokens.head, taps=tap, rejected=True, pairing=pairing, whole=whole
-        ).tolist()  # fmt: skip
+        assert own.tolist() == tokens.lengths(range(len(ROWS))).own_tokens(**asked).tolist()
 
 
 @pytest.mark.parametrize("pooling", ["mean_all", "mean_masked", "last"])
