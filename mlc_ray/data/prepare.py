@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray
 
@@ -96,35 +95,29 @@ def _results(readings: Sequence[Reading], stage: Any, **options: Any) -> Iterato
     items = [{"number": n, "reading": reading} for n, reading in enumerate(readings)]
     planned = ray.data.from_items(items, override_num_blocks=len(items))
     quiet_and_ordered(planned)
-    done: Any = planned.map_batches(stage, batch_size=1, batch_format="numpy", num_cpus=_CPUS, **options)
-    results = (said for batch in done.iter_batches(batch_size=None, batch_format="numpy") for said in batch["result"])
-    answered = zip(readings, results, strict=True)
+    answered = zip(readings, planned.map(stage, num_cpus=_CPUS, **options).iter_rows(), strict=True)
     for file, parts in groupby(answered, key=lambda each: each[0].file):
         seen = Seen()
         for _, said in parts:
-            if isinstance(said, MlcRayError):
-                raise said
-            read, made, of_part = said
-            seen.add(of_part)
-            yield read, made
+            if said["error"] is not None:
+                raise said["error"]
+            seen.add(said["seen"])
+            yield said["read"], said["made"]
         seen.check(file)
 
 
-Objects = dict[str, npt.NDArray[np.object_]]
-"""A batch between tasks: one reading, or what was said of it."""
+Row = dict[str, Any]
+"""What goes between tasks: one reading with its number, or what was said of it."""
 
 
-def _answering(work: Callable[[Reading], tuple[PartRead, Any]], batch: Objects) -> Objects:
-    """What `work` says of the one reading of `batch`, or its error as data: raised here, Ray would wrap it."""
-    (reading,) = batch["reading"]
+def _answering(work: Callable[[Reading], tuple[PartRead, Any]], row: Row) -> Row:
+    """What `work` says of the reading of `row`, or its error as data: raised here, Ray would wrap it."""
+    reading, read, made, error = row["reading"], None, None, None
     try:
         read, made = work(reading)
-        said: Any = (read, made, reading.seen)
-    except MlcRayError as error:
-        said = error
-    result = np.empty(1, dtype=object)
-    result[0] = said  # as it is: numpy would make an array of a tuple
-    return {"result": result}
+    except MlcRayError as raised:
+        error = raised
+    return {"read": read, "made": made, "seen": reading.seen, "error": error}
 
 
 # ------------------------------------------------------------------------------------------------- parts -> bundles
@@ -172,13 +165,13 @@ def read_bundles(
     return pa.concat_tables(kept)
 
 
-def _read_stage(batch: Objects, languages: list[str] | None) -> Objects:
+def _read_stage(row: Row, languages: list[str] | None) -> Row:
     def work(reading: Reading) -> tuple[PartRead, pa.Table]:
         read = PartRead()
         bundles = [read.bundles(part) for part in parse(reading, languages)]
         return read, pa.concat_tables([BUNDLES.empty_table(), *bundles])
 
-    return _answering(work, batch)
+    return _answering(work, row)
 
 
 # --------------------------------------------------------------------------------------------- parts -> token rows
@@ -339,9 +332,9 @@ class Tokenize:
             "max_response_tokens": data.max_response_tokens,
         }
 
-    def __call__(self, batch: Objects) -> Objects:
-        """Write the shard of the part that `batch` names."""
-        return _answering(partial(self._write, int(batch["number"][0])), batch)
+    def __call__(self, row: Row) -> Row:
+        """Write the shard of the part that `row` names."""
+        return _answering(partial(self._write, row["number"]), row)
 
     def _write(self, number: int, reading: Reading) -> tuple[PartRead, Shard]:
         read = PartRead()

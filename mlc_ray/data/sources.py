@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -355,14 +356,9 @@ def parse(reading: Reading, languages: list[str] | None) -> Iterator[pa.Table]:
     Raises:
         BundleFileError: as `Reading.rows`.
     """
-    rows: list[dict[str, Any]] = []
-    for file, line, parsed in reading.rows():
-        rows.append({"file": file, "line": line, **_columns(parsed, languages)})
-        if len(rows) == _ROWS_AT_ONCE:
-            yield pa.Table.from_pylist(rows, schema=PARSED)
-            rows = []
-    if rows:
-        yield pa.Table.from_pylist(rows, schema=PARSED)
+    rows = ({"file": file, "line": line, **_columns(parsed, languages)} for file, line, parsed in reading.rows())
+    while some := list(islice(rows, _ROWS_AT_ONCE)):
+        yield pa.Table.from_pylist(some, schema=PARSED)
 
 
 def _columns(parsed: Bundle | RejectedRow, languages: list[str] | None) -> dict[str, Any]:
