@@ -107,14 +107,13 @@ class _Places(NamedTuple):
     file_of: npt.NDArray[Any]
 
 
+@dataclass
 class Ledger(Rejects):
     """Takes down what tasks say of the parts of all sources, in order, and finds repeated bundles."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bundles = 0
-        self._keys: list[Keys] = []
-        self._parts: list[_Places] = []
+    bundles: int = 0
+    _keys: list[Keys] = field(default_factory=list)
+    _parts: list[_Places] = field(default_factory=list)
 
     def add(self, read: PartRead) -> None:
         """Take down the next part; of rejected rows only what a message says."""

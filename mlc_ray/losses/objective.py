@@ -19,11 +19,12 @@ from mlc_ray.types import AnswerRows, LossOutput, ResponseLogProbs
 class Objective:
     """The loss of a run: its alignment loss and its terms, those whose weight is not 0.
 
-    Facts about it (does it need a reference, rejected answers?) sit here, not in the loop.
+    Facts about it (does it need a reference, groups of bundles?) sit here, not in the loop. `sft_weight` is the factor
+    of the SFT loss that is added to the alignment loss; 0 where there is none.
     """
 
     def __init__(self, config: ObjectiveConfig) -> None:
-        self.config = config
+        self.config, self.sft_weight = config, config.objective.sft_weight
         self.alignment: Alignment = resolve("loss", config.objective.loss)(config.objective)
         self.terms: dict[str, Term] = {
             name: resolve("term", settings.name)(settings) for name, settings in config.active_terms.items()
@@ -33,11 +34,6 @@ class Objective:
     def parts(self) -> list[str]:
         """What the total is made of, as metrics name it: `loss/alignment`, `loss/sft`, and `loss/NAME` of each term."""
         return [f"loss/{name}" for name in ("alignment", *(["sft"] if self.sft_weight else []), *self.terms)]
-
-    @property
-    def sft_weight(self) -> float:
-        """Factor of the SFT loss that is added to the alignment loss; 0 where there is none."""
-        return self.config.objective.sft_weight
 
     def describe(self) -> list[str]:
         """A line for each part: its weight, its name and its settings, those that may be published."""

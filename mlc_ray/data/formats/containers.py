@@ -11,6 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, Literal, cast
@@ -24,19 +25,17 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _DELIMITERS = (",", ";", "\t")
 
 
+@dataclass(eq=False)
 class Opened:
     """A file's records, which can be gone through once, and the names of its columns (None for JSON).
 
     Of a file there must be some, of a part of it there need not.
     """
 
-    def __init__(
-        self, path: str, columns: list[str] | None, records: Iterator[Record], *, may_be_empty: bool = False
-    ) -> None:
-        self.path = path
-        self.columns = columns
-        self._records = records
-        self._may_be_empty = may_be_empty
+    path: str
+    columns: list[str] | None
+    records: Iterator[Record]
+    may_be_empty: bool = False
 
     def keys(self) -> frozenset[str]:
         """The columns, or the keys of the first record that can be read; it is not lost.
@@ -47,10 +46,10 @@ class Opened:
         if self.columns is not None:
             return frozenset(self.columns)
         peeked: list[Record] = []
-        for record in self._records:
+        for record in self.records:
             peeked.append(record)
             if record.fields is not None:
-                self._records = chain(peeked, self._records)
+                self.records = chain(peeked, self.records)
                 return frozenset(record.fields)
         if not peeked:
             raise BundleFileError(f"{self.path}: no rows in it")
@@ -58,10 +57,10 @@ class Opened:
 
     def __iter__(self) -> Iterator[Record]:
         empty = True
-        for record in self._records:
+        for record in self.records:
             empty = False
             yield record
-        if empty and not self._may_be_empty:
+        if empty and not self.may_be_empty:
             raise BundleFileError(f"{self.path}: no rows in it")
 
 
