@@ -371,14 +371,11 @@ class TokenArtifact:
         Raises:
             IndexError: An index is outside 0..rows-1.
         """
-        wanted = np.asarray(indices, dtype=np.int64)
-        if len(outside := wanted[(wanted < 0) | (wanted >= self.rows_count)]):
-            raise IndexError(f"row {outside[0]} of {self.rows_count} in {str(self.folder)!r}")
-        parts = np.searchsorted(self._starts, wanted, side="right") - 1
-        found = np.empty((len(fields(Lengths)), len(wanted)), dtype=np.int64)
+        parts, rows = self._places(indices)
+        found = np.empty((len(fields(Lengths)), len(rows)), dtype=np.int64)
         for part in np.unique(parts):
             here = parts == part
-            found[:, here] = _lengths(self._batches[part], wanted[here] - self._starts[part])
+            found[:, here] = _lengths(self._batches[part], rows[here])
         return Lengths(*found)
 
     def counted(self, number: Callable[[Lengths], Ints]) -> Ints:
@@ -398,21 +395,24 @@ class TokenArtifact:
         parts = [batch.column("kind").indices.to_numpy() for batch in self._batches]
         return np.concatenate([np.empty(0, np.int8), *parts])
 
-    def table(self, indices: Iterable[int]) -> pa.Table:
+    def table(self, indices: Sequence[int] | Ints) -> pa.Table:
         """Rows by index as a table of `TOKENS`, reading only those.
 
         Raises:
             IndexError: an index is outside 0..rows-1.
         """
-        pieces = []
-        for index in indices:
-            if not 0 <= index < self.rows_count:
-                raise IndexError(f"row {index} of {self.rows_count} in {str(self.folder)!r}")
-            part = int(np.searchsorted(self._starts, index, side="right")) - 1
-            pieces.append(self._batches[part].slice(index - int(self._starts[part]), 1))
-        return pa.Table.from_batches(pieces, schema=TOKENS)
+        places = zip(*self._places(indices), strict=True)
+        return pa.Table.from_batches([self._batches[part].slice(row, 1) for part, row in places], schema=TOKENS)
 
-    def rows(self, indices: Iterable[int]) -> list[TokenRow]:
+    def _places(self, indices: Sequence[int] | Ints) -> tuple[Ints, Ints]:
+        """The record batch of each row, and which of its rows it is."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if len(outside := wanted[(wanted < 0) | (wanted >= self.rows_count)]):
+            raise IndexError(f"row {outside[0]} of {self.rows_count} in {str(self.folder)!r}")
+        parts = np.searchsorted(self._starts, wanted, side="right") - 1
+        return parts, wanted - self._starts[parts]
+
+    def rows(self, indices: Sequence[int] | Ints) -> list[TokenRow]:
         """`table` as token rows, for small calls."""
         return table_to_rows(self.table(indices))
 
