@@ -324,9 +324,8 @@ class Tokenize:
 
     def __init__(self, data: DataSection, model: ModelSection, chat: ChatSection, folder: Place, work: Place):
         self.template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code), chat)
-        self.languages = data.languages
+        self.languages, self.fails = data.languages, data.on_invalid == "fail"
         self.folder, self.work = folder, work
-        self.fails = data.on_invalid == "fail"
         self.limits = {
             "max_prompt_tokens": data.max_prompt_tokens,
             "max_response_tokens": data.max_response_tokens,
