@@ -1,8 +1,9 @@
 """What a driver keeps while a data set is read: numbers of every bundle, and why rows were rejected.
 
 Of each bundle that is 12 bytes: its key, 8, and its line, 4 or fewer; where a source joins files, 1 to 4 more for the
-number of its file. While repeats are found by sorting, at the end, it is 37 bytes (measured with four million bundles): 370 MB
-for ten million. Of rejected rows it keeps at most 50 reasons: the tasks write them down, and their files are joined.
+number of its file. While repeats are found by sorting, at the end, it is 37 bytes (measured with four million bundles):
+370 MB for ten million. Of rejected rows it keeps at most 50 reasons: the tasks write them down, and their files are
+joined.
 """
 
 from __future__ import annotations
