@@ -29,7 +29,7 @@ from mlc_ray.cluster import connect, use_gpu
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.data.stream import plans
+from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.runs import read_metrics
 from mlc_ray.storage import scratch_folder, user_cache
@@ -81,13 +81,13 @@ def plain(settings: dict[str, Any], tokens_folder: Path, gpu: bool) -> None:
     total = config.train.max_steps or 0
     cutting = worker.cutting_of_worker(config, tokens, engine, total)
     planned = plans(tokens, order_of(config, tokens), cutting, range(total))
-    steps = worker._checked(worker._stream(tokens, planned, None, engine, cutting), engine)
+    steps = worker._checked(stream_steps(tokens, planned, cutting, None, rank=0, pin=gpu), engine)
     folder = Path(config.output_dir) / config.name
     folder.mkdir()
     tracker = Tracker(config, folder, 0)
     train_loop(
         config, engine=engine, steps=steps, reference=reference, progress=Progress(), total_steps=total,
-        kinds=tokens.distinct_kinds, log=tracker.log, save=lambda progress, metrics: None,
+        kinds=tokens.counts.kinds, log=tracker.log, save=lambda progress, metrics: None,
     )  # fmt: skip
     tracker.close()
     steps.close()

@@ -127,7 +127,7 @@ def test_reference_pass_benchmark(tmp_path: Path, repository: Path, small_llama:
     assert "48 bundles: the pass took" in done.stdout
 
 
-def test_lines_of_functions_that_were_called_are_counted_with_their_docstrings() -> None:
+def test_source_lines_of_functions_that_were_called_are_counted_beside_all_of_their_lines() -> None:
     narrow_path = importlib.import_module("benchmarks.narrow_path")
     text = '''class One:
     """Not a function's."""
@@ -136,6 +136,8 @@ def test_lines_of_functions_that_were_called_are_counted_with_their_docstrings()
     def called(self):
         """Two
         lines."""
+
+        # Not source.
         def inside():
             """Counts with it."""
         return inside
@@ -145,7 +147,7 @@ def test_lines_of_functions_that_were_called_are_counted_with_their_docstrings()
 '''
     decorated, plain = {4}, {5}
     for called in (decorated, plain):
-        assert narrow_path.lines_that_run(text, called) == (6 + 1, 3)
+        assert narrow_path.lines_that_run(text, called) == (4, 9)
     assert narrow_path.lines_that_run(text, set()) == (0, 0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 from mlc_ray.config.base import LANGUAGE_TAG
@@ -88,7 +88,7 @@ def make_bundle(raw: Mapping[str, Any], *, kind: Any = None) -> Bundle:
             "(response_language)"
         )
     bundle = Bundle(
-        bundle_id=bundle_id_of(kind, prompts, chosen, rejected, response_language, answers),
+        bundle_id="",  # follows from the rest
         kind=kind,
         prompts=prompts,
         chosen=chosen,
@@ -98,6 +98,7 @@ def make_bundle(raw: Mapping[str, Any], *, kind: Any = None) -> Bundle:
         category=_label(field("category", ""), "category"),
         answers=answers,
     )
+    bundle = replace(bundle, bundle_id=bundle_id_of(bundle))
     if field("bundle_id", bundle.bundle_id) != bundle.bundle_id:
         raise BundleError(
             f"bundle_id {raw['bundle_id']!r} is not the hash of this content, {bundle.bundle_id!r}; "
@@ -106,18 +107,12 @@ def make_bundle(raw: Mapping[str, Any], *, kind: Any = None) -> Bundle:
     return bundle
 
 
-def bundle_id_of(
-    kind: str,
-    prompts: Mapping[str, str],
-    chosen: str | None,
-    rejected: str | None,
-    response_language: str,
-    answers: Mapping[str, AnswerPair] | None = None,
-) -> str:
+def bundle_id_of(bundle: Bundle) -> str:
     """16 hex digits naming the content. `source` and `category` are labels, not content: they do not count."""
-    content = {"kind": kind, "prompts": dict(prompts), "chosen": chosen, "rejected": rejected}
-    further = {"answers": {code: vars(pair) for code, pair in answers.items()}} if answers else {}
-    return fingerprint({**content, "response_language": response_language, **further})
+    names = ("kind", "prompts", "chosen", "rejected", "response_language")
+    content = {name: getattr(bundle, name) for name in names}
+    further = {"answers": {code: vars(pair) for code, pair in bundle.answers.items()}} if bundle.answers else {}
+    return fingerprint({**content, **further})
 
 
 def select_languages(bundle: Bundle, languages: Sequence[str] | None) -> list[str]:

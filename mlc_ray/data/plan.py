@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,6 @@ from mlc_ray.types import Pairing, Scope
 
 if TYPE_CHECKING:
     from mlc_ray.data.branches import Branches
-    from mlc_ray.data.store import TokenArtifact
 
 
 class BudgetError(MlcRayError):
@@ -143,7 +143,7 @@ class Cutting:
     widest: Scope = "none"
     branches: Branches | None = None
 
-    def own_tokens(self, lengths: Lengths | TokenArtifact, *, taps: bool, scope: Scope) -> Ints:
+    def own_tokens(self, lengths: Lengths, *, taps: bool, scope: Scope) -> Ints:
         """Tokens that each bundle adds to a forward of a step that taps, or of one that does not; with openings, the
         most: a language may have less of them than another."""
         return lengths.own_tokens(
@@ -161,7 +161,9 @@ class Cutting:
         taps, scope = self.taps(step), self.scope(step)
         own = self.own_tokens(lengths, taps=taps, scope=scope)
         groups = group_of(len(rows), self.group_bundles) if taps and self.group_bundles is not None else None
-        items = _members(groups) if groups is not None else [[position] for position in range(len(rows))]
+        # What must be in the same forward: a group, or else a bundle.
+        positions = groupby(range(len(rows)), key=groups.__getitem__ if groups is not None else None)
+        items = [list(same) for _, same in positions]
         bins = cut([int(own[item].sum()) for item in items], self.tokens_per_forward - self.head, self.world_size)
         weight = self.world_size / len(rows)
         with_term = lengths.languages >= 2
@@ -249,11 +251,3 @@ def _first_fit(sizes: Sequence[int], capacity: int, order: Sequence[int]) -> lis
         bins[index].append(item)
         space[index] -= sizes[item]
     return bins
-
-
-def _members(groups: Sequence[int]) -> list[list[int]]:
-    """Positions of each group."""
-    members: list[list[int]] = [[] for _ in range(groups[-1] + 1)]
-    for position, group in enumerate(groups):
-        members[group].append(position)
-    return members

@@ -6,20 +6,19 @@ import logging
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import ray
 
 from mlc_ray.config import PLAIN_CHAT, ChatSection, DataSection, ModelSection, SourceSection
 from mlc_ray.data.artifacts import is_made, new_artifact
 from mlc_ray.data.contents import Block, Content, contents_of, read_blocks
-from mlc_ray.data.rejects import InvalidBundlesError, Ledger, PartRead, Sorting
+from mlc_ray.data.rejects import InvalidBundlesError, Ledger, PartRead
 from mlc_ray.data.sources import Reading, Seen, SourceFile, parse, pinned, readings_of, resolve_source
 from mlc_ray.data.store import (
     FORMAT,
@@ -96,36 +95,29 @@ def _results(readings: Sequence[Reading], stage: Any, **options: Any) -> Iterato
     items = [{"number": n, "reading": reading} for n, reading in enumerate(readings)]
     planned = ray.data.from_items(items, override_num_blocks=len(items))
     quiet_and_ordered(planned)
-    done: Any = planned.map_batches(stage, batch_size=1, batch_format="numpy", num_cpus=_CPUS, **options)
-    seen: dict[SourceFile, Seen] = {}
-    results = (said for batch in done.iter_batches(batch_size=None, batch_format="numpy") for said in batch["result"])
-    for number, (reading, said) in enumerate(zip(readings, results, strict=True)):
-        if isinstance(said, MlcRayError):
-            raise said
-        read, made, part_seen = said
-        whole = seen.setdefault(reading.file, Seen())
-        whole.records += part_seen.records
-        whole.kept += part_seen.kept
-        if number + 1 == len(readings) or readings[number + 1].file != reading.file:
-            seen.pop(reading.file).check(reading.file)
-        yield read, made
+    answered = zip(readings, planned.map(stage, num_cpus=_CPUS, **options).iter_rows(), strict=True)
+    for file, parts in groupby(answered, key=lambda each: each[0].file):
+        seen = Seen()
+        for _, said in parts:
+            if said["error"] is not None:
+                raise said["error"]
+            seen.add(said["seen"])
+            yield said["read"], said["made"]
+        seen.check(file)
 
 
-Objects = dict[str, npt.NDArray[np.object_]]
-"""A batch between tasks: one reading, or what was said of it."""
+Row = dict[str, Any]
+"""What goes between tasks: one reading with its number, or what was said of it."""
 
 
-def _answering(work: Callable[[Reading], tuple[PartRead, Any]], batch: Objects) -> Objects:
-    """What `work` says of the one reading of `batch`, or its error as data: raised here, Ray would wrap it."""
-    (reading,) = batch["reading"]
+def _answering(work: Callable[[Reading], tuple[PartRead, Any]], row: Row) -> Row:
+    """What `work` says of the reading of `row`, or its error as data: raised here, Ray would wrap it."""
+    reading, read, made, error = row["reading"], None, None, None
     try:
         read, made = work(reading)
-        said: Any = (read, made, reading.seen)
-    except MlcRayError as error:
-        said = error
-    result = np.empty(1, dtype=object)
-    result[0] = said  # as it is: numpy would make an array of a tuple
-    return {"result": result}
+    except MlcRayError as raised:
+        error = raised
+    return {"read": read, "made": made, "seen": reading.seen, "error": error}
 
 
 # ------------------------------------------------------------------------------------------------- parts -> bundles
@@ -160,7 +152,7 @@ def read_bundles(
     with phase("reading", unit="bundles") as progress:
         for read, table in _results(_readings(files, _contents(files)), _read_stage, fn_kwargs=stage_settings):
             ledger.add(read)
-            rejects.append(read.rejects)
+            rejects += read.rejects
             tables.append(table)
             progress.advance(len(table))
     ids = pa.concat_tables(tables)["bundle_id"]
@@ -173,13 +165,13 @@ def read_bundles(
     return pa.concat_tables(kept)
 
 
-def _read_stage(batch: Objects, languages: list[str] | None) -> Objects:
+def _read_stage(row: Row, languages: list[str] | None) -> Row:
     def work(reading: Reading) -> tuple[PartRead, pa.Table]:
-        sorting = Sorting()
-        bundles = [sorting.bundles(part) for part in parse(reading, languages)]
-        return sorting.result(), pa.concat_tables([BUNDLES.empty_table(), *bundles])
+        read = PartRead()
+        bundles = [read.bundles(part) for part in parse(reading, languages)]
+        return read, pa.concat_tables([BUNDLES.empty_table(), *bundles])
 
-    return _answering(work, batch)
+    return _answering(work, row)
 
 
 # --------------------------------------------------------------------------------------------- parts -> token rows
@@ -247,7 +239,7 @@ def _write_token_rows(
                 if read.reasons:
                     parts.append(work / _rejects_file(len(shards)))
                 shards.append(shard)
-                progress.advance(len(read.keys))
+                progress.advance(sum(map(len, read.keys)))
         failed = data.on_invalid == "fail" and ledger.reasons
         rejected = here / REJECTS_FILE
         rejects = (part.read_text() for part in parts)
@@ -332,27 +324,26 @@ class Tokenize:
 
     def __init__(self, data: DataSection, model: ModelSection, chat: ChatSection, folder: Place, work: Place):
         self.template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code), chat)
-        self.languages = data.languages
+        self.languages, self.fails = data.languages, data.on_invalid == "fail"
         self.folder, self.work = folder, work
-        self.fails = data.on_invalid == "fail"
         self.limits = {
             "max_prompt_tokens": data.max_prompt_tokens,
             "max_response_tokens": data.max_response_tokens,
         }
 
-    def __call__(self, batch: Objects) -> Objects:
-        """Write the shard of the part that `batch` names."""
-        return _answering(partial(self._write, int(batch["number"][0])), batch)
+    def __call__(self, row: Row) -> Row:
+        """Write the shard of the part that `row` names."""
+        return _answering(partial(self._write, row["number"]), row)
 
     def _write(self, number: int, reading: Reading) -> tuple[PartRead, Shard]:
-        sorting = Sorting()
+        read = PartRead()
         invalid = self.work / _INVALID
 
         def tokens() -> Iterator[pa.Table]:
             failed = invalid.is_file()
             for parsed in parse(reading, self.languages):
-                bundles = sorting.bundles(parsed)
-                if self.fails and sorting.reasons and not failed:
+                bundles = read.bundles(parsed)
+                if self.fails and read.reasons and not failed:
                     failed = True
                     invalid.write_text("")
                 if len(bundles) and not failed:
@@ -360,10 +351,10 @@ class Tokenize:
                     yield rows.append_column("file", bundles["file"]).append_column("line", bundles["line"])
 
         shard = write_shard(self.folder, shard_file(number), tokens())
-        read = sorting.result()
         if read.rejects:
-            (self.work / _rejects_file(number)).write_text(read.rejects)
-        return replace(read, rejects=""), shard
+            (self.work / _rejects_file(number)).write_text("".join(read.rejects))
+            read.rejects.clear()
+        return read, shard
 
 
 def _announce(artifact: TokenArtifact) -> None:

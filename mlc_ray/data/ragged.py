@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Token = TypeVar("Token", np.int32, np.int64)
 
 
 def starts_of(lengths: Ints) -> Ints:
@@ -26,3 +29,9 @@ def common_start(ids: Ints, starts: Ints, lengths: Ints) -> int:
     columns = ids[starts[:, None] + np.arange(most)]
     differs = (columns != columns[0]).any(axis=0)
     return int(np.argmax(differs)) if differs.any() else most
+
+
+def shared_start(one: npt.NDArray[Token], other: npt.NDArray[Token]) -> npt.NDArray[Token]:
+    """The tokens that two runs begin with."""
+    lengths = np.array([len(one), len(other)])
+    return one[: common_start(np.concatenate([one, other]), starts_of(lengths), lengths)]

@@ -1,8 +1,9 @@
 """What a driver keeps while a data set is read: numbers of every bundle, and why rows were rejected.
 
-Of each bundle that is 12 bytes: its key, 8, and its line, 4 or fewer; where a source joins files, 4 more for the number
-of its file. While repeats are found by sorting, at the end, it is 37 bytes (measured with four million bundles): 370 MB
-for ten million. Of rejected rows it keeps at most 50 reasons: the tasks write them down, and their files are joined.
+Of each bundle that is 12 bytes: its key, 8, and its line, 4 or fewer; where a source joins files, 1 to 4 more for the
+number of its file. While repeats are found by sorting, at the end, it is 37 bytes (measured with four million bundles):
+370 MB for ten million. Of rejected rows it keeps at most 50 reasons: the tasks write them down, and their files are
+joined.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,42 +51,80 @@ def count(reasons: Counter[str], reason: str, number: int = 1) -> None:
     reasons[plain if plain in reasons or len(reasons) < _REASONS else OTHER_REASONS] += number
 
 
-@dataclass(frozen=True)
-class PartRead:
-    """What a task says of the part of a source that it read, of B bundles.
+@dataclass
+class Rejects:
+    """Why rows were rejected, and the first of them."""
 
-    `keys` and `lines` [B] are of the bundles, and `file_of` [B] (None: all are of `files[0]`) indices into `files`.
-    `reasons` counts why rows were rejected, `first` has the first of those rows, and `rejects` all, as JSON lines.
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: list[RejectedRow] = field(default_factory=list)
+
+    def reject(self, row: RejectedRow) -> str:
+        """Count one more row; what a file of rejected rows says of it, a line of JSON."""
+        self.add_rejects(Rejects(Counter([row.reason]), [row]))
+        return json.dumps(asdict(row), ensure_ascii=False) + "\n"
+
+    def add_rejects(self, other: Rejects) -> None:
+        """Count others, which come behind these."""
+        for reason, number in other.reasons.items():
+            count(self.reasons, reason, number)
+        self.first = [*self.first, *other.first][:NAMED_FIRST]
+
+
+@dataclass
+class PartRead(Rejects):
+    """What a task says of the part of a source that it reads, table after table.
+
+    Of the bundles of each table: `keys`, `lines`, and `file_of`, indices into `files`. `rejects` has all rejected rows,
+    as JSON lines.
     """
 
-    keys: Keys
+    keys: list[Keys] = field(default_factory=list)
+    lines: list[Ints] = field(default_factory=list)
+    file_of: list[Ints] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    rejects: list[str] = field(default_factory=list)
+
+    def bundles(self, table: pa.Table) -> pa.Table:
+        """Of the next table, of `PARSED`, the bundles, a table of `BUNDLES`; what is rejected is taken down."""
+        valid = table["reason"].is_null().combine_chunks()
+        if valid.false_count:
+            rejected = table.filter(pc.invert(valid)).select(["file", "line", "reason", "text"])
+            self.rejects += [self.reject(RejectedRow(**row)) for row in rejected.to_pylist()]
+        bundles = table.filter(valid).select(BUNDLES.names)
+        self.keys.append(keys_of(bundles["bundle_id"].to_pylist()))
+        self.lines.append(bundles["line"].to_numpy())
+        files = bundles["file"].combine_chunks().dictionary_encode()
+        self.files += [file for file in files.dictionary.to_pylist() if file not in self.files]
+        known = [self.files.index(file) for file in files.dictionary.to_pylist()]
+        self.file_of.append(np.array(known, dtype=np.int64)[files.indices.to_numpy()])
+        return bundles
+
+
+class _Places(NamedTuple):
+    """Where the bundles of a part stood: `lines` [B], and `file_of` [B], indices into `files`."""
+
     lines: npt.NDArray[Any]
     files: list[str]
-    file_of: Ints | None
-    reasons: Counter[str]
-    first: list[RejectedRow]
-    rejects: str
+    file_of: npt.NDArray[Any]
 
 
-class Ledger:
+@dataclass
+class Ledger(Rejects):
     """Takes down what tasks say of the parts of all sources, in order, and finds repeated bundles."""
 
-    def __init__(self) -> None:
-        self.bundles = 0
-        self.reasons: Counter[str] = Counter()
-        self._first: list[RejectedRow] = []
-        self._keys: list[Keys] = []
-        self._parts: list[PartRead] = []
+    bundles: int = 0
+    _keys: list[Keys] = field(default_factory=list)
+    _parts: list[_Places] = field(default_factory=list)
 
     def add(self, read: PartRead) -> None:
         """Take down the next part; of rejected rows only what a message says."""
-        lines = read.lines.astype(np.min_scalar_type(int(read.lines.max(initial=0))))
-        self._keys.append(read.keys)
-        self._parts.append(replace(read, keys=_NO_KEYS, lines=lines, rejects="", reasons=Counter(), first=[]))
-        self._first = [*self._first, *read.first][:NAMED_FIRST]
-        for reason, number in read.reasons.items():
-            count(self.reasons, reason, number)
+        lines, of = (np.concatenate([np.empty(0, np.int64), *each]) for each in (read.lines, read.file_of))
+        # The number of one file for all takes no memory.
+        of = _narrowed(of) if len(read.files) > 1 else np.broadcast_to(np.uint8(0), of.shape)
+        self._parts.append(_Places(_narrowed(lines), read.files, of))
+        self._keys += read.keys
         self.bundles += len(lines)
+        self.add_rejects(read)
 
     def close(
         self,
@@ -124,19 +163,15 @@ class Ledger:
                 file.writelines(rejects)
                 for repeat, first in zip(repeats.tolist(), firsts.tolist(), strict=True):
                     reason = f"repeats the bundle of {place(*self._place(first, starts))!r}"
-                    row = RejectedRow(*self._place(repeat, starts), reason, "")
-                    count(self.reasons, reason)
-                    self._first = [*self._first, row][:NAMED_FIRST]
-                    file.write(_json_line(row))
+                    file.write(self.reject(RejectedRow(*self._place(repeat, starts), reason, "")))
         self._say(self.bundles - len(repeats), on_invalid, named or path)
         parts = np.searchsorted(starts, repeats, side="right") - 1
         return {int(part): repeats[parts == part] - starts[part] for part in np.unique(parts)}
 
     def columns(self, part: int) -> tuple[list[str], npt.NDArray[Any]]:
         """File and line of each bundle of a part."""
-        kept = self._parts[part]
-        of = np.zeros(len(kept.lines), dtype=int) if kept.file_of is None else kept.file_of
-        return [kept.files[index] for index in of], kept.lines
+        lines, files, file_of = self._parts[part]
+        return [files[index] for index in file_of], lines
 
     def _repeats(self) -> tuple[Ints, Ints]:
         """Bundles whose key an earlier one has, ascending, and the first that has it."""
@@ -152,8 +187,8 @@ class Ledger:
 
     def _place(self, number: int, starts: Ints) -> tuple[str, int]:
         part = int(np.searchsorted(starts, number, side="right")) - 1
-        kept, index = self._parts[part], number - int(starts[part])
-        return kept.files[0 if kept.file_of is None else int(kept.file_of[index])], int(kept.lines[index])
+        (lines, files, file_of), index = self._parts[part], number - int(starts[part])
+        return files[file_of[index]], int(lines[index])
 
     def _refuse_collisions(
         self, repeats: Ints, firsts: Ints, ids_at: Callable[[Ints], Sequence[str]], starts: Ints
@@ -176,12 +211,12 @@ class Ledger:
         logger.warning("%d invalid rows, written to %s:%s", rejected, named, summary)
         if on_invalid != "fail" and kept:
             return
-        more = rejected - len(self._first)
+        more = rejected - len(self.first)
         raise InvalidBundlesError(
             "\n".join(
                 [
                     f"{rejected} of {rejected + kept} rows are not valid bundles:",
-                    *(f"  {place(row.file, row.line)}: {row.reason}" for row in self._first),
+                    *(f"  {place(row.file, row.line)}: {row.reason}" for row in self.first),
                     *([f"  and {more} more"] if more else []),
                     f"All of them are in {str(named)!r}."
                     + (" To leave them out, set data.on_invalid=skip." if kept else " No valid row is left."),
@@ -190,47 +225,6 @@ class Ledger:
         )
 
 
-class Sorting:
-    """Separates tables of `PARSED` into bundles and rejected rows, in the task that reads them."""
-
-    def __init__(self) -> None:
-        self.reasons: Counter[str] = Counter()
-        self._first: list[RejectedRow] = []
-        self._rejects: list[str] = []
-        self._keys: list[Keys] = []
-        self._lines: list[Ints] = []
-        self._file_of: list[Ints] = []
-        self._files: dict[str, int] = {}
-
-    def bundles(self, table: pa.Table) -> pa.Table:
-        """The bundles of the next table, a table of `BUNDLES`."""
-        valid = table["reason"].is_null().combine_chunks()
-        if valid.false_count:
-            for row in table.filter(pc.invert(valid)).select(["file", "line", "reason", "text"]).to_pylist():
-                rejected = RejectedRow(**row)
-                count(self.reasons, rejected.reason)
-                self._first = [*self._first, rejected][:NAMED_FIRST]
-                self._rejects.append(_json_line(rejected))
-        bundles = table.filter(valid).select(BUNDLES.names)
-        self._keys.append(keys_of(bundles["bundle_id"].to_pylist()))
-        self._lines.append(bundles["line"].to_numpy())
-        files = bundles["file"].combine_chunks().dictionary_encode()
-        known = [self._files.setdefault(file, len(self._files)) for file in files.dictionary.to_pylist()]
-        self._file_of.append(np.array(known, dtype=np.int32)[files.indices.to_numpy()])
-        return bundles
-
-    def result(self) -> PartRead:
-        """What was sorted."""
-        return PartRead(
-            keys=np.concatenate([_NO_KEYS, *self._keys]),
-            lines=np.concatenate([np.empty(0, np.int64), *self._lines]),
-            files=list(self._files),
-            file_of=np.concatenate(self._file_of) if len(self._files) > 1 else None,
-            reasons=self.reasons,
-            first=self._first,
-            rejects="".join(self._rejects),
-        )
-
-
-def _json_line(row: RejectedRow) -> str:
-    return json.dumps(asdict(row), ensure_ascii=False) + "\n"
+def _narrowed(numbers: Ints) -> npt.NDArray[Any]:
+    """The same in as few bytes as the largest takes."""
+    return numbers.astype(np.min_scalar_type(int(numbers.max(initial=0))))

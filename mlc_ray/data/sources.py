@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,11 @@ class Seen:
     records: int = 0
     kept: int = 0
 
+    def add(self, other: Seen) -> None:
+        """Count another part of the source too."""
+        self.records += other.records
+        self.kept += other.kept
+
     def check(self, file: SourceFile) -> None:
         """Refuse a source of which nothing can be used.
 
@@ -277,7 +283,7 @@ class Reading:
             BundleFileError: the whole file is at fault: missing, not UTF-8, no rows, unknown columns, a language's
                 column without a single prompt, or a format that cannot be told.
         """
-        for row in _all_rows(self.file) if self.part is None else _rows_of_part(self.file, self.part):
+        for row in _rows(self.file, self.part):
             self.seen.records += 1
             if isinstance(row.parsed, RejectedRow) or self.file.only in (None, row.parsed.kind):
                 self.seen.kept += 1
@@ -316,29 +322,22 @@ def readings_of(file: SourceFile, contents: dict[Place, Content], *, blocks: int
     return [Reading(replace(file, format=name), part) for part in parts] or [whole]
 
 
-def _rows_of_part(file: SourceFile, part: Part) -> Iterator[Row]:
-    form, opened = make_format(file.format), containers.open_part(file.path, part)
-    if opened.columns is not None:
-        form.check_columns(opened.columns, file.path)
-    return form.read([opened], file.kind)
-
-
-def _all_rows(file: SourceFile) -> Iterator[Row]:
+def _rows(file: SourceFile, part: Part | None) -> Iterator[Row]:
     if file.format != AUTO and (reader := make_format(file.format)).whole_folder:
         return reader.read_folder(file.path, file.kind)
     folder = Place(file.path)
     many = folder.is_dir() and not columnar.is_saved_dataset(folder)
-    opened = [_open(str(path), file.format) for path in (_files_of(folder) if many else [file.path])]
+    opened = [_open(str(path), part, file.format) for path in (_files_of(folder) if many else [file.path])]
     form = opened[0][0]
     if many and not form.joins_files:
         raise BundleFileError(f"{file.path}: a folder; its files hold whole bundles and are read one by one")
     return form.read([one for _, one in opened], file.kind)
 
 
-def _open(path: str, format: str) -> tuple[Format, Opened]:
-    """The format of a file, and its records."""
+def _open(path: str, part: Part | None, format: str) -> tuple[Format, Opened]:
+    """The format of a file, and the records of it, or of a part of it."""
     form = None if format == AUTO else make_format(format)
-    opened = containers.open_records(path, container=form.container if form is not None else None)
+    opened = containers.open_records(path, part, container=form.container if form is not None else None)
     if form is None:
         _, form = _recognise(opened)
     if opened.columns is not None:
@@ -357,14 +356,9 @@ def parse(reading: Reading, languages: list[str] | None) -> Iterator[pa.Table]:
     Raises:
         BundleFileError: as `Reading.rows`.
     """
-    rows: list[dict[str, Any]] = []
-    for file, line, parsed in reading.rows():
-        rows.append({"file": file, "line": line, **_columns(parsed, languages)})
-        if len(rows) == _ROWS_AT_ONCE:
-            yield pa.Table.from_pylist(rows, schema=PARSED)
-            rows = []
-    if rows:
-        yield pa.Table.from_pylist(rows, schema=PARSED)
+    rows = ({"file": file, "line": line, **_columns(parsed, languages)} for file, line, parsed in reading.rows())
+    while some := list(islice(rows, _ROWS_AT_ONCE)):
+        yield pa.Table.from_pylist(some, schema=PARSED)
 
 
 def _columns(parsed: Bundle | RejectedRow, languages: list[str] | None) -> dict[str, Any]:

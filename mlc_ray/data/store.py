@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field
 from mlc_ray.data.artifacts import local_artifact
 from mlc_ray.data.bundles import NAMED_FIRST, place
 from mlc_ray.data.plan import Lengths
-from mlc_ray.data.ragged import Ints, common_start, starts_of
+from mlc_ray.data.ragged import Ints, common_start, shared_start, starts_of
 from mlc_ray.data.tables import ANSWERS, TOKENS, Keys, table_to_rows
 from mlc_ray.storage import ArtifactError, Place, read_manifest, write_manifest
 from mlc_ray.types import TokenRow
@@ -124,11 +124,34 @@ class Shard:
     """What is known of a shard: its file and size, its counts, the ids that all its prompts begin with (None: it has
     none), and the first bundles that lack each answer."""
 
-    file: str
-    bytes: int
-    counts: TokenCounts
-    head: Ints | None
-    lacking: dict[str, list[Lacking]]
+    file: str = ""
+    bytes: int = 0
+    counts: TokenCounts = field(default_factory=TokenCounts)
+    head: Ints | None = None
+    lacking: dict[str, list[Lacking]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: pa.Table, before: int) -> Shard:
+        """What is known of the rows of `table`, which come behind so many others."""
+        prompts = pc.list_flatten(table["prompts"]).combine_chunks()
+        ids, lengths = prompts.flatten().to_numpy(), pc.list_value_length(prompts).to_numpy(zero_copy_only=False)
+        lacking = {
+            name: [_named(table, row, before, name.removeprefix(EVERY)) for row in np.flatnonzero(lack)[:NAMED_FIRST]]
+            for name, lack in _lacking(table).items()
+            if lack.any()
+        }
+        head = ids[: common_start(ids, starts_of(lengths), lengths)].copy() if len(lengths) else None
+        return cls(counts=TokenCounts.of(table), head=head, lacking=lacking)
+
+    def add(self, other: Shard) -> None:
+        """Take in what is known of the rows behind these."""
+        self.counts.add(other.counts)
+        if self.head is None or other.head is None:
+            self.head = other.head if self.head is None else self.head
+        else:
+            self.head = shared_start(self.head, other.head)
+        for name, found in other.lacking.items():
+            self.lacking[name] = [*self.lacking.get(name, []), *found][:NAMED_FIRST]
 
 
 def write_shard(folder: Place, file: str, tables: Iterable[pa.Table]) -> Shard:
@@ -137,19 +160,13 @@ def write_shard(folder: Place, file: str, tables: Iterable[pa.Table]) -> Shard:
     The tables may have the columns `file` and `line`, by which bundles that lack an answer are named; without them they
     are named by their number in the shard.
     """
-    shard = Shard(file, 0, TokenCounts(), None, {})
+    shard = Shard(file)
     # Uncompressed: a compressed column would have to be unpacked into each process, row by row of random access.
     options = pa.ipc.IpcWriteOptions(unify_dictionaries=True)
     with (folder / file).open("wb") as sink:
         with pa.ipc.new_file(sink, TOKENS, options=options) as writer:
             for table in _joined(tables):
-                for name, lack in _lacking(table).items():
-                    room = NAMED_FIRST - len(shard.lacking.get(name, []))
-                    if rows := np.flatnonzero(lack)[:room].tolist():
-                        named = [_named(table, row, shard.counts.rows, name.removeprefix(EVERY)) for row in rows]
-                        shard.lacking.setdefault(name, []).extend(named)
-                shard.counts.add(TokenCounts.of(table))
-                shard.head = _head(table, shard.head)
+                shard.add(Shard.of(table, before=shard.counts.rows))
                 writer.write_table(table.select(TOKENS.names).combine_chunks())
         shard.bytes = sink.tell()
     return shard
@@ -219,15 +236,9 @@ def finish_artifact(folder: Place, shards: Sequence[Shard], **manifest: Any) -> 
 
     It lists the shards and the rejected rows. What killed tasks left of a shard on this machine is removed.
     """
-    counts = TokenCounts()
-    head: Ints | None = None
-    lacking: dict[str, list[Lacking]] = {}
+    whole = Shard()
     for shard in shards:
-        counts.add(shard.counts)
-        if shard.head is not None:
-            head = shard.head if head is None else _common(head, shard.head)
-        for name, found in shard.lacking.items():
-            lacking[name] = [*lacking.get(name, []), *found][:NAMED_FIRST]
+        whole.add(shard)
     for leftover in Path(folder).glob(".rows-*.tmp-*") if folder.is_local else ():
         leftover.unlink(missing_ok=True)
     files = {shard.file: shard.bytes for shard in shards} | folder.sizes([REJECTS_FILE])
@@ -237,10 +248,10 @@ def finish_artifact(folder: Place, shards: Sequence[Shard], **manifest: Any) -> 
         artifact="tokens",
         format=FORMAT,
         shards=[shard.file for shard in shards],
-        languages=counts.languages,
-        head=0 if head is None else len(head),
-        counts={name: dict(v) if isinstance(v, Counter) else v for name, v in vars(counts).items()},
-        lacking={name: [asdict(one) for one in found] for name, found in lacking.items()},
+        languages=whole.counts.languages,
+        head=0 if whole.head is None else len(whole.head),
+        counts=vars(whole.counts),
+        lacking={name: [asdict(one) for one in found] for name, found in whole.lacking.items()},
         **manifest,
     )
 
@@ -277,24 +288,6 @@ def _named(table: pa.Table, row: int, before: int, answer: str) -> Lacking:
     return Lacking(table["bundle_id"][row].as_py(), where, absent, languages)
 
 
-def _head(table: pa.Table, before: Ints | None) -> Ints | None:
-    """The ids that all prompts of `table` begin with, and `before` too (None: there was no prompt yet)."""
-    prompts = pc.list_flatten(table["prompts"]).combine_chunks()
-    if not len(prompts):
-        return before
-    ids, lengths = prompts.flatten().to_numpy(), pc.list_value_length(prompts).to_numpy(zero_copy_only=False)
-    if before is None:
-        before = ids[: lengths[0]]
-    # `before` is one run more, in front.
-    lengths = np.concatenate([[len(before)], lengths])
-    return before[: common_start(np.concatenate([before, ids]), starts_of(lengths), lengths)].copy()
-
-
-def _common(one: Ints, other: Ints) -> Ints:
-    lengths = np.array([len(one), len(other)])
-    return one[: common_start(np.concatenate([one, other]), starts_of(lengths), lengths)]
-
-
 class _Manifest(BaseModel):
     """What `finish_artifact` writes; `files` is `write_manifest`'s."""
 
@@ -310,12 +303,18 @@ class _Manifest(BaseModel):
 class TokenArtifact:
     """A finished folder of token rows; get one from `TokenArtifact.open`. Pickling it carries its place only.
 
-    `folder` is that place; what is mapped is the folder itself, or the copy of this machine.
+    `folder` is that place; what is mapped is the folder itself, or the copy of this machine. `fingerprint` is that of
+    sources, tokenizer and data settings; `languages` are all of the data set, sorted: the columns of the grid of a
+    batch. `counts` are tokens per language, and what the limits cut; `rejected` the number of rejected rows by reason
+    (empty if all rows were valid). `head` is how many tokens all prompts of the data set begin with: the template's,
+    before the user's text. `lacking` are the first bundles without a chosen or without a rejected answer, of which
+    `counts.lacking` has the number.
     """
 
     def __init__(self, folder: Place, manifest: _Manifest, here: Path):
-        self.folder = folder
-        self.manifest = manifest
+        self.folder, self.manifest = folder, manifest
+        self.fingerprint, self.languages, self.head = manifest.fingerprint, manifest.languages, manifest.head
+        self.counts, self.rejected, self.lacking = manifest.counts, manifest.rejected, manifest.lacking
         self._batches = [batch for name in manifest.shards for batch in _mapped(here / name)]
         sizes = np.array([batch.num_rows for batch in self._batches], dtype=np.int64)
         self._starts = starts_of(sizes)
@@ -354,34 +353,9 @@ class TokenArtifact:
         return self.rows_count
 
     @property
-    def fingerprint(self) -> str:
-        """Fingerprint of sources, tokenizer and data settings."""
-        return self.manifest.fingerprint
-
-    @property
-    def languages(self) -> list[str]:
-        """All languages of the data set, sorted: the columns of the grid of a batch."""
-        return self.manifest.languages
-
-    @property
-    def counts(self) -> TokenCounts:
-        """Tokens per language, and what the limits cut."""
-        return self.manifest.counts
-
-    @property
-    def rejected(self) -> dict[str, int]:
-        """Number of rejected rows by reason (empty if all rows were valid)."""
-        return self.manifest.rejected
-
-    @property
     def rejects_path(self) -> Place | None:
         """JSONL of the rejected rows, if there were any."""
         return self.folder / REJECTS_FILE if self.rejected else None
-
-    @property
-    def head(self) -> int:
-        """How many tokens all prompts of the data set begin with: the template's, before the user's text."""
-        return self.manifest.head
 
     @cached_property
     def most_languages(self) -> int:
@@ -391,32 +365,22 @@ class TokenArtifact:
             default=0,
         )
 
-    @property
-    def lacking(self) -> dict[str, list[Lacking]]:
-        """The first bundles without a chosen or without a rejected answer; `counts.lacking` has their number."""
-        return self.manifest.lacking
-
-    def lengths(self, indices: Sequence[int] | Ints | None = None) -> Lengths:
-        """Tokens of some rows, or of all; read from Arrow's offsets, no token is.
+    def lengths(self, indices: Sequence[int] | Ints) -> Lengths:
+        """Tokens of some rows; read from Arrow's offsets, no token is.
 
         Raises:
             IndexError: An index is outside 0..rows-1.
         """
-        if indices is None:
-            return Lengths(*np.concatenate([_lengths(batch, None) for batch in self._batches], axis=1))
-        wanted = np.asarray(indices, dtype=np.int64)
-        if len(outside := wanted[(wanted < 0) | (wanted >= self.rows_count)]):
-            raise IndexError(f"row {outside[0]} of {self.rows_count} in {str(self.folder)!r}")
-        parts = np.searchsorted(self._starts, wanted, side="right") - 1
-        found = np.empty((len(fields(Lengths)), len(wanted)), dtype=np.int64)
+        parts, rows = self._places(indices)
+        found = np.empty((len(fields(Lengths)), len(rows)), dtype=np.int64)
         for part in np.unique(parts):
             here = parts == part
-            found[:, here] = _lengths(self._batches[part], wanted[here] - self._starts[part])
+            found[:, here] = _lengths(self._batches[part], rows[here])
         return Lengths(*found)
 
-    def own_tokens(self, **asked: Any) -> Ints:
-        """`Lengths.own_tokens` of all rows, [N] int32; made shard by shard, since `Lengths` are 64 bytes a bundle."""
-        parts = [Lengths(*_lengths(batch, None)).own_tokens(**asked).astype(np.int32) for batch in self._batches]
+    def counted(self, number: Callable[[Lengths], Ints]) -> Ints:
+        """What `number` says of all rows, [N] int32; made shard by shard, since `Lengths` are 64 bytes a bundle."""
+        parts = [number(Lengths(*_lengths(batch))).astype(np.int32) for batch in self._batches]
         return np.concatenate([np.empty(0, np.int32), *parts])
 
     @cached_property
@@ -431,31 +395,29 @@ class TokenArtifact:
         parts = [batch.column("kind").indices.to_numpy() for batch in self._batches]
         return np.concatenate([np.empty(0, np.int8), *parts])
 
-    @property
-    def distinct_kinds(self) -> set[str]:
-        """The kinds that occur."""
-        return set(self.counts.kinds)
-
-    def table(self, indices: Iterable[int]) -> pa.Table:
+    def table(self, indices: Sequence[int] | Ints) -> pa.Table:
         """Rows by index as a table of `TOKENS`, reading only those.
 
         Raises:
             IndexError: an index is outside 0..rows-1.
         """
-        pieces = []
-        for index in indices:
-            if not 0 <= index < self.rows_count:
-                raise IndexError(f"row {index} of {self.rows_count} in {str(self.folder)!r}")
-            part = int(np.searchsorted(self._starts, index, side="right")) - 1
-            pieces.append(self._batches[part].slice(index - int(self._starts[part]), 1))
-        return pa.Table.from_batches(pieces, schema=TOKENS)
+        places = zip(*self._places(indices), strict=True)
+        return pa.Table.from_batches([self._batches[part].slice(row, 1) for part, row in places], schema=TOKENS)
 
-    def rows(self, indices: Iterable[int]) -> list[TokenRow]:
+    def _places(self, indices: Sequence[int] | Ints) -> tuple[Ints, Ints]:
+        """The record batch of each row, and which of its rows it is."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        if len(outside := wanted[(wanted < 0) | (wanted >= self.rows_count)]):
+            raise IndexError(f"row {outside[0]} of {self.rows_count} in {str(self.folder)!r}")
+        parts = np.searchsorted(self._starts, wanted, side="right") - 1
+        return parts, wanted - self._starts[parts]
+
+    def rows(self, indices: Sequence[int] | Ints) -> list[TokenRow]:
         """`table` as token rows, for small calls."""
         return table_to_rows(self.table(indices))
 
 
-def _lengths(batch: pa.RecordBatch, rows: Ints | None) -> Ints:
+def _lengths(batch: pa.RecordBatch, rows: Ints | None = None) -> Ints:
     """The fields of `Lengths` for some rows of a record batch (None: all), [8, N]."""
     rows = np.arange(batch.num_rows) if rows is None else rows
     prompts = batch.column("prompts")
@@ -464,14 +426,14 @@ def _lengths(batch: pa.RecordBatch, rows: Ints | None) -> Ints:
     tokens = prompts.values.offsets.to_numpy()
     answered = batch.column("response_prompt").to_numpy()[rows]
     one = np.minimum(starts + answered.clip(min=0), ends - 1)
-    answers = []
-    for name in ("chosen", "rejected"):  # an absent answer is null, and has no tokens
-        offsets = batch.column(name).offsets.to_numpy()
-        answers.append(offsets[rows + 1] - offsets[rows])
     own = np.where(answered >= 0, tokens[one + 1] - tokens[one], 0)
     further = batch.column("answers")
     begin, end = further.offsets.to_numpy()[rows], further.offsets.to_numpy()[rows + 1]
-    for name in ("chosen", "rejected"):
-        offsets = further.values.field(name).offsets.to_numpy()
-        answers.append(offsets[end] - offsets[begin])
+
+    def sizes(answers: pa.ListArray, begin: Ints, end: Ints) -> Ints:  # an absent answer is null, and has no tokens
+        offsets: Ints = answers.offsets.to_numpy()
+        return offsets[end] - offsets[begin]
+
+    answers = [sizes(batch.column(name), rows, rows + 1) for name in ANSWERS]
+    answers += [sizes(further.values.field(name), begin, end) for name in ANSWERS]
     return np.stack([ends - starts, tokens[ends] - tokens[starts], own, *answers, end - begin]).astype(np.int64)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from typing import TypeVar
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar, cast
 
 from mlc_ray.data.batches import collate
-from mlc_ray.data.branches import Branches
 from mlc_ray.data.order import Order
 from mlc_ray.data.plan import Cutting, Forward, StepPlan
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.types import Batch, Pairing, ReferenceTable, pinned
+from mlc_ray.types import Batch, ReferenceTable, pinned
 
 AHEAD = 2
 """Optimizer steps that are ready before they are asked for; 32 bundles in ten languages are about half a MiB."""
@@ -30,15 +29,11 @@ def plans(tokens: TokenArtifact, order: Order, cutting: Cutting, steps: range) -
 def stream_steps(
     tokens: TokenArtifact,
     planned: Iterator[StepPlan],
+    cutting: Cutting,
+    reference: ReferenceTable | None,
     *,
     rank: int,
-    languages: Sequence[str],
-    needs_rejected: bool,
-    reference: ReferenceTable | None,
     pin: bool = False,
-    pairing: Pairing = "response",
-    whole: bool = False,
-    branches: Branches | None = None,
 ) -> Iterator[list[Batch]]:
     """Worker `rank`'s micro-batches of each planned step, made by a thread a few steps ahead.
 
@@ -47,14 +42,10 @@ def stream_steps(
     Args:
         tokens: the artefact.
         planned: the steps, see `plans`.
-        rank: whose forwards.
-        languages: the columns of the grid of a batch.
-        needs_rejected: whether the loss reads rejected answers.
+        cutting: by what they are cut, and so what of a bundle is read.
         reference: what the frozen reference says of each row; None where the loss needs none.
+        rank: whose forwards.
         pin: whether tensors go into pinned memory, from which a GPU copies while it computes.
-        pairing: which answers continue which prompts.
-        whole: whether states of whole sequences are pooled.
-        branches: the openings of responses that steps read; None where none does.
 
     Raises:
         BatchError: a bundle lacks what the loss needs.
@@ -63,17 +54,17 @@ def stream_steps(
     def batch(forward: Forward, plan: StepPlan) -> Batch:
         made = collate(
             tokens.table(forward.rows),
-            languages=languages,
+            languages=tokens.languages,
             weights=forward.weights,
             term_weights=forward.term_weights,
             groups=forward.groups,
-            needs_rejected=needs_rejected,
+            needs_rejected=cutting.rejected,
             reference=None if reference is None else reference.take(forward.rows),
             tap=plan.taps,
-            pairing=pairing,
-            whole=whole,
+            pairing=cutting.pairing,
+            whole=cutting.whole,
             scope=plan.scope,
-            branches=branches,
+            branches=cutting.branches,
         )
         return pinned(made) if pin else made
 
@@ -85,38 +76,11 @@ def ahead(values: Iterator[T], number: int = AHEAD) -> Generator[T]:
 
     An error of theirs is raised here, in its turn. The thread ends when nobody asks any more.
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(number)
-    stopped = threading.Event()
-
-    def hand_over(value: T | None, error: BaseException | None = None) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put((value, error), timeout=0.2)
-                return True
-            except queue.Full:
-                pass
-        return False
-
-    def make() -> None:
-        try:
-            for value in values:
-                if not hand_over(value):
-                    return
-        except BaseException as error:  # whatever it is, the one who asks must see it
-            hand_over(None, error)
-        else:
-            hand_over(None, StopIteration())
-
-    thread = threading.Thread(target=make, name="batches", daemon=True)
-    thread.start()
+    pool, end = ThreadPoolExecutor(1, "batches"), object()
     try:
-        while True:
-            value, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield value  # type: ignore[misc]
+        ready = deque(pool.submit(next, values, end) for _ in range(number))
+        while (value := ready.popleft().result()) is not end:
+            ready.append(pool.submit(next, values, end))
+            yield cast(T, value)
     finally:
-        stopped.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

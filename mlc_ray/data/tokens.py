@@ -20,7 +20,7 @@ from jinja2.meta import find_undeclared_variables
 from mlc_ray.config import PLAIN_CHAT, ChatSection
 from mlc_ray.config.chat import dated
 from mlc_ray.data.bundles import select_languages
-from mlc_ray.data.ragged import common_start
+from mlc_ray.data.ragged import shared_start
 from mlc_ray.data.tables import ANSWERS, BUNDLES, bundle_columns, table_to_rows, token_table
 from mlc_ray.data.tracing import Trace, Traced, code_of, is_traceable, replayed
 from mlc_ray.errors import MlcRayError
@@ -293,8 +293,7 @@ class ChatTemplate:
     def _ids_of_head(self) -> Ids:
         """The ids of the head when text follows it: tokenised alone, line breaks at its end can become other tokens."""
         one, other = (self._ids(f"{self.head}{letter}{self.tail}") for letter in "xy")
-        shorter = min(len(one), len(other))
-        common = one[: common_start(np.concatenate([one, other]), np.array([0, len(one)]), np.array([shorter] * 2))]
+        common = shared_start(one, other)
         # A blank at its end may have merged with the letter; then the head tokenised alone is more accurate.
         return common if self.tokenizer.decode(common) == self.head else self._ids(self.head)
 

@@ -165,12 +165,8 @@ def novelty(text: str) -> float:
     half = len(units) // 2
     if half >= len(grams):
         return 1.0
-    seen, new = set(grams[:half]), 0
-    for gram in grams[half:]:
-        if gram not in seen:
-            new += 1
-            seen.add(gram)
-    return new / (len(grams) - half)
+    new = set(grams[half:]).difference(grams[:half])
+    return len(new) / (len(grams) - half)
 
 
 def periodicity(text: str) -> float:

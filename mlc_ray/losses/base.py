@@ -133,7 +133,7 @@ class Tapped:
             raise ValueError("the columns of the response languages are needed, none were given")
         return self.response
 
-    def part(self, bundles: slice) -> Tapped:
+    def __getitem__(self, bundles: slice) -> Tapped:
         """What was tapped of some of the bundles."""
         return Tapped(*(None if value is None else value[bundles] for value in vars(self).values()))  # type: ignore[arg-type]
 

@@ -11,28 +11,20 @@ from torch import Tensor
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import LossSettings, ObjectiveConfig, TermSettings
-from mlc_ray.losses.base import (
-    Alignment,
-    AlignmentLoss,
-    Decisions,
-    Pooled,
-    Tapped,
-    Term,
-    TermLoss,
-    mean_over_answers,
-)
+from mlc_ray.losses.base import Alignment, Decisions, Pooled, Tapped, Term, TermLoss, mean_over_answers
 from mlc_ray.losses.logprobs import mean_log_prob
-from mlc_ray.types import AnswerRows, LossOutput, Pairing, Pooling, ResponseLogProbs, Scope
+from mlc_ray.types import AnswerRows, LossOutput, ResponseLogProbs, Scope
 
 
 class Objective:
     """The loss of a run: its alignment loss and its terms, those whose weight is not 0.
 
-    Facts about it (does it need a reference, rejected answers?) sit here, not in the loop.
+    Facts about it (does it need a reference, groups of bundles?) sit here, not in the loop. `sft_weight` is the factor
+    of the SFT loss that is added to the alignment loss; 0 where there is none.
     """
 
     def __init__(self, config: ObjectiveConfig) -> None:
-        self.config = config
+        self.config, self.sft_weight = config, config.objective.sft_weight
         self.alignment: Alignment = resolve("loss", config.objective.loss)(config.objective)
         self.terms: dict[str, Term] = {
             name: resolve("term", settings.name)(settings) for name, settings in config.active_terms.items()
@@ -42,11 +34,6 @@ class Objective:
     def parts(self) -> list[str]:
         """What the total is made of, as metrics name it: `loss/alignment`, `loss/sft`, and `loss/NAME` of each term."""
         return [f"loss/{name}" for name in ("alignment", *(["sft"] if self.sft_weight else []), *self.terms)]
-
-    @property
-    def sft_weight(self) -> float:
-        """Factor of the SFT loss that is added to the alignment loss; 0 where there is none."""
-        return self.config.objective.sft_weight
 
     def describe(self) -> list[str]:
         """A line for each part: its weight, its name and its settings, those that may be published."""
@@ -68,12 +55,7 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         """Whether `total_loss` must be given anything of a frozen reference."""
-        return self.needs_reference_log_probs or self.needs_reference_state
-
-    @property
-    def needs_reference_log_probs(self) -> bool:
-        """Whether `total_loss` must be given the reference's log-probs."""
-        return self.alignment.needs_reference
+        return self.alignment.needs_reference or self.needs_reference_state
 
     @property
     def needs_reference_state(self) -> bool:
@@ -84,26 +66,6 @@ class Objective:
     def needs_group(self) -> bool:
         """Whether a term compares bundles of a group, which must then be forwarded at once."""
         return any(term.needs_group for term in self.terms.values())
-
-    @property
-    def needs_rejected(self) -> bool:
-        """Whether bundles must have a rejected answer."""
-        return self.alignment.needs_rejected
-
-    @property
-    def pairing(self) -> Pairing:
-        """Which answers are read, behind which prompts."""
-        return self.alignment.pairing
-
-    @property
-    def reference_pairing(self) -> Pairing:
-        """Which answers the reference is asked about."""
-        return self.alignment.reference_pairing
-
-    @property
-    def pooling(self) -> Pooling | None:
-        """How states of whole sequences are pooled, where they are read."""
-        return self.alignment.pooling
 
     def factors(self, step: int, total_steps: int) -> dict[str, float]:
         """The terms of optimizer step `step` (from 0) of `total_steps`, each with what multiplies its weight there.
@@ -202,11 +164,24 @@ class Objective:
         Raises:
             ValueError: A component needs what was not given; the message names both.
         """
+        alignment = self.alignment
         of_pooled = None if pooled is None or reference_pooled is None else Pooled(pooled, reference_pooled)
-        aligned = self._align(chosen, rejected, reference_chosen, reference_rejected, rows, of_pooled)
+        of_reference = {"reference_chosen": reference_chosen, "reference_rejected": reference_rejected}
+        needed = _needed(
+            f"objective.loss={self.config.objective.loss!r}",
+            (alignment.needs_rejected, "rejected answers, none were given", {"rejected": rejected}),
+            (alignment.needs_reference, "the reference's log-probs, none were given", of_reference),
+            (alignment.needs_rows, "to know whose the answers are, which was not given", {"rows": rows}),
+            (
+                alignment.pooling is not None,
+                "pooled states of policy and reference, none were given",
+                {"pooled": of_pooled},
+            ),
+        )
+        aligned = alignment(chosen=chosen, **needed)
         # In the response language alone each bundle has one answer, and there is nothing to average.
-        several = None if self.pairing == "response" else rows
-        answers = None if self.alignment.needs_rows else several
+        several = None if alignment.pairing == "response" else rows
+        answers = None if alignment.needs_rows else several
         loss = mean_over_answers(aligned.loss, answers)
         total = (loss * weight).sum()
         metrics: dict[str, Tensor] = {"loss/alignment": loss.detach()}
@@ -239,34 +214,6 @@ class Objective:
             logged |= {f"{name}/{key}": value.detach() for key, value in result.metrics.items()}
         return LossOutput(loss=total, metrics=metrics, term_metrics=of_terms)
 
-    def _align(
-        self,
-        chosen: ResponseLogProbs,
-        rejected: ResponseLogProbs | None,
-        reference_chosen: Tensor | None,
-        reference_rejected: Tensor | None,
-        rows: AnswerRows | None,
-        pooled: Pooled | None,
-    ) -> AlignmentLoss:
-        loss, given = f"objective.loss={self.config.objective.loss!r}", dict[str, Any](chosen=chosen)
-        if self.alignment.needs_rejected:
-            if rejected is None:
-                raise ValueError(f"{loss} needs rejected answers, none were given")
-            given["rejected"] = rejected
-        if self.alignment.needs_reference:
-            if reference_chosen is None or reference_rejected is None:
-                raise ValueError(f"{loss} needs the reference's log-probs, none were given")
-            given |= {"reference_chosen": reference_chosen, "reference_rejected": reference_rejected}
-        if self.alignment.needs_rows:
-            if rows is None:
-                raise ValueError(f"{loss} needs to know whose the answers are, which was not given")
-            given["rows"] = rows
-        if self.alignment.pooling is not None:
-            if pooled is None:
-                raise ValueError(f"{loss} needs pooled states of policy and reference, none were given")
-            given["pooled"] = pooled
-        return self.alignment(**given)
-
 
 def public_settings(settings: LossSettings | TermSettings) -> dict[str, Any]:
     """The settings of a loss or a term that may be published: all of one that is shipped.
@@ -285,6 +232,16 @@ def _described(title: str, settings: dict[str, Any], said: set[str], note: str) 
     return (f"{title} ({values})" if values else title) + (f": {note}" if note else "")
 
 
+def _needed(component: str, *wants: tuple[bool, str, dict[str, Any]]) -> dict[str, Any]:
+    """The arguments of each of `wants` that the component wants, which must be there then."""
+    given: dict[str, Any] = {}
+    for wanted, what, arguments in wants:
+        if wanted and any(value is None for value in arguments.values()):
+            raise ValueError(f"{component} needs {what}")
+        given |= arguments if wanted else {}
+    return given
+
+
 def _term_loss(
     name: str,
     term: Term,
@@ -294,23 +251,13 @@ def _term_loss(
     groups: Sequence[int] | None,
 ) -> TermLoss:
     if term.needs_decisions:
-        if decisions is None:
-            raise ValueError(f"term {name!r} needs to know how responses open, which was not given")
-        return term(decisions=decisions)
+        return term(**_needed(f"term {name!r}", (True, "to know how responses open", {"decisions": decisions})))
     assert tapped is not None
-    given = dict[str, Any](tapped=tapped)
-    if term.needs_reference_state:
-        if reference_state is None:
-            raise ValueError(f"term {name!r} needs the reference's tapped states, none were given")
-        given["reference_state"] = reference_state
+    what, arguments = "the reference's tapped states, none were given", {"reference_state": reference_state}
+    given = {"tapped": tapped, **_needed(f"term {name!r}", (term.needs_reference_state, what, arguments))}
     if not term.needs_group or groups is None:
         return term(**given)
-    results = []
-    for part in _slices(groups):
-        own = dict[str, Any](tapped=tapped.part(part))
-        if term.needs_reference_state and reference_state is not None:
-            own["reference_state"] = reference_state[part]
-        results.append(term(**own))
+    results = [term(**{key: value[part] for key, value in given.items()}) for part in _slices(groups)]
     return TermLoss(
         torch.cat([result.loss for result in results]),
         {key: torch.cat([result.metrics[key] for result in results]) for key in results[0].metrics},

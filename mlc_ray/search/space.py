@@ -244,11 +244,11 @@ def check_held_out(metric: str, held_out: TokenArtifact) -> None:
     kind = metric.split("/")[1]
     own = held_out.kinds == KINDS.index(kind) if kind in KINDS else np.ones(len(held_out), dtype=bool)
     if not own.any():
-        kinds = ", ".join(sorted(held_out.distinct_kinds))
+        kinds = ", ".join(sorted(held_out.counts.kinds))
         raise ConfigError(f"scheduler_metric={metric!r}: data.validation has no {kind} bundles, only {kinds}")
     name = training_name(metric)
     of_a_term = name == "mlc/leading_share" or (name.startswith("loss/") and name not in _HIGHER_IS_BETTER)
-    if of_a_term and not (held_out.lengths().languages[own] >= 2).any():
+    if of_a_term and not (held_out.counted(lambda lengths: lengths.languages)[own] >= 2).any():
         raise ConfigError(f"scheduler_metric={metric!r}: no such bundle of data.validation has two languages")
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -190,6 +190,8 @@ class Statistic(ABC):
     source: Resampled
     counts: NDArray[np.intp]
     present: NDArray[np.intp]
+    number: ClassVar[Callable[..., Any]]
+    """numpy's function that makes it of rates, whose NaN it leaves out."""
 
     def rates(self, sums: Floats) -> Floats:
         """[K, L] rates from sums [K, C], as fractions; NaN where nothing is present."""
@@ -201,7 +203,7 @@ class Statistic(ABC):
         rates = self.rates(sums)
         values = np.full(len(rates), np.nan)
         some = np.isfinite(rates).any(axis=1)
-        values[some] = self._of_rates(rates[some])
+        values[some] = self.number(rates[some], axis=1)
         return values
 
     @property
@@ -228,10 +230,6 @@ class Statistic(ABC):
         return np.array([count / n for count, n in pairs]), limits[:, 0], limits[:, 1]
 
     @abstractmethod
-    def _of_rates(self, rates: Floats) -> Floats:
-        """[K] values from rates [K, L], of which no row is all NaN."""
-
-    @abstractmethod
     def limits(self) -> tuple[float, float]:
         """Limits where resamples do not vary: from Wilson's, rather wide."""
 
@@ -239,9 +237,7 @@ class Statistic(ABC):
 class MeanRate(Statistic):
     """The mean of the rates."""
 
-    def _of_rates(self, rates: Floats) -> Floats:
-        found: Floats = np.nanmean(rates, axis=1)
-        return found
+    number = staticmethod(np.nanmean)
 
     def limits(self) -> tuple[float, float]:
         """The mean of Wilson's limits: as if the rates' errors were perfectly correlated."""
@@ -252,9 +248,7 @@ class MeanRate(Statistic):
 class RateVariance(Statistic):
     """The population variance of the rates."""
 
-    def _of_rates(self, rates: Floats) -> Floats:
-        found: Floats = np.nanvar(rates, axis=1)
-        return found
+    number = staticmethod(np.nanvar)
 
     def limits(self) -> tuple[float, float]:
         """The standard deviation less and plus the most that it moves if each rate stays in Wilson's limits.
@@ -269,9 +263,7 @@ class RateVariance(Statistic):
 class LowestRate(Statistic):
     """The lowest of the rates."""
 
-    def _of_rates(self, rates: Floats) -> Floats:
-        found: Floats = np.nanmin(rates, axis=1)
-        return found
+    number = staticmethod(np.nanmin)
 
     def limits(self) -> tuple[float, float]:
         """The same of Wilson's limits."""

@@ -205,48 +205,6 @@ def is_english(code: str) -> bool:
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-@dataclass
-class _Tally:
-    """Counts of one (benchmark, kind, measure, language) while they are made."""
-
-    outcomes: Counter[Outcome] = field(default_factory=Counter)
-    bundles: dict[str, list[int]] = field(default_factory=dict)  # hits and responses of each
-    ways: set[Via] = field(default_factory=set)
-    judges: set[str] = field(default_factory=set)
-    margin_sum: float = 0.0
-    margins: int = 0
-
-    def see(self, counted_as: Outcome, record: Judged, measure: Measure) -> None:
-        refused = measure == "refused"
-        margin = record.margin if refused else None
-        self.outcomes[counted_as] += 1
-        counts = self.bundles.setdefault(record.bundle_id, [0, 0])
-        counts[0] += counted_as == "hits"
-        counts[1] += 1
-        self.ways.add((record.via_refused if refused else record.via_safe) or "")
-        self.judges.add((record.judge_refused if refused else record.judge_safe) or "")
-        if margin is not None:
-            self.margin_sum += margin
-            self.margins += 1
-
-    def row(self, benchmark: str, kind: Kind, measure: Measure, language: str) -> ScoreRow:
-        n, hits = self.outcomes.total(), self.outcomes["hits"]
-        counts = np.array(list(self.bundles.values()), np.float64)
-        effect = design_effect(counts[:, 0], counts[:, 1])
-        low, high = wilson(hits / effect, n / effect)
-        return ScoreRow(
-            benchmark, kind, language, measure, n,
-            hits=hits, misses=self.outcomes["misses"],
-            degenerate=self.outcomes["degenerate"], unparsed=self.outcomes["unparsed"],
-            rate=hits / n, low=low, high=high,
-            # The least sure way that any of them was read.
-            via=max(self.ways, key=get_args(Via).index),
-            margin=self.margin_sum / self.margins if self.margins else None,
-            judge=", ".join(sorted(self.judges)),
-            design_effect=effect,
-        )  # fmt: skip
-
-
 def score_rows(records: Iterable[Judged]) -> list[ScoreRow]:
     """One row per (benchmark, kind, measure, language): benchmarks as they come, harmful first, English first.
 
@@ -259,16 +217,38 @@ def score_rows(records: Iterable[Judged]) -> list[ScoreRow]:
     """
     chosen = list(records)
     _check(chosen)
-    tallies: dict[tuple[str, Kind, Measure, str], _Tally] = defaultdict(_Tally)
+    cells: dict[tuple[str, Kind, Measure, str], list[tuple[Judged, Outcome]]] = defaultdict(list)
     for record in chosen:
         for measure in MEASURES:
             if (counted_as := outcome(record, measure)) is not None:
-                tallies[record.benchmark, record.kind, measure, record.language].see(counted_as, record, measure)
+                cells[record.benchmark, record.kind, measure, record.language].append((record, counted_as))
     benchmarks = list(dict.fromkeys(record.benchmark for record in chosen))
     ordered = sorted(
-        tallies, key=lambda k: (benchmarks.index(k[0]), KINDS.index(k[1]), MEASURES.index(k[2]), language_order(k[3]))
+        cells, key=lambda k: (benchmarks.index(k[0]), KINDS.index(k[1]), MEASURES.index(k[2]), language_order(k[3]))
     )
-    return [tallies[key].row(*key) for key in ordered]
+    return [_row(*key, cells[key]) for key in ordered]
+
+
+def _row(
+    benchmark: str, kind: Kind, measure: Measure, language: str, verdicts: Sequence[tuple[Judged, Outcome]]
+) -> ScoreRow:
+    outcomes = Counter(counted_as for _, counted_as in verdicts)
+    n, hits = len(verdicts), outcomes["hits"]
+    asked = Counter(record.bundle_id for record, _ in verdicts)
+    hit = Counter(record.bundle_id for record, counted_as in verdicts if counted_as == "hits")
+    effect = design_effect(*(np.array([each[bundle] for bundle in asked], np.float64) for each in (hit, asked)))
+    low, high = wilson(hits / effect, n / effect)
+    margins = [record.margin for record, _ in verdicts if measure == "refused" and record.margin is not None]
+    return ScoreRow(
+        benchmark, kind, language, measure, n,
+        hits=hits, misses=outcomes["misses"], degenerate=outcomes["degenerate"], unparsed=outcomes["unparsed"],
+        rate=hits / n, low=low, high=high,
+        # The least sure way that any of them was read.
+        via=max((getattr(record, f"via_{measure}") or "" for record, _ in verdicts), key=get_args(Via).index),
+        margin=sum(margins) / len(margins) if margins else None,
+        judge=", ".join(sorted({getattr(record, f"judge_{measure}") or "" for record, _ in verdicts})),
+        design_effect=effect,
+    )  # fmt: skip
 
 
 def _check(records: Sequence[Judged]) -> None:

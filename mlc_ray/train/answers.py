@@ -23,12 +23,12 @@ def check_answers(config: TrainConfig, tokens: TokenArtifact) -> None:
     """
     objective = Objective(config)
     loss = f"objective.loss={config.objective.loss!r}"
-    needed = ("chosen", "rejected") if objective.needs_rejected else ("chosen",)
+    needed = ("chosen", "rejected") if objective.alignment.needs_rejected else ("chosen",)
     _check(tokens, f"{loss} needs {' and '.join(needed)} answers", needed)
-    if objective.pairing in ("own", "crossed"):
+    if objective.alignment.pairing in ("own", "crossed"):
         in_every = f"{loss} as it is set needs {' and '.join(needed)} answers in each language of a bundle"
         _check_every(tokens, in_every, needed[-1])
-    if objective.alignment.needs_rows and objective.pairing != "response" and tokens.most_languages < 2:
+    if objective.alignment.needs_rows and objective.alignment.pairing != "response" and tokens.most_languages < 2:
         raise MissingAnswersError(
             f"{loss} relates a bundle's languages to each other, but none of the {len(tokens)} bundles has two; "
             "add prompts and answers in others, or keep more by data.languages"

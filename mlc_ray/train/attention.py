@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -91,14 +92,14 @@ Way: TypeAlias = Callable[[Tensor, Tensor, Tensor, TreeAttention, Asked], Tensor
 """Query, key, value [1, heads, T, d] and the tree -> [1, T, heads, d]."""
 
 
+@dataclass(eq=False)
 class Leaving:
     """At block `layer`, the states of the whole row are read, and only the segments of `rest` go on."""
 
-    def __init__(self, layer: int, rest: TreeAttention) -> None:
-        self.layer = layer
-        self.rest = rest
-        self._states: Tensor | None = None
-        self._read = False
+    layer: int
+    rest: TreeAttention
+    _states: Tensor | None = None
+    _read: bool = False
 
     def read(self, states: Tensor) -> None:
         """Keep `states` [1, T, H] until `take`, the first time: blocks that are recomputed read them again."""

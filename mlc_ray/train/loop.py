@@ -211,7 +211,7 @@ def _accumulate(
         idle = not bool(on_host.weight.any())
         batch = move(on_host, engine.device)
         frozen = ReferenceOutput()
-        if reference is not None and (objective.needs_reference_log_probs or batch.taps):
+        if reference is not None and (objective.alignment.needs_reference or batch.taps):
             frozen = reference(batch)
         with meter.forwarding:
             output = engine.forward(batch)
@@ -232,20 +232,12 @@ def loss_of(
     `factors` as of `Objective.total_loss`.
     """
     return objective.total_loss(
+        **vars(output),
+        **{f"reference_{name}": value for name, value in vars(frozen).items()},
         weight=batch.weight,
-        chosen=output.chosen,
-        rejected=output.rejected,
-        reference_chosen=frozen.chosen,
-        reference_rejected=frozen.rejected,
-        reference_state=frozen.state,
-        representations=output.representations,
-        present=output.present,
-        tapped=output.tapped,
         term_weight=batch.term_weight,
         groups=batch.groups,
         rows=batch.rows,
-        pooled=output.pooled,
-        reference_pooled=frozen.pooled,
         factors=factors,
         decisions=decisions_of(batch, output),
     )

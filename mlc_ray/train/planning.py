@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mlc_ray.data.branches import Branches
 from mlc_ray.data.order import Order, total_steps
 from mlc_ray.data.plan import BudgetError, Cutting, group_of
 from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.stream import plans
 from mlc_ray.losses.objective import Objective
 from mlc_ray.progress import counted
 from mlc_ray.train.collectives import largest
@@ -61,7 +63,7 @@ def check_kinds(config: TrainConfig, tokens: TokenArtifact) -> None:
     Raises:
         ConfigError: There are not.
     """
-    kinds = sorted(tokens.distinct_kinds)
+    kinds = sorted(tokens.counts.kinds)
     needing = [name for name, term in Objective(config).terms.items() if term.needs_kinds]
     if needing and len(kinds) < 2:
         raise ConfigError(
@@ -85,12 +87,12 @@ def cutting_of(
         tokens_per_forward,
         world_size,
         head=tokens.head,
-        rejected=objective.needs_rejected,
+        rejected=objective.alignment.needs_rejected,
         taps=lambda step: objective.taps(step, steps),
         ever_taps=objective.ever_taps,
         group_bundles=config.train.group_bundles if objective.needs_group else None,
-        pairing=objective.pairing,
-        whole=objective.pooling is not None,
+        pairing=objective.alignment.pairing,
+        whole=objective.alignment.pooling is not None,
         scope=lambda step: objective.scope(step, steps),
         widest=objective.widest_scope,
         branches=branches,
@@ -113,11 +115,11 @@ def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine, 
     free = torch.cuda.mem_get_info(engine.device)[0]
     free += torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
     objective = Objective(config)
-    asked: dict[str, Any] = {"rejected": objective.needs_rejected, "pairing": objective.pairing}
+    asked: dict[str, Any] = {"rejected": objective.alignment.needs_rejected, "pairing": objective.alignment.pairing}
     if branches is not None:  # behind a prompt's last token, too
         asked |= {"scope": objective.widest_scope, "openings": branches.tokens + 1}
-    forwarded = int(tokens.own_tokens(head=0, taps=True, whole=True, **asked).sum(dtype=np.int64))
-    share = 1 - sum(tokens.counts.prompt_tokens.values()) / max(1, forwarded)
+    forwarded = tokens.counted(lambda lengths: lengths.own_tokens(head=0, taps=True, whole=True, **asked))
+    share = 1 - sum(tokens.counts.prompt_tokens.values()) / max(1, int(forwarded.sum(dtype=np.int64)))
     costs = Costs.of(engine.module.language_model, config.model)
     own = tokens_in(free - engine.memory_to_come(), costs, response_share=share)
     return max(1, -int(largest([-own], engine.device)[0]))
@@ -160,9 +162,9 @@ class Outlook:
 
 def look_ahead(tokens: TokenArtifact, order: Order, cutting: Cutting, total_steps: int) -> Outlook:
     """What the steps of a run are like, from lengths alone."""
-    own = cutting.own_tokens(tokens, taps=cutting.ever_taps, scope=cutting.widest)
+    own = tokens.counted(partial(cutting.own_tokens, taps=cutting.ever_taps, scope=cutting.widest))
     looked_at = min(LOOKED_AT, total_steps)
-    looked = [cutting.plan(s, rows, tokens.lengths(rows)) for s in range(looked_at) for rows in [order.batch(s)]]
+    looked = list(plans(tokens, order, cutting, range(looked_at)))
     return Outlook(
         steps=looked_at,
         forwards=sum(len(plan.forwards) for plan in looked),
@@ -204,7 +206,7 @@ def check_groups(tokens: TokenArtifact, batches: Iterable[Sequence[int]], cuttin
     """
     if cutting.group_bundles is None:
         return
-    own = cutting.own_tokens(tokens, taps=True, scope=cutting.widest)
+    own = tokens.counted(partial(cutting.own_tokens, taps=True, scope=cutting.widest))
     capacity = cutting.tokens_per_forward - cutting.head
     most = 0
     for rows in batches:
@@ -230,7 +232,7 @@ def held_out_cutting(cutting: Cutting, held_out: TokenArtifact) -> Cutting:
     Where they are of both kinds, openings of responses are read at least in the response language.
     """
     scope = cutting.widest
-    if scope == "none" and cutting.branches is not None and len(held_out.distinct_kinds) > 1:
+    if scope == "none" and cutting.branches is not None and len(held_out.counts.kinds) > 1:
         scope = "response"
     taps, head = cutting.ever_taps, held_out.head
     return replace(cutting, head=head, taps=lambda _: taps, scope=lambda _: scope, widest=scope)

@@ -82,12 +82,13 @@ class ReferenceModel(nn.Module):
 
 def asked_of_reference(objective: Objective, layer: int) -> dict[str, Any]:
     """What an objective needs of the reference, as arguments of `ReferenceModel`: log-probs, states at `layer`, ..."""
-    log_probs = objective.needs_reference_log_probs
+    alignment = objective.alignment
     return {
-        "log_probs": log_probs,
+        "log_probs": alignment.needs_reference,
         "layer": layer if objective.needs_reference_state else None,
-        "pairing": objective.reference_pairing if log_probs else "response",  # one answer is read for a state, too
-        "pooling": objective.pooling,
+        # One answer is read for a state, too.
+        "pairing": alignment.reference_pairing if alignment.needs_reference else "response",
+        "pooling": alignment.pooling,
     }
 
 

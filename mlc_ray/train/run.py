@@ -12,6 +12,7 @@ from ray.train import UserCallback
 
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import SourceSection, TrainConfig, parse_config
+from mlc_ray.data.plan import Cutting
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.sources import pinned
 from mlc_ray.data.store import TokenArtifact
@@ -273,12 +274,9 @@ def _check_groups(config: TrainConfig, tokens: TokenArtifact, held_out: TokenArt
     Raises:
         BudgetError: It does.
     """
-    budget = tokens_per_forward(config, gpu=gpu)
-    if budget is None:
+    artifacts = [tokens, *([held_out] if held_out is not None else [])]
+    if (cutting := _cutting_known(config, artifacts, gpu=gpu)) is None:
         return
-    branches = branches_of(config, None, [tokens, *([held_out] if held_out is not None else [])])
-    workers = config.cluster.most_workers
-    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=workers, branches=branches)
     check_groups(tokens, tapping(order_of(config, tokens), cutting, steps_of(config, tokens)), cutting)
     if held_out is not None:
         batches = batches_of(held_out, seed=config.seed, at_once=config.train.batch_bundles)
@@ -314,11 +312,17 @@ def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:
 
 def _announce(config: TrainConfig, tokens: TokenArtifact, steps: int, *, gpu: bool) -> None:
     """Say how the batches are cut, where that is known before workers look at their memory."""
+    if (cutting := _cutting_known(config, [tokens], gpu=gpu)) is not None:
+        outlook = look_ahead(tokens, order_of(config, tokens), cutting, steps)
+        logger.info("%s", "\n  ".join(said_of(outlook, cutting, config.train.batch_bundles)))
+
+
+def _cutting_known(config: TrainConfig, artifacts: Sequence[TokenArtifact], *, gpu: bool) -> Cutting | None:
+    """By what the batches of the first of `artifacts` are cut, with openings for the languages of all; None where the
+    workers must look at their memory first."""
     budget = tokens_per_forward(config, gpu=gpu)
     if budget is None:
-        return
-    branches = branches_of(config, None, [tokens])
+        return None
+    branches = branches_of(config, None, artifacts)
     workers = config.cluster.most_workers
-    cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=workers, branches=branches)
-    outlook = look_ahead(tokens, order_of(config, tokens), cutting, steps)
-    logger.info("%s", "\n  ".join(said_of(outlook, cutting, config.train.batch_bundles)))
+    return cutting_of(config, artifacts[0], tokens_per_forward=budget, world_size=workers, branches=branches)

@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import TrainConfig, parse_config
-from mlc_ray.data.plan import Cutting, StepPlan
+from mlc_ray.data.plan import Cutting
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tokens import load_tokenizer
@@ -115,9 +115,9 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
     branches = branches_of(config, tokenizer, [tokens, *([held_out] if held_out is not None else [])])
     cutting = cutting_of_worker(config, tokens, engine, spec.total_steps, branches)
     planned = plans(tokens, order_of(config, tokens), cutting, range(progress.step, spec.total_steps))
-    batches = watchdog.over(
-        _stream(tokens, planned, table, engine, cutting), "waiting for its batches", "in a step, with all workers"
-    )
+    pin = device.type == "cuda"
+    batches = stream_steps(tokens, planned, cutting, table, rank=rank, pin=pin)
+    batches = watchdog.over(batches, "waiting for its batches", "in a step, with all workers")
     steps = _checked(batches, engine)
     watchdog.beat("opening the trackers")
     is_past_divergence = False
@@ -159,7 +159,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
                 reference=_asked(online, table),
                 progress=progress,
                 total_steps=spec.total_steps,
-                kinds=tokens.distinct_kinds,
+                kinds=tokens.counts.kinds,
                 validate=_validation(config, spec.held_out, held_out, engine, online, cutting, progress, watchdog),
                 noticed=_notices(spec),
                 log=log,
@@ -305,7 +305,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
         layer=layer,
         extractor_dim=config.mlc.extractor_dim,
         seed=config.seed,
-        pooling=objective.pooling,
+        pooling=objective.alignment.pooling,
     )
     module.to(dtype=getattr(torch, config.model.dtype))
     engine = chosen(module, config, device)
@@ -326,28 +326,6 @@ def frozen_reference(config: TrainConfig, asked: dict[str, Any], device: torch.d
     return chosen.frozen(frozen, config, device)
 
 
-def _stream(
-    tokens: TokenArtifact,
-    planned: Iterator[StepPlan],
-    table: ReferenceTable | None,
-    engine: Engine,
-    cutting: Cutting,
-) -> Iterator[list[Batch]]:
-    """This worker's micro-batches of each planned step."""
-    return stream_steps(
-        tokens,
-        planned,
-        rank=engine.rank,
-        languages=tokens.languages,
-        needs_rejected=cutting.rejected,
-        pairing=cutting.pairing,
-        whole=cutting.whole,
-        branches=cutting.branches,
-        reference=table,
-        pin=engine.device.type == "cuda",
-    )
-
-
 def _validation(
     config: TrainConfig,
     found: HeldOut | None,
@@ -365,18 +343,14 @@ def _validation(
     own = held_out_cutting(cutting, tokens)
     rows = batches_of(tokens, seed=config.seed, at_once=config.train.batch_bundles)
     check_groups(tokens, rows, own)
-    return Validation(
-        Objective(config),
-        engine,
-        lambda: watchdog.over(
-            _stream(tokens, plans_of(tokens, rows, own), table, engine, own),
-            "waiting for held-out batches",
-            "measuring held-out bundles, with all workers",
-        ),
-        _asked(online, table),
-        sorted(tokens.distinct_kinds),
-        progress,
-    )
+    pin = engine.device.type == "cuda"
+
+    def batches() -> Iterator[list[Batch]]:
+        streamed = stream_steps(tokens, plans_of(tokens, rows, own), own, table, rank=engine.rank, pin=pin)
+        return watchdog.over(streamed, "waiting for held-out batches", "measuring held-out bundles, with all workers")
+
+    kinds = sorted(tokens.counts.kinds)
+    return Validation(Objective(config), engine, batches, _asked(online, table), kinds, progress)
 
 
 def _asked(online: Reference | None, table: ReferenceTable | None) -> Reference | None:

@@ -124,10 +124,8 @@ def drafts_of(bundles: pa.Table) -> list[Draft]:
 def remade(bundle: Bundle, **changes: Any) -> Bundle:
     """A bundle with other content, and the id of that."""
     new = replace(bundle, **changes)
-    prompts = dict(sorted(new.prompts.items()))
-    answers = dict(sorted(new.answers.items()))
-    name = bundle_id_of(new.kind, prompts, new.chosen, new.rejected, new.response_language, answers)
-    return replace(new, bundle_id=name, prompts=prompts, answers=answers)
+    new = replace(new, prompts=dict(sorted(new.prompts.items())), answers=dict(sorted(new.answers.items())))
+    return replace(new, bundle_id=bundle_id_of(new))
 
 
 def record(bundle: Bundle, pair: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import pytest
 from mlc_ray.cli.commands import parse_benchmark
 from mlc_ray.config import ConfigError, SourceSection
 from mlc_ray.data.bundles import BundleFileError, RejectedRow
-from mlc_ray.data.rejects import Sorting
+from mlc_ray.data.rejects import PartRead
 from mlc_ray.data.sources import Reading, SourceFile, parse, read_file, resolve_source
 from mlc_ray.types import Bundle
 
@@ -284,14 +284,14 @@ def test_a_rejected_row_takes_no_bundle_of_the_same_line_in_another_file_with_it
     first, *others = records(file)
     lines(file, {**first, "Index": None}, *others)
     (source,) = resolve_source(SourceSection(path=str(tmp_path / "rtp")))
-    table, sorting = pa.concat_tables(parse(Reading(source), None)), Sorting()
-    kept, read = sorting.bundles(table), sorting.result()
-    (rejected,) = [json.loads(line) for line in read.rejects.splitlines()]
+    table, read = pa.concat_tables(parse(Reading(source), None)), PartRead()
+    kept = read.bundles(table)
+    (rejected,) = map(json.loads, read.rejects)
     assert (Path(rejected["file"]).name, rejected["line"]) == ("RTP_LX_PT-BR.json", 1)
     assert len(kept) == len(table) - 1
     places = [(Path(row["file"]).name, row["line"]) for row in kept.to_pylist()]
     assert ("RTP_LX_EN.json", 1) in places
-    assert [(Path(read.files[of]).name, line) for of, line in zip(read.file_of, read.lines, strict=True)] == places
+    assert [(Path(read.files[of]).name, line) for of, line in zip(*read.file_of, *read.lines, strict=True)] == places
 
 
 def test_no_file_of_a_joined_folder_may_be_empty_or_of_another_format(tmp_path):

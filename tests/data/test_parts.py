@@ -13,7 +13,7 @@ from mlc_ray.config import SourceSection
 from mlc_ray.data import contents, sources
 from mlc_ray.data.bundles import BundleFileError, RejectedRow, make_bundle
 from mlc_ray.data.contents import contents_of
-from mlc_ray.data.rejects import InvalidBundlesError, KeyCollisionError, Ledger, Sorting, count
+from mlc_ray.data.rejects import InvalidBundlesError, KeyCollisionError, Ledger, PartRead, count
 from mlc_ray.data.sources import read_file, readings_of, resolve_source
 from mlc_ray.data.tables import BUNDLES, keys_of
 from mlc_ray.storage import Place
@@ -167,7 +167,7 @@ def test_a_folder_is_known_by_the_names_and_contents_of_its_files(tmp_path):
 def told(rows):
     """What a task says of rows: the name of a bundle, or None for a rejected row."""
     columns = {"file": "f", "text": None, **dict.fromkeys(BUNDLES.names)}
-    sorting = Sorting()
+    read = PartRead()
     parsed = [
         {
             **columns,
@@ -178,8 +178,8 @@ def told(rows):
         }
         for line, name in enumerate(rows, start=1)
     ]
-    sorting.bundles(pa.Table.from_pylist(parsed, schema=sources.PARSED))
-    return sorting.result()
+    read.bundles(pa.Table.from_pylist(parsed, schema=sources.PARSED))
+    return read
 
 
 def ledger_of(tmp_path, *parts):
@@ -190,7 +190,9 @@ def ledger_of(tmp_path, *parts):
     names = [name for part in parts for name in part if name]
 
     def close(on_invalid, ids=lambda rows: [names[row] for row in rows]):
-        return ledger.close(ids, on_invalid, [each.rejects for each in said], tmp_path / "rejects.jsonl")
+        return ledger.close(
+            ids, on_invalid, [line for each in said for line in each.rejects], tmp_path / "rejects.jsonl"
+        )
 
     return ledger, close
 

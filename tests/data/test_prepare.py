@@ -155,7 +155,7 @@ def test_token_rows_on_disk_are_what_tokenising_gives(prepared):
     assert artifact.rows([7, 2, 7]) == [expected[7], expected[2], expected[7]]
     assert artifact.keys.tolist() == keys_of(row.bundle_id for row in expected).tolist()
     assert [KINDS[kind] for kind in artifact.kinds] == [row.kind for row in expected]
-    assert artifact.distinct_kinds == {"benign"}
+    assert artifact.counts.kinds.keys() == {"benign"}
     assert artifact.languages == ["de", "en", "fr"]
     counts = artifact.counts
     assert counts.rows == len(artifact) == COUNT
@@ -263,9 +263,9 @@ def test_nothing_is_tokenised_once_a_row_was_rejected_where_that_is_fatal(smollm
         data = DataSection(train=[SourceSection(path=path) for path in files], on_invalid=on_invalid)
         stage = Tokenize(data, ModelSection(path=str(smollm2)), PLAIN_CHAT, folder, work)
         for number, path in enumerate(files):
-            reading = np.array([sources.Reading(sources.SourceFile(path))])
-            ((read, shard, seen),) = stage({"number": np.array([number]), "reading": reading})["result"]
-            yield shard.counts.rows, len(read.keys), read.reasons.total(), seen.records
+            said = stage({"number": number, "reading": sources.Reading(sources.SourceFile(path))})
+            bundles = sum(map(len, said["read"].keys))
+            yield said["made"].counts.rows, bundles, said["read"].reasons.total(), said["seen"].records
 
     assert list(shards("skip")) == [(1, 1, 0, 1), (1, 1, 1, 2), (1, 1, 0, 1)]
     assert list(folder.sizes()) == [shard_file(n) for n in range(3)]  # nothing else that two runs would both write

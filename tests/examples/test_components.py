@@ -19,7 +19,7 @@ TERMS = {"sign": {"name": "examples.my_term:SameSign", "weight": 0.5}}
 def test_a_loss_of_ones_own_is_what_it_says():
     objective = Objective(ObjectiveConfig(objective=LOSS))
     assert isinstance(objective.alignment, Hinge)
-    assert objective.needs_reference and objective.needs_rejected
+    assert objective.needs_reference and objective.alignment.needs_rejected
     chosen, rejected = (
         ResponseLogProbs(torch.tensor(totals, requires_grad=True), torch.tensor([3, 4]))
         for totals in ([-5.0, -9.0], [-6.0, -20.0])

@@ -178,7 +178,7 @@ def test_an_sft_part_beside_a_preference_loss(pair):
 
 def test_what_an_objective_needs():
     needs = {
-        name: (o.needs_reference, o.needs_rejected)
+        name: (o.needs_reference, o.alignment.needs_rejected)
         for name in ["sft", "dpo", "ipo", "simpo", "orpo"]
         if (o := objective(name))
     }

@@ -147,7 +147,7 @@ def objective(loss, **settings):
     ],
 )
 def test_sdrrl_reads_no_more_answers_than_its_shares_ask_for(shares, pairing):
-    assert objective("sdrrl", **shares).pairing == pairing
+    assert objective("sdrrl", **shares).alignment.pairing == pairing
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_cached_reference_of_answers_to_several_prompts_is_refused():
     loss = {"loss": "tests.losses.test_every_language:Crossed"}
     with pytest.raises(ValueError, match=r"Crossed' asks the reference about .*; set reference: online"):
         tiny_config(objective=loss)
-    assert Objective(tiny_config(objective=loss, reference="online")).reference_pairing == "crossed"
+    assert Objective(tiny_config(objective=loss, reference="online")).alignment.reference_pairing == "crossed"
 
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo", "sft"])
@@ -216,7 +216,7 @@ def test_the_upper_bound_is_the_mean_of_the_loss_over_a_bundle_s_languages(loss,
         return bound.total_loss(weight=torch.ones(count, dtype=torch.float64), rows=rows, **given)
 
     bound = objective(loss, answers="all")
-    assert bound.pairing == "own" and objective(loss).pairing == "response"
+    assert bound.alignment.pairing == "own" and objective(loss).alignment.pairing == "response"
     whole = of(bound, ROWS, list(range(6))).metrics
     alone = of(objective(loss), None, list(range(6))).metrics
     for name, values in whole.items():

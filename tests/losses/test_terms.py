@@ -263,7 +263,7 @@ def test_anchor_halves_add_up_to_one_batch():
 
 def test_facts_of_the_objective():
     facts = {
-        (loss, kind): (o.needs_reference, o.needs_reference_log_probs, o.needs_reference_state, o.needs_group)
+        (loss, kind): (o.needs_reference, o.alignment.needs_reference, o.needs_reference_state, o.needs_group)
         for loss in ("dpo", "sft")
         for kind in ("contrast", "anchor", "variance")
         for o in [objective(loss, **{kind: {}})]

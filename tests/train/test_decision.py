@@ -178,9 +178,7 @@ def measured(rank, terms):
 
         def batches():
             plans = plans_of(tokens, batches_of(tokens, seed=1, at_once=4), cutting)
-            return stream_steps(
-                tokens, plans, rank=rank, languages=LANGUAGES, needs_rejected=False, reference=None, branches=BRANCHES
-            )
+            return stream_steps(tokens, plans, cutting, None, rank=rank)
 
         return Validation(Objective(config), engine, batches, None, ["benign", "harmful"], Progress())()
 

@@ -1,12 +1,14 @@
 """Answers in every language: what one forward of the tree says of them, and steps that no cut and no worker changes."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from mlc_ray.data.batches import BatchError, collate
+from mlc_ray.data.plan import Lengths
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.objective import Objective
@@ -108,12 +110,11 @@ def test_a_forward_has_as_many_tokens_as_it_is_planned_with(pairing, whole, tmp_
     write_rows(tmp_path, [rows_to_table(ROWS)], fingerprint="x", rejected={})
     tokens = TokenArtifact.open(tmp_path)
     for tap in (True, False):
-        own = tokens.own_tokens(head=tokens.head, taps=tap, rejected=True, pairing=pairing, whole=whole)
+        asked = {"head": tokens.head, "taps": tap, "rejected": True, "pairing": pairing, "whole": whole}
+        own = tokens.counted(partial(Lengths.own_tokens, **asked))
         batch = made(tokens.table(range(len(ROWS))), pairing=pairing, whole=whole, tap=tap)
         assert batch.tree.tokens == tokens.head + int(own.sum())
-        assert own.tolist() == tokens.lengths(range(len(ROWS))).own_tokens(
-            head=tokens.head, taps=tap, rejected=True, pairing=pairing, whole=whole
-        ).tolist()  # fmt: skip
+        assert own.tolist() == tokens.lengths(range(len(ROWS))).own_tokens(**asked).tolist()
 
 
 @pytest.mark.parametrize("pooling", ["mean_all", "mean_masked", "last"])
@@ -149,7 +150,7 @@ def reference_rows(config):
     with torch.no_grad():
         for row in ROWS:
             prompt = row.prompts[row.response_prompt]
-            if objective.reference_pairing == "response":
+            if objective.alignment.reference_pairing == "response":
                 totals = [log_prob(model, prompt, getattr(row, name)) for name in ("chosen", "rejected")]
             else:
                 totals = np.full((2, len(LANGUAGES)), np.nan)
@@ -158,7 +159,7 @@ def reference_rows(config):
                     for index, name in enumerate(("chosen", "rejected")):
                         totals[index, LANGUAGES.index(code)] = log_prob(model, own, answer_in(row, code, name))
             pooled = None
-            if objective.pooling is not None:
+            if objective.alignment.pooling is not None:
                 ids = [torch.tensor([prompt + getattr(row, name)]) for name in ("chosen", "rejected")]
                 states = [model(each, output_hidden_states=True).hidden_states[-1][0].mean(dim=0) for each in ids]
                 pooled = torch.stack(states).numpy()
@@ -268,14 +269,18 @@ def test_what_a_reference_pass_stores_is_what_batches_bring_along(name, tmp_path
     stored = StoredReference([tmp_path / shard], len(ROWS)).take(picked)
     batch = collate(
         tokens.table(picked), languages=LANGUAGES, weights=[1.0] * 3, needs_rejected=True, reference=stored, tap=False,
-        pairing=objective.pairing, whole=objective.pooling is not None,
+        pairing=objective.alignment.pairing, whole=objective.alignment.pooling is not None,
     )  # fmt: skip
     for name_of, found in (("chosen", batch.reference_chosen), ("rejected", batch.reference_rejected)):
         rows = [getattr(expected[ROWS[row].bundle_id], name_of) for row in picked]
         pairs = zip(batch.rows.bundle.tolist(), batch.rows.answer.tolist(), strict=True)
-        wanted = rows if objective.reference_pairing == "response" else [rows[bundle][code] for bundle, code in pairs]
+        wanted = (
+            rows
+            if objective.alignment.reference_pairing == "response"
+            else [rows[bundle][code] for bundle, code in pairs]
+        )
         assert found.tolist() == pytest.approx(wanted, abs=1e-4)
-    if objective.pooling is None:
+    if objective.alignment.pooling is None:
         assert batch.reference_pooled is None
     else:
         wanted = np.stack([expected[ROWS[row].bundle_id].pooled for row in picked], axis=1)

@@ -153,7 +153,7 @@ def test_a_forward_has_at_most_the_tokens_that_it_is_planned_with(scope, tap, pa
     write_rows(tmp_path, [rows_to_table(ROWS)], fingerprint="x", rejected={})
     tokens = TokenArtifact.open(tmp_path)
     for branches, exactly in ((BRANCHES, False), (Branches(dict.fromkeys(LANGUAGES, ENGLISH)), True)):
-        own = tokens.own_tokens(
+        own = tokens.lengths(range(len(tokens))).own_tokens(
             head=tokens.head, taps=tap, rejected=True, pairing=pairing, scope=scope, openings=branches.tokens
         )
         batch = made(tokens.table(range(len(ROWS))), scope=scope, tap=tap, pairing=pairing, branches=branches)

@@ -65,7 +65,7 @@ def test_the_start_says_how_many_forwards_have_nothing_that_counts(tokens):
 
 
 def test_the_start_says_how_many_bundles_are_larger_than_a_forward(tokens):
-    lengths = tokens.lengths().own_tokens(head=3, taps=True, rejected=True)
+    lengths = tokens.lengths(range(len(tokens))).own_tokens(head=3, taps=True, rejected=True)
     budget = 3 + sorted(lengths.tolist())[-3]
     outlook, cutting = looked_at(tokens, budget)
     assert 1 <= outlook.oversized <= 2 and outlook.oversized == int((lengths + 3 > budget).sum())

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from examples.my_storage import VaultStorage  # noqa: F401 - registers vault://
 from mlc_ray.data.batches import BatchError
+from mlc_ray.data.plan import Lengths
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.storage import IncompleteArtifactError, Place, read_manifest, verify_checksums
@@ -179,7 +181,7 @@ def test_no_bundles_are_a_complete_folder_without_shards(place, tmp_path):
 
 def test_forwards_on_a_gpu_are_alike_in_tokens(place):
     tokens = TokenArtifact.open(place / "tokens")
-    own = tokens.own_tokens(head=tokens.head, taps=False, rejected=True)
+    own = tokens.counted(partial(Lengths.own_tokens, head=tokens.head, taps=False, rejected=True))
     model, forwards = Counted(place), []
 
     def reference(batch):

@@ -29,7 +29,6 @@ from mlc_ray.train.validation import (
     plans_of,
 )
 from tests.train.tiny import (
-    LANGUAGES,
     ReferenceRow,
     aligned,
     make_engine,
@@ -92,10 +91,8 @@ def trained_with(rank, engine, validated, table):
         rows = batches_of(tokens, seed=config.seed, at_once=4)
 
         def batches():
-            return stream_steps(
-                tokens, plans_of(tokens, rows, cutting), rank=rank, languages=LANGUAGES, needs_rejected=True,
-                reference=aligned(table, HELD_OUT),
-            )  # fmt: skip
+            planned = plans_of(tokens, rows, cutting)
+            return stream_steps(tokens, planned, cutting, aligned(table, HELD_OUT), rank=rank)
 
         measured = Validation(Objective(config), made, batches, cached_reference, ["benign", "harmful"], progress)
         _, history = run_engine(
@@ -225,10 +222,7 @@ def measured_in(rank, case):
             check_groups(tokens, rows, own)
 
             def batches(tokens=tokens, rows=rows, own=own):
-                return stream_steps(
-                    tokens, plans_of(tokens, rows, own), rank=rank, languages=LANGUAGES, needs_rejected=own.rejected,
-                    reference=None,
-                )  # fmt: skip
+                return stream_steps(tokens, plans_of(tokens, rows, own), own, None, rank=rank)
 
             reference = online_reference(config, made) if config.needs_reference else None
             kinds = ["benign", "harmful"]
@@ -287,7 +281,7 @@ def test_a_measure_that_is_not_finite_before_training_is_no_point_of_comparison(
 
     def batches():
         plans = plans_of(tokens, batches_of(tokens, seed=1, at_once=8), cutting)
-        return stream_steps(tokens, plans, rank=0, languages=LANGUAGES, needs_rejected=True, reference=None)
+        return stream_steps(tokens, plans, cutting, None, rank=0)
 
     metrics = Validation(Objective(config), engine, batches, None, ["benign", "harmful"], progress)()
     assert progress.before == {} and math.isnan(metrics["validation/log_prob/chosen"])

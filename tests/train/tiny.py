@@ -144,7 +144,7 @@ def wrapped(config, seed=0):
         layer=layer,
         extractor_dim=config.mlc.extractor_dim,
         seed=config.seed,
-        pooling=Objective(config).pooling,
+        pooling=Objective(config).alignment.pooling,
     )
     return module.to(getattr(torch, config.model.dtype))
 
@@ -164,13 +164,9 @@ def steps_of(config, rows, rank, world_size, table=None, start_step=0, branches=
         yield from stream_steps(
             tokens,
             plans(tokens, order, cutting, range(start_step, steps)),
+            cutting,
+            aligned(table, rows),
             rank=rank,
-            languages=LANGUAGES,
-            needs_rejected=cutting.rejected,
-            pairing=cutting.pairing,
-            whole=cutting.whole,
-            branches=cutting.branches,
-            reference=aligned(table, rows),
         )
 
 

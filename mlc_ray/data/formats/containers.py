@@ -11,6 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, Literal, cast
@@ -24,19 +25,17 @@ SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 _DELIMITERS = (",", ";", "\t")
 
 
+@dataclass(eq=False)
 class Opened:
     """A file's records, which can be gone through once, and the names of its columns (None for JSON).
 
     Of a file there must be some, of a part of it there need not.
     """
 
-    def __init__(
-        self, path: str, columns: list[str] | None, records: Iterator[Record], *, may_be_empty: bool = False
-    ) -> None:
-        self.path = path
-        self.columns = columns
-        self._records = records
-        self._may_be_empty = may_be_empty
+    path: str
+    columns: list[str] | None
+    records: Iterator[Record]
+    may_be_empty: bool = False
 
     def keys(self) -> frozenset[str]:
         """The columns, or the keys of the first record that can be read; it is not lost.
@@ -47,10 +46,10 @@ class Opened:
         if self.columns is not None:
             return frozenset(self.columns)
         peeked: list[Record] = []
-        for record in self._records:
+        for record in self.records:
             peeked.append(record)
             if record.fields is not None:
-                self._records = chain(peeked, self._records)
+                self.records = chain(peeked, self.records)
                 return frozenset(record.fields)
         if not peeked:
             raise BundleFileError(f"{self.path}: no rows in it")
@@ -58,26 +57,28 @@ class Opened:
 
     def __iter__(self) -> Iterator[Record]:
         empty = True
-        for record in self._records:
+        for record in self.records:
             empty = False
             yield record
-        if empty and not self._may_be_empty:
+        if empty and not self.may_be_empty:
             raise BundleFileError(f"{self.path}: no rows in it")
 
 
-def open_records(path: str, *, container: Literal["csv"] | None = None) -> Opened:
-    """The records of a file, folder or hub dataset; a file without a known suffix is read as `container`.
+def open_records(path: str, part: Part | None = None, *, container: Literal["csv"] | None = None) -> Opened:
+    """The records of a file, folder or hub dataset, or of one of its `parts_of`.
+
+    A file without a known suffix is read as `container`.
 
     Raises:
         BundleFileError: at once or while iterating, when the file cannot be read as what its suffix says.
     """
-    suffix = suffix_of(path)
+    suffix, may_be_empty = suffix_of(path), part is not None
     if _is_dataset(path):
-        return Opened(path, *open_dataset(path))
+        return Opened(path, *open_dataset(path, part), may_be_empty=may_be_empty)
     if suffix == ".parquet":
-        return Opened(path, *open_parquet(path))
+        return Opened(path, *open_parquet(path, part), may_be_empty=may_be_empty)
     if suffix in (".jsonl", ".json"):
-        return Opened(path, None, _json_records(path))
+        return Opened(path, None, _json_records(path, part), may_be_empty=may_be_empty)
     if suffix in (".csv", ".tsv") or container == "csv":
         return Opened(path, *_open_csv(path))
     raise BundleFileError(f"{path}: the suffix {suffix!r} is not one of {', '.join(SUFFIXES)}")
@@ -103,20 +104,6 @@ def parts_of(path: str, line_breaks: list[int], block_bytes: int, blocks: int) -
     return [Part((n - blocks) * block_bytes, n * block_bytes, 1 + sum(line_breaks[: n - blocks])) for n in ends]
 
 
-def open_part(path: str, part: Part) -> Opened:
-    """The records of one of `parts_of` a file.
-
-    Raises:
-        BundleFileError: as `open_records`.
-    """
-    if _is_dataset(path):
-        return Opened(path, *open_dataset(path, part), may_be_empty=True)
-    if suffix_of(path) == ".parquet":
-        return Opened(path, *open_parquet(path, part), may_be_empty=True)
-    records = (_json_record(line, text.strip("\r\n")) for line, text in _lines(path, part) if text.strip())
-    return Opened(path, None, records, may_be_empty=True)
-
-
 def suffix_of(path: str) -> str:
     """The ending of a file's name, by its path or URL: `.jsonl`."""
     return PurePath(path).suffix
@@ -137,17 +124,17 @@ def _is_array(path: str) -> bool:
     return start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
-def _json_records(path: str) -> Iterator[Record]:
-    lines = _lines(path)
-    first = next((numbered for numbered in lines if numbered[1].strip()), None)
-    if first is None:
-        return
-    if first[1].lstrip().startswith("["):
-        yield from _array_records(path, first[0], first[1] + "".join(text for _, text in lines))
-        return
-    for line, text in chain([first], lines):
-        if text.strip():
-            yield _json_record(line, text.strip("\r\n"))
+def _json_records(path: str, part: Part | None) -> Iterator[Record]:
+    lines = _lines(path, part)
+    is_first = part is None  # only a whole file can be an array
+    for line, text in lines:
+        if not text.strip():
+            continue
+        if is_first and text.lstrip().startswith("["):
+            yield from _array_records(path, line, text + "".join(text for _, text in lines))
+            return
+        is_first = False
+        yield _json_record(line, text.strip("\r\n"))
 
 
 def _json_record(line: int, text: str) -> Record:
@@ -157,6 +144,10 @@ def _json_record(line: int, text: str) -> Record:
         return Record(line, text, None, f"not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except (_RepeatedKeyError, RecursionError) as error:
         return Record(line, text, None, f"not valid JSON: {error}")
+    return _object_record(line, text, value)
+
+
+def _object_record(line: int, text: str, value: Any) -> Record:
     if not isinstance(value, dict):
         return Record(line, text, None, f"a record is a JSON object, not {type(value).__name__}")
     return Record(line, text, value)
@@ -183,10 +174,7 @@ def _array_records(path: str, line: int, text: str) -> Iterator[Record]:
         except (json.JSONDecodeError, _RepeatedKeyError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise BundleFileError(f"{path}:{line}: not valid JSON: {reason}") from None
-        shown = text[position:end]
-        fits = isinstance(value, dict)
-        reason = "" if fits else f"a record is a JSON object, not {type(value).__name__}"
-        yield Record(line, shown, value if fits else None, reason)
+        yield _object_record(line, text[position:end], value)
         position = skip_blanks(end)
         if text[position : position + 1] == ",":
             position += 1

@@ -331,28 +331,22 @@ _DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
 
 
 def _zero(settings: DeepSpeed.Settings) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": settings.stage}
-    zero["overlap_comm"] = settings.stage >= 2 if settings.overlap_comm is None else settings.overlap_comm
-    if settings.bucket_size is not None:
-        zero["reduce_bucket_size"] = settings.bucket_size
-    if settings.prefetch_size is not None:
-        zero["stage3_prefetch_bucket_size"] = settings.prefetch_size
-    if settings.secondary_partition > 1:
-        zero["zero_hpz_partition_size"] = settings.secondary_partition
-    if settings.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if settings.offload_parameters:
-        zero["offload_param"] = {"device": "cpu"}
-    if settings.stage == 3:
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-    if settings.persistence_threshold is not None:
+    keeps_none = settings.persistence_threshold is not None
+    zero = {
+        "stage": settings.stage,
+        "overlap_comm": settings.stage >= 2 if settings.overlap_comm is None else settings.overlap_comm,
+        "reduce_bucket_size": settings.bucket_size,
+        "stage3_prefetch_bucket_size": settings.prefetch_size,
+        "zero_hpz_partition_size": settings.secondary_partition if settings.secondary_partition > 1 else None,
+        "offload_optimizer": {"device": "cpu"} if settings.offload_optimizer else None,
+        "offload_param": {"device": "cpu"} if settings.offload_parameters else None,
+        "stage3_gather_16bit_weights_on_model_save": True if settings.stage == 3 else None,
+        "stage3_param_persistence_threshold": settings.persistence_threshold,
         # Keeping no gathered parameter around either is what makes a small model really sharded.
-        zero |= {
-            "stage3_param_persistence_threshold": settings.persistence_threshold,
-            "stage3_max_reuse_distance": 0,
-            "stage3_max_live_parameters": 0,
-        }
-    return zero
+        "stage3_max_reuse_distance": 0 if keeps_none else None,
+        "stage3_max_live_parameters": 0 if keeps_none else None,
+    }
+    return {name: value for name, value in zero.items() if value is not None}
 
 
 def _merged(ours: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict[str, Any]:
