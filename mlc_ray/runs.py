@@ -1,10 +1,12 @@
-"""Folders of runs, scores and searches: the names of their files, and how they are read; defined here alone.
+"""Folders of runs, scores, searches and studies: the names of their files, and how they are read; defined here alone.
 
     RUN/       config.yaml first, run.json, metrics.jsonl, train/checkpoint_NNNNNN/, scores/NAME/ (a score each);
                diverged.json where a step failed every time, mlflow.json where MLflow is asked for
     SCORE/     request.json first, responses.parquet, scores.json last, perhaps utility.json
     SEARCH/    base.yaml and config.json first, search.json, trials/ID/ (a run each), baseline/ and confirmation/
                (scores of the model before training), trials.json, at the end best.yaml and best/
+    STUDY/     study.json first, cells/MODEL-METHOD-SEED/ (a run each, its model in model/, its score in scores/study/),
+               untouched/MODEL/ (scores of the models before training), results.json, study.md, study.tex
     PROBE/     probe.json
 
 Training and scoring meet only through these folders, and so what describes them lies beneath both. Paths of settings
@@ -63,11 +65,15 @@ VALUES_FILE, MODEL_FOLDER, FINISHED_FILE, STOPPED_FILE = "values.json", "model",
 that ran to its end or was cut short."""
 CONFIRMATION = "confirmation"
 """The name of a trial's score, and of the baseline's, on the prompts that chose no trial."""
+STUDY_FILE, STUDY_RESULTS_FILE, CELLS_FOLDER, STUDY_SCORE, UNTOUCHED_FOLDER = (
+    "study.json", "results.json", "cells", "study", "untouched",
+)  # fmt: skip
+"""Of a study; `study` is the name of a cell's score. `results.json` is there from the first cell on."""
 PROBE_FILE = "probe.json"
 PROVENANCE_FILE = "mlc_ray.json"
 """Of an exported model: where it comes from."""
 
-FolderKind = Literal["run", "score", "search", "probe"]
+FolderKind = Literal["run", "score", "search", "study", "probe"]
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
 _WEIGHTS = re.compile(r"weights_(\d{6,})")
@@ -97,7 +103,7 @@ def kind_of(folder: Place) -> FolderKind | None:
 
 
 _FIRST_FILES: dict[FolderKind, str] = {
-    "search": BASE_FILE, "score": REQUEST_FILE, "run": CONFIG_FILE, "probe": PROBE_FILE,
+    "search": BASE_FILE, "study": STUDY_FILE, "score": REQUEST_FILE, "run": CONFIG_FILE, "probe": PROBE_FILE,
 }  # fmt: skip
 
 

@@ -38,8 +38,10 @@ from mlc_ray.config.score import (
     TranslateSection,
     UtilityConfig,
     UtilityEngineSection,
+    UtilitySection,
 )
 from mlc_ray.config.search import ConfirmSection, ObjectiveSettings, ParameterSection, ProbePriorSection, SearchConfig
+from mlc_ray.config.study import DECIDED, UNTOUCHED, StudyConfig, StudyModelSection
 from mlc_ray.config.train import (
     AnswerSettings,
     CheckpointSection,
@@ -61,9 +63,11 @@ from mlc_ray.config.train import (
 )
 
 __all__ = [
+    "DECIDED",
     "GREEDY",
     "PLAIN_CHAT",
     "TRANSLATION_MARKERS",
+    "UNTOUCHED",
     "AnswerSettings",
     "AskingSection",
     "CalibrationConfig",
@@ -99,6 +103,8 @@ __all__ = [
     "SearchConfig",
     "Section",
     "SourceSection",
+    "StudyConfig",
+    "StudyModelSection",
     "TapSection",
     "TermSettings",
     "TrainConfig",
@@ -106,6 +112,7 @@ __all__ = [
     "TranslateSection",
     "UtilityConfig",
     "UtilityEngineSection",
+    "UtilitySection",
     "apply_override",
     "config_schema",
     "load_config",

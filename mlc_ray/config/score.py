@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -337,18 +337,13 @@ class UtilityEngineSection(EngineSection):
     max_model_len: PositiveInt = Field(4096, description="Longest prompt plus answer, in tokens.")
 
 
-class UtilityConfig(Section):
-    """One run of lm-evaluation-harness: what the model still knows."""
+class UtilitySection(Section):
+    """What is asked of a model by lm-evaluation-harness, and what runs it."""
 
-    model: StoredPath = Field(
-        description="Folder of a run, a checkpoint or an exported model, its URL, or hub name `NAME[#REVISION]`."
-    )
     tasks: Annotated[list[str], Field(min_length=1)] = Field(
         description="Tasks or groups of lm-evaluation-harness, e.g. mmlu, mmmlu_sw_ke."
     )
     include_path: RealPath | None = Field(None, description="Folder with task files (YAML) of your own.")
-    scores: RealPath | None = Field(None, description="Score folder of the same model; utility.json goes into it.")
-    output_dir: RealPath = Field("runs/utility", description="Where a folder is made if `scores` is not given.")
     limit: PositiveInt | None = Field(None, description="At most this many questions per task; for a first look only.")
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Worked examples before each question (default: the task's own)."
@@ -359,7 +354,7 @@ class UtilityConfig(Section):
     engine: UtilityEngineSection = UtilityEngineSection()
 
     @model_validator(mode="after")
-    def _one_engine(self) -> UtilityConfig:
+    def _one_engine(self) -> Self:
         if pooled := [name for name in POOL_FIELDS if name in self.engine.model_fields_set]:
             given = ", ".join(f"engine.{name}={getattr(self.engine, name)!r}" for name in pooled)
             raise ValueError(f"{given}: not read by utility, which runs one engine and no pool of them; remove it")
@@ -371,3 +366,13 @@ class UtilityConfig(Section):
                 "remove it, or set backend=vllm"
             )
         return self
+
+
+class UtilityConfig(UtilitySection):
+    """One run of lm-evaluation-harness: what the model still knows."""
+
+    model: StoredPath = Field(
+        description="Folder of a run, a checkpoint or an exported model, its URL, or hub name `NAME[#REVISION]`."
+    )
+    scores: RealPath | None = Field(None, description="Score folder of the same model; utility.json goes into it.")
+    output_dir: RealPath = Field("runs/utility", description="Where a folder is made if `scores` is not given.")

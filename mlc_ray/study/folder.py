@@ -1,0 +1,113 @@
+"""A study's folder: its settings as they were resolved, and what may be added to them when it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mlc_ray.config import ConfigError, ScoringSection, StudyConfig, TrainConfig, parse_config
+from mlc_ray.config.base import by_dotted_name
+from mlc_ray.errors import MlcRayError
+from mlc_ray.runs import STUDY_FILE
+from mlc_ray.storage import Place
+from mlc_ray.study.cells import Cell, Commits
+
+
+class StudyError(MlcRayError):
+    """A study cannot start or go on; the message quotes the folder or the setting, and names the fix."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study as its folder keeps it: paths absolute, names of the hub with their commits, `auto` decided.
+
+    `prompts` is the fingerprint of what every model is asked.
+    """
+
+    config: StudyConfig
+    cells: tuple[Cell, ...]
+    scoring: ScoringSection
+    commits: Commits
+    prompts: str
+
+    def save(self, folder: Place) -> None:
+        """Write `study.json`: all that `load_plan` needs, wherever the command is given."""
+        content = {
+            "config": self.config.model_dump(mode="json", exclude_unset=True),
+            "cells": [
+                {
+                    "model": cell.model,
+                    "method": cell.method,
+                    "seed": cell.seed,
+                    "run": cell.config.model_dump(mode="json", exclude_unset=True),
+                }
+                for cell in self.cells
+            ],
+            "scoring": self.scoring.model_dump(mode="json", exclude_unset=True),
+            "commits": self.commits.known,
+            "prompts": self.prompts,
+        }
+        (folder / STUDY_FILE).write_json(content)
+
+
+def load_plan(folder: Place) -> Plan:
+    """What the study in a folder is.
+
+    Raises:
+        StudyError: No study began there, or its file is damaged.
+    """
+    file = folder / STUDY_FILE
+    try:
+        raw: dict[str, Any] = file.read_json()
+        cells = [Cell(c["model"], c["method"], c["seed"], parse_config(TrainConfig, c["run"])) for c in raw["cells"]]
+        return Plan(
+            parse_config(StudyConfig, raw["config"]),
+            tuple(cells),
+            parse_config(ScoringSection, raw["scoring"]),
+            Commits(raw["commits"]),
+            raw["prompts"],
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        raise StudyError(
+            f"{str(folder)!r} is not a study folder, it has no {STUDY_FILE}: a study is in OUTPUT_DIR/NAME, e.g. "
+            "runs/small"
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise StudyError(f"{str(file)!r} has settings that are none any more: {error}") from None
+        raise StudyError(f"{str(file)!r} is damaged ({error}); restore it, or start a new study") from None
+
+
+def check_goes_on(before: Plan, now: Plan, folder: Place) -> None:
+    """Refuse to go on with another study: models, methods and seeds may be added, and nothing else may differ.
+
+    Raises:
+        StudyError: A cell is gone or has other settings, or models are scored otherwise.
+    """
+    there = {cell.name: cell for cell in now.cells}
+    faults = [f"{cell.name} is not a cell any more" for cell in before.cells if cell.name not in there]
+    for cell in before.cells:
+        if cell.name in there:
+            was, is_now = (_flat(each.config) for each in (cell, there[cell.name]))
+            faults += _differences(f"{cell.name}: ", was, is_now)
+    faults += _differences("scoring.", _flat(before.scoring), _flat(now.scoring))
+    if not faults and before.prompts != now.prompts:
+        faults = [f"the prompts of scoring.benchmarks were {before.prompts}, now {now.prompts}"]
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise StudyError(
+            f"study folder {str(folder)!r} holds a study with other settings ({'; '.join(faults[:5])}{more}): only "
+            "models, methods and seeds can be added; give the study another name, or the settings it has"
+        )
+
+
+def _flat(settings: TrainConfig | ScoringSection) -> dict[str, Any]:
+    return by_dotted_name(settings.model_dump(mode="json"))
+
+
+def _differences(where: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{where}{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
