@@ -231,7 +231,7 @@ def _costs(result: StudyResult) -> Table:
              "scoring seconds"]  # fmt: skip
     lines = []
     for model, method, cells in _groups(result):
-        ran = [each for each in cells if each.state in ("scored", "trained")]
+        ran = [each for each in cells if each.state in ("scored", "trained") and each.seed is not None]
         if not ran:
             continue
         answers = [sum(each.answer_tokens.values()) for each in ran]
