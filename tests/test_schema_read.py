@@ -16,11 +16,11 @@ import pytest
 
 import mlc_ray.config
 from mlc_ray._registry import names, resolve
-from mlc_ray.config import ScoreConfig, SearchConfig, Section, TrainConfig, UtilityConfig
+from mlc_ray.config import ScoreConfig, SearchConfig, Section, StudyConfig, TrainConfig, UtilityConfig
 from mlc_ray.config.component import ComponentSettings
 
 PACKAGE = Path(mlc_ray.config.__file__).parent.parent
-ROOTS = (TrainConfig, ScoreConfig, SearchConfig, UtilityConfig)
+ROOTS = (TrainConfig, ScoreConfig, SearchConfig, StudyConfig, UtilityConfig)
 Leaf = tuple[str, ...]
 MYPY = """[mypy]
 plugins = {plugin}
