@@ -114,8 +114,8 @@ def resume_study(folder: Path | Place) -> StudyResult:
     if prompts.fingerprint != plan.prompts:
         raise StudyError(
             f"the prompts of study {str(place)!r} changed since it began ({plan.prompts} is now "
-            f"{prompts.fingerprint}), so that its cells could not be compared: restore them, or start a new study under "
-            "another name"
+            f"{prompts.fingerprint}), so that its cells could not be compared: restore them, or start a new study "
+            "under another name"
         )
     return _study(plan, prompts, place, is_new=False)
 

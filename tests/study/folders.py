@@ -45,7 +45,7 @@ def planned(folder: Path, **changes: Any) -> Plan:
 
 def asked() -> Prompts:
     rows = [
-        {**{name: "" for name in PROMPTS.names}, "benchmark": "mine", "bundle_id": f"{kind}-{bundle}", "kind": kind,
+        {**dict.fromkeys(PROMPTS.names, ""), "benchmark": "mine", "bundle_id": f"{kind}-{bundle}", "kind": kind,
          "language": code, "sample": 0}
         for kind in ("harmful", "benign") for bundle in range(8) for code in LANGUAGES
     ]  # fmt: skip

@@ -38,7 +38,7 @@ def test_methods_models_and_seeds_may_be_added_and_nothing_else_may_change(tmp_p
     ):
         with pytest.raises(StudyError, match=said):
             check_goes_on(before, planned(folder, **changes), Place(folder))
-    with pytest.raises(StudyError, match="the prompts of scoring.benchmarks were feedfacecafebeef, now 0"):
+    with pytest.raises(StudyError, match=r"the prompts of scoring\.benchmarks were feedfacecafebeef, now 0"):
         check_goes_on(before, replace(before, prompts="0"), Place(folder))
 
 

@@ -178,5 +178,5 @@ def test_show_says_how_far_a_study_is_and_what_is_next(folder: Path, tmp_path: P
     said = show(other)
     assert "1 of 4 cells are scored, 2 are trained" in said and "tiny_1-mlc-1" in said
     assert "st_udy" in show(tmp_path) and "study: " in show(tmp_path)
-    with pytest.raises(StudyFileError, match="results.json"):
+    with pytest.raises(StudyFileError, match=r"results\.json"):
         load_study(other)

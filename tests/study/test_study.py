@@ -1,4 +1,4 @@
-"""A whole study on real Ray, DeepSpeed and vLLM with a small random Llama: killed after its first cell, then resumed."""
+"""A whole study on real Ray, DeepSpeed and vLLM with a small random Llama: killed after a cell, then resumed."""
 
 from __future__ import annotations
 
