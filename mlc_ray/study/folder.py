@@ -11,6 +11,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import STUDY_FILE
 from mlc_ray.storage import Place
 from mlc_ray.study.cells import Cell, Commits
+from mlc_ray.train.settings import Kind, changes, kind_of_field
 
 
 class StudyError(MlcRayError):
@@ -79,35 +80,28 @@ def load_plan(folder: Place) -> Plan:
 
 
 def check_goes_on(before: Plan, now: Plan, folder: Place) -> None:
-    """Refuse to go on with another study: models, methods and seeds may be added, and nothing else may differ.
+    """Refuse to go on with another study: models, methods and seeds may be added, and where cells run may change.
 
     Raises:
-        StudyError: A cell is gone or has other settings, or models are scored otherwise.
+        StudyError: A cell is gone or would compute something else, or models are scored otherwise.
     """
     there = {cell.name: cell for cell in now.cells}
     faults = [f"{cell.name} is not a cell any more" for cell in before.cells if cell.name not in there]
     for cell in before.cells:
         if cell.name in there:
-            was, is_now = (_flat(each.config) for each in (cell, there[cell.name]))
-            faults += _differences(f"{cell.name}: ", was, is_now)
-    faults += _differences("scoring.", _flat(before.scoring), _flat(now.scoring))
+            changed = changes(cell.config.model_dump(mode="json"), there[cell.name].config)
+            faults += [f"{cell.name}: {each}" for each in changed if kind_of_field(each.field) is not Kind.FREE]
+    was, is_now = (by_dotted_name(each.scoring.model_dump(mode="json")) for each in (before, now))
+    faults += [
+        f"scoring.{name} was {was.get(name)!r}, now {is_now.get(name)!r}"
+        for name in sorted(was.keys() | is_now.keys())
+        if was.get(name) != is_now.get(name)
+    ]
     if not faults and before.prompts != now.prompts:
         faults = [f"the prompts of scoring.benchmarks were {before.prompts}, now {now.prompts}"]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise StudyError(
             f"study folder {str(folder)!r} holds a study with other settings ({'; '.join(faults[:5])}{more}): only "
-            "models, methods and seeds can be added; give the study another name, or the settings it has"
+            "models, methods and seeds can be added, and cluster, engine and checkpoint changed; give the study another name, or the settings it has"
         )
-
-
-def _flat(settings: TrainConfig | ScoringSection) -> dict[str, Any]:
-    return by_dotted_name(settings.model_dump(mode="json"))
-
-
-def _differences(where: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{where}{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]

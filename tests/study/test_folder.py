@@ -31,6 +31,8 @@ def test_methods_models_and_seeds_may_be_added_and_nothing_else_may_change(tmp_p
         "models": {**raw["models"], "b": {"path": "n"}},
     }
     check_goes_on(before, planned(folder, **more), Place(folder))
+    elsewhere = {"train": {**raw["train"], "cluster": {"workers": 8}, "checkpoint": {"every": 5}}}
+    check_goes_on(before, planned(folder, **elsewhere), Place(folder))
     for changes, said in (
         ({"seeds": [1]}, "tiny_1-dpo-2 is not a cell any more"),
         ({"methods": {"dpo": ["mlc.weight=0.5"], "mlc": []}}, "tiny_1-dpo-1: mlc.weight was 0.0, now 0.5"),
