@@ -384,10 +384,9 @@ def _study(folder: Place) -> list[Line]:
     for row in result.rows:
         if row.rates is not None:
             harmful, benign = row.rates.harmful, row.rates.benign
+            seeds = f"{row.rates.seeds} {'seed' if row.rates.seeds == 1 else 'seeds'}"
             rates = f"harmful {harmful.measure} {percent(harmful.avg.value)} %, benign complied"
-            lines.append(
-                (f"{row.model} {row.method}", f"{rates} {percent(benign.avg.value)} %, {row.rates.seeds} seeds")
-            )
+            lines.append((f"{row.model} {row.method}", f"{rates} {percent(benign.avg.value)} %, {seeds}"))
     lines += [(cell.name, f"{cell.state}: {cell.message}") for cell in result.cells if cell.message]
     commands = [f"mlc-ray study --resume {here}   # if it is not running any more"] if left else []
     return [*lines, *_next([*commands, f"mlc-ray report {here} --out study.html"])]

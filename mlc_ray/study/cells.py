@@ -80,10 +80,13 @@ _WHO = {
 
 
 class Commits:
-    """What names of the hub stand for: asked once for a study, and the same for all its cells and when it goes on."""
+    """What names of the hub stand for: asked once for a study, and the same for all its cells and when it goes on.
 
-    def __init__(self, known: Mapping[str, str] | None = None) -> None:
-        self.known: dict[str, str] = dict(known or {})
+    `models` and `data` have what is known by the name that was given; a model and a data set may have the same one.
+    """
+
+    def __init__(self, models: Mapping[str, str] | None = None, data: Mapping[str, str] | None = None) -> None:
+        self.models, self.data = dict(models or {}), dict(data or {})
 
     def model(self, path: str) -> str:
         """A model's name with its commit; a folder as an absolute path.
@@ -91,9 +94,9 @@ class Commits:
         Raises:
             HubError: The hub cannot say which.
         """
-        if path not in self.known:
-            self.known[path] = pinned_model(absolute_if_here(path))
-        return self.known[path]
+        if path not in self.models:
+            self.models[path] = pinned_model(absolute_if_here(path))
+        return self.models[path]
 
     def sources(self, sources: Sequence[SourceSection]) -> list[SourceSection]:
         """The same of data sets.
@@ -103,9 +106,9 @@ class Commits:
         """
         found = []
         for source in sources:
-            if source.path not in self.known:
-                self.known[source.path] = _pinned(source)
-            found.append(source.model_copy(update={"path": self.known[source.path]}))
+            if source.path not in self.data:
+                self.data[source.path] = _pinned(source)
+            found.append(source.model_copy(update={"path": self.data[source.path]}))
         return found
 
     def cell(self, cell: Cell) -> Cell:

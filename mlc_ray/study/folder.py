@@ -45,7 +45,7 @@ class Plan:
                 for cell in self.cells
             ],
             "scoring": self.scoring.model_dump(mode="json", exclude_unset=True),
-            "commits": self.commits.known,
+            "commits": {"models": self.commits.models, "data": self.commits.data},
             "prompts": self.prompts,
         }
         (folder / STUDY_FILE).write_json(content)
@@ -65,7 +65,7 @@ def load_plan(folder: Place) -> Plan:
             parse_config(StudyConfig, raw["config"]),
             tuple(cells),
             parse_config(ScoringSection, raw["scoring"]),
-            Commits(raw["commits"]),
+            Commits(raw["commits"]["models"], raw["commits"]["data"]),
             raw["prompts"],
         )
     except (FileNotFoundError, NotADirectoryError):

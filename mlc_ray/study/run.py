@@ -124,7 +124,7 @@ def _planned(
     config: StudyConfig, cells: Sequence[Cell], scoring: ScoringSection, before: Plan | None, folder: Place
 ) -> tuple[Plan, Prompts]:
     """The study with absolute paths, commits and types decided: as they were when it began, where it goes on."""
-    commits = Commits(None if before is None else before.commits.known)
+    commits = Commits() if before is None else before.commits
     known = {} if before is None else {cell.name: cell.config.model.dtype for cell in before.cells}
     found = []
     for cell in map(commits.cell, cells):
@@ -284,7 +284,7 @@ def _train(cell: Cell, folder: Place) -> None:
         return
     if (run / DIVERGED_FILE).is_file():
         said = (run / DIVERGED_FILE).read_json().get("message", "")
-        raise DivergedError(f"diverged: {said}")
+        raise DivergedError(said)
     logger.info("cell %s", cell.name)
     train(cell.config.model_copy(update={"output_dir": str(run.parent)}))
     (run / MODEL_FOLDER).remove()  # half of it, where storage has no rename and a process died while it wrote it

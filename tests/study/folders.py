@@ -40,7 +40,13 @@ def raw_study(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def planned(folder: Path, **changes: Any) -> Plan:
     config = parse_config(StudyConfig, raw_study(folder, **changes))
-    return Plan(config, tuple(make_cells(config)), config.scoring, Commits({"m": "m"}), PROMPTS_FINGERPRINT)
+    return Plan(
+        config,
+        tuple(make_cells(config)),
+        config.scoring,
+        Commits({"m": "m"}, {"owner/d": "owner/d#1"}),
+        PROMPTS_FINGERPRINT,
+    )
 
 
 def asked() -> Prompts:

@@ -84,4 +84,4 @@ def test_paths_become_absolute_and_each_name_is_asked_for_once(tmp_path: Path, m
     assert commits.model("owner/name") == "owner/name#abc"  # known from when the study began: the hub is not asked
     (source,) = commits.sources([SourceSection(path="rows.jsonl", kind="benign")])
     assert (source.path, source.kind) == (str(tmp_path / "rows.jsonl"), "benign")
-    assert commits.known["model"] == str(tmp_path / "model")
+    assert commits.models["model"] == str(tmp_path / "model") and list(commits.data) == ["rows.jsonl"]

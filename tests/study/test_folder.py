@@ -19,7 +19,7 @@ def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert (found.config, found.cells, found.scoring, found.prompts) == (
         plan.config, plan.cells, plan.scoring, plan.prompts,
     )  # fmt: skip
-    assert found.commits.known == {"m": "m"}
+    assert (found.commits.models, found.commits.data) == ({"m": "m"}, {"owner/d": "owner/d#1"})
 
 
 def test_methods_models_and_seeds_may_be_added_and_nothing_else_may_change(tmp_path: Path) -> None:
