@@ -103,6 +103,6 @@ def check_goes_on(before: Plan, now: Plan, folder: Place) -> None:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise StudyError(
             f"study folder {str(folder)!r} holds a study with other settings ({'; '.join(faults[:5])}{more}): only "
-            "models, methods and seeds can be added, and cluster, engine and checkpoint changed; give the study another "
-            "name, or the settings it has"
+            "models, methods and seeds can be added, and cluster, engine and checkpoint changed; give the study "
+            "another name, or the settings it has"
         )
