@@ -136,10 +136,9 @@ def study_tables(result: StudyResult) -> list[Table]:
         rows = [each for each in result.rows if each.model == model and each.rates is not None]
         if rows:
             found += [_both_sides(model, rows), *(_by_language(result, model, rows, side) for side in _SIDES)]
-    found.append(_costs(result))
-    found += [
-        each for each in (_utility(result), *(_tests(result, model) for model in result.models)) if each is not None
-    ]
+    further = [_costs(result), _supervision(result), _utility(result)]
+    further += [_tests(result, model) for model in result.models]
+    found += [each for each in further if each is not None]
     if (failed := _failed(result)) is not None:
         found.append(failed)
     return found
@@ -246,6 +245,23 @@ def _costs(result: StudyResult) -> Table:
         "Supervision and time", heads, lines,
         "means over seeds; tokens that the loss reads, each bundle counted once; seconds of optimizer steps x workers",
     )  # fmt: skip
+
+
+def _supervision(result: StudyResult) -> Table | None:
+    codes = sorted({code for each in result.cells for code in (*each.prompt_tokens, *each.answer_tokens)})
+    lines = []
+    for model, method, cells in _groups(result):
+        if ran := [each for each in cells if each.prompt_tokens]:
+            answers, prompts = [each.answer_tokens for each in ran], [each.prompt_tokens for each in ran]
+            shown = [cell(_count(answers, code), _count(prompts, code)) for code in codes]
+            lines.append(row(model, [method, *shown]))
+    if not lines:
+        return None
+    return table("Supervision by language", ["model", "method", *codes], lines, "answer tokens, and those of prompts")
+
+
+def _count(tokens: Sequence[Mapping[str, int]], code: str) -> str:
+    return f"{_mean([each.get(code, 0) for each in tokens]):,.0f}"
 
 
 def _groups(result: StudyResult) -> list[tuple[str, str, list[CellOutcome]]]:

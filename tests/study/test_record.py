@@ -60,14 +60,17 @@ def test_results_are_the_means_of_the_cells_scores_and_are_read_back(folder: Pat
 def test_tables_have_both_sides_and_mark_what_was_never_trained(folder: Path) -> None:
     shown = {each.title: each for each in study_tables(recorder(planned(folder), folder).write())}
     assert list(shown) == [
-        "tiny_1: both sides", "tiny_1: harmful prompts", "tiny_1: benign prompts", "Supervision and time", "Utility",
-        "tiny_1: which methods are told apart",
+        "tiny_1: both sides", "tiny_1: harmful prompts", "tiny_1: benign prompts", "Supervision and time",
+        "Supervision by language", "Utility", "tiny_1: which methods are told apart",
     ]  # fmt: skip
     heads = [head.text for head in shown["tiny_1: harmful prompts"].columns]
     assert heads == ["method", "en", "fr", "sw †", "avg", "var", "PAG"]
     assert [each.name.text for each in shown["tiny_1: benign prompts"].rows] == ["untouched", "dpo", "mlc"]
     costs = shown["Supervision and time"].rows[0]
     assert [each.text for each in costs.cells] == ["dpo", "57", "7", "220", "3", "12", "10"]
+    by_language = shown["Supervision by language"]
+    assert [head.text for head in by_language.columns] == ["model", "method", "en", "fr"]
+    assert [(each.text, each.more) for each in by_language.rows[0].cells[1:]] == [("50", ("100",)), ("7", ("120",))]
     tests = shown["tiny_1: which methods are told apart"]
     assert [each.name.text for each in tests.rows] == ["dpo − untouched", "mlc − untouched", "mlc − dpo"]
     said = {(each.name.text, index): each.cells[index].more for each in tests.rows for index in range(3)}
