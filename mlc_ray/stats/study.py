@@ -24,7 +24,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.stats.intervals import Floats, Grid, Statistic, Term, interval, make_grid
+from mlc_ray.stats.intervals import SAME, Floats, Grid, Resampled, Statistic, Term, interval, make_grid
 from mlc_ray.stats.rates import KINDS, Interval, Judged, Outcome, language_order, outcome
 from mlc_ray.stats.significance import holm, sign_flip_p
 from mlc_ray.types import Kind, Measure, primary_language
@@ -144,9 +144,25 @@ def _interval(by_seed: Sequence[Sequence[Term]], unit: float, least: float, most
     """The mean over seeds of sums of statistics, in another unit, within what it can be."""
     values = [sum(weight * term.value for weight, term in terms) for terms in by_seed]
     joint = [(weight / len(by_seed), term) for terms in by_seed for weight, term in terms]
-    found = (unit * number for number in over_seeds(values, interval(*joint)))
+    bundles = interval(*joint)
+    if any(_alike([each for each in joint if each[1].source is source]) for _, source in _sources(joint)):
+        # Resamples say nothing, and limits take over: of the same bundles, so that those of the seeds are averaged.
+        own = np.mean([interval(*terms) for terms in by_seed], axis=0)
+        bundles = (bundles[0], min(bundles[1], float(own[1])), max(bundles[2], float(own[2])))
+    found = (unit * number for number in over_seeds(values, bundles))
     value, low, high = found
     return Interval(value, max(least, low), min(most, high))
+
+
+def _sources(terms: Sequence[Term]) -> list[tuple[int, Resampled]]:
+    return list({id(term.source): term.source for _, term in terms}.items())
+
+
+def _alike(terms: Sequence[Term]) -> bool:
+    """Whether the terms' sum does not vary over the resamples of their one source."""
+    drawn = sum((weight * term.of(term.source.resampled) for weight, term in terms), np.zeros(1))
+    finite = drawn[np.isfinite(drawn)]
+    return not len(finite) or float(np.ptp(finite)) < SAME
 
 
 # --------------------------------------------------------------------------------------------------------------- rates

@@ -144,6 +144,12 @@ def test_the_part_of_seeds_is_added_to_that_of_bundles() -> None:
     assert found.harmful.trained is None and found.harmful.never is None
 
 
+def test_seeds_that_all_comply_are_no_surer_than_one_of_them() -> None:
+    records = [Judged("b", f"{kind}{n}", kind, "en", "complied") for kind in ("harmful", "benign") for n in range(8)]  # type: ignore[arg-type]
+    one, two = (method_rates(read_verdicts(dict.fromkeys(seeds, records)), None) for seeds in ((1,), (1, 2)))
+    assert two.benign.avg == one.benign.avg and two.harmful.avg == one.harmful.avg
+
+
 def test_tests_are_those_of_paired_scores_the_largest_over_the_seeds() -> None:
     one = {seed: verdicts(seed, refuses=0.3) for seed in (1, 2)}
     other = {seed: verdicts(seed + 50, refuses=0.7) for seed in (1, 2)}
