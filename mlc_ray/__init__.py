@@ -26,12 +26,13 @@ Data flows one way, and this is the order in which to read the packages:
     utility/     general ability of a model, measured by lm-evaluation-harness
     search/      which fields vary (`space`), how a trial is valued (`objectives`), a `trial`, Ray Tune (`tune`, `run`),
                  the `results`, and the `probe` of every layer
+    study/       methods x models x seeds: the `cells`, the `folder`, how they `run`, and what is counted (`record`)
     report/      folders of runs and scores as one HTML file, as tables and as figures
 
 Ways in:
 
     cli/            the command line
-    api.py          the same as functions: `train`, `score`, `search`, `probe`
+    api.py          the same as functions: `train`, `score`, `search`, `study`, `probe`
     quickstart.py   the whole pipeline on one small model
     doctor.py       what a machine or a cluster lacks for a run, with the fix
     show.py         what a folder is, how far it got, and what to do next

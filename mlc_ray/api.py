@@ -1,4 +1,4 @@
-"""The commands as functions: `train`, `score`, `search`, `probe`, `translate`; from settings, or a file, to a result.
+"""The commands as functions: `train`, `score`, `search`, `study`, `probe`, `translate`; from settings, or a file.
 
     from mlc_ray import api
 
@@ -27,6 +27,7 @@ from mlc_ray.config import (
     SearchConfig,
     Section,
     SourceSection,
+    StudyConfig,
     TrainConfig,
     TranslateConfig,
     apply_override,
@@ -39,6 +40,7 @@ from mlc_ray.types import Bundle
 
 if TYPE_CHECKING:
     from mlc_ray.config.search import Criterion
+    from mlc_ray.report.study import StudyResult
     from mlc_ray.score.results import ScoreResult
     from mlc_ray.search.probe import Probe
     from mlc_ray.search.results import SearchResult
@@ -141,6 +143,43 @@ def search(
     from mlc_ray.search.run import search
 
     return search(settings)
+
+
+def study(
+    config: StudyConfig | Settings | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+) -> StudyResult:
+    """Compare methods over models and seeds: every cell is a run and a score.
+
+    Args:
+        config: the study's settings.
+        overrides: `section.field=value`, as after --set.
+        resume: the folder of a study to go on with by its own settings, instead of `config`.
+
+    Returns:
+        Both sides of every method with intervals over bundles and seeds, tests of every pair, and how far each cell
+        came.
+
+    Raises:
+        ConfigError: a setting is unknown, ill-typed or unsupported, or both or neither of config and resume are given.
+        MlcRayError: whatever else a user can cause and correct.
+    """
+    if (config is None) == (resume is None):
+        raise ConfigError("study needs config, or resume with the folder of a study; one of them, not both")
+    if resume is not None:
+        if overrides:
+            raise ConfigError(f"overrides={list(overrides)!r} cannot go with resume: a study keeps its own settings")
+        from mlc_ray.study.run import resume_study
+
+        return resume_study(Place(os.fspath(resume)))
+    assert config is not None
+    settings = _settings(StudyConfig, config, overrides)
+
+    from mlc_ray.study.run import study
+
+    return study(settings)
 
 
 def probe(

@@ -1,10 +1,12 @@
-"""Folders of runs, scores and searches: the names of their files, and how they are read; defined here alone.
+"""Folders of runs, scores, searches and studies: the names of their files, and how they are read; defined here alone.
 
     RUN/       config.yaml first, run.json, metrics.jsonl, train/checkpoint_NNNNNN/, scores/NAME/ (a score each);
                diverged.json where a step failed every time, mlflow.json where MLflow is asked for
     SCORE/     request.json first, responses.parquet, scores.json last, perhaps utility.json
     SEARCH/    base.yaml and config.json first, search.json, trials/ID/ (a run each), baseline/ and confirmation/
                (scores of the model before training), trials.json, at the end best.yaml and best/
+    STUDY/     study.json first, cells/MODEL-METHOD-SEED/ (a run each, its model in model/, its score in scores/study/),
+               untouched/MODEL/ (scores of the models before training), results.json, study.md, study.tex
     PROBE/     probe.json
     TRANSLATION/  translation.json first, bundles/ and rejected/ (a file for each shard), quality.json and quality.md,
                manifest.json last
@@ -65,6 +67,10 @@ VALUES_FILE, MODEL_FOLDER, FINISHED_FILE, STOPPED_FILE = "values.json", "model",
 that ran to its end or was cut short."""
 CONFIRMATION = "confirmation"
 """The name of a trial's score, and of the baseline's, on the prompts that chose no trial."""
+STUDY_FILE, STUDY_RESULTS_FILE, CELLS_FOLDER, STUDY_SCORE, UNTOUCHED_FOLDER = (
+    "study.json", "results.json", "cells", "study", "untouched",
+)  # fmt: skip
+"""Of a study; `study` is the name of a cell's score. `results.json` is there from the first cell on."""
 PROBE_FILE = "probe.json"
 TRANSLATION_FILE, QUALITY_FILE, QUALITY_TEXT, BUNDLES_FOLDER, REJECTED_FOLDER = (
     "translation.json", "quality.json", "quality.md", "bundles", "rejected",
@@ -73,7 +79,7 @@ TRANSLATION_FILE, QUALITY_FILE, QUALITY_TEXT, BUNDLES_FOLDER, REJECTED_FOLDER = 
 PROVENANCE_FILE = "mlc_ray.json"
 """Of an exported model: where it comes from."""
 
-FolderKind = Literal["run", "score", "search", "probe", "translation"]
+FolderKind = Literal["run", "score", "search", "study", "probe", "translation"]
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
 _WEIGHTS = re.compile(r"weights_(\d{6,})")
@@ -103,7 +109,7 @@ def kind_of(folder: Place) -> FolderKind | None:
 
 
 _FIRST_FILES: dict[FolderKind, str] = {
-    "search": BASE_FILE, "score": REQUEST_FILE, "run": CONFIG_FILE, "probe": PROBE_FILE,
+    "search": BASE_FILE, "study": STUDY_FILE, "score": REQUEST_FILE, "run": CONFIG_FILE, "probe": PROBE_FILE,
     "translation": TRANSLATION_FILE,
 }  # fmt: skip
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from mlc_ray.errors import MlcRayError
+from mlc_ray.report.study import load_study
 from mlc_ray.report.text import percent
 from mlc_ray.runs import (
     BASELINE_FOLDER,
     BUNDLES_FOLDER,
+    CELLS_FOLDER,
     CONFIG_FILE,
     DIVERGED_FILE,
     FINISHED_FILE,
@@ -34,6 +36,9 @@ from mlc_ray.runs import (
     SCORES_FOLDER,
     SEARCH_CONFIG_FILE,
     STOPPED_FILE,
+    STUDY_FILE,
+    STUDY_RESULTS_FILE,
+    STUDY_SCORE,
     TRANSLATION_FILE,
     TRIALS_FILE,
     TRIALS_FOLDER,
@@ -63,7 +68,7 @@ class ShowError(MlcRayError):
 
 
 def show(folder: str | Path | Place) -> str:
-    """The folder of a run, score, search, probe or translation, in progress or ended; of several, a line for each.
+    """The folder of a run, score, search, study, probe or translation, going on or ended; of several, a line for each.
 
     Raises:
         ShowError: it neither is nor holds one of them, or a file in it is damaged.
@@ -78,9 +83,10 @@ def show(folder: str | Path | Place) -> str:
     inside = [(child, kind_of(child)) for child in place.iterdir()]
     known = [(child, found) for child, found in inside if found is not None]
     if not known:
-        what = "holds no run, score, search, probe or translation" if place.is_dir() else "is not a folder"
+        what = "holds no run, score, search, study, probe or translation" if place.is_dir() else "is not a folder"
         raise ShowError(
-            f"{str(place)!r} {what}; give one that `mlc-ray train`, `score`, `search`, `probe` or `translate` wrote"
+            f"{str(place)!r} {what}; give one that `mlc-ray train`, `score`, `search`, `study`, `probe` or `translate` "
+            "wrote"
         )
     lines: list[Line] = []
     for child, found in known:
@@ -361,6 +367,37 @@ def _parameter(each: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {json.dumps(value)}" for name, value in each.items())
 
 
+# -------------------------------------------------------------------------------------------------------------- studies
+
+
+def _study(folder: Place) -> list[Line]:
+    plan, here = _json(folder / STUDY_FILE), _quoted(folder)
+    names = [f"{cell['model']}-{cell['method']}-{cell['seed']}" for cell in plan.get("cells", ())]
+    runs = {name: folder / CELLS_FOLDER / name for name in names}
+    scored = [name for name, run in runs.items() if (run / SCORES_FOLDER / STUDY_SCORE / SCORES_FILE).is_file()]
+    diverged = [name for name, run in runs.items() if (run / DIVERGED_FILE).is_file()]
+    trained = [name for name, run in runs.items() if (run / MODEL_FOLDER / PROVENANCE_FILE).is_file()]
+    left = [name for name in names if name not in (*scored, *diverged)]
+    lines = [
+        ("study", str(folder)),
+        ("state", f"{len(scored)} of {len(names)} cells are scored, {len({*trained, *scored})} are trained"),
+    ]
+    if diverged:
+        lines.append(("diverged", ", ".join(diverged)))
+    if not (folder / STUDY_RESULTS_FILE).is_file():
+        return [*lines, *_next([f"mlc-ray study --resume {here}   # if it is not running any more"])]
+    result = load_study(folder)
+    for row in result.rows:
+        if row.rates is not None:
+            harmful, benign = row.rates.harmful, row.rates.benign
+            seeds = f"{row.rates.seeds} {'seed' if row.rates.seeds == 1 else 'seeds'}"
+            rates = f"harmful {harmful.measure} {percent(harmful.avg.value)} %, benign complied"
+            lines.append((f"{row.model} {row.method}", f"{rates} {percent(benign.avg.value)} %, {seeds}"))
+    lines += [(cell.name, f"{cell.state}: {cell.message}") for cell in result.cells if cell.message]
+    commands = [f"mlc-ray study --resume {here}   # if it is not running any more"] if left else []
+    return [*lines, *_next([*commands, f"mlc-ray report {here} --out study.html"])]
+
+
 # --------------------------------------------------------------------------------------------------------------- probes
 
 
@@ -409,6 +446,7 @@ _KINDS: dict[FolderKind, Callable[[Place], list[Line]]] = {
     "run": _run,
     "score": _score,
     "search": _search,
+    "study": _study,
     "probe": _probe,
     "translation": _translation,
 }

@@ -98,6 +98,10 @@ def test_mistakes_of_each_function_are_told_before_anything_starts(tmp_path: Pat
         api.search()
     with pytest.raises(errors.SearchError, match="is not a search folder"):
         api.search(resume=tmp_path)
+    with pytest.raises(errors.ConfigError, match="one of them, not both"):
+        api.study()
+    with pytest.raises(errors.StudyError, match="is not a study folder"):
+        api.study(resume=tmp_path)
     with pytest.raises(errors.ConfigError, match="path='ftp://b': ftp:// cannot be opened"):
         api.probe("ftp://b", ["sample:train"])
     with pytest.raises(errors.OutputFolderError, match="out='ftp:/b'"):

@@ -17,6 +17,7 @@ from mlc_ray.config import (
     LossSettings,
     ScoreConfig,
     SearchConfig,
+    StudyConfig,
     TermSettings,
     TrainConfig,
     TranslateConfig,
@@ -28,12 +29,14 @@ from mlc_ray.config import (
 )
 from mlc_ray.errors import MlcRayError
 from mlc_ray.search.space import make_space
+from mlc_ray.study.cells import make_cells
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRAIN_FILES = sorted(CONFIGS.glob("*.yaml"))
 SCORE_FILES = sorted((CONFIGS / "score").glob("*.yaml"))
 SEARCH_FILES = sorted((CONFIGS / "search").glob("*.yaml"))
 TRANSLATE_FILES = sorted((CONFIGS / "translate").glob("*.yaml"))
+STUDY_FILES = sorted((CONFIGS / "study").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "sample:train"}]}}
 
 
@@ -62,12 +65,41 @@ def test_translate_files_parse(file: Path) -> None:
     load_config(TranslateConfig, file)
 
 
+@pytest.mark.parametrize("file", STUDY_FILES, ids=lambda p: p.name)
+def test_study_files_parse_and_every_cell_is_a_run(file: Path) -> None:
+    config = load_config(StudyConfig, file)
+    assert len(make_cells(config)) == len(config.models) * len(config.methods) * len(config.seeds)
+
+
+def test_the_papers_study_has_every_method_with_the_published_values() -> None:
+    config = load_config(StudyConfig, CONFIGS / "study/paper.yaml")
+    cells = {(cell.model, cell.method): cell.config for cell in make_cells(config)}
+    methods = {method for _, method in cells}
+    assert methods >= {"sft", "dpo", "simpo", "orpo", "mpo", "sdrrl", "dpo-cosine", "dpo-no-extractor", "dco"}
+    assert methods >= {"sft-mlc", "dpo-mlc", "simpo-mlc", "orpo-mlc", "dpo-translated", "sft-translated"}
+    for model, file in (("qwen2.5-7b", "qwen2.5-7b.yaml"), ("gemma-2-9b", "gemma-2-9b.yaml")):
+        recipe, cell = load_config(TrainConfig, CONFIGS / file), cells[model, "dpo-mlc"]
+        for section in ("objective", "mlc", "optimizer", "train", "engine", "data", "cluster"):
+            assert getattr(cell, section) == getattr(recipe, section), section
+        assert cell.model.path == recipe.model.path
+        for name in ("sft", "simpo", "orpo"):
+            assert (cells[model, name].objective.loss, cells[model, name].mlc.weight) == (name, 0)
+            assert cells[model, f"{name}-mlc"].mlc == recipe.mlc
+    mpo = load_config(TrainConfig, CONFIGS / "qwen2.5-7b-mpo.yaml")
+    for section in ("objective", "mlc", "optimizer", "train", "engine"):
+        ours, theirs = (getattr(each, section).model_dump() for each in (cells["qwen2.5-7b", "mpo"], mpo))
+        assert {**ours, "layer": 0, "every": 0} == {**theirs, "layer": 0, "every": 0}, section
+    gemma = cells["gemma-2-9b", "mpo"]
+    assert (gemma.objective.dominant, gemma.optimizer.learning_rate) == ("en", 4e-7)  # type: ignore[attr-defined]
+
+
 def test_no_config_file_is_left_out() -> None:
     assert {p.name for p in TRAIN_FILES} >= {"quickstart.yaml", "qwen2.5-7b.yaml", "gemma-2-9b.yaml"}
     assert SCORE_FILES
     assert SEARCH_FILES
-    known = {*TRAIN_FILES, *SCORE_FILES, *SEARCH_FILES, *TRANSLATE_FILES}
-    assert TRANSLATE_FILES and known == {p for p in CONFIGS.rglob("*") if p.is_file()}
+    assert TRANSLATE_FILES and {file.name for file in STUDY_FILES} == {"paper.yaml", "small.yaml"}
+    known = {*TRAIN_FILES, *SCORE_FILES, *SEARCH_FILES, *STUDY_FILES, *TRANSLATE_FILES}
+    assert known == {p for p in CONFIGS.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(("file", "layer", "stage"), [("qwen2.5-7b.yaml", 28, 2), ("gemma-2-9b.yaml", 42, 3)])

@@ -16,11 +16,19 @@ import pytest
 
 import mlc_ray.config
 from mlc_ray._registry import names, resolve
-from mlc_ray.config import ScoreConfig, SearchConfig, Section, TrainConfig, TranslateConfig, UtilityConfig
+from mlc_ray.config import (
+    ScoreConfig,
+    SearchConfig,
+    Section,
+    StudyConfig,
+    TrainConfig,
+    TranslateConfig,
+    UtilityConfig,
+)
 from mlc_ray.config.component import ComponentSettings
 
 PACKAGE = Path(mlc_ray.config.__file__).parent.parent
-ROOTS = (TrainConfig, ScoreConfig, SearchConfig, UtilityConfig, TranslateConfig)
+ROOTS = (TrainConfig, ScoreConfig, SearchConfig, StudyConfig, UtilityConfig, TranslateConfig)
 Leaf = tuple[str, ...]
 MYPY = """[mypy]
 plugins = {plugin}

@@ -254,7 +254,7 @@ def test_a_folder_of_folders_has_a_line_for_each(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_shown_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ShowError, match=r"holds no run, score, search, probe or translation"):
+    with pytest.raises(ShowError, match=r"holds no run, score, search, study, probe or translation"):
         show(tmp_path)
     with pytest.raises(ShowError, match=r"none' is not a folder"):
         show(tmp_path / "none")

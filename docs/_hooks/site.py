@@ -21,7 +21,15 @@ from pydantic_core import PydanticUndefined
 
 from mlc_ray._registry import names, resolve
 from mlc_ray.cli import build_parser
-from mlc_ray.config import CalibrationConfig, ScoreConfig, SearchConfig, TrainConfig, TranslateConfig, UtilityConfig
+from mlc_ray.config import (
+    CalibrationConfig,
+    ScoreConfig,
+    SearchConfig,
+    StudyConfig,
+    TrainConfig,
+    TranslateConfig,
+    UtilityConfig,
+)
 from mlc_ray.config.base import Section
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.train import TapSection
@@ -30,6 +38,7 @@ FILES = {
     "A training run": ("train", TrainConfig),
     "A score": ("score", ScoreConfig),
     "A search": ("search", SearchConfig),
+    "A study": ("study", StudyConfig),
     "A translation": ("translate", TranslateConfig),
     "A utility measurement": ("utility", UtilityConfig),
     "A calibration of a judge": ("judge --calibrate LABELLED", CalibrationConfig),

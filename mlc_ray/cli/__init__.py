@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE = 141  # what shells report for a process that SIGPIPE ended
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
-SCHEMAS = ("train", "score", "search", "utility", "translate")
+SCHEMAS = ("train", "score", "search", "study", "utility", "translate")
 """The kinds of config files."""
 
 _SETTINGS = """\
@@ -80,6 +80,11 @@ _SEARCH = """\
 Every trial is a run of `mlc-ray train` that differs in the fields under `space`, scored at its checkpoints:
   mlc-ray search --config configs/search/demo.yaml
   mlc-ray search --resume runs/search-demo
+"""
+_STUDY = """\
+Every method on every model with every seed, each a run and a score, in one table with both sides, intervals and tests:
+  mlc-ray study --config configs/study/small.yaml
+  mlc-ray study --resume runs/small
 """
 _PROBE = """\
 For every layer: how collinear the languages of a bundle are, how far bundles are apart, and how well harmful and benign
@@ -198,6 +203,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(search)
     _add_resume(search, "search")
 
+    study = add("study", "Compare methods over models and seeds.", _STUDY)
+    _add_settings(study)
+    _add_resume(study, "study")
+
     probe = add("probe", "Look at every layer of a model, forward only.", _PROBE)
     probe.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub name")
     probe.add_argument(
@@ -245,7 +254,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = add("report", "Write one HTML file that shows runs and scores, and compares them.", _REPORT)
     report.add_argument(
-        "runs", metavar="RUN", nargs="+", type=_place, help="run folder, score folder, or a folder of those"
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        type=_place,
+        help="run folder, score folder, or a folder of those; or one study",
     )
     report.add_argument("--out", metavar="FILE.html", type=_path, default=Path("report.html"), help="file to write")
     report.add_argument(
@@ -275,7 +288,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = add("show", "Say what a folder is, how far it got, what came out, and what to do next.", _SHOW)
     show.add_argument(
-        "folder", metavar="FOLDER", type=_place, help="run, score, search, probe or translation, or a folder of those"
+        "folder",
+        metavar="FOLDER",
+        type=_place,
+        help="run, score, search, study, probe or translation, or a folder of those",
     )
 
     utility = add(

@@ -18,6 +18,7 @@ from mlc_ray.config import (
     SearchConfig,
     Section,
     SourceSection,
+    StudyConfig,
     TrainConfig,
     TranslateConfig,
     UtilityConfig,
@@ -30,16 +31,23 @@ from mlc_ray.config import (
 )
 
 if TYPE_CHECKING:
+    from mlc_ray.report.study import StudyResult
     from mlc_ray.score.results import ScoreResult
     from mlc_ray.search.results import SearchResult
 
 SCHEMAS: dict[
     str,
-    type[TrainConfig] | type[ScoreConfig] | type[SearchConfig] | type[UtilityConfig] | type[TranslateConfig],
+    type[TrainConfig]
+    | type[ScoreConfig]
+    | type[SearchConfig]
+    | type[StudyConfig]
+    | type[UtilityConfig]
+    | type[TranslateConfig],
 ] = {
     "train": TrainConfig,
     "score": ScoreConfig,
     "search": SearchConfig,
+    "study": StudyConfig,
     "utility": UtilityConfig,
     "translate": TranslateConfig,
 }
@@ -298,6 +306,35 @@ def _show_search(result: SearchResult) -> None:
         print(line)
 
 
+def study_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray study`."""
+    if arguments.resume is not None:
+        _refuse_settings(arguments, "study")
+        from mlc_ray.study.run import resume_study
+
+        _show_study(resume_study(arguments.resume))
+        return
+    if arguments.config is None:
+        raise ConfigError("study needs --config FILE (see configs/study/) or --resume FOLDER")
+    config = load_config(StudyConfig, arguments.config, arguments.overrides)
+
+    from mlc_ray.study.run import study
+
+    _show_study(study(config))
+
+
+def _show_study(result: StudyResult) -> None:
+    from mlc_ray.report.console import show
+    from mlc_ray.report.study import study_notes, study_tables
+    from mlc_ray.report.tables import console
+
+    for shown in study_tables(result):
+        show(console(shown))
+    for note in study_notes(result):
+        print(note)
+    print(f"study in {result.folder}")
+
+
 def probe_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray probe`."""
     sources = [parse_config(SourceSection, parse_benchmark(text)) for text in arguments.bundles]
@@ -451,6 +488,10 @@ def config_command(arguments: argparse.Namespace) -> None:
         from mlc_ray.search.space import make_space
 
         make_space(resolved)  # the runs too must be valid
+    if isinstance(resolved, StudyConfig):
+        from mlc_ray.study.cells import make_cells
+
+        make_cells(resolved)
     print(yaml.safe_dump(_written_out(resolved), sort_keys=False, allow_unicode=True), end="")
 
 

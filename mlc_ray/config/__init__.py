@@ -40,8 +40,10 @@ from mlc_ray.config.score import (
     TranslatorSection,
     UtilityConfig,
     UtilityEngineSection,
+    UtilitySection,
 )
 from mlc_ray.config.search import ConfirmSection, ObjectiveSettings, ParameterSection, ProbePriorSection, SearchConfig
+from mlc_ray.config.study import DECIDED, UNTOUCHED, StudyConfig, StudyModelSection
 from mlc_ray.config.train import (
     AnswerSettings,
     CheckpointSection,
@@ -64,9 +66,11 @@ from mlc_ray.config.train import (
 from mlc_ray.config.translate import ChecksSection, OnPolicySection, TranslateConfig, TwinsSection
 
 __all__ = [
+    "DECIDED",
     "GREEDY",
     "PLAIN_CHAT",
     "TRANSLATION_MARKERS",
+    "UNTOUCHED",
     "AnswerSettings",
     "AskingSection",
     "CalibrationConfig",
@@ -105,6 +109,8 @@ __all__ = [
     "SearchConfig",
     "Section",
     "SourceSection",
+    "StudyConfig",
+    "StudyModelSection",
     "TapSection",
     "TermSettings",
     "TrainConfig",
@@ -115,6 +121,7 @@ __all__ = [
     "TwinsSection",
     "UtilityConfig",
     "UtilityEngineSection",
+    "UtilitySection",
     "apply_override",
     "config_schema",
     "load_config",

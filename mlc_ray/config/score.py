@@ -343,18 +343,13 @@ class UtilityEngineSection(EngineSection):
     max_model_len: PositiveInt = Field(4096, description="Longest prompt plus answer, in tokens.")
 
 
-class UtilityConfig(Section):
-    """One run of lm-evaluation-harness: what the model still knows."""
+class UtilitySection(Section):
+    """What is asked of a model by lm-evaluation-harness, and what runs it."""
 
-    model: StoredPath = Field(
-        description="Folder of a run, a checkpoint or an exported model, its URL, or hub name `NAME[#REVISION]`."
-    )
     tasks: Annotated[list[str], Field(min_length=1)] = Field(
         description="Tasks or groups of lm-evaluation-harness, e.g. mmlu, mmmlu_sw_ke."
     )
     include_path: RealPath | None = Field(None, description="Folder with task files (YAML) of your own.")
-    scores: RealPath | None = Field(None, description="Score folder of the same model; utility.json goes into it.")
-    output_dir: RealPath = Field("runs/utility", description="Where a folder is made if `scores` is not given.")
     limit: PositiveInt | None = Field(None, description="At most this many questions per task; for a first look only.")
     num_fewshot: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Worked examples before each question (default: the task's own)."
@@ -370,7 +365,7 @@ class UtilityConfig(Section):
     engine: UtilityEngineSection = UtilityEngineSection()
 
     @model_validator(mode="after")
-    def _what_transformers_read(self) -> UtilityConfig:
+    def _what_transformers_read(self) -> Self:
         if self.backend != "hf":
             return self
         if "address" in self.model_fields_set:
@@ -382,3 +377,13 @@ class UtilityConfig(Section):
                 "remove it, or set backend=vllm"
             )
         return self
+
+
+class UtilityConfig(UtilitySection):
+    """One run of lm-evaluation-harness: what the model still knows."""
+
+    model: StoredPath = Field(
+        description="Folder of a run, a checkpoint or an exported model, its URL, or hub name `NAME[#REVISION]`."
+    )
+    scores: RealPath | None = Field(None, description="Score folder of the same model; utility.json goes into it.")
+    output_dir: RealPath = Field("runs/utility", description="Where a folder is made if `scores` is not given.")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from mlc_ray.report.collect import ReportError, collect
 from mlc_ray.report.page import render
-from mlc_ray.runs import output_folder
+from mlc_ray.report.study_pages import write_study_report
+from mlc_ray.runs import kind_of, output_folder
 from mlc_ray.storage import Place
 
 DEFAULT_FILE = "report.html"
@@ -25,7 +26,7 @@ def write_report(
     """Write the HTML report of `runs` to `out`, replacing an older one, and for papers `report.md` and PNGs to `paper`.
 
     Args:
-        runs: Run folders, score folders, or folders of those.
+        runs: Run folders, score folders, or folders of those; or a study, alone.
         out: The HTML file.
         paper: Folder of Markdown tables and figures.
         samples: Responses per model where an attack succeeded that are shown.
@@ -37,6 +38,7 @@ def write_report(
     Raises:
         ReportError: A run cannot be read, `out` is not an HTML file, or `samples` is negative; nothing is written then.
         ScoresFileError: A score cannot be read; nothing is written then.
+        StudyFileError: The same of a study's results.
         OutputFolderError: `out` or `paper` is a URL, or relative inside a Ray job; nothing is written then.
     """
     output_folder(out, setting="out")
@@ -49,14 +51,27 @@ def write_report(
         raise ReportError(f"--out {str(out)!r} is a folder; give a file name that ends in .html")
     if samples < 0:
         raise ReportError(f"--samples {samples} is below 0; give the number of responses to show, 0 for none")
+    studies = [place for place in map(Place, runs) if kind_of(place) == "study"]
+    if studies and len(runs) > 1:
+        raise ReportError(f"{str(studies[0])!r} is a study, whose report is of it alone; give it alone")
+    if studies:
+        page, written = write_study_report(
+            studies[0], samples=samples, paper=None if paper is None else Path(paper), public=public
+        )
+        _write_page(page, out)
+        return [out, *written]
     collection = collect(runs)
     page = render(collection, samples=samples, public=public)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.part-{os.getpid()}")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(out)
+    _write_page(page, out)
     if paper is None:
         return [out]
     from mlc_ray.report.paper import write_paper  # matplotlib takes a second to import
 
     return [out, *write_paper(collection, Path(paper), public=public)]
+
+
+def _write_page(page: str, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.part-{os.getpid()}")
+    partial.write_text(page, encoding="utf-8")
+    partial.replace(out)

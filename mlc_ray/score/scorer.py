@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import ray.exceptions
 
@@ -26,11 +27,14 @@ from mlc_ray.generate.pool import EnginePool, expected_errors, work
 from mlc_ray.generate.replica import EngineDiedError, Part
 from mlc_ray.judges.base import make_judge
 from mlc_ray.progress import phase
-from mlc_ray.runs import REPLIES_FILE
+from mlc_ray.runs import REPLIES_FILE, RESPONSES_FILE, SCORES_FILE
 from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.plan import answering, plan_judging, reading
+from mlc_ray.score.request import Request
+from mlc_ray.score.results import ScoreResult
+from mlc_ray.score.run import write_score
 from mlc_ray.score.stages import JUDGED
-from mlc_ray.storage import Place
+from mlc_ray.storage import Place, working_folder
 
 logger = logging.getLogger(__name__)
 _CLOSE_SECONDS = 120.0  # of three pools one after another, of which each may take 30
@@ -144,6 +148,15 @@ class WarmScorer:
         if open_still:
             logger.warning("the scorer did not end its engines in %.0f s and is killed", _CLOSE_SECONDS)
         ray.kill(self._actor)
+
+
+def write_warm_score(scored: WarmScore, request: Request, folder: Place) -> ScoreResult:
+    """Count a checkpoint's verdicts, and write its score folder, `scores.json` last."""
+    judging = plan_judging(make_judge(request.config.judge), scored.judged)
+    with working_folder(folder, last=(SCORES_FILE,)) as here:
+        request.save(here)
+        pq.write_table(scored.judged, here / RESPONSES_FILE)
+        return write_score(request, judging, scored.judged, here, seconds=dict(scored.seconds))
 
 
 def start_scorer(

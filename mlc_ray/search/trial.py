@@ -11,18 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray.tune
 
 from mlc_ray.config import ScoreConfig, SearchConfig, parse_config
 from mlc_ray.errors import MlcRayError
-from mlc_ray.judges.base import make_judge
 from mlc_ray.runs import (
     BASELINE_FOLDER,
     CONFIG_FILE,
     FINISHED_FILE,
     MODEL_FOLDER,
-    RESPONSES_FILE,
     SCORES_FILE,
     SCORES_FOLDER,
     TRAIN_FOLDER,
@@ -32,18 +29,17 @@ from mlc_ray.runs import (
     training_languages,
     weights_folders,
 )
-from mlc_ray.score.plan import plan_judging
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.request import Request
 from mlc_ray.score.results import load_records, load_scores
-from mlc_ray.score.run import TooManyUnparsedError, check_unparsed, write_score
-from mlc_ray.score.scorer import WarmScorer
+from mlc_ray.score.run import TooManyUnparsedError, check_unparsed
+from mlc_ray.score.scorer import WarmScorer, write_warm_score
 from mlc_ray.search.objectives.base import TrialScore, make_objective
 from mlc_ray.search.results import Trial, ending
 from mlc_ray.search.space import Space
 from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES
 from mlc_ray.stats.rates import Judged
-from mlc_ray.storage import Place, fingerprint_model, working_folder
+from mlc_ray.storage import Place, fingerprint_model
 
 logger = logging.getLogger(__name__)
 
@@ -169,11 +165,7 @@ class Shared:
             prompts=self.prompts if prompts is None else prompts.fingerprint,
             seen_languages=training_languages(model),
         )
-        judging = plan_judging(make_judge(scoring.judge), scored.judged)
-        with working_folder(folder, last=(SCORES_FILE,)) as here:
-            request.save(here)
-            pq.write_table(scored.judged, here / RESPONSES_FILE)
-            write_score(request, judging, scored.judged, here, seconds=dict(scored.seconds))
+        write_warm_score(scored, request, folder)
 
 
 @dataclass(frozen=True)

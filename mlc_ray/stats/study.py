@@ -1,0 +1,397 @@
+"""Methods that were each trained with several seeds and scored on the same prompts: rates, and which are told apart.
+
+Bundles and seeds are crossed: every seed's model answers every bundle. A number is the mean over seeds of what it is of
+each, and its 95 % interval has two parts, combined by square-and-add (Newcombe, Statistics in Medicine 1998):
+
+- bundles: that of `stats.intervals` of the mean over these seeds, which draws whole bundles;
+- seeds: t s / sqrt(S), where s is the standard deviation of the S seeds' numbers and t Student's quantile with S - 1
+  degrees of freedom (12.7 with two seeds, 4.3 with three). With one seed there is none: the interval then says nothing
+  of what another seed would give.
+
+What varies with both at once is in either part, so that the interval is rather wide (as of Owen's pigeonhole bootstrap,
+Annals of Applied Statistics 2007). Pure; shapes as in `stats.intervals`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.stats.intervals import SAME, Floats, Grid, Resampled, Statistic, Term, interval, make_grid
+from mlc_ray.stats.rates import KINDS, Interval, Judged, Outcome, language_order, outcome
+from mlc_ray.stats.significance import holm, sign_flip_p
+from mlc_ray.types import Kind, Measure, primary_language
+
+LEVEL = 0.05
+"""Two methods are told apart where the p-value after Holm's correction is at most this."""
+
+Runs: TypeAlias = Mapping[int | None, Sequence[Judged]]
+"""The verdicts of each model by its seed; of a model before training by None."""
+Compared: TypeAlias = Literal["harmful", "benign", "difference"]
+
+
+class StudyVerdictsError(MlcRayError):
+    """The verdicts of a study are not on the same prompts, or lack a side; the message says which."""
+
+
+@dataclass(frozen=True)
+class MethodSide:
+    """One side of a method, over its seeds: rates in % of what should be many (refused or safe; complied if benign).
+
+    `avg` is the mean over languages, `var` 100 times the variance of the languages' rates as fractions, `pag` their
+    agreement as a fraction (`stats.summaries`), both None with one language. `trained` and `never` are `avg` over the
+    languages that training had and over the others, None where there are none. Over several benchmarks every number is
+    the mean of the benchmarks'.
+    """
+
+    kind: Kind
+    measure: Measure
+    languages: Mapping[str, Interval]
+    avg: Interval
+    var: Interval | None
+    pag: Interval | None
+    trained: Interval | None
+    never: Interval | None
+
+
+@dataclass(frozen=True)
+class MethodRates:
+    """Both sides of a method on a model; `difference` is harmful refused less benign refused, in points."""
+
+    harmful: MethodSide
+    benign: MethodSide
+    difference: Interval
+    seeds: int
+
+
+@dataclass(frozen=True)
+class MethodTest:
+    """Two methods on one model, paired by bundle and seed: `change` is `second` less `first`, in points.
+
+    `p` is the largest over the seeds of the two-sided sign-flip test over bundles, so that they are told apart only
+    where every seed tells them apart; `p_holm` is after Holm's correction over all tests of the study.
+    """
+
+    model: str
+    first: str
+    second: str
+    compared: Compared
+    change: Interval
+    p: float
+    seeds: int
+    p_holm: float = 1.0
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the corrected test is at most `LEVEL`."""
+        return self.p_holm <= LEVEL
+
+
+# --------------------------------------------------------------------------------------------------------------- seeds
+
+
+def student_quantile(freedom: int, level: float = 0.975) -> float:
+    """The quantile of Student's t with `freedom` degrees, by bisection of its distribution function.
+
+    For whole degrees that is a finite sum (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
+    """
+    low, high = 0.0, 1.0
+    while _student(high, freedom) < level:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student(middle, freedom) < level else (low, middle)
+    return high
+
+
+def _student(t: float, freedom: int) -> float:
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine, odd = math.cos(angle), freedom % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for k in range(2 + odd, freedom + 1, 2):  # the terms up to cos^(freedom - 2)
+        total += term
+        term *= (k - 1) / k * cosine**2
+    inside = (2 / math.pi) * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return (1 + inside) / 2
+
+
+def over_seeds(values: Sequence[float], bundles: tuple[float, float, float]) -> tuple[float, float, float]:
+    """A mean over seeds with both parts of its interval.
+
+    Args:
+        values: Of each seed.
+        bundles: Their mean, and the limits of the part of bundles.
+
+    Returns:
+        Value, low and high.
+    """
+    value, low, high = bundles
+    half = 0.0
+    if len(values) > 1:
+        spread = float(np.std(values, ddof=1))
+        half = student_quantile(len(values) - 1) * spread / math.sqrt(len(values)) if spread > 1e-12 else 0.0
+    return value, value - math.hypot(value - low, half), value + math.hypot(high - value, half)
+
+
+def _interval(by_seed: Sequence[Sequence[Term]], unit: float, least: float, most: float) -> Interval:
+    """The mean over seeds of sums of statistics, in another unit, within what it can be."""
+    values = [sum(weight * term.value for weight, term in terms) for terms in by_seed]
+    joint = [(weight / len(by_seed), term) for terms in by_seed for weight, term in terms]
+    bundles = interval(*joint)
+    if any(_alike([each for each in joint if each[1].source is source]) for _, source in _sources(joint)):
+        # Resamples say nothing, and limits take over: of the same bundles, so that those of the seeds are averaged.
+        own = np.mean([interval(*terms) for terms in by_seed], axis=0)
+        bundles = (bundles[0], min(bundles[1], float(own[1])), max(bundles[2], float(own[2])))
+    found = (unit * number for number in over_seeds(values, bundles))
+    value, low, high = found
+    return Interval(value, max(least, low), min(most, high))
+
+
+def _sources(terms: Sequence[Term]) -> list[tuple[int, Resampled]]:
+    return list({id(term.source): term.source for _, term in terms}.items())
+
+
+def _alike(terms: Sequence[Term]) -> bool:
+    """Whether the terms' sum does not vary over the resamples of their one source."""
+    drawn = sum((weight * term.of(term.source.resampled) for weight, term in terms), np.zeros(1))
+    finite = drawn[np.isfinite(drawn)]
+    return not len(finite) or float(np.ptp(finite)) < SAME
+
+
+# --------------------------------------------------------------------------------------------------------------- rates
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The verdicts of one method on one model, as grids with layers for each seed; made by `read_verdicts`."""
+
+    runs: Runs
+    measure: Measure
+    _made: dict[tuple[Kind, Measure], list[Grid]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def seeds(self) -> list[int | None]:
+        """Its seeds; `[None]` of a model before training."""
+        return list(self.runs)
+
+    @cached_property
+    def benchmarks(self) -> list[str]:
+        """Their names, as they come."""
+        return list(dict.fromkeys(record.benchmark for record in next(iter(self.runs.values()))))
+
+    def grids(self, kind: Kind, measure: Measure) -> list[Grid]:
+        """A grid for each benchmark with such prompts: `present`, and `hits SEED` and `misses SEED`."""
+        if (kind, measure) not in self._made:
+            self._made[kind, measure] = self._make(kind, measure)
+        return self._made[kind, measure]
+
+    def _make(self, kind: Kind, measure: Measure) -> list[Grid]:
+        found = []
+        for index, benchmark in enumerate(self.benchmarks):
+            by_seed = [
+                {
+                    (r.bundle_id, r.language, r.sample): outcome(r, measure)
+                    for r in run
+                    if (r.benchmark, r.kind) == (benchmark, kind)
+                }
+                for run in self.runs.values()
+            ]
+            if by_seed[0]:
+                found.append(_grid(by_seed, self.seeds, len(KINDS) * index + KINDS.index(kind)))
+        return found
+
+
+def _grid(
+    by_seed: Sequence[Mapping[tuple[str, str, int], Outcome | None]], seeds: Sequence[int | None], n: int
+) -> Grid:
+    cells = []
+    for key in sorted(by_seed[0], key=lambda key: (language_order(key[1]), key)):
+        marks = ["present"]
+        for seed, verdicts in zip(seeds, by_seed, strict=True):
+            if verdicts[key] in ("hits", "misses"):
+                marks.append(f"{verdicts[key]} {seed}")
+        cells.append((key[0], key[1], marks))
+    return make_grid(cells, ("present", *(f"{what} {seed}" for seed in seeds for what in ("hits", "misses"))), n)
+
+
+def read_verdicts(runs: Runs) -> Verdicts:
+    """The verdicts of a method's models, which must all be on the same prompts, of both kinds by `refused`.
+
+    Raises:
+        StudyVerdictsError: They are not.
+    """
+    asked = [{(r.benchmark, r.bundle_id, r.kind, r.language, r.sample) for r in run} for run in runs.values()]
+    if any(each != asked[0] for each in asked):
+        raise StudyVerdictsError(
+            f"the models of seeds {', '.join(map(str, runs))} were not all asked the same prompts "
+            f"({', '.join(str(len(each)) for each in asked)}); score them again on the same benchmarks"
+        )
+    first = next(iter(runs.values()))
+    for kind in KINDS:
+        if not any(record.kind == kind and outcome(record, "refused") is not None for record in first):
+            raise StudyVerdictsError(
+                f"no {kind} prompt has a verdict by `refused`: without it one side is missing; ask prompts of both "
+                "kinds, and a judge that says what is refused of either"
+            )
+    safe = any(record.kind == "harmful" and outcome(record, "safe") is not None for record in first)
+    return Verdicts(runs, "safe" if safe else "refused")
+
+
+def method_rates(verdicts: Verdicts, trained: Collection[str] | None) -> MethodRates:
+    """Both sides of a method.
+
+    Args:
+        verdicts: Those of its models.
+        trained: The languages that training had, matched without script and region; None: not known.
+    """
+    refused = {kind: verdicts.grids(kind, "refused") for kind in KINDS}
+    by_seed = [
+        [
+            *_means(refused["harmful"], f"hits {seed}"),
+            *((-weight, term) for weight, term in _means(refused["benign"], f"hits {seed}")),
+        ]
+        for seed in verdicts.seeds
+    ]
+    return MethodRates(
+        _side(verdicts, "harmful", verdicts.measure, "hits", trained),
+        _side(verdicts, "benign", "refused", "misses", trained),
+        _interval(by_seed, 100, -100, 100),
+        len(verdicts.seeds),
+    )
+
+
+def _side(
+    verdicts: Verdicts, kind: Kind, measure: Measure, wanted: Outcome, trained: Collection[str] | None
+) -> MethodSide:
+    grids, seeds = verdicts.grids(kind, measure), verdicts.seeds
+    codes = sorted({code for grid in grids for code in grid.languages}, key=language_order)
+    primary = None if trained is None else set(map(primary_language, trained))
+    seen = [code for code in codes if primary is not None and primary_language(code) in primary]
+    never = [code for code in codes if primary is not None and code not in seen]
+
+    def mean(languages: Collection[str]) -> Interval | None:
+        if not languages:
+            return None
+        return _interval([_means(grids, f"{wanted} {seed}", languages) for seed in seeds], 100, 0, 100)
+
+    several = [grid for grid in grids if len(grid.languages) > 1]
+    variances = [_averaged([g.variance(f"{wanted} {seed}", "present") for g in several]) for seed in seeds]
+    agreed = [grid.agreements([(f"hits {seed}", f"misses {seed}") for seed in seeds], "present") for grid in several]
+    agreements = [_averaged([found[index] for found in agreed if found]) for index in range(len(seeds))]
+    avg = mean(codes)
+    assert avg is not None, "`read_verdicts` has seen to it"
+    languages = {code: rate for code in codes if (rate := mean([code])) is not None}
+    return MethodSide(
+        kind,
+        measure,
+        languages,
+        avg,
+        _interval(variances, 100, 0, 25) if variances[0] else None,
+        _interval(agreements, 1, 0, 1) if agreements[0] else None,
+        mean(seen),
+        mean(never),
+    )
+
+
+def _means(grids: Sequence[Grid], layer: str, languages: Collection[str] | None = None) -> list[Term]:
+    """The mean over the benchmarks that have any of `languages` of their mean over these."""
+    found = [(g, [code for code in g.languages if languages is None or code in languages]) for g in grids]
+    some = [(grid, codes) for grid, codes in found if codes]
+    return [(1 / len(some), grid.mean(layer, "present", codes)) for grid, codes in some]
+
+
+def _averaged(statistics: Sequence[Statistic]) -> list[Term]:
+    return [(1 / len(statistics), statistic) for statistic in statistics]
+
+
+# --------------------------------------------------------------------------------------------------------------- tests
+
+
+def method_tests(model: str, methods: Mapping[str, Verdicts]) -> list[MethodTest]:
+    """Every pair of methods of a model with a seed in common, on the harmful and benign side and in the difference.
+
+    The model before training stands beside every seed of the others. The p-values are not corrected yet.
+    """
+    found = []
+    for (first, one), (second, other) in itertools.combinations(methods.items(), 2):
+        if pairs := _common(one.seeds, other.seeds):
+            found += [
+                _test(model, (first, one), (second, other), pairs, compared)
+                for compared in ("harmful", "benign", "difference")
+            ]
+    return found
+
+
+def corrected(tests: Iterable[MethodTest]) -> list[MethodTest]:
+    """All tests of a study as one family, by Holm's correction."""
+    listed = list(tests)
+    return [replace(each, p_holm=p) for each, p in zip(listed, holm([each.p for each in listed]), strict=True)]
+
+
+def _common(one: Sequence[int | None], other: Sequence[int | None]) -> list[tuple[int | None, int | None]]:
+    if None in one or None in other:
+        return [(a, b) for a in one for b in other]
+    return [(seed, seed) for seed in one if seed in other]
+
+
+_SIGNS: Mapping[Compared, tuple[tuple[Kind, float], ...]] = {
+    "harmful": (("harmful", 1),),
+    "benign": (("benign", 1),),
+    "difference": (("harmful", 1), ("benign", -1)),
+}
+
+
+def _test(
+    model: str,
+    first: tuple[str, Verdicts],
+    second: tuple[str, Verdicts],
+    pairs: Sequence[tuple[int | None, int | None]],
+    compared: Compared,
+) -> MethodTest:
+    by_pair: list[list[Term]] = [[] for _ in pairs]
+    moved: list[list[Floats]] = [[] for _ in pairs]
+    for kind, sign in _SIGNS[compared]:
+        measure: Measure = first[1].measure if compared == "harmful" else "refused"
+        what = "misses" if compared == "benign" else "hits"
+        grids = _changes(first[1].grids(kind, measure), second[1].grids(kind, measure), pairs, what)
+        for index in range(len(pairs)):
+            for name, direction in (("gained", sign), ("lost", -sign)):
+                by_pair[index] += [(direction * w, term) for w, term in _means(grids, f"{name} {index}")]
+            moved[index] += [sign * _contributions(grid, index) / len(grids) for grid in grids]
+    return MethodTest(
+        model,
+        first[0],
+        second[0],
+        compared,
+        _interval(by_pair, 100, *((-200, 200) if compared == "difference" else (-100, 100))),
+        max(sign_flip_p(np.concatenate(each)) for each in moved),
+        len(pairs),
+    )
+
+
+def _changes(
+    before: Sequence[Grid], after: Sequence[Grid], pairs: Sequence[tuple[int | None, int | None]], what: str
+) -> list[Grid]:
+    """Grids of the same bundles and languages: `present`, and of each pair what was `gained` and `lost`."""
+    found = []
+    for old, new in zip(before, after, strict=True):
+        layers: dict[str, Floats] = {"present": old.layers["present"]}
+        for index, (one, other) in enumerate(pairs):
+            change = new.layers[f"{what} {other}"] - old.layers[f"{what} {one}"]
+            layers[f"gained {index}"], layers[f"lost {index}"] = np.maximum(change, 0), np.maximum(-change, 0)
+        found.append(Grid(old.languages, layers, old.stream))
+    return found
+
+
+def _contributions(grid: Grid, index: int) -> Floats:
+    """What each bundle [B] adds to the change of a pair's mean over languages."""
+    moved = grid.layers[f"gained {index}"] - grid.layers[f"lost {index}"]
+    found: Floats = (moved / grid.layers["present"].sum(axis=0)).mean(axis=1)
+    return found

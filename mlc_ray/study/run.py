@@ -1,0 +1,359 @@
+"""A study: every cell is trained, then each model's cells are scored by engines that stay warm, then it is counted.
+
+Of one model all cells are trained first, one after another with all that the cluster has, and exported. Then engines
+are started once and given the weights of each cell in turn: training and engines never share memory or GPUs. A cell
+that fails or diverges is a row that says so. What a killed study finished is not done again: the folder says what is
+there (`runs`), and `study.json` what it is to be.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlc_ray.cluster import ClusterError, check_fits, connect, use_gpu, with_dtype
+from mlc_ray.config import UNTOUCHED, ConfigError, ScoreConfig, ScoringSection, StudyConfig, UtilityConfig, parse_config
+from mlc_ray.data.prepare import prepare_token_rows
+from mlc_ray.data.store import TokenArtifact
+from mlc_ray.errors import MlcRayError
+from mlc_ray.generate.engine import Device, check_lengths
+from mlc_ray.judges.base import make_judge
+from mlc_ray.lease import lease
+from mlc_ray.logs import keep_in
+from mlc_ray.nodes import check_nodes
+from mlc_ray.report.study import StudyResult
+from mlc_ray.runs import (
+    CELLS_FOLDER,
+    DIVERGED_FILE,
+    MODEL_FOLDER,
+    STUDY_FILE,
+    TRAIN_FOLDER,
+    UTILITY_FILE,
+    artifact_cache,
+    output_place,
+    resolve_model,
+    training_languages,
+)
+from mlc_ray.score.plan import fitted, judge_at_commits, places, plan_judging, with_dtypes, with_longest_answer
+from mlc_ray.score.prompts import Prompts, read_prompts
+from mlc_ray.score.request import Request
+from mlc_ray.score.scorer import ScorerDiedError, WarmScorer, start_scorer, write_warm_score
+from mlc_ray.storage import Place, fingerprint_model, local_side, user_cache
+from mlc_ray.study.cells import Cell, Commits, make_cells
+from mlc_ray.study.folder import Plan, StudyError, check_goes_on, load_plan
+from mlc_ray.study.record import Recorder, has_model, is_complete, is_scored, score_folder, untouched_folder
+from mlc_ray.study.supervision import Supervision, supervision_of
+from mlc_ray.train.answers import check_answers
+from mlc_ray.train.divergence import DivergedError
+from mlc_ray.train.export import export
+from mlc_ray.train.model import check_device, model_depth, resolve_layer
+from mlc_ray.train.planning import check_terms, steps_of
+from mlc_ray.train.preemption import PreemptedError
+from mlc_ray.train.run import paths_read, train
+from mlc_ray.utility.file import load_utility
+from mlc_ray.utility.run import measure_utility
+
+logger = logging.getLogger(__name__)
+
+
+def study(config: StudyConfig) -> StudyResult:
+    """Run a study to its end; writes and returns what it found.
+
+    With `resume: auto` an existing folder is gone on with: models, methods and seeds may have been added.
+
+    Raises:
+        ConfigError: a cell's settings are invalid, or lack a term's steps.
+        MissingAnswersError: the bundles of a cell lack answers that its loss needs.
+        StudyError: the folder exists already, with `resume: auto` with another study; a language has prompts of one
+            kind alone; or no cell got as far as a score.
+        ClusterError: the cluster can never hold a cell, or the engines.
+        LeaseError: another driver works in the folder.
+        PreemptedError: the driver got SIGTERM; the study can be gone on with.
+        MlcRayError: what reading data and models raises, before any cell starts.
+    """
+    cells = make_cells(config)
+    scoring = config.scoring
+    if scoring.chat is not None and scoring.chat != cells[0].config.chat:
+        raise ConfigError(
+            f"scoring.chat={scoring.chat!r}, but the cells train with chat={cells[0].config.chat!r}; give chat under "
+            "train alone"
+        )
+    scoring = with_longest_answer(scoring.model_copy(update={"chat": cells[0].config.chat}))
+    folder = (output_place(config.output_dir) / config.name).absolute()
+    before = None
+    if (folder / STUDY_FILE).is_file():
+        if config.resume == "never":
+            raise StudyError(
+                f"study folder {str(folder)!r} exists already: choose another name, remove it, or go on with it by "
+                f"`mlc-ray study --resume {folder}` or by resume=auto"
+            )
+        before = load_plan(folder)
+    keep_in(local_side(folder))
+    connect(cells[0].config.cluster.address)
+    plan, prompts = _planned(config, cells, scoring, before, folder)
+    if before is not None:
+        check_goes_on(before, plan, folder)
+    return _study(plan, prompts, folder, is_new=before is None)
+
+
+def resume_study(folder: Path | Place) -> StudyResult:
+    """Go on with the study in a folder, with the settings it has; cells that failed are tried again.
+
+    Raises:
+        StudyError: the folder holds no study, or the prompts are not those it began with. Other errors are those of
+            `study`.
+    """
+    place = Place(folder).absolute()
+    plan = load_plan(place)
+    keep_in(local_side(place))
+    connect(plan.cells[0].config.cluster.address)
+    prompts = read_prompts(plan.scoring, rejects=local_side(place))
+    if prompts.fingerprint != plan.prompts:
+        raise StudyError(
+            f"the prompts of study {str(place)!r} changed since it began ({plan.prompts} is now "
+            f"{prompts.fingerprint}), so that its cells could not be compared: restore them, or start a new study "
+            "under another name"
+        )
+    return _study(plan, prompts, place, is_new=False)
+
+
+def _planned(
+    config: StudyConfig, cells: Sequence[Cell], scoring: ScoringSection, before: Plan | None, folder: Place
+) -> tuple[Plan, Prompts]:
+    """The study with absolute paths, commits and types decided: as they were when it began, where it goes on."""
+    commits = Commits() if before is None else before.commits
+    known = {} if before is None else {cell.name: cell.config.model.dtype for cell in before.cells}
+    found = []
+    for cell in map(commits.cell, cells):
+        model, gpu = cell.config.model, use_gpu(cell.config.cluster.accelerator)
+        if model.dtype == "auto" and cell.name in known:
+            model = model.model_copy(update={"dtype": known[cell.name]})
+        model = with_dtype(model, gpu=gpu)
+        found.append(Cell(cell.model, cell.method, cell.seed, cell.config.model_copy(update={"model": model})))
+    judge = judge_at_commits(scoring.judge, None if before is None else before.scoring.judge)
+    scoring = scoring.model_copy(update={"benchmarks": commits.sources(scoring.benchmarks), "judge": judge})
+    gpu = _device(cells[0]) == "gpu"
+    scoring = with_dtypes(scoring, gpu=gpu, before=None if before is None else before.scoring)
+    prompts = read_prompts(scoring, rejects=local_side(folder))
+    return Plan(config, tuple(found), scoring, commits, prompts.fingerprint), prompts
+
+
+def _study(plan: Plan, prompts: Prompts, folder: Place, *, is_new: bool) -> StudyResult:
+    _check(plan, prompts, folder)
+    with lease(folder, wait=plan.config.resume == "auto"):
+        plan.save(folder)
+        try:
+            supervision = _prepare(plan, folder)
+        except BaseException:
+            if is_new:  # the name is free again, since the fix is another setting
+                (folder / STUDY_FILE).remove()
+            raise
+        recorder = Recorder(plan, folder, prompts, supervision, gpu=_device(plan.cells[0]) == "gpu")
+        for model in plan.config.models:
+            cells = [cell for cell in plan.cells if cell.model == model]
+            for cell in cells:
+                with _failing(recorder, cell.name):
+                    _train(cell, folder)
+                recorder.write()
+            _score(plan, prompts, folder, model, cells, recorder)
+            recorder.count()
+            _measure_utility(plan, folder, model, cells, recorder)
+            if not plan.config.keep_models:
+                _remove_models(plan, folder, cells)
+            recorder.write()
+    result = recorder.write()
+    if not any(cell.state == "scored" and cell.seed is not None for cell in result.cells):
+        first = next((cell for cell in result.cells if cell.message), None)
+        said = "nothing was trained" if first is None else f"the first fault, of {first.name}: {first.message}"
+        raise StudyError(f"no cell of study {str(folder)!r} got as far as a score; {said}")
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ before the first cell
+
+
+def _device(cell: Cell) -> Device:
+    return "gpu" if use_gpu(cell.config.cluster.accelerator) else "cpu"
+
+
+def _check(plan: Plan, prompts: Prompts, folder: Place) -> None:
+    """Raise what would end a cell or a score for a setting's sake; nothing has started yet."""
+    if plan.config.utility is not None and not folder.is_local:
+        raise StudyError(
+            f"utility writes beside scores on a disk, but output_dir is {str(folder.parent)!r}; leave it out"
+        )
+    _check_sides(prompts)
+    scoring, device = plan.scoring, _device(plan.cells[0])
+    judge = make_judge(scoring.judge)
+    judge.check_ready(user_cache())
+    if "refused" not in (measures := plan_judging(judge, prompts.table).measured_by):
+        raise StudyError(
+            f"scoring.judge={scoring.judge.name!r} says {', '.join(measures)} and not what is refused, so that a model "
+            "that refuses every benign prompt would look perfect; take one that does, or a panel with one"
+        )
+    check_fits("engine (scoring.engine.replicas x cpus_per_replica)", places(scoring, device))
+    for cell in plan.cells:
+        config = cell.config
+        if not isinstance(config.cluster.workers, int):
+            raise ClusterError(
+                f"cluster.workers={list(config.cluster.workers)}: the cells of a study keep their number of workers, "
+                "since their seconds are counted; set one number"
+            )
+        depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        try:
+            resolve_layer(config.mlc.layer, depth)
+        except MlcRayError as error:
+            raise ConfigError(f"cell {cell.name}: {error}") from None
+        check_device(config.model, gpu=_device(cell) == "gpu")
+        workers = [(config.cluster.cpus_per_worker, 1.0 if _device(cell) == "gpu" else 0.0)] * config.cluster.workers
+        check_fits(f"cell {cell.name} (cluster.workers x cluster.cpus_per_worker)", workers)
+    for model in plan.config.models:
+        path = _path(plan, model)
+        if judge.runs != "prompts":
+            assert scoring.max_new_tokens is not None, "decided by now (with_longest_answer)"
+            check_lengths(path, scoring.engine, scoring.max_new_tokens)
+        fitted(judge, prompts.by_language(), scoring, path)
+        check_nodes(folder.parent, paths_read(next(cell.config for cell in plan.cells if cell.model == model)))
+
+
+def _check_sides(prompts: Prompts) -> None:
+    """Refuse languages with prompts of one kind alone.
+
+    Raises:
+        StudyError: There are some.
+    """
+    pairs = set(zip(prompts.table["kind"].to_pylist(), prompts.table["language"].to_pylist(), strict=True))
+    sides = {kind: {code for found, code in pairs if found == kind} for kind in ("harmful", "benign")}
+    lacking = {"harmful": sides["benign"] - sides["harmful"], "benign": sides["harmful"] - sides["benign"]}
+    if faults := [f"no {kind} prompts in {', '.join(sorted(codes))}" for kind, codes in lacking.items() if codes]:
+        raise StudyError(
+            f"scoring.benchmarks: {'; '.join(faults)}. A model that refuses everything there, or nothing, would not be "
+            "told from a good one: add such prompts, or leave the languages out (scoring.languages)"
+        )
+
+
+def _path(plan: Plan, model: str) -> str:
+    return resolve_model(next(cell.config.model.path for cell in plan.cells if cell.model == model))
+
+
+def _prepare(plan: Plan, folder: Place) -> dict[str, Supervision]:
+    """Tokenise what the cells train on, and see that each has the answers and steps that its loss needs."""
+    cache = artifact_cache(folder / CELLS_FOLDER)
+    made: dict[str, TokenArtifact] = {}
+    found: dict[str, Supervision] = {}
+    for cell in plan.cells:
+        config = cell.config
+        sections = [each.model_dump(mode="json") for each in (config.data, config.model, config.chat)]
+        if (key := json.dumps(sections)) not in made:
+            made[key] = prepare_token_rows(config.data, config.model, chat=config.chat, cache_dir=cache)
+        try:
+            check_answers(config, made[key])
+            check_terms(config, steps_of(config, made[key]))
+        except MlcRayError as error:
+            raise type(error)(f"cell {cell.name}: {error}") from None
+        found[cell.name] = supervision_of(config, made[key])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+@contextmanager
+def _failing(recorder: Recorder, name: str) -> Iterator[None]:
+    """What a cell's work raises becomes a row; SIGTERM, Ctrl-C and dead engines end the study."""
+    try:
+        yield
+    except (PreemptedError, ScorerDiedError):
+        raise
+    except MlcRayError as error:
+        logger.warning("%s failed: %s", name, error)
+        recorder.failures[name] = str(error)
+    except Exception as error:  # of a worker, of Ray, or of code from outside: the other cells can be run all the same
+        logger.warning("%s failed", name, exc_info=True)
+        said = str(error).strip().splitlines() or [""]
+        recorder.failures[name] = f"{type(error).__name__}: {said[-1]}"
+
+
+def _train(cell: Cell, folder: Place) -> None:
+    """Train a cell to its end and export its model, unless that is done, or it diverged."""
+    run = folder / CELLS_FOLDER / cell.name
+    if is_scored(run) or has_model(run):
+        return
+    if (run / DIVERGED_FILE).is_file():
+        said = (run / DIVERGED_FILE).read_json().get("message", "")
+        raise DivergedError(said)
+    logger.info("cell %s", cell.name)
+    train(cell.config.model_copy(update={"output_dir": str(run.parent)}))
+    (run / MODEL_FOLDER).remove()  # half of it, where storage has no rename and a process died while it wrote it
+    export(run, run / MODEL_FOLDER, trust_remote_code=True)  # its components ran in this very study
+    (run / TRAIN_FOLDER).remove()
+
+
+def _score(plan: Plan, prompts: Prompts, folder: Place, model: str, cells: Sequence[Cell], recorder: Recorder) -> None:
+    """Score the model before training and all its cells that are not, by engines that are started once."""
+    path = _path(plan, model)
+    judge = make_judge(plan.scoring.judge)
+    scoring = plan.scoring.model_copy(update={"judge": fitted(judge, prompts.by_language(), plan.scoring, path)})
+    jobs = [(untouched_folder(folder, model), f"{model}-{UNTOUCHED}", path)]
+    for cell in cells:
+        run = folder / CELLS_FOLDER / cell.name
+        if has_model(run):
+            jobs.append((score_folder(run), cell.name, str(run / MODEL_FOLDER)))
+    jobs = [job for job in jobs if not is_complete(job[0])]
+    if not jobs:
+        return
+    scorer = start_scorer(path, scoring, prompts.table, device=_device(cells[0]), folder=local_side(folder))
+    try:
+        for target, name, weights in jobs:
+            with _failing(recorder, name):
+                _score_one(scorer, scoring, prompts, target, weights)
+            if name in recorder.failures:
+                scorer.check()
+            recorder.write()
+    finally:
+        scorer.close()
+
+
+def _score_one(scorer: WarmScorer, scoring: ScoringSection, prompts: Prompts, target: Place, weights: str) -> None:
+    scored = scorer.score(weights)
+    own = {"name": target.name, "output_dir": str(target.parent), "model": weights}
+    request = Request(
+        config=parse_config(ScoreConfig, {**scoring.model_dump(mode="json", exclude_unset=True), **own}),
+        resolved=weights,
+        fingerprint=fingerprint_model(weights),
+        prompts=prompts.fingerprint,
+        seen_languages=training_languages(weights),
+    )
+    write_warm_score(scored, request, target)
+
+
+def _measure_utility(plan: Plan, folder: Place, model: str, cells: Sequence[Cell], recorder: Recorder) -> None:
+    """Measure what is not measured yet; the engines that score have ended."""
+    section = plan.config.utility
+    if section is None:
+        return
+    jobs = [(f"{model}-{UNTOUCHED}", untouched_folder(folder, model), _path(plan, model))]
+    for cell in cells:
+        run = folder / CELLS_FOLDER / cell.name
+        if has_model(run):
+            jobs.append((cell.name, score_folder(run), str(run / MODEL_FOLDER)))
+    for name, score, weights in jobs:
+        if not is_complete(score):
+            continue
+        there = {row.task for row in load_utility(score).rows} if (score / UTILITY_FILE).is_file() else set()
+        if wanted := [task for task in section.tasks if task not in there]:
+            own = {"model": weights, "scores": str(score), "tasks": wanted}
+            with _failing(recorder, name):
+                measure_utility(parse_config(UtilityConfig, {**section.model_dump(exclude_unset=True), **own}))
+            recorder.write()
+
+
+def _remove_models(plan: Plan, folder: Place, cells: Sequence[Cell]) -> None:
+    for cell in cells:
+        run = folder / CELLS_FOLDER / cell.name
+        measured = plan.config.utility is None or (score_folder(run) / UTILITY_FILE).is_file()
+        if is_scored(run) and measured:
+            (run / MODEL_FOLDER).remove()

@@ -1,0 +1,185 @@
+"""What a study writes of its cells' folders: results, tables in Markdown, LaTeX and HTML, and what `show` says."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mlc_ray.report.collect import ReportError
+from mlc_ray.report.latex import escape, latex
+from mlc_ray.report.study import StudyFileError, load_study, study_tables
+from mlc_ray.report.tables import cell, row, table
+from mlc_ray.report.write import write_report
+from mlc_ray.score.results import load_scores
+from mlc_ray.show import show
+from mlc_ray.stats.significance import holm
+from mlc_ray.storage import Place
+from mlc_ray.study.folder import StudyError
+from tests.study.folders import planned, recorder, write_cell, write_diverged, write_untouched
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Both methods with both seeds, and the model before training."""
+    study = tmp_path / "st_udy"
+    write_untouched(study, utility=True)
+    for method in ("dpo", "mlc"):
+        for seed in (1, 2):
+            write_cell(study, method, seed)
+    planned(study).save(Place(study))
+    return study
+
+
+def test_results_are_the_means_of_the_cells_scores_and_are_read_back(folder: Path) -> None:
+    result = recorder(planned(folder), folder).write()
+    assert load_study(folder) == result
+    for method in ("dpo", "mlc"):
+        rates = result.row("tiny_1", method).rates
+        assert rates is not None and rates.seeds == 2
+        summaries = [load_scores(folder / f"cells/tiny_1-{method}-{seed}/scores/study").summary() for seed in (1, 2)]
+        harmful = [side.avg.value for s in summaries if (side := s.side("harmful")) is not None]
+        benign = [side.misses_avg.value for s in summaries if (side := s.side("benign")) is not None]
+        differences = [s.avg_difference.value for s in summaries if s.avg_difference is not None]
+        assert rates.harmful.avg.value == pytest.approx(sum(harmful) / 2)
+        assert rates.benign.avg.value == pytest.approx(sum(benign) / 2)
+        assert rates.difference.value == pytest.approx(sum(differences) / 2)
+    assert len(result.tests) == 9  # three pairs, three numbers each
+    assert [test.p_holm for test in result.tests] == holm([test.p for test in result.tests])
+    (untouched,) = [each for each in result.cells if each.seed is None]
+    assert untouched.utility == {"mmlu acc": 0.5}
+    trained = [each for each in result.cells if each.seed is not None]
+    assert {(each.state, each.steps, each.workers, each.seconds, each.score_seconds) for each in trained} == {
+        ("scored", 3, 2, 12.0, 10.0)
+    }
+    assert trained[0].answer_tokens == {"en": 50, "fr": 7} and trained[0].prompt_tokens == {"en": 100, "fr": 120}
+
+
+def test_tables_have_both_sides_and_mark_what_was_never_trained(folder: Path) -> None:
+    shown = {each.title: each for each in study_tables(recorder(planned(folder), folder).write())}
+    assert list(shown) == [
+        "tiny_1: both sides", "tiny_1: harmful prompts", "tiny_1: benign prompts", "Supervision and time",
+        "Supervision by language", "Utility", "tiny_1: which methods are told apart",
+    ]  # fmt: skip
+    heads = [head.text for head in shown["tiny_1: harmful prompts"].columns]
+    assert heads == ["method", "en", "fr", "sw †", "avg", "var", "PAG"]
+    assert [each.name.text for each in shown["tiny_1: benign prompts"].rows] == ["untouched", "dpo", "mlc"]
+    costs = shown["Supervision and time"].rows[0]
+    assert [each.text for each in costs.cells] == ["dpo", "57", "7", "220", "3", "12", "10"]
+    by_language = shown["Supervision by language"]
+    assert [head.text for head in by_language.columns] == ["model", "method", "en", "fr"]
+    assert [(each.text, each.more) for each in by_language.rows[0].cells[1:]] == [("50", ("100",)), ("7", ("120",))]
+    tests = shown["tiny_1: which methods are told apart"]
+    assert [each.name.text for each in tests.rows] == ["dpo − untouched", "mlc − untouched", "mlc − dpo"]
+    said = {(each.name.text, index): each.cells[index].more for each in tests.rows for index in range(3)}
+    for (_, _), more in said.items():
+        p = float(re.search(r"p [<=] ([\d.]+)", more[1])[1])  # type: ignore[index]
+        assert ("not told apart" in more) == (p > 0.05)
+    assert any("not told apart" in more for more in said.values())
+
+
+def test_a_cell_that_failed_or_diverged_is_a_row_that_says_so(tmp_path: Path) -> None:
+    study = tmp_path / "s"
+    write_untouched(study)
+    write_cell(study, "dpo", 1)
+    write_cell(study, "dpo", 2, scored=False)
+    write_diverged(study, "mlc", 1)
+    plan = planned(study)
+    found = recorder(plan, study)
+    found.failures["tiny_1-mlc-2"] = "OutOfMemoryError: no memory | left"
+    result = found.write()
+    states = {each.name: each.state for each in result.cells}
+    assert states == {
+        "tiny_1-untouched": "scored", "tiny_1-dpo-1": "scored", "tiny_1-mlc-1": "diverged", "tiny_1-dpo-2": "trained",
+        "tiny_1-mlc-2": "failed",
+    }  # fmt: skip
+    assert result.row("tiny_1", "mlc").rates is None
+    rates = result.row("tiny_1", "dpo").rates
+    assert rates is not None and rates.seeds == 1
+    text = (study / "study.md").read_text()
+    assert "| tiny_1-mlc-2 | failed | OutOfMemoryError: no memory \\| left |" in text
+    assert "With one seed, intervals and tests say nothing of what another seed would give." in text
+
+
+def test_a_score_on_other_prompts_is_refused_and_one_without_verdicts_is_left_out(folder: Path) -> None:
+    with pytest.raises(StudyError, match="is a score on other prompts"):
+        recorder(replace(planned(folder), prompts="0000"), folder)
+    write_cell(folder, "mlc", 3, unparsed=0.5)
+    result = recorder(planned(folder, seeds=[1, 2, 3]), folder).write()
+    (unread,) = [each for each in result.cells if each.name == "tiny_1-mlc-3"]
+    assert unread.state == "failed" and "got no verdict" in unread.message
+    rates = result.row("tiny_1", "mlc").rates
+    assert rates is not None and rates.seeds == 2
+
+
+def test_the_report_of_a_study_is_one_page_and_tables_for_a_paper(folder: Path, tmp_path: Path) -> None:
+    recorder(planned(folder), folder).write()
+    written = write_report([folder], tmp_path / "out.html", paper=tmp_path / "paper")
+    assert [path.name for path in written] == ["out.html", "study.md", "study.tex"]
+    page = (tmp_path / "out.html").read_text()
+    assert "tiny_1: both sides" in page and "not told apart" in page and "<script" not in page
+    assert (tmp_path / "paper/study.tex").read_text() == (folder / "study.tex").read_text()
+    with pytest.raises(ReportError, match="give it alone"):
+        write_report([folder, folder / "untouched/tiny_1"], tmp_path / "out.html")
+    with pytest.raises(ReportError, match="--samples 3"):
+        write_report([folder], tmp_path / "out.html", samples=3)
+
+
+def test_names_with_markup_stay_text(tmp_path: Path) -> None:
+    study = tmp_path / "s"
+    write_untouched(study)
+    plan = planned(study, models={"tiny_1": {"path": "<b>m</b>_%&"}})
+    found = recorder(plan, study)
+    found.failures["tiny_1-dpo-1"] = "<script>alert(1)</script> \\input{x} 100%_#"
+    result = found.write()
+    plan.save(Place(study))
+    write_report([study], tmp_path / "out.html")
+    page = (tmp_path / "out.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page and "&lt;b&gt;m" in page
+    text = (study / "study.tex").read_text()
+    assert r"\textless{}script\textgreater{}alert(1)" in text
+    assert r"\textbackslash{}input\{x\} 100\%\_\#" in text
+    assert r"tiny\_1: both sides" in text and result.cells
+
+
+def test_latex_is_escaped_and_has_the_rules_of_booktabs() -> None:
+    every = '\\ { } $ & # _ % ~ ^ < > | " − → † ·'
+    escaped = escape(every)
+    plain = re.sub(r"\\(textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar|textquotedbl|"
+                   r"textdagger)\{\}|\$-\$|\$\\rightarrow\$|\\[{}$&#_%]", "", escaped)  # fmt: skip
+    assert not re.search(r"[\\{}$&#_%~^<>|\"−→†·]", plain)
+    shown = table("A & B", ["m_1", "en †"], [row("x%", [cell("1.0", "0 to 2", tone="strong")])], "50 %")
+    assert latex(shown) == [
+        r"\begin{table}",
+        r"\caption{A \& B (50 \%).}",
+        r"\begin{tabular}{lr}",
+        r"\toprule",
+        r"m\_1 & en \textdagger{} \\",
+        r"\midrule",
+        r"x\% & \textbf{1.0} {\footnotesize(0 to 2)} \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+        r"\end{table}",
+        "",
+    ]
+
+
+def test_show_says_how_far_a_study_is_and_what_is_next(folder: Path, tmp_path: Path) -> None:
+    assert "4 of 4 cells are scored, 4 are trained" in (said := show(folder))
+    assert f"mlc-ray study --resume {folder}" in said  # no results yet
+    recorder(planned(folder), folder).write()
+    said = show(folder)
+    assert re.search(r"tiny_1 mlc +harmful refused [\d.]+ %, benign complied [\d.]+ %, 2 seeds", said)
+    assert "--resume" not in said and f"mlc-ray report {folder} --out study.html" in said
+    other = tmp_path / "other"
+    write_diverged(other, "mlc", 1)
+    write_cell(other, "dpo", 1)
+    write_cell(other, "dpo", 2, scored=False)
+    planned(other).save(Place(other))
+    said = show(other)
+    assert "1 of 4 cells are scored, 2 are trained" in said and "tiny_1-mlc-1" in said
+    assert "st_udy" in show(tmp_path) and "study: " in show(tmp_path)
+    with pytest.raises(StudyFileError, match=r"results\.json"):
+        load_study(other)
