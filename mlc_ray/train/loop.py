@@ -232,12 +232,20 @@ def loss_of(
     `factors` as of `Objective.total_loss`.
     """
     return objective.total_loss(
-        **vars(output),
-        **{f"reference_{name}": value for name, value in vars(frozen).items()},
         weight=batch.weight,
+        chosen=output.chosen,
+        rejected=output.rejected,
+        reference_chosen=frozen.chosen,
+        reference_rejected=frozen.rejected,
+        reference_state=frozen.state,
+        representations=output.representations,
+        present=output.present,
+        tapped=output.tapped,
         term_weight=batch.term_weight,
         groups=batch.groups,
         rows=batch.rows,
+        pooled=output.pooled,
+        reference_pooled=frozen.pooled,
         factors=factors,
         decisions=decisions_of(batch, output),
     )
