@@ -115,15 +115,14 @@ def agree_on_checkpoint(run: Place, logged: int | None = None) -> Place | None:
             raise CheckpointError(refusal)
         if newest is None:
             return None
-        own = _unlogged(newest, logged) or _fault(newest, rank, workers)
-        faults = gather_objects((own, socket.gethostname()))
+        unlogged = _unlogged(newest, logged)
+        faults = gather_objects((unlogged or _fault(newest, rank, workers), socket.gethostname()))
         faulty = next((number for number, (fault, _) in enumerate(faults) if fault is not None), None)
         if faulty is None:
             return newest
         if rank == 0:
             fault, host = faults[faulty]
-            own = own if faulty == rank else _fault(newest, faulty, workers)
-            refusal = _set_aside(run, newest, str(fault), host, own=own)
+            refusal = _set_aside(run, newest, str(fault), host, own=unlogged or _fault(newest, faulty, workers))
         if (refusal := from_rank_zero(refusal)) is not None:
             raise CheckpointError(refusal)
 

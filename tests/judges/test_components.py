@@ -58,7 +58,7 @@ def test_a_judge_that_does_not_exist_is_an_error_and_not_the_default() -> None:
         ({"name": "pathlib:PurePath"}, r"pathlib:PurePath.*Settings"),
         (
             {"name": "refusal", "translate": {"endpoint": {"base_url": "http://h/v1", "model": "m"}, "engine": {}}},
-            r"translate\.engine is read with translate\.model only",
+            r"judge\.translate: engine is read with a translator's model only, not with an endpoint",
         ),
     ],
 )  # fmt: skip
