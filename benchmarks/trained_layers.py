@@ -3,10 +3,9 @@
 What the probe's criteria said of the layers before training is compared with what came of it. Each run is DPO + MLC in
 one process, without Ray and vLLM: ten steps of two of the sample's harmful training bundles in five languages,
 embeddings frozen, and then the answers to the first bundles of `sample:select` in six. Criteria are of the first
-bundles of the sample's training half, in the five. It has not been run yet at this size; docs/probe.md has figures of
-earlier runs.
+bundles of the sample's training half, in the five. Its figures are in docs/probe.md.
 
-    python benchmarks/trained_layers.py --probe --layers 30 20 10 --out layers.json
+    python benchmarks/trained_layers.py --probe --layers 30 25 20 15 10 5 -1 --limit 6 --out layers.json
 
 `--out` is extended: runs that it holds are not made again.
 """
@@ -145,7 +144,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="*", default=[], help="indices into hidden_states; -1: no training")
     parser.add_argument("--probe", action="store_true", help="also compute the criteria")
     parser.add_argument("--limit", type=int, default=12, help="bundles of each kind to score on (default: 12)")
-    parser.add_argument("--learning-rate", type=float, default=3e-5)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
