@@ -87,9 +87,9 @@ def test_every_field_is_read_somewhere(read_in_package: set[str]) -> None:
 def test_the_schemas_are_walked_to_the_leaves() -> None:
     found = {leaf[0] for leaf in leaves(*ROOTS)}
     assert {
-        "mlc_ray.config.train.LoraSection.rank",
-        "mlc_ray.config.train.SourceSection.kind",
-        "mlc_ray.config.train.TermSettings.weight",
+        "mlc_ray.config.model.LoraSection.rank",
+        "mlc_ray.config.data.SourceSection.kind",
+        "mlc_ray.config.objective.TermSettings.weight",
         "mlc_ray.losses.simpo.Simpo.Settings.margin",
         "mlc_ray.losses.mlc.Mlc.Settings.temperature",
         "mlc_ray.losses.variance.Variance.Settings.target_std",

@@ -32,7 +32,7 @@ from mlc_ray.config import (
 )
 from mlc_ray.config.base import Section
 from mlc_ray.config.component import ComponentSettings
-from mlc_ray.config.train import TapSection
+from mlc_ray.config.objective import TapSection
 
 FILES = {
     "A training run": ("train", TrainConfig),

@@ -27,6 +27,9 @@ from mlc_ray.config.base import (
 )
 from mlc_ray.config.calibration import CalibrationConfig
 from mlc_ray.config.chat import PLAIN_CHAT, ChatSection
+from mlc_ray.config.data import DataSection, SourceSection
+from mlc_ray.config.model import LoraSection, ModelSection
+from mlc_ray.config.objective import AnswerSettings, LossSettings, ObjectiveConfig, TapSection, TermSettings
 from mlc_ray.config.openings import OpeningsSection
 from mlc_ray.config.score import (
     TRANSLATION_MARKERS,
@@ -45,21 +48,12 @@ from mlc_ray.config.score import (
 from mlc_ray.config.search import ConfirmSection, ObjectiveSettings, ParameterSection, ProbePriorSection, SearchConfig
 from mlc_ray.config.study import DECIDED, UNTOUCHED, StudyConfig, StudyModelSection
 from mlc_ray.config.train import (
-    AnswerSettings,
     CheckpointSection,
     ClusterSection,
     CollapseSection,
-    DataSection,
     EngineSettings,
     LoggingSection,
-    LoraSection,
-    LossSettings,
-    ModelSection,
-    ObjectiveConfig,
     OptimizerSection,
-    SourceSection,
-    TapSection,
-    TermSettings,
     TrainConfig,
     TrainSection,
 )

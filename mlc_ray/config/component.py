@@ -151,3 +151,8 @@ class ComponentName:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """A string; the known names are its examples."""
         return {**handler(schema), "examples": [*self.besides, *names(self.kind)]}
+
+
+def settings_by_default() -> Any:
+    """An empty section: the default component's settings, once validated."""
+    return {}

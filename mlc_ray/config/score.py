@@ -24,8 +24,9 @@ from mlc_ray.config.base import (
 )
 from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentSettings
+from mlc_ray.config.data import SourceSection
+from mlc_ray.config.model import DTYPE
 from mlc_ray.config.paths import RealPath, StoredPath
-from mlc_ray.config.train import DTYPE, SourceSection
 
 # What of vLLM's own settings `engine.options` may hold: how an engine computes, not what it is asked or what it loads.
 ENGINE_OPTIONS = (

@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from mlc_ray._registry import resolve
 from mlc_ray.config.base import RESUME, PositiveInt, Resume, RunName, Section
 from mlc_ray.config.component import ComponentSettings
+from mlc_ray.config.data import SourceSection
 from mlc_ray.config.paths import ConfigPath, StoredPath
 from mlc_ray.config.score import ScoringSection
-from mlc_ray.config.train import SourceSection, TrainConfig
+from mlc_ray.config.train import TrainConfig
 
 Scalar = bool | int | float | str
 

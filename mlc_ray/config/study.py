@@ -8,9 +8,9 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from mlc_ray.config.base import RESUME, Resume, RunName, Section
+from mlc_ray.config.model import ModelSection
 from mlc_ray.config.paths import StoredPath
 from mlc_ray.config.score import ScoringSection, UtilitySection
-from mlc_ray.config.train import ModelSection
 
 UNTOUCHED = "untouched"
 """The name of each model's reference row: the model before any training."""

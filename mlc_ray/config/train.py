@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from mlc_ray._registry import resolve
 from mlc_ray.config.base import (
@@ -20,258 +18,12 @@ from mlc_ray.config.base import (
     refuse_userinfo,
 )
 from mlc_ray.config.chat import ChatSection
-from mlc_ray.config.component import ComponentName, ComponentSettings
+from mlc_ray.config.component import ComponentSettings, settings_by_default
+from mlc_ray.config.data import DataSection
+from mlc_ray.config.model import ModelSection
+from mlc_ray.config.objective import ObjectiveConfig
 from mlc_ray.config.openings import OpeningsSection
-from mlc_ray.config.paths import SourcePath, StoredPath
-
-DTYPE = (
-    "Type of weights and activations; `auto` is bfloat16 where all that may run it compute in it natively (GPUs from "
-    "Ampere, CPUs with avx512_bf16 or amx_bf16), else float32."
-)
-
-
-class ModelSection(Section):
-    """The policy to align."""
-
-    path: StoredPath = Field(
-        description="Folder, its URL, or hub name `NAME[#REVISION]` of a Hugging Face causal language model."
-    )
-    dtype: Literal["auto", "bfloat16", "float32"] = Field("auto", description=DTYPE)
-    attention: Literal["auto", "segments", "varlen", "flex"] = Field(
-        "auto",
-        description="Kernel: `segments` runs anywhere; `varlen` on GPUs, in bfloat16, without soft-capped scores; "
-        "`flex` on GPUs. `auto`: for bfloat16 on a GPU `varlen`, or `flex` for soft-capped scores; else `segments`.",
-    )
-    kernels: Literal["torch", "liger"] = Field(
-        "torch",
-        description="What computes norms, rotary embeddings and gated activations: PyTorch, or on GPUs Liger's fused "
-        "kernels (pip install 'mlc_ray[liger]').",
-    )
-    trust_remote_code: bool = Field(False, description="Run Python code shipped with the model. Off unless you ask.")
-    gradient_checkpointing: bool | Literal["selective"] = Field(
-        False,
-        description="Recompute activations in backward to save memory: `true` whole blocks, `selective` all but what "
-        "matrix products and attention give.",
-    )
-    lora: LoraSection | None = Field(None, description="Train low-rank adapters instead of all parameters.")
-
-
-class LoraSection(Section):
-    """Low-rank adapters (peft)."""
-
-    rank: PositiveInt = Field(16, description="Rank of the update.")
-    alpha: PositiveFloat = Field(32.0, description="Scale; the update is multiplied by alpha / rank.")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Dropout on the adapter's input.")
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="Names of the linear layers that get an adapter."
-    )
-
-
-class SourceSection(Section):
-    """One source of bundles."""
-
-    path: SourcePath = Field(
-        description="Path or URL of a file or folder, hub name `NAME[@CONFIG][:SPLIT][#REVISION]`, or, of the shipped "
-        "data, `sample:train`, `sample:select` or `sample:test`."
-    )
-    format: Annotated[str, ComponentName("format", "auto")] = Field(
-        "auto",
-        description=(
-            "What a record is; `auto` tells it from the first record's keys. One of your own: package.module:Class."
-        ),
-    )
-    kind: Literal["harmful", "benign"] | None = Field(
-        None, description="Kind of every bundle, for formats that do not record it (default there: harmful)."
-    )
-    only: Literal["harmful", "benign"] | None = Field(None, description="Use the source's bundles of this kind alone.")
-
-
-class ValidationSection(Section):
-    """Held-out bundles, measured while training."""
-
-    sources: Annotated[list[SourceSection], Field(min_length=1)] = Field(
-        description="Bundles with answers, none of which is trained on."
-    )
-    every: PositiveInt = Field(
-        50, description="Optimizer steps between measurements; the first is before training, the last at its end."
-    )
-    max_chosen_drop: PositiveFloat | None = Field(
-        1.0,
-        description="Warn when the chosen answers' summed log-prob has fallen by more nats than this since the start, "
-        "as a preference loss can do that lowers the rejected ones more; null switches it off.",
-    )
-    min_decision_auc: Fraction | None = Field(
-        0.75,
-        description="Warn when a term that relates languages begins while, in the response language, the AUC of the "
-        "refusal's log-odds (`openings`) over harmful against benign bundles is below this; null: do not measure it "
-        "where no term does.",
-    )
-
-
-class DataSection(Section):
-    """Which bundles, and how they become tokens."""
-
-    train: Annotated[list[SourceSection], Field(min_length=1)] = Field(description="Training bundles.")
-    validation: ValidationSection | None = Field(None, description="Held-out bundles, measured while training.")
-    on_invalid: Literal["fail", "skip"] = Field(
-        "fail", description="What an invalid row does; either way every one is written to the rejects file."
-    )
-    languages: list[str] | None = Field(None, description="Use only these languages of each bundle (default: all).")
-    max_prompt_tokens: PositiveInt = Field(
-        512, description="A longer prompt loses the front of the user's text, never the template's tail."
-    )
-    max_response_tokens: PositiveInt = Field(512, description="A longer answer loses its end.")
-
-
-class LossSettings(Section):
-    """What every alignment loss has; its own settings are in its class, `mlc_ray.losses.NAME`."""
-
-    loss: str = Field(description="Alignment loss: a name, or package.module:Class of your own.")
-    sft_weight: Annotated[float, Field(ge=0)] = Field(
-        0.0,
-        description="Factor of the mean negative log-likelihood per token of the chosen answers, added to the loss: "
-        "preference losses alone may lower what the chosen answers' own probability is. 0 switches it off.",
-    )
-
-
-class AnswerSettings(LossSettings):
-    """What a loss of answers in one language has beside that."""
-
-    answers: Literal["response", "all"] = Field(
-        "response",
-        description="`response`: answers in the response language alone. `all`: those in every language of a bundle, "
-        "each to the prompt in it; a bundle's loss is the mean over them (the fully translated upper bound).",
-    )
-
-
-class TermSettings(Section):
-    """What every further term has; its own settings are in its class, `mlc_ray.losses.NAME`."""
-
-    name: str = Field(description="Term: a name, or package.module:Class of your own (default: its key).")
-    weight: Annotated[float, Field(ge=0)] = Field(0.1, description="Factor in the total loss. 0 switches it off.")
-    start: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Share of all optimizer steps after which the term begins; before, it is not computed."
-    )
-    ramp: Fraction = Field(
-        0.0, description="Share of all optimizer steps over which the term's weight rises linearly, from its start on."
-    )
-
-    def factor(self, step: int, total_steps: int) -> float:
-        """What multiplies `weight` at optimizer step `step` (from 0) of `total_steps`: 0 before the start, 1 in full.
-
-        A ramp of R steps has 1/R, 2/R, ... 1. A pure function, so resuming needs no state.
-        """
-        since = step - math.floor(self.start * total_steps + 1e-9)  # 0.29 x 100 is a little below 29 in floats
-        rising = max(1, round(self.ramp * total_steps))
-        return min(1.0, max(0, since + 1) / rising)
-
-    @model_validator(mode="after")
-    def _reaches_its_weight(self) -> Self:
-        if self.start + self.ramp > 1:
-            raise ValueError(
-                f"start={self.start} and ramp={self.ramp} end after the last step, so that the term never has its "
-                "weight; their sum must be at most 1"
-            )
-        return self
-
-
-class TapSection(TermSettings):
-    """Where and when prompts are tapped. It stands under `mlc`, whose term adds its own settings to it."""
-
-    layer: Annotated[int, Field(strict=True)] | Annotated[float, Field(gt=0, lt=1)] | Literal["last"] = Field(
-        "last",
-        description=(
-            "Index into hidden_states: 0 embeddings, N after the last block and final norm; or a fraction of N."
-        ),
-    )
-    every: PositiveInt = Field(
-        1, description="Add the terms every this many optimizer steps; other steps skip their forward."
-    )
-    extractor_dim: PositiveInt | None = Field(
-        512, description="Output size of the linear extractor; `null`: none, terms read the tapped states themselves."
-    )
-    centring: bool = Field(
-        False,
-        description="Whether the term under `mlc` first takes from each representation the mean over its group "
-        "(`train.group_bundles`).",
-    )
-
-    @field_validator("layer", mode="before")
-    @classmethod
-    def _index_fraction_or_last(cls, value: Any) -> Any:
-        index = isinstance(value, int) and not isinstance(value, bool)
-        if not (index or value == "last" or (isinstance(value, float) and 0 < value < 1)):
-            raise ValueError(
-                "an index is a whole number, written without a point (20); a fraction of the depth lies between 0 and "
-                "1, both excluded (0.5); or last"
-            )
-        return value
-
-
-def _settings_by_default() -> Any:
-    """An empty section: the default component's settings, once validated."""
-    return {}
-
-
-class ObjectiveConfig(Section):
-    """What is minimised: total = alignment + sft_weight * sft + mlc.weight * mlc + sum of terms.NAME.weight * NAME."""
-
-    objective: Annotated[LossSettings, ComponentSettings("loss", by="loss", default="dpo")] = Field(
-        default_factory=_settings_by_default, description="The alignment loss on the answers in the response language."
-    )
-    mlc: Annotated[TapSection, ComponentSettings("term", default="mlc")] = Field(
-        default_factory=_settings_by_default,
-        description="The multilingual-consistency term, and the tap that all terms read.",
-    )
-    terms: Annotated[Mapping[str, TermSettings], ComponentSettings("term", by_key=True)] = Field(
-        default_factory=dict, description="Further terms by name, on the steps of `mlc.every` (default: none)."
-    )
-    openings: OpeningsSection = OpeningsSection()
-
-    @property
-    def active_terms(self) -> dict[str, TermSettings]:
-        """MLC and the further terms, by name, but for those of weight 0."""
-        return {name: term for name, term in {"mlc": self.mlc, **self.terms}.items() if term.weight > 0}
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether anything in the loss compares the policy with a frozen reference."""
-        return resolve("loss", self.objective.loss).needs_reference or any(
-            resolve("term", term.name).needs_reference_state for term in self.active_terms.values()
-        )
-
-    @property
-    def reads_decisions(self) -> bool:
-        """Whether a term reads how likely responses are to open as refusals."""
-        return any(resolve("term", term.name).needs_decisions for term in self.active_terms.values())
-
-    @model_validator(mode="after")
-    def _one_sft_loss(self) -> Self:
-        loss, weight = self.objective.loss, self.objective.sft_weight
-        if loss in ("sft", "sdrrl") and weight:
-            raise ValueError(f"objective.sft_weight={weight} adds what objective.loss={loss!r} is already; remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _one_tap_and_parts_of_different_names(self) -> Self:
-        for name, term in self.terms.items():
-            if isinstance(term, TapSection):
-                raise ValueError(
-                    f"terms.{name}.name={term.name!r} has a tap of its own, but all terms read the one under mlc; "
-                    f"set mlc.name={term.name!r} to put it in MLC's place"
-                )
-        if taken := sorted({"mlc", "alignment", "sft", "total"} & self.terms.keys()):
-            raise ValueError(
-                f"terms.{taken[0]}: loss/{taken[0]} is the name of another part; give the term another key, and its "
-                f"class as terms.KEY.name"
-            )
-        others = {"loss", "reward", "log_prob", "refusal", "collapse", "validation", "harmful", "benign"}
-        if taken := sorted(others & self.terms.keys()):
-            raise ValueError(
-                f"terms.{taken[0]}: {taken[0]}/... are other numbers that a run logs; give the term another key, and "
-                "its class as terms.KEY.name"
-            )
-        return self
+from mlc_ray.config.paths import StoredPath
 
 
 class OptimizerSection(Section):
@@ -482,7 +234,7 @@ class TrainConfig(ObjectiveConfig):
     optimizer: OptimizerSection = OptimizerSection()
     train: TrainSection = TrainSection()
     engine: Annotated[EngineSettings, ComponentSettings("engine", default="deepspeed")] = Field(
-        default_factory=_settings_by_default,
+        default_factory=settings_by_default,
         description="What trains: `deepspeed` and its settings, or an engine of your own.",
     )
     cluster: ClusterSection = ClusterSection()

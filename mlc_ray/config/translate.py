@@ -20,9 +20,9 @@ from mlc_ray.config.base import (
 )
 from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentSettings
+from mlc_ray.config.data import SourceSection
 from mlc_ray.config.paths import StoredPath
 from mlc_ray.config.score import EngineSection, JudgeSettings, TranslatorSection
-from mlc_ray.config.train import SourceSection
 
 Kind = Literal["harmful", "benign"]
 _REFUSAL: Any = {}  # validated like any other value: the settings of the judge that is the default

@@ -14,7 +14,8 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import mlc_ray
-from mlc_ray.config.train import CheckpointSection, ModelSection
+from mlc_ray.config.model import ModelSection
+from mlc_ray.config.train import CheckpointSection
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.runs import resolve_model
 from mlc_ray.storage import MANIFEST, Place, StorageFaultError
