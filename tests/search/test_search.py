@@ -107,7 +107,7 @@ def actors_started(ray_local: Any) -> Counter[str]:
 
     address = ray_local.get_runtime_context().gcs_address  # of this Ray, whatever else runs on the machine
     actors = list_actors(address=address, limit=10_000, detail=True, raise_on_missing_output=False)
-    return Counter(re.sub(r"MapWorker\(MapBatches\((\w+)\)\)", r"\1", actor.class_name) for actor in actors)
+    return Counter(re.sub(r"MapWorker\(Map\((\w+)\)\)", r"\1", actor.class_name) for actor in actors)
 
 
 def test_a_search_says_what_it_found_and_leaves_nothing_running(
