@@ -313,7 +313,7 @@ def _connect(config: ScoreConfig) -> Device:
 
 
 def _check_engines(request: Request, judging: Judging, device: Device, pool: EnginePool | None) -> None:
-    """Raise before anything starts if the engines cannot be had: pools follow each other, but one that stays open."""
+    """Raise before anything starts where engines of a part cannot be had even beside those of `pool` alone."""
     held: list[tuple[float, float]] = []
     own = answering(request.resolved, request.config, judging, device, in_turn=False)
     if pool is None:
