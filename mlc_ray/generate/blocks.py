@@ -123,6 +123,7 @@ class Job:
     _proven: Piece | None = None  # a row that was done once
     _probes: int = 0  # of those failures, the ones on probes
     _probing: bool = False
+    _held: deque[Piece] = field(default_factory=deque)  # wait for more rows, since none was ever done
 
     @property
     def is_over(self) -> bool:
@@ -142,14 +143,17 @@ class Job:
             self.queue.append(Piece(Block(some), 0, self.added, self.added + len(some)))
             self.added += len(some)
             self.left += len(some)
+        self._release(probe=True)
 
     def close(self) -> None:
         """No more rows are added."""
         self.closed = True
+        self._release(probe=True)
 
     def known(self, row: pa.Table) -> None:
         """A row on which engines did not fail earlier: it tells engines that fail from rows on which they do."""
         self._proven = Piece(Block(row), 0, 0, 1, probe=True, repeated=True)
+        self._release(probe=True)
 
     def take(self, piece: Piece, columns: pa.Table) -> None:
         """A piece is done."""
@@ -159,21 +163,24 @@ class Job:
             self.left -= 1
             return
         self._proven = Piece(piece.block, piece.offset, piece.first, piece.first + 1, probe=True, repeated=True)
+        self._release()
         self._fill(piece, columns, marked=False)
 
     def failed(self, piece: Piece, fault: str, at: str) -> None:
         """A replica failed on a piece: it is tried again, in halves, or given up.
 
         After `bound` failures in a row a single row is asked to learn what is to blame, the rows or the engines: one
-        that was done before, else some from all over the queue; three times.
+        that was done before, else some from all over the queue; three times. While no row was ever done and more
+        come, the first rows may all be bad: one is asked of the newest, and the rest waits for more, or for `close`.
 
         Raises:
             EngineDiedError: engines fail on those too.
         """
         self.fruitless += 1
         self.left -= piece.repeated
+        early = not self.closed and self._proven is None
         if piece.probe:
-            self._probes += 1
+            self._probes += not early
             self._probing = False
             if self._probes == _PROBES:
                 raise EngineDiedError(
@@ -182,8 +189,19 @@ class Job:
                 )
         if not piece.repeated:
             self._again(piece, fault)
-        if self.fruitless >= self.bound and not self._probing:
+        if early and (piece.probe or self._held):
+            self._held.extend(self.queue)
+            self.queue.clear()
+        elif self.fruitless >= self.bound and not self._probing:
             self._probe()
+
+    def _release(self, *, probe: bool = False) -> None:
+        """What waited is asked; with `probe` a row first, the newest."""
+        if self._held:
+            self.queue.extendleft(reversed(self._held))
+            self._held.clear()
+            if probe:
+                self._probe()
 
     def _again(self, piece: Piece, fault: str) -> None:
         if rest := piece.again(self.part.limits.retries):

@@ -409,9 +409,8 @@ def work(jobs: Sequence[tuple[EnginePool, Job]]) -> None:
                     if at == 0:
                         raise
                     said = reason(error) if isinstance(error, ray.exceptions.RayError) else error
-                    logger.error(
-                        "%s failed, and goes no further: %s; %s goes on", pool.part.name, said, going[0][0].part.name
-                    )
+                    still = next((f"; {each.part.name} goes on" for each, one in going[:at] if not one.is_over), "")
+                    logger.error("%s failed, and goes no further: %s%s", pool.part.name, said, still)
                     failure = failure or error
                     for behind, _ in going[at:]:
                         behind.drop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -12,6 +12,8 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.report.tables import Table
 from mlc_ray.runs import BASELINE_FOLDER, CONFIRMATION, SCORES_FOLDER, TRIALS_FILE, TRIALS_FOLDER
 from mlc_ray.storage import Place
+
+T = TypeVar("T")
 
 SHOWN = "shown"
 """The key of `trials.json` under which a search keeps what reports show of it: `findings` and `tables`."""
@@ -41,7 +43,18 @@ class Shown:
     tables: tuple[Table, ...]
 
 
+@dataclass(frozen=True)
+class _Trial:
+    trial: str
+
+
+@dataclass(frozen=True)
+class _Confirmed:
+    points: tuple[_Trial, ...]
+
+
 _SHOWN = TypeAdapter(Shown)
+_CONFIRMED = TypeAdapter(_Confirmed | None)
 
 
 def is_search(folder: Place) -> bool:
@@ -55,11 +68,7 @@ def read_search(folder: Place, label: str) -> Search:
     Raises:
         SearchFileError: Its `trials.json` is damaged.
     """
-    content = _content(folder)
-    try:
-        shown = _SHOWN.validate_python(content.get(SHOWN), strict=False)
-    except (ValidationError, ValueError) as error:
-        raise SearchFileError(f"{str(folder / TRIALS_FILE)!r} is damaged: {_first(error)}; {_FIX}") from None
+    shown = _read(folder, SHOWN, _SHOWN)
     return Search(label, folder, shown.findings, shown.tables)
 
 
@@ -72,15 +81,24 @@ def scores_of(folder: Place) -> dict[str, Place]:
     Raises:
         SearchFileError: The `trials.json` is damaged.
     """
-    confirmed = _content(folder).get("confirmation")
+    confirmed = _read(folder, "confirmation", _CONFIRMED)
     if confirmed is None:
         return {BEFORE: folder / BASELINE_FOLDER}
-    names = [point["trial"] for point in confirmed["points"]]
+    names = [point.trial for point in confirmed.points]
     trials = {name: folder / TRIALS_FOLDER / name / SCORES_FOLDER / CONFIRMATION for name in names}
     return {BEFORE: folder / CONFIRMATION, **trials}
 
 
 _FIX = "`mlc-ray search --resume` writes it anew"
+
+
+def _read(folder: Place, key: str, form: TypeAdapter[T]) -> T:
+    """What is under a key of `trials.json`; None is read where it has none."""
+    content = _content(folder)
+    try:
+        return form.validate_python(content.get(key), strict=False)
+    except (ValidationError, ValueError) as error:
+        raise SearchFileError(f"{str(folder / TRIALS_FILE)!r} is damaged: {_first(error, key)}; {_FIX}") from None
 
 
 def _content(folder: Place) -> dict[str, Any]:
@@ -94,8 +112,8 @@ def _content(folder: Place) -> dict[str, Any]:
     return content
 
 
-def _first(error: Exception) -> str:
+def _first(error: Exception, key: str) -> str:
     if isinstance(error, ValidationError):
         found = error.errors()[0]
-        return f"{'.'.join(map(str, found['loc'])) or SHOWN}: {found['msg']}"
+        return f"{'.'.join(map(str, (key, *found['loc'])))}: {found['msg']}"
     return str(error)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mlc_ray.errors import MlcRayError
@@ -59,10 +60,12 @@ class Passes:
     place: Place
     device: Device
 
-    def answer_and_judge(self, judging: Judging, prompts: pa.Table, pool: EnginePool | None) -> pa.Table:
+    def answer_and_judge(
+        self, judging: Judging, prompts: pa.Table, pool: EnginePool | None, earlier: pa.Table | None = None
+    ) -> pa.Table:
         """`prompts` with the policy's answers and their verdicts, also in the folder's file.
 
-        By the engines of `pool` if there is one.
+        By the engines of `pool` if there is one. Answers in `earlier` stay, but where engines failed.
         """
         own = answering(self.request.resolved, self.request.config, judging, self.device, in_turn=False)
         part = own if pool is None else pool.part
@@ -70,6 +73,10 @@ class Passes:
         if judging.judge.runs == "prompts":
             by.append([judging.judge.identity, dict(judging.ways)])
         first = _Planned("answering", part, by, PROMPTS.names, "prompts", pool)
+        if earlier is not None:
+            answers = earlier.filter(pc.not_equal(earlier["finish"], ENGINE_FAULT))
+            kept = Kept(self.place, first.name, first.made_by, first.reads, part.columns)
+            kept.land(kept.look(answers)[0], answers.select(part.columns.names))
         return self._work([first, *self._reading(judging, len(prompts))], prompts)
 
     def judge(self, judging: Judging, table: pa.Table) -> pa.Table:

@@ -1,5 +1,5 @@
-"""Which stages a score has and where each runs: the same `Part`s for `mlc-ray score`, which opens and closes them one
-after another, and for a search, which keeps them open."""
+"""Which stages a score has and where each runs: the same `Part`s for `mlc-ray score`, which opens and closes those that
+cannot be up at once one after another (`side_by_side`), and for a search, which keeps them open."""
 
 from __future__ import annotations
 

@@ -64,6 +64,7 @@ from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, s
 from mlc_ray.score.stages import RESPONSES, answers_of
 from mlc_ray.score.thoughts import with_reasoning
 from mlc_ray.storage import Place, fingerprint_model, library_versions, user_cache, working_folder
+from mlc_ray.types import ENGINE_FAULT
 
 logger = logging.getLogger(__name__)
 
@@ -144,19 +145,19 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: En
     earlier = _earlier(folder, request, prompts, judging) if config.resume == "auto" else None
     if isinstance(earlier, ScoreResult):
         return earlier
-    if earlier is None:
+    answered = earlier is not None and ENGINE_FAULT not in earlier["finish"].to_pylist()
+    if not answered:
         settings = fitted(judge, prompts.by_language(), config, model)
         judging = plan_judging(make_judge(settings), prompts.table)
     request.save(folder)
     if not place.is_local:  # with what is kept there, it is what a score on another machine goes on from
         place.storage.publish(folder / REQUEST_FILE, str(place / REQUEST_FILE))
-    if earlier is not None:
-        judged = Passes(request, folder, place, device).judge(_fitted_to(judging, earlier), earlier)
-        return write_score(request, judging, judged, folder)
+    work = Passes(request, folder, place, device)
+    if answered:
+        return write_score(request, judging, work.judge(_fitted_to(judging, earlier), earlier), folder)
     asked = ", ".join(f"{name} ({number} prompts)" for name, number in prompts.counts().items())
     logger.info("scoring %s on %s", model, asked)
-    work = Passes(request, folder, place, device)
-    return write_score(request, judging, work.answer_and_judge(judging, prompts.table, pool), folder)
+    return write_score(request, judging, work.answer_and_judge(judging, prompts.table, pool, earlier), folder)
 
 
 def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> EnginePool:
@@ -313,7 +314,7 @@ def _connect(config: ScoreConfig) -> Device:
 
 
 def _check_engines(request: Request, judging: Judging, device: Device, pool: EnginePool | None) -> None:
-    """Raise before anything starts if the engines cannot be had: pools follow each other, but one that stays open."""
+    """Raise before anything starts where engines of a part cannot be had even beside those of `pool` alone."""
     held: list[tuple[float, float]] = []
     own = answering(request.resolved, request.config, judging, device, in_turn=False)
     if pool is None:
@@ -395,7 +396,7 @@ def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging)
         or not responses.select(PROMPTS.names).equals(prompts.table)
     ):
         return None
-    logger.info("%d responses are there already; going on with judging", len(responses))
+    logger.info("%d responses are there already", len(responses) - responses["finish"].to_pylist().count(ENGINE_FAULT))
     return responses
 
 

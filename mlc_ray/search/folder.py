@@ -75,17 +75,27 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -
     stored = _stored(folder).model_dump(mode="json")
     commits = (folder / COMMITS_FILE).read_json()
     given = parse_config(SearchConfig, _settings(config, space, folder)).model_dump(mode="json")
+    given["scoring"] = _with_dtypes(given["scoring"], stored["scoring"])
     before = by_dotted_name({"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text())})
     now = by_dotted_name({"search": given, "train": dict(space.base)})
-    engines = ("engine", "judge.engine", "judge.translate.engine")  # `auto` became what it was then
-    undecided = {*(f"search.scoring.{engine}.dtype" for engine in engines), "train.model.dtype"}
     ignored = {"search.resume", *(f"search.{name}" for name in MAY_CHANGE)}
-    ignored |= {name for name in undecided if now.get(name, "auto") == "auto"}
+    if now.get("train.model.dtype", "auto") == "auto":
+        ignored.add("train.model.dtype")
     return [
         f"{name.removeprefix('search.')} was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted((before.keys() | now.keys()) - ignored)
         if before.get(name) not in (now.get(name), _with_commits(name, now.get(name), commits))
     ]
+
+
+def _with_dtypes(given: Any, stored: Any) -> Any:
+    """`given` with what `dtype: auto` of any engine in it, judges of a panel among them, became in `stored`."""
+    if isinstance(given, dict) and isinstance(stored, dict):
+        found = {name: _with_dtypes(value, stored.get(name)) for name, value in given.items()}
+        return found | {"dtype": stored["dtype"]} if found.get("dtype") == "auto" and "dtype" in stored else found
+    if isinstance(given, list) and isinstance(stored, list) and len(given) == len(stored):
+        return [_with_dtypes(one, other) for one, other in zip(given, stored, strict=True)]
+    return given
 
 
 _SOURCES = (

@@ -93,8 +93,8 @@ def agree_on_checkpoint(run: Place, logged: int | None = None) -> Place | None:
 
     Rank 0 looks which one is the newest, and each worker computes the checksums of its share of the files. Where one is
     wrong for rank 0 too, the checkpoint is set aside by a file `damaged.txt` in it, a warning says so, and the one
-    before is looked at. So is it where steps were not logged: rows would be missing for good. What has no manifest is
-    what a run that died left unfinished: rank 0 removes it.
+    before is looked at. One whose steps were not logged is passed over and stays, as rows may come back.
+    What has no manifest is what a run that died left unfinished: rank 0 removes it.
 
     Args:
         run: its folder.
@@ -104,25 +104,25 @@ def agree_on_checkpoint(run: Place, logged: int | None = None) -> Place | None:
         Its folder; None where the run has not written one yet.
 
     Raises:
-        CheckpointError: on every worker: one of them does not see what rank 0 sees; or all checkpoints are damaged.
+        CheckpointError: on every worker: one of them does not see what rank 0 sees; or no checkpoint is
+            undamaged and logged.
     """
     rank, workers = rank_and_workers()
     if rank == 0:
         _remove_unfinished(run)
     while True:
-        newest, refusal = from_rank_zero(_newest(run) if rank == 0 else (None, None))
+        newest, refusal = from_rank_zero(_newest(run, logged) if rank == 0 else (None, None))
         if refusal is not None:
             raise CheckpointError(refusal)
         if newest is None:
             return None
-        unlogged = _unlogged(newest, logged)
-        faults = gather_objects((unlogged or _fault(newest, rank, workers), socket.gethostname()))
+        faults = gather_objects((_fault(newest, rank, workers), socket.gethostname()))
         faulty = next((number for number, (fault, _) in enumerate(faults) if fault is not None), None)
         if faulty is None:
             return newest
         if rank == 0:
             fault, host = faults[faulty]
-            refusal = _set_aside(run, newest, str(fault), host, own=unlogged or _fault(newest, faulty, workers))
+            refusal = _set_aside(newest, str(fault), host, own=_fault(newest, faulty, workers))
         if (refusal := from_rank_zero(refusal)) is not None:
             raise CheckpointError(refusal)
 
@@ -134,14 +134,25 @@ def _remove_unfinished(run: Place) -> None:
             folder.remove()
 
 
-def _newest(run: Place) -> tuple[Place | None, str | None]:
+def _newest(run: Place, logged: int | None) -> tuple[Place | None, str | None]:
     """The newest checkpoint by name, if there is one; and why a run does not start over where none is usable."""
-    folders = [folder for _, folder in checkpoint_folders(run)]
-    damaged = [folder.name for folder in folders if is_set_aside(folder)]
+    folders = checkpoint_folders(run)
+    damaged = [folder.name for _, folder in folders if is_set_aside(folder)]
     # What is listed without a manifest has been removed: some stores list a folder after its last file is gone.
-    usable = [folder for folder in folders if folder.name not in damaged and (folder / MANIFEST).is_file()]
+    usable = [each for each in folders if each[1].name not in damaged and (each[1] / MANIFEST).is_file()]
     if usable:
-        return usable[-1], None
+        step, newest = next((each for each in reversed(usable) if logged is None or each[0] <= logged), usable[0])
+        if logged is None or usable[-1][0] <= logged:
+            return newest, None
+        last, unlogged = usable[-1]
+        lost = f"{str(run / METRICS_FILE)!r} has no rows of steps {logged + 1} to {last}"
+        if step <= logged:
+            logger.warning("%s: %s is passed over, and %s is taken", lost, unlogged.name, newest.name)
+            return newest, None
+        return None, (
+            f"{lost}, and no usable checkpoint is of a step before these: restore the file from a copy, or start a "
+            f"new run from the model that `mlc-ray export` makes of {str(unlogged)!r}"
+        )
     if not damaged:
         return None, None
     return None, (
@@ -150,15 +161,7 @@ def _newest(run: Place) -> tuple[Place | None, str | None]:
     )
 
 
-def _unlogged(folder: Place, logged: int | None) -> str | None:
-    """That steps of a checkpoint have no row: its driver had lost the run, or rows were lost since."""
-    if logged is None or (step := int(folder.name.rpartition("_")[2])) <= logged:
-        return None
-    missing = f"step {step}" if step == logged + 1 else f"steps {logged + 1} to {step}"
-    return f"{str(folder)!r}: {METRICS_FILE} has no rows of {missing}, which it comes after"
-
-
-def _set_aside(run: Place, folder: Place, fault: str, host: str, *, own: str | None) -> str | None:
+def _set_aside(folder: Place, fault: str, host: str, *, own: str | None) -> str | None:
     """Mark a damaged checkpoint; where this process does not see the fault, mark nothing and return what to say."""
     if own is None:
         return (
@@ -166,20 +169,19 @@ def _set_aside(run: Place, folder: Place, fault: str, host: str, *, own: str | N
             f"{fault}; give all nodes the same storage"
         )
     (folder / DAMAGED_FILE).write_text(f"{fault}\n")
-    before, _ = _newest(run)
-    tried = f"; {before.name} is tried" if before is not None else ""
-    logger.warning("not a usable checkpoint: %s; %s in it says so from now on%s", fault, DAMAGED_FILE, tried)
+    logger.warning("not a usable checkpoint: %s; %s in it says so from now on", fault, DAMAGED_FILE)
     return None
 
 
-def prune_checkpoints(run: Place, settings: CheckpointSection) -> None:
+def prune_checkpoints(run: Place, settings: CheckpointSection, saved: int) -> None:
     """Remove all checkpoints of a run but the latest `checkpoint.keep`, and those of `checkpoint.keep_every`.
 
-    Those that were set aside, and what is left of one whose removal was cut off, are not among the latest; they are
-    removed with the others of their age.
+    Not among the latest are those that were set aside, those of steps after `saved`, which a resumed run passed
+    over, and what is left of one whose removal was cut off; they are removed with the others of their age.
     """
     folders = checkpoint_folders(run)
-    usable = [step for step, folder in folders if (folder / MANIFEST).is_file() and not is_set_aside(folder)]
+    until = [(step, folder) for step, folder in folders if step <= saved]
+    usable = [step for step, folder in until if (folder / MANIFEST).is_file() and not is_set_aside(folder)]
     oldest = min(usable[-settings.keep :], default=0)
     for step, folder in folders:
         if step < oldest and (settings.keep_every is None or step % settings.keep_every):

@@ -228,7 +228,7 @@ class CheckpointSaver:
         with_retries(f"writing {file}", lambda: file.write_json(sealed(manifest)))
         try:
             if going.ends is None:
-                prune_checkpoints(self.run, self.config.checkpoint)
+                prune_checkpoints(self.run, self.config.checkpoint, manifest["step"])
             else:
                 prune_weights(self.run, going.folder)
         except (OSError, StorageError) as error:  # this checkpoint is there: a fault here must not cost it

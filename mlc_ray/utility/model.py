@@ -126,7 +126,7 @@ class PooledLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         """A text for each request, up to what ends it.
 
         Raises:
-            UtilityError: engines fail on a request.
+            UtilityError: an answer alone may be as long as `max_length`, or engines fail on a request.
         """
         rows: list[dict[str, Any]] = []
         ends: list[list[str]] = []
@@ -137,6 +137,11 @@ class PooledLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             tokens = int(sampling.pop("max_gen_toks"))
             # A task that says neither is answered greedily, though vLLM's own default is to draw at 1.
             temperature = 1.0 if sampling.pop("do_sample") else 0.0
+            if tokens >= self.max_length:
+                raise UtilityError(
+                    f"a task asks for answers of {tokens} tokens, which leaves no room for a question in "
+                    f"engine.max_model_len={self.max_length}; set it to more"
+                )
             ids, tokens = maybe_truncate(self.tok_encode(context), tokens, self.max_length, side="left", verbose=True)
             own: dict[str, Any] = {"skip_special_tokens": False, "spaces_between_special_tokens": False, "seed": index}
             own["temperature"] = temperature

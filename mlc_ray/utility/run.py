@@ -12,12 +12,13 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,15 @@ def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Ut
 
     Raises:
         UtilityError: The harness is not installed, or fails (what it said is in `utility.log`), engines fail on a
-            question, the score folder is of another model, or `pool` was opened for other settings.
+            question, the score folder is of another model, `pool` was opened for other settings, or there is one with
+            `backend: hf`.
         ModelPathError: There is no model.
         EngineError: It has fewer positions than `engine.max_model_len`, or an engine does not start.
         ClusterError: The cluster can never hold the engines.
         EngineDiedError: Engines die, hang or fail whatever is done.
     """
+    if config.backend == "hf" and pool is not None:
+        raise UtilityError("backend='hf' asks no pool of engines; set backend=vllm, or leave pool out")
     _require_harness()
     model = pinned_weights(config.model)
     check_positions(model, config.engine)
@@ -205,9 +209,11 @@ def _folder(config: UtilityConfig, fingerprint: str) -> Path:
 
 def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool | None) -> dict[str, Any]:
     """The harness's results, by a pool of engines. What the harness logs goes to `log` too."""
-    handler = logging.FileHandler(log, mode="w", encoding="utf-8")
+    handler = logging.FileHandler(log, encoding="utf-8")  # behind what an earlier measurement said
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     harness = logging.getLogger("lm_eval")
+    level = harness.level
+    harness.setLevel(min(level or logging.INFO, logging.INFO))
     harness.addHandler(handler)
     try:
         from lm_eval import simple_evaluate
@@ -223,7 +229,7 @@ def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool |
                 f"tasks has {unknown[0]!r}, which lm-evaluation-harness does not have; `python -m lm_eval ls tasks` "
                 "lists those that it has, and include_path adds your own"
             )
-        with _opened(config, model) if pool is None else nullcontext(pool) as engines:
+        with _opened(config, model) if pool is None else nullcontext(pool) as engines, _random_state_kept():
             _serve(engines, config, model)
             lm = PooledLM(
                 engines,
@@ -250,7 +256,26 @@ def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool |
         ) from error
     finally:
         harness.removeHandler(handler)
+        harness.setLevel(level)
         handler.close()
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """The harness seeds the process, since some tasks draw from it; the caller's numbers go on where they were."""
+    import numpy
+    import torch
+
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
 
 
 def _opened(config: UtilityConfig, model: str, warm: Warm | None = None) -> EnginePool:

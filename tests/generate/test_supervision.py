@@ -203,13 +203,16 @@ def test_a_piece_is_tried_halved_and_given_up() -> None:
 class Asked:
     """A job, and a pool that answers it but for `bad` rows, which fail whenever they are tried."""
 
-    def __init__(self, marks: Path, rows: int, bad: Sequence[int], replicas: int = 1, block: int = 64) -> None:
+    def __init__(
+        self, marks: Path, rows: int, bad: Sequence[int], replicas: int = 1, block: int = 64, *, closed: bool = True
+    ) -> None:
         made = part(marks, {}, replicas=replicas, limits={"retries": 2})
         self.bad, self.tries = set(bad), 0
         self.columns: dict[int, dict[str, Any]] = {}
         self.job = Job(made, block, self.took)
         self.job.add(pa.table({"number": range(rows)}))
-        self.job.close()
+        if closed:
+            self.job.close()
 
     def took(self, piece: Piece, columns: pa.Table, marked: bool) -> None:
         assert marked == (piece.first in self.bad and len(piece) == 1)
@@ -217,9 +220,9 @@ class Asked:
             assert row not in self.columns
             self.columns[row] = values
 
-    def marked(self) -> list[int]:
-        """The rows that are marked in the end; all others have their columns."""
-        while not self.job.is_over:
+    def work(self) -> None:
+        """Do what may be asked now."""
+        while self.job.queue:
             piece = self.job.queue.popleft()
             numbers = piece.rows["number"].to_pylist()
             if self.bad & set(numbers):
@@ -228,6 +231,11 @@ class Asked:
             else:
                 rows = [{"next": number + 1} for number in numbers]
                 self.job.take(piece, pa.Table.from_pylist(rows, schema=Fragile.columns))
+
+    def marked(self) -> list[int]:
+        """The rows that are marked in the end; all others have their columns."""
+        self.work()
+        assert self.job.is_over
         found = [self.columns[row] for row in range(self.job.added)]
         assert all((row["fault"] is None) == (row["next"] == number) for number, row in enumerate(found, 1))
         return [number for number, row in enumerate(found) if row["fault"] is not None]
@@ -248,6 +256,31 @@ def test_what_a_score_that_goes_on_has_left_may_be_bad_rows_alone(tmp_path: Path
     left.job.known(pa.table({"number": [1000]}))  # one that was done before
     assert left.marked() == list(range(40))
     assert not left.job.queue  # no probe is left to be asked
+
+
+@pytest.mark.parametrize("later", [1, 16, 200])
+def test_bad_rows_that_come_first_wait_for_those_behind_them(tmp_path: Path, later: int) -> None:
+    asked = Asked(tmp_path, 64, range(64), closed=False)
+    asked.work()
+    assert asked.tries == 6 + 1 and not asked.job.is_over
+    asked.job.add(pa.table({"number": range(64, 64 + later)}))
+    asked.work()
+    assert len(asked.columns) == 64 + later  # before it is closed
+    asked.job.close()
+    assert asked.marked() == list(range(64))
+
+
+def test_engines_that_fail_on_everything_that_comes_stop_when_nothing_more_comes(tmp_path: Path) -> None:
+    asked = Asked(tmp_path, 64, range(1000), closed=False)
+    for number in range(64, 364, 100):
+        asked.work()
+        asked.job.add(pa.table({"number": range(number, number + 100)}))
+    asked.work()
+    assert asked.tries == 6 + 1 + 3 and not asked.job.is_over  # one for each time that rows came
+    asked.job.close()
+    with pytest.raises(EngineDiedError, match="13 times in a row"):
+        asked.work()
+    assert asked.tries == 10 + 3
 
 
 def test_engines_that_fail_on_everything_stop_a_pool_soon(tmp_path: Path) -> None:

@@ -256,6 +256,40 @@ def test_a_score_can_be_judged_again_without_the_calibration_of_another_judge(
     assert load_request(tmp_path / "other").config.calibration is None
 
 
+def test_prompts_that_engines_failed_on_are_asked_again_by_a_score_that_goes_on(
+    ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "float32")
+    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
+    monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
+    answer = {"response": "I cannot help with that.", "finish": "stop", "prompt_tokens": 9, "response_tokens": 6}
+    config = config_for(model, write_bundles(tmp_path / "own.jsonl"), tmp_path / "scores", resume="auto")
+    part = Part("answering", Generator, {}, config.engine.model_copy(update={"block_rows": 4, "retries": 0}))
+    bad: list[str] = []
+
+    def fails(row: dict[str, Any]) -> bool:
+        bad[:] = bad or [row["prompt"]]
+        return bool(row["prompt"] == bad[0])
+
+    def away(rows: pa.Table) -> pa.Table:
+        raise JudgeError("the judge is away")
+
+    def engines(**settings: Any) -> LocalPool:
+        return LocalPool(part, work=lambda rows: pa.Table.from_pylist([answer] * len(rows), schema=ANSWERS), **settings)
+
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part, work=away))
+    with pytest.raises(JudgeError, match="is away"):
+        score(config, pool=engines(fails=fails))
+    folder = Path(config.output_dir) / str(config.name)
+    assert pq.read_table(folder / "responses.parquet")["finish"].to_pylist().count("engine_fault") == 1
+    shutil.rmtree(folder / "kept", ignore_errors=True)  # as where another version of vLLM answered them
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part))
+    again = engines()
+    result = score(config, pool=again)
+    assert again.asked == bad
+    assert (result.responses, result.unparsed, result.finish) == (16, 0, {"stop": 16})
+
+
 def test_what_an_object_store_holds_while_a_score_is_judged_is_enough_to_go_on(
     ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

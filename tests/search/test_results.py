@@ -247,7 +247,9 @@ def test_a_report_of_a_search_shows_what_was_confirmed_and_the_trials(tmp_path: 
     with pytest.raises(ReportError, match=r"search folder .* twice"):
         collect([folder, folder])
     content = json.loads((folder / "trials.json").read_text())
-    for damaged in ("{", "[]", json.dumps({**content, "shown": {"findings": 1}})):
+    points = [{"points": points} for points in (None, [3], [{}], [{"trial": 3}])]
+    changes = [{"shown": {"findings": 1}}, *({"confirmation": each} for each in (3, {}, *points))]
+    for damaged in ("{", "[]", *(json.dumps({**content, **change}) for change in changes)):
         (folder / "trials.json").write_text(damaged)
         with pytest.raises(SearchFileError, match=r"is damaged: .*search --resume"):
             collect([folder])

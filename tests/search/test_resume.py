@@ -52,6 +52,21 @@ def test_the_same_settings_are_the_same_search(place: Path) -> None:
     assert changed(place, "set=[model.dtype=bfloat16]") == ["train.model.dtype was 'float32', now 'bfloat16'"]
 
 
+def test_engines_of_a_panel_keep_the_types_that_were_decided(place: Path) -> None:
+    def panel(guard: str, translator: str = "auto") -> str:
+        judges = f"[{{judge: refusal}}, {{judge: {{name: llama-guard, model: m, engine: {{dtype: {guard}}}}}}}]"
+        translate = f"{{model: t, engine: {{dtype: {translator}}}}}"
+        return f"scoring.judge={{name: panel, judges: {judges}, translate: {translate}}}"
+
+    begun = configured(place, "scoring.engine.dtype=float32", panel("float32", "bfloat16"))
+    write_config(begun, make_space(begun), Place(place / "found"))
+    assert changed(place, panel("auto")) == changed(place, panel("float32", "bfloat16")) == []
+    (other,) = changed(place, panel("bfloat16"))
+    assert other.startswith("scoring.judge.judges was ")
+    (other,) = changed(place, panel("auto", "float32"))
+    assert other == "scoring.judge.translate.engine.dtype was 'bfloat16', now 'float32'"
+
+
 def test_a_search_keeps_the_commits_that_it_began_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second, dev = (letter * 40 for letter in "abc")
     hub = Hub("owner/pairs", dict.fromkeys((first, second, dev), b"{}"), {"main": first, "dev": dev})

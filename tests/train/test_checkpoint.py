@@ -342,7 +342,7 @@ def test_a_flipped_bit_is_found_and_the_checkpoint_before_is_taken(file, run, ca
     for _ in range(2):
         assert agree_on_checkpoint(run).name == "checkpoint_000002"
     assert caplog.text.count(f"'{last}' is damaged: '{file}' has checksum") == 1  # not computed again
-    assert "damaged.txt in it says so from now on; checkpoint_000002 is tried" in caplog.text
+    assert "damaged.txt in it says so from now on" in caplog.text
     assert f"'{file}' has checksum" in (last / "damaged.txt").read_text()
     assert [each.name for each in list_checkpoints(run)] == ["checkpoint_000002"]
     assert resolve_model(run) == str(run / "train/checkpoint_000002/model")
@@ -519,7 +519,7 @@ def test_the_latest_checkpoints_and_those_for_good_are_kept(runs, tmp_path):
         (train / name / MANIFEST).write_text("{}")
     for step in (5, 7):  # one of the two latest is damaged
         (train / f"checkpoint_{step:06d}" / "damaged.txt").write_text("a flipped bit")
-    prune_checkpoints(Place(tmp_path), CheckpointSection(every=1, keep=2, keep_every=3))
+    prune_checkpoints(Place(tmp_path), CheckpointSection(every=1, keep=2, keep_every=3), 8)
     assert [place.name for place in train.iterdir()] == [
         "checkpoint_000003", "checkpoint_000003_best", "checkpoint_000006", "checkpoint_000007", "checkpoint_000008"
     ]  # fmt: skip

@@ -387,7 +387,7 @@ def test_a_checkpoint_is_kept_though_an_older_one_cannot_be_removed(done):
 def test_what_has_no_manifest_does_not_count_as_a_kept_checkpoint(tmp_path):
     for step in (1, 2, 3, 4):
         (checkpoint_folder(Place(tmp_path), step) / ("state" if step == 3 else MANIFEST)).write_text("{}")
-    prune_checkpoints(Place(tmp_path), CheckpointSection(keep=2))
+    prune_checkpoints(Place(tmp_path), CheckpointSection(keep=2), 4)
     assert [step for step, _ in checkpoint_folders(Place(tmp_path))] == [2, 3, 4]
 
 
@@ -405,12 +405,18 @@ def test_a_checkpoint_whose_steps_were_not_logged_is_passed_over(tmp_path, caplo
         (checkpoint_folder(run, step) / MANIFEST).write_json(manifest)
     assert agree_on_checkpoint(run, 4) == checkpoint_folder(run, 4)
     assert agree_on_checkpoint(run, 2) == checkpoint_folder(run, 2)
-    assert "has no rows of steps 3 to 4, which it comes after; damaged.txt in it says so" in caplog.text
-    assert agree_on_checkpoint(run, 4) == checkpoint_folder(run, 2)
-    with pytest.raises(
-        CheckpointError, match="no usable checkpoint left: checkpoint_000002, checkpoint_000004 in train"
-    ):
-        agree_on_checkpoint(run, 1)
+    said = (
+        "metrics.jsonl' has no rows of steps 3 to 4: checkpoint_000004 is passed over, and checkpoint_000002 is taken"
+    )
+    assert said in caplog.text
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl' has no rows of steps 1 to 4, .*restore the file"):
+            agree_on_checkpoint(run, 0)
+    assert agree_on_checkpoint(run, 4) == checkpoint_folder(run, 4)  # once the rows are back
+    manifest = sealed({"step": 3, "files": {}, "checksums": {}})
+    (checkpoint_folder(run, 3) / MANIFEST).write_json(manifest)
+    prune_checkpoints(run, CheckpointSection(keep=1), 3)
+    assert agree_on_checkpoint(run, 3) == checkpoint_folder(run, 3)  # though one of a later step is there
 
 
 @pytest.mark.parametrize("name", MODELS)

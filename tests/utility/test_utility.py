@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +23,9 @@ from mlc_ray.storage import fingerprint_model
 from mlc_ray.utility import run as utility
 from mlc_ray.utility.file import Utility, UtilityError, UtilityFileError, load_utility, save_utility
 from mlc_ray.utility.run import harness_command, measure_utility, open_pool, rows_of
+from mlc_ray.utility.stage import SAID
 from tests.report.runs import response, write_score
+from tests.score.local_pool import LocalPool
 
 TASKS = Path(__file__).parent / "tasks"
 HARNESS = importlib.util.find_spec("lm_eval") is not None
@@ -90,6 +95,9 @@ def test_settings_that_cannot_be(tmp_path):
         config(backend="hf", address="local")
     with pytest.raises(UtilityError, match="backend='hf' has no pool"):
         utility.open_pool(config(backend="hf"))
+    pool = LocalPool(utility._part(config(engine={"dtype": "float32"}), "m", "cpu", None), work=lambda rows: rows)
+    with pytest.raises(UtilityError, match="backend='hf' asks no pool of engines; set backend=vllm"):
+        measure_utility(config(backend="hf"), pool)
     with pytest.raises(ConfigError, match="tasks"):
         config(tasks=[])
     with pytest.raises(UtilityError, match=r"holds no task file \(\*\.yaml\)"):
@@ -182,7 +190,7 @@ def test_utility_files_that_cannot_be_read(tmp_path, content, message):
 
 
 @pytest.fixture
-def settings(tmp_path: Path, smollm2: Path, ray_local: Any) -> dict[str, Any]:
+def settings(tmp_path: Path, smollm2: Path) -> dict[str, Any]:
     """A small task of one's own, and a small engine for it."""
     tasks = tmp_path / "tasks"
     shutil.copytree(TASKS, tasks)
@@ -196,7 +204,43 @@ def settings(tmp_path: Path, smollm2: Path, ray_local: Any) -> dict[str, Any]:
 
 
 @needs_harness
+def test_a_measurement_is_logged_behind_the_last_and_leaves_random_numbers_alone(
+    tmp_path: Path, settings: dict[str, Any], smollm2: Path
+) -> None:
+    def said(rows: pa.Table) -> pa.Table:
+        drawn.append(random.random())
+        return pa.Table.from_pylist([{"log_prob": -1.0, "greedy": False}] * len(rows), schema=SAID)
+
+    drawn: list[float] = []
+    asked = config(**settings, scores=str(write_score(
+        tmp_path / "scores", [response(0, "harmful", "en")], fingerprint=fingerprint_model(str(smollm2))
+    )))  # fmt: skip
+    pool = LocalPool(utility._part(asked, str(smollm2), "cpu", None), work=said, asks="ids")
+    random.seed(5)
+    before, level = random.getstate(), logging.getLogger("lm_eval").level
+    for _ in range(2):
+        assert measure_utility(asked, pool).row("small_facts").n == 8
+    assert random.getstate() == before and logging.getLogger("lm_eval").level == level
+    assert len(set(drawn)) == 1  # a task draws the same each time
+    assert (tmp_path / "scores" / "utility.log").read_text().count("Setting random seed to") == 2
+
+
+@needs_harness
+def test_an_answer_that_leaves_no_room_for_a_question_is_refused(smollm2: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    from mlc_ray.utility.model import PooledLM
+
+    part = utility._part(config(engine={"dtype": "float32"}), str(smollm2), "cpu", None)
+    lm = PooledLM(LocalPool(part, work=lambda rows: rows), str(smollm2), max_length=512)
+    for tokens in (512, 900):
+        with pytest.raises(UtilityError, match=rf"answers of {tokens} tokens, .*engine\.max_model_len=512; set it"):
+            lm.generate_until([Instance("generate_until", {}, ("Why?", {"max_gen_toks": tokens}), 0)])
+
+
+@needs_harness
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
 def test_a_pool_of_engines_serves_the_harness_and_says_what_its_own_class_does(
     tmp_path: Path, settings: dict[str, Any], smollm2: Path
 ) -> None:
