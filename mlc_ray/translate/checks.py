@@ -65,9 +65,12 @@ def language(pair: Pair, tools: Tools) -> str | None:
 
 
 def script(pair: Pair, tools: Tools) -> str | None:
-    """Most letters are in a script in which the language is not written; nothing is said of unknown languages."""
+    """Most letters are in a script in which the language is not written; nothing is said of unknown languages.
+
+    URLs, placeholders and the source's own Latin words, such as names, are not counted.
+    """
     expected = scripts_of(pair.language)
-    letters = [letter for letter in pair.text if letter.isalpha()]
+    letters = [letter for letter in _own_words(pair) if letter.isalpha()]
     if expected is None or not letters:
         return None
     other = Counter(found for letter in letters if (found := script_of(letter)) not in expected)
@@ -169,9 +172,11 @@ _LEAKS = (
     re.compile(r"^\W*(?:here is the translation|the translation(?: is)?|translation)\b", re.IGNORECASE),
 )
 _MARKS = re.compile(
-    r"https?://[^\s<>\"'）。，、]+|www\.[^\s<>\"'）。，、]+|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"  # URLs and mail addresses
-    r"|\{\{?[\w. ]+\}?\}|\$\{\w+\}|(?<!\d)%(?:\(\w+\))?[sd]\b|<[A-Za-z_]+>|\[[A-Z][A-Z_ ]+\]"  # placeholders
+    # In ASCII alone, since text without spaces goes on behind a URL, a mail address or %s.
+    r"(?a:(?:https?://|www\.)(?:(?![<>\"'])[!-~])+|[\w.+-]+@[\w-]+(?:\.[\w-]+)+|(?<!\d)%(?:\(\w+\))?[sd]\b)"
+    r"|\{\{?[\w. ]+\}?\}|\$\{\w+\}|<[A-Za-z_]+>|\[[A-Z][A-Z_ ]+\]"  # placeholders
 )
+_LATIN_WORD = re.compile(r"[A-Za-z]+")
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)[.,٬٫'’\u00a0\u202f ](?=\d{3}(?!\d))")
 _NUMBER = re.compile(r"\d+(?:[.,٫]\d+)?")
 
@@ -200,12 +205,18 @@ def numbers(text: str) -> Counter[str]:
 
 def marks(text: str) -> Counter[str]:
     """URLs, mail addresses and placeholders of a text."""
-    return Counter(found.rstrip(".,;:!?") for found in _MARKS.findall(text))
+    return Counter(found.rstrip(".,;:!?)") for found in _MARKS.findall(text))
 
 
 def marks_out(text: str) -> str:
     """A text without what `marks` finds, whose digits are no numbers."""
     return _MARKS.sub(" ", text)
+
+
+def _own_words(pair: Pair) -> str:
+    """A translation without what `marks` finds and without the source's own Latin words."""
+    known = {word.casefold() for word in _LATIN_WORD.findall(pair.source)}
+    return _LATIN_WORD.sub(lambda word: " " if word[0].casefold() in known else word[0], marks_out(pair.text))
 
 
 class NearDuplicates:
@@ -230,7 +241,10 @@ class NearDuplicates:
         signature = MinHash(num_perm=_PERMUTATIONS, seed=1)
         signature.update_batch({plain[at : at + 5].encode() for at in range(max(1, len(plain) - 4))})
         if (kind, language) not in self._indices:
-            self._indices[kind, language] = MinHashLSH(threshold=self._threshold, num_perm=_PERMUTATIONS), {}
+            self._indices[kind, language] = (
+                MinHashLSH(threshold=min(self._threshold, _STEEPEST), num_perm=_PERMUTATIONS),
+                {},
+            )
         lsh, known = self._indices[kind, language]
         for candidate in sorted(lsh.query(signature)):
             if known[candidate].jaccard(signature) >= self._threshold:
@@ -241,3 +255,4 @@ class NearDuplicates:
 
 
 _PERMUTATIONS = 128
+_STEEPEST = 0.95  # datasketch has no bands for more; candidates are compared by the threshold itself
