@@ -16,11 +16,11 @@ from typing import Any
 
 from mlc_ray.config.translate import ChecksSection
 from mlc_ray.generate.translate import excerpt
-from mlc_ray.judges.degenerate import SCRIPTS, script_of
+from mlc_ray.judges.degenerate import script_of
 from mlc_ray.judges.phrase_lists import normalise
 from mlc_ray.judges.refusal import RefusalJudge
-from mlc_ray.translate.languages import Identifier
-from mlc_ray.types import Answer, primary_language
+from mlc_ray.translate.languages import Identifier, scripts_of
+from mlc_ray.types import Answer
 
 
 @dataclass(frozen=True)
@@ -158,11 +158,6 @@ def faults(pair: Pair, tools: Tools) -> dict[str, str]:
 
 _FEWEST_WORDS, _SHARED = 4, 0.8
 _WIDE = {"Han": 3.0, "Kana": 2.0, "Hangul": 2.0}
-_ISO_SCRIPTS = {
-    "Arab": {"Arabic"}, "Cyrl": {"Cyrillic"}, "Deva": {"Devanagari"}, "Hans": {"Han"}, "Hant": {"Han"},
-    "Hebr": {"Hebrew"}, "Latn": {"Latin"},
-}  # fmt: skip
-_ALSO_LATIN = ("jv", "ku")
 _LEAKS = (
     re.compile(r"<\|[^|<>]{1,40}\|>"),
     re.compile(r"</?(?:s|bos|eos|think|start_of_turn|end_of_turn)>", re.IGNORECASE),
@@ -179,16 +174,6 @@ _MARKS = re.compile(
 _LATIN_WORD = re.compile(r"[A-Za-z]+")
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)[.,٬٫'’\u00a0\u202f ](?=\d{3}(?!\d))")
 _NUMBER = re.compile(r"\d+(?:[.,٫]\d+)?")
-
-
-def scripts_of(code: str) -> frozenset[str] | None:
-    """The scripts in which a language is written; None where that is not known here."""
-    for part in code.split("-")[1:]:
-        if part in _ISO_SCRIPTS:
-            return frozenset(_ISO_SCRIPTS[part])
-    known = SCRIPTS.get(primary_language(code))
-    # Of every language Latin is among those in which a response can be read.
-    return known if known in (None, {"Latin"}) or primary_language(code) in _ALSO_LATIN else known - {"Latin"}
 
 
 def weighted_length(text: str) -> float:

@@ -137,6 +137,25 @@ def test_an_answer_that_is_cut_off_ends_at_its_last_sentence_or_is_not_used(tmp_
     assert to_last_sentence('He said: "Wash the rice first." And th') == 'He said: "Wash the rice first."'
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (
+            "Do it in two steps:\n1. Wash the rice well.\n2. Boil it.\n3.",
+            "Do it in two steps:\n1. Wash the rice well.\n2. Boil it.",
+        ),
+        ("First wash the rice. Take a pot, e.g. a", "First wash the rice."),
+        ("First wash the rice. Then ask Dr. Rice", "First wash the rice."),
+        ("پہلے چاول اچھی طرح دھو لیں۔ پھر", "پہلے چاول اچھی طرح دھو لیں۔"),
+        ("Wash the rice. Then boil it.", "Wash the rice. Then boil it."),
+        ("First wash the rice. It costs $3.", "First wash the rice."),
+        ("It was built in the year 1990. Then", "It was built in the year 1990."),
+    ],
+)
+def test_only_a_sentences_end_ends_an_answer(text: str, kept: str) -> None:
+    assert to_last_sentence(text) == kept
+
+
 def test_a_harmful_prompt_is_declined_and_what_complies_is_rejected(tmp_path: Path, tools: Tools) -> None:
     section = settings(kinds=["harmful"])
     own, _ = answered(bundle(kind="harmful"), section, good, tmp_path, tools)

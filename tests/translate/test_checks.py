@@ -18,9 +18,8 @@ from mlc_ray.translate.checks import (
     faults,
     marks,
     numbers,
-    scripts_of,
 )
-from mlc_ray.translate.languages import Identifier, named
+from mlc_ray.translate.languages import Identifier, named, scripts_of
 
 GOOD = [
     ("How do I cook rice?", "怎么煮米饭？", "zh"),
@@ -115,6 +114,14 @@ def test_languages_that_lingua_does_not_know_are_not_rejected_and_named_by_what_
     assert CHECKS["language"](Pair("4?", "4?", "es"), tools) is None
     assert (named("zh").name, named("ps").name, named("zh-Hant").name) == ("Chinese", "Pashto", "Chinese (traditional)")
     assert named("xx").name == "the language 'xx'"
+
+
+def test_short_texts_and_unknown_letters_are_told_apart_by_what_is_sure(tools: Tools) -> None:
+    fault = tools.identifier.fault
+    assert fault("Paris.", "en", 0.2) is None and fault("Yes.", "en", 0.2) is None
+    assert "rather than 'zh'" in str(fault("Paris.", "zh", 0.2))
+    assert "rather than 'fr'" in str(fault("Lo siento.", "fr", 0.2))
+    assert "script" in str(fault("Καλημέρα, πώς είσαι;", "ar", 0.2))
 
 
 def test_scripts_follow_the_tag() -> None:

@@ -23,6 +23,7 @@ from mlc_ray.translate.decided import TranslationError
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.quality import QualityFileError, load_quality
 from mlc_ray.translate.run import TranslateResult, plan, resume_translation
+from tests.generate.chat_server import OUTPUT_TOKENS
 from tests.translate.worlds import CACTUS, DIARY, REFUSAL, RICE, SURE, TWIN, WORDS, rows, settings, translator, write
 
 
@@ -258,6 +259,7 @@ def test_twins_of_both_kinds_by_another_judge_and_nothing_translated(ray_local: 
         endpoint = raw["translator"]["endpoint"] | {"base_url": judge.base_url}
         made = api.translate(raw | {"twins": {"of": ["harmful", "benign"], "judge": {"endpoint": endpoint}}})
         assert (len(server.bodies), len(judge.bodies)) == (3, 2)
+        assert made.quality.usage["writing twins"]["requests"] == 3
     twins = {each.kind: each for each in made.quality.twins}
     assert (twins["harmful"].accepted, twins["harmful"].rejected) == (1, {"copy": 1})
     assert (twins["benign"].accepted, twins["benign"].rejected) == (0, {"wrong kind": 1})
@@ -265,6 +267,20 @@ def test_twins_of_both_kinds_by_another_judge_and_nothing_translated(ray_local: 
     assert {row["text"]: set(row["checks"]) for row in lines(made.folder / "rejected")} == {
         CACTUS.upper(): {"copy"}, TWIN: {"wrong kind"}
     }  # fmt: skip
+
+
+def test_twins_and_translations_have_one_cap(ray_local: Any, tmp_path: Path) -> None:
+    """Another judge of twins parts the translator's work into two sessions; the second may spend what is left."""
+    most, used = 500, OUTPUT_TOKENS
+    price = {"usd_per_million_input_tokens": 0.0, "usd_per_million_output_tokens": 1000.0, "max_reply_tokens": most}
+    cap = (most + 2.5 * used) / 1000  # three requests, where each may cost `most` and costs `used`
+    with translator() as server, translator() as judge:
+        source = write(tmp_path / "en.jsonl")
+        raw = settings(server, source, tmp_path, endpoint={**price, "max_cost_usd": cap, "concurrency": 1})
+        other = {"base_url": judge.base_url, "model": "other", "cache_dir": str(tmp_path / "verdicts")}
+        with pytest.raises(CostCapError, match="10 of 12 requests were not sent"):
+            api.translate(raw | {"twins": {"judge": {"endpoint": other}}})
+        assert len(server.bodies) == 3
 
 
 def test_a_plan_counts_with_the_models_own_tokenizer(ray_local: Any, smollm2: Path, tmp_path: Path) -> None:
