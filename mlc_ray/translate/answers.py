@@ -190,11 +190,11 @@ def _own(
 ) -> Own:
     """What becomes of an answer to a prompt of `kind` in the language `code`."""
     outcome, reason, text = _outcome(settings, code, said, tools)
-    own = Own(code, text, outcome, reason, refusal[0], said.behaviour == "refused", text != said.text)
+    own = Own(code, text, outcome, reason, refusal[0], outcome, text != said.text)
     if kind == "harmful":  # the refusal is what is chosen; the plain answer is rejected where it complies
         if outcome not in ("kept", "cut off"):
             own.answer = ""
-        own.outcome, own.reason = "kept", ""
+        own.outcome = "kept"
     if own.outcome == "kept" and refusal[0] is None and (settings.pairs or kind == "harmful"):
         own.outcome, own.reason = "no refusal", refusal[1]
     return own

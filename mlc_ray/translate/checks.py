@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from mlc_ray.config.translate import ChecksSection
 from mlc_ray.generate.translate import excerpt
@@ -145,7 +145,9 @@ CHECKS: Mapping[str, Check] = {
     "back-translation": back_translation,
 }
 NO_TRANSLATION, NO_BACK_TRANSLATION, NEAR_DUPLICATE = "no translation", "no back-translation", "near-duplicate"
-"""The further names under which a text is rejected."""
+BUNDLE_REJECTED: Literal["bundle rejected"] = "bundle rejected"
+INCOMPLETE, REPLACED = "incomplete answers", "own answers"
+"""The further names under which a text is rejected; the last three are of texts that pass, and are not used."""
 
 
 def faults(pair: Pair, tools: Tools) -> dict[str, str]:
@@ -218,25 +220,37 @@ class NearDuplicates:
         self._threshold = threshold
         self._indices: dict[tuple[str, str], Any] = {}
 
-    def add(self, text: str, kind: str, language: str, name: str) -> str | None:
-        """The name of an earlier text that this one nearly repeats; None, and the text is taken in, where none does."""
-        from datasketch import MinHash, MinHashLSH
-
-        plain = f" {normalise(text)} "
-        signature = MinHash(num_perm=_PERMUTATIONS, seed=1)
-        signature.update_batch({plain[at : at + 5].encode() for at in range(max(1, len(plain) - 4))})
-        if (kind, language) not in self._indices:
-            self._indices[kind, language] = (
-                MinHashLSH(threshold=min(self._threshold, _STEEPEST), num_perm=_PERMUTATIONS),
-                {},
-            )
-        lsh, known = self._indices[kind, language]
+    def nearest(self, text: str, kind: str, language: str) -> str | None:
+        """The name of an earlier text that this one nearly repeats; None where none does."""
+        signature = _signature(text)
+        lsh, known = self._index(kind, language)
         for candidate in sorted(lsh.query(signature)):
             if known[candidate].jaccard(signature) >= self._threshold:
                 return str(candidate)
-        lsh.insert(name, signature)
-        known[name] = signature
         return None
+
+    def add(self, text: str, kind: str, language: str, name: str) -> None:
+        """Take a text in, under a name that no other one of its kind and language has."""
+        lsh, known = self._index(kind, language)
+        known[name] = _signature(text)
+        lsh.insert(name, known[name])
+
+    def _index(self, kind: str, language: str) -> Any:
+        from datasketch import MinHashLSH
+
+        if (kind, language) not in self._indices:
+            lsh = MinHashLSH(threshold=min(self._threshold, _STEEPEST), num_perm=_PERMUTATIONS)
+            self._indices[kind, language] = lsh, {}
+        return self._indices[kind, language]
+
+
+def _signature(text: str) -> Any:
+    from datasketch import MinHash
+
+    plain = f" {normalise(text)} "
+    signature = MinHash(num_perm=_PERMUTATIONS, seed=1)
+    signature.update_batch({plain[at : at + 5].encode() for at in range(max(1, len(plain) - 4))})
+    return signature
 
 
 _PERMUTATIONS = 128

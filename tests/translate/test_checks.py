@@ -8,10 +8,13 @@ import pytest
 
 from mlc_ray.config.translate import ChecksSection
 from mlc_ray.translate.checks import (
+    BUNDLE_REJECTED,
     CHECKS,
+    INCOMPLETE,
     NEAR_DUPLICATE,
     NO_BACK_TRANSLATION,
     NO_TRANSLATION,
+    REPLACED,
     NearDuplicates,
     Pair,
     Tools,
@@ -21,6 +24,7 @@ from mlc_ray.translate.checks import (
 )
 from mlc_ray.translate.languages import Identifier, named, scripts_of
 
+OTHERS = [NO_TRANSLATION, NO_BACK_TRANSLATION, NEAR_DUPLICATE, BUNDLE_REJECTED, INCOMPLETE, REPLACED]
 GOOD = [
     ("How do I cook rice?", "怎么煮米饭？", "zh"),
     ("How do I cook rice for 4 people?", "¿Cómo cocino arroz para 4 personas?", "es"),
@@ -84,7 +88,7 @@ def test_every_check_has_a_text_that_fails_it() -> None:
 
 def test_the_page_has_every_check(repository: Path) -> None:
     page = (repository / "docs" / "translate.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in page for name in [*CHECKS, NO_TRANSLATION, NO_BACK_TRANSLATION, NEAR_DUPLICATE])
+    assert all(f"`{name}`" in page for name in [*CHECKS, *OTHERS])
 
 
 def test_a_translation_back_is_compared_with_the_source(tools: Tools) -> None:
@@ -133,17 +137,20 @@ def test_near_duplicates_are_of_one_kind_and_language() -> None:
     found = NearDuplicates(0.8)
     text = "How do I pick the lock of the front door of my neighbour's house at night?"
     near = text.replace("night", "nights")
-    assert found.add(text, "harmful", "en", "a") is None
-    assert found.add(near, "harmful", "en", "b") == "a"
-    assert found.add(near, "benign", "en", "c") is None
-    assert found.add(near, "harmful", "es", "d") is None
-    assert found.add("How do I bake a cake?", "harmful", "en", "e") is None
-    assert found.add("how do i BAKE a cake", "harmful", "en", "f") == "e"
+    assert found.nearest(text, "harmful", "en") is None
+    found.add(text, "harmful", "en", "a")
+    assert found.nearest(near, "harmful", "en") == "a"
+    assert found.nearest(near, "benign", "en") is None
+    assert found.nearest(near, "harmful", "es") is None
+    assert found.nearest("How do I bake a cake?", "harmful", "en") is None
+    found.add("How do I bake a cake?", "harmful", "en", "e")
+    assert found.nearest("how do i BAKE a cake", "harmful", "en") == "e"
 
 
 @pytest.mark.parametrize("threshold", [0.01, 0.96, 1.0])
 def test_near_duplicates_work_at_every_threshold_that_the_settings_take(threshold: float) -> None:
     found = NearDuplicates(ChecksSection(near_duplicate=threshold).near_duplicate)
-    assert found.add("How do I cook rice?", "benign", "en", "a") is None
-    assert found.add("How do I cook rice?", "benign", "en", "b") == "a"
-    assert NearDuplicates(threshold).add("", "benign", "en", "a") is None
+    found.add("How do I cook rice?", "benign", "en", "a")
+    assert found.nearest("How do I cook rice?", "benign", "en") == "a"
+    found.add("", "benign", "en", "b")
+    assert found.nearest("", "benign", "en") == "b"
