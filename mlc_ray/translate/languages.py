@@ -13,7 +13,7 @@ from mlc_ray.report.languages import language_name
 from mlc_ray.types import primary_language
 
 _LINGUA: dict[str, str] = {"no": "nb", "fil": "tl"}  # codes that lingua has under another one
-_SHORT, _WEAK = 30, 0.5  # letters of a text of which lingua knows little, and what it says of such a one at most
+_SHORT, _WEAK = 20, 0.3  # letters of a text of which lingua knows little, and what it says of such a one at most
 _ISO_SCRIPTS = {
     "Arab": {"Arabic"}, "Cyrl": {"Cyrillic"}, "Deva": {"Devanagari"}, "Hans": {"Han"}, "Hant": {"Han"},
     "Hebr": {"Hebrew"}, "Latn": {"Latin"},

@@ -58,10 +58,12 @@ class Plan:
     bundles: int
     shards: int
     asked: tuple[Asked, ...]
+    too_long: str = ""
 
     def lines(self) -> list[str]:
         """The plan in words."""
-        return [f"{self.bundles} bundles in {self.shards} shards", *map(str, self.asked)]
+        lines = [f"{self.bundles} bundles in {self.shards} shards", *map(str, self.asked)]
+        return [*lines, self.too_long] if self.too_long else lines
 
 
 def plan_of(config: TranslateConfig, drafts: Sequence[Draft]) -> Plan:
@@ -77,7 +79,28 @@ def plan_of(config: TranslateConfig, drafts: Sequence[Draft]) -> Plan:
             found.append(_asked("translations", config.translator, drafts, partial(_texts, config), count))
     if config.answers is not None:
         found += _answers(config, config.answers, drafts)
-    return Plan(len(drafts), -(-len(drafts) // config.shard_bundles), tuple(each for each in found if each.requests))
+    shards = -(-len(drafts) // config.shard_bundles)
+    return Plan(len(drafts), shards, tuple(each for each in found if each.requests), _too_long(config, drafts))
+
+
+def _too_long(config: TranslateConfig, drafts: Sequence[Draft]) -> str:
+    """What is to be said of texts whose translation may be longer than the translator may write, by their bytes."""
+    settings = config.translator
+    if settings is None or not config.languages:
+        return ""
+    most = settings.max_new_tokens if settings.endpoint is None else settings.endpoint.max_reply_tokens
+    assert most is not None, "decided by now (TranslatorSection.for_texts_of)"
+    sources = [
+        text.source for draft in drafts for text in texts_of(draft, config.languages, answers=config.translate_answers)
+    ]
+    long = sum(_GROWTH * len(source.encode()) / _BYTES_A_TOKEN + _MARKERS > most for source in sources)
+    if not long:
+        return ""
+    setting = "max_new_tokens" if settings.endpoint is None else "endpoint.max_reply_tokens"
+    return (
+        f"{long:,} of {len(sources):,} translations may be cut off at translator.{setting}={most}, and be rejected; "
+        "raise it"
+    )
 
 
 class _Counter:

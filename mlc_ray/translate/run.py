@@ -365,7 +365,8 @@ class _Run:
         if not quality.written:
             raise TranslationError(
                 f"no bundle is left of {sum(quality.read.values())}: {str(self.place / QUALITY_TEXT)!r} counts why, "
-                f"and {str(self.place / REJECTED_FOLDER)!r} has every text; loosen checks, or take another translator"
+                f"and {str(self.place / REJECTED_FOLDER)!r} has every text; begin again under another name with "
+                "looser checks or another translator"
             )
         write_manifest(self.place, files=sizes, checksums=sums, kind="translation")
         return quality

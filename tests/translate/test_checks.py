@@ -123,6 +123,7 @@ def test_languages_that_lingua_does_not_know_are_not_rejected_and_named_by_what_
 def test_short_texts_and_unknown_letters_are_told_apart_by_what_is_sure(tools: Tools) -> None:
     fault = tools.identifier.fault
     assert fault("Paris.", "en", 0.2) is None and fault("Yes.", "en", 0.2) is None
+    assert "rather than 'fr'" in str(fault("wash the rice", "fr", 0.2))
     assert "rather than 'zh'" in str(fault("Paris.", "zh", 0.2))
     assert "rather than 'fr'" in str(fault("Lo siento.", "fr", 0.2))
     assert "script" in str(fault("Καλημέρα, πώς είσαι;", "ar", 0.2))

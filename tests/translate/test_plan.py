@@ -47,3 +47,15 @@ def test_a_judges_translator_is_asked_about_languages_that_the_judge_does_not_kn
     asked = planned(["benign"], answers=section, **more)
     assert asked["own answers"].requests == 6
     assert asked["translations for the judge"].requests == 4  # Finnish: two prompts, an answer and a refusal
+
+
+def test_texts_that_may_be_cut_off_are_told() -> None:
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "languages": ["es", "zh"]}
+    drafts = [Draft(Bundle("", "benign", {"en": text})) for text in ("How?", "Tell me more of this. " * 70)]
+    for most, told in ((200, True), (2000, False)):
+        endpoint = {**ENDPOINT, "max_reply_tokens": most}
+        config = parse_config(TranslateConfig, {**raw, "translator": {"endpoint": endpoint}})
+        said = "2 of 4 translations may be cut off at translator.endpoint.max_reply_tokens=200" in str(
+            plan_of(config, drafts).lines()
+        )
+        assert said == told

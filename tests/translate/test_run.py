@@ -69,6 +69,8 @@ def test_bundles_come_from_english_with_their_twins_and_reasons(ray_local: Any, 
         (CACTUS, "fr"): {"language", "copy"},
         (DIARY, "zh"): {"refusal"},
         (TWIN, "es"): {"back-translation"},
+        (SURE, "es"): {"incomplete answers"},  # its prompt is
+        (REFUSAL, "es"): {"incomplete answers"},
     }
     assert rejected[TWIN, "es"]["back"] == "Write a poem about dogs."
 
