@@ -146,7 +146,7 @@ class ModelTranslator(Translator):
                 most = self._generator.longest_prompt
                 fault = f"it takes {generation.prompt_tokens} tokens, more than the {most} that fit into the engine"
             elif generation.finish == "length":
-                fault = f"it was cut off at translate.max_new_tokens={self._limit}: {excerpt(generation.text)}"
+                fault = f"it was cut off at the translator's max_new_tokens={self._limit}: {excerpt(generation.text)}"
             done.append(Translation(None, fault) if fault else Translation(generation.text))
         return done
 

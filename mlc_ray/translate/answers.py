@@ -190,11 +190,11 @@ def _own(
 ) -> Own:
     """What becomes of an answer to a prompt of `kind` in the language `code`."""
     outcome, reason, text = _outcome(settings, code, said, tools)
-    own = Own(code, text, outcome, reason, refusal[0], said.behaviour == "refused", text != said.text)
+    own = Own(code, text, outcome, reason, refusal[0], outcome, text != said.text)
     if kind == "harmful":  # the refusal is what is chosen; the plain answer is rejected where it complies
         if outcome not in ("kept", "cut off"):
             own.answer = ""
-        own.outcome, own.reason = "kept", ""
+        own.outcome = "kept"
     if own.outcome == "kept" and refusal[0] is None and (settings.pairs or kind == "harmful"):
         own.outcome, own.reason = "no refusal", refusal[1]
     return own
@@ -216,13 +216,17 @@ def _outcome(settings: OnPolicySection, code: str, said: Said, tools: Tools) -> 
     return "kept", "", text
 
 
-_SENTENCE_END = re.compile(r"(?:[.!?؟।]+[\"'”’»)]*(?=\s)|[。！？]+[」』”）]*)")
+_SENTENCE_END = re.compile(r"(?:(?<![.!?؟।۔])[.!?؟।۔]+[\"'”’»)]*(?=\s|(?<!\d\.)$)|[。！？]+[」』”）]*)")
+_NO_END = re.compile(
+    r"(?:^\W*\d+|(?:^|[\s(])(?:[^\W\d]|(?:[^\W\d]\.)+[^\W\d]|Dr|Mr|Mrs|Ms|Prof|St|vs|Sr|Sra|bzw))\.$", re.MULTILINE
+)
+"""A list's number (`3.`), an initial or an abbreviation (`e.g.`, `Dr.`), whose full stop ends no sentence."""
 _SHORTEST = 20
 
 
 def to_last_sentence(text: str) -> str | None:
     """A text up to the end of its last whole sentence; None where too little is left."""
-    ends = [found.end() for found in _SENTENCE_END.finditer(text)]
+    ends = [found.end() for found in _SENTENCE_END.finditer(text) if not _NO_END.search(text[: found.end()])]
     return text[: ends[-1]] if ends and ends[-1] >= _SHORTEST else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -82,6 +83,16 @@ def cap_reached(left: int, asked: int) -> CostCapError:
         f"{left} of {asked} requests were not sent, because they could have exceeded max_cost_usd of the endpoint; "
         "raise it, and go on with resume=auto: replies are kept"
     )
+
+
+def with_what_is_left(settings: TranslatorSection, usage: Path) -> TranslatorSection:
+    """A translator whose endpoint may spend what its cap leaves after an earlier step, by that step's file of usage."""
+    endpoint = settings.endpoint
+    if endpoint is None or endpoint.max_cost_usd is None or not usage.is_file():
+        return settings
+    used = json.loads(usage.read_text(encoding="utf-8"))
+    left = endpoint.max_cost_usd - used["cost_usd"] - used["unconfirmed_usd"]
+    return settings.model_copy(update={"endpoint": endpoint.model_copy(update={"max_cost_usd": left})})
 
 
 @contextmanager

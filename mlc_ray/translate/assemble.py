@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlc_ray.config import TranslateConfig
-from mlc_ray.translate.checks import NEAR_DUPLICATE, NearDuplicates, Tools
-from mlc_ray.translate.drafts import Draft, Own, Shard, good, record, remade
+from mlc_ray.config.translate import OnPolicySection
+from mlc_ray.data.bundles import FIELDS, BundleError, make_bundle
+from mlc_ray.translate.checks import BUNDLE_REJECTED, INCOMPLETE, NEAR_DUPLICATE, REPLACED, NearDuplicates, Tools
+from mlc_ray.translate.drafts import Draft, Own, Shard, equal, good, record, remade
 from mlc_ray.translate.quality import Counts
 from mlc_ray.types import AnswerPair, Bundle
 
-TOO_FEW, NO_OWN = "too few languages", "no own answer in English"
+TOO_FEW, NO_OWN, INVALID = "too few languages", "no own answer in English", "no valid bundle"
 
 
 @dataclass
@@ -41,31 +43,33 @@ class Assembly:
             )
         for draft in shard.drafts:
             bundle = draft.bundle
+            made = self._bundle(draft)
+            lost = {} if isinstance(made, Bundle) else made
             if draft.twin_of:
-                counts.twin(bundle.kind, "")
+                counts.twin(bundle.kind, BUNDLE_REJECTED if lost else "")
             else:
                 counts.read[bundle.kind] += 1
-            made = self._bundle(draft)
             if isinstance(made, Bundle):
                 pair = draft.twin_of or bundle.bundle_id
                 files.bundles.append(json.dumps(record(made, pair), ensure_ascii=False))
                 counts.written[made.kind] += 1
             else:
-                counts.rejected.update(made.keys())
+                counts.rejected.update(lost.keys())
                 files.rejected.append(
-                    _line(bundle.bundle_id, bundle.kind, "en", "bundle", text=bundle.prompts["en"], checks=made)
+                    _line(bundle.bundle_id, bundle.kind, "en", "bundle", text=bundle.prompts["en"], checks=lost)
                 )
+            _mark_unused(draft, made)
             files.rejected += self._rows(draft)
         return files
 
     def _bundle(self, draft: Draft) -> Bundle | dict[str, str]:
-        """The bundle, or why it is not written."""
+        """The bundle, or why it is not written; its prompts are compared with later ones only if it is."""
         bundle, config = draft.bundle, self._config
-        if near := self._earlier.add(bundle.prompts["en"], bundle.kind, "en", bundle.bundle_id):
+        if near := self._earlier.nearest(bundle.prompts["en"], bundle.kind, "en"):
             return {NEAR_DUPLICATE: f"its English prompt nearly repeats that of {near}"}
         for text in draft.texts:
             if text.part == "prompt" and good(text):
-                near = self._earlier.add(str(text.text), bundle.kind, text.language, bundle.bundle_id)
+                near = self._earlier.nearest(str(text.text), bundle.kind, text.language)
                 if near is not None:
                     text.faults[NEAR_DUPLICATE] = f"it nearly repeats the prompt of {near}"
         prompts = draft.prompts()
@@ -73,10 +77,19 @@ class Assembly:
         if len(there) < min(config.min_languages, len(config.languages)):
             return {TOO_FEW: f"it has prompts in {len(there)} of {len(config.languages)} languages: {there!r}"}
         answers = {code: pair for code, pair in bundle.answers.items() if code in prompts} | draft.translated_answers()
-        given = remade(bundle, prompts=prompts, answers=answers if bundle.chosen is not None else {})
-        if config.answers is None or bundle.kind not in config.answers.kinds:
-            return given
-        return _with_own(given, draft.own, keep_given=config.answers.otherwise == "given")
+        made = remade(bundle, prompts=prompts, answers=answers if bundle.chosen is not None else {})
+        if config.answers is not None and bundle.kind in config.answers.kinds:
+            with_own = _with_own(made, draft.own, config.answers)
+            if not isinstance(with_own, Bundle):
+                return with_own
+            made = with_own
+        try:
+            make_bundle({name: value for name, value in record(made, "").items() if name in FIELDS})
+        except BundleError as error:
+            return {INVALID: str(error)}
+        for code, prompt in made.prompts.items():
+            self._earlier.add(prompt, bundle.kind, code, bundle.bundle_id)
+        return made
 
     def _rows(self, draft: Draft) -> Iterator[str]:
         """Rows of the texts and own answers that are not used; all are counted."""
@@ -91,17 +104,52 @@ class Assembly:
                 more = {"source": text.source, "text": text.text, "back": text.back, "checks": text.faults}
                 yield _line(bundle.bundle_id, bundle.kind, text.language, text.part, **more)
         for own in draft.own:
-            self._counts.own(own.language, bundle.kind, own.outcome, refused=own.refused, shortened=own.shortened)
+            self._counts.own(own.language, bundle.kind, own.outcome, plain=own.plain, shortened=own.shortened)
             if own.outcome != "kept":
-                more = {"text": own.answer, "checks": {own.outcome: own.reason}}
+                more = {"text": own.answer, "refusal": own.refusal, "checks": {own.outcome: own.reason}}
                 yield _line(bundle.bundle_id, bundle.kind, own.language, "own answer", **more)
 
 
-def _with_own(bundle: Bundle, own: Sequence[Own], *, keep_given: bool) -> Bundle | dict[str, str]:
+def _mark_unused(draft: Draft, made: Bundle | dict[str, str]) -> None:
+    """Say of texts and own answers that pass, and are not in a written bundle, why they are not."""
+    passed = [text for text in draft.texts if good(text)]
+    kept = [own for own in draft.own if own.outcome == "kept"]
+    if not isinstance(made, Bundle):
+        reason = f"its bundle is rejected: {', '.join(made)}"
+        for text in passed:
+            text.faults[BUNDLE_REJECTED] = reason
+        for own in kept:
+            own.outcome, own.reason = BUNDLE_REJECTED, reason
+        return
+    for own in kept:
+        if own.language not in made.prompts:
+            own.outcome, own.reason = "no prompt", "its prompt is rejected"
+    translated = draft.translated_answers()
+    for text in passed:
+        if text.part == "prompt":
+            continue
+        pair = made.answers.get(text.language)
+        if text.language not in translated:
+            text.faults[INCOMPLETE] = "its prompt or its counterpart is not used, or its counterpart is the same"
+        elif pair is None or text.text != vars(pair)[text.part]:
+            text.faults[REPLACED] = "the bundle has the model's own answers in its place"
+
+
+def _with_own(bundle: Bundle, own: Sequence[Own], settings: OnPolicySection) -> Bundle | dict[str, str]:
     """A bundle with the model's own answers where there are any; in English there must be one, of either origin."""
-    # A prompt may have turned out to be a near-duplicate since it was answered.
-    used = [each for each in own if each.outcome == "kept" and each.language in bundle.prompts]
-    kept = {each.language: _pair(bundle, each) for each in used}
+    keep_given = settings.otherwise == "given"
+    kept = dict[str, AnswerPair]()
+    for each in own:
+        # A prompt may have turned out to be a near-duplicate since it was answered.
+        if each.outcome == "kept" and each.language in bundle.prompts:
+            pair = _pair(bundle, each, pairs=settings.pairs)
+            if pair.rejected is None and settings.pairs:
+                reason = f"the model's plain answer is not one ({each.plain}: {each.reason}), and none is given"
+                each.outcome, each.reason = "no rejected answer", reason
+            elif equal(pair):
+                each.outcome, each.reason = "equal answers", "chosen and rejected are the same"
+            else:
+                kept[each.language] = pair
     english = kept.pop("en", None)
     if english is None:
         reason = next((f"{each.outcome}: {each.reason}" for each in own if each.language == "en"), "it was not asked")
@@ -118,13 +166,13 @@ def _with_own(bundle: Bundle, own: Sequence[Own], *, keep_given: bool) -> Bundle
     )  # fmt: skip
 
 
-def _pair(bundle: Bundle, own: Own) -> AnswerPair:
-    """The model's answer and its refusal, in the order that the bundle's kind asks for."""
+def _pair(bundle: Bundle, own: Own, *, pairs: bool) -> AnswerPair:
+    """The answer and the refusal, in the order that the bundle's kind asks for; without `pairs` the first alone."""
     if bundle.kind == "benign":
-        return AnswerPair(own.answer, own.refusal)
+        return AnswerPair(own.answer, own.refusal if pairs else None)
     given = bundle.answers.get(own.language)
     known = bundle.rejected if own.language == bundle.response_language else None if given is None else given.rejected
-    return AnswerPair(str(own.refusal), own.answer or known)
+    return AnswerPair(str(own.refusal), (own.answer or known) if pairs else None)
 
 
 def _line(name: str, kind: str, language: str, part: str, **more: Any) -> str:

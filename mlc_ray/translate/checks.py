@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from mlc_ray.config.translate import ChecksSection
 from mlc_ray.generate.translate import excerpt
-from mlc_ray.judges.degenerate import SCRIPTS, script_of
+from mlc_ray.judges.degenerate import script_of
 from mlc_ray.judges.phrase_lists import normalise
 from mlc_ray.judges.refusal import RefusalJudge
-from mlc_ray.translate.languages import Identifier
-from mlc_ray.types import Answer, primary_language
+from mlc_ray.translate.languages import Identifier, scripts_of
+from mlc_ray.types import Answer
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,12 @@ def language(pair: Pair, tools: Tools) -> str | None:
 
 
 def script(pair: Pair, tools: Tools) -> str | None:
-    """Most letters are in a script in which the language is not written; nothing is said of unknown languages."""
+    """Most letters are in a script in which the language is not written; nothing is said of unknown languages.
+
+    URLs, placeholders and the source's own Latin words, such as names, are not counted.
+    """
     expected = scripts_of(pair.language)
-    letters = [letter for letter in pair.text if letter.isalpha()]
+    letters = [letter for letter in _own_words(pair) if letter.isalpha()]
     if expected is None or not letters:
         return None
     other = Counter(found for letter in letters if (found := script_of(letter)) not in expected)
@@ -142,7 +145,9 @@ CHECKS: Mapping[str, Check] = {
     "back-translation": back_translation,
 }
 NO_TRANSLATION, NO_BACK_TRANSLATION, NEAR_DUPLICATE = "no translation", "no back-translation", "near-duplicate"
-"""The further names under which a text is rejected."""
+BUNDLE_REJECTED: Literal["bundle rejected"] = "bundle rejected"
+INCOMPLETE, REPLACED = "incomplete answers", "own answers"
+"""The further names under which a text is rejected; the last three are of texts that pass, and are not used."""
 
 
 def faults(pair: Pair, tools: Tools) -> dict[str, str]:
@@ -155,11 +160,6 @@ def faults(pair: Pair, tools: Tools) -> dict[str, str]:
 
 _FEWEST_WORDS, _SHARED = 4, 0.8
 _WIDE = {"Han": 3.0, "Kana": 2.0, "Hangul": 2.0}
-_ISO_SCRIPTS = {
-    "Arab": {"Arabic"}, "Cyrl": {"Cyrillic"}, "Deva": {"Devanagari"}, "Hans": {"Han"}, "Hant": {"Han"},
-    "Hebr": {"Hebrew"}, "Latn": {"Latin"},
-}  # fmt: skip
-_ALSO_LATIN = ("jv", "ku")
 _LEAKS = (
     re.compile(r"<\|[^|<>]{1,40}\|>"),
     re.compile(r"</?(?:s|bos|eos|think|start_of_turn|end_of_turn)>", re.IGNORECASE),
@@ -169,21 +169,13 @@ _LEAKS = (
     re.compile(r"^\W*(?:here is the translation|the translation(?: is)?|translation)\b", re.IGNORECASE),
 )
 _MARKS = re.compile(
-    r"https?://[^\s<>\"'）。，、]+|www\.[^\s<>\"'）。，、]+|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"  # URLs and mail addresses
-    r"|\{\{?[\w. ]+\}?\}|\$\{\w+\}|(?<!\d)%(?:\(\w+\))?[sd]\b|<[A-Za-z_]+>|\[[A-Z][A-Z_ ]+\]"  # placeholders
+    # In ASCII alone, since text without spaces goes on behind a URL, a mail address or %s.
+    r"(?a:(?:https?://|www\.)(?:(?![<>\"'])[!-~])+|[\w.+-]+@[\w-]+(?:\.[\w-]+)+|(?<!\d)%(?:\(\w+\))?[sd]\b)"
+    r"|\{\{?[\w. ]+\}?\}|\$\{\w+\}|<[A-Za-z_]+>|\[[A-Z][A-Z_ ]+\]"  # placeholders
 )
+_LATIN_WORD = re.compile(r"[A-Za-z]+")
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)[.,٬٫'’\u00a0\u202f ](?=\d{3}(?!\d))")
 _NUMBER = re.compile(r"\d+(?:[.,٫]\d+)?")
-
-
-def scripts_of(code: str) -> frozenset[str] | None:
-    """The scripts in which a language is written; None where that is not known here."""
-    for part in code.split("-")[1:]:
-        if part in _ISO_SCRIPTS:
-            return frozenset(_ISO_SCRIPTS[part])
-    known = SCRIPTS.get(primary_language(code))
-    # Of every language Latin is among those in which a response can be read.
-    return known if known in (None, {"Latin"}) or primary_language(code) in _ALSO_LATIN else known - {"Latin"}
 
 
 def weighted_length(text: str) -> float:
@@ -200,12 +192,18 @@ def numbers(text: str) -> Counter[str]:
 
 def marks(text: str) -> Counter[str]:
     """URLs, mail addresses and placeholders of a text."""
-    return Counter(found.rstrip(".,;:!?") for found in _MARKS.findall(text))
+    return Counter(found.rstrip(".,;:!?)") for found in _MARKS.findall(text))
 
 
 def marks_out(text: str) -> str:
     """A text without what `marks` finds, whose digits are no numbers."""
     return _MARKS.sub(" ", text)
+
+
+def _own_words(pair: Pair) -> str:
+    """A translation without what `marks` finds and without the source's own Latin words."""
+    known = {word.casefold() for word in _LATIN_WORD.findall(pair.source)}
+    return _LATIN_WORD.sub(lambda word: " " if word[0].casefold() in known else word[0], marks_out(pair.text))
 
 
 class NearDuplicates:
@@ -222,22 +220,38 @@ class NearDuplicates:
         self._threshold = threshold
         self._indices: dict[tuple[str, str], Any] = {}
 
-    def add(self, text: str, kind: str, language: str, name: str) -> str | None:
-        """The name of an earlier text that this one nearly repeats; None, and the text is taken in, where none does."""
-        from datasketch import MinHash, MinHashLSH
-
-        plain = f" {normalise(text)} "
-        signature = MinHash(num_perm=_PERMUTATIONS, seed=1)
-        signature.update_batch({plain[at : at + 5].encode() for at in range(max(1, len(plain) - 4))})
-        if (kind, language) not in self._indices:
-            self._indices[kind, language] = MinHashLSH(threshold=self._threshold, num_perm=_PERMUTATIONS), {}
-        lsh, known = self._indices[kind, language]
+    def nearest(self, text: str, kind: str, language: str) -> str | None:
+        """The name of an earlier text that this one nearly repeats; None where none does."""
+        signature = _signature(text)
+        lsh, known = self._index(kind, language)
         for candidate in sorted(lsh.query(signature)):
             if known[candidate].jaccard(signature) >= self._threshold:
                 return str(candidate)
-        lsh.insert(name, signature)
-        known[name] = signature
         return None
+
+    def add(self, text: str, kind: str, language: str, name: str) -> None:
+        """Take a text in, under a name that no other one of its kind and language has."""
+        lsh, known = self._index(kind, language)
+        known[name] = _signature(text)
+        lsh.insert(name, known[name])
+
+    def _index(self, kind: str, language: str) -> Any:
+        from datasketch import MinHashLSH
+
+        if (kind, language) not in self._indices:
+            lsh = MinHashLSH(threshold=min(self._threshold, _STEEPEST), num_perm=_PERMUTATIONS)
+            self._indices[kind, language] = lsh, {}
+        return self._indices[kind, language]
+
+
+def _signature(text: str) -> Any:
+    from datasketch import MinHash
+
+    plain = f" {normalise(text)} "
+    signature = MinHash(num_perm=_PERMUTATIONS, seed=1)
+    signature.update_batch({plain[at : at + 5].encode() for at in range(max(1, len(plain) - 4))})
+    return signature
 
 
 _PERMUTATIONS = 128
+_STEEPEST = 0.95  # datasketch has no bands for more; candidates are compared by the threshold itself

@@ -18,7 +18,18 @@ from mlc_ray.types import AnswerPair, Bundle, Kind
 
 Part = Literal["prompt", "chosen", "rejected"]
 Outcome = Literal[
-    "kept", "refused", "complied", "other language", "degenerate", "unparsed", "cut off", "no answer", "no refusal"
+    "kept",
+    "refused",
+    "other language",
+    "degenerate",
+    "unparsed",
+    "cut off",
+    "no answer",
+    "no refusal",
+    "no rejected answer",
+    "equal answers",
+    "no prompt",
+    "bundle rejected",
 ]
 """What became of a model's own answer: the first of these that applies is counted."""
 
@@ -38,14 +49,17 @@ class Text:
 
 @dataclass
 class Own:
-    """What the model itself says to a prompt of a bundle: `answer` as it was asked, `refusal` asked to decline."""
+    """What the model itself says to a prompt of a bundle: `answer` as it was asked, `refusal` asked to decline.
+
+    `outcome` is of both, as they are used; `plain` of the answer alone, which a harmful prompt can do without.
+    """
 
     language: str
     answer: str
     outcome: Outcome
     reason: str = ""
     refusal: str | None = None
-    refused: bool = False  # whether the plain answer is a refusal
+    plain: Outcome = "kept"
     shortened: bool = False
 
 
@@ -70,7 +84,9 @@ class Draft:
         for language in {text.language for text in self.texts if text.part == "chosen"} & prompts.keys():
             chosen, rejected = by_place[language, "chosen"], by_place.get((language, "rejected"))
             if good(chosen) and (rejected is None or good(rejected)):
-                found[language] = AnswerPair(str(chosen.text), None if rejected is None else rejected.text)
+                pair = AnswerPair(str(chosen.text), None if rejected is None else rejected.text)
+                if not equal(pair):
+                    found[language] = pair
         return found
 
 
@@ -99,6 +115,11 @@ _SHARD = TypeAdapter(Shard)
 def good(text: Text) -> bool:
     """Whether a text was translated and passes the checks."""
     return text.text is not None and not text.faults
+
+
+def equal(pair: AnswerPair) -> bool:
+    """Whether both answers are the same, which no bundle may have."""
+    return pair.rejected is not None and str(pair.chosen).strip() == pair.rejected.strip()
 
 
 def save_shard(file: Place, shard: Shard) -> None:

@@ -7,16 +7,33 @@ from functools import cached_property
 from typing import Any
 
 from mlc_ray.generate.translate import Language
+from mlc_ray.judges.degenerate import SCRIPTS, script_of
 from mlc_ray.judges.phrase_lists import shipped_phrases
 from mlc_ray.report.languages import language_name
 from mlc_ray.types import primary_language
 
 _LINGUA: dict[str, str] = {"no": "nb", "fil": "tl"}  # codes that lingua has under another one
+_SHORT, _WEAK = 20, 0.3  # letters of a text of which lingua knows little, and what it says of such a one at most
+_ISO_SCRIPTS = {
+    "Arab": {"Arabic"}, "Cyrl": {"Cyrillic"}, "Deva": {"Devanagari"}, "Hans": {"Han"}, "Hant": {"Han"},
+    "Hebr": {"Hebrew"}, "Latn": {"Latin"},
+}  # fmt: skip
+_ALSO_LATIN = ("jv", "ku")
 
 
 def named(code: str) -> Language:
     """A language as requests name it; one without a known name is named by its code."""
     return Language(language_name(code) or f"the language {code!r}", code)
+
+
+def scripts_of(code: str) -> frozenset[str] | None:
+    """The scripts in which a language is written; None where that is not known here."""
+    for part in code.split("-")[1:]:
+        if part in _ISO_SCRIPTS:
+            return frozenset(_ISO_SCRIPTS[part])
+    known = SCRIPTS.get(primary_language(code))
+    # Of every language Latin is among those in which a response can be read.
+    return known if known in (None, {"Latin"}) or primary_language(code) in _ALSO_LATIN else known - {"Latin"}
 
 
 class Identifier:
@@ -48,13 +65,21 @@ class Identifier:
     def fault(self, text: str, language: str, least: float) -> str | None:
         """Why a text is not in `language`: another one is likelier, and its own share is below `least`.
 
-        None too where the language is not known, or the text has no letters.
+        None too where the language is not known, the text has no letters, or it is short and could be in many of them.
+        Where lingua says nothing, since no language that it compares has such letters, the script decides.
         """
-        own = _own(language)
-        if own in self.unknown or not any(map(str.isalpha, text)):
+        own, letters = _own(language), [letter for letter in text if letter.isalpha()]
+        if own in self.unknown or not letters:
             return None
         shares = self.shares(text)
         likeliest = next(iter(shares))
+        if not shares[likeliest]:
+            expected = scripts_of(language)
+            if expected is not None and 2 * sum(script_of(letter) in expected for letter in letters) >= len(letters):
+                return None
+            return f"it is in a script that {own!r} is not written in"
+        if len(letters) < _SHORT and shares[likeliest] < _WEAK and shares.get(own, 0.0) > 0:
+            return None
         if likeliest == own or shares.get(own, 0.0) >= least:
             return None
         return f"it is {likeliest!r} ({shares[likeliest]:.2f}) rather than {own!r} ({shares.get(own, 0.0):.2f})"

@@ -7,21 +7,28 @@ translated. Every translation is taken to pass, so that it is translated back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from mlc_ray.config import TranslateConfig, TranslatorSection
+import pyarrow as pa
+
+from mlc_ray.config import EndpointSection, TranslateConfig, TranslatorSection
+from mlc_ray.config.translate import OnPolicySection
 from mlc_ray.generate.translate import translation_request
+from mlc_ray.judges.base import make_reader
+from mlc_ray.score.plan import plan_judging
 from mlc_ray.translate.drafts import Draft
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.requests import OTHER, kind_request, twin_request
 from mlc_ray.translate.texts import texts_of
-from mlc_ray.types import Bundle
+from mlc_ray.types import Bundle, Kind
 
-_COUNTED = 200  # of the bundles, evenly spaced
+_COUNTED = 200  # of the bundles of a kind, evenly spaced
 _GROWTH = 1.5
 _MARKERS = 24
 _TEMPLATE = 16
+_JUDGED, _VERDICT = 500, 32  # tokens of an endpoint judge's instructions and of its reply
 _BYTES_A_TOKEN = 4.0
 
 
@@ -51,33 +58,49 @@ class Plan:
     bundles: int
     shards: int
     asked: tuple[Asked, ...]
+    too_long: str = ""
 
     def lines(self) -> list[str]:
         """The plan in words."""
-        return [f"{self.bundles} bundles in {self.shards} shards", *map(str, self.asked)]
+        lines = [f"{self.bundles} bundles in {self.shards} shards", *map(str, self.asked)]
+        return [*lines, self.too_long] if self.too_long else lines
 
 
 def plan_of(config: TranslateConfig, drafts: Sequence[Draft]) -> Plan:
-    """What is to be asked about bundles, by how much some of them take."""
-    chosen = drafts[:: max(1, len(drafts) // _COUNTED)]
-    scale = len(drafts) / len(chosen)
-    found = []
+    """What is to be asked about bundles: requests are counted over all, tokens by what some of each kind take."""
+    found = list[Asked]()
     if config.translator is not None:
         count = _counter(config.translator)
         if config.twins is not None:
-            of = config.twins.of
-            twins = [draft.bundle for draft in chosen if draft.bundle.kind in of]
-            requests = [twin_request(bundle.prompts["en"], OTHER[bundle.kind]) for bundle in twins]
-            found.append(_asked("twins", config.translator, requests, _written(count, twins), scale, count))
-            kinds = [kind_request(bundle.prompts["en"]) for bundle in twins]
-            judge = config.twins.judge or config.translator
-            found.append(_asked("kinds of twins", judge, kinds, _MARKERS * len(kinds), scale, _counter(judge)))
+            of, judge = config.twins.of, config.twins.judge or config.translator
+            found.append(_asked("twins", config.translator, drafts, partial(_twin, of), count))
+            found.append(_asked("kinds of twins", judge, drafts, partial(_kind, of), _counter(judge)))
         if config.languages:
-            requests, written = _texts(config, chosen, count)
-            found.append(_asked("translations", config.translator, requests, written, scale, count))
+            found.append(_asked("translations", config.translator, drafts, partial(_texts, config), count))
     if config.answers is not None:
-        found.append(_answers(config, drafts))
-    return Plan(len(drafts), -(-len(drafts) // config.shard_bundles), tuple(each for each in found if each.requests))
+        found += _answers(config, config.answers, drafts)
+    shards = -(-len(drafts) // config.shard_bundles)
+    return Plan(len(drafts), shards, tuple(each for each in found if each.requests), _too_long(config, drafts))
+
+
+def _too_long(config: TranslateConfig, drafts: Sequence[Draft]) -> str:
+    """What is to be said of texts whose translation may be longer than the translator may write, by their bytes."""
+    settings = config.translator
+    if settings is None or not config.languages:
+        return ""
+    most = settings.max_new_tokens if settings.endpoint is None else settings.endpoint.max_reply_tokens
+    assert most is not None, "decided by now (TranslatorSection.for_texts_of)"
+    sources = [
+        text.source for draft in drafts for text in texts_of(draft, config.languages, answers=config.translate_answers)
+    ]
+    long = sum(_GROWTH * len(source.encode()) / _BYTES_A_TOKEN + _MARKERS > most for source in sources)
+    if not long:
+        return ""
+    setting = "max_new_tokens" if settings.endpoint is None else "endpoint.max_reply_tokens"
+    return (
+        f"{long:,} of {len(sources):,} translations may be cut off at translator.{setting}={most}, and be rejected; "
+        "raise it"
+    )
 
 
 class _Counter:
@@ -100,22 +123,35 @@ def _counter(settings: TranslatorSection) -> _Counter:
     return _Counter(settings.model, trust_remote_code=settings.engine.trust_remote_code)
 
 
-def _written(count: _Counter, bundles: Sequence[Bundle]) -> float:
-    return sum(count(bundle.prompts["en"]) + _MARKERS for bundle in bundles)
+@dataclass(frozen=True)
+class _Request:
+    """A request that is made only where its tokens are counted: its reply has `growth` of the tokens of `text`."""
+
+    text: str
+    made: Callable[[], str]
+    growth: float
 
 
-def _texts(config: TranslateConfig, drafts: Sequence[Draft], count: _Counter) -> tuple[list[str], float]:
-    """The requests there and back, and about how many tokens the replies have; twins are translated too."""
-    requests, written = list[str](), 0.0
-    for bundle in _with_twins(config, drafts):
+def _twin(of: Sequence[Kind], draft: Draft) -> list[_Request]:
+    prompt, kind = draft.bundle.prompts["en"], draft.bundle.kind
+    return [_Request(prompt, partial(twin_request, prompt, OTHER[kind]), 1)] if kind in of else []
+
+
+def _kind(of: Sequence[Kind], draft: Draft) -> list[_Request]:
+    prompt = draft.bundle.prompts["en"]
+    return [_Request(prompt, partial(kind_request, prompt), 0)] if draft.bundle.kind in of else []
+
+
+def _texts(config: TranslateConfig, draft: Draft) -> list[_Request]:
+    """The requests there and back; twins are translated too."""
+    found = list[_Request]()
+    for bundle in _with_twins(config, [draft]):
         for text in texts_of(Draft(bundle), config.languages, answers=config.translate_answers):
-            length = count(text.source)
-            requests.append(translation_request(text.source, "en", named(text.language)))
-            written += _GROWTH * length + _MARKERS
+            there = partial(translation_request, text.source, "en", named(text.language))
+            found.append(_Request(text.source, there, _GROWTH))
             if config.checks.min_chrf:
-                requests.append(translation_request(text.source, text.language))
-                written += length + _MARKERS
-    return requests, written
+                found.append(_Request(text.source, partial(translation_request, text.source, text.language), 1))
+    return found
 
 
 def _with_twins(config: TranslateConfig, drafts: Sequence[Draft]) -> Iterator[Bundle]:
@@ -126,28 +162,66 @@ def _with_twins(config: TranslateConfig, drafts: Sequence[Draft]) -> Iterator[Bu
 
 
 def _asked(
-    what: str, settings: TranslatorSection, requests: Sequence[str], written: float, scale: float, count: _Counter
+    what: str,
+    settings: TranslatorSection,
+    drafts: Sequence[Draft],
+    requests_of: Callable[[Draft], list[_Request]],
+    count: _Counter,
 ) -> Asked:
-    read = sum(count(request) + _TEMPLATE for request in requests)
-    usd = None
-    if (endpoint := settings.endpoint) is not None:
-        prices = endpoint.usd_per_million_input_tokens, endpoint.usd_per_million_output_tokens
-        if any(prices):
-            usd = scale * (read * prices[0] + written * prices[1]) / 1e6
-    model = settings.model if endpoint is None else f"{endpoint.model} at {endpoint.base_url}"
-    return Asked(what, str(model), round(scale * len(requests)), round(scale * read), round(scale * written), usd)
+    requests, read, written = 0, 0.0, 0.0
+    for kind in OTHER:
+        asking = [(draft, n) for draft in drafts if draft.bundle.kind == kind and (n := len(requests_of(draft)))]
+        if not asking:
+            continue
+        step = max(1.0, len(asking) / _COUNTED)
+        chosen = [asking[int(at * step)][0] for at in range(min(_COUNTED, len(asking)))]
+        counted = [request for draft in chosen for request in requests_of(draft)]
+        asked = sum(n for _, n in asking)
+        scale = asked / len(counted)
+        requests += asked
+        read += scale * sum(count(request.made()) + _TEMPLATE for request in counted)
+        written += scale * sum(request.growth * count(request.text) + _MARKERS for request in counted)
+    if (endpoint := settings.endpoint) is None:
+        return Asked(what, str(settings.model), requests, round(read), round(written))
+    return _by_endpoint(what, endpoint, requests, read, written)
 
 
-def _answers(config: TranslateConfig, drafts: Sequence[Draft]) -> Asked:
-    """The most that a model is to answer: every prompt, and to decline where no refusal is given."""
-    assert config.answers is not None
-    settings, prompts, requests, read = config.answers, 0, 0, 0.0
+def _by_endpoint(what: str, endpoint: EndpointSection, requests: int, read: float, written: float) -> Asked:
+    prices = endpoint.usd_per_million_input_tokens, endpoint.usd_per_million_output_tokens
+    usd = (read * prices[0] + written * prices[1]) / 1e6 if any(prices) else None
+    model = f"{endpoint.model} at {endpoint.base_url}"
+    return Asked(what, model, requests, round(read), round(written), usd)
+
+
+def _answers(config: TranslateConfig, settings: OnPolicySection, drafts: Sequence[Draft]) -> Iterator[Asked]:
+    """The most that a model is to answer: every prompt, and to decline where no refusal is given; and their judging.
+
+    Every answer is taken to be as long as it may be.
+    """
+    asked = list[tuple[Kind, str, float]]()  # of each request: of what kind and language its prompt is, and how long
+    read = 0.0
     for bundle in _with_twins(config, drafts):
         if bundle.kind in settings.kinds:
             codes = {"en", *bundle.prompts, *config.languages} if settings.languages == "all" else {"en"}
-            declining = [code for code in codes if code not in settings.refusals] if settings.pairs else []
-            prompts += len(codes)
-            requests += len(codes) + len(declining)
+            declines = settings.pairs or bundle.kind == "harmful"
+            declining = codes - settings.refusals.keys() if declines else set[str]()
             length = len(bundle.prompts["en"].encode()) / _BYTES_A_TOKEN
+            asked += [(bundle.kind, code, length) for code in (*codes, *declining)]
             read += len(codes) * (length + _TEMPLATE) + len(declining) * (length + 5 * _TEMPLATE)
-    return Asked("own answers", settings.model, requests, round(read), requests * settings.max_new_tokens)
+    if not asked:
+        return
+    most = settings.max_new_tokens
+    yield Asked("own answers", settings.model, len(asked), round(read), len(asked) * most)
+    judge = make_reader(settings.judge)
+    kinds, languages, _ = zip(*asked, strict=True)
+    ways = plan_judging(judge, pa.table({"kind": kinds, "language": languages})).translated or {}
+    translator = settings.judge.translator
+    if translator is not None and translator.endpoint is not None:
+        texts = [n for _, code, length in asked if ways.get(code) == "translated" for n in (length, most)]
+        read = sum(texts) + len(texts) * len(translation_request("", "en").encode()) / _BYTES_A_TOKEN
+        written = sum(texts) + len(texts) * _MARKERS
+        yield _by_endpoint("translations for the judge", translator.endpoint, len(texts), read, written)
+    endpoint = getattr(settings.judge, "endpoint", None)
+    if judge.runs == "service" and endpoint is not None:
+        read = sum(length + most + _JUDGED for _, _, length in asked)
+        yield _by_endpoint("verdicts on own answers", endpoint, len(asked), read, len(asked) * _VERDICT)

@@ -56,14 +56,15 @@ class TwinQuality:
 class OwnQuality:
     """A model's own answers to prompts of a kind in a language.
 
-    `refused` counts plain answers that refuse, whatever became of them; `shortened` those that end at their last whole
-    sentence; `outcomes` what became of each.
+    `refused` and `other_language` count plain answers that refuse, or are in another language, whatever became of them;
+    `shortened` those that end at their last whole sentence; `outcomes` what became of each.
     """
 
     language: str
     kind: str
     asked: int = 0
     refused: int = 0
+    other_language: int = 0
     shortened: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
 
@@ -131,11 +132,12 @@ class Counts:
         if check:
             found.rejected[check] = found.rejected.get(check, 0) + 1
 
-    def own(self, language: str, kind: str, outcome: str, *, refused: bool, shortened: bool) -> None:
-        """An own answer."""
+    def own(self, language: str, kind: str, outcome: str, *, plain: str, shortened: bool) -> None:
+        """An own answer; `plain` is what the model did when it was not asked to decline."""
         found = self._own.setdefault((language, kind), OwnQuality(language, kind))
         found.asked += 1
-        found.refused += refused
+        found.refused += plain == "refused"
+        found.other_language += plain == "other language"
         found.shortened += shortened and outcome == "kept"
         found.outcomes[outcome] = found.outcomes.get(outcome, 0) + 1
 
@@ -223,7 +225,7 @@ def tables(quality: Quality) -> list[Table]:
                     str(each.asked),
                     _share(each.kept, each.asked),
                     _share(each.refused, each.asked),
-                    _share(each.outcomes.get("other language", 0), each.asked),
+                    _share(each.other_language, each.asked),
                     str(each.shortened),
                     _reasons({name: number for name, number in each.outcomes.items() if name != "kept"}),
                 ],

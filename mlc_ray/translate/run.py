@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,11 +38,11 @@ from mlc_ray.runs import (
     TRANSLATION_FILE,
     output_place,
 )
-from mlc_ray.score.plan import USAGE_SUFFIX, counted
+from mlc_ray.score.plan import USAGE_SUFFIX, counted, usage_file
 from mlc_ray.score.prompts import choose_prompts
 from mlc_ray.storage import MANIFEST, Place, checksum, fault_of, fingerprint, scratch_folder, user_cache, write_manifest
 from mlc_ray.translate.answers import AnswerJudge, answering_part, check_judge, own_answers
-from mlc_ray.translate.asking import Work, asking, working
+from mlc_ray.translate.asking import Work, asking, with_what_is_left, working
 from mlc_ray.translate.assemble import Assembly
 from mlc_ray.translate.checks import Tools
 from mlc_ray.translate.decided import Decided, TranslationError, decide, identity, read_request, with_dtypes
@@ -239,7 +240,8 @@ class _Run:
         twins, before = config.twins, None
         apart = twins is not None and twins.judge is not None  # then two models take turns
         if apart:
-            self._step("twins", None, self._translator, lambda shard, name, work: self._twins(shard, name, work, tools))
+            opened = partial(self._translator, "writing twins")
+            self._step("twins", None, opened, lambda shard, name, work: self._twins(shard, name, work, tools))
             self._step("judged", "twins", self._judge, lambda shard, name, work: judge_twins(shard, name, work, tools))
             before = "judged"
 
@@ -251,7 +253,7 @@ class _Run:
                 translate_texts(shard, name, config.languages, work, tools, answers=config.translate_answers)
 
         if config.languages or (twins is not None and not apart):
-            self._step("texts", before, self._translator, texts)
+            self._step("texts", before, partial(self._translator, "translating"), texts)
             before = "texts"
         if config.answers is not None:
             self._own(before, tools)
@@ -304,12 +306,12 @@ class _Run:
         return self.place / KEPT_FOLDER / f"drafts-{step}-{number:05}.json"
 
     @contextmanager
-    def _translator(self) -> Iterator[Work]:
-        assert self.config.translator is not None
-        made_by = self.decided.translator_identity(self.config.translator)
-        with asking(
-            self.config.translator, self.place, self.device, name="translating", made_by=made_by, usage=self.scratch
-        ) as work:
+    def _translator(self, name: str) -> Iterator[Work]:
+        settings = self.config.translator
+        assert settings is not None
+        made_by = self.decided.translator_identity(settings)
+        settings = with_what_is_left(settings, self.scratch / usage_file("writing twins"))
+        with asking(settings, self.place, self.device, name=name, made_by=made_by, usage=self.scratch) as work:
             yield work
 
     @contextmanager
@@ -363,7 +365,8 @@ class _Run:
         if not quality.written:
             raise TranslationError(
                 f"no bundle is left of {sum(quality.read.values())}: {str(self.place / QUALITY_TEXT)!r} counts why, "
-                f"and {str(self.place / REJECTED_FOLDER)!r} has every text; loosen checks, or take another translator"
+                f"and {str(self.place / REJECTED_FOLDER)!r} has every text; begin again under another name with "
+                "looser checks or another translator"
             )
         write_manifest(self.place, files=sizes, checksums=sums, kind="translation")
         return quality

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,6 @@ def test_an_answer_is_chosen_and_a_refusal_rejected_in_each_language(tmp_path: P
     assert {code: (each.answer, each.refusal, each.outcome) for code, each in own.items()} == {
         code: (GOOD[code], NO[code], "kept") for code in RICE
     }
-    assert not list((tmp_path / "kept").glob("answers-*/*"))  # this pool has no engine
 
 
 def test_english_alone_is_asked_by_default_and_given_refusals_are_used(tmp_path: Path, tools: Tools) -> None:
@@ -117,7 +117,7 @@ def test_what_is_not_used_says_why(
 
     own, _ = answered(bundle(), settings(), said, tmp_path, tools)
     assert own["en"].outcome == "kept"
-    assert (own["es"].outcome, own["es"].refused) == (outcome, outcome == "refused")
+    assert (own["es"].outcome, own["es"].plain) == (outcome, "kept" if outcome == "no refusal" else outcome)
     assert reason in own["es"].reason
 
 
@@ -137,6 +137,25 @@ def test_an_answer_that_is_cut_off_ends_at_its_last_sentence_or_is_not_used(tmp_
     assert to_last_sentence('He said: "Wash the rice first." And th') == 'He said: "Wash the rice first."'
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (
+            "Do it in two steps:\n1. Wash the rice well.\n2. Boil it.\n3.",
+            "Do it in two steps:\n1. Wash the rice well.\n2. Boil it.",
+        ),
+        ("First wash the rice. Take a pot, e.g. a", "First wash the rice."),
+        ("First wash the rice. Then ask Dr. Rice", "First wash the rice."),
+        ("پہلے چاول اچھی طرح دھو لیں۔ پھر", "پہلے چاول اچھی طرح دھو لیں۔"),
+        ("Wash the rice. Then boil it.", "Wash the rice. Then boil it."),
+        ("First wash the rice. It costs $3.", "First wash the rice."),
+        ("It was built in the year 1990. Then", "It was built in the year 1990."),
+    ],
+)
+def test_only_a_sentences_end_ends_an_answer(text: str, kept: str) -> None:
+    assert to_last_sentence(text) == kept
+
+
 def test_a_harmful_prompt_is_declined_and_what_complies_is_rejected(tmp_path: Path, tools: Tools) -> None:
     section = settings(kinds=["harmful"])
     own, _ = answered(bundle(kind="harmful"), section, good, tmp_path, tools)
@@ -146,7 +165,7 @@ def test_a_harmful_prompt_is_declined_and_what_complies_is_rejected(tmp_path: Pa
         return NO[language], "stop"
 
     own, _ = answered(bundle(kind="harmful"), section, refuses, tmp_path, tools)
-    assert (own["es"].outcome, own["es"].answer, own["es"].refused) == ("kept", "", True)
+    assert (own["es"].outcome, own["es"].answer, own["es"].plain) == ("kept", "", "refused")
     own, asked = answered(bundle(), section, refuses, tmp_path, tools)
     assert own == {} and asked == []  # a benign one, of which nothing is asked
 
@@ -166,14 +185,15 @@ def test_own_answers_take_the_place_of_given_ones(tools: Tools) -> None:
     assert not rejected
     assert f'"chosen": "{GOOD["en"]}", "rejected": "{NO["en"]}"' in line
     assert GOOD["es"] in line and "Lávalo" not in line
-    lost = [Own("en", NO["en"], "refused", "says so"), kept[1]]
+    lost = [Own("en", NO["en"], "refused", "says so"), replace(kept[1])]
     lines, rejected = assembled(Draft(given, own=lost), tools)
     assert lines == [] and any(NO_OWN in row and "refused: says so" in row for row in rejected)
+    lost[1] = kept[1]
     [line], rejected = assembled(Draft(given, own=lost), tools, otherwise="given")
     assert "Wash it." in line and GOOD["es"] in line and "Lávalo" not in line
     assert any('"part": "own answer"' in row for row in rejected)
     harmful = bundle(kind="harmful", chosen="No way.", rejected="Sure, wash it.")
-    own = [Own("en", "", "kept", refusal=NO["en"], refused=True)]
+    own = [Own("en", "", "kept", refusal=NO["en"], plain="refused")]
     [line], _ = assembled(Draft(harmful, own=own), tools, kinds=["harmful"])
     assert f'"chosen": "{NO["en"]}", "rejected": "Sure, wash it."' in line
 
@@ -235,3 +255,70 @@ def test_an_endpoint_judges_all_shards_in_one_session_under_one_cap(tmp_path: Pa
         section = settings(judge={"name": "endpoint", "endpoint": {**endpoint, **price, "model": "other"}})
         with pytest.raises(CostCapError, match="4 of 4 requests"):
             answered(bundle(), section, good, tmp_path, tools)
+
+
+def test_what_passes_and_is_not_in_a_written_bundle_says_why(tools: Tools) -> None:
+    texts = [
+        Text("es", "prompt", "How?", RICE["es"]),
+        Text("es", "chosen", "So.", "No lo haré."),
+        Text("es", "rejected", "No.", "No lo haré."),
+    ]
+    given = bundle(prompts={"en": RICE["en"]}, chosen="So.", rejected="No.")
+    [line], rejected = assembled(Draft(given, texts=texts), tools, kinds=["harmful"])
+    assert "answers" not in json.loads(line)
+    assert [json.loads(row)["checks"].keys() for row in rejected] == [{"incomplete answers"}] * 2
+
+    own = [Own("en", NO["en"], "refused", "says so", plain="refused"), Own("es", GOOD["es"], "kept", refusal=NO["es"])]
+    draft = Draft(given, texts=[Text("es", "prompt", "How?", RICE["es"])], own=own)
+    lines, rejected = assembled(draft, tools)
+    assert not lines and [(row["part"], set(row["checks"])) for row in map(json.loads, rejected)] == [
+        ("bundle", {NO_OWN}),
+        ("prompt", {"bundle rejected"}),
+        ("own answer", {"refused"}),
+        ("own answer", {"bundle rejected"}),
+    ]
+
+    texts = [Text("es", "prompt", "How?", RICE["es"]), Text("es", "chosen", "So.", "Así.")]
+    own = [Own(code, GOOD[code], "kept", refusal=NO[code]) for code in RICE]
+    given = bundle(prompts={"en": RICE["en"]}, chosen="So.")
+    [line], [row] = assembled(Draft(given, texts=texts, own=own), tools, otherwise="given")
+    assert json.loads(line)["answers"]["es"]["chosen"] == GOOD["es"] and set(json.loads(row)["checks"]) == {
+        "own answers"
+    }
+
+
+def test_a_harmful_bundle_needs_a_rejected_answer_unless_pairs_is_false(tools: Tools) -> None:
+    own = Own("en", "", "kept", "it is 'es'", NO["en"], plain="other language")
+    harmful = Draft(bundle(kind="harmful", prompts={"en": RICE["en"]}), own=[own])
+    lines, rejected = assembled(harmful, tools, kinds=["harmful"])
+    assert not lines and any("no rejected answer" in row for row in rejected)
+    given = bundle(kind="harmful", prompts={"en": RICE["en"]}, chosen="No.", rejected=NO["en"])
+    lines, rejected = assembled(Draft(given, own=[Own("en", "", "kept", refusal=NO["en"])]), tools, kinds=["harmful"])
+    assert not lines and any("equal answers" in row for row in rejected)
+    own = Own("en", "Sure, wash it.", "kept", refusal=NO["en"])
+    [line], _ = assembled(Draft(given, own=[own]), tools, kinds=["harmful"], pairs=False)
+    assert json.loads(line)["chosen"] == NO["en"] and "rejected" not in json.loads(line)
+
+
+def test_only_prompts_of_written_bundles_shut_others_out(tools: Tools) -> None:
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "languages": ["es", "de"], "min_languages": 2}
+    config = parse_config(TranslateConfig, {**raw, "translator": {"model": "m"}})
+    german = Text("de", "prompt", RICE["en"], "Wie koche ich Reis?")
+    drafts = [
+        Draft(bundle(), texts=[Text("de", "prompt", RICE["en"], None, faults={"no translation": "x"})]),
+        Draft(bundle(category="food"), texts=[german]),
+        Draft(
+            bundle(prompts={"en": "Tell me of rice, please."}), texts=[Text("es", "prompt", "x", RICE["es"]), german]
+        ),
+    ]
+    files = Assembly(config, tools, Counts("n")).shard(Shard(drafts))
+    [line] = files.bundles
+    assert json.loads(line)["category"] == "food"  # the first one has too few languages
+    assert any("near-duplicate" in row and RICE["es"] in row for row in files.rejected)  # of a given prompt
+
+
+def test_the_report_counts_what_a_harmful_prompt_was_plainly_answered(tools: Tools) -> None:
+    counts = Counts("n")
+    counts.own("en", "harmful", "kept", plain="other language", shortened=False)
+    [own] = counts.result().own
+    assert (own.kept, own.other_language, own.refused) == (1, 1, 0)

@@ -23,6 +23,7 @@ from mlc_ray.translate.decided import TranslationError
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.quality import QualityFileError, load_quality
 from mlc_ray.translate.run import TranslateResult, plan, resume_translation
+from tests.generate.chat_server import OUTPUT_TOKENS
 from tests.translate.worlds import CACTUS, DIARY, REFUSAL, RICE, SURE, TWIN, WORDS, rows, settings, translator, write
 
 
@@ -68,6 +69,8 @@ def test_bundles_come_from_english_with_their_twins_and_reasons(ray_local: Any, 
         (CACTUS, "fr"): {"language", "copy"},
         (DIARY, "zh"): {"refusal"},
         (TWIN, "es"): {"back-translation"},
+        (SURE, "es"): {"incomplete answers"},  # its prompt is
+        (REFUSAL, "es"): {"incomplete answers"},
     }
     assert rejected[TWIN, "es"]["back"] == "Write a poem about dogs."
 
@@ -203,11 +206,10 @@ def test_a_small_model_goes_through_every_step(ray_local: Any, smollm2: Path, tm
     [twins] = made.quality.twins
     assert (twins.kind, twins.asked) == ("benign", 1)
     [texts] = [each for each in made.quality.texts if each.part == "prompt"]
-    assert texts.asked == 3 + twins.accepted
-    assert texts.accepted or texts.rejected
+    written = twins.accepted + twins.rejected.get("bundle rejected", 0)
+    assert texts.asked == 3 + written
     [own] = made.quality.own
-    assert (own.language, own.kind, own.asked) == ("en", "benign", 2 + twins.accepted)
-    assert sum(own.outcomes.values()) == own.asked
+    assert (own.language, own.kind, own.asked) == ("en", "benign", 2 + written)
     bundles = lines(made.bundles)
     assert {row["prompts"]["en"] for row in bundles} >= {RICE, CACTUS, DIARY}
     assert sum(row["chosen"] != SURE for row in bundles if row["kind"] == "benign") == own.kept
@@ -258,6 +260,7 @@ def test_twins_of_both_kinds_by_another_judge_and_nothing_translated(ray_local: 
         endpoint = raw["translator"]["endpoint"] | {"base_url": judge.base_url}
         made = api.translate(raw | {"twins": {"of": ["harmful", "benign"], "judge": {"endpoint": endpoint}}})
         assert (len(server.bodies), len(judge.bodies)) == (3, 2)
+        assert made.quality.usage["writing twins"]["requests"] == 3
     twins = {each.kind: each for each in made.quality.twins}
     assert (twins["harmful"].accepted, twins["harmful"].rejected) == (1, {"copy": 1})
     assert (twins["benign"].accepted, twins["benign"].rejected) == (0, {"wrong kind": 1})
@@ -265,6 +268,20 @@ def test_twins_of_both_kinds_by_another_judge_and_nothing_translated(ray_local: 
     assert {row["text"]: set(row["checks"]) for row in lines(made.folder / "rejected")} == {
         CACTUS.upper(): {"copy"}, TWIN: {"wrong kind"}
     }  # fmt: skip
+
+
+def test_twins_and_translations_have_one_cap(ray_local: Any, tmp_path: Path) -> None:
+    """Another judge of twins parts the translator's work into two sessions; the second may spend what is left."""
+    most, used = 500, OUTPUT_TOKENS
+    price = {"usd_per_million_input_tokens": 0.0, "usd_per_million_output_tokens": 1000.0, "max_reply_tokens": most}
+    cap = (most + 2.5 * used) / 1000  # three requests, where each may cost `most` and costs `used`
+    with translator() as server, translator() as judge:
+        source = write(tmp_path / "en.jsonl")
+        raw = settings(server, source, tmp_path, endpoint={**price, "max_cost_usd": cap, "concurrency": 1})
+        other = {"base_url": judge.base_url, "model": "other", "cache_dir": str(tmp_path / "verdicts")}
+        with pytest.raises(CostCapError, match="10 of 12 requests were not sent"):
+            api.translate(raw | {"twins": {"judge": {"endpoint": other}}})
+        assert len(server.bodies) == 3
 
 
 def test_a_plan_counts_with_the_models_own_tokenizer(ray_local: Any, smollm2: Path, tmp_path: Path) -> None:
