@@ -7,7 +7,7 @@ import torch
 
 from mlc_ray.config import ConfigError, ObjectiveConfig, parse_config
 from mlc_ray.losses.base import Decisions
-from mlc_ray.losses.consistency import consistency_losses
+from mlc_ray.losses.consistency import Consistency, consistency_losses
 from mlc_ray.losses.decision import Decision
 from mlc_ray.losses.measures import auc
 from mlc_ray.losses.objective import Objective
@@ -116,6 +116,32 @@ def test_the_total_has_the_decision_of_all_bundles_and_consistency_of_those_with
     assert float(early.loss.detach()) == pytest.approx(2 + 0.5 * float(decided.detach())) and not early.term_metrics
     with pytest.raises(ValueError, match="'decision' needs to know how responses open"):
         made.total_loss(weight=weight, chosen=chosen)
+
+
+def test_consistency_needs_log_odds_and_no_tapped_states():
+    decisions, made = given(), objective(consistency={"weight": 0.3})
+    chosen, weight = ResponseLogProbs(torch.full((4,), -6.0), torch.full((4,), 3)), torch.full((4,), 0.25)
+    drawn = consistency_losses(decisions, bound=10.0)[0].mean()
+    said = made.total_loss(weight=weight, chosen=chosen, decisions=decisions)
+    assert float(said.loss.detach()) == pytest.approx(2 + 0.3 * float(drawn.detach()))
+    with pytest.raises(ValueError, match="'consistency' needs to know how responses open"):
+        made.total_loss(weight=weight, chosen=chosen)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"needs_decisions": True, "needs_group": True},
+        {"needs_decisions": True, "needs_reference_state": True},
+        {"needs_languages": False},
+    ],
+)
+def test_facts_of_a_term_that_exclude_each_other_are_refused(facts, monkeypatch):
+    for fact in ("needs_decisions", "needs_group", "needs_reference_state", "needs_languages"):
+        monkeypatch.setattr(Consistency, fact, facts.get(fact, fact == "needs_languages"))
+    refused = next(fact for fact in facts if fact != "needs_decisions")
+    with pytest.raises(ConfigError, match=f"'consistency'.*{refused}.*make two terms"):
+        objective(consistency={"weight": 0.3})
 
 
 def test_what_a_step_reads_follows_from_what_has_begun():
