@@ -52,9 +52,8 @@ class Objective:
             own |= {key for key, value in (("start", settings.start), ("ramp", settings.ramp)) if not value}
             lines.append(_described(f"{settings.weight} x {name}", public_settings(settings), own, term.note))
         if self.widest_scope != "none":
-            given = self.config.openings
-            further = sum(map(len, given.further.values()))
-            lines.append(f"openings of refusals: {given.read}, {further} further ones")
+            further = sum(map(len, self.config.openings.further.values()))
+            lines.append(f"openings of refusals: those listed, {further} further ones")
         return lines
 
     @property

@@ -1,6 +1,6 @@
 """Statistics of every layer before training: how consistent, how distinct, and how separable its states are.
 
-All numbers are of the hidden states of the tapped tokens, before any extractor; docs/search.md says what each can and
+All numbers are of the hidden states of the tapped tokens, before any extractor; docs/probe.md says what each can and
 cannot tell. The states are read forward only, by a Ray Data actor.
 """
 
@@ -24,7 +24,7 @@ from mlc_ray.data.batches import collate_openings, collate_prompts
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
+from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.base import refusal_log_odds
@@ -186,8 +186,7 @@ def probe(
     model = model.model_copy(update={"path": pinned_model(model.path)})
     tokens = prepare_token_rows(data, model, chat=chat, cache_dir=artifact_cache(folder.parent))
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-    template = ChatTemplate(tokenizer, chat, prompts_only=True)
-    branches = make_branches(openings or OpeningsSection(), template, tokens.languages)
+    branches = make_branches(openings or OpeningsSection(), tokenizer, chat, tokens.languages)
     section = with_dtype(model, gpu=gpu)
     return probe_tokens(section, tokens, folder, limit=limit, criterion=criterion, branches=branches, gpu=gpu)
 

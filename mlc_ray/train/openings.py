@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from mlc_ray.config import OpeningsSection, TrainConfig
+from mlc_ray.config import ChatSection, OpeningsSection, TrainConfig
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
@@ -31,19 +31,21 @@ def branches_of(
     model = config.model
     tokenizer = tokenizer or load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     languages = {code for tokens in artefacts for code in tokens.languages}
-    return make_branches(config.openings, ChatTemplate(tokenizer, config.chat), languages)
+    return make_branches(config.openings, tokenizer, config.chat, languages)
 
 
-def make_branches(settings: OpeningsSection, template: ChatTemplate, languages: Iterable[str]) -> Branches:
-    """The openings in some languages as `template` writes them behind a prompt.
+def make_branches(
+    settings: OpeningsSection, tokenizer: PreTrainedTokenizerBase, chat: ChatSection, languages: Iterable[str]
+) -> Branches:
+    """The openings in some languages behind a prompt, with what the chat template writes before an answer.
 
     Raises:
         OpeningsError: A language has none.
     """
-    length = 1 if settings.read == "first_token" else None
+    template = ChatTemplate(tokenizer, chat)
     return Branches(
         {
-            code: [ids[:length].tolist() for ids in template.opening_ids(refusal_openings(code, settings))]
+            code: [ids.tolist() for ids in template.opening_ids(refusal_openings(code, settings))]
             for code in sorted(languages)
         }
     )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mlc_ray.config import OpeningsSection
+from mlc_ray.config import ChatSection, OpeningsSection
 from mlc_ray.data.branches import prefix_free
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 from mlc_ray.judges.likelihood import OPENINGS
@@ -49,10 +49,18 @@ def test_tokens_are_those_that_answers_begin_with(smollm2):
 
 
 def test_branches_of_a_real_tokenizer(smollm2):
-    template = ChatTemplate(load_tokenizer(str(smollm2)))
-    whole = make_branches(OpeningsSection(), template, ["es", "en"])
-    first = make_branches(OpeningsSection(read="first_token"), template, ["es", "en"])
-    ids = [tuple(each.tolist()) for each in template.opening_ids(refusal_openings("es", OpeningsSection()))]
-    assert whole.openings["es"] == prefix_free(ids)
-    assert whole.tokens > 0 == first.tokens
-    assert sorted(first.openings["en"]) == sorted({one[:1] for one in whole.openings["en"]})
+    tokenizer = load_tokenizer(str(smollm2))
+    found = make_branches(OpeningsSection(), tokenizer, ChatSection(), ["es", "en"])
+    ids = ChatTemplate(tokenizer).opening_ids(refusal_openings("es", OpeningsSection()))
+    assert found.openings["es"] == prefix_free([tuple(each.tolist()) for each in ids])
+
+
+def test_openings_stand_behind_what_the_template_writes_before_an_answer(smollm2):
+    tokenizer = load_tokenizer(str(smollm2))
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' }}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    found = make_branches(OpeningsSection(), tokenizer, ChatSection(), ["en"]).openings["en"]
+    assert found and all(tokenizer.decode(ids).startswith("<think>\n\n</think>\n\nI") for ids in found)

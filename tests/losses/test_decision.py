@@ -152,14 +152,19 @@ def test_what_a_step_reads_follows_from_what_has_begun():
     alone = objective(decision={})
     assert alone.widest_scope == "response" and not alone.ever_taps and alone.begins(4) == {}
     assert objective().widest_scope == "none"
-    assert [line for line in made.describe() if "openings" in line] == ["openings of refusals: whole, 0 further ones"]
+    assert [line for line in made.describe() if "openings" in line] == [
+        "openings of refusals: those listed, 0 further ones"
+    ]
+
+
+NO = {"further": {"en": ["No."]}}
 
 
 def test_openings_that_nothing_reads_are_refused():
     with pytest.raises(ValueError, match="openings is read by terms"):
-        tiny_config(openings={"read": "first_token"})
-    tiny_config(openings={"read": "first_token"}, terms={"decision": {}})
-    tiny_config(openings={"read": "first_token"}, data={"validation": {"sources": [{"path": "x"}]}})
+        tiny_config(openings=NO)
+    tiny_config(openings=NO, terms={"decision": {}})
+    tiny_config(openings=NO, data={"validation": {"sources": [{"path": "x"}]}})
     with pytest.raises(ConfigError, match="has blanks around it"):
         parse_config(ObjectiveConfig, {"openings": {"further": {"fr": ["Désolé "]}}})
 

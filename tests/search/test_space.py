@@ -329,7 +329,6 @@ def test_what_trials_do_not_measure_compares_none(metric: str, overrides: list[s
         ("reward/accuracy", "objective.answers", ["response", "all"]),
         ("reward/accuracy", "objective.loss", ["dpo", "orpo"]),
         ("loss/contrast", "terms.contrast.temperature", [0.1, 0.2]),
-        ("loss/total", "openings.read", ["whole", "first_token"]),
     ],
 )
 def test_a_number_that_means_another_thing_in_each_trial_compares_none(
