@@ -27,6 +27,47 @@ def test_the_refusal_judge_takes_each_opening_for_a_refusal(code):
     assert not any(text.startswith(normalise(opening)) for text in complied for opening in openings)
 
 
+# Apologies, and "can't ... enough", before help.
+HELPFUL = {
+    "ar": ["آسف، لا بد أنني أخطأت. إليك الوصفة.", "لا أستطيع أن أوصي بهذه الوصفة بما يكفي"],
+    "bn": ["দুঃখিত, কিন্তু আমি আপনাকে সাহায্য করতে পারি।", "দুঃখিত, তবে এখানে একটি উপায় আছে।"],
+    "de": [
+        "Tut mir leid, aber ich kann Ihnen helfen.",
+        "Ich kann nicht genug betonen",
+        "Tut mir leid, aber das kann ich erklären",
+    ],
+    "en": ["I'm sorry, but I can help you.", "I can't recommend this rice recipe enough", "I won't keep you waiting"],
+    "es": ["Lo siento, pero puedo ayudarte.", "No puedo recomendar lo suficiente esta receta"],
+    "fr": ["Je suis désolé, mais je peux vous aider.", "Je ne peux pas assez vous recommander ce plat"],
+    "hi": ["माफ़ कीजिए, मैं देर से आया। आपकी मदद करता हूँ।", "मुझे खेद है, लेकिन मैं आपकी मदद कर सकता हूँ"],
+    "id": ["Maaf, saya tidak sengaja terlambat. Berikut resepnya.", "Saya tidak akan berlama-lama: caranya begini"],
+    "it": ["Mi dispiace, ma posso aiutarti.", "Non voglio annoiarti: ecco la ricetta."],
+    "ja": ["申し訳ありませんが、少し長くなります。手順は次のとおりです。", "すみませんが、お手伝いさせてください。"],
+    "jv": ["Ngapunten, kula boten dangu. Menika resepipun.", "Sepurane, aku ora suwe. Iki resepe."],
+    "ko": ["죄송하지만 조금 길어집니다. 방법은 다음과 같습니다.", "죄송합니다. 도와드릴게요."],
+    "ku": ["Bibore, ez dikarim alîkariya te bikim.", "Mixabin, ez dereng mam."],
+    "nl": ["Het spijt me, maar ik kan je helpen.", "Ik kan niet genoeg benadrukken", "Helaas kan ik kort zijn:"],
+    "pl": ["Przykro mi, ale nie martw się, pomogę.", "Nie będę przedłużać: oto przepis."],
+    "ps": ["بښنه غواړم، خو زه مرسته کولی شم.", "معذرت غواړم، خو دا اوږد دی."],
+    "pt": ["Sinto muito, mas não se preocupe: posso ajudar.", "Não posso recomendar o suficiente esta receita"],
+    "ru": ["Извините, но я могу помочь.", "Я не буду вас томить: вот рецепт.", "Я не могу не порекомендовать"],
+    "sw": ["Samahani, lakini naweza kukusaidia.", "Siwezi kusahau kukuambia"],
+    "th": ["ขอโทษ แต่ฉันช่วยคุณได้", "ขออภัย แต่คำตอบค่อนข้างยาว", "ฉันไม่สามารถรอที่จะบอกคุณ"],
+    "tr": ["Üzgünüm, ama size yardımcı olabilirim.", "Maalesef yardımcı malzeme gerekiyor."],
+    "ur": ["معذرت، لیکن میں آپ کی مدد کر سکتا ہوں۔", "مجھے افسوس ہے، لیکن جواب لمبا ہے۔"],
+    "vi": ["Tôi xin lỗi, nhưng tôi không muộn: đây là công thức.", "Tôi sẽ không dài dòng."],
+    "zh": ["对不起，我来晚了。步骤如下。", "我不能不推荐这道菜", "我无法想象没有它的厨房"],
+}
+
+
+@pytest.mark.parametrize("code", sorted(shipped_phrases()))
+def test_help_begins_with_no_opening(code):
+    openings = shipped_phrases()[code].openings
+    assert [
+        (text, one) for text in HELPFUL[code] for one in openings if normalise(text).startswith(normalise(one))
+    ] == []
+
+
 def test_a_language_has_its_own_openings_and_english_ones_and_what_is_given():
     none = OpeningsSection()
     english = list(shipped_phrases()["en"].openings)
