@@ -9,7 +9,8 @@ from mlc_ray.config import ChatSection, OpeningsSection, TrainConfig
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
-from mlc_ray.judges.openings import refusal_openings
+from mlc_ray.judges.openings import openings_by_language
+from mlc_ray.storage import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ def branches_of(
 
     Raises:
         OpeningsError: A language has none.
+        ConfigError: Some are given for a language that none of these reads.
     """
     held_out = config.data.validation
     if not config.reads_decisions and (held_out is None or held_out.min_decision_auc is None):
@@ -34,6 +36,17 @@ def branches_of(
     return make_branches(config.openings, tokenizer, config.chat, languages)
 
 
+def fingerprint_openings(config: TrainConfig, artefacts: Sequence[TokenArtifact]) -> str:
+    """Of the texts of all openings in the languages of a run's bundles: lists differ by version, and steps with them.
+
+    Raises:
+        ConfigError: Some are given for a language that no bundle is in.
+    """
+    return fingerprint(
+        openings_by_language({code for tokens in artefacts for code in tokens.languages}, config.openings)
+    )
+
+
 def make_branches(
     settings: OpeningsSection, tokenizer: PreTrainedTokenizerBase, chat: ChatSection, languages: Iterable[str]
 ) -> Branches:
@@ -41,11 +54,12 @@ def make_branches(
 
     Raises:
         OpeningsError: A language has none.
+        ConfigError: Some are given for a language that none of these reads.
     """
     template = ChatTemplate(tokenizer, chat)
     return Branches(
         {
-            code: [ids.tolist() for ids in template.opening_ids(refusal_openings(code, settings))]
-            for code in sorted(languages)
+            code: [ids.tolist() for ids in template.opening_ids(texts)]
+            for code, texts in openings_by_language(languages, settings).items()
         }
     )

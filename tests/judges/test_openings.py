@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from mlc_ray.config import ChatSection, OpeningsSection
+from mlc_ray.config import ChatSection, ConfigError, OpeningsSection
 from mlc_ray.data.branches import prefix_free
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 from mlc_ray.judges.likelihood import OPENINGS
-from mlc_ray.judges.openings import refusal_openings
+from mlc_ray.judges.openings import openings_by_language, refusal_openings
 from mlc_ray.judges.phrase_lists import normalise, shipped_phrases
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.train.openings import make_branches
@@ -72,11 +72,21 @@ def test_a_language_has_its_own_openings_and_english_ones_and_what_is_given():
     none = OpeningsSection()
     english = list(shipped_phrases()["en"].openings)
     assert refusal_openings("en", none) == english
-    assert refusal_openings("zh-Hant", none) == [*shipped_phrases()["zh"].openings, *english]
+    for code, of in (("zh-Hans", "zh"), ("zh-SG", "zh"), ("pt-BR", "pt"), ("ku-Latn", "ku")):
+        assert refusal_openings(code, none) == [*shipped_phrases()[of].openings, *english]
+    for code in ("zh-Hant", "zh-TW", "ku-Arab"):  # written otherwise
+        assert refusal_openings(code, none) == english
     assert refusal_openings("xx", none) == english  # no list
     given = OpeningsSection(further={"en": ["No."], "zh-Hant": ["抱歉"], "zh": ["不"], "fr": ["Non"]})
-    assert refusal_openings("zh-Hant", given)[:3] == ["抱歉", "不", "No."]
+    assert refusal_openings("zh-Hant", given)[:2] == ["抱歉", "No."]
     assert refusal_openings("en", given)[0] == "No." and "Non" not in refusal_openings("en", given)
+
+
+def test_openings_given_for_a_language_that_no_bundle_is_in_are_refused():
+    given = OpeningsSection(further={"ca": ["Ho sento, però no puc"], "en": ["No."]})
+    assert openings_by_language(["es", "ca-ES"], given)["ca-ES"][:2] == ["Ho sento, però no puc", "No."]
+    with pytest.raises(ConfigError, match=r"openings\.further has 'ca', which no bundle is in, only es, fr"):
+        openings_by_language(["fr", "es"], given)
 
 
 def test_tokens_are_those_that_answers_begin_with(smollm2):

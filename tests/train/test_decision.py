@@ -1,6 +1,7 @@
 """Decisions in training: the same steps however a batch is cut, what the terms teach, and what held-out bundles say."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ from mlc_ray.data.branches import Branches
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.stream import stream_steps
 from mlc_ray.data.tables import rows_to_table
+from mlc_ray.judges import openings
+from mlc_ray.judges.phrase_lists import shipped_phrases
 from mlc_ray.losses.measures import auc
 from mlc_ray.losses.objective import Objective
+from mlc_ray.storage import Place
+from mlc_ray.train import run as run_module
 from mlc_ray.train.loop import Progress, loss_of
 from mlc_ray.train.planning import check_kinds, cutting_of, held_out_cutting
 from mlc_ray.train.reference import ReferenceOutput
+from mlc_ray.train.settings import SettingsChangedError, refuse_other_content
 from mlc_ray.train.validation import Validation, batches_of, plans_of
 from mlc_ray.train.watch import Watch
 from tests.train.test_openings import OPENINGS, plain
@@ -165,6 +171,28 @@ def test_data_of_one_kind_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"all 6 of data\.train are harmful: add bundles of the other kind"):
         check_kinds(configured(), tokens)
     check_kinds(configured(terms={}), tokens)
+
+
+def test_a_run_goes_on_with_the_openings_that_it_began_with(tmp_path, monkeypatch):
+    write_rows(tmp_path, [rows_to_table(ROWS)], fingerprint="x", rejected={})
+    tokens = TokenArtifact.open(tmp_path)
+    for name, found in (("prepare_token_rows", tokens), ("fingerprint_model", "m"), ("_check_groups", None)):
+        monkeypatch.setattr(run_module, name, lambda *_, found=found, **__: found)
+
+    def said(config):
+        return run_module.prepare_data(config, cache_dir=tmp_path, layer=1, gpu=False).fingerprints
+
+    before, again = said(configured()), said(configured())
+    assert before == again and said(configured(terms={})).keys() == {"model", "tokens"}
+    english = shipped_phrases()["en"]
+    other = {**shipped_phrases(), "en": replace(english, openings=english.openings[1:])}
+    monkeypatch.setattr(openings, "shipped_phrases", lambda: other)
+    after = said(configured())
+    assert {name for name in before if before[name] != after[name]} == {"openings"}
+    with pytest.raises(SettingsChangedError, match="openings had the fingerprint"):
+        refuse_other_content(before, after, [], Place(tmp_path))
+    with pytest.raises(ConfigError, match=r"openings\.further has 'xx'"):
+        said(configured(openings={"further": {"xx": ["No."]}}))
 
 
 def measured(rank, terms):
