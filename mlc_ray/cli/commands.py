@@ -344,7 +344,6 @@ def probe_command(arguments: argparse.Namespace) -> None:
     from mlc_ray.report.console import show
     from mlc_ray.report.tables import console
     from mlc_ray.runs import model_name, output_place
-    from mlc_ray.search.decisions import decision_table
     from mlc_ray.search.probe import probe, probe_table
 
     default = Path("runs") / "probes" / model_name(arguments.model)
@@ -360,8 +359,8 @@ def probe_command(arguments: argparse.Namespace) -> None:
         address=arguments.address,
     )
     show(console(probe_table(found, reversed(range(len(found.layers))))))
-    if found.decisions:
-        show(console(decision_table(found.decisions)))
+    if found.decisions or found.left_out:
+        show(console(found.decision_table))
     print(f"probe in {folder}")
 
 

@@ -62,11 +62,18 @@ class Probe:
     bundles: int
     criterion: Criterion = DEFAULT
     decisions: tuple[LanguageDecision, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """Languages in which decisions were read, of too few bundles to say anything of them."""
 
     @property
     def unknown(self) -> list[str]:
         """Languages in which the model refuses without telling harmful from benign: they do not count as safe."""
         return [each.language for each in self.decisions if each.is_unknown]
+
+    @property
+    def decision_table(self) -> Table:
+        """Decisions by language."""
+        return decision_table(self.decisions, self.left_out)
 
     @property
     def depth(self) -> int:
@@ -106,7 +113,7 @@ class Probe:
         title = f"# Probe of {self.depth + 1} layers on {self.bundles} bundles, ranked by {self.criterion}"
         tables = (probe_table(self, self.ranking()), statistics_table(self, self.ranking()))
         note = [] if self.note is None else [f"{self.note}.", ""]
-        decided = ["", *markdown(decision_table(self.decisions))] if self.decisions else []
+        decided = ["", *markdown(self.decision_table)] if self.decisions or self.left_out else []
         return "\n".join([title, "", *note, *markdown(tables[0]), "", *markdown(tables[1]), *decided])
 
 
@@ -225,7 +232,16 @@ def probe_tokens(
     result = statistics(states, present, harmful, tokens.languages, criterion)
     if branches is not None:
         log_odds = torch.from_numpy(np.stack([item["log_odds"] for item in rows]))
-        result = replace(result, decisions=decisions(log_odds, present, harmful, tokens.languages))
+        found = decisions(log_odds, present, harmful, tokens.languages)
+        there = {each.language for each in found}
+        left_out = tuple(code for code in tokens.languages if code not in there)
+        result = replace(result, decisions=found, left_out=left_out)
+        if left_out:
+            logger.warning(
+                "decisions in %s are not judged: fewer than %d bundles of either kind",
+                ", ".join(left_out),
+                MIN_PER_KIND,
+            )
         if result.unknown:
             logger.warning(
                 "the model does not know %s: it refuses there without telling harmful from benign, which is no safety",

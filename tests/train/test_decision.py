@@ -102,7 +102,6 @@ def test_steps_are_those_of_one_worker_with_one_forward(run, trained):
                 name
             )
         assert row["gradient_norm"] == pytest.approx(want["gradient_norm"], rel=1e-4 if exact else 5e-2)
-        assert row["flops"] > 0 if "flops" in row else True
     if exact:
         for name, value in wanted.items():
             assert float((weights[name] - value).norm() / value.norm()) < 1e-5, name
@@ -230,15 +229,20 @@ def test_held_out_bundles_say_how_well_the_kinds_are_told_apart(workers, terms, 
         benign = float(values[~harmful].mean())
         assert metrics[f"validation/benign/refusal/log_odds/{code}"] == pytest.approx(benign, abs=1e-4)
     assert metrics["validation/refusal/auc"] == metrics["validation/refusal/auc/en"]
+    of_harmful = sum(row.kind == "harmful" for row in HELD_OUT)
+    assert metrics["validation/refusal/per_kind"] == min(of_harmful, len(HELD_OUT) - of_harmful)
     assert ("validation/refusal/auc/sw" in metrics) is bool(terms)
 
 
 def test_a_term_that_begins_before_english_tells_the_kinds_apart_is_warned_of():
-    def rows(values):
-        return [{"step": step, "validation/refusal/auc": value} for step, value in values]
+    def rows(values, per_kind):
+        return [
+            {"step": step, "validation/refusal/auc": value, "validation/refusal/per_kind": float(per_kind)}
+            for step, value in values
+        ]
 
-    def said(watch, values):
-        return [warning for row in rows(values) for warning in watch.see(row)]
+    def said(watch, values, per_kind=8):
+        return [warning for row in rows(values, per_kind) for warning in watch.see(row)]
 
     begins = {0: ["mlc"], 4: ["consistency", "anchor"]}
     watch = Watch(CollapseSection(), min_decision_auc=0.75, begins=begins)
@@ -248,6 +252,8 @@ def test_a_term_that_begins_before_english_tells_the_kinds_apart_is_warned_of():
     assert said(Watch(CollapseSection(), min_decision_auc=0.75, begins=begins), [(0, 0.75), (4, 0.9)]) == []
     assert said(Watch(CollapseSection(), min_decision_auc=None, begins=begins), [(0, 0.1)]) == []
     assert Watch(CollapseSection(), min_decision_auc=0.75, begins=begins).see({"step": 0}) == []
+    (few,) = said(Watch(CollapseSection(), min_decision_auc=0.75, begins=begins), [(0, 0.1), (4, 0.9)], per_kind=7)
+    assert "7 bundles of its rarer kind, too few (below 8) to tell whether mlc begins too early" in few
 
 
 def measured_at(rank):
