@@ -14,6 +14,7 @@ from mlc_ray.config import (
     ChatSection,
     ConfigError,
     ModelSection,
+    OpeningsSection,
     ScoreConfig,
     SearchConfig,
     Section,
@@ -356,6 +357,9 @@ def probe_command(arguments: argparse.Namespace) -> None:
         languages=languages,
         limit=arguments.limit,
         criterion=arguments.criterion,
+        openings=None
+        if arguments.openings is None
+        else parse_config(OpeningsSection, parse_yaml(arguments.openings, "--openings")),
         address=arguments.address,
     )
     show(console(probe_table(found, reversed(range(len(found.layers))))))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mlc_ray.config import ModelSection
+from mlc_ray.cli import main
+from mlc_ray.config import ModelSection, OpeningsSection
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.store import write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.report.tables import markdown
 from mlc_ray.search.criteria import resamples
 from mlc_ray.search.decisions import LanguageDecision, decision_table, decisions
-from mlc_ray.search.probe import Probe, ProbeActor
+from mlc_ray.search.probe import Probe, ProbeActor, ProbeError
 from mlc_ray.stats.rates import Interval
 from tests.train.test_openings import OPENINGS, plain
 from tests.train.tiny import LANGUAGES, random_rows, tiny_model
@@ -102,3 +104,17 @@ def test_a_probe_reads_the_log_odds_of_plain_forwards(tmp_path: Path) -> None:
             assert said["log_odds"][index, LANGUAGES.index(code)] == pytest.approx(float(expected), abs=1e-4)
     without = ProbeActor(str(tmp_path / "tokens"), settings, None, gpu=False)({"id": np.arange(3)})
     assert "log_odds" not in without and np.array_equal(without["states"], said["states"])
+
+
+def test_a_probe_is_given_openings_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, OpeningsSection] = {}
+
+    def probe(*_: object, openings: OpeningsSection, **__: object) -> None:
+        given["openings"] = openings
+        raise ProbeError("far enough")
+
+    monkeypatch.setattr("mlc_ray.search.probe.probe", probe)
+    arguments = ["probe", "MODEL", "--bundles", "sample:train", "--openings", "{further: {en: [No.]}}"]
+    with pytest.raises(SystemExit):
+        sys.exit(main(arguments))
+    assert given["openings"].further == {"en": ["No."]}
