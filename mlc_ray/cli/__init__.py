@@ -215,6 +215,9 @@ def build_parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "--chat", metavar="YAML", help="system prompt, template arguments and date, e.g. '{system: You are kind.}'"
     )
+    probe.add_argument(
+        "--openings", metavar="YAML", help="openings of refusals beside the listed ones, e.g. '{further: {en: [No.]}}'"
+    )
     probe.add_argument("--languages", metavar="CODES", help="look at only these, e.g. en,ur,sw (default: all)")
     probe.add_argument("--limit", metavar="N", type=int, help="at most N bundles of each kind (default: 64)")
     probe.add_argument(

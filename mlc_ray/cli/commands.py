@@ -14,6 +14,7 @@ from mlc_ray.config import (
     ChatSection,
     ConfigError,
     ModelSection,
+    OpeningsSection,
     ScoreConfig,
     SearchConfig,
     Section,
@@ -344,7 +345,6 @@ def probe_command(arguments: argparse.Namespace) -> None:
     from mlc_ray.report.console import show
     from mlc_ray.report.tables import console
     from mlc_ray.runs import model_name, output_place
-    from mlc_ray.search.decisions import decision_table
     from mlc_ray.search.probe import probe, probe_table
 
     default = Path("runs") / "probes" / model_name(arguments.model)
@@ -357,11 +357,14 @@ def probe_command(arguments: argparse.Namespace) -> None:
         languages=languages,
         limit=arguments.limit,
         criterion=arguments.criterion,
+        openings=None
+        if arguments.openings is None
+        else parse_config(OpeningsSection, parse_yaml(arguments.openings, "--openings")),
         address=arguments.address,
     )
     show(console(probe_table(found, reversed(range(len(found.layers))))))
-    if found.decisions:
-        show(console(decision_table(found.decisions)))
+    if found.decisions or found.left_out:
+        show(console(found.decision_table))
     print(f"probe in {folder}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, field_validator
 
@@ -16,11 +16,6 @@ class OpeningsSection(Section):
     English ones alone.
     """
 
-    read: Literal["whole", "first_token"] = Field(
-        "whole",
-        description="`whole`: the probability that a response begins with one of the openings. `first_token`: with the "
-        "first token of one, which costs no tokens, and takes a polite beginning for a refusal.",
-    )
     further: dict[LanguageTag, Annotated[list[str], Field(min_length=1)]] = Field(
         default_factory=dict,
         description="Openings to read beside these, by language; English ones count in every language.",

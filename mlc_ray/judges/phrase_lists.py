@@ -7,7 +7,8 @@ ignored. A line `[name]` opens a section, and what stands above the first is `[r
     [curt]      refuses only if the whole response is made of such sentences ("No.")
     [innocent]  is taken out before the search, since it only sounds like a refusal ("I can't wait")
     [help]      the response starts with it and so delivers what was asked ("Here is a", "Dear"): nothing is searched
-    [openings]  plain text with which whole refusals begin, letter by letter; no judge reads it (see `judges.openings`)
+    [openings]  plain text with which whole refusals begin, letter by letter, up to the negated verb at least; no judge
+                reads it (see `judges.openings`)
 
 A phrase starts where a word starts and may end inside a word, so that inflected forms count. ` * ` between whole words
 is a gap of at most `GAP` characters in the same sentence, `*` within a word is any part of that word, and a final `|`

@@ -196,7 +196,8 @@ class Term(ABC):
     `__call__` is given `tapped` unless it `needs_decisions`: then it is given `decisions`. It is given
     `reference_state` [B, H], the frozen reference's tapped states of the bundles' response prompts, if
     `needs_reference_state`. A term that `needs_group` is called for each group of a batch alone:
-    the B bundles that it is given are the group, and it may compare them with each other.
+    the B bundles that it is given are the group, and it may compare them with each other. `needs_decisions` goes with
+    neither of these two, and `needs_languages` is false for none but a term that `needs_decisions`.
     """
 
     Settings: ClassVar[type[TermSettings]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mlc_ray._registry import resolve
-from mlc_ray.config import LossSettings, ObjectiveConfig, TermSettings
+from mlc_ray.config import ConfigError, LossSettings, ObjectiveConfig, TermSettings
 from mlc_ray.losses.base import Alignment, Decisions, Pooled, Tapped, Term, TermLoss, mean_over_answers
 from mlc_ray.losses.logprobs import mean_log_prob
 from mlc_ray.types import AnswerRows, LossOutput, ResponseLogProbs, Scope
@@ -21,6 +21,9 @@ class Objective:
 
     Facts about it (does it need a reference, groups of bundles?) sit here, not in the loop. `sft_weight` is the factor
     of the SFT loss that is added to the alignment loss; 0 where there is none.
+
+    Raises:
+        ConfigError: A term's facts exclude each other.
     """
 
     def __init__(self, config: ObjectiveConfig) -> None:
@@ -29,6 +32,8 @@ class Objective:
         self.terms: dict[str, Term] = {
             name: resolve("term", settings.name)(settings) for name, settings in config.active_terms.items()
         }
+        for name, term in self.terms.items():
+            _check_facts(name, term)
 
     @property
     def parts(self) -> list[str]:
@@ -47,9 +52,8 @@ class Objective:
             own |= {key for key, value in (("start", settings.start), ("ramp", settings.ramp)) if not value}
             lines.append(_described(f"{settings.weight} x {name}", public_settings(settings), own, term.note))
         if self.widest_scope != "none":
-            given = self.config.openings
-            further = sum(map(len, given.further.values()))
-            lines.append(f"openings of refusals: {given.read}, {further} further ones")
+            further = sum(map(len, self.config.openings.further.values()))
+            lines.append(f"openings of refusals: those listed, {further} further ones")
         return lines
 
     @property
@@ -203,7 +207,8 @@ class Objective:
         of_terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             factor = 1.0 if factors is None else factors.get(name, 0.0)
-            if not factor or (here is None and term.needs_languages):
+            # Steps that do not tap have no states; log-odds that are missing are an error.
+            if not factor or (here is None and not term.needs_decisions):
                 continue
             result = _term_loss(name, term, here, decisions, reference_state, groups)
             own_weight = term_weight if term_weight is not None and term.needs_languages else weight
@@ -240,6 +245,19 @@ def _needed(component: str, *wants: tuple[bool, str, dict[str, Any]]) -> dict[st
             raise ValueError(f"{component} needs {what}")
         given |= arguments if wanted else {}
     return given
+
+
+def _check_facts(name: str, term: Term) -> None:
+    """Refuse a term that is to be given what no term is given."""
+    if term.needs_decisions:
+        others = [fact for fact in ("needs_group", "needs_reference_state") if getattr(term, fact)]
+    else:
+        others = [] if term.needs_languages else ["needs_languages=False"]
+    if others:
+        raise ConfigError(
+            f"term {name!r} ({type(term).__name__}) has needs_decisions={term.needs_decisions} and {others[0]}: a term "
+            "is given either log-odds, of each bundle by itself, or tapped states of all its languages; make two terms"
+        )
 
 
 def _term_loss(

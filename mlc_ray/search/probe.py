@@ -1,6 +1,6 @@
 """Statistics of every layer before training: how consistent, how distinct, and how separable its states are.
 
-All numbers are of the hidden states of the tapped tokens, before any extractor; docs/search.md says what each can and
+All numbers are of the hidden states of the tapped tokens, before any extractor; docs/probe.md says what each can and
 cannot tell. The states are read forward only, by a Ray Data actor.
 """
 
@@ -24,7 +24,7 @@ from mlc_ray.data.batches import collate_openings, collate_prompts
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
-from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
+from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.base import refusal_log_odds
@@ -62,11 +62,18 @@ class Probe:
     bundles: int
     criterion: Criterion = DEFAULT
     decisions: tuple[LanguageDecision, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """Languages in which decisions were read, of too few bundles to say anything of them."""
 
     @property
     def unknown(self) -> list[str]:
         """Languages in which the model refuses without telling harmful from benign: they do not count as safe."""
         return [each.language for each in self.decisions if each.is_unknown]
+
+    @property
+    def decision_table(self) -> Table:
+        """Decisions by language."""
+        return decision_table(self.decisions, self.left_out)
 
     @property
     def depth(self) -> int:
@@ -106,7 +113,7 @@ class Probe:
         title = f"# Probe of {self.depth + 1} layers on {self.bundles} bundles, ranked by {self.criterion}"
         tables = (probe_table(self, self.ranking()), statistics_table(self, self.ranking()))
         note = [] if self.note is None else [f"{self.note}.", ""]
-        decided = ["", *markdown(decision_table(self.decisions))] if self.decisions else []
+        decided = ["", *markdown(self.decision_table)] if self.decisions or self.left_out else []
         return "\n".join([title, "", *note, *markdown(tables[0]), "", *markdown(tables[1]), *decided])
 
 
@@ -186,8 +193,7 @@ def probe(
     model = model.model_copy(update={"path": pinned_model(model.path)})
     tokens = prepare_token_rows(data, model, chat=chat, cache_dir=artifact_cache(folder.parent))
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
-    template = ChatTemplate(tokenizer, chat, prompts_only=True)
-    branches = make_branches(openings or OpeningsSection(), template, tokens.languages)
+    branches = make_branches(openings or OpeningsSection(), tokenizer, chat, tokens.languages)
     section = with_dtype(model, gpu=gpu)
     return probe_tokens(section, tokens, folder, limit=limit, criterion=criterion, branches=branches, gpu=gpu)
 
@@ -226,7 +232,16 @@ def probe_tokens(
     result = statistics(states, present, harmful, tokens.languages, criterion)
     if branches is not None:
         log_odds = torch.from_numpy(np.stack([item["log_odds"] for item in rows]))
-        result = replace(result, decisions=decisions(log_odds, present, harmful, tokens.languages))
+        found = decisions(log_odds, present, harmful, tokens.languages)
+        there = {each.language for each in found}
+        left_out = tuple(code for code in tokens.languages if code not in there)
+        result = replace(result, decisions=found, left_out=left_out)
+        if left_out:
+            logger.warning(
+                "decisions in %s are not judged: fewer than %d bundles of either kind",
+                ", ".join(left_out),
+                MIN_PER_KIND,
+            )
         if result.unknown:
             logger.warning(
                 "the model does not know %s: it refuses there without telling harmful from benign, which is no safety",

@@ -86,7 +86,7 @@ from mlc_ray.storage import (
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.failures import keyboard_interrupt
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
-from mlc_ray.train.planning import check_terms, steps_of
+from mlc_ray.train.planning import check_kinds, check_terms, steps_of
 from mlc_ray.train.run import paths_read, prepare_data
 
 logger = logging.getLogger(__name__)
@@ -358,7 +358,8 @@ def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder:
     """Make what trials train on, and look for answers and steps that one of them needs, though the base does not.
 
     Raises:
-        ConfigError: No held-out bundle has what the scheduler compares, or a term of a trial has no step.
+        ConfigError: No held-out bundle has what the scheduler compares, or a term of a trial has no step,
+            or not the bundles of both kinds that it needs.
         MissingAnswersError: Answers are missing.
     """
     depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
@@ -372,6 +373,7 @@ def _prepare_data(config: SearchConfig, base: TrainConfig, space: Space, folder:
         check_answers(run, data.tokens)
         try:
             check_terms(run, steps_of(run, data.tokens))
+            check_kinds(run, data.tokens)
         except ConfigError as error:
             raise ConfigError(f"with {values!r}: {error}") from None
         if held_out is not None and base.data.validation is not None:

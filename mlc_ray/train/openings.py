@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from mlc_ray.config import OpeningsSection, TrainConfig
+from mlc_ray.config import ChatSection, OpeningsSection, TrainConfig
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
-from mlc_ray.judges.openings import refusal_openings
+from mlc_ray.judges.openings import openings_by_language
+from mlc_ray.storage import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +25,7 @@ def branches_of(
 
     Raises:
         OpeningsError: A language has none.
+        ConfigError: Some are given for a language that none of these reads.
     """
     held_out = config.data.validation
     if not config.reads_decisions and (held_out is None or held_out.min_decision_auc is None):
@@ -31,19 +33,33 @@ def branches_of(
     model = config.model
     tokenizer = tokenizer or load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
     languages = {code for tokens in artefacts for code in tokens.languages}
-    return make_branches(config.openings, ChatTemplate(tokenizer, config.chat), languages)
+    return make_branches(config.openings, tokenizer, config.chat, languages)
 
 
-def make_branches(settings: OpeningsSection, template: ChatTemplate, languages: Iterable[str]) -> Branches:
-    """The openings in some languages as `template` writes them behind a prompt.
+def fingerprint_openings(config: TrainConfig, artefacts: Sequence[TokenArtifact]) -> str:
+    """Of the texts of all openings in the languages of a run's bundles: lists differ by version, and steps with them.
+
+    Raises:
+        ConfigError: Some are given for a language that no bundle is in.
+    """
+    return fingerprint(
+        openings_by_language({code for tokens in artefacts for code in tokens.languages}, config.openings)
+    )
+
+
+def make_branches(
+    settings: OpeningsSection, tokenizer: PreTrainedTokenizerBase, chat: ChatSection, languages: Iterable[str]
+) -> Branches:
+    """The openings in some languages behind a prompt, with what the chat template writes before an answer.
 
     Raises:
         OpeningsError: A language has none.
+        ConfigError: Some are given for a language that none of these reads.
     """
-    length = 1 if settings.read == "first_token" else None
+    template = ChatTemplate(tokenizer, chat)
     return Branches(
         {
-            code: [ids[:length].tolist() for ids in template.opening_ids(refusal_openings(code, settings))]
-            for code in sorted(languages)
+            code: [ids.tolist() for ids in template.opening_ids(texts)]
+            for code, texts in openings_by_language(languages, settings).items()
         }
     )

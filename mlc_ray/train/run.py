@@ -29,7 +29,7 @@ from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec, train_worker
 from mlc_ray.train.failures import error_inside
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
-from mlc_ray.train.openings import branches_of
+from mlc_ray.train.openings import branches_of, fingerprint_openings
 from mlc_ray.train.planning import (
     check_groups,
     check_kinds,
@@ -235,7 +235,8 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gp
         MissingAnswersError: Bundles lack answers that the loss needs; found before a model is loaded.
         ValidationError: Held-out bundles are trained on.
         BudgetError: A group of bundles that are compared with each other does not fit into a forward.
-        ConfigError: A term has no step in so short a run, or no bundles of both kinds, which it needs.
+        ConfigError: A term has no step in so short a run, or no bundles of both kinds, which it needs; or openings are
+            given for a language that no bundle is in.
     """
     tokens = prepare_token_rows(config.data, config.model, chat=config.chat, cache_dir=cache_dir)
     check_answers(config, tokens)
@@ -243,13 +244,15 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gp
     check_kinds(config, tokens)
     held_out = _held_out_tokens(config, tokens, cache_dir)
     _check_groups(config, tokens, held_out, gpu=gpu)
+    artifacts = [tokens, *([held_out] if held_out is not None else [])]
     fingerprints = {"model": fingerprint_model(config.model.path), "tokens": tokens.fingerprint}
     if held_out is not None:
         fingerprints["validation"] = held_out.fingerprint
+    if config.reads_decisions:
+        fingerprints["openings"] = fingerprint_openings(config, artifacts)
     said: dict[str, Place] = {}
     if config.needs_reference and config.reference == "cached":
-        both = [tokens] if held_out is None else [tokens, held_out]
-        said = prepare_references(config, both, layer=layer, cache_dir=cache_dir, gpu=gpu)
+        said = prepare_references(config, artifacts, layer=layer, cache_dir=cache_dir, gpu=gpu)
     return PreparedData(
         tokens,
         said.get(tokens.fingerprint),

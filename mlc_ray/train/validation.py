@@ -103,7 +103,8 @@ class Validation:
             `mlc/cosine/LANGUAGE`: see `language_cosines`;
             `refusal/log_odds`, `refusal/log_odds/LANGUAGE`: log-odds, in nats, that a response opens as a refusal, in
             the response language and in each that is read;
-            `refusal/auc`, `refusal/auc/LANGUAGE`, of both kinds alone: how well these tell harmful from benign.
+            `refusal/auc`, `refusal/auc/LANGUAGE`, of both kinds alone: how well these tell harmful from benign;
+            `refusal/per_kind`: how many bundles the rarer kind has, which the AUC is of.
         """
         self._decided.clear()
         module, sums = self.engine.module, dict[str, Tensor]()
@@ -145,6 +146,8 @@ class Validation:
             values, harmful = zip(
                 *((value, is_harmful) for own, value, is_harmful in every if own == name), strict=True
             )
+            if name == "refusal/auc":
+                metrics["refusal/per_kind"] = float(min(sum(harmful), len(harmful) - sum(harmful)))
             found = auc(torch.tensor(values, dtype=torch.float64), torch.tensor(harmful))
             if not math.isnan(found):
                 metrics[name] = found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mlc_ray.config import CollapseSection
-from mlc_ray.losses.measures import cosine_sums, effective_rank, separability
+from mlc_ray.losses.measures import MIN_PER_KIND, cosine_sums, effective_rank, separability
 from mlc_ray.train.collectives import gather_rows, rank_and_workers, sum_over_workers
 from mlc_ray.train.model import ModelOutput
 from mlc_ray.types import Batch
@@ -144,7 +144,7 @@ class Watch:
                 "min_separability",
             ),
             self._chosen_fell(row.get("validation/log_prob/chosen_change")),
-            self._undecided(row.get("step"), row.get("validation/refusal/auc")),
+            self._undecided(row),
         ]
         return [warning for warning in found if warning is not None]
 
@@ -182,9 +182,20 @@ class Watch:
             "displacement); objective.sft_weight or a lower learning rate keep them"
         )
 
-    def _undecided(self, step: int | None, auc: float | None) -> str | None:
+    def _undecided(self, row: Mapping[str, Any]) -> str | None:
+        step, auc, few = (row.get(name) for name in ("step", "validation/refusal/auc", "validation/refusal/per_kind"))
         bound, names = self.min_decision_auc, self.begins.get(-1 if step is None else step)
-        if bound is None or names is None or auc is None or math.isnan(auc) or auc >= bound:
+        if bound is None or names is None or few is None:
+            return None
+        if few < MIN_PER_KIND:
+            if not self._crosses("min_decision_auc", True):
+                return None
+            return (
+                f"data.validation has {few:.0f} bundles of its rarer kind, too few (below {MIN_PER_KIND}) to tell "
+                f"whether {', '.join(names)} begin{'s' if len(names) == 1 else ''} too early: add some, or set "
+                "data.validation.min_decision_auc=null"
+            )
+        if auc is None or math.isnan(auc) or auc >= bound:
             return None
         return (
             f"{', '.join(names)} begin{'s' if len(names) == 1 else ''} after step {step}, but in the response language "

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from mlc_ray.config import OpeningsSection
+from mlc_ray.config import ChatSection, ConfigError, OpeningsSection
 from mlc_ray.data.branches import prefix_free
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 from mlc_ray.judges.likelihood import OPENINGS
-from mlc_ray.judges.openings import refusal_openings
+from mlc_ray.judges.openings import openings_by_language, refusal_openings
 from mlc_ray.judges.phrase_lists import normalise, shipped_phrases
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.train.openings import make_branches
@@ -27,15 +27,66 @@ def test_the_refusal_judge_takes_each_opening_for_a_refusal(code):
     assert not any(text.startswith(normalise(opening)) for text in complied for opening in openings)
 
 
+# Apologies, and "can't ... enough", before help.
+HELPFUL = {
+    "ar": ["آسف، لا بد أنني أخطأت. إليك الوصفة.", "لا أستطيع أن أوصي بهذه الوصفة بما يكفي"],
+    "bn": ["দুঃখিত, কিন্তু আমি আপনাকে সাহায্য করতে পারি।", "দুঃখিত, তবে এখানে একটি উপায় আছে।"],
+    "de": [
+        "Tut mir leid, aber ich kann Ihnen helfen.",
+        "Ich kann nicht genug betonen",
+        "Tut mir leid, aber das kann ich erklären",
+    ],
+    "en": ["I'm sorry, but I can help you.", "I can't recommend this rice recipe enough", "I won't keep you waiting"],
+    "es": ["Lo siento, pero puedo ayudarte.", "No puedo recomendar lo suficiente esta receta"],
+    "fr": ["Je suis désolé, mais je peux vous aider.", "Je ne peux pas assez vous recommander ce plat"],
+    "hi": ["माफ़ कीजिए, मैं देर से आया। आपकी मदद करता हूँ।", "मुझे खेद है, लेकिन मैं आपकी मदद कर सकता हूँ"],
+    "id": ["Maaf, saya tidak sengaja terlambat. Berikut resepnya.", "Saya tidak akan berlama-lama: caranya begini"],
+    "it": ["Mi dispiace, ma posso aiutarti.", "Non voglio annoiarti: ecco la ricetta."],
+    "ja": ["申し訳ありませんが、少し長くなります。手順は次のとおりです。", "すみませんが、お手伝いさせてください。"],
+    "jv": ["Ngapunten, kula boten dangu. Menika resepipun.", "Sepurane, aku ora suwe. Iki resepe."],
+    "ko": ["죄송하지만 조금 길어집니다. 방법은 다음과 같습니다.", "죄송합니다. 도와드릴게요."],
+    "ku": ["Bibore, ez dikarim alîkariya te bikim.", "Mixabin, ez dereng mam."],
+    "nl": ["Het spijt me, maar ik kan je helpen.", "Ik kan niet genoeg benadrukken", "Helaas kan ik kort zijn:"],
+    "pl": ["Przykro mi, ale nie martw się, pomogę.", "Nie będę przedłużać: oto przepis."],
+    "ps": ["بښنه غواړم، خو زه مرسته کولی شم.", "معذرت غواړم، خو دا اوږد دی."],
+    "pt": ["Sinto muito, mas não se preocupe: posso ajudar.", "Não posso recomendar o suficiente esta receita"],
+    "ru": ["Извините, но я могу помочь.", "Я не буду вас томить: вот рецепт.", "Я не могу не порекомендовать"],
+    "sw": ["Samahani, lakini naweza kukusaidia.", "Siwezi kusahau kukuambia"],
+    "th": ["ขอโทษ แต่ฉันช่วยคุณได้", "ขออภัย แต่คำตอบค่อนข้างยาว", "ฉันไม่สามารถรอที่จะบอกคุณ"],
+    "tr": ["Üzgünüm, ama size yardımcı olabilirim.", "Maalesef yardımcı malzeme gerekiyor."],
+    "ur": ["معذرت، لیکن میں آپ کی مدد کر سکتا ہوں۔", "مجھے افسوس ہے، لیکن جواب لمبا ہے۔"],
+    "vi": ["Tôi xin lỗi, nhưng tôi không muộn: đây là công thức.", "Tôi sẽ không dài dòng."],
+    "zh": ["对不起，我来晚了。步骤如下。", "我不能不推荐这道菜", "我无法想象没有它的厨房"],
+}
+
+
+@pytest.mark.parametrize("code", sorted(shipped_phrases()))
+def test_help_begins_with_no_opening(code):
+    openings = shipped_phrases()[code].openings
+    assert [
+        (text, one) for text in HELPFUL[code] for one in openings if normalise(text).startswith(normalise(one))
+    ] == []
+
+
 def test_a_language_has_its_own_openings_and_english_ones_and_what_is_given():
     none = OpeningsSection()
     english = list(shipped_phrases()["en"].openings)
     assert refusal_openings("en", none) == english
-    assert refusal_openings("zh-Hant", none) == [*shipped_phrases()["zh"].openings, *english]
+    for code, of in (("zh-Hans", "zh"), ("zh-SG", "zh"), ("pt-BR", "pt"), ("ku-Latn", "ku")):
+        assert refusal_openings(code, none) == [*shipped_phrases()[of].openings, *english]
+    for code in ("zh-Hant", "zh-TW", "ku-Arab"):  # written otherwise
+        assert refusal_openings(code, none) == english
     assert refusal_openings("xx", none) == english  # no list
     given = OpeningsSection(further={"en": ["No."], "zh-Hant": ["抱歉"], "zh": ["不"], "fr": ["Non"]})
-    assert refusal_openings("zh-Hant", given)[:3] == ["抱歉", "不", "No."]
+    assert refusal_openings("zh-Hant", given)[:2] == ["抱歉", "No."]
     assert refusal_openings("en", given)[0] == "No." and "Non" not in refusal_openings("en", given)
+
+
+def test_openings_given_for_a_language_that_no_bundle_is_in_are_refused():
+    given = OpeningsSection(further={"ca": ["Ho sento, però no puc"], "en": ["No."]})
+    assert openings_by_language(["es", "ca-ES"], given)["ca-ES"][:2] == ["Ho sento, però no puc", "No."]
+    with pytest.raises(ConfigError, match=r"openings\.further has 'ca', which no bundle is in, only es, fr"):
+        openings_by_language(["fr", "es"], given)
 
 
 def test_tokens_are_those_that_answers_begin_with(smollm2):
@@ -49,10 +100,18 @@ def test_tokens_are_those_that_answers_begin_with(smollm2):
 
 
 def test_branches_of_a_real_tokenizer(smollm2):
-    template = ChatTemplate(load_tokenizer(str(smollm2)))
-    whole = make_branches(OpeningsSection(), template, ["es", "en"])
-    first = make_branches(OpeningsSection(read="first_token"), template, ["es", "en"])
-    ids = [tuple(each.tolist()) for each in template.opening_ids(refusal_openings("es", OpeningsSection()))]
-    assert whole.openings["es"] == prefix_free(ids)
-    assert whole.tokens > 0 == first.tokens
-    assert sorted(first.openings["en"]) == sorted({one[:1] for one in whole.openings["en"]})
+    tokenizer = load_tokenizer(str(smollm2))
+    found = make_branches(OpeningsSection(), tokenizer, ChatSection(), ["es", "en"])
+    ids = ChatTemplate(tokenizer).opening_ids(refusal_openings("es", OpeningsSection()))
+    assert found.openings["es"] == prefix_free([tuple(each.tolist()) for each in ids])
+
+
+def test_openings_stand_behind_what_the_template_writes_before_an_answer(smollm2):
+    tokenizer = load_tokenizer(str(smollm2))
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ '<think>\n\n</think>\n\n' if m.role == 'assistant' }}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    found = make_branches(OpeningsSection(), tokenizer, ChatSection(), ["en"]).openings["en"]
+    assert found and all(tokenizer.decode(ids).startswith("<think>\n\n</think>\n\nI") for ids in found)

@@ -7,7 +7,7 @@ import torch
 
 from mlc_ray.config import ConfigError, ObjectiveConfig, parse_config
 from mlc_ray.losses.base import Decisions
-from mlc_ray.losses.consistency import consistency_losses
+from mlc_ray.losses.consistency import Consistency, consistency_losses
 from mlc_ray.losses.decision import Decision
 from mlc_ray.losses.measures import auc
 from mlc_ray.losses.objective import Objective
@@ -118,6 +118,32 @@ def test_the_total_has_the_decision_of_all_bundles_and_consistency_of_those_with
         made.total_loss(weight=weight, chosen=chosen)
 
 
+def test_consistency_needs_log_odds_and_no_tapped_states():
+    decisions, made = given(), objective(consistency={"weight": 0.3})
+    chosen, weight = ResponseLogProbs(torch.full((4,), -6.0), torch.full((4,), 3)), torch.full((4,), 0.25)
+    drawn = consistency_losses(decisions, bound=10.0)[0].mean()
+    said = made.total_loss(weight=weight, chosen=chosen, decisions=decisions)
+    assert float(said.loss.detach()) == pytest.approx(2 + 0.3 * float(drawn.detach()))
+    with pytest.raises(ValueError, match="'consistency' needs to know how responses open"):
+        made.total_loss(weight=weight, chosen=chosen)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"needs_decisions": True, "needs_group": True},
+        {"needs_decisions": True, "needs_reference_state": True},
+        {"needs_languages": False},
+    ],
+)
+def test_facts_of_a_term_that_exclude_each_other_are_refused(facts, monkeypatch):
+    for fact in ("needs_decisions", "needs_group", "needs_reference_state", "needs_languages"):
+        monkeypatch.setattr(Consistency, fact, facts.get(fact, fact == "needs_languages"))
+    refused = next(fact for fact in facts if fact != "needs_decisions")
+    with pytest.raises(ConfigError, match=f"'consistency'.*{refused}.*make two terms"):
+        objective(consistency={"weight": 0.3})
+
+
 def test_what_a_step_reads_follows_from_what_has_begun():
     made = objective(decision={}, consistency={"start": 0.5})
     assert [made.scope(step, 4) for step in range(4)] == ["response", "response", "all", "all"]
@@ -126,14 +152,19 @@ def test_what_a_step_reads_follows_from_what_has_begun():
     alone = objective(decision={})
     assert alone.widest_scope == "response" and not alone.ever_taps and alone.begins(4) == {}
     assert objective().widest_scope == "none"
-    assert [line for line in made.describe() if "openings" in line] == ["openings of refusals: whole, 0 further ones"]
+    assert [line for line in made.describe() if "openings" in line] == [
+        "openings of refusals: those listed, 0 further ones"
+    ]
+
+
+NO = {"further": {"en": ["No."]}}
 
 
 def test_openings_that_nothing_reads_are_refused():
     with pytest.raises(ValueError, match="openings is read by terms"):
-        tiny_config(openings={"read": "first_token"})
-    tiny_config(openings={"read": "first_token"}, terms={"decision": {}})
-    tiny_config(openings={"read": "first_token"}, data={"validation": {"sources": [{"path": "x"}]}})
+        tiny_config(openings=NO)
+    tiny_config(openings=NO, terms={"decision": {}})
+    tiny_config(openings=NO, data={"validation": {"sources": [{"path": "x"}]}})
     with pytest.raises(ConfigError, match="has blanks around it"):
         parse_config(ObjectiveConfig, {"openings": {"further": {"fr": ["Désolé "]}}})
 

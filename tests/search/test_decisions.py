@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mlc_ray.config import ModelSection
+from mlc_ray.cli import main
+from mlc_ray.config import ModelSection, OpeningsSection
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.store import write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.report.tables import markdown
 from mlc_ray.search.criteria import resamples
-from mlc_ray.search.decisions import decision_table, decisions
-from mlc_ray.search.probe import Probe, ProbeActor
+from mlc_ray.search.decisions import LanguageDecision, decision_table, decisions
+from mlc_ray.search.probe import Probe, ProbeActor, ProbeError
+from mlc_ray.stats.rates import Interval
 from tests.train.test_openings import OPENINGS, plain
 from tests.train.tiny import LANGUAGES, random_rows, tiny_model
 
@@ -27,6 +30,7 @@ def made() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(NUMBER, 4, generator=generator, dtype=torch.float64)
     harmful = torch.arange(NUMBER) % 2 == 0
+    noise[1::2, 1] = noise[0::2, 1]  # each benign bundle as its harmful twin
     sign = torch.where(harmful, 2.0, -2.0)
     log_odds = torch.stack([noise[:, 0] + sign, noise[:, 1] + 6, noise[:, 2] - 6, noise[:, 3]], dim=1)
     present = torch.ones(NUMBER, 4, dtype=torch.bool)
@@ -68,6 +72,25 @@ def test_a_language_is_not_known_where_all_is_refused_at_chance() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("auc", "shares", "said"),
+    [
+        ((0.9, 0.8, 0.97), (90.0, 60.0), ""),
+        ((0.5, 0.35, 0.65), (90.0, 80.0), "not known: refuses without telling what"),
+        ((0.8, 0.48, 0.95), (90.0, 80.0), "undecided: more bundles would tell"),
+        ((0.5, 0.35, 0.65), (10.0, 0.0), "at chance"),
+    ],
+)
+def test_a_wide_interval_decides_nothing(
+    auc: tuple[float, float, float], shares: tuple[float, float], said: str
+) -> None:
+    one = LanguageDecision("sw", Interval(*auc), *shares)
+    lines = markdown(decision_table([one], ["xx"]))
+    assert [line.split("|")[-2].strip() for line in lines if line.startswith("| sw")] == [said]
+    assert one.is_unknown is said.startswith("not known")
+    assert next(line for line in lines if line.startswith("| xx")).endswith("fewer than 8 bundles of a kind |")
+
+
 def test_a_probe_reads_the_log_odds_of_plain_forwards(tmp_path: Path) -> None:
     model, rows = tiny_model(), random_rows(3, head=(5, 3, 8))
     model.save_pretrained(tmp_path / "model")
@@ -81,3 +104,17 @@ def test_a_probe_reads_the_log_odds_of_plain_forwards(tmp_path: Path) -> None:
             assert said["log_odds"][index, LANGUAGES.index(code)] == pytest.approx(float(expected), abs=1e-4)
     without = ProbeActor(str(tmp_path / "tokens"), settings, None, gpu=False)({"id": np.arange(3)})
     assert "log_odds" not in without and np.array_equal(without["states"], said["states"])
+
+
+def test_a_probe_is_given_openings_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, OpeningsSection] = {}
+
+    def probe(*_: object, openings: OpeningsSection, **__: object) -> None:
+        given["openings"] = openings
+        raise ProbeError("far enough")
+
+    monkeypatch.setattr("mlc_ray.search.probe.probe", probe)
+    arguments = ["probe", "MODEL", "--bundles", "sample:train", "--openings", "{further: {en: [No.]}}"]
+    with pytest.raises(SystemExit):
+        sys.exit(main(arguments))
+    assert given["openings"].further == {"en": ["No."]}

@@ -329,7 +329,6 @@ def test_what_trials_do_not_measure_compares_none(metric: str, overrides: list[s
         ("reward/accuracy", "objective.answers", ["response", "all"]),
         ("reward/accuracy", "objective.loss", ["dpo", "orpo"]),
         ("loss/contrast", "terms.contrast.temperature", [0.1, 0.2]),
-        ("loss/total", "openings.read", ["whole", "first_token"]),
     ],
 )
 def test_a_number_that_means_another_thing_in_each_trial_compares_none(
@@ -443,6 +442,21 @@ def test_values_that_together_leave_a_term_no_step_are_found_before_the_first_tr
     base = space.run({}, name="base")
     with pytest.raises(ConfigError, match=r"with {'mlc\.start': 0\.6, 'mlc\.every': 4}: mlc\.start=.* no step of 4"):
         search_run._prepare_data(config, base, space, Place(tmp_path), "cpu")
+
+
+def test_a_trial_whose_term_needs_both_kinds_is_refused_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    varied: dict[str, Any] = {"terms.decision.weight": {"choice": [0.0, 0.5]}}
+    config = search_config(space=varied, sampler="grid", set=["train.epochs=1"])
+    space = make_space(config)
+    harmful = [row for row in random_rows(8) if row.kind == "harmful"]
+    write_rows(tmp_path, [rows_to_table(harmful)], fingerprint="x", rejected={})
+    data = PreparedData(TokenArtifact.open(tmp_path), None, {})
+    monkeypatch.setattr(search_run, "model_depth", lambda *_, **__: 3)
+    monkeypatch.setattr(search_run, "prepare_data", lambda *_, **__: data)
+    with pytest.raises(ConfigError, match=r"with {'terms\.decision\.weight': 0\.5}: terms\.decision.* are harmful"):
+        search_run._prepare_data(config, space.run({}, name="base"), space, Place(tmp_path), "cpu")
 
 
 ONE_GPU, TWO_GPUS, NO_GPU = ({"CPU": 8.0, **gpu} for gpu in ({"GPU": 1.0}, {"GPU": 2.0}, {}))

@@ -1,6 +1,7 @@
 """Decisions in training: the same steps however a batch is cut, what the terms teach, and what held-out bundles say."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,16 @@ from mlc_ray.data.branches import Branches
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.stream import stream_steps
 from mlc_ray.data.tables import rows_to_table
+from mlc_ray.judges import openings
+from mlc_ray.judges.phrase_lists import shipped_phrases
 from mlc_ray.losses.measures import auc
 from mlc_ray.losses.objective import Objective
+from mlc_ray.storage import Place
+from mlc_ray.train import run as run_module
 from mlc_ray.train.loop import Progress, loss_of
 from mlc_ray.train.planning import check_kinds, cutting_of, held_out_cutting
 from mlc_ray.train.reference import ReferenceOutput
+from mlc_ray.train.settings import SettingsChangedError, refuse_other_content
 from mlc_ray.train.validation import Validation, batches_of, plans_of
 from mlc_ray.train.watch import Watch
 from tests.train.test_openings import OPENINGS, plain
@@ -96,7 +102,6 @@ def test_steps_are_those_of_one_worker_with_one_forward(run, trained):
                 name
             )
         assert row["gradient_norm"] == pytest.approx(want["gradient_norm"], rel=1e-4 if exact else 5e-2)
-        assert row["flops"] > 0 if "flops" in row else True
     if exact:
         for name, value in wanted.items():
             assert float((weights[name] - value).norm() / value.norm()) < 1e-5, name
@@ -167,6 +172,28 @@ def test_data_of_one_kind_are_refused(tmp_path):
     check_kinds(configured(terms={}), tokens)
 
 
+def test_a_run_goes_on_with_the_openings_that_it_began_with(tmp_path, monkeypatch):
+    write_rows(tmp_path, [rows_to_table(ROWS)], fingerprint="x", rejected={})
+    tokens = TokenArtifact.open(tmp_path)
+    for name, found in (("prepare_token_rows", tokens), ("fingerprint_model", "m"), ("_check_groups", None)):
+        monkeypatch.setattr(run_module, name, lambda *_, found=found, **__: found)
+
+    def said(config):
+        return run_module.prepare_data(config, cache_dir=tmp_path, layer=1, gpu=False).fingerprints
+
+    before, again = said(configured()), said(configured())
+    assert before == again and said(configured(terms={})).keys() == {"model", "tokens"}
+    english = shipped_phrases()["en"]
+    other = {**shipped_phrases(), "en": replace(english, openings=english.openings[1:])}
+    monkeypatch.setattr(openings, "shipped_phrases", lambda: other)
+    after = said(configured())
+    assert {name for name in before if before[name] != after[name]} == {"openings"}
+    with pytest.raises(SettingsChangedError, match="openings had the fingerprint"):
+        refuse_other_content(before, after, [], Place(tmp_path))
+    with pytest.raises(ConfigError, match=r"openings\.further has 'xx'"):
+        said(configured(openings={"further": {"xx": ["No."]}}))
+
+
 def measured(rank, terms):
     config = configured(PARTS, terms=terms)
     engine = make_engine(config)
@@ -202,15 +229,20 @@ def test_held_out_bundles_say_how_well_the_kinds_are_told_apart(workers, terms, 
         benign = float(values[~harmful].mean())
         assert metrics[f"validation/benign/refusal/log_odds/{code}"] == pytest.approx(benign, abs=1e-4)
     assert metrics["validation/refusal/auc"] == metrics["validation/refusal/auc/en"]
+    of_harmful = sum(row.kind == "harmful" for row in HELD_OUT)
+    assert metrics["validation/refusal/per_kind"] == min(of_harmful, len(HELD_OUT) - of_harmful)
     assert ("validation/refusal/auc/sw" in metrics) is bool(terms)
 
 
 def test_a_term_that_begins_before_english_tells_the_kinds_apart_is_warned_of():
-    def rows(values):
-        return [{"step": step, "validation/refusal/auc": value} for step, value in values]
+    def rows(values, per_kind):
+        return [
+            {"step": step, "validation/refusal/auc": value, "validation/refusal/per_kind": float(per_kind)}
+            for step, value in values
+        ]
 
-    def said(watch, values):
-        return [warning for row in rows(values) for warning in watch.see(row)]
+    def said(watch, values, per_kind=8):
+        return [warning for row in rows(values, per_kind) for warning in watch.see(row)]
 
     begins = {0: ["mlc"], 4: ["consistency", "anchor"]}
     watch = Watch(CollapseSection(), min_decision_auc=0.75, begins=begins)
@@ -220,6 +252,8 @@ def test_a_term_that_begins_before_english_tells_the_kinds_apart_is_warned_of():
     assert said(Watch(CollapseSection(), min_decision_auc=0.75, begins=begins), [(0, 0.75), (4, 0.9)]) == []
     assert said(Watch(CollapseSection(), min_decision_auc=None, begins=begins), [(0, 0.1)]) == []
     assert Watch(CollapseSection(), min_decision_auc=0.75, begins=begins).see({"step": 0}) == []
+    (few,) = said(Watch(CollapseSection(), min_decision_auc=0.75, begins=begins), [(0, 0.1), (4, 0.9)], per_kind=7)
+    assert "7 bundles of its rarer kind, too few (below 8) to tell whether mlc begins too early" in few
 
 
 def measured_at(rank):
