@@ -10,7 +10,7 @@ import pytest
 
 from mlc_ray.report.collect import ReportError
 from mlc_ray.report.latex import escape, latex
-from mlc_ray.report.study import StudyFileError, load_study, study_tables
+from mlc_ray.report.study import StudyFileError, load_study, study_notes, study_tables
 from mlc_ray.report.tables import cell, row, table
 from mlc_ray.report.write import write_report
 from mlc_ray.score.results import load_scores
@@ -101,6 +101,26 @@ def test_a_cell_that_failed_or_diverged_is_a_row_that_says_so(tmp_path: Path) ->
     text = (study / "study.md").read_text()
     assert "| tiny_1-mlc-2 | failed | OutOfMemoryError: no memory \\| left |" in text
     assert "With one seed, intervals and tests say nothing of what another seed would give." in text
+    assert "Fewer than the study's 2 seeds are scored of dpo on tiny_1 (1)" in text
+
+
+def test_costs_are_those_of_all_cells_that_took_steps(tmp_path: Path) -> None:
+    study = tmp_path / "s"
+    write_untouched(study)
+    write_diverged(study, "dpo", 1)
+    run = study / "cells/tiny_1-dpo-1"
+    (run / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 3.0}\n')
+    shown = {each.title: each for each in study_tables(recorder(planned(study), study).write())}
+    for title in ("Supervision and time", "Supervision by language"):
+        assert [each.cells[0].text for each in shown[title].rows] == ["dpo"]  # no step of mlc was ever taken
+    assert shown["Supervision and time"].rows[0].cells[-2].text == "6"  # of two workers
+
+
+def test_more_tests_than_random_flips_can_tell_apart_are_said(folder: Path) -> None:
+    result = recorder(planned(folder), folder).write()
+    assert not any("random flips" in note for note in study_notes(result))
+    many = replace(result, tests=result.tests[:1] * 1001)
+    assert any("With 1,001 tests no p-value by 20,000 random flips" in note for note in study_notes(many))
 
 
 def test_a_score_on_other_prompts_is_refused_and_one_without_verdicts_is_left_out(folder: Path) -> None:
