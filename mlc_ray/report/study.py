@@ -244,8 +244,8 @@ def _costs(result: StudyResult) -> Table:
         )
     return table(
         "Supervision and time", heads, lines,
-        "means over seeds that took steps, also where they failed; tokens that the loss of a whole run reads, each bundle "
-        "counted once; seconds of optimizer steps x workers",
+        "means over seeds that took steps, also where they failed; tokens that the loss of a whole run reads, each "
+        "bundle counted once; seconds of optimizer steps x workers",
     )  # fmt: skip
 
 
