@@ -65,6 +65,7 @@ def test_bundles_of_one_kind_are_refused_before_a_cell_starts(tmp_path: Path, mo
         fingerprint="f",
         rejected={},
     )
+    monkeypatch.setattr(running, "use_gpu", lambda _: False)
     monkeypatch.setattr(running, "prepare_token_rows", lambda *_, **__: TokenArtifact.open(tmp_path))
     plan = planned(tmp_path / "s", methods={"decided": ["terms={decision: {}}"]})
     with pytest.raises(ConfigError, match=r"cell tiny_1-decided-1: terms\.decision teaches to tell"):
