@@ -15,7 +15,6 @@ Annals of Applied Statistics 2007). Pure; shapes as in `stats.intervals`.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ import numpy as np
 from mlc_ray.errors import MlcRayError
 from mlc_ray.stats.intervals import SAME, Floats, Grid, Resampled, Statistic, Term, interval, make_grid
 from mlc_ray.stats.rates import KINDS, Interval, Judged, Outcome, language_order, outcome
+from mlc_ray.stats.seeds import over_seeds
 from mlc_ray.stats.significance import holm, sign_flip_p
 from mlc_ray.types import Kind, Measure, primary_language
 
@@ -97,52 +97,6 @@ class MethodTest:
     def told_apart(self) -> bool:
         """Whether the corrected test is at most `LEVEL`."""
         return self.p_holm <= LEVEL
-
-
-# --------------------------------------------------------------------------------------------------------------- seeds
-
-
-def student_quantile(freedom: int, level: float = 0.975) -> float:
-    """The quantile of Student's t with `freedom` degrees, by bisection of its distribution function.
-
-    For whole degrees that is a finite sum (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
-    """
-    low, high = 0.0, 1.0
-    while _student(high, freedom) < level:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student(middle, freedom) < level else (low, middle)
-    return high
-
-
-def _student(t: float, freedom: int) -> float:
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine, odd = math.cos(angle), freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(2 + odd, freedom + 1, 2):  # the terms up to cos^(freedom - 2)
-        total += term
-        term *= (k - 1) / k * cosine**2
-    inside = (2 / math.pi) * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return (1 + inside) / 2
-
-
-def over_seeds(values: Sequence[float], bundles: tuple[float, float, float]) -> tuple[float, float, float]:
-    """A mean over seeds with both parts of its interval.
-
-    Args:
-        values: Of each seed.
-        bundles: Their mean, and the limits of the part of bundles.
-
-    Returns:
-        Value, low and high.
-    """
-    value, low, high = bundles
-    half = 0.0
-    if len(values) > 1:
-        spread = float(np.std(values, ddof=1))
-        half = student_quantile(len(values) - 1) * spread / math.sqrt(len(values)) if spread > 1e-12 else 0.0
-    return value, value - math.hypot(value - low, half), value + math.hypot(high - value, half)
 
 
 def _interval(by_seed: Sequence[Sequence[Term]], unit: float, least: float, most: float) -> Interval:

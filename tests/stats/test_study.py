@@ -11,6 +11,7 @@ import pytest
 
 from mlc_ray.stats.paired import compare
 from mlc_ray.stats.rates import Judged, language_order
+from mlc_ray.stats.seeds import over_seeds, student_quantile
 from mlc_ray.stats.significance import holm
 from mlc_ray.stats.study import (
     MethodTest,
@@ -18,9 +19,7 @@ from mlc_ray.stats.study import (
     corrected,
     method_rates,
     method_tests,
-    over_seeds,
     read_verdicts,
-    student_quantile,
 )
 from mlc_ray.stats.summaries import summarise
 from mlc_ray.types import Kind
