@@ -336,7 +336,14 @@ def _score(plan: Plan, prompts: Prompts, folder: Place, model: str, cells: Seque
     jobs = [job for job in jobs if not is_read(job[0], scoring.max_unparsed)]
     if not jobs:
         return
-    scorer = start_scorer(path, scoring, prompts.table, device=_device(cells[0]), folder=local_side(folder))
+    try:
+        scorer = start_scorer(path, scoring, prompts.table, device=_device(cells[0]), folder=local_side(folder))
+    except (PreemptedError, ScorerDiedError):
+        raise
+    except MlcRayError as error:  # of this model's: the other models can be run all the same
+        logger.warning("the engines of %s did not start: %s", model, error)
+        recorder.failures |= {name: f"the engines of {model} did not start: {error}" for _, name, _ in jobs}
+        return
     try:
         for target, name, weights in jobs:
             with _failing(recorder, name):

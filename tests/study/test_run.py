@@ -13,6 +13,7 @@ import pytest
 from mlc_ray.config import ConfigError, StudyConfig, parse_config
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
+from mlc_ray.generate.engine import EngineError
 from mlc_ray.judges.base import make_judge
 from mlc_ray.judges.panel import Reader
 from mlc_ray.score.plan import Judging
@@ -22,7 +23,7 @@ from mlc_ray.study import run as running
 from mlc_ray.study.folder import StudyError, load_plan
 from mlc_ray.train.run_folder import ended
 from mlc_ray.types import Kind, Measure, Via
-from tests.study.folders import LANGUAGES, asked, planned, raw_study, write_cell
+from tests.study.folders import LANGUAGES, asked, planned, raw_study, recorder, write_cell
 from tests.train.tiny import random_rows
 
 
@@ -84,6 +85,26 @@ def test_a_driver_that_died_after_the_export_leaves_no_checkpoints(tmp_path: Pat
     (run / "run.json").write_text('{"total_steps": 3}')
     said = show(run)
     assert "ended, 3 of 3 steps" in said and "none kept" in said and "train --resume" not in said
+
+
+def test_engines_that_do_not_start_fail_the_cells_of_their_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cell(tmp_path, "dpo", 1, scored=False)
+    write_cell(tmp_path, "dpo", 2)
+    plan = planned(tmp_path)
+
+    def started(*_: Any, **__: Any) -> None:
+        raise EngineError("no memory")
+
+    monkeypatch.setattr(running, "use_gpu", lambda _: False)
+    monkeypatch.setattr(running, "start_scorer", started)
+    monkeypatch.setattr(running, "fitted", lambda *_: plan.scoring.judge)
+    monkeypatch.setattr(running, "_path", lambda *_: "m")
+    found = recorder(plan, tmp_path)
+    running._score(plan, asked(), Place(tmp_path), "tiny_1", plan.cells, found)
+    said = "the engines of tiny_1 did not start: no memory"
+    assert found.failures == dict.fromkeys(("tiny_1-untouched", "tiny_1-dpo-1"), said)
 
 
 def test_a_judge_must_say_what_is_refused_of_every_kind_in_every_language() -> None:
