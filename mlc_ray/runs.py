@@ -64,7 +64,7 @@ SEARCH_CONFIG_FILE, BASE_FILE, COMMITS_FILE, SEARCH_FILE, TRIALS_FILE, TRIALS_FO
 """Of a search; `search.json` is there when the trials begin, `trials.json` from the first score on."""
 VALUES_FILE, MODEL_FOLDER, FINISHED_FILE, STOPPED_FILE = "values.json", "model", "finished", "stopped"
 """Of a trial, which is a run too: what was drawn for it, its model unless that was one of too many, and the mark of one
-that ran to its end or was cut short."""
+that ran to its end or was cut short. A cell of a study has a model and the mark `finished`, too."""
 CONFIRMATION = "confirmation"
 """The name of a trial's score, and of the baseline's, on the prompts that chose no trial."""
 STUDY_FILE, STUDY_RESULTS_FILE, CELLS_FOLDER, STUDY_SCORE, UNTOUCHED_FOLDER = (

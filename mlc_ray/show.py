@@ -105,7 +105,7 @@ def _run(folder: Place) -> list[Line]:
     checkpoints, faults = _checkpoints(folder)
     total, done = int(facts.get("total_steps", 0)), int(rows[-1]["step"]) if rows else 0
     stopped, model = (folder / STOPPED_FILE).is_file(), (folder / MODEL_FOLDER / PROVENANCE_FILE).is_file()
-    ended = model or bool(total and checkpoints and checkpoints[-1] >= total)
+    ended = model or (folder / FINISHED_FILE).is_file() or bool(total and checkpoints and checkpoints[-1] >= total)
     diverged = {} if ended or stopped else _json(folder / DIVERGED_FILE)
     lines = [("run", str(folder))]
     if (folder / VALUES_FILE).is_file():
@@ -128,7 +128,7 @@ def _run(folder: Place) -> list[Line]:
     if rows:
         lines.append(("last step", _metrics(rows[-1])))
         lines += [("warning", f"step {row['step']}: {text}") for row in rows[-50:] for text in row.get("warnings", ())]
-    steps = ", ".join(map(str, checkpoints)) or "none complete yet"
+    steps = ", ".join(map(str, checkpoints)) or ("none kept" if ended else "none complete yet")
     lines.append(("checkpoints", f"at step {steps}" if checkpoints else steps))
     lines += [("incomplete", fault) for fault in faults]
     scores = [child for child in (folder / SCORES_FOLDER).iterdir() if child.is_dir()]

@@ -49,7 +49,7 @@ class S3Server:
         (self.folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
         (self.folder / "data").mkdir(exist_ok=True)
         options = {
-            "dir": self.folder / "data", "ip": "127.0.0.1", "volume.max": 10, "s3": "true",
+            "dir": self.folder / "data", "ip": "127.0.0.1", "volume.max": 40, "s3": "true",
             "s3.config": self.folder / "s3.json", "master.volumeSizeLimitMB": 256, "master.telemetry": "false",
             # What else it would serve, at ports of which a machine has one.
             "s3.port.iceberg": 0, "s3.port.lance": 0, **self.ports,

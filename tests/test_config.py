@@ -71,7 +71,7 @@ def test_study_files_parse_and_every_cell_is_a_run(file: Path) -> None:
     assert len(make_cells(config)) == len(config.models) * len(config.methods) * len(config.seeds)
 
 
-def test_the_papers_study_has_every_method_with_the_published_values() -> None:
+def test_the_papers_study_has_its_methods_with_the_published_values() -> None:
     config = load_config(StudyConfig, CONFIGS / "study/paper.yaml")
     cells = {(cell.model, cell.method): cell.config for cell in make_cells(config)}
     methods = {method for _, method in cells}
@@ -85,6 +85,9 @@ def test_the_papers_study_has_every_method_with_the_published_values() -> None:
         for name in ("sft", "simpo", "orpo"):
             assert (cells[model, name].objective.loss, cells[model, name].mlc.weight) == (name, 0)
             assert cells[model, f"{name}-mlc"].mlc == recipe.mlc
+        assert (
+            cells[model, "dpo-no-extractor"].mlc.centring and cells[model, "dpo-no-extractor"].mlc.extractor_dim is None
+        )
     mpo = load_config(TrainConfig, CONFIGS / "qwen2.5-7b-mpo.yaml")
     for section in ("objective", "mlc", "optimizer", "train", "engine"):
         ours, theirs = (getattr(each, section).model_dump() for each in (cells["qwen2.5-7b", "mpo"], mpo))

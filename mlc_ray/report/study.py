@@ -15,7 +15,8 @@ from mlc_ray.report.text import ABSENT, fraction, p_value, percent, signed, vari
 from mlc_ray.runs import STUDY_RESULTS_FILE
 from mlc_ray.score.results import RESULT_FILE, ResultFileError, read_result
 from mlc_ray.stats.rates import Interval
-from mlc_ray.stats.study import MethodRates, MethodSide, MethodTest
+from mlc_ray.stats.significance import FLIPS
+from mlc_ray.stats.study import LEVEL, MethodRates, MethodSide, MethodTest
 from mlc_ray.storage import Place
 from mlc_ray.types import Kind, primary_language
 
@@ -230,7 +231,7 @@ def _costs(result: StudyResult) -> Table:
              "scoring seconds"]  # fmt: skip
     lines = []
     for model, method, cells in _groups(result):
-        ran = [each for each in cells if each.state in ("scored", "trained") and each.seed is not None]
+        ran = [each for each in cells if each.steps]
         if not ran:
             continue
         answers = [sum(each.answer_tokens.values()) for each in ran]
@@ -243,7 +244,8 @@ def _costs(result: StudyResult) -> Table:
         )
     return table(
         "Supervision and time", heads, lines,
-        "means over seeds; tokens that the loss reads, each bundle counted once; seconds of optimizer steps x workers",
+        "means over seeds that took steps, also where they failed; tokens that the loss of a whole run reads, each "
+        "bundle counted once; seconds of optimizer steps x workers",
     )  # fmt: skip
 
 
@@ -251,7 +253,7 @@ def _supervision(result: StudyResult) -> Table | None:
     codes = sorted({code for each in result.cells for code in (*each.prompt_tokens, *each.answer_tokens)})
     lines = []
     for model, method, cells in _groups(result):
-        if ran := [each for each in cells if each.prompt_tokens]:
+        if ran := [each for each in cells if each.steps]:
             answers, prompts = [each.answer_tokens for each in ran], [each.prompt_tokens for each in ran]
             shown = [cell(_count(answers, code), _count(prompts, code)) for code in codes]
             lines.append(row(model, [method, *shown]))
@@ -334,9 +336,23 @@ def study_notes(result: StudyResult) -> list[str]:
         notes.append(
             "With two seeds, Student's quantile is 12.7: a small difference between them makes wide intervals."
         )
+    if fewer := [
+        f"{each.method} on {each.model} ({each.rates.seeds})"
+        for each in result.rows
+        if each.rates is not None and each.method != _reference(result) and each.rates.seeds < len(result.seeds)
+    ]:
+        notes.append(
+            f"Fewer than the study's {len(result.seeds)} seeds are scored of {', '.join(fewer)}; with one seed, "
+            "intervals say nothing of what another would give."
+        )
     if result.tests:
         apart = sum(each.told_apart for each in result.tests)
         notes.append(f"{apart} of {len(result.tests)} tests tell two methods apart after the correction.")
+        if len(result.tests) > LEVEL * (FLIPS + 1):
+            notes.append(
+                f"With {len(result.tests):,} tests no p-value by {FLIPS:,} random flips is small enough for the "
+                f"correction, since none is below 1/{FLIPS + 1:,}: compare fewer methods or models in one study."
+            )
     return notes
 
 

@@ -15,7 +15,6 @@ Annals of Applied Statistics 2007). Pure; shapes as in `stats.intervals`.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +25,7 @@ import numpy as np
 from mlc_ray.errors import MlcRayError
 from mlc_ray.stats.intervals import SAME, Floats, Grid, Resampled, Statistic, Term, interval, make_grid
 from mlc_ray.stats.rates import KINDS, Interval, Judged, Outcome, language_order, outcome
+from mlc_ray.stats.seeds import over_seeds
 from mlc_ray.stats.significance import holm, sign_flip_p
 from mlc_ray.types import Kind, Measure, primary_language
 
@@ -47,8 +47,8 @@ class MethodSide:
 
     `avg` is the mean over languages, `var` 100 times the variance of the languages' rates as fractions, `pag` their
     agreement as a fraction (`stats.summaries`), both None with one language. `trained` and `never` are `avg` over the
-    languages that training had and over the others, None where there are none. Over several benchmarks every number is
-    the mean of the benchmarks'.
+    languages that training had and over the others, None where there are none; if there are both, of the benchmarks
+    that have both (None if none has). Over several benchmarks every number is the mean of the benchmarks'.
     """
 
     kind: Kind
@@ -63,7 +63,11 @@ class MethodSide:
 
 @dataclass(frozen=True)
 class MethodRates:
-    """Both sides of a method on a model; `difference` is harmful refused less benign refused, in points."""
+    """Both sides of a method on a model.
+
+    `difference` is harmful refused less benign refused, in points: of each language that has both, over the benchmarks
+    that ask it each, and then the mean over these languages.
+    """
 
     harmful: MethodSide
     benign: MethodSide
@@ -75,8 +79,9 @@ class MethodRates:
 class MethodTest:
     """Two methods on one model, paired by bundle and seed: `change` is `second` less `first`, in points.
 
-    `p` is the largest over the seeds of the two-sided sign-flip test over bundles, so that they are told apart only
-    where every seed tells them apart; `p_holm` is after Holm's correction over all tests of the study.
+    `p` is the largest over the seeds of the two-sided sign-flip test over bundles, and 1 where seeds change in opposite
+    directions, so that they are told apart only where every seed tells them apart in the same direction; `p_holm` is
+    after Holm's correction over all tests of the study.
     """
 
     model: str
@@ -92,52 +97,6 @@ class MethodTest:
     def told_apart(self) -> bool:
         """Whether the corrected test is at most `LEVEL`."""
         return self.p_holm <= LEVEL
-
-
-# --------------------------------------------------------------------------------------------------------------- seeds
-
-
-def student_quantile(freedom: int, level: float = 0.975) -> float:
-    """The quantile of Student's t with `freedom` degrees, by bisection of its distribution function.
-
-    For whole degrees that is a finite sum (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
-    """
-    low, high = 0.0, 1.0
-    while _student(high, freedom) < level:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student(middle, freedom) < level else (low, middle)
-    return high
-
-
-def _student(t: float, freedom: int) -> float:
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine, odd = math.cos(angle), freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(2 + odd, freedom + 1, 2):  # the terms up to cos^(freedom - 2)
-        total += term
-        term *= (k - 1) / k * cosine**2
-    inside = (2 / math.pi) * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
-    return (1 + inside) / 2
-
-
-def over_seeds(values: Sequence[float], bundles: tuple[float, float, float]) -> tuple[float, float, float]:
-    """A mean over seeds with both parts of its interval.
-
-    Args:
-        values: Of each seed.
-        bundles: Their mean, and the limits of the part of bundles.
-
-    Returns:
-        Value, low and high.
-    """
-    value, low, high = bundles
-    half = 0.0
-    if len(values) > 1:
-        spread = float(np.std(values, ddof=1))
-        half = student_quantile(len(values) - 1) * spread / math.sqrt(len(values)) if spread > 1e-12 else 0.0
-    return value, value - math.hypot(value - low, half), value + math.hypot(high - value, half)
 
 
 def _interval(by_seed: Sequence[Sequence[Term]], unit: float, least: float, most: float) -> Interval:
@@ -240,8 +199,13 @@ def read_verdicts(runs: Runs) -> Verdicts:
                 f"no {kind} prompt has a verdict by `refused`: without it one side is missing; ask prompts of both "
                 "kinds, and a judge that says what is refused of either"
             )
+    found = Verdicts(runs, "refused")
+    if not _both(found):
+        raise StudyVerdictsError(
+            "no language has prompts of both kinds, so that no difference can be taken: ask both kinds in one language"
+        )
     safe = any(record.kind == "harmful" and outcome(record, "safe") is not None for record in first)
-    return Verdicts(runs, "safe" if safe else "refused")
+    return replace(found, measure="safe") if safe else found
 
 
 def method_rates(verdicts: Verdicts, trained: Collection[str] | None) -> MethodRates:
@@ -251,12 +215,10 @@ def method_rates(verdicts: Verdicts, trained: Collection[str] | None) -> MethodR
         verdicts: Those of its models.
         trained: The languages that training had, matched without script and region; None: not known.
     """
-    refused = {kind: verdicts.grids(kind, "refused") for kind in KINDS}
+    both = _both(verdicts)
+    harmful, benign = (_by_language(verdicts.grids(kind, "refused"), both) for kind in KINDS)
     by_seed = [
-        [
-            *_means(refused["harmful"], f"hits {seed}"),
-            *((-weight, term) for weight, term in _means(refused["benign"], f"hits {seed}")),
-        ]
+        [*_terms(harmful, f"hits {seed}"), *((-weight, term) for weight, term in _terms(benign, f"hits {seed}"))]
         for seed in verdicts.seeds
     ]
     return MethodRates(
@@ -276,10 +238,12 @@ def _side(
     seen = [code for code in codes if primary is not None and primary_language(code) in primary]
     never = [code for code in codes if primary is not None and code not in seen]
 
-    def mean(languages: Collection[str]) -> Interval | None:
-        if not languages:
-            return None
-        return _interval([_means(grids, f"{wanted} {seed}", languages) for seed in seeds], 100, 0, 100)
+    def mean(languages: Collection[str], of: Sequence[Grid] = grids) -> Interval | None:
+        by_seed = [_means(of, f"{wanted} {seed}", languages) for seed in seeds]
+        return _interval(by_seed, 100, 0, 100) if by_seed[0] else None
+
+    # Another benchmark may be harder: these are compared within benchmarks that have both.
+    split = [g for g in grids if {*seen} & {*g.languages} and {*never} & {*g.languages}] if seen and never else grids
 
     several = [grid for grid in grids if len(grid.languages) > 1]
     variances = [_averaged([g.variance(f"{wanted} {seed}", "present") for g in several]) for seed in seeds]
@@ -295,16 +259,47 @@ def _side(
         avg,
         _interval(variances, 100, 0, 25) if variances[0] else None,
         _interval(agreements, 1, 0, 1) if agreements[0] else None,
-        mean(seen),
-        mean(never),
+        mean(seen, split),
+        mean(never, split),
     )
 
 
-def _means(grids: Sequence[Grid], layer: str, languages: Collection[str] | None = None) -> list[Term]:
+def _means(grids: Sequence[Grid], layer: str, languages: Collection[str]) -> list[Term]:
     """The mean over the benchmarks that have any of `languages` of their mean over these."""
-    found = [(g, [code for code in g.languages if languages is None or code in languages]) for g in grids]
+    found = [(grid, [code for code in grid.languages if code in languages]) for grid in grids]
     some = [(grid, codes) for grid, codes in found if codes]
     return [(1 / len(some), grid.mean(layer, "present", codes)) for grid, codes in some]
+
+
+_Part: TypeAlias = tuple[Grid, Sequence[tuple[float, Sequence[str]]]]
+"""What a benchmark adds to a number: the sum of weight * mean over languages, of groups of its languages."""
+
+
+def _both(verdicts: Verdicts) -> list[str]:
+    """The languages that have prompts of both kinds, in any benchmark."""
+    of = {kind: {code for grid in verdicts.grids(kind, "refused") for code in grid.languages} for kind in KINDS}
+    return sorted(of["harmful"] & of["benign"], key=language_order)
+
+
+def _by_benchmark(grids: Sequence[Grid]) -> list[_Part]:
+    """The mean over benchmarks of their means over languages."""
+    return [(grid, [(1 / len(grids), grid.languages)]) for grid in grids]
+
+
+def _by_language(grids: Sequence[Grid], languages: Sequence[str]) -> list[_Part]:
+    """The mean over `languages` of their means over the benchmarks that have them."""
+    found: list[_Part] = []
+    for grid in grids:
+        groups: dict[int, list[str]] = {}  # by the number of benchmarks that share a language
+        for code in grid.languages:
+            if code in languages:
+                groups.setdefault(sum(code in each.languages for each in grids), []).append(code)
+        found.append((grid, [(len(group) / len(languages) / n, group) for n, group in groups.items()]))
+    return found
+
+
+def _terms(parts: Iterable[_Part], layer: str) -> list[Term]:
+    return [(weight, grid.mean(layer, "present", codes)) for grid, groups in parts for weight, codes in groups]
 
 
 def _averaged(statistics: Sequence[Statistic]) -> list[Term]:
@@ -357,21 +352,25 @@ def _test(
 ) -> MethodTest:
     by_pair: list[list[Term]] = [[] for _ in pairs]
     moved: list[list[Floats]] = [[] for _ in pairs]
+    both = _both(first[1])
     for kind, sign in _SIGNS[compared]:
         measure: Measure = first[1].measure if compared == "harmful" else "refused"
         what = "misses" if compared == "benign" else "hits"
         grids = _changes(first[1].grids(kind, measure), second[1].grids(kind, measure), pairs, what)
+        parts = _by_language(grids, both) if compared == "difference" else _by_benchmark(grids)
         for index in range(len(pairs)):
             for name, direction in (("gained", sign), ("lost", -sign)):
-                by_pair[index] += [(direction * w, term) for w, term in _means(grids, f"{name} {index}")]
-            moved[index] += [sign * _contributions(grid, index) / len(grids) for grid in grids]
+                by_pair[index] += [(direction * w, term) for w, term in _terms(parts, f"{name} {index}")]
+            moved[index] += [sign * _contributions(part, index) for part in parts]
+    by_bundle = [np.concatenate(each) for each in moved]
+    directions = {np.sign(each.sum()) for each in by_bundle if abs(each.sum()) > SAME}
     return MethodTest(
         model,
         first[0],
         second[0],
         compared,
         _interval(by_pair, 100, *((-200, 200) if compared == "difference" else (-100, 100))),
-        max(sign_flip_p(np.concatenate(each)) for each in moved),
+        1.0 if len(directions) > 1 else max(map(sign_flip_p, by_bundle)),
         len(pairs),
     )
 
@@ -390,8 +389,11 @@ def _changes(
     return found
 
 
-def _contributions(grid: Grid, index: int) -> Floats:
-    """What each bundle [B] adds to the change of a pair's mean over languages."""
-    moved = grid.layers[f"gained {index}"] - grid.layers[f"lost {index}"]
-    found: Floats = (moved / grid.layers["present"].sum(axis=0)).mean(axis=1)
+def _contributions(part: _Part, index: int) -> Floats:
+    """What each bundle [B] adds to the change of a pair."""
+    grid, groups = part
+    moved = (grid.layers[f"gained {index}"] - grid.layers[f"lost {index}"]) / grid.layers["present"].sum(axis=0)
+    found: Floats = np.zeros(len(moved))
+    for weight, codes in groups:
+        found += weight * moved[:, [grid.languages.index(code) for code in codes]].mean(axis=1)
     return found

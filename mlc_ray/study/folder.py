@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlc_ray.config import ConfigError, ScoringSection, StudyConfig, TrainConfig, parse_config
-from mlc_ray.config.base import by_dotted_name
+from mlc_ray.config.base import Section, by_dotted_name
 from mlc_ray.errors import MlcRayError
-from mlc_ray.runs import STUDY_FILE
+from mlc_ray.runs import CELLS_FOLDER, CONFIG_FILE, STUDY_FILE
 from mlc_ray.storage import Place
 from mlc_ray.study.cells import Cell, Commits
 from mlc_ray.train.settings import Kind, changes, kind_of_field
@@ -82,27 +82,38 @@ def load_plan(folder: Place) -> Plan:
 def check_goes_on(before: Plan, now: Plan, folder: Place) -> None:
     """Refuse to go on with another study: models, methods and seeds may be added, and where cells run may change.
 
+    Cells that have not begun may be anything.
+
     Raises:
-        StudyError: A cell is gone or would compute something else, or models are scored otherwise.
+        StudyError: A cell is gone or would compute something else, or models are scored or measured otherwise.
     """
     there = {cell.name: cell for cell in now.cells}
-    faults = [f"{cell.name} is not a cell any more" for cell in before.cells if cell.name not in there]
-    for cell in before.cells:
+    begun = [cell for cell in before.cells if (folder / CELLS_FOLDER / cell.name / CONFIG_FILE).is_file()]
+    faults = [f"{cell.name} is not a cell any more" for cell in begun if cell.name not in there]
+    for cell in begun:
         if cell.name in there:
             changed = changes(cell.config.model_dump(mode="json"), there[cell.name].config)
             faults += [f"{cell.name}: {each}" for each in changed if kind_of_field(each.field) is not Kind.FREE]
-    was, is_now = (by_dotted_name(each.scoring.model_dump(mode="json")) for each in (before, now))
-    faults += [
-        f"scoring.{name} was {was.get(name)!r}, now {is_now.get(name)!r}"
-        for name in sorted(was.keys() | is_now.keys())
-        if was.get(name) != is_now.get(name)
-    ]
+    faults += _differing("scoring", before.scoring, now.scoring, free={"max_unparsed"})
+    if before.config.utility is not None and now.config.utility is not None:
+        free = {"tasks", "address", "accelerator", "engine"}
+        faults += _differing("utility", before.config.utility, now.config.utility, free=free)
     if not faults and before.prompts != now.prompts:
         faults = [f"the prompts of scoring.benchmarks were {before.prompts}, now {now.prompts}"]
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise StudyError(
             f"study folder {str(folder)!r} holds a study with other settings ({'; '.join(faults[:5])}{more}): only "
-            "models, methods and seeds can be added, and cluster, engine and checkpoint changed; give the study "
-            "another name, or the settings it has"
+            "models, methods, seeds and tasks of utility can be added, cells that have not begun changed, and cluster, "
+            "engine, checkpoint and scoring.max_unparsed; give the study another name, or the settings it has"
         )
+
+
+def _differing(path: str, before: Section, now: Section, *, free: set[str]) -> list[str]:
+    """The fields of a section that differ, but those that are free to."""
+    was, is_now = (by_dotted_name(each.model_dump(mode="json", exclude=free)) for each in (before, now))
+    return [
+        f"{path}.{name} was {was.get(name)!r}, now {is_now.get(name)!r}"
+        for name in sorted(was.keys() | is_now.keys())
+        if was.get(name) != is_now.get(name)
+    ]

@@ -13,6 +13,7 @@ from mlc_ray.report.study import CellOutcome, CellState, MethodRow, StudyResult,
 from mlc_ray.report.study_pages import LATEX_FILE, MARKDOWN_FILE, study_latex, study_markdown
 from mlc_ray.runs import (
     CELLS_FOLDER,
+    CONFIG_FILE,
     DIVERGED_FILE,
     MODEL_FOLDER,
     PROVENANCE_FILE,
@@ -32,8 +33,9 @@ from mlc_ray.storage import Place, library_versions
 from mlc_ray.study.cells import Cell
 from mlc_ray.study.folder import Plan, StudyError
 from mlc_ray.study.supervision import Supervision
+from mlc_ray.train.run_folder import load_run_config
 from mlc_ray.types import Kind
-from mlc_ray.utility.file import load_utility
+from mlc_ray.utility.file import UtilityRow, load_utility
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +50,14 @@ def untouched_folder(folder: Place, model: str) -> Place:
     return folder / UNTOUCHED_FOLDER / model
 
 
-def is_scored(run: Place) -> bool:
-    """Whether a cell has its score."""
-    return is_complete(score_folder(run))
-
-
 def is_complete(score: Place) -> bool:
     """Whether a score folder is whole."""
     return (score / SCORES_FILE).is_file()
+
+
+def is_read(score: Place, bound: float) -> bool:
+    """Whether a score folder is whole, and no larger share of its responses than `bound` got no verdict."""
+    return is_complete(score) and load_scores(score).unparsed_share <= bound
 
 
 def has_model(run: Place) -> bool:
@@ -122,6 +124,9 @@ class Recorder:
                 self.failures[name] = str(error)
                 self._unread.add(name)
                 continue
+            if name in self._unread:  # it was made again
+                self._unread.remove(name)
+                self.failures.pop(name, None)
             self._judge = ", ".join(f"{by} ({measure})" for measure, by in result.measured_by.items())
             runs.setdefault(method, {})[seed] = load_records(result)
         return {method: read_verdicts(found) for method, found in runs.items()}
@@ -161,7 +166,10 @@ class Recorder:
         return outcome if cell is None or run is None else self._with_training(outcome, cell, run)
 
     def _with_training(self, outcome: CellOutcome, cell: Cell, run: Place) -> CellOutcome:
-        rows, workers = read_metrics(run), cell.config.cluster.most_workers
+        rows, config = read_metrics(run), cell.config
+        if (run / CONFIG_FILE).is_file():  # with the workers that it had, whatever the study has now
+            config = load_run_config(run)
+        workers = config.cluster.most_workers
         used = self._supervision[cell.name]
         return replace(
             outcome,
@@ -201,4 +209,8 @@ def _utility(score: Place) -> dict[str, float]:
     if not (score / UTILITY_FILE).is_file():
         return {}
     rows = load_utility(score).rows
-    return {f"{row.task} {row.metric}": row.value for row in rows if row.value is not None}
+    return {_utility_name(row): row.value for row in rows if row.value is not None}
+
+
+def _utility_name(row: UtilityRow) -> str:
+    return f"{row.task} {row.metric}" + (f" ({row.filter})" if row.filter not in ("", "none") else "")

@@ -28,7 +28,9 @@ from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import (
     CELLS_FOLDER,
     DIVERGED_FILE,
+    FINISHED_FILE,
     MODEL_FOLDER,
+    SCORES_FILE,
     STUDY_FILE,
     TRAIN_FOLDER,
     UTILITY_FILE,
@@ -37,22 +39,20 @@ from mlc_ray.runs import (
     resolve_model,
     training_languages,
 )
-from mlc_ray.score.plan import fitted, judge_at_commits, places, plan_judging, with_dtypes, with_longest_answer
+from mlc_ray.score.plan import Judging, fitted, judge_at_commits, places, plan_judging, with_dtypes, with_longest_answer
 from mlc_ray.score.prompts import Prompts, read_prompts
 from mlc_ray.score.request import Request
 from mlc_ray.score.scorer import ScorerDiedError, WarmScorer, start_scorer, write_warm_score
 from mlc_ray.storage import Place, fingerprint_model, local_side, user_cache
 from mlc_ray.study.cells import Cell, Commits, make_cells
 from mlc_ray.study.folder import Plan, StudyError, check_goes_on, load_plan
-from mlc_ray.study.record import Recorder, has_model, is_complete, is_scored, score_folder, untouched_folder
+from mlc_ray.study.record import Recorder, has_model, is_complete, is_read, score_folder, untouched_folder
 from mlc_ray.study.supervision import Supervision, supervision_of
-from mlc_ray.train.answers import check_answers
 from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.export import export
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
-from mlc_ray.train.planning import check_terms, steps_of
 from mlc_ray.train.preemption import PreemptedError
-from mlc_ray.train.run import paths_read, train
+from mlc_ray.train.run import check_tokens, paths_read, train
 from mlc_ray.utility.file import load_utility
 from mlc_ray.utility.run import measure_utility
 
@@ -83,20 +83,31 @@ def study(config: StudyConfig) -> StudyResult:
         )
     scoring = with_longest_answer(scoring.model_copy(update={"chat": cells[0].config.chat}))
     folder = (output_place(config.output_dir) / config.name).absolute()
-    before = None
-    if (folder / STUDY_FILE).is_file():
-        if config.resume == "never":
-            raise StudyError(
-                f"study folder {str(folder)!r} exists already: choose another name, remove it, or go on with it by "
-                f"`mlc-ray study --resume {folder}` or by resume=auto"
-            )
-        before = load_plan(folder)
+    _before(config, folder)  # refused before anything is started
     keep_in(local_side(folder))
     connect(cells[0].config.cluster.address)
-    plan, prompts = _planned(config, cells, scoring, before, folder)
-    if before is not None:
-        check_goes_on(before, plan, folder)
-    return _study(plan, prompts, folder, is_new=before is None)
+    with lease(folder, wait=config.resume == "auto"):
+        before = _before(config, folder)  # meanwhile another driver may have started it, or added to it
+        plan, prompts = _planned(config, cells, scoring, before, folder)
+        if before is not None:
+            check_goes_on(before, plan, folder)
+        return _study(plan, prompts, folder)
+
+
+def _before(config: StudyConfig, folder: Place) -> Plan | None:
+    """The study that is in the folder already.
+
+    Raises:
+        StudyError: There is one, and with `resume: never`.
+    """
+    if not (folder / STUDY_FILE).is_file():
+        return None
+    if config.resume == "never":
+        raise StudyError(
+            f"study folder {str(folder)!r} exists already: choose another name, remove it, or go on with it by "
+            f"`mlc-ray study --resume {folder}` or by resume=auto"
+        )
+    return load_plan(folder)
 
 
 def resume_study(folder: Path | Place) -> StudyResult:
@@ -110,14 +121,16 @@ def resume_study(folder: Path | Place) -> StudyResult:
     plan = load_plan(place)
     keep_in(local_side(place))
     connect(plan.cells[0].config.cluster.address)
-    prompts = read_prompts(plan.scoring, rejects=local_side(place))
-    if prompts.fingerprint != plan.prompts:
-        raise StudyError(
-            f"the prompts of study {str(place)!r} changed since it began ({plan.prompts} is now "
-            f"{prompts.fingerprint}), so that its cells could not be compared: restore them, or start a new study "
-            "under another name"
-        )
-    return _study(plan, prompts, place, is_new=False)
+    with lease(place, wait=plan.config.resume == "auto"):
+        plan = load_plan(place)  # meanwhile another driver may have added to it
+        prompts = read_prompts(plan.scoring, rejects=local_side(place))
+        if prompts.fingerprint != plan.prompts:
+            raise StudyError(
+                f"the prompts of study {str(place)!r} changed since it began ({plan.prompts} is now "
+                f"{prompts.fingerprint}), so that its cells could not be compared: restore them, or start a new study "
+                "under another name"
+            )
+        return _study(plan, prompts, place)
 
 
 def _planned(
@@ -125,12 +138,12 @@ def _planned(
 ) -> tuple[Plan, Prompts]:
     """The study with absolute paths, commits and types decided: as they were when it began, where it goes on."""
     commits = Commits() if before is None else before.commits
-    known = {} if before is None else {cell.name: cell.config.model.dtype for cell in before.cells}
+    known = {} if before is None else {cell.model: cell.config.model.dtype for cell in before.cells}
     found = []
     for cell in map(commits.cell, cells):
         model, gpu = cell.config.model, use_gpu(cell.config.cluster.accelerator)
-        if model.dtype == "auto" and cell.name in known:
-            model = model.model_copy(update={"dtype": known[cell.name]})
+        if model.dtype == "auto" and cell.model in known:
+            model = model.model_copy(update={"dtype": known[cell.model]})
         model = with_dtype(model, gpu=gpu)
         found.append(Cell(cell.model, cell.method, cell.seed, cell.config.model_copy(update={"model": model})))
     judge = judge_at_commits(scoring.judge, None if before is None else before.scoring.judge)
@@ -141,29 +154,24 @@ def _planned(
     return Plan(config, tuple(found), scoring, commits, prompts.fingerprint), prompts
 
 
-def _study(plan: Plan, prompts: Prompts, folder: Place, *, is_new: bool) -> StudyResult:
+def _study(plan: Plan, prompts: Prompts, folder: Place) -> StudyResult:
+    """The lease on the folder is held. What it is to be is written once it can be: the fix may be another setting."""
     _check(plan, prompts, folder)
-    with lease(folder, wait=plan.config.resume == "auto"):
-        plan.save(folder)
-        try:
-            supervision = _prepare(plan, folder)
-        except BaseException:
-            if is_new:  # the name is free again, since the fix is another setting
-                (folder / STUDY_FILE).remove()
-            raise
-        recorder = Recorder(plan, folder, prompts, supervision, gpu=_device(plan.cells[0]) == "gpu")
-        for model in plan.config.models:
-            cells = [cell for cell in plan.cells if cell.model == model]
-            for cell in cells:
-                with _failing(recorder, cell.name):
-                    _train(cell, folder)
-                recorder.write()
-            _score(plan, prompts, folder, model, cells, recorder)
-            recorder.count()
-            _measure_utility(plan, folder, model, cells, recorder)
-            if not plan.config.keep_models:
-                _remove_models(plan, folder, cells)
+    supervision = _prepare(plan, folder)
+    plan.save(folder)
+    recorder = Recorder(plan, folder, prompts, supervision, gpu=_device(plan.cells[0]) == "gpu")
+    for model in plan.config.models:
+        cells = [cell for cell in plan.cells if cell.model == model]
+        for cell in cells:
+            with _failing(recorder, cell.name):
+                _train(cell, folder)
             recorder.write()
+        _score(plan, prompts, folder, model, cells, recorder)
+        recorder.count()
+        _measure_utility(plan, folder, model, cells, recorder)
+        if not plan.config.keep_models:
+            _remove_models(plan, folder, cells)
+        recorder.write()
     result = recorder.write()
     if not any(cell.state == "scored" and cell.seed is not None for cell in result.cells):
         first = next((cell for cell in result.cells if cell.message), None)
@@ -189,11 +197,7 @@ def _check(plan: Plan, prompts: Prompts, folder: Place) -> None:
     scoring, device = plan.scoring, _device(plan.cells[0])
     judge = make_judge(scoring.judge)
     judge.check_ready(user_cache())
-    if "refused" not in (measures := plan_judging(judge, prompts.table).measured_by):
-        raise StudyError(
-            f"scoring.judge={scoring.judge.name!r} says {', '.join(measures)} and not what is refused, so that a model "
-            "that refuses every benign prompt would look perfect; take one that does, or a panel with one"
-        )
+    check_says_refused(plan_judging(judge, prompts.table), prompts)
     check_fits("engine (scoring.engine.replicas x cpus_per_replica)", places(scoring, device))
     for cell in plan.cells:
         config = cell.config
@@ -217,6 +221,26 @@ def _check(plan: Plan, prompts: Prompts, folder: Place) -> None:
             check_lengths(path, scoring.engine, scoring.max_new_tokens)
         fitted(judge, prompts.by_language(), scoring, path)
         check_nodes(folder.parent, paths_read(next(cell.config for cell in plan.cells if cell.model == model)))
+
+
+def check_says_refused(judging: Judging, prompts: Prompts) -> None:
+    """Refuse a judge that does not say of every kind in every language what is refused.
+
+    Raises:
+        StudyError: It does not.
+    """
+    asked = set(zip(prompts.table["kind"].to_pylist(), prompts.table["language"].to_pylist(), strict=True))
+    if judging.readers:
+        told = {cell for reader in judging.readers for cell, says in reader.cells.items() if "refused" in says}
+    else:
+        told = asked if "refused" in judging.judge.measures else set()
+    if lacking := sorted(asked - told):
+        where = ", ".join(f"{kind} in {code}" for kind, code in lacking[:5])
+        raise StudyError(
+            f"scoring.judge={judging.judge.name!r} does not say what is refused of {where}"
+            f"{' and others' if len(lacking) > 5 else ''}, so that a model that refuses every benign prompt would look "
+            "perfect; take one that does, or a panel with one"
+        )
 
 
 def _check_sides(prompts: Prompts) -> None:
@@ -250,8 +274,7 @@ def _prepare(plan: Plan, folder: Place) -> dict[str, Supervision]:
         if (key := json.dumps(sections)) not in made:
             made[key] = prepare_token_rows(config.data, config.model, chat=config.chat, cache_dir=cache)
         try:
-            check_answers(config, made[key])
-            check_terms(config, steps_of(config, made[key]))
+            check_tokens(config, made[key], cache_dir=cache, gpu=_device(cell) == "gpu")
         except MlcRayError as error:
             raise type(error)(f"cell {cell.name}: {error}") from None
         found[cell.name] = supervision_of(config, made[key])
@@ -280,7 +303,8 @@ def _failing(recorder: Recorder, name: str) -> Iterator[None]:
 def _train(cell: Cell, folder: Place) -> None:
     """Train a cell to its end and export its model, unless that is done, or it diverged."""
     run = folder / CELLS_FOLDER / cell.name
-    if is_scored(run) or has_model(run):
+    if is_complete(score_folder(run)) or has_model(run):
+        _finish(run)  # a driver may have died before it did
         return
     if (run / DIVERGED_FILE).is_file():
         said = (run / DIVERGED_FILE).read_json().get("message", "")
@@ -289,6 +313,13 @@ def _train(cell: Cell, folder: Place) -> None:
     train(cell.config.model_copy(update={"output_dir": str(run.parent)}))
     (run / MODEL_FOLDER).remove()  # half of it, where storage has no rename and a process died while it wrote it
     export(run, run / MODEL_FOLDER, trust_remote_code=True)  # its components ran in this very study
+    _finish(run)
+
+
+def _finish(run: Place) -> None:
+    """Mark a cell whose model is exported, and remove its checkpoints."""
+    if not (run / FINISHED_FILE).is_file():
+        (run / FINISHED_FILE).write_text("")
     (run / TRAIN_FOLDER).remove()
 
 
@@ -302,10 +333,17 @@ def _score(plan: Plan, prompts: Prompts, folder: Place, model: str, cells: Seque
         run = folder / CELLS_FOLDER / cell.name
         if has_model(run):
             jobs.append((score_folder(run), cell.name, str(run / MODEL_FOLDER)))
-    jobs = [job for job in jobs if not is_complete(job[0])]
+    jobs = [job for job in jobs if not is_read(job[0], scoring.max_unparsed)]
     if not jobs:
         return
-    scorer = start_scorer(path, scoring, prompts.table, device=_device(cells[0]), folder=local_side(folder))
+    try:
+        scorer = start_scorer(path, scoring, prompts.table, device=_device(cells[0]), folder=local_side(folder))
+    except (PreemptedError, ScorerDiedError):
+        raise
+    except MlcRayError as error:  # of this model's: the other models can be run all the same
+        logger.warning("the engines of %s did not start: %s", model, error)
+        recorder.failures |= {name: f"the engines of {model} did not start: {error}" for _, name, _ in jobs}
+        return
     try:
         for target, name, weights in jobs:
             with _failing(recorder, name):
@@ -319,6 +357,8 @@ def _score(plan: Plan, prompts: Prompts, folder: Place, model: str, cells: Seque
 
 def _score_one(scorer: WarmScorer, scoring: ScoringSection, prompts: Prompts, target: Place, weights: str) -> None:
     scored = scorer.score(weights)
+    for old in (target / SCORES_FILE, target):  # of one with too few verdicts; first what says that it is whole
+        old.remove()
     own = {"name": target.name, "output_dir": str(target.parent), "model": weights}
     request = Request(
         config=parse_config(ScoreConfig, {**scoring.model_dump(mode="json", exclude_unset=True), **own}),
@@ -341,7 +381,7 @@ def _measure_utility(plan: Plan, folder: Place, model: str, cells: Sequence[Cell
         if has_model(run):
             jobs.append((cell.name, score_folder(run), str(run / MODEL_FOLDER)))
     for name, score, weights in jobs:
-        if not is_complete(score):
+        if not is_read(score, plan.scoring.max_unparsed):
             continue
         there = {row.task for row in load_utility(score).rows} if (score / UTILITY_FILE).is_file() else set()
         if wanted := [task for task in section.tasks if task not in there]:
@@ -355,5 +395,5 @@ def _remove_models(plan: Plan, folder: Place, cells: Sequence[Cell]) -> None:
     for cell in cells:
         run = folder / CELLS_FOLDER / cell.name
         measured = plan.config.utility is None or (score_folder(run) / UTILITY_FILE).is_file()
-        if is_scored(run) and measured:
+        if is_read(score_folder(run), plan.scoring.max_unparsed) and measured:
             (run / MODEL_FOLDER).remove()

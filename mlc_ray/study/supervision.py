@@ -26,21 +26,29 @@ def supervision_of(config: TrainConfig, tokens: TokenArtifact) -> Supervision:
     """What the loss of a run reads of its bundles.
 
     Answers in the response language always, those in the others where the loss is of them; rejected ones where it needs
-    them. A prompt counts where an answer is read behind it, and all of a bundle's where a term taps them.
+    them. A prompt counts where an answer is read behind it, and all of a bundle's on a step with a term
+    that taps them.
     """
     objective = Objective(config)
     steps, order = steps_of(config, tokens), order_of(config, tokens)
-    used = sorted({row for step in range(min(steps, order.steps_per_epoch)) for row in order.batch(step)})
-    all_prompts = bool(objective.terms) or objective.alignment.pairing in ("shared", "crossed")
+    all_prompts = objective.alignment.pairing in ("shared", "crossed")
+    answered, tapped = set[int](), set[int]()
+    for step in range(steps):
+        rows = order.batch(step)
+        answered.update(rows)
+        if all_prompts or objective.taps(step, steps):
+            tapped.update(rows)
+    used = sorted(answered)
     all_answers = objective.alignment.pairing in ("own", "crossed")
     names = ("chosen", "rejected") if objective.alignment.needs_rejected else ("chosen",)
     prompts, answers = Counter[str](), Counter[str]()
     for start in range(0, len(used), _AT_ONCE):
-        for bundle in tokens.table(used[start : start + _AT_ONCE]).to_pylist():
+        chosen = used[start : start + _AT_ONCE]
+        for row, bundle in zip(chosen, tokens.table(chosen).to_pylist(), strict=True):
             codes = bundle["languages"]
             pairs = [(bundle["response_prompt"], bundle)]
             pairs += [(further["prompt"], further) for further in bundle["answers"]] if all_answers else []
-            read = {index for index, _ in pairs} if not all_prompts else set(range(len(codes)))
+            read = set(range(len(codes))) if row in tapped else {index for index, _ in pairs}
             for index in read:
                 prompts[codes[index]] += len(bundle["prompts"][index])
             for index, pair in pairs:

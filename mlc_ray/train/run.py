@@ -239,11 +239,7 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gp
             given for a language that no bundle is in.
     """
     tokens = prepare_token_rows(config.data, config.model, chat=config.chat, cache_dir=cache_dir)
-    check_answers(config, tokens)
-    check_terms(config, steps_of(config, tokens))
-    check_kinds(config, tokens)
-    held_out = _held_out_tokens(config, tokens, cache_dir)
-    _check_groups(config, tokens, held_out, gpu=gpu)
+    held_out = check_tokens(config, tokens, cache_dir=cache_dir, gpu=gpu)
     artifacts = [tokens, *([held_out] if held_out is not None else [])]
     fingerprints = {"model": fingerprint_model(config.model.path), "tokens": tokens.fingerprint}
     if held_out is not None:
@@ -259,6 +255,25 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gp
         fingerprints,
         None if held_out is None else HeldOut(held_out.folder, said.get(held_out.fingerprint)),
     )
+
+
+def check_tokens(
+    config: TrainConfig, tokens: TokenArtifact, *, cache_dir: Path | Place, gpu: bool
+) -> TokenArtifact | None:
+    """Refuse token rows that `config` cannot train on; no model is loaded.
+
+    Returns:
+        The token rows that are held out, if any are.
+
+    Raises:
+        MlcRayError: As `prepare_data`.
+    """
+    check_answers(config, tokens)
+    check_terms(config, steps_of(config, tokens))
+    check_kinds(config, tokens)
+    held_out = _held_out_tokens(config, tokens, cache_dir)
+    _check_groups(config, tokens, held_out, gpu=gpu)
+    return held_out
 
 
 def _held_out_tokens(config: TrainConfig, training: TokenArtifact, cache_dir: Path | Place) -> TokenArtifact | None:

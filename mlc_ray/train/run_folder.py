@@ -18,6 +18,8 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import (
     CONFIG_FILE,
+    FINISHED_FILE,
+    MODEL_FOLDER,
     RUN_FILE,
     TRAIN_FOLDER,
     checkpoint_folder,
@@ -41,7 +43,8 @@ class RunError(MlcRayError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a finished run is, its newest checkpoint (of a trial, its last weights), and the last step's metrics."""
+    """Where a finished run is, its newest checkpoint (of a trial, its last weights; of a cell, where its model is or
+    was), and the last step's metrics."""
 
     run_folder: Place
     checkpoint: Place
@@ -160,7 +163,10 @@ def changed_settings(folder: Place, config: TrainConfig) -> list[Change]:
 
 
 def ended(folder: Place) -> TrainResult | None:
-    """What the run in `folder` came to, if the checkpoint of its last step is there."""
+    """What the run in `folder` came to, if it is marked as finished or the checkpoint of its last step is there."""
+    if (folder / FINISHED_FILE).is_file():  # its checkpoints may be gone
+        rows = list(read_metrics(folder))
+        return TrainResult(folder, folder / MODEL_FOLDER, rows[-1] if rows else {})
     steps = _facts(folder).get("total_steps")
     checkpoints = list_checkpoints(folder)
     if steps is None or not checkpoints or checkpoints[-1] != checkpoint_folder(folder, steps):

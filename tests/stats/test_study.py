@@ -11,6 +11,7 @@ import pytest
 
 from mlc_ray.stats.paired import compare
 from mlc_ray.stats.rates import Judged, language_order
+from mlc_ray.stats.seeds import over_seeds, student_quantile
 from mlc_ray.stats.significance import holm
 from mlc_ray.stats.study import (
     MethodTest,
@@ -18,9 +19,7 @@ from mlc_ray.stats.study import (
     corrected,
     method_rates,
     method_tests,
-    over_seeds,
     read_verdicts,
-    student_quantile,
 )
 from mlc_ray.stats.summaries import summarise
 from mlc_ray.types import Kind
@@ -184,6 +183,49 @@ def test_a_method_beside_itself_is_not_told_apart() -> None:
     assert all(test.change.value == 0 and test.change.low < 0 < test.change.high for test in tests)
 
 
+def said(benchmark: str, kind: Kind, code: str, refused: bool, n: int = 20) -> list[Judged]:
+    behaviour = "refused" if refused else "complied"
+    return [Judged(benchmark, f"{benchmark}-{kind}-{b}", kind, code, behaviour) for b in range(n)]  # type: ignore[arg-type]
+
+
+def test_seeds_that_move_in_opposite_directions_tell_nothing_apart() -> None:
+    def run(refused: bool) -> list[Judged]:
+        return [*said("b", "harmful", "en", refused), *said("b", "benign", "en", refused=False)]
+
+    one, other = {1: run(False), 2: run(True)}, {1: run(True), 2: run(False)}
+    tests = method_tests("m", {"a": read_verdicts(one), "b": read_verdicts(other)})
+    assert [(test.compared, test.p) for test in tests] == [("harmful", 1), ("benign", 1), ("difference", 1)]
+    same = method_tests("m", {"a": read_verdicts({1: one[1]}), "b": read_verdicts({1: other[1]})})
+    assert same[0].p < 0.001 and same[2].p < 0.001
+
+
+def test_the_difference_is_taken_by_language_whatever_benchmarks_ask_it() -> None:
+    def run(english: bool) -> list[Judged]:
+        """Both harmful benchmarks have English, one Spanish, the other French; one benign benchmark has all."""
+        found = [r for name, code in (("h1", "es"), ("h2", "fr")) for r in said(name, "harmful", code, False)]
+        found += [r for name in ("h1", "h2") for r in said(name, "harmful", "en", english)]
+        return found + [r for code in ("en", "es", "fr") for r in said("ok", "benign", code, english and code == "en")]
+
+    none, english = read_verdicts({1: run(False)}), read_verdicts({1: run(True)})
+    found = method_rates(english, None)
+    assert found.harmful.avg.value == pytest.approx(50) and found.benign.avg.value == pytest.approx(100 * 2 / 3)
+    assert found.difference.value == pytest.approx(0)  # it refuses all in English, and has no judgement
+    difference = method_tests("m", {"a": none, "b": english})[2]
+    assert difference.change.value == pytest.approx(0) and difference.p == 1
+
+
+def test_trained_and_never_trained_languages_are_compared_within_benchmarks_that_have_both() -> None:
+    easy = [r for code in ("en", "fr") for r in said("both", "harmful", code, refused=True)]
+    hard = said("hard", "harmful", "fr", refused=False)
+    benign = [r for code in ("en", "fr") for r in said("ok", "benign", code, refused=False)]
+    side = method_rates(read_verdicts({1: [*easy, *hard, *benign]}), ["en"]).harmful
+    assert side.trained is not None and side.never is not None
+    assert (side.trained.value, side.never.value) == (100, 100) and side.languages["fr"].value == 50
+    apart = [*said("one", "harmful", "en", refused=True), *said("other", "harmful", "fr", refused=False), *benign]
+    side = method_rates(read_verdicts({1: apart}), ["en"]).harmful
+    assert side.trained is None and side.never is None  # no benchmark has both
+
+
 def test_holms_correction_is_over_all_tests_of_the_study() -> None:
     methods = {name: read_verdicts({1: verdicts(n, refuses=r)}) for n, (name, r) in enumerate([("a", 0.1), ("b", 0.9)])}
     tests: list[MethodTest] = [*method_tests("m", methods), *method_tests("n", methods)]
@@ -219,3 +261,5 @@ def test_other_prompts_or_a_missing_side_are_refused() -> None:
         read_verdicts({1: whole, 2: whole[1:]})
     with pytest.raises(StudyVerdictsError, match="no benign prompt"):
         read_verdicts({1: [record for record in whole if record.kind == "harmful"]})
+    with pytest.raises(StudyVerdictsError, match="no language has prompts of both kinds"):
+        read_verdicts({1: [record for record in whole if (record.kind == "harmful") == (record.language == "en")]})

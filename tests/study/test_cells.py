@@ -67,7 +67,10 @@ def test_a_model_is_the_section_of_a_run_without_what_the_study_adds() -> None:
             "cell name 'a-b-c'-SEED",
         ),
         ({"scoring": {**RAW["scoring"], "asking": {"reasoning": "forbid"}}}, "scoring.asking.reasoning='forbid'"),
-        ({"utility": {"tasks": ["mmlu"], "engine": {"replicas": 2}}}, "engine.replicas=2: not read by utility"),
+        (
+            {"utility": {"tasks": ["mmlu"], "backend": "hf", "engine": {"replicas": 2}}},
+            "engine.replicas=2: not read with backend='hf'",
+        ),
     ],
 )
 def test_what_is_no_study_is_refused(changes: dict[str, Any], quoted: str) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mlc_ray.report.collect import ReportError
 from mlc_ray.report.latex import escape, latex
-from mlc_ray.report.study import StudyFileError, load_study, study_tables
+from mlc_ray.report.study import StudyFileError, load_study, study_notes, study_tables
 from mlc_ray.report.tables import cell, row, table
 from mlc_ray.report.write import write_report
 from mlc_ray.score.results import load_scores
@@ -18,7 +20,9 @@ from mlc_ray.show import show
 from mlc_ray.stats.significance import holm
 from mlc_ray.storage import Place
 from mlc_ray.study.folder import StudyError
-from tests.study.folders import planned, recorder, write_cell, write_diverged, write_untouched
+from mlc_ray.study.record import is_read
+from tests.report.runs import utility_row, write_utility
+from tests.study.folders import planned, raw_study, recorder, write_cell, write_diverged, write_untouched
 
 
 @pytest.fixture
@@ -101,6 +105,26 @@ def test_a_cell_that_failed_or_diverged_is_a_row_that_says_so(tmp_path: Path) ->
     text = (study / "study.md").read_text()
     assert "| tiny_1-mlc-2 | failed | OutOfMemoryError: no memory \\| left |" in text
     assert "With one seed, intervals and tests say nothing of what another seed would give." in text
+    assert "Fewer than the study's 2 seeds are scored of dpo on tiny_1 (1)" in text
+
+
+def test_costs_are_those_of_all_cells_that_took_steps(tmp_path: Path) -> None:
+    study = tmp_path / "s"
+    write_untouched(study)
+    write_diverged(study, "dpo", 1)
+    run = study / "cells/tiny_1-dpo-1"
+    (run / "metrics.jsonl").write_text('{"step": 1, "step_seconds": 3.0}\n')
+    shown = {each.title: each for each in study_tables(recorder(planned(study), study).write())}
+    for title in ("Supervision and time", "Supervision by language"):
+        assert [each.cells[0].text for each in shown[title].rows] == ["dpo"]  # no step of mlc was ever taken
+    assert shown["Supervision and time"].rows[0].cells[-2].text == "6"  # of two workers
+
+
+def test_more_tests_than_random_flips_can_tell_apart_are_said(folder: Path) -> None:
+    result = recorder(planned(folder), folder).write()
+    assert not any("random flips" in note for note in study_notes(result))
+    many = replace(result, tests=result.tests[:1] * 1001)
+    assert any("With 1,001 tests no p-value by 20,000 random flips" in note for note in study_notes(many))
 
 
 def test_a_score_on_other_prompts_is_refused_and_one_without_verdicts_is_left_out(folder: Path) -> None:
@@ -112,6 +136,35 @@ def test_a_score_on_other_prompts_is_refused_and_one_without_verdicts_is_left_ou
     assert unread.state == "failed" and "got no verdict" in unread.message
     rates = result.row("tiny_1", "mlc").rates
     assert rates is not None and rates.seeds == 2
+
+
+def test_a_score_with_too_few_verdicts_counts_once_it_is_made_again_or_allowed(folder: Path) -> None:
+    score = write_cell(folder, "mlc", 3, unparsed=0.5) / "scores/study"
+    plan = planned(folder, seeds=[1, 2, 3])
+    found = recorder(plan, folder)
+    assert "tiny_1-mlc-3" in found.failures
+    assert not is_read(Place(score), 0.05) and is_read(Place(score), 0.5)
+    shutil.rmtree(score.parent.parent)
+    write_cell(folder, "mlc", 3)
+    found.count()
+    (cell,) = [each for each in found.write().cells if each.name == "tiny_1-mlc-3"]
+    assert (cell.state, cell.message) == ("scored", "")
+
+
+def test_seconds_are_those_of_the_workers_that_a_cell_had(folder: Path) -> None:
+    run = folder / "cells/tiny_1-mlc-1"
+    (cell,) = [each for each in planned(folder).cells if each.name == run.name]
+    (run / "config.yaml").write_text(yaml.safe_dump(cell.config.model_dump(mode="json", exclude_unset=True)))
+    now = planned(folder, train={**raw_study(folder)["train"], "cluster": {"workers": 8}})
+    (found,) = [each for each in recorder(now, folder).write().cells if each.name == run.name]
+    assert (found.workers, found.seconds) == (2, 12.0)
+
+
+def test_values_of_a_metric_under_several_filters_are_kept_apart(folder: Path) -> None:
+    strict = utility_row("gsm8k", 0.2, filter="strict-match")
+    write_utility(folder / "untouched/tiny_1", utility_row("gsm8k", 0.4), strict)
+    result = recorder(planned(folder), folder).write()
+    assert result.cells[0].utility == {"gsm8k acc": 0.4, "gsm8k acc (strict-match)": 0.2}
 
 
 def test_the_report_of_a_study_is_one_page_and_tables_for_a_paper(folder: Path, tmp_path: Path) -> None:

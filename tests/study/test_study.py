@@ -70,7 +70,7 @@ def test_a_killed_study_goes_on_and_repeats_no_cell(ray_local: Any, small_llama:
     kept = {path: path.stat().st_mtime_ns for path in (first / "run.json", first / "model/mlc_ray.json")}
     assert "0 of 2 cells are scored, 1 are trained" in show(folder)
 
-    with pytest.raises(StudyError, match=r"llama-mlc-1: mlc\.layer was 'last', now 2"):
+    with pytest.raises(StudyError, match=r"llama-dpo-1: mlc\.layer was 'last', now 2"):
         study(
             parse_config(StudyConfig, {**raw, "models": {"llama": {**raw["models"]["llama"], "set": ["mlc.layer=2"]}}})
         )

@@ -10,6 +10,7 @@ import pytest
 
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
+from mlc_ray.losses.objective import Objective
 from mlc_ray.study.supervision import supervision_of
 from mlc_ray.train.planning import order_of
 from tests.train.tiny import random_rows, tiny_config, translated
@@ -48,7 +49,7 @@ BOTH = ("chosen", "rejected")
     ("sections", "every_prompt", "names", "every_answer"),
     [
         ({"mlc": {"weight": 0}}, False, BOTH, False),
-        ({}, True, BOTH, False),
+        ({"mlc": {"every": 1}}, True, BOTH, False),
         ({"objective": {"loss": "sft"}, "mlc": {"weight": 0}}, False, ("chosen",), False),
         ({"objective": {"loss": "dpo", "answers": "all"}, "mlc": {"weight": 0}}, True, BOTH, True),
         ({"objective": {"loss": "mpo"}, "mlc": {"weight": 0}}, True, BOTH, True),
@@ -71,6 +72,25 @@ def test_bundles_that_a_short_run_never_reaches_are_not_counted(tokens: TokenArt
     assert len(used) == 6
     found = supervision_of(config, tokens)
     assert found.answers == answers(used, BOTH, every=False) and found.prompts == prompts(used, every=False)
+
+
+@pytest.mark.parametrize(("mlc", "tapping"), [({"every": 2}, (0, 2)), ({"every": 1, "start": 0.5}, (2, 3))])
+def test_prompts_in_all_languages_are_those_of_the_steps_that_tap(
+    tokens: TokenArtifact, mlc: dict[str, Any], tapping: tuple[int, ...]
+) -> None:
+    config = tiny_config(mlc=mlc, train={"max_steps": 4, "batch_bundles": 2})
+    order = order_of(config, tokens)
+    steps = {step: [ROWS[index] for index in order.batch(step)] for step in range(4)}
+    tapped = Counter(prompts([row for step in tapping for row in steps[step]], every=True))
+    others = Counter(prompts([row for step, rows in steps.items() if step not in tapping for row in rows], every=False))
+    assert supervision_of(config, tokens).prompts == dict(tapped + others)
+
+
+def test_a_term_that_reads_the_response_language_alone_taps_no_other_prompts(tokens: TokenArtifact) -> None:
+    decision = {"terms": {"decision": {}}, "mlc": {"weight": 0}}
+    config = tiny_config(**decision)
+    assert not Objective(config).ever_taps and Objective(config).terms
+    assert supervision_of(config, tokens).prompts == prompts(ROWS, every=False)
 
 
 def test_sdrrl_without_translated_answers_reads_english_ones_alone(tokens: TokenArtifact) -> None:

@@ -25,7 +25,7 @@ from mlc_ray.train.export import export
 from mlc_ray.train.run import train as train_here
 
 pytestmark = pytest.mark.slow
-STEPS = 24
+STEPS = 16
 SCORING = ["limit=2", "languages=[en,sw]", "max_new_tokens=4", "max_unparsed=1.0"]
 ENGINE = {"cpus_per_replica": 0.5, "max_model_len": 256, "cpu_kv_cache_gib": 1}
 

@@ -1,0 +1,51 @@
+"""The mean over several seeds, with an interval: bundles' part and seeds'. Pure; `stats.study` says what and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def student_quantile(freedom: int, level: float = 0.975) -> float:
+    """The quantile of Student's t with `freedom` degrees, by bisection of its distribution function.
+
+    For whole degrees that is a finite sum (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
+    """
+    low, high = 0.0, 1.0
+    while _student(high, freedom) < level:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student(middle, freedom) < level else (low, middle)
+    return high
+
+
+def _student(t: float, freedom: int) -> float:
+    angle = math.atan(t / math.sqrt(freedom))
+    cosine, odd = math.cos(angle), freedom % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for k in range(2 + odd, freedom + 1, 2):  # the terms up to cos^(freedom - 2)
+        total += term
+        term *= (k - 1) / k * cosine**2
+    inside = (2 / math.pi) * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return (1 + inside) / 2
+
+
+def over_seeds(values: Sequence[float], bundles: tuple[float, float, float]) -> tuple[float, float, float]:
+    """A mean over seeds with both parts of its interval.
+
+    Args:
+        values: Of each seed.
+        bundles: Their mean, and the limits of the part of bundles.
+
+    Returns:
+        Value, low and high.
+    """
+    value, low, high = bundles
+    half = 0.0
+    if len(values) > 1:
+        spread = float(np.std(values, ddof=1))
+        half = student_quantile(len(values) - 1) * spread / math.sqrt(len(values)) if spread > 1e-12 else 0.0
+    return value, value - math.hypot(value - low, half), value + math.hypot(high - value, half)

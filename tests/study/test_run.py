@@ -1,0 +1,121 @@
+"""What a study does before its cells run, and when it goes on; no cluster is needed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlc_ray.config import ConfigError, StudyConfig, parse_config
+from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.tables import rows_to_table
+from mlc_ray.generate.engine import EngineError
+from mlc_ray.judges.base import make_judge
+from mlc_ray.judges.panel import Reader
+from mlc_ray.score.plan import Judging
+from mlc_ray.show import show
+from mlc_ray.storage import Place
+from mlc_ray.study import run as running
+from mlc_ray.study.folder import StudyError, load_plan
+from mlc_ray.train.run_folder import ended
+from mlc_ray.types import Kind, Measure, Via
+from tests.study.folders import LANGUAGES, asked, planned, raw_study, recorder, write_cell
+from tests.train.tiny import random_rows
+
+
+def test_a_method_that_cannot_be_prepared_leaves_the_study_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Place(tmp_path / "s")
+    before = planned(tmp_path / "s")
+    before.save(folder)
+
+    def prepared(*_: Any) -> None:
+        raise ConfigError("cell tiny_1-bad-1: bad")
+
+    monkeypatch.setattr(running, "_check", lambda *_: None)
+    monkeypatch.setattr(running, "_prepare", prepared)
+    more = planned(tmp_path / "s", methods={**raw_study(tmp_path)["methods"], "bad": []})
+    with pytest.raises(ConfigError, match="tiny_1-bad-1"):
+        running._study(more, asked(), folder)
+    assert load_plan(folder).cells == before.cells
+
+
+def test_a_study_that_another_driver_began_meanwhile_is_seen_under_the_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def taken(folder: Place, *, wait: bool) -> Iterator[None]:
+        planned(tmp_path / "s").save(folder)
+        yield
+
+    monkeypatch.setattr(running, "connect", lambda *_: None)
+    monkeypatch.setattr(running, "lease", taken)
+    with pytest.raises(StudyError, match="exists already"):
+        running.study(parse_config(StudyConfig, raw_study(tmp_path / "s")))
+
+
+def test_bundles_of_one_kind_are_refused_before_a_cell_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(
+        tmp_path,
+        [rows_to_table([replace(row, kind="harmful") for row in random_rows(4)])],
+        fingerprint="f",
+        rejected={},
+    )
+    monkeypatch.setattr(running, "use_gpu", lambda _: False)
+    monkeypatch.setattr(running, "prepare_token_rows", lambda *_, **__: TokenArtifact.open(tmp_path))
+    plan = planned(tmp_path / "s", methods={"decided": ["terms={decision: {}}"]})
+    with pytest.raises(ConfigError, match=r"cell tiny_1-decided-1: terms\.decision teaches to tell"):
+        running._prepare(plan, Place(tmp_path / "s"))
+
+
+def test_a_driver_that_died_after_the_export_leaves_no_checkpoints(tmp_path: Path) -> None:
+    run = write_cell(tmp_path, "dpo", 1, scored=False)
+    (run / "train/checkpoint_000003").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    cell = next(cell for cell in planned(tmp_path).cells if cell.name == run.name)
+    running._train(cell, Place(tmp_path))
+    assert not (run / "train").exists()
+    assert ended(Place(run)) is not None
+    (run / "model/mlc_ray.json").unlink()  # as keep_models=false does
+    (run / "run.json").write_text('{"total_steps": 3}')
+    said = show(run)
+    assert "ended, 3 of 3 steps" in said and "none kept" in said and "train --resume" not in said
+
+
+def test_engines_that_do_not_start_fail_the_cells_of_their_model_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cell(tmp_path, "dpo", 1, scored=False)
+    write_cell(tmp_path, "dpo", 2)
+    plan = planned(tmp_path)
+
+    def started(*_: Any, **__: Any) -> None:
+        raise EngineError("no memory")
+
+    monkeypatch.setattr(running, "use_gpu", lambda _: False)
+    monkeypatch.setattr(running, "start_scorer", started)
+    monkeypatch.setattr(running, "fitted", lambda *_: plan.scoring.judge)
+    monkeypatch.setattr(running, "_path", lambda *_: "m")
+    found = recorder(plan, tmp_path)
+    running._score(plan, asked(), Place(tmp_path), "tiny_1", plan.cells, found)
+    said = "the engines of tiny_1 did not start: no memory"
+    assert found.failures == dict.fromkeys(("tiny_1-untouched", "tiny_1-dpo-1"), said)
+
+
+def test_a_judge_must_say_what_is_refused_of_every_kind_in_every_language() -> None:
+    judge, prompts = make_judge(planned(Path("s")).scoring.judge), asked()
+
+    def reader(harmful: Measure) -> Reader:
+        cells: dict[tuple[Kind, str], dict[Measure, Via]] = {("benign", code): {"refused": ""} for code in LANGUAGES}
+        cells |= {("harmful", code): {"refused" if code == "en" else harmful: ""} for code in LANGUAGES}
+        return Reader("r", judge, cells)
+
+    running.check_says_refused(Judging(judge, [reader("refused")], {}), prompts)
+    running.check_says_refused(Judging(judge, [], {}), prompts)
+    with pytest.raises(StudyError, match="does not say what is refused of harmful in fr, harmful in sw, so that"):
+        running.check_says_refused(Judging(judge, [reader("safe")], {}), prompts)
