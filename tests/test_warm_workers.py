@@ -1,4 +1,4 @@
-"""A worker that is forked from a warm process says what went wrong in it, as a plain one does."""
+"""Workers that are forked from a warm process are as plain ones: they say what went wrong, and draw their own ids."""
 
 from __future__ import annotations
 
@@ -20,3 +20,20 @@ def test_what_cannot_be_imported_is_an_error_of_the_worker(tmp_path: Path, repos
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout == "begun\n"
     assert done.stderr.count("ImportError: a library is missing") == 1
+
+
+def test_forks_draw_ids_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(
+        "import ray._raylet as r\nprint(*(each.from_random().hex() for _ in range(50) for each in (r.UniqueID, r.ObjectID)))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    with running() as python:
+        command = [*shlex.split(python), str(tmp_path / "worker.py")]
+        drawn = [
+            subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=120, check=True
+            ).stdout.split()
+            for _ in range(3)
+        ]
+    ids = [each for of_one in drawn for each in of_one]
+    assert len(ids) == len(set(ids)) == 300
