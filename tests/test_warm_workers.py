@@ -23,17 +23,16 @@ def test_what_cannot_be_imported_is_an_error_of_the_worker(tmp_path: Path, repos
 
 
 def test_forks_draw_ids_of_their_own(tmp_path: Path) -> None:
-    (tmp_path / "worker.py").write_text(
-        "import ray._raylet as r\nprint(*(each.from_random().hex() for _ in range(50) for each in (r.UniqueID, r.ObjectID)))"
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "from ray._raylet import ObjectID, UniqueID\n"
+        "print(*(kind.from_random().hex() for _ in range(50) for kind in (UniqueID, ObjectID)))\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+    ids: list[str] = []
     with running() as python:
-        command = [*shlex.split(python), str(tmp_path / "worker.py")]
-        drawn = [
-            subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=120, check=True
-            ).stdout.split()
-            for _ in range(3)
-        ]
-    ids = [each for of_one in drawn for each in of_one]
+        for _ in range(3):
+            command = [*shlex.split(python), str(script)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+            ids += done.stdout.split()
     assert len(ids) == len(set(ids)) == 300
