@@ -1,12 +1,13 @@
 """Workers of the tests' Ray, forked from processes that have imported what workers need.
 
-Each worker of Ray imports for itself: 8 CPU seconds where it trains (torch, transformers, DeepSpeed), 7 where it holds
-an engine (vLLM). Here Ray starts `ask` in Python's place, which hands its arguments, environment and streams to
-`serve`; that forks the worker from a process which has imported everything, one for each set of the variables that are
-read meanwhile. Ray's own library reads job and node at its import: where workers are of several, each imports it for
-itself, in a second. It also seeds there what it draws ids from, and two objects of one id end the worker that meets
-them: so each fork leaves out as many numbers as those before it may draw. Forks of one process share the seed of its string hashes, so a set of strings has the same order in
-all of them; plain workers draw a seed each. Commands that tests start have a Ray of their own, with plain workers.
+Each worker of Ray imports for itself: 8 CPU seconds where it trains (torch, transformers, DeepSpeed), 7 where it
+holds an engine (vLLM). Here Ray starts `ask` in Python's place, which hands its arguments, environment and streams to
+`serve`; that forks the worker from a process which has imported everything, one for each set of the variables that
+are read meanwhile. Ray's own library reads job and node at its import: where workers are of several, each imports it
+for itself, in a second. It also seeds there what it draws ids from, and two objects of one id end the worker that
+meets them: so each fork leaves out as many numbers as those before it may draw. Forks of one process share the seed
+of its string hashes, so a set of strings has the same order in all of them; plain workers draw a seed each. Commands
+that tests start have a Ray of their own, with plain workers.
 """
 
 from __future__ import annotations
