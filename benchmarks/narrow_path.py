@@ -25,11 +25,11 @@ PATH = {
     "data": "formats/records formats/containers formats/base formats/mlc bundles contents sources tables rejects "
     "prepare tracing tokens artifacts store order plan stream batches trees ragged",
     "losses": "base dpo mlc logprobs objective",
-    "train": "run entry worker model attention engines/base engines/deepspeed planning loop meter collectives",
+    "train": "run entry worker model attention openings engines/base engines/deepspeed planning loop meter collectives",
     "generate": "stage engine blocks replica pool",
     "judges": "base phrase_lists refusal degenerate",
     "stats": "rates summaries intervals",
-    "score": "request prompts plan stages kept passes results run",
+    "score": "request prompts plan stages kept chain passes results run",
 }
 
 # Runs at the start of every Python process below: each function of the package writes down its first call. A profile
