@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.storage import user_cache
+from mlc_ray.train.attention import register_attention
 from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.types import Batch, TokenRow, Tree, move
 
@@ -124,6 +125,7 @@ def attend_fused(
 
 
 AttentionInterface.register(FUSED, attend_fused)
+register_attention()
 
 
 def pairs_of(tree: Tree) -> int:
