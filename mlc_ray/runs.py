@@ -409,7 +409,7 @@ def _described(path: str | Path | Place) -> Iterator[tuple[Place, dict[str, Any]
         files.append(folder.parent.parent / RUN_FILE)
     for file in files:
         if file.is_file():
-            yield file, _read_object(file, _FIX_RECORD)
+            yield file, file.read_object(ModelPathError, _FIX_RECORD)
 
 
 def longest_context(model: str) -> int | None:
@@ -421,20 +421,10 @@ def longest_context(model: str) -> int | None:
     file = Place(model) / "config.json"
     if not file.is_file():
         return None
-    config = _read_object(file, _FIX_MODEL)
+    config = file.read_object(ModelPathError, _FIX_MODEL)
     text = config.get("text_config")
     value = (text if isinstance(text, dict) else config).get("max_position_embeddings")
     return value if isinstance(value, int) else None
-
-
-def _read_object(file: Place, fix: str) -> dict[str, Any]:
-    try:
-        content = file.read_json()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelPathError(f"{str(file)!r} is damaged: not valid JSON ({error}); {fix}") from None
-    if not isinstance(content, dict):
-        raise ModelPathError(f"{str(file)!r} is damaged: expected an object, found {type(content).__name__}; {fix}")
-    return content
 
 
 def _of_run(run: Place) -> Place:
@@ -480,7 +470,7 @@ def _with_weights(folder: Place) -> Place:
         found = f" (it has {', '.join(others)}: pickles are never loaded; convert to safetensors)" if others else ""
         raise ModelPathError(f"model folder {str(folder)!r} has no *.safetensors weights{found}")
     if _INDEX in names:
-        weights = _read_object(folder / _INDEX, _FIX_MODEL).get("weight_map")
+        weights = (folder / _INDEX).read_object(ModelPathError, _FIX_MODEL).get("weight_map")
         if not isinstance(weights, dict):
             raise ModelPathError(f"{str(folder / _INDEX)!r} is damaged: it has no weight_map; {_FIX_MODEL}")
         listed = set(map(str, weights.values()))

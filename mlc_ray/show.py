@@ -473,14 +473,9 @@ def _values(values: Mapping[str, Any]) -> str:
 def _json(file: Place) -> dict[str, Any]:
     """The object in a JSON file; empty where there is none."""
     try:
-        content = file.read_json()
+        return file.read_object(ShowError)
     except FileNotFoundError:
         return {}
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError
-        raise ShowError(f"{str(file)!r} is damaged: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ShowError(f"{str(file)!r} is damaged: expected an object, found {type(content).__name__}")
-    return content
 
 
 def _age(file: Place) -> str:

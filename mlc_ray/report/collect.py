@@ -7,7 +7,6 @@ is computed here.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -352,9 +351,8 @@ def _read_training(folder: Place, label: str) -> Training:
         text = config.read_text()
     except UnicodeDecodeError as error:
         raise ReportError(f"{str(config)!r} is damaged: not UTF-8 ({error})") from None
-    facts = _read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
-    if not isinstance(facts, dict):
-        raise ReportError(f"{str(folder / RUN_FILE)!r} is damaged: expected an object, found {type(facts).__name__}")
+    file = folder / RUN_FILE
+    facts = file.read_object(ReportError) if file.is_file() else {}
     return Training(label, folder, text, facts, metric_series(read_metrics(folder)))
 
 
@@ -374,10 +372,3 @@ def metric_series(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[tuple[in
 def finite(value: float | None) -> float | None:
     """`value` as a float, None if there is none or it is not finite."""
     return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _read_json(file: Place) -> Any:
-    try:
-        return file.read_json()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ReportError(f"{str(file)!r} is damaged: not valid JSON ({error})") from None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -94,22 +93,11 @@ _FIX = "`mlc-ray search --resume` writes it anew"
 
 def _read(folder: Place, key: str, form: TypeAdapter[T]) -> T:
     """What is under a key of `trials.json`; None is read where it has none."""
-    content = _content(folder)
+    content = (folder / TRIALS_FILE).read_object(SearchFileError, _FIX)
     try:
         return form.validate_python(content.get(key), strict=False)
     except (ValidationError, ValueError) as error:
         raise SearchFileError(f"{str(folder / TRIALS_FILE)!r} is damaged: {_first(error, key)}; {_FIX}") from None
-
-
-def _content(folder: Place) -> dict[str, Any]:
-    file = folder / TRIALS_FILE
-    try:
-        content = file.read_json()
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SearchFileError(f"{str(file)!r} is damaged: not valid JSON ({error}); {_FIX}") from None
-    if not isinstance(content, dict):
-        raise SearchFileError(f"{str(file)!r} is damaged: expected an object; {_FIX}")
-    return content
 
 
 def _first(error: Exception, key: str) -> str:

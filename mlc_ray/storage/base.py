@@ -264,6 +264,21 @@ class Place:
         """
         return json.loads(self.read_text())
 
+    def read_object(self, error: type[MlcRayError], fix: str = "") -> dict[str, Any]:
+        """The file's JSON object; what is none raises `error`, which names the file and says what to do (`fix`).
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
+        end = f"; {fix}" if fix else ""
+        try:
+            content = self.read_json()
+        except ValueError as fault:  # UnicodeDecodeError and JSONDecodeError
+            raise error(f"{str(self)!r} is damaged: not valid JSON ({fault}){end}") from None
+        if not isinstance(content, dict):
+            raise error(f"{str(self)!r} is damaged: expected an object, found {type(content).__name__}{end}")
+        return content
+
     def sizes(self, names: Iterable[str] | None = None) -> dict[str, int]:
         """Bytes of the files in a folder, by their paths in it; see `Storage.sizes`."""
         return self.storage.sizes(self.url, names)
