@@ -22,9 +22,10 @@ import pyarrow as pa
 
 from mlc_ray.cluster import check_fits, connect, use_gpu
 from mlc_ray.config import EngineSection, TranslateConfig
-from mlc_ray.data.bundles import NAMED_FIRST
+from mlc_ray.data.bundles import NAMED_FIRST, RejectedRow
 from mlc_ray.data.bundles import place as place_of
 from mlc_ray.data.prepare import read_bundles
+from mlc_ray.data.rejects import Rejects
 from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import place_of as engine_place
 from mlc_ray.logs import keep_in
@@ -170,9 +171,7 @@ def _read(config: TranslateConfig, rejects: Path) -> pa.Table:
         with rejects.open("a", encoding="utf-8") as file:
             for row in lacking:
                 text = json.dumps(dict(zip(row["languages"], row["texts"], strict=True)), ensure_ascii=False)
-                reason = "it has no English prompt"
-                line = {"file": row["file"], "line": row["line"], "reason": reason, "text": text}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(Rejects().reject(RejectedRow(row["file"], row["line"], "it has no English prompt", text)))
         table = table.filter(pa.array(english))
     rows = table.select(["bundle_id", "kind", "languages"]).to_pylist()
     chosen = choose_prompts(rows, ["en"], config.limit)
