@@ -13,7 +13,6 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.soak
 def test_six_deaths(tmp_path: Path, repository: Path, smollm2: Path) -> None:
     out = tmp_path / "survival.json"
     command = [sys.executable, repository / "benchmarks" / "survival.py", "--model", smollm2, "--out", out]
