@@ -5,8 +5,8 @@
 It trains one step on eight bundles (JSONL, DPO + MLC, one worker) and scores the result with the refusal phrases, with
 every function of the package recorded in every process when it is first called. A function counts with its whole text.
 Left out is what lies beneath the path or beside it: settings, command line, storage and folders, cluster, console,
-checkpoints, the cached reference, checks at the start, the watch for collapse, counts of FLOPs. `--functions` adds a list
-of the functions, longest first.
+checkpoints, the cached reference, checks at the start, the watch for collapse, counts of FLOPs. `--functions` adds a
+list of the functions, longest first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "mlc_ray"
 PATH = {
     "data": "formats/records formats/containers formats/base formats/mlc bundles contents sources tables rejects "
-    "prepare tracing tokens artifacts store order plan stream batches trees ragged",
+    "prepare tokens shortcuts tracing artifacts store order plan stream batches trees ragged",
     "losses": "base dpo mlc logprobs objective",
     "train": "run entry worker model attention openings engines/base engines/deepspeed planning loop meter collectives",
     "generate": "stage engine blocks replica pool",
@@ -128,7 +128,7 @@ def main(model: str, functions: bool) -> None:
 
 
 def functions_that_run(text: str, called: set[int]) -> list[tuple[str, int, int]]:
-    """Outermost functions and methods that were called: name, lines of source, and all lines from its first to its last.
+    """Outermost functions and methods that were called: name, lines of source, and all from its first to its last.
 
     Source lines are those that hold code: no docstring, comment or blank line. A decorated function begins at its
     decorator; one that is nested in another counts with it.
