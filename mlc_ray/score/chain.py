@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
+from typing import Any
 
 import pyarrow as pa
 
@@ -65,14 +66,17 @@ class Pass:
         if not len(table):
             self._go_on(places, joined(table, self.part.columns.empty_table()))
             return
-        if self._kept is None:
-            self._ask(places, [], table)
-            return
-        keys, found = self._kept.look(table)
-        there = [at for at, row in enumerate(found) if row is not None]
-        if not there:
+        keys, found = self._kept.look(table) if self._kept is not None else ([], [])
+        if any(row is not None for row in found):
+            self._add_known(places, keys, table, found)
+        else:
             self._ask(places, keys, table)
-            return
+
+    def _add_known(
+        self, places: Sequence[int], keys: Sequence[str], table: pa.Table, found: Sequence[dict[str, Any] | None]
+    ) -> None:
+        """Rows come of which some are done already, as `found` says."""
+        there = [at for at, row in enumerate(found) if row is not None]
         rows = table.take(pa.array(there, pa.int64()))
         self.job.known(rows.take(pa.array([0], pa.int64())))  # not a slice, which would hold all of them
         self.done += len(there)
