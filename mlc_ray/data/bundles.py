@@ -206,9 +206,8 @@ def _label(value: Any, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BundleError(
-            f"{where} holds half a surrogate pair at character {error.start}: not valid Unicode"
-        ) from None
+        half = f"half a surrogate pair at character {error.start}"
+        raise BundleError(f"{where} holds {half}: not valid Unicode") from None
     return value
 
 

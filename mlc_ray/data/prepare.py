@@ -162,12 +162,15 @@ def read_bundles(
             progress.advance(len(table))
     ids = pa.concat_tables(tables)["bundle_id"]
     repeats = ledger.close(lambda rows: ids.take(rows).to_pylist(), on_invalid, rejects, Path(rejects_path))
-    kept = []
+    return pa.concat_tables(_without(repeats, tables) if repeats else tables)
+
+
+def _without(rows: Mapping[int, Ints], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables without some rows of each, by its number."""
     for number, table in enumerate(tables):
         mask = np.ones(len(table), dtype=bool)
-        mask[repeats.get(number, [])] = False
-        kept.append(table.filter(mask))
-    return pa.concat_tables(kept)
+        mask[rows.get(number, [])] = False
+        yield table.filter(mask)
 
 
 def _read_stage(row: Row, languages: list[str] | None) -> Row:
@@ -244,7 +247,7 @@ def _write_token_rows(
         failed = data.on_invalid == "fail" and ledger.reasons
         rejected = here / REJECTS_FILE
         rejects = (part.read_text() for part in parts)
-        ids_at = None if failed else bundle_ids_in(temporary, shards)
+        ids_at = None if failed else partial(bundle_ids_in, temporary, shards)
         try:
             repeats = ledger.close(ids_at, data.on_invalid, rejects, rejected, named=kept_rejects)
         except InvalidBundlesError:

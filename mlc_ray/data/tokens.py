@@ -93,9 +93,9 @@ class ChatTemplate:
         shortcuts_from: int = _SHORTCUTS_FROM,
     ) -> None:
         if not tokenizer.chat_template:
+            what_to_do = "use an instruct model, or save a chat_template into the tokenizer's folder"
             raise TemplateError(
-                f"model.path={tokenizer.name_or_path!r}: its tokenizer has no chat template; use an instruct model, "
-                "or save a chat_template into the tokenizer's folder"
+                f"model.path={tokenizer.name_or_path!r}: its tokenizer has no chat template; {what_to_do}"
             )
         self.tokenizer, self.prompts_only = tokenizer, prompts_only
         self.shortcuts: Shortcuts | None = None
@@ -128,10 +128,10 @@ class ChatTemplate:
     def cut_prompt(self, ids: Ids, limit: int) -> tuple[Ids, int]:
         """A prompt's ids within `limit`, and how many were cut; see `encode_prompt`."""
         if self.minimum > limit:
-            raise TokenizationError(
-                f"data.max_prompt_tokens={limit} leaves no space for any text: the chat template alone takes "
-                f"{self.minimum - 1} tokens; set data.max_prompt_tokens well above that"
+            alone = (
+                f"the chat template alone takes {self.minimum - 1} tokens; set data.max_prompt_tokens well above that"
             )
+            raise TokenizationError(f"data.max_prompt_tokens={limit} leaves no space for any text: {alone}")
         if len(ids) <= limit:
             return ids, 0
         # The tail is always inside the window that is kept, because limit >= minimum.

@@ -162,7 +162,8 @@ class Passes:
     def _answered(self, table: pa.Table) -> None:
         self.write(table)
         warn_of_thoughts(table, self.request.config)
-        _warn_of_faults(table)
+        if faults := table["finish"].to_pylist().count(ENGINE_FAULT):
+            _warn_of_faults(faults, len(table))
 
 
 def made_by(request: Request) -> list[Any]:
@@ -181,9 +182,6 @@ def _versions() -> Mapping[str, str]:
     return {name: version for name, version in library_versions().items() if name.startswith("vllm")}
 
 
-def _warn_of_faults(table: pa.Table) -> None:
-    if faults := table["finish"].to_pylist().count(ENGINE_FAULT):
-        logger.warning(
-            "%d of %d prompts have no answer: engines fail on each of them alone; the column `fault` says how", faults,
-            len(table),
-        )  # fmt: skip
+def _warn_of_faults(faults: int, prompts: int) -> None:
+    what = "%d of %d prompts have no answer: engines fail on each of them alone; the column `fault` says how"
+    logger.warning(what, faults, prompts)
