@@ -92,19 +92,22 @@ def _check_answers(bundle: Bundle) -> None:
     """Refuse answers that do not fit each other or the prompts."""
     chosen, rejected, language = bundle.chosen, bundle.rejected, bundle.response_language
     if chosen is None:
-        if rejected is not None:
-            raise BundleError(f"rejected is given ({_quote(rejected)}) but chosen is not")
-        if bundle.answers:
-            raise BundleError(
-                f"answers are given in {', '.join(bundle.answers)}, but chosen is not, the answer in {language!r} "
-                "(response_language)"
-            )
+        if rejected is not None or bundle.answers:
+            raise BundleError(_without_chosen(bundle))
     elif language not in bundle.prompts:
-        raise BundleError(
-            f"answers are given in {language!r}, but there is no prompt in it (languages: {sorted(bundle.prompts)!r})"
-        )
+        others = f"(languages: {sorted(bundle.prompts)!r})"
+        raise BundleError(f"answers are given in {language!r}, but there is no prompt in it {others}")
     elif rejected is not None and chosen.strip() == rejected.strip():
         raise BundleError(f"chosen and rejected are the same: {_quote(chosen)}")
+
+
+def _without_chosen(bundle: Bundle) -> str:
+    if bundle.rejected is not None:
+        return f"rejected is given ({_quote(bundle.rejected)}) but chosen is not"
+    return (
+        f"answers are given in {', '.join(bundle.answers)}, but chosen is not, the answer in "
+        f"{bundle.response_language!r} (response_language)"
+    )
 
 
 def bundle_id_of(bundle: Bundle) -> str:

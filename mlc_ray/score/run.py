@@ -292,13 +292,16 @@ def check_unparsed(result: ScoreResult, bound: float) -> ScoreResult:
         TooManyUnparsedError: A larger share than `bound` got none.
     """
     if result.unparsed_share > bound:
-        raise TooManyUnparsedError(
-            f"{result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got no verdict; "
-            f"max_unparsed={bound:g} allows fewer; they are in {str(result.responses_file)!r} (columns behaviour, "
-            "safety and reason); remove the cause, or raise max_unparsed",
-            result,
-        )
+        raise TooManyUnparsedError(_unparsed_above(bound, result), result)
     return result
+
+
+def _unparsed_above(bound: float, result: ScoreResult) -> str:
+    return (
+        f"{result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got no verdict; "
+        f"max_unparsed={bound:g} allows fewer; they are in {str(result.responses_file)!r} (columns behaviour, "
+        "safety and reason); remove the cause, or raise max_unparsed"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the folder
