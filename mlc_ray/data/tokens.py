@@ -311,7 +311,7 @@ def tokenize_table(
 ) -> pa.Table:
     """A table of `BUNDLES` as one of `TOKENS`: all prompts are tokenised in one call, then all answers.
 
-    The first prompt of each language, and the first two answers, are compared with whole renderings.
+    With shortcuts, the first prompt of each language and the first two answers are compared with whole renderings.
 
     Raises:
         TokenizationError: the template alone exceeds max_prompt_tokens.
