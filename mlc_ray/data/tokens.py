@@ -21,7 +21,6 @@ from mlc_ray.config.chat import dated
 from mlc_ray.data.bundles import select_languages
 from mlc_ray.data.ragged import shared_start
 from mlc_ray.data.tables import ANSWERS, BUNDLES, bundle_columns, table_to_rows, token_table
-from mlc_ray.data.tracing import code_of
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import local_model
 from mlc_ray.types import Bundle, TokenRow
@@ -238,6 +237,8 @@ class ChatTemplate:
 
     def _check_arguments(self) -> None:
         """Refuse an argument that the template never reads, where its code can be read."""
+        from mlc_ray.data.tracing import code_of  # which most templates, without arguments, do not need
+
         try:
             read = find_undeclared_variables(code_of(self.tokenizer.get_chat_template()))
         except jinja2.TemplateSyntaxError:
