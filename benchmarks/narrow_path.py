@@ -1,11 +1,12 @@
 """Which lines run between a bundle file and a score, in order: the table in CONTRIBUTING.md.
 
-    python benchmarks/narrow_path.py MODEL_FOLDER
+    python benchmarks/narrow_path.py MODEL_FOLDER [--functions]
 
 It trains one step on eight bundles (JSONL, DPO + MLC, one worker) and scores the result with the refusal phrases, with
 every function of the package recorded in every process when it is first called. A function counts with its whole text.
 Left out is what lies beneath the path or beside it: settings, command line, storage and folders, cluster, console,
-checkpoints, the cached reference, checks at the start, the watch for collapse, counts of FLOPs.
+checkpoints, the cached reference, checks at the start, the watch for collapse, counts of FLOPs. `--functions` adds a
+list of the functions, longest first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "mlc_ray"
 PATH = {
     "data": "formats/records formats/containers formats/base formats/mlc bundles contents sources tables rejects "
-    "prepare tracing tokens artifacts store order plan stream batches trees ragged",
+    "prepare tokens shortcuts tracing artifacts store order plan stream batches trees ragged",
     "losses": "base dpo mlc logprobs objective",
     "train": "run entry worker model attention openings engines/base engines/deepspeed planning loop meter collectives",
     "generate": "stage engine blocks replica pool",
@@ -83,8 +84,8 @@ api.score({
 """
 
 
-def main(model: str) -> None:
-    """Run, and print the table."""
+def main(model: str, functions: bool) -> None:
+    """Run, and print the table, and each function that ran if asked for."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sample = PACKAGE / "data" / "sample"
@@ -111,23 +112,29 @@ def main(model: str) -> None:
     print("| module | source lines that run | with docstrings, comments and blank lines | lines of the file |")
     print("|---|---|---|---|")
     counts: list[tuple[int, int, int]] = []
+    ran: list[tuple[int, str]] = []
     for package, modules in PATH.items():
         for module in modules.split():
             file = PACKAGE / package / f"{module}.py"
             text = file.read_text(encoding="utf-8")
-            counts.append((*lines_that_run(text, called[file]), len(text.splitlines())))
+            found = functions_that_run(text, called[file])
+            ran += [(source, f"{package}/{module}.py: {name}") for name, source, _ in found]
+            source, total = (sum(sizes) for sizes in ([s for _, s, _ in found], [t for _, _, t in found]))
+            counts.append((source, total, len(text.splitlines())))
             print(f"| `{package}/{module}.py` | {' | '.join(map(str, counts[-1]))} |")
     print(f"| **all** | {' | '.join(f'**{sum(column)}**' for column in zip(*counts, strict=True))} |")
+    if functions:
+        print("", *(f"{source:4d} {name}" for source, name in sorted(ran, reverse=True)), sep="\n")
 
 
-def lines_that_run(text: str, called: set[int]) -> tuple[int, int]:
-    """Lines of the outermost functions and methods that were called: of source, and all from each first to its last.
+def functions_that_run(text: str, called: set[int]) -> list[tuple[str, int, int]]:
+    """Outermost functions and methods that were called: name, lines of source, and all from its first to its last.
 
     Source lines are those that hold code: no docstring, comment or blank line. A decorated function begins at its
     decorator; one that is nested in another counts with it.
     """
     code = _lines_with_code(text)
-    source = total = 0
+    found: list[tuple[str, int, int]] = []
     stack: list[ast.AST] = [ast.parse(text)]
     while stack:
         for node in ast.iter_child_nodes(stack.pop()):
@@ -135,11 +142,10 @@ def lines_that_run(text: str, called: set[int]) -> tuple[int, int]:
                 first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
                 if {node.lineno, first} & called:
                     lines = range(first, (node.end_lineno or first) + 1)
-                    total += len(lines)
-                    source += len(code.intersection(lines))
+                    found.append((node.name, len(code.intersection(lines)), len(lines)))
             else:
                 stack.append(node)
-    return source, total
+    return found
 
 
 def _lines_with_code(text: str) -> set[int]:
@@ -161,4 +167,4 @@ def _indented(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], "--functions" in sys.argv)

@@ -147,8 +147,8 @@ def test_source_lines_of_functions_that_were_called_are_counted_beside_all_of_th
 '''
     decorated, plain = {4}, {5}
     for called in (decorated, plain):
-        assert narrow_path.lines_that_run(text, called) == (4, 9)
-    assert narrow_path.lines_that_run(text, set()) == (0, 0)
+        assert narrow_path.functions_that_run(text, called) == [("called", 4, 9)]
+    assert narrow_path.functions_that_run(text, set()) == []
 
 
 def test_rows_that_landed_are_found_by_what_they_answer(

@@ -72,6 +72,11 @@ def local_artifact(place: Place, manifest: dict[str, Any]) -> Path:
     if place.is_local:
         verify_files(place, manifest)
         return Path(place)
+    return _copied(place, manifest)
+
+
+def _copied(place: Place, manifest: dict[str, Any]) -> Path:
+    """This machine's copy of an artefact from elsewhere."""
     folder = user_cache() / "artifacts" / f"{place.name}-{manifest[SEAL]}"
     with locked(folder, fcntl.LOCK_EX):
         if not is_made(Place(folder)):

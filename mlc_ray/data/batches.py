@@ -86,9 +86,8 @@ def collate(
     said = reference or ReferenceRows()
     grid = _Grid.of(table, languages)
     names = ("chosen", "rejected") if needs_rejected else ("chosen",)
-    opened = _Opened.of(table, grid, languages, scope, branches)
+    opened = None if scope == "none" else _Opened.of(table, grid, languages, scope, branches)
     planted = _plant(table, grid, names, tap=tap, pairing=pairing, whole=whole, opened=opened)
-    assert planted.rows is not None
     return Batch(
         bundle_ids=tuple(bundle_ids),
         kinds=tuple(kinds),
@@ -150,14 +149,14 @@ class _Grid:
         codes = table["languages"].combine_chunks().flatten().to_pylist()
         column = np.array([columns.get(code, -1) for code in codes], dtype=np.int64)
         if (column < 0).any():
-            first = int(bundle[int(np.argmin(column))])
-            outside = sorted(set(table["languages"][first].as_py()) - set(columns))
-            raise BatchError(
-                f"bundle {table['bundle_id'][first].as_py()} has languages {outside!r} "
-                f"outside the grid {list(languages)!r}"
-            )
+            raise BatchError(_outside(languages, table, int(bundle[int(np.argmin(column))])))
         tapped = _integers(table["tapped"].combine_chunks().flatten())
         return cls(_integers(prompts.flatten()), starts_of(lengths), lengths, tapped, bundle, column)
+
+
+def _outside(grid: Sequence[str], table: pa.Table, row: int) -> str:
+    outside = sorted(set(table["languages"][row].as_py()) - set(grid))
+    return f"bundle {table['bundle_id'][row].as_py()} has languages {outside!r} outside the grid {list(grid)!r}"
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,20 @@ class _Said:
         answers = table["answers"].combine_chunks()
         of_bundle = np.repeat(bundles, _lengths(answers))
         prompt = first[of_bundle] + _integers(answers.flatten().field("prompt"))
-        further = len(table) + np.arange(len(of_bundle))
+        if pairing == "response":
+            return cls(np.concatenate([own, prompt]), bundles, own, bundles, bundles)
+        return cls._paired(grid, pairing, own, of_bundle, prompt)
+
+    @classmethod
+    def none(cls) -> _Said:
+        """No answers."""
+        return cls(*np.empty((5, 0), np.int64))
+
+    @classmethod
+    def _paired(cls, grid: _Grid, pairing: Pairing, own: Ints, of_bundle: Ints, prompt: Ints) -> _Said:
+        """Where further answers (of the bundles `of_bundle`, to the prompts `prompt`) or prompts are read too."""
+        bundles = np.arange(len(own))
+        further = len(own) + np.arange(len(of_bundle))
         rows = [(bundles, own, bundles)]
         if pairing in ("own", "crossed"):
             rows.append((of_bundle, prompt, further))
@@ -192,7 +204,7 @@ class _Said:
         if pairing == "crossed":
             rows.append((of_bundle, own[of_bundle], further))
         bundle, continued, which = np.concatenate([np.stack(each) for each in rows], axis=1)
-        is_response = (continued == own[bundle]) & (which < len(table))
+        is_response = (continued == own[bundle]) & (which < len(own))
         order = np.lexsort((which, continued, ~is_response, bundle))
         return cls(
             np.concatenate([own, prompt]),
@@ -220,14 +232,26 @@ class _Opened:
     @classmethod
     def of(
         cls, table: pa.Table, grid: _Grid, languages: Sequence[str], scope: Scope, branches: Branches | None
-    ) -> _Opened | None:
-        if scope == "none":
-            return None
+    ) -> _Opened:
         assert branches is not None
         first = starts_of(_lengths(table["languages"]))
         every = np.lexsort((grid.column, grid.bundle))
         prompts = every if scope == "all" else first + _integers(table["response_prompt"])
         return cls(prompts, [languages[column] for column in grid.column[prompts]], branches)
+
+    def grown(self, segment: Ints, first: int) -> Grown:
+        """Behind their prompts, of which `segment` has the place of each of the grid; from segment `first` on."""
+        return Grown.behind(self.branches, self.codes, segment[self.prompts], first)
+
+    def read(self, grown: Grown, grid: _Grid, segment: Ints, places: Ints, lengths: Ints) -> Openings:
+        """Where they are read in a row of segments with these places and lengths."""
+        at = segment[self.prompts]
+        return grown.read(
+            places[at] + lengths[at] - 1,
+            int(lengths.sum()) - len(grown.ids),
+            bundle=grid.bundle[self.prompts],
+            column=grid.column[self.prompts],
+        )
 
 
 @dataclass(frozen=True)
@@ -237,7 +261,7 @@ class _Planted:
     tree: Tree
     answers: list[Answers]
     prompts: Prompts
-    rows: AnswerRows | None
+    rows: AnswerRows
     sequences: Sequences | None
     openings: Openings | None
 
@@ -258,42 +282,36 @@ def _plant(
     of each name, the other prompts, openings of responses.
     """
     found = [_answers(table, name, pairing) for name in names]
-    said = _Said.of(table, grid, pairing) if names else None
-    answered = np.unique(said.continued) if said is not None else np.arange(0)
+    said = _Said.of(table, grid, pairing) if names else _Said.none()
+    answered = np.unique(said.continued)
     order = np.lexsort((grid.column, grid.bundle)) if tap else answered
     others = order[~np.isin(order, answered)]
     prompts = np.concatenate([answered, others])
     # Short of the tapped token, which is of its prompt alone. A single prompt shares its beginning with none.
     head = common_start(grid.ids, grid.starts[prompts], grid.tapped[prompts]) if len(prompts) > 1 else 0
     heads = 1 if head else 0
-    continued = heads + np.searchsorted(answered, said.continued) if said is not None else np.arange(0)
+    continued = heads + np.searchsorted(answered, said.continued)
     n_answers = len(continued)
 
     segment = np.full(len(grid.starts), -1, dtype=np.int64)
     last_answer = heads + len(answered) + n_answers * len(names)
     segment[answered], segment[others] = heads + np.arange(len(answered)), last_answer + np.arange(len(others))
-    grown = None
-    if opened is not None:
-        last_prompt = last_answer + len(others)
-        grown = Grown.behind(opened.branches, opened.codes, segment[opened.prompts], last_prompt)
 
-    sources = [grid.ids, *(ids for ids, _ in found), *([grown.ids] if grown is not None else [])]
+    sources = [grid.ids, *(ids for ids, _ in found)]
     offsets = starts_of(np.array([len(ids) for ids in sources]))[1:]
-    own = [(starts_of(n)[said.which], n[said.which]) for _, n in found] if said is not None else []
-    starts, lengths, parents = np.concatenate(
-        [
-            _segments(grid.starts[prompts[:heads]], head, -1),
-            _segments(grid.starts[answered] + head, grid.lengths[answered] - head, heads - 1),
-            # An answer's last token predicts nothing.
-            *(
-                _segments(offset + at, n if whole else n - 1, continued)
-                for offset, (at, n) in zip(offsets, own, strict=False)
-            ),
-            _segments(grid.starts[others] + head, grid.lengths[others] - head, heads - 1),
-            *([grown.segments + np.array([[offsets[-1]], [0], [0]])] if grown is not None else []),
-        ],
-        axis=1,
-    )
+    own = [(starts_of(n)[said.which], n[said.which]) for _, n in found]
+    last = 0 if whole else 1  # an answer's last token predicts nothing
+    segments = [
+        _segments(grid.starts[prompts[:heads]], head, -1),
+        _segments(grid.starts[answered] + head, grid.lengths[answered] - head, heads - 1),
+        *(_segments(offset + at, n - last, continued) for offset, (at, n) in zip(offsets, own, strict=True)),
+        _segments(grid.starts[others] + head, grid.lengths[others] - head, heads - 1),
+    ]
+    grown = opened.grown(segment, last_answer + len(others)) if opened is not None else None
+    if grown is not None:
+        segments.append(grown.segments + np.array([[sum(map(len, sources))], [0], [0]]))
+        sources.append(grown.ids)
+    starts, lengths, parents = np.concatenate(segments, axis=1)
     places = starts_of(lengths)
     there = lengths > 0  # an answer of one token has nothing in the row
     tree = make_tree(
@@ -315,17 +333,7 @@ def _plant(
         answers.append(Answers(*(torch.from_numpy(part) for part in (predicting, ids[ranges(at, counts)], row))))
     tapped = places[segment[order]] + grid.tapped[order] - head
     where = Prompts(*(torch.from_numpy(part) for part in (tapped, grid.bundle[order], grid.column[order])))
-    openings = None
-    if opened is not None and grown is not None:
-        at = segment[opened.prompts]
-        openings = grown.read(
-            places[at] + lengths[at] - 1,
-            int(lengths.sum()) - len(grown.ids),
-            bundle=grid.bundle[opened.prompts],
-            column=grid.column[opened.prompts],
-        )
-    if said is None:
-        return _Planted(tree, answers, where, None, None, openings)
+    openings = opened.read(grown, grid, segment, places, lengths) if opened is not None and grown is not None else None
     sequences = None
     if whole:
         begins = heads + len(answered) + n_answers * np.arange(len(names))[:, None] + said.response
@@ -365,13 +373,13 @@ def _answers(table: pa.Table, name: str, pairing: Pairing) -> tuple[Ints, Ints]:
     every = table["answers"].combine_chunks()
     further = every.flatten().field(name)
     further_lengths = _lengths(further)
+    where = ""
     if pairing in ("own", "crossed"):
         bundle = np.repeat(np.arange(len(table)), _lengths(every))
         number = np.bincount(bundle[further_lengths > 0], minlength=len(table))
-        missing = missing | (number + 1 < _lengths(table["languages"]))
+        missing, where = missing | (number + 1 < _lengths(table["languages"])), " in each of its languages"
     if missing.any():
         bundle_id = table["bundle_id"][int(np.argmax(missing))].as_py()
-        where = " in each of its languages" if pairing in ("own", "crossed") else ""
         raise BatchError(f"bundle {bundle_id} has no {name!r} answer{where}, which this loss needs")
     ids = np.concatenate([_integers(answers.flatten()), _integers(further.flatten())])
     return ids, np.concatenate([lengths, further_lengths])

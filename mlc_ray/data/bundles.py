@@ -62,49 +62,52 @@ def make_bundle(raw: Mapping[str, Any], *, kind: Any = None) -> Bundle:
         BundleError: the mapping breaks the contract.
     """
 
-    def field(name: str, default: Any = None) -> Any:
-        value = raw.get(name)
-        return default if value is None else value
-
-    for key, value in raw.items():
-        if key not in FIELDS and value is not None:
-            raise BundleError(f"unknown key {key!r}; did you mean {_nearest(key, FIELDS)!r}?")
-    kind = _kind(field("kind") if kind is None else kind)
-    prompts = _prompts(raw.get("prompts"))
-    response_language = check_language(field("response_language", "en"), "response_language")
-    chosen, rejected = (None if raw.get(name) is None else _text(raw[name], name) for name in ("chosen", "rejected"))
-    if rejected is not None and chosen is None:
-        raise BundleError(f"rejected is given ({_quote(rejected)}) but chosen is not")
-    if chosen is not None and response_language not in prompts:
-        raise BundleError(
-            f"answers are given in {response_language!r}, but there is no prompt in it (languages: {sorted(prompts)!r})"
-        )
-    if chosen is not None and rejected is not None and chosen.strip() == rejected.strip():
-        raise BundleError(f"chosen and rejected are the same: {_quote(chosen)}")
-    answers = _answers(field("answers", {}), prompts, response_language)
-    if answers and chosen is None:
-        raise BundleError(
-            f"answers are given in {', '.join(answers)}, but chosen is not, the answer in {response_language!r} "
-            "(response_language)"
-        )
+    given = {key: value for key, value in raw.items() if value is not None}
+    if unknown := given.keys() - set(FIELDS):
+        key = next(key for key in given if key in unknown)
+        raise BundleError(f"unknown key {key!r}; did you mean {_nearest(key, FIELDS)!r}?")
+    prompts = _prompts(given.get("prompts"))
+    language = check_language(given.get("response_language", "en"), "response_language")
     bundle = Bundle(
         bundle_id="",  # follows from the rest
-        kind=kind,
+        kind=_kind(given.get("kind") if kind is None else kind),
         prompts=prompts,
-        chosen=chosen,
-        rejected=rejected,
-        response_language=response_language,
-        source=_label(field("source", ""), "source"),
-        category=_label(field("category", ""), "category"),
-        answers=answers,
+        response_language=language,
+        **{name: _text(given[name], name) for name in ("chosen", "rejected") if name in given},
+        source=_label(given.get("source", ""), "source"),
+        category=_label(given.get("category", ""), "category"),
+        answers=_answers(given["answers"], prompts, language) if "answers" in given else {},
     )
+    _check_answers(bundle)
     bundle = replace(bundle, bundle_id=bundle_id_of(bundle))
-    if field("bundle_id", bundle.bundle_id) != bundle.bundle_id:
+    if given.get("bundle_id", bundle.bundle_id) != bundle.bundle_id:
         raise BundleError(
             f"bundle_id {raw['bundle_id']!r} is not the hash of this content, {bundle.bundle_id!r}; "
             "leave bundle_id out, or find out what changed the content"
         )
     return bundle
+
+
+def _check_answers(bundle: Bundle) -> None:
+    """Refuse answers that do not fit each other or the prompts."""
+    chosen, rejected, language = bundle.chosen, bundle.rejected, bundle.response_language
+    if chosen is None:
+        if rejected is not None or bundle.answers:
+            raise BundleError(_without_chosen(bundle))
+    elif language not in bundle.prompts:
+        others = f"(languages: {sorted(bundle.prompts)!r})"
+        raise BundleError(f"answers are given in {language!r}, but there is no prompt in it {others}")
+    elif rejected is not None and chosen.strip() == rejected.strip():
+        raise BundleError(f"chosen and rejected are the same: {_quote(chosen)}")
+
+
+def _without_chosen(bundle: Bundle) -> str:
+    if bundle.rejected is not None:
+        return f"rejected is given ({_quote(bundle.rejected)}) but chosen is not"
+    return (
+        f"answers are given in {', '.join(bundle.answers)}, but chosen is not, the answer in "
+        f"{bundle.response_language!r} (response_language)"
+    )
 
 
 def bundle_id_of(bundle: Bundle) -> str:
@@ -122,16 +125,18 @@ def select_languages(bundle: Bundle, languages: Sequence[str] | None) -> list[st
         BundleError: none is left, or answers would lose the prompt they answer; the message names data.languages.
     """
     kept = sorted(code for code in bundle.prompts if languages is None or code in languages)
-    if not kept:
-        raise BundleError(
-            f"the bundle has none of data.languages={list(languages or [])!r}; it has {sorted(bundle.prompts)!r}"
-        )
-    if bundle.chosen is not None and bundle.response_language not in kept:
-        raise BundleError(
-            f"data.languages={list(languages or [])!r} leaves out {bundle.response_language!r}, the language of the "
-            "bundle's answers; add it to data.languages"
-        )
+    if not kept or (bundle.chosen is not None and bundle.response_language not in kept):
+        raise BundleError(_too_few_languages(bundle, list(languages or []), kept))
     return kept
+
+
+def _too_few_languages(bundle: Bundle, wanted: list[str], kept: list[str]) -> str:
+    if not kept:
+        return f"the bundle has none of data.languages={wanted!r}; it has {sorted(bundle.prompts)!r}"
+    return (
+        f"data.languages={wanted!r} leaves out {bundle.response_language!r}, the language of the bundle's answers; "
+        "add it to data.languages"
+    )
 
 
 def check_language(code: Any, where: str) -> str:
@@ -204,9 +209,8 @@ def _label(value: Any, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BundleError(
-            f"{where} holds half a surrogate pair at character {error.start}: not valid Unicode"
-        ) from None
+        half = f"half a surrogate pair at character {error.start}"
+        raise BundleError(f"{where} holds {half}: not valid Unicode") from None
     return value
 
 

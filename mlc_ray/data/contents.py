@@ -59,31 +59,29 @@ def read_blocks(blocks: list[Block]) -> Iterator[tuple[str, int]]:
 
 
 def contents_of(paths: Iterable[Place], read: BlockReader = read_blocks) -> dict[Place, Content]:
-    """The content of files, by what is remembered in the user's cache for (path, size, time of change), or by `read`.
+    """The content of files, by `read`; of those larger than a block it is remembered in the user's cache.
 
-    Where that cache cannot be read or written, as without a home folder, nothing is remembered. Nor is a file that
-    changed while it was read, or whose storage does not say when it changed.
+    There it is found by (path, size, time of change). Where that cache cannot be read or written, as without a home
+    folder, nothing is remembered. Nor is a file that changed while it was read, or whose storage does not say when it
+    changed.
 
     Raises:
         OSError: a file cannot be read.
     """
-    found: dict[Place, Content] = {}
-    missing: dict[Place, list[Block]] = {}
     now, states = time.time(), {path: _state(path) for path in paths}
-    for path, state in states.items():
-        remembered = _recall(path, state)
-        if remembered is not None:
-            found[path] = remembered
-        else:
-            starts = range(0, max(1, state["size"]), BLOCK_BYTES)
-            missing[path] = [Block(path.absolute().url, start) for start in starts]
+    large = {path: state for path, state in states.items() if state["size"] > BLOCK_BYTES}
+    found = {path: known for path, state in large.items() if (known := _recall(path, state)) is not None}
+    missing = {
+        path: [Block(path.absolute().url, start) for start in range(0, max(1, state["size"]), BLOCK_BYTES)]
+        for path, state in states.items()
+        if path not in found
+    }
     results = iter(read([block for blocks in missing.values() for block in blocks]))
     for path, blocks in missing.items():
         digests, line_breaks = zip(*(next(results) for _ in blocks), strict=True)
         found[path] = Content(list(digests), list(line_breaks))
-        changed = states[path]["modified"]
-        if changed is not None and now - changed > _SETTLED_SECONDS and _state(path) == states[path]:
-            _remember(path, states[path], found[path])
+        if path in large:
+            _remember(path, states[path], found[path], now)
     return found
 
 
@@ -119,7 +117,10 @@ def _recall(path: Place, state: dict[str, Any]) -> Content | None:
         return None
 
 
-def _remember(path: Place, state: dict[str, Any], content: Content) -> None:
+def _remember(path: Place, state: dict[str, Any], content: Content, read_at: float) -> None:
+    changed = state["modified"]
+    if changed is None or read_at - changed <= _SETTLED_SECONDS or _state(path) != state:
+        return
     with suppress(*_NO_CACHE):
         memory = _memory(path)
         memory.parent.mkdir(parents=True, exist_ok=True)

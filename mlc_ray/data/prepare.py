@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -18,6 +18,7 @@ import ray
 from mlc_ray.config import PLAIN_CHAT, ChatSection, DataSection, ModelSection, SourceSection
 from mlc_ray.data.artifacts import is_made, new_artifact
 from mlc_ray.data.contents import Block, Content, contents_of, read_blocks
+from mlc_ray.data.ragged import Ints
 from mlc_ray.data.rejects import InvalidBundlesError, Ledger, PartRead
 from mlc_ray.data.sources import Reading, Seen, SourceFile, parse, pinned, readings_of, resolve_source
 from mlc_ray.data.store import (
@@ -74,6 +75,10 @@ def _contents(files: Sequence[SourceFile]) -> dict[Place, Content]:
 def _blocks_by_tasks(blocks: list[Block]) -> Iterable[tuple[str, int]]:
     if len(blocks) <= _BLOCKS_HERE:
         return read_blocks(blocks)
+    return _blocks_in_parallel(blocks)
+
+
+def _blocks_in_parallel(blocks: list[Block]) -> list[tuple[str, int]]:
     task: Any = ray.remote(num_cpus=_CPUS)(lambda some: list(read_blocks(some)))
     starts = range(0, len(blocks), _BLOCKS_A_TASK)
     results = ray.get([task.remote(blocks[start : start + _BLOCKS_A_TASK]) for start in starts])
@@ -157,12 +162,15 @@ def read_bundles(
             progress.advance(len(table))
     ids = pa.concat_tables(tables)["bundle_id"]
     repeats = ledger.close(lambda rows: ids.take(rows).to_pylist(), on_invalid, rejects, Path(rejects_path))
-    kept = []
+    return pa.concat_tables(_without(repeats, tables) if repeats else tables)
+
+
+def _without(rows: Mapping[int, Ints], tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Tables without some rows of each, by its number."""
     for number, table in enumerate(tables):
         mask = np.ones(len(table), dtype=bool)
-        mask[repeats.get(number, [])] = False
-        kept.append(table.filter(mask))
-    return pa.concat_tables(kept)
+        mask[rows.get(number, [])] = False
+        yield table.filter(mask)
 
 
 def _read_stage(row: Row, languages: list[str] | None) -> Row:
@@ -202,23 +210,19 @@ def prepare_token_rows(
     contents = _contents(files)
     name = token_fingerprint(data, model, chat, contents)
     folder = Place(cache_dir).absolute() / f"tokens-{name}"
-    if is_made(folder):
-        artifact = TokenArtifact.open(folder)
-        _announce(artifact)
-        return artifact
-
-    # Before anything is read: a template that does not fit is a fault of the settings, not of a row.
-    template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code), chat)
-    template.encode_prompt("x", data.max_prompt_tokens)
-
-    artifact = _write_token_rows(_readings(files, contents), data, model, chat, name=name, folder=folder)
+    if not is_made(folder):
+        # Before anything is read: a template that does not fit is a fault of the settings, not of a row.
+        template = ChatTemplate(load_tokenizer(model.path, trust_remote_code=model.trust_remote_code), chat)
+        template.encode_prompt("x", data.max_prompt_tokens)
+        _write_token_rows(_readings(files, contents), data, model, chat, name=name, folder=folder)
+    artifact = TokenArtifact.open(folder)
     _announce(artifact)
     return artifact
 
 
 def _write_token_rows(
     readings: Sequence[Reading], data: DataSection, model: ModelSection, chat: ChatSection, *, name: str, folder: Place
-) -> TokenArtifact:
+) -> None:
     kept_rejects = folder.parent / f"{folder.name}.rejects.jsonl"
     with (
         new_artifact(folder) as temporary,
@@ -243,7 +247,7 @@ def _write_token_rows(
         failed = data.on_invalid == "fail" and ledger.reasons
         rejected = here / REJECTS_FILE
         rejects = (part.read_text() for part in parts)
-        ids_at = None if failed else bundle_ids_in(temporary, shards)
+        ids_at = None if failed else partial(bundle_ids_in, temporary, shards)
         try:
             repeats = ledger.close(ids_at, data.on_invalid, rejects, rejected, named=kept_rejects)
         except InvalidBundlesError:
@@ -252,12 +256,7 @@ def _write_token_rows(
         if rejected.exists():
             temporary.storage.publish(rejected, str(temporary / REJECTS_FILE))
         if repeats:
-            task: Any = ray.remote(num_cpus=_CPUS)(rewrite_shard)
-            again = [task.remote(temporary, n, drop, *ledger.columns(n)) for n, drop in repeats.items()]
-            for number, shard in zip(repeats, ray.get(again), strict=True):
-                shards[number] = shard
-                if temporary.is_local:  # a folder that no other run has
-                    (temporary / shard_file(number)).remove()
+            _leave_out(repeats, ledger, temporary, shards)
         finish_artifact(
             temporary,
             shards,
@@ -268,7 +267,16 @@ def _write_token_rows(
             data=data.model_dump(mode="json", exclude={"validation"}),
         )
     kept_rejects.remove()
-    return TokenArtifact.open(folder)
+
+
+def _leave_out(repeats: Mapping[int, Ints], ledger: Ledger, folder: Place, shards: list[Shard]) -> None:
+    """Have the shards that hold repeated bundles written anew without them."""
+    task: Any = ray.remote(num_cpus=_CPUS)(rewrite_shard)
+    again = [task.remote(folder, n, drop, *ledger.columns(n)) for n, drop in repeats.items()]
+    for number, shard in zip(repeats, ray.get(again), strict=True):
+        shards[number] = shard
+        if folder.is_local:  # one that no other run has
+            (folder / shard_file(number)).remove()
 
 
 @contextmanager

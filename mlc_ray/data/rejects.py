@@ -152,18 +152,14 @@ class Ledger(Rejects):
             KeyCollisionError: two ids have the same key.
             InvalidBundlesError: `on_invalid` is "fail" and a row was rejected, or no bundle is left.
         """
-        starts = np.cumsum([0, *(len(part.lines) for part in self._parts)])
         repeats, firsts = self._repeats()
+        path.unlink(missing_ok=True)
+        if not self.reasons and not len(repeats):
+            return {}
+        starts = np.cumsum([0, *(len(part.lines) for part in self._parts)])
         if ids_at is not None:
             self._refuse_collisions(repeats, firsts, ids_at, starts)
-        path.unlink(missing_ok=True)
-        if self.reasons or len(repeats):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(rejects)
-                for repeat, first in zip(repeats.tolist(), firsts.tolist(), strict=True):
-                    reason = f"repeats the bundle of {place(*self._place(first, starts))!r}"
-                    file.write(self.reject(RejectedRow(*self._place(repeat, starts), reason, "")))
+        self._write(path, rejects, repeats, firsts, starts)
         self._say(self.bundles - len(repeats), on_invalid, named or path)
         parts = np.searchsorted(starts, repeats, side="right") - 1
         return {int(part): repeats[parts == part] - starts[part] for part in np.unique(parts)}
@@ -185,6 +181,14 @@ class Ledger(Rejects):
         ascending = np.argsort(order[where])
         return order[where][ascending], firsts[ascending]
 
+    def _write(self, path: Path, rejects: Iterable[str], repeats: Ints, firsts: Ints, starts: Ints) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(rejects)
+            for repeat, first in zip(repeats.tolist(), firsts.tolist(), strict=True):
+                reason = f"repeats the bundle of {place(*self._place(first, starts))!r}"
+                file.write(self.reject(RejectedRow(*self._place(repeat, starts), reason, "")))
+
     def _place(self, number: int, starts: Ints) -> tuple[str, int]:
         part = int(np.searchsorted(starts, number, side="right")) - 1
         (lines, files, file_of), index = self._parts[part], number - int(starts[part])
@@ -205,8 +209,6 @@ class Ledger(Rejects):
 
     def _say(self, kept: int, on_invalid: str, named: Path | Place) -> None:
         rejected = self.reasons.total()
-        if not rejected:
-            return
         summary = "".join(f"\n  {number} x {reason}" for reason, number in self.reasons.most_common())
         logger.warning("%d invalid rows, written to %s:%s", rejected, named, summary)
         if on_invalid != "fail" and kept:

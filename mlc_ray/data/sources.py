@@ -101,24 +101,29 @@ def resolve_source(source: SourceSection) -> list[SourceFile]:
     path = Place(name)
     if path.is_local:
         path = Place(Path(name).expanduser().absolute())  # tasks run elsewhere, with another working directory
-    elif columnar.is_saved_dataset(path):
-        raise BundleFileError(f"{name!r} is a saved dataset; give it as a path, or its rows as Parquet files")
-    if path.is_file() or (path.is_dir() and columnar.is_saved_dataset(path)):
+    if path.is_file():
         return [file(path)]
     if path.is_dir():
-        if (whole := _format_of_folder(path, format)) is not None:
-            return [file(path, whole)]
-        files = _files_of(path)
-        if not files:
-            raise BundleFileError(
-                f"folder {name!r} holds no {', '.join(containers.SUFFIXES)} file and no saved dataset"
-            )
-        if (joined := _joined_format(files, format)) is not None:
-            return [file(path, joined)]
-        return [file(inside) for inside in files]
+        return [file(found, as_format) for found, as_format in _in_folder(path, name, format)]
     if (hub_name := _hub_name(source)) is not None:
         return [file(str(hub_name.pinned()))]
     raise BundleFileError(f"{name!r} does not exist")
+
+
+def _in_folder(folder: Place, name: str, format: str) -> list[tuple[Place, str]]:
+    """What a folder of the `name` that the user gave holds, and the format of each: a dataset, one thing, or files."""
+    if columnar.is_saved_dataset(folder):
+        if not folder.is_local:
+            raise BundleFileError(f"{name!r} is a saved dataset; give it as a path, or its rows as Parquet files")
+        return [(folder, format)]
+    if (whole := _format_of_folder(folder, format)) is not None:
+        return [(folder, whole)]
+    files = _files_of(folder)
+    if not files:
+        raise BundleFileError(f"folder {name!r} holds no {', '.join(containers.SUFFIXES)} file and no saved dataset")
+    if (joined := _joined_format(files, format)) is not None:
+        return [(folder, joined)]
+    return [(inside, format) for inside in files]
 
 
 def pinned(sources: Sequence[SourceSection]) -> list[SourceSection]:
@@ -127,11 +132,12 @@ def pinned(sources: Sequence[SourceSection]) -> list[SourceSection]:
     Raises:
         BundleFileError: the hub cannot say which.
     """
-    names = [None if Path(source.path).expanduser().exists() else _hub_name(source) for source in sources]
-    return [
-        source if name is None else source.model_copy(update={"path": str(name.pinned())})
-        for source, name in zip(sources, names, strict=True)
-    ]
+    return [source if Path(source.path).expanduser().exists() else _pinned(source) for source in sources]
+
+
+def _pinned(source: SourceSection) -> SourceSection:
+    name = _hub_name(source)
+    return source if name is None else source.model_copy(update={"path": str(name.pinned())})
 
 
 def _hub_name(source: SourceSection) -> HubName | None:
@@ -212,16 +218,18 @@ def _recognise(opened: Opened) -> tuple[str, Format]:
     formats = _known_formats()
     fitting = [name for name, known in formats.items() if known.recognises(keys)]
     best = [name for name in fitting if len(formats[name].needs) == len(formats[fitting[0]].needs)]
-    if len(best) == 1:
-        return best[0], formats[best[0]]
+    if len(best) != 1:
+        raise BundleFileError(_unrecognised(opened.path, keys, best))
+    return best[0], formats[best[0]]
+
+
+def _unrecognised(path: str, keys: frozenset[str], best: Sequence[str]) -> str:
     found = f"the first record's keys {sorted(keys)!r}"
     if best:
-        raise BundleFileError(
-            f"{opened.path}: cannot tell the format: {found} are of {' and of '.join(best)}; set the source's format"
-        )
-    known = [f"{name} (has {', '.join(sorted(one.needs))})" for name, one in formats.items() if one.needs]
-    raise BundleFileError(
-        f"{opened.path}: cannot tell the format from {found}; expected one of {', '.join(known)}, table (a column per "
+        return f"{path}: cannot tell the format: {found} are of {' and of '.join(best)}; set the source's format"
+    known = [f"{name} (has {', '.join(sorted(one.needs))})" for name, one in _known_formats().items() if one.needs]
+    return (
+        f"{path}: cannot tell the format from {found}; expected one of {', '.join(known)}, table (a column per "
         "language code, and any of id, kind, source, category); or set the source's format"
     )
 
@@ -230,6 +238,10 @@ def _code_of(format: str) -> str | None:
     """Fingerprint of the module of a format from outside this package: token rows made by other code are stale."""
     if format == AUTO or (component := resolve("format", format)).__module__.startswith(_SHIPPED):
         return None
+    return _fingerprint_of_code(format, component)
+
+
+def _fingerprint_of_code(format: str, component: type) -> str:
     try:
         return fingerprint(Path(inspect.getfile(component)).read_text(encoding="utf-8"))
     except (TypeError, OSError):
@@ -303,33 +315,42 @@ def read_file(file: SourceFile) -> Iterator[Row]:
 
 def readings_of(file: SourceFile, contents: dict[Place, Content], *, blocks: int) -> list[Reading]:
     """A source cut into parts of about `blocks` blocks, where its format reads parts; else one reading of the whole."""
-    whole = Reading(file)
     path = Place(file.path)
+    small = path in contents and len(contents[path].digests) <= blocks
+    return [Reading(file)] if small else _parts_of(file, contents.get(path), blocks) or [Reading(file)]
+
+
+def _parts_of(file: SourceFile, content: Content | None, blocks: int) -> list[Reading]:
+    """The parts of a source; none where it is read in one go."""
+    path, name = Place(file.path), file.format
+    if path.is_dir() and not columnar.is_saved_dataset(path):
+        return []
     try:
-        if path in contents and len(contents[path].digests) <= blocks:
-            return [whole]
-        if path.is_dir() and not columnar.is_saved_dataset(path):
-            return [whole]
-        name = file.format
         if name == AUTO:
             name, _ = _recognise(containers.open_records(file.path))
         if not make_format(name).reads_parts:
-            return [whole]
+            return []
     except BundleFileError:  # for the reading itself to report
-        return [whole]
-    line_breaks = contents[path].line_breaks if path in contents else []
+        return []
+    line_breaks = content.line_breaks if content is not None else []
     parts = containers.parts_of(file.path, line_breaks, BLOCK_BYTES, blocks)
-    return [Reading(replace(file, format=name), part) for part in parts] or [whole]
+    return [Reading(replace(file, format=name), part) for part in parts]
 
 
 def _rows(file: SourceFile, part: Part | None) -> Iterator[Row]:
     if file.format != AUTO and (reader := make_format(file.format)).whole_folder:
         return reader.read_folder(file.path, file.kind)
     folder = Place(file.path)
-    many = folder.is_dir() and not columnar.is_saved_dataset(folder)
-    opened = [_open(str(path), part, file.format) for path in (_files_of(folder) if many else [file.path])]
+    if folder.is_dir() and not columnar.is_saved_dataset(folder):
+        return _rows_of_folder(folder, file)
+    form, opened = _open(file.path, part, file.format)
+    return form.read([opened], file.kind)
+
+
+def _rows_of_folder(folder: Place, file: SourceFile) -> Iterator[Row]:
+    opened = [_open(str(path), None, file.format) for path in _files_of(folder)]
     form = opened[0][0]
-    if many and not form.joins_files:
+    if not form.joins_files:
         raise BundleFileError(f"{file.path}: a folder; its files hold whole bundles and are read one by one")
     return form.read([one for _, one in opened], file.kind)
 

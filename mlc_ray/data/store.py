@@ -194,22 +194,19 @@ def rewrite_shard(folder: Place, number: int, drop: Ints, files: Sequence[str], 
     return write_shard(folder, shard_file(number, without_repeats=True), kept())
 
 
-def bundle_ids_in(folder: Place, shards: Sequence[Shard]) -> Callable[[Ints], list[str]]:
-    """What gives the ids of rows of a folder that has all its shards, but no manifest yet; it reads their shards."""
+def bundle_ids_in(folder: Place, shards: Sequence[Shard], rows: Ints) -> list[str]:
+    """The ids of rows of a folder that has all its shards, but no manifest yet; it reads their shards."""
     starts = np.cumsum([0, *(shard.counts.rows for shard in shards)])
     only_ids = pa.ipc.IpcReadOptions(included_fields=[TOKENS.names.index("bundle_id")])
 
-    def ids_at(rows: Ints) -> list[str]:
-        found = np.empty(len(rows), dtype=object)
-        parts = np.searchsorted(starts, rows, side="right") - 1
-        for part in np.unique(parts).tolist():
-            with (folder / shards[part].file).open() as source:
-                ids = pa.ipc.open_file(source, options=only_ids).read_all()["bundle_id"]
-            here = parts == part
-            found[here] = ids.take(rows[here] - starts[part]).to_pylist()
-        return cast(list[str], found.tolist())
-
-    return ids_at
+    found = np.empty(len(rows), dtype=object)
+    parts = np.searchsorted(starts, rows, side="right") - 1
+    for part in np.unique(parts).tolist():
+        with (folder / shards[part].file).open() as source:
+            ids = pa.ipc.open_file(source, options=only_ids).read_all()["bundle_id"]
+        here = parts == part
+        found[here] = ids.take(rows[here] - starts[part]).to_pylist()
+    return cast(list[str], found.tolist())
 
 
 def _joined(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
@@ -330,11 +327,10 @@ class TokenArtifact:
         """
         folder = Place(folder)
         manifest = read_manifest(folder)
-        if manifest.get("artifact") != "tokens" or manifest.get("format") != FORMAT:
-            raise ArtifactError(
-                f"{str(folder)!r} is not a folder of token rows in format {FORMAT}: it says artifact="
-                f"{manifest.get('artifact')!r}, format={manifest.get('format')!r}"
-            )
+        what, version = manifest.get("artifact"), manifest.get("format")
+        if (what, version) != ("tokens", FORMAT):
+            said = f"it says artifact={what!r}, format={version!r}"
+            raise ArtifactError(f"{str(folder)!r} is not a folder of token rows in format {FORMAT}: {said}")
         here = local_artifact(folder, manifest)
         try:
             found = _Manifest.model_validate(manifest)
@@ -342,9 +338,8 @@ class TokenArtifact:
                 raise ValueError(f"shards has {strangers[0]!r}, which is not in files")
             return cls(folder, found, here)
         except (ValueError, pa.ArrowInvalid) as error:
-            raise ArtifactError(
-                f"{str(folder)!r} is damaged: {' '.join(str(error).split())}; remove it, and it is made again"
-            ) from None
+            fault = " ".join(str(error).split())
+            raise ArtifactError(f"{str(folder)!r} is damaged: {fault}; remove it, and it is made again") from None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (TokenArtifact.open, (self.folder,))

@@ -89,22 +89,13 @@ def token_table(columns: dict[str, list[Any]]) -> pa.Table:
 def bundle_columns(bundle: Bundle, languages: Sequence[str] | None = None) -> dict[str, Any]:
     """A bundle as a row of `BUNDLES`, without its place; restricted to `languages` (sorted; None: all)."""
     kept = sorted(bundle.prompts) if languages is None else list(languages)
-    return {
-        "bundle_id": bundle.bundle_id,
-        "kind": bundle.kind,
+    lists = {
         "languages": kept,
         "texts": [bundle.prompts[code] for code in kept],
-        "chosen": bundle.chosen,
-        "rejected": bundle.rejected,
-        "response_language": bundle.response_language,
-        "answers": [
-            {"language": code, "chosen": pair.chosen, "rejected": pair.rejected}
-            for code, pair in bundle.answers.items()
-            if code in kept
-        ],
-        "source": bundle.source,
-        "category": bundle.category,
+        "answers": [{"language": code, **vars(pair)} for code, pair in bundle.answers.items() if code in kept],
     }
+    names = [name for name in BUNDLES.names if name not in ("file", "line")]
+    return {name: lists[name] if name in lists else getattr(bundle, name) for name in names}
 
 
 def rows_to_table(rows: Sequence[TokenRow]) -> pa.Table:

@@ -7,8 +7,7 @@ content, so a prompt that quotes the template's own markers cannot move a bounda
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import product
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import jinja2
@@ -22,7 +21,6 @@ from mlc_ray.config.chat import dated
 from mlc_ray.data.bundles import select_languages
 from mlc_ray.data.ragged import shared_start
 from mlc_ray.data.tables import ANSWERS, BUNDLES, bundle_columns, table_to_rows, token_table
-from mlc_ray.data.tracing import Trace, Traced, code_of, is_traceable, replayed
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import local_model
 from mlc_ray.types import Bundle, TokenRow
@@ -30,16 +28,17 @@ from mlc_ray.types import Bundle, TokenRow
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from mlc_ray.data.shortcuts import Shortcuts
+
 NO_PROMPT = -1
 """`TokenRow.response_prompt` of a bundle that has no answers and no prompt in its response language."""
 
 _READ = ["bundle_id", "kind", "languages", "texts", "response_language", *ANSWERS, "answers"]
 _COPIED = ("bundle_id", "kind", "languages", "response_prompt")
-_SENTINEL = "qS7zK2vX9w"
-_BLANKS = " \n\t\u00a0\u3000"
-_PROBES = (f"{_BLANKS}x{_BLANKS}", "\"'<&>\\ {{ x }}{% x %}", "\nA\n\nB", "x" * 5000)
-"""Texts that come out otherwise where a template strips, escapes or shortens them."""
-
+SENTINEL = "qS7zK2vX9w"
+"""A text that no template writes."""
+_SHORTCUTS_FROM = 256
+"""So many prompts take 30 ms, and 13 with shortcuts (SmolLM2 on an AMD EPYC), which are learnt in 5."""
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 
@@ -74,49 +73,43 @@ class ChatTemplate:
     `chat` is what the template is given beside the user's message. With `prompts_only` no answer is ever rendered, and
     the template may do anything with one: those of reasoning models leave out thoughts that the prompt began.
 
-    `head` and `tail` are what it writes around a user's text; `minimum` is the number of tokens of a prompt that holds
-    one letter, the least that a limit may be.
+    `head` and `tail` are what it writes around a user's text, `around_answer` what it writes around an answer;
+    `minimum` is the number of tokens of a prompt that holds one letter, the least that a limit may be.
 
-    Ids are those of the template's own rendering. Two things save work where they are proven to change nothing. A
-    rendering is put together without the template where `tracing` knows what that does with a text. And only what
-    lies between the special tokens next to a text is tokenised: a tokenizer splits at those before all else, so what
-    lies beyond them always has the same ids.
+    Ids are those of the template's own rendering. Once more than `shortcuts_from` texts were given, `shortcuts` save
+    work where they are proven to change nothing; before, each text is rendered.
 
     Raises:
         TemplateError: there is no usable template, or it does not use what `chat` gives it.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, chat: ChatSection = PLAIN_CHAT, *, prompts_only: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat: ChatSection = PLAIN_CHAT,
+        *,
+        prompts_only: bool = False,
+        shortcuts_from: int = _SHORTCUTS_FROM,
     ) -> None:
         if not tokenizer.chat_template:
+            what_to_do = "use an instruct model, or save a chat_template into the tokenizer's folder"
             raise TemplateError(
-                f"model.path={tokenizer.name_or_path!r}: its tokenizer has no chat template; use an instruct model, "
-                "or save a chat_template into the tokenizer's folder"
+                f"model.path={tokenizer.name_or_path!r}: its tokenizer has no chat template; {what_to_do}"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.prompts_only = tokenizer, prompts_only
+        self.shortcuts: Shortcuts | None = None
+        self._texts_before_shortcuts = shortcuts_from
         self._chat = chat
         self._given: dict[str, Any] = {**chat.arguments, **dated(chat.date)}
-        self._check_arguments()
-        self._prompts_only = prompts_only
-        self._traces = {"user": Trace(), "assistant": Trace()}
-        asked, said = (Traced(_SENTINEL, trace) for trace in self._traces.values())
-        prompt = self._render(asked)
-        answered = f"{prompt}{_SENTINEL}" if prompts_only else self._render(asked, said)
+        if chat.arguments:
+            self._check_arguments()
+        prompt = self.render(SENTINEL)
         self.head, self.tail = self._split(prompt, "user")
         if chat.system is not None and chat.system.strip() not in self.head + self.tail:
             raise TemplateError(f"chat.system={chat.system!r}: the chat template leaves it out: {prompt!r}")
-        if not answered.startswith(prompt):
-            raise TemplateError(
-                "the chat template renders an answered conversation differently from the prompt that led to it: "
-                f"{answered!r} does not start with {prompt!r}"
-            )
-        self._around_answer = self._split(answered[len(prompt) :], "assistant")
-        self._backend = _backend_of(tokenizer)
+        self.around_answer = ("", "") if prompts_only else self._answered(prompt)
         self.head_ids = self._ids_of_head()
         self.minimum = len(self._ids(self.head + "x" + self.tail))
-        self._learn_changes()
-        self._learn_fixed_ids()
 
     def encode_prompt(self, text: str, limit: int) -> tuple[list[int], int]:
         """Ids of the prompt that asks `text`, at most `limit` of them, and the number of tokens cut.
@@ -134,10 +127,10 @@ class ChatTemplate:
     def cut_prompt(self, ids: Ids, limit: int) -> tuple[Ids, int]:
         """A prompt's ids within `limit`, and how many were cut; see `encode_prompt`."""
         if self.minimum > limit:
-            raise TokenizationError(
-                f"data.max_prompt_tokens={limit} leaves no space for any text: the chat template alone takes "
-                f"{self.minimum - 1} tokens; set data.max_prompt_tokens well above that"
+            alone = (
+                f"the chat template alone takes {self.minimum - 1} tokens; set data.max_prompt_tokens well above that"
             )
+            raise TokenizationError(f"data.max_prompt_tokens={limit} leaves no space for any text: {alone}")
         if len(ids) <= limit:
             return ids, 0
         # The tail is always inside the window that is kept, because limit >= minimum.
@@ -150,9 +143,9 @@ class ChatTemplate:
         Raises:
             TemplateError: the template puts other text around one of them than around others.
         """
-        (before, before_ids), (after, after_ids) = self._fixed
-        pieces = [self._prompt(text)[len(before) :].removesuffix(after) for text in texts]
-        return [np.concatenate([before_ids, ids, after_ids]) for ids in self._batch(pieces)]
+        if (shortcuts := self._shortcuts_for(len(texts))) is not None:
+            return shortcuts.prompt_ids(texts)
+        return self.batch([self.prompt(text) for text in texts])
 
     def answer_ids(self, asked: Sequence[tuple[str, Ids, str]]) -> list[Ids]:
         """Uncut ids of answers alone, end-of-turn token included; each is asked for as (prompt, its uncut ids, answer).
@@ -164,13 +157,11 @@ class ChatTemplate:
         Raises:
             TemplateError: the template changes the prompt once it is answered.
         """
-        alone = [self._answer(prompt, text) for prompt, _, text in asked]
-        leads = [self._lead or (self._prompt(prompt), ids) for prompt, ids, _ in asked]
-        behind = self._batch([lead + text for (lead, _), text in zip(leads, alone, strict=True)])
-        return [
-            ids[len(lead) :] if np.array_equal(ids[: len(lead)], lead) else self._ids(text)
-            for (_, lead), ids, text in zip(leads, behind, alone, strict=True)
-        ]
+        if (shortcuts := self._shortcuts_for(len(asked))) is not None:
+            return shortcuts.answer_ids(asked)
+        leads = [(self.prompt(prompt), ids) for prompt, ids, _ in asked]
+        answers = [self.answer(prompt, answer) for prompt, _, answer in asked]
+        return ids_behind(leads, answers, self.batch)
 
     def opening_ids(self, texts: Sequence[str]) -> list[Ids]:
         """Ids that answers begin with which begin with `texts`, behind the generation prompt; tokenised in one call.
@@ -178,48 +169,14 @@ class ChatTemplate:
         What the template writes before an answer is in them. An answer that goes on may have other ids where its next
         letters merge with the last ones of the text.
         """
-        before, _ = self._around_answer
-        lead, lead_ids = self._lead or (self._prompt("x"), self.prompt_ids(["x"])[0])
-        behind = self._batch([f"{lead}{before}{text}" for text in texts])
-        return [
-            ids[len(lead_ids) :] if np.array_equal(ids[: len(lead_ids)], lead_ids) else self._ids(before + text)
-            for text, ids in zip(texts, behind, strict=True)
-        ]
+        lead = self.prompt("x")
+        return ids_behind(
+            [(lead, self._ids(lead))] * len(texts), [self.around_answer[0] + t for t in texts], self.batch
+        )
 
-    def verify(self, conversations: Iterable[tuple[str, str | None]]) -> None:
-        """Compare what is put together for some prompts, each with an answer or none, with renderings.
-
-        Raises:
-            TemplateError: they differ, so that ids of other texts may be wrong.
-        """
-        for prompt, answer in conversations:
-            if not (self._fills("user", prompt) and (answer is None or self._fills("assistant", answer))):
-                continue
-            whole = self._filled(prompt, answer)
-            if whole != (rendered := self._render(prompt, answer)):
-                raise TemplateError(
-                    f"the chat template of {self.tokenizer.name_or_path!r} renders {rendered!r}, where other "
-                    f"conversations lead to {whole!r}; what it writes may depend on nothing but the conversation: take "
-                    "the time, random numbers and the like out of it"
-                )
-
-    def _filled(self, prompt: str, answer: str | None) -> str:
-        """A conversation put together without the template."""
-        filled = f"{self.head}{replayed(prompt, self._changes['user'])}{self.tail}"
-        if answer is None:
-            return filled
-        before, behind = self._around_answer
-        return f"{filled}{before}{replayed(answer, self._changes['assistant'])}{behind}"
-
-    def _fills(self, role: str, text: str) -> bool:
-        """Whether a text can be filled in without the template."""
-        return self._traces[role].holds_for(text)
-
-    def _prompt(self, text: str) -> str:
-        """The prompt that asks `text`, generation prompt included."""
-        if self._fills("user", text):
-            return self._filled(text, None)
-        rendered = self._render(text)
+    def prompt(self, text: str) -> str:
+        """The rendered prompt that asks `text`, generation prompt included; raises as `prompt_ids`."""
+        rendered = self.render(text)
         fits = len(rendered) >= len(self.head) + len(self.tail)
         if not (fits and rendered.startswith(self.head) and rendered.endswith(self.tail)):
             raise TemplateError(
@@ -227,77 +184,15 @@ class ChatTemplate:
             )
         return rendered
 
-    def _answer(self, prompt: str, text: str) -> str:
-        """What follows the prompt in the conversation in which `text` answers it."""
-        if self._fills("user", prompt) and self._fills("assistant", text):
-            before, behind = self._around_answer
-            return f"{before}{replayed(text, self._changes['assistant'])}{behind}"
-        rendered, conversation = self._prompt(prompt), self._render(prompt, text)
+    def answer(self, prompt: str, text: str) -> str:
+        """What follows the prompt in the conversation in which `text` answers it; raises as `answer_ids`."""
+        rendered, conversation = self.prompt(prompt), self.render(prompt, text)
         if not conversation.startswith(rendered):
             raise TemplateError(f"the chat template changes the prompt {prompt!r} once it is answered")
         return conversation[len(rendered) :]
 
-    def _learn_changes(self) -> None:
-        """Which of the changes that were traced reach the output, by texts that differ under each.
-
-        Unless exactly one way to fill in both texts agrees with all renderings, they are opaque.
-        """
-        user, assistant = self._traces.values()
-        code = self.tokenizer.get_chat_template()
-        prompts, answers = _probes_of(user), _probes_of(assistant)
-        if is_traceable(code) and prompts and answers:
-            pairs = [
-                (prompt, answer) for prompt in prompts for answer in (None, *(() if self._prompts_only else answers))
-            ]
-            rendered = {pair: self._render(*pair) for pair in pairs}
-            agreeing = []
-            for changes in product(sorted(user.changes, key=repr), sorted(assistant.changes, key=repr)):
-                self._changes = dict(zip(self._traces, changes, strict=True))
-                if all(self._filled(*pair) == text for pair, text in rendered.items()):
-                    agreeing.append(self._changes)
-            if len(agreeing) == 1:
-                self._changes = agreeing[0]
-                return
-        user.opaque = assistant.opaque = True
-
-    def _learn_fixed_ids(self) -> None:
-        """What of head and tail lies beyond special tokens, and the last of these, behind which answers begin."""
-        marks = self._marks()
-        start = max((self.head.rfind(mark) for mark in marks), default=-1)
-        found = [(at, mark) for mark in marks if (at := self.tail.find(mark)) >= 0]
-        self._fixed = (self.head[: max(0, start)], self._ids(self.head[: max(0, start)])), ("", self._ids(""))
-        self._lead: tuple[str, Ids] | None = None
-        if found:
-            at, mark = min(found)
-            self._fixed = self._fixed[0], (self.tail[at + len(mark) :], self._ids(self.tail[at:])[1:])
-            lead = self.tail[max(self.tail.rfind(mark) for mark in marks) :]
-            self._lead = lead, self._ids(lead)
-
-    def _marks(self) -> list[str]:
-        """Added tokens in head or tail at which text is split whatever stands around them."""
-        if self._backend is None or self._backend.encode_special_tokens:
-            return []
-        added = list(self._backend.get_added_tokens_decoder().values())
-
-        def is_mark(token: Any) -> bool:
-            text = token.content
-            awkward = token.normalized or token.single_word or token.lstrip or token.rstrip
-            # No other one begins earlier and reaches into it, or begins with it and goes on.
-            return not awkward and not any(
-                text[0] in other.content[1:] or (other.content != text and other.content.startswith(text))
-                for other in added
-            )
-
-        return [token.content for token in added if token.content in self.head + self.tail and is_mark(token)]
-
-    def _ids_of_head(self) -> Ids:
-        """The ids of the head when text follows it: tokenised alone, line breaks at its end can become other tokens."""
-        one, other = (self._ids(f"{self.head}{letter}{self.tail}") for letter in "xy")
-        common = shared_start(one, other)
-        # A blank at its end may have merged with the letter; then the head tokenised alone is more accurate.
-        return common if self.tokenizer.decode(common) == self.head else self._ids(self.head)
-
-    def _render(self, user: str, assistant: str | None = None) -> str:
+    def render(self, user: str, assistant: str | None = None) -> str:
+        """What the template writes of a prompt, generation prompt included, or of one that is answered."""
         said = [("system", self._chat.system), ("user", user), ("assistant", assistant)]
         messages = [{"role": role, "content": text} for role, text in said if text is not None]
         try:
@@ -311,8 +206,39 @@ class ChatTemplate:
             ) from None
         return cast(str, rendered)
 
+    def _shortcuts_for(self, texts: int) -> Shortcuts | None:
+        """What saves work, once so many further texts are too many to render each."""
+        self._texts_before_shortcuts -= texts
+        if self.shortcuts is None and self._texts_before_shortcuts < 0:
+            self.shortcuts = self._learn_shortcuts()
+        return self.shortcuts
+
+    def _learn_shortcuts(self) -> Shortcuts:
+        from mlc_ray.data.shortcuts import Shortcuts  # which builds on this module
+
+        return Shortcuts(self)
+
+    def _answered(self, prompt: str) -> tuple[str, str]:
+        """What the template writes around an answer, behind a rendered `prompt`."""
+        answered = self.render(SENTINEL, SENTINEL)
+        if not answered.startswith(prompt):
+            raise TemplateError(
+                "the chat template renders an answered conversation differently from the prompt that led to it: "
+                f"{answered!r} does not start with {prompt!r}"
+            )
+        return self._split(answered[len(prompt) :], "assistant")
+
+    def _ids_of_head(self) -> Ids:
+        """The ids of the head when text follows it: tokenised alone, line breaks at its end can become other tokens."""
+        one, other = (self._ids(f"{self.head}{letter}{self.tail}") for letter in "xy")
+        common = shared_start(one, other)
+        # A blank at its end may have merged with the letter; then the head tokenised alone is more accurate.
+        return common if self.tokenizer.decode(common) == self.head else self._ids(self.head)
+
     def _check_arguments(self) -> None:
         """Refuse an argument that the template never reads, where its code can be read."""
+        from mlc_ray.data.tracing import code_of  # which most templates, without arguments, do not need
+
         try:
             read = find_undeclared_variables(code_of(self.tokenizer.get_chat_template()))
         except jinja2.TemplateSyntaxError:
@@ -325,20 +251,18 @@ class ChatTemplate:
             )
 
     def _ids(self, text: str) -> Ids:
-        return self._batch([text])[0]
+        return self.batch([text])[0]
 
-    def _batch(self, texts: list[str]) -> list[Ids]:
+    def batch(self, texts: Sequence[str]) -> list[Ids]:
         """Ids of rendered texts, tokenised in one call."""
-        # The template writes BOS itself, as apply_chat_template(tokenize=True) assumes too.
-        if self._backend is not None:
-            found = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-            # One at a time: tens of thousands of lists that live at once would be walked by the garbage collector.
-            return [np.array(each.ids, np.int32) for each in found]
-        return [np.array(ids, np.int32) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        # The template writes BOS itself, as apply_chat_template(tokenize=True) assumes too. What is too long is cut
+        # later: no warning of it.
+        found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return [np.array(ids, np.int32) for ids in found]
 
     @staticmethod
     def _split(rendered: str, role: str) -> tuple[str, str]:
-        head, *tails = rendered.split(_SENTINEL)
+        head, *tails = rendered.split(SENTINEL)
         if len(tails) != 1:
             raise TemplateError(
                 f"the chat template writes the {role}'s text {len(tails)} times instead of once: {rendered!r}"
@@ -346,27 +270,18 @@ class ChatTemplate:
         return head, tails[0]
 
 
-def _probes_of(trace: Trace) -> list[str]:
-    """Texts that tell a template's changes apart, all treated as the traced one was; none where `_PROBES` are not."""
-    if not all(trace.holds_for(probe) for probe in _PROBES):
-        return []
-    calls = {call for changes in trace.changes for call in changes}
-    stripped = sorted({"".join(arguments) or _BLANKS for _, arguments in calls})
-    derived = [f"{characters}A{characters}" for characters in (*stripped, "".join(stripped))]
-    return [*_PROBES, *(probe for probe in derived if trace.holds_for(probe))]
+def ids_behind(
+    leads: Sequence[tuple[str, Ids]], texts: Sequence[str], batch: Callable[[Sequence[str]], list[Ids]]
+) -> list[Ids]:
+    """Ids of each text behind its lead, given with its ids; of the text alone where the tokenizer would merge the two.
 
-
-def _backend_of(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The `tokenizers.Tokenizer` that gives the same ids with less work; None where a class has its own way."""
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-    own = type(tokenizer)
-    if getattr(own, "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
-        return None
-    if own.__call__ is not PreTrainedTokenizerBase.__call__:
-        return None
-    tokenizer("x", add_special_tokens=False)  # sets the backend to neither cut nor pad
-    return tokenizer.backend_tokenizer
+    `batch` tokenises texts in one call.
+    """
+    together = batch([lead + text for (lead, _), text in zip(leads, texts, strict=True)])
+    return [
+        ids[len(lead) :] if np.array_equal(ids[: len(lead)], lead) else batch([text])[0]
+        for (_, lead), ids, text in zip(leads, together, texts, strict=True)
+    ]
 
 
 def tokenize_bundle(
@@ -397,7 +312,7 @@ def tokenize_table(
 ) -> pa.Table:
     """A table of `BUNDLES` as one of `TOKENS`: all prompts are tokenised in one call, then all answers.
 
-    The first prompt of each language, and the first two answers, are compared with whole renderings.
+    With shortcuts, the first prompt of each language and the first two answers are compared with whole renderings.
 
     Raises:
         TokenizationError: the template alone exceeds max_prompt_tokens.
@@ -417,11 +332,10 @@ def tokenize_table(
         answers += [
             (number, pair, name, int(starts[number]) + at) for pair, at in pairs for name in ANSWERS if pair[name]
         ]
-    first_of_languages = {code: text for row in rows for code, text in zip(row["languages"], row["texts"], strict=True)}
-    template.verify([(text, None) for text in first_of_languages.values()])
-    template.verify([(texts[prompt], pair[name]) for _, pair, name, prompt in answers[:2]])
     whole = template.prompt_ids(texts)
     said = template.answer_ids([(texts[prompt], whole[prompt], pair[name]) for _, pair, name, prompt in answers])
+    if template.shortcuts is not None:
+        _verify(template.shortcuts, rows, [(texts[prompt], pair[name]) for _, pair, name, prompt in answers[:2]])
     kept, cuts = zip(*(template.cut_prompt(ids, max_prompt_tokens) for ids in whole), strict=True)
     lengths, cut = np.fromiter(map(len, kept), np.int32), np.array(cuts, dtype=np.int32)
     lost = np.zeros(len(rows), dtype=np.int32)
@@ -436,6 +350,12 @@ def tokenize_table(
     columns["truncated_prompt_tokens"] = np.add.reduceat(cut, starts[:-1])
     columns["truncated_response_tokens"] = lost
     return token_table(columns)
+
+
+def _verify(shortcuts: Shortcuts, rows: Sequence[dict[str, Any]], answered: Sequence[tuple[str, str]]) -> None:
+    """Compare the first prompt of each language and some answered ones with whole renderings."""
+    first = {code: text for row in rows for code, text in zip(row["languages"], row["texts"], strict=True)}
+    shortcuts.verify([*((text, None) for text in first.values()), *answered])
 
 
 def _lists(bounds: npt.NDArray[np.int64], values: pa.Array) -> pa.Array:

@@ -143,17 +143,20 @@ class Job:
             self.queue.append(Piece(Block(some), 0, self.added, self.added + len(some)))
             self.added += len(some)
             self.left += len(some)
-        self._release(probe=True)
+        if self._held:
+            self._release(probe=True)
 
     def close(self) -> None:
         """No more rows are added."""
         self.closed = True
-        self._release(probe=True)
+        if self._held:
+            self._release(probe=True)
 
     def known(self, row: pa.Table) -> None:
         """A row on which engines did not fail earlier: it tells engines that fail from rows on which they do."""
         self._proven = Piece(Block(row), 0, 0, 1, probe=True, repeated=True)
-        self._release(probe=True)
+        if self._held:
+            self._release(probe=True)
 
     def take(self, piece: Piece, columns: pa.Table) -> None:
         """A piece is done."""
@@ -163,7 +166,8 @@ class Job:
             self.left -= 1
             return
         self._proven = Piece(piece.block, piece.offset, piece.first, piece.first + 1, probe=True, repeated=True)
-        self._release()
+        if self._held:
+            self._release()
         self._fill(piece, columns, marked=False)
 
     def failed(self, piece: Piece, fault: str, at: str) -> None:
@@ -197,11 +201,10 @@ class Job:
 
     def _release(self, *, probe: bool = False) -> None:
         """What waited is asked; with `probe` a row first, the newest."""
-        if self._held:
-            self.queue.extendleft(reversed(self._held))
-            self._held.clear()
-            if probe:
-                self._probe()
+        self.queue.extendleft(reversed(self._held))
+        self._held.clear()
+        if probe:
+            self._probe()
 
     def _again(self, piece: Piece, fault: str) -> None:
         if rest := piece.again(self.part.limits.retries):

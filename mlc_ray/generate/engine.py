@@ -76,10 +76,10 @@ def check_lengths(model: str, engine: EngineSection, max_new_tokens: int) -> Non
     Raises:
         EngineError: it does not, or it has fewer.
     """
-    if max_new_tokens >= engine.max_model_len:
+    longest = engine.max_model_len
+    if max_new_tokens >= longest:
         raise EngineError(
-            f"max_new_tokens={max_new_tokens} leaves no space for a prompt in "
-            f"engine.max_model_len={engine.max_model_len}"
+            f"max_new_tokens={max_new_tokens} leaves no space for a prompt in engine.max_model_len={longest}"
         )
     check_positions(model, engine)
 
@@ -106,9 +106,8 @@ def check_finished(generations: Iterable[Generation]) -> None:
     """
     for each in generations:
         if each.finish not in ("stop", "length", PROMPT_TOO_LONG):
-            raise RuntimeError(
-                f"the engine ended a reply with finish {each.finish!r} after {each.response_tokens} tokens"
-            )
+            what = f"finish {each.finish!r} after {each.response_tokens} tokens"
+            raise RuntimeError(f"the engine ended a reply with {what}")
 
 
 @dataclass(frozen=True)
@@ -165,6 +164,11 @@ class Engine:
             device.
     """
 
+    _lora: Any = None
+    _adapters = 0  # served so far
+    _canary: list[float] | None = None  # log-probs of the canaries under the weights, no adapter
+    _sample: Any = None  # `WeightSample` of the weights
+
     def __init__(self, model: str, settings: EngineSection, *, device: Device, warm: Warm | None = None):
         check_positions(model, settings)
         prepare_process(settings, device)
@@ -172,11 +176,7 @@ class Engine:
         self.max_model_len = settings.max_model_len
         settings = settings.model_copy(update={"dtype": resolved(settings.dtype, gpu=device == "gpu")})
         self._dtype = settings.dtype
-        self._lora: Any = None
-        self._adapters = 0
         self._batch = 1 if warm is not None and warm.lora_rank is not None else _LOG_PROB_BATCH
-        self._canary: list[float] | None = None  # log-probs of the canaries under the weights, no adapter
-        self._sample: Any = None  # `WeightSample` of the weights
         self._llm = _start_engine(model, settings, device, warm)
 
     def swap(self, model: str) -> dict[str, float]:
@@ -421,26 +421,11 @@ def _start_engine(model: str, engine: EngineSection, device: Device, warm: Warm 
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() != (device == "cpu"):
-        wanted, extra = ("CPU", "cpu") if device == "cpu" else ("GPU", "cuda")
-        found = current_platform.device_type or "no device here"
-        raise EngineError(
-            f"scoring is to run on {wanted}, but the installed vLLM is for {found}; "
-            f"install this package with [{extra}], or change accelerator"
-        )
-    options: dict[str, Any] = {"enforce_eager": engine.enforce_eager}
-    if device == "cpu":
-        # Compiling takes a minute or two at every start, needs a C++ compiler, and gained a tenth in tokens/s.
-        options["enforce_eager"] = True
-        # The least the CPU kernels take (vLLM's own choice is 128): the cache is shared in whole blocks only.
-        options["block_size"] = 32
-    elif engine.tensor_parallel > 1:
-        # Inside a Ray actor vLLM would otherwise ask Ray for GPUs of its own, which the actor already holds.
-        options |= {"tensor_parallel_size": engine.tensor_parallel, "distributed_executor_backend": "mp"}
-    if device == "gpu":
-        options["gpu_memory_utilization"] = engine.gpu_memory_utilization
-    if warm is not None:
-        options |= warm.options
-    options |= engine.options
+        raise EngineError(_other_device(device, current_platform.device_type or "no device here"))
+    # On CPU compiling takes a minute or two at every start, needs a C++ compiler, and gained a tenth in tokens/s. The
+    # block is the least the CPU kernels take (vLLM's own choice is 128): the cache is shared in whole blocks only.
+    options = {"enforce_eager": True, "block_size": 32} if device == "cpu" else _gpu_options(engine)
+    options |= (warm.options if warm is not None else {}) | engine.options
     folder = local_model(model)
     llm = LLM(
         model=folder,
@@ -458,6 +443,25 @@ def _start_engine(model: str, engine: EngineSection, device: Device, warm: Warm 
     )
     _count_steps(llm)
     return llm
+
+
+def _other_device(device: Device, found: str) -> str:
+    wanted, extra = ("CPU", "cpu") if device == "cpu" else ("GPU", "cuda")
+    return (
+        f"scoring is to run on {wanted}, but the installed vLLM is for {found}; install this package with [{extra}], "
+        "or change accelerator"
+    )
+
+
+def _gpu_options(engine: EngineSection) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "enforce_eager": engine.enforce_eager,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
+    }
+    if engine.tensor_parallel > 1:
+        # Inside a Ray actor vLLM would otherwise ask Ray for GPUs of its own, which the actor already holds.
+        options |= {"tensor_parallel_size": engine.tensor_parallel, "distributed_executor_backend": "mp"}
+    return options
 
 
 _steps = 0

@@ -141,9 +141,7 @@ class EnginePool:
             RuntimeError: it is unknown which weights would answer.
         """
         if not self._sure:
-            raise RuntimeError(
-                "after a failed swap, or a start since, it is unknown which weights would answer: swap first"
-            )
+            raise RuntimeError("after a failed swap, or a start since, it is unknown which weights answer: swap first")
         for replica in self.replicas:
             replica.failures = 0
 
@@ -323,22 +321,20 @@ class EnginePool:
         self._looked = now
         found = []
         for reference, replica in doing.items():
+            waits = patient and replica.method == "start" and replica.where is None
             if reference in ready:
-                try:
-                    found.append(_Outcome(replica, replica.take()))
-                    continue
-                except ray.exceptions.RayError as error:
-                    if self.part.engine is None and isinstance(error, ray.exceptions.RayTaskError):
-                        raise  # a mistake in the code of a judge
-                    trouble, hung = reason(error), False
-            elif patient and replica.method == "start" and replica.where is None:
-                continue
-            elif (said := replica.trouble(seconds)) is not None:
-                trouble, hung = said, True
-            else:
-                continue
-            found.append(self._ended(replica, trouble, hung=hung))
+                found.append(self._taken(replica))
+            elif not waits and (trouble := replica.trouble(seconds)) is not None:
+                found.append(self._ended(replica, trouble, hung=True))
         return found
+
+    def _taken(self, replica: Replica) -> _Outcome:
+        try:
+            return _Outcome(replica, replica.take())
+        except ray.exceptions.RayError as error:
+            if self.part.engine is None and isinstance(error, ray.exceptions.RayTaskError):
+                raise  # a mistake in the code of a judge
+            return self._ended(replica, reason(error), hung=False)
 
     def _ended(self, replica: Replica, trouble: str, *, hung: bool) -> _Outcome:
         at = f" ({replica.where})" if replica.where is not None else ""
@@ -408,13 +404,8 @@ def work(jobs: Sequence[tuple[EnginePool, Job]]) -> None:
                 except Exception as error:
                     if at == 0:
                         raise
-                    said = reason(error) if isinstance(error, ray.exceptions.RayError) else error
-                    still = next((f"; {each.part.name} goes on" for each, one in going[:at] if not one.is_over), "")
-                    logger.error("%s failed, and goes no further: %s%s", pool.part.name, said, still)
                     failure = failure or error
-                    for behind, _ in going[at:]:
-                        behind.drop()
-                    del going[at:]
+                    _end_from(going, at, error)
                     break
                 if job.is_over:
                     job.ended()
@@ -427,6 +418,16 @@ def work(jobs: Sequence[tuple[EnginePool, Job]]) -> None:
         raise
     if failure is not None:
         raise failure
+
+
+def _end_from(going: list[tuple[EnginePool, Job]], at: int, error: Exception) -> None:
+    """Take from the jobs the one at a place, which failed, and those behind it."""
+    said = reason(error) if isinstance(error, ray.exceptions.RayError) else error
+    still = next((f"; {each.part.name} goes on" for each, one in going[:at] if not one.is_over), "")
+    logger.error("%s failed, and goes no further: %s%s", going[at][0].part.name, said, still)
+    for behind, _ in going[at:]:
+        behind.drop()
+    del going[at:]
 
 
 @contextmanager

@@ -252,8 +252,14 @@ class Replica:
         Args:
             seconds: since this was asked last.
         """
+        limits = self.part.limits
+        self._watch.look(seconds, lambda: self._ask("beat"))
+        if self._watch.since_begin <= min(limits.hang_seconds, limits.start_seconds):
+            return None  # none of its bounds is reached
+        return self._overdue()
+
+    def _overdue(self) -> str | None:
         limits, watch = self.part.limits, self._watch
-        watch.look(seconds, lambda: self._ask("beat"))
         # While it starts it may have no place yet, or hold Python's lock for long.
         if self.method != "start" and watch.unanswered > limits.hang_seconds:
             return f"did not answer for engine.hang_seconds={limits.hang_seconds:g}"

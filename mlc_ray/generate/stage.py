@@ -160,11 +160,9 @@ class Generator(Stage):
             self.chat,
             prompts_only=True,
         )
-        if self._template.minimum > self.longest_prompt:
-            raise EngineError(
-                f"engine.max_model_len={self.settings.max_model_len} less max_new_tokens={self.max_new_tokens} leaves "
-                f"no space for the chat template, which takes {self._template.minimum - 1} tokens"
-            )
+        if (least := self._template.minimum) > self.longest_prompt:
+            lengths = f"engine.max_model_len={self.settings.max_model_len} less max_new_tokens={self.max_new_tokens}"
+            raise EngineError(f"{lengths} leaves no space for the chat template, which takes {least - 1} tokens")
         self._reader = Reader.of(self._template.tokenizer, self._template.tail, self.asking.reasoning)
         self._tokenizer = name
 

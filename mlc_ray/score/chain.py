@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import pyarrow as pa
 
@@ -18,6 +20,7 @@ from mlc_ray.score.kept import Kept
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class Pass:
     """One pass over the rows of a score: rows come in any order, and go on with the columns of `part`.
 
@@ -30,34 +33,32 @@ class Pass:
         ended: is told, once all rows are done, of all of them in their order.
     """
 
-    def __init__(
-        self,
-        part: Part,
-        device: Device,
-        rows: int,
-        *,
-        kept: Kept | None = None,
-        keeps: bool = False,
-        unit: str | None = None,
-        ended: Callable[[pa.Table], None] = lambda table: None,
-    ) -> None:
-        self.part = part
-        self.done = 0  # rows that were there
-        self.job = Job(part, block_size(part, device, rows), self._took, ended=self._ended)
-        self.next: Pass | None = None
-        self._rows, self._kept, self._keeps, self._unit, self._told = rows, kept, keeps, unit, ended
-        self._places: list[int] = []  # of the rows of the job, in the whole table
-        self._keys: list[str] = []  # of those
-        self._made: list[tuple[Sequence[int], pa.Table]] = []
-        self.lasting = ExitStack()
-        """What lasts until all rows are done: the pool, where it is for this pass alone."""
+    part: Part
+    device: Device
+    rows: int
+    _: KW_ONLY
+    kept: Kept | None = None
+    keeps: bool = False
+    unit: str | None = None
+    ended: Callable[[pa.Table], None] = lambda table: None
+    next: Pass | None = field(default=None, init=False)
+    done: int = field(default=0, init=False)  # rows that were there
+    lasting: ExitStack = field(default_factory=ExitStack, init=False)
+    """What lasts until all rows are done: the pool, where it is for this pass alone."""
+    _places: list[int] = field(default_factory=list, init=False)  # of the rows of the job, in the whole table
+    _keys: list[str] = field(default_factory=list, init=False)  # of those
+    _made: list[tuple[Sequence[int], pa.Table]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        size = block_size(self.part, self.device, self.rows)
+        self.job = Job(self.part, size, self._took, ended=self._ended)
 
     def show(self) -> None:
         """Show the progress from now on."""
-        if self.done and self._kept is not None:
-            logger.info("%s: %d of %d %s are done already", self.part.name, self.done, self._rows, self._unit)
-        if self._unit is not None:
-            shown = phase(self.part.name, self._rows, self._unit, done=self.done)
+        if self.done and self.kept is not None:
+            logger.info("%s: %d of %d %s are done already", self.part.name, self.done, self.rows, self.unit)
+        if self.unit is not None:
+            shown = phase(self.part.name, self.rows, self.unit, done=self.done)
             self.job.progress = self.lasting.enter_context(shown)
 
     def add(self, places: Sequence[int], table: pa.Table) -> None:
@@ -65,14 +66,17 @@ class Pass:
         if not len(table):
             self._go_on(places, joined(table, self.part.columns.empty_table()))
             return
-        if self._kept is None:
-            self._ask(places, [], table)
-            return
-        keys, found = self._kept.look(table)
-        there = [at for at, row in enumerate(found) if row is not None]
-        if not there:
+        keys, found = self.kept.look(table) if self.kept is not None else ([], [])
+        if any(row is not None for row in found):
+            self._add_known(places, keys, table, found)
+        else:
             self._ask(places, keys, table)
-            return
+
+    def _add_known(
+        self, places: Sequence[int], keys: Sequence[str], table: pa.Table, found: Sequence[dict[str, Any] | None]
+    ) -> None:
+        """Rows come of which some are done already, as `found` says."""
+        there = [at for at, row in enumerate(found) if row is not None]
         rows = table.take(pa.array(there, pa.int64()))
         self.job.known(rows.take(pa.array([0], pa.int64())))  # not a slice, which would hold all of them
         self.done += len(there)
@@ -98,8 +102,8 @@ class Pass:
         self.job.add(table)
 
     def _took(self, piece: Piece, columns: pa.Table, marked: bool) -> None:
-        if self._keeps and self._kept is not None and not marked:
-            self._kept.land(self._keys[piece.first : piece.stop], columns)
+        if self.keeps and self.kept is not None and not marked:
+            self.kept.land(self._keys[piece.first : piece.stop], columns)
         self._go_on(self._places[piece.first : piece.stop], joined(piece.rows, columns))
 
     def _go_on(self, places: Sequence[int], table: pa.Table) -> None:
@@ -109,7 +113,7 @@ class Pass:
 
     def _ended(self) -> None:
         table = self.table
-        self._told(table)
+        self.ended(table)
         self.lasting.close()
         self._made.clear()
         if self.next is None:

@@ -55,19 +55,19 @@ class Kept:
             logger.warning("%d rows could not be kept: %s; if this ends early, they are asked again", len(keys), error)
 
     def _read(self) -> dict[str, dict[str, Any]]:
-        found = {}
-        for file in self._place.iterdir() if self._place.is_dir() else []:
-            with file.open() as opened:
-                content = opened.read()
-            try:
-                table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
-            except (pa.ArrowException, OSError) as error:
-                logger.warning("%s is damaged (%s); its rows are asked again", file, str(error).splitlines()[0])
-                continue
-            if table.schema.remove_metadata().equals(pa.schema([*self._columns, _KEY])):
-                for row in table.to_pylist():
-                    found[row.pop("key")] = row
-        return found
+        if not self._place.is_dir():
+            return {}
+        return {row.pop("key"): row for file in self._place.iterdir() for row in self._rows_in(file)}
+
+    def _rows_in(self, file: Place) -> list[dict[str, Any]]:
+        with file.open() as opened:
+            content = opened.read()
+        try:
+            table = pq.read_table(io.BytesIO(content), page_checksum_verification=True)
+        except (pa.ArrowException, OSError) as error:
+            logger.warning("%s is damaged (%s); its rows are asked again", file, str(error).splitlines()[0])
+            return []
+        return table.to_pylist() if table.schema.remove_metadata().equals(pa.schema([*self._columns, _KEY])) else []
 
 
 def row_keys(made_by: Any, table: pa.Table, reads: Sequence[str]) -> list[str]:

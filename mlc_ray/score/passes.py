@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,14 @@ class Passes:
             by.append([judging.judge.identity, dict(judging.ways)])
         first = _Planned("answering", part, by, PROMPTS.names, "prompts", pool)
         if earlier is not None:
-            answers = earlier.filter(pc.not_equal(earlier["finish"], ENGINE_FAULT))
-            kept = Kept(self.place, first.name, first.made_by, first.reads, part.columns)
-            kept.land(kept.look(answers)[0], answers.select(part.columns.names))
+            self._keep(first, earlier)
         return self._work([first, *self._reading(judging, len(prompts))], prompts)
+
+    def _keep(self, planned: _Planned, earlier: pa.Table) -> None:
+        """Keep answers of an earlier call, but those that engines failed to give."""
+        answers = earlier.filter(pc.not_equal(earlier["finish"], ENGINE_FAULT))
+        kept = Kept(self.place, planned.name, planned.made_by, planned.reads, planned.part.columns)
+        kept.land(kept.look(answers)[0], answers.select(planned.part.columns.names))
 
     def judge(self, judging: Judging, table: pa.Table) -> pa.Table:
         """Responses with their verdicts, also in the folder's file."""
@@ -142,22 +146,24 @@ class Passes:
             ended=self._answered if planned.unit == "prompts" else self.write,
         )
 
-    @contextmanager
-    def _engines(self, planned: _Planned, *, wait: bool) -> Iterator[EnginePool]:
+    def _engines(self, planned: _Planned, *, wait: bool) -> AbstractContextManager[EnginePool]:
         """The engines of an open pool, with the model's weights, or new ones, which end with the block."""
-        if planned.pool is None:
-            with EnginePool.open(planned.part, self.device, wait=wait) as own:
-                yield own
-            return
-        with planned.pool.awake():
-            if planned.pool.weights != self.request.resolved:
-                planned.pool.swap(self.request.resolved)
-            yield planned.pool
+        if planned.pool is not None:
+            return self._awake(planned.pool)
+        return EnginePool.open(planned.part, self.device, wait=wait)
+
+    @contextmanager
+    def _awake(self, pool: EnginePool) -> Iterator[EnginePool]:
+        with pool.awake():
+            if pool.weights != self.request.resolved:
+                pool.swap(self.request.resolved)
+            yield pool
 
     def _answered(self, table: pa.Table) -> None:
         self.write(table)
         warn_of_thoughts(table, self.request.config)
-        _warn_of_faults(table)
+        if faults := table["finish"].to_pylist().count(ENGINE_FAULT):
+            _warn_of_faults(faults, len(table))
 
 
 def made_by(request: Request) -> list[Any]:
@@ -176,9 +182,6 @@ def _versions() -> Mapping[str, str]:
     return {name: version for name, version in library_versions().items() if name.startswith("vllm")}
 
 
-def _warn_of_faults(table: pa.Table) -> None:
-    if faults := table["finish"].to_pylist().count(ENGINE_FAULT):
-        logger.warning(
-            "%d of %d prompts have no answer: engines fail on each of them alone; the column `fault` says how", faults,
-            len(table),
-        )  # fmt: skip
+def _warn_of_faults(faults: int, prompts: int) -> None:
+    what = "%d of %d prompts have no answer: engines fail on each of them alone; the column `fault` says how"
+    logger.warning(what, faults, prompts)

@@ -13,7 +13,14 @@ from typing import Any, TypeVar, get_args
 import pyarrow as pa
 
 from mlc_ray.cluster import fits, how_many_fit, with_dtype
-from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ReadingJudgeSettings, ScoringSection
+from mlc_ray.config import (
+    ChatSection,
+    EngineSection,
+    JudgeSettings,
+    ReadingJudgeSettings,
+    ScoringSection,
+    TranslateSection,
+)
 from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.replica import Part, place_of
 from mlc_ray.generate.stage import Generator
@@ -142,13 +149,7 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
     parts = {}
     translate = judging.judge.settings.translator
     if translate is not None and judging.translated is not None:
-        parts["translate"] = Part(
-            "translating",
-            TranslateStage,
-            {"settings": translate, "ways": judging.translated, **common("translate")},
-            counted(translate.engine, device) if translate.model is not None else None,
-            once=translate.endpoint is not None,
-        )
+        parts["translate"] = _translating(translate, judging.translated, device, common("translate"))
     stages = _stages(judging.readers)
     columns = [f"verdict_{number}" for number in range(1, len(stages))]
     for number, readers in enumerate(stages):
@@ -171,6 +172,18 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
             once=own.runs == "service",
         )
     return parts
+
+
+def _translating(
+    translate: TranslateSection, ways: Mapping[str, Via], device: Device, common: Mapping[str, Any]
+) -> Part:
+    return Part(
+        "translating",
+        TranslateStage,
+        {"settings": translate, "ways": ways, **common},
+        counted(translate.engine, device) if translate.model is not None else None,
+        once=translate.endpoint is not None,
+    )
 
 
 def side_by_side(parts: Sequence[Part], device: Device, *, is_open: bool) -> list[list[Part]]:
@@ -268,7 +281,16 @@ def with_judge_models(scoring: ScoringT, before: JudgeSettings | None = None) ->
 
 def judge_at_commits(judge: JudgeSettings, before: JudgeSettings | None = None) -> JudgeSettings:
     """The same for a judge alone, or a panel."""
+    return _at_commits(judge, before) if _asks_models(judge) else judge
 
+
+def _asks_models(judge: JudgeSettings) -> bool:
+    """Whether a judge, its translator or a judge of its panel may be a model."""
+    own = isinstance(judge, PanelJudge.Settings) or judge.translator is not None
+    return own or any(hasattr(judge, name) for name in ("model", "engine"))
+
+
+def _at_commits(judge: JudgeSettings, before: JudgeSettings | None) -> JudgeSettings:
     def pinned(model: str, known: str | None) -> str:
         return known if known is not None and without_commit(known) == model else pinned_model(model)
 
@@ -312,6 +334,10 @@ def with_dtypes(scoring: ScoringT, *, gpu: bool, before: ScoringSection | None =
 
 def judge_with_dtypes(judge: JudgeSettings, *, gpu: bool, before: JudgeSettings | None = None) -> JudgeSettings:
     """The same for a judge alone: its engine, and that of `translate.model`; for a panel, those of all its judges."""
+    return _with_dtypes(judge, before, gpu=gpu) if _asks_models(judge) else judge
+
+
+def _with_dtypes(judge: JudgeSettings, before: JudgeSettings | None, *, gpu: bool) -> JudgeSettings:
     same, changes = _same(before, judge), dict[str, Any]()
     if isinstance(engine := getattr(judge, "engine", None), EngineSection):
         changes["engine"] = _decided(engine, getattr(same, "engine", None), gpu=gpu)

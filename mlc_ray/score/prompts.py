@@ -74,7 +74,8 @@ def read_prompts(scoring: ScoringSection, *, rejects: Path) -> Prompts:
         )
         tables.append(explode(table, name, kept))
         chosen.append([name, sorted((key, *codes) for key, codes in kept.items())])
-    prompts = Prompts(with_samples(pa.concat_tables(tables), scoring.asking.samples), fingerprint(chosen))
+    table, samples = pa.concat_tables(tables), scoring.asking.samples
+    prompts = Prompts(with_samples(table, samples) if samples > 1 else table, fingerprint(chosen))
     if absent := sorted(set(scoring.languages or ()) - set(prompts.languages)):
         raise BenchmarkError(
             f"languages={scoring.languages!r}: no benchmark has a prompt in {', '.join(map(repr, absent))}"

@@ -223,10 +223,8 @@ def records_of(table: pa.Table) -> list[Judged]:
     """
     names = [field.name for field in fields(Judged)]
     if missing := [name for name in names if name not in table.column_names]:
-        raise ScoresFileError(
-            f"a table of responses lacks the column {', '.join(map(repr, missing))} (it has "
-            f"{', '.join(table.column_names)}); score again with this version"
-        )
+        lacking = f"a table of responses lacks the column {', '.join(map(repr, missing))}"
+        raise ScoresFileError(f"{lacking} (it has {', '.join(table.column_names)}); score again with this version")
     columns = [table[name].to_pylist() for name in names]
     return [Judged(*values) for values in zip(*columns, strict=True)]
 

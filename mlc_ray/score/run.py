@@ -29,6 +29,7 @@ from mlc_ray.config import ScoreConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm, check_lengths
 from mlc_ray.generate.pool import EnginePool
+from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.lease import lease
@@ -121,7 +122,7 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
         _check_free(place, resume=config.resume == "auto")  # another process may have scored there meanwhile
         with _worked_on(place) as folder:
             result = _score(config, model, folder, place, pool)
-    return _checked(replace(result, folder=place), config.max_unparsed)
+    return check_unparsed(replace(result, folder=place), config.max_unparsed)
 
 
 def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: EnginePool | None) -> ScoreResult:
@@ -240,7 +241,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
                 (target / REPLIES_FILE).write_bytes(replies.read())
         judged = work.judge(_fitted_to(judging, responses), responses)
         result = write_score(request, judging, judged, folder)
-    return _checked(replace(result, folder=target), config.max_unparsed)
+    return check_unparsed(replace(result, folder=target), config.max_unparsed)
 
 
 def resume_score(folder: str | Path | Place) -> ScoreResult:
@@ -256,11 +257,6 @@ def resume_score(folder: str | Path | Place) -> ScoreResult:
 
 
 # ------------------------------------------------------------------------------------------------------------ counting
-
-
-def _checked(result: ScoreResult, bound: float) -> ScoreResult:
-    check_unparsed(result, bound)
-    return result
 
 
 def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Path, **settings: Any) -> ScoreResult:
@@ -289,19 +285,23 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
     return result
 
 
-def check_unparsed(result: ScoreResult, bound: float) -> None:
-    """Refuse a score in which too few responses got a verdict.
+def check_unparsed(result: ScoreResult, bound: float) -> ScoreResult:
+    """The result, unless too few of its responses got a verdict.
 
     Raises:
         TooManyUnparsedError: A larger share than `bound` got none.
     """
     if result.unparsed_share > bound:
-        raise TooManyUnparsedError(
-            f"{result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got no verdict; "
-            f"max_unparsed={bound:g} allows fewer; they are in {str(result.responses_file)!r} (columns behaviour, "
-            "safety and reason); remove the cause, or raise max_unparsed",
-            result,
-        )
+        raise TooManyUnparsedError(_unparsed_above(bound, result), result)
+    return result
+
+
+def _unparsed_above(bound: float, result: ScoreResult) -> str:
+    return (
+        f"{result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got no verdict; "
+        f"max_unparsed={bound:g} allows fewer; they are in {str(result.responses_file)!r} (columns behaviour, "
+        "safety and reason); remove the cause, or raise max_unparsed"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the folder
@@ -315,16 +315,19 @@ def _connect(config: ScoreConfig) -> Device:
 
 def _check_engines(request: Request, judging: Judging, device: Device, pool: EnginePool | None) -> None:
     """Raise before anything starts where engines of a part cannot be had even beside those of `pool` alone."""
-    held: list[tuple[float, float]] = []
     own = answering(request.resolved, request.config, judging, device, in_turn=False)
     if pool is None:
         check_fits("engine (replicas x cpus_per_replica)", own.places(device))
     else:
-        held = pool.part.places(device)
-        asked = {"stage": own.stage, **own.settings, "model": None, "warm": None}
-        if asked != {"stage": pool.part.stage, **pool.part.settings, "model": None, "warm": None}:
-            raise ScoreError("the pool was opened for other engine settings, chat, max_new_tokens, judge or device")
-    _check_readers(request, judging, device, held)
+        _check_pool(pool, own)
+    _check_readers(request, judging, device, [] if pool is None else pool.part.places(device))
+
+
+def _check_pool(pool: EnginePool, asked: Part) -> None:
+    """Refuse an open pool of other engines than those that are asked for."""
+    of_pool, own = ({"stage": each.stage, **each.settings, "model": None, "warm": None} for each in (pool.part, asked))
+    if own != of_pool:
+        raise ScoreError("the pool was opened for other engine settings, chat, max_new_tokens, judge or device")
 
 
 def _check_readers(request: Request, judging: Judging, device: Device, held: Sequence[tuple[float, float]]) -> None:
@@ -354,18 +357,20 @@ def _begun(place: Place) -> Request | None:
 
 
 def _check_free(folder: Place, *, resume: bool = False) -> None:
-    if resume:
-        return
+    if not resume and any((folder / name).exists() for name in (SCORES_FILE, REQUEST_FILE, RESPONSES_FILE)):
+        raise ScoreError(_what_holds(folder))
+
+
+def _what_holds(folder: Place) -> str:
     if (folder / SCORES_FILE).exists():
-        raise ScoreError(
+        return (
             f"score folder {str(folder)!r} exists already; choose another name, or remove it (resume: auto returns it "
             "if the settings are the same)"
         )
-    if (folder / REQUEST_FILE).exists() or (folder / RESPONSES_FILE).exists():
-        raise ScoreError(
-            f"score folder {str(folder)!r} holds an unfinished score: go on with it by `mlc-ray score --resume "
-            f"{folder}` or by resume=auto, choose another name, or remove it"
-        )
+    return (
+        f"score folder {str(folder)!r} holds an unfinished score: go on with it by `mlc-ray score --resume "
+        f"{folder}` or by resume=auto, choose another name, or remove it"
+    )
 
 
 def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging) -> ScoreResult | pa.Table | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -132,17 +132,20 @@ class Asking:
         if self._chat is not None and self._replies is not None:
             self._chat.cache.restore(self._replies)
 
-    @contextmanager
-    def noted(self) -> Iterator[None]:
+    def noted(self) -> AbstractContextManager[None]:
         """Write what the questions of the block did and cost, and after an error, which ends the stage, the replies."""
+        return nullcontext() if self._chat is None else self._noted(self._chat)
+
+    @contextmanager
+    def _noted(self, chat: ChatEndpoint) -> Iterator[None]:
         try:
             yield
         except MlcRayError:
             self.publish()
             raise
         finally:
-            if self._chat is not None and self._usage_file is not None:
-                write_json_atomic(self._usage_file, asdict(self._chat.usage))
+            if self._usage_file is not None:
+                write_json_atomic(self._usage_file, asdict(chat.usage))
 
     def publish(self) -> None:
         """Add the replies to their file."""
@@ -343,26 +346,33 @@ def _asked(reader: Reader, answers: Sequence[Answer], places: pa.Table) -> list[
             raise
         # Not by the logger: the traceback belongs to what the libraries said, the message to the user.
         traceback.print_exc()
-        where = _faulty(judge, answers, places) if judge.runs == "inline" else f"one of {len(answers)} responses"
-        raise JudgeFaultError(
-            f"the judge {reader.name!r} raised {type(error).__name__}: {error} on {where}; a judge must say "
-            f"`unparsed` of what it cannot read; its traceback is in {LOG_FILE} of the score folder (in a program that "
-            "uses the library, on standard error)"
-        ) from None
+        raise JudgeFaultError(_what_it_raised(reader, answers, places, error)) from None
     if len(verdicts) != len(answers):
-        raise JudgeFaultError(
-            f"the judge {reader.name!r} gave {len(verdicts)} verdicts on {len(answers)} responses; it must give one "
-            "for each, in order"
-        )
-    for verdict, place in zip(verdicts, places.to_pylist(), strict=True):
+        number = f"{len(verdicts)} verdicts on {len(answers)} responses"
+        raise JudgeFaultError(f"the judge {reader.name!r} gave {number}; it must give one for each, in order")
+    for at, verdict in enumerate(verdicts):
         said = {"refused": verdict.behaviour is not None, "safe": verdict.safety is not None}
         if wrong := [measure for measure, is_said in said.items() if is_said != (measure in judge.measures)]:
-            raise JudgeFaultError(
-                f"the judge {reader.name!r} declares measures={judge.measures!r}, and its verdict on "
-                f"{_named(place)} is {verdict!r}: what it cannot tell is 'unparsed', and what it does not declare is "
-                f"None; correct {', '.join(wrong)}"
-            )
+            raise JudgeFaultError(_undeclared(reader, verdict, wrong, places.slice(at, 1)))
     return verdicts
+
+
+def _undeclared(reader: Reader, verdict: Verdict, wrong: Sequence[str], place: pa.Table) -> str:
+    return (
+        f"the judge {reader.name!r} declares measures={reader.judge.measures!r}, and its verdict on "
+        f"{_named(place.to_pylist()[0])} is {verdict!r}: what it cannot tell is 'unparsed', and what it does not "
+        f"declare is None; correct {', '.join(wrong)}"
+    )
+
+
+def _what_it_raised(reader: Reader, answers: Sequence[Answer], places: pa.Table, error: Exception) -> str:
+    judge = reader.judge
+    where = _faulty(judge, answers, places) if judge.runs == "inline" else f"one of {len(answers)} responses"
+    return (
+        f"the judge {reader.name!r} raised {type(error).__name__}: {error} on {where}; a judge must say `unparsed` of "
+        f"what it cannot read; its traceback is in {LOG_FILE} of the score folder (in a program that uses the library, "
+        "on standard error)"
+    )
 
 
 def _faulty(judge: Judge, answers: Sequence[Answer], places: pa.Table) -> str:

@@ -256,14 +256,21 @@ def _check(records: Sequence[Judged]) -> None:
     measures: dict[tuple[str, Kind], tuple[bool, bool]] = {}
     for record in records:
         key = (record.benchmark, record.bundle_id, record.language, record.sample)
-        if key in seen:
-            raise ValueError(f"response of benchmark, bundle, language, sample {key} was judged twice")
-        seen.add(key)
         judged_by = (record.behaviour is not None, record.safety is not None)
-        if not any(judged_by):
-            raise ValueError(f"response of benchmark, bundle, language, sample {key} has no verdict by any measure")
-        if measures.setdefault((record.benchmark, record.kind), judged_by) != judged_by:
-            raise ValueError(
-                f"response of benchmark, bundle, language, sample {key} was judged by other measures than the rest of "
-                f"{record.benchmark!r} {record.kind}: what a judge cannot tell is 'unparsed', not None"
-            )
+        others = measures.setdefault((record.benchmark, record.kind), judged_by)
+        if key in seen or not any(judged_by) or others != judged_by:
+            raise ValueError(_breach(record, key in seen, any(judged_by)))
+        seen.add(key)
+
+
+def _breach(record: Judged, twice: bool, judged: bool) -> str:
+    key = (record.benchmark, record.bundle_id, record.language, record.sample)
+    response = f"response of benchmark, bundle, language, sample {key}"
+    if twice:
+        return f"{response} was judged twice"
+    if not judged:
+        return f"{response} has no verdict by any measure"
+    return (
+        f"{response} was judged by other measures than the rest of {record.benchmark!r} {record.kind}: what a judge "
+        "cannot tell is 'unparsed', not None"
+    )

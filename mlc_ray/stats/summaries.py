@@ -216,7 +216,7 @@ def _side(sides: Sequence[_Side], seen: frozenset[str] | None) -> SideSummary:
         languages=len({row.language for row in rows}),
         bundles=sum(len(side.grid.layers["present"]) for side in sides),
         margin=_mean(margin for margin in margins if margin is not None),
-        any_of=_any_of(sides),
+        any_of=_any_of(sides) if any(side.any_of is not None for side in sides) else (),
         **counts,
         **read,
     )

@@ -122,7 +122,16 @@ def test_contents_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     assert changed[Place(path)].digests[0] == first[Place(path)].digests[0] and changed != first
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path):
+def test_a_file_of_one_block_is_read_again_rather_than_remembered(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"one")
+    os.utime(path, ns=(10**18, 10**18))
+    assert contents_of([Place(path)]) == contents_of([Place(path)])
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path, monkeypatch):
+    cut(monkeypatch, 2)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"one")
     os.utime(path, ns=(10**18, 10**18))
@@ -138,6 +147,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(tmp_path):
 
 @pytest.mark.parametrize("cache", ["{file}/cache", "~nobody-has-this-name/cache"])
 def test_without_a_cache_nothing_is_remembered(tmp_path, monkeypatch, cache):
+    cut(monkeypatch, 2)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"one")
     os.utime(path, ns=(10**18, 10**18))

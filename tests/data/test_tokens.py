@@ -151,8 +151,13 @@ def renderings(tokenizer, monkeypatch):
     return asked
 
 
-def test_nasty_texts_have_the_ids_of_a_whole_rendering(tokenizer):
-    template = ChatTemplate(tokenizer)
+AT_ONCE, NEVER = -1, 1 << 62
+"""From how many texts on they are put together: from the first one, or none is."""
+
+
+@pytest.mark.parametrize("shortcuts_from", [AT_ONCE, NEVER])
+def test_nasty_texts_have_the_ids_of_a_whole_rendering(tokenizer, shortcuts_from):
+    template = ChatTemplate(tokenizer, shortcuts_from=shortcuts_from)
     prompts = template.prompt_ids(NASTY)
     assert [ids.tolist() for ids in prompts] == [whole(tokenizer, text) for text in NASTY]
     pairs = [(n, answer) for n in range(len(NASTY)) for answer in NASTY]
@@ -170,19 +175,27 @@ def test_nasty_texts_have_the_ids_of_a_whole_rendering(tokenizer):
 )
 def test_texts_are_rendered_only_where_the_template_does_more_than_write_them(small, monkeypatch, name, rendered):
     tokenizer = small(TEMPLATES[name])
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, shortcuts_from=len(NASTY))
     asked = renderings(tokenizer, monkeypatch)
+    template.prompt_ids(NASTY)
+    assert len(asked) == len(NASTY) and template.shortcuts is None
+    template.prompt_ids(NASTY[:1])
+    asked.clear()
     template.prompt_ids(NASTY)
     assert len(asked) == rendered
 
 
 def test_a_template_that_renders_otherwise_than_when_it_was_traced_is_refused(small):
     tokenizer = small(CHATML)
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, shortcuts_from=AT_ONCE)
+    template.prompt_ids(["egg"])
     tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content | replace('x', 'y') }}")
-    template.verify([("egg", None)])
+    template.shortcuts.verify([("egg", None)])
     with pytest.raises(TemplateError, match=r"renders '.*user\\ny<.*lead to '.*user\\nx<"):
-        template.verify([("x", None)])
+        template.shortcuts.verify([("x", None)])
+    bundle = make_bundle({"kind": "benign", "prompts": {"en": "egg", "de": "x"}})
+    with pytest.raises(TemplateError, match="lead to"):
+        tokenize(bundle, template)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +212,7 @@ def test_a_template_that_renders_otherwise_than_when_it_was_traced_is_refused(sm
 )
 def test_what_a_text_cannot_note_is_found_in_the_code(small, written):
     tokenizer = small(CHATML.replace("{{ m.content }}", written))
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, shortcuts_from=AT_ONCE)
     assert [ids.tolist() for ids in template.prompt_ids(NASTY)] == [whole(tokenizer, text) for text in NASTY]
 
 
@@ -215,7 +228,8 @@ def test_what_a_text_cannot_note_is_found_in_the_code(small, written):
 )
 def test_it_is_learnt_which_stripping_reaches_the_output(small, monkeypatch, written):
     tokenizer = small(CHATML.replace("{{ m.content }}", written))
-    template = ChatTemplate(tokenizer)
+    template = ChatTemplate(tokenizer, shortcuts_from=AT_ONCE)
+    template.prompt_ids([])
     texts = ["egg\n", "\negg", " egg \n", "abegg", "<egg> \n", "eggba"]
     expected = [whole(tokenizer, text) for text in texts]
     asked = renderings(tokenizer, monkeypatch)
@@ -223,9 +237,10 @@ def test_it_is_learnt_which_stripping_reaches_the_output(small, monkeypatch, wri
     assert not asked
 
 
+@pytest.mark.parametrize("shortcuts_from", [AT_ONCE, NEVER])
 @pytest.mark.parametrize("text", [NASTY[0], NASTY[1], NASTY[4], "qS7zK2vX9w", "user"])
-def test_awkward_text_moves_no_boundary(tokenizer, text):
-    template = ChatTemplate(tokenizer)
+def test_awkward_text_moves_no_boundary(tokenizer, text, shortcuts_from):
+    template = ChatTemplate(tokenizer, shortcuts_from=shortcuts_from)
     ids, cut = template.encode_prompt(text, 512)
     assert (ids, cut) == (whole(tokenizer, text), 0)
     kept, cut = template.encode_prompt(text * 30, template.minimum + 2)
@@ -330,9 +345,10 @@ def test_unusable_templates_are_refused(small, template, message):
 
 def test_a_template_that_looks_at_the_text_is_refused(small):
     fickle = CHATML.replace("Be kind.", "{{ 'Short.' if messages[0].content | length < 12 else 'Long.' }}")
-    template = ChatTemplate(small(fickle))
-    with pytest.raises(TemplateError, match="other text around"):
-        template.encode_prompt("a much longer text than that", 512)
+    for shortcuts_from in (AT_ONCE, NEVER):
+        template = ChatTemplate(small(fickle), shortcuts_from=shortcuts_from)
+        with pytest.raises(TemplateError, match="other text around"):
+            template.encode_prompt("a much longer text than that", 512)
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path):

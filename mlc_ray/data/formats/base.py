@@ -154,10 +154,8 @@ class Format:
                 silent -= {key for key, text in fields.items() if not isinstance(text, str) or text.strip()}
                 yield Row(file.path, record.line, self._bundle_or_rejected(record, kind, file, seen))
             if silent:
-                raise BundleFileError(
-                    f"{file.path}: the columns {sorted(silent)!r} hold no prompt in any row; "
-                    "fill them, or take them out"
-                )
+                where = f"{file.path}: the columns {sorted(silent)!r}"
+                raise BundleFileError(f"{where} hold no prompt in any row; fill them, or take them out")
 
     def read_folder(self, folder: str, kind: Kind | None) -> Iterator[Row]:
         """Every bundle or rejected row of a folder of this format (`whole_folder`)."""
@@ -173,9 +171,8 @@ class Format:
             raise BundleError(f"the row says kind {recorded!r}, the source's setting says kind {setting!r}")
         settled = recorded or setting or self.default_kind
         if settled is None:
-            raise BundleError(
-                f"{self.kind_from} does not say whether the prompt is harmful or benign; give the source's kind"
-            )
+            what = "does not say whether the prompt is harmful or benign"
+            raise BundleError(f"{self.kind_from} {what}; give the source's kind")
         return settled
 
     def check_keys(self, record: Record, file: Opened) -> Mapping[str, Any]:
@@ -193,7 +190,8 @@ class Format:
         if record.fields is None:
             return RejectedRow(file.path, record.line, record.reason, record.text)
         try:
-            self._check_id(record, file.path, seen)
+            if self.ids:
+                self._check_id(record, file.path, seen)
             raw = self.bundle(self.check_keys(record, file))
             return make_bundle(raw, kind=self.settle_kind(raw.get("kind"), kind))
         except BundleError as error:

@@ -51,9 +51,8 @@ class Opened:
             if record.fields is not None:
                 self.records = chain(peeked, self.records)
                 return frozenset(record.fields)
-        if not peeked:
-            raise BundleFileError(f"{self.path}: no rows in it")
-        raise BundleFileError(f"{self.path}: no record of it can be read: line {peeked[0].line}: {peeked[0].reason}")
+        found = f"no record of it can be read: line {peeked[0].line}: {peeked[0].reason}" if peeked else "no rows in it"
+        raise BundleFileError(f"{self.path}: {found}")
 
     def __iter__(self) -> Iterator[Record]:
         empty = True
@@ -72,13 +71,17 @@ def open_records(path: str, part: Part | None = None, *, container: Literal["csv
     Raises:
         BundleFileError: at once or while iterating, when the file cannot be read as what its suffix says.
     """
-    suffix, may_be_empty = suffix_of(path), part is not None
+    if suffix_of(path) in (".jsonl", ".json") and not _is_dataset(path):
+        return Opened(path, None, _json_records(path, part), may_be_empty=part is not None)
+    return _open_table(path, part, container)
+
+
+def _open_table(path: str, part: Part | None, container: Literal["csv"] | None) -> Opened:
+    suffix = suffix_of(path)
     if _is_dataset(path):
-        return Opened(path, *open_dataset(path, part), may_be_empty=may_be_empty)
+        return Opened(path, *open_dataset(path, part), may_be_empty=part is not None)
     if suffix == ".parquet":
-        return Opened(path, *open_parquet(path, part), may_be_empty=may_be_empty)
-    if suffix in (".jsonl", ".json"):
-        return Opened(path, None, _json_records(path, part), may_be_empty=may_be_empty)
+        return Opened(path, *open_parquet(path, part), may_be_empty=part is not None)
     if suffix in (".csv", ".tsv") or container == "csv":
         return Opened(path, *_open_csv(path))
     raise BundleFileError(f"{path}: the suffix {suffix!r} is not one of {', '.join(SUFFIXES)}")
@@ -210,9 +213,7 @@ def _lines(path: str, part: Part | None = None) -> Iterator[tuple[int, str]]:
             # Objects of a store are read by ranges; lines are cut from a MiB at a time.
             file = opened if Place(path).is_local else io.BufferedReader(cast(Any, opened), 1 << 20)
             if part is not None and part.start:
-                file.seek(part.start - 1)
-                rest = file.readline()  # of a line that the part before has; a mere line break is none
-                number, offset = part.line - 1 + (rest != b"\n"), part.start - 1 + len(rest)
+                number, offset = _skip_to(part, file)
             for raw in file:
                 if part is not None and offset >= part.stop:
                     return
@@ -222,23 +223,33 @@ def _lines(path: str, part: Part | None = None) -> Iterator[tuple[int, str]]:
                 yield number, (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).decode("utf-8")
                 offset += len(raw)
     except UnicodeDecodeError as error:
-        mark = len(codecs.BOM_UTF8) if number == 1 and raw.startswith(codecs.BOM_UTF8) else 0
-        raise BundleFileError(
-            f"{path}:{number}: not UTF-8: byte {error.object[error.start]:#04x} at offset "
-            f"{offset + mark + error.start} of the file; find out its encoding and convert it, e.g. "
-            f"`iconv -f WINDOWS-1252 -t UTF-8 {Path(path).name} > utf8-{Path(path).name}`"
-        ) from None
+        raise BundleFileError(_not_utf_8(path, number, offset + len(raw) - len(error.object), error)) from None
     except OSError as error:
         raise BundleFileError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _skip_to(part: Part, file: Any) -> tuple[int, int]:
+    """Go to the first line that starts in `part`; the number of the line before it, and the line's first byte."""
+    file.seek(part.start - 1)
+    rest = file.readline()  # of a line that the part before has; a mere line break is none
+    return part.line - 1 + (rest != b"\n"), part.start - 1 + len(rest)
+
+
+def _not_utf_8(path: str, number: int, offset: int, error: UnicodeDecodeError) -> str:
+    """What is said of line `number`, whose text (without a byte-order mark) begins at byte `offset` of the file."""
+    name = Path(path).name
+    return (
+        f"{path}:{number}: not UTF-8: byte {error.object[error.start]:#04x} at offset {offset + error.start} of the "
+        f"file; find out its encoding and convert it, e.g. `iconv -f WINDOWS-1252 -t UTF-8 {name} > utf8-{name}`"
+    )
 
 
 def _refuse_utf_16(path: str, first: bytes) -> None:
     """Spreadsheets call it "Unicode text". Without its mark it is often valid UTF-8, full of zero bytes."""
     if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in first:
-        name = Path(path).name
+        how = f"`iconv -f UTF-16 -t UTF-8 {Path(path).name} > utf8-{Path(path).name}`"
         raise BundleFileError(
-            f"{path}:1: not UTF-8 but UTF-16, by its byte-order mark or zero bytes; convert it: "
-            f"`iconv -f UTF-16 -t UTF-8 {name} > utf8-{name}`"
+            f"{path}:1: not UTF-8 but UTF-16, by its byte-order mark or zero bytes; convert it: {how}"
         )
 
 
