@@ -149,6 +149,17 @@ def resolve_layer(layer: int | float | str, depth: int) -> int:
     return index
 
 
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Have the parameters in `dtype`, and buffers as they were loaded.
+
+    The frequencies of rotary embeddings are a buffer in float32. Rounded to bfloat16 they are off by up to 0.2 %, and
+    an angle of SmolLM2 at position 1,000 by 1.4 rad: the policy would be another model than its reference, and than
+    what is served.
+    """
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def load_policy(settings: ModelSection) -> PreTrainedModel:
     """Load weights, from safetensors only.
 

@@ -34,7 +34,7 @@ from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec
 from mlc_ray.train.forward import n_layers
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
-from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, load_policy, resolve_layer
 from mlc_ray.train.openings import branches_of
 from mlc_ray.train.planning import check_groups, cutting_of_worker, held_out_cutting, order_of
 from mlc_ray.train.preemption import SIGTERM, Notice, StopFile, highest
@@ -287,7 +287,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
     pooling, size = Objective(config).alignment.pooling, config.mlc.extractor_dim
     policy = add_adapters(policy, config.model)
     module = PolicyWithExtractor(policy, layer=layer, extractor_dim=size, seed=config.seed, pooling=pooling)
-    module.to(dtype=getattr(torch, config.model.dtype))
+    cast_parameters(module, getattr(torch, config.model.dtype))
     engine = chosen(module, config, device)
     check_tap(engine.module.language_model, layer)
     is_asked = config.needs_reference and config.reference == "online"
