@@ -33,8 +33,9 @@ class Objective:
             name: resolve("term", settings.name)(settings) for name, settings in config.active_terms.items()
         }
         for name, term in self.terms.items():
-            taps = term.needs_group or term.needs_reference_state
-            if taps if term.needs_decisions else not term.needs_languages:
+            reads_states = term.needs_group or term.needs_reference_state
+            contradicts = reads_states if term.needs_decisions else not term.needs_languages
+            if contradicts:
                 raise _contradiction(name, term)
 
     @property

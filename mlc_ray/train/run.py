@@ -279,7 +279,8 @@ def check_tokens(
     check_kinds(config, tokens)
     section = held_out_section(config.data)
     held_out = _held_out_tokens(config, section, tokens, cache_dir) if section is not None else None
-    if Objective(config).needs_group:
+    # Openings that a language lacks are found there, too.
+    if Objective(config).needs_group or config.reads_decisions or section is not None:
         _check_groups(config, tokens, held_out, gpu=gpu)
     return held_out
 
