@@ -33,7 +33,8 @@ from transformers import PreTrainedModel
 from mlc_ray.config import ModelSection
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.storage import user_cache
-from mlc_ray.train.model import PolicyWithExtractor, load_policy, n_layers, resolve_layer
+from mlc_ray.train.forward import n_layers
+from mlc_ray.train.model import PolicyWithExtractor, load_policy, resolve_layer
 from mlc_ray.types import ReferenceRows, TokenRow, move
 
 # Largest relative difference allowed. In bfloat16 the two steps round at different places, and the gradient of DPO is

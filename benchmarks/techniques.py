@@ -22,8 +22,9 @@ from mlc_ray.data.trees import make_tree
 from mlc_ray.losses.logprobs import response_log_probs
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.attention import TREE, TreeAttention
+from mlc_ray.train.forward import final_norm, read_answers, read_tree, to_grid
 from mlc_ray.train.loop import loss_of
-from mlc_ray.train.model import ModelOutput, PolicyWithExtractor, final_norm, read_answers, read_tree, to_grid
+from mlc_ray.train.model import ModelOutput, PolicyWithExtractor
 from mlc_ray.train.reference import ReferenceModel, cached_reference
 from mlc_ray.types import Answers, Batch, Prompts, TokenRow, Tree, move
 
@@ -188,7 +189,7 @@ def logits_at_once(given: Given) -> Callable[[], Losses]:
     step = ours(given)
 
     def patched() -> Losses:
-        with mock.patch("mlc_ray.train.model.token_log_probs", plain):
+        with mock.patch("mlc_ray.train.forward.token_log_probs", plain):
             return step()
 
     return patched

@@ -33,8 +33,9 @@ from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.search.probe import statistics
 from mlc_ray.storage import user_cache
+from mlc_ray.train.forward import layer_states
 from mlc_ray.train.loop import loss_of
-from mlc_ray.train.model import PolicyWithExtractor, layer_states, load_policy
+from mlc_ray.train.model import PolicyWithExtractor, load_policy
 from mlc_ray.train.reference import ReferenceModel, cached_reference
 from mlc_ray.types import Answer, Batch, TokenRow
 

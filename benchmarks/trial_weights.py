@@ -32,7 +32,7 @@ from mlc_ray.storage import Place, scratch_folder, user_cache
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress
-from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, load_policy, resolve_layer
 from mlc_ray.train.saving import CheckpointSaver
 from mlc_ray.train.worker import engine_class
 
@@ -43,7 +43,7 @@ def engine_of(config: TrainConfig) -> Engine:
     layer = resolve_layer(config.mlc.layer, policy.config.get_text_config().num_hidden_layers)
     policy = add_adapters(policy, config.model)
     module = PolicyWithExtractor(policy, layer=layer, extractor_dim=config.mlc.extractor_dim, seed=config.seed)
-    module.to(dtype=getattr(torch, config.model.dtype))
+    cast_parameters(module, getattr(torch, config.model.dtype))
     engine = engine_class(config)(module, config, torch.device("cpu"))
     engine.begin(1)  # one step, after which there are moments to write
     engine.backward(-engine.forward(batch_of(sample_rows(config.model.path, 1, 1)[0], 1)).chosen.total.mean())

@@ -10,7 +10,7 @@ It keeps everything whole on every worker and trains in float32: there are no ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -31,7 +31,6 @@ from mlc_ray.train.engines.base import (
     parameter_groups,
 )
 from mlc_ray.train.model import ModelOutput, PolicyWithExtractor
-from mlc_ray.train.reference import ReferenceModel, ReferenceOutput
 from mlc_ray.types import Batch
 
 
@@ -60,20 +59,6 @@ class TorchDdp(Engine):
         )
         self.max_norm = config.optimizer.max_grad_norm
         self.left = 0  # micro-batches of the step that is going on
-
-    @classmethod
-    def frozen(
-        cls, model: ReferenceModel, config: TrainConfig, device: torch.device
-    ) -> Callable[[Batch], ReferenceOutput]:
-        """The whole reference on every worker."""
-        model = model.requires_grad_(False).to(device).eval()
-
-        @torch.no_grad()
-        def ask(batch: Batch) -> ReferenceOutput:
-            said: ReferenceOutput = model(batch, state=batch.taps)
-            return said
-
-        return ask
 
     def begin(self, micro_batches: int) -> None:
         """The step's last micro-batch is another one than the others."""

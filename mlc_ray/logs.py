@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,6 +179,16 @@ def send_warnings() -> None:
     if not any(isinstance(handler, _Sender) for handler in ours.handlers):  # a process may be used again
         ours.addHandler(_Sender(logging.WARNING))
         ours.propagate = False  # else a handler of the root's writes them again
+
+
+def quiet_workers() -> None:
+    """In a Ray worker: keep notices about Ray's and PyTorch's own calls out of the console; our warnings stay."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    for name in list(logging.root.manager.loggerDict):
+        if "ray/train/" in name:  # Ray Train's loggers bear their files' names; they print all metrics at every report
+            logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
 
 
 def show_warnings(lines: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ import yaml
 
 import mlc_ray
 from mlc_ray.cli import SCHEMAS, build_parser, commands, main
-from mlc_ray.cli.commands import parse_benchmark, probe_model, score_config
+from mlc_ray.cli.arguments import parse_benchmark, probe_model, score_config
 from mlc_ray.config import ConfigError, ScoreConfig, TrainConfig, parse_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.score.results import load_scores

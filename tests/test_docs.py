@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from mlc_ray.cli import build_parser
-from mlc_ray.cli.commands import score_config, translate_config
+from mlc_ray.cli.arguments import score_config, translate_config
 from mlc_ray.config import ScoreConfig, TrainConfig, TranslateConfig, load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent

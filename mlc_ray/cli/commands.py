@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from mlc_ray.cli.arguments import (
+    calibration_config,
+    judge_changes,
+    parse_benchmark,
+    probe_model,
+    refuse_settings,
+    score_config,
+    translate_config,
+    utility_config,
+    written_out,
+)
 from mlc_ray.config import (
-    CalibrationConfig,
     ChatSection,
     ConfigError,
-    ModelSection,
     OpeningsSection,
     ScoreConfig,
     SearchConfig,
-    Section,
     SourceSection,
     StudyConfig,
     TrainConfig,
     TranslateConfig,
     UtilityConfig,
-    apply_override,
     config_schema,
     load_config,
     parse_config,
     parse_yaml,
-    read_config_file,
 )
 
 if TYPE_CHECKING:
@@ -80,26 +85,10 @@ def train_command(arguments: argparse.Namespace) -> None:
     print(f"to score    mlc-ray score {result.run_folder} --benchmark sample:test")
 
 
-def _refuse_settings(arguments: argparse.Namespace, what: str) -> None:
-    """Refuse settings beside --resume: what is resumed keeps those that it was started with.
-
-    Raises:
-        ConfigError: Settings are given with --resume.
-    """
-    flags = {"config": "--config", "overrides": "--set", "model": "MODEL"}
-    named = {flags.get(name, f"--{name.replace('_', '-')}"): value for name, value in vars(arguments).items()}
-    given = [flag for flag, value in named.items() if value and flag not in ("--command", "--resume")]
-    if given:
-        raise ConfigError(
-            f"{' and '.join(given)} cannot go with --resume {arguments.resume}: a resumed {what} keeps its own "
-            f"settings, which are in that folder; start a new {what} to change them"
-        )
-
-
 def score_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray score`."""
     if arguments.resume is not None:
-        _refuse_settings(arguments, "score")
+        refuse_settings(arguments, "score")
         from mlc_ray.score.run import resume_score
 
         _show_score(lambda: resume_score(arguments.resume))
@@ -130,25 +119,6 @@ def _show_score(make: Callable[[], ScoreResult]) -> None:
     print(f"score in {result.folder}")
     if failure is not None:
         raise failure
-
-
-def score_config(arguments: argparse.Namespace) -> ScoreConfig:
-    """The settings of a score: file, then --set, then the named options, which win."""
-    overrides = list(arguments.overrides)
-    if arguments.benchmark:
-        overrides.append(f"benchmarks={json.dumps([parse_benchmark(text) for text in arguments.benchmark])}")
-    languages = arguments.languages and [code.strip() for code in arguments.languages.split(",")]
-    options = {
-        "model": arguments.model,
-        "judge.name": arguments.judge,
-        "judge.model": arguments.judge_model,
-        "limit": arguments.limit,
-        "languages": languages,
-    }
-    if arguments.out is not None:
-        options |= {"name": arguments.out.name, "output_dir": str(arguments.out.parent)}
-    overrides += [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    return load_config(ScoreConfig, arguments.config, overrides)
 
 
 def judge_command(arguments: argparse.Namespace) -> None:
@@ -182,72 +152,6 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     print(f"calibration in {file}; to correct rates by it: mlc-ray score ... --set calibration={file}")
 
 
-def calibration_config(arguments: argparse.Namespace) -> CalibrationConfig:
-    """The settings of a calibration: file, then --set, then the named options, which win."""
-    options = {
-        "labelled": arguments.calibrate,
-        "judge.name": arguments.judge,
-        "judge.model": arguments.judge_model,
-        "min_labels": arguments.min_labels,
-        "out": None if arguments.out is None else str(arguments.out),
-    }
-    overrides = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    return load_config(CalibrationConfig, arguments.config, [*arguments.overrides, *overrides])
-
-
-JUDGE_READS = ("judge", "calibration", "max_unparsed", "address", "accelerator")
-"""What `mlc-ray judge` reads of a score's settings: the rest was decided when the responses were made."""
-
-
-def judge_changes(arguments: argparse.Namespace, scored: ScoreConfig) -> dict[str, Any]:
-    """What is to differ from the settings of the score: by a file, then --set, then the named options.
-
-    A judge of another name starts from its own defaults; otherwise the score's judge is changed field by field.
-
-    Raises:
-        ConfigError: Judging does not read one of the settings.
-    """
-    raw = {} if arguments.config is None else read_config_file(arguments.config)
-    options = {"judge.name": arguments.judge, "judge.model": arguments.judge_model}
-    given = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    for override in [*arguments.overrides, *given]:
-        apply_override(raw, override)
-    if unread := sorted(set(raw) - set(JUDGE_READS)):
-        raise ConfigError(
-            f"{unread[0]}={raw[unread[0]]!r}: `mlc-ray judge` reads {', '.join(JUDGE_READS)} only; the responses are "
-            "there already"
-        )
-    judge = raw.get("judge")
-    if isinstance(judge, dict) and judge.get("name", scored.judge.name) == scored.judge.name:
-        raw["judge"] = {**scored.judge.model_dump(mode="json", exclude_unset=True), **judge}
-    base = scored.model_dump(mode="json", exclude_unset=True)
-    resolved = parse_config(ScoreConfig, {**base, **raw})
-    return {name: getattr(resolved, name) for name in raw}
-
-
-def parse_benchmark(text: str, flag: str = "--benchmark") -> dict[str, str]:
-    """`PATH[,format=F][,kind=K][,only=K]` as a `SourceSection` mapping.
-
-    Raises:
-        ConfigError: A part after the path is none of these.
-    """
-    kinds = ("harmful", "benign")
-    allowed: dict[str, Sequence[str] | None] = {"format": None, "kind": kinds, "only": kinds}  # None: checked later
-    path, *marks = text.split(",")
-    source = {"path": path}
-    for mark in marks:
-        name, separator, value = mark.partition("=")
-        if not separator or name not in allowed:
-            raise ConfigError(f"{flag} {text}: {mark!r} is neither format=..., kind=... nor only=...")
-        if (choices := allowed[name]) is not None and value not in choices:
-            raise ConfigError(f"{flag} {text}: {name}={value!r}, expected one of {', '.join(choices)}")
-        source[name] = value
-    if not path:
-        raise ConfigError(f"{flag} {text!r}: the path is empty")
-    parse_config(SourceSection, source)
-    return source
-
-
 def utility_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray utility`."""
     config = utility_config(arguments)
@@ -265,23 +169,11 @@ def utility_command(arguments: argparse.Namespace) -> None:
     print(f"utility in {utility.folder / UTILITY_FILE}")
 
 
-def utility_config(arguments: argparse.Namespace) -> UtilityConfig:
-    """The settings of a utility run: file, then --set, then the named options, which win."""
-    options = {
-        "model": arguments.model,
-        "tasks": arguments.tasks and [name.strip() for name in arguments.tasks.split(",")],
-        "scores": arguments.scores,
-        "limit": arguments.limit,
-    }
-    overrides = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    return load_config(UtilityConfig, arguments.config, [*arguments.overrides, *overrides])
-
-
 def search_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray search`."""
     if arguments.resume is not None:
         if arguments.config is not None:
-            _refuse_settings(arguments, "search")
+            refuse_settings(arguments, "search")
         from mlc_ray.search.run import resume_search
 
         _show_search(resume_search(arguments.resume, arguments.overrides))
@@ -310,7 +202,7 @@ def _show_search(result: SearchResult) -> None:
 def study_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray study`."""
     if arguments.resume is not None:
-        _refuse_settings(arguments, "study")
+        refuse_settings(arguments, "study")
         from mlc_ray.study.run import resume_study
 
         _show_study(resume_study(arguments.resume))
@@ -375,7 +267,7 @@ def translate_command(arguments: argparse.Namespace) -> None:
     from mlc_ray.translate.quality import summary, tables
 
     if arguments.resume is not None:
-        _refuse_settings(arguments, "translation")
+        refuse_settings(arguments, "translation")
         from mlc_ray.translate.run import resume_translation
 
         made = resume_translation(arguments.resume)
@@ -392,38 +284,6 @@ def translate_command(arguments: argparse.Namespace) -> None:
         show(console(each))
     print(summary(made.quality))
     print(f"bundles in {made.bundles}")
-
-
-def translate_config(arguments: argparse.Namespace) -> TranslateConfig:
-    """The settings of a translation: file, then --set, then the named options, which win."""
-    options = {
-        "sources": [parse_benchmark(text, "--bundles") for text in arguments.bundles] or None,
-        "languages": arguments.languages and [code.strip() for code in arguments.languages.split(",")],
-        "translator.model": arguments.translator,
-        "limit": arguments.limit,
-    }
-    if arguments.out is not None:
-        options |= {"name": arguments.out.name, "output_dir": str(arguments.out.parent)}
-    overrides = [f"{name}={json.dumps(value)}" for name, value in options.items() if value is not None]
-    return load_config(TranslateConfig, arguments.config, [*arguments.overrides, *overrides])
-
-
-PROBE_READS = ("dtype", "attention", "kernels", "trust_remote_code")
-"""Settings of a run's `model` that a forward of the whole model reads."""
-
-
-def probe_model(path: str, overrides: Sequence[str]) -> ModelSection:
-    """The model to look at.
-
-    Raises:
-        ConfigError: A probe does not read one of the settings.
-    """
-    raw: dict[str, Any] = {}
-    for override in overrides:
-        apply_override(raw, override)
-    if unread := sorted(set(raw) - set(PROBE_READS)):
-        raise ConfigError(f"{unread[0]}={raw[unread[0]]!r}: `mlc-ray probe` reads {', '.join(PROBE_READS)} only")
-    return parse_config(ModelSection, {**raw, "path": path})
 
 
 def export_command(arguments: argparse.Namespace) -> None:
@@ -495,42 +355,7 @@ def config_command(arguments: argparse.Namespace) -> None:
         from mlc_ray.study.cells import make_cells
 
         make_cells(resolved)
-    print(yaml.safe_dump(_written_out(resolved), sort_keys=False, allow_unicode=True), end="")
-
-
-def _written_out(config: Section) -> dict[str, Any]:
-    """All settings, defaults too, as a mapping that can be loaded again.
-
-    A default that nothing reads beside the other settings would be refused if it were written out, and is left out:
-    `reference` of a loss without one, `grace_scores` without a scheduler, vLLM's settings with `backend: hf`.
-    """
-    given = config.model_dump(mode="json", exclude_unset=True)
-
-    def keep(section: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-        kept = {}
-        for name, value in section.items():
-            here = (*path, name)
-            if isinstance(value, dict) and value:
-                if inner := keep(value, here):
-                    kept[name] = inner
-            elif _accepts(type(config), given, here, value):
-                kept[name] = value
-        return kept
-
-    return keep(config.model_dump(mode="json"), ())
-
-
-def _accepts(schema: type[Section], given: dict[str, Any], path: Sequence[str], value: Any) -> bool:
-    raw = copy.deepcopy(given)
-    node = raw
-    for name in path[:-1]:
-        node = node.setdefault(name, {})
-    node.setdefault(path[-1], value)
-    try:
-        parse_config(schema, raw)
-    except ConfigError:
-        return False
-    return True
+    print(yaml.safe_dump(written_out(resolved), sort_keys=False, allow_unicode=True), end="")
 
 
 def doctor_command(arguments: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 from mlc_ray._registry import resolve
-from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ReadingJudgeSettings
+from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ReadingJudgeSettings, TranslateSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Engine
 from mlc_ray.generate.translate import check_translations, check_translator
@@ -67,6 +67,13 @@ class Policy:
 def _computing(engine: EngineSection) -> str:
     options = f" options={json.dumps(engine.options, sort_keys=True)}" if engine.options else ""
     return f"dtype={engine.dtype}{options}"
+
+
+def _translated_by(translate: TranslateSection) -> str:
+    by = f"{translate.model} {_computing(translate.engine)}"
+    if translate.endpoint is not None:
+        by = translate.endpoint.asked
+    return f"translated by {by}{' (all languages)' if translate.all_languages else ''}"
 
 
 class BaseJudge(ABC):
@@ -104,11 +111,8 @@ class BaseJudge(ABC):
         parts = [self.settings.name, *self.identity_parts()]
         if self.engine is not None:
             parts.append(_computing(self.engine))
-        if (translate := self.settings.translator) is not None:
-            by = f"{translate.model} {_computing(translate.engine)}"
-            if translate.endpoint is not None:
-                by = translate.endpoint.asked
-            parts.append(f"translated by {by}{' (all languages)' if translate.all_languages else ''}")
+        if self.settings.translator is not None:
+            parts.append(_translated_by(self.settings.translator))
         parts.append(f"degenerate={RULES}")
         return " ".join(parts)
 
@@ -137,12 +141,16 @@ class BaseJudge(ABC):
             UncoveredLanguageError: names every language that the judge may not be asked to read, and the fixes.
         """
         ways = {code: self._how_read(code) for code in sorted(set(languages))}
-        if missing := [code for code, via in ways.items() if via is None]:
-            raise UncoveredLanguageError(
-                f"the judge {self.name!r} does not cover {', '.join(map(repr, missing))}: "
-                f"{', '.join(self.coverage_fixes(missing))}" + (f" ({why})" if why else "")
-            )
-        return {code: via for code, via in ways.items() if via is not None}
+        read = {code: via for code, via in ways.items() if via is not None}
+        if len(read) < len(ways):
+            raise self._uncovered([code for code in ways if code not in read], why)
+        return read
+
+    def _uncovered(self, missing: Sequence[str], why: str) -> UncoveredLanguageError:
+        return UncoveredLanguageError(
+            f"the judge {self.name!r} does not cover {', '.join(map(repr, missing))}: "
+            f"{', '.join(self.coverage_fixes(missing))}" + (f" ({why})" if why else "")
+        )
 
     def coverage_fixes(self, missing: Sequence[str]) -> list[str]:
         """What a user can do about languages that the judge does not cover."""
@@ -193,13 +201,18 @@ class Judge(BaseJudge):
 
     def fitted(self, prompts: Mapping[str, Sequence[str]], policy: Policy) -> JudgeSettings:
         """As `BaseJudge.fitted`: the translator's window must hold what the policy may write, too."""
-        if (translate := self.settings.translator) is not None:
-            ways = self.coverage(prompts)
-            wanted = {code: texts for code, texts in prompts.items() if ways[code] == "translated"}
-            check_translations(
-                translate, wanted, policy.model, policy.max_new_tokens, trust_remote_code=policy.trust_remote_code
-            )
+        if self.settings.translator is not None:
+            self._check_translations(self.settings.translator, prompts, policy)
         return self.settings
+
+    def _check_translations(
+        self, translate: TranslateSection, prompts: Mapping[str, Sequence[str]], policy: Policy
+    ) -> None:
+        ways = self.coverage(prompts)
+        wanted = {code: texts for code, texts in prompts.items() if ways[code] == "translated"}
+        check_translations(
+            translate, wanted, policy.model, policy.max_new_tokens, trust_remote_code=policy.trust_remote_code
+        )
 
     @abstractmethod
     def judge(self, answers: Sequence[Answer]) -> list[Verdict]:

@@ -33,7 +33,10 @@ class Objective:
             name: resolve("term", settings.name)(settings) for name, settings in config.active_terms.items()
         }
         for name, term in self.terms.items():
-            _check_facts(name, term)
+            reads_states = term.needs_group or term.needs_reference_state
+            contradicts = reads_states if term.needs_decisions else not term.needs_languages
+            if contradicts:
+                raise _contradiction(name, term)
 
     @property
     def parts(self) -> list[str]:
@@ -247,17 +250,14 @@ def _needed(component: str, *wants: tuple[bool, str, dict[str, Any]]) -> dict[st
     return given
 
 
-def _check_facts(name: str, term: Term) -> None:
-    """Refuse a term that is to be given what no term is given."""
-    if term.needs_decisions:
-        others = [fact for fact in ("needs_group", "needs_reference_state") if getattr(term, fact)]
-    else:
-        others = [] if term.needs_languages else ["needs_languages=False"]
-    if others:
-        raise ConfigError(
-            f"term {name!r} ({type(term).__name__}) has needs_decisions={term.needs_decisions} and {others[0]}: a term "
-            "is given either log-odds, of each bundle by itself, or tapped states of all its languages; make two terms"
-        )
+def _contradiction(name: str, term: Term) -> ConfigError:
+    """The error of a term that is to be given what no term is given."""
+    others = [fact for fact in ("needs_group", "needs_reference_state") if getattr(term, fact)]
+    other = others[0] if term.needs_decisions else "needs_languages=False"
+    return ConfigError(
+        f"term {name!r} ({type(term).__name__}) has needs_decisions={term.needs_decisions} and {other}: a term "
+        "is given either log-odds, of each bundle by itself, or tapped states of all its languages; make two terms"
+    )
 
 
 def _term_loss(
@@ -273,8 +273,10 @@ def _term_loss(
     assert tapped is not None
     what, arguments = "the reference's tapped states, none were given", {"reference_state": reference_state}
     given = {"tapped": tapped, **_needed(f"term {name!r}", (term.needs_reference_state, what, arguments))}
-    if not term.needs_group or groups is None:
-        return term(**given)
+    return term(**given) if not term.needs_group or groups is None else _by_group(term, given, groups)
+
+
+def _by_group(term: Term, given: Mapping[str, Any], groups: Sequence[int]) -> TermLoss:
     results = [term(**{key: value[part] for key, value in given.items()}) for part in _slices(groups)]
     return TermLoss(
         torch.cat([result.loss for result in results]),

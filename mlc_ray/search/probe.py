@@ -37,7 +37,8 @@ from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER, artifact_cache, training_cha
 from mlc_ray.search.criteria import CRITERIA, LayerStatistics, layer_statistics
 from mlc_ray.search.decisions import LanguageDecision, decision_table, decisions
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side, pinned_model
-from mlc_ray.train.model import layer_states, load_policy, opening_log_probs, read_tree
+from mlc_ray.train.forward import layer_states, opening_log_probs, read_tree
+from mlc_ray.train.model import load_policy
 from mlc_ray.train.openings import make_branches
 from mlc_ray.types import move
 

@@ -62,7 +62,7 @@ class TreeAttention:
         """Of each segment, its ancestors and itself, the first of its sequence first."""
         for index, parent in enumerate(tree.parents):
             self.paths.append((*self.paths[parent], index) if parent >= 0 else (index,))
-        self.bushes = _bushes(tree)
+        self.bushes = _bushes(tree) if tree.openings < len(tree.parents) else []
         """Of each prompt behind which openings are, the prompt, and their segments."""
 
     def mask(self, *asked: Any) -> Tensor | None:
@@ -70,6 +70,10 @@ class TreeAttention:
         if asked not in self._kept:
             self._kept[asked] = _mask(*asked)
         return cast("Tensor | None", self._kept[asked])
+
+    def seen_by_bushes(self) -> list[tuple[int, ...]]:
+        """The segments before each bush and, counted behind those that are none of openings, the bush itself."""
+        return [(*self.paths[prompt], self.tree.openings + bush) for bush, (prompt, _) in enumerate(self.bushes)]
 
     def bush_mask(self, number: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The mask of a bush's tokens on those of its prompt's sequence and their own, made for the first layer."""
@@ -164,16 +168,13 @@ def by_segments(query: Tensor, key: Tensor, value: Tensor, tree: TreeAttention, 
     sizes = list(row.lengths[: row.openings])
     sizes += [sum(row.lengths[segments.start : segments.stop]) for _, segments in tree.bushes]
     queries, keys, values = (part.split(sizes, dim=2) for part in (query, key, value))
+    seen = [*tree.paths[: row.openings], *tree.seen_by_bushes()] if tree.bushes else tree.paths
     outputs = []
-    for index, path in enumerate((*tree.paths[: row.openings], *(tree.paths[prompt] for prompt, _ in tree.bushes))):
+    for index, path in enumerate(seen):
+        k, v = (torch.cat([part[i] for i in path], dim=2) if len(path) > 1 else part[index] for part in (keys, values))
+        about = (asked.window, query.dtype, query.device)
         bush = index - row.openings
-        seen = path if bush < 0 else (*path, index)
-        k, v = (torch.cat([part[i] for i in seen], dim=2) if len(seen) > 1 else part[index] for part in (keys, values))
-        mask = (
-            tree.mask(sizes[index], k.shape[2], asked.window, query.dtype, query.device)
-            if bush < 0
-            else tree.bush_mask(bush, asked.window, query.dtype, query.device)
-        )
+        mask = tree.mask(sizes[index], k.shape[2], *about) if bush < 0 else tree.bush_mask(bush, *about)
         outputs.append(_attend(queries[index], k, v, mask, asked))
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
@@ -225,14 +226,21 @@ def _mask(n_queries: int, n_keys: int, window: int | None, dtype: torch.dtype, d
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked: Asked) -> Tensor:
     """Attention of [n, heads, q, d] on [n, key heads, k, d], by `_mask`'s mask of these q and k."""
+    if asked.softcap is not None:
+        return _attend_capped(query, key, value, mask, asked, asked.softcap)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=asked.dropout, is_causal=mask is None and query.shape[2] > 1,
+        scale=asked.scaling, enable_gqa=query.shape[1] > key.shape[1],
+    )  # fmt: skip
+
+
+def _attend_capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, asked: Asked, softcap: float
+) -> Tensor:
+    """PyTorch's kernel knows no cap: written out."""
     n, heads, n_queries, size = query.shape
     groups = heads // key.shape[1]
-    scaling, _, softcap, dropout = asked
-    if softcap is None:
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and n_queries > 1,
-            scale=scaling, enable_gqa=groups > 1,
-        )  # fmt: skip
+    scaling, dropout = asked.scaling, asked.dropout
     if mask is None and n_queries > 1:
         mask = torch.full((n_queries, n_queries), -torch.inf, device=query.device).triu(1)
     # The heads that share keys as further rows of queries: keys are not repeated.

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mlc_ray.data.batches import collate
 from mlc_ray.losses.logprobs import token_log_probs
-from mlc_ray.train.model import ModelError, read_answers
+from mlc_ray.train.forward import ModelError, read_answers
 from mlc_ray.types import Answers, Batch, TokenRow, move
 
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}

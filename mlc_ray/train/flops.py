@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from mlc_ray.train.model import PolicyWithExtractor, n_layers
+from mlc_ray.train.forward import n_layers
+from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.types import Batch, Tree
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -121,11 +121,7 @@ def train_loop(
     objective = Objective(config)
     begins = objective.begins(total_steps)
     work = Work.of(engine.module, engine.shape)
-    peak = (
-        peak_tflops(torch.cuda.get_device_name(engine.device), config.model.dtype)
-        if engine.device.type == "cuda"
-        else None
-    )
+    peak = _gpu_peak(engine, config) if engine.device.type == "cuda" else None
     window = StateWindow(config.collapse.window if len(set(kinds)) > 1 else 0)
     slow = SlowWorkers(engine.rank)
     engine.module.train()
@@ -152,11 +148,7 @@ def train_loop(
             norm = engine.step(rate)
             if math.isfinite(norm):
                 break
-            if engine.rank == 0 and retries < config.optimizer.max_retries:
-                logger.warning(
-                    "step %d: the loss or its gradients are not finite (try %d of %d); its batches are tried again",
-                    progress.step + 1, retries + 1, config.optimizer.max_retries + 1,
-                )  # fmt: skip
+            _warn_of_retry(engine.rank, progress.step + 1, retries + 1, config.optimizer.max_retries + 1)
         else:
             saves.finish()
             raise _diverged(config, progress.step + 1, rate, micro_batches, meter)
@@ -195,6 +187,18 @@ def train_loop(
         if ends:
             raise ended_by(notice, progress.step)
     return metrics
+
+
+def _gpu_peak(engine: Engine, config: TrainConfig) -> float | None:
+    return peak_tflops(torch.cuda.get_device_name(engine.device), config.model.dtype)
+
+
+def _warn_of_retry(rank: int, step: int, tried: int, tries: int) -> None:
+    if rank == 0 and tried < tries:
+        logger.warning(
+            "step %d: the loss or its gradients are not finite (try %d of %d); its batches are tried again",
+            step, tried, tries,
+        )  # fmt: skip
 
 
 def _accumulate(
@@ -247,7 +251,7 @@ def loss_of(
         pooled=output.pooled,
         reference_pooled=frozen.pooled,
         factors=factors,
-        decisions=decisions_of(batch, output),
+        decisions=decisions_of(batch, output) if output.refusals is not None else None,
     )
 
 
@@ -263,11 +267,9 @@ def decisions_of(batch: Batch, output: ModelOutput) -> Decisions | None:
 def _speed(metrics: Metrics, seconds: float, peak: float | None) -> Metrics:
     """Numbers a second, of a step that took so many; `peak` is the device's, in 1e12 operations a second."""
     speed = {"tokens_per_second": metrics["tokens"] / seconds, "step_seconds": seconds}
-    flops = metrics.pop("flops", 0.0)
-    if flops:
+    if flops := metrics.pop("flops", 0.0):
         speed["tflops_per_second"] = flops / seconds / 1e12
-    if flops and peak is not None:
-        speed["mfu"] = speed["tflops_per_second"] / peak
+        speed |= {"mfu": speed["tflops_per_second"] / peak} if peak is not None else {}
     return speed
 
 

@@ -50,11 +50,14 @@ def check_terms(config: TrainConfig, steps: int) -> None:
     last = (steps - 1) // every * every  # that taps; a factor never falls
     for name, term in config.active_terms.items():
         if not term.factor(last, steps):
-            path = "mlc" if name == "mlc" else f"terms.{name}"
-            raise ConfigError(
-                f"{path}.start={term.start} with mlc.every={every} leaves no step of {steps} that has the term; lower "
-                "one of them, or train for more steps"
-            )
+            raise _without_step("mlc" if name == "mlc" else f"terms.{name}", term.start, every, steps)
+
+
+def _without_step(path: str, start: float, every: int, steps: int) -> ConfigError:
+    return ConfigError(
+        f"{path}.start={start} with mlc.every={every} leaves no step of {steps} that has the term; lower one of them, "
+        "or train for more steps"
+    )
 
 
 def check_kinds(config: TrainConfig, tokens: TokenArtifact) -> None:
@@ -63,14 +66,18 @@ def check_kinds(config: TrainConfig, tokens: TokenArtifact) -> None:
     Raises:
         ConfigError: There are not.
     """
-    kinds = sorted(tokens.counts.kinds)
     needing = [name for name, term in Objective(config).terms.items() if term.needs_kinds]
-    if needing and len(kinds) < 2:
-        raise ConfigError(
-            f"terms.{needing[0]} teaches to tell harmful from benign bundles, but all {len(tokens)} of data.train are "
-            f"{kinds[0]}: add bundles of the other kind (their rows, or their source's `kind`, say which they are), or "
-            "remove the term"
-        )
+    if needing and len(tokens.counts.kinds) < 2:
+        raise _of_one_kind(needing[0], tokens)
+
+
+def _of_one_kind(term: str, tokens: TokenArtifact) -> ConfigError:
+    (kind,) = tokens.counts.kinds
+    return ConfigError(
+        f"terms.{term} teaches to tell harmful from benign bundles, but all {len(tokens)} of data.train are "
+        f"{kind}: add bundles of the other kind (their rows, or their source's `kind`, say which they are), or "
+        "remove the term"
+    )
 
 
 def cutting_of(
@@ -141,12 +148,17 @@ def cutting_of_worker(
     budget = said if said is not None else tokens_that_fit(config, tokens, engine, branches)
     cutting = cutting_of(config, tokens, tokens_per_forward=budget, world_size=engine.world_size, branches=branches)
     if said is None:
-        order = order_of(config, tokens)
-        check_groups(tokens, tapping(order, cutting, total_steps), cutting)
-        outlook = look_ahead(tokens, order, cutting, total_steps)
-        if engine.rank == 0 and outlook.oversized:
-            logger.warning("%s", said_of(outlook, cutting, config.train.batch_bundles)[-1])
+        _check_counted(config, tokens, engine, cutting, total_steps)
     return cutting
+
+
+def _check_counted(config: TrainConfig, tokens: TokenArtifact, engine: Engine, cutting: Cutting, steps: int) -> None:
+    """What the driver could not look at yet: a budget that was counted from memory."""
+    order = order_of(config, tokens)
+    check_groups(tokens, tapping(order, cutting, steps), cutting)
+    outlook = look_ahead(tokens, order, cutting, steps)
+    if engine.rank == 0 and outlook.oversized:
+        logger.warning("%s", said_of(outlook, cutting, config.train.batch_bundles)[-1])
 
 
 @dataclass(frozen=True)
@@ -180,6 +192,11 @@ def said_of(outlook: Outlook, cutting: Cutting, bundles: int) -> list[str]:
         f"{cutting.tokens_per_forward} tokens, on each of {counted(cutting.world_size, 'workers')}, for "
         f"{counted(bundles, 'bundles')} (mean of the first {counted(outlook.steps, 'steps')})"
     ]
+    return [*lines, *_warned_of(outlook, cutting)] if outlook.idle or outlook.oversized else lines
+
+
+def _warned_of(outlook: Outlook, cutting: Cutting) -> list[str]:
+    lines = []
     if outlook.idle:
         lines.append(
             f"{outlook.idle} of {outlook.forwards * cutting.world_size} forwards have no bundle left, and forward one "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.model import read_answers, read_tree, response_prompts
+from mlc_ray.train.forward import read_answers, read_tree, response_prompts
 from mlc_ray.types import Batch, Pairing, Pooling
 
 if TYPE_CHECKING:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from ray.train import UserCallback
 
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
-from mlc_ray.config import SourceSection, TrainConfig, parse_config
+from mlc_ray.config import DataSection, SourceSection, TrainConfig, parse_config
 from mlc_ray.data.plan import Cutting
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.sources import pinned
@@ -138,7 +138,7 @@ def train(
         given = _with_dtype(config, gpu=gpu)
         model = commits.get(given.model.path) or pinned_model(given.model.path)
         config = with_model(with_sources(given, pinned), model)
-        with claimed(run_folder, config) if is_new else contextlib.nullcontext():
+        with claimed(run_folder, config) if is_new else nullcontext():
             data = prepare_data(config, cache_dir=artifact_cache(run_folder.parent), layer=layer, gpu=gpu)
             steps = steps_of(config, data.tokens)
             _announce(config, data.tokens, steps, gpu=gpu)
@@ -176,15 +176,12 @@ def _fit(
     config: TrainConfig, spec: WorkerSpec, *, gpu: bool, callbacks: Sequence[UserCallback], display: bool
 ) -> TrainResult:
     """Have Ray Train run the workers to their end."""
-    run_folder, steps = spec.run_folder, spec.total_steps
+    run_folder = spec.run_folder
     to_go_on = f"mlc-ray train --resume {run_folder}"
+    parts = Objective(config).parts
+    shown = RunDisplay(run_folder, spec.total_steps, config.logging.every, parts) if display else nullcontext()
     try:
-        with (
-            RunDisplay(run_folder, steps, config.logging.every, Objective(config).parts)
-            if display
-            else contextlib.nullcontext(),
-            StopFile(run_folder, spec.lease).at_sigterm(),
-        ):
+        with shown, StopFile(run_folder, spec.lease).at_sigterm():
             run_workers(
                 train_worker,
                 spec,
@@ -197,35 +194,44 @@ def _fit(
                 to_go_on=to_go_on,
                 callbacks=callbacks,
             )
-    except DivergedError as error:
-        try:
-            record_divergence(run_folder, error)
-        except OSError as fault:
-            logger.warning("%s does not say that the run diverged: %s", run_folder, fault)
-        raise DivergedError(
-            f"run {str(run_folder)!r} ended at {error}", step=error.step, bundles=error.bundles
-        ) from None
-    except PreemptedError as error:
-        raise PreemptedError(
-            f"run {str(run_folder)!r} got SIGTERM at step {error.step} of {steps} and ended after a checkpoint; to go "
-            f"on: {to_go_on}",
-            step=error.step,
-        ) from None
+    except (DivergedError, PreemptedError) as error:
+        raise _of_the_run(error, spec, to_go_on) from None
     except MlcRayError:
         raise
     except Exception as error:
-        if (preempted := error_inside(error, WorkersPreemptedError)) is not None:
-            raise PreemptedError(
-                f"a worker of run {str(run_folder)!r} got SIGTERM at step {preempted.step} of {steps}, all ended after "
-                f"a checkpoint, and none of cluster.max_failures={config.cluster.max_failures} restarts is left; to "
-                f"go on: {to_go_on}",
-                step=preempted.step,
-            ) from error
-        hung = hang_error(run_folder, spec.lease, what=f"run {str(run_folder)!r}", to_go_on=to_go_on)
-        if hung is not None:
-            raise hung from error
+        if (cause := _cause(error, config, spec, to_go_on)) is not None:
+            raise cause from error
         raise
     return result_of(run_folder)
+
+
+def _of_the_run(error: DivergedError | PreemptedError, spec: WorkerSpec, to_go_on: str) -> MlcRayError:
+    """The end that workers agreed on, in the words of the driver; a divergence is recorded in the run's folder."""
+    run = spec.run_folder
+    if isinstance(error, DivergedError):
+        try:
+            record_divergence(run, error)
+        except OSError as fault:
+            logger.warning("%s does not say that the run diverged: %s", run, fault)
+        return DivergedError(f"run {str(run)!r} ended at {error}", step=error.step, bundles=error.bundles)
+    return PreemptedError(
+        f"run {str(run)!r} got SIGTERM at step {error.step} of {spec.total_steps} and ended after a checkpoint; to go "
+        f"on: {to_go_on}",
+        step=error.step,
+    )
+
+
+def _cause(error: Exception, config: TrainConfig, spec: WorkerSpec, to_go_on: str) -> MlcRayError | None:
+    """Why Ray gave up: workers were taken away or hung more often than `cluster.max_failures`; None for all else."""
+    what = f"run {str(spec.run_folder)!r}"
+    if (preempted := error_inside(error, WorkersPreemptedError)) is not None:
+        return PreemptedError(
+            f"a worker of {what} got SIGTERM at step {preempted.step} of {spec.total_steps}, all ended after "
+            f"a checkpoint, and none of cluster.max_failures={config.cluster.max_failures} restarts is left; to "
+            f"go on: {to_go_on}",
+            step=preempted.step,
+        )
+    return hang_error(spec.run_folder, spec.lease, what=what, to_go_on=to_go_on)
 
 
 def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gpu: bool) -> PreparedData:
@@ -271,15 +277,17 @@ def check_tokens(
     check_answers(config, tokens)
     check_terms(config, steps_of(config, tokens))
     check_kinds(config, tokens)
-    held_out = _held_out_tokens(config, tokens, cache_dir)
-    _check_groups(config, tokens, held_out, gpu=gpu)
+    section = held_out_section(config.data)
+    held_out = _held_out_tokens(config, section, tokens, cache_dir) if section is not None else None
+    # Openings that a language lacks are found there, too.
+    if Objective(config).needs_group or config.reads_decisions or section is not None:
+        _check_groups(config, tokens, held_out, gpu=gpu)
     return held_out
 
 
-def _held_out_tokens(config: TrainConfig, training: TokenArtifact, cache_dir: Path | Place) -> TokenArtifact | None:
-    section = held_out_section(config.data)
-    if section is None:
-        return None
+def _held_out_tokens(
+    config: TrainConfig, section: DataSection, training: TokenArtifact, cache_dir: Path | Place
+) -> TokenArtifact:
     tokens = prepare_token_rows(section, config.model, chat=config.chat, cache_dir=cache_dir)
     check_answers(config, tokens)
     check_held_out(tokens, training)

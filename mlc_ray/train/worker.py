@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -24,7 +22,7 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.lease import LeaseGuard
-from mlc_ray.logs import send_warnings
+from mlc_ray.logs import quiet_workers, send_warnings
 from mlc_ray.losses.objective import Objective
 from mlc_ray.runs import checkpoint_sizes, logged_until
 from mlc_ray.storage import Place, StorageFaultError, fetched_bytes, local_model
@@ -32,10 +30,11 @@ from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint
 from mlc_ray.train.checks import check_batch, check_tap
 from mlc_ray.train.divergence import forget_divergence
 from mlc_ray.train.engines.base import Engine
-from mlc_ray.train.entry import HeldOut, WorkerSpec
+from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec
+from mlc_ray.train.forward import n_layers
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
-from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, load_policy, resolve_layer
 from mlc_ray.train.openings import branches_of
 from mlc_ray.train.planning import check_groups, cutting_of_worker, held_out_cutting, order_of
 from mlc_ray.train.preemption import SIGTERM, Notice, StopFile, highest
@@ -79,7 +78,7 @@ def begun(config: TrainConfig, folder: Place, lease: str) -> Iterator[tuple[Watc
         What watches it until the block ends, loading and closing too; and its device.
     """
     send_warnings()
-    quiet()
+    quiet_workers()
     rank = ray.train.get_context().get_world_rank()
     with contextlib.closing(Watchdog(config.cluster.hang_timeout, folder, lease=lease, rank=rank, step=0)) as watchdog:
         device = ray.train.torch.get_device()
@@ -111,26 +110,21 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
     table = load_reference(spec.reference_folder) if spec.reference_folder else None
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     watchdog.beat("cutting its batches, with all workers")
-    held_out = TokenArtifact.open(spec.held_out.tokens_folder) if spec.held_out is not None else None
-    branches = branches_of(config, tokenizer, [tokens, *([held_out] if held_out is not None else [])])
+    held_out = [TokenArtifact.open(spec.held_out.tokens_folder)] if spec.held_out is not None else []
+    branches = branches_of(config, tokenizer, [tokens, *held_out])
     cutting = cutting_of_worker(config, tokens, engine, spec.total_steps, branches)
     planned = plans(tokens, order_of(config, tokens), cutting, range(progress.step, spec.total_steps))
-    pin = device.type == "cuda"
-    batches = stream_steps(tokens, planned, cutting, table, rank=rank, pin=pin)
-    batches = watchdog.over(batches, "waiting for its batches", "in a step, with all workers")
-    steps = _checked(batches, engine)
+    batches = stream_steps(tokens, planned, cutting, table, rank=rank, pin=device.type == "cuda")
+    steps = _checked(watchdog.over(batches, "waiting for its batches", "in a step, with all workers"), engine)
+    reference = _asked(online, table)
+    validate = None
+    if spec.held_out is not None:
+        validate = _validation(config, spec.held_out, held_out[0], engine, online, cutting, progress, watchdog)
     watchdog.beat("opening the trackers")
+    begins = Objective(config).begins(spec.total_steps)
+    tracker = Tracker(config, run, progress.step, guard.check, begins=begins) if rank == 0 else None
     is_past_divergence = False
-    with (
-        contextlib.closing(
-            Tracker(
-                config, spec.run_folder, progress.step, guard.check, begins=Objective(config).begins(spec.total_steps)
-            )
-        )
-        if rank == 0
-        else contextlib.nullcontext() as tracker,
-        contextlib.closing(steps),
-    ):
+    with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext(), contextlib.closing(steps):
 
         def log(step: int, metrics: Metrics) -> None:
             watchdog.beat("logging", step)
@@ -139,7 +133,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
                 tracker.log(step, {**metrics, "tokens_per_forward": float(cutting.tokens_per_forward)})
                 nonlocal is_past_divergence
                 with contextlib.suppress(OSError):  # it is asked again after the next step
-                    is_past_divergence = is_past_divergence or forget_divergence(spec.run_folder, step)
+                    is_past_divergence = is_past_divergence or forget_divergence(run, step)
 
         saver = CheckpointSaver(
             run,
@@ -156,11 +150,11 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
                 config,
                 engine=engine,
                 steps=steps,
-                reference=_asked(online, table),
+                reference=reference,
                 progress=progress,
                 total_steps=spec.total_steps,
                 kinds=tokens.counts.kinds,
-                validate=_validation(config, spec.held_out, held_out, engine, online, cutting, progress, watchdog),
+                validate=validate,
                 noticed=_notices(spec),
                 log=log,
                 saves=saves,
@@ -238,8 +232,10 @@ class WatchedSaves:
             StorageFaultError: They could not be written.
         """
         asked = self.spec.score
-        if asked is None or not (last or (asked.every is not None and progress.step % asked.every == 0)):
-            return
+        if asked is not None and (last or (asked.every is not None and progress.step % asked.every == 0)):
+            self._publish_and_score(asked, progress, last=last)
+
+    def _publish_and_score(self, asked: WeightsScorer, progress: Progress, *, last: bool) -> None:
         if self.saver.engine.rank == 0:
             self.guard.check(now=True)
         self.watchdog.beat("publishing weights, with all workers")
@@ -282,40 +278,28 @@ def _on_first_worker(function: Callable[[], Metrics]) -> Metrics:
     return cast(Metrics, broadcast_from_rank_zero(function() if first else None))
 
 
-def quiet() -> None:
-    """Keep notices about Ray's and PyTorch's own calls out of the run's console; warnings of this package stay."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    for name in list(logging.root.manager.loggerDict):
-        if "ray/train/" in name:  # Ray Train's loggers bear their files' names; they print all metrics at every report
-            logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks")
-
-
 def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference | None]:
     """The policy's engine, and the reference where one is asked at every step."""
     chosen = engine_class(config)
     with chosen.loading(config):
         policy = load_policy(config.model)
-    layer = resolve_layer(config.mlc.layer, policy.config.get_text_config().num_hidden_layers)
+    layer = resolve_layer(config.mlc.layer, n_layers(policy))
+    pooling, size = Objective(config).alignment.pooling, config.mlc.extractor_dim
     policy = add_adapters(policy, config.model)
-    objective = Objective(config)
-    module = PolicyWithExtractor(
-        policy,
-        layer=layer,
-        extractor_dim=config.mlc.extractor_dim,
-        seed=config.seed,
-        pooling=objective.alignment.pooling,
-    )
-    module.to(dtype=getattr(torch, config.model.dtype))
+    module = PolicyWithExtractor(policy, layer=layer, extractor_dim=size, seed=config.seed, pooling=pooling)
+    cast_parameters(module, getattr(torch, config.model.dtype))
     engine = chosen(module, config, device)
     check_tap(engine.module.language_model, layer)
-    if not (config.needs_reference and config.reference == "online"):
-        return engine, None
-    asked = asked_of_reference(objective, layer)
+    is_asked = config.needs_reference and config.reference == "online"
+    return engine, _online_reference(config, engine) if is_asked else None
+
+
+def _online_reference(config: TrainConfig, engine: Engine) -> Reference:
+    """The policy without its adapters, or a second model."""
+    asked = asked_of_reference(Objective(config), engine.module.layer)
     if config.model.lora is not None:
-        return engine, policy_reference(engine.module, ReferenceModel(engine.module.language_model, **asked))
-    return engine, frozen_reference(config, asked, device)
+        return policy_reference(engine.module, ReferenceModel(engine.module.language_model, **asked))
+    return frozen_reference(config, asked, engine.device)
 
 
 def frozen_reference(config: TrainConfig, asked: dict[str, Any], device: torch.device) -> Reference:
@@ -328,17 +312,15 @@ def frozen_reference(config: TrainConfig, asked: dict[str, Any], device: torch.d
 
 def _validation(
     config: TrainConfig,
-    found: HeldOut | None,
-    tokens: TokenArtifact | None,
+    found: HeldOut,
+    tokens: TokenArtifact,
     engine: Engine,
     online: Reference | None,
     cutting: Cutting,
     progress: Progress,
     watchdog: Watchdog,
-) -> Validation | None:
-    """What measures held-out bundles, where there are some."""
-    if found is None or tokens is None:
-        return None
+) -> Validation:
+    """What measures held-out bundles."""
     table = load_reference(found.reference_folder) if found.reference_folder else None
     own = held_out_cutting(cutting, tokens)
     rows = batches_of(tokens, seed=config.seed, at_once=config.train.batch_bundles)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlc_ray.cli.commands import parse_benchmark
+from mlc_ray.cli.arguments import parse_benchmark
 from mlc_ray.config import ConfigError, SourceSection
 from mlc_ray.data.bundles import BundleFileError, RejectedRow
 from mlc_ray.data.rejects import PartRead

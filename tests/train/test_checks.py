@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from mlc_ray.train import attention
 from mlc_ray.train.checks import check_batch, check_tap
-from mlc_ray.train.model import ModelError
+from mlc_ray.train.forward import ModelError
 from tests.train.test_model import ARCHITECTURES, ROWS, batch, build
 
 

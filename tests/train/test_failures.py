@@ -24,7 +24,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.failures import EndAtOwnError, error_inside, keyboard_interrupt, own_error, own_errors
-from mlc_ray.train.model import ModelError
+from mlc_ray.train.forward import ModelError
 from mlc_ray.train.preemption import Notice, WorkersPreemptedError, ended_by
 from mlc_ray.train.shards import CheckpointError
 

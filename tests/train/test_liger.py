@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mlc_ray.config import ModelSection
-from mlc_ray.train.model import ModelError, load_policy, use_liger
+from mlc_ray.train.forward import ModelError
+from mlc_ray.train.model import load_policy, use_liger
 from tests.train.tiny import tiny_model
 
 COMPARED = """

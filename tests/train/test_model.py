@@ -22,13 +22,11 @@ from transformers import (
 
 from mlc_ray.config import LoraSection, ModelSection
 from mlc_ray.data.batches import collate, collate_prompts
+from mlc_ray.train.forward import ModelError, final_norm, layer_states
 from mlc_ray.train.model import (
-    ModelError,
     PolicyWithExtractor,
     add_adapters,
     checkpoint_blocks,
-    final_norm,
-    layer_states,
     load_policy,
     model_depth,
     resolve_layer,
@@ -290,7 +288,7 @@ def test_resolve_layer_out_of_range(layer):
         ({}, "varlen", "model.attention='varlen': .*caps its attention scores at 50.0.*use model.attention='auto'"),
         ({"attn_logit_softcapping": None, "attention_dropout": 0.1}, "varlen", "attention_dropout of 0.1"),
         ({"attention_dropout": 0.1}, "flex", "attention_dropout of 0.1"),
-        ({"attn_logit_softcapping": None}, "varlen", "it needs a GPU, and there is none here"),
+        ({"attn_logit_softcapping": None}, "varlen", "needs a GPU, and there is none here"),
     ],
 )
 def test_an_attention_that_would_leave_something_out_is_refused(changes, attention, message, tmp_path, monkeypatch):

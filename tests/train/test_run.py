@@ -22,7 +22,7 @@ from mlc_ray.show import show
 from mlc_ray.storage import Place
 from mlc_ray.train.checkpoint import complete_checkpoints, list_checkpoints
 from mlc_ray.train.divergence import DivergedError
-from mlc_ray.train.model import ModelError
+from mlc_ray.train.forward import ModelError
 from mlc_ray.train.run import train
 from mlc_ray.train.run_folder import RunError, load_run_config
 

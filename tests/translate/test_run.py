@@ -11,7 +11,7 @@ import pytest
 
 from mlc_ray import api
 from mlc_ray.cli import build_parser, main
-from mlc_ray.cli.commands import translate_config
+from mlc_ray.cli.arguments import translate_config
 from mlc_ray.config import ConfigError, SourceSection, TranslateConfig, parse_config
 from mlc_ray.data.prepare import read_bundles
 from mlc_ray.generate.engine import EngineError

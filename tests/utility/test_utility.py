@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mlc_ray.cli import build_parser
-from mlc_ray.cli.commands import utility_config
+from mlc_ray.cli.arguments import utility_config
 from mlc_ray.config import ConfigError, UtilityConfig, parse_config
 from mlc_ray.generate.engine import EngineError
 from mlc_ray.runs import ModelPathError

@@ -98,11 +98,23 @@ class Engine(ABC):
         """
 
     @classmethod
-    @abstractmethod
     def frozen(
         cls, model: ReferenceModel, config: TrainConfig, device: torch.device
     ) -> Callable[[Batch], ReferenceOutput]:
-        """`model` without an optimizer, as a function of a batch; states if the batch taps; no gradient is taken."""
+        """`model` without an optimizer, as a function of a batch; states if the batch taps; no gradient is taken.
+
+        As it stands, whole on every worker.
+        """
+        import torch
+
+        model.requires_grad_(False).to(device).eval()
+
+        @torch.no_grad()
+        def ask(batch: Batch) -> ReferenceOutput:
+            said: ReferenceOutput = model(batch, state=batch.taps)
+            return said
+
+        return ask
 
     @abstractmethod
     def begin(self, micro_batches: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -110,23 +110,24 @@ class DeepSpeed(Engine):
         @model_validator(mode="after")
         def _each_at_its_stages(self) -> DeepSpeed.Settings:
             for name, stages in STAGES_OF.items():
-                value = getattr(self, name)
-                if value != type(self).model_fields[name].default and self.stage not in stages:
-                    allowed = " or ".join(map(str, stages))
-                    raise ValueError(
-                        f"engine.{name}={value} needs engine.stage {allowed}, but engine.stage={self.stage}"
-                    )
+                if self.stage not in stages and getattr(self, name) != type(self).model_fields[name].default:
+                    self._refuse(name, " or ".join(map(str, stages)))
             if self.accumulate_dtype == "float32" and self.stage < 2:
-                raise ValueError(
-                    f"engine.accumulate_dtype='float32' needs engine.stage 2 or 3, but engine.stage={self.stage}: "
-                    "there DeepSpeed adds gradients up in the model's type"
-                )
+                self._refuse("accumulate_dtype", "2 or 3", ": there DeepSpeed adds gradients up in the model's type")
+            if self.extra:
+                self._check_extra()
+            return self
+
+        def _refuse(self, name: str, stages: str, why: str = "") -> None:
+            value = getattr(self, name)
+            raise ValueError(f"engine.{name}={value!r} needs engine.stage {stages}, but engine.stage={self.stage}{why}")
+
+        def _check_extra(self) -> None:
             if unknown := sorted(self.extra.keys() - EXTRA_SECTIONS):
                 raise ValueError(
                     f"engine.extra has {unknown[0]!r}, which is not one of {', '.join(sorted(EXTRA_SECTIONS))}: "
                     "DeepSpeed would ignore it, or it changes what other settings decide"
                 )
-            return self
 
     @classmethod
     def prepare(cls, device: torch.device) -> None:
@@ -138,19 +139,9 @@ class DeepSpeed(Engine):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
     @classmethod
-    @contextmanager
-    def loading(cls, config: TrainConfig) -> Iterator[None]:
+    def loading(cls, config: TrainConfig) -> AbstractContextManager[None]:
         """Within, transformers loads a model already sharded at stage 3, so that no worker ever holds all of it."""
-        if _settings(config).stage != 3:
-            yield
-            return
-        from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-        active = HfDeepSpeedConfig(deepspeed_config(config))  # transformers looks for the living object
-        try:
-            yield
-        finally:
-            del active
+        return _loading_sharded(config) if _settings(config).stage == 3 else nullcontext()
 
     def __init__(self, module: PolicyWithExtractor, config: TrainConfig, device: torch.device) -> None:
         import deepspeed
@@ -158,11 +149,10 @@ class DeepSpeed(Engine):
         import torch.distributed as dist
 
         settings = _settings(config)
-        if dist.get_world_size() % settings.secondary_partition:
-            raise TrainingEngineError(
-                f"engine.secondary_partition={settings.secondary_partition} does not divide "
-                f"{dist.get_world_size()} workers into groups; use the number of GPUs of a node, or 1"
-            )
+        self.device, self._stage = device, settings.stage
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if self.world_size % settings.secondary_partition:
+            raise _uneven(settings.secondary_partition, self.world_size)
         optimizer = torch.optim.AdamW(
             parameter_groups(module.parameters(), config.optimizer.weight_decay, self.shape),
             lr=0.0,  # each step has its own rate; DeepSpeed may take steps of its own before the first, see below
@@ -177,29 +167,14 @@ class DeepSpeed(Engine):
         for state in optimizer.state.values():
             if "step" in state:
                 state["step"].zero_()
-        self._stage = settings.stage
         self.module = self._engine.module
-        self.device = device
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     @classmethod
     def frozen(
         cls, model: ReferenceModel, config: TrainConfig, device: torch.device
     ) -> Callable[[Batch], ReferenceOutput]:
         """The reference sharded like the policy at stage 3, else replicated."""
-        import deepspeed
-        import torch
-
-        model.requires_grad_(False)
-        engine, *_ = deepspeed.initialize(model=model, config=reference_config(config))
-        engine.module.eval()
-
-        @torch.no_grad()
-        def ask(batch: Batch) -> ReferenceOutput:
-            said: ReferenceOutput = engine(batch, state=batch.taps)
-            return said
-
-        return ask
+        return _frozen_sharded(model, config) if _settings(config).stage == 3 else super().frozen(model, config, device)
 
     def begin(self, micro_batches: int) -> None:
         """Tell DeepSpeed, whose own count of micro-batches is fixed, which of them is the last."""
@@ -220,25 +195,29 @@ class DeepSpeed(Engine):
 
     def step(self, learning_rate: float) -> float:
         """One optimizer step, unless the norm of the gradients is not finite."""
-        import torch
-
         engine = self._engine
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm: float | None = None
         if self._stage == 0:
-            # Without ZeRO, DeepSpeed clips but does not say by what norm (float32), or says it in bfloat16; and in
-            # float32 it applies whatever the gradients are. They are averaged over workers already.
-            gradients = [p.grad.float() for p in engine.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-            if not norm < float("inf"):
-                engine.zero_grad()
-                return norm
+            return self._step_without_zero()
         engine.step()
-        if not engine.was_step_applied():  # stages 1-3 look for themselves, and drop the gradients
+        if not engine.was_step_applied():  # ZeRO looks for itself, and drops the gradients
             return float("inf")
-        norm = engine.get_global_grad_norm() if norm is None else norm
+        norm = engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
+
+    def _step_without_zero(self) -> float:
+        """Stage 0: DeepSpeed clips but does not say by what norm (float32), or says it in bfloat16; and in float32 it
+        applies whatever the gradients are. They are averaged over workers already."""
+        import torch
+
+        gradients = [p.grad.float() for p in self.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not norm < float("inf"):
+            self._engine.zero_grad()
+            return norm
+        self._engine.step()
+        return norm if self._engine.was_step_applied() else float("inf")
 
     @staticmethod
     def shape(parameter: nn.Parameter) -> tuple[int, ...]:
@@ -261,20 +240,23 @@ class DeepSpeed(Engine):
 
     def weights(self, *, trainable_only: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Gathered from all workers at stage 3, parameter by parameter; those of rank 0 below."""
+        own = each_once(self.module, trainable_only=trainable_only)
+        if self._stage == 3:
+            yield from self._gathered(own)
+        elif self.rank == 0:
+            yield from ((name, value.detach()) for name, value in own)
+
+    def _gathered(self, own: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         import deepspeed
         import torch
 
-        if self._stage == 3:
-            self._engine.optimizer.checkpoint_event_prologue()
-        elif self.rank != 0:
-            return
-        for name, value in each_once(self.module, trainable_only=trainable_only):
-            sharded = self._stage == 3 and isinstance(value, torch.nn.Parameter)
+        self._engine.optimizer.checkpoint_event_prologue()
+        for name, value in own:
+            sharded = isinstance(value, torch.nn.Parameter)
             with deepspeed.zero.GatheredParameters([value]) if sharded else nullcontext():
                 if self.rank == 0:
                     yield name, value.detach()
-        if self._stage == 3:
-            self._engine.optimizer.checkpoint_event_epilogue()
+        self._engine.optimizer.checkpoint_event_epilogue()
 
     def owned_state(self) -> Iterator[StateShard]:
         """At stages 1 to 3 what ZeRO has given to this worker; at stage 0, where all hold everything, a share of it."""
@@ -298,11 +280,8 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
             digits that they have.
     """
     settings = _settings(config)
-    for name in ("reduce_dtype", "accumulate_dtype"):
-        if getattr(settings, name) == "bfloat16" and config.model.dtype != "bfloat16":
-            raise TrainingEngineError(
-                f"engine.{name}='bfloat16' is for models in bfloat16, but model.dtype={config.model.dtype!r}; remove it"
-            )
+    if config.model.dtype != "bfloat16":
+        _refuse_bfloat16(settings, config.model.dtype)
     accumulate = settings.accumulate_dtype or ("float32" if settings.stage >= 2 else config.model.dtype)
     ours: dict[str, Any] = {
         # Neither is read where the engine says which micro-batch is the last: see `begin` and `backward`.
@@ -317,7 +296,19 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    whole = _merged(ours, settings.extra)
+    return _with_extra(ours, settings.extra) if settings.extra else ours
+
+
+def _refuse_bfloat16(settings: DeepSpeed.Settings, dtype: str) -> None:
+    for name in ("reduce_dtype", "accumulate_dtype"):
+        if getattr(settings, name) == "bfloat16":
+            raise TrainingEngineError(
+                f"engine.{name}='bfloat16' is for models in bfloat16, but model.dtype={dtype!r}; remove it"
+            )
+
+
+def _with_extra(ours: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    whole = _merged(ours, extra)
     for section, setting in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_parameters")):
         if whole["zero_optimization"].get(section, {}).get("device") == "nvme":
             raise TrainingEngineError(
@@ -365,15 +356,41 @@ def _merged(ours: dict[str, Any], extra: dict[str, Any], path: str = "") -> dict
     return merged
 
 
-def reference_config(config: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration for the frozen reference: sharded like the policy at stage 3, else replicated."""
+@contextmanager
+def _loading_sharded(config: TrainConfig) -> Iterator[None]:
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    active = HfDeepSpeedConfig(deepspeed_config(config))  # transformers looks for the living object
+    try:
+        yield
+    finally:
+        del active
+
+
+def _frozen_sharded(model: ReferenceModel, config: TrainConfig) -> Callable[[Batch], ReferenceOutput]:
+    import deepspeed
+    import torch
+
     whole = deepspeed_config(config)
-    zero = whole["zero_optimization"]
-    stage3 = {k: v for k, v in zero.items() if k != "offload_optimizer"}
-    whole["zero_optimization"] = stage3 if zero["stage"] == 3 else {"stage": 0}
+    whole["zero_optimization"].pop("offload_optimizer", None)
     whole["gradient_clipping"] = 0.0
     del whole["data_types"]  # there are no gradients to add up
-    return whole
+    engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=whole)
+    engine.module.eval()
+
+    @torch.no_grad()
+    def ask(batch: Batch) -> ReferenceOutput:
+        said: ReferenceOutput = engine(batch, state=batch.taps)
+        return said
+
+    return ask
+
+
+def _uneven(groups: int, workers: int) -> TrainingEngineError:
+    return TrainingEngineError(
+        f"engine.secondary_partition={groups} does not divide {workers} workers into groups; use the number of GPUs of "
+        "a node, or 1"
+    )
 
 
 def _settings(config: TrainConfig) -> DeepSpeed.Settings:

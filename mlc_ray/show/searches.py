@@ -1,0 +1,152 @@
+"""What a search's and a study's folder say."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mlc_ray.report.study import load_study
+from mlc_ray.report.text import percent
+from mlc_ray.runs import (
+    BASELINE_FOLDER,
+    CELLS_FOLDER,
+    DIVERGED_FILE,
+    FINISHED_FILE,
+    MODEL_FOLDER,
+    PROVENANCE_FILE,
+    SCORES_FILE,
+    SCORES_FOLDER,
+    SEARCH_CONFIG_FILE,
+    STOPPED_FILE,
+    STUDY_FILE,
+    STUDY_RESULTS_FILE,
+    STUDY_SCORE,
+    TRIALS_FILE,
+    TRIALS_FOLDER,
+    VALUES_FILE,
+    read_metrics,
+)
+from mlc_ray.show.lines import Line, age, duration, next_lines, quoted, read_json, values_text
+from mlc_ray.show.runs import rates_text
+from mlc_ray.storage import Place
+
+_MOST_TRIALS = 20
+
+
+def search_lines(folder: Place) -> list[Line]:
+    """A search: its trials and the best of them."""
+    config = read_json(folder / SEARCH_CONFIG_FILE)
+    trials = [child for child in (folder / TRIALS_FOLDER).iterdir() if (child / VALUES_FILE).is_file()]
+    marks = (FINISHED_FILE, STOPPED_FILE, DIVERGED_FILE)
+    over = [trial for trial in trials if any((trial / mark).is_file() for mark in marks)]
+    found = read_json(folder / TRIALS_FILE)
+    total = (found.get("progress") or {}).get("total") or _number_of_trials(config)
+    confirmation = found.get("confirmation") or {}
+    more = len(over) - (confirmation.get("trials") or len(over))  # that ended after what is confirmed
+    ended = bool(confirmation) and len(over) >= total and more <= 0
+    lines = [
+        ("search", str(folder)),
+        ("space", "; ".join(f"{name}: {_parameter(each)}" for name, each in config.get("space", {}).items())),
+        ("state", f"{'ended, ' if ended else ''}{len(over)} of {total} trials have ended" + _unfinished(trials, over)),
+        ("baseline", rates_text(folder / BASELINE_FOLDER)),
+    ]
+    left = (found.get("progress") or {}).get("seconds_left")
+    if left and not ended:
+        lines.append(("time left", f"about {duration(left)}{age(folder / TRIALS_FILE)}"))
+    confirmed = confirmation.get("points", ())
+    best = confirmed[0]["trial"] if confirmed else None
+    for point in confirmed:
+        mark = "   <- best" if point["trial"] == best else ""
+        mark += f"   (before {more} more trials had ended)" if more > 0 else ""
+        lines.append((f"confirmed {point['trial']}", _confirmed(point) + mark))
+    for trial in trials[:_MOST_TRIALS]:
+        lines.append((f"trial {trial.name}", _trial(trial)))
+    if len(trials) > _MOST_TRIALS:
+        lines.append(("", f"and {len(trials) - _MOST_TRIALS} more"))
+    if trials:
+        lines.append(("note", "the rates of trials chose those that are confirmed: the best of them are too good"))
+    here = quoted(folder)
+    commands = [] if ended else [f"mlc-ray search --resume {here}   # if it is not running any more"]
+    if best is not None:
+        commands += [
+            f"mlc-ray score {quoted(folder / 'best')} --benchmark sample:test",
+            f"mlc-ray train --config {quoted(folder / 'best.yaml')}",
+        ]
+    return [*lines, *next_lines(commands)]
+
+
+def _confirmed(point: Mapping[str, Any]) -> str:
+    """Both sides of a point, means over its models, with their intervals."""
+    score = point["score"]
+    sides = {f"harmful {score['measure']}": score["harmful"], "benign complied": score["benign"]}
+    said = [
+        f"{name} {percent(side['value'])} % ({percent(side['low'])} to {percent(side['high'])})"
+        for name, side in sides.items()
+        if side is not None
+    ]
+    models = len(point["runs"])
+    return "   ".join(said) + (f"   means over {models} models" if models > 1 else "")
+
+
+def _unfinished(trials: Sequence[Place], over: Sequence[Place]) -> str:
+    names = [trial.name for trial in trials if trial not in over]
+    return f"; begun and not ended: {', '.join(names)}" if names else ""
+
+
+def _trial(folder: Place) -> str:
+    """A trial's values, its last step and the rates of its last score."""
+    of_steps = [child for child in (folder / SCORES_FOLDER).iterdir() if child.name.startswith("step-")]
+    scores = [child for child in of_steps if (child / SCORES_FILE).is_file()]
+    rates = rates_text(scores[-1]) if scores else "not scored yet"
+    rows = read_metrics(folder)
+    step = f"step {rows[-1]['step'] if rows else 0}"
+    end = ", stopped" if (folder / STOPPED_FILE).is_file() else ""
+    if diverged := read_json(folder / DIVERGED_FILE):
+        end += f", diverged at step {diverged.get('step')}"
+    return f"{values_text(read_json(folder / VALUES_FILE))}: {step}{end}, {rates}"
+
+
+def _number_of_trials(config: Mapping[str, Any]) -> int:
+    """As asked for, but no more than there are points, and each as often as it is repeated."""
+    points: float = 1
+    for each in config.get("space", {}).values():
+        low, high = each.get("integers") or (1, len(each.get("choice") or (None,)))
+        points *= 1 + high - low
+        if each.get("choice") is None and each.get("integers") is None:
+            points = math.inf  # a range of numbers
+    return int(min(config.get("trials") or points, points)) * int(config.get("repeats", 1))
+
+
+def _parameter(each: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {json.dumps(value)}" for name, value in each.items())
+
+
+def study_lines(folder: Place) -> list[Line]:
+    """A study: its cells and what they gave."""
+    plan, here = read_json(folder / STUDY_FILE), quoted(folder)
+    names = [f"{cell['model']}-{cell['method']}-{cell['seed']}" for cell in plan.get("cells", ())]
+    runs = {name: folder / CELLS_FOLDER / name for name in names}
+    scored = [name for name, run in runs.items() if (run / SCORES_FOLDER / STUDY_SCORE / SCORES_FILE).is_file()]
+    diverged = [name for name, run in runs.items() if (run / DIVERGED_FILE).is_file()]
+    trained = [name for name, run in runs.items() if (run / MODEL_FOLDER / PROVENANCE_FILE).is_file()]
+    left = [name for name in names if name not in (*scored, *diverged)]
+    lines = [
+        ("study", str(folder)),
+        ("state", f"{len(scored)} of {len(names)} cells are scored, {len({*trained, *scored})} are trained"),
+    ]
+    if diverged:
+        lines.append(("diverged", ", ".join(diverged)))
+    if not (folder / STUDY_RESULTS_FILE).is_file():
+        return [*lines, *next_lines([f"mlc-ray study --resume {here}   # if it is not running any more"])]
+    result = load_study(folder)
+    for row in result.rows:
+        if row.rates is not None:
+            harmful, benign = row.rates.harmful, row.rates.benign
+            seeds = f"{row.rates.seeds} {'seed' if row.rates.seeds == 1 else 'seeds'}"
+            rates = f"harmful {harmful.measure} {percent(harmful.avg.value)} %, benign complied"
+            lines.append((f"{row.model} {row.method}", f"{rates} {percent(benign.avg.value)} %, {seeds}"))
+    lines += [(cell.name, f"{cell.state}: {cell.message}") for cell in result.cells if cell.message]
+    commands = [f"mlc-ray study --resume {here}   # if it is not running any more"] if left else []
+    return [*lines, *next_lines([*commands, f"mlc-ray report {here} --out study.html"])]
