@@ -23,7 +23,7 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.train.attention import register_attention
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress, train_loop
-from mlc_ray.train.model import PolicyWithExtractor, add_adapters, checkpoint_blocks, resolve_layer
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, checkpoint_blocks, resolve_layer
 from mlc_ray.train.planning import check_groups, cutting_of, order_of, tapping, tokens_per_forward
 from mlc_ray.train.reference import ReferenceModel, asked_of_reference, cached_reference, policy_reference
 from mlc_ray.types import ReferenceRows, TokenRow
@@ -146,7 +146,8 @@ def wrapped(config, seed=0):
         seed=config.seed,
         pooling=Objective(config).alignment.pooling,
     )
-    return module.to(getattr(torch, config.model.dtype))
+    cast_parameters(module, getattr(torch, config.model.dtype))
+    return module
 
 
 def steps_of(config, rows, rank, world_size, table=None, start_step=0, branches=None):
@@ -212,8 +213,9 @@ def online_reference(config, engine):
     asked = asked_of_reference(objective, resolve_layer(config.mlc.layer, 3))
     if config.model.lora is not None:
         return policy_reference(engine.module, ReferenceModel(engine.module.language_model, **asked))
-    frozen = ReferenceModel(tiny_model().to(getattr(torch, config.model.dtype)), **asked)
-    return type(engine).frozen(frozen, config, engine.device)
+    model = tiny_model()
+    cast_parameters(model, getattr(torch, config.model.dtype))
+    return type(engine).frozen(ReferenceModel(model, **asked), config, engine.device)
 
 
 def run_engine(
