@@ -30,6 +30,7 @@ from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import place_of as engine_place
 from mlc_ray.logs import keep_in
 from mlc_ray.runs import (
+    ANSWERS_FOLDER,
     BUNDLES_FOLDER,
     KEPT_FOLDER,
     QUALITY_FILE,
@@ -350,7 +351,11 @@ class _Run:
 
         for number in range(self.shards):
             made = assembly.shard(self._shard(last, number))
-            for folder, lines in ((BUNDLES_FOLDER, made.bundles), (REJECTED_FOLDER, made.rejected)):
+            for folder, lines in (
+                (BUNDLES_FOLDER, made.bundles),
+                (REJECTED_FOLDER, made.rejected),
+                (ANSWERS_FOLDER, made.answers),
+            ):
                 if lines:
                     write(f"{folder}/{folder}-{number:05}.jsonl", "".join(f"{line}\n" for line in lines).encode())
         quality = counts.result()
