@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlc_ray.config import OptimizerSection, TrainConfig
 from mlc_ray.device import peak_tflops
-from mlc_ray.losses.base import Decisions, refusal_log_odds
+from mlc_ray.losses.base import Decisions, Kept, refusal_log_odds
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.collectives import gather_objects
 from mlc_ray.train.divergence import DivergedError
@@ -248,7 +248,16 @@ def loss_of(
         reference_pooled=frozen.pooled,
         factors=factors,
         decisions=decisions_of(batch, output),
+        kept=_kept(batch, output, frozen),
     )
+
+
+def _kept(batch: Batch, output: ModelOutput, frozen: ReferenceOutput) -> Kept | None:
+    """Next-token logits on benign bundles, where policy and reference were read there."""
+    if output.benign is None or frozen.benign is None or batch.benign is None:
+        return None
+    places = batch.benign
+    return Kept(output.benign, frozen.benign, places.bundle, places.share, len(batch.bundle_ids))
 
 
 def decisions_of(batch: Batch, output: ModelOutput) -> Decisions | None:

@@ -29,7 +29,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.logprobs import response_log_probs, token_log_probs
 from mlc_ray.storage import HubModel, local_model
 from mlc_ray.train.attention import TREE, Leaving, TreeAttention, register_attention
-from mlc_ray.types import Answers, Batch, Openings, Pooling, Prompts, ResponseLogProbs, Sequences, Tree
+from mlc_ray.types import Answers, Batch, BenignPlaces, Openings, Pooling, Prompts, ResponseLogProbs, Sequences, Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +51,7 @@ class ModelOutput:
     zero where `present` [B, L] is false. `pooled` [2, B, H], float32, are states of the last layer, after the final
     norm, pooled over the response-language prompt and its chosen or rejected answer, where the objective asks for them.
     `refusals` [B, L] are log-probs, in nats, of responses that open as refusals, where the batch has `openings` behind
-    the prompt (`opened` [B, L]).
+    the prompt (`opened` [B, L]). `benign` [K, V] are logits at the batch's `benign` places, where those are read.
     """
 
     chosen: ResponseLogProbs
@@ -62,6 +62,7 @@ class ModelOutput:
     pooled: Tensor | None = None
     refusals: Tensor | None = None
     opened: Tensor | None = None
+    benign: Tensor | None = None
 
 
 class Extractor(nn.Linear):
@@ -81,7 +82,7 @@ class PolicyWithExtractor(nn.Module):
     """A causal language model, and the linear extractor on the tapped states of one of its layers.
 
     Without `extractor_dim` there is no extractor: the tapped states are the representations. `pooling` says what of
-    whole sequences is read, if anything.
+    whole sequences is read, if anything, and `keeps` whether logits of benign bundles are where the batch taps.
     """
 
     def __init__(
@@ -92,11 +93,13 @@ class PolicyWithExtractor(nn.Module):
         extractor_dim: int | None,
         seed: int,
         pooling: Pooling | None = None,
+        keeps: bool = False,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.layer = layer
         self.pooling = pooling
+        self.keeps = keeps
         self.extractor: Extractor | None = None
         if extractor_dim is None:
             return
@@ -123,7 +126,10 @@ class PolicyWithExtractor(nn.Module):
         n_bundles, n_languages = len(batch.bundle_ids), len(batch.languages)
         prompts = batch.prompts
         tapped = prompts.tapped if prompts is not None else None
-        read = read_answers(self.language_model, batch, batch.tree, tapped, self.layer, self.pooling, batch.openings)
+        benign = batch.benign if self.keeps else None
+        read = read_answers(
+            self.language_model, batch, batch.tree, tapped, self.layer, self.pooling, batch.openings, benign
+        )
         chosen, rejected, hidden, pooled = read.chosen, read.rejected, read.states, read.pooled
         refusals = opened = None
         if read.refusals is not None and batch.openings is not None:
@@ -141,18 +147,20 @@ class PolicyWithExtractor(nn.Module):
         grid = states
         if self.extractor is not None:
             grid, _ = to_grid(self.extractor(hidden), prompts, n_bundles, n_languages)
-        return ModelOutput(chosen, rejected, states, grid, present, pooled, refusals, opened)
+        return ModelOutput(chosen, rejected, states, grid, present, pooled, refusals, opened, read.benign)
 
 
 class Read(NamedTuple):
     """What one forward says of a batch: summed log-probs of answers [A], tapped states [P, H], pooled ones [2, B, H]
-    ([1, B, H] without rejected answers), log-probs of openings of responses [P], see `opening_log_probs`."""
+    ([1, B, H] without rejected answers), log-probs of openings of responses [P], see `opening_log_probs`, and logits
+    of benign bundles [K, V]."""
 
     chosen: ResponseLogProbs
     rejected: ResponseLogProbs | None
     states: Tensor | None
     pooled: Tensor | None
     refusals: Tensor | None
+    benign: Tensor | None = None
 
 
 def read_answers(
@@ -163,10 +171,12 @@ def read_answers(
     layer: int,
     pooling: Pooling | None = None,
     openings: Openings | None = None,
+    benign: BenignPlaces | None = None,
 ) -> Read:
     """The answers of a batch, and what else is asked for, from one forward.
 
-    `tree` is the batch's, or as much of it as holds the answers; all of it with `openings`.
+    `tree` is the batch's, or as much of it as holds the answers; with `benign` the other prompts too, and all of it
+    with `openings`.
     """
     answers = [batch.chosen] if batch.rejected is None else [batch.chosen, batch.rejected]
     normed = None
@@ -181,10 +191,14 @@ def read_answers(
             nn.functional.pad(each.unsqueeze(1), (0, openings.targets.shape[1] - 1), value=-1) for each in targets
         ]
         targets.append(openings.targets)
-    logits, states, whole = read_tree(
-        model, tree, torch.cat(predicting), tapped, layer, normed, all_stay=openings is not None
-    )
+    if benign is not None:
+        predicting.append(benign.prompts)
+        targets.append(benign.prompts.new_full((len(benign.prompts), *targets[0].shape[1:]), -1))
+    all_stay = openings is not None or benign is not None
+    logits, states, whole = read_tree(model, tree, torch.cat(predicting), tapped, layer, normed, all_stay=all_stay)
     assert logits is not None
+    # A copy: `token_log_probs` overwrites what it is given.
+    kept = None if benign is None else logits.index_select(0, _benign_rows(benign, len(logits)))
     log_probs = token_log_probs(logits, torch.cat(targets)).split([len(each) for each in targets])
     scored = [
         response_log_probs(own if openings is None else own[:, 0], part.row_of_target, len(batch.rows.bundle))
@@ -193,8 +207,25 @@ def read_answers(
     pooled = None
     if pooling is not None and whole is not None and batch.sequences is not None:
         pooled = pool(whole, batch.sequences, pooling).unflatten(0, (len(answers), len(batch.bundle_ids)))
-    refusals = opening_log_probs(log_probs[-1], openings) if openings is not None else None
-    return Read(scored[0], scored[1] if batch.rejected is not None else None, states, pooled, refusals)
+    refusals = opening_log_probs(log_probs[len(answers)], openings) if openings is not None else None
+    return Read(scored[0], scored[1] if batch.rejected is not None else None, states, pooled, refusals, kept)
+
+
+def _benign_rows(benign: BenignPlaces, number: int) -> Tensor:
+    """Rows of a head's logits of benign places: chosen answers are the first, and prompts the last of `number`."""
+    prompts = torch.arange(number - len(benign.prompts), number, device=benign.answers.device)
+    return torch.cat([benign.answers, prompts])
+
+
+def benign_logits(
+    model: PreTrainedModel, batch: Batch, tapped: Tensor | None, layer: int
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of a batch's benign places [K, V] without its answers' log-probs, and states of the rows `tapped`."""
+    assert batch.benign is not None
+    places = torch.cat([batch.chosen.predicting[batch.benign.answers], batch.benign.prompts])
+    logits, states, _ = read_tree(model, batch.tree.first(batch.tree.openings), places, tapped, layer, all_stay=True)
+    assert logits is not None
+    return logits, states
 
 
 def opening_log_probs(log_probs: Tensor, openings: Openings) -> Tensor:

@@ -306,6 +306,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
         extractor_dim=config.mlc.extractor_dim,
         seed=config.seed,
         pooling=objective.alignment.pooling,
+        keeps=objective.needs_reference_logits,
     )
     module.to(dtype=getattr(torch, config.model.dtype))
     engine = chosen(module, config, device)
