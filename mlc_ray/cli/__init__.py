@@ -279,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RUN",
         nargs="+",
         type=_place,
-        help="run folder, score folder, or a folder of those; or one study",
+        help="run folder, score folder, or a folder of those, with probes of the same models; or one study",
     )
     report.add_argument("--out", metavar="FILE.html", type=_path, default=Path("report.html"), help="file to write")
     report.add_argument(

@@ -114,13 +114,14 @@ class Tapped:
     """What was tapped of B bundles; rows count where `present` [B, L] is true.
 
     `representations` [B, L, D] are the extractor's outputs, `hidden` [B, L, H] the states before it, if they were kept,
-    and `response` [B] the columns of the response languages.
+    `response` [B] the columns of the response languages, and `harmful` [B] says of which kind the bundles are.
     """
 
     representations: Tensor
     present: Tensor
     hidden: Tensor | None = None
     response: Tensor | None = None
+    harmful: Tensor | None = None
 
     @property
     def response_columns(self) -> Tensor:

@@ -81,7 +81,8 @@ class _Kl(torch.autograd.Function):
 
 
 def _pieces(logits: Tensor) -> tuple[Tensor, ...]:
-    return logits.split(_rows(logits))
+    parts: tuple[Tensor, ...] = torch.split(logits, _rows(logits))
+    return parts
 
 
 def _rows(logits: Tensor) -> int:

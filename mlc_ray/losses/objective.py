@@ -141,6 +141,7 @@ class Objective:
         factors: Mapping[str, float] | None = None,
         decisions: Decisions | None = None,
         kept: Kept | None = None,
+        harmful: Tensor | None = None,
     ) -> LossOutput:
         """Loss of B bundles, a scalar, and its parts for each of them, which the caller averages over a whole batch.
 
@@ -166,6 +167,7 @@ class Objective:
             reference_pooled: [2, B, H], those of the reference.
             factors: The terms to compute, each with what multiplies its weight (default: all, by 1).
             decisions: How likely responses are to open as refusals, where a term reads that.
+            harmful: [B], whether each bundle is harmful.
             kept: Next-token logits on benign bundles, where a term reads them.
 
         Returns:
@@ -210,7 +212,9 @@ class Objective:
         if representations is not None:
             if present is None:
                 present = torch.ones(representations.shape[:2], dtype=torch.bool, device=representations.device)
-            here = Tapped(representations, present, tapped, None if rows is None else rows.prompt[rows.response])
+            here = Tapped(
+                representations, present, tapped, None if rows is None else rows.prompt[rows.response], harmful
+            )
         of_terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             factor = 1.0 if factors is None else factors.get(name, 0.0)

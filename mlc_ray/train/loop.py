@@ -248,8 +248,14 @@ def loss_of(
         reference_pooled=frozen.pooled,
         factors=factors,
         decisions=decisions_of(batch, output),
+        harmful=_harmful(batch),
         kept=_kept(batch, output, frozen),
     )
+
+
+def _harmful(batch: Batch) -> Tensor:
+    """Whether each bundle is harmful [B]."""
+    return torch.tensor([kind == "harmful" for kind in batch.kinds], device=batch.weight.device)
 
 
 def _kept(batch: Batch, output: ModelOutput, frozen: ReferenceOutput) -> Kept | None:
@@ -264,9 +270,8 @@ def decisions_of(batch: Batch, output: ModelOutput) -> Decisions | None:
     """How likely responses are to open as refusals, where the batch reads that."""
     if output.refusals is None or output.opened is None:
         return None
-    harmful = torch.tensor([kind == "harmful" for kind in batch.kinds], device=output.refusals.device)
     response = batch.rows.prompt[batch.rows.response]
-    return Decisions(refusal_log_odds(output.refusals), output.opened, response, harmful)
+    return Decisions(refusal_log_odds(output.refusals), output.opened, response, _harmful(batch))
 
 
 def _speed(metrics: Metrics, seconds: float, peak: float | None) -> Metrics:
