@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.report.search import Search, is_search, read_search, scores_of
 from mlc_ray.report.decisions import LanguageDecision, read_decisions
+from mlc_ray.report.search import Search, is_search, read_search, scores_of
 from mlc_ray.runs import (
     CONFIG_FILE,
     METRICS_FILE,

@@ -90,9 +90,9 @@ def judgement_warnings(models: Sequence[Model]) -> Iterator[str]:
     for model in models:
         if codes := [each.language for each in model.decisions if each.is_unknown]:
             yield (
-                f"{model.label} does not know {', '.join(codes)}: by its probe it refuses there without telling harmful "
-                "from benign prompts. Its refusals in them are no safety, and rates over all languages have them in; "
-                "the table of its judgement has the means without them."
+                f"{model.label} does not know {', '.join(codes)}: by its probe it refuses there without telling "
+                "harmful from benign prompts. Its refusals in them are no safety, and rates over all languages have them "
+                "in; the table of its judgement has the means without them."
             )
 
 
@@ -113,8 +113,8 @@ def _judgement(model: Model) -> Table:
         f"judgement: {model.label}",
         ("language", "AUC of refusal", "harmful refused %", "benign refused %", ""),
         rows,
-        "AUC of the log-odds that a response opens as a refusal, harmful against benign prompts of the probe: judgement "
-        "apart from where greedy decoding puts the threshold; rates are of the score's responses",
+        "AUC of the log-odds that a response opens as a refusal, harmful against benign prompts of the probe: "
+        "judgement apart from where greedy decoding puts the threshold; rates are of the score's responses",
     )
 
 

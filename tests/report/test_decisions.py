@@ -18,9 +18,10 @@ def decision(language, auc, harmful, benign):
     return {"language": language, "auc": {"value": auc, "low": low, "high": high}, "harmful": harmful, "benign": benign}
 
 
-def probe_folder(
-    folder, fingerprint="0123456789abcdef", decisions=(decision("en", 0.9, 80, 10), decision("sw", 0.5, 100, 90))
-):
+FOUND = (decision("en", 0.9, 80, 10), decision("sw", 0.5, 100, 90))
+
+
+def probe_folder(folder, fingerprint="0123456789abcdef", decisions=FOUND):
     folder.mkdir()
     (folder / PROBE_FILE).write_text(
         json.dumps({"model_fingerprint": fingerprint, "probe": {"decisions": list(decisions)}})

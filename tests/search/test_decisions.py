@@ -14,9 +14,9 @@ from mlc_ray.config import ModelSection, OpeningsSection
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.store import write_rows
 from mlc_ray.data.tables import rows_to_table
+from mlc_ray.report.decisions import LanguageDecision, decision_table
 from mlc_ray.report.tables import markdown
 from mlc_ray.search.criteria import resamples
-from mlc_ray.report.decisions import LanguageDecision, decision_table
 from mlc_ray.search.decisions import decisions
 from mlc_ray.search.probe import Probe, ProbeActor, ProbeError
 from mlc_ray.stats.rates import Interval
