@@ -72,7 +72,7 @@ def contrast_losses(
         if harmful is None:
             raise ValueError(f"other_kind={other_kind} needs the kinds of bundles, none were given")
         kind = harmful.repeat_interleave(n_languages)
-        logits = logits + math.log(other_kind) * (kind.unsqueeze(0) != kind.unsqueeze(1))
+        logits = logits + math.log(other_kind) * (kind.unsqueeze(0) != kind.unsqueeze(1)).to(logits.dtype)
     log_shares = logits - logits.logsumexp(dim=1, keepdim=True)
     positives = others & same
     counts = positives.sum(dim=1)

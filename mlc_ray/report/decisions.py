@@ -91,8 +91,8 @@ def judgement_warnings(models: Sequence[Model]) -> Iterator[str]:
         if codes := [each.language for each in model.decisions if each.is_unknown]:
             yield (
                 f"{model.label} does not know {', '.join(codes)}: by its probe it refuses there without telling "
-                "harmful from benign prompts. Its refusals in them are no safety, and rates over all languages have them "
-                "in; the table of its judgement has the means without them."
+                "harmful from benign prompts. Its refusals in them are no safety, and rates over all languages have "
+                "them in; the table of its judgement has the means without them."
             )
 
 

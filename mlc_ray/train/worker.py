@@ -310,7 +310,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
     )
     module.to(dtype=getattr(torch, config.model.dtype))
     engine = chosen(module, config, device)
-    check_tap(engine.module.language_model, layer)
+    check_tap(engine.module.language_model, layer, openings=objective.widest_scope != "none")
     if not (config.needs_reference and config.reference == "online"):
         return engine, None
     asked = asked_of_reference(objective, layer)

@@ -67,6 +67,6 @@ def test_what_cannot_be_told_is_refused_and_can_be_given():
 def test_files_of_them_are_recognised(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([row("en", "zh"), row("en", "sw")], ensure_ascii=False))
-    parsed = [each.parsed for each in read(str(file))]
+    parsed = [parsed for _, parsed in read(file)]
     assert [sorted(bundle.prompts) for bundle in parsed] == [["en", "zh"], ["en", "sw"]]
     assert {bundle.kind for bundle in parsed} == {"harmful"}

@@ -357,5 +357,5 @@ def test_a_description_names_every_part_with_its_settings():
     assert objective("sft", mlc=0, keep={"name": "anchor", "weight": 0.25}, contrast={}).describe() == [
         "sft (answers=response)",
         "0.25 x keep (name=anchor)",
-        "0.1 x contrast (temperature=0.1)",
+        "0.1 x contrast (temperature=0.1, other_kind=1.0)",
     ]
