@@ -243,6 +243,24 @@ def probe(
     )
 
 
+def openings(responses: Sequence[str | os.PathLike[str]], *, most: int = 8) -> OwnOpenings:
+    """Find how a model's own refusals open; its `further` is what `openings.further` of a run takes.
+
+    Args:
+        responses: folders of scores, and of translations with own answers; or labelled responses.
+        most: at most so many a language.
+
+    Returns:
+        The openings by language, and how many refusals begin with one, before and with them.
+
+    Raises:
+        MlcRayError: whatever a user can cause and correct.
+    """
+    from mlc_ray.translate.openings import openings
+
+    return openings([os.fspath(each) for each in responses], most=most)
+
+
 def translate(
     config: TranslateConfig | Settings, *, bundles: Bundles | None = None, overrides: Sequence[str] = ()
 ) -> TranslateResult:

@@ -67,7 +67,7 @@ def check_kinds(config: TrainConfig, tokens: TokenArtifact) -> None:
     needing = [name for name, term in Objective(config).terms.items() if term.needs_kinds]
     if needing and len(kinds) < 2:
         raise ConfigError(
-            f"terms.{needing[0]} teaches to tell harmful from benign bundles, but all {len(tokens)} of data.train are "
+            f"terms.{needing[0]} needs harmful and benign bundles, but all {len(tokens)} of data.train are "
             f"{kinds[0]}: add bundles of the other kind (their rows, or their source's `kind`, say which they are), or "
             "remove the term"
         )

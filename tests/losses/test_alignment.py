@@ -164,6 +164,17 @@ def test_the_total_has_a_rising_term_by_its_factor(pair):
     assert none.loss.item() == pytest.approx(alignment) and "loss/mlc" not in none.term_metrics
 
 
+@pytest.mark.parametrize("name", names("term"))
+def test_every_term_begins_and_rises_as_its_settings_say(name):
+    schedule = {"weight": 1.0, "start": 0.5, "ramp": 0.25}
+    tap = name in ("mlc", "cosine")
+    section = {"mlc": {"name": name, **schedule}} if tap else {"mlc": {"weight": 0}, "terms": {name: schedule}}
+    made = Objective(ObjectiveConfig(objective={"loss": "sft"}, **section))
+    of = "mlc" if tap else name
+    assert [made.factors(step, 8).get(of, 0) for step in range(8)] == [0, 0, 0, 0, 0.5, 1, 1, 1]
+    assert [made.taps(step, 8) for step in (3, 4)] == [False, name != "decision"]
+
+
 def test_an_sft_part_beside_a_preference_loss(pair):
     chosen, rejected = pair
     settings = ObjectiveConfig(objective={"loss": "simpo", "sft_weight": 0.25}, mlc={"weight": 0})
