@@ -1,4 +1,4 @@
-"""The commands as functions: `train`, `score`, `search`, `study`, `probe`, `translate`; from settings, or a file.
+"""The commands as functions: `train`, `score`, `search`, `study`, `probe`, `translate`, `openings`.
 
     from mlc_ray import api
 
@@ -40,6 +40,7 @@ from mlc_ray.types import Bundle
 
 if TYPE_CHECKING:
     from mlc_ray.config.search import Criterion
+    from mlc_ray.judges.own_openings import OwnOpenings
     from mlc_ray.report.study import StudyResult
     from mlc_ray.score.results import ScoreResult
     from mlc_ray.search.probe import Probe

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mlc_ray import api
 from mlc_ray.cli import main
 from mlc_ray.cli.commands import parse_openings
 from mlc_ray.config import ConfigError
@@ -73,7 +74,7 @@ def test_what_holds_no_refusal_is_refused(tmp_path):
         openings([file])
     (tmp_path / TRANSLATION_FILE).write_text("{}")
     with pytest.raises(OpeningsSourceError, match="has no answers/"):
-        openings([str(tmp_path)])
+        api.openings([tmp_path])
 
 
 def test_the_table_shows_what_no_opening_covers(tmp_path):
