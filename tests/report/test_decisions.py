@@ -58,7 +58,7 @@ def test_a_probe_of_other_weights_is_named_and_one_alone_is_no_report(tmp_path, 
 
 
 def test_a_folder_of_scores_and_probes_is_read_and_a_damaged_probe_refused(tmp_path, scored):
-    probe = probe_folder(tmp_path / "probe", decisions=[decision("en", 0.6, 10, 0)])
+    probe = probe_folder(tmp_path / "probe", decisions=[decision("en", 0.8, 10, 0)])
     collection = collect([tmp_path])
     assert collection.models[0].decisions[0].is_undecided is False and collection.notes == ()
     assert not [line for line in warnings(collection.models) if "does not know" in line]
