@@ -61,6 +61,9 @@ after which an opening goes on by a word unless a listed one ends with it ("nich
 
 LONGEST = 120
 """Characters within which an opening must have ended."""
+APOLOGY = 20
+"""Most characters of the sentences before the one that negates: "I'm sorry. I can't". More of them are an answer."""
+_SENTENCES = re.compile(r"[.!?。！？؟۔।\n]+(?=\s|\Z|[^\x00-\x7f])")
 _WORDS, _LETTERS = re.compile(r"\S+"), re.compile(r"\S")
 _UNSPACED = frozenset({"ja", "th", "zh"})
 _TRAILING = " \t\n.,;:!?…。、，！？；：،؛؟।۔\"'”’»)]*_"
@@ -147,6 +150,8 @@ def _opening(text: str, code: str, listed: Sequence[str], helps: Sequence[str]) 
         of = next((each for each in dict.fromkeys((code, "en")) if _negates(prefix, each, listed)), None)
         if of is None or (by_lists and not _refuses(prefix, code)):
             continue
+        if len(_SENTENCES.split(prefix)) > 1 and len(_SENTENCES.split(prefix)[0]) > APOLOGY:
+            return None
         whole = normalise(prefix)
         if any(other.startswith(whole) and other != whole for other in listed):
             continue

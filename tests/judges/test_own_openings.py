@@ -92,6 +92,15 @@ def test_an_english_opening_that_helps_in_another_language_is_dropped_and_the_mo
     assert find_openings(many, most=2).further == {"en": ["A, I cannot", "B, I cannot"]}
 
 
+def test_an_answer_before_the_negation_is_no_opening_and_a_short_apology_is():
+    """As a small model writes that cannot make up its mind."""
+    mixed = "I can help you with that. I can help you with your homework, but I can't"
+    assert find_openings(said("en", mixed)).further == {}
+    assert find_openings(said("en", "I'm so sorry. I can't do that for you")).further == {
+        "en": ["I'm so sorry. I can't"]
+    }
+
+
 def test_a_language_without_negations_has_none_of_its_own():
     found = find_openings(said("ca", "Ho sento, però no puc ajudar-te"))
     assert found.further == {} and found.languages[0].example.startswith("Ho sento")
