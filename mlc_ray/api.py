@@ -1,4 +1,4 @@
-"""The commands as functions: `train`, `score`, `search`, `study`, `probe`, `translate`; from settings, or a file.
+"""The commands as functions: `train`, `score`, `search`, `study`, `probe`, `translate`, `openings`.
 
     from mlc_ray import api
 
@@ -40,6 +40,7 @@ from mlc_ray.types import Bundle
 
 if TYPE_CHECKING:
     from mlc_ray.config.search import Criterion
+    from mlc_ray.judges.own_openings import OwnOpenings
     from mlc_ray.report.study import StudyResult
     from mlc_ray.score.results import ScoreResult
     from mlc_ray.search.probe import Probe
@@ -241,6 +242,24 @@ def probe(
         else parse_config(OpeningsSection, dict(openings)),
         address=address,
     )
+
+
+def openings(responses: Sequence[str | os.PathLike[str]], *, most: int = 8) -> OwnOpenings:
+    """Find how a model's own refusals open; its `further` is what `openings.further` of a run takes.
+
+    Args:
+        responses: folders of scores, and of translations with own answers; or labelled responses.
+        most: at most so many a language.
+
+    Returns:
+        The openings by language, and how many refusals begin with one, before and with them.
+
+    Raises:
+        MlcRayError: whatever a user can cause and correct.
+    """
+    from mlc_ray.translate.openings import openings
+
+    return openings([os.fspath(each) for each in responses], most=most)
 
 
 def translate(

@@ -8,8 +8,8 @@
     STUDY/     study.json first, cells/MODEL-METHOD-SEED/ (a run each, its model in model/, its score in scores/study/),
                untouched/MODEL/ (scores of the models before training), results.json, study.md, study.tex
     PROBE/     probe.json
-    TRANSLATION/  translation.json first, bundles/ and rejected/ (a file for each shard), quality.json and quality.md,
-               manifest.json last
+    TRANSLATION/  translation.json first, bundles/, rejected/ and answers/ (a file for each shard), quality.json and
+               quality.md, manifest.json last
 
 Training and scoring meet only through these folders, and so what describes them lies beneath both. Paths of settings
 and models are resolved here too.
@@ -72,8 +72,8 @@ STUDY_FILE, STUDY_RESULTS_FILE, CELLS_FOLDER, STUDY_SCORE, UNTOUCHED_FOLDER = (
 )  # fmt: skip
 """Of a study; `study` is the name of a cell's score. `results.json` is there from the first cell on."""
 PROBE_FILE = "probe.json"
-TRANSLATION_FILE, QUALITY_FILE, QUALITY_TEXT, BUNDLES_FOLDER, REJECTED_FOLDER = (
-    "translation.json", "quality.json", "quality.md", "bundles", "rejected",
+TRANSLATION_FILE, QUALITY_FILE, QUALITY_TEXT, BUNDLES_FOLDER, REJECTED_FOLDER, ANSWERS_FOLDER = (
+    "translation.json", "quality.json", "quality.md", "bundles", "rejected", "answers",
 )  # fmt: skip
 """Of a translation; `translation.json` is written before anything runs, the manifest last."""
 PROVENANCE_FILE = "mlc_ray.json"

@@ -232,6 +232,23 @@ class Openings:
 
 
 @dataclass(frozen=True)
+class BenignPlaces:
+    """Where benign bundles' next tokens are compared with the reference's, K places of a tapped batch.
+
+    In each language of a bundle: where the tokens of its chosen answer are predicted, if one is read behind the prompt
+    in it, else where the first token of a response is. `answers` are those of the first kind, by their indices in
+    `Answers.predicting` of the chosen answers, and `prompts` those of the second, by their places in the tree's row.
+    For the first and then the second, `bundle` [K] says whose each is, and `share` [K] is its share in its bundle's
+    mean. A batch without benign bundles has one place of share 0: all workers do the same.
+    """
+
+    answers: Tensor
+    prompts: Tensor
+    bundle: Tensor
+    share: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """What one worker forwards at once.
 
@@ -241,7 +258,7 @@ class Batch:
     neighbours, are compared with each other by some terms. `languages` names the L columns of the grid; it is the same
     list on every worker and step. `prompts` is None where the step does not tap: then `tree` holds no prompt but those
     that answers continue. `rows` says whose the A answers are; `sequences` is there where states of them are pooled,
-    `openings` where a step reads how responses would open.
+    `openings` where a step reads how responses would open, `benign` wherever it taps.
     `reference_chosen` and `reference_rejected` are summed response log-probs of the frozen reference: [A], or [B] where
     it is asked about answers in the response language alone. `reference_state` [B, H] is its tapped state of each
     bundle's response prompt, `reference_pooled` [2, B, H] its states pooled over sequences, where those were cached.
@@ -264,6 +281,7 @@ class Batch:
     reference_state: Tensor | None = None
     reference_pooled: Tensor | None = None
     openings: Openings | None = None
+    benign: BenignPlaces | None = None
 
     @property
     def taps(self) -> bool:

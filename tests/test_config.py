@@ -416,7 +416,7 @@ def test_json_schema_describes_every_field(schema: type[TrainConfig] | type[Scor
 def test_json_schema_has_the_settings_of_every_component() -> None:
     fields = config_schema(TrainConfig)["properties"]
     losses = {option["properties"]["loss"]["const"]: option for option in fields["objective"]["oneOf"]}
-    assert losses.keys() == {"dco", "dpo", "ipo", "mpo", "orpo", "sdrrl", "sft", "simpo"}
+    assert losses.keys() == {"dco", "dpo", "ipo", "kto", "mpo", "orpo", "sdrrl", "sft", "simpo"}
     assert losses["simpo"]["properties"].keys() == {"loss", "answers", "beta", "margin", "sft_weight"}
     terms = {option["properties"]["name"]["const"] for option in fields["terms"]["additionalProperties"]["anyOf"]}
     assert terms >= {"anchor", "contrast", "variance"}

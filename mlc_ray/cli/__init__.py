@@ -94,6 +94,13 @@ every language: how well the model's own odds of opening with a refusal tell har
 """
 
 
+_OPENINGS = """\
+Of refusals that begin as no listed opening does, the shortest beginnings up to what is negated that several share and
+no other response has. docs/recipe.md says what openings are for, and where responses come from.
+  mlc-ray openings runs/translations/mine runs/scores/base --out openings.yaml
+"""
+
+
 _TRANSLATE = """\
 Prompts in further languages by a chat model or an endpoint, checked; twins of the other kind; a model's own answers:
   mlc-ray translate --bundles english.jsonl --languages zh,es,fr --translator Qwen/Qwen2.5-7B-Instruct --out runs/mine
@@ -216,8 +223,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--chat", metavar="YAML", help="system prompt, template arguments and date, e.g. '{system: You are kind.}'"
     )
     probe.add_argument(
-        "--openings", metavar="YAML", help="openings of refusals beside the listed ones, e.g. '{further: {en: [No.]}}'"
-    )
+        "--openings", metavar="YAML",
+        help="openings of refusals beside the listed ones: a file of `mlc-ray openings`, or '{further: {en: [No.]}}'",
+    )  # fmt: skip
     probe.add_argument("--languages", metavar="CODES", help="look at only these, e.g. en,ur,sw (default: all)")
     probe.add_argument("--limit", metavar="N", type=int, help="at most N bundles of each kind (default: 64)")
     probe.add_argument(
@@ -230,6 +238,16 @@ def build_parser() -> argparse.ArgumentParser:
         help="a setting that a run has under model: dtype, attention, kernels, trust_remote_code; repeatable",
     )  # fmt: skip
     probe.add_argument("--address", metavar="ADDRESS", default="auto", help="Ray address (default: auto)")
+
+    openings = add("openings", "Find how a model's own refusals open, from responses that were judged.", _OPENINGS)
+    openings.add_argument(
+        "responses", metavar="RESPONSES", nargs="+",
+        help="folder of a score, or of a translation with own answers; or labelled responses",
+    )  # fmt: skip
+    openings.add_argument(
+        "--out", metavar="FILE.yaml", type=_path, default=Path("openings.yaml"), help="file to write (openings.yaml)"
+    )
+    openings.add_argument("--most", metavar="N", type=int, default=8, help="at most N a language (default: 8)")
 
     translate = add("translate", "Make multilingual bundles from English ones, and check them.", _TRANSLATE)
     translate.add_argument(
@@ -261,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RUN",
         nargs="+",
         type=_place,
-        help="run folder, score folder, or a folder of those; or one study",
+        help="run folder, score folder, or a folder of those, with probes of the same models; or one study",
     )
     report.add_argument("--out", metavar="FILE.html", type=_path, default=Path("report.html"), help="file to write")
     report.add_argument(

@@ -34,6 +34,7 @@ from mlc_ray.config import (
     load_config,
     parse_config,
     parse_yaml,
+    read_config_file,
 )
 
 if TYPE_CHECKING:
@@ -249,15 +250,47 @@ def probe_command(arguments: argparse.Namespace) -> None:
         languages=languages,
         limit=arguments.limit,
         criterion=arguments.criterion,
-        openings=None
-        if arguments.openings is None
-        else parse_config(OpeningsSection, parse_yaml(arguments.openings, "--openings")),
+        openings=None if arguments.openings is None else parse_openings(arguments.openings),
         address=arguments.address,
     )
     show(console(probe_table(found, reversed(range(len(found.layers))))))
     if found.decisions or found.left_out:
         show(console(found.decision_table))
     print(f"probe in {folder}")
+
+
+def openings_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray openings`."""
+    out: Path = arguments.out
+    if out.exists():
+        raise ConfigError(f"--out {out}: it exists already; remove it, or give another file")
+
+    from mlc_ray.report.console import show
+    from mlc_ray.report.tables import console
+    from mlc_ray.storage import atomic_file
+    from mlc_ray.translate.openings import as_settings, openings, openings_table
+
+    found = openings(arguments.responses, most=arguments.most)
+    with atomic_file(out) as file:
+        file.write(as_settings(found).encode())
+    show(console(openings_table(found)))
+    print(f"openings in {out}; put the section into the settings of a run, or probe by it: --openings {out}")
+
+
+def parse_openings(text: str) -> OpeningsSection:
+    """`--openings`: YAML, or a file of `mlc-ray openings`.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    if text.endswith((".yaml", ".yml")) and "{" not in text:
+        raw = read_config_file(Path(text))
+        if set(raw) != {"openings"}:
+            raise ConfigError(
+                f"--openings {text}: expected the section `openings` alone, as `mlc-ray openings` writes it"
+            )
+        return parse_config(OpeningsSection, raw["openings"])
+    return parse_config(OpeningsSection, parse_yaml(text, "--openings"))
 
 
 def translate_command(arguments: argparse.Namespace) -> None:

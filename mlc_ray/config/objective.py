@@ -127,7 +127,8 @@ class ObjectiveConfig(Section):
     def needs_reference(self) -> bool:
         """Whether anything in the loss compares the policy with a frozen reference."""
         return resolve("loss", self.objective.loss).needs_reference or any(
-            resolve("term", term.name).needs_reference_state for term in self.active_terms.values()
+            of.needs_reference_state or of.needs_reference_logits
+            for of in (resolve("term", term.name) for term in self.active_terms.values())
         )
 
     @property

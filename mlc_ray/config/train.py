@@ -254,6 +254,12 @@ class TrainConfig(ObjectiveConfig):
                 f"objective.loss={self.objective.loss!r} asks the reference about answers behind several prompts, but "
                 "reference='cached' keeps one number of each answer; set reference: online"
             )
+        for name, term in self.active_terms.items():
+            if self.reference == "cached" and resolve("term", term.name).needs_reference_logits:
+                raise ValueError(
+                    f"terms.{name} compares whole distributions of next tokens, too many numbers for reference="
+                    "'cached'; set reference: online, where model.lora makes it cheapest: its base is at hand"
+                )
         terms = {"mlc": self.mlc, **self.terms}
         comparing = [name for name, term in terms.items() if resolve("term", term.name)(term).needs_group]
         if self.train.batch_bundles < 2 and (active := [name for name in comparing if name in self.active_terms]):

@@ -23,6 +23,7 @@ from mlc_ray.types import (
     AnswerRows,
     Answers,
     Batch,
+    BenignPlaces,
     Kind,
     Openings,
     Pairing,
@@ -106,6 +107,7 @@ def collate(
         reference_state=_float32(said.state),
         reference_pooled=_float32(None if said.pooled is None else said.pooled.swapaxes(0, 1)),
         openings=planted.openings,
+        benign=_benign(kinds, planted) if tap else None,
     )
 
 
@@ -339,6 +341,26 @@ def _plant(
         begins = heads + len(answered) + n_answers * np.arange(len(names))[:, None] + said.response
         sequences = _sequences(places, lengths, head, continued[said.response], begins)
     return _Planted(tree, answers, where, said.rows(grid), sequences, openings)
+
+
+def _benign(kinds: Sequence[Kind], planted: _Planted) -> BenignPlaces:
+    """Where next tokens of benign bundles are compared; `planted` has answers, and prompts in all languages."""
+    chosen, rows, prompts = planted.answers[0], planted.rows, planted.prompts
+    assert rows is not None
+    is_benign = torch.tensor([kind == "benign" for kind in kinds])
+    own = is_benign[rows.bundle] & (rows.prompt == rows.answer)
+    answers = own[chosen.row_of_target].nonzero()[:, 0]
+    answered = {*zip(rows.bundle[own].tolist(), rows.prompt[own].tolist(), strict=True)}
+    cells = zip(prompts.bundle_of_prompt.tolist(), prompts.language_of_prompt.tolist(), strict=True)
+    alone = [place for place, cell in enumerate(cells) if is_benign[cell[0]] and cell not in answered]
+    of_answers = chosen.row_of_target[answers]
+    bundle = torch.cat([rows.bundle[of_answers], prompts.bundle_of_prompt[alone]])
+    if not len(bundle):
+        zero, none = torch.zeros(1, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        return BenignPlaces(zero, none, zero, torch.zeros(1))
+    lengths = torch.cat([torch.bincount(of_answers)[of_answers], torch.ones(len(alone), dtype=torch.long)])
+    languages = torch.bincount(prompts.bundle_of_prompt)
+    return BenignPlaces(answers, prompts.tapped[alone], bundle, 1.0 / (lengths * languages[bundle]))
 
 
 def _sequences(places: Ints, lengths: Ints, head: int, prompts: Ints, answers: Ints) -> Sequences:

@@ -23,6 +23,7 @@ from mlc_ray.config import TRANSLATION_MARKERS, TranslateSection, TranslatorSect
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.client import ChatEndpoint
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, check_finished, check_lengths
+from mlc_ray.generate.replies import ERROR
 from mlc_ray.generate.stage import Generator
 from mlc_ray.runs import resolve_model
 from mlc_ray.storage import fingerprint
@@ -49,10 +50,14 @@ ENGLISH = Language("English", "en")
 
 @dataclass(frozen=True)
 class Translation:
-    """A text in the language asked for, or None and the reason why there is none."""
+    """A text in the language asked for, or None and the reason why there is none.
+
+    `lost` says that no reply came at all, which may be otherwise when it is asked again.
+    """
 
     text: str | None
     reason: str = ""
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,9 @@ class EndpointTranslator(Translator):
         """The replies of the endpoint; one that was cut off, or is a refusal by its own mark, is none."""
         replies = self.chat.ask([[{"role": "user", "content": request}] for request in requests])
         return [
-            Translation(None, f"{ENDPOINT_FAULT}{reply.fault}") if reply.fault else Translation(reply.text)
+            Translation(None, f"{ENDPOINT_FAULT}{reply.fault}", reply.finish == ERROR)
+            if reply.fault
+            else Translation(reply.text)
             for reply in replies
         ]
 

@@ -114,13 +114,14 @@ class Tapped:
     """What was tapped of B bundles; rows count where `present` [B, L] is true.
 
     `representations` [B, L, D] are the extractor's outputs, `hidden` [B, L, H] the states before it, if they were kept,
-    and `response` [B] the columns of the response languages.
+    `response` [B] the columns of the response languages, and `harmful` [B] says of which kind the bundles are.
     """
 
     representations: Tensor
     present: Tensor
     hidden: Tensor | None = None
     response: Tensor | None = None
+    harmful: Tensor | None = None
 
     @property
     def response_columns(self) -> Tensor:
@@ -168,6 +169,20 @@ class Decisions:
         return self.log_odds[torch.arange(len(self.log_odds), device=self.log_odds.device), self.response]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """Next-token logits [K, V] of the policy and of the frozen reference at K places of B benign bundles.
+
+    `bundle` [K] says whose each place is, `share` [K] what it counts in that bundle's mean; `bundles` is B.
+    """
+
+    policy: Tensor
+    reference: Tensor
+    bundle: Tensor
+    share: Tensor
+    bundles: int
+
+
 def refusal_log_odds(log_probs: Tensor) -> Tensor:
     """logit p of log p, in nats and float64: m = log p - log(1 - p).
 
@@ -193,7 +208,8 @@ class TermLoss:
 class Term(ABC):
     """A further term of the total. Subclasses nest their `Settings`, and are registered by `@register("term", NAME)`.
 
-    `__call__` is given `tapped` unless it `needs_decisions`: then it is given `decisions`. It is given
+    `__call__` is given `tapped` unless it `needs_decisions`: then it is given `decisions`; or `needs_reference_logits`:
+    then it is given `kept`. It is given
     `reference_state` [B, H], the frozen reference's tapped states of the bundles' response prompts, if
     `needs_reference_state`. A term that `needs_group` is called for each group of a batch alone:
     the B bundles that it is given are the group, and it may compare them with each other. `needs_decisions` goes with
@@ -212,9 +228,13 @@ class Term(ABC):
     needs_decisions: ClassVar[bool] = False
     """Whether it reads how likely responses are to open as refusals (`openings`)."""
     needs_languages: ClassVar[bool] = True
-    """Whether it relates a bundle's languages to each other: its mean is then over the bundles that have two, and it
-    carries into the others what the response language has learned. Else it reads the response language alone, of all
-    bundles."""
+    """Whether it reads all of a bundle's languages, mostly to relate them to each other: its mean is then over the
+    bundles that have two. Else it reads the response language alone, of all bundles."""
+    needs_reference_logits: ClassVar[bool] = False
+    """Whether it compares whole distributions of next tokens with those of a frozen reference, on benign bundles:
+    that one is asked at every step then (`reference: online`)."""
+    carries: ClassVar[bool] = True
+    """Whether one that `needs_languages` carries into the others what the response language has learned."""
     needs_kinds: ClassVar[bool] = False
     """Whether it needs bundles of both kinds."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -20,22 +22,43 @@ class Contrast(Term):
         """Tells each bundle from the others of its group."""
 
         temperature: PositiveFloat = Field(0.1, description="Tau of the softmax over cosines.")
+        other_kind: PositiveFloat = Field(
+            1.0,
+            description="How many times a row of a bundle of the other kind counts among the others: above 1, harmful "
+            "and benign bundles (twins, where a group has them) repel each other more than bundles of one kind.",
+        )
 
     settings: Settings
     needs_group = True
 
     def __call__(self, tapped: Tapped) -> TermLoss:
         """The loss of each bundle of the group [B]."""
-        return TermLoss(contrast_losses(tapped.representations, tapped.present, temperature=self.settings.temperature))
+        return TermLoss(
+            contrast_losses(
+                tapped.representations,
+                tapped.present,
+                temperature=self.settings.temperature,
+                harmful=tapped.harmful,
+                other_kind=self.settings.other_kind,
+            )
+        )
 
 
-def contrast_losses(representations: Tensor, present: Tensor, *, temperature: float) -> Tensor:
+def contrast_losses(
+    representations: Tensor,
+    present: Tensor,
+    *,
+    temperature: float,
+    harmful: Tensor | None = None,
+    other_kind: float = 1.0,
+) -> Tensor:
     """Supervised contrastive loss of each bundle [B]: its languages attract each other, other bundles' repel them.
 
     Khosla et al. 2020 (arXiv 2004.11362), eq. 2, with bundles as classes. For unit rows z of [B, L, D], where present
     [B, L], P(i) the other languages of row i's bundle and A(i) all other rows:
     l_i = -1/|P(i)| sum over p in P(i) of log(exp(z_i.z_p / tau) / sum over a in A(i) of exp(z_i.z_a / tau)),
-    then the mean over the bundle's rows. Unlike the MLC loss it sees signs. A row without a positive or without a
+    then the mean over the bundle's rows. In the last sum a row of a bundle of the other kind (`harmful` [B]) counts
+    `other_kind` times, which is ours. Unlike the MLC loss it sees signs. A row without a positive or without a
     negative has no loss.
     """
     n_bundles, n_languages, _ = representations.shape
@@ -45,6 +68,11 @@ def contrast_losses(representations: Tensor, present: Tensor, *, temperature: fl
     others = mask.unsqueeze(0) & mask.unsqueeze(1) & ~torch.eye(len(mask), dtype=torch.bool, device=rows.device)
     same = bundle.unsqueeze(0) == bundle.unsqueeze(1)
     logits = (rows @ rows.T / temperature).masked_fill(~others, torch.finfo(rows.dtype).min)
+    if other_kind != 1:
+        if harmful is None:
+            raise ValueError(f"other_kind={other_kind} needs the kinds of bundles, none were given")
+        kind = harmful.repeat_interleave(n_languages)
+        logits = logits + math.log(other_kind) * (kind.unsqueeze(0) != kind.unsqueeze(1)).to(logits.dtype)
     log_shares = logits - logits.logsumexp(dim=1, keepdim=True)
     positives = others & same
     counts = positives.sum(dim=1)

@@ -42,9 +42,9 @@ def response_log_probs(log_probs: Tensor, row_of_target: Tensor, n_answers: int)
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-prob in nats of each of `targets` [R] under `logits` [R, V]: [R], float32 whatever the logits' type.
 
-    `targets` may be [R, K]: several of a row, all different, or -1, which has 0 for its log-prob. Give all logits that
-    the head returned, at once. The backward overwrites them with their gradient: where anything else needs them for its
-    own, or the backward runs twice, autograd raises an error.
+    A target of -1 has 0 for its log-prob. `targets` may be [R, K]: several of a row, all different, or -1. Give all
+    logits that the head returned, at once. The backward overwrites them with their gradient: where anything else needs
+    them for its own, or the backward runs twice, autograd raises an error.
     """
     log_probs: Tensor = cast(Any, _TokenLogProbs).apply(logits, targets)
     return log_probs
@@ -61,7 +61,7 @@ class _TokenLogProbs(torch.autograd.Function):
         context.save_for_backward(logits, targets)
         if targets.dim() == 1:
             losses = [
-                F.cross_entropy(part.float(), target, reduction="none")
+                F.cross_entropy(part.float(), target, reduction="none", ignore_index=-1)
                 for part, target in zip(*_pieces(logits, targets), strict=True)
             ]
             return -torch.cat(losses)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mlc_ray._registry import resolve
 from mlc_ray.config import ConfigError, LossSettings, ObjectiveConfig, TermSettings
-from mlc_ray.losses.base import Alignment, Decisions, Pooled, Tapped, Term, TermLoss, mean_over_answers
+from mlc_ray.losses.base import Alignment, Decisions, Kept, Pooled, Tapped, Term, TermLoss, mean_over_answers
 from mlc_ray.losses.logprobs import mean_log_prob
 from mlc_ray.types import AnswerRows, LossOutput, ResponseLogProbs, Scope
 
@@ -33,10 +33,7 @@ class Objective:
             name: resolve("term", settings.name)(settings) for name, settings in config.active_terms.items()
         }
         for name, term in self.terms.items():
-            reads_states = term.needs_group or term.needs_reference_state
-            contradicts = reads_states if term.needs_decisions else not term.needs_languages
-            if contradicts:
-                raise _contradiction(name, term)
+            _check_facts(name, term)
 
     @property
     def parts(self) -> list[str]:
@@ -62,12 +59,17 @@ class Objective:
     @property
     def needs_reference(self) -> bool:
         """Whether `total_loss` must be given anything of a frozen reference."""
-        return self.alignment.needs_reference or self.needs_reference_state
+        return self.alignment.needs_reference or self.needs_reference_state or self.needs_reference_logits
 
     @property
     def needs_reference_state(self) -> bool:
         """Whether `total_loss` must be given the reference's tapped states on steps that tap."""
         return any(term.needs_reference_state for term in self.terms.values())
+
+    @property
+    def needs_reference_logits(self) -> bool:
+        """Whether it must be given next-token logits of policy and reference on steps that tap."""
+        return any(term.needs_reference_logits for term in self.terms.values())
 
     @property
     def needs_group(self) -> bool:
@@ -109,7 +111,7 @@ class Objective:
             steps = (
                 step for step in range(0, total_steps, self.config.mlc.every) if term.settings.factor(step, total_steps)
             )
-            if term.needs_languages and (first := next(steps, None)) is not None:
+            if term.needs_languages and term.carries and (first := next(steps, None)) is not None:
                 found.setdefault(first, []).append(name)
         return found
 
@@ -138,6 +140,8 @@ class Objective:
         reference_pooled: Tensor | None = None,
         factors: Mapping[str, float] | None = None,
         decisions: Decisions | None = None,
+        kept: Kept | None = None,
+        harmful: Tensor | None = None,
     ) -> LossOutput:
         """Loss of B bundles, a scalar, and its parts for each of them, which the caller averages over a whole batch.
 
@@ -163,6 +167,8 @@ class Objective:
             reference_pooled: [2, B, H], those of the reference.
             factors: The terms to compute, each with what multiplies its weight (default: all, by 1).
             decisions: How likely responses are to open as refusals, where a term reads that.
+            harmful: [B], whether each bundle is harmful.
+            kept: Next-token logits on benign bundles, where a term reads them.
 
         Returns:
             The scalar to differentiate; metrics are [B], one number per bundle: `parts`, without their weights, and
@@ -206,14 +212,16 @@ class Objective:
         if representations is not None:
             if present is None:
                 present = torch.ones(representations.shape[:2], dtype=torch.bool, device=representations.device)
-            here = Tapped(representations, present, tapped, None if rows is None else rows.prompt[rows.response])
+            here = Tapped(
+                representations, present, tapped, None if rows is None else rows.prompt[rows.response], harmful
+            )
         of_terms: dict[str, Tensor] = {}
         for name, term in self.terms.items():
             factor = 1.0 if factors is None else factors.get(name, 0.0)
             # Steps that do not tap have no states; log-odds that are missing are an error.
             if not factor or (here is None and not term.needs_decisions):
                 continue
-            result = _term_loss(name, term, here, decisions, reference_state, groups)
+            result = _term_loss(name, term, here, decisions, kept, reference_state, groups)
             own_weight = term_weight if term_weight is not None and term.needs_languages else weight
             of_bundles = factor * term.settings.weight * own_weight
             total = total + (result.loss.to(total.dtype) * of_bundles).sum()
@@ -250,14 +258,18 @@ def _needed(component: str, *wants: tuple[bool, str, dict[str, Any]]) -> dict[st
     return given
 
 
-def _contradiction(name: str, term: Term) -> ConfigError:
-    """The error of a term that is to be given what no term is given."""
-    others = [fact for fact in ("needs_group", "needs_reference_state") if getattr(term, fact)]
-    other = others[0] if term.needs_decisions else "needs_languages=False"
-    return ConfigError(
-        f"term {name!r} ({type(term).__name__}) has needs_decisions={term.needs_decisions} and {other}: a term "
-        "is given either log-odds, of each bundle by itself, or tapped states of all its languages; make two terms"
-    )
+def _check_facts(name: str, term: Term) -> None:
+    """Refuse a term that is to be given what no term is given."""
+    given = [fact for fact in ("needs_decisions", "needs_reference_logits") if getattr(term, fact)]
+    others = given[1:] or [fact for fact in ("needs_group", "needs_reference_state") if given and getattr(term, fact)]
+    if not (term.needs_languages or term.needs_decisions):
+        others.append("needs_languages=False")
+    if others:
+        raise ConfigError(
+            f"term {name!r} ({type(term).__name__}) has {' and '.join([*given[:1], others[0]])}: a term is given "
+            "either log-odds of each bundle by itself, or next-token logits, or tapped states, of all its languages; "
+            "make two terms"
+        )
 
 
 def _term_loss(
@@ -265,11 +277,14 @@ def _term_loss(
     term: Term,
     tapped: Tapped | None,
     decisions: Decisions | None,
+    kept: Kept | None,
     reference_state: Tensor | None,
     groups: Sequence[int] | None,
 ) -> TermLoss:
     if term.needs_decisions:
         return term(**_needed(f"term {name!r}", (True, "to know how responses open", {"decisions": decisions})))
+    if term.needs_reference_logits:
+        return term(**_needed(f"term {name!r}", (True, "next-token logits of policy and reference", {"kept": kept})))
     assert tapped is not None
     what, arguments = "the reference's tapped states, none were given", {"reference_state": reference_state}
     given = {"tapped": tapped, **_needed(f"term {name!r}", (term.needs_reference_state, what, arguments))}

@@ -18,10 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlc_ray.errors import MlcRayError
+from mlc_ray.report.decisions import LanguageDecision, read_decisions
 from mlc_ray.report.search import Search, is_search, read_search, scores_of
 from mlc_ray.runs import (
     CONFIG_FILE,
     METRICS_FILE,
+    PROBE_FILE,
     RESPONSES_FILE,
     RUN_FILE,
     SCORES_FILE,
@@ -91,12 +93,16 @@ class Response:
 
 @dataclass(frozen=True)
 class Model:
-    """One score. `label` is unique in the report, short where it can be; `responses` is empty if the file is gone."""
+    """One score. `label` is unique in the report, short where it can be; `responses` is empty if the file is gone.
+
+    `decisions` are those of a probe of the same model, if one is there.
+    """
 
     label: str
     result: ScoreResult
     responses: tuple[Response, ...] = ()
     utility: tuple[UtilityRow, ...] = ()
+    decisions: tuple[LanguageDecision, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,7 @@ def collect(paths: Sequence[str | Path | Place]) -> Collection:
             raise ReportError(f"{kind} folder {twice[0]!r} is in the report twice; give it once")
     labels = _labels([every.names.get(folder, _names(folder)) for folder in scores])
     models = [_read_model(folder, label, notes) for folder, label in zip(scores, labels, strict=True)]
+    models = _with_decisions(models, every.probes, notes)
     labels = _labels(list(map(_names, runs)))
     trainings = [_read_training(folder, label) for folder, label in zip(runs, labels, strict=True)]
     labels = _labels(list(map(_names, every.searches)))
@@ -185,6 +192,10 @@ def _is_run(folder: Place) -> bool:
     )
 
 
+def _is_probe(folder: Place) -> bool:
+    return (folder / PROBE_FILE).is_file()
+
+
 def _is_utility(folder: Place) -> bool:
     return (folder / UTILITY_FILE).is_file() and not _is_score(folder)
 
@@ -196,6 +207,7 @@ class _Found:
     runs: list[Place] = field(default_factory=list)
     scores: list[Place] = field(default_factory=list)
     searches: list[Place] = field(default_factory=list)
+    probes: list[Place] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     names: dict[Place, list[str]] = field(default_factory=dict)
 
@@ -210,6 +222,9 @@ def _find(path: Place, found: _Found) -> None:
         raise ReportError(f"{str(path)!r} is a file; give the folder it is in")
     if _is_score(path):
         scores.append(path)
+        return
+    if _is_probe(path):
+        found.probes.append(path)
         return
     if is_search(path):
         found.searches.append(path)
@@ -227,7 +242,7 @@ def _find(path: Place, found: _Found) -> None:
     if _is_utility(path):
         raise ReportError(f"{str(path)!r} {_UTILITY_ALONE}")
     inside = [child for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")]
-    known = [child for child in inside if _is_score(child) or is_search(child) or _is_run(child)]
+    known = [child for child in inside if any(is_one(child) for is_one in (_is_score, is_search, _is_run, _is_probe))]
     alone = [child for child in inside if child not in known and _is_utility(child)]
     if alone and not known:
         raise ReportError(f"{str(alone[0])!r} {_UTILITY_ALONE}")
@@ -290,6 +305,26 @@ def _read_model(folder: Place, label: str, notes: list[str]) -> Model:
             "they are not of one score: score again"
         )
     return Model(label, result, responses, read_utility(folder, result))
+
+
+def _with_decisions(models: Sequence[Model], probes: Sequence[Place], notes: list[str]) -> list[Model]:
+    """The models with the decisions of those probes that are of the same weights; of several, the last."""
+    found = list(models)
+    for folder in probes:
+        file = folder / PROBE_FILE
+        content = file.read_object(ReportError)
+        try:
+            decisions, fingerprint = read_decisions(content), content["model_fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise ReportError(f"{str(file)!r} is damaged, or of another version ({error}): probe again") from None
+        same = [index for index, model in enumerate(found) if model.result.fingerprint == fingerprint]
+        if not same:
+            notes.append(f"{str(folder)!r} is a probe of a model that no score here is of: it is not shown")
+        elif not decisions:
+            notes.append(f"{str(folder)!r} has no decisions by language: too few bundles of either kind")
+        for index in same:
+            found[index] = replace(found[index], decisions=decisions)
+    return found
 
 
 def read_responses(path: Place | Path) -> list[Response]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from mlc_ray.report.categories import category_table
 from mlc_ray.report.changes import Change, before_and_after, changes
 from mlc_ray.report.collect import Collection, without_folders
+from mlc_ray.report.decisions import judgement_tables
 from mlc_ray.report.figures import curves_png, heat_map_png, slopes_png
 from mlc_ray.report.rates import benchmarks, grid, keys, views_of
 from mlc_ray.report.remarks import warnings
@@ -54,6 +55,8 @@ def write_paper(collection: Collection, folder: Path, *, public: bool = False) -
             lines += markdown(categories)
         lines += _changes(compared, name)
         written += [path for _, path in figures]
+    for shown in judgement_tables(models):
+        lines += ["", *markdown(shown)]
     if (utility := utility_table({model.label: model.utility for model in models})) is not None:
         lines += ["## Utility", "", *markdown(utility)]
     if (curves := curves_png(collection.trainings, folder / "training.png")) is not None:

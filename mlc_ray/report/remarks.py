@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mlc_ray.report.collect import Model
+from mlc_ray.report.decisions import judgement_warnings
 from mlc_ray.report.rates import harmful_side
 from mlc_ray.report.text import percent, whole
 from mlc_ray.report.utility import utility_warnings
@@ -46,6 +47,7 @@ def warnings(models: Sequence[Model]) -> list[str]:
         *_missing_sides(models),
         *(f"Not measured the same way, {line}: compare with care." for line in differing(models)),
         *_other_version(models),
+        *judgement_warnings(models),
         *unread(models),
         *_cut_off(models),
         *_no_answer(models),

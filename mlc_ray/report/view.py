@@ -14,6 +14,7 @@ from mlc_ray.report.categories import category_table
 from mlc_ray.report.changes import Change, before_and_after, changes, rejudged
 from mlc_ray.report.charts import Chart, Line, slope_chart
 from mlc_ray.report.collect import Collection, Model, Training
+from mlc_ray.report.decisions import judgement_tables
 from mlc_ray.report.heat_map import HeatMap, heat_map
 from mlc_ray.report.rates import Grid, benchmarks, grid, keys, languages_of, summary_of, views_of
 from mlc_ray.report.remarks import remarks, warnings
@@ -126,6 +127,7 @@ class View:
     benchmarks: tuple[Benchmark, ...]
     compared: str
     models: int
+    judgement: tuple[Table, ...]
     utility: Table | None
     runs: tuple[str, ...]
     training: tuple[ChartGroup, ...]
@@ -159,6 +161,7 @@ def view_of(collection: Collection, harmful_samples: int, *, public: bool = Fals
         benchmarks=tuple(_benchmark(models, compared, name) for name in names),
         compared=_TWO_JUDGES if compared and all(change.agreement for change in compared) else "What changed",
         models=len(models),
+        judgement=tuple(judgement_tables(models)),
         utility=utility_table({model.label: model.utility for model in models}),
         runs=tuple(run.label for run in runs),
         training=tuple(training_charts(runs, chart_groups(runs))),

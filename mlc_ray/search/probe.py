@@ -31,11 +31,12 @@ from mlc_ray.losses.base import refusal_log_odds
 from mlc_ray.losses.logprobs import token_log_probs
 from mlc_ray.losses.measures import MIN_PER_KIND
 from mlc_ray.progress import phase
+from mlc_ray.report.decisions import LanguageDecision, decision_table
 from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT
 from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER, artifact_cache, training_chat
 from mlc_ray.search.criteria import CRITERIA, LayerStatistics, layer_statistics
-from mlc_ray.search.decisions import LanguageDecision, decision_table, decisions
+from mlc_ray.search.decisions import decisions
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side, pinned_model
 from mlc_ray.train.forward import layer_states, opening_log_probs, read_tree
 from mlc_ray.train.model import load_policy
@@ -74,7 +75,7 @@ class Probe:
     @property
     def decision_table(self) -> Table:
         """Decisions by language."""
-        return decision_table(self.decisions, self.left_out)
+        return decision_table(self.decisions, self.left_out, few=MIN_PER_KIND)
 
     @property
     def depth(self) -> int:

@@ -383,17 +383,22 @@ def _measure_utility(plan: Plan, folder: Place, model: str, cells: Sequence[Cell
     for name, score, weights in jobs:
         if not is_read(score, plan.scoring.max_unparsed):
             continue
-        there = {row.task for row in load_utility(score).rows} if (score / UTILITY_FILE).is_file() else set()
-        if wanted := [task for task in section.tasks if task not in there]:
+        if wanted := unmeasured(section.tasks, score):
             own = {"model": weights, "scores": str(score), "tasks": wanted}
             with _failing(recorder, name):
                 measure_utility(parse_config(UtilityConfig, {**section.model_dump(exclude_unset=True), **own}))
             recorder.write()
 
 
+def unmeasured(tasks: Sequence[str], score: Place) -> list[str]:
+    """Those of `tasks` that the utility beside a score does not have."""
+    there = {row.task for row in load_utility(score).rows} if (score / UTILITY_FILE).is_file() else set[str]()
+    return [task for task in tasks if task not in there]
+
+
 def _remove_models(plan: Plan, folder: Place, cells: Sequence[Cell]) -> None:
     for cell in cells:
         run = folder / CELLS_FOLDER / cell.name
-        measured = plan.config.utility is None or (score_folder(run) / UTILITY_FILE).is_file()
-        if is_read(score_folder(run), plan.scoring.max_unparsed) and measured:
+        tasks = [] if plan.config.utility is None else plan.config.utility.tasks
+        if is_read(score_folder(run), plan.scoring.max_unparsed) and not unmeasured(tasks, score_folder(run)):
             (run / MODEL_FOLDER).remove()

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mlc_ray.data.batches import collate
+from mlc_ray.data.branches import Branches
 from mlc_ray.losses.logprobs import token_log_probs
 from mlc_ray.train.forward import ModelError, read_answers
 from mlc_ray.types import Answers, Batch, TokenRow, move
@@ -25,8 +26,10 @@ _CODES = ("a", "b", "c")
 
 
 @torch.no_grad()
-def check_tap(model: PreTrainedModel, layer: int) -> None:
+def check_tap(model: PreTrainedModel, layer: int, *, openings: bool = False) -> None:
     """Compare log-probs and tapped states of two toy bundles with Hugging Face's own `logits` and `hidden_states`.
+
+    With `openings`, which a run reads, those of two openings of responses behind each prompt too.
 
     Run once at the start, on every worker: an architecture that ignores what the tree relies on (positions, the tree
     handed through to its attention, a final norm before the head) must stop here rather than train on other numbers.
@@ -34,13 +37,25 @@ def check_tap(model: PreTrainedModel, layer: int) -> None:
     Raises:
         ModelError: The numbers differ, or the architecture cannot be read in this way.
     """
-    rows = _toy_bundles(int(model.config.get_text_config().vocab_size))
-    batch = collate(rows, languages=_CODES, weights=[1.0, 1.0], needs_rejected=True, reference=None, tap=True)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    rows, sequences = _toy_bundles(vocabulary), _toy_openings(vocabulary)
+    batch = collate(
+        rows,
+        languages=_CODES,
+        weights=[1.0, 1.0],
+        needs_rejected=True,
+        reference=None,
+        tap=True,
+        scope="all" if openings else "none",
+        branches=Branches(dict.fromkeys(_CODES, sequences)),
+    )
     batch = move(batch, _device(model))
     assert batch.prompts is not None
     with _evaluating(model):
         try:
-            chosen, rejected, states, *_ = read_answers(model, batch, batch.tree, batch.prompts.tapped, layer)
+            chosen, rejected, states, _, refusals, _ = read_answers(
+                model, batch, batch.tree, batch.prompts.tapped, layer, openings=batch.openings
+            )
         except (RuntimeError, TypeError) as error:
             raise ModelError(
                 f"{type(model).__name__} is not supported: its forward cannot be tapped ({error})"
@@ -52,6 +67,13 @@ def check_tap(model: PreTrainedModel, layer: int) -> None:
             [_plain_log_prob(model, row.prompts[1], answer or [], layer) for row in rows
              for answer in (row.chosen, row.rejected)]
         )  # fmt: skip
+        if refusals is not None:
+            expected_refusals = torch.stack(
+                [torch.stack([_plain_log_prob(model, prompt, opening, layer) for opening in sequences]).logsumexp(dim=0)
+                 for row in rows for prompt in row.prompts]
+            )  # fmt: skip
+            distance = float((refusals - expected_refusals).norm() / expected_refusals.norm())
+            _compare(model, "log-probs of openings of responses", distance)
     _compare(model, f"hidden states of layer {layer}", float((states.float() - expected).norm() / expected.norm()))
     ours = torch.stack([chosen.total, rejected.total], dim=1).flatten()
     _compare(model, "log-probs of answers", float((ours - totals).norm() / totals.norm()))
@@ -126,6 +148,11 @@ def _toy_bundles(vocabulary: int) -> list[TokenRow]:
         )
         for index in range(2)
     ]
+
+
+def _toy_openings(vocabulary: int) -> list[list[int]]:
+    """Two openings that begin alike."""
+    return [[start % vocabulary for start in each] for each in ([2, 19, 23], [2, 29])]
 
 
 def _compare(model: PreTrainedModel, what: str, distance: float) -> None:

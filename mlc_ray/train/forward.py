@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.logprobs import response_log_probs, token_log_probs
 from mlc_ray.train.attention import Leaving, TreeAttention
-from mlc_ray.types import Answers, Batch, Openings, Pooling, Prompts, ResponseLogProbs, Sequences, Tree
+from mlc_ray.types import Answers, Batch, BenignPlaces, Openings, Pooling, Prompts, ResponseLogProbs, Sequences, Tree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,13 +31,15 @@ class ModelError(MlcRayError):
 
 class Read(NamedTuple):
     """What one forward says of a batch: summed log-probs of answers [A], tapped states [P, H], pooled ones [2, B, H]
-    ([1, B, H] without rejected answers), log-probs of openings of responses [P], see `opening_log_probs`."""
+    ([1, B, H] without rejected answers), log-probs of openings of responses [P], see `opening_log_probs`, and logits
+    of benign bundles [K, V]."""
 
     chosen: ResponseLogProbs
     rejected: ResponseLogProbs | None
     states: Tensor | None
     pooled: Tensor | None
     refusals: Tensor | None
+    benign: Tensor | None = None
 
 
 def read_answers(
@@ -48,29 +50,36 @@ def read_answers(
     layer: int,
     pooling: Pooling | None = None,
     openings: Openings | None = None,
+    benign: BenignPlaces | None = None,
 ) -> Read:
     """The answers of a batch, and what else is asked for, from one forward.
 
-    `tree` is the batch's, or as much of it as holds the answers; all of it with `openings`.
+    `tree` is the batch's, or as much of it as holds the answers; with `benign` the other prompts too, and all of it
+    with `openings`.
     """
     answers = [batch.chosen] if batch.rejected is None else [batch.chosen, batch.rejected]
     predicting, targets = [part.predicting for part in answers], [part.targets for part in answers]
     if openings is not None:
         predicting, targets = _with_openings(predicting, targets, openings)
+    if benign is not None:
+        predicting, targets = _with_prompts(predicting, targets, benign)
     normed = _pooled_rows(batch, pooling) if pooling is not None else None
-    stay = openings is not None
+    stay = openings is not None or benign is not None
     logits, states, whole = read_tree(model, tree, torch.cat(predicting), tapped, layer, normed, all_stay=stay)
     assert logits is not None
+    # A copy: `token_log_probs` overwrites what it is given.
+    kept = None if benign is None else logits.index_select(0, _benign_rows(benign, len(logits)))
     log_probs = token_log_probs(logits, torch.cat(targets)).split([len(each) for each in targets])
     refusals = None
     if openings is not None:
-        refusals, log_probs = opening_log_probs(log_probs[-1], openings), tuple(own[:, 0] for own in log_probs[:-1])
+        refusals = opening_log_probs(log_probs[len(answers)], openings)
+        log_probs = tuple(own[:, 0] for own in log_probs[: len(answers)])
     scored = [
         response_log_probs(own, part.row_of_target, len(batch.rows.bundle))
-        for own, part in zip(log_probs, answers, strict=True)
+        for own, part in zip(log_probs, answers, strict=False)
     ]
     pooled = _pooled(whole, batch, pooling) if whole is not None and pooling is not None else None
-    return Read(scored[0], scored[1] if batch.rejected is not None else None, states, pooled, refusals)
+    return Read(scored[0], scored[1] if batch.rejected is not None else None, states, pooled, refusals, kept)
 
 
 def _with_openings(
@@ -80,6 +89,31 @@ def _with_openings(
     an answer has one target."""
     padded = [nn.functional.pad(each.unsqueeze(1), (0, openings.targets.shape[1] - 1), value=-1) for each in targets]
     return [*predicting, openings.predicting], [*padded, openings.targets]
+
+
+def _with_prompts(
+    predicting: list[Tensor], targets: list[Tensor], benign: BenignPlaces
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows and targets of the others, and last those of benign prompts, which have no target."""
+    none = benign.prompts.new_full((len(benign.prompts), *targets[0].shape[1:]), -1)
+    return [*predicting, benign.prompts], [*targets, none]
+
+
+def _benign_rows(benign: BenignPlaces, number: int) -> Tensor:
+    """Rows of a head's logits of benign places: chosen answers are the first, and prompts the last of `number`."""
+    prompts = torch.arange(number - len(benign.prompts), number, device=benign.answers.device)
+    return torch.cat([benign.answers, prompts])
+
+
+def benign_logits(
+    model: PreTrainedModel, batch: Batch, tapped: Tensor | None, layer: int
+) -> tuple[Tensor, Tensor | None]:
+    """Logits of a batch's benign places [K, V] without its answers' log-probs, and states of the rows `tapped`."""
+    assert batch.benign is not None
+    places = torch.cat([batch.chosen.predicting[batch.benign.answers], batch.benign.prompts])
+    logits, states, _ = read_tree(model, batch.tree.first(batch.tree.openings), places, tapped, layer, all_stay=True)
+    assert logits is not None
+    return logits, states
 
 
 def _pooled_rows(batch: Batch, pooling: Pooling) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mlc_ray.config import OptimizerSection, TrainConfig
 from mlc_ray.device import peak_tflops
-from mlc_ray.losses.base import Decisions, refusal_log_odds
+from mlc_ray.losses.base import Decisions, Kept, refusal_log_odds
 from mlc_ray.losses.objective import Objective
 from mlc_ray.train.collectives import gather_objects
 from mlc_ray.train.divergence import DivergedError
@@ -252,16 +252,30 @@ def loss_of(
         reference_pooled=frozen.pooled,
         factors=factors,
         decisions=decisions_of(batch, output) if output.refusals is not None else None,
+        harmful=_harmful(batch),
+        kept=_kept(batch, output, frozen) if output.benign is not None else None,
     )
+
+
+def _harmful(batch: Batch) -> Tensor:
+    """Whether each bundle is harmful [B]."""
+    return torch.tensor([kind == "harmful" for kind in batch.kinds], device=batch.weight.device)
+
+
+def _kept(batch: Batch, output: ModelOutput, frozen: ReferenceOutput) -> Kept | None:
+    """Next-token logits on benign bundles, where policy and reference were read there."""
+    if output.benign is None or frozen.benign is None or batch.benign is None:
+        return None
+    places = batch.benign
+    return Kept(output.benign, frozen.benign, places.bundle, places.share, len(batch.bundle_ids))
 
 
 def decisions_of(batch: Batch, output: ModelOutput) -> Decisions | None:
     """How likely responses are to open as refusals, where the batch reads that."""
     if output.refusals is None or output.opened is None:
         return None
-    harmful = torch.tensor([kind == "harmful" for kind in batch.kinds], device=output.refusals.device)
     response = batch.rows.prompt[batch.rows.response]
-    return Decisions(refusal_log_odds(output.refusals), output.opened, response, harmful)
+    return Decisions(refusal_log_odds(output.refusals), output.opened, response, _harmful(batch))
 
 
 def _speed(metrics: Metrics, seconds: float, peak: float | None) -> Metrics:

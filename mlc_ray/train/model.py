@@ -41,7 +41,7 @@ class ModelOutput:
     zero where `present` [B, L] is false. `pooled` [2, B, H], float32, are states of the last layer, after the final
     norm, pooled over the response-language prompt and its chosen or rejected answer, where the objective asks for them.
     `refusals` [B, L] are log-probs, in nats, of responses that open as refusals, where the batch has `openings` behind
-    the prompt (`opened` [B, L]).
+    the prompt (`opened` [B, L]). `benign` [K, V] are logits at the batch's `benign` places, where those are read.
     """
 
     chosen: ResponseLogProbs
@@ -52,6 +52,7 @@ class ModelOutput:
     pooled: Tensor | None = None
     refusals: Tensor | None = None
     opened: Tensor | None = None
+    benign: Tensor | None = None
 
 
 class Extractor(nn.Linear):
@@ -79,7 +80,7 @@ class PolicyWithExtractor(nn.Module):
     """A causal language model, and the linear extractor on the tapped states of one of its layers.
 
     Without `extractor_dim` there is no extractor: the tapped states are the representations. `pooling` says what of
-    whole sequences is read, if anything.
+    whole sequences is read, if anything, and `keeps` whether logits of benign bundles are where the batch taps.
     """
 
     def __init__(
@@ -90,11 +91,13 @@ class PolicyWithExtractor(nn.Module):
         extractor_dim: int | None,
         seed: int,
         pooling: Pooling | None = None,
+        keeps: bool = False,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.layer = layer
         self.pooling = pooling
+        self.keeps = keeps
         hidden_size = self.language_model.config.get_text_config().hidden_size
         self.extractor = None if extractor_dim is None else Extractor(hidden_size, extractor_dim, seed=seed)
 
@@ -111,7 +114,10 @@ class PolicyWithExtractor(nn.Module):
         """
         prompts, size = batch.prompts, (len(batch.bundle_ids), len(batch.languages))
         tapped = prompts.tapped if prompts is not None else None
-        read = read_answers(self.language_model, batch, batch.tree, tapped, self.layer, self.pooling, batch.openings)
+        benign = batch.benign if self.keeps else None
+        read = read_answers(
+            self.language_model, batch, batch.tree, tapped, self.layer, self.pooling, batch.openings, benign
+        )
         output = ModelOutput(read.chosen, read.rejected, pooled=read.pooled)
         if read.refusals is not None and batch.openings is not None:
             output = _with_refusals(output, read.refusals, batch.openings, size)
@@ -119,7 +125,7 @@ class PolicyWithExtractor(nn.Module):
             return output if self.extractor is None else _with_idle(output, self.extractor)
         states, present = to_grid(read.states.float(), prompts, *size)
         grid = states if self.extractor is None else to_grid(self.extractor(read.states), prompts, *size)[0]
-        return replace(output, tapped=states, representations=grid, present=present)
+        return replace(output, tapped=states, representations=grid, present=present, benign=read.benign)
 
 
 def _with_refusals(output: ModelOutput, refusals: Tensor, openings: Openings, size: tuple[int, int]) -> ModelOutput:

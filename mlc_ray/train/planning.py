@@ -74,7 +74,7 @@ def check_kinds(config: TrainConfig, tokens: TokenArtifact) -> None:
 def _of_one_kind(term: str, tokens: TokenArtifact) -> ConfigError:
     (kind,) = tokens.counts.kinds
     return ConfigError(
-        f"terms.{term} teaches to tell harmful from benign bundles, but all {len(tokens)} of data.train are "
+        f"terms.{term} needs harmful and benign bundles, but all {len(tokens)} of data.train are "
         f"{kind}: add bundles of the other kind (their rows, or their source's `kind`, say which they are), or "
         "remove the term"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.forward import read_answers, read_tree, response_prompts
+from mlc_ray.train.forward import benign_logits, read_answers, read_tree, response_prompts
 from mlc_ray.types import Batch, Pairing, Pooling
 
 if TYPE_CHECKING:
@@ -24,13 +24,14 @@ class ReferenceOutput:
 
     `chosen` and `rejected` are summed log-probs of the answers in nats: [A], or [B] where only those in the response
     language are asked about. `state` [B, H] is the tapped state of the last token of the response-language prompt,
-    `pooled` [2, B, H] as `ModelOutput` has it; all float32.
+    `pooled` [2, B, H] as `ModelOutput` has it; all float32. So has it `benign` [K, V], in the model's type.
     """
 
     chosen: Tensor | None = None
     rejected: Tensor | None = None
     state: Tensor | None = None
     pooled: Tensor | None = None
+    benign: Tensor | None = None
 
 
 Reference = Callable[[Batch], ReferenceOutput]
@@ -40,7 +41,8 @@ class ReferenceModel(nn.Module):
     """The frozen language model: answers' log-probs, and tapped states at `layer` unless that is None.
 
     `pairing` says which answers it is asked about: all that a batch has, or with `response` only those in the response
-    language. With `pooling`, their log-probs come with pooled states.
+    language. With `pooling`, their log-probs come with pooled states; with `keeps`, logits of benign bundles with
+    tapped states' batches.
     """
 
     def __init__(
@@ -51,9 +53,11 @@ class ReferenceModel(nn.Module):
         layer: int | None = None,
         pairing: Pairing = "response",
         pooling: Pooling | None = None,
+        keeps: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
+        self.keeps = keeps
         self.log_probs = log_probs
         self.layer = layer
         self.pairing = pairing
@@ -65,19 +69,24 @@ class ReferenceModel(nn.Module):
         Raises:
             ValueError: Log-probs are asked of a batch without rejected answers.
         """
-        tree = batch.tree.first(batch.tree.prompt_only)
+        benign = batch.benign if self.keeps and state else None
+        tree = batch.tree.first(batch.tree.prompt_only if benign is None else batch.tree.openings)
         layer = self.layer if self.layer is not None and state else None
         tapped = response_prompts(batch.chosen, batch.rows.response) if layer is not None else None
-        chosen = rejected = hidden = pooled = None
+        chosen = rejected = hidden = pooled = logits = None
         if self.log_probs:
             if batch.rejected is None:
                 raise ValueError("the reference is asked for bundles without rejected answers")
-            first, second, hidden, pooled, _ = read_answers(self.model, batch, tree, tapped, layer or 0, self.pooling)
+            first, second, hidden, pooled, _, logits = read_answers(
+                self.model, batch, tree, tapped, layer or 0, self.pooling, benign=benign
+            )
             asked = batch.rows.response if self.pairing == "response" else slice(None)
             chosen, rejected = first.total[asked], second.total[asked] if second is not None else None
+        elif benign is not None:
+            logits, hidden = benign_logits(self.model, batch, tapped, layer or 0)
         elif tapped is not None and layer is not None:
             _, hidden, _ = read_tree(self.model, tree.first(tree.answers), None, tapped, layer)
-        return ReferenceOutput(chosen, rejected, hidden.float() if hidden is not None else None, pooled)
+        return ReferenceOutput(chosen, rejected, hidden.float() if hidden is not None else None, pooled, logits)
 
 
 def asked_of_reference(objective: Objective, layer: int) -> dict[str, Any]:
@@ -89,6 +98,7 @@ def asked_of_reference(objective: Objective, layer: int) -> dict[str, Any]:
         # One answer is read for a state, too.
         "pairing": alignment.reference_pairing if alignment.needs_reference else "response",
         "pooling": alignment.pooling,
+        "keeps": objective.needs_reference_logits,
     }
 
 

@@ -284,12 +284,19 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
     with chosen.loading(config):
         policy = load_policy(config.model)
     layer = resolve_layer(config.mlc.layer, n_layers(policy))
-    pooling, size = Objective(config).alignment.pooling, config.mlc.extractor_dim
+    objective = Objective(config)
     policy = add_adapters(policy, config.model)
-    module = PolicyWithExtractor(policy, layer=layer, extractor_dim=size, seed=config.seed, pooling=pooling)
+    module = PolicyWithExtractor(
+        policy,
+        layer=layer,
+        extractor_dim=config.mlc.extractor_dim,
+        seed=config.seed,
+        pooling=objective.alignment.pooling,
+        keeps=objective.needs_reference_logits,
+    )
     cast_parameters(module, getattr(torch, config.model.dtype))
     engine = chosen(module, config, device)
-    check_tap(engine.module.language_model, layer)
+    check_tap(engine.module.language_model, layer, openings=objective.widest_scope != "none")
     is_asked = config.needs_reference and config.reference == "online"
     return engine, _online_reference(config, engine) if is_asked else None
 

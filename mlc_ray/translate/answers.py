@@ -192,8 +192,6 @@ def _own(
     outcome, reason, text = _outcome(settings, code, said, tools)
     own = Own(code, text, outcome, reason, refusal[0], outcome, text != said.text)
     if kind == "harmful":  # the refusal is what is chosen; the plain answer is rejected where it complies
-        if outcome not in ("kept", "cut off"):
-            own.answer = ""
         own.outcome = "kept"
     if own.outcome == "kept" and refusal[0] is None and (settings.pairs or kind == "harmful"):
         own.outcome, own.reason = "no refusal", refusal[1]

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,15 @@ class CostCapError(MlcRayError):
 class Work:
     """The engines or the endpoint of one part, open, and where what they do is kept.
 
-    `made_by` is what their columns follow from, beside the rows they read.
+    `made_by` is what their columns follow from, beside the rows they read. `lost` gets the requests to which no reply
+    came, after all retries.
     """
 
     part: Part
     pool: EnginePool
     place: Place
     made_by: Any
+    lost: list[str] = field(default_factory=list)
 
     def rows(self, name: str, table: pa.Table, unit: str) -> pa.Table:
         """`table` with the part's columns; `name` says which rows they are, in the folder of what is kept."""
@@ -70,8 +72,11 @@ class Work:
         if not distinct:
             return []
         table = self.rows(name, pa.table({"request": distinct}, schema=REQUESTS), "requests")
-        columns = (table[column].to_pylist() for column in ("request", "reply", "fault"))
-        found = {text: Translation(reply, fault or "") for text, reply, fault in zip(*columns, strict=True)}
+        columns = (table[column].to_pylist() for column in ("request", "reply", "fault", "lost"))
+        found = {
+            text: Translation(reply, fault or "", bool(lost)) for text, reply, fault, lost in zip(*columns, strict=True)
+        }
+        self.lost.extend(text for text, reply in found.items() if reply.lost)
         if left := sum(reply.reason.startswith(NOT_ASKED) for reply in found.values()):
             raise cap_reached(left, len(distinct))
         return [found[request] for request in requests]

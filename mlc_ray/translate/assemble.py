@@ -20,10 +20,11 @@ TOO_FEW, NO_OWN, INVALID = "too few languages", "no own answer in English", "no 
 
 @dataclass
 class Files:
-    """The lines of a shard's two files."""
+    """The lines of a shard's files."""
 
     bundles: list[str] = field(default_factory=list)
     rejected: list[str] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
 
 
 class Assembly:
@@ -43,6 +44,7 @@ class Assembly:
             )
         for draft in shard.drafts:
             bundle = draft.bundle
+            files.answers += _labelled(draft)
             made = self._bundle(draft)
             lost = {} if isinstance(made, Bundle) else made
             if draft.twin_of:
@@ -110,6 +112,21 @@ class Assembly:
                 yield _line(bundle.bundle_id, bundle.kind, own.language, "own answer", **more)
 
 
+def _labelled(draft: Draft) -> Iterator[str]:
+    """What the model answered in each language, used or not, in the format of labelled responses."""
+    prompts = draft.prompts()
+    for own in draft.own:
+        label = "complied" if own.complies else own.plain if own.plain in ("refused", "degenerate") else None
+        for response, said in ((own.answer, label), (own.refusal, "refused")):
+            if response and said:
+                row = {
+                    "prompt": prompts.get(own.language, ""),
+                    "prompt_kind": draft.bundle.kind,
+                    "language": own.language,
+                }
+                yield json.dumps({**row, "response": response, "label": said}, ensure_ascii=False)
+
+
 def _mark_unused(draft: Draft, made: Bundle | dict[str, str]) -> None:
     """Say of texts and own answers that pass, and are not in a written bundle, why they are not."""
     passed = [text for text in draft.texts if good(text)]
@@ -172,7 +189,8 @@ def _pair(bundle: Bundle, own: Own, *, pairs: bool) -> AnswerPair:
         return AnswerPair(own.answer, own.refusal if pairs else None)
     given = bundle.answers.get(own.language)
     known = bundle.rejected if own.language == bundle.response_language else None if given is None else given.rejected
-    return AnswerPair(str(own.refusal), (own.answer or known) if pairs else None)
+    rejected = own.answer if own.answer and own.complies else known
+    return AnswerPair(str(own.refusal), rejected if pairs else None)
 
 
 def _line(name: str, kind: str, language: str, part: str, **more: Any) -> str:

@@ -62,6 +62,11 @@ class Own:
     plain: Outcome = "kept"
     shortened: bool = False
 
+    @property
+    def complies(self) -> bool:
+        """Whether the answer as it was asked helps, in the prompt's language."""
+        return self.plain in ("kept", "cut off")
+
 
 @dataclass
 class Draft:

@@ -30,6 +30,7 @@ from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import place_of as engine_place
 from mlc_ray.logs import keep_in
 from mlc_ray.runs import (
+    ANSWERS_FOLDER,
     BUNDLES_FOLDER,
     KEPT_FOLDER,
     QUALITY_FILE,
@@ -118,7 +119,8 @@ def translate(config: TranslateConfig) -> TranslateResult:
                 f"{str(place)!r} holds a translation of other bundles, by other models or with other settings, with "
                 "which resume: auto cannot go on; choose another name, or remove it"
             )
-        if before is not None and (place / MANIFEST).is_file() and fault_of(place) is None:
+        unanswered = before is not None and _ask_again(place)
+        if before is not None and (place / MANIFEST).is_file() and fault_of(place) is None and not unanswered:
             logger.info("%s is finished already", place)
             return TranslateResult(place, load_quality(place))
         (place / TRANSLATION_FILE).write_json({"identity": own, **decided.request()})
@@ -129,7 +131,12 @@ def translate(config: TranslateConfig) -> TranslateResult:
         run = _Run(decided, bundles, place, device, scratch)
         run.steps()
         quality = run.assemble()
-    (place / KEPT_FOLDER).remove()
+    if lost := sum(file.read_json() for file in _unanswered(place)):
+        logger.warning(
+            "%d requests got no reply, after all retries; to ask them again: mlc-ray translate --resume %s", lost, place
+        )
+    else:
+        (place / KEPT_FOLDER).remove()
     return TranslateResult(place, quality)
 
 
@@ -146,6 +153,28 @@ def resume_translation(folder: str | Path | Place) -> TranslateResult:
         raise TranslationError(f"{str(place)!r} is no translation: it has no {TRANSLATION_FILE}")
     own = {"name": place.name, "output_dir": str(place.parent), "resume": "auto"}
     return translate(before["config"].model_copy(update=own))
+
+
+_STEPS = ("twins", "judged", "texts", "answers")  # in this order
+_UNANSWERED = "unanswered"
+
+
+def _unanswered(place: Place) -> list[Place]:
+    """Files that say of a step of a shard how many requests got no reply."""
+    kept = place / KEPT_FOLDER
+    return [file for file in kept.iterdir() if file.name.startswith(f"{_UNANSWERED}-")] if kept.is_dir() else []
+
+
+def _ask_again(place: Place) -> bool:
+    """Forget the steps of shards in which requests got no reply, and what followed from them; whether there are any."""
+    found = _unanswered(place)
+    for file in found:
+        _, step, number = file.name.removesuffix(".json").split("-")
+        for later in _STEPS[_STEPS.index(step) :]:
+            for name in (f"drafts-{later}-{number}.json", f"{_UNANSWERED}-{later}-{number}.json"):
+                if (again := place / KEPT_FOLDER / name).is_file():
+                    again.remove()
+    return bool(found)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -291,7 +320,11 @@ class _Run:
                 if self.shards > 1:
                     logger.info("%s: shard %d of %d", work.part.name, number + 1, self.shards)
                 shard = self._shard(before, number)
+                work.lost.clear()
                 work_on(shard, f"{number:05}", work)
+                if work.lost:
+                    file = f"{_UNANSWERED}-{step}-{number:05}.json"
+                    (self.place / KEPT_FOLDER / file).write_json(len(work.lost))
                 save_shard(self._file(step, number), shard)
 
     def _shard(self, step: str | None, number: int) -> Shard:
@@ -344,13 +377,21 @@ class _Run:
         assembly = Assembly(config, tools, counts)
         sizes, sums = dict[str, int](), dict[str, str]()
 
+        for folder in (BUNDLES_FOLDER, REJECTED_FOLDER, ANSWERS_FOLDER):
+            if (self.place / folder).is_dir():  # of an assembly that was cut off, or lacked what was asked again since
+                (self.place / folder).remove()
+
         def write(name: str, content: bytes) -> None:
             (self.place / name).write_bytes(content)
             sizes[name], sums[name] = len(content), checksum(content)
 
         for number in range(self.shards):
             made = assembly.shard(self._shard(last, number))
-            for folder, lines in ((BUNDLES_FOLDER, made.bundles), (REJECTED_FOLDER, made.rejected)):
+            for folder, lines in (
+                (BUNDLES_FOLDER, made.bundles),
+                (REJECTED_FOLDER, made.rejected),
+                (ANSWERS_FOLDER, made.answers),
+            ):
                 if lines:
                     write(f"{folder}/{folder}-{number:05}.jsonl", "".join(f"{line}\n" for line in lines).encode())
         quality = counts.result()

@@ -14,8 +14,8 @@ from mlc_ray.score.stages import Asking
 from mlc_ray.storage import user_cache
 
 REQUESTS = pa.schema({"request": pa.string()})
-REPLIES = pa.schema({"reply": pa.string(), "fault": pa.string()})
-"""The whole reply, or null and why there is none."""
+REPLIES = pa.schema({"reply": pa.string(), "fault": pa.string(), "lost": pa.bool_()})
+"""The whole reply, or null and why there is none; and whether that is because none came."""
 
 
 class AskStage(Stage):
@@ -41,7 +41,7 @@ class AskStage(Stage):
         """A reply per request."""
         with self.asking.noted():
             replies = self.translator.ask(table["request"].to_pylist())
-        return [{"reply": reply.text, "fault": reply.reason or None} for reply in replies]
+        return [{"reply": reply.text, "fault": reply.reason or None, "lost": reply.lost} for reply in replies]
 
     @classmethod
     def given_up(cls, table: pa.Table, fault: str, **_: Any) -> list[dict[str, Any]]:

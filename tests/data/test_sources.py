@@ -257,7 +257,8 @@ def test_a_format_that_is_not_there_is_refused_with_those_that_are(tmp_path):
 
 def test_every_shipped_format_is_found_by_its_name():
     assert names("format") == [
-        "aya", "m-alert", "mlc", "multijail", "polyguard", "preference", "rtp-lx", "sft", "table", "xsafety", "xstest",
+        "aya", "m-alert", "mlc", "mpo", "multijail", "polyguard", "preference", "rtp-lx", "sft", "table",
+        "xsafety", "xstest",
     ]  # fmt: skip
     assert all(isinstance(make_format(name), Format) for name in names("format"))
 

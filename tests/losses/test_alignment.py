@@ -6,14 +6,16 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from mlc_ray._registry import names
 from mlc_ray.config import ObjectiveConfig
 from mlc_ray.losses.dpo import dpo_loss
 from mlc_ray.losses.ipo import ipo_loss
+from mlc_ray.losses.kto import kto_loss
 from mlc_ray.losses.objective import Objective
 from mlc_ray.losses.orpo import orpo_loss
 from mlc_ray.losses.sft import sft_loss
 from mlc_ray.losses.simpo import simpo_loss
-from mlc_ray.types import ResponseLogProbs
+from mlc_ray.types import AnswerRows, ResponseLogProbs
 
 
 def answers(totals, lengths):
@@ -162,6 +164,17 @@ def test_the_total_has_a_rising_term_by_its_factor(pair):
     assert none.loss.item() == pytest.approx(alignment) and "loss/mlc" not in none.term_metrics
 
 
+@pytest.mark.parametrize("name", names("term"))
+def test_every_term_begins_and_rises_as_its_settings_say(name):
+    schedule = {"weight": 1.0, "start": 0.5, "ramp": 0.25}
+    tap = name in ("mlc", "cosine")
+    section = {"mlc": {"name": name, **schedule}} if tap else {"mlc": {"weight": 0}, "terms": {name: schedule}}
+    made = Objective(ObjectiveConfig(objective={"loss": "sft"}, **section))
+    of = "mlc" if tap else name
+    assert [made.factors(step, 8).get(of, 0) for step in range(8)] == [0, 0, 0, 0, 0.5, 1, 1, 1]
+    assert [made.taps(step, 8) for step in (3, 4)] == [False, name != "decision"]
+
+
 def test_an_sft_part_beside_a_preference_loss(pair):
     chosen, rejected = pair
     settings = ObjectiveConfig(objective={"loss": "simpo", "sft_weight": 0.25}, mlc={"weight": 0})
@@ -174,6 +187,63 @@ def test_an_sft_part_beside_a_preference_loss(pair):
     assert both.describe() == ["simpo (answers=response, beta=0.1, margin=0.5)", "0.25 x sft"]
     with pytest.raises(ValidationError, match="is already; remove it"):
         ObjectiveConfig(objective={"loss": "sft", "sft_weight": 0.25})
+
+
+@pytest.mark.parametrize("answers", ["response", "all"])
+@pytest.mark.parametrize("loss", sorted({*names("loss")} - {"sft", "sdrrl"}))
+def test_an_sft_part_is_added_beside_every_preference_loss(loss, answers):
+    """By its factor and into the gradient, as the mean over a bundle's answers."""
+    settings = {"loss": loss} if loss in ("mpo", "dco") else {"loss": loss, "answers": answers}
+    section = {"objective": {**settings, **({"hidden_weight": 0} if loss == "mpo" else {})}, "mlc": {"weight": 0}}
+    totals = torch.tensor([-6.0, -3.0, -4.0], requires_grad=True)
+    chosen, rejected = (
+        ResponseLogProbs(totals, torch.tensor([2, 2, 4])),
+        ResponseLogProbs(totals - 3, torch.tensor([3, 1, 2])),
+    )
+    two = [[0, 0, 1], [0, 1, 0], [0, 1, 0], [0, 2]]  # a bundle in two languages, and one in one
+    rows, count = AnswerRows(*map(torch.tensor, two)), 3
+    if loss not in ("mpo", "dco") and answers == "response":
+        rows, count = AnswerRows(*(torch.tensor(part) for part in ([0, 1], [0, 0], [0, 0], [0, 1]))), 2
+    chosen, rejected = (ResponseLogProbs(each.total[:count], each.length[:count]) for each in (chosen, rejected))
+    asked = 2 if loss == "mpo" else count
+    given = {
+        "chosen": chosen,
+        "rejected": rejected,
+        "reference_chosen": torch.full((asked,), -5.0),
+        "reference_rejected": torch.full((asked,), -7.0),
+        "rows": rows,
+        "weight": torch.ones(2),
+    }
+    plain = Objective(ObjectiveConfig(**section)).total_loss(**given)
+    section["objective"]["sft_weight"] = 0.5
+    said = Objective(ObjectiveConfig(**section)).total_loss(**given)
+    fitted = [3.0, 1.5] if count == 2 else [(3.0 + 1.5) / 2, 1.0]
+    assert said.metrics["loss/sft"].tolist() == pytest.approx(fitted)
+    assert float(said.loss) == pytest.approx(float(plain.loss) + 0.5 * sum(fitted))
+    taught = torch.autograd.grad(said.loss - plain.loss, totals)[0][:count]
+    assert taught.tolist() == pytest.approx([-0.25, -0.25] if count == 2 else [-0.125, -0.125, -0.125])
+
+
+def test_kto_is_that_of_the_formula_and_half_where_the_policy_is_the_reference():
+    chosen, rejected = (
+        torch.tensor(each, dtype=torch.float64, requires_grad=True) for each in ([-6.0, -3.0], [-9.0, -2.0])
+    )
+    lengths, of_reference = torch.tensor([2, 3]), torch.tensor([-5.0, -4.0], dtype=torch.float64)
+    ours = kto_loss(
+        ResponseLogProbs(chosen, lengths), ResponseLogProbs(rejected, lengths), of_reference, of_reference,
+        beta=0.3, desirable=2.0, undesirable=0.5,
+    )  # fmt: skip
+    plain = [
+        (2.0 * (1 - 1 / (1 + math.exp(-0.3 * (c + 5 - d)))) + 0.5 * (1 - 1 / (1 + math.exp(0.3 * (r + 5 - d))))) / 2
+        for c, r, d in ((-6.0, -9.0, 0.0), (-3.0, -2.0, 1.0))
+    ]
+    assert ours.loss.tolist() == pytest.approx(plain)
+    up, down = torch.autograd.grad(ours.loss.sum(), (chosen, rejected))
+    slopes = [s * (1 - s) for s in (1 / (1 + math.exp(0.3)), 1 / (1 + math.exp(-0.3)))]
+    assert up.tolist() == pytest.approx([-0.3 * slope for slope in slopes])  # of the chosen rewards alone
+    assert (down > 0).all()
+    same = ResponseLogProbs(of_reference, lengths)
+    assert kto_loss(same, same, of_reference, of_reference, beta=0.3).loss.tolist() == [0.5, 0.5]
 
 
 def test_what_an_objective_needs():

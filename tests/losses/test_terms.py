@@ -26,7 +26,10 @@ def orthogonal(size, seed=0):
 PRESENT = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
 
 
-def plain_contrast(z, present, temperature):
+HARMFUL = torch.tensor([True, False, True, False, False])
+
+
+def plain_contrast(z, present, temperature, other_kind=1):
     """Loop over rows, positives and negatives; bundles without a positive or a negative cost nothing."""
     rows = {(b, i): F.normalize(z[b, i], dim=0) for b in range(len(z)) for i in range(z.shape[1]) if present[b, i]}
     losses = []
@@ -37,7 +40,8 @@ def plain_contrast(z, present, temperature):
             positives = [key for key in others if key[0] == bundle]
             if not positives or len(positives) == len(others):
                 continue
-            below = sum(torch.exp(rows[anchor] @ rows[key] / temperature) for key in others)
+            counted = {key: other_kind if HARMFUL[key[0]] != HARMFUL[bundle] else 1 for key in others}
+            below = sum(n * torch.exp(rows[anchor] @ rows[key] / temperature) for key, n in counted.items())
             shares = [torch.exp(rows[anchor] @ rows[key] / temperature) / below for key in positives]
             of_rows.append(-sum(map(torch.log, shares)) / len(shares))
         losses.append(sum(of_rows) / len(of_rows) if of_rows else torch.zeros((), dtype=z.dtype))
@@ -65,6 +69,39 @@ def plain_anchor(h, present, r):
         of_rows = [((row - target) ** 2).sum() / (target**2).sum() for row, m in zip(bundle, mask, strict=True) if m]
         losses.append(sum(of_rows) / len(of_rows) if of_rows else torch.zeros((), dtype=h.dtype))
     return torch.stack(losses)
+
+
+def test_contrast_weighs_bundles_of_the_other_kind_as_it_says():
+    ours, theirs = (random(5, 4, 7, seed=8).requires_grad_() for _ in range(2))
+    losses = contrast_losses(ours, PRESENT, temperature=0.3, harmful=HARMFUL, other_kind=5.0)
+    expected = plain_contrast(theirs, PRESENT, 0.3, other_kind=5)
+    assert torch.allclose(losses, expected, rtol=1e-9) and losses[0] > plain_contrast(theirs, PRESENT, 0.3)[0]
+    losses.sum().backward()
+    expected.sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-7, atol=1e-12)
+    with pytest.raises(ValueError, match=r"other_kind=5\.0 needs the kinds"):
+        contrast_losses(ours, PRESENT, temperature=0.3, other_kind=5.0)
+    made = Objective(
+        ObjectiveConfig(
+            objective={"loss": "sft"},
+            mlc={"weight": 0},
+            terms={"contrast": {"weight": 1, "other_kind": 5.0, "temperature": 0.3}},
+        )
+    )
+    answer = ResponseLogProbs(torch.zeros(5), torch.ones(5))
+    said = made.total_loss(
+        weight=torch.ones(5),
+        chosen=answer,
+        representations=ours,
+        present=PRESENT,
+        harmful=HARMFUL,
+        groups=[0, 0, 0, 1, 1],
+    )
+    halves = [
+        contrast_losses(ours[part], PRESENT[part], temperature=0.3, harmful=HARMFUL[part], other_kind=5.0)
+        for part in (slice(3), slice(3, 5))
+    ]
+    assert torch.allclose(said.term_metrics["loss/contrast"], torch.cat(halves), rtol=1e-9)
 
 
 def test_contrast_equals_the_plain_loop():
@@ -320,5 +357,5 @@ def test_a_description_names_every_part_with_its_settings():
     assert objective("sft", mlc=0, keep={"name": "anchor", "weight": 0.25}, contrast={}).describe() == [
         "sft (answers=response)",
         "0.25 x keep (name=anchor)",
-        "0.1 x contrast (temperature=0.1)",
+        "0.1 x contrast (temperature=0.1, other_kind=1.0)",
     ]

@@ -14,9 +14,10 @@ from mlc_ray.config import ModelSection, OpeningsSection
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.store import write_rows
 from mlc_ray.data.tables import rows_to_table
+from mlc_ray.report.decisions import LanguageDecision, decision_table
 from mlc_ray.report.tables import markdown
 from mlc_ray.search.criteria import resamples
-from mlc_ray.search.decisions import LanguageDecision, decision_table, decisions
+from mlc_ray.search.decisions import decisions
 from mlc_ray.search.probe import Probe, ProbeActor, ProbeError
 from mlc_ray.stats.rates import Interval
 from tests.train.test_openings import OPENINGS, plain
@@ -85,7 +86,7 @@ def test_a_wide_interval_decides_nothing(
     auc: tuple[float, float, float], shares: tuple[float, float], said: str
 ) -> None:
     one = LanguageDecision("sw", Interval(*auc), *shares)
-    lines = markdown(decision_table([one], ["xx"]))
+    lines = markdown(decision_table([one], ["xx"], few=8))
     assert [line.split("|")[-2].strip() for line in lines if line.startswith("| sw")] == [said]
     assert one.is_unknown is said.startswith("not known")
     assert next(line for line in lines if line.startswith("| xx")).endswith("fewer than 8 bundles of a kind |")

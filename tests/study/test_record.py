@@ -21,6 +21,7 @@ from mlc_ray.stats.significance import holm
 from mlc_ray.storage import Place
 from mlc_ray.study.folder import StudyError
 from mlc_ray.study.record import is_read
+from mlc_ray.study.run import unmeasured
 from tests.report.runs import utility_row, write_utility
 from tests.study.folders import planned, raw_study, recorder, write_cell, write_diverged, write_untouched
 
@@ -165,6 +166,20 @@ def test_values_of_a_metric_under_several_filters_are_kept_apart(folder: Path) -
     write_utility(folder / "untouched/tiny_1", utility_row("gsm8k", 0.4), strict)
     result = recorder(planned(folder), folder).write()
     assert result.cells[0].utility == {"gsm8k acc": 0.4, "gsm8k acc (strict-match)": 0.2}
+
+
+def test_utility_of_cells_is_a_mean_over_seeds_and_a_task_that_is_missing_is_known(folder: Path) -> None:
+    for seed, value in ((1, 0.4), (2, 0.6)):
+        write_utility(folder / f"cells/tiny_1-dpo-{seed}/scores/study", utility_row("mmlu", value))
+    result = recorder(planned(folder, utility={"tasks": ["mmlu"]}), folder).write()
+    dpo = [each.utility for each in result.cells if each.method == "dpo"]
+    assert dpo == [{"mmlu acc": 0.4}, {"mmlu acc": 0.6}] and load_study(folder) == result
+    (shown,) = [each for each in study_tables(result) if each.title == "Utility"]
+    values = {row.cells[0].text: row.cells[1].text for row in shown.rows}
+    assert values == {"untouched": "0.5000", "dpo": "0.5000"}  # the other method has none
+    score = Place(folder / "cells/tiny_1-dpo-1/scores/study")
+    assert unmeasured(["mmlu", "arc_easy"], score) == ["arc_easy"]
+    assert unmeasured(["mmlu"], Place(folder / "cells/tiny_1-mlc-1/scores/study")) == ["mmlu"]
 
 
 def test_the_report_of_a_study_is_one_page_and_tables_for_a_paper(folder: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_bundles_of_one_kind_are_refused_before_a_cell_starts(tmp_path: Path, mo
     monkeypatch.setattr(running, "use_gpu", lambda _: False)
     monkeypatch.setattr(running, "prepare_token_rows", lambda *_, **__: TokenArtifact.open(tmp_path))
     plan = planned(tmp_path / "s", methods={"decided": ["terms={decision: {}}"]})
-    with pytest.raises(ConfigError, match=r"cell tiny_1-decided-1: terms\.decision teaches to tell"):
+    with pytest.raises(ConfigError, match=r"cell tiny_1-decided-1: terms\.decision needs harmful and benign"):
         running._prepare(plan, Place(tmp_path / "s"))
 
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from mlc_ray.train import attention
 from mlc_ray.train.checks import check_batch, check_tap
-from mlc_ray.train.forward import ModelError
+from mlc_ray.train.forward import ModelError, opening_log_probs
 from tests.train.test_model import ARCHITECTURES, ROWS, batch, build
 
 
@@ -15,7 +15,7 @@ from tests.train.test_model import ARCHITECTURES, ROWS, batch, build
 def test_supported_architectures_are_accepted(name):
     model = build(ARCHITECTURES[name]).train()
     for layer in range(4):
-        check_tap(model, layer)
+        check_tap(model, layer, openings=layer % 2 == 1)
     for rows in ROWS.values():
         check_batch(model, batch(rows), 2)
         check_batch(model, batch(rows, tap=False, needs_rejected=False), 2)
@@ -53,6 +53,18 @@ def test_a_wrong_attention_is_refused(monkeypatch):
     monkeypatch.setattr(attention, "_attend", lambda *args, softcap, **options: right(*args, softcap=None, **options))
     with pytest.raises(ModelError, match="Gemma2ForCausalLM"):
         check_tap(build(ARCHITECTURES["gemma2"]), 2)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_openings_that_are_read_elsewhere_are_refused(layer, monkeypatch):
+    """The sum over an opening's tokens leaves out its last one."""
+    right = opening_log_probs
+    wrong = lambda log_probs, openings: right(log_probs, replace(openings, steps=openings.steps[:, :-1]))  # noqa: E731
+    monkeypatch.setattr("mlc_ray.train.model.opening_log_probs", wrong)
+    model = build(ARCHITECTURES["llama"])
+    check_tap(model, layer)
+    with pytest.raises(ModelError, match=r"log-probs of openings of responses .*differ"):
+        check_tap(model, layer, openings=True)
 
 
 def test_a_wrong_row_is_refused():

@@ -145,6 +145,7 @@ def wrapped(config, seed=0):
         extractor_dim=config.mlc.extractor_dim,
         seed=config.seed,
         pooling=Objective(config).alignment.pooling,
+        keeps=Objective(config).needs_reference_logits,
     )
     cast_parameters(module, getattr(torch, config.model.dtype))
     return module

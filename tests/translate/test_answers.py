@@ -15,6 +15,7 @@ import pytest
 from mlc_ray.config import ConfigError, TranslateConfig, parse_config
 from mlc_ray.config.translate import ChecksSection, OnPolicySection
 from mlc_ray.data.bundles import make_bundle
+from mlc_ray.data.labelled import read_labelled
 from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import ANSWERS, Generator
 from mlc_ray.judges.base import UncoveredLanguageError
@@ -165,7 +166,7 @@ def test_a_harmful_prompt_is_declined_and_what_complies_is_rejected(tmp_path: Pa
         return NO[language], "stop"
 
     own, _ = answered(bundle(kind="harmful"), section, refuses, tmp_path, tools)
-    assert (own["es"].outcome, own["es"].answer, own["es"].plain) == ("kept", "", "refused")
+    assert (own["es"].outcome, own["es"].complies, own["es"].plain) == ("kept", False, "refused")
     own, asked = answered(bundle(), section, refuses, tmp_path, tools)
     assert own == {} and asked == []  # a benign one, of which nothing is asked
 
@@ -196,6 +197,30 @@ def test_own_answers_take_the_place_of_given_ones(tools: Tools) -> None:
     own = [Own("en", "", "kept", refusal=NO["en"], plain="refused")]
     [line], _ = assembled(Draft(harmful, own=own), tools, kinds=["harmful"])
     assert f'"chosen": "{NO["en"]}", "rejected": "Sure, wash it."' in line
+
+
+def test_what_a_model_answers_is_kept_as_labelled_responses(tmp_path: Path, tools: Tools) -> None:
+    """Its refusals, those to a harmful prompt too, and its help: `mlc-ray openings` reads them."""
+    own, _ = answered(
+        bundle(kind="harmful"),
+        settings(kinds=["harmful"]),
+        lambda how, code: ((NO if how == "decline" or code == "en" else GOOD)[code], "stop"),
+        tmp_path,
+        tools,
+    )
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "answers": {"model": "m", "kinds": ["harmful"]}}
+    draft = Draft(bundle(kind="harmful", chosen="No way.", rejected="Sure, wash it."), own=list(own.values()))
+    files = Assembly(parse_config(TranslateConfig, raw), tools, Counts("n")).shard(Shard([draft]))
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(f"{line}\n" for line in files.answers), encoding="utf-8")
+    assert [(each.language, each.response, each.refused, each.prompt) for each in read_labelled([str(file)])] == [
+        ("en", NO["en"], True, RICE["en"]),
+        ("en", NO["en"], True, RICE["en"]),
+        ("es", GOOD["es"], False, RICE["es"]),
+        ("es", NO["es"], True, RICE["es"]),
+    ]
+    [line] = files.bundles
+    assert f'"chosen": "{NO["en"]}", "rejected": "Sure, wash it."' in line  # not what refuses already
 
 
 def test_a_judge_is_checked_before_anything_is_asked(tmp_path: Path) -> None:

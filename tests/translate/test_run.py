@@ -23,7 +23,7 @@ from mlc_ray.translate.decided import TranslationError
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.quality import QualityFileError, load_quality
 from mlc_ray.translate.run import TranslateResult, plan, resume_translation
-from tests.generate.chat_server import OUTPUT_TOKENS
+from tests.generate.chat_server import OUTPUT_TOKENS, Step
 from tests.translate.worlds import CACTUS, DIARY, REFUSAL, RICE, SURE, TWIN, WORDS, rows, settings, translator, write
 
 
@@ -87,6 +87,32 @@ def test_bundles_come_from_english_with_their_twins_and_reasons(ray_local: Any, 
     assert "Spanish (es), chosen" in (made.folder / "quality.md").read_text()
     shown = show(made.folder)
     assert "es: 2 of 4 accepted" in shown and "mlc-ray train" in shown
+
+
+def test_requests_without_a_reply_are_asked_again(
+    ray_local: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The endpoint fails on one prompt until it is back: the translation ends without that, and is completed."""
+    down = {CACTUS}
+    with translator() as server:
+        well = server.answer
+        server.answer = lambda messages, number: (
+            Step(status=500) if any(text in messages[-1]["content"] for text in down) else well(messages, number)
+        )
+        raw = settings(server, write(tmp_path / "en.jsonl"), tmp_path, endpoint={"retries": 0})
+        raw |= {"shard_bundles": 1, "resume": "auto"}
+        made = api.translate(raw)
+        assert made.quality.written == {"benign": 1, "harmful": 1}
+        assert "requests got no reply, after all retries" in caplog.text
+        asked = len(server.bodies)
+        down.clear()
+        again = resume_translation(made.folder)
+        assert again.quality.written == {"benign": 2, "harmful": 1}
+        assert 0 < len(server.bodies) - asked <= 6 and fault_of(made.folder) is None  # of that shard alone
+        assert not any("no translation" in row["checks"] for row in lines(made.folder / "rejected"))
+        assert not (made.folder / "kept").is_dir()
+        asked = len(server.bodies)
+        assert resume_translation(made.folder).quality == again.quality and len(server.bodies) == asked
 
 
 def test_a_cap_stops_it_and_it_goes_on_where_it_was(
