@@ -24,7 +24,10 @@ START_SECONDS = 90
 
 @dataclass(frozen=True)
 class Head:
+    """`address` is its dashboard's, which jobs are submitted to; `gcs` what nodes and drivers join."""
+
     address: str
+    gcs: str
     environment: dict[str, str]
     folder: Path
 
@@ -73,7 +76,7 @@ def running() -> Iterator[Head]:
             preexec_fn=die_with_the_tests,
         )
     try:
-        started = Head(f"http://127.0.0.1:{dashboard}", environment, folder / "ray")
+        started = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment, folder / "ray")
         deadline = time.monotonic() + START_SECONDS
         while subprocess.run(
             [RAY, "job", "list", "--address", started.address], env=environment, capture_output=True

@@ -195,7 +195,7 @@ def calibration_config(arguments: argparse.Namespace) -> CalibrationConfig:
     return load_config(CalibrationConfig, arguments.config, [*arguments.overrides, *overrides])
 
 
-JUDGE_READS = ("judge", "calibration", "max_unparsed", "address", "accelerator")
+JUDGE_READS = ("judge", "calibration", "max_unparsed", "address", "env", "accelerator")
 """What `mlc-ray judge` reads of a score's settings: the rest was decided when the responses were made."""
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mlc_ray.capacity import Need
 from mlc_ray.cluster import check_fits, connect, use_gpu
 from mlc_ray.config import ScoreConfig
 from mlc_ray.errors import MlcRayError
@@ -201,7 +202,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         scored: the score folder.
         out: the new folder (default: the old name and the judge's).
         changes: fields of its settings that differ: `judge`, `calibration` (None for none), `max_unparsed`, `address`,
-            `accelerator`.
+            `env`, `accelerator`.
 
     Raises:
         ScoreError: the folder holds no responses, or the new one exists already.
@@ -308,14 +309,14 @@ def check_unparsed(result: ScoreResult, bound: float) -> None:
 
 
 def _connect(config: ScoreConfig) -> Device:
-    connect(config.address)
+    connect(config.address, config.env)
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # else two lines for every small pipeline
     return "gpu" if use_gpu(config.accelerator) else "cpu"
 
 
 def _check_engines(request: Request, judging: Judging, device: Device, pool: EnginePool | None) -> None:
     """Raise before anything starts where engines of a part cannot be had even beside those of `pool` alone."""
-    held: list[tuple[float, float]] = []
+    held: list[Need] = []
     own = answering(request.resolved, request.config, judging, device, in_turn=False)
     if pool is None:
         check_fits("engine (replicas x cpus_per_replica)", own.places(device))
@@ -327,7 +328,7 @@ def _check_engines(request: Request, judging: Judging, device: Device, pool: Eng
     _check_readers(request, judging, device, held)
 
 
-def _check_readers(request: Request, judging: Judging, device: Device, held: Sequence[tuple[float, float]]) -> None:
+def _check_readers(request: Request, judging: Judging, device: Device, held: Sequence[Need]) -> None:
     for part in reading(judging, device, rows=1, usage=Path(), replies=Place(Path())).values():
         if part.engine is not None:
             check_fits(f"{part.name}, by engines of its own,", [*held, *part.places(device)])
