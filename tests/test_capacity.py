@@ -87,7 +87,7 @@ def process(folder: Path, number: int, *line: str) -> None:
 
 def test_the_autoscaler_of_this_cluster_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processes, config = tmp_path / "proc", tmp_path / "cluster.yaml"
-    config.write_text(yaml.safe_dump(AUTOSCALER))
+    config.write_text(yaml.safe_dump(AUTOSCALER, sort_keys=False))
     assert look("10.0.0.1:6379", tmp_path) == Growth()
     monitor = "/venv/ray/autoscaler/_private/monitor.py"
     process(processes, 7, "python", "-u", monitor, "--gcs-address=10.0.0.1:7000", f"--autoscaling-config={config}")
