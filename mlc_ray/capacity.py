@@ -23,6 +23,7 @@ from mlc_ray.config import ClusterSection
 from mlc_ray.config.placement import selects
 
 Labels = Mapping[str, str]
+NO_LABELS: Labels = MappingProxyType({})
 
 
 class Need(NamedTuple):
@@ -30,7 +31,7 @@ class Need(NamedTuple):
 
     cpus: float
     gpus: float
-    labels: Labels = MappingProxyType({})
+    labels: Labels = NO_LABELS
 
     def __str__(self) -> str:
         said = f"({self.cpus:g} CPUs" + (f", {self.gpus:g} GPUs" if self.gpus else "")

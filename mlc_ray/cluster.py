@@ -15,8 +15,9 @@ import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlc_ray import device, environment
-from mlc_ray.capacity import Growth, Node, Part, amount, fit, look, most_that_fit, said_of
+from mlc_ray.capacity import NO_LABELS, Growth, Labels, Node, Part, amount, fit, look, most_that_fit, said_of
 from mlc_ray.config import EngineSection, ModelSection
+from mlc_ray.config.placement import selects
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import libraries, show_warnings
 
@@ -155,33 +156,43 @@ S = TypeVar("S", ModelSection, EngineSection)
 T = TypeVar("T")
 
 
-def with_dtype(section: S, *, gpu: bool) -> S:
+def with_dtype(section: S, *, gpu: bool, labels: Labels = NO_LABELS) -> S:
     """`section` with `dtype: auto` replaced by what the cluster computes in natively; any other value stays.
 
+    Args:
+        section: a model that is trained, or an engine, which runs on nodes of its own `label_selector`.
+        gpu: whether it runs on GPUs.
+        labels: of the nodes that train, as `cluster.label_selector`.
+
     Raises:
-        ClusterError: a node did not answer.
+        ClusterError: a node did not answer, or none is up yet.
     """
-    return section.model_copy(update={"dtype": native_dtype(gpu=gpu)}) if section.dtype == "auto" else section
+    if section.dtype != "auto":
+        return section
+    selected = section.label_selector if isinstance(section, EngineSection) else labels
+    return section.model_copy(update={"dtype": native_dtype(gpu=gpu, labels=selected)})
 
 
-def native_dtype(*, gpu: bool) -> device.Dtype:
+def native_dtype(*, gpu: bool, labels: Labels = NO_LABELS) -> device.Dtype:
     """What every node that may compute does natively: those with GPUs for `gpu`, else those with CPUs.
 
-    The driver may run on a head that has neither the GPU nor the CPU of the workers, so each node is asked by a task.
+    Only nodes of these labels are asked, each by a task: the driver may run on a head that has neither the GPU nor the
+    CPU of the workers.
 
     Raises:
         ClusterError: a node did not answer, or there is none yet.
     """
     kind = "GPU" if gpu else "CPU"
-    return _native_dtype(tuple(node["NodeID"] for node in living_nodes() if node["Resources"].get(kind, 0)), gpu=gpu)
+    nodes = [node for node in living_nodes() if selects(labels, node.get("Labels") or {})]
+    return _native_dtype(tuple(node["NodeID"] for node in nodes if node["Resources"].get(kind, 0)), gpu=gpu)
 
 
 @cache  # asked, and said, once for the same nodes
 def _native_dtype(nodes: tuple[str, ...], *, gpu: bool) -> device.Dtype:
     if not nodes:
         raise ClusterError(
-            f"dtype='auto' asks the nodes with {'GPUs' if gpu else 'CPUs'} what they compute in, and none is up yet; "
-            "set dtype to bfloat16 or float32"
+            f"dtype='auto' asks the nodes with {'GPUs' if gpu else 'CPUs'} what they compute in, and none is up, or "
+            "has the labels that are asked for; set dtype to bfloat16 or float32"
         )
     found = _natives(nodes, gpu=gpu)
     node, native = min(found.items(), key=lambda item: item[1].dtype == "bfloat16")

@@ -48,8 +48,11 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running() -> Iterator[Head]:
-    """A head of two CPUs, with a dashboard, in a process group of its own; its folder has a short path for sockets."""
+def running(*options: str) -> Iterator[Head]:
+    """A head of two CPUs, with a dashboard, in a process group of its own; its folder has a short path for sockets.
+
+    `options` are further ones of `ray start`.
+    """
     folder = Path(tempfile.mkdtemp(prefix="mlcray", dir="/tmp"))
     token = folder / "token"
     token.touch(mode=0o600)
@@ -65,6 +68,7 @@ def running() -> Iterator[Head]:
         "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}",
         f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent_http}",
         f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}",
+        *options,
     ]  # fmt: skip
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(

@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from mlc_ray.capacity import Growth, Need, Node, amount, fit, growth_of, look, most_that_fit, said_of, workers_needed
-from mlc_ray.cluster import ClusterError, check_fits, could_fit, use_gpu
-from mlc_ray.config import ConfigError, TrainConfig, parse_config
+from mlc_ray.cluster import ClusterError, check_fits, could_fit, use_gpu, with_dtype
+from mlc_ray.config import ConfigError, EngineSection, ModelSection, TrainConfig, parse_config
 from mlc_ray.config.placement import selects
 from mlc_ray.config.train import ClusterSection
+from tests.ray_head import running
 
 H100, L4 = {"ray.io/accelerator-type": "H100", "zone": "a"}, {"ray.io/accelerator-type": "L4", "zone": "b"}
 MIXED = [Node({"CPU": 8.0}), Node({"CPU": 16.0, "GPU": 8.0}, H100), Node({"CPU": 16.0, "GPU": 8.0}, L4)]
@@ -80,6 +81,18 @@ def test_nodes_that_an_autoscaler_may_start_count() -> None:
     assert Growth().beside([head], at_most=9) == []
 
 
+@pytest.mark.slow
+def test_the_head_of_an_autoscaling_cluster_says_what_may_come(tmp_path: Path) -> None:
+    """A real head with Ray's own provider of pretended nodes: nothing is started until something asks for it."""
+    config = tmp_path / "cluster.yaml"
+    provider = {"type": "fake_multinode", "head_node_id": "f" * 56}
+    config.write_text(yaml.safe_dump({**AUTOSCALER, "provider": provider}, sort_keys=False))
+    with running(f"--autoscaling-config={config}") as head:
+        assert look(head.gcs) == growth_of(AUTOSCALER)
+    with running() as head:
+        assert look(head.gcs) == Growth()
+
+
 def process(folder: Path, number: int, *line: str) -> None:
     (folder / str(number)).mkdir(parents=True)
     (folder / str(number) / "cmdline").write_bytes("\0".join(line).encode() + b"\0")
@@ -130,3 +143,17 @@ def test_a_cluster_at_zero_is_no_cluster_without_gpus(autoscaling, caplog) -> No
     assert not use_gpu("auto") and not could_fit(workers)
     with pytest.raises(ClusterError, match=r"the Ray cluster has no GPU; set it"):
         use_gpu("gpu")
+
+
+def test_dtypes_are_asked_of_the_nodes_that_are_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        {"NodeID": name, "Resources": dict(node.resources), "Labels": dict(node.labels)}
+        for name, node in zip("abc", MIXED, strict=True)
+    ]
+    monkeypatch.setattr("mlc_ray.cluster.living_nodes", lambda: nodes)
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr("mlc_ray.cluster._native_dtype", lambda nodes, *, gpu: asked.append(nodes) or "bfloat16")
+    with_dtype(ModelSection(path="m"), gpu=True, labels={"zone": "a"})
+    with_dtype(EngineSection(label_selector={"zone": "b"}), gpu=True)
+    with_dtype(EngineSection(), gpu=False)
+    assert asked == [("b",), ("c",), ("a", "b", "c")]

@@ -71,7 +71,16 @@ def command(scene: Any, name: str, *arguments: str) -> subprocess.Popen[bytes]:
 def test_a_run_and_a_score_are_on_both_nodes(scene: Any, small_llama: Path) -> None:
     from survival_scene import Run, wait
 
-    train = ["engine.stage=3", f"model.path={small_llama}", "train.max_steps=2", "objective.pause=0", "mlc.every=1"]
+    # Nodes without a label are those that `!` takes, by Ray as by `capacity.fit`.
+    labels = "label_selector={pool: '!other'}"
+    train = [
+        f"cluster.{labels}",
+        "engine.stage=3",
+        f"model.path={small_llama}",
+        "train.max_steps=2",
+        "objective.pause=0",
+        "mlc.every=1",
+    ]
     run = Run(scene, "sharded", scene.folder / "runs", train)
     wait(lambda: nodes_with(scene, "ray::RayTrainWorker") == 2 or run.ended(), "a worker on each node")
     assert not run.ended(), run.log()
@@ -79,7 +88,7 @@ def test_a_run_and_a_score_are_on_both_nodes(scene: Any, small_llama: Path) -> N
     assert [row["step"] for row in read_metrics(run.folder)] == [1, 2]
     assert (run.checkpoints(whole=True)[-1] / MANIFEST).read_json()["world_size"] == 2
 
-    engine = {**ENGINE, "replicas": 2, "cpus_per_replica": 0.6}
+    engine = {**ENGINE, "replicas": 2, "cpus_per_replica": 0.6, "label_selector": {"pool": "!other"}}
     settings = {**SCORING, "name": "both", "output_dir": str(scene.folder), "engine": engine}
     (scene.folder / "score.yaml").write_text(yaml.safe_dump(settings))
     score = command(

@@ -401,7 +401,8 @@ def _with_dtypes(config: SearchConfig, space: Space) -> tuple[SearchConfig, Spac
     base = _base(space)
     gpu = _device(base) == "gpu"
     scoring = with_dtypes(config.scoring, gpu=gpu)
-    model = {**space.base["model"], "dtype": with_dtype(base.model, gpu=gpu).dtype}
+    labels = base.cluster.label_selector
+    model = {**space.base["model"], "dtype": with_dtype(base.model, gpu=gpu, labels=labels).dtype}
     return config.model_copy(update={"scoring": scoring}), replace(space, base={**space.base, "model": model})
 
 

@@ -145,7 +145,7 @@ def _planned(
         model, gpu = cell.config.model, use_gpu(cell.config.cluster.accelerator)
         if model.dtype == "auto" and cell.model in known:
             model = model.model_copy(update={"dtype": known[cell.model]})
-        model = with_dtype(model, gpu=gpu)
+        model = with_dtype(model, gpu=gpu, labels=cell.config.cluster.label_selector)
         found.append(Cell(cell.model, cell.method, cell.seed, cell.config.model_copy(update={"model": model})))
     judge = judge_at_commits(scoring.judge, None if before is None else before.scoring.judge)
     scoring = scoring.model_copy(update={"benchmarks": commits.sources(scoring.benchmarks), "judge": judge})

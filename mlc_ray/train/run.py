@@ -322,7 +322,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:
     """What the workers compute in is decided here, before anything is loaded, and recorded with the run."""
-    model = with_dtype(config.model, gpu=gpu)
+    model = with_dtype(config.model, gpu=gpu, labels=config.cluster.label_selector)
     if model is config.model:
         return config
     given = config.model_dump(mode="json", exclude_unset=True)
