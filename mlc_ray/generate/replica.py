@@ -268,6 +268,12 @@ class Replica:
         # While it starts it may have no place yet, or hold Python's lock for long.
         if self.method != "start" and watch.unanswered > limits.hang_seconds:
             return f"did not answer for engine.hang_seconds={limits.hang_seconds:g}"
+        if self.method == "start" and watch.since_begin - watch.said >= _SAY_SECONDS and self.where is None:
+            watch.said = watch.since_begin
+            logger.warning(
+                "%s has waited for %.0f s of engine.start_seconds=%g: %s",
+                self, watch.since_begin, limits.start_seconds, self.waits_for,
+            )  # fmt: skip
         if self.method != "run":
             if watch.since_begin > limits.start_seconds:
                 waits = "" if self.where else f"; {self.waits_for}"
@@ -301,11 +307,12 @@ class _Watch:
     since_begin: float = 0.0
     since_step: float = 0.0
     unanswered: float = 0.0
+    said: float = 0.0
     _asked: Any = None
     _pause: float = 0.0
 
     def begin(self) -> None:
-        self.since_begin = self.since_step = self.unanswered = 0.0
+        self.since_begin = self.since_step = self.unanswered = self.said = 0.0
 
     def look(self, seconds: float, ask: Any) -> None:
         self.since_begin += seconds
@@ -325,6 +332,7 @@ class _Watch:
 
 
 _BEAT_SECONDS = 1.0
+_SAY_SECONDS = 60.0  # between warnings of an actor for which there is no place
 
 
 def _began(pid: int) -> str:
