@@ -134,7 +134,7 @@ def look(gcs_address: str, processes: Path = Path("/proc")) -> Growth:
     """What the autoscaler of the cluster at `gcs_address` may start, on whose head this runs; nothing where none does.
 
     Args:
-        gcs_address: of the cluster, HOST:PORT.
+        gcs_address: of the cluster, HOST:PORT; the host has many names on its own machine, and only the port is read.
         processes: the kernel's folder of processes.
     """
     monitors = [line for line in _command_lines(processes) if _is_monitor(line, gcs_address)]
@@ -165,4 +165,6 @@ def _command_lines(processes: Path) -> Iterator[list[str]]:
 
 def _is_monitor(line: list[str], gcs_address: str) -> bool:
     scripts = (("autoscaler", "_private", "monitor.py"), ("autoscaler", "v2", "monitor.py"))
-    return f"--gcs-address={gcs_address}" in line and any(Path(part).parts[-3:] in scripts for part in line)
+    port = gcs_address.rpartition(":")[2]
+    ours = any(part.startswith("--gcs-address=") and part.endswith(f":{port}") for part in line)
+    return ours and any(Path(part).parts[-3:] in scripts for part in line)

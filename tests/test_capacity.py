@@ -81,14 +81,38 @@ def test_nodes_that_an_autoscaler_may_start_count() -> None:
     assert Growth().beside([head], at_most=9) == []
 
 
+PROVIDER = {
+    "provider": {"type": "fake_multinode", "head_node_id": "f" * 56},
+    "auth": {},
+    "docker": {},
+    "upscaling_speed": 1.0,
+    "idle_timeout_minutes": 5,
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+    **dict.fromkeys(
+        [
+            "cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands",
+            "head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands",
+        ],
+        [],
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_the_head_of_an_autoscaling_cluster_says_what_may_come(tmp_path: Path) -> None:
+def test_the_head_of_an_autoscaling_cluster_says_what_may_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real head with Ray's own provider of pretended nodes: nothing is started until something asks for it."""
+    monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
     config = tmp_path / "cluster.yaml"
-    provider = {"type": "fake_multinode", "head_node_id": "f" * 56}
-    config.write_text(yaml.safe_dump({**AUTOSCALER, "provider": provider}, sort_keys=False))
+    kinds = AUTOSCALER["available_node_types"].values()
+    filled = {**AUTOSCALER, **PROVIDER}
+    for kind in kinds:
+        kind |= {"node_config": {}, "min_workers": 0}
+    config.write_text(yaml.safe_dump(filled, sort_keys=False))
     with running(f"--autoscaling-config={config}") as head:
         assert look(head.gcs) == growth_of(AUTOSCALER)
+        said = "".join(file.read_text() for file in head.folder.glob("session_2*/logs/monitor.*"))
+        assert "Traceback" not in said, said
     with running() as head:
         assert look(head.gcs) == Growth()
 

@@ -97,7 +97,7 @@ def pods() -> Iterator[Any]:
             yield pytest.param(spec, id=f"{name}-{group}")
 
 
-@pytest.mark.parametrize("spec", pods())
+@pytest.mark.parametrize("spec", list(pods()))
 def test_kubernetes_takes_its_pods(spec: dict[str, Any]) -> None:
     def check(of: dict[str, Any]) -> None:
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": of}
@@ -108,7 +108,7 @@ def test_kubernetes_takes_its_pods(spec: dict[str, Any]) -> None:
         check({**spec, "container": spec["containers"]})
 
 
-@pytest.mark.parametrize("spec", pods())
+@pytest.mark.parametrize("spec", list(pods()))
 def test_pods_ask_for_what_runs_need(spec: dict[str, Any]) -> None:
     assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
     (container,) = spec["containers"]
@@ -167,7 +167,7 @@ def scripts() -> Iterator[Any]:
         yield pytest.param(f"#!/usr/bin/env bash\n{task[part]}", id=f"sky.yaml-{part}")
 
 
-@pytest.mark.parametrize("script", scripts())
+@pytest.mark.parametrize("script", list(scripts()))
 def test_shells_take_it(script: str) -> None:
     for command in (["bash", "-n", "/dev/stdin"], [str(TOOLS / "shellcheck"), "--exclude=SC1090", "-"]):
         done = subprocess.run(command, input=script, capture_output=True, text=True)
