@@ -89,13 +89,15 @@ PROVIDER = {
     "idle_timeout_minutes": 5,
     "file_mounts": {},
     "file_mounts_sync_continuously": False,
-    **{
-        name: []
-        for name in (
-            "cluster_synced_files rsync_exclude rsync_filter initialization_commands setup_commands head_setup_commands "
-            "worker_setup_commands head_start_ray_commands worker_start_ray_commands"
-        ).split()
-    },
+    "cluster_synced_files": [],
+    "rsync_exclude": [],
+    "rsync_filter": [],
+    "initialization_commands": [],
+    "setup_commands": [],
+    "head_setup_commands": [],
+    "worker_setup_commands": [],
+    "head_start_ray_commands": [],
+    "worker_start_ray_commands": [],
 }
 
 
