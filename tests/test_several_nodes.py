@@ -128,8 +128,8 @@ def test_a_search_has_trials_on_both_nodes(scene: Any, small_llama: Path) -> Non
         "name": "found",
         "output_dir": str(scene.folder),
         "train": str(scene.folder / "run.yaml"),
-        # Two trials of two workers, and an engine: no node holds more than one worker of each.
-        "set": ["cluster.cpus_per_worker=0.3", f"model.path={small_llama}", "train.max_steps=2", "resume=never"],
+        # A trial of two workers, each of which takes more than half a node, and an engine beside one of them.
+        "set": [f"model.path={small_llama}", "train.max_steps=2", "resume=never"],
         "space": {"mlc.layer": {"choice": [1, "last"]}},
         "sampler": "grid",
         "objective": {"name": "average", "min_benign_compliance": 0.0},
