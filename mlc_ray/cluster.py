@@ -23,11 +23,11 @@ from mlc_ray.logs import libraries, show_warnings
 
 logger = logging.getLogger(__name__)
 
-# Read by Ray when it is first used in this process and inherited by its workers; a user's own setting wins.
+# Read by Ray when it is first used in this process; a user's own setting wins. Workers of a Ray that this process starts
+# inherit them. In a cluster that is joined they have the environment of their nodes; Ray Train sends them RAY_TRAIN_*.
 DEFAULTS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it, every printed line appears twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next check; the default is 2 s
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without GPUs must not change CUDA_VISIBLE_DEVICES
     "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S": "3600",  # workers wait while one has a checkpoint scored: no fault
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "180",  # a busy machine needs longer than Ray's default to start a node
