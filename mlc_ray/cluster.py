@@ -23,7 +23,7 @@ from mlc_ray.logs import libraries, show_warnings
 
 logger = logging.getLogger(__name__)
 
-# Read by Ray when it is first used in this process; a user's own setting wins. Workers of a Ray that this process starts
+# Read by Ray when it is first used in this process; a user's own setting wins. Workers of a Ray that is started here
 # inherit them. In a cluster that is joined they have the environment of their nodes; Ray Train sends them RAY_TRAIN_*.
 DEFAULTS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it, every printed line appears twice
