@@ -109,7 +109,7 @@ def test_what_lost_a_node_says_what_it_waits_for_and_goes_on_with_less(scene: An
     run = Run(scene, "lost", scene.folder / "runs", ["cluster.wait_seconds=5"])
     assert run.until(STEPS // 2), run.log()
     scene.kill_node()
-    run.end(status=1)
+    run.end(status=2)
     assert "2 x (0.6 CPUs), found no place in" in run.log() and "cluster.wait_seconds=5" in run.log()
     done = len(read_metrics(run.folder))
     assert 0 < done < STEPS

@@ -64,8 +64,8 @@ class EndWithoutRoom(ControllerCallback):
         if waited >= self.seconds:
             raise ClusterError(
                 f"the workers, {amount(self.parts)}, found no place in {waited:.0f} s "
-                f"(cluster.wait_seconds={self.seconds:g}): {gpus_held()}; end what uses them (`ray list actors`), ask "
-                "for fewer workers, or raise cluster.wait_seconds"
+                f"(cluster.wait_seconds={self.seconds:g}): {gpus_held()}; end what uses them (`ray list actors`), add "
+                "nodes, ask for fewer workers, or raise cluster.wait_seconds"
             )
         if now - self.said >= _SAY_SECONDS:
             self.said = now
