@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -15,18 +14,20 @@ import ray
 import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mlc_ray import device
+from mlc_ray import device, environment
+from mlc_ray.capacity import NO_LABELS, Growth, Labels, Node, Part, amount, fit, look, most_that_fit, said_of
 from mlc_ray.config import EngineSection, ModelSection
+from mlc_ray.config.placement import selects
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import libraries, show_warnings
 
 logger = logging.getLogger(__name__)
 
-# Read by Ray when it is first used in this process and inherited by its workers; a user's own setting wins.
+# Read by Ray when it is first used in this process; a user's own setting wins. Workers of a Ray that is started here
+# inherit them. In a cluster that is joined they have the environment of their nodes; Ray Train sends them RAY_TRAIN_*.
 DEFAULTS = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it, every printed line appears twice
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a report waits for the next check; the default is 2 s
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # actors without GPUs must not change CUDA_VISIBLE_DEVICES
     "RAY_TRAIN_COLLECTIVE_WARN_INTERVAL_S": "3600",  # workers wait while one has a checkpoint scored: no fault
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_raylet_start_wait_time_s": "180",  # a busy machine needs longer than Ray's default to start a node
@@ -68,8 +69,17 @@ def refuses(address: str) -> bool:
     return False
 
 
-def connect(address: str) -> None:
-    """Join or start a cluster: `auto`, `local` or an address. Does nothing where Ray is already up."""
+def connect(address: str, env: Sequence[str] = ()) -> None:
+    """Join or start a cluster. Does nothing where Ray is already up.
+
+    Args:
+        address: `auto`, `local` or an address.
+        env: names of variables, or patterns, that the workers of a cluster which is joined get from the environment of
+            this process; those of a cluster that is started have them all.
+
+    Raises:
+        ClusterError: no cluster answers, it has other versions, or its job has a setup hook beside `env`.
+    """
     if ray.is_initialized():
         return
     for name, value in DEFAULTS.items():
@@ -84,6 +94,8 @@ def connect(address: str) -> None:
             "or set the address to 'local'"
         )
     options: dict[str, Any] = {"log_to_driver": True, "configure_logging": True, "logging_level": "WARNING"}
+    if passed := environment.chosen(env, os.environ) if address != "local" else {}:
+        options["runtime_env"] = environment.runtime_env()
     try:
         ray.init(address=address, **options)
     except ConnectionError as error:
@@ -92,6 +104,11 @@ def connect(address: str) -> None:
             "the address to 'local'"
         ) from None
     except Exception as error:
+        if passed and "of a conflict" in str(error):
+            raise ClusterError(
+                f"env={list(env)}: this Ray job has a worker_process_setup_hook of its own, and Ray takes one: leave "
+                "it out of the job's runtime environment, or give these variables there"
+            ) from None
         if "Version mismatch" in str(error):
             raise ClusterError(
                 f"the Ray cluster at {address!r} has other versions than this environment: {error}"
@@ -102,6 +119,9 @@ def connect(address: str) -> None:
             "a local Ray node did not come up in time: the machine is too busy, or an earlier Ray is still shutting "
             "down; try again, or raise RAY_raylet_start_wait_time_s"
         ) from None
+    if passed:
+        environment.leave(passed, options["runtime_env"])
+        logger.info("workers get %s from the environment of this command", ", ".join(sorted(passed)))
     if (file := libraries()) is not None:
         _send_output_to(file)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the console has a display of its own
@@ -136,29 +156,44 @@ S = TypeVar("S", ModelSection, EngineSection)
 T = TypeVar("T")
 
 
-def with_dtype(section: S, *, gpu: bool) -> S:
+def with_dtype(section: S, *, gpu: bool, labels: Labels = NO_LABELS) -> S:
     """`section` with `dtype: auto` replaced by what the cluster computes in natively; any other value stays.
 
+    Args:
+        section: a model that is trained, or an engine, which runs on nodes of its own `label_selector`.
+        gpu: whether it runs on GPUs.
+        labels: of the nodes that train, as `cluster.label_selector`.
+
     Raises:
-        ClusterError: a node did not answer.
+        ClusterError: a node did not answer, or none is up yet.
     """
-    return section.model_copy(update={"dtype": native_dtype(gpu=gpu)}) if section.dtype == "auto" else section
+    if section.dtype != "auto":
+        return section
+    selected = section.label_selector if isinstance(section, EngineSection) else labels
+    return section.model_copy(update={"dtype": native_dtype(gpu=gpu, labels=selected)})
 
 
-def native_dtype(*, gpu: bool) -> device.Dtype:
+def native_dtype(*, gpu: bool, labels: Labels = NO_LABELS) -> device.Dtype:
     """What every node that may compute does natively: those with GPUs for `gpu`, else those with CPUs.
 
-    The driver may run on a head that has neither the GPU nor the CPU of the workers, so each node is asked by a task.
+    Only nodes of these labels are asked, each by a task: the driver may run on a head that has neither the GPU nor the
+    CPU of the workers.
 
     Raises:
-        ClusterError: a node did not answer.
+        ClusterError: a node did not answer, or there is none yet.
     """
     kind = "GPU" if gpu else "CPU"
-    return _native_dtype(tuple(node["NodeID"] for node in living_nodes() if node["Resources"].get(kind, 0)), gpu=gpu)
+    nodes = [node for node in living_nodes() if selects(labels, node.get("Labels") or {})]
+    return _native_dtype(tuple(node["NodeID"] for node in nodes if node["Resources"].get(kind, 0)), gpu=gpu)
 
 
 @cache  # asked, and said, once for the same nodes
 def _native_dtype(nodes: tuple[str, ...], *, gpu: bool) -> device.Dtype:
+    if not nodes:
+        raise ClusterError(
+            f"dtype='auto' asks the nodes with {'GPUs' if gpu else 'CPUs'} what they compute in, and none is up, or "
+            "has the labels that are asked for; set dtype to bfloat16 or float32"
+        )
     found = _natives(nodes, gpu=gpu)
     node, native = min(found.items(), key=lambda item: item[1].dtype == "bfloat16")
     logger.info("dtype: auto is %s (%s%s)", native.dtype, f"node {node[:8]}: " if len(found) > 1 else "", native.reason)
@@ -245,48 +280,67 @@ def unprotected(nodes: int, environment: Mapping[str, str]) -> str | None:
 
 
 def use_gpu(accelerator: str) -> bool:
-    """Whether to run on GPUs: `auto` does if there are any.
+    """Whether to run on GPUs: `auto` does if there are any, or the cluster's autoscaler is known to start some.
 
     Raises:
-        ClusterError: `gpu` is asked for on a cluster without one.
+        ClusterError: `gpu` is asked for on a cluster that has none and starts none.
     """
-    gpus = cluster_resources().get("GPU", 0)
-    if accelerator == "gpu" and not gpus:
+    if accelerator == "cpu" or cluster_resources().get("GPU", 0):
+        return accelerator != "cpu"
+    growth = may_grow()
+    if any(node.size[1] for node in growth.beside(nodes_there(), at_most=1)):
+        logger.info("no node has a GPU yet; the autoscaler is to start some")
+        return True
+    if accelerator == "auto":
+        if not growth.known:
+            logger.warning(
+                "no node has a GPU, and which nodes the autoscaler may start is not known: this runs on CPUs; set the "
+                "accelerator to 'gpu' to wait for GPUs"
+            )
+        return False
+    if growth.known:
         raise ClusterError("accelerator='gpu', but the Ray cluster has no GPU; set it to 'cpu' or 'auto'")
-    return accelerator != "cpu" and gpus > 0
+    return True
 
 
-def check_fits(what: str, parts: Sequence[tuple[float, float]]) -> None:
-    """Refuse what the nodes can never hold at once (`fits`): Ray would wait for it silently and without end.
+def check_fits(what: str, parts: Sequence[Part]) -> None:
+    """Refuse what the nodes can never hold at once (`could_fit`): Ray would wait for it silently and without end.
 
     Args:
         what: what asks, and by which settings.
-        parts: (CPUs, GPUs) of each worker or engine, which lies on one node.
+        parts: CPUs, GPUs and labels of each worker or engine, which lies on one node.
 
     Raises:
         ClusterError: the parts do not fit.
     """
-    if not fits(parts):
+    if not could_fit(parts):
         raise ClusterError(
             f"{what} needs {amount(parts)}, each part on one node, and some CPU for Ray Data; {nodes_held()}: ask for "
             "fewer or smaller ones, or add nodes"
         )
 
 
-def amount(parts: Sequence[tuple[float, float]]) -> str:
-    """(CPUs, GPUs) of several parts, in words: `2 x (1 CPUs, 1 GPUs) + 4 x (0.1 CPUs)`."""
-    counts = Counter(parts)
-
-    def one(cpus: float, gpus: float) -> str:
-        return f"({cpus:g} CPUs" + (f", {gpus:g} GPUs)" if gpus else ")")
-
-    return " + ".join(f"{number} x {one(*part)}" for part, number in counts.items())
-
-
 def nodes_held() -> str:
-    """What the cluster has, in words."""
-    nodes = [(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in node_resources()]
-    return f"the Ray cluster has {amount(nodes)}"
+    """What the cluster has, and what its autoscaler may add, in words."""
+    there = nodes_there()
+    added = may_grow().beside(there, at_most=10_000)
+    return f"the Ray cluster has {said_of(there)}" + (f", and may add {said_of(added)}" if added else "")
+
+
+def gpus_held() -> str:
+    """How many of the cluster's GPUs and CPUs are in use now, in words, whoever uses them."""
+    from ray._private.state import available_resources_per_node  # a DeveloperAPI; no public one goes by nodes
+
+    free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]
+    counts = []
+    for name in ("GPU", "CPU"):
+        nodes = [(node["Resources"].get(name, 0.0), free.get(node["NodeID"], {})) for node in living_nodes()]
+        there = sum(has for has, _ in nodes)
+        most = max((left.get(name, 0.0) for has, left in nodes if has), default=0.0)
+        if there:
+            held = sum(has - left.get(name, 0.0) for has, left in nodes)
+            counts.append(f"{held:g} of {there:g} {name}s are in use (the most that one node has free: {most:g})")
+    return "; ".join(counts) or "there is no GPU and no CPU"
 
 
 def cluster_resources() -> dict[str, float]:
@@ -307,33 +361,47 @@ def this_node() -> str:
     return node
 
 
+def nodes_there() -> list[Node]:
+    """Resources and labels of each living node."""
+    return [Node(node["Resources"], node.get("Labels") or {}) for node in living_nodes()]
+
+
 def node_resources() -> list[dict[str, float]]:
     """Resources of each living node of the cluster: CPU, GPU and all others that Ray counts."""
-    return [node["Resources"] for node in living_nodes()]
+    return [dict(node.resources) for node in nodes_there()]
 
 
-def how_many_fit(part: tuple[float, float]) -> int:
-    """How many parts of (CPUs, GPUs) the nodes hold at once, each on one node, with some CPU left; at least 1."""
-    cpus, gpus = part
-    most = 0
-    for node in node_resources():
-        counts = [node.get(name, 0.0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
-        most += int(min(counts) + 1e-9)
-    return max(1, most if fits([part] * most) else most - 1)
+def may_grow() -> Growth:
+    """What the cluster's autoscaler may start: its head is asked, by a task unless this process is there."""
+    head = next((node["NodeID"] for node in living_nodes() if _HEAD in node["Resources"]), None)
+    address = ray.get_runtime_context().gcs_address
+    if head == this_node():
+        return look(address)
+    found = {} if head is None else ask_nodes(look, address, nodes=[head])
+    growth = found.get(head or "", Growth())
+    if isinstance(growth, ClusterError):
+        logger.warning("the head did not say what an autoscaler may start (%s): the nodes that are there count", growth)
+        return Growth()
+    return growth
 
 
-def fits(parts: Sequence[tuple[float, float]]) -> bool:
-    """Whether the nodes can hold all parts of (CPUs, GPUs) at once and keep some CPU: each part lies on one node.
+_HEAD = "node:__internal_head__"
 
-    Placed largest first, GPUs before CPUs, each on the fullest node where it fits; with parts of few sizes on equal
-    nodes, this finds a placement if there is one.
-    """
-    free = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in node_resources()]
-    for cpus, gpus in sorted(parts, key=lambda part: (-part[1], -part[0])):
-        places = [node for node in free if node[0] >= cpus - 1e-9 and node[1] >= gpus]
-        if not places:
-            return False
-        place = min(places, key=lambda node: (node[1], node[0]))
-        place[0] -= cpus
-        place[1] -= gpus
-    return any(node[0] > 1e-9 for node in free)
+
+def how_many_fit(part: Part) -> int:
+    """How many parts the nodes that are there hold at once, each on one node, with some CPU left; at least 1."""
+    return most_that_fit(part, nodes_there())
+
+
+def fits(parts: Sequence[Part]) -> bool:
+    """Whether the nodes that are there can hold all parts at once and keep some CPU (`capacity.fit`)."""
+    return fit(parts, nodes_there())
+
+
+def could_fit(parts: Sequence[Part]) -> bool:
+    """Whether they can, or could with the nodes that an autoscaler may start; where it is not known which, yes."""
+    there = nodes_there()
+    if fit(parts, there):
+        return True
+    growth = may_grow()
+    return not growth.known or fit(parts, [*there, *growth.beside(there, at_most=len(parts) + 1)])

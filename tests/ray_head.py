@@ -24,7 +24,10 @@ START_SECONDS = 90
 
 @dataclass(frozen=True)
 class Head:
+    """`address` is its dashboard's, which jobs are submitted to; `gcs` what nodes and drivers join."""
+
     address: str
+    gcs: str
     environment: dict[str, str]
     folder: Path
 
@@ -45,8 +48,11 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running() -> Iterator[Head]:
-    """A head of two CPUs, with a dashboard, in a process group of its own; its folder has a short path for sockets."""
+def running(*options: str) -> Iterator[Head]:
+    """A head of two CPUs, with a dashboard, in a process group of its own; its folder has a short path for sockets.
+
+    `options` are further ones of `ray start`.
+    """
     folder = Path(tempfile.mkdtemp(prefix="mlcray", dir="/tmp"))
     token = folder / "token"
     token.touch(mode=0o600)
@@ -62,6 +68,7 @@ def running() -> Iterator[Head]:
         "--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}",
         f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent_http}",
         f"--dashboard-agent-grpc-port={agent_grpc}", f"--metrics-export-port={metrics}",
+        *options,
     ]  # fmt: skip
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(
@@ -73,7 +80,7 @@ def running() -> Iterator[Head]:
             preexec_fn=die_with_the_tests,
         )
     try:
-        started = Head(f"http://127.0.0.1:{dashboard}", environment, folder / "ray")
+        started = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", environment, folder / "ray")
         deadline = time.monotonic() + START_SECONDS
         while subprocess.run(
             [RAY, "job", "list", "--address", started.address], env=environment, capture_output=True

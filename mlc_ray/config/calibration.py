@@ -9,6 +9,7 @@ from pydantic import Field
 from mlc_ray.config.base import PositiveInt, Section
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.paths import RealPath
+from mlc_ray.config.placement import ENV, VariableNames
 from mlc_ray.config.score import JudgeSettings
 
 _REFUSAL: Any = {}
@@ -29,4 +30,5 @@ class CalibrationConfig(Section):
     )
     out: RealPath | None = Field(None, description="File to write (default: calibration-JUDGE.json here).")
     address: str = Field("auto", description="Ray address, for a judge with engines of its own.")
+    env: VariableNames = ENV
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")

@@ -27,6 +27,7 @@ from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.data import SourceSection
 from mlc_ray.config.model import DTYPE
 from mlc_ray.config.paths import RealPath, StoredPath
+from mlc_ray.config.placement import ENV, LabelSelector, VariableNames
 
 # What of vLLM's own settings `engine.options` may hold: how an engine computes, not what it is asked or what it loads.
 ENGINE_OPTIONS = (
@@ -54,6 +55,11 @@ class EngineSection(Section):
     )
     cpus_per_replica: PositiveFloat = Field(1.0, description="CPUs reserved per engine.")
     tensor_parallel: PositiveInt = Field(1, description="GPUs per engine.")
+    label_selector: LabelSelector = Field(
+        {},
+        description="Labels of the nodes that these engines run on, as `cluster.label_selector` of a run: a judge and "
+        "the model that answers may lie on nodes of different kinds.",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description=DTYPE)
     max_model_len: PositiveInt = Field(2048, description="Longest prompt plus answer, in tokens.")
     gpu_memory_utilization: Fraction = Field(0.85, description="Share of each GPU's memory the engine may take.")
@@ -312,6 +318,7 @@ class ScoreConfig(ScoringSection):
     )
     resume: Resume = Field("never", description=RESUME)
     address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
+    env: VariableNames = ENV
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
 
     @field_validator("seen_languages")
@@ -360,6 +367,7 @@ class UtilitySection(Section):
         "vllm", description="What runs the model: a pool of vLLM engines, or plain transformers in one process."
     )
     address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
+    env: VariableNames = ENV
     accelerator: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="`auto`: GPUs if the cluster, or torch with backend=hf, has some."
     )
@@ -371,6 +379,8 @@ class UtilitySection(Section):
             return self
         if "address" in self.model_fields_set:
             raise ValueError(f"address={self.address!r}: not read with backend='hf', which needs no Ray; remove it")
+        if self.env:
+            raise ValueError(f"env={self.env!r}: not read with backend='hf', which needs no Ray; remove it")
         if unread := sorted(self.engine.model_fields_set - set(HF_ENGINE_FIELDS)):
             given = ", ".join(f"engine.{name}={getattr(self.engine, name)!r}" for name in unread)
             raise ValueError(

@@ -24,6 +24,7 @@ from mlc_ray.config.model import ModelSection
 from mlc_ray.config.objective import ObjectiveConfig
 from mlc_ray.config.openings import OpeningsSection
 from mlc_ray.config.paths import StoredPath
+from mlc_ray.config.placement import ENV, LabelSelector, VariableNames
 
 
 class OptimizerSection(Section):
@@ -89,8 +90,19 @@ class ClusterSection(Section):
     )
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs reserved per worker; leave some for Ray Data.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
+    label_selector: LabelSelector = Field(
+        {},
+        description="Labels of the nodes that training workers run on, e.g. `{ray.io/accelerator-type: H100}`; values "
+        "as Ray selects by them: `A`, `!A`, `in(A,B)`, `!in(A,B)`.",
+    )
+    env: VariableNames = ENV
     max_failures: NonNegativeInt = Field(
         0, description="Worker failures to recover from, each from the last checkpoint."
+    )
+    wait_seconds: PositiveFloat = Field(
+        3600.0,
+        description="How long workers wait for a place: for nodes that an autoscaler starts, and for CPUs and GPUs "
+        "that others hold. Then the run ends and says how many are held; a run that goes on waits anew.",
     )
     hang_timeout: Annotated[float, Field(ge=0)] = Field(
         600.0,

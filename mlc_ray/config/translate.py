@@ -22,6 +22,7 @@ from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.data import SourceSection
 from mlc_ray.config.paths import StoredPath
+from mlc_ray.config.placement import ENV, VariableNames
 from mlc_ray.config.score import EngineSection, JudgeSettings, TranslatorSection
 
 Kind = Literal["harmful", "benign"]
@@ -138,6 +139,7 @@ class TranslateConfig(Section):
     shard_bundles: PositiveInt = Field(1000, description="Bundles of the sources worked on at once, a file of bundles.")
     resume: Resume = Field("never", description=RESUME)
     address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
+    env: VariableNames = ENV
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
 
     @model_validator(mode="after")

@@ -23,6 +23,8 @@ import ray.exceptions
 from ray.util import get_node_ip_address
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from mlc_ray.capacity import Need
+from mlc_ray.cluster import gpus_held
 from mlc_ray.config import EngineSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Engine, engine_environment, steps_done
@@ -80,23 +82,26 @@ class Part:
         """How long an actor may take for what, and how often it is tried."""
         return self.engine or _LIGHT
 
-    def places(self, device: Device) -> list[tuple[float, float]]:
-        """(CPUs, GPUs) that each actor reserves, for `cluster.fits`."""
+    def places(self, device: Device) -> list[Need]:
+        """What each actor reserves, and where it may lie, for `cluster.fits`."""
         if self.engine is None or self.in_turn:
-            return [(LIGHT_CPUS, 0.0)] * self.replicas
+            labels = {} if self.engine is None else self.engine.label_selector
+            return [Need(LIGHT_CPUS, 0.0, labels)] * self.replicas
         return [place_of(self.engine, device)] * self.replicas
 
     def options(self, device: Device) -> dict[str, Any]:
         """Ray's options of each actor."""
-        cpus, gpus = self.places(device)[0]
+        cpus, gpus, labels = self.places(device)[0]
         # Set when the process starts: OpenMP reads its settings once, when torch is loaded.
         variables = {} if self.engine is None else engine_environment(self.engine, device)
-        return {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": variables}}
+        options = {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": variables}}
+        return {**options, "label_selector": dict(labels)} if labels else options
 
 
-def place_of(engine: EngineSection, device: Device) -> tuple[float, float]:
-    """(CPUs, GPUs) of one engine."""
-    return engine.cpus_per_replica, float(engine.tensor_parallel if device == "gpu" else 0)
+def place_of(engine: EngineSection, device: Device) -> Need:
+    """What one engine reserves, all of it on one node."""
+    gpus = float(engine.tensor_parallel if device == "gpu" else 0)
+    return Need(engine.cpus_per_replica, gpus, engine.label_selector)
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,12 @@ class Replica:
                 self._where = ray.get(self._asked_where, timeout=0)
         return self._where
 
+    @property
+    def waits_for(self) -> str:
+        """What an actor that is nowhere yet waits for, in words."""
+        need = self.part.places(self.device)[0]
+        return f"no node has it yet: it needs {str(need)[1:-1]} of one node, and {gpus_held()}"
+
     def begin(self, weights: Weights | None) -> None:
         """Start the actor, with a stage that serves `weights` (None: those it is made with); it is busy with that."""
         remote: Any = ray.remote
@@ -263,9 +274,15 @@ class Replica:
         # While it starts it may have no place yet, or hold Python's lock for long.
         if self.method != "start" and watch.unanswered > limits.hang_seconds:
             return f"did not answer for engine.hang_seconds={limits.hang_seconds:g}"
+        if self.method == "start" and watch.since_begin - watch.said >= _SAY_SECONDS and self.where is None:
+            watch.said = watch.since_begin
+            logger.warning(
+                "%s has waited for %.0f s of engine.start_seconds=%g: %s",
+                self, watch.since_begin, limits.start_seconds, self.waits_for,
+            )  # fmt: skip
         if self.method != "run":
             if watch.since_begin > limits.start_seconds:
-                waits = "" if self.where else f"; no node has it yet: it needs {_needs(self.part, self.device)}"
+                waits = "" if self.where else f"; {self.waits_for}"
                 return f"did not {self.method} in engine.start_seconds={limits.start_seconds:g}{waits}"
             return None
         # The first step after a start may compile.
@@ -296,11 +313,12 @@ class _Watch:
     since_begin: float = 0.0
     since_step: float = 0.0
     unanswered: float = 0.0
+    said: float = 0.0
     _asked: Any = None
     _pause: float = 0.0
 
     def begin(self) -> None:
-        self.since_begin = self.since_step = self.unanswered = 0.0
+        self.since_begin = self.since_step = self.unanswered = self.said = 0.0
 
     def look(self, seconds: float, ask: Any) -> None:
         self.since_begin += seconds
@@ -320,11 +338,7 @@ class _Watch:
 
 
 _BEAT_SECONDS = 1.0
-
-
-def _needs(part: Part, device: Device) -> str:
-    cpus, gpus = part.places(device)[0]
-    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "") + " of one node"
+_SAY_SECONDS = 60.0  # between warnings of an actor for which there is no place
 
 
 def _began(pid: int) -> str:

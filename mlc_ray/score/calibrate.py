@@ -112,7 +112,7 @@ def _judge(
             stage.close()
             table = joined(table, added)
         return judging, table, set()
-    connect(config.address)
+    connect(config.address, config.env)
     device: Device = "gpu" if use_gpu(config.accelerator) else "cpu"
     decided = judge_with_dtypes(judging.judge.settings, gpu=device == "gpu")
     judging = plan_judging(make_reader(decided), table)

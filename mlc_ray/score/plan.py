@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 
 import pyarrow as pa
 
+from mlc_ray.capacity import Need
 from mlc_ray.cluster import fits, how_many_fit, with_dtype
 from mlc_ray.config import (
     ChatSection,
@@ -387,7 +388,7 @@ def _decided(engine: EngineSection, before: EngineSection | None, *, gpu: bool) 
     return with_dtype(engine, gpu=gpu)
 
 
-def places(scoring: ScoringSection, device: Device, *, in_turn: bool = False) -> list[tuple[float, float]]:
+def places(scoring: ScoringSection, device: Device, *, in_turn: bool = False) -> list[Need]:
     """(CPUs, GPUs) of everything that a score can need at once, known before languages and prompts are."""
     judge = make_judge(scoring.judge)
     parts = [Part("answering", Generator, {}, counted(scoring.engine, device), in_turn=in_turn)]

@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mlc_ray.capacity import Need
 from mlc_ray.cluster import check_fits, connect, use_gpu
 from mlc_ray.config import ScoreConfig
 from mlc_ray.errors import MlcRayError
@@ -202,7 +203,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         scored: the score folder.
         out: the new folder (default: the old name and the judge's).
         changes: fields of its settings that differ: `judge`, `calibration` (None for none), `max_unparsed`, `address`,
-            `accelerator`.
+            `env`, `accelerator`.
 
     Raises:
         ScoreError: the folder holds no responses, or the new one exists already.
@@ -308,7 +309,7 @@ def _unparsed_above(bound: float, result: ScoreResult) -> str:
 
 
 def _connect(config: ScoreConfig) -> Device:
-    connect(config.address)
+    connect(config.address, config.env)
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # else two lines for every small pipeline
     return "gpu" if use_gpu(config.accelerator) else "cpu"
 
@@ -330,7 +331,7 @@ def _check_pool(pool: EnginePool, asked: Part) -> None:
         raise ScoreError("the pool was opened for other engine settings, chat, max_new_tokens, judge or device")
 
 
-def _check_readers(request: Request, judging: Judging, device: Device, held: Sequence[tuple[float, float]]) -> None:
+def _check_readers(request: Request, judging: Judging, device: Device, held: Sequence[Need]) -> None:
     for part in reading(judging, device, rows=1, usage=Path(), replies=Place(Path())).values():
         if part.engine is not None:
             check_fits(f"{part.name}, by engines of its own,", [*held, *part.places(device)])

@@ -26,11 +26,11 @@ from typing import Any
 
 import ray.tune
 
+from mlc_ray.capacity import Need, amount, workers_needed
 from mlc_ray.cluster import (
     ClusterError,
-    amount,
     connect,
-    fits,
+    could_fit,
     node_resources,
     nodes_held,
     use_gpu,
@@ -185,7 +185,7 @@ def _check(config: SearchConfig, space: Space) -> None:
     depth = model_depth(base.model.path, trust_remote_code=base.model.trust_remote_code)
     for corner in space.corners():
         resolve_layer(space.run(corner, name="corner").mlc.layer, depth)
-    connect(base.cluster.address)
+    connect(base.cluster.address, base.cluster.env)
     check_device(base.model, gpu=_device(base) == "gpu")
     check_feasible(config, base, _device(base))
     check_nodes(output_place(config.output_dir), paths_read(base))
@@ -330,9 +330,9 @@ def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> N
             "since other trials would take what it gives up; set one number"
         )
     engines = places(config.scoring, device, in_turn=config.share_gpu)
-    workers = [(base.cluster.cpus_per_worker, 1 if gpu else 0)] * base.cluster.workers
-    trials = [(TRIAL_CPUS, 0), *workers] * config.concurrency
-    if not fits([*engines, *trials]):
+    workers = workers_needed(base.cluster, gpu=gpu)
+    trials = [Need(TRIAL_CPUS, 0), *workers] * config.concurrency
+    if not could_fit([*engines, *trials]):
         raise ClusterError(
             f"concurrency={config.concurrency} trials of {amount(trials[: len(workers) + 1])} (its own process, and "
             f"cluster.workers x cluster.cpus_per_worker) beside engines of {amount(engines)}, and some CPU for Ray "
@@ -401,7 +401,8 @@ def _with_dtypes(config: SearchConfig, space: Space) -> tuple[SearchConfig, Spac
     base = _base(space)
     gpu = _device(base) == "gpu"
     scoring = with_dtypes(config.scoring, gpu=gpu)
-    model = {**space.base["model"], "dtype": with_dtype(base.model, gpu=gpu).dtype}
+    labels = base.cluster.label_selector
+    model = {**space.base["model"], "dtype": with_dtype(base.model, gpu=gpu, labels=labels).dtype}
     return config.model_copy(update={"scoring": scoring}), replace(space, base={**space.base, "model": model})
 
 

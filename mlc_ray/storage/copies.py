@@ -1,4 +1,4 @@
-"""Copies on this machine of models that are elsewhere: fetched once per node, whatever the number of its processes.
+"""Copies on this machine of models that are elsewhere: fetched once a node, whatever the number of its processes.
 
 A copy lies in `models` of the user's cache, under a name made from the model's content. It appears whole or not at all.
 Whoever fetches one holds its lock, and the others wait; the lock of a process that died is free.
@@ -66,7 +66,7 @@ def local_model(path: str, *, weights: bool = True) -> str:
     """
     if scheme_of(path) is None:
         named = HubModel.parse(path)
-        return str(snapshot(named, weights=weights)) if named is not None and named.is_pinned else path
+        return str(_snapshot(named, weights=weights)) if named is not None and named.is_pinned else path
     place = Place(path)
     folder, names = _copy(place, weights=weights)
     if not folder.is_dir():
@@ -102,6 +102,27 @@ def model_for_now(path: str) -> Iterator[str]:
                 shutil.rmtree(removing, ignore_errors=True)  # of a process that died in the next line but one
                 os.rename(folder, removing)
                 shutil.rmtree(removing, ignore_errors=True)
+
+
+def _snapshot(model: HubModel, *, weights: bool) -> Path:
+    """A hub's model at its commit: whoever is first on this machine fetches it, and the hub is asked by no other.
+
+    Where it lies in the hub's cache is noted in the user's cache once all of it is there.
+    """
+    from huggingface_hub import constants
+
+    where = fingerprint([constants.HF_HUB_CACHE, weights])
+    note = user_cache() / "hub" / f"{model.name.replace('/', '--')}-{model.revision}-{where}"
+    with locked(note, fcntl.LOCK_EX):
+        with suppress(FileNotFoundError):
+            folder = Path(note.read_text(encoding="utf-8"))
+            if folder.is_dir() and all(file.exists() for file in folder.iterdir()):  # links into the hub's cache
+                return folder
+        folder = snapshot(model, weights=weights)
+        temporary = note.with_name(f".{note.name}.writing")
+        temporary.write_text(str(folder), encoding="utf-8")
+        temporary.replace(note)
+        return folder
 
 
 def fetched_bytes() -> int:

@@ -96,7 +96,7 @@ def check_goes_on(before: Plan, now: Plan, folder: Place) -> None:
             faults += [f"{cell.name}: {each}" for each in changed if kind_of_field(each.field) is not Kind.FREE]
     faults += _differing("scoring", before.scoring, now.scoring, free={"max_unparsed"})
     if before.config.utility is not None and now.config.utility is not None:
-        free = {"tasks", "address", "accelerator", "engine"}
+        free = {"tasks", "address", "env", "accelerator", "engine"}
         faults += _differing("utility", before.config.utility, now.config.utility, free=free)
     if not faults and before.prompts != now.prompts:
         faults = [f"the prompts of scoring.benchmarks were {before.prompts}, now {now.prompts}"]

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mlc_ray.capacity import workers_needed
 from mlc_ray.cluster import ClusterError, check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import UNTOUCHED, ConfigError, ScoreConfig, ScoringSection, StudyConfig, UtilityConfig, parse_config
 from mlc_ray.data.prepare import prepare_token_rows
@@ -85,7 +86,7 @@ def study(config: StudyConfig) -> StudyResult:
     folder = (output_place(config.output_dir) / config.name).absolute()
     _before(config, folder)  # refused before anything is started
     keep_in(local_side(folder))
-    connect(cells[0].config.cluster.address)
+    connect(cells[0].config.cluster.address, cells[0].config.cluster.env)
     with lease(folder, wait=config.resume == "auto"):
         before = _before(config, folder)  # meanwhile another driver may have started it, or added to it
         plan, prompts = _planned(config, cells, scoring, before, folder)
@@ -120,7 +121,7 @@ def resume_study(folder: Path | Place) -> StudyResult:
     place = Place(folder).absolute()
     plan = load_plan(place)
     keep_in(local_side(place))
-    connect(plan.cells[0].config.cluster.address)
+    connect(plan.cells[0].config.cluster.address, plan.cells[0].config.cluster.env)
     with lease(place, wait=plan.config.resume == "auto"):
         plan = load_plan(place)  # meanwhile another driver may have added to it
         prompts = read_prompts(plan.scoring, rejects=local_side(place))
@@ -144,7 +145,7 @@ def _planned(
         model, gpu = cell.config.model, use_gpu(cell.config.cluster.accelerator)
         if model.dtype == "auto" and cell.model in known:
             model = model.model_copy(update={"dtype": known[cell.model]})
-        model = with_dtype(model, gpu=gpu)
+        model = with_dtype(model, gpu=gpu, labels=cell.config.cluster.label_selector)
         found.append(Cell(cell.model, cell.method, cell.seed, cell.config.model_copy(update={"model": model})))
     judge = judge_at_commits(scoring.judge, None if before is None else before.scoring.judge)
     scoring = scoring.model_copy(update={"benchmarks": commits.sources(scoring.benchmarks), "judge": judge})
@@ -212,7 +213,7 @@ def _check(plan: Plan, prompts: Prompts, folder: Place) -> None:
         except MlcRayError as error:
             raise ConfigError(f"cell {cell.name}: {error}") from None
         check_device(config.model, gpu=_device(cell) == "gpu")
-        workers = [(config.cluster.cpus_per_worker, 1.0 if _device(cell) == "gpu" else 0.0)] * config.cluster.workers
+        workers = workers_needed(config.cluster, gpu=_device(cell) == "gpu")
         check_fits(f"cell {cell.name} (cluster.workers x cluster.cpus_per_worker)", workers)
     for model in plan.config.models:
         path = _path(plan, model)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ray.train import UserCallback
 
+from mlc_ray.capacity import workers_needed
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import DataSection, SourceSection, TrainConfig, parse_config
 from mlc_ray.data.plan import Cutting
@@ -122,12 +123,12 @@ def train(
     if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
         return _said_to_have_ended(result)
     keep_in(local_side(run_folder))
-    connect(config.cluster.address)
+    connect(config.cluster.address, config.cluster.env)
     gpu = use_gpu(config.cluster.accelerator)
     check_device(config.model, gpu=gpu)
     check_fits(
         "training (cluster.workers x cluster.cpus_per_worker)",
-        [(config.cluster.cpus_per_worker, 1.0 if gpu else 0.0)] * config.cluster.least_workers,
+        workers_needed(config.cluster, gpu=gpu),
     )
     if score is None:  # a search has asked before its trials
         check_nodes(run_folder.parent, paths_read(config))
@@ -329,7 +330,7 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def _with_dtype(config: TrainConfig, *, gpu: bool) -> TrainConfig:
     """What the workers compute in is decided here, before anything is loaded, and recorded with the run."""
-    model = with_dtype(config.model, gpu=gpu)
+    model = with_dtype(config.model, gpu=gpu, labels=config.cluster.label_selector)
     if model is config.model:
         return config
     given = config.model_dump(mode="json", exclude_unset=True)

@@ -9,9 +9,11 @@ from typing import Any, cast
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from mlc_ray.capacity import workers_needed
 from mlc_ray.cluster import known_to_ray_train
 from mlc_ray.config import ClusterSection
 from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_errors
+from mlc_ray.train.waiting import EndWithoutRoom, tries_of
 
 
 def run_workers(
@@ -42,25 +44,33 @@ def run_workers(
         callbacks: Ray Train's own.
 
     Raises:
+        ClusterError: The workers found no place in `cluster.wait_seconds`.
         MlcRayError: A worker raised it, and all have ended.
         KeyboardInterrupt: Ctrl-C; the workers have ended by then.
     """
+    waits = EndWithoutRoom(workers_needed(cluster, gpu=gpu), cluster.wait_seconds)
     trainer = TorchTrainer(
         cast(Any, worker),
         train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=cast(Any, workers),  # two numbers: Ray Train V2's elastic policy
+        scaling_config=cast(Any, ScalingConfig)(  # type checkers see the class of Ray Train V1
+            num_workers=workers,  # two numbers: Ray Train V2's elastic policy
             use_gpu=gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            label_selector=cluster.label_selector or None,
         ),
-        run_config=cast(Any, RunConfig)(  # type checkers see the class of Ray Train V1
+        run_config=cast(Any, RunConfig)(
             name=name,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),  # the console has a table of its own
-            callbacks=[*callbacks, EndAtOwnError(cluster.max_failures, goes_on)],
+            callbacks=[*callbacks, EndAtOwnError(cluster.max_failures, goes_on), waits],
         ),
     )
-    with own_errors(), known_to_ray_train(), keyboard_interrupt(f"to go on: {to_go_on}"):
+    with (
+        own_errors(),
+        known_to_ray_train(),
+        tries_of(cluster.wait_seconds),
+        keyboard_interrupt(f"to go on: {to_go_on}"),
+    ):
         trainer.fit()

@@ -78,7 +78,7 @@ def plan(config: TranslateConfig) -> Plan:
         MlcRayError: what is wrong with the settings or the sources.
     """
     decided = decide(config, None)
-    connect(config.address)
+    connect(config.address, config.env)
     with tempfile.TemporaryDirectory() as folder:
         return plan_of(decided.config, drafts_of(_read(config, Path(folder) / _REJECTS)))
 
@@ -105,7 +105,7 @@ def translate(config: TranslateConfig) -> TranslateResult:
     if place.is_local:
         Path(place).mkdir(parents=True, exist_ok=True)
         keep_in(Path(place))
-    connect(config.address)
+    connect(config.address, config.env)
     device: Device = "gpu" if use_gpu(config.accelerator) else "cpu"
     decided = with_dtypes(decided, before, gpu=device == "gpu")
     _check_places(decided.config, device)

@@ -279,7 +279,7 @@ def _random_state_kept() -> Iterator[None]:
 
 
 def _opened(config: UtilityConfig, model: str, warm: Warm | None = None) -> EnginePool:
-    connect(config.address)
+    connect(config.address, config.env)
     device: Device = "gpu" if use_gpu(config.accelerator) else "cpu"
     part = _part(config, model, device, warm)
     check_fits("engine (replicas x cpus_per_replica)", part.places(device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -150,13 +151,19 @@ def test_what_cannot_go_on_stops(ray_local: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_start_that_takes_too_long_says_where_or_that_it_has_no_place(ray_local: Any, tmp_path: Path) -> None:
+def test_a_start_that_takes_too_long_says_where_or_that_it_has_no_place(
+    ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mlc_ray.generate.replica._SAY_SECONDS", 0.5)
     (tmp_path / "mark").touch()
     with pytest.raises(EngineDiedError, match=r"did not start in engine.start_seconds=15 \(node .*, log /.*\)"):
         EnginePool.open(part(tmp_path, {}, replicas=1, start="hang", limits={"start_seconds": 15.0}), "cpu")
     with pytest.raises(EngineDiedError, match=r"in engine.start_seconds=1; no node has it yet: it needs 64 CPUs"):
         limits = {"start_seconds": 1.0, "cpus_per_replica": 64.0}
         EnginePool.open(part(tmp_path, {}, replicas=1, limits=limits), "cpu")
+    assert re.search(
+        r"waited for \d s of engine.start_seconds=1: no node has it yet: .* of 2 CPUs are in use", caplog.text
+    )
 
 
 @pytest.mark.slow

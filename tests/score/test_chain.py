@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from mlc_ray.capacity import Node
 from mlc_ray.config import EngineSection
 from mlc_ray.generate.blocks import joined
 from mlc_ray.generate.pool import EnginePool, work
@@ -255,7 +256,7 @@ LIGHT = Part("judging", Adds, {})
 def test_what_has_devices_of_its_own_works_at_once(
     monkeypatch: pytest.MonkeyPatch, parts: list[Part], device: Any, is_open: bool, sizes: list[int]
 ) -> None:
-    monkeypatch.setattr("mlc_ray.cluster.node_resources", lambda: [NODE])
+    monkeypatch.setattr("mlc_ray.cluster.nodes_there", lambda: [Node(NODE)])
     groups = side_by_side(parts, device, is_open=is_open)
     assert [part for group in groups for part in group] == parts
     assert [len(group) for group in groups] == sizes

@@ -144,7 +144,7 @@ def test_two_processes_do_not_score_into_one_folder(small_llama: Path, tmp_path:
 
 
 def test_every_engine_gets_the_dtype_of_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "bfloat16" if gpu else "float32")
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "bfloat16" if gpu else "float32")
     decided = with_dtypes(with_engines(judge="float16"), gpu=True)
     assert dtypes_of(decided) == ["bfloat16", "float16", "bfloat16"]
     # One that goes on, elsewhere, keeps what was decided; what is set now wins.
@@ -157,7 +157,7 @@ def test_every_engine_gets_the_dtype_of_the_cluster(monkeypatch: pytest.MonkeyPa
 def test_engine_settings_of_the_other_device_are_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "bfloat16")
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "bfloat16")
     engine = {"cpu_kv_cache_gib": 4, "gpu_memory_utilization": 0.5}
     raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "engine": engine}
     with caplog.at_level("WARNING"):
@@ -172,7 +172,7 @@ def test_engine_settings_of_the_other_device_are_told(
 def test_a_score_goes_on_in_the_dtype_it_began_in(
     ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "bfloat16")
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "bfloat16")
     monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
     asked: list[ScoreConfig] = []
 
@@ -259,7 +259,7 @@ def test_a_score_can_be_judged_again_without_the_calibration_of_another_judge(
 def test_prompts_that_engines_failed_on_are_asked_again_by_a_score_that_goes_on(
     ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "float32")
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "float32")
     monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
     monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
     answer = {"response": "I cannot help with that.", "finish": "stop", "prompt_tokens": 9, "response_tokens": 6}
@@ -294,7 +294,7 @@ def test_what_an_object_store_holds_while_a_score_is_judged_is_enough_to_go_on(
     ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver dies while judging: the store is as it was then, and nothing on its machine is left."""
-    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu: "float32")
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "float32")
     monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
     monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
     vault, then = tmp_path / "vault", tmp_path / "then"

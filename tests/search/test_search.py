@@ -22,6 +22,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from mlc_ray import cluster as ray_cluster
+from mlc_ray.capacity import Node
 from mlc_ray.cluster import ClusterError, fits, how_many_fit
 from mlc_ray.config import SearchConfig, TrainConfig, load_config
 from mlc_ray.errors import MlcRayError
@@ -215,8 +216,8 @@ def cached_from_a_hub(model: Path, name: str, cache: Path) -> None:
 
 
 def test_parts_fit_on_nodes_and_not_on_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}]
-    monkeypatch.setattr(ray_cluster, "node_resources", lambda: nodes)
+    nodes = [Node({"CPU": 8.0, "GPU": 2.0}), Node({"CPU": 8.0, "GPU": 2.0})]
+    monkeypatch.setattr(ray_cluster, "nodes_there", lambda: nodes)
     assert fits([(1, 2), (1, 1), (1, 1), (4, 0)])
     assert not fits([(1, 4)])  # four GPUs there are, on no one node
     assert not fits([(1, 1)] * 5)

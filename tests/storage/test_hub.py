@@ -47,12 +47,19 @@ def hub():
 
 def read(hub, home, *names, weights=True, known=None, offline=False):
     """What a process of a machine whose cache is in `home` says of each name: commit, fingerprint, files, or error."""
+    process = reading(hub, home, *names, weights=weights, known=known, offline=offline)
+    said, _ = process.communicate()
+    assert process.returncode == 0
+    return [json.loads(text) for text in said.splitlines()]
+
+
+def reading(hub, home, *names, weights=True, known=None, offline=False):
     ours = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": str(int(offline)), "HF_HOME": str(home)}
+    ours["MLC_RAY_CACHE"] = str(home / "ours")
     arguments = ["weights" if weights else "tokenizer", json.dumps(known or {}), *names]
-    done = subprocess.run(
-        [sys.executable, "-c", READ, *arguments], capture_output=True, text=True, env={**os.environ, **ours}, check=True
+    return subprocess.Popen(
+        [sys.executable, "-c", READ, *arguments], stdout=subprocess.PIPE, text=True, env={**os.environ, **ours}
     )
-    return [json.loads(text) for text in done.stdout.splitlines()]
 
 
 def test_a_model_is_loaded_at_the_commit_that_its_name_stands_for(hub, tmp_path):
@@ -82,6 +89,20 @@ def test_a_model_is_loaded_at_the_commit_that_its_name_stands_for(hub, tmp_path)
     assert cached == newest
     (only,) = read(hub, tmp_path / "node", "owner/Model", weights=False, offline=True)
     assert only == there  # the only commit in that machine's cache
+
+
+def test_the_workers_of_a_node_fetch_once(hub, tmp_path):
+    pinned = f"owner/Model#{FIRST}"
+    read(hub, tmp_path / "alone", pinned)
+    alone, hub.asked = sorted(hub.asked), []
+    workers = [reading(hub, tmp_path, pinned) for _ in range(3)]
+    said = {worker.communicate()[0] for worker in workers}
+    assert len(said) == 1 and json.loads(said.pop())[2]["model.safetensors"] == "model.safetensors one"
+    assert sorted(hub.asked) == alone  # three as one
+
+    (cache,) = (tmp_path / "hub").glob(f"*/snapshots/{FIRST}")
+    (cache / "model.safetensors").resolve().unlink()  # somebody cleared the hub's cache in part
+    assert read(hub, tmp_path, pinned)[0][2]["model.safetensors"] == "model.safetensors one"
 
 
 def test_a_name_is_the_text_of_its_parts():

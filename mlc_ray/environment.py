@@ -1,0 +1,60 @@
+"""Variables of the driver's environment that the workers of a joined cluster get.
+
+Their values are often secrets. Ray's own way, `env_vars` of a runtime environment, has every node write them into a log
+(`runtime_env_agent.log`, Ray 2.60) and the dashboard show them. So the runtime environment holds only the name of an
+entry in the memory of the cluster's head, and a function that every worker process calls when it starts (`take`)
+fetches the entry. Whoever may run code on the cluster could do so too, while the driver runs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+_KEY = "MLC_RAY_ENVIRONMENT"
+_NAMESPACE = b"mlc_ray"
+_SECONDS = 60.0  # a worker may be up before the driver has left the entry
+_PAUSE = 0.1
+
+
+def chosen(patterns: Sequence[str], environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables whose name is, or matches, one of `patterns`."""
+    return {
+        name: value for name, value in environment.items() if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+
+
+def runtime_env() -> dict[str, Any]:
+    """The runtime environment of a driver that will `leave` variables; without any value."""
+    return {"env_vars": {_KEY: uuid.uuid4().hex}, "worker_process_setup_hook": f"{__name__}.take"}
+
+
+def leave(variables: Mapping[str, str], environment: Mapping[str, Any]) -> None:
+    """Leave variables for the workers of this driver, which has joined with this runtime environment, until it ends."""
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
+
+    key = environment["env_vars"][_KEY].encode()
+    _internal_kv_put(key, json.dumps(dict(variables)).encode(), namespace=_NAMESPACE)
+    atexit.register(_internal_kv_del, key, namespace=_NAMESPACE)
+
+
+def take() -> None:
+    """Called by every worker process when it starts: set the variables that its driver left.
+
+    Raises:
+        TimeoutError: the driver left none; it has probably ended.
+    """
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    deadline = time.monotonic() + _SECONDS
+    while (left := _internal_kv_get(os.environ[_KEY].encode(), namespace=_NAMESPACE)) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the driver of this worker left no environment in {_SECONDS:g} s; has it ended?")
+        time.sleep(_PAUSE)
+    os.environ.update(json.loads(left))

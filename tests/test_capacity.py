@@ -1,0 +1,185 @@
+"""Parts lie on nodes, by size and label, and on those that an autoscaler may still start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlc_ray.capacity import Growth, Need, Node, amount, fit, growth_of, look, most_that_fit, said_of, workers_needed
+from mlc_ray.cluster import ClusterError, check_fits, could_fit, use_gpu, with_dtype
+from mlc_ray.config import ConfigError, EngineSection, ModelSection, TrainConfig, parse_config
+from mlc_ray.config.placement import selects
+from mlc_ray.config.train import ClusterSection
+from tests.ray_head import running
+
+H100, L4 = {"ray.io/accelerator-type": "H100", "zone": "a"}, {"ray.io/accelerator-type": "L4", "zone": "b"}
+MIXED = [Node({"CPU": 8.0}), Node({"CPU": 16.0, "GPU": 8.0}, H100), Node({"CPU": 16.0, "GPU": 8.0}, L4)]
+
+
+@pytest.mark.parametrize(
+    ("value", "takes"),
+    [("H100", [True, False, False]), ("!H100", [False, True, True]), ("in(H100, L4)", [True, True, False]),
+     ("!in(H100,L4)", [False, False, True])],
+)  # fmt: skip
+def test_labels_select_nodes_as_ray_does(value: str, takes: list[bool]) -> None:
+    assert [selects({"ray.io/accelerator-type": value}, labels) for labels in (H100, L4, {})] == takes
+
+
+def test_workers_and_engines_lie_on_nodes_of_their_labels() -> None:
+    workers = [Need(1, 1, {"ray.io/accelerator-type": "H100"})] * 8
+    assert fit(workers, MIXED) and not fit([*workers, workers[0]], MIXED)
+    # An engine takes no GPU of the kind that workers ask for, though it came first and would fit there.
+    assert fit([Need(1, 8), *workers], MIXED)
+    assert not fit([Need(1, 1, {"zone": "c"})], MIXED)
+    assert most_that_fit(Need(1, 2, {"zone": "b"}), MIXED) == 4
+    assert most_that_fit((1, 16), MIXED) == 1  # sixteen GPUs there are, on no one node
+    section = ClusterSection(workers=[2, 4], cpus_per_worker=0.5, label_selector={"zone": "a"})
+    assert workers_needed(section, gpu=True) == [Need(0.5, 1.0, {"zone": "a"})] * 2
+    assert amount([*workers, (0.5, 0)]) == (
+        "8 x (1 CPUs, 1 GPUs, labels ray.io/accelerator-type=H100) + 1 x (0.5 CPUs)"
+    )
+    assert (
+        said_of(MIXED) == "1 x (8 CPUs) + 1 x (16 CPUs, 8 GPUs, labels zone=a) + 1 x (16 CPUs, 8 GPUs, labels zone=b)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("label_selector", {"zone": "a b"}, r"'zone': 'a b' is not what Ray selects nodes by; write VALUE"),
+        ("env", ["HF_TOKEN=hf_secret"], r"env has 'HF_TOKEN=hf_secret', which is no name of a variable"),
+        ("env", ["*"], r"env has '\*', which would take variables that Ray sets"),
+    ],
+)
+def test_what_cannot_be_selected_is_refused(field: str, value: object, said: str) -> None:
+    settings = {"name": "a", "model": {"path": "m"}, "data": {"train": [{"path": "b"}]}, "cluster": {field: value}}
+    with pytest.raises(ConfigError, match=said):
+        parse_config(TrainConfig, settings)
+
+
+AUTOSCALER = {
+    "cluster_name": "c",
+    "max_workers": 3,
+    "head_node_type": "head",
+    "available_node_types": {
+        "head": {"resources": {"CPU": 4}},
+        "gpu": {"resources": {"CPU": 16, "GPU": 8}, "max_workers": 2, "labels": H100},
+        "cpu": {"resources": {"CPU": 32}},
+    },
+}
+
+
+def test_nodes_that_an_autoscaler_may_start_count() -> None:
+    growth = growth_of(AUTOSCALER)
+    gpu, cpu = Node({"CPU": 16, "GPU": 8}, H100), Node({"CPU": 32})
+    head = Node({"CPU": 4.0})
+    assert growth.beside([head], at_most=9) == [gpu, gpu, cpu]  # three in all
+    assert growth.beside([head, gpu], at_most=9) == [gpu, cpu]
+    assert growth.beside([head, gpu, gpu, cpu], at_most=9) == []
+    assert Growth().beside([head], at_most=9) == []
+
+
+PROVIDER = {
+    "provider": {"type": "fake_multinode", "head_node_id": "f" * 56},
+    "auth": {},
+    "docker": {},
+    "upscaling_speed": 1.0,
+    "idle_timeout_minutes": 5,
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+    "cluster_synced_files": [],
+    "rsync_exclude": [],
+    "rsync_filter": [],
+    "initialization_commands": [],
+    "setup_commands": [],
+    "head_setup_commands": [],
+    "worker_setup_commands": [],
+    "head_start_ray_commands": [],
+    "worker_start_ray_commands": [],
+}
+
+
+@pytest.mark.slow
+def test_the_head_of_an_autoscaling_cluster_says_what_may_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real head with Ray's own provider of pretended nodes: nothing is started until something asks for it."""
+    monkeypatch.setenv("RAY_FAKE_CLUSTER", "1")
+    config = tmp_path / "cluster.yaml"
+    kinds = AUTOSCALER["available_node_types"].values()
+    filled = {**AUTOSCALER, **PROVIDER}
+    for kind in kinds:
+        kind |= {"node_config": {}, "min_workers": 0}
+    config.write_text(yaml.safe_dump(filled, sort_keys=False))
+    with running(f"--autoscaling-config={config}") as head:
+        assert look(head.gcs) == growth_of(AUTOSCALER)
+        said = "".join(file.read_text() for file in head.folder.glob("session_2*/logs/monitor.*"))
+        assert "Traceback" not in said, said
+    with running() as head:
+        assert look(head.gcs) == Growth()
+
+
+def process(folder: Path, number: int, *line: str) -> None:
+    (folder / str(number)).mkdir(parents=True)
+    (folder / str(number) / "cmdline").write_bytes("\0".join(line).encode() + b"\0")
+
+
+def test_the_autoscaler_of_this_cluster_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes, config = tmp_path / "proc", tmp_path / "cluster.yaml"
+    config.write_text(yaml.safe_dump(AUTOSCALER, sort_keys=False))
+    assert look("10.0.0.1:6379", tmp_path) == Growth()
+    monitor = "/venv/ray/autoscaler/_private/monitor.py"
+    process(processes, 7, "python", "-u", monitor, "--gcs-address=10.0.0.1:7000", f"--autoscaling-config={config}")
+    process(processes, 8, "python", "-u", monitor, "--gcs-address=10.0.0.1:6379")
+    assert look("10.0.0.1:6379", processes) == Growth()  # it has a monitor that scales nothing
+    assert look("10.0.0.1:7000", processes) == growth_of(AUTOSCALER)
+    monkeypatch.setenv("RAY_USAGE_STATS_KUBERAY_IN_USE", "1")
+    assert look("10.0.0.1:6379", processes).known
+    assert not look("10.0.0.1:1", processes).known  # KubeRay's is in another container
+
+
+@pytest.fixture
+def autoscaling(monkeypatch: pytest.MonkeyPatch):
+    """A cluster whose only node has no GPU, and what its autoscaler may start."""
+
+    def of(growth: Growth) -> None:
+        monkeypatch.setattr("mlc_ray.cluster.nodes_there", lambda: [Node({"CPU": 4.0})])
+        monkeypatch.setattr("mlc_ray.cluster.cluster_resources", lambda: {"CPU": 4.0})
+        monkeypatch.setattr("mlc_ray.cluster.may_grow", lambda: growth)
+
+    return of
+
+
+def test_a_cluster_at_zero_is_no_cluster_without_gpus(autoscaling, caplog) -> None:
+    workers = [Need(1, 1, {"ray.io/accelerator-type": "H100"})] * 16
+    autoscaling(growth_of(AUTOSCALER))
+    assert use_gpu("auto") and use_gpu("gpu") and not use_gpu("cpu")
+    assert could_fit(workers)
+    with pytest.raises(
+        ClusterError, match=r"training needs 17 x .* has 1 x \(4 CPUs\), and may add 2 x \(16 CPUs, 8 G"
+    ):
+        check_fits("training", [*workers, workers[0]])
+
+    autoscaling(Growth(known=False))
+    assert use_gpu("gpu") and could_fit(workers)
+    assert not use_gpu("auto")
+    assert "which nodes the autoscaler may start is not known: this runs on CPUs" in caplog.text
+
+    autoscaling(Growth())
+    assert not use_gpu("auto") and not could_fit(workers)
+    with pytest.raises(ClusterError, match=r"the Ray cluster has no GPU; set it"):
+        use_gpu("gpu")
+
+
+def test_dtypes_are_asked_of_the_nodes_that_are_selected(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        {"NodeID": name, "Resources": dict(node.resources), "Labels": dict(node.labels)}
+        for name, node in zip("abc", MIXED, strict=True)
+    ]
+    monkeypatch.setattr("mlc_ray.cluster.living_nodes", lambda: nodes)
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr("mlc_ray.cluster._native_dtype", lambda nodes, *, gpu: asked.append(nodes) or "bfloat16")
+    with_dtype(ModelSection(path="m"), gpu=True, labels={"zone": "a"})
+    with_dtype(EngineSection(label_selector={"zone": "b"}), gpu=True)
+    with_dtype(EngineSection(), gpu=False)
+    assert asked == [("b",), ("c",), ("a", "b", "c")]

@@ -1,0 +1,190 @@
+"""The files of `cluster/`: each is what the tool that reads it takes, as far as that can be told without a cluster."""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from mlc_ray.config import TrainConfig, load_config
+
+CLUSTER = Path(__file__).resolve().parent.parent / "cluster"
+TOOLS = Path(sys.executable).parent
+SCHEMAS = "MLC_RAY_KUBERAY_SCHEMAS"
+KUBERAY = {"rayjob.yaml": "ray.io_rayjobs.yaml", "raycluster.yaml": "ray.io_rayclusters.yaml"}
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((CLUSTER / name).read_text(encoding="utf-8"))
+
+
+def cluster_of(resource: dict[str, Any]) -> dict[str, Any]:
+    spec: dict[str, Any] = resource["spec"]
+    return spec.get("rayClusterSpec", spec)
+
+
+def pods_of(resource: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The specs of pods by group."""
+    cluster = cluster_of(resource)
+    groups = [{"groupName": "head", **cluster["headGroupSpec"]}, *cluster["workerGroupSpecs"]]
+    return {group["groupName"]: group["template"]["spec"] for group in groups}
+
+
+# ------------------------------------------------------------------------------------------------------------- KubeRay
+
+
+def strict(schema: Any) -> Any:
+    """A schema that refuses fields that it does not name: the API server would drop them in silence."""
+    if isinstance(schema, list):
+        return [strict(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {name: strict(value) for name, value in schema.items()}
+    named = isinstance(schema.get("properties"), dict) and schema.get("type") == "object"
+    if named and "additionalProperties" not in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        found["additionalProperties"] = False
+    if schema.get("x-kubernetes-int-or-string"):
+        found.pop("type", None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def definitions() -> dict[str, Any]:
+    """KubeRay's published resource definitions, by file name."""
+    if not (folder := os.environ.get(SCHEMAS)):
+        pytest.skip(
+            f"{SCHEMAS} names no folder: put KubeRay's resource definitions there, e.g. of "
+            "https://github.com/ray-project/kuberay/tree/v1.7.0/helm-chart/kuberay-operator/crds (also as .gz)"
+        )
+    found = {}
+    for name in KUBERAY.values():
+        packed = Path(folder, f"{name}.gz")
+        text = gzip.decompress(packed.read_bytes()) if packed.is_file() else Path(folder, name).read_bytes()
+        (version,) = (each for each in yaml.load(text, yaml.CSafeLoader)["spec"]["versions"] if each["name"] == "v1")
+        found[name] = strict(version["schema"]["openAPIV3Schema"])
+    return found
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_takes_it(name: str, definitions: dict[str, Any]) -> None:
+    resource = read(name)
+    validator = jsonschema.Draft7Validator(definitions[KUBERAY[name]])
+
+    def faults(of: Any) -> list[str]:
+        return [error.message for error in validator.iter_errors({**of, "metadata": {}})]
+
+    assert faults(resource) == []
+    wrong = copy.deepcopy(resource)
+    pods_of(wrong)["gpu"]["containers"][0]["volumeMount"] = []
+    cluster_of(wrong)["workerGroupSpecs"][0]["replicas"] = "two"
+    assert [fault for fault in faults(wrong) if "'volumeMount' was unexpected" in fault]
+    assert [fault for fault in faults(wrong) if "'two' is not of type 'integer'" in fault]
+
+
+def pods() -> Iterator[Any]:
+    for name in KUBERAY:
+        for group, spec in pods_of(read(name)).items():
+            yield pytest.param(spec, id=f"{name}-{group}")
+
+
+@pytest.mark.parametrize("spec", list(pods()))
+def test_kubernetes_takes_its_pods(spec: dict[str, Any]) -> None:
+    def check(of: dict[str, Any]) -> None:
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": of}
+        kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+
+    check(spec)
+    with pytest.raises(kubernetes_validate.ValidationError):
+        check({**spec, "container": spec["containers"]})
+
+
+@pytest.mark.parametrize("spec", list(pods()))
+def test_pods_ask_for_what_runs_need(spec: dict[str, Any]) -> None:
+    assert spec["securityContext"]["runAsNonRoot"] and spec["securityContext"]["runAsUser"] > 0
+    (container,) = spec["containers"]
+    assert not container["securityContext"]["allowPrivilegeEscalation"]
+    assert {"cpu", "memory", "ephemeral-storage"} <= container["resources"]["requests"].keys()
+    assert container["readinessProbe"] and container["livenessProbe"]
+    mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    assert "persistentVolumeClaim" in volumes[mounts["/shared"]]
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_clusters_ask_for_a_token(name: str) -> None:
+    assert cluster_of(read(name))["authOptions"] == {"mode": "token"}
+
+
+def settings_in(command: str, recipe: str) -> TrainConfig:
+    """The settings that a command of a file gives to a recipe."""
+    words = subprocess.run(
+        ["bash", "-c", f'args=({command}); printf "%s\\n" "${{args[@]}}"'], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    given = [words[index + 1] for index, word in enumerate(words) if word == "--set"]
+    return load_config(TrainConfig, CLUSTER.parent / "configs" / recipe, given)
+
+
+def test_the_job_trains_on_all_its_gpus_and_may_be_retried() -> None:
+    job = read("rayjob.yaml")
+    config = settings_in(job["spec"]["entrypoint"], "qwen2.5-7b.yaml")
+    (group,) = cluster_of(job)["workerGroupSpecs"]
+    (container,) = group["template"]["spec"]["containers"]
+    assert config.cluster.workers == group["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert config.cluster.accelerator == "gpu"
+    assert (config.resume, job["spec"]["backoffLimit"], job["spec"]["shutdownAfterJobFinishes"]) == ("auto", 3, True)
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+
+
+# ---------------------------------------------------------------------------------------------------------- the others
+
+
+def test_ray_up_takes_it() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(read("ray-cluster.yaml"))
+    validate_config(prepared)
+    assert prepared["available_node_types"]
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepare_config({**read("ray-cluster.yaml"), "setup_command": []}))
+
+
+def scripts() -> Iterator[Any]:
+    for file in sorted(CLUSTER.glob("*.sh")):
+        yield pytest.param(file.read_text(encoding="utf-8"), id=file.name)
+    task = read("sky.yaml")
+    for part in ("setup", "run"):
+        yield pytest.param(f"#!/usr/bin/env bash\n{task[part]}", id=f"sky.yaml-{part}")
+
+
+@pytest.mark.parametrize("script", list(scripts()))
+def test_shells_take_it(script: str) -> None:
+    for command in (["bash", "-n", "/dev/stdin"], [str(TOOLS / "shellcheck"), "--exclude=SC1090", "-"]):
+        done = subprocess.run(command, input=script, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_sky_names_what_it_reads() -> None:
+    task = read("sky.yaml")
+    given = {*task["envs"], *task["secrets"]}
+    assert all(f"${name}" in task["run"] for name in given - {"HF_TOKEN"})
+    assert "HF_TOKEN" in task["run"]
+    assert task["num_nodes"] > 1 and task["file_mounts"]["/shared/data"]["mode"] == "MOUNT"
+
+
+@pytest.mark.parametrize("name", ["Dockerfile.cpu", "Dockerfile.cuda"])
+def test_dockerfiles_have_no_fault(name: str) -> None:
+    done = subprocess.run([str(TOOLS / "hadolint"), "--no-color", str(CLUSTER / name)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    users = [line for line in (CLUSTER / name).read_text(encoding="utf-8").splitlines() if line.startswith("USER ")]
+    assert users == ["USER 1000"]  # that of the pods' securityContext

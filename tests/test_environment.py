@@ -1,0 +1,68 @@
+"""Workers of a joined cluster get the variables that settings name, and their values stand nowhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mlc_ray.environment import chosen
+from tests.ray_head import Head, running
+
+SECRET, OTHER = "hf_Zq81-not-to-be-written", "wandb-Kp37-not-to-be-written"
+DRIVER = """
+import json, os, sys
+import ray
+from mlc_ray.cluster import connect
+
+connect("auto", ["HF_TOKEN", "WANDB_*"])
+NAMES = ("HF_TOKEN", "WANDB_API_KEY", "WANDB_MODE", "UNNAMED", "OWN")
+
+@ray.remote
+def task():
+    return {name: os.environ.get(name) for name in NAMES}
+
+@ray.remote(runtime_env={"env_vars": {"OWN": "1"}})
+class Actor:
+    def ask(self):
+        return {name: os.environ.get(name) for name in NAMES}
+
+print(json.dumps([ray.get(task.remote()), ray.get(Actor.remote().ask.remote())]))
+"""
+
+
+def test_names_and_patterns_choose_variables() -> None:
+    environment = {"HF_TOKEN": "1", "HF_TOKENS": "2", "AWS_REGION": "3", "aws_x": "4", "NCCL_DEBUG": "5"}
+    assert chosen(["HF_TOKEN", "AWS_*"], environment) == {"HF_TOKEN": "1", "AWS_REGION": "3"}
+    assert chosen([], environment) == {}
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with running() as started:
+        yield started
+
+
+@pytest.mark.slow
+def test_workers_get_them_and_nothing_writes_them(head: Head, repository: Path) -> None:
+    # The head was started without them.
+    environment = {
+        **head.environment, "RAY_ADDRESS": head.gcs, "HF_TOKEN": SECRET, "WANDB_API_KEY": OTHER, "UNNAMED": "x",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER], cwd=repository, env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    task, actor = json.loads(done.stdout.splitlines()[-1])
+    shared = {"HF_TOKEN": SECRET, "WANDB_API_KEY": OTHER, "WANDB_MODE": None, "UNNAMED": None}
+    assert task == {**shared, "OWN": None} and actor == {**shared, "OWN": "1"}
+    assert SECRET not in done.stderr
+    written = [file for file in head.folder.rglob("*") if file.is_file() and not file.is_socket()]
+    assert any(file.name.startswith("runtime_env") for file in written)
+    for file in written:
+        text = file.read_bytes()
+        assert SECRET.encode() not in text and OTHER.encode() not in text, file
