@@ -15,7 +15,7 @@ from mlc_ray.config.base import (
     Resume,
     RunName,
     Section,
-    refuse_userinfo,
+    refuse_credentials,
 )
 from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentSettings, settings_by_default
@@ -202,7 +202,7 @@ class LoggingSection(Section):
     @model_validator(mode="after")
     def _no_secrets_in_a_uri(self) -> LoggingSection:
         if self.mlflow is not None:
-            refuse_userinfo(
+            refuse_credentials(
                 "logging.mlflow", self.mlflow, "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
             )
         return self
