@@ -114,6 +114,22 @@ _FIRST_FILES: dict[FolderKind, str] = {
 }  # fmt: skip
 
 
+def names_of(folder: Place) -> tuple[str, str]:
+    """What a folder is called in logs and metrics: its name; or of what is in a search or study, that and the trial's.
+
+    `("my-search", "0003")` of trial 0003 and of its scores, `("my-run", "")` of a run.
+    """
+    above = folder.absolute()
+    for _ in range(4):  # a cell's score is the deepest: STUDY/cells/ID/scores/study
+        parent = above.parent
+        if parent.name in (TRIALS_FOLDER, CELLS_FOLDER, UNTOUCHED_FOLDER):
+            return parent.parent.name, above.name
+        if not parent.name or parent.name == above.name:
+            break
+        above = parent
+    return folder.absolute().name, ""
+
+
 def output_place(output_dir: str | Path, *, setting: str = "output_dir") -> Place:
     """The absolute place that a setting stands for where something is to be written.
 

@@ -33,12 +33,14 @@ from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
+from mlc_ray.monitoring import told_of
 from mlc_ray.runs import (
     KEPT_FOLDER,
     REPLIES_FILE,
     REQUEST_FILE,
     RESPONSES_FILE,
     SCORES_FILE,
+    names_of,
     output_place,
     pinned_weights,
     training_languages,
@@ -117,6 +119,8 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
         check_lengths(model, config.engine, config.max_new_tokens)
     _check_free(place, resume=config.resume == "auto")
     judge.check_ready(user_cache())
+    run, trial = names_of(place)
+    told_of(run=run, trial=trial)
     with lease(place, wait=config.resume == "auto"):
         _check_free(place, resume=config.resume == "auto")  # another process may have scored there meanwhile
         with _worked_on(place) as folder:

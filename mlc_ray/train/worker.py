@@ -36,6 +36,7 @@ from mlc_ray.train.entry import HeldOut, WorkerSpec
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
+from mlc_ray.train.monitor import Monitor
 from mlc_ray.train.openings import branches_of
 from mlc_ray.train.planning import check_groups, cutting_of_worker, held_out_cutting, order_of
 from mlc_ray.train.preemption import SIGTERM, Notice, StopFile, highest
@@ -131,9 +132,11 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
         else contextlib.nullcontext() as tracker,
         contextlib.closing(steps),
     ):
+        monitor = Monitor(run, rank, bundles=progress.bundles, steps=spec.total_steps)
 
         def log(step: int, metrics: Metrics) -> None:
             watchdog.beat("logging", step)
+            monitor.log(step, metrics)
             if tracker is not None:
                 guard.check()
                 tracker.log(step, {**metrics, "tokens_per_forward": float(cutting.tokens_per_forward)})
