@@ -53,7 +53,7 @@ METRICS = (
     Metric("mlc_train_retries", "counter", "tries", "Further tries of steps that were not finite."),
     Metric("mlc_train_learning_rate", "gauge", "", "Of the last step."),
     Metric("mlc_train_gradient_norm", "gauge", "", "Before clipping, of the last step."),
-    Metric("mlc_train_peak_memory_bytes", "gauge", "bytes", "The most that a worker has held, on its GPU if it has one."),
+    Metric("mlc_train_peak_memory_bytes", "gauge", "bytes", "The most that a worker has held, on its GPU if any."),
     Metric("mlc_train_loss", "gauge", "", "Loss of the last step: the total, and each part unweighted.", ("part",)),
     Metric("mlc_train_collapse", "gauge", "", "Measures of collapse, as docs/collapse.md defines them.", ("measure",)),
     Metric("mlc_validation_loss", "gauge", "", "Loss of held-out bundles when they were last measured.", ("part",)),
