@@ -183,6 +183,11 @@ class LoggingSection(Section):
     """Where the numbers go. metrics.jsonl is always written."""
 
     every: PositiveInt = Field(1, description="Optimizer steps between rows of the console table.")
+    json_lines: bool = Field(
+        False,
+        description="Write what driver and workers log into `logs/` of the run folder, as JSON lines with run, trial, "
+        "worker and step.",
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
     wandb: str | None = Field(None, description="Weights & Biases project to log to.")
     mlflow: str | None = Field(

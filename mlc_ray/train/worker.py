@@ -33,6 +33,7 @@ from mlc_ray.train.checks import check_batch, check_tap
 from mlc_ray.train.divergence import forget_divergence
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.entry import HeldOut, WorkerSpec
+from mlc_ray.train.log_files import log_file
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
@@ -54,6 +55,8 @@ from mlc_ray.train.validation import Validation, batches_of, plans_of
 from mlc_ray.train.watchdog import Watchdog
 from mlc_ray.types import Batch, ReferenceTable, move
 
+logger = logging.getLogger(__name__)
+
 
 def engine_class(config: TrainConfig) -> type[Engine]:
     """The engine that `config.engine` names."""
@@ -63,7 +66,14 @@ def engine_class(config: TrainConfig) -> type[Engine]:
 def work(spec: WorkerSpec) -> None:
     """Train, as one worker of a run."""
     config = parse_config(TrainConfig, spec.config)
-    with begun(config, spec.run_folder, spec.lease) as (watchdog, device):
+    send_warnings()
+    rank = ray.train.get_context().get_world_rank()
+    with (
+        log_file(config, spec.run_folder, rank) as lines,
+        begun(config, spec.run_folder, spec.lease) as (watchdog, device),
+    ):
+        if lines is not None:
+            lines.step = lambda: watchdog.step
         _work(spec, config, watchdog, device)
 
 
@@ -154,6 +164,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
             record=partial(record, tracker, guard) if tracker is not None else lambda: None,
         )
         saves = WatchedSaves(spec, saver, watchdog, guard)
+        logger.info("trains from step %d of %d on %s", progress.step, spec.total_steps, device)
         try:
             train_loop(
                 config,
