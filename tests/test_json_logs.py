@@ -82,9 +82,7 @@ def test_a_run_has_them_only_where_it_asks(tmp_path: Path) -> None:
     assert (line["run"], line["trial"], line["worker"]) == ("s", "0001", 2)
 
 
-def test_of_a_run_at_a_url_they_are_sent_there_and_added_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_a_run_at_a_url_they_are_sent_there_and_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
     run = Place("vault://runs/mine")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mlc_ray.config import ConfigError, ScoreConfig, SearchConfig, StudyConfig, TrainConfig, parse_config
 from mlc_ray.config.base import apply_override
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import OutputFolderError, output_place
+from mlc_ray.search.space import make_space
 from mlc_ray.secrets import credential_in, hide, is_secret_name, secret_fields
 from mlc_ray.storage import Place, StorageFaultError
 
@@ -84,6 +87,24 @@ def test_an_override_with_a_key_is_not_repeated() -> None:
             raw = {**TRAIN, "model": dict(TRAIN["model"])}
             apply_override(raw, override)
             parse_config(TrainConfig, raw)
+        assert PLANTED not in str(caught.value)
+
+
+def test_a_search_neither_keeps_nor_repeats_them(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(TRAIN))
+    search = {
+        "name": "a", "train": str(tmp_path / "base.yaml"), "output_dir": str(tmp_path), "trials": 1,
+        "space": {"mlc.weight": {"choice": [0.1]}}, "scoring": {"benchmarks": [{"path": "sample:select"}]},
+    }  # fmt: skip
+    for changes in (
+        {"set": [f"model.path=s3://a:{PLANTED}@bucket/m"]},
+        {"set": [f"engine.extra.comet.api_key={PLANTED}"]},
+        {"set": [f"logging.mlflow=https://host/?token={PLANTED}"]},
+        {"space": {"engine.extra.comet.api_key": {"choice": [PLANTED]}}},
+        {"space": {"data.train.0.path": {"choice": [f"s3://a:{PLANTED}@bucket/d.jsonl"]}}},
+    ):
+        with pytest.raises(ConfigError) as caught:
+            make_space(parse_config(SearchConfig, {**search, **changes}))
         assert PLANTED not in str(caught.value)
 
 

@@ -228,6 +228,8 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         beside = source.parent / f"{source.name}-{judge.name}"
         target = beside if out is None else output_place(str(out), setting="out")
         _check_free(target)
+    run, trial = names_of(target)
+    told_of(run=run, trial=trial)
     with lease(target, wait=False), _worked_on(target) as folder:
         device = _connect(config)
         decided = judge_with_dtypes(config.judge, gpu=device == "gpu", before=earlier)
