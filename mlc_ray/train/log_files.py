@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
 from mlc_ray.config import TrainConfig
@@ -27,6 +27,7 @@ def log_file(config: TrainConfig, run_folder: Place, rank: int | None = None) ->
         return
     name = "driver" if rank is None else f"worker-{rank:05d}"
     run, trial = names_of(run_folder)
+    sent: AbstractContextManager[object]
     if run_folder.is_local:
         file, sent = Path(run_folder) / LOGS_FOLDER / f"{name}.jsonl", nullcontext()
     else:
