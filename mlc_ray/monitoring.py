@@ -21,7 +21,7 @@ from typing import Any, Literal
 logger = logging.getLogger(__name__)
 
 RUN = ("run", "trial")
-"""Labels of every metric: the run, score, search or study by its name, and which trial or cell of it, or nothing."""
+"""Labels of every metric: what runs by the name of its folder, and which trial or cell of it that is, or nothing."""
 
 
 @dataclass(frozen=True)

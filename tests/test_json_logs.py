@@ -33,8 +33,8 @@ def test_a_line_says_who_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         lines.step = lambda: step
         step = 12
         logger.warning("step %d: not finite\nin two lines, with %s", 13, PLANTED)
-        logging.getLogger("ray.data").info("not told")
-        logging.getLogger("ray.data").warning("told")
+        logging.getLogger("some.library").info("not told")
+        logging.getLogger("some.library").warning("told")
     logger.warning("after the end")
     first, second, third = lines_of(file)
     assert {"run": "search", "trial": "0007", "worker": 3, "step": None}.items() <= first.items()
@@ -42,7 +42,7 @@ def test_a_line_says_who_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert first["time"].endswith("+00:00") and first["pid"] and first["host"]
     assert (second["step"], second["level"]) == (12, "WARNING")
     assert second["message"] == "step 13: not finite\nin two lines, with ..."
-    assert third["logger"] == "ray.data"
+    assert third["logger"] == "some.library"
     assert set(first) == {
         "time", "level", "logger", "message", "run", "trial", "worker", "step", "host", "pid",
     }  # fmt: skip
