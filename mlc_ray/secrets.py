@@ -26,7 +26,8 @@ _HEADER = re.compile(
     r"(?P<name>\b(?:proxy-)?authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)?|\bbearer)\s+[^\s'\",;}]+", re.I
 )
 _ASSIGNED = re.compile(
-    rf"(?P<name>(?<![\w.-])(?!(?:bos|cls|eos|mask|pad|sep|stop|unk)_token){_NAMES}['\"]?\s*[:=]\s*['\"]?)[^\s'\",;&}}]+",
+    rf"(?P<name>(?<![\w.-])(?!(?:bos|cls|eos|mask|pad|sep|stop|unk)_token){_NAMES}"
+    r"(?:['\"]\s*[:=]\s*['\"]|\s*[:=]\s*['\"]?))[^\s'\",;&}]{8,}",  # 'NAME': WORD is prose about a name
     re.IGNORECASE,
 )
 _VARIABLE = re.compile(r"(?:.*_)?(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:_ID)?", re.IGNORECASE)

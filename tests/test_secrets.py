@@ -128,6 +128,16 @@ def test_only_a_credential_is_one() -> None:
         assert hide(path) == path
 
 
+def test_what_is_assigned_to_a_name_of_a_secret_is_hidden_and_prose_about_it_is_not() -> None:
+    for text in (f"api_key={PLANTED}", f"'api_key': '{PLANTED}'", f'"hf_token": "{PLANTED}"', f"password: {PLANTED}"):
+        assert PLANTED not in hide(text), text
+    for text in (
+        "api_key_env='OPENAI_API_KEY': the endpoint answers 401", "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH",
+        "eos_token='<|endoftext|>'", "max_tokens=1000000000",
+    ):  # fmt: skip
+        assert hide(text) == text
+
+
 def test_messages_are_without_values_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", PLANTED)
     monkeypatch.setenv("MY_PASSWORD", "short")

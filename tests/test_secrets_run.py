@@ -53,7 +53,7 @@ for url in (wrong, right):
         except MlcRayError as error:
             print(error)
 assert main(["show", f"{here}/watched"]) == 0
-assert main(["report", f"{here}/watched", f"{here}/score-endpoint", "--out", f"{here}/report.html"]) == 0
+assert main(["report", f"{here}/watched", f"{here}/score", "--out", f"{here}/report.html"]) == 0
 """
 
 
