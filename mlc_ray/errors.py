@@ -13,15 +13,22 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
+from mlc_ray.secrets import hide
+
 
 class MlcRayError(Exception):
     """Its message quotes the offending value and names the fix; the command line prints it without a traceback.
+
+    Credentials are left out of the message (`secrets.hide`), wherever it is shown.
 
     Attributes:
         exit_status: of the command that it ends.
     """
 
     exit_status: ClassVar[int] = 2
+
+    def __str__(self) -> str:
+        return hide(super().__str__())
 
 
 @cache

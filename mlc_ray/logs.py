@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.progress import Display, draw_on
+from mlc_ray.secrets import hide
 
 LOG_FILE = "libraries.log"
 _SENT = re.compile(r"mlc_ray (WARNING|ERROR|CRITICAL): (.+)")
@@ -41,7 +42,7 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message, above the line of progress if there is one."""
-        text = record.getMessage()
+        text = hide(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
             if self._display is not None:
@@ -169,7 +170,7 @@ class _Sender(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one message; its line breaks become spaces."""
         # Not by print, which Ray Train may patch.
-        sys.stderr.write(f"mlc_ray {record.levelname}: {' '.join(record.getMessage().split())}\n")
+        sys.stderr.write(f"mlc_ray {record.levelname}: {' '.join(hide(record.getMessage()).split())}\n")
         sys.stderr.flush()
 
 

@@ -50,7 +50,7 @@ MLFLOW_FILE = "mlflow.json"
 LEASE_FILE = "lease.json"
 """Of a run or a search while a driver works in it: who."""
 LOGS_FOLDER = "logs"
-"""Of a run whose workers hung: where each of them was."""
+"""Of a run whose workers hung: where each of them was; and with `logging.json_lines` what driver and workers log."""
 STOP_FILE = "stop"
 """Of a run whose driver got SIGTERM: the lease's id, by which its workers know that it is meant for them."""
 KEPT_FOLDER = "kept"
@@ -112,6 +112,22 @@ _FIRST_FILES: dict[FolderKind, str] = {
     "search": BASE_FILE, "study": STUDY_FILE, "score": REQUEST_FILE, "run": CONFIG_FILE, "probe": PROBE_FILE,
     "translation": TRANSLATION_FILE,
 }  # fmt: skip
+
+
+def names_of(folder: Place) -> tuple[str, str]:
+    """What a folder is called in logs and metrics: its name; or of what is in a search or study, that and the trial's.
+
+    `("my-search", "0003")` of trial 0003 and of its scores, `("my-run", "")` of a run.
+    """
+    above = folder.absolute()
+    for _ in range(4):  # a cell's score is the deepest: STUDY/cells/ID/scores/study
+        parent = above.parent
+        if parent.name in (TRIALS_FOLDER, CELLS_FOLDER, UNTOUCHED_FOLDER):
+            return parent.parent.name, above.name
+        if not parent.name or parent.name == above.name:
+            break
+        above = parent
+    return folder.absolute().name, ""
 
 
 def output_place(output_dir: str | Path, *, setting: str = "output_dir") -> Place:

@@ -23,7 +23,7 @@ from mlc_ray.config.base import (
     parse_config,
     parse_yaml,
     read_config_file,
-    refuse_userinfo,
+    refuse_credentials,
 )
 from mlc_ray.config.calibration import CalibrationConfig
 from mlc_ray.config.chat import PLAIN_CHAT, ChatSection
@@ -122,5 +122,5 @@ __all__ = [
     "parse_config",
     "parse_yaml",
     "read_config_file",
-    "refuse_userinfo",
+    "refuse_credentials",
 ]

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from mlc_ray.config.component import COMPONENT_FAULTS
 from mlc_ray.errors import MlcRayError
+from mlc_ray.secrets import HIDDEN, credential_in, hide, is_secret_name, secret_fields
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -48,20 +48,29 @@ class Section(BaseModel):
             raise ValueError(f"{str(value).lower()} is a truth value, which this field does not take")
         return value
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_key_among_further_settings(cls, value: Any, info: ValidationInfo) -> Any:
+        """Settings of other libraries, which are passed on as they are: what a credential is called is refused."""
+        if isinstance(value, dict) and (found := next(secret_fields(value), None)) is not None:
+            raise ValueError(
+                f"{info.field_name}.{found} would be kept with the settings, and is called as a credential is (its "
+                "value is not shown); give it by the environment"
+            )
+        return value
+
 
 ConfigT = TypeVar("ConfigT", bound="Section")
 
 
-def refuse_userinfo(field: str, uri: str, fix: str) -> None:
-    """Refuse a `uri` that carries a user name or password: settings are written into folders, manifests and trackers.
+def refuse_credentials(field: str, uri: str, fix: str) -> None:
+    """Refuse a `uri` that carries a credential: settings are written into folders, manifests and trackers.
 
     Raises:
-        ValueError: It carries one; the message leaves them out.
+        ValueError: It carries one; the message leaves it out.
     """
-    host = urlsplit(uri).netloc
-    if "@" in host:
-        hidden = uri.replace(host, f"...@{host.rpartition('@')[2]}", 1)
-        raise ValueError(f"{field}={hidden!r} carries a user name or password, which run folders would keep; {fix}")
+    if (found := credential_in(uri)) is not None:
+        raise ValueError(f"{field}={hide(uri)!r} carries {found}, which run folders would keep; {fix}")
 
 
 def _plain_types(annotation: Any) -> set[Any]:
@@ -194,10 +203,13 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     keys = dotted.strip().split(".")
     if not separator or not all(keys):
         raise ConfigError(f"override {override!r} is not of the form section.field=value")
+    is_secret = is_secret_name(keys[-1])  # no field is called so, and what follows says that
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        said = " (it is not shown)" if is_secret else f": {error}"
+        override = f"{dotted}={HIDDEN}" if is_secret else override
+        raise ConfigError(f"override {override!r}: the value is not valid YAML{said}") from None
     node: Any = raw
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -279,19 +291,32 @@ def _explain(schema: type[Section], item: Any, place: tuple[str | int, ...]) -> 
         near = [f"{section}.{name}" for section in _sections_with(schema, name)]
         near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{path}={value!r}: no such field{hint} (valid here: {', '.join(names)})"
+        shown = HIDDEN if is_secret_name(name) else _shown(value)
+        return f"{path}={shown}: no such field{hint} (valid here: {', '.join(names)})"
     if item["type"] == "model_type":
-        return f"{path}={value!r}: expected a section, with fields of {', '.join(_field_names(schema, item['loc']))}"
+        fields = ", ".join(_field_names(schema, item["loc"]))
+        return f"{path}={_shown(value)}: expected a section, with fields of {fields}"
     if item["type"] == "missing":
         return f"{path}: required, but not given"
     message = item["msg"].removeprefix("Value error, ") + _how_to_write(item["type"], value)
     return (
-        f"{path}={value!r}: {message}"
+        f"{path}={_shown(value)}: {message}"
         if path and not isinstance(value, dict)
         else f"{path}: {message}"
         if path
         else message
     )
+
+
+def _shown(value: Any) -> str:
+    """A value as a message quotes it: without the fields that are called as credentials are."""
+
+    def without(inner: Any) -> Any:
+        if isinstance(inner, Mapping):
+            return {key: HIDDEN if is_secret_name(str(key)) else without(each) for key, each in inner.items()}
+        return [without(each) for each in inner] if isinstance(inner, list) else inner
+
+    return hide(repr(without(value)))
 
 
 def _how_to_write(fault: str, value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from mlc_ray._registry import UnknownComponentError, resolve
+from mlc_ray.secrets import credential_in
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `s3:/b` too: what pathlib makes of s3://b
 _LIKE_URL = re.compile(r"(\w[\w+.-]+):")  # `s3:b`; one letter alone may be a drive
@@ -30,6 +31,7 @@ def real_path(path: str) -> str:
     Raises:
         ValueError: it is or has; the message says what to give instead.
     """
+    _refuse_credentials(path)
     if path != path.strip():
         raise ValueError("it begins or ends with white space; leave that out")
     scheme = scheme_of(path)
@@ -59,6 +61,7 @@ def stored_path(path: str) -> str:
     Raises:
         ValueError: no storage is registered for its scheme; the message says what to give instead.
     """
+    _refuse_credentials(path)
     scheme = scheme_of(path)
     if scheme in (None, "file"):
         return real_path(path)
@@ -85,6 +88,14 @@ def config_path(path: str) -> str:
         ValueError: as `real_path`.
     """
     return path if path.startswith("recipe:") else real_path(path)
+
+
+def _refuse_credentials(path: str) -> None:
+    if scheme_of(path) is not None and (found := credential_in(path)) is not None:
+        raise ValueError(
+            f"it carries {found}, which folders and logs would keep; leave that out: credentials come from the "
+            "environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, HF_TOKEN, ...)"
+        )
 
 
 RealPath = Annotated[str, AfterValidator(real_path)]

@@ -15,7 +15,7 @@ from mlc_ray.config.base import (
     Resume,
     RunName,
     Section,
-    refuse_userinfo,
+    refuse_credentials,
 )
 from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentSettings, settings_by_default
@@ -195,6 +195,11 @@ class LoggingSection(Section):
     """Where the numbers go. metrics.jsonl is always written."""
 
     every: PositiveInt = Field(1, description="Optimizer steps between rows of the console table.")
+    json_lines: bool = Field(
+        False,
+        description="Write what driver and workers log into `logs/` of the run folder, as JSON lines with run, trial, "
+        "worker and step.",
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
     wandb: str | None = Field(None, description="Weights & Biases project to log to.")
     mlflow: str | None = Field(
@@ -214,7 +219,7 @@ class LoggingSection(Section):
     @model_validator(mode="after")
     def _no_secrets_in_a_uri(self) -> LoggingSection:
         if self.mlflow is not None:
-            refuse_userinfo(
+            refuse_credentials(
                 "logging.mlflow", self.mlflow, "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
             )
         return self

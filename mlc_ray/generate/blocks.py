@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import EngineDiedError, Part
+from mlc_ray.monitoring import count
 from mlc_ray.progress import Phase
 
 logger = logging.getLogger(__name__)
@@ -211,6 +212,7 @@ class Job:
             self.queue.extendleft(reversed(rest))
             return
         logger.warning("row %d is given up: %s", piece.first, fault)
+        count("mlc_engine_rows_given_up", part=self.part.name)
         rows = self.part.stage.given_up(piece.rows, fault, **self.part.settings)
         self._fill(piece, pa.Table.from_pylist(rows, schema=self.part.columns), marked=True)
 

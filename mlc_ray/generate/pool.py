@@ -30,13 +30,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.exceptions
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.blocks import Job, Landed, Piece, block_size
 from mlc_ray.generate.engine import Device
-from mlc_ray.generate.replica import EngineDiedError, Part, Replica, Weights, reason
+from mlc_ray.generate.replica import DIED, STATES, EngineDiedError, Part, Replica, Weights, reason
+from mlc_ray.generate.stage import TOKENS
+from mlc_ray.monitoring import count, measure
 from mlc_ray.progress import Phase, phase
 
 logger = logging.getLogger(__name__)
@@ -161,10 +164,12 @@ class EnginePool:
             if piece is None:  # a start, and `_feed` says when those failed too often
                 continue
             if found.fault is None:
+                self._count(found.result)
                 job.take(piece, found.result)
             else:
                 job.failed(piece, found.fault, found.at)
         self._feed(job.queue)
+        self._tell_state(job.left)
 
     def drop(self) -> None:
         """End who is busy with a piece: what it would give is wanted no more."""
@@ -237,6 +242,7 @@ class EnginePool:
         """End the actors at once, even in the middle of a block."""
         for replica in self.replicas:
             replica.end()
+        self._tell_state(0)
 
     def __enter__(self) -> EnginePool:
         return self
@@ -341,12 +347,27 @@ class EnginePool:
         fault = f"{replica} {trouble}"
         replica.failures += replica.method in ("start", "swap")
         replica.end(hung=hung)
+        how = "hung" if hung else "died" if trouble == DIED else "failed"
+        count("mlc_engine_failures", part=self.part.name, reason=how)
         logger.warning("%s%s%s", fault, at, "" if self._may_start(replica) else "; it is given up")
         return _Outcome(replica, fault=fault, at=at)
 
     def _again(self, replica: Replica, weights: Weights | None) -> None:
+        count("mlc_engine_restarts", part=self.part.name)
         logger.warning("%s is started again", replica)
         replica.begin(weights)
+
+    def _count(self, columns: pa.Table) -> None:
+        count("mlc_engine_rows", len(columns), part=self.part.name)
+        if TOKENS in columns.column_names:
+            count("mlc_engine_tokens", pc.sum(columns[TOKENS]).as_py() or 0, part=self.part.name)
+
+    def _tell_state(self, left: int) -> None:
+        states = [replica.state for replica in self.replicas]
+        for state in STATES:
+            measure("mlc_engines", states.count(state), part=self.part.name, state=state)
+        measure("mlc_engine_blocks_in_flight", len(self._pieces), part=self.part.name)
+        measure("mlc_engine_rows_left", left, part=self.part.name)
 
     def _gone(self) -> EngineDiedError:
         why = f"in {self.part.limits.retries + 1} tries; their faults are logged"

@@ -38,6 +38,8 @@ LIGHT_CPUS = 0.1
 
 _LIGHT = EngineSection()  # how long an actor without an engine may take, and how often it is tried
 _KILL_SECONDS = 10.0
+DIED = "died"
+STATES = ("starting", "working", "idle", "gone")
 Weights = tuple[str | None, bool]
 """A folder or hub name, and whether it is an adapter's; (None, True) is no adapter."""
 
@@ -216,6 +218,13 @@ class Replica:
         return self.actor is not None and self.doing is None
 
     @property
+    def state(self) -> str:
+        """One of `STATES`."""
+        if self.actor is None:
+            return "gone"
+        return "idle" if self.doing is None else "starting" if self.method == "start" else "working"
+
+    @property
     def where(self) -> Where | None:
         """Where the actor runs; None if it is nowhere yet, or has not said it."""
         if self._where is None and self._asked_where is not None:
@@ -373,5 +382,5 @@ def reason(error: BaseException) -> str:
     if isinstance(error, ray.exceptions.RayTaskError) and error.cause is not None:
         return f"failed by {type(error.cause).__name__}: {error.cause}"
     if isinstance(error, ray.exceptions.ActorDiedError | ray.exceptions.ActorUnavailableError):
-        return "died"
+        return DIED
     return f"failed by {type(error).__name__}: {str(error).strip().splitlines()[0]}"

@@ -41,6 +41,7 @@ ANSWERS = pa.schema(
 )  # fmt: skip
 """The columns that answering adds: `thoughts` is null where none were taken off, `response_tokens` counts both; `fault`
 says why an engine gave no answer (finish `ENGINE_FAULT`), else null."""
+TOKENS = "response_tokens"
 _NO_LIMIT = 1 << 62
 
 

@@ -35,12 +35,14 @@ from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
+from mlc_ray.monitoring import told_of
 from mlc_ray.runs import (
     KEPT_FOLDER,
     REPLIES_FILE,
     REQUEST_FILE,
     RESPONSES_FILE,
     SCORES_FILE,
+    names_of,
     output_place,
     pinned_weights,
     training_languages,
@@ -119,6 +121,8 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
         check_lengths(model, config.engine, config.max_new_tokens)
     _check_free(place, resume=config.resume == "auto")
     judge.check_ready(user_cache())
+    run, trial = names_of(place)
+    told_of(run=run, trial=trial)
     with lease(place, wait=config.resume == "auto"):
         _check_free(place, resume=config.resume == "auto")  # another process may have scored there meanwhile
         with _worked_on(place) as folder:
@@ -226,6 +230,8 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         beside = source.parent / f"{source.name}-{judge.name}"
         target = beside if out is None else output_place(str(out), setting="out")
         _check_free(target)
+    run, trial = names_of(target)
+    told_of(run=run, trial=trial)
     with lease(target, wait=False), _worked_on(target) as folder:
         device = _connect(config)
         decided = judge_with_dtypes(config.judge, gpu=device == "gpu", before=earlier)

@@ -26,6 +26,7 @@ from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.pool import EnginePool, expected_errors, work
 from mlc_ray.generate.replica import EngineDiedError, Part
 from mlc_ray.judges.base import make_judge
+from mlc_ray.monitoring import told_of
 from mlc_ray.progress import phase
 from mlc_ray.runs import REPLIES_FILE, RESPONSES_FILE, SCORES_FILE
 from mlc_ray.score.chain import Pass, chain
@@ -53,10 +54,11 @@ class WarmScore:
 
 
 class Scorer:
-    """The pools of a score, open, and the prompts."""
+    """The pools of a score, open, and the prompts; `run` is what metrics call it."""
 
-    def __init__(self, parts: list[Part], prompts: pa.Table, device: Device) -> None:
+    def __init__(self, parts: list[Part], prompts: pa.Table, device: Device, run: str = "") -> None:
         self._made = parts, prompts, device
+        told_of(run=run)
 
     def start(self) -> None:
         """Start all actors; raises what a stage raises."""
@@ -166,6 +168,7 @@ def start_scorer(
     *,
     device: Device,
     folder: Path,
+    run: str = "",
     lora_rank: int | None = None,
     in_turn: bool = False,
     others: Sequence[pa.Table] = (),
@@ -176,6 +179,7 @@ def start_scorer(
         model: Hugging Face folder or hub name.
         prompts: a table of `generate.stage.PROMPTS`.
         folder: for an endpoint's replies, and for what it did and cost.
+        run: the search or study, as metrics call it.
         lora_rank: the rank of adapters that are to be served, None where whole models are.
         in_turn: engines give their GPU memory back between scores; they reserve no GPU of Ray, and use the first one
             of their machine.
@@ -189,7 +193,7 @@ def start_scorer(
     parts = [answering(model, scoring, judging, device, warm=warm, in_turn=in_turn)]
     replies = Place(folder / REPLIES_FILE)
     parts += reading(judging, device, rows=len(prompts), usage=folder, replies=replies).values()
-    actor: Any = ray.remote(Scorer).options(num_cpus=0).remote(parts, prompts, device)  # it only waits
+    actor: Any = ray.remote(Scorer).options(num_cpus=0).remote(parts, prompts, device, run)  # it only waits
     try:
         # Shown here: what the actor's own process says of them is seen by nobody.
         engines = sum(part.replicas for part in parts if part.engine is not None)

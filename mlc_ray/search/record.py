@@ -10,6 +10,7 @@ from typing import Any
 
 import ray.tune
 
+from mlc_ray.monitoring import measure, told_of
 from mlc_ray.runs import STOPPED_FILE
 from mlc_ray.score.scorer import ScorerDiedError
 from mlc_ray.search.confirm import drop_models
@@ -45,6 +46,8 @@ class Recorder(ray.tune.Callback):
         self.over = False  # whether no trial of this process will run any more
         self._began: dict[str, float] = {}
         self._took: list[float] = []
+        self._errors = 0
+        told_of(run=shared.folder.name)
 
     def progress(self) -> Progress:
         """From what the trials of this process took so far."""
@@ -72,6 +75,7 @@ class Recorder(ray.tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune for every trial that begins."""
         self._began[trial.trial_id] = time.monotonic()
+        self._tell()
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -109,6 +113,7 @@ class Recorder(ray.tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Called by Tune for every trial that failed."""
+        self._errors += 1
         self._began.pop(trial.trial_id, None)
         logger.warning("trial %s  %s  failed", trial.config[FOLDER], _values(trial.config[VALUES]))
         folder = self._shared.trial_folder(trial.config[FOLDER])
@@ -120,7 +125,14 @@ class Recorder(ray.tune.Callback):
             self._end.fault = error
         self._try_to_write()
 
+    def _tell(self) -> None:
+        ended = sum(map(has_ended, trial_folders(self._shared.folder)))
+        for state, number in {"ended": ended, "running": len(self._began), "failed": self._errors}.items():
+            measure("mlc_search_trials", number, state=state)
+        measure("mlc_search_trials_planned", self._total)
+
     def _try_to_write(self) -> None:
+        self._tell()
         try:
             self.write()
         except OSError as error:  # a store that is away for a while must not end the trials

@@ -209,7 +209,8 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
     order = _layer_order(config, space, base, folder, device)
     lora_rank = _lora_rank(space)
     scorer = start_scorer(
-        model, scoring, prompts.selection.table, device=device, folder=local_side(folder), lora_rank=lora_rank,
+        model, scoring, prompts.selection.table, device=device, folder=local_side(folder), run=folder.name,
+        lora_rank=lora_rank,
         in_turn=config.share_gpu, others=[prompts.confirmation.table],
     )  # fmt: skip
     try:

@@ -338,7 +338,9 @@ def _score(plan: Plan, prompts: Prompts, folder: Place, model: str, cells: Seque
     if not jobs:
         return
     try:
-        scorer = start_scorer(path, scoring, prompts.table, device=_device(cells[0]), folder=local_side(folder))
+        scorer = start_scorer(
+            path, scoring, prompts.table, device=_device(cells[0]), folder=local_side(folder), run=folder.name
+        )
     except (PreemptedError, ScorerDiedError):
         raise
     except MlcRayError as error:  # of this model's: the other models can be run all the same

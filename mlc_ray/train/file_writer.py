@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
@@ -73,11 +74,16 @@ class FileWriter:
     """Writes files into a folder in the order in which they are put, holding at most `room` bytes of them, or one.
 
     After a fault nothing more is written, and what is put is dropped.
+
+    Attributes:
+        written: what is, by name.
+        seconds: that writing took.
     """
 
     def __init__(self, folder: Place, room: int) -> None:
         self.folder, self.room = folder, room
         self.written: dict[str, Written] = {}
+        self.seconds = 0.0
         self._waiting: deque[tuple[str, Parts] | None] = deque()
         self._held, self._ended = 0, False
         self._changed = threading.Condition()
@@ -124,7 +130,9 @@ class FileWriter:
             if (job := self._waiting.popleft()) is None:
                 return False
         name, parts = job
+        started = time.monotonic()
         self.written[name] = write_file(self.folder / name, parts)
+        self.seconds += time.monotonic() - started
         with self._changed:
             self._held -= size_of(parts)
             self._changed.notify_all()

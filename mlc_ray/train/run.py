@@ -29,6 +29,7 @@ from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec, train_worker
 from mlc_ray.train.failures import error_inside
+from mlc_ray.train.log_files import log_file
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
 from mlc_ray.train.openings import branches_of, fingerprint_openings
 from mlc_ray.train.planning import (
@@ -132,7 +133,7 @@ def train(
     )
     if score is None:  # a search has asked before its trials
         check_nodes(run_folder.parent, paths_read(config))
-    with lease(run_folder, wait=config.resume == "auto") as held:
+    with lease(run_folder, wait=config.resume == "auto") as held, log_file(config, run_folder):
         config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it, or ended it
         if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
             return _said_to_have_ended(result)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from mlc_ray.config import TrainConfig
 from mlc_ray.device import available_memory
 from mlc_ray.errors import MlcRayError
+from mlc_ray.monitoring import count
 from mlc_ray.runs import checkpoint_folder, weights_folder
 from mlc_ray.storage import MANIFEST, Place, StorageError, StorageFaultError, library_versions, sealed, sync_folders
 from mlc_ray.train import published
@@ -120,6 +122,7 @@ class CheckpointSaver:
         if self._going is not None:
             self._say_that_it_waits(progress)
             self.finish()
+        started = time.monotonic()
         room = self._room = self._find_room() if self._room is None else self._room
         if (going := self._begun(checkpoint_folder(self.run, progress.step), progress, room)) is None:
             return
@@ -129,6 +132,7 @@ class CheckpointSaver:
                 going.ranges.setdefault(name, []).append(found)
             going.writer.put(f"{STATE}/{file.name}", file.parts)
         self._put_weights(going)
+        self._took("copy", time.monotonic() - started)
 
     def publish(self, progress: Progress, *, ends: bool) -> None:
         """Have the weights alone written, those of earlier steps then removed; `ends` is whether the step is the last.
@@ -136,9 +140,11 @@ class CheckpointSaver:
         As with `save`, they are there after `finish`; what is being written already is waited for.
         """
         self.finish()
+        started = time.monotonic()
         if (going := self._begun(weights_folder(self.run, progress.step), progress, AHEAD_BYTES)) is not None:
             going.ends = ends
             self._put_weights(going)
+            self._took("copy", time.monotonic() - started)
 
     def _begun(self, folder: Place, progress: Progress, room: int) -> _Going | None:
         """What is written into `folder` from now on; None where an earlier one there cannot be removed."""
@@ -189,6 +195,8 @@ class CheckpointSaver:
     def _settle(self, going: _Going) -> None:
         if not going.all_written:
             fault = going.writer.wait()
+            self._took("upload", going.writer.seconds)
+            count("mlc_checkpoint_bytes", sum(size for size, _ in going.writer.written.values()))
             everyones = gather_objects((going.ranges, going.writer.written, _told(fault)))
             faults = [fault for _, _, fault in everyones if fault is not None]
             if not self._has_failed(going.folder, faults[0] if faults else None):
@@ -203,9 +211,13 @@ class CheckpointSaver:
         fault = going.completing.wait() if going.completing is not None else None
         if not self._has_failed(going.folder, from_rank_zero(_told(fault))):
             self._going, self.newest, self.fault = None, going.folder, None
+            if self.engine.rank == 0:
+                count("mlc_checkpoints", outcome="saved")
+                logger.info("step %d is saved in %s", going.progress.step, going.folder)
 
     def _complete(self, going: _Going, index: Mapping[str, object] | None, written: dict[str, Written]) -> None:
         """Rank 0's part; there is no `index` of weights alone."""
+        started = time.monotonic()
         if index is not None:
             written[f"{STATE}/{INDEX}"] = write_file(going.folder / STATE / INDEX, [json.dumps(index).encode()])
         manifest: dict[str, Any] = {
@@ -226,6 +238,7 @@ class CheckpointSaver:
         with_retries("storing what was logged", self.record)
         file = going.folder / MANIFEST
         with_retries(f"writing {file}", lambda: file.write_json(sealed(manifest)))
+        self._took("complete", time.monotonic() - started)
         try:
             if going.ends is None:
                 prune_checkpoints(self.run, self.config.checkpoint, manifest["step"])
@@ -254,12 +267,16 @@ class CheckpointSaver:
             raise fault
         self.fault = f"checkpoint {str(folder)!r} could not be written: {fault}"
         if self.engine.rank == 0:
+            count("mlc_checkpoints", outcome="failed")
             logger.warning("%s. The checkpoints before it stay as they are", self.fault)
             try:
                 remove_checkpoint(folder)
             except (OSError, StorageError) as error:
                 logger.warning("what is there of it could not be removed, and will be at the next start: %s", error)
         return True
+
+    def _took(self, phase: str, seconds: float) -> None:
+        count("mlc_checkpoint_seconds", seconds, phase=phase)
 
     def _find_room(self) -> int:
         """Bytes that this worker's files may take in host memory before they are written.

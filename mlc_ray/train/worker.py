@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -32,9 +33,11 @@ from mlc_ray.train.divergence import forget_divergence
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec
 from mlc_ray.train.forward import n_layers
+from mlc_ray.train.log_files import log_file
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, load_policy, resolve_layer
+from mlc_ray.train.monitor import Monitor
 from mlc_ray.train.openings import branches_of
 from mlc_ray.train.planning import check_groups, cutting_of_worker, held_out_cutting, order_of
 from mlc_ray.train.preemption import SIGTERM, Notice, StopFile, highest
@@ -52,6 +55,8 @@ from mlc_ray.train.validation import Validation, batches_of, plans_of
 from mlc_ray.train.watchdog import Watchdog
 from mlc_ray.types import Batch, ReferenceTable, move
 
+logger = logging.getLogger(__name__)
+
 
 def engine_class(config: TrainConfig) -> type[Engine]:
     """The engine that `config.engine` names."""
@@ -61,7 +66,14 @@ def engine_class(config: TrainConfig) -> type[Engine]:
 def work(spec: WorkerSpec) -> None:
     """Train, as one worker of a run."""
     config = parse_config(TrainConfig, spec.config)
-    with begun(config, spec.run_folder, spec.lease) as (watchdog, device):
+    send_warnings()
+    rank = ray.train.get_context().get_world_rank()
+    with (
+        log_file(config, spec.run_folder, rank) as lines,
+        begun(config, spec.run_folder, spec.lease) as (watchdog, device),
+    ):
+        if lines is not None:
+            lines.step = lambda: watchdog.step
         _work(spec, config, watchdog, device)
 
 
@@ -125,9 +137,11 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
     tracker = Tracker(config, run, progress.step, guard.check, begins=begins) if rank == 0 else None
     is_past_divergence = False
     with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext(), contextlib.closing(steps):
+        monitor = Monitor(run, rank, bundles=progress.bundles, steps=spec.total_steps)
 
         def log(step: int, metrics: Metrics) -> None:
             watchdog.beat("logging", step)
+            monitor.log(step, metrics)
             if tracker is not None:
                 guard.check()
                 tracker.log(step, {**metrics, "tokens_per_forward": float(cutting.tokens_per_forward)})
@@ -145,6 +159,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
             record=partial(record, tracker, guard) if tracker is not None else lambda: None,
         )
         saves = WatchedSaves(spec, saver, watchdog, guard)
+        logger.info("trains from step %d of %d on %s", progress.step, spec.total_steps, device)
         try:
             train_loop(
                 config,

@@ -29,6 +29,7 @@ from mlc_ray.data.rejects import Rejects
 from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import place_of as engine_place
 from mlc_ray.logs import keep_in
+from mlc_ray.monitoring import told_of
 from mlc_ray.runs import (
     ANSWERS_FOLDER,
     BUNDLES_FOLDER,
@@ -95,6 +96,7 @@ def translate(config: TranslateConfig) -> TranslateResult:
         MlcRayError: what the readers of the sources, the engines, the endpoint and the judge raise.
     """
     place = output_place(config.output_dir) / config.name
+    told_of(run=config.name)
     before = read_request(place)
     if before is not None and config.resume == "never":
         raise TranslationError(

@@ -30,6 +30,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm, check_positions, engine_environment
 from mlc_ray.generate.pool import EnginePool
 from mlc_ray.generate.replica import Part
+from mlc_ray.monitoring import told_of
 from mlc_ray.runs import UTILITY_FILE, output_folder, pinned_weights
 from mlc_ray.score.plan import counted
 from mlc_ray.score.results import ScoresFileError, load_scores
@@ -72,6 +73,7 @@ def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Ut
     check_positions(model, config.engine)
     name = fingerprint_model(model)
     folder = _folder(config, name)
+    told_of(run=folder.name)
     earlier = load_utility(folder) if (folder / UTILITY_FILE).is_file() else None
     if earlier is not None and earlier.fingerprint != name:
         raise UtilityError(

@@ -1,0 +1,103 @@
+"""Logs as JSON lines, in files of a folder: one for the driver, one for each worker. Off unless it is asked for.
+
+    with json_lines(folder / "worker-00000.jsonl", run="mine", worker=0) as lines:
+        lines.step = lambda: 3
+
+Written are the messages of this package from INFO on, and those of libraries that go through Python's logging from
+WARNING on; an exception that ends the block is the last line. Credentials are left out (`secrets.hide`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mlc_ray.secrets import hide
+
+logger = logging.getLogger(__name__)
+_OURS = "mlc_ray"
+
+
+class JsonLines(logging.Handler):
+    """Adds a line to a file for each message; `step` is asked for the step that it belongs to."""
+
+    def __init__(self, file: Path, *, run: str, trial: str, worker: int | None) -> None:
+        super().__init__()
+        self.step: Callable[[], int | None] = lambda: None
+        self._always = {"run": run, "trial": trial, "worker": worker}
+        self._process = {"host": socket.gethostname(), "pid": os.getpid()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file.open("a", encoding="utf-8", buffering=1)
+        self._formatter = logging.Formatter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one message; a disk that does not take it costs the line, not the run."""
+        if record.levelno < logging.WARNING and record.name.partition(".")[0] != _OURS:
+            return
+        try:
+            self._file.write(self.line(record) + "\n")
+        except (OSError, ValueError):  # a full disk; a message after the end
+            self.handleError(record)
+
+    def line(self, record: logging.LogRecord) -> str:
+        """A message as JSON."""
+        said = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": hide(record.getMessage()),
+            **self._always,
+            "step": self.step(),
+            **self._process,
+        }
+        if record.exc_info:
+            said["exception"] = hide(self._formatter.formatException(record.exc_info))
+        return json.dumps(said, ensure_ascii=False)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: the terminal and the file of libraries have the message as well."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+@contextmanager
+def json_lines(file: Path, *, run: str, trial: str = "", worker: int | None = None) -> Iterator[JsonLines]:
+    """Write what is logged while the block runs, by any thread of this process.
+
+    Args:
+        file: is added to.
+        run: what the run is called, and
+        trial: which trial of a search or cell of a study it is, if it is one.
+        worker: the rank; None for the driver.
+    """
+    handler = JsonLines(file, run=run, trial=trial, worker=worker)
+    ours, root = logging.getLogger(_OURS), logging.getLogger()
+    level = ours.level
+    if ours.getEffectiveLevel() > logging.INFO:
+        ours.setLevel(logging.INFO)
+    root.addHandler(handler)
+    if not ours.propagate:  # in workers (`logs.send_warnings`)
+        ours.addHandler(handler)
+    try:
+        yield handler
+    except BaseException as error:
+        record = logger.makeRecord(
+            logger.name, logging.ERROR, __file__, 0, "ended by %s: %s", (type(error).__name__, error),
+            (type(error), error, error.__traceback__),
+        )  # fmt: skip
+        handler.handle(record)  # into this file alone: whoever catches it shows it
+        raise
+    finally:
+        root.removeHandler(handler)
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+        handler.close()
