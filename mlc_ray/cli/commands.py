@@ -426,6 +426,13 @@ def probe_model(path: str, overrides: Sequence[str]) -> ModelSection:
     return parse_config(ModelSection, {**raw, "path": path})
 
 
+def plan_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray plan`."""
+    from mlc_ray.cli.plan import plan_command as plan
+
+    plan(arguments)
+
+
 def export_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray export`."""
     from mlc_ray.train.export import export

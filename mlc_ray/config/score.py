@@ -313,6 +313,10 @@ class ScoreConfig(ScoringSection):
     resume: Resume = Field("never", description=RESUME)
     address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
+    plan: Literal["check", "off"] = Field(
+        "check",
+        description="`check`: a score whose engines cannot hold the model, by docs/plan.md, is refused before they start.",
+    )
 
     @field_validator("seen_languages")
     @classmethod

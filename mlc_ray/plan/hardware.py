@@ -52,7 +52,11 @@ def gpu_of(name: str) -> Gpu:
     """
     key = name.lower()
     if key not in _SHEETS:
-        begins = [(short, sheet) for short, sheet in _SHEETS.items() if f"{name} ".startswith((f"{sheet[0]} ", f"{sheet[0]}-"))]
+        begins = [
+            (short, sheet)
+            for short, sheet in _SHEETS.items()
+            if f"{name} ".startswith((f"{sheet[0]} ", f"{sheet[0]}-"))
+        ]
         if not begins:
             raise HardwareError(f"gpu {name!r} is not known; there are {', '.join(_SHEETS)}")
         longest = max(len(sheet[0]) for _, sheet in begins)

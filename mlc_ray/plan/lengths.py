@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -36,6 +36,8 @@ class Weights:
     head: int
     bundles: int
     said: str
+    cuts: dict[str, Cut] = field(default_factory=dict, compare=False, repr=False)
+    """Cuts that were made already, by all that they depend on."""
 
     def __len__(self) -> int:
         return self.bundles
@@ -56,7 +58,9 @@ def weights_of(config: TrainConfig, cache: Place | None) -> Weights:
     if not here or not Path(config.model.path).expanduser().is_dir():
         return assumed(config)
     try:
-        made = prepared_tokens(config.data, config.model, chat=config.chat, cache_dir=cache) if cache and small else None
+        made = (
+            prepared_tokens(config.data, config.model, chat=config.chat, cache_dir=cache) if cache and small else None
+        )
         if made is not None:
             return of_artifact(made)
         return _of_sample(config, count=small)
@@ -108,7 +112,9 @@ def _of_sample(config: TrainConfig, *, count: bool) -> Weights:
     from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
 
     data = config.data
-    template = ChatTemplate(load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code), config.chat)
+    template = ChatTemplate(
+        load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code), config.chat
+    )
     rows: list[TokenRow] = []
     bundles, of_bytes, read = 0, 0, 0
     files = [file for source in data.train for file in resolve_source(source)]
@@ -169,6 +175,14 @@ class Cut:
 
 def cut(config: TrainConfig, weights: Weights, *, tokens_per_forward: int, workers: int) -> Cut:
     """Cut some batches as a run would; openings of responses, which terms on decisions add, are left out."""
+    decides = config.model_dump_json(include={"objective", "mlc", "terms", "train", "seed"})
+    key = f"{tokens_per_forward} {workers} {decides}"
+    if key not in weights.cuts:
+        weights.cuts[key] = _cut(config, weights, tokens_per_forward=tokens_per_forward, workers=workers)
+    return weights.cuts[key]
+
+
+def _cut(config: TrainConfig, weights: Weights, *, tokens_per_forward: int, workers: int) -> Cut:
     cutting = cutting_of(config, weights, tokens_per_forward=tokens_per_forward, world_size=workers)
     steps = min(LOOKED_AT, steps_of(config, weights))
     # Of a sample, batches are drawn from it.
@@ -188,7 +202,9 @@ def cut(config: TrainConfig, weights: Weights, *, tokens_per_forward: int, worke
             for micro, of_micro in zip(plan.forwards, plan.tokens, strict=True)
             for forward, said in zip(micro, of_micro, strict=True)
         ]
-    mean = [round(sum(column) / len(forwards)) for column in zip(*(vars(row).values() for row in forwards), strict=True)]
+    mean = [
+        round(sum(column) / len(forwards)) for column in zip(*(vars(row).values() for row in forwards), strict=True)
+    ]
     largest = max(forwards, key=lambda row: (row.tokens, row.head))
     return Cut(tokens / steps, numbers / steps, largest, Row(*mean), taps / steps)
 
@@ -208,4 +224,3 @@ def row_of(lengths: Lengths, cutting: Cutting, head: int, taps: bool, tokens: in
     pairs += sum(float((number * answer * (answered + answer)).sum()) for answer in answers)
     keys = head + prompts + sum(int((number * (answered + answer - 1)).clip(min=0).sum()) for answer in answers)
     return Row(tokens, keys, round(pairs) + head * head, rows, int(languages.sum()) if taps else 0)
-

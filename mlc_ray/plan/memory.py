@@ -185,9 +185,12 @@ def reduction(held: Holding) -> Part:
     return Part("reduction", copies * elements, f"{copies} B x {elements:,} gradients")
 
 
-def activations(config: TrainConfig, shape: Shape, row: Row, size: int) -> list[Part]:
-    """What the largest forward keeps, and what its backward works with."""
-    kept = kept_bytes(shape, row, config.model, size) + table_bytes(shape, row, size)
+def activations(config: TrainConfig, shape: Shape, row: Row, size: int, kept_share: float = 1.0) -> list[Part]:
+    """What the largest forward keeps, and what its backward works with.
+
+    `kept_share` is what a calibration measured of it, in units of what is counted: an allocator's gaps come on top.
+    """
+    kept = round(kept_share * (kept_bytes(shape, row, config.model, size) + table_bytes(shape, row, size)))
     how = {True: "checkpointed", "selective": "selectively checkpointed", False: "all kept"}
     checkpointing = how[config.model.gradient_checkpointing]
     tapped = tap_bytes(shape, row, config.mlc.extractor_dim, size)
@@ -199,9 +202,11 @@ def activations(config: TrainConfig, shape: Shape, row: Row, size: int) -> list[
     ]
 
 
-def peak(config: TrainConfig, shape: Shape, held: Holding, row: Row, *, forwards: float) -> tuple[Part, ...]:
+def peak(
+    config: TrainConfig, shape: Shape, held: Holding, row: Row, *, forwards: float, kept_share: float = 1.0
+) -> tuple[Part, ...]:
     """The parts where a step is highest."""
-    acts = activations(config, shape, row, held.size)
+    acts = activations(config, shape, row, held.size, kept_share)
     grads, live, collected, reduced = gradients(held), gathered(held, shape), bucket(held), reduction(held)
     base = [*states(held), *reference_part(held), live]
     if held.device == "gpu":
@@ -212,7 +217,13 @@ def peak(config: TrainConfig, shape: Shape, held: Holding, row: Row, *, forwards
     phases = [
         [*base, *([grads] if forwards > 1 or held.stage == 3 else []), *([collected] if stays else []), *acts],
         [*base, grads, collected, reduced, *left],
-        [*base, grads, *([collected] if held.stage == 3 else []), Part("AdamW's copy", copied, "flat gradients"), *left],
+        [
+            *base,
+            grads,
+            *([collected] if held.stage == 3 else []),
+            Part("AdamW's copy", copied, "flat gradients"),
+            *left,
+        ],
     ]
     if 0 < held.bucket < held.trained:  # the first bucket is full while most activations are there
         share = 1 - held.bucket / held.trained
@@ -240,9 +251,13 @@ def node_parts(config: TrainConfig, held: Holding, *, per_node: int, background:
     parts = [Part("processes", per_node * 2 * 2**30, f"2 GiB x {per_node} workers, assumed")]
     if held.offload_optimizer:
         state = round((16 + held.size) * held.trained * share)
-        parts.append(Part("offloaded state", state, f"{16 + held.size} B x {held.trained:,} x {per_node}/{held.workers}"))
+        parts.append(
+            Part("offloaded state", state, f"{16 + held.size} B x {held.trained:,} x {per_node}/{held.workers}")
+        )
     if held.offload_parameters:
-        parts.append(Part("offloaded weights", round(held.size * held.whole * share), f"{held.size} B x {held.whole:,}"))
+        parts.append(
+            Part("offloaded weights", round(held.size * held.whole * share), f"{held.size} B x {held.whole:,}")
+        )
     if background:
         copy = round(12 * held.trained * share)
         parts.append(Part("checkpoint copy", copy, f"12 B x {held.trained:,} x {per_node}/{held.workers}"))
@@ -259,7 +274,9 @@ def disk_parts(config: TrainConfig, held: Holding, *, steps: int, lora: bool) ->
     every, for_good = config.checkpoint.every, config.checkpoint.keep_every
     number = min(config.checkpoint.keep, -(-steps // every)) if every else 1
     kept = steps // for_good if for_good else 0
-    parts = [Part("checkpoints", number * one, f"{number} x (12 B x {held.trained:,} of state + {weights:,} B of weights)")]
+    parts = [
+        Part("checkpoints", number * one, f"{number} x (12 B x {held.trained:,} of state + {weights:,} B of weights)")
+    ]
     if kept:
         parts.append(Part("kept for good", kept * one, f"{kept} x {one:,} B"))
     # The next one is written before the oldest is removed.

@@ -74,7 +74,9 @@ def read_calibrations(file: Path | None = None) -> list[Rates]:
     try:
         return [Rates(**each) for each in json.loads(file.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
-        raise CalibrationError(f"{str(file)!r} is damaged ({error}); remove it, and run mlc-ray plan --calibrate") from None
+        raise CalibrationError(
+            f"{str(file)!r} is damaged ({error}); remove it, and run mlc-ray plan --calibrate"
+        ) from None
 
 
 def write_calibration(rates: Rates, file: Path | None = None) -> Path:

@@ -62,12 +62,12 @@ def plan_run(
     device = "cpu" if cluster.gpu is None else "gpu"
     held = holding_of(config, shape, workers=workers, dtype=dtype, device=device)
     limit = cluster.gpu.memory if cluster.gpu is not None else (cluster.node_memory or 0) // max(1, cluster.per_node)
-    budget = _budget(config, shape, held, weights, limit)
+    budget = _budget(config, shape, held, weights, limit, rates.kept)
     cutting = cut(config, weights, tokens_per_forward=budget, workers=workers)
     per_node = min(workers, cluster.per_node)
     steps = steps_of(config, weights)
     disk, checkpoint = disk_parts(config, held, steps=steps, lora=config.model.lora is not None)
-    worker = list(peak(config, shape, held, cutting.largest, forwards=cutting.forwards))
+    worker = list(peak(config, shape, held, cutting.largest, forwards=cutting.forwards, kept_share=rates.kept))
     node = node_parts(config, held, per_node=per_node, background=config.checkpoint.background is not False)
     if device == "cpu":
         node = (*node, Part("workers", per_node * sum(part.bytes for part in worker), f"{per_node} workers, as above"))
@@ -99,7 +99,7 @@ def plan_run(
     )  # fmt: skip
 
 
-def _budget(config: TrainConfig, shape: Shape, held: Holding, weights: Weights, limit: int) -> int:
+def _budget(config: TrainConfig, shape: Shape, held: Holding, weights: Weights, limit: int, kept: float) -> int:
     """`train.tokens_per_forward`, or what `auto` makes of the memory that states leave."""
     said = config.train.tokens_per_forward
     if said != "auto":
@@ -109,7 +109,7 @@ def _budget(config: TrainConfig, shape: Shape, held: Holding, weights: Weights, 
     there = [*states(held), *reference_part(held), gradients(held), gathered(held, shape), bucket(held)]
     free = limit - CUDA_CONTEXT - sum(part.bytes for part in there)
     sample = cut(config, weights, tokens_per_forward=8192, workers=held.workers).largest
-    each = sum(part.bytes for part in activations(config, shape, sample, held.size)) / sample.tokens
+    each = sum(part.bytes for part in activations(config, shape, sample, held.size, kept)) / sample.tokens
     return max(1, int(USED_SHARE * max(0, free) / each))
 
 
@@ -143,4 +143,3 @@ def _assumed(rates: Rates, cluster: Cluster, shape: Shape) -> tuple[str, ...]:
     if not shape.counted:
         said.append("parameters by arithmetic, not counted from modules")
     return tuple(said)
-

@@ -64,9 +64,7 @@ def seconds(
 ) -> tuple[Seconds, float]:
     """Of a step, and the useful operations of all workers in it."""
     lora = config.model.lora is not None
-    of_row = flops(
-        shape, cut.mean, trained=0.0 if lora else 1.0, head_trained=not lora, pairs=attended(cut.mean)
-    )
+    of_row = flops(shape, cut.mean, trained=0.0 if lora else 1.0, head_trained=not lora, pairs=attended(cut.mean))
     worker = of_row * cut.forwards
     again = 1 + REPEATED[config.model.gradient_checkpointing]
     online = 1.0
@@ -78,7 +76,9 @@ def seconds(
     compute = worker / rates.flops * again * online
     share = held.trained / (held.workers if held.stage else 1)
     adamw = share / (OFFLOADED_ADAMW if held.offload_optimizer and cluster.gpu is not None else rates.adamw)
-    return Seconds(compute, _exposed(held, cut, compute, rates, cluster), adamw, overhead), of_row * cut.forwards * held.workers
+    return Seconds(
+        compute, _exposed(held, cut, compute, rates, cluster), adamw, overhead
+    ), of_row * cut.forwards * held.workers
 
 
 def attended(row: Row) -> int:

@@ -117,7 +117,11 @@ def shape_of(config: PretrainedConfig, name: str) -> Shape:
     size = int(read("head_dim", default=hidden // heads))
     key_heads = int(read("num_key_value_heads", default=heads))
     experts = int(read("num_experts", "num_local_experts", "n_routed_experts", default=0))
-    inner = int(read("moe_intermediate_size") if experts and read("moe_intermediate_size") else read("intermediate_size", default=4 * hidden))
+    inner = int(
+        read("moe_intermediate_size")
+        if experts and read("moe_intermediate_size")
+        else read("intermediate_size", default=4 * hidden)
+    )
     vocabulary, layers = int(text.vocab_size), int(text.num_hidden_layers)
     queries, keys = heads * size, key_heads * size
     block = 2 * hidden * (queries + keys) + 3 * hidden * inner * max(1, experts) + hidden * experts

@@ -1,0 +1,34 @@
+"""The cluster that is there, as a plan sees it: by what Ray says of its nodes."""
+
+from __future__ import annotations
+
+import os
+
+from mlc_ray.cluster import living_nodes
+from mlc_ray.plan.hardware import Cluster, HardwareError, gpu_of
+
+_ACCELERATOR = "accelerator_type:"
+
+
+def cluster_there(*, gpu: bool) -> Cluster | None:
+    """Of the nodes that Ray has; None where their GPUs are none of the table.
+
+    On CPUs it is this machine, with all the memory that it has: one that is only busy now is not refused.
+    """
+    if not gpu:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Cluster(None, 1, 1, memory)
+    nodes = [node["Resources"] for node in living_nodes() if node["Resources"].get("GPU", 0)]
+    names = {name.removeprefix(_ACCELERATOR) for node in nodes for name in node if name.startswith(_ACCELERATOR)}
+    found = []
+    for name in names:
+        try:
+            found.append(gpu_of(name.removesuffix("-80G").replace("-40G", "-40")))
+        except HardwareError:
+            return None
+    if not found:
+        return None
+    least = min(found, key=lambda each: each.memory)
+    gpus = int(sum(node["GPU"] for node in nodes))
+    memory = min((int(node["memory"]) for node in nodes if "memory" in node), default=None)
+    return Cluster(least, gpus, max(1, int(min(node["GPU"] for node in nodes))), memory)
