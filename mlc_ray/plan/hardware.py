@@ -50,18 +50,12 @@ def gpu_of(name: str) -> Gpu:
     Raises:
         HardwareError: It is not known.
     """
-    key = name.lower()
-    if key not in _SHEETS:
-        begins = [
-            (short, sheet)
-            for short, sheet in _SHEETS.items()
-            if f"{name} ".startswith((f"{sheet[0]} ", f"{sheet[0]}-"))
-        ]
-        if not begins:
-            raise HardwareError(f"gpu {name!r} is not known; there are {', '.join(_SHEETS)}")
-        longest = max(len(sheet[0]) for _, sheet in begins)
-        named = [short for short, sheet in begins if len(sheet[0]) == longest]
-        key = next((short for short in named if "40" in short) if "40GB" in name else iter(named[::-1]))
+    key = name.lower().removeprefix("nvidia ").replace("a100-sxm4-40gb", "a100-40").replace(" ", "-")
+    # PyTorch's names go on behind the sheet's: the longest that the name begins with.
+    begins = [short for short in _SHEETS if f"{key}-".startswith(f"{short}-")]
+    if not begins:
+        raise HardwareError(f"gpu {name!r} is not known; there are {', '.join(_SHEETS)}")
+    key = max(begins, key=len)
     title, gib, terabytes, gigabytes = _SHEETS[key]
     peak = peak_tflops(title, "bfloat16")
     assert peak is not None, title
