@@ -1,8 +1,8 @@
 """Plans against measurements on a CPU: memory above the process's start, and the time of a step.
 
-Each point trains the shipped sample for a few optimizer steps in processes of its own (`plan_worker.py`). A calibration of
-each model and type comes first, in the same run and file. What is in the file already is not measured again, so that the
-command can be repeated after whatever ended it:
+Each point trains the shipped sample for a few optimizer steps in processes of its own (`plan_worker.py`). A calibration
+of each model and type comes first, in the same run and file. What is in the file already is not measured again, so that
+the command can be repeated after whatever ended it:
 
     python benchmarks/plan_accuracy.py --smollm2 FOLDER --qwen FOLDER --out plan_accuracy.json
     python benchmarks/plan_accuracy.py --smollm2 FOLDER --out plan_accuracy.json --only smollm2-stage2
@@ -161,10 +161,8 @@ def line(name: str, found: Mapping[str, Any]) -> str:
         what for what, off, goal in (("memory", memory, MEMORY_GOAL), ("time", time, TIME_GOAL)) if abs(off) > goal
     ]
     note = f"missed: {', '.join(missed)}" if missed else ""
-    return (
-        f"| {name} | {said['memory'] / 2**30:.2f} | {plan['memory'] / 2**30:.2f} | {memory:+.1%} | {said['seconds']:.2f} | "
-        f"{plan['seconds']:.2f} | {time:+.1%} | {note} |"
-    )
+    of_memory = f"{said['memory'] / 2**30:.2f} | {plan['memory'] / 2**30:.2f} | {memory:+.1%}"
+    return f"| {name} | {of_memory} | {said['seconds']:.2f} | {plan['seconds']:.2f} | {time:+.1%} | {note} |"
 
 
 def table(results: Results) -> str:

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,7 @@ def _train(point: Mapping[str, Any], model: str, folder: str) -> dict[str, Any]:
     engine = DeepSpeed(module, config, torch.device("cpu"))
     memory["engine"] = resident() - start
     memory["peak_until_engine"] = read_peak("cpu") - start
-    cutting = cutting_of(
-        config, tokens, tokens_per_forward=point["tokens"], world_size=engine.world_size
-    )
+    cutting = cutting_of(config, tokens, tokens_per_forward=point["tokens"], world_size=engine.world_size)
     planned = plans(tokens, order_of(config, tokens), cutting, range(steps))
     table = ReferenceRows(chosen=np.zeros(len(tokens)), rejected=np.zeros(len(tokens)))
     seconds: list[float] = []
@@ -164,7 +163,7 @@ def _train(point: Mapping[str, Any], model: str, folder: str) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "memory": {**memory, "after_steps": after, "peak": max(peaks), "start": start, "phases": phases},
-        "seconds": [b - a for a, b in zip(seconds, seconds[1:], strict=False)],
+        "seconds": [b - a for a, b in pairwise(seconds)],
         "tokens": [each["tokens"] for each in metrics],
         "forwards": [each["forwards"] for each in metrics],
     }

@@ -156,7 +156,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     rates = calibrate(config)
     file = write_calibration(rates)
     print(
-        f"{rates.device}, {rates.dtype}: {rates.flops / 1e9:.4g}e9 useful operations a second, {rates.forward_seconds:.2g} s a "
-        f"block and forward beside its tokens, AdamW {rates.adamw:.3g} parameters a second, activations {rates.kept:.2f} times "
-        f"what is counted; kept in {file}"
+        f"{rates.device}, {rates.dtype}: {rates.flops / 1e9:.4g}e9 useful operations a second, "
+        f"{rates.forward_seconds:.2g} s a block and forward beside its tokens, AdamW {rates.adamw:.3g} parameters a "
+        f"second, activations {rates.kept:.2f} times what is counted; kept in {file}"
     )

@@ -100,8 +100,8 @@ class ClusterSection(Section):
 
     plan: Literal["check", "off"] = Field(
         "check",
-        description="`check`: a run whose memory cannot fit, by docs/plan.md, is refused before it starts; `off`: it is "
-        "tried.",
+        description="`check`: a run whose memory cannot fit, by docs/plan.md, is refused before it starts; `off`: it "
+        "is tried.",
     )
 
     @property

@@ -1,7 +1,7 @@
 """What a forward keeps for its backward, in bytes: counted tensor by tensor, as PyTorch's autograd keeps them.
 
-For each block of a Llama, and of what is built like it, with elements of s bytes (2 in bfloat16), hidden size h, queries
-q = heads x size, keys k = key heads x size, feed-forward f, of each token:
+For each block of a Llama, and of what is built like it, with elements of s bytes (2 in bfloat16), hidden size h,
+queries q = heads x size, keys k = key heads x size, feed-forward f, of each token:
 
     norms         2 x (4 h + s h)    the input in float32, and what it becomes before its weight
     projections   2 x s h            the inputs of query, key and value, and of gate and up

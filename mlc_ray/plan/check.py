@@ -101,9 +101,9 @@ def check_engine(model: str, scoring: ScoringSection, *, gpu: bool, cluster: Clu
     else:
         fix = "GPUs with more memory, or a smaller model"
     raise PlanError(
-        f"an engine for {shape.name} needs {plan.bytes / GIB:.1f} GiB, of which weights {plan.weights / GIB:.1f}, but may "
-        f"have {plan.limit / GIB:.1f} (engine.tensor_parallel={engine.tensor_parallel}, engine.gpu_memory_utilization="
-        f"{engine.gpu_memory_utilization}); {fix}"
+        f"an engine for {shape.name} needs {plan.bytes / GIB:.1f} GiB, of which weights {plan.weights / GIB:.1f}, but "
+        f"may have {plan.limit / GIB:.1f} (engine.tensor_parallel={engine.tensor_parallel}, "
+        f"engine.gpu_memory_utilization={engine.gpu_memory_utilization}); {fix}"
     )
 
 

@@ -1,4 +1,4 @@
-"""How a run's batches are cut: its order, its steps, and the budget of a forward; of token rows, or of what they weigh."""
+"""How a run's batches are cut: its order, its steps, the budget of a forward; of token rows, or of what they weigh."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ class Weighed(Protocol):
     """Token rows, or what is known of their lengths: `head` is how many tokens all prompts begin with."""
 
     @property
-    def head(self) -> int: ...
+    def head(self) -> int:
+        """Tokens that all prompts begin with."""
+        ...
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Bundles."""
+        ...
 
 
 class Keyed(Weighed, Protocol):
     """Token rows with the keys that order them."""
 
     @property
-    def keys(self) -> Keys: ...
+    def keys(self) -> Keys:
+        """Of all rows, [N]."""
+        ...
 
 
 def order_of(config: TrainConfig, tokens: Keyed) -> Order:

@@ -1,4 +1,4 @@
-"""The cheapest settings that fit: those asked for, with as little changed as it takes, in the order of what it costs."""
+"""Settings that fit: the cheapest ones, and those that differ least from what is asked."""
 
 from __future__ import annotations
 

@@ -11,8 +11,18 @@ from mlc_ray.plan.cutting import CPU_TOKENS, steps_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import Weights, cut
 from mlc_ray.plan.memory import (
-    CUDA_CONTEXT, Holding, activations, bucket, disk_parts, gathered, gradients, holding_of, node_parts, peak,
-    reference_part, states,
+    CUDA_CONTEXT,
+    Holding,
+    activations,
+    bucket,
+    disk_parts,
+    gathered,
+    gradients,
+    holding_of,
+    node_parts,
+    peak,
+    reference_part,
+    states,
 )  # fmt: skip
 from mlc_ray.plan.rates import Rates
 from mlc_ray.plan.records import Memory, Part, RunPlan, Work
@@ -83,7 +93,11 @@ def plan_run(
         gpu="cpu" if cluster.gpu is None else cluster.gpu.name,
         workers=workers,
         nodes=-(-workers // cluster.per_node),
-        settings={**{name: _read(config, name) for name in SETTINGS}, "train.tokens_per_forward": budget, "model.dtype": dtype},
+        settings={
+            **{name: _read(config, name) for name in SETTINGS},
+            "train.tokens_per_forward": budget,
+            "model.dtype": dtype,
+        },
         memory=memory,
         work=Work(
             cutting.tokens, cutting.forwards, cutting.largest.tokens, cutting.largest.head, useful,

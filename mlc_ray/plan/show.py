@@ -46,8 +46,8 @@ def run_lines(plan: RunPlan, cheapest: Fitting | None) -> list[str]:
     time = plan.seconds
     lines += [
         "",
-        f"a step: {plan.work.tokens:,.0f} tokens in {plan.work.forwards:.3g} forwards of each worker, {time.step:.3g} s: "
-        f"compute {time.compute:.3g}, exchange not hidden {time.exchange:.3g}, AdamW {time.optimizer:.3g}, forwards "
+        f"a step: {plan.work.tokens:,.0f} tokens in {plan.work.forwards:.3g} forwards of each worker, {time.step:.3g} "
+        f"s: compute {time.compute:.3g}, exchange not hidden {time.exchange:.3g}, AdamW {time.optimizer:.3g}, forwards "
         f"{time.overhead:.3g}",
         f"the run: {plan.steps:,} steps, {_time(plan.wall_seconds)} (of it the reference beforehand "
         f"{_time(plan.reference_seconds)}), {plan.gpu_hours:.3g} {'CPU-worker' if plan.gpu == 'cpu' else 'GPU'} hours",
@@ -70,8 +70,8 @@ def score_lines(plan: ScorePlan) -> list[str]:
 def search_lines(plan: SearchPlan) -> list[str]:
     """A search's plan, in a line."""
     return [
-        f"the search: {plan.trials} trials, {plan.at_once} at once, {_time(plan.seconds)}, {plan.gpu_hours:.3g} GPU hours; "
-        "what confirms the best comes on top"
+        f"the search: {plan.trials} trials, {plan.at_once} at once, {_time(plan.seconds)}, {plan.gpu_hours:.3g} GPU "
+        "hours; what confirms the best comes on top"
     ]
 
 

@@ -1,6 +1,6 @@
 """One probe of a device: forwards and backwards of the settings' model, AdamW, and what other workers cost.
 
-It runs in processes of its own, so that what it measures of memory is its own; see docs/plan.md for what a plan makes of
+It runs in processes of its own, so that what it measures of memory is its own; docs/plan.md says what a plan makes of
 it.
 """
 
@@ -45,7 +45,8 @@ STEPPED, SENT = 2**25, 2**24
 
 @dataclass(frozen=True)
 class Probed:
-    """What was measured: seconds and useful operations of a small and a large forward, and bytes against counted ones."""
+    """Seconds and useful operations of a small and a large forward, its bytes in units of counted ones, and AdamW's
+    parameters a second."""
 
     seconds: tuple[float, float]
     flops: tuple[float, float]
@@ -101,7 +102,9 @@ def rows_of(config: TrainConfig, number: int) -> list[TokenRow]:
     Raises:
         ConfigError: There are fewer.
     """
-    template = ChatTemplate(load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code), config.chat)
+    template = ChatTemplate(
+        load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code), config.chat
+    )
     rows: list[TokenRow] = []
     for file in (file for source in config.data.train for file in resolve_source(source)):
         for row in Reading(file).rows():

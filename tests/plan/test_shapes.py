@@ -15,10 +15,14 @@ PUBLISHED = {  # what model cards and reports say, in billions
 @pytest.mark.parametrize("name", list(published()))
 def test_the_arithmetic_counts_what_modules_have(name):
     config, _ = config_of(name)
+    assert shape_of(config, name).parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=5e-3)
+    # All blocks are alike; making 80 of them takes a second even where they have no memory.
+    config.num_hidden_layers = 2
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
     shape = shape_of(config, name)
     exact = counted(shape, config)
     assert (shape.parameters, shape.block) == (exact.parameters, exact.block)
-    assert exact.parameters / 1e9 == pytest.approx(PUBLISHED[name], rel=5e-3)
 
 
 def test_a_shape_is_found_by_the_end_of_its_name_and_by_the_hub_s():
