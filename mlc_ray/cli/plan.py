@@ -114,8 +114,8 @@ def _scored(scoring: ScoringSection, shape: Shape, cluster: Cluster) -> ScorePla
 
 def _prompts(scoring: ScoringSection) -> int:
     """Prompts of the benchmarks that are here; of others as many as the published test set has, in ten languages."""
-    from mlc_ray.data.bundles import Bundle
     from mlc_ray.data.sources import Reading, resolve_source
+    from mlc_ray.types import Bundle
 
     number = 0
     for source in scoring.benchmarks:

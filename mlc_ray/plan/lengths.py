@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -107,9 +108,9 @@ def _count(config: TrainConfig) -> int:
 
 
 def _of_sample(config: TrainConfig, *, count: bool) -> Weights:
-    from mlc_ray.data.bundles import Bundle
     from mlc_ray.data.sources import Reading, resolve_source
     from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
+    from mlc_ray.types import Bundle
 
     data = config.data
     template = ChatTemplate(
@@ -145,7 +146,7 @@ def _of_sample(config: TrainConfig, *, count: bool) -> Weights:
 def of_rows(rows: Sequence[TokenRow]) -> Weights:
     """Those of token rows."""
 
-    def further(row: TokenRow, name: str) -> int:
+    def further(row: TokenRow, name: Literal["chosen", "rejected"]) -> int:
         return sum(len(answer[name] or ()) for answer in row.answers)
 
     columns = [

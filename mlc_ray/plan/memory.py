@@ -132,9 +132,9 @@ def reference_part(held: Holding) -> list[Part]:
 
 def gradients(held: Holding) -> Part:
     """Of a step, once a backward has ended."""
-    if held.offload_optimizer:
+    if held.offload_optimizer and held.stage >= 2:
         return Part("gradients", 0, "in the node's memory")
-    if held.stage < 2:
+    if held.stage < 2:  # at stage 1 they are reduced, and offloaded, once the whole backward has ended
         return Part("gradients", held.size * held.trained, f"{held.size} B x {held.trained:,} trained parameters")
     return Part(
         "gradients", 4 * held.trained // held.workers, f"4 B x {held.trained:,} trained parameters / {held.workers}"

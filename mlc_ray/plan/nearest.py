@@ -47,23 +47,23 @@ def fitting(
         plan = plan_run(changed, shape, cluster, weights, rates, dtype=dtype, workers=workers)
         if plan.memory.fits:
             found.append(Fitting(changes, plan))
-    return sorted(found, key=lambda one: ("model.lora" in one.changes, one.plan.seconds.step, len(one.changes)))
+    return sorted(found, key=lambda one: ("model.lora.rank" in one.changes, one.plan.seconds.step, len(one.changes)))
 
 
 def cheapest(found: list[Fitting]) -> Fitting | None:
     """The one to take: fastest, and of those that are nearly as fast (2 %) the one with the fewest changes."""
     if not found:
         return None
-    lora = "model.lora" in found[0].changes
+    lora = "model.lora.rank" in found[0].changes
     best = found[0].plan.seconds.step
-    near = [one for one in found if one.plan.seconds.step <= 1.02 * best and ("model.lora" in one.changes) == lora]
+    near = [one for one in found if one.plan.seconds.step <= 1.02 * best and ("model.lora.rank" in one.changes) == lora]
     return min(near, key=lambda one: len(one.changes))
 
 
 def nearest(found: list[Fitting]) -> Fitting | None:
     """The one with the fewest changes, and of those the fastest."""
     return min(
-        found, key=lambda one: ("model.lora" in one.changes, len(one.changes), one.plan.seconds.step), default=None
+        found, key=lambda one: ("model.lora.rank" in one.changes, len(one.changes), one.plan.seconds.step), default=None
     )
 
 
@@ -78,11 +78,10 @@ def with_settings(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
         *path, last = name.split(".")
         node = raw
         for part in path:
-            node = node.setdefault(part, {})
-        if value is None:
-            node.pop(last, None)
-        else:
-            node[last] = value
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        node[last] = value
     return parse_config(TrainConfig, raw)
 
 
@@ -98,7 +97,7 @@ def _candidates(config: TrainConfig, cluster: Cluster, workers: int) -> Iterator
     }
     offload = [(False, False), (True, False), (True, True)]
     hpz = [1, cluster.per_node] if cluster.nodes > 1 and workers % cluster.per_node == 0 else [1]
-    loras = [{}] if config.model.lora is not None else [{}, {"model.lora": {"rank": 16}}]
+    loras = [{}] if config.model.lora is not None else [{}, {"model.lora.rank": 16}]
     seen = set()
     for lora in loras:
         for stage in (0, 1, 2, 3):

@@ -12,6 +12,7 @@ from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import Weights, cut
 from mlc_ray.plan.memory import (
     CUDA_CONTEXT,
+    Device,
     Holding,
     activations,
     bucket,
@@ -69,7 +70,7 @@ def plan_run(
     """
     if not plannable(config):
         raise PlanError(f"engine.name={config.engine.name!r}: only DeepSpeed's memory is known; set cluster.plan: off")
-    device = "cpu" if cluster.gpu is None else "gpu"
+    device: Device = "cpu" if cluster.gpu is None else "gpu"
     held = holding_of(config, shape, workers=workers, dtype=dtype, device=device)
     limit = cluster.gpu.memory if cluster.gpu is not None else (cluster.node_memory or 0) // max(1, cluster.per_node)
     budget = _budget(config, shape, held, weights, limit, rates.kept)

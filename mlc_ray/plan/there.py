@@ -16,8 +16,7 @@ def cluster_there(*, gpu: bool) -> Cluster | None:
     On CPUs it is this machine, with all the memory that it has: one that is only busy now is not refused.
     """
     if not gpu:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Cluster(None, 1, 1, memory)
+        return Cluster(None, 1, 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     nodes = [node["Resources"] for node in living_nodes() if node["Resources"].get("GPU", 0)]
     names = {name.removeprefix(_ACCELERATOR) for node in nodes for name in node if name.startswith(_ACCELERATOR)}
     found = []

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from mlc_ray.config import ConfigError, ModelSection, TrainConfig, parse_config
 from mlc_ray.data.batches import collate
-from mlc_ray.data.bundles import Bundle
 from mlc_ray.data.sources import Reading, resolve_source
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
 from mlc_ray.device import resolved
@@ -34,7 +34,7 @@ from mlc_ray.plan.rates import Rates
 from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.flops import Work
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, model_depth, resolve_layer
-from mlc_ray.types import Batch, TokenRow, move
+from mlc_ray.types import Batch, Bundle, TokenRow, move
 
 REPEATS = 5
 """Times of each are the median of so many."""
@@ -147,7 +147,7 @@ def _probe(settings: dict[str, object], device: str, threads: int, bundles: int)
     for weight in module.parameters():  # as an engine that reduces gradients while the backward goes on
         weight.register_post_accumulate_grad_hook(_dropped)
     kept = _kept(module, few, many, device)
-    seconds = tuple(_median(lambda each=each: _forward_backward(module, each), device) for each in (few, many))
+    seconds = tuple(_median(partial(_forward_backward, module, each), device) for each in (few, many))
     flops = tuple(work.step(each) if work is not None else 0.0 for each in (few, many))
     return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw(device))
 
