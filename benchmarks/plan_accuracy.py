@@ -80,7 +80,6 @@ def planned(point: Mapping[str, Any], model: str, tokens: TokenArtifact, rates: 
     workers, steps = point["workers"], point["steps"]
     held = holding_of(config, shape, workers=workers, dtype=point["dtype"], device="cpu")
     cutting = cutting_of(config, tokens, tokens_per_forward=point["tokens"], world_size=workers)
-    forwards: list[Row] = []
     of_steps: list[Cut] = []
     for plan in plans(tokens, order_of(config, tokens), cutting, range(steps)):
         rows = [
@@ -91,10 +90,10 @@ def planned(point: Mapping[str, Any], model: str, tokens: TokenArtifact, rates: 
         mean = [round(sum(column) / len(rows)) for column in zip(*(vars(row).values() for row in rows), strict=True)]
         largest = max(rows, key=lambda row: row.tokens)
         of_steps.append(Cut(sum(row.tokens for row in rows), len(plan.forwards), largest, Row(*mean), 1.0))
-        forwards += rows
-    largest = max(forwards, key=lambda row: row.tokens)
-    most = max(cut.forwards for cut in of_steps)
-    parts = peak(config, shape, held, largest, forwards=most, kept_share=rates.kept)
+    each = [
+        peak(config, shape, held, cut.largest, forwards=cut.forwards, kept_share=rates.kept) for cut in of_steps
+    ]
+    parts = max(each, key=lambda parts: sum(part.bytes for part in parts))
     cluster = Cluster(None, workers, workers, None)
     spent = [seconds(config, shape, held, cut, rates=rates, cluster=cluster)[0].step for cut in of_steps[1:]]
     return {

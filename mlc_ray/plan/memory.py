@@ -161,6 +161,8 @@ def bucket(held: Holding) -> Part:
     if held.stage == 0:
         return Part("bucket", 0, "stages 1 to 3 have one")
     size = 4 if held.stage == 3 else held.size
+    if held.device == "cpu" and held.stage == 1:
+        return Part("bucket", 0, "gradients of stage 1 are reduced where they are")
     if held.device == "cpu":
         return Part("bucket", size * elements, f"{size} B x {elements:,} gradients")
     number = 2 if held.stage == 2 else 1
@@ -170,8 +172,8 @@ def bucket(held: Holding) -> Part:
 def reduction(held: Holding) -> Part:
     """What the reduction of a full bucket takes beside it.
 
-    At stages 1 and 2 a flat copy, and that in float32, in which gradients travel; at stage 3 a flat copy in float32 and
-    this worker's part of what comes back; without ZeRO, float32 gradients of all.
+    At stage 2 a flat copy, and at stages 1 and 2 one in float32, in which gradients travel; at stage 3 a flat copy in
+    float32 and this worker's part of what comes back; without ZeRO, float32 gradients of all.
     """
     elements = min(held.bucket, held.trained)
     if held.stage == 0:
@@ -181,7 +183,7 @@ def reduction(held: Holding) -> Part:
         return Part(
             "reduction", 4 * elements + 4 * elements // held.workers, f"4 B x {elements:,} x (1 + 1 / {held.workers})"
         )
-    copies = held.size + (4 if held.size == 2 else 0)
+    copies = (held.size if held.stage == 2 else 0) + (4 if held.size == 2 else 0)
     return Part("reduction", copies * elements, f"{copies} B x {elements:,} gradients")
 
 
@@ -196,7 +198,11 @@ def activations(config: TrainConfig, shape: Shape, row: Row, size: int, kept_sha
     tapped = tap_bytes(shape, row, config.mlc.extractor_dim, size)
     return [
         Part("activations", kept, f"{kept // max(1, row.tokens):,} B x {row.tokens:,} tokens ({checkpointing})"),
-        Part("block in hand", working_bytes(shape, row, config.model, size), "what the backward has of one block"),
+        Part(
+            "block in hand",
+            round(kept_share * working_bytes(shape, row, config.model, size)),
+            "what the backward has of one block",
+        ),
         Part("head rows", head_bytes(shape, row, size), f"{row.head:,} rows of {shape.vocabulary:,} logits"),
         Part("tapped states", tapped, f"{row.tapped:,} prompts, extractor of {config.mlc.extractor_dim}"),
     ]
@@ -208,6 +214,8 @@ def peak(
     """The parts where a step is highest."""
     acts = activations(config, shape, row, held.size, kept_share)
     grads, live, collected, reduced = gradients(held), gathered(held, shape), bucket(held), reduction(held)
+    if held.stage == 2 and held.size == 4 and forwards <= 1:  # nothing is added up: they stay in the bucket
+        grads = Part("gradients", 0, "in the bucket")
     base = [*states(held), *reference_part(held), live]
     if held.device == "gpu":
         base.append(Part("CUDA context", CUDA_CONTEXT, "assumed"))
