@@ -18,6 +18,7 @@ from mlc_ray.plan.runs import plan_run
 from mlc_ray.plan.scores import ScorePlan, plan_score, plan_search
 from mlc_ray.plan.shapes import Shape, config_of, counted, shape_of
 from mlc_ray.plan.show import run_json, run_lines, score_json, score_lines, search_lines
+from mlc_ray.plan.there import cluster_there, this_machine, with_workers
 
 
 def plan_command(arguments: argparse.Namespace) -> None:
@@ -42,7 +43,6 @@ def _cluster(arguments: argparse.Namespace) -> Cluster:
         memory = None if arguments.node_memory is None else int(arguments.node_memory * 2**30)
         return cluster_of(arguments.gpus, arguments.gpu, per_node=arguments.gpus_per_node, node_memory=memory)
     from mlc_ray.cluster import connect, running, use_gpu
-    from mlc_ray.plan.there import cluster_there
 
     if running() is not None:
         connect("auto")
@@ -53,9 +53,7 @@ def _cluster(arguments: argparse.Namespace) -> Cluster:
     if torch.cuda.is_available():
         number = torch.cuda.device_count()
         return Cluster(gpu_of(torch.cuda.get_device_name()), number, number, None)
-    there = cluster_there(gpu=False)
-    assert there is not None
-    return there
+    return this_machine()
 
 
 def _shape(arguments: argparse.Namespace, path: str, *, trust_remote_code: bool) -> Shape:
@@ -76,8 +74,7 @@ def _run(arguments: argparse.Namespace, config: TrainConfig, cluster: Cluster) -
     shape = _shape(arguments, config.model.path, trust_remote_code=config.model.trust_remote_code)
     # All GPUs that are asked for; of a cluster that is there, as many as the run takes.
     workers = arguments.gpus or config.cluster.most_workers
-    if cluster.gpu is None:
-        cluster = Cluster(None, workers, workers, cluster.node_memory)
+    cluster = with_workers(cluster, workers)
     weights: Weights = weights_of(config, artifact_cache(Place(config.output_dir)))
     dtype = _dtype(config.model.dtype, cluster)
     rates: Rates = rates_of(cluster.gpu, dtype)

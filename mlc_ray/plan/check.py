@@ -7,14 +7,14 @@ from functools import cache
 
 from mlc_ray.config import EngineSection, ScoringSection, TrainConfig
 from mlc_ray.plan.hardware import Cluster
-from mlc_ray.plan.lengths import Weights, assumed
+from mlc_ray.plan.lengths import Weights, assumed, least
 from mlc_ray.plan.nearest import fitting, nearest
 from mlc_ray.plan.rates import rates_of
 from mlc_ray.plan.records import GIB, Memory, RunPlan
 from mlc_ray.plan.runs import PlanError, plan_run, plannable
 from mlc_ray.plan.scores import plan_engine
 from mlc_ray.plan.shapes import Shape, ShapeError, config_of, shape_of
-from mlc_ray.plan.there import cluster_there
+from mlc_ray.plan.there import cluster_there, with_workers
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def check_run(
     Args:
         config: the run, its model's type decided.
         gpu: whether its workers have GPUs.
-        weights: what its data weighs, once that is known.
+        weights: what its data weighs, once that is known; before, next to nothing is taken for it.
         cluster: what it runs on (default: the cluster that is there).
 
     Raises:
@@ -40,17 +40,17 @@ def check_run(
         logger.info("memory is not planned: the GPUs of this cluster are not in the table (mlc_ray/plan/hardware.py)")
         return
     workers = config.cluster.least_workers
-    if cluster.gpu is None:  # they share this machine's memory
-        cluster = Cluster(None, workers, workers, cluster.node_memory)
+    cluster = with_workers(cluster, workers)
     shape = _shape(config.model.path, config.model.trust_remote_code)
-    weights = assumed(config) if weights is None else weights
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
-    asked = {"dtype": dtype, "workers": workers}
     rates = rates_of(cluster.gpu, dtype)
-    plan = plan_run(config, shape, cluster, weights, rates, **asked)  # type: ignore[arg-type]
+    plan = plan_run(
+        config, shape, cluster, least() if weights is None else weights, rates, dtype=dtype, workers=workers
+    )
     if plan.memory.fits:
         return
-    found = nearest(fitting(config, shape, cluster, weights, rates, **asked))  # type: ignore[arg-type]
+    weights = assumed(config) if weights is None else weights
+    found = nearest(fitting(config, shape, cluster, weights, rates, dtype=dtype, workers=workers))
     fix = f"the nearest that fits: {found}" if found is not None else "nothing that was tried fits: use more workers"
     raise PlanError(
         f"{said(plan)}; {fix} (`mlc-ray plan --config ...` has all numbers; cluster.plan: off tries anyway)"

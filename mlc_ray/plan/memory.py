@@ -36,6 +36,9 @@ stage3_param_persistence_threshold."""
 CUDA_CONTEXT = 3 * 2**29
 """Assumed: CUDA's context, cuBLAS workspaces and NCCL's buffers, beside what PyTorch allocates."""
 
+PROCESS = {"cpu": 3 * 2**28, "gpu": 2 * 2**30}
+"""A worker with all it imports: 0.7 GB measured on a CPU; with CUDA's libraries assumed."""
+
 HEAP_TENSOR = 32 * 2**20
 """glibc gives the memory of larger tensors back when they are freed (`DEFAULT_MMAP_THRESHOLD_MAX`), and keeps that of
 smaller ones."""
@@ -253,23 +256,25 @@ def _left_on_the_heap(shape: Shape, row: Row, acts: list[Part], size: int) -> Pa
     )  # fmt: skip
 
 
-def node_parts(config: TrainConfig, held: Holding, *, per_node: int, background: bool) -> tuple[Part, ...]:
-    """What the workers of a node hold in its memory, beside their own 2 GiB of libraries and data each."""
+def node_parts(config: TrainConfig, held: Holding, *, per_node: int, memory: int | None) -> tuple[Part, ...]:
+    """What the workers of a node hold in its memory, of `memory` bytes.
+
+    The copy of a checkpoint is there if it is asked for, or by `auto` where half of the memory holds it.
+    """
     share = per_node / held.workers
-    parts = [Part("processes", per_node * 2 * 2**30, f"2 GiB x {per_node} workers, assumed")]
+    each = PROCESS[held.device]
+    parts = [Part("processes", per_node * each, f"{each / 2**30:.2f} GiB x {per_node} workers")]
     if held.offload_optimizer:
         state = round((16 + held.size) * held.trained * share)
-        parts.append(
-            Part("offloaded state", state, f"{16 + held.size} B x {held.trained:,} x {per_node}/{held.workers}")
-        )
+        formula = f"{16 + held.size} B x {held.trained:,} x {per_node}/{held.workers}"
+        parts.append(Part("offloaded state", state, formula))
     if held.offload_parameters:
-        parts.append(
-            Part("offloaded weights", round(held.size * held.whole * share), f"{held.size} B x {held.whole:,}")
-        )
-    if background:
-        copy = round(12 * held.trained * share)
+        weights = round(held.size * held.whole * share)
+        parts.append(Part("offloaded weights", weights, f"{held.size} B x {held.whole:,} x {per_node}/{held.workers}"))
+    copy, asked = round(12 * held.trained * share), config.checkpoint.background
+    if asked is True or (asked == "auto" and (memory is None or copy <= memory / 2)):
         parts.append(Part("checkpoint copy", copy, f"12 B x {held.trained:,} x {per_node}/{held.workers}"))
-    if held.stage != 3:
+    if held.device == "gpu" and held.stage != 3 and held.size == 4:  # files in bfloat16 are mapped, and shared
         loading = per_node * held.size * held.whole
         parts.append(Part("loading", loading, f"{held.size} B x {held.whole:,} x {per_node} workers, at the start"))
     return tuple(parts)

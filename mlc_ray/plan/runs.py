@@ -79,7 +79,7 @@ def plan_run(
     steps = steps_of(config, weights)
     disk, checkpoint = disk_parts(config, held, steps=steps, lora=config.model.lora is not None)
     worker = list(peak(config, shape, held, cutting.largest, forwards=cutting.forwards, kept_share=rates.kept))
-    node = node_parts(config, held, per_node=per_node, background=config.checkpoint.background is not False)
+    node = node_parts(config, held, per_node=per_node, memory=cluster.node_memory)
     if device == "cpu":
         node = (*node, Part("workers", per_node * sum(part.bytes for part in worker), f"{per_node} workers, as above"))
     memory = Memory(tuple(worker), node, disk, limit or 2**62, cluster.node_memory)

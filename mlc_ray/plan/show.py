@@ -10,6 +10,7 @@ from mlc_ray.plan.check import broken
 from mlc_ray.plan.nearest import Fitting
 from mlc_ray.plan.records import GIB, Part, RunPlan
 from mlc_ray.plan.scores import ScorePlan, SearchPlan
+from mlc_ray.progress import counted
 
 
 def run_lines(plan: RunPlan, cheapest: Fitting | None) -> list[str]:
@@ -18,7 +19,7 @@ def run_lines(plan: RunPlan, cheapest: Fitting | None) -> list[str]:
     memory = plan.memory
     lines = [
         f"{plan.model}: {plan.parameters:,} parameters, {plan.trained:,} trained, on {plan.workers} x {plan.gpu} "
-        f"({plan.nodes} nodes)",
+        f"({counted(plan.nodes, 'nodes')})",
         settings,
         f"data: {plan.data}",
         "",

@@ -10,13 +10,26 @@ from mlc_ray.plan.hardware import Cluster, HardwareError, gpu_of
 _ACCELERATOR = "accelerator_type:"
 
 
+def this_machine(*, nodes: int = 1) -> Cluster:
+    """Its CPUs, with all the memory that it has: one that is only busy now is not refused."""
+    return Cluster(None, nodes, 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def with_workers(cluster: Cluster, workers: int) -> Cluster:
+    """The cluster with so many workers on CPUs, spread evenly over its nodes; one with GPUs unchanged."""
+    if cluster.gpu is not None:
+        return cluster
+    return Cluster(None, workers, -(-workers // cluster.nodes), cluster.node_memory)
+
+
 def cluster_there(*, gpu: bool) -> Cluster | None:
     """Of the nodes that Ray has; None where their GPUs are none of the table.
 
-    On CPUs it is this machine, with all the memory that it has: one that is only busy now is not refused.
+    On CPUs all nodes are taken to be like this machine (`this_machine`).
     """
     if not gpu:
-        return Cluster(None, 1, 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        nodes = sum(bool(node["Resources"].get("CPU", 0)) for node in living_nodes())
+        return this_machine(nodes=max(1, nodes))
     nodes = [node["Resources"] for node in living_nodes() if node["Resources"].get("GPU", 0)]
     names = {name.removeprefix(_ACCELERATOR) for node in nodes for name in node if name.startswith(_ACCELERATOR)}
     found = []

@@ -34,8 +34,9 @@ def test_what_fits_and_what_is_not_to_be_checked_passes():
 def test_workers_on_a_cpu_share_its_memory():
     config = run(model={"path": "Qwen/Qwen2.5-0.5B"}, cluster={"workers": 4, "accelerator": "cpu"})
     with pytest.raises(PlanError, match=r"on 4 x cpu needs .* GiB of each worker's memory, which has 6\.0"):
-        check_run(config, gpu=False, cluster=Cluster(None, 4, 4, 24 * 2**30))
-    check_run(config, gpu=False, cluster=Cluster(None, 4, 4, 96 * 2**30))
+        check_run(config, gpu=False, cluster=Cluster(None, 1, 1, 24 * 2**30))
+    check_run(config, gpu=False, cluster=Cluster(None, 1, 1, 96 * 2**30))
+    check_run(config, gpu=False, cluster=Cluster(None, 4, 1, 24 * 2**30))  # four such nodes
 
 
 def test_a_check_takes_less_than_a_second_of_cpu_and_imports_no_model():

@@ -3,13 +3,19 @@
 import numpy as np
 import pytest
 
+from mlc_ray.data.batches import collate
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.stream import plans
 from mlc_ray.data.tables import rows_to_table
+from mlc_ray.plan.activations import Row
 from mlc_ray.plan.cutting import cutting_of, order_of, steps_of
 from mlc_ray.plan.lengths import assumed, cut, of_artifact, of_rows, row_of, weights_of
+from mlc_ray.plan.seconds import attended, flops
+from mlc_ray.plan.shapes import shape_of
+from mlc_ray.train.flops import Work
+from mlc_ray.train.model import PolicyWithExtractor
 from tests.plan.test_memory import run
-from tests.train.tiny import LANGUAGES, random_rows, tiny_config
+from tests.train.tiny import LANGUAGES, random_rows, tiny_config, tiny_model
 
 
 def artifact(folder, rows):
@@ -31,8 +37,6 @@ def test_prepared_rows_are_weighed_exactly(tmp_path):
 
 
 def test_a_forward_holds_what_the_batch_has(tmp_path):
-    from mlc_ray.data.batches import collate
-
     rows = random_rows(6, head=range(9))
     tokens = artifact(tmp_path / "tokens", rows)
     config = tiny_config(mlc={"every": 1}, train={"tokens_per_forward": 10_000, "batch_bundles": 6})
@@ -47,6 +51,19 @@ def test_a_forward_holds_what_the_batch_has(tmp_path):
     assert counted.tapped == len(batch.prompts.tapped)
     pairs = sum(q * k for q, k in zip(batch.tree.lengths, batch.tree.key_lengths, strict=True))
     assert counted.pairs == pytest.approx(pairs, rel=0.1)
+
+
+def test_operations_are_those_that_a_run_logs():
+    rows = random_rows(6, head=range(9))
+    batch = collate(rows, languages=LANGUAGES, weights=[1.0] * 6, needs_rejected=True, reference=None, tap=True)
+    module = PolicyWithExtractor(tiny_model(), layer=3, extractor_dim=16, seed=0)
+    logged = Work.of(module, lambda parameter: tuple(parameter.shape)).step(batch)
+    tree = batch.tree
+    pairs = sum(q * k for q, k in zip(tree.lengths, tree.key_lengths, strict=True))
+    answers = len(batch.chosen.targets) + len(batch.rejected.targets)
+    row = Row(tree.tokens, sum(tree.key_lengths), pairs, answers, len(batch.prompts.tapped))
+    shape = shape_of(module.language_model.config, "tiny")
+    assert flops(shape, row, trained=1.0, head_trained=True, pairs=attended(row)) == pytest.approx(logged, rel=0.02)
 
 
 def test_a_cut_has_the_mean_of_a_run_s_steps(tmp_path):
