@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 
-from mlc_ray.cluster import living_nodes
+from mlc_ray.cluster import node_resources
 from mlc_ray.plan.hardware import Cluster, HardwareError, gpu_of
 
 _ACCELERATOR = "accelerator_type:"
+
+RAY_SHARE = 0.7
+"""What Ray counts as `memory` of a node's: the rest is for its object store."""
 
 
 def this_machine(*, nodes: int = 1) -> Cluster:
@@ -27,10 +30,10 @@ def cluster_there(*, gpu: bool) -> Cluster | None:
 
     On CPUs all nodes are taken to be like this machine (`this_machine`).
     """
+    resources = node_resources()
     if not gpu:
-        nodes = sum(bool(node["Resources"].get("CPU", 0)) for node in living_nodes())
-        return this_machine(nodes=max(1, nodes))
-    nodes = [node["Resources"] for node in living_nodes() if node["Resources"].get("GPU", 0)]
+        return this_machine(nodes=max(1, sum(bool(node.get("CPU", 0)) for node in resources)))
+    nodes = [node for node in resources if node.get("GPU", 0)]
     names = {name.removeprefix(_ACCELERATOR) for node in nodes for name in node if name.startswith(_ACCELERATOR)}
     found = []
     for name in names:
@@ -40,7 +43,6 @@ def cluster_there(*, gpu: bool) -> Cluster | None:
             return None
     if not found:
         return None
-    least = min(found, key=lambda each: each.memory)
-    gpus = int(sum(node["GPU"] for node in nodes))
-    memory = min((int(node["memory"]) for node in nodes if "memory" in node), default=None)
-    return Cluster(least, gpus, max(1, int(min(node["GPU"] for node in nodes))), memory)
+    gpus = [int(node["GPU"]) for node in nodes]
+    memory = min((int(node["memory"] / RAY_SHARE) for node in nodes if "memory" in node), default=None)
+    return Cluster(min(found, key=lambda each: each.memory), sum(gpus), max(1, min(gpus)), memory)
