@@ -110,6 +110,14 @@ docs/translate.md has the checks, and what the files hold.
 """
 
 
+_PLAN = """\
+Nothing is started or downloaded; docs/plan.md has the formulas.
+  mlc-ray plan --config recipe:qwen2.5-7b --gpus 8 --gpu h100
+  mlc-ray plan --config recipe:qwen2.5-7b --shape 72b --gpus 64 --set engine.stage=3 --json
+  mlc-ray plan --config recipe:quickstart --calibrate
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 a mistake that the message explains, 130 interrupted.
 
@@ -325,6 +333,27 @@ def build_parser() -> argparse.ArgumentParser:
     utility.add_argument("--scores", metavar="FOLDER", help="score folder of the same model, to put utility.json into")
     utility.add_argument("--limit", metavar="N", type=int, help="at most N questions per task, for a first look")
     _add_settings(utility)
+
+    plan = add("plan", "Say what a run, a score or a search needs: memory, time, GPU hours.", _PLAN)
+    _add_settings(plan)
+    plan.add_argument(
+        "--for", dest="schema_of", choices=("train", "score", "search"), default="train", help="kind of the file"
+    )
+    plan.add_argument("--gpus", metavar="N", type=int, help="GPUs of a cluster (default: the cluster that is there)")
+    plan.add_argument(
+        "--gpu", metavar="NAME", default="h100", help="what they are, e.g. h100, h200, a100 (default: h100)"
+    )
+    plan.add_argument("--gpus-per-node", metavar="N", type=int, default=8, help="GPUs of a node (default: 8)")
+    plan.add_argument(
+        "--node-memory", metavar="GIB", type=float, help="memory of a node, in GiB (default: not checked)"
+    )
+    plan.add_argument(
+        "--shape", metavar="MODEL", help="instead of the settings' model: 72b, a config.json, a folder or a hub name"
+    )
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument(
+        "--calibrate", action="store_true", help="measure this machine with the settings' model, and keep it"
+    )
 
     config = add("config", "Print the resolved settings, or the JSON schema.", _SETTINGS)
     _add_settings(config)

@@ -319,6 +319,13 @@ def translate_command(arguments: argparse.Namespace) -> None:
     print(f"bundles in {made.bundles}")
 
 
+def plan_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray plan`."""
+    from mlc_ray.cli.plan import plan_command as plan
+
+    plan(arguments)
+
+
 def export_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray export`."""
     from mlc_ray.train.export import export

@@ -320,6 +320,11 @@ class ScoreConfig(ScoringSection):
     address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
     env: VariableNames = ENV
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
+    plan: Literal["check", "off"] = Field(
+        "check",
+        description="`check`: a score whose engines cannot hold the model, by docs/plan.md, is refused before they "
+        "start; `off`: it is tried.",
+    )
 
     @field_validator("seen_languages")
     @classmethod

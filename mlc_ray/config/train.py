@@ -110,6 +110,12 @@ class ClusterSection(Section):
         "step and no part of the loading may take longer; a save may, while its files grow.",
     )
 
+    plan: Literal["check", "off"] = Field(
+        "check",
+        description="`check`: a run whose memory cannot fit, by docs/plan.md, is refused before it starts; `off`: it "
+        "is tried.",
+    )
+
     @property
     def least_workers(self) -> int:
         """The fewest workers that a run goes on with."""

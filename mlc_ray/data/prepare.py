@@ -220,6 +220,16 @@ def prepare_token_rows(
     return artifact
 
 
+def prepared_tokens(
+    data: DataSection, model: ModelSection, *, chat: ChatSection = PLAIN_CHAT, cache_dir: str | Path | Place
+) -> TokenArtifact | None:
+    """What `prepare_token_rows` has made already; None where there is nothing yet."""
+    data = data.model_copy(update={"train": pinned(data.train)})
+    name = token_fingerprint(data, model, chat, _contents(_files(data.train)))
+    folder = Place(cache_dir).absolute() / f"tokens-{name}"
+    return TokenArtifact.open(folder) if is_made(folder) else None
+
+
 def _write_token_rows(
     readings: Sequence[Reading], data: DataSection, model: ModelSection, chat: ChatSection, *, name: str, folder: Place
 ) -> None:

@@ -36,6 +36,7 @@ from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.monitoring import told_of
+from mlc_ray.plan.check import check_engine
 from mlc_ray.runs import (
     KEPT_FOLDER,
     REPLIES_FILE,
@@ -105,6 +106,7 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
         ScoreError: the folder holds a score, with `resume: auto` another one; or `pool` was opened for other settings.
         LeaseError: another process works in the folder. With `resume: auto` it is waited for whether that one is alive.
         ClusterError: the cluster can never hold the engines.
+        PlanError: an engine cannot hold the model (`plan`).
         EngineDiedError: engines die, hang or fail whatever is done; what is answered is kept.
         MlcRayError: what the readers of the benchmarks raise.
         TooManyUnparsedError: when all is written.
@@ -147,6 +149,8 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: En
         seen_languages=config.seen_languages or training_languages(config.model),
     )
     _check_engines(request, judging, device, pool)
+    if config.plan == "check" and pool is None:
+        check_engine(model, config, gpu=device == "gpu")
     check_calibration(config.calibration, judging.identity)
     earlier = _earlier(folder, request, prompts, judging) if config.resume == "auto" else None
     if isinstance(earlier, ScoreResult):

@@ -43,6 +43,7 @@ from mlc_ray.judges.base import make_judge
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
+from mlc_ray.plan.check import check_engine, check_run
 from mlc_ray.runs import (
     BASE_FILE,
     BASELINE_FOLDER,
@@ -188,6 +189,11 @@ def _check(config: SearchConfig, space: Space) -> None:
     connect(base.cluster.address, base.cluster.env)
     check_device(base.model, gpu=_device(base) == "gpu")
     check_feasible(config, base, _device(base))
+    if base.cluster.plan == "check":
+        gpu = _device(base) == "gpu"
+        for corner in space.corners():  # a stage or a budget may be part of it
+            check_run(space.run(corner, name="corner"), gpu=gpu)
+        check_engine(base.model.path, config.scoring, gpu=gpu)
     check_nodes(output_place(config.output_dir), paths_read(base))
 
 

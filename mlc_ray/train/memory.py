@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mlc_ray.config import ModelSection
+from mlc_ray.plan.cutting import CPU_TOKENS as CPU_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-CPU_TOKENS = 2048
-"""`auto` on a CPU, which no more tokens at once make faster: about 3 GB for a model of 135M parameters in float32."""
 
 USED_SHARE = 0.7
 """Of the memory that is free once the model is there; the rest is for the allocator's gaps and what is not counted."""

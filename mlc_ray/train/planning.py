@@ -13,31 +13,24 @@ import torch
 
 from mlc_ray.config import ConfigError, TrainConfig
 from mlc_ray.data.branches import Branches
-from mlc_ray.data.order import Order, total_steps
+from mlc_ray.data.order import Order
 from mlc_ray.data.plan import BudgetError, Cutting, group_of
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans
 from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.cutting import cutting_of as cutting_of
+from mlc_ray.plan.cutting import order_of as order_of
+from mlc_ray.plan.cutting import steps_of as steps_of
+from mlc_ray.plan.cutting import tokens_per_forward as tokens_per_forward
 from mlc_ray.progress import counted
 from mlc_ray.train.collectives import largest
 from mlc_ray.train.engines.base import Engine
-from mlc_ray.train.memory import CPU_TOKENS, Costs, tokens_in
+from mlc_ray.train.memory import Costs, tokens_in
 
 logger = logging.getLogger(__name__)
 
 LOOKED_AT = 100
 """Optimizer steps that are planned at the start, to say what they are like; a batch of 32 is planned in 0.2 ms."""
-
-
-def order_of(config: TrainConfig, tokens: TokenArtifact) -> Order:
-    """The batches of a run."""
-    return Order(tokens.keys, seed=config.seed, batch_bundles=config.train.batch_bundles)
-
-
-def steps_of(config: TrainConfig, tokens: TokenArtifact) -> int:
-    """The optimizer steps of a run."""
-    train = config.train
-    return total_steps(len(tokens), epochs=train.epochs, batch_bundles=train.batch_bundles, max_steps=train.max_steps)
 
 
 def check_terms(config: TrainConfig, steps: int) -> None:
@@ -78,40 +71,6 @@ def _of_one_kind(term: str, tokens: TokenArtifact) -> ConfigError:
         f"{kind}: add bundles of the other kind (their rows, or their source's `kind`, say which they are), or "
         "remove the term"
     )
-
-
-def cutting_of(
-    config: TrainConfig,
-    tokens: TokenArtifact,
-    *,
-    tokens_per_forward: int,
-    world_size: int,
-    branches: Branches | None = None,
-) -> Cutting:
-    """By what they are cut; `branches` are the openings of responses that steps read."""
-    objective, steps = Objective(config), steps_of(config, tokens)
-    return Cutting(
-        tokens_per_forward,
-        world_size,
-        head=tokens.head,
-        rejected=objective.alignment.needs_rejected,
-        taps=lambda step: objective.taps(step, steps),
-        ever_taps=objective.ever_taps,
-        group_bundles=config.train.group_bundles if objective.needs_group else None,
-        pairing=objective.alignment.pairing,
-        whole=objective.alignment.pooling is not None,
-        scope=lambda step: objective.scope(step, steps),
-        widest=objective.widest_scope,
-        branches=branches,
-    )
-
-
-def tokens_per_forward(config: TrainConfig, *, gpu: bool) -> int | None:
-    """What the settings say, or None where the workers must look at their GPUs' memory."""
-    said = config.train.tokens_per_forward
-    if said != "auto":
-        return said
-    return None if gpu else CPU_TOKENS
 
 
 def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine, branches: Branches | None) -> int:

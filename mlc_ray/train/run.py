@@ -22,6 +22,8 @@ from mlc_ray.lease import LeaseGuard, lease
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.nodes import check_nodes
+from mlc_ray.plan.check import check_run
+from mlc_ray.plan.lengths import of_artifact
 from mlc_ray.runs import TRAIN_FOLDER, artifact_cache
 from mlc_ray.storage import Place, absolute_if_here, fingerprint_model, local_side, pinned_model
 from mlc_ray.train.answers import check_answers
@@ -107,6 +109,7 @@ def train(
         DivergedError: the loss or its gradients stayed non-finite; the run's folder says so from then on.
         ModelError: the model's kernels need a GPU, and there is none.
         NodeError: a node does not see what it needs, or has other versions.
+        PlanError: it cannot fit into the memory of its workers (`cluster.plan`).
         HangError: workers made no progress for `cluster.hang_timeout` seconds, more often than `cluster.max_failures`.
         PreemptedError: the driver got SIGTERM, or a worker did, more often than `cluster.max_failures`; the run saved a
             checkpoint, and can be resumed.
@@ -133,6 +136,7 @@ def train(
     )
     if score is None:  # a search has asked before its trials
         check_nodes(run_folder.parent, paths_read(config))
+        check_run(with_model(config, commits[config.model.path]), gpu=gpu)
     with lease(run_folder, wait=config.resume == "auto") as held, log_file(config, run_folder):
         config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it, or ended it
         if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
@@ -248,6 +252,7 @@ def prepare_data(config: TrainConfig, *, cache_dir: Path | Place, layer: int, gp
     """
     tokens = prepare_token_rows(config.data, config.model, chat=config.chat, cache_dir=cache_dir)
     held_out = check_tokens(config, tokens, cache_dir=cache_dir, gpu=gpu)
+    check_run(config, gpu=gpu, weights=of_artifact(tokens))
     artifacts = [tokens, *([held_out] if held_out is not None else [])]
     fingerprints = {"model": fingerprint_model(config.model.path), "tokens": tokens.fingerprint}
     if held_out is not None:

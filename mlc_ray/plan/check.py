@@ -1,0 +1,117 @@
+"""What `train`, `score` and `search` ask before they start: whether it can fit at all."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from mlc_ray.config import EngineSection, ScoringSection, TrainConfig
+from mlc_ray.plan.hardware import Cluster
+from mlc_ray.plan.lengths import Weights, assumed, least
+from mlc_ray.plan.nearest import fitting, nearest
+from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.records import GIB, Memory, RunPlan
+from mlc_ray.plan.runs import PlanError, plan_run, plannable
+from mlc_ray.plan.scores import plan_engine
+from mlc_ray.plan.shapes import Shape, ShapeError, config_of, shape_of
+from mlc_ray.plan.there import cluster_there, with_workers
+
+logger = logging.getLogger(__name__)
+
+
+def check_run(
+    config: TrainConfig, *, gpu: bool, weights: Weights | None = None, cluster: Cluster | None = None
+) -> None:
+    """Refuse a run that cannot fit; what is not known is not refused.
+
+    Args:
+        config: the run, its model's type decided.
+        gpu: whether its workers have GPUs.
+        weights: what its data weighs, once that is known; before, next to nothing is taken for it.
+        cluster: what it runs on (default: the cluster that is there).
+
+    Raises:
+        PlanError: It cannot fit; the message names the part that breaks it and the nearest settings that fit.
+    """
+    if config.cluster.plan == "off" or not plannable(config):
+        return
+    cluster = cluster_there(gpu=gpu) if cluster is None else cluster
+    if cluster is None:
+        logger.info("memory is not planned: the GPUs of this cluster are not in the table (mlc_ray/plan/hardware.py)")
+        return
+    workers = config.cluster.least_workers
+    cluster = with_workers(cluster, workers)
+    shape = _shape(config.model.path, config.model.trust_remote_code)
+    dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
+    rates = rates_of(cluster.gpu, dtype)
+    plan = plan_run(
+        config, shape, cluster, least() if weights is None else weights, rates, dtype=dtype, workers=workers
+    )
+    if plan.memory.fits:
+        return
+    weights = assumed(config) if weights is None else weights
+    found = nearest(fitting(config, shape, cluster, weights, rates, dtype=dtype, workers=workers))
+    fix = f"the nearest that fits: {found}" if found is not None else "nothing that was tried fits: use more workers"
+    raise PlanError(
+        f"{said(plan)}; {fix} (`mlc-ray plan --config ...` has all numbers; cluster.plan: off tries anyway)"
+    )
+
+
+def said(plan: RunPlan) -> str:
+    """What does not fit, and the part that breaks it."""
+    part, where, needs, limit = broken(plan.memory)
+    return (
+        f"{plan.model} with engine.stage={plan.settings['engine.stage']} on {plan.workers} x {plan.gpu} needs "
+        f"{needs / GIB:.1f} GiB of {where}, which has {limit / GIB:.1f}; the largest part is {part}"
+    )
+
+
+def broken(memory: Memory) -> tuple[str, str, int, int]:
+    """The largest part of the place that is too small, that place, what it needs and what it has."""
+    part = memory.breaks
+    assert part is not None
+    named = f"{part.name}, {part.bytes / GIB:.1f} GiB ({part.formula})"
+    if memory.worker_bytes > memory.worker_limit:
+        return named, "each worker's memory", memory.worker_bytes, memory.worker_limit
+    return named, "each node's memory", memory.node_bytes, memory.node_limit or 0
+
+
+def check_engine(model: str, scoring: ScoringSection, *, gpu: bool, cluster: Cluster | None = None) -> None:
+    """Refuse a score whose engines cannot hold the model.
+
+    Raises:
+        PlanError: They cannot; the message names the part and the nearest settings that fit.
+    """
+    cluster = cluster_there(gpu=gpu) if cluster is None else cluster
+    if cluster is None:
+        return
+    engine = scoring.engine
+    try:
+        shape = _shape(model, engine.trust_remote_code)
+    except ShapeError:  # an adapter has no config of its own
+        return
+    plan = plan_engine(shape, engine, cluster)
+    if plan.fits:
+        return
+    for parallel in (2, 4, 8):
+        changed = engine.model_copy(update={"tensor_parallel": parallel})
+        if parallel > engine.tensor_parallel and parallel <= cluster.per_node and _fits(shape, changed, cluster):
+            fix = f"the nearest that fits: engine.tensor_parallel={parallel}"
+            break
+    else:
+        fix = "GPUs with more memory, or a smaller model"
+    raise PlanError(
+        f"an engine for {shape.name} needs {plan.bytes / GIB:.1f} GiB, of which weights {plan.weights / GIB:.1f}, but "
+        f"may have {plan.limit / GIB:.1f} (engine.tensor_parallel={engine.tensor_parallel}, "
+        f"engine.gpu_memory_utilization={engine.gpu_memory_utilization}); {fix}"
+    )
+
+
+def _fits(shape: Shape, engine: EngineSection, cluster: Cluster) -> bool:
+    return plan_engine(shape, engine, cluster).fits
+
+
+@cache
+def _shape(path: str, trust_remote_code: bool) -> Shape:
+    config, name = config_of(path, trust_remote_code=trust_remote_code)
+    return shape_of(config, name)

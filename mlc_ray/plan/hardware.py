@@ -1,0 +1,98 @@
+"""GPUs by what their data sheets say, and the cluster that a plan is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlc_ray.device import peak_tflops
+from mlc_ray.errors import MlcRayError
+
+
+class HardwareError(MlcRayError):
+    """A GPU is not known, or a cluster makes no sense; the message names what is known."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: its memory in bytes, what that gives a second, and what its links to those of the node give a second.
+
+    `peak` is its dense bfloat16, in operations a second. `memory` is what CUDA offers, a little below the sheet's.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+    link: float
+    peak: float
+
+
+_SHEETS = {
+    # memory in GiB that a process can have, memory bandwidth in TB/s, links in GB/s and direction
+    "a100-40": ("NVIDIA A100", 39.4, 1.555, 300),
+    "a100": ("NVIDIA A100", 79.1, 2.039, 300),
+    "h100": ("NVIDIA H100", 79.1, 3.35, 450),
+    "h100-pcie": ("NVIDIA H100 PCIe", 79.1, 2.0, 64),
+    "h100-nvl": ("NVIDIA H100 NVL", 93.1, 3.9, 300),
+    "h200": ("NVIDIA H200", 139.8, 4.8, 450),
+    "l4": ("NVIDIA L4", 22.0, 0.3, 32),
+    "l40s": ("NVIDIA L40S", 44.4, 0.864, 32),
+}
+"""By NVIDIA's data sheets: bandwidth of the memory, NVLink or PCIe of one direction. Dense bfloat16 is
+`device.PEAK_TFLOPS`."""
+
+NETWORK = 50e9
+"""Bytes a second and GPU between nodes, assumed: one 400 Gb/s adapter for each GPU."""
+
+
+def gpu_of(name: str) -> Gpu:
+    """The GPU of a table's name (`h100`), or of PyTorch's (`NVIDIA H100 80GB HBM3`).
+
+    Raises:
+        HardwareError: It is not known.
+    """
+    key = name.lower().removeprefix("nvidia ").replace("a100-sxm4-40gb", "a100-40").replace(" ", "-")
+    # PyTorch's names go on behind the sheet's: the longest that the name begins with.
+    begins = [short for short in _SHEETS if f"{key}-".startswith(f"{short}-")]
+    if not begins:
+        raise HardwareError(f"gpu {name!r} is not known; there are {', '.join(_SHEETS)}")
+    key = max(begins, key=len)
+    title, gib, terabytes, gigabytes = _SHEETS[key]
+    peak = peak_tflops(title, "bfloat16")
+    assert peak is not None, title
+    return Gpu(key, int(gib * 2**30), terabytes * 1e12, gigabytes * 1e9, peak * 1e12)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a plan is for.
+
+    Attributes:
+        gpu: of the workers; None where they compute on CPUs.
+        gpus: of all nodes; on CPUs, workers that the nodes have room for.
+        per_node: GPUs of a node.
+        node_memory: bytes of a node's memory; None where that is not known.
+        network: bytes a second and GPU between nodes.
+    """
+
+    gpu: Gpu | None
+    gpus: int
+    per_node: int
+    node_memory: int | None
+    network: float = NETWORK
+
+    @property
+    def nodes(self) -> int:
+        """Nodes."""
+        return -(-self.gpus // self.per_node)
+
+
+def cluster_of(gpus: int, gpu: str, *, per_node: int = 8, node_memory: int | None = None) -> Cluster:
+    """A cluster that is only thought of.
+
+    Raises:
+        HardwareError: The GPU is not known, or the number of GPUs is no multiple of a node's.
+    """
+    per_node = min(per_node, gpus)
+    if gpus < 1 or gpus % per_node:
+        raise HardwareError(f"{gpus} GPUs are no whole number of nodes of {per_node}; set --gpus-per-node")
+    return Cluster(gpu_of(gpu), gpus, per_node, node_memory)

@@ -1,0 +1,233 @@
+"""What the data weighs, in tokens: from prepared rows, else from a sample of its sources, else assumed and said so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mlc_ray.config import TrainConfig
+from mlc_ray.data.plan import Cutting, Lengths
+from mlc_ray.data.ragged import Ints
+from mlc_ray.errors import MlcRayError
+from mlc_ray.plan.activations import Row
+from mlc_ray.plan.cutting import cutting_of, steps_of
+from mlc_ray.storage import Place
+from mlc_ray.types import TokenRow
+
+SAMPLE, MOST_ROWS, LOOKED_AT = 128, 4096, 20
+"""Bundles that are tokenised, rows that are read of an artefact, and steps that are cut."""
+
+HASHED = 64 * 2**20
+"""Bytes of sources that are read whole to find their prepared rows; of more, a sample is tokenised."""
+
+LANGUAGES, PROMPT, ANSWER, HEAD = 10, 43, 79, 25
+"""The published training data: 10 languages, 427 prompt tokens and 208 of preferences a bundle; a template of 25."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Lengths of some bundles, which stand for all `bundles`; `head` is how many tokens all prompts begin with."""
+
+    lengths: Lengths
+    head: int
+    bundles: int
+    said: str
+    cuts: dict[str, Cut] = field(default_factory=dict, compare=False, repr=False)
+    """Cuts that were made already, by all that they depend on."""
+
+    def __len__(self) -> int:
+        return self.bundles
+
+    def take(self, rows: Sequence[int] | Ints) -> Lengths:
+        """Those of some rows, which are repeated where there are not enough."""
+        return self.lengths.take(np.asarray(rows) % len(self.lengths.prompts))
+
+
+def weights_of(config: TrainConfig, cache: Place | None) -> Weights:
+    """What the bundles of a run weigh; nothing is written and nothing downloaded."""
+    from mlc_ray.data.prepare import prepared_tokens
+
+    paths = [Path(source.path).expanduser() for source in config.data.train]
+    shipped = all(source.path.startswith("sample:") for source in config.data.train)
+    here = shipped or all(path.exists() for path in paths)
+    small = shipped or (here and sum(path.stat().st_size for path in paths if path.is_file()) <= HASHED)
+    if not here or not Path(config.model.path).expanduser().is_dir():
+        return assumed(config)
+    try:
+        made = (
+            prepared_tokens(config.data, config.model, chat=config.chat, cache_dir=cache) if cache and small else None
+        )
+        if made is not None:
+            return of_artifact(made)
+        return _of_sample(config, count=small)
+    except (MlcRayError, OSError) as error:  # a command that runs this will say what is wrong
+        return assumed(config, because=f" ({error})")
+
+
+def of_artifact(tokens: object) -> Weights:
+    """Those of prepared rows: all of them, or `MOST_ROWS` spread evenly."""
+    from mlc_ray.data.store import TokenArtifact
+
+    assert isinstance(tokens, TokenArtifact)
+    rows = np.unique(np.linspace(0, len(tokens) - 1, min(len(tokens), MOST_ROWS)).astype(np.int64))
+    return Weights(
+        tokens.lengths(rows), tokens.head, len(tokens), f"measured: {len(tokens):,} prepared bundles of {tokens.folder}"
+    )
+
+
+def assumed(config: TrainConfig, because: str = "") -> Weights:
+    """As published, where neither data nor tokenizer is at hand."""
+    languages = len(config.data.languages or ()) or LANGUAGES
+    prompts = languages * (HEAD + PROMPT)
+    one = [languages, prompts, HEAD + PROMPT, ANSWER, ANSWER, *[(languages - 1) * ANSWER] * 2, languages - 1]
+    bundles = _count(config)
+    said = (
+        f"assumed{because}: {languages} languages of {PROMPT} tokens behind a template of {HEAD}, answers of {ANSWER} "
+        f"(the published means), {bundles:,} bundles"
+    )
+    return Weights(Lengths(*(np.array([value]) for value in one)), HEAD, bundles, said)
+
+
+def least() -> Weights:
+    """The lightest data there can be: what does not fit with it fits with none."""
+    one = [1, 2, 2, 1, 1, 0, 0, 0]
+    return Weights(Lengths(*(np.array([value]) for value in one)), 1, 1000, "assumed: next to nothing")
+
+
+def _count(config: TrainConfig) -> int:
+    """Bundles of the sources that can be counted here; 1,000 where none can."""
+    from mlc_ray.data.sources import resolve_source
+
+    found = 0
+    for source in config.data.train:
+        if source.path.startswith("sample:") or Path(source.path).expanduser().is_file():
+            for file in resolve_source(source):
+                if Path(file.path).is_file() and Path(file.path).stat().st_size <= HASHED:
+                    with Path(file.path).open("rb") as lines:
+                        found += sum(1 for line in lines if line.strip())
+    return found or 1000
+
+
+def _of_sample(config: TrainConfig, *, count: bool) -> Weights:
+    from mlc_ray.data.sources import Reading, resolve_source
+    from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
+    from mlc_ray.types import Bundle
+
+    data = config.data
+    template = ChatTemplate(
+        load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code), config.chat
+    )
+    rows: list[TokenRow] = []
+    bundles, of_bytes, read = 0, 0, 0
+    files = [file for source in data.train for file in resolve_source(source)]
+    each = max(1, SAMPLE // len(files))
+    for file in files:
+        found = Reading(file).rows()
+        some = [row.parsed for row in islice(found, each) if isinstance(row.parsed, Bundle)]
+        rows += [
+            tokenize_bundle(
+                bundle, template, languages=data.languages,
+                max_prompt_tokens=data.max_prompt_tokens, max_response_tokens=data.max_response_tokens,
+            )
+            for bundle in some
+        ]  # fmt: skip
+        bundles += len(some) + (sum(isinstance(row.parsed, Bundle) for row in found) if count else 0)
+        if not count and Path(file.path).is_file():
+            of_bytes += Path(file.path).stat().st_size
+            with Path(file.path).open("rb") as lines:
+                read += sum(len(line) for line in islice(lines, each))
+    if not rows:
+        return assumed(config)
+    if not count and read:
+        bundles = round(bundles * of_bytes / read)
+    how = "of" if count else "of about"
+    return replace(of_rows(rows), bundles=bundles, said=f"measured: {len(rows):,} {how} {bundles:,} bundles, tokenised")
+
+
+def of_rows(rows: Sequence[TokenRow]) -> Weights:
+    """Those of token rows."""
+
+    def further(row: TokenRow, name: Literal["chosen", "rejected"]) -> int:
+        return sum(len(answer[name] or ()) for answer in row.answers)
+
+    columns = [
+        [
+            len(row.languages), sum(map(len, row.prompts)),
+            len(row.prompts[row.response_prompt]) if row.response_prompt >= 0 else 0,
+            len(row.chosen or ()), len(row.rejected or ()),
+            further(row, "chosen"), further(row, "rejected"), len(row.answers),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    prompts = [prompt for row in rows for prompt in row.prompts]
+    head = next((at for at, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1), min(map(len, prompts)))
+    return Weights(Lengths(*np.array(columns).T), head, len(rows), f"measured: {len(rows):,} bundles")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a run's steps are like, from some of them: means, and the largest forward."""
+
+    tokens: float
+    forwards: float
+    largest: Row
+    mean: Row
+    taps: float
+
+
+def cut(config: TrainConfig, weights: Weights, *, tokens_per_forward: int, workers: int) -> Cut:
+    """Cut some batches as a run would; openings of responses, which terms on decisions add, are left out."""
+    decides = config.model_dump_json(include={"objective", "mlc", "terms", "train", "seed"})
+    key = f"{tokens_per_forward} {workers} {decides}"
+    if key not in weights.cuts:
+        weights.cuts[key] = _cut(config, weights, tokens_per_forward=tokens_per_forward, workers=workers)
+    return weights.cuts[key]
+
+
+def _cut(config: TrainConfig, weights: Weights, *, tokens_per_forward: int, workers: int) -> Cut:
+    cutting = cutting_of(config, weights, tokens_per_forward=tokens_per_forward, world_size=workers)
+    steps = min(LOOKED_AT, steps_of(config, weights))
+    # Of a sample, batches are drawn from it.
+    size = min(config.train.batch_bundles, len(weights))
+    draw = np.random.default_rng(config.seed)
+    forwards: list[Row] = []
+    numbers, tokens, taps = 0, 0, 0
+    for step in range(steps):
+        rows = draw.permutation(max(size, min(len(weights), len(weights.lengths.prompts))))[:size]
+        lengths = weights.take(rows)
+        plan = cutting.plan(step, list(range(size)), lengths)
+        numbers += len(plan.forwards)
+        taps += plan.taps
+        tokens += sum(sum(micro) for micro in plan.tokens)
+        forwards += [
+            row_of(lengths.take(list(forward.rows)), cutting, weights.head, plan.taps, said)
+            for micro, of_micro in zip(plan.forwards, plan.tokens, strict=True)
+            for forward, said in zip(micro, of_micro, strict=True)
+        ]
+    mean = [
+        round(sum(column) / len(forwards)) for column in zip(*(vars(row).values() for row in forwards), strict=True)
+    ]
+    largest = max(forwards, key=lambda row: (row.tokens, row.head))
+    return Cut(tokens / steps, numbers / steps, largest, Row(*mean), taps / steps)
+
+
+def row_of(lengths: Lengths, cutting: Cutting, head: int, taps: bool, tokens: int) -> Row:
+    """What a forward of these bundles holds."""
+    answered, languages = lengths.answered, lengths.languages
+    answers = [lengths.chosen, *([lengths.rejected] if cutting.rejected else [])]
+    several = cutting.pairing != "response"
+    number = languages if several else np.ones_like(languages)
+    rows = sum(int((answer * number).sum()) for answer in answers)
+    all_prompts = taps or several
+    prompts = int((lengths.prompts if all_prompts else answered).sum())
+    each = lengths.prompts / np.maximum(1, languages) if all_prompts else answered
+    count = languages if all_prompts else np.ones_like(languages)
+    pairs = float((count * (each - head).clip(min=0) * each).sum())
+    pairs += sum(float((number * answer * (answered + answer)).sum()) for answer in answers)
+    keys = head + prompts + sum(int((number * (answered + answer - 1)).clip(min=0).sum()) for answer in answers)
+    return Row(tokens, keys, round(pairs) + head * head, rows, int(languages.sum()) if taps else 0)

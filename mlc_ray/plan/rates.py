@@ -1,0 +1,95 @@
+"""How fast a device is: assumed from data sheets, until `mlc-ray plan --calibrate` has measured it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mlc_ray.errors import MlcRayError
+from mlc_ray.plan.hardware import Gpu
+from mlc_ray.storage import user_cache, write_json_atomic
+
+EFFICIENCY = 0.4
+"""Share of a GPU's dense bfloat16 that large rows reach, assumed: others report 17 to 46 % for 0.6B to 8B models."""
+
+LAUNCHES = 1e-3
+"""Seconds that a forward and backward of a block take however few tokens there are, assumed: some hundred launches."""
+
+CPU_FLOPS, CPU_ADAMW, CPU_EXCHANGE = 60e9, 2.5e8, 4e8
+"""A worker on one CPU core, assumed: operations, parameters of AdamW, and bytes to other workers, a second."""
+
+
+class CalibrationError(MlcRayError):
+    """The file of calibrations is damaged; the message names it."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one worker does in a second.
+
+    Attributes:
+        device: what was measured, or assumed of.
+        dtype: of the model.
+        flops: useful operations, of large rows.
+        forward_seconds: of a forward and backward of one block, beside its tokens.
+        adamw: parameters that AdamW steps.
+        exchange: bytes to other workers; None where the cluster's links say it.
+        kept: bytes that a token keeps in a block, as a share of what is counted.
+        measured: when, as text; None where it is assumed.
+    """
+
+    device: str
+    dtype: str
+    flops: float
+    forward_seconds: float
+    adamw: float
+    exchange: float | None
+    kept: float = 1.0
+    measured: str | None = None
+
+
+def assumed_rates(gpu: Gpu | None, dtype: str) -> Rates:
+    """By the data sheet. AdamW reads and writes 28 bytes of a parameter."""
+    if gpu is None:
+        return Rates("cpu", dtype, CPU_FLOPS, 0.0, CPU_ADAMW, CPU_EXCHANGE)
+    half = 1.0 if dtype == "bfloat16" else 0.5
+    return Rates(gpu.name, dtype, EFFICIENCY * half * gpu.peak, LAUNCHES, gpu.bandwidth / 28, None)
+
+
+def calibration_file() -> Path:
+    """Where calibrations of this machine are: `plan/calibration.json` in the user's cache (`$MLC_RAY_CACHE`)."""
+    return user_cache() / "plan" / "calibration.json"
+
+
+def read_calibrations(file: Path | None = None) -> list[Rates]:
+    """All calibrations; none where there is no file.
+
+    Raises:
+        CalibrationError: It is damaged.
+    """
+    file = calibration_file() if file is None else file
+    if not file.is_file():
+        return []
+    try:
+        return [Rates(**each) for each in json.loads(file.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise CalibrationError(
+            f"{str(file)!r} is damaged ({error}); remove it, and run mlc-ray plan --calibrate"
+        ) from None
+
+
+def write_calibration(rates: Rates, file: Path | None = None) -> Path:
+    """Keep it in the place of an earlier one of the same device and type; returns the file."""
+    file = calibration_file() if file is None else file
+    others = [each for each in read_calibrations(file) if (each.device, each.dtype) != (rates.device, rates.dtype)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(file, [asdict(each) for each in [*others, rates]])
+    return file
+
+
+def rates_of(gpu: Gpu | None, dtype: str, file: Path | None = None) -> Rates:
+    """The calibration of a device, or what is assumed of it."""
+    name = "cpu" if gpu is None else gpu.name
+    found = [each for each in read_calibrations(file) if (each.device, each.dtype) == (name, dtype)]
+    return found[0] if found else assumed_rates(gpu, dtype)

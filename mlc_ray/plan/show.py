@@ -1,0 +1,119 @@
+"""A plan in words and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from mlc_ray.plan.check import broken
+from mlc_ray.plan.nearest import Fitting
+from mlc_ray.plan.records import GIB, Part, RunPlan
+from mlc_ray.plan.scores import ScorePlan, SearchPlan
+from mlc_ray.progress import counted
+
+
+def run_lines(plan: RunPlan, cheapest: Fitting | None) -> list[str]:
+    """A run's plan, line by line."""
+    settings = " ".join(f"{name}={_plain(value)}" for name, value in plan.settings.items() if value is not None)
+    memory = plan.memory
+    lines = [
+        f"{plan.model}: {plan.parameters:,} parameters, {plan.trained:,} trained, on {plan.workers} x {plan.gpu} "
+        f"({counted(plan.nodes, 'nodes')})",
+        settings,
+        f"data: {plan.data}",
+        "",
+        f"each worker, where a step is highest: {memory.worker_bytes / GIB:.1f} of {memory.worker_limit / GIB:.1f} GiB",
+        *_parts(memory.worker),
+        f"each node: {memory.node_bytes / GIB:.1f} GiB"
+        + (f" of {memory.node_limit / GIB:.1f}" if memory.node_limit is not None else ""),
+        *_parts(memory.node),
+        f"the run's folder: {memory.disk_bytes / GIB:.1f} GiB",
+        *_parts(memory.disk),
+        "",
+    ]
+    if memory.fits:
+        lines.append("it fits")
+    else:
+        part, where, needs, limit = broken(memory)
+        lines.append(f"it does not fit: {where} lacks {(needs - limit) / GIB:.1f} GiB; the largest part is {part}")
+    if cheapest is None:
+        lines.append("nothing that was tried fits")
+    elif cheapest.changes:
+        faster = cheapest.plan.seconds.step
+        lines.append(f"cheapest that fits: {cheapest} ({faster:.3g} s a step)")
+    else:
+        lines.append("nothing cheaper was found than these settings")
+    time = plan.seconds
+    lines += [
+        "",
+        f"a step: {plan.work.tokens:,.0f} tokens in {plan.work.forwards:.3g} forwards of each worker, {time.step:.3g} "
+        f"s: compute {time.compute:.3g}, exchange not hidden {time.exchange:.3g}, AdamW {time.optimizer:.3g}, forwards "
+        f"{time.overhead:.3g}",
+        f"the run: {plan.steps:,} steps, {_time(plan.wall_seconds)} (of it the reference beforehand "
+        f"{_time(plan.reference_seconds)}), {plan.gpu_hours:.3g} {'CPU-worker' if plan.gpu == 'cpu' else 'GPU'} hours",
+        f"a checkpoint: {plan.checkpoint_bytes / GIB:.1f} GiB; training stops for {plan.checkpoint_seconds:.2g} s",
+    ]
+    return [*lines, *(f"assumed: {each}" for each in plan.assumed)]
+
+
+def score_lines(plan: ScorePlan) -> list[str]:
+    """A score's plan, line by line."""
+    engine = plan.engine
+    return [
+        f"{plan.prompts:,} prompts on {plan.replicas} engines: weights {engine.weights / GIB:.1f} GiB and a cache of "
+        f"{engine.cached:,} tokens on each GPU, of {engine.limit / GIB:.1f} GiB",
+        "it fits" if engine.fits else f"it does not fit: it needs {engine.bytes / GIB:.1f} GiB",
+        f"the score: {_time(plan.seconds)}, {plan.gpu_hours:.3g} GPU hours, without judges that are models",
+    ]
+
+
+def search_lines(plan: SearchPlan) -> list[str]:
+    """A search's plan, in a line."""
+    return [
+        f"the search: {plan.trials} trials, {plan.at_once} at once, {_time(plan.seconds)}, {plan.gpu_hours:.3g} GPU "
+        "hours; what confirms the best comes on top"
+    ]
+
+
+def run_json(plan: RunPlan, cheapest: Fitting | None) -> dict[str, Any]:
+    """The same numbers: bytes and seconds."""
+    memory, breaks = plan.memory, plan.memory.breaks
+    return {
+        **asdict(plan),
+        "fits": memory.fits,
+        "breaks": None if breaks is None else breaks.name,
+        "worker_bytes": memory.worker_bytes,
+        "node_bytes": memory.node_bytes,
+        "disk_bytes": memory.disk_bytes,
+        "step_seconds": plan.seconds.step,
+        "wall_seconds": plan.wall_seconds,
+        "gpu_hours": plan.gpu_hours,
+        "cheapest": None
+        if cheapest is None
+        else {
+            "settings": cheapest.changes,
+            "step_seconds": cheapest.plan.seconds.step,
+            "gpu_hours": cheapest.plan.gpu_hours,
+        },
+    }
+
+
+def score_json(plan: ScorePlan) -> dict[str, Any]:
+    """The same numbers."""
+    return {**asdict(plan), "fits": plan.engine.fits, "gpu_hours": plan.gpu_hours}
+
+
+def _parts(parts: Iterable[Part]) -> list[str]:
+    return [f"  {part.name:<20} {part.bytes / GIB:>9.2f} GiB  {part.formula}" for part in parts]
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"

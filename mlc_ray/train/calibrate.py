@@ -1,0 +1,241 @@
+"""One probe of a device: forwards and backwards of the settings' model, AdamW, and what other workers cost.
+
+It runs in processes of its own, so that what it measures of memory is its own; docs/plan.md says what a plan makes of
+it.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mlc_ray.config import ConfigError, ModelSection, TrainConfig, parse_config
+from mlc_ray.data.batches import collate
+from mlc_ray.data.sources import Reading, resolve_source
+from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
+from mlc_ray.device import resolved
+from mlc_ray.plan.activations import Row, head_bytes, kept_bytes, table_bytes
+from mlc_ray.plan.hardware import gpu_of
+from mlc_ray.plan.rates import Rates
+from mlc_ray.plan.shapes import shape_of
+from mlc_ray.train.flops import Work
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, model_depth, resolve_layer
+from mlc_ray.types import Batch, Bundle, TokenRow, move
+
+REPEATS = 5
+"""Times of each are the median of so many."""
+
+STEPPED, SENT = 2**25, 2**24
+"""Elements that AdamW steps, and that workers add up."""
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Seconds and useful operations of a small and a large forward, its bytes in units of counted ones, and AdamW's
+    parameters a second."""
+
+    seconds: tuple[float, float]
+    flops: tuple[float, float]
+    kept: float
+    adamw: float
+
+
+def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int | None = None) -> Rates:
+    """Measure this machine's GPU, or its CPU with the threads that a worker has.
+
+    Args:
+        config: a run; its model, type, attention and sources are used.
+        threads: of a worker on a CPU (default: `cluster.cpus_per_worker`).
+        bundles: of the large forward (default: 2 on a CPU, 8 on a GPU).
+
+    Raises:
+        ConfigError: There are not enough bundles in data.train.
+    """
+    gpu = torch.cuda.is_available() and config.cluster.accelerator != "cpu"
+    dtype = resolved(config.model.dtype, gpu=gpu)
+    settings = {**config.model_dump(mode="json", exclude_unset=True)}
+    settings["model"] = {**settings["model"], "dtype": dtype, "gradient_checkpointing": False}
+    threads = threads or max(1, int(config.cluster.cpus_per_worker))
+    count = bundles or (8 if gpu else 2)
+    probed = _in_child(_probe, settings, "cuda" if gpu else "cpu", threads, count)
+    exchange = None if gpu else _exchange(threads, workers=2)
+    (small, large), (few, many) = probed.seconds, probed.flops
+    depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    rate = (many - few) / max(1e-9, large - small)
+    overhead = max(0.0, small - few / rate)
+    if rate <= 0 or large <= small:  # noise: what both took together
+        rate, overhead = (few + many) / (small + large), 0.0
+    return Rates(
+        device=gpu_of(torch.cuda.get_device_name()).name if gpu else "cpu",
+        dtype=dtype,
+        flops=rate,
+        forward_seconds=overhead / depth,
+        adamw=probed.adamw,
+        exchange=exchange,
+        kept=probed.kept,
+        measured=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {config.model.path}, {threads} threads",
+    )
+
+
+def _in_child(function: Callable[..., Probed], *arguments: object) -> Probed:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def rows_of(config: TrainConfig, number: int) -> list[TokenRow]:
+    """The first bundles of data.train as token rows.
+
+    Raises:
+        ConfigError: There are fewer.
+    """
+    template = ChatTemplate(
+        load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code), config.chat
+    )
+    rows: list[TokenRow] = []
+    for file in (file for source in config.data.train for file in resolve_source(source)):
+        for row in Reading(file).rows():
+            if isinstance(row.parsed, Bundle):
+                rows.append(
+                    tokenize_bundle(
+                        row.parsed, template, languages=config.data.languages,
+                        max_prompt_tokens=config.data.max_prompt_tokens,
+                        max_response_tokens=config.data.max_response_tokens,
+                    )
+                )  # fmt: skip
+            if len(rows) == number:
+                return rows
+    raise ConfigError(f"data.train has {len(rows)} bundles, but calibrating takes {number}; give it more")
+
+
+def _probe(settings: dict[str, object], device: str, threads: int, bundles: int) -> Probed:
+    torch.set_num_threads(threads)
+    config = parse_config(TrainConfig, settings)
+    rows = rows_of(config, bundles)
+    languages = sorted({code for row in rows for code in row.languages})
+    policy = add_adapters(load_policy(config.model), config.model)
+    depth = policy.config.get_text_config().num_hidden_layers
+    module = PolicyWithExtractor(
+        policy, layer=resolve_layer(config.mlc.layer, depth), extractor_dim=config.mlc.extractor_dim, seed=config.seed
+    )
+    module.to(device=device, dtype=getattr(torch, config.model.dtype))
+    module.train()
+    for weight in module.parameters():  # of a mapped file, nothing is in memory until it is read
+        weight.data = weight.data.clone()
+
+    def batch(some: list[TokenRow]) -> Batch:
+        made = collate(
+            some, languages=languages, weights=[1.0] * len(some), needs_rejected=True, reference=None, tap=True
+        )
+        return move(made, torch.device(device))
+
+    few, many = batch(rows[:1]), batch(rows)
+    work = Work.of(module, lambda parameter: tuple(parameter.shape))
+    for weight in module.parameters():  # as an engine that reduces gradients while the backward goes on
+        weight.register_post_accumulate_grad_hook(_dropped)
+    kept = _kept(module, few, many, device)
+    seconds = tuple(_median(partial(_forward_backward, module, each), device) for each in (few, many))
+    flops = tuple(work.step(each) if work is not None else 0.0 for each in (few, many))
+    return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw(device))
+
+
+def _loss(module: PolicyWithExtractor, batch: Batch) -> Tensor:
+    said = module(batch)
+    loss: Tensor = said.chosen.total.sum() - (said.rejected.total.sum() if said.rejected is not None else 0.0)
+    return loss + said.representations.sum() if said.representations is not None else loss
+
+
+def _dropped(weight: Tensor) -> None:
+    weight.grad = None
+
+
+def _forward_backward(module: PolicyWithExtractor, batch: Batch) -> None:
+    _loss(module, batch).backward()
+
+
+def _kept(module: PolicyWithExtractor, few: Batch, batch: Batch, device: str) -> float:
+    """Bytes that a forward holds, in units of what is counted of it.
+
+    On a CPU after others of another size, since what an allocator cannot use again of their memory comes on top; on a
+    GPU what is allocated, after one in which kernels were chosen and workspaces made.
+    """
+    gc.collect()
+    before = _held(device)
+    for each in (few, batch, few, batch):
+        _forward_backward(module, each)
+    if device == "cuda":
+        before = _held(device)
+    config = module.language_model.config
+    shape = shape_of(config, "probed")
+    tree = batch.tree
+    pairs = sum(q * k for q, k in zip(tree.lengths, tree.key_lengths, strict=True))
+    rejected = len(batch.rejected.targets) if batch.rejected is not None else 0
+    tapped = len(batch.prompts.tapped) if batch.prompts is not None else 0
+    row = Row(tree.tokens, sum(tree.key_lengths), pairs, len(batch.chosen.targets) + rejected, tapped)
+    size = next(module.parameters()).element_size()
+    counted = kept_bytes(shape, row, ModelSection(path="probed"), size) + table_bytes(shape, row, size)
+    loss = _loss(module, batch)
+    left = _held(device) - before
+    loss.backward()
+    return max(0.5, (left - head_bytes(shape, row, size)) / counted)
+
+
+def _held(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _median(call: Callable[[], None], device: str) -> float:
+    call()
+    spent = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent)
+
+
+def _adamw(device: str) -> float:
+    weight = torch.nn.Parameter(torch.zeros(STEPPED, device=device))
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW([weight], lr=1e-6, fused=True)
+    return STEPPED / _median(lambda: optimizer.step() and None, device)
+
+
+def _exchange(threads: int, *, workers: int) -> float:
+    """Bytes a second that a worker sends in a reduction, over gloo on this machine."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        spent = list(pool.map(_reduce, range(workers), [workers] * workers, [port] * workers, [threads] * workers))
+    return 2 * (workers - 1) / workers * 4 * SENT / max(spent)
+
+
+def _reduce(rank: int, workers: int, port: int, threads: int) -> float:
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    try:
+        values = torch.ones(SENT)
+        return _median(lambda: dist.all_reduce(values) and None, "cpu")
+    finally:
+        dist.destroy_process_group()

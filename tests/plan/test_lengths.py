@@ -1,0 +1,92 @@
+"""Lengths: of prepared rows, of a sample, or assumed and said so; and how they are cut."""
+
+import numpy as np
+import pytest
+
+from mlc_ray.data.batches import collate
+from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.stream import plans
+from mlc_ray.data.tables import rows_to_table
+from mlc_ray.plan.activations import Row
+from mlc_ray.plan.cutting import cutting_of, order_of, steps_of
+from mlc_ray.plan.lengths import assumed, cut, of_artifact, of_rows, row_of, weights_of
+from mlc_ray.plan.seconds import attended, flops
+from mlc_ray.plan.shapes import shape_of
+from mlc_ray.train.flops import Work
+from mlc_ray.train.model import PolicyWithExtractor
+from tests.plan.test_memory import run
+from tests.train.tiny import LANGUAGES, random_rows, tiny_config, tiny_model
+
+
+def artifact(folder, rows):
+    write_rows(folder, [rows_to_table(rows)], fingerprint="x", rejected={})
+    return TokenArtifact.open(folder)
+
+
+def test_prepared_rows_are_weighed_exactly(tmp_path):
+    rows = random_rows(12, head=range(5))
+    tokens = artifact(tmp_path / "tokens", rows)
+    weights = of_artifact(tokens)
+    assert (len(weights), weights.head) == (12, tokens.head)
+    assert weights.lengths.prompts.sum() == sum(len(prompt) for row in rows for prompt in row.prompts)
+    assert weights.said.startswith("measured: 12 prepared bundles")
+    other = of_rows(rows)
+    assert other.head == tokens.head
+    for name, values in vars(other.lengths).items():
+        assert np.array_equal(values, getattr(weights.lengths, name)), name
+
+
+def test_a_forward_holds_what_the_batch_has(tmp_path):
+    rows = random_rows(6, head=range(9))
+    tokens = artifact(tmp_path / "tokens", rows)
+    config = tiny_config(mlc={"every": 1}, train={"tokens_per_forward": 10_000, "batch_bundles": 6})
+    cutting = cutting_of(config, tokens, tokens_per_forward=10_000, world_size=1)
+    (plan,) = plans(tokens, order_of(config, tokens), cutting, range(1))
+    (forward,), (said,) = plan.forwards[0], plan.tokens[0]
+    counted = row_of(tokens.lengths(list(forward.rows)), cutting, tokens.head, plan.taps, said)
+    batch = collate(rows, languages=LANGUAGES, weights=[1.0] * 6, needs_rejected=True, reference=None, tap=True)
+    assert counted.tokens == batch.tree.tokens
+    assert counted.keys == pytest.approx(sum(batch.tree.key_lengths), abs=2)
+    assert counted.head == len(batch.chosen.targets) + len(batch.rejected.targets)
+    assert counted.tapped == len(batch.prompts.tapped)
+    pairs = sum(q * k for q, k in zip(batch.tree.lengths, batch.tree.key_lengths, strict=True))
+    assert counted.pairs == pytest.approx(pairs, rel=0.1)
+
+
+def test_operations_are_those_that_a_run_logs():
+    rows = random_rows(6, head=range(9))
+    batch = collate(rows, languages=LANGUAGES, weights=[1.0] * 6, needs_rejected=True, reference=None, tap=True)
+    module = PolicyWithExtractor(tiny_model(), layer=3, extractor_dim=16, seed=0)
+    logged = Work.of(module, lambda parameter: tuple(parameter.shape)).step(batch)
+    tree = batch.tree
+    pairs = sum(q * k for q, k in zip(tree.lengths, tree.key_lengths, strict=True))
+    answers = len(batch.chosen.targets) + len(batch.rejected.targets)
+    row = Row(tree.tokens, sum(tree.key_lengths), pairs, answers, len(batch.prompts.tapped))
+    shape = shape_of(module.language_model.config, "tiny")
+    assert flops(shape, row, trained=1.0, head_trained=True, pairs=attended(row)) == pytest.approx(logged, rel=0.02)
+
+
+def test_a_cut_has_the_mean_of_a_run_s_steps(tmp_path):
+    tokens = artifact(tmp_path / "tokens", random_rows(40, head=range(5)))
+    config = tiny_config(mlc={"every": 1}, train={"tokens_per_forward": 120, "batch_bundles": 8, "epochs": 4})
+    found = cut(config, of_artifact(tokens), tokens_per_forward=120, workers=2)
+    cutting = cutting_of(config, tokens, tokens_per_forward=120, world_size=2)
+    whole = list(plans(tokens, order_of(config, tokens), cutting, range(steps_of(config, tokens))))
+    mean = sum(sum(sum(micro) for micro in plan.tokens) for plan in whole) / len(whole)
+    assert found.tokens == pytest.approx(mean, rel=0.05)
+    assert found.forwards == pytest.approx(sum(len(plan.forwards) for plan in whole) / len(whole), rel=0.2)
+    assert found.taps == 1.0
+
+
+def test_without_data_and_tokenizer_the_published_means_are_said_to_be_assumed():
+    weights = assumed(run())
+    assert weights.said.startswith("assumed: 10 languages")
+    assert len(weights) == 1000
+    assert weights_of(run(), None).said == weights.said
+
+
+def test_sources_are_tokenised_where_nothing_is_prepared(smollm2, tmp_path):
+    config = run(model={"path": str(smollm2)}, data={"train": [{"path": "sample:train"}]})
+    weights = weights_of(config, None)
+    assert weights.said == "measured: 96 of 96 bundles, tokenised"
+    assert weights.lengths.languages.mean() > 9

@@ -1,0 +1,28 @@
+"""Calibrations: kept by device and type, used by later plans."""
+
+from dataclasses import replace
+
+import pytest
+
+from mlc_ray.plan.hardware import gpu_of
+from mlc_ray.plan.rates import CalibrationError, assumed_rates, rates_of, read_calibrations, write_calibration
+
+
+def test_a_calibration_takes_the_place_of_what_is_assumed(tmp_path):
+    file = tmp_path / "plan" / "calibration.json"
+    assert rates_of(None, "bfloat16", file) == assumed_rates(None, "bfloat16")
+    measured = replace(assumed_rates(None, "bfloat16"), flops=7e10, kept=1.1, measured="today")
+    write_calibration(measured, file)
+    write_calibration(replace(measured, dtype="float32"), file)
+    again = replace(measured, flops=8e10)
+    write_calibration(again, file)
+    assert rates_of(None, "bfloat16", file) == again
+    assert len(read_calibrations(file)) == 2
+    assert rates_of(gpu_of("h100"), "bfloat16", file).measured is None
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    file = tmp_path / "calibration.json"
+    file.write_text('[{"device": 1}]')
+    with pytest.raises(CalibrationError, match=r"calibration\.json"):
+        read_calibrations(file)
