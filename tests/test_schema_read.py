@@ -20,6 +20,7 @@ from mlc_ray.config import (
     ScoreConfig,
     SearchConfig,
     Section,
+    SimulationConfig,
     StudyConfig,
     TrainConfig,
     TranslateConfig,
@@ -28,7 +29,7 @@ from mlc_ray.config import (
 from mlc_ray.config.component import ComponentSettings
 
 PACKAGE = Path(mlc_ray.config.__file__).parent.parent
-ROOTS = (TrainConfig, ScoreConfig, SearchConfig, StudyConfig, UtilityConfig, TranslateConfig)
+ROOTS = (TrainConfig, ScoreConfig, SearchConfig, StudyConfig, UtilityConfig, TranslateConfig, SimulationConfig)
 Leaf = tuple[str, ...]
 MYPY = """[mypy]
 plugins = {plugin}

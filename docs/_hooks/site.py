@@ -25,6 +25,7 @@ from mlc_ray.config import (
     CalibrationConfig,
     ScoreConfig,
     SearchConfig,
+    SimulationConfig,
     StudyConfig,
     TrainConfig,
     TranslateConfig,
@@ -41,6 +42,7 @@ FILES = {
     "A study": ("study", StudyConfig),
     "A translation": ("translate", TranslateConfig),
     "A utility measurement": ("utility", UtilityConfig),
+    "A simulated run": ("plan --simulate FILE", SimulationConfig),
     "A calibration of a judge": ("judge --calibrate LABELLED", CalibrationConfig),
 }
 SNIPPET = re.compile(r'--8<-- "[^"]+"')

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE = 141  # what shells report for a process that SIGPIPE ended
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
-SCHEMAS = ("train", "score", "search", "study", "utility", "translate")
+SCHEMAS = ("train", "score", "search", "study", "utility", "translate", "simulation")
 """The kinds of config files."""
 
 _SETTINGS = """\
@@ -85,6 +85,10 @@ _STUDY = """\
 Every method on every model with every seed, each a run and a score, in one table with both sides, intervals and tests:
   mlc-ray study --config configs/study/small.yaml
   mlc-ray study --resume runs/small
+"""
+_PLAN = """\
+  mlc-ray plan --simulate recipe:simulation/72b
+  mlc-ray plan --simulate recipe:simulation/72b --set gpus=10000 --set preemptions_per_node_day=0.1
 """
 _PROBE = """\
 For every layer: how collinear the languages of a bundle are, how far bundles are apart, and how well harmful and benign
@@ -206,6 +210,13 @@ def build_parser() -> argparse.ArgumentParser:
     study = add("study", "Compare methods over models and seeds.", _STUDY)
     _add_settings(study)
     _add_resume(study, "study")
+
+    plan = add("plan", "Say beforehand how a run of any size would go.", _PLAN)
+    add_simulation(plan)
+    plan.add_argument("--json", metavar="FILE", type=_place, help="also write everything there as JSON")
+    plan.add_argument(
+        "--set", metavar="FIELD=VALUE", dest="overrides", action="append", default=[], help="change one; repeatable"
+    )
 
     probe = add("probe", "Look at every layer of a model, forward only.", _PROBE)
     probe.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub name")
@@ -364,6 +375,14 @@ def _place(text: str) -> Place:
         return Place(stored_path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def add_simulation(parser: argparse.ArgumentParser) -> None:
+    """What `mlc-ray plan` takes for a simulation."""
+    parser.add_argument(
+        "--simulate", metavar="FILE", type=_config_file,
+        help="simulate a whole run (failures, preemptions, checkpoints, storage), whose settings the YAML file has",
+    )  # fmt: skip
 
 
 def _add_judge(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,7 @@ from mlc_ray.config import (
     ScoreConfig,
     SearchConfig,
     Section,
+    SimulationConfig,
     SourceSection,
     StudyConfig,
     TrainConfig,
@@ -43,7 +44,8 @@ SCHEMAS: dict[
     | type[SearchConfig]
     | type[StudyConfig]
     | type[UtilityConfig]
-    | type[TranslateConfig],
+    | type[TranslateConfig]
+    | type[SimulationConfig],
 ] = {
     "train": TrainConfig,
     "score": ScoreConfig,
@@ -51,6 +53,7 @@ SCHEMAS: dict[
     "study": StudyConfig,
     "utility": UtilityConfig,
     "translate": TranslateConfig,
+    "simulation": SimulationConfig,
 }
 """The kinds of config files; `cli.SCHEMAS` has their names."""
 
@@ -334,6 +337,35 @@ def _show_study(result: StudyResult) -> None:
     for note in study_notes(result):
         print(note)
     print(f"study in {result.folder}")
+
+
+def plan_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray plan`."""
+    if arguments.simulate is None:
+        raise ConfigError("plan needs --simulate FILE (see configs/simulation/)")
+    simulate_command(arguments)
+
+
+def simulate_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray plan --simulate`."""
+    from mlc_ray.report.compare import check_json
+
+    config = load_config(SimulationConfig, arguments.simulate, arguments.overrides)
+    if arguments.json is not None:
+        check_json(arguments.json)
+
+    from mlc_ray.plan.simulate import growth, run_of
+    from mlc_ray.report.console import show
+    from mlc_ray.report.simulation import as_json, findings, tables
+    from mlc_ray.report.tables import console
+
+    best, grown = run_of(config), growth(config)
+    for shown in tables(config, best, grown):
+        show(console(shown))
+    for line in findings(config, best, grown):
+        print(line)
+    if arguments.json is not None:
+        arguments.json.write_json(as_json(config, best, grown))
 
 
 def probe_command(arguments: argparse.Namespace) -> None:

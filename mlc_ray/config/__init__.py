@@ -46,6 +46,7 @@ from mlc_ray.config.score import (
     UtilitySection,
 )
 from mlc_ray.config.search import ConfirmSection, ObjectiveSettings, ParameterSection, ProbePriorSection, SearchConfig
+from mlc_ray.config.simulation import SimulationConfig
 from mlc_ray.config.study import DECIDED, UNTOUCHED, StudyConfig, StudyModelSection
 from mlc_ray.config.train import (
     CheckpointSection,
@@ -102,6 +103,7 @@ __all__ = [
     "ScoringSection",
     "SearchConfig",
     "Section",
+    "SimulationConfig",
     "SourceSection",
     "StudyConfig",
     "StudyModelSection",
