@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -229,9 +229,10 @@ def loss_of(
 ) -> LossOutput:
     """The loss of one micro-batch, from its forward's output and what the reference says of it.
 
-    `factors` as of `Objective.total_loss`.
+    `factors` as of `Objective.total_loss`. The routers' loss of a mixture of experts is one of all tokens of a forward,
+    which count by its bundles.
     """
-    return objective.total_loss(
+    result = objective.total_loss(
         weight=batch.weight,
         chosen=output.chosen,
         rejected=output.rejected,
@@ -249,6 +250,10 @@ def loss_of(
         factors=factors,
         decisions=decisions_of(batch, output),
     )
+    if output.router is None:
+        return result
+    metrics = {**result.metrics, "loss/router": output.router.detach().expand(len(batch.bundle_ids))}
+    return replace(result, loss=result.loss + output.router * batch.weight.sum(), metrics=metrics)
 
 
 def decisions_of(batch: Batch, output: ModelOutput) -> Decisions | None:

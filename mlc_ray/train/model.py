@@ -29,6 +29,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.logprobs import response_log_probs, token_log_probs
 from mlc_ray.storage import HubModel, local_model
 from mlc_ray.train.attention import TREE, Leaving, TreeAttention, register_attention
+from mlc_ray.train.experts import gives_router_loss, router_losses
 from mlc_ray.types import Answers, Batch, Openings, Pooling, Prompts, ResponseLogProbs, Sequences, Tree
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class ModelOutput:
     zero where `present` [B, L] is false. `pooled` [2, B, H], float32, are states of the last layer, after the final
     norm, pooled over the response-language prompt and its chosen or rejected answer, where the objective asks for them.
     `refusals` [B, L] are log-probs, in nats, of responses that open as refusals, where the batch has `openings` behind
-    the prompt (`opened` [B, L]).
+    the prompt (`opened` [B, L]). `router` is the load-balancing loss of a mixture of experts, a scalar, times its weight.
     """
 
     chosen: ResponseLogProbs
@@ -62,6 +63,7 @@ class ModelOutput:
     pooled: Tensor | None = None
     refusals: Tensor | None = None
     opened: Tensor | None = None
+    router: Tensor | None = None
 
 
 class Extractor(nn.Linear):
@@ -81,7 +83,7 @@ class PolicyWithExtractor(nn.Module):
     """A causal language model, and the linear extractor on the tapped states of one of its layers.
 
     Without `extractor_dim` there is no extractor: the tapped states are the representations. `pooling` says what of
-    whole sequences is read, if anything.
+    whole sequences is read, if anything; `router_weight` is the factor of a mixture's load-balancing loss.
     """
 
     def __init__(
@@ -92,11 +94,13 @@ class PolicyWithExtractor(nn.Module):
         extractor_dim: int | None,
         seed: int,
         pooling: Pooling | None = None,
+        router_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.layer = layer
         self.pooling = pooling
+        self.router_weight = router_weight
         self.extractor: Extractor | None = None
         if extractor_dim is None:
             return
@@ -123,7 +127,11 @@ class PolicyWithExtractor(nn.Module):
         n_bundles, n_languages = len(batch.bundle_ids), len(batch.languages)
         prompts = batch.prompts
         tapped = prompts.tapped if prompts is not None else None
-        read = read_answers(self.language_model, batch, batch.tree, tapped, self.layer, self.pooling, batch.openings)
+        with router_losses(self.language_model, wanted=self.router_weight > 0) as routed:
+            read = read_answers(
+                self.language_model, batch, batch.tree, tapped, self.layer, self.pooling, batch.openings
+            )
+        router = self.router_weight * routed[0].float() if routed else None
         chosen, rejected, hidden, pooled = read.chosen, read.rejected, read.states, read.pooled
         refusals = opened = None
         if read.refusals is not None and batch.openings is not None:
@@ -136,12 +144,12 @@ class PolicyWithExtractor(nn.Module):
                 row = next(self.extractor.parameters()).new_zeros(1, self.extractor.in_features)
                 idle = 0.0 * self.extractor(row).sum()
                 chosen = ResponseLogProbs(chosen.total + idle, chosen.length)
-            return ModelOutput(chosen, rejected, pooled=pooled, refusals=refusals, opened=opened)
+            return ModelOutput(chosen, rejected, pooled=pooled, refusals=refusals, opened=opened, router=router)
         states, present = to_grid(hidden.float(), prompts, n_bundles, n_languages)
         grid = states
         if self.extractor is not None:
             grid, _ = to_grid(self.extractor(hidden), prompts, n_bundles, n_languages)
-        return ModelOutput(chosen, rejected, states, grid, present, pooled, refusals, opened)
+        return ModelOutput(chosen, rejected, states, grid, present, pooled, refusals, opened, router)
 
 
 class Read(NamedTuple):
@@ -337,6 +345,7 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
     check_device(settings, gpu=torch.cuda.is_available())
     if settings.kernels == "liger":
         use_liger(model, rotary=settings.gradient_checkpointing != "selective")
+    router_weight(model, settings)
     final_norm(model)  # an unsupported architecture is refused here, not at the first step
     checkpoint_blocks(model, settings.gradient_checkpointing)
     return model
@@ -404,6 +413,24 @@ def _check_attention(model: PreTrainedModel, settings: ModelSection) -> None:
         refused = f"{type(model).__name__} has an attention_dropout of {dropout}, which it would leave out"
     if refused:
         raise ModelError(f"model.attention={settings.attention!r}: {refused}; use model.attention='auto'")
+
+
+def router_weight(model: PreTrainedModel, settings: ModelSection) -> float:
+    """What the load-balancing loss of a mixture's routers is multiplied by; 0 where there are none.
+
+    Raises:
+        ModelError: A weight is asked for, and the model gives no such loss.
+    """
+    if not gives_router_loss(model):
+        if settings.router_weight:
+            raise ModelError(
+                f"model.router_weight={settings.router_weight}: {type(model).__name__} gives no load-balancing loss of "
+                "routers; remove it"
+            )
+        return 0.0
+    if settings.router_weight is not None:
+        return settings.router_weight
+    return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", None) or 0.0)
 
 
 def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:

@@ -35,7 +35,7 @@ from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.entry import HeldOut, WorkerSpec
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
-from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer
+from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, resolve_layer, router_weight
 from mlc_ray.train.openings import branches_of
 from mlc_ray.train.planning import check_groups, cutting_of_worker, held_out_cutting, order_of
 from mlc_ray.train.preemption import SIGTERM, Notice, StopFile, highest
@@ -298,6 +298,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
     with chosen.loading(config):
         policy = load_policy(config.model)
     layer = resolve_layer(config.mlc.layer, policy.config.get_text_config().num_hidden_layers)
+    weight = router_weight(policy, config.model)
     policy = add_adapters(policy, config.model)
     objective = Objective(config)
     module = PolicyWithExtractor(
@@ -306,6 +307,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
         extractor_dim=config.mlc.extractor_dim,
         seed=config.seed,
         pooling=objective.alignment.pooling,
+        router_weight=weight,
     )
     module.to(dtype=getattr(torch, config.model.dtype))
     engine = chosen(module, config, device)
