@@ -32,6 +32,7 @@ from mlc_ray.runs import (
     REQUEST_FILE,
     RESPONSES_FILE,
     RUN_FILE,
+    SCALE_FILE,
     SCORES_FILE,
     SCORES_FOLDER,
     SEARCH_CONFIG_FILE,
@@ -398,6 +399,29 @@ def _study(folder: Place) -> list[Line]:
     return [*lines, *_next([*commands, f"mlc-ray report {here} --out study.html"])]
 
 
+def _scale(folder: Place) -> list[Line]:
+    sizes, here = list(_json(folder / SCALE_FILE).get("searches", {})), _quoted(folder)
+    states = {size: _search_state(folder / CELLS_FOLDER / size) for size in sizes}
+    over = [size for size, state in states.items() if state.startswith("ended")]
+    lines = [("scaling study", str(folder)), ("state", f"{len(over)} of {len(sizes)} searches have ended")]
+    lines += [(f"search {size}", state) for size, state in states.items()]
+    commands = [] if len(over) == len(sizes) else [f"mlc-ray scale --resume {here}   # if it is not running any more"]
+    if not (folder / STUDY_RESULTS_FILE).is_file():
+        return [*lines, *_next(commands)]
+    result = load_study(folder)
+    lines += [(cell.name, f"{cell.state}: {cell.message}") for cell in result.cells if cell.message]
+    if result.scaling is not None:
+        for point in result.scaling.points:
+            layer = f"{point.layer.value:.2f} ({point.layer.low:.2f} to {point.layer.high:.2f})"
+            lines.append((f"best {point.size}", f"layer {layer}, lambda {10**point.log_weight.value:.2g}"))
+        lines += [(trend.name, trend.direction) for trend in result.scaling.trends]
+    return [*lines, *_next([*commands, f"mlc-ray report {here} --out scaling.html"])]
+
+
+def _search_state(folder: Place) -> str:
+    return dict(_search(folder))["state"] if kind_of(folder) == "search" else "not begun"
+
+
 # --------------------------------------------------------------------------------------------------------------- probes
 
 
@@ -447,6 +471,7 @@ _KINDS: dict[FolderKind, Callable[[Place], list[Line]]] = {
     "score": _score,
     "search": _search,
     "study": _study,
+    "scale": _scale,
     "probe": _probe,
     "translation": _translation,
 }

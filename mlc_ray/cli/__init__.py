@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE = 141  # what shells report for a process that SIGPIPE ended
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
-SCHEMAS = ("train", "score", "search", "study", "utility", "translate", "simulation")
+SCHEMAS = ("train", "score", "search", "study", "scale", "utility", "translate", "simulation")
 """The kinds of config files."""
 
 _SETTINGS = """\
@@ -85,6 +85,13 @@ _STUDY = """\
 Every method on every model with every seed, each a run and a score, in one table with both sides, intervals and tests:
   mlc-ray study --config configs/study/small.yaml
   mlc-ray study --resume runs/small
+"""
+_SCALE = """\
+Of each size the layer (as a fraction of the depth) and lambda are searched, with seeds, and confirmed; then what moves
+with size, with intervals and a trend that says when it cannot tell:
+  mlc-ray scale --config configs/study/scaling-small.yaml --budget      what it takes; nothing is trained
+  mlc-ray scale --config configs/study/scaling-small.yaml
+  mlc-ray scale --resume runs/scaling-small
 """
 _PLAN = """\
   mlc-ray plan --simulate recipe:simulation/72b
@@ -210,6 +217,11 @@ def build_parser() -> argparse.ArgumentParser:
     study = add("study", "Compare methods over models and seeds.", _STUDY)
     _add_settings(study)
     _add_resume(study, "study")
+
+    scale = add("scale", "Search layer and lambda over sizes of models, and say what moves with size.", _SCALE)
+    scale.add_argument("--budget", action="store_true", help="say what it takes at most, and stop")
+    _add_settings(scale)
+    _add_resume(scale, "study")
 
     plan = add("plan", "Say beforehand how a run of any size would go.", _PLAN)
     add_simulation(plan)

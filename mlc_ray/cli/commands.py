@@ -15,6 +15,7 @@ from mlc_ray.config import (
     ConfigError,
     ModelSection,
     OpeningsSection,
+    ScaleConfig,
     ScoreConfig,
     SearchConfig,
     Section,
@@ -43,6 +44,7 @@ SCHEMAS: dict[
     | type[ScoreConfig]
     | type[SearchConfig]
     | type[StudyConfig]
+    | type[ScaleConfig]
     | type[UtilityConfig]
     | type[TranslateConfig]
     | type[SimulationConfig],
@@ -51,6 +53,7 @@ SCHEMAS: dict[
     "score": ScoreConfig,
     "search": SearchConfig,
     "study": StudyConfig,
+    "scale": ScaleConfig,
     "utility": UtilityConfig,
     "translate": TranslateConfig,
     "simulation": SimulationConfig,
@@ -327,6 +330,30 @@ def study_command(arguments: argparse.Namespace) -> None:
     _show_study(study(config))
 
 
+def scale_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray scale`."""
+    if arguments.resume is not None:
+        _refuse_settings(arguments, "study")
+        from mlc_ray.study.scale import resume_scale
+
+        _show_study(resume_scale(arguments.resume))
+        return
+    if arguments.config is None:
+        raise ConfigError("scale needs --config FILE (see configs/study/) or --resume FOLDER")
+    config = load_config(ScaleConfig, arguments.config, arguments.overrides)
+
+    from mlc_ray.study.scale import scale, scale_budget
+
+    if arguments.budget:
+        from mlc_ray.report.console import show
+        from mlc_ray.report.scale import budget_table
+        from mlc_ray.report.tables import console
+
+        show(console(budget_table(scale_budget(config))))
+        return
+    _show_study(scale(config))
+
+
 def _show_study(result: StudyResult) -> None:
     from mlc_ray.report.console import show
     from mlc_ray.report.study import study_notes, study_tables
@@ -527,6 +554,11 @@ def config_command(arguments: argparse.Namespace) -> None:
         from mlc_ray.study.cells import make_cells
 
         make_cells(resolved)
+    if isinstance(resolved, ScaleConfig):
+        from mlc_ray.study.scale import scale_folder
+        from mlc_ray.study.searches import make_searches
+
+        make_searches(resolved, scale_folder(resolved))
     print(yaml.safe_dump(_written_out(resolved), sort_keys=False, allow_unicode=True), end="")
 
 

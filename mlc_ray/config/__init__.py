@@ -31,6 +31,7 @@ from mlc_ray.config.data import DataSection, SourceSection
 from mlc_ray.config.model import LoraSection, ModelSection
 from mlc_ray.config.objective import AnswerSettings, LossSettings, ObjectiveConfig, TapSection, TermSettings
 from mlc_ray.config.openings import OpeningsSection
+from mlc_ray.config.scale import ScaleConfig, SizeSection
 from mlc_ray.config.score import (
     TRANSLATION_MARKERS,
     EndpointSection,
@@ -99,11 +100,13 @@ __all__ = [
     "ProbePriorSection",
     "ReadingJudgeSettings",
     "RunName",
+    "ScaleConfig",
     "ScoreConfig",
     "ScoringSection",
     "SearchConfig",
     "Section",
     "SimulationConfig",
+    "SizeSection",
     "SourceSection",
     "StudyConfig",
     "StudyModelSection",

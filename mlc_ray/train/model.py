@@ -52,7 +52,7 @@ class ModelOutput:
     zero where `present` [B, L] is false. `pooled` [2, B, H], float32, are states of the last layer, after the final
     norm, pooled over the response-language prompt and its chosen or rejected answer, where the objective asks for them.
     `refusals` [B, L] are log-probs, in nats, of responses that open as refusals, where the batch has `openings` behind
-    the prompt (`opened` [B, L]). `router`, a scalar, is the load-balancing loss of a mixture of experts times its weight.
+    the prompt (`opened` [B, L]). `router`, a scalar, is a mixture's load-balancing loss times its weight.
     """
 
     chosen: ResponseLogProbs

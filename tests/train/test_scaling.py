@@ -76,7 +76,7 @@ def workers_of(file):
 
 
 def test_every_published_size_has_a_recipe():
-    assert NAMES == sorted(PUBLISHED)
+    assert sorted(PUBLISHED) == NAMES
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
