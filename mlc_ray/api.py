@@ -1,4 +1,4 @@
-"""The commands as functions, from settings or a file: `train`, `score`, `search`, `study`, `scale`, `probe`, `translate`.
+"""The commands as functions, from settings or a file: `train`, `score`, `search`, `study`, `scale`, `probe`, ...
 
     from mlc_ray import api
 

@@ -177,9 +177,7 @@ def scale_notes(scaling: Scaling) -> list[str]:
         else:
             lines.append(f"{each.name} {each.direction} by {abs(each.slope.value):.3g} for ten times the parameters.")
     if at_edge := [each.size for each in scaling.points if math.isclose(each.layer.value, 1.0)]:
-        lines.append(
-            f"The best layer of {', '.join(at_edge)} is the last, the edge of what can be tried: there a line says little."
-        )
+        lines.append(f"The best layer of {', '.join(at_edge)} is the last, the edge of what can be tried.")
     if len({each.family for each in scaling.points}) == 1 and len(scaling.points) > 1:
         lines.append("All sizes count as one family: what differs between models for another reason counts as size.")
     return lines

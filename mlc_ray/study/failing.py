@@ -20,9 +20,11 @@ def failing(
     """Within, errors go into `failures` under the cell's name; SIGTERM, Ctrl-C and those of `ends` are raised."""
     try:
         yield
-    except (PreemptedError, *ends):
+    except PreemptedError:
         raise
     except MlcRayError as error:
+        if isinstance(error, ends):
+            raise
         logger.warning("%s failed: %s", name, error)
         failures[name] = str(error)
     except Exception as error:  # of a worker, of Ray, or of code from outside: the other cells can be run all the same

@@ -1,7 +1,7 @@
 """A scaling study: of each size the layer and lambda are searched, with seeds, and confirmed; then sizes are compared.
 
-Its cells are searches (`search.run`), one after another, each with all that the cluster has: it probes, trains, scores by
-engines that stay warm, trains the best again with further seeds, and confirms them on bundles that chose none of
+Its cells are searches (`search.run`), one after another, each with all that the cluster has: it probes, trains, scores
+by engines that stay warm, trains the best again with further seeds, and confirms them on bundles that chose none of
 them. A search that fails is a row that says so. What a killed study finished is not done again: a search goes on by its
 own folder, and one that is over is not begun.
 """

@@ -170,9 +170,8 @@ class ScaleRecorder:
                 CellOutcome(size, size, BEST, 0, "failed" if message else "waiting", message),
             ]
         before, *scores = found.scores
-        cells = [
-            CellOutcome(f"{size}-{UNTOUCHED}", size, UNTOUCHED, None, "scored", score_seconds=_score_seconds(before))
-        ]
+        seconds = _score_seconds(before)
+        cells = [CellOutcome(f"{size}-{UNTOUCHED}", size, UNTOUCHED, None, "scored", score_seconds=seconds)]
         for name, seed, score in zip(found.confirmation.best.runs, found.seeds, scores, strict=True):
             rows = read_metrics(_run(folder, name))
             workers = search.run.cluster.most_workers

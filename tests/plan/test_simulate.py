@@ -123,6 +123,16 @@ def test_a_notice_costs_no_step_where_a_checkpoint_fits() -> None:
     assert optimum(settings(**raw, notice_seconds=5))[0] is not None
 
 
+@pytest.mark.parametrize("restart", [25.4, 40.3, 56.2])  # worker, node and driver by benchmarks/survival.py
+def test_every_loss_costs_a_measured_restart(restart: float) -> None:
+    config = settings(node_mtbf_hours=16.0, restart_seconds=restart, checkpoint_every=100)
+    run, start = simulate(config), Costs.of(config).start
+    assert start == pytest.approx(restart + 10 + 1.06, abs=0.01)  # checksums and ranges, and token rows
+    spent = run.shares["restarts"] * run.wall_hours.value * 3600
+    assert run.lost_nodes > 2
+    assert spent == pytest.approx((1 + run.lost_nodes) * start, rel=0.03)  # few are struck while they start
+
+
 def test_spare_nodes_save_the_wait() -> None:
     raw: dict[str, Any] = {"node_mtbf_hours": 4.0, "replace_seconds": 900.0}
     runs = [simulate(settings(**raw, spare_nodes=n)) for n in (0, 1, 8)]
