@@ -1,4 +1,4 @@
-"""A scaling study of one real size on real Ray, DeepSpeed and vLLM: searched, confirmed with two seeds, gone on with."""
+"""A scaling study of one real size on real Ray, DeepSpeed and vLLM: searched, confirmed by two seeds, gone on with."""
 
 from __future__ import annotations
 
