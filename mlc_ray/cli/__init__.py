@@ -224,11 +224,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_resume(scale, "study")
 
     plan = add("plan", "Say beforehand how a run of any size would go.", _PLAN)
+    _add_settings(plan)
     add_simulation(plan)
-    plan.add_argument("--json", metavar="FILE", type=_place, help="also write everything there as JSON")
-    plan.add_argument(
-        "--set", metavar="FIELD=VALUE", dest="overrides", action="append", default=[], help="change one; repeatable"
-    )
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
     probe = add("probe", "Look at every layer of a model, forward only.", _PROBE)
     probe.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub name")

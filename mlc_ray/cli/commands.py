@@ -370,29 +370,9 @@ def plan_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray plan`."""
     if arguments.simulate is None:
         raise ConfigError("plan needs --simulate FILE (see configs/simulation/)")
+    from mlc_ray.cli.simulation import simulate_command
+
     simulate_command(arguments)
-
-
-def simulate_command(arguments: argparse.Namespace) -> None:
-    """`mlc-ray plan --simulate`."""
-    from mlc_ray.report.compare import check_json
-
-    config = load_config(SimulationConfig, arguments.simulate, arguments.overrides)
-    if arguments.json is not None:
-        check_json(arguments.json)
-
-    from mlc_ray.plan.simulate import growth, run_of
-    from mlc_ray.report.console import show
-    from mlc_ray.report.simulation import as_json, findings, tables
-    from mlc_ray.report.tables import console
-
-    best, grown = run_of(config), growth(config)
-    for shown in tables(config, best, grown):
-        show(console(shown))
-    for line in findings(config, best, grown):
-        print(line)
-    if arguments.json is not None:
-        arguments.json.write_json(as_json(config, best, grown))
 
 
 def probe_command(arguments: argparse.Namespace) -> None:

@@ -90,6 +90,15 @@ def test_it_is_valid_and_asks_for_the_cluster_that_it_names(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
+def test_it_fits_the_cluster_that_it_names(file):
+    check = pytest.importorskip("mlc_ray.plan.check", reason="the planner is not there")
+    from mlc_ray.plan.hardware import cluster_of
+
+    gpus, gpu = workers_of(file)
+    check.check_run(load_config(TrainConfig, file), gpu=True, cluster=cluster_of(gpus, gpu))
+
+
+@pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_a_shrunk_model_takes_a_step(file):
     """DPO against the model itself is ln 2; a step lowers the loss, and moves every parameter."""
     config, published = load_config(TrainConfig, file), shrunk(file.stem)
