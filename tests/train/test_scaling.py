@@ -45,7 +45,7 @@ PUBLISHED = {
     "gemma-2-27b": (32, 16, {**GEMMA, "query_pre_attn_scalar": 144}),
     "llama-3.2-1b": (32, 8, {**LLAMA, "tie_word_embeddings": True}),
     "llama-3.1-8b": (32, 8, LLAMA),
-    "llama-3.3-70b": (64, 8, LLAMA),
+    "llama-3.1-70b": (64, 8, LLAMA),
     "qwen3-30b-a3b": (
         32, 4,
         {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
