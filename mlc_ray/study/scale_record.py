@@ -14,9 +14,11 @@ import numpy as np
 
 from mlc_ray.config import UNTOUCHED
 from mlc_ray.config.scale import LAYER, WEIGHT
+from mlc_ray.errors import MlcRayError
 from mlc_ray.report.scale import BEST, Scaling, SizePoint
 from mlc_ray.report.study import CellOutcome, MethodRow, StudyResult
 from mlc_ray.runs import (
+    CONFIG_FILE,
     CONFIRMATION,
     PROBE_FILE,
     SCORES_FOLDER,
@@ -83,7 +85,11 @@ class ScaleRecorder:
         trained: set[str] = set()
         seeds: dict[int, None] = {}
         for search in self._plan.searches:
-            found = self._confirmed(search)
+            found = None
+            try:
+                found = self._confirmed(search)
+            except MlcRayError as error:  # a damaged score, or a judge that does not say what is refused
+                self.failures[search.size] = str(error)
             rates: dict[str, MethodRates] = {}
             if found is not None:
                 both = {UNTOUCHED: found.untouched, BEST: found.best}
@@ -145,6 +151,7 @@ class ScaleRecorder:
         never = [code for code in sorted(asked) if primary_language(code) not in primary]
         trials = [each for each in trial_folders(folder) if ending(each) == "finished"]
         workers = search.run.cluster.most_workers
+        runs = [each for each in (folder / TRIALS_FOLDER).iterdir() if (each / CONFIG_FILE).is_file()]
         return SizePoint(
             size=search.size,
             parameters=section.parameters or budget[search.size],
@@ -157,7 +164,7 @@ class ScaleRecorder:
             trials=len(trials),
             tried=(_different(trials, LAYER), _different(trials, WEIGHT)),
             probed=_probed(folder),
-            seconds=workers * sum(_seconds(each) for each in (folder / TRIALS_FOLDER).iterdir() if each.is_dir()),
+            seconds=workers * sum(map(_seconds, runs)),
         )
 
     def _cells(self, search: SizeSearch, found: _Confirmed | None) -> list[CellOutcome]:
