@@ -50,22 +50,6 @@ class ScaleConfig(Section):
         description="What all searches share: settings of a search without name, output_dir, resume, train and set."
     )
 
-    def search_of(self, size: str, output_dir: str = "runs") -> SearchConfig:
-        """The search of a size.
-
-        Raises:
-            pydantic.ValidationError: It is invalid.
-        """
-        section = self.sizes[size]
-        own = {
-            "name": size,
-            "output_dir": output_dir,
-            "resume": "auto",
-            "train": section.train or self.train,
-            "set": [*self.set, *section.set],
-        }
-        return SearchConfig.model_validate({**self.search, **own})
-
     @model_validator(mode="after")
     def _searches_that_can_be_compared(self) -> ScaleConfig:
         if own := [name for name in DECIDED_OF_SEARCHES if name in self.search]:
@@ -73,7 +57,7 @@ class ScaleConfig(Section):
             raise ValueError(f"search.{own[0]}={self.search[own[0]]!r} cannot stand here: {fix}; remove it")
         if lacking := [name for name, section in self.sizes.items() if (section.train or self.train) is None]:
             raise ValueError(f"sizes.{lacking[0]} has no file of its runs: give train at the top, or for each size")
-        search = self.search_of(next(iter(self.sizes)))
+        search = SearchConfig.model_validate({**self.search, "name": self.name, "train": "of each size"})
         for name in (LAYER, WEIGHT):
             if name not in search.space:
                 raise ValueError(f"search.space has no {name}, whose best value is followed over the sizes; add it")

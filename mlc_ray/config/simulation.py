@@ -79,9 +79,3 @@ class SimulationConfig(Section):
     def nodes(self) -> int:
         """Nodes of the run."""
         return max(1, self.gpus // self.gpus_per_node)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        batch = max(1, round(self.gpus * self.bundles_per_gpu))
-        return self.epochs * -(-self.bundles // batch)

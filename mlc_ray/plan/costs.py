@@ -19,6 +19,12 @@ HOURS = 3600.0
 _POINTS = 4096
 
 
+def steps_of(config: SimulationConfig) -> int:
+    """Optimizer steps of a run: an epoch's last batch may be smaller."""
+    batch = max(1, round(config.gpus * config.bundles_per_gpu))
+    return config.epochs * -(-config.bundles // batch)
+
+
 @lru_cache(maxsize=256)
 def slowest(workers: int, spread: float) -> tuple[float, float]:
     """Mean and variance of the largest of `workers` independent log-normal factors with median 1.

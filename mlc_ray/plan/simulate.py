@@ -19,7 +19,7 @@ import simpy
 
 from mlc_ray.config.simulation import SimulationConfig
 from mlc_ray.errors import MlcRayError
-from mlc_ray.plan.costs import HOURS, Costs, daly, young
+from mlc_ray.plan.costs import HOURS, Costs, daly, steps_of, young
 from mlc_ray.stats.rates import Interval
 from mlc_ray.stats.seeds import student_quantile
 
@@ -108,13 +108,13 @@ def simulate(config: SimulationConfig, *, every: int | None = None) -> Simulated
     return Simulated(
         gpus=config.gpus,
         every=steps,
-        steps=config.steps,
+        steps=steps_of(config),
         goodput=_over(goodput, 0.0, 1.0),
         wall_hours=wall,
         gpu_hours=Interval(*(config.gpus * each for each in (wall.value, wall.low, wall.high))),
         shares={name: float(np.mean([run.spent[name] / run.wall for run in runs])) for name in LOSSES},
         lost_nodes=float(np.mean([run.struck for run in runs])),
-        finished=all(run.done >= config.steps for run in runs),
+        finished=all(run.done >= run.all_steps for run in runs),
         runs=tuple(goodput),
     )
 
@@ -154,8 +154,10 @@ def best_interval(config: SimulationConfig) -> Best:
     costs = Costs.of(config)
     first, higher = optimum(config)
     least = max(1, math.ceil(costs.upload * costs.free / costs.step))
-    middle = config.steps if higher is None else max(higher, least)
-    tried = sorted({min(config.steps, max(1, least if f * middle < least else round(f * middle))) for f in _FACTORS})
+    middle = steps_of(config) if higher is None else max(higher, least)
+    tried = sorted(
+        {min(steps_of(config), max(1, least if f * middle < least else round(f * middle))) for f in _FACTORS}
+    )
     runs = [simulate(config, every=every) for every in tried]
     best = max(runs, key=lambda run: run.goodput.value)
     alike = [run.every for run in runs if run is best or _alike(best, run)]
@@ -183,7 +185,7 @@ def growth(config: SimulationConfig, sizes: Sequence[int] | None = None) -> Grow
         own = config.model_copy(update={"gpus": gpus})
         costs, (_, higher) = Costs.of(own), optimum(own)
         least = math.ceil(costs.upload * costs.free / costs.step)
-        every = own.steps if higher is None else min(own.steps, max(1, least, round(higher)))
+        every = steps_of(own) if higher is None else min(steps_of(own), max(1, least, round(higher)))
         runs.append(simulate(own, every=every))
     saturated = ((run.largest, run.gpus) for run in runs if run.shares[run.largest] >= SATURATED)
     return Growth(tuple(runs), next(saturated, None))
@@ -215,7 +217,7 @@ class _Run:
     """One repetition. `done` counts steps that a checkpoint holds, `spent` the seconds that were not useful."""
 
     def __init__(self, config: SimulationConfig, costs: Costs, every: int, number: int) -> None:
-        self.config, self.costs, self.every = config, costs, every
+        self.config, self.costs, self.every, self.all_steps = config, costs, every, steps_of(config)
         self.random = np.random.default_rng([config.seed, number])
         self.strikes = np.random.default_rng([config.seed, number, 1])  # the same whatever the interval is
         self.environment = simpy.Environment()
@@ -235,7 +237,7 @@ class _Run:
         for rate, cause in ((self.costs.strikes, "failure"), (self.costs.notices, "notice")):
             if rate:
                 self.environment.process(self._strike(training, rate, cause))
-        ideal = self.config.steps * self.config.step_seconds + self.costs.start
+        ideal = self.all_steps * self.config.step_seconds + self.costs.start
         self.environment.run(until=training | self.environment.timeout(_HOPELESS * ideal))
         return self
 
@@ -270,7 +272,7 @@ class _Run:
 
     def _train(self) -> Generator[simpy.Event, Any, None]:
         yield from self._start()
-        while self.done < self.config.steps:
+        while self.done < self.all_steps:
             began, stretch = self.wall, self._stretch()
             try:
                 yield self.environment.timeout(stretch.durable[-1])
@@ -281,7 +283,7 @@ class _Run:
                     yield from self._notice(stretch, began, after)
                 else:
                     self._lose(stretch, after)
-                if self.done < self.config.steps:
+                if self.done < self.all_steps:
                     yield from self._start()
 
     def _start(self) -> Generator[simpy.Event, Any, None]:
@@ -303,7 +305,7 @@ class _Run:
         While the checkpoint before is written, data may come more slowly; and a segment that is done before that waits
         for it. The work of a segment is normal with the mean and variance of its steps' sum.
         """
-        costs, left = self.costs, self.config.steps - self.done
+        costs, left = self.costs, self.all_steps - self.done
         steps = np.full(min(_AT_ONCE, -(-(left + self.done % self.every) // self.every)), self.every, dtype=np.int64)
         steps[0] -= self.done % self.every
         steps[-1] = min(steps[-1], left - int(steps[:-1].sum()))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from mlc_ray.config import ConfigError, ScaleConfig, SearchConfig, TrainConfig, parse_config
 from mlc_ray.report.scale import SizeBudget
@@ -77,12 +77,24 @@ def make_searches(config: ScaleConfig, folder: Place) -> tuple[SizeSearch, ...]:
     found = []
     for size in config.sizes:
         try:
-            search = config.search_of(size, str(folder / CELLS_FOLDER))
+            search = _search_of(config, size, folder)
             space = make_space(search)
             found.append(SizeSearch(size, as_it_runs(search, space), space))
-        except (ConfigError, ValidationError) as error:
+        except ConfigError as error:
             raise ConfigError(f"sizes.{size}: {error}") from None
     return tuple(found)
+
+
+def _search_of(config: ScaleConfig, size: str, folder: Place) -> SearchConfig:
+    section = config.sizes[size]
+    own = {
+        "name": size,
+        "output_dir": str(folder / CELLS_FOLDER),
+        "resume": "auto",
+        "train": section.train or config.train,
+        "set": [*config.set, *section.set],
+    }
+    return parse_config(SearchConfig, {**config.search, **own})
 
 
 def load_scale(folder: Place) -> ScalePlan:
