@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from survival_deaths import DEATHS
-from survival_scene import STEPS, Run, Scene, small_disk, wait
+from survival_scene import SECONDS, STEPS, Run, Scene, small_disk, wait
 
 from mlc_ray.runs import LEASE_FILE, STOP_FILE, artifact_cache, checkpoint_folder, read_metrics
 from mlc_ray.storage import Place
@@ -47,6 +47,8 @@ from tests import warm_workers
 from tests.s3_server import running
 
 TENSORBOARD = ["logging.tensorboard=true"]
+RESTARTING = ("worker", "driver", "node")
+"""Deaths behind which the seconds to the next step are taken."""
 TRIES = 3
 """How often a death is repeated, at most, until it strikes."""
 
@@ -120,8 +122,11 @@ def strike(run: Run, deaths: Sequence[str], row: dict[str, list[str]]) -> None:
             while not run.until(step) and run.driver.returncode != 0:
                 run.start_again()  # an earlier death ended it
             row["deaths"].append(f"{death} at {run.step()}")
+            before = run.rows()
             if run.ended() or not DEATHS[death](run):
                 row["missed"].append(row["deaths"].pop())
+            elif death in RESTARTING:
+                row["restarts"].append([death, seconds_to_a_step(run, before)])
         while True:
             wait(run.ended, f"the end of {run.name}")
             if run.driver.returncode == 0:
@@ -131,10 +136,36 @@ def strike(run: Run, deaths: Sequence[str], row: dict[str, list[str]]) -> None:
         row["missed"] += deaths[len(row["deaths"]) + len(row["missed"]) :]
 
 
+def seconds_to_a_step(run: Run, before: tuple[int, int]) -> float:
+    """Seconds until a run that was struck has taken a step again, started by the same command where its driver ended.
+
+    `before` are its rows before; each start writes a new file of them.
+    """
+    began, kept = time.monotonic(), None
+    while True:
+        if run.ended() and run.driver.returncode != 0:
+            run.start_again()
+        now = run.rows()
+        if now[0] != before[0]:
+            kept = now if kept is None or kept[0] != now[0] else kept
+            if now[1] > kept[1] or run.ended():
+                return time.monotonic() - began
+        assert time.monotonic() - began < 2 * SECONDS, run.log()[-4000:]
+        time.sleep(0.05)
+
+
 def lived(run: Run, deaths: Sequence[str], alone: Run) -> dict[str, Any]:
     """What became of a run with these deaths, as a row."""
     began = time.monotonic()
-    row: dict[str, Any] = {"name": run.name, "deaths": [], "missed": [], "losses": inf, "weights": inf, "error": None}
+    row: dict[str, Any] = {
+        "name": run.name,
+        "deaths": [],
+        "missed": [],
+        "restarts": [],
+        "losses": inf,
+        "weights": inf,
+        "error": None,
+    }
     try:
         strike(run, deaths, row)
         row |= differences(run.folder, alone.folder)
@@ -173,8 +204,10 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         ray.init(address=scene.address, log_to_driver=False)
         stack.callback(ray.shutdown)
         scene.wait_for_nodes()
+        began = time.monotonic()
         alone = Run(scene, "undisturbed", folder / "runs")
         alone.end()
+        undisturbed = time.monotonic() - began
         # Ray's dashboard and PyTorch have folders there; a run that nobody struck leaves none of this package's.
         scene.kept = {path.name for path in scene.temporary.iterdir() if "mlc_ray" not in path.name}
 
@@ -184,7 +217,7 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             where.storage.publish(folder / "runs" / "cache", str(where))
 
         def live(name: str, deaths: Sequence[str], output_dir: Path | Place, settings: Sequence[str] = ()) -> None:
-            rows.append(lived(Run(scene, name, output_dir, settings), deaths, alone))
+            rows.append(lived(Run(scene, name, output_dir, settings), deaths, alone) | {"undisturbed": undisturbed})
             print(json.dumps(rows[-1]), flush=True)
             if options.out is not None:
                 options.out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -23,7 +23,7 @@ import yaml
 from pydantic import Field
 
 from mlc_ray.losses.dpo import Dpo
-from mlc_ray.runs import checkpoint_folders, read_metrics
+from mlc_ray.runs import METRICS_FILE, checkpoint_folders, read_metrics
 from mlc_ray.storage import MANIFEST, Place
 
 STEPS, EVERY = 12, 2
@@ -239,6 +239,15 @@ class Run:
         with suppress(Exception):  # a row is being written, or the store is away
             return max((int(row["step"]) for row in read_metrics(self.folder)), default=0)
         return 0
+
+    def rows(self) -> tuple[int, int]:
+        """Which file has the rows of metrics, a new one for each start, and how many they are; only on a disk."""
+        if not self.folder.is_local:
+            return 0, 0
+        with suppress(OSError):
+            file = Path(self.folder / METRICS_FILE)
+            return file.stat().st_ino, file.read_bytes().count(b"\n")
+        return 0, 0
 
     def until(self, step: int) -> bool:
         """Wait for a step, and a random moment more; False where the run has ended by then."""

@@ -1,4 +1,4 @@
-"""The commands as functions: `train`, `score`, `search`, `study`, `probe`, `translate`, `openings`.
+"""The commands as functions, from settings or a file: `train`, `score`, `search`, `study`, `scale`, `probe`, ...
 
     from mlc_ray import api
 
@@ -23,6 +23,7 @@ from mlc_ray.config import (
     ConfigError,
     ModelSection,
     OpeningsSection,
+    ScaleConfig,
     ScoreConfig,
     SearchConfig,
     Section,
@@ -181,6 +182,42 @@ def study(
     from mlc_ray.study.run import study
 
     return study(settings)
+
+
+def scale(
+    config: ScaleConfig | Settings | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+) -> StudyResult:
+    """Search layer and lambda over sizes of models: every cell is a search, of which the best is confirmed.
+
+    Args:
+        config: the study's settings.
+        overrides: `section.field=value`, as after --set.
+        resume: the folder of a scaling study to go on with by its own settings, instead of `config`.
+
+    Returns:
+        Both sides of each size's best point, and in `scaling` the points, their trends over sizes, and the budget.
+
+    Raises:
+        ConfigError: a setting is unknown, ill-typed or unsupported, or both or neither of config and resume are given.
+        MlcRayError: whatever else a user can cause and correct.
+    """
+    if (config is None) == (resume is None):
+        raise ConfigError("scale needs config, or resume with the folder of a study; one of them, not both")
+    if resume is not None:
+        if overrides:
+            raise ConfigError(f"overrides={list(overrides)!r} cannot go with resume: a study keeps its own settings")
+        from mlc_ray.study.scale import resume_scale
+
+        return resume_scale(Place(os.fspath(resume)))
+    assert config is not None
+    settings = _settings(ScaleConfig, config, overrides)
+
+    from mlc_ray.study.scale import scale
+
+    return scale(settings)
 
 
 def probe(

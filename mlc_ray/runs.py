@@ -7,6 +7,7 @@
                (scores of the model before training), trials.json, at the end best.yaml and best/
     STUDY/     study.json first, cells/MODEL-METHOD-SEED/ (a run each, its model in model/, its score in scores/study/),
                untouched/MODEL/ (scores of the models before training), results.json, study.md, study.tex
+    SCALE/     scale.json first, cells/SIZE/ (a search each), results.json, study.md, study.tex
     PROBE/     probe.json
     TRANSLATION/  translation.json first, bundles/, rejected/ and answers/ (a file for each shard), quality.json and
                quality.md, manifest.json last
@@ -71,6 +72,8 @@ STUDY_FILE, STUDY_RESULTS_FILE, CELLS_FOLDER, STUDY_SCORE, UNTOUCHED_FOLDER = (
     "study.json", "results.json", "cells", "study", "untouched",
 )  # fmt: skip
 """Of a study; `study` is the name of a cell's score. `results.json` is there from the first cell on."""
+SCALE_FILE = "scale.json"
+"""Of a study whose cells are searches; its other files are those of a study."""
 PROBE_FILE = "probe.json"
 TRANSLATION_FILE, QUALITY_FILE, QUALITY_TEXT, BUNDLES_FOLDER, REJECTED_FOLDER, ANSWERS_FOLDER = (
     "translation.json", "quality.json", "quality.md", "bundles", "rejected", "answers",
@@ -79,7 +82,7 @@ TRANSLATION_FILE, QUALITY_FILE, QUALITY_TEXT, BUNDLES_FOLDER, REJECTED_FOLDER, A
 PROVENANCE_FILE = "mlc_ray.json"
 """Of an exported model: where it comes from."""
 
-FolderKind = Literal["run", "score", "search", "study", "probe", "translation"]
+FolderKind = Literal["run", "score", "search", "study", "scale", "probe", "translation"]
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
 _WEIGHTS = re.compile(r"weights_(\d{6,})")
@@ -109,8 +112,8 @@ def kind_of(folder: Place) -> FolderKind | None:
 
 
 _FIRST_FILES: dict[FolderKind, str] = {
-    "search": BASE_FILE, "study": STUDY_FILE, "score": REQUEST_FILE, "run": CONFIG_FILE, "probe": PROBE_FILE,
-    "translation": TRANSLATION_FILE,
+    "search": BASE_FILE, "study": STUDY_FILE, "scale": SCALE_FILE, "score": REQUEST_FILE, "run": CONFIG_FILE,
+    "probe": PROBE_FILE, "translation": TRANSLATION_FILE,
 }  # fmt: skip
 
 

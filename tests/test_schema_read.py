@@ -17,9 +17,11 @@ import pytest
 import mlc_ray.config
 from mlc_ray._registry import names, resolve
 from mlc_ray.config import (
+    ScaleConfig,
     ScoreConfig,
     SearchConfig,
     Section,
+    SimulationConfig,
     StudyConfig,
     TrainConfig,
     TranslateConfig,
@@ -28,7 +30,16 @@ from mlc_ray.config import (
 from mlc_ray.config.component import ComponentSettings
 
 PACKAGE = Path(mlc_ray.config.__file__).parent.parent
-ROOTS = (TrainConfig, ScoreConfig, SearchConfig, StudyConfig, UtilityConfig, TranslateConfig)
+ROOTS = (
+    TrainConfig,
+    ScoreConfig,
+    SearchConfig,
+    StudyConfig,
+    ScaleConfig,
+    UtilityConfig,
+    TranslateConfig,
+    SimulationConfig,
+)
 Leaf = tuple[str, ...]
 MYPY = """[mypy]
 plugins = {plugin}

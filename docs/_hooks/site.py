@@ -23,8 +23,10 @@ from mlc_ray._registry import names, resolve
 from mlc_ray.cli import build_parser
 from mlc_ray.config import (
     CalibrationConfig,
+    ScaleConfig,
     ScoreConfig,
     SearchConfig,
+    SimulationConfig,
     StudyConfig,
     TrainConfig,
     TranslateConfig,
@@ -39,8 +41,10 @@ FILES = {
     "A score": ("score", ScoreConfig),
     "A search": ("search", SearchConfig),
     "A study": ("study", StudyConfig),
+    "A scaling study": ("scale", ScaleConfig),
     "A translation": ("translate", TranslateConfig),
     "A utility measurement": ("utility", UtilityConfig),
+    "A simulated run": ("plan --simulate FILE", SimulationConfig),
     "A calibration of a judge": ("judge --calibrate LABELLED", CalibrationConfig),
 }
 SNIPPET = re.compile(r'--8<-- "[^"]+"')

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BROKEN_PIPE = 141  # what shells report for a process that SIGPIPE ended
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
-SCHEMAS = ("train", "score", "search", "study", "utility", "translate")
+SCHEMAS = ("train", "score", "search", "study", "scale", "utility", "translate", "simulation")
 """The kinds of config files."""
 
 _SETTINGS = """\
@@ -86,6 +86,13 @@ Every method on every model with every seed, each a run and a score, in one tabl
   mlc-ray study --config configs/study/small.yaml
   mlc-ray study --resume runs/small
 """
+_SCALE = """\
+Of each size the layer (as a fraction of the depth) and lambda are searched, with seeds, and confirmed; then what moves
+with size, with intervals and a trend that says when it cannot tell:
+  mlc-ray scale --config configs/study/scaling-small.yaml --budget      what it takes; nothing is trained
+  mlc-ray scale --config configs/study/scaling-small.yaml
+  mlc-ray scale --resume runs/scaling-small
+"""
 _PROBE = """\
 For every layer: how collinear the languages of a bundle are, how far bundles are apart, and how well harmful and benign
 are told apart in each language. `search` can try layers in the order of the ranking (its section `probe`). And for
@@ -115,6 +122,7 @@ Nothing is started or downloaded; docs/plan.md has the formulas.
   mlc-ray plan --config recipe:qwen2.5-7b --gpus 8 --gpu h100
   mlc-ray plan --config recipe:qwen2.5-7b --shape 72b --gpus 64 --set engine.stage=3 --json
   mlc-ray plan --config recipe:quickstart --calibrate
+  mlc-ray plan --simulate recipe:simulation/72b --set gpus=10000 --set preemptions_per_node_day=0.1
 """
 
 
@@ -221,6 +229,11 @@ def build_parser() -> argparse.ArgumentParser:
     study = add("study", "Compare methods over models and seeds.", _STUDY)
     _add_settings(study)
     _add_resume(study, "study")
+
+    scale = add("scale", "Search layer and lambda over sizes of models, and say what moves with size.", _SCALE)
+    scale.add_argument("--budget", action="store_true", help="say what it takes at most, and stop")
+    _add_settings(scale)
+    _add_resume(scale, "study")
 
     probe = add("probe", "Look at every layer of a model, forward only.", _PROBE)
     probe.add_argument("model", metavar="MODEL", help="Hugging Face folder or hub name")
@@ -350,6 +363,7 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--shape", metavar="MODEL", help="instead of the settings' model: 72b, a config.json, a folder or a hub name"
     )
+    add_simulation(plan)
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.add_argument(
         "--calibrate", action="store_true", help="measure this machine with the settings' model, and keep it"
@@ -411,6 +425,14 @@ def _place(text: str) -> Place:
         return Place(stored_path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def add_simulation(parser: argparse.ArgumentParser) -> None:
+    """What `mlc-ray plan` takes for a simulation."""
+    parser.add_argument(
+        "--simulate", metavar="FILE", type=_config_file,
+        help="simulate a whole run (failures, preemptions, checkpoints, storage), whose settings the YAML file has",
+    )  # fmt: skip
 
 
 def _add_judge(parser: argparse.ArgumentParser) -> None:

@@ -23,8 +23,10 @@ from mlc_ray.config import (
     ChatSection,
     ConfigError,
     OpeningsSection,
+    ScaleConfig,
     ScoreConfig,
     SearchConfig,
+    SimulationConfig,
     SourceSection,
     StudyConfig,
     TrainConfig,
@@ -48,15 +50,19 @@ SCHEMAS: dict[
     | type[ScoreConfig]
     | type[SearchConfig]
     | type[StudyConfig]
+    | type[ScaleConfig]
     | type[UtilityConfig]
-    | type[TranslateConfig],
+    | type[TranslateConfig]
+    | type[SimulationConfig],
 ] = {
     "train": TrainConfig,
     "score": ScoreConfig,
     "search": SearchConfig,
     "study": StudyConfig,
+    "scale": ScaleConfig,
     "utility": UtilityConfig,
     "translate": TranslateConfig,
+    "simulation": SimulationConfig,
 }
 """The kinds of config files; `cli.SCHEMAS` has their names."""
 
@@ -217,6 +223,30 @@ def study_command(arguments: argparse.Namespace) -> None:
     _show_study(study(config))
 
 
+def scale_command(arguments: argparse.Namespace) -> None:
+    """`mlc-ray scale`."""
+    if arguments.resume is not None:
+        refuse_settings(arguments, "study")
+        from mlc_ray.study.scale import resume_scale
+
+        _show_study(resume_scale(arguments.resume))
+        return
+    if arguments.config is None:
+        raise ConfigError("scale needs --config FILE (see configs/study/) or --resume FOLDER")
+    config = load_config(ScaleConfig, arguments.config, arguments.overrides)
+
+    from mlc_ray.study.scale import scale, scale_budget
+
+    if arguments.budget:
+        from mlc_ray.report.console import show
+        from mlc_ray.report.scale import budget_table
+        from mlc_ray.report.tables import console
+
+        show(console(budget_table(scale_budget(config))))
+        return
+    _show_study(scale(config))
+
+
 def _show_study(result: StudyResult) -> None:
     from mlc_ray.report.console import show
     from mlc_ray.report.study import study_notes, study_tables
@@ -321,6 +351,11 @@ def translate_command(arguments: argparse.Namespace) -> None:
 
 def plan_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray plan`."""
+    if arguments.simulate is not None:
+        from mlc_ray.cli.simulation import simulate_command
+
+        simulate_command(arguments)
+        return
     from mlc_ray.cli.plan import plan_command as plan
 
     plan(arguments)
@@ -395,6 +430,11 @@ def config_command(arguments: argparse.Namespace) -> None:
         from mlc_ray.study.cells import make_cells
 
         make_cells(resolved)
+    if isinstance(resolved, ScaleConfig):
+        from mlc_ray.study.scale import scale_folder
+        from mlc_ray.study.searches import make_searches
+
+        make_searches(resolved, scale_folder(resolved))
     print(yaml.safe_dump(written_out(resolved), sort_keys=False, allow_unicode=True), end="")
 
 

@@ -31,6 +31,7 @@ from mlc_ray.config.data import DataSection, SourceSection
 from mlc_ray.config.model import LoraSection, ModelSection
 from mlc_ray.config.objective import AnswerSettings, LossSettings, ObjectiveConfig, TapSection, TermSettings
 from mlc_ray.config.openings import OpeningsSection
+from mlc_ray.config.scale import ScaleConfig, SizeSection
 from mlc_ray.config.score import (
     TRANSLATION_MARKERS,
     EndpointSection,
@@ -46,6 +47,7 @@ from mlc_ray.config.score import (
     UtilitySection,
 )
 from mlc_ray.config.search import ConfirmSection, ObjectiveSettings, ParameterSection, ProbePriorSection, SearchConfig
+from mlc_ray.config.simulation import SimulationConfig
 from mlc_ray.config.study import DECIDED, UNTOUCHED, StudyConfig, StudyModelSection
 from mlc_ray.config.train import (
     CheckpointSection,
@@ -98,10 +100,13 @@ __all__ = [
     "ProbePriorSection",
     "ReadingJudgeSettings",
     "RunName",
+    "ScaleConfig",
     "ScoreConfig",
     "ScoringSection",
     "SearchConfig",
     "Section",
+    "SimulationConfig",
+    "SizeSection",
     "SourceSection",
     "StudyConfig",
     "StudyModelSection",

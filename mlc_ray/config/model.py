@@ -42,6 +42,11 @@ class ModelSection(Section):
         description="Recompute activations in backward to save memory: `true` whole blocks, `selective` all but what "
         "matrix products and attention give.",
     )
+    router_weight: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Mixtures of experts: what the routers' load-balancing loss is multiplied by; 0 leaves it out "
+        "(default: `router_aux_loss_coef` of the model's config).",
+    )
     lora: LoraSection | None = Field(None, description="Train low-rank adapters instead of all parameters.")
 
 

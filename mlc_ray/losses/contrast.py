@@ -31,6 +31,11 @@ class Contrast(Term):
     settings: Settings
     needs_group = True
 
+    @property
+    def reads_kinds(self) -> bool:
+        """Whether rows of the other kind count otherwise."""
+        return self.settings.other_kind != 1
+
     def __call__(self, tapped: Tapped) -> TermLoss:
         """The loss of each bundle of the group [B]."""
         return TermLoss(

@@ -72,6 +72,11 @@ class Objective:
         return any(term.needs_reference_logits for term in self.terms.values())
 
     @property
+    def reads_kinds(self) -> bool:
+        """Whether `total_loss` must be told on steps that tap of which kind the bundles are."""
+        return any(term.reads_kinds for term in self.terms.values())
+
+    @property
     def needs_group(self) -> bool:
         """Whether a term compares bundles of a group, which must then be forwarded at once."""
         return any(term.needs_group for term in self.terms.values())
@@ -167,7 +172,7 @@ class Objective:
             reference_pooled: [2, B, H], those of the reference.
             factors: The terms to compute, each with what multiplies its weight (default: all, by 1).
             decisions: How likely responses are to open as refusals, where a term reads that.
-            harmful: [B], whether each bundle is harmful.
+            harmful: [B], whether each bundle is harmful, where a term reads that.
             kept: Next-token logits on benign bundles, where a term reads them.
 
         Returns:

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from mlc_ray.errors import MlcRayError
+from mlc_ray.report.scale import Scaling, scale_notes, scale_tables
 from mlc_ray.report.tables import Cell, Table, cell, row, table
 from mlc_ray.report.text import ABSENT, fraction, p_value, percent, signed, variance
 from mlc_ray.runs import STUDY_RESULTS_FILE
@@ -69,7 +70,8 @@ class StudyResult:
     """A whole study, or what there is of it.
 
     `models` maps the models' names to what was loaded, `methods` the methods' to their overrides. `trained` are the
-    languages of the bundles of any run. `bundles` counts scored bundles by kind.
+    languages of the bundles of any run. `bundles` counts scored bundles by kind. `scaling` is there where the cells are
+    searches, one of each model.
     """
 
     __pydantic_config__ = RESULT_FILE
@@ -85,6 +87,7 @@ class StudyResult:
     rows: tuple[MethodRow, ...]
     tests: tuple[MethodTest, ...]
     cells: tuple[CellOutcome, ...]
+    scaling: Scaling | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
     folder: Place = field(default_factory=lambda: Place("."))
@@ -132,7 +135,7 @@ def load_study(folder: str | Path | Place) -> StudyResult:
 
 def study_tables(result: StudyResult) -> list[Table]:
     """All tables: of each model both sides, and either by language; then costs, utility, tests, and what failed."""
-    found = []
+    found = [] if result.scaling is None else scale_tables(result.scaling, gpu=result.gpu)
     for model in result.models:
         rows = [each for each in result.rows if each.model == model and each.rates is not None]
         if rows:
@@ -329,6 +332,8 @@ def study_notes(result: StudyResult) -> list[str]:
         f"{counts} bundles, judged by {result.judge}. A model that refuses everything has a perfect harmful side; only "
         "both sides tell."
     ]
+    if result.scaling is not None:
+        notes += scale_notes(result.scaling)
     seeds = {each.rates.seeds for each in result.rows if each.rates is not None and each.method != _reference(result)}
     if seeds == {1}:
         notes.append("With one seed, intervals and tests say nothing of what another seed would give.")

@@ -51,7 +51,7 @@ def write_report(
         raise ReportError(f"--out {str(out)!r} is a folder; give a file name that ends in .html")
     if samples < 0:
         raise ReportError(f"--samples {samples} is below 0; give the number of responses to show, 0 for none")
-    studies = [place for place in map(Place, runs) if kind_of(place) == "study"]
+    studies = [place for place in map(Place, runs) if kind_of(place) in ("study", "scale")]
     if studies and len(runs) > 1:
         raise ReportError(f"{str(studies[0])!r} is a study, whose report is of it alone; give it alone")
     if studies:

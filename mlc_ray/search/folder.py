@@ -63,7 +63,7 @@ def write_settings(config: SearchConfig, space: Space, folder: Place, commits: C
 
 def write_config(config: SearchConfig, space: Space, folder: Place) -> None:
     """Write the settings of the search itself anew."""
-    (folder / SEARCH_CONFIG_FILE).write_json(_settings(config, space, folder))
+    (folder / SEARCH_CONFIG_FILE).write_json(settings_in(config, space, folder))
 
 
 def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -> list[str]:
@@ -74,7 +74,7 @@ def changed_settings(config: SearchConfig, space: Space, folder: Path | Place) -
     folder = Place(folder)
     stored = _stored(folder).model_dump(mode="json")
     commits = (folder / COMMITS_FILE).read_json()
-    given = parse_config(SearchConfig, _settings(config, space, folder)).model_dump(mode="json")
+    given = parse_config(SearchConfig, settings_in(config, space, folder)).model_dump(mode="json")
     given["scoring"] = _with_dtypes(given["scoring"], stored["scoring"])
     before = by_dotted_name({"search": stored, "train": yaml.safe_load((folder / BASE_FILE).read_text())})
     now = by_dotted_name({"search": given, "train": dict(space.base)})
@@ -120,7 +120,7 @@ def _with_commits(name: str, value: Any, commits: Commits) -> Any:
     return replaced(value)
 
 
-def _settings(config: SearchConfig, space: Space, folder: Place) -> dict[str, Any]:
+def settings_in(config: SearchConfig, space: Space, folder: Place) -> dict[str, Any]:
     """The settings as `folder` keeps them: paths made absolute, the run that trials share in a file beside them."""
     settings = config.model_dump(mode="json", exclude_unset=True)
     settings |= {"output_dir": str(folder.parent), "train": BASE_FILE, "set": []}

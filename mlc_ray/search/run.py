@@ -107,8 +107,7 @@ def search(config: SearchConfig) -> SearchResult:
             score.
     """
     space = make_space(config)
-    config = _with_chat(config, space)
-    config = config.model_copy(update={"scoring": with_longest_answer(config.scoring)})
+    config = as_it_runs(config, space)
     folder = (output_place(config.output_dir) / config.name).absolute()
     if (folder / SEARCH_CONFIG_FILE).is_file():
         if config.resume == "never":
@@ -124,7 +123,7 @@ def search(config: SearchConfig) -> SearchResult:
         return resume_search(folder, [f"{name}={json.dumps(getattr(config, name))}" for name in MAY_CHANGE])
     keep_in(local_side(folder))
     config, space, commits = with_commits(config, space)
-    _check(config, space)
+    check_search(config, space)
     with lease(folder, wait=config.resume == "auto"):
         config, space = _with_dtypes(config, space)
         write_settings(config, space, folder, commits)
@@ -160,7 +159,7 @@ def resume_search(folder: Path | Place, overrides: Sequence[str] = ()) -> Search
         config = changed_config(config, overrides)
     space = make_space(config)
     keep_in(local_side(folder))
-    _check(config, space)
+    check_search(config, space)
     with lease(folder, wait=config.resume == "auto"):
         if overrides:
             write_config(config, space, folder)
@@ -177,7 +176,7 @@ class Prepared:
     layer_order: list[Any]
 
 
-def _check(config: SearchConfig, space: Space) -> None:
+def check_search(config: SearchConfig, space: Space) -> None:
     """Join the cluster, and raise if it can never hold the search, or the model lacks a layer of it."""
     base = _base(space)
     _lora_rank(space)
@@ -411,6 +410,16 @@ def _with_dtypes(config: SearchConfig, space: Space) -> tuple[SearchConfig, Spac
     labels = base.cluster.label_selector
     model = {**space.base["model"], "dtype": with_dtype(base.model, gpu=gpu, labels=labels).dtype}
     return config.model_copy(update={"scoring": scoring}), replace(space, base={**space.base, "model": model})
+
+
+def as_it_runs(config: SearchConfig, space: Space) -> SearchConfig:
+    """A search with the conversation of its runs, and the length of answers decided.
+
+    Raises:
+        ConfigError: `scoring.chat` is another conversation.
+    """
+    config = _with_chat(config, space)
+    return config.model_copy(update={"scoring": with_longest_answer(config.scoring)})
 
 
 def _with_chat(config: SearchConfig, space: Space) -> SearchConfig:

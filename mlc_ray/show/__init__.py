@@ -22,7 +22,7 @@ from mlc_ray.runs import (
 )
 from mlc_ray.show.lines import Line, ShowError, age, as_text, next_lines, quoted, read_json
 from mlc_ray.show.runs import run_lines, score_lines
-from mlc_ray.show.searches import search_lines, study_lines
+from mlc_ray.show.searches import scale_lines, search_lines, study_lines
 from mlc_ray.storage import MANIFEST, Place
 from mlc_ray.translate import quality as qualities
 
@@ -100,6 +100,7 @@ _KINDS: dict[FolderKind, Callable[[Place], list[Line]]] = {
     "score": score_lines,
     "search": search_lines,
     "study": study_lines,
+    "scale": scale_lines,
     "probe": _probe,
     "translation": _translation,
 }

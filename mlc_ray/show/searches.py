@@ -16,6 +16,7 @@ from mlc_ray.runs import (
     FINISHED_FILE,
     MODEL_FOLDER,
     PROVENANCE_FILE,
+    SCALE_FILE,
     SCORES_FILE,
     SCORES_FOLDER,
     SEARCH_CONFIG_FILE,
@@ -26,6 +27,7 @@ from mlc_ray.runs import (
     TRIALS_FILE,
     TRIALS_FOLDER,
     VALUES_FILE,
+    kind_of,
     read_metrics,
 )
 from mlc_ray.show.lines import Line, age, duration, next_lines, quoted, read_json, values_text
@@ -150,3 +152,27 @@ def study_lines(folder: Place) -> list[Line]:
     lines += [(cell.name, f"{cell.state}: {cell.message}") for cell in result.cells if cell.message]
     commands = [f"mlc-ray study --resume {here}   # if it is not running any more"] if left else []
     return [*lines, *next_lines([*commands, f"mlc-ray report {here} --out study.html"])]
+
+
+def scale_lines(folder: Place) -> list[Line]:
+    """A scaling study: its searches, and what moves with size."""
+    sizes, here = list(read_json(folder / SCALE_FILE).get("searches", {})), quoted(folder)
+    states = {size: _search_state(folder / CELLS_FOLDER / size) for size in sizes}
+    over = [size for size, state in states.items() if state.startswith("ended")]
+    lines = [("scaling study", str(folder)), ("state", f"{len(over)} of {len(sizes)} searches have ended")]
+    lines += [(f"search {size}", state) for size, state in states.items()]
+    commands = [] if len(over) == len(sizes) else [f"mlc-ray scale --resume {here}   # if it is not running any more"]
+    if not (folder / STUDY_RESULTS_FILE).is_file():
+        return [*lines, *next_lines(commands)]
+    result = load_study(folder)
+    lines += [(cell.name, f"{cell.state}: {cell.message}") for cell in result.cells if cell.message]
+    if result.scaling is not None:
+        for point in result.scaling.points:
+            layer = f"{point.layer.value:.2f} ({point.layer.low:.2f} to {point.layer.high:.2f})"
+            lines.append((f"best {point.size}", f"layer {layer}, lambda {10**point.log_weight.value:.2g}"))
+        lines += [(trend.name, trend.direction) for trend in result.scaling.trends]
+    return [*lines, *next_lines([*commands, f"mlc-ray report {here} --out scaling.html"])]
+
+
+def _search_state(folder: Place) -> str:
+    return dict(search_lines(folder))["state"] if kind_of(folder) == "search" else "not begun"

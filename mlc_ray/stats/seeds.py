@@ -14,15 +14,16 @@ def student_quantile(freedom: int, level: float = 0.975) -> float:
     For whole degrees that is a finite sum (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4).
     """
     low, high = 0.0, 1.0
-    while _student(high, freedom) < level:
+    while student_share(high, freedom) < level:
         high *= 2
     for _ in range(200):
         middle = (low + high) / 2
-        low, high = (middle, high) if _student(middle, freedom) < level else (low, middle)
+        low, high = (middle, high) if student_share(middle, freedom) < level else (low, middle)
     return high
 
 
-def _student(t: float, freedom: int) -> float:
+def student_share(t: float, freedom: int) -> float:
+    """The share of Student's t with `freedom` degrees that is below `t`, which is at least 0."""
     angle = math.atan(t / math.sqrt(freedom))
     cosine, odd = math.cos(angle), freedom % 2
     term, total = (cosine, 0.0) if odd else (1.0, 0.0)

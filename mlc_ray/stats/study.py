@@ -336,6 +336,25 @@ def _common(one: Sequence[int | None], other: Sequence[int | None]) -> list[tupl
     return [(seed, seed) for seed in one if seed in other]
 
 
+def change_in(
+    first: Verdicts, second: Verdicts, kind: Kind, what: Outcome, languages: Collection[str]
+) -> Interval | None:
+    """How many points more of `what` the second method has than the first, on the same bundles and seeds.
+
+    That is the mean over the benchmarks that have any of `languages`, of their mean over these; None where none has.
+    """
+    pairs = _common(first.seeds, second.seeds)
+    measure: Measure = first.measure if kind == "harmful" else "refused"
+    grids = _changes(first.grids(kind, measure), second.grids(kind, measure), pairs, what)
+    by_pair = [
+        [(sign * weight, term)
+         for name, sign in (("gained", 1), ("lost", -1))
+         for weight, term in _means(grids, f"{name} {index}", languages)]
+        for index in range(len(pairs))
+    ]  # fmt: skip
+    return _interval(by_pair, 100, -100, 100) if by_pair and by_pair[0] else None
+
+
 _SIGNS: Mapping[Compared, tuple[tuple[Kind, float], ...]] = {
     "harmful": (("harmful", 1),),
     "benign": (("benign", 1),),

@@ -199,10 +199,15 @@ class Recorder:
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             folder=self._folder,
         )
-        save_study(result)
-        (self._folder / MARKDOWN_FILE).write_text(study_markdown(result))
-        (self._folder / LATEX_FILE).write_text(study_latex(result))
+        write_study(result)
         return result
+
+
+def write_study(result: StudyResult) -> None:
+    """Write `results.json`, `study.md` and `study.tex` into the study's folder."""
+    save_study(result)
+    (result.folder / MARKDOWN_FILE).write_text(study_markdown(result))
+    (result.folder / LATEX_FILE).write_text(study_latex(result))
 
 
 def _utility(score: Place) -> dict[str, float]:

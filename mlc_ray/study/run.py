@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlc_ray.capacity import workers_needed
@@ -46,6 +45,7 @@ from mlc_ray.score.request import Request
 from mlc_ray.score.scorer import ScorerDiedError, WarmScorer, start_scorer, write_warm_score
 from mlc_ray.storage import Place, fingerprint_model, local_side, user_cache
 from mlc_ray.study.cells import Cell, Commits, make_cells
+from mlc_ray.study.failing import failing
 from mlc_ray.study.folder import Plan, StudyError, check_goes_on, load_plan
 from mlc_ray.study.record import Recorder, has_model, is_complete, is_read, score_folder, untouched_folder
 from mlc_ray.study.supervision import Supervision, supervision_of
@@ -164,7 +164,7 @@ def _study(plan: Plan, prompts: Prompts, folder: Place) -> StudyResult:
     for model in plan.config.models:
         cells = [cell for cell in plan.cells if cell.model == model]
         for cell in cells:
-            with _failing(recorder, cell.name):
+            with failing(recorder.failures, cell.name):
                 _train(cell, folder)
             recorder.write()
         _score(plan, prompts, folder, model, cells, recorder)
@@ -285,22 +285,6 @@ def _prepare(plan: Plan, folder: Place) -> dict[str, Supervision]:
 # ---------------------------------------------------------------------------------------------------------------- cells
 
 
-@contextmanager
-def _failing(recorder: Recorder, name: str) -> Iterator[None]:
-    """What a cell's work raises becomes a row; SIGTERM, Ctrl-C and dead engines end the study."""
-    try:
-        yield
-    except (PreemptedError, ScorerDiedError):
-        raise
-    except MlcRayError as error:
-        logger.warning("%s failed: %s", name, error)
-        recorder.failures[name] = str(error)
-    except Exception as error:  # of a worker, of Ray, or of code from outside: the other cells can be run all the same
-        logger.warning("%s failed", name, exc_info=True)
-        said = str(error).strip().splitlines() or [""]
-        recorder.failures[name] = f"{type(error).__name__}: {said[-1]}"
-
-
 def _train(cell: Cell, folder: Place) -> None:
     """Train a cell to its end and export its model, unless that is done, or it diverged."""
     run = folder / CELLS_FOLDER / cell.name
@@ -349,7 +333,7 @@ def _score(plan: Plan, prompts: Prompts, folder: Place, model: str, cells: Seque
         return
     try:
         for target, name, weights in jobs:
-            with _failing(recorder, name):
+            with failing(recorder.failures, name):
                 _score_one(scorer, scoring, prompts, target, weights)
             if name in recorder.failures:
                 scorer.check()
@@ -388,7 +372,7 @@ def _measure_utility(plan: Plan, folder: Place, model: str, cells: Sequence[Cell
             continue
         if wanted := unmeasured(section.tasks, score):
             own = {"model": weights, "scores": str(score), "tasks": wanted}
-            with _failing(recorder, name):
+            with failing(recorder.failures, name):
                 measure_utility(parse_config(UtilityConfig, {**section.model_dump(exclude_unset=True), **own}))
             recorder.write()
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from mlc_ray.train.experts import is_expert, share_met
 from mlc_ray.train.forward import n_layers
 from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.types import Batch, Tree
-
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Work:
     """What a token costs in one model: multiplications and additions, each counted.
 
     Args:
-        blocks: parameters of all blocks' matrices.
+        blocks: parameters of all blocks' matrices that a token meets.
         trained: the share of them that is trained, from 0 to 1.
         head: parameters of the LM head; 0 where there is none.
         head_trained: whether it is trained.
@@ -42,20 +41,23 @@ class Work:
     def of(cls, module: PolicyWithExtractor, shape: Callable[[nn.Parameter], Sequence[int]]) -> Work | None:
         """Those of a policy, whose parameters have whole shapes `shape` (see `Engine.shape`).
 
-        None for a mixture of experts, of which a token meets only some.
+        Of a mixture's experts those count that a token meets; None where its config does not say how many.
         """
         model: Any = module.language_model
         config = model.config.get_text_config()
-        if any(getattr(config, name, None) for name in _EXPERTS):
+        if (met := share_met(config)) is None:
             return None
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         apart = {id(part.weight) for part in (head, embedding) if part is not None}
-        matrices = [p for p in module.policy.parameters() if id(p) not in apart and len(shape(p)) == 2]
-        blocks = sum(math.prod(shape(p)) for p in matrices)
+        matrices: list[tuple[nn.Parameter, float]] = []
+        for name, p in module.policy.named_parameters():
+            if id(p) not in apart and len(shape(p)) in ((2, 3) if is_expert(name) else (2,)):
+                matrices.append((p, math.prod(shape(p)) * (met if is_expert(name) else 1.0)))
+        blocks = round(sum(size for _, size in matrices))
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             blocks=blocks,
-            trained=sum(math.prod(shape(p)) for p in matrices if p.requires_grad) / max(1, blocks),
+            trained=sum(size for p, size in matrices if p.requires_grad) / max(1, blocks),
             head=math.prod(shape(head.weight)) if head is not None else 0,
             head_trained=head is not None and head.weight.requires_grad,
             layers=n_layers(model),

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -233,9 +233,10 @@ def loss_of(
 ) -> LossOutput:
     """The loss of one micro-batch, from its forward's output and what the reference says of it.
 
-    `factors` as of `Objective.total_loss`.
+    `factors` as of `Objective.total_loss`. The routers' loss of a mixture of experts is one of all tokens of a forward,
+    which count by its bundles.
     """
-    return objective.total_loss(
+    result = objective.total_loss(
         weight=batch.weight,
         chosen=output.chosen,
         rejected=output.rejected,
@@ -252,9 +253,13 @@ def loss_of(
         reference_pooled=frozen.pooled,
         factors=factors,
         decisions=decisions_of(batch, output) if output.refusals is not None else None,
-        harmful=_harmful(batch),
+        harmful=_harmful(batch) if objective.reads_kinds and batch.taps else None,
         kept=_kept(batch, output, frozen) if output.benign is not None else None,
     )
+    if output.router is None:
+        return result
+    metrics = {**result.metrics, "loss/router": output.router.detach().expand(len(batch.bundle_ids))}
+    return replace(result, loss=result.loss + output.router * batch.weight.sum(), metrics=metrics)
 
 
 def _harmful(batch: Batch) -> Tensor:

@@ -22,6 +22,7 @@ from mlc_ray.config.paths import scheme_of
 from mlc_ray.device import resolved
 from mlc_ray.storage import HubModel, local_model
 from mlc_ray.train.attention import TREE, register_attention
+from mlc_ray.train.experts import gives_router_loss, router_losses
 from mlc_ray.train.forward import ModelError, final_norm, read_answers, to_grid
 from mlc_ray.types import Batch, Openings, Pooling, ResponseLogProbs
 
@@ -42,6 +43,7 @@ class ModelOutput:
     norm, pooled over the response-language prompt and its chosen or rejected answer, where the objective asks for them.
     `refusals` [B, L] are log-probs, in nats, of responses that open as refusals, where the batch has `openings` behind
     the prompt (`opened` [B, L]). `benign` [K, V] are logits at the batch's `benign` places, where those are read.
+    `router`, a scalar, is a mixture's load-balancing loss times its weight.
     """
 
     chosen: ResponseLogProbs
@@ -53,6 +55,7 @@ class ModelOutput:
     refusals: Tensor | None = None
     opened: Tensor | None = None
     benign: Tensor | None = None
+    router: Tensor | None = None
 
 
 class Extractor(nn.Linear):
@@ -80,7 +83,8 @@ class PolicyWithExtractor(nn.Module):
     """A causal language model, and the linear extractor on the tapped states of one of its layers.
 
     Without `extractor_dim` there is no extractor: the tapped states are the representations. `pooling` says what of
-    whole sequences is read, if anything, and `keeps` whether logits of benign bundles are where the batch taps.
+    whole sequences is read, if anything, and `keeps` whether logits of benign bundles are where the batch taps;
+    `router_weight` is the factor of a mixture's load-balancing loss.
     """
 
     def __init__(
@@ -92,12 +96,14 @@ class PolicyWithExtractor(nn.Module):
         seed: int,
         pooling: Pooling | None = None,
         keeps: bool = False,
+        router_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.policy = policy
         self.layer = layer
         self.pooling = pooling
         self.keeps = keeps
+        self.router_weight = router_weight
         hidden_size = self.language_model.config.get_text_config().hidden_size
         self.extractor = None if extractor_dim is None else Extractor(hidden_size, extractor_dim, seed=seed)
 
@@ -115,10 +121,12 @@ class PolicyWithExtractor(nn.Module):
         prompts, size = batch.prompts, (len(batch.bundle_ids), len(batch.languages))
         tapped = prompts.tapped if prompts is not None else None
         benign = batch.benign if self.keeps else None
-        read = read_answers(
-            self.language_model, batch, batch.tree, tapped, self.layer, self.pooling, batch.openings, benign
-        )
-        output = ModelOutput(read.chosen, read.rejected, pooled=read.pooled)
+        with router_losses(self.language_model, wanted=self.router_weight > 0) as routed:
+            read = read_answers(
+                self.language_model, batch, batch.tree, tapped, self.layer, self.pooling, batch.openings, benign
+            )
+        router = self.router_weight * routed[0].float() if routed else None
+        output = ModelOutput(read.chosen, read.rejected, pooled=read.pooled, router=router)
         if read.refusals is not None and batch.openings is not None:
             output = _with_refusals(output, read.refusals, batch.openings, size)
         if prompts is None or read.states is None:
@@ -195,6 +203,7 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
     check_device(settings, gpu=torch.cuda.is_available())
     if settings.kernels == "liger":
         use_liger(model, rotary=settings.gradient_checkpointing != "selective")
+    router_weight(model, settings)
     final_norm(model)  # an unsupported architecture is refused here, not at the first step
     checkpoint_blocks(model, settings.gradient_checkpointing)
     return model
@@ -263,6 +272,24 @@ def _check_attention(model: PreTrainedModel, settings: ModelSection) -> None:
         refused = f"{type(model).__name__} has an attention_dropout of {dropout}, which it would leave out"
     if refused:
         raise ModelError(f"model.attention={settings.attention!r}: {refused}; use model.attention='auto'")
+
+
+def router_weight(model: PreTrainedModel, settings: ModelSection) -> float:
+    """What the load-balancing loss of a mixture's routers is multiplied by; 0 where there are none.
+
+    Raises:
+        ModelError: A weight is asked for, and the model gives no such loss.
+    """
+    if not gives_router_loss(model):
+        if settings.router_weight:
+            raise ModelError(
+                f"model.router_weight={settings.router_weight}: {type(model).__name__} gives no load-balancing loss of "
+                "routers; remove it"
+            )
+        return 0.0
+    if settings.router_weight is not None:
+        return settings.router_weight
+    return float(getattr(model.config.get_text_config(), "router_aux_loss_coef", None) or 0.0)
 
 
 def add_adapters(model: PreTrainedModel, settings: ModelSection) -> Any:

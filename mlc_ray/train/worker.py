@@ -36,7 +36,14 @@ from mlc_ray.train.forward import n_layers
 from mlc_ray.train.log_files import log_file
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
-from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, load_policy, resolve_layer
+from mlc_ray.train.model import (
+    PolicyWithExtractor,
+    add_adapters,
+    cast_parameters,
+    load_policy,
+    resolve_layer,
+    router_weight,
+)
 from mlc_ray.train.monitor import Monitor
 from mlc_ray.train.openings import branches_of
 from mlc_ray.train.planning import check_groups, cutting_of_worker, held_out_cutting, order_of
@@ -299,6 +306,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
     with chosen.loading(config):
         policy = load_policy(config.model)
     layer = resolve_layer(config.mlc.layer, n_layers(policy))
+    weight = router_weight(policy, config.model)
     objective = Objective(config)
     policy = add_adapters(policy, config.model)
     module = PolicyWithExtractor(
@@ -308,6 +316,7 @@ def _build(config: TrainConfig, device: torch.device) -> tuple[Engine, Reference
         seed=config.seed,
         pooling=objective.alignment.pooling,
         keeps=objective.needs_reference_logits,
+        router_weight=weight,
     )
     cast_parameters(module, getattr(torch, config.model.dtype))
     engine = chosen(module, config, device)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -56,6 +57,14 @@ ARCHITECTURES = {
         sliding_window=5,
         final_logit_softcapping=3.0,
         attn_logit_softcapping=1.5,
+        pad_token_id=0,
+    ),
+    # Windows in all but every nth block, another rotary base in these, normed heads.
+    "gemma3": Gemma3TextConfig(
+        **SMALL,
+        head_dim=8,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         pad_token_id=0,
     ),
 }

@@ -171,7 +171,7 @@ def test_adapters_are_trained_and_what_is_below_them_is_not():
     assert adapted.blocks == pytest.approx(whole.blocks / (1 - adapted.trained))
 
 
-def test_a_mixture_of_experts_has_no_count():
+def test_a_mixture_that_does_not_say_how_many_experts_a_token_meets_has_no_count():
     module = wrapped(tiny_config())
     module.language_model.config.num_local_experts = 8
     assert Work.of(module, Engine.shape) is None

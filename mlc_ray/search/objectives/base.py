@@ -131,6 +131,18 @@ class Objective(ABC):
             {} if read.benign is None else read.benign.by_language,
         )  # fmt: skip
 
+    def drawn(self, *runs: Sequence[Judged]) -> list[float]:
+        """The rank of these models in each resample of whole bundles, with the floor under the benign side there.
+
+        The resamples are those of every score on the same prompts, so that those of several can be compared one by one.
+        """
+        found = []
+        for sides in self._read(runs).draws():
+            benign = 100 * mean(sides.benign.values()) if sides.benign else None
+            below = self._below_floor(None if benign is None else Interval(benign, benign, benign))
+            found.append(self.rank(self.values(sides) if below is None else (below,) * len(self.metrics)))
+        return found
+
     def worst(self, languages: Sequence[str]) -> tuple[float, ...]:
         """`TrialScore.values` of a model that says nothing in any language: what the sampler is told of divergence."""
         nothing = dict.fromkeys(languages, 0.0)

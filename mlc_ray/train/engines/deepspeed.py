@@ -160,6 +160,7 @@ class DeepSpeed(Engine):
             eps=config.optimizer.eps,
             fused=True,  # on a CPU, offloaded to or not, 5 to 10 times faster, see benchmarks/README.md
         )
+        _gather_experts_whole(module, settings)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config(config))
         # DeepSpeed makes the optimizer's state by a step with zero gradients where it can (bfloat16 without ZeRO). At
         # rate 0 that decays no weight, but it counts: Adam's bias correction would take the first real step for the
@@ -318,6 +319,16 @@ def _with_extra(ours: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return whole
 
 
+def _gather_experts_whole(module: nn.Module, settings: DeepSpeed.Settings) -> None:
+    """At stage 3, blocks with experts are gathered as one, whichever of them a worker's tokens go to."""
+    from mlc_ray.train.experts import expert_blocks
+
+    if settings.stage == 3 and (blocks := expert_blocks(module)):
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(module, sorted(blocks, key=lambda each: each.__qualname__))
+
+
 _DTYPE = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -375,6 +386,7 @@ def _frozen_sharded(model: ReferenceModel, config: TrainConfig) -> Callable[[Bat
     whole["zero_optimization"].pop("offload_optimizer", None)
     whole["gradient_clipping"] = 0.0
     del whole["data_types"]  # there are no gradients to add up
+    _gather_experts_whole(model, _settings(config))
     engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), config=whole)
     engine.module.eval()
 

@@ -1,0 +1,64 @@
+"""What a scaling study takes, counted before it begins: runs, tokens, operations, and answers to score."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mlc_ray.data.prepare import prepare_token_rows
+from mlc_ray.losses.objective import Objective
+from mlc_ray.report.scale import SizeBudget
+from mlc_ray.runs import TRIALS_FOLDER, artifact_cache, resolve_model
+from mlc_ray.search.objectives.base import make_objective
+from mlc_ray.search.selection import read_asked
+from mlc_ray.storage import Place, local_model, local_side
+from mlc_ray.study.searches import SizeSearch, cell_folder
+from mlc_ray.train.experts import is_expert, share_met
+from mlc_ray.train.planning import steps_of
+
+
+def model_size(path: str, *, trust_remote_code: bool) -> tuple[int, float]:
+    """Parameters of a model, and those that a token meets, without embeddings; from its config, without weights."""
+    folder = local_model(resolve_model(path), weights=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    met = share_met(config.get_text_config()) or 1.0
+    embedding = model.get_input_embeddings().weight
+    counted = sum(
+        parameter.numel() * (met if is_expert(name) else 1.0)
+        for name, parameter in model.named_parameters()
+        if parameter is not embedding
+    )
+    return sum(parameter.numel() for parameter in model.parameters()), counted
+
+
+def budget_of(search: SizeSearch, folder: Place, parameters: float | None) -> SizeBudget:
+    """What the search of a size takes at most; its bundles are tokenised for it, and the search finds them there.
+
+    Tokens are those of all languages in every step, though only every `mlc.every`th reads them, and shared beginnings
+    of prompts count once a bundle that has them.
+
+    Raises:
+        MlcRayError: What reading data, prompts and the model's config raises.
+    """
+    run, place = search.run, cell_folder(folder, search.size)
+    tokens = prepare_token_rows(run.data, run.model, chat=run.chat, cache_dir=artifact_cache(place / TRIALS_FOLDER))
+    objective = Objective(run)
+    needs_rejected, pairing = objective.alignment.needs_rejected, objective.alignment.pairing
+    own = tokens.counted(
+        lambda lengths: lengths.own_tokens(head=0, taps=objective.ever_taps, rejected=needs_rejected, pairing=pairing)
+    )
+    config, steps = search.config, steps_of(run, tokens)
+    runs = search.points * config.repeats + min(config.confirm.keep, search.points) * len(config.confirm.seeds)
+    forwarded = round(float(own.mean()) * run.train.batch_bundles * steps * runs)
+    asked = read_asked(config, make_objective(config.objective), rejects=local_side(place))
+    selected, confirmed = len(asked.selection.table), len(asked.confirmation.table)
+    each = 1 if config.score_every is None else -(-steps // config.score_every)
+    chosen = 1 + search.points * config.repeats * each
+    kept = 1 + min(config.confirm.keep, search.points) * (config.repeats + len(config.confirm.seeds))
+    size, met = model_size(run.model.path, trust_remote_code=run.model.trust_remote_code)
+    return SizeBudget(
+        search.size, parameters or size, runs, steps, forwarded, 6 * met * forwarded, chosen + kept,
+        chosen * selected + kept * confirmed,
+    )  # fmt: skip

@@ -1,0 +1,232 @@
+"""A scaling study: what it refuses, what it reads of its searches' folders, and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlc_ray.config import ConfigError, ScaleConfig, load_config, parse_config
+from mlc_ray.report.scale import scale_notes
+from mlc_ray.report.study import load_study, study_tables
+from mlc_ray.report.write import write_report
+from mlc_ray.score.results import load_records, load_scores
+from mlc_ray.search.objectives.base import make_objective
+from mlc_ray.show import show
+from mlc_ray.stats.significance import holm
+from mlc_ray.storage import Place
+from mlc_ray.study.budget import model_size
+from mlc_ray.study.folder import StudyError
+from mlc_ray.study.scale import scale
+from mlc_ray.study.scale_record import ScaleRecorder, best_values
+from mlc_ray.study.searches import check_scale_goes_on, is_over, load_scale, make_searches
+from tests.study.scale_folders import planned, raw_scale, write_search
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def configured(folder: Path, **changes: Any) -> ScaleConfig:
+    return parse_config(ScaleConfig, raw_scale(folder, "a", "b", **changes))
+
+
+def searching(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {**raw_scale(folder)["search"], **changes}
+
+
+@pytest.mark.parametrize("name", ["scaling", "scaling-small"])
+def test_the_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
+    config = load_config(ScaleConfig, REPOSITORY / "configs" / "study" / f"{name}.yaml")
+    searches = make_searches(config, Place(tmp_path))
+    assert [each.size for each in searches] == list(config.sizes)
+    paths = {each.run.model.path for each in searches}
+    assert len(paths) == len(searches) >= 3
+    if name == "scaling":
+        recipes = {path.stem for path in (REPOSITORY / "configs" / "scaling").glob("*.yaml")}
+        assert set(config.sizes) == recipes
+        assert max(each.run.cluster.most_workers for each in searches) == 32
+
+
+def test_the_search_of_a_size_has_the_settings_of_all_and_its_own(tmp_path: Path) -> None:
+    config = parse_config(
+        ScaleConfig,
+        raw_scale(
+            tmp_path, set=["train.max_steps=5", "mlc.every=1"],
+            sizes={"a": {"set": ["model.path=/m"]}, "b": {"train": "recipe:gemma-2-9b", "set": ["mlc.every=2"]}},
+        ),
+    )  # fmt: skip
+    a, b = make_searches(config, Place(tmp_path))
+    assert (a.run.model.path, a.run.mlc.every) == ("/m", 1)
+    assert (b.run.model.path, b.run.mlc.every) == ("google/gemma-2-9b-it", 2)
+    assert a.run.train.max_steps == b.run.train.max_steps == 5
+    assert (a.config.name, a.config.resume, a.points) == ("a", "auto", 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "quoted"),
+    [
+        ({"search": {"name": "x"}}, "search.name='x' cannot stand here: the study decides it"),
+        ({"search": {"train": "t.yaml"}}, "search.train='t.yaml' cannot stand here: give it at the top"),
+        ({"train": None}, "sizes.a has no file of its runs"),
+        ({"space": {"mlc.layer": {"choice": [0.5, "last"]}}}, "search.space has no mlc.weight"),
+        (
+            {"space": {"mlc.layer": {"choice": [3]}, "mlc.weight": {"choice": [1.0]}}},
+            "has 3: an index is another depth",
+        ),
+        (
+            {"space": {"mlc.layer": {"integers": [1, 3]}, "mlc.weight": {"choice": [1.0]}}},
+            "search.space.mlc.layer has 'no choice'",
+        ),
+        ({"objective": "pareto"}, "search.objective.name='pareto': a scaling study follows one best point"),
+        ({"objective": {"name": "average", "min_bening": 1}}, "min_bening"),
+        ({"sizes": {}}, "sizes: .*at least 1"),
+    ],
+)
+def test_studies_whose_searches_cannot_be_compared_are_refused(
+    changes: dict[str, Any], quoted: str, tmp_path: Path
+) -> None:
+    raw = raw_scale(tmp_path, "a", "b")
+    inner = {name: changes[name] for name in ("space", "objective") if name in changes}
+    raw["search"] |= changes.get("search", inner)
+    raw |= {name: value for name, value in changes.items() if name not in ("search", "space", "objective")}
+    with pytest.raises(ConfigError, match=quoted):
+        parse_config(ScaleConfig, raw)
+
+
+def test_a_bad_run_names_its_size(tmp_path: Path) -> None:
+    sizes = {"a": {}, "b": {"set": ["mlc.weigth=1"]}}
+    with pytest.raises(ConfigError, match=r"sizes\.b: .*weigth"):
+        make_searches(configured(tmp_path, sizes=sizes), Place(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sizes whose best layer is the last, and one that has not begun."""
+    study = tmp_path_factory.mktemp("scale") / "st_udy"
+    plan = planned(study, "small", "middle", "large", "huge")
+    for search, gain in zip(plan.searches, (0.5, 0.6, 0.7), strict=False):
+        write_search(search, study, gain=gain)
+    return study
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> Any:
+    return ScaleRecorder(load_scale(Place(folder)), Place(folder), gpu=False).write()
+
+
+def test_each_sizes_best_point_is_what_its_search_confirmed(folder: Path, result: Any) -> None:
+    assert load_study(folder) == result
+    small, _, large = result.scaling.points
+    assert (small.size, small.parameters, small.seeds, small.trials) == ("small", 1e8, 2, 4)
+    assert small.layer.value == 1.0 and 10**small.log_weight.value == pytest.approx(2.4)
+    assert small.probed == pytest.approx(2 / 3) and small.tried == (2, 2)
+    assert small.seconds == 2 * 5 * 6  # two workers, five runs of three steps
+    confirmed = [
+        load_scores(folder / f"cells/large/trials/{name}/scores/confirmation").summary()
+        for name in ("00000003", "00000003-seed-7")
+    ]
+    before = load_scores(folder / "cells/large/confirmation").summary()
+    rates = result.row("large", "best").rates
+    assert rates.seeds == 2 and result.seeds == (42, 7)
+    assert rates.harmful.avg.value == pytest.approx(np.mean([each.side("harmful").avg.value for each in confirmed]))
+    refused = [each.side("benign").avg.value for each in confirmed]
+    assert large.over_refusal.value == pytest.approx(np.mean(refused) - before.side("benign").avg.value)
+    # sw was never trained
+    untouched = result.row("large", "untouched").rates
+    assert large.transfer.value == pytest.approx(rates.harmful.never.value - untouched.harmful.never.value)
+    assert large.transfer.low > 0
+    assert [(each.name, each.state) for each in result.cells if each.model in ("large", "huge")] == [
+        ("large-untouched", "scored"), ("large-00000003", "scored"), ("large-00000003-seed-7", "scored"),
+        ("huge-untouched", "waiting"), ("huge", "waiting"),
+    ]  # fmt: skip
+    assert [test.p_holm for test in result.tests] == holm([test.p for test in result.tests])
+    assert any(test.told_apart for test in result.tests if test.compared == "harmful")
+
+
+def test_the_interval_of_the_best_is_over_resamples_of_the_bundles_that_chose(folder: Path) -> None:
+    place = Place(folder) / "cells/small"
+    objective = make_objective(load_scale(Place(folder)).searches[0].config.objective)
+    drawn = best_values(place, objective)
+    assert len(drawn) == 2000
+    ranks = []
+    values = []
+    for trial in sorted((folder / "cells/small/trials").glob("????????")):
+        records = load_records(load_scores(trial / "scores/step-000003"))
+        ranks.append(_ranks(records))
+        values.append(trial.name)
+    best = np.argmax(ranks, axis=0)
+    layers = [[0.5, 0.5, "last", "last"][index] for index in best]
+    assert [each["mlc.layer"] for each in drawn] == layers
+
+
+def _ranks(records: Any) -> list[float]:
+    """By hand: the mean over languages of the rate of harmful refused, in the resamples that all scores share."""
+    from mlc_ray.stats.intervals import RESAMPLES, SEED
+
+    codes = sorted({r.language for r in records})
+    found = {}
+    for stream, (kind, hit) in enumerate((("harmful", "refused"), ("benign", "complied"))):
+        named = dict.fromkeys(r.bundle_id for r in records if r.kind == kind)
+        index = {bundle: number for number, bundle in enumerate(named)}
+        hits = np.zeros((len(index), len(codes)))
+        for r in records:
+            if r.kind == kind:
+                hits[index[r.bundle_id], codes.index(r.language)] += r.behaviour == hit
+        drawn = np.random.default_rng([SEED, stream]).integers(0, len(index), (RESAMPLES, len(index)))
+        found[kind] = hits[drawn].mean(axis=1).mean(axis=1)
+    return [h if b >= 0.5 else b - 0.5 for h, b in zip(found["harmful"], found["benign"], strict=True)]
+
+
+def test_trends_are_corrected_together_and_say_what_they_cannot(result: Any) -> None:
+    trends = result.scaling.trends
+    assert [each.name for each in trends] == [
+        "best layer (fraction of the depth)", "log10 of lambda", "transfer (points)", "over-refusal (points)",
+    ]  # fmt: skip
+    assert [each.p_holm for each in trends] == holm([each.p for each in trends])
+    assert all(each.sizes == 3 and each.freedom == 1 for each in trends)
+    notes = " ".join(scale_notes(result.scaling))
+    assert "transfer (points): it cannot be told whether it moves with size" in notes
+    assert "The best layer of small, middle, large is the last" in notes and "count as one family" in notes
+
+
+def test_the_report_has_points_trends_and_the_budget(folder: Path, result: Any, tmp_path: Path) -> None:
+    titles = [table.title for table in study_tables(result)]
+    assert titles[:3] == ["The best point of each size", "How they move with size", "Budget"]
+    (budget,) = [table for table in study_tables(result) if table.title == "Budget"]
+    assert [cell.text for cell in budget.rows[-1].cells] == ["·", "20", "·", "240,000", "5.4e+14", "28", "1,400"]
+    written = write_report([folder], tmp_path / "scaling.html", paper=tmp_path / "paper")
+    page = written[0].read_text()
+    assert "How they move with size" in page and "cannot tell" in page
+    assert "\\caption{How they move with size" in (tmp_path / "paper" / "study.tex").read_text()
+    assert (folder / "study.md").read_text().count("best layer") >= 2
+    said = show(folder)
+    assert "3 of 4 searches have ended" in said and "search huge" in said and "not begun" in said
+    assert "mlc-ray scale --resume" in said and "log10 of lambda" in said
+    assert f"{folder.name}" in show(folder.parent)
+
+
+def test_what_is_over_is_not_begun_again_and_what_changed_is_refused(folder: Path) -> None:
+    plan = load_scale(Place(folder))
+    assert [is_over(each, Place(folder)) for each in plan.searches] == [True, True, True, False]
+    sizes = ("small", "middle", "large")
+    more = parse_config(ScaleConfig, raw_scale(folder, *sizes, "other"))  # huge had not begun
+    check_scale_goes_on(type(plan)(more, make_searches(more, Place(folder))), Place(folder))
+    raw = raw_scale(folder, *sizes)
+    raw["sizes"]["middle"]["set"].append("mlc.every=3")
+    changed = parse_config(ScaleConfig, raw)
+    with pytest.raises(StudyError, match=r"middle: train.mlc.every was 2, now 3"):
+        check_scale_goes_on(type(plan)(changed, make_searches(changed, Place(folder))), Place(folder))
+    fewer = parse_config(ScaleConfig, raw_scale(folder, "small", "middle"))
+    with pytest.raises(StudyError, match="large is not a size any more"):
+        check_scale_goes_on(type(plan)(fewer, make_searches(fewer, Place(folder))), Place(folder))
+    with pytest.raises(StudyError, match="exists already"):
+        scale(more)
+    with pytest.raises(StudyError, match="not the folder of a scaling study"):
+        load_scale(Place(folder / "cells"))
+
+
+def test_a_size_is_counted_without_weights(smollm2: Path) -> None:
+    parameters, met = model_size(str(smollm2), trust_remote_code=False)
+    assert parameters == 134_515_008  # SmolLM2-135M
+    assert met == parameters - 49_152 * 576  # the embedding is the head, too
