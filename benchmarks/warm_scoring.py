@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from mlc_ray.cluster import check_fits, connect, use_gpu
 from mlc_ray.config import ScoringSection, parse_config
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
-from mlc_ray.score.plan import places
+from mlc_ray.score.plan import places, with_chat, with_dtypes
 from mlc_ray.score.prompts import read_prompts
 from mlc_ray.score.scorer import WarmScorer, start_scorer
 from mlc_ray.storage import scratch_folder, user_cache
@@ -51,7 +51,9 @@ def main() -> int:
         },
     )
     connect("local")
-    check_fits("engine and judge", places(scoring, "gpu" if use_gpu("auto") else "cpu"))
+    gpu = use_gpu("auto")
+    scoring = with_chat(with_dtypes(scoring, gpu=gpu), str(model))
+    check_fits("engine and judge", places(scoring, "gpu" if gpu else "cpu"))
     with scratch_folder() as scratch:
         other = noisy_copy(model, scratch / "other")
         figures, alike = measure(model, other, scoring, arguments.rounds, scratch)

@@ -137,7 +137,9 @@ def test_a_score_and_a_search_on_s3(bucket: Path, s3: str) -> None:
     trials = json.loads((found / "trials.json").read_text())["trials"]
     assert {trial["ended"] for trial in trials} == {"finished"} and len(trials) == 2
     assert (found / "best" / "model.safetensors").is_file() and (found / "pareto.png").is_file()
-    for trial in (found / "trials").iterdir():
+    inside = [child for child in (found / "trials").iterdir() if child.name != "cache"]  # of prepared data, for all
+    assert len(inside) == 2
+    for trial in inside:
         scores = [load_scores(each) for each in (trial / "scores").iterdir()]
         assert [score.name for score in scores] == ["confirmation", "step-000001", "step-000002"]
         assert len({score.fingerprint for score in scores[1:]}) == 2
