@@ -19,8 +19,8 @@ from mlc_ray.train.flops import Work
 from mlc_ray.train.memory import CPU_TOKENS, Costs, tokens_in
 from mlc_ray.train.planning import (
     _logits_of,
-    check_kinds,
     check_groups,
+    check_kinds,
     check_terms,
     cutting_of,
     look_ahead,
