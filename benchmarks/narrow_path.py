@@ -26,8 +26,9 @@ PATH = {
     "data": "formats/records formats/containers formats/base formats/mlc bundles contents sources tables rejects "
     "prepare tokens shortcuts tracing artifacts store order plan stream batches trees ragged",
     "losses": "base dpo mlc logprobs objective",
-    "train": "run entry worker model forward attention openings engines/base engines/deepspeed planning loop meter "
-    "collectives",
+    "plan": "cutting",
+    "train": "run entry worker model experts forward attention openings engines/base engines/deepspeed planning loop "
+    "meter collectives",
     "generate": "stage engine blocks replica pool",
     "judges": "base phrase_lists refusal degenerate",
     "stats": "rates summaries intervals",

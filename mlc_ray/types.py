@@ -256,9 +256,10 @@ class Batch:
     engine takes the mean over workers, or 0 where a worker forwards a bundle for nothing; `term_weight` [B] is the same
     for the terms on representations. `groups` has the group of each bundle; those of equal number, which are
     neighbours, are compared with each other by some terms. `languages` names the L columns of the grid; it is the same
-    list on every worker and step. `prompts` is None where the step does not tap: then `tree` holds no prompt but those
-    that answers continue. `rows` says whose the A answers are; `sequences` is there where states of them are pooled,
-    `openings` where a step reads how responses would open, `benign` wherever it taps.
+    list on every worker and step. `harmful` [B] says of which of the `kinds` a bundle is. `prompts` is None where the
+    step does not tap: then `tree` holds no prompt but those that answers continue. `rows` says whose the A answers are;
+    `sequences` is there where states of them are pooled, `openings` where a step reads how responses would open,
+    `benign` wherever it taps.
     `reference_chosen` and `reference_rejected` are summed response log-probs of the frozen reference: [A], or [B] where
     it is asked about answers in the response language alone. `reference_state` [B, H] is its tapped state of each
     bundle's response prompt, `reference_pooled` [2, B, H] its states pooled over sequences, where those were cached.
@@ -266,6 +267,7 @@ class Batch:
 
     bundle_ids: tuple[str, ...]
     kinds: tuple[Kind, ...]
+    harmful: Tensor
     languages: tuple[str, ...]
     weight: Tensor
     term_weight: Tensor

@@ -92,6 +92,7 @@ def collate(
     return Batch(
         bundle_ids=tuple(bundle_ids),
         kinds=tuple(kinds),
+        harmful=torch.tensor([kind == "harmful" for kind in kinds]),
         languages=tuple(languages),
         weight=torch.tensor(weights, dtype=torch.float32),
         term_weight=torch.tensor(weights if term_weights is None else term_weights, dtype=torch.float32),
@@ -346,7 +347,6 @@ def _plant(
 def _benign(kinds: Sequence[Kind], planted: _Planted) -> BenignPlaces:
     """Where next tokens of benign bundles are compared; `planted` has answers, and prompts in all languages."""
     chosen, rows, prompts = planted.answers[0], planted.rows, planted.prompts
-    assert rows is not None
     is_benign = torch.tensor([kind == "benign" for kind in kinds])
     own = is_benign[rows.bundle] & (rows.prompt == rows.answer)
     answers = own[chosen.row_of_target].nonzero()[:, 0]

@@ -150,7 +150,7 @@ def _opening(text: str, code: str, listed: Sequence[str], helps: Sequence[str]) 
         of = next((each for each in dict.fromkeys((code, "en")) if _negates(prefix, each, listed)), None)
         if of is None or (by_lists and not _refuses(prefix, code)):
             continue
-        if len(_SENTENCES.split(prefix)) > 1 and len(_SENTENCES.split(prefix)[0]) > APOLOGY:
+        if sum(map(len, _SENTENCES.split(prefix)[:-1])) > APOLOGY:
             return None
         whole = normalise(prefix)
         if any(other.startswith(whole) and other != whole for other in listed):

@@ -114,8 +114,7 @@ class Tapped:
     """What was tapped of B bundles; rows count where `present` [B, L] is true.
 
     `representations` [B, L, D] are the extractor's outputs, `hidden` [B, L, H] the states before it, if they were kept,
-    `response` [B] the columns of the response languages, and `harmful` [B] says of which kind the bundles are,
-    where a term `reads_kinds`.
+    `response` [B] the columns of the response languages, and `harmful` [B] says of which kind the bundles are.
     """
 
     representations: Tensor
@@ -241,11 +240,6 @@ class Term(ABC):
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
-
-    @property
-    def reads_kinds(self) -> bool:
-        """Whether it reads `Tapped.harmful`, which costs a copy to the device in every forward."""
-        return False
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> TermLoss:

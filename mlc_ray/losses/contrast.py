@@ -32,7 +32,7 @@ class Contrast(Term):
     needs_group = True
 
     @property
-    def reads_kinds(self) -> bool:
+    def needs_kinds(self) -> bool:  # type: ignore[override]
         """Whether rows of the other kind count otherwise."""
         return self.settings.other_kind != 1
 

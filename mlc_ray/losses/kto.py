@@ -2,7 +2,8 @@
 
 Source: Ethayarajh et al. 2024 (arXiv 2402.01306), with the settings of LASA (arXiv 2604.12710), and its code. Ours: the
 point of reference, a KL of the policy from the frozen model, is taken for 0, its value before training; the authors
-estimate it on answers to other prompts, which are not forwarded here. With that it is APO-zero (arXiv 2408.06266).
+estimate it on answers to other prompts, which are not forwarded here. With that, and weights of 1, it is half of
+APO-zero (arXiv 2408.06266), and like that it reads both answers to a prompt, where the authors' data need no pairs.
 """
 
 from __future__ import annotations

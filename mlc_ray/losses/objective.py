@@ -72,11 +72,6 @@ class Objective:
         return any(term.needs_reference_logits for term in self.terms.values())
 
     @property
-    def reads_kinds(self) -> bool:
-        """Whether `total_loss` must be told on steps that tap of which kind the bundles are."""
-        return any(term.reads_kinds for term in self.terms.values())
-
-    @property
     def needs_group(self) -> bool:
         """Whether a term compares bundles of a group, which must then be forwarded at once."""
         return any(term.needs_group for term in self.terms.values())

@@ -33,7 +33,14 @@ from mlc_ray.plan.hardware import gpu_of
 from mlc_ray.plan.rates import Rates
 from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.flops import Work
-from mlc_ray.train.model import PolicyWithExtractor, add_adapters, load_policy, model_depth, resolve_layer
+from mlc_ray.train.model import (
+    PolicyWithExtractor,
+    add_adapters,
+    cast_parameters,
+    load_policy,
+    model_depth,
+    resolve_layer,
+)
 from mlc_ray.types import Batch, Bundle, TokenRow, move
 
 REPEATS = 5
@@ -131,7 +138,8 @@ def _probe(settings: dict[str, object], device: str, threads: int, bundles: int)
     module = PolicyWithExtractor(
         policy, layer=resolve_layer(config.mlc.layer, depth), extractor_dim=config.mlc.extractor_dim, seed=config.seed
     )
-    module.to(device=device, dtype=getattr(torch, config.model.dtype))
+    cast_parameters(module, getattr(torch, config.model.dtype))
+    module.to(device)
     module.train()
     for weight in module.parameters():  # of a mapped file, nothing is in memory until it is read
         weight.data = weight.data.clone()

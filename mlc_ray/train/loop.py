@@ -253,18 +253,13 @@ def loss_of(
         reference_pooled=frozen.pooled,
         factors=factors,
         decisions=decisions_of(batch, output) if output.refusals is not None else None,
-        harmful=_harmful(batch) if objective.reads_kinds and batch.taps else None,
+        harmful=batch.harmful,
         kept=_kept(batch, output, frozen) if output.benign is not None else None,
     )
     if output.router is None:
         return result
     metrics = {**result.metrics, "loss/router": output.router.detach().expand(len(batch.bundle_ids))}
     return replace(result, loss=result.loss + output.router * batch.weight.sum(), metrics=metrics)
-
-
-def _harmful(batch: Batch) -> Tensor:
-    """Whether each bundle is harmful [B]."""
-    return torch.tensor([kind == "harmful" for kind in batch.kinds], device=batch.weight.device)
 
 
 def _kept(batch: Batch, output: ModelOutput, frozen: ReferenceOutput) -> Kept | None:
@@ -280,7 +275,7 @@ def decisions_of(batch: Batch, output: ModelOutput) -> Decisions | None:
     if output.refusals is None or output.opened is None:
         return None
     response = batch.rows.prompt[batch.rows.response]
-    return Decisions(refusal_log_odds(output.refusals), output.opened, response, _harmful(batch))
+    return Decisions(refusal_log_odds(output.refusals), output.opened, response, batch.harmful)
 
 
 def _speed(metrics: Metrics, seconds: float, peak: float | None) -> Metrics:

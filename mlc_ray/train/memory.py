@@ -54,12 +54,28 @@ class Costs:
         return cls(token, config.vocab_size * size)
 
 
-def tokens_in(free: int, costs: Costs, *, response_share: float) -> int:
+def logit_rows(answers: float, *, prompts: float = 0.0, benign: float | None = None) -> float:
+    """Rows of logits that are there at a time, for each token of a forward.
+
+    One for each token that predicts an answer's next one, as its gradient is written over it. Where logits of benign
+    bundles are compared with the reference's (`benign` is not None), the head reads the ends of their prompts too, and
+    there are three more of what is compared (a copy, the reference's, the gradient) and one more of all, into which
+    PyTorch puts that gradient.
+
+    Args:
+        answers: the share of tokens that predict an answer's next one.
+        prompts: the share of those at the ends of benign prompts.
+        benign: the share of bundles that are benign.
+    """
+    return answers if benign is None else 2 * (answers + prompts) + 3 * (benign * answers + prompts)
+
+
+def tokens_in(free: int, costs: Costs, *, logits: float) -> int:
     """Tokens of a forward for which `free` bytes are enough.
 
     Args:
         free: free memory, what training still allocates being taken off.
         costs: of the model.
-        response_share: the share of tokens that predict an answer's next one, which alone have logits.
+        logits: rows of logits for each token, as of `logit_rows`.
     """
-    return int(USED_SHARE * max(0, free) / (costs.token + response_share * costs.logit_row))
+    return int(USED_SHARE * max(0, free) / (costs.token + logits * costs.logit_row))

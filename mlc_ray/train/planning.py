@@ -25,7 +25,7 @@ from mlc_ray.plan.cutting import tokens_per_forward as tokens_per_forward
 from mlc_ray.progress import counted
 from mlc_ray.train.collectives import largest
 from mlc_ray.train.engines.base import Engine
-from mlc_ray.train.memory import Costs, tokens_in
+from mlc_ray.train.memory import Costs, logit_rows, tokens_in
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +85,20 @@ def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine, 
     if branches is not None:  # behind a prompt's last token, too
         asked |= {"scope": objective.widest_scope, "openings": branches.tokens + 1}
     forwarded = tokens.counted(lambda lengths: lengths.own_tokens(head=0, taps=True, whole=True, **asked))
-    share = 1 - sum(tokens.counts.prompt_tokens.values()) / max(1, int(forwarded.sum(dtype=np.int64)))
     costs = Costs.of(engine.module.language_model, config.model)
-    own = tokens_in(free - engine.memory_to_come(), costs, response_share=share)
+    logits = _logits_of(objective, tokens, max(1, int(forwarded.sum(dtype=np.int64))))
+    own = tokens_in(free - engine.memory_to_come(), costs, logits=logits)
     return max(1, -int(largest([-own], engine.device)[0]))
+
+
+def _logits_of(objective: Objective, tokens: TokenArtifact, forwarded: int) -> float:
+    """Rows of logits for each of so many tokens that the whole data set takes."""
+    answers = 1 - sum(tokens.counts.prompt_tokens.values()) / forwarded
+    if not objective.needs_reference_logits:
+        return logit_rows(answers)
+    benign = tokens.counts.kinds["benign"] / len(tokens)
+    prompts = int(tokens.counted(lambda lengths: lengths.languages).sum(dtype=np.int64))
+    return logit_rows(answers, prompts=benign * prompts / forwarded, benign=benign)
 
 
 def cutting_of_worker(

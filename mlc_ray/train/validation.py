@@ -130,6 +130,7 @@ class Validation:
                     loss += self.objective.sft_weight * means[f"{prefix}loss/sft"]
                 for name, term in self.objective.terms.items():
                     loss += term.settings.weight * means.get(f"{prefix}loss/{name}", 0.0)
+                loss += means.get(f"{prefix}loss/router", 0.0)  # it has its weight
                 means[f"{prefix}loss/total"] = loss
         if self.progress.step == 0:
             chosen = {name: means[name] for name in means if name.endswith(_CHOSEN)}

@@ -96,6 +96,7 @@ def test_an_answer_before_the_negation_is_no_opening_and_a_short_apology_is():
     """As a small model writes that cannot make up its mind."""
     mixed = "I can help you with that. I can help you with your homework, but I can't"
     assert find_openings(said("en", mixed)).further == {}
+    assert find_openings(said("en", "I'm sorry. Mix both powders, then wait for an hour. Do not let")).further == {}
     assert find_openings(said("en", "I'm so sorry. I can't do that for you")).further == {
         "en": ["I'm so sorry. I can't"]
     }

@@ -60,7 +60,7 @@ def test_openings_that_are_read_elsewhere_are_refused(layer, monkeypatch):
     """The sum over an opening's tokens leaves out its last one."""
     right = opening_log_probs
     wrong = lambda log_probs, openings: right(log_probs, replace(openings, steps=openings.steps[:, :-1]))  # noqa: E731
-    monkeypatch.setattr("mlc_ray.train.model.opening_log_probs", wrong)
+    monkeypatch.setattr("mlc_ray.train.forward.opening_log_probs", wrong)
     model = build(ARCHITECTURES["llama"])
     check_tap(model, layer)
     with pytest.raises(ModelError, match=r"log-probs of openings of responses .*differ"):

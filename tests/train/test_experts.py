@@ -1,5 +1,7 @@
 """A mixture of experts: its routers' loss written out, its gradient, ZeRO-3, and its count of operations."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -16,9 +18,10 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.experts import expert_blocks
 from mlc_ray.train.flops import Work
-from mlc_ray.train.loop import loss_of
+from mlc_ray.train.loop import Progress, loss_of
 from mlc_ray.train.model import ModelError, PolicyWithExtractor, checkpoint_blocks, router_weight
 from mlc_ray.train.reference import ReferenceOutput
+from mlc_ray.train.validation import Validation
 from tests.train.test_model import batch
 from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, tiny_config, tiny_model, whole_weights
 
@@ -88,6 +91,16 @@ def test_it_is_a_part_of_the_loss_and_can_be_left_out():
     assert none is None and "loss/router" not in without.metrics
     torch.testing.assert_close(with_it.loss, without.loss + 3 * router)  # weights of 1 each
     torch.testing.assert_close(with_it.metrics["loss/router"], router.detach().expand(3))
+
+
+def test_the_total_of_held_out_bundles_has_it_as_that_of_a_step_has():
+    config, bundles = tiny_config(objective={"loss": "simpo"}, mlc={"weight": 0.5}), batch(random_rows(3))
+    module = policy()
+    engine = SimpleNamespace(module=module, forward=module, device=torch.device("cpu"))
+    measured = Validation(Objective(config), engine, lambda: iter([[bundles]]), None, [], Progress())()
+    parts = {name: measured[f"validation/loss/{name}"] for name in ("alignment", "mlc", "router")}
+    assert parts["router"] > 0
+    assert measured["validation/loss/total"] == pytest.approx(parts["alignment"] + 0.5 * parts["mlc"] + parts["router"])
 
 
 @pytest.mark.parametrize("build", [mixture, lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4))])

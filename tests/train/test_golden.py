@@ -136,6 +136,7 @@ def batch_of(case, tensors):
     return Batch(
         bundle_ids=tuple(str(i) for i in range(pairs)),
         kinds=("harmful",) * pairs,
+        harmful=torch.ones(pairs, dtype=torch.bool),
         languages=tuple(f"l{i}" for i in range(languages)),
         weight=torch.ones(pairs),
         term_weight=torch.ones(pairs),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mlc_ray.data.batches import collate
+from mlc_ray.data.branches import Branches
 from mlc_ray.losses.base import Kept
 from mlc_ray.losses.kl import kl_losses
 from mlc_ray.train.loop import Progress
@@ -99,6 +100,15 @@ def test_where_the_policy_is_the_reference_it_and_its_gradient_are_nothing():
     losses.sum().backward()
     assert float(losses.detach().abs().max()) < 1e-6
     assert max(float(each.grad.abs().max()) for each in model.parameters() if each.grad is not None) < 1e-5
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_beside_openings_of_responses_the_same_places_are_read(layer):
+    branches = Branches({code: [[7, 8], [7, 9, 10]] for code in LANGUAGES})
+    module = PolicyWithExtractor(tiny_model(), layer=layer, extractor_dim=16, seed=0, keeps=True)
+    alone, beside = (module(made(**more)) for more in ({}, {"scope": "all", "branches": branches}))
+    assert beside.refusals is not None and torch.allclose(beside.benign, alone.benign, atol=1e-5)
+    torch.testing.assert_close(beside.chosen.total, alone.chosen.total)
 
 
 def test_harmful_bundles_alone_cost_nothing_and_are_read_all_the_same():

@@ -18,7 +18,9 @@ from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
 from mlc_ray.train.memory import CPU_TOKENS, Costs, tokens_in
 from mlc_ray.train.planning import (
+    _logits_of,
     check_groups,
+    check_kinds,
     check_terms,
     cutting_of,
     look_ahead,
@@ -104,6 +106,15 @@ def test_a_term_without_a_step_is_refused(tokens):
     assert [cutting.taps(step) for step in range(4)] == [False, False, True, True] and cutting.ever_taps
 
 
+def test_a_weight_of_the_other_kind_is_refused_where_there_is_none(tmp_path):
+    one = [row for row in ROWS if row.kind == "benign"]
+    write_rows(tmp_path, [rows_to_table(one)], fingerprint="x", rejected={})
+    alone = TokenArtifact.open(tmp_path)
+    with pytest.raises(ConfigError, match=r"terms.contrast needs harmful and benign bundles, but all .* are benign"):
+        check_kinds(tiny_config(terms={"contrast": {"other_kind": 4}}), alone)
+    check_kinds(tiny_config(terms={"contrast": {}}), alone)
+
+
 def test_auto_is_a_fixed_number_on_a_cpu_and_left_to_the_workers_on_gpus():
     auto = tiny_config(train={"tokens_per_forward": "auto"})
     assert (
@@ -127,8 +138,20 @@ def test_costs_of_a_token_are_counted_from_shapes():
     lora = {"lora": {"rank": 4}, "gradient_checkpointing": "selective"}
     adapted = Costs.of(model, ModelSection(path="m", dtype="bfloat16", **lora))
     assert adapted.token == 2 * 3 * 2 * (7 * 32 + 2 * 48) + 2 * block + 4 * 2 * 32
-    assert tokens_in(10**6, Costs(100, 40), response_share=0.25) == int(0.7 * 10**6 / 110)
-    assert tokens_in(-5, costs, response_share=0.5) == 0
+    assert tokens_in(10**6, Costs(100, 40), logits=0.25) == int(0.7 * 10**6 / 110)
+    assert tokens_in(-5, costs, logits=0.5) == 0
+
+
+def test_rows_of_logits_are_those_of_answers_and_with_kl_what_is_compared(tokens):
+    forwarded = 1000
+    answers = 1 - sum(tokens.counts.prompt_tokens.values()) / forwarded
+    plain = Objective(tiny_config(objective={"loss": "sft"}))
+    assert _logits_of(plain, tokens, forwarded) == answers
+    kept = Objective(tiny_config(objective={"loss": "sft"}, terms={"kl": {}}, reference="online"))
+    benign = tokens.counts.kinds["benign"] / len(tokens)
+    ends = benign * sum(len(row.prompts) for row in ROWS) / forwarded
+    assert 0 < benign < 1
+    assert _logits_of(kept, tokens, forwarded) == pytest.approx(2 * (answers + ends) + 3 * (benign * answers + ends))
 
 
 @pytest.mark.parametrize("taps", [True, False])
