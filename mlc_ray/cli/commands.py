@@ -19,6 +19,9 @@ from mlc_ray.cli.arguments import (
     utility_config,
     written_out,
 )
+from mlc_ray.cli.searching import scale_command as scale_command
+from mlc_ray.cli.searching import search_command as search_command
+from mlc_ray.cli.searching import study_command as study_command
 from mlc_ray.config import (
     ChatSection,
     ConfigError,
@@ -40,9 +43,7 @@ from mlc_ray.config import (
 )
 
 if TYPE_CHECKING:
-    from mlc_ray.report.study import StudyResult
     from mlc_ray.score.results import ScoreResult
-    from mlc_ray.search.results import SearchResult
 
 SCHEMAS: dict[
     str,
@@ -176,89 +177,6 @@ def utility_command(arguments: argparse.Namespace) -> None:
     print(f"utility in {utility.folder / UTILITY_FILE}")
 
 
-def search_command(arguments: argparse.Namespace) -> None:
-    """`mlc-ray search`."""
-    if arguments.resume is not None:
-        if arguments.config is not None:
-            refuse_settings(arguments, "search")
-        from mlc_ray.search.run import resume_search
-
-        _show_search(resume_search(arguments.resume, arguments.overrides))
-        return
-    if arguments.config is None:
-        raise ConfigError("search needs --config FILE (see configs/search/) or --resume FOLDER")
-    config = load_config(SearchConfig, arguments.config, arguments.overrides)
-
-    from mlc_ray.search.run import search
-
-    _show_search(search(config))
-
-
-def _show_search(result: SearchResult) -> None:
-    from mlc_ray.report.console import show
-    from mlc_ray.report.tables import console
-    from mlc_ray.search.results import confirmation_table, trials_table, verdict
-
-    for shown in (trials_table(result), confirmation_table(result)):
-        if shown is not None:
-            show(console(shown))
-    for line in verdict(result):
-        print(line)
-
-
-def study_command(arguments: argparse.Namespace) -> None:
-    """`mlc-ray study`."""
-    if arguments.resume is not None:
-        refuse_settings(arguments, "study")
-        from mlc_ray.study.run import resume_study
-
-        _show_study(resume_study(arguments.resume))
-        return
-    if arguments.config is None:
-        raise ConfigError("study needs --config FILE (see configs/study/) or --resume FOLDER")
-    config = load_config(StudyConfig, arguments.config, arguments.overrides)
-
-    from mlc_ray.study.run import study
-
-    _show_study(study(config))
-
-
-def scale_command(arguments: argparse.Namespace) -> None:
-    """`mlc-ray scale`."""
-    if arguments.resume is not None:
-        refuse_settings(arguments, "study")
-        from mlc_ray.study.scale import resume_scale
-
-        _show_study(resume_scale(arguments.resume))
-        return
-    if arguments.config is None:
-        raise ConfigError("scale needs --config FILE (see configs/study/) or --resume FOLDER")
-    config = load_config(ScaleConfig, arguments.config, arguments.overrides)
-
-    from mlc_ray.study.scale import scale, scale_budget
-
-    if arguments.budget:
-        from mlc_ray.report.console import show
-        from mlc_ray.report.scale import budget_table
-        from mlc_ray.report.tables import console
-
-        show(console(budget_table(scale_budget(config))))
-        return
-    _show_study(scale(config))
-
-
-def _show_study(result: StudyResult) -> None:
-    from mlc_ray.report.console import show
-    from mlc_ray.report.study import study_notes, study_tables
-    from mlc_ray.report.tables import console
-
-    for shown in study_tables(result):
-        show(console(shown))
-    for note in study_notes(result):
-        print(note)
-    print(f"study in {result.folder}")
-
-
 def probe_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray probe`."""
     sources = [parse_config(SourceSection, parse_benchmark(text)) for text in arguments.bundles]
@@ -351,11 +269,6 @@ def translate_command(arguments: argparse.Namespace) -> None:
 
 def plan_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray plan`."""
-    if arguments.simulate is not None:
-        from mlc_ray.cli.simulation import simulate_command
-
-        simulate_command(arguments)
-        return
     from mlc_ray.cli.plan import plan_command as plan
 
     plan(arguments)

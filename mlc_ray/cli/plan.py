@@ -5,43 +5,92 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mlc_ray.config import ConfigError, ScoreConfig, ScoringSection, SearchConfig, TrainConfig, load_config
+from mlc_ray.config import (
+    ConfigError,
+    ScoreConfig,
+    ScoringSection,
+    SearchConfig,
+    SourceSection,
+    TrainConfig,
+    load_config,
+)
 from mlc_ray.plan.hardware import Cluster, cluster_of, gpu_of
 from mlc_ray.plan.lengths import Weights, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
 from mlc_ray.plan.rates import Rates, rates_of
 from mlc_ray.plan.records import RunPlan
-from mlc_ray.plan.runs import plan_run
-from mlc_ray.plan.scores import ScorePlan, plan_score, plan_search
+from mlc_ray.plan.runs import dtype_of, plan_run
+from mlc_ray.plan.scores import ScorePlan, plan_scoring, plan_search
 from mlc_ray.plan.shapes import Shape, config_of, counted, shape_of
 from mlc_ray.plan.show import run_json, run_lines, score_json, score_lines, search_lines
 from mlc_ray.plan.there import cluster_there, this_machine, with_workers
+
+_CLUSTER = ("gpus", "gpu", "gpus_per_node", "node_memory")
 
 
 def plan_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray plan`.
 
     Raises:
-        ConfigError: There is nothing to plan.
+        ConfigError: There is nothing to plan, or options do not go together.
     """
+    if arguments.simulate is not None:
+        _refuse(arguments, "--simulate", (*_CLUSTER, "config", "shape", "calibrate", "kind"), "give settings by --set")
+        if find_spec("simpy") is None:
+            raise ConfigError("plan --simulate needs simpy, which is not installed: pip install 'mlc_ray[plan]'")
+        from mlc_ray.cli.simulation import simulate_command
+
+        simulate_command(arguments)
+        return
     if arguments.config is None:
-        raise ConfigError("plan needs --config FILE (see configs/), or recipe:NAME")
+        raise ConfigError("plan needs --config FILE (see configs/), or recipe:NAME; or --simulate FILE")
     if arguments.calibrate:
+        _refuse(
+            arguments, "--calibrate", (*_CLUSTER, "shape", "kind"), "this machine is measured, with the model of a run"
+        )
         _calibrate(arguments)
         return
     kinds: dict[str, Any] = {"train": _train, "score": _score, "search": _search}
-    lines, found = kinds[arguments.schema_of](arguments, _cluster(arguments))
+    lines, found = kinds[arguments.kind or "train"](arguments, named_cluster(arguments) or _cluster())
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines))
 
 
-def _cluster(arguments: argparse.Namespace) -> Cluster:
-    """The one that is asked for, the one that is there, or this machine."""
-    if arguments.gpus is not None:
-        memory = None if arguments.node_memory is None else int(arguments.node_memory * 2**30)
-        return cluster_of(arguments.gpus, arguments.gpu, per_node=arguments.gpus_per_node, node_memory=memory)
+def _refuse(arguments: argparse.Namespace, beside: str, names: Sequence[str], why: str) -> None:
+    """Refuse options that nothing would read."""
+    for name in names:
+        if value := getattr(arguments, name):
+            option = "for" if name == "kind" else name.replace("_", "-")
+            said = f"--{option}" if value is True else f"--{option} {value}"
+            raise ConfigError(f"{said} is not read with {beside}: {why}; remove it")
+
+
+def named_cluster(arguments: argparse.Namespace) -> Cluster | None:
+    """The cluster that `--gpus` and what belongs to it name; None where they name none.
+
+    Raises:
+        ConfigError: What belongs to it is there without it.
+        HardwareError: The GPU is not known, or the number of GPUs is no multiple of a node's.
+    """
+    if arguments.gpus is None:
+        for name in _CLUSTER[1:]:
+            if (value := getattr(arguments, name)) is not None:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {value} says what --gpus N are; give that too, or remove it"
+                )
+        return None
+    memory = None if arguments.node_memory is None else int(arguments.node_memory * 2**30)
+    return cluster_of(
+        arguments.gpus, arguments.gpu or "h100", per_node=arguments.gpus_per_node or 8, node_memory=memory
+    )
+
+
+def _cluster() -> Cluster:
+    """The one that is there, or this machine."""
     from mlc_ray.cluster import connect, running, use_gpu
 
     if running() is not None:
@@ -61,22 +110,16 @@ def _shape(arguments: argparse.Namespace, path: str, *, trust_remote_code: bool)
     return counted(shape_of(config, name), config)
 
 
-def _dtype(said: str, cluster: Cluster) -> str:
-    from mlc_ray.device import resolved
-
-    return "bfloat16" if said == "auto" and cluster.gpu is not None else resolved(said, gpu=False)
-
-
-def _run(arguments: argparse.Namespace, config: TrainConfig, cluster: Cluster) -> tuple[RunPlan, Fitting | None, Shape]:
+def _run(
+    arguments: argparse.Namespace, config: TrainConfig, cluster: Cluster, *, workers: int
+) -> tuple[RunPlan, Fitting | None, Shape]:
     from mlc_ray.runs import artifact_cache
     from mlc_ray.storage import Place
 
     shape = _shape(arguments, config.model.path, trust_remote_code=config.model.trust_remote_code)
-    # All GPUs that are asked for; of a cluster that is there, as many as the run takes.
-    workers = arguments.gpus or config.cluster.most_workers
     cluster = with_workers(cluster, workers)
     weights: Weights = weights_of(config, artifact_cache(Place(config.output_dir)))
-    dtype = _dtype(config.model.dtype, cluster)
+    dtype = dtype_of(config.model.dtype, cluster)
     rates: Rates = rates_of(cluster.gpu, dtype)
     plan = plan_run(config, shape, cluster, weights, rates, dtype=dtype, workers=workers)
     found = fitting(config, shape, cluster, weights, rates, dtype=dtype, workers=workers)
@@ -85,7 +128,8 @@ def _run(arguments: argparse.Namespace, config: TrainConfig, cluster: Cluster) -
 
 def _train(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
-    plan, best, _ = _run(arguments, config, cluster)
+    # All GPUs that are named; of a cluster that is there, as many as the run takes.
+    plan, best, _ = _run(arguments, config, cluster, workers=arguments.gpus or config.cluster.most_workers)
     return run_lines(plan, best), run_json(plan, best)
 
 
@@ -93,35 +137,32 @@ def _score(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[st
     defaults = {"model": arguments.shape} if arguments.shape is not None else {}
     config = load_config(ScoreConfig, arguments.config, arguments.overrides, defaults=defaults)
     shape = _shape(arguments, config.model, trust_remote_code=config.engine.trust_remote_code)
-    plan = _scored(config, shape, cluster)
+    plan = _scored(config, shape, cluster, prompts=_prompts(config.benchmarks, config, config.limit))
     return score_lines(plan), score_json(plan)
 
 
-def _scored(scoring: ScoringSection, shape: Shape, cluster: Cluster) -> ScorePlan:
+def _scored(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts: int) -> ScorePlan:
     from mlc_ray.score.plan import with_longest_answer
 
-    decided = with_longest_answer(scoring)
-    dtype = _dtype("float32" if scoring.engine.dtype == "float32" else scoring.engine.dtype, cluster)
-    engine = scoring.engine.model_copy(update={"dtype": dtype})
-    return plan_score(
-        shape, engine, cluster, rates_of(cluster.gpu, dtype), prompts=_prompts(scoring), prompt_tokens=68,
-        answer_tokens=decided.max_new_tokens or 1,
-    )  # fmt: skip
+    dtype = dtype_of(scoring.engine.dtype, cluster)
+    return plan_scoring(with_longest_answer(scoring), shape, cluster, prompts=prompts, dtype=dtype)
 
 
-def _prompts(scoring: ScoringSection) -> int:
+def _prompts(benchmarks: Sequence[SourceSection], scoring: ScoringSection, limit: int | None) -> int:
     """Prompts of the benchmarks that are here; of others as many as the published test set has, in ten languages."""
+    from mlc_ray.data.bundles import KINDS
     from mlc_ray.data.sources import Reading, resolve_source
     from mlc_ray.types import Bundle
 
     number = 0
-    for source in scoring.benchmarks:
+    for source in benchmarks:
         if not (source.path.startswith("sample:") or Path(source.path).expanduser().exists()):
             number += 180 * len(scoring.languages or range(10))
             continue
         for file in resolve_source(source):
             bundles = [row.parsed for row in Reading(file).rows() if isinstance(row.parsed, Bundle)]
-            asked = bundles if scoring.limit is None else bundles[: 2 * scoring.limit]
+            of_kind = [[bundle for bundle in bundles if bundle.kind == kind][:limit] for kind in KINDS]
+            asked = [bundle for some in of_kind for bundle in some]
             number += sum(len(set(bundle.prompts) & set(scoring.languages or bundle.prompts)) for bundle in asked)
     return number
 
@@ -133,16 +174,18 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
     config = load_config(SearchConfig, arguments.config, arguments.overrides)
     space = make_space(config)
     base = space.run(next(iter(space.corners())), name="corner")
-    run, best, shape = _run(arguments, base, cluster)
-    score = _scored(config.scoring, shape, cluster)
-    trials = number_of_points(config, space) * config.repeats
-    at_once = max(1, (cluster.gpus if cluster.gpu is not None else 1) // run.workers)
-    plan = plan_search(
-        trials=trials, at_once=min(trials, at_once), run_seconds=run.wall_seconds, run_gpus=run.workers, score=score,
-        scores=1,
-    )  # fmt: skip
-    lines = [*run_lines(run, best), "", *score_lines(score), "", *search_lines(plan)]
-    return lines, {"run": run_json(run, best), "score": score_json(score), "search": vars(plan)}
+    run, best, shape = _run(arguments, base, cluster, workers=base.cluster.most_workers)
+    scoring, confirm = config.scoring, config.confirm
+    prompts = _prompts(scoring.benchmarks, scoring, scoring.limit)
+    if confirm.benchmarks is None:  # every second bundle is kept for it
+        asked = (prompts - prompts // 2, prompts // 2)
+    else:
+        asked = (prompts, _prompts(confirm.benchmarks, scoring, confirm.limit))
+    choosing, confirming = (_scored(scoring, shape, cluster, prompts=number) for number in asked)
+    points = number_of_points(config, space)
+    plan = plan_search(config, run, points=points, choosing=choosing, confirming=confirming, cluster=cluster)
+    lines = [*run_lines(run, best), "", *score_lines(choosing), "", *search_lines(plan)]
+    return lines, {"run": run_json(run, best), "score": score_json(choosing), "search": vars(plan)}
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
@@ -152,6 +195,9 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     rates = calibrate(config)
     file = write_calibration(rates)
+    if arguments.json:
+        print(json.dumps(asdict(rates), indent=2))
+        return
     print(
         f"{rates.device}, {rates.dtype}: {rates.flops / 1e9:.4g}e9 useful operations a second, "
         f"{rates.forward_seconds:.2g} s a block and forward beside its tokens, AdamW {rates.adamw:.3g} parameters a "

@@ -13,7 +13,7 @@ from mlc_ray.plan.rates import rates_of
 from mlc_ray.plan.records import GIB, Memory, RunPlan
 from mlc_ray.plan.runs import PlanError, plan_run, plannable
 from mlc_ray.plan.scores import plan_engine
-from mlc_ray.plan.shapes import Shape, ShapeError, config_of, shape_of
+from mlc_ray.plan.shapes import KINDS, Shape, ShapeError, config_of, counted, shape_of
 from mlc_ray.plan.there import cluster_there, with_workers
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,9 @@ def check_run(
         return
     workers = config.cluster.least_workers
     cluster = with_workers(cluster, workers)
-    shape = _shape(config.model.path, config.model.trust_remote_code)
+    shape = _known_shape(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    if shape is None:
+        return
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
     rates = rates_of(cluster.gpu, dtype)
     plan = plan_run(
@@ -87,12 +89,20 @@ def check_engine(model: str, scoring: ScoringSection, *, gpu: bool, cluster: Clu
         return
     engine = scoring.engine
     try:
-        shape = _shape(model, engine.trust_remote_code)
+        shape = _known_shape(model, trust_remote_code=engine.trust_remote_code)
     except ShapeError:  # an adapter has no config of its own
+        return
+    if shape is None:
         return
     plan = plan_engine(shape, engine, cluster)
     if plan.fits:
         return
+    if cluster.gpu is None:
+        raise PlanError(
+            f"an engine for {shape.name} needs {plan.bytes / GIB:.1f} GiB, of which weights {plan.weights / GIB:.1f}, "
+            f"but this machine has {plan.limit / GIB:.1f}; lower engine.cpu_kv_cache_gib={engine.cpu_kv_cache_gib}, or "
+            "take a smaller model"
+        )
     for parallel in (2, 4, 8):
         changed = engine.model_copy(update={"tensor_parallel": parallel})
         if parallel > engine.tensor_parallel and parallel <= cluster.per_node and _fits(shape, changed, cluster):
@@ -112,6 +122,16 @@ def _fits(shape: Shape, engine: EngineSection, cluster: Cluster) -> bool:
 
 
 @cache
-def _shape(path: str, trust_remote_code: bool) -> Shape:
+def _known_shape(path: str, *, trust_remote_code: bool) -> Shape | None:
+    """The model's shape; of a kind that the arithmetic does not know counted, and None where that fails.
+
+    Raises:
+        ShapeError: There is no config.
+    """
     config, name = config_of(path, trust_remote_code=trust_remote_code)
-    return shape_of(config, name)
+    try:
+        shape = shape_of(config, name)
+        return shape if shape.kind in KINDS else counted(shape, config)
+    except Exception as error:  # code of a model of any kind: the command itself will say what is wrong, if it is
+        logger.info("memory is not planned: the shape of %s is not known (%s)", path, error)
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from mlc_ray.device import peak_tflops
@@ -16,7 +17,8 @@ class HardwareError(MlcRayError):
 class Gpu:
     """A GPU: its memory in bytes, what that gives a second, and what its links to those of the node give a second.
 
-    `peak` is its dense bfloat16, in operations a second. `memory` is what CUDA offers, a little below the sheet's.
+    `peak` is its dense bfloat16, in operations a second, `single` its float32 outside tensor cores, which PyTorch takes
+    for float32 by default. `memory` is what CUDA offers, a little below the sheet's.
     """
 
     name: str
@@ -24,21 +26,23 @@ class Gpu:
     bandwidth: float
     link: float
     peak: float
+    single: float
 
 
 _SHEETS = {
-    # memory in GiB that a process can have, memory bandwidth in TB/s, links in GB/s and direction
-    "a100-40": ("NVIDIA A100", 39.4, 1.555, 300),
-    "a100": ("NVIDIA A100", 79.1, 2.039, 300),
-    "h100": ("NVIDIA H100", 79.1, 3.35, 450),
-    "h100-pcie": ("NVIDIA H100 PCIe", 79.1, 2.0, 64),
-    "h100-nvl": ("NVIDIA H100 NVL", 93.1, 3.9, 300),
-    "h200": ("NVIDIA H200", 139.8, 4.8, 450),
-    "l4": ("NVIDIA L4", 22.0, 0.3, 32),
-    "l40s": ("NVIDIA L40S", 44.4, 0.864, 32),
+    # memory in GiB that a process can have, its bandwidth in TB/s, links in GB/s and direction, float32 in TFLOP/s
+    "a100-40": ("NVIDIA A100", 39.4, 1.555, 300, 19.5),
+    "a100": ("NVIDIA A100", 79.1, 2.039, 300, 19.5),
+    "h100": ("NVIDIA H100", 79.1, 3.35, 450, 67),
+    "h100-pcie": ("NVIDIA H100 PCIe", 79.1, 2.0, 64, 51),
+    "h100-nvl": ("NVIDIA H100 NVL", 93.1, 3.9, 300, 60),
+    "h200": ("NVIDIA H200", 139.8, 4.8, 450, 67),
+    "l4": ("NVIDIA L4", 22.0, 0.3, 32, 30.3),
+    "l40s": ("NVIDIA L40S", 44.4, 0.864, 32, 91.6),
 }
-"""By NVIDIA's data sheets: bandwidth of the memory, NVLink or PCIe of one direction. Dense bfloat16 is
-`device.PEAK_TFLOPS`."""
+"""By NVIDIA's data sheets: bandwidth of the memory, NVLink or PCIe of one direction, float32 without tensor cores.
+Dense bfloat16 is `device.PEAK_TFLOPS`."""
+_NAMED = f"name one of {', '.join(_SHEETS)} (mlc-ray plan --gpus N --gpu NAME)"
 
 NETWORK = 50e9
 """Bytes a second and GPU between nodes, assumed: one 400 Gb/s adapter for each GPU."""
@@ -48,18 +52,20 @@ def gpu_of(name: str) -> Gpu:
     """The GPU of a table's name (`h100`), or of PyTorch's (`NVIDIA H100 80GB HBM3`).
 
     Raises:
-        HardwareError: It is not known.
+        HardwareError: It is not known, or a part of a GPU (MIG).
     """
-    key = name.lower().removeprefix("nvidia ").replace("a100-sxm4-40gb", "a100-40").replace(" ", "-")
+    key = re.sub(r"^a100-(?:sxm4|pcie)-40gb", "a100-40", name.lower().removeprefix("nvidia ").replace(" ", "-"))
+    if "-mig-" in key:
+        raise HardwareError(f"gpu {name!r} is a part of a GPU (MIG), of which no data sheet is known; {_NAMED}")
     # PyTorch's names go on behind the sheet's: the longest that the name begins with.
     begins = [short for short in _SHEETS if f"{key}-".startswith(f"{short}-")]
     if not begins:
-        raise HardwareError(f"gpu {name!r} is not known; there are {', '.join(_SHEETS)}")
+        raise HardwareError(f"gpu {name!r} is not known; {_NAMED}")
     key = max(begins, key=len)
-    title, gib, terabytes, gigabytes = _SHEETS[key]
+    title, gib, terabytes, gigabytes, single = _SHEETS[key]
     peak = peak_tflops(title, "bfloat16")
     assert peak is not None, title
-    return Gpu(key, int(gib * 2**30), terabytes * 1e12, gigabytes * 1e9, peak * 1e12)
+    return Gpu(key, int(gib * 2**30), terabytes * 1e12, gigabytes * 1e9, peak * 1e12, single * 1e12)
 
 
 @dataclass(frozen=True)

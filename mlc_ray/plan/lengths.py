@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -13,11 +14,12 @@ import numpy as np
 from mlc_ray.config import TrainConfig
 from mlc_ray.data.plan import Cutting, Lengths
 from mlc_ray.data.ragged import Ints
+from mlc_ray.data.tables import bundle_columns
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.activations import Row
 from mlc_ray.plan.cutting import cutting_of, steps_of
 from mlc_ray.storage import Place
-from mlc_ray.types import TokenRow
+from mlc_ray.types import Bundle, TokenRow
 
 SAMPLE, MOST_ROWS, LOOKED_AT = 128, 4096, 20
 """Bundles that are tokenised, rows that are read of an artefact, and steps that are cut."""
@@ -55,7 +57,7 @@ def weights_of(config: TrainConfig, cache: Place | None) -> Weights:
     paths = [Path(source.path).expanduser() for source in config.data.train]
     shipped = all(source.path.startswith("sample:") for source in config.data.train)
     here = shipped or all(path.exists() for path in paths)
-    small = shipped or (here and sum(path.stat().st_size for path in paths if path.is_file()) <= HASHED)
+    small = shipped or (here and sum(map(_bytes, paths)) <= HASHED)
     if not here or not Path(config.model.path).expanduser().is_dir():
         return assumed(config)
     try:
@@ -101,29 +103,35 @@ def least() -> Weights:
 
 def _count(config: TrainConfig) -> int:
     """Bundles of the sources that can be counted here; 1,000 where none can."""
-    from mlc_ray.data.sources import resolve_source
+    from mlc_ray.data.sources import Reading, resolve_source
 
     found = 0
     for source in config.data.train:
-        if source.path.startswith("sample:") or Path(source.path).expanduser().is_file():
-            for file in resolve_source(source):
-                if Path(file.path).is_file() and Path(file.path).stat().st_size <= HASHED:
-                    with Path(file.path).open("rb") as lines:
-                        found += sum(1 for line in lines if line.strip())
+        if source.path.startswith("sample:") or Path(source.path).expanduser().exists():
+            try:
+                small = [file for file in resolve_source(source) if _bytes(Path(file.path)) <= HASHED]
+                found += sum(isinstance(row.parsed, Bundle) for file in small for row in Reading(file).rows())
+            except MlcRayError:  # the command that reads them will say what is wrong
+                continue
     return found or 1000
+
+
+def _bytes(path: Path) -> int:
+    """Of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _of_sample(config: TrainConfig, *, count: bool) -> Weights:
     from mlc_ray.data.sources import Reading, resolve_source
     from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
-    from mlc_ray.types import Bundle
 
     data = config.data
     template = ChatTemplate(
         load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code), config.chat
     )
     rows: list[TokenRow] = []
-    bundles, of_bytes, read = 0, 0, 0
+    bundles = 0
     files = [file for source in data.train for file in resolve_source(source)]
     each = max(1, SAMPLE // len(files))
     for file in files:
@@ -136,17 +144,25 @@ def _of_sample(config: TrainConfig, *, count: bool) -> Weights:
             )
             for bundle in some
         ]  # fmt: skip
-        bundles += len(some) + (sum(isinstance(row.parsed, Bundle) for row in found) if count else 0)
-        if not count and Path(file.path).is_file():
-            of_bytes += Path(file.path).stat().st_size
-            with Path(file.path).open("rb") as lines:
-                read += sum(len(line) for line in islice(lines, each))
+        bundles += len(some)
+        if count:
+            bundles += sum(isinstance(row.parsed, Bundle) for row in found)
+        elif some:
+            bundles += max(0, _about(Path(file.path), some) - len(some))
     if not rows:
         return assumed(config)
-    if not count and read:
-        bundles = round(bundles * of_bytes / read)
     how = "of" if count else "of about"
     return replace(of_rows(rows), bundles=bundles, said=f"measured: {len(rows):,} {how} {bundles:,} bundles, tokenised")
+
+
+def _about(path: Path, some: Sequence[Bundle]) -> int:
+    """Bundles of a large file or folder: rows, where Parquet says them; else its bytes by those of some as JSON."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    each = sum(len(json.dumps(bundle_columns(bundle), ensure_ascii=False).encode()) for bundle in some) / len(some)
+    return round(_bytes(path) / each)
 
 
 def of_rows(rows: Sequence[TokenRow]) -> Weights:

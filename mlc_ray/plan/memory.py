@@ -4,7 +4,7 @@ Sizes are of DeepSpeed 0.19 with the settings of `mlc_ray.train.engines.deepspee
 et al. 2020, section 5): with P parameters, T of them trained, W workers and elements of s bytes, a worker holds
 
     weights      s P, at stage 3 s P / W
-    gradients    s T at stages 0 and 1, 4 T / W (float32) at 2 and 3
+    gradients    s T at stages 0 and 1, 4 T / W (float32; 2 with `engine.accumulate_dtype: bfloat16`) at 2 and 3
     master       4 T at stage 0 in bfloat16 (none in float32), 4 T / W at stages 1 to 3
     moments      8 T at stage 0, 8 T / W at stages 1 to 3
 
@@ -63,6 +63,9 @@ class Holding:
         prefetch: elements that are gathered ahead.
         keeps_none: whether no gathered parameter is kept (`engine.persistence_threshold` is set).
         reference: whether a second model is asked at every step.
+        reduced: of an element of a gradient that travels (`engine.reduce_dtype`).
+        added: of one that is added up at stages 2 and 3 (`engine.accumulate_dtype`).
+        overlaps: whether a second bucket fills while the first is reduced (`engine.overlap_comm`).
         device: what workers compute on.
     """
 
@@ -78,6 +81,9 @@ class Holding:
     prefetch: int
     keeps_none: bool
     reference: bool
+    reduced: int
+    added: int
+    overlaps: bool
     device: Device
 
 
@@ -101,6 +107,9 @@ def holding_of(config: TrainConfig, shape: Shape, *, workers: int, dtype: str, d
         prefetch=engine.prefetch_size or PREFETCH,
         keeps_none=engine.persistence_threshold is not None,
         reference=config.needs_reference and config.reference == "online" and lora is None,
+        reduced=2 if engine.reduce_dtype == "bfloat16" else 4,
+        added=2 if engine.accumulate_dtype == "bfloat16" else 4,
+        overlaps=engine.stage >= 2 and engine.overlap_comm is not False,
         device=device,
     )
 
@@ -140,7 +149,9 @@ def gradients(held: Holding) -> Part:
     if held.stage < 2:  # at stage 1 they are reduced, and offloaded, once the whole backward has ended
         return Part("gradients", held.size * held.trained, f"{held.size} B x {held.trained:,} trained parameters")
     return Part(
-        "gradients", 4 * held.trained // held.workers, f"4 B x {held.trained:,} trained parameters / {held.workers}"
+        "gradients",
+        held.added * held.trained // held.workers,
+        f"{held.added} B x {held.trained:,} trained parameters / {held.workers}",
     )
 
 
@@ -168,25 +179,26 @@ def bucket(held: Holding) -> Part:
         return Part("bucket", 0, "gradients of stage 1 are reduced where they are")
     if held.device == "cpu":
         return Part("bucket", size * elements, f"{size} B x {elements:,} gradients")
-    number = 2 if held.stage == 2 else 1
+    number = 2 if held.stage == 2 and held.overlaps else 1
     return Part("bucket", number * size * held.bucket, f"{number} x {size} B x {held.bucket:,} (engine.bucket_size)")
 
 
 def reduction(held: Holding) -> Part:
     """What the reduction of a full bucket takes beside it.
 
-    At stage 2 a flat copy, and at stages 1 and 2 one in float32, in which gradients travel; at stage 3 a flat copy in
-    float32 and this worker's part of what comes back; without ZeRO, float32 gradients of all.
+    At stage 2 a flat copy, and at stages 1 and 2 one in the type in which gradients travel, if that is another; at
+    stage 3 a flat copy in float32 and this worker's part of what comes back; without ZeRO, gradients of all in the type
+    in which they travel.
     """
     elements = min(held.bucket, held.trained)
+    travelling = held.reduced if held.reduced != held.size else 0
     if held.stage == 0:
-        copied = 4 if held.size == 2 else 0
-        return Part("reduction", copied * held.trained, f"{copied} B x {held.trained:,} gradients in float32")
+        return Part("reduction", travelling * held.trained, f"{travelling} B x {held.trained:,} gradients that travel")
     if held.stage == 3:
         return Part(
             "reduction", 4 * elements + 4 * elements // held.workers, f"4 B x {elements:,} x (1 + 1 / {held.workers})"
         )
-    copies = (held.size if held.stage == 2 else 0) + (4 if held.size == 2 else 0)
+    copies = (held.size if held.stage == 2 else 0) + travelling
     return Part("reduction", copies * elements, f"{copies} B x {elements:,} gradients")
 
 

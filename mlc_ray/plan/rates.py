@@ -11,7 +11,7 @@ from mlc_ray.plan.hardware import Gpu
 from mlc_ray.storage import user_cache, write_json_atomic
 
 EFFICIENCY = 0.4
-"""Share of a GPU's dense bfloat16 that large rows reach, assumed: others report 17 to 46 % for 0.6B to 8B models."""
+"""Share of a GPU's peak that large rows reach, assumed; others report 17 to 46 % of dense bfloat16 for 0.6B to 8B."""
 
 LAUNCHES = 1e-3
 """Seconds that a forward and backward of a block take however few tokens there are, assumed: some hundred launches."""
@@ -53,8 +53,8 @@ def assumed_rates(gpu: Gpu | None, dtype: str) -> Rates:
     """By the data sheet. AdamW reads and writes 28 bytes of a parameter."""
     if gpu is None:
         return Rates("cpu", dtype, CPU_FLOPS, 0.0, CPU_ADAMW, CPU_EXCHANGE)
-    half = 1.0 if dtype == "bfloat16" else 0.5
-    return Rates(gpu.name, dtype, EFFICIENCY * half * gpu.peak, LAUNCHES, gpu.bandwidth / 28, None)
+    peak = gpu.single if dtype == "float32" else gpu.peak
+    return Rates(gpu.name, dtype, EFFICIENCY * peak, LAUNCHES, gpu.bandwidth / 28, None)
 
 
 def calibration_file() -> Path:

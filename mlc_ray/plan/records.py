@@ -90,7 +90,7 @@ class Work:
         largest_forward: tokens of the largest forward of the run.
         head_rows: most rows of logits of a forward.
         flops: useful operations of all workers.
-        recomputed: the share of them that checkpointing repeats.
+        repeated: what checkpointing adds to the time of forward and backward, as a share.
     """
 
     tokens: float
@@ -98,7 +98,7 @@ class Work:
     largest_forward: int
     head_rows: int
     flops: float
-    recomputed: float
+    repeated: float
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlc_ray.config import TrainConfig
+from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.activations import Row
 from mlc_ray.plan.cutting import CPU_TOKENS, steps_of
@@ -27,7 +28,7 @@ from mlc_ray.plan.memory import (
 )  # fmt: skip
 from mlc_ray.plan.rates import Rates
 from mlc_ray.plan.records import Memory, Part, RunPlan, Work
-from mlc_ray.plan.seconds import flops, seconds
+from mlc_ray.plan.seconds import REPEATED, flops, seconds
 from mlc_ray.plan.shapes import Shape
 
 USED_SHARE = 0.7
@@ -44,6 +45,11 @@ SETTINGS = (
 
 class PlanError(MlcRayError):
     """What is asked for cannot be planned, or cannot fit; the message names the part that breaks and what would fit."""
+
+
+def dtype_of(said: str, cluster: Cluster) -> str:
+    """The type of a model or an engine there: `auto` decided as runs decide it."""
+    return "bfloat16" if said == "auto" and cluster.gpu is not None else resolved(said, gpu=False)
 
 
 def plannable(config: TrainConfig) -> bool:
@@ -102,7 +108,7 @@ def plan_run(
         memory=memory,
         work=Work(
             cutting.tokens, cutting.forwards, cutting.largest.tokens, cutting.largest.head, useful,
-            0.0 if not config.model.gradient_checkpointing else 1.0,
+            REPEATED[config.model.gradient_checkpointing],
         ),
         seconds=step,
         steps=steps,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlc_ray.config import EngineSection
+from mlc_ray.config import EngineSection, ScoringSection, SearchConfig
 from mlc_ray.plan.hardware import Cluster
-from mlc_ray.plan.rates import Rates
-from mlc_ray.plan.records import GIB
+from mlc_ray.plan.lengths import HEAD, PROMPT
+from mlc_ray.plan.rates import Rates, rates_of
+from mlc_ray.plan.records import GIB, RunPlan
 from mlc_ray.plan.shapes import Shape
 
 WORKSPACE = 2 * GIB
@@ -51,12 +52,17 @@ class EnginePlan:
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """A score: prompts, engines, and the seconds from the start of the engines to the last answer."""
+    """A score: prompts, engines, and the seconds from the start of the engines to the last answer.
+
+    `start` are those of them until engines answer; `gpu` is what they run on.
+    """
 
     prompts: int
     replicas: int
     gpus: int
+    gpu: str
     engine: EnginePlan
+    start: float
     seconds: float
 
     @property
@@ -67,12 +73,18 @@ class ScorePlan:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """A search: trials, each a run and its scores; what confirms the best comes on top."""
+    """A search, its confirmation too, at most: no trial is stopped early.
+
+    `runs` are those of trials and of the best again with further seeds; `scores` those that choose and that confirm.
+    """
 
     trials: int
     at_once: int
+    runs: int
+    scores: tuple[int, int]
     seconds: float
     gpu_hours: float
+    gpu: str
 
 
 def plan_engine(shape: Shape, engine: EngineSection, cluster: Cluster) -> EnginePlan:
@@ -122,17 +134,50 @@ def plan_score(
     one = (own.weights + together * own.token * (prompt_tokens + answer_tokens / 2)) / bandwidth
     one = max(one, 2 * active * together / (rates.flops * parallel))
     start = START_CPU if cluster.gpu is None else START_GPU
-    seconds = start + prefill + -(-each // together) * answer_tokens * one
-    return ScorePlan(prompts, replicas, replicas * parallel, own, seconds)
+    name = "cpu" if cluster.gpu is None else cluster.gpu.name
+    answering = 0.0 if not prompts else prefill + -(-each // together) * answer_tokens * one
+    return ScorePlan(prompts, replicas, replicas * parallel, name, own, start, start + answering)
+
+
+def plan_scoring(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts: int, dtype: str) -> ScorePlan:
+    """The plan of a score with these settings, whose longest answer is decided; prompts are as long as published."""
+    engine = scoring.engine.model_copy(update={"dtype": dtype})
+    return plan_score(
+        shape, engine, cluster, rates_of(cluster.gpu, dtype), prompts=prompts, prompt_tokens=HEAD + PROMPT,
+        answer_tokens=scoring.max_new_tokens or 1,
+    )  # fmt: skip
+
+
+def scores_in(config: SearchConfig, *, points: int, steps: int) -> tuple[int, int]:
+    """Scores of a search, at most: those that choose, and those that confirm; each with one before training."""
+    each = 1 if config.score_every is None else -(-steps // config.score_every)
+    kept = min(config.confirm.keep, points)
+    return 1 + points * config.repeats * each, 1 + kept * (config.repeats + len(config.confirm.seeds))
+
+
+def runs_in(config: SearchConfig, *, points: int) -> int:
+    """Runs of a search, at most: its trials, and the best again with further seeds."""
+    return points * config.repeats + min(config.confirm.keep, points) * len(config.confirm.seeds)
 
 
 def plan_search(
-    *, trials: int, at_once: int, run_seconds: float, run_gpus: int, score: ScorePlan, scores: int
+    config: SearchConfig, run: RunPlan, *, points: int, choosing: ScorePlan, confirming: ScorePlan, cluster: Cluster
 ) -> SearchPlan:
-    """Trials side by side, each scored `scores` times; engines stay up, so that their start is paid once."""
-    start = START_CPU if score.gpus == 0 else min(score.seconds, START_GPU)
-    scoring = scores * (score.seconds - start)
-    rounds = -(-trials // at_once)
-    seconds = start + rounds * (run_seconds + scoring)
-    hours = (trials * run_seconds * run_gpus + trials * scoring * score.gpus) / 3600
-    return SearchPlan(trials, at_once, seconds, hours)
+    """Trials side by side, as many as `concurrency` says and GPUs beside the engines hold.
+
+    Engines are up from the first trial to the last, so that their start is paid once, and their GPUs are held all the
+    time (with `share_gpu` those of the trials). Trials that end together are scored one after another.
+    """
+    trials, runs = points * config.repeats, runs_in(config, points=points)
+    scores = scores_in(config, points=points, steps=run.steps)
+    engines = 0 if config.share_gpu else choosing.gpus
+    room = config.concurrency if cluster.gpu is None else max(1, (cluster.gpus - engines) // run.workers)
+    at_once = min(config.concurrency, trials, room)
+    rounds = -(-trials // at_once) + -(-(runs - trials) // at_once)
+    scoring = scores[0] * (choosing.seconds - choosing.start) + scores[1] * (confirming.seconds - confirming.start)
+    seconds = choosing.start + rounds * run.wall_seconds + scoring
+    if config.share_gpu:
+        held = run.workers * seconds
+    else:
+        held = runs * run.wall_seconds * run.workers + seconds * engines
+    return SearchPlan(trials, at_once, runs, scores, seconds, held / 3600, run.gpu)

@@ -42,13 +42,13 @@ def traffic(held: Holding, forwards: float) -> tuple[float, float]:
     """Bytes that one worker sends in a step: within groups of all workers, and within those of a secondary partition.
 
     Rings: a reduction or a gather of b bytes sends (W - 1) / W b, a reduction that leaves the whole to all twice that.
-    Gradients travel in float32. At stage 2 each forward's are reduced, and weights are gathered once a step; at stage 3
-    each forward gathers all parameters for itself and again for its backward.
+    Gradients travel in `engine.reduce_dtype`. At stage 2 each forward's are reduced, and weights are gathered once a
+    step; at stage 3 each forward gathers all parameters for itself and again for its backward.
     """
     ring = (held.workers - 1) / held.workers
-    gradient = 4 * held.trained * ring
+    gradient = held.reduced * held.trained * ring
     if held.stage == 0:
-        return 2 * (gradient if held.size == 4 else gradient / 2), 0.0
+        return 2 * gradient, 0.0
     if held.stage == 1:
         return gradient + held.size * held.trained * ring, 0.0
     if held.stage == 2:

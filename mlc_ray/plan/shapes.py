@@ -20,6 +20,9 @@ from mlc_ray.storage import local_model, pinned_model
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+KINDS = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text"}
+"""Kinds of models whose parameters the arithmetic counts exactly; of others it is a guess."""
+
 _BIASES = {"qwen2", "qwen2_moe"}
 _NORMED_HEADS = {"qwen3", "qwen3_moe", "gemma3", "gemma3_text"}
 _FOUR_NORMS = {"gemma2", "gemma3", "gemma3_text"}
@@ -105,8 +108,18 @@ class Shape:
 
 
 def shape_of(config: PretrainedConfig, name: str) -> Shape:
-    """By arithmetic, from a config of transformers."""
+    """By arithmetic, from a config of transformers.
+
+    Raises:
+        ShapeError: It is no model of transformer blocks.
+    """
     text: Any = config.get_text_config()
+    needed = ("hidden_size", "num_attention_heads", "vocab_size", "num_hidden_layers")
+    if lacking := [each for each in needed if getattr(text, each, None) is None]:
+        raise ShapeError(
+            f"{name!r}: its config ({text.model_type}) has no {', '.join(lacking)}, as a model of transformer blocks "
+            "has, so what it needs cannot be planned"
+        )
 
     def read(*names: str, default: Any = None) -> Any:
         found = (getattr(text, each, None) for each in names)
@@ -163,12 +176,15 @@ def published() -> dict[str, dict[str, Any]]:
 
 
 def published_config(name: str) -> PretrainedConfig | None:
-    """The config of a published shape: `qwen2.5-72b`, or the end of its name where only one has it (`72b`)."""
+    """The config of a published shape: `qwen2.5-72b`, or the end of its name where only one has it (`72b`).
+
+    A name with an owner, as the hub's, is compared as a whole: `acme/8b` is another model.
+    """
     from transformers import AutoConfig
 
     wanted = name.lower().rpartition("/")[2].removesuffix("-instruct").removesuffix("-it").removeprefix("meta-")
     names = [each for each in published() if each == wanted] or [
-        each for each in published() if each.endswith(f"-{wanted}")
+        each for each in published() if "/" not in name and each.endswith(f"-{wanted}")
     ]
     if len(names) > 1:
         raise ShapeError(f"--shape {name}: that may be {' or '.join(names)}; give one of them")

@@ -51,7 +51,7 @@ def run_lines(plan: RunPlan, cheapest: Fitting | None) -> list[str]:
         f"s: compute {time.compute:.3g}, exchange not hidden {time.exchange:.3g}, AdamW {time.optimizer:.3g}, forwards "
         f"{time.overhead:.3g}",
         f"the run: {plan.steps:,} steps, {_time(plan.wall_seconds)} (of it the reference beforehand "
-        f"{_time(plan.reference_seconds)}), {plan.gpu_hours:.3g} {'CPU-worker' if plan.gpu == 'cpu' else 'GPU'} hours",
+        f"{_time(plan.reference_seconds)}), {_hours(plan.gpu_hours, plan.gpu)}",
         f"a checkpoint: {plan.checkpoint_bytes / GIB:.1f} GiB; training stops for {plan.checkpoint_seconds:.2g} s",
     ]
     return [*lines, *(f"assumed: {each}" for each in plan.assumed)]
@@ -64,15 +64,16 @@ def score_lines(plan: ScorePlan) -> list[str]:
         f"{plan.prompts:,} prompts on {plan.replicas} engines: weights {engine.weights / GIB:.1f} GiB and a cache of "
         f"{engine.cached:,} tokens on each GPU, of {engine.limit / GIB:.1f} GiB",
         "it fits" if engine.fits else f"it does not fit: it needs {engine.bytes / GIB:.1f} GiB",
-        f"the score: {_time(plan.seconds)}, {plan.gpu_hours:.3g} GPU hours, without judges that are models",
+        f"the score: {_time(plan.seconds)}, {_hours(plan.gpu_hours, plan.gpu)}, without judges that are models",
     ]
 
 
 def search_lines(plan: SearchPlan) -> list[str]:
     """A search's plan, in a line."""
+    again = f" and {counted(plan.runs - plan.trials, 'runs')} with further seeds" if plan.runs > plan.trials else ""
     return [
-        f"the search: {plan.trials} trials, {plan.at_once} at once, {_time(plan.seconds)}, {plan.gpu_hours:.3g} GPU "
-        "hours; what confirms the best comes on top"
+        f"the search, at most: {counted(plan.trials, 'trials')}{again}, {plan.at_once} at once, {plan.scores[0]} "
+        f"scores to choose and {plan.scores[1]} to confirm, {_time(plan.seconds)}, {_hours(plan.gpu_hours, plan.gpu)}"
     ]
 
 
@@ -110,6 +111,10 @@ def _parts(parts: Iterable[Part]) -> list[str]:
 
 def _plain(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _hours(hours: float, gpu: str) -> str:
+    return f"{hours:.3g} {'CPU-worker' if gpu == 'cpu' else 'GPU'} hours"
 
 
 def _time(seconds: float) -> str:

@@ -20,7 +20,8 @@ class SizeBudget:
     """What the search of a size takes at most: runs of so many steps, tokens that these forward, and operations.
 
     `operations` are 6 for each parameter that a token meets, and token; embeddings are not counted. `scores` are
-    answers of at most `max_new_tokens` to all prompts.
+    answers of at most `max_new_tokens` to all prompts. `hours` and `gpu_hours` (on CPUs, of workers) are what
+    `mlc-ray plan` makes of it; None where it knows the cluster or the model not.
     """
 
     size: str
@@ -31,6 +32,8 @@ class SizeBudget:
     operations: float
     scores: int
     answers: int
+    hours: float | None = None
+    gpu_hours: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,13 +143,13 @@ def _trends(trends: Sequence[Trend]) -> Table:
 
 def budget_table(budget: Sequence[SizeBudget]) -> Table:
     """What each search takes at most, and all of them."""
-    heads = ["parameters", "runs", "steps each", "tokens", "operations", "scores", "answers"]
+    heads = ["parameters", "runs", "steps each", "tokens", "operations", "scores", "answers", "hours", "GPU hours"]
     lines = [
         row(
             each.size,
             [
                 _parameters(each.parameters), f"{each.runs:,}", f"{each.steps:,}", f"{each.tokens:,}",
-                f"{each.operations:.2g}", f"{each.scores:,}", f"{each.answers:,}",
+                f"{each.operations:.2g}", f"{each.scores:,}", f"{each.answers:,}", *_hours([each]),
             ],
         )
         for each in budget
@@ -156,10 +159,26 @@ def budget_table(budget: Sequence[SizeBudget]) -> Table:
     ]
     runs, tokens, operations, scores, answers = whole
     lines.append(
-        row("all", [ABSENT, f"{runs:,}", ABSENT, f"{tokens:,}", f"{operations:.2g}", f"{scores:,}", f"{answers:,}"])
+        row(
+            "all",
+            [
+                ABSENT, f"{runs:,}", ABSENT, f"{tokens:,}", f"{operations:.2g}", f"{scores:,}", f"{answers:,}",
+                *_hours(budget),
+            ],
+        )
+    )  # fmt: skip
+    note = (
+        "stated beforehand, at most: tokens and operations of training, answers of at most max_new_tokens; hours as "
+        "`mlc-ray plan` counts them, without judges that are models (on CPUs, GPU hours are those of workers)"
     )
-    note = "stated beforehand, at most: tokens and operations of training, answers of at most max_new_tokens"
     return table("Budget", ["size", *heads], lines, note)
+
+
+def _hours(budget: Sequence[SizeBudget]) -> list[str]:
+    """Hours and GPU hours of all these; absent where they are not known of one."""
+    both = [[each.hours for each in budget], [each.gpu_hours for each in budget]]
+    found = [[value for value in values if value is not None] for values in both]
+    return [f"{sum(known):,.3g}" if len(known) == len(budget) else ABSENT for known in found]
 
 
 def scale_notes(scaling: Scaling) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a scaling study takes, counted before it begins: runs, tokens, operations, and answers to score."""
+"""What a scaling study takes, counted before it begins: runs, tokens, operations, answers to score, and hours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlc_ray.data.prepare import prepare_token_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.hardware import Cluster
+from mlc_ray.plan.lengths import of_artifact
+from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.runs import dtype_of, plan_run, plannable
+from mlc_ray.plan.scores import SearchPlan, plan_scoring, plan_search, runs_in, scores_in
+from mlc_ray.plan.shapes import ShapeError, config_of, shape_of
+from mlc_ray.plan.there import with_workers
 from mlc_ray.report.scale import SizeBudget
 from mlc_ray.runs import TRIALS_FOLDER, artifact_cache, resolve_model
 from mlc_ray.search.objectives.base import make_objective
@@ -33,8 +41,10 @@ def model_size(path: str, *, trust_remote_code: bool) -> tuple[int, float]:
     return sum(parameter.numel() for parameter in model.parameters()), counted
 
 
-def budget_of(search: SizeSearch, folder: Place, parameters: float | None) -> SizeBudget:
+def budget_of(search: SizeSearch, folder: Place, parameters: float | None, cluster: Cluster | None) -> SizeBudget:
     """What the search of a size takes at most; its bundles are tokenised for it, and the search finds them there.
+
+    Hours are those on `cluster`, if it is known.
 
     Tokens are those of all languages in every step, though only every `mlc.every`th reads them, and shared beginnings
     of prompts count once a bundle that has them.
@@ -50,15 +60,47 @@ def budget_of(search: SizeSearch, folder: Place, parameters: float | None) -> Si
         lambda lengths: lengths.own_tokens(head=0, taps=objective.ever_taps, rejected=needs_rejected, pairing=pairing)
     )
     config, steps = search.config, steps_of(run, tokens)
-    runs = search.points * config.repeats + min(config.confirm.keep, search.points) * len(config.confirm.seeds)
+    runs = runs_in(config, points=search.points)
     forwarded = round(float(own.mean()) * run.train.batch_bundles * steps * runs)
     asked = read_asked(config, make_objective(config.objective), rejects=local_side(place))
     selected, confirmed = len(asked.selection.table), len(asked.confirmation.table)
-    each = 1 if config.score_every is None else -(-steps // config.score_every)
-    chosen = 1 + search.points * config.repeats * each
-    kept = 1 + min(config.confirm.keep, search.points) * (config.repeats + len(config.confirm.seeds))
+    chosen, kept = scores_in(config, points=search.points, steps=steps)
+    hours = None if cluster is None else plan_of(search, tokens, (selected, confirmed), cluster)
     size, met = model_size(run.model.path, trust_remote_code=run.model.trust_remote_code)
     return SizeBudget(
         search.size, parameters or size, runs, steps, forwarded, 6 * met * forwarded, chosen + kept,
         chosen * selected + kept * confirmed,
+        None if hours is None else hours.seconds / 3600, None if hours is None else hours.gpu_hours,
     )  # fmt: skip
+
+
+def plan_of(search: SizeSearch, tokens: TokenArtifact, prompts: tuple[int, int], cluster: Cluster) -> SearchPlan | None:
+    """The time of a search on a cluster, as `mlc-ray plan` counts it.
+
+    Args:
+        search: of a size.
+        tokens: its bundles, tokenised.
+        prompts: of a score that chooses, and of one that confirms.
+        cluster: what it runs on, or is to.
+
+    Returns:
+        None where the engine or the kind of model is not known.
+    """
+    run = search.run
+    if not plannable(run):
+        return None
+    try:
+        shape = shape_of(*config_of(run.model.path, trust_remote_code=run.model.trust_remote_code))
+    except ShapeError:
+        return None
+    workers = run.cluster.most_workers
+    there, dtype = with_workers(cluster, workers), dtype_of(run.model.dtype, cluster)
+    planned = plan_run(
+        run, shape, there, of_artifact(tokens), rates_of(cluster.gpu, dtype), dtype=dtype, workers=workers
+    )
+    scoring = search.config.scoring
+    answers = dtype_of(scoring.engine.dtype, cluster)
+    choosing, confirming = (plan_scoring(scoring, shape, cluster, prompts=number, dtype=answers) for number in prompts)
+    return plan_search(
+        search.config, planned, points=search.points, choosing=choosing, confirming=confirming, cluster=cluster
+    )

@@ -17,6 +17,8 @@ from mlc_ray.cluster import connect, use_gpu
 from mlc_ray.config import ScaleConfig
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
+from mlc_ray.plan.hardware import Cluster
+from mlc_ray.plan.there import cluster_there
 from mlc_ray.report.scale import SizeBudget
 from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import SCALE_FILE, output_place
@@ -74,12 +76,17 @@ def resume_scale(folder: Path | Place) -> StudyResult:
         return _scale(load_scale(place), place)
 
 
-def scale_budget(config: ScaleConfig) -> tuple[SizeBudget, ...]:
-    """What a study would take, and nothing else; bundles are tokenised for it."""
+def scale_budget(config: ScaleConfig, cluster: Cluster | None = None) -> tuple[SizeBudget, ...]:
+    """What a study would take, and nothing else; bundles are tokenised for it.
+
+    Args:
+        config: the study.
+        cluster: what it is to run on (default: the cluster that is there, which must then hold each search).
+    """
     folder = scale_folder(config)
     plan = ScalePlan(config, make_searches(config, folder))
     _connect(plan, folder)
-    return state_budget(plan, folder)
+    return state_budget(plan, folder, cluster)
 
 
 def scale_folder(config: ScaleConfig) -> Place:
@@ -87,15 +94,18 @@ def scale_folder(config: ScaleConfig) -> Place:
     return (output_place(config.output_dir) / config.name).absolute()
 
 
-def state_budget(plan: ScalePlan, folder: Place) -> tuple[SizeBudget, ...]:
-    """Check that the cluster can hold each search, and count what it takes."""
+def state_budget(plan: ScalePlan, folder: Place, cluster: Cluster | None = None) -> tuple[SizeBudget, ...]:
+    """Check that the cluster that is there can hold each search, and count what it takes; or on another, `cluster`."""
     found = []
     for each in plan.searches:
-        check_search(each.config, each.space)
-        found.append(budget_of(each, folder, plan.config.sizes[each.size].parameters))
+        if cluster is None:
+            check_search(each.config, each.space)
+        on = cluster_there(gpu=use_gpu(each.run.cluster.accelerator)) if cluster is None else cluster
+        found.append(budget_of(each, folder, plan.config.sizes[each.size].parameters, on))
         logger.info(
-            "%s: %d runs of %d steps, at most %s tokens, %.2g operations, %s answers to score", each.size,
+            "%s: %d runs of %d steps, at most %s tokens, %.2g operations, %s answers to score%s", each.size,
             found[-1].runs, found[-1].steps, f"{found[-1].tokens:,}", found[-1].operations, f"{found[-1].answers:,}",
+            "" if found[-1].hours is None else f", {found[-1].hours:.3g} hours",
         )  # fmt: skip
     return tuple(found)
 

@@ -70,7 +70,7 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
         bundles: of the large forward (default: 2 on a CPU, 8 on a GPU).
 
     Raises:
-        ConfigError: There are not enough bundles in data.train.
+        ConfigError: There are not enough bundles in data.train, or the model's operations are not known.
     """
     gpu = torch.cuda.is_available() and config.cluster.accelerator != "cpu"
     dtype = resolved(config.model.dtype, gpu=gpu)
@@ -82,9 +82,15 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
     exchange = None if gpu else _exchange(threads, workers=2)
     (small, large), (few, many) = probed.seconds, probed.flops
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    rate = (many - few) / max(1e-9, large - small)
-    overhead = max(0.0, small - few / rate)
-    if rate <= 0 or large <= small:  # noise: what both took together
+    if few <= 0:
+        raise ConfigError(
+            f"model.path={config.model.path!r}: how many operations a token of it takes is not known (its config does "
+            "not say how many experts a token meets), so nothing can be calibrated by it; take another model"
+        )
+    if many > few and large > small:
+        rate = (many - few) / (large - small)
+        overhead = max(0.0, small - few / rate)
+    else:  # noise: what both took together
         rate, overhead = (few + many) / (small + large), 0.0
     return Rates(
         device=gpu_of(torch.cuda.get_device_name()).name if gpu else "cpu",

@@ -5,12 +5,17 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoConfig
 
 from mlc_ray.cli import main
-from mlc_ray.config import ScoreConfig
-from mlc_ray.plan.check import check_engine, check_run
+from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, load_config
+from mlc_ray.plan.check import _known_shape, check_engine, check_run
 from mlc_ray.plan.hardware import Cluster, cluster_of
-from mlc_ray.plan.runs import PlanError
+from mlc_ray.plan.lengths import assumed
+from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.runs import PlanError, plan_run
+from mlc_ray.plan.scores import plan_scoring, plan_search
+from mlc_ray.plan.shapes import config_of, shape_of
 from tests.plan.test_memory import run
 
 EIGHT = cluster_of(8, "h100")
@@ -29,6 +34,16 @@ def test_what_fits_and_what_is_not_to_be_checked_passes():
     check_run(run(model={"path": "Qwen/Qwen2.5-7B"}, cluster={"workers": 8}), gpu=True, cluster=EIGHT)
     check_run(run(model={"path": "Qwen/Qwen2.5-72B"}, cluster={"plan": "off"}), gpu=True, cluster=EIGHT)
     check_run(run(engine={"name": "examples.my_engine:TorchDdp"}), gpu=True, cluster=EIGHT)
+
+
+def test_a_kind_of_model_that_the_arithmetic_does_not_know_is_counted_or_not_refused(tmp_path, caplog):
+    gpt2 = AutoConfig.for_model("gpt2")
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    assert _known_shape(str(tmp_path / "gpt2"), trust_remote_code=False).parameters == 124_439_808
+    mamba = AutoConfig.for_model("mamba")
+    mamba.save_pretrained(tmp_path / "mamba")
+    check_run(run(model={"path": str(tmp_path / "mamba")}), gpu=True, cluster=EIGHT)
+    assert _known_shape(str(tmp_path / "mamba"), trust_remote_code=False) is None
 
 
 def test_workers_on_a_cpu_share_its_memory():
@@ -65,6 +80,26 @@ def test_an_engine_that_cannot_hold_the_model_is_refused():
         check_engine(scoring.model, scoring, gpu=True, cluster=EIGHT)
     wide = scoring.model_copy(update={"engine": scoring.engine.model_copy(update={"tensor_parallel": 4})})
     check_engine(scoring.model, wide, gpu=True, cluster=EIGHT)
+    with pytest.raises(PlanError, match=r"this machine has 24\.0; lower engine\.cpu_kv_cache_gib=2"):
+        check_engine(scoring.model, scoring, gpu=False, cluster=Cluster(None, 1, 1, 24 * 2**30))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--simulate", "recipe:simulation/72b", "--gpus", "64"], "--gpus 64 is not read with --simulate"),
+        (["--simulate", "recipe:simulation/72b", "--config", "recipe:quickstart"], "is not read with --simulate"),
+        (
+            ["--calibrate", "--config", "recipe:quickstart", "--shape", "72b"],
+            "--shape 72b is not read with --calibrate",
+        ),
+        (["--config", "recipe:quickstart", "--gpu", "h200"], "--gpu h200 says what --gpus N are"),
+        (["--config", "recipe:quickstart", "--node-memory", "64"], "--node-memory 64.0 says what --gpus N are"),
+    ],
+)
+def test_options_that_nothing_would_read_are_refused(options, said, capsys):
+    assert main(["plan", *options]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_the_command_says_the_same_in_words_and_as_json(capsys):
@@ -100,4 +135,27 @@ def test_scores_and_searches_are_planned(capsys):
     assert found["prompts"] > 0
     search = ["plan", "--for", "search", "--config", "configs/search/demo.yaml", "--shape", "0.5b", "--gpus", "8"]
     assert main(search) == 0
-    assert "the search: " in capsys.readouterr().out
+    assert "the search, at most: 6 trials, 1 at once, 7 scores to choose and 4 to confirm" in capsys.readouterr().out
+    asked = ["--set", "confirm.seeds=[7,8]", "--set", "concurrency=3", "--set", "score_every=6", "--json"]
+    assert main([*search, *asked]) == 0
+    found = json.loads(capsys.readouterr().out)["search"]
+    assert (found["trials"], found["at_once"], found["runs"], found["scores"]) == (
+        6,
+        3,
+        6 + 3 * 2,
+        [1 + 6 * 3, 1 + 3 * 3],
+    )
+
+
+def test_a_search_on_cpus_pays_its_scores():
+    config = load_config(SearchConfig, "configs/search/demo.yaml")
+    base = load_config(TrainConfig, "configs/quickstart.yaml")
+    cluster = Cluster(None, 1, 1, 24 * 2**30)
+    shape, rates = shape_of(*config_of("smollm2-135m")), rates_of(None, "bfloat16")
+    planned = plan_run(base, shape, cluster, assumed(base), rates, dtype="bfloat16", workers=1)
+    score = plan_scoring(config.scoring, shape, cluster, prompts=100, dtype="bfloat16")
+    answering = score.seconds - 13.0  # an engine starts in 13 s there
+    assert answering > 0
+    found = plan_search(config, planned, points=6, choosing=score, confirming=score, cluster=cluster)
+    assert found.seconds == pytest.approx(13.0 + 6 * planned.wall_seconds + 11 * answering)
+    assert found.gpu_hours == pytest.approx((6 * planned.wall_seconds + found.seconds) / 3600)

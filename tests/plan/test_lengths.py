@@ -1,9 +1,12 @@
 """Lengths: of prepared rows, of a sample, or assumed and said so; and how they are cut."""
 
+import json
+
 import numpy as np
 import pytest
 
 from mlc_ray.data.batches import collate
+from mlc_ray.data.sources import sample_path
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.stream import plans
 from mlc_ray.data.tables import rows_to_table
@@ -90,3 +93,20 @@ def test_sources_are_tokenised_where_nothing_is_prepared(smollm2, tmp_path):
     weights = weights_of(config, None)
     assert weights.said == "measured: 96 of 96 bundles, tokenised"
     assert weights.lengths.languages.mean() > 9
+
+
+def test_bundles_of_a_large_file_are_estimated_whatever_holds_them(smollm2, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in sample_path("train").read_text().splitlines()] * 4
+    (tmp_path / "array.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "lines.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows))
+
+    def found(name):
+        data = {"train": [{"path": str(tmp_path / name)}]}
+        return weights_of(run(model={"path": str(smollm2)}, data=data), None)
+
+    assert assumed(run(data={"train": [{"path": str(tmp_path / "array.json")}]})).bundles == 384
+    monkeypatch.setattr("mlc_ray.plan.lengths.HASHED", 1000)  # all files are large
+    for name in ("array.json", "folder"):
+        assert found(name).said.startswith("measured: 128 of about")
+        assert found(name).bundles == pytest.approx(384, rel=0.3)

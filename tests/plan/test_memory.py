@@ -7,7 +7,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from mlc_ray.config import TrainConfig
 from mlc_ray.plan.hardware import HardwareError, cluster_of, gpu_of
 from mlc_ray.plan.lengths import assumed
-from mlc_ray.plan.memory import gathered, gradients, holding_of, states
+from mlc_ray.plan.memory import bucket, gathered, gradients, holding_of, reduction, states
 from mlc_ray.plan.nearest import cheapest, fitting, nearest
 from mlc_ray.plan.rates import assumed_rates
 from mlc_ray.plan.runs import PlanError, plan_run
@@ -66,6 +66,21 @@ def test_states_of_each_stage_by_hand():
         assert sum(part.bytes for part in [*states(own), gradients(own)]) == pytest.approx(bytes_, rel=1e-6)
 
 
+def test_settings_of_the_reduction_are_read():
+    p = shape("qwen2.5-7b").parameters
+    plain = held("qwen2.5-7b", 8, engine={"stage": 2})
+    assert (gradients(plain).bytes, bucket(plain).bytes, reduction(plain).bytes) == (4 * p // 8, 2e9, 6 * 5e8)
+    asked = {"reduce_dtype": "bfloat16", "accumulate_dtype": "bfloat16", "overlap_comm": False}
+    own = held("qwen2.5-7b", 8, engine={"stage": 2, **asked})
+    assert (gradients(own).bytes, bucket(own).bytes, reduction(own).bytes) == (2 * p // 8, 1e9, 2 * 5e8)
+
+
+def test_what_checkpointing_repeats_is_said():
+    for how, share in ((False, 0.0), ("selective", 0.1), (True, 0.21)):
+        plan, _ = planned("qwen2.5-0.5b", 1, model={"gradient_checkpointing": how})
+        assert plan.work.repeated == share
+
+
 def test_stage_3_gathers_at_most_what_deepspeed_keeps_alive():
     assert gathered(held("qwen2.5-72b", 64, engine={"stage": 3}), shape("qwen2.5-72b")).bytes == pytest.approx(
         2 * (shape("qwen2.5-72b").embedding + 50_000_000)
@@ -77,6 +92,9 @@ def test_traffic_by_hand():
     p, ring = shape("qwen2.5-7b").parameters, 7 / 8
     assert traffic(held("qwen2.5-7b", 8, engine={"stage": 2}), 3) == (pytest.approx(ring * p * (3 * 4 + 2)), 0)
     assert traffic(held("qwen2.5-7b", 8, engine={"stage": 3}), 3) == (pytest.approx(3 * ring * p * (4 + 2 * 2)), 0)
+    assert traffic(held("qwen2.5-7b", 8, engine={"stage": 0}), 3) == (pytest.approx(ring * p * 2 * 4), 0)
+    half = held("qwen2.5-7b", 8, engine={"stage": 2, "reduce_dtype": "bfloat16"})
+    assert traffic(half, 3) == (pytest.approx(ring * p * (3 * 2 + 2)), 0)
     hpz = held("qwen2.5-7b", 64, engine={"stage": 3, "secondary_partition": 8})
     assert traffic(hpz, 1) == (pytest.approx(63 / 64 * p * (4 + 2)), pytest.approx(ring * p * 2))
 
@@ -111,7 +129,11 @@ def test_offloading_moves_states_to_the_node():
 def test_gpus_are_found_by_their_sheet_s_name_and_pytorch_s():
     assert gpu_of("NVIDIA H100 80GB HBM3") == gpu_of("h100")
     assert gpu_of("NVIDIA A100-SXM4-40GB") == gpu_of("a100-40")
+    assert gpu_of("NVIDIA A100-PCIE-40GB") == gpu_of("a100-40")
+    assert gpu_of("NVIDIA A100-SXM4-80GB") == gpu_of("NVIDIA A100 80GB PCIe") == gpu_of("a100")
     assert gpu_of("NVIDIA H100 PCIe").bandwidth == 2e12
+    with pytest.raises(HardwareError, match=r"part of a GPU \(MIG\)"):
+        gpu_of("NVIDIA H100 80GB HBM3 MIG 1g.10gb")
     with pytest.raises(HardwareError, match="'b100' is not known"):
         gpu_of("b100")
     with pytest.raises(HardwareError, match="12 GPUs"):

@@ -21,6 +21,12 @@ def test_a_calibration_takes_the_place_of_what_is_assumed(tmp_path):
     assert rates_of(gpu_of("h100"), "bfloat16", file).measured is None
 
 
+def test_float32_is_planned_without_tensor_cores():
+    h100 = gpu_of("h100")
+    assert assumed_rates(h100, "bfloat16").flops == assumed_rates(h100, "float16").flops == 0.4 * 989e12
+    assert assumed_rates(h100, "float32").flops == 0.4 * 67e12
+
+
 def test_a_damaged_file_is_named(tmp_path):
     file = tmp_path / "calibration.json"
     file.write_text('[{"device": 1}]')

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlc_ray.plan.shapes import ShapeError, config_of, counted, published, shape_of
+from mlc_ray.plan.shapes import ShapeError, config_of, counted, published, published_config, shape_of
 
 PUBLISHED = {  # what model cards and reports say, in billions
     "smollm2-135m": 0.1345, "gemma-3-270m": 0.268, "qwen2.5-0.5b": 0.494, "qwen2.5-1.5b": 1.54, "qwen2.5-3b": 3.09,
@@ -28,6 +28,7 @@ def test_the_arithmetic_counts_what_modules_have(name):
 def test_a_shape_is_found_by_the_end_of_its_name_and_by_the_hub_s():
     assert config_of("72b")[0].hidden_size == 8192
     assert config_of("Qwen/Qwen2.5-7B-Instruct")[0].hidden_size == 3584
+    assert published_config("acme/8b") is None, "a model of another owner"
     assert config_of("meta-llama/Llama-3.1-8B-Instruct")[0].num_hidden_layers == 32
 
 

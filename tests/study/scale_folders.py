@@ -44,7 +44,8 @@ def raw_scale(folder: Path, *sizes: str, **changes: Any) -> dict[str, Any]:
 def planned(folder: Path, *sizes: str, **changes: Any) -> ScalePlan:
     config = parse_config(ScaleConfig, raw_scale(folder, *sizes, **changes))
     budget = [
-        SizeBudget(size, 1e8 * 2**index, 5, 3, 60_000, 3.6e13 * 2**index, 7, 350) for index, size in enumerate(sizes)
+        SizeBudget(size, 1e8 * 2**index, 5, 3, 60_000, 3.6e13 * 2**index, 7, 350, 1.5 + 0.75 * index, None)
+        for index, size in enumerate(sizes)
     ]
     plan = ScalePlan(config, make_searches(config, Place(folder)), tuple(budget))
     plan.save(Place(folder))

@@ -9,6 +9,14 @@ import numpy as np
 import pytest
 
 from mlc_ray.config import ConfigError, ScaleConfig, load_config, parse_config
+from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.tables import rows_to_table
+from mlc_ray.plan.hardware import cluster_of
+from mlc_ray.plan.lengths import of_artifact
+from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.runs import plan_run
+from mlc_ray.plan.scores import plan_scoring
+from mlc_ray.plan.shapes import config_of, shape_of
 from mlc_ray.report.scale import scale_notes
 from mlc_ray.report.study import load_study, study_tables
 from mlc_ray.report.write import write_report
@@ -17,12 +25,13 @@ from mlc_ray.search.objectives.base import make_objective
 from mlc_ray.show import show
 from mlc_ray.stats.significance import holm
 from mlc_ray.storage import Place
-from mlc_ray.study.budget import model_size
+from mlc_ray.study.budget import model_size, plan_of
 from mlc_ray.study.folder import StudyError
 from mlc_ray.study.scale import scale
 from mlc_ray.study.scale_record import ScaleRecorder, best_values
 from mlc_ray.study.searches import check_scale_goes_on, is_over, load_scale, make_searches
 from tests.study.scale_folders import planned, raw_scale, write_search
+from tests.train.tiny import random_rows
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -194,7 +203,9 @@ def test_the_report_has_points_trends_and_the_budget(folder: Path, result: Any, 
     titles = [table.title for table in study_tables(result)]
     assert titles[:3] == ["The best point of each size", "How they move with size", "Budget"]
     (budget,) = [table for table in study_tables(result) if table.title == "Budget"]
-    assert [cell.text for cell in budget.rows[-1].cells] == ["·", "20", "·", "240,000", "5.4e+14", "28", "1,400"]
+    assert [cell.text for cell in budget.rows[-1].cells] == [
+        "·", "20", "·", "240,000", "5.4e+14", "28", "1,400", "10.5", "·",
+    ]  # fmt: skip
     written = write_report([folder], tmp_path / "scaling.html", paper=tmp_path / "paper")
     page = written[0].read_text()
     assert "How they move with size" in page and "cannot tell" in page
@@ -224,6 +235,29 @@ def test_what_is_over_is_not_begun_again_and_what_changed_is_refused(folder: Pat
         scale(more)
     with pytest.raises(StudyError, match="not the folder of a scaling study"):
         load_scale(Place(folder / "cells"))
+
+
+def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
+    """By hand from the plan of a run and of its scores: four trials, two at once, and one run with another seed."""
+    write_rows(tmp_path / "tokens", [rows_to_table(random_rows(40, head=range(5)))], fingerprint="x", rejected={})
+    tokens = TokenArtifact.open(tmp_path / "tokens")
+    raw = raw_scale(tmp_path, "a", sizes={"a": {"set": ["model.path=Qwen/Qwen2.5-7B", "cluster.workers=2"]}})
+    raw["search"]["concurrency"] = 2
+    (search,) = make_searches(parse_config(ScaleConfig, raw), Place(tmp_path))
+    cluster = cluster_of(8, "h100")
+    found = plan_of(search, tokens, (100, 60), cluster)
+    assert found is not None
+    rates, shape = rates_of(cluster.gpu, "bfloat16"), shape_of(*config_of("qwen2.5-7b"))
+    run = plan_run(search.run, shape, cluster, of_artifact(tokens), rates, dtype="bfloat16", workers=2)
+    scoring = search.config.scoring
+    choosing, confirming = (
+        plan_scoring(scoring, shape, cluster, prompts=number, dtype="bfloat16").seconds - 72 for number in (100, 60)
+    )
+    assert (found.trials, found.at_once, found.runs, found.scores) == (4, 2, 5, (5, 3))
+    assert found.seconds == pytest.approx(72 + 3 * run.wall_seconds + 5 * choosing + 3 * confirming)
+    assert found.gpu_hours == pytest.approx((5 * 2 * run.wall_seconds + found.seconds) / 3600)
+    small = plan_of(search, tokens, (100, 60), cluster_of(3, "h100"))
+    assert small is not None and small.at_once == 1, "two trials and the engine need five GPUs"
 
 
 def test_a_size_is_counted_without_weights(smollm2: Path) -> None:

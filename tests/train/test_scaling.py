@@ -15,6 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlc_ray.config import TrainConfig, load_config
 from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.check import check_run
+from mlc_ray.plan.hardware import cluster_of
+from mlc_ray.plan.lengths import assumed
+from mlc_ray.plan.runs import PlanError
 from mlc_ray.train.attention import TREE, register_attention
 from mlc_ray.train.experts import has_experts
 from mlc_ray.train.loop import loss_of
@@ -91,11 +95,16 @@ def test_it_is_valid_and_asks_for_the_cluster_that_it_names(file):
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_it_fits_the_cluster_that_it_names(file):
-    check = pytest.importorskip("mlc_ray.plan.check", reason="the planner is not there")
-    from mlc_ray.plan.hardware import cluster_of
-
     gpus, gpu = workers_of(file)
-    check.check_run(load_config(TrainConfig, file), gpu=True, cluster=cluster_of(gpus, gpu))
+    config = load_config(TrainConfig, file)
+    check_run(config, gpu=True, weights=assumed(config), cluster=cluster_of(gpus, gpu))
+
+
+def test_a_recipe_on_less_than_it_names_is_refused():
+    config = load_config(TrainConfig, next(file for file in FILES if file.stem == "qwen2.5-72b"))
+    config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 8})})
+    with pytest.raises(PlanError, match="on 8 x h100 needs"):
+        check_run(config, gpu=True, weights=assumed(config), cluster=cluster_of(8, "h100"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
