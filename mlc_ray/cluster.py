@@ -288,7 +288,8 @@ def use_gpu(accelerator: str) -> bool:
     if accelerator == "cpu" or cluster_resources().get("GPU", 0):
         return accelerator != "cpu"
     growth = may_grow()
-    if any(node.size[1] for node in growth.beside(nodes_there(), at_most=1)):
+    more, most = growth.beside(nodes_there(), at_most=1)
+    if most and any(node.size[1] for node in more):
         logger.info("no node has a GPU yet; the autoscaler is to start some")
         return True
     if accelerator == "auto":
@@ -323,8 +324,9 @@ def check_fits(what: str, parts: Sequence[Part]) -> None:
 def nodes_held() -> str:
     """What the cluster has, and what its autoscaler may add, in words."""
     there = nodes_there()
-    added = may_grow().beside(there, at_most=10_000)
-    return f"the Ray cluster has {said_of(there)}" + (f", and may add {said_of(added)}" if added else "")
+    more, most = may_grow().beside(there, at_most=10_000)
+    limit = f", {most} of these in all" if most < len(more) else ""
+    return f"the Ray cluster has {said_of(there)}" + (f", and may add {said_of(more)}{limit}" if most else "")
 
 
 def gpus_held() -> str:
@@ -404,4 +406,4 @@ def could_fit(parts: Sequence[Part]) -> bool:
     if fit(parts, there):
         return True
     growth = may_grow()
-    return not growth.known or fit(parts, [*there, *growth.beside(there, at_most=len(parts) + 1)])
+    return not growth.known or fit(parts, there, *growth.beside(there, at_most=len(parts) + 1))
