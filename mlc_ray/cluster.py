@@ -70,7 +70,7 @@ def refuses(address: str) -> bool:
 
 
 def connect(address: str, env: Sequence[str] = ()) -> None:
-    """Join or start a cluster. Does nothing where Ray is already up.
+    """Join or start a cluster. Where Ray is already up, nothing is done; variables that its workers lack are warned of.
 
     Args:
         address: `auto`, `local` or an address.
@@ -81,6 +81,7 @@ def connect(address: str, env: Sequence[str] = ()) -> None:
         ClusterError: no cluster answers, it has other versions, or its job has a setup hook beside `env`.
     """
     if ray.is_initialized():
+        environment.warn_of_lacking(env)
         return
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -122,6 +123,8 @@ def connect(address: str, env: Sequence[str] = ()) -> None:
     if passed:
         environment.leave(passed, options["runtime_env"])
         logger.info("workers get %s from the environment of this command", ", ".join(sorted(passed)))
+    if address != "local" and (absent := environment.not_set(env, os.environ)):
+        logger.info("env=%s: no variable of this command is called %s", list(env), ", ".join(absent))
     if (file := libraries()) is not None:
         _send_output_to(file)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the console has a display of its own
