@@ -65,8 +65,8 @@ def warn_of_lacking(patterns: Sequence[str]) -> None:
         return  # a worker, which has what its driver left; a Ray whose workers inherited all of this process's
     if missing := lacking(patterns):
         logger.warning(
-            "env=%s: workers do not get %s: this process joined its Ray before, without them; name all of them where it "
-            "is joined first", list(patterns), ", ".join(missing),
+            "env=%s: workers do not get %s: this process joined its Ray before, without them; name all of them where "
+            "it is joined first", list(patterns), ", ".join(missing),
         )  # fmt: skip
 
 
