@@ -37,7 +37,7 @@ from tests.test_monitoring import DASHBOARD, expressions, metrics_in
 
 # No GPU's peak is known on a CPU; no step of this run has to be tried again, and no checkpoint fails.
 NOT_TOLD = {"ray_mlc_train_mfu", "ray_mlc_train_retries_total"}
-LIMIT = 180.0  # seconds for what takes about thirty: Ray's processes report every ten, and the machine may be busy
+LIMIT = 180.0  # seconds: Ray's processes report every ten, and the machine may be busy
 
 
 class Answers(Stage):
