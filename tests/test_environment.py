@@ -33,12 +33,13 @@ class Actor:
         return {name: os.environ.get(name) for name in NAMES}
 
 actor = Actor.remote()
-print(json.dumps([ray.get(task.remote()), ray.get(actor.ask.remote())]))
+found = [ray.get(task.remote()), ray.get(actor.ask.remote())]
 listed = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
 assert any("ray::Actor" in line for line in listed)
 assert not [line for line in listed if os.environ["HF_TOKEN"] in line or os.environ["WANDB_API_KEY"] in line]
 connect("auto", ["HF_TOKEN"])
 connect("auto", ["UNN*"])
+print(json.dumps(found))
 """
 
 
