@@ -23,10 +23,9 @@ gpus="${SLURM_GPUS_ON_NODE:?run this by sbatch}"
 source "$venv/bin/activate"
 
 # A token of this job alone: whoever reaches the head's ports without it can run nothing.
-umask 077
 token="$HOME/.ray/mlc_ray-$SLURM_JOB_ID.token"
 mkdir -p "$HOME/.ray"
-python -c 'import secrets; print(secrets.token_hex(32))' >"$token"
+(umask 077 && python -c 'import secrets; print(secrets.token_hex(32))' >"$token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -47,7 +46,10 @@ ray_nodes=()
 trap 'kill "${ray_nodes[@]}" 2>/dev/null || true; rm -f "$token"' EXIT
 
 start "$head" --head --port="$port"
-until ray status >/dev/null 2>&1; do sleep 2; done
+until ray status >/dev/null 2>&1; do
+  kill -0 "${ray_nodes[0]}" || { echo "the Ray head on $head did not start" >&2; exit 1; }
+  sleep 2
+done
 for node in "${nodes[@]:1}"; do start "$node" --address="$RAY_ADDRESS"; done
 
 settings=()

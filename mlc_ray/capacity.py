@@ -8,6 +8,7 @@ own beside the head, out of sight: such a cluster may start nodes, and nobody he
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ import yaml
 
 from mlc_ray.config import ClusterSection
 from mlc_ray.config.placement import selects
+
+logger = logging.getLogger(__name__)
 
 Labels = Mapping[str, str]
 NO_LABELS: Labels = MappingProxyType({})
@@ -60,21 +63,38 @@ class Node:
         return self.resources.get("CPU", 0.0), self.resources.get("GPU", 0.0)
 
 
-def fit(parts: Sequence[Part], nodes: Iterable[Node]) -> bool:
+def fit(parts: Sequence[Part], nodes: Iterable[Node], more: Sequence[Node] = (), most: int = 0) -> bool:
     """Whether nodes can hold all parts at once and keep some CPU: each part lies on one node.
 
     Placed those with labels first, then largest first, GPUs before CPUs, each on the fullest node where it fits; with
     parts of few sizes on equal nodes, this finds a placement if there is one.
+
+    Args:
+        parts: what is to be placed.
+        nodes: those that are there.
+        more: nodes that may be added, and
+        most: how many of them: the largest one that takes a part is, where no other has place for it.
     """
     free = [([*node.size], node.labels) for node in nodes]
-    for cpus, gpus, labels in sorted(_needs(parts), key=lambda part: (not part.labels, -part.gpus, -part.cpus)):
-        places = [size for size, has in free if size[0] >= cpus - 1e-9 and size[1] >= gpus and selects(labels, has)]
+    left = sorted(more, key=lambda node: node.size[::-1], reverse=True)
+    for need in sorted(_needs(parts), key=lambda part: (not part.labels, -part.gpus, -part.cpus)):
+        places = [size for size, labels in free if _takes(size, labels, need)]
         if not places:
-            return False
+            added = next((node for node in left if _takes(node.size, node.labels, need)), None)
+            if added is None or most < 1:
+                return False
+            left.remove(added)
+            most -= 1
+            free.append(([*added.size], added.labels))
+            places = [free[-1][0]]
         place = min(places, key=lambda size: (size[1], size[0]))
-        place[0] -= cpus
-        place[1] -= gpus
-    return any(size[0] > 1e-9 for size, _ in free)
+        place[0] -= need.cpus
+        place[1] -= need.gpus
+    return any(size[0] > 1e-9 for size, _ in free) or (most > 0 and any(node.size[0] > 1e-9 for node in left))
+
+
+def _takes(size: Sequence[float], labels: Labels, need: Need) -> bool:
+    return size[0] >= need.cpus - 1e-9 and size[1] >= need.gpus and selects(need.labels, labels)
 
 
 def most_that_fit(part: Part, nodes: Sequence[Node]) -> int:
@@ -120,14 +140,21 @@ class Growth:
     most: int = 0
     known: bool = True
 
-    def beside(self, there: Iterable[Node], *, at_most: int) -> list[Node]:
-        """The nodes that may still come beside those that are there, largest GPUs first; `at_most` of each kind."""
+    def beside(self, there: Sequence[Node], *, at_most: int) -> tuple[list[Node], int]:
+        """The nodes that may still come beside those that are there, and how many of them at once.
+
+        Args:
+            there: living nodes, one of which is the head.
+            at_most: of each kind.
+
+        Returns:
+            The nodes, largest GPUs first; the cluster's own limit may be less than their number.
+        """
         have = Counter(node.size for node in there)
-        left = self.most - max(0, sum(have.values()) - 1)  # one is the head
         found: list[Node] = []
         for node, most in sorted(self.kinds, key=lambda kind: kind[0].size[::-1], reverse=True):
             found += [node] * max(0, min(most - have[node.size], at_most))
-        return found[: max(0, left)]
+        return found, min(len(found), max(0, self.most - max(0, len(there) - 1)))
 
 
 def look(gcs_address: str, processes: Path = Path("/proc")) -> Growth:
@@ -142,19 +169,34 @@ def look(gcs_address: str, processes: Path = Path("/proc")) -> Growth:
         for argument in line:
             name, _, file = argument.partition("=")
             if name == "--autoscaling-config" and file:
-                return growth_of(yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8")))
+                return _growth_in(Path(file).expanduser())
     return Growth(known=bool(monitors) or "RAY_USAGE_STATS_KUBERAY_IN_USE" not in os.environ)
 
 
+def _growth_in(file: Path) -> Growth:
+    try:
+        return growth_of(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        # Another user's, as where a job does not run as who started the head.
+        logger.warning("what the autoscaler may start is not known: %s cannot be read (%s)", str(file), error)
+        return Growth(known=False)
+
+
 def growth_of(config: Mapping[str, Any]) -> Growth:
-    """What a configuration of Ray's cluster launcher lets the autoscaler start: its node types, but for the head's."""
+    """What a configuration of Ray's cluster launcher lets the autoscaler start.
+
+    Not known where a type has no `resources`, as the only one of machines that are reached by SSH (`type: local`).
+    """
     most = int(config.get("max_workers") or 0)
-    kinds = [
-        (Node(kind.get("resources") or {}, kind.get("labels") or {}), int(kind.get("max_workers", most)))
-        for name, kind in (config.get("available_node_types") or {}).items()
-        if name != config.get("head_node_type")
-    ]
-    return Growth(tuple(kinds), most)
+    kinds, known = [], True
+    for name, kind in (config.get("available_node_types") or {}).items():
+        # As Ray fills it in: the head's type is for the head alone, unless it says otherwise.
+        often = int(kind.get("max_workers", 0 if name == config.get("head_node_type") else most))
+        if often and not kind.get("resources"):
+            known = False
+        elif often:
+            kinds.append((Node(kind["resources"], kind.get("labels") or {}), often))
+    return Growth(tuple(kinds), most, known)
 
 
 def _command_lines(processes: Path) -> Iterator[list[str]]:

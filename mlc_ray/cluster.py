@@ -70,7 +70,7 @@ def refuses(address: str) -> bool:
 
 
 def connect(address: str, env: Sequence[str] = ()) -> None:
-    """Join or start a cluster. Does nothing where Ray is already up.
+    """Join or start a cluster. Where Ray is already up, nothing is done; variables that its workers lack are warned of.
 
     Args:
         address: `auto`, `local` or an address.
@@ -81,6 +81,7 @@ def connect(address: str, env: Sequence[str] = ()) -> None:
         ClusterError: no cluster answers, it has other versions, or its job has a setup hook beside `env`.
     """
     if ray.is_initialized():
+        environment.warn_of_lacking(env)
         return
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
@@ -122,6 +123,8 @@ def connect(address: str, env: Sequence[str] = ()) -> None:
     if passed:
         environment.leave(passed, options["runtime_env"])
         logger.info("workers get %s from the environment of this command", ", ".join(sorted(passed)))
+    if address != "local" and (absent := environment.not_set(env, os.environ)):
+        logger.info("env=%s: no variable of this command is called %s", list(env), ", ".join(absent))
     if (file := libraries()) is not None:
         _send_output_to(file)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the console has a display of its own
@@ -288,7 +291,8 @@ def use_gpu(accelerator: str) -> bool:
     if accelerator == "cpu" or cluster_resources().get("GPU", 0):
         return accelerator != "cpu"
     growth = may_grow()
-    if any(node.size[1] for node in growth.beside(nodes_there(), at_most=1)):
+    more, most = growth.beside(nodes_there(), at_most=1)
+    if most and any(node.size[1] for node in more):
         logger.info("no node has a GPU yet; the autoscaler is to start some")
         return True
     if accelerator == "auto":
@@ -323,8 +327,9 @@ def check_fits(what: str, parts: Sequence[Part]) -> None:
 def nodes_held() -> str:
     """What the cluster has, and what its autoscaler may add, in words."""
     there = nodes_there()
-    added = may_grow().beside(there, at_most=10_000)
-    return f"the Ray cluster has {said_of(there)}" + (f", and may add {said_of(added)}" if added else "")
+    more, most = may_grow().beside(there, at_most=10_000)
+    limit = f", {most} of these in all" if most < len(more) else ""
+    return f"the Ray cluster has {said_of(there)}" + (f", and may add {said_of(more)}{limit}" if most else "")
 
 
 def gpus_held() -> str:
@@ -404,4 +409,4 @@ def could_fit(parts: Sequence[Part]) -> bool:
     if fit(parts, there):
         return True
     growth = may_grow()
-    return not growth.known or fit(parts, [*there, *growth.beside(there, at_most=len(parts) + 1)])
+    return not growth.known or fit(parts, there, *growth.beside(there, at_most=len(parts) + 1))

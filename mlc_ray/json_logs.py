@@ -33,7 +33,7 @@ class JsonLines(logging.Handler):
         self._always = {"run": run, "trial": trial, "worker": worker}
         self._process = {"host": socket.gethostname(), "pid": os.getpid()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file.open("a", encoding="utf-8", buffering=1)
+        self._file = file.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         self._formatter = logging.Formatter()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -42,7 +42,7 @@ class JsonLines(logging.Handler):
             return
         try:
             self._file.write(self.line(record) + "\n")
-        except (OSError, ValueError):  # a full disk; a message after the end
+        except Exception:  # a full disk, a message after the end, a library's message that its arguments do not fit
             self.handleError(record)
 
     def line(self, record: logging.LogRecord) -> str:

@@ -20,7 +20,13 @@ _NAMES = (
 )
 _SECRET_NAME = re.compile(_NAMES, re.IGNORECASE)
 _SPECIAL_TOKEN = re.compile(r"(?:bos|cls|eos|mask|pad|sep|stop|unk)_token", re.IGNORECASE)  # a tokenizer's
-_USERINFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:/{1,2})[^\s/?#'\"]+@")
+# Behind the letters of a scheme, and without them in front: looked for from each letter, a long word would take the
+# square of its length. AWS's secret keys have slashes, so one may follow a colon that no port does.
+_USERINFO = re.compile(
+    r"(?P<scheme>(?<=[A-Za-z0-9+.-]):/{1,2})"
+    r"(?:[^\s/?#'\"]+|[^\s/?#'\":@]+:(?!\d+(?:[/?#\s'\"]|$))[^\s?#'\"]{1,256})@"
+)
+_URI_WITH_USER = re.compile(rf"[A-Za-z][A-Za-z0-9+.-]*{_USERINFO.pattern}")
 _QUERY = re.compile(rf"(?P<name>[?&](?:{_NAMES}|sig|key)=)[^\s&#'\"]+", re.IGNORECASE)
 _HEADER = re.compile(
     r"(?P<name>\b(?:proxy-)?authorization['\"]?\s*[:=]\s*['\"]?(?:bearer|basic|token)?|\bbearer)\s+[^\s'\",;}]+", re.I
@@ -41,7 +47,7 @@ def is_secret_name(name: str) -> bool:
 
 def credential_in(uri: str) -> str | None:
     """What of a URI or path is a credential, in words; None where nothing is."""
-    if _USERINFO.match(uri):
+    if _URI_WITH_USER.match(uri):
         return "a user name or password"
     return "a signature or key in its query" if _QUERY.search(uri) else None
 

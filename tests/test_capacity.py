@@ -49,8 +49,10 @@ def test_workers_and_engines_lie_on_nodes_of_their_labels() -> None:
     ("field", "value", "said"),
     [
         ("label_selector", {"zone": "a b"}, r"'zone': 'a b' is not what Ray selects nodes by; write VALUE"),
-        ("env", ["HF_TOKEN=hf_secret"], r"env has 'HF_TOKEN=hf_secret', which is no name of a variable"),
+        ("env", ["HF_TOKEN=hf_secret"], r"env has 'HF_TOKEN=\.\.\.', which is no name of a variable"),
         ("env", ["*"], r"env has '\*', which would take variables that Ray sets"),
+        ("env", ["R*"], r"env has 'R\*', which would take variables that Ray sets"),
+        ("env", ["RAY_AUTH_TOKEN"], r"env has 'RAY_AUTH_TOKEN', which would take variables that Ray sets"),
     ],
 )
 def test_what_cannot_be_selected_is_refused(field: str, value: object, said: str) -> None:
@@ -75,10 +77,35 @@ def test_nodes_that_an_autoscaler_may_start_count() -> None:
     growth = growth_of(AUTOSCALER)
     gpu, cpu = Node({"CPU": 16, "GPU": 8}, H100), Node({"CPU": 32})
     head = Node({"CPU": 4.0})
-    assert growth.beside([head], at_most=9) == [gpu, gpu, cpu]  # three in all
-    assert growth.beside([head, gpu], at_most=9) == [gpu, cpu]
-    assert growth.beside([head, gpu, gpu, cpu], at_most=9) == []
-    assert Growth().beside([head], at_most=9) == []
+    assert growth.beside([head], at_most=2) == ([gpu, gpu, cpu, cpu], 3)  # three in all
+    assert growth.beside([head, gpu], at_most=9) == ([gpu, cpu, cpu, cpu], 2)
+    assert growth.beside([head, gpu, gpu, cpu], at_most=9) == ([cpu, cpu], 0)
+    assert Growth().beside([head], at_most=9) == ([], 0)
+
+
+def test_nodes_are_added_for_what_asks_for_them() -> None:
+    """The cluster's limit is kept, and spent on nodes of the kind that is asked for."""
+    more = [*[Node({"CPU": 16.0, "GPU": 8.0}, H100)] * 2, *[Node({"CPU": 16.0, "GPU": 8.0}, L4)] * 2]
+    head = [Node({"CPU": 4.0})]
+    policy, judge = Need(1, 8, {"zone": "a"}), Need(1, 1, {"zone": "b"})
+    assert fit([judge], head, more, 1)  # not a node of H100s, which come first
+    assert fit([policy, judge], head, more, 2)
+    assert not fit([policy, judge], head, more, 1)
+    assert not fit([policy, policy, judge], head, more, 2)
+    assert fit([(1, 1)] * 16, head, [Node({"CPU": 2.0, "GPU": 1.0}), *more], 2)  # the larger ones
+    assert not fit([(4, 0)], head) and fit([(4, 0)], head, more, 1)  # some CPU is left
+
+
+def test_machines_reached_by_ssh_say_nothing_of_their_size() -> None:
+    """As Ray fills in a file of `type: local`: one type, the head's too, whose resources are found when it starts."""
+    from ray.autoscaler._private.util import prepare_config
+
+    file = Path(__file__).resolve().parent.parent / "cluster" / "ray-cluster.yaml"
+    assert not growth_of(prepare_config(yaml.safe_load(file.read_text(encoding="utf-8")))).known
+    both = {"max_workers": 2, "head_node_type": "n", "available_node_types": {"n": {"resources": {"CPU": 4}}}}
+    assert growth_of(both) == Growth((), 2)
+    both["available_node_types"]["n"]["max_workers"] = 2
+    assert growth_of(both) == Growth(((Node({"CPU": 4}), 2),), 2)
 
 
 PROVIDER = {
@@ -133,6 +160,9 @@ def test_the_autoscaler_of_this_cluster_is_asked(tmp_path: Path, monkeypatch: py
     process(processes, 8, "python", "-u", monitor, "--gcs-address=10.0.0.1:6379")
     assert look("10.0.0.1:6379", processes) == Growth()  # it has a monitor that scales nothing
     assert look("10.0.0.1:7000", processes) == growth_of(AUTOSCALER)
+    for content in ("a: [", "- 1\n", None):  # no YAML, no configuration, not there for this user
+        config.unlink() if content is None else config.write_text(content)
+        assert look("10.0.0.1:7000", processes) == Growth(known=False)
     monkeypatch.setenv("RAY_USAGE_STATS_KUBERAY_IN_USE", "1")
     assert look("10.0.0.1:6379", processes).known
     assert not look("10.0.0.1:1", processes).known  # KubeRay's is in another container
@@ -156,7 +186,7 @@ def test_a_cluster_at_zero_is_no_cluster_without_gpus(autoscaling, caplog) -> No
     assert use_gpu("auto") and use_gpu("gpu") and not use_gpu("cpu")
     assert could_fit(workers)
     with pytest.raises(
-        ClusterError, match=r"training needs 17 x .* has 1 x \(4 CPUs\), and may add 2 x \(16 CPUs, 8 G"
+        ClusterError, match=r"training needs 17 x .* has 1 x \(4 CPUs\), and may add 2 x \(16 .* in all"
     ):
         check_fits("training", [*workers, workers[0]])
 

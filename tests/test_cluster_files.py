@@ -114,6 +114,7 @@ def test_pods_ask_for_what_runs_need(spec: dict[str, Any]) -> None:
     (container,) = spec["containers"]
     assert not container["securityContext"]["allowPrivilegeEscalation"]
     assert {"cpu", "memory", "ephemeral-storage"} <= container["resources"]["requests"].keys()
+    assert {"name": "metrics", "containerPort": 8080} in container["ports"]
     assert container["readinessProbe"] and container["livenessProbe"]
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
@@ -124,6 +125,19 @@ def test_pods_ask_for_what_runs_need(spec: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", KUBERAY)
 def test_clusters_ask_for_a_token(name: str) -> None:
     assert cluster_of(read(name))["authOptions"] == {"mode": "token"}
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_heads_have_the_ports_that_others_ask_for(name: str) -> None:
+    """Its service has the ports that the container names, or KubeRay's own where it names none."""
+    (container,) = pods_of(read(name))["head"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports["gcs"] == 6379 and ports["dashboard"] == 8265
+
+
+def test_no_container_of_the_autoscaling_cluster_may_become_root() -> None:
+    autoscaler = read("raycluster.yaml")["spec"]["autoscalerOptions"]["securityContext"]
+    assert not autoscaler["allowPrivilegeEscalation"] and autoscaler["capabilities"] == {"drop": ["ALL"]}
 
 
 def settings_in(command: str, recipe: str) -> TrainConfig:

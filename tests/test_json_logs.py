@@ -59,6 +59,16 @@ def test_what_ends_the_block_is_the_last_line_and_a_second_try_adds_to_the_file(
     assert second["worker"] is None and second["step"] is None
 
 
+def test_a_message_that_cannot_be_made_ends_nothing_and_a_broken_character_is_written(tmp_path: Path) -> None:
+    """As Python's own handlers have it: a library's faulty call of its logger is no fault of the run."""
+    library = logging.getLogger("some.library")
+    with json_lines(tmp_path / "a.jsonl", run="mine") as lines:  # told alone: a handler of the tests' raises
+        for message, argument in (("%d of %d", 1), ("half of a pair: %s", "\ud83d")):
+            lines.handle(library.makeRecord(library.name, logging.WARNING, __file__, 0, message, (argument,), None))
+    (line,) = lines_of(tmp_path / "a.jsonl")
+    assert line["message"] == "half of a pair: \ud83d"
+
+
 def test_handlers_and_levels_are_as_they_were(tmp_path: Path) -> None:
     ours, root = logging.getLogger("mlc_ray"), logging.getLogger()
     before = ours.level, list(ours.handlers), list(root.handlers), ours.propagate

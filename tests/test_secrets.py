@@ -25,6 +25,7 @@ URIS = (
     f"s3://bucket/runs?X-Amz-Credential=AKIA&X-Amz-Signature={PLANTED}",
     f"https://host.example/runs?sig={PLANTED}",
     f"gs://{PLANTED}@bucket/runs",
+    f"s3://AKIAEXAMPLE:a/{PLANTED}/b@bucket/runs",
 )
 TRAIN: dict[str, Any] = {"name": "a", "model": {"path": "m"}, "data": {"train": [{"path": "d.jsonl"}]}}
 SCORE: dict[str, Any] = {"model": "m", "judge": {"name": "refusal"}, "benchmarks": [{"path": "b.jsonl"}]}
@@ -123,7 +124,15 @@ def test_only_a_credential_is_one() -> None:
         assert credential_in(uri), uri
         assert PLANTED not in hide(f"before {uri} after"), uri
         assert hide(f"before {uri} after").startswith("before ") and hide(f"before '{uri}' after").endswith("' after")
-    for path in ("s3://bucket/a@b/c", "/data/me@home/x", "owner/name@en:train#main", "https://h/v1?page=2", "a?b=c"):
+    for path in (
+        "s3://bucket/a@b/c",
+        "/data/me@home/x",
+        "owner/name@en:train#main",
+        "https://h/v1?page=2",
+        "a?b=c",
+        "http://host:8080/a@b",
+        "x" * 400_000,
+    ):  # of one long word, in no more than a moment
         assert credential_in(path) is None
         assert hide(path) == path
 

@@ -119,6 +119,7 @@ def test_no_secret_is_in_what_runs_leave(small_llama: Path, repository: Path, tm
         assert not [secret for secret in secrets if secret in said], said
         assert "output_dir='s3://...@bucket/runs'" in said
         assert not files_with(tmp_path, secrets)
+        assert list(rays.rglob("raylet.out"))
         assert not files_with(rays, secrets)  # Ray's own logs
     finally:
         shutil.rmtree(rays, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -41,7 +42,7 @@ def _names(names: list[str]) -> list[str]:
                 f"env has {name!r}, which is no name of a variable; give names, or patterns such as "
                 "WANDB_*, and no values: those are taken from the environment of this command"
             )
-        if name.startswith(("RAY_", "*", "?", "[")):
+        if name.startswith(("RAY_", "*", "?", "[")) or fnmatchcase("RAY_ADDRESS", name):
             raise ValueError(f"env has {name!r}, which would take variables that Ray sets for itself; name others")
     return names
 
