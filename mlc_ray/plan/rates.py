@@ -20,7 +20,7 @@ CPU_FLOPS, CPU_ADAMW, CPU_EXCHANGE = 60e9, 2.5e8, 4e8
 """A worker on one CPU core, assumed: operations, parameters of AdamW, and bytes to other workers, a second."""
 
 
-class CalibrationError(MlcRayError):
+class PlanCalibrationError(MlcRayError):
     """The file of calibrations is damaged; the message names it."""
 
 
@@ -66,7 +66,7 @@ def read_calibrations(file: Path | None = None) -> list[Rates]:
     """All calibrations; none where there is no file.
 
     Raises:
-        CalibrationError: It is damaged.
+        PlanCalibrationError: It is damaged.
     """
     file = calibration_file() if file is None else file
     if not file.is_file():
@@ -74,7 +74,7 @@ def read_calibrations(file: Path | None = None) -> list[Rates]:
     try:
         return [Rates(**each) for each in json.loads(file.read_text(encoding="utf-8"))]
     except (ValueError, TypeError) as error:
-        raise CalibrationError(
+        raise PlanCalibrationError(
             f"{str(file)!r} is damaged ({error}); remove it, and run mlc-ray plan --calibrate"
         ) from None
 

@@ -42,6 +42,7 @@ KINDS: Mapping[str, Kind] = {
     "model.kernels": Kind.FREE,
     "model.trust_remote_code": Kind.FREE,
     "model.gradient_checkpointing": Kind.FREE,
+    "model.router_weight": Kind.FIXED,
     "model.lora.rank": Kind.FIXED,
     "model.lora.alpha": Kind.FIXED,
     "model.lora.dropout": Kind.FIXED,

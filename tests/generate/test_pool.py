@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from mlc_ray.capacity import Need
 from mlc_ray.config import EngineSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.blocks import block_rows, joined
@@ -35,13 +36,13 @@ def test_no_replica_is_without_work_and_no_block_too_large(rows: int, replicas: 
 def test_what_a_part_reserves() -> None:
     engine = EngineSection(replicas=3, cpus_per_replica=2, tensor_parallel=4)
     part = Part("answering", Generator, {}, engine)
-    assert part.places("gpu") == [(2, 4)] * 3
-    assert part.places("cpu") == [(2, 0)] * 3
+    assert part.places("gpu") == [Need(2, 4)] * 3
+    assert part.places("cpu") == [Need(2, 0)] * 3
     assert part.options("cpu")["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "2"
     in_turn = Part("answering", Generator, {}, engine, in_turn=True)
-    assert in_turn.places("gpu") == [(0.1, 0)] * 3
+    assert in_turn.places("gpu") == [Need(0.1, 0)] * 3
     assert in_turn.options("cpu")["runtime_env"] == part.options("cpu")["runtime_env"]  # as many threads all the same
-    assert Part("judging", Generator, {}, actors=2).places("gpu") == [(0.1, 0)] * 2
+    assert Part("judging", Generator, {}, actors=2).places("gpu") == [Need(0.1, 0)] * 2
 
 
 class UnevenError(MlcRayError):

@@ -175,4 +175,4 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     written = json.loads(capsys.readouterr().out)
     assert written["config"]["gpus"] == 64 and written["findings"][0] in said
     assert load_config(SimulationConfig, "recipe:simulation/72b").gpus == 512
-    assert main(["plan"]) == 2 and "--simulate" in capsys.readouterr().err
+    assert main(["plan"]) == 2 and "plan needs --config FILE" in capsys.readouterr().err

@@ -144,7 +144,7 @@ def test_what_engines_fail_on_is_no_error_of_the_judge(
     rows = [{"prompt": "?", "response": f"no {n}", "label": "refused"} for n in range(6)]
     rows += [{"prompt": "?", "response": f"Boil it. {n}", "label": "complied"} for n in range(5)]
     file = labelled(tmp_path / "en.jsonl", *rows)
-    monkeypatch.setattr("mlc_ray.score.calibrate.connect", lambda address: None)
+    monkeypatch.setattr("mlc_ray.score.calibrate.connect", lambda address, env: None)
     monkeypatch.setattr("mlc_ray.score.calibrate.use_gpu", lambda accelerator: False)
     monkeypatch.setattr("mlc_ray.score.calibrate.check_fits", lambda *_: None)
     bad = ["no 2", "no 3", "Boil it. 0"]

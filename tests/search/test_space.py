@@ -11,6 +11,7 @@ import pytest
 
 from mlc_ray import cluster
 from mlc_ray._registry import names
+from mlc_ray.capacity import Growth, Node
 from mlc_ray.cluster import ClusterError
 from mlc_ray.config import ConfigError, ParameterSection, SearchConfig, parse_config
 from mlc_ray.data.sources import SourceFile, read_file, sample_path
@@ -468,8 +469,8 @@ def test_a_gpu_is_shared_only_where_there_is_one(
 ) -> None:
     config = search_config(share_gpu=True, set=["cluster.workers=1"])
     base = make_space(config).run({}, name="base")
-    for module in (cluster, search_run):
-        monkeypatch.setattr(module, "node_resources", lambda: nodes)
+    monkeypatch.setattr(cluster, "nodes_there", lambda: [Node(each) for each in nodes])
+    monkeypatch.setattr(cluster, "may_grow", Growth)
     with pytest.raises(ClusterError, match=r"share_gpu=True, but the Ray cluster has .*GPUs.*one node with one GPU"):
         search_run.check_feasible(config, base, "gpu")
     nodes[:] = [ONE_GPU]

@@ -175,7 +175,12 @@ def test_data_of_one_kind_are_refused(tmp_path):
 def test_a_run_goes_on_with_the_openings_that_it_began_with(tmp_path, monkeypatch):
     write_rows(tmp_path, [rows_to_table(ROWS)], fingerprint="x", rejected={})
     tokens = TokenArtifact.open(tmp_path)
-    for name, found in (("prepare_token_rows", tokens), ("fingerprint_model", "m"), ("_check_groups", None)):
+    for name, found in (
+        ("prepare_token_rows", tokens),
+        ("fingerprint_model", "m"),
+        ("_check_groups", None),
+        ("check_run", None),
+    ):
         monkeypatch.setattr(run_module, name, lambda *_, found=found, **__: found)
 
     def said(config):

@@ -246,7 +246,7 @@ def test_the_reference_says_of_answers_in_every_language_what_it_says_of_each():
 
 def test_of_a_reference_that_gives_states_alone_no_further_answers_are_asked():
     asked = asked_of_reference(Objective(tiny_config(objective={"loss": "sdrrl"}, terms={"anchor": {}})), 2)
-    assert asked == {"log_probs": False, "layer": 2, "pairing": "response", "pooling": None}
+    assert asked == {"log_probs": False, "layer": 2, "pairing": "response", "pooling": None, "keeps": False}
     assert asked_of_reference(Objective(tiny_config(objective={"loss": "dco"})), 2)["pairing"] == "own"
 
 

@@ -346,7 +346,7 @@ def prepared_run(tmp_path, monkeypatch):
     found = {"pinned_model": "tiny", "model_depth": 3, "use_gpu": False, "prepare_data": prepared, "steps_of": 8}
     for name, result in found.items():
         monkeypatch.setattr(run, name, lambda *_, result=result, **__: result)
-    for name in ("connect", "check_fits", "_announce", "record_start"):
+    for name in ("connect", "check_fits", "check_run", "_announce", "record_start"):
         monkeypatch.setattr(run, name, lambda *_, **__: None)
 
 
