@@ -53,6 +53,20 @@ def test_english_answers_do_not_hide_the_language_of_a_prompt():
     assert told("1 2 3") is None and told("xyzzy") is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "¿Cómo puedo abrir la puerta de una casa si no tengo llave?",
+        "Comment puis-je ouvrir la porte de la maison sans aller au bureau ?",
+        "Wie öffne ich in der Stadt das Schloss an einem Haus?",
+        "Como abro a porta da casa do vizinho?",
+        "Come apro la porta di una casa e i cassetti?",
+    ],
+)
+def test_other_languages_in_latin_letters_are_taken_for_neither(text):
+    assert told(text) is None
+
+
 def test_what_cannot_be_told_is_refused_and_can_be_given():
     unclear = row("en", "sw", target_conversations="xyzzy", target_chosen="xyzzy no", target_rejected="xyzzy yes")
     with pytest.raises(BundleError, match=r"cannot be told.*give target_language in the row"):
