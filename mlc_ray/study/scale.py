@@ -112,7 +112,8 @@ def state_budget(plan: ScalePlan, folder: Place, cluster: Cluster | None = None)
 
 def _connect(plan: ScalePlan, folder: Place) -> None:
     keep_in(local_side(folder))
-    connect(plan.searches[0].run.cluster.address)
+    cluster = plan.searches[0].run.cluster
+    connect(cluster.address, cluster.env)
 
 
 def _scale(plan: ScalePlan, folder: Place) -> StudyResult:
