@@ -36,13 +36,12 @@ from mlc_ray.study.cells import make_cells
 from mlc_ray.study.searches import make_searches
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-TRAIN_FILES = sorted(CONFIGS.glob("*.yaml"))
+TRAIN_FILES = sorted([*CONFIGS.glob("*.yaml"), *(CONFIGS / "scaling").glob("*.yaml")])
 SCORE_FILES = sorted((CONFIGS / "score").glob("*.yaml"))
 SEARCH_FILES = sorted((CONFIGS / "search").glob("*.yaml"))
 TRANSLATE_FILES = sorted((CONFIGS / "translate").glob("*.yaml"))
-STUDY_FILES = sorted(set((CONFIGS / "study").glob("*.yaml")) - set((CONFIGS / "study").glob("scaling*.yaml")))
 SCALE_FILES = sorted((CONFIGS / "study").glob("scaling*.yaml"))
-SCALED_FILES = sorted((CONFIGS / "scaling").glob("*.yaml"))
+STUDY_FILES = sorted({*(CONFIGS / "study").glob("*.yaml")} - {*SCALE_FILES})
 SIMULATION_FILES = sorted((CONFIGS / "simulation").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "sample:train"}]}}
 
@@ -72,21 +71,21 @@ def test_translate_files_parse(file: Path) -> None:
     load_config(TranslateConfig, file)
 
 
-@pytest.mark.parametrize("file", SIMULATION_FILES, ids=lambda p: p.name)
-def test_simulation_files_parse(file: Path) -> None:
-    load_config(SimulationConfig, file)
-
-
-@pytest.mark.parametrize("file", SCALE_FILES, ids=lambda p: p.name)
-def test_scaling_studies_parse_and_every_size_is_a_search(file: Path) -> None:
-    config = load_config(ScaleConfig, file)
-    assert [each.size for each in make_searches(config, Place("runs") / config.name)] == list(config.sizes)
-
-
 @pytest.mark.parametrize("file", STUDY_FILES, ids=lambda p: p.name)
 def test_study_files_parse_and_every_cell_is_a_run(file: Path) -> None:
     config = load_config(StudyConfig, file)
     assert len(make_cells(config)) == len(config.models) * len(config.methods) * len(config.seeds)
+
+
+@pytest.mark.parametrize("file", SCALE_FILES, ids=lambda p: p.name)
+def test_scale_files_parse_and_every_corner_is_a_run(file: Path, tmp_path: Path) -> None:
+    config = load_config(ScaleConfig, file)
+    assert [each.size for each in make_searches(config, Place(tmp_path))] == list(config.sizes)
+
+
+@pytest.mark.parametrize("file", SIMULATION_FILES, ids=lambda p: p.name)
+def test_simulation_files_parse(file: Path) -> None:
+    load_config(SimulationConfig, file)
 
 
 def test_the_papers_study_has_its_methods_with_the_published_values() -> None:
@@ -119,11 +118,9 @@ def test_no_config_file_is_left_out() -> None:
     assert SCORE_FILES
     assert SEARCH_FILES
     assert TRANSLATE_FILES and {file.name for file in STUDY_FILES} == {"paper.yaml", "small.yaml"}
-    assert (
-        SCALE_FILES and SIMULATION_FILES and len(SCALED_FILES) == 14
-    )  # each of these is a test in train/test_scaling.py
-    known = {*TRAIN_FILES, *SCORE_FILES, *SEARCH_FILES, *STUDY_FILES, *TRANSLATE_FILES, *SCALE_FILES, *SCALED_FILES}
-    known |= set(SIMULATION_FILES)
+    assert SCALE_FILES and SIMULATION_FILES
+    of_searches = {*SEARCH_FILES, *STUDY_FILES, *SCALE_FILES}
+    known = {*TRAIN_FILES, *SCORE_FILES, *of_searches, *TRANSLATE_FILES, *SIMULATION_FILES}
     assert known == {p for p in CONFIGS.rglob("*") if p.is_file()}
 
 

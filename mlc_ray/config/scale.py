@@ -24,6 +24,11 @@ class SizeSection(Section):
     set: Overrides = Field(
         [], description="Overrides of that file for this size, section.field=value, e.g. model.path=owner/model."
     )
+    engine: dict[str, Any] = Field(
+        {},
+        description="Settings of `search.scoring.engine` for this size alone, e.g. {tensor_parallel: 4} where one GPU "
+        "does not hold it.",
+    )
     family: str | None = Field(
         None,
         description="Models of one family have a level of their own in the trends, which are then within families.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 
-from mlc_ray.config import EngineSection, ScoringSection, TrainConfig
+from mlc_ray.config import ScoringSection, TrainConfig
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import Weights, assumed, least
 from mlc_ray.plan.nearest import fitting, nearest
@@ -82,7 +82,8 @@ def check_engine(model: str, scoring: ScoringSection, *, gpu: bool, cluster: Clu
     """Refuse a score whose engines cannot hold the model.
 
     Raises:
-        PlanError: They cannot; the message names the part and the nearest settings that fit.
+        PlanError: They cannot, the message names the part and the nearest settings that fit; or its heads cannot be
+            split over the GPUs of an engine.
     """
     cluster = cluster_there(gpu=gpu) if cluster is None else cluster
     if cluster is None:
@@ -105,7 +106,8 @@ def check_engine(model: str, scoring: ScoringSection, *, gpu: bool, cluster: Clu
         )
     for parallel in (2, 4, 8):
         changed = engine.model_copy(update={"tensor_parallel": parallel})
-        if parallel > engine.tensor_parallel and parallel <= cluster.per_node and _fits(shape, changed, cluster):
+        possible = engine.tensor_parallel < parallel <= cluster.per_node and not shape.heads % parallel
+        if possible and plan_engine(shape, changed, cluster).fits:
             fix = f"the nearest that fits: engine.tensor_parallel={parallel}"
             break
     else:
@@ -115,10 +117,6 @@ def check_engine(model: str, scoring: ScoringSection, *, gpu: bool, cluster: Clu
         f"may have {plan.limit / GIB:.1f} (engine.tensor_parallel={engine.tensor_parallel}, "
         f"engine.gpu_memory_utilization={engine.gpu_memory_utilization}); {fix}"
     )
-
-
-def _fits(shape: Shape, engine: EngineSection, cluster: Cluster) -> bool:
-    return plan_engine(shape, engine, cluster).fits
 
 
 @cache

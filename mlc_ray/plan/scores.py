@@ -9,6 +9,7 @@ from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import HEAD, PROMPT
 from mlc_ray.plan.rates import Rates, rates_of
 from mlc_ray.plan.records import GIB, RunPlan
+from mlc_ray.plan.runs import PlanError
 from mlc_ray.plan.shapes import Shape
 
 WORKSPACE = 2 * GIB
@@ -88,9 +89,19 @@ class SearchPlan:
 
 
 def plan_engine(shape: Shape, engine: EngineSection, cluster: Cluster) -> EnginePlan:
-    """Memory of an engine: vLLM fills its share of each GPU with weights, and keys and values of tokens."""
+    """Memory of an engine: vLLM fills its share of each GPU with weights, and keys and values of tokens.
+
+    Raises:
+        PlanError: The model's heads cannot be split over the engine's GPUs.
+    """
     size = 4 if engine.dtype == "float32" else 2
     parallel = engine.tensor_parallel if cluster.gpu is not None else 1
+    if shape.heads % parallel:
+        could = ", ".join(str(each) for each in range(1, cluster.per_node + 1) if not shape.heads % each)
+        raise PlanError(
+            f"engine.tensor_parallel={parallel}: vLLM cannot split the {shape.heads} attention heads of {shape.name} "
+            f"over so many GPUs; set one of {could}"
+        )
     weights = size * shape.parameters // parallel
     # Keys and values are split by heads, and kept whole where there are fewer of them than GPUs.
     token = 2 * shape.layers * size * shape.head_size * max(1, shape.key_heads // parallel)

@@ -94,7 +94,11 @@ def _search_of(config: ScaleConfig, size: str, folder: Place) -> SearchConfig:
         "train": section.train or config.train,
         "set": [*config.set, *section.set],
     }
-    return parse_config(SearchConfig, {**config.search, **own})
+    search: dict[str, Any] = {**config.search, **own}
+    if section.engine:
+        scoring = search["scoring"]
+        search["scoring"] = {**scoring, "engine": {**scoring.get("engine", {}), **section.engine}}
+    return parse_config(SearchConfig, search)
 
 
 def load_scale(folder: Place) -> ScalePlan:

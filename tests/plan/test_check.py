@@ -80,6 +80,8 @@ def test_an_engine_that_cannot_hold_the_model_is_refused():
         check_engine(scoring.model, scoring, gpu=True, cluster=EIGHT)
     wide = scoring.model_copy(update={"engine": scoring.engine.model_copy(update={"tensor_parallel": 4})})
     check_engine(scoring.model, wide, gpu=True, cluster=EIGHT)
+    with pytest.raises(PlanError, match=r"14 attention heads of Qwen/Qwen2\.5-0\.5B .* set one of 1, 2, 7"):
+        check_engine("Qwen/Qwen2.5-0.5B", wide, gpu=True, cluster=EIGHT)
     with pytest.raises(PlanError, match=r"this machine has 24\.0; lower engine\.cpu_kv_cache_gib=2"):
         check_engine(scoring.model, scoring, gpu=False, cluster=Cluster(None, 1, 1, 24 * 2**30))
 

@@ -11,6 +11,7 @@ import pytest
 from mlc_ray.config import ConfigError, ScaleConfig, load_config, parse_config
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.tables import rows_to_table
+from mlc_ray.plan.check import check_engine
 from mlc_ray.plan.hardware import cluster_of
 from mlc_ray.plan.lengths import of_artifact
 from mlc_ray.plan.rates import rates_of
@@ -55,6 +56,13 @@ def test_the_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
         recipes = {path.stem for path in (REPOSITORY / "configs" / "scaling").glob("*.yaml")}
         assert set(config.sizes) == recipes
         assert max(each.run.cluster.most_workers for each in searches) == 32
+
+
+def test_every_engine_of_the_large_study_holds_its_model(tmp_path: Path) -> None:
+    config = load_config(ScaleConfig, REPOSITORY / "configs" / "study" / "scaling.yaml")
+    for each in make_searches(config, Place(tmp_path)):
+        check_engine(each.run.model.path, each.config.scoring, gpu=True, cluster=cluster_of(40, "h100"))
+    assert config.sizes["qwen2.5-72b"].engine == {"tensor_parallel": 4}
 
 
 def test_the_search_of_a_size_has_the_settings_of_all_and_its_own(tmp_path: Path) -> None:
