@@ -16,6 +16,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -42,12 +43,19 @@ def runtime_env() -> dict[str, Any]:
 
 def leave(variables: Mapping[str, str], environment: Mapping[str, Any]) -> None:
     """Leave variables for the workers of this driver, which has joined with this runtime environment, until it ends."""
-    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_put
+    from ray.experimental.internal_kv import _internal_kv_put
 
     _left.update(variables)
     key = environment["env_vars"][_KEY].encode()
     _internal_kv_put(key, json.dumps(dict(variables)).encode(), namespace=_NAMESPACE)
-    atexit.register(_internal_kv_del, key, namespace=_NAMESPACE)
+    atexit.register(_remove, key)
+
+
+def _remove(key: bytes) -> None:
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    with suppress(Exception):  # the cluster may be gone, and the entry with it
+        _internal_kv_del(key, namespace=_NAMESPACE)
 
 
 def lacking(patterns: Sequence[str]) -> list[str]:

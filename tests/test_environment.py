@@ -43,6 +43,15 @@ print(json.dumps(found))
 """
 
 
+LEFT = """
+import sys, ray
+from ray.experimental.internal_kv import _internal_kv_list
+
+ray.init(sys.argv[1], log_to_driver=False)
+print(_internal_kv_list(b"", namespace=b"mlc_ray"))
+"""
+
+
 def test_names_and_patterns_choose_variables() -> None:
     environment = {"HF_TOKEN": "1", "HF_TOKENS": "2", "AWS_REGION": "3", "aws_x": "4", "NCCL_DEBUG": "5"}
     assert chosen(["HF_TOKEN", "AWS_*"], environment) == {"HF_TOKEN": "1", "AWS_REGION": "3"}
@@ -86,3 +95,7 @@ def test_workers_get_them_and_nothing_writes_them(head: Head, repository: Path) 
     for file in written:
         text = file.read_bytes()
         assert SECRET.encode() not in text and OTHER.encode() not in text, file
+    after = subprocess.run(
+        [sys.executable, "-c", LEFT, head.gcs], env=head.environment, capture_output=True, text=True, timeout=120
+    )
+    assert after.stdout.split() == ["[]"], after.stdout + after.stderr  # nor is the entry there any more

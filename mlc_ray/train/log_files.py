@@ -33,6 +33,6 @@ def log_file(config: TrainConfig, run_folder: Place, rank: int | None = None) ->
     else:
         own = local_side(run_folder) / f"{LOGS_FOLDER}-{name}"
         file = own / f"{name}.jsonl"
-        sent = closing(Mirror(own, run_folder / LOGS_FOLDER, (file.name,), lambda: None, unsent=True))
+        sent = closing(Mirror(own, run_folder / LOGS_FOLDER, (file.name,), lambda: None, unsent=True, what="logs"))
     with sent, json_lines(file, run=run, trial=trial, worker=rank) as lines:
         yield lines

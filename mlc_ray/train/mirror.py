@@ -32,11 +32,20 @@ class Mirror:
         names: files, and folders with files, that are kept; the rest of `local` stays here.
         unsent: whether what an earlier try could not send is still wanted.
         may_write: raises an `MlcRayError` where another driver has taken the run: nothing is sent from then on.
+        what: the files are called in warnings.
     """
 
     def __init__(
-        self, local: Path, place: Place, names: Sequence[str], may_write: Callable[[], None], *, unsent: bool
+        self,
+        local: Path,
+        place: Place,
+        names: Sequence[str],
+        may_write: Callable[[], None],
+        *,
+        unsent: bool,
+        what: str = "metrics",
     ) -> None:
+        self.what = what
         self.local, self.place, self.names, self.may_write = local, place, names, may_write
         fetched = local.with_name(f"{local.name}-fetched")  # beside it: where fetching fails, what is here stays
         shutil.rmtree(fetched, ignore_errors=True)
@@ -71,7 +80,7 @@ class Mirror:
                         self.place.storage.publish(path, str(self.place / name))
                         self._sent[path] = state
             except OSError as error:
-                logger.warning("metrics could not be sent to %s, and will be later: %s", self.place, error)
+                logger.warning("%s could not be sent to %s, and will be later: %s", self.what, self.place, error)
                 return False
             finally:
                 self._seconds = time.monotonic() - started
@@ -88,14 +97,14 @@ class Mirror:
             except MlcRayError:  # whoever has the run now has its own
                 return
             time.sleep(_PAUSE)
-        logger.warning("the last metrics of %s are in %s on this machine alone", self.place, self.local)
+        logger.warning("the last %s of %s are in %s on this machine alone", self.what, self.place, self.local)
 
     def _follow(self) -> None:
         while not self._ended.wait(max(_EVERY, self._seconds / _SHARE)):
             try:
                 self.sync()
             except MlcRayError as error:
-                logger.error("metrics are not sent to %s any more: %s", self.place, error)
+                logger.error("%s are not sent to %s any more: %s", self.what, self.place, error)
                 return
 
     def _states(self) -> dict[Path, tuple[int, int]]:
