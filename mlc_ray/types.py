@@ -259,7 +259,7 @@ class Batch:
     list on every worker and step. `harmful` [B] says of which of the `kinds` a bundle is. `prompts` is None where the
     step does not tap: then `tree` holds no prompt but those that answers continue. `rows` says whose the A answers are;
     `sequences` is there where states of them are pooled, `openings` where a step reads how responses would open,
-    `benign` wherever it taps.
+    `benign` where a term compares next tokens.
     `reference_chosen` and `reference_rejected` are summed response log-probs of the frozen reference: [A], or [B] where
     it is asked about answers in the response language alone. `reference_state` [B, H] is its tapped state of each
     bundle's response prompt, `reference_pooled` [2, B, H] its states pooled over sequences, where those were cached.

@@ -82,7 +82,7 @@ def test_counts_of_a_step_that_must_not_grow(counts) -> None:
     assert one["tokens"] == 25 + 427 + 10 * 5 + 208 - 2 * 25 - 2
     assert one["kernels"] == three["kernels"]  # no loop over bundles, languages or segments
     assert (deeper["kernels"] - one["kernels"]) / 2 <= 120  # a layer's, forward and backward
-    assert one["kernels"] <= 486
+    assert one["kernels"] <= 487  # one of them copies the kinds of bundles
 
 
 def test_the_recipe_and_the_step_before_cost_more(counts) -> None:

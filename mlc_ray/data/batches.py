@@ -57,6 +57,7 @@ def collate(
     whole: bool = False,
     scope: Scope = "none",
     branches: Branches | None = None,
+    keeps: bool = False,
 ) -> Batch:
     """B token rows as a `Batch` (shapes as documented there; ids int64, weights and log-probs float32, on CPU).
 
@@ -73,6 +74,7 @@ def collate(
         whole: whether states of whole sequences are pooled.
         scope: behind which prompts openings of responses are read; `all` only with `tap`.
         branches: these openings, in all of `languages`; read unless `scope` is `none`.
+        keeps: whether a batch that taps has `benign`, which four copies to a device bring there.
 
     Raises:
         BatchError: there are no rows, or a bundle lacks an answer or has a language outside `languages`.
@@ -108,7 +110,7 @@ def collate(
         reference_state=_float32(said.state),
         reference_pooled=_float32(None if said.pooled is None else said.pooled.swapaxes(0, 1)),
         openings=planted.openings,
-        benign=_benign(kinds, planted) if tap else None,
+        benign=_benign(kinds, planted) if tap and keeps else None,
     )
 
 

@@ -128,6 +128,7 @@ class Cutting:
         scope: behind which prompts step `step` reads openings of responses; `all` of a step that taps alone.
         widest: the widest of these, of any step.
         branches: these openings; None where no step reads any.
+        keeps: whether next tokens of benign bundles are read of steps that tap.
     """
 
     tokens_per_forward: int
@@ -142,6 +143,7 @@ class Cutting:
     scope: Callable[[int], Scope] = lambda _: "none"
     widest: Scope = "none"
     branches: Branches | None = None
+    keeps: bool = False
 
     def own_tokens(self, lengths: Lengths, *, taps: bool, scope: Scope) -> Ints:
         """Tokens that each bundle adds to a forward of a step that taps, or of one that does not; with openings, the

@@ -65,6 +65,7 @@ def stream_steps(
             whole=cutting.whole,
             scope=plan.scope,
             branches=cutting.branches,
+            keeps=cutting.keeps,
         )
         return pinned(made) if pin else made
 

@@ -71,6 +71,7 @@ def cutting_of(
         scope=lambda step: objective.scope(step, steps),
         widest=objective.widest_scope,
         branches=branches,
+        keeps=objective.needs_reference_logits,
     )
 
 

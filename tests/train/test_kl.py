@@ -27,6 +27,7 @@ STEPS = 3
 
 def made(rows=ROWS, **changes):
     settings = {
+        "keeps": True,
         "languages": LANGUAGES,
         "weights": [1.0] * len(rows),
         "needs_rejected": True,
