@@ -196,6 +196,7 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path={settings.path!r} cannot be loaded: {error}") from error
+    _restore_frequencies(model)
     if (named := HubModel.parse(settings.path)) is not None:
         model.name_or_path = named.name  # an adapter names its base by it, and not the folder in this machine's cache
     if settings.attention in _NEED_GPU:
@@ -207,6 +208,26 @@ def load_policy(settings: ModelSection) -> PreTrainedModel:
     final_norm(model)  # an unsupported architecture is refused here, not at the first step
     checkpoint_blocks(model, settings.gradient_checkpointing)
     return model
+
+
+def _restore_frequencies(model: PreTrainedModel) -> None:
+    """Have rotary embeddings' frequencies in float32 where a model was made in another type.
+
+    At ZeRO-3 DeepSpeed gives every floating tensor that is made with a model the parameters' type, so that they are
+    even computed in it.
+    """
+    for name, module in model.named_modules():
+        own = {key: buffer for key, buffer in module.named_buffers(recurse=False) if key.endswith("inv_freq")}
+        if all(buffer.dtype == torch.float32 for buffer in own.values()):
+            continue
+        if not hasattr(module, "config"):
+            raise ModelError(
+                f"{type(model).__name__}: the frequencies of {name} are {next(iter(own.values())).dtype} at "
+                "engine.stage=3, and how they are computed is not known; use another stage, or model.dtype=float32"
+            )
+        anew = dict(type(module)(module.config).named_buffers(recurse=False))
+        for key, buffer in own.items():
+            module.register_buffer(key, anew[key].to(buffer.device), persistent=False)
 
 
 def checkpoint_blocks(model: PreTrainedModel, how: bool | Literal["selective"]) -> None:

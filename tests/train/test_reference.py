@@ -67,19 +67,20 @@ def test_it_trains_alike_at_every_stage(asked):
                 assert row[key] == pytest.approx(want[key], rel=1e-3), (name, key)
 
 
-def build_in_bfloat16(rank, folder):
+def build_in_bfloat16(rank, folder, stage):
     """The types of the parameters that a run in bfloat16 trains, and its rotary embedding's frequencies."""
     if rank == 0:
         tiny_model().save_pretrained(folder)
     torch.distributed.barrier()
-    config = tiny_config(model={"path": str(folder), "dtype": "bfloat16"}, engine={"stage": 2})
+    config = tiny_config(model={"path": str(folder), "dtype": "bfloat16"}, engine={"stage": stage})
     engine, _ = _build(config, torch.device("cpu"))
     rotary = engine.module.language_model.get_decoder().rotary_emb
     return {parameter.dtype for parameter in engine.module.parameters()}, rotary.inv_freq.clone()
 
 
-def test_a_run_in_bfloat16_rotates_by_the_angles_of_its_reference(tmp_path):
-    [[types, frequencies]] = on_workers(1, build_in_bfloat16, tmp_path / "workers", tmp_path / "model")
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_run_in_bfloat16_rotates_by_the_angles_of_its_reference(stage, tmp_path):
+    [[types, frequencies]] = on_workers(1, build_in_bfloat16, tmp_path / "workers", tmp_path / "model", stage)
     assert types == {torch.bfloat16}
     expected = tiny_model().get_decoder().rotary_emb.inv_freq
     assert frequencies.dtype == expected.dtype == torch.float32 and torch.equal(frequencies, expected)
