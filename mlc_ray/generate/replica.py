@@ -272,10 +272,10 @@ class Replica:
         Args:
             seconds: since this was asked last.
         """
-        limits = self.part.limits
-        self._watch.look(seconds, lambda: self._ask("beat"))
-        if self._watch.since_begin <= min(limits.hang_seconds, limits.start_seconds):
-            return None  # none of its bounds is reached
+        limits, watch = self.part.limits, self._watch
+        watch.look(seconds, lambda: self._ask("beat"))
+        if watch.since_begin <= min(limits.hang_seconds, limits.start_seconds, watch.said + _SAY_SECONDS):
+            return None  # none of its bounds is reached, and there is nothing to say
         return self._overdue()
 
     def _overdue(self) -> str | None:
