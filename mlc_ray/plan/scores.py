@@ -132,10 +132,15 @@ def plan_score(
     """Time of a score: prompts are products of matrices, answers read all weights once a token of all at once.
 
     Judges are left out, and translators: they are other models.
+
+    Raises:
+        PlanError: An engine has more GPUs than the cluster, or the model's heads cannot be split over them.
     """
     own = plan_engine(shape, engine, cluster)
     parallel = engine.tensor_parallel if cluster.gpu is not None else 1
-    room = max(1, cluster.gpus // parallel)
+    if parallel > cluster.gpus:
+        raise PlanError(f"engine.tensor_parallel={parallel}, but the cluster has {cluster.gpus} GPUs; lower it")
+    room = cluster.gpus // parallel
     replicas = min(room, engine.replicas if engine.replicas != "auto" else room)
     active = shape.layers * shape.matrices + shape.embedding
     each = -(-prompts // replicas)
@@ -178,11 +183,19 @@ def plan_search(
 
     Engines are up from the first trial to the last, so that their start is paid once, and their GPUs are held all the
     time (with `share_gpu` those of the trials). Trials that end together are scored one after another.
+
+    Raises:
+        PlanError: The cluster has too few GPUs for a trial beside the engines.
     """
     trials, runs = points * config.repeats, runs_in(config, points=points)
     scores = scores_in(config, points=points, steps=run.steps)
     engines = 0 if config.share_gpu else choosing.gpus
-    room = config.concurrency if cluster.gpu is None else max(1, (cluster.gpus - engines) // run.workers)
+    room = config.concurrency if cluster.gpu is None else (cluster.gpus - engines) // run.workers
+    if room < 1:
+        raise PlanError(
+            f"a trial on {run.workers} GPUs beside engines on {engines} needs more than the {cluster.gpus} of the "
+            "cluster; lower cluster.workers of the runs, or take more GPUs"
+        )
     at_once = min(config.concurrency, trials, room)
     rounds = -(-trials // at_once) + -(-(runs - trials) // at_once)
     scoring = scores[0] * (choosing.seconds - choosing.start) + scores[1] * (confirming.seconds - confirming.start)

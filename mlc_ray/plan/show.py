@@ -61,8 +61,8 @@ def score_lines(plan: ScorePlan) -> list[str]:
     """A score's plan, line by line."""
     engine = plan.engine
     return [
-        f"{plan.prompts:,} prompts on {counted(plan.replicas, 'engines')}: weights {engine.weights / GIB:.1f} GiB and a cache of "
-        f"{engine.cached:,} tokens on each GPU, of {engine.limit / GIB:.1f} GiB",
+        f"{plan.prompts:,} prompts on {counted(plan.replicas, 'engines')}: weights {engine.weights / GIB:.1f} GiB and "
+        f"a cache of {engine.cached:,} tokens on each GPU, of {engine.limit / GIB:.1f} GiB",
         "it fits" if engine.fits else f"it does not fit: it needs {engine.bytes / GIB:.1f} GiB",
         f"the score: {_time(plan.seconds)}, {_hours(plan.gpu_hours, plan.gpu)}, without judges that are models",
     ]

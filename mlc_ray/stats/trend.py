@@ -25,7 +25,8 @@ Direction = Literal["rises", "falls", "cannot tell"]
 
 @dataclass(frozen=True)
 class Trend:
-    """Of one number: its change for ten times the parameters; None where there are too few sizes for an interval.
+    """Of one number: its change for ten times the parameters; None where there are too few sizes for an interval, or
+    neither the numbers' own intervals nor their distance from the line have any width.
 
     `freedom` are the degrees of freedom; `p` is two-sided, `p_holm` after Holm's correction over all trends of a study.
     """
@@ -73,9 +74,9 @@ def trend(
     errors = np.array([(each.high - each.low) / (2 * Z) for each in values])
     variance = max(float(away @ away) / freedom / spread, float(((weights * errors) ** 2).sum()))
     error = math.sqrt(variance)
-    if error < 1e-12:
+    if error < 1e-12:  # nothing says how sure any of it is: a line by luck is no law
         same = abs(slope) < 1e-12
-        return Trend(name, Interval(slope, slope, slope), 1.0 if same else 0.0, len(x), freedom)
+        return Trend(name, Interval(slope, slope, slope) if same else None, 1.0, len(x), freedom)
     half = student_quantile(freedom) * error
     p = 2 * (1 - student_share(abs(slope) / error, freedom))
     return Trend(name, Interval(slope, slope - half, slope + half), min(1.0, max(0.0, p)), len(x), freedom)

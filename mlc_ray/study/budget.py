@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -11,7 +13,7 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import of_artifact
 from mlc_ray.plan.rates import rates_of
-from mlc_ray.plan.runs import dtype_of, plan_run, plannable
+from mlc_ray.plan.runs import PlanError, dtype_of, plan_run, plannable
 from mlc_ray.plan.scores import SearchPlan, plan_scoring, plan_search, runs_in, scores_in
 from mlc_ray.plan.shapes import ShapeError, config_of, shape_of
 from mlc_ray.plan.there import with_workers
@@ -23,6 +25,8 @@ from mlc_ray.storage import Place, local_model, local_side
 from mlc_ray.study.searches import SizeSearch, cell_folder
 from mlc_ray.train.experts import is_expert, share_met
 from mlc_ray.train.planning import steps_of
+
+logger = logging.getLogger(__name__)
 
 
 def model_size(path: str, *, trust_remote_code: bool) -> tuple[int, float]:
@@ -84,7 +88,7 @@ def plan_of(search: SizeSearch, tokens: TokenArtifact, prompts: tuple[int, int],
         cluster: what it runs on, or is to.
 
     Returns:
-        None where the engine or the kind of model is not known.
+        None where the engine or the kind of model is not known, or the cluster has too few GPUs.
     """
     run = search.run
     if not plannable(run):
@@ -100,7 +104,13 @@ def plan_of(search: SizeSearch, tokens: TokenArtifact, prompts: tuple[int, int],
     )
     scoring = search.config.scoring
     answers = dtype_of(scoring.engine.dtype, cluster)
-    choosing, confirming = (plan_scoring(scoring, shape, cluster, prompts=number, dtype=answers) for number in prompts)
-    return plan_search(
-        search.config, planned, points=search.points, choosing=choosing, confirming=confirming, cluster=cluster
-    )
+    try:
+        choosing, confirming = (
+            plan_scoring(scoring, shape, cluster, prompts=number, dtype=answers) for number in prompts
+        )
+        return plan_search(
+            search.config, planned, points=search.points, choosing=choosing, confirming=confirming, cluster=cluster
+        )
+    except PlanError as error:  # of what is there now: an autoscaler may add to it
+        logger.warning("hours of %s are not known: %s", search.size, error)
+        return None

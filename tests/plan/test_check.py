@@ -149,6 +149,23 @@ def test_scores_and_searches_are_planned(capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("score", ["score/default.yaml", "--shape", "7b", "--set", "engine.tensor_parallel=4"], "has 2 GPUs; lower it"),
+        (
+            "search",
+            ["search/demo.yaml", "--shape", "0.5b"],
+            "a trial on 2 GPUs beside engines on 1 needs more than the 2",
+        ),
+    ],
+)
+def test_what_the_named_cluster_cannot_hold_at_all_is_said(kind, options, said, capsys):
+    file, *options = options
+    assert main(["plan", "--for", kind, "--config", f"configs/{file}", "--gpus", "2", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_search_on_cpus_pays_its_scores():
     config = load_config(SearchConfig, "configs/search/demo.yaml")
     base = load_config(TrainConfig, "configs/quickstart.yaml")

@@ -42,6 +42,12 @@ def test_points_on_a_line_by_luck_are_as_sure_as_their_own_intervals_allow() -> 
     assert exact.direction == "cannot tell"
 
 
+def test_points_on_a_line_whose_intervals_have_no_width_cannot_tell() -> None:
+    """As best layers on a grid may be: 0.4, 0.55 and 0.7 in every resample."""
+    found = trend("x", [1e8, 1e9, 1e10], [Interval(y, y, y) for y in (0.4, 0.55, 0.7)])
+    assert found.slope is None and found.p == 1 and found.direction == "cannot tell"
+
+
 def test_two_sizes_or_a_family_for_each_cannot_tell() -> None:
     two = trend("x", [1e8, 1e9], [value(0.1), value(0.9)])
     assert two.slope is None and two.p == 1 and two.direction == "cannot tell"

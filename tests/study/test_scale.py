@@ -266,6 +266,7 @@ def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
     assert found.gpu_hours == pytest.approx((5 * 2 * run.wall_seconds + found.seconds) / 3600)
     small = plan_of(search, tokens, (100, 60), cluster_of(3, "h100"))
     assert small is not None and small.at_once == 1, "two trials and the engine need five GPUs"
+    assert plan_of(search, tokens, (100, 60), cluster_of(2, "h100")) is None, "an autoscaler may add to it"
 
 
 def test_a_size_is_counted_without_weights(smollm2: Path) -> None:
