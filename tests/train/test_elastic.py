@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from subprocess import PIPE
 
 import pytest
 
@@ -25,6 +26,12 @@ import sys, time, ray
 ray.init(sys.argv[1], log_to_driver=False)
 while sum(node["Alive"] for node in ray.nodes()) < 2:
     time.sleep(0.5)
+"""
+
+SECOND = """
+import sys, ray
+ray.init(sys.argv[1], log_to_driver=False)
+print(next(node["NodeID"] for node in ray.nodes() if "node:__internal_head__" not in node["Resources"]))
 """
 
 
@@ -93,3 +100,32 @@ def test_a_run_goes_on_with_more_workers_when_a_node_joins(scene):
     run.end()
     assert sizes(run)[f"checkpoint_{STEPS:06d}"] == 2
     assert_same_steps(run, undisturbed(scene))
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_a_run_saves_before_a_node_that_ray_drains_is_gone(scene):
+    from survival_scene import RAY, STEPS, Run, wait
+
+    scene.start_worker_node()
+    alone = undisturbed(scene)
+    scene.environment["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"  # instead of 5
+    # No other checkpoint before the last step, and seconds for each step.
+    settings = ["cluster.workers=[1, 2]", "checkpoint.every=100", "objective.pause=1.5"]
+    run = Run(scene, "drained", scene.folder / "runs", settings)
+    assert run.until(STEPS // 3), run.log()
+    listed = subprocess.run(
+        [sys.executable, "-c", SECOND, scene.address], env=scene.environment, stdout=PIPE, check=True
+    )
+    told = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=60"]
+    node = f"--node-id={listed.stdout.decode().split()[-1]}"
+    subprocess.run([RAY, "drain-node", f"--address={scene.address}", node, *told], env=scene.environment, check=True)
+    wait(lambda: bool(sizes(run)) or run.driver.poll() is not None, "a checkpoint for the notice")
+    (scene.folder / "hold").touch()  # else it might reach its last step before the node is gone
+    saved = {name: size for name, size in sizes(run).items() if name != f"checkpoint_{STEPS:06d}"}
+    assert list(saved.values()) == [2], run.log()
+    scene.kill_node()
+    (scene.folder / "hold").unlink()
+    run.end()
+    assert sizes(run)[f"checkpoint_{STEPS:06d}"] == 1
+    assert_same_steps(run, alone)
