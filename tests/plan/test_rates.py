@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from mlc_ray.plan.hardware import gpu_of
-from mlc_ray.plan.rates import CalibrationError, assumed_rates, rates_of, read_calibrations, write_calibration
+from mlc_ray.plan.rates import PlanCalibrationError, assumed_rates, rates_of, read_calibrations, write_calibration
 
 
 def test_a_calibration_takes_the_place_of_what_is_assumed(tmp_path):
@@ -30,5 +30,5 @@ def test_float32_is_planned_without_tensor_cores():
 def test_a_damaged_file_is_named(tmp_path):
     file = tmp_path / "calibration.json"
     file.write_text('[{"device": 1}]')
-    with pytest.raises(CalibrationError, match=r"calibration\.json"):
+    with pytest.raises(PlanCalibrationError, match=r"calibration\.json"):
         read_calibrations(file)
