@@ -140,6 +140,9 @@ def test_the_head_of_an_autoscaling_cluster_says_what_may_come(tmp_path: Path, m
     config.write_text(yaml.safe_dump(filled, sort_keys=False))
     with running(f"--autoscaling-config={config}") as head:
         assert look(head.gcs) == growth_of(AUTOSCALER)
+        said = "".join(file.read_text() for file in head.folder.glob("session_2*/logs/monitor.*"))
+        # Before it starts, it may find the port of its metrics taken by another Ray of this machine.
+        assert "Traceback" not in said.split("Monitor: Started")[-1], said
     with running() as head:
         assert look(head.gcs) == Growth()
 

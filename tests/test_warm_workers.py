@@ -25,8 +25,14 @@ def test_what_cannot_be_imported_is_an_error_of_the_worker(tmp_path: Path, repos
 def test_forks_draw_ids_of_their_own(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(
+        "from threading import Thread\n"
         "from ray._raylet import ObjectID, UniqueID\n"
-        "print(*(kind.from_random().hex() for _ in range(50) for kind in (UniqueID, ObjectID)))\n"
+        "drawn = [kind.from_random().hex() for _ in range(50) for kind in (UniqueID, ObjectID)]\n"
+        "for _ in range(50):  # each with generators of its own\n"
+        "    thread = Thread(target=lambda: drawn.append(UniqueID.from_random().hex()))\n"
+        "    thread.start()\n"
+        "    thread.join()\n"
+        "print(*drawn)\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     ids: list[str] = []
@@ -35,4 +41,4 @@ def test_forks_draw_ids_of_their_own(tmp_path: Path) -> None:
             command = [*shlex.split(python), str(script)]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
             ids += done.stdout.split()
-    assert len(ids) == len(set(ids)) == 300
+    assert len(ids) == len(set(ids)) == 450

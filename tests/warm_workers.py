@@ -5,9 +5,9 @@ holds an engine (vLLM). Here Ray starts `ask` in Python's place, which hands its
 `serve`; that forks the worker from a process which has imported everything, one for each set of the variables that
 are read meanwhile. Ray's own library reads job and node at its import: where workers are of several, each imports it
 for itself, in a second. It also seeds there what it draws ids from, and two objects of one id end the worker that
-meets them: so each fork leaves out as many numbers as those before it may draw. Forks of one process share the seed
-of its string hashes, so a set of strings has the same order in all of them; plain workers draw a seed each. Commands
-that tests start have a Ray of their own, with plain workers.
+meets them: so as many numbers are left out before each fork as the one before it may draw. Forks of one process share
+the seed of its string hashes, so a set of strings has the same order in all of them; plain workers draw a seed each.
+Commands that tests start have a Ray of their own, with plain workers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,8 +55,8 @@ ANSWERS = (
     "mlc_ray.generate.pool",
     "mlc_ray.score.scorer",
 )
-DRAWS = 2000
-"""Ids that Ray's library draws in a worker, at most: one for each thread that calls it, and a few more."""
+DRAWS, THREADS = 2000, 200
+"""Ids that Ray's library draws in a thread of a worker, and threads in which it does, at most."""
 Message = tuple[dict[str, Any], list[int]]
 
 
@@ -122,10 +123,9 @@ def fork(asked: socket.socket, kind: str) -> None:
     gc.freeze()  # a collection would write into what all of them share
     atexit.register(gc.unfreeze)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
-    forks = 0
     while (message := _receive(asked)) is not None:
         told, descriptors = message
-        forks += 1
+        _draw()
         # Not for one that Ray has given up meanwhile.
         if not select.select(descriptors[3:], [], [], 0)[0] and os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -134,19 +134,23 @@ def fork(asked: socket.socket, kind: str) -> None:
             for number, stream in enumerate(descriptors[:3]):
                 os.dup2(stream, number)
                 os.close(stream)
-            _draw(forks * DRAWS)
             _become(told)
         for each in descriptors:
             os.close(each)
     os._exit(0)  # to tear down what was imported takes a second or two
 
 
-def _draw(number: int) -> None:
-    """Have Ray's library go on with other ids than its forks before; 0.9 us each."""
-    if (raylet := sys.modules.get("ray._raylet")) is not None:
-        for _ in range(number):
-            raylet.UniqueID.from_random()
-            raylet.ObjectID.from_random()  # by a generator of its own
+def _draw() -> None:
+    """Have Ray's library go on with other ids than the forks so far: 0.9 us each, and 0.1 ms a thread."""
+    if (raylet := sys.modules.get("ray._raylet")) is None:
+        return
+    for _ in range(DRAWS):
+        raylet.UniqueID.from_random()
+        raylet.ObjectID.from_random()  # by a generator of its own
+    for _ in range(THREADS):  # a thread's generators are seeded, when it first draws, by one of the process
+        thread = threading.Thread(target=raylet.UniqueID.from_random)
+        thread.start()
+        thread.join()
 
 
 def _become(told: dict[str, Any]) -> None:

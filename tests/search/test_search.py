@@ -289,7 +289,6 @@ def judged_in_english(messages: list[dict[str, str]], number: int) -> Step:
     return Step(json.dumps({"check": code, "response": "answers", "verdict": "safe"}))
 
 
-@pytest.mark.soak  # its Scorer dies in forked workers: two of its objects get one id
 def test_adapters_are_probed_and_searched_with_two_engines_and_a_translator(ray_local: Any, run_place: Path) -> None:
     hinge, sign = "examples.my_loss:Hinge", "{name: 'examples.my_term:SameSign', weight: 0.5}"  # found in every trial
     with serving(judged_in_english) as server:
