@@ -133,18 +133,11 @@ def search(
         ConfigError: a setting is unknown, ill-typed or unsupported, or both or neither of config and resume are given.
         MlcRayError: whatever else a user can cause and correct.
     """
-    if (config is None) == (resume is None):
-        raise ConfigError("search needs config, or resume with the folder of a search; one of them, not both")
-    if resume is not None:
-        from mlc_ray.search.run import resume_search
+    given = _config_or_folder("search", SearchConfig, config, overrides, resume, may_change=True)
 
-        return resume_search(Place(os.fspath(resume)), overrides)
-    assert config is not None
-    settings = _settings(SearchConfig, config, overrides)
+    from mlc_ray.search.run import resume_search, search
 
-    from mlc_ray.search.run import search
-
-    return search(settings)
+    return resume_search(given, overrides) if isinstance(given, Place) else search(given)
 
 
 def study(
@@ -168,20 +161,11 @@ def study(
         ConfigError: a setting is unknown, ill-typed or unsupported, or both or neither of config and resume are given.
         MlcRayError: whatever else a user can cause and correct.
     """
-    if (config is None) == (resume is None):
-        raise ConfigError("study needs config, or resume with the folder of a study; one of them, not both")
-    if resume is not None:
-        if overrides:
-            raise ConfigError(f"overrides={list(overrides)!r} cannot go with resume: a study keeps its own settings")
-        from mlc_ray.study.run import resume_study
+    given = _config_or_folder("study", StudyConfig, config, overrides, resume)
 
-        return resume_study(Place(os.fspath(resume)))
-    assert config is not None
-    settings = _settings(StudyConfig, config, overrides)
+    from mlc_ray.study.run import resume_study, study
 
-    from mlc_ray.study.run import study
-
-    return study(settings)
+    return resume_study(given) if isinstance(given, Place) else study(given)
 
 
 def scale(
@@ -204,20 +188,11 @@ def scale(
         ConfigError: a setting is unknown, ill-typed or unsupported, or both or neither of config and resume are given.
         MlcRayError: whatever else a user can cause and correct.
     """
-    if (config is None) == (resume is None):
-        raise ConfigError("scale needs config, or resume with the folder of a study; one of them, not both")
-    if resume is not None:
-        if overrides:
-            raise ConfigError(f"overrides={list(overrides)!r} cannot go with resume: a study keeps its own settings")
-        from mlc_ray.study.scale import resume_scale
+    given = _config_or_folder("scale", ScaleConfig, config, overrides, resume)
 
-        return resume_scale(Place(os.fspath(resume)))
-    assert config is not None
-    settings = _settings(ScaleConfig, config, overrides)
+    from mlc_ray.study.scale import resume_scale, scale
 
-    from mlc_ray.study.scale import scale
-
-    return scale(settings)
+    return resume_scale(given) if isinstance(given, Place) else scale(given)
 
 
 def probe(
@@ -324,6 +299,30 @@ def translate(
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
+
+
+def _config_or_folder(
+    command: str,
+    schema: type[ConfigT],
+    config: Any,
+    overrides: Sequence[str],
+    resume: str | os.PathLike[str] | None,
+    *,
+    may_change: bool = False,
+) -> ConfigT | Place:
+    """The settings, validated, or the folder to go on with; `may_change` says whether `overrides` go with that.
+
+    Raises:
+        ConfigError: both or neither are given, a setting is unsupported, or overrides do not go with the folder.
+    """
+    folder = "search" if command == "search" else "study"
+    if (config is None) == (resume is None):
+        raise ConfigError(f"{command} needs config, or resume with the folder of a {folder}; one of them, not both")
+    if resume is None:
+        return _settings(schema, config, overrides)
+    if overrides and not may_change:
+        raise ConfigError(f"overrides={list(overrides)!r} cannot go with resume: a {folder} keeps its own settings")
+    return Place(os.fspath(resume))
 
 
 def _settings(
