@@ -30,12 +30,12 @@ from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans, stream_steps
+from mlc_ray.plan.cutting import order_of
 from mlc_ray.quickstart import MODEL_NAME, prepare_smollm2
 from mlc_ray.runs import read_metrics
 from mlc_ray.storage import scratch_folder, user_cache
 from mlc_ray.train import worker
 from mlc_ray.train.loop import Progress, train_loop
-from mlc_ray.train.planning import order_of
 from mlc_ray.train.run import train
 from mlc_ray.train.tracking import Tracker
 

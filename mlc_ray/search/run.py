@@ -44,6 +44,7 @@ from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
 from mlc_ray.plan.check import check_engine, check_run
+from mlc_ray.plan.cutting import steps_of
 from mlc_ray.runs import (
     BASE_FILE,
     BASELINE_FOLDER,
@@ -87,7 +88,7 @@ from mlc_ray.storage import (
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.failures import keyboard_interrupt
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
-from mlc_ray.train.planning import check_kinds, check_terms, steps_of
+from mlc_ray.train.planning import check_kinds, check_terms
 from mlc_ray.train.run import paths_read, prepare_data
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.cutting import steps_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import of_artifact
 from mlc_ray.plan.rates import rates_of
@@ -24,7 +25,6 @@ from mlc_ray.search.selection import read_asked
 from mlc_ray.storage import Place, local_model, local_side
 from mlc_ray.study.searches import SizeSearch, cell_folder
 from mlc_ray.train.experts import is_expert, share_met
-from mlc_ray.train.planning import steps_of
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mlc_ray.config import TrainConfig
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
-from mlc_ray.train.planning import order_of, steps_of
+from mlc_ray.plan.cutting import order_of, steps_of
 
 _AT_ONCE = 4096  # bundles
 

@@ -18,10 +18,7 @@ from mlc_ray.data.plan import BudgetError, Cutting, group_of
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans
 from mlc_ray.losses.objective import Objective
-from mlc_ray.plan.cutting import cutting_of as cutting_of
-from mlc_ray.plan.cutting import order_of as order_of
-from mlc_ray.plan.cutting import steps_of as steps_of
-from mlc_ray.plan.cutting import tokens_per_forward as tokens_per_forward
+from mlc_ray.plan.cutting import cutting_of, order_of, tokens_per_forward
 from mlc_ray.progress import counted
 from mlc_ray.train.collectives import largest
 from mlc_ray.train.engines.base import Engine

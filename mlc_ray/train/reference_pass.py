@@ -24,11 +24,11 @@ from mlc_ray.data.ragged import Ints
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import ahead
 from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.cutting import tokens_per_forward
 from mlc_ray.storage import Place
 from mlc_ray.train.collectives import from_rank_zero, gather_objects, rank_and_workers
 from mlc_ray.train.entry import ReferenceSpec
 from mlc_ray.train.file_writer import with_retries
-from mlc_ray.train.planning import tokens_per_forward
 from mlc_ray.train.reference import Reference, asked_of_reference
 from mlc_ray.train.reference_shards import (
     finish_reference,

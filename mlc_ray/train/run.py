@@ -23,6 +23,7 @@ from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.nodes import check_nodes
 from mlc_ray.plan.check import check_run
+from mlc_ray.plan.cutting import cutting_of, order_of, steps_of, tokens_per_forward
 from mlc_ray.plan.lengths import of_artifact
 from mlc_ray.runs import TRAIN_FOLDER, artifact_cache
 from mlc_ray.storage import Place, absolute_if_here, fingerprint_model, local_side, pinned_model
@@ -38,14 +39,10 @@ from mlc_ray.train.planning import (
     check_groups,
     check_kinds,
     check_terms,
-    cutting_of,
     held_out_cutting,
     look_ahead,
-    order_of,
     said_of,
-    steps_of,
     tapping,
-    tokens_per_forward,
 )
 from mlc_ray.train.preemption import PreemptedError, StopFile, WorkersPreemptedError
 from mlc_ray.train.reference_cache import prepare_references

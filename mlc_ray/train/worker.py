@@ -25,6 +25,7 @@ from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.lease import LeaseGuard
 from mlc_ray.logs import quiet_workers, send_warnings
 from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.cutting import order_of
 from mlc_ray.runs import checkpoint_sizes, logged_until
 from mlc_ray.storage import Place, StorageFaultError, fetched_bytes, local_model
 from mlc_ray.train.checkpoint import agree_on_checkpoint, load_checkpoint
@@ -46,7 +47,7 @@ from mlc_ray.train.model import (
 )
 from mlc_ray.train.monitor import Monitor
 from mlc_ray.train.openings import branches_of
-from mlc_ray.train.planning import check_groups, cutting_of_worker, held_out_cutting, order_of
+from mlc_ray.train.planning import check_groups, cutting_of_worker, held_out_cutting
 from mlc_ray.train.preemption import SIGTERM, Notice, StopFile, highest
 from mlc_ray.train.reference import (
     Reference,

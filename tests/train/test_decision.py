@@ -16,10 +16,11 @@ from mlc_ray.judges import openings
 from mlc_ray.judges.phrase_lists import shipped_phrases
 from mlc_ray.losses.measures import auc
 from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.cutting import cutting_of
 from mlc_ray.storage import Place
 from mlc_ray.train import run as run_module
 from mlc_ray.train.loop import Progress, loss_of
-from mlc_ray.train.planning import check_kinds, cutting_of, held_out_cutting
+from mlc_ray.train.planning import check_kinds, held_out_cutting
 from mlc_ray.train.reference import ReferenceOutput
 from mlc_ray.train.settings import SettingsChangedError, refuse_other_content
 from mlc_ray.train.validation import Validation, batches_of, plans_of

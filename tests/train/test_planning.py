@@ -14,6 +14,7 @@ from mlc_ray.data.tables import rows_to_table
 from mlc_ray.device import peak_tflops
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.cutting import cutting_of, order_of, steps_of, tokens_per_forward
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
 from mlc_ray.train.memory import CPU_TOKENS, Costs, tokens_in
@@ -22,13 +23,9 @@ from mlc_ray.train.planning import (
     check_groups,
     check_kinds,
     check_terms,
-    cutting_of,
     look_ahead,
-    order_of,
     said_of,
-    steps_of,
     tapping,
-    tokens_per_forward,
 )
 from tests.train.tiny import LANGUAGES, random_rows, tiny_config, tiny_model, wrapped
 

@@ -15,9 +15,10 @@ from mlc_ray.data.stream import stream_steps
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.mlc import mlc_losses
 from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.cutting import cutting_of
 from mlc_ray.train.answers import MissingAnswersError
 from mlc_ray.train.loop import Progress
-from mlc_ray.train.planning import check_groups, cutting_of, held_out_cutting
+from mlc_ray.train.planning import check_groups, held_out_cutting
 from mlc_ray.train.reference import cached_reference
 from mlc_ray.train.run import prepare_data
 from mlc_ray.train.validation import (

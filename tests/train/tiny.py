@@ -20,11 +20,12 @@ from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.cutting import cutting_of, order_of, tokens_per_forward
 from mlc_ray.train.attention import register_attention
 from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, checkpoint_blocks, resolve_layer
-from mlc_ray.train.planning import check_groups, cutting_of, order_of, tapping, tokens_per_forward
+from mlc_ray.train.planning import check_groups, tapping
 from mlc_ray.train.reference import ReferenceModel, asked_of_reference, cached_reference, policy_reference
 from mlc_ray.types import ReferenceRows, TokenRow
 
