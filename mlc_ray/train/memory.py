@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mlc_ray.config import ModelSection
-from mlc_ray.plan.cutting import CPU_TOKENS as CPU_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,10 +14,10 @@ from mlc_ray.data.tables import rows_to_table
 from mlc_ray.device import peak_tflops
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
-from mlc_ray.plan.cutting import cutting_of, order_of, steps_of, tokens_per_forward
+from mlc_ray.plan.cutting import CPU_TOKENS, cutting_of, order_of, steps_of, tokens_per_forward
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
-from mlc_ray.train.memory import CPU_TOKENS, Costs, tokens_in
+from mlc_ray.train.memory import Costs, tokens_in
 from mlc_ray.train.planning import (
     _logits_of,
     check_groups,
