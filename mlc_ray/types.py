@@ -24,12 +24,13 @@ Pooling = Literal["mean_all", "mean_masked", "last"]
 """What stands for a sequence of prompt and answer: the mean over the states of all its tokens, over those of the
 answer, or the state of the last one."""
 
-Pairing = Literal["response", "own", "shared", "crossed"]
+Pairing = Literal["response", "own", "given", "shared", "crossed"]
 """Which answers of a bundle continue which of its prompts.
 
 `response`: those in the response language, their own prompt. `own`: those in every language, the prompt in that
-language. `shared`: those in the response language, the prompts in every language. `crossed`: `own` and `shared`, and
-those in every language the prompt in the response language.
+language. `given`: the same of those languages that a bundle has answers in. `shared`: those in the response language,
+the prompts in every language. `crossed`: `own` and `shared`, and those in every language the prompt in the response
+language.
 """
 
 

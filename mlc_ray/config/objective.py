@@ -32,10 +32,11 @@ class LossSettings(Section):
 class AnswerSettings(LossSettings):
     """What a loss of answers in one language has beside that."""
 
-    answers: Literal["response", "all"] = Field(
+    answers: Literal["response", "given", "all"] = Field(
         "response",
         description="`response`: answers in the response language alone. `all`: those in every language of a bundle, "
-        "each to the prompt in it; a bundle's loss is the mean over them (the fully translated upper bound).",
+        "each to the prompt in it; a bundle's loss is the mean over them (the fully translated upper bound). `given`: "
+        "the same of those languages that a bundle has answers in, which may be some.",
     )
 
 

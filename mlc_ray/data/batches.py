@@ -38,6 +38,9 @@ from mlc_ray.types import (
 TokenRows: TypeAlias = pa.Table | Sequence[TokenRow]
 """A table of `mlc_ray.data.tables.TOKENS`, or (for small calls) token rows."""
 
+_EVERY = {"own": "of its languages", "crossed": "of its languages", "given": "language that has a chosen one"}
+"""Where answers are needed by the pairings that read those in further languages."""
+
 
 class BatchError(MlcRayError, ValueError):
     """A bundle lacks what the batch needs; the message names the bundle."""
@@ -201,7 +204,7 @@ class _Said:
         bundles = np.arange(len(own))
         further = len(own) + np.arange(len(of_bundle))
         rows = [(bundles, own, bundles)]
-        if pairing in ("own", "crossed"):
+        if pairing in _EVERY:
             rows.append((of_bundle, prompt, further))
         if pairing in ("shared", "crossed"):
             others = np.setdiff1d(np.arange(len(grid.starts)), own)
@@ -398,10 +401,11 @@ def _answers(table: pa.Table, name: str, pairing: Pairing) -> tuple[Ints, Ints]:
     further = every.flatten().field(name)
     further_lengths = _lengths(further)
     where = ""
-    if pairing in ("own", "crossed"):
+    if pairing in _EVERY:
         bundle = np.repeat(np.arange(len(table)), _lengths(every))
         number = np.bincount(bundle[further_lengths > 0], minlength=len(table))
-        missing, where = missing | (number + 1 < _lengths(table["languages"])), " in each of its languages"
+        needed = _lengths(every) + 1 if pairing == "given" else _lengths(table["languages"])
+        missing, where = missing | (number + 1 < needed), f" in each {_EVERY[pairing]}"
     if missing.any():
         bundle_id = table["bundle_id"][int(np.argmax(missing))].as_py()
         raise BatchError(f"bundle {bundle_id} has no {name!r} answer{where}, which this loss needs")

@@ -63,7 +63,8 @@ class Lengths:
         """Tokens that each bundle adds to a forward, [N]: all its prompts where a step taps, else the answered ones.
 
         The last token of an answer predicts nothing and is not forwarded, unless `whole` sequences are read. Answers in
-        every language must be there where `pairing` reads them. Behind each prompt of `scope` there are `openings`.
+        every language must be there where `pairing` reads them; with `given`, a step that does not tap forwards no
+        prompt without an answer, so that this is the most. Behind each prompt of `scope` there are `openings`.
         """
         prompts = self.prompts - head * self.languages if taps or pairing != "response" else self.answered - head
         last = 0 if whole else 1
@@ -73,7 +74,7 @@ class Lengths:
             one, more = (response - last).clip(min=0), further - last * self.further
             if pairing in ("shared", "crossed"):
                 one = one * self.languages
-            own = own + one + {"response": 0, "own": 1, "shared": 0, "crossed": 2}[pairing] * more
+            own = own + one + {"response": 0, "own": 1, "given": 1, "shared": 0, "crossed": 2}[pairing] * more
         opened: Ints = np.full_like(own, int(scope == "response")) if scope != "all" else self.languages
         return own + openings * opened
 

@@ -27,10 +27,12 @@ from mlc_ray.data.tables import ANSWERS, TOKENS, Keys, table_to_rows
 from mlc_ray.storage import ArtifactError, Place, read_manifest, write_manifest
 from mlc_ray.types import TokenRow
 
-FORMAT = 4
+FORMAT = 5
 REJECTS_FILE = "rejects.jsonl"
 EVERY = "every "
 """How the names of answers begin in `lacking` where each language of a bundle counts."""
+GIVEN = "given "
+"""The same where each language counts that a bundle has answers in."""
 _BATCH_ROWS = 8192
 
 
@@ -136,7 +138,7 @@ class Shard:
         prompts = pc.list_flatten(table["prompts"]).combine_chunks()
         ids, lengths = prompts.flatten().to_numpy(), pc.list_value_length(prompts).to_numpy(zero_copy_only=False)
         lacking = {
-            name: [_named(table, row, before, name.removeprefix(EVERY)) for row in np.flatnonzero(lack)[:NAMED_FIRST]]
+            name: [_named(table, row, before, name) for row in np.flatnonzero(lack)[:NAMED_FIRST]]
             for name, lack in _lacking(table).items()
             if lack.any()
         }
@@ -270,18 +272,23 @@ def _lacking(table: pa.Table) -> dict[str, npt.NDArray[np.bool_]]:
         there = bundle[pc.fill_null(pc.list_value_length(pc.struct_field(further, name)), 0).to_numpy() > 0]
         number = np.bincount(there, minlength=len(table)) + ~absent[name]
         absent[EVERY + name] = number < languages
+        absent[GIVEN + name] = number < 1 + pc.list_value_length(table["answers"]).to_numpy()
     return absent
 
 
-def _named(table: pa.Table, row: int, before: int, answer: str) -> Lacking:
+def _named(table: pa.Table, row: int, before: int, kind: str) -> Lacking:
     where = f"row {before + row + 1}"
     if "file" in table.column_names:
         where = place(table["file"][row].as_py(), table["line"][row].as_py())
     absent = [name for name, lack in _lacking(table.slice(row, 1)).items() if lack[0] and name in ANSWERS]
-    there = {further["prompt"] for further in table["answers"][row].as_py() if further[answer]}
+    answers, answer = table["answers"][row].as_py(), kind.rpartition(" ")[2]
+    there = {further["prompt"] for further in answers if further[answer]}
+    own = table["response_prompt"][row].as_py()
     if answer not in absent:
-        there.add(table["response_prompt"][row].as_py())
-    languages = [code for index, code in enumerate(table["languages"][row].as_py()) if index not in there]
+        there.add(own)
+    codes = table["languages"][row].as_py()
+    needed = {own, *(further["prompt"] for further in answers)} if kind.startswith(GIVEN) else set(range(len(codes)))
+    languages = [codes[index] for index in sorted(needed - there - {-1})]
     return Lacking(table["bundle_id"][row].as_py(), where, absent, languages)
 
 

@@ -94,19 +94,21 @@ class Alignment(ABC):
 
 
 class PerAnswer(Alignment):
-    """A loss of answers in one language: in the response language, or in every language, the translated upper bound."""
+    """A loss of answers in one language: the response language, or each that has answers; in all, the upper bound."""
 
     settings: AnswerSettings
 
     @property
     def note(self) -> str:  # type: ignore[override]
-        """That answers in every language are not the loss's authors'."""
-        return "ours: answers in every language of a bundle" if self.settings.answers == "all" else ""
+        """That answers in several languages are not the loss's authors'."""
+        several = {"all": "every language of a bundle", "given": "each language that a bundle has answers in"}
+        return f"ours: answers in {several[self.settings.answers]}" if self.settings.answers in several else ""
 
     @property
     def pairing(self) -> Pairing:
         """As `objective.answers` says."""
-        return "own" if self.settings.answers == "all" else "response"
+        pairings: dict[str, Pairing] = {"response": "response", "all": "own", "given": "given"}
+        return pairings[self.settings.answers]
 
 
 @dataclass(frozen=True)

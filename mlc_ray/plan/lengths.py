@@ -237,7 +237,7 @@ def row_of(lengths: Lengths, cutting: Cutting, head: int, taps: bool, tokens: in
     answered, languages = lengths.answered, lengths.languages
     answers = [lengths.chosen, *([lengths.rejected] if cutting.rejected else [])]
     several = cutting.pairing != "response"
-    number = languages if several else np.ones_like(languages)
+    number = lengths.further + 1 if cutting.pairing == "given" else languages if several else np.ones_like(languages)
     rows = sum(int((answer * number).sum()) for answer in answers)
     all_prompts = taps or several
     prompts = int((lengths.prompts if all_prompts else answered).sum())

@@ -39,7 +39,7 @@ def supervision_of(config: TrainConfig, tokens: TokenArtifact) -> Supervision:
         if all_prompts or objective.taps(step, steps):
             tapped.update(rows)
     used = sorted(answered)
-    all_answers = objective.alignment.pairing in ("own", "crossed")
+    all_answers = objective.alignment.pairing in ("own", "given", "crossed")
     names = ("chosen", "rejected") if objective.alignment.needs_rejected else ("chosen",)
     prompts, answers = Counter[str](), Counter[str]()
     for start in range(0, len(used), _AT_ONCE):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlc_ray.config import TrainConfig
-from mlc_ray.data.store import EVERY, Lacking, TokenArtifact
+from mlc_ray.data.store import EVERY, GIVEN, Lacking, TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
 
@@ -27,7 +27,10 @@ def check_answers(config: TrainConfig, tokens: TokenArtifact) -> None:
     _check(tokens, f"{loss} needs {' and '.join(needed)} answers", needed)
     if objective.alignment.pairing in ("own", "crossed"):
         in_every = f"{loss} as it is set needs {' and '.join(needed)} answers in each language of a bundle"
-        _check_every(tokens, in_every, needed[-1])
+        _check_every(tokens, in_every, EVERY + needed[-1])
+    if objective.alignment.pairing == "given":
+        where_given = f"{loss} as it is set needs {' and '.join(needed)} answers in each language that has one"
+        _check_every(tokens, where_given, GIVEN + needed[-1])
     if objective.alignment.needs_rows and objective.alignment.pairing != "response" and tokens.most_languages < 2:
         raise MissingAnswersError(
             f"{loss} relates a bundle's languages to each other, but none of the {len(tokens)} bundles has two; "
@@ -58,12 +61,12 @@ def _check(tokens: TokenArtifact, needs: str, needed: tuple[str, ...]) -> None:
     raise MissingAnswersError(_message(f"{needs}; bundles {counts}", first, named, lacking[needed[-1]], fix))
 
 
-def _check_every(tokens: TokenArtifact, needs: str, answer: str) -> None:
-    """Refuse bundles without an answer in one of their languages."""
-    number = tokens.counts.lacking[EVERY + answer]
+def _check_every(tokens: TokenArtifact, needs: str, kind: str) -> None:
+    """Refuse bundles without an answer in one of the languages that need it."""
+    number, answer = tokens.counts.lacking[kind], kind.rpartition(" ")[2]
     if not number:
         return
-    first = tokens.lacking[EVERY + answer]
+    first = tokens.lacking[kind]
     named = [f"has no {answer} answer in {', '.join(one.languages)}" for one in first]
     complete = "Complete these rows (answers: {LANGUAGE: {chosen: ..., rejected: ...}})"
     fix = f"{complete}, or leave languages out by data.languages"

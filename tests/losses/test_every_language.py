@@ -175,6 +175,10 @@ def test_a_model_card_says_whose_a_method_is_and_what_of_it_is_ours(loss, source
     ("sections", "ours"),
     [
         ({"objective": {"loss": "dpo", "answers": "all"}}, "ours: answers in every language of a bundle"),
+        (
+            {"objective": {"loss": "sft", "answers": "given"}},
+            "ours: answers in each language that a bundle has answers in",
+        ),
         ({"mlc": {"extractor_dim": None}}, "ours: no extractor"),
         ({"mlc": {"extractor_dim": None, "centring": True}}, "ours: no extractor, centring"),
         ({}, ""),
@@ -217,6 +221,7 @@ def test_the_upper_bound_is_the_mean_of_the_loss_over_a_bundle_s_languages(loss,
 
     bound = objective(loss, answers="all")
     assert bound.alignment.pairing == "own" and objective(loss).alignment.pairing == "response"
+    assert objective(loss, answers="given").alignment.pairing == "given"
     whole = of(bound, ROWS, list(range(6))).metrics
     alone = of(objective(loss), None, list(range(6))).metrics
     for name, values in whole.items():

@@ -52,6 +52,7 @@ BOTH = ("chosen", "rejected")
         ({"mlc": {"every": 1}}, True, BOTH, False),
         ({"objective": {"loss": "sft"}, "mlc": {"weight": 0}}, False, ("chosen",), False),
         ({"objective": {"loss": "dpo", "answers": "all"}, "mlc": {"weight": 0}}, True, BOTH, True),
+        ({"objective": {"loss": "dpo", "answers": "given"}, "mlc": {"weight": 0}}, True, BOTH, True),
         ({"objective": {"loss": "mpo"}, "mlc": {"weight": 0}}, True, BOTH, True),
         ({"objective": {"loss": "sdrrl"}, "mlc": {"weight": 0}}, True, ("chosen",), True),
     ],

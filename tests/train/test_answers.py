@@ -99,6 +99,22 @@ def test_a_language_without_an_answer_is_named(tmp_path, objective, answer):
     check_answers(tiny_config(), TokenArtifact.open(tmp_path))  # English alone is all that DPO reads
 
 
+def test_answers_may_be_given_in_some_languages_but_pairs_are_whole(tmp_path):
+    rows = translated(random_rows(6))
+    rows[1] = replace(rows[1], answers=[one for one in rows[1].answers if rows[1].languages[one["prompt"]] != "sw"])
+    rows[2] = replace(rows[2], answers=[])
+    rows[4] = replace(rows[4], answers=[{**rows[4].answers[0], "rejected": None}, *rows[4].answers[1:]])
+    write_rows(tmp_path, [rows_to_table(rows)], fingerprint="x", rejected={})
+    tokens = TokenArtifact.open(tmp_path)
+    check_answers(tiny_config(objective={"loss": "sft", "answers": "given"}), tokens)
+    with pytest.raises(MissingAnswersError) as caught:
+        check_answers(tiny_config(objective={"loss": "dpo", "answers": "given"}), tokens)
+    head, place, _ = str(caught.value).splitlines()
+    assert head.endswith("in each language that has one; bundles without a rejected answer in one: 1 of 6")
+    language = rows[4].languages[rows[4].answers[0]["prompt"]]
+    assert place == f"  row 5: bundle {rows[4].bundle_id} has no rejected answer in {language}"
+
+
 def test_another_dominant_language_than_that_of_the_answers_is_refused(tmp_path):
     write_rows(tmp_path, [rows_to_table(translated(random_rows(6)))], fingerprint="x", rejected={})
     tokens = TokenArtifact.open(tmp_path)

@@ -39,6 +39,8 @@ LOSSES = {
     "english": {"loss": "sdrrl", "english": 0.5, "english_answers": 0.5, "translated": 0, "english_prompts": 0},
 }
 STEPS = 4
+PARTLY = [replace(row, answers=row.answers[:number]) for row, number in zip(ROWS, (2, 0, 1, 2), strict=False)]
+"""Bundles with answers in all, one and two of their languages."""
 
 
 def made(rows=ROWS, **changes):
@@ -50,9 +52,10 @@ def pairs_of(row, pairing):
     """(prompt, answer) languages of what is read of a bundle, the response language's own first."""
     own = row.languages[row.response_prompt]
     others = [code for code in row.languages if code != own]
+    given = [row.languages[further["prompt"]] for further in row.answers] if pairing == "given" else []
     return [
         (own, own),
-        *([(code, code) for code in others] if pairing in ("own", "crossed") else []),
+        *([(code, code) for code in others] if pairing in ("own", "crossed") else [(code, code) for code in given]),
         *([(code, own) for code in others] if pairing in ("shared", "crossed") else []),
         *([(own, code) for code in others] if pairing == "crossed" else []),
     ]
@@ -70,10 +73,10 @@ def log_prob(model, prompt, answer):
     return sum(float(shares[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
 
 
-@pytest.mark.parametrize("pairing", ["response", "own", "shared", "crossed"])
+@pytest.mark.parametrize("pairing", ["response", "own", "given", "shared", "crossed"])
 @pytest.mark.parametrize("tap", [True, False])
 def test_log_probs_are_those_of_plain_forwards(pairing, tap):
-    model, rows = tiny_model(), ROWS[:4]
+    model, rows = tiny_model(), PARTLY if pairing == "given" else ROWS[:4]
     batch = made(rows, pairing=pairing, tap=tap)
     module = PolicyWithExtractor(model, layer=2, extractor_dim=16, seed=0)
     with torch.no_grad():
@@ -135,6 +138,30 @@ def test_pooled_states_are_those_of_plain_forwards(pooling, tap):
                     "mean_all": states.mean(dim=0), "mean_masked": states[len(prompt):].mean(dim=0), "last": states[-1]
                 }[pooling]  # fmt: skip
                 assert torch.allclose(found, expected, atol=1e-5), (bundle, name)
+
+
+@pytest.mark.parametrize("tap", [True, False])
+def test_a_forward_of_the_answers_given_has_no_more_tokens_than_it_is_planned_with(tap, tmp_path):
+    write_rows(tmp_path, [rows_to_table(PARTLY)], fingerprint="x", rejected={})
+    tokens = TokenArtifact.open(tmp_path)
+    asked = {"head": tokens.head, "taps": tap, "rejected": True, "pairing": "given"}
+    planned = tokens.head + int(tokens.lengths(range(4)).own_tokens(**asked).sum())
+    found = made(tokens.table(range(4)), pairing="given", tap=tap).tree.tokens
+    unanswered = sum(
+        len(row.prompts[index]) - tokens.head
+        for row in PARTLY
+        for index in range(len(row.prompts))
+        if index != row.response_prompt and index not in [further["prompt"] for further in row.answers]
+    )
+    assert found == planned - (0 if tap else unanswered) and unanswered > 0
+
+
+def test_a_given_answer_without_its_rejected_one_is_named():
+    rows = [PARTLY[1], replace(PARTLY[2], answers=[{**PARTLY[2].answers[0], "rejected": None}])]
+    made(rows, pairing="given", weights=[1, 1], needs_rejected=False)
+    said = f"{rows[1].bundle_id} has no 'rejected' answer in each language that has a chosen one"
+    with pytest.raises(BatchError, match=said):
+        made(rows, pairing="given", weights=[1, 1])
 
 
 def test_a_bundle_without_an_answer_in_a_language_is_named():
