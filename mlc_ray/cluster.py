@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -258,7 +259,8 @@ def _send_output_to(file: TextIO) -> None:
 
     def take(data: dict[str, Any]) -> None:
         others: Any = show_warnings(data.get("lines", []))
-        worker.print_worker_logs({**data, "lines": others}, file)
+        with contextlib.suppress(ValueError):  # closed: the command has ended, and Ray's thread has not yet
+            worker.print_worker_logs({**data, "lines": others}, file)
 
     worker.print_to_stdstream = lambda data, **_: take(data)
     dispatcher.add_handler("mlc_ray", take)

@@ -171,6 +171,7 @@ with command_line():
     dispatcher.emit({**told, "lines": sys.stdin.read().splitlines()})
     # How Ray says that a worker died, which this package warns of itself.
     worker.print_to_stdstream({"lines": ["A worker died"], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+dispatcher.emit({**told, "lines": ["said while Python ends"]})  # by Ray's thread, which ends later than the command
 """
 
 
@@ -179,6 +180,7 @@ def test_warnings_of_ours_in_a_worker_are_shown_at_once_and_its_other_output_is_
     driver = subprocess.run(
         [sys.executable, "-c", DRIVER, str(tmp_path)], input=worker.stderr, capture_output=True, text=True, timeout=60
     )
+    assert driver.returncode == 0
     assert driver.stderr.splitlines()[1:] == ["warning: step 2: not finite (try 1 of 4)", "error: worse"]
     assert driver.stdout == ""
     text = (tmp_path / "libraries.log").read_text()
