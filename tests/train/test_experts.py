@@ -135,8 +135,8 @@ def test_sharded_over_workers_whose_tokens_go_to_other_experts_it_takes_the_same
     ((history, sharded, marked), (balanced, *_)), _ = on_workers(2, train, tmp_path / "sharded", 3, [0.0, None])
     assert marked == ["OlmoeSparseMoeBlock"] * 2 and not unmarked
     assert [row["loss/total"] for row in history] == pytest.approx([row["loss/total"] for row in alone], rel=1e-5)
-    for name, value in weights.items():
-        torch.testing.assert_close(sharded[name], value, rtol=1e-4, atol=1e-5)
+    for name, value in weights.items():  # by norm: where a gradient is next to nothing, AdamW's step is its rounding
+        assert float((sharded[name] - value).norm() / value.norm()) < 1e-5, name
     assert all(0.05 * 2 * 0.9 < row["loss/router"] < 0.05 * 8 for row in balanced)
 
 
