@@ -21,7 +21,7 @@ class SourceSection(Section):
 
     path: SourcePath = Field(
         description="Path or URL of a file or folder, hub name `NAME[@CONFIG][:SPLIT][#REVISION]`, or, of the shipped "
-        "data, `sample:train`, `sample:select` or `sample:test`."
+        "data, `sample:train`, `sample:large`, `sample:select` or `sample:test`."
     )
     format: Annotated[str, ComponentName("format", "auto")] = Field(
         "auto",

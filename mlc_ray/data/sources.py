@@ -31,7 +31,7 @@ from mlc_ray.storage import Place, fingerprint
 from mlc_ray.types import Bundle, Kind
 
 AUTO = "auto"
-SAMPLES = ("train", "select", "test")
+SAMPLES = ("train", "large", "select", "test")
 _SHIPPED = "mlc_ray.data.formats."
 _ROWS_AT_ONCE = 512
 _TEXT = pa.string()
@@ -72,7 +72,7 @@ class SourceFile:
 
 
 def sample_path(name: str) -> Path:
-    """A file of the shipped sample: `train`, `select` or `test`.
+    """A file of the shipped sample: `train`, `large`, `select` or `test`.
 
     Raises:
         BundleFileError: it has another name, or the file is not there.

@@ -12,8 +12,9 @@ from mlc_ray.data.sources import sample_path
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.types import Answer
 
-COUNTS = {"train": 96, "select": 120, "test": 120}
+COUNTS = {"train": 96, "large": 720, "select": 120, "test": 120}
 LANGUAGES = {"en", "zh", "ru", "ja", "ar", "bn", "sw", "ur", "ps", "ku", "es", "fr"}
+SIX = {"en", "zh", "ru", "ja", "ar", "es"}
 SCRIPTS = {  # a range that most letters of the language lie in
     "zh": ("\u4e00", "\u9fff"),
     "ja": ("\u3040", "\u9fff"),
@@ -41,10 +42,10 @@ def shingles(text, size=5):
 
 def test_counts_kinds_and_languages(splits):
     assert {split: len(rows) for split, rows in splits.items()} == COUNTS
-    for rows in splits.values():
+    for split, rows in splits.items():
         assert Counter(row["kind"] for row in rows) == {"harmful": len(rows) // 2, "benign": len(rows) // 2}
         for row in rows:
-            assert row["prompts"].keys() == LANGUAGES
+            assert row["prompts"].keys() == (SIX if split == "large" else LANGUAGES)
             bundle = make_bundle({key: value for key, value in row.items() if key not in ("pair", "split")})
             assert bundle.chosen and bundle.rejected
 
@@ -56,7 +57,7 @@ def test_every_pair_is_a_harmful_and_a_benign_bundle_of_one_form(splits):
             pairs[row["pair"]][row["kind"]] = row
         for name, pair in pairs.items():
             assert pair.keys() == {"harmful", "benign"}, name
-            for language in LANGUAGES:
+            for language in pair["benign"]["prompts"]:
                 first, second = (pair[kind]["prompts"][language] for kind in ("harmful", "benign"))
                 assert 0.7 < len(first) / len(second) < 1.4, (name, language)
                 assert first[-1] == second[-1], (name, language)
@@ -64,7 +65,7 @@ def test_every_pair_is_a_harmful_and_a_benign_bundle_of_one_form(splits):
 
 def test_length_does_not_tell_the_kinds_apart(splits):
     for rows in splits.values():
-        for language in LANGUAGES:
+        for language in rows[0]["prompts"]:
             lengths = {
                 kind: [len(row["prompts"][language]) for row in rows if row["kind"] == kind]
                 for kind in ("harmful", "benign")
@@ -94,7 +95,7 @@ def test_files_share_no_near_duplicates(splits):
 def test_prompts_are_in_the_script_of_their_language(splits):
     for rows in splits.values():
         for row in rows:
-            for language, (low, high) in SCRIPTS.items():
+            for language, (low, high) in [(code, ends) for code, ends in SCRIPTS.items() if code in row["prompts"]]:
                 letters = [c for c in row["prompts"][language] if c.isalpha()]
                 assert sum(low <= c <= high for c in letters) > 0.85 * len(letters), row["prompts"][language]
 
