@@ -87,7 +87,8 @@ def test_answers_in_several_languages_openings_and_what_is_compared_are_counted(
     assert counted.head == pytest.approx(answers + read + ends, abs=3)
     assert counted.compared == pytest.approx(answers + read + ends + 3 * (answers / 2 + ends), rel=0.05)
     own = sum(tree.key_lengths[: tree.openings])
-    assert counted.keys == pytest.approx(own + opened * (9 + 8 + OPENINGS.tokens), rel=0.1)  # a prompt has 17 tokens
+    own += opened * (9 + 8 + OPENINGS.tokens)  # a prompt has 17 tokens
+    assert 0.97 * own < counted.keys < 1.25 * own  # answers of one token, which are not in the row, are counted
 
 
 def test_operations_are_those_that_a_run_logs():
