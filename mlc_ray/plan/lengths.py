@@ -264,9 +264,14 @@ def row_of(lengths: Lengths, cutting: Cutting, plan: StepPlan, tokens: int, beni
     # Rows of answers, and the sequences that they are in.
     own = lengths.own_tokens(head=0, taps=plan.taps, rejected=cutting.rejected, pairing=pairing, whole=True) - prompts
     further = lengths.further
-    number = {"response": 1, "own": 1 + further, "given": 1 + further, "shared": languages}.get(
-        pairing, languages + 2 * further
-    ) * (2 if cutting.rejected else 1)
+    of_pairing = {
+        "response": np.ones_like(further),
+        "own": 1 + further,
+        "given": 1 + further,
+        "shared": languages,
+        "crossed": languages + 2 * further,
+    }
+    number = np.maximum(1, of_pairing[pairing]) * (2 if cutting.rejected else 1)
     pairs = float((count * (each - head).clip(min=0) * each).sum() + (own * (lengths.answered + own / number)).sum())
     keys = head + float(prompts.sum() + (number * (lengths.answered - 1) + own).clip(min=0).sum())
     rows, ends, compared = int(own.sum()), 0, 0

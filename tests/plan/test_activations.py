@@ -94,7 +94,9 @@ def test_checkpointing_keeps_less_and_adapters_more():
     assert kept(lora={"rank": 8}) - kept() == 2 * 7 * 2 * 8 * 100
 
 
-@pytest.mark.parametrize(("kind", "again"), [("llama", False), ("llama", "selective"), ("llama", True), ("gemma2", True)])
+@pytest.mark.parametrize(
+    ("kind", "again"), [("llama", False), ("llama", "selective"), ("llama", True), ("gemma2", True)]
+)
 def test_a_forward_and_backward_never_hold_more_than_is_counted(kind, again):
     """By PyTorch's tracker of live tensors; each gradient is dropped, as an engine does that reduces it at once."""
     model = model_of(kind, 4, torch.bfloat16)
