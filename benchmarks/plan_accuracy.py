@@ -83,7 +83,7 @@ def planned(point: Mapping[str, Any], model: str, tokens: TokenArtifact, rates: 
     of_steps: list[Cut] = []
     for plan in plans(tokens, order_of(config, tokens), cutting, range(steps)):
         rows = [
-            row_of(tokens.lengths(list(forward.rows)), cutting, tokens.head, plan.taps, said)
+            row_of(tokens.lengths(list(forward.rows)), cutting, plan, said)
             for micro, of_micro in zip(plan.forwards, plan.tokens, strict=True)
             for forward, said in zip(micro, of_micro, strict=True)
         ]

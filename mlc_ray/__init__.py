@@ -11,7 +11,7 @@ Data flows one way, and this is the order in which to read the packages:
                  (`objective`), and measures of collapse (`measures`)
     train/       `run` starts the `workers` once the data have what the loss needs (`answers`), by an `entry` that Ray's
                  controller reads too; `worker` is what each of them does: the policy (`model`) with its `attention`
-                 over a tree, the `checks` at the start, how batches are cut (`planning`, `memory`), the `openings` of
+                 over a tree, the `checks` at the start, how batches are cut (`planning`), the `openings` of
                  refusals that terms read, the `engines`, the frozen reference (`reference`; cached by a pass of its
                  own: `reference_cache`, `reference_pass`, `reference_shards`), the training loop (`loop`), what the
                  workers exchange (`collectives`), held-out bundles (`validation`), what is measured, watched and logged

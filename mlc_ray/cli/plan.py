@@ -19,6 +19,7 @@ from mlc_ray.config import (
     TrainConfig,
     load_config,
 )
+from mlc_ray.device import host_memory
 from mlc_ray.plan.hardware import Cluster, cluster_of, gpu_of
 from mlc_ray.plan.lengths import Weights, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
@@ -101,7 +102,7 @@ def _cluster() -> Cluster:
 
     if torch.cuda.is_available():
         number = torch.cuda.device_count()
-        return Cluster(gpu_of(torch.cuda.get_device_name()), number, number, None)
+        return Cluster(gpu_of(torch.cuda.get_device_name()), number, number, host_memory().total)
     return this_machine()
 
 

@@ -33,6 +33,7 @@ class Row:
         pairs: of a token and what its segment's kernel compares it with, masked ones too.
         head: rows that reach the LM head.
         tapped: prompts whose states are tapped.
+        compared: further rows of logits that are there at once, where next tokens are compared with the reference's.
     """
 
     tokens: int
@@ -40,6 +41,7 @@ class Row:
     pairs: int
     head: int
     tapped: int
+    compared: int = 0
 
     def times(self, factor: float) -> Row:
         """A row of so many times as much of everything."""
@@ -76,14 +78,17 @@ def kept_bytes(shape: Shape, row: Row, model: ModelSection, size: int) -> int:
 
 
 def working_bytes(shape: Shape, row: Row, model: ModelSection, size: int) -> int:
-    """What the backward has of one block at a time: its gradients, and with checkpointing all that it keeps."""
+    """What the backward has of one block at a time: its gradients, and with checkpointing all that it keeps.
+
+    Of what the selective one recomputes a part is there already, so that the gradients are within the block.
+    """
     block = block_bytes(shape, row, size)
-    return block if model.gradient_checkpointing else block // 2
+    return {False: block // 2, "selective": block, True: block + block // 4}[model.gradient_checkpointing]
 
 
 def head_bytes(shape: Shape, row: Row, size: int) -> int:
     """The final norm of the rows that reach the head, and their logits, over which their gradient is written."""
-    return row.head * ((4 + 2 * size) * shape.hidden + size * shape.vocabulary)
+    return row.head * (4 + 2 * size) * shape.hidden + (row.head + row.compared) * size * shape.vocabulary
 
 
 def table_bytes(shape: Shape, row: Row, size: int) -> int:

@@ -35,7 +35,8 @@ def check_run(
     """
     if config.cluster.plan == "off" or not plannable(config):
         return
-    cluster = cluster_there(gpu=gpu) if cluster is None else cluster
+    labels = config.cluster.label_selector
+    cluster = cluster_there(gpu=gpu, labels=labels) if cluster is None else cluster
     if cluster is None:
         logger.info("memory is not planned: the GPUs of this cluster are not in the table (mlc_ray/plan/hardware.py)")
         return
@@ -85,10 +86,10 @@ def check_engine(model: str, scoring: ScoringSection, *, gpu: bool, cluster: Clu
         PlanError: They cannot, the message names the part and the nearest settings that fit; or its heads cannot be
             split over the GPUs of an engine.
     """
-    cluster = cluster_there(gpu=gpu) if cluster is None else cluster
+    engine = scoring.engine
+    cluster = cluster_there(gpu=gpu, labels=engine.label_selector) if cluster is None else cluster
     if cluster is None:
         return
-    engine = scoring.engine
     try:
         shape = _known_shape(model, trust_remote_code=engine.trust_remote_code)
     except ShapeError:  # an adapter has no config of its own

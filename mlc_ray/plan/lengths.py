@@ -12,7 +12,8 @@ from typing import Literal
 import numpy as np
 
 from mlc_ray.config import TrainConfig
-from mlc_ray.data.plan import Cutting, Lengths
+from mlc_ray.data.branches import Branches
+from mlc_ray.data.plan import Cutting, Lengths, StepPlan
 from mlc_ray.data.ragged import Ints
 from mlc_ray.data.tables import bundle_columns
 from mlc_ray.errors import MlcRayError
@@ -33,12 +34,14 @@ LANGUAGES, PROMPT, ANSWER, HEAD = 10, 43, 79, 25
 
 @dataclass(frozen=True)
 class Weights:
-    """Lengths of some bundles, which stand for all `bundles`; `head` is how many tokens all prompts begin with."""
+    """Lengths of some bundles, which stand for all `bundles`; `head` is how many tokens all prompts begin with, and
+    `benign` the share of bundles that are (half, where that is not known)."""
 
     lengths: Lengths
     head: int
     bundles: int
     said: str
+    benign: float = 0.5
     cuts: dict[str, Cut] = field(default_factory=dict, compare=False, repr=False)
     """Cuts that were made already, by all that they depend on."""
 
@@ -78,7 +81,11 @@ def of_artifact(tokens: object) -> Weights:
     assert isinstance(tokens, TokenArtifact)
     rows = np.unique(np.linspace(0, len(tokens) - 1, min(len(tokens), MOST_ROWS)).astype(np.int64))
     return Weights(
-        tokens.lengths(rows), tokens.head, len(tokens), f"measured: {len(tokens):,} prepared bundles of {tokens.folder}"
+        tokens.lengths(rows),
+        tokens.head,
+        len(tokens),
+        f"measured: {len(tokens):,} prepared bundles of {tokens.folder}",
+        tokens.counts.kinds["benign"] / len(tokens),
     )
 
 
@@ -98,7 +105,7 @@ def assumed(config: TrainConfig, because: str = "") -> Weights:
 def least() -> Weights:
     """The lightest data there can be: what does not fit with it fits with none."""
     one = [1, 2, 2, 1, 1, 0, 0, 0]
-    return Weights(Lengths(*(np.array([value]) for value in one)), 1, 1000, "assumed: next to nothing")
+    return Weights(Lengths(*(np.array([value]) for value in one)), 1, 1000, "assumed: next to nothing", 0.0)
 
 
 def _count(config: TrainConfig) -> int:
@@ -182,7 +189,8 @@ def of_rows(rows: Sequence[TokenRow]) -> Weights:
     ]  # fmt: skip
     prompts = [prompt for row in rows for prompt in row.prompts]
     head = next((at for at, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1), min(map(len, prompts)))
-    return Weights(Lengths(*np.array(columns).T), head, len(rows), f"measured: {len(rows):,} bundles")
+    benign = sum(row.kind == "benign" for row in rows) / len(rows)
+    return Weights(Lengths(*np.array(columns).T), head, len(rows), f"measured: {len(rows):,} bundles", benign)
 
 
 @dataclass(frozen=True)
@@ -196,17 +204,26 @@ class Cut:
     taps: float
 
 
-def cut(config: TrainConfig, weights: Weights, *, tokens_per_forward: int, workers: int) -> Cut:
-    """Cut some batches as a run would; openings of responses, which terms on decisions add, are left out."""
+def cut(
+    config: TrainConfig,
+    weights: Weights,
+    *,
+    tokens_per_forward: int,
+    workers: int,
+    branches: Branches | None = None,
+) -> Cut:
+    """Cut some batches as a run would; without `branches`, openings that terms on decisions read are left out."""
     decides = config.model_dump_json(include={"objective", "mlc", "terms", "train", "seed"})
-    key = f"{tokens_per_forward} {workers} {decides}"
+    key = f"{tokens_per_forward} {workers} {branches and branches.tokens} {decides}"
     if key not in weights.cuts:
-        weights.cuts[key] = _cut(config, weights, tokens_per_forward=tokens_per_forward, workers=workers)
+        cutting = cutting_of(
+            config, weights, tokens_per_forward=tokens_per_forward, world_size=workers, branches=branches
+        )
+        weights.cuts[key] = _cut(config, weights, cutting)
     return weights.cuts[key]
 
 
-def _cut(config: TrainConfig, weights: Weights, *, tokens_per_forward: int, workers: int) -> Cut:
-    cutting = cutting_of(config, weights, tokens_per_forward=tokens_per_forward, world_size=workers)
+def _cut(config: TrainConfig, weights: Weights, cutting: Cutting) -> Cut:
     steps = min(LOOKED_AT, steps_of(config, weights))
     # Of a sample, batches are drawn from it.
     size = min(config.train.batch_bundles, len(weights))
@@ -221,7 +238,7 @@ def _cut(config: TrainConfig, weights: Weights, *, tokens_per_forward: int, work
         taps += plan.taps
         tokens += sum(sum(micro) for micro in plan.tokens)
         forwards += [
-            row_of(lengths.take(list(forward.rows)), cutting, weights.head, plan.taps, said)
+            row_of(lengths.take(list(forward.rows)), cutting, plan, said, weights.benign)
             for micro, of_micro in zip(plan.forwards, plan.tokens, strict=True)
             for forward, said in zip(micro, of_micro, strict=True)
         ]
@@ -232,18 +249,40 @@ def _cut(config: TrainConfig, weights: Weights, *, tokens_per_forward: int, work
     return Cut(tokens / steps, numbers / steps, largest, Row(*mean), taps / steps)
 
 
-def row_of(lengths: Lengths, cutting: Cutting, head: int, taps: bool, tokens: int) -> Row:
-    """What a forward of these bundles holds."""
-    answered, languages = lengths.answered, lengths.languages
-    answers = [lengths.chosen, *([lengths.rejected] if cutting.rejected else [])]
-    several = cutting.pairing != "response"
-    number = lengths.further + 1 if cutting.pairing == "given" else languages if several else np.ones_like(languages)
-    rows = sum(int((answer * number).sum()) for answer in answers)
-    all_prompts = taps or several
-    prompts = int((lengths.prompts if all_prompts else answered).sum())
-    each = lengths.prompts / np.maximum(1, languages) if all_prompts else answered
+def row_of(lengths: Lengths, cutting: Cutting, plan: StepPlan, tokens: int, benign: float = 0.0) -> Row:
+    """What a forward of these bundles holds, which has `tokens` by the step's plan; this share of them is benign.
+
+    Where next tokens of benign bundles are kept, the head reads the ends of their prompts too, and there are three more
+    rows of logits of each that is compared (a copy, the reference's, the gradient), and one more of all, into which
+    PyTorch puts that gradient.
+    """
+    languages, head, pairing = lengths.languages, cutting.head, cutting.pairing
+    all_prompts = plan.taps or pairing != "response"
+    prompts = lengths.prompts if all_prompts else lengths.answered
     count = languages if all_prompts else np.ones_like(languages)
-    pairs = float((count * (each - head).clip(min=0) * each).sum())
-    pairs += sum(float((number * answer * (answered + answer)).sum()) for answer in answers)
-    keys = head + prompts + sum(int((number * (answered + answer - 1)).clip(min=0).sum()) for answer in answers)
-    return Row(tokens, keys, round(pairs) + head * head, rows, int(languages.sum()) if taps else 0)
+    each = prompts / np.maximum(1, count)
+    # Rows of answers, and the sequences that they are in.
+    own = lengths.own_tokens(head=0, taps=plan.taps, rejected=cutting.rejected, pairing=pairing, whole=True) - prompts
+    further = lengths.further
+    of_pairing = {
+        "response": np.ones_like(further),
+        "own": 1 + further,
+        "given": 1 + further,
+        "shared": languages,
+        "crossed": languages + 2 * further,
+    }
+    number = np.maximum(1, of_pairing[pairing]) * (2 if cutting.rejected else 1)
+    pairs = float((count * (each - head).clip(min=0) * each).sum() + (own * (lengths.answered + own / number)).sum())
+    keys = head + float(prompts.sum() + (number * (lengths.answered - 1) + own).clip(min=0).sum())
+    rows, ends, compared = int(own.sum()), 0, 0
+    if cutting.branches is not None and plan.scope != "none":  # of each prompt's openings, which are read at once
+        behind = lengths.prompts if plan.scope == "all" else lengths.answered
+        opened, openings = (languages if plan.scope == "all" else np.ones_like(languages)), cutting.branches.tokens
+        seen = float((behind + opened * openings).sum())
+        rows += int(opened.sum()) * (1 + openings)
+        keys, pairs = keys + seen, pairs + openings * seen
+    if cutting.keeps and plan.taps:
+        ends = round(benign * int(languages.sum()))
+        compared = rows + ends + 3 * (round(benign * int(own.sum())) + ends)
+    tapped = int(languages.sum()) if plan.taps else 0
+    return Row(tokens, round(keys), round(pairs) + head * head, rows + ends, tapped, compared)

@@ -8,6 +8,7 @@ from mlc_ray.config import TrainConfig
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.activations import Row
+from mlc_ray.plan.budget import tokens_in
 from mlc_ray.plan.cutting import CPU_TOKENS, steps_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import Weights, cut
@@ -15,7 +16,6 @@ from mlc_ray.plan.memory import (
     CUDA_CONTEXT,
     Device,
     Holding,
-    activations,
     bucket,
     disk_parts,
     gathered,
@@ -30,9 +30,6 @@ from mlc_ray.plan.rates import Rates
 from mlc_ray.plan.records import Memory, Part, RunPlan, Work
 from mlc_ray.plan.seconds import REPEATED, flops, seconds
 from mlc_ray.plan.shapes import Shape
-
-USED_SHARE = 0.7
-"""Of the free memory of a GPU that `tokens_per_forward: auto` fills, as `mlc_ray.train.memory` does."""
 
 HOST_COPY = 10e9
 """Bytes a second to host memory, assumed: PCIe with eight workers on a node."""
@@ -129,9 +126,7 @@ def _budget(config: TrainConfig, shape: Shape, held: Holding, weights: Weights, 
         return CPU_TOKENS
     there = [*states(held), *reference_part(held), gradients(held), gathered(held, shape), bucket(held)]
     free = limit - CUDA_CONTEXT - sum(part.bytes for part in there)
-    sample = cut(config, weights, tokens_per_forward=8192, workers=held.workers).largest
-    each = sum(part.bytes for part in activations(config, shape, sample, held.size, kept)) / sample.tokens
-    return max(1, int(USED_SHARE * max(0, free) / each))
+    return tokens_in(free, config, shape, weights, size=held.size, workers=held.workers, kept_share=kept)
 
 
 def _reference_seconds(shape: Shape, weights: Weights, rates: Rates, workers: int) -> float:

@@ -1,21 +1,23 @@
-"""The cluster that is there, as a plan sees it: by what Ray says of its nodes."""
+"""The cluster that is there, as a plan sees it: by what Ray says of its nodes, and nodes of their memory."""
 
 from __future__ import annotations
 
-import os
+import logging
+from functools import cache
 
-from mlc_ray.cluster import node_resources
+from mlc_ray.capacity import NO_LABELS, Labels
+from mlc_ray.cluster import ClusterError, ask_nodes, nodes_that_compute, this_node
+from mlc_ray.device import host_memory
 from mlc_ray.plan.hardware import Cluster, HardwareError, gpu_of
+
+logger = logging.getLogger(__name__)
 
 _ACCELERATOR = "accelerator_type:"
 
-RAY_SHARE = 0.7
-"""What Ray counts as `memory` of a node's: the rest is for its object store."""
 
-
-def this_machine(*, nodes: int = 1) -> Cluster:
-    """Its CPUs, with all the memory that it has: one that is only busy now is not refused."""
-    return Cluster(None, nodes, 1, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+def this_machine() -> Cluster:
+    """Its CPUs, with all the memory that it may have: one that is only busy now is not refused."""
+    return Cluster(None, 1, 1, host_memory().total)
 
 
 def with_workers(cluster: Cluster, workers: int) -> Cluster:
@@ -25,16 +27,17 @@ def with_workers(cluster: Cluster, workers: int) -> Cluster:
     return Cluster(None, workers, -(-workers // cluster.nodes), cluster.node_memory)
 
 
-def cluster_there(*, gpu: bool) -> Cluster | None:
-    """Of the nodes that Ray has; None where their GPUs are none of the table.
+def cluster_there(*, gpu: bool, labels: Labels = NO_LABELS) -> Cluster | None:
+    """Of the nodes that Ray has, with these labels; None where their GPUs are none of the table.
 
-    On CPUs all nodes are taken to be like this machine (`this_machine`).
+    Each node counts as much memory as the one that has the least.
     """
-    resources = node_resources()
+    nodes = nodes_that_compute(gpu=gpu, labels=labels)
+    ids = tuple(node["NodeID"] for node in nodes)
     if not gpu:
-        return this_machine(nodes=max(1, sum(bool(node.get("CPU", 0)) for node in resources)))
-    nodes = [node for node in resources if node.get("GPU", 0)]
-    names = {name.removeprefix(_ACCELERATOR) for node in nodes for name in node if name.startswith(_ACCELERATOR)}
+        return Cluster(None, max(1, len(nodes)), 1, _least_memory(ids))
+    resources = [node["Resources"] for node in nodes]
+    names = {name.removeprefix(_ACCELERATOR) for node in resources for name in node if name.startswith(_ACCELERATOR)}
     found = []
     for name in names:
         try:
@@ -43,6 +46,22 @@ def cluster_there(*, gpu: bool) -> Cluster | None:
             return None
     if not found:
         return None
-    gpus = [int(node["GPU"]) for node in nodes]
-    memory = min((int(node["memory"] / RAY_SHARE) for node in nodes if "memory" in node), default=None)
-    return Cluster(min(found, key=lambda each: each.memory), sum(gpus), max(1, min(gpus)), memory)
+    gpus = [int(node["GPU"]) for node in resources]
+    return Cluster(min(found, key=lambda each: each.memory), sum(gpus), max(1, min(gpus)), _least_memory(ids))
+
+
+@cache  # asked once for the same nodes
+def _least_memory(nodes: tuple[str, ...]) -> int | None:
+    """The least that one of these nodes (ids) has, each asked by a task; None where that is known of none.
+
+    The driver may be on a small head. What Ray counts as a node's `memory` is what was free when it started, without
+    its object store, or what its starter said.
+    """
+    here = this_node()
+    found = [host_memory().total] if here in nodes else []
+    for node, answer in ask_nodes(host_memory, nodes=[node for node in nodes if node != here]).items():
+        if isinstance(answer, ClusterError):
+            logger.warning("node %s did not say how much memory it has, and is not planned with (%s)", node[:8], answer)
+        else:
+            found.append(answer.total)
+    return min(found, default=None)

@@ -31,8 +31,8 @@ from mlc_ray.cluster import (
     ClusterError,
     connect,
     could_fit,
-    node_resources,
     nodes_held,
+    nodes_there,
     use_gpu,
     with_dtype,
 )
@@ -323,7 +323,7 @@ def check_feasible(config: SearchConfig, base: TrainConfig, device: Device) -> N
     gpu = device == "gpu"
     if config.share_gpu and not gpu:
         raise ClusterError("share_gpu=True, but this search runs on CPU, where engines cannot sleep; remove it")
-    if config.share_gpu and [node.get("GPU", 0.0) for node in node_resources()] != [1.0]:
+    if config.share_gpu and [node.size[1] for node in nodes_there()] != [1.0]:
         # Ray Train makes a placement group of its own for each trial and joins none that is there, while the engine
         # lives from the first trial to the last: no group can hold both.
         raise ClusterError(

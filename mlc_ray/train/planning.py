@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,13 @@ from mlc_ray.data.plan import BudgetError, Cutting, group_of
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans
 from mlc_ray.losses.objective import Objective
+from mlc_ray.plan.budget import tokens_in
 from mlc_ray.plan.cutting import cutting_of, order_of, tokens_per_forward
+from mlc_ray.plan.lengths import of_artifact
+from mlc_ray.plan.shapes import ShapeError, shape_of
 from mlc_ray.progress import counted
 from mlc_ray.train.collectives import largest
 from mlc_ray.train.engines.base import Engine
-from mlc_ray.train.memory import Costs, logit_rows, tokens_in
 
 logger = logging.getLogger(__name__)
 
@@ -74,28 +75,22 @@ def tokens_that_fit(config: TrainConfig, tokens: TokenArtifact, engine: Engine, 
     """`auto` on GPUs: what the one with the least free memory holds; every worker must call it once it has its engine.
 
     Free is what neither another process nor a tensor of this one takes, less what the engine's first step allocates.
+
+    Raises:
+        ConfigError: The model's shape is not known.
     """
     free = torch.cuda.mem_get_info(engine.device)[0]
     free += torch.cuda.memory_reserved(engine.device) - torch.cuda.memory_allocated(engine.device)
-    objective = Objective(config)
-    asked: dict[str, Any] = {"rejected": objective.alignment.needs_rejected, "pairing": objective.alignment.pairing}
-    if branches is not None:  # behind a prompt's last token, too
-        asked |= {"scope": objective.widest_scope, "openings": branches.tokens + 1}
-    forwarded = tokens.counted(lambda lengths: lengths.own_tokens(head=0, taps=True, whole=True, **asked))
-    costs = Costs.of(engine.module.language_model, config.model)
-    logits = _logits_of(objective, tokens, max(1, int(forwarded.sum(dtype=np.int64))))
-    own = tokens_in(free - engine.memory_to_come(), costs, logits=logits)
-    return max(1, -int(largest([-own], engine.device)[0]))
-
-
-def _logits_of(objective: Objective, tokens: TokenArtifact, forwarded: int) -> float:
-    """Rows of logits for each of so many tokens that the whole data set takes."""
-    answers = 1 - sum(tokens.counts.prompt_tokens.values()) / forwarded
-    if not objective.needs_reference_logits:
-        return logit_rows(answers)
-    benign = tokens.counts.kinds["benign"] / len(tokens)
-    prompts = int(tokens.counted(lambda lengths: lengths.languages).sum(dtype=np.int64))
-    return logit_rows(answers, prompts=benign * prompts / forwarded, benign=benign)
+    try:
+        shape = shape_of(engine.module.language_model.config, config.model.path)
+    except ShapeError as error:
+        raise ConfigError(f"train.tokens_per_forward='auto': {error}; set a number") from None
+    size = next(engine.module.parameters()).element_size()
+    own = tokens_in(
+        free - engine.memory_to_come(), config, shape, of_artifact(tokens), size=size, workers=engine.world_size,
+        branches=branches,
+    )  # fmt: skip
+    return -int(largest([-own], engine.device)[0])
 
 
 def cutting_of_worker(

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mlc_ray.config import TrainConfig
-from mlc_ray.device import available_memory
+from mlc_ray.device import host_memory
 from mlc_ray.errors import MlcRayError
 from mlc_ray.monitoring import count
 from mlc_ray.runs import checkpoint_folder, weights_folder
@@ -293,7 +293,7 @@ class CheckpointSaver:
         return state + min(weights, AHEAD_BYTES) + _SLACK if setting else FILE_BYTES
 
     def _has_room(self, needed: int) -> bool:
-        everyones = gather_objects((socket.gethostname(), needed, available_memory()))
+        everyones = gather_objects((socket.gethostname(), needed, host_memory().available))
         for host in sorted({host for host, _, _ in everyones}):
             copies = sum(size for name, size, _ in everyones if name == host)
             free = min(free for name, _, free in everyones if name == host)

@@ -3,14 +3,23 @@
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from mlc_ray.config import ModelSection
 from mlc_ray.data.batches import collate
-from mlc_ray.plan.activations import Row, block_bytes, head_bytes, kept_bytes, table_bytes, tap_bytes
+from mlc_ray.plan.activations import (
+    Row,
+    block_bytes,
+    head_bytes,
+    kept_bytes,
+    table_bytes,
+    tap_bytes,
+    working_bytes,
+)
 from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.attention import register_attention
-from mlc_ray.train.model import PolicyWithExtractor
+from mlc_ray.train.model import PolicyWithExtractor, checkpoint_blocks
 from tests.train.tiny import LANGUAGES, random_rows
 
 WIDTH = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -26,12 +35,21 @@ def model_of(kind, layers, dtype):
     return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="tree")
 
 
-def saved(model):
-    """Bytes of all tensors that a forward of some bundles saves, each memory once; and the row."""
+def batch_of(model, number):
+    """A module and a batch of so many bundles, and what its row holds."""
     module = PolicyWithExtractor(model, layer=model.config.num_hidden_layers, extractor_dim=16, seed=0)
     module.to(next(model.parameters()).dtype)
-    rows = random_rows(6, head=range(9))
-    batch = collate(rows, languages=LANGUAGES, weights=[1.0] * 6, needs_rejected=True, reference=None, tap=True)
+    rows = random_rows(number, head=range(9))
+    batch = collate(rows, languages=LANGUAGES, weights=[1.0] * number, needs_rejected=True, reference=None, tap=True)
+    tree = batch.tree
+    pairs = sum(q * k for q, k in zip(tree.lengths, tree.key_lengths, strict=True))
+    answers = len(batch.chosen.targets) + len(batch.rejected.targets)
+    return module, batch, Row(tree.tokens, sum(tree.key_lengths), pairs, answers, len(batch.prompts.tapped))
+
+
+def saved(model):
+    """Bytes of all tensors that a forward of some bundles saves, each memory once; and the row."""
+    module, batch, row = batch_of(model, 6)
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     found = {}
 
@@ -43,10 +61,6 @@ def saved(model):
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         module(batch)
-    tree = batch.tree
-    pairs = sum(q * k for q, k in zip(tree.lengths, tree.key_lengths, strict=True))
-    answers = len(batch.chosen.targets) + len(batch.rejected.targets)
-    row = Row(tree.tokens, sum(tree.key_lengths), pairs, answers, len(batch.prompts.tapped))
     return sum(storage.nbytes() for storage in found.values()), row
 
 
@@ -78,3 +92,31 @@ def test_checkpointing_keeps_less_and_adapters_more():
     blocks_inputs = 2 * 2 * 128 * 100
     assert kept(gradient_checkpointing=True) == blocks_inputs < kept(gradient_checkpointing="selective") < kept()
     assert kept(lora={"rank": 8}) - kept() == 2 * 7 * 2 * 8 * 100
+
+
+@pytest.mark.parametrize(
+    ("kind", "again"), [("llama", False), ("llama", "selective"), ("llama", True), ("gemma2", True)]
+)
+def test_a_forward_and_backward_never_hold_more_than_is_counted(kind, again):
+    """By PyTorch's tracker of live tensors; each gradient is dropped, as an engine does that reduces it at once."""
+    model = model_of(kind, 4, torch.bfloat16)
+    checkpoint_blocks(model, again)
+    module, batch, row = batch_of(model, 8)
+    module.train()
+    for weight in module.parameters():
+        weight.register_post_accumulate_grad_hook(dropped)
+    tracker = MemTracker()
+    tracker.track_external(module)
+    with tracker:
+        said = module(batch)
+        (said.chosen.total.sum() - said.rejected.total.sum() + said.representations.sum()).backward()
+    most = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    most -= sum(weight.nbytes for weight in module.parameters())
+    shape, settings = shape_of(model.config, kind), ModelSection(path="x", gradient_checkpointing=again)
+    counted = kept_bytes(shape, row, settings, 2) + working_bytes(shape, row, settings, 2)
+    counted += table_bytes(shape, row, 2) + head_bytes(shape, row, 2) + tap_bytes(shape, row, 16, 2)
+    assert most <= counted <= 1.2 * most
+
+
+def dropped(weight):
+    weight.grad = None

@@ -1,11 +1,14 @@
 """Lengths: of prepared rows, of a sample, or assumed and said so; and how they are cut."""
 
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from mlc_ray.data.batches import collate
+from mlc_ray.data.branches import Branches
+from mlc_ray.data.plan import Cutting
 from mlc_ray.data.sources import sample_path
 from mlc_ray.data.store import TokenArtifact, write_rows
 from mlc_ray.data.stream import plans
@@ -17,8 +20,9 @@ from mlc_ray.plan.seconds import attended, flops
 from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.flops import Work
 from mlc_ray.train.model import PolicyWithExtractor
+from mlc_ray.types import Pairing
 from tests.plan.test_memory import run
-from tests.train.tiny import LANGUAGES, random_rows, tiny_config, tiny_model
+from tests.train.tiny import LANGUAGES, random_rows, tiny_config, tiny_model, translated
 
 
 def artifact(folder, rows):
@@ -46,7 +50,7 @@ def test_a_forward_holds_what_the_batch_has(tmp_path):
     cutting = cutting_of(config, tokens, tokens_per_forward=10_000, world_size=1)
     (plan,) = plans(tokens, order_of(config, tokens), cutting, range(1))
     (forward,), (said,) = plan.forwards[0], plan.tokens[0]
-    counted = row_of(tokens.lengths(list(forward.rows)), cutting, tokens.head, plan.taps, said)
+    counted = row_of(tokens.lengths(list(forward.rows)), cutting, plan, said)
     batch = collate(rows, languages=LANGUAGES, weights=[1.0] * 6, needs_rejected=True, reference=None, tap=True)
     assert counted.tokens == batch.tree.tokens
     assert counted.keys == pytest.approx(sum(batch.tree.key_lengths), abs=2)
@@ -54,6 +58,37 @@ def test_a_forward_holds_what_the_batch_has(tmp_path):
     assert counted.tapped == len(batch.prompts.tapped)
     pairs = sum(q * k for q, k in zip(batch.tree.lengths, batch.tree.key_lengths, strict=True))
     assert counted.pairs == pytest.approx(pairs, rel=0.1)
+
+
+OPENINGS = Branches({code: [[1, 2, 3], [1, 4, 5, 6]] for code in LANGUAGES})
+
+
+@pytest.mark.parametrize("pairing", get_args(Pairing))
+@pytest.mark.parametrize("scope", ["none", "response", "all"])
+def test_answers_in_several_languages_openings_and_what_is_compared_are_counted(tmp_path, pairing, scope):
+    rows = translated(random_rows(12, head=range(9)))
+    tokens = artifact(tmp_path / "tokens", rows)
+    cutting = Cutting(
+        10**6, 1, head=tokens.head, rejected=True, taps=lambda _: True, ever_taps=True, pairing=pairing,
+        scope=lambda _: scope, branches=OPENINGS, keeps=True,
+    )  # fmt: skip
+    lengths = tokens.lengths(range(12))
+    plan = cutting.plan(0, range(12), lengths)
+    counted = row_of(lengths, cutting, plan, plan.tokens[0][0], benign=0.5)
+    batch = collate(
+        rows, languages=LANGUAGES, weights=[1.0] * 12, needs_rejected=True, reference=None, tap=True, pairing=pairing,
+        scope=scope, branches=OPENINGS, keeps=True,
+    )  # fmt: skip
+    tree, opened = batch.tree, {"none": 0, "response": 12, "all": len(batch.prompts.tapped)}[scope]
+    answers = len(batch.chosen.targets) + len(batch.rejected.targets)
+    read = len(batch.openings.predicting) if scope != "none" else 0
+    assert read == opened * (1 + OPENINGS.tokens)
+    ends = sum(len(row.languages) for row in rows) // 2
+    assert counted.head == pytest.approx(answers + read + ends, abs=3)
+    assert counted.compared == pytest.approx(answers + read + ends + 3 * (answers / 2 + ends), rel=0.05)
+    own = sum(tree.key_lengths[: tree.openings])
+    own += opened * (9 + 8 + OPENINGS.tokens)  # a prompt has 17 tokens
+    assert 0.97 * own < counted.keys < 1.25 * own  # answers of one token, which are not in the row, are counted
 
 
 def test_operations_are_those_that_a_run_logs():

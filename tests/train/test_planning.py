@@ -1,4 +1,4 @@
-"""What is said of a run's batches at its start; budgets counted from memory; operations counted from shapes."""
+"""What is said of a run's batches at its start; operations counted from shapes."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlc_ray.config import ConfigError, ModelSection
+from mlc_ray.config import ConfigError
 from mlc_ray.data.batches import collate
 from mlc_ray.data.plan import BudgetError
 from mlc_ray.data.store import TokenArtifact, write_rows
@@ -17,9 +17,7 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import CPU_TOKENS, cutting_of, order_of, steps_of, tokens_per_forward
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.flops import Work
-from mlc_ray.train.memory import Costs, tokens_in
 from mlc_ray.train.planning import (
-    _logits_of,
     check_groups,
     check_kinds,
     check_terms,
@@ -27,7 +25,7 @@ from mlc_ray.train.planning import (
     said_of,
     tapping,
 )
-from tests.train.tiny import LANGUAGES, random_rows, tiny_config, tiny_model, wrapped
+from tests.train.tiny import LANGUAGES, random_rows, tiny_config, wrapped
 
 ROWS = random_rows(30, head=(1, 2, 3))
 
@@ -119,36 +117,6 @@ def test_auto_is_a_fixed_number_on_a_cpu_and_left_to_the_workers_on_gpus():
     )
     said = tiny_config(train={"tokens_per_forward": 777})
     assert tokens_per_forward(said, gpu=True) == tokens_per_forward(said, gpu=False) == 777
-
-
-def test_costs_of_a_token_are_counted_from_shapes():
-    model = tiny_model()  # 3 blocks, hidden 32, feed-forward 48, vocabulary 67
-    block = 8 * 32 + 4 * 48
-    costs = Costs.of(model, ModelSection(path="m", dtype="bfloat16"))
-    assert (costs.token, costs.logit_row) == (3 * (2 * block + 4 * 2 * 32), 67 * 2)
-    whole = Costs.of(model, ModelSection(path="m", dtype="float32"))
-    assert (whole.token, whole.logit_row) == (3 * (4 * block + 4 * 2 * 32), 67 * 4)
-    again = Costs.of(model, ModelSection(path="m", dtype="bfloat16", gradient_checkpointing=True))
-    assert again.token == 3 * 2 * 32 + 2 * block + 4 * 2 * 32
-    selective = Costs.of(model, ModelSection(path="m", dtype="bfloat16", gradient_checkpointing="selective"))
-    assert selective.token == 3 * 2 * (7 * 32 + 2 * 48) + 2 * block + 4 * 2 * 32
-    lora = {"lora": {"rank": 4}, "gradient_checkpointing": "selective"}
-    adapted = Costs.of(model, ModelSection(path="m", dtype="bfloat16", **lora))
-    assert adapted.token == 2 * 3 * 2 * (7 * 32 + 2 * 48) + 2 * block + 4 * 2 * 32
-    assert tokens_in(10**6, Costs(100, 40), logits=0.25) == int(0.7 * 10**6 / 110)
-    assert tokens_in(-5, costs, logits=0.5) == 0
-
-
-def test_rows_of_logits_are_those_of_answers_and_with_kl_what_is_compared(tokens):
-    forwarded = 1000
-    answers = 1 - sum(tokens.counts.prompt_tokens.values()) / forwarded
-    plain = Objective(tiny_config(objective={"loss": "sft"}))
-    assert _logits_of(plain, tokens, forwarded) == answers
-    kept = Objective(tiny_config(objective={"loss": "sft"}, terms={"kl": {}}, reference="online"))
-    benign = tokens.counts.kinds["benign"] / len(tokens)
-    ends = benign * sum(len(row.prompts) for row in ROWS) / forwarded
-    assert 0 < benign < 1
-    assert _logits_of(kept, tokens, forwarded) == pytest.approx(2 * (answers + ends) + 3 * (benign * answers + ends))
 
 
 @pytest.mark.parametrize("taps", [True, False])

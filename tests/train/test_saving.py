@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 from examples.my_storage import VaultStorage
 from mlc_ray import register
 from mlc_ray.config.train import CheckpointSection
+from mlc_ray.device import HostMemory
 from mlc_ray.errors import MlcRayError
 from mlc_ray.lease import Holder, LeaseError, LeaseGuard
 from mlc_ray.runs import LEASE_FILE, checkpoint_folder, checkpoint_folders
@@ -271,7 +272,7 @@ def pruned(model_folder, engine):
 
 
 def in_little_memory(model_folder, engine):
-    saving.available_memory = lambda: 1 << 16
+    saving.host_memory = lambda: HostMemory(1 << 20, 1 << 16, None)
     config = config_of("stage2", model_folder)
     saver = saver_of("held://memory/run", config, engine)
     saver.save(Progress(step=1))
