@@ -17,6 +17,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE
 from mlc_ray.stats.calibration import CorrectedRate
 from mlc_ray.stats.rates import Judged, Summary, score_rows
+from mlc_ray.stats.response_languages import InLanguage, in_language
 from mlc_ray.stats.summaries import summarise
 from mlc_ray.storage import Place
 from mlc_ray.types import UNFINISHED_THOUGHTS, Measure, ScoreRow
@@ -264,3 +265,12 @@ def load_records(result: ScoreResult) -> list[Judged]:
         ) from None
     except pa.ArrowInvalid as error:
         raise ScoresFileError(f"{str(file)!r} is damaged: not a Parquet file ({error})") from None
+
+
+def load_in_language(result: ScoreResult) -> InLanguage:
+    """How often a saved score's responses are in their prompt's language; empty where that was not measured.
+
+    It is empty, too, where responses.parquet is gone.
+    """
+    there = result.told_by and result.responses_file.is_file()
+    return in_language(load_records(result)) if there else InLanguage()

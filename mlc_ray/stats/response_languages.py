@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -84,6 +84,53 @@ def in_language(records: Sequence[Judged]) -> InLanguage:
         if (terms := _means([grids[k] for k in grids if k[1] == kind and name in (k[0], ALL_BENCHMARKS)], part))
     ]
     return InLanguage(tuple(rows), tuple(found))
+
+
+@dataclass(frozen=True)
+class InLanguageChange:
+    """Responses in the language of their prompt, before and after: means over languages in %, and `change` in points.
+
+    Of the `n` pairs of responses to prompts of one kind of which both are in languages that could be told.
+    """
+
+    kind: Kind
+    n: int
+    before: float
+    after: float
+    change: Interval
+
+
+def in_language_changes(pairs: Iterable[tuple[Judged, Judged]]) -> tuple[InLanguageChange, ...]:
+    """What changed in each kind, over benchmarks the mean of theirs.
+
+    Args:
+        pairs: The verdicts on two models' responses to each prompt, their languages told in the same way.
+    """
+    cells: dict[tuple[Kind, str], list[tuple[str, str, list[str]]]] = defaultdict(list)
+    for old, new in pairs:
+        if old.response_language is None or new.response_language is None:
+            continue
+        was, is_now = (each.response_language == primary_language(each.language) for each in (old, new))
+        flags = {"told": True, "before": was, "after": is_now, "gained": is_now > was, "lost": was > is_now}
+        counted = [name for name, flag in flags.items() if flag]
+        cells[old.kind, old.benchmark].append((old.bundle_id, old.language, counted))
+    grids = {key: make_grid(mine, _CHANGE_LAYERS, stream) for stream, (key, mine) in enumerate(cells.items())}
+    by_kind = {kind: [grid for (of, _), grid in grids.items() if of == kind] for kind in KINDS}
+    return tuple(_change(kind, mine) for kind, mine in by_kind.items() if mine)
+
+
+_CHANGE_LAYERS = ("told", "before", "after", "gained", "lost")
+
+
+def _change(kind: Kind, grids: Sequence[Grid]) -> InLanguageChange:
+    """As gains less losses: where nothing moved, the limits then speak of what could have."""
+
+    def terms(layer: str, sign: float = 1.0) -> list[Term]:
+        return [(sign / len(grids), grid.mean(layer, "told")) for grid in grids]
+
+    before, after = (100 * sum(weight * mean.value for weight, mean in terms(when)) for when in ("before", "after"))
+    change = percent(*terms("gained"), *terms("lost", -1.0), least=-100.0)
+    return InLanguageChange(kind, sum(int(grid.layers["told"].sum()) for grid in grids), before, after, change)
 
 
 def marks(record: Judged) -> list[str]:
