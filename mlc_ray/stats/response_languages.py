@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
-
-import numpy as np
 
 from mlc_ray.stats.intervals import Grid, Term, interval, make_grid
 from mlc_ray.stats.rates import ALL_BENCHMARKS, KINDS, Interval, Judged, language_order
@@ -76,13 +74,13 @@ def in_language(records: Sequence[Judged]) -> InLanguage:
     grids = {key: make_grid(found, _LAYERS, stream) for stream, (key, found) in enumerate(cells.items())}
     rows = [_row(*key, grid, code, instead[*key, code]) for key, grid in grids.items() for code in grid.languages]
     names = list(dict.fromkeys(record.benchmark for record in records))
-    found = [
-        LanguageMean(name, kind, part, percent(*terms))
-        for name in [*names, *([ALL_BENCHMARKS] if len(names) > 1 else [])]
-        for kind in KINDS
-        for part in PARTS
-        if (terms := _means([grids[k] for k in grids if k[1] == kind and name in (k[0], ALL_BENCHMARKS)], part))
-    ]
+    found = []
+    for name in [*names, *([ALL_BENCHMARKS] if len(names) > 1 else [])]:
+        for kind in KINDS:
+            mine = [grid for key, grid in grids.items() if key[1] == kind and name in (key[0], ALL_BENCHMARKS)]
+            for part in PARTS:
+                if terms := means_of_told(mine, f"{part} same", f"{part} told"):
+                    found.append(LanguageMean(name, kind, part, percent(*terms)))
     return InLanguage(tuple(rows), tuple(found))
 
 
@@ -150,11 +148,21 @@ def _row(benchmark: str, kind: Kind, grid: Grid, code: str, instead: Counter[str
     )  # fmt: skip
 
 
-def _means(grids: Sequence[Grid], part: Part) -> list[Term]:
-    """The mean over grids of the mean over those of their languages that have any response of the part."""
-    told = [grid.layers[f"{part} told"].sum(axis=0) > 0 for grid in grids]
-    some = [(grid, [*np.array(grid.languages)[there]]) for grid, there in zip(grids, told, strict=True) if there.any()]
-    return [(1 / len(some), grid.mean(f"{part} same", f"{part} told", codes)) for grid, codes in some]
+def means_of_told(grids: Sequence[Grid], same: str, told: str, languages: Collection[str] | None = None) -> list[Term]:
+    """The mean over grids of the mean of layer `same` over layer `told`, over the languages of which any is told.
+
+    Args:
+        languages: Only these.
+    """
+    chosen = [
+        (grid, [
+            code for code, n in zip(grid.languages, grid.layers[told].sum(axis=0), strict=True)
+            if n and (languages is None or code in languages)
+        ])
+        for grid in grids
+    ]  # fmt: skip
+    some = [(grid, codes) for grid, codes in chosen if codes]
+    return [(1 / len(some), grid.mean(same, told, codes)) for grid, codes in some]
 
 
 def percent(*terms: Term, least: float = 0.0) -> Interval:
