@@ -18,6 +18,7 @@ _LINGUA: dict[str, str] = {"no": "nb", "fil": "tl"}  # codes that lingua has und
 _SHORT, _WEAK = 20, 0.3  # letters of a text of which lingua knows little, and what it says of such a one at most
 _SURE, _APART = 0.6, 2.0  # what it must say of any text, or how many times what it says of the next language
 _READ = 1000  # characters: enough to tell, and what takes time is the rest
+_AT_ONCE = 4096  # texts: each has an object for every language that is compared
 _ASIDE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)  # code and addresses are in no language
 _ONE = {"nn": "nb", "bs": "hr", "sr": "hr"}  # readers of one read the other, and a sentence may be in both
 _ALIKE = (
@@ -91,8 +92,10 @@ class Identifier:
         pairs = list(zip(texts, asked, strict=True))
         read = [_ASIDE.sub(" ", text)[:_READ] if self.reads(code) else "" for text, code in pairs]
         once = list(dict.fromkeys(read))  # refusals are often the same
-        shares = self._detector.compute_language_confidence_values_in_parallel(once)
-        likeliest = dict(zip(once, map(_likeliest, once, shares), strict=True))
+        likeliest: dict[str, str | None] = {}
+        for some in (once[start : start + _AT_ONCE] for start in range(0, len(once), _AT_ONCE)):
+            shares = self._detector.compute_language_confidence_values_in_parallel(some)
+            likeliest.update(zip(some, map(_likeliest, some, shares), strict=True))
         return [
             primary_language(code) if likeliest[text] == _one(_own(code)) else likeliest[text]
             for text, (_, code) in zip(read, pairs, strict=True)
