@@ -14,6 +14,7 @@ from mlc_ray.stats.response_languages import LanguageRow, Part
 from mlc_ray.types import Kind
 
 NOT_MEASURED = Cell("not measured", tone="dim")
+RESPONSES_GONE = Cell("no responses.parquet", tone="dim")
 NOT_TOLD = Cell("not told", tone="dim")
 _PARTS: tuple[tuple[Part, str], ...] = (("refused", "refusals"), ("others", "others"))
 
@@ -50,6 +51,8 @@ def _column(model: Model, kind: Kind, benchmark: str, *, limits: bool) -> dict[s
     found = model.in_language
     if not model.result.told_by:
         return {"": NOT_MEASURED}
+    if not found.rows:
+        return {"": RESPONSES_GONE}
     column = {"": _average(model, kind, benchmark, limits=limits)}
     if benchmark == ALL_BENCHMARKS:
         names = [name for name in benchmarks([model]) if name != ALL_BENCHMARKS]

@@ -172,6 +172,8 @@ def _in_language(result: ScoreResult) -> str:
     """How many responses are in the language of their prompt, over all benchmarks."""
     if not result.told_by:
         return "which one responses are in was not measured"
+    if not result.responses_file.is_file():
+        return f"which one responses are in cannot be said without {RESPONSES_FILE}"
     found, benchmark = load_in_language(result), result.summary().benchmark
     rates = [(kind, rate) for kind in KINDS if (rate := found.mean(benchmark, kind)) is not None]
     shown = [(kind, *map(percent, (rate.value, rate.low, rate.high))) for kind, rate in rates]

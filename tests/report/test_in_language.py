@@ -81,7 +81,7 @@ def test_page_markdown_and_console_have_it_and_a_score_without_it_says_so(
     assert "In the prompt's language" in printed and "75.0 (en 5)" in printed
     assert "In the prompt's language" not in text_of(score_tables(load_scores(before)))
     (told / "responses.parquet").unlink()
-    assert "not told" in text_of(score_tables(load_scores(told)))
+    assert "no responses.parquet" in text_of(score_tables(load_scores(told)))
 
 
 def test_show_has_a_line(tmp_path: Path) -> None:
@@ -90,6 +90,8 @@ def test_show_has_a_line(tmp_path: Path) -> None:
         r"language +that of the prompt: harmful 87\.5 % \(.* to .*\), benign 100\.0 % \(.* to 100\.0\)", said
     )
     assert re.search("language +which one responses are in was not measured", show(write_score(tmp_path / "b", rows())))
+    (tmp_path / "told" / "responses.parquet").unlink()
+    assert "cannot be said without responses.parquet" in show(tmp_path / "told")
 
 
 def test_compare_has_the_change_and_rules_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
