@@ -20,7 +20,7 @@ _SURE, _APART = 0.6, 2.0  # what it must say of any text, or how many times what
 _READ = 1000  # characters: enough to tell, and what takes time is the rest
 _AT_ONCE = 4096  # texts: each has an object for every language that is compared
 _ASIDE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)  # code and addresses are in no language
-_ONE = {"nn": "nb", "bs": "hr", "sr": "hr"}  # readers of one read the other, and a sentence may be in both
+_ONE = {"nn": "nb", "bs": "hr", "sr": "hr", "ms": "id"}  # who reads one reads the other; a sentence may be in both
 _ALIKE = (
     "ar fa ur", "az tr", "be bg mk ru sr uk", "bs hr sl sr", "ca es it pt", "cs pl sk", "da nb nn sv", "de nl af",
     "et fi", "hi mr", "id ms tl", "lt lv", "st tn", "xh zu",
