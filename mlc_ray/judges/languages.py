@@ -90,14 +90,14 @@ class Identifier:
                 with it (`no` for Bokmål, `sr` for Croatian).
         """
         pairs = list(zip(texts, asked, strict=True))
-        read = [_ASIDE.sub(" ", text)[:_READ] if self.reads(code) else "" for text, code in pairs]
+        read = ["" if _own(code) in self.unknown else _ASIDE.sub(" ", text)[:_READ] for text, code in pairs]
         once = list(dict.fromkeys(read))  # refusals are often the same
         likeliest: dict[str, str | None] = {}
         for some in (once[start : start + _AT_ONCE] for start in range(0, len(once), _AT_ONCE)):
             shares = self._detector.compute_language_confidence_values_in_parallel(some)
             likeliest.update(zip(some, map(_likeliest, some, shares), strict=True))
         return [
-            primary_language(code) if likeliest[text] == _one(_own(code)) else likeliest[text]
+            primary_language(code) if likeliest[text] == _ONE.get(_own(code), _own(code)) else likeliest[text]
             for text, (_, code) in zip(read, pairs, strict=True)
         ]
 
@@ -134,15 +134,11 @@ class Identifier:
 def _likeliest(text: str, found: Sequence[Any]) -> str | None:
     """The language of a text by lingua's shares, those that are one added up; None where none stands out."""
     shares: Counter[str] = Counter()
-    for value in found:
-        shares[_one(_code(value.language))] += value.value
+    for code, value in ((_code(each.language), each.value) for each in found):
+        shares[_ONE.get(code, code)] += value
     (first, most), (_, next_one) = shares.most_common(2)
     apart = most >= max(_WEAK, _APART * next_one) and sum(map(str.isalpha, text)) >= _SHORT
     return first if apart or most >= _SURE else None
-
-
-def _one(code: str) -> str:
-    return _ONE.get(code, code)
 
 
 def _own(code: str) -> str:
