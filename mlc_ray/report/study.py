@@ -376,8 +376,8 @@ def study_notes(result: StudyResult) -> list[str]:
     if len(result.told_by) > 1:
         each = "; ".join(by or "not measured" for by in result.told_by)
         notes.append(
-            f"Which language responses are in was not told in the same way in all scores ({each}); what is not alike is "
-            "not shown."
+            f"Which language responses are in was not told in the same way in all scores ({each}); what is not alike "
+            "is not shown."
         )
     if result.tests:
         apart = sum(each.told_apart for each in result.tests)
