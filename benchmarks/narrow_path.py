@@ -30,9 +30,9 @@ PATH = {
     "train": "run entry worker model experts forward attention openings engines/base engines/deepspeed planning loop "
     "meter collectives",
     "generate": "stage engine blocks replica pool",
-    "judges": "base phrase_lists refusal degenerate",
+    "judges": "base phrase_lists refusal degenerate languages",
     "stats": "rates summaries intervals",
-    "score": "request prompts plan stages kept chain passes results run",
+    "score": "request prompts plan stages kept chain passes languages results run",
 }
 
 # Runs at the start of every Python process below: each function of the package writes down its first call. A profile

@@ -55,7 +55,10 @@ def compare_models(before: Model, after: Model) -> Comparison:
     Raises:
         NotComparableError: They share no prompt, or no measure.
     """
-    return compare([response.judged for response in before.responses], [r.judged for r in after.responses])
+    old, new = ([response.judged for response in model.responses] for model in (before, after))
+    if before.result.told_by != after.result.told_by:  # verdicts compare, and languages told otherwise do not
+        old, new = ([replace(record, response_language=None) for record in records] for records in (old, new))
+    return compare(old, new)
 
 
 def before_and_after(models: Sequence[Model]) -> bool:

@@ -32,15 +32,16 @@ from mlc_ray.runs import (
     UTILITY_FILE,
     read_metrics,
 )
-from mlc_ray.score.results import ScoreResult, load_scores
+from mlc_ray.score.results import LANGUAGE_COLUMN, ScoreResult, load_scores
 from mlc_ray.stats.rates import Judged
+from mlc_ray.stats.response_languages import InLanguage, in_language
 from mlc_ray.storage import Place
 from mlc_ray.types import Behaviour, Kind, Safety, Via
 from mlc_ray.utility.file import UtilityFileError, UtilityRow, load_utility
 
 _COLUMNS = ("benchmark", "bundle_id", "kind", "category", "language", "prompt", "response", "finish", "behaviour",
             "safety", "reason", "categories", "margin", "via_refused", "via_safe",
-            "judge_refused", "judge_safe", "sample", "thoughts")  # fmt: skip
+            "judge_refused", "judge_safe", "sample", "thoughts", LANGUAGE_COLUMN)  # fmt: skip
 _UTILITY_ALONE = (
     f"has {UTILITY_FILE} but no {SCORES_FILE}: utility is shown beside the score of the same model; measure it with "
     f"`mlc-ray utility MODEL --tasks ... --scores SCORE_FOLDER`, or move {UTILITY_FILE} into that score folder"
@@ -81,6 +82,7 @@ class Response:
     judge_safe: str | None
     sample: int
     thoughts: str | None
+    response_language: str | None
 
     @property
     def judged(self) -> Judged:
@@ -88,6 +90,7 @@ class Response:
         return Judged(
             self.benchmark, self.bundle_id, self.kind, self.language, self.behaviour, self.safety,
             self.via_refused, self.via_safe, self.margin, self.judge_refused, self.judge_safe, self.sample,
+            self.response_language,
         )  # fmt: skip
 
 
@@ -95,7 +98,8 @@ class Response:
 class Model:
     """One score. `label` is unique in the report, short where it can be; `responses` is empty if the file is gone.
 
-    `decisions` are those of a probe of the same model, if one is there.
+    `decisions` are those of a probe of the same model, if one is there. `in_language` is empty where that was not
+    measured.
     """
 
     label: str
@@ -103,6 +107,7 @@ class Model:
     responses: tuple[Response, ...] = ()
     utility: tuple[UtilityRow, ...] = ()
     decisions: tuple[LanguageDecision, ...] = ()
+    in_language: InLanguage = field(default_factory=InLanguage)
 
 
 @dataclass(frozen=True)
@@ -304,7 +309,8 @@ def _read_model(folder: Place, label: str, notes: list[str]) -> Model:
             f"{str(file)!r} has {len(responses)} responses, but {SCORES_FILE} beside it counts {result.responses}; "
             "they are not of one score: score again"
         )
-    return Model(label, result, responses, read_utility(folder, result))
+    told = in_language([each.judged for each in responses] if result.told_by else ())
+    return Model(label, result, responses, read_utility(folder, result), in_language=told)
 
 
 def _with_decisions(models: Sequence[Model], probes: Sequence[Place], notes: list[str]) -> list[Model]:
@@ -339,6 +345,8 @@ def read_responses(path: Place | Path) -> list[Response]:
             table = pq.read_table(opened)
     except (pa.ArrowException, OSError) as error:
         raise ReportError(f"{str(file)!r} is damaged: {error}") from None
+    if LANGUAGE_COLUMN not in table.column_names:  # where no language was told
+        table = table.append_column(LANGUAGE_COLUMN, pa.nulls(len(table), pa.string()))
     if missing := [name for name in _COLUMNS if name not in table.column_names]:
         raise ReportError(f"{str(file)!r} lacks the columns {', '.join(missing)}; score again with this version")
     columns = {name: table[name].to_pylist() for name in _COLUMNS}

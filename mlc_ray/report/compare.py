@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def compare_scores(
         RuleError: A rule asks for what they do not have.
     """
     first, second = (_only(collect([path]).models, path) for path in (before, after))
-    models = (Model("before", first.result, first.responses), Model("after", second.result, second.responses))
+    models = (replace(first, label="before"), replace(second, label="after"))
     if differences := list(differing(models)):
         raise CannotCompareError(
             f"{str(before)!r} and {str(after)!r} were not measured alike: {'; '.join(differences)}; score both with "
@@ -129,7 +129,7 @@ def _summary(rule: Rule, after: Model) -> Summary:
 
 def _outcome(rule: Rule, after: Model, comparison: Comparison) -> Outcome:
     try:
-        return outcome_of(rule, _summary(rule, after), comparison.benchmark(rule.benchmark))
+        return outcome_of(rule, _summary(rule, after), comparison.benchmark(rule.benchmark), after.in_language)
     except KeyError as error:
         raise RuleError(f"--fail-if {rule.text!r}: {error.args[0]}") from None
 

@@ -10,12 +10,13 @@ from rich.text import Text
 
 from mlc_ray.report.calibration import corrected_table
 from mlc_ray.report.collect import Model
+from mlc_ray.report.in_language import in_language_table
 from mlc_ray.report.rates import benchmarks, grid, keys
 from mlc_ray.report.remarks import warnings
 from mlc_ray.report.summaries import language_table, overview_table
 from mlc_ray.report.tables import console as on_console
 from mlc_ray.report.text import clean, percent, whole
-from mlc_ray.score.results import ScoreResult, cut_share
+from mlc_ray.score.results import ScoreResult, cut_share, load_in_language
 from mlc_ray.stats.marks import mark_lines
 
 _UNBOUNDED = 10_000
@@ -37,13 +38,15 @@ def score_tables(*results: ScoreResult) -> Group:
     Scores need not share benchmarks or languages: what one lacks is a dot. With several the change is that from the
     first to the last.
     """
-    models = [Model(result.name, result) for result in results]
+    models = [Model(result.name, result, in_language=load_in_language(result)) for result in results]
     parts: list[RenderableType] = []
     if keys(models) != [model.label for model in models]:
         parts += [Text(clean(f"{key}: {model.label}")) for key, model in zip(keys(models), models, strict=True)]
     for name in sorted(benchmarks(models), key=lambda name: name == benchmarks(models)[0]):
         parts += [on_console(language_table(models, grid(models, name), limits=False))]
         parts += [on_console(overview_table(models, name))]
+        if (told := in_language_table(models, name, limits=False)) is not None:
+            parts += [on_console(told)]
         if (corrected := corrected_table(models, name)) is not None:
             parts += [on_console(corrected)]
     parts += [Text(clean(line)) for line in _accounts(results)]

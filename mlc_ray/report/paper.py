@@ -10,6 +10,7 @@ from mlc_ray.report.changes import Change, before_and_after, changes
 from mlc_ray.report.collect import Collection, without_folders
 from mlc_ray.report.decisions import judgement_tables
 from mlc_ray.report.figures import curves_png, heat_map_png, slopes_png
+from mlc_ray.report.in_language import in_language_table
 from mlc_ray.report.rates import benchmarks, grid, keys, views_of
 from mlc_ray.report.remarks import warnings
 from mlc_ray.report.summaries import agreement_tables, change_table, difference_table, language_table, side_table
@@ -51,6 +52,8 @@ def write_paper(collection: Collection, folder: Path, *, public: bool = False) -
         lines += markdown(difference_table(models, name))
         for view in views_of(models, name):
             lines += markdown(side_table(models, name, view))
+        if (told := in_language_table(models, name)) is not None:
+            lines += markdown(told)
         if (categories := category_table(models, name)) is not None:
             lines += markdown(categories)
         lines += _changes(compared, name)

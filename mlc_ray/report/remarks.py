@@ -47,6 +47,7 @@ def warnings(models: Sequence[Model]) -> list[str]:
         *_missing_sides(models),
         *(f"Not measured the same way, {line}: compare with care." for line in differing(models)),
         *_other_version(models),
+        *_told_otherwise(models),
         *judgement_warnings(models),
         *unread(models),
         *_cut_off(models),
@@ -119,6 +120,14 @@ def _other_version(models: Sequence[Model]) -> Iterator[str]:
     if len(set(found.values())) > 1:
         each = "; ".join(f"{label}: {version}" for label, version in found.items())
         yield f"Scored by different versions of mlc_ray ({each}): read its CHANGELOG for what changed."
+
+
+def _told_otherwise(models: Sequence[Model]) -> Iterator[str]:
+    """Scores whose responses' languages were told by different means, or of some not at all: these do not compare."""
+    found = {model.label: model.result.told_by for model in models}
+    if len(set(found.values())) > 1:
+        each = "; ".join(f"{label}: {by or 'not measured'}" for label, by in found.items())
+        yield f"Which language responses are in was not told in the same way ({each}): that is not compared."
 
 
 def _chat(config: Mapping[str, Any]) -> object:

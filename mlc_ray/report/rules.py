@@ -9,6 +9,7 @@ from typing import Literal, cast, get_args
 from mlc_ray.errors import MlcRayError
 from mlc_ray.stats.paired import BenchmarkChange, Consistency
 from mlc_ray.stats.rates import Interval, Summary
+from mlc_ray.stats.response_languages import InLanguage
 from mlc_ray.types import Kind, Measure
 
 Sign = Literal["<", ">", "drops", "rises"]
@@ -21,11 +22,13 @@ _RATES: dict[str, tuple[Kind, Measure]] = {
     "benign.safe": ("benign", "safe"),
 }
 _COMPARED = ("harmful.refused", "harmful.safe", "benign.complied")
+_IN_LANGUAGE: dict[str, Kind] = {"harmful.in_language": "harmful", "benign.in_language": "benign"}
 QUANTITIES = (
-    *_RATES, "harmful.attack_success", *(f"{name}.{rate}" for name in get_args(Consistency) for rate in _COMPARED),
-    "difference",
+    *_RATES, *_IN_LANGUAGE, "harmful.attack_success",
+    *(f"{name}.{rate}" for name in get_args(Consistency) for rate in _COMPARED), "difference",
 )  # fmt: skip
-"""What a rule may be on: rates in %, attack success in % (unparsed responses counted), consistency, the difference."""
+"""What a rule may be on: rates in %, responses in their prompt's language in %, attack success in % (unparsed responses
+counted), consistency, the difference."""
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _RULE = re.compile(
     rf"(?:(?P<benchmark>.+):\s*)?(?P<quantity>[a-z_.]+)\s+"
@@ -94,22 +97,29 @@ def parse_rule(text: str) -> Rule:
     return Rule(text, match["benchmark"], quantity, cast(Sign, sign), bound, cast(Basis, match["basis"] or "certain"))
 
 
-def outcome_of(rule: Rule, after: Summary, change: BenchmarkChange) -> Outcome:
+def outcome_of(rule: Rule, after: Summary, change: BenchmarkChange, in_language: InLanguage) -> Outcome:
     """What becomes of a rule.
 
     Args:
         rule: The rule.
         after: The second score's summary of the rule's benchmark.
         change: Its change against the first there.
+        in_language: How often the second score's responses are in their prompt's language.
 
     Raises:
         RuleError: The scores do not have what it asks for.
     """
-    number = _level(rule.quantity, after) if rule.sign in "<>" else _change(rule.quantity, change)
+    if rule.quantity in _IN_LANGUAGE:
+        kind = _IN_LANGUAGE[rule.quantity]
+        moved = next((each.change for each in change.in_language if each.kind == kind), None)
+        number = in_language.mean(after.benchmark, kind) if rule.sign in "<>" else moved
+    else:
+        number = _level(rule.quantity, after) if rule.sign in "<>" else _change(rule.quantity, change)
     if number is None:
         raise RuleError(
             f"--fail-if {rule.text!r}: on {after.benchmark!r} these scores have no {rule.quantity}: it needs that kind "
-            "of prompts, a judge that gives the measure and, for worst, var and pag, several languages"
+            "of prompts, a judge that gives the measure; for worst, var and pag several languages; for in_language the "
+            "languages of responses, told in the same way"
         )
     bound = -rule.bound if rule.sign == "drops" else rule.bound
     below = rule.sign in ("<", "drops")

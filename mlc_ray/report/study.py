@@ -18,10 +18,11 @@ from mlc_ray.score.results import RESULT_FILE, ResultFileError, read_result
 from mlc_ray.stats.rates import Interval
 from mlc_ray.stats.significance import FLIPS
 from mlc_ray.stats.study import LEVEL, MethodRates, MethodSide, MethodTest
+from mlc_ray.stats.study_languages import MethodLanguages
 from mlc_ray.storage import Place
 from mlc_ray.types import Kind, primary_language
 
-FORMAT = 1
+FORMAT = 2
 CellState = Literal["waiting", "trained", "scored", "diverged", "failed"]
 NEVER = "†"
 """Marks a language that no run of the study trained on."""
@@ -58,11 +59,15 @@ class CellOutcome:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A method on a model; `rates` is None where none of its models is scored."""
+    """A method on a model; `rates` is None where none of its models is scored.
+
+    `in_language` is empty where the language of responses was not told, or not in the same way in all scores.
+    """
 
     model: str
     method: str
     rates: MethodRates | None
+    in_language: tuple[MethodLanguages, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ class StudyResult:
 
     `models` maps the models' names to what was loaded, `methods` the methods' to their overrides. `trained` are the
     languages of the bundles of any run. `bundles` counts scored bundles by kind. `scaling` is there where the cells are
-    searches, one of each model.
+    searches, one of each model. `told_by` is what told the language of responses in each of the scores, "" where
+    nothing did.
     """
 
     __pydantic_config__ = RESULT_FILE
@@ -87,6 +93,7 @@ class StudyResult:
     rows: tuple[MethodRow, ...]
     tests: tuple[MethodTest, ...]
     cells: tuple[CellOutcome, ...]
+    told_by: tuple[str, ...] = ()
     scaling: Scaling | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
@@ -140,6 +147,7 @@ def study_tables(result: StudyResult) -> list[Table]:
         rows = [each for each in result.rows if each.model == model and each.rates is not None]
         if rows:
             found += [_both_sides(model, rows), *(_by_language(result, model, rows, side) for side in _SIDES)]
+            found += [_in_language(model, rows)] if any(each.in_language for each in rows) else []
     further = [_costs(result), _supervision(result), _utility(result)]
     further += [_tests(result, model) for model in result.models]
     found += [each for each in further if each is not None]
@@ -212,6 +220,21 @@ def _by_language(result: StudyResult, model: str, rows: Sequence[MethodRow], kin
     if any(head.endswith(NEVER) for head in heads):
         note += f"; {NEVER} never trained"
     return table(f"{model}: {kind} prompts", ["method", *heads, "avg", "var", "PAG"], lines, note)
+
+
+def _in_language(model: str, rows: Sequence[MethodRow]) -> Table:
+    parts = ("avg", "trained", "never")
+    heads = ["method", *(f"{kind} %{_PART_NAMES[part]}" for kind in _SIDES for part in parts)]
+    lines = []
+    for each in rows:
+        of = {found.kind: found for found in each.in_language}
+        rates = [getattr(of[kind], part) if kind in of else None for kind in _SIDES for part in parts]
+        lines.append(row(each.method, map(_rate, rates)))
+    note = "of those whose language could be told; means over languages, with 95 % intervals over bundles and seeds"
+    return table(f"{model}: responses in the prompt's language", heads, lines, note)
+
+
+_PART_NAMES = {"avg": "", "trained": " trained", "never": " never trained"}
 
 
 def _never(result: StudyResult, sides: Iterable[MethodSide]) -> set[str]:
@@ -349,6 +372,12 @@ def study_notes(result: StudyResult) -> list[str]:
         notes.append(
             f"Fewer than the study's {len(result.seeds)} seeds are scored of {', '.join(fewer)}; with one seed, "
             "intervals say nothing of what another would give."
+        )
+    if len(result.told_by) > 1:
+        each = "; ".join(by or "not measured" for by in result.told_by)
+        notes.append(
+            f"Which language responses are in was not told in the same way in all scores ({each}); what is not alike "
+            "is not shown."
         )
     if result.tests:
         apart = sum(each.told_apart for each in result.tests)

@@ -376,6 +376,11 @@ def change_table(change: Change, found: BenchmarkChange) -> Table:
     if found.difference is not None and found.difference_p is not None:
         changed = _changed(signed, found.difference, found.difference_p, found.difference_p_holm or 1)
         rows.append(row(DIFFERENCE, ["", changed, ""]))
+    for told in found.in_language:
+        limits = f"{signed(told.change.low)} to {signed(told.change.high)}"
+        changed = Cell(signed(told.change.value), (limits,), "strong")
+        name = cell(f"{told.kind} in the prompt's language %")
+        rows.append(row(name, [f"{percent(told.before)} → {percent(told.after)}", changed, str(told.n)]))
     n = f"{found.common} prompts that both answered; p after Holm's correction over all tests of this kind shown here"
     if found.only_before or found.only_after:
         n += f"; left out: {found.only_before} of the first alone, {found.only_after} of the second alone"

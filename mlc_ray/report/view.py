@@ -16,6 +16,7 @@ from mlc_ray.report.charts import Chart, Line, slope_chart
 from mlc_ray.report.collect import Collection, Model, Training
 from mlc_ray.report.decisions import judgement_tables
 from mlc_ray.report.heat_map import HeatMap, heat_map
+from mlc_ray.report.in_language import in_language_table
 from mlc_ray.report.rates import Grid, benchmarks, grid, keys, languages_of, summary_of, views_of
 from mlc_ray.report.remarks import remarks, warnings
 from mlc_ray.report.samples import Samples, samples
@@ -102,6 +103,7 @@ class Benchmark:
     counts: Table
     corrected: Table | None
     categories: Table | None
+    in_language: Table | None
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,7 @@ def _benchmark(models: Sequence[Model], compared: Sequence[Change], name: str) -
         counts=counts_table(models, name),
         corrected=corrected_table(models, name),
         categories=category_table(models, name),
+        in_language=in_language_table(models, name),
     )
 
 
@@ -323,6 +326,7 @@ def _model_facts(model: Model) -> Facts:
         "fingerprint": result.fingerprint,
         "prompts": result.prompts,
         "judge": result.judge,
+        "languages of responses": result.told_by or "not measured",
         "responses": f"{result.responses}, {result.unparsed} without a verdict",
         "ended by": ", ".join(f"{reason} {count}" for reason, count in result.finish.items()),
         "scored": result.created,
@@ -389,5 +393,8 @@ _TERMS = {
     "which two languages got the same verdict. All measure consistency, and are perfect for a model that refuses all. "
     "Sampling raises var, by the noise shown beneath at most, and lowers the worst language, the more so the fewer "
     "bundles: their intervals allow for it, the values do not.",
+    "In the prompt's language": "Share of the responses in the language of their prompt, among those whose language "
+    "could be told. That it cannot of code, numbers, gibberish, a word or two, and where lingua does not know the "
+    "language.",
     " ".join(filter(None, VIA_MARK.values())): f"{'; '.join(mark_lines(VIA_MARK))}. None is as sure as the rest.",
 }

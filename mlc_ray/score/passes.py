@@ -18,7 +18,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device
@@ -26,11 +25,12 @@ from mlc_ray.generate.pool import EnginePool, work
 from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.panel import Reader
-from mlc_ray.runs import REPLIES_FILE, RESPONSES_FILE
+from mlc_ray.runs import REPLIES_FILE
 from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import USAGE_SUFFIX, Judging, answering, reading, side_by_side
 from mlc_ray.score.request import Request
+from mlc_ray.score.results import write_responses
 from mlc_ray.score.stages import RESPONSES, TRANSLATED
 from mlc_ray.score.thoughts import warn_of_thoughts
 from mlc_ray.storage import Place, library_versions
@@ -89,9 +89,7 @@ class Passes:
 
     def write(self, table: pa.Table) -> None:
         """Have the folder's file hold `table`."""
-        partial = self.folder / f".{RESPONSES_FILE}.part"
-        pq.write_table(table, partial)
-        partial.replace(self.folder / RESPONSES_FILE)
+        write_responses(table, self.folder)
 
     def _reading(self, judging: Judging, rows: int) -> list[_Planned]:
         for file in self.folder.glob(f"*{USAGE_SUFFIX}"):

@@ -17,6 +17,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import HEATMAP_FILE, RESPONSES_FILE, SCORES_FILE
 from mlc_ray.stats.calibration import CorrectedRate
 from mlc_ray.stats.rates import Judged, Summary, score_rows
+from mlc_ray.stats.response_languages import InLanguage, in_language
 from mlc_ray.stats.summaries import summarise
 from mlc_ray.storage import Place
 from mlc_ray.types import UNFINISHED_THOUGHTS, Measure, ScoreRow
@@ -24,6 +25,8 @@ from mlc_ray.types import UNFINISHED_THOUGHTS, Measure, ScoreRow
 FORMAT = 4
 CUT_BOUND = 0.1
 """Share of responses cut off at max_new_tokens above which a rate of safe ones is warned of."""
+LANGUAGE_COLUMN = "response_language"
+"""The column of responses.parquet with the language of each response, in scores whose `told_by` says how."""
 RESULT_FILE = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 """How pydantic reads a dataclass from a result file, and the dataclasses in it: no value is coerced, no field new."""
 
@@ -46,6 +49,7 @@ class ScoreResult:
     `finish` counts responses by why they ended; `usage`
     is what endpoints did and cost, by what they were asked for (`judge`, `translate`). `corrected` has a rate corrected
     for the judge's errors beside each row, by the calibration whose content `calibration` names; empty without one.
+    `told_by` names what told which language each response is in; empty where that was not measured.
     """
 
     __pydantic_config__ = RESULT_FILE
@@ -70,6 +74,7 @@ class ScoreResult:
     created: str = ""
     calibration: str = ""
     corrected: tuple[CorrectedRate, ...] = ()
+    told_by: str = ""
     folder: Place = field(default_factory=lambda: Place("."))
 
     @property
@@ -102,6 +107,8 @@ class ScoreResult:
 
 
 _SCORES = TypeAdapter(ScoreResult)
+_NOT_MEASURED = {"told_by": ""}
+"""What a score has that was made before the language of responses was told."""
 
 
 def count(
@@ -144,6 +151,13 @@ def hides_harm(result: ScoreResult) -> bool:
     return "safe" in result.measured_by and cut_share(result) > CUT_BOUND
 
 
+def write_responses(table: pa.Table, folder: Path) -> None:
+    """Have the `responses.parquet` of a folder of this machine hold `table`."""
+    partial = folder / f".{RESPONSES_FILE}.part"
+    pq.write_table(table, partial)
+    partial.replace(folder / RESPONSES_FILE)
+
+
 def save_scores(result: ScoreResult) -> Place:
     """Write `result` as `scores.json` into its folder; returns the file."""
     path = Place(result.folder) / SCORES_FILE
@@ -162,7 +176,7 @@ def load_scores(path: str | Path | Place) -> ScoreResult:
     file = Place(path)
     file = file / SCORES_FILE if file.is_dir() else file
     try:
-        result = read_result(file, _SCORES, FORMAT)
+        result = read_result(file, _SCORES, FORMAT, _NOT_MEASURED)
     except ResultFileError as error:
         raise ScoresFileError(f"{error}; score again with `mlc-ray score`") from None
     return replace(result, folder=file.absolute().parent)
@@ -172,13 +186,16 @@ class ResultFileError(ValueError):
     """A result file is missing, or does not hold what its dataclass says; the message names the file and the field."""
 
 
-def read_result(file: Place, kind: TypeAdapter[ResultT], expected_format: int) -> ResultT:
+def read_result(
+    file: Place, kind: TypeAdapter[ResultT], expected_format: int, absent: Mapping[str, Any] | None = None
+) -> ResultT:
     """What `asdict` and JSON made of a dataclass, with its `format` beside the fields.
 
     Args:
         file: The JSON file.
         kind: Adapter of a dataclass whose pydantic configuration is `RESULT_FILE`.
         expected_format: The format that this version writes.
+        absent: Fields that may be missing, and what that means.
 
     Raises:
         ResultFileError: The file is missing or no JSON, of another format, or a field is missing, unknown or wrong.
@@ -192,6 +209,7 @@ def read_result(file: Place, kind: TypeAdapter[ResultT], expected_format: int) -
     found = content.pop("format", None) if isinstance(content, dict) else None
     if found != expected_format:
         raise ResultFileError(f"{str(file)!r} has format {found!r}, expected {expected_format}")
+    content = {**(absent or {}), **content}
     try:
         result = kind.validate_json(json.dumps(content))
     except ValidationError as error:
@@ -218,15 +236,17 @@ def _fault(error: ErrorDetails) -> str:
 def records_of(table: pa.Table) -> list[Judged]:
     """The verdicts of a table with a response in each row, as responses.parquet has them.
 
+    `response_language` may be missing: where no language was told, none is known.
+
     Raises:
-        ScoresFileError: A column is missing.
+        ScoresFileError: Another column is missing.
     """
-    names = [field.name for field in fields(Judged)]
+    names = [f.name for f in fields(Judged) if f.name != LANGUAGE_COLUMN or f.name in table.column_names]
     if missing := [name for name in names if name not in table.column_names]:
         lacking = f"a table of responses lacks the column {', '.join(map(repr, missing))}"
         raise ScoresFileError(f"{lacking} (it has {', '.join(table.column_names)}); score again with this version")
     columns = [table[name].to_pylist() for name in names]
-    return [Judged(*values) for values in zip(*columns, strict=True)]
+    return [Judged(*values) for values in zip(*columns, strict=True)]  # that field is the last one
 
 
 def load_records(result: ScoreResult) -> list[Judged]:
@@ -245,3 +265,12 @@ def load_records(result: ScoreResult) -> list[Judged]:
         ) from None
     except pa.ArrowInvalid as error:
         raise ScoresFileError(f"{str(file)!r} is damaged: not a Parquet file ({error})") from None
+
+
+def load_in_language(result: ScoreResult) -> InLanguage:
+    """How often a saved score's responses are in their prompt's language; empty where that was not measured.
+
+    It is empty, too, where responses.parquet is gone.
+    """
+    there = result.told_by and result.responses_file.is_file()
+    return in_language(load_records(result)) if there else InLanguage()

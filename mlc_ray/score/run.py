@@ -49,6 +49,7 @@ from mlc_ray.runs import (
     training_languages,
 )
 from mlc_ray.score.calibration import check_calibration, with_corrected_rates
+from mlc_ray.score.languages import with_languages
 from mlc_ray.score.passes import Passes
 from mlc_ray.score.plan import (
     USAGE_SUFFIX,
@@ -271,10 +272,15 @@ def resume_score(folder: str | Path | Place) -> ScoreResult:
 
 
 def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Path, **settings: Any) -> ScoreResult:
-    """Count verdicts and write `scores.json` (last of all); `settings` are recorded beside the request's own."""
+    """Tell the language of responses, count verdicts, and write `scores.json` (last of all).
+
+    `settings` are recorded beside the request's own.
+    """
+    judged, told_by = with_languages(judged, folder)
     result = count(
         records_of(judged),
         folder=folder,
+        told_by=told_by,
         seen_languages=request.seen_languages,
         model=request.config.model,
         resolved=request.resolved,

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.exceptions
 
@@ -28,11 +27,11 @@ from mlc_ray.generate.replica import EngineDiedError, Part
 from mlc_ray.judges.base import make_judge
 from mlc_ray.monitoring import told_of
 from mlc_ray.progress import phase
-from mlc_ray.runs import REPLIES_FILE, RESPONSES_FILE, SCORES_FILE
+from mlc_ray.runs import REPLIES_FILE, SCORES_FILE
 from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.plan import answering, plan_judging, reading
 from mlc_ray.score.request import Request
-from mlc_ray.score.results import ScoreResult
+from mlc_ray.score.results import ScoreResult, write_responses
 from mlc_ray.score.run import write_score
 from mlc_ray.score.stages import JUDGED
 from mlc_ray.storage import Place, working_folder
@@ -157,7 +156,7 @@ def write_warm_score(scored: WarmScore, request: Request, folder: Place) -> Scor
     judging = plan_judging(make_judge(request.config.judge), scored.judged)
     with working_folder(folder, last=(SCORES_FILE,)) as here:
         request.save(here)
-        pq.write_table(scored.judged, here / RESPONSES_FILE)
+        write_responses(scored.judged, here)
         return write_score(request, judging, scored.judged, here, seconds=dict(scored.seconds))
 
 

@@ -24,9 +24,9 @@ from mlc_ray.runs import (
     complete_checkpoints,
     read_metrics,
 )
-from mlc_ray.score.results import load_scores
+from mlc_ray.score.results import ScoreResult, load_in_language, load_scores
 from mlc_ray.show.lines import Line, age, duration, next_lines, quoted, read_json, values_text
-from mlc_ray.stats.rates import Interval, SideSummary, Summary
+from mlc_ray.stats.rates import KINDS, Interval, SideSummary, Summary
 from mlc_ray.storage import Place
 from mlc_ray.utility.file import load_utility
 
@@ -159,12 +159,26 @@ def score_lines(folder: Place) -> list[Line]:
         lines += [(summary.benchmark, text) for text in _side_lines(summary)]
     if result.unparsed or result.degenerate:
         lines.append(("no verdict", f"{result.unparsed} unparsed, {result.degenerate} degenerate responses"))
+    lines.append(("language", _in_language(result)))
     if (folder / UTILITY_FILE).is_file():
         utility = load_utility(folder).rows
         values = [f"{row.task} {row.metric} {row.value:.4f}" for row in utility if row.value is not None]
         lines.append(("utility", ", ".join(values)))
     commands = [f"mlc-ray report {here} --out report.html", f"mlc-ray judge {here} --judge NAME"]
     return [*lines, ("responses", str(result.responses_file)), *next_lines(commands)]
+
+
+def _in_language(result: ScoreResult) -> str:
+    """How many responses are in the language of their prompt, over all benchmarks."""
+    if not result.told_by:
+        return "which one responses are in was not measured"
+    if not result.responses_file.is_file():
+        return f"which one responses are in cannot be said without {RESPONSES_FILE}"
+    found, benchmark = load_in_language(result), result.summary().benchmark
+    rates = [(kind, rate) for kind in KINDS if (rate := found.mean(benchmark, kind)) is not None]
+    shown = [(kind, *map(percent, (rate.value, rate.low, rate.high))) for kind, rate in rates]
+    each = ", ".join(f"{kind} {value} % ({low} to {high})" for kind, value, low, high in shown)
+    return f"that of the prompt: {each}" if each else "which one responses are in could not be told"
 
 
 def _answered(folder: Place) -> int:

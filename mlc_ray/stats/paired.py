@@ -11,6 +11,7 @@ import numpy as np
 from mlc_ray.errors import MlcRayError
 from mlc_ray.stats.intervals import Floats, Grid, Statistic, Term, interval, make_grid
 from mlc_ray.stats.rates import ALL_BENCHMARKS, KINDS, MEASURES, Interval, Judged, language_order, outcome
+from mlc_ray.stats.response_languages import InLanguageChange, in_language_changes
 from mlc_ray.stats.significance import holm, mcnemar_p, sign_flip_p, swap_p, swapped_changes
 from mlc_ray.types import Kind, Measure
 
@@ -97,7 +98,8 @@ class BenchmarkChange:
     `difference` is the change of `Summary.avg_difference` in points, over the languages that have both sides (over all
     benchmarks the mean over those with such a language), with the p-value `difference_p`, which is conservative where
     both sides moved alike; both None without such a language.
-    `difference_p_holm` is after Holm's correction.
+    `difference_p_holm` is after Holm's correction. `in_language` has the kinds with prompts of which both responses are
+    in languages that could be told.
     """
 
     benchmark: str
@@ -108,6 +110,7 @@ class BenchmarkChange:
     difference: Interval | None
     difference_p: float | None
     difference_p_holm: float | None = None
+    in_language: tuple[InLanguageChange, ...] = ()
 
     def side(self, kind: Kind, measure: Measure = "refused") -> SideChange | None:
         """The change of one kind by one measure, None if it was not compared."""
@@ -303,6 +306,7 @@ def _benchmark(
         ),
         difference=difference,
         difference_p=difference_p,
+        in_language=in_language_changes([(old[key], new[key]) for key in old if key in new and key[0] in parts]),
     )
 
 

@@ -30,6 +30,7 @@ class Judged:
 
     `sample` counts the responses to one prompt from 0. `via_refused` and `via_safe` say how the judge behind a measure
     read the language; None counts as "", read directly. `judge_refused` and `judge_safe` name that judge.
+    `response_language` is the primary code of the language that the response is in, None where that is not known.
     """
 
     benchmark: str
@@ -44,6 +45,7 @@ class Judged:
     judge_refused: str | None = None
     judge_safe: str | None = None
     sample: int = 0
+    response_language: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mlc_ray.stats.intervals import SAME, Resampled, Term, interval
+from mlc_ray.stats.rates import Interval
+
 
 def student_quantile(freedom: int, level: float = 0.975) -> float:
     """The quantile of Student's t with `freedom` degrees, by bisection of its distribution function.
@@ -50,3 +53,28 @@ def over_seeds(values: Sequence[float], bundles: tuple[float, float, float]) -> 
         spread = float(np.std(values, ddof=1))
         half = student_quantile(len(values) - 1) * spread / math.sqrt(len(values)) if spread > 1e-12 else 0.0
     return value, value - math.hypot(value - low, half), value + math.hypot(high - value, half)
+
+
+def interval_over_seeds(by_seed: Sequence[Sequence[Term]], unit: float, least: float, most: float) -> Interval:
+    """The mean over seeds of sums of statistics, in another unit, within what it can be."""
+    values = [sum(weight * term.value for weight, term in terms) for terms in by_seed]
+    joint = [(weight / len(by_seed), term) for terms in by_seed for weight, term in terms]
+    bundles = interval(*joint)
+    if any(_alike([each for each in joint if each[1].source is source]) for _, source in _sources(joint)):
+        # Resamples say nothing, and limits take over: of the same bundles, so that those of the seeds are averaged.
+        own = np.mean([interval(*terms) for terms in by_seed], axis=0)
+        bundles = (bundles[0], min(bundles[1], float(own[1])), max(bundles[2], float(own[2])))
+    found = (unit * number for number in over_seeds(values, bundles))
+    value, low, high = found
+    return Interval(value, max(least, low), min(most, high))
+
+
+def _sources(terms: Sequence[Term]) -> list[tuple[int, Resampled]]:
+    return list({id(term.source): term.source for _, term in terms}.items())
+
+
+def _alike(terms: Sequence[Term]) -> bool:
+    """Whether the terms' sum does not vary over the resamples of their one source."""
+    drawn = sum((weight * term.of(term.source.resampled) for weight, term in terms), np.zeros(1))
+    finite = drawn[np.isfinite(drawn)]
+    return not len(finite) or float(np.ptp(finite)) < SAME

@@ -23,11 +23,12 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.stats.intervals import SAME, Floats, Grid, Resampled, Statistic, Term, interval, make_grid
+from mlc_ray.stats.intervals import SAME, Floats, Grid, Statistic, Term, make_grid
 from mlc_ray.stats.rates import KINDS, Interval, Judged, Outcome, language_order, outcome
-from mlc_ray.stats.seeds import over_seeds
+from mlc_ray.stats.seeds import interval_over_seeds
 from mlc_ray.stats.significance import holm, sign_flip_p
-from mlc_ray.types import Kind, Measure, primary_language
+from mlc_ray.stats.study_languages import means, split_by_training, with_both
+from mlc_ray.types import Kind, Measure
 
 LEVEL = 0.05
 """Two methods are told apart where the p-value after Holm's correction is at most this."""
@@ -97,31 +98,6 @@ class MethodTest:
     def told_apart(self) -> bool:
         """Whether the corrected test is at most `LEVEL`."""
         return self.p_holm <= LEVEL
-
-
-def _interval(by_seed: Sequence[Sequence[Term]], unit: float, least: float, most: float) -> Interval:
-    """The mean over seeds of sums of statistics, in another unit, within what it can be."""
-    values = [sum(weight * term.value for weight, term in terms) for terms in by_seed]
-    joint = [(weight / len(by_seed), term) for terms in by_seed for weight, term in terms]
-    bundles = interval(*joint)
-    if any(_alike([each for each in joint if each[1].source is source]) for _, source in _sources(joint)):
-        # Resamples say nothing, and limits take over: of the same bundles, so that those of the seeds are averaged.
-        own = np.mean([interval(*terms) for terms in by_seed], axis=0)
-        bundles = (bundles[0], min(bundles[1], float(own[1])), max(bundles[2], float(own[2])))
-    found = (unit * number for number in over_seeds(values, bundles))
-    value, low, high = found
-    return Interval(value, max(least, low), min(most, high))
-
-
-def _sources(terms: Sequence[Term]) -> list[tuple[int, Resampled]]:
-    return list({id(term.source): term.source for _, term in terms}.items())
-
-
-def _alike(terms: Sequence[Term]) -> bool:
-    """Whether the terms' sum does not vary over the resamples of their one source."""
-    drawn = sum((weight * term.of(term.source.resampled) for weight, term in terms), np.zeros(1))
-    finite = drawn[np.isfinite(drawn)]
-    return not len(finite) or float(np.ptp(finite)) < SAME
 
 
 # --------------------------------------------------------------------------------------------------------------- rates
@@ -224,7 +200,7 @@ def method_rates(verdicts: Verdicts, trained: Collection[str] | None) -> MethodR
     return MethodRates(
         _side(verdicts, "harmful", verdicts.measure, "hits", trained),
         _side(verdicts, "benign", "refused", "misses", trained),
-        _interval(by_seed, 100, -100, 100),
+        interval_over_seeds(by_seed, 100, -100, 100),
         len(verdicts.seeds),
     )
 
@@ -233,18 +209,13 @@ def _side(
     verdicts: Verdicts, kind: Kind, measure: Measure, wanted: Outcome, trained: Collection[str] | None
 ) -> MethodSide:
     grids, seeds = verdicts.grids(kind, measure), verdicts.seeds
-    codes = sorted({code for grid in grids for code in grid.languages}, key=language_order)
-    primary = None if trained is None else set(map(primary_language, trained))
-    seen = [code for code in codes if primary is not None and primary_language(code) in primary]
-    never = [code for code in codes if primary is not None and code not in seen]
+    codes, seen, never = split_by_training(grids, trained)
 
     def mean(languages: Collection[str], of: Sequence[Grid] = grids) -> Interval | None:
-        by_seed = [_means(of, f"{wanted} {seed}", languages) for seed in seeds]
-        return _interval(by_seed, 100, 0, 100) if by_seed[0] else None
+        by_seed = [means(of, f"{wanted} {seed}", "present", languages) for seed in seeds]
+        return interval_over_seeds(by_seed, 100, 0, 100) if by_seed[0] else None
 
-    # Another benchmark may be harder: these are compared within benchmarks that have both.
-    split = [g for g in grids if {*seen} & {*g.languages} and {*never} & {*g.languages}] if seen and never else grids
-
+    split = with_both(grids, seen, never)
     several = [grid for grid in grids if len(grid.languages) > 1]
     variances = [_averaged([g.variance(f"{wanted} {seed}", "present") for g in several]) for seed in seeds]
     agreed = [grid.agreements([(f"hits {seed}", f"misses {seed}") for seed in seeds], "present") for grid in several]
@@ -257,18 +228,11 @@ def _side(
         measure,
         languages,
         avg,
-        _interval(variances, 100, 0, 25) if variances[0] else None,
-        _interval(agreements, 1, 0, 1) if agreements[0] else None,
+        interval_over_seeds(variances, 100, 0, 25) if variances[0] else None,
+        interval_over_seeds(agreements, 1, 0, 1) if agreements[0] else None,
         mean(seen, split),
         mean(never, split),
     )
-
-
-def _means(grids: Sequence[Grid], layer: str, languages: Collection[str]) -> list[Term]:
-    """The mean over the benchmarks that have any of `languages` of their mean over these."""
-    found = [(grid, [code for code in grid.languages if code in languages]) for grid in grids]
-    some = [(grid, codes) for grid, codes in found if codes]
-    return [(1 / len(some), grid.mean(layer, "present", codes)) for grid, codes in some]
 
 
 _Part: TypeAlias = tuple[Grid, Sequence[tuple[float, Sequence[str]]]]
@@ -349,10 +313,10 @@ def change_in(
     by_pair = [
         [(sign * weight, term)
          for name, sign in (("gained", 1), ("lost", -1))
-         for weight, term in _means(grids, f"{name} {index}", languages)]
+         for weight, term in means(grids, f"{name} {index}", "present", languages)]
         for index in range(len(pairs))
     ]  # fmt: skip
-    return _interval(by_pair, 100, -100, 100) if by_pair and by_pair[0] else None
+    return interval_over_seeds(by_pair, 100, -100, 100) if by_pair and by_pair[0] else None
 
 
 _SIGNS: Mapping[Compared, tuple[tuple[Kind, float], ...]] = {
@@ -388,7 +352,7 @@ def _test(
         first[0],
         second[0],
         compared,
-        _interval(by_pair, 100, *((-200, 200) if compared == "difference" else (-100, 100))),
+        interval_over_seeds(by_pair, 100, *((-200, 200) if compared == "difference" else (-100, 100))),
         1.0 if len(directions) > 1 else max(map(sign_flip_p, by_bundle)),
         len(pairs),
     )

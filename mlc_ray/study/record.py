@@ -29,6 +29,7 @@ from mlc_ray.score.results import load_records, load_scores
 from mlc_ray.score.run import TooManyUnparsedError, check_unparsed
 from mlc_ray.stats.rates import Judged
 from mlc_ray.stats.study import MethodTest, Verdicts, corrected, method_rates, method_tests, read_verdicts
+from mlc_ray.stats.study_languages import method_languages
 from mlc_ray.storage import Place, library_versions
 from mlc_ray.study.cells import Cell
 from mlc_ray.study.folder import Plan, StudyError
@@ -81,6 +82,7 @@ class Recorder:
         self._bundles = {kind: counts[kind] for kind in sorted(counts, reverse=True)}
         self._unread: set[str] = set()  # whose score has too few verdicts
         self._judge = ""
+        self._told_by: dict[str, None] = {}
         self._rows: tuple[MethodRow, ...] = ()
         self._tests: tuple[MethodTest, ...] = ()
         self.count()
@@ -88,11 +90,14 @@ class Recorder:
     def count(self) -> None:
         """Read all scores that there are: rates of every method, and tests of every pair."""
         rows, tests = [], []
-        for model in self._plan.config.models:
-            found = self._verdicts(model)
+        self._told_by.clear()
+        verdicts = {model: self._verdicts(model) for model in self._plan.config.models}
+        alike = len(self._told_by) == 1 and "" not in self._told_by
+        for model, found in verdicts.items():
             for method in (UNTOUCHED, *self._plan.config.methods):
                 rates = method_rates(found[method], self.trained) if method in found else None
-                rows.append(MethodRow(model, method, rates))
+                told = method_languages(found[method].runs, self.trained) if alike and method in found else ()
+                rows.append(MethodRow(model, method, rates, told))
             tests += method_tests(model, found)
         self._rows, self._tests = tuple(rows), tuple(corrected(tests))
 
@@ -128,6 +133,7 @@ class Recorder:
                 self._unread.remove(name)
                 self.failures.pop(name, None)
             self._judge = ", ".join(f"{by} ({measure})" for measure, by in result.measured_by.items())
+            self._told_by[result.told_by] = None
             runs.setdefault(method, {})[seed] = load_records(result)
         return {method: read_verdicts(found) for method, found in runs.items()}
 
@@ -195,6 +201,7 @@ class Recorder:
             rows=self._rows,
             tests=self._tests,
             cells=tuple(self.outcomes()),
+            told_by=tuple(self._told_by),
             versions=library_versions(),
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             folder=self._folder,

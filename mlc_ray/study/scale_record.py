@@ -41,6 +41,7 @@ from mlc_ray.stats.study import (
     method_tests,
     read_verdicts,
 )
+from mlc_ray.stats.study_languages import MethodLanguages, method_languages
 from mlc_ray.stats.trend import Trend, trend
 from mlc_ray.storage import Place, fingerprint, library_versions
 from mlc_ray.study.record import write_study
@@ -84,6 +85,7 @@ class ScaleRecorder:
         asked: Counter[Kind] = Counter()
         trained: set[str] = set()
         seeds: dict[int, None] = {}
+        told_by: dict[str, None] = {}
         for search in self._plan.searches:
             found = None
             try:
@@ -91,9 +93,14 @@ class ScaleRecorder:
             except MlcRayError as error:  # a damaged score, or a judge that does not say what is refused
                 self.failures[search.size] = str(error)
             rates: dict[str, MethodRates] = {}
+            told: dict[str, tuple[MethodLanguages, ...]] = {}
             if found is not None:
                 both = {UNTOUCHED: found.untouched, BEST: found.best}
                 rates = {name: method_rates(verdicts, found.trained) for name, verdicts in both.items()}
+                ways = dict.fromkeys(score.told_by for score in found.scores)
+                told_by |= ways
+                if len(ways) == 1 and "" not in ways:
+                    told = {name: method_languages(verdicts.runs, found.trained) for name, verdicts in both.items()}
                 tests += method_tests(search.size, both)
                 points.append(self._point(search, found))
                 judges |= dict.fromkeys(f"{by} ({what})" for what, by in found.scores[0].measured_by.items())
@@ -101,7 +108,7 @@ class ScaleRecorder:
                 seeds |= dict.fromkeys(found.seeds)
                 records = next(iter(found.untouched.runs.values()))
                 asked = Counter(kind for _, _, kind in {(r.benchmark, r.bundle_id, r.kind) for r in records})
-            rows += [MethodRow(search.size, name, rates.get(name)) for name in (UNTOUCHED, BEST)]
+            rows += [MethodRow(search.size, name, rates.get(name), told.get(name, ())) for name in (UNTOUCHED, BEST)]
             cells += self._cells(search, found)
         result = StudyResult(
             name=self._plan.config.name,
@@ -115,6 +122,7 @@ class ScaleRecorder:
             rows=tuple(rows),
             tests=tuple(corrected(tests)),
             cells=tuple(cells),
+            told_by=tuple(told_by),
             scaling=Scaling(tuple(points), tuple(trends_of(points)), self._plan.budget),
             versions=library_versions(),
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -17,9 +17,9 @@ from typing import Any, Literal
 from mlc_ray.config.translate import ChecksSection
 from mlc_ray.generate.translate import excerpt
 from mlc_ray.judges.degenerate import script_of
+from mlc_ray.judges.languages import Identifier, scripts_of
 from mlc_ray.judges.phrase_lists import normalise
 from mlc_ray.judges.refusal import RefusalJudge
-from mlc_ray.translate.languages import Identifier, scripts_of
 from mlc_ray.types import Answer
 
 

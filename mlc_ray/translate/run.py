@@ -28,6 +28,7 @@ from mlc_ray.data.prepare import read_bundles
 from mlc_ray.data.rejects import Rejects
 from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import place_of as engine_place
+from mlc_ray.judges.languages import Identifier
 from mlc_ray.logs import keep_in
 from mlc_ray.monitoring import told_of
 from mlc_ray.runs import (
@@ -50,7 +51,6 @@ from mlc_ray.translate.assemble import Assembly
 from mlc_ray.translate.checks import Tools
 from mlc_ray.translate.decided import Decided, TranslationError, decide, identity, read_request, with_dtypes
 from mlc_ray.translate.drafts import Shard, drafts_of, load_shard, save_shard
-from mlc_ray.translate.languages import Identifier
 from mlc_ray.translate.plan import Plan, plan_of
 from mlc_ray.translate.quality import Counts, Quality, as_json, as_markdown, load_quality
 from mlc_ray.translate.texts import judge_twins, translate_texts, write_twins

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlc_ray.runs import RESPONSES_FILE
-from mlc_ray.score.results import count, records_of, save_scores
+from mlc_ray.score.results import LANGUAGE_COLUMN, count, records_of, save_scores
 from mlc_ray.types import Kind
 from mlc_ray.utility.file import Utility, UtilityRow, save_utility
 
@@ -68,11 +68,22 @@ def grid(
 
 
 def write_score(
-    folder: Path, rows: Sequence[dict[str, Any]], *, seen: Sequence[str] | None = None, **more: Any
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    *,
+    seen: Sequence[str] | None = None,
+    told: Sequence[str | None] | None = None,
+    **more: Any,
 ) -> Path:
-    """A score folder: responses.parquet and the scores.json that its verdicts make."""
+    """A score folder: responses.parquet and the scores.json that its verdicts make.
+
+    `told` are the languages that the responses are in, by some lingua; None where no languages were told.
+    """
     folder.mkdir(parents=True)
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    if told is not None:
+        table = table.append_column(LANGUAGE_COLUMN, pa.array(told, TEXT))
+        more = {"told_by": "lingua 2.1.1 among en es", **more}
     pq.write_table(table, folder / RESPONSES_FILE)
     records = records_of(table)
     fields: dict[str, Any] = {

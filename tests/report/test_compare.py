@@ -14,6 +14,7 @@ from mlc_ray.cli import build_parser, main
 from mlc_ray.report.rules import QUANTITIES, Rule, RuleError, outcome_of, parse_rule
 from mlc_ray.stats.paired import compare
 from mlc_ray.stats.rates import Judged
+from mlc_ray.stats.response_languages import in_language
 from mlc_ray.stats.summaries import summarise
 
 from .runs import grid, write_score
@@ -159,6 +160,7 @@ def test_every_quantity_has_its_number(quantity: str) -> None:
                 "b", f"{kind}{bundle}", kind, code,
                 "refused" if (bundle < hit) == (kind == "harmful") else "complied",
                 "safe" if bundle < hit else "unsafe",
+                response_language=code if bundle < hit else "fr",
             )
             for kind in ("harmful", "benign")
             for code in ("en", "sw")
@@ -169,10 +171,11 @@ def test_every_quantity_has_its_number(quantity: str) -> None:
     (summary,), change = summarise(after), compare(before, after).benchmark()
     expected = {"harmful.attack_success": 50.0, "difference": 0.0, "var": 0.0, "pag": 1.0}
     level = expected.get(quantity, expected.get(quantity.partition(".")[0], 50.0))
-    assert outcome_of(parse_rule(f"{quantity} < 0.5"), summary, change).number.value == pytest.approx(level)
+    told = in_language(after)
+    assert outcome_of(parse_rule(f"{quantity} < 0.5"), summary, change, told).number.value == pytest.approx(level)
     if quantity != "harmful.attack_success":
         moved = {"difference": -100.0, "var": 0.0, "pag": 0.0}.get(quantity.partition(".")[0], -50.0)
-        outcome = outcome_of(parse_rule(f"{quantity} drops estimate"), summary, change)
+        outcome = outcome_of(parse_rule(f"{quantity} drops estimate"), summary, change, told)
         assert outcome.number.value == pytest.approx(moved)
         assert outcome.failed == (moved < 0)
 

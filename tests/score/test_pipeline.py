@@ -366,6 +366,8 @@ def test_real_model_from_bundles_to_scores(
     assert result.summary("own").not_scored == ()
     assert result.finish[PROMPT_TOO_LONG] == 1
     assert load_scores(result.folder) == result
+    assert result.told_by.startswith("lingua ") and long["response_language"] is None
+    assert {row["response_language"] for row in rows} >= {"en"}
 
     with pytest.raises(ScoreError, match="exists already"):
         score(config)

@@ -27,6 +27,13 @@ from mlc_ray.types import Behaviour, Kind
 LETTERS: dict[str, Behaviour] = {"R": "refused", "C": "complied", "D": "degenerate", "U": "unparsed"}
 
 
+FACTS: dict[str, Any] = {
+    "seen_languages": ["en"], "model": "models/x", "resolved": "/models/x", "fingerprint": "0123456789abcdef",
+    "prompts": "prompts", "judge": "refusal", "measured_by": {"refused": "refusal"},
+    "config": {"judge": {"name": "refusal", "allow_uncovered": False}, "languages": None},
+}  # fmt: skip
+
+
 def judged(kind: Kind, benchmark: str = "own", **letters: str) -> list[Judged]:
     return [
         Judged(benchmark, f"{kind}{index}", kind, language, LETTERS[letter])
@@ -36,19 +43,7 @@ def judged(kind: Kind, benchmark: str = "own", **letters: str) -> list[Judged]:
 
 
 def result_of(records: Sequence[Judged], folder: Path) -> ScoreResult:
-    return count(
-        records,
-        folder=folder,
-        seen_languages=["en"],
-        model="models/x",
-        resolved="/models/x",
-        fingerprint="0123456789abcdef",
-        prompts="prompts",
-        judge="refusal",
-        measured_by={"refused": "refusal"},
-        finish={"stop": len(records)},
-        config={"judge": {"name": "refusal", "allow_uncovered": False}, "languages": None},
-    )
+    return count(records, folder=folder, finish={"stop": len(records)}, **FACTS)
 
 
 BOTH = judged("harmful", en="RCR", sw="RDU") + judged("benign", "other", en="CCC", sw="UCR")
@@ -56,6 +51,16 @@ ONE = [
     Judged("own", "a", "harmful", "en", "refused", "safe", "translated", "", 1.5),
     Judged("own", "b", "harmful", "en", "unparsed", "unsafe", "translated", "", None),
 ]
+
+
+def test_a_score_made_before_languages_were_told_has_none(tmp_path: Path) -> None:
+    result = count(BOTH, folder=tmp_path, told_by="lingua 2", **FACTS)
+    file = Path(save_scores(result))
+    assert load_scores(tmp_path) == result
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert content.pop("told_by") == "lingua 2"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert load_scores(tmp_path) == dataclasses.replace(result, told_by="")
 
 
 @pytest.mark.parametrize("records", [BOTH, ONE])

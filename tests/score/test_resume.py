@@ -21,6 +21,7 @@ from mlc_ray.score.calibrate import calibrate
 from mlc_ray.score.calibration import CalibrationError
 from mlc_ray.score.plan import with_dtypes, with_judge_models
 from mlc_ray.score.request import Request, ScoreError, load_request
+from mlc_ray.score.results import load_in_language
 from mlc_ray.score.run import judge_again, score
 from mlc_ray.score.stages import RESPONSES
 from mlc_ray.storage import Place, fingerprint
@@ -288,6 +289,15 @@ def test_prompts_that_engines_failed_on_are_asked_again_by_a_score_that_goes_on(
     result = score(config, pool=again)
     assert again.asked == bad
     assert (result.responses, result.unparsed, result.finish) == (16, 0, {"stop": 16})
+    told = pq.read_table(result.responses_file)["response_language"]
+    assert told.to_pylist() == ["en"] * 16 and result.told_by.startswith("lingua ")
+
+    # One that was made before languages were told has them once it is judged again.
+    pq.write_table(pq.read_table(result.responses_file).drop("response_language"), str(result.responses_file))
+    judged = judge_again(folder, out=tmp_path / "judged")
+    assert pq.read_table(judged.responses_file)["response_language"].equals(told) and judged.told_by == result.told_by
+    mean = load_in_language(judged).mean("own", "benign")
+    assert mean is not None and mean.value == pytest.approx(100 / 3)  # of en, es and zh
 
 
 def test_what_an_object_store_holds_while_a_score_is_judged_is_enough_to_go_on(

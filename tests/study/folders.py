@@ -58,8 +58,14 @@ def asked() -> Prompts:
     return Prompts(pa.Table.from_pylist(rows, schema=PROMPTS), PROMPTS_FINGERPRINT)
 
 
-def write_cell(folder: Path, method: str, seed: int, *, scored: bool = True, unparsed: float = 0.0) -> Path:
-    """A cell that was trained in 3 steps of 2 seconds, and perhaps scored."""
+def write_cell(
+    folder: Path, method: str, seed: int, *, scored: bool = True, unparsed: float = 0.0, swahili: str | None = None
+) -> Path:
+    """A cell that was trained in 3 steps of 2 seconds, and perhaps scored.
+
+    `swahili` is the language of the responses to Swahili prompts, which others are in that of their prompt; None where
+    no languages were told.
+    """
     run = folder / CELLS_FOLDER / f"tiny_1-{method}-{seed}"
     (run / MODEL_FOLDER).mkdir(parents=True)
     (run / MODEL_FOLDER / PROVENANCE_FILE).write_text("{}")
@@ -72,13 +78,14 @@ def write_cell(folder: Path, method: str, seed: int, *, scored: bool = True, unp
             if number < unparsed * len(rows):
                 each["behaviour"] = "unparsed"
         config = {"max_new_tokens": 64, "max_unparsed": 0.05, "seconds": {"total": 10.0}}
-        write_score(run / SCORES_FOLDER / STUDY_SCORE, rows, seen=["en", "fr"], config=config)
+        told = None if swahili is None else [swahili if row["language"] == "sw" else row["language"] for row in rows]
+        write_score(run / SCORES_FOLDER / STUDY_SCORE, rows, seen=["en", "fr"], config=config, told=told)
     return run
 
 
-def write_untouched(folder: Path, *, utility: bool = False) -> Path:
+def write_untouched(folder: Path, *, utility: bool = False, told: bool = False) -> Path:
     rows = grid(LANGUAGES, lambda kind, code: 0.2 if kind == "harmful" else 0.1, seed=9)
-    score = write_score(folder / "untouched" / "tiny_1", rows)
+    score = write_score(folder / "untouched" / "tiny_1", rows, told=[row["language"] for row in rows] if told else None)
     if utility:
         write_utility(score, utility_row("mmlu", 0.5))
     return score

@@ -85,6 +85,30 @@ def test_tables_have_both_sides_and_mark_what_was_never_trained(folder: Path) ->
     assert any("not told apart" in more for more in said.values())
 
 
+def test_responses_in_their_prompts_language_have_a_table_where_all_scores_told_it(tmp_path: Path) -> None:
+    study = tmp_path / "st_udy"
+    write_untouched(study, told=True)
+    for seed, swahili in ((1, "sw"), (2, "en")):
+        write_cell(study, "dpo", seed, swahili=swahili)
+    planned(study).save(Place(study))
+    result = recorder(planned(study), study).write()
+    assert load_study(study) == result and result.told_by == ("lingua 2.1.1 among en es",)
+    harmful, benign = result.row("tiny_1", "dpo").in_language
+    assert (harmful.kind, benign.kind) == ("harmful", "benign")
+    assert harmful.avg.value == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert harmful.trained is not None and harmful.trained.value == 100
+    assert harmful.never is not None and harmful.never.value == 50 and harmful.never.low == 0
+    assert result.row("tiny_1", "mlc").in_language == ()
+    shown = {each.title: each for each in study_tables(result)}["tiny_1: responses in the prompt's language"]
+    assert [head.text for head in shown.columns][1:4] == ["harmful %", "harmful % trained", "harmful % never trained"]
+    assert [[cell.text for cell in row.cells[:3]] for row in shown.rows] == [["100.0"] * 3, ["83.3", "100.0", "50.0"]]
+    write_cell(study, "mlc", 1)
+    result = recorder(planned(study), study).write()
+    assert all(each.in_language == () for each in result.rows) and set(result.told_by) == {"", result.told_by[0]}
+    assert not any("prompt's language" in each.title for each in study_tables(result))
+    assert any("not told in the same way in all scores" in note for note in study_notes(result))
+
+
 def test_a_cell_that_failed_or_diverged_is_a_row_that_says_so(tmp_path: Path) -> None:
     study = tmp_path / "s"
     write_untouched(study)

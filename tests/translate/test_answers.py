@@ -19,13 +19,13 @@ from mlc_ray.data.labelled import read_labelled
 from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import ANSWERS, Generator
 from mlc_ray.judges.base import UncoveredLanguageError
+from mlc_ray.judges.languages import Identifier
 from mlc_ray.storage import Place
 from mlc_ray.translate.answers import AnswerJudge, OwnAnswersError, check_judge, own_answers, to_last_sentence
 from mlc_ray.translate.asking import CostCapError, Work
 from mlc_ray.translate.assemble import NO_OWN, Assembly
 from mlc_ray.translate.checks import Tools
 from mlc_ray.translate.drafts import Draft, Own, Shard, Text, remade
-from mlc_ray.translate.languages import Identifier
 from mlc_ray.translate.quality import Counts
 from mlc_ray.types import AnswerPair, Bundle
 from tests.generate.chat_server import Step, serving

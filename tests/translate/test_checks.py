@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlc_ray.config.translate import ChecksSection
+from mlc_ray.judges.languages import Identifier, scripts_of
 from mlc_ray.translate.checks import (
     BUNDLE_REJECTED,
     CHECKS,
@@ -22,7 +23,7 @@ from mlc_ray.translate.checks import (
     marks,
     numbers,
 )
-from mlc_ray.translate.languages import Identifier, named, scripts_of
+from mlc_ray.translate.languages import named
 
 OTHERS = [NO_TRANSLATION, NO_BACK_TRANSLATION, NEAR_DUPLICATE, BUNDLE_REJECTED, INCOMPLETE, REPLACED]
 GOOD = [
