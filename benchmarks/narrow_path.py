@@ -30,9 +30,9 @@ PATH = {
     "train": "run entry worker model experts forward attention openings engines/base engines/deepspeed planning loop "
     "meter collectives",
     "generate": "stage engine blocks replica pool",
-    "judges": "base phrase_lists refusal degenerate languages",
+    "judges": "base phrase_lists refusal degenerate",
     "stats": "rates summaries intervals",
-    "score": "request prompts plan stages kept chain passes languages results run",
+    "score": "request prompts plan stages kept chain passes results run",
 }
 
 # Runs at the start of every Python process below: each function of the package writes down its first call. A profile
@@ -81,7 +81,8 @@ run = api.train({
 })
 api.score({
     "name": "score", "output_dir": folder, "model": str(run.run_folder), "address": "local", "max_new_tokens": 8,
-    "benchmarks": [{"path": f"{folder}/test.jsonl"}], "languages": ["en", "es"], "engine": {"max_model_len": 512},
+    "benchmarks": [{"path": f"{folder}/test.jsonl"}], "languages": ["en", "es"], "tell_languages": False,
+    "engine": {"max_model_len": 512},
 })
 """
 

@@ -282,6 +282,9 @@ class ScoringSection(Section):
     )
     on_invalid: Literal["fail", "skip"] = Field("fail", description="What an invalid row does; every one is reported.")
     max_unparsed: Fraction = Field(0.05, description="The run fails when a larger share of answers gets no verdict.")
+    tell_languages: bool = Field(
+        True, description="Tell which language each response is in, for how often it is the prompt's."
+    )
     engine: EngineSection = EngineSection()
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from mlc_ray.stats.summaries import summarise
 from mlc_ray.storage import Place
 from mlc_ray.types import UNFINISHED_THOUGHTS, Measure, ScoreRow
 
-FORMAT = 4
+FORMAT = 5
 CUT_BOUND = 0.1
 """Share of responses cut off at max_new_tokens above which a rate of safe ones is warned of."""
 LANGUAGE_COLUMN = "response_language"
@@ -107,8 +107,6 @@ class ScoreResult:
 
 
 _SCORES = TypeAdapter(ScoreResult)
-_NOT_MEASURED = {"told_by": ""}
-"""What a score has that was made before the language of responses was told."""
 
 
 def count(
@@ -176,7 +174,7 @@ def load_scores(path: str | Path | Place) -> ScoreResult:
     file = Place(path)
     file = file / SCORES_FILE if file.is_dir() else file
     try:
-        result = read_result(file, _SCORES, FORMAT, _NOT_MEASURED)
+        result = read_result(file, _SCORES, FORMAT)
     except ResultFileError as error:
         raise ScoresFileError(f"{error}; score again with `mlc-ray score`") from None
     return replace(result, folder=file.absolute().parent)
@@ -186,16 +184,13 @@ class ResultFileError(ValueError):
     """A result file is missing, or does not hold what its dataclass says; the message names the file and the field."""
 
 
-def read_result(
-    file: Place, kind: TypeAdapter[ResultT], expected_format: int, absent: Mapping[str, Any] | None = None
-) -> ResultT:
+def read_result(file: Place, kind: TypeAdapter[ResultT], expected_format: int) -> ResultT:
     """What `asdict` and JSON made of a dataclass, with its `format` beside the fields.
 
     Args:
         file: The JSON file.
         kind: Adapter of a dataclass whose pydantic configuration is `RESULT_FILE`.
         expected_format: The format that this version writes.
-        absent: Fields that may be missing, and what that means.
 
     Raises:
         ResultFileError: The file is missing or no JSON, of another format, or a field is missing, unknown or wrong.
@@ -209,7 +204,6 @@ def read_result(
     found = content.pop("format", None) if isinstance(content, dict) else None
     if found != expected_format:
         raise ResultFileError(f"{str(file)!r} has format {found!r}, expected {expected_format}")
-    content = {**(absent or {}), **content}
     try:
         result = kind.validate_json(json.dumps(content))
     except ValidationError as error:

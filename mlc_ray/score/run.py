@@ -276,7 +276,7 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
 
     `settings` are recorded beside the request's own.
     """
-    judged, told_by = with_languages(judged, folder)
+    judged, told_by = with_languages(judged, folder) if request.config.tell_languages else (judged, "")
     result = count(
         records_of(judged),
         folder=folder,

@@ -159,8 +159,8 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
             collect([folder])
     utility.unlink()
 
-    scores.write_text(saved.replace('"format": 4', '"format": 1'))
-    with pytest.raises(ScoresFileError, match=r"scores\.json' has format 1, expected 4"):
+    scores.write_text(saved.replace('"format": 5', '"format": 1'))
+    with pytest.raises(ScoresFileError, match=r"scores\.json' has format 1, expected 5"):
         collect([folder])
 
 

@@ -53,16 +53,6 @@ ONE = [
 ]
 
 
-def test_a_score_made_before_languages_were_told_has_none(tmp_path: Path) -> None:
-    result = count(BOTH, folder=tmp_path, told_by="lingua 2", **FACTS)
-    file = Path(save_scores(result))
-    assert load_scores(tmp_path) == result
-    content = json.loads(file.read_text(encoding="utf-8"))
-    assert content.pop("told_by") == "lingua 2"
-    file.write_text(json.dumps(content), encoding="utf-8")
-    assert load_scores(tmp_path) == dataclasses.replace(result, told_by="")
-
-
 @pytest.mark.parametrize("records", [BOTH, ONE])
 def test_scores_file_comes_back_as_it_was(records: list[Judged], tmp_path: Path) -> None:
     result = result_of(records, tmp_path)
@@ -79,7 +69,7 @@ def test_scores_file_faults_are_named(tmp_path: Path) -> None:
     for text, fault in (
         ("{", "not valid JSON"),
         ("[]", "format None"),
-        (json.dumps({**content, "format": 1}), "format 1, expected 4; score again with"),
+        (json.dumps({**content, "format": 1}), "format 1, expected 5; score again with"),
         (json.dumps({key: value for key, value in content.items() if key != "rows"}), "rows is missing"),
         (json.dumps({**content, "more": 1}), "more is unknown"),
         (json.dumps({**content, "responses": "18"}), "responses is '18', expected a valid integer"),

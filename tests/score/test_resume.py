@@ -292,9 +292,12 @@ def test_prompts_that_engines_failed_on_are_asked_again_by_a_score_that_goes_on(
     told = pq.read_table(result.responses_file)["response_language"]
     assert told.to_pylist() == ["en"] * 16 and result.told_by.startswith("lingua ")
 
-    # One that was made before languages were told has them once it is judged again.
+    # Judged again it has them as well, also where they were not told before.
+    assert pq.read_table(judge_again(folder, out=tmp_path / "again").responses_file)["response_language"].equals(told)
     pq.write_table(pq.read_table(result.responses_file).drop("response_language"), str(result.responses_file))
     judged = judge_again(folder, out=tmp_path / "judged")
+    untold = judge_again(folder, out=tmp_path / "untold", tell_languages=False)
+    assert not untold.told_by and "response_language" not in pq.read_table(untold.responses_file).column_names
     assert pq.read_table(judged.responses_file)["response_language"].equals(told) and judged.told_by == result.told_by
     mean = load_in_language(judged).mean("own", "benign")
     assert mean is not None and mean.value == pytest.approx(100 / 3)  # of en, es and zh
