@@ -1,4 +1,4 @@
-# make quickstart    install, then align and score a real small model (README, "Quickstart")
+# make quickstart    install, then align and score a real small model (README, "Two commands")
 # make search-demo   install, then search layer and lambda of the same model (docs/search.md)
 # make test          install, then run the tests; make test-fast leaves out the slow end-to-end ones
 # make soak          install, then run the longest end-to-end tests, which make test leaves out, and fuzz for longer

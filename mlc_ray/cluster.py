@@ -51,7 +51,7 @@ def running() -> str | None:
         return None if named == "local" else named
     address: str | None = find_bootstrap_address(None)
     if address is not None and refuses(address):
-        logger.warning("the Ray at %s that was started on this machine is gone; it is left out", address)
+        logger.info("the Ray at %s that was started on this machine is gone; `ray stop` forgets it", address)
         return None
     return address
 

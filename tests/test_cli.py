@@ -389,6 +389,17 @@ def test_an_unexpected_error_is_not_hidden_and_no_failed_gate(rooms: Calls, caps
     assert error.startswith("Traceback") and error.endswith("RuntimeError: a bug\n")
 
 
+def test_a_worker_that_died_is_no_error_of_the_programs_own(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    import ray.train
+
+    failure = ray.exceptions.OutOfMemoryError("Memory usage 9B exceeded threshold of 8B (95.0% of 10B limit)")
+    rooms.raises = ray.train.WorkerGroupError("rank 1: ...", {1: failure})
+    assert main(["export", "runs/r", "out"]) == 75
+    error = capsys.readouterr().err
+    assert error.startswith("mlc-ray: error: a worker was killed because its node ran out of memory")
+    assert error.endswith("--resume FOLDER goes on with it\n")
+
+
 def test_ctrl_c(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     rooms.raises = KeyboardInterrupt()
     assert main(["export", "runs/r", "out"]) == 130

@@ -17,13 +17,15 @@ from mlc_ray.logs import command_line
 
 BROKEN_PIPE = 141  # what shells report for a process that SIGPIPE ended
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h
+DIED = 75  # EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 a mistake that the message explains, 130 interrupted.
 
-    70 is an error of the program's own, with its traceback; 141 that nobody reads the output any more.
+    70 is an error of the program's own, with its traceback; 75 that a worker of Ray's died, which the same command may
+    survive; 141 that nobody reads the output any more.
 
     `compare` also has 1, a rule failed; 3 is that scores cannot be compared, or too much of one has no verdict.
     A run that ended by SIGTERM after a checkpoint is 143, as shells report that signal.
@@ -44,10 +46,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `mlc-ray config --schema | head`
         sys.stderr.close()
         return BROKEN_PIPE
-    except Exception:  # Python's own status would be 1, which says that a gate failed
+    except Exception as error:  # Python's own status would be 1, which says that a gate failed
+        if "ray.train" in sys.modules and (died := _death_of(error)) is not None:
+            print(f"mlc-ray: error: {died}; what is saved stays: --resume FOLDER goes on with it", file=sys.stderr)
+            return DIED
         traceback.print_exc()
         return UNEXPECTED
     return 0
+
+
+def _death_of(error: BaseException) -> str | None:
+    from mlc_ray.train.failures import death_of
+
+    return death_of(error)
 
 
 @contextmanager

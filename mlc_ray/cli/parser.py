@@ -392,7 +392,9 @@ def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", type=_config_file, help="YAML file with the settings")
+    parser.add_argument(
+        "--config", metavar="FILE", type=_config_file, help="YAML file with the settings, or recipe:NAME"
+    )
     parser.add_argument(
         "--set", metavar="FIELD=VALUE", dest="overrides", action="append", default=[], help="change one; repeatable"
     )

@@ -20,6 +20,7 @@ from mlc_ray.config import (
     load_config,
 )
 from mlc_ray.device import host_memory
+from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.hardware import Cluster, cluster_of, gpu_of
 from mlc_ray.plan.lengths import Weights, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
@@ -34,11 +35,18 @@ from mlc_ray.plan.there import cluster_there, this_machine, with_workers
 _CLUSTER = ("gpus", "gpu", "gpus_per_node", "node_memory")
 
 
+class DoesNotFitError(MlcRayError):
+    """What was planned does not fit; the plan that was printed says what lacks, and what fits."""
+
+    exit_status = 1
+
+
 def plan_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray plan`.
 
     Raises:
         ConfigError: There is nothing to plan, or options do not go together.
+        DoesNotFitError: The run, or the engine of the score, does not fit; the plan is printed all the same.
     """
     if arguments.simulate is not None:
         _refuse(arguments, "--simulate", (*_CLUSTER, "config", "shape", "calibrate", "kind"), "give settings by --set")
@@ -59,6 +67,9 @@ def plan_command(arguments: argparse.Namespace) -> None:
     kinds: dict[str, Any] = {"train": _train, "score": _score, "search": _search}
     lines, found = kinds[arguments.kind or "train"](arguments, named_cluster(arguments) or _cluster())
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines))
+    parts = [found] if "fits" in found else [found["run"], found["score"]]
+    if not all(part["fits"] for part in parts):
+        raise DoesNotFitError("it does not fit; what lacks is in the plan that was printed")
 
 
 def _refuse(arguments: argparse.Namespace, beside: str, names: Sequence[str], why: str) -> None:

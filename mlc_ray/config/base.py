@@ -137,7 +137,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"config file {str(path)!r} does not exist") from None
+        raise ConfigError(f"config file {str(path)!r} does not exist (looked for {str(file.absolute())!r})") from None
     except OSError as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -207,7 +207,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        said = " (it is not shown)" if is_secret else f": {error}"
+        said = " (it is not shown)" if is_secret else f": {getattr(error, 'problem', None) or error}"
         override = f"{dotted}={HIDDEN}" if is_secret else override
         raise ConfigError(f"override {override!r}: the value is not valid YAML{said}") from None
     node: Any = raw
@@ -294,8 +294,9 @@ def _explain(schema: type[Section], item: Any, place: tuple[str | int, ...]) -> 
         shown = HIDDEN if is_secret_name(name) else _shown(value)
         return f"{path}={shown}: no such field{hint} (valid here: {', '.join(names)})"
     if item["type"] == "model_type":
-        fields = ", ".join(_field_names(schema, item["loc"]))
-        return f"{path}={_shown(value)}: expected a section, with fields of {fields}"
+        names = _field_names(schema, item["loc"])
+        written = f"; write {{path: {value}}}" if isinstance(value, str) and "path" in names else ""
+        return f"{path}={_shown(value)}: expected a section, with fields of {', '.join(names)}{written}"
     if item["type"] == "missing":
         return f"{path}: required, but not given"
     message = item["msg"].removeprefix("Value error, ") + _how_to_write(item["type"], value)
@@ -324,7 +325,7 @@ def _how_to_write(fault: str, value: Any) -> str:
     if isinstance(value, bool) and fault != "bool_type":
         return "; YAML reads no, off, yes and on as truth values: put such a word in quotes"
     if fault == "list_type" and isinstance(value, str):
-        return "; a list is written [one, two]"
+        return "; a list is written [one, two], and one of sources [{path: one}, {path: two}]"
     return ""
 
 

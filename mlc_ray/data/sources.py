@@ -5,6 +5,7 @@ It imports neither Ray nor torch, so that the tasks which read start fast.
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
 import inspect
 import json
@@ -78,7 +79,10 @@ def sample_path(name: str) -> Path:
         BundleFileError: it has another name, or the file is not there.
     """
     if name not in SAMPLES:
-        raise BundleFileError(f"'sample:{name}' is not shipped; choose one of {[f'sample:{s}' for s in SAMPLES]}")
+        near = difflib.get_close_matches(name, SAMPLES, n=1)
+        hint = f"; did you mean 'sample:{near[0]}'?" if near else ""
+        shipped = ", ".join(f"'sample:{each}'" for each in SAMPLES)
+        raise BundleFileError(f"'sample:{name}' is not shipped{hint} (shipped: {shipped})")
     path = Path(__file__).parent / "sample" / f"{name}.jsonl"
     if not path.is_file():
         raise BundleFileError(f"'sample:{name}' should be at {str(path)!r}, but the installation lacks it")
@@ -107,7 +111,10 @@ def resolve_source(source: SourceSection) -> list[SourceFile]:
         return [file(found, as_format) for found, as_format in _in_folder(path, name, format)]
     if (hub_name := _hub_name(source)) is not None:
         return [file(str(hub_name.pinned()))]
-    raise BundleFileError(f"{name!r} does not exist")
+    raise BundleFileError(
+        f"source {name!r} does not exist (looked for {str(path)!r}); a source is a file or folder, `sample:train`, or "
+        "a data set of the hub, ORGANISATION/NAME"
+    )
 
 
 def _in_folder(folder: Place, name: str, format: str) -> list[tuple[Place, str]]:

@@ -267,11 +267,10 @@ def _lacking(table: pa.Table) -> dict[str, npt.NDArray[np.bool_]]:
     absent["chosen"] = absent["chosen"] | (table["response_prompt"].to_numpy() < 0)
     further = pc.list_flatten(table["answers"])
     bundle = pc.list_parent_indices(table["answers"]).to_numpy()
-    languages = pc.list_value_length(table["languages"]).to_numpy()
     for name in ANSWERS:
         there = bundle[pc.fill_null(pc.list_value_length(pc.struct_field(further, name)), 0).to_numpy() > 0]
         number = np.bincount(there, minlength=len(table)) + ~absent[name]
-        absent[EVERY + name] = number < languages
+        absent[EVERY + name] = number < pc.list_value_length(table["languages"]).to_numpy()
         absent[GIVEN + name] = number < 1 + pc.list_value_length(table["answers"]).to_numpy()
     return absent
 
@@ -282,10 +281,8 @@ def _named(table: pa.Table, row: int, before: int, kind: str) -> Lacking:
         where = place(table["file"][row].as_py(), table["line"][row].as_py())
     absent = [name for name, lack in _lacking(table.slice(row, 1)).items() if lack[0] and name in ANSWERS]
     answers, answer = table["answers"][row].as_py(), kind.rpartition(" ")[2]
-    there = {further["prompt"] for further in answers if further[answer]}
     own = table["response_prompt"][row].as_py()
-    if answer not in absent:
-        there.add(own)
+    there = {further["prompt"] for further in answers if further[answer]} | ({own} if answer not in absent else set())
     codes = table["languages"][row].as_py()
     needed = {own, *(further["prompt"] for further in answers)} if kind.startswith(GIVEN) else set(range(len(codes)))
     languages = [codes[index] for index in sorted(needed - there - {-1})]

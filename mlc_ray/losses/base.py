@@ -93,6 +93,9 @@ class Alignment(ABC):
         """The loss of each answer, or of each bundle."""
 
 
+_PAIRINGS: dict[str, Pairing] = {"response": "response", "all": "own", "given": "given"}
+
+
 class PerAnswer(Alignment):
     """A loss of answers in one language: the response language, or each that has answers; in all, the upper bound."""
 
@@ -107,8 +110,7 @@ class PerAnswer(Alignment):
     @property
     def pairing(self) -> Pairing:
         """As `objective.answers` says."""
-        pairings: dict[str, Pairing] = {"response": "response", "all": "own", "given": "given"}
-        return pairings[self.settings.answers]
+        return _PAIRINGS[self.settings.answers]
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,6 @@ class Passes:
         """Responses with their verdicts, also in the folder's file."""
         return self._work(self._reading(judging, len(table)), table)
 
-    def write(self, table: pa.Table) -> None:
-        """Have the folder's file hold `table`."""
-        write_responses(table, self.folder)
-
     def _reading(self, judging: Judging, rows: int) -> list[_Planned]:
         for file in self.folder.glob(f"*{USAGE_SUFFIX}"):
             file.unlink()  # of an earlier judge
@@ -141,7 +137,7 @@ class Passes:
             # What has no engine takes seconds, or has a cache of its own (an endpoint's replies).
             keeps=part.engine is not None,
             unit=planned.unit,
-            ended=self._answered if planned.unit == "prompts" else self.write,
+            ended=self._answered if planned.unit == "prompts" else lambda table: write_responses(table, self.folder),
         )
 
     def _engines(self, planned: _Planned, *, wait: bool) -> AbstractContextManager[EnginePool]:
@@ -158,7 +154,7 @@ class Passes:
             yield pool
 
     def _answered(self, table: pa.Table) -> None:
-        self.write(table)
+        write_responses(table, self.folder)
         warn_of_thoughts(table, self.request.config)
         if faults := table["finish"].to_pylist().count(ENGINE_FAULT):
             _warn_of_faults(faults, len(table))

@@ -66,7 +66,7 @@ from mlc_ray.score.plan import (
 )
 from mlc_ray.score.prompts import Prompts, read_prompts, slug
 from mlc_ray.score.request import Request, ScoreError, load_request
-from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores
+from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores, write_responses
 from mlc_ray.score.stages import RESPONSES, answers_of
 from mlc_ray.score.thoughts import with_reasoning
 from mlc_ray.storage import Place, fingerprint_model, library_versions, user_cache, working_folder
@@ -247,7 +247,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
         request.save(folder)
         work = Passes(request, folder, target, device)
-        work.write(responses)  # what fails from here on is continued from these
+        write_responses(responses, folder)  # what fails from here on is continued from these
         if target != source and (source / REPLIES_FILE).is_file():
             with (source / REPLIES_FILE).open() as replies:
                 (target / REPLIES_FILE).write_bytes(replies.read())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from mlc_ray.config import TrainConfig
 from mlc_ray.data.store import EVERY, GIVEN, Lacking, TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
+
+logger = logging.getLogger(__name__)
 
 
 class MissingAnswersError(MlcRayError):
@@ -16,11 +20,16 @@ def check_answers(config: TrainConfig, tokens: TokenArtifact) -> None:
     """Make sure that each bundle has the answers that the loss reads, chosen and rejected, in the languages needed.
 
     The manifest is read, and for a loss that relates languages to each other how many a bundle has. A bundle without a
-    chosen answer has no rejected one.
+    chosen answer has no rejected one. Languages of the settings that no bundle has are warned of.
 
     Raises:
         MissingAnswersError: Some have not, or of a loss that relates languages no bundle has two.
     """
+    if absent := sorted(set(config.data.languages or ()) - set(tokens.languages)):
+        logger.warning(
+            "no bundle has a prompt in %s, which data.languages names; bundles are in %s",
+            ", ".join(absent), ", ".join(tokens.languages),
+        )  # fmt: skip
     objective = Objective(config)
     loss = f"objective.loss={config.objective.loss!r}"
     needed = ("chosen", "rejected") if objective.alignment.needs_rejected else ("chosen",)

@@ -254,7 +254,8 @@ def find_checkpoint(run: Place, name: str | None = None) -> Place:
         return folder
     complete = list_checkpoints(run)
     if not complete:
-        raise CheckpointError(f"{str(run)!r} holds no complete checkpoint (looked for train/checkpoint_*/{MANIFEST})")
+        why = f"looked for train/checkpoint_*/{MANIFEST}" if run.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{str(run)!r} holds no complete checkpoint ({why})")
     return complete[-1]
 
 

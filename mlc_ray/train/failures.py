@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayTaskError, WorkerCrashedError
 from ray.train import ControllerError, UserCallback, WorkerGroupError
 
 from mlc_ray.errors import MlcRayError
@@ -112,6 +113,27 @@ def _signals(came: int, others: int) -> bytes:
     return numbers
 
 
+_DEATHS = (OutOfMemoryError, NodeDiedError, RayActorError, WorkerCrashedError)
+_OUT_OF_MEMORY = re.compile(r"Memory usage (\d+)B exceeded threshold of \d+B \([^()]* of (\d+)B limit\)")
+
+
+def death_of(error: BaseException) -> str | None:
+    """What became of a worker, in a line, where `error` is Ray's and says that one died; else None."""
+    died = next((found for kind in _DEATHS if (found := error_inside(error, kind)) is not None), None)
+    if died is None:
+        return None
+    if (memory := _OUT_OF_MEMORY.search(str(died))) is not None:
+        used, there = (int(number) / 2**30 for number in memory.groups())
+        return (
+            f"a worker was killed because its node ran out of memory: all processes on it took {used:.1f} of "
+            f"{there:.1f} GiB; start fewer workers, lower train.tokens_per_forward, or run less beside it "
+            "(`mlc-ray plan` says what a run needs)"
+        )
+    lines = [line.strip() for line in str(died).splitlines() if line.strip()] or [type(died).__name__]
+    why = [line for line in lines[1:] if line.startswith("The actor is dead because")]
+    return " ".join(["a worker died:", lines[0], *why[:1]])
+
+
 def own_error(error: BaseException) -> MlcRayError | None:
     """The `MlcRayError` that `error` is, or that is inside it."""
     return error_inside(error, MlcRayError)
@@ -132,7 +154,8 @@ def error_inside(error: BaseException, kind: type[E]) -> E | None:
 
 
 def _inside(error: BaseException) -> list[Any]:
-    inside: list[Any] = [error.__cause__]
+    # A worker that died is in the error of Ray Train's look at its workers.
+    inside: list[Any] = [error.__cause__, getattr(error, "health_check_failure", None)]
     if isinstance(error, RayTaskError):
         inside.append(error.cause)
     if isinstance(error, WorkerGroupError):

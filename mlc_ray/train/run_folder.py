@@ -62,7 +62,8 @@ def load_run_config(run: Path | Place, overrides: Sequence[str] = ()) -> TrainCo
     try:
         raw = parse_yaml(file.read_text(), str(file))
     except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{str(run)!r} is not a run folder: it has no {CONFIG_FILE}") from None
+        why = f"it has no {CONFIG_FILE}" if Place(run).is_dir() else "there is no such folder"
+        raise RunError(f"{str(run)!r} is not a run folder: {why}") from None
     for override in overrides:
         apply_override(raw, override)
     return parse_config(TrainConfig, raw)

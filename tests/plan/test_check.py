@@ -118,6 +118,13 @@ def test_the_command_says_the_same_in_words_and_as_json(capsys):
     assert found["gpu_hours"] == pytest.approx(8 * found["wall_seconds"] / 3600)
 
 
+def test_what_does_not_fit_has_an_exit_status_of_its_own(capsys):
+    asked = ["plan", "--config", "recipe:qwen2.5-7b", "--gpus", "1", "--gpu", "a100-40"]
+    assert main([*asked, "--json"]) == 1
+    told = capsys.readouterr()
+    assert not json.loads(told.out)["fits"] and told.err.startswith("mlc-ray: error: it does not fit; ")
+
+
 def test_scores_and_searches_are_planned(capsys):
     score = [
         "plan",

@@ -99,6 +99,14 @@ def test_a_language_without_an_answer_is_named(tmp_path, objective, answer):
     check_answers(tiny_config(), TokenArtifact.open(tmp_path))  # English alone is all that DPO reads
 
 
+def test_languages_that_no_bundle_has_are_named(tmp_path, caplog):
+    write_rows(tmp_path, [rows_to_table(translated(random_rows(6)))], fingerprint="x", rejected={})
+    check_answers(
+        tiny_config(data={"train": [{"path": "x"}], "languages": ["en", "xx", "sw"]}), TokenArtifact.open(tmp_path)
+    )
+    assert "no bundle has a prompt in xx, which data.languages names; bundles are in ar, en, sw" in caplog.text
+
+
 def test_answers_may_be_given_in_some_languages_but_pairs_are_whole(tmp_path):
     rows = translated(random_rows(6))
     rows[1] = replace(rows[1], answers=[one for one in rows[1].answers if rows[1].languages[one["prompt"]] != "sw"])

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import RayTaskError, UserCodeException
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError, UserCodeException
 from ray.train import ControllerError, FailureConfig, WorkerGroupError
 from ray.train.v2._internal.callbacks.user_callback import UserCallbackHandler
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from ray.train.v2._internal.util import construct_user_exception_with_traceback
@@ -23,7 +24,7 @@ from mlc_ray.data.batches import BatchError
 from mlc_ray.errors import MlcRayError
 from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.train.divergence import DivergedError
-from mlc_ray.train.failures import EndAtOwnError, error_inside, keyboard_interrupt, own_error, own_errors
+from mlc_ray.train.failures import EndAtOwnError, death_of, error_inside, keyboard_interrupt, own_error, own_errors
 from mlc_ray.train.forward import ModelError
 from mlc_ray.train.preemption import Notice, WorkersPreemptedError, ended_by
 from mlc_ray.train.shards import CheckpointError
@@ -86,6 +87,22 @@ def test_any_other_error_passes(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, own_errors():
         raise error
     assert caught.value is error
+
+
+MEMORY = """6 worker(s) were killed due to the node running low on memory. Memory on the node was 22.42GB / 23.54GB.
+OOM kill reason: Memory usage 24068722688B exceeded threshold of 24012685312B (95.0% of 25276510208B limit)
+Object store memory usage: [- objects spillable: 4"""
+
+
+def test_the_death_of_a_worker_is_said_in_a_line() -> None:
+    failure = WorkerHealthCheckFailedError("A worker health check failed.", OutOfMemoryError(MEMORY))
+    said = death_of(pickle_round(WorkerGroupError("rank 1: ...", {1: failure})))
+    assert said is not None and "\n" not in said
+    assert "ran out of memory: all processes on it took 22.4 of 23.5 GiB; start fewer workers" in said
+    said = death_of(ControllerError(WorkerGroupError("rank 0: ...", {0: ActorDiedError()})))
+    assert said is not None and said.startswith("a worker died: The actor died unexpectedly before finishing this task")
+    for other in (KeyError("x"), WorkerGroupError("...", {0: KeyError("x")}), of_a_task(KeyError())):
+        assert death_of(other) is None
 
 
 def test_errors_that_name_each_other_as_causes_are_each_looked_at_once() -> None:
