@@ -111,7 +111,11 @@ def resolve_source(source: SourceSection) -> list[SourceFile]:
         return [file(found, as_format) for found, as_format in _in_folder(path, name, format)]
     if (hub_name := _hub_name(source)) is not None:
         return [file(str(hub_name.pinned()))]
-    raise BundleFileError(
+    raise _no_source(name, path)
+
+
+def _no_source(name: str, path: Place) -> BundleFileError:
+    return BundleFileError(
         f"source {name!r} does not exist (looked for {str(path)!r}); a source is a file or folder, `sample:train`, or "
         "a data set of the hub, ORGANISATION/NAME"
     )
