@@ -469,7 +469,8 @@ def test_a_gpu_is_shared_only_where_there_is_one(
 ) -> None:
     config = search_config(share_gpu=True, set=["cluster.workers=1"])
     base = make_space(config).run({}, name="base")
-    monkeypatch.setattr(cluster, "nodes_there", lambda: [Node(each) for each in nodes])
+    for module in (cluster, search_run):
+        monkeypatch.setattr(module, "nodes_there", lambda: [Node(each) for each in nodes])
     monkeypatch.setattr(cluster, "may_grow", Growth)
     with pytest.raises(ClusterError, match=r"share_gpu=True, but the Ray cluster has .*GPUs.*one node with one GPU"):
         search_run.check_feasible(config, base, "gpu")
