@@ -93,9 +93,12 @@ class Phase:
 
     @property
     def rate(self) -> float:
-        """Done per second; without the start, once there are two times to tell from."""
-        if self._first_at is not None and self.done > self._first:
-            return (self.done - self._first) / max(self._moved - self._first_at, 1e-9)
+        """Done per second; without the start, once there are two times to tell from, a second apart or more.
+
+        What comes in blocks is counted one by one, within microseconds.
+        """
+        if self._first_at is not None and self._moved - self._first_at >= 1.0:
+            return (self.done - self._first) / (self._moved - self._first_at)
         return (self.done - self._began) / max(self._moved - self._started, 1e-9)
 
     def line(self, *, bar: bool = False) -> str:

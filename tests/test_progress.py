@@ -36,6 +36,18 @@ def test_rate_and_time_left_leave_out_the_start(clock: list[float]) -> None:
     assert shown.end_line() == "training: 20 steps in 1:00:48"
 
 
+def test_what_comes_in_blocks_has_the_rate_of_blocks(clock: list[float]) -> None:
+    shown = Phase("probing", 60, "bundles")
+    clock[0] += 8
+    for _ in range(4):
+        clock[0] += 1e-6
+        shown.advance()
+    assert shown.rate == pytest.approx(0.5, rel=1e-3)
+    clock[0] += 8
+    shown.advance(4)
+    assert 0.5 < shown.rate < 1
+
+
 def test_what_was_done_before_is_not_counted_into_the_rate(clock: list[float]) -> None:
     shown = Phase("training", 20, "steps", done=10)
     clock[0] += 5

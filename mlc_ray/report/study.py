@@ -352,7 +352,7 @@ def study_notes(result: StudyResult) -> list[str]:
     """What a reader must know of the numbers, a sentence each."""
     counts = " and ".join(f"{n} {kind}" for kind, n in result.bundles.items())
     notes = [
-        f"{counts} bundles, judged by {result.judge}. A model that refuses everything has a perfect harmful side; only "
+        f"{counts} bundles{f', judged by {result.judge}' if result.judge else ''}. A model that refuses everything has a perfect harmful side; only "
         "both sides tell."
     ]
     if result.scaling is not None:
