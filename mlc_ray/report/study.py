@@ -351,9 +351,9 @@ def _failed(result: StudyResult) -> Table | None:
 def study_notes(result: StudyResult) -> list[str]:
     """What a reader must know of the numbers, a sentence each."""
     counts = " and ".join(f"{n} {kind}" for kind, n in result.bundles.items())
+    judged = f", judged by {result.judge}" if result.judge else ""
     notes = [
-        f"{counts} bundles{f', judged by {result.judge}' if result.judge else ''}. A model that refuses everything has a perfect harmful side; only "
-        "both sides tell."
+        f"{counts} bundles{judged}. A model that refuses everything has a perfect harmful side; only both sides tell."
     ]
     if result.scaling is not None:
         notes += scale_notes(result.scaling)
