@@ -27,7 +27,7 @@ from mlc_ray.stats.intervals import SAME, Floats, Grid, Statistic, Term, make_gr
 from mlc_ray.stats.rates import KINDS, Interval, Judged, Outcome, language_order, outcome
 from mlc_ray.stats.seeds import interval_over_seeds
 from mlc_ray.stats.significance import holm, sign_flip_p
-from mlc_ray.stats.study_languages import means, split_by_training, with_both
+from mlc_ray.stats.study_languages import split_by_training, with_both
 from mlc_ray.types import Kind, Measure
 
 LEVEL = 0.05
@@ -212,7 +212,7 @@ def _side(
     codes, seen, never = split_by_training(grids, trained)
 
     def mean(languages: Collection[str], of: Sequence[Grid] = grids) -> Interval | None:
-        by_seed = [means(of, f"{wanted} {seed}", "present", languages) for seed in seeds]
+        by_seed = [_means(of, f"{wanted} {seed}", languages) for seed in seeds]
         return interval_over_seeds(by_seed, 100, 0, 100) if by_seed[0] else None
 
     split = with_both(grids, seen, never)
@@ -243,6 +243,13 @@ def _both(verdicts: Verdicts) -> list[str]:
     """The languages that have prompts of both kinds, in any benchmark."""
     of = {kind: {code for grid in verdicts.grids(kind, "refused") for code in grid.languages} for kind in KINDS}
     return sorted(of["harmful"] & of["benign"], key=language_order)
+
+
+def _means(grids: Sequence[Grid], layer: str, languages: Collection[str]) -> list[Term]:
+    """The mean over the benchmarks that have any of `languages` of their mean over these."""
+    found = [(grid, [code for code in grid.languages if code in languages]) for grid in grids]
+    some = [(grid, codes) for grid, codes in found if codes]
+    return [(1 / len(some), grid.mean(layer, "present", codes)) for grid, codes in some]
 
 
 def _by_benchmark(grids: Sequence[Grid]) -> list[_Part]:
@@ -313,7 +320,7 @@ def change_in(
     by_pair = [
         [(sign * weight, term)
          for name, sign in (("gained", 1), ("lost", -1))
-         for weight, term in means(grids, f"{name} {index}", "present", languages)]
+         for weight, term in _means(grids, f"{name} {index}", languages)]
         for index in range(len(pairs))
     ]  # fmt: skip
     return interval_over_seeds(by_pair, 100, -100, 100) if by_pair and by_pair[0] else None

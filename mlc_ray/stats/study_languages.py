@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from mlc_ray.stats.intervals import Grid, Term, make_grid
+from mlc_ray.stats.intervals import Grid, make_grid
 from mlc_ray.stats.rates import KINDS, Interval, Judged, language_order
 from mlc_ray.stats.response_languages import means_of_told
 from mlc_ray.stats.seeds import interval_over_seeds
@@ -81,10 +81,3 @@ def with_both(grids: Sequence[Grid], seen: Collection[str], never: Collection[st
     if not seen or not never:
         return grids
     return [grid for grid in grids if {*seen} & {*grid.languages} and {*never} & {*grid.languages}]
-
-
-def means(grids: Sequence[Grid], layer: str, present: str, languages: Collection[str]) -> list[Term]:
-    """The mean over the benchmarks that have any of `languages` of their mean over these."""
-    found = [(grid, [code for code in grid.languages if code in languages]) for grid in grids]
-    some = [(grid, codes) for grid, codes in found if codes]
-    return [(1 / len(some), grid.mean(layer, present, codes)) for grid, codes in some]
