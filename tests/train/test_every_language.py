@@ -171,17 +171,18 @@ def test_a_bundle_without_an_answer_in_a_language_is_named():
         made(rows, pairing="own", weights=[1, 1])
 
 
-def reference_rows(config):
+def reference_rows(config, rows=ROWS):
     """What plain forwards of the frozen model say, as the cached reference has it."""
     objective, model, table = Objective(config), tiny_model(), {}
     with torch.no_grad():
-        for row in ROWS:
+        for row in rows:
             prompt = row.prompts[row.response_prompt]
             if objective.alignment.reference_pairing == "response":
                 totals = [log_prob(model, prompt, getattr(row, name)) for name in ("chosen", "rejected")]
             else:
                 totals = np.full((2, len(LANGUAGES)), np.nan)
-                for code in row.languages:
+                answered = {row.response_prompt, *(further["prompt"] for further in row.answers)}
+                for code in (row.languages[index] for index in answered):
                     own = row.prompts[row.languages.index(code)]
                     for index, name in enumerate(("chosen", "rejected")):
                         totals[index, LANGUAGES.index(code)] = log_prob(model, own, answer_in(row, code, name))
@@ -195,7 +196,7 @@ def reference_rows(config):
 
 
 def configured(name, budget, stage, reference="cached"):
-    objective = LOSSES[name]
+    objective = {**LOSSES, "given": {"loss": "dpo", "answers": "given"}}[name]
     own = {"reference": reference} if name not in ("sdrrl", "english") else {}
     return tiny_config(
         objective=objective,
@@ -277,12 +278,13 @@ def test_of_a_reference_that_gives_states_alone_no_further_answers_are_asked():
     assert asked_of_reference(Objective(tiny_config(objective={"loss": "dco"})), 2)["pairing"] == "own"
 
 
-@pytest.mark.parametrize("name", ["mpo", "dco"])
+@pytest.mark.parametrize("name", ["mpo", "dco", "given"])
 def test_what_a_reference_pass_stores_is_what_batches_bring_along(name, tmp_path):
     """From token rows by forwards of any size, through a shard on disk, to the rows of a batch in another order."""
     config = configured(name, WHOLE, 0)
-    objective, expected = Objective(config), reference_rows(config)
-    write_rows(tmp_path, [rows_to_table(ROWS)], fingerprint="x", rejected={})
+    bundles = [replace(row, answers=row.answers[: i % 3]) if name == "given" else row for i, row in enumerate(ROWS)]
+    objective, expected = Objective(config), reference_rows(config, bundles)
+    write_rows(tmp_path, [rows_to_table(bundles)], fingerprint="x", rejected={})
     tokens = TokenArtifact.open(tmp_path)
     asked = asked_of_reference(objective, 2)
     model = ReferenceModel(tiny_model(), **asked)
