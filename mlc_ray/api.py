@@ -338,7 +338,7 @@ def _settings(
     elif isinstance(config, Mapping):
         raw = copy.deepcopy(dict(config))
     else:
-        raw = read_config_file(config)
+        raw = read_config_file(config, schema)
     for override in overrides:
         apply_override(raw, override)
     if bundles is None:

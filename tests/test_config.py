@@ -18,6 +18,7 @@ from mlc_ray.config import (
     ScaleConfig,
     ScoreConfig,
     SearchConfig,
+    Section,
     SimulationConfig,
     StudyConfig,
     TermSettings,
@@ -319,6 +320,26 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
         load_config(TrainConfig, tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(TrainConfig, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("schema", "file", "named"),
+    [
+        (TrainConfig, "recipe:score/quickstart", r"settings of `mlc-ray score`; those of `mlc-ray train` are .*mlc"),
+        (ScoreConfig, "recipe:quickstart", "settings of `mlc-ray train`; those of `mlc-ray score` are .*judge"),
+        (SearchConfig, "recipe:quickstart", "settings of `mlc-ray train`"),
+    ],
+)
+def test_a_file_of_another_command_is_told_in_a_line(schema: type[Section], file: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^config file '{file}' has {named}[^\n]*$"):
+        load_config(schema, file)
+
+
+def test_a_field_that_no_command_has_is_a_mistake_in_this_one(tmp_path: Path) -> None:
+    file = tmp_path / "score.yaml"
+    file.write_text("model: m\nbenchmarks: [{path: sample:test}]\nobjektive: dpo\n")
+    with pytest.raises(ConfigError, match="objektive='dpo': no such field"):
+        load_config(ScoreConfig, file)
 
 
 def test_config_is_frozen_and_not_rewritten() -> None:

@@ -13,7 +13,7 @@ from mlc_ray.cli import main
 from mlc_ray.config import ConfigError, ScoreConfig, SearchConfig, TrainConfig, UtilityConfig, parse_config
 from mlc_ray.config.paths import config_path, real_path, scheme_of, source_path
 from mlc_ray.report.write import write_report
-from mlc_ray.runs import ModelPathError, OutputFolderError, output_folder, resolve_model
+from mlc_ray.runs import ModelPathError, OutputFolderError, output_folder, output_place, resolve_model
 from mlc_ray.score.run import score
 from mlc_ray.storage import CacheError, user_cache
 from mlc_ray.train.export import export
@@ -158,6 +158,14 @@ def test_what_is_nearly_a_url_is_refused(path: str, fault: str, capsys: pytest.C
         with pytest.raises(SystemExit):
             main(arguments)
         assert re.search(f"{path!r}: .*{fault}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/runs", "s3:///bucket/runs"])
+def test_a_store_has_two_slashes(url: str) -> None:
+    with pytest.raises(ConfigError, match=f"output_dir={url!r}: write s3://bucket/runs, with two slashes"):
+        parse_config(TrainConfig, {**TRAIN, "output_dir": url})
+    with pytest.raises(OutputFolderError, match="write s3://bucket/runs, with two slashes"):
+        output_place(url)
 
 
 @pytest.mark.parametrize(

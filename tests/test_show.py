@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from mlc_ray.cli import build_parser, main
+from mlc_ray.data.batches import BatchError
 from mlc_ray.runs import checkpoint_folder
 from mlc_ray.show import ShowError, show
 from mlc_ray.storage import Place, write_json_atomic, write_manifest
 from mlc_ray.train.divergence import DivergedError, forget_divergence, record_divergence
+from mlc_ray.train.failures import failure_kept
 from tests.report.runs import grid, response, steps, utility_row, write_run, write_score, write_utility
 
 ROWS = grid(["en", "sw"], lambda kind, code: {"harmful": 0.9, "benign": 0.1}[kind])
@@ -90,6 +92,19 @@ def test_a_run_that_diverged(tmp_path: Path) -> None:
     assert "diverged" not in lines
     assert lines["state"].startswith("step 11 of 24")
     assert lines["next"].startswith("mlc-ray train --resume")
+
+
+def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps(12))
+    with pytest.raises(BatchError), failure_kept(Place(run)):
+        raise BatchError("bundle 'b7' is longer than 64 tokens: raise train.tokens_per_forward")
+    lines = said(run)
+    assert lines["state"].startswith("ended early, after step 12 of 24; last written ")
+    assert lines["because"] == "bundle 'b7' is longer than 64 tokens: raise train.tokens_per_forward"
+    assert lines["next"] == f"mlc-ray train --resume {run}"
+    with failure_kept(Place(run)):
+        assert "because" not in said(run), "a run that goes on"
+    assert "because" not in said(run)
 
 
 def test_a_run_that_ended_with_its_scores(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -39,6 +39,8 @@ class Section(BaseModel):
     """Base of all sections: immutable, and strict about names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    command: ClassVar[str | None] = None
+    """Of all settings of a command: how it is called, `train` of `mlc-ray train`."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -96,7 +98,7 @@ def load_config(
     Raises:
         ConfigError: Settings are invalid; the message lists every fault at once.
     """
-    raw = {**(defaults or {}), **(read_config_file(path) if path is not None else {})}
+    raw = {**(defaults or {}), **(read_config_file(path, schema) if path is not None else {})}
     for override in overrides:
         apply_override(raw, override)
     return parse_config(schema, raw)
@@ -127,11 +129,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_config_file(path: str | Path) -> dict[str, Any]:
+def read_config_file(path: str | Path, schema: type[Section] | None = None) -> dict[str, Any]:
     """The mapping in a YAML file, not validated; `recipe:NAME` is a shipped one.
 
     Raises:
-        ConfigError: The file is missing, unreadable or no mapping, or no recipe has that name.
+        ConfigError: The file is missing, unreadable or no mapping, no recipe has that name, or it has the settings of
+            another command than those of `schema`.
     """
     file = recipe_file(str(path)) if str(path).startswith(RECIPE) else Path(path)
     try:
@@ -142,7 +145,26 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"config file {str(path)!r} is not valid YAML: {error}") from None
-    return parse_yaml(text, str(path))
+    raw = parse_yaml(text, str(path))
+    if schema is not None and (others := _commands_of(raw, schema)):
+        raise ConfigError(
+            f"config file {str(path)!r} has settings of `mlc-ray {' or '.join(others)}`; those of `mlc-ray "
+            f"{schema.command}` are {', '.join(sorted(schema.model_fields))}"
+        )
+    return raw
+
+
+def _commands_of(raw: Mapping[str, Any], schema: type[Section]) -> list[str]:
+    """The commands whose settings have every field at the top of `raw`, where those of `schema` lack one."""
+    if schema.command is None or not raw or raw.keys() <= schema.model_fields.keys():
+        return []
+    waiting, found = [Section], set[str]()
+    while waiting:
+        each = waiting.pop()
+        waiting += each.__subclasses__()
+        if each.command is not None and raw.keys() <= each.model_fields.keys():
+            found.add(each.command)
+    return sorted(found)
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:

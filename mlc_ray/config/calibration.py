@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ _REFUSAL: Any = {}
 class CalibrationConfig(Section):
     """How often a judge errs, on labelled responses."""
 
+    command: ClassVar = "judge --calibrate"
     labelled: Annotated[list[str], Field(min_length=1)] = Field(
         description="Files, folders, or data sets of the hub with a split each (NAME:SPLIT) that hold labelled "
         "responses; `,language=CODE` may follow."

@@ -59,7 +59,8 @@ def stored_path(path: str) -> str:
     """`path`, if it is not a URL, or is one whose scheme a registered storage serves.
 
     Raises:
-        ValueError: no storage is registered for its scheme; the message says what to give instead.
+        ValueError: no storage is registered for its scheme, or it has not two slashes behind it; the message says what
+            to give instead.
     """
     _refuse_credentials(path)
     scheme = scheme_of(path)
@@ -69,6 +70,9 @@ def stored_path(path: str) -> str:
         resolve("storage", str(scheme))
     except UnknownComponentError:
         return real_path(path)
+    _, slashes, rest = path.partition("://")
+    if not slashes or rest.startswith("/"):
+        raise ValueError(f"write {path.partition(':')[0]}://{path.partition(':')[2].lstrip('/')}, with two slashes")
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -41,6 +41,7 @@ class SizeSection(Section):
 class ScaleConfig(Section):
     """A study whose cells are searches: of each size the layer, as a fraction of the depth, and lambda."""
 
+    command: ClassVar = "scale"
     name: RunName = Field(description="Folder name of the study.")
     output_dir: StoredPath = Field(
         "runs", description="Where study folders go; on a cluster, a path that all nodes share, or a URL."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -306,6 +306,7 @@ class ScoringSection(Section):
 class ScoreConfig(ScoringSection):
     """One scoring run: generate, judge, count."""
 
+    command: ClassVar = "score"
     name: RunName | None = Field(None, description="Folder name of the score (default: from the model and the time).")
     output_dir: StoredPath = Field("runs/scores", description="Where score folders go.")
     model: StoredPath = Field(
@@ -401,6 +402,7 @@ class UtilitySection(Section):
 class UtilityConfig(UtilitySection):
     """One run of lm-evaluation-harness: what the model still knows."""
 
+    command: ClassVar = "utility"
     model: StoredPath = Field(
         description="Folder of a run, a checkpoint or an exported model, its URL, or hub name `NAME[#REVISION]`."
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -106,6 +106,7 @@ class ConfirmSection(Section):
 class SearchConfig(Section):
     """A search: many runs that differ in a few fields, each scored by engines that stay warm."""
 
+    command: ClassVar = "search"
     name: RunName = Field(description="Folder name of the search.")
     output_dir: StoredPath = Field(
         "runs", description="Where search folders go; on a cluster, a path that all nodes share, or a URL."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 class SimulationConfig(Section):
     """A run of any size, of which nothing is loaded: numbers alone. GB and kB are 10⁹ and 10³ bytes."""
 
+    command: ClassVar = "plan --simulate"
     gpus: PositiveInt = Field(description="GPUs of the run, a worker each.")
     gpus_per_node: PositiveInt = Field(8, description="GPUs of a node; a node is lost as a whole.")
     bundles: PositiveInt = Field(description="Bundles of the data set.")

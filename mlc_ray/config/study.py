@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,7 @@ class StudyModelSection(ModelSection):
 class StudyConfig(Section):
     """A study: every method on every model with every seed, each a run and a score, in one table."""
 
+    command: ClassVar = "study"
     name: RunName = Field(description="Folder name of the study.")
     output_dir: StoredPath = Field(
         "runs", description="Where study folders go; on a cluster, a path that all nodes share, or a URL."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -234,6 +234,7 @@ class LoggingSection(Section):
 class TrainConfig(ObjectiveConfig):
     """One training run."""
 
+    command: ClassVar = "train"
     name: RunName = Field(description="Folder name of the run.")
     output_dir: StoredPath = Field(
         "runs", description="Where run folders go; on a cluster, a path that all nodes share, or a URL."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -120,6 +120,7 @@ class OnPolicySection(Section):
 class TranslateConfig(Section):
     """Bundles made from English ones: prompts in further languages, twins, and a model's own answers."""
 
+    command: ClassVar = "translate"
     name: RunName = Field(description="Folder name of what is made.")
     output_dir: StoredPath = Field("runs/translations", description="Where its folder goes.")
     sources: Annotated[list[SourceSection], Field(min_length=1)] = Field(description="Bundles with English prompts.")

@@ -69,12 +69,17 @@ def compare_scores(
 
     Raises:
         ReportError: A folder is no score, or has several.
-        CannotCompareError: They were not measured alike, lack responses.parquet, or have too much without a verdict; a
-            rule's benchmark lacks a side in a language that `one_sided` does not name.
+        CannotCompareError: They are one score, were not measured alike, lack responses.parquet, or have too much
+            without a verdict; a rule's benchmark lacks a side in a language that `one_sided` does not name.
         NotComparableError: They share no prompt.
         RuleError: A rule asks for what they do not have.
     """
     first, second = (_only(collect([path]).models, path) for path in (before, after))
+    if first.result.folder.absolute() == second.result.folder.absolute():
+        raise CannotCompareError(
+            f"{str(before)!r} and {str(after)!r} are one score, {str(first.result.folder)!r}: give two, such as "
+            "those of a model before and after it was trained"
+        )
     models = (replace(first, label="before"), replace(second, label="after"))
     if differences := list(differing(models)):
         raise CannotCompareError(

@@ -123,7 +123,7 @@ def make_space(config: SearchConfig) -> Space:
             )
         if name in _SHARED:
             raise ConfigError(f"space.{name}: all trials share one model; search {name} in separate searches")
-    raw = read_config_file(config.train)
+    raw = read_config_file(config.train, TrainConfig)
     for override in config.set:
         if (field := override.partition("=")[0].strip()) in config.space:
             raise ConfigError(f"set {override!r} has no effect: space varies {field}; remove one of them")

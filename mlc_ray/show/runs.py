@@ -9,6 +9,7 @@ from mlc_ray.report.text import percent
 from mlc_ray.runs import (
     CONFIG_FILE,
     DIVERGED_FILE,
+    FAILED_FILE,
     FINISHED_FILE,
     METRICS_FILE,
     MODEL_FOLDER,
@@ -44,6 +45,7 @@ def run_lines(folder: Place) -> list[Line]:
     stopped, model = (folder / STOPPED_FILE).is_file(), (folder / MODEL_FOLDER / PROVENANCE_FILE).is_file()
     ended = model or (folder / FINISHED_FILE).is_file() or bool(total and checkpoints and checkpoints[-1] >= total)
     diverged = {} if ended or stopped else read_json(folder / DIVERGED_FILE)
+    failed = {} if ended or stopped or diverged else read_json(folder / FAILED_FILE)
     lines = [("run", str(folder))]
     if (folder / VALUES_FILE).is_file():
         lines.append(("trial", f"of a search, with {values_text(read_json(folder / VALUES_FILE))}"))
@@ -55,6 +57,9 @@ def run_lines(folder: Place) -> list[Line]:
     elif diverged:
         lines.append(("state", f"diverged at step {diverged.get('step')} of {total}{age(folder / DIVERGED_FILE)}"))
         lines.append(("diverged", str(diverged.get("message"))))
+    elif failed:
+        lines.append(("state", f"ended early, after step {done} of {total}{age(folder / FAILED_FILE)}"))
+        lines.append(("because", str(failed.get("message"))))
     elif rows and total:
         lines.append(("state", f"step {done} of {total} ({100 * done // total} %){age(folder / METRICS_FILE)}"))
         lines.append(("time left", _time_left(rows, total)))
@@ -73,6 +78,8 @@ def run_lines(folder: Place) -> list[Line]:
         lines.append((f"score {score.name}", rates_text(score)))
     if diverged:  # going on would come to the same step with the same batches
         return [*lines, *next_lines(_diverged_next(folder, config))]
+    if failed:
+        return [*lines, *next_lines([_go_on(folder)])]
     return [*lines, *next_lines(_run_next(folder, ended or stopped, bool(checkpoints) or model, scores, model))]
 
 
@@ -91,10 +98,14 @@ def _settings(config: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Line]
     ]
 
 
+def _go_on(folder: Place) -> str:
+    return f"mlc-ray train --resume {quoted(folder)}"
+
+
 def _run_next(folder: Place, over: bool, has_model: bool, scores: Sequence[Place], exported: bool) -> list[str]:
     run = quoted(folder)
     if not over:
-        return [f"mlc-ray train --resume {run}   # if it is not running any more"]
+        return [f"{_go_on(folder)}   # if it is not running any more"]
     commands = []
     if has_model:
         commands.append(f"mlc-ray score {run} --benchmark sample:test")

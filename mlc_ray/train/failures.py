@@ -16,6 +16,9 @@ from ray.train import ControllerError, UserCallback, WorkerGroupError
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.logs import send_warnings
+from mlc_ray.runs import FAILED_FILE
+from mlc_ray.storage import Place
+from mlc_ray.train.divergence import DivergedError
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +114,36 @@ def _signals(came: int, others: int) -> bytes:
         with suppress(BlockingIOError):  # it is full, which wakes its reader as well
             os.write(others, numbers)
     return numbers
+
+
+@contextmanager
+def failure_kept(run_folder: Place) -> Iterator[None]:
+    """Write into a run's folder by which error this block, its training, ends; what was written before is removed.
+
+    A `DivergedError` is not written: `diverged.json` has it.
+    """
+    file = run_folder / FAILED_FILE
+    try:
+        if file.is_file():
+            file.remove()
+        yield
+    except BaseException as error:
+        if not isinstance(error, DivergedError):
+            try:
+                file.write_json({"message": _said(error)})
+            except OSError as fault:
+                logger.warning("%s does not say that the run failed: %s", run_folder, fault)
+        raise
+
+
+def _said(error: BaseException) -> str:
+    """Ours as they are, a worker's death and any other in a line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted by Ctrl-C"
+    if (known := own_error(error) or death_of(error)) is not None:
+        return str(known)
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 _DEATHS = (OutOfMemoryError, NodeDiedError, RayActorError, WorkerCrashedError)

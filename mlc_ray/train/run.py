@@ -31,7 +31,7 @@ from mlc_ray.train.answers import check_answers
 from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec, train_worker
-from mlc_ray.train.failures import error_inside
+from mlc_ray.train.failures import error_inside, failure_kept
 from mlc_ray.train.log_files import log_file
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
 from mlc_ray.train.openings import branches_of, fingerprint_openings
@@ -158,7 +158,8 @@ def train(
             lease=held,
             score=score,
         )
-        return _fit(config, spec, gpu=gpu, callbacks=callbacks, display=display)
+        with failure_kept(run_folder):
+            return _fit(config, spec, gpu=gpu, callbacks=callbacks, display=display)
 
 
 def _said_to_have_ended(result: TrainResult) -> TrainResult:

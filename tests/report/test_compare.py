@@ -88,6 +88,14 @@ def test_scores_that_were_not_measured_alike_are_refused(tmp_path: Path, capsys:
     assert "without responses.parquet" in capsys.readouterr().err
 
 
+def test_a_score_is_not_compared_with_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score = model(tmp_path / "run" / "scores" / "test", 0.9)
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    for other in (score, tmp_path / "run" / "scores" / ".." / "scores" / "test"):
+        assert status(score, other) == 3
+        assert "are one score, " in capsys.readouterr().err
+
+
 def test_a_model_that_refuses_all_but_english_does_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Benign prompts are English alone: every rule holds of the model, and the gate says why it cannot tell."""
 

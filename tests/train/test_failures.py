@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,8 +25,17 @@ from ray.train.v2._internal.util import construct_user_exception_with_traceback
 from mlc_ray.data.batches import BatchError
 from mlc_ray.errors import MlcRayError
 from mlc_ray.score.run import TooManyUnparsedError
+from mlc_ray.storage import Place
 from mlc_ray.train.divergence import DivergedError
-from mlc_ray.train.failures import EndAtOwnError, death_of, error_inside, keyboard_interrupt, own_error, own_errors
+from mlc_ray.train.failures import (
+    EndAtOwnError,
+    death_of,
+    error_inside,
+    failure_kept,
+    keyboard_interrupt,
+    own_error,
+    own_errors,
+)
 from mlc_ray.train.forward import ModelError
 from mlc_ray.train.preemption import Notice, WorkersPreemptedError, ended_by
 from mlc_ray.train.shards import CheckpointError
@@ -103,6 +114,34 @@ def test_the_death_of_a_worker_is_said_in_a_line() -> None:
     assert said is not None and said.startswith("a worker died: The actor died unexpectedly before finishing this task")
     for other in (KeyError("x"), WorkerGroupError("...", {0: KeyError("x")}), of_a_task(KeyError())):
         assert death_of(other) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (of_a_task(CHECKPOINT), str(CHECKPOINT)),
+        (KeyboardInterrupt("go on by --resume"), "interrupted by Ctrl-C"),
+        (caused_by(RuntimeError("Traceback\nlong"), ActorDiedError()), "a worker died: "),
+        (RuntimeError("out of paper\nand more lines"), "RuntimeError: out of paper"),
+        (SystemExit(), "SystemExit"),
+    ],
+)
+def test_a_runs_folder_says_what_it_failed_by(tmp_path: Path, error: BaseException, said: str) -> None:
+    run, file = Place(tmp_path), tmp_path / "failed.json"
+    with pytest.raises(type(error)), failure_kept(run):
+        raise error
+    message = json.loads(file.read_text())["message"]
+    assert message.startswith(said) if said.endswith(" ") else message == said
+    assert "\n" not in message
+    with failure_kept(run):
+        assert not file.exists()
+    assert not file.exists()
+
+
+def test_a_divergence_is_told_in_its_own_file_alone(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError), failure_kept(Place(tmp_path)):
+        raise DIVERGED
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_that_name_each_other_as_causes_are_each_looked_at_once() -> None:
