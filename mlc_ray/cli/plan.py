@@ -21,7 +21,7 @@ from mlc_ray.config import (
 )
 from mlc_ray.device import host_memory
 from mlc_ray.errors import MlcRayError
-from mlc_ray.plan.hardware import Cluster, cluster_of, gpu_of
+from mlc_ray.plan.hardware import Cluster, cluster_of, gpu_of, this_machine, with_workers
 from mlc_ray.plan.lengths import Weights, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
 from mlc_ray.plan.rates import Rates, rates_of
@@ -30,7 +30,7 @@ from mlc_ray.plan.runs import dtype_of, plan_run
 from mlc_ray.plan.scores import ScorePlan, plan_scoring, plan_search
 from mlc_ray.plan.shapes import Shape, config_of, counted, shape_of
 from mlc_ray.plan.show import run_json, run_lines, score_json, score_lines, search_lines
-from mlc_ray.plan.there import cluster_there, this_machine, with_workers
+from mlc_ray.plan.there import cluster_there
 
 _CLUSTER = ("gpus", "gpu", "gpus_per_node", "node_memory")
 

@@ -23,7 +23,10 @@ LANGUAGE_TAG = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?")
 """A BCP 47 tag of language, script and region, with its cases: `en`, `zh-Hant`, `pt-BR`."""
 LanguageTag = Annotated[str, Field(pattern=rf"^({LANGUAGE_TAG.pattern})$")]
 Resume = Literal["never", "auto"]
-RESUME = "If the folder exists already: `never` refuses it, `auto` resumes it, provided its settings are the same."
+RESUME = (
+    "If the folder exists already: `never` refuses it; `auto` goes on with what is there, and refuses a setting that "
+    "must not differ, by name."
+)
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from mlc_ray._registry import resolve
 from mlc_ray.config.base import (
+    RESUME,
     Fraction,
     NonNegativeInt,
     PositiveFloat,
@@ -242,8 +243,7 @@ class TrainConfig(ObjectiveConfig):
     seed: int = Field(42, description="Seed of data order, extractor initialisation and dropout.")
     resume: Resume = Field(
         "never",
-        description="If the folder exists already: `never` refuses it, `auto` resumes it, provided that no setting "
-        "differs which decides what its steps compute (docs/resume.md).",
+        description=f"{RESUME} These decide what a step computes (docs/resume.md).",
     )
     reference: Literal["cached", "online"] = Field(
         "cached",

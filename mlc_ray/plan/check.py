@@ -6,7 +6,7 @@ import logging
 from functools import cache
 
 from mlc_ray.config import ScoringSection, TrainConfig
-from mlc_ray.plan.hardware import Cluster
+from mlc_ray.plan.hardware import Cluster, with_workers
 from mlc_ray.plan.lengths import Weights, assumed, least
 from mlc_ray.plan.nearest import fitting, nearest
 from mlc_ray.plan.rates import rates_of
@@ -14,7 +14,7 @@ from mlc_ray.plan.records import GIB, Memory, RunPlan
 from mlc_ray.plan.runs import PlanError, plan_run, plannable
 from mlc_ray.plan.scores import plan_engine
 from mlc_ray.plan.shapes import KINDS, Shape, ShapeError, config_of, counted, shape_of
-from mlc_ray.plan.there import cluster_there, with_workers
+from mlc_ray.plan.there import cluster_there
 
 logger = logging.getLogger(__name__)
 

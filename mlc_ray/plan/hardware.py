@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mlc_ray.device import peak_tflops
+from mlc_ray.device import host_memory, peak_tflops
 from mlc_ray.errors import MlcRayError
 
 
@@ -102,3 +102,15 @@ def cluster_of(gpus: int, gpu: str, *, per_node: int = 8, node_memory: int | Non
     if gpus < 1 or gpus % per_node:
         raise HardwareError(f"{gpus} GPUs are no whole number of nodes of {per_node}; set --gpus-per-node")
     return Cluster(gpu_of(gpu), gpus, per_node, node_memory)
+
+
+def this_machine() -> Cluster:
+    """Its CPUs, with all the memory that it may have: one that is only busy now is not refused."""
+    return Cluster(None, 1, 1, host_memory().total)
+
+
+def with_workers(cluster: Cluster, workers: int) -> Cluster:
+    """The cluster with so many workers on CPUs, spread evenly over its nodes; one with GPUs unchanged."""
+    if cluster.gpu is not None:
+        return cluster
+    return Cluster(None, workers, -(-workers // cluster.nodes), cluster.node_memory)

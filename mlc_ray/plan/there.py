@@ -1,4 +1,7 @@
-"""The cluster that is there, as a plan sees it: by what Ray says of its nodes, and nodes of their memory."""
+"""The cluster that is there, as a plan sees it: by what Ray says of its nodes, and nodes of their memory.
+
+Ray is imported on demand: a plan for another cluster needs none.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import logging
 from functools import cache
 
 from mlc_ray.capacity import NO_LABELS, Labels
-from mlc_ray.cluster import ClusterError, ask_nodes, nodes_that_compute, this_node
 from mlc_ray.device import host_memory
 from mlc_ray.plan.hardware import Cluster, HardwareError, gpu_of
 
@@ -15,23 +17,13 @@ logger = logging.getLogger(__name__)
 _ACCELERATOR = "accelerator_type:"
 
 
-def this_machine() -> Cluster:
-    """Its CPUs, with all the memory that it may have: one that is only busy now is not refused."""
-    return Cluster(None, 1, 1, host_memory().total)
-
-
-def with_workers(cluster: Cluster, workers: int) -> Cluster:
-    """The cluster with so many workers on CPUs, spread evenly over its nodes; one with GPUs unchanged."""
-    if cluster.gpu is not None:
-        return cluster
-    return Cluster(None, workers, -(-workers // cluster.nodes), cluster.node_memory)
-
-
 def cluster_there(*, gpu: bool, labels: Labels = NO_LABELS) -> Cluster | None:
     """Of the nodes that Ray has, with these labels; None where their GPUs are none of the table.
 
     Each node counts as much memory as the one that has the least.
     """
+    from mlc_ray.cluster import nodes_that_compute
+
     nodes = nodes_that_compute(gpu=gpu, labels=labels)
     ids = tuple(node["NodeID"] for node in nodes)
     if not gpu:
@@ -57,6 +49,8 @@ def _least_memory(nodes: tuple[str, ...]) -> int | None:
     The driver may be on a small head. What Ray counts as a node's `memory` is what was free when it started, without
     its object store, or what its starter said.
     """
+    from mlc_ray.cluster import ClusterError, ask_nodes, this_node
+
     here = this_node()
     found = [host_memory().total] if here in nodes else []
     for node, answer in ask_nodes(host_memory, nodes=[node for node in nodes if node != here]).items():

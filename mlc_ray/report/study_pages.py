@@ -12,9 +12,8 @@ from mlc_ray.report.page import environment
 from mlc_ray.report.study import StudyResult, facts_of, load_study, study_notes, study_tables
 from mlc_ray.report.tables import escape, markdown
 from mlc_ray.report.text import without_paths
+from mlc_ray.runs import STUDY_LATEX, STUDY_TEXT
 from mlc_ray.storage import Place
-
-MARKDOWN_FILE, LATEX_FILE = "study.md", "study.tex"
 
 
 def study_markdown(result: StudyResult) -> str:
@@ -63,7 +62,7 @@ def write_study_report(
         return page, []
     paper.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, text in ((MARKDOWN_FILE, study_markdown(result)), (LATEX_FILE, study_latex(result))):
+    for name, text in ((STUDY_TEXT, study_markdown(result)), (STUDY_LATEX, study_latex(result))):
         (paper / name).write_text(without_paths(text) if public else text, encoding="utf-8")
         written.append(paper / name)
     return page, written

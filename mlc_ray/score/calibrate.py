@@ -20,6 +20,7 @@ from mlc_ray.generate.pool import EnginePool
 from mlc_ray.generate.replica import Part
 from mlc_ray.judges.base import make_reader
 from mlc_ray.progress import phase
+from mlc_ray.runs import REPLIES_FILE
 from mlc_ray.score.calibration import Calibration, CalibrationError, save_calibration
 from mlc_ray.score.plan import Judging, judge_at_commits, judge_with_dtypes, plan_judging, reading
 from mlc_ray.score.stages import RESPONSES, answers_of
@@ -100,7 +101,7 @@ def _judge(
     """
 
     def parts(device: Device) -> list[Part]:
-        replies = Place(folder / "replies.parquet")
+        replies = Place(folder / REPLIES_FILE)
         return list(reading(judging, device, rows=len(table), usage=folder, replies=replies).values())
 
     if all(part.engine is None for part in parts("cpu")):

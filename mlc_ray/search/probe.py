@@ -34,7 +34,7 @@ from mlc_ray.progress import phase
 from mlc_ray.report.decisions import LanguageDecision, decision_table
 from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT
-from mlc_ray.runs import PROBE_FILE, TRIALS_FOLDER, artifact_cache, training_chat
+from mlc_ray.runs import PROBE_FILE, PROBE_TEXT, TRIALS_FOLDER, artifact_cache, training_chat
 from mlc_ray.search.criteria import CRITERIA, LayerStatistics, layer_statistics
 from mlc_ray.search.decisions import decisions
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side, pinned_model
@@ -249,7 +249,7 @@ def probe_tokens(
                 "the model does not know %s: it refuses there without telling harmful from benign, which is no safety",
                 ", ".join(result.unknown),
             )
-    (folder / "probe.md").write_text(result.markdown())
+    (folder / PROBE_TEXT).write_text(result.markdown())
     probe_plot(result, folder / "probe.png")
     (folder / PROBE_FILE).write_json(
         {

@@ -14,11 +14,15 @@ from mlc_ray.report.search import SHOWN
 from mlc_ray.report.tables import Cell, Row, Table, cell, markdown, row, table
 from mlc_ray.report.text import ABSENT, percent, signed
 from mlc_ray.runs import (
+    BEST_CONFIG_FILE,
+    BEST_FOLDER,
     CONFIG_FILE,
     DIVERGED_FILE,
     FINISHED_FILE,
     MODEL_FOLDER,
+    PARETO_FILE,
     PROVENANCE_FILE,
+    SEARCH_TEXT,
     STOPPED_FILE,
     TRIALS_FILE,
     TRIALS_FOLDER,
@@ -207,8 +211,8 @@ def write_results(
     if confirmation is not None and not earlier:
         _write_best(folder, confirmation.best.trial)
     (folder / TRIALS_FILE).write_json(_plain(result))
-    pareto_plot(result, folder / "pareto.png")
-    (folder / "search.md").write_text(summary(result))
+    pareto_plot(result, folder / PARETO_FILE)
+    (folder / SEARCH_TEXT).write_text(summary(result))
     return result
 
 
@@ -288,7 +292,7 @@ def _rate(rate: Interval | None) -> Cell:
 
 def verdict(result: SearchResult) -> list[str]:
     """The result in a few lines, warnings first, and where the best is."""
-    places = [f"config  {result.folder / 'best.yaml'}", f"model   {result.folder / 'best'}"]
+    places = [f"config  {result.folder / BEST_CONFIG_FILE}", f"model   {result.folder / BEST_FOLDER}"]
     return [*findings(result), *(places if result.confirmation is not None else ())]
 
 
@@ -401,9 +405,9 @@ def _write_best(folder: Place, trial: str) -> None:
     raw["name"] = f"{folder.name}-best"
     raw.pop("output_dir", None)  # the trials' own folder; a run made from this file goes where runs go
     text = f"# The best trial of search {folder.name} ({trial}), ready for `mlc-ray train --config`.\n"
-    (folder / "best.yaml").write_text(text + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
-    (folder / "best").remove()
-    with new_folder(folder / "best", last=(PROVENANCE_FILE,)) as copy:
+    (folder / BEST_CONFIG_FILE).write_text(text + yaml.safe_dump(raw, sort_keys=False, allow_unicode=True))
+    (folder / BEST_FOLDER).remove()
+    with new_folder(folder / BEST_FOLDER, last=(PROVENANCE_FILE,)) as copy:
         run.storage.fetch(str(run / MODEL_FOLDER), copy)
 
 

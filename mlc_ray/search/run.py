@@ -51,6 +51,7 @@ from mlc_ray.runs import (
     COMMITS_FILE,
     SEARCH_CONFIG_FILE,
     SEARCH_FILE,
+    SEARCH_TEXT,
     TRIALS_FOLDER,
     artifact_cache,
     output_place,
@@ -259,7 +260,7 @@ def _search(prepared: Prepared) -> SearchResult:
         shared.drop_optimizer_states()
         if end.fault is not None:
             recorder.write()
-            raise SearchError(f"{end.fault}; what was scored is in {str(folder / 'search.md')!r}; go on by `{go_on}`")
+            raise SearchError(f"{end.fault}; what was scored is in {str(folder / SEARCH_TEXT)!r}; go on by `{go_on}`")
         if not recorder.trials:
             first = recorder.failed[0] if recorder.failed else end.reason or "none"
             raise SearchError(f"no trial got as far as a score; the first fault: {first}")

@@ -11,6 +11,8 @@ from mlc_ray.report.study import load_study
 from mlc_ray.report.text import percent
 from mlc_ray.runs import (
     BASELINE_FOLDER,
+    BEST_CONFIG_FILE,
+    BEST_FOLDER,
     CELLS_FOLDER,
     DIVERGED_FILE,
     FINISHED_FILE,
@@ -73,8 +75,8 @@ def search_lines(folder: Place) -> list[Line]:
     commands = [] if ended else [f"mlc-ray search --resume {here}   # if it is not running any more"]
     if best is not None:
         commands += [
-            f"mlc-ray score {quoted(folder / 'best')} --benchmark sample:test",
-            f"mlc-ray train --config {quoted(folder / 'best.yaml')}",
+            f"mlc-ray score {quoted(folder / BEST_FOLDER)} --benchmark sample:test",
+            f"mlc-ray train --config {quoted(folder / BEST_CONFIG_FILE)}",
         ]
     return [*lines, *next_lines(commands)]
 

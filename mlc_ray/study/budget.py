@@ -11,13 +11,12 @@ from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import steps_of
-from mlc_ray.plan.hardware import Cluster
+from mlc_ray.plan.hardware import Cluster, with_workers
 from mlc_ray.plan.lengths import of_artifact
 from mlc_ray.plan.rates import rates_of
 from mlc_ray.plan.runs import PlanError, dtype_of, plan_run, plannable
 from mlc_ray.plan.scores import SearchPlan, plan_scoring, plan_search, runs_in, scores_in
 from mlc_ray.plan.shapes import ShapeError, config_of, shape_of
-from mlc_ray.plan.there import with_workers
 from mlc_ray.report.scale import SizeBudget
 from mlc_ray.runs import TRIALS_FOLDER, artifact_cache, resolve_model
 from mlc_ray.search.objectives.base import make_objective

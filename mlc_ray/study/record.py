@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from mlc_ray.config import UNTOUCHED
 from mlc_ray.report.study import CellOutcome, CellState, MethodRow, StudyResult, save_study
-from mlc_ray.report.study_pages import LATEX_FILE, MARKDOWN_FILE, study_latex, study_markdown
+from mlc_ray.report.study_pages import study_latex, study_markdown
 from mlc_ray.runs import (
     CELLS_FOLDER,
     CONFIG_FILE,
@@ -19,7 +19,9 @@ from mlc_ray.runs import (
     PROVENANCE_FILE,
     SCORES_FILE,
     SCORES_FOLDER,
+    STUDY_LATEX,
     STUDY_SCORE,
+    STUDY_TEXT,
     UNTOUCHED_FOLDER,
     UTILITY_FILE,
     read_metrics,
@@ -213,8 +215,8 @@ class Recorder:
 def write_study(result: StudyResult) -> None:
     """Write `results.json`, `study.md` and `study.tex` into the study's folder."""
     save_study(result)
-    (result.folder / MARKDOWN_FILE).write_text(study_markdown(result))
-    (result.folder / LATEX_FILE).write_text(study_latex(result))
+    (result.folder / STUDY_TEXT).write_text(study_markdown(result))
+    (result.folder / STUDY_LATEX).write_text(study_latex(result))
 
 
 def _utility(score: Place) -> dict[str, float]:

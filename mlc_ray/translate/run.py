@@ -26,6 +26,7 @@ from mlc_ray.data.bundles import NAMED_FIRST, RejectedRow
 from mlc_ray.data.bundles import place as place_of
 from mlc_ray.data.prepare import read_bundles
 from mlc_ray.data.rejects import Rejects
+from mlc_ray.data.store import REJECTS_FILE
 from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import place_of as engine_place
 from mlc_ray.judges.languages import Identifier
@@ -56,7 +57,6 @@ from mlc_ray.translate.quality import Counts, Quality, as_json, as_markdown, loa
 from mlc_ray.translate.texts import judge_twins, translate_texts, write_twins
 
 logger = logging.getLogger(__name__)
-_REJECTS = "rejects.jsonl"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def plan(config: TranslateConfig) -> Plan:
     decided = decide(config, None)
     connect(config.address, config.env)
     with tempfile.TemporaryDirectory() as folder:
-        return plan_of(decided.config, drafts_of(_read(config, Path(folder) / _REJECTS)))
+        return plan_of(decided.config, drafts_of(_read(config, Path(folder) / REJECTS_FILE)))
 
 
 def translate(config: TranslateConfig) -> TranslateResult:
@@ -112,7 +112,7 @@ def translate(config: TranslateConfig) -> TranslateResult:
     decided = with_dtypes(decided, before, gpu=device == "gpu")
     _check_places(decided.config, device)
     with scratch_folder() as scratch:
-        bundles = _read(config, scratch / _REJECTS)
+        bundles = _read(config, scratch / REJECTS_FILE)
         if (answers := decided.config.answers) is not None:
             check_judge(answers, _answered_in(config, bundles), user_cache())
         own = fingerprint([identity(decided), bundles["bundle_id"].to_pylist()])
@@ -126,8 +126,8 @@ def translate(config: TranslateConfig) -> TranslateResult:
             logger.info("%s is finished already", place)
             return TranslateResult(place, load_quality(place))
         (place / TRANSLATION_FILE).write_json({"identity": own, **decided.request()})
-        if (scratch / _REJECTS).is_file():
-            (place / _REJECTS).write_bytes((scratch / _REJECTS).read_bytes())
+        if (scratch / REJECTS_FILE).is_file():
+            (place / REJECTS_FILE).write_bytes((scratch / REJECTS_FILE).read_bytes())
         for line in plan_of(decided.config, drafts_of(bundles)).lines():
             logger.info("%s", line)
         run = _Run(decided, bundles, place, device, scratch)
