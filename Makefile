@@ -32,14 +32,14 @@ search-demo: install
 
 # The slow ones one after another: each of them takes both cores, and Ray Train wants no second Ray on the machine.
 test: test-fast
-	$(BIN)/python -m pytest -m "slow and not soak"
+	$(BIN)/python -m pytest -m "slow and not soak" --durations=10
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=10
 
 # Without -x: a night's run says of each test whether it passes.
 soak: install
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak --durations=0 --durations-min=1
 	MLC_RAY_FUZZ=1000 $(BIN)/python -m pytest tests/fuzz
 
 test-avx2:
