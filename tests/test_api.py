@@ -116,7 +116,7 @@ RESUMED = [
     (api.score, errors.ScoreError, "is not a score folder"),
     (api.search, errors.SearchError, "is not a search folder"),
     (api.study, errors.StudyError, "is not a study folder"),
-    (api.scale, errors.StudyError, "is not a study folder"),
+    (api.scale, errors.StudyError, "is not the folder of a scaling study"),
     (api.translate, errors.TranslationError, "is no translation"),
 ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import os
 import sys
 import traceback
@@ -71,8 +70,7 @@ _EXTRAS = {
 
 def _extra_that_lacks(module: str | None, command: str) -> str | None:
     """How to install what a command needs, where a whole package of others is missing; None for all else."""
-    package = (module or "").partition(".")[0]
-    if not package or package == "mlc_ray" or importlib.util.find_spec(package) is not None:
+    if not module or "." in module or module in sys.modules or module == "mlc_ray":  # a part of one that is there
         return None
     return f"pip install 'mlc_ray[{_EXTRAS.get(command.removesuffix('_command'), 'all')}]'"
 

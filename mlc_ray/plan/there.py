@@ -1,6 +1,6 @@
 """The cluster that is there, as a plan sees it: by what Ray says of its nodes, and nodes of their memory.
 
-Ray is imported on demand: a plan for another cluster needs none.
+Ray is imported on demand: a simulated run needs none.
 """
 
 from __future__ import annotations

@@ -296,20 +296,20 @@ def difference_table(models: Sequence[Model], benchmark: str) -> Table:
 
 
 def overview_table(models: Sequence[Model], benchmark: str) -> Table:
-    """A row per side and model, for a terminal; columns that no side has a value for are left out."""
+    """A column per side and model, for a terminal; rows that no side has a value for are left out."""
     sides: list[tuple[View, Model, str, SideSummary]] = []
     for view in views_of(models, benchmark):
         for model, key in zip(models, keys(models), strict=True):
             if (side := side_of(model, benchmark, view)) is not None:
                 sides.append((view, model, key, side))
-    columns: dict[str, list[Cell]] = {
+    rows: dict[str, list[Cell]] = {
         "refused or safe %": [rate_cell(side.avg) for *_, side in sides],
         "attack success, at most %": [attack_cell(side) if side.kind == "harmful" else NONE for *_, side in sides],
         "complied %": [
             rate_cell(side.misses_avg) if (side.kind, side.measure) == ("benign", "refused") else NONE
             for *_, side in sides
         ],
-        **_any_of_columns([side for *_, side in sides]),
+        **_any_of_row([side for *_, side in sides]),
         "var": [_variance(side) for *_, side in sides],
         "PAG": [_agreement(side) for *_, side in sides],
         "worst language": [_worst(side) for *_, side in sides],
@@ -321,20 +321,18 @@ def overview_table(models: Sequence[Model], benchmark: str) -> Table:
         "degenerate": [_alarming(side.degenerate) for *_, side in sides],
         "unparsed": [_alarming(side.unparsed) for *_, side in sides],
     }
-    used = {name: cells for name, cells in columns.items() if any(value != NONE for value in cells)}
-    heads = ["side", *(["model"] if len(models) > 1 else []), *used]
-    rows = []
-    for index, (view, _, key, side) in enumerate(sides):
-        named = [cell(key)] if len(models) > 1 else []
-        name = cell(f"{view.kind} by {view.measure}{VIA_MARK[way_of(side)]}")
-        rows.append(row(name, [*named, *(cells[index] for cells in used.values())]))
+    heads = [
+        cell(f"{view.kind} by {view.measure}{VIA_MARK[way_of(side)]}", key if len(models) > 1 else "")
+        for view, _, key, side in sides
+    ]
     note = "means over languages, 95 % intervals"
     if benchmark == ALL_BENCHMARKS:
         note = "means over benchmarks of means over languages, compared within each; 95 % intervals"
-    return table("Summary", heads, rows, note)
+    used = [row(name, cells) for name, cells in rows.items() if any(value != NONE for value in cells)]
+    return table("Summary", ["", *heads], used, note)
 
 
-def _any_of_columns(sides: Sequence[SideSummary]) -> dict[str, list[Cell]]:
+def _any_of_row(sides: Sequence[SideSummary]) -> dict[str, list[Cell]]:
     """For how many prompts any of all responses is bad: complied or unsafe, on benign prompts refused."""
     most = max((each.k for side in sides for each in side.any_of), default=1)
     name = f"any of {most} bad, at most %"

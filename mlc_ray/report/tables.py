@@ -76,7 +76,7 @@ def _cell(value: str | Cell) -> Cell:
 
 def console(shown: Table) -> RichTable:
     """For a terminal: heads in several lines, so that columns stay narrow."""
-    title = Text(clean(shown.title), "bold")
+    title = Text(clean(shown.title), "bold", no_wrap=True, overflow="ignore")  # it may be wider than its table
     if shown.note:
         title.append(f"  {clean(shown.note)}", "dim")
     found = RichTable(title=title if shown.title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

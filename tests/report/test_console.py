@@ -56,6 +56,11 @@ def printed(renderable: object) -> list[list[str]]:
     return [line.split() for line in terminal.file.getvalue().splitlines()]
 
 
+SUMMARY = (
+    "refused or safe %", "complied %", "English − others", "attack success, at most %", "n", "degenerate", "unparsed",
+)  # fmt: skip
+
+
 def text_of(renderable: object) -> str:
     """All that is printed, blanks made one."""
     return " ".join(word for line in printed(renderable) for word in line)
@@ -73,17 +78,14 @@ def test_table_shows_both_sides_and_the_difference() -> None:
     assert ["sw", "0.0", "100.0", "+0.0"] in lines
     assert ["average", "37.5", "100.0", "+37.5"] in lines
     summary = RAW.summary()
-    harmful, benign = summary.side("harmful"), summary.side("benign")
-    assert harmful is not None and benign is not None
-    for side, rest in ((harmful, ["62.5"]), (benign, ["·", "100.0"])):
-        limits = f"({percent(side.avg.low)} to {percent(side.avg.high)})".split()
-        expected = [side.kind, "by", "refused", percent(side.avg.value), *limits, *rest]
-        (line,) = [line for line in lines if line[:3] == expected[:3]]
-        assert line[: len(expected)] == expected
-    (line,) = [line for line in lines if line[:3] == ["harmful", "by", "refused"]]
-    assert "+75.0" in line, "English against the others"
-    assert "4 of 8, and 1 unparsed)" in " ".join(line), "what the upper bound of attack success is made of"
-    assert line[-3:] == ["8", "0", "1"]
+    sides = [side for kind in ("harmful", "benign") if (side := summary.side(kind)) is not None]
+    shown = {name: " ".join(line) for line in lines for name in SUMMARY if line[: len(name.split())] == name.split()}
+    rates = [f"{percent(side.avg.value)} ({percent(side.avg.low)} to {percent(side.avg.high)})" for side in sides]
+    assert shown["refused or safe %"] == f"refused or safe % {' '.join(rates)}"
+    assert shown["complied %"].startswith("complied % · 100.0 (")
+    assert "+75.0" in shown["English − others"]
+    assert shown["attack success, at most %"].endswith("4 of 8, and 1 unparsed) ·"), "what its upper bound is made of"
+    assert [shown[name] for name in ("n", "degenerate", "unparsed")] == ["n 8 8", "degenerate 0 0", "unparsed 1 0"]
     assert any("16 responses, 0 degenerate, 1 without a verdict (6.2%)" in " ".join(line) for line in lines)
 
 
@@ -159,7 +161,7 @@ def test_table_shouts_when_a_side_is_missing() -> None:
     text = " ".join(lines)
     assert "WARNING: Benign prompts were not scored: a model that refuses everything would look perfect here" in text
     assert "en 100.0 not scored" in lines
-    assert not any(line.startswith("benign by refused") for line in lines)
+    assert "by refused" in lines and "by refused by refused" not in lines, "the summary has one side"
 
 
 def test_table_names_prompts_that_were_too_long() -> None:
@@ -185,10 +187,8 @@ def test_table_shows_how_many_prompts_any_of_several_answers_is_bad_for() -> Non
         for sample, letter in enumerate(letters)
     ]
     lines = [" ".join(line) for line in printed(score_tables(result_of("x", judged)))]
-    assert "of 4 bad, at most %" in " ".join(lines)
-    (harmful,) = [line for line in lines if line.startswith("harmful by refused")]
-    (benign,) = [line for line in lines if line.startswith("benign by refused")]
-    assert " 50.0 " in harmful and " 100.0 " in benign
+    (bad,) = [line for line in lines if line.startswith("any of 4 bad, at most %")]
+    assert re.fullmatch(r"any of 4 bad, at most % 50\.0 \(.*\) 100\.0 \(.*\)", bad)
     assert "4 bad" not in text_of(score_tables(RAW))
 
     models = [Model("x", result_of("x", judged))]
@@ -237,7 +237,8 @@ def test_summary_shows_seen_languages_and_margins_where_there_are_any() -> None:
     lines = printed(score_tables(result))
     text = text_of(score_tables(result))
     assert "seen" in text and "unseen" in text and "nats" in text
-    assert any(line[:3] == ["harmful", "by", "refused"] and "+1.50" in line and "100.0" in line for line in lines)
+    shown = [" ".join(line) for line in lines]
+    assert "margin, nats +1.50" in shown and any(line.startswith("seen % 100.0 (") for line in shown)
 
 
 def test_no_number_is_cut_off_with_many_languages() -> None:
@@ -254,9 +255,9 @@ def test_comparison_shows_the_change_on_both_sides() -> None:
     assert ["en", "75.0", "100.0", "+25.0", "100.0", "100.0", "+0.0", "+75.0", "+100.0"] in lines
     assert ["sw", "0.0", "75.0", "+75.0", "100.0", "25.0", "−75.0", "+0.0", "+0.0"] in lines
     assert ["average", "37.5", "87.5", "+50.0", "100.0", "62.5", "−37.5", "+37.5", "+50.0"] in lines
-    sides = [line for line in lines if line[1:3] == ["by", "refused"]]
-    assert [line[3] for line in sides] == ["raw", "aligned", "raw", "aligned"]
-    assert sides[1][4] == "87.5" and "1.56" in sides[1] and "0.750" in sides[1]
+    assert ["raw", "aligned", "raw", "aligned"] in lines
+    shown = {line[0]: line for line in lines if line[:1] in (["refused"], ["var"], ["PAG"])}
+    assert "87.5" in shown["refused"] and "1.56" in shown["var"] and "0.750" in shown["PAG"]
     assert "Not measured the same way" not in text_of(score_tables(RAW, ALIGNED))
 
 
