@@ -58,6 +58,8 @@ class Alignment(ABC):
     """Whether it compares the policy with a frozen reference."""
     needs_rejected: ClassVar[bool] = True
     """Whether bundles must have a rejected answer."""
+    is_sft: ClassVar[bool] = False
+    """Whether it is the likelihood of the answers that it is given: `sft_weight` would add the same once more."""
     needs_rows: ClassVar[bool] = False
     """Whether it relates answers of a bundle to each other: it is given whose they are, `AnswerRows`, and says what
     each bundle costs. The loss of other alignments is of each answer, and a bundle's the mean over its answers."""

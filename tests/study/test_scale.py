@@ -22,6 +22,7 @@ from mlc_ray.report.scale import scale_notes
 from mlc_ray.report.study import load_study, study_tables
 from mlc_ray.report.write import write_report
 from mlc_ray.score.results import load_records, load_scores
+from mlc_ray.search.objectives.average import Average
 from mlc_ray.search.objectives.base import make_objective
 from mlc_ray.show import show
 from mlc_ray.stats.significance import holm
@@ -109,6 +110,23 @@ def test_studies_whose_searches_cannot_be_compared_are_refused(
     raw |= {name: value for name, value in changes.items() if name not in ("search", "space", "objective")}
     with pytest.raises(ConfigError, match=quoted):
         parse_config(ScaleConfig, raw)
+
+
+class TwoNumbers(Average):
+    """A floor, but no single best."""
+
+    metrics = ("one", "other")
+
+
+def test_an_objective_of_ones_own_is_taken_if_its_class_has_one_best(tmp_path: Path) -> None:
+    raw = raw_scale(tmp_path, "a")
+    for name, floor in (("mlc_ray.search.objectives.worst_language:WorstLanguage", 0.7), ("worst_language", 0.8)):
+        raw["search"]["objective"] = {"name": name, "min_benign_compliance": floor}
+        assert parse_config(ScaleConfig, raw).search["objective"]["name"] == name
+    for name in (f"{__name__}:TwoNumbers", "examples.my_objective:TellsApart"):
+        raw["search"]["objective"] = {"name": name}
+        with pytest.raises(ConfigError, match=f"'{name}': a scaling .* use average or worst_language"):
+            parse_config(ScaleConfig, raw)
 
 
 def test_a_bad_run_names_its_size(tmp_path: Path) -> None:
