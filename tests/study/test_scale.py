@@ -263,6 +263,15 @@ def test_what_is_over_is_not_begun_again_and_what_changed_is_refused(folder: Pat
         load_scale(Place(folder / "cells"))
 
 
+def test_a_search_whose_results_are_damaged_is_not_over(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "small")
+    write_search(plan.searches[0], tmp_path)
+    results = tmp_path / "cells" / "small" / "trials.json"
+    assert is_over(plan.searches[0], Place(tmp_path))
+    results.write_text(results.read_text()[:-40])  # it goes on, and writes them anew
+    assert not is_over(plan.searches[0], Place(tmp_path))
+
+
 def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
     """By hand from the plan of a run and of its scores: four trials, two at once, and one run with another seed."""
     write_rows(tmp_path / "tokens", [rows_to_table(random_rows(40, head=range(5)))], fingerprint="x", rejected={})
