@@ -23,7 +23,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.stats.intervals import SAME, Floats, Grid, Statistic, Term, averaged, make_grid
+from mlc_ray.stats.intervals import SAME, Floats, Grid, Term, averaged, make_grid
 from mlc_ray.stats.rates import KINDS, Interval, Judged, Outcome, language_order, outcome
 from mlc_ray.stats.seeds import interval_over_seeds
 from mlc_ray.stats.significance import holm, sign_flip_p

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlc_ray.config import ConfigError, ScaleConfig, load_config, parse_config
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.plan.check import check_engine
 from mlc_ray.plan.hardware import cluster_of
@@ -32,6 +32,7 @@ from mlc_ray.study.folder import StudyError
 from mlc_ray.study.scale import scale
 from mlc_ray.study.scale_record import ScaleRecorder, best_values
 from mlc_ray.study.searches import check_scale_goes_on, is_over, load_scale, make_searches
+from tests.data.files import write_rows
 from tests.study.scale_folders import planned, raw_scale, write_search
 from tests.train.tiny import random_rows
 
