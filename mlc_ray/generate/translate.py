@@ -228,8 +228,7 @@ def check_translations(
         counts = token_counts(texts, own, theirs)
         ratio = max(1.0, sum(mine for mine, _ in counts) / max(1, sum(other for _, other in counts)))
         text = max(math.ceil(ratio * max_new_tokens), max((mine for mine, _ in counts), default=0))
-        ((instruction, _),) = token_counts([translation_request("", language)], own, own)
-        instruction += _TEMPLATE
+        instruction = _length(own, translation_request("", language)) + _TEMPLATE
         if (needed := instruction + text + longest) > (window := settings.engine.max_model_len):
             raise TranslateError(
                 f"judge.translate.engine.max_model_len is {window}, and translating from {language!r} may take "
