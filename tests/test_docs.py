@@ -315,15 +315,15 @@ def public_names() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("module", "name"), sorted(set(public_names())))
 def test_the_site_has_every_public_name(site: Path, module: str, name: str) -> None:
     page = (site / "reference" / "api.html").read_text(encoding="utf-8")
-    found = getattr(importlib.import_module(module), name)
-    paths = {f"{module}.{name}", f"{getattr(found, '__module__', module)}.{name}"}
-    assert any(f'id="{path}"' in page for path in paths)
+    assert re.search(rf'id="{re.escape(module)}(\.\w+)*\.{name}"', page)  # a package may export what a module has
 
 
 def test_the_api_page_says_what_is_raised_and_given(site: Path) -> None:
     page = (site / "reference" / "api.html").read_text(encoding="utf-8")
     for name in ("mlc_ray.losses.mlc.mlc_loss", "mlc_ray.losses.contrast.contrast_losses", "mlc_ray.api.train"):
-        section = page.partition(f'id="{name}"')[2].partition('class="doc doc-heading"')[0]
+        section = re.split(r"<h\d id=", page.partition(f'<h4 id="{name}"')[2] or page.partition(f'<h3 id="{name}"')[2])[
+            0
+        ]
         assert "Raises:" in section and "Parameters:" in section, name
 
 
