@@ -25,7 +25,7 @@ from typing import Any
 from plan_worker import config_of, measure
 from step_data import sample_rows
 
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact, finish_artifact, shard_file, write_shard
 from mlc_ray.data.stream import plans
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.plan.activations import Row
@@ -37,7 +37,7 @@ from mlc_ray.plan.rates import Rates
 from mlc_ray.plan.seconds import seconds
 from mlc_ray.plan.shapes import config_of as model_config
 from mlc_ray.plan.shapes import counted, shape_of
-from mlc_ray.storage import write_json_atomic
+from mlc_ray.storage import Place, write_json_atomic
 from mlc_ray.train.calibrate import calibrate
 
 MEMORY_GOAL, TIME_GOAL = 0.10, 0.25
@@ -137,7 +137,8 @@ def run(options: argparse.Namespace, results: Results) -> None:
             if family not in tokens:
                 place = Path(folder) / family
                 rows = sample_rows(model, BUNDLES, 1)[0]
-                write_rows(place, [rows_to_table(rows)], fingerprint=family, rejected={})
+                shard = write_shard(Place(place), shard_file(0), [rows_to_table(rows)])
+                finish_artifact(Place(place), [shard], fingerprint=family, rejected={})
                 tokens[family] = TokenArtifact.open(place)
             key = f"{family} {point['dtype']}"
             if key not in results.found["calibrations"]:

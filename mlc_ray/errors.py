@@ -32,24 +32,26 @@ class MlcRayError(Exception):
 
 
 @cache
-def _places() -> dict[str, str]:
-    """The module of each class whose name ends in Error, read from the sources: no module is imported to find them."""
+def places() -> dict[str, str]:
+    """The module of each `MlcRayError` by name, read from the sources: no module is imported to find them."""
     root = Path(__file__).parent
-    places = {}
+    found: dict[str, tuple[str, set[str]]] = {}
     for file in sorted(root.rglob("*.py")):
         module = ".".join(["mlc_ray", *file.relative_to(root).with_suffix("").parts]).removesuffix(".__init__")
-        for name in re.findall(r"^class (\w+Error)\(", file.read_text(encoding="utf-8"), re.MULTILINE):
-            places[name] = module
-    return places
+        for name, bases in re.findall(r"^class (\w+Error)\(([^)]*)\)", file.read_text(encoding="utf-8"), re.MULTILINE):
+            found[name] = module, set(re.findall(r"\w+", bases))
+    ours = {"MlcRayError"}
+    while more := {name for name, (_, bases) in found.items() if bases & ours} - ours:
+        ours |= more
+    return {name: module for name, (module, _) in found.items() if name in ours}
 
 
 def __getattr__(name: str) -> type[MlcRayError]:
-    if name.endswith("Error") and not name.startswith("_") and name in _places():
-        found = getattr(importlib.import_module(_places()[name]), name)
-        if isinstance(found, type) and issubclass(found, MlcRayError):
-            return found
+    if name.endswith("Error") and name in places():
+        found: type[MlcRayError] = getattr(importlib.import_module(places()[name]), name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(_places())
+    return sorted(places())

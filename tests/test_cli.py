@@ -233,12 +233,12 @@ def test_bad_usage_is_status_2_too(arguments: list[str], capsys: pytest.CaptureF
     assert "usage: mlc-ray" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------- what the commands pass on to the rooms
+# ------------------------------------------------------------------- what the commands pass on to the packages
 
 
 @dataclass
 class Calls:
-    """Stands in for a room's module: remembers what the command line asked of it."""
+    """Stands in for a package's module: remembers what the command line asked of it."""
 
     asked: list[tuple[str, tuple[Any, ...], dict[str, Any]]]
     raises: BaseException | None = None
@@ -260,8 +260,8 @@ class Result:
 
 
 @pytest.fixture
-def rooms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
-    calls = Calls([])
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
+    found = Calls([])
 
     def stand_in(module: str, **functions: Any) -> None:
         made = ModuleType(module)
@@ -271,40 +271,40 @@ def rooms(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
     resumed = parse_config(TrainConfig, {"name": "r", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}})
     stand_in(
         "mlc_ray.train.run",
-        train=calls.function("train", Result()),
+        train=found.function("train", Result()),
     )
-    stand_in("mlc_ray.train.run_folder", load_run_config=calls.function("load_run_config", resumed))
-    stand_in("mlc_ray.train.export", export=calls.function("export", Path("out")))
+    stand_in("mlc_ray.train.run_folder", load_run_config=found.function("load_run_config", resumed))
+    stand_in("mlc_ray.train.export", export=found.function("export", Path("out")))
     scored = load_scores(write_score(tmp_path / "s", grid(["en", "sw"], lambda kind, code: float(kind == "harmful"))))
-    score = calls.function("score", scored)
-    again = calls.function("resume_score", scored)
+    score = found.function("score", scored)
+    again = found.function("resume_score", scored)
     stand_in("mlc_ray.score.run", score=score, resume_score=again, TooManyUnparsedError=TooManyUnparsedError)
-    return calls
+    return found
 
 
-def test_train(rooms: Calls, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train(calls: Calls, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--config", str(repository / "configs/quickstart.yaml"), "--set", "train.epochs=7"]) == 0
-    ((name, (config,), named),) = rooms.asked
+    ((name, (config,), named),) = calls.asked
     assert (name, config.train.epochs, named) == ("train", 7, {"resume": None})
     assert "runs/r/train/checkpoint_000001" in capsys.readouterr().out
 
 
-def test_train_resume_uses_the_runs_own_settings(rooms: Calls) -> None:
+def test_train_resume_uses_the_runs_own_settings(calls: Calls) -> None:
     assert main(["train", "--resume", "runs/r", "--set", "cluster.workers=2"]) == 0
-    assert [name for name, _, _ in rooms.asked] == ["load_run_config", "train"]
-    assert rooms.asked[0][1] == (Path("runs/r"), ["cluster.workers=2"])
-    assert rooms.asked[1][2] == {"resume": Path("runs/r")}
+    assert [name for name, _, _ in calls.asked] == ["load_run_config", "train"]
+    assert calls.asked[0][1] == (Path("runs/r"), ["cluster.workers=2"])
+    assert calls.asked[1][2] == {"resume": Path("runs/r")}
 
 
-def test_score_resume(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_resume(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "--resume", "runs/scores/s"]) == 0
-    assert rooms.asked == [("resume_score", (Place("runs/scores/s"),), {})]
+    assert calls.asked == [("resume_score", (Place("runs/scores/s"),), {})]
     assert "sw 100.0 100.0 +100.0" in " ".join(capsys.readouterr().out.split())
 
 
-def test_export(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "runs/r", "out", "--merge-lora", "--checkpoint", "checkpoint_000001"]) == 0
-    assert rooms.asked == [
+    assert calls.asked == [
         (
             "export",
             (Path("runs/r"), Path("out")),
@@ -314,9 +314,9 @@ def test_export(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "out\n"
 
 
-def test_score(rooms: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score(calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", "m", "--benchmark", "sample:test", "--limit", "3", "--languages", "en, ur"]) == 0
-    ((_, (config,), _),) = rooms.asked
+    ((_, (config,), _),) = calls.asked
     assert (config.model, config.limit, config.languages) == ("m", 3, ["en", "ur"])
     printed = capsys.readouterr().out
     assert "sw 100.0 100.0 +100.0" in " ".join(printed.split())
@@ -325,9 +325,9 @@ def test_score(rooms: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_score_of_which_too_much_is_unparsed_is_shown_before_it_fails(
-    rooms: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rooms.raises = TooManyUnparsedError("too many are unparsed", load_scores(tmp_path / "s"))
+    calls.raises = TooManyUnparsedError("too many are unparsed", load_scores(tmp_path / "s"))
     assert main(["score", "m", "--benchmark", "sample:test"]) == 3
     printed = capsys.readouterr()
     assert "sw 100.0 100.0 +100.0" in " ".join(printed.out.split())
@@ -364,47 +364,47 @@ def test_bad_benchmarks(text: str) -> None:
 # ---------------------------------------------------------------------------------------------- how it ends
 
 
-def test_an_expected_error_of_a_room_has_no_traceback(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    class RoomError(MlcRayError):
+def test_an_expected_error_of_a_package_has_no_traceback(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    class PackageError(MlcRayError):
         pass
 
-    rooms.raises = RoomError("run folder 'runs/r' exists already")
+    calls.raises = PackageError("run folder 'runs/r' exists already")
     assert main(["export", "runs/r", "out"]) == 2
     assert capsys.readouterr().err == "mlc-ray: error: run folder 'runs/r' exists already\n"
 
 
-def test_an_error_that_ray_wrapped_is_unwrapped(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_that_ray_wrapped_is_unwrapped(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     class Wrapped(MlcRayError):
         cause = ConfigError("mlc.layer=99: the model has 30")
 
-    rooms.raises = Wrapped("ray::worker() Traceback ...")
+    calls.raises = Wrapped("ray::worker() Traceback ...")
     assert main(["export", "runs/r", "out"]) == 2
     assert capsys.readouterr().err == "mlc-ray: error: mlc.layer=99: the model has 30\n"
 
 
-def test_an_unexpected_error_is_not_hidden_and_no_failed_gate(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    rooms.raises = RuntimeError("a bug")
+def test_an_unexpected_error_is_not_hidden_and_no_failed_gate(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    calls.raises = RuntimeError("a bug")
     assert main(["export", "runs/r", "out"]) == 70
     error = capsys.readouterr().err
     assert error.startswith("Traceback") and error.endswith("RuntimeError: a bug\n")
 
 
-def test_a_worker_that_died_is_no_error_of_the_programs_own(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_died_is_no_error_of_the_programs_own(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     import ray.train
 
     failure = ray.exceptions.OutOfMemoryError("Memory usage 9B exceeded threshold of 8B (95.0% of 10B limit)")
-    rooms.raises = ray.train.WorkerGroupError("rank 1: ...", {1: failure})
+    calls.raises = ray.train.WorkerGroupError("rank 1: ...", {1: failure})
     assert main(["export", "runs/r", "out"]) == 75
     error = capsys.readouterr().err
     assert error.startswith("mlc-ray: error: a worker was killed because its node ran out of memory")
     assert error.endswith("--resume FOLDER goes on with it\n")
 
 
-def test_ctrl_c(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    rooms.raises = KeyboardInterrupt()
+def test_ctrl_c(calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
+    calls.raises = KeyboardInterrupt()
     assert main(["export", "runs/r", "out"]) == 130
     assert capsys.readouterr().err == "mlc-ray: interrupted\n"
-    rooms.raises = KeyboardInterrupt("to go on: mlc-ray train --resume runs/r")
+    calls.raises = KeyboardInterrupt("to go on: mlc-ray train --resume runs/r")
     assert main(["export", "runs/r", "out"]) == 130
     assert capsys.readouterr().err == "mlc-ray: interrupted; to go on: mlc-ray train --resume runs/r\n"
 
@@ -412,12 +412,12 @@ def test_ctrl_c(rooms: Calls, capsys: pytest.CaptureFixture[str]) -> None:
 def test_ctrl_c_as_a_signal() -> None:
     code = """
 import sys, time, types
-room = types.ModuleType("mlc_ray.train.export")
+module = types.ModuleType("mlc_ray.train.export")
 def export(*a, **k):
     print("ready", flush=True)
     time.sleep(60)
-room.export = export
-sys.modules["mlc_ray.train.export"] = room
+module.export = export
+sys.modules["mlc_ray.train.export"] = module
 from mlc_ray.cli import main
 sys.exit(main(["export", "run", "out"]))
 """

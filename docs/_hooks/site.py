@@ -1,14 +1,16 @@
-"""What the documentation site takes from the code: pages of all commands and all settings; and plain outer links.
+"""What the documentation site takes from the code: pages of all commands, settings and errors; and plain outer links.
 
-Run by mkdocs. Nothing here is written by hand twice: commands come from the argument parser, settings from the schemas.
+Run by mkdocs. Nothing here is written by hand twice: commands come from the argument parser, settings from the schemas,
+errors from their classes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -19,6 +21,7 @@ from mkdocs.structure.files import File, Files
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from mlc_ray import errors
 from mlc_ray._registry import names, resolve
 from mlc_ray.cli import build_parser
 from mlc_ray.config import (
@@ -37,15 +40,15 @@ from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.objective import TapSection
 
 FILES = {
-    "A training run": ("train", TrainConfig),
-    "A score": ("score", ScoreConfig),
-    "A search": ("search", SearchConfig),
-    "A study": ("study", StudyConfig),
-    "A scaling study": ("scale", ScaleConfig),
-    "A translation": ("translate", TranslateConfig),
-    "A utility measurement": ("utility", UtilityConfig),
+    "A training run": ("train --config FILE", TrainConfig),
+    "A score": ("score --config FILE", ScoreConfig),
+    "A search": ("search --config FILE", SearchConfig),
+    "A study": ("study --config FILE", StudyConfig),
+    "A scaling study": ("scale --config FILE", ScaleConfig),
+    "A translation": ("translate --config FILE", TranslateConfig),
+    "A utility measurement": ("utility --config FILE", UtilityConfig),
     "A simulated run": ("plan --simulate FILE", SimulationConfig),
-    "A calibration of a judge": ("judge --calibrate LABELLED", CalibrationConfig),
+    "A calibration of a judge": ("judge --calibrate LABELLED --config FILE", CalibrationConfig),
 }
 SNIPPET = re.compile(r'--8<-- "[^"]+"')
 OUTER_LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[^)#]+)(#[^)]*)?\)")
@@ -55,6 +58,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages."""
     files.append(File.generated(config, "reference/commands.md", content=commands_page()))
     files.append(File.generated(config, "reference/settings.md", content=settings_page()))
+    files.append(File.generated(config, "reference/errors.md", content=errors_page()))
     return files
 
 
@@ -98,6 +102,32 @@ class _Wide(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, width=100)
 
 
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def errors_page() -> str:
+    """Every error of the package: what it means, and the module that defines it, which is not imported."""
+    lines = [
+        "# Errors",
+        "",
+        "Every error that you can cause is an `MlcRayError`. Its message quotes what it is about and names the fix;",
+        "the command line prints it without a traceback. `from mlc_ray.errors import NAME` imports any of them.",
+        "",
+        "| error | means | in |",
+        "|---|---|---|",
+    ]
+    for name, module in sorted(errors.places().items()):
+        (file,) = (f for f in (_file(module), _file(f"{module}.__init__")) if f.is_file())
+        classes = (node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+        said = _first_paragraph(ast.get_docstring(next(node for node in classes if node.name == name)) or "")
+        lines.append(f"| `{name}` | {_in_table(said)} | `{module}` |")
+    return "\n".join([*lines, ""])
+
+
+def _file(module: str) -> Path:
+    return Path(errors.__file__).parents[1].joinpath(*module.split(".")).with_suffix(".py")
+
+
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
@@ -107,12 +137,13 @@ def settings_page() -> str:
         "# Settings",
         "",
         "A config file is YAML; `--set section.field=value` changes one field of it, and may be repeated. Unknown",
-        "fields are refused, and so are fields of a component that was not chosen. `mlc-ray config --schema` prints",
-        "the JSON schema.",
+        "fields are refused, and so are fields of a component that was not chosen. In a dotted name `N` is the number",
+        "of an item of a list, from 0, and `NAME` a name that you give. `mlc-ray config --schema` prints the JSON",
+        "schema.",
         "",
     ]
     for title, (command, schema) in FILES.items():
-        lines += [f"## {title}", "", f"`mlc-ray {command} --config FILE`. {_summary(schema)}", ""]
+        lines += [f"## {title}", "", f"`mlc-ray {command}`. {_summary(schema)}", ""]
         lines += _section(schema, "")
     return "\n".join(lines)
 
@@ -128,9 +159,8 @@ def _section(schema: type[Section], prefix: str) -> list[str]:
             if ".N." not in dotted:  # a component in a list of another one has the settings shown above
                 nested += list(_components(component, dotted, inner))
         elif inner is not None:
-            repeated = getattr(field.annotation, "__origin__", None) is list
             nested += [f"**`{dotted}`**: {field.description or _summary(inner)}", ""]
-            nested += _section(inner, f"{dotted}.{'N.' if repeated else ''}")
+            nested += _section(inner, f"{dotted}.{_repeated(field.annotation)}")
         else:
             rows.append(_row(dotted, _type(field.annotation), field))
     table = ["| field | type | default | |", "|---|---|---|---|", *rows, ""] if rows else []
@@ -161,7 +191,11 @@ def _row(name: str, kind: str, field: FieldInfo) -> str:
         value = field.get_default(call_default_factory=True)
         default = "" if value is PydanticUndefined else f"`{_yaml(value)}`"
     cells = [f"`{name}`", kind, default, field.description or ""]
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(map(_in_table, cells)) + " |"
+
+
+def _in_table(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _yaml(value: Any) -> str:
@@ -176,6 +210,14 @@ def _inner(annotation: Any) -> type[Section] | None:
     if inspect.isclass(annotation) and issubclass(annotation, Section):
         return annotation
     return next((found for item in getattr(annotation, "__args__", ()) if (found := _inner(item)) is not None), None)
+
+
+def _repeated(annotation: Any) -> str:
+    """What stands before the fields of a section that a list (its number) or a mapping (its name) has many of."""
+    origin = get_origin(annotation)
+    if origin in (list, dict, Mapping):
+        return "N." if origin is list else "NAME."
+    return next((found for item in get_args(annotation) if (found := _repeated(item))), "")
 
 
 def _type(annotation: Any) -> str:
@@ -195,4 +237,8 @@ def _type(annotation: Any) -> str:
 
 
 def _summary(documented: Any) -> str:
-    return (inspect.getdoc(documented) or "").split("\n\n")[0].replace("\n", " ")
+    return _first_paragraph(inspect.getdoc(documented) or "")
+
+
+def _first_paragraph(text: str) -> str:
+    return text.split("\n\n")[0].replace("\n", " ")

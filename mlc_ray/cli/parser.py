@@ -20,8 +20,8 @@ Settings come from the YAML file, then from each --set in order, e.g.
 `mlc-ray config --schema` lists all of them.
 """
 _BENCHMARKS = """\
-A benchmark is a file, folder, hub name (NAME[@CONFIG][:SPLIT][#REVISION]), or sample:test / :select / :train (the
-shipped bundles), with optional marks:
+A benchmark is a file, folder, hub name (NAME[@CONFIG][:SPLIT][#REVISION]), or sample:test / :select / :train /
+:large (the shipped bundles), with optional marks:
   --benchmark PATH                      format and kind are found in the data
   --benchmark PATH,kind=benign          kind of every prompt, for formats that do not record it
   --benchmark PATH,only=harmful         the prompts of one kind alone

@@ -18,7 +18,9 @@ from mlc_ray.secrets import HIDDEN, credential_in, hide, is_secret_name, secret_
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+"""A number above 0."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
+"""A number from 0 to 1."""
 LANGUAGE_TAG = re.compile(r"[a-z]{2,3}(-[A-Z][a-z]{3})?(-([A-Z]{2}|[0-9]{3}))?")
 """A BCP 47 tag of language, script and region, with its cases: `en`, `zh-Hant`, `pt-BR`."""
 LanguageTag = Annotated[str, Field(pattern=rf"^({LANGUAGE_TAG.pattern})$")]

@@ -140,7 +140,7 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _one_sft_loss(self) -> Self:
         loss, weight = self.objective.loss, self.objective.sft_weight
-        if loss in ("sft", "sdrrl") and weight:
+        if weight and resolve("loss", loss).is_sft:
             raise ValueError(f"objective.sft_weight={weight} adds what objective.loss={loss!r} is already; remove it")
         return self
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from mlc_ray._registry import names, resolve
 from mlc_ray.config.base import RESUME, PositiveFloat, Resume, RunName, Section
 from mlc_ray.config.paths import ConfigPath, StoredPath
 from mlc_ray.config.search import SearchConfig
@@ -74,9 +75,14 @@ class ScaleConfig(Section):
                 f"search.space.{LAYER} has {indices[0]!r}: an index is another depth in each size; give a choice of "
                 "fractions and last, e.g. choice: [0.5, 0.75, last]"
             )
-        if search.objective.name not in ("average", "worst_language"):
+        if not _has_one_best(search.objective.name):
             raise ValueError(
                 f"search.objective.name={search.objective.name!r}: a scaling study follows one best point a size, with "
-                "a floor under the benign side; use average or worst_language"
+                f"a floor under the benign side; use {' or '.join(filter(_has_one_best, names('objective')))}"
             )
         return self
+
+
+def _has_one_best(objective: str) -> bool:
+    found = resolve("objective", objective)
+    return bool(found.has_floor and len(found.metrics) == 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_ray.data.bundles import BundleFileError
-from mlc_ray.storage.hub import COMMIT, HubError, commit_of, first_line, unreachable
+from mlc_ray.storage.hub import HubError, commit_of, first_line, is_commit, unreachable
 
 _NAME = re.compile(
     r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?(#(?P<revision>[\w./-]+))?"
@@ -37,11 +37,6 @@ class HubName:
         parts = (("@", self.config), (":", self.split), ("#", self.revision))
         return self.name + "".join(mark + part for mark, part in parts if part is not None)
 
-    @property
-    def is_pinned(self) -> bool:
-        """Whether it names a commit."""
-        return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
-
     def pinned(self) -> HubName:
         """The same with its commit, which the hub is asked for unless it is named.
 
@@ -51,7 +46,7 @@ class HubName:
             BundleFileError: The hub has no such data set or revision; or it cannot be asked, and the cache has no
                 commit of it, or several.
         """
-        if self.is_pinned:
+        if is_commit(self.revision):
             return self
         try:
             commit = commit_of(
@@ -79,7 +74,8 @@ class HubName:
         every = loaded.values() if isinstance(loaded, datasets.DatasetDict) else [loaded]
         files = [file["filename"] for one in every for file in one.cache_files]
         # Where it cannot reach the hub it takes what is newest in its cache, whatever the revision.
-        if self.is_pinned and (other := [file for file in files if self.revision not in Path(file).parts]):
+        other = [file for file in files if self.revision not in Path(file).parts]
+        if is_commit(self.revision) and other:
             raise BundleFileError(
                 f"{str(self)!r}: the hub could not be reached, and the copy of it here is of another commit, "
                 f"{other[0]!r}; load that commit on every node while the hub can be reached"
@@ -95,4 +91,4 @@ def cached_commits(name: str) -> list[str]:
     owner, _, own = name.rpartition("/")
     folder = f"{owner}___{camelcase_to_snakecase(own)}" if owner else camelcase_to_snakecase(own)
     found = Path(datasets.config.HF_DATASETS_CACHE).expanduser().glob(f"{folder}/*/*/*")
-    return sorted({path.name for path in found if path.is_dir() and COMMIT.fullmatch(path.name)})
+    return sorted({path.name for path in found if path.is_dir() and is_commit(path.name)})

@@ -313,17 +313,6 @@ class Reading:
                 yield row
 
 
-def read_file(file: SourceFile) -> Iterator[Row]:
-    """Every record of a source, as `Reading.rows`.
-
-    Raises:
-        BundleFileError: as there; or no bundle is of the kind that the source asks for.
-    """
-    reading = Reading(file)
-    yield from reading.rows()
-    reading.seen.check(file)
-
-
 def readings_of(file: SourceFile, contents: dict[Place, Content], *, blocks: int) -> list[Reading]:
     """A source cut into parts of about `blocks` blocks, where its format reads parts; else one reading of the whole."""
     path = Place(file.path)

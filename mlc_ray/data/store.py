@@ -255,12 +255,6 @@ def finish_artifact(folder: Place, shards: Sequence[Shard], **manifest: Any) -> 
     )
 
 
-def write_rows(folder: Path, tables: Iterable[pa.Table], **manifest: Any) -> None:
-    """An artefact with a shard of each table, for small calls."""
-    shards = [write_shard(Place(folder), shard_file(n), [table]) for n, table in enumerate(tables)]
-    finish_artifact(Place(folder), shards, **manifest)
-
-
 def _lacking(table: pa.Table) -> dict[str, npt.NDArray[np.bool_]]:
     """Which rows lack each answer."""
     absent = {name: pc.fill_null(pc.list_value_length(table[name]), 0).to_numpy() == 0 for name in ANSWERS}

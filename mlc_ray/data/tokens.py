@@ -125,7 +125,11 @@ class ChatTemplate:
         return ids.tolist(), cut
 
     def cut_prompt(self, ids: Ids, limit: int) -> tuple[Ids, int]:
-        """A prompt's ids within `limit`, and how many were cut; see `encode_prompt`."""
+        """A prompt's ids within `limit`, and how many were cut; see `encode_prompt`.
+
+        Raises:
+            TokenizationError: `limit` is too small for head and tail.
+        """
         if self.minimum > limit:
             alone = (
                 f"the chat template alone takes {self.minimum - 1} tokens; set data.max_prompt_tokens well above that"
@@ -175,7 +179,11 @@ class ChatTemplate:
         )
 
     def prompt(self, text: str) -> str:
-        """The rendered prompt that asks `text`, generation prompt included; raises as `prompt_ids`."""
+        """The rendered prompt that asks `text`, generation prompt included.
+
+        Raises:
+            TemplateError: the template puts other text around this one than around others.
+        """
         rendered = self.render(text)
         fits = len(rendered) >= len(self.head) + len(self.tail)
         if not (fits and rendered.startswith(self.head) and rendered.endswith(self.tail)):
@@ -185,14 +193,22 @@ class ChatTemplate:
         return rendered
 
     def answer(self, prompt: str, text: str) -> str:
-        """What follows the prompt in the conversation in which `text` answers it; raises as `answer_ids`."""
+        """What follows the prompt in the conversation in which `text` answers it.
+
+        Raises:
+            TemplateError: the template changes the prompt once it is answered.
+        """
         rendered, conversation = self.prompt(prompt), self.render(prompt, text)
         if not conversation.startswith(rendered):
             raise TemplateError(f"the chat template changes the prompt {prompt!r} once it is answered")
         return conversation[len(rendered) :]
 
     def render(self, user: str, assistant: str | None = None) -> str:
-        """What the template writes of a prompt, generation prompt included, or of one that is answered."""
+        """What the template writes of a prompt, generation prompt included, or of one that is answered.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
         said = [("system", self._chat.system), ("user", user), ("assistant", assistant)]
         messages = [{"role": role, "content": text} for role, text in said if text is not None]
         try:

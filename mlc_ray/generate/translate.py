@@ -14,7 +14,7 @@ import math
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -225,8 +225,7 @@ def check_translations(
     own = load_tokenizer(resolve_model(settings.model), trust_remote_code=settings.engine.trust_remote_code)
     theirs = load_tokenizer(policy, trust_remote_code=trust_remote_code)
     for language, texts in prompts.items():
-        by_length = sorted(set(texts), key=lambda text: len(text.encode()), reverse=True)[:_COUNTED]
-        counts = [(_length(own, text), _length(theirs, text)) for text in by_length]
+        counts = token_counts(texts, own, theirs)
         ratio = max(1.0, sum(mine for mine, _ in counts) / max(1, sum(other for _, other in counts)))
         text = max(math.ceil(ratio * max_new_tokens), max((mine for mine, _ in counts), default=0))
         instruction = _length(own, translation_request("", language)) + _TEMPLATE
@@ -239,11 +238,18 @@ def check_translations(
             )
 
 
+def token_counts(texts: Iterable[str], own: Any, theirs: Any) -> list[tuple[int, int]]:
+    """The tokens of different texts, by either tokenizer, longest text first: of more than `COUNTED` the longest."""
+    by_length = sorted(set(texts), key=lambda text: len(text.encode()), reverse=True)[:COUNTED]
+    return [(_length(own, text), _length(theirs, text)) for text in by_length]
+
+
 def _length(tokenizer: Any, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-_COUNTED = 64  # of each language, the longest prompts by bytes
+COUNTED = 64
+"""Of each language, the longest texts by bytes: all of 300,000 would take a minute."""
 _TEMPLATE = 64  # tokens that a chat template may write around a message
 
 

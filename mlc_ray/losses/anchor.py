@@ -27,9 +27,14 @@ class Anchor(Term):
 def anchor_losses(tapped: Tensor, present: Tensor, reference_state: Tensor) -> Tensor:
     """Distance of each bundle's tapped states from the frozen reference's state of its response prompt, [B].
 
-    |h - r|^2 / |r|^2 in hidden space, before the extractor, as a mean over the languages present: `tapped` [B, L, H],
-    `reference_state` [B, H], which takes no gradient. Relative and not a cosine: states of different prompts may have
-    cosines near 1 in a language model, and scale is part of what the layers above read.
+    |h - r|^2 / |r|^2 in hidden space, before the extractor, as a mean over the languages present. Relative and not a
+    cosine: states of different prompts may have cosines near 1 in a language model, and scale is part of what the
+    layers above read.
+
+    Args:
+        tapped: [B, L, H], the states h of B bundles in L languages.
+        present: [B, L], true where a bundle has the language; other rows take no part.
+        reference_state: [B, H], the states r; they take no gradient.
     """
     target = reference_state.detach().double().unsqueeze(1)
     distances = (tapped.double() - target).square().sum(dim=2) / target.square().sum(dim=2)

@@ -58,6 +58,8 @@ class Alignment(ABC):
     """Whether it compares the policy with a frozen reference."""
     needs_rejected: ClassVar[bool] = True
     """Whether bundles must have a rejected answer."""
+    is_sft: ClassVar[bool] = False
+    """Whether it is the likelihood of the answers that it is given: `sft_weight` would add the same once more."""
     needs_rows: ClassVar[bool] = False
     """Whether it relates answers of a bundle to each other: it is given whose they are, `AnswerRows`, and says what
     each bundle costs. The loss of other alignments is of each answer, and a bundle's the mean over its answers."""
@@ -212,12 +214,13 @@ class TermLoss:
 class Term(ABC):
     """A further term of the total. Subclasses nest their `Settings`, and are registered by `@register("term", NAME)`.
 
-    `__call__` is given `tapped` unless it `needs_decisions`: then it is given `decisions`; or `needs_reference_logits`:
-    then it is given `kept`. It is given
-    `reference_state` [B, H], the frozen reference's tapped states of the bundles' response prompts, if
-    `needs_reference_state`. A term that `needs_group` is called for each group of a batch alone:
-    the B bundles that it is given are the group, and it may compare them with each other. `needs_decisions` goes with
-    neither of these two, and `needs_languages` is false for none but a term that `needs_decisions`.
+    `__call__` is given one of three things:
+
+    - `tapped` by default; and `reference_state` [B, H], the frozen reference's tapped states of the bundles' response
+      prompts, if it `needs_reference_state`. If it `needs_group` it is called for each group of a batch alone: the B
+      bundles that it is given are the group, and it may compare them with each other.
+    - `decisions`, if it `needs_decisions`; then alone may `needs_languages` be false.
+    - `kept`, if it `needs_reference_logits`.
     """
 
     Settings: ClassVar[type[TermSettings]]

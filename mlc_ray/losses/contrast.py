@@ -59,12 +59,21 @@ def contrast_losses(
 ) -> Tensor:
     """Supervised contrastive loss of each bundle [B]: its languages attract each other, other bundles' repel them.
 
-    Khosla et al. 2020 (arXiv 2004.11362), eq. 2, with bundles as classes. For unit rows z of [B, L, D], where present
-    [B, L], P(i) the other languages of row i's bundle and A(i) all other rows:
+    Khosla et al. 2020 (arXiv 2004.11362), eq. 2, with bundles as classes. For unit rows z, P(i) the other languages of
+    row i's bundle and A(i) all other rows:
     l_i = -1/|P(i)| sum over p in P(i) of log(exp(z_i.z_p / tau) / sum over a in A(i) of exp(z_i.z_a / tau)),
-    then the mean over the bundle's rows. In the last sum a row of a bundle of the other kind (`harmful` [B]) counts
-    `other_kind` times, which is ours. Unlike the MLC loss it sees signs. A row without a positive or without a
+    then the mean over the bundle's rows. Unlike the MLC loss it sees signs. A row without a positive or without a
     negative has no loss.
+
+    Args:
+        representations: [B, L, D], the extractor's outputs of B bundles in L languages; they need not be normalised.
+        present: [B, L], true where a bundle has the language; other rows take no part.
+        temperature: tau of the softmax over cosines.
+        harmful: [B], whether a bundle is harmful; None where `other_kind` is 1.
+        other_kind: how many times a row of a bundle of the other kind counts in the sum over A(i), which is ours.
+
+    Raises:
+        ValueError: `other_kind` is not 1, and the kinds are not given.
     """
     n_bundles, n_languages, _ = representations.shape
     rows = unit_rows(representations, present).flatten(0, 1)

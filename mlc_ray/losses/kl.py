@@ -1,4 +1,4 @@
-"""Keep what benign prompts are answered: KL of the next token to the frozen reference, on benign bundles alone.
+"""Keep the frozen reference's answers to benign prompts: KL of the next token to it, on benign bundles alone.
 
 Ours. On harmful rows it would pull back to a model that complies; on benign ones it holds what `decision`, a preference
 loss or MLC would take along, in every language of a bundle.

@@ -104,10 +104,16 @@ def mlc_losses(
 ) -> tuple[Tensor, Tensor]:
     """MLC loss of each bundle [B], and its singular values [B, S], both float64.
 
-    `representations` [B, L, D] need not be normalised. `present` [B, L] marks the languages a bundle has: an absent
-    one takes no part, neither its row nor its logit. With `leading` the logits are s / stop_gradient(s1) / tau, as in
-    the authors' code; with `none` they are s / tau, as in the paper's equation. A bundle with fewer than two
-    languages has loss 0.
+    Args:
+        representations: [B, L, D], the extractor's outputs of B bundles in L languages; they need not be normalised.
+        temperature: tau of the softmax over singular values.
+        scaling: `leading`: logits are s / stop_gradient(s1) / tau, as in the authors' code; `none`: s / tau, as in the
+            paper's equation.
+        present: [B, L], true where a bundle has the language; None for all of them. An absent one takes no part,
+            neither its row nor its logit. A bundle with fewer than two languages has loss 0.
+
+    Raises:
+        ValueError: a shape, the temperature or the scaling is not one of these.
     """
     if representations.dim() != 3:
         raise ValueError(f"representations must be [B, L, D], got shape {tuple(representations.shape)}")

@@ -48,6 +48,7 @@ class Sdrrl(Alignment):
 
     settings: Settings
     needs_rejected = False
+    is_sft = True
     note = "after arXiv 2402.12204; ours: the adaptation to safety, with these shares"
     needs_rows = True
 

@@ -18,6 +18,7 @@ class Sft(PerAnswer):
 
     settings: Settings
     needs_rejected = False
+    is_sft = True
 
     def __call__(self, chosen: ResponseLogProbs) -> AlignmentLoss:
         """The loss of each answer [A]."""

@@ -35,15 +35,19 @@ class Variance(Term):
 def variance_losses(representations: Tensor, present: Tensor, *, target_std: float) -> Tensor:
     """Variance and covariance regularisation of bundle means; the same number for each bundle with a language [B].
 
-    After VICReg (Bardes et al. 2022, arXiv 2105.04906, eqs. 1 to 4), on the n bundles' means m of unit rows (those of
-    [B, L, D] that are present [B, L]), scaled by sqrt(D) so that orthogonal bundles have a standard deviation near 1 in
-    every dimension:
+    After VICReg (Bardes et al. 2022, arXiv 2105.04906, eqs. 1 to 4), on the n bundles' means m of unit rows, scaled by
+    sqrt(D) so that orthogonal bundles have a standard deviation near 1 in every dimension:
     v = mean over dimensions of max(0, target_std - sqrt(Var + 1e-4));
     c = (|C|_F^2 - (tr C)^2 / r) / (tr C + 0.01)^2, C the covariance of the unscaled means, r = min(n - 1, D);
     v + c / 25. VICReg's own c, the squared off-diagonal entries of C, needs more samples than dimensions: a group has
     few bundles, its C has rank n - 1, and those entries would be least where all bundles are *one*. This c is 0 where
     the spread is even over the r directions that n bundles can span, and always 0 for two bundles. With fewer than two
     bundles the loss is 0.
+
+    Args:
+        representations: [B, L, D], the extractor's outputs of B bundles in L languages; they need not be normalised.
+        present: [B, L], true where a bundle has the language; other rows take no part.
+        target_std: the standard deviation below which a dimension costs something.
     """
     rows = unit_rows(representations, present)
     counts = present.sum(dim=1)

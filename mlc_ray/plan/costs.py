@@ -111,11 +111,3 @@ def daly(cost: float, mtbf: float) -> float:
         return mtbf
     part = cost / (2 * mtbf)
     return math.sqrt(2 * cost * mtbf) * (1 + math.sqrt(part) / 3 + part / 9) - cost
-
-
-def daly_wall(work: float, interval: float, cost: float, restart: float, mtbf: float) -> float:
-    """Expected seconds of `work`, in pieces of `interval` with a checkpoint of `cost` behind each (Daly, equation 20).
-
-    Failures come at any time, as a Poisson process of mean `mtbf`, and a start of `restart` seconds follows each.
-    """
-    return mtbf * math.exp(restart / mtbf) * math.expm1((interval + cost) / mtbf) * work / interval

@@ -179,6 +179,9 @@ def published_config(name: str) -> PretrainedConfig | None:
     """The config of a published shape: `qwen2.5-72b`, or the end of its name where only one has it (`72b`).
 
     A name with an owner, as the hub's, is compared as a whole: `acme/8b` is another model.
+
+    Raises:
+        ShapeError: Several names end so.
     """
     from transformers import AutoConfig
 

@@ -3,6 +3,7 @@ cannot be up at once one after another (`side_by_side`), and for a search, which
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -225,6 +226,12 @@ def _stages(readers: Sequence[Reader]) -> list[list[Reader]]:
 def usage_file(name: str) -> str:
     """The file that says what the endpoint of a part of `reading` did and cost."""
     return f"{name}{USAGE_SUFFIX}"
+
+
+def read_usage(folder: Path) -> dict[str, Any]:
+    """What those files in a folder say, by the names of the parts."""
+    files = sorted(folder.glob(f"*{USAGE_SUFFIX}"))
+    return {file.name.removesuffix(USAGE_SUFFIX): json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 def counted(engine: EngineSection, device: Device) -> EngineSection:

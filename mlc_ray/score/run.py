@@ -11,7 +11,6 @@ a cell of `responses.parquet`. The answer comes back to the driver once, without
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
@@ -52,12 +51,12 @@ from mlc_ray.score.calibration import check_calibration, with_corrected_rates
 from mlc_ray.score.languages import with_languages
 from mlc_ray.score.passes import Passes
 from mlc_ray.score.plan import (
-    USAGE_SUFFIX,
     Judging,
     answering,
     fitted,
     judge_with_dtypes,
     plan_judging,
+    read_usage,
     reading,
     with_chat,
     with_dtypes,
@@ -288,10 +287,7 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
         prompts=request.prompts,
         judge=judging.identity,
         measured_by=judging.measured_by,
-        usage={
-            file.name.removesuffix(USAGE_SUFFIX): json.loads(file.read_text(encoding="utf-8"))
-            for file in sorted(folder.glob(f"*{USAGE_SUFFIX}"))
-        },
+        usage=read_usage(folder),
         finish=dict(Counter(judged["finish"].to_pylist())),
         config={**request.config.model_dump(mode="json"), **settings},
         versions=library_versions(),

@@ -11,13 +11,13 @@ from typing import Any
 import ray.tune
 
 from mlc_ray.monitoring import measure, told_of
+from mlc_ray.report.search import Progress, SearchFileError
 from mlc_ray.runs import STOPPED_FILE
 from mlc_ray.score.scorer import ScorerDiedError
 from mlc_ray.search.confirm import drop_models
 from mlc_ray.search.objectives.base import TrialScore
 from mlc_ray.search.results import (
     Confirmation,
-    Progress,
     SearchResult,
     Trial,
     duration,
@@ -28,6 +28,7 @@ from mlc_ray.search.results import (
 from mlc_ray.search.trial import Shared, has_ended, read_trial, scored_trials, trial_folders
 from mlc_ray.search.tune import FINISHED, FOLDER, VALUES, EndEarly
 from mlc_ray.stats.rates import Interval
+from mlc_ray.storage import Place
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class Recorder(ray.tune.Callback):
         self._shared, self._baseline, self._total, self._end = shared, baseline, total, end
         self.trials: dict[str, Trial] = {trial.name: trial for trial in scored_trials(shared)}
         self.failed: list[str] = []
-        self._earlier = read_confirmation(shared.folder)
+        self._earlier = confirmed_earlier(shared.folder)
         self.over = False  # whether no trial of this process will run any more
         self._began: dict[str, float] = {}
         self._took: list[float] = []
@@ -137,6 +138,15 @@ class Recorder(ray.tune.Callback):
             self.write()
         except OSError as error:  # a store that is away for a while must not end the trials
             logger.warning("the results so far could not be written (%s); they are again after the next score", error)
+
+
+def confirmed_earlier(folder: Place) -> Confirmation | None:
+    """What an earlier process confirmed; nothing where its file is damaged, which is written anew."""
+    try:
+        return read_confirmation(folder)
+    except SearchFileError as error:
+        logger.warning("%s; the best trials are confirmed again", error)
+        return None
 
 
 def _rate(rate: Interval) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import TypeAdapter
 
 from mlc_ray.config import SearchConfig
-from mlc_ray.report.search import SHOWN
+from mlc_ray.report.search import CONFIRMATION_KEY, SHOWN, Progress, is_search, read_trials
 from mlc_ray.report.tables import Cell, Row, Table, cell, markdown, row, table
 from mlc_ray.report.text import ABSENT, percent, signed
 from mlc_ray.runs import (
@@ -129,41 +130,16 @@ class Confirmation:
         return self.points[0]
 
 
+_CONFIRMATION = TypeAdapter(Confirmation | None)
+
+
 def read_confirmation(search: Place) -> Confirmation | None:
-    """What an earlier process confirmed, from the `trials.json` of a search; None if nothing."""
-    if not (search / TRIALS_FILE).is_file() or (raw := (search / TRIALS_FILE).read_json()["confirmation"]) is None:
-        return None
+    """What an earlier process confirmed, from the `trials.json` of a search; None if nothing.
 
-    def interval(each: Any) -> Any:
-        return None if each is None else Interval(**each)
-
-    def score(each: Any) -> Any:
-        if each is None:
-            return None
-        sides = {name: interval(each[name]) for name in ("harmful", "benign")}
-        for name in ("harmful_by_language", "benign_by_language"):
-            sides[name] = {code: Interval(**rate) for code, rate in each[name].items()}
-        return TrialScore(**{**each, **sides, "values": tuple(each["values"])})
-
-    def change(each: Any) -> Any:
-        return each and Change(interval(each["harmful"]), interval(each["benign"]), each["told_apart"])
-
-    points = [
-        Confirmed(each["trial"], tuple(each["runs"]), each["values"], score(each["score"]), change(each["change"]))
-        for each in raw["points"]
-    ]
-    return Confirmation(
-        tuple(points), score(raw["baseline"]), change(raw["change"]), tuple(raw["left_out"]), raw["trials"]
-    )
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How many of the trials have ended, and about how many seconds the others take (None: not known)."""
-
-    ended: int
-    total: int
-    seconds_left: float | None = None
+    Raises:
+        SearchFileError: The file is damaged.
+    """
+    return read_trials(search, CONFIRMATION_KEY, _CONFIRMATION) if is_search(search) else None
 
 
 @dataclass(frozen=True)
@@ -417,7 +393,7 @@ def _short(value: Any) -> str:
 
 def _plain(result: SearchResult) -> dict[str, Any]:
     content = {name: value for name, value in vars(result).items() if name != "config"}
-    for name in ("baseline", "progress", "confirmation"):
+    for name in ("baseline", "progress", CONFIRMATION_KEY):
         content[name] = None if content[name] is None else asdict(content[name])
     tables = filter(None, (confirmation_table(result), trials_table(result)))
     return {

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlc_ray.report.search import Point, is_search, read_confirmed, read_progress
 from mlc_ray.report.study import load_study
 from mlc_ray.report.text import percent
 from mlc_ray.runs import (
@@ -45,26 +46,25 @@ def search_lines(folder: Place) -> list[Line]:
     trials = [child for child in (folder / TRIALS_FOLDER).iterdir() if (child / VALUES_FILE).is_file()]
     marks = (FINISHED_FILE, STOPPED_FILE, DIVERGED_FILE)
     over = [trial for trial in trials if any((trial / mark).is_file() for mark in marks)]
-    found = read_json(folder / TRIALS_FILE)
-    total = (found.get("progress") or {}).get("total") or _number_of_trials(config)
-    confirmation = found.get("confirmation") or {}
-    more = len(over) - (confirmation.get("trials") or len(over))  # that ended after what is confirmed
-    ended = bool(confirmation) and len(over) >= total and more <= 0
+    progress, confirmation = (read_progress(folder), read_confirmed(folder)) if is_search(folder) else (None, None)
+    total = _number_of_trials(config) if progress is None else progress.total
+    confirmed_after = None if confirmation is None else confirmation.trials
+    more = len(over) - (confirmed_after or len(over))  # that ended after what is confirmed
+    ended = confirmation is not None and len(over) >= total and more <= 0
     lines = [
         ("search", str(folder)),
         ("space", "; ".join(f"{name}: {_parameter(each)}" for name, each in config.get("space", {}).items())),
         ("state", f"{'ended, ' if ended else ''}{len(over)} of {total} trials have ended" + _unfinished(trials, over)),
         ("baseline", rates_text(folder / BASELINE_FOLDER)),
     ]
-    left = (found.get("progress") or {}).get("seconds_left")
-    if left and not ended:
-        lines.append(("time left", f"about {duration(left)}{age(folder / TRIALS_FILE)}"))
-    confirmed = confirmation.get("points", ())
-    best = confirmed[0]["trial"] if confirmed else None
+    if progress is not None and progress.seconds_left and not ended:
+        lines.append(("time left", f"about {duration(progress.seconds_left)}{age(folder / TRIALS_FILE)}"))
+    confirmed = () if confirmation is None else confirmation.points
+    best = confirmed[0].trial if confirmed else None
     for point in confirmed:
-        mark = "   <- best" if point["trial"] == best else ""
+        mark = "   <- best" if point.trial == best else ""
         mark += f"   (before {more} more trials had ended)" if more > 0 else ""
-        lines.append((f"confirmed {point['trial']}", _confirmed(point) + mark))
+        lines.append((f"confirmed {point.trial}", _confirmed(point) + mark))
     for trial in trials[:_MOST_TRIALS]:
         lines.append((f"trial {trial.name}", _trial(trial)))
     if len(trials) > _MOST_TRIALS:
@@ -81,16 +81,15 @@ def search_lines(folder: Place) -> list[Line]:
     return [*lines, *next_lines(commands)]
 
 
-def _confirmed(point: Mapping[str, Any]) -> str:
+def _confirmed(point: Point) -> str:
     """Both sides of a point, means over its models, with their intervals."""
-    score = point["score"]
-    sides = {f"harmful {score['measure']}": score["harmful"], "benign complied": score["benign"]}
+    sides = {f"harmful {point.score.measure}": point.score.harmful, "benign complied": point.score.benign}
     said = [
-        f"{name} {percent(side['value'])} % ({percent(side['low'])} to {percent(side['high'])})"
+        f"{name} {percent(side.value)} % ({percent(side.low)} to {percent(side.high)})"
         for name, side in sides.items()
         if side is not None
     ]
-    models = len(point["runs"])
+    models = len(point.runs)
     return "   ".join(said) + (f"   means over {models} models" if models > 1 else "")
 
 

@@ -275,6 +275,11 @@ Term: TypeAlias = tuple[float, Statistic]
 """A statistic and its weight in a sum."""
 
 
+def averaged(statistics: Sequence[Statistic]) -> list[Term]:
+    """The terms of their mean."""
+    return [(1 / len(statistics), statistic) for statistic in statistics]
+
+
 def interval(*terms: Term) -> tuple[float, float, float]:
     """95 % interval of a weighted sum of statistics.
 

@@ -23,7 +23,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.stats.intervals import SAME, Floats, Grid, Statistic, Term, make_grid
+from mlc_ray.stats.intervals import SAME, Floats, Grid, Term, averaged, make_grid
 from mlc_ray.stats.rates import KINDS, Interval, Judged, Outcome, language_order, outcome
 from mlc_ray.stats.seeds import interval_over_seeds
 from mlc_ray.stats.significance import holm, sign_flip_p
@@ -217,9 +217,9 @@ def _side(
 
     split = with_both(grids, seen, never)
     several = [grid for grid in grids if len(grid.languages) > 1]
-    variances = [_averaged([g.variance(f"{wanted} {seed}", "present") for g in several]) for seed in seeds]
+    variances = [averaged([g.variance(f"{wanted} {seed}", "present") for g in several]) for seed in seeds]
     agreed = [grid.agreements([(f"hits {seed}", f"misses {seed}") for seed in seeds], "present") for grid in several]
-    agreements = [_averaged([found[index] for found in agreed if found]) for index in range(len(seeds))]
+    agreements = [averaged([found[index] for found in agreed if found]) for index in range(len(seeds))]
     avg = mean(codes)
     assert avg is not None, "`read_verdicts` has seen to it"
     languages = {code: rate for code in codes if (rate := mean([code])) is not None}
@@ -271,10 +271,6 @@ def _by_language(grids: Sequence[Grid], languages: Sequence[str]) -> list[_Part]
 
 def _terms(parts: Iterable[_Part], layer: str) -> list[Term]:
     return [(weight, grid.mean(layer, "present", codes)) for grid, groups in parts for weight, codes in groups]
-
-
-def _averaged(statistics: Sequence[Statistic]) -> list[Term]:
-    return [(1 / len(statistics), statistic) for statistic in statistics]
 
 
 # --------------------------------------------------------------------------------------------------------------- tests

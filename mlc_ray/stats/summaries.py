@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlc_ray.stats.intervals import Grid, MeanRate, Statistic, Term, interval, make_grid
+from mlc_ray.stats.intervals import Grid, MeanRate, Term, averaged, interval, make_grid
 from mlc_ray.stats.rates import (
     ALL_BENCHMARKS,
     KINDS,
@@ -205,11 +205,11 @@ def _side(sides: Sequence[_Side], seen: frozenset[str] | None) -> SideSummary:
         avg=_percent(*_means(sides, "hits")),
         misses_avg=_percent(*_means(sides, "misses")),
         misses_most=_percent(*_means(sides, "most misses")),
-        var=_percent(*_averaged(spreads), most=25.0) if spreads else None,
+        var=_percent(*averaged(spreads), most=25.0) if spreads else None,
         var_noise=_mean(_noise(side, wanted) for side in several),
-        pag=_within(Interval(*interval(*_averaged(agreements))), 0.0, 1.0) if agreements else None,
+        pag=_within(Interval(*interval(*averaged(agreements))), 0.0, 1.0) if agreements else None,
         worst=", ".join(dict.fromkeys(worst)),
-        worst_rate=_percent(*_averaged([side.grid.lowest(wanted, "present") for side in compared])),
+        worst_rate=_percent(*averaged([side.grid.lowest(wanted, "present") for side in compared])),
         english_gap=_percent(*gap, least=-100.0) if english and others else None,
         seen=_percent(*trained) if trained else None,
         unseen=_percent(*unseen) if unseen else None,
@@ -228,7 +228,7 @@ def _any_of(sides: Sequence[_Side]) -> tuple[AnyOf, ...]:
     found = []
     for k in sorted(set.intersection(*(set() if grid is None else sizes_of(grid) for grid in grids))):
         means = ([grid.mean(f"{layer} {k}", "asked") for grid in grids if grid] for layer in ("any", "most"))
-        found.append(AnyOf(k, *(_percent(*_averaged(each)) for each in means)))
+        found.append(AnyOf(k, *(_percent(*averaged(each)) for each in means)))
     return tuple(found)
 
 
@@ -250,11 +250,7 @@ def _split(sides: Sequence[_Side], first: Callable[[str], bool]) -> tuple[list[T
 def _means(sides: Sequence[_Side], layer: str, languages: Collection[str] | None = None) -> list[Term]:
     """The mean over benchmarks of their means over `languages` (default: all that they have)."""
     chosen = [(side, [c for c in side.rows if languages is None or c in languages]) for side in sides]
-    return _averaged([side.mean(layer, codes) for side, codes in chosen if codes])
-
-
-def _averaged(statistics: Sequence[Statistic]) -> list[Term]:
-    return [(1 / len(statistics), statistic) for statistic in statistics]
+    return averaged([side.mean(layer, codes) for side, codes in chosen if codes])
 
 
 def _mean(values: Iterable[float]) -> float | None:

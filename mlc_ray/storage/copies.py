@@ -19,7 +19,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.storage.atomic import atomic_folder
 from mlc_ray.storage.base import Place
 from mlc_ray.storage.fingerprints import WEIGHT_SUFFIXES, fingerprint, fingerprint_files
-from mlc_ray.storage.hub import HubModel, snapshot
+from mlc_ray.storage.hub import HubModel, is_commit, snapshot
 
 _AT_ONCE = 8  # files that are fetched side by side
 
@@ -66,7 +66,7 @@ def local_model(path: str, *, weights: bool = True) -> str:
     """
     if scheme_of(path) is None:
         named = HubModel.parse(path)
-        return str(_snapshot(named, weights=weights)) if named is not None and named.is_pinned else path
+        return str(_snapshot(named, weights=weights)) if named is not None and is_commit(named.revision) else path
     place = Place(path)
     folder, names = _copy(place, weights=weights)
     if not folder.is_dir():

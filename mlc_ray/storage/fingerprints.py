@@ -12,7 +12,7 @@ from typing import Any
 
 from mlc_ray.config.paths import scheme_of
 from mlc_ray.storage.base import MANIFEST, Place
-from mlc_ray.storage.hub import HubModel
+from mlc_ray.storage.hub import HubModel, is_commit
 from mlc_ray.storage.manifests import ArtifactError
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf")
@@ -56,7 +56,7 @@ def fingerprint_tokenizer(path: str) -> str:
 def _fingerprint_model_files(path: str, patterns: Iterable[str]) -> str:
     if scheme_of(path) is None and not Path(path).expanduser().is_dir():
         named = HubModel.parse(path)
-        if named is not None and named.is_pinned:
+        if named is not None and is_commit(named.revision):
             return fingerprint({"hub": named.name, "commit": named.revision})
         return fingerprint({"hub": path, "commit": _cached_commit(path)})
     folder = Place(path if scheme_of(path) else Path(path).expanduser())

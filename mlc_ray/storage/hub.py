@@ -22,7 +22,7 @@ Repository = Literal["model", "data set"]
 Commits = Mapping[Repository, Mapping[str, str]]
 """What names of the hub stand for, by their kind, since a model and a data set may have one name, and as given."""
 NO_COMMITS: Commits = {"model": {}, "data set": {}}
-COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(#(?P<revision>[\w./-]+))?")
 _CONFIG = "config.json"
 # Pickles and other formats are never loaded, and `consolidated*` holds the same weights once more.
@@ -62,10 +62,10 @@ class HubModel:
     def __str__(self) -> str:
         return self.name if self.revision is None else f"{self.name}#{self.revision}"
 
-    @property
-    def is_pinned(self) -> bool:
-        """Whether it names a commit."""
-        return self.revision is not None and COMMIT.fullmatch(self.revision) is not None
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit, which names the same files for ever."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def pinned_model(path: str) -> str:
@@ -78,7 +78,7 @@ def pinned_model(path: str) -> str:
             several; or `path` is a folder on this machine with a revision.
     """
     model = HubModel.parse(path)
-    if model is None or model.is_pinned:
+    if model is None or is_commit(model.revision):
         return path
     commit = commit_of("model", model.name, model.revision, given=path, cached=lambda: _cached_commits(model.name))
     return f"{model.name}#{commit}"
@@ -87,7 +87,7 @@ def pinned_model(path: str) -> str:
 def without_commit(path: str) -> str:
     """The name of a model of the hub alone where `path` has its commit; anything else unchanged."""
     name, _, revision = path.rpartition("#")
-    return name if COMMIT.fullmatch(revision) and _NAME.fullmatch(path) else path
+    return name if is_commit(revision) and _NAME.fullmatch(path) else path
 
 
 def commit_of(
@@ -179,4 +179,4 @@ def _cached_commits(name: str) -> list[str]:
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path.name for path in found if COMMIT.fullmatch(path.name) and (path / _CONFIG).is_file())
+    return sorted(path.name for path in found if is_commit(path.name) and (path / _CONFIG).is_file())

@@ -90,7 +90,12 @@ class ObjectStorage(Storage):
         return bool(self.sizes(url))
 
     def modified(self, url: str) -> float | None:
-        """When an object was written."""
+        """When an object was written, in seconds since 1970; None if the store does not say.
+
+        Raises:
+            FileNotFoundError: There is no such object.
+            StorageFaultError: The store could not be asked.
+        """
         from pyarrow import fs
 
         with _faults_named(url):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,13 +12,16 @@ from pydantic import TypeAdapter
 
 from mlc_ray.config import ConfigError, ScaleConfig, SearchConfig, TrainConfig, parse_config
 from mlc_ray.report.scale import SizeBudget
-from mlc_ray.runs import BASE_FILE, CELLS_FOLDER, SCALE_FILE, SEARCH_CONFIG_FILE, TRIALS_FILE
+from mlc_ray.report.search import SearchFileError, is_search, read_confirmed, read_progress
+from mlc_ray.runs import BASE_FILE, CELLS_FOLDER, SCALE_FILE, SEARCH_CONFIG_FILE
 from mlc_ray.search.folder import changed_settings, settings_in
 from mlc_ray.search.run import as_it_runs
 from mlc_ray.search.space import Space, make_space
 from mlc_ray.search.tune import number_of_points
 from mlc_ray.storage import Place, local_side
 from mlc_ray.study.folder import StudyError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,10 +163,16 @@ def check_scale_goes_on(now: ScalePlan, folder: Place) -> None:
 
 
 def is_over(search: SizeSearch, folder: Place) -> bool:
-    """Whether all trials of a search have ended, and the best are confirmed after them."""
+    """Whether all trials of a search have ended, and the best are confirmed after them.
+
+    One with a damaged `trials.json` is not: the search writes it anew when it goes on.
+    """
     place = cell_folder(folder, search.size)
-    if not (place / BASE_FILE).is_file() or not (place / TRIALS_FILE).is_file():
+    if not (place / BASE_FILE).is_file() or not is_search(place):
         return False
-    found = (place / TRIALS_FILE).read_json()
-    total, confirmation = search.points * search.config.repeats, found.get("confirmation")
-    return confirmation is not None and int(found["progress"]["ended"]) >= total and confirmation["trials"] >= total
+    try:
+        confirmed, ended = read_confirmed(place), read_progress(place).ended
+    except SearchFileError as error:
+        logger.warning("search %s goes on: %s", search.size, error)
+        return False
+    return confirmed is not None and min(ended, confirmed.trials or 0) >= search.points * search.config.repeats

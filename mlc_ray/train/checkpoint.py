@@ -241,7 +241,12 @@ def last_weights(run: Place) -> tuple[Place, int] | None:
 
 
 def find_checkpoint(run: Place, name: str | None = None) -> Place:
-    """The newest complete checkpoint of a run, or that called `name`; `run` may be one, or a step's weights, itself."""
+    """The newest complete checkpoint of a run, or that called `name`; `run` may be one, or a step's weights, itself.
+
+    Raises:
+        CheckpointError: The run has no complete one, or none of that name; or the one asked for is not whole, or was
+            set aside as damaged.
+    """
     if (run / MANIFEST).is_file() and any((run / part).is_dir() for part in (STATE, "model", "adapter")):
         verified_manifest(run)
         return run

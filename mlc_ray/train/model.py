@@ -36,7 +36,7 @@ _ATTENTION = ("aten._scaled_dot_product_", "torch_attn._varlen_attn", "flex_atte
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What one forward gives: log-probs of answers, and on tapped steps what was tapped, on a [B, L] grid.
+    """What one forward gives: log-probs of answers, and on steps that tap what was tapped, on a [B, L] grid.
 
     `tapped` [B, L, H] are the hidden states and `representations` [B, L, D] the extractor's outputs, both float32 and
     zero where `present` [B, L] is false. `pooled` [2, B, H], float32, are states of the last layer, after the final

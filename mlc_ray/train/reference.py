@@ -142,7 +142,11 @@ def _without_adapters(policy: nn.Module) -> Iterator[None]:
 
 
 def cached_reference(batch: Batch) -> ReferenceOutput:
-    """The numbers that the batch brought along."""
+    """The numbers that the batch brought along.
+
+    Raises:
+        ValueError: It brought none.
+    """
     if batch.reference_chosen is None and batch.reference_state is None:
         raise ValueError("the batch has no cached reference numbers")
     return ReferenceOutput(

@@ -28,6 +28,7 @@ from mlc_ray.runs import (
     read_metrics,
 )
 from mlc_ray.storage import NO_COMMITS, Commits, Place, StorageFaultError, library_versions, without_commit
+from mlc_ray.storage.hub import is_commit
 from mlc_ray.train.checkpoint import find_checkpoint, last_weights, list_checkpoints
 from mlc_ray.train.file_writer import with_retries
 from mlc_ray.train.meter import Metrics
@@ -130,7 +131,7 @@ def with_commits_of(folder: Place, config: TrainConfig) -> TrainConfig:
         # A run that died while it prepared its data has no such record yet, but the commits at their places.
         for position, (source, before) in enumerate(zip(sources, next(stored), strict=False)):
             name = HubName.parse(before.path)
-            if name is not None and name.is_pinned and str(replace(name, revision=None)) == source.path:
+            if name is not None and is_commit(name.revision) and str(replace(name, revision=None)) == source.path:
                 found[position] = source.model_copy(update={"path": before.path})
         return found
 

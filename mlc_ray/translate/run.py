@@ -43,7 +43,7 @@ from mlc_ray.runs import (
     TRANSLATION_FILE,
     output_place,
 )
-from mlc_ray.score.plan import USAGE_SUFFIX, counted, usage_file
+from mlc_ray.score.plan import counted, read_usage, usage_file
 from mlc_ray.score.prompts import choose_prompts
 from mlc_ray.storage import MANIFEST, Place, checksum, fault_of, fingerprint, scratch_folder, user_cache, write_manifest
 from mlc_ray.translate.answers import AnswerJudge, answering_part, check_judge, own_answers
@@ -397,10 +397,7 @@ class _Run:
                 if lines:
                     write(f"{folder}/{folder}-{number:05}.jsonl", "".join(f"{line}\n" for line in lines).encode())
         quality = counts.result()
-        quality.usage = {
-            file.name.removesuffix(USAGE_SUFFIX): json.loads(file.read_text(encoding="utf-8"))
-            for file in sorted(self.scratch.glob(f"*{USAGE_SUFFIX}"))
-        }
+        quality.usage = read_usage(self.scratch)
         quality.created = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write(QUALITY_FILE, (json.dumps(as_json(quality), indent=2, ensure_ascii=False) + "\n").encode())
         write(QUALITY_TEXT, as_markdown(quality).encode())

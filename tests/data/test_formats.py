@@ -16,8 +16,9 @@ from mlc_ray.cli.arguments import parse_benchmark
 from mlc_ray.config import ConfigError, SourceSection
 from mlc_ray.data.bundles import BundleFileError, RejectedRow
 from mlc_ray.data.rejects import PartRead
-from mlc_ray.data.sources import Reading, SourceFile, parse, read_file, resolve_source
+from mlc_ray.data.sources import Reading, SourceFile, parse, resolve_source
 from mlc_ray.types import Bundle
+from tests.data.files import read_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
 M_ALERT = {

@@ -8,7 +8,8 @@ import pytest
 from mlc_ray.config import SourceSection
 from mlc_ray.data.bundles import BundleFileError, RejectedRow, make_bundle, place
 from mlc_ray.data.given import as_source
-from mlc_ray.data.sources import read_file, resolve_source
+from mlc_ray.data.sources import resolve_source
+from tests.data.files import read_file
 
 RAW = [
     {"kind": "benign", "prompts": {"en": "How do I hum?", "fr": "Comment fredonner ?"}, "chosen": "Close your mouth."},

@@ -15,7 +15,8 @@ READ = """
 import json, sys
 from mlc_ray.config import SourceSection
 from mlc_ray.data.bundles import BundleFileError
-from mlc_ray.data.sources import pinned, read_file, resolve_source
+from mlc_ray.data.sources import pinned, resolve_source
+from tests.data.files import read_file
 
 for name in sys.argv[1:]:
     try:

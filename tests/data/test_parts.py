@@ -14,9 +14,10 @@ from mlc_ray.data import contents, sources
 from mlc_ray.data.bundles import BundleFileError, RejectedRow, make_bundle
 from mlc_ray.data.contents import contents_of
 from mlc_ray.data.rejects import InvalidBundlesError, KeyCollisionError, Ledger, PartRead, count
-from mlc_ray.data.sources import read_file, readings_of, resolve_source
+from mlc_ray.data.sources import readings_of, resolve_source
 from mlc_ray.data.tables import BUNDLES, keys_of
 from mlc_ray.storage import Place
+from tests.data.files import read_file
 
 
 @pytest.fixture(autouse=True)

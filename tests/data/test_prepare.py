@@ -18,11 +18,12 @@ from mlc_ray.data.prepare import (
     token_fingerprint,
 )
 from mlc_ray.data.rejects import InvalidBundlesError
-from mlc_ray.data.store import TokenArtifact, finish_artifact, rewrite_shard, shard_file, write_rows, write_shard
+from mlc_ray.data.store import TokenArtifact, finish_artifact, rewrite_shard, shard_file, write_shard
 from mlc_ray.data.tables import bundle_columns, keys_of, rows_to_table
 from mlc_ray.data.tokens import ChatTemplate, TokenizationError, load_tokenizer, tokenize_bundle
 from mlc_ray.storage import ArtifactError, IncompleteArtifactError, Place, read_manifest
 from mlc_ray.types import TokenRow
+from tests.data.files import write_rows
 
 COUNT = 11
 

@@ -18,8 +18,9 @@ from mlc_ray.data.bundles import BundleFileError, RejectedRow, make_bundle
 from mlc_ray.data.contents import contents_of
 from mlc_ray.data.formats import columnar
 from mlc_ray.data.formats.base import Format
-from mlc_ray.data.sources import SourceFile, make_format, read_file, readings_of, resolve_source, sample_path
+from mlc_ray.data.sources import SourceFile, make_format, readings_of, resolve_source, sample_path
 from mlc_ray.storage import Place
+from tests.data.files import read_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OWN = {"kind": "benign", "prompts": {"en": "How do I hum?"}, "chosen": "Close your mouth.", "rejected": "No."}

@@ -9,9 +9,10 @@ import torch
 
 from mlc_ray.data.order import Order
 from mlc_ray.data.plan import Cutting
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import ahead, plans, stream_steps
 from mlc_ray.data.tables import rows_to_table
+from tests.data.files import write_rows
 from tests.train.tiny import random_rows, translated
 
 ROWS = translated(random_rows(11))

@@ -6,7 +6,8 @@ import pytest
 
 from mlc_ray.config import ConfigError, DataSection, parse_config
 from mlc_ray.data.bundles import BundleFileError, RejectedRow
-from mlc_ray.data.sources import read_file, resolve_source
+from mlc_ray.data.sources import resolve_source
+from tests.data.files import read_file
 
 NAME = "examples.my_reader:Questions"
 GOOD = {"id": 1, "question": {"en": "How do I knit?", "de": "Wie strickt man?"}, "rating": 1, "answer": "With needles."}

@@ -22,7 +22,7 @@ from mlc_ray._registry import names, resolve
 from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, load_config
 from mlc_ray.data.bundles import BundleFileError
 from mlc_ray.data.sources import PARSED, Reading, SourceFile, parse
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.replies import EndpointError, ReplyCache
@@ -30,6 +30,7 @@ from mlc_ray.judges.endpoint import read_verdict
 from mlc_ray.judges.guards.base import Guard
 from mlc_ray.runs import MetricsFileError, read_metrics
 from mlc_ray.storage import ArtifactError, Place, sealed
+from tests.data.files import write_rows
 from tests.train.tiny import random_rows
 
 _ASKED = os.environ.get("MLC_RAY_FUZZ")

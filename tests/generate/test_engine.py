@@ -202,7 +202,7 @@ def test_thoughts_that_do_not_end_are_no_answer(seen: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_a_model_that_is_no_guard_never_calls_anything_safe(seen: dict[str, Any]) -> None:
-    """SmolLM2 in the guard's place chats instead of judging: the real road of a reply that cannot be read."""
+    """SmolLM2 in the guard's place chats instead of judging: a real reply that cannot be read."""
     verdicts = seen["judged"]
     assert len(verdicts) == len(ANSWERS)
     assert {(verdict.behaviour, verdict.safety) for verdict in verdicts} == {("unparsed", "unparsed")}

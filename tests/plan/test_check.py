@@ -54,9 +54,9 @@ def test_workers_on_a_cpu_share_its_memory():
     check_run(config, gpu=False, cluster=Cluster(None, 4, 1, 24 * 2**30))  # four such nodes
 
 
-def test_a_check_is_a_matter_of_milliseconds_and_imports_no_model():
+def test_a_check_imports_no_model():
     code = (
-        "import sys, time, mlc_ray.train.run\n"
+        "import sys, mlc_ray.train.run\n"
         "from mlc_ray.config import TrainConfig\n"
         "from mlc_ray.plan.check import check_run\n"
         "from mlc_ray.plan.hardware import cluster_of\n"
@@ -64,14 +64,11 @@ def test_a_check_is_a_matter_of_milliseconds_and_imports_no_model():
         "published_config('7b')  # a driver has read a config by now\n"
         "config = TrainConfig.model_validate({'name': 'x', 'model': {'path': 'Qwen/Qwen2.5-7B', 'dtype': 'bfloat16'},\n"
         "    'data': {'train': [{'path': 'x.jsonl'}]}, 'cluster': {'workers': 8}})\n"
-        "began = time.process_time()\n"
         "check_run(config, gpu=True, cluster=cluster_of(8, 'h100'))\n"
-        "print(time.process_time() - began, 'transformers.modeling_utils' in sys.modules)"
+        "print('transformers.modeling_utils' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    seconds, imported = said.splitlines()[-1].split()
-    assert imported == "False"
-    assert float(seconds) < 1  # it takes 0.02; what imports a model takes longer
+    assert said.splitlines()[-1] == "False"
 
 
 def test_an_engine_that_cannot_hold_the_model_is_refused():

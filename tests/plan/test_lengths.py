@@ -10,7 +10,7 @@ from mlc_ray.data.batches import collate
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.plan import Cutting
 from mlc_ray.data.sources import sample_path
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.plan.activations import Row
@@ -21,6 +21,7 @@ from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.flops import Work
 from mlc_ray.train.model import PolicyWithExtractor
 from mlc_ray.types import Pairing
+from tests.data.files import write_rows
 from tests.plan.test_memory import run
 from tests.train.tiny import LANGUAGES, random_rows, tiny_config, tiny_model, translated
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from mlc_ray.cli import main
 from mlc_ray.config import ConfigError, SimulationConfig, load_config, parse_config
-from mlc_ray.plan.costs import START_SECONDS, Costs, daly, daly_wall, slowest, young
+from mlc_ray.plan.costs import START_SECONDS, Costs, daly, slowest, young
 from mlc_ray.plan.simulate import LOSSES, SimulationError, best_interval, growth, optimum, simulate
 from mlc_ray.report.simulation import findings
 
@@ -24,6 +25,14 @@ def settings(**changes: Any) -> SimulationConfig:
         "restart_seconds": 20.0, "checkpoint_every": 100, "repetitions": 30,
     }  # fmt: skip
     return parse_config(SimulationConfig, {**raw, **changes})
+
+
+def daly_wall(work: float, interval: float, cost: float, restart: float, mtbf: float) -> float:
+    """Expected seconds of `work`, in pieces of `interval` with a checkpoint of `cost` behind each (Daly, equation 20).
+
+    Failures come at any time, as a Poisson process of mean `mtbf`, and a start of `restart` seconds follows each.
+    """
+    return mtbf * math.exp(restart / mtbf) * math.expm1((interval + cost) / mtbf) * work / interval
 
 
 def test_without_losses_every_second_is_counted() -> None:

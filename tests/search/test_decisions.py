@@ -12,7 +12,6 @@ import torch
 from mlc_ray.cli import main
 from mlc_ray.config import ModelSection, OpeningsSection
 from mlc_ray.data.branches import Branches
-from mlc_ray.data.store import write_rows
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.report.decisions import LanguageDecision, decision_table
 from mlc_ray.report.tables import markdown
@@ -20,6 +19,7 @@ from mlc_ray.search.criteria import resamples
 from mlc_ray.search.decisions import decisions
 from mlc_ray.search.probe import Probe, ProbeActor, ProbeError
 from mlc_ray.stats.rates import Interval
+from tests.data.files import write_rows
 from tests.train.test_openings import OPENINGS, plain
 from tests.train.tiny import LANGUAGES, random_rows, tiny_model
 

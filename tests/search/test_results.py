@@ -13,14 +13,14 @@ from mlc_ray.config import TrainConfig, load_config
 from mlc_ray.report.collect import ReportError, collect
 from mlc_ray.report.page import render
 from mlc_ray.report.paper import write_paper
-from mlc_ray.report.search import SearchFileError
+from mlc_ray.report.search import Progress, SearchFileError
 from mlc_ray.report.tables import markdown
 from mlc_ray.search.objectives.base import TrialScore
+from mlc_ray.search.record import confirmed_earlier
 from mlc_ray.search.results import (
     Change,
     Confirmation,
     Confirmed,
-    Progress,
     SearchResult,
     Trial,
     confirmation_table,
@@ -137,7 +137,7 @@ def test_a_resumed_search_keeps_what_was_confirmed_and_says_so(tmp_path: Path) -
     folder = folder_with_runs(tmp_path)
     before = replace(CONFIRMATION, trials=5, left_out=("x: diverged",))
     write_results(folder, search_config(), BASELINE, TRIALS, progress=DONE, confirmation=before)
-    assert read_confirmation(Place(folder)) == before
+    assert read_confirmation(Place(folder)) == before == confirmed_earlier(Place(folder))
     (folder / "best" / "weights").write_text("as it was")
     result = write_results(
         folder, search_config(), BASELINE, TRIALS, progress=Progress(7, 8), confirmation=before, earlier=True
@@ -253,3 +253,6 @@ def test_a_report_of_a_search_shows_what_was_confirmed_and_the_trials(tmp_path: 
         (folder / "trials.json").write_text(damaged)
         with pytest.raises(SearchFileError, match=r"is damaged: .*search --resume"):
             collect([folder])
+    with pytest.raises(SearchFileError, match=r"is damaged: .*search --resume"):
+        read_confirmation(Place(folder))
+    assert confirmed_earlier(Place(folder)) is None  # a search that goes on writes it anew

@@ -116,10 +116,12 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
 ) -> None:
     before = actors_started(ray_local)
     own = "objective={name: 'examples.my_objective:TellsApart'}"  # the best trial is chosen by code from outside
-    result = search(configured(run_place, own))
+    settings = (own, "space={objective.loss: {choice: [dpo, sft]}}")
+    result = search(configured(run_place, *settings))
 
     folder = run_place / "found"
-    assert sorted(str(trial.values["mlc.layer"]) for trial in result.trials) == ["1", "last"]
+    by_loss = {trial.values["objective.loss"]: trial for trial in result.trials}
+    assert sorted(by_loss) == ["dpo", "sft"] and len(result.trials) == 2
     assert all(trial.finished and trial.step == 2 for trial in result.trials)
     # Both were confirmed, with the model before training, on the half of the bundles that no trial was scored on.
     assert result.confirmation is not None and result.best is not None
@@ -132,8 +134,12 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     assert len({frozenset(bundles) for bundles in asked.values()}) == 2
     runs = [path.parent for path in (folder / "trials").glob("*/config.yaml")]
     assert len(runs) == 2
+    for loss, trial in by_loss.items():  # each was trained by its own loss: SFT has no rewards
+        run = folder / "trials" / trial.name
+        assert load_config(TrainConfig, run / "config.yaml").objective.loss == loss
+        assert {"reward/margin" in row for row in read_metrics(run)} == {loss == "dpo"}
     # What trials share was made once: a pool of Ray Data, a scorer with an engine and a judge, and what the reference
-    # says, by a worker of its own beside one a trial.
+    # says, which DPO alone reads, by a worker of its own beside one a trial.
     started = actors_started(ray_local) - before
     once = {"Tokenize": 1, "Scorer": 1, "Worker": 2}
     assert {name: started[name] for name in (*once, "RayTrainWorker")} == {**once, "RayTrainWorker": 1 + 2}
@@ -151,17 +157,17 @@ def test_a_search_says_what_it_found_and_leaves_nothing_running(
     assert all(score.config["seconds"]["transfer"] > 0 for score in scores)
     assert not list((folder / "trials").glob("*/train"))  # optimizer states are gone, models are not
     best = load_config(TrainConfig, folder / "best.yaml")
-    assert best.mlc.layer in (1, "last")
+    assert best.objective.loss == result.best.values["objective.loss"]
     AutoModelForCausalLM.from_pretrained(folder / "best")
     assert "trials.json" not in capsys.readouterr().out
     assert nothing_is_held(ray_local)
 
     with pytest.raises(SearchError, match=r"exists already.*--resume"):
-        search(configured(run_place, own))
+        search(configured(run_place, *settings))
 
     # Resuming what is finished repeats nothing.
     before = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*.json*")}
-    again = search(configured(run_place, own, "resume=auto"))
+    again = search(configured(run_place, *settings, "resume=auto"))
     assert {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*.json*")} == before
     assert again.trials == result.trials
 

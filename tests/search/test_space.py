@@ -14,8 +14,8 @@ from mlc_ray._registry import names
 from mlc_ray.capacity import Growth, Node
 from mlc_ray.cluster import ClusterError
 from mlc_ray.config import ConfigError, ParameterSection, SearchConfig, parse_config
-from mlc_ray.data.sources import SourceFile, read_file, sample_path
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.sources import SourceFile, sample_path
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.search import run as search_run
@@ -25,6 +25,7 @@ from mlc_ray.storage import Place
 from mlc_ray.train.answers import MissingAnswersError
 from mlc_ray.train.run import PreparedData
 from mlc_ray.types import Bundle
+from tests.data.files import read_file, write_rows
 from tests.train.tiny import random_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -10,12 +10,13 @@ import yaml
 
 from mlc_ray.config import ScaleConfig, parse_config
 from mlc_ray.report.scale import SizeBudget
+from mlc_ray.report.search import Progress
 from mlc_ray.runs import CONFIG_FILE, CONFIRMATION, FINISHED_FILE, SCORES_FOLDER, VALUES_FILE
 from mlc_ray.score.results import load_records, load_scores
 from mlc_ray.search.confirm import confirmation_of
 from mlc_ray.search.folder import write_settings
 from mlc_ray.search.objectives.base import make_objective
-from mlc_ray.search.results import Confirmed, Progress, Trial, write_results
+from mlc_ray.search.results import Confirmed, Trial, write_results
 from mlc_ray.storage import NO_COMMITS, Place
 from mlc_ray.study.searches import ScalePlan, SizeSearch, cell_folder, make_searches
 from tests.report.runs import grid, write_score

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mlc_ray.config import ConfigError, StudyConfig, parse_config
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.generate.engine import EngineError
 from mlc_ray.judges.base import make_judge
@@ -23,6 +23,7 @@ from mlc_ray.study import run as running
 from mlc_ray.study.folder import StudyError, load_plan
 from mlc_ray.train.run_folder import ended
 from mlc_ray.types import Kind, Measure, Via
+from tests.data.files import write_rows
 from tests.study.folders import LANGUAGES, asked, planned, raw_study, recorder, write_cell
 from tests.train.tiny import random_rows
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlc_ray.config import ConfigError, ScaleConfig, load_config, parse_config
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.plan.check import check_engine
 from mlc_ray.plan.hardware import cluster_of
@@ -22,6 +22,7 @@ from mlc_ray.report.scale import scale_notes
 from mlc_ray.report.study import load_study, study_tables
 from mlc_ray.report.write import write_report
 from mlc_ray.score.results import load_records, load_scores
+from mlc_ray.search.objectives.average import Average
 from mlc_ray.search.objectives.base import make_objective
 from mlc_ray.show import show
 from mlc_ray.stats.significance import holm
@@ -31,6 +32,7 @@ from mlc_ray.study.folder import StudyError
 from mlc_ray.study.scale import scale
 from mlc_ray.study.scale_record import ScaleRecorder, best_values
 from mlc_ray.study.searches import check_scale_goes_on, is_over, load_scale, make_searches
+from tests.data.files import write_rows
 from tests.study.scale_folders import planned, raw_scale, write_search
 from tests.train.tiny import random_rows
 
@@ -109,6 +111,23 @@ def test_studies_whose_searches_cannot_be_compared_are_refused(
     raw |= {name: value for name, value in changes.items() if name not in ("search", "space", "objective")}
     with pytest.raises(ConfigError, match=quoted):
         parse_config(ScaleConfig, raw)
+
+
+class TwoNumbers(Average):
+    """A floor, but no single best."""
+
+    metrics = ("one", "other")
+
+
+def test_an_objective_of_ones_own_is_taken_if_its_class_has_one_best(tmp_path: Path) -> None:
+    raw = raw_scale(tmp_path, "a")
+    for name, floor in (("mlc_ray.search.objectives.worst_language:WorstLanguage", 0.7), ("worst_language", 0.8)):
+        raw["search"]["objective"] = {"name": name, "min_benign_compliance": floor}
+        assert parse_config(ScaleConfig, raw).search["objective"]["name"] == name
+    for name in (f"{__name__}:TwoNumbers", "examples.my_objective:TellsApart"):
+        raw["search"]["objective"] = {"name": name}
+        with pytest.raises(ConfigError, match=f"'{name}': a scaling .* use average or worst_language"):
+            parse_config(ScaleConfig, raw)
 
 
 def test_a_bad_run_names_its_size(tmp_path: Path) -> None:
@@ -243,6 +262,15 @@ def test_what_is_over_is_not_begun_again_and_what_changed_is_refused(folder: Pat
         scale(more)
     with pytest.raises(StudyError, match="not the folder of a scaling study"):
         load_scale(Place(folder / "cells"))
+
+
+def test_a_search_whose_results_are_damaged_is_not_over(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "small")
+    write_search(plan.searches[0], tmp_path)
+    results = tmp_path / "cells" / "small" / "trials.json"
+    assert is_over(plan.searches[0], Place(tmp_path))
+    results.write_text(results.read_text()[:-40])  # it goes on, and writes them anew
+    assert not is_over(plan.searches[0], Place(tmp_path))
 
 
 def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import order_of
 from mlc_ray.study.supervision import supervision_of
+from tests.data.files import write_rows
 from tests.train.tiny import random_rows, tiny_config, translated
 
 ROWS = translated(random_rows(10))

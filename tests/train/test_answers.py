@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.train import run
 from mlc_ray.train.answers import MissingAnswersError, check_answers
+from tests.data.files import write_rows
 from tests.train.tiny import random_rows, tiny_config, translated
 
 

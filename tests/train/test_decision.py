@@ -9,7 +9,7 @@ import torch
 
 from mlc_ray.config import CollapseSection, ConfigError
 from mlc_ray.data.branches import Branches
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import stream_steps
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.judges import openings
@@ -25,6 +25,7 @@ from mlc_ray.train.reference import ReferenceOutput
 from mlc_ray.train.settings import SettingsChangedError, refuse_other_content
 from mlc_ray.train.validation import Validation, batches_of, plans_of
 from mlc_ray.train.watch import Watch
+from tests.data.files import write_rows
 from tests.train.test_openings import OPENINGS, plain
 from tests.train.tiny import (
     LANGUAGES,

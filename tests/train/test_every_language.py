@@ -9,7 +9,7 @@ import torch
 
 from mlc_ray.data.batches import BatchError, collate
 from mlc_ray.data.plan import Lengths
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.objective import Objective
 from mlc_ray.storage import Place
@@ -18,6 +18,7 @@ from mlc_ray.train.published import published_files
 from mlc_ray.train.reference import ReferenceModel, asked_of_reference
 from mlc_ray.train.reference_pass import Asking
 from mlc_ray.train.reference_shards import StoredReference, write_shard
+from tests.data.files import write_rows
 from tests.train.tiny import (
     LANGUAGES,
     ReferenceRow,

@@ -9,12 +9,13 @@ import torch
 
 from mlc_ray.data.batches import collate, collate_openings
 from mlc_ray.data.branches import Branch, Branches, OpeningsError, prefix_free
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.base import refusal_log_odds
 from mlc_ray.losses.logprobs import token_log_probs
 from mlc_ray.train.forward import opening_log_probs, read_tree
 from mlc_ray.train.model import PolicyWithExtractor, checkpoint_blocks
+from tests.data.files import write_rows
 from tests.train.test_model import ARCHITECTURES, build
 from tests.train.tiny import LANGUAGES, VOCABULARY, random_rows, tiny_model, translated
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mlc_ray.config import ConfigError
 from mlc_ray.data.batches import collate
 from mlc_ray.data.plan import BudgetError
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.device import peak_tflops
 from mlc_ray.errors import MlcRayError
@@ -25,6 +25,7 @@ from mlc_ray.train.planning import (
     said_of,
     tapping,
 )
+from tests.data.files import write_rows
 from tests.train.tiny import LANGUAGES, random_rows, tiny_config, wrapped
 
 ROWS = random_rows(30, head=(1, 2, 3))

@@ -15,7 +15,7 @@ import torch
 from examples.my_storage import VaultStorage  # noqa: F401 - registers vault://
 from mlc_ray.data.batches import BatchError
 from mlc_ray.data.plan import Lengths
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.storage import IncompleteArtifactError, Place, read_manifest, verify_checksums
 from mlc_ray.train import reference_cache, reference_shards
@@ -25,6 +25,7 @@ from mlc_ray.train.reference_cache import asked_of, prepare_references
 from mlc_ray.train.reference_pass import BUNDLES_PER_FORWARD, Asking
 from mlc_ray.train.reference_shards import StoredReference, load_reference, shard_files, shard_number, write_shard
 from mlc_ray.train.worker import frozen_reference
+from tests.data.files import write_rows
 from tests.train.tiny import on_workers, random_rows, tiny_config, tiny_model
 
 CPU = torch.device("cpu")

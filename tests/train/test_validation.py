@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlc_ray.data.plan import Cutting
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import stream_steps
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.mlc import mlc_losses
@@ -29,6 +29,7 @@ from mlc_ray.train.validation import (
     language_cosines,
     plans_of,
 )
+from tests.data.files import write_rows
 from tests.train.tiny import (
     ReferenceRow,
     aligned,

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mlc_ray._registry import resolve
 from mlc_ray.config import TrainConfig
 from mlc_ray.data.order import total_steps
-from mlc_ray.data.store import TokenArtifact, write_rows
+from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.losses.objective import Objective
@@ -28,6 +28,7 @@ from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_paramete
 from mlc_ray.train.planning import check_groups, tapping
 from mlc_ray.train.reference import ReferenceModel, asked_of_reference, cached_reference, policy_reference
 from mlc_ray.types import ReferenceRows, TokenRow
+from tests.data.files import write_rows
 
 register_attention()
 VOCABULARY = 67

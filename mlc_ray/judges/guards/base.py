@@ -86,9 +86,12 @@ class Guard(Judge):
 
     # ------------------------------------------------------------------------------------ what a family differs in
 
-    @abstractmethod
     def render(self, tokenizer: Any, prompt: str, response: str) -> tuple[str, ...]:
-        """The texts that the model is to complete, BOS included: one, or one for each of `policies`."""
+        """The texts that the model is to complete, BOS included: one, or one for each of `policies`.
+
+        By default the conversation in the guard's template.
+        """
+        return (conversation(tokenizer, prompt, response),)
 
     @abstractmethod
     def read(self, text: str) -> Verdict:

@@ -5,10 +5,8 @@ Wording: the folder's chat template.
 
 from __future__ import annotations
 
-from typing import Any
-
 from mlc_ray._registry import register
-from mlc_ray.judges.guards import base, replies
+from mlc_ray.judges.guards import replies
 from mlc_ray.judges.guards.base import Guard, GuardSettings
 from mlc_ray.judges.guards.replies import UnreadableError
 from mlc_ray.types import Verdict
@@ -29,10 +27,6 @@ class LlamaGuard(Guard):
         """No settings beside those of every guard."""
 
         name: str = "llama-guard"
-
-    def render(self, tokenizer: Any, prompt: str, response: str) -> tuple[str, ...]:
-        """The conversation in the guard's template."""
-        return (base.conversation(tokenizer, prompt, response),)
 
     def read(self, text: str) -> Verdict:
         """`safe`, or `unsafe` and a line of codes such as `S1,S10`."""

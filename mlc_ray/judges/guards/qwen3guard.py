@@ -5,12 +5,12 @@ Wording: the folder's chat template.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from mlc_ray._registry import register
-from mlc_ray.judges.guards import base, replies
+from mlc_ray.judges.guards import replies
 from mlc_ray.judges.guards.base import Guard, GuardSettings
 from mlc_ray.types import Verdict
 
@@ -67,10 +67,6 @@ class Qwen3Guard(Guard):
         )
 
     settings: Settings
-
-    def render(self, tokenizer: Any, prompt: str, response: str) -> tuple[str, ...]:
-        """The conversation in the guard's template."""
-        return (base.conversation(tokenizer, prompt, response),)
 
     def read(self, text: str) -> Verdict:
         """Three lines: Safety, Categories, Refusal."""

@@ -11,9 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mlc_ray.generate.translate import longest_translation
+from mlc_ray.generate.translate import COUNTED, longest_translation, token_counts
 from mlc_ray.judges.base import JudgeError, Policy
 from mlc_ray.judges.guards.slots import EscapeError
 from mlc_ray.runs import longest_context, resolve_model
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mlc_ray.judges.guards.base import Guard
 
 _RESPONSE = "max_new_tokens"
-_COUNTED = 64  # of each language, the longest prompts by bytes: all of 300,000 would take a minute
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def needed_for(guard: Guard, answers: Iterable[Answer]) -> int:
             longest = max(longest, len(guard.asked[0].fill("", "").ids) + 2 * longest_translation(translate))
             continue
         by_length = sorted(texts, key=lambda pair: sum(len(text.encode()) for text in pair), reverse=True)
-        for pair in by_length[:_COUNTED]:
+        for pair in by_length[:COUNTED]:
             with suppress(EscapeError):  # the guard is not asked about it
                 longest = max(longest, *(len(slots.fill(*pair).ids) for slots in guard.asked))
     # A quarter more: the longest by bytes are counted, and another may take more tokens.
@@ -135,15 +134,10 @@ def _longest(guard: Guard, prompts: Mapping[str, Sequence[str]], policy: Policy)
             )
             yield _Longest(language, limit, limit, f"judge.translate.{setting}", 2.0)  # prompt and response
             continue
-        by_length = sorted(set(texts), key=lambda text: len(text.encode()), reverse=True)[:_COUNTED]
-        counts = [(_tokens(own, text), _tokens(theirs, text)) for text in by_length]
+        counts = token_counts(texts, own, theirs)
         # A prompt that does not fit the policy gets no response, so the guard is not asked about it.
         sent = [(mine, other) for mine, other in counts if other <= policy.longest_prompt]
         if sent and (total := sum(other for _, other in sent)):
             ratio = max(1.0, sum(mine for mine, _ in sent) / total)
             response = math.ceil(policy.max_new_tokens * ratio)
             yield _Longest(language, max(mine for mine, _ in sent), response, _RESPONSE, ratio)
-
-
-def _tokens(tokenizer: Any, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])

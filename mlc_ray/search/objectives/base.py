@@ -77,13 +77,16 @@ class Objective(ABC):
     """What a search optimises.
 
     `metrics` names the numbers of a score that count, each optimised in its one of `directions`; with more than one the
-    search looks for the Pareto front. `needs_benign` is False where a score without benign prompts will do.
+    search looks for the Pareto front. `needs_benign` is False where a score without benign prompts will do. `has_floor`
+    says whether it has a `floor`; a scaling study follows one best point a size, and takes only an objective that has
+    one, and a single metric.
     """
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]] = ("value",)
     directions: ClassVar[tuple[Direction, ...]] = ("maximize",)
     needs_benign: ClassVar[bool] = True
+    has_floor: ClassVar[bool] = False
     Settings: ClassVar[type[ObjectiveSettings]] = ObjectiveSettings
     settings: ObjectiveSettings
 
@@ -223,6 +226,7 @@ class Floored(Objective):
     which way is up.
     """
 
+    has_floor = True
     Settings: ClassVar[type[FlooredSettings]] = FlooredSettings
     settings: FlooredSettings
 
