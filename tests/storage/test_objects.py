@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from mlc_ray.storage import Place, StorageError, StorageFaultError, storage_of
+from mlc_ray.storage import Place, StorageDeniedError, StorageError, StorageFaultError, storage_of
 from mlc_ray.storage.objects import FsspecStorage, s3_options
+from mlc_ray.train.file_writer import with_retries
 
 
 def test_the_endpoint_comes_from_the_environment() -> None:
@@ -29,6 +30,22 @@ def test_the_endpoint_comes_from_the_environment() -> None:
 def test_no_secret_is_written_into_a_url(url: str) -> None:
     with pytest.raises(StorageError, match=r"credentials come from the environment"):
         storage_of(url).exists(url)
+
+
+def test_what_a_store_refuses_for_good_is_said_at_once(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[Place] = []
+
+    def write(place: Place) -> None:
+        tries.append(place)
+        place.write_text("x")
+
+    no_bucket = Place("s3://there-is-none/file")
+    with pytest.raises(StorageDeniedError, match=r"'s3://there-is-none/file' cannot be used: .*NO_SUCH_BUCKET"):
+        with_retries("writing", lambda: write(no_bucket))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(StorageDeniedError, match=r"ACCESS_DENIED|SIGNATURE_DOES_NOT_MATCH"):
+        with_retries("writing", lambda: write(Place(s3) / "file"))
+    assert tries == [no_bucket, Place(s3) / "file"]
 
 
 def test_ranges_are_read_without_the_rest(s3: str, tmp_path: Path) -> None:
