@@ -37,9 +37,9 @@ Ways in:
     doctor.py       what a machine or a cluster lacks for a run, with the fix
     show.py         what a folder is, how far it got, and what to do next
 
-All of them use `config`, `types`, `errors`, `_registry` (components by name), `runs` (the layout of folders), `checkpoints`
-(whether one is whole), `storage` (reading and writing safely), `cluster`, `device` (the native number type), `progress`
-and `logs`.
+All of them use `config`, `types`, `errors`, `_registry` (components by name), `runs` (the layout of folders),
+`checkpoints` (whether one is whole), `storage` (reading and writing safely), `cluster`, `device` (the native number
+type), `progress` and `logs`.
 `[tool.importlinter]` in pyproject.toml lists which package may import which; train and score meet only through a run's
 folder.
 

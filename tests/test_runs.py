@@ -20,7 +20,7 @@ from mlc_ray.runs import (
     training_chat,
     training_languages,
 )
-from mlc_ray.storage import IncompleteArtifactError, Place
+from mlc_ray.storage import IncompleteArtifactError, Place, sealed
 from tests.checkpoints import complete, manifest_of
 
 
@@ -123,7 +123,7 @@ def test_weights_that_are_in_no_checkpoint_have_no_checksums(tmp_path: Path) -> 
 def test_a_manifest_that_is_none_of_a_checkpoint_is_damage(tmp_path: Path, changed: Any, said: str) -> None:
     checkpoint_at(tmp_path, 2)
     folder = checkpoint_at(tmp_path, 3)
-    (folder / "manifest.json").write_text(json.dumps(manifest_of(folder, 3, **changed)), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(sealed({**manifest_of(folder, 3), **changed})), encoding="utf-8")
     complete_ones, faults = complete_checkpoints(Place(tmp_path))
     assert [each.step for each in complete_ones] == [2]
     assert re.search(rf"checkpoint_000003/manifest\.json' is damaged: {said}", faults[0])
