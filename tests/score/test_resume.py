@@ -270,7 +270,7 @@ def test_damaged_weights_are_refused_before_engines_load_them(
     complete(checkpoint, 2)
     (checkpoint / "model" / "model.safetensors").write_bytes(b"weightr")
     config = config_for(tmp_path / "run", write_bundles(tmp_path / "own.jsonl"), tmp_path / "scores", resume="auto")
-    pool = LocalPool(Part("answering", Generator, {}, config.engine))
+    pool = LocalPool(Part("answering", Generator, {}, config.engine), work=lambda rows: rows)
     with pytest.raises(IncompleteArtifactError, match=r"not used: .*'model/model\.safetensors' has checksum"):
         score(config, pool=pool)
     assert pool.asked == []
