@@ -12,12 +12,13 @@ then or the process had ended, is not counted, and is repeated in a later run. T
     write    SIGKILL of a worker while a checkpoint is being written
     term     SIGTERM of the driver
     damage   SIGKILL of the driver, then a file of the newest checkpoint is cut short or one of its bits is flipped
+    last     the same with the last checkpoint of a run that has ended, and the same command again
     nan      a loss that is NaN once
     full     the disk is full until it has refused a checkpoint, and longer (needs the right to mount a tmpfs)
     server   SIGKILL of the object store that the run is on, a SeaweedFS, which is started again a while later
 
     python benchmarks/survival.py --out survival.json \\
-        --deaths worker=20,driver=10,node=5,write=5,damage=5,nan=3,full=3,server=3
+        --deaths worker=20,driver=10,node=5,write=5,damage=5,last=3,nan=3,full=3,server=3
 """
 
 from __future__ import annotations

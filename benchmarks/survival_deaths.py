@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from survival_scene import STEPS, Run, kill, wait
+from survival_scene import Run, kill, wait
 
 from mlc_ray.runs import is_set_aside
 from mlc_ray.storage import MANIFEST, Place
@@ -69,31 +69,45 @@ def term(run: Run) -> bool:
 
 def damage(run: Run) -> bool:
     """A damaged newest checkpoint, which is passed over for the one before; where there is none, a run would end."""
-
-    def whole() -> list[Place]:
-        return [folder for folder in run.checkpoints(whole=True) if not is_set_aside(folder)]
-
-    wait(lambda: len(whole()) > 1 or run.ended(), "a second checkpoint")
+    wait(lambda: len(_undamaged(run)) > 1 or run.ended(), "a second checkpoint")
     struck = run.kill_driver()
     wait(lambda: not run.scene.workers(), "the end of the workers")
-    checkpoints = whole()
-    struck = struck and len(checkpoints) > 1 and checkpoints[-1].name != f"checkpoint_{STEPS:06d}"
-    if struck:
-        files = sorted(Path(checkpoints[-1]).rglob("*"))
-        victim = run.scene.random.choice([path for path in files if path.is_file() and path.stat().st_size > 8])
-        content = bytearray(victim.read_bytes())
-        if run.scene.random.random() < 0.5:
-            del content[len(content) // 2 :]
-        else:
-            content[run.scene.random.randrange(len(content))] ^= 1 << run.scene.random.randrange(8)
-        victim.write_bytes(content)
+    return _start_on_damage(run) if struck else _start(run)
+
+
+def last(run: Run) -> bool:
+    """A damaged last checkpoint of a run that has ended: it has not, and goes on from the one before."""
+    wait(run.ended, "the end of the run")
+    return _start_on_damage(run) if run.driver.returncode == 0 else _start(run)
+
+
+def _start(run: Run) -> bool:
     run.start()
-    if not struck:
-        return False
+    return False
+
+
+def _start_on_damage(run: Run) -> bool:
+    """Cut a file of the newest checkpoint short or flip one of its bits, and start the run; whether that was seen."""
+    checkpoints = _undamaged(run)
+    if len(checkpoints) < 2:
+        return _start(run)
+    files = sorted(Path(checkpoints[-1]).rglob("*"))
+    victim = run.scene.random.choice([path for path in files if path.is_file() and path.stat().st_size > 8])
+    content = bytearray(victim.read_bytes())
+    if run.scene.random.random() < 0.5:
+        del content[len(content) // 2 :]
+    else:
+        content[run.scene.random.randrange(len(content))] ^= 1 << run.scene.random.randrange(8)
+    victim.write_bytes(content)
+    run.start()
     wait(lambda: is_set_aside(checkpoints[-1]) or run.ended(), f"the warning of {victim}")
     seen = is_set_aside(checkpoints[-1])
     assert seen or run.driver.returncode != 0, f"{victim} was damaged, and was used"
     return seen  # else the run ended by itself before it looked there
+
+
+def _undamaged(run: Run) -> list[Place]:
+    return [folder for folder in run.checkpoints(whole=True) if not is_set_aside(folder)]
 
 
 def nan(run: Run) -> bool:
@@ -138,5 +152,5 @@ def server(run: Run) -> bool:
 _REFUSED = "could not be written: "
 
 DEATHS: dict[str, Callable[[Run], bool]] = {
-    each.__name__: each for each in (worker, driver, node, write, term, damage, nan, full, server)
+    each.__name__: each for each in (worker, driver, node, write, term, damage, last, nan, full, server)
 }

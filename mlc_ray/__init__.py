@@ -40,10 +40,11 @@ Ways in:
     doctor.py       what a machine or a cluster lacks for a run, with the fix
     show/           what a folder is, how far it got, and what to do next
 
-All of them use `config`, `types`, `errors`, `_registry` (components by name), `runs` (the layout of folders), `storage`
-(reading and writing them safely), `lease` (one driver a folder), `cluster`, `nodes` (whether each sees what it needs),
-`capacity` (what a cluster can hold), `environment` (variables of workers), `secrets` (what is never written down),
-`device` (the native number type), `monitoring`, `progress`, `logs` and `json_logs`.
+All of them use `config`, `types`, `errors`, `_registry` (components by name), `runs` (the layout of folders),
+`checkpoints` (whether one is whole), `storage` (reading and writing safely), `lease` (one driver a folder), `cluster`,
+`nodes` (whether each sees what it needs), `capacity` (what a cluster can hold), `environment` (variables of workers),
+`secrets` (what is never written down), `device` (the native number type), `monitoring`, `progress`, `logs` and
+`json_logs`.
 `[tool.importlinter]` in pyproject.toml lists which package may import which; train and score meet only through a run's
 folder.
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mlc_ray.checkpoints import read_checkpoint
 from mlc_ray.config import ChatSection, ConfigError, parse_config
 from mlc_ray.config.paths import stored_path
 from mlc_ray.errors import MlcRayError
@@ -36,8 +37,6 @@ from mlc_ray.storage import (
     Place,
     StorageError,
     pinned_model,
-    read_manifest,
-    verify_files,
 )
 
 CONFIG_FILE, RUN_FILE, METRICS_FILE, TRAIN_FOLDER, SCORES_FOLDER, DIVERGED_FILE, FAILED_FILE = (
@@ -231,12 +230,9 @@ def complete_checkpoints(run: Place) -> tuple[list[CheckpointFolder], list[str]]
             faults.append(f"{str(folder)!r} is damaged: {DAMAGED_FILE} in it says where")
             continue
         try:
-            manifest = read_manifest(folder)
-            verify_files(folder, manifest)
+            complete.append(CheckpointFolder(folder, read_checkpoint(folder)["step"]))
         except IncompleteArtifactError as error:
             faults.append(str(error))
-        else:
-            complete.append(CheckpointFolder(folder, int(manifest.get("step", 0))))
     return sorted(complete, key=lambda checkpoint: (checkpoint.step, checkpoint.folder.name)), faults
 
 
@@ -471,7 +467,7 @@ def _of_checkpoint(folder: Place) -> Place:
     # Without a manifest, one that is called so is still being written.
     if (folder / MANIFEST).is_file() or _CHECKPOINT.fullmatch(folder.name):
         try:
-            verify_files(folder, read_manifest(folder))
+            read_checkpoint(folder)
         except IncompleteArtifactError as error:
             raise ModelPathError(f"checkpoint cannot be scored: {error}") from None
     if (folder / "model" / "config.json").is_file():

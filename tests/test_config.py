@@ -125,6 +125,14 @@ def test_no_config_file_is_left_out() -> None:
     assert known == {p for p in CONFIGS.rglob("*") if p.is_file()}
 
 
+@pytest.mark.parametrize("file", [*TRAIN_FILES, *SEARCH_FILES, *STUDY_FILES, *SCALE_FILES], ids=lambda file: file.name)
+def test_shipped_recipes_go_on_by_the_same_command(file: Path) -> None:
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert content["resume"] == "auto"
+    if file in TRAIN_FILES and file.name != "quickstart.yaml":  # which has 12 steps
+        assert content["cluster"]["max_failures"] == 3 and content["checkpoint"]["every"] <= 50
+
+
 @pytest.mark.parametrize(("file", "layer", "stage"), [("qwen2.5-7b.yaml", 28, 2), ("gemma-2-9b.yaml", 42, 3)])
 def test_published_recipes_have_the_published_values(file: str, layer: int, stage: int) -> None:
     config = load_config(TrainConfig, CONFIGS / file)

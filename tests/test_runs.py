@@ -1,22 +1,27 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mlc_ray.checkpoints import verify_weights
 from mlc_ray.config import ChatSection
 from mlc_ray.runs import (
     MetricsFileError,
     MetricsReader,
     ModelPathError,
+    complete_checkpoints,
     longest_context,
     read_metrics,
     resolve_model,
     training_chat,
     training_languages,
 )
-from mlc_ray.storage import write_manifest
+from mlc_ray.storage import IncompleteArtifactError, Place, sealed
+from tests.checkpoints import complete, manifest_of
 
 
 def model_at(folder: Path, *, weights: str = "model.safetensors") -> Path:
@@ -29,7 +34,7 @@ def model_at(folder: Path, *, weights: str = "model.safetensors") -> Path:
 def checkpoint_at(run: Path, step: int) -> Path:
     folder = run / "train" / f"checkpoint_{step:06d}"
     model_at(folder / "model")
-    write_manifest(folder, step=step)
+    complete(folder, step)
     return folder
 
 
@@ -83,9 +88,62 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
         resolve_model(tmp_path)
 
 
+def test_weights_of_a_checkpoint_are_what_was_written_or_refused_before_they_are_used(tmp_path: Path) -> None:
+    folder = checkpoint_at(tmp_path, 3)
+    verify_weights(resolve_model(tmp_path))
+    (folder / "model" / "model.safetensors").write_bytes(b"weightr")
+    fault = r"not used: .*checkpoint_000003' is damaged: 'model/model\.safetensors' has checksum .*train --resume"
+    for path in (tmp_path, folder, folder / "model"):
+        with pytest.raises(IncompleteArtifactError, match=rf"{fault} {tmp_path}"):
+            verify_weights(resolve_model(path))
+    (folder / "manifest.json").unlink()
+    with pytest.raises(IncompleteArtifactError, match=r"manifest\.json is missing"):
+        verify_weights(resolve_model(folder / "model"))
+
+
+def test_weights_that_are_in_no_checkpoint_have_no_checksums(tmp_path: Path) -> None:
+    for name in ("gpt2", "someone/model", str(model_at(tmp_path / "own" / "model"))):
+        verify_weights(name)
+    (tmp_path / "own" / "manifest.json").write_text('{"files": {}}', encoding="utf-8")  # of something else
+    verify_weights(str(tmp_path / "own" / "model"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"step": None}, "step is None: input should be a valid integer"),
+        ({"step": "x"}, "step is 'x': input should be a valid integer"),
+        ({"step": 1.0}, "step is 1.0: input should be a valid integer"),
+        ({"checksums": []}, r"checksums is \[\]: input should be an object"),
+        ({"files": {"../x": -1}}, r"files\.\.\./x is -1: "),
+        ({"more": 1}, "more is unknown"),
+    ],
+    ids=str,
+)
+def test_a_manifest_that_is_none_of_a_checkpoint_is_damage(tmp_path: Path, changed: Any, said: str) -> None:
+    checkpoint_at(tmp_path, 2)
+    folder = checkpoint_at(tmp_path, 3)
+    (folder / "manifest.json").write_text(json.dumps(sealed({**manifest_of(folder, 3), **changed})), encoding="utf-8")
+    complete_ones, faults = complete_checkpoints(Place(tmp_path))
+    assert [each.step for each in complete_ones] == [2]
+    assert re.search(rf"checkpoint_000003/manifest\.json' is damaged: {said}", faults[0])
+    assert resolve_model(tmp_path).endswith("checkpoint_000002/model")
+    with pytest.raises(ModelPathError, match=said):
+        resolve_model(folder)
+
+
+def test_a_manifest_without_a_checksum_of_its_own_is_damage(tmp_path: Path) -> None:
+    folder = checkpoint_at(tmp_path, 3)
+    manifest = manifest_of(folder, 3)
+    del manifest["checksum"]
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(ModelPathError, match=r"manifest\.json' is damaged: it has no checksum"):
+        resolve_model(folder)
+
+
 def test_an_adapter_alone_cannot_be_scored(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
-    write_manifest(tmp_path, step=1)
+    complete(tmp_path, 1)
     with pytest.raises(ModelPathError, match=r"LoRA adapter.*--merge-lora"):
         resolve_model(tmp_path)
 

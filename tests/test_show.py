@@ -16,9 +16,10 @@ from mlc_ray.data.batches import BatchError
 from mlc_ray.report.search import SearchFileError
 from mlc_ray.runs import checkpoint_folder
 from mlc_ray.show import ShowError, show
-from mlc_ray.storage import Place, write_json_atomic, write_manifest
+from mlc_ray.storage import Place, write_json_atomic
 from mlc_ray.train.divergence import DivergedError, forget_divergence, record_divergence
 from mlc_ray.train.failures import failure_kept
+from tests.checkpoints import complete
 from tests.report.runs import grid, response, steps, utility_row, write_run, write_score, write_utility
 
 ROWS = grid(["en", "sw"], lambda kind, code: {"harmful": 0.9, "benign": 0.1}[kind])
@@ -43,7 +44,7 @@ def checkpoint(run: Path, step: int) -> Path:
     folder = Path(checkpoint_folder(Place(run), step))
     folder.mkdir(parents=True)
     (folder / "weights").write_text("w")
-    write_manifest(folder, step=step)
+    complete(folder, step)
     return folder
 
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlc_ray.capacity import Need
+from mlc_ray.checkpoints import verify_weights
 from mlc_ray.cluster import check_fits, connect, use_gpu
 from mlc_ray.config import ScoreConfig
 from mlc_ray.errors import MlcRayError
@@ -99,7 +100,7 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
             are started, and end before the judge's.
 
     Raises:
-        ModelPathError: the model is not there or incomplete.
+        ModelPathError, IncompleteArtifactError: the model is not there, is incomplete, or its weights are damaged.
         JudgeError: the judge cannot be made as asked.
         UncoveredLanguageError: no judge may be asked about a language.
         EngineError: lengths do not fit, or an engine does not start.
@@ -157,6 +158,7 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: En
         return earlier
     answered = earlier is not None and ENGINE_FAULT not in earlier["finish"].to_pylist()
     if not answered:
+        verify_weights(model)
         settings = fitted(judge, prompts.by_language(), config, model)
         judging = plan_judging(make_judge(settings), prompts.table)
     request.save(folder)
@@ -192,6 +194,7 @@ def open_pool(config: ScoreConfig, *, in_turn: bool = False) -> EnginePool:
     if in_turn and config.engine.replicas == "auto":
         raise ScoreError("engine.replicas='auto' fills the nodes, and training is to have them in turn; set a number")
     model = pinned_weights(config.model)
+    verify_weights(model)
     device = _connect(config)
     config = with_chat(with_dtypes(with_longest_answer(config), gpu=device == "gpu"), config.model)
     config = with_reasoning(config, model)

@@ -40,6 +40,10 @@ class StorageFaultError(MlcRayError, OSError):
     """A store did not do what it was asked, and may do it later: it is away, is overloaded, or refuses credentials."""
 
 
+class StorageDeniedError(StorageFaultError):
+    """A store refuses for good: the credentials, their rights or the bucket are wrong; another try ends the same."""
+
+
 class Storage(ABC):
     """One kind of place for files. URLs are whole ones (`vault://a/b`); a folder is what has files beneath it."""
 

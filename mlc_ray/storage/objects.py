@@ -21,13 +21,14 @@ from urllib.parse import urlsplit
 
 from mlc_ray._registry import register
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage.base import Storage, StorageError, StorageFaultError
+from mlc_ray.storage.base import Storage, StorageDeniedError, StorageError, StorageFaultError
 
 if TYPE_CHECKING:
     from pyarrow import fs
 
 _IN_MEMORY = 64 << 20  # bytes of a file being written; a larger one waits on this machine's disk until it is whole
 _AT_ONCE = 16 << 20  # bytes that are copied at a time, the size of a part
+_FOR_GOOD = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_BUCKET")  # S3's, by pyarrow
 _LOOKED_UP = 16  # named files that are asked for one by one; a listing answers 1000 keys a request, needed or not
 
 
@@ -306,4 +307,6 @@ def _faults_named(url: str) -> Iterator[None]:
         # What serves fsspec raises errors of its own package, as azure.core's, none of which is an OSError.
         if not isinstance(error, OSError) and type(error).__module__ == "builtins":
             raise
-        raise StorageFaultError(f"{url!r} cannot be used: {(str(error).splitlines() or [repr(error)])[0]}") from None
+        text = (str(error).splitlines() or [repr(error)])[0]
+        kind = StorageDeniedError if any(code in text for code in _FOR_GOOD) else StorageFaultError
+        raise kind(f"{url!r} cannot be used: {text}") from None

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
+from mlc_ray.checkpoints import read_checkpoint
 from mlc_ray.config import TrainConfig
 from mlc_ray.config.train import CheckpointSection
 from mlc_ray.runs import (
@@ -41,20 +42,16 @@ from mlc_ray.runs import (
 )
 from mlc_ray.storage import (
     MANIFEST,
-    SEAL,
-    ArtifactError,
     IncompleteArtifactError,
     Place,
     fingerprint,
-    read_manifest,
     verify_checksums,
-    verify_files,
 )
 from mlc_ray.train.collectives import from_rank_zero, gather_objects, rank_and_workers
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.loop import Progress
 from mlc_ray.train.random_state import restore_random_state
-from mlc_ray.train.shards import CheckpointError, ShardReader
+from mlc_ray.train.shards import CheckpointError, ShardReader, read_index
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +74,7 @@ def load_checkpoint(folder: Place, *, engine: Engine, config: TrainConfig, finge
                 f"checkpoint {str(folder)!r} was trained with {name}={manifest['fingerprints'].get(name)!r}, "
                 f"now it is {value!r}: it has changed since; start a new run under another name"
             )
-    with ShardReader(folder / STATE, (folder / STATE / INDEX).read_json()) as reader:
+    with ShardReader(folder / STATE, read_index(folder / STATE / INDEX)) as reader:
         reader.check(element_counts(engine))
         engine.load_state(reader, manifest["step"])
     if (own := folder / random_file(engine.rank)).is_file():
@@ -116,13 +113,13 @@ def agree_on_checkpoint(run: Place, logged: int | None = None) -> Place | None:
             raise CheckpointError(refusal)
         if newest is None:
             return None
-        faults = gather_objects((_fault(newest, rank, workers), socket.gethostname()))
+        faults = gather_objects((fault_in(newest, rank, workers), socket.gethostname()))
         faulty = next((number for number, (fault, _) in enumerate(faults) if fault is not None), None)
         if faulty is None:
             return newest
         if rank == 0:
             fault, host = faults[faulty]
-            refusal = _set_aside(newest, str(fault), host, own=_fault(newest, faulty, workers))
+            refusal = _set_aside(newest, str(fault), host, own=fault_in(newest, faulty, workers))
         if (refusal := from_rank_zero(refusal)) is not None:
             raise CheckpointError(refusal)
 
@@ -206,11 +203,9 @@ def verified_manifest(folder: Place) -> dict[str, Any]:
             f"restore its files from a copy and remove {DAMAGED_FILE}"
         )
     try:
-        manifest = read_manifest(folder)
-        verify_files(folder, manifest)
-    except (ArtifactError, IncompleteArtifactError) as error:
+        return read_checkpoint(folder)
+    except IncompleteArtifactError as error:
         raise CheckpointError(f"not a usable checkpoint: {error}") from None
-    return manifest
 
 
 def list_checkpoints(run: Place) -> list[Place]:
@@ -228,7 +223,7 @@ def prune_weights(run: Place, kept: Place) -> None:
 def damaged_weights(run: Place) -> list[tuple[Place, str]]:
     """The weights of a run of which a file is not what was written, each with what is wrong; reads all of them."""
     written = [folder for folder in weights_folders(run) if (folder / MANIFEST).is_file()]
-    return [(folder, fault) for folder in written if (fault := _fault(folder, 0, 1)) is not None]
+    return [(folder, fault) for folder in written if (fault := fault_in(folder)) is not None]
 
 
 def last_weights(run: Place) -> tuple[Place, int] | None:
@@ -236,7 +231,7 @@ def last_weights(run: Place) -> tuple[Place, int] | None:
     for folder in reversed(weights_folders(run)):
         if (folder / MANIFEST).is_file():
             manifest = verified_manifest(folder)
-            return (folder, manifest["step"]) if manifest["ends"] else None
+            return (folder, manifest["step"]) if manifest.get("ends") else None
     return None
 
 
@@ -264,15 +259,15 @@ def find_checkpoint(run: Place, name: str | None = None) -> Place:
     return complete[-1]
 
 
-def _fault(folder: Place, rank: int, workers: int) -> str | None:
+def fault_in(folder: Place, rank: int = 0, workers: int = 1) -> str | None:
     """What is wrong with the files of a checkpoint that fall to this worker; sizes are looked at by every one."""
     try:
-        manifest = read_manifest(folder)
-        if SEAL not in manifest:
-            return f"{str(folder / MANIFEST)!r} is damaged: it has no {SEAL} of its own"
-        verify_files(folder, manifest)
-        verify_checksums(folder, manifest, sorted(manifest["files"])[rank::workers])
-    except IncompleteArtifactError as error:
+        manifest = read_checkpoint(folder)
+        own = sorted(manifest["files"])[rank::workers]
+        verify_checksums(folder, manifest, own)
+        if f"{STATE}/{INDEX}" in own:
+            read_index(folder / STATE / INDEX)
+    except (IncompleteArtifactError, CheckpointError) as error:
         return str(error)
     return None
 

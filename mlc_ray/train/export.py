@@ -19,7 +19,7 @@ from typing import Any
 from mlc_ray._registry import shipped_only
 from mlc_ray.config import TrainConfig, parse_config
 from mlc_ray.losses.objective import Objective, public_settings
-from mlc_ray.runs import PROVENANCE_FILE, RUN_FILE, output_place
+from mlc_ray.runs import PROVENANCE_FILE, output_place, training_languages
 from mlc_ray.storage import (
     HubModel,
     IncompleteArtifactError,
@@ -82,13 +82,18 @@ def export(
     if out.exists():
         raise CheckpointError(f"export folder {str(out)!r} exists already; remove it or choose another")
     trained = "model" if config.model.lora is None else "adapter"
+    files = [name for name in manifest["files"] if name.startswith(f"{trained}/")]
+    if not files:
+        raise CheckpointError(
+            f"nothing is exported: checkpoint {str(source)!r} has no {trained}/, which its settings say"
+        )
     with scratch_folder() as scratch, new_folder(out, last=(PROVENANCE_FILE,)) as made:
         here = Path(source) if source.is_local else scratch
         if not source.is_local:
             source.storage.fetch(str(source / trained), here / trained)
         _refuse_links(here / trained)
         try:
-            verify_checksums(here, manifest, [name for name in manifest["files"] if name.startswith(f"{trained}/")])
+            verify_checksums(here, manifest, files)
         except IncompleteArtifactError as error:
             raise CheckpointError(
                 f"nothing is exported: {error}; export another checkpoint with --checkpoint"
@@ -105,10 +110,8 @@ def export(
 
 def provenance(checkpoint: Place, config: TrainConfig, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What an exported folder says of where it comes from; a scorer reads `languages` and `chat` of its training."""
-    described = checkpoint.parent.parent / RUN_FILE
-    languages = described.read_json()["languages"] if described.is_file() else None
     return {
-        "languages": languages,
+        "languages": training_languages(checkpoint),
         "chat": config.chat.model_dump(mode="json"),
         **{name: manifest[name] for name in ("step", "bundles_consumed", "fingerprints", "versions")},
         "settings": _published(config),

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-from mlc_ray.storage import Place, StorageError, checksum
+from mlc_ray.storage import Place, StorageDeniedError, StorageError, checksum
 from mlc_ray.train.tensor_files import Parts, size_of
 
 logger = logging.getLogger(__name__)
@@ -27,11 +27,14 @@ def with_retries(what: str, call: Callable[[], T]) -> T:
     """What `call` returns; where the storage refuses it, it is tried three times. `what` it does is for the log.
 
     Raises:
+        StorageDeniedError: At once: the storage refuses it for good.
         OSError, StorageError: The third try failed too.
     """
     for pause in PAUSES:
         try:
             return call()
+        except StorageDeniedError:
+            raise
         except (OSError, StorageError) as error:
             logger.warning("%s failed, and is tried again in %.0f s: %s", what, pause, error)
             threading.Event().wait(pause)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,10 +30,12 @@ from mlc_ray.runs import (
 )
 from mlc_ray.storage import NO_COMMITS, Commits, Place, StorageFaultError, library_versions, without_commit
 from mlc_ray.storage.hub import is_commit
-from mlc_ray.train.checkpoint import find_checkpoint, last_weights, list_checkpoints
+from mlc_ray.train.checkpoint import fault_in, find_checkpoint, last_weights, list_checkpoints
 from mlc_ray.train.file_writer import with_retries
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.settings import Change, changes, refuse_fixed, refuse_other_content
+
+logger = logging.getLogger(__name__)
 
 _COMMITS = "commits"
 """Of run.json: what names of the hub, as they were given, stood for when the run began."""
@@ -165,13 +168,20 @@ def changed_settings(folder: Place, config: TrainConfig) -> list[Change]:
 
 
 def ended(folder: Place) -> TrainResult | None:
-    """What the run in `folder` came to, if it is marked as finished or the checkpoint of its last step is there."""
+    """What the run in `folder` came to, if it is marked as finished or the checkpoint of its last step is there.
+
+    All of that checkpoint is read: where a file of it is not what was written, the run has not ended, and goes on from
+    the one before.
+    """
     if (folder / FINISHED_FILE).is_file():  # its checkpoints may be gone
         rows = list(read_metrics(folder))
         return TrainResult(folder, folder / MODEL_FOLDER, rows[-1] if rows else {})
     steps = _facts(folder).get("total_steps")
     checkpoints = list_checkpoints(folder)
     if steps is None or not checkpoints or checkpoints[-1] != checkpoint_folder(folder, steps):
+        return None
+    logger.info("%s is the last one: its files are compared with their checksums", checkpoints[-1])
+    if fault_in(checkpoints[-1]) is not None:  # it is set aside once workers see that, too
         return None
     rows = list(read_metrics(folder))
     return TrainResult(folder, checkpoints[-1], rows[-1] if rows else {})

@@ -10,11 +10,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from torch import Tensor
 
+from mlc_ray.checkpoints import first_fault
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import Place, StorageError
 from mlc_ray.train.engines.base import STATE_KINDS, StateShard
@@ -23,6 +25,8 @@ from mlc_ray.train.tensor_files import FloatsFile, Parts, parts_of
 FILE_BYTES = 2**29
 """A file is written once it holds so much. It is larger by less than a shard, which an engine keeps short
 (`mlc_ray.train.engines.base.pieces`)."""
+
+_GO_ON = "remove its checkpoint to go on from the one before"
 
 Range = tuple[int, int, str]
 """Start and stop in the flattened parameter, and the file's name."""
@@ -63,12 +67,7 @@ def index_of(parts: Sequence[Mapping[str, list[Range]]], sizes: Mapping[str, int
     index = {}
     for name, size in sizes.items():
         ranges = sorted(each for part in parts for each in part.get(name, ()))
-        reached = 0
-        for start, stop, _ in ranges:
-            if start != reached:
-                break
-            reached = stop
-        if reached != size or sum(stop - start for start, stop, _ in ranges) != size:
+        if not _each_once(ranges, size):
             raise CheckpointError(
                 f"the engine's owned_state gives {name!r} as the ranges {[each[:2] for each in ranges]}, which are not "
                 f"its {size} elements, each once; correct the engine"
@@ -77,6 +76,51 @@ def index_of(parts: Sequence[Mapping[str, list[Range]]], sizes: Mapping[str, int
     if unknown := sorted({name for part in parts for name in part} - sizes.keys()):
         raise CheckpointError(f"the engine's owned_state gives {unknown[0]!r}, which is no trainable parameter")
     return index
+
+
+class _Written(BaseModel):
+    """What the index says of a parameter."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    elements: NonNegativeInt
+    ranges: list[tuple[NonNegativeInt, NonNegativeInt, Annotated[str, Field(pattern=r"^\d+-\d+\.safetensors$")]]]
+
+
+_INDEX = TypeAdapter(dict[str, _Written])
+
+
+def read_index(file: Place) -> dict[str, Any]:
+    """The index of a checkpoint's state, as `index_of` gave it.
+
+    Raises:
+        CheckpointError: The file is missing, or is no such index.
+    """
+    try:
+        with file.open() as opened:
+            index = _INDEX.validate_json(opened.read())
+    except FileNotFoundError:
+        raise CheckpointError(f"{str(file)!r} is missing; {_GO_ON}") from None
+    except ValidationError as error:
+        raise CheckpointError(f"{str(file)!r} is damaged: {first_fault(error)}; {_GO_ON}") from None
+    for name, entry in index.items():
+        if not _each_once(entry.ranges, entry.elements):
+            raise CheckpointError(
+                f"{str(file)!r} is damaged: the ranges of {name!r} are not its {entry.elements} elements, each once; "
+                f"{_GO_ON}"
+            )
+    found: dict[str, Any] = _INDEX.dump_python(index)
+    return found
+
+
+def _each_once(ranges: Sequence[Range], size: int) -> bool:
+    """Whether ranges, in order, hold each of so many elements once."""
+    reached = 0
+    for start, stop, _ in ranges:
+        if start != reached or stop < start:
+            return False
+        reached = stop
+    return reached == size
 
 
 class ShardReader:
@@ -133,9 +177,7 @@ class ShardReader:
         except StorageError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError) as error:
-            raise CheckpointError(
-                f"{str(path)!r} is damaged: {error}; remove its checkpoint to go on from the one before"
-            ) from None
+            raise CheckpointError(f"{str(path)!r} is damaged: {error}; {_GO_ON}") from None
 
 
 def _copied(shard: StateShard) -> StateShard:

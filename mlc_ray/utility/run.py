@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mlc_ray.checkpoints import verify_weights
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import UtilityConfig
 from mlc_ray.device import resolved
@@ -61,7 +62,7 @@ def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Ut
         UtilityError: The harness is not installed, or fails (what it said is in `utility.log`), engines fail on a
             question, the score folder is of another model, `pool` was opened for other settings, or there is one with
             `backend: hf`.
-        ModelPathError: There is no model.
+        ModelPathError, IncompleteArtifactError: There is no model, or its weights are damaged.
         EngineError: It has fewer positions than `engine.max_model_len`, or an engine does not start.
         ClusterError: The cluster can never hold the engines.
         EngineDiedError: Engines die, hang or fail whatever is done.
@@ -70,6 +71,7 @@ def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Ut
         raise UtilityError("backend='hf' asks no pool of engines; set backend=vllm, or leave pool out")
     _require_harness()
     model = pinned_weights(config.model)
+    verify_weights(model)
     check_positions(model, config.engine)
     name = fingerprint_model(model)
     folder = _folder(config, name)
@@ -108,7 +110,9 @@ def open_pool(config: UtilityConfig) -> EnginePool:
     """
     if config.backend == "hf":
         raise UtilityError("backend='hf' has no pool of engines; set backend=vllm")
-    return _opened(config, pinned_weights(config.model), Warm())
+    model = pinned_weights(config.model)
+    verify_weights(model)
+    return _opened(config, model, Warm())
 
 
 def rows_of(results: Mapping[str, Any], config: UtilityConfig) -> tuple[UtilityRow, ...]:

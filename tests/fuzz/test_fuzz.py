@@ -13,12 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from mlc_ray._registry import names, resolve
+from mlc_ray.checkpoints import verify_weights
 from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, load_config
 from mlc_ray.data.bundles import BundleFileError
 from mlc_ray.data.sources import PARSED, Reading, SourceFile, parse
@@ -28,8 +30,21 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.replies import EndpointError, ReplyCache
 from mlc_ray.judges.endpoint import read_verdict
 from mlc_ray.judges.guards.base import Guard
-from mlc_ray.runs import MetricsFileError, read_metrics
-from mlc_ray.storage import ArtifactError, Place, sealed
+from mlc_ray.runs import (
+    DAMAGED_FILE,
+    MetricsFileError,
+    checkpoint_folder,
+    complete_checkpoints,
+    read_metrics,
+    resolve_model,
+)
+from mlc_ray.storage import MANIFEST, ArtifactError, Place, sealed
+from mlc_ray.train.checkpoint import agree_on_checkpoint
+from mlc_ray.train.engines.base import STATE_KINDS, StateShard
+from mlc_ray.train.export import export
+from mlc_ray.train.file_writer import write_file
+from mlc_ray.train.shards import CheckpointError, ShardReader, index_of, read_index, state_files
+from tests.checkpoints import complete
 from tests.data.files import write_rows
 from tests.train.tiny import random_rows
 
@@ -224,6 +239,76 @@ def test_manifests_of_tokens(tmp_path: Path) -> None:
             assert [opened.languages, opened.counts, opened.rejected, opened.head, opened.fingerprint]
         except ArtifactError as error:
             assert str(tmp_path) in str(error)
+
+    read()
+
+
+@pytest.fixture
+def checkpointed(tmp_path: Path) -> Place:
+    """A run with checkpoints of two steps, whose state is of two parameters and whose model is a few bytes."""
+    run = Place(tmp_path / "run")
+    for step in (1, 2):
+        folder = checkpoint_folder(run, step)
+        shards = [
+            StateShard(name, 0, 4, {kind: torch.arange(4.0) for kind in STATE_KINDS}) for name in ("weight", "bias")
+        ]
+        (file,) = state_files(0, shards)
+        write_file(folder / "state" / file.name, file.parts)
+        index = index_of([{name: [where] for name, where in file.ranges}], {"weight": 4, "bias": 4})
+        (folder / "state" / "index.json").write_json(index)
+        (folder / "model" / "config.json").write_text("{}")
+        (folder / "model" / "model.safetensors").write_text("weights")
+        told = {"fingerprints": {"model": "m"}, "versions": {"torch": "2"}, "validation_before": {"loss": 0.7}}
+        complete(folder, step, config={**RUN, "model": {"path": "some/model"}}, **told)
+    return run
+
+
+def test_manifests_of_checkpoints(checkpointed: Place, tmp_path: Path) -> None:
+    """One that is changed is passed over for the one before it, or is a whole one."""
+    manifest, damaged = (checkpoint_folder(checkpointed, 2) / name for name in (MANIFEST, DAMAGED_FILE))
+    whole = manifest.read_json()
+    export(Path(checkpointed), tmp_path / "out")
+
+    @fuzz
+    @given(changed(whole) | changed(whole).map(sealed) | VALUES)
+    def read(content: Any) -> None:
+        manifest.write_bytes(as_text(content))
+        assert complete_checkpoints(checkpointed)[0]
+        for use in (
+            lambda: export(Path(checkpointed), tmp_path / "out"),
+            lambda: export(Path(manifest.parent), tmp_path / "out"),
+            lambda: verify_weights(resolve_model(checkpointed)),
+        ):
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            try:
+                use()
+            except MlcRayError as error:
+                assert str(error)
+        taken = agree_on_checkpoint(checkpointed)
+        assert taken in (manifest.parent, checkpoint_folder(checkpointed, 1))
+        assert damaged.is_file() == (taken != manifest.parent)
+        damaged.remove()
+
+    read()
+
+
+def test_indexes_of_checkpoints(checkpointed: Place) -> None:
+    folder = checkpoint_folder(checkpointed, 2) / "state"
+    whole = (folder / "index.json").read_json()
+
+    @fuzz
+    @given(changed(whole) | VALUES)
+    def read(content: Any) -> None:
+        (folder / "index.json").write_bytes(as_text(content))
+        try:
+            index = read_index(folder / "index.json")
+            with ShardReader(folder, index) as reader:
+                for name, entry in index.items():
+                    values = reader(name, 0, entry["elements"])
+                    assert all(len(each) == entry["elements"] for each in values.values())
+                reader.check({"weight": 4, "bias": 4})
+        except CheckpointError as error:
+            assert str(folder) in str(error)
 
     read()
 

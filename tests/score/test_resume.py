@@ -24,7 +24,8 @@ from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import load_in_language
 from mlc_ray.score.run import judge_again, score
 from mlc_ray.score.stages import RESPONSES
-from mlc_ray.storage import Place, fingerprint
+from mlc_ray.storage import IncompleteArtifactError, Place, fingerprint
+from tests.checkpoints import complete
 from tests.score.local_pool import LocalPool
 from tests.score.test_pipeline import config_for, write_bundles
 
@@ -255,6 +256,24 @@ def test_a_score_can_be_judged_again_without_the_calibration_of_another_judge(
     with pytest.raises(JudgeError, match="far enough"):
         judge_again(source, out=tmp_path / "other", calibration=None)
     assert load_request(tmp_path / "other").config.calibration is None
+
+
+def test_damaged_weights_are_refused_before_engines_load_them(
+    ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "float32")
+    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
+    monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
+    checkpoint = tmp_path / "run" / "train" / "checkpoint_000002"
+    shutil.copytree(model, checkpoint / "model")
+    (checkpoint / "model" / "model.safetensors").write_bytes(b"weights")
+    complete(checkpoint, 2)
+    (checkpoint / "model" / "model.safetensors").write_bytes(b"weightr")
+    config = config_for(tmp_path / "run", write_bundles(tmp_path / "own.jsonl"), tmp_path / "scores", resume="auto")
+    pool = LocalPool(Part("answering", Generator, {}, config.engine), work=lambda rows: rows)
+    with pytest.raises(IncompleteArtifactError, match=r"not used: .*'model/model\.safetensors' has checksum"):
+        score(config, pool=pool)
+    assert pool.asked == []
 
 
 def test_prompts_that_engines_failed_on_are_asked_again_by_a_score_that_goes_on(

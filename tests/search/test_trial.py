@@ -23,9 +23,9 @@ from mlc_ray.search.results import ending
 from mlc_ray.search.space import make_space
 from mlc_ray.search.trial import ScoreWeights, Shared, run_trial, scored_trials
 from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES
-from mlc_ray.storage import MANIFEST, Place, sealed
-from mlc_ray.storage.manifests import checksum
+from mlc_ray.storage import Place
 from mlc_ray.train.entry import LastWeights
+from tests.checkpoints import complete
 
 ROWS = [
     {"benchmark": "own", "bundle_id": f"{kind}{n}", "kind": kind, "category": "c", "language": code, "prompt": f"{n}?"}
@@ -87,16 +87,8 @@ def trained(shared: Shared, name: str, step: int, *, ends: bool) -> None:
     run = shared.trial_folder(name)
     folder = weights_folder(run, step)
     weights_at(Path(folder / "model"))
-    files = {
-        f"model/{file}": Path(folder / "model" / file).read_bytes() for file in ("model.safetensors", "config.json")
-    }
     config = shared.space.run({"mlc.weight": 0.5}, name=name, output_dir=str(run.parent))
-    manifest = {
-        "config": config.model_dump(mode="json", exclude_unset=True), "step": step, "ends": ends, "bundles_consumed": 8,
-        "fingerprints": {}, "versions": {}, "files": {file: len(data) for file, data in files.items()},
-        "checksums": {file: checksum(data) for file, data in files.items()},
-    }  # fmt: skip
-    (folder / MANIFEST).write_json(sealed(manifest))
+    complete(folder, step, config=config.model_dump(mode="json", exclude_unset=True), ends=ends)
     (run / "run.json").write_json({"languages": ["en", "sw"]})
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from mlc_ray.runs import ModelPathError, longest_context, resolve_model, training_languages
 from mlc_ray.storage import CacheError, Place, fingerprint_model, fingerprint_tokenizer, local_model, model_for_now
+from tests.checkpoints import complete
 from tests.storage.test_places import place, vault  # noqa: F401 - fixtures
 
 LARGE = 9 << 20  # bytes: more than the samples that a fingerprint reads, so that it reads samples
@@ -88,8 +89,7 @@ def test_a_run_elsewhere_is_a_model(vault: Path) -> None:  # noqa: F811
         resolve_model(run)
     checkpoint = run / "train" / "checkpoint_000002"
     write_model(checkpoint / "model", b"w")
-    sizes = (checkpoint).sizes()
-    (checkpoint / "manifest.json").write_json({"step": 2, "files": sizes})
+    complete(checkpoint, 2)
     assert resolve_model(run) == resolve_model(checkpoint) == f"{checkpoint}/model"
     assert training_languages(run) == training_languages(str(checkpoint)) == ["en", "sw"]
     assert longest_context(resolve_model(run)) == 512

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from mlc_ray.storage import Place, StorageError, StorageFaultError, storage_of
+from mlc_ray.storage import Place, StorageDeniedError, StorageError, StorageFaultError, storage_of
 from mlc_ray.storage.objects import FsspecStorage, s3_options
+from mlc_ray.train.file_writer import with_retries
 
 
 def test_the_endpoint_comes_from_the_environment() -> None:
@@ -29,6 +30,28 @@ def test_the_endpoint_comes_from_the_environment() -> None:
 def test_no_secret_is_written_into_a_url(url: str) -> None:
     with pytest.raises(StorageError, match=r"credentials come from the environment"):
         storage_of(url).exists(url)
+
+
+def test_what_a_store_refuses_for_good_is_said_at_once(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[Place] = []
+
+    def write() -> None:
+        tries.append(Place(s3) / "file")
+        tries[-1].write_text("x")
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(StorageDeniedError, match=r"'s3://test/file' cannot be used: .*SIGNATURE_DOES_NOT_MATCH"):
+        with_retries("writing", write)
+    assert len(tries) == 1
+
+
+def test_no_bucket_is_a_refusal_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object, **__: object) -> None:  # the server of these tests makes a bucket that is written to
+        raise OSError("AWS Error NO_SUCH_BUCKET during PutObject operation: The specified bucket does not exist")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", none)
+    with pytest.raises(StorageDeniedError, match="NO_SUCH_BUCKET"):
+        Memory().exists("memory://none/file")
 
 
 def test_ranges_are_read_without_the_rest(s3: str, tmp_path: Path) -> None:

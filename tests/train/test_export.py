@@ -10,9 +10,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mlc_ray.config import ConfigError
-from mlc_ray.storage import checksum, library_versions
+from mlc_ray.storage import library_versions, sealed
 from mlc_ray.train.export import _public_name, export
 from mlc_ray.train.shards import CheckpointError
+from tests.checkpoints import complete
 from tests.train.test_checkpoint import tokenizer
 from tests.train.tiny import tiny_config, tiny_model
 
@@ -38,19 +39,8 @@ def checkpoint(tmp_path):
             policy = get_peft_model(policy, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
         policy.save_pretrained(trained)
         tokenizer().save_pretrained(trained)
-        files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-        manifest = {
-            "config": config.model_dump(mode="json", exclude_unset=True),
-            "resolved_config": config.model_dump(mode="json"),
-            "fingerprints": {"tokens": "0123"},
-            "step": 2,
-            "bundles_consumed": 7,
-            "world_size": 2,
-            "versions": library_versions(),
-            "files": files,
-            "checksums": {name: checksum(folder / name) for name in files},
-        }
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        settings = config.model_dump(mode="json", exclude_unset=True)
+        complete(folder, 2, config=settings, fingerprints={"tokens": "0123"}, versions=library_versions())
         return tmp_path / "run"
 
     return make
@@ -116,7 +106,7 @@ def test_texts_of_a_loss_of_ones_own_are_not_published(checkpoint, tmp_path, mon
     content = json.loads(manifest.read_text())
     content["config"]["objective"] = {"loss": "own_loss_of_export:Loss"}
     content["config"]["terms"] = {"mine": {"name": "own_loss_of_export:OwnTerm", "weight": 0.25}}
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(json.dumps(sealed(content)))
     out = export(run, tmp_path / "out", trust_remote_code=True)
     settings = json.loads((out / "mlc_ray.json").read_text())["settings"]
     published = {"loss": "own_loss_of_export:Loss", "sft_weight": 0.0, "margin": 1.5, "strict": True}
@@ -164,7 +154,8 @@ def test_code_of_a_base_model_runs_only_when_the_one_who_exports_says_so(checkpo
     assert not marker.exists() and not (tmp_path / "out").exists()
     # a manifest that keeps quiet about it gets nothing run either
     manifest = run / "train/checkpoint_000002/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"trust_remote_code": true', '"trust_remote_code": false'))
+    quiet = manifest.read_text().replace('"trust_remote_code": true', '"trust_remote_code": false')
+    manifest.write_text(json.dumps(sealed(json.loads(quiet))))
     with caplog.at_level(logging.WARNING):
         export(run, tmp_path / "quiet", merge_lora=True)
     assert not marker.exists()
@@ -191,7 +182,7 @@ def test_a_manifest_decides_nothing_that_is_imported(section, checkpoint, tmp_pa
     monkeypatch.delitem(sys.modules, "their_code", raising=False)
     manifest = run / "train/checkpoint_000002/manifest.json"
     content = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps({**content, "config": {**content["config"], **section}}))
+    manifest.write_text(json.dumps(sealed({**content, "config": {**content["config"], **section}})))
     with pytest.raises(ConfigError, match=r"'their_code:Theirs' .* not imported; add --trust-remote-code"):
         export(run, tmp_path / "out")
     assert not marker.exists() and "their_code" not in sys.modules and not (tmp_path / "out").exists()
@@ -207,7 +198,7 @@ def test_an_installed_component_is_not_imported_for_a_manifest_either(checkpoint
     manifest = run / "train/checkpoint_000002/manifest.json"
     content = json.loads(manifest.read_text())
     content["config"]["objective"] = {"loss": "theirs"}
-    manifest.write_text(json.dumps(content))
+    manifest.write_text(json.dumps(sealed(content)))
     with pytest.raises(ConfigError, match="'this:Nope' does not come with mlc_ray"):
         export(run, tmp_path / "out")
     assert "this" not in sys.modules

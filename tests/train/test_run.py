@@ -25,6 +25,7 @@ from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.forward import ModelError
 from mlc_ray.train.run import train
 from mlc_ray.train.run_folder import RunError, load_run_config
+from tests.train.test_checkpoint import flip
 
 pytestmark = pytest.mark.slow
 STEPS = 8
@@ -307,3 +308,13 @@ def test_a_killed_driver_is_resumed_from_exactly_though_a_checkpoint_is_gone_and
     assert [f"{change['field']}={json.dumps(change['now'])}" for change in history] == free
     assert {change["step"] for change in history} <= {2, 4}  # workers may end their checkpoint before Ray kills them
     assert result.checkpoint.name == f"checkpoint_{STEPS:06d}"
+
+
+def test_a_run_whose_last_checkpoint_is_damaged_goes_on_from_the_one_before(undisturbed, run_place):
+    rows = losses(undisturbed.run_folder)
+    file = Path(undisturbed.checkpoint) / "model" / "model.safetensors"
+    weights = file.read_bytes()
+    flip(file)
+    again = train(configured(run_place, "resume=auto"))
+    assert (again.checkpoint, losses(again.run_folder)) == (undisturbed.checkpoint, rows)
+    assert file.read_bytes() == weights

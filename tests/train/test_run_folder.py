@@ -17,7 +17,7 @@ from mlc_ray._registry import names, resolve
 from mlc_ray.config import SourceSection, TrainConfig
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.runs import METRICS_FILE
-from mlc_ray.storage import MANIFEST, Place, StorageFaultError, sealed
+from mlc_ray.storage import Place, StorageFaultError
 from mlc_ray.train import file_writer, run
 from mlc_ray.train.preemption import Notice, PreemptedError, ended_by
 from mlc_ray.train.run import PreparedData, _with_absolute_paths, train
@@ -35,6 +35,7 @@ from mlc_ray.train.run_folder import (
     with_commits_of,
 )
 from mlc_ray.train.settings import KINDS, Kind, SettingsChangedError, kind_of_field
+from tests.checkpoints import complete
 from tests.test_schema_read import sections_in
 from tests.train.tiny import tiny_config
 
@@ -60,7 +61,7 @@ def test_a_storage_that_is_away_when_the_run_has_ended_is_asked_again_and_then_s
     monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
     folder = Place("vault://team/run")
     checkpoint = folder / "train" / "checkpoint_000001"
-    (checkpoint / MANIFEST).write_json(sealed({"step": 1, "files": {}, "checksums": {}}))
+    complete(checkpoint, 1)
     (folder / METRICS_FILE).write_text('{"step": 1}\n')
     tries = []
 

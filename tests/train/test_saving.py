@@ -22,7 +22,7 @@ from mlc_ray.device import HostMemory
 from mlc_ray.errors import MlcRayError
 from mlc_ray.lease import Holder, LeaseError, LeaseGuard
 from mlc_ray.runs import LEASE_FILE, checkpoint_folder, checkpoint_folders
-from mlc_ray.storage import MANIFEST, Place, StorageFaultError, sealed
+from mlc_ray.storage import MANIFEST, Place, StorageFaultError
 from mlc_ray.train import file_writer, published, saving
 from mlc_ray.train.checkpoint import agree_on_checkpoint, list_checkpoints, load_checkpoint, prune_checkpoints
 from mlc_ray.train.collectives import from_rank_zero, gather_objects
@@ -39,6 +39,7 @@ from mlc_ray.train.tensor_files import parts_of
 from mlc_ray.train.tracking import Tracker
 from mlc_ray.train.watchdog import Watchdog
 from mlc_ray.train.worker import WatchedSaves, completing, record
+from tests.checkpoints import complete
 from tests.train.test_checkpoint import FINGERPRINTS, config_of, tokenizer, whole_state
 from tests.train.tiny import VOCABULARY, make_engine, on_workers, random_rows, run_engine, whole_weights
 
@@ -395,15 +396,14 @@ def test_what_has_no_manifest_does_not_count_as_a_kept_checkpoint(tmp_path):
 def test_a_folder_without_files_is_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv("VAULT", str(tmp_path))
     run = Place("lingering://run")
-    (checkpoint_folder(run, 1) / MANIFEST).write_json(sealed({"step": 1, "files": {}, "checksums": {}}))
+    complete(checkpoint_folder(run, 1), 1)
     assert agree_on_checkpoint(run) == checkpoint_folder(run, 1)
 
 
 def test_a_checkpoint_whose_steps_were_not_logged_is_passed_over(tmp_path, caplog):
     run = Place(tmp_path)
     for step in (2, 4):
-        manifest = sealed({"step": step, "files": {}, "checksums": {}})
-        (checkpoint_folder(run, step) / MANIFEST).write_json(manifest)
+        complete(checkpoint_folder(run, step), step)
     assert agree_on_checkpoint(run, 4) == checkpoint_folder(run, 4)
     assert agree_on_checkpoint(run, 2) == checkpoint_folder(run, 2)
     said = (
@@ -414,8 +414,7 @@ def test_a_checkpoint_whose_steps_were_not_logged_is_passed_over(tmp_path, caplo
         with pytest.raises(CheckpointError, match=r"metrics\.jsonl' has no rows of steps 1 to 4, .*restore the file"):
             agree_on_checkpoint(run, 0)
     assert agree_on_checkpoint(run, 4) == checkpoint_folder(run, 4)  # once the rows are back
-    manifest = sealed({"step": 3, "files": {}, "checksums": {}})
-    (checkpoint_folder(run, 3) / MANIFEST).write_json(manifest)
+    complete(checkpoint_folder(run, 3), 3)
     prune_checkpoints(run, CheckpointSection(keep=1), 3)
     assert agree_on_checkpoint(run, 3) == checkpoint_folder(run, 3)  # though one of a later step is there
 
