@@ -15,7 +15,8 @@ then or the process had ended, is not counted, and is repeated in a later run. T
     last     the same with the last checkpoint of a run that has ended, and the same command again
     nan      a loss that is NaN once
     full     the disk is full until it has refused a checkpoint, and longer (needs the right to mount a tmpfs)
-    server   SIGKILL of the object store that the run is on, a SeaweedFS, which is started again a while later
+    server   SIGKILL of the object store that the run is on, a SeaweedFS, which is started again some seconds later
+    away     the same, for 90 s: longer than a lease lives that is not renewed
 
     python benchmarks/survival.py --out survival.json \\
         --deaths worker=20,driver=10,node=5,write=5,damage=5,last=3,nan=3,full=3,server=3
@@ -50,6 +51,8 @@ from tests.s3_server import running
 TENSORBOARD = ["logging.tensorboard=true"]
 RESTARTING = ("worker", "driver", "node")
 """Deaths behind which the seconds to the next step are taken."""
+ON_THE_STORE = ("server", "away")
+"""Deaths of runs that are on an object store."""
 TRIES = 3
 """How often a death is repeated, at most, until it strikes."""
 
@@ -187,7 +190,8 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     wanted = dict(part.split("=") for part in options.deaths.split(","))
     if unknown := sorted(wanted.keys() - DEATHS.keys()):
         raise SystemExit(f"--deaths has {unknown[0]!r}; there are {', '.join(DEATHS)}")
-    deaths = [name for name, number in wanted.items() for _ in range(int(number)) if name not in ("full", "server")]
+    alone_in_a_run = ("full", *ON_THE_STORE)
+    deaths = [name for name, number in wanted.items() for _ in range(int(number)) if name not in alone_in_a_run]
     scene = Scene(folder, options.seed)
     import ray  # reads the token's place at its import
 
@@ -196,7 +200,7 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rows = []
     with ExitStack() as stack:
         stack.callback(scene.close)
-        if "server" in wanted:
+        if on_the_store := [name for name in ON_THE_STORE if name in wanted]:
             bucket = scene.start_server(stack.enter_context(running(_made(folder / "server"))))
         if options.warm:
             scene.fork_workers(stack.enter_context(warm_workers.running(several=True)))
@@ -245,10 +249,11 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                     break
                 with_prepared(folder / f"disk-{number}")
                 until_struck("full", number, folder / f"disk-{number}")
-        if "server" in wanted:
+        if on_the_store:
             with_prepared(bucket)
-        for number in range(int(wanted.get("server", 0))):
-            until_struck("server", number, bucket)
+        for name in on_the_store:
+            for number in range(int(wanted[name])):
+                until_struck(name, number, bucket)
     return rows
 
 

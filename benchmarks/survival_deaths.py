@@ -142,15 +142,26 @@ def full(run: Run) -> bool:
 
 def server(run: Run) -> bool:
     """SIGKILL of the object store that the run writes to; it is back before the retries are over, or after that."""
-    struck = not run.ended()
+    return _is_away(run, run.scene.random.choice([run.scene.random.uniform(2, 8), run.scene.random.uniform(20, 40)]))
+
+
+def away(run: Run) -> bool:
+    """SIGKILL of the object store, which is back once a lease that nobody renewed has ended."""
+    return _is_away(run, 90.0)  # a lease lives 60
+
+
+def _is_away(run: Run, seconds: float) -> bool:
+    """Have the store away for so long; whether the run, or its driver, asked for something meanwhile."""
+    before = run.log().count(_NO_ANSWER)
     run.scene.server.kill()
-    time.sleep(run.scene.random.choice([run.scene.random.uniform(2, 8), run.scene.random.uniform(20, 40)]))
+    time.sleep(seconds)
     run.scene.server.start()
-    return struck
+    return run.log().count(_NO_ANSWER) > before
 
 
 _REFUSED = "could not be written: "
+_NO_ANSWER = "cannot be used: "
 
 DEATHS: dict[str, Callable[[Run], bool]] = {
-    each.__name__: each for each in (worker, driver, node, write, term, damage, last, nan, full, server)
+    each.__name__: each for each in (worker, driver, node, write, term, damage, last, nan, full, server, away)
 }

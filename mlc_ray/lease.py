@@ -1,14 +1,16 @@
 """The lease on a folder: one driver at a time works in it, and no second one starts or resumes what is there.
 
-Within a Ray cluster this is exact: the holder has an actor whose name is made from the folder, and Ray gives a name
-once and frees it when the holder's process dies. Between clusters it goes by `lease.json` in the folder, which the
-holder writes again every quarter of `LIFETIME`; a file that was not is taken over after `LIFETIME`. Its age is
-measured by the clock of the storage alone, or where that has none, by watching the file for so long.
+Within a Ray cluster this is exact for drivers that name the folder alike: the holder has an actor whose name is made
+from the folder, and Ray gives a name once and frees it when the holder's process dies. The file `lease.json` in the
+folder says that name, so that whoever names the folder otherwise, as by another mount, asks for the same actor. Between
+clusters, and for a driver without Ray, it goes by the file alone, which the holder writes again every quarter of
+`LIFETIME`; a file that was not, whatever it says, is taken over after `LIFETIME`. Its age is measured by the clock of
+the storage alone, or where that has none, by watching the file for so long.
 
 Whoever takes over, or on storage without exclusive creation is the first, reads the file back after `SETTLE` seconds.
-Of two drivers that do so at once, from two clusters, both go on only where one needed longer than that from its look
-at the old file to its own writing, and then until the next check: whoever finds another's id in the file ends the run
-(`LeaseGuard`).
+Of two drivers that do so at once, from two clusters or by two names, both go on only where one needed longer than that
+from its look at the old file to its own writing, and then until the next check: whoever finds another's id in the file
+ends the run (`LeaseGuard`).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from ray.util.state.exception import RayStateApiException
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import LEASE_FILE
-from mlc_ray.storage import Place
+from mlc_ray.storage import Place, StorageFaultError
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +58,11 @@ class LeaseError(MlcRayError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has a lease: a random id, and the process.
+    """Who has a lease: a random id, and the process. One without an id is what a file that is no lease tells.
 
     `machine` and `started` tell whether a process of this pid is still the same one, where it can be seen from here;
-    `node` is the Ray node of the process, which no two clusters share. `renewed` is how often it renewed the lease.
+    `node` is the Ray node of the process, which no two clusters share, and `actor` the name that it holds there.
+    `renewed` is how often it renewed the lease.
     """
 
     id: str
@@ -70,11 +73,12 @@ class Holder:
     node: str
     ray_job: str
     since: str
+    actor: str = ""
     renewed: int = 0
 
     @classmethod
-    def here(cls) -> Holder:
-        """This process, under a new id."""
+    def here(cls, folder: Place | None = None) -> Holder:
+        """This process, under a new id, about to take the lease on `folder`."""
         context = ray.get_runtime_context() if ray.is_initialized() else None
         return cls(
             id=uuid.uuid4().hex,
@@ -85,13 +89,20 @@ class Holder:
             node=context.get_node_id() if context else "",
             ray_job=context.get_job_id() if context else "",
             since=datetime.now(UTC).isoformat(timespec="seconds"),
+            actor=_name_of(folder) if context and folder else "",
         )
 
     def has_died(self) -> bool:
         """Whether its process is known to be gone; False where it cannot be seen from here."""
-        return bool(self.machine) and self.machine == _machine() and _started(self.pid) != self.started
+        if not self.started or self.machine != _machine():
+            return False
+        if (started := _started(self.pid)) is None:  # /proc may hide processes of other users (hidepid)
+            return not _exists(self.pid)
+        return started != self.started
 
     def __str__(self) -> str:
+        if not self.id:
+            return f"an unknown process: {LEASE_FILE} is empty, damaged or of another version"
         job = f", Ray job {self.ray_job}" if self.ray_job else ""
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
@@ -118,7 +129,7 @@ def lease(folder: Place, *, wait: bool, lifetime: float = LIFETIME) -> Iterator[
     """
     folder = folder.absolute()
     made = folder.is_local and not folder.exists()
-    own = Holder.here()
+    own = Holder.here(folder)
     actor = _acquire(folder, own, wait=wait, lifetime=lifetime)
     ended = threading.Event()
     renewing = threading.Thread(target=_renew, args=(folder, own, lifetime, ended), name="lease", daemon=True)
@@ -148,13 +159,14 @@ class LeaseGuard:
     Args:
         folder: what is written into.
         id: the lease's.
-        lifetime: of the lease, in seconds; for so long it is taken for held where the file cannot be read.
+        lifetime: of the lease, in seconds; where its file cannot be read, it is taken for held for so long from the
+            first look that failed. A look so long after the last one is a first one again.
     """
 
     def __init__(self, folder: Place, id: str, lifetime: float = LIFETIME) -> None:
         self.folder, self.id, self.lifetime = folder, id, lifetime
-        self.checked = self.held = time.monotonic()
-        self._has_warned = False
+        self.checked = time.monotonic()
+        self._failed: tuple[float, float] | None = None  # from the first of the looks that failed to the last one's end
 
     def check(self, *, now: bool = False) -> None:
         """Look into the lease file, if the last look is some seconds ago.
@@ -163,29 +175,34 @@ class LeaseGuard:
             now: look whenever the last look was, and wait until the file can be read; for what cannot be undone.
 
         Raises:
-            LeaseError: The lease is another driver's, or nobody's, or its file could not be read for its lifetime.
+            LeaseError: The lease is another driver's, or nobody's.
+            StorageFaultError: Its file could not be read for its lifetime: another driver may have it by now, and only
+                who starts again, once the file can be read, knows. `cluster.max_failures` applies.
         """
         if not now and time.monotonic() - self.checked < _CHECKED_EVERY:
             return
         while True:
-            self.checked = time.monotonic()
+            looked = self.checked = time.monotonic()
             try:
                 holder, is_held = _look_twice(self.folder, self.id)
                 break
             except OSError as error:
-                silent = time.monotonic() - self.held
-                if silent > self.lifetime:
-                    raise LeaseError(
-                        f"the lease on {str(self.folder)!r} could not be read for {silent:.0f} s, in which another "
-                        f"driver may have taken it: {error}. This run ends; go on once the storage is back"
-                    ) from error
-                if not self._has_warned:  # it is read again every second: said once until it can be
+                first, last = self._failed or (looked, looked)
+                if looked - last > self.lifetime:  # nobody looked in between: it may have been back
+                    first = looked
+                if first == looked:  # it is looked at again every second: said once
                     logger.warning("the lease on %s cannot be read now: %s", self.folder, error)
-                self._has_warned = True
+                ended = time.monotonic()
+                self._failed = first, ended
+                if (silent := ended - first) > self.lifetime:
+                    raise StorageFaultError(
+                        f"the lease on {str(self.folder)!r} could not be read for {silent:.0f} s, in which another "
+                        f"driver may have taken it: {error}. Go on once the storage is back"
+                    ) from error
             if not now:
                 return
             time.sleep(_LOOK_AGAIN)
-        self.held, self._has_warned = self.checked, False
+        self._failed = None
         if not is_held:
             raise LeaseError(
                 f"the lease on {str(self.folder)!r} was lost to {holder or 'nobody: its file is gone'}; this run "
@@ -201,11 +218,11 @@ def _acquire(folder: Place, own: Holder, *, wait: bool, lifetime: float) -> Any:
         first, began, said = _read(folder), time.monotonic(), False
         while True:
             if not has_name:
-                actor, has_name = _take_name(folder)
+                actor, has_name = _take_name(own)
             holder, watched = _read(folder), time.monotonic() - began
             renewed = holder is not None and holder != first
-            ended = watched > lifetime and not renewed
-            if has_name and (ended or _is_free(folder, holder, lifetime)) and _write_first(folder, own, holder):
+            unrenewed = 0.0 if renewed else watched
+            if has_name and _is_free(folder, holder, own, lifetime, unrenewed) and _write_first(folder, own, holder):
                 if holder is not None:
                     _remove_groups_of(holder)
                 return actor
@@ -226,12 +243,21 @@ def _acquire(folder: Place, own: Holder, *, wait: bool, lifetime: float) -> Any:
         raise
 
 
-def _is_free(folder: Place, holder: Holder | None, lifetime: float) -> bool:
-    """Whether the lease that the file tells of has ended; the name within this cluster is this process's."""
-    if holder is None or holder.has_died() or _age(folder) > lifetime:
+def _is_free(folder: Place, holder: Holder | None, own: Holder, lifetime: float, unrenewed: float) -> bool:
+    """Whether the lease that the file tells of has ended; the name within this cluster is this process's.
+
+    It has been watched for `unrenewed` seconds, in which it was not renewed.
+    """
+    if holder is None:
         return True
-    # The holder is of this cluster, and yet its name was free: its process is dead.
-    return _is_of_this_cluster(holder)
+    is_here = bool(holder.actor) and _is_of_this_cluster(holder)
+    if is_here and holder.actor != own.actor:  # it names the folder otherwise: its process lives as long as its actor
+        try:
+            ray.get_actor(holder.actor, namespace=_NAMESPACE)
+            return False
+        except ValueError:
+            return True
+    return is_here or unrenewed > lifetime or holder.has_died() or _age(folder) > lifetime
 
 
 def _is_of_this_cluster(holder: Holder) -> bool:
@@ -298,14 +324,17 @@ def _renew(folder: Place, own: Holder, lifetime: float, ended: threading.Event) 
             logger.warning("the lease on %s could not be renewed: %s", folder, error)
 
 
-def _take_name(folder: Place) -> tuple[Any, bool]:
+def _name_of(folder: Place) -> str:
+    return f"lease-{hashlib.sha256(str(folder).encode('utf-8')).hexdigest()[:16]}"
+
+
+def _take_name(own: Holder) -> tuple[Any, bool]:
     """The actor that holds the folder's name in this cluster, and whether the name is this process's."""
-    if not ray.is_initialized():
+    if not own.actor:
         return None, True
-    name = f"lease-{hashlib.sha256(str(folder).encode('utf-8')).hexdigest()[:16]}"
     here = ray.get_runtime_context().get_node_id()  # another node may be taken away while this process lives
     options: dict[str, Any] = {
-        "name": name,
+        "name": own.actor,
         "namespace": _NAMESPACE,
         "num_cpus": 0,
         "max_restarts": -1,
@@ -329,6 +358,12 @@ def _refusal(folder: Place, holder: Holder | None, lifetime: float) -> str:
             f"{str(folder)!r} is being taken by another driver of this Ray cluster; look what runs there, or try again"
         )
     ends = datetime.fromtimestamp(time.time() + lifetime - _age(folder), UTC).isoformat(timespec="seconds")
+    if not holder.id:
+        return (
+            f"{str(folder / LEASE_FILE)!r} does not say who works there: it is empty, damaged or of another version. "
+            f"Remove it if you know that nothing does; else it is taken over after {ends}, unless it is written again "
+            "until then"
+        )
     return (
         f"{str(folder)!r} is held by {holder}: end that process, or wait for it. If it does not run any more, its "
         f"lease ends at {ends}"
@@ -345,15 +380,17 @@ def _look_twice(folder: Place, id: str) -> tuple[Holder | None, bool]:
 
 
 def _read(folder: Place) -> Holder | None:
-    """Who the lease file names; None where there is none, or what it says is not a lease.
+    """Who the lease file names, one without an id where what it says is not a lease; None where there is none.
 
     Raises:
         OSError: The storage does not let it be read.
     """
     try:
         return Holder(**(folder / LEASE_FILE).read_json())
-    except (FileNotFoundError, ValueError, TypeError):
+    except FileNotFoundError:
         return None
+    except (ValueError, TypeError):  # as after a power loss
+        return Holder(id="", host="", pid=0, machine="", started="", node="", ray_job="", since="")
 
 
 def _age(folder: Place) -> float:
@@ -379,9 +416,20 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process was started, in ticks since the machine was; None where there is no such process."""
+    """When a process was started, in ticks since the machine was, "" once it has ended; None where none is seen."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else fields[19]
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def _exists(pid: int) -> bool:
+    """Whether there is a process, seen or not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True

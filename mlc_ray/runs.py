@@ -147,7 +147,7 @@ def output_place(output_dir: str | Path, *, setting: str = "output_dir") -> Plac
     except ValueError as error:
         raise OutputFolderError(f"{setting}={str(output_dir)!r}: {error}") from None
     if not place.is_local:
-        return place
+        return place.absolute()
     folder = Path(place).expanduser()
     if not folder.is_absolute() and _RAY_JOB in os.environ:
         raise OutputFolderError(

@@ -16,7 +16,7 @@ from ray.util.state import list_placement_groups
 import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray import lease as module
 from mlc_ray.lease import Holder, LeaseError, LeaseGuard, lease
-from mlc_ray.storage import Place
+from mlc_ray.storage import Place, StorageFaultError
 
 HOLD = """
 import sys, time
@@ -85,6 +85,32 @@ def test_a_lease_of_another_machine_is_taken_when_it_has_ended_and_not_before(tm
         LeaseGuard(Place(tmp_path), held).check()
 
 
+@pytest.mark.parametrize("content", ["", "[]", '{"id": "of another version"}'])
+def test_a_lease_that_cannot_be_read_ends_as_any_other_and_is_named(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SETTLE", 0.0)
+    file = tmp_path / "lease.json"
+    file.write_text(content)
+    with pytest.raises(LeaseError, match=rf"{file}' does not say who works there.*Remove it if .*after 20\d\d-"):
+        lease(Place(tmp_path), wait=False).__enter__()
+    os.utime(file, (time.time() - 61, time.time() - 61))
+    with lease(Place(tmp_path), wait=False) as held:
+        LeaseGuard(Place(tmp_path), held).check(now=True)
+        file.write_text(content)
+        with pytest.raises(LeaseError, match=r"was lost to an unknown process: lease\.json is empty, damaged"):
+            LeaseGuard(Place(tmp_path), held).check(now=True)
+
+
+def test_a_process_that_proc_does_not_show_is_alive_until_it_has_ended(tmp_path, monkeypatch):
+    process = hold(tmp_path)
+    holder = Holder(**json.loads((tmp_path / "lease.json").read_text()))
+    assert not holder.has_died() and replace(holder, started="1").has_died()  # another process of its pid
+    monkeypatch.setattr(module, "_started", lambda _: None)  # as another user's with hidepid=2
+    assert not holder.has_died()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert holder.has_died()
+
+
 def test_waiting_takes_over_what_is_not_renewed_and_refuses_what_is(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "SETTLE", 0.0)
     foreign(tmp_path)
@@ -130,9 +156,48 @@ def test_storage_that_cannot_be_read_is_waited_for_as_long_as_the_lease_lives(tm
         assert file.is_file()
         file.unlink()
         file.mkdir()
-        with pytest.raises(LeaseError, match=r"could not be read for \d+ s.*go on once the storage is back"):
+        with pytest.raises(StorageFaultError, match=r"could not be read for \d+ s.*Go on once the storage is back"):
             LeaseGuard(Place(tmp_path), held, lifetime=-1.0).check(now=True)
     assert file.is_dir()  # giving the lease back failed, and the block ended all the same
+
+
+def test_storage_is_silent_from_the_first_look_that_failed(tmp_path, monkeypatch):
+    """And not from the last one that did not: a step may take longer than the lease lives."""
+    own, file, clock = Holder.here(), tmp_path / "lease.json", [0.0]
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    def goes_away():
+        file.unlink()
+        file.mkdir()
+
+    def comes_back():
+        file.rmdir()
+        file.write_text(json.dumps(asdict(own)))
+
+    file.mkdir()
+    comes_back()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    guard = LeaseGuard(Place(tmp_path), own.id)
+    guard.check(now=True)
+    goes_away()
+    for clock[0] in (600.0, 650.0):
+        guard.check()
+    comes_back()
+    clock[0] = 670.0
+    guard.check()
+    goes_away()
+    for clock[0] in (1200.0, 1250.0):
+        guard.check()
+    clock[0] = 1270.0
+    with pytest.raises(StorageFaultError, match=r"could not be read for 70 s"):  # cluster.max_failures applies to it
+        guard.check()
+    for clock[0] in (1400.0, 1500.0):  # nobody knows what was in between
+        guard.check()
+    clock[0] = 2000.0
+    with pytest.raises(StorageFaultError, match=r"could not be read for 61 s"):
+        guard.check(now=True)
 
 
 def test_renewing_outlives_an_error_of_the_storage(tmp_path):
@@ -174,8 +239,9 @@ def test_elsewhere_a_lease_is_taken_when_it_has_ended_and_not_before(kind, reque
     folder = Place("vault://team/run") if kind == "vault" else Place(request.getfixturevalue("s3")) / tmp_path.name
     with lease(folder, wait=False) as held:
         LeaseGuard(folder, held).check(now=True)
-        with pytest.raises(LeaseError, match=rf"held by process {os.getpid()} "):
-            lease(folder, wait=False).__enter__()
+        for spelled in (folder, Place(f"{folder.parent}//{folder.name}/")):
+            with pytest.raises(LeaseError, match=rf"{folder}' is held by process {os.getpid()} "):
+                lease(spelled, wait=False).__enter__()
     assert folder.iterdir() == []
     other = replace(Holder.here(), id="other", host="elsewhere", machine="another one", pid=1, node="", ray_job="")
     (folder / "lease.json").write_json(asdict(other))
@@ -208,6 +274,12 @@ def test_within_a_cluster_a_killed_drivers_lease_is_free_at_once(tmp_path, ray_l
     assert holder["ray_job"] != ray_local.get_runtime_context().get_job_id() and holder["pid"] == process.pid
     with pytest.raises(LeaseError, match=rf"held by process {process.pid} .*, Ray job {holder['ray_job']}, since"):
         lease(Place(tmp_path), wait=False).__enter__()
+    mounted = tmp_path / "mounted elsewhere"  # the same file by another path: of another name, and the driver lives
+    mounted.mkdir()
+    (mounted / "lease.json").symlink_to(tmp_path / "lease.json")
+    os.utime(tmp_path / "lease.json", (0, 0))  # as of one whose storage hangs
+    with pytest.raises(LeaseError, match=rf"mounted elsewhere' is held by process {process.pid} "):
+        lease(Place(mounted), wait=False).__enter__()
 
     def states() -> list[str]:
         groups = list_placement_groups(here, filters=[("creator_job_id", "=", holder["ray_job"])])
@@ -227,6 +299,10 @@ def test_within_a_cluster_a_killed_drivers_lease_is_free_at_once(tmp_path, ray_l
         with lease(Place(tmp_path), wait=True, lifetime=1e6) as held:  # the file never grows old enough
             assert json.loads((tmp_path / "lease.json").read_text())["id"] == held
         assert states() == ["REMOVED"]
+        (mounted / "lease.json").unlink()
+        (mounted / "lease.json").write_text(json.dumps(holder))
+        with lease(Place(mounted), wait=True, lifetime=1e6):  # its actor died with it
+            pass
         own = ray_local.util.placement_group([{"CPU": 0.5}])
         assert own.wait(60)
         same_job = holder | {"ray_job": ray_local.get_runtime_context().get_job_id()}  # as of a trial of a search

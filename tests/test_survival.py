@@ -26,6 +26,19 @@ def test_six_deaths(tmp_path: Path, repository: Path, smollm2: Path) -> None:
     assert all(run["losses"] == run["weights"] == 0 and run["left"] == [] for run in runs)
 
 
+@pytest.mark.slow
+@pytest.mark.soak
+def test_a_store_that_is_away_for_longer_than_a_lease_lives(tmp_path: Path, repository: Path, smollm2: Path) -> None:
+    out, place = tmp_path / "survival.json", tmp_path / "place"
+    command = [sys.executable, repository / "benchmarks" / "survival.py", "--model", smollm2, "--out", out]
+    more = ["--keep", place, "--warm", "--deaths", "away=1"]
+    done = subprocess.run(list(map(str, [*command, *more])), capture_output=True, text=True, timeout=800)
+    logs = "\n".join(path.read_text(errors="replace") for path in place.glob("away-*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs[-9000:]
+    assert "could not be read for " in logs and "where cluster.max_failures=100 allows, all workers start again" in logs
+    assert all(run["losses"] == run["weights"] == 0 for run in json.loads(out.read_text()))
+
+
 def test_a_death_that_ends_in_an_error_is_in_the_table(
     tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -225,8 +226,11 @@ class Place:
         return self if above.endswith(":/") else Place(above)  # nothing is above a bucket
 
     def absolute(self) -> Place:
-        """The same place, for a process in another working folder."""
-        return Place(Path(self.url).expanduser().resolve()) if self.is_local else self
+        """The same place, for a process in another working folder: a path without links, a URL without empty parts."""
+        if self.is_local:
+            return Place(Path(self.url).expanduser().resolve())
+        scheme, slashes, rest = self.url.partition("://")
+        return Place(f"{scheme.lower()}{slashes}{re.sub('/{2,}', '/', rest).rstrip('/')}")
 
     def exists(self) -> bool:
         """Whether a file or a folder is there."""

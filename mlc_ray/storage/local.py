@@ -57,7 +57,10 @@ class LocalStorage(Storage):
         try:
             with _room_for(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_bytes(content)
+                with temporary.open("wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())  # else the name is on the disk after a power loss, and the file is empty
             os.link(temporary, path)  # unlike a rename, it fails where the file is there
         except FileExistsError:
             return False

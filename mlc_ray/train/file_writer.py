@@ -78,13 +78,18 @@ class FileWriter:
 
     After a fault nothing more is written, and what is put is dropped.
 
+    Args:
+        folder: where to.
+        room: bytes.
+        may_write: called before each file; where it raises, that is the fault.
+
     Attributes:
         written: what is, by name.
         seconds: that writing took.
     """
 
-    def __init__(self, folder: Place, room: int) -> None:
-        self.folder, self.room = folder, room
+    def __init__(self, folder: Place, room: int, may_write: Callable[[], None] = lambda: None) -> None:
+        self.folder, self.room, self.may_write = folder, room, may_write
         self.written: dict[str, Written] = {}
         self.seconds = 0.0
         self._waiting: deque[tuple[str, Parts] | None] = deque()
@@ -134,6 +139,7 @@ class FileWriter:
                 return False
         name, parts = job
         started = time.monotonic()
+        self.may_write()
         self.written[name] = write_file(self.folder / name, parts)
         self.seconds += time.monotonic() - started
         with self._changed:

@@ -85,6 +85,7 @@ class CheckpointSaver:
         tokenizer: written beside the model.
         config: the run's settings.
         fingerprints: of the model and the data; a checkpoint of others is refused.
+        may_write: called by a thread of each worker before each of its files: raises where another driver has the run.
         completing: entered around each step to a checkpoint's end, whoever asks for it: what it raises ends the step.
         record: called by a thread of rank 0 last before the manifest is written: stores what was logged up to it, and
             makes sure that the run is still this driver's. Where it raises, that is no checkpoint.
@@ -103,11 +104,13 @@ class CheckpointSaver:
         tokenizer: PreTrainedTokenizerBase,
         config: TrainConfig,
         fingerprints: Mapping[str, str],
+        may_write: Callable[[], None] = lambda: None,
         completing: Callable[[], AbstractContextManager[None]] = nullcontext,
         record: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.engine, self.config = run, engine, config
-        self.fingerprints, self.completing, self.record = dict(fingerprints), completing, record
+        self.fingerprints = dict(fingerprints)
+        self.may_write, self.completing, self.record = may_write, completing, record
         self.lora = config.model.lora is not None
         self._small_files = small_files(engine.module.policy, tokenizer, lora=self.lora) if engine.rank == 0 else []
         self.newest: Place | None = None
@@ -150,7 +153,8 @@ class CheckpointSaver:
         """What is written into `folder` from now on; None where an earlier one there cannot be removed."""
         if self._has_failed(folder, from_rank_zero(self._removed(folder))):
             return None
-        self._going = _Going(folder, replace(progress, before=dict(progress.before)), FileWriter(folder, room))
+        writer = FileWriter(folder, room, self.may_write)
+        self._going = _Going(folder, replace(progress, before=dict(progress.before)), writer)
         return self._going
 
     def _put_weights(self, going: _Going) -> None:

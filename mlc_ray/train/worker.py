@@ -163,6 +163,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
             tokenizer=tokenizer,
             config=config,
             fingerprints=spec.fingerprints,
+            may_write=partial(guard.check, now=True),
             completing=partial(completing, run, watchdog, guard if rank == 0 else None),
             record=partial(record, tracker, guard) if tracker is not None else lambda: None,
         )

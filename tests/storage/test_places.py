@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -100,6 +101,20 @@ def test_a_place_elsewhere_is_no_local_path(vault: Path, tmp_path: Path) -> None
     with pytest.raises(StorageError, match=r"'ftp://b': ftp:// cannot be opened here"):
         Place("ftp://b").exists()
     assert Path(Place(tmp_path)) == tmp_path
+
+
+def test_an_absolute_url_has_one_spelling() -> None:
+    for url in ("vault://team/a/b", "VAULT://team//a///b/", "vault://team/a/b//"):
+        assert Place(url).absolute() == output_place(url) == Place("vault://team/a/b")
+    for url in ("vault://team", "vault:///a", "vault:/a"):  # the last two are refused where they are used
+        assert Place(url).absolute() == Place(url)
+
+
+def test_a_file_that_is_created_is_on_the_disk_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda opened: synced.append(os.fstat(opened).st_ino))
+    assert Place(tmp_path / "file").create("whole")
+    assert (tmp_path / "file").stat().st_ino in synced
 
 
 def test_a_registered_scheme_passes_where_places_are_used_and_nowhere_else(vault: Path) -> None:

@@ -456,6 +456,25 @@ def test_a_death_during_the_writing_loses_only_that_checkpoint(tmp_path, monkeyp
     assert [place.name for place in (run / "train").iterdir()] == ["checkpoint_000001"]
 
 
+def test_a_worker_whose_run_was_taken_replaces_no_further_file_of_a_checkpoint(tmp_path):
+    holder, file = Holder.here(), Place(tmp_path) / LEASE_FILE
+    file.write_json(asdict(holder))
+    looks, guard = [], LeaseGuard(Place(tmp_path), holder.id)
+
+    def may_write():
+        looks.append(sorted(path.name for path in (tmp_path / "files").glob("*")))
+        if len(looks) == 2:
+            file.write_json(asdict(replace(holder, id="another")))
+        guard.check(now=True)
+
+    writer = FileWriter(Place(tmp_path / "files"), 1 << 20, may_write)
+    for name in ("00001-00000", "00001-00001", "00001-00002"):
+        writer.put(name, parts_of({"a": torch.arange(20.0)}))
+    writer.end()
+    assert isinstance(writer.wait(), LeaseError)
+    assert looks == [[], ["00001-00000"]] and list(writer.written) == ["00001-00000"]
+
+
 def test_no_more_waits_for_its_writing_than_there_is_room_for(tmp_path, monkeypatch):
     monkeypatch.setenv("VAULT", str(tmp_path))
     HeldStorage.gate.clear()
