@@ -243,7 +243,8 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
         def until_struck(death: str, number: int, output_dir: Path | Place) -> None:
             for again in range(TRIES):
-                live(f"{death}-{number}-{again}", [death], output_dir, TENSORBOARD)
+                where = output_dir / str(again) if death == "prepare" else output_dir  # one without prepared data
+                live(f"{death}-{number}-{again}", [death], where, TENSORBOARD)
                 if rows[-1]["deaths"]:
                     break
 
