@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = (
                 "{bundles:>9} bundles, {tokens} tokens in {shards} shards: {seconds:.0f} s, {cpu_seconds:.0f} CPU s, "
             )
-            text += "{ratio:.0%} of the bare tokenizer's speed; peak {peak:.0f} MB beside {store:.1f} MB of the object "
+            text += "{ratio:.0%} of the bare tokenizer's speed; peak {peak:.0f} MB beside {store:.2f} MB of the object "
             text += "store, {spilled:.0f} MB spilled; a run starts in "
             text += "{start_seconds:.2f} s with {start:.1f} MB"
             last = results[-1]
