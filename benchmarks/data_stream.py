@@ -3,9 +3,10 @@
 Synthetic bundles in ten languages, whose words are those of the shipped sample, are written as JSON lines and prepared
 as `train` prepares them. Stated are CPU seconds of all processes, beside those that the tokenizer alone takes for the
 same texts, by which a speed of 100 % would be that of tokenising without a template, files or checks; the
-peak of anonymous memory of the driver and all workers above what they had before (the object store is capped); and how
-long a worker takes to open the artefact, order an epoch and plan its first step. A line through the sizes gives what
-the start would cost at ten and a hundred million bundles.
+peak of anonymous memory of the driver and all workers above what they had before; the peak of what Ray says is used of
+its object store, which is capped, and what it spilled to disk; and how long a worker takes to open the artefact, order
+an epoch and plan its first step. A line through the sizes gives what the start would cost at ten and a hundred million
+bundles.
 
     python benchmarks/data_stream.py --bundles 3000 10000 30000 --out data_stream.json
 """
@@ -27,6 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 import ray
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
 from mlc_ray.config import DataSection, ModelSection, SourceSection
 from mlc_ray.data.order import Order
@@ -68,9 +70,16 @@ def synthetic(number: int, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 class Watched:
-    """CPU seconds and the peak of anonymous memory of this process and all that it started, while the block runs."""
+    """CPU seconds and the peak of anonymous memory of this process and all that it started, while the block runs.
+
+    `store_peak` are bytes of Ray's object store, which are shared memory and in none of these; `spilled` those that it
+    has written to disk since Ray was started.
+    """
 
     def __enter__(self) -> Watched:
+        self._cluster = get_state_from_address(ray.get_runtime_context().gcs_address)
+        self.store_peak = self.spilled = 0
+        self._look_at_store()  # what that imports is no memory of the block
         self._before, self.peak, self._cpu = self._now()[0], 0, dict[int, float]()
         self._cpu_before = self._now()[1]
         self._ended = threading.Event()
@@ -92,8 +101,14 @@ class Watched:
             memory, cpu = self._now()
             self.peak = max(self.peak, memory - self._before)
             self._cpu |= cpu
+            self._look_at_store()
             if self._ended.wait(SAMPLED_EVERY):
                 return
+
+    def _look_at_store(self) -> None:
+        store = get_memory_info_reply(self._cluster).store_stats
+        self.store_peak = max(self.store_peak, store.object_store_bytes_used)
+        self.spilled = store.spilled_bytes_total
 
     @staticmethod
     def _now() -> tuple[int, dict[int, float]]:
@@ -165,6 +180,7 @@ def measure(number: int, model: str, folder: Path) -> dict[str, float]:
         "bundles": number, "tokens": tokens, "shards": len(artifact.manifest.shards),
         "bare_seconds": alone, "ratio": alone * number / watched.cpu_seconds,
         "seconds": seconds, "cpu_seconds": watched.cpu_seconds, "peak_bytes": watched.peak,
+        "store_peak_bytes": watched.store_peak, "spilled_bytes": watched.spilled,
         **in_child(start, str(artifact.folder)),
     }  # fmt: skip
 
@@ -187,10 +203,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = (
                 "{bundles:>9} bundles, {tokens} tokens in {shards} shards: {seconds:.0f} s, {cpu_seconds:.0f} CPU s, "
             )
-            text += "{ratio:.0%} of the bare tokenizer's speed; peak {peak:.0f} MB; a run starts in "
+            text += "{ratio:.0%} of the bare tokenizer's speed; peak {peak:.0f} MB beside {store:.2f} MB of the object "
+            text += "store, {spilled:.0f} MB spilled; a run starts in "
             text += "{start_seconds:.2f} s with {start:.1f} MB"
             last = results[-1]
-            print(text.format(**last, peak=last["peak_bytes"] / 1e6, start=last["start_bytes"] / 1e6), flush=True)
+            named = {
+                "peak": "peak_bytes",
+                "store": "store_peak_bytes",
+                "spilled": "spilled_bytes",
+                "start": "start_bytes",
+            }
+            print(text.format(**last, **{name: last[key] / 1e6 for name, key in named.items()}), flush=True)
     if len(results) > 1:
         sizes = [result["bundles"] for result in results]
         for name in ("cpu_seconds", "start_bytes", "start_seconds"):  # the peak is of a few processes, not of bundles

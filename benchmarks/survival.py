@@ -8,6 +8,7 @@ then or the process had ended, is not counted, and is repeated in a later run. T
 
     worker   SIGKILL of a training worker
     driver   SIGKILL of the process that was started
+    prepare  SIGKILL of the process that was started while it prepares the data
     node     SIGKILL of a Ray node with all that runs on it; another one takes its place
     write    SIGKILL of a worker while a checkpoint is being written
     term     SIGTERM of the driver
@@ -19,7 +20,7 @@ then or the process had ended, is not counted, and is repeated in a later run. T
     away     the same, for 90 s: longer than a lease lives that is not renewed
 
     python benchmarks/survival.py --out survival.json \\
-        --deaths worker=20,driver=10,node=5,write=5,damage=5,last=3,nan=3,full=3,server=3
+        --deaths worker=20,driver=10,prepare=3,node=5,write=5,damage=5,last=3,nan=3,full=3,server=3
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ RESTARTING = ("worker", "driver", "node")
 """Deaths behind which the seconds to the next step are taken."""
 ON_THE_STORE = ("server", "away")
 """Deaths of runs that are on an object store."""
+APART = ("prepare", "full", *ON_THE_STORE)
+"""Deaths that a run dies alone, in a place of its own."""
 TRIES = 3
 """How often a death is repeated, at most, until it strikes."""
 
@@ -81,15 +84,22 @@ def differences(run: Place, undisturbed: Place) -> dict[str, float]:
 SWEEP = "from mlc_ray.storage import scratch_folder\nwith scratch_folder(): pass"
 
 
+def half_made(run: Run) -> list[str]:
+    """Files that are half written, in the run's folder, in what it prepared, and in what it keeps on this machine."""
+    kept = (".validate_storage_marker", ".lock")  # Ray Train's, and those of copies
+    found = []
+    for place in (run.folder, artifact_cache(Place(run.output_dir)), Place(run.scene.folder / "cache")):
+        files = [Path(name) for name in place.sizes() if not name.endswith(kept)]
+        found += [f"{place}/{path}" for path in files if any(part[0] == "." for part in path.parts)]
+    return found
+
+
 def left_behind(run: Run) -> list[str]:
     """Files half written, processes, actors and placement groups that the run should have taken with it."""
     import ray
     from ray.util.state import list_actors
 
-    scene = run.scene
-    kept = ".validate_storage_marker"  # Ray Train's
-    files = map(Path, run.folder.sizes())
-    found = [str(path) for path in files if path.name != kept and any(part[0] == "." for part in path.parts)]
+    scene, found = run.scene, half_made(run)
     found += [str(path) for path in run.checkpoints() if path not in run.checkpoints(whole=True)]
     found += [name for name in (LEASE_FILE, STOP_FILE) if (run.folder / name).is_file()]
 
@@ -120,7 +130,7 @@ def strike(run: Run, deaths: Sequence[str], row: dict[str, list[str]]) -> None:
     Each is then in the row's `deaths` or, where it did not strike or was not come to, in `missed`. One that raises an
     error has struck.
     """
-    at = sorted(run.scene.random.sample(range(1, STEPS - 1), len(deaths)))
+    at = [0] if deaths == ["prepare"] else sorted(run.scene.random.sample(range(1, STEPS - 1), len(deaths)))
     try:
         for step, death in zip(at, deaths, strict=True):
             while not run.until(step) and run.driver.returncode != 0:
@@ -190,8 +200,7 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     wanted = dict(part.split("=") for part in options.deaths.split(","))
     if unknown := sorted(wanted.keys() - DEATHS.keys()):
         raise SystemExit(f"--deaths has {unknown[0]!r}; there are {', '.join(DEATHS)}")
-    alone_in_a_run = ("full", *ON_THE_STORE)
-    deaths = [name for name, number in wanted.items() for _ in range(int(number)) if name not in alone_in_a_run]
+    deaths = [name for name, number in wanted.items() for _ in range(int(number)) if name not in APART]
     scene = Scene(folder, options.seed)
     import ray  # reads the token's place at its import
 
@@ -238,10 +247,13 @@ def survive(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
         def until_struck(death: str, number: int, output_dir: Path | Place) -> None:
             for again in range(TRIES):
-                live(f"{death}-{number}-{again}", [death], output_dir, TENSORBOARD)
+                where = output_dir / str(again) if death == "prepare" else output_dir  # one without prepared data
+                live(f"{death}-{number}-{again}", [death], where, TENSORBOARD)
                 if rows[-1]["deaths"]:
                     break
 
+        for number in range(int(wanted.get("prepare", 0))):
+            until_struck("prepare", number, folder / f"unprepared-{number}")
         for number in range(int(wanted.get("full", 0))):
             with small_disk(folder / f"disk-{number}", mebibytes=192) as mounted:  # five checkpoints of 28 MB, and more
                 if not mounted:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from survival_scene import Run, kill, wait
 
-from mlc_ray.runs import is_set_aside
+from mlc_ray.runs import artifact_cache, is_set_aside
 from mlc_ray.storage import MANIFEST, Place
 
 
@@ -28,6 +28,16 @@ def worker(run: Run) -> bool:
 def driver(run: Run) -> bool:
     """SIGKILL of the driver, and the same command again."""
     struck = run.kill_driver()
+    run.start()
+    return struck
+
+
+def prepare(run: Run) -> bool:
+    """SIGKILL of the driver while it makes the token rows, and the same command again."""
+    cache = Path(artifact_cache(Place(run.output_dir)))
+    wait(lambda: any(cache.glob(".tokens-*.tmp-*")) or run.ended(), "token rows that are being made")
+    time.sleep(run.scene.random.uniform(0, 5))
+    struck = run.kill_driver() and any(cache.glob(".tokens-*.tmp-*"))
     run.start()
     return struck
 
@@ -163,5 +173,5 @@ _REFUSED = "could not be written: "
 _NO_ANSWER = "cannot be used: "
 
 DEATHS: dict[str, Callable[[Run], bool]] = {
-    each.__name__: each for each in (worker, driver, node, write, term, damage, last, nan, full, server, away)
+    each.__name__: each for each in (worker, driver, prepare, node, write, term, damage, last, nan, full, server, away)
 }

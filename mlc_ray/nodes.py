@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlc_ray.config.paths import scheme_of
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage import Place, StorageError, library_versions
+from mlc_ray.storage import Place, StorageError, library_versions, remove_abandoned
 
 ALIKE = ("python", "mlc_ray", "torch", "ray", "deepspeed", "transformers")
 """What must have one version on all nodes; those of an engine that answers prompts are compared too, see `unlike`."""
@@ -73,6 +73,7 @@ def check_nodes(folder: Path | Place, paths: Mapping[str, str], *, setting: str 
     if not nodes:
         return
     folder = Place(folder)
+    remove_abandoned(folder)
     asked = {name: path for name, path in paths.items() if scheme_of(path) is not None or Path(path).exists()}
     nonce, said = uuid.uuid4().hex, folder / f".nonce-{uuid.uuid4().hex}"
     try:

@@ -8,8 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from mlc_ray.storage import Place
 
 
 @pytest.mark.slow
@@ -68,3 +71,18 @@ def test_a_death_that_ends_in_an_error_is_in_the_table(
         "| breaks | 1 | 1 | 0 | inf | inf |",
         "| all | 1 | 2 | 1 | inf | inf |",
     ]
+
+
+def test_half_made_files_are_looked_for_in_the_caches_too(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(repository)
+    monkeypatch.syspath_prepend(repository / "benchmarks")
+    survival = importlib.import_module("survival")
+    left = ("run/.a.tmp-0", "cache/.tokens-1.tmp-0/rows", "scene/cache/models/.m.tmp-0/config.json")
+    for name in (*left, "run/.validate_storage_marker", "scene/cache/models/.m.lock", "run/metrics.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    run = SimpleNamespace(folder=Place(tmp_path / "run"), output_dir=tmp_path)
+    run.scene = SimpleNamespace(folder=tmp_path / "scene")
+    assert survival.half_made(run) == [f"{tmp_path}/{name}" for name in left]

@@ -23,6 +23,7 @@ from mlc_ray.storage import (
     Place,
     artifact_folder,
     fault_of,
+    remove_abandoned,
     user_cache,
     verify_checksums,
     verify_files,
@@ -52,6 +53,7 @@ def new_artifact(place: Place) -> Iterator[Place]:
         with artifact_folder(Path(place)) as temporary:
             yield Place(temporary)
     else:
+        remove_abandoned(place.parent)
         yield place
 
 

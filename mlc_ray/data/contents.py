@@ -18,7 +18,6 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import Place, fingerprint, user_cache, write_json_atomic
 
 BLOCK_BYTES = 8 << 20
-_READ_BYTES = 1 << 20
 _SETTLED_SECONDS = 2.0
 """A file that changed less than this ago is not remembered: file systems' clocks tick in up to 10 ms, so it may change
 again without a change of its time."""
@@ -48,22 +47,18 @@ BlockReader = Callable[[list[Block]], Iterable[tuple[str, int]]]
 def read_blocks(blocks: list[Block]) -> Iterator[tuple[str, int]]:
     """SHA-256 and line breaks of each block."""
     for block in blocks:
-        digest, line_breaks, left = hashlib.sha256(), 0, BLOCK_BYTES
         with Place(block.path).open() as file:
             file.seek(block.start)
-            while left and (piece := file.read(min(left, _READ_BYTES))):
-                digest.update(piece)
-                line_breaks += piece.count(b"\n")
-                left -= len(piece)
-        yield digest.hexdigest(), line_breaks
+            content = file.read(BLOCK_BYTES)  # of an object in a store one request
+        yield hashlib.sha256(content).hexdigest(), content.count(b"\n")
 
 
 def contents_of(paths: Iterable[Place], read: BlockReader = read_blocks) -> dict[Place, Content]:
     """The content of files, by `read`; of those larger than a block it is remembered in the user's cache.
 
-    There it is found by (path, size, time of change). Where that cache cannot be read or written, as without a home
-    folder, nothing is remembered. Nor is a file that changed while it was read, or whose storage does not say when it
-    changed.
+    There it is found by (path, size, time of change, and the ETag of an object in a store). Where that cache cannot be
+    read or written, as without a home folder, nothing is remembered. Nor is a file that changed while it was read, or
+    whose storage does not say when it changed.
 
     Raises:
         OSError: a file cannot be read.
@@ -132,6 +127,7 @@ def _memory(path: Place) -> Path:
 
 
 def _state(path: Place) -> dict[str, Any]:
-    """Size and time of change (None where the storage does not say), by which a file is known to be unchanged."""
-    modified = path.modified()
-    return {"size": path.parent.sizes([path.name]).get(path.name, 0), "modified": modified, "block_bytes": BLOCK_BYTES}
+    """Size, time of change (None where the storage does not say) and ETag, by which a file is known to be unchanged."""
+    size, modified = path.parent.sizes([path.name]).get(path.name, 0), path.modified()
+    etag = path.etag() if size > BLOCK_BYTES else ""  # of what may be remembered: it is a request more
+    return {"size": size, "modified": modified, "etag": etag, "block_bytes": BLOCK_BYTES}

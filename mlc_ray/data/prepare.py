@@ -291,8 +291,8 @@ def _leave_out(repeats: Mapping[int, Ints], ledger: Ledger, folder: Place, shard
 
 @contextmanager
 def _work_folder(folder: Place) -> Iterator[Place]:
-    """A folder in `folder` for what this run alone writes and reads, removed when the block ends."""
-    work = folder / f"work-{uuid.uuid4().hex[:8]}"
+    """A folder in `folder`, or of a store's beside it, for this run's own files; it is removed when the block ends."""
+    work = (folder if folder.is_local else folder.parent) / f".work-{uuid.uuid4().hex[:8]}"
     try:
         yield work
     finally:

@@ -238,7 +238,7 @@ def finish_artifact(folder: Place, shards: Sequence[Shard], **manifest: Any) -> 
     whole = Shard()
     for shard in shards:
         whole.add(shard)
-    for leftover in Path(folder).glob(".rows-*.tmp-*") if folder.is_local else ():
+    for leftover in Path(folder).glob(".*.tmp-*") if folder.is_local else ():
         leftover.unlink(missing_ok=True)
     files = {shard.file: shard.bytes for shard in shards} | folder.sizes([REJECTS_FILE])
     write_manifest(

@@ -1,8 +1,8 @@
 """Reading and writing files and folders, on disk or elsewhere, and verifying that they are complete.
 
 `base` has the storages and `Place`, `local` the one for plain paths, `atomic` whole-or-nothing writing on this machine,
-`manifests` and `fingerprints` how a folder is known to be complete and what is in it, `copies` what a machine keeps of
-models that are elsewhere.
+`leftovers` what removes the half made things of killed processes, `manifests` and `fingerprints` how a folder is known
+to be complete and what is in it, `copies` what a machine keeps of models that are elsewhere.
 """
 
 from mlc_ray.storage.atomic import atomic_file, atomic_folder, scratch_folder, sync_folders, write_json_atomic
@@ -25,6 +25,7 @@ from mlc_ray.storage.fingerprints import (
     fingerprint_tokenizer,
 )
 from mlc_ray.storage.hub import NO_COMMITS, Commits, HubError, HubModel, pinned_model, without_commit
+from mlc_ray.storage.leftovers import remove_abandoned
 from mlc_ray.storage.manifests import (
     SEAL,
     ArtifactError,
@@ -72,6 +73,7 @@ __all__ = [
     "new_folder",
     "pinned_model",
     "read_manifest",
+    "remove_abandoned",
     "scratch_folder",
     "sealed",
     "storage_of",

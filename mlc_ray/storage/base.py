@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -31,6 +32,8 @@ from mlc_ray.storage.atomic import atomic_folder, json_text, scratch_folder
 
 MANIFEST = "manifest.json"
 """What a folder has once it is complete: see `mlc_ray.storage.manifests`."""
+PIECE_BYTES = 16 << 20
+"""Bytes of a file that are copied or read at a time; of an object in a store, each is a request."""
 
 
 class StorageError(MlcRayError, ValueError):
@@ -103,6 +106,10 @@ class Storage(ABC):
         """
         return None
 
+    def etag(self, url: str) -> str:
+        """What names the content that a file has now, as an ETag does; "" where the storage does not say."""
+        return ""
+
     def publish(self, local: Path, url: str, *, last: Sequence[str] = (MANIFEST,)) -> None:
         """Copy a finished file or folder of this machine to `url`; files called as in `last` come last, in that order.
 
@@ -125,7 +132,7 @@ class Storage(ABC):
         if self.exists(url):
             local.parent.mkdir(parents=True, exist_ok=True)
             with self.open(url) as source, local.open("wb") as target:
-                shutil.copyfileobj(source, target)
+                shutil.copyfileobj(source, target, PIECE_BYTES)
             return
         names = self.list(url)
         if not names:
@@ -147,7 +154,7 @@ class Storage(ABC):
 
     def _send(self, local: Path, url: str) -> None:
         with local.open("rb") as source, self.open(url, "wb") as target:
-            shutil.copyfileobj(source, target)
+            shutil.copyfileobj(source, target, PIECE_BYTES)
 
 
 def storage_of(url: str) -> Storage:
@@ -234,7 +241,7 @@ class Place:
 
     def exists(self) -> bool:
         """Whether a file or a folder is there."""
-        return Path(self.url).exists() if self.is_local else self.is_file() or self.is_dir()
+        return mode_of(self.url) != 0 if self.is_local else self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
         """Whether a file is there."""
@@ -242,7 +249,7 @@ class Place:
 
     def is_dir(self) -> bool:
         """Whether a folder is there."""
-        return Path(self.url).is_dir() if self.is_local else self.storage.holds_files(self.url)
+        return stat.S_ISDIR(mode_of(self.url)) if self.is_local else self.storage.holds_files(self.url)
 
     def iterdir(self) -> list[Place]:
         """What is directly in a folder, by name; nothing if there is no such folder."""
@@ -311,6 +318,10 @@ class Place:
         """When the file was written; see `Storage.modified`."""
         return self.storage.modified(self.url)
 
+    def etag(self) -> str:
+        """What names the content that the file has now; see `Storage.etag`."""
+        return self.storage.etag(self.url)
+
     def create(self, text: str) -> bool | None:
         """Write a file that must not be there yet; see `Storage.create`."""
         return self.storage.create(self.url, text.encode("utf-8"))
@@ -325,6 +336,21 @@ _WORK_LOCALLY = "fetch it first, or give a path on storage that all nodes share,
 
 def _join(url: str, name: str) -> str:
     return f"{url}{name}" if url.endswith("/") else f"{url}/{name}"
+
+
+def mode_of(path: str) -> int:
+    """Type and mode of what is at a path of this machine; 0 where nothing is.
+
+    `pathlib`, from Python 3.14 on, answers any error by "nothing is there", also that of a disk which is away for a
+    moment, and by that answer unfinished folders are removed.
+
+    Raises:
+        OSError: It cannot be looked at.
+    """
+    try:
+        return os.stat(Path(path)).st_mode
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # of a ValueError: a null byte names no file
+        return 0
 
 
 def absolute_if_here(path: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_ray.config.paths import scheme_of
-from mlc_ray.storage.base import MANIFEST, Place
+from mlc_ray.storage.base import MANIFEST, PIECE_BYTES, Place
 from mlc_ray.storage.hub import HubModel, is_commit
 from mlc_ray.storage.manifests import ArtifactError
 
@@ -95,7 +95,7 @@ def _cached_commit(name: str) -> str | None:
 def _hash(file: Place) -> str:
     digest = hashlib.sha256()
     with file.open() as opened:
-        while piece := opened.read(1 << 20):
+        while piece := opened.read(PIECE_BYTES):
             digest.update(piece)
     return digest.hexdigest()
 

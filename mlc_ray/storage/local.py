@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal
 
 from mlc_ray._registry import register
 from mlc_ray.storage.atomic import atomic_file
-from mlc_ray.storage.base import Storage, StorageFaultError
+from mlc_ray.storage.base import Storage, StorageFaultError, mode_of
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 
@@ -33,7 +33,7 @@ class LocalStorage(Storage):
 
     def exists(self, url: str) -> bool:
         """Whether a file is there."""
-        return Path(url).is_file()
+        return stat.S_ISREG(mode_of(url))
 
     def list(self, url: str) -> list[str]:
         """Names directly in a folder, sorted; without the temporary ones of files that are being written."""

@@ -19,10 +19,9 @@ from typing import Any
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.storage.atomic import atomic_folder
-from mlc_ray.storage.base import MANIFEST, Place
+from mlc_ray.storage.base import MANIFEST, PIECE_BYTES, Place
 
 SEAL = "checksum"
-_AT_ONCE = 16 << 20  # bytes of a file that are read at a time
 _FILES_AT_ONCE = 4  # whose checksums are computed side by side, without the GIL
 LIBRARIES = (
     "mlc_ray", "torch", "ray", "deepspeed", "transformers", "tokenizers", "safetensors", "peft", "datasets",
@@ -134,7 +133,7 @@ def checksum(content: bytes | Sequence[bytes | memoryview] | Path | Place) -> st
     found = hashlib.blake2b(digest_size=16)
     if isinstance(content, Path | Place):
         with content.open("rb") as file:
-            while read := file.read(_AT_ONCE):
+            while read := file.read(PIECE_BYTES):
                 found.update(read)
     else:
         for part in [content] if isinstance(content, bytes) else content:

@@ -1,4 +1,4 @@
-"""Object stores by pyarrow: `s3://`, `gs://` and `hdfs://`, and those of fsspec, `abfs://`, `az://` and `oss://`.
+"""Object stores by pyarrow, `s3://` and `gs://`, and by fsspec, `abfs://`, `az://` and `oss://`.
 
 Endpoint, region and credentials come from the environment, as those of the store's own tools do: AWS_ENDPOINT_URL_S3 or
 AWS_ENDPOINT_URL, AWS_REGION or AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or the machine's role;
@@ -21,13 +21,12 @@ from urllib.parse import urlsplit
 
 from mlc_ray._registry import register
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage.base import Storage, StorageDeniedError, StorageError, StorageFaultError
+from mlc_ray.storage.base import PIECE_BYTES, Storage, StorageDeniedError, StorageError, StorageFaultError
 
 if TYPE_CHECKING:
     from pyarrow import fs
 
 _IN_MEMORY = 64 << 20  # bytes of a file being written; a larger one waits on this machine's disk until it is whole
-_AT_ONCE = 16 << 20  # bytes that are copied at a time, the size of a part
 _FOR_GOOD = ("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "NO_SUCH_BUCKET")  # S3's, by pyarrow
 _LOOKED_UP = 16  # named files that are asked for one by one; a listing answers 1000 keys a request, needed or not
 
@@ -45,7 +44,13 @@ class ObjectStorage(Storage):
         Raises:
             StorageError: It names no bucket, or has a password or a query, which would be written down with settings.
         """
-        return _key(url)
+        parts = urlsplit(url)
+        if not parts.netloc or parts.query or parts.password or "@" in parts.netloc:
+            raise StorageError(
+                f"{url!r}: write {parts.scheme}://BUCKET/FOLDER alone; endpoint, region and credentials come from the "
+                "environment (AWS_ENDPOINT_URL, AWS_REGION, ...)"
+            )
+        return (parts.netloc + parts.path).rstrip("/")
 
     def open(self, url: str, mode: Literal["rb", "wb"] = "rb") -> AbstractContextManager[BinaryIO]:
         """An object to read by ranges, or to write: it is sent when the block ends without an error."""
@@ -71,7 +76,7 @@ class ObjectStorage(Storage):
     def write_parts(self, url: str, parts: Sequence[bytes | memoryview]) -> None:
         """Sent from memory as it is."""
         views = [memoryview(part).cast("B") for part in parts]
-        self._stream((view[at : at + _AT_ONCE] for view in views for at in range(0, len(view), _AT_ONCE)), url)
+        self._stream((view[at : at + PIECE_BYTES] for view in views for at in range(0, len(view), PIECE_BYTES)), url)
 
     def sizes(self, url: str, names: Iterable[str] | None = None) -> dict[str, int]:
         """As the store lists them, with one request for many; a few named files are looked up each."""
@@ -104,6 +109,12 @@ class ObjectStorage(Storage):
         if found.type != fs.FileType.File:
             raise FileNotFoundError(f"nothing is at {url!r}")
         return None if found.mtime_ns is None else float(found.mtime_ns / 1e9)
+
+    def etag(self, url: str) -> str:
+        """The ETag of an object; fsspec's file systems do not tell one by pyarrow."""
+        with _faults_named(url), self.file_system(url).open_input_file(self.key(url)) as opened:
+            told = {name.lower(): value for name, value in (opened.metadata() or {}).items()}
+        return bytes(told.get("etag", b"")).decode()
 
     def remove(self, url: str) -> None:
         """Remove an object, or all whose keys begin with it as a folder."""
@@ -153,7 +164,7 @@ def _abandon(sink: Any) -> None:
 
 
 def _pieces(content: BinaryIO) -> Iterator[bytes]:
-    while piece := content.read(_AT_ONCE):
+    while piece := content.read(PIECE_BYTES):
         yield piece
 
 
@@ -222,31 +233,6 @@ class FsspecStorage(ObjectStorage):
         return _by_fsspec(self.protocol)
 
 
-@register("storage", "hdfs")
-class HdfsStorage(ObjectStorage):
-    """Hadoop, by its client library: `hdfs://NAMENODE:PORT/FOLDER`."""
-
-    def file_system(self, url: str) -> fs.FileSystem:
-        """One for each name node."""
-        return _hdfs(urlsplit(url).netloc)
-
-    def key(self, url: str) -> str:
-        """The path: the name node is no part of it."""
-        _key(url)
-        return urlsplit(url).path.rstrip("/") or "/"
-
-
-@cache
-def _hdfs(name_node: str) -> fs.FileSystem:
-    from pyarrow import fs
-
-    try:
-        served, _ = fs.FileSystem.from_uri(f"hdfs://{name_node}/")
-    except OSError as error:
-        raise StorageError(f"hdfs://{name_node} cannot be used: {str(error).splitlines()[0]}") from None
-    return served
-
-
 @register("storage", "abfs")
 class AbfsStorage(FsspecStorage):
     """Azure (package adlfs)."""
@@ -283,17 +269,6 @@ def _by_fsspec(protocol: str) -> fs.FileSystem:
     except ImportError as error:
         raise StorageError(f"{protocol}:// needs a package that is not installed: {error}") from None
     return fs.PyFileSystem(fs.FSSpecHandler(served))
-
-
-def _key(url: str) -> str:
-    """As `ObjectStorage.key`."""
-    parts = urlsplit(url)
-    if not parts.netloc or parts.query or parts.password or "@" in parts.netloc:
-        raise StorageError(
-            f"{url!r}: write {parts.scheme}://BUCKET/FOLDER alone; endpoint, region and credentials come from the "
-            "environment (AWS_ENDPOINT_URL, AWS_REGION, ...)"
-        )
-    return (parts.netloc + parts.path).rstrip("/")
 
 
 @contextmanager

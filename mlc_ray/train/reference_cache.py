@@ -14,7 +14,7 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.losses.objective import Objective
 from mlc_ray.progress import Phase, phase
-from mlc_ray.storage import MANIFEST, Place, fault_of, fingerprint, fingerprint_model, scratch_folder
+from mlc_ray.storage import MANIFEST, Place, fault_of, fingerprint, fingerprint_model, remove_abandoned, scratch_folder
 from mlc_ray.train.entry import Asked, ReferenceSpec, reference_worker
 from mlc_ray.train.reference import asked_of_reference
 from mlc_ray.train.reference_shards import FORMAT, shard_files, shard_number, shard_ranges
@@ -89,6 +89,8 @@ def _ask(config: TrainConfig, missing: Mapping[Asked, int], *, layer: int, cache
         folder=cache_dir.absolute(),
         id=uuid.uuid4().hex,
     )
+    for asked in missing:
+        remove_abandoned(asked.folder)
     total = sum(missing.values())
     try:
         with (

@@ -28,7 +28,15 @@ from mlc_ray.runs import (
     output_place,
     read_metrics,
 )
-from mlc_ray.storage import NO_COMMITS, Commits, Place, StorageFaultError, library_versions, without_commit
+from mlc_ray.storage import (
+    NO_COMMITS,
+    Commits,
+    Place,
+    StorageFaultError,
+    library_versions,
+    remove_abandoned,
+    without_commit,
+)
 from mlc_ray.storage.hub import is_commit
 from mlc_ray.train.checkpoint import fault_in, find_checkpoint, last_weights, list_checkpoints
 from mlc_ray.train.file_writer import with_retries
@@ -247,6 +255,8 @@ def record_start(
 ) -> None:
     """Write what a run starts or goes on with into config.yaml and run.json, and there too what changed since before.
 
+    What processes that were killed left half written beside these is removed.
+
     Args:
         folder: the run's, with its config.yaml.
         config: the settings that it now runs with.
@@ -258,6 +268,7 @@ def record_start(
     Raises:
         SettingsChangedError: A setting or a content differs that must not; nothing is written then.
     """
+    remove_abandoned(folder)
     facts = _facts(folder)
     changed = changed_settings(folder, config)
     if "fingerprints" in facts:

@@ -123,6 +123,17 @@ def test_contents_are_remembered_until_a_file_changes(tmp_path, monkeypatch):
     assert changed[Place(path)].digests[0] == first[Place(path)].digests[0] and changed != first
 
 
+def test_an_object_of_the_same_size_and_time_is_known_to_have_changed(s3, tmp_path, monkeypatch):
+    cut(monkeypatch, 6)
+    monkeypatch.setattr(Place, "modified", lambda self: 1e9)  # stores say it in seconds
+    path = Place(s3) / tmp_path.name / "a.jsonl"
+    path.write_text("one\ntwo\nthree")
+    first = contents_of([path])
+    assert contents_of([path], lambda blocks: iter(())) == first  # nothing is read again
+    path.write_text("one\ntwo\nTHREE")
+    assert contents_of([path]) != first
+
+
 def test_a_file_of_one_block_is_read_again_rather_than_remembered(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"one")

@@ -231,6 +231,7 @@ def test_rows_are_found_across_pieces_of_the_file(stored):
 def test_a_manifest_lists_what_was_written_and_no_leftovers(tmp_path):
     shard = write_shard(Place(tmp_path), shard_file(0), [rows_to_table([token_row(0)])])
     (tmp_path / ".rows-00000.arrow.tmp-7-0a").write_bytes(b"of a killed task")
+    (tmp_path / ".once-00000.arrow.tmp-7-0b").write_bytes(b"of one that left out repeated bundles")
     (tmp_path / "rows-00001.arrow").write_bytes(b"what no task reported")
     finish_artifact(Place(tmp_path), [shard], fingerprint="x", rejected={})
     assert read_manifest(tmp_path)["files"] == {shard.file: (tmp_path / shard.file).stat().st_size}

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from pyarrow import fs
 
 from mlc_ray.storage import Place, StorageDeniedError, StorageError, StorageFaultError, storage_of
@@ -100,6 +101,32 @@ def test_a_store_that_refuses_is_named(s3: str, monkeypatch: pytest.MonkeyPatch)
 
 class Memory(FsspecStorage):
     protocol = "memory"
+
+
+def test_an_object_is_fetched_in_few_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []  # pyarrow keeps no buffer: each is a request to a store
+
+    class Counted(MemoryFile):
+        def read(self, size: int = -1) -> bytes:
+            reads.append(size)
+            return bytes(super().read(size))
+
+    storage, content = Memory(), bytes(range(256)) * 160_000  # 41 MB
+    storage.write_parts("memory://bucket/many/large", [content])
+    monkeypatch.setattr(MemoryFileSystem.store["/bucket/many/large"], "__class__", Counted)
+    storage.fetch("memory://bucket/many", tmp_path / "many")
+    assert (tmp_path / "many" / "large").read_bytes() == content
+    assert len(reads) <= 4  # three pieces, and the end
+    reads.clear()
+    with storage.open("memory://bucket/many/large") as opened:
+        assert opened.read() == content
+    assert len(reads) == 1
+    storage.remove("memory://bucket/many")
+
+
+def test_what_has_no_atomic_replacing_is_not_served() -> None:
+    with pytest.raises(StorageError, match=r"hdfs:// cannot be opened here"):
+        storage_of("hdfs://node/x")
 
 
 class AzureError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -115,6 +116,36 @@ def test_a_file_that_is_created_is_on_the_disk_itself(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", lambda opened: synced.append(os.fstat(opened).st_ino))
     assert Place(tmp_path / "file").create("whole")
     assert (tmp_path / "file").stat().st_ino in synced
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_file_that_cannot_be_looked_at_is_not_taken_for_gone(
+    fault: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = os.stat
+
+    def failing(path: object, *arguments: object, **named: object) -> os.stat_result:
+        if str(path) == str(tmp_path / "file"):
+            raise OSError(fault, os.strerror(fault), str(path))
+        return status(path, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "stat", failing)
+    file = Place(tmp_path / "file")
+    for look in (file.is_file, file.exists, file.is_dir):
+        with pytest.raises(OSError, match=rf"\[Errno {fault}\]"):
+            look()
+
+
+def test_a_link_to_itself_cannot_be_looked_at_and_a_name_in_a_file_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match="symbolic links"):
+        (Place(tmp_path) / "loop").is_file()
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    for name in ("file/inside", "none", "broken", "null\0byte"):
+        place = Place(tmp_path) / name
+        assert (place.is_file(), place.exists(), place.is_dir()) == (False, False, False)
+    assert Place("").is_dir() and (Place(tmp_path) / "file").is_file()
 
 
 def test_a_registered_scheme_passes_where_places_are_used_and_nowhere_else(vault: Path) -> None:

@@ -210,8 +210,8 @@ def _lines(path: str, part: Part | None = None) -> Iterator[tuple[int, str]]:
     number = offset = 0
     try:
         with Place(path).open() as opened:
-            # Objects of a store are read by ranges; lines are cut from a MiB at a time.
-            file = opened if Place(path).is_local else io.BufferedReader(cast(Any, opened), 1 << 20)
+            # Objects of a store are read by ranges, each of which is a request: lines are cut from 8 MiB at a time.
+            file = opened if Place(path).is_local else io.BufferedReader(cast(Any, opened), 8 << 20)
             if part is not None and part.start:
                 number, offset = _skip_to(part, file)
             for raw in file:
