@@ -38,7 +38,7 @@ from ray.util.state.exception import RayStateApiException
 
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import LEASE_FILE
-from mlc_ray.storage import Place, StorageFaultError
+from mlc_ray.storage import Place, StorageFaultError, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +135,7 @@ def lease(folder: Place, *, wait: bool, lifetime: float = LIFETIME) -> Iterator[
     renewing = threading.Thread(target=_renew, args=(folder, own, lifetime, ended), name="lease", daemon=True)
     renewing.start()
     try:
+        remove_abandoned(folder)
         yield own.id
     finally:
         ended.set()

@@ -34,7 +34,6 @@ from mlc_ray.storage import (
     Place,
     StorageFaultError,
     library_versions,
-    remove_abandoned,
     without_commit,
 )
 from mlc_ray.storage.hub import is_commit
@@ -268,7 +267,6 @@ def record_start(
     Raises:
         SettingsChangedError: A setting or a content differs that must not; nothing is written then.
     """
-    remove_abandoned(folder)
     facts = _facts(folder)
     changed = changed_settings(folder, config)
     if "fingerprints" in facts:
