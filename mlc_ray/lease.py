@@ -115,6 +115,8 @@ class _Name:
 def lease(folder: Place, *, wait: bool, lifetime: float = LIFETIME) -> Iterator[str]:
     """Hold the lease on `folder`, which is made if need be, while the block runs.
 
+    What killed processes left half written directly in it is removed first.
+
     Args:
         folder: what to work in.
         wait: where another holds it, wait whether it renews the lease, and take it over where it does not; else refuse

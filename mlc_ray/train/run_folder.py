@@ -254,8 +254,6 @@ def record_start(
 ) -> None:
     """Write what a run starts or goes on with into config.yaml and run.json, and there too what changed since before.
 
-    What processes that were killed left half written beside these is removed.
-
     Args:
         folder: the run's, with its config.yaml.
         config: the settings that it now runs with.
