@@ -91,6 +91,10 @@ class Cluster:
         """Nodes."""
         return -(-self.gpus // self.per_node)
 
+    def nodes_of(self, workers: int) -> int:
+        """Nodes that so many workers lie on, a GPU each."""
+        return -(-workers // self.per_node)
+
 
 def cluster_of(gpus: int, gpu: str, *, per_node: int = 8, node_memory: int | None = None) -> Cluster:
     """A cluster that is only thought of.

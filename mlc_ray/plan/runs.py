@@ -26,13 +26,11 @@ from mlc_ray.plan.memory import (
     reference_part,
     states,
 )  # fmt: skip
+from mlc_ray.plan.costs import blocking
 from mlc_ray.plan.rates import Rates
 from mlc_ray.plan.records import Memory, Part, RunPlan, Work
-from mlc_ray.plan.seconds import REPEATED, flops, seconds
+from mlc_ray.plan.seconds import REPEATED, flops, gathering, seconds
 from mlc_ray.plan.shapes import Shape
-
-HOST_COPY = 10e9
-"""Bytes a second to host memory, assumed: PCIe with eight workers on a node."""
 
 SETTINGS = (
     "engine.stage", "engine.offload_optimizer", "engine.offload_parameters", "engine.secondary_partition",
@@ -78,7 +76,7 @@ def plan_run(
     limit = cluster.gpu.memory if cluster.gpu is not None else (cluster.node_memory or 0) // max(1, cluster.per_node)
     budget = _budget(config, shape, held, weights, limit, rates.kept)
     cutting = cut(config, weights, tokens_per_forward=budget, workers=workers)
-    per_node = min(workers, cluster.per_node)
+    per_node, nodes = min(workers, cluster.per_node), cluster.nodes_of(workers)
     steps = steps_of(config, weights)
     disk, checkpoint = disk_parts(config, held, steps=steps, lora=config.model.lora is not None)
     worker = list(peak(config, shape, held, cutting.largest, forwards=cutting.forwards, kept_share=rates.kept))
@@ -89,14 +87,14 @@ def plan_run(
     step, useful = seconds(config, shape, held, cutting, rates=rates, cluster=cluster)
     reference = 0.0
     if config.needs_reference and config.reference == "cached":
-        reference = _reference_seconds(shape, weights, rates, workers)
+        reference = _reference_seconds(shape, weights, rates, held, cluster, budget=budget)
     return RunPlan(
         model=shape.name,
         parameters=shape.parameters,
         trained=held.trained,
         gpu="cpu" if cluster.gpu is None else cluster.gpu.name,
         workers=workers,
-        nodes=-(-workers // cluster.per_node),
+        nodes=nodes,
         settings={
             **{name: _read(config, name) for name in SETTINGS},
             "train.tokens_per_forward": budget,
@@ -111,8 +109,9 @@ def plan_run(
         steps=steps,
         reference_seconds=reference,
         checkpoint_bytes=checkpoint,
-        checkpoint_seconds=12 * held.trained / workers / HOST_COPY,
-        assumed=_assumed(rates, cluster, shape),
+        checkpoint_seconds=blocking(12 * held.trained / 1e9, (checkpoint - 12 * held.trained) / 1e9, nodes=nodes),
+        checkpoints=-(-steps // config.checkpoint.every) if config.checkpoint.every else 1,
+        assumed=_assumed(rates, cluster, shape, workers),
         data=weights.said,
     )  # fmt: skip
 
@@ -129,13 +128,20 @@ def _budget(config: TrainConfig, shape: Shape, held: Holding, weights: Weights, 
     return tokens_in(free, config, shape, weights, size=held.size, workers=held.workers, kept_share=kept)
 
 
-def _reference_seconds(shape: Shape, weights: Weights, rates: Rates, workers: int) -> float:
-    """A forward of each answer behind its prompt: a third of a forward and backward."""
+def _reference_seconds(
+    shape: Shape, weights: Weights, rates: Rates, held: Holding, cluster: Cluster, *, budget: int
+) -> float:
+    """A forward of each answer behind its prompt: a third of a forward and backward.
+
+    At ZeRO-3 the next block's parameters are gathered meanwhile, so that the longer of both counts.
+    """
     lengths = weights.lengths
     tokens = float((lengths.answered + lengths.chosen + lengths.rejected).mean()) * len(weights)
     rows = float((lengths.chosen + lengths.rejected).mean()) * len(weights)
     row = Row(round(tokens), round(tokens), 0, round(rows), 0)
-    return flops(shape, row, trained=1.0, head_trained=True, pairs=0) / 3 / rates.flops / workers
+    computing = flops(shape, row, trained=1.0, head_trained=True, pairs=0) / 3 / rates.flops / held.workers
+    forwards = -(-tokens // (budget * held.workers))
+    return max(computing, forwards * gathering(held, rates, cluster))
 
 
 def _read(config: TrainConfig, name: str) -> object:
@@ -145,17 +151,19 @@ def _read(config: TrainConfig, name: str) -> object:
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
 
 
-def _assumed(rates: Rates, cluster: Cluster, shape: Shape) -> tuple[str, ...]:
+def _assumed(rates: Rates, cluster: Cluster, shape: Shape, workers: int) -> tuple[str, ...]:
     said = []
     if rates.measured is None:
         said.append(
             f"{rates.flops / 1e12:.3g}e12 useful operations a second and worker ({rates.device}, not calibrated: "
             "mlc-ray plan --calibrate on such a machine)"
         )
-    if cluster.gpu is not None and cluster.nodes > 1 and rates.exchange is None:
+    if cluster.gpu is not None and cluster.nodes_of(workers) > 1 and rates.exchange is None:
         said.append(f"{cluster.network / 1e9:.0f} GB/s between nodes for each GPU")
     if cluster.gpu is not None:
         said.append(f"{CUDA_CONTEXT / 2**30:.1f} GiB of each GPU for CUDA, cuBLAS and NCCL")
+    if cluster.node_memory is None:
+        said.append("each node's memory holds what lies in it: how much it has is not known (--node-memory GIB)")
     if not shape.counted:
         said.append("parameters by arithmetic, not counted from modules")
     return tuple(said)

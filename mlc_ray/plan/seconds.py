@@ -81,6 +81,21 @@ def seconds(
     ), of_row * cut.forwards * held.workers
 
 
+def gathering(held: Holding, rates: Rates, cluster: Cluster) -> float:
+    """Seconds in which a forward's parameters are gathered at ZeRO-3; none where each worker has them."""
+    if held.stage < 3 or held.workers == 1:
+        return 0.0
+    sent = held.size * held.whole * (held.workers - 1) / held.workers
+    return sent / (rates.exchange or 1e9 if cluster.gpu is None else _between(held.workers, rates, cluster))
+
+
+def _between(workers: int, rates: Rates, cluster: Cluster) -> float:
+    """Bytes a second that each of so many workers on GPUs sends: the network's, where they are not on one node."""
+    assert cluster.gpu is not None
+    link = cluster.gpu.link
+    return min(rates.exchange or (cluster.network if cluster.nodes_of(workers) > 1 else link), link)
+
+
 def attended(row: Row) -> int:
     """Pairs that attend: of what kernels compare, half of a segment's own are masked."""
     own = row.tokens**2 / max(1, row.tapped + 2) / 2  # segments of like length
@@ -94,8 +109,6 @@ def _exposed(held: Holding, cut: Cut, compute: float, rates: Rates, cluster: Clu
     everyone, group = traffic(held, cut.forwards)
     if cluster.gpu is None:
         return (everyone + group) / (rates.exchange or 1e9)
-    link = cluster.gpu.link
-    between = rates.exchange or (cluster.network if cluster.nodes > 1 else link)
-    seconds = everyone / min(between, link) + group / link
+    seconds = everyone / _between(held.workers, rates, cluster) + group / cluster.gpu.link
     hidden = BACKWARD * compute if held.stage >= 2 else 0.0
     return max(0.0, seconds - hidden)

@@ -159,7 +159,8 @@ def _probe(settings: dict[str, object], device: str, threads: int, bundles: int)
     few, many = batch(rows[:1]), batch(rows)
     work = Work.of(module, lambda parameter: tuple(parameter.shape))
     for weight in module.parameters():  # as an engine that reduces gradients while the backward goes on
-        weight.register_post_accumulate_grad_hook(_dropped)
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(_dropped)
     kept = _kept(module, few, many, device)
     seconds = tuple(_median(partial(_forward_backward, module, each), device) for each in (few, many))
     flops = tuple(work.step(each) if work is not None else 0.0 for each in (few, many))
