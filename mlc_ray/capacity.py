@@ -158,10 +158,13 @@ class Growth:
         return found, min(len(found), max(0, self.most - max(0, len(there) - 1)))
 
     def _kind_of(self, node: Node) -> int | None:
-        """The number of the kind that a living node is of: of its size, and with most of the labels that it has."""
-        alike = [(number, kind) for number, (kind, _) in enumerate(self.kinds) if kind.size == node.size]
-        labelled = [each for each in alike if each[1].labels.items() <= node.labels.items()] or alike
-        return max(labelled, key=lambda each: len(each[1].labels), default=(None, node))[0]
+        """The number of the kind that a living node is of: of its size, and all its labels; of several the most."""
+        alike = [
+            (len(kind.labels), -number)
+            for number, (kind, _) in enumerate(self.kinds)
+            if kind.size == node.size and kind.labels.items() <= node.labels.items()
+        ]
+        return -max(alike)[1] if alike else None
 
 
 def look(gcs_address: str, processes: Path = Path("/proc")) -> Growth:
