@@ -9,7 +9,7 @@ from mlc_ray.config import ScoringSection, TrainConfig
 from mlc_ray.plan.hardware import Cluster, with_workers
 from mlc_ray.plan.lengths import Weights, assumed, least
 from mlc_ray.plan.nearest import fitting, nearest
-from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.rates import rates_of, threads_of
 from mlc_ray.plan.records import GIB, Memory, RunPlan
 from mlc_ray.plan.runs import PlanError, plan_run, plannable
 from mlc_ray.plan.scores import plan_engine
@@ -46,7 +46,7 @@ def check_run(
     if shape is None:
         return
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
-    rates = rates_of(cluster.gpu, dtype)
+    rates = rates_of(cluster.gpu, dtype, threads=threads_of(config))
     plan = plan_run(
         config, shape, cluster, least() if weights is None else weights, rates, dtype=dtype, workers=workers
     )

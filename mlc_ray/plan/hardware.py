@@ -44,6 +44,15 @@ _SHEETS = {
 Dense bfloat16 is `device.PEAK_TFLOPS`."""
 _NAMED = f"name one of {', '.join(_SHEETS)} (mlc-ray plan --gpus N --gpu NAME)"
 
+
+def has_sheet(gpu: Gpu) -> bool:
+    """Whether a GPU is in the table."""
+    return gpu.name in _SHEETS
+
+
+PCIE = 32e9
+"""Bytes a second between GPUs that are not in the table, assumed: sixteen lanes of PCIe 4."""
+
 NETWORK = 50e9
 """Bytes a second and GPU between nodes, assumed: one 400 Gb/s adapter for each GPU."""
 
@@ -66,6 +75,14 @@ def gpu_of(name: str) -> Gpu:
     peak = peak_tflops(title, "bfloat16")
     assert peak is not None, title
     return Gpu(key, int(gib * 2**30), terabytes * 1e12, gigabytes * 1e9, peak * 1e12, single * 1e12)
+
+
+def gpu_key(name: str) -> str:
+    """The table's name of a GPU that PyTorch names; of one that is not in it, PyTorch's in small letters."""
+    try:
+        return gpu_of(name).name
+    except HardwareError:
+        return name.lower().removeprefix("nvidia ").replace(" ", "-")
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,9 @@ class RunPlan:
         steps: of the run.
         reference_seconds: of the pass of the frozen reference beforehand; 0 where there is none.
         checkpoint_bytes: of one checkpoint with its state.
-        checkpoint_seconds: that training stops for one: the copy to host memory, and all of model/ but its last 2 GiB.
+        checkpoint_seconds: that training stops for one: the copy to host memory, and all of model/ but its last 2 GiB;
+            all of it where it is not written in the background.
+        checkpoint_behind_seconds: that the rest of one is written beside training; 0 where training stops for it.
         checkpoints: of the run.
         assumed: what is neither counted nor measured, each as a sentence.
         data: where lengths are from, as a sentence.
@@ -139,15 +141,17 @@ class RunPlan:
     reference_seconds: float
     checkpoint_bytes: int
     checkpoint_seconds: float
+    checkpoint_behind_seconds: float
     checkpoints: int
     assumed: tuple[str, ...]
     data: str
 
     @property
     def wall_seconds(self) -> float:
-        """From the first step to the last, with checkpoints, and the reference's pass before; without starting and
+        """From the first step to the end of the last checkpoint, and the reference's pass before; without starting and
         failures."""
-        return self.steps * self.seconds.step + self.checkpoints * self.checkpoint_seconds + self.reference_seconds
+        saving = self.checkpoints * self.checkpoint_seconds + self.checkpoint_behind_seconds
+        return self.steps * self.seconds.step + saving + self.reference_seconds
 
     @property
     def gpu_hours(self) -> float:

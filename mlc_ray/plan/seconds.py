@@ -43,7 +43,8 @@ def traffic(held: Holding, forwards: float) -> tuple[float, float]:
 
     Rings: a reduction or a gather of b bytes sends (W - 1) / W b, a reduction that leaves the whole to all twice that.
     Gradients travel in `engine.reduce_dtype`. At stage 2 each forward's are reduced, and weights are gathered once a
-    step; at stage 3 each forward gathers all parameters for itself and again for its backward.
+    step; at stage 3 each forward gathers all parameters for itself and again for its backward, and a checkpointed block
+    that keeps none of them once more.
     """
     ring = (held.workers - 1) / held.workers
     gradient = held.reduced * held.trained * ring
@@ -55,8 +56,16 @@ def traffic(held: Holding, forwards: float) -> tuple[float, float]:
         return forwards * gradient + held.size * held.trained * ring, 0.0
     gather = held.size * held.whole
     if held.secondary > 1:
-        return forwards * (gradient + gather * ring), forwards * gather * (held.secondary - 1) / held.secondary
-    return forwards * (gradient + 2 * gather * ring), 0.0
+        return forwards * (gradient + (gather + held.size * held.again) * ring), forwards * gather * (
+            held.secondary - 1
+        ) / held.secondary
+    return forwards * (gradient + held.size * gathered_elements(held) * ring), 0.0
+
+
+def gathered_elements(held: Holding) -> int:
+    """Elements that a forward and its backward gather at stage 3, of all workers' parts; `tests/train/test_zero3.py`
+    counts those of DeepSpeed."""
+    return 2 * held.whole + held.again
 
 
 def seconds(

@@ -29,8 +29,8 @@ from mlc_ray.data.sources import Reading, resolve_source
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
 from mlc_ray.device import resolved
 from mlc_ray.plan.activations import Row, head_bytes, kept_bytes, table_bytes
-from mlc_ray.plan.hardware import gpu_of
-from mlc_ray.plan.rates import Rates
+from mlc_ray.plan.hardware import gpu_key
+from mlc_ray.plan.rates import Rates, bandwidth_of, threads_of
 from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.flops import Work
 from mlc_ray.train.model import (
@@ -52,13 +52,14 @@ STEPPED, SENT = 2**25, 2**24
 
 @dataclass(frozen=True)
 class Probed:
-    """Seconds and useful operations of a small and a large forward, its bytes in units of counted ones, and AdamW's
-    parameters a second."""
+    """Seconds and useful operations of a small and a large forward, its bytes in units of counted ones, AdamW's
+    parameters a second, and the bytes of weights that a forward and backward read, which a plan counts by itself."""
 
     seconds: tuple[float, float]
     flops: tuple[float, float]
     kept: float
     adamw: float
+    reading: int
 
 
 def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int | None = None) -> Rates:
@@ -76,7 +77,8 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
     dtype = resolved(config.model.dtype, gpu=gpu)
     settings = {**config.model_dump(mode="json", exclude_unset=True)}
     settings["model"] = {**settings["model"], "dtype": dtype, "gradient_checkpointing": False}
-    threads = threads or max(1, int(config.cluster.cpus_per_worker))
+    threads = threads or threads_of(config)
+    device = gpu_key(torch.cuda.get_device_name()) if gpu else "cpu"
     count = bundles or (8 if gpu else 2)
     probed = _in_child(_probe, settings, "cuda" if gpu else "cpu", threads, count)
     exchange = None if gpu else _exchange(threads, workers=2)
@@ -89,11 +91,11 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
         )
     if many > few and large > small:
         rate = (many - few) / (large - small)
-        overhead = max(0.0, small - few / rate)
+        overhead = max(0.0, small - few / rate - (_reading_seconds(device, probed) if gpu else 0.0))
     else:  # noise: what both took together
         rate, overhead = (few + many) / (small + large), 0.0
     return Rates(
-        device=gpu_of(torch.cuda.get_device_name()).name if gpu else "cpu",
+        device=device,
         dtype=dtype,
         flops=rate,
         forward_seconds=overhead / depth,
@@ -101,7 +103,13 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
         exchange=exchange,
         kept=probed.kept,
         measured=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {config.model.path}, {threads} threads",
+        threads=None if gpu else threads,
     )
+
+
+def _reading_seconds(gpu: str, probed: Probed) -> float:
+    """What a plan counts by itself of a forward and backward on a GPU: reading weights, at the rate that it takes."""
+    return probed.reading / bandwidth_of(gpu, probed.adamw)
 
 
 def _in_child(function: Callable[..., Probed], *arguments: object) -> Probed:
@@ -164,7 +172,8 @@ def _probe(settings: dict[str, object], device: str, threads: int, bundles: int)
     kept = _kept(module, few, many, device)
     seconds = tuple(_median(partial(_forward_backward, module, each), device) for each in (few, many))
     flops = tuple(work.step(each) if work is not None else 0.0 for each in (few, many))
-    return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw(device))
+    reading = 3 * sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw(device), reading)
 
 
 def _loss(module: PolicyWithExtractor, batch: Batch) -> Tensor:
