@@ -35,7 +35,6 @@ from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.flops import Work
 from mlc_ray.train.model import (
     PolicyWithExtractor,
-    add_adapters,
     cast_parameters,
     load_policy,
     model_depth,
@@ -75,25 +74,18 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
     """
     gpu = torch.cuda.is_available() and config.cluster.accelerator != "cpu"
     dtype = resolved(config.model.dtype, gpu=gpu)
-    settings = {**config.model_dump(mode="json", exclude_unset=True)}
-    settings["model"] = {**settings["model"], "dtype": dtype, "gradient_checkpointing": False}
     threads = threads or threads_of(config)
     device = gpu_key(torch.cuda.get_device_name()) if gpu else "cpu"
     count = bundles or (8 if gpu else 2)
-    probed = _in_child(_probe, settings, "cuda" if gpu else "cpu", threads, count)
+    probed = _in_child(probe, probe_settings(config, dtype), "cuda" if gpu else "cpu", threads, count)
     exchange = None if gpu else _exchange(threads, workers=2)
-    (small, large), (few, many) = probed.seconds, probed.flops
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    if few <= 0:
+    if probed.flops[0] <= 0:
         raise ConfigError(
             f"model.path={config.model.path!r}: how many operations a token of it takes is not known (its config does "
             "not say how many experts a token meets), so nothing can be calibrated by it; take another model"
         )
-    if many > few and large > small:
-        rate = (many - few) / (large - small)
-        overhead = max(0.0, small - few / rate - (_reading_seconds(device, probed) if gpu else 0.0))
-    else:  # noise: what both took together
-        rate, overhead = (few + many) / (small + large), 0.0
+    rate, overhead = speed(probed, device)
     return Rates(
         device=device,
         dtype=dtype,
@@ -107,9 +99,24 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
     )
 
 
-def _reading_seconds(gpu: str, probed: Probed) -> float:
-    """What a plan counts by itself of a forward and backward on a GPU: reading weights, at the rate that it takes."""
-    return probed.reading / bandwidth_of(gpu, probed.adamw)
+def speed(probed: Probed, device: str) -> tuple[float, float]:
+    """Useful operations a second, and the seconds of a forward and backward beside them.
+
+    Of a GPU less what a plan counts by itself of them: reading the weights.
+    """
+    (small, large), (few, many) = probed.seconds, probed.flops
+    if many <= few or large <= small:  # noise: what both took together
+        return (few + many) / (small + large), 0.0
+    rate = (many - few) / (large - small)
+    reading = 0.0 if device == "cpu" else probed.reading / bandwidth_of(device, probed.adamw)
+    return rate, max(0.0, small - few / rate - reading)
+
+
+def probe_settings(config: TrainConfig, dtype: str) -> dict[str, object]:
+    """The run as it is probed: all weights trained, nothing checkpointed, since that is what plans count from."""
+    settings = {**config.model_dump(mode="json", exclude_unset=True)}
+    model = {"dtype": dtype, "gradient_checkpointing": False, "lora": None}
+    return settings | {"model": {**settings["model"], **model}}
 
 
 def _in_child(function: Callable[..., Probed], *arguments: object) -> Probed:
@@ -142,12 +149,13 @@ def rows_of(config: TrainConfig, number: int) -> list[TokenRow]:
     raise ConfigError(f"data.train has {len(rows)} bundles, but calibrating takes {number}; give it more")
 
 
-def _probe(settings: dict[str, object], device: str, threads: int, bundles: int) -> Probed:
+def probe(settings: dict[str, object], device: str, threads: int, bundles: int) -> Probed:
+    """Measure this process's device by a forward and backward of one bundle, and of several."""
     torch.set_num_threads(threads)
     config = parse_config(TrainConfig, settings)
     rows = rows_of(config, bundles)
     languages = sorted({code for row in rows for code in row.languages})
-    policy = add_adapters(load_policy(config.model), config.model)
+    policy = load_policy(config.model)
     depth = policy.config.get_text_config().num_hidden_layers
     module = PolicyWithExtractor(
         policy, layer=resolve_layer(config.mlc.layer, depth), extractor_dim=config.mlc.extractor_dim, seed=config.seed
@@ -167,8 +175,7 @@ def _probe(settings: dict[str, object], device: str, threads: int, bundles: int)
     few, many = batch(rows[:1]), batch(rows)
     work = Work.of(module, lambda parameter: tuple(parameter.shape))
     for weight in module.parameters():  # as an engine that reduces gradients while the backward goes on
-        if weight.requires_grad:
-            weight.register_post_accumulate_grad_hook(_dropped)
+        weight.register_post_accumulate_grad_hook(_dropped)
     kept = _kept(module, few, many, device)
     seconds = tuple(_median(partial(_forward_backward, module, each), device) for each in (few, many))
     flops = tuple(work.step(each) if work is not None else 0.0 for each in (few, many))
