@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 
-from mlc_ray.config import SearchConfig, SimulationConfig, TrainConfig, load_config, parse_config
+from mlc_ray.config import EngineSection, SearchConfig, SimulationConfig, TrainConfig, load_config, parse_config
 from mlc_ray.plan.costs import Costs
 from mlc_ray.plan.hardware import Cluster, HardwareError, cluster_of
 from mlc_ray.plan.lengths import assumed
 from mlc_ray.plan.memory import gathered, holding_of
 from mlc_ray.plan.rates import Rates, assumed_rates, gpu_here, rates_of, write_calibration
 from mlc_ray.plan.runs import plan_run
-from mlc_ray.plan.scores import plan_scoring, plan_search
+from mlc_ray.plan.scores import plan_score, plan_scoring, plan_search
 from tests.plan.test_memory import run, shape
 
 CPU = Cluster(None, 1, 1, 24 * 2**30)
@@ -154,3 +154,19 @@ def test_the_settings_of_the_recipes_are_planned():
     config = load_config(TrainConfig, "recipe:scaling/qwen2.5-7b")
     found = plan(config, "qwen2.5-7b", cluster_of(8, "h100"), 8)
     assert found.checkpoints == -(-found.steps // 50) and found.memory.fits
+
+
+def test_a_score_and_a_step_by_hand():
+    """7.6 billion parameters on H100s, by their data sheet."""
+    score = plan_score(
+        shape("qwen2.5-7b"), EngineSection(dtype="bfloat16", max_model_len=1024), cluster_of(2, "h100"),
+        assumed_rates(cluster_of(2, "h100").gpu, "bfloat16"), prompts=2, prompt_tokens=100, answer_tokens=200,
+    )  # fmt: skip
+    # One prompt on each engine: 100 tokens at 2 x 7.1 billion operations, then 200 times all weights at 3.35 TB/s.
+    prompt, answer = 100 * 2 * 7.07e9 / (0.4 * 989e12), 200 * 2 * 7.616e9 / 3.35e12
+    assert score.seconds - score.start == pytest.approx(prompt + answer, rel=0.01)
+    found = plan(run(engine={"stage": 2}, train={"batch_bundles": 8}), "qwen2.5-7b", cluster_of(8, "h100"), 8)
+    # A bundle each: 6 operations a token and parameter, and of the head's 545 million for 158 rows alone.
+    by_hand = 6 * (7.07e9 - 0.545e9) * found.work.tokens + 6 * 0.545e9 * 158 * 8
+    assert found.work.flops == pytest.approx(by_hand, rel=0.03)
+    assert found.seconds.compute == pytest.approx(found.work.flops / 8 / (0.4 * 989e12), rel=1e-6)
