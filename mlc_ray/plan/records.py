@@ -122,7 +122,8 @@ class RunPlan:
         checkpoint_seconds: that training stops for one: the copy to host memory, and all of model/ but its last 2 GiB;
             all of it where it is not written in the background.
         checkpoint_behind_seconds: that the rest of one is written beside training; 0 where training stops for it.
-        checkpoints: of the run.
+        saving_seconds: that training stops for all checkpoints of the run, waits for the one before where that is still
+            being written, and waits for the last.
         assumed: what is neither counted nor measured, each as a sentence.
         data: where lengths are from, as a sentence.
     """
@@ -142,7 +143,7 @@ class RunPlan:
     checkpoint_bytes: int
     checkpoint_seconds: float
     checkpoint_behind_seconds: float
-    checkpoints: int
+    saving_seconds: float
     assumed: tuple[str, ...]
     data: str
 
@@ -150,8 +151,7 @@ class RunPlan:
     def wall_seconds(self) -> float:
         """From the first step to the end of the last checkpoint, and the reference's pass before; without starting and
         failures."""
-        saving = self.checkpoints * self.checkpoint_seconds + self.checkpoint_behind_seconds
-        return self.steps * self.seconds.step + saving + self.reference_seconds
+        return self.steps * self.seconds.step + self.saving_seconds + self.reference_seconds
 
     @property
     def gpu_hours(self) -> float:

@@ -115,7 +115,7 @@ def plan_run(
         checkpoint_bytes=checkpoint,
         checkpoint_seconds=stops,
         checkpoint_behind_seconds=after,
-        checkpoints=-(-steps // config.checkpoint.every) if config.checkpoint.every else 1,
+        saving_seconds=_saving_seconds(steps, config.checkpoint.every or steps, step.step, stops, after),
         assumed=_assumed(config, rates, cluster, shape, workers),
         data=weights.said,
     )  # fmt: skip
@@ -144,6 +144,13 @@ def _checkpoint_seconds(held: Holding, size: int, *, nodes: int, behind_training
     stops = blocking(state, model, nodes=nodes, copy=COPY_GB, storage=NODE_GB)
     after = behind(state, model, writing=nodes * NODE_GB, storage=NODE_GB)
     return (stops, after) if behind_training else (stops + after, 0.0)
+
+
+def _saving_seconds(steps: int, every: int, step: float, stops: float, after: float) -> float:
+    """Of all checkpoints: each stops training, and waits until the one before it is written, which takes `after`."""
+    number = -(-steps // every)
+    gaps = [every] * (number - 2) + [steps - every * (number - 1)] if number > 1 else []
+    return number * stops + sum(max(0.0, after - gap * step) for gap in gaps) + after
 
 
 def _reference_seconds(
