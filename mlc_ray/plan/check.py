@@ -152,6 +152,8 @@ def check_beside(
 ) -> None:
     """Refuse a search on CPUs whose trials and engines need more memory together than all nodes have.
 
+    Engines that are placed by other labels than the trials are left out.
+
     Args:
         scoring: of the search, types and number of engines decided.
         runs: the trials that its space can have, types decided; the one that needs least counts.
@@ -169,8 +171,10 @@ def check_beside(
     if shape is None:
         return
     there = cluster.nodes * cluster.node_memory
-    replicas = scoring.engine.replicas
-    engines = (1 if replicas == "auto" else replicas) * plan_engine(shape, scoring.engine, cluster).bytes
+    engine, replicas = scoring.engine, scoring.engine.replicas
+    apart = engine.label_selector != run.cluster.label_selector  # they may lie on other nodes than the trials
+    number = 0 if apart else 1 if replicas == "auto" else replicas
+    engines = number * plan_engine(shape, engine, cluster).bytes
     trial = min(_needed(each, shape, cluster) for each in runs)
     if engines + at_once * trial <= there:
         return

@@ -119,8 +119,11 @@ def test_trials_and_engines_on_cpus_share_the_memory_of_all_nodes():
         check_beside(scoring, [trial], at_once=3, cluster=node)
     lora = run(model={"path": "Qwen/Qwen2.5-0.5B", "lora": {"rank": 8}}, cluster={"accelerator": "cpu"})
     check_beside(scoring, [trial, lora], at_once=3, cluster=node)  # some may be small
+    small = Cluster(None, 1, 1, 14 * 2**30)
     with pytest.raises(PlanError, match="use nodes with more memory"):
-        check_beside(scoring, [trial], at_once=1, cluster=Cluster(None, 1, 1, 8 * 2**30))
+        check_beside(scoring, [trial], at_once=1, cluster=small)
+    elsewhere = scoring.engine.model_copy(update={"label_selector": {"pool": "engines"}})
+    check_beside(scoring.model_copy(update={"engine": elsewhere}), [trial], at_once=1, cluster=small)
 
 
 @pytest.mark.parametrize(
