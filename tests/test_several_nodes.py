@@ -18,12 +18,6 @@ from mlc_ray.storage import MANIFEST
 
 pytestmark = pytest.mark.slow
 
-JOINED = """
-import sys, time, ray
-ray.init(sys.argv[1], log_to_driver=False)
-while sum(node["Alive"] for node in ray.nodes()) < 2:
-    time.sleep(0.5)
-"""
 SCORING = {
     "benchmarks": [{"path": "sample:select"}],
     "languages": ["en", "sw"],
@@ -45,7 +39,8 @@ def scene(tmp_path: Path, smollm2: Path, repository: Path, monkeypatch: pytest.M
     try:
         scene.start_head()
         scene.start_worker_node()
-        subprocess.run([sys.executable, "-c", JOINED, scene.address], env=scene.environment, check=True, timeout=120)
+        joined = {**scene.environment, "RAY_ADDRESS": scene.address}
+        subprocess.run([sys.executable, "-m", "mlc_ray.nodes", "2", "120"], env=joined, check=True)
         yield scene
     finally:
         scene.close()

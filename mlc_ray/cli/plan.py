@@ -21,10 +21,10 @@ from mlc_ray.config import (
 )
 from mlc_ray.device import host_memory
 from mlc_ray.errors import MlcRayError
-from mlc_ray.plan.hardware import Cluster, cluster_of, gpu_of, this_machine, with_workers
+from mlc_ray.plan.hardware import Cluster, cluster_of, this_machine, with_workers
 from mlc_ray.plan.lengths import Weights, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
-from mlc_ray.plan.rates import Rates, rates_of
+from mlc_ray.plan.rates import Rates, gpu_here, rates_of, read_calibrations, threads_of
 from mlc_ray.plan.records import RunPlan
 from mlc_ray.plan.runs import dtype_of, plan_run
 from mlc_ray.plan.scores import ScorePlan, plan_scoring, plan_search
@@ -113,7 +113,9 @@ def _cluster() -> Cluster:
 
     if torch.cuda.is_available():
         number = torch.cuda.device_count()
-        return Cluster(gpu_of(torch.cuda.get_device_name()), number, number, host_memory().total)
+        memory = torch.cuda.get_device_properties(0).total_memory
+        gpu = gpu_here(torch.cuda.get_device_name(), memory, read_calibrations())
+        return Cluster(gpu, number, number, host_memory().total)
     return this_machine()
 
 
@@ -132,7 +134,7 @@ def _run(
     cluster = with_workers(cluster, workers)
     weights: Weights = weights_of(config, artifact_cache(Place(config.output_dir)))
     dtype = dtype_of(config.model.dtype, cluster)
-    rates: Rates = rates_of(cluster.gpu, dtype)
+    rates: Rates = rates_of(cluster.gpu, dtype, threads=threads_of(config))
     plan = plan_run(config, shape, cluster, weights, rates, dtype=dtype, workers=workers)
     found = fitting(config, shape, cluster, weights, rates, dtype=dtype, workers=workers)
     return plan, cheapest(found), shape

@@ -15,6 +15,10 @@ START_SECONDS, START_SECONDS_PER_BUNDLE = 0.09, 0.76e-6
 """Of opening token rows at a start, measured by `benchmarks/data_stream.py` up to a million bundles."""
 MODEL_IN_BACKGROUND_GB = 2 * 1.0737
 """The last part of `model/`, which is written while training goes on: 2 GiB."""
+COPY_GB, NODE_GB = (
+    float(SimulationConfig.model_fields[name].default) for name in ("copy_gb_per_second", "node_gb_per_second")
+)
+"""10⁹ bytes a second that a node copies to host memory, and writes to the storage, where nothing else is said."""
 HOURS = 3600.0
 _POINTS = 4096
 
@@ -77,9 +81,8 @@ class Costs:
         writing = min(max(most - data, most / 2), most)
         beside = min(data, most - writing) if data else 0.0
         one = min(config.node_gb_per_second, storage)
-        copied = config.state_gb / nodes / config.copy_gb_per_second
-        first = max(0.0, config.model_gb - MODEL_IN_BACKGROUND_GB) / one
-        rest = config.state_gb / writing + min(config.model_gb, MODEL_IN_BACKGROUND_GB) / one
+        rest = behind(config.state_gb, config.model_gb, writing=writing, storage=one)
+        stops = blocking(config.state_gb, config.model_gb, nodes=nodes, copy=config.copy_gb_per_second, storage=one)
         read = 2 * config.state_gb
         reading = max(
             (read + nodes * config.model_gb) / storage, (read / nodes + config.model_gb) / config.node_gb_per_second
@@ -91,13 +94,38 @@ class Costs:
             step_variance=config.step_seconds**2 * variance,
             free=min(1.0, most / data) if data else 1.0,
             beside=min(1.0, beside / data) if data else 1.0,
-            blocking=copied + first + (0.0 if config.background else rest),
+            blocking=stops + (0.0 if config.background else rest),
             upload=rest if config.background else 0.0,
             start=config.restart_seconds + reading + opening,
             strikes=nodes * failing,
             notices=nodes * config.preemptions_per_node_day / (24 * HOURS),
             data_share=data / most,
         )
+
+
+def blocking(state_gb: float, model_gb: float, *, nodes: int, copy: float, storage: float) -> float:
+    """Seconds that training stops for a checkpoint that is written in the background (docs/reliability.md).
+
+    Args:
+        state_gb: state/, in 10⁹ bytes, which each node copies its share of to host memory.
+        model_gb: model/; the first worker writes all of it but the last 2 GiB meanwhile.
+        nodes: of the run.
+        copy: 10⁹ bytes a second that a node copies.
+        storage: 10⁹ bytes a second that a node writes.
+    """
+    return state_gb / nodes / copy + max(0.0, model_gb - MODEL_IN_BACKGROUND_GB) / storage
+
+
+def behind(state_gb: float, model_gb: float, *, writing: float, storage: float) -> float:
+    """Seconds that the rest of a checkpoint is written after that: state/ by all nodes, the end of model/ by one.
+
+    Args:
+        state_gb: as in `blocking`.
+        model_gb: as there.
+        writing: 10⁹ bytes a second that all nodes write.
+        storage: that one writes.
+    """
+    return state_gb / writing + min(model_gb, MODEL_IN_BACKGROUND_GB) / storage
 
 
 def young(cost: float, mtbf: float) -> float:

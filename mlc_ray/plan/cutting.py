@@ -11,6 +11,10 @@ from mlc_ray.data.plan import Cutting
 from mlc_ray.data.tables import Keys
 from mlc_ray.losses.objective import Objective
 
+BUNDLES_PER_REFERENCE_FORWARD = 8
+"""On a GPU with `tokens_per_forward: auto`, a forward of the reference's pass has so many times a bundle's mean number
+of tokens. In training `auto` goes by what a backward keeps of a forward; there is no backward."""
+
 CPU_TOKENS = 2048
 """`auto` on a CPU, which no more tokens at once make faster: about 3 GB for a model of 135M parameters in float32."""
 

@@ -44,6 +44,15 @@ _SHEETS = {
 Dense bfloat16 is `device.PEAK_TFLOPS`."""
 _NAMED = f"name one of {', '.join(_SHEETS)} (mlc-ray plan --gpus N --gpu NAME)"
 
+
+def has_sheet(gpu: Gpu) -> bool:
+    """Whether a GPU is in the table."""
+    return gpu.name in _SHEETS
+
+
+PCIE = 32e9
+"""Bytes a second between GPUs that are not in the table, assumed: sixteen lanes of PCIe 4."""
+
 NETWORK = 50e9
 """Bytes a second and GPU between nodes, assumed: one 400 Gb/s adapter for each GPU."""
 
@@ -68,6 +77,14 @@ def gpu_of(name: str) -> Gpu:
     return Gpu(key, int(gib * 2**30), terabytes * 1e12, gigabytes * 1e9, peak * 1e12, single * 1e12)
 
 
+def gpu_key(name: str) -> str:
+    """The table's name of a GPU that PyTorch names; of one that is not in it, PyTorch's in small letters."""
+    try:
+        return gpu_of(name).name
+    except HardwareError:
+        return name.lower().removeprefix("nvidia ").replace(" ", "-")
+
+
 @dataclass(frozen=True)
 class Cluster:
     """What a plan is for.
@@ -90,6 +107,10 @@ class Cluster:
     def nodes(self) -> int:
         """Nodes."""
         return -(-self.gpus // self.per_node)
+
+    def nodes_of(self, workers: int) -> int:
+        """Nodes that so many workers lie on, a GPU each."""
+        return -(-workers // self.per_node)
 
 
 def cluster_of(gpus: int, gpu: str, *, per_node: int = 8, node_memory: int | None = None) -> Cluster:

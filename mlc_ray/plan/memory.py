@@ -61,7 +61,9 @@ class Holding:
         secondary: workers that share a second copy of the parameters; 1 where there is none.
         bucket: elements that are reduced at a time.
         prefetch: elements that are gathered ahead.
-        keeps_none: whether no gathered parameter is kept (`engine.persistence_threshold` is set).
+        live: elements of gathered parameters that may be there at a time beside what is in use.
+        again: elements that a checkpointed block gathers a third time: it keeps none from its second forward to its
+            backward where `engine.persistence_threshold` is set.
         reference: whether a second model is asked at every step.
         reduced: of an element of a gradient that travels (`engine.reduce_dtype`).
         added: of one that is added up at stages 2 and 3 (`engine.accumulate_dtype`).
@@ -79,7 +81,8 @@ class Holding:
     secondary: int
     bucket: int
     prefetch: int
-    keeps_none: bool
+    live: int
+    again: int
     reference: bool
     reduced: int
     added: int
@@ -94,6 +97,10 @@ def holding_of(config: TrainConfig, shape: Shape, *, workers: int, dtype: str, d
     head = (shape.hidden + 1) * extractor if extractor is not None else 0
     lora = config.model.lora
     added = head + (shape.adapters(lora.rank, lora.target_modules) if lora is not None else 0)
+    keeps_none, extra = engine.persistence_threshold is not None, zero_extra(config)
+    # PyTorch ends the second forward of a block before its last product, whose result no gradient needs.
+    last = 0 if shape.experts else shape.inner * shape.hidden
+    repeated = engine.stage == 3 and keeps_none and config.model.gradient_checkpointing is not False
     return Holding(
         stage=engine.stage,
         workers=workers,
@@ -103,15 +110,27 @@ def holding_of(config: TrainConfig, shape: Shape, *, workers: int, dtype: str, d
         offload_optimizer=engine.offload_optimizer,
         offload_parameters=engine.offload_parameters,
         secondary=engine.secondary_partition,
-        bucket=engine.bucket_size or BUCKET,
-        prefetch=engine.prefetch_size or PREFETCH,
-        keeps_none=engine.persistence_threshold is not None,
+        bucket=engine.bucket_size or extra.get("reduce_bucket_size", BUCKET),
+        prefetch=engine.prefetch_size or extra.get("stage3_prefetch_bucket_size", PREFETCH),
+        live=0 if keeps_none else extra.get("stage3_max_live_parameters", LIVE),
+        again=shape.layers * (shape.block - last) if repeated else 0,
         reference=config.needs_reference and config.reference == "online" and lora is None,
         reduced=2 if engine.reduce_dtype == "bfloat16" else 4,
         added=2 if engine.accumulate_dtype == "bfloat16" else 4,
         overlaps=engine.stage >= 2 and engine.overlap_comm is not False,
         device=device,
     )
+
+
+PLANNED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters")
+"""What a plan reads of `engine.extra.zero_optimization`."""
+
+
+def zero_extra(config: TrainConfig) -> dict[str, Any]:
+    """`zero_optimization` of `engine.extra`, which DeepSpeed reads beside the settings."""
+    engine: Any = config.engine
+    found: dict[str, Any] = engine.extra.get("zero_optimization", {})
+    return found
 
 
 def states(held: Holding) -> list[Part]:
@@ -159,10 +178,9 @@ def gathered(held: Holding, shape: Shape) -> Part:
     """At stage 3 the parameters that are whole at a time: DeepSpeed keeps up to `stage3_max_live_parameters`."""
     if held.stage != 3 or held.workers == 1:
         return Part("gathered parameters", 0, "stage 3 gathers from other workers")
-    # A block, the embedding or the head at least; with every threshold at 0 that and what is fetched ahead.
+    # A block, the embedding or the head at least, and what is fetched ahead.
     least = max(shape.block, shape.embedding)
-    live = least + held.prefetch if held.keeps_none else max(LIVE, least + held.prefetch)
-    elements = min(live, held.whole)
+    elements = min(max(held.live, least + held.prefetch), held.whole)
     return Part("gathered parameters", held.size * elements, f"{held.size} B x {elements:,} live at a time")
 
 

@@ -96,7 +96,7 @@ def _candidates(config: TrainConfig, cluster: Cluster, workers: int) -> Iterator
         "train.tokens_per_forward": config.train.tokens_per_forward,
     }
     offload = [(False, False), (True, False), (True, True)]
-    hpz = [1, cluster.per_node] if cluster.nodes > 1 and workers % cluster.per_node == 0 else [1]
+    hpz = [1, cluster.per_node] if cluster.nodes_of(workers) > 1 and workers % cluster.per_node == 0 else [1]
     loras = [{}] if config.model.lora is not None else [{}, {"model.lora.rank": 16}]
     seen = set()
     for lora in loras:

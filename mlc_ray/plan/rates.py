@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mlc_ray.config import TrainConfig
 from mlc_ray.errors import MlcRayError
-from mlc_ray.plan.hardware import Gpu
+from mlc_ray.plan.hardware import PCIE, Gpu, HardwareError, gpu_key, gpu_of
 from mlc_ray.storage import user_cache, write_json_atomic
 
 EFFICIENCY = 0.4
@@ -15,6 +17,9 @@ EFFICIENCY = 0.4
 
 LAUNCHES = 1e-3
 """Seconds that a forward and backward of a block take however few tokens there are, assumed: some hundred launches."""
+
+ADAMW_BYTES = 28
+"""Of a parameter that AdamW reads and writes: master weight and moments, and the gradient in float32."""
 
 CPU_FLOPS, CPU_ADAMW, CPU_EXCHANGE = 60e9, 2.5e8, 4e8
 """A worker on one CPU core, assumed: operations, parameters of AdamW, and bytes to other workers, a second."""
@@ -37,6 +42,7 @@ class Rates:
         exchange: bytes to other workers; None where the cluster's links say it.
         kept: bytes that a token keeps in a block, as a share of what is counted.
         measured: when, as text; None where it is assumed.
+        threads: of a worker on a CPU, as measured; None on GPUs.
     """
 
     device: str
@@ -47,14 +53,15 @@ class Rates:
     exchange: float | None
     kept: float = 1.0
     measured: str | None = None
+    threads: int | None = None
 
 
 def assumed_rates(gpu: Gpu | None, dtype: str) -> Rates:
-    """By the data sheet. AdamW reads and writes 28 bytes of a parameter."""
+    """By the data sheet."""
     if gpu is None:
         return Rates("cpu", dtype, CPU_FLOPS, 0.0, CPU_ADAMW, CPU_EXCHANGE)
     peak = gpu.single if dtype == "float32" else gpu.peak
-    return Rates(gpu.name, dtype, EFFICIENCY * peak, LAUNCHES, gpu.bandwidth / 28, None)
+    return Rates(gpu.name, dtype, EFFICIENCY * peak, LAUNCHES, gpu.bandwidth / ADAMW_BYTES, None)
 
 
 def calibration_file() -> Path:
@@ -80,16 +87,57 @@ def read_calibrations(file: Path | None = None) -> list[Rates]:
 
 
 def write_calibration(rates: Rates, file: Path | None = None) -> Path:
-    """Keep it in the place of an earlier one of the same device and type; returns the file."""
+    """Keep it in the place of an earlier one of the same device, type and threads; returns the file."""
     file = calibration_file() if file is None else file
-    others = [each for each in read_calibrations(file) if (each.device, each.dtype) != (rates.device, rates.dtype)]
+    own = (rates.device, rates.dtype, rates.threads)
+    others = [each for each in read_calibrations(file) if (each.device, each.dtype, each.threads) != own]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(file, [asdict(each) for each in [*others, rates]])
     return file
 
 
-def rates_of(gpu: Gpu | None, dtype: str, file: Path | None = None) -> Rates:
-    """The calibration of a device, or what is assumed of it."""
+def rates_of(gpu: Gpu | None, dtype: str, file: Path | None = None, *, threads: int | None = None) -> Rates:
+    """The calibration of a device, or what is assumed of it.
+
+    Of a CPU that with as many threads as workers have, else one with others, which a plan says.
+    """
     name = "cpu" if gpu is None else gpu.name
     found = [each for each in read_calibrations(file) if (each.device, each.dtype) == (name, dtype)]
+    found.sort(key=lambda each: each.threads == threads, reverse=True)
     return found[0] if found else assumed_rates(gpu, dtype)
+
+
+def threads_of(config: TrainConfig) -> int:
+    """Threads that a worker of a run computes with on a CPU."""
+    return max(1, int(config.cluster.cpus_per_worker))
+
+
+def bandwidth_of(name: str, adamw: float) -> float:
+    """Bytes that a GPU reads in a second: by its data sheet, else as AdamW did, 28 for each of `adamw` parameters."""
+    try:
+        return gpu_of(name).bandwidth
+    except HardwareError:
+        return ADAMW_BYTES * adamw
+
+
+def gpu_here(name: str, memory: int, calibrations: Sequence[Rates]) -> Gpu:
+    """A GPU of this machine: by its data sheet, or where there is none of it by what its calibrations measured.
+
+    Args:
+        name: PyTorch's.
+        memory: bytes that CUDA offers.
+        calibrations: of this machine.
+
+    Raises:
+        HardwareError: Neither is there.
+    """
+    own = {each.dtype: each for each in calibrations if each.device == gpu_key(name)}
+    try:
+        return replace(gpu_of(name), memory=memory)
+    except HardwareError as error:
+        if not own:
+            raise HardwareError(f"{error}; or measure it: mlc-ray plan --calibrate --config FILE") from None
+    measured = next(iter(own.values()))
+    single, peak = own.get("float32", measured).flops, own.get("bfloat16", measured).flops
+    bandwidth = bandwidth_of(name, measured.adamw)
+    return Gpu(gpu_key(name), memory, bandwidth, PCIE, peak / EFFICIENCY, single / EFFICIENCY)

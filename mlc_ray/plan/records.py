@@ -119,7 +119,11 @@ class RunPlan:
         steps: of the run.
         reference_seconds: of the pass of the frozen reference beforehand; 0 where there is none.
         checkpoint_bytes: of one checkpoint with its state.
-        checkpoint_seconds: that training stops for one: the copy to host memory.
+        checkpoint_seconds: that training stops for one: the copy to host memory, and all of model/ but its last 2 GiB;
+            all of it where it is not written in the background.
+        checkpoint_behind_seconds: that the rest of one is written beside training; 0 where training stops for it.
+        saving_seconds: that training stops for all checkpoints of the run, waits for the one before where that is still
+            being written, and waits for the last.
         assumed: what is neither counted nor measured, each as a sentence.
         data: where lengths are from, as a sentence.
     """
@@ -138,13 +142,16 @@ class RunPlan:
     reference_seconds: float
     checkpoint_bytes: int
     checkpoint_seconds: float
+    checkpoint_behind_seconds: float
+    saving_seconds: float
     assumed: tuple[str, ...]
     data: str
 
     @property
     def wall_seconds(self) -> float:
-        """From the first step to the last, and the reference's pass before; without starting and failures."""
-        return self.steps * self.seconds.step + self.reference_seconds
+        """From the first step to the end of the last checkpoint, and the reference's pass before; without starting and
+        failures."""
+        return self.steps * self.seconds.step + self.saving_seconds + self.reference_seconds
 
     @property
     def gpu_hours(self) -> float:

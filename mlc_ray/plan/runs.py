@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from mlc_ray.config import TrainConfig
@@ -9,11 +10,13 @@ from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.activations import Row
 from mlc_ray.plan.budget import tokens_in
-from mlc_ray.plan.cutting import CPU_TOKENS, steps_of
-from mlc_ray.plan.hardware import Cluster
+from mlc_ray.plan.costs import COPY_GB, NODE_GB, behind, blocking
+from mlc_ray.plan.cutting import BUNDLES_PER_REFERENCE_FORWARD, CPU_TOKENS, steps_of
+from mlc_ray.plan.hardware import Cluster, has_sheet
 from mlc_ray.plan.lengths import Weights, cut
 from mlc_ray.plan.memory import (
     CUDA_CONTEXT,
+    PLANNED,
     Device,
     Holding,
     bucket,
@@ -25,14 +28,12 @@ from mlc_ray.plan.memory import (
     peak,
     reference_part,
     states,
+    zero_extra,
 )  # fmt: skip
-from mlc_ray.plan.rates import Rates
+from mlc_ray.plan.rates import Rates, threads_of
 from mlc_ray.plan.records import Memory, Part, RunPlan, Work
-from mlc_ray.plan.seconds import REPEATED, flops, seconds
+from mlc_ray.plan.seconds import REPEATED, flops, gathering, seconds
 from mlc_ray.plan.shapes import Shape
-
-HOST_COPY = 10e9
-"""Bytes a second to host memory, assumed: PCIe with eight workers on a node."""
 
 SETTINGS = (
     "engine.stage", "engine.offload_optimizer", "engine.offload_parameters", "engine.secondary_partition",
@@ -78,7 +79,7 @@ def plan_run(
     limit = cluster.gpu.memory if cluster.gpu is not None else (cluster.node_memory or 0) // max(1, cluster.per_node)
     budget = _budget(config, shape, held, weights, limit, rates.kept)
     cutting = cut(config, weights, tokens_per_forward=budget, workers=workers)
-    per_node = min(workers, cluster.per_node)
+    per_node, nodes = min(workers, cluster.per_node), cluster.nodes_of(workers)
     steps = steps_of(config, weights)
     disk, checkpoint = disk_parts(config, held, steps=steps, lora=config.model.lora is not None)
     worker = list(peak(config, shape, held, cutting.largest, forwards=cutting.forwards, kept_share=rates.kept))
@@ -89,14 +90,15 @@ def plan_run(
     step, useful = seconds(config, shape, held, cutting, rates=rates, cluster=cluster)
     reference = 0.0
     if config.needs_reference and config.reference == "cached":
-        reference = _reference_seconds(shape, weights, rates, workers)
+        reference = _reference_seconds(config, shape, weights, rates, held, cluster)
+    stops, after = _checkpoint_seconds(held, checkpoint, nodes=nodes, behind_training=_copied(node))
     return RunPlan(
         model=shape.name,
         parameters=shape.parameters,
         trained=held.trained,
         gpu="cpu" if cluster.gpu is None else cluster.gpu.name,
         workers=workers,
-        nodes=-(-workers // cluster.per_node),
+        nodes=nodes,
         settings={
             **{name: _read(config, name) for name in SETTINGS},
             "train.tokens_per_forward": budget,
@@ -111,8 +113,10 @@ def plan_run(
         steps=steps,
         reference_seconds=reference,
         checkpoint_bytes=checkpoint,
-        checkpoint_seconds=12 * held.trained / workers / HOST_COPY,
-        assumed=_assumed(rates, cluster, shape),
+        checkpoint_seconds=stops,
+        checkpoint_behind_seconds=after,
+        saving_seconds=_saving_seconds(steps, config.checkpoint.every or steps, step.step, stops, after),
+        assumed=_assumed(config, rates, cluster, shape, workers),
         data=weights.said,
     )  # fmt: skip
 
@@ -129,13 +133,41 @@ def _budget(config: TrainConfig, shape: Shape, held: Holding, weights: Weights, 
     return tokens_in(free, config, shape, weights, size=held.size, workers=held.workers, kept_share=kept)
 
 
-def _reference_seconds(shape: Shape, weights: Weights, rates: Rates, workers: int) -> float:
-    """A forward of each answer behind its prompt: a third of a forward and backward."""
-    lengths = weights.lengths
-    tokens = float((lengths.answered + lengths.chosen + lengths.rejected).mean()) * len(weights)
+def _copied(node: tuple[Part, ...]) -> bool:
+    return any(part.name == "checkpoint copy" for part in node)
+
+
+def _checkpoint_seconds(held: Holding, size: int, *, nodes: int, behind_training: bool) -> tuple[float, float]:
+    """That training stops for a checkpoint of `size` bytes, and that it is written beside training after that."""
+    state = 12 * held.trained / 1e9
+    model = size / 1e9 - state
+    stops = blocking(state, model, nodes=nodes, copy=COPY_GB, storage=NODE_GB)
+    after = behind(state, model, writing=nodes * NODE_GB, storage=NODE_GB)
+    return (stops, after) if behind_training else (stops + after, 0.0)
+
+
+def _saving_seconds(steps: int, every: int, step: float, stops: float, after: float) -> float:
+    """Of all checkpoints: each stops training, and waits until the one before it is written, which takes `after`."""
+    number = -(-steps // every)
+    gaps = [every] * (number - 2) + [steps - every * (number - 1)] if number > 1 else []
+    return number * stops + sum(max(0.0, after - gap * step) for gap in gaps) + after
+
+
+def _reference_seconds(
+    config: TrainConfig, shape: Shape, weights: Weights, rates: Rates, held: Holding, cluster: Cluster
+) -> float:
+    """A forward of each answer behind its prompt: a third of a forward and backward.
+
+    At ZeRO-3 the next block's parameters are gathered meanwhile, so that the longer of both counts.
+    """
+    lengths, said = weights.lengths, config.train.tokens_per_forward
+    each = float((lengths.answered + lengths.chosen + lengths.rejected).mean())
+    tokens = each * len(weights)
     rows = float((lengths.chosen + lengths.rejected).mean()) * len(weights)
     row = Row(round(tokens), round(tokens), 0, round(rows), 0)
-    return flops(shape, row, trained=1.0, head_trained=True, pairs=0) / 3 / rates.flops / workers
+    computing = flops(shape, row, trained=1.0, head_trained=True, pairs=0) / 3 / rates.flops / held.workers
+    budget = said if said != "auto" else CPU_TOKENS if held.device == "cpu" else BUNDLES_PER_REFERENCE_FORWARD * each
+    return max(computing, math.ceil(tokens / (budget * held.workers)) * gathering(held, rates, cluster))
 
 
 def _read(config: TrainConfig, name: str) -> object:
@@ -145,17 +177,31 @@ def _read(config: TrainConfig, name: str) -> object:
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
 
 
-def _assumed(rates: Rates, cluster: Cluster, shape: Shape) -> tuple[str, ...]:
+def _assumed(config: TrainConfig, rates: Rates, cluster: Cluster, shape: Shape, workers: int) -> tuple[str, ...]:
     said = []
+    rate = f"{rates.flops / 1e12:.3g}e12 useful operations a second and worker"
     if rates.measured is None:
+        said.append(f"{rate} ({rates.device}, not calibrated: mlc-ray plan --calibrate on such a machine)")
+    elif rates.threads is not None and rates.threads != (threads := threads_of(config)):
         said.append(
-            f"{rates.flops / 1e12:.3g}e12 useful operations a second and worker ({rates.device}, not calibrated: "
-            "mlc-ray plan --calibrate on such a machine)"
+            f"{rate}, as measured with cluster.cpus_per_worker={rates.threads}, but this run has {threads}: calibrate "
+            "with that"
         )
-    if cluster.gpu is not None and cluster.nodes > 1 and rates.exchange is None:
-        said.append(f"{cluster.network / 1e9:.0f} GB/s between nodes for each GPU")
     if cluster.gpu is not None:
+        if cluster.nodes_of(workers) > 1 and rates.exchange is None:
+            said.append(f"{cluster.network / 1e9:.0f} GB/s between nodes for each GPU")
+        if not has_sheet(cluster.gpu) and min(workers, cluster.per_node) > 1:
+            said.append(
+                f"{cluster.gpu.link / 1e9:.0f} GB/s between the GPUs of a node ({cluster.gpu.name} has no data sheet)"
+            )
         said.append(f"{CUDA_CONTEXT / 2**30:.1f} GiB of each GPU for CUDA, cuBLAS and NCCL")
+    said.append(f"{COPY_GB:g} GB/s that a node copies of a checkpoint to host memory, and {NODE_GB:g} that it writes")
+    if cluster.node_memory is None:
+        said.append("each node's memory holds what lies in it: how much it has is not known (--node-memory GIB)")
+    if unread := sorted(zero_extra(config).keys() - PLANNED):
+        said.append(
+            f"no more and no less for {', '.join(unread)} of engine.extra.zero_optimization, which no plan reads"
+        )
     if not shape.counted:
         said.append("parameters by arithmetic, not counted from modules")
     return tuple(said)

@@ -199,9 +199,10 @@ def plan_search(
     at_once = min(config.concurrency, trials, room)
     rounds = -(-trials // at_once) + -(-(runs - trials) // at_once)
     scoring = scores[0] * (choosing.seconds - choosing.start) + scores[1] * (confirming.seconds - confirming.start)
-    seconds = choosing.start + rounds * run.wall_seconds + scoring
+    each = run.wall_seconds - run.reference_seconds  # the reference is asked once: its numbers are cached
+    seconds = choosing.start + run.reference_seconds + rounds * each + scoring
     if config.share_gpu:
         held = run.workers * seconds
     else:
-        held = runs * run.wall_seconds * run.workers + seconds * engines
+        held = (run.reference_seconds + runs * each) * run.workers + seconds * engines
     return SearchPlan(trials, at_once, runs, scores, seconds, held / 3600, run.gpu)

@@ -43,7 +43,8 @@ def traffic(held: Holding, forwards: float) -> tuple[float, float]:
 
     Rings: a reduction or a gather of b bytes sends (W - 1) / W b, a reduction that leaves the whole to all twice that.
     Gradients travel in `engine.reduce_dtype`. At stage 2 each forward's are reduced, and weights are gathered once a
-    step; at stage 3 each forward gathers all parameters for itself and again for its backward.
+    step; at stage 3 each forward gathers all parameters for itself and again for its backward, and a checkpointed block
+    that keeps none of them once more.
     """
     ring = (held.workers - 1) / held.workers
     gradient = held.reduced * held.trained * ring
@@ -55,8 +56,16 @@ def traffic(held: Holding, forwards: float) -> tuple[float, float]:
         return forwards * gradient + held.size * held.trained * ring, 0.0
     gather = held.size * held.whole
     if held.secondary > 1:
-        return forwards * (gradient + gather * ring), forwards * gather * (held.secondary - 1) / held.secondary
-    return forwards * (gradient + 2 * gather * ring), 0.0
+        return forwards * (gradient + (gather + held.size * held.again) * ring), forwards * gather * (
+            held.secondary - 1
+        ) / held.secondary
+    return forwards * (gradient + held.size * gathered_elements(held) * ring), 0.0
+
+
+def gathered_elements(held: Holding) -> int:
+    """Elements that a forward and its backward gather at stage 3, of all workers' parts; `tests/train/test_zero3.py`
+    counts those of DeepSpeed."""
+    return 2 * held.whole + held.again
 
 
 def seconds(
@@ -81,6 +90,21 @@ def seconds(
     ), of_row * cut.forwards * held.workers
 
 
+def gathering(held: Holding, rates: Rates, cluster: Cluster) -> float:
+    """Seconds in which a forward's parameters are gathered at ZeRO-3; none where each worker has them."""
+    if held.stage < 3 or held.workers == 1:
+        return 0.0
+    sent = held.size * held.whole * (held.workers - 1) / held.workers
+    return sent / (rates.exchange or 1e9 if cluster.gpu is None else _between(held.workers, rates, cluster))
+
+
+def _between(workers: int, rates: Rates, cluster: Cluster) -> float:
+    """Bytes a second that each of so many workers on GPUs sends: the network's, where they are not on one node."""
+    assert cluster.gpu is not None
+    link = cluster.gpu.link
+    return min(rates.exchange or (cluster.network if cluster.nodes_of(workers) > 1 else link), link)
+
+
 def attended(row: Row) -> int:
     """Pairs that attend: of what kernels compare, half of a segment's own are masked."""
     own = row.tokens**2 / max(1, row.tapped + 2) / 2  # segments of like length
@@ -94,8 +118,6 @@ def _exposed(held: Holding, cut: Cut, compute: float, rates: Rates, cluster: Clu
     everyone, group = traffic(held, cut.forwards)
     if cluster.gpu is None:
         return (everyone + group) / (rates.exchange or 1e9)
-    link = cluster.gpu.link
-    between = rates.exchange or (cluster.network if cluster.nodes > 1 else link)
-    seconds = everyone / min(between, link) + group / link
+    seconds = everyone / _between(held.workers, rates, cluster) + group / cluster.gpu.link
     hidden = BACKWARD * compute if held.stage >= 2 else 0.0
     return max(0.0, seconds - hidden)

@@ -52,7 +52,8 @@ def run_lines(plan: RunPlan, cheapest: Fitting | None) -> list[str]:
         f"s: compute {time.compute:.3g}, exchange not hidden {time.exchange:.3g}, AdamW {time.optimizer:.3g}, forwards "
         f"{time.overhead:.3g}",
         f"the run: {plan.steps:,} steps, {_time(plan.wall_seconds)} (of it the reference beforehand "
-        f"{_time(plan.reference_seconds)}), {_hours(plan.gpu_hours, plan.gpu)}",
+        f"{_time(plan.reference_seconds)}, and checkpoints {_time(plan.saving_seconds)}), "
+        f"{_hours(plan.gpu_hours, plan.gpu)}",
         f"a checkpoint: {plan.checkpoint_bytes / GIB:.1f} GiB; training stops for {plan.checkpoint_seconds:.2g} s",
     ]
     return [*lines, *(f"assumed: {each}" for each in plan.assumed)]

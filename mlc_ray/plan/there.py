@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from functools import cache
 
-from mlc_ray.capacity import NO_LABELS, Labels
+from mlc_ray.capacity import NO_LABELS, Labels, Need
+from mlc_ray.config import EngineSection
 from mlc_ray.device import host_memory
 from mlc_ray.plan.hardware import Cluster, HardwareError, gpu_of
 
@@ -40,6 +41,23 @@ def cluster_there(*, gpu: bool, labels: Labels = NO_LABELS) -> Cluster | None:
         return None
     gpus = [int(node["GPU"]) for node in resources]
     return Cluster(min(found, key=lambda each: each.memory), sum(gpus), max(1, min(gpus)), _least_memory(ids))
+
+
+def engines_there(engine: EngineSection) -> int:
+    """Engines of a score on CPUs: as many as are asked for, or by `auto` as the nodes that are there hold."""
+    from mlc_ray.cluster import how_many_fit
+
+    if engine.replicas != "auto":
+        return engine.replicas
+    return how_many_fit(Need(engine.cpus_per_replica, 0.0, engine.label_selector))
+
+
+def grows() -> bool:
+    """Whether an autoscaler may add nodes, whose memory nobody knows."""
+    from mlc_ray.cluster import may_grow
+
+    growth = may_grow()
+    return bool(growth.kinds) or not growth.known
 
 
 @cache  # asked once for the same nodes

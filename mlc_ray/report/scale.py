@@ -41,7 +41,7 @@ class SizePoint:
     """A size and its best point; intervals in the unit of what they are of.
 
     `layer` is a fraction of the depth and `log_weight` log10 of lambda, both with the 95 % interval over the trials
-    that are best in resamples of the bundles that chose; `tried` says how many values of either there are.
+    that are best in resamples of the bundles that chose.
     `transfer` is the gain on the harmful side in languages that were never trained, `over_refusal` what is refused
     more of benign prompts, both against the model before training, in points, on the bundles that confirm.
     `probed` is the layer that the probe ranked first; `seconds` are worker seconds of all runs.
@@ -56,7 +56,6 @@ class SizePoint:
     over_refusal: Interval | None
     seeds: int
     trials: int
-    tried: tuple[int, int]
     probed: float | None
     seconds: float
 

@@ -43,8 +43,9 @@ from mlc_ray.judges.base import make_judge
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
-from mlc_ray.plan.check import check_engine, check_run
+from mlc_ray.plan.check import check_beside, check_engine, check_run
 from mlc_ray.plan.cutting import steps_of
+from mlc_ray.plan.hardware import Cluster
 from mlc_ray.runs import (
     BASE_FILE,
     BASELINE_FOLDER,
@@ -191,11 +192,29 @@ def check_search(config: SearchConfig, space: Space) -> None:
     check_device(base.model, gpu=_device(base) == "gpu")
     check_feasible(config, base, _device(base))
     if base.cluster.plan == "check":
-        gpu = _device(base) == "gpu"
-        for corner in space.corners():  # a stage or a budget may be part of it
-            check_run(space.run(corner, name="corner"), gpu=gpu)
-        check_engine(base.model.path, config.scoring, gpu=gpu)
+        check_plan(*_with_dtypes(config, space), gpu=_device(base) == "gpu")
     check_nodes(output_place(config.output_dir), paths_read(base))
+
+
+def check_plan(config: SearchConfig, space: Space, *, gpu: bool, cluster: Cluster | None = None) -> None:
+    """Refuse a search whose trials, or engines, cannot fit the cluster that is there (or another one).
+
+    Args:
+        config: the search, types decided.
+        space: of its trials.
+        gpu: whether they have GPUs.
+        cluster: what it runs on (default: the cluster that is there).
+
+    Raises:
+        PlanError: They cannot; the message names what lacks and what would fit.
+    """
+    runs = [space.run(corner, name="corner") for corner in space.corners()]
+    for run in runs:  # a stage or a budget may be part of the space
+        check_run(run, gpu=gpu, cluster=cluster)
+    check_engine(runs[0].model.path, config.scoring, gpu=gpu, cluster=cluster)
+    if not gpu:
+        at_once = min(config.concurrency, number_of_points(config, space) * config.repeats)
+        check_beside(config.scoring, runs, at_once=at_once, cluster=cluster)
 
 
 def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:

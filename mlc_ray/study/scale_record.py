@@ -170,7 +170,6 @@ class ScaleRecorder:
             over_refusal=change_in(found.untouched, found.best, "benign", "hits", sorted(asked)),
             seeds=len(found.seeds),
             trials=len(trials),
-            tried=(_different(trials, LAYER), _different(trials, WEIGHT)),
             probed=_probed(folder),
             seconds=workers * sum(map(_seconds, runs)),
         )
@@ -232,10 +231,6 @@ def _fraction(layer: Any) -> float:
 def _log(weight: Any) -> float:
     """log10 of lambda; of 0, which has none, that of 1/1000."""
     return math.log10(max(float(weight), 1e-3))
-
-
-def _different(trials: Sequence[Place], name: str) -> int:
-    return len({fingerprint(read_values(trial)[name]) for trial in trials})
 
 
 def _around(value: float, drawn: Sequence[float]) -> Interval:

@@ -29,13 +29,12 @@ from mlc_ray.data.sources import Reading, resolve_source
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
 from mlc_ray.device import resolved
 from mlc_ray.plan.activations import Row, head_bytes, kept_bytes, table_bytes
-from mlc_ray.plan.hardware import gpu_of
-from mlc_ray.plan.rates import Rates
+from mlc_ray.plan.hardware import gpu_key
+from mlc_ray.plan.rates import Rates, bandwidth_of, threads_of
 from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.flops import Work
 from mlc_ray.train.model import (
     PolicyWithExtractor,
-    add_adapters,
     cast_parameters,
     load_policy,
     model_depth,
@@ -52,13 +51,14 @@ STEPPED, SENT = 2**25, 2**24
 
 @dataclass(frozen=True)
 class Probed:
-    """Seconds and useful operations of a small and a large forward, its bytes in units of counted ones, and AdamW's
-    parameters a second."""
+    """Seconds and useful operations of a small and a large forward, its bytes in units of counted ones, AdamW's
+    parameters a second, and the bytes of weights that a forward and backward read, which a plan counts by itself."""
 
     seconds: tuple[float, float]
     flops: tuple[float, float]
     kept: float
     adamw: float
+    reading: int
 
 
 def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int | None = None) -> Rates:
@@ -74,26 +74,20 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
     """
     gpu = torch.cuda.is_available() and config.cluster.accelerator != "cpu"
     dtype = resolved(config.model.dtype, gpu=gpu)
-    settings = {**config.model_dump(mode="json", exclude_unset=True)}
-    settings["model"] = {**settings["model"], "dtype": dtype, "gradient_checkpointing": False}
-    threads = threads or max(1, int(config.cluster.cpus_per_worker))
+    threads = threads or threads_of(config)
+    device = gpu_key(torch.cuda.get_device_name()) if gpu else "cpu"
     count = bundles or (8 if gpu else 2)
-    probed = _in_child(_probe, settings, "cuda" if gpu else "cpu", threads, count)
+    probed = _in_child(probe, probe_settings(config, dtype), "cuda" if gpu else "cpu", threads, count)
     exchange = None if gpu else _exchange(threads, workers=2)
-    (small, large), (few, many) = probed.seconds, probed.flops
     depth = model_depth(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    if few <= 0:
+    if probed.flops[0] <= 0:
         raise ConfigError(
             f"model.path={config.model.path!r}: how many operations a token of it takes is not known (its config does "
             "not say how many experts a token meets), so nothing can be calibrated by it; take another model"
         )
-    if many > few and large > small:
-        rate = (many - few) / (large - small)
-        overhead = max(0.0, small - few / rate)
-    else:  # noise: what both took together
-        rate, overhead = (few + many) / (small + large), 0.0
+    rate, overhead = speed(probed, device)
     return Rates(
-        device=gpu_of(torch.cuda.get_device_name()).name if gpu else "cpu",
+        device=device,
         dtype=dtype,
         flops=rate,
         forward_seconds=overhead / depth,
@@ -101,7 +95,28 @@ def calibrate(config: TrainConfig, *, threads: int | None = None, bundles: int |
         exchange=exchange,
         kept=probed.kept,
         measured=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {config.model.path}, {threads} threads",
+        threads=None if gpu else threads,
     )
+
+
+def speed(probed: Probed, device: str) -> tuple[float, float]:
+    """Useful operations a second, and the seconds of a forward and backward beside them.
+
+    Of a GPU less what a plan counts by itself of them: reading the weights.
+    """
+    (small, large), (few, many) = probed.seconds, probed.flops
+    if many <= few or large <= small:  # noise: what both took together
+        return (few + many) / (small + large), 0.0
+    rate = (many - few) / (large - small)
+    reading = 0.0 if device == "cpu" else probed.reading / bandwidth_of(device, probed.adamw)
+    return rate, max(0.0, small - few / rate - reading)
+
+
+def probe_settings(config: TrainConfig, dtype: str) -> dict[str, object]:
+    """The run as it is probed: all weights trained, nothing checkpointed, since that is what plans count from."""
+    settings = {**config.model_dump(mode="json", exclude_unset=True)}
+    model = {"dtype": dtype, "gradient_checkpointing": False, "lora": None}
+    return settings | {"model": {**settings["model"], **model}}
 
 
 def _in_child(function: Callable[..., Probed], *arguments: object) -> Probed:
@@ -134,12 +149,13 @@ def rows_of(config: TrainConfig, number: int) -> list[TokenRow]:
     raise ConfigError(f"data.train has {len(rows)} bundles, but calibrating takes {number}; give it more")
 
 
-def _probe(settings: dict[str, object], device: str, threads: int, bundles: int) -> Probed:
+def probe(settings: dict[str, object], device: str, threads: int, bundles: int) -> Probed:
+    """Measure this process's device by a forward and backward of one bundle, and of several."""
     torch.set_num_threads(threads)
     config = parse_config(TrainConfig, settings)
     rows = rows_of(config, bundles)
     languages = sorted({code for row in rows for code in row.languages})
-    policy = add_adapters(load_policy(config.model), config.model)
+    policy = load_policy(config.model)
     depth = policy.config.get_text_config().num_hidden_layers
     module = PolicyWithExtractor(
         policy, layer=resolve_layer(config.mlc.layer, depth), extractor_dim=config.mlc.extractor_dim, seed=config.seed
@@ -163,7 +179,8 @@ def _probe(settings: dict[str, object], device: str, threads: int, bundles: int)
     kept = _kept(module, few, many, device)
     seconds = tuple(_median(partial(_forward_backward, module, each), device) for each in (few, many))
     flops = tuple(work.step(each) if work is not None else 0.0 for each in (few, many))
-    return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw(device))
+    reading = 3 * sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw(device), reading)
 
 
 def _loss(module: PolicyWithExtractor, batch: Batch) -> Tensor:

@@ -24,7 +24,7 @@ from mlc_ray.data.ragged import Ints
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import ahead
 from mlc_ray.losses.objective import Objective
-from mlc_ray.plan.cutting import tokens_per_forward
+from mlc_ray.plan.cutting import BUNDLES_PER_REFERENCE_FORWARD, tokens_per_forward
 from mlc_ray.storage import Place
 from mlc_ray.train.collectives import from_rank_zero, gather_objects, rank_and_workers
 from mlc_ray.train.entry import ReferenceSpec
@@ -44,10 +44,6 @@ from mlc_ray.train.worker import begun, frozen_reference
 from mlc_ray.types import Batch, Pairing, ReferenceRows, move
 
 logger = logging.getLogger(__name__)
-
-BUNDLES_PER_FORWARD = 8
-"""On a GPU with `tokens_per_forward: auto`, a forward of the pass has this many times a bundle's mean number of tokens.
-In training `auto` goes by what a backward keeps of a forward; here is no backward."""
 
 BUNDLES_PER_WORKER = 64
 """Asked about at once at least, if so many are missing: workers wait for the slowest at the end of each."""
@@ -73,7 +69,7 @@ class Asking:
         reference: what answers, batch by batch; every worker calls it as often.
         log_probs: whether answers' log-probs are needed.
         states: whether tapped states are.
-        tokens_per_forward: the budget of a forward; None for the tokens of `BUNDLES_PER_FORWARD`.
+        tokens_per_forward: the budget of a forward; None for the tokens of `BUNDLES_PER_REFERENCE_FORWARD`.
         device: where batches go.
         pairing: which answers it is asked about.
         pools: whether pooled states are needed.
@@ -149,7 +145,7 @@ class Asking:
             head=tokens.head, taps=False, rejected=self.log_probs, pairing=self.pairing, whole=self.pools
         )
         budget = self.tokens_per_forward
-        capacity = round(BUNDLES_PER_FORWARD * own.mean()) if budget is None else budget - tokens.head
+        capacity = round(BUNDLES_PER_REFERENCE_FORWARD * own.mean()) if budget is None else budget - tokens.head
         bins = cut(own.tolist(), capacity, workers)
         spare = int(np.argmin(own))
         parts = list[tuple[list[int], np.ndarray]]()

@@ -18,6 +18,8 @@ from mlc_ray.data.sources import SourceFile, sample_path
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.errors import MlcRayError
+from mlc_ray.plan.hardware import Cluster
+from mlc_ray.plan.runs import PlanError
 from mlc_ray.search import run as search_run
 from mlc_ray.search.space import Space, check_held_out, distribution, make_space
 from mlc_ray.search.tune import make_scheduler
@@ -459,6 +461,40 @@ def test_a_trial_whose_term_needs_both_kinds_is_refused_before_the_first(
     monkeypatch.setattr(search_run, "prepare_data", lambda *_, **__: data)
     with pytest.raises(ConfigError, match=r"with {'terms\.decision\.weight': 0\.5}: terms\.decision.* are harmful"):
         search_run._prepare_data(config, space.run({}, name="base"), space, Place(tmp_path), "cpu")
+
+
+def test_a_search_is_planned_in_the_type_that_its_nodes_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dtype: auto` is decided first: on CPUs without bfloat16 weights take twice as much."""
+    config = search_config(set=["model.path=Qwen/Qwen2.5-0.5B", "model.dtype=auto"], concurrency=1)
+    space = make_space(config)
+    asked: list[str] = []
+    for name in ("connect", "check_device", "check_feasible", "check_nodes"):
+        monkeypatch.setattr(search_run, name, lambda *_, **__: None)
+    monkeypatch.setattr(search_run, "model_depth", lambda *_, **__: 24)
+    monkeypatch.setattr(search_run, "use_gpu", lambda _: False)
+    monkeypatch.setattr(cluster, "native_dtype", lambda **_: asked.append("native") or "float32")
+    seen: list[tuple[str, str]] = []
+
+    def planned(config: SearchConfig, space: Space, *, gpu: bool) -> None:
+        run = space.run({}, name="corner")
+        seen.append((run.model.dtype, config.scoring.engine.dtype))
+
+    monkeypatch.setattr(search_run, "check_plan", planned)
+    search_run.check_search(config, space)
+    assert asked and seen == [("float32", "float32")]
+
+
+def test_trials_and_engines_that_do_not_fit_together_are_refused() -> None:
+    node = Cluster(None, 1, 1, 31 * 2**30)
+
+    def check(dtype: str) -> None:
+        scoring = {"benchmarks": [{"path": "sample:select"}], "engine": {"dtype": dtype, "replicas": 4}}
+        config = search_config(set=["model.path=Qwen/Qwen2.5-0.5B", f"model.dtype={dtype}"], scoring=scoring)
+        search_run.check_plan(config, make_space(config), gpu=False, cluster=node)
+
+    check("bfloat16")
+    with pytest.raises(PlanError, match=r"concurrency=1 trials of .* the engines beside them 15\.4, .* have 31\.0"):
+        check("float32")
 
 
 ONE_GPU, TWO_GPUS, NO_GPU = ({"CPU": 8.0, **gpu} for gpu in ({"GPU": 1.0}, {"GPU": 2.0}, {}))

@@ -17,12 +17,13 @@ from mlc_ray.data.batches import BatchError
 from mlc_ray.data.plan import Lengths
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
+from mlc_ray.plan.cutting import BUNDLES_PER_REFERENCE_FORWARD
 from mlc_ray.storage import IncompleteArtifactError, Place, read_manifest, verify_checksums
 from mlc_ray.train import reference_cache, reference_shards
 from mlc_ray.train.model import load_policy
 from mlc_ray.train.reference import ReferenceModel
 from mlc_ray.train.reference_cache import asked_of, prepare_references
-from mlc_ray.train.reference_pass import BUNDLES_PER_FORWARD, Asking
+from mlc_ray.train.reference_pass import Asking
 from mlc_ray.train.reference_shards import StoredReference, load_reference, shard_files, shard_number, write_shard
 from mlc_ray.train.worker import frozen_reference
 from tests.data.files import write_rows
@@ -193,7 +194,7 @@ def test_forwards_on_a_gpu_are_alike_in_tokens(place):
     rows = np.empty(BUNDLES, dtype=int)
     rows[0::3], rows[1::3], rows[2::3] = np.split(np.argsort(-own), [8, 15])
     Asking(reference, True, True, None, CPU, "response", False).ask(tokens, rows, lambda _: None)
-    assert sum(forwards) == own.sum() and len(forwards) <= -(-BUNDLES // BUNDLES_PER_FORWARD) + 1
+    assert sum(forwards) == own.sum() and len(forwards) <= -(-BUNDLES // BUNDLES_PER_REFERENCE_FORWARD) + 1
     assert max(forwards) - min(forwards) <= own.min()
 
 

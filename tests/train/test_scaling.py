@@ -1,7 +1,7 @@
 """The recipes of `configs/scaling`: each is valid, fits the cluster that it names, and takes a step of a shrunk model.
 
 What a shrunk model keeps of its published config: the ratio of heads to key heads, soft-caps, sliding windows and which
-blocks have them, normed heads, biases, tied embeddings, routing. The figures are of the models' `config.json`.
+blocks have them, normed heads, biases, tied embeddings, routing. Windows are shrunk too, so that they cut.
 """
 
 import copy
@@ -19,6 +19,7 @@ from mlc_ray.plan.check import check_run
 from mlc_ray.plan.hardware import cluster_of
 from mlc_ray.plan.lengths import assumed
 from mlc_ray.plan.runs import PlanError
+from mlc_ray.plan.shapes import published_config
 from mlc_ray.train.attention import TREE, register_attention
 from mlc_ray.train.experts import has_experts
 from mlc_ray.train.loop import loss_of
@@ -31,7 +32,7 @@ register_attention()
 
 FILES = sorted((Path(__file__).parents[2] / "configs" / "scaling").glob("*.yaml"))
 NAMES = [file.stem for file in FILES]
-QWEN, LLAMA = {"model_type": "qwen2"}, {"model_type": "llama"}
+QWEN, LLAMA = ({"model_type": kind, "tie_word_embeddings": False} for kind in ("qwen2", "llama"))
 GEMMA = {
     "model_type": "gemma2", "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
     "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh",
@@ -52,31 +53,50 @@ PUBLISHED = {
     "llama-3.1-70b": (64, 8, LLAMA),
     "qwen3-30b-a3b": (
         32, 4,
-        {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-         "norm_topk_prob": True, "router_aux_loss_coef": 0.001, "head_dim": 16},
+        {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+         "norm_topk_prob": True, "router_aux_loss_coef": 0.001, "head_dim": 128, "tie_word_embeddings": False},
     ),
 }  # fmt: skip
-"""Query heads, key heads, and what else a shrunk model keeps; of experts 8, of which a token meets 2 for 8 of 128."""
+"""Query heads, key heads and more, copied from the `config.json` of each model."""
+
+KEPT = (
+    "tie_word_embeddings", "attn_logit_softcapping", "final_logit_softcapping", "hidden_activation",
+    "query_pre_attn_scalar", "norm_topk_prob", "router_aux_loss_coef",
+)  # fmt: skip
 
 
-def shrunk(name):
-    heads, key_heads, kept = PUBLISHED[name]
-    kept = dict(kept)
-    size = kept.pop("head_dim", 8)
-    queries = heads // key_heads * 2  # two key heads
+WINDOW = 4
+"""Tokens that a shrunk model's windows hold: rows of these tests have up to 22."""
+
+
+def shrunk(name, window=WINDOW):
+    """The published config, and of it in small: sizes, two key heads, eight experts of which a token meets two."""
+    config = published_config(name)
+    small = {
+        "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": config.num_attention_heads // config.num_key_value_heads * 2, "num_key_value_heads": 2,
+        "max_position_embeddings": 128, "initializer_range": 0.1,
+    }  # fmt: skip
+    if has_experts(config):
+        small |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    if config.model_type == "gemma2":
+        small["sliding_window"] = window
+    kept = {field: getattr(config, field) for field in KEPT if hasattr(config, field)}
+    return AutoConfig.for_model(config.model_type, **kept, **small)
+
+
+def model_of(config):
     torch.manual_seed(0)
-    return AutoConfig.for_model(
-        kept.pop("model_type"), vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=queries, num_key_value_heads=2, head_dim=size, max_position_embeddings=128,
-        initializer_range=0.1, **kept,
-    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, attn_implementation=TREE)
 
 
-def workers_of(file):
-    """What the header says: GPUs, and which."""
-    found = re.match(r"# [^,]+, all parameters, for (\d+) x (\w+) \(", file.read_text())
+def cluster_named(file):
+    """What the header says: GPUs, which, and the memory of a node."""
+    found = re.match(r"# [^,]+, all parameters, for (\d+) x (\w+) \((\d+) nodes? of (\d+) GiB\)", file.read_text())
     assert found, f"{file.name} does not begin with the cluster that it is for"
-    return int(found[1]), found[2]
+    cluster = cluster_of(int(found[1]), found[2], node_memory=int(found[4]) * 2**30)
+    assert cluster.nodes == int(found[3])
+    return cluster
 
 
 def test_every_published_size_has_a_recipe():
@@ -86,7 +106,7 @@ def test_every_published_size_has_a_recipe():
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_it_is_valid_and_asks_for_the_cluster_that_it_names(file):
     config = load_config(TrainConfig, file)
-    gpus, _ = workers_of(file)
+    gpus = cluster_named(file).gpus
     assert config.name == f"scaling-{file.stem}"
     assert config.cluster.workers == gpus and config.cluster.accelerator == "gpu"
     assert config.train.batch_bundles % gpus == 0, "every worker has as many bundles"
@@ -95,9 +115,27 @@ def test_it_is_valid_and_asks_for_the_cluster_that_it_names(file):
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_it_fits_the_cluster_that_it_names(file):
-    gpus, gpu = workers_of(file)
-    config = load_config(TrainConfig, file)
-    check_run(config, gpu=True, weights=assumed(config), cluster=cluster_of(gpus, gpu))
+    config, cluster = load_config(TrainConfig, file), cluster_named(file)
+    check_run(config, gpu=True, weights=assumed(config), cluster=cluster)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_shapes_are_those_of_the_models_own_configs(name):
+    heads, key_heads, kept = PUBLISHED[name]
+    config = published_config(name)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (heads, key_heads)
+    assert {field: getattr(config, field) for field in kept} == kept
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("gemma-2")])
+def test_windows_of_a_shrunk_model_cut_its_rows(name):
+    """With the same weights and wider windows other answers are as likely as they were not."""
+    bundles, said = batch(random_rows(2, head=[1, 2]), weights=[0.5] * 2), []
+    for window in (WINDOW, 4096):
+        module = PolicyWithExtractor(model_of(shrunk(name, window)), layer=2, extractor_dim=16, seed=0)
+        with torch.no_grad():
+            said.append(module(bundles).chosen.total)
+    assert not torch.allclose(said[0], said[1], atol=1e-3)
 
 
 def test_a_recipe_on_less_than_it_names_is_refused():
@@ -107,15 +145,18 @@ def test_a_recipe_on_less_than_it_names_is_refused():
         check_run(config, gpu=True, weights=assumed(config), cluster=cluster_of(8, "h100"))
 
 
+def test_a_node_with_less_memory_than_its_processes_take_is_refused():
+    config = load_config(TrainConfig, next(file for file in FILES if file.stem == "qwen2.5-0.5b"))
+    little = cluster_of(1, "h100", node_memory=2**30)
+    with pytest.raises(PlanError, match=r"2\.0 GiB of each node's memory, which has 1\.0"):
+        check_run(config, gpu=True, weights=assumed(config), cluster=little)
+
+
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_a_shrunk_model_takes_a_step(file):
     """DPO against the model itself is ln 2; a step lowers the loss, and moves every parameter."""
     config, published = load_config(TrainConfig, file), shrunk(file.stem)
-    assert (
-        published.num_attention_heads / published.num_key_value_heads
-        == PUBLISHED[file.stem][0] / PUBLISHED[file.stem][1]
-    )
-    model = AutoModelForCausalLM.from_config(published, attn_implementation=TREE)
+    model = model_of(published)
     checkpoint_blocks(model, config.model.gradient_checkpointing)
     objective, layer = Objective(config), resolve_layer(config.mlc.layer, 2)
     weight = router_weight(model, config.model)

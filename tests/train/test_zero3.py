@@ -2,29 +2,59 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
+from mlc_ray.plan.memory import holding_of
+from mlc_ray.plan.seconds import gathered_elements
+from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.checks import check_tap
 from tests.train.tiny import make_engine, on_workers, random_rows, run_engine, steps_of, tiny_config
 
 STEPS, ACCUMULATION = 6, 2
+GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 CASES = {
     "last layer": {"mlc": {"layer": 3}},
     "below it": {"mlc": {"layer": 1}},
     "below it, selective checkpointing": {"mlc": {"layer": 1}, "model": {"gradient_checkpointing": "selective"}},
     "below it, checkpointing": {"mlc": {"layer": 1}, "model": {"gradient_checkpointing": True}},
+    # As DeepSpeed's own thresholds are to a large model: some blocks may be kept, and are not gathered again at once.
+    "keeping some, checkpointing": {
+        "mlc": {"layer": 3},
+        "model": {"gradient_checkpointing": True},
+        "engine": {
+            "stage": 3,
+            "extra": {
+                "zero_optimization": {
+                    "stage3_param_persistence_threshold": 0,
+                    "stage3_max_reuse_distance": 4_000,
+                    "stage3_max_live_parameters": 10_000,
+                    "stage3_prefetch_bucket_size": 1_000,
+                }
+            },
+        },
+    },
 }
 
 
 def recorded(rank):
-    """Of each case: gathers of every module in forward and backward by micro-batch, and when the trace was dropped."""
+    """Of each case, by micro-batch: how often every module was fetched in forward and backward, the elements that were
+    gathered for it, those that a plan counts; and when the trace was dropped."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
-    fetch, drop = Coordinator.fetch_sub_module, Coordinator._invalidate_trace
+    fetch, drop, gather = Coordinator.fetch_sub_module, Coordinator._invalidate_trace, getattr(Coordinator, GATHER)
     results = {}
     for name, sections in CASES.items():
-        gathers, dropped = [], []
+        gathers, dropped, elements = [], [], []
+
+        def gathering(self, params, *rest, elements=elements, **named):
+            params = list(params)
+            if elements:
+                absent = (each for each in params if each.ds_status == ZeroParamStatus.NOT_AVAILABLE)
+                elements[-1] += sum(each.ds_numel for each in absent)
+            return gather(self, params, *rest, **named)
 
         def fetching(self, module, forward, gathers=gathers):
             if gathers:
@@ -36,22 +66,26 @@ def recorded(rank):
             return drop(self)
 
         Coordinator.fetch_sub_module, Coordinator._invalidate_trace = fetching, dropping
+        setattr(Coordinator, GATHER, gathering)
         train = {"batch_bundles": ACCUMULATION, "tokens_per_forward": 1}  # a bundle in each forward
         zero3 = {"stage": 3, "persistence_threshold": 0}
-        config = tiny_config(engine=zero3, objective={"loss": "simpo"}, train=train, **sections)
+        config = tiny_config(**{"engine": zero3, "objective": {"loss": "simpo"}, "train": train, **sections})
         engine = make_engine(config)
         check_tap(engine.module.language_model, engine.module.layer)
         forward = engine.forward
 
-        def counted(batch, gathers=gathers, forward=forward):
+        def counted(batch, gathers=gathers, elements=elements, forward=forward):
             gathers.append(Counter())
+            elements.append(0)
             return forward(batch)
 
         engine.forward = counted
         _, history = run_engine(config, random_rows(6, head=[1, 2]), STEPS, engine=engine)
         names = {module.ds_id: path for path, module in engine.module.named_modules()}
         by_name = [{(names[number], way): n for (number, way), n in each.items()} for each in gathers]
-        results[name] = (by_name, dropped, ["loss/mlc" in row for row in history])
+        shape = shape_of(engine.module.language_model.config, "tiny")
+        planned = gathered_elements(holding_of(config, shape, workers=2, dtype="float32", device="cpu"))
+        results[name] = (by_name, dropped, ["loss/mlc" in row for row in history], elements, planned)
     return results
 
 
@@ -62,7 +96,7 @@ def steps(tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_block_is_gathered_once_forward_and_once_backward(steps, case):
-    gathers, _, tapped = steps[case]
+    gathers, _, tapped, *_ = steps[case]
     assert tapped == [True, False] * (STEPS // 2) and len(gathers) == STEPS * ACCUMULATION
     again = 2 if "checkpointing" in case else 1  # blocks run a second time in the backward
     for each in gathers:
@@ -75,10 +109,26 @@ def test_every_block_is_gathered_once_forward_and_once_backward(steps, case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_order_of_modules_settles_although_only_every_second_step_taps(steps, case):
-    _, dropped, _ = steps[case]
+    _, dropped, *_ = steps[case]
     # What ran before the first step is no step: its trace is dropped, the second micro-batch is recorded, and all
     # later ones prefetch by that record.
     assert all(micro_batch <= 1 for micro_batch in dropped), dropped
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_counts_the_elements_that_are_gathered(steps, case):
+    """Parameters twice, and of checkpointed blocks that are not kept a third time, but for the last product.
+
+    Where thresholds keep some, what is there at the turn from forward to backward is not gathered again: for a large
+    model that is little, and here a third.
+    """
+    *_, tapped, elements, planned = steps[case]
+    with_taps = [each for each, taps in zip(elements, np.repeat(tapped, ACCUMULATION), strict=True) if taps]
+    if case.startswith("keeping some"):
+        whole = elements[0]  # before the order of modules is known, nothing is kept
+        assert all(planned - 10_000 <= each <= planned < whole for each in with_taps[ACCUMULATION:])
+    else:
+        assert with_taps == [planned] * len(with_taps)
 
 
 def drops_with_validation(rank):
