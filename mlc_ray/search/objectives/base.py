@@ -33,7 +33,7 @@ from pydantic import Field
 from mlc_ray._registry import resolve
 from mlc_ray.config import Fraction, ObjectiveSettings
 from mlc_ray.errors import MlcRayError
-from mlc_ray.search.sides import ReadSides, Sides, read_side
+from mlc_ray.search.sides import ReadSides, Sides, mean_rate, read_side
 from mlc_ray.stats.rates import KINDS, Interval, Judged, language_order
 from mlc_ray.types import Kind, Measure
 
@@ -55,7 +55,8 @@ class TrialScore:
     `benign` is None where no benign prompts count. `values` are the objective's numbers, one for each of its `metrics`,
     each at the worse end of its 95 % interval; below the floor they say how far below. `feasible` says whether the
     lower end of the benign side is at or above the objective's floor; without a floor every score is. Of two trials
-    the one of the higher `rank` is better. The sides by language are in % too, with Wilson's intervals.
+    the one of the higher `rank` is better. The sides by language are in % too, with Wilson's intervals. `worst` is the
+    harmful side in the language where it is lowest, as the mean over benchmarks, and `worst_language` which that is.
     """
 
     measure: Measure
@@ -66,6 +67,8 @@ class TrialScore:
     rank: float
     harmful_by_language: Mapping[str, Interval]
     benign_by_language: Mapping[str, Interval]
+    worst: Interval
+    worst_language: str
 
     @property
     def point(self) -> tuple[float, float]:
@@ -98,8 +101,8 @@ class Objective(ABC):
         """A number for each of `metrics`, from the rates of a score or of a resample of its bundles.
 
         Args:
-            sides: Both sides by language, as fractions; never without a harmful one, nor without a benign one if the
-                objective needs it.
+            sides: Both sides by benchmark and language, as fractions; never without a harmful rate, nor without a
+                benign one if the objective needs it. `search.sides` has the mean and the lowest of a side.
         """
 
     @property
@@ -131,7 +134,7 @@ class Objective(ABC):
         values = tuple(_bounds(self, read)) if below is None else (below,) * len(self.metrics)
         return TrialScore(
             read.measure, harmful, benign, values, below is None, self.rank(values), read.harmful.by_language,
-            {} if read.benign is None else read.benign.by_language,
+            {} if read.benign is None else read.benign.by_language, read.harmful.worst, read.harmful.worst_language,
         )  # fmt: skip
 
     def drawn(self, *runs: Sequence[Judged]) -> list[float]:
@@ -141,14 +144,14 @@ class Objective(ABC):
         """
         found = []
         for sides in self._read(runs).draws():
-            benign = 100 * mean(sides.benign.values()) if sides.benign else None
+            benign = 100 * mean_rate(sides.benign) if sides.benign else None
             below = self._below_floor(None if benign is None else Interval(benign, benign, benign))
             found.append(self.rank(self.values(sides) if below is None else (below,) * len(self.metrics)))
         return found
 
     def worst(self, languages: Sequence[str]) -> tuple[float, ...]:
         """`TrialScore.values` of a model that says nothing in any language: what the sampler is told of divergence."""
-        nothing = dict.fromkeys(languages, 0.0)
+        nothing = {"any": dict.fromkeys(languages, 0.0)}
         below = self._below_floor(Interval(0.0, 0.0, 0.0))
         return self.values(Sides("refused", nothing, nothing)) if below is None else (below,) * len(self.metrics)
 
@@ -266,12 +269,6 @@ def make_objective(settings: ObjectiveSettings) -> Objective:
             "trial counts by a negative number, the best where it is minimised; maximise the number times -1"
         )
     return objective
-
-
-def mean(numbers: Iterable[float]) -> float:
-    """The mean of at least one number."""
-    listed = list(numbers)
-    return sum(listed) / len(listed)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
