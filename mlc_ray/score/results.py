@@ -43,9 +43,9 @@ class ScoreResult:
 
     `model` is what was asked for, `resolved` the folder or hub name that was loaded, `fingerprint` names its content;
     `prompts` names the set of prompts: two scores with the same `prompts`, `judge` and length of answers can be
-    compared. `measured_by` names who is behind each measure; `seen_languages` are those that training saw, None
-    where that is not known. `rows` are of every benchmark; `summaries` too and, if there are several, of all of them
-    (benchmark `all`).
+    compared; `versions` are of the libraries that answered. `measured_by` names who is behind each measure;
+    `seen_languages` are those that training saw, None where that is not known. `rows` are of every benchmark;
+    `summaries` too and, if there are several, of all of them (benchmark `all`).
     `finish` counts responses by why they ended; `usage`
     is what endpoints did and cost, by what they were asked for (`judge`, `translate`). `corrected` has a rate corrected
     for the judge's errors beside each row, by the calibration whose content `calibration` names; empty without one.

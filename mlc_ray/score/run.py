@@ -69,7 +69,7 @@ from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores, write_responses
 from mlc_ray.score.stages import RESPONSES, answers_of
 from mlc_ray.score.thoughts import with_reasoning
-from mlc_ray.storage import Place, fingerprint_model, library_versions, user_cache, working_folder
+from mlc_ray.storage import Place, fingerprint_model, user_cache, working_folder
 from mlc_ray.types import ENGINE_FAULT
 
 logger = logging.getLogger(__name__)
@@ -293,7 +293,7 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
         usage=read_usage(folder),
         finish=dict(Counter(judged["finish"].to_pylist())),
         config={**request.config.model_dump(mode="json"), **settings},
-        versions=library_versions(),
+        versions=request.versions,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     result = with_corrected_rates(result, request.config.calibration)
@@ -417,6 +417,12 @@ def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging)
         or not responses.select(PROMPTS.names).equals(prompts.table)
     ):
         return None
+    if found.engine != request.engine:
+        was, now = (", ".join(map(" ".join, each.engine.items())) or "no vllm" for each in (found, request))
+        raise ScoreError(
+            f"score folder {str(folder)!r} holds responses by {was}, and here is {now}: judge those by `mlc-ray judge "
+            f"{folder}`, or choose another name"
+        )
     logger.info("%d responses are there already", len(responses) - responses["finish"].to_pylist().count(ENGINE_FAULT))
     return responses
 

@@ -22,8 +22,8 @@ class JudgeAgreement:
     (refused, or safe), `second_only` those that only the second does. `kappa` is Cohen's (Educational and Psychological
     Measurement 1960): 1 where they always agree, 0 where no more than by chance; None where both gave one and the same
     verdict throughout. Its 95 % interval is of the percentiles of whole bundles drawn again; where these do not vary,
-    Wilson's of the agreement, with the bundles as its n. Responses that both call degenerate are left out: a rule decides that, not a
-    judge.
+    Wilson's of the agreement, with the bundles as its n. Responses that both call degenerate are left out: a rule
+    decides that, not a judge.
     """
 
     benchmark: str

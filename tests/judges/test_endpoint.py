@@ -10,7 +10,7 @@ import yaml
 
 from mlc_ray.config import EndpointSection, JudgeSettings, ScoreConfig, parse_config
 from mlc_ray.generate.replies import EndpointError
-from mlc_ray.judges.degenerate import RULES
+from mlc_ray.judges.base import make_judge
 from mlc_ray.judges.endpoint import EndpointJudge, Protocol, check_code, judge_conversation, read_verdict
 from mlc_ray.types import Answer
 from tests.generate.chat_server import ChatServer, Step, serving
@@ -219,10 +219,17 @@ def test_it_declares_every_language_and_both_measures(tmp_path: Path) -> None:
     with serving(lambda messages, number: Step()) as server:
         judge = judge_for(server, tmp_path)
     assert (judge.name, judge.measures, judge.languages) == ("endpoint", ("refused", "safe"), None)
-    assert judge.identity == f"endpoint m protocol=safety degenerate={RULES}"
-    with serving(lambda messages, number: Step()) as server:
-        other = judge_for(server, tmp_path, request={"temperature": 1})
-    assert other.identity == f'endpoint m request={{"temperature": 1}} protocol=safety degenerate={RULES}'
+    where = r"at=[0-9a-f]{16} max_reply_tokens=\d+ protocol=safety rules=[0-9a-f]{16}"
+    assert re.fullmatch(f"endpoint m {where}", judge.identity)
+    own = {"base_url": "http://a/v1", "model": "m"}
+    changes: list[dict[str, Any]] = [
+        {}, {"request": {"temperature": 1}}, {"base_url": "http://b/v1"}, {"max_reply_tokens": 16},
+    ]  # fmt: skip
+    asked = [judge_in({"name": "endpoint", "endpoint": {**own, **change}}) for change in changes]
+    assert len({make_judge(settings).identity for settings in asked}) == len(changes)
+    alike = judge_in({"name": "endpoint", "endpoint": {**own, "concurrency": 2, "timeout_seconds": 5}})
+    assert make_judge(alike).identity == make_judge(asked[0]).identity
+    assert re.fullmatch(f'endpoint m request={{"temperature": 1}} {where}', make_judge(asked[1]).identity)
     assert judge.coverage(["en", "ku", "xx"]) == {"en": "", "ku": "", "xx": ""}
 
 

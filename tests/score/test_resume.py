@@ -13,13 +13,14 @@ import pytest
 
 from mlc_ray.config import CalibrationConfig, ConfigError, ScoreConfig, ScoringSection, parse_config
 from mlc_ray.generate.replica import Part
-from mlc_ray.generate.stage import ANSWERS, Generator
+from mlc_ray.generate.stage import ANSWERS, PROMPTS, Generator
 from mlc_ray.judges.base import JudgeError, make_judge
 from mlc_ray.judges.guards.base import GuardSettings
 from mlc_ray.lease import LeaseError, lease
 from mlc_ray.score.calibrate import calibrate
 from mlc_ray.score.calibration import CalibrationError
 from mlc_ray.score.plan import with_dtypes, with_judge_models
+from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import load_in_language
 from mlc_ray.score.run import judge_again, score
@@ -191,6 +192,35 @@ def test_a_score_goes_on_in_the_dtype_it_began_in(
     assert asked[0].engine.dtype == "float32"
 
 
+def test_responses_keep_the_engine_that_gave_them(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(rows: pa.Table) -> pa.Table:
+        raise JudgeError("the judge is away")
+
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "float32")
+    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
+    monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
+    monkeypatch.setattr("mlc_ray.score.run._check_readers", lambda *_: None)
+    monkeypatch.setattr("mlc_ray.score.passes.side_by_side", lambda parts, device, is_open: [[one] for one in parts])
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part, work=away))
+    monkeypatch.setattr("mlc_ray.score.run.Request", lambda **fields: Request(**fields, versions={"vllm": installed}))
+    answer = {"response": "I cannot help with that.", "finish": "stop", "prompt_tokens": 9, "response_tokens": 6}
+    table = pa.Table.from_pylist([{name: ROW.get(name, 0) for name in PROMPTS.names}], schema=PROMPTS)
+    monkeypatch.setattr("mlc_ray.score.run.read_prompts", lambda config, rejects: Prompts(table, "prompts"))
+    file, told = tmp_path / "own.jsonl", {"tell_languages": False, "resume": "auto"}
+    config = config_for(model, write_bundles(file), tmp_path / "scores", **told)
+    part = Part("answering", Generator, {}, config.engine)
+    pool = LocalPool(part, work=lambda rows: pa.Table.from_pylist([answer] * len(rows), schema=ANSWERS))
+    installed = "1.0"
+    with pytest.raises(JudgeError, match="is away"):
+        score(config, pool=pool)
+    folder = Path(config.output_dir) / str(config.name)
+    installed = "2.0"
+    with pytest.raises(ScoreError, match=r"responses by vllm 1\.0, and here is vllm 2\.0: judge those by `mlc-ray"):
+        score(config, pool=pool)
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part))
+    assert judge_again(folder).versions == {"vllm": "1.0"}
+
+
 def test_options_of_an_engine_are_few_and_part_of_what_answers(tmp_path: Path) -> None:
     def asked(**options: object) -> Request:
         raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "engine": {"options": options}}
@@ -302,7 +332,7 @@ def test_prompts_that_engines_failed_on_are_asked_again_by_a_score_that_goes_on(
         score(config, pool=engines(fails=fails))
     folder = Path(config.output_dir) / str(config.name)
     assert pq.read_table(folder / "responses.parquet")["finish"].to_pylist().count("engine_fault") == 1
-    shutil.rmtree(folder / "kept", ignore_errors=True)  # as where another version of vLLM answered them
+    shutil.rmtree(folder / "kept", ignore_errors=True)
     monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part))
     again = engines()
     result = score(config, pool=again)
