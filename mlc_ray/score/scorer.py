@@ -1,8 +1,9 @@
 """A scorer that stays warm: every pool that scoring a checkpoint needs, kept open between checkpoints.
 
-`start_scorer` puts it into a Ray actor, and what it returns is a handle that can be sent to any process of the cluster.
-The actor owns the pools and takes one call after the other, so that two trials never ask for different weights at once;
-a call that it has begun is finished even if the calling process has died, and engines sleep again.
+`start_scorer` puts it into a Ray actor on the driver's node, and what it returns is a handle that can be sent to any
+process of the cluster. The actor owns the pools and takes one call after the other, so that two trials never ask for
+different weights at once; a call that it has begun is finished even if the calling process has died, and engines sleep
+again.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlc_ray.config import ScoringSection
 from mlc_ray.errors import MlcRayError
@@ -121,8 +123,7 @@ class WarmScorer:
         except EngineDiedError as error:
             raise ScorerDiedError(str(error)) from None
         except ray.exceptions.RayError as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise ScorerDiedError(f"an engine that scores has died ({said[0]})") from None
+            raise _died(error) from None
 
     def score(self, weights: str | None, *, lora: bool = False, prompts: pa.Table | None = None) -> WarmScore:
         """Verdicts on a model.
@@ -134,10 +135,16 @@ class WarmScorer:
 
         Raises:
             StaleWeightsError: an engine does not serve the weights.
+            ScorerDiedError: it does not live.
             MlcRayError: what an engine or a judge raises.
         """
-        with expected_errors():
-            score: WarmScore = ray.get(self._actor.score.remote(weights, lora, prompts))
+        try:
+            with expected_errors():
+                score: WarmScore = ray.get(self._actor.score.remote(weights, lora, prompts))
+        except ray.exceptions.RayTaskError:
+            raise  # a mistake in its code, or that of a judge
+        except ray.exceptions.RayError as error:
+            raise _died(error) from None
         return score
 
     def close(self) -> None:
@@ -149,6 +156,11 @@ class WarmScorer:
         if open_still:
             logger.warning("the scorer did not end its engines in %.0f s and is killed", _CLOSE_SECONDS)
         ray.kill(self._actor)
+
+
+def _died(error: ray.exceptions.RayError) -> ScorerDiedError:
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return ScorerDiedError(f"what scores, or an engine of it, has died ({said[0]})")
 
 
 def write_warm_score(scored: WarmScore, request: Request, folder: Place) -> ScoreResult:
@@ -192,7 +204,10 @@ def start_scorer(
     parts = [answering(model, scoring, judging, device, warm=warm, in_turn=in_turn)]
     replies = Place(folder / REPLIES_FILE)
     parts += reading(judging, device, rows=len(prompts), usage=folder, replies=replies).values()
-    actor: Any = ray.remote(Scorer).options(num_cpus=0).remote(parts, prompts, device, run)  # it only waits
+    # It only waits, and lives where its driver does: on any other node it would be one more that must not die.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "scheduling_strategy": here}
+    actor: Any = ray.remote(Scorer).options(**options).remote(parts, prompts, device, run)
     try:
         # Shown here: what the actor's own process says of them is seen by nobody.
         engines = sum(part.replicas for part in parts if part.engine is not None)

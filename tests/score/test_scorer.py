@@ -19,6 +19,7 @@ from mlc_ray.score.plan import plan_judging, reading, with_longest_answer
 from mlc_ray.score.scorer import Scorer, ScorerDiedError, WarmScorer, start_scorer
 from mlc_ray.score.stages import JUDGED
 from mlc_ray.storage import Place
+from mlc_ray.train.failures import own_error
 from tests.score.local_pool import LocalPool
 
 
@@ -54,26 +55,35 @@ def test_a_scorer_that_died_says_so_when_asked(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(scorer, "ray", SimpleNamespace(get=get, exceptions=ray.exceptions))
     with pytest.raises(ScorerDiedError, match=r"has died \(.*out of memory"):
         WarmScorer(SimpleNamespace(check=SimpleNamespace(remote=object))).check()
+    # Also while it scores: no trial is trained again for a score that cannot be had.
+    with pytest.raises(ScorerDiedError, match=r"has died \(.*out of memory") as raised:
+        WarmScorer(SimpleNamespace(score=SimpleNamespace(remote=lambda *_: None))).score("weights")
+    assert own_error(raised.value) is raised.value
 
 
 def test_who_judges_is_planned_for_the_prompts_that_come_later_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[list[Part]] = []
+    placed: list[tuple[str, bool]] = []
 
     class Remote:
         """Notes the parts of the scorer that would be started."""
 
         start = SimpleNamespace(remote=lambda: None)
 
-        def options(self, **_: Any) -> Remote:
+        def options(self, **options: Any) -> Remote:
+            strategy = options["scheduling_strategy"]
+            placed.append((strategy.node_id, strategy.soft))
             return self
 
         def remote(self, parts: list[Part], *_: Any) -> Remote:
             made.append(parts)
             return self
 
-    monkeypatch.setattr(scorer, "ray", SimpleNamespace(remote=lambda cls: Remote(), get=lambda reference: None))
+    context = SimpleNamespace(get_node_id=lambda: "a" * 56)
+    of_ray = {"remote": lambda cls: Remote(), "get": lambda reference: None, "get_runtime_context": lambda: context}
+    monkeypatch.setattr(scorer, "ray", SimpleNamespace(**of_ray))
     raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "chat": {}}
     scoring = with_longest_answer(parse_config(ScoreConfig, raw))
     harmful, benign = (
@@ -82,6 +92,7 @@ def test_who_judges_is_planned_for_the_prompts_that_come_later_too(
     start_scorer("m", scoring, harmful, device="cpu", folder=tmp_path, others=[benign])
     ((_, _, cells),) = made[0][1].settings["readers"]
     assert set(cells) == {("harmful", "en"), ("benign", "en")}
+    assert placed == [("a" * 56, False)]  # where its driver is, and nowhere else
 
 
 def test_a_checkpoint_is_answered_and_judged_row_by_row(tmp_path: Path) -> None:
