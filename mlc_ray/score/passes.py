@@ -162,7 +162,7 @@ class Passes:
 
 def made_by(request: Request) -> list[Any]:
     """What the model's answers follow from, beside a prompt: a part of the keys of rows that are kept."""
-    return [request.decoding, request.engine]
+    return [request.decoding, engine_versions(request.versions)]
 
 
 def _asked(reader: Reader) -> list[Any]:

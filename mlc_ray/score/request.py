@@ -43,11 +43,6 @@ class Request:
         return (self.prompts, self.decoding) == (other.prompts, other.decoding)
 
     @property
-    def engine(self) -> dict[str, str]:
-        """The version of the engine that answered."""
-        return engine_versions(self.versions)
-
-    @property
     def decoding(self) -> list[Any]:
         """What the answer to a prompt follows from, beside the prompt itself."""
         config, engine = self.config, self.config.engine
