@@ -292,6 +292,7 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
         measured_by=judging.measured_by,
         usage=read_usage(folder),
         finish=dict(Counter(judged["finish"].to_pylist())),
+        judge_faults=len(judged) - judged["judge_fault"].null_count,
         config={**request.config.model_dump(mode="json"), **settings},
         versions=request.versions,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -407,7 +408,7 @@ def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging)
             f"score folder {str(folder)!r} holds a score of another model, other prompts, or other settings of engine, "
             "judge or calibration, with which resume: auto cannot go on; choose another name, or remove it"
         )
-    if finished is not None:
+    if finished is not None and not finished.judge_faults:
         logger.info("%s is finished already", folder)
         return finished
     responses = _read_responses(Place(folder))

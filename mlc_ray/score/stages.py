@@ -60,10 +60,12 @@ _TEXT = pa.string()
 VERDICTS = pa.schema(
     {
         "behaviour": _TEXT, "safety": _TEXT, "reason": _TEXT, "categories": pa.list_(_TEXT), "margin": pa.float64(),
-        "via_refused": _TEXT, "via_safe": _TEXT, "judge_refused": _TEXT, "judge_safe": _TEXT,
+        "via_refused": _TEXT, "via_safe": _TEXT, "judge_refused": _TEXT, "judge_safe": _TEXT, "judge_fault": _TEXT,
     }
 )  # fmt: skip
-"""A verdict, which judge gave it by each measure and how that came to read its language; null where none does."""
+"""A verdict, which judge gave it by each measure and how that came to read its language; null where none does.
+
+`judge_fault` says why the engines of a judge gave none, which tells nothing of the response; else it is null."""
 TRANSLATED = pa.schema({"prompt_en": _TEXT, "response_en": _TEXT, "translation_fault": _TEXT})
 """Null where nothing was to be translated; `translation_fault` says why a translation failed."""
 RESPONSES = pa.schema([*PROMPTS, *ANSWERS])
@@ -254,7 +256,8 @@ class JudgeStage(Stage):
             found = [given[index] for given in earlier]
             for name, _, cells in settings["readers"]:
                 ways = cells.get((answer.kind, answer.language), {})
-                found.append(_verdict_row(unparsed([*ways], fault if ways else ""), ways, name))
+                row = _verdict_row(unparsed([*ways], fault if ways else ""), ways, name)
+                found.append({**row, "judge_fault": fault if ways else None})
             rows.append({column: _joined(found)} if column is not None else _settled(_joined(found), answer))
         return rows
 
@@ -391,7 +394,7 @@ def _named(place: Mapping[str, str]) -> str:
 
 def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What several judges say of one response: the measures that each was asked for, and all reasons."""
-    joined = {name: next((row[name] for row in rows if row[name] not in (None, [])), None) for name in VERDICTS.names}
+    joined = {n: next((row[n] for row in rows if row.get(n) not in (None, [])), None) for n in VERDICTS.names}
     reasons = "; ".join(row["reason"] for row in rows if row["reason"])
     return {**joined, "reason": reasons, "categories": joined["categories"] or []}
 

@@ -20,6 +20,7 @@ from mlc_ray.runs import (
 )
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.run import TooManyUnparsedError
+from mlc_ray.score.scorer import ScorerDiedError
 from mlc_ray.search.apart import apart_p, choice_p
 from mlc_ray.search.objectives.base import Objective, TrialScore, make_objective
 from mlc_ray.search.results import Change, Confirmation, Confirmed, Trial
@@ -32,6 +33,8 @@ from mlc_ray.stats.significance import holm
 from mlc_ray.storage import Place, fingerprint
 from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.entry import LastWeights
+from mlc_ray.train.failures import own_error, said_of
+from mlc_ray.train.preemption import PreemptedError
 
 logger = logging.getLogger(__name__)
 _LEVEL = 0.05
@@ -93,9 +96,9 @@ class _Scored:
 def confirm(shared: Shared, prompts: Prompts, trials: Sequence[Trial]) -> Confirmation | None:
     """Score the best `confirm.keep` points on `prompts`; None where no trial ran to its end, or none can be confirmed.
 
-    With `confirm.seeds` each is trained again first. What an earlier process did is not done again. A model that
-    diverges in that, or has too few verdicts, is left out; a point of which every trial is makes room for the next.
-    If the model before training has too few, nothing is compared with it.
+    With `confirm.seeds` each is trained again first. What an earlier process did is not done again. A seed whose
+    training fails, whatever of, is left out, and so is a model with too few verdicts; a point of which every trial is
+    makes room for the next. If the model before training has too few, nothing is compared with it.
     """
     points = finished_points(shared, trials)
     points = [point for point in points if len(point.trials) == shared.config.repeats] or points
@@ -147,9 +150,13 @@ def _confirmed(shared: Shared, point: Point, prompts: Prompts, left_out: list[st
             model, folder = str(run / MODEL_FOLDER), run / SCORES_FOLDER / CONFIRMATION
             shared.score(folder, model=model, weights=model, prompts=prompts)
             records[seed], runs[seed] = shared.records_in(folder), run
-        except (DivergedError, TooManyUnparsedError, ModelGoneError) as error:
-            left_out.append(f"{name}: {str(error).splitlines()[0]}")
-            logger.warning("not confirmed, %s", left_out[-1])
+        except Exception as error:
+            of_model = isinstance(error, (DivergedError, TooManyUnparsedError, ModelGoneError))
+            ends_all = isinstance(own_error(error), (ScorerDiedError, PreemptedError))
+            if ends_all or (number < len(point.trials) and not of_model):
+                raise  # what happens to a further seed is no reason to confirm nothing
+            left_out.append(f"{name}: {said_of(error).splitlines()[0]}")
+            logger.warning("not confirmed, %s", left_out[-1], exc_info=own_error(error) is None)
     if not runs:
         return None
     score = shared.score_in(*(run / SCORES_FOLDER / CONFIRMATION for run in runs.values()))

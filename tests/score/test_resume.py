@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mlc_ray.score.calibration import CalibrationError
 from mlc_ray.score.plan import with_dtypes, with_judge_models
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.request import Request, ScoreError, load_request
-from mlc_ray.score.results import load_in_language
+from mlc_ray.score.results import ScoreResult, load_in_language
 from mlc_ray.score.run import judge_again, score
 from mlc_ray.score.stages import RESPONSES
 from mlc_ray.storage import IncompleteArtifactError, Place, fingerprint
@@ -192,33 +193,60 @@ def test_a_score_goes_on_in_the_dtype_it_began_in(
     assert asked[0].engine.dtype == "float32"
 
 
-def test_responses_keep_the_engine_that_gave_them(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(rows: pa.Table) -> pa.Table:
-        raise JudgeError("the judge is away")
-
+@pytest.fixture
+def local(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ScoreResult]:
+    """A score in this process of four prompts, without Ray; `judges` is the pool of the judge, if it has one."""
     monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "float32")
     monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
     monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
     monkeypatch.setattr("mlc_ray.score.run._check_readers", lambda *_: None)
     monkeypatch.setattr("mlc_ray.score.passes.side_by_side", lambda parts, device, is_open: [[one] for one in parts])
-    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part, work=away))
-    monkeypatch.setattr("mlc_ray.score.run.Request", lambda **fields: Request(**fields, versions={"vllm": installed}))
-    answer = {"response": "I cannot help with that.", "finish": "stop", "prompt_tokens": 9, "response_tokens": 6}
-    table = pa.Table.from_pylist([{name: ROW.get(name, 0) for name in PROMPTS.names}], schema=PROMPTS)
+    rows = [{name: ROW.get(name, 0) for name in PROMPTS.names} | {"bundle_id": bundle} for bundle in "abcd"]
+    table = pa.Table.from_pylist(rows, schema=PROMPTS)
     monkeypatch.setattr("mlc_ray.score.run.read_prompts", lambda config, rejects: Prompts(table, "prompts"))
-    file, told = tmp_path / "own.jsonl", {"tell_languages": False, "resume": "auto"}
+    file, told = tmp_path / "own.jsonl", {"tell_languages": False, "resume": "auto", "max_unparsed": 1.0}
     config = config_for(model, write_bundles(file), tmp_path / "scores", **told)
+    answer = {"response": "I cannot help with that.", "finish": "stop", "prompt_tokens": 9, "response_tokens": 6}
     part = Part("answering", Generator, {}, config.engine)
-    pool = LocalPool(part, work=lambda rows: pa.Table.from_pylist([answer] * len(rows), schema=ANSWERS))
+
+    def run(judges: Callable[[Part], LocalPool] = LocalPool) -> ScoreResult:
+        monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: judges(part))
+        pool = LocalPool(part, work=lambda rows: pa.Table.from_pylist([answer] * len(rows), schema=ANSWERS))
+        return score(config, pool=pool)
+
+    return run
+
+
+def test_responses_keep_the_engine_that_gave_them(
+    local: Callable[..., ScoreResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(rows: pa.Table) -> pa.Table:
+        raise JudgeError("the judge is away")
+
+    monkeypatch.setattr("mlc_ray.score.run.Request", lambda **fields: Request(**fields, versions={"vllm": installed}))
     installed = "1.0"
     with pytest.raises(JudgeError, match="is away"):
-        score(config, pool=pool)
-    folder = Path(config.output_dir) / str(config.name)
+        local(lambda part: LocalPool(part, work=away))
     installed = "2.0"
     with pytest.raises(ScoreError, match=r"responses by vllm 1\.0, and here is vllm 2\.0: judge those by `mlc-ray"):
-        score(config, pool=pool)
+        local()
     monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part))
-    assert judge_again(folder).versions == {"vllm": "1.0"}
+    assert judge_again(tmp_path / "scores" / "score").versions == {"vllm": "1.0"}
+
+
+def test_a_fault_of_a_judges_engines_is_told_from_a_verdict_and_judged_again(
+    local: Callable[..., ScoreResult],
+) -> None:
+    found = local(lambda part: LocalPool(part, fails=lambda row: row["bundle_id"] == "c", asks="bundle_id"))
+    assert (found.judge_faults, found.unparsed) == (1, 1)
+    rows = pq.read_table(found.responses_file).to_pylist()
+    assert [row["behaviour"] for row in rows] == ["refused", "refused", "unparsed", "refused"]
+    assert [row["judge_fault"] is None for row in rows] == [True, True, False, True]
+    assert "it died" in rows[2]["judge_fault"]
+    again = local()
+    assert (again.judge_faults, again.unparsed, again.finish) == (0, 0, {"stop": 4})
+    pools: list[LocalPool] = []
+    assert local(lambda part: pools.append(LocalPool(part)) or pools[0]) == again and not pools  # it is finished
 
 
 def test_options_of_an_engine_are_few_and_part_of_what_answers(tmp_path: Path) -> None:

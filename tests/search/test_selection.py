@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray.exceptions import ActorDiedError
 
-from mlc_ray.config import ConfirmSection
+from mlc_ray.config import ConfigError, ConfirmSection
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.score.prompts import BenchmarkError, Prompts
 from mlc_ray.score.run import TooManyUnparsedError
+from mlc_ray.score.scorer import ScorerDiedError
 from mlc_ray.search.apart import apart_p, choice_p
 from mlc_ray.search.confirm import best_of, confirm, confirmation_of, drop_models, finished_points
 from mlc_ray.search.objectives.base import TrialScore, make_objective
@@ -262,6 +264,40 @@ def test_a_baseline_with_too_few_verdicts_is_told_and_what_is_confirmed_stays(
     assert found is not None and found.best.trial == "a"
     assert (found.baseline, found.change) == (None, None)
     assert found.left_out == ("the model before training: 9 of 10 responses got no verdict",)
+
+
+@pytest.mark.parametrize(
+    ("error", "left_out"),
+    [
+        (ConfigError("no memory for 8 workers\nmore"), "a with seed 9: no memory for 8 workers"),
+        (ActorDiedError(), "a with seed 9: a worker died: The actor died unexpectedly before finishing this task."),
+        (OSError(28, "No space left"), "a with seed 9: OSError: [Errno 28] No space left"),
+        (ScorerDiedError("it is gone"), None),
+    ],
+)
+def test_a_seed_that_fails_is_left_out_and_the_others_are_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, left_out: str | None
+) -> None:
+    def fails(*_: Any) -> Place:
+        raise error
+
+    monkeypatch.setattr("mlc_ray.search.confirm._trained_again", fails)
+    config = search_config(confirm={"keep": 1, "seeds": [9]}, trials=1)
+    (tmp_path / "a" / "model").mkdir(parents=True)
+    shared: Any = SimpleNamespace(
+        config=config, space=make_space(config), folder=Place(tmp_path), model="m", lora=False,
+        trial_folder=lambda name: Place(tmp_path / name), score=lambda *folder, **settings: None,
+        records_in=lambda folder: GOOD, score_in=lambda *folders: scored(GOOD),
+    )  # fmt: skip
+    trial = Trial("a", {"mlc.layer": 20, "mlc.weight": 0.5}, scored(GOOD), 2, "finished", 1.0)
+    asked: Any = SimpleNamespace()
+    if left_out is None:  # nothing more can be scored
+        with pytest.raises(ScorerDiedError):
+            confirm(shared, asked, [trial])
+        return
+    found = confirm(shared, asked, [trial])
+    assert found is not None and found.best.runs == ("a",)
+    assert found.left_out == (left_out,)
 
 
 def test_the_models_of_the_best_trials_are_kept(tmp_path: Path) -> None:
