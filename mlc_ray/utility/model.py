@@ -20,7 +20,9 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mlc_ray.data.tokens import load_tokenizer
+from mlc_ray.config import PLAIN_CHAT, ChatSection
+from mlc_ray.config.chat import dated
+from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 from mlc_ray.generate.pool import EnginePool
 from mlc_ray.progress import phase
 from mlc_ray.utility.file import UtilityError
@@ -41,12 +43,27 @@ class PooledLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         pool: is open, and serves `model`.
         model: Hugging Face folder or hub name.
         max_length: longest question with its answer, in tokens: `engine.max_model_len` of the pool.
+        chat: what the chat template is given; its system prompt is the harness's to give (`system_instruction`).
         trust_remote_code: run the tokenizer's own Python code.
+
+    Raises:
+        TemplateError: the template does not use what `chat` gives it.
     """
 
-    def __init__(self, pool: EnginePool, model: str, *, max_length: int, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        pool: EnginePool,
+        model: str,
+        *,
+        max_length: int,
+        chat: ChatSection = PLAIN_CHAT,
+        trust_remote_code: bool = False,
+    ) -> None:
         super().__init__()
         self.tokenizer: Any = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        if chat.arguments or chat.system is not None:
+            ChatTemplate(self.tokenizer, chat, prompts_only=True)
+        self._chat = {**chat.arguments, **dated(chat.date)}
         self.max_length = max_length
         self._pool = pool
         self._cut = 0
@@ -80,7 +97,8 @@ class PooledLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as one text; without its system message, and with a warning, where the template has none."""
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        options = {**self._chat, **ends}
         try:
             return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
         except jinja2.TemplateError as error:
