@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 import ray
 import ray.exceptions
 
-from mlc_ray.errors import MlcRayError
+from mlc_ray.errors import MlcRayError, collected
 from mlc_ray.generate.blocks import Job, Landed, Piece, block_size
 from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import DIED, STATES, EngineDiedError, Part, Replica, Weights, reason
@@ -321,8 +321,10 @@ class EnginePool:
             self.weights, self._sure = None, False
         self._again(replica, self._served if method == "swap" else None)
 
-    def _outcomes(self, *, patient: bool = False) -> list[_Outcome]:
+    def _outcomes(self, *, patient: bool = False) -> Iterator[_Outcome]:
         """What has become of calls by now; who died or hangs has ended, and is told of in the log.
+
+        What a stage raised comes last, so that what the others have done is not lost with it.
 
         Raises:
             MlcRayError: what a stage raised.
@@ -333,14 +335,16 @@ class EnginePool:
         now = time.monotonic()
         seconds = min(now - self._looked, 2 * self.pause)  # what is longer, the pool's own process was away
         self._looked = now
-        found = []
+        raised: list[Exception] = []
         for reference, replica in doing.items():
             waits = patient and replica.method == "start" and replica.where is None
             if reference in ready:
-                found.append(self._taken(replica))
+                with collected(raised):
+                    yield self._taken(replica)
             elif not waits and (trouble := replica.trouble(seconds)) is not None:
-                found.append(self._ended(replica, trouble, hung=True))
-        return found
+                yield self._ended(replica, trouble, hung=True)
+        for error in raised:
+            raise error
 
     def _taken(self, replica: Replica) -> _Outcome:
         try:

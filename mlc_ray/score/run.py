@@ -49,7 +49,7 @@ from mlc_ray.runs import (
     training_languages,
 )
 from mlc_ray.score.calibration import check_calibration, with_corrected_rates
-from mlc_ray.score.languages import with_languages
+from mlc_ray.score.languages import unread_languages, with_languages
 from mlc_ray.score.passes import Passes
 from mlc_ray.score.plan import (
     Judging,
@@ -130,7 +130,7 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
         _check_free(place, resume=config.resume == "auto")  # another process may have scored there meanwhile
         with _worked_on(place) as folder:
             result = _score(config, model, folder, place, pool)
-    return check_unparsed(replace(result, folder=place), config.max_unparsed)
+    return check_unparsed(replace(result, folder=place), config.max_unparsed, by_language=True)
 
 
 def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: EnginePool | None) -> ScoreResult:
@@ -255,7 +255,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
                 (target / REPLIES_FILE).write_bytes(replies.read())
         judged = work.judge(_fitted_to(judging, responses), responses)
         result = write_score(request, judging, judged, folder)
-    return check_unparsed(replace(result, folder=target), config.max_unparsed)
+    return check_unparsed(replace(result, folder=target), config.max_unparsed, by_language=True)
 
 
 def resume_score(folder: str | Path | Place) -> ScoreResult:
@@ -302,20 +302,23 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
     return result
 
 
-def check_unparsed(result: ScoreResult, bound: float) -> ScoreResult:
+def check_unparsed(result: ScoreResult, bound: float, *, by_language: bool = False) -> ScoreResult:
     """The result, unless too few of its responses got a verdict.
 
     Raises:
-        TooManyUnparsedError: A larger share than `bound` got none.
+        TooManyUnparsedError: A larger share than `bound` got none; or with `by_language` none of a language did, which
+            the share of all may hide, unless `bound` allows any.
     """
-    if result.unparsed_share > bound:
+    if result.unparsed_share > bound or (by_language and unread_languages(result, bound)):
         raise TooManyUnparsedError(_unparsed_above(bound, result), result)
     return result
 
 
 def _unparsed_above(bound: float, result: ScoreResult) -> str:
+    whole = unread_languages(result, bound)
+    alone = f", and none of {', '.join(whole)} did" if whole else ""
     return (
-        f"{result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got no verdict; "
+        f"{result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got no verdict{alone}; "
         f"max_unparsed={bound:g} allows fewer; they are in {str(result.responses_file)!r} (columns behaviour, "
         "safety and reason); remove the cause, or raise max_unparsed"
     )

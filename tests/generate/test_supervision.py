@@ -249,6 +249,33 @@ def test_others_go_on_without_an_engine_that_is_lost(
     assert (lost.state, other.state) == ("idle", "idle")
 
 
+def test_what_others_have_done_is_not_lost_with_an_error_of_a_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(Lost):
+        def take(self) -> Any:
+            started = self.method == "start"
+            self.doing = None
+            if started:
+                return {}
+            if self.number == 0:
+                raise RefusedError("number is refused")
+            return pa.Table.from_pylist([{"next": number} for number in range(8)], schema=Fragile.columns)
+
+    def wait(references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return references, []
+
+    stub = SimpleNamespace(wait=wait, put=lambda rows: rows, exceptions=ray.exceptions)
+    monkeypatch.setattr("mlc_ray.generate.pool.ray", stub)
+    made, landed = part(tmp_path, {}), list[int]()
+    pool = EnginePool(made, "cpu", "first", [Refusing(made, "cpu", number) for number in (0, 1)])
+    for replica in pool.replicas:
+        replica.begin(None)
+    with pytest.raises(RefusedError):
+        pool.map(NUMBERS.slice(0, 16), landed=lambda first, columns: landed.append(first))
+    assert landed == [8]  # what the second engine had done by then
+
+
 def test_a_piece_is_tried_halved_and_given_up() -> None:
     def tries(piece: Piece) -> list[tuple[int, int]]:
         """All tries of a piece whose row 5 always fails, the last ones of that row."""

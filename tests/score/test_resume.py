@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from mlc_ray.score.plan import with_dtypes, with_judge_models
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import ScoreResult, load_in_language
-from mlc_ray.score.run import judge_again, score
+from mlc_ray.score.run import TooManyUnparsedError, judge_again, score
 from mlc_ray.score.stages import RESPONSES
 from mlc_ray.storage import IncompleteArtifactError, Place, fingerprint
 from tests.checkpoints import complete
@@ -195,22 +195,27 @@ def test_a_score_goes_on_in_the_dtype_it_began_in(
 
 @pytest.fixture
 def local(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ScoreResult]:
-    """A score in this process of four prompts, without Ray; `judges` is the pool of the judge, if it has one."""
+    """A score in this process of a prompt in each of `languages`, without Ray; `judges` makes the judge's pool."""
     monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "float32")
     monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
     monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
     monkeypatch.setattr("mlc_ray.score.run._check_readers", lambda *_: None)
     monkeypatch.setattr("mlc_ray.score.passes.side_by_side", lambda parts, device, is_open: [[one] for one in parts])
-    rows = [{name: ROW.get(name, 0) for name in PROMPTS.names} | {"bundle_id": bundle} for bundle in "abcd"]
-    table = pa.Table.from_pylist(rows, schema=PROMPTS)
-    monkeypatch.setattr("mlc_ray.score.run.read_prompts", lambda config, rejects: Prompts(table, "prompts"))
-    file, told = tmp_path / "own.jsonl", {"tell_languages": False, "resume": "auto", "max_unparsed": 1.0}
-    config = config_for(model, write_bundles(file), tmp_path / "scores", **told)
     answer = {"response": "I cannot help with that.", "finish": "stop", "prompt_tokens": 9, "response_tokens": 6}
-    part = Part("answering", Generator, {}, config.engine)
 
-    def run(judges: Callable[[Part], LocalPool] = LocalPool) -> ScoreResult:
+    def run(
+        judges: Callable[[Part], LocalPool] = LocalPool,
+        languages: Sequence[str] = ["en"] * 4,
+        max_unparsed: float = 1.0,
+    ) -> ScoreResult:
+        own = [{"bundle_id": f"b{number}", "language": code} for number, code in enumerate(languages)]
+        rows = [{**{name: ROW.get(name, 0) for name in PROMPTS.names}, **row} for row in own]
+        table = pa.Table.from_pylist(rows, schema=PROMPTS)
+        monkeypatch.setattr("mlc_ray.score.run.read_prompts", lambda config, rejects: Prompts(table, str(len(rows))))
         monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: judges(part))
+        told = {"tell_languages": False, "resume": "auto", "max_unparsed": max_unparsed}
+        config = config_for(model, write_bundles(tmp_path / "own.jsonl"), tmp_path / "scores", **told)
+        part = Part("answering", Generator, {}, config.engine)
         pool = LocalPool(part, work=lambda rows: pa.Table.from_pylist([answer] * len(rows), schema=ANSWERS))
         return score(config, pool=pool)
 
@@ -237,7 +242,7 @@ def test_responses_keep_the_engine_that_gave_them(
 def test_a_fault_of_a_judges_engines_is_told_from_a_verdict_and_judged_again(
     local: Callable[..., ScoreResult],
 ) -> None:
-    found = local(lambda part: LocalPool(part, fails=lambda row: row["bundle_id"] == "c", asks="bundle_id"))
+    found = local(lambda part: LocalPool(part, fails=lambda row: row["bundle_id"] == "b2", asks="bundle_id"))
     assert (found.judge_faults, found.unparsed) == (1, 1)
     rows = pq.read_table(found.responses_file).to_pylist()
     assert [row["behaviour"] for row in rows] == ["refused", "refused", "unparsed", "refused"]
@@ -247,6 +252,18 @@ def test_a_fault_of_a_judges_engines_is_told_from_a_verdict_and_judged_again(
     assert (again.judge_faults, again.unparsed, again.finish) == (0, 0, {"stop": 4})
     pools: list[LocalPool] = []
     assert local(lambda part: pools.append(LocalPool(part)) or pools[0]) == again and not pools  # it is finished
+
+
+def test_a_language_without_any_verdict_ends_a_score_with_an_error(local: Callable[..., ScoreResult]) -> None:
+    def judges(part: Part) -> LocalPool:
+        return LocalPool(part, fails=lambda row: row["language"] == "sw", asks="language")
+
+    with pytest.raises(
+        TooManyUnparsedError, match=r"1 of 41 .* and none of benign prompts in sw of own \(refused\) did"
+    ):
+        local(judges, languages=[*40 * ["en"], "sw"], max_unparsed=0.05)
+    assert TooManyUnparsedError.exit_status == 3
+    assert local(judges, languages=[*40 * ["en"], "sw"], max_unparsed=1.0).unparsed == 1
 
 
 def test_options_of_an_engine_are_few_and_part_of_what_answers(tmp_path: Path) -> None:

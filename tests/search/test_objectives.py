@@ -247,6 +247,39 @@ def test_a_floor_under_a_number_that_is_minimised_is_refused() -> None:
         make_objective(ObjectiveSettings(name="tests.search.test_objectives:Attack"))
 
 
+class Margin(Objective):
+    """From -1 to 1, with a floor."""
+
+    name = "margin"
+    least = -1.0
+
+    @property
+    def floor(self) -> float:
+        return 0.5
+
+    def values(self, sides: Sides) -> tuple[float, ...]:
+        return (2 * mean_rate(sides.harmful) - 1,)
+
+
+class Undeclared(Margin):
+    """As if it could not be negative."""
+
+    least = 0.0
+
+
+def test_whatever_is_above_the_floor_is_better_than_all_below_it() -> None:
+    own = make_objective(ObjectiveSettings(name="tests.search.test_objectives:Margin"))
+    benign = records("benign", en=32 * "C")
+    poor = own.score(records("harmful", en=32 * "C") + benign)
+    refuser = own.score(records("harmful", en=32 * "R") + records("benign", en=32 * "R"))
+    assert (poor.feasible, refuser.feasible) == (True, False)
+    assert refuser.rank < poor.rank < 0
+    with pytest.raises(ObjectiveError, match=r"gives -1, below its least=0: .*declare the least that it can be"):
+        make_objective(ObjectiveSettings(name="tests.search.test_objectives:Undeclared")).score(
+            records("harmful", en=32 * "C") + benign
+        )
+
+
 def test_schedulers_need_one_number() -> None:
     with pytest.raises(ConfigError, match=r"scheduler='asha' compares trials by one number.*harmful, benign_complied"):
         search_config(objective="pareto", scheduler="asha", score_every=1)
