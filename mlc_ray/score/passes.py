@@ -91,12 +91,8 @@ class Passes:
         for file in self.folder.glob(f"*{USAGE_SUFFIX}"):
             file.unlink()  # of an earlier judge
         parts = reading(judging, self.device, rows=rows, usage=self.folder, replies=self.place / REPLIES_FILE)
-        by = [judging.identity, *map(_asked, judging.readers), engine_versions(library_versions())]
-        reads = [*RESPONSES.names, *TRANSLATED.names]
-        return [
-            _Planned(name, part, by, [*reads, *part.settings.get("earlier", ())], "responses")
-            for name, part in parts.items()
-        ]
+        by = judged_by(judging)
+        return [_Planned(name, part, by, read_by(part), "responses") for name, part in parts.items()]
 
     def _work(self, planned: Sequence[_Planned], table: pa.Table) -> pa.Table:
         """`table` with the columns of all passes; the file has those of each pass once it has ended."""
@@ -163,6 +159,16 @@ class Passes:
 def made_by(request: Request) -> list[Any]:
     """What the model's answers follow from, beside a prompt: a part of the keys of rows that are kept."""
     return [request.decoding, engine_versions(request.versions)]
+
+
+def judged_by(judging: Judging) -> list[Any]:
+    """What verdicts follow from, beside a response: a part of the keys of rows that are kept."""
+    return [judging.identity, *map(_asked, judging.readers), engine_versions(library_versions())]
+
+
+def read_by(part: Part) -> list[str]:
+    """The columns that a pass of translating or judging reads."""
+    return [*RESPONSES.names, *TRANSLATED.names, *part.settings.get("earlier", ())]
 
 
 def _asked(reader: Reader) -> list[Any]:

@@ -11,6 +11,8 @@ This module imports neither Ray nor torch.
 
 from __future__ import annotations
 
+import logging
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -46,6 +48,8 @@ from mlc_ray.types import (
     Via,
 )
 
+logger = logging.getLogger(__name__)
+
 NOT_GENERATED = "not_generated"
 """Finish reason where the judge needs no response."""
 
@@ -56,6 +60,7 @@ NO_ANSWER = {
     FORBIDDEN_THOUGHTS: "it begins with thoughts, which asking.reasoning=forbid was to turn off",
 }
 """Finish reasons of rows without an answer to judge, and what is said of them: they count as unparsed."""
+_PUBLISH_SECONDS = 300.0  # between the times that an endpoint's replies go where other nodes find them
 _TEXT = pa.string()
 VERDICTS = pa.schema(
     {
@@ -130,18 +135,21 @@ class Asking:
     def __init__(self, asker: Any, usage_file: str | None, replies_file: str | None) -> None:
         self._chat: ChatEndpoint | None = getattr(asker, "chat", None)
         self._usage_file = usage_file
-        self._replies = None if replies_file is None else Place(replies_file)
+        self._replies, self._published = None if replies_file is None else Place(replies_file), time.monotonic()
         if self._chat is not None and self._replies is not None:
             self._chat.cache.restore(self._replies)
 
     def noted(self) -> AbstractContextManager[None]:
-        """Write what the questions of the block did and cost, and after an error, which ends the stage, the replies."""
+        """Write what the questions of the block did and cost, and at times, or after an error, the replies."""
         return nullcontext() if self._chat is None else self._noted(self._chat)
 
     @contextmanager
     def _noted(self, chat: ChatEndpoint) -> Iterator[None]:
         try:
             yield
+            if time.monotonic() - self._published > _PUBLISH_SECONDS:
+                self._published = time.monotonic()
+                self._try_to_publish()
         except MlcRayError:
             self.publish()
             raise
@@ -153,6 +161,12 @@ class Asking:
         """Add the replies to their file."""
         if self._chat is not None and self._replies is not None:
             self._chat.cache.publish(self._replies)
+
+    def _try_to_publish(self) -> None:
+        try:
+            self.publish()
+        except OSError as error:  # of a store that is away for a while; this node has them too
+            logger.warning("the endpoint's replies could not be published yet: %s", error)
 
 
 class TranslateStage(Stage):

@@ -32,12 +32,14 @@ from mlc_ray.generate.engine import Device, Warm, check_positions, engine_enviro
 from mlc_ray.generate.pool import EnginePool
 from mlc_ray.generate.replica import Part
 from mlc_ray.monitoring import told_of
-from mlc_ray.runs import UTILITY_FILE, output_folder, pinned_weights, training_chat
+from mlc_ray.runs import KEPT_FOLDER, UTILITY_FILE, output_folder, pinned_weights, training_chat
+from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import counted
+from mlc_ray.score.request import engine_versions
 from mlc_ray.score.results import ScoresFileError, load_scores
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_model, scratch_folder
 from mlc_ray.utility.file import Utility, UtilityError, UtilityRow, load_utility, save_utility
-from mlc_ray.utility.stage import Completer
+from mlc_ray.utility.stage import ASKED, SAID, Completer
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,7 @@ def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Ut
         folder=Place(folder),
     )
     save_utility(utility)
+    (Place(folder) / KEPT_FOLDER).remove()
     return utility
 
 
@@ -264,6 +267,7 @@ def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool |
                 model,
                 max_length=config.engine.max_model_len,
                 chat=config.chat or PLAIN_CHAT,
+                kept=_kept(config, model, log.parent),
                 trust_remote_code=config.engine.trust_remote_code,
             )
             found = simple_evaluate(
@@ -288,6 +292,13 @@ def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool |
         harness.removeHandler(handler)
         harness.setLevel(level)
         handler.close()
+
+
+def _kept(config: UtilityConfig, model: str, folder: Path) -> Kept:
+    """What is there of a measurement of the same model by the same engine that ended early."""
+    engine = config.engine
+    by = [fingerprint_model(model), engine.dtype, engine.options, engine.max_model_len]
+    return Kept(Place(folder), "utility", [*by, engine_versions(library_versions())], ASKED.names, SAID)
 
 
 @contextmanager

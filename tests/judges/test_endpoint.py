@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -12,6 +13,7 @@ from mlc_ray.config import EndpointSection, JudgeSettings, ScoreConfig, parse_co
 from mlc_ray.generate.replies import EndpointError
 from mlc_ray.judges.base import make_judge
 from mlc_ray.judges.endpoint import EndpointJudge, Protocol, check_code, judge_conversation, read_verdict
+from mlc_ray.score.stages import Asking
 from mlc_ray.types import Answer
 from tests.generate.chat_server import ChatServer, Step, serving
 
@@ -231,6 +233,27 @@ def test_it_declares_every_language_and_both_measures(tmp_path: Path) -> None:
     assert make_judge(alike).identity == make_judge(asked[0]).identity
     assert re.fullmatch(f'endpoint m request={{"temperature": 1}} {where}', make_judge(asked[1]).identity)
     assert judge.coverage(["en", "ku", "xx"]) == {"en": "", "ku": "", "xx": ""}
+
+
+def test_replies_go_where_other_nodes_find_them_while_judging_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = tmp_path / "score" / "replies.parquet"
+    published.parent.mkdir()
+    with serving(lambda messages, number: Step(line(code_in(messages), "answers", "safe"))) as server:
+        judge = judge_for(server, tmp_path)
+        asking = Asking(judge, None, str(published))
+        with asking.noted():
+            judge.judge([answer("a")])
+        assert not published.exists()
+        monkeypatch.setattr("mlc_ray.score.stages._PUBLISH_SECONDS", -1.0)
+        with asking.noted():
+            judge.judge([answer("b")])
+        assert pq.read_table(published).num_rows == 2
+        other = judge_for(server, tmp_path / "elsewhere")
+        Asking(other, None, str(published))  # as on another node, where no cache is
+        other.judge([answer("a"), answer("b")])
+        assert len(server.bodies) == 2
 
 
 def test_wrong_settings_raise(tmp_path: Path) -> None:

@@ -283,6 +283,34 @@ def test_questions_stand_in_the_conversation_of_training_and_on_its_date(
 
 
 @needs_harness
+def test_a_measurement_that_ended_early_asks_for_the_rest_alone(
+    tmp_path: Path, settings: dict[str, Any], smollm2: Path
+) -> None:
+    def said(rows: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([{"log_prob": -1.0, "greedy": False}] * len(rows), schema=SAID)
+
+    def dying(rows: pa.Table) -> pa.Table:
+        if len(first.asked) > 8:
+            raise EngineError("the node is gone")
+        return said(rows)
+
+    scores = write_score(
+        tmp_path / "scores", [response(0, "harmful", "en")], fingerprint=fingerprint_model(str(smollm2))
+    )
+    engine = {**settings["engine"], "block_rows": 4}
+    asked = config(**{**settings, "engine": engine}, scores=str(scores))
+    part = utility._part(asked, str(smollm2), "cpu", None)
+    first, second, third = (LocalPool(part, work=work, asks="ids") for work in (dying, said, said))
+    with pytest.raises(EngineError, match="the node is gone"):
+        measure_utility(asked, first)
+    assert (scores / "kept").is_dir()
+    measured = measure_utility(asked, second)
+    assert not (scores / "kept").exists()
+    assert measure_utility(asked, third).row("small_facts") == measured.row("small_facts")
+    assert len(first.asked) == 12 and len(second.asked) == len(third.asked) - 8
+
+
+@needs_harness
 def test_an_answer_that_leaves_no_room_for_a_question_is_refused(smollm2: Path) -> None:
     from lm_eval.api.instance import Instance
 
