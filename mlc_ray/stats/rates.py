@@ -241,12 +241,11 @@ def _row(
     return ScoreRow(
         benchmark, kind, language, measure, n,
         hits=hits, misses=outcomes["misses"], degenerate=outcomes["degenerate"], unparsed=outcomes["unparsed"],
-        rate=hits / n, low=low, high=high,
+        rate=hits / n, low=low, high=high, design_effect=effects["hits"], misses_effect=effects["misses"],
         # The least sure way that any of them was read.
         via=max((getattr(record, f"via_{measure}") or "" for record, _ in verdicts), key=get_args(Via).index),
         margin=sum(margins) / len(margins) if margins else None,
         judge=", ".join(sorted({getattr(record, f"judge_{measure}") or "" for record, _ in verdicts})),
-        design_effect=effects["hits"], misses_effect=effects["misses"],
     )  # fmt: skip
 
 
