@@ -154,6 +154,37 @@ def test_what_is_reported_of_fifty_equal_trials_is_true_though_the_best_of_them_
     assert held >= 184, held  # 95 % of 200 less two standard errors
 
 
+def test_so_it_is_by_the_intervals_and_the_choice_of_a_search_itself() -> None:
+    average = objective(min_benign_compliance=0.5)
+    values = search_config().enqueue or [{}]
+
+    def judged(generator: np.random.Generator) -> list[Judged]:
+        sides = zip(("harmful", "benign"), ("RC", "CR"), (TRUE_RATE, BENIGN_RATE), strict=True)
+        found = []
+        for kind, letters, rate in sides:
+            text = "".join(letters[int(draw > rate)] for draw in generator.random(RESPONSES))
+            found += records(kind, en=text)  # type: ignore[arg-type]
+        return found
+
+    selected, reported, held = [], [], 0
+    for seed in range(16):
+        generator = np.random.default_rng([36, seed])
+        trials = [average.score(judged(generator)) for _ in range(12)]
+        chosen = shortlist(trials, 2)
+        selected.append(trials[chosen[0]].harmful.value)
+        confirming = [judged(generator) for _ in chosen]
+        found = [
+            (Confirmed(str(index), (str(index),), values[0], average.score(each)), {1: each})
+            for index, each in zip(chosen, confirming, strict=True)
+        ]
+        best = confirmation_of(average, found, None).best.score.harmful
+        reported.append(best.value)
+        held += best.low <= 100 * TRUE_RATE <= best.high
+    assert np.mean(selected) > 39
+    assert abs(np.mean(reported) - 35) < 4  # three standard errors
+    assert held >= 13, held
+
+
 def _p_value(first: TrialScore, other: TrialScore) -> float:
     """Of two independent rates, by a normal approximation."""
     a, b = first.harmful.value / 100, other.harmful.value / 100
