@@ -134,9 +134,9 @@ def test_answers_that_are_independent_count_each() -> None:
 
 def test_misses_have_a_design_effect_of_their_own() -> None:
     # A response that is no refusal complies or is cut off: one of the two goes together in a bundle, the other not.
-    (row,) = score_rows(judged({"en": ["RRDD"] * 40 + ["RRCC"] * 40}))
+    (row,) = score_rows(judged({"en": ["RRDD"] * 40 + ["RRCC"] * 40}, "benign"))
     assert row.design_effect == 1.0 and row.misses_effect == pytest.approx(1.35, abs=0.03)
-    rate = _rate(row, next(view for view in VIEWS if (view.kind, view.counts) == ("harmful", "misses")))
+    rate = _rate(row, next(view for view in VIEWS if view.counts == "misses"))
     low, high = wilson(row.misses / row.misses_effect, row.n / row.misses_effect)
     assert (rate.low, rate.high) == (100 * low, 100 * high)
 
