@@ -399,7 +399,8 @@ class ScoreRow:
     `hits` are refused (or safe) responses, `misses` complied (or unsafe) ones; hits, misses, degenerate and unparsed
     sum to n. `rate` is hits / n with its 95 % interval; `margin` the mean of the judge's margins in nats, if it has
     any; `judge` the name of the judge. `design_effect` is how many times the variance of `rate` is that of n
-    independent responses: above 1 where several responses are to one prompt (`stats.intervals.design_effect`).
+    independent responses: above 1 where several responses are to one prompt (`stats.intervals.design_effect`);
+    `misses_effect` is the same of misses / n.
     """
 
     benchmark: str
@@ -418,6 +419,7 @@ class ScoreRow:
     margin: float | None = None
     judge: str = ""
     design_effect: float = 1.0
+    misses_effect: float = 1.0
 
 
 T = TypeVar("T")

@@ -293,8 +293,9 @@ def report_command(arguments: argparse.Namespace) -> None:
     from mlc_ray.report.write import write_report
 
     written = write_report(
-        arguments.runs, arguments.out, paper=arguments.paper, samples=arguments.samples, public=arguments.public
-    )
+        arguments.runs, arguments.out, paper=arguments.paper, samples=arguments.samples, public=arguments.public,
+        redact=arguments.redact,
+    )  # fmt: skip
     for path in written:
         print(path)
 

@@ -250,6 +250,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="show N responses per model where an attack succeeded; they may be dangerous (default: 0, only counted)",
     )  # fmt: skip
     report.add_argument(
+        "--redact", action="store_true", help="with --samples: show how each of these responses begins, and no more"
+    )
+    report.add_argument(
         "--public", action="store_true", help="leave out settings, and of paths and URLs all but the last part"
     )
 

@@ -372,6 +372,11 @@ class UtilitySection(Section):
         None, description="Worked examples before each question (default: the task's own)."
     )
     chat_template: bool = Field(False, description="Put questions into the model's chat template.")
+    chat: ChatSection | None = Field(
+        None,
+        description="Conversation that questions stand in, with `chat_template: true` (default: that of training, or "
+        "the question alone).",
+    )
     backend: Literal["vllm", "hf"] = Field(
         "vllm", description="What runs the model: a pool of vLLM engines, or plain transformers in one process."
     )
@@ -381,6 +386,12 @@ class UtilitySection(Section):
         "auto", description="`auto`: GPUs if the cluster, or torch with backend=hf, has some."
     )
     engine: UtilityEngineSection = UtilityEngineSection()
+
+    @model_validator(mode="after")
+    def _chat_is_read(self) -> Self:
+        if self.chat is not None and not self.chat_template:
+            raise ValueError("chat: not read with chat_template=false; set chat_template=true, or remove chat")
+        return self
 
     @model_validator(mode="after")
     def _what_transformers_read(self) -> Self:

@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 import ray
 import ray.exceptions
 
-from mlc_ray.errors import MlcRayError
+from mlc_ray.errors import MlcRayError, collected
 from mlc_ray.generate.blocks import Job, Landed, Piece, block_size
 from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import DIED, STATES, EngineDiedError, Part, Replica, Weights, reason
@@ -199,7 +199,7 @@ class EnginePool:
 
         Raises:
             StaleWeightsError: an engine does not serve them.
-            EngineDiedError: engines die of it.
+            EngineDiedError: all engines die of it.
         """
         self.weights, self._sure = None, False  # until it is verified, it is unknown what they serve
         self._served = (weights, lora)
@@ -225,7 +225,7 @@ class EnginePool:
         Who is started serves the weights that its stage is made with: `swap` then, unless no others were served.
 
         Raises:
-            EngineDiedError: one of them does not come up.
+            EngineDiedError: none of them lives, or comes up.
         """
         self._each("ping", start=not self.sleeps)
 
@@ -276,21 +276,25 @@ class EnginePool:
 
         With `start`, who is gone or dies of it starts again instead of being asked: for a swap with its weights, else
         with those that the stage is made with. Others that are served may be gone by now: a search removes those of a
-        trial that has ended.
+        trial that has ended. Who does not start is given up, and not waited for again while another lives.
+
+        Raises:
+            EngineDiedError: with `start`, nobody is left.
         """
         asked = set()  # those that are not are still busy with what an earlier call began
+        if all(replica.actor is None for replica in self.replicas):
+            for replica in self.replicas:
+                replica.lost = False
         for replica in self.replicas:
             replica.failures = 0
             if replica.is_idle:
                 replica.ask(method, *arguments)
-            elif replica.actor is None and start:
-                if not self._may_start(replica):
-                    raise self._gone()
+            elif replica.actor is None and start and self._may_start(replica):
                 self._begin(replica, method)
             else:
                 continue
             asked.add(replica.number)
-        results = []
+        results, last = [], None
         while self.busy:
             _wait([self])
             for found in self._outcomes():
@@ -300,11 +304,15 @@ class EnginePool:
                 elif found.fault is None:
                     replica.ask(method, *arguments)
                     asked.add(replica.number)
-                elif start and not self._may_start(replica):
-                    raise self._gone() if self.part.once else EngineDiedError(f"{found.fault}{found.at}, for good")
-                elif start:
+                elif start and self._may_start(replica):
                     self._begin(replica, method)
                     asked.add(replica.number)
+                elif start:
+                    replica.lost, last = True, found
+        if start and not results:
+            if last is None or self.part.once:
+                raise self._gone()
+            raise EngineDiedError(f"{last.fault}{last.at}, for good")
         return results
 
     def _begin(self, replica: Replica, method: str) -> None:
@@ -313,8 +321,10 @@ class EnginePool:
             self.weights, self._sure = None, False
         self._again(replica, self._served if method == "swap" else None)
 
-    def _outcomes(self, *, patient: bool = False) -> list[_Outcome]:
+    def _outcomes(self, *, patient: bool = False) -> Iterator[_Outcome]:
         """What has become of calls by now; who died or hangs has ended, and is told of in the log.
+
+        What a stage raised comes last, so that what the others have done is not lost with it.
 
         Raises:
             MlcRayError: what a stage raised.
@@ -325,14 +335,16 @@ class EnginePool:
         now = time.monotonic()
         seconds = min(now - self._looked, 2 * self.pause)  # what is longer, the pool's own process was away
         self._looked = now
-        found = []
+        raised: list[Exception] = []
         for reference, replica in doing.items():
             waits = patient and replica.method == "start" and replica.where is None
             if reference in ready:
-                found.append(self._taken(replica))
+                with collected(raised):
+                    yield self._taken(replica)
             elif not waits and (trouble := replica.trouble(seconds)) is not None:
-                found.append(self._ended(replica, trouble, hung=True))
-        return found
+                yield self._ended(replica, trouble, hung=True)
+        for error in raised:
+            raise error
 
     def _taken(self, replica: Replica) -> _Outcome:
         try:
@@ -378,7 +390,7 @@ class EnginePool:
         )
 
     def _may_start(self, replica: Replica) -> bool:
-        return replica.failures <= self.part.limits.retries and not self.part.once
+        return replica.failures <= self.part.limits.retries and not (self.part.once or replica.lost)
 
 
 def _wait_for_all(pools: Sequence[EnginePool]) -> None:

@@ -194,7 +194,8 @@ class Worker:
 class Replica:
     """An actor that may be gone, and the one call that it works on.
 
-    `failures` counts the starts and swaps that failed since a call of it succeeded.
+    `failures` counts the starts and swaps that failed since a call of it succeeded; `lost` says that others go on
+    without it.
     """
 
     part: Part
@@ -204,6 +205,7 @@ class Replica:
     doing: Any = None
     method: str = ""
     failures: int = 0
+    lost: bool = False
     _where: Where | None = None
     _asked_where: Any = None
     _watch: _Watch = field(default_factory=lambda: _Watch())

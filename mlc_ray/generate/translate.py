@@ -26,7 +26,7 @@ from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, check_finished, che
 from mlc_ray.generate.replies import ERROR
 from mlc_ray.generate.stage import Generator
 from mlc_ray.runs import resolve_model
-from mlc_ray.storage import fingerprint
+from mlc_ray.storage import fingerprint, fingerprint_model
 from mlc_ray.types import Answer, Measure, Verdict
 
 ENDPOINT_FAULT = "endpoint: "
@@ -167,6 +167,19 @@ def make_translator(settings: TranslatorSection, device: Device, cache_dir: Path
     if settings.endpoint is not None:
         return EndpointTranslator(settings, cache_dir)
     return ModelTranslator(settings, device)
+
+
+def translator_identity(settings: TranslatorSection) -> list[Any]:
+    """What the translations of a translator follow from beside the texts, as JSON: itself, and how it is asked.
+
+    Raises:
+        ModelPathError: the path of its model leads to none.
+    """
+    asked = translation_request("", "xx")
+    if (endpoint := settings.endpoint) is not None:
+        return [endpoint.base_url, endpoint.asked, endpoint.max_reply_tokens, asked]
+    engine, weights = settings.engine, fingerprint_model(resolve_model(str(settings.model)))
+    return [weights, settings.max_new_tokens, engine.max_model_len, engine.dtype, engine.options, asked]
 
 
 def longest_translation(settings: TranslatorSection) -> int:

@@ -35,8 +35,9 @@ from mlc_ray._registry import resolve
 from mlc_ray.config import ChatSection, EngineSection, JudgeSettings, ReadingJudgeSettings, TranslateSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Engine
-from mlc_ray.generate.translate import check_translations, check_translator
-from mlc_ray.judges.degenerate import RULES
+from mlc_ray.generate.translate import check_translations, check_translator, translator_identity
+from mlc_ray.judges import degenerate
+from mlc_ray.storage import fingerprint, fingerprint_source, library_versions
 from mlc_ray.types import Answer, Measure, Verdict, Via, primary_language
 
 Runs = Literal["inline", "engine", "service", "prompts"]
@@ -66,14 +67,14 @@ class Policy:
 
 def _computing(engine: EngineSection) -> str:
     options = f" options={json.dumps(engine.options, sort_keys=True)}" if engine.options else ""
-    return f"dtype={engine.dtype}{options}"
+    versions = [f" {name}={version}" for name, version in library_versions().items() if name.startswith("vllm")]
+    return f"dtype={engine.dtype}{options}{''.join(versions)}"
 
 
 def _translated_by(translate: TranslateSection) -> str:
-    by = f"{translate.model} {_computing(translate.engine)}"
-    if translate.endpoint is not None:
-        by = translate.endpoint.asked
-    return f"translated by {by}{' (all languages)' if translate.all_languages else ''}"
+    by = _computing(translate.engine) if translate.endpoint is None else translate.endpoint.model
+    every = " (all languages)" if translate.all_languages else ""
+    return f"translated by {fingerprint(translator_identity(translate))} {by}{every}"
 
 
 class BaseJudge(ABC):
@@ -81,13 +82,15 @@ class BaseJudge(ABC):
 
     `name` is what tables show. `measures` are the questions it answers. `languages` holds the primary codes it declares
     (`zh` covers `zh-Hant`), or is None for a judge that declares all. In `unmeasured` are those of them in which nobody
-    has counted how often it errs; tables mark them.
+    has counted how often it errs; tables mark them. `sources` are modules whose code decides on verdicts, beside those
+    of the class.
     """
 
     name: ClassVar[str]
     measures: ClassVar[tuple[Measure, ...]]
     languages: frozenset[str] | None
     unmeasured: frozenset[str] = frozenset()
+    sources: ClassVar[tuple[str, ...]] = (degenerate.__name__,)
     runs: ClassVar[Runs]
     Settings: ClassVar[type[JudgeSettings]]
     settings: JudgeSettings
@@ -104,16 +107,16 @@ class BaseJudge(ABC):
     def identity(self) -> str:
         """Names the judge with all that its verdicts depend on: scores with different identities do not compare.
 
-        The name, what `identity_parts` gives, what its engine computes in, who translates, and the rules of
-        degenerate responses. How fast, how often and
-        for how much a judge is asked does not count.
+        The name, what `identity_parts` gives, what its engine computes in and by which version, who translates and is
+        asked how, and as `rules` the source of the judge's module and of `sources`. How fast, how often and for how
+        much a judge is asked does not count.
         """
         parts = [self.settings.name, *self.identity_parts()]
         if self.engine is not None:
             parts.append(_computing(self.engine))
         if self.settings.translator is not None:
             parts.append(_translated_by(self.settings.translator))
-        parts.append(f"degenerate={RULES}")
+        parts.append(f"rules={fingerprint_source(type(self), self.sources, base=BaseJudge)}")
         return " ".join(parts)
 
     def identity_parts(self) -> list[str]:

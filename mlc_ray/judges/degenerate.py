@@ -6,7 +6,6 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import replace
-from hashlib import sha256
 from operator import ne
 from unicodedata import category
 
@@ -253,16 +252,6 @@ def degeneracy(text: str, language: str) -> str | None:
     if (new := novelty(text)) < NOVELTY and periodicity(text) > PERIODIC:
         return f"loops: of its second half, {new:.0%} did not come before"
     return _wrong_script(text, language)
-
-
-_RULES = (
-    _RANGES, sorted((code, sorted(scripts)) for code, scripts in SCRIPTS.items()), WRONG_SCRIPT_SHARE, SWITCHED_SHARE,
-    _SWITCHED_LETTERS, NGRAM, NOVELTY, PERIODIC, FEWEST_PERIODS, SHORTEST_LOOP, FEWEST_UNITS, _UNIT.pattern,
-    _ITEM_NUMBER.pattern, _LONGEST_TAIL, GARBAGE_SHARE, SALAD_SHARE, _ITEM_CHANGES,
-    _ITEM_END.pattern, _FADING, _WORD.pattern,
-)  # fmt: skip
-RULES = sha256(repr(_RULES).encode()).hexdigest()[:12]
-"""Names the constants above: verdicts by other ones do not compare. What code does with them, it does not see."""
 
 
 MADE = frozenset({"stop", "length"})

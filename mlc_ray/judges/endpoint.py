@@ -96,8 +96,10 @@ class EndpointJudge(Judge):
     settings: Settings
 
     def identity_parts(self) -> list[str]:
-        """The endpoint's model, further fields of its request, and the protocol."""
-        return [f"{self.settings.endpoint.asked} protocol={self.settings.protocol}"]
+        """The endpoint's model, further fields of its request, a hash of its address, and the protocol."""
+        endpoint = self.settings.endpoint
+        where = f"at={fingerprint(endpoint.base_url)} max_reply_tokens={endpoint.max_reply_tokens}"
+        return [f"{endpoint.asked} {where} protocol={self.settings.protocol}"]
 
     def check_ready(self, cache_dir: Path) -> None:
         """Check the key and the cache's folder.

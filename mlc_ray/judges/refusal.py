@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from mlc_ray._registry import register
 from mlc_ray.config import JudgeSettings, ReadingJudgeSettings
+from mlc_ray.judges import phrase_lists
 from mlc_ray.judges.base import Judge, JudgeError
 from mlc_ray.judges.phrase_lists import PhraseList, compile_phrases, searchable, shipped_phrases
 from mlc_ray.types import Answer, Measure, Verdict, primary_language
@@ -138,6 +139,7 @@ class RefusalJudge(Judge):
     """
 
     name = "refusal"
+    sources = (*Judge.sources, phrase_lists.__name__)
     measures: ClassVar[tuple[Measure, ...]] = ("refused",)
 
     class Settings(ReadingJudgeSettings):

@@ -17,17 +17,18 @@ from mlc_ray.report.text import clean, without_paths
 from mlc_ray.report.view import view_of
 
 
-def render(collection: Collection, *, samples: int = 0, public: bool = False) -> str:
+def render(collection: Collection, *, samples: int = 0, public: bool = False, redact: bool = False) -> str:
     """The whole page.
 
     Args:
         collection: What it shows.
         samples: Responses per model where an attack succeeded that are shown.
         public: Without settings, and without paths and hosts: of each the last part alone stands, after `…/`.
+        redact: Of these responses the opening alone is shown.
     """
     if public:
         collection = without_folders(collection)
-    view = view_of(collection, samples, public=public)
+    view = view_of(collection, samples, public=public, redact=redact)
     template = environment(public=public).get_template("page.html.j2")
     return template.render(view=view, version=__version__, colours=palette.css_rules(), steps=range(palette.STEPS))
 

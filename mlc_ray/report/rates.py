@@ -184,7 +184,7 @@ def rates(model: Model, benchmark: str, view: View) -> dict[str, Rate]:
 def _rate(row: ScoreRow, view: View) -> Rate:
     if view.counts == "hits":
         return Rate(100 * row.rate, 100 * row.low, 100 * row.high, row, "hits")
-    low, high = wilson(row.misses / row.design_effect, row.n / row.design_effect)
+    low, high = wilson(row.misses / row.misses_effect, row.n / row.misses_effect)
     return Rate(100 * row.misses / row.n, 100 * low, 100 * high, row, "misses")
 
 

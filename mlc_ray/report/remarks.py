@@ -186,6 +186,11 @@ def _no_answer(models: Sequence[Model]) -> Iterator[str]:
                 f"{model.label}: engines fail on {number} prompts alone, which have no response; the column `fault` of "
                 "responses.parquet says how."
             )
+        if number := model.result.judge_faults:
+            yield (
+                f"{model.label}: a judge's engines fail on {number} responses alone, which count as unparsed; the "
+                "column `judge_fault` of responses.parquet says how. Go on with the score: all are judged again."
+            )
         if number := model.result.finish.get(UNFINISHED_THOUGHTS, 0):
             yield (
                 f"{model.label}: the thoughts of {number} of {model.result.responses} responses did not end within "

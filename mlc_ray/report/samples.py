@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlc_ray.report.collect import Model, Response
 from mlc_ray.report.languages import language_name
@@ -14,6 +14,8 @@ from mlc_ray.types import Kind
 
 LONGEST = 1500
 """Characters shown of one text; the rest is in responses.parquet, and the report says how much that is."""
+OPENING = 60
+"""Characters shown of a response that is redacted: how it begins, and nothing that anybody could follow."""
 _TITLES: dict[Kind, tuple[str, str]] = {
     "harmful": ("harmful prompts where the attack succeeded", "may be offensive or dangerous"),
     "benign": ("benign prompts that were refused", "may be offensive"),
@@ -46,10 +48,11 @@ BENIGN_SAMPLES = 8
 _HIDDEN = "left out, since such texts may be dangerous in other hands: --samples N shows N of them"
 
 
-def samples(models: Sequence[Model], harmful: int) -> Iterator[Samples]:
+def samples(models: Sequence[Model], harmful: int, *, redact: bool = False) -> Iterator[Samples]:
     """Per model up to `harmful` responses to harmful prompts, by default of a report none, and to benign ones.
 
-    Nothing of models whose responses are missing.
+    Nothing of models whose responses are missing. With `redact` the former stand there by their first `OPENING`
+    characters, without the judge's reason, which may repeat what they say.
     """
     for model in models:
         if not model.responses:
@@ -57,7 +60,8 @@ def samples(models: Sequence[Model], harmful: int) -> Iterator[Samples]:
         for kind, (title, caution) in _TITLES.items():
             chosen, total = sample(model.responses, kind, harmful if kind == "harmful" else BENIGN_SAMPLES)
             hidden = _HIDDEN if total and not chosen else ""
-            yield Samples(f"{model.label}: {title}", caution, tuple(map(_shown, chosen)), total, hidden)
+            shown = map(_redacted if redact and kind == "harmful" else _shown, chosen)
+            yield Samples(f"{model.label}: {title}", caution, tuple(shown), total, hidden)
 
 
 def is_bad(response: Response) -> bool:
@@ -106,6 +110,14 @@ def _shown(response: Response) -> Sample:
         f"bundle {response.bundle_id}" + (f", sample {response.sample}" if response.sample else ""),
     ]
     return Sample(" · ".join(filter(None, facts)), response.language, _cut(response.prompt), _cut(response.response))
+
+
+def _redacted(response: Response) -> Sample:
+    hidden = len(response.response) - OPENING
+    text = response.response
+    if hidden > 0:
+        text = f"{text[:OPENING]} … ({hidden} more characters, redacted)"
+    return replace(_shown(replace(response, reason="")), response=_cut(text))
 
 
 def _cut(value: str) -> str:

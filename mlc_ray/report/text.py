@@ -22,11 +22,27 @@ _PATH = re.compile(
     rf"|\b[a-zA-Z][a-zA-Z0-9+.-]*://{_END}+|\b[A-Za-z]:\\{_END}+|(?<![\w.])(?:~|\.{{1,2}})?/{_END}+"
     r"|(?<![\w/])[\w.-]+(?:/[\w.@-]+){2,}/?"
 )
-_HOST = re.compile(r"\b(?:\d{1,3}(?:\.\d{1,3}){3}|localhost|[\w-]+(?:\.[\w-]+)+(?=:\d))(?::\d+)?")
+# Addresses; a name with a port; who is at one ("ASR@k" and "pass@10" are none); names under a domain. One of two
+# letters may be a file's ending, so it counts behind two parts alone. A setting (`engine.dtype`) is none of these.
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+_DOMAINS = (
+    "internal|local|localdomain|localhost|lan|corp|intranet|intra|home|private|svc|cluster|com|org|net|edu|gov|mil|int|"
+    "io|ai|dev|cloud|app|tech"
+)
+_HOST = re.compile(
+    r"\b(?:\d{1,3}(?:\.\d{1,3}){3}|localhost)\b(?::\d+)?|\[[0-9A-Fa-f:]*:[0-9A-Fa-f:]*\](?::\d+)?"
+    rf"|[\w.+-]+@[A-Za-z][\w-]+(?:\.[\w-]+)*(?::\d+)?"
+    rf"|\b(?:{_LABEL}\.)+{_LABEL}:\d+|\b[A-Za-z](?:[A-Za-z0-9-]*[A-Za-z0-9])?:(?:\d{{4,5}}|80|443)\b"
+    rf"|\b(?:{_LABEL}\.)+(?:{_DOMAINS})\b(?![\w.-]*[\w])"
+    rf"|\b(?:{_LABEL}\.){{2,}}(?!py|md|sh|so|gz|js|ts|db|h5|pt)[a-z]{{2}}\b(?![\w.-]*[\w])"
+)
 
 
 def without_paths(value: str) -> str:
-    """`value` with of each URL and path the last part alone, `…/name`, and of a host, or a URL without a path, `…`."""
+    """`value` with of each URL and path the last part alone, `…/name`, and of a host, or a URL without a path, `…`.
+
+    A host that is a bare word is like any other word, and stays.
+    """
     return _HOST.sub("…", _PATH.sub(_last_part, value))
 
 

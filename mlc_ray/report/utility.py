@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -73,6 +74,9 @@ def utility_warnings(measured: Measured) -> Iterator[str]:
                 (label, "unknown" if row.num_fewshot is None else str(row.num_fewshot)) for label, row in present
             ],
             "chat template": [(label, "used" if row.chat_template else "not used") for label, row in present],
+            "conversation (chat)": [
+                (label, json.dumps(row.chat, sort_keys=True, ensure_ascii=False)) for label, row in present if row.chat
+            ],
         }
         for setting, found in settings.items():
             labels: dict[str, list[str]] = {}

@@ -139,13 +139,14 @@ class View:
     terms: Mapping[str, str]
 
 
-def view_of(collection: Collection, harmful_samples: int, *, public: bool = False) -> View:
+def view_of(collection: Collection, harmful_samples: int, *, public: bool = False, redact: bool = False) -> View:
     """What the page of `collection` shows.
 
     Args:
         collection: All that there is.
         harmful_samples: Responses to harmful prompts per model that are shown.
         public: Without folders and settings.
+        redact: Of these responses the opening alone.
     """
     models = collection.models
     names = benchmarks(models)
@@ -167,7 +168,7 @@ def view_of(collection: Collection, harmful_samples: int, *, public: bool = Fals
         utility=utility_table({model.label: model.utility for model in models}),
         runs=tuple(run.label for run in runs),
         training=tuple(training_charts(runs, chart_groups(runs))),
-        samples=tuple(samples(models, harmful_samples)),
+        samples=tuple(samples(models, harmful_samples, redact=redact)),
         notes=collection.notes,
         provenance=tuple(
             _without_places(facts) if public else facts

@@ -22,6 +22,7 @@ def write_report(
     paper: str | Path | None = None,
     samples: int = 0,
     public: bool = False,
+    redact: bool = False,
 ) -> list[Path]:
     """Write the HTML report of `runs` to `out`, replacing an older one, and for papers `report.md` and PNGs to `paper`.
 
@@ -31,12 +32,14 @@ def write_report(
         paper: Folder of Markdown tables and figures.
         samples: Responses per model where an attack succeeded that are shown.
         public: Leave out settings, paths and hosts.
+        redact: Of these responses show the opening alone.
 
     Returns:
         The files written.
 
     Raises:
-        ReportError: A run cannot be read, `out` is not an HTML file, or `samples` is negative; nothing is written then.
+        ReportError: A run cannot be read, `out` is not an HTML file, `samples` is negative, or `redact` without any;
+            nothing is written then.
         ScoresFileError: A score cannot be read; nothing is written then.
         StudyFileError: The same of a study's results.
         OutputFolderError: `out` or `paper` is a URL, or relative inside a Ray job; nothing is written then.
@@ -51,6 +54,10 @@ def write_report(
         raise ReportError(f"--out {str(out)!r} is a folder; give a file name that ends in .html")
     if samples < 0:
         raise ReportError(f"--samples {samples} is below 0; give the number of responses to show, 0 for none")
+    if redact and not samples:
+        raise ReportError(
+            "--redact without --samples N: no response to a harmful prompt is shown that could be redacted"
+        )
     studies = [place for place in map(Place, runs) if kind_of(place) in ("study", "scale")]
     if studies and len(runs) > 1:
         raise ReportError(f"{str(studies[0])!r} is a study, whose report is of it alone; give it alone")
@@ -61,7 +68,7 @@ def write_report(
         _write_page(page, out)
         return [out, *written]
     collection = collect(runs)
-    page = render(collection, samples=samples, public=public)
+    page = render(collection, samples=samples, public=public, redact=redact)
     _write_page(page, out)
     if paper is None:
         return [out]

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mlc_ray.judges.degenerate import MADE, WRONG_SCRIPT
 from mlc_ray.judges.languages import Identifier
-from mlc_ray.score.results import LANGUAGE_COLUMN, write_responses
+from mlc_ray.score.results import LANGUAGE_COLUMN, ScoreResult, write_responses
 
 logger = logging.getLogger(__name__)
 
@@ -35,3 +35,9 @@ def with_languages(judged: pa.Table, folder: Path) -> tuple[pa.Table, str]:
     table = judged.append_column(LANGUAGE_COLUMN, pa.array(identifier.told(read, asked), pa.string()))
     write_responses(table, folder)
     return table, identifier.identity
+
+
+def unread_languages(result: ScoreResult, bound: float) -> list[str]:
+    """What of a score has no verdict at all, in words; nothing where `bound` lets all be unparsed."""
+    rows = [row for row in result.rows if row.unparsed == row.n] if bound < 1 else []
+    return [f"{row.kind} prompts in {row.language} of {row.benchmark} ({row.measure})" for row in rows]

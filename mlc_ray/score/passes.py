@@ -10,7 +10,7 @@ judge does not end the answering before it: another one can judge the responses.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from mlc_ray.runs import REPLIES_FILE
 from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import USAGE_SUFFIX, Judging, answering, reading, side_by_side
-from mlc_ray.score.request import Request
+from mlc_ray.score.request import Request, engine_versions
 from mlc_ray.score.results import write_responses
 from mlc_ray.score.stages import RESPONSES, TRANSLATED
 from mlc_ray.score.thoughts import warn_of_thoughts
@@ -91,12 +91,8 @@ class Passes:
         for file in self.folder.glob(f"*{USAGE_SUFFIX}"):
             file.unlink()  # of an earlier judge
         parts = reading(judging, self.device, rows=rows, usage=self.folder, replies=self.place / REPLIES_FILE)
-        by = [judging.identity, *map(_asked, judging.readers), _versions()]
-        reads = [*RESPONSES.names, *TRANSLATED.names]
-        return [
-            _Planned(name, part, by, [*reads, *part.settings.get("earlier", ())], "responses")
-            for name, part in parts.items()
-        ]
+        by = judged_by(judging)
+        return [_Planned(name, part, by, read_by(part), "responses") for name, part in parts.items()]
 
     def _work(self, planned: Sequence[_Planned], table: pa.Table) -> pa.Table:
         """`table` with the columns of all passes; the file has those of each pass once it has ended."""
@@ -162,18 +158,23 @@ class Passes:
 
 def made_by(request: Request) -> list[Any]:
     """What the model's answers follow from, beside a prompt: a part of the keys of rows that are kept."""
-    return [request.decoding, _versions()]
+    return [request.decoding, engine_versions(request.versions)]
+
+
+def judged_by(judging: Judging) -> list[Any]:
+    """What verdicts follow from, beside a response: a part of the keys of rows that are kept."""
+    return [judging.identity, *map(_asked, judging.readers), engine_versions(library_versions())]
+
+
+def read_by(part: Part) -> list[str]:
+    """The columns that a pass of translating or judging reads."""
+    return [*RESPONSES.names, *TRANSLATED.names, *part.settings.get("earlier", ())]
 
 
 def _asked(reader: Reader) -> list[Any]:
     """What a judge is asked, as JSON."""
     cells = sorted(reader.cells.items())
     return [reader.name, [[*cell, {str(measure): via for measure, via in ways.items()}] for cell, ways in cells]]
-
-
-def _versions() -> Mapping[str, str]:
-    """The engine's: another one answers otherwise."""
-    return {name: version for name, version in library_versions().items() if name.startswith("vllm")}
 
 
 def _warn_of_faults(faults: int, prompts: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mlc_ray.config import ScoreConfig, parse_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.judges.base import make_judge
 from mlc_ray.runs import REQUEST_FILE
-from mlc_ray.storage import Place, write_json_atomic
+from mlc_ray.storage import Place, library_versions, write_json_atomic
 
 
 class ScoreError(MlcRayError):
@@ -20,13 +21,17 @@ class ScoreError(MlcRayError):
 
 @dataclass(frozen=True)
 class Request:
-    """What a score folder is a score of; with it a failed score can be resumed."""
+    """What a score folder is a score of; with it a failed score can be resumed.
+
+    `versions` are of the libraries that answered: whoever judges the responses later may have others.
+    """
 
     config: ScoreConfig
     resolved: str
     fingerprint: str
     prompts: str
     seen_languages: list[str] | None
+    versions: Mapping[str, str] = field(default_factory=library_versions)
 
     def save(self, folder: Path) -> None:
         """Write `request.json`."""
@@ -48,6 +53,11 @@ class Request:
         return [self.fingerprint, likelihood, chat, asking, lengths, engine.dtype, engine.options]
 
 
+def engine_versions(versions: Mapping[str, str]) -> dict[str, str]:
+    """Those of the engine, by its name; a machine without one has none."""
+    return {name: version for name, version in versions.items() if name.startswith("vllm")}
+
+
 def load_request(folder: Path | Place) -> Request:
     """What the score in `folder` is of.
 
@@ -56,7 +66,8 @@ def load_request(folder: Path | Place) -> Request:
     """
     try:
         content = (Place(folder) / REQUEST_FILE).read_json()
-        return Request(**{**content, "config": parse_config(ScoreConfig, content["config"])})
+        config = parse_config(ScoreConfig, content["config"])
+        return Request(**{**content, "config": config, "versions": content["versions"]})
     except (FileNotFoundError, NotADirectoryError):
         raise ScoreError(f"{str(folder)!r} is not a score folder: it has no {REQUEST_FILE}") from None
     except (json.JSONDecodeError, TypeError, KeyError) as error:

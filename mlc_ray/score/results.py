@@ -43,11 +43,11 @@ class ScoreResult:
 
     `model` is what was asked for, `resolved` the folder or hub name that was loaded, `fingerprint` names its content;
     `prompts` names the set of prompts: two scores with the same `prompts`, `judge` and length of answers can be
-    compared. `measured_by` names who is behind each measure; `seen_languages` are those that training saw, None
-    where that is not known. `rows` are of every benchmark; `summaries` too and, if there are several, of all of them
-    (benchmark `all`).
-    `finish` counts responses by why they ended; `usage`
-    is what endpoints did and cost, by what they were asked for (`judge`, `translate`). `corrected` has a rate corrected
+    compared; `versions` are of the libraries that answered. `measured_by` names who is behind each measure;
+    `seen_languages` are those that training saw, None where that is not known. `rows` are of every benchmark;
+    `summaries` too and, if there are several, of all of them (benchmark `all`).
+    `finish` counts responses by why they ended, `judge_faults` those that a judge's engines failed on; `usage` is what
+    endpoints did and cost, by what they were asked for (`judge`, `translate`). `corrected` has a rate corrected
     for the judge's errors beside each row, by the calibration whose content `calibration` names; empty without one.
     `told_by` names what told which language each response is in; empty where that was not measured.
     """
@@ -68,6 +68,7 @@ class ScoreResult:
     unparsed: int
     degenerate: int
     finish: Mapping[str, int] = field(default_factory=dict)
+    judge_faults: int = 0
     usage: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -49,7 +49,7 @@ from mlc_ray.runs import (
     training_languages,
 )
 from mlc_ray.score.calibration import check_calibration, with_corrected_rates
-from mlc_ray.score.languages import with_languages
+from mlc_ray.score.languages import unread_languages, with_languages
 from mlc_ray.score.passes import Passes
 from mlc_ray.score.plan import (
     Judging,
@@ -65,11 +65,11 @@ from mlc_ray.score.plan import (
     with_longest_answer,
 )
 from mlc_ray.score.prompts import Prompts, read_prompts, slug
-from mlc_ray.score.request import Request, ScoreError, load_request
+from mlc_ray.score.request import Request, ScoreError, engine_versions, load_request
 from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores, write_responses
 from mlc_ray.score.stages import RESPONSES, answers_of
 from mlc_ray.score.thoughts import with_reasoning
-from mlc_ray.storage import Place, fingerprint_model, library_versions, user_cache, working_folder
+from mlc_ray.storage import Place, fingerprint_model, user_cache, working_folder
 from mlc_ray.types import ENGINE_FAULT
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
         _check_free(place, resume=config.resume == "auto")  # another process may have scored there meanwhile
         with _worked_on(place) as folder:
             result = _score(config, model, folder, place, pool)
-    return check_unparsed(replace(result, folder=place), config.max_unparsed)
+    return check_unparsed(replace(result, folder=place), config.max_unparsed, by_language=True)
 
 
 def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: EnginePool | None) -> ScoreResult:
@@ -255,7 +255,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
                 (target / REPLIES_FILE).write_bytes(replies.read())
         judged = work.judge(_fitted_to(judging, responses), responses)
         result = write_score(request, judging, judged, folder)
-    return check_unparsed(replace(result, folder=target), config.max_unparsed)
+    return check_unparsed(replace(result, folder=target), config.max_unparsed, by_language=True)
 
 
 def resume_score(folder: str | Path | Place) -> ScoreResult:
@@ -292,8 +292,9 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
         measured_by=judging.measured_by,
         usage=read_usage(folder),
         finish=dict(Counter(judged["finish"].to_pylist())),
+        judge_faults=len(judged) - judged["judge_fault"].null_count,
         config={**request.config.model_dump(mode="json"), **settings},
-        versions=library_versions(),
+        versions=request.versions,
         created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
     result = with_corrected_rates(result, request.config.calibration)
@@ -301,20 +302,23 @@ def write_score(request: Request, judging: Judging, judged: pa.Table, folder: Pa
     return result
 
 
-def check_unparsed(result: ScoreResult, bound: float) -> ScoreResult:
+def check_unparsed(result: ScoreResult, bound: float, *, by_language: bool = False) -> ScoreResult:
     """The result, unless too few of its responses got a verdict.
 
     Raises:
-        TooManyUnparsedError: A larger share than `bound` got none.
+        TooManyUnparsedError: A larger share than `bound` got none; or with `by_language` none of a language did, which
+            the share of all may hide, unless `bound` allows any.
     """
-    if result.unparsed_share > bound:
+    if result.unparsed_share > bound or (by_language and unread_languages(result, bound)):
         raise TooManyUnparsedError(_unparsed_above(bound, result), result)
     return result
 
 
 def _unparsed_above(bound: float, result: ScoreResult) -> str:
+    whole = unread_languages(result, bound)
+    alone = f", and none of {', '.join(whole)} did" if whole else ""
     return (
-        f"{result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got no verdict; "
+        f"{result.unparsed} of {result.responses} responses ({result.unparsed_share:.1%}) got no verdict{alone}; "
         f"max_unparsed={bound:g} allows fewer; they are in {str(result.responses_file)!r} (columns behaviour, "
         "safety and reason); remove the cause, or raise max_unparsed"
     )
@@ -407,7 +411,7 @@ def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging)
             f"score folder {str(folder)!r} holds a score of another model, other prompts, or other settings of engine, "
             "judge or calibration, with which resume: auto cannot go on; choose another name, or remove it"
         )
-    if finished is not None:
+    if finished is not None and not finished.judge_faults:
         logger.info("%s is finished already", folder)
         return finished
     responses = _read_responses(Place(folder))
@@ -417,6 +421,13 @@ def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging)
         or not responses.select(PROMPTS.names).equals(prompts.table)
     ):
         return None
+    engines = [engine_versions(each.versions) for each in (found, request)]
+    if engines[0] != engines[1]:
+        was, now = (", ".join(map(" ".join, each.items())) or "no vllm" for each in engines)
+        raise ScoreError(
+            f"score folder {str(folder)!r} holds responses by {was}, and here is {now}: judge those by `mlc-ray judge "
+            f"{folder}`, or choose another name"
+        )
     logger.info("%d responses are there already", len(responses) - responses["finish"].to_pylist().count(ENGINE_FAULT))
     return responses
 

@@ -1,8 +1,9 @@
 """A scorer that stays warm: every pool that scoring a checkpoint needs, kept open between checkpoints.
 
-`start_scorer` puts it into a Ray actor, and what it returns is a handle that can be sent to any process of the cluster.
-The actor owns the pools and takes one call after the other, so that two trials never ask for different weights at once;
-a call that it has begun is finished even if the calling process has died, and engines sleep again.
+`start_scorer` puts it into a Ray actor on the driver's node, and what it returns is a handle that can be sent to any
+process of the cluster. The actor owns the pools and takes one call after the other, so that two trials never ask for
+different weights at once; a call that it has begun is finished even if the calling process has died, and engines sleep
+again.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ from typing import Any
 import pyarrow as pa
 import ray
 import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mlc_ray.config import ScoringSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm
 from mlc_ray.generate.pool import EnginePool, expected_errors, work
 from mlc_ray.generate.replica import EngineDiedError, Part
+from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge
 from mlc_ray.monitoring import told_of
 from mlc_ray.progress import phase
-from mlc_ray.runs import REPLIES_FILE, SCORES_FILE
+from mlc_ray.runs import KEPT_FOLDER, REPLIES_FILE, SCORES_FILE
 from mlc_ray.score.chain import Pass, chain
+from mlc_ray.score.kept import Kept
+from mlc_ray.score.passes import judged_by, made_by, read_by
 from mlc_ray.score.plan import answering, plan_judging, reading
 from mlc_ray.score.request import Request
 from mlc_ray.score.results import ScoreResult, write_responses
@@ -69,8 +74,18 @@ class Scorer:
         for pool in (self._answering, *self._reading):
             pool.check()
 
-    def score(self, weights: str | None, lora: bool, prompts: pa.Table | None) -> WarmScore:
-        """Verdicts on the model in the folder `weights` (`lora`: on an adapter, None for no adapter)."""
+    def score(
+        self,
+        weights: str | None,
+        lora: bool,
+        prompts: pa.Table | None,
+        request: Request | None = None,
+        place: Place | None = None,
+    ) -> WarmScore:
+        """Verdicts on the model in the folder `weights` (`lora`: on an adapter, None for no adapter).
+
+        With `request`, which it is a score of, blocks that engines have done are kept in its folder `place`.
+        """
         table = self._table if prompts is None else prompts
         pools = (self._answering, *self._reading)
         answered = math.nan
@@ -79,15 +94,24 @@ class Scorer:
             nonlocal answered
             answered = time.perf_counter()
 
-        passes = [Pass(pool.part, pool.device, len(table)) for pool in self._reading]
-        passes.insert(0, Pass(self._answering.part, self._answering.device, len(table), ended=note))
+        kept: Sequence[Kept | None] = [None for _ in pools]
+        if request is not None and place is not None:
+            kept = self._kept(request, place, table)
+        passes = [
+            Pass(pool.part, pool.device, len(table), kept=there, keeps=pool.part.engine is not None)
+            for pool, there in zip(pools, kept, strict=True)
+        ]
+        passes[0].ended = note
         started = time.perf_counter()
         with self._answering.awake():
             woken = time.perf_counter()
             swap = self._answering.swap(weights, lora=lora)
             swapped = time.perf_counter()
             chain(passes, table)
-            work([(pool, one.job) for pool, one in zip(pools, passes, strict=True)])
+            left = [(pool, one.job) for pool, one in zip(pools, passes, strict=True) if one.done < len(table)]
+            for one in passes[: len(passes) - len(left)]:  # nothing is left of the first ones alone
+                one.job.ended()
+            work(left)
             judged = time.perf_counter()
         ended = time.perf_counter()
         seconds = {
@@ -96,6 +120,15 @@ class Scorer:
         }  # fmt: skip
         table = passes[-1].table
         return WarmScore(table.select(JUDGED.names), seconds)
+
+    def _kept(self, request: Request, place: Place, table: pa.Table) -> list[Kept]:
+        """What is there of each pass."""
+        judging = plan_judging(make_judge(request.config.judge), table)
+        parts = [pool.part for pool in self._reading]
+        made: list[tuple[Any, Sequence[str], pa.Schema]]
+        made = [(made_by(request), PROMPTS.names, self._answering.part.columns)]
+        made += [(judged_by(judging), read_by(part), part.columns) for part in parts]
+        return [Kept(place, f"pass-{number}", *each) for number, each in enumerate(made)]
 
     def close(self) -> None:
         """End all actors."""
@@ -121,23 +154,38 @@ class WarmScorer:
         except EngineDiedError as error:
             raise ScorerDiedError(str(error)) from None
         except ray.exceptions.RayError as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise ScorerDiedError(f"an engine that scores has died ({said[0]})") from None
+            raise _died(error) from None
 
-    def score(self, weights: str | None, *, lora: bool = False, prompts: pa.Table | None = None) -> WarmScore:
+    def score(
+        self,
+        weights: str | None,
+        *,
+        lora: bool = False,
+        prompts: pa.Table | None = None,
+        request: Request | None = None,
+        place: Place | None = None,
+    ) -> WarmScore:
         """Verdicts on a model.
 
         Args:
             weights: a folder or hub name of weights of the same shape as those the scorer was started with; with
                 `lora` a peft folder to be served over those, or None for no adapter.
             prompts: others than those that the scorer was started with; it was started with their kinds and languages.
+            request: what it is a score of; what is kept of the same in the folder `place` is not asked for again.
+            place: the score's folder, with `request`.
 
         Raises:
             StaleWeightsError: an engine does not serve the weights.
+            ScorerDiedError: it does not live.
             MlcRayError: what an engine or a judge raises.
         """
-        with expected_errors():
-            score: WarmScore = ray.get(self._actor.score.remote(weights, lora, prompts))
+        try:
+            with expected_errors():
+                score: WarmScore = ray.get(self._actor.score.remote(weights, lora, prompts, request, place))
+        except ray.exceptions.RayTaskError:
+            raise  # a mistake in its code, or that of a judge
+        except ray.exceptions.RayError as error:
+            raise _died(error) from None
         return score
 
     def close(self) -> None:
@@ -151,13 +199,20 @@ class WarmScorer:
         ray.kill(self._actor)
 
 
+def _died(error: ray.exceptions.RayError) -> ScorerDiedError:
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return ScorerDiedError(f"what scores, or an engine of it, has died ({said[0]})")
+
+
 def write_warm_score(scored: WarmScore, request: Request, folder: Place) -> ScoreResult:
-    """Count a checkpoint's verdicts, and write its score folder, `scores.json` last."""
+    """Count a checkpoint's verdicts, and write its score folder, `scores.json` last; what was kept of it goes."""
     judging = plan_judging(make_judge(request.config.judge), scored.judged)
     with working_folder(folder, last=(SCORES_FILE,)) as here:
         request.save(here)
         write_responses(scored.judged, here)
-        return write_score(request, judging, scored.judged, here, seconds=dict(scored.seconds))
+        result = write_score(request, judging, scored.judged, here, seconds=dict(scored.seconds))
+    (folder / KEPT_FOLDER).remove()
+    return result
 
 
 def start_scorer(
@@ -192,7 +247,10 @@ def start_scorer(
     parts = [answering(model, scoring, judging, device, warm=warm, in_turn=in_turn)]
     replies = Place(folder / REPLIES_FILE)
     parts += reading(judging, device, rows=len(prompts), usage=folder, replies=replies).values()
-    actor: Any = ray.remote(Scorer).options(num_cpus=0).remote(parts, prompts, device, run)  # it only waits
+    # It only waits, and lives where its driver does: on any other node it would be one more that must not die.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "scheduling_strategy": here}
+    actor: Any = ray.remote(Scorer).options(**options).remote(parts, prompts, device, run)
     try:
         # Shown here: what the actor's own process says of them is seen by nobody.
         engines = sum(part.replicas for part in parts if part.engine is not None)

@@ -11,6 +11,8 @@ This module imports neither Ray nor torch.
 
 from __future__ import annotations
 
+import logging
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -46,6 +48,8 @@ from mlc_ray.types import (
     Via,
 )
 
+logger = logging.getLogger(__name__)
+
 NOT_GENERATED = "not_generated"
 """Finish reason where the judge needs no response."""
 
@@ -56,14 +60,17 @@ NO_ANSWER = {
     FORBIDDEN_THOUGHTS: "it begins with thoughts, which asking.reasoning=forbid was to turn off",
 }
 """Finish reasons of rows without an answer to judge, and what is said of them: they count as unparsed."""
+_PUBLISH_SECONDS = 300.0  # between the times that an endpoint's replies go where other nodes find them
 _TEXT = pa.string()
 VERDICTS = pa.schema(
     {
         "behaviour": _TEXT, "safety": _TEXT, "reason": _TEXT, "categories": pa.list_(_TEXT), "margin": pa.float64(),
-        "via_refused": _TEXT, "via_safe": _TEXT, "judge_refused": _TEXT, "judge_safe": _TEXT,
+        "via_refused": _TEXT, "via_safe": _TEXT, "judge_refused": _TEXT, "judge_safe": _TEXT, "judge_fault": _TEXT,
     }
 )  # fmt: skip
-"""A verdict, which judge gave it by each measure and how that came to read its language; null where none does."""
+"""A verdict, which judge gave it by each measure and how that came to read its language; null where none does.
+
+`judge_fault` says why the engines of a judge gave none, which tells nothing of the response; else it is null."""
 TRANSLATED = pa.schema({"prompt_en": _TEXT, "response_en": _TEXT, "translation_fault": _TEXT})
 """Null where nothing was to be translated; `translation_fault` says why a translation failed."""
 RESPONSES = pa.schema([*PROMPTS, *ANSWERS])
@@ -128,18 +135,21 @@ class Asking:
     def __init__(self, asker: Any, usage_file: str | None, replies_file: str | None) -> None:
         self._chat: ChatEndpoint | None = getattr(asker, "chat", None)
         self._usage_file = usage_file
-        self._replies = None if replies_file is None else Place(replies_file)
+        self._replies, self._published = None if replies_file is None else Place(replies_file), time.monotonic()
         if self._chat is not None and self._replies is not None:
             self._chat.cache.restore(self._replies)
 
     def noted(self) -> AbstractContextManager[None]:
-        """Write what the questions of the block did and cost, and after an error, which ends the stage, the replies."""
+        """Write what the questions of the block did and cost, and at times, or after an error, the replies."""
         return nullcontext() if self._chat is None else self._noted(self._chat)
 
     @contextmanager
     def _noted(self, chat: ChatEndpoint) -> Iterator[None]:
         try:
             yield
+            if time.monotonic() - self._published > _PUBLISH_SECONDS:
+                self._published = time.monotonic()
+                self._try_to_publish()
         except MlcRayError:
             self.publish()
             raise
@@ -151,6 +161,12 @@ class Asking:
         """Add the replies to their file."""
         if self._chat is not None and self._replies is not None:
             self._chat.cache.publish(self._replies)
+
+    def _try_to_publish(self) -> None:
+        try:
+            self.publish()
+        except OSError as error:  # of a store that is away for a while; this node has them too
+            logger.warning("the endpoint's replies could not be published yet: %s", error)
 
 
 class TranslateStage(Stage):
@@ -254,7 +270,8 @@ class JudgeStage(Stage):
             found = [given[index] for given in earlier]
             for name, _, cells in settings["readers"]:
                 ways = cells.get((answer.kind, answer.language), {})
-                found.append(_verdict_row(unparsed([*ways], fault if ways else ""), ways, name))
+                row = _verdict_row(unparsed([*ways], fault if ways else ""), ways, name)
+                found.append({**row, "judge_fault": fault if ways else None})
             rows.append({column: _joined(found)} if column is not None else _settled(_joined(found), answer))
         return rows
 
@@ -391,7 +408,7 @@ def _named(place: Mapping[str, str]) -> str:
 
 def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What several judges say of one response: the measures that each was asked for, and all reasons."""
-    joined = {name: next((row[name] for row in rows if row[name] not in (None, [])), None) for name in VERDICTS.names}
+    joined = {n: next((row[n] for row in rows if row.get(n) not in (None, [])), None) for n in VERDICTS.names}
     reasons = "; ".join(row["reason"] for row in rows if row["reason"])
     return {**joined, "reason": reasons, "categories": joined["categories"] or []}
 

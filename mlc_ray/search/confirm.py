@@ -20,18 +20,21 @@ from mlc_ray.runs import (
 )
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.run import TooManyUnparsedError
+from mlc_ray.score.scorer import ScorerDiedError
+from mlc_ray.search.apart import apart_p, choice_p
 from mlc_ray.search.objectives.base import Objective, TrialScore, make_objective
 from mlc_ray.search.results import Change, Confirmation, Confirmed, Trial
-from mlc_ray.search.selection import shortlist
+from mlc_ray.search.selection import cleared, shortlist
 from mlc_ray.search.sides import side_change
 from mlc_ray.search.trial import Shared, scores_of
 from mlc_ray.search.tune import SEED, seeds_of
-from mlc_ray.stats.paired import compare
 from mlc_ray.stats.rates import Judged
 from mlc_ray.stats.significance import holm
 from mlc_ray.storage import Place, fingerprint
 from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.entry import LastWeights
+from mlc_ray.train.failures import own_error, said_of
+from mlc_ray.train.preemption import PreemptedError
 
 logger = logging.getLogger(__name__)
 _LEVEL = 0.05
@@ -93,9 +96,9 @@ class _Scored:
 def confirm(shared: Shared, prompts: Prompts, trials: Sequence[Trial]) -> Confirmation | None:
     """Score the best `confirm.keep` points on `prompts`; None where no trial ran to its end, or none can be confirmed.
 
-    With `confirm.seeds` each is trained again first. What an earlier process did is not done again. A model that
-    diverges in that, or has too few verdicts, is left out; a point of which every trial is makes room for the next.
-    If the model before training has too few, nothing is compared with it.
+    With `confirm.seeds` each is trained again first. What an earlier process did is not done again. A seed whose
+    training fails, whatever of, is left out, and so is a model with too few verdicts; a point of which every trial is
+    makes room for the next. If the model before training has too few, nothing is compared with it.
     """
     points = finished_points(shared, trials)
     points = [point for point in points if len(point.trials) == shared.config.repeats] or points
@@ -147,9 +150,13 @@ def _confirmed(shared: Shared, point: Point, prompts: Prompts, left_out: list[st
             model, folder = str(run / MODEL_FOLDER), run / SCORES_FOLDER / CONFIRMATION
             shared.score(folder, model=model, weights=model, prompts=prompts)
             records[seed], runs[seed] = shared.records_in(folder), run
-        except (DivergedError, TooManyUnparsedError, ModelGoneError) as error:
-            left_out.append(f"{name}: {str(error).splitlines()[0]}")
-            logger.warning("not confirmed, %s", left_out[-1])
+        except Exception as error:
+            of_model = isinstance(error, (DivergedError, TooManyUnparsedError, ModelGoneError))
+            ends_all = isinstance(own_error(error), (ScorerDiedError, PreemptedError))
+            if ends_all or (number < len(point.trials) and not of_model):
+                raise  # what happens to a further seed is no reason to confirm nothing
+            left_out.append(f"{name}: {said_of(error).splitlines()[0]}")
+            logger.warning("not confirmed, %s", left_out[-1], exc_info=own_error(error) is None)
     if not runs:
         return None
     score = shared.score_in(*(run / SCORES_FOLDER / CONFIRMATION for run in runs.values()))
@@ -169,22 +176,25 @@ def confirmation_of(
 ) -> Confirmation:
     """What was confirmed, the best first, compared with it.
 
+    A point that is not sure to be above the floor is never the best where another is.
+
     Args:
         objective: What the trials were chosen by.
         found: The points in the order of the selection, and the verdicts of their models by seed.
         baseline: The same of the model before training, which has no seed; None where it could not be read.
         left_out: Which models could not be confirmed, and why.
     """
-    (first, first_records), *rest = found
-    p_values = [decisive_p(objective, first.score, records, first_records) for _, records in rest]
-    chosen = best_of([point.score for point, _ in found], p_values)
+    scores = [point.score for point, _ in found]
+    first, *rest = cleared(scores)
+    p_values = [choice_p(objective, scores[first], found[index][1], found[first][1]) for index in rest]
+    chosen = (first, *rest)[best_of([scores[index] for index in (first, *rest)], p_values)]
     best, records = found[chosen]
     others = [each for index, each in enumerate(found) if index != chosen]
     others.sort(key=lambda each: (each[0].score.feasible, each[0].score.rank), reverse=True)
     compared = [other for _, other in others]
     if baseline is not None:
         compared.append(dict.fromkeys(records, baseline[1]))
-    p_holm = holm([decisive_p(objective, best.score, other, records) for other in compared])
+    p_holm = holm([apart_p(objective, best.score, other, records) for other in compared])
     changes = [change_between(best.score, other, records, p) for other, p in zip(compared, p_holm, strict=True)]
     confirmed = [best, *(replace(each[0], change=change) for each, change in zip(others, changes, strict=False))]
     if baseline is None:
@@ -198,43 +208,11 @@ def best_of(scores: Sequence[TrialScore], p_values: Sequence[float]) -> int:
     The best of them by the confirmation itself would be the luckiest of them on these prompts.
 
     Args:
-        scores: On the prompts that confirm, in the order of the selection.
-        p_values: Of the others against the first; Holm's correction is applied here.
+        scores: On the prompts that confirm, in the order of the selection, of those that may be the best.
+        p_values: Of the others against the first (`choice_p`); Holm's correction is applied here.
     """
     apart = [index for index, p in enumerate(holm(p_values), 1) if p <= _LEVEL]
-    return max([0, *apart], key=lambda index: (scores[index].feasible, scores[index].rank))
-
-
-def decisive_p(
-    objective: Objective,
-    best: TrialScore,
-    others: Mapping[int, Sequence[Judged]],
-    bests: Mapping[int, Sequence[Judged]],
-) -> float:
-    """The p-value that tells the best from another: of the models of one seed each, the largest over the seeds.
-
-    Where no seed is common, the first of each are compared.
-
-    Args:
-        objective: What the trials were chosen by.
-        best: The score of `bests`, for the languages that count.
-        others: The verdicts of each of the other's models, by seed.
-        bests: The same of the best's.
-    """
-    languages = best.harmful_by_language.keys()
-    pairs = [(others[seed], bests[seed]) for seed in bests if seed in others]
-    if not pairs:
-        pairs = [(next(iter(others.values())), next(iter(bests.values())))]
-    found = []
-    for pair in pairs:
-        compared = compare(*([record for record in records if record.language in languages] for records in pair))
-        harmful, benign = compared.benchmark().side("harmful", best.measure), compared.benchmark().side("benign")
-        assert harmful is not None  # the objective has counted it
-        p = harmful.p
-        if benign is not None and objective.needs_benign and objective.floor is None:
-            p = min(1.0, 2 * min(p, benign.p))  # two tests, either of which may tell them apart
-        found.append(p)
-    return max(found)
+    return max([0, *apart], key=lambda index: scores[index].rank)
 
 
 def change_between(

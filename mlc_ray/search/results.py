@@ -87,8 +87,8 @@ class Change:
     """The best confirmed model against another on the same prompts: best minus other in points, paired by bundle.
 
     Of several seeds it is the difference of the mean rates. `told_apart` says whether they differ by a test at 5 %,
-    corrected for all comparisons with the best (Holm), on the harmful side, or, of an objective that needs benign
-    prompts and has no floor under them, on either.
+    corrected for all comparisons with the best (Holm), of the objective's own numbers, or under a floor of the benign
+    side.
     """
 
     harmful: Interval
@@ -214,7 +214,8 @@ def confirmation_table(result: SearchResult) -> Table | None:
         rows.append(row("baseline", [*empty, *_numbers(result.config, found.baseline), "1", *_change(found.change)]))
     note = (
         "on bundles that chose no trial; the best is the first of the selection unless another is told apart from it; "
-        "told apart: at 5 %, corrected for all rows (Holm)"
+        "told apart: by the objective's numbers, or under a floor by the benign side, at 5 %, corrected for all rows "
+        "(Holm); best less this: the harmful side"
     )
     return table("Confirmed", ["trial", *heads], rows, note)
 
@@ -249,11 +250,14 @@ def _heads(result: SearchResult) -> list[str]:
 
 
 def _numbers(config: SearchConfig, score: TrialScore) -> list[str | Cell]:
-    by_language = score.harmful_by_language
-    worst = min(by_language, key=lambda code: by_language[code].value)
-    lowest = _rate(by_language[worst])
+    lowest = _rate(score.worst)
     own = [f"{score.values[index]:.3f}" for index in _own_metrics(config)]
-    return [_rate(score.harmful), _rate(score.benign), cell(f"{worst} {lowest.text}", *lowest.more), *own]
+    return [
+        _rate(score.harmful),
+        _rate(score.benign),
+        cell(f"{score.worst_language} {lowest.text}", *lowest.more),
+        *own,
+    ]
 
 
 def _own_metrics(config: SearchConfig) -> dict[int, str]:

@@ -5,7 +5,7 @@ score of the model before training). A search folder holds
 
     config.json      the settings; base.yaml the run that all trials share, as its file was when the search began;
                      commits.json what names of the hub stood for then
-    search.json      the order of the layers by a probe, the baseline, fingerprints of prompts and model, versions
+    search.json      the order of the layers by a probe, the baseline, what all scores have in common, versions
     trials/ID/       one run folder a trial: `values.json`, `scores/step-...` per score, in the end `model/` and
                      `finished` or, where the scheduler ended it, `stopped`; `--resume` goes by these alone. Of the few
                      that are confirmed also `scores/confirmation`, and `trials/ID-seed-N/` (runs, but no trials)
@@ -36,7 +36,7 @@ from mlc_ray.cluster import (
     use_gpu,
     with_dtype,
 )
-from mlc_ray.config import ConfigError, SearchConfig, TrainConfig
+from mlc_ray.config import ConfigError, ScoringSection, SearchConfig, TrainConfig
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
@@ -60,6 +60,7 @@ from mlc_ray.runs import (
 )
 from mlc_ray.score.plan import fitted, places, with_dtypes, with_longest_answer
 from mlc_ray.score.prompts import Prompts
+from mlc_ray.score.request import engine_versions
 from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.confirm import confirm
@@ -76,7 +77,7 @@ from mlc_ray.search.objectives.base import TrialScore, make_objective
 from mlc_ray.search.probe import probe_run
 from mlc_ray.search.record import Recorder
 from mlc_ray.search.results import SearchResult, ending, read_values
-from mlc_ray.search.selection import read_asked
+from mlc_ray.search.selection import AskedPrompts, read_asked
 from mlc_ray.search.space import Space, check_held_out, make_space, tried, values_of, with_commits
 from mlc_ray.search.trial import SearchError, Shared, run_trial, scores_of, step_of, trial_folders
 from mlc_ray.search.tune import LAYER, CutOff, EndEarly, Ended, Points, make_tuner, number_of_points, seeds_of
@@ -229,8 +230,8 @@ def _prepare(config: SearchConfig, space: Space, folder: Place) -> Prepared:
         for language, texts in part.by_language().items():
             asked.setdefault(language, []).extend(texts)
     scoring = config.scoring.model_copy(update={"judge": fitted(judge, asked, config.scoring, model)})
-    identity = {"prompts": prompts.fingerprint, "model": fingerprint_model(model)}
-    _check_same(folder, identity)
+    identity = identity_of(prompts, model, scoring)
+    check_same(folder, identity)
     _prepare_data(config, base, space, folder, device)
     order = _layer_order(config, space, base, folder, device)
     lora_rank = _lora_rank(space)
@@ -310,11 +311,24 @@ def _earlier_trials(shared: Shared) -> tuple[list[Ended], list[CutOff]]:
     return ended, cut_off
 
 
-def _check_same(folder: Place, identity: dict[str, str]) -> None:
-    """Refuse to go on with other prompts or another model than those that this search began with.
+def identity_of(prompts: AskedPrompts, model: str, scoring: ScoringSection) -> dict[str, str]:
+    """What all scores of a search have in common, so that they can be compared."""
+    versions = library_versions()
+    engine = ", ".join(map(" ".join, engine_versions(versions).items()))
+    return {
+        "prompts": prompts.fingerprint,
+        "model": fingerprint_model(model),
+        "judge": make_judge(scoring.judge).identity,
+        "engine": engine or "no vllm",
+        "version of mlc_ray": versions["mlc_ray"],
+    }
+
+
+def check_same(folder: Place, identity: dict[str, str]) -> None:
+    """Refuse to go on with another of those that `identity_of` has than this search began with.
 
     Raises:
-        SearchError: Either differs.
+        SearchError: One differs.
     """
     if not (folder / SEARCH_FILE).is_file():
         return

@@ -187,5 +187,9 @@ def shortlist(scores: Sequence[TrialScore], keep: int) -> list[int]:
 
     Where some are at or above the floor, by the lower end of the benign side, only those are.
     """
-    allowed = [index for index, score in enumerate(scores) if score.feasible] or range(len(scores))
-    return sorted(allowed, key=lambda index: -scores[index].rank)[:keep]
+    return sorted(cleared(scores), key=lambda index: -scores[index].rank)[:keep]
+
+
+def cleared(scores: Sequence[TrialScore]) -> list[int]:
+    """Those at or above the floor, by the lower end of the benign side; all where none is."""
+    return [index for index, score in enumerate(scores) if score.feasible] or list(range(len(scores)))

@@ -154,7 +154,6 @@ class Shared:
         """
         if (folder / SCORES_FILE).is_file():
             return
-        scored = self.scorer.score(weights, lora=self.lora, prompts=None if prompts is None else prompts.table)
         resolved = self.model if weights is None else weights
         scoring = self.config.scoring
         own = {"name": folder.name, "output_dir": str(folder.parent), "model": model}
@@ -165,6 +164,8 @@ class Shared:
             prompts=self.prompts if prompts is None else prompts.fingerprint,
             seen_languages=training_languages(model),
         )
+        table = None if prompts is None else prompts.table
+        scored = self.scorer.score(weights, lora=self.lora, prompts=table, request=request, place=folder)
         write_warm_score(scored, request, folder)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlc_ray.stats.intervals import Floats, make_grid, resample, wilson
+from mlc_ray.stats.intervals import Floats, design_effect, make_grid, resample, wilson
 from mlc_ray.stats.rates import KINDS, MEASURES, Interval, Judged, language_order, outcome
 from mlc_ray.types import Kind, Measure
 
@@ -21,9 +21,9 @@ class JudgeAgreement:
     Of `n` responses `same` got the same verdict; `first_only` counts those that only the first judge calls a hit
     (refused, or safe), `second_only` those that only the second does. `kappa` is Cohen's (Educational and Psychological
     Measurement 1960): 1 where they always agree, 0 where no more than by chance; None where both gave one and the same
-    verdict throughout. Its 95 % interval is of the percentiles of whole bundles drawn again, and Wilson's of the
-    agreement where these do not vary. Responses that both call degenerate are left out: a rule decides that, not a
-    judge.
+    verdict throughout. Its 95 % interval is of the percentiles of whole bundles drawn again; where these do not vary,
+    Wilson's of the agreement, with the bundles as its n. Responses that both call degenerate are left out: a rule
+    decides that, not a judge.
     """
 
     benchmark: str
@@ -88,11 +88,11 @@ def _agreement(
         same,
         first_only=sum(total[f"hits {name}"] for name in names if name != "hits"),
         second_only=sum(total[f"{name} hits"] for name in names if name != "hits"),
-        kappa=_kappa_interval(source.total, source.resampled, same, n),
+        kappa=_kappa_interval(source.total, source.resampled, columns),
     )
 
 
-def _kappa_interval(total: Floats, resampled: Floats, same: int, n: int) -> Interval | None:
+def _kappa_interval(total: Floats, resampled: Floats, columns: Floats) -> Interval | None:
     value = float(_kappa(total)[0])
     if not np.isfinite(value):
         return None
@@ -102,7 +102,10 @@ def _kappa_interval(total: Floats, resampled: Floats, same: int, n: int) -> Inte
         low, high = np.quantile(values, [0.025, 0.975])
         return Interval(value, float(low), float(high))
     chance = float(_chance(total)[0])
-    low, high = ((limit - chance) / (1 - chance) for limit in wilson(same, n))
+    same, present = np.trace(columns.reshape(-1, 4, 4), axis1=1, axis2=2), columns.sum(axis=1)
+    effect = design_effect(same, present)
+    limits = wilson(float(same.sum()) / effect, float(present.sum()) / effect)
+    low, high = ((limit - chance) / (1 - chance) for limit in limits)
     return Interval(value, low, high)
 
 

@@ -11,9 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-import numpy as np
-
-from mlc_ray.stats.intervals import design_effect, wilson
+from mlc_ray.stats.bundles import design_effects
+from mlc_ray.stats.intervals import wilson
 from mlc_ray.types import Behaviour, Kind, Measure, Safety, ScoreRow, Via, primary_language
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -236,20 +235,17 @@ def _row(
 ) -> ScoreRow:
     outcomes = Counter(counted_as for _, counted_as in verdicts)
     n, hits = len(verdicts), outcomes["hits"]
-    asked = Counter(record.bundle_id for record, _ in verdicts)
-    hit = Counter(record.bundle_id for record, counted_as in verdicts if counted_as == "hits")
-    effect = design_effect(*(np.array([each[bundle] for bundle in asked], np.float64) for each in (hit, asked)))
-    low, high = wilson(hits / effect, n / effect)
+    effects = design_effects((record.bundle_id, counted_as) for record, counted_as in verdicts)
+    low, high = wilson(hits / effects["hits"], n / effects["hits"])
     margins = [record.margin for record, _ in verdicts if measure == "refused" and record.margin is not None]
     return ScoreRow(
         benchmark, kind, language, measure, n,
         hits=hits, misses=outcomes["misses"], degenerate=outcomes["degenerate"], unparsed=outcomes["unparsed"],
-        rate=hits / n, low=low, high=high,
+        rate=hits / n, low=low, high=high, design_effect=effects["hits"], misses_effect=effects["misses"],
         # The least sure way that any of them was read.
         via=max((getattr(record, f"via_{measure}") or "" for record, _ in verdicts), key=get_args(Via).index),
         margin=sum(margins) / len(margins) if margins else None,
         judge=", ".join(sorted({getattr(record, f"judge_{measure}") or "" for record, _ in verdicts})),
-        design_effect=effect,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from mlc_ray.storage.copies import CacheError, fetched_bytes, local_model, local
 from mlc_ray.storage.fingerprints import (
     fingerprint,
     fingerprint_model,
+    fingerprint_source,
     fingerprint_tokenizer,
 )
 from mlc_ray.storage.hub import NO_COMMITS, Commits, HubError, HubModel, pinned_model, without_commit
@@ -65,6 +66,7 @@ __all__ = [
     "fetched_bytes",
     "fingerprint",
     "fingerprint_model",
+    "fingerprint_source",
     "fingerprint_tokenizer",
     "library_versions",
     "local_model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +35,22 @@ def fingerprint(obj: Any) -> str:
     """
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:_DIGITS]
+
+
+def fingerprint_source(kind: type, modules: Iterable[str], *, base: type) -> str:
+    """Fingerprint of the code of a class: the source of the modules that it and its bases below `base` are defined in.
+
+    Comments count, since whether only they changed is not looked at. What was typed into an interpreter has no source,
+    and counts by its name.
+
+    Args:
+        kind: The class.
+        modules: Names of further modules that count, which are imported.
+        base: A class that it extends; modules of that one, and above it, do not count.
+    """
+    own = {each.__module__ for each in kind.__mro__ if issubclass(each, base)} - {base.__module__}
+    files = {name: getattr(sys.modules.get(name), "__file__", None) for name in {*own, *modules}}
+    return fingerprint(sorted((name, file and _hash(Place(file))) for name, file in files.items()))
 
 
 def fingerprint_model(path: str) -> str:

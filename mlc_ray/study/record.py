@@ -27,7 +27,8 @@ from mlc_ray.runs import (
     read_metrics,
 )
 from mlc_ray.score.prompts import Prompts
-from mlc_ray.score.results import load_records, load_scores
+from mlc_ray.score.request import engine_versions
+from mlc_ray.score.results import ScoreResult, load_records, load_scores
 from mlc_ray.score.run import TooManyUnparsedError, check_unparsed
 from mlc_ray.stats.rates import Judged
 from mlc_ray.stats.study import MethodTest, Verdicts, corrected, method_rates, method_tests, read_verdicts
@@ -85,6 +86,7 @@ class Recorder:
         self._unread: set[str] = set()  # whose score has too few verdicts
         self._judge = ""
         self._told_by: dict[str, None] = {}
+        self._first: tuple[Place, ScoreResult] | None = None  # of the scores
         self._rows: tuple[MethodRow, ...] = ()
         self._tests: tuple[MethodTest, ...] = ()
         self.count()
@@ -93,6 +95,7 @@ class Recorder:
         """Read all scores that there are: rates of every method, and tests of every pair."""
         rows, tests = [], []
         self._told_by.clear()
+        self._first = None
         verdicts = {model: self._verdicts(model) for model in self._plan.config.models}
         alike = len(self._told_by) == 1 and "" not in self._told_by
         for model, found in verdicts.items():
@@ -125,6 +128,7 @@ class Recorder:
                     f"{str(place)!r} is a score on other prompts ({result.prompts}) than this study's "
                     f"({self._plan.prompts}): remove it, and it is made again"
                 )
+            self._check_alike(place, result)
             try:
                 check_unparsed(result, self._plan.scoring.max_unparsed)
             except TooManyUnparsedError as error:
@@ -138,6 +142,21 @@ class Recorder:
             self._told_by[result.told_by] = None
             runs.setdefault(method, {})[seed] = load_records(result)
         return {method: read_verdicts(found) for method, found in runs.items()}
+
+    def _check_alike(self, place: Place, result: ScoreResult) -> None:
+        """Refuse scores by two judges or two engines: rates of methods would differ for no reason of theirs."""
+        if self._first is None:
+            self._first = place, result
+        there, first = self._first
+        for name, was, now in (
+            ("judge", first.judge, result.judge),
+            ("engine", engine_versions(first.versions), engine_versions(result.versions)),
+        ):
+            if was != now:
+                raise StudyError(
+                    f"{str(place)!r} is a score by another {name} ({now}) than {str(there)!r} ({was}), so that they "
+                    "do not compare: remove those by one of them, and they are made again"
+                )
 
     def _run(self, cell: Cell) -> Place:
         return self._folder / CELLS_FOLDER / cell.name

@@ -343,9 +343,6 @@ def _score(plan: Plan, prompts: Prompts, folder: Place, model: str, cells: Seque
 
 
 def _score_one(scorer: WarmScorer, scoring: ScoringSection, prompts: Prompts, target: Place, weights: str) -> None:
-    scored = scorer.score(weights)
-    for old in (target / SCORES_FILE, target):  # of one with too few verdicts; first what says that it is whole
-        old.remove()
     own = {"name": target.name, "output_dir": str(target.parent), "model": weights}
     request = Request(
         config=parse_config(ScoreConfig, {**scoring.model_dump(mode="json", exclude_unset=True), **own}),
@@ -354,6 +351,9 @@ def _score_one(scorer: WarmScorer, scoring: ScoringSection, prompts: Prompts, ta
         prompts=prompts.fingerprint,
         seen_languages=training_languages(weights),
     )
+    scored = scorer.score(weights, request=request, place=target)
+    for old in (target / SCORES_FILE, target):  # of one with too few verdicts; first what says that it is whole
+        old.remove()
     write_warm_score(scored, request, target)
 
 

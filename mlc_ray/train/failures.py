@@ -130,14 +130,14 @@ def failure_kept(run_folder: Place) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, DivergedError):
             try:
-                file.write_json({"message": _said(error)})
+                file.write_json({"message": said_of(error)})
             except OSError as fault:
                 logger.warning("%s does not say that the run failed: %s", run_folder, fault)
         raise
 
 
-def _said(error: BaseException) -> str:
-    """Ours as they are, a worker's death and any other in a line."""
+def said_of(error: BaseException) -> str:
+    """What an error says: ours as they are, a worker's death and any other in a line."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted by Ctrl-C"
     if (known := own_error(error) or death_of(error)) is not None:

@@ -12,7 +12,7 @@ from mlc_ray.cluster import with_dtype
 from mlc_ray.config import ChatSection, EngineSection, TranslateConfig, TranslatorSection, parse_config
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import check_lengths
-from mlc_ray.generate.translate import check_translator
+from mlc_ray.generate.translate import check_translator, translator_identity
 from mlc_ray.judges.base import make_reader
 from mlc_ray.runs import TRANSLATION_FILE, pinned_weights, training_chat
 from mlc_ray.score.plan import judge_at_commits
@@ -46,12 +46,6 @@ class Decided:
             "resolved": dict(self.resolved),
             "dtypes": {name: engine.dtype for name, engine in _engines(self.config).items()},
         }
-
-    def translator_identity(self, settings: TranslatorSection) -> list[Any]:
-        """What the replies of a translator follow from, beside the request."""
-        if (endpoint := settings.endpoint) is not None:
-            return [endpoint.base_url, endpoint.asked, endpoint.max_reply_tokens]
-        return [fingerprint_model(str(settings.model)), settings.max_new_tokens, *_computing(settings.engine)]
 
     def answers_identity(self) -> list[Any]:
         """What a model's own answers follow from, beside the prompt."""
@@ -143,11 +137,11 @@ def identity(decided: Decided) -> list[Any]:
         config.checks.model_dump(mode="json"),
         config.min_languages,
         config.shard_bundles,
-        config.translator and decided.translator_identity(config.translator),
+        config.translator and translator_identity(config.translator),
     ]
     if config.twins is not None:
         judge = config.twins.judge
-        found += [config.twins.of, judge and decided.translator_identity(judge)]
+        found += [config.twins.of, judge and translator_identity(judge)]
     if own is not None:
         fields = own.model_dump(
             mode="json", include={"kinds", "languages", "pairs", "refusals", "otherwise", "cut_off"}

@@ -29,6 +29,7 @@ from mlc_ray.data.rejects import Rejects
 from mlc_ray.data.store import REJECTS_FILE
 from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import place_of as engine_place
+from mlc_ray.generate.translate import translator_identity
 from mlc_ray.judges.languages import Identifier
 from mlc_ray.logs import keep_in
 from mlc_ray.monitoring import told_of
@@ -343,7 +344,7 @@ class _Run:
     def _translator(self, name: str) -> Iterator[Work]:
         settings = self.config.translator
         assert settings is not None
-        made_by = self.decided.translator_identity(settings)
+        made_by = translator_identity(settings)
         settings = with_what_is_left(settings, self.scratch / usage_file("writing twins"))
         with asking(settings, self.place, self.device, name=name, made_by=made_by, usage=self.scratch) as work:
             yield work
@@ -352,7 +353,7 @@ class _Run:
     def _judge(self) -> Iterator[Work]:
         assert self.config.twins is not None and self.config.twins.judge is not None
         judge = self.config.twins.judge
-        made_by = self.decided.translator_identity(judge)
+        made_by = translator_identity(judge)
         with asking(judge, self.place, self.device, name="judging twins", made_by=made_by, usage=self.scratch) as work:
             yield work
 

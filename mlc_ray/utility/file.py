@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -30,7 +31,7 @@ class UtilityRow:
 
     `value` and `stderr` (None where the harness gives no finite number) are in the metric's own unit, a fraction for
     accuracies; `n` is the number of questions asked, summed over the tasks of a group. `version` is the task's, None
-    for a group.
+    for a group. `chat` is the section of the settings that questions stood in, None without `chat_template`.
     """
 
     task: str
@@ -45,6 +46,7 @@ class UtilityRow:
     limit: int | None
     chat_template: bool
     backend: str
+    chat: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,12 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from mlc_ray.data.tokens import load_tokenizer
+from mlc_ray.config import PLAIN_CHAT, ChatSection
+from mlc_ray.config.chat import dated
+from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 from mlc_ray.generate.pool import EnginePool
 from mlc_ray.progress import phase
+from mlc_ray.score.kept import Kept
 from mlc_ray.utility.file import UtilityError
 from mlc_ray.utility.stage import ASKED
 
@@ -41,14 +44,31 @@ class PooledLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         pool: is open, and serves `model`.
         model: Hugging Face folder or hub name.
         max_length: longest question with its answer, in tokens: `engine.max_model_len` of the pool.
+        chat: what the chat template is given; its system prompt is the harness's to give (`system_instruction`).
+        kept: what an earlier measurement that ended early was told already, and where blocks that are done are kept.
         trust_remote_code: run the tokenizer's own Python code.
+
+    Raises:
+        TemplateError: the template does not use what `chat` gives it.
     """
 
-    def __init__(self, pool: EnginePool, model: str, *, max_length: int, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        pool: EnginePool,
+        model: str,
+        *,
+        max_length: int,
+        chat: ChatSection = PLAIN_CHAT,
+        kept: Kept | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         super().__init__()
         self.tokenizer: Any = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        if chat.arguments or chat.system is not None:
+            ChatTemplate(self.tokenizer, chat, prompts_only=True)
+        self._chat = {**chat.arguments, **dated(chat.date)}
         self.max_length = max_length
-        self._pool = pool
+        self._pool, self._kept = pool, kept
         self._cut = 0
 
     # ------------------------------------------------------------------------------------------------------- tokens
@@ -80,7 +100,8 @@ class PooledLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The conversation as one text; without its system message, and with a warning, where the template has none."""
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        ends = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        options = {**self._chat, **ends}
         try:
             return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
         except jinja2.TemplateError as error:
@@ -187,11 +208,25 @@ class PooledLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         # Those that begin alike stand together: what they have in common is computed once.
         order = sorted(range(len(rows)), key=lambda index: rows[index]["ids"])
         table = pa.Table.from_pylist([rows[index] for index in order], schema=ASKED)
-        with phase("utility", len(rows), "questions") as progress:
-            said = self._pool.map(table, progress=progress).to_pylist()
+        said = self._said(table)
         if faults := [row["fault"] for row in said if row["fault"] is not None]:
             raise UtilityError(
                 f"engines fail on {len(faults)} of {len(rows)} questions, the first time by: {faults[0]}"
             )
         found = sorted(zip(order, said, strict=True), key=lambda pair: pair[0])
         return [row for _, row in found]
+
+    def _said(self, table: pa.Table) -> list[dict[str, Any]]:
+        """What the engines say of each row, now or in an earlier measurement."""
+        keys, found = ([""] * len(table), [None] * len(table)) if self._kept is None else self._kept.look(table)
+        missing = [at for at, row in enumerate(found) if row is None]
+
+        def landed(first: int, columns: pa.Table) -> None:
+            if self._kept is not None:
+                self._kept.land([keys[at] for at in missing[first : first + len(columns)]], columns)
+
+        with phase("utility", len(table), "questions", done=len(table) - len(missing)) as progress:
+            rows = table.take(pa.array(missing, pa.int64()))
+            said = self._pool.map(rows, progress=progress, landed=landed).to_pylist() if missing else []
+        news = dict(zip(missing, said, strict=True))
+        return [news[at] if row is None else row for at, row in enumerate(found)]

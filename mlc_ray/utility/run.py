@@ -25,19 +25,21 @@ from typing import Any
 
 from mlc_ray.checkpoints import verify_weights
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
-from mlc_ray.config import UtilityConfig
+from mlc_ray.config import PLAIN_CHAT, ChatSection, UtilityConfig
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm, check_positions, engine_environment
 from mlc_ray.generate.pool import EnginePool
 from mlc_ray.generate.replica import Part
 from mlc_ray.monitoring import told_of
-from mlc_ray.runs import UTILITY_FILE, output_folder, pinned_weights
+from mlc_ray.runs import KEPT_FOLDER, UTILITY_FILE, output_folder, pinned_weights, training_chat
+from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import counted
+from mlc_ray.score.request import engine_versions
 from mlc_ray.score.results import ScoresFileError, load_scores
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_model, scratch_folder
 from mlc_ray.utility.file import Utility, UtilityError, UtilityRow, load_utility, save_utility
-from mlc_ray.utility.stage import Completer
+from mlc_ray.utility.stage import ASKED, SAID, Completer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Ut
     Raises:
         UtilityError: The harness is not installed, or fails (what it said is in `utility.log`), engines fail on a
             question, the score folder is of another model, `pool` was opened for other settings, or there is one with
-            `backend: hf`.
+            `backend: hf`; or see `with_chat`.
         ModelPathError, IncompleteArtifactError: There is no model, or its weights are damaged.
         EngineError: It has fewer positions than `engine.max_model_len`, or an engine does not start.
         ClusterError: The cluster can never hold the engines.
@@ -76,6 +78,7 @@ def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Ut
     name = fingerprint_model(model)
     folder = _folder(config, name)
     told_of(run=folder.name)
+    config = with_chat(config, model)
     earlier = load_utility(folder) if (folder / UTILITY_FILE).is_file() else None
     if earlier is not None and earlier.fingerprint != name:
         raise UtilityError(
@@ -96,7 +99,28 @@ def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Ut
         folder=Place(folder),
     )
     save_utility(utility)
+    (Place(folder) / KEPT_FOLDER).remove()
     return utility
+
+
+def with_chat(config: UtilityConfig, model: str) -> UtilityConfig:
+    """`config` with the conversation that questions stand in: if it says none, the one that its model was trained in.
+
+    Raises:
+        UtilityError: transformers run `model`, and its chat template writes today's date, which only engines are told.
+    """
+    if not config.chat_template:
+        return config
+    if config.backend == "hf":
+        from mlc_ray.data.tokens import load_tokenizer  # takes 4 s
+
+        tokenizer = load_tokenizer(model, trust_remote_code=config.engine.trust_remote_code)
+        if "strftime_now" in (tokenizer.chat_template or ""):
+            raise UtilityError(
+                f"model={config.model!r}: its chat template writes today's date, so that backend='hf' would ask other "
+                "questions tomorrow; set backend=vllm, or chat_template=false"
+            )
+    return config.model_copy(update={"chat": config.chat or training_chat(config.model) or ChatSection()})
 
 
 def open_pool(config: UtilityConfig) -> EnginePool:
@@ -146,6 +170,7 @@ def rows_of(results: Mapping[str, Any], config: UtilityConfig) -> tuple[UtilityR
                     limit=config.limit,
                     chat_template=config.chat_template,
                     backend=config.backend,
+                    chat=None if config.chat is None else config.chat.model_dump(mode="json"),
                 )
             )
     if not rows:
@@ -241,6 +266,8 @@ def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool |
                 engines,
                 model,
                 max_length=config.engine.max_model_len,
+                chat=config.chat or PLAIN_CHAT,
+                kept=_kept(config, model, log.parent),
                 trust_remote_code=config.engine.trust_remote_code,
             )
             found = simple_evaluate(
@@ -249,6 +276,7 @@ def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool |
                 num_fewshot=config.num_fewshot,
                 limit=config.limit,
                 apply_chat_template=config.chat_template,
+                system_instruction=None if config.chat is None else config.chat.system,
                 task_manager=manager,
                 log_samples=False,
             )
@@ -264,6 +292,13 @@ def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool |
         harness.removeHandler(handler)
         harness.setLevel(level)
         handler.close()
+
+
+def _kept(config: UtilityConfig, model: str, folder: Path) -> Kept:
+    """What is there of a measurement of the same model by the same engine that ended early."""
+    engine = config.engine
+    by = [fingerprint_model(model), engine.dtype, engine.options, engine.max_model_len]
+    return Kept(Place(folder), "utility", [*by, engine_versions(library_versions())], ASKED.names, SAID)
 
 
 @contextmanager
@@ -339,6 +374,8 @@ def harness_command(config: UtilityConfig, model: str, device: Device) -> list[s
     arguments: dict[str, Any] = {"pretrained": local_model(model), "dtype": resolved(engine.dtype, gpu=device == "gpu")}
     if engine.trust_remote_code:
         arguments["trust_remote_code"] = True
+    if config.chat is not None and config.chat.arguments:
+        arguments["chat_template_args"] = config.chat.arguments
     arguments["max_length"] = engine.max_model_len
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf"]
     command += ["--model_args", json.dumps(arguments), "--tasks", ",".join(config.tasks)]
@@ -349,6 +386,8 @@ def harness_command(config: UtilityConfig, model: str, device: Device) -> list[s
         command += ["--num_fewshot", str(config.num_fewshot)]
     if config.chat_template:
         command.append("--apply_chat_template")
+    if config.chat is not None and config.chat.system is not None:
+        command += ["--system_instruction", config.chat.system]
     if (folder := _task_folder(config)) is not None:
         command += ["--include_path", folder]
     return command

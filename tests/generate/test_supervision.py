@@ -8,17 +8,19 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray.exceptions
 
 from mlc_ray.config import EngineSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate import engine
 from mlc_ray.generate.blocks import Job, Piece
 from mlc_ray.generate.pool import EnginePool
-from mlc_ray.generate.replica import EngineDiedError, Part
+from mlc_ray.generate.replica import EngineDiedError, Part, Replica, Weights
 from mlc_ray.generate.stage import Stage
 
 LIMITS = {"cpus_per_replica": 0.2, "start_seconds": 60.0, "hang_seconds": 60.0, "retries": 1, "block_rows": 8}
@@ -189,6 +191,89 @@ def test_a_check_starts_the_dead_and_what_cannot_be_had_again_is_not_started(ray
         for asked in (lambda: pool.map(NUMBERS), pool.check, lambda: pool.map(NUMBERS)):
             with pytest.raises(EngineDiedError, match="its endpoint has cost"):
                 asked()
+
+
+class Lost(Replica):
+    """A replica without Ray, whose calls end at once; from `gone` on it neither answers nor starts."""
+
+    gone = False
+    asked: int = 0
+
+    def begin(self, weights: Weights | None) -> None:
+        self.actor = self
+        self.ask("start", weights)
+
+    def ask(self, method: str, *arguments: Any) -> None:
+        self.method, self.doing = method, object()
+        self.asked += 1
+
+    def take(self) -> Any:
+        self.doing = None
+        if self.gone:
+            raise ray.exceptions.ActorDiedError()
+        self.failures = 0
+        return {"transfer": 0.0, "proof": 0.0}
+
+    def end(self, *, hung: bool = False) -> None:
+        self.actor = self.doing = None
+
+
+def test_others_go_on_without_an_engine_that_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wait(references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return references, []
+
+    monkeypatch.setattr("mlc_ray.generate.pool.ray", SimpleNamespace(wait=wait, exceptions=ray.exceptions))
+    made = part(tmp_path, {})
+    lost, other = replicas = [Lost(made, "cpu", number) for number in (0, 1)]
+    pool = EnginePool(made, "cpu", "first", list(replicas))
+    for replica in replicas:
+        replica.begin(None)
+    pool.check()
+    lost.gone = True
+    assert pool.swap("second") == {"transfer": 0.0, "proof": 0.0} and pool.weights == "second"
+    assert caplog.text.count("is started again") == made.limits.retries
+    assert (lost.state, other.state, caplog.text.count("it is given up")) == ("gone", "idle", 1)
+    asked = lost.asked
+    pool.check()
+    pool.begin()
+    pool.swap("third")
+    assert lost.asked == asked  # nobody waits for it again
+    other.gone = True
+    with pytest.raises(EngineDiedError, match="engine 2 of 2 for adding died, for good"):
+        pool.check()
+    assert lost.asked == asked
+    lost.gone = other.gone = False
+    pool.swap("third")  # where none is left, all are tried again
+    assert (lost.state, other.state) == ("idle", "idle")
+
+
+def test_what_others_have_done_is_not_lost_with_an_error_of_a_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(Lost):
+        def take(self) -> Any:
+            started = self.method == "start"
+            self.doing = None
+            if started:
+                return {}
+            if self.number == 0:
+                raise RefusedError("number is refused")
+            return pa.Table.from_pylist([{"next": number} for number in range(8)], schema=Fragile.columns)
+
+    def wait(references: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return references, []
+
+    stub = SimpleNamespace(wait=wait, put=lambda rows: rows, exceptions=ray.exceptions)
+    monkeypatch.setattr("mlc_ray.generate.pool.ray", stub)
+    made, landed = part(tmp_path, {}), list[int]()
+    pool = EnginePool(made, "cpu", "first", [Refusing(made, "cpu", number) for number in (0, 1)])
+    for replica in pool.replicas:
+        replica.begin(None)
+    with pytest.raises(RefusedError):
+        pool.map(NUMBERS.slice(0, 16), landed=lambda first, columns: landed.append(first))
+    assert landed == [8]  # what the second engine had done by then
 
 
 def test_a_piece_is_tried_halved_and_given_up() -> None:

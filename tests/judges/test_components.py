@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 from mlc_ray._registry import UnknownComponentError, names, resolve
 from mlc_ray.config import ConfigError, JudgeSettings, ReadingJudgeSettings, ScoreConfig, SearchConfig, parse_config
 from mlc_ray.judges.base import BaseJudge, Judge, JudgeError, make_judge, make_reader
-from mlc_ray.judges.degenerate import RULES
 from mlc_ray.judges.likelihood import LikelihoodJudge
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.types import Answer
@@ -88,7 +88,7 @@ def test_a_judge_from_outside(tmp_path: Path) -> None:
     judge = make_judge(settings(name=OUTSIDE, words=3))
     assert isinstance(judge, Judge)
     assert (judge.name, judge.runs, judge.engine) == ("short-answer", "inline", None)
-    assert judge.identity == f"{OUTSIDE} words=3 degenerate={RULES}"
+    assert re.fullmatch(f"{OUTSIDE} words=3 rules=[0-9a-f]{{16}}", judge.identity)
     assert judge.coverage(["en", "fr-CA"]) == {"en": "", "fr-CA": ""}
     judge.check_ready(tmp_path)
     judge.start("cpu", tmp_path)

@@ -5,13 +5,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from mlc_ray.config import EndpointSection, JudgeSettings, ScoreConfig, parse_config
 from mlc_ray.generate.replies import EndpointError
-from mlc_ray.judges.degenerate import RULES
+from mlc_ray.judges.base import make_judge
 from mlc_ray.judges.endpoint import EndpointJudge, Protocol, check_code, judge_conversation, read_verdict
+from mlc_ray.score.stages import Asking
 from mlc_ray.types import Answer
 from tests.generate.chat_server import ChatServer, Step, serving
 
@@ -219,11 +221,39 @@ def test_it_declares_every_language_and_both_measures(tmp_path: Path) -> None:
     with serving(lambda messages, number: Step()) as server:
         judge = judge_for(server, tmp_path)
     assert (judge.name, judge.measures, judge.languages) == ("endpoint", ("refused", "safe"), None)
-    assert judge.identity == f"endpoint m protocol=safety degenerate={RULES}"
-    with serving(lambda messages, number: Step()) as server:
-        other = judge_for(server, tmp_path, request={"temperature": 1})
-    assert other.identity == f'endpoint m request={{"temperature": 1}} protocol=safety degenerate={RULES}'
+    where = r"at=[0-9a-f]{16} max_reply_tokens=\d+ protocol=safety rules=[0-9a-f]{16}"
+    assert re.fullmatch(f"endpoint m {where}", judge.identity)
+    own = {"base_url": "http://a/v1", "model": "m"}
+    changes: list[dict[str, Any]] = [
+        {}, {"request": {"temperature": 1}}, {"base_url": "http://b/v1"}, {"max_reply_tokens": 16},
+    ]  # fmt: skip
+    asked = [judge_in({"name": "endpoint", "endpoint": {**own, **change}}) for change in changes]
+    assert len({make_judge(settings).identity for settings in asked}) == len(changes)
+    alike = judge_in({"name": "endpoint", "endpoint": {**own, "concurrency": 2, "timeout_seconds": 5}})
+    assert make_judge(alike).identity == make_judge(asked[0]).identity
+    assert re.fullmatch(f'endpoint m request={{"temperature": 1}} {where}', make_judge(asked[1]).identity)
     assert judge.coverage(["en", "ku", "xx"]) == {"en": "", "ku": "", "xx": ""}
+
+
+def test_replies_go_where_other_nodes_find_them_while_judging_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = tmp_path / "score" / "replies.parquet"
+    published.parent.mkdir()
+    with serving(lambda messages, number: Step(line(code_in(messages), "answers", "safe"))) as server:
+        judge = judge_for(server, tmp_path)
+        asking = Asking(judge, None, str(published))
+        with asking.noted():
+            judge.judge([answer("a")])
+        assert not published.exists()
+        monkeypatch.setattr("mlc_ray.score.stages._PUBLISH_SECONDS", -1.0)
+        with asking.noted():
+            judge.judge([answer("b")])
+        assert pq.read_table(published).num_rows == 2
+        other = judge_for(server, tmp_path / "elsewhere")
+        Asking(other, None, str(published))  # as on another node, where no cache is
+        other.judge([answer("a"), answer("b")])
+        assert len(server.bodies) == 2
 
 
 def test_wrong_settings_raise(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -328,6 +329,10 @@ def test_what_a_guard_is_asked_is_part_of_its_identity(tokenizers: dict[str, Any
     first = identity("one", WORDINGS["polyguard"])
     assert identity("two", WORDINGS["polyguard"]) == first  # where the file lies does not count
     assert identity("one", WORDINGS["polyguard"].replace("You judge", "You judges")) != first
+    folder = Path(shutil.copytree(folder, tmp_path / "elsewhere"))
+    assert identity("one", WORDINGS["polyguard"]) == first  # nor where the guard does
+    (folder / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 99}')
+    assert identity("one", WORDINGS["polyguard"]) != first
 
 
 BURMESE = "လုံခြုံသော စကားဝှက်တစ်ခုကို ဘယ်လိုရွေးရမလဲ။ " * 8

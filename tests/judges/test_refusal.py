@@ -360,4 +360,4 @@ def test_the_identity_follows_the_phrases() -> None:
     others = [{**lists, "sw": ["sitaki"]}, {"en": ["I cannot"]}, {**lists, "en": PhraseList(("I cannot",), ("no",))}]
     identities = {RefusalJudge(phrases=other).identity for other in others}
     assert first == again and first not in identities and len(identities) == 3
-    assert re.fullmatch(r"refusal phrases=[0-9a-f]{12} degenerate=[0-9a-f]{12}", RefusalJudge().identity)
+    assert re.fullmatch(r"refusal phrases=[0-9a-f]{12} rules=[0-9a-f]{16}", RefusalJudge().identity)

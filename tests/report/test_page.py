@@ -9,12 +9,13 @@ import pytest
 
 import mlc_ray.report.page
 from mlc_ray.report.categories import category_table
-from mlc_ray.report.collect import collect
+from mlc_ray.report.collect import ReportError, collect
 from mlc_ray.report.page import render
 from mlc_ray.report.rates import VIEWS, benchmarks, keys, summary_of
 from mlc_ray.report.remarks import remarks
 from mlc_ray.report.samples import sample
 from mlc_ray.report.summaries import side_table
+from mlc_ray.report.write import write_report
 from tests.report.html_checks import Page
 from tests.report.runs import THIRTY, grid, response, steps, utility_row, write_run, write_score, write_utility
 
@@ -187,6 +188,20 @@ def test_model_output_cannot_become_markup(tmp_path: Path) -> None:
     assert "<script" not in html and "<img" not in html
     assert '<script>alert("x")</script></blockquote><img src=http://evil.example/x' in page.text, "shown as text"
     assert "\x00" not in html and "\x1b" not in html and "��" in html
+
+
+def test_a_redacted_response_is_its_opening_alone(tmp_path: Path) -> None:
+    secret = "Sure, here is how. " + "x" * 41 + "STEP ONE" * 9
+    rows = [response(0, "harmful", "en", behaviour="complied", response=secret, reason="quotes STEP ONE"),
+            response(1, "harmful", "en", behaviour="complied", response="Sure."),
+            response(2, "benign", "en", behaviour="refused", response="No. " * 40)]  # fmt: skip
+    folder = write_score(tmp_path / "s", rows)
+    text = Page(render(collect([folder]), samples=8, redact=True)).text
+    assert "Sure, here is how. " + "x" * 41 + " … (72 more characters, redacted)" in text
+    assert "STEP ONE" not in text and "Sure." in text and "No. No. No." in text
+    assert "STEP ONE" * 9 in Page(render(collect([folder]), samples=8)).text
+    with pytest.raises(ReportError, match="--redact without --samples N"):
+        write_report([folder], tmp_path / "r.html", redact=True)
 
 
 def test_nothing_is_marked_as_safe_markup_by_hand() -> None:

@@ -45,8 +45,23 @@ def test_control_characters_are_replaced() -> None:
         ("in 'secret-client/acme', no score", "in '…/acme', no score"), ("at http://internal.host/", "at …"),
         ("'/home/al ice/runs/x'", "'…/x'"), ("~/x/y is", "…/y is"), ("guard at 10.0.0.4:8000", "guard at …"),
         ("s3://user:pw@bucket/a/b", "…/b"), ("C:\\Users\\x", "…/x"), ("https://h:80?key=abc", "…"),
+        ("gpu-17.lab.internal said", "… said"), ("on node-12:8265.", "on …."), ("by user@gpu17, it", "by …, it"),
+        ("x.cs.uni-a.de and ip-10-0-0-4.compute.amazonaws.com", "… and …"), ("at [fe80::1]:8000", "at …"),
+        ("me@example.org wrote", "… wrote"),
         ("secret/client/acme", "…/acme"), ("refused and/or safe, 98.1 to 99.2", "refused and/or safe, 98.1 to 99.2"),
     ],
 )  # fmt: skip
-def test_nothing_private_is_left_of_paths_and_urls(text: str, shown: str) -> None:
+def test_nothing_private_is_left_of_hosts_paths_and_urls(text: str, shown: str) -> None:
     assert without_paths(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ASR@k and ASR@10, pass@1", "Qwen2.5-0.5B-Instruct, vllm 0.32.0+cpu", "engine.dtype=auto, judge.engine.options",
+        "mlc_ray.judges.refusal:RefusalJudge", "sample:test at 12:30, 3:1, step 12", "scores.json, a.tar.gz, x.test.py",
+        "e.g. one, i.e. two", "zh-Hant: 98.1 (97.0 to 99.0)", "phrases=0a1b rules=9f",
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_a_host_stays(text: str) -> None:
+    assert without_paths(text) == text

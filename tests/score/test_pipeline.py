@@ -33,7 +33,6 @@ from mlc_ray.generate.replies import EndpointError
 from mlc_ray.generate.stage import PROMPTS as PROMPT_COLUMNS
 from mlc_ray.generate.stage import Generator
 from mlc_ray.judges.base import JudgeError, JudgeFaultError, UncoveredLanguageError, make_judge
-from mlc_ray.judges.degenerate import RULES
 from mlc_ray.judges.endpoint import EndpointJudge
 from mlc_ray.judges.likelihood import LikelihoodJudge
 from mlc_ray.judges.refusal import RefusalJudge
@@ -489,7 +488,7 @@ def test_an_endpoint_translates_and_judges_what_was_answered_before(
     result = judge_again(folder, judge=config.judge, out="vault://team/mine")  # and into a storage of their own
     assert result.folder == Place("vault://team/mine")
     assert load_scores("vault://team/mine") == result
-    assert result.judge == f"examples.my_judge:ShortAnswerJudge words=7 degenerate={RULES}"
+    assert result.judge == make_judge(config.judge).identity
     assert result.measured_by == {"refused": "short-answer"}
     assert {(row.language, row.via) for row in result.rows} == {("en", ""), ("es", ""), ("zh", "uncovered")}
     with result.responses_file.open() as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ import pytest
 
 from mlc_ray.config import CalibrationConfig, ConfigError, ScoreConfig, ScoringSection, parse_config
 from mlc_ray.generate.replica import Part
-from mlc_ray.generate.stage import ANSWERS, Generator
+from mlc_ray.generate.stage import ANSWERS, PROMPTS, Generator
 from mlc_ray.judges.base import JudgeError, make_judge
 from mlc_ray.judges.guards.base import GuardSettings
 from mlc_ray.lease import LeaseError, lease
 from mlc_ray.score.calibrate import calibrate
 from mlc_ray.score.calibration import CalibrationError
 from mlc_ray.score.plan import with_dtypes, with_judge_models
+from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.request import Request, ScoreError, load_request
-from mlc_ray.score.results import load_in_language
-from mlc_ray.score.run import judge_again, score
+from mlc_ray.score.results import ScoreResult, load_in_language
+from mlc_ray.score.run import TooManyUnparsedError, judge_again, score
 from mlc_ray.score.stages import RESPONSES
 from mlc_ray.storage import IncompleteArtifactError, Place, fingerprint
 from tests.checkpoints import complete
@@ -191,6 +193,79 @@ def test_a_score_goes_on_in_the_dtype_it_began_in(
     assert asked[0].engine.dtype == "float32"
 
 
+@pytest.fixture
+def local(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ScoreResult]:
+    """A score in this process of a prompt in each of `languages`, without Ray; `judges` makes the judge's pool."""
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "float32")
+    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
+    monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
+    monkeypatch.setattr("mlc_ray.score.run._check_readers", lambda *_: None)
+    monkeypatch.setattr("mlc_ray.score.passes.side_by_side", lambda parts, device, is_open: [[one] for one in parts])
+    answer = {"response": "I cannot help with that.", "finish": "stop", "prompt_tokens": 9, "response_tokens": 6}
+
+    def run(
+        judges: Callable[[Part], LocalPool] = LocalPool,
+        languages: Sequence[str] = ["en"] * 4,
+        max_unparsed: float = 1.0,
+    ) -> ScoreResult:
+        own = [{"bundle_id": f"b{number}", "language": code} for number, code in enumerate(languages)]
+        rows = [{**{name: ROW.get(name, 0) for name in PROMPTS.names}, **row} for row in own]
+        table = pa.Table.from_pylist(rows, schema=PROMPTS)
+        monkeypatch.setattr("mlc_ray.score.run.read_prompts", lambda config, rejects: Prompts(table, str(len(rows))))
+        monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: judges(part))
+        told = {"tell_languages": False, "resume": "auto", "max_unparsed": max_unparsed}
+        config = config_for(model, write_bundles(tmp_path / "own.jsonl"), tmp_path / "scores", **told)
+        part = Part("answering", Generator, {}, config.engine)
+        pool = LocalPool(part, work=lambda rows: pa.Table.from_pylist([answer] * len(rows), schema=ANSWERS))
+        return score(config, pool=pool)
+
+    return run
+
+
+def test_responses_keep_the_engine_that_gave_them(
+    local: Callable[..., ScoreResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(rows: pa.Table) -> pa.Table:
+        raise JudgeError("the judge is away")
+
+    monkeypatch.setattr("mlc_ray.score.run.Request", lambda **fields: Request(**fields, versions={"vllm": installed}))
+    installed = "1.0"
+    with pytest.raises(JudgeError, match="is away"):
+        local(lambda part: LocalPool(part, work=away))
+    installed = "2.0"
+    with pytest.raises(ScoreError, match=r"responses by vllm 1\.0, and here is vllm 2\.0: judge those by `mlc-ray"):
+        local()
+    monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part))
+    assert judge_again(tmp_path / "scores" / "score").versions == {"vllm": "1.0"}
+
+
+def test_a_fault_of_a_judges_engines_is_told_from_a_verdict_and_judged_again(
+    local: Callable[..., ScoreResult],
+) -> None:
+    found = local(lambda part: LocalPool(part, fails=lambda row: row["bundle_id"] == "b2", asks="bundle_id"))
+    assert (found.judge_faults, found.unparsed) == (1, 1)
+    rows = pq.read_table(found.responses_file).to_pylist()
+    assert [row["behaviour"] for row in rows] == ["refused", "refused", "unparsed", "refused"]
+    assert [row["judge_fault"] is None for row in rows] == [True, True, False, True]
+    assert "it died" in rows[2]["judge_fault"]
+    again = local()
+    assert (again.judge_faults, again.unparsed, again.finish) == (0, 0, {"stop": 4})
+    pools: list[LocalPool] = []
+    assert local(lambda part: pools.append(LocalPool(part)) or pools[0]) == again and not pools  # it is finished
+
+
+def test_a_language_without_any_verdict_ends_a_score_with_an_error(local: Callable[..., ScoreResult]) -> None:
+    def judges(part: Part) -> LocalPool:
+        return LocalPool(part, fails=lambda row: row["language"] == "sw", asks="language")
+
+    with pytest.raises(
+        TooManyUnparsedError, match=r"1 of 41 .* and none of benign prompts in sw of own \(refused\) did"
+    ):
+        local(judges, languages=[*40 * ["en"], "sw"], max_unparsed=0.05)
+    assert TooManyUnparsedError.exit_status == 3
+    assert local(judges, languages=[*40 * ["en"], "sw"], max_unparsed=1.0).unparsed == 1
+
+
 def test_options_of_an_engine_are_few_and_part_of_what_answers(tmp_path: Path) -> None:
     def asked(**options: object) -> Request:
         raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "engine": {"options": options}}
@@ -302,7 +377,7 @@ def test_prompts_that_engines_failed_on_are_asked_again_by_a_score_that_goes_on(
         score(config, pool=engines(fails=fails))
     folder = Path(config.output_dir) / str(config.name)
     assert pq.read_table(folder / "responses.parquet")["finish"].to_pylist().count("engine_fault") == 1
-    shutil.rmtree(folder / "kept", ignore_errors=True)  # as where another version of vLLM answered them
+    shutil.rmtree(folder / "kept", ignore_errors=True)
     monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part))
     again = engines()
     result = score(config, pool=again)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +12,16 @@ import pytest
 import ray.exceptions
 
 from mlc_ray.config import EngineSection, ScoreConfig, parse_config
-from mlc_ray.generate.replica import Part
+from mlc_ray.generate.replica import EngineDiedError, Part
 from mlc_ray.generate.stage import ANSWERS, PROMPTS, Generator
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.score import scorer
 from mlc_ray.score.plan import plan_judging, reading, with_longest_answer
+from mlc_ray.score.request import Request
 from mlc_ray.score.scorer import Scorer, ScorerDiedError, WarmScorer, start_scorer
 from mlc_ray.score.stages import JUDGED
 from mlc_ray.storage import Place
+from mlc_ray.train.failures import own_error
 from tests.score.local_pool import LocalPool
 
 
@@ -54,26 +57,35 @@ def test_a_scorer_that_died_says_so_when_asked(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(scorer, "ray", SimpleNamespace(get=get, exceptions=ray.exceptions))
     with pytest.raises(ScorerDiedError, match=r"has died \(.*out of memory"):
         WarmScorer(SimpleNamespace(check=SimpleNamespace(remote=object))).check()
+    # Also while it scores: no trial is trained again for a score that cannot be had.
+    with pytest.raises(ScorerDiedError, match=r"has died \(.*out of memory") as raised:
+        WarmScorer(SimpleNamespace(score=SimpleNamespace(remote=lambda *_: None))).score("weights")
+    assert own_error(raised.value) is raised.value
 
 
 def test_who_judges_is_planned_for_the_prompts_that_come_later_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[list[Part]] = []
+    placed: list[tuple[str, bool]] = []
 
     class Remote:
         """Notes the parts of the scorer that would be started."""
 
         start = SimpleNamespace(remote=lambda: None)
 
-        def options(self, **_: Any) -> Remote:
+        def options(self, **options: Any) -> Remote:
+            strategy = options["scheduling_strategy"]
+            placed.append((strategy.node_id, strategy.soft))
             return self
 
         def remote(self, parts: list[Part], *_: Any) -> Remote:
             made.append(parts)
             return self
 
-    monkeypatch.setattr(scorer, "ray", SimpleNamespace(remote=lambda cls: Remote(), get=lambda reference: None))
+    context = SimpleNamespace(get_node_id=lambda: "a" * 56)
+    of_ray = {"remote": lambda cls: Remote(), "get": lambda reference: None, "get_runtime_context": lambda: context}
+    monkeypatch.setattr(scorer, "ray", SimpleNamespace(**of_ray))
     raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "chat": {}}
     scoring = with_longest_answer(parse_config(ScoreConfig, raw))
     harmful, benign = (
@@ -82,6 +94,7 @@ def test_who_judges_is_planned_for_the_prompts_that_come_later_too(
     start_scorer("m", scoring, harmful, device="cpu", folder=tmp_path, others=[benign])
     ((_, _, cells),) = made[0][1].settings["readers"]
     assert set(cells) == {("harmful", "en"), ("benign", "en")}
+    assert placed == [("a" * 56, False)]  # where its driver is, and nowhere else
 
 
 def test_a_checkpoint_is_answered_and_judged_row_by_row(tmp_path: Path) -> None:
@@ -115,3 +128,36 @@ def test_a_checkpoint_is_answered_and_judged_row_by_row(tmp_path: Path) -> None:
         "refused",
         "complied",
     ]
+
+
+def test_what_engines_have_done_of_a_checkpoint_is_not_asked_again(tmp_path: Path) -> None:
+    rows = [{"bundle_id": f"b{n}", "kind": "benign", "language": "en", "prompt": f"{n}?"} for n in range(9)]
+    prompts = pa.Table.from_pylist(rows, schema=PROMPTS)
+    raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "engine": {"block_rows": 2}, "chat": {}}
+    request = Request(with_longest_answer(parse_config(ScoreConfig, raw)), "m", "0123", "prompts", None)
+    judging = plan_judging(RefusalJudge(), prompts)
+    (judge,) = reading(judging, "cpu", rows=9, usage=tmp_path, replies=Place(tmp_path / "replies")).values()
+    answering = Part("answering", Generator, {}, request.config.engine)
+
+    def answer(rows: pa.Table) -> pa.Table:
+        answers = [{"response": f"{text} Boil it.", "finish": "stop"} for text in rows["prompt"].to_pylist()]
+        return pa.Table.from_pylist(answers, schema=ANSWERS)
+
+    def dying(rows: pa.Table) -> pa.Table:
+        if "4?" in rows["prompt"].to_pylist():
+            raise EngineDiedError("the node is gone")
+        return answer(rows)
+
+    def scored(work: Any, fingerprint: str = "0123") -> tuple[list[str], pa.Table]:
+        made, pool = Scorer([answering, judge], prompts, "cpu"), LocalPool(answering, work=work)
+        made._table, made._answering, made._reading = prompts, pool, [LocalPool(judge)]
+        asked = replace(request, fingerprint=fingerprint)
+        return pool.asked, made.score("m", False, None, asked, Place(tmp_path / "step")).judged
+
+    with pytest.raises(EngineDiedError):
+        scored(dying)
+    asked, judged = scored(answer)
+    assert asked == ["4?", "5?", "6?", "7?", "8?"]
+    assert judged["response"].to_pylist() == [f"{n}? Boil it." for n in range(9)]
+    assert judged["behaviour"].to_pylist() == ["complied"] * 9
+    assert scored(answer)[0] == [] and len(scored(answer, "4567")[0]) == 9  # other weights answer for themselves

@@ -45,7 +45,7 @@ def score(harmful: float, benign: float, floor: float = 0.8, **changes: Any) -> 
     """Rates as fractions, with intervals of 10 points on either side."""
     feasible = benign - 0.1 >= floor
     worth = harmful - 0.1 if feasible else benign - 0.1 - floor
-    languages = {"en": rate(1.0), "sw": rate(harmful)}, {"en": rate(1.0), "sw": rate(benign)}
+    languages = {"en": rate(1.0), "sw": rate(harmful)}, {"en": rate(1.0), "sw": rate(benign)}, rate(harmful), "sw"
     return replace(TrialScore("refused", rate(harmful), rate(benign), (worth,), feasible, worth, *languages), **changes)
 
 
@@ -157,7 +157,9 @@ def test_a_search_where_nothing_answers_enough_says_so(tmp_path: Path) -> None:
 
 def test_without_benign_prompts_their_side_is_a_gap(tmp_path: Path) -> None:
     def alone(harmful: float) -> TrialScore:
-        return TrialScore("safe", rate(harmful), None, (harmful,), True, harmful, {"en": rate(harmful)}, {})
+        return TrialScore(
+            "safe", rate(harmful), None, (harmful,), True, harmful, {"en": rate(harmful)}, {}, rate(harmful), "en"
+        )
 
     config = search_config(objective="safety_alone")
     trials = [replace(item, score=alone(item.score.harmful.value / 100)) for item in TRIALS]

@@ -9,13 +9,16 @@ import pytest
 import yaml
 
 from mlc_ray.config import ConfigError, SearchConfig, load_config
+from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.guards.base import GuardSettings
 from mlc_ray.judges.panel import PanelJudge
+from mlc_ray.score.prompts import Prompts
 from mlc_ray.search.folder import changed_config, changed_settings, load_search, write_config, write_settings
-from mlc_ray.search.run import resume_search, search
+from mlc_ray.search.run import check_same, identity_of, resume_search, search
+from mlc_ray.search.selection import AskedPrompts
 from mlc_ray.search.space import make_space, with_commits
 from mlc_ray.search.trial import SearchError
-from mlc_ray.storage import NO_COMMITS, Commits, Place
+from mlc_ray.storage import NO_COMMITS, Commits, Place, library_versions
 from tests.data.hub_server import Hub, running
 
 
@@ -199,3 +202,23 @@ def test_trials_are_added_and_hours_are_changed(place: Path) -> None:
         changed_config(more, ["trials=1"])
     with pytest.raises(ConfigError, match=r"'concurrency=2' cannot go with.*trials and max_hours may change"):
         resume_search(folder, ["concurrency=2"])
+
+
+def test_trials_by_another_judge_or_engine_are_not_gone_on_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shared(*overrides: str) -> dict[str, str]:
+        return identity_of(prompts, str(place / "m"), configured(place, *overrides).scoring)
+
+    (place / "m").mkdir()
+    (place / "m" / "config.json").write_text("{}")
+    table = PROMPTS.empty_table()
+    prompts, folder = AskedPrompts(Prompts(table, "one"), Prompts(table, "other")), Place(place / "found")
+    check_same(folder, shared())  # nothing was scored yet
+    (folder / "search.json").write_json({"fingerprints": shared()})
+    check_same(folder, shared())
+    with pytest.raises(SearchError, match=r"the judge of search .* changed since it began \(refusal .* is now likelih"):
+        check_same(folder, shared("scoring.judge=likelihood"))
+    for name, fault in (("vllm", "the engine of"), ("mlc_ray", "the version of mlc_ray of")):
+        versions = {**library_versions(), name: "99"}
+        monkeypatch.setattr("mlc_ray.search.run.library_versions", lambda versions=versions: versions)
+        with pytest.raises(SearchError, match=fault):
+            check_same(folder, shared())

@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from ray.exceptions import ActorDiedError
 
-from mlc_ray.config import ConfirmSection
+from mlc_ray.config import ConfigError, ConfirmSection
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.score.prompts import BenchmarkError, Prompts
 from mlc_ray.score.run import TooManyUnparsedError
-from mlc_ray.search.confirm import best_of, confirm, confirmation_of, decisive_p, drop_models, finished_points
+from mlc_ray.score.scorer import ScorerDiedError
+from mlc_ray.search.apart import apart_p, choice_p
+from mlc_ray.search.confirm import best_of, confirm, confirmation_of, drop_models, finished_points
 from mlc_ray.search.objectives.base import TrialScore, make_objective
 from mlc_ray.search.results import Confirmed, Trial
 from mlc_ray.search.selection import AskedPrompts, check_prompts, shortlist, split
@@ -122,7 +125,9 @@ def measured(generator: np.random.Generator) -> TrialScore:
     harmful, benign = sides
     feasible = benign.low >= 75
     worth = harmful.low / 100 if feasible else benign.low / 100 - 0.75
-    return TrialScore("refused", harmful, benign, (worth,), feasible, worth, {"en": harmful}, {"en": benign})
+    return TrialScore(
+        "refused", harmful, benign, (worth,), feasible, worth, {"en": harmful}, {"en": benign}, harmful, "en"
+    )
 
 
 def wilson_percent(hits: int) -> Interval:
@@ -147,6 +152,37 @@ def test_what_is_reported_of_fifty_equal_trials_is_true_though_the_best_of_them_
     assert np.mean(selected) > 45  # the winner's curse: ten points that are not there
     assert abs(np.mean(reported) - 35) < 1.5
     assert held >= 184, held  # 95 % of 200 less two standard errors
+
+
+def test_so_it_is_by_the_intervals_and_the_choice_of_a_search_itself() -> None:
+    average = objective(min_benign_compliance=0.5)
+    values = search_config().enqueue or [{}]
+
+    def judged(generator: np.random.Generator) -> list[Judged]:
+        sides = zip(("harmful", "benign"), ("RC", "CR"), (TRUE_RATE, BENIGN_RATE), strict=True)
+        found = []
+        for kind, letters, rate in sides:
+            text = "".join(letters[int(draw > rate)] for draw in generator.random(RESPONSES))
+            found += records(kind, en=text)  # type: ignore[arg-type]
+        return found
+
+    selected, reported, held = [], [], 0
+    for seed in range(16):
+        generator = np.random.default_rng([36, seed])
+        trials = [average.score(judged(generator)) for _ in range(12)]
+        chosen = shortlist(trials, 2)
+        selected.append(trials[chosen[0]].harmful.value)
+        confirming = [judged(generator) for _ in chosen]
+        found = [
+            (Confirmed(str(index), (str(index),), values[0], average.score(each)), {1: each})
+            for index, each in zip(chosen, confirming, strict=True)
+        ]
+        best = confirmation_of(average, found, None).best.score.harmful
+        reported.append(best.value)
+        held += best.low <= 100 * TRUE_RATE <= best.high
+    assert np.mean(selected) > 39
+    assert abs(np.mean(reported) - 35) < 4  # three standard errors
+    assert held >= 13, held
 
 
 def _p_value(first: TrialScore, other: TrialScore) -> float:
@@ -177,18 +213,49 @@ def test_only_those_that_clear_the_floor_are_confirmed_and_the_nearest_where_non
 
 
 def test_models_are_told_apart_by_pairs_and_by_the_seed_that_tells_them_apart_least() -> None:
-    average = make_objective(search_config().objective)
+    average = objective(min_benign_compliance=0.7)
     none = records("harmful", en=32 * "C", sw=32 * "C") + GOOD[64:]
     best = average.score(GOOD)
-    assert decisive_p(average, best, {1: none}, {1: GOOD}) < 0.001
-    assert decisive_p(average, best, {1: none, 2: GOOD}, {1: GOOD, 2: GOOD}) == 1.0
-    assert decisive_p(average, best, {1: none, 2: GOOD}, {1: GOOD}) < 0.001  # only the first seed is common
-    assert decisive_p(average, best, {3: none}, {1: GOOD, 2: GOOD}) < 0.001  # none is
-    # The harmful sides are alike, and with a floor they alone decide.
+    for test in (choice_p, apart_p):
+        assert test(average, best, {1: none}, {1: GOOD}) <= 0.001
+        assert test(average, best, {1: none, 2: GOOD}, {1: GOOD, 2: GOOD}) == 1.0
+        assert test(average, best, {1: none, 2: GOOD}, {1: GOOD}) <= 0.001  # only the first seed is common
+        assert test(average, best, {3: none}, {1: GOOD, 2: GOOD}) <= 0.001  # none is
+    # The harmful sides are alike: nobody is chosen by them, and the benign side tells the two apart.
     refusing = GOOD[:64] + records("benign", en=32 * "R", sw=32 * "R")
-    assert decisive_p(average, best, {1: refusing}, {1: GOOD}) == 1.0
-    pareto = make_objective(search_config(objective="pareto").objective)
-    assert decisive_p(pareto, best, {1: refusing}, {1: GOOD}) < 0.001
+    assert choice_p(average, best, {1: refusing}, {1: GOOD}) == 1.0
+    assert apart_p(average, best, {1: refusing}, {1: GOOD}) < 0.001
+    pareto = objective(name="pareto")
+    assert choice_p(pareto, best, {1: refusing}, {1: GOOD}) <= 0.001
+    # Where nothing is sure to be above the floor, what is nearest to it ranks first.
+    high = objective(min_benign_compliance=0.95)
+    assert choice_p(high, high.score(GOOD), {1: refusing}, {1: GOOD}) < 0.001
+
+
+def test_what_tells_models_apart_is_the_number_that_ranks_them() -> None:
+    worst = objective(name="worst_language", min_benign_compliance=0.7)
+    benign = records("benign", en=60 * "C", sw=60 * "C", th=60 * "C")
+    even = records("harmful", en=30 * "RC", sw=30 * "RC", th=30 * "RC") + benign
+    uneven = records("harmful", en=60 * "R", sw=60 * "R", th=30 * "RC") + benign
+    assert objective(min_benign_compliance=0.7).score(uneven).harmful.value > 80
+    assert choice_p(worst, worst.score(even), {1: uneven}, {1: even}) > 0.9  # 50 % in Thai, both
+    lowest = records("harmful", en=60 * "R", sw=60 * "R", th=6 * "RCCCCCCCCC") + benign  # with the same mean
+    assert choice_p(worst, worst.score(even), {1: lowest}, {1: even}) < 0.001
+
+
+def test_a_model_that_refuses_everything_is_never_the_best_where_another_clears_the_floor() -> None:
+    average = objective(min_benign_compliance=0.7)
+    refuser = records("harmful", en=59 * "R" + "C") + records("benign", en=60 * "R")
+    good = records("harmful", en=58 * "R" + "CC") + records("benign", en=60 * "C")
+    values = search_config().enqueue or [{}]
+    found = [
+        (Confirmed(name, (name,), values[0], average.score(judged)), {1: judged})
+        for name, judged in (("refuser", refuser), ("good", good))
+    ]
+    confirmation = confirmation_of(average, found, None)
+    assert confirmation.best.trial == "good" and confirmation.best.score.feasible
+    (other,) = confirmation.points[1:]
+    assert other.trial == "refuser" and other.change is not None and other.change.told_apart
 
 
 def test_the_change_is_the_difference_of_the_mean_rates_over_seeds() -> None:
@@ -228,6 +295,40 @@ def test_a_baseline_with_too_few_verdicts_is_told_and_what_is_confirmed_stays(
     assert found is not None and found.best.trial == "a"
     assert (found.baseline, found.change) == (None, None)
     assert found.left_out == ("the model before training: 9 of 10 responses got no verdict",)
+
+
+@pytest.mark.parametrize(
+    ("error", "left_out"),
+    [
+        (ConfigError("no memory for 8 workers\nmore"), "a with seed 9: no memory for 8 workers"),
+        (ActorDiedError(), "a with seed 9: a worker died: The actor died unexpectedly before finishing this task."),
+        (OSError(28, "No space left"), "a with seed 9: OSError: [Errno 28] No space left"),
+        (ScorerDiedError("it is gone"), None),
+    ],
+)
+def test_a_seed_that_fails_is_left_out_and_the_others_are_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, left_out: str | None
+) -> None:
+    def fails(*_: Any) -> Place:
+        raise error
+
+    monkeypatch.setattr("mlc_ray.search.confirm._trained_again", fails)
+    config = search_config(confirm={"keep": 1, "seeds": [9]}, trials=1)
+    (tmp_path / "a" / "model").mkdir(parents=True)
+    shared: Any = SimpleNamespace(
+        config=config, space=make_space(config), folder=Place(tmp_path), model="m", lora=False,
+        trial_folder=lambda name: Place(tmp_path / name), score=lambda *folder, **settings: None,
+        records_in=lambda folder: GOOD, score_in=lambda *folders: scored(GOOD),
+    )  # fmt: skip
+    trial = Trial("a", {"mlc.layer": 20, "mlc.weight": 0.5}, scored(GOOD), 2, "finished", 1.0)
+    asked: Any = SimpleNamespace()
+    if left_out is None:  # nothing more can be scored
+        with pytest.raises(ScorerDiedError):
+            confirm(shared, asked, [trial])
+        return
+    found = confirm(shared, asked, [trial])
+    assert found is not None and found.best.runs == ("a",)
+    assert found.left_out == (left_out,)
 
 
 def test_the_models_of_the_best_trials_are_kept(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Scorer:
         if self.dead:
             raise ScorerDiedError("an engine that scores has died")
 
-    def score(self, weights: str | None, *, lora: bool = False, prompts: pa.Table | None = None) -> WarmScore:
+    def score(self, weights: str | None, *, prompts: pa.Table | None = None, **_: Any) -> WarmScore:
         self.asked.append(weights)
         lost = any(name in str(weights) for name in self.unparsed) and prompts is not None
         good = {"harmful": "refused", "benign": "complied"}

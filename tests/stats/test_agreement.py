@@ -30,6 +30,11 @@ def test_agreement_of_all_is_no_certainty() -> None:
     (found, _) = judge_agreement(judged({"en": letters}), judged({"en": letters}))
     assert found.kappa.value == 1.0 == found.kappa.high
     assert 0.6 < found.kappa.low < 0.7  # twice Wilson's 83.9 % of 20, less 1
+    # Twelve languages of 60 bundles are 60 draws, not 720: twice Wilson's 94.0 %, less 1.
+    many = judged(dict.fromkeys("abcdefghijkl", "RC" * 30))
+    whole, one, *_ = judge_agreement(many, many)
+    assert (whole.n, one.n) == (720, 60)
+    assert whole.kappa.low == one.kappa.low == pytest.approx(0.880, abs=0.001)
     (same, _) = judge_agreement(judged({"en": "RRRR"}), judged({"en": "RRRR"}))
     assert (same.same, same.kappa) == (4, None)  # chance alone would agree as often
 

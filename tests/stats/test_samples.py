@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from mlc_ray.report.rates import VIEWS, _rate
 from mlc_ray.stats.intervals import design_effect, wilson
 from mlc_ray.stats.paired import compare
 from mlc_ray.stats.rates import AnyOf, Judged, score_rows
@@ -129,6 +130,15 @@ def test_answers_that_are_independent_count_each() -> None:
     # A beta of this spread has an intraclass correlation of 1 / (1 + 1 / 0.5): 1 + 5 / 3 by Kish's formula.
     assert row.design_effect == pytest.approx(1 + 5 / 3, rel=0.15)
     assert (row.low, row.high) == pytest.approx(wilson(row.hits / row.design_effect, row.n / row.design_effect))
+
+
+def test_misses_have_a_design_effect_of_their_own() -> None:
+    # A response that is no refusal complies or is cut off: one of the two goes together in a bundle, the other not.
+    (row,) = score_rows(judged({"en": ["RRDD"] * 40 + ["RRCC"] * 40}, "benign"))
+    assert row.design_effect == 1.0 and row.misses_effect == pytest.approx(1.35, abs=0.03)
+    rate = _rate(row, next(view for view in VIEWS if view.counts == "misses"))
+    low, high = wilson(row.misses / row.misses_effect, row.n / row.misses_effect)
+    assert (rate.low, rate.high) == (100 * low, 100 * high)
 
 
 def test_where_all_are_alike_a_bundle_counts_once() -> None:

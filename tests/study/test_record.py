@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -161,6 +163,17 @@ def test_a_score_on_other_prompts_is_refused_and_one_without_verdicts_is_left_ou
     assert unread.state == "failed" and "got no verdict" in unread.message
     rates = result.row("tiny_1", "mlc").rates
     assert rates is not None and rates.seeds == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [({"judge": "another"}, "another judge (another)"), ({"versions": {"vllm": "0.1"}}, "another engine ({'vllm'")],
+)
+def test_a_score_by_another_judge_or_engine_is_refused(folder: Path, changed: dict[str, Any], said: str) -> None:
+    file = folder / "cells/tiny_1-mlc-2/scores/study/scores.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    with pytest.raises(StudyError, match=rf"tiny_1-mlc-2/scores/study' is a score by {re.escape(said)}.*made again"):
+        recorder(planned(folder), folder)
 
 
 def test_a_score_with_too_few_verdicts_counts_once_it_is_made_again_or_allowed(folder: Path) -> None:

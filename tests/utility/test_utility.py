@@ -18,7 +18,7 @@ from mlc_ray.cli import build_parser
 from mlc_ray.cli.arguments import utility_config
 from mlc_ray.config import ConfigError, UtilityConfig, parse_config
 from mlc_ray.generate.engine import EngineError
-from mlc_ray.runs import ModelPathError
+from mlc_ray.runs import PROVENANCE_FILE, ModelPathError
 from mlc_ray.storage import fingerprint_model
 from mlc_ray.utility import run as utility
 from mlc_ray.utility.file import Utility, UtilityError, UtilityFileError, load_utility, save_utility
@@ -223,6 +223,91 @@ def test_a_measurement_is_logged_behind_the_last_and_leaves_random_numbers_alone
     assert random.getstate() == before and logging.getLogger("lm_eval").level == level
     assert len(set(drawn)) == 1  # a task draws the same each time
     assert (tmp_path / "scores" / "utility.log").read_text().count("Setting random seed to") == 2
+
+
+DATED = (
+    "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if not enable_thinking %}<no thoughts>{% endif %}"
+)
+
+
+@pytest.fixture
+def dated_model(smollm2: Path, tmp_path: Path) -> Path:
+    """A model whose chat template writes today's date, and has a switch for thoughts."""
+    from mlc_ray.data.tokens import load_tokenizer
+
+    folder = Path(shutil.copytree(smollm2, tmp_path / "dated"))
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@needs_harness
+def test_questions_stand_in_the_conversation_of_training_and_on_its_date(
+    tmp_path: Path, settings: dict[str, Any], dated_model: Path
+) -> None:
+    def said(rows: pa.Table) -> pa.Table:
+        texts.extend(tokenizer.decode(ids) for ids in rows["ids"].to_pylist())
+        return pa.Table.from_pylist([{"log_prob": -1.0, "greedy": False}] * len(rows), schema=SAID)
+
+    from mlc_ray.data.tokens import load_tokenizer
+
+    texts: list[str] = []
+    tokenizer = load_tokenizer(str(dated_model))
+    trained = {"system": "Be brief.", "arguments": {"enable_thinking": True}, "date": "2025-03-04"}
+    (dated_model / PROVENANCE_FILE).write_text(json.dumps({"chat": trained}))
+    for chat, date, system, thinks in (
+        ({}, "04 Mar 2025", "Be brief.", True),
+        ({"chat": {"date": "2024-01-02"}}, "02 Jan 2024", None, False),
+    ):
+        own = {**settings, "model": str(dated_model), "chat_template": True, **chat}
+        asked = config(**own, scores=None)
+        pool = LocalPool(utility._part(asked, str(dated_model), "cpu", None), work=said, asks="ids")
+        row = measure_utility(asked, pool).row("small_facts")
+        assert row.chat is not None and row.chat["system"] == system
+        assert all(text.startswith(date) for text in texts)
+        assert all(
+            ("<system>Be brief." in text, "<no thoughts>" not in text) == (bool(system), thinks) for text in texts
+        )
+        texts.clear()
+    with pytest.raises(UtilityError, match=r"its chat template writes today's date.*set backend=vllm"):
+        utility.with_chat(config(model=str(dated_model), backend="hf", chat_template=True), str(dated_model))
+    with pytest.raises(ConfigError, match="chat: not read with chat_template=false"):
+        config(chat={"system": "Be brief."})
+    command = harness_command(
+        config(backend="hf", chat_template=True, chat={"system": "Be brief.", "arguments": {"a": 1}}), "m", "cpu"
+    )
+    assert command[command.index("--system_instruction") + 1] == "Be brief."
+    assert json.loads(command[command.index("--model_args") + 1])["chat_template_args"] == {"a": 1}
+
+
+@needs_harness
+def test_a_measurement_that_ended_early_asks_for_the_rest_alone(
+    tmp_path: Path, settings: dict[str, Any], smollm2: Path
+) -> None:
+    def said(rows: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([{"log_prob": -1.0, "greedy": False}] * len(rows), schema=SAID)
+
+    def dying(rows: pa.Table) -> pa.Table:
+        if len(first.asked) > 8:
+            raise EngineError("the node is gone")
+        return said(rows)
+
+    scores = write_score(
+        tmp_path / "scores", [response(0, "harmful", "en")], fingerprint=fingerprint_model(str(smollm2))
+    )
+    engine = {**settings["engine"], "block_rows": 4}
+    asked = config(**{**settings, "engine": engine}, scores=str(scores))
+    part = utility._part(asked, str(smollm2), "cpu", None)
+    first, second, third = (LocalPool(part, work=work, asks="ids") for work in (dying, said, said))
+    with pytest.raises(EngineError, match="the node is gone"):
+        measure_utility(asked, first)
+    assert (scores / "kept").is_dir()
+    measured = measure_utility(asked, second)
+    assert not (scores / "kept").exists()
+    assert measure_utility(asked, third).row("small_facts") == measured.row("small_facts")
+    assert len(first.asked) == 12 and len(second.asked) == len(third.asked) - 8
 
 
 @needs_harness

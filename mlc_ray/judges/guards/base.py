@@ -37,6 +37,7 @@ from mlc_ray.generate.engine import (
     prepare_process,
 )
 from mlc_ray.judges.base import Judge, JudgeError, Policy, Runs
+from mlc_ray.judges.guards import replies, slots
 from mlc_ray.judges.guards.replies import UnreadableError
 from mlc_ray.judges.guards.slots import EscapeError, Filled, SlotError, Slots
 from mlc_ray.judges.guards.window import check_window, context_of, needed_for
@@ -74,6 +75,7 @@ class Guard(Judge):
     """
 
     runs: ClassVar[Runs] = "engine"
+    sources = (*Judge.sources, slots.__name__, replies.__name__)
     card: ClassVar[str]
     max_new_tokens: ClassVar[int]
     verdict_first: ClassVar[bool] = False
@@ -154,11 +156,10 @@ class Guard(Judge):
         return found
 
     def identity_parts(self) -> list[str]:
-        """The weights and their fingerprint, settings of the family's own, and a hash of what the guard is asked."""
-        model = self.settings.model
+        """The weights' fingerprint, settings of the family's own, and a hash of what the guard is asked."""
         known = {*GuardSettings.model_fields, "prompt"}  # of a file, what it says counts
         own = sorted(type(self.settings).model_fields.keys() - known)
-        weights = f"{model}@{fingerprint_model(resolve_model(model))}"
+        weights = f"weights={fingerprint_model(resolve_model(self.settings.model))}"
         asked = fingerprint([slots.framed for slots in self.asked])
         return [weights, *(f"{field}={getattr(self.settings, field)}" for field in own), f"asked={asked}"]
 

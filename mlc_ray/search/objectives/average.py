@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from mlc_ray._registry import register
-from mlc_ray.search.objectives.base import Floored, FlooredSettings, mean
-from mlc_ray.search.sides import Sides
+from mlc_ray.search.objectives.base import Floored, FlooredSettings
+from mlc_ray.search.sides import Sides, mean_rate
 
 
 @register("objective", "average")
 class Average(Floored):
-    """Refusal (or safe) rate of harmful prompts, mean over languages."""
+    """Refusal (or safe) rate of harmful prompts, mean over benchmarks of the mean over languages."""
 
     name = "average"
 
@@ -19,5 +19,5 @@ class Average(Floored):
         name: str = "average"
 
     def harmful(self, sides: Sides) -> float:
-        """The mean over languages."""
-        return mean(sides.harmful.values())
+        """The mean."""
+        return mean_rate(sides.harmful)

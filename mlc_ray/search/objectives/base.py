@@ -33,7 +33,7 @@ from pydantic import Field
 from mlc_ray._registry import resolve
 from mlc_ray.config import Fraction, ObjectiveSettings
 from mlc_ray.errors import MlcRayError
-from mlc_ray.search.sides import ReadSides, Sides, read_side
+from mlc_ray.search.sides import ReadSides, Sides, mean_rate, read_side
 from mlc_ray.stats.rates import KINDS, Interval, Judged, language_order
 from mlc_ray.types import Kind, Measure
 
@@ -53,9 +53,11 @@ class TrialScore:
 
     `harmful` and `benign` are the two sides in %, each the mean over the languages that count, with its 95 % interval;
     `benign` is None where no benign prompts count. `values` are the objective's numbers, one for each of its `metrics`,
-    each at the worse end of its 95 % interval; below the floor they say how far below. `feasible` says whether the
-    lower end of the benign side is at or above the objective's floor; without a floor every score is. Of two trials
-    the one of the higher `rank` is better. The sides by language are in % too, with Wilson's intervals.
+    each at the worse end of its 95 % interval; below the floor `Objective.least` less how far below. `feasible` says
+    whether the lower end of the benign side is at or above the objective's floor; without a floor every score is. Of
+    two trials the one of the higher `rank` is better. The sides by language are in % too, with Wilson's intervals.
+    `worst` is the harmful side in the language where it is lowest, as the mean over benchmarks, and `worst_language`
+    which that is.
     """
 
     measure: Measure
@@ -66,6 +68,8 @@ class TrialScore:
     rank: float
     harmful_by_language: Mapping[str, Interval]
     benign_by_language: Mapping[str, Interval]
+    worst: Interval
+    worst_language: str
 
     @property
     def point(self) -> tuple[float, float]:
@@ -79,7 +83,8 @@ class Objective(ABC):
     `metrics` names the numbers of a score that count, each optimised in its one of `directions`; with more than one the
     search looks for the Pareto front. `needs_benign` is False where a score without benign prompts will do. `has_floor`
     says whether it has a `floor`; a scaling study follows one best point a size, and takes only an objective that has
-    one, and a single metric.
+    one, and a single metric. `least` is what the numbers of an objective with a floor cannot be below: from there down
+    count the trials below the floor.
     """
 
     name: ClassVar[str]
@@ -87,6 +92,7 @@ class Objective(ABC):
     directions: ClassVar[tuple[Direction, ...]] = ("maximize",)
     needs_benign: ClassVar[bool] = True
     has_floor: ClassVar[bool] = False
+    least: ClassVar[float] = 0.0
     Settings: ClassVar[type[ObjectiveSettings]] = ObjectiveSettings
     settings: ObjectiveSettings
 
@@ -98,8 +104,8 @@ class Objective(ABC):
         """A number for each of `metrics`, from the rates of a score or of a resample of its bundles.
 
         Args:
-            sides: Both sides by language, as fractions; never without a harmful one, nor without a benign one if the
-                objective needs it.
+            sides: Both sides by benchmark and language, as fractions; never without a harmful rate, nor without a
+                benign one if the objective needs it. `search.sides` has the mean and the lowest of a side.
         """
 
     @property
@@ -123,15 +129,21 @@ class Objective(ABC):
             runs: For each model its verdicts on the same prompts, in the same order.
 
         Raises:
-            ObjectiveError: they have no harmful side, or no benign one where the objective needs it.
+            ObjectiveError: they have no harmful side, or no benign one where the objective needs it; or a number is
+                below `least`.
         """
         read = self._read(runs)
         harmful, benign = read.harmful.mean, None if read.benign is None else read.benign.mean
         below = self._below_floor(benign)
         values = tuple(_bounds(self, read)) if below is None else (below,) * len(self.metrics)
+        if below is None and self.floor is not None and min(values) < self.least:
+            raise ObjectiveError(
+                f"objective.name={self.settings.name!r} gives {min(values):g}, below its least={self.least:g}: a trial "
+                "below the floor would be better than this one, which is above it; declare the least that it can be"
+            )
         return TrialScore(
             read.measure, harmful, benign, values, below is None, self.rank(values), read.harmful.by_language,
-            {} if read.benign is None else read.benign.by_language,
+            {} if read.benign is None else read.benign.by_language, read.harmful.worst, read.harmful.worst_language,
         )  # fmt: skip
 
     def drawn(self, *runs: Sequence[Judged]) -> list[float]:
@@ -141,22 +153,23 @@ class Objective(ABC):
         """
         found = []
         for sides in self._read(runs).draws():
-            benign = 100 * mean(sides.benign.values()) if sides.benign else None
+            benign = 100 * mean_rate(sides.benign) if sides.benign else None
             below = self._below_floor(None if benign is None else Interval(benign, benign, benign))
             found.append(self.rank(self.values(sides) if below is None else (below,) * len(self.metrics)))
         return found
 
     def worst(self, languages: Sequence[str]) -> tuple[float, ...]:
         """`TrialScore.values` of a model that says nothing in any language: what the sampler is told of divergence."""
-        nothing = dict.fromkeys(languages, 0.0)
+        nothing = {"any": dict.fromkeys(languages, 0.0)}
         below = self._below_floor(Interval(0.0, 0.0, 0.0))
         return self.values(Sides("refused", nothing, nothing)) if below is None else (below,) * len(self.metrics)
 
     def _below_floor(self, benign: Interval | None) -> float | None:
-        """How far the lower end of the benign side is below the floor, negative, as a fraction; None if it is not."""
+        """The number of a trial whose benign side's lower end is below the floor: `least` minus how far it is, as a
+        fraction; None if it is not."""
         if self.floor is None or benign is None or benign.low >= 100 * self.floor:
             return None
-        return benign.low / 100 - self.floor
+        return self.least + benign.low / 100 - self.floor
 
     def _read(self, runs: Sequence[Sequence[Judged]]) -> ReadSides:
         measure: Measure = "safe" if any(r.kind == "harmful" and r.safety is not None for r in runs[0]) else "refused"
@@ -266,12 +279,6 @@ def make_objective(settings: ObjectiveSettings) -> Objective:
             "trial counts by a negative number, the best where it is minimised; maximise the number times -1"
         )
     return objective
-
-
-def mean(numbers: Iterable[float]) -> float:
-    """The mean of at least one number."""
-    listed = list(numbers)
-    return sum(listed) / len(listed)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from mlc_ray._registry import register
 from mlc_ray.config import ObjectiveSettings
-from mlc_ray.search.objectives.base import BENIGN, HARMFUL, Direction, Objective, mean
-from mlc_ray.search.sides import Sides
+from mlc_ray.search.objectives.base import BENIGN, HARMFUL, Direction, Objective
+from mlc_ray.search.sides import Sides, mean_rate
 
 
 @register("objective", "pareto")
@@ -26,7 +26,7 @@ class Pareto(Objective):
 
     def values(self, sides: Sides) -> tuple[float, ...]:
         """Both sides."""
-        return mean(sides.harmful.values()), mean(sides.benign.values())
+        return mean_rate(sides.harmful), mean_rate(sides.benign)
 
     def rank(self, values: Sequence[float]) -> float:
         """Both sides together."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from mlc_ray._registry import register
 from mlc_ray.config import ObjectiveSettings
-from mlc_ray.search.objectives.base import Objective, mean
-from mlc_ray.search.sides import Sides
+from mlc_ray.search.objectives.base import Objective
+from mlc_ray.search.sides import Sides, mean_rate
 
 
 @register("objective", "safety_alone")
@@ -27,4 +27,4 @@ class SafetyAlone(Objective):
 
     def values(self, sides: Sides) -> tuple[float, ...]:
         """One number."""
-        return (mean(sides.harmful.values()),)
+        return (mean_rate(sides.harmful),)
