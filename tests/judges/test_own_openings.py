@@ -105,3 +105,17 @@ def test_an_answer_before_the_negation_is_no_opening_and_a_short_apology_is():
 def test_a_language_without_negations_has_none_of_its_own():
     found = find_openings(said("ca", "Ho sento, però no puc ajudar-te"))
     assert found.further == {} and found.languages[0].example.startswith("Ho sento")
+
+
+@pytest.mark.parametrize("code", ["ja", "th", "zh"])
+def test_an_english_refusal_in_a_language_without_spaces_ends_by_a_word(code):
+    """By a letter it would be "I can't s", with which help begins too ("I can't stress enough")."""
+    refusals = [Said(f"I can't {verb} that.", code, True) for verb in ("suggest", "say", "sell")]
+    assert find_openings(refusals).further == {}
+    shared = [Said(f"I can't suggest {what}.", code, True) for what in ("that", "this")]
+    assert find_openings(shared).further == {"en": ["I can't suggest"]}
+
+
+def test_an_opening_ends_behind_a_letter_of_its_script_also_where_latin_letters_stand_in_it():
+    found = find_openings([Said(f"作为AI助手，我无法{what}", "zh", True) for what in ("提供AK的图纸", "写AB")])
+    assert found.further == {"zh": ["作为AI助手，我无法"]}
