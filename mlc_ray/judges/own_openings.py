@@ -162,7 +162,7 @@ def _opening(text: str, code: str, listed: Sequence[str], helps: Sequence[str]) 
 
 
 def _prefixes(text: str) -> Iterator[str]:
-    """Beginnings of a text that end where a word does, or behind a letter of a script without spaces; shortest first."""
+    """Beginnings of a text that end with a word, or with a letter of a script without spaces; shortest first."""
     for found in _ENDS.finditer(text[:LONGEST]):
         prefix = text[: found.end()].rstrip(_TRAILING)
         # The text may go on inside the last word where it was cut.

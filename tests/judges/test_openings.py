@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlc_ray.config import ChatSection, ConfigError, OpeningsSection
-from mlc_ray.data.branches import prefix_free
+from mlc_ray.data.branches import Branches, OpeningsError, prefix_free
 from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
 from mlc_ray.judges.likelihood import OPENINGS
 from mlc_ray.judges.openings import openings_by_language, refusal_openings
@@ -74,10 +74,10 @@ def test_help_begins_with_no_opening(code):
 
 LABELLED = Path(__file__).parent / "labelled"
 COVERED = {
-    "ar": 5, "bn": 4, "de": 4, "en": 7, "es": 6, "fr": 9, "hi": 5, "id": 4, "it": 4,
-    "ja": 6, "jv": 5, "ko": 7, "ku": 4, "nl": 7, "pl": 4, "ps": 4, "pt": 6, "ru": 4, "sw": 4, "th": 6, "tr": 4, "ur": 4, "vi": 5, "zh": 6,
+    "ar": 5, "bn": 4, "de": 4, "en": 7, "es": 6, "fr": 9, "hi": 5, "id": 4, "it": 4, "ja": 6, "jv": 5, "ko": 7,
+    "ku": 4, "nl": 7, "pl": 4, "ps": 4, "pt": 6, "ru": 4, "sw": 4, "th": 6, "tr": 4, "ur": 4, "vi": 5, "zh": 6,
 }  # fmt: skip
-"""Of the labelled refusals of each language, how many begin with an opening: they were worded to be unlike each other."""
+"""Labelled refusals that begin with an opening, by language. They were worded to be unlike each other."""
 
 # What Qwen2.5-Coder-0.5B-Instruct said to prompts of the shipped sample; "I can't suggest" is of SmolLM2-135M-Instruct,
 # after training with the term `decision`.
@@ -140,6 +140,18 @@ def test_a_language_has_its_own_openings_and_english_ones_and_what_is_given():
     given = OpeningsSection(further={"en": ["No."], "zh-Hant": ["抱歉"], "zh": ["不"], "fr": ["Non"]})
     assert refusal_openings("zh-Hant", given)[:2] == ["抱歉", "No."]
     assert refusal_openings("en", given)[0] == "No." and "Non" not in refusal_openings("en", given)
+
+
+def test_other_languages_may_do_without_the_english_openings():
+    own = OpeningsSection(english_everywhere=False, further={"zh": ["不"]})
+    assert refusal_openings("zh", own) == ["不", *shipped_phrases()["zh"].openings]
+    assert refusal_openings("en-GB", own) == list(shipped_phrases()["en"].openings)
+    assert refusal_openings("xx", own) == []
+    with pytest.raises(OpeningsError, match=r"openings of responses in 'xx': there is none"):
+        Branches({"xx": []})
+    english = OpeningsSection(english_everywhere=False, further={"en": ["No."]})
+    with pytest.raises(ConfigError, match=r"openings\.further has 'en', which no bundle is in"):
+        openings_by_language(["fr", "es"], english)
 
 
 def test_openings_given_for_a_language_that_no_bundle_is_in_are_refused():
