@@ -17,6 +17,7 @@ from mlc_ray.config import OpeningsSection
 from mlc_ray.judges.openings import refusal_openings
 from mlc_ray.judges.phrase_lists import UNSPACED, compile_phrases, normalise, searchable
 from mlc_ray.judges.refusal import RefusalJudge
+from mlc_ray.judges.understanding import merely_not_understood
 from mlc_ray.types import Answer, primary_language
 
 NEGATIONS = {
@@ -102,9 +103,11 @@ class OwnOpenings:
 def find_openings(said: Sequence[Said], *, most: int = 8) -> OwnOpenings:
     """The openings of at least two refusals, and 2 % of a language's, that none listed covers; at most `most` each.
 
-    English ones are found in any language, as they are read in any. Whitespace around a response does not count, as
+    A response that only says that it did not understand the question is none of these refusals. English ones are found
+    in any language, as they are read in any. Whitespace around a response does not count, as
     openings are letter by letter.
     """
+    said = [each for each in said if not (each.refused and merely_not_understood(each.response, each.language))]
     codes = sorted({each.language for each in said})
     refusals = {c: [s.response.strip() for s in said if s.refused and s.language == c] for c in codes}
     helping = {c: [s.response.strip() for s in said if not s.refused and s.language == c] for c in codes}
