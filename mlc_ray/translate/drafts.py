@@ -48,10 +48,19 @@ class Text:
 
 
 @dataclass
+class Reply:
+    """What a model said, whole, and what the judge called that: `refused`, `complied`, `degenerate` or `unparsed`."""
+
+    text: str
+    behaviour: str
+
+
+@dataclass
 class Own:
-    """What the model itself says to a prompt of a bundle: `answer` as it was asked, `refusal` asked to decline.
+    """What is used of what a model says to a prompt of a bundle: an `answer`, and a `refusal` of it or of the settings.
 
     `outcome` is of both, as they are used; `plain` of the answer alone, which a harmful prompt can do without.
+    `replies` are all that it said, as it was asked and asked to decline, used or not.
     """
 
     language: str
@@ -61,11 +70,7 @@ class Own:
     refusal: str | None = None
     plain: Outcome = "kept"
     shortened: bool = False
-
-    @property
-    def complies(self) -> bool:
-        """Whether the answer as it was asked helps, in the prompt's language."""
-        return self.plain in ("kept", "cut off")
+    replies: list[Reply] = field(default_factory=list)
 
 
 @dataclass
