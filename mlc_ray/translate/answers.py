@@ -110,14 +110,19 @@ def check_judge(settings: OnPolicySection, languages: Sequence[str], cache_dir: 
 
     Raises:
         UncoveredLanguageError: it may not.
-        OwnAnswersError: it does not call one of `refusals` a refusal.
+        OwnAnswersError: it does not call one of `refusals` a refusal, or no prompt is in the language of one.
         MlcRayError: what the judge raises before it starts.
     """
+    given = settings.refusals
+    if unread := sorted(given.keys() - set(languages)):
+        raise OwnAnswersError(
+            f"answers.refusals has {unread[0]!r}, which no prompt is in, only {', '.join(languages)}: remove it, or "
+            "give it under the tag that the prompts have"
+        )
     judge = make_reader(settings.judge)
     judge.check_ready(cache_dir)
     asked = [_row("", kind, code, PLAIN, "") for kind in settings.kinds for code in languages]
     plan_judging(judge, _table(asked))
-    given = {code: text for code, text in settings.refusals.items() if code in languages}
     if judge.runs != "inline" or not given:
         return  # an endpoint is not asked before anything else is sure
     rows = [

@@ -88,8 +88,9 @@ def test_an_answer_is_chosen_and_a_refusal_rejected_in_each_language(tmp_path: P
 def test_english_alone_is_asked_by_default_and_given_refusals_are_used(tmp_path: Path, tools: Tools) -> None:
     own, asked = answered(bundle(), settings(languages="english", refusals={"en": NO["en"]}), good, tmp_path, tools)
     assert asked == [RICE["en"]] and own.keys() == {"en"} and own["en"].refusal == NO["en"]
-    for refusals in ({}, {"en": NO["en"]}):
-        alone = settings(languages="english", pairs=False, refusals=refusals)
+    for kinds in (["benign"], ["harmful", "benign"]):
+        refusals = {"en": NO["en"]} if "harmful" in kinds else {}
+        alone = settings(languages="english", pairs=False, kinds=kinds, refusals=refusals)
         own, asked = answered(bundle(), alone, good, tmp_path, tools)
         assert asked == [RICE["en"]] and own["en"].outcome == "kept" and own["en"].refusal is None
 
@@ -269,6 +270,8 @@ def test_a_judge_is_checked_before_anything_is_asked(tmp_path: Path) -> None:
     with pytest.raises(OwnAnswersError, match=r"answers\.refusals\.en='Sure!' is no refusal.*write another"):
         check_judge(settings(refusals={"en": "Sure!"}), ["en"], tmp_path)
     check_judge(settings(refusals=NO), ["en", "es"], tmp_path)
+    with pytest.raises(OwnAnswersError, match=r"answers\.refusals has 'es', which no prompt is in, only en, fr"):
+        check_judge(settings(refusals=NO), ["en", "fr"], tmp_path)
     with pytest.raises(UncoveredLanguageError, match="'fi'"):
         check_judge(settings(), ["en", "fi"], tmp_path)
     with pytest.raises(ConfigError, match=r"judge='likelihood' runs on prompts alone"):

@@ -199,6 +199,20 @@ def test_bundles_that_cannot_be_translated_are_refused(ray_local: Any, tmp_path:
         ({"languages": ["es"], "translator": {}}, "exactly one of model and endpoint"),
         ({"languages": ["spanish"], "translator": {"model": "m"}}, "languages.0='spanish'"),
         ({"answers": {"model": "m"}, "checks": {"min_length_ratio": 3}}, "min_length_ratio=3"),
+        ({"answers": {"model": "m"}, "checks": {"markers": False}}, r"checks\.markers=False is read with languages or"),
+        ({"answers": {"model": "m"}, "checks": {"max_length_ratio": 3}}, r"checks\.max_length_ratio=3\.0 is read with"),
+        (
+            {"twins": {}, "translator": {"model": "m"}, "checks": {"min_chrf": 0}},
+            r"checks\.min_chrf=0\.0 is read with languages only",
+        ),
+        (
+            {"answers": {"model": "m", "refusals": {"en": "No.", "fr": "Non."}}},
+            r"answers\.refusals\.fr is not read with answers\.languages='english'",
+        ),
+        (
+            {"answers": {"model": "m", "pairs": False, "refusals": {"en": "No."}}},
+            r"answers\.refusals is read for rejected answers and harmful prompts",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], words: str) -> None:
