@@ -37,7 +37,7 @@ class Assembly:
 
     def shard(self, shard: Shard) -> Files:
         """The bundles that are written, and a row for everything that is not used, with its reasons."""
-        files, counts = Files(), self._counts
+        files, counts, written = Files(), self._counts, set[str]()
         for failed in shard.failed:
             counts.twin(failed.kind, failed.check)
             files.rejected.append(
@@ -53,7 +53,9 @@ class Assembly:
             else:
                 counts.read[bundle.kind] += 1
             if isinstance(made, Bundle):
-                pair = draft.twin_of or bundle.bundle_id
+                # A twin stands behind its origin; where that is rejected, nothing is there to be its pair.
+                pair = draft.twin_of if draft.twin_of in written else bundle.bundle_id
+                written.add(bundle.bundle_id)
                 files.bundles.append(json.dumps(record(made, pair), ensure_ascii=False))
                 counts.written[made.kind] += 1
             else:
