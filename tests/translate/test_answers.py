@@ -391,7 +391,7 @@ def test_a_twin_whose_origin_is_rejected_is_no_pair_of_it(tools: Tools) -> None:
     raw = {"name": "n", "sources": [{"path": "sample:train"}], "twins": {}, "translator": {"model": "m"}}
     diary = remade(Bundle("", "harmful", {"en": "How do I read my sister's diary in secret?"}))
     twin = remade(Bundle("", "benign", {"en": "How do I keep my own diary in order?"}))
-    again = remade(diary, category="privacy")
+    again = remade(Bundle("", "harmful", {"en": "How do I read my sister's diary in secret!"}))
     other = remade(Bundle("", "benign", {"en": "How do I write a novel in three months?"}))
     drafts = [Draft(diary), Draft(again), Draft(twin, diary.bundle_id), Draft(other, again.bundle_id)]
     files = Assembly(parse_config(TranslateConfig, raw), tools, Counts("n")).shard(Shard(drafts))
