@@ -36,6 +36,11 @@ class Contrast(Term):
         """Whether rows of the other kind count otherwise."""
         return self.settings.other_kind != 1
 
+    @property
+    def needs_pairs(self) -> bool:  # type: ignore[override]
+        """The same: a bundle's twin is of the other kind, and the nearest of these."""
+        return self.needs_kinds
+
     def __call__(self, tapped: Tapped) -> TermLoss:
         """The loss of each bundle of the group [B]."""
         return TermLoss(

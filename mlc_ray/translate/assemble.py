@@ -37,7 +37,7 @@ class Assembly:
 
     def shard(self, shard: Shard) -> Files:
         """The bundles that are written, and a row for everything that is not used, with its reasons."""
-        files, counts, written = Files(), self._counts, set[str]()
+        files, counts, written = Files(), self._counts, dict[str, str]()
         for failed in shard.failed:
             counts.twin(failed.kind, failed.check)
             files.rejected.append(
@@ -54,8 +54,8 @@ class Assembly:
                 counts.read[bundle.kind] += 1
             if isinstance(made, Bundle):
                 # A twin stands behind its origin; where that is rejected, nothing is there to be its pair.
-                pair = draft.twin_of if draft.twin_of in written else bundle.bundle_id
-                written.add(bundle.bundle_id)
+                pair = written.get(draft.twin_of) or bundle.pair or bundle.bundle_id
+                written[bundle.bundle_id] = pair
                 files.bundles.append(json.dumps(record(made, pair), ensure_ascii=False))
                 counts.written[made.kind] += 1
             else:

@@ -160,7 +160,7 @@ def remade(bundle: Bundle, **changes: Any) -> Bundle:
 
 
 def record(bundle: Bundle, pair: str) -> dict[str, Any]:
-    """A bundle as a record of a file of bundles; `pair` ties twins together, and is not read."""
+    """A bundle as a record of a file of bundles; `pair` is what it has in common with its twin."""
     answers: Mapping[str, Any] = {code: _present(vars(pair)) for code, pair in bundle.answers.items()}
     fields = {**vars(bundle), "prompts": dict(bundle.prompts), "answers": answers, "pair": pair}
     return {name: value for name, value in fields.items() if value not in (None, "", {})}
@@ -182,5 +182,6 @@ def _bundles(table: pa.Table) -> Iterator[Bundle]:
             response_language=row["response_language"],
             source=row["source"],
             category=row["category"],
+            pair=row["pair"] or "",
             answers={each["language"]: AnswerPair(each["chosen"], each["rejected"]) for each in answers},
         )
