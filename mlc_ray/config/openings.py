@@ -26,6 +26,12 @@ class OpeningsSection(Section):
         description="Openings to read beside these, by language.",
     )
 
+    @property
+    def described(self) -> str:
+        """What is read, in words."""
+        english = "" if self.english_everywhere else ", English ones in English alone"
+        return f"those listed, {sum(map(len, self.further.values()))} further ones{english}"
+
     @field_validator("further")
     @classmethod
     def _have_text(cls, value: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -32,6 +32,12 @@ class Contrast(Term):
     needs_group = True
 
     @property
+    def note(self) -> str:  # type: ignore[override]
+        """The source, and what is not the authors'."""
+        further = f", and that the other kind counts {self.settings.other_kind:g} times" if self.needs_kinds else ""
+        return f"after arXiv 2004.11362; ours: bundles as classes of prompts in several languages{further}"
+
+    @property
     def needs_kinds(self) -> bool:  # type: ignore[override]
         """Whether rows of the other kind count otherwise."""
         return self.settings.other_kind != 1
