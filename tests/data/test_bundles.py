@@ -25,7 +25,8 @@ def test_a_good_row_becomes_a_bundle_and_a_row_of_the_table():
 
 def test_the_id_is_the_content_and_nothing_else():
     bundle = make_bundle(GOOD)
-    reordered = {**GOOD, "prompts": dict(reversed(GOOD["prompts"].items())), "source": "elsewhere", "category": "x", "pair": "7"}
+    labels = {"source": "elsewhere", "category": "x", "pair": "7"}
+    reordered = {**GOOD, "prompts": dict(reversed(GOOD["prompts"].items())), **labels}
     assert make_bundle(reordered).bundle_id == bundle.bundle_id
     assert make_bundle({**GOOD, "bundle_id": bundle.bundle_id}) == bundle
     further = {"zh-Hant": {"chosen": "八分鐘。"}}
