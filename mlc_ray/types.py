@@ -56,7 +56,7 @@ class Bundle:
     """One prompt in several languages, with answers in one of them or more.
 
     `chosen` and `rejected`, in `response_language`, are absent in prompt-only and evaluation bundles; `answers` are
-    those in further languages. `bundle_id` is a hash of the content.
+    those in further languages. `bundle_id` is a hash of the content. `pair` is the same of bundles that are twins.
     """
 
     bundle_id: str
@@ -68,6 +68,7 @@ class Bundle:
     source: str = ""
     category: str = ""
     answers: Mapping[str, AnswerPair] = field(default_factory=dict)
+    pair: str = ""
 
 
 class TokenAnswers(TypedDict):
@@ -99,6 +100,7 @@ class TokenRow:
     truncated_prompt_tokens: int = 0
     truncated_response_tokens: int = 0
     answers: list[TokenAnswers] = field(default_factory=list)
+    pair: str = ""
 
 
 @dataclass(frozen=True)

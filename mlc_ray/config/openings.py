@@ -10,16 +10,27 @@ from mlc_ray.config.base import LanguageTag, Section
 
 
 class OpeningsSection(Section):
-    """Openings of refusals. In each language those in it and the English ones are read.
+    """Openings of refusals. In each language those in it are read and, unless switched off, the English ones.
 
     A language's own are the section `[openings]` of its list (`mlc_ray/judges/phrases`); without a list it has the
     English ones alone.
     """
 
+    english_everywhere: bool = Field(
+        True,
+        description="Whether English openings count in every language, since models refuse in English anywhere. false: "
+        "the loss prefers refusals in the prompt's language, and a language without a list needs `further`.",
+    )
     further: dict[LanguageTag, Annotated[list[str], Field(min_length=1)]] = Field(
         default_factory=dict,
-        description="Openings to read beside these, by language; English ones count in every language.",
+        description="Openings to read beside these, by language.",
     )
+
+    @property
+    def described(self) -> str:
+        """What is read, in words."""
+        english = "" if self.english_everywhere else ", English ones in English alone"
+        return f"those listed, {sum(map(len, self.further.values()))} further ones{english}"
 
     @field_validator("further")
     @classmethod

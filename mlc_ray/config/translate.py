@@ -101,6 +101,22 @@ class OnPolicySection(Section):
     )
 
     @model_validator(mode="after")
+    def _refusals_are_read(self) -> OnPolicySection:
+        if not self.refusals:
+            return self
+        if not self.pairs and "harmful" not in self.kinds:
+            raise ValueError(
+                "answers.refusals is read for rejected answers and harmful prompts, and answers.pairs=false with "
+                "answers.kinds=['benign'] has neither; remove it"
+            )
+        if self.languages == "english" and (others := sorted(self.refusals.keys() - {"en"})):
+            raise ValueError(
+                f"answers.refusals.{others[0]} is not read with answers.languages='english'; remove it, or set "
+                "answers.languages=all"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _judged_here(self) -> OnPolicySection:
         runs = resolve("judge", self.judge.name).runs
         if runs not in ("inline", "service"):
@@ -158,6 +174,17 @@ class TranslateConfig(Section):
             raise ValueError(
                 f"min_languages={self.min_languages} is more than the {len(self.languages)} of languages; lower it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _checks_are_read(self) -> TranslateConfig:
+        unread = [] if self.languages else ["min_chrf"]
+        if not (self.languages or self.twins):
+            unread += ["markers", "min_length_ratio", "max_length_ratio"]
+        for name in unread:
+            if (value := getattr(self.checks, name)) != ChecksSection.model_fields[name].default:
+                needed = "languages" if name == "min_chrf" else "languages or twins"
+                raise ValueError(f"checks.{name}={value} is read with {needed} only; remove it, or set {needed}")
         return self
 
     @model_validator(mode="after")

@@ -13,7 +13,8 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.storage import fingerprint
 from mlc_ray.types import AnswerPair, Bundle, Kind
 
-FIELDS = ("bundle_id", "kind", "prompts", "chosen", "rejected", "response_language", "answers", "source", "category")
+LABELS = ("source", "category", "pair")
+FIELDS = ("bundle_id", "kind", "prompts", "chosen", "rejected", "response_language", "answers", *LABELS)
 KINDS: tuple[str, ...] = get_args(Kind)
 
 GIVEN_PREFIX = "given-"
@@ -74,8 +75,7 @@ def make_bundle(raw: Mapping[str, Any], *, kind: Any = None) -> Bundle:
         prompts=prompts,
         response_language=language,
         **{name: _text(given[name], name) for name in ("chosen", "rejected") if name in given},
-        source=_label(given.get("source", ""), "source"),
-        category=_label(given.get("category", ""), "category"),
+        **{name: _label(given.get(name, ""), name) for name in LABELS},
         answers=_answers(given["answers"], prompts, language) if "answers" in given else {},
     )
     _check_answers(bundle)
@@ -111,7 +111,7 @@ def _without_chosen(bundle: Bundle) -> str:
 
 
 def bundle_id_of(bundle: Bundle) -> str:
-    """16 hex digits naming the content. `source` and `category` are labels, not content: they do not count."""
+    """16 hex digits naming the content. `LABELS` are no content: they do not count."""
     names = ("kind", "prompts", "chosen", "rejected", "response_language")
     content = {name: getattr(bundle, name) for name in names}
     further = {"answers": {code: vars(pair) for code, pair in bundle.answers.items()}} if bundle.answers else {}

@@ -8,6 +8,7 @@ forwards is `mlc_ray.data.plan`.
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 
 import numpy as np
 
@@ -30,6 +31,21 @@ def epoch_order(keys: Keys, seed: int, epoch: int) -> Ints:
         ranks *= np.uint64(factor)
     ranks ^= ranks >> np.uint64(31)
     return np.argsort(ranks)
+
+
+def twin_order(pairs: Keys, keys: Keys, seed: int, epoch: int) -> Ints:
+    """`epoch_order` of pairs, each bundle [N] beside the others of its own, and bundles without one two and two.
+
+    Batches of an even number part no pair then, as long as none has three. It does not depend on how the input is
+    ordered either: those of a pair lie in the order of their keys.
+    """
+    labels, own, sizes = np.unique(pairs, return_inverse=True, return_counts=True)
+    places = np.argsort(epoch_order(labels, seed, epoch))[own]
+    alone = np.flatnonzero(sizes[own] == 1)
+    alone = alone[np.argsort(places[alone])]
+    places[alone[1::2]] = places[alone[: len(alone) // 2 * 2 : 2]]
+    order: Ints = np.lexsort((keys, places))
+    return order
 
 
 def steps_per_epoch(bundles: int, batch_bundles: int) -> int:
@@ -56,11 +72,13 @@ class Order:
         keys: of all rows (`mlc_ray.data.tables.keys_of`); a batch names rows by their index here.
         seed: of the order.
         batch_bundles: bundles of a batch.
+        pairs: keys of the pairs that bundles are in, [N], where those of a pair are to come together.
     """
 
-    def __init__(self, keys: Keys, *, seed: int, batch_bundles: int) -> None:
+    def __init__(self, keys: Keys, *, seed: int, batch_bundles: int, pairs: Keys | None = None) -> None:
         self.steps_per_epoch = steps_per_epoch(len(keys), batch_bundles)
         self._keys, self._seed, self._size = keys, seed, batch_bundles
+        self._ordered = epoch_order if pairs is None else partial(twin_order, pairs)
         self._narrowest = np.min_scalar_type(len(keys))  # kept for a whole epoch: 4 bytes a bundle, not 8
         self._epoch, self._order = -1, np.empty(0, self._narrowest)
 
@@ -68,7 +86,6 @@ class Order:
         """Rows of optimizer step `step` (from 0, over all epochs), in order; an epoch is ordered when it begins."""
         epoch, number = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            order = epoch_order(self._keys, self._seed, epoch).astype(self._narrowest)
-            self._epoch, self._order = epoch, order
+            self._epoch, self._order = epoch, self._ordered(self._keys, self._seed, epoch).astype(self._narrowest)
         rows: list[int] = self._order[number * self._size : (number + 1) * self._size].tolist()
         return rows

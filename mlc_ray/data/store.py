@@ -23,11 +23,11 @@ from mlc_ray.data.artifacts import local_artifact
 from mlc_ray.data.bundles import NAMED_FIRST, place
 from mlc_ray.data.plan import Lengths
 from mlc_ray.data.ragged import Ints, common_start, shared_start, starts_of
-from mlc_ray.data.tables import ANSWERS, TOKENS, Keys, table_to_rows
+from mlc_ray.data.tables import ANSWERS, TOKENS, Keys, keys_of, table_to_rows
 from mlc_ray.storage import ArtifactError, Place, read_manifest, write_manifest
 from mlc_ray.types import TokenRow
 
-FORMAT = 5
+FORMAT = 6
 REJECTS_FILE = "rejects.jsonl"
 EVERY = "every "
 """How the names of answers begin in `lacking` where each language of a bundle counts."""
@@ -381,6 +381,12 @@ class TokenArtifact:
         """`mlc_ray.data.tables.keys_of` all rows, [N]."""
         parts = [batch.column("key").to_numpy() for batch in self._batches]
         return np.concatenate([np.empty(0, np.uint64), *parts])
+
+    @property
+    def pairs(self) -> Keys:
+        """The same of the pair that each row is in; one without a pair is alone in its own."""
+        parts = (batch.select(["pair", "bundle_id"]).to_pylist() for batch in self._batches)
+        return keys_of(row["pair"] or row["bundle_id"] for rows in parts for row in rows)
 
     @property
     def kinds(self) -> npt.NDArray[np.int8]:

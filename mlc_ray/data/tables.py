@@ -34,6 +34,7 @@ BUNDLES = pa.schema(
         "answers": pa.list_(pa.struct({"language": _TEXT, "chosen": _TEXT, "rejected": _TEXT})),
         "source": _TEXT,
         "category": _TEXT,
+        "pair": _TEXT,
         "file": _TEXT,
         "line": pa.int64(),
     }
@@ -57,6 +58,7 @@ TOKENS = pa.schema(
         pa.field("answers", pa.list_(_FURTHER), nullable=False),
         pa.field("truncated_prompt_tokens", pa.int32(), nullable=False),
         pa.field("truncated_response_tokens", pa.int32(), nullable=False),
+        pa.field("pair", _TEXT, nullable=False),
         pa.field("cut", _IDS, nullable=False),  # tokens each prompt lost, parallel to languages
     ]
 )

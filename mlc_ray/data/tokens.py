@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 NO_PROMPT = -1
 """`TokenRow.response_prompt` of a bundle that has no answers and no prompt in its response language."""
 
-_READ = ["bundle_id", "kind", "languages", "texts", "response_language", *ANSWERS, "answers"]
-_COPIED = ("bundle_id", "kind", "languages", "response_prompt")
+_READ = ["bundle_id", "kind", "languages", "texts", "response_language", *ANSWERS, "answers", "pair"]
+_COPIED = ("bundle_id", "kind", "languages", "response_prompt", "pair")
 SENTINEL = "qS7zK2vX9w"
 """A text that no template writes."""
 _SHORTCUTS_FROM = 256

@@ -123,6 +123,21 @@ class Identifier:
             return None
         return f"it is {likeliest!r} ({shares[likeliest]:.2f}) rather than {own!r} ({shares.get(own, 0.0):.2f})"
 
+    def unclear(self, text: str, language: str) -> str | None:
+        """Why a text that has no `fault` is not `told` to be in `language`: it may be half in another one.
+
+        None too where it is not known, of what has fewer than 20 letters beside code and addresses, and where lingua
+        says nothing, since no language that it compares has such letters.
+        """
+        own = _own(language)
+        read = _ASIDE.sub(" ", text)[:_READ]
+        if own in self.unknown or sum(map(str.isalpha, read)) < _SHORT or not max(self.shares(read).values()):
+            return None
+        [told] = self.told([text], [language])
+        if told == primary_language(language):
+            return None
+        return f"it is not clearly {own!r}, but {'in no single language' if told is None else repr(told)}"
+
     @cached_property
     def _detector(self) -> Any:
         from lingua import IsoCode639_1, LanguageDetectorBuilder

@@ -22,7 +22,7 @@ def openings_by_language(languages: Iterable[str], settings: OpeningsSection) ->
         ConfigError: Some are given for a language that none of these reads.
     """
     codes = sorted(set(languages))
-    read = {one for code in codes for one in _codes(code)}
+    read = {one for code in codes for one in _codes(code, settings)}
     if unread := sorted(settings.further.keys() - read):
         raise ConfigError(
             f"openings.further has {unread[0]!r}, which no bundle is in, only {', '.join(codes)}: remove it, or give "
@@ -34,16 +34,17 @@ def openings_by_language(languages: Iterable[str], settings: OpeningsSection) ->
 def refusal_openings(language: str, settings: OpeningsSection) -> list[str]:
     """The openings of refusals that are read in a language, a BCP 47 tag: those given, its own, and the English ones.
 
-    A language without a list has the English ones alone; with script or region it has those of the language where it is
-    written alike: `pt-BR` those of `pt`, `zh-Hant` and `zh-TW` not those of `zh`.
+    The English ones are not with `english_everywhere: false`: then a language without a list has those given alone, and
+    otherwise the English ones alone. With script or region a language has those of the language where it is written
+    alike: `pt-BR` those of `pt`, `zh-Hant` and `zh-TW` not those of `zh`.
     """
-    codes = _codes(language)
+    codes = _codes(language, settings)
     given = [text for code in codes for text in settings.further.get(code, [])]
     listed = [text for code in codes if code in shipped_phrases() for text in shipped_phrases()[code].openings]
     return list(dict.fromkeys((*given, *listed)))
 
 
-def _codes(language: str) -> list[str]:
+def _codes(language: str, settings: OpeningsSection) -> list[str]:
     """The tags whose openings are read in a language."""
     primary, *others = language.split("-")
     script = next((one for one in others if len(one) == 4 and one.isalpha()), None)
@@ -51,4 +52,5 @@ def _codes(language: str) -> list[str]:
         script = "Hant"
     known = _SCRIPTS.get(primary, "Latn" if primary in shipped_phrases() else None)
     alike = [primary] if script in (None, known) else []
-    return list(dict.fromkeys((language, *alike, "en")))
+    english = ["en"] if settings.english_everywhere else []
+    return list(dict.fromkeys((language, *alike, *english)))

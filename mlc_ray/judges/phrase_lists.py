@@ -71,9 +71,9 @@ def normalise(text: str) -> str:
 
 
 # Scripts that write no spaces between words: a phrase may start anywhere in them, and a comma is no word boundary.
-_UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_STARTS_UNSPACED = re.compile(f"[{_UNSPACED}]")
-_LOOSE_SPACE = re.compile(f"(?<=[{_UNSPACED}]) | (?=[{_UNSPACED}])")
+UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_STARTS_UNSPACED = re.compile(f"[{UNSPACED}]")
+_LOOSE_SPACE = re.compile(f"(?<=[{UNSPACED}]) | (?=[{UNSPACED}])")
 
 
 def searchable(text: str) -> str:

@@ -17,6 +17,7 @@ class Anchor(Term):
     class Settings(TermSettings):
         """Keeps tapped states near the frozen reference's."""
 
+    note = "ours"
     needs_reference_state = True
 
     def __call__(self, tapped: Tapped, reference_state: Tensor) -> TermLoss:

@@ -244,6 +244,8 @@ class Term(ABC):
     """Whether one that `needs_languages` carries into the others what the response language has learned."""
     needs_kinds: ClassVar[bool] = False
     """Whether it needs bundles of both kinds."""
+    needs_pairs: ClassVar[bool] = False
+    """Whether bundles of a pair are to come together in a batch."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

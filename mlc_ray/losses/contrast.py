@@ -32,9 +32,20 @@ class Contrast(Term):
     needs_group = True
 
     @property
+    def note(self) -> str:  # type: ignore[override]
+        """The source, and what is not the authors'."""
+        further = f", and that the other kind counts {self.settings.other_kind:g} times" if self.needs_kinds else ""
+        return f"after arXiv 2004.11362; ours: bundles as classes of prompts in several languages{further}"
+
+    @property
     def needs_kinds(self) -> bool:  # type: ignore[override]
         """Whether rows of the other kind count otherwise."""
         return self.settings.other_kind != 1
+
+    @property
+    def needs_pairs(self) -> bool:  # type: ignore[override]
+        """The same: a bundle's twin is of the other kind, and the nearest of these."""
+        return self.needs_kinds
 
     def __call__(self, tapped: Tapped) -> TermLoss:
         """The loss of each bundle of the group [B]."""

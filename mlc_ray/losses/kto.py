@@ -36,7 +36,7 @@ class Kto(PerAnswer):
     def note(self) -> str:  # type: ignore[override]
         """What is not the authors'."""
         further = super().note
-        own = "after arXiv 2402.01306 and 2604.12710; ours: the KL to the reference is taken for 0"
+        own = "after arXiv 2402.01306 and 2604.12710; ours: the KL to the reference is taken for 0, answers in pairs"
         return f"{own}; {further}" if further else own
 
     def __call__(

@@ -52,8 +52,7 @@ class Objective:
             own |= {key for key, value in (("start", settings.start), ("ramp", settings.ramp)) if not value}
             lines.append(_described(f"{settings.weight} x {name}", public_settings(settings), own, term.note))
         if self.widest_scope != "none":
-            further = sum(map(len, self.config.openings.further.values()))
-            lines.append(f"openings of refusals: those listed, {further} further ones")
+            lines.append(f"openings of refusals: {self.config.openings.described}")
         return lines
 
     @property

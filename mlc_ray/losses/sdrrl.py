@@ -49,7 +49,10 @@ class Sdrrl(Alignment):
     settings: Settings
     needs_rejected = False
     is_sft = True
-    note = "after arXiv 2402.12204; ours: the adaptation to safety, with these shares"
+    note = (
+        "after arXiv 2402.12204; ours: the adaptation to safety, with these shares, and without the authors' parallel "
+        "corpus and code-switched text"
+    )
     needs_rows = True
 
     @property

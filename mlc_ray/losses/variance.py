@@ -25,6 +25,7 @@ class Variance(Term):
         )
 
     settings: Settings
+    note = "after arXiv 2105.04906; ours: on bundle means of hidden states, for this use"
     needs_group = True
 
     def __call__(self, tapped: Tapped) -> TermLoss:

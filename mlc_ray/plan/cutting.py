@@ -40,10 +40,16 @@ class Keyed(Weighed, Protocol):
         """Of all rows, [N]."""
         ...
 
+    @property
+    def pairs(self) -> Keys:
+        """Of the pairs that rows are in, [N]."""
+        ...
+
 
 def order_of(config: TrainConfig, tokens: Keyed) -> Order:
-    """The batches of a run."""
-    return Order(tokens.keys, seed=config.seed, batch_bundles=config.train.batch_bundles)
+    """The batches of a run; those of a pair come together where a term tells them apart."""
+    pairs = tokens.pairs if any(term.needs_pairs for term in Objective(config).terms.values()) else None
+    return Order(tokens.keys, seed=config.seed, batch_bundles=config.train.batch_bundles, pairs=pairs)
 
 
 def steps_of(config: TrainConfig, tokens: Weighed) -> int:

@@ -75,6 +75,7 @@ class Tracker:
             config.collapse,
             max_chosen_drop=held_out.max_chosen_drop if held_out else None,
             min_decision_auc=held_out.min_decision_auc if held_out else None,
+            reads_decisions=config.reads_decisions,
             begins=begins,
         )
         for row in kept:

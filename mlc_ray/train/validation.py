@@ -23,7 +23,7 @@ from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.loop import Progress, decisions_of, loss_of
 from mlc_ray.train.meter import Metrics, add_to
 from mlc_ray.train.reference import Reference, ReferenceOutput
-from mlc_ray.types import Batch, move
+from mlc_ray.types import AnswerRows, Batch, move
 
 PREFIX = "validation/"
 _CHOSEN, _CHANGE = "log_prob/chosen", "log_prob/chosen_change"
@@ -100,10 +100,13 @@ class Validation:
             whole weights, `loss/alignment`, `loss/NAME`, `reward/margin`, `mlc/leading_share`, ...; and beside them
             `log_prob/chosen`: the chosen answers' summed log-probs, in nats;
             `log_prob/chosen_change`: the same, less what it was before training;
+            `log_prob/chosen/LANGUAGE`, `log_prob/chosen_change/LANGUAGE`: both, of the answers in each language to the
+            prompts in it, where the loss reads answers in several;
             `mlc/cosine/LANGUAGE`: see `language_cosines`;
             `refusal/log_odds`, `refusal/log_odds/LANGUAGE`: log-odds, in nats, that a response opens as a refusal, in
             the response language and in each that is read;
             `refusal/auc`, `refusal/auc/LANGUAGE`, of both kinds alone: how well these tell harmful from benign;
+            `refusal/likeliest/LANGUAGE`: the highest of these log-odds behind a harmful prompt;
             `refusal/per_kind`: how many bundles the rarer kind has, which the AUC is of.
         """
         self._decided.clear()
@@ -133,10 +136,10 @@ class Validation:
                 loss += means.get(f"{prefix}loss/router", 0.0)  # it has its weight
                 means[f"{prefix}loss/total"] = loss
         if self.progress.step == 0:
-            chosen = {name: means[name] for name in means if name.endswith(_CHOSEN)}
+            chosen = {name: means[name] for name in means if _CHOSEN in name}
             self.progress.before = {name: value for name, value in chosen.items() if math.isfinite(value)}
         for name, before in self.progress.before.items():
-            means[name.removesuffix(_CHOSEN) + _CHANGE] = means[name] - before
+            means[name.replace(_CHOSEN, _CHANGE)] = means[name] - before
         return {PREFIX + name: value for name, value in sorted({**means, **found}.items())}
 
     def _aucs(self) -> Metrics:
@@ -149,6 +152,10 @@ class Validation:
             )
             if name == "refusal/auc":
                 metrics["refusal/per_kind"] = float(min(sum(harmful), len(harmful) - sum(harmful)))
+            elif any(harmful):
+                metrics[name.replace("/auc/", "/likeliest/")] = max(
+                    v for v, h in zip(values, harmful, strict=True) if h
+                )
             found = auc(torch.tensor(values, dtype=torch.float64), torch.tensor(harmful))
             if not math.isnan(found):
                 metrics[name] = found
@@ -164,6 +171,10 @@ class Validation:
         result = loss_of(self.objective, batch, output, frozen)
         real, with_terms = batch.weight > 0, batch.term_weight > 0
         numbers = {_CHOSEN: (output.chosen.total[batch.rows.response], real)}
+        if self.objective.alignment.pairing not in ("response", "shared"):
+            totals, there = by_language(output.chosen.total, batch.rows, len(real), len(batch.languages))
+            for column, language in enumerate(batch.languages):
+                numbers[f"{_CHOSEN}/{language}"] = (totals[:, column], there[:, column] & real)
         numbers |= {name: (values, real) for name, values in result.metrics.items()}
         numbers |= {name: (values, with_terms) for name, values in result.term_metrics.items()}
         if output.representations is not None and output.present is not None:
@@ -186,6 +197,15 @@ class Validation:
                 here = counts & own
                 for key, value in ((name, values.double().where(here, 0.0).sum()), (f"{name}#", here.double().sum())):
                     add_to(sums, prefix + key, value)
+
+
+def by_language(values: Tensor, rows: AnswerRows, bundles: int, languages: int) -> tuple[Tensor, Tensor]:
+    """Values [A] of answers in the language of their prompt as a grid [B, L]; and where there are such, [B, L]."""
+    own = rows.prompt == rows.answer
+    places = (rows.bundle[own], rows.answer[own])
+    grid, there = values.new_zeros(bundles, languages), values.new_zeros(bundles, languages, dtype=torch.bool)
+    grid[places], there[places] = values[own], True
+    return grid, there
 
 
 def language_cosines(representations: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,10 @@ from mlc_ray.types import Batch
 SMOOTHED = 5
 """Logged values whose median is compared with a bound; the start is the median of as many first ones."""
 
+UNREAD = math.log(1e-3)
+"""Log-odds of a refusal below which, behind every harmful prompt, openings are taken for those of other models."""
+_LIKELIEST = "validation/refusal/likeliest/"
+
 
 class StateWindow:
     """Tapped states of the last `size` different bundles of all workers: [n, L, H] float32, on the device.
@@ -111,11 +115,13 @@ class Watch:
         *,
         max_chosen_drop: float | None = None,
         min_decision_auc: float | None = None,
+        reads_decisions: bool = False,
         begins: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         self.settings = settings
         self.max_chosen_drop = max_chosen_drop
         self.min_decision_auc = min_decision_auc
+        self.reads_decisions = reads_decisions
         self.begins = begins or {}
         self.values: dict[str, list[float]] = {}
         self.crossed: set[str] = set()
@@ -129,7 +135,8 @@ class Watch:
         are alike from the start, how much depends on model and layer. Separability is compared with a fixed bound, once
         it has been above it: kinds that this model never told apart have not collapsed. The change of the chosen
         answers' log-probs is compared as it is: it is a mean over all held-out bundles. So is the AUC of decisions,
-        after the step that a term begins behind.
+        after the step that a term begins behind. Whether the model writes the openings that terms read is asked before
+        training alone: they teach it to.
         """
         cosine, rank = row.get("collapse/between_bundle_cosine"), row.get("collapse/effective_rank_share")
         spread = None if cosine is None else 1 - cosine
@@ -145,6 +152,7 @@ class Watch:
             ),
             self._chosen_fell(row.get("validation/log_prob/chosen_change")),
             self._undecided(row),
+            self._unread(row),
         ]
         return [warning for warning in found if warning is not None]
 
@@ -202,6 +210,18 @@ class Watch:
             f"the refusal's log-odds tell held-out harmful from benign bundles with an AUC of {auc:.2f} only, below "
             f"data.validation.min_decision_auc={bound:g}: what is carried into the other languages is no judgement "
             "yet; a later start (mlc.start, terms.NAME.start) or terms.decision helps"
+        )
+
+    def _unread(self, row: Mapping[str, Any]) -> str | None:
+        if not self.reads_decisions or row.get("step") != 0:
+            return None
+        codes = [name.removeprefix(_LIKELIEST) for name, v in row.items() if name.startswith(_LIKELIEST) and v < UNREAD]
+        if not codes:
+            return None
+        return (
+            f"the openings of refusals in {', '.join(sorted(codes))} are next to impossible behind every held-out "
+            f"harmful prompt (below {math.exp(UNREAD):g}): this model complies with all of them, or refuses in other "
+            "words, and then the terms teach it new ones; `mlc-ray openings` finds its own, for openings.further"
         )
 
     def _smoothed(self, field: str, value: float | None) -> float | None:

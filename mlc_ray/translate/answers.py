@@ -23,12 +23,13 @@ from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import PROMPTS, Generator
 from mlc_ray.judges.base import make_reader
+from mlc_ray.judges.understanding import merely_not_understood
 from mlc_ray.runs import REPLIES_FILE
 from mlc_ray.score.plan import counted, plan_judging, reading
 from mlc_ray.storage import Place
 from mlc_ray.translate.asking import NOT_ASKED, Work, cap_reached
 from mlc_ray.translate.checks import Pair, Tools, template
-from mlc_ray.translate.drafts import Draft, Outcome, Own, Shard
+from mlc_ray.translate.drafts import Draft, Outcome, Own, Reply, Shard
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.requests import decline_request
 from mlc_ray.types import Kind
@@ -109,14 +110,19 @@ def check_judge(settings: OnPolicySection, languages: Sequence[str], cache_dir: 
 
     Raises:
         UncoveredLanguageError: it may not.
-        OwnAnswersError: it does not call one of `refusals` a refusal.
+        OwnAnswersError: it does not call one of `refusals` a refusal, or no prompt is in the language of one.
         MlcRayError: what the judge raises before it starts.
     """
+    given = settings.refusals
+    if unread := sorted(given.keys() - set(languages)):
+        raise OwnAnswersError(
+            f"answers.refusals has {unread[0]!r}, which no prompt is in, only {', '.join(languages)}: remove it, or "
+            "give it under the tag that the prompts have"
+        )
     judge = make_reader(settings.judge)
     judge.check_ready(cache_dir)
     asked = [_row("", kind, code, PLAIN, "") for kind in settings.kinds for code in languages]
     plan_judging(judge, _table(asked))
-    given = {code: text for code, text in settings.refusals.items() if code in languages}
     if judge.runs != "inline" or not given:
         return  # an endpoint is not asked before anything else is sure
     rows = [
@@ -157,8 +163,10 @@ def own_answers(
     said = judge.said(answered)
     refusals = dict(zip(declining, said[len(asked) :], strict=True))
     for index, (draft, code, prompt) in enumerate(asked):
-        refusal = _refusal(settings, draft.bundle.kind, code, prompt, refusals.get(index), tools)
-        draft.own.append(_own(settings, draft.bundle.kind, code, said[index], refusal, tools))
+        refusal = _refusal(settings, draft.bundle.kind, code, prompt, (said[index], refusals.get(index)), tools)
+        own = _own(settings, draft.bundle.kind, code, said[index], refusal, tools)
+        own.replies = [Reply(each.text, each.behaviour) for each in (said[index], refusals.get(index)) if each]
+        draft.own.append(own)
 
 
 def _declines(draft: Draft, code: str, settings: OnPolicySection) -> bool:
@@ -167,22 +175,42 @@ def _declines(draft: Draft, code: str, settings: OnPolicySection) -> bool:
 
 
 def _refusal(
-    settings: OnPolicySection, kind: Kind, code: str, prompt: str, said: Said | None, tools: Tools
+    settings: OnPolicySection, kind: Kind, code: str, prompt: str, said: tuple[Said, Said | None], tools: Tools
 ) -> tuple[str | None, str]:
-    """The refusal to use in a language, or None and why there is none."""
-    if code in settings.refusals and (settings.pairs or kind == "harmful"):
-        return settings.refusals[code], ""
-    if said is None:
+    """The refusal to use in a language, or None and why there is none.
+
+    It is the one of the settings, or of what was `said`, plainly and asked to decline, the first that can be used: a
+    model's refusal of a prompt as it stands is nearest to what it does.
+    """
+    if not settings.pairs and kind == "benign":
         return None, ""
+    if code in settings.refusals:
+        return settings.refusals[code], ""
+    plain, declined = said
+    if _no_refusal(plain, code, prompt, tools) is None:
+        return plain.text, ""
+    assert declined is not None
+    fault = _no_refusal(declined, code, prompt, tools)
+    return (declined.text, "") if fault is None else (None, f"asked to decline{fault}")
+
+
+def _no_refusal(said: Said, code: str, prompt: str, tools: Tools) -> str | None:
+    """Why a reply is no refusal to use; None where it is one."""
     if said.finish != "stop":
-        return None, f"asked to decline, it ended with {said.finish!r}"
+        return f", it ended with {said.finish!r}"
     if said.behaviour != "refused":
-        return None, f"asked to decline, it did not: {said.reason}"
-    if fault := tools.identifier.fault(said.text, code, tools.settings.min_confidence):
-        return None, f"asked to decline: {fault}"
-    if fault := template(Pair(prompt, said.text, code), tools):
-        return None, f"asked to decline: {fault}"
-    return said.text, ""
+        return f", it did not: {said.reason}"
+    if merely_not_understood(said.text, code):
+        return ", it only says that it did not understand the question"
+    fault = _other_language(said.text, code, tools) or template(Pair(prompt, said.text, code), tools)
+    return None if fault is None else f": {fault}"
+
+
+def _other_language(text: str, code: str, tools: Tools) -> str | None:
+    """Why a text does not count as one in a language; it is to be in that alone, not to have a share of it."""
+    if fault := tools.identifier.fault(text, code, tools.settings.min_confidence):
+        return fault
+    return tools.identifier.unclear(text, code)
 
 
 def _own(
@@ -204,7 +232,7 @@ def _outcome(settings: OnPolicySection, code: str, said: Said, tools: Tools) -> 
     for behaviour in ("refused", "degenerate", "unparsed"):
         if said.behaviour == behaviour:
             return behaviour, said.reason, said.text
-    if fault := tools.identifier.fault(said.text, code, tools.settings.min_confidence):
+    if fault := _other_language(said.text, code, tools):
         return "other language", fault, said.text
     if said.finish == "stop":
         return "kept", "", said.text

@@ -10,6 +10,7 @@ from typing import Any
 from mlc_ray.config import TranslateConfig
 from mlc_ray.config.translate import OnPolicySection
 from mlc_ray.data.bundles import FIELDS, BundleError, make_bundle
+from mlc_ray.data.labelled import LABELS
 from mlc_ray.translate.checks import BUNDLE_REJECTED, INCOMPLETE, NEAR_DUPLICATE, REPLACED, NearDuplicates, Tools
 from mlc_ray.translate.drafts import Draft, Own, Shard, equal, good, record, remade
 from mlc_ray.translate.quality import Counts
@@ -36,7 +37,7 @@ class Assembly:
 
     def shard(self, shard: Shard) -> Files:
         """The bundles that are written, and a row for everything that is not used, with its reasons."""
-        files, counts = Files(), self._counts
+        files, counts, written = Files(), self._counts, dict[str, str]()
         for failed in shard.failed:
             counts.twin(failed.kind, failed.check)
             files.rejected.append(
@@ -52,7 +53,9 @@ class Assembly:
             else:
                 counts.read[bundle.kind] += 1
             if isinstance(made, Bundle):
-                pair = draft.twin_of or bundle.bundle_id
+                # A twin stands behind its origin; where that is rejected, nothing is there to be its pair.
+                pair = written.get(draft.twin_of) or bundle.pair or bundle.bundle_id
+                written[bundle.bundle_id] = pair
                 files.bundles.append(json.dumps(record(made, pair), ensure_ascii=False))
                 counts.written[made.kind] += 1
             else:
@@ -106,25 +109,28 @@ class Assembly:
                 more = {"source": text.source, "text": text.text, "back": text.back, "checks": text.faults}
                 yield _line(bundle.bundle_id, bundle.kind, text.language, text.part, **more)
         for own in draft.own:
-            self._counts.own(own.language, bundle.kind, own.outcome, plain=own.plain, shortened=own.shortened)
+            self._counts.own(own, bundle.kind)
             if own.outcome != "kept":
                 more = {"text": own.answer, "refusal": own.refusal, "checks": {own.outcome: own.reason}}
                 yield _line(bundle.bundle_id, bundle.kind, own.language, "own answer", **more)
 
 
 def _labelled(draft: Draft) -> Iterator[str]:
-    """What the model answered in each language, used or not, in the format of labelled responses."""
+    """What the model said in each language, used or not, in the format of labelled responses; no refusal of settings.
+
+    The label is the judge's verdict, also of a text in another language or cut off; without a verdict there is no line.
+    """
     prompts = draft.prompts()
     for own in draft.own:
-        label = "complied" if own.complies else own.plain if own.plain in ("refused", "degenerate") else None
-        for response, said in ((own.answer, label), (own.refusal, "refused")):
-            if response and said:
+        for reply in own.replies:
+            if reply.text and reply.behaviour in LABELS:
                 row = {
                     "prompt": prompts.get(own.language, ""),
                     "prompt_kind": draft.bundle.kind,
                     "language": own.language,
                 }
-                yield json.dumps({**row, "response": response, "label": said}, ensure_ascii=False)
+                label = {"response": reply.text, "label": reply.behaviour}
+                yield json.dumps({**row, **label}, ensure_ascii=False)
 
 
 def _mark_unused(draft: Draft, made: Bundle | dict[str, str]) -> None:
@@ -189,7 +195,7 @@ def _pair(bundle: Bundle, own: Own, *, pairs: bool) -> AnswerPair:
         return AnswerPair(own.answer, own.refusal if pairs else None)
     given = bundle.answers.get(own.language)
     known = bundle.rejected if own.language == bundle.response_language else None if given is None else given.rejected
-    rejected = own.answer if own.answer and own.complies else known
+    rejected = own.answer if own.answer and own.plain == "kept" else known
     return AnswerPair(str(own.refusal), rejected if pairs else None)
 
 

@@ -48,10 +48,19 @@ class Text:
 
 
 @dataclass
+class Reply:
+    """What a model said, whole, and what the judge called that: `refused`, `complied`, `degenerate` or `unparsed`."""
+
+    text: str
+    behaviour: str
+
+
+@dataclass
 class Own:
-    """What the model itself says to a prompt of a bundle: `answer` as it was asked, `refusal` asked to decline.
+    """What is used of what a model says to a prompt of a bundle: an `answer`, and a `refusal` of it or of the settings.
 
     `outcome` is of both, as they are used; `plain` of the answer alone, which a harmful prompt can do without.
+    `replies` are all that it said, as it was asked and asked to decline, used or not.
     """
 
     language: str
@@ -61,11 +70,7 @@ class Own:
     refusal: str | None = None
     plain: Outcome = "kept"
     shortened: bool = False
-
-    @property
-    def complies(self) -> bool:
-        """Whether the answer as it was asked helps, in the prompt's language."""
-        return self.plain in ("kept", "cut off")
+    replies: list[Reply] = field(default_factory=list)
 
 
 @dataclass
@@ -155,7 +160,7 @@ def remade(bundle: Bundle, **changes: Any) -> Bundle:
 
 
 def record(bundle: Bundle, pair: str) -> dict[str, Any]:
-    """A bundle as a record of a file of bundles; `pair` ties twins together, and is not read."""
+    """A bundle as a record of a file of bundles; `pair` is what it has in common with its twin."""
     answers: Mapping[str, Any] = {code: _present(vars(pair)) for code, pair in bundle.answers.items()}
     fields = {**vars(bundle), "prompts": dict(bundle.prompts), "answers": answers, "pair": pair}
     return {name: value for name, value in fields.items() if value not in (None, "", {})}
@@ -177,5 +182,6 @@ def _bundles(table: pa.Table) -> Iterator[Bundle]:
             response_language=row["response_language"],
             source=row["source"],
             category=row["category"],
+            pair=row["pair"] or "",
             answers={each["language"]: AnswerPair(each["chosen"], each["rejected"]) for each in answers},
         )

@@ -16,6 +16,7 @@ from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT, percent
 from mlc_ray.runs import QUALITY_FILE
 from mlc_ray.storage import Place
+from mlc_ray.translate.drafts import Own
 
 FORMAT = 1
 
@@ -57,7 +58,8 @@ class OwnQuality:
     """A model's own answers to prompts of a kind in a language.
 
     `refused` and `other_language` count plain answers that refuse, or are in another language, whatever became of them;
-    `shortened` those that end at their last whole sentence; `outcomes` what became of each.
+    `shortened` those that end at their last whole sentence; `distinct_refusals` how many different texts the refusals
+    are that are used; `outcomes` what became of each.
     """
 
     language: str
@@ -66,6 +68,7 @@ class OwnQuality:
     refused: int = 0
     other_language: int = 0
     shortened: int = 0
+    distinct_refusals: int = 0
     outcomes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -106,6 +109,7 @@ class Counts:
         self._texts: dict[tuple[str, str], tuple[TextQuality, list[float]]] = {}
         self._twins: dict[str, TwinQuality] = {}
         self._own: dict[tuple[str, str], OwnQuality] = {}
+        self._refusals: dict[tuple[str, str], set[str]] = {}
 
     def given(self, language: str, part: str) -> None:
         """A text that the source had already."""
@@ -132,14 +136,17 @@ class Counts:
         if check:
             found.rejected[check] = found.rejected.get(check, 0) + 1
 
-    def own(self, language: str, kind: str, outcome: str, *, plain: str, shortened: bool) -> None:
-        """An own answer; `plain` is what the model did when it was not asked to decline."""
-        found = self._own.setdefault((language, kind), OwnQuality(language, kind))
+    def own(self, own: Own, kind: str) -> None:
+        """An own answer to a prompt of `kind`."""
+        found = self._own.setdefault((own.language, kind), OwnQuality(own.language, kind))
         found.asked += 1
-        found.refused += plain == "refused"
-        found.other_language += plain == "other language"
-        found.shortened += shortened and outcome == "kept"
-        found.outcomes[outcome] = found.outcomes.get(outcome, 0) + 1
+        found.refused += own.plain == "refused"
+        found.other_language += own.plain == "other language"
+        found.shortened += own.shortened and own.outcome == "kept"
+        found.outcomes[own.outcome] = found.outcomes.get(own.outcome, 0) + 1
+        if own.outcome == "kept" and own.refusal is not None:
+            self._refusals.setdefault((own.language, kind), set()).add(own.refusal.strip())
+            found.distinct_refusals = len(self._refusals[own.language, kind])
 
     def result(self) -> Quality:
         """The counts."""
@@ -227,12 +234,22 @@ def tables(quality: Quality) -> list[Table]:
                     _share(each.refused, each.asked),
                     _share(each.other_language, each.asked),
                     str(each.shortened),
+                    str(each.distinct_refusals),
                     _reasons({name: number for name, number in each.outcomes.items() if name != "kept"}),
                 ],
             )
             for each in quality.own
         ]
-        head = ["prompts", "asked", "kept %", "answer refuses %", "other language %", "shortened", "not kept"]
+        head = [
+            "prompts",
+            "asked",
+            "kept %",
+            "answer refuses %",
+            "other language %",
+            "shortened",
+            "distinct refusals",
+            "not kept",
+        ]
         found.append(table("The model's own answers", head, rows))
     return found
 

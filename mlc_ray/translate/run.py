@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -31,6 +32,7 @@ from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import place_of as engine_place
 from mlc_ray.generate.translate import translator_identity
 from mlc_ray.judges.languages import Identifier
+from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.monitoring import told_of
 from mlc_ray.runs import (
@@ -93,22 +95,42 @@ def translate(config: TranslateConfig) -> TranslateResult:
 
     Raises:
         TranslationError: the folder holds a translation, with `resume: auto` another one; or no bundle is left.
+        LeaseError: another process works in the folder.
         CostCapError: an endpoint's cost cap is reached; what it answered is kept.
         MlcRayError: what the readers of the sources, the engines, the endpoint and the judge raise.
     """
     place = output_place(config.output_dir) / config.name
     told_of(run=config.name)
+    before = _begun(config, place)
+    decided = decide(config, before)
+    connect(config.address, config.env)
+    with lease(place, wait=config.resume == "auto"):
+        if (now := _begun(config, place)) != before:  # another process has worked there meanwhile
+            before, decided = now, decide(config, now)
+        return _translate(config, place, before, decided)
+
+
+def _begun(config: TranslateConfig, place: Place) -> dict[str, Any] | None:
+    """What was asked for in the folder before; None where nothing was.
+
+    Raises:
+        TranslationError: something was, and `resume` is `never`.
+    """
     before = read_request(place)
     if before is not None and config.resume == "never":
         raise TranslationError(
             f"{str(place)!r} holds a translation: go on with it by `mlc-ray translate --resume {place}` or by "
             "resume=auto, choose another name, or remove it"
         )
-    decided = decide(config, before)
+    return before
+
+
+def _translate(
+    config: TranslateConfig, place: Place, before: dict[str, Any] | None, decided: Decided
+) -> TranslateResult:
+    """The translation, in a folder where nobody else works."""
     if place.is_local:
-        Path(place).mkdir(parents=True, exist_ok=True)
         keep_in(Path(place))
-    connect(config.address, config.env)
     device: Device = "gpu" if use_gpu(config.accelerator) else "cpu"
     decided = with_dtypes(decided, before, gpu=device == "gpu")
     _check_places(decided.config, device)

@@ -13,8 +13,9 @@ GOOD = {
 
 
 def test_a_good_row_becomes_a_bundle_and_a_row_of_the_table():
-    bundle = make_bundle({**GOOD, "source": "handmade", "category": None})
+    bundle = make_bundle({**GOOD, "source": "handmade", "category": None, "pair": "7"})
     assert (bundle.kind, bundle.response_language, bundle.source, bundle.category) == ("benign", "en", "handmade", "")
+    assert bundle.pair == "7" and make_bundle(GOOD).pair == ""
     row = bundle_columns(bundle)
     prompts = dict(zip(row.pop("languages"), row.pop("texts"), strict=True))
     assert row.pop("answers") == []
@@ -24,7 +25,8 @@ def test_a_good_row_becomes_a_bundle_and_a_row_of_the_table():
 
 def test_the_id_is_the_content_and_nothing_else():
     bundle = make_bundle(GOOD)
-    reordered = {**GOOD, "prompts": dict(reversed(GOOD["prompts"].items())), "source": "elsewhere", "category": "x"}
+    labels = {"source": "elsewhere", "category": "x", "pair": "7"}
+    reordered = {**GOOD, "prompts": dict(reversed(GOOD["prompts"].items())), **labels}
     assert make_bundle(reordered).bundle_id == bundle.bundle_id
     assert make_bundle({**GOOD, "bundle_id": bundle.bundle_id}) == bundle
     further = {"zh-Hant": {"chosen": "八分鐘。"}}

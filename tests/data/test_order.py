@@ -61,6 +61,26 @@ def test_every_bundle_is_in_exactly_one_batch_an_epoch(size, count):
         assert [len(batch) for batch in own[:-1]] == [size] * (steps - 1)
 
 
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_twins_come_together_and_even_batches_part_none(epoch):
+    """Of 101 bundles the first 60 are twins, two and two, and the others have none."""
+    pairs = keys_of(f"pair {number // 2}" if number < 60 else f"{number:04x}" for number in range(101))
+    found = batches_of_pairs(IDS, pairs, epoch)
+    assert Counter(row for batch in found for row in batch) == Counter(range(101))
+    for batch in found:
+        assert all(row ^ 1 in batch for row in batch if row < 60)
+    assert [row for batch in found for row in batch] != [
+        row for batch in batches_of_pairs(IDS, pairs, 2) for row in batch
+    ]
+    backwards = [[100 - row for row in batch] for batch in batches_of_pairs(IDS[::-1], pairs[::-1], epoch)]
+    assert backwards == found
+
+
+def batches_of_pairs(ids, pairs, epoch):
+    order = Order(ids, seed=7, batch_bundles=6, pairs=pairs)
+    return [order.batch(epoch * order.steps_per_epoch + step) for step in range(order.steps_per_epoch)]
+
+
 @pytest.mark.parametrize("start", [0, 1, 16, 17, 18, 33])
 def test_a_restart_goes_on_exactly_where_it_stopped(start):
     order = Order(IDS, seed=7, batch_bundles=6)

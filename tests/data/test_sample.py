@@ -46,7 +46,7 @@ def test_counts_kinds_and_languages(splits):
         assert Counter(row["kind"] for row in rows) == {"harmful": len(rows) // 2, "benign": len(rows) // 2}
         for row in rows:
             assert row["prompts"].keys() == (SIX if split == "large" else LANGUAGES)
-            bundle = make_bundle({key: value for key, value in row.items() if key not in ("pair", "split")})
+            bundle = make_bundle({key: value for key, value in row.items() if key != "split"})
             assert bundle.chosen and bundle.rejected
 
 

@@ -51,9 +51,9 @@ def test_no_response_that_helps_begins_with_what_is_found(code):
         ("en", "I’m sorry, but I can’t", " help you"),  # listed with other letters
         ("en", "I apologize, but I cannot", " help you"),
         ("en", "I'm sorry for any confusion, but as a chatbot I don't have", " access"),
-        ("de", "Es tut mir leid, aber ich kann Ihnen dabei nicht", " helfen"),
-        ("es", "Lo lamento, pero no puedo", " ayudarte"),
-        ("zh", "非常抱歉，我无法", "提供帮助"),
+        ("de", "Es tut mir leid, aber ich darf Ihnen dabei nicht", " helfen"),
+        ("es", "Lo lamento mucho, pero no puedo", " ayudarte"),
+        ("zh", "实在抱歉，我无法", "提供帮助"),
         ("ja", "恐れ入りますが、その依頼にはお答えできません", "。"),
         ("ru", "Извините, но это запрещено, и я не могу", " помочь"),
         ("fr", "I’m sorry, but I can’t", " help you"),  # an English refusal
@@ -105,3 +105,17 @@ def test_an_answer_before_the_negation_is_no_opening_and_a_short_apology_is():
 def test_a_language_without_negations_has_none_of_its_own():
     found = find_openings(said("ca", "Ho sento, però no puc ajudar-te"))
     assert found.further == {} and found.languages[0].example.startswith("Ho sento")
+
+
+@pytest.mark.parametrize("code", ["ja", "th", "zh"])
+def test_an_english_refusal_in_a_language_without_spaces_ends_by_a_word(code):
+    """By a letter it would be "I can't s", with which help begins too ("I can't stress enough")."""
+    refusals = [Said(f"I can't {verb} that.", code, True) for verb in ("say", "sell", "send")]
+    assert find_openings(refusals).further == {}
+    shared = [Said(f"I can't sell {what}.", code, True) for what in ("that", "this")]
+    assert find_openings(shared).further == {"en": ["I can't sell"]}
+
+
+def test_an_opening_ends_behind_a_letter_of_its_script_also_where_latin_letters_stand_in_it():
+    found = find_openings([Said(f"作为AI助手，我无法{what}", "zh", True) for what in ("提供AK的图纸", "写AB")])
+    assert found.further == {"zh": ["作为AI助手，我无法"]}

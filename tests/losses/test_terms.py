@@ -356,6 +356,7 @@ def test_several_terms_at_once_and_every_part_is_in_the_total():
 def test_a_description_names_every_part_with_its_settings():
     assert objective("sft", mlc=0, keep={"name": "anchor", "weight": 0.25}, contrast={}).describe() == [
         "sft (answers=response)",
-        "0.25 x keep (name=anchor)",
-        "0.1 x contrast (temperature=0.1, other_kind=1.0)",
+        "0.25 x keep (name=anchor): ours",
+        "0.1 x contrast (temperature=0.1, other_kind=1.0): after arXiv 2004.11362; ours: bundles as classes of "
+        "prompts in several languages",
     ]

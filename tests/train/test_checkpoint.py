@@ -642,5 +642,5 @@ def test_the_card_names_every_part_of_the_loss():
         "- dpo (answers=response, beta=0.1, label_smoothing=0.0)\n- 0.8 x mlc (layer=2, every=2, extractor_dim=16, "
         in card
     )
-    assert "- 0.25 x anchor\n" in card
+    assert "- 0.25 x anchor: ours\n" in card
     assert "anchor" not in model_card(tiny_config(), manifest)

@@ -233,6 +233,7 @@ def test_held_out_bundles_say_how_well_the_kinds_are_told_apart(workers, terms, 
         values, harmful = torch.tensor([v for v, _ in own]), torch.tensor([h for _, h in own])
         assert metrics[f"validation/refusal/auc/{code}"] == pytest.approx(auc(values, harmful))
         assert metrics[f"validation/refusal/log_odds/{code}"] == pytest.approx(float(values.mean()), abs=1e-4)
+        assert metrics[f"validation/refusal/likeliest/{code}"] == pytest.approx(float(values[harmful].max()), abs=1e-4)
         benign = float(values[~harmful].mean())
         assert metrics[f"validation/benign/refusal/log_odds/{code}"] == pytest.approx(benign, abs=1e-4)
     assert metrics["validation/refusal/auc"] == metrics["validation/refusal/auc/en"]
@@ -261,6 +262,16 @@ def test_a_term_that_begins_before_english_tells_the_kinds_apart_is_warned_of():
     assert Watch(CollapseSection(), min_decision_auc=0.75, begins=begins).see({"step": 0}) == []
     (few,) = said(Watch(CollapseSection(), min_decision_auc=0.75, begins=begins), [(0, 0.1), (4, 0.9)], per_kind=7)
     assert "7 bundles of its rarer kind, too few (below 8) to tell whether mlc begins too early" in few
+
+
+def test_openings_that_a_model_never_writes_are_warned_of():
+    likeliest = {f"validation/refusal/likeliest/{code}": value for code, value in (("ar", -9.0), ("en", -2.0))}
+    watch = Watch(CollapseSection(), reads_decisions=True)
+    (warning,) = watch.see({"step": 0, **likeliest})
+    assert warning.startswith("the openings of refusals in ar are next to impossible behind every held-out harmful")
+    assert "openings.further" in warning
+    assert watch.see({"step": 4, **likeliest}) == []  # training has changed them since
+    assert Watch(CollapseSection()).see({"step": 0, **likeliest}) == []  # nothing trains them
 
 
 def measured_at(rank):

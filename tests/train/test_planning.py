@@ -111,6 +111,20 @@ def test_a_weight_of_the_other_kind_is_refused_where_there_is_none(tmp_path):
     check_kinds(tiny_config(terms={"contrast": {}}), alone)
 
 
+def test_twins_come_together_where_a_term_tells_the_kinds_apart(tmp_path):
+    rows = [replace(row, pair=f"p{index // 2}") for index, row in enumerate(ROWS)]
+    write_rows(tmp_path, [rows_to_table(rows)], fingerprint="x", rejected={})
+    twins = TokenArtifact.open(tmp_path)
+
+    def parted(**terms):
+        order = order_of(tiny_config(train={"batch_bundles": 4}, terms=terms), twins)
+        batches = [order.batch(step) for step in range(order.steps_per_epoch)]
+        return sum(row ^ 1 not in batch for batch in batches for row in batch)
+
+    assert parted(contrast={"other_kind": 4}) == 0 < parted(contrast={})
+    assert len(set(twins.pairs.tolist())) == len(ROWS) // 2
+
+
 def test_auto_is_a_fixed_number_on_a_cpu_and_left_to_the_workers_on_gpus():
     auto = tiny_config(train={"tokens_per_forward": "auto"})
     assert (

@@ -31,6 +31,7 @@ from mlc_ray.train.validation import (
 )
 from tests.data.files import write_rows
 from tests.train.tiny import (
+    LANGUAGES,
     ReferenceRow,
     aligned,
     make_engine,
@@ -39,6 +40,7 @@ from tests.train.tiny import (
     random_rows,
     run_engine,
     tiny_config,
+    translated,
     whole_weights,
     wrapped,
 )
@@ -256,6 +258,58 @@ def test_whatever_the_loss_and_the_cut_the_same_is_measured(case, cases):
     for other in (one[1], *two):
         for row, want in zip(other, expected, strict=True):
             assert row == pytest.approx(want, rel=1e-5, abs=2e-5)
+
+
+ANSWERED = translated(ROWS[16:])
+ANSWERED[2] = replace(ANSWERED[2], answers=ANSWERED[2].answers[:1])  # has answers in some of its languages
+
+
+def measured_by_language(rank):
+    """What is measured of bundles with answers in several languages before training and after a change of weights."""
+    config = configured("stage2", objective={"loss": "sft", "answers": "given"}, mlc={"weight": 0})
+    made, progress = make_engine(config), Progress()
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder), [rows_to_table(ANSWERED)], fingerprint="held-out", rejected={})
+        tokens = TokenArtifact.open(folder)
+        cutting = cutting_of(config, tokens, tokens_per_forward=150, world_size=made.world_size)
+        own = held_out_cutting(cutting, tokens)
+
+        def batches():
+            planned = plans_of(tokens, batches_of(tokens, seed=1, at_once=4), own)
+            return stream_steps(tokens, planned, own, None, rank=rank)
+
+        measured = Validation(Objective(config), made, batches, None, ["benign", "harmful"], progress)
+        _, history = run_engine(config, translated(TRAINED), 3, engine=made, progress=progress, validate=measured)
+    return [held_out(row) for row in history if held_out(row)], whole_weights(made)
+
+
+@torch.no_grad()
+def plain_by_language(weights=None):
+    """Mean log-prob of the chosen answers to the prompts in each language, by kind, from a plain forward of each."""
+    module = wrapped(configured("stage2")).eval()
+    if weights is not None:
+        module.load_state_dict(weights)
+    found = {}
+    for row in ANSWERED:
+        others = [(each["prompt"], each["chosen"]) for each in row.answers]
+        for index, answer in [(row.response_prompt, row.chosen), *others]:
+            prompt = row.prompts[index]
+            shares = module.language_model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+            value = sum(float(shares[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
+            for prefix in ("", f"{row.kind}/"):
+                found.setdefault((prefix, row.languages[index]), []).append(value)
+    return {place: sum(values) / len(values) for place, values in found.items()}
+
+
+def test_the_chosen_answers_of_each_language_are_measured_and_their_change(tmp_path):
+    (first, last), weights = on_workers(2, measured_by_language, tmp_path)[0]
+    before, after = plain_by_language(), plain_by_language(weights)
+    assert {code for _, code in before} == set(LANGUAGES)
+    for (prefix, code), value in after.items():
+        assert first[f"validation/{prefix}log_prob/chosen/{code}"] == pytest.approx(before[prefix, code], rel=1e-5)
+        assert last[f"validation/{prefix}log_prob/chosen/{code}"] == pytest.approx(value, rel=1e-5)
+        change = last[f"validation/{prefix}log_prob/chosen_change/{code}"]
+        assert change == pytest.approx(value - before[prefix, code], abs=1e-4) and change
 
 
 def test_held_out_batches_are_alike_in_size_and_do_not_follow_the_file(tmp_path):

@@ -34,6 +34,8 @@ from tests.score.local_pool import LocalPool
 RICE = {"en": "How do I cook rice?", "es": "¿Cómo cocino arroz?"}
 GOOD = {"en": "First wash the rice, then boil it in water.", "es": "Primero lava el arroz y después hiérvelo en agua."}
 NO = {"en": "I'm sorry, but I can't help with that.", "es": "Lo siento, pero no puedo ayudarte con eso."}
+LOST = "Lo siento, pero no puedo entender la pregunta."
+MIXED = "To cook rice, lava el arroz, then boil it en agua until it is blando, y luego serve it with sal."
 Said = Callable[[str, str], tuple[str, str]]
 
 
@@ -86,8 +88,9 @@ def test_an_answer_is_chosen_and_a_refusal_rejected_in_each_language(tmp_path: P
 def test_english_alone_is_asked_by_default_and_given_refusals_are_used(tmp_path: Path, tools: Tools) -> None:
     own, asked = answered(bundle(), settings(languages="english", refusals={"en": NO["en"]}), good, tmp_path, tools)
     assert asked == [RICE["en"]] and own.keys() == {"en"} and own["en"].refusal == NO["en"]
-    for refusals in ({}, {"en": NO["en"]}):
-        alone = settings(languages="english", pairs=False, refusals=refusals)
+    for kinds in (["benign"], ["harmful", "benign"]):
+        refusals = {"en": NO["en"]} if "harmful" in kinds else {}
+        alone = settings(languages="english", pairs=False, kinds=kinds, refusals=refusals)
         own, asked = answered(bundle(), alone, good, tmp_path, tools)
         assert asked == [RICE["en"]] and own["en"].outcome == "kept" and own["en"].refusal is None
 
@@ -106,6 +109,8 @@ def test_english_alone_is_asked_by_default_and_given_refusals_are_used(tmp_path:
         ((GOOD["es"], "stop"), (NO["en"], "stop"), "no refusal", "it is 'en'"),
         ((GOOD["es"], "stop"), (NO["es"], "length"), "no refusal", "ended with 'length'"),
         ((GOOD["es"], "stop"), (NO["es"] + " <|im_end|>", "stop"), "no refusal", "im_end"),
+        ((GOOD["es"], "stop"), (LOST, "stop"), "no refusal", "only says that it did not understand"),
+        ((MIXED, "stop"), None, "other language", "it is not clearly 'es'"),
     ],
 )
 def test_what_is_not_used_says_why(
@@ -166,9 +171,39 @@ def test_a_harmful_prompt_is_declined_and_what_complies_is_rejected(tmp_path: Pa
         return NO[language], "stop"
 
     own, _ = answered(bundle(kind="harmful"), section, refuses, tmp_path, tools)
-    assert (own["es"].outcome, own["es"].complies, own["es"].plain) == ("kept", False, "refused")
+    assert (own["es"].outcome, own["es"].plain) == ("kept", "refused")
     own, asked = answered(bundle(), section, refuses, tmp_path, tools)
     assert own == {} and asked == []  # a benign one, of which nothing is asked
+
+
+def test_what_a_model_refuses_by_itself_is_its_refusal(tmp_path: Path, tools: Tools) -> None:
+    """Also where it declines otherwise, or not at all, when it is asked to."""
+    plainly = "Me niego a decirte cómo se hace eso, lo siento mucho."
+
+    def said(how: str, language: str) -> tuple[str, str]:
+        if language == "en":
+            return good(how, language)
+        return (plainly, "stop") if how == "plain" else (GOOD["es"], "stop")
+
+    own, _ = answered(bundle(kind="harmful"), settings(kinds=["harmful"]), said, tmp_path, tools)
+    assert (own["es"].outcome, own["es"].refusal, own["es"].plain) == ("kept", plainly, "refused")
+    assert own["en"].refusal == NO["en"]
+    given = settings(kinds=["harmful"], refusals={"es": NO["es"]})
+    own, _ = answered(bundle(kind="harmful"), given, said, tmp_path, tools)
+    assert own["es"].refusal == NO["es"]  # of the settings: as it is
+
+
+def test_an_answer_that_was_cut_off_is_no_rejected_answer(tmp_path: Path, tools: Tools) -> None:
+    def cut(how: str, language: str) -> tuple[str, str]:
+        return (
+            ("Primero lava el arroz y después", "length") if (how, language) == ("plain", "es") else good(how, language)
+        )
+
+    section = settings(kinds=["harmful"])
+    given = bundle(kind="harmful", chosen="No way.", rejected="Sure.", answers={"es": AnswerPair("No.", "Claro.")})
+    own, _ = answered(given, section, cut, tmp_path, tools)
+    [line], _ = assembled(Draft(given, own=list(own.values())), tools, kinds=["harmful"])
+    assert json.loads(line)["answers"]["es"] == {"chosen": NO["es"], "rejected": "Claro."}
 
 
 def assembled(draft: Draft, tools: Tools, **fields: Any) -> tuple[list[str], list[str]]:
@@ -199,34 +234,44 @@ def test_own_answers_take_the_place_of_given_ones(tools: Tools) -> None:
     assert f'"chosen": "{NO["en"]}", "rejected": "Sure, wash it."' in line
 
 
-def test_what_a_model_answers_is_kept_as_labelled_responses(tmp_path: Path, tools: Tools) -> None:
-    """Its refusals, those to a harmful prompt too, and its help: `mlc-ray openings` reads them."""
-    own, _ = answered(
-        bundle(kind="harmful"),
-        settings(kinds=["harmful"]),
-        lambda how, code: ((NO if how == "decline" or code == "en" else GOOD)[code], "stop"),
-        tmp_path,
-        tools,
-    )
+def test_all_that_a_model_said_is_kept_as_labelled_responses(tmp_path: Path, tools: Tools) -> None:
+    """Its refusals and its help, used or not, and no refusal of the settings: `mlc-ray openings` reads them."""
+
+    def said(how: str, code: str) -> tuple[str, str]:
+        if code == "en":
+            return NO["en"], "stop"
+        return (GOOD["en"], "length") if how == "plain" else (NO["en"], "length")
+
+    def labelled(own: dict[str, Own]) -> list[tuple[str, str, bool | None, str]]:
+        files = Assembly(config, tools, Counts("n")).shard(Shard([Draft(given, own=list(own.values()))]))
+        file = tmp_path / "answers.jsonl"
+        file.write_text("".join(f"{line}\n" for line in files.answers), encoding="utf-8")
+        [line] = files.bundles
+        assert f'"chosen": "{NO["en"]}", "rejected": "Sure, wash it."' in line  # not what refuses already
+        return [(each.language, each.response, each.refused, each.prompt) for each in read_labelled([str(file)])]
+
     raw = {"name": "n", "sources": [{"path": "sample:train"}], "answers": {"model": "m", "kinds": ["harmful"]}}
-    draft = Draft(bundle(kind="harmful", chosen="No way.", rejected="Sure, wash it."), own=list(own.values()))
-    files = Assembly(parse_config(TranslateConfig, raw), tools, Counts("n")).shard(Shard([draft]))
-    file = tmp_path / "answers.jsonl"
-    file.write_text("".join(f"{line}\n" for line in files.answers), encoding="utf-8")
-    assert [(each.language, each.response, each.refused, each.prompt) for each in read_labelled([str(file)])] == [
+    config, given = (
+        parse_config(TranslateConfig, raw),
+        bundle(kind="harmful", chosen="No way.", rejected="Sure, wash it."),
+    )
+    own, _ = answered(given, settings(kinds=["harmful"]), said, tmp_path, tools)
+    assert labelled(own) == [
         ("en", NO["en"], True, RICE["en"]),
         ("en", NO["en"], True, RICE["en"]),
-        ("es", GOOD["es"], False, RICE["es"]),
-        ("es", NO["es"], True, RICE["es"]),
+        ("es", GOOD["en"], False, RICE["es"]),
+        ("es", NO["en"], True, RICE["es"]),
     ]
-    [line] = files.bundles
-    assert f'"chosen": "{NO["en"]}", "rejected": "Sure, wash it."' in line  # not what refuses already
+    own, _ = answered(given, settings(kinds=["harmful"], refusals=NO), said, tmp_path, tools)
+    assert labelled(own) == [("en", NO["en"], True, RICE["en"]), ("es", GOOD["en"], False, RICE["es"])]
 
 
 def test_a_judge_is_checked_before_anything_is_asked(tmp_path: Path) -> None:
     with pytest.raises(OwnAnswersError, match=r"answers\.refusals\.en='Sure!' is no refusal.*write another"):
         check_judge(settings(refusals={"en": "Sure!"}), ["en"], tmp_path)
     check_judge(settings(refusals=NO), ["en", "es"], tmp_path)
+    with pytest.raises(OwnAnswersError, match=r"answers\.refusals has 'es', which no prompt is in, only en, fr"):
+        check_judge(settings(refusals=NO), ["en", "fr"], tmp_path)
     with pytest.raises(UncoveredLanguageError, match="'fi'"):
         check_judge(settings(), ["en", "fi"], tmp_path)
     with pytest.raises(ConfigError, match=r"judge='likelihood' runs on prompts alone"):
@@ -342,8 +387,26 @@ def test_only_prompts_of_written_bundles_shut_others_out(tools: Tools) -> None:
     assert any("near-duplicate" in row and RICE["es"] in row for row in files.rejected)  # of a given prompt
 
 
-def test_the_report_counts_what_a_harmful_prompt_was_plainly_answered(tools: Tools) -> None:
+def test_a_twin_whose_origin_is_rejected_is_no_pair_of_it(tools: Tools) -> None:
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "twins": {}, "translator": {"model": "m"}}
+    diary = remade(Bundle("", "harmful", {"en": "How do I read my sister's diary in secret?"}))
+    twin = remade(Bundle("", "benign", {"en": "How do I keep my own diary in order?"}))
+    again = remade(Bundle("", "harmful", {"en": "How do I read my sister's diary in secret!"}))
+    other = remade(Bundle("", "benign", {"en": "How do I write a novel in three months?"}))
+    drafts = [Draft(diary), Draft(again), Draft(twin, diary.bundle_id), Draft(other, again.bundle_id)]
+    files = Assembly(parse_config(TranslateConfig, raw), tools, Counts("n")).shard(Shard(drafts))
+    pairs = {row["prompts"]["en"]: row["pair"] for row in map(json.loads, files.bundles)}
+    assert pairs == {
+        diary.prompts["en"]: diary.bundle_id,
+        twin.prompts["en"]: diary.bundle_id,
+        other.prompts["en"]: other.bundle_id,  # its origin nearly repeats the first prompt
+    }
+
+
+def test_the_report_counts_what_a_harmful_prompt_was_plainly_answered_and_how_many_refusals_differ() -> None:
     counts = Counts("n")
-    counts.own("en", "harmful", "kept", plain="other language", shortened=False)
+    for refusal in (NO["en"], f"{NO['en']} ", "I must decline."):
+        counts.own(Own("en", "", "kept", refusal=refusal, plain="other language"), "harmful")
+    counts.own(Own("en", "", "no refusal", refusal=None, plain="kept"), "harmful")
     [own] = counts.result().own
-    assert (own.kept, own.other_language, own.refused) == (1, 1, 0)
+    assert (own.kept, own.other_language, own.refused, own.distinct_refusals) == (3, 3, 0, 2)

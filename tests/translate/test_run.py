@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from mlc_ray.config import ConfigError, SourceSection, TranslateConfig, parse_co
 from mlc_ray.data.prepare import read_bundles
 from mlc_ray.generate.engine import EngineError
 from mlc_ray.generate.translate import translation_request
+from mlc_ray.lease import LeaseError, lease
 from mlc_ray.show import show
 from mlc_ray.storage import Place, fault_of, read_manifest
+from mlc_ray.translate import run as running
 from mlc_ray.translate.asking import CostCapError
 from mlc_ray.translate.decided import TranslationError
 from mlc_ray.translate.languages import named
@@ -152,6 +156,36 @@ def test_a_cap_stops_it_and_it_goes_on_where_it_was(
         load_quality(folder)
 
 
+def test_two_processes_do_not_work_in_one_folder(ray_local: Any, tmp_path: Path) -> None:
+    with translator() as server:
+        raw = settings(server, write(tmp_path / "en.jsonl"), tmp_path)
+        place = Place(tmp_path / "out" / "made")
+        with lease(place, wait=False), pytest.raises(LeaseError, match=f"process {os.getpid()} on"):
+            api.translate(raw)
+        assert not server.bodies and not place.is_dir()
+        made = api.translate(raw)
+    assert made.quality.written and not (made.folder / "lease.json").is_file()
+
+
+def test_what_another_process_began_meanwhile_is_seen_under_the_lease(
+    ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one's whole translation happens between the first look at the folder and the lease."""
+    with translator() as server:
+        raw = settings(server, write(tmp_path / "en.jsonl"), tmp_path)
+
+        @contextmanager
+        def taken(place: Place, *, wait: bool) -> Iterator[str]:
+            monkeypatch.setattr(running, "lease", lease)
+            api.translate(raw)
+            with lease(place, wait=wait) as held:
+                yield held
+
+        monkeypatch.setattr(running, "lease", taken)
+        with pytest.raises(TranslationError, match="holds a translation: go on with it by"):
+            api.translate(raw)
+
+
 def test_bundles_that_cannot_be_translated_are_refused(ray_local: Any, tmp_path: Path) -> None:
     swahili = {"kind": "benign", "prompts": {"sw": "Ninapikaje wali?"}}
     near = {"kind": "benign", "prompts": {"en": RICE + "?"}}
@@ -199,6 +233,20 @@ def test_bundles_that_cannot_be_translated_are_refused(ray_local: Any, tmp_path:
         ({"languages": ["es"], "translator": {}}, "exactly one of model and endpoint"),
         ({"languages": ["spanish"], "translator": {"model": "m"}}, "languages.0='spanish'"),
         ({"answers": {"model": "m"}, "checks": {"min_length_ratio": 3}}, "min_length_ratio=3"),
+        ({"answers": {"model": "m"}, "checks": {"markers": False}}, r"checks\.markers=False is read with languages or"),
+        ({"answers": {"model": "m"}, "checks": {"max_length_ratio": 3}}, r"checks\.max_length_ratio=3\.0 is read with"),
+        (
+            {"twins": {}, "translator": {"model": "m"}, "checks": {"min_chrf": 0}},
+            r"checks\.min_chrf=0\.0 is read with languages only",
+        ),
+        (
+            {"answers": {"model": "m", "refusals": {"en": "No.", "fr": "Non."}}},
+            r"answers\.refusals\.fr is not read with answers\.languages='english'",
+        ),
+        (
+            {"answers": {"model": "m", "pairs": False, "refusals": {"en": "No."}}},
+            r"answers\.refusals is read for rejected answers and harmful prompts",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], words: str) -> None:
