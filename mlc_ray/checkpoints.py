@@ -1,4 +1,7 @@
-"""What a checkpoint's manifest holds, and whether its files are what was written; training and scoring ask here."""
+"""What a checkpoint is called, what its manifest holds, and whether its files are what was written.
+
+Training and scoring ask here.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from mlc_ray.storage import MANIFEST, IncompleteArtifactError, Place, read_manifest, verify_checksums, verify_files
 
-_NAME = re.compile(r"(checkpoint|weights)_\d{6,}")
+CHECKPOINT, WEIGHTS = re.compile(r"checkpoint_(\d{6,})"), re.compile(r"weights_(\d{6,})")
+"""Names of the folders of a run's checkpoints, and of a step's weights alone, with the step."""
 
 FileName = Annotated[str, Field(pattern=r"^[^/\x00]+(/[^/\x00]+)*$")]
 
@@ -63,6 +67,11 @@ def read_checkpoint(folder: Place) -> dict[str, Any]:
     return manifest
 
 
+def is_named_so(folder: Place) -> bool:
+    """Whether a folder has the name of a checkpoint or of a step's weights."""
+    return bool(CHECKPOINT.fullmatch(folder.name) or WEIGHTS.fullmatch(folder.name))
+
+
 def verify_weights(model: str) -> None:
     """Check that the weights of a checkpoint are byte for byte what training wrote; reads all of them, once.
 
@@ -81,7 +90,7 @@ def verify_weights(model: str) -> None:
     try:
         manifest = read_checkpoint(checkpoint)
     except IncompleteArtifactError:
-        if _NAME.fullmatch(checkpoint.name):
+        if is_named_so(checkpoint):
             raise
         return  # the manifest of something else, or none
     try:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mlc_ray.checkpoints import read_checkpoint
+from mlc_ray.checkpoints import CHECKPOINT, WEIGHTS, is_named_so, read_checkpoint
 from mlc_ray.config import ChatSection, ConfigError, parse_config
 from mlc_ray.config.paths import stored_path
 from mlc_ray.errors import MlcRayError
@@ -86,8 +86,6 @@ PROVENANCE_FILE = "mlc_ray.json"
 
 FolderKind = Literal["run", "score", "search", "study", "scale", "probe", "translation"]
 
-_CHECKPOINT = re.compile(r"checkpoint_(\d{6,})")
-_WEIGHTS = re.compile(r"weights_(\d{6,})")
 _RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` starts
 _INDEX = "model.safetensors.index.json"
 _FIX_RECORD = "restore it, or name the languages yourself, e.g. --set seen_languages=[en,sw]"
@@ -193,7 +191,7 @@ def checkpoint_folder(run: Place, step: int) -> Place:
 
 def checkpoint_folders(run: Place) -> list[tuple[int, Place]]:
     """Step and folder of every checkpoint of a run by their names, whole or not, oldest first."""
-    found = ((_CHECKPOINT.fullmatch(folder.name), folder) for folder in (run / TRAIN_FOLDER).iterdir())
+    found = ((CHECKPOINT.fullmatch(folder.name), folder) for folder in (run / TRAIN_FOLDER).iterdir())
     return sorted(((int(match[1]), folder) for match, folder in found if match), key=lambda each: each[0])
 
 
@@ -204,7 +202,7 @@ def weights_folder(run: Place, step: int) -> Place:
 
 def weights_folders(run: Place) -> list[Place]:
     """The folder of every step's weights by their names, whole or not, oldest first."""
-    found = ((_WEIGHTS.fullmatch(folder.name), folder) for folder in (run / TRAIN_FOLDER).iterdir())
+    found = ((WEIGHTS.fullmatch(folder.name), folder) for folder in (run / TRAIN_FOLDER).iterdir())
     return [folder for _, folder in sorted((int(match[1]), folder) for match, folder in found if match)]
 
 
@@ -423,7 +421,7 @@ def _described(path: str | Path | Place) -> Iterator[tuple[Place, dict[str, Any]
         return  # a hub name
     folder = Place(path).absolute()
     files = [folder / PROVENANCE_FILE, folder / RUN_FILE]
-    if (_CHECKPOINT.fullmatch(folder.name) or _WEIGHTS.fullmatch(folder.name)) and folder.parent.name == TRAIN_FOLDER:
+    if is_named_so(folder) and folder.parent.name == TRAIN_FOLDER:
         files.append(folder.parent.parent / RUN_FILE)
     for file in files:
         if file.is_file():
@@ -465,7 +463,7 @@ def _of_checkpoint(folder: Place) -> Place:
             f"checkpoint {str(folder)!r} was found damaged: {DAMAGED_FILE} in it says where; give another checkpoint"
         )
     # Without a manifest, one that is called so is still being written.
-    if (folder / MANIFEST).is_file() or _CHECKPOINT.fullmatch(folder.name):
+    if (folder / MANIFEST).is_file() or CHECKPOINT.fullmatch(folder.name):
         try:
             read_checkpoint(folder)
         except IncompleteArtifactError as error:

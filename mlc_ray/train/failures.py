@@ -124,8 +124,7 @@ def failure_kept(run_folder: Place) -> Iterator[None]:
     """
     file = run_folder / FAILED_FILE
     try:
-        if file.is_file():
-            file.remove()
+        file.remove()
         yield
     except BaseException as error:
         if not isinstance(error, DivergedError):

@@ -28,14 +28,7 @@ from mlc_ray.runs import (
     output_place,
     read_metrics,
 )
-from mlc_ray.storage import (
-    NO_COMMITS,
-    Commits,
-    Place,
-    StorageFaultError,
-    library_versions,
-    without_commit,
-)
+from mlc_ray.storage import NO_COMMITS, Commits, Place, StorageFaultError, library_versions, without_commit
 from mlc_ray.storage.hub import is_commit
 from mlc_ray.train.checkpoint import fault_in, find_checkpoint, last_weights, list_checkpoints
 from mlc_ray.train.file_writer import with_retries

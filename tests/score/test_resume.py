@@ -38,6 +38,14 @@ ROW = {
 
 
 @pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cluster is joined, and its nodes are not asked: they compute in float32, and hold the engines."""
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "float32")
+    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
+    monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
+
+
+@pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Enough of a model for what is checked before one is loaded."""
     folder = tmp_path / "model"
@@ -334,11 +342,8 @@ def test_a_score_can_be_judged_again_without_the_calibration_of_another_judge(
 
 
 def test_damaged_weights_are_refused_before_engines_load_them(
-    ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_local: object, on_cpu: None, model: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "float32")
-    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
-    monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
     checkpoint = tmp_path / "run" / "train" / "checkpoint_000002"
     shutil.copytree(model, checkpoint / "model")
     (checkpoint / "model" / "model.safetensors").write_bytes(b"weights")
@@ -352,11 +357,8 @@ def test_damaged_weights_are_refused_before_engines_load_them(
 
 
 def test_prompts_that_engines_failed_on_are_asked_again_by_a_score_that_goes_on(
-    ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_local: object, on_cpu: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "float32")
-    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
-    monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
     answer = {"response": "I cannot help with that.", "finish": "stop", "prompt_tokens": 9, "response_tokens": 6}
     config = config_for(model, write_bundles(tmp_path / "own.jsonl"), tmp_path / "scores", resume="auto")
     part = Part("answering", Generator, {}, config.engine.model_copy(update={"block_rows": 4, "retries": 0}))
@@ -398,12 +400,9 @@ def test_prompts_that_engines_failed_on_are_asked_again_by_a_score_that_goes_on(
 
 
 def test_what_an_object_store_holds_while_a_score_is_judged_is_enough_to_go_on(
-    ray_local: object, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_local: object, on_cpu: None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver dies while judging: the store is as it was then, and nothing on its machine is left."""
-    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda *, gpu, labels: "float32")
-    monkeypatch.setattr("mlc_ray.score.run._connect", lambda config: "cpu")
-    monkeypatch.setattr("mlc_ray.score.run._check_engines", lambda *_: None)
     vault, then = tmp_path / "vault", tmp_path / "then"
     monkeypatch.setenv("VAULT", str(vault))
 
