@@ -23,7 +23,7 @@ from mlc_ray.show import show
 from mlc_ray.storage import Place, fault_of, read_manifest
 from mlc_ray.translate import run as running
 from mlc_ray.translate.asking import CostCapError
-from mlc_ray.translate.decided import TranslationError
+from mlc_ray.translate.decided import TranslationError, decide
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.quality import QualityFileError, load_quality
 from mlc_ray.translate.run import TranslateResult, plan, resume_translation
@@ -252,6 +252,14 @@ def test_bundles_that_cannot_be_translated_are_refused(ray_local: Any, tmp_path:
 def test_settings_that_make_no_sense_are_refused(fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_config(TranslateConfig, {"name": "n", "sources": [{"path": "sample:train"}], **fields})
+
+
+def test_a_refusal_may_be_given_in_a_language_that_bundles_bring(smollm2: Path) -> None:
+    refusals = {"en": "I'm sorry, but I can't help with that.", "ar": "عذرًا، لا يمكنني مساعدتك في ذلك."}
+    answers = {"model": str(smollm2), "kinds": ["harmful"], "languages": "all", "refusals": refusals}
+    raw = {"name": "n", "sources": [{"path": "sample:train"}], "answers": answers}
+    answering = decide(parse_config(TranslateConfig, raw), None).config.answers
+    assert answering is not None and answering.refusals == refusals
 
 
 def by_a_model(model: str, source: Path, folder: Path, tokens: int, **fields: Any) -> TranslateResult:
