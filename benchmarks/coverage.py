@@ -121,19 +121,20 @@ def worst(trials: int) -> Iterator[Row]:
 
 
 def changes(trials: int) -> Iterator[Row]:
-    """The change of the lowest of ten rates between two models that answer the same bundles."""
-    yield "bundles", "true rates before", "after", "used"
+    """The changes of the lowest of ten rates and of their variance, between two models that answer the same bundles."""
+    yield "bundles", "true rates before", "after", "of the lowest", "of the variance"
     names = ("all 70 %", "50 % to 90 %", "30 %, others 90 %")
     for bundles in (16, 40, 180):
         for old in names:
             for new in names:
-                generator, tally = np.random.default_rng(7), Tally()
+                generator, tallies = np.random.default_rng(7), [Tally(), Tally()]
+                truths = min(WORST[new]) - min(WORST[old]), float(np.var(WORST[new]) - np.var(WORST[old]))
                 for _ in range(trials):
                     before, after = np.hsplit(draw(generator, (*WORST[old], *WORST[new]), bundles, 0.5), 2)
                     grid = grid_of(before=before, after=after)
-                    terms = [(sign, grid.lowest(when, "present")) for sign, when in ((1, "after"), (-1, "before"))]
-                    tally.add(min(WORST[new]) - min(WORST[old]), interval(*terms)[1:])
-                yield bundles, old, new, tally.held
+                    for tally, truth, of in zip(tallies, truths, (grid.lowest, grid.variance), strict=True):
+                        tally.add(truth, interval((1, of("after", "present")), (-1, of("before", "present")))[1:])
+                yield bundles, old, new, *(tally.held for tally in tallies)
 
 
 def variance(trials: int) -> Iterator[Row]:

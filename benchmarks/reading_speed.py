@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -46,24 +46,22 @@ def labelled(code: str, label: str) -> list[str]:
     return [row["response"] for row in map(json.loads, lines) if row["label"] == label]
 
 
-def texts_of(code: str, size: int, length: int) -> Iterator[tuple[str, bool]]:
-    """`size` different texts of `length` characters, and whether each refuses: every second one does."""
+def texts_of(code: str, size: int, length: int) -> list[tuple[str, bool]]:
+    """`size` texts of `length` characters, and whether each refuses: every second one does."""
     helpful, refusals = labelled(code, "complied"), labelled(code, "refused")
     more = " ".join(helpful) * (1 + length // len(" ".join(helpful)))
-    for number, (first, other) in enumerate(
-        islice(zip(cycle(refusals), cycle(helpful), strict=False), (size + 1) // 2)
-    ):
-        begins = number % len(more)  # so that texts differ
-        rest = more[begins:] + more[:begins]
-        for text, refuses in ((first, True), (other, False)):
-            yield f"{text} {rest}"[:length], refuses
+    texts = []
+    for number, begins in enumerate(islice(chain.from_iterable(zip(cycle(refusals), cycle(helpful))), size)):
+        turn = number // 2 % len(more)  # so that texts differ
+        texts.append((f"{begins} {more[turn:]}{more[:turn]}"[:length], number % 2 == 0))
+    return texts
 
 
 def phrases(responses: int) -> list[list[str]]:
     """Responses a second of the refusal judge, and of the check for degenerate ones that follows every judge."""
     judge, rows = RefusalJudge(RefusalJudge.Settings()), []
     for file in sorted(LABELLED.glob("*.jsonl")):
-        pairs = list(texts_of(file.stem, max(2, int(responses * PHRASES_SHARE)), 600))
+        pairs = texts_of(file.stem, max(2, int(responses * PHRASES_SHARE)), 600)
         answers = [Answer("?", text, file.stem, "harmful", "stop") for text, _ in pairs]
         judge.judge(answers[:2])  # compiles the phrases of the language
         began = time.process_time()

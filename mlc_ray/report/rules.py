@@ -31,7 +31,7 @@ QUANTITIES = (
 counted), consistency, the difference."""
 UNSURE_CHANGE = (
     "a change of the worst language: where languages lie further apart in one of the scores than in the other, its "
-    "95 % interval may hold the truth in as little as 72 % (docs/metrics.md); give such a rule a wider margin"
+    "95 % interval may hold the truth in as little as 77 % (docs/metrics.md); give such a rule a wider margin"
 )
 """Of rules on such a change."""
 _NUMBER = r"-?\d+(?:\.\d+)?"
