@@ -301,7 +301,7 @@ def _translations(table: pa.Table) -> list[TranslatedAnswer]:
     if not set(TRANSLATED.names) <= set(table.column_names):
         return []
     columns = (table[name].to_pylist() for name in TRANSLATED.names)
-    return [TranslatedAnswer(*texts, fault or "", engines) for *texts, fault, engines in zip(*columns, strict=True)]
+    return [TranslatedAnswer(one, other, fault or "", lost) for one, other, fault, lost in zip(*columns, strict=True)]
 
 
 def _close(user: Any) -> None:

@@ -218,10 +218,7 @@ class Statistic(ABC):
         return np.concatenate([self.of(self.source.total - columns[start : start + rows]) for start in starts])
 
     def wilson(self, z: float = Z, *, more: float = 0.0) -> tuple[Floats, Floats, Floats]:
-        """The rates [L] that are there, and Wilson's limits of each, with its design effect.
-
-        Limits are those of `more` successes, where there are as many failures.
-        """
+        """The rates [L] that are there, and Wilson's limits of each (of `more` hits), with its design effect."""
         total, columns = self.source.total[0], self.source.columns
         pairs, found = [], []
         for count, present in zip(self.counts.tolist(), self.present.tolist(), strict=True):
@@ -286,16 +283,15 @@ def averaged(statistics: Sequence[Statistic]) -> list[Term]:
 def interval(*terms: Term) -> tuple[float, float, float]:
     """95 % interval of a weighted sum of statistics.
 
-    A single rate takes Wilson's interval. A sum of means: the bootstrap's bias-corrected and accelerated limits (BCa;
-    Efron, JASA 1987, with the acceleration of several samples: Davison and Hinkley 1997, chapter 5), the quantiles
-    Phi(b + (b ± z) / (1 - a (b ± z))) of the resamples, where Phi(b) is the share of them below the value and a the
-    jackknife's sum of cubes / (6 (sum of squares)^1.5). With a variance or a lowest rate, which sampling moves one way
-    (lowest rates alone have `stats.lowest`, their changes this): the basic limits 2 value - quantile (Davison and
+    A single rate takes Wilson's interval. A sum of means: the bootstrap's bias-corrected and accelerated limits
+    (BCa; Efron, JASA 1987, with the acceleration of several samples: Davison and Hinkley 1997, chapter 5), the
+    quantiles Phi(b + (b ± z) / (1 - a (b ± z))) of the resamples, where Phi(b) is the share of them below the value
+    and a the jackknife's sum of cubes / (6 (sum of squares)^1.5). With a variance or a change of lowest rates
+    (`stats.lowest` has the rates), which sampling moves one way: the basic limits 2 value - quantile (Davison and
     Hinkley, chapter 5), which take that bias out; where all are variances that are added up, these or the limits of
-    `_spread_limits`, whichever are wider. Where the resamples
-    of a source do not vary (one bundle, or all alike) they say nothing of it: its terms then have their own limits.
-    Distances from the value, of the bootstrap and of each such term, are combined by square-and-add (Newcombe,
-    Statistics in Medicine 1998).
+    `_spread_limits`, whichever are wider. Where the resamples of a source do not vary (one bundle, or all alike)
+    they say nothing of it: its terms then have their own limits. Distances from the value, of the bootstrap and of
+    each such term, are combined by square-and-add (Newcombe, Statistics in Medicine 1998).
 
     Returns:
         Value, low and high.
