@@ -165,3 +165,28 @@ def test_rows_that_landed_are_found_by_what_they_answer(
     assert deaths.astray(kept, joined(prompts, answers), ["by"]) == []
     swapped = joined(prompts, answers.take([1, 0, 2]))  # the same answers, to each other's prompts
     assert len(deaths.astray(kept, swapped, ["by"])) == 2
+
+
+@pytest.mark.parametrize("part", ["means", "worst", "changes", "variance", "benchmarks", "corrected", "limits"])
+def test_the_tables_of_coverage_are_whole(part: str) -> None:
+    coverage = importlib.import_module("benchmarks.coverage")
+    assert set(coverage.PARTS) >= {part} and len(coverage.PARTS) == 7
+    head, *rows = coverage.PARTS[part](1)
+    assert rows and {len(row) for row in rows} == {len(head)}
+    shares = [int(cell.removesuffix(" %")) for row in rows for cell in row[-1:] if str(cell).endswith(" %")]
+    assert all(share in (0, 100) for share in shares)  # of one interval
+
+
+def test_the_texts_that_reading_is_timed_on_are_of_their_length_and_half_of_them_refuse(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = importlib.import_module("benchmarks.reading_speed")
+    pairs = speed.texts_of("sw", 41, 120)
+    assert (len(pairs), {len(text) for text, _ in pairs}, sum(refuses for _, refuses in pairs)) == (41, {120}, 21)
+    assert len(dict(pairs)) > 35
+    head, *rows = speed.phrases(200)
+    assert len(rows) == 4 and all(len(row) == len(head) for row in rows)
+    monkeypatch.setattr("sys.argv", ["reading_speed.py", "phrases", "paint"])
+    with pytest.raises(SystemExit):
+        speed.main()
+    assert "no such part: paint" in capsys.readouterr().err

@@ -128,8 +128,8 @@ class SearchConfig(Section):
     repeats: PositiveInt = Field(1, description="Trials a point, each with a seed of its own: seed, seed + 1, ...")
     max_hours: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="Stop trials after this time, and confirm those that ended; the others go on when the search is "
-        "resumed, with the same time again.",
+        description="Stop trials after this time, and confirm those that ended, with those of `confirm.seeds` that it "
+        "leaves time for; the others go on when the search is resumed, with the same time again.",
     )
     concurrency: PositiveInt = Field(1, description="Trials at once.")
     score_every: PositiveInt | None = Field(

@@ -62,11 +62,15 @@ class Translation:
 
 @dataclass(frozen=True)
 class TranslatedAnswer:
-    """Prompt and response of one answer in English; `fault` is empty only if both are there."""
+    """Prompt and response of one answer in English; `fault` is empty only if both are there.
+
+    `engine_fault` says why the translator's engines gave none, which tells nothing of the answer; else it is None.
+    """
 
     prompt: str | None
     response: str | None
     fault: str = ""
+    engine_fault: str | None = None
 
 
 class Translator(ABC):

@@ -186,8 +186,9 @@ def comparison_tables(compared: Compared) -> Group:
             for each in compared.outcomes
         ]  # fmt: skip
         heads = ["fail if", "found", "state", "basis", "gate"]
-        note = "open: the 95 % interval leaves both possible; more prompts would decide"
-        parts.append(console(table("Rules", heads, rows, note)))
+        notes = ["open: the 95 % interval leaves both possible; more prompts would decide"]
+        notes += dict.fromkeys(each.rule.caveat for each in compared.outcomes if each.rule.caveat)
+        parts.append(console(table("Rules", heads, rows, "; ".join(notes))))
     return Group(*parts)
 
 
@@ -209,7 +210,7 @@ def as_json(compared: Compared) -> dict[str, Any]:
     }
     rules = [
         {"rule": each.rule.text, **asdict(each.number), "state": each.state, "basis": each.rule.basis,
-         "failed": each.failed}
+         "failed": each.failed, "caveat": each.rule.caveat}
         for each in compared.outcomes
     ]  # fmt: skip
     return {

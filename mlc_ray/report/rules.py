@@ -29,6 +29,11 @@ QUANTITIES = (
 )  # fmt: skip
 """What a rule may be on: rates in %, responses in their prompt's language in %, attack success in % (unparsed responses
 counted), consistency, the difference."""
+UNSURE_CHANGE = (
+    "a change of the worst language: where languages lie further apart in one of the scores than in the other, its "
+    "95 % interval may hold the truth in as little as 77 % (docs/metrics.md); give such a rule a wider margin"
+)
+"""Of rules on such a change."""
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _RULE = re.compile(
     rf"(?:(?P<benchmark>.+):\s*)?(?P<quantity>[a-z_.]+)\s+"
@@ -56,6 +61,12 @@ class Rule:
     sign: Sign
     bound: float
     basis: Basis
+
+    @property
+    def caveat(self) -> str:
+        """What its interval does not hold as often as it says; empty for most."""
+        moved = self.sign in ("drops", "rises")
+        return UNSURE_CHANGE if moved and self.quantity.startswith("worst.") else ""
 
 
 @dataclass(frozen=True)

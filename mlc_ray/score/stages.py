@@ -60,7 +60,7 @@ NO_ANSWER = {
     FORBIDDEN_THOUGHTS: "it begins with thoughts, which asking.reasoning=forbid was to turn off",
 }
 """Finish reasons of rows without an answer to judge, and what is said of them: they count as unparsed."""
-_PUBLISH_SECONDS = 300.0  # between the times that an endpoint's replies go where other nodes find them
+_PUBLISH_SHARE = 0.05  # of an asker's time at most goes into publishing, which writes all replies anew
 _TEXT = pa.string()
 VERDICTS = pa.schema(
     {
@@ -70,9 +70,9 @@ VERDICTS = pa.schema(
 )  # fmt: skip
 """A verdict, which judge gave it by each measure and how that came to read its language; null where none does.
 
-`judge_fault` says why the engines of a judge gave none, which tells nothing of the response; else it is null."""
-TRANSLATED = pa.schema({"prompt_en": _TEXT, "response_en": _TEXT, "translation_fault": _TEXT})
-"""Null where nothing was to be translated; `translation_fault` says why a translation failed."""
+`judge_fault` says why engines of a judge or its translator gave none, which tells nothing of the response; or null."""
+TRANSLATED = pa.schema(dict.fromkeys(("prompt_en", "response_en", "translation_fault", "translator_fault"), _TEXT))
+"""Null where nothing was to be translated; the faults say why a translation failed, and why engines gave none."""
 RESPONSES = pa.schema([*PROMPTS, *ANSWERS])
 """A prompt and its answer."""
 JUDGED = pa.schema([*RESPONSES, *VERDICTS])
@@ -135,20 +135,19 @@ class Asking:
     def __init__(self, asker: Any, usage_file: str | None, replies_file: str | None) -> None:
         self._chat: ChatEndpoint | None = getattr(asker, "chat", None)
         self._usage_file = usage_file
-        self._replies, self._published = None if replies_file is None else Place(replies_file), time.monotonic()
+        self._replies, self._due = None if replies_file is None else Place(replies_file), 0.0
         if self._chat is not None and self._replies is not None:
             self._chat.cache.restore(self._replies)
 
     def noted(self) -> AbstractContextManager[None]:
-        """Write what the questions of the block did and cost, and at times, or after an error, the replies."""
+        """Write what the questions of the block did and cost, and the replies where other nodes find them."""
         return nullcontext() if self._chat is None else self._noted(self._chat)
 
     @contextmanager
     def _noted(self, chat: ChatEndpoint) -> Iterator[None]:
         try:
             yield
-            if time.monotonic() - self._published > _PUBLISH_SECONDS:
-                self._published = time.monotonic()
+            if time.monotonic() >= self._due:
                 self._try_to_publish()
         except MlcRayError:
             self.publish()
@@ -163,10 +162,12 @@ class Asking:
             self._chat.cache.publish(self._replies)
 
     def _try_to_publish(self) -> None:
+        began = time.monotonic()
         try:
             self.publish()
         except OSError as error:  # of a store that is away for a while; this node has them too
             logger.warning("the endpoint's replies could not be published yet: %s", error)
+        self._due = time.monotonic() + (time.monotonic() - began) / _PUBLISH_SHARE
 
 
 class TranslateStage(Stage):
@@ -208,10 +209,8 @@ class TranslateStage(Stage):
     @classmethod
     def given_up(cls, table: pa.Table, fault: str, **settings: Any) -> list[dict[str, Any]]:
         """No translation."""
-        ways = settings["ways"]
-        return [
-            {"translation_fault": fault} if ways[code] == "translated" else {} for code in table["language"].to_pylist()
-        ]
+        ways, failed = settings["ways"], dict.fromkeys(("translation_fault", "translator_fault"), fault)
+        return [failed if ways[code] == "translated" else {} for code in table["language"].to_pylist()]
 
     def close(self) -> None:
         """Free the memory of an engine, or publish an endpoint's replies."""
@@ -302,7 +301,7 @@ def _translations(table: pa.Table) -> list[TranslatedAnswer]:
     if not set(TRANSLATED.names) <= set(table.column_names):
         return []
     columns = (table[name].to_pylist() for name in TRANSLATED.names)
-    return [TranslatedAnswer(prompt, response, fault or "") for prompt, response, fault in zip(*columns, strict=True)]
+    return [TranslatedAnswer(one, other, fault or "", lost) for one, other, fault, lost in zip(*columns, strict=True)]
 
 
 def _close(user: Any) -> None:
@@ -329,14 +328,14 @@ def _read(
     ]  # fmt: skip
     places = table.select(_PLACE).take(pa.array([index for index, _ in sent], pa.int64()))
     given = iter(_asked(reader, [answer for _, answer in sent], places))
-    for index, item, way in zip(mine, asked, ways, strict=True):
+    for index, item, way, text in zip(mine, asked, ways, read, strict=True):
         if (finish := answers[index].finish) in NO_ANSWER:
             verdict = reader.judge.unparsed(NO_ANSWER[finish])
         elif isinstance(item, Verdict):
             verdict = item
         else:
             verdict = next(given)
-        rows[index] = _verdict_row(verdict, way, reader.name)
+        rows[index] = _verdict_row(verdict, way, reader.name) | {"judge_fault": text and text.engine_fault}
     return rows
 
 

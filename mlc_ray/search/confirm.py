@@ -23,11 +23,11 @@ from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.score.scorer import ScorerDiedError
 from mlc_ray.search.apart import apart_p, choice_p
 from mlc_ray.search.objectives.base import Objective, TrialScore, make_objective
-from mlc_ray.search.results import Change, Confirmation, Confirmed, Trial
+from mlc_ray.search.results import Change, Confirmation, Confirmed, Trial, duration
 from mlc_ray.search.selection import cleared, shortlist
 from mlc_ray.search.sides import side_change
 from mlc_ray.search.trial import Shared, scores_of
-from mlc_ray.search.tune import SEED, seeds_of
+from mlc_ray.search.tune import SEED, EndEarly, seeds_of
 from mlc_ray.stats.rates import Judged
 from mlc_ray.stats.significance import holm
 from mlc_ray.storage import Place, fingerprint
@@ -93,13 +93,17 @@ class _Scored:
     records: Mapping[int, Sequence[Judged]]
 
 
-def confirm(shared: Shared, prompts: Prompts, trials: Sequence[Trial]) -> Confirmation | None:
+def confirm(
+    shared: Shared, prompts: Prompts, trials: Sequence[Trial], end: EndEarly | None = None
+) -> Confirmation | None:
     """Score the best `confirm.keep` points on `prompts`; None where no trial ran to its end, or none can be confirmed.
 
     With `confirm.seeds` each is trained again first. What an earlier process did is not done again. A seed whose
-    training fails, whatever of, is left out, and so is a model with too few verdicts; a point of which every trial is
-    makes room for the next. If the model before training has too few, nothing is compared with it.
+    training fails, whatever of, is left out, one that `end` leaves no time for too, and so is a model with too few
+    verdicts; a point of which every trial is makes room for the next. If the model before training has too few, nothing
+    is compared with it.
     """
+    end = EndEarly(None) if end is None else end
     points = finished_points(shared, trials)
     points = [point for point in points if len(point.trials) == shared.config.repeats] or points
     listed = [points[index] for index in shortlist([point.score for point in points], len(points))]
@@ -113,7 +117,7 @@ def confirm(shared: Shared, prompts: Prompts, trials: Sequence[Trial]) -> Confir
         if len(found) == shared.config.confirm.keep:
             break
         logger.info("confirming trial %s, %d of %d", point.trials[0].name, len(found) + 1, shared.config.confirm.keep)
-        scored = _confirmed(shared, point, prompts, left_out)
+        scored = _confirmed(shared, point, prompts, left_out, end)
         if scored is not None:
             found.append(scored)
     if not found:
@@ -128,7 +132,7 @@ def confirm(shared: Shared, prompts: Prompts, trials: Sequence[Trial]) -> Confir
     return confirmation_of(objective, [(each.point, each.records) for each in found], baseline, left_out)
 
 
-def _confirmed(shared: Shared, point: Point, prompts: Prompts, left_out: list[str]) -> _Scored | None:
+def _confirmed(shared: Shared, point: Point, prompts: Prompts, left_out: list[str], end: EndEarly) -> _Scored | None:
     """A point scored on `prompts`, without the models that `left_out` then names; None where no trial of it is left."""
     first = point.trials[0]
     own_seed = seeds_of(shared.config, shared.space)[0]
@@ -137,7 +141,7 @@ def _confirmed(shared: Shared, point: Point, prompts: Prompts, left_out: list[st
         for trial in point.trials
     ]
     for seed in shared.config.confirm.seeds:
-        makers.append((seed, f"{first.name} with seed {seed}", partial(_trained_again, shared, first, seed)))
+        makers.append((seed, f"{first.name} with seed {seed}", partial(_trained_again, shared, first, seed, end)))
     runs: dict[int, Place] = {}
     records: dict[int, Sequence[Judged]] = {}
     for number, (seed, name, make) in enumerate(makers):
@@ -166,6 +170,10 @@ def _confirmed(shared: Shared, point: Point, prompts: Prompts, left_out: list[st
 
 class ModelGoneError(MlcRayError):
     """A trial has no model any more."""
+
+
+class NoTimeLeftError(MlcRayError):
+    """`max_hours` would be over before a point is trained again."""
 
 
 def confirmation_of(
@@ -227,10 +235,13 @@ def change_between(
     return Change(harmful, benign, p_holm <= _LEVEL)
 
 
-def _trained_again(shared: Shared, trial: Trial, seed: int) -> Place:
+def _trained_again(shared: Shared, trial: Trial, seed: int, end: EndEarly) -> Place:
     """The run folder of a trial's values with another seed, trained to its end; it is no trial of the search.
 
     As of a trial, its last weights alone are written, unless checkpoints are to be kept.
+
+    Raises:
+        NoTimeLeftError: `end` leaves less time than the trial itself was trained for, so it is not begun.
     """
     from mlc_ray.train.checkpoint import damaged_weights, last_weights, remove_checkpoint
     from mlc_ray.train.export import export
@@ -247,6 +258,12 @@ def _trained_again(shared: Shared, trial: Trial, seed: int) -> Place:
             logger.warning("%s goes on without %s: %s", folder.name, damaged.name, fault)
             remove_checkpoint(damaged)
         if last_weights(folder) is None:  # else it died while it exported them
+            if end.seconds_left < trial.seconds:
+                raise NoTimeLeftError(
+                    f"not trained: max_hours={end.hours:g} would be over before its end (the trial took "
+                    f"{duration(trial.seconds)}); `mlc-ray search --resume {shared.folder}` trains it, if need be with "
+                    "more hours (--set max_hours=N)"
+                )
             train(
                 shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
                 resume=folder if (folder / CONFIG_FILE).is_file() else None,

@@ -287,7 +287,7 @@ def _search(prepared: Prepared) -> SearchResult:
         if end.reason:
             logger.info("%s; what has ended is confirmed, and `%s` goes on with the others", end.reason, go_on)
         recorder.write()
-        confirmation = confirm(shared, prepared.confirmation, list(recorder.trials.values()))
+        confirmation = confirm(shared, prepared.confirmation, list(recorder.trials.values()), end)
     finally:
         shared.scorer.close()
     return recorder.write(confirmation)

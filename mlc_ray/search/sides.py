@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 
 from mlc_ray.stats.intervals import RESAMPLES, Floats, Grid, Term, averaged, interval, make_grid
+from mlc_ray.stats.lowest import lowest_interval
 from mlc_ray.stats.rates import KINDS, Interval, Judged, Outcome, outcome
 from mlc_ray.types import Kind, Measure
 
@@ -151,7 +152,7 @@ def read_side(
     found = _of_several({name: {code: rate.value for code, rate in each.items()} for name, each in rates.items()})
     return Side(
         _monotone(averaged([grids[name].mean("counted", "present", codes[name]) for name in rates])),
-        _within_percent(averaged([grids[name].lowest("counted", "present", codes[name]) for name in found])),
+        _in_percent(lowest_interval(*(grids[name].lowest("counted", "present", codes[name]) for name in found))),
         ", ".join(dict.fromkeys(min(each, key=each.__getitem__) for each in found.values())),
         by_language,
         {name: {code: r.of(r.source.resampled) for code, r in each.items()} for name, each in rates.items()},
@@ -236,9 +237,9 @@ def _percent(terms: Sequence[Term]) -> Interval:
     return Interval(*(100 * number for number in interval(*terms)))
 
 
-def _within_percent(terms: Sequence[Term]) -> Interval:
-    found = _percent(terms)
-    return Interval(found.value, max(0.0, found.low), min(100.0, found.high))
+def _in_percent(found: tuple[float, float, float]) -> Interval:
+    value, low, high = (100 * number for number in found)
+    return Interval(value, max(0.0, low), min(100.0, high))
 
 
 def _grid(records: Sequence[Judged], measure: Measure, counted: Outcome, stream: int) -> Grid:

@@ -307,20 +307,25 @@ class EndEarly(ray.tune.Stopper):
 
     def __init__(self, max_hours: float | None, now: Callable[[], float] = time.monotonic) -> None:
         self.fault: MlcRayError | None = None
+        self.hours = math.inf if max_hours is None else max_hours
         self._now = now
-        self._hours = max_hours
-        self._deadline = math.inf if max_hours is None else now() + 3600 * max_hours
+        self._deadline = now() + 3600 * self.hours
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Tune's question of one trial: none ends alone."""
         return False
 
     @property
+    def seconds_left(self) -> float:
+        """Until `max_hours` are over; infinite without."""
+        return self._deadline - self._now()
+
+    @property
     def reason(self) -> str:
         """Why they end; empty while they may go on."""
         if self.fault is not None:
             return str(self.fault)
-        return f"max_hours={self._hours:g} are over" if self._now() >= self._deadline else ""
+        return f"max_hours={self.hours:g} are over" if self.seconds_left <= 0 else ""
 
     def stop_all(self) -> bool:
         """Tune's question of all trials, after every event."""

@@ -32,8 +32,8 @@ AT_ONCE = 4_000_000
 Floats = NDArray[np.float64]
 
 
-def wilson(successes: float, n: float) -> tuple[float, float]:
-    """95 % interval of a rate p = successes / n (Wilson, JASA 1927).
+def wilson(successes: float, n: float, z: float = Z) -> tuple[float, float]:
+    """95 % interval of a rate p = successes / n (Wilson, JASA 1927), or another one, by `z`.
 
     (p + z²/2n ± z sqrt(p (1 - p) / n + z²/4n²)) / (1 + z²/n), with z = 1.96.
 
@@ -45,9 +45,9 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} of {n} is not a rate")
-    p, z2 = successes / n, Z * Z
+    p, z2 = successes / n, z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     # At 0 and n the formula gives exactly 0 and 1; rounding must not step outside.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
 
@@ -217,15 +217,15 @@ class Statistic(ABC):
         starts = range(0, len(columns), rows)
         return np.concatenate([self.of(self.source.total - columns[start : start + rows]) for start in starts])
 
-    def wilson(self) -> tuple[Floats, Floats, Floats]:
-        """The rates [L] that are there, and Wilson's limits of each, with its design effect."""
+    def wilson(self, z: float = Z, *, more: float = 0.0) -> tuple[Floats, Floats, Floats]:
+        """The rates [L] that are there, and Wilson's limits of each (of `more` hits), with its design effect."""
         total, columns = self.source.total[0], self.source.columns
         pairs, found = [], []
         for count, present in zip(self.counts.tolist(), self.present.tolist(), strict=True):
             if n := float(total[present]):
                 effect = design_effect(columns[:, count], columns[:, present])
                 pairs.append((float(total[count]), n))
-                found.append(wilson(float(total[count]) / effect, n / effect))
+                found.append(wilson(min(n / effect, float(total[count]) / effect + more), n / effect, z))
         limits = np.array(found)
         return np.array([count / n for count, n in pairs]), limits[:, 0], limits[:, 1]
 
@@ -283,15 +283,15 @@ def averaged(statistics: Sequence[Statistic]) -> list[Term]:
 def interval(*terms: Term) -> tuple[float, float, float]:
     """95 % interval of a weighted sum of statistics.
 
-    A single rate takes Wilson's interval. A sum of means: the bootstrap's bias-corrected and accelerated limits (BCa;
-    Efron, JASA 1987, with the acceleration of several samples: Davison and Hinkley 1997, chapter 5), the quantiles
-    Phi(b + (b ± z) / (1 - a (b ± z))) of the resamples, where Phi(b) is the share of them below the value and a the
-    jackknife's sum of cubes / (6 (sum of squares)^1.5). With a variance or a lowest rate, which sampling moves one way:
-    the basic limits 2 value - quantile (Davison and Hinkley, chapter 5), which take that bias out; where all are
-    variances that are added up, these or the limits of `_spread_limits`, whichever are wider. Where the resamples
-    of a source do not vary (one bundle, or all alike) they say nothing of it: its terms then have their own limits.
-    Distances from the value, of the bootstrap and of each such term, are combined by square-and-add (Newcombe,
-    Statistics in Medicine 1998).
+    A single rate takes Wilson's interval. A sum of means: the bootstrap's bias-corrected and accelerated limits
+    (BCa; Efron, JASA 1987, with the acceleration of several samples: Davison and Hinkley 1997, chapter 5), the
+    quantiles Phi(b + (b ± z) / (1 - a (b ± z))) of the resamples, where Phi(b) is the share of them below the value
+    and a the jackknife's sum of cubes / (6 (sum of squares)^1.5). With a variance or a change of lowest rates
+    (`stats.lowest` has the rates), which sampling moves one way: the basic limits 2 value - quantile (Davison and
+    Hinkley, chapter 5), which take that bias out; where all are variances that are added up, these or the limits of
+    `_spread_limits`, whichever are wider. Where the resamples of a source do not vary (one bundle, or all alike)
+    they say nothing of it: its terms then have their own limits. Distances from the value, of the bootstrap and of
+    each such term, are combined by square-and-add (Newcombe, Statistics in Medicine 1998).
 
     Returns:
         Value, low and high.

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mlc_ray.stats.intervals import Grid, MeanRate, Term, averaged, interval, make_grid
+from mlc_ray.stats.lowest import lowest_interval
 from mlc_ray.stats.rates import (
     ALL_BENCHMARKS,
     KINDS,
@@ -209,7 +210,7 @@ def _side(sides: Sequence[_Side], seen: frozenset[str] | None) -> SideSummary:
         var_noise=_mean(_noise(side, wanted) for side in several),
         pag=_within(Interval(*interval(*averaged(agreements))), 0.0, 1.0) if agreements else None,
         worst=", ".join(dict.fromkeys(worst)),
-        worst_rate=_percent(*averaged([side.grid.lowest(wanted, "present") for side in compared])),
+        worst_rate=_percent(*(side.grid.lowest(wanted, "present") for side in compared), by=lowest_interval),
         english_gap=_percent(*gap, least=-100.0) if english and others else None,
         seen=_percent(*trained) if trained else None,
         unseen=_percent(*unseen) if unseen else None,
@@ -258,8 +259,8 @@ def _mean(values: Iterable[float]) -> float | None:
     return sum(listed) / len(listed) if listed else None
 
 
-def _percent(*terms: Term, least: float = 0.0, most: float = 100.0) -> Interval:
-    return _within(Interval(*(100 * number for number in interval(*terms))), least, most)
+def _percent(*terms: Any, by: Callable[..., Any] = interval, least: float = 0.0, most: float = 100.0) -> Interval:
+    return _within(Interval(*(100 * number for number in by(*terms))), least, most)
 
 
 def _within(found: Interval, least: float, most: float) -> Interval:

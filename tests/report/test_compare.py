@@ -65,6 +65,20 @@ def test_what_decides_is_certain_the_estimate_or_possible(tmp_path: Path) -> Non
     assert found == [0, 0, 1, 1]
 
 
+def test_a_rule_whose_interval_is_less_sure_than_it_says_is_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The change of the worst language is; its own number is not (`tests/stats/test_lowest.py`)."""
+    before, after = model(tmp_path / "a", 0.9, bundles=8), model(tmp_path / "b", 0.9, bundles=8, seed=2)
+    own, change = "worst.harmful.refused < 10", "worst.harmful.refused drops > 90"
+    assert status(before, after, "--fail-if", own) == 0
+    assert "a change of the worst language" not in " ".join(capsys.readouterr().out.split())
+    out = tmp_path / "out.json"
+    assert status(before, after, "--fail-if", own, "--fail-if", change, "--json", out) == 0
+    assert " ".join(capsys.readouterr().out.split()).count("a change of the worst language") == 1
+    assert [bool(rule["caveat"]) for rule in json.loads(out.read_text())["rules"]] == [False, True]
+
+
 def test_scores_that_were_not_measured_alike_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = model(tmp_path / "a", 0.9)
     assert status(first, model(tmp_path / "b", 0.9, prompts="others", judge="guard@1")) == 3

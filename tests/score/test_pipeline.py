@@ -173,6 +173,20 @@ def test_replies_are_published_beside_the_score_and_taken_up_on_another_machine(
     assert {row["safety"] for row in judged} == {"safe"}
 
 
+def test_after_a_kill_another_machine_asks_for_no_block_that_was_done(tmp_path: Path) -> None:
+    table = responses_of(*((f"Boil {number} eggs.", "stop") for number in range(6)))
+    with serving(translate_then_judge) as server:
+
+        def stage_on(machine: str) -> JudgeStage:
+            endpoint = {"base_url": server.base_url, "model": "m", "cache_dir": str(tmp_path / machine)}
+            judge = EndpointJudge.Settings.model_validate({"endpoint": endpoint})
+            return judge_stage(judge=judge, replies_file=str(tmp_path / "replies.parquet"))
+
+        stage_on("here")(table.slice(0, 4))  # its process is killed then: it is never closed
+        stage_on("there")(table)
+        assert len(server.bodies) == 6
+
+
 @pytest.mark.parametrize(
     ("judge", "longest"),
     [({"name": "refusal"}, 64), ({"name": "likelihood"}, None), ({"name": "qwen3guard", "model": "m"}, 1024),
@@ -186,18 +200,22 @@ def test_how_long_an_answer_may_be_follows_from_the_judge(judge: dict[str, Any],
 
 
 def test_a_translated_response_is_judged_in_english_and_a_failed_translation_not_at_all(tmp_path: Path) -> None:
-    table = responses_of(("Samahani, siwezi.", "stop"), ("Chemsha maji.", "stop"), ("Chemsha.", "stop"), language="sw")
+    said = ["Samahani, siwezi.", "Chemsha maji.", "Chemsha.", "Chemsha mchele."]
+    table = responses_of(*((each, "stop") for each in said), language="sw")
     english = {
-        "prompt_en": ["?", "?", None],
-        "response_en": ["I cannot help with that.", "Boil water.", "Boil."],
-        "translation_fault": [None, None, "the prompt was not translated: cut off"],
+        "prompt_en": ["?", "?", None, None],
+        "response_en": ["I cannot help with that.", "Boil water.", "Boil.", None],
+        "translation_fault": [None, None, "the prompt was not translated: cut off", "it died"],
+        "translator_fault": [None, None, None, "it died"],
     }
     for name, values in english.items():
         table = table.append_column(name, pa.array(values, pa.string()))
     judged = judge_stage()(table).to_pylist()
-    assert [row["behaviour"] for row in judged] == ["refused", "complied", "unparsed"]
+    assert [row["behaviour"] for row in judged] == ["refused", "complied", "unparsed", "unparsed"]
     assert {(row["via_refused"], row["via_safe"]) for row in judged} == {("translated", None)}
-    assert judged[2]["reason"] == "the prompt was not translated: cut off"
+    assert [row["reason"] for row in judged[2:]] == ["the prompt was not translated: cut off", "it died"]
+    # What engines did not do is told from what a translator did, and so judged again (`ScoreResult.judge_faults`).
+    assert [row["judge_fault"] for row in judged] == [None, None, None, "it died"]
 
 
 class FaultyJudge(ShortAnswerJudge):
@@ -301,7 +319,10 @@ def test_what_engines_fail_on_is_no_verdict() -> None:
     earlier = joined(unanswered, pa.Table.from_pylist(given, schema=JudgeStage.adds(column="verdict_1")))
     later = {"readers": [("other", RefusalJudge.Settings(), {})], "column": None, "earlier": ["verdict_1"]}
     assert JudgeStage.given_up(earlier, fault, **later) == judged
-    assert TranslateStage.given_up(asked, fault, ways=ways) == [{}, {"translation_fault": fault}]
+    assert TranslateStage.given_up(asked, fault, ways=ways) == [
+        {},
+        dict.fromkeys(("translation_fault", "translator_fault"), fault),
+    ]
     policy = {"judge": LikelihoodJudge.Settings(), "ways": {"en": "", "fi": ""}}
     (row, _) = PromptJudgeStage.given_up(asked, fault, **policy)
     assert (row["finish"], row["fault"], row["reason"]) == ("engine_fault", fault, fault)

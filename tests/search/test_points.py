@@ -156,7 +156,7 @@ def test_a_sampler_leaves_where_trials_diverge(tmp_path: Path) -> None:
 def test_a_search_ends_when_its_hours_are_over() -> None:
     clock = [0.0]
     end = EndEarly(1.5, now=lambda: clock[0])
-    assert not end.stop_all() and not end("trial", {})
+    assert not end.stop_all() and not end("trial", {}) and end.seconds_left == 5_400.0
     clock[0] = 5_401.0
     assert end.stop_all() and end.reason == "max_hours=1.5 are over"
     assert not EndEarly(None).stop_all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from mlc_ray.search.confirm import confirm
 from mlc_ray.search.results import ending
 from mlc_ray.search.space import make_space
 from mlc_ray.search.trial import ScoreWeights, Shared, run_trial, scored_trials
-from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES
+from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES, EndEarly
 from mlc_ray.storage import Place
 from mlc_ray.train.entry import LastWeights
 from tests.checkpoints import complete
@@ -190,6 +191,34 @@ def test_what_is_trained_again_with_another_seed_writes_its_last_weights_alone(
     (again / "scores" / "confirmation").remove()
     found = confirm(shared, others, scored_trials(shared))
     assert found is not None and found.points[0].runs == ("a", "a-seed-7") and seeds == [7]
+
+
+def test_a_seed_that_max_hours_leave_no_time_for_is_named_and_trained_when_the_search_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = shared_of(tmp_path, Scorer(), confirm={"keep": 1, "seeds": [7, 8, 9]}, max_hours=2)
+    monkeypatch.setattr(ray.tune, "report", lambda metrics: None)
+    trained(shared, "a", 4, ends=True)
+    (shared.trial_folder("a") / "metrics.jsonl").write_text(json.dumps({"step": 4, "step_seconds": 3_000.0}) + "\n")
+    run_trial({VALUES: {"mlc.weight": 0.5}, FOLDER: "a"}, shared=shared)
+    clock = [0.0]
+
+    def train(config: Any, **_: Any) -> None:
+        # Stands where training would, which needs Ray: leaves what its workers leave.
+        clock[0] += 3_100.0
+        trained(shared, config.name, 4, ends=True)
+
+    monkeypatch.setattr("mlc_ray.train.run.train", train)
+    others = Prompts(pa.Table.from_pylist(ROWS, schema=PROMPTS), "others")
+    found = confirm(shared, others, scored_trials(shared), EndEarly(2, now=lambda: clock[0]))
+    assert found is not None and found.best.runs == ("a", "a-seed-7", "a-seed-8")
+    (said,) = found.left_out
+    assert said.startswith(
+        "a with seed 9: not trained: max_hours=2 would be over before its end (the trial took 50 min)"
+    )
+    assert f"not confirmed, {said}" in caplog.text and "--resume" in said
+    found = confirm(shared, others, scored_trials(shared), EndEarly(2, now=lambda: clock[0]))
+    assert found is not None and found.best.runs == ("a", "a-seed-7", "a-seed-8", "a-seed-9") and not found.left_out
 
 
 def test_of_a_trial_whose_checkpoints_are_kept_only_what_was_scored_goes(tmp_path: Path) -> None:
