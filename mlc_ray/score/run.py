@@ -36,7 +36,7 @@ from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.monitoring import told_of
-from mlc_ray.plan.check import check_engine
+from mlc_ray.plan.check_engines import check_engine, check_readers
 from mlc_ray.runs import (
     KEPT_FOLDER,
     REPLIES_FILE,
@@ -151,7 +151,7 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: En
     )
     _check_engines(request, judging, device, pool)
     if config.plan == "check" and pool is None:
-        check_engine(model, config, gpu=device == "gpu")
+        check_engine(model, config, gpu=device == "gpu", readers=judging.readers)
     check_calibration(config.calibration, judging.identity)
     earlier = _earlier(folder, request, prompts, judging) if config.resume == "auto" else None
     if isinstance(earlier, ScoreResult):
@@ -246,6 +246,8 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         judging = plan_judging(make_reader(decided), responses)
         check_calibration(request.config.calibration, judging.identity)
         _check_readers(request, judging, device, [])
+        if config.plan == "check":
+            check_readers(request.config, judging.readers, gpu=device == "gpu")
         logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
         request.save(folder)
         work = Passes(request, folder, target, device)

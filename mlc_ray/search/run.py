@@ -43,7 +43,8 @@ from mlc_ray.judges.base import make_judge
 from mlc_ray.lease import lease
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
-from mlc_ray.plan.check import check_beside, check_engine, check_run
+from mlc_ray.plan.check import check_run
+from mlc_ray.plan.check_engines import check_beside, check_engine
 from mlc_ray.plan.cutting import steps_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.runs import (
