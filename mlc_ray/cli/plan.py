@@ -142,7 +142,7 @@ def _run(
     return plan, cheapest(found), shape
 
 
-def _train(arguments: argparse.Namespace, cluster: Cluster, _: bool) -> tuple[Sequence[str], Any]:
+def _train(arguments: argparse.Namespace, cluster: Cluster, there: bool) -> tuple[Sequence[str], Any]:
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     # All GPUs that are named; of a cluster that is there, as many as the run takes.
     plan, best, _ = _run(arguments, config, cluster, workers=arguments.gpus or config.cluster.most_workers)
@@ -154,8 +154,8 @@ def _score(arguments: argparse.Namespace, cluster: Cluster, there: bool) -> tupl
     config = load_config(ScoreConfig, arguments.config, arguments.overrides, defaults=defaults)
     shape = _shape(arguments, config.model, trust_remote_code=config.engine.trust_remote_code)
     plan = _scored(config, shape, cluster, prompts=_prompts(config.benchmarks, config, config.limit))
-    given = {"gpu": cluster.gpu is not None, "cluster": None if there else cluster}
-    refused = _refused(lambda: check_engine(arguments.shape or config.model, config, **given))
+    gpu, on = cluster.gpu is not None, None if there else cluster
+    refused = _refused(lambda: check_engine(arguments.shape or config.model, config, gpu=gpu, cluster=on))
     return score_lines(plan, refused), score_json(plan, refused)
 
 
