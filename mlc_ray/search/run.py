@@ -41,6 +41,7 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.generate.engine import Device
 from mlc_ray.judges.base import make_judge
 from mlc_ray.lease import lease
+from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
 from mlc_ray.plan.check import check_run
@@ -129,7 +130,7 @@ def search(config: SearchConfig) -> SearchResult:
     keep_in(local_side(folder))
     config, space, commits = with_commits(config, space)
     check_search(config, space)
-    with lease(folder, wait=config.resume == "auto"):
+    with lease(folder, wait=config.resume == "auto"), log_file(_base(space).logging, folder):
         config, space = _with_dtypes(config, space)
         write_settings(config, space, folder, commits)
         try:
@@ -165,7 +166,7 @@ def resume_search(folder: Path | Place, overrides: Sequence[str] = ()) -> Search
     space = make_space(config)
     keep_in(local_side(folder))
     check_search(config, space)
-    with lease(folder, wait=config.resume == "auto"):
+    with lease(folder, wait=config.resume == "auto"), log_file(_base(space).logging, folder):
         if overrides:
             write_config(config, space, folder)
         return _search(_prepare(config, space, folder))

@@ -16,6 +16,7 @@ from pathlib import Path
 from mlc_ray.cluster import connect, use_gpu
 from mlc_ray.config import ScaleConfig
 from mlc_ray.lease import lease
+from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.there import cluster_there
@@ -57,7 +58,7 @@ def scale(config: ScaleConfig) -> StudyResult:
     if exists:
         check_scale_goes_on(plan, folder)
     _connect(plan, folder)
-    with lease(folder, wait=config.resume == "auto"):
+    with lease(folder, wait=config.resume == "auto"), log_file(plan.searches[0].run.logging, folder):
         plan = replace(plan, budget=state_budget(plan, folder))
         plan.save(folder)
         return _scale(load_scale(folder), folder)
@@ -72,7 +73,7 @@ def resume_scale(folder: Path | Place) -> StudyResult:
     place = Place(folder).absolute()
     plan = load_scale(place)
     _connect(plan, place)
-    with lease(place, wait=plan.config.resume == "auto"):
+    with lease(place, wait=plan.config.resume == "auto"), log_file(plan.searches[0].run.logging, place):
         return _scale(load_scale(place), place)
 
 
