@@ -23,7 +23,8 @@ from mlc_ray.plan.there import cluster_there
 from mlc_ray.report.scale import SizeBudget
 from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import SCALE_FILE, output_place
-from mlc_ray.search.run import check_search, search
+from mlc_ray.search.checks import check_search
+from mlc_ray.search.run import search
 from mlc_ray.storage import Place, local_side
 from mlc_ray.study.budget import budget_of
 from mlc_ray.study.failing import failing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlc_ray.cluster import ClusterError
 from mlc_ray.config import ConfigError, ScaleConfig, load_config, parse_config
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
@@ -342,6 +344,22 @@ def test_hours_have_the_probe_and_judges_and_say_what_they_leave_out(tmp_path: P
         [replace(a_budget, assumed=unknown.assumed) for a_budget in planned(tmp_path / "s", "b").budget]
     )
     assert f"judge.model={folder}" in said.note and "start of each run" in said.note
+
+
+def test_a_scaling_study_keeps_its_log_where_its_runs_are_to_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise ClusterError("too few GPUs")
+
+    monkeypatch.setattr("mlc_ray.study.scale._connect", lambda *_: None)
+    monkeypatch.setattr("mlc_ray.study.scale.state_budget", refused)
+    for name, asked in (("quiet", []), ("told", ["logging.json_lines=true"])):
+        with pytest.raises(ClusterError, match="too few"):
+            scale(configured(tmp_path / name, set=asked))
+    assert not (tmp_path / "quiet" / "logs").exists()
+    (line,) = map(json.loads, (tmp_path / "told" / "logs" / "driver.jsonl").read_text().splitlines())
+    assert (line["run"], line["trial"], line["message"]) == ("told", "", "ended by ClusterError: too few GPUs")
 
 
 def test_a_size_is_counted_without_weights(smollm2: Path) -> None:
