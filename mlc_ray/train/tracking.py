@@ -1,6 +1,6 @@
 """Where a run's metrics go: metrics.jsonl always; TensorBoard, Weights & Biases and MLflow as configured.
 
-Of a run at a URL, files are kept in the user's cache of rank 0's machine and sent there (`mirror`).
+Of a run at a URL, files are kept in the user's cache of rank 0's machine and sent there (`storage.mirror`).
 """
 
 from __future__ import annotations

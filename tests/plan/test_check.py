@@ -113,7 +113,7 @@ def test_engines_on_cpus_share_the_memory_of_their_nodes(monkeypatch):
 
 
 def test_trials_and_engines_on_cpus_share_the_memory_of_all_nodes():
-    scoring = load_config(SearchConfig, "configs/search/demo.yaml").scoring
+    scoring = load_config(SearchConfig, "configs/search/demo.yaml", ["scoring.engine.dtype=bfloat16"]).scoring
     trial = run(model={"path": "Qwen/Qwen2.5-0.5B"}, cluster={"accelerator": "cpu"})
     node = Cluster(None, 1, 1, 24 * 2**30)
     check_beside(scoring, [trial], at_once=1, cluster=node)
@@ -156,9 +156,9 @@ def test_the_engines_of_judges_guards_and_translators_are_planned_too():
 
 def test_engines_that_a_plan_shows_are_those_that_a_command_refuses(monkeypatch, capsys):
     """On a CPU: all engines of a node share it, and in a search also the trials; the sentence is the refusal's."""
-    monkeypatch.setattr("mlc_ray.cli.plan._cluster", lambda: (Cluster(None, 1, 1, 24 * 2**30), False))
 
-    def plan(kind, file, shape, *settings):
+    def plan(kind, file, shape, *settings, memory=24):
+        monkeypatch.setattr("mlc_ray.cli.plan._cluster", lambda: (Cluster(None, 1, 1, memory * 2**30), False))
         asked = ["plan", "--for", kind, "--config", file, "--shape", shape, "--json"]
         status = main([*asked, *(part for each in settings for part in ("--set", each))])
         return status, json.loads(capsys.readouterr().out)
@@ -173,14 +173,16 @@ def test_engines_that_a_plan_shows_are_those_that_a_command_refuses(monkeypatch,
     assert status == 1 and "Qwen2.5-14B needs" in found["refused"]
     assert [reader["of"] for reader in found["readers"]] == ["Qwen/Qwen2.5-14B"]
 
-    search = "configs/search/demo.yaml"
-    status, found = plan("search", search, "0.5b", "set=[]")
-    assert status == 0 and found["search"]["fits"]
-    status, found = plan("search", search, "0.5b", "set=[]", "concurrency=3")
-    assert status == 1 and "concurrency=3 trials of" in found["search"]["refused"]
-    guard = {**GUARD, "model": "Qwen/Qwen2.5-7B"}
-    status, found = plan("search", search, "0.5b", "set=[]", f"scoring.judge={json.dumps(guard)}")
-    assert status == 1 and "the engines beside them" in found["search"]["refused"]
+    def search(*settings):
+        types = ("set=[model.dtype=bfloat16]", "scoring.engine.dtype=bfloat16")
+        status, found = plan("search", "configs/search/demo.yaml", "0.5b", *types, *settings, memory=32)
+        assert status == (not found["search"]["fits"])
+        return found["search"]["refused"]
+
+    assert search() is None
+    assert "concurrency=3 trials of 0.5b" in search("concurrency=3")
+    guard = {**GUARD, "model": "Qwen/Qwen2.5-7B", "engine": {"dtype": "bfloat16"}}
+    assert "the engines beside them 19.1" in search(f"scoring.judge={json.dumps(guard)}")
 
 
 def test_a_judge_that_is_a_model_has_its_time():
