@@ -87,7 +87,10 @@ def json_lines(file: Path, *, run: str, trial: str = "", worker: int | None = No
     level = ours.level
     if ours.getEffectiveLevel() > logging.INFO:
         ours.setLevel(logging.INFO)
-    root.addHandler(handler)
+    # Without any handler Python writes warnings to standard error, and goes on to do so beside the file.
+    beside = [] if root.handlers or logging.lastResort is None else [logging.lastResort]
+    for each in (handler, *beside):
+        root.addHandler(each)
     if not ours.propagate:  # in workers (`logs.send_warnings`)
         ours.addHandler(handler)
     try:
@@ -100,7 +103,8 @@ def json_lines(file: Path, *, run: str, trial: str = "", worker: int | None = No
         handler.handle(record)  # into this file alone: whoever catches it shows it
         raise
     finally:
-        root.removeHandler(handler)
+        for each in (handler, *beside):
+            root.removeHandler(each)
         ours.removeHandler(handler)
         ours.setLevel(level)
         handler.close()

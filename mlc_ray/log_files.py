@@ -62,9 +62,6 @@ def kept(log: OwnLog | None) -> Iterator[JsonLines | None]:
     if log is None:
         yield None
         return
-    root = logging.getLogger()
-    if not root.handlers and logging.lastResort is not None:  # warnings go on to its standard error
-        root.addHandler(logging.lastResort)
     number = "" if log.number is None else f"-{log.number:05d}"
     with _writing(log.folder, f"{log.name.replace(' ', '-')}{number}-{os.getpid()}", log.number) as lines:
         logger.info("%s%s begins", log.name, "" if log.number is None else f" {log.number}")

@@ -1,7 +1,7 @@
 """A search: what its trials share is made once, Ray Tune runs the trials, and the results are saved.
 
-Before the first trial: token rows, the reference's log-probs, the prompts to score, the engines, and the baseline (the
-score of the model before training). A search folder holds
+Before the first trial (`checks`, `prepare`): token rows, the reference's log-probs, the prompts to score, the engines,
+and the baseline (the score of the model before training). A search folder holds
 
     config.json      the settings; base.yaml the run that all trials share, as its file was when the search began;
                      commits.json what names of the hub stood for then
