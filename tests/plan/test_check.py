@@ -12,6 +12,8 @@ from mlc_ray._registry import resolve
 from mlc_ray.capacity import Growth, Node
 from mlc_ray.cli import main
 from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, load_config
+from mlc_ray.judges.base import make_judge
+from mlc_ray.judges.panel import readers_of
 from mlc_ray.plan.check import check_run
 from mlc_ray.plan.check_engines import check_beside, check_engine
 from mlc_ray.plan.hardware import Cluster, cluster_of, gpu_of
@@ -152,6 +154,20 @@ def test_the_engines_of_judges_guards_and_translators_are_planned_too():
         check(translated)
     check(translated, readers=[])  # nobody reads what is translated
     check({**GUARD, "engine": {"options": {"quantization": "fp8"}}})  # what it takes is not known
+
+
+def test_a_judge_of_a_panel_that_is_not_asked_is_not_planned():
+    judges = [{"judge": "refusal", "kinds": ["benign"]}, {"judge": GUARD, "kinds": ["harmful"]}]
+    config = ScoreConfig(
+        model="Qwen/Qwen2.5-0.5B", benchmarks=[{"path": "sample:test"}], judge={"name": "panel", "judges": judges}
+    )
+    panel = make_judge(config.judge)
+    benign, both = (
+        readers_of(panel, [(kind, "en") for kind in kinds]) for kinds in (["benign"], ["benign", "harmful"])
+    )
+    check_engine(config.model, config, gpu=True, cluster=SMALL, readers=benign)
+    with pytest.raises(PlanError, match="an engine for meta-llama"):
+        check_engine(config.model, config, gpu=True, cluster=SMALL, readers=both)
 
 
 def test_engines_that_a_plan_shows_are_those_that_a_command_refuses(monkeypatch, capsys):
