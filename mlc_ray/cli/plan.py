@@ -66,8 +66,7 @@ def plan_command(arguments: argparse.Namespace) -> None:
         _calibrate(arguments)
         return
     kinds: dict[str, Any] = {"train": _train, "score": _score, "search": _search}
-    named = named_cluster(arguments)
-    lines, found = kinds[arguments.kind or "train"](arguments, *((named, False) if named else _cluster()))
+    lines, found = kinds[arguments.kind or "train"](arguments, named_cluster(arguments) or cluster_here())
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines))
     parts = [found] if "fits" in found else found.values()
     if not all(part["fits"] for part in parts):
@@ -103,22 +102,22 @@ def named_cluster(arguments: argparse.Namespace) -> Cluster | None:
     )
 
 
-def _cluster() -> tuple[Cluster, bool]:
-    """The one that is there and can be asked, or this machine; and which of both."""
+def cluster_here() -> Cluster:
+    """The one that is there, or this machine."""
     from mlc_ray.cluster import connect, running, use_gpu
 
     if running() is not None:
         connect("auto")
         if (there := cluster_there(gpu=use_gpu("auto"))) is not None:
-            return there, True
+            return there
     import torch
 
     if torch.cuda.is_available():
         number = torch.cuda.device_count()
         memory = torch.cuda.get_device_properties(0).total_memory
         gpu = gpu_here(torch.cuda.get_device_name(), memory, read_calibrations())
-        return Cluster(gpu, number, number, host_memory().total), False
-    return this_machine(), False
+        return Cluster(gpu, number, number, host_memory().total)
+    return this_machine()
 
 
 def _shape(arguments: argparse.Namespace, path: str, *, trust_remote_code: bool) -> Shape:
@@ -142,21 +141,28 @@ def _run(
     return plan, cheapest(found), shape
 
 
-def _train(arguments: argparse.Namespace, cluster: Cluster, there: bool) -> tuple[Sequence[str], Any]:
+def _train(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     # All GPUs that are named; of a cluster that is there, as many as the run takes.
     plan, best, _ = _run(arguments, config, cluster, workers=arguments.gpus or config.cluster.most_workers)
     return run_lines(plan, best), run_json(plan, best)
 
 
-def _score(arguments: argparse.Namespace, cluster: Cluster, there: bool) -> tuple[Sequence[str], Any]:
+def _score(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
     defaults = {"model": arguments.shape} if arguments.shape is not None else {}
     config = load_config(ScoreConfig, arguments.config, arguments.overrides, defaults=defaults)
     shape = _shape(arguments, config.model, trust_remote_code=config.engine.trust_remote_code)
     plan = _scored(config, shape, cluster, prompts=_prompts(config.benchmarks, config, config.limit))
-    gpu, on = cluster.gpu is not None, None if there else cluster
+    gpu, on = cluster.gpu is not None, _to_check(arguments, cluster)
     refused = _refused(lambda: check_engine(arguments.shape or config.model, config, gpu=gpu, cluster=on))
     return score_lines(plan, refused), score_json(plan, refused)
+
+
+def _to_check(arguments: argparse.Namespace, cluster: Cluster) -> Cluster | None:
+    """What checks look at; None where that is the cluster that is there, which they ask as the command itself does."""
+    from mlc_ray.cluster import running
+
+    return cluster if arguments.gpus is not None or running() is None else None
 
 
 def _refused(check: Callable[[], None]) -> str | None:
@@ -194,7 +200,7 @@ def _prompts(benchmarks: Sequence[SourceSection], scoring: ScoringSection, limit
     return number
 
 
-def _search(arguments: argparse.Namespace, cluster: Cluster, there: bool) -> tuple[Sequence[str], Any]:
+def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
     from mlc_ray.search.space import make_space
     from mlc_ray.search.tune import number_of_points
 
@@ -211,7 +217,7 @@ def _search(arguments: argparse.Namespace, cluster: Cluster, there: bool) -> tup
     choosing, confirming = (_scored(scoring, shape, cluster, prompts=number) for number in asked)
     points = number_of_points(config, space)
     plan = plan_search(config, run, points=points, choosing=choosing, confirming=confirming, cluster=cluster)
-    model, gpu, on = arguments.shape or base.model.path, cluster.gpu is not None, None if there else cluster
+    model, gpu, on = arguments.shape or base.model.path, cluster.gpu is not None, _to_check(arguments, cluster)
     lacks = _refused(lambda: check_engine(model, scoring, gpu=gpu, cluster=on))
     corners = [space.run(corner, name="corner") for corner in space.corners()]
     runs = [each.model_copy(update={"model": each.model.model_copy(update={"path": model})}) for each in corners]

@@ -174,7 +174,8 @@ def test_engines_that_a_plan_shows_are_those_that_a_command_refuses(monkeypatch,
     """On a CPU: all engines of a node share it, and in a search also the trials; the sentence is the refusal's."""
 
     def plan(kind, file, shape, *settings, memory=24):
-        monkeypatch.setattr("mlc_ray.cli.plan._cluster", lambda: (Cluster(None, 1, 1, memory * 2**30), False))
+        monkeypatch.setattr("mlc_ray.cluster.running", lambda: None)
+        monkeypatch.setattr("mlc_ray.cli.plan.cluster_here", lambda: Cluster(None, 1, 1, memory * 2**30))
         asked = ["plan", "--for", kind, "--config", file, "--shape", shape, "--json"]
         status = main([*asked, *(part for each in settings for part in ("--set", each))])
         return status, json.loads(capsys.readouterr().out)
