@@ -43,8 +43,8 @@ Ways in:
 All of them use `config`, `types`, `errors`, `_registry` (components by name), `runs` (the layout of folders),
 `checkpoints` (whether one is whole), `storage` (reading and writing safely), `lease` (one driver a folder), `cluster`,
 `nodes` (whether each sees what it needs), `capacity` (what a cluster can hold), `environment` (variables of workers),
-`secrets` (what is never written down), `device` (the native number type), `monitoring`, `progress`, `logs` and
-`json_logs`.
+`secrets` (what is never written down), `device` (the native number type), `monitoring`, `progress`, `logs`,
+`json_logs` and `log_files`.
 `[tool.importlinter]` in pyproject.toml lists which package may import which; train and score meet only through a run's
 folder.
 

@@ -25,12 +25,13 @@ _OURS = "mlc_ray"
 
 
 class JsonLines(logging.Handler):
-    """Adds a line to a file for each message; `step` is asked for the step that it belongs to."""
+    """Adds a line to a file for each message; `step` is asked for the step that it belongs to, `trial` for which."""
 
     def __init__(self, file: Path, *, run: str, trial: str, worker: int | None) -> None:
         super().__init__()
         self.step: Callable[[], int | None] = lambda: None
-        self._always = {"run": run, "trial": trial, "worker": worker}
+        self.trial = trial
+        self._run, self._worker = run, worker
         self._process = {"host": socket.gethostname(), "pid": os.getpid()}
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = file.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
@@ -52,7 +53,9 @@ class JsonLines(logging.Handler):
             "level": record.levelname,
             "logger": record.name,
             "message": hide(record.getMessage()),
-            **self._always,
+            "run": self._run,
+            "trial": self.trial,
+            "worker": self._worker,
             "step": self.step(),
             **self._process,
         }
@@ -77,14 +80,17 @@ def json_lines(file: Path, *, run: str, trial: str = "", worker: int | None = No
         file: is added to.
         run: what the run is called, and
         trial: which trial of a search or cell of a study it is, if it is one.
-        worker: the rank; None for the driver.
+        worker: the rank of a worker, the number of an engine; None for the driver.
     """
     handler = JsonLines(file, run=run, trial=trial, worker=worker)
     ours, root = logging.getLogger(_OURS), logging.getLogger()
     level = ours.level
     if ours.getEffectiveLevel() > logging.INFO:
         ours.setLevel(logging.INFO)
-    root.addHandler(handler)
+    # Without any handler Python writes warnings to standard error, and goes on to do so beside the file.
+    beside = [] if root.handlers or logging.lastResort is None else [logging.lastResort]
+    for each in (handler, *beside):
+        root.addHandler(each)
     if not ours.propagate:  # in workers (`logs.send_warnings`)
         ours.addHandler(handler)
     try:
@@ -97,7 +103,8 @@ def json_lines(file: Path, *, run: str, trial: str = "", worker: int | None = No
         handler.handle(record)  # into this file alone: whoever catches it shows it
         raise
     finally:
-        root.removeHandler(handler)
+        for each in (handler, *beside):
+            root.removeHandler(each)
         ours.removeHandler(handler)
         ours.setLevel(level)
         handler.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gzip
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from mlc_ray.config import TrainConfig, load_config
 CLUSTER = Path(__file__).resolve().parent.parent / "cluster"
 TOOLS = Path(sys.executable).parent
 SCHEMAS = "MLC_RAY_KUBERAY_SCHEMAS"
+SKYPILOT = "MLC_RAY_SKYPILOT"
 KUBERAY = {"rayjob.yaml": "ray.io_rayjobs.yaml", "raycluster.yaml": "ray.io_rayclusters.yaml"}
 
 
@@ -228,6 +231,55 @@ def test_a_slurm_job_trains_once_all_its_nodes_have_joined(joining: int, tmp_pat
         assert calls.index("python -m mlc_ray.nodes 3 600") < calls.index(run)
         assert "cluster.workers=24" in run
     assert not list(tmp_path.glob(".mlc_ray-*.token")), "it is removed with the job"
+
+
+# Reads SkyPilot's schemas of a task and of its resources, as its server has them. Its `__init__` and the modules below
+# bring clouds, a database and a server, of which these schemas read nothing.
+READ_SKYPILOT = """
+import importlib, json, os, sys
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import MagicMock
+folder = Path(sys.argv[1])
+for name in ("sky", "sky.adaptors", "sky.setup_files", "sky.skylet", "sky.utils"):
+    made = sys.modules[name] = ModuleType(name)
+    made.__path__, made.__version__ = [str(folder.joinpath(*name.split(".")))], "0"
+for name in ("sky_logging", "adaptors.common", "skylet.configs", "skylet.log_lib", "utils.message_utils",
+             "utils.ux_utils", "server", "server.daemons"):
+    sys.modules[f"sky.{name}"] = MagicMock()
+os.environ["IS_SKYPILOT_SERVER"] = "true"  # a client passes on what it does not know
+schemas = importlib.import_module("sky.utils.schemas")
+print(json.dumps([schemas.get_task_schema(), schemas.get_resources_schema()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def skypilot() -> list[jsonschema.Draft202012Validator]:
+    """What SkyPilot takes as a task, and as its resources; by the folder named, or the package if it is installed."""
+    folder = os.environ.get(SKYPILOT)
+    if folder is None and (found := importlib.util.find_spec("sky")) is not None and found.origin is not None:
+        folder = str(Path(found.origin).parents[1])
+    if folder is None:
+        pytest.skip(f"{SKYPILOT} names no folder: unpack SkyPilot there (unzip skypilot-0.14.1-py3-none-any.whl)")
+    read = subprocess.run([sys.executable, "-c", READ_SKYPILOT, folder], capture_output=True, text=True)
+    assert read.returncode == 0, read.stderr
+    return [jsonschema.Draft202012Validator(schema) for schema in json.loads(read.stdout)]
+
+
+def test_skypilot_takes_its_fields(skypilot: list[jsonschema.Draft202012Validator]) -> None:
+    def faults(of: dict[str, Any]) -> list[str]:
+        parts = (of, of["resources"])
+        return [
+            error.message for schema, part in zip(skypilot, parts, strict=True) for error in schema.iter_errors(part)
+        ]
+
+    task = read("sky.yaml")
+    assert faults(task) == []
+    assert ["'node' was unexpected" in fault for fault in faults({**task, "node": 2})] == [True]
+    assert faults({**task, "num_nodes": "two"})
+    wrong = {"disk": 512}, {"use_spot": "perhaps"}, {"job_recovery": {"max_restarts": 3}}
+    for each in wrong:
+        assert len(faults({**task, "resources": {**task["resources"], **each}})) == 1
 
 
 def test_sky_trains_once_all_its_nodes_have_joined() -> None:

@@ -7,17 +7,21 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 import examples.my_storage  # noqa: F401 - registers vault://
+from mlc_ray.config import LogSection
 from mlc_ray.errors import MlcRayError
+from mlc_ray.generate.replica import Worker
+from mlc_ray.generate.stage import Stage
 from mlc_ray.json_logs import json_lines
+from mlc_ray.log_files import log_file, own_log
 from mlc_ray.runs import LOGS_FOLDER
 from mlc_ray.storage import Place
-from mlc_ray.train.log_files import log_file
-from tests.train.tiny import tiny_config
 
 PLANTED = "pLaNtEd-0123456789"
+KEPT = LogSection(json_lines=True)
 
 
 def lines_of(file: Path | Place) -> list[dict[str, Any]]:
@@ -83,10 +87,10 @@ def test_handlers_and_levels_are_as_they_were(tmp_path: Path) -> None:
 
 
 def test_a_run_has_them_only_where_it_asks(tmp_path: Path) -> None:
-    with log_file(tiny_config(), Place(tmp_path / "run"), 0) as lines:
-        assert lines is None
+    with log_file(LogSection(), Place(tmp_path / "run"), 0) as lines:
+        assert lines is None and own_log("answering", 0) is None
     assert not (tmp_path / "run").exists()
-    with log_file(tiny_config(logging={"json_lines": True}), Place(tmp_path / "s" / "trials" / "0001"), 2):
+    with log_file(KEPT, Place(tmp_path / "s" / "trials" / "0001"), 2):
         logging.getLogger("mlc_ray").info("here")
     (line,) = lines_of(tmp_path / "s" / "trials" / "0001" / LOGS_FOLDER / "worker-00002.jsonl")
     assert (line["run"], line["trial"], line["worker"]) == ("s", "0001", 2)
@@ -96,8 +100,42 @@ def test_of_a_run_at_a_url_they_are_sent_there_and_added_to(tmp_path: Path, monk
     monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("VAULT", str(tmp_path / "vault"))
     run = Place("vault://runs/mine")
-    config = tiny_config(logging={"json_lines": True})
     for said in ("first try", "second try"):
-        with log_file(config, run):
+        with log_file(KEPT, run):
             logging.getLogger("mlc_ray").info(said)
     assert [each["message"] for each in lines_of(run / LOGS_FOLDER / "driver.jsonl")] == ["first try", "second try"]
+
+
+class Says(Stage):
+    """A stage that says what it was asked."""
+
+    columns = pa.schema({"said": pa.string()})
+
+    def rows(self, table: pa.Table) -> list[dict[str, Any]]:
+        logging.getLogger("mlc_ray.generate.engine").info("asked %d rows", len(table))
+        logging.getLogger("mlc_ray").warning("a warning")
+        return [{"said": ""} for _ in range(len(table))]
+
+
+def test_what_a_driver_starts_keeps_a_log_beside_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here in one process: what the actor of a pool does, given what its pool gives it."""
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in an actor
+    folder = Place(tmp_path / "search")
+    with log_file(KEPT, folder):
+        with log_file(KEPT, folder / "trials" / "0001"):  # a run that a search trains in its own process
+            inner = own_log("answering", 1)
+        log = own_log("answering", 3)
+    assert inner is not None and inner.folder == folder / "trials" / "0001"
+    assert own_log("answering", 3) is None
+    worker = Worker(Says, {}, log)
+    for method, arguments in (("start", (None,)), ("run", (pa.table({"a": [1, 2]}), 0, 2)), ("close", ())):
+        assert worker.call(method, *arguments)[1] is None
+    logging.getLogger("mlc_ray").warning("after the end")
+    (file,) = (tmp_path / "search" / LOGS_FOLDER).glob("answering-00003-*.jsonl")
+    lines = lines_of(file)
+    assert [each["message"] for each in lines] == ["answering 3 begins", "asked 2 rows", "a warning"]
+    assert {(each["run"], each["trial"], each["worker"]) for each in lines} == {("search", "", 3)}
+    assert file.name == f"answering-00003-{lines[0]['pid']}.jsonl"
+    assert capsys.readouterr().err.splitlines()[:1] == ["a warning"]  # as without the file

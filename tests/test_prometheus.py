@@ -1,4 +1,8 @@
-"""A real run, scraped while it lasts: what the dashboard asks for is there."""
+"""A real run, scraped while it lasts: what the dashboard asks for is there.
+
+Beside it are a search that only begins and a pool whose actors die, for what no healthy search tells. What a real
+search and its engines tell is scraped in tests/search/test_search.py.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from mlc_ray.config import EngineSection, TrainConfig, parse_config
 from mlc_ray.generate.pool import EnginePool
@@ -32,6 +35,7 @@ from mlc_ray.search.record import Recorder
 from mlc_ray.search.tune import EndEarly
 from mlc_ray.train.run import train
 from tests.ray_head import free_ports
+from tests.scraping import scraped, target_of
 from tests.search.test_trial import shared_of
 from tests.test_monitoring import DASHBOARD, expressions, metrics_in
 
@@ -106,13 +110,6 @@ def asked(address: str, expression: str) -> list[Any]:
         return []
 
 
-def scraped(target: str) -> set[str]:
-    """The metrics that Ray exposes now, by prometheus_client's parser."""
-    with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
-        families = list(text_string_to_metric_families(answer.read().decode()))
-    return {sample.name for family in families for sample in family.samples}
-
-
 def engines_and_search(folder: Path) -> None:
     """What a pool tells whose actors die of a row, and a search whose first trial begins."""
     part = Part("answering", Answers, {}, EngineSection(replicas=1, cpus_per_replica=0.1, retries=1, block_rows=2))
@@ -147,8 +144,7 @@ def test_a_running_job_has_what_the_dashboard_asks_for(
         "train": {"max_steps": 4, "batch_bundles": 4}, "checkpoint": {"every": 2},
         "cluster": {"cpus_per_worker": 0.5}, "logging": {"tensorboard": False},
     })  # fmt: skip
-    (node,) = ray_local.nodes()
-    target = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
+    target = target_of(ray_local)
     program = os.environ.get("MLC_RAY_PROMETHEUS") or shutil.which("prometheus")
     questions = expressions(json.loads(DASHBOARD.read_text(encoding="utf-8")))
     failures: list[BaseException] = []
@@ -165,7 +161,7 @@ def test_a_running_job_has_what_the_dashboard_asks_for(
         engines_and_search(tmp_path / "search")
         if program is None:
             wanted = {metric.exposed for metric in METRICS} - NOT_TOLD
-            left = wait_for(lambda: sorted(wanted - scraped(target)), going)
+            left = wait_for(lambda: sorted(wanted - {name for name, _ in scraped(target)}), going)
         else:
             with prometheus(program, target, tmp_path / "prometheus") as address:
                 answered: set[str] = set()
@@ -177,7 +173,7 @@ def test_a_running_job_has_what_the_dashboard_asks_for(
                 left = wait_for(missing, going)
                 labels = [each["metric"] for each in asked(address, 'ray_mlc_train_loss{part="total"}')]
                 assert {(each["run"], each["NodeAddress"]) for each in labels} == {
-                    ("watched", node["NodeManagerAddress"])
+                    ("watched", target.partition(":")[0])
                 }
     finally:
         (tmp_path / "seen").touch()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,15 +21,16 @@ from mlc_ray.config import (
 )
 from mlc_ray.device import host_memory
 from mlc_ray.errors import MlcRayError
+from mlc_ray.plan.check_engines import check_beside, check_engine
 from mlc_ray.plan.hardware import Cluster, cluster_of, this_machine, with_workers
 from mlc_ray.plan.lengths import Weights, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
 from mlc_ray.plan.rates import Rates, gpu_here, rates_of, read_calibrations, threads_of
 from mlc_ray.plan.records import RunPlan
-from mlc_ray.plan.runs import dtype_of, plan_run
+from mlc_ray.plan.runs import PlanError, dtype_of, plan_run
 from mlc_ray.plan.scores import ScorePlan, plan_scoring, plan_search
 from mlc_ray.plan.shapes import Shape, config_of, counted, shape_of
-from mlc_ray.plan.show import run_json, run_lines, score_json, score_lines, search_lines
+from mlc_ray.plan.show import run_json, run_lines, score_json, score_lines, search_json, search_lines
 from mlc_ray.plan.there import cluster_there
 
 _CLUSTER = ("gpus", "gpu", "gpus_per_node", "node_memory")
@@ -65,9 +66,9 @@ def plan_command(arguments: argparse.Namespace) -> None:
         _calibrate(arguments)
         return
     kinds: dict[str, Any] = {"train": _train, "score": _score, "search": _search}
-    lines, found = kinds[arguments.kind or "train"](arguments, named_cluster(arguments) or _cluster())
+    lines, found = kinds[arguments.kind or "train"](arguments, named_cluster(arguments) or cluster_here())
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines))
-    parts = [found] if "fits" in found else [found["run"], found["score"]]
+    parts = [found] if "fits" in found else found.values()
     if not all(part["fits"] for part in parts):
         raise DoesNotFitError("it does not fit; what lacks is in the plan that was printed")
 
@@ -101,7 +102,7 @@ def named_cluster(arguments: argparse.Namespace) -> Cluster | None:
     )
 
 
-def _cluster() -> Cluster:
+def cluster_here() -> Cluster:
     """The one that is there, or this machine."""
     from mlc_ray.cluster import connect, running, use_gpu
 
@@ -152,7 +153,25 @@ def _score(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[st
     config = load_config(ScoreConfig, arguments.config, arguments.overrides, defaults=defaults)
     shape = _shape(arguments, config.model, trust_remote_code=config.engine.trust_remote_code)
     plan = _scored(config, shape, cluster, prompts=_prompts(config.benchmarks, config, config.limit))
-    return score_lines(plan), score_json(plan)
+    gpu, on = cluster.gpu is not None, _to_check(arguments, cluster)
+    refused = _refused(lambda: check_engine(arguments.shape or config.model, config, gpu=gpu, cluster=on))
+    return score_lines(plan, refused), score_json(plan, refused)
+
+
+def _to_check(arguments: argparse.Namespace, cluster: Cluster) -> Cluster | None:
+    """What checks look at; None where that is the cluster that is there, which they ask as the command itself does."""
+    from mlc_ray.cluster import running
+
+    return cluster if arguments.gpus is not None or running() is None else None
+
+
+def _refused(check: Callable[[], None]) -> str | None:
+    """What the command itself would refuse by; None where it would start."""
+    try:
+        check()
+    except PlanError as error:
+        return str(error)
+    return None
 
 
 def _scored(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts: int) -> ScorePlan:
@@ -198,8 +217,15 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
     choosing, confirming = (_scored(scoring, shape, cluster, prompts=number) for number in asked)
     points = number_of_points(config, space)
     plan = plan_search(config, run, points=points, choosing=choosing, confirming=confirming, cluster=cluster)
-    lines = [*run_lines(run, best), "", *score_lines(choosing), "", *search_lines(plan)]
-    return lines, {"run": run_json(run, best), "score": score_json(choosing), "search": vars(plan)}
+    model, gpu, on = arguments.shape or base.model.path, cluster.gpu is not None, _to_check(arguments, cluster)
+    lacks = _refused(lambda: check_engine(model, scoring, gpu=gpu, cluster=on))
+    corners = [space.run(corner, name="corner") for corner in space.corners()]
+    runs = [each.model_copy(update={"model": each.model.model_copy(update={"path": model})}) for each in corners]
+    at_once = min(config.concurrency, plan.trials)
+    together = None if gpu else _refused(lambda: check_beside(scoring, runs, at_once=at_once, cluster=on))
+    lines = [*run_lines(run, best), "", *score_lines(choosing, lacks), "", *search_lines(plan, together)]
+    parts = {"run": run_json(run, best), "score": score_json(choosing, lacks)}
+    return lines, {**parts, "search": search_json(plan, together)}
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

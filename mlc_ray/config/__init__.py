@@ -28,6 +28,7 @@ from mlc_ray.config.base import (
 from mlc_ray.config.calibration import CalibrationConfig
 from mlc_ray.config.chat import PLAIN_CHAT, ChatSection
 from mlc_ray.config.data import DataSection, SourceSection
+from mlc_ray.config.logs import LoggedSection, LogSection
 from mlc_ray.config.model import LoraSection, ModelSection
 from mlc_ray.config.objective import AnswerSettings, LossSettings, ObjectiveConfig, TapSection, TermSettings
 from mlc_ray.config.openings import OpeningsSection
@@ -84,6 +85,8 @@ __all__ = [
     "Fraction",
     "JudgeSettings",
     "LanguageTag",
+    "LogSection",
+    "LoggedSection",
     "LoggingSection",
     "LoraSection",
     "LossSettings",

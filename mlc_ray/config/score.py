@@ -25,6 +25,7 @@ from mlc_ray.config.base import (
 from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.data import SourceSection
+from mlc_ray.config.logs import LoggedSection
 from mlc_ray.config.model import DTYPE
 from mlc_ray.config.paths import RealPath, StoredPath
 from mlc_ray.config.placement import ENV, LabelSelector, VariableNames
@@ -303,7 +304,7 @@ class ScoringSection(Section):
         return self
 
 
-class ScoreConfig(ScoringSection):
+class ScoreConfig(ScoringSection, LoggedSection):
     """One scoring run: generate, judge, count."""
 
     command: ClassVar = "score"
@@ -317,8 +318,7 @@ class ScoreConfig(ScoringSection):
     )
     calibration: StoredPath | None = Field(
         None,
-        description="File of `mlc-ray judge --calibrate` for this judge: rates corrected for its errors stand beside "
-        "the counted ones.",
+        description="File of `mlc-ray judge --calibrate` for this judge: corrected rates stand beside those counted.",
     )
     resume: Resume = Field("never", description=RESUME)
     address: str = Field("auto", description="Ray address, as cluster.address of a training run.")

@@ -71,11 +71,17 @@ Criterion = Literal["headroom", "silhouette", "separation", "transfer"]
 """What ranks layers before training; `search.criteria` has the formulas."""
 
 
+PROBE_LIMIT = 64
+"""Bundles of each kind: enough for a probe's AUC to have a standard error near 0.05, few enough to hold all layers."""
+
+
 class ProbePriorSection(Section):
     """Look at every layer once, forward only, and try the layers in the order in which it ranks them."""
 
     criterion: Criterion = Field("headroom", description="What ranks the layers, see docs/search.md; all are shown.")
-    limit: PositiveInt | None = Field(None, description="Probe on at most this many bundles of each kind.")
+    limit: PositiveInt | None = Field(
+        None, description=f"Probe on at most this many bundles of each kind (default: {PROBE_LIMIT})."
+    )
 
 
 class ConfirmSection(Section):

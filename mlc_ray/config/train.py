@@ -21,6 +21,7 @@ from mlc_ray.config.base import (
 from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentSettings, settings_by_default
 from mlc_ray.config.data import DataSection
+from mlc_ray.config.logs import LogSection
 from mlc_ray.config.model import ModelSection
 from mlc_ray.config.objective import ObjectiveConfig
 from mlc_ray.config.openings import OpeningsSection
@@ -198,15 +199,10 @@ class CollapseSection(Section):
         return self
 
 
-class LoggingSection(Section):
-    """Where the numbers go. metrics.jsonl is always written."""
+class LoggingSection(LogSection):
+    """Where the numbers and the logs go. metrics.jsonl is always written."""
 
     every: PositiveInt = Field(1, description="Optimizer steps between rows of the console table.")
-    json_lines: bool = Field(
-        False,
-        description="Write what driver and workers log into `logs/` of the run folder, as JSON lines with run, trial, "
-        "worker and step.",
-    )
     tensorboard: bool = Field(True, description="Write TensorBoard event files into the run folder.")
     wandb: str | None = Field(None, description="Weights & Biases project to log to.")
     mlflow: str | None = Field(

@@ -21,6 +21,7 @@ from mlc_ray.config.base import (
 from mlc_ray.config.chat import ChatSection
 from mlc_ray.config.component import ComponentSettings
 from mlc_ray.config.data import SourceSection
+from mlc_ray.config.logs import LoggedSection
 from mlc_ray.config.paths import StoredPath
 from mlc_ray.config.placement import ENV, VariableNames
 from mlc_ray.config.score import EngineSection, JudgeSettings, TranslatorSection
@@ -133,7 +134,7 @@ class OnPolicySection(Section):
         return self
 
 
-class TranslateConfig(Section):
+class TranslateConfig(LoggedSection):
     """Bundles made from English ones: prompts in further languages, twins, and a model's own answers."""
 
     command: ClassVar = "translate"

@@ -29,6 +29,7 @@ from mlc_ray.config import EngineSection
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Engine, engine_environment, steps_done
 from mlc_ray.generate.stage import Stage
+from mlc_ray.log_files import OwnLog, keeping, own_log
 from mlc_ray.storage import model_for_now
 
 logger = logging.getLogger(__name__)
@@ -120,9 +121,8 @@ class Where:
     def here(cls) -> Where:
         """Of this process, which is an actor's."""
         node = ray.get_runtime_context().get_node_id()
-        log = os.path.realpath("/proc/self/fd/2")
         address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
-        return cls(node, address, os.getpid(), _began(os.getpid()), log)
+        return cls(node, address, os.getpid(), _began(os.getpid()), os.path.realpath("/proc/self/fd/2"))
 
     def __str__(self) -> str:
         return f"node {self.node[:8]} ({self.address}), pid {self.pid}, log {self.log}"
@@ -133,8 +133,8 @@ class Worker:
     traceback for every result that was not fetched.
     """
 
-    def __init__(self, stage: type[Stage], settings: Mapping[str, Any]) -> None:
-        self._stage, self._settings = stage, settings
+    def __init__(self, stage: type[Stage], settings: Mapping[str, Any], log: OwnLog | None = None) -> None:
+        self._stage, self._settings, self._log = stage, settings, keeping(log)
         self._copy = ExitStack()  # of the weights that are served, where they come from a URL
 
     def __repr__(self) -> str:  # before each line that Ray passes on
@@ -183,6 +183,7 @@ class Worker:
     def _close(self) -> None:
         self._made.close()
         self._copy.close()
+        self._log.close()
 
     def _engine(self) -> Engine:
         if self._made.engine is None:
@@ -244,9 +245,9 @@ class Replica:
         """Start the actor, with a stage that serves `weights` (None: those it is made with); it is busy with that."""
         remote: Any = ray.remote
         actor = remote(concurrency_groups={"watch": 1})(Worker)
-        self.actor = actor.options(**self.part.options(self.device)).remote(self.part.stage, self.part.settings)
-        self._asked_where, self._where = self._ask("where"), None
-        self._watch = _Watch()
+        made = (self.part.stage, self.part.settings, own_log(self.part.name, self.number))
+        self.actor = actor.options(**self.part.options(self.device)).remote(*made)
+        self._asked_where, self._where, self._watch = self._ask("where"), None, _Watch()
         self.ask("start", weights)
 
     def ask(self, method: str, *arguments: Any) -> None:

@@ -117,6 +117,7 @@ class RunPlan:
         work: of a step.
         seconds: of a step.
         steps: of the run.
+        bundles: of a step.
         reference_seconds: of the pass of the frozen reference beforehand; 0 where there is none.
         checkpoint_bytes: of one checkpoint with its state.
         checkpoint_seconds: that training stops for one: the copy to host memory, and all of model/ but its last 2 GiB;
@@ -139,6 +140,7 @@ class RunPlan:
     work: Work
     seconds: Seconds
     steps: int
+    bundles: int
     reference_seconds: float
     checkpoint_bytes: int
     checkpoint_seconds: float

@@ -111,6 +111,7 @@ def plan_run(
         ),
         seconds=step,
         steps=steps,
+        bundles=config.train.batch_bundles,
         reference_seconds=reference,
         checkpoint_bytes=checkpoint,
         checkpoint_seconds=stops,

@@ -1,63 +1,45 @@
-"""The plan of a score: an engine's memory, and the time of prompts and answers. And that of a search, made of both."""
+"""The plan of a score: its engines, the time of prompts and answers, and of judging. And that of a search."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlc_ray.config import EngineSection, ScoringSection, SearchConfig
+from mlc_ray.config.search import PROBE_LIMIT
+from mlc_ray.plan.engines import EnginePlan, Engines, plan_engine, readers_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import HEAD, PROMPT
 from mlc_ray.plan.rates import Rates, rates_of
-from mlc_ray.plan.records import GIB, RunPlan
-from mlc_ray.plan.runs import PlanError
+from mlc_ray.plan.records import RunPlan
+from mlc_ray.plan.runs import PlanError, dtype_of
 from mlc_ray.plan.shapes import Shape
-
-WORKSPACE = 2 * GIB
-"""Assumed: what vLLM takes of a GPU beside weights and cache, with its captured graphs."""
 
 START_GPU, START_CPU = 72.0, 13.0
 """Seconds until an engine answers: vLLM 0.25 on an H100 with its graphs, vLLM 0.32 on two CPU cores."""
 
-SEQUENCES = 256
-"""vLLM's own `max_num_seqs`."""
-
+_LEFT_OUT = "no time for data to be prepared, for the start of each run and of a probe, and for what fails"
 CPU_BANDWIDTH = 1e10
 """Bytes a second that a CPU core reads, assumed."""
 
 
 @dataclass(frozen=True)
-class EnginePlan:
-    """An engine of a score.
+class ScorePlan:
+    """Engines of one model, and the seconds from their start to the last answer; of a score, those that answer.
 
     Attributes:
-        weights: bytes of them on each GPU.
-        token: bytes of a token's keys and values on each GPU.
-        bytes: what the engine needs at least: weights, workspace, and the cache of one longest sequence.
-        limit: what it may have.
-        cached: tokens that its cache holds.
-        at_once: sequences of the longest kind that are answered at once.
+        of: the model's name.
+        prompts: that they are asked.
+        replicas: engines.
+        gpus: of all of them; on CPUs as many as there are engines.
+        gpu: what they run on.
+        engine: one of them.
+        start: seconds of `seconds` until engines answer.
+        seconds: of all, without the readers.
+        readers: the engines of judges, guards and translators, each asked at most every response; none of theirs.
+        unknown: models of such engines that are not planned, by the names of their settings.
     """
 
-    weights: int
-    token: int
-    bytes: int
-    limit: int
-    cached: int
-    at_once: int
-
-    @property
-    def fits(self) -> bool:
-        """Whether it holds the model and one longest sequence."""
-        return self.bytes <= self.limit
-
-
-@dataclass(frozen=True)
-class ScorePlan:
-    """A score: prompts, engines, and the seconds from the start of the engines to the last answer.
-
-    `start` are those of them until engines answer; `gpu` is what they run on.
-    """
-
+    of: str
     prompts: int
     replicas: int
     gpus: int
@@ -65,11 +47,33 @@ class ScorePlan:
     engine: EnginePlan
     start: float
     seconds: float
+    readers: tuple[ScorePlan, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def wall_seconds(self) -> float:
+        """Answering and judging, one after the other, as where they share devices."""
+        return self.seconds + sum(each.seconds for each in self.readers)
+
+    @property
+    def working_seconds(self) -> float:
+        """The same, with engines that are up."""
+        return self.wall_seconds - self.start - sum(each.start for each in self.readers)
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """What is left out, each as a sentence."""
+        return tuple(f"nothing for the engines of {each}, which are not known" for each in self.unknown)
+
+    @property
+    def held(self) -> int:
+        """GPUs of all its engines."""
+        return self.gpus + sum(each.gpus for each in self.readers)
 
     @property
     def gpu_hours(self) -> float:
-        """All its GPUs, for that long."""
-        return self.gpus * self.seconds / 3600
+        """All GPUs of each model, while its engines work."""
+        return self.gpus * self.seconds / 3600 + sum(each.gpu_hours for each in self.readers)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class SearchPlan:
     """A search, its confirmation too, at most: no trial is stopped early.
 
     `runs` are those of trials and of the best again with further seeds; `scores` those that choose and that confirm.
+    `probe_seconds` are those of the probe before, which are in `seconds`. `assumed` is what is left out of them, each
+    as a sentence.
     """
 
     trials: int
@@ -86,37 +92,8 @@ class SearchPlan:
     seconds: float
     gpu_hours: float
     gpu: str
-
-
-def plan_engine(shape: Shape, engine: EngineSection, cluster: Cluster) -> EnginePlan:
-    """Memory of an engine: vLLM fills its share of each GPU with weights, and keys and values of tokens.
-
-    Raises:
-        PlanError: The model's heads cannot be split over the engine's GPUs.
-    """
-    size = 4 if engine.dtype == "float32" else 2
-    parallel = engine.tensor_parallel if cluster.gpu is not None else 1
-    if shape.heads % parallel:
-        could = ", ".join(str(each) for each in range(1, cluster.per_node + 1) if not shape.heads % each)
-        raise PlanError(
-            f"engine.tensor_parallel={parallel}: vLLM cannot split the {shape.heads} attention heads of {shape.name} "
-            f"over so many GPUs; set one of {could}"
-        )
-    weights = size * shape.parameters // parallel
-    # Keys and values are split by heads, and kept whole where there are fewer of them than GPUs.
-    token = 2 * shape.layers * size * shape.head_size * max(1, shape.key_heads // parallel)
-    if cluster.gpu is None:
-        cache, work = engine.cpu_kv_cache_gib * GIB, 0
-        limit = cluster.node_memory or 2**62
-        needed = weights + cache
-    else:
-        limit, work = int(engine.gpu_memory_utilization * cluster.gpu.memory), WORKSPACE
-        cache = max(0, limit - weights - work)
-        needed = weights + work + token * engine.max_model_len
-    cached = cache // token
-    most = int(engine.options.get("max_num_seqs", SEQUENCES))
-    at_once = max(1, min(most, cached // engine.max_model_len))
-    return EnginePlan(weights, token, needed, limit, cached, at_once)
+    probe_seconds: float
+    assumed: tuple[str, ...]
 
 
 def plan_score(
@@ -128,20 +105,22 @@ def plan_score(
     prompts: int,
     prompt_tokens: int,
     answer_tokens: int,
+    where: str = "",
 ) -> ScorePlan:
     """Time of a score: prompts are products of matrices, answers read all weights once a token of all at once.
 
-    Judges are left out, and translators: they are other models.
+    On CPUs `replicas: auto` is taken for an engine on each node.
 
     Raises:
         PlanError: An engine has more GPUs than the cluster, or the model's heads cannot be split over them.
     """
-    own = plan_engine(shape, engine, cluster)
+    own = plan_engine(shape, engine, cluster, where=where)
     parallel = engine.tensor_parallel if cluster.gpu is not None else 1
     if parallel > cluster.gpus:
-        raise PlanError(f"engine.tensor_parallel={parallel}, but the cluster has {cluster.gpus} GPUs; lower it")
+        raise PlanError(f"{where}engine.tensor_parallel={parallel}, but the cluster has {cluster.gpus} GPUs; lower it")
     room = cluster.gpus // parallel
-    replicas = min(room, engine.replicas if engine.replicas != "auto" else room)
+    replicas = room if engine.replicas == "auto" else engine.replicas
+    replicas = min(room, replicas) if cluster.gpu is not None else replicas
     active = shape.layers * shape.matrices + shape.embedding
     each = -(-prompts // replicas)
     prefill = 2 * active * prompt_tokens * each / (rates.flops * parallel)
@@ -152,15 +131,38 @@ def plan_score(
     start = START_CPU if cluster.gpu is None else START_GPU
     name = "cpu" if cluster.gpu is None else cluster.gpu.name
     answering = 0.0 if not prompts else prefill + -(-each // together) * answer_tokens * one
-    return ScorePlan(prompts, replicas, replicas * parallel, name, own, start, start + answering)
+    return ScorePlan(shape.name, prompts, replicas, replicas * parallel, name, own, start, start + answering)
 
 
 def plan_scoring(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts: int, dtype: str) -> ScorePlan:
-    """The plan of a score with these settings, whose longest answer is decided; prompts are as long as published."""
+    """The plan of a score with these settings, whose longest answer is decided; prompts are as long as published.
+
+    Every judge and translator that is a model is taken to read every response, at its longest.
+    """
     engine = scoring.engine.model_copy(update={"dtype": dtype})
+    responses, answer = prompts * scoring.asking.samples, scoring.max_new_tokens or 1
+    own = plan_score(
+        shape, engine, cluster, rates_of(cluster.gpu, dtype), prompts=responses, prompt_tokens=HEAD + PROMPT,
+        answer_tokens=answer,
+    )  # fmt: skip
+    named = [(each, _reading(each, cluster, responses=responses, answer=answer)) for each in readers_of(scoring.judge)]
+    return replace(
+        own,
+        prompts=prompts,
+        readers=tuple(plan for _, plan in named if plan is not None),
+        unknown=tuple(f"{each.where}model={each.model}" for each, plan in named if plan is None),
+    )
+
+
+def _reading(each: Engines, cluster: Cluster, *, responses: int, answer: int) -> ScorePlan | None:
+    """Engines that read responses, each in a conversation of its own; None where their model is not known."""
+    if (shape := each.shape()) is None:
+        return None
+    dtype = dtype_of(each.engine.dtype, cluster)
+    engine = each.engine.model_copy(update={"dtype": dtype})
     return plan_score(
-        shape, engine, cluster, rates_of(cluster.gpu, dtype), prompts=prompts, prompt_tokens=HEAD + PROMPT,
-        answer_tokens=scoring.max_new_tokens or 1,
+        shape, engine, cluster, rates_of(cluster.gpu, dtype), prompts=responses * each.asked,
+        prompt_tokens=HEAD + PROMPT + answer, answer_tokens=each.reply, where=each.where,
     )  # fmt: skip
 
 
@@ -189,7 +191,7 @@ def plan_search(
     """
     trials, runs = points * config.repeats, runs_in(config, points=points)
     scores = scores_in(config, points=points, steps=run.steps)
-    engines = 0 if config.share_gpu else choosing.gpus
+    engines = 0 if config.share_gpu else choosing.held
     room = config.concurrency if cluster.gpu is None else (cluster.gpus - engines) // run.workers
     if room < 1:
         raise PlanError(
@@ -198,11 +200,22 @@ def plan_search(
         )
     at_once = min(config.concurrency, trials, room)
     rounds = -(-trials // at_once) + -(-(runs - trials) // at_once)
-    scoring = scores[0] * (choosing.seconds - choosing.start) + scores[1] * (confirming.seconds - confirming.start)
+    scoring = scores[0] * choosing.working_seconds + scores[1] * confirming.working_seconds
     each = run.wall_seconds - run.reference_seconds  # the reference is asked once: its numbers are cached
-    seconds = choosing.start + run.reference_seconds + rounds * each + scoring
+    start = max(part.start for part in (choosing, *choosing.readers))  # at once
+    seconds = start + run.reference_seconds + rounds * each + scoring
     if config.share_gpu:
         held = run.workers * seconds
     else:
         held = (run.reference_seconds + runs * each) * run.workers + seconds * engines
-    return SearchPlan(trials, at_once, runs, scores, seconds, held / 3600, run.gpu)
+    probe = _probe_seconds(config, run)  # by one process, before engines start
+    assumed = (_LEFT_OUT, *choosing.assumed)
+    return SearchPlan(trials, at_once, runs, scores, probe + seconds, (probe + held) / 3600, run.gpu, probe, assumed)
+
+
+def _probe_seconds(config: SearchConfig, run: RunPlan) -> float:
+    """A forward of each bundle of the probe, at most: a third of what a step computes of it, by one worker."""
+    if config.probe is None:
+        return 0.0
+    bundles = 2 * (config.probe.limit or PROBE_LIMIT)  # of each kind
+    return bundles * run.seconds.compute * run.workers / run.bundles / 3

@@ -7,6 +7,7 @@ every shape in `published.json`.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
@@ -19,6 +20,8 @@ from mlc_ray.storage import local_model, pinned_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
 
 KINDS = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text"}
 """Kinds of models whose parameters the arithmetic counts exactly; of others it is a guess."""
@@ -220,3 +223,23 @@ def config_of(path: str, *, trust_remote_code: bool = False) -> tuple[Pretrained
             f"{str(error).strip().splitlines()[0]}"
         ) from None
     return config, file.parent.name if file.is_file() else file.name if file.exists() else path
+
+
+@cache  # asked for every corner of a search
+def known_shape(path: str, *, trust_remote_code: bool) -> Shape | None:
+    """The model's shape; of a kind that the arithmetic does not know counted, and None where that fails or weights
+    are quantised.
+
+    Raises:
+        ShapeError: There is no config.
+    """
+    config, name = config_of(path, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        logger.info("memory is not planned: the weights of %s are quantised", path)
+        return None
+    try:
+        shape = shape_of(config, name)
+        return shape if shape.kind in KINDS else counted(shape, config)
+    except Exception as error:  # code of a model of any kind: the command itself will say what is wrong, if it is
+        logger.info("memory is not planned: the shape of %s is not known (%s)", path, error)
+        return None

@@ -59,23 +59,36 @@ def run_lines(plan: RunPlan, cheapest: Fitting | None) -> list[str]:
     return [*lines, *(f"assumed: {each}" for each in plan.assumed)]
 
 
-def score_lines(plan: ScorePlan) -> list[str]:
-    """A score's plan, line by line."""
-    engine = plan.engine
-    return [
-        f"{plan.prompts:,} prompts on {counted(plan.replicas, 'engines')}: weights {engine.weights / GIB:.1f} GiB and "
-        f"a cache of {engine.cached:,} tokens on each GPU, of {engine.limit / GIB:.1f} GiB",
-        "it fits" if engine.fits else f"it does not fit: it needs {engine.bytes / GIB:.1f} GiB",
-        f"the score: {_time(plan.seconds)}, {_hours(plan.gpu_hours, plan.gpu)}, without judges that are models",
+def score_lines(plan: ScorePlan, refused: str | None) -> list[str]:
+    """A score's plan, line by line; `refused` is what a score would say instead of starting."""
+    lines = [
+        f"{plan.prompts:,} prompts on {_engines(plan)}",
+        *(f"each answer read on {_engines(each)}, by {each.of}" for each in plan.readers),
+        "it fits" if refused is None else f"it does not fit: {refused}",
+        f"the score: {_time(plan.wall_seconds)}, {_hours(plan.gpu_hours, plan.gpu)}"
+        + (", where every judge and translator reads every answer" if plan.readers else ""),
     ]
+    return [*lines, *(f"assumed: {each}" for each in plan.assumed)]
 
 
-def search_lines(plan: SearchPlan) -> list[str]:
-    """A search's plan, in a line."""
+def _engines(plan: ScorePlan) -> str:
+    engine, each = plan.engine, "each GPU" if plan.gpu != "cpu" else "each"
+    return (
+        f"{counted(plan.replicas, 'engines')}: weights {engine.weights / GIB:.1f} GiB and a cache of {engine.cached:,} "
+        f"tokens on {each}, of {engine.limit / GIB:.1f} GiB"
+    )
+
+
+def search_lines(plan: SearchPlan, refused: str | None) -> list[str]:
+    """A search's plan; `refused` is what a search would say of trials and engines together."""
     again = f" and {counted(plan.runs - plan.trials, 'runs')} with further seeds" if plan.runs > plan.trials else ""
+    probe = f", of it a probe {_time(plan.probe_seconds)}" if plan.probe_seconds else ""
     return [
         f"the search, at most: {counted(plan.trials, 'trials')}{again}, {plan.at_once} at once, {plan.scores[0]} "
-        f"scores to choose and {plan.scores[1]} to confirm, {_time(plan.seconds)}, {_hours(plan.gpu_hours, plan.gpu)}"
+        f"scores to choose and {plan.scores[1]} to confirm, {_time(plan.seconds)}{probe}, "
+        f"{_hours(plan.gpu_hours, plan.gpu)}",
+        "trials and engines fit together" if refused is None else f"it does not fit: {refused}",
+        *(f"assumed: {each}" for each in plan.assumed),
     ]
 
 
@@ -102,9 +115,20 @@ def run_json(plan: RunPlan, cheapest: Fitting | None) -> dict[str, Any]:
     }
 
 
-def score_json(plan: ScorePlan) -> dict[str, Any]:
+def score_json(plan: ScorePlan, refused: str | None) -> dict[str, Any]:
     """The same numbers."""
-    return {**asdict(plan), "fits": plan.engine.fits, "gpu_hours": plan.gpu_hours}
+    return {
+        **asdict(plan),
+        "wall_seconds": plan.wall_seconds,
+        "gpu_hours": plan.gpu_hours,
+        "fits": refused is None,
+        "refused": refused,
+    }
+
+
+def search_json(plan: SearchPlan, refused: str | None) -> dict[str, Any]:
+    """The same numbers."""
+    return {**asdict(plan), "fits": refused is None, "refused": refused}
 
 
 def _parts(parts: Iterable[Part]) -> list[str]:

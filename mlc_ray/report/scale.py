@@ -21,7 +21,7 @@ class SizeBudget:
 
     `operations` are 6 for each parameter that a token meets, and token; embeddings are not counted. `scores` are
     answers of at most `max_new_tokens` to all prompts. `hours` and `gpu_hours` (on CPUs, of workers) are what
-    `mlc-ray plan` makes of it; None where it knows the cluster or the model not.
+    `mlc-ray plan` makes of it; None where it knows the cluster or the model not. `assumed` is what they leave out.
     """
 
     size: str
@@ -34,6 +34,7 @@ class SizeBudget:
     answers: int
     hours: float | None = None
     gpu_hours: float | None = None
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,11 @@ def budget_table(budget: Sequence[SizeBudget]) -> Table:
     )  # fmt: skip
     note = (
         "stated beforehand, at most: tokens and operations of training, answers of at most max_new_tokens; hours as "
-        "`mlc-ray plan` counts them, without judges that are models (on CPUs, GPU hours are those of workers)"
+        "`mlc-ray plan` counts them, with checkpoints, the probe, and judges that are models (on CPUs, GPU hours are "
+        "those of workers)"
     )
+    if assumed := dict.fromkeys(said for each in budget for said in each.assumed):
+        note += f"; assumed: {'; '.join(assumed)}"
     return table("Budget", ["size", *heads], lines, note)
 
 

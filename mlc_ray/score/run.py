@@ -34,9 +34,10 @@ from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge, make_reader
 from mlc_ray.lease import lease
+from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.monitoring import told_of
-from mlc_ray.plan.check import check_engine
+from mlc_ray.plan.check_engines import check_engine, check_readers
 from mlc_ray.runs import (
     KEPT_FOLDER,
     REPLIES_FILE,
@@ -115,7 +116,7 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
     config = with_longest_answer(config)
     name = config.name or f"{slug(Path(config.model).name)}-{time.strftime('%Y%m%d-%H%M%S')}"
     place = output_place(config.output_dir) / name
-    before = _begun(place) if config.resume == "auto" else None
+    before = load_request(place) if config.resume == "auto" and (place / REQUEST_FILE).is_file() else None
     model = pinned_weights(config.model, {} if before is None else {before.config.model: before.resolved})
     config = with_judge_models(config, None if before is None else before.config.judge)
     judge = make_judge(config.judge)
@@ -126,7 +127,7 @@ def score(config: ScoreConfig, *, pool: EnginePool | None = None) -> ScoreResult
     judge.check_ready(user_cache())
     run, trial = names_of(place)
     told_of(run=run, trial=trial)
-    with lease(place, wait=config.resume == "auto"):
+    with lease(place, wait=config.resume == "auto"), log_file(config.logging, place):
         _check_free(place, resume=config.resume == "auto")  # another process may have scored there meanwhile
         with _worked_on(place) as folder:
             result = _score(config, model, folder, place, pool)
@@ -151,7 +152,7 @@ def _score(config: ScoreConfig, model: str, folder: Path, place: Place, pool: En
     )
     _check_engines(request, judging, device, pool)
     if config.plan == "check" and pool is None:
-        check_engine(model, config, gpu=device == "gpu")
+        check_engine(model, config, gpu=device == "gpu", readers=judging.readers)
     check_calibration(config.calibration, judging.identity)
     earlier = _earlier(folder, request, prompts, judging) if config.resume == "auto" else None
     if isinstance(earlier, ScoreResult):
@@ -214,7 +215,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         scored: the score folder.
         out: the new folder (default: the old name and the judge's).
         changes: fields of its settings that differ: `judge`, `calibration` (None for none), `max_unparsed`, `address`,
-            `env`, `accelerator`.
+            `env`, `accelerator`, `logging`.
 
     Raises:
         ScoreError: the folder holds no responses, or the new one exists already.
@@ -239,13 +240,15 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         _check_free(target)
     run, trial = names_of(target)
     told_of(run=run, trial=trial)
-    with lease(target, wait=False), _worked_on(target) as folder:
+    with lease(target, wait=False), log_file(config.logging, target), _worked_on(target) as folder:
         device = _connect(config)
         decided = judge_with_dtypes(config.judge, gpu=device == "gpu", before=earlier)
         request = replace(request, config=config.model_copy(update={"judge": decided}))
         judging = plan_judging(make_reader(decided), responses)
         check_calibration(request.config.calibration, judging.identity)
         _check_readers(request, judging, device, [])
+        if config.plan == "check":
+            check_readers(request.config, judging.readers, gpu=device == "gpu")
         logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
         request.save(folder)
         work = Passes(request, folder, target, device)
@@ -369,11 +372,6 @@ def _worked_on(place: Place) -> Iterator[Path]:
 def _fitted_to(judging: Judging, responses: pa.Table) -> Judging:
     """`judging` by a judge whose window holds these responses."""
     return plan_judging(make_reader(judging.judge.fitted_to(answers_of(responses))), responses)
-
-
-def _begun(place: Place) -> Request | None:
-    """What the score is of that began in a folder; None where none did."""
-    return load_request(place) if (place / REQUEST_FILE).is_file() else None
 
 
 def _check_free(folder: Place, *, resume: bool = False) -> None:

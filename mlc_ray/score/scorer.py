@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from mlc_ray.generate.pool import EnginePool, expected_errors, work
 from mlc_ray.generate.replica import EngineDiedError, Part
 from mlc_ray.generate.stage import PROMPTS
 from mlc_ray.judges.base import make_judge
+from mlc_ray.log_files import OwnLog, kept, own_log
 from mlc_ray.monitoring import told_of
 from mlc_ray.progress import phase
-from mlc_ray.runs import KEPT_FOLDER, REPLIES_FILE, SCORES_FILE
+from mlc_ray.runs import KEPT_FOLDER, REPLIES_FILE, SCORES_FILE, names_of
 from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.passes import judged_by, made_by, read_by
@@ -60,8 +62,12 @@ class WarmScore:
 class Scorer:
     """The pools of a score, open, and the prompts; `run` is what metrics call it."""
 
-    def __init__(self, parts: list[Part], prompts: pa.Table, device: Device, run: str = "") -> None:
+    def __init__(
+        self, parts: list[Part], prompts: pa.Table, device: Device, run: str = "", log: OwnLog | None = None
+    ) -> None:
         self._made = parts, prompts, device
+        self._log = ExitStack()
+        self._lines = self._log.enter_context(kept(log))
         told_of(run=run)
 
     def start(self) -> None:
@@ -86,6 +92,9 @@ class Scorer:
 
         With `request`, which it is a score of, blocks that engines have done are kept in its folder `place`.
         """
+        if self._lines is not None:
+            self._lines.trial = "" if place is None else names_of(place)[1]
+        logger.info("scoring %s", "the model without adapters" if weights is None else weights)
         table = self._table if prompts is None else prompts
         pools = (self._answering, *self._reading)
         answered = math.nan
@@ -94,12 +103,12 @@ class Scorer:
             nonlocal answered
             answered = time.perf_counter()
 
-        kept: Sequence[Kept | None] = [None for _ in pools]
+        found: Sequence[Kept | None] = [None for _ in pools]
         if request is not None and place is not None:
-            kept = self._kept(request, place, table)
+            found = self._kept(request, place, table)
         passes = [
             Pass(pool.part, pool.device, len(table), kept=there, keeps=pool.part.engine is not None)
-            for pool, there in zip(pools, kept, strict=True)
+            for pool, there in zip(pools, found, strict=True)
         ]
         passes[0].ended = note
         started = time.perf_counter()
@@ -134,6 +143,7 @@ class Scorer:
         """End all actors."""
         for pool in (self._answering, *self._reading):
             pool.close()
+        self._log.close()
 
 
 class WarmScorer:
@@ -250,7 +260,7 @@ def start_scorer(
     # It only waits, and lives where its driver does: on any other node it would be one more that must not die.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": here}
-    actor: Any = ray.remote(Scorer).options(**options).remote(parts, prompts, device, run)
+    actor: Any = ray.remote(Scorer).options(**options).remote(parts, prompts, device, run, own_log("scorer"))
     try:
         # Shown here: what the actor's own process says of them is seen by nobody.
         engines = sum(part.replicas for part in parts if part.engine is not None)

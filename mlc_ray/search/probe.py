@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
 from mlc_ray.config import ChatSection, DataSection, ModelSection, OpeningsSection, SourceSection, TrainConfig
-from mlc_ray.config.search import Criterion
+from mlc_ray.config.search import PROBE_LIMIT, Criterion
 from mlc_ray.data.batches import collate_openings, collate_prompts
 from mlc_ray.data.branches import Branches
 from mlc_ray.data.prepare import prepare_token_rows
@@ -45,8 +45,6 @@ from mlc_ray.types import move
 
 logger = logging.getLogger(__name__)
 BUNDLES_PER_FORWARD = 4
-DEFAULT_LIMIT = 64
-"""Bundles of each kind: enough for a probe's AUC to have a standard error near 0.05, few enough to hold all layers."""
 DEFAULT: Criterion = "headroom"
 _PROBE_CPUS = 1.0
 
@@ -176,7 +174,7 @@ def probe(
         folder: Where to write.
         chat: The conversation that prompts stand in; None for the one that the model was trained in.
         languages: Look at only these; None for all.
-        limit: At most this many bundles of each kind; None for `DEFAULT_LIMIT`.
+        limit: At most this many bundles of each kind; None for `PROBE_LIMIT`.
         criterion: What ranks the layers.
         openings: How refusals open; None for the defaults.
         address: Ray address.
@@ -221,7 +219,7 @@ def probe_tokens(
     gpu: bool,
 ) -> Probe:
     """Probe on token rows, and decisions where openings of refusals are given; raises as `probe`."""
-    chosen = choose_bundles(tokens, limit or DEFAULT_LIMIT)
+    chosen = choose_bundles(tokens, limit or PROBE_LIMIT)
     logger.info("probing %s on %d bundles in %d languages", model.path, len(chosen), len(tokens.languages))
     rows = _forward(model, tokens, chosen, branches, gpu=gpu)
     states = torch.from_numpy(np.stack([item["states"] for item in rows]))  # [N, L, layers, H]

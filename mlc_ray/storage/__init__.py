@@ -2,7 +2,8 @@
 
 `base` has the storages and `Place`, `local` the one for plain paths, `atomic` whole-or-nothing writing on this machine,
 `leftovers` what removes the half made things of killed processes, `manifests` and `fingerprints` how a folder is known
-to be complete and what is in it, `copies` what a machine keeps of models that are elsewhere.
+to be complete and what is in it, `copies` what a machine keeps of models that are elsewhere, `mirror` what sends files
+that grow.
 """
 
 from mlc_ray.storage.atomic import atomic_file, atomic_folder, scratch_folder, sync_folders, write_json_atomic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,11 +71,13 @@ def budget_of(search: SizeSearch, folder: Place, parameters: float | None, clust
     chosen, kept = scores_in(config, points=search.points, steps=steps)
     hours = None if cluster is None else plan_of(search, tokens, (selected, confirmed), cluster)
     size, met = model_size(run.model.path, trust_remote_code=run.model.trust_remote_code)
-    return SizeBudget(
+    found = SizeBudget(
         search.size, parameters or size, runs, steps, forwarded, 6 * met * forwarded, chosen + kept,
         chosen * selected + kept * confirmed,
-        None if hours is None else hours.seconds / 3600, None if hours is None else hours.gpu_hours,
     )  # fmt: skip
+    if hours is None:
+        return found
+    return replace(found, hours=hours.seconds / 3600, gpu_hours=hours.gpu_hours, assumed=hours.assumed)
 
 
 def plan_of(search: SizeSearch, tokens: TokenArtifact, prompts: tuple[int, int], cluster: Cluster) -> SearchPlan | None:

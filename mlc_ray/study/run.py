@@ -22,6 +22,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, check_lengths
 from mlc_ray.judges.base import make_judge
 from mlc_ray.lease import lease
+from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
 from mlc_ray.report.study import StudyResult
@@ -87,7 +88,7 @@ def study(config: StudyConfig) -> StudyResult:
     _before(config, folder)  # refused before anything is started
     keep_in(local_side(folder))
     connect(cells[0].config.cluster.address, cells[0].config.cluster.env)
-    with lease(folder, wait=config.resume == "auto"):
+    with lease(folder, wait=config.resume == "auto"), log_file(cells[0].config.logging, folder):
         before = _before(config, folder)  # meanwhile another driver may have started it, or added to it
         plan, prompts = _planned(config, cells, scoring, before, folder)
         if before is not None:
@@ -122,7 +123,7 @@ def resume_study(folder: Path | Place) -> StudyResult:
     plan = load_plan(place)
     keep_in(local_side(place))
     connect(plan.cells[0].config.cluster.address, plan.cells[0].config.cluster.env)
-    with lease(place, wait=plan.config.resume == "auto"):
+    with lease(place, wait=plan.config.resume == "auto"), log_file(plan.cells[0].config.logging, place):
         plan = load_plan(place)  # meanwhile another driver may have added to it
         prompts = read_prompts(plan.scoring, rejects=local_side(place))
         if prompts.fingerprint != plan.prompts:

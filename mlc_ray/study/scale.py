@@ -16,13 +16,15 @@ from pathlib import Path
 from mlc_ray.cluster import connect, use_gpu
 from mlc_ray.config import ScaleConfig
 from mlc_ray.lease import lease
+from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.there import cluster_there
 from mlc_ray.report.scale import SizeBudget
 from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import SCALE_FILE, output_place
-from mlc_ray.search.run import check_search, search
+from mlc_ray.search.checks import check_search
+from mlc_ray.search.run import search
 from mlc_ray.storage import Place, local_side
 from mlc_ray.study.budget import budget_of
 from mlc_ray.study.failing import failing
@@ -57,7 +59,7 @@ def scale(config: ScaleConfig) -> StudyResult:
     if exists:
         check_scale_goes_on(plan, folder)
     _connect(plan, folder)
-    with lease(folder, wait=config.resume == "auto"):
+    with lease(folder, wait=config.resume == "auto"), log_file(plan.searches[0].run.logging, folder):
         plan = replace(plan, budget=state_budget(plan, folder))
         plan.save(folder)
         return _scale(load_scale(folder), folder)
@@ -72,7 +74,7 @@ def resume_scale(folder: Path | Place) -> StudyResult:
     place = Place(folder).absolute()
     plan = load_scale(place)
     _connect(plan, place)
-    with lease(place, wait=plan.config.resume == "auto"):
+    with lease(place, wait=plan.config.resume == "auto"), log_file(plan.searches[0].run.logging, place):
         return _scale(load_scale(place), place)
 
 

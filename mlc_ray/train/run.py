@@ -19,6 +19,7 @@ from mlc_ray.data.sources import pinned
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.errors import MlcRayError
 from mlc_ray.lease import LeaseGuard, lease
+from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.losses.objective import Objective
 from mlc_ray.nodes import check_nodes
@@ -32,7 +33,6 @@ from mlc_ray.train.console import RunDisplay
 from mlc_ray.train.divergence import DivergedError, record_divergence
 from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec, train_worker
 from mlc_ray.train.failures import error_inside, failure_kept
-from mlc_ray.train.log_files import log_file
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
 from mlc_ray.train.openings import branches_of, fingerprint_openings
 from mlc_ray.train.planning import (
@@ -134,7 +134,7 @@ def train(
     if score is None:  # a search has asked before its trials
         check_nodes(run_folder.parent, paths_read(config))
         check_run(with_model(config, commits[config.model.path]), gpu=gpu)
-    with lease(run_folder, wait=config.resume == "auto") as held, log_file(config, run_folder):
+    with lease(run_folder, wait=config.resume == "auto") as held, log_file(config.logging, run_folder):
         config, _, is_new = _found(config, resume)  # meanwhile another driver may have started it, or ended it
         if asks_whether_ended and not is_new and (result := ended(run_folder)) is not None:
             return _said_to_have_ended(result)

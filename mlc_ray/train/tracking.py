@@ -1,6 +1,6 @@
 """Where a run's metrics go: metrics.jsonl always; TensorBoard, Weights & Biases and MLflow as configured.
 
-Of a run at a URL, files are kept in the user's cache of rank 0's machine and sent there (`mirror`).
+Of a run at a URL, files are kept in the user's cache of rank 0's machine and sent there (`storage.mirror`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlc_ray.config import TrainConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import METRICS_FILE, MLFLOW_FILE, read_metrics
 from mlc_ray.storage import Place, StorageFaultError, local_side
-from mlc_ray.train.mirror import Mirror
+from mlc_ray.storage.mirror import Mirror
 from mlc_ray.train.rows import EventFiles, RowFile
 from mlc_ray.train.run_folder import run_id
 from mlc_ray.train.watch import Watch

@@ -23,6 +23,7 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.stream import plans, stream_steps
 from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.lease import LeaseGuard
+from mlc_ray.log_files import log_file
 from mlc_ray.logs import quiet_workers, send_warnings
 from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import order_of
@@ -34,7 +35,6 @@ from mlc_ray.train.divergence import forget_divergence
 from mlc_ray.train.engines.base import Engine
 from mlc_ray.train.entry import HeldOut, WeightsScorer, WorkerSpec
 from mlc_ray.train.forward import n_layers
-from mlc_ray.train.log_files import log_file
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.meter import Metrics
 from mlc_ray.train.model import (
@@ -77,7 +77,7 @@ def work(spec: WorkerSpec) -> None:
     send_warnings()
     rank = ray.train.get_context().get_world_rank()
     with (
-        log_file(config, spec.run_folder, rank) as lines,
+        log_file(config.logging, spec.run_folder, rank) as lines,
         begun(config, spec.run_folder, spec.lease) as (watchdog, device),
     ):
         if lines is not None:

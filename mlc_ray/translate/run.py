@@ -33,6 +33,7 @@ from mlc_ray.generate.replica import place_of as engine_place
 from mlc_ray.generate.translate import translator_identity
 from mlc_ray.judges.languages import Identifier
 from mlc_ray.lease import lease
+from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.monitoring import told_of
 from mlc_ray.runs import (
@@ -104,7 +105,7 @@ def translate(config: TranslateConfig) -> TranslateResult:
     before = _begun(config, place)
     decided = decide(config, before)
     connect(config.address, config.env)
-    with lease(place, wait=config.resume == "auto"):
+    with lease(place, wait=config.resume == "auto"), log_file(config.logging, place):
         if (now := _begun(config, place)) != before:  # another process has worked there meanwhile
             before, decided = now, decide(config, now)
         return _translate(config, place, before, decided)
@@ -254,9 +255,7 @@ def _answered_in(config: TranslateConfig, bundles: pa.Table) -> list[str]:
 def _check_places(config: TranslateConfig, device: Device) -> None:
     """Raise before anything starts if the engines of a step cannot be had; steps follow each other."""
     sections = [config.translator, None if config.twins is None else config.twins.judge]
-    engines: list[EngineSection] = [
-        section.engine for section in sections if section is not None and section.model is not None
-    ]
+    engines: list[EngineSection] = [each.engine for each in sections if each is not None and each.model is not None]
     engines += [] if config.answers is None else [config.answers.engine]
     for engine in engines:
         found = counted(engine, device)

@@ -3,20 +3,25 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from transformers import AutoConfig
 
+from mlc_ray._registry import resolve
 from mlc_ray.capacity import Growth, Node
 from mlc_ray.cli import main
 from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, load_config
-from mlc_ray.plan.check import _known_shape, check_beside, check_engine, check_run
-from mlc_ray.plan.hardware import Cluster, cluster_of
+from mlc_ray.judges.base import make_judge
+from mlc_ray.judges.panel import readers_of
+from mlc_ray.plan.check import check_run
+from mlc_ray.plan.check_engines import check_beside, check_engine
+from mlc_ray.plan.hardware import Cluster, cluster_of, gpu_of
 from mlc_ray.plan.lengths import assumed
 from mlc_ray.plan.rates import rates_of
 from mlc_ray.plan.runs import PlanError, plan_run
 from mlc_ray.plan.scores import plan_scoring, plan_search
-from mlc_ray.plan.shapes import config_of, shape_of
+from mlc_ray.plan.shapes import config_of, known_shape, shape_of
 from tests.plan.test_memory import run
 
 EIGHT = cluster_of(8, "h100")
@@ -40,11 +45,11 @@ def test_what_fits_and_what_is_not_to_be_checked_passes():
 def test_a_kind_of_model_that_the_arithmetic_does_not_know_is_counted_or_not_refused(tmp_path, caplog):
     gpt2 = AutoConfig.for_model("gpt2")
     gpt2.save_pretrained(tmp_path / "gpt2")
-    assert _known_shape(str(tmp_path / "gpt2"), trust_remote_code=False).parameters == 124_439_808
+    assert known_shape(str(tmp_path / "gpt2"), trust_remote_code=False).parameters == 124_439_808
     mamba = AutoConfig.for_model("mamba")
     mamba.save_pretrained(tmp_path / "mamba")
     check_run(run(model={"path": str(tmp_path / "mamba")}), gpu=True, cluster=EIGHT)
-    assert _known_shape(str(tmp_path / "mamba"), trust_remote_code=False) is None
+    assert known_shape(str(tmp_path / "mamba"), trust_remote_code=False) is None
 
 
 def test_workers_on_a_cpu_share_its_memory():
@@ -99,7 +104,7 @@ def test_engines_on_cpus_share_the_memory_of_their_nodes(monkeypatch):
     with pytest.raises(PlanError, match=r"2 engines on a node .* but a node has 24\.0; .*engine\.replicas=2"):
         check(replicas=3, nodes=2)
     # `auto` is as many as the CPUs there hold, unless more nodes may come.
-    monkeypatch.setattr("mlc_ray.plan.check.cluster_there", lambda **_: Cluster(None, 1, 1, 24 * 2**30))
+    monkeypatch.setattr("mlc_ray.plan.check_engines.cluster_there", lambda **_: Cluster(None, 1, 1, 24 * 2**30))
     monkeypatch.setattr("mlc_ray.cluster.nodes_there", lambda: [Node({"CPU": 4.0})])
     monkeypatch.setattr("mlc_ray.cluster.may_grow", lambda: Growth())
     auto = ScoreConfig(model="Qwen/Qwen2.5-7B", benchmarks=[{"path": "sample:test"}], engine={"replicas": "auto"})
@@ -110,7 +115,7 @@ def test_engines_on_cpus_share_the_memory_of_their_nodes(monkeypatch):
 
 
 def test_trials_and_engines_on_cpus_share_the_memory_of_all_nodes():
-    scoring = load_config(SearchConfig, "configs/search/demo.yaml").scoring
+    scoring = load_config(SearchConfig, "configs/search/demo.yaml", ["scoring.engine.dtype=bfloat16"]).scoring
     trial = run(model={"path": "Qwen/Qwen2.5-0.5B"}, cluster={"accelerator": "cpu"})
     node = Cluster(None, 1, 1, 24 * 2**30)
     check_beside(scoring, [trial], at_once=1, cluster=node)
@@ -124,6 +129,94 @@ def test_trials_and_engines_on_cpus_share_the_memory_of_all_nodes():
         check_beside(scoring, [trial], at_once=1, cluster=small)
     elsewhere = scoring.engine.model_copy(update={"label_selector": {"pool": "engines"}})
     check_beside(scoring.model_copy(update={"engine": elsewhere}), [trial], at_once=1, cluster=small)
+
+
+GUARD = {"name": "llama-guard", "model": "meta-llama/Llama-3.1-8B"}
+SMALL = Cluster(replace(gpu_of("l4"), memory=15 * 2**30), 8, 8, None)
+
+
+def test_the_engines_of_judges_guards_and_translators_are_planned_too():
+    def check(judge, **given):
+        config = ScoreConfig(model="Qwen/Qwen2.5-0.5B", benchmarks=[{"path": "sample:test"}], judge=judge)
+        check_engine(config.model, config, gpu=True, cluster=SMALL, **given)
+
+    check("refusal")
+    check({**GUARD, "model": "meta-llama/Llama-3.2-1B"})
+    with pytest.raises(
+        PlanError, match=r"an engine for meta-llama/Llama-3\.1-8B .* \(judge\.engine\.tensor_parallel=1"
+    ):
+        check(GUARD)
+    panel = {"name": "panel", "judges": [{"judge": "refusal"}, {"judge": GUARD}]}
+    with pytest.raises(PlanError, match=r"nearest that fits: judge\.judges\.1\.judge\.engine\.tensor_parallel=2"):
+        check(panel)
+    translated = {"name": "refusal", "translate": {"model": "Qwen/Qwen2.5-7B"}}
+    with pytest.raises(PlanError, match=r"nearest that fits: judge\.translate\.engine\.tensor_parallel=2"):
+        check(translated)
+    check(translated, readers=[])  # nobody reads what is translated
+    check({**GUARD, "engine": {"options": {"quantization": "fp8"}}})  # what it takes is not known
+
+
+def test_a_judge_of_a_panel_that_is_not_asked_is_not_planned():
+    judges = [{"judge": "refusal", "kinds": ["benign"]}, {"judge": GUARD, "kinds": ["harmful"]}]
+    config = ScoreConfig(
+        model="Qwen/Qwen2.5-0.5B", benchmarks=[{"path": "sample:test"}], judge={"name": "panel", "judges": judges}
+    )
+    panel = make_judge(config.judge)
+    benign, both = (
+        readers_of(panel, [(kind, "en") for kind in kinds]) for kinds in (["benign"], ["benign", "harmful"])
+    )
+    check_engine(config.model, config, gpu=True, cluster=SMALL, readers=benign)
+    with pytest.raises(PlanError, match="an engine for meta-llama"):
+        check_engine(config.model, config, gpu=True, cluster=SMALL, readers=both)
+
+
+def test_engines_that_a_plan_shows_are_those_that_a_command_refuses(monkeypatch, capsys):
+    """On a CPU: all engines of a node share it, and in a search also the trials; the sentence is the refusal's."""
+
+    def plan(kind, file, shape, *settings, memory=24):
+        monkeypatch.setattr("mlc_ray.cluster.running", lambda: None)
+        monkeypatch.setattr("mlc_ray.cli.plan.cluster_here", lambda: Cluster(None, 1, 1, memory * 2**30))
+        asked = ["plan", "--for", kind, "--config", file, "--shape", shape, "--json"]
+        status = main([*asked, *(part for each in settings for part in ("--set", each))])
+        return status, json.loads(capsys.readouterr().out)
+
+    config = "configs/score/default.yaml"
+    status, found = plan("score", config, "7b", "engine.dtype=bfloat16")
+    assert (status, found["fits"], found["replicas"]) == (0, True, 1)
+    status, found = plan("score", config, "7b", "engine.dtype=bfloat16", "engine.replicas=4")
+    assert (status, found["fits"], found["replicas"]) == (1, False, 4)
+    assert "4 engines on a node" in found["refused"] and "engine.replicas=1" in found["refused"]
+    status, found = plan("score", config, "0.5b", f"judge={json.dumps({**GUARD, 'model': 'Qwen/Qwen2.5-14B'})}")
+    assert status == 1 and "Qwen2.5-14B needs" in found["refused"]
+    assert [reader["of"] for reader in found["readers"]] == ["Qwen/Qwen2.5-14B"]
+
+    def search(*settings):
+        types = ("set=[model.dtype=bfloat16]", "scoring.engine.dtype=bfloat16")
+        status, found = plan("search", "configs/search/demo.yaml", "0.5b", *types, *settings, memory=32)
+        assert status == (not found["search"]["fits"])
+        return found["search"]["refused"]
+
+    assert search() is None
+    assert "concurrency=3 trials of 0.5b" in search("concurrency=3")
+    guard = {**GUARD, "model": "Qwen/Qwen2.5-7B", "engine": {"dtype": "bfloat16"}}
+    assert "the engines beside them 19.1" in search(f"scoring.judge={json.dumps(guard)}")
+
+
+def test_a_judge_that_is_a_model_has_its_time():
+    """Each of its engines reads every answer, and writes its reply; by hand on two H100s of one engine each."""
+    cluster = cluster_of(4, "h100")
+    judged = ScoreConfig(model="x", benchmarks=[{"path": "x"}], judge=GUARD, max_new_tokens=200)
+    plain = judged.model_copy(update={"judge": ScoreConfig(model="x", benchmarks=[{"path": "x"}]).judge})
+    shape = shape_of(*config_of("0.5b"))
+    with_judge, without = (plan_scoring(each, shape, cluster, prompts=10, dtype="bfloat16") for each in (judged, plain))
+    (guard,) = with_judge.readers
+    assert not without.readers and guard.of == "meta-llama/Llama-3.1-8B"
+    tokens, reply = resolve("judge", "llama-guard").max_new_tokens, 2 * 8.03e9 / 3.35e12
+    # It is asked with a template of its own, a prompt of 43 tokens and an answer of at most 200.
+    read = 10 * 2 * 7.5e9 * (25 + 43 + 200) / (0.4 * 989e12)
+    assert guard.seconds - guard.start == pytest.approx(read + tokens * reply, rel=0.02)
+    assert with_judge.wall_seconds == pytest.approx(without.wall_seconds + guard.seconds)
+    assert with_judge.held == without.held + 1  # GPUs
 
 
 @pytest.mark.parametrize(

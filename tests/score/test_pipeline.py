@@ -348,7 +348,7 @@ def test_real_model_from_bundles_to_scores(
 ) -> None:
     too_long = {"kind": "benign", "prompts": {"en": "Please sum this up. " * 100}}
     benchmark = write_bundles(tmp_path / "own.jsonl", [too_long])
-    config = config_for(smollm2, benchmark, tmp_path / "scores", max_unparsed=0.2)
+    config = config_for(smollm2, benchmark, tmp_path / "scores", max_unparsed=0.2, logging={"json_lines": True})
     blocks = config.engine.model_copy(update={"block_rows": 8})
 
     # Ctrl-C after the first block: it stays, and the same command asks for the others alone.
@@ -363,6 +363,14 @@ def test_real_model_from_bundles_to_scores(
     assert "answering: 8 of 17 prompts are done already" in caplog.text
     assert pq.read_table(result.responses_file).select(first.column_names).slice(0, 8).equals(first)
     assert not (tmp_path / "scores" / "score" / "kept").exists()
+    logs = {file.name.rpartition("-")[0] or file.name: file for file in (tmp_path / "scores/score/logs").iterdir()}
+    assert logs.keys() == {"driver.jsonl", "answering-00000", "judging-00000"}
+    told = [json.loads(line) for line in logs["driver.jsonl"].read_text(encoding="utf-8").splitlines()]
+    assert {(line["run"], line["trial"], line["worker"]) for line in told} == {("score", "", None)}
+    ended = [line["message"] for line in told if line["message"].startswith("ended by")]
+    assert ended == ["ended by KeyboardInterrupt: "]
+    engine = [json.loads(line) for line in logs["answering-00000"].read_text(encoding="utf-8").splitlines()]
+    assert {(line["run"], line["worker"]) for line in engine} == {("score", 0)} and engine[0]["pid"] != told[0]["pid"]
 
     rows = pq.read_table(result.responses_file).to_pylist()
     asked = {(row["kind"], row["language"], row["prompt"]) for row in rows}

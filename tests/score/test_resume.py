@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlc_ray.config import CalibrationConfig, ConfigError, ScoreConfig, ScoringSection, parse_config
+from mlc_ray.config import CalibrationConfig, ConfigError, LogSection, ScoreConfig, ScoringSection, parse_config
 from mlc_ray.generate.replica import Part
 from mlc_ray.generate.stage import ANSWERS, PROMPTS, Generator
 from mlc_ray.judges.base import JudgeError, make_judge
@@ -215,13 +216,14 @@ def local(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
         judges: Callable[[Part], LocalPool] = LocalPool,
         languages: Sequence[str] = ["en"] * 4,
         max_unparsed: float = 1.0,
+        **changes: Any,
     ) -> ScoreResult:
         own = [{"bundle_id": f"b{number}", "language": code} for number, code in enumerate(languages)]
         rows = [{**{name: ROW.get(name, 0) for name in PROMPTS.names}, **row} for row in own]
         table = pa.Table.from_pylist(rows, schema=PROMPTS)
         monkeypatch.setattr("mlc_ray.score.run.read_prompts", lambda config, rejects: Prompts(table, str(len(rows))))
         monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: judges(part))
-        told = {"tell_languages": False, "resume": "auto", "max_unparsed": max_unparsed}
+        told = {"tell_languages": False, "resume": "auto", "max_unparsed": max_unparsed, **changes}
         config = config_for(model, write_bundles(tmp_path / "own.jsonl"), tmp_path / "scores", **told)
         part = Part("answering", Generator, {}, config.engine)
         pool = LocalPool(part, work=lambda rows: pa.Table.from_pylist([answer] * len(rows), schema=ANSWERS))
@@ -245,6 +247,34 @@ def test_responses_keep_the_engine_that_gave_them(
         local()
     monkeypatch.setattr("mlc_ray.generate.pool.EnginePool.open", lambda part, device, **_: LocalPool(part))
     assert judge_again(tmp_path / "scores" / "score").versions == {"vllm": "1.0"}
+
+
+def logged(folder: Path) -> list[str]:
+    """What the driver's log of a folder has, each line of that folder's."""
+    lines = [json.loads(line) for line in (folder / "logs" / "driver.jsonl").read_text().splitlines()]
+    assert {(line["run"], line["trial"], line["worker"], line["step"]) for line in lines} == {
+        (folder.name, "", None, None)
+    }
+    return [line["message"] for line in lines]
+
+
+def test_a_score_and_a_judging_keep_logs_where_they_are_asked_to(
+    local: Callable[..., ScoreResult], tmp_path: Path
+) -> None:
+    def away(rows: pa.Table) -> pa.Table:
+        raise JudgeError("the judge is away")
+
+    with pytest.raises(JudgeError, match="is away"):
+        local(lambda part: LocalPool(part, work=away), logging={"json_lines": True})
+    folder = tmp_path / "scores" / "score"
+    first = logged(folder)
+    assert any(line.startswith("scoring ") for line in first) and first[-1] == "ended by JudgeError: the judge is away"
+    local(logging={"json_lines": True})
+    assert logged(folder)[: len(first)] == first and len(logged(folder)) > len(first)
+    again = judge_again(folder, out=tmp_path / "again")  # as the score was asked to
+    assert any(line.startswith("judging 4 responses") for line in logged(Path(again.folder)))
+    judge_again(folder, out=tmp_path / "none", logging=LogSection())
+    assert not (tmp_path / "none" / "logs").exists()
 
 
 def test_a_fault_of_a_judges_engines_is_told_from_a_verdict_and_judged_again(

@@ -14,11 +14,12 @@ from ray.tune.search import Searcher
 
 from mlc_ray.config import ConfigError
 from mlc_ray.score.run import TooManyUnparsedError
-from mlc_ray.search import run as search_run
+from mlc_ray.search import prepare
 from mlc_ray.search.criteria import LayerStatistics
 from mlc_ray.search.objectives.base import BENIGN, HARMFUL
+from mlc_ray.search.prepare import _layer_order
 from mlc_ray.search.probe import Probe
-from mlc_ray.search.run import _earlier_trials, _layer_order
+from mlc_ray.search.run import _earlier_trials
 from mlc_ray.search.space import make_space
 from mlc_ray.search.tune import (
     FINISHED,
@@ -230,7 +231,7 @@ def test_a_probe_says_in_which_order_it_has_layers_tried(
         asked.append(settings)
         return Probe(tuple(layers), ("en",), 10)
 
-    monkeypatch.setattr(search_run, "probe_run", probe_run)  # which runs on Ray, and is tested there
+    monkeypatch.setattr(prepare, "probe_run", probe_run)  # which runs on Ray, and is tested there
     config = search_config(space=LAYERS, trials=4, probe={"limit": 8})
     base: Any = None
     with caplog.at_level("INFO"):

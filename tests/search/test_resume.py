@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from mlc_ray.judges.guards.base import GuardSettings
 from mlc_ray.judges.panel import PanelJudge
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.search.folder import changed_config, changed_settings, load_search, write_config, write_settings
-from mlc_ray.search.run import check_same, identity_of, resume_search, search
+from mlc_ray.search.prepare import check_same, identity_of
+from mlc_ray.search.run import resume_search, search
 from mlc_ray.search.selection import AskedPrompts
 from mlc_ray.search.space import make_space, with_commits
 from mlc_ray.search.trial import SearchError
@@ -219,6 +222,25 @@ def test_trials_by_another_judge_or_engine_are_not_gone_on_with(place: Path, mon
         check_same(folder, shared("scoring.judge=likelihood"))
     for name, fault in (("vllm", "the engine of"), ("mlc_ray", "the version of mlc_ray of")):
         versions = {**library_versions(), name: "99"}
-        monkeypatch.setattr("mlc_ray.search.run.library_versions", lambda versions=versions: versions)
+        monkeypatch.setattr("mlc_ray.search.prepare.library_versions", lambda versions=versions: versions)
         with pytest.raises(SearchError, match=fault):
             check_same(folder, shared())
+
+
+def test_a_search_keeps_its_log_where_its_runs_are_to_keep_theirs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared(*_: Any) -> None:
+        logging.getLogger("mlc_ray.search.prepare").info("probe: layers are tried")
+        raise ConfigError("the layers")
+
+    monkeypatch.setattr("mlc_ray.search.run.check_search", lambda *_: None)
+    monkeypatch.setattr("mlc_ray.search.run.prepare", prepared)
+    monkeypatch.setattr("mlc_ray.search.checks.use_gpu", lambda _: False)
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda **_: "float32")
+    for name, kept in (("quiet", "false"), ("told", "true")):
+        config = configured(place, f"name={name}", f"set=[logging.json_lines={kept}, model.dtype=float32]")
+        with pytest.raises(ConfigError, match="the layers"):
+            search(config)
+    assert not (place / "quiet" / "logs").exists()
+    lines = [json.loads(line) for line in (place / "told" / "logs" / "driver.jsonl").read_text().splitlines()]
+    assert [line["message"] for line in lines] == ["probe: layers are tried", "ended by ConfigError: the layers"]
+    assert {(line["run"], line["trial"], line["worker"]) for line in lines} == {("told", "", None)}

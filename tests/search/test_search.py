@@ -35,6 +35,7 @@ from mlc_ray.search.run import resume_search, search
 from mlc_ray.search.trial import SearchError
 from tests.generate.chat_server import Step, serving
 from tests.ray_head import running as another_ray
+from tests.scraping import target_of, watching
 
 pytestmark = pytest.mark.slow
 SECONDS = 400
@@ -111,15 +112,40 @@ def actors_started(ray_local: Any) -> Counter[str]:
     return Counter(re.sub(r"MapWorker\(Map\((\w+)\)\)", r"\1", actor.class_name) for actor in actors)
 
 
+def check_logs(folder: Path, trials: list[str]) -> None:
+    """Driver, scorer and engines of a search write into its folder, each trial's driver and workers into its own."""
+
+    def lines(file: Path) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    logs = {re.sub(r"-\d+\.jsonl$", "", file.name): lines(file) for file in (folder / "logs").iterdir()}
+    assert logs.keys() >= {"driver.jsonl", "scorer", "answering-00000", "judging-00000"}
+    assert {line["run"] for each in logs.values() for line in each} == {"found"}
+    assert {line["trial"] for line in logs["scorer"]} >= {*trials, ""}
+    assert {(line["worker"], line["step"]) for line in logs["answering-00000"]} == {(0, None)}
+    for name in trials:
+        for file in ("driver.jsonl", "worker-00000.jsonl"):
+            told = lines(folder / "trials" / name / "logs" / file)
+            assert {(line["run"], line["trial"]) for line in told} <= {("found", name)}
+
+
 def test_a_search_says_what_it_found_and_leaves_nothing_running(
     ray_local: Any, run_place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = actors_started(ray_local)
     own = "objective={name: 'examples.my_objective:TellsApart'}"  # the best trial is chosen by code from outside
-    settings = (own, "space={objective.loss: {choice: [dpo, sft]}}")
-    result = search(configured(run_place, *settings))
+    settings = (own, "space={objective.loss: {choice: [dpo, sft]}}", "set=[logging.json_lines=true]")
+    with watching(target_of(ray_local)) as seen:
+        result = search(configured(run_place, *settings))
+        deadline = time.monotonic() + 30  # Ray's processes report every ten seconds; this one, the driver, goes on
+        while ("ray_mlc_search_trials", "found") not in seen and time.monotonic() < deadline:
+            time.sleep(1)
 
     folder = run_place / "found"
+    told = {name for name, run in seen if run == "found"}
+    engines = ("engines", "engine_blocks_in_flight", "engine_rows_left", "engine_rows_total", "engine_tokens_total")
+    assert told >= {f"ray_mlc_{name}" for name in (*engines, "search_trials", "search_trials_planned")}
+    check_logs(folder, [trial.name for trial in result.trials])
     by_loss = {trial.values["objective.loss"]: trial for trial in result.trials}
     assert sorted(by_loss) == ["dpo", "sft"] and len(result.trials) == 2
     assert all(trial.finished and trial.step == 2 for trial in result.trials)

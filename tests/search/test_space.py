@@ -20,7 +20,7 @@ from mlc_ray.data.tables import rows_to_table
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.runs import PlanError
-from mlc_ray.search import run as search_run
+from mlc_ray.search import checks, prepare
 from mlc_ray.search.space import Space, check_held_out, distribution, make_space
 from mlc_ray.search.tune import make_scheduler
 from mlc_ray.storage import Place
@@ -425,11 +425,11 @@ def test_every_loss_of_the_space_finds_the_answers_it_needs_before_the_first_tri
     stored = replace(row, bundle_id=bundle.bundle_id, rejected=None)
     write_rows(tmp_path, [rows_to_table([stored])], fingerprint="x", rejected={})
     data = PreparedData(TokenArtifact.open(tmp_path), None, {})
-    monkeypatch.setattr(search_run, "model_depth", lambda *_, **__: 3)
-    monkeypatch.setattr(search_run, "prepare_data", lambda *_, **__: data)
+    monkeypatch.setattr(prepare, "model_depth", lambda *_, **__: 3)
+    monkeypatch.setattr(prepare, "prepare_data", lambda *_, **__: data)
     base = space.run({"objective.loss": "sft"}, name="base")
     with pytest.raises(MissingAnswersError, match=r"objective\.loss='orpo' needs chosen and rejected answers"):
-        search_run._prepare_data(config, base, space, Place(tmp_path), "cpu")
+        prepare._prepare_data(config, base, space, Place(tmp_path), "cpu")
 
 
 @pytest.mark.parametrize("sampler", ["grid", "random"])
@@ -441,11 +441,11 @@ def test_values_that_together_leave_a_term_no_step_are_found_before_the_first_tr
     space = make_space(config)
     write_rows(tmp_path, [rows_to_table(random_rows(8))], fingerprint="x", rejected={})  # four steps
     data = PreparedData(TokenArtifact.open(tmp_path), None, {})
-    monkeypatch.setattr(search_run, "model_depth", lambda *_, **__: 3)
-    monkeypatch.setattr(search_run, "prepare_data", lambda *_, **__: data)
+    monkeypatch.setattr(prepare, "model_depth", lambda *_, **__: 3)
+    monkeypatch.setattr(prepare, "prepare_data", lambda *_, **__: data)
     base = space.run({}, name="base")
     with pytest.raises(ConfigError, match=r"with {'mlc\.start': 0\.6, 'mlc\.every': 4}: mlc\.start=.* no step of 4"):
-        search_run._prepare_data(config, base, space, Place(tmp_path), "cpu")
+        prepare._prepare_data(config, base, space, Place(tmp_path), "cpu")
 
 
 def test_a_trial_whose_term_needs_both_kinds_is_refused_before_the_first(
@@ -457,10 +457,10 @@ def test_a_trial_whose_term_needs_both_kinds_is_refused_before_the_first(
     harmful = [row for row in random_rows(8) if row.kind == "harmful"]
     write_rows(tmp_path, [rows_to_table(harmful)], fingerprint="x", rejected={})
     data = PreparedData(TokenArtifact.open(tmp_path), None, {})
-    monkeypatch.setattr(search_run, "model_depth", lambda *_, **__: 3)
-    monkeypatch.setattr(search_run, "prepare_data", lambda *_, **__: data)
+    monkeypatch.setattr(prepare, "model_depth", lambda *_, **__: 3)
+    monkeypatch.setattr(prepare, "prepare_data", lambda *_, **__: data)
     with pytest.raises(ConfigError, match=r"with {'terms\.decision\.weight': 0\.5}: terms\.decision.* are harmful"):
-        search_run._prepare_data(config, space.run({}, name="base"), space, Place(tmp_path), "cpu")
+        prepare._prepare_data(config, space.run({}, name="base"), space, Place(tmp_path), "cpu")
 
 
 def test_a_search_is_planned_in_the_type_that_its_nodes_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -469,9 +469,9 @@ def test_a_search_is_planned_in_the_type_that_its_nodes_compute_in(monkeypatch: 
     space = make_space(config)
     asked: list[str] = []
     for name in ("connect", "check_device", "check_feasible", "check_nodes"):
-        monkeypatch.setattr(search_run, name, lambda *_, **__: None)
-    monkeypatch.setattr(search_run, "model_depth", lambda *_, **__: 24)
-    monkeypatch.setattr(search_run, "use_gpu", lambda _: False)
+        monkeypatch.setattr(checks, name, lambda *_, **__: None)
+    monkeypatch.setattr(checks, "model_depth", lambda *_, **__: 24)
+    monkeypatch.setattr(checks, "use_gpu", lambda _: False)
     monkeypatch.setattr(cluster, "native_dtype", lambda **_: asked.append("native") or "float32")
     seen: list[tuple[str, str]] = []
 
@@ -479,8 +479,8 @@ def test_a_search_is_planned_in_the_type_that_its_nodes_compute_in(monkeypatch: 
         run = space.run({}, name="corner")
         seen.append((run.model.dtype, config.scoring.engine.dtype))
 
-    monkeypatch.setattr(search_run, "check_plan", planned)
-    search_run.check_search(config, space)
+    monkeypatch.setattr(checks, "check_plan", planned)
+    checks.check_search(config, space)
     assert asked and seen == [("float32", "float32")]
 
 
@@ -490,7 +490,7 @@ def test_trials_and_engines_that_do_not_fit_together_are_refused() -> None:
     def check(dtype: str) -> None:
         scoring = {"benchmarks": [{"path": "sample:select"}], "engine": {"dtype": dtype, "replicas": 4}}
         config = search_config(set=["model.path=Qwen/Qwen2.5-0.5B", f"model.dtype={dtype}"], scoring=scoring)
-        search_run.check_plan(config, make_space(config), gpu=False, cluster=node)
+        checks.check_plan(config, make_space(config), gpu=False, cluster=node)
 
     check("bfloat16")
     with pytest.raises(PlanError, match=r"concurrency=1 trials of .* the engines beside them 15\.4, .* have 31\.0"):
@@ -506,12 +506,12 @@ def test_a_gpu_is_shared_only_where_there_is_one(
 ) -> None:
     config = search_config(share_gpu=True, set=["cluster.workers=1"])
     base = make_space(config).run({}, name="base")
-    for module in (cluster, search_run):
+    for module in (cluster, checks):
         monkeypatch.setattr(module, "nodes_there", lambda: [Node(each) for each in nodes])
     monkeypatch.setattr(cluster, "may_grow", Growth)
     with pytest.raises(ClusterError, match=r"share_gpu=True, but the Ray cluster has .*GPUs.*one node with one GPU"):
-        search_run.check_feasible(config, base, "gpu")
+        checks.check_feasible(config, base, "gpu")
     nodes[:] = [ONE_GPU]
-    search_run.check_feasible(config, base, "gpu")
+    checks.check_feasible(config, base, "gpu")
     with pytest.raises(ClusterError, match="runs on CPU, where engines cannot sleep"):
-        search_run.check_feasible(config, base, "cpu")
+        checks.check_feasible(config, base, "cpu")

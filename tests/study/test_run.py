@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,23 @@ def test_a_study_that_another_driver_began_meanwhile_is_seen_under_the_lease(
     monkeypatch.setattr(running, "lease", taken)
     with pytest.raises(StudyError, match="exists already"):
         running.study(parse_config(StudyConfig, raw_study(tmp_path / "s")))
+
+
+def test_a_study_keeps_its_log_where_its_runs_are_to_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise StudyError("no prompts")
+
+    monkeypatch.setattr(running, "connect", lambda *_: None)
+    monkeypatch.setattr(running, "_planned", refused)
+    for name, logs in (("quiet", {}), ("told", {"logging": {"json_lines": True}})):
+        raw = raw_study(tmp_path / name)
+        with pytest.raises(StudyError, match="no prompts"):
+            running.study(parse_config(StudyConfig, {**raw, "train": {**raw["train"], **logs}}))
+    assert not (tmp_path / "quiet" / "logs").exists()
+    (line,) = map(json.loads, (tmp_path / "told" / "logs" / "driver.jsonl").read_text().splitlines())
+    assert (line["run"], line["trial"], line["message"]) == ("told", "", "ended by StudyError: no prompts")
 
 
 def test_bundles_of_one_kind_are_refused_before_a_cell_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlc_ray.cluster import ClusterError
 from mlc_ray.config import ConfigError, ScaleConfig, load_config, parse_config
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
-from mlc_ray.plan.check import check_engine
+from mlc_ray.plan.check_engines import check_engine
 from mlc_ray.plan.hardware import cluster_of
 from mlc_ray.plan.lengths import of_artifact
 from mlc_ray.plan.rates import rates_of
 from mlc_ray.plan.runs import plan_run
-from mlc_ray.plan.scores import plan_scoring
+from mlc_ray.plan.scores import SearchPlan, plan_scoring
 from mlc_ray.plan.shapes import config_of, shape_of
-from mlc_ray.report.scale import scale_notes
+from mlc_ray.report.scale import budget_table, scale_notes
 from mlc_ray.report.study import load_study, study_tables
 from mlc_ray.report.write import write_report
 from mlc_ray.score.results import load_records, load_scores
@@ -304,6 +306,60 @@ def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
     small = plan_of(search, tokens, (100, 60), cluster_of(3, "h100"))
     assert small is not None and small.at_once == 1, "two trials and the engine need five GPUs"
     assert plan_of(search, tokens, (100, 60), cluster_of(2, "h100")) is None, "an autoscaler may add to it"
+
+
+def test_hours_have_the_probe_and_judges_and_say_what_they_leave_out(tmp_path: Path) -> None:
+    write_rows(tmp_path / "tokens", [rows_to_table(random_rows(40, head=range(5)))], fingerprint="x", rejected={})
+    tokens, cluster = TokenArtifact.open(tmp_path / "tokens"), cluster_of(8, "h100")
+
+    def plan(judge: str | dict[str, str] = "refusal", **search: Any) -> SearchPlan:
+        raw = raw_scale(tmp_path, "a", sizes={"a": {"set": ["model.path=Qwen/Qwen2.5-7B", "cluster.workers=2"]}})
+        raw["search"] |= search
+        raw["search"]["scoring"]["judge"] = judge
+        raw["search"]["scoring"]["max_new_tokens"] = 64
+        (each,) = make_searches(parse_config(ScaleConfig, raw), Place(tmp_path))
+        found = plan_of(each, tokens, (100, 60), cluster)
+        assert found is not None
+        return found
+
+    plain, probed = plan(), plan(probe={"limit": 8})
+    # Sixteen bundles forward, by one GPU: a third of their share of a step of two.
+    (search,) = make_searches(parse_config(ScaleConfig, raw_scale(tmp_path, "a", sizes={
+        "a": {"set": ["model.path=Qwen/Qwen2.5-7B", "cluster.workers=2"]}
+    })), Place(tmp_path))  # fmt: skip
+    shape, rates = shape_of(*config_of("qwen2.5-7b")), rates_of(cluster.gpu, "bfloat16")
+    run = plan_run(search.run, shape, cluster, of_artifact(tokens), rates, dtype="bfloat16", workers=2)
+    forward = 16 * (run.seconds.compute * 2 / search.run.train.batch_bundles) / 3
+    assert probed.probe_seconds == pytest.approx(forward) and plain.probe_seconds == 0
+    assert probed.seconds == pytest.approx(plain.seconds + forward)
+    assert probed.gpu_hours == pytest.approx(plain.gpu_hours + forward / 3600)
+    assert plan(probe={}).probe_seconds == pytest.approx(8 * forward)  # 64 of each kind
+    guarded = plan({"name": "llama-guard", "model": "meta-llama/Llama-3.1-8B"})
+    assert guarded.seconds > plain.seconds and guarded.gpu_hours > plain.gpu_hours
+    folder = str(tmp_path / "none")
+    unknown = plan({"name": "llama-guard", "model": folder})
+    assert unknown.seconds == pytest.approx(plain.seconds)
+    assert unknown.assumed == (*plain.assumed, f"nothing for the engines of judge.model={folder}, which are not known")
+    said = budget_table(
+        [replace(a_budget, assumed=unknown.assumed) for a_budget in planned(tmp_path / "s", "b").budget]
+    )
+    assert f"judge.model={folder}" in said.note and "start of each run" in said.note
+
+
+def test_a_scaling_study_keeps_its_log_where_its_runs_are_to_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise ClusterError("too few GPUs")
+
+    monkeypatch.setattr("mlc_ray.study.scale._connect", lambda *_: None)
+    monkeypatch.setattr("mlc_ray.study.scale.state_budget", refused)
+    for name, asked in (("quiet", []), ("told", ["logging.json_lines=true"])):
+        with pytest.raises(ClusterError, match="too few"):
+            scale(configured(tmp_path / name, set=asked))
+    assert not (tmp_path / "quiet" / "logs").exists()
+    (line,) = map(json.loads, (tmp_path / "told" / "logs" / "driver.jsonl").read_text().splitlines())
+    assert (line["run"], line["trial"], line["message"]) == ("told", "", "ended by ClusterError: too few GPUs")
 
 
 def test_a_size_is_counted_without_weights(smollm2: Path) -> None:

@@ -29,6 +29,7 @@ def settings(folder: Path, model: Path, address: str) -> dict[str, Any]:
         "train": {"max_steps": 1, "batch_bundles": 2},
         "engine": {"stage": 0},
         "cluster": {"address": address, "workers": 1, "cpus_per_worker": 0.5},
+        "logging": {"json_lines": True},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     return {
@@ -58,6 +59,8 @@ def test_a_size_is_searched_and_nothing_is_done_twice(ray_local: Any, smollm2: P
     result = scale(parse_config(ScaleConfig, raw))
     folder = tmp_path / "small"
     assert load_study(folder) == result and result.scaling is not None
+    assert "searching smollm2-135m" in (folder / "logs/driver.jsonl").read_text()
+    assert list((folder / "cells/smollm2-135m/logs").glob("scorer-*.jsonl"))
     (budget,) = result.scaling.budget
     assert (budget.parameters, budget.runs, budget.steps) == (134_515_008, 3, 1) and budget.tokens > 0
     (point,) = result.scaling.points

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -40,6 +41,7 @@ def settings(folder: Path, model: Path, address: str) -> dict[str, Any]:
             "train": {"max_steps": 1, "batch_bundles": 4},
             "engine": {"stage": 0},
             "cluster": {"address": address, "cpus_per_worker": 0.5},
+            "logging": {"json_lines": True},
         },
         "scoring": {
             "benchmarks": [{"path": "sample:test"}],
@@ -86,6 +88,13 @@ def test_a_killed_study_goes_on_and_repeats_no_cell(ray_local: Any, small_llama:
         ("llama-untouched", "scored"), ("llama-dpo-1", "scored"), ("llama-mlc-1", "scored"),
     ]  # fmt: skip
     assert load_study(folder) == result
+    cells = {each.name for each in result.cells} - {"llama-untouched"}
+    told = {name: (folder / name / "logs/driver.jsonl").read_text() for name in (".", *(f"cells/{c}" for c in cells))}
+    lines = {name: [json.loads(line) for line in text.splitlines()] for name, text in told.items()}
+    assert len({line["pid"] for line in lines["."]}) == 2, "the killed driver's, and this one's"
+    assert {line["trial"] for name in lines for line in lines[name]} == {"", *cells}
+    scorers = [line for file in (folder / "logs").glob("scorer-*") for line in file.read_text().splitlines()]
+    assert {json.loads(line)["trial"] for line in scorers} >= cells
     assert result.trained == ("en", "sw") and result.bundles == {"harmful": 2, "benign": 2}
     assert all(row.rates is not None for row in result.rows) and len(result.tests) == 9
     dpo, mlc = result.cells[1:]

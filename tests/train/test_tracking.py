@@ -17,8 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import examples.my_storage  # noqa: F401 - registers vault://
 from mlc_ray.lease import LeaseError
 from mlc_ray.runs import METRICS_FILE, MetricsReader, read_metrics
-from mlc_ray.storage import Place, StorageFaultError
-from mlc_ray.train import mirror
+from mlc_ray.storage import Place, StorageFaultError, mirror
 from mlc_ray.train.console import RunDisplay, columns, fitting, header, table_row
 from mlc_ray.train.rows import EventFiles, RowFileError
 from mlc_ray.train.tracking import Tracker, TrackingError, check_trackers

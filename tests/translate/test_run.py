@@ -46,7 +46,7 @@ def test_bundles_come_from_english_with_their_twins_and_reasons(ray_local: Any, 
     }
     with translator(lambda text, language: errors.get((text, language))) as server:
         raw = settings(server, write(tmp_path / "en.jsonl"), tmp_path, translate_answers=True, twins={})
-        raw |= {"output_dir": f"{s3}/translations", "shard_bundles": 1}
+        raw |= {"output_dir": f"{s3}/translations", "shard_bundles": 1, "logging": {"json_lines": True}}
         made = api.translate(raw)
         asked = len(server.bodies)
         with pytest.raises(TranslationError, match="mlc-ray translate --resume"):
@@ -57,6 +57,11 @@ def test_bundles_come_from_english_with_their_twins_and_reasons(ray_local: Any, 
             api.translate(raw | {"resume": "auto", "min_languages": 2})
 
     assert fault_of(made.folder) is None and not (made.folder / "kept").is_dir()
+    logs = {file.name.partition("-")[0]: file.read_text().splitlines() for file in (made.folder / "logs").iterdir()}
+    assert {"driver.jsonl", "translating"} <= logs.keys()  # its endpoint is asked by an actor
+    told = [json.loads(line) for each in logs.values() for line in each]
+    assert {line["run"] for line in told} == {"made"} and {line["worker"] for line in told} >= {None, 0}
+    assert any("holds a translation of other bundles" in json.loads(line)["message"] for line in logs["driver.jsonl"])
     assert set(read_manifest(made.folder)["checksums"]) >= {"quality.json", "bundles/bundles-00000.jsonl"}
     by_english = {row["prompts"]["en"]: row for row in lines(made.bundles)}
     assert {english: set(row["prompts"]) for english, row in by_english.items()} == {

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage import Place
+from mlc_ray.storage.base import Place
 
 logger = logging.getLogger(__name__)
 
