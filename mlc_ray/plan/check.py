@@ -43,7 +43,7 @@ def check_run(
         return
     workers = config.cluster.least_workers
     cluster = with_workers(cluster, workers)
-    shape = _known_shape(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    shape = known_shape(config.model.path, trust_remote_code=config.model.trust_remote_code)
     if shape is None:
         return
     dtype = "float32" if config.model.dtype == "float32" else "bfloat16"
@@ -94,7 +94,7 @@ def check_engine(model: str, scoring: ScoringSection, *, gpu: bool, cluster: Clu
     if cluster is None:
         return
     try:
-        shape = _known_shape(model, trust_remote_code=engine.trust_remote_code)
+        shape = known_shape(model, trust_remote_code=engine.trust_remote_code)
     except ShapeError:  # an adapter has no config of its own
         return
     if shape is None:
@@ -167,7 +167,7 @@ def check_beside(
     cluster = cluster_there(gpu=False, labels=run.cluster.label_selector) if given is None else given
     if cluster is None or cluster.node_memory is None or not plannable(run) or (given is None and grows()):
         return
-    shape = _known_shape(run.model.path, trust_remote_code=run.model.trust_remote_code)
+    shape = known_shape(run.model.path, trust_remote_code=run.model.trust_remote_code)
     if shape is None:
         return
     there = cluster.nodes * cluster.node_memory
@@ -195,7 +195,7 @@ def _needed(run: TrainConfig, shape: Shape, cluster: Cluster) -> int:
 
 
 @cache
-def _known_shape(path: str, *, trust_remote_code: bool) -> Shape | None:
+def known_shape(path: str, *, trust_remote_code: bool) -> Shape | None:
     """The model's shape; of a kind that the arithmetic does not know counted, and None where that fails.
 
     Raises:

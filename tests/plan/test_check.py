@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from mlc_ray.capacity import Growth, Node
 from mlc_ray.cli import main
 from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, load_config
-from mlc_ray.plan.check import _known_shape, check_beside, check_engine, check_run
+from mlc_ray.plan.check import check_beside, check_engine, check_run, known_shape
 from mlc_ray.plan.hardware import Cluster, cluster_of
 from mlc_ray.plan.lengths import assumed
 from mlc_ray.plan.rates import rates_of
@@ -40,11 +40,11 @@ def test_what_fits_and_what_is_not_to_be_checked_passes():
 def test_a_kind_of_model_that_the_arithmetic_does_not_know_is_counted_or_not_refused(tmp_path, caplog):
     gpt2 = AutoConfig.for_model("gpt2")
     gpt2.save_pretrained(tmp_path / "gpt2")
-    assert _known_shape(str(tmp_path / "gpt2"), trust_remote_code=False).parameters == 124_439_808
+    assert known_shape(str(tmp_path / "gpt2"), trust_remote_code=False).parameters == 124_439_808
     mamba = AutoConfig.for_model("mamba")
     mamba.save_pretrained(tmp_path / "mamba")
     check_run(run(model={"path": str(tmp_path / "mamba")}), gpu=True, cluster=EIGHT)
-    assert _known_shape(str(tmp_path / "mamba"), trust_remote_code=False) is None
+    assert known_shape(str(tmp_path / "mamba"), trust_remote_code=False) is None
 
 
 def test_workers_on_a_cpu_share_its_memory():
