@@ -111,11 +111,40 @@ def test_dco_equals_the_plain_loop(pair):
         assert torch.allclose(mine, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_dco_is_zero_where_the_reference_is_indifferent_and_the_policy_is_it(pair):
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_dco_is_zero_where_each_language_wants_what_the_reference_does_in_the_other(beta):
+    """r(1) = o(t) / beta and r(t) = beta o(1); from there each nat of a log-ratio costs one, whatever beta."""
+    # The further languages of a bundle have the same odds, so that one r(1) suits all; the last bundle has none.
+    odds = torch.tensor([0.8, -1.5, -1.5, 2.0, 0.3, 7.0], dtype=torch.float64)
+    wanted = torch.stack([odds[1] / beta, beta * odds[0], beta * odds[0], odds[4] / beta, beta * odds[3], odds[5]])
+    reference_chosen, rejected = random(6, seed=3), random(6, seed=4)
+    reference_rejected = reference_chosen - odds
+    total = (rejected - reference_rejected + wanted + reference_chosen).requires_grad_()
+    lengths = torch.tensor(CHOSEN_LENGTHS)
+
+    def loss(chosen, *, beta=beta):
+        other = ResponseLogProbs(rejected, lengths)
+        return dco_loss(ResponseLogProbs(chosen, lengths), other, reference_chosen, reference_rejected, ROWS, beta=beta)
+
+    assert loss(total).loss.tolist() == pytest.approx([0, 0, 0], abs=1e-12)
+    assert (loss(total, beta=2 * beta).loss[:2] > 0.1).all()
+    moved = total.detach() + torch.tensor([0, 0.3, 0, 0.2, -0.4, 9.0], dtype=torch.float64)
+    assert loss(moved).loss.tolist() == pytest.approx([0.3 / 2, 0.2 + 0.4, 0])
+
+
+def test_dco_of_the_reference_itself_is_how_far_it_is_from_indifferent(pair):
+    """Where policy is reference both log-ratios are 0, and the loss |o(t)| / beta + beta |o(1)|."""
     references = [one.total.detach() for one in pair]
-    assert dco_loss(*pair, references[0], references[0], ROWS, beta=1.0).loss[0] > 0
-    same = ResponseLogProbs(pair[0].total, pair[0].length)
-    assert dco_loss(same, same, references[0], references[0], ROWS, beta=1.0).loss.tolist() == [0, 0, 0]
+    odds = (references[0] - references[1]).abs()
+    expected = [(odds[1] / 2 + odds[2] / 2 + 4 * odds[0]) / 2, odds[4] / 2 + 2 * odds[3], 0]
+    assert dco_loss(*pair, *references, ROWS, beta=2.0).loss.tolist() == pytest.approx([float(one) for one in expected])
+
+
+def test_dcos_reference_takes_no_gradient(pair):
+    references = random(6, seed=3).requires_grad_(), random(6, seed=4).requires_grad_()
+    result = dco_loss(*pair, *references, ROWS, beta=0.6)
+    assert gradients(result.loss, *references) == (None, None)
+    assert all((one[:5] != 0).any() for one in gradients(result.loss, pair[0].total, pair[1].total))
 
 
 def test_sdrrl_equals_the_plain_loop():
