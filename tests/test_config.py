@@ -127,7 +127,7 @@ def test_the_papers_study_has_the_rivals_with_their_authors_values(model: str) -
         sources = [source.path for source in run.data.train]
         return {"weight": run.mlc.weight, "every": run.mlc.every, "layer": run.mlc.layer, "data": sources,
                 "lr": run.optimizer.learning_rate, "epochs": run.train.epochs, "bundles": run.train.batch_bundles,
-                **run.objective.model_dump()}  # fmt: skip
+                **run.objective.model_dump(exclude_none=True)}  # fmt: skip
 
     common = {"weight": 0, "every": 2, "layer": recipe.mlc.layer, "lr": 6e-7, "epochs": 3, "bundles": 32}
     kto = {"loss": "kto", "beta": 0.1, "desirable": 1.0, "undesirable": 1.0, "sft_weight": 0.0}
@@ -214,11 +214,11 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"name": "a/b"}, ["name='a/b'"]),
         (
             {"objective": {"loss": "sft", "beta": 0.1}},
-            ["objective.beta=0.1: no such field (valid here: answers, loss, sft_weight)"],
+            ["objective.beta=0.1: no such field (valid here: answers, loss, response_share, sft_weight)"],
         ),
         (
             {"objective": {"loss": "ipo", "label_smoothing": 0.1}},
-            ["objective.label_smoothing=0.1: no such field (valid here: answers, beta, loss, sft_weight)"],
+            ["objective.label_smoothing=0.1: no such field (valid here: answers, beta, loss, response_share, sft_weig"],
         ),
         (
             {"objective": {"loss": "dop"}},
@@ -514,7 +514,7 @@ def test_json_schema_has_the_settings_of_every_component() -> None:
     fields = config_schema(TrainConfig)["properties"]
     losses = {option["properties"]["loss"]["const"]: option for option in fields["objective"]["oneOf"]}
     assert losses.keys() == {"dco", "dpo", "ipo", "kto", "mpo", "orpo", "sdrrl", "sft", "simpo"}
-    assert losses["simpo"]["properties"].keys() == {"loss", "answers", "beta", "margin", "sft_weight"}
+    assert losses["simpo"]["properties"].keys() == {"loss", "answers", "response_share", "beta", "margin", "sft_weight"}
     terms = {option["properties"]["name"]["const"] for option in fields["terms"]["additionalProperties"]["anyOf"]}
     assert terms >= {"anchor", "contrast", "variance"}
     assert [option["properties"]["name"]["const"] for option in fields["mlc"]["oneOf"]] == ["cosine", "mlc"]

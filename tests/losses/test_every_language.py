@@ -147,6 +147,49 @@ def test_dcos_reference_takes_no_gradient(pair):
     assert all((one[:5] != 0).any() for one in gradients(result.loss, pair[0].total, pair[1].total))
 
 
+@pytest.mark.parametrize("share", [None, 0.4])
+@pytest.mark.parametrize("sft_weight", [0.0, 0.7])
+def test_the_response_language_may_weigh_more_than_the_others(pair, share, sft_weight):
+    """Of a bundle of one language that is all; the loss and the SFT part beside it are weighed alike."""
+    raw = {"loss": "dpo", "answers": "all", "sft_weight": sft_weight, "response_share": share}
+    objective = Objective(parse_config(ObjectiveConfig, {"objective": raw, "mlc": {"weight": 0}}))
+    references = random(6, seed=3), random(6, seed=4)
+    chosen, rejected = pair
+    weight = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    found = objective.total_loss(
+        weight=weight, chosen=chosen, rejected=rejected, reference_chosen=references[0],
+        reference_rejected=references[1], rows=ROWS,
+    )  # fmt: skip
+    margins = 0.1 * ((chosen.total - references[0]) - (rejected.total - references[1]))
+    parts = [-torch.nn.functional.logsigmoid(margins), -chosen.total / torch.tensor(CHOSEN_LENGTHS)]
+
+    def of_bundles(values):
+        means = []
+        for first, *others in MEMBERS.values():
+            rest = [values[row] for row in others]
+            if share is None or not rest:
+                means.append(sum([values[first], *rest]) / (1 + len(rest)))
+            else:
+                means.append(share * values[first] + (1 - share) * sum(rest) / len(rest))
+        return torch.stack(means)
+
+    loss, fitted = map(of_bundles, parts)
+    expected = ((loss + sft_weight * fitted) * weight).sum()
+    assert torch.allclose(found.loss, expected, rtol=1e-12)
+    assert torch.allclose(found.metrics["loss/alignment"], loss)
+    inputs = [chosen.total, rejected.total]
+    for ours, theirs in zip(
+        torch.autograd.grad(found.loss, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("raw", [{"response_share": 0.4}, {"loss": "sft", "answers": "all", "response_share": 1.0}])
+def test_a_share_without_other_answers_to_share_with_is_refused(raw):
+    with pytest.raises(ConfigError, match=r"response_share=(0\.4 is read with answers|1\.0.*less than 1)"):
+        parse_config(ObjectiveConfig, {"objective": raw})
+
+
 def test_sdrrl_equals_the_plain_loop():
     # Bundle 0 has all pairings of en (1) with ar (0) and sw (2), bundle 1 English alone.
     pairs = [(0, 1, 1), (0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 2, 2), (0, 2, 1), (0, 1, 2), (1, 1, 1)]
