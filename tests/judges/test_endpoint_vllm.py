@@ -137,7 +137,9 @@ def test_a_translation_asks_a_real_server_and_uses_none_of_its_replies_unchecked
     endpoint: EndpointSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command, with a key, in a process and a Ray of its own. SmolLM2 writes no Spanish that passes every check."""
-    endpoint = endpoint.model_copy(update={"cache_dir": str(tmp_path / "replies")})
+    # It goes on and on; up to an empty line it is a text that checks can read.
+    own = {"cache_dir": str(tmp_path / "replies"), "request": {"stop": ["\n\n"]}}
+    endpoint = endpoint.model_copy(update=own)
     settings = {
         "name": "made", "output_dir": str(tmp_path / "out"), "address": "local", "min_languages": 0,
         "sources": [{"path": str(write(tmp_path / "en.jsonl"))}], "languages": ["es"],
@@ -173,3 +175,4 @@ def test_a_translation_asks_a_real_server_and_uses_none_of_its_replies_unchecked
     assert not kept.keys() & rejected.keys() and len(kept) == texts.accepted < 3
     assert all(text in said[source] for source, text in kept.items())
     assert all(row["checks"] and row.get("text", "") in said[source] for source, row in rejected.items())
+    assert any(row.get("text") for row in rejected.values()), "what it wrote about rice is English"
