@@ -47,12 +47,16 @@ class Asked:
         )
 
 
+def endpoint_name(endpoint: EndpointSection) -> str:
+    """What `Asked.model` calls an endpoint."""
+    return f"{endpoint.model} at {endpoint.base_url}"
+
+
 def by_endpoint(what: str, endpoint: EndpointSection, requests: int, read: float, written: float) -> Asked:
     """So many requests with so many tokens, and what an endpoint takes for them."""
     prices = endpoint.usd_per_million_input_tokens, endpoint.usd_per_million_output_tokens
     usd = (read * prices[0] + written * prices[1]) / 1e6 if any(prices) else None
-    model = f"{endpoint.model} at {endpoint.base_url}"
-    return Asked(what, model, requests, round(read), round(written), usd)
+    return Asked(what, endpoint_name(endpoint), requests, round(read), round(written), usd)
 
 
 def endpoints_of(settings: JudgeSettings) -> list[EndpointSection]:

@@ -17,7 +17,7 @@ from mlc_ray.plan.runs import dtype_of, plan_alone
 from mlc_ray.plan.scores import plan_scoring
 from mlc_ray.plan.shapes import Shape
 from mlc_ray.runs import CELLS_FOLDER, artifact_cache, output_place
-from mlc_ray.score.asked import asked_to_judge, endpoints_of
+from mlc_ray.score.asked import Asked, asked_to_judge, endpoint_name, endpoints_of
 from mlc_ray.study.budget_tables import MethodBudget, ScoringBudget, StudyBudget, study_budget_lines
 from mlc_ray.study.cells import Cell, make_cells, scoring_of
 
@@ -101,14 +101,10 @@ def budget_of_cells(
             methods.append(_runs(model, method, number, plan))
             folders.append((model, number, plan))
         scores.append(_scores(model, len(own), scoring, prompts, shape, cluster))
-    samples = scoring.asking.samples
-    one = [(*of, float(PROMPT)) for of, number in prompts.cells.items() for _ in range(number * samples)]
-    asked = [each.times(len(cells) + len(models)) for each in asked_to_judge(scoring.judge, one, _longest(scoring))]
-    caps = [f"endpoint.max_cost_usd={each.max_cost_usd:g} is a cap for all scores of one model"
-            for each in endpoints_of(scoring.judge) if each.max_cost_usd is not None]  # fmt: skip
+    asked, caps = _asked(scoring, prompts, scores=len(cells) + len(models), models=len(models))
     return StudyBudget(
         "cpu" if cluster.gpu is None else f"{cluster.gpus} x {cluster.gpu.name}",
-        tuple(methods), tuple(scores), tuple(asked), _disk(folders, keep_models=keep_models),
+        tuple(methods), tuple(scores), asked, _disk(folders, keep_models=keep_models),
         (*lengths, *caps), (*dict.fromkeys(each for _, _, plan in folders for each in plan.assumed), *prompts.assumed),
     )  # fmt: skip
 
@@ -130,8 +126,21 @@ def _methods(cells: Sequence[Cell]) -> dict[str, int]:
     return found
 
 
-def _longest(scoring: ScoringSection) -> int:
-    return scoring.max_new_tokens or 1
+def _asked(
+    scoring: ScoringSection, prompts: Prompts, *, scores: int, models: int
+) -> tuple[tuple[Asked, ...], list[str]]:
+    """What all scores ask of endpoints, and what is to be said of their caps, which hold for the scores of a model."""
+    samples = scoring.asking.samples
+    one = [(*of, float(PROMPT)) for of, number in prompts.cells.items() for _ in range(number * samples)]
+    asked = tuple(each.times(scores) for each in asked_to_judge(scoring.judge, one, scoring.max_new_tokens or 1))
+    said = []
+    for endpoint in endpoints_of(scoring.judge):
+        if (cap := endpoint.max_cost_usd) is None:
+            continue
+        most = sum(each.usd or 0.0 for each in asked if each.model == endpoint_name(endpoint)) / models
+        fault = "" if most <= cap else f", which may take ${most:,.2f}: what it leaves unasked is unparsed"
+        said.append(f"endpoint.max_cost_usd={cap:g} is a cap for all scores of one model{fault}")
+    return asked, said
 
 
 def _runs(model: str, method: str, number: int, plan: RunPlan) -> MethodBudget:

@@ -32,7 +32,7 @@ from tests.study.folders import asked, planned
 from tests.train.tiny import random_rows
 
 ENDPOINT = {"base_url": "http://localhost:1/v1", "model": "m", "usd_per_million_input_tokens": 2.0,
-            "usd_per_million_output_tokens": 8.0, "max_cost_usd": 5.0}  # fmt: skip
+            "usd_per_million_output_tokens": 8.0, "max_cost_usd": 6.0}  # fmt: skip
 H100 = cluster_of(8, "h100")
 
 
@@ -101,8 +101,14 @@ def test_what_the_judge_asks_is_counted_for_every_score_and_costs_what_its_token
     assert verdicts.usd == pytest.approx((2.0 * verdicts.read + 8.0 * verdicts.written) / 1e6)
     said = "\n".join(study_budget_lines(found))
     assert f"6 runs and 7 scores of {requests:,} answers" in said and f"about ${verdicts.usd:,.2f}" in said
-    assert "endpoint.max_cost_usd=5 is a cap for all scores of one model" in said
+    assert "endpoint.max_cost_usd=6 is a cap for all scores of one model" in said
     assert "/not/here.csv is not here: 180 bundles in 2 languages" in said
+    assert "may take" not in said
+    large = {**ENDPOINT, "max_cost_usd": verdicts.usd - 0.01}  # type: ignore[operator]
+    scoring = {**raw()["scoring"], "judge": {"name": "endpoint", "endpoint": large}}
+    assert f"may take ${verdicts.usd:,.2f}: what it" in "\n".join(
+        study_budget_lines(study_budget(configured(scoring=scoring), H100))
+    )
     as_json = json.loads(json.dumps(study_budget_json(found)))
     assert as_json["usd"] == pytest.approx(verdicts.usd) and as_json["requests"] == requests
     assert as_json["hours"] == pytest.approx(found.hours) and as_json["fits"] is True
