@@ -388,7 +388,7 @@ def training_languages(path: str | Path | Place) -> list[str] | None:
     Raises:
         ModelPathError: That file is damaged.
     """
-    for file, facts in _described(path):
+    for file, facts in descriptions_of(path):
         languages = facts.get("languages")
         if languages is not None and not (
             isinstance(languages, list) and all(isinstance(code, str) for code in languages)
@@ -406,7 +406,7 @@ def training_chat(path: str | Path | Place) -> ChatSection | None:
     Raises:
         ModelPathError: What says so is damaged.
     """
-    for file, facts in _described(path):
+    for file, facts in descriptions_of(path):
         if (chat := facts.get("chat")) is not None:
             try:
                 return parse_config(ChatSection, chat)
@@ -415,7 +415,7 @@ def training_chat(path: str | Path | Place) -> ChatSection | None:
     return None
 
 
-def _described(path: str | Path | Place) -> Iterator[tuple[Place, dict[str, Any]]]:
+def descriptions_of(path: str | Path | Place) -> Iterator[tuple[Place, dict[str, Any]]]:
     """The files that say how a model was trained, and what is in them."""
     if not Place(path).is_dir():
         return  # a hub name

@@ -94,7 +94,7 @@ def test_the_papers_study_has_its_methods_with_the_published_values() -> None:
     cells = {(cell.model, cell.method): cell.config for cell in make_cells(config)}
     methods = {method for _, method in cells}
     assert methods >= {"sft", "dpo", "simpo", "orpo", "mpo", "sdrrl", "dpo-cosine", "dpo-no-extractor", "dco"}
-    assert methods >= {"sft-mlc", "dpo-mlc", "simpo-mlc", "orpo-mlc", "dpo-translated", "sft-translated"}
+    assert methods >= {"sft-mlc", "dpo-mlc", "simpo-mlc", "orpo-mlc"}
     for model, file in (("qwen2.5-7b", "qwen2.5-7b.yaml"), ("gemma-2-9b", "gemma-2-9b.yaml")):
         recipe, cell = load_config(TrainConfig, CONFIGS / file), cells[model, "dpo-mlc"]
         for section in ("objective", "mlc", "optimizer", "train", "engine", "data", "cluster"):
@@ -112,6 +112,55 @@ def test_the_papers_study_has_its_methods_with_the_published_values() -> None:
         assert {**ours, "layer": 0, "every": 0} == {**theirs, "layer": 0, "every": 0}, section
     gemma = cells["gemma-2-9b", "mpo"]
     assert (gemma.objective.dominant, gemma.optimizer.learning_rate) == ("en", 4e-7)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-7b", "gemma-2-9b"])
+def test_the_papers_study_has_the_rivals_with_their_authors_values(model: str) -> None:
+    """KTO's are LASA's (arXiv 2604.12710), DCO's those of its script (2603.04678); rows of the paper's recipe else."""
+    config = load_config(StudyConfig, CONFIGS / "study/paper.yaml")
+    cells = {cell.method: cell.config for cell in make_cells(config) if cell.model == model}
+    recipe = cells["dpo-mlc"]
+    translated, own = "data/translated.jsonl", f"data/own-answers-{model}.jsonl"
+
+    def said(method: str) -> dict[str, Any]:
+        run = cells[method]
+        sources = [source.path for source in run.data.train]
+        return {"weight": run.mlc.weight, "every": run.mlc.every, "layer": run.mlc.layer, "data": sources,
+                "lr": run.optimizer.learning_rate, "epochs": run.train.epochs, "bundles": run.train.batch_bundles,
+                **run.objective.model_dump(exclude_none=True)}  # fmt: skip
+
+    common = {"weight": 0, "every": 2, "layer": recipe.mlc.layer, "lr": 6e-7, "epochs": 3, "bundles": 32}
+    kto = {"loss": "kto", "beta": 0.1, "desirable": 1.0, "undesirable": 1.0, "sft_weight": 0.0}
+    assert said("kto-translated") == {**common, **kto, "answers": "all", "data": [translated], "lr": 1e-6}
+    lasa = {"qwen2.5-7b": 19, "gemma-2-9b": 29}[model]
+    shipped = [source.path for source in recipe.data.train]
+    expected = {**common, **kto, "answers": "response", "data": shipped, "layer": lasa, "weight": 0.8}
+    assert said("kto-mlc-lasa") == expected
+    shares = {"english": 0.5, "english_answers": 0.5, "translated": 0.0, "english_prompts": 0.0}
+    assert said("sdrrl-english") == {**common, **shares, "loss": "sdrrl", "sft_weight": 0.0, "data": [own]}
+    assert said("sdrrl") == {**said("sdrrl-english"), **dict.fromkeys(shares, 0.25)}
+    dco = said("dco")
+    assert (dco["loss"], dco["beta"], dco["lr"], dco["epochs"], dco["bundles"]) == ("dco", 1.0, 1e-5, 1, 4)
+    assert (dco["weight"], dco["data"]) == (0, [translated])
+    for name in ("dpo", "simpo", "orpo", "sft"):
+        bound = {**said(name), "answers": "all", "data": [translated]}
+        assert said(f"{name}-translated") == bound
+    forms = {"dpo-cosine": ("linear", None), "dpo-cosine-squared": ("squared", None),
+             "dpo-cosine-anchored": ("anchored", None)}  # fmt: skip
+    for method, (form, detach) in forms.items():
+        tap = cells[method].mlc.model_dump()
+        assert (tap["name"], tap["form"], tap["detach"], tap["weight"]) == ("cosine", form, detach, 0.8)
+
+
+def test_the_row_of_ours_differs_from_its_control_by_its_terms() -> None:
+    config = load_config(StudyConfig, CONFIGS / "study/paper.yaml")
+    cells = {(cell.model, cell.method, cell.seed): cell.config for cell in make_cells(config)}
+    ours, control = (cells["qwen2.5-7b", name, 42] for name in ("ours-decision-consistency", "sft-benign"))
+    assert {name: term.weight for name, term in ours.active_terms.items()} == {"decision": 0.5, "consistency": 0.3}
+    assert not control.active_terms and ours.data == control.data and ours.objective == control.objective
+    assert ours.optimizer == control.optimizer and ours.train == control.train
+    endpoint = config.scoring.judge.endpoint  # type: ignore[attr-defined]
+    assert (endpoint.model, endpoint.max_cost_usd) == ("gpt-4o", 1500)
 
 
 def test_no_config_file_is_left_out() -> None:
@@ -165,11 +214,11 @@ def test_published_recipes_have_the_published_values(file: str, layer: int, stag
         ({"name": "a/b"}, ["name='a/b'"]),
         (
             {"objective": {"loss": "sft", "beta": 0.1}},
-            ["objective.beta=0.1: no such field (valid here: answers, loss, sft_weight)"],
+            ["objective.beta=0.1: no such field (valid here: answers, loss, response_share, sft_weight)"],
         ),
         (
             {"objective": {"loss": "ipo", "label_smoothing": 0.1}},
-            ["objective.label_smoothing=0.1: no such field (valid here: answers, beta, loss, sft_weight)"],
+            ["objective.label_smoothing=0.1: no such field (valid here: answers, beta, loss, response_share, sft_weig"],
         ),
         (
             {"objective": {"loss": "dop"}},
@@ -465,7 +514,7 @@ def test_json_schema_has_the_settings_of_every_component() -> None:
     fields = config_schema(TrainConfig)["properties"]
     losses = {option["properties"]["loss"]["const"]: option for option in fields["objective"]["oneOf"]}
     assert losses.keys() == {"dco", "dpo", "ipo", "kto", "mpo", "orpo", "sdrrl", "sft", "simpo"}
-    assert losses["simpo"]["properties"].keys() == {"loss", "answers", "beta", "margin", "sft_weight"}
+    assert losses["simpo"]["properties"].keys() == {"loss", "answers", "response_share", "beta", "margin", "sft_weight"}
     terms = {option["properties"]["name"]["const"] for option in fields["terms"]["additionalProperties"]["anyOf"]}
     assert terms >= {"anchor", "contrast", "variance"}
     assert [option["properties"]["name"]["const"] for option in fields["mlc"]["oneOf"]] == ["cosine", "mlc"]

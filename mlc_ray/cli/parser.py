@@ -72,6 +72,7 @@ Every trial is a run of `mlc-ray train` that differs in the fields under `space`
 """
 _STUDY = """\
 Every method on every model with every seed, each a run and a score, in one table with both sides, intervals and tests:
+  mlc-ray study --config configs/study/paper.yaml --budget --gpus 8 --gpu h100      hours, memory, disk, dollars
   mlc-ray study --config configs/study/small.yaml
   mlc-ray study --resume runs/small
 """
@@ -165,12 +166,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_resume(search, "search")
 
     study = add("study", "Compare methods over models and seeds.", _STUDY)
+    _add_budget(study)
     _add_settings(study)
     _add_resume(study, "study")
 
     scale = add("scale", "Search layer and lambda over sizes of models, and say what moves with size.", _SCALE)
-    scale.add_argument("--budget", action="store_true", help="say what it takes at most, and stop")
-    _add_cluster(scale)
+    _add_budget(scale)
     _add_settings(scale)
     _add_resume(scale, "study")
 
@@ -235,12 +236,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = add("report", "Write one HTML file that shows runs and scores, and compares them.", _REPORT)
     report.add_argument(
-        "runs",
-        metavar="RUN",
-        nargs="+",
-        type=_place,
+        "runs", metavar="RUN", nargs="+", type=_place,
         help="run folder, score folder, or a folder of those, with probes of the same models; or one study",
-    )
+    )  # fmt: skip
     report.add_argument("--out", metavar="FILE.html", type=_path, default=Path("report.html"), help="file to write")
     report.add_argument(
         "--paper", metavar="FOLDER", type=_path, help="also write Markdown tables and PNG figures there"
@@ -272,11 +270,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     show = add("show", "Say what a folder is, how far it got, what came out, and what to do next.", _SHOW)
     show.add_argument(
-        "folder",
-        metavar="FOLDER",
-        type=_place,
+        "folder", metavar="FOLDER", type=_place,
         help="run, score, search, study, probe or translation, or a folder of those",
-    )
+    )  # fmt: skip
 
     utility = add(
         "utility",
@@ -310,11 +306,7 @@ def build_parser() -> argparse.ArgumentParser:
     config = add("config", "Print the resolved settings, or the JSON schema.", _SETTINGS)
     _add_settings(config)
     config.add_argument(
-        "--schema",
-        nargs="?",
-        const="train",
-        choices=SCHEMAS,
-        help="print the JSON schema (default: train)",
+        "--schema", nargs="?", const="train", choices=SCHEMAS, help="print the JSON schema (default: train)"
     )
     config.add_argument("--for", dest="schema_of", choices=SCHEMAS, default="train", help="kind of the file")
 
@@ -363,6 +355,12 @@ def _place(text: str) -> Place:
         return Place(stored_path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--budget", action="store_true", help="say what it takes at most, and stop")
+    parser.add_argument("--json", action="store_true", help="with --budget: print it as JSON")
+    _add_cluster(parser)
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:

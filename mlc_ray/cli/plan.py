@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from mlc_ray.config import (
@@ -15,7 +14,6 @@ from mlc_ray.config import (
     ScoreConfig,
     ScoringSection,
     SearchConfig,
-    SourceSection,
     TrainConfig,
     load_config,
 )
@@ -25,6 +23,7 @@ from mlc_ray.plan.check_engines import check_beside, check_engine
 from mlc_ray.plan.hardware import Cluster, cluster_of, this_machine, with_workers
 from mlc_ray.plan.lengths import Weights, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
+from mlc_ray.plan.prompts import prompts_of
 from mlc_ray.plan.rates import Rates, gpu_here, rates_of, read_calibrations, threads_of
 from mlc_ray.plan.records import RunPlan
 from mlc_ray.plan.runs import PlanError, dtype_of, plan_run
@@ -152,7 +151,7 @@ def _score(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[st
     defaults = {"model": arguments.shape} if arguments.shape is not None else {}
     config = load_config(ScoreConfig, arguments.config, arguments.overrides, defaults=defaults)
     shape = _shape(arguments, config.model, trust_remote_code=config.engine.trust_remote_code)
-    plan = _scored(config, shape, cluster, prompts=_prompts(config.benchmarks, config, config.limit))
+    plan = _scored(config, shape, cluster, prompts=len(prompts_of(config.benchmarks, config, config.limit)))
     gpu, on = cluster.gpu is not None, _to_check(arguments, cluster)
     refused = _refused(lambda: check_engine(arguments.shape or config.model, config, gpu=gpu, cluster=on))
     return score_lines(plan, refused), score_json(plan, refused)
@@ -181,25 +180,6 @@ def _scored(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts:
     return plan_scoring(with_longest_answer(scoring), shape, cluster, prompts=prompts, dtype=dtype)
 
 
-def _prompts(benchmarks: Sequence[SourceSection], scoring: ScoringSection, limit: int | None) -> int:
-    """Prompts of the benchmarks that are here; of others as many as the published test set has, in ten languages."""
-    from mlc_ray.data.bundles import KINDS
-    from mlc_ray.data.sources import Reading, resolve_source
-    from mlc_ray.types import Bundle
-
-    number = 0
-    for source in benchmarks:
-        if not (source.path.startswith("sample:") or Path(source.path).expanduser().exists()):
-            number += 180 * len(scoring.languages or range(10))
-            continue
-        for file in resolve_source(source):
-            bundles = [row.parsed for row in Reading(file).rows() if isinstance(row.parsed, Bundle)]
-            of_kind = [[bundle for bundle in bundles if bundle.kind == kind][:limit] for kind in KINDS]
-            asked = [bundle for some in of_kind for bundle in some]
-            number += sum(len(set(bundle.prompts) & set(scoring.languages or bundle.prompts)) for bundle in asked)
-    return number
-
-
 def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
     from mlc_ray.search.space import make_space
     from mlc_ray.search.tune import number_of_points
@@ -209,11 +189,11 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
     base = space.run(next(iter(space.corners())), name="corner")
     run, best, shape = _run(arguments, base, cluster, workers=base.cluster.most_workers)
     scoring, confirm = config.scoring, config.confirm
-    prompts = _prompts(scoring.benchmarks, scoring, scoring.limit)
+    prompts = len(prompts_of(scoring.benchmarks, scoring, scoring.limit))
     if confirm.benchmarks is None:  # every second bundle is kept for it
         asked = (prompts - prompts // 2, prompts // 2)
     else:
-        asked = (prompts, _prompts(confirm.benchmarks, scoring, confirm.limit))
+        asked = (prompts, len(prompts_of(confirm.benchmarks, scoring, confirm.limit)))
     choosing, confirming = (_scored(scoring, shape, cluster, prompts=number) for number in asked)
     points = number_of_points(config, space)
     plan = plan_search(config, run, points=points, choosing=choosing, confirming=confirming, cluster=cluster)

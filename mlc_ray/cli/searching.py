@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from mlc_ray.cli.arguments import refuse_settings
@@ -44,7 +46,12 @@ def _show_search(result: SearchResult) -> None:
 
 
 def study_command(arguments: argparse.Namespace) -> None:
-    """`mlc-ray study`."""
+    """`mlc-ray study`.
+
+    Raises:
+        DoesNotFitError: With `--budget`: what the study needs is known not to fit; the budget is printed all the same.
+    """
+    _check_budget(arguments)
     if arguments.resume is not None:
         refuse_settings(arguments, "study")
         from mlc_ray.study.run import resume_study
@@ -54,14 +61,52 @@ def study_command(arguments: argparse.Namespace) -> None:
     if arguments.config is None:
         raise ConfigError("study needs --config FILE (see configs/study/) or --resume FOLDER")
     config = load_config(StudyConfig, arguments.config, arguments.overrides)
+    if arguments.budget:
+        _study_budget(arguments, config)
+        return
 
     from mlc_ray.study.run import study
 
     _show_study(study(config))
 
 
+def _check_budget(arguments: argparse.Namespace) -> None:
+    """Refuse options that go with `--budget` alone, and it where a study goes on.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    if arguments.budget and arguments.resume is not None:
+        raise ConfigError(
+            f"--budget cannot go with --resume {arguments.resume}: it is stated of a study's file; give --config FILE"
+        )
+    if arguments.gpus is not None and not arguments.budget:
+        raise ConfigError(f"--gpus {arguments.gpus} is read with --budget only: a study runs on the cluster it joins")
+    if arguments.json and not arguments.budget:
+        raise ConfigError("--json is read with --budget only; what a study found is in its folder as results.json")
+
+
+def _study_budget(arguments: argparse.Namespace, config: StudyConfig) -> None:
+    from mlc_ray.cli.plan import DoesNotFitError, cluster_here, named_cluster
+    from mlc_ray.report.console import show
+    from mlc_ray.report.tables import console
+    from mlc_ray.study.budget_tables import study_budget_json, study_budget_lines, study_budget_tables
+    from mlc_ray.study.cell_budget import study_budget
+
+    budget = study_budget(config, named_cluster(arguments) or cluster_here())
+    if arguments.json:
+        print(json.dumps(study_budget_json(budget), indent=2))
+    else:
+        for shown in study_budget_tables(budget):
+            show(console(shown))
+        print("\n".join(study_budget_lines(budget)))
+    if not budget.fits:
+        raise DoesNotFitError("it does not fit; what lacks is in the budget that was printed")
+
+
 def scale_command(arguments: argparse.Namespace) -> None:
     """`mlc-ray scale`."""
+    _check_budget(arguments)
     if arguments.resume is not None:
         refuse_settings(arguments, "study")
         from mlc_ray.study.scale import resume_scale
@@ -81,10 +126,12 @@ def scale_command(arguments: argparse.Namespace) -> None:
         from mlc_ray.report.scale import budget_table
         from mlc_ray.report.tables import console
 
-        show(console(budget_table(scale_budget(config, cluster))))
+        budget = scale_budget(config, cluster)
+        if arguments.json:
+            print(json.dumps([asdict(each) for each in budget], indent=2))
+        else:
+            show(console(budget_table(budget)))
         return
-    if cluster is not None:
-        raise ConfigError(f"--gpus {arguments.gpus} is read with --budget only: a study runs on the cluster it joins")
     _show_study(scale(config))
 
 

@@ -38,6 +38,20 @@ class AnswerSettings(LossSettings):
         "each to the prompt in it; a bundle's loss is the mean over them (the fully translated upper bound). `given`: "
         "the same of those languages that a bundle has answers in, which may be some.",
     )
+    response_share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="With `answers` in several languages: the weight of the response language's in a bundle's loss, of "
+        "which the others have the rest alike (default: all weigh alike).",
+    )
+
+    @model_validator(mode="after")
+    def _share_of_several(self) -> Self:
+        if self.response_share is not None and self.answers == "response":
+            raise ValueError(
+                f"objective.response_share={self.response_share} is read with answers in several languages, and "
+                "objective.answers='response' reads one; set answers=given or all, or remove it"
+            )
+        return self
 
 
 class TermSettings(Section):

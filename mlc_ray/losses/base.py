@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mlc_ray.config import AnswerSettings, LossSettings, TermSettings
+from mlc_ray.losses.answers import weighted_mean
 from mlc_ray.types import AnswerRows, Pairing, Pooling
 
 
@@ -63,6 +64,8 @@ class Alignment(ABC):
     needs_rows: ClassVar[bool] = False
     """Whether it relates answers of a bundle to each other: it is given whose they are, `AnswerRows`, and says what
     each bundle costs. The loss of other alignments is of each answer, and a bundle's the mean over its answers."""
+    response_share: float | None = None
+    """What the answer in the response language weighs in that mean (`answers.weighted_mean`); None: as the others."""
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -113,6 +116,11 @@ class PerAnswer(Alignment):
     def pairing(self) -> Pairing:
         """As `objective.answers` says."""
         return _PAIRINGS[self.settings.answers]
+
+    @property
+    def response_share(self) -> float | None:  # type: ignore[override]
+        """As the settings say."""
+        return self.settings.response_share
 
 
 @dataclass(frozen=True)
@@ -255,13 +263,9 @@ class Term(ABC):
         """The loss of each bundle, without the term's weight."""
 
 
-def mean_over_answers(values: Tensor, rows: AnswerRows | None) -> Tensor:
-    """Mean over each bundle's answers [B] of values [A]; without `rows`, each bundle has one."""
-    if rows is None:
-        return values
-    number = len(rows.response)
-    sums = values.new_zeros(number).index_add(0, rows.bundle, values)
-    return sums / values.new_zeros(number).index_add(0, rows.bundle, torch.ones_like(values))
+def mean_over_answers(values: Tensor, rows: AnswerRows | None, share: float | None = None) -> Tensor:
+    """Mean over each bundle's answers [B] of values [A] (`weighted_mean`); without `rows`, each bundle has one."""
+    return values if rows is None else weighted_mean(values, rows, share)
 
 
 def mean_over_languages(losses: Tensor, valid: Tensor, n_bundles: int) -> Tensor:

@@ -57,8 +57,8 @@ def dco_loss(
     and o(l) the reference's log-odds of the two: mean over the further languages t of
     |r(1) - o(t) / beta| + |r(t) - beta o(1)|, 1 being the response language. 0 for a bundle with no further language.
     """
-    ratio = (chosen.total - reference_chosen) - (rejected.total - reference_rejected)
     odds = (reference_chosen - reference_rejected).detach()
+    ratio = chosen.total - rejected.total - odds
     first = rows.response[rows.bundle]
     costs = (ratio[first] - odds / beta).abs() + (ratio - beta * odds[first]).abs()
     further = costs.new_ones(len(costs)).index_fill(0, rows.response, 0.0)

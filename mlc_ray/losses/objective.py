@@ -43,7 +43,8 @@ class Objective:
     def describe(self) -> list[str]:
         """A line for each part: its weight, its name and its settings, those that may be published."""
         loss = self.config.objective.loss
-        lines = [_described(loss, public_settings(self.config.objective), {"loss", "sft_weight"}, self.alignment.note)]
+        said = {"loss", "sft_weight", *(["response_share"] if self.alignment.response_share is None else [])}
+        lines = [_described(loss, public_settings(self.config.objective), said, self.alignment.note)]
         if self.sft_weight:
             lines.append(f"{self.sft_weight} x sft")
         for name, term in self.terms.items():
@@ -194,11 +195,11 @@ class Objective:
         # In the response language alone each bundle has one answer, and there is nothing to average.
         several = None if alignment.pairing == "response" else rows
         answers = None if alignment.needs_rows else several
-        loss = mean_over_answers(aligned.loss, answers)
+        loss = mean_over_answers(aligned.loss, answers, alignment.response_share)
         total = (loss * weight).sum()
         metrics: dict[str, Tensor] = {"loss/alignment": loss.detach()}
         if self.sft_weight:
-            fitted = mean_over_answers(-mean_log_prob(chosen), several)
+            fitted = mean_over_answers(-mean_log_prob(chosen), several, alignment.response_share)
             total = total + self.sft_weight * (fitted * weight).sum()
             metrics["loss/sft"] = fitted.detach()
         if aligned.chosen_reward is not None and aligned.rejected_reward is not None:

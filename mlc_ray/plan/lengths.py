@@ -28,7 +28,7 @@ SAMPLE, MOST_ROWS, LOOKED_AT = 128, 4096, 20
 HASHED = 64 * 2**20
 """Bytes of sources that are read whole to find their prepared rows; of more, a sample is tokenised."""
 
-LANGUAGES, PROMPT, ANSWER, HEAD = 10, 43, 79, 25
+BUNDLES, LANGUAGES, PROMPT, ANSWER, HEAD = 2835, 10, 43, 79, 25
 """The published training data: 10 languages, 427 prompt tokens and 208 of preferences a bundle; a template of 25."""
 
 
@@ -109,7 +109,7 @@ def least() -> Weights:
 
 
 def _count(config: TrainConfig) -> int:
-    """Bundles of the sources that can be counted here; 1,000 where none can."""
+    """Bundles of the sources that can be counted here; as many as published where none can."""
     from mlc_ray.data.sources import Reading, resolve_source
 
     found = 0
@@ -120,7 +120,7 @@ def _count(config: TrainConfig) -> int:
                 found += sum(isinstance(row.parsed, Bundle) for file in small for row in Reading(file).rows())
             except MlcRayError:  # the command that reads them will say what is wrong
                 continue
-    return found or 1000
+    return found or BUNDLES
 
 
 def _bytes(path: Path) -> int:

@@ -12,7 +12,7 @@ from mlc_ray.plan.activations import Row
 from mlc_ray.plan.budget import tokens_in
 from mlc_ray.plan.costs import COPY_GB, NODE_GB, behind, blocking
 from mlc_ray.plan.cutting import BUNDLES_PER_REFERENCE_FORWARD, CPU_TOKENS, steps_of
-from mlc_ray.plan.hardware import Cluster, has_sheet
+from mlc_ray.plan.hardware import Cluster, has_sheet, with_workers
 from mlc_ray.plan.lengths import Weights, cut
 from mlc_ray.plan.memory import (
     CUDA_CONTEXT,
@@ -30,7 +30,7 @@ from mlc_ray.plan.memory import (
     states,
     zero_extra,
 )  # fmt: skip
-from mlc_ray.plan.rates import Rates, threads_of
+from mlc_ray.plan.rates import Rates, rates_of, threads_of
 from mlc_ray.plan.records import Memory, Part, RunPlan, Work
 from mlc_ray.plan.seconds import REPEATED, flops, gathering, seconds
 from mlc_ray.plan.shapes import Shape
@@ -120,6 +120,19 @@ def plan_run(
         assumed=_assumed(config, rates, cluster, shape, workers),
         data=weights.said,
     )  # fmt: skip
+
+
+def plan_alone(config: TrainConfig, shape: Shape, cluster: Cluster, weights: Weights) -> RunPlan:
+    """What a run needs on a cluster that it has alone, with as many workers as its settings say.
+
+    Raises:
+        PlanError: Its engine is not DeepSpeed, or the cluster has fewer GPUs than it has workers.
+    """
+    workers, dtype = config.cluster.most_workers, dtype_of(config.model.dtype, cluster)
+    if cluster.gpu is not None and workers > cluster.gpus:
+        raise PlanError(f"cluster.workers={workers}, but the cluster has {cluster.gpus} GPUs; lower it, or take more")
+    rates = rates_of(cluster.gpu, dtype, threads=threads_of(config))
+    return plan_run(config, shape, with_workers(cluster, workers), weights, rates, dtype=dtype, workers=workers)
 
 
 def _budget(config: TrainConfig, shape: Shape, held: Holding, weights: Weights, limit: int, kept: float) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mlc_ray.report.openings import coverage_of
 from mlc_ray.report.tables import Cell, Row, Table, cell, row, table
 from mlc_ray.report.text import ABSENT, whole
 from mlc_ray.stats.rates import Interval
@@ -102,8 +103,19 @@ def _judgement(model: Model) -> Table:
     def shown(value: float | None) -> str:
         return ABSENT if value is None else whole(value)
 
+    covered = coverage_of(model)
+
+    def begun(language: str) -> Cell:
+        found = covered.get(language)
+        if found is None:
+            return cell(ABSENT)
+        return cell(whole(100 * found.begun / found.refusals), str(found), tone="alarm" if found.is_low else "")
+
     rows = [
-        row(each.language, [_auc(each), *(shown(rates[each.language, kind]) for kind in _KINDS), _said(each)])
+        row(
+            each.language,
+            [_auc(each), *(shown(rates[each.language, kind]) for kind in _KINDS), begun(each.language), _said(each)],
+        )
         for each in model.decisions
     ]
     known = [each.language for each in model.decisions if not each.is_unknown]
@@ -111,10 +123,12 @@ def _judgement(model: Model) -> Table:
         rows.append(_mean("languages that it knows", [[rates[code, kind] for code in known] for kind in _KINDS]))
     return table(
         f"judgement: {model.label}",
-        ("language", "AUC of refusal", "harmful refused %", "benign refused %", ""),
+        ("language", "AUC of refusal", "harmful refused %", "benign refused %", "refusals that open as read %", ""),
         rows,
         "AUC of the log-odds that a response opens as a refusal, harmful against benign prompts of the probe: "
-        "judgement apart from where greedy decoding puts the threshold; rates are of the score's responses",
+        "judgement apart from where greedy decoding puts the threshold; rates are of the score's responses, and so is "
+        "the share of its refusals that begin with an opening that training reads (of an untouched model, a listed "
+        "one): where it is low the AUC says little",
     )
 
 
@@ -126,7 +140,7 @@ def _mean(name: str, columns: Sequence[Sequence[float | None]]) -> Row:
     for column in columns:
         values = [value for value in column if value is not None]
         cells.append(whole(sum(values) / len(values)) if values else ABSENT)
-    return row(name, ["", *cells, ""], tone="strong")
+    return row(name, ["", *cells, "", ""], tone="strong")
 
 
 def _refused(model: Model, language: str, kind: Kind) -> float | None:

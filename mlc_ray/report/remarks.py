@@ -13,6 +13,7 @@ import yaml
 
 from mlc_ray.report.collect import Model
 from mlc_ray.report.decisions import judgement_warnings
+from mlc_ray.report.openings import coverage_warnings
 from mlc_ray.report.rates import harmful_side
 from mlc_ray.report.text import percent, whole
 from mlc_ray.report.utility import utility_warnings
@@ -49,6 +50,7 @@ def warnings(models: Sequence[Model]) -> list[str]:
         *_other_version(models),
         *_told_otherwise(models),
         *judgement_warnings(models),
+        *coverage_warnings(models),
         *unread(models),
         *_cut_off(models),
         *_no_answer(models),

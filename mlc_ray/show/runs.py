@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlc_ray.report.collect import read_responses
+from mlc_ray.report.openings import coverage, openings_read
 from mlc_ray.report.text import percent
 from mlc_ray.runs import (
     CONFIG_FILE,
@@ -171,12 +173,23 @@ def score_lines(folder: Place) -> list[Line]:
     if result.unparsed or result.degenerate:
         lines.append(("no verdict", f"{result.unparsed} unparsed, {result.degenerate} degenerate responses"))
     lines.append(("language", _in_language(result)))
+    lines += _openings(result)
     if (folder / UTILITY_FILE).is_file():
         utility = load_utility(folder).rows
         values = [f"{row.task} {row.metric} {row.value:.4f}" for row in utility if row.value is not None]
         lines.append(("utility", ", ".join(values)))
     commands = [f"mlc-ray report {here} --out report.html", f"mlc-ray judge {here} --judge NAME"]
     return [*lines, ("responses", str(result.responses_file)), *next_lines(commands)]
+
+
+def _openings(result: ScoreResult) -> list[Line]:
+    """How many refusals begin with an opening that the terms of the model's training read, where it has such terms."""
+    read = openings_read(result)
+    if read is None or not read.by_terms or not result.responses_file.is_file():
+        return []
+    found = coverage(read_responses(result.responses_file), read.openings).values()
+    said = ", ".join(f"{each.language} {each}{' (few)' if each.is_low else ''}" for each in found)
+    return [("openings", f"refusals that begin as training's terms read them: {said or 'nothing is refused'}")]
 
 
 def _in_language(result: ScoreResult) -> str:

@@ -12,10 +12,9 @@ from mlc_ray.data.prepare import prepare_token_rows
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import steps_of
-from mlc_ray.plan.hardware import Cluster, with_workers
+from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import of_artifact
-from mlc_ray.plan.rates import rates_of, threads_of
-from mlc_ray.plan.runs import PlanError, dtype_of, plan_run, plannable
+from mlc_ray.plan.runs import PlanError, dtype_of, plan_alone, plannable
 from mlc_ray.plan.scores import SearchPlan, plan_scoring, plan_search, runs_in, scores_in
 from mlc_ray.plan.shapes import ShapeError, config_of, shape_of
 from mlc_ray.report.scale import SizeBudget
@@ -99,13 +98,10 @@ def plan_of(search: SizeSearch, tokens: TokenArtifact, prompts: tuple[int, int],
         shape = shape_of(*config_of(run.model.path, trust_remote_code=run.model.trust_remote_code))
     except ShapeError:
         return None
-    workers = run.cluster.most_workers
-    there, dtype = with_workers(cluster, workers), dtype_of(run.model.dtype, cluster)
-    rates = rates_of(cluster.gpu, dtype, threads=threads_of(run))
-    planned = plan_run(run, shape, there, of_artifact(tokens), rates, dtype=dtype, workers=workers)
     scoring = search.config.scoring
     answers = dtype_of(scoring.engine.dtype, cluster)
     try:
+        planned = plan_alone(run, shape, cluster, of_artifact(tokens))
         choosing, confirming = (
             plan_scoring(scoring, shape, cluster, prompts=number, dtype=answers) for number in prompts
         )

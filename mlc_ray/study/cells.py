@@ -7,8 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlc_ray.config import DECIDED, ConfigError, SourceSection, StudyConfig, TrainConfig, apply_override, parse_config
+from mlc_ray.config import (
+    DECIDED,
+    ConfigError,
+    ScoringSection,
+    SourceSection,
+    StudyConfig,
+    TrainConfig,
+    apply_override,
+    parse_config,
+)
 from mlc_ray.data.sources import pinned
+from mlc_ray.score.plan import with_longest_answer
 from mlc_ray.storage import absolute_if_here, pinned_model
 from mlc_ray.train.run_folder import with_model, with_sources
 
@@ -70,6 +80,20 @@ def _cell(config: StudyConfig, model: str, method: str, seed: int) -> Cell:
     except ConfigError as error:
         raise ConfigError(f"method {method!r} on model {model!r}: {error}") from None
     return Cell(model, method, seed, run)
+
+
+def scoring_of(config: StudyConfig, cells: Sequence[Cell]) -> ScoringSection:
+    """How all models are scored: in the conversation that cells train in, the longest answer decided.
+
+    Raises:
+        ConfigError: it names another conversation.
+    """
+    scoring, chat = config.scoring, cells[0].config.chat
+    if scoring.chat is not None and scoring.chat != chat:
+        raise ConfigError(
+            f"scoring.chat={scoring.chat!r}, but the cells train with chat={chat!r}; give chat under train alone"
+        )
+    return with_longest_answer(scoring.model_copy(update={"chat": chat}))
 
 
 _WHO = {

@@ -8,9 +8,9 @@ there (`runs`), and `study.json` what it is to be.
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlc_ray.capacity import workers_needed
@@ -25,6 +25,9 @@ from mlc_ray.lease import lease
 from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
+from mlc_ray.plan.lengths import of_artifact
+from mlc_ray.plan.prompts import Prompts as Counted
+from mlc_ray.plan.there import cluster_there
 from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import (
     CELLS_FOLDER,
@@ -40,16 +43,17 @@ from mlc_ray.runs import (
     resolve_model,
     training_languages,
 )
-from mlc_ray.score.plan import Judging, fitted, judge_at_commits, places, plan_judging, with_dtypes, with_longest_answer
+from mlc_ray.score.plan import Judging, fitted, judge_at_commits, places, plan_judging, with_dtypes
 from mlc_ray.score.prompts import Prompts, read_prompts
 from mlc_ray.score.request import Request
 from mlc_ray.score.scorer import ScorerDiedError, WarmScorer, start_scorer, write_warm_score
 from mlc_ray.storage import Place, fingerprint_model, local_side, user_cache
-from mlc_ray.study.cells import Cell, Commits, make_cells
+from mlc_ray.study.cell_budget import same_tokens, state_budget
+from mlc_ray.study.cells import Cell, Commits, make_cells, scoring_of
 from mlc_ray.study.failing import failing
 from mlc_ray.study.folder import Plan, StudyError, check_goes_on, load_plan
 from mlc_ray.study.record import Recorder, has_model, is_complete, is_read, score_folder, untouched_folder
-from mlc_ray.study.supervision import Supervision, supervision_of
+from mlc_ray.study.supervision import supervision_of
 from mlc_ray.train.divergence import DivergedError
 from mlc_ray.train.export import export
 from mlc_ray.train.model import check_device, model_depth, resolve_layer
@@ -77,13 +81,7 @@ def study(config: StudyConfig) -> StudyResult:
         MlcRayError: what reading data and models raises, before any cell starts.
     """
     cells = make_cells(config)
-    scoring = config.scoring
-    if scoring.chat is not None and scoring.chat != cells[0].config.chat:
-        raise ConfigError(
-            f"scoring.chat={scoring.chat!r}, but the cells train with chat={cells[0].config.chat!r}; give chat under "
-            "train alone"
-        )
-    scoring = with_longest_answer(scoring.model_copy(update={"chat": cells[0].config.chat}))
+    scoring = scoring_of(config, cells)
     folder = (output_place(config.output_dir) / config.name).absolute()
     _before(config, folder)  # refused before anything is started
     keep_in(local_side(folder))
@@ -159,7 +157,9 @@ def _planned(
 def _study(plan: Plan, prompts: Prompts, folder: Place) -> StudyResult:
     """The lease on the folder is held. What it is to be is written once it can be: the fix may be another setting."""
     _check(plan, prompts, folder)
-    supervision = _prepare(plan, folder)
+    tokens = _prepare(plan, folder)
+    supervision = {cell.name: supervision_of(cell.config, tokens[cell.name]) for cell in plan.cells}
+    _state(plan, prompts, tokens)
     plan.save(folder)
     recorder = Recorder(plan, folder, prompts, supervision, gpu=_device(plan.cells[0]) == "gpu")
     for model in plan.config.models:
@@ -265,22 +265,32 @@ def _path(plan: Plan, model: str) -> str:
     return resolve_model(next(cell.config.model.path for cell in plan.cells if cell.model == model))
 
 
-def _prepare(plan: Plan, folder: Place) -> dict[str, Supervision]:
+def _prepare(plan: Plan, folder: Place) -> dict[str, TokenArtifact]:
     """Tokenise what the cells train on, and see that each has the answers and steps that its loss needs."""
     cache = artifact_cache(folder / CELLS_FOLDER)
     made: dict[str, TokenArtifact] = {}
-    found: dict[str, Supervision] = {}
+    found: dict[str, TokenArtifact] = {}
     for cell in plan.cells:
         config = cell.config
-        sections = [each.model_dump(mode="json") for each in (config.data, config.model, config.chat)]
-        if (key := json.dumps(sections)) not in made:
+        if (key := same_tokens(config)) not in made:
             made[key] = prepare_token_rows(config.data, config.model, chat=config.chat, cache_dir=cache)
         try:
             check_tokens(config, made[key], cache_dir=cache, gpu=_device(cell) == "gpu")
         except MlcRayError as error:
             raise type(error)(f"cell {cell.name}: {error}") from None
-        found[cell.name] = supervision_of(config, made[key])
+        found[cell.name] = made[key]
     return found
+
+
+def _state(plan: Plan, prompts: Prompts, tokens: Mapping[str, TokenArtifact]) -> None:
+    """Say what the whole study takes on the cluster that is there."""
+    rows = prompts.table.select(["kind", "language", "sample"]).to_pylist()
+    asked = ((row["kind"], row["language"]) for row in rows if not row["sample"])
+    weights = {id(artifact): of_artifact(artifact) for artifact in tokens.values()}
+    state_budget(
+        plan.cells, plan.scoring, Counted(Counter(asked)), lambda run: weights[id(tokens[run.name])],
+        cluster_there(gpu=_device(plan.cells[0]) == "gpu"), keep_models=plan.config.keep_models,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------- cells

@@ -34,7 +34,7 @@ from mlc_ray.train.shards import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_PUBLISHED = ("seed", "reference", "optimizer", "train")
+_PUBLISHED = ("seed", "reference", "optimizer", "train", "openings")
 """Sections of the settings that an export repeats unchanged; of the loss and the terms it repeats `public_settings`."""
 _PUBLISHED_OF_MODEL = ("dtype", "lora")
 _PUBLISHED_OF_DATA = ("languages", "max_prompt_tokens", "max_response_tokens")

@@ -11,13 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import pyarrow as pa
-
-from mlc_ray.config import EndpointSection, TranslateConfig, TranslatorSection
+from mlc_ray.config import TranslateConfig, TranslatorSection
 from mlc_ray.config.translate import OnPolicySection
 from mlc_ray.generate.translate import translation_request
-from mlc_ray.judges.base import make_reader
-from mlc_ray.score.plan import plan_judging
+from mlc_ray.score.asked import BYTES_A_TOKEN, MARKERS, Asked, asked_to_judge, by_endpoint
 from mlc_ray.translate.drafts import Draft
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.requests import OTHER, kind_request, twin_request
@@ -26,29 +23,7 @@ from mlc_ray.types import Bundle, Kind
 
 _COUNTED = 200  # of the bundles of a kind, evenly spaced
 _GROWTH = 1.5
-_MARKERS = 24
 _TEMPLATE = 16
-_JUDGED, _VERDICT = 500, 32  # tokens of an endpoint judge's instructions and of its reply
-_BYTES_A_TOKEN = 4.0
-
-
-@dataclass(frozen=True)
-class Asked:
-    """Requests to one model or endpoint, with their estimated tokens; `usd` is None where no price is known."""
-
-    what: str
-    model: str
-    requests: int
-    read: int
-    written: int
-    usd: float | None = None
-
-    def __str__(self) -> str:
-        cost = "" if self.usd is None else f", about ${self.usd:.2f} at the prices given"
-        return (
-            f"{self.what} by {self.model}: {self.requests:,} requests, about {self.read:,} tokens to read and "
-            f"{self.written:,} to write{cost}"
-        )
 
 
 @dataclass(frozen=True)
@@ -93,7 +68,7 @@ def _too_long(config: TranslateConfig, drafts: Sequence[Draft]) -> str:
     sources = [
         text.source for draft in drafts for text in texts_of(draft, config.languages, answers=config.translate_answers)
     ]
-    long = sum(_GROWTH * len(source.encode()) / _BYTES_A_TOKEN + _MARKERS > most for source in sources)
+    long = sum(_GROWTH * len(source.encode()) / BYTES_A_TOKEN + MARKERS > most for source in sources)
     if not long:
         return ""
     setting = "max_new_tokens" if settings.endpoint is None else "endpoint.max_reply_tokens"
@@ -115,7 +90,7 @@ class _Counter:
 
     def __call__(self, text: str) -> float:
         if self._tokenizer is None:
-            return len(text.encode("utf-8", "surrogatepass")) / _BYTES_A_TOKEN
+            return len(text.encode("utf-8", "surrogatepass")) / BYTES_A_TOKEN
         return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -180,17 +155,10 @@ def _asked(
         scale = asked / len(counted)
         requests += asked
         read += scale * sum(count(request.made()) + _TEMPLATE for request in counted)
-        written += scale * sum(request.growth * count(request.text) + _MARKERS for request in counted)
+        written += scale * sum(request.growth * count(request.text) + MARKERS for request in counted)
     if (endpoint := settings.endpoint) is None:
         return Asked(what, str(settings.model), requests, round(read), round(written))
-    return _by_endpoint(what, endpoint, requests, read, written)
-
-
-def _by_endpoint(what: str, endpoint: EndpointSection, requests: int, read: float, written: float) -> Asked:
-    prices = endpoint.usd_per_million_input_tokens, endpoint.usd_per_million_output_tokens
-    usd = (read * prices[0] + written * prices[1]) / 1e6 if any(prices) else None
-    model = f"{endpoint.model} at {endpoint.base_url}"
-    return Asked(what, model, requests, round(read), round(written), usd)
+    return by_endpoint(what, endpoint, requests, read, written)
 
 
 def _answers(config: TranslateConfig, settings: OnPolicySection, drafts: Sequence[Draft]) -> Iterator[Asked]:
@@ -205,23 +173,11 @@ def _answers(config: TranslateConfig, settings: OnPolicySection, drafts: Sequenc
             codes = {"en", *bundle.prompts, *config.languages} if settings.languages == "all" else {"en"}
             declines = settings.pairs or bundle.kind == "harmful"
             declining = codes - settings.refusals.keys() if declines else set[str]()
-            length = len(bundle.prompts["en"].encode()) / _BYTES_A_TOKEN
+            length = len(bundle.prompts["en"].encode()) / BYTES_A_TOKEN
             asked += [(bundle.kind, code, length) for code in (*codes, *declining)]
             read += len(codes) * (length + _TEMPLATE) + len(declining) * (length + 5 * _TEMPLATE)
     if not asked:
         return
     most = settings.max_new_tokens
     yield Asked("own answers", settings.model, len(asked), round(read), len(asked) * most)
-    judge = make_reader(settings.judge)
-    kinds, languages, _ = zip(*asked, strict=True)
-    ways = plan_judging(judge, pa.table({"kind": kinds, "language": languages})).translated or {}
-    translator = settings.judge.translator
-    if translator is not None and translator.endpoint is not None:
-        texts = [n for _, code, length in asked if ways.get(code) == "translated" for n in (length, most)]
-        read = sum(texts) + len(texts) * len(translation_request("", "en").encode()) / _BYTES_A_TOKEN
-        written = sum(texts) + len(texts) * _MARKERS
-        yield _by_endpoint("translations for the judge", translator.endpoint, len(texts), read, written)
-    endpoint = getattr(settings.judge, "endpoint", None)
-    if judge.runs == "service" and endpoint is not None:
-        read = sum(length + most + _JUDGED for _, _, length in asked)
-        yield _by_endpoint("verdicts on own answers", endpoint, len(asked), read, len(asked) * _VERDICT)
+    yield from asked_to_judge(settings.judge, asked, most, what="verdicts on own answers")

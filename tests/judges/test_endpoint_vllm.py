@@ -16,13 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mlc_ray.config import EndpointSection, EngineSection
 from mlc_ray.generate.client import ChatEndpoint
 from mlc_ray.generate.engine import engine_environment
 from mlc_ray.generate.replies import EndpointError
+from mlc_ray.generate.translate import translation_request
 from mlc_ray.judges.endpoint import EndpointJudge, judge_conversation
+from mlc_ray.storage import Place
+from mlc_ray.translate.languages import named
+from mlc_ray.translate.quality import load_quality
 from mlc_ray.types import Answer
+from tests.translate.worlds import CACTUS, DIARY, RICE, write
 
 pytestmark = pytest.mark.slow
 KEY = "a-key-for-this-test-only"
@@ -125,3 +131,48 @@ def test_a_real_server_is_asked_and_an_unreliable_judge_is_never_taken_for_safe(
     again.start("cpu", tmp_path)
     assert again.judge(answers) == verdicts
     assert (again.chat.usage.requests, again.chat.usage.cached, again.chat.usage.cost_usd) == (0, 3, 0.0)
+
+
+def test_a_translation_asks_a_real_server_and_uses_none_of_its_replies_unchecked(
+    endpoint: EndpointSection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command, with a key, in a process and a Ray of its own. SmolLM2 writes no Spanish that passes every check."""
+    # It goes on and on; up to an empty line it is a text that checks can read.
+    own = {"cache_dir": str(tmp_path / "replies"), "request": {"stop": ["\n\n"]}}
+    endpoint = endpoint.model_copy(update=own)
+    settings = {
+        "name": "made", "output_dir": str(tmp_path / "out"), "address": "local", "min_languages": 0,
+        "sources": [{"path": str(write(tmp_path / "en.jsonl"))}], "languages": ["es"],
+        "translator": {"endpoint": endpoint.model_dump(exclude_unset=True)}, "checks": {"markers": False},
+    }  # fmt: skip
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(settings))
+    done = subprocess.run(
+        [sys.executable, "-m", "mlc_ray", "translate", "--config", str(tmp_path / "own.yaml")],
+        env={**os.environ, "SMOLLM2_KEY": KEY}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "out" / "made"
+    quality = load_quality(Place(folder))
+    [texts] = quality.texts
+    [used] = quality.usage.values()
+    assert (texts.language, texts.asked) == ("es", 3) and used["requests"] >= 3 and used["failed"] == 0
+    assert used["input_tokens"] > 3 * 100 and used["cost_usd"] > 0
+
+    monkeypatch.setenv("SMOLLM2_KEY", KEY)
+    chat = ChatEndpoint(endpoint, tmp_path)
+    prompts = [RICE, CACTUS, DIARY]
+    replies = chat.ask(
+        [[{"role": "user", "content": translation_request(text, "en", named("es"))}] for text in prompts]
+    )
+    assert all(reply.cached and reply.text for reply in replies), "they were asked of the server, and of it alone"
+    said = {text: reply.text for text, reply in zip(prompts, replies, strict=True)}
+    bundles = [json.loads(line) for line in (folder / "bundles" / "bundles-00000.jsonl").read_text().splitlines()]
+    kept = {row["prompts"]["en"]: row["prompts"]["es"] for row in bundles if "es" in row["prompts"]}
+    lines = (folder / "rejected" / "rejected-00000.jsonl").read_text().splitlines()
+    rejected = {row["source"]: row for row in map(json.loads, lines)}
+    print(said, kept, rejected)
+    assert {row["prompts"]["en"] for row in bundles} == set(prompts) == kept.keys() | rejected.keys()
+    assert not kept.keys() & rejected.keys() and len(kept) == texts.accepted < 3
+    assert all(text in said[source] for source, text in kept.items())
+    assert all(row["checks"] and row.get("text", "") in said[source] for source, row in rejected.items())
+    assert any(row.get("text") for row in rejected.values()), "what it wrote about rice is English"

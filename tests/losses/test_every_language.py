@@ -111,11 +111,83 @@ def test_dco_equals_the_plain_loop(pair):
         assert torch.allclose(mine, expected, rtol=1e-12, atol=1e-15)
 
 
-def test_dco_is_zero_where_the_reference_is_indifferent_and_the_policy_is_it(pair):
+@pytest.mark.parametrize("beta", [1.0, 0.5])
+def test_dco_is_zero_where_each_language_wants_what_the_reference_does_in_the_other(beta):
+    """r(1) = o(t) / beta and r(t) = beta o(1); from there each nat of a log-ratio costs one, whatever beta."""
+    # The further languages of a bundle have the same odds, so that one r(1) suits all; the last bundle has none.
+    odds = torch.tensor([0.8, -1.5, -1.5, 2.0, 0.3, 7.0], dtype=torch.float64)
+    wanted = torch.stack([odds[1] / beta, beta * odds[0], beta * odds[0], odds[4] / beta, beta * odds[3], odds[5]])
+    reference_chosen, rejected = random(6, seed=3), random(6, seed=4)
+    reference_rejected = reference_chosen - odds
+    total = (rejected - reference_rejected + wanted + reference_chosen).requires_grad_()
+    lengths = torch.tensor(CHOSEN_LENGTHS)
+
+    def loss(chosen, *, beta=beta):
+        other = ResponseLogProbs(rejected, lengths)
+        return dco_loss(ResponseLogProbs(chosen, lengths), other, reference_chosen, reference_rejected, ROWS, beta=beta)
+
+    assert loss(total).loss.tolist() == pytest.approx([0, 0, 0], abs=1e-12)
+    assert (loss(total, beta=2 * beta).loss[:2] > 0.1).all()
+    moved = total.detach() + torch.tensor([0, 0.3, 0, 0.2, -0.4, 9.0], dtype=torch.float64)
+    assert loss(moved).loss.tolist() == pytest.approx([0.3 / 2, 0.2 + 0.4, 0])
+
+
+def test_dco_of_the_reference_itself_is_how_far_it_is_from_indifferent(pair):
+    """Where policy is reference both log-ratios are 0, and the loss |o(t)| / beta + beta |o(1)|."""
     references = [one.total.detach() for one in pair]
-    assert dco_loss(*pair, references[0], references[0], ROWS, beta=1.0).loss[0] > 0
-    same = ResponseLogProbs(pair[0].total, pair[0].length)
-    assert dco_loss(same, same, references[0], references[0], ROWS, beta=1.0).loss.tolist() == [0, 0, 0]
+    odds = (references[0] - references[1]).abs()
+    expected = [(odds[1] / 2 + odds[2] / 2 + 4 * odds[0]) / 2, odds[4] / 2 + 2 * odds[3], 0]
+    assert dco_loss(*pair, *references, ROWS, beta=2.0).loss.tolist() == pytest.approx([float(one) for one in expected])
+
+
+def test_dcos_reference_takes_no_gradient(pair):
+    references = random(6, seed=3).requires_grad_(), random(6, seed=4).requires_grad_()
+    result = dco_loss(*pair, *references, ROWS, beta=0.6)
+    assert gradients(result.loss, *references) == (None, None)
+    assert all((one[:5] != 0).any() for one in gradients(result.loss, pair[0].total, pair[1].total))
+
+
+@pytest.mark.parametrize("share", [None, 0.4])
+@pytest.mark.parametrize("sft_weight", [0.0, 0.7])
+def test_the_response_language_may_weigh_more_than_the_others(pair, share, sft_weight):
+    """Of a bundle of one language that is all; the loss and the SFT part beside it are weighed alike."""
+    raw = {"loss": "dpo", "answers": "all", "sft_weight": sft_weight, "response_share": share}
+    objective = Objective(parse_config(ObjectiveConfig, {"objective": raw, "mlc": {"weight": 0}}))
+    references = random(6, seed=3), random(6, seed=4)
+    chosen, rejected = pair
+    weight = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
+    found = objective.total_loss(
+        weight=weight, chosen=chosen, rejected=rejected, reference_chosen=references[0],
+        reference_rejected=references[1], rows=ROWS,
+    )  # fmt: skip
+    margins = 0.1 * ((chosen.total - references[0]) - (rejected.total - references[1]))
+    parts = [-torch.nn.functional.logsigmoid(margins), -chosen.total / torch.tensor(CHOSEN_LENGTHS)]
+
+    def of_bundles(values):
+        means = []
+        for first, *others in MEMBERS.values():
+            rest = [values[row] for row in others]
+            if share is None or not rest:
+                means.append(sum([values[first], *rest]) / (1 + len(rest)))
+            else:
+                means.append(share * values[first] + (1 - share) * sum(rest) / len(rest))
+        return torch.stack(means)
+
+    loss, fitted = map(of_bundles, parts)
+    expected = ((loss + sft_weight * fitted) * weight).sum()
+    assert torch.allclose(found.loss, expected, rtol=1e-12)
+    assert torch.allclose(found.metrics["loss/alignment"], loss)
+    inputs = [chosen.total, rejected.total]
+    for ours, theirs in zip(
+        torch.autograd.grad(found.loss, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("raw", [{"response_share": 0.4}, {"loss": "sft", "answers": "all", "response_share": 1.0}])
+def test_a_share_without_other_answers_to_share_with_is_refused(raw):
+    with pytest.raises(ConfigError, match=r"response_share=(0\.4 is read with answers|1\.0.*less than 1)"):
+        parse_config(ObjectiveConfig, {"objective": raw})
 
 
 def test_sdrrl_equals_the_plain_loop():

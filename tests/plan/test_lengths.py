@@ -120,7 +120,7 @@ def test_a_cut_has_the_mean_of_a_run_s_steps(tmp_path):
 def test_without_data_and_tokenizer_the_published_means_are_said_to_be_assumed():
     weights = assumed(run())
     assert weights.said.startswith("assumed: 10 languages")
-    assert len(weights) == 1000
+    assert len(weights) == 2835
     assert weights_of(run(), None).said == weights.said
 
 

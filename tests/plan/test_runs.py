@@ -65,11 +65,11 @@ def test_checkpoints_stop_training_for_as_long_as_a_simulation_says_and_are_part
 
 
 def test_the_reference_gathers_its_parameters_in_every_forward_at_stage_3():
-    """1,000 bundles in forwards of eight on 32 workers: four rounds, each of which gathers 145 GB at 50 GB/s."""
+    """2,835 bundles in forwards of eight on 32 workers: twelve rounds, each of which gathers 145 GB at 50 GB/s."""
     config = run(engine={"stage": 3}, mlc={"extractor_dim": None})
     found = plan(config, "qwen2.5-72b", cluster_of(32, "h100"), 32)
     gather = 2 * shape("qwen2.5-72b").parameters * 31 / 32 / 50e9
-    assert found.reference_seconds == pytest.approx(4 * gather) == pytest.approx(11.3, abs=0.05)
+    assert found.reference_seconds == pytest.approx(12 * gather) == pytest.approx(33.8, abs=0.1)
     whole = plan(run(engine={"stage": 2}), "qwen2.5-0.5b", cluster_of(32, "h100"), 32)
     assert whole.reference_seconds < 0.1  # computing alone
 

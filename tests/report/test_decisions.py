@@ -44,7 +44,7 @@ def test_a_language_that_the_model_does_not_know_is_named_and_not_counted_as_saf
     html, text = page.read_text(), paper[0].read_text()
     assert "Judgement by language" in html and "not known: refuses without telling what" in html
     rows = [line for line in text.splitlines() if line.startswith(("| en | 0.90", "| sw | 0.50", "| **languages that"))]
-    assert ["100 | 0 |" in rows[0], "100 | 100 | not known" in rows[1]] == [True, True] and len(rows) == 3
+    assert ["100 | 0 |" in rows[0], "100 | 100 | 0 (0 of 16) | not known" in rows[1]] == [True, True] and len(rows) == 3
     assert "**100** | **0**" in rows[2]  # of English alone
 
 

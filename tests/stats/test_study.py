@@ -235,14 +235,16 @@ def test_holms_correction_is_over_all_tests_of_the_study() -> None:
     assert found[0].p_holm == pytest.approx(6 * min(test.p for test in tests))
 
 
-def test_intervals_hold_what_other_seeds_and_bundles_would_give() -> None:
-    """Coverage: models whose true rate is 50 %, drawn with their own shift, on bundles that are drawn, too."""
-    held, times = 0, 120
+@pytest.mark.parametrize(("seeds", "times", "wide"), [(2, 300, 85), (3, 300, 59), (5, 60, 35)])
+def test_intervals_hold_what_other_seeds_and_bundles_would_give(seeds: int, times: int, wide: int) -> None:
+    """Coverage, as docs/study.md has it: models whose true rate is 50 %, drawn with their own shift, on bundles that
+    are drawn, too. Five seeds are drawn less often, since they take longest."""
+    held, widths = 0, []
     for time in range(times):
         generator = np.random.default_rng([7, time])
         ease = generator.normal(0, 0.15, 30)
         runs = {}
-        for seed in (1, 2, 3):
+        for seed in range(seeds):
             chance = np.clip(0.5 + generator.normal(0, 0.08) + ease, 0, 1)
             records = []
             for kind in ("harmful", "benign"):
@@ -252,7 +254,9 @@ def test_intervals_hold_what_other_seeds_and_bundles_would_give() -> None:
             runs[seed] = records
         avg = method_rates(read_verdicts(runs), None).harmful.avg
         held += avg.low <= 50 <= avg.high
-    assert held / times >= 0.93
+        widths.append(avg.high - avg.low)
+    assert held / times >= 0.98
+    assert statistics.mean(widths) == pytest.approx(wide, abs=1.5)
 
 
 def test_other_prompts_or_a_missing_side_are_refused() -> None:

@@ -35,7 +35,7 @@ ROWS = translated(random_rows(11, head=(5, 3, 8)))
 LOSSES = {
     "mpo": {"loss": "mpo", "pool": "mean_all", "min_source_gap": 0.0},
     "dco": {"loss": "dco"},
-    "dpo": {"loss": "dpo", "answers": "all"},
+    "dpo": {"loss": "dpo", "answers": "all", "response_share": 0.4},
     "sdrrl": {"loss": "sdrrl"},
     "english": {"loss": "sdrrl", "english": 0.5, "english_answers": 0.5, "translated": 0, "english_prompts": 0},
 }

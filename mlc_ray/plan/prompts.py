@@ -1,0 +1,56 @@
+"""The prompts of benchmarks, counted before they are asked: read where they are here, else assumed and said so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlc_ray.config import ScoringSection, SourceSection
+from mlc_ray.types import Bundle, Kind
+
+LANGUAGES, BUNDLES = ("en", "zh", "ru", "ja", "ar", "bn", "sw", "ur", "ps", "ku"), 180
+"""Of the published test set."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How many there are of each kind in each language, and what was assumed, each as a sentence."""
+
+    cells: Counter[tuple[Kind, str]]
+    assumed: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return self.cells.total()
+
+
+def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, limit: int | None) -> Prompts:
+    """Prompts of the benchmarks that are here; of others as many as the published test set has, in its languages.
+
+    Args:
+        benchmarks: what is asked.
+        scoring: its `languages` alone are counted, where it names some.
+        limit: of the bundles of a benchmark and kind.
+    """
+    from mlc_ray.data.bundles import KINDS
+    from mlc_ray.data.sources import Reading, resolve_source
+
+    cells, assumed = Counter[tuple[Kind, str]](), list[str]()
+    for source in benchmarks:
+        if not (source.path.startswith("sample:") or Path(source.path).expanduser().exists()):
+            languages = scoring.languages or LANGUAGES
+            cells.update({(source.kind or "harmful", code): BUNDLES for code in languages})
+            assumed.append(
+                f"{source.path} is not here: {BUNDLES} bundles in {len(languages)} languages, as published of one test "
+                "set"
+            )
+            continue
+        for file in resolve_source(source):
+            bundles = [row.parsed for row in Reading(file).rows() if isinstance(row.parsed, Bundle)]
+            of_kind = [[bundle for bundle in bundles if bundle.kind == kind][:limit] for kind in KINDS]
+            for bundle in (bundle for some in of_kind for bundle in some):
+                cells.update(
+                    (bundle.kind, code) for code in set(bundle.prompts) & set(scoring.languages or bundle.prompts)
+                )
+    return Prompts(cells, tuple(assumed))

@@ -1,0 +1,189 @@
+"""What a study takes, counted before its first cell: hours, memory, disk, and what its judge asks of endpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+
+from mlc_ray.config import ScoringSection, StudyConfig, TrainConfig
+from mlc_ray.errors import MlcRayError
+from mlc_ray.plan.check import broken, said
+from mlc_ray.plan.hardware import Cluster
+from mlc_ray.plan.lengths import PROMPT, Weights, weights_of
+from mlc_ray.plan.prompts import Prompts, prompts_of
+from mlc_ray.plan.records import RunPlan
+from mlc_ray.plan.runs import dtype_of, plan_alone
+from mlc_ray.plan.scores import plan_scoring
+from mlc_ray.plan.shapes import Shape, known_shape
+from mlc_ray.runs import CELLS_FOLDER, artifact_cache, output_place
+from mlc_ray.score.asked import Asked, asked_to_judge, endpoint_name, endpoints_of
+from mlc_ray.study.budget_tables import MethodBudget, ScoringBudget, StudyBudget, study_budget_lines
+from mlc_ray.study.cells import Cell, make_cells, scoring_of
+
+logger = logging.getLogger(__name__)
+
+Weigh = Callable[[TrainConfig], Weights]
+
+
+def study_budget(config: StudyConfig, cluster: Cluster) -> StudyBudget:
+    """What a study would take on a cluster; nothing is started, downloaded or written.
+
+    Raises:
+        ConfigError: a cell's settings are invalid.
+        MlcRayError: what reading benchmarks that are here raises.
+    """
+    cells = make_cells(config)
+    scoring = scoring_of(config, cells)
+    cached = artifact_cache(output_place(config.output_dir) / config.name / CELLS_FOLDER)
+    made: dict[str, Weights] = {}
+
+    def weigh(run: TrainConfig) -> Weights:
+        if (key := same_tokens(run)) not in made:
+            made[key] = weights_of(run, cached)
+        return made[key]
+
+    asked = prompts_of(scoring.benchmarks, scoring, scoring.limit)
+    return budget_of_cells(cells, scoring, asked, weigh, cluster, keep_models=config.keep_models)
+
+
+def same_tokens(run: TrainConfig) -> str:
+    """The same for all runs whose bundles are tokenised in the same way."""
+    return json.dumps([each.model_dump(mode="json") for each in (run.data, run.model, run.chat)])
+
+
+def state_budget(
+    cells: Sequence[Cell], scoring: ScoringSection, prompts: Prompts, weigh: Weigh, cluster: Cluster | None, *,
+    keep_models: bool,
+) -> None:  # fmt: skip
+    """Log what a study that begins takes, all of it: also what is done already where it goes on."""
+    if cluster is None:
+        logger.info("what the study takes is not known: the GPUs are not in the table (mlc_ray/plan/hardware.py)")
+        return
+    budget = budget_of_cells(cells, scoring, prompts, weigh, cluster, keep_models=keep_models)
+    for line in study_budget_lines(budget):
+        logger.info("%s", line)
+
+
+def budget_of_cells(
+    cells: Sequence[Cell], scoring: ScoringSection, prompts: Prompts, weigh: Weigh, cluster: Cluster, *,
+    keep_models: bool,
+) -> StudyBudget:  # fmt: skip
+    """The budget of these cells and their scores.
+
+    Args:
+        cells: of a study.
+        scoring: its longest answer is decided.
+        prompts: what every model is asked.
+        weigh: what a run's bundles weigh.
+        cluster: what it runs on, or is to.
+        keep_models: whether models stay once they are scored.
+    """
+    methods, scores, folders = list[MethodBudget](), list[ScoringBudget](), list[tuple[str, int, RunPlan]]()
+    lengths = dict[str, None]()
+    models = list(dict.fromkeys(cell.model for cell in cells))
+    for model in models:
+        own = [cell for cell in cells if cell.model == model]
+        shape, fault = _shape(model, own[0].config)
+        if shape is None:
+            methods += [MethodBudget(model, name, number, fault=fault) for name, number in _methods(own).items()]
+            scores.append(_scores(model, len(own), scoring, prompts, None, cluster, fault))
+            continue
+        for method, number in _methods(own).items():
+            run = next(cell.config for cell in own if cell.method == method)
+            weights = weigh(run)
+            lengths[f"data: {weights.said}"] = None
+            try:
+                plan = plan_alone(run, shape, cluster, weights)
+            except MlcRayError as error:
+                methods.append(MethodBudget(model, method, number, fault=f"{model} {method}: {error}"))
+                continue
+            methods.append(_runs(model, method, number, plan))
+            folders.append((model, number, plan))
+        scores.append(_scores(model, len(own), scoring, prompts, shape, cluster))
+    asked, caps = _asked(scoring, prompts, scores=len(cells) + len(models), models=len(models))
+    return StudyBudget(
+        "cpu" if cluster.gpu is None else f"{cluster.gpus} x {cluster.gpu.name}",
+        tuple(methods), tuple(scores), asked, _disk(folders, keep_models=keep_models),
+        (*lengths, *caps), (*dict.fromkeys(each for _, _, plan in folders for each in plan.assumed), *prompts.assumed),
+    )  # fmt: skip
+
+
+def _shape(model: str, run: TrainConfig) -> tuple[Shape | None, str]:
+    """The shape of a model; or None, and why it is not known."""
+    try:
+        shape = known_shape(run.model.path, trust_remote_code=run.model.trust_remote_code)
+    except MlcRayError as error:
+        return None, f"{model}: {error}"
+    return shape, "" if shape is not None else f"{model}: the shape of {run.model.path} is not known"
+
+
+def _methods(cells: Sequence[Cell]) -> dict[str, int]:
+    """Cells of each method, in order."""
+    found: dict[str, int] = {}
+    for cell in cells:
+        found[cell.method] = found.get(cell.method, 0) + 1
+    return found
+
+
+def _asked(
+    scoring: ScoringSection, prompts: Prompts, *, scores: int, models: int
+) -> tuple[tuple[Asked, ...], list[str]]:
+    """What all scores ask of endpoints, and what is to be said of their caps, which hold for the scores of a model."""
+    samples = scoring.asking.samples
+    one = [(*of, float(PROMPT)) for of, number in prompts.cells.items() for _ in range(number * samples)]
+    asked = tuple(each.times(scores) for each in asked_to_judge(scoring.judge, one, scoring.max_new_tokens or 1))
+    said = []
+    for endpoint in endpoints_of(scoring.judge):
+        if (cap := endpoint.max_cost_usd) is None:
+            continue
+        most = sum(each.usd or 0.0 for each in asked if each.model == endpoint_name(endpoint)) / models
+        fault = "" if most <= cap else f", which may take ${most:,.2f}: what it leaves unasked is unparsed"
+        said.append(f"endpoint.max_cost_usd={cap:g} is a cap for all scores of one model{fault}")
+    return asked, said
+
+
+def _runs(model: str, method: str, number: int, plan: RunPlan) -> MethodBudget:
+    """The reference is asked once: seeds share what it said."""
+    memory = plan.memory
+    needs, limit = memory.worker_bytes, memory.worker_limit
+    if not memory.fits:
+        _, _, needs, limit = broken(memory)
+    seconds = number * (plan.wall_seconds - plan.reference_seconds) + plan.reference_seconds
+    fault = "" if memory.fits else f"{model} {method}: {said(plan)}"
+    return MethodBudget(
+        model, method, number, plan.steps, seconds / 3600, plan.workers * seconds / 3600, needs, limit, memory.fits,
+        fault,
+    )  # fmt: skip
+
+
+def _scores(
+    model: str, cells: int, scoring: ScoringSection, prompts: Prompts, shape: Shape | None, cluster: Cluster,
+    fault: str = "",
+) -> ScoringBudget:  # fmt: skip
+    """The model before training is scored too; engines start once."""
+    number, answers = 1 + cells, len(prompts) * scoring.asking.samples
+    if shape is None:
+        return ScoringBudget(model, number, number * answers, fault=fault)
+    dtype = dtype_of(scoring.engine.dtype, cluster)
+    try:
+        plan = plan_scoring(scoring, shape, cluster, prompts=answers, dtype=dtype)
+    except MlcRayError as error:
+        return ScoringBudget(model, number, number * answers, fault=f"engines of {model}: {error}")
+    engine, hours = plan.engine, (plan.start + number * (plan.seconds - plan.start)) / 3600
+    said = "" if engine.fits else f"engines of {model}: they need more than engine.gpu_memory_utilization leaves them"
+    return ScoringBudget(
+        model, number, number * answers, hours, plan.gpus * hours, engine.bytes, engine.limit, engine.fits, said
+    )
+
+
+def _disk(folders: Sequence[tuple[str, int, RunPlan]], *, keep_models: bool) -> int | None:
+    """Models that are kept, and the checkpoints of the run that has most; those of others are removed by then."""
+    if not folders:
+        return None
+    kept: dict[str, int] = {}
+    for model, number, plan in folders:
+        weights = plan.checkpoint_bytes - 12 * plan.trained
+        kept[model] = kept.get(model, 0) + number * weights
+    models = sum(kept.values()) if keep_models else max(kept.values())
+    return models + max(plan.memory.disk_bytes for _, _, plan in folders)

@@ -1,0 +1,196 @@
+"""The budget of a study, against the plans of its runs and scores, and the judge's requests counted by hand."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlc_ray.cli import main
+from mlc_ray.config import StudyConfig, TrainConfig, parse_config
+from mlc_ray.data.store import TokenArtifact
+from mlc_ray.data.tables import rows_to_table
+from mlc_ray.plan.hardware import cluster_of
+from mlc_ray.plan.lengths import PROMPT, assumed
+from mlc_ray.plan.prompts import Prompts
+from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.runs import plan_run
+from mlc_ray.plan.scores import plan_scoring
+from mlc_ray.plan.shapes import config_of, shape_of
+from mlc_ray.storage import Place
+from mlc_ray.study import run as running
+from mlc_ray.study.budget_tables import study_budget_json, study_budget_lines, study_budget_tables
+from mlc_ray.study.cell_budget import study_budget
+from mlc_ray.study.cells import make_cells, scoring_of
+from tests.data.files import write_rows
+from tests.study.folders import asked, planned
+from tests.train.tiny import random_rows
+
+ENDPOINT = {"base_url": "http://localhost:1/v1", "model": "m", "usd_per_million_input_tokens": 2.0,
+            "usd_per_million_output_tokens": 8.0, "max_cost_usd": 6.0}  # fmt: skip
+H100 = cluster_of(8, "h100")
+
+
+def raw(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "s",
+        "models": {"qwen": {"path": "Qwen/Qwen2.5-7B-Instruct"}},
+        "methods": {"dpo": ["mlc.weight=0"], "sft": ["objective={loss: sft}"]},
+        "seeds": [1, 2, 3],
+        "train": {"data": {"train": [{"path": "/not/here.jsonl"}]}, "cluster": {"workers": 8, "accelerator": "gpu"}},
+        "scoring": {
+            "benchmarks": [{"path": "/not/here.csv", "kind": "harmful"}, {"path": "sample:test", "only": "benign"}],
+            "languages": ["en", "fr"], "max_new_tokens": 100, "judge": {"name": "endpoint", "endpoint": ENDPOINT},
+        },
+        **changes,
+    }  # fmt: skip
+
+
+def configured(**changes: Any) -> StudyConfig:
+    return parse_config(StudyConfig, raw(**changes))
+
+
+def test_hours_memory_and_disk_are_those_of_the_plans_of_runs_and_scores() -> None:
+    """The reference is asked once for all seeds; engines start once; checkpoints of one run lie there at a time."""
+    config = configured()
+    found = study_budget(config, H100)
+    shape, rates = shape_of(*config_of("qwen2.5-7b")), rates_of(H100.gpu, "bfloat16")
+    runs: dict[str, TrainConfig] = {cell.method: cell.config for cell in make_cells(config)}
+    plans = {
+        method: plan_run(run, shape, H100, assumed(run), rates, dtype="bfloat16", workers=8)
+        for method, run in runs.items()
+    }
+    assert plans["dpo"].reference_seconds > 0 == plans["sft"].reference_seconds
+    expected = {
+        method: (3 * (plan.wall_seconds - plan.reference_seconds) + plan.reference_seconds) / 3600
+        for method, plan in plans.items()
+    }
+    assert {each.method: each.hours for each in found.methods} == pytest.approx(expected)
+    assert [each.runs for each in found.methods] == [3, 3]
+    assert all(each.gpu_hours == pytest.approx(8 * (each.hours or 0)) for each in found.methods)
+    assert {each.method: each.needs for each in found.methods} == {
+        method: plan.memory.worker_bytes for method, plan in plans.items()
+    }
+    (scores,) = found.scoring
+    prompts = 2 * 180 + 2 * 60  # of the file that is not here as many as published; of the sample its own
+    assert (scores.scores, scores.answers) == (7, 7 * prompts)
+    plan = plan_scoring(scoring_of(config, make_cells(config)), shape, H100, prompts=prompts, dtype="bfloat16")
+    assert scores.hours == pytest.approx((72 + 7 * (plan.seconds - 72)) / 3600)
+    assert found.hours == pytest.approx(sum(expected.values()) + (scores.hours or 0))
+    weights = 2 * shape.parameters
+    expected_disk = 6 * weights + max(plan.memory.disk_bytes for plan in plans.values())
+    assert found.disk == pytest.approx(expected_disk, rel=1e-3)  # the extractor's weights, which no export has
+    gone = study_budget(configured(keep_models=False, models={**raw()["models"], "b": {"path": "qwen2.5-0.5b"}}), H100)
+    assert gone.disk == found.disk, "those of one model are removed before those of the next are there"
+
+
+def test_what_the_judge_asks_is_counted_for_every_score_and_costs_what_its_tokens_do() -> None:
+    found = study_budget(configured(), H100)
+    (verdicts,) = found.asked
+    requests = 7 * (2 * 180 + 2 * 60)
+    assert (verdicts.requests, verdicts.read, verdicts.written) == (
+        requests,
+        requests * (PROMPT + 100 + 500),
+        requests * 32,
+    )
+    assert verdicts.usd == pytest.approx((2.0 * verdicts.read + 8.0 * verdicts.written) / 1e6)
+    said = "\n".join(study_budget_lines(found))
+    assert f"6 runs and 7 scores of {requests:,} answers" in said and f"about ${verdicts.usd:,.2f}" in said
+    assert "endpoint.max_cost_usd=6 is a cap for all scores of one model" in said
+    assert "/not/here.csv is not here: 180 bundles in 2 languages" in said
+    assert "may take" not in said
+    large = {**ENDPOINT, "max_cost_usd": verdicts.usd - 0.01}  # type: ignore[operator]
+    scoring = {**raw()["scoring"], "judge": {"name": "endpoint", "endpoint": large}}
+    assert f"may take ${verdicts.usd:,.2f}: what it" in "\n".join(
+        study_budget_lines(study_budget(configured(scoring=scoring), H100))
+    )
+    as_json = json.loads(json.dumps(study_budget_json(found)))
+    assert as_json["usd"] == pytest.approx(verdicts.usd) and as_json["requests"] == requests
+    assert as_json["hours"] == pytest.approx(found.hours) and as_json["fits"] is True
+    assert study_budget(configured(scoring={**raw()["scoring"], "judge": {"name": "refusal"}}), H100).asked == ()
+
+
+def test_of_a_panel_each_endpoint_is_asked_about_what_it_reads() -> None:
+    member = {"judge": {"name": "endpoint", "endpoint": ENDPOINT}, "kinds": ["harmful"]}
+    panel = {"name": "panel", "judges": [member, {"judge": {"name": "refusal"}, "kinds": ["benign"]}]}
+    found = study_budget(configured(scoring={**raw()["scoring"], "judge": panel}), H100)
+    assert [each.requests for each in found.asked] == [7 * 2 * 180]
+
+
+def test_what_does_not_fit_or_is_not_known_is_named_and_the_rest_is_counted() -> None:
+    models = {"large": {"path": "qwen2.5-72b"}, "none": {"path": "/no/model"}, **raw()["models"]}
+    found = study_budget(configured(models=models), H100)
+    by = {(each.model, each.method): each for each in found.methods}
+    assert not found.fits and by["large", "dpo"].fits is False and by["qwen", "dpo"].fits is True
+    assert "large dpo: qwen2.5-72b with engine.stage=2 on 8 x h100 needs" in by["large", "dpo"].fault
+    assert by["none", "sft"].hours is None and "/no/model" in by["none", "sft"].fault
+    assert found.hours is None and found.gpu_hours is None
+    said = study_budget_lines(found)
+    assert "how long is not known on 8 x h100" in said[0] and "memory: it does not fit" in said
+    assert any(line.startswith("  engines of large: ") for line in said)
+    assert [len(table.rows) for table in study_budget_tables(found)] == [7, 4]
+    few = study_budget(configured(), cluster_of(4, "h100"))
+    assert few.methods[0].hours is None and "cluster.workers=8, but the cluster has 4 GPUs" in few.methods[0].fault
+
+
+def test_the_command_prints_it_and_starts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(raw(output_dir=str(tmp_path / "runs"))))
+    arguments = ["study", "--config", str(file), "--budget", "--gpus", "8", "--gpu", "h100"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["method"] for each in found["methods"]] == ["dpo", "sft"] and found["gpu"] == "8 x h100"
+    assert main([*arguments, "--set", "models.qwen.path=qwen2.5-72b"]) == 1
+    printed = capsys.readouterr()
+    assert "it does not fit; what lacks is in the budget that was printed" in printed.err
+    assert "qwen dpo" in printed.out and "verdicts by m at http://localhost:1/v1" in printed.out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["study", "scale"])
+@pytest.mark.parametrize(
+    ("more", "quoted"),
+    [
+        (["--gpus", "8"], "--gpus 8 is read with --budget only"),
+        (["--json"], "--json is read with --budget only"),
+        (["--resume", "runs/s", "--budget"], "--budget cannot go with --resume"),
+    ],
+)
+def test_options_of_the_budget_are_read_with_it_alone(
+    command: str, more: list[str], quoted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [] if "--resume" in more else ["--config", "configs/study/paper.yaml"]
+    assert main([command, *given, *more]) == 2
+    assert quoted in capsys.readouterr().err
+
+
+def test_a_study_states_it_before_its_first_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the bundles and prompts that are there; the whole study, also where it goes on."""
+    write_rows(tmp_path / "tokens", [rows_to_table(random_rows(12))], fingerprint="x", rejected={})
+    tokens = TokenArtifact.open(tmp_path / "tokens")
+    plan = planned(tmp_path / "s", models={"tiny_1": {"path": "qwen2.5-0.5b"}})
+    monkeypatch.setattr(running, "_check", lambda *_: None)
+    monkeypatch.setattr(running, "_prepare", lambda *_: {cell.name: tokens for cell in plan.cells})
+    monkeypatch.setattr(running, "use_gpu", lambda _: False)
+    monkeypatch.setattr(running, "cluster_there", lambda **_: H100)
+
+    def trained(*_: Any) -> None:
+        assert "4 runs and 5 scores of 240 answers: at most" in caplog.text
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "_train", trained)
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+        running._study(plan, asked(), Place(tmp_path / "s"))
+    assert "data: measured: 12 prepared bundles" in caplog.text
+
+
+def test_prompts_are_counted_by_kind_and_language() -> None:
+    found = Prompts(Counter({("harmful", "en"): 3, ("benign", "en"): 2}))
+    assert len(found) == 5
