@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mlc_ray.capacity import workers_needed
@@ -14,6 +17,35 @@ from mlc_ray.cluster import known_to_ray_train
 from mlc_ray.config import ClusterSection
 from mlc_ray.train.failures import EndAtOwnError, keyboard_interrupt, own_errors
 from mlc_ray.train.waiting import EndWithoutRoom, tries_of
+
+logger = logging.getLogger(__name__)
+
+_TorchBackend: type[Backend[TorchConfig]] = TorchConfig().backend_cls
+
+
+class _Backend(_TorchBackend):  # type: ignore[valid-type,misc]  # a class that Ray Train gives as a property
+    """Ray Train's backend of `torch.distributed`, which also ends where Ray killed a worker for memory.
+
+    Ray Train asks workers to leave their process group, and expects that one which died cannot. Of one that was killed
+    for memory it is told by another error, which nobody expects there: the others were never ended then, their place
+    stayed taken until the driver's end, and no worker started again.
+    """
+
+    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        """Called before workers are ended, of which some may have died."""
+        try:
+            super().on_shutdown(worker_group, backend_config)
+        except OutOfMemoryError:
+            logger.debug("a worker that was killed for memory did not leave its process group", exc_info=True)
+
+
+class _Config(TorchConfig):
+    """Ray Train's settings of `torch.distributed`, with our backend."""
+
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        """The backend that Ray Train makes."""
+        return _Backend
 
 
 def run_workers(
@@ -52,7 +84,7 @@ def run_workers(
     trainer = TorchTrainer(
         cast(Any, worker),
         train_loop_config={"spec": spec},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=_Config(backend="nccl" if gpu else "gloo"),
         scaling_config=cast(Any, ScalingConfig)(  # type checkers see the class of Ray Train V1
             num_workers=workers,  # two numbers: Ray Train V2's elastic policy
             use_gpu=gpu,
