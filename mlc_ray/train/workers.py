@@ -20,7 +20,7 @@ from mlc_ray.train.waiting import EndWithoutRoom, tries_of
 
 logger = logging.getLogger(__name__)
 
-_TorchBackend: type[Backend[TorchConfig]] = TorchConfig().backend_cls
+_TorchBackend: type[Backend] = TorchConfig().backend_cls
 
 
 class _Backend(_TorchBackend):  # type: ignore[valid-type,misc]  # a class that Ray Train gives as a property
