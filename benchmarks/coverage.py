@@ -125,7 +125,7 @@ def several(trials: int) -> Iterator[Row]:
     yield "alike", "benchmarks", "true rates", "held", "its width, points"
     mixed = (WORST["all 95 %"], WORST["30 %, others 90 %"]) * 2
     for alike in (0.0, 0.6):
-        for name, each in {**{name: (rates,) * 4 for name, rates in WORST.items()}, "95 %, and 30 %": mixed}.items():
+        for name, each in {**{name: (rates,) * 4 for name, rates in WORST.items()}, "mixed": mixed}.items():
             for number in (1, 2, 4) if name in WORST else (2, 4):
                 generator, tally = np.random.default_rng(7), Tally()
                 for _ in range(trials):
