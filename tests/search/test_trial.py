@@ -243,7 +243,10 @@ def test_a_seed_with_a_checkpoint_needs_the_time_of_the_steps_that_are_left_alon
     found = confirm(shared, others, scored_trials(shared), EndEarly(0.25, now=lambda: 0.0))
     assert found is not None and found.best.runs == ("a", "a-seed-7") and begun == ["a-seed-7"]
     (said,) = found.left_out
-    assert "a with seed 8: not trained: max_hours=0.25 would" in said and "(the trial took 50 min, and 50% of the steps are left)" in said
+    assert (
+        "a with seed 8: not trained: max_hours=0.25 would" in said
+        and "(the trial took 50 min, and 50% of the steps are left)" in said
+    )
 
 
 def test_of_a_trial_whose_checkpoints_are_kept_only_what_was_scored_goes(tmp_path: Path) -> None:
