@@ -58,7 +58,7 @@ def own_log(name: str, number: int | None = None) -> OwnLog | None:
 
 @contextmanager
 def kept(log: OwnLog | None) -> Iterator[JsonLines | None]:
-    """Keep what this actor's process logs, as `log_file` does; none, with a warning, where its node has not the folder."""
+    """Keep what this actor's process logs, as `log_file` does; where its node lacks the folder, warn and keep none."""
     if log is None:
         yield None
         return

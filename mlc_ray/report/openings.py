@@ -51,7 +51,7 @@ class ReadOpenings:
 
 
 def openings_read(result: ScoreResult) -> ReadOpenings | None:
-    """Those of the run that a score's model is of; None where no run is known, as of an untouched model, or it says none.
+    """Those of the run that a score's model is of; None where no run is known (an untouched model) or it names none.
 
     Raises:
         ModelPathError: What describes the run is damaged.

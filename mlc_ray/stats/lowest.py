@@ -28,9 +28,10 @@ def lowest_interval(*found: LowestRate) -> tuple[float, float, float]:
     of whole bundles (max-t: Romano and Wolf, JASA 2005). Rates whose own lower limit is above that cannot be the lowest
     and are left out of a second such count.
 
-    Distances of several benchmarks are combined by square-and-add (Newcombe, Statistics in Medicine 1998), but upper ones
-    of benchmarks in which several rates may be the lowest: what was found is too low in every one of them, and does not
-    cancel. Of these the upper limit is the mean of their upper limits, which holds in at least 1 - 0.025 K of K.
+    Distances of several benchmarks are combined by square-and-add (Newcombe, Statistics in Medicine 1998), but not
+    upper ones of benchmarks in which several rates may be the lowest: what was found is too low in every one of them,
+    which does not cancel. Of these the upper limit is the mean of their upper limits (`benchmarks/coverage.py` has how
+    often that holds).
 
     Args:
         found: One of each benchmark, at least one.
