@@ -120,6 +120,21 @@ def worst(trials: int) -> Iterator[Row]:
                 yield alike, bundles, name, tallies[0].held, tallies[0].points, *(tally.held for tally in tallies[1:])
 
 
+def several(trials: int) -> Iterator[Row]:
+    """The mean over benchmarks of 40 bundles of the lowest of ten rates in each."""
+    yield "alike", "benchmarks", "true rates", "held", "its width, points"
+    mixed = (WORST["all 95 %"], WORST["30 %, others 90 %"]) * 2
+    for alike in (0.0, 0.6):
+        for name, each in {**{name: (rates,) * 4 for name, rates in WORST.items()}, "mixed": mixed}.items():
+            for number in (1, 2, 4) if name in WORST else (2, 4):
+                generator, tally = np.random.default_rng(7), Tally()
+                for _ in range(trials):
+                    grids = [grid_of(k, hit=draw(generator, each[k], 40, alike)) for k in range(number)]
+                    found = lowest_interval(*(grid.lowest("hit", "present") for grid in grids))
+                    tally.add(sum(map(min, each[:number])) / number, found[1:])
+                yield alike, number, name, tally.held, tally.points
+
+
 def changes(trials: int) -> Iterator[Row]:
     """The changes of the lowest of ten rates and of their variance, between two models that answer the same bundles."""
     yield "bundles", "true rates before", "after", "of the lowest", "of the variance"
@@ -223,7 +238,7 @@ def limits(trials: int) -> Iterator[Row]:
 
 
 PARTS: dict[str, Callable[[int], Iterator[Row]]] = {
-    each.__name__: each for each in (means, worst, changes, variance, benchmarks, corrected, limits)
+    each.__name__: each for each in (means, worst, several, changes, variance, benchmarks, corrected, limits)
 }
 
 

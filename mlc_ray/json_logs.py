@@ -28,13 +28,13 @@ class JsonLines(logging.Handler):
     """Adds a line to a file for each message; `step` is asked for the step that it belongs to, `trial` for which."""
 
     def __init__(self, file: Path, *, run: str, trial: str, worker: int | None) -> None:
-        super().__init__()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._file = file.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        super().__init__()  # now: Python closes at its end what was begun, also one without a file
         self.step: Callable[[], int | None] = lambda: None
         self.trial = trial
         self._run, self._worker = run, worker
         self._process = {"host": socket.gethostname(), "pid": os.getpid()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._file = file.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
         self._formatter = logging.Formatter()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -72,6 +72,23 @@ class JsonLines(logging.Handler):
         super().close()
 
 
+class _LastResort(logging.Handler):
+    """What no handler takes Python writes to standard error, from WARNING on; beside the file it goes on to do so."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__(handler.level)
+        self._handler = handler
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass on a message that nobody but the file takes."""
+        at: logging.Logger | None = logging.getLogger(record.name)
+        while at is not None:
+            if not all(isinstance(each, (JsonLines, _LastResort)) for each in at.handlers):
+                return
+            at = at.parent if at.propagate else None
+        self._handler.handle(record)
+
+
 @contextmanager
 def json_lines(file: Path, *, run: str, trial: str = "", worker: int | None = None) -> Iterator[JsonLines]:
     """Write what is logged while the block runs, by any thread of this process.
@@ -87,8 +104,7 @@ def json_lines(file: Path, *, run: str, trial: str = "", worker: int | None = No
     level = ours.level
     if ours.getEffectiveLevel() > logging.INFO:
         ours.setLevel(logging.INFO)
-    # Without any handler Python writes warnings to standard error, and goes on to do so beside the file.
-    beside = [] if root.handlers or logging.lastResort is None else [logging.lastResort]
+    beside = [] if root.handlers or logging.lastResort is None else [_LastResort(logging.lastResort)]
     for each in (handler, *beside):
         root.addHandler(each)
     if not ours.propagate:  # in workers (`logs.send_warnings`)

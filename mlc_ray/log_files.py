@@ -58,13 +58,22 @@ def own_log(name: str, number: int | None = None) -> OwnLog | None:
 
 @contextmanager
 def kept(log: OwnLog | None) -> Iterator[JsonLines | None]:
-    """Keep what this actor's process logs, as `log_file` does."""
+    """Keep what this actor's process logs, as `log_file` does; where its node lacks the folder, warn and keep none."""
     if log is None:
         yield None
         return
     number = "" if log.number is None else f"-{log.number:05d}"
-    with _writing(log.folder, f"{log.name.replace(' ', '-')}{number}-{os.getpid()}", log.number) as lines:
-        logger.info("%s%s begins", log.name, "" if log.number is None else f" {log.number}")
+    who = log.name if log.number is None else f"{log.name} {log.number}"
+    with ExitStack() as stack:
+        lines = None
+        try:
+            if log.folder.is_local:
+                (Path(log.folder) / LOGS_FOLDER).stat()  # the driver has made it: made here, it would be another one
+            file = f"{log.name.replace(' ', '-')}{number}-{os.getpid()}"
+            lines = stack.enter_context(_writing(log.folder, file, log.number))
+            logger.info("%s begins", who)
+        except OSError as error:  # a log must not cost a score
+            logger.warning("%s keeps no log: %s; have all nodes share the folder, or use one at a URL", who, error)
         yield lines
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,24 @@ def test_handlers_and_levels_are_as_they_were(tmp_path: Path) -> None:
     assert [each["message"] for each in lines_of(tmp_path / "a.jsonl")] == ["once"]
 
 
+def test_standard_error_has_a_warning_once_and_as_without_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python writes those there that no handler takes, and a program may have handlers on any logger."""
+    ours, library = logging.getLogger("mlc_ray"), logging.getLogger("some.library")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(ours, "handlers", [logging.StreamHandler()])
+    said = []
+    for file in (None, tmp_path / "a.jsonl"):
+        with nullcontext() if file is None else json_lines(file, run="mine"):
+            logging.getLogger("mlc_ray.train").warning("taken")
+            library.warning("taken by none")
+            library.info("too little")
+        said.append(capsys.readouterr().err.splitlines())
+    assert said == [["taken", "taken by none"]] * 2
+    assert [each["message"] for each in lines_of(tmp_path / "a.jsonl")] == ["taken", "taken by none"]
+
+
 def test_a_run_has_them_only_where_it_asks(tmp_path: Path) -> None:
     with log_file(LogSection(), Place(tmp_path / "run"), 0) as lines:
         assert lines is None and own_log("answering", 0) is None
@@ -139,3 +160,24 @@ def test_what_a_driver_starts_keeps_a_log_beside_its_own(
     assert {(each["run"], each["trial"], each["worker"]) for each in lines} == {("search", "", 3)}
     assert file.name == f"answering-00003-{lines[0]['pid']}.jsonl"
     assert capsys.readouterr().err.splitlines()[:1] == ["a warning"]  # as without the file
+
+
+@pytest.mark.parametrize("there", ["nothing", "a file", "what cannot be opened"])
+def test_an_actor_whose_node_has_not_the_folder_works_without_a_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, there: str
+) -> None:
+    folder = tmp_path / "score"
+    with log_file(KEPT, Place(folder)):
+        log = own_log("answering", 3)
+    shutil.rmtree(folder)  # as it is on another node
+    if there == "a file":
+        folder.write_text("")
+    elif there == "what cannot be opened":
+        (folder / LOGS_FOLDER / f"answering-00003-{os.getpid()}.jsonl").mkdir(parents=True)
+    worker = Worker(Says, {}, log)
+    assert own_log("answering", 3) is None
+    for method, arguments in (("start", (None,)), ("run", (pa.table({"a": [1, 2]}), 0, 2)), ("close", ())):
+        assert worker.call(method, *arguments)[1] is None
+    (said,) = [each.getMessage() for each in caplog.records if "keeps no log" in each.getMessage()]
+    assert said.startswith("answering 3 keeps no log: ") and str(folder) in said and "share" in said
+    assert there == "what cannot be opened" or not folder.is_dir()

@@ -23,7 +23,7 @@ from mlc_ray.config import (
     read_config_file,
 )
 
-JUDGE_READS = ("judge", "calibration", "max_unparsed", "address", "env", "accelerator", "logging")
+JUDGE_READS = ("judge", "calibration", "max_unparsed", "address", "env", "accelerator", "plan", "logging")
 """What `mlc-ray judge` reads of a score's settings: the rest was decided when the responses were made."""
 
 PROBE_READS = ("dtype", "attention", "kernels", "trust_remote_code")

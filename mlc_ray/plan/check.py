@@ -54,7 +54,7 @@ def check_run(
     found = nearest(fitting(config, shape, cluster, weights, rates, dtype=dtype, workers=workers))
     fix = f"the nearest that fits: {found}" if found is not None else "nothing that was tried fits: use more workers"
     raise PlanError(
-        f"{said(plan)}; {fix} (`mlc-ray plan --config ...` has all numbers; cluster.plan: off tries anyway)"
+        f'{said(plan)}; {fix} (`mlc-ray plan --config ...` has all numbers; cluster.plan: "off" tries anyway)'
     )
 
 

@@ -73,7 +73,7 @@ def plan_run(
         PlanError: Its engine is not DeepSpeed.
     """
     if not plannable(config):
-        raise PlanError(f"engine.name={config.engine.name!r}: only DeepSpeed's memory is known; set cluster.plan: off")
+        raise PlanError(f"engine.name={config.engine.name!r}: only the memory of engine.name='deepspeed' is known")
     device: Device = "cpu" if cluster.gpu is None else "gpu"
     held = holding_of(config, shape, workers=workers, dtype=dtype, device=device)
     limit = cluster.gpu.memory if cluster.gpu is not None else (cluster.node_memory or 0) // max(1, cluster.per_node)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlc_ray.report.collect import Model, Response
 
 READ_BY = ("consistency", "decision")
-"""The shipped terms that read openings."""
+"""The shipped terms that read openings. Whether one of your own does, its run does not record: it does not count."""
 LOW, FEWEST = 0.75, 5
 """A share of refusals below which openings say little of what the model does; and refusals that it takes to say so."""
 
@@ -51,7 +51,7 @@ class ReadOpenings:
 
 
 def openings_read(result: ScoreResult) -> ReadOpenings | None:
-    """Those of the run that a score's model is of; None where no run is known, as of an untouched model.
+    """Those of the run that a score's model is of; None where no run is known (an untouched model) or it names none.
 
     Raises:
         ModelPathError: What describes the run is damaged.
@@ -63,9 +63,9 @@ def openings_read(result: ScoreResult) -> ReadOpenings | None:
     for place in places:
         for file, facts in descriptions_of(place):
             settings = facts.get("resolved_config") or facts.get("settings")
-            if isinstance(settings, Mapping):
+            if isinstance(settings, Mapping) and "openings" in settings:
                 try:
-                    openings = parse_config(OpeningsSection, settings.get("openings", {}))
+                    openings = parse_config(OpeningsSection, settings["openings"])
                 except ConfigError as error:
                     raise ModelPathError(f"{str(file)!r} is damaged: openings: {error}; restore it") from None
                 return ReadOpenings(openings, any(_reads(name, of) for name, of in settings.get("terms", {}).items()))

@@ -215,7 +215,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         scored: the score folder.
         out: the new folder (default: the old name and the judge's).
         changes: fields of its settings that differ: `judge`, `calibration` (None for none), `max_unparsed`, `address`,
-            `env`, `accelerator`, `logging`.
+            `env`, `accelerator`, `plan`, `logging`.
 
     Raises:
         ScoreError: the folder holds no responses, or the new one exists already.

@@ -16,6 +16,7 @@ from mlc_ray.runs import (
     PROVENANCE_FILE,
     SCORES_FOLDER,
     TRAIN_FOLDER,
+    complete_checkpoints,
     weights_folders,
 )
 from mlc_ray.score.prompts import Prompts
@@ -241,7 +242,7 @@ def _trained_again(shared: Shared, trial: Trial, seed: int, end: EndEarly) -> Pl
     As of a trial, its last weights alone are written, unless checkpoints are to be kept.
 
     Raises:
-        NoTimeLeftError: `end` leaves less time than the trial itself was trained for, so it is not begun.
+        NoTimeLeftError: `end` leaves less time than the trial itself took for as many steps as are left.
     """
     from mlc_ray.train.checkpoint import damaged_weights, last_weights, remove_checkpoint
     from mlc_ray.train.export import export
@@ -258,12 +259,7 @@ def _trained_again(shared: Shared, trial: Trial, seed: int, end: EndEarly) -> Pl
             logger.warning("%s goes on without %s: %s", folder.name, damaged.name, fault)
             remove_checkpoint(damaged)
         if last_weights(folder) is None:  # else it died while it exported them
-            if end.seconds_left < trial.seconds:
-                raise NoTimeLeftError(
-                    f"not trained: max_hours={end.hours:g} would be over before its end (the trial took "
-                    f"{duration(trial.seconds)}); `mlc-ray search --resume {shared.folder}` trains it, if need be with "
-                    "more hours (--set max_hours=N)"
-                )
+            _check_time(shared, trial, folder, end)
             train(
                 shared.space.run(values, name=folder.name, output_dir=str(folder.parent)),
                 resume=folder if (folder / CONFIG_FILE).is_file() else None,
@@ -276,3 +272,15 @@ def _trained_again(shared: Shared, trial: Trial, seed: int, end: EndEarly) -> Pl
     for gone in weights_folders(folder) if shared.config.keep_checkpoints else [folder / TRAIN_FOLDER]:
         gone.remove()
     return folder
+
+
+def _check_time(shared: Shared, trial: Trial, run: Place, end: EndEarly) -> None:
+    checkpoints, _ = complete_checkpoints(run)
+    left = 1 - checkpoints[-1].step / trial.step if checkpoints else 1.0  # of it what an earlier process has not done
+    if end.seconds_left < left * trial.seconds:
+        took = f"the trial took {duration(trial.seconds)}"
+        raise NoTimeLeftError(
+            f"not trained: max_hours={end.hours:g} would be over before its end "
+            f"({took if left == 1 else f'{took}, and {left:.0%} of the steps are left'}); `mlc-ray search --resume "
+            f"{shared.folder}` trains it, if need be with more hours (--set max_hours=N)"
+        )

@@ -26,8 +26,12 @@ def lowest_interval(*found: LowestRate) -> tuple[float, float, float]:
     counts them all: so the upper limit is the lowest of Wilson's upper limits, of half a response more (a continuity
     correction), at a z that holds for all rates at once, the quantile of the largest of their deviations over resamples
     of whole bundles (max-t: Romano and Wolf, JASA 2005). Rates whose own lower limit is above that cannot be the lowest
-    and are left out of a second such count. Distances of several benchmarks are combined by square-and-add (Newcombe,
-    Statistics in Medicine 1998).
+    and are left out of a second such count.
+
+    Distances of several benchmarks are combined by square-and-add (Newcombe, Statistics in Medicine 1998), but not
+    upper ones of benchmarks in which several rates may be the lowest: what was found is too low in every one of them,
+    which does not cancel. Of these the upper limit is the mean of their upper limits (`benchmarks/coverage.py` has how
+    often that holds).
 
     Args:
         found: One of each benchmark, at least one.
@@ -37,19 +41,22 @@ def lowest_interval(*found: LowestRate) -> tuple[float, float, float]:
     """
     value = sum(each.value for each in found) / len(found)
     ends = [(each.value, *_limits(each)) for each in found]
-    below = math.sqrt(sum((rate - low) ** 2 for rate, low, _ in ends)) / len(found)
-    above = math.sqrt(sum((high - rate) ** 2 for rate, _, high in ends)) / len(found)
-    return value, value - below, value + above
+    below = math.hypot(*(rate - low for rate, low, _, _ in ends))
+    above = math.hypot(*(high - rate for rate, _, high, sure in ends if sure))
+    above += sum(high - rate for rate, _, high, sure in ends if not sure)
+    return value, value - below / len(found), value + above / len(found)
 
 
-def _limits(statistic: LowestRate) -> tuple[float, float]:
+def _limits(statistic: LowestRate) -> tuple[float, float, bool]:
+    """Low, high, and whether it is sure which of the rates is the lowest."""
     rates, low, high = statistic.wilson()
     if len(rates) == 1:
-        return float(low[0]), float(high[0])
+        return float(low[0]), float(high[0]), True
     there = np.isfinite(statistic.rates(statistic.source.total)[0])
     away = rates - statistic.rates(statistic.source.resampled)[:, there]
     highest = _at_once(statistic, away, np.full(len(rates), True))
-    return float(low.min()), _at_once(statistic, away, low <= highest)
+    near = low <= highest
+    return float(low.min()), _at_once(statistic, away, near), bool(near.sum() == 1)
 
 
 def _at_once(statistic: LowestRate, away: NDArray[np.float64], chosen: NDArray[np.bool_]) -> float:

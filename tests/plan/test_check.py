@@ -1,16 +1,19 @@
 """What commands refuse before they start, and the command that says why."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
+import yaml
 from transformers import AutoConfig
 
 from mlc_ray._registry import resolve
 from mlc_ray.capacity import Growth, Node
-from mlc_ray.cli import main
+from mlc_ray.cli import build_parser, main
+from mlc_ray.cli.arguments import judge_changes
 from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, load_config
 from mlc_ray.judges.base import make_judge
 from mlc_ray.judges.panel import readers_of
@@ -40,6 +43,18 @@ def test_what_fits_and_what_is_not_to_be_checked_passes():
     check_run(run(model={"path": "Qwen/Qwen2.5-7B"}, cluster={"workers": 8}), gpu=True, cluster=EIGHT)
     check_run(run(model={"path": "Qwen/Qwen2.5-72B"}, cluster={"plan": "off"}), gpu=True, cluster=EIGHT)
     check_run(run(engine={"name": "examples.my_engine:TorchDdp"}), gpu=True, cluster=EIGHT)
+
+
+def test_the_check_is_turned_off_by_what_is_said_in_a_file_and_on_the_command_line():
+    """`off` without quotes is a truth value in YAML."""
+    with pytest.raises(PlanError) as said:
+        check_run(run(model={"path": "Qwen/Qwen2.5-72B"}), gpu=True, cluster=EIGHT)
+    setting = re.search(r"cluster\.(plan: \S+) tries anyway", str(said.value))
+    cluster = yaml.safe_load(setting[1])
+    check_run(run(model={"path": "Qwen/Qwen2.5-72B"}, cluster=cluster), gpu=True, cluster=EIGHT)
+    scored = load_config(ScoreConfig, None, ["model=m", "benchmarks=[{path: 'sample:test'}]", "judge.name=refusal"])
+    arguments = build_parser().parse_args(["judge", "there", "--set", f"plan={json.dumps(cluster['plan'])}"])
+    assert judge_changes(arguments, scored) == {"plan": "off"}
 
 
 def test_a_kind_of_model_that_the_arithmetic_does_not_know_is_counted_or_not_refused(tmp_path, caplog):

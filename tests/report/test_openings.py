@@ -40,7 +40,7 @@ def run_of(folder: Path, **settings: Any) -> Path:
     return run
 
 
-DECIDES = {"terms": {"decision": {"name": "decision", "weight": 0.5}}}
+DECIDES = {"terms": {"decision": {"name": "decision", "weight": 0.5}}, "openings": {}}
 FURTHER = {"further": {"en": ["That is nothing"]}}
 
 
@@ -73,13 +73,20 @@ def test_the_report_has_them_beside_the_auc_and_names_a_low_share(tmp_path: Path
 
 
 def test_the_runs_own_openings_count_by_its_folder_its_export_or_where_the_score_lies(tmp_path: Path) -> None:
-    run = run_of(tmp_path / "run", **DECIDES, openings=FURTHER)
+    run = run_of(tmp_path / "run", **{**DECIDES, "openings": FURTHER})
     export = tmp_path / "export"
     export.mkdir()
     (export / "mlc_ray.json").write_text(json.dumps({"settings": {**DECIDES, "openings": FURTHER}}))
-    off = {"terms": {"mine": {"name": "consistency", "weight": 0}, "contrast": {"weight": 1.0}}}
+    off = {"terms": {"mine": {"name": "consistency", "weight": 0}, "contrast": {"weight": 1.0}}, "openings": {}}
+    untold = run_of(tmp_path / "untold", terms=DECIDES["terms"])  # they may have been any
     for number, (resolved, expected) in enumerate(
-        [(run, True), (export, True), (run_of(tmp_path / "other", **off), False), (tmp_path / "none", None)]
+        [
+            (run, True),
+            (export, True),
+            (run_of(tmp_path / "other", **off), False),
+            (untold, None),
+            (tmp_path / "none", None),
+        ]
     ):
         (model,) = collect([write_score(tmp_path / f"s{number}", rows(), resolved=str(resolved))]).models
         found = openings_read(model.result)

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save_file
 
 from mlc_ray.config import SearchConfig, parse_config
-from mlc_ray.runs import PROVENANCE_FILE, weights_folder
+from mlc_ray.runs import PROVENANCE_FILE, checkpoint_folder, weights_folder
 from mlc_ray.score.prompts import Prompts
 from mlc_ray.score.scorer import ScorerDiedError, WarmScore
 from mlc_ray.score.stages import JUDGED, PROMPTS
@@ -219,6 +219,34 @@ def test_a_seed_that_max_hours_leave_no_time_for_is_named_and_trained_when_the_s
     assert f"not confirmed, {said}" in caplog.text and "--resume" in said
     found = confirm(shared, others, scored_trials(shared), EndEarly(2, now=lambda: clock[0]))
     assert found is not None and found.best.runs == ("a", "a-seed-7", "a-seed-8", "a-seed-9") and not found.left_out
+
+
+def test_a_seed_with_a_checkpoint_needs_the_time_of_the_steps_that_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = shared_of(tmp_path, Scorer(), confirm={"keep": 1, "seeds": [7, 8]}, max_hours=0.25)
+    monkeypatch.setattr(ray.tune, "report", lambda metrics: None)
+    trained(shared, "a", 4, ends=True)
+    (shared.trial_folder("a") / "metrics.jsonl").write_text(json.dumps({"step": 4, "step_seconds": 3_000.0}) + "\n")
+    run_trial({VALUES: {"mlc.weight": 0.5}, FOLDER: "a"}, shared=shared)
+    for name, step in (("a-seed-7", 3), ("a-seed-8", 2)):  # 750 and 1,500 of 3,000 seconds are left, and there are 900
+        complete(checkpoint_folder(shared.trial_folder(name), step), step)
+    begun: list[str] = []
+
+    def train(config: Any, **_: Any) -> None:
+        # Stands where training would, which needs Ray: leaves what its workers leave.
+        begun.append(config.name)
+        trained(shared, config.name, 4, ends=True)
+
+    monkeypatch.setattr("mlc_ray.train.run.train", train)
+    others = Prompts(pa.Table.from_pylist(ROWS, schema=PROMPTS), "others")
+    found = confirm(shared, others, scored_trials(shared), EndEarly(0.25, now=lambda: 0.0))
+    assert found is not None and found.best.runs == ("a", "a-seed-7") and begun == ["a-seed-7"]
+    (said,) = found.left_out
+    assert (
+        "a with seed 8: not trained: max_hours=0.25 would" in said
+        and "(the trial took 50 min, and 50% of the steps are left)" in said
+    )
 
 
 def test_of_a_trial_whose_checkpoints_are_kept_only_what_was_scored_goes(tmp_path: Path) -> None:
