@@ -324,10 +324,10 @@ class ScoreConfig(ScoringSection, LoggedSection):
     address: str = Field("auto", description="Ray address, as cluster.address of a training run.")
     env: VariableNames = ENV
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
-    plan: Literal["check", "off"] = Field(
+    plan: Literal["check", "skip"] = Field(
         "check",
         description="`check`: a score whose engines cannot hold the model, by docs/plan.md, is refused before they "
-        "start; `off`: it is tried.",
+        "start; `skip`: it is tried.",
     )
 
     @field_validator("seen_languages")

@@ -112,9 +112,9 @@ class ClusterSection(Section):
         "step and no part of the loading may take longer; a save may, while its files grow.",
     )
 
-    plan: Literal["check", "off"] = Field(
+    plan: Literal["check", "skip"] = Field(
         "check",
-        description="`check`: a run whose memory cannot fit, by docs/plan.md, is refused before it starts; `off`: it "
+        description="`check`: a run whose memory cannot fit, by docs/plan.md, is refused before it starts; `skip`: it "
         "is tried.",
     )
 

@@ -31,7 +31,7 @@ def check_run(
     Raises:
         PlanError: It cannot fit; the message names the part that breaks it and the nearest settings that fit.
     """
-    if config.cluster.plan == "off" or not plannable(config):
+    if config.cluster.plan == "skip" or not plannable(config):
         return
     labels = config.cluster.label_selector
     cluster = cluster_there(gpu=gpu, labels=labels) if cluster is None else cluster
@@ -54,7 +54,7 @@ def check_run(
     found = nearest(fitting(config, shape, cluster, weights, rates, dtype=dtype, workers=workers))
     fix = f"the nearest that fits: {found}" if found is not None else "nothing that was tried fits: use more workers"
     raise PlanError(
-        f'{said(plan)}; {fix} (`mlc-ray plan --config ...` has all numbers; cluster.plan: "off" tries anyway)'
+        f"{said(plan)}; {fix} (`mlc-ray plan --config ...` has all numbers; cluster.plan=skip tries anyway)"
     )
 
 

@@ -41,20 +41,19 @@ def test_a_run_that_cannot_fit_is_refused_with_its_part_and_the_nearest_that_wou
 
 def test_what_fits_and_what_is_not_to_be_checked_passes():
     check_run(run(model={"path": "Qwen/Qwen2.5-7B"}, cluster={"workers": 8}), gpu=True, cluster=EIGHT)
-    check_run(run(model={"path": "Qwen/Qwen2.5-72B"}, cluster={"plan": "off"}), gpu=True, cluster=EIGHT)
+    check_run(run(model={"path": "Qwen/Qwen2.5-72B"}, cluster={"plan": "skip"}), gpu=True, cluster=EIGHT)
     check_run(run(engine={"name": "examples.my_engine:TorchDdp"}), gpu=True, cluster=EIGHT)
 
 
 def test_the_check_is_turned_off_by_what_is_said_in_a_file_and_on_the_command_line():
-    """`off` without quotes is a truth value in YAML."""
     with pytest.raises(PlanError) as said:
         check_run(run(model={"path": "Qwen/Qwen2.5-72B"}), gpu=True, cluster=EIGHT)
-    setting = re.search(r"cluster\.(plan: \S+) tries anyway", str(said.value))
-    cluster = yaml.safe_load(setting[1])
+    setting = re.search(r"cluster\.(plan)=(\S+) tries anyway", str(said.value))
+    cluster = yaml.safe_load(f"{setting[1]}: {setting[2]}")
     check_run(run(model={"path": "Qwen/Qwen2.5-72B"}, cluster=cluster), gpu=True, cluster=EIGHT)
     scored = load_config(ScoreConfig, None, ["model=m", "benchmarks=[{path: 'sample:test'}]", "judge.name=refusal"])
-    arguments = build_parser().parse_args(["judge", "there", "--set", f"plan={json.dumps(cluster['plan'])}"])
-    assert judge_changes(arguments, scored) == {"plan": "off"}
+    arguments = build_parser().parse_args(["judge", "there", "--set", f"plan={cluster['plan']}"])
+    assert judge_changes(arguments, scored) == {"plan": "skip"}
 
 
 def test_a_kind_of_model_that_the_arithmetic_does_not_know_is_counted_or_not_refused(tmp_path, caplog):
