@@ -207,6 +207,8 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
 
     def check() -> None:
         nonlocal together
+        if base.cluster.plan != "check":
+            return
         for each, same in zip(runs, same_data, strict=True):
             check_run(each, gpu=gpu, weights=weights if same else None, cluster=on)
         if not gpu:
@@ -215,7 +217,7 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
     refused = _refused(check)
     lines = [*run_lines(run, best), "", *score_lines(choosing, lacks), ""]
     parts = {"run": run_json(run, best), "score": score_json(choosing, lacks), "search": search_json(plan, refused)}
-    return [*lines, *search_lines(plan, refused, together=together)], parts
+    return [*lines, *search_lines(plan, refused, checks=base.cluster.plan, together=together)], parts
 
 
 def _as_planned(run: TrainConfig, model: str, cluster: Cluster) -> TrainConfig:

@@ -79,10 +79,12 @@ def _engines(plan: ScorePlan) -> str:
     )
 
 
-def search_lines(plan: SearchPlan, refused: str | None, *, together: bool) -> list[str]:
+def search_lines(plan: SearchPlan, refused: str | None, *, checks: str, together: bool) -> list[str]:
     """A search's plan; `refused` is what a search would say of its trials, `together` whether engines beside them were
-    looked at."""
+    looked at; `checks` is `cluster.plan` of its runs."""
     fits = "each corner of its space fits" + (", and trials and engines fit together" if together else "")
+    if checks != "check":
+        fits = f"corners of its space are not checked: cluster.plan={checks}"
     again = f" and {counted(plan.runs - plan.trials, 'runs')} with further seeds" if plan.runs > plan.trials else ""
     probe = f", of it a probe {_time(plan.probe_seconds)}" if plan.probe_seconds else ""
     return [

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from mlc_ray._registry import resolve
 from mlc_ray.capacity import Growth, Node
 from mlc_ray.cli import main
 from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, load_config
+from mlc_ray.config.train import ClusterSection
 from mlc_ray.judges.base import make_judge
 from mlc_ray.judges.panel import readers_of
 from mlc_ray.plan.check import check_run
@@ -307,6 +309,11 @@ def test_every_corner_of_a_search_is_asked_about_and_the_first_that_cannot_fit_i
     assert main([*asked, "--set", "space={engine.stage: {choice: [3, 2]}}"]) == 0
     words = capsys.readouterr().out
     assert "together" not in words and "each corner of its space fits" in words
+    unchecked = yaml.safe_load(file.read_text())
+    (other,) = {*get_args(ClusterSection.model_fields["plan"].annotation)} - {"check"}
+    file.write_text(yaml.safe_dump({**unchecked, "set": [*unchecked["set"], f"cluster.plan='{other}'"]}))
+    assert main(asked) == 0
+    assert f"corners of its space are not checked: cluster.plan={other}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
