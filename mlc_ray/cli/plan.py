@@ -19,6 +19,7 @@ from mlc_ray.config import (
 )
 from mlc_ray.device import host_memory
 from mlc_ray.errors import MlcRayError
+from mlc_ray.plan.check import check_run
 from mlc_ray.plan.check_engines import check_beside, check_engine
 from mlc_ray.plan.hardware import Cluster, cluster_of, this_machine, with_workers
 from mlc_ray.plan.lengths import Weights, weights_of
@@ -126,7 +127,7 @@ def _shape(arguments: argparse.Namespace, path: str, *, trust_remote_code: bool)
 
 def _run(
     arguments: argparse.Namespace, config: TrainConfig, cluster: Cluster, *, workers: int
-) -> tuple[RunPlan, Fitting | None, Shape]:
+) -> tuple[RunPlan, Fitting | None, Shape, Weights]:
     from mlc_ray.runs import artifact_cache
     from mlc_ray.storage import Place
 
@@ -137,13 +138,13 @@ def _run(
     rates: Rates = rates_of(cluster.gpu, dtype, threads=threads_of(config))
     plan = plan_run(config, shape, cluster, weights, rates, dtype=dtype, workers=workers)
     found = fitting(config, shape, cluster, weights, rates, dtype=dtype, workers=workers)
-    return plan, cheapest(found), shape
+    return plan, cheapest(found), shape, weights
 
 
 def _train(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
     config = load_config(TrainConfig, arguments.config, arguments.overrides)
     # All GPUs that are named; of a cluster that is there, as many as the run takes.
-    plan, best, _ = _run(arguments, config, cluster, workers=arguments.gpus or config.cluster.most_workers)
+    plan, best, *_ = _run(arguments, config, cluster, workers=arguments.gpus or config.cluster.most_workers)
     return run_lines(plan, best), run_json(plan, best)
 
 
@@ -187,7 +188,7 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
     config = load_config(SearchConfig, arguments.config, arguments.overrides)
     space = make_space(config)
     base = space.run(next(iter(space.corners())), name="corner")
-    run, best, shape = _run(arguments, base, cluster, workers=base.cluster.most_workers)
+    run, best, shape, weights = _run(arguments, base, cluster, workers=base.cluster.most_workers)
     scoring, confirm = config.scoring, config.confirm
     prompts = len(prompts_of(scoring.benchmarks, scoring, scoring.limit))
     if confirm.benchmarks is None:  # every second bundle is kept for it
@@ -200,12 +201,29 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
     model, gpu, on = arguments.shape or base.model.path, cluster.gpu is not None, _to_check(arguments, cluster)
     lacks = _refused(lambda: check_engine(model, scoring, gpu=gpu, cluster=on))
     corners = [space.run(corner, name="corner") for corner in space.corners()]
-    runs = [each.model_copy(update={"model": each.model.model_copy(update={"path": model})}) for each in corners]
-    at_once = min(config.concurrency, plan.trials)
-    together = None if gpu else _refused(lambda: check_beside(scoring, runs, at_once=at_once, cluster=on))
-    lines = [*run_lines(run, best), "", *score_lines(choosing, lacks), "", *search_lines(plan, together)]
-    parts = {"run": run_json(run, best), "score": score_json(choosing, lacks)}
-    return lines, {**parts, "search": search_json(plan, together)}
+    same_data = [each.data == base.data for each in corners]
+    runs = [_as_planned(each, model, cluster) for each in corners]
+    together = False
+
+    def check() -> None:
+        nonlocal together
+        if base.cluster.plan != "check":
+            return
+        for each, same in zip(runs, same_data, strict=True):
+            check_run(each, gpu=gpu, weights=weights if same else None, cluster=on)
+        if not gpu:
+            together = check_beside(scoring, runs, at_once=min(config.concurrency, plan.trials), cluster=on)
+
+    refused = _refused(check)
+    lines = [*run_lines(run, best), "", *score_lines(choosing, lacks), ""]
+    parts = {"run": run_json(run, best), "score": score_json(choosing, lacks), "search": search_json(plan, refused)}
+    return [*lines, *search_lines(plan, refused, checks=base.cluster.plan, together=together)], parts
+
+
+def _as_planned(run: TrainConfig, model: str, cluster: Cluster) -> TrainConfig:
+    """A run of the model that is planned, its type decided."""
+    changed = {"path": model, "dtype": dtype_of(run.model.dtype, cluster)}
+    return run.model_copy(update={"model": run.model.model_copy(update=changed)})
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

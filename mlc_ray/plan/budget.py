@@ -26,7 +26,7 @@ def tokens_in(
     kept_share: float = 1.0,
     branches: Branches | None = None,
 ) -> int:
-    """Tokens of a forward for which `free` bytes are enough, at least 1; a token counts as in the largest of some.
+    """Tokens of a forward for which `free` bytes are enough, at least 1; a token counts as in the fullest of some.
 
     Args:
         free: bytes of a GPU that are free, what training still allocates being taken off.
@@ -38,6 +38,11 @@ def tokens_in(
         kept_share: as of `activations`.
         branches: openings of responses that its steps read.
     """
-    row = cut(config, weights, tokens_per_forward=SAMPLED, workers=workers, branches=branches).largest
-    each = sum(part.bytes for part in activations(config, shape, row, size, kept_share)) / row.tokens
+    rows = cut(config, weights, tokens_per_forward=SAMPLED, workers=workers, branches=branches).largest
+    filled = max(row.tokens for row in rows) / 2  # steps whose forwards are smaller hold all bundles in one
+    each = max(
+        sum(part.bytes for part in activations(config, shape, row, size, kept_share)) / row.tokens
+        for row in rows
+        if row.tokens > filled
+    )
     return max(1, int(USED_SHARE * max(0, free) / each))

@@ -103,7 +103,7 @@ def _check_a_node(shape: Shape, engines: Engines, plan: EnginePlan, cluster: Clu
 
 def check_beside(
     scoring: ScoringSection, runs: Sequence[TrainConfig], *, at_once: int, cluster: Cluster | None = None
-) -> None:
+) -> bool:
     """Refuse a search on CPUs whose trials and engines need more memory together than all nodes have.
 
     Engines are those of the trials' model and of judges and translators, which are all up at once. Those that are
@@ -115,23 +115,26 @@ def check_beside(
         at_once: trials that train at a time.
         cluster: what it runs on (default: the cluster that is there, which is not looked at where it may grow).
 
+    Returns:
+        Whether it is known that they do not.
+
     Raises:
         PlanError: They do; the message says how many trials would fit.
     """
     run, given = runs[0], cluster
     cluster = cluster_there(gpu=False, labels=run.cluster.label_selector) if given is None else given
     if cluster is None or cluster.node_memory is None or not plannable(run) or (given is None and grows()):
-        return
+        return False
     shape = known_shape(run.model.path, trust_remote_code=run.model.trust_remote_code)
     if shape is None:
-        return
+        return False
     there = cluster.nodes * cluster.node_memory
     parts = [(shape, Engines("", run.model.path, scoring.engine))]
     parts += [(found, each) for each in readers_of(scoring.judge) if (found := each.shape()) is not None]
     engines = sum(_held(found, each, run, cluster) for found, each in parts)
     trial = min(_needed(each, shape, cluster) for each in runs)
     if engines + at_once * trial <= there:
-        return
+        return True
     room = max(0, there - engines) // trial
     fix = f"the nearest that fits: concurrency={room}" if room else "use nodes with more memory, or a smaller model"
     raise PlanError(

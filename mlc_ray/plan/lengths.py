@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -20,10 +21,16 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.activations import Row
 from mlc_ray.plan.cutting import cutting_of, steps_of
 from mlc_ray.storage import Place
-from mlc_ray.types import Bundle, TokenRow
+from mlc_ray.types import Bundle, Scope, TokenRow
 
-SAMPLE, MOST_ROWS, LOOKED_AT = 128, 4096, 20
-"""Bundles that are tokenised, rows that are read of an artefact, and steps that are cut."""
+if TYPE_CHECKING:
+    from mlc_ray.data.sources import SourceFile
+
+SAMPLE, MOST_ROWS, PERIODS = 128, 4096, 1000
+"""Bundles that are tokenised, rows that are read of an artefact, and steps that are asked what terms they have."""
+
+LOOKED_AT, LEAST_LOOKED_AT = 20, 5
+"""Steps that are cut, and at least of each kind."""
 
 HASHED = 64 * 2**20
 """Bytes of sources that are read whole to find their prepared rows; of more, a sample is tokenised."""
@@ -94,11 +101,14 @@ def assumed(config: TrainConfig, because: str = "") -> Weights:
     languages = len(config.data.languages or ()) or LANGUAGES
     prompts = languages * (HEAD + PROMPT)
     one = [languages, prompts, HEAD + PROMPT, ANSWER, ANSWER, *[(languages - 1) * ANSWER] * 2, languages - 1]
-    bundles = _count(config)
+    bundles, lacking = _count(config)
     said = (
         f"assumed{because}: {languages} languages of {PROMPT} tokens behind a template of {HEAD}, answers of {ANSWER} "
         f"(the published means), {bundles:,} bundles"
     )
+    if lacking and len(config.data.train) > 1:
+        which = f"each of {', '.join(lacking)}" if len(lacking) > 1 else lacking[0]
+        said += f", {BUNDLES:,} of them for {which}, which cannot be counted here"
     return Weights(Lengths(*(np.array([value]) for value in one)), HEAD, bundles, said)
 
 
@@ -108,19 +118,31 @@ def least() -> Weights:
     return Weights(Lengths(*(np.array([value]) for value in one)), 1, 1000, "assumed: next to nothing", 0.0)
 
 
-def _count(config: TrainConfig) -> int:
-    """Bundles of the sources that can be counted here; as many as published where none can."""
-    from mlc_ray.data.sources import Reading, resolve_source
+def _count(config: TrainConfig) -> tuple[int, list[str]]:
+    """Bundles of the sources, and those that cannot be counted here, of which each has as many as published."""
+    from mlc_ray.data.sources import resolve_source
 
-    found = 0
+    found, lacking = 0, []
     for source in config.data.train:
-        if source.path.startswith("sample:") or Path(source.path).expanduser().exists():
-            try:
-                small = [file for file in resolve_source(source) if _bytes(Path(file.path)) <= HASHED]
-                found += sum(isinstance(row.parsed, Bundle) for file in small for row in Reading(file).rows())
-            except MlcRayError:  # the command that reads them will say what is wrong
-                continue
-    return found or BUNDLES
+        here = source.path.startswith("sample:") or Path(source.path).expanduser().exists()
+        try:
+            own = sum(map(_bundles_in, resolve_source(source))) if here else 0
+        except MlcRayError:  # the command that reads them will say what is wrong
+            own = 0
+        found += own or BUNDLES
+        lacking += [] if own else [source.path]
+    return found, lacking
+
+
+def _bundles_in(file: SourceFile) -> int:
+    """Bundles of a file; of a large one about."""
+    from mlc_ray.data.sources import Reading
+
+    rows = Reading(file).rows()
+    if _bytes(Path(file.path)) <= HASHED:
+        return sum(isinstance(row.parsed, Bundle) for row in rows)
+    some = [row.parsed for row in islice(rows, SAMPLE) if isinstance(row.parsed, Bundle)]
+    return _about(Path(file.path), some) if some else 0
 
 
 def _bytes(path: Path) -> int:
@@ -195,11 +217,14 @@ def of_rows(rows: Sequence[TokenRow]) -> Weights:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a run's steps are like, from some of them: means, and the largest forward."""
+    """What a run's steps are like, from some of them: means over all, and the largest forward of each kind of step.
+
+    Among these kinds is always the widest, with all terms.
+    """
 
     tokens: float
     forwards: float
-    largest: Row
+    largest: tuple[Row, ...]
     mean: Row
     taps: float
 
@@ -223,30 +248,85 @@ def cut(
     return weights.cuts[key]
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """Steps that are cut alike: their share of a run's; of each that was looked at, forwards and all workers' tokens;
+    and what the forwards of all workers hold."""
+
+    share: float
+    forwards: tuple[int, ...]
+    tokens: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+    def of_step(self, total: float) -> float:
+        """What this kind adds to the mean over a run's steps of a number whose sum over those looked at is this."""
+        return self.share * total / len(self.tokens)
+
+
 def _cut(config: TrainConfig, weights: Weights, cutting: Cutting) -> Cut:
-    steps = min(LOOKED_AT, steps_of(config, weights))
-    # Of a sample, batches are drawn from it.
+    steps, draw = steps_of(config, weights), np.random.default_rng(config.seed)
+    shares = _shares(config, cutting, steps)
+    kinds = [
+        _looked_at(
+            _always(cutting, taps, scope), config, weights, draw, share=share,
+            steps=max(1, min(max(LEAST_LOOKED_AT, LOOKED_AT // len(shares)), round(share * steps))),
+        )
+        for (taps, scope), share in shares.items()
+    ]  # fmt: skip
+    of_all_workers = sum(kind.of_step(len(kind.rows)) for kind in kinds)
+    sums = [
+        sum(kind.of_step(sum(column)) for kind, column in zip(kinds, of_kinds, strict=True))
+        for of_kinds in zip(*(zip(*map(astuple, kind.rows), strict=True) for kind in kinds), strict=True)
+    ]
+    return Cut(
+        sum(kind.of_step(sum(kind.tokens)) for kind in kinds),
+        sum(kind.of_step(sum(kind.forwards)) for kind in kinds),
+        tuple(max(kind.rows, key=lambda row: (row.tokens, row.head)) for kind in kinds),
+        Row(*(round(each / of_all_workers) for each in sums)),
+        sum(share for (taps, _), share in shares.items() if taps),
+    )
+
+
+def _always(cutting: Cutting, taps: bool, scope: Scope) -> Cutting:
+    return replace(cutting, taps=lambda _: taps, scope=lambda _: scope)
+
+
+def _looked_at(
+    cutting: Cutting, config: TrainConfig, weights: Weights, draw: np.random.Generator, *, share: float, steps: int
+) -> _Kind:
+    """Cut so many steps that are alike; of a sample, batches are drawn from it."""
     size = min(config.train.batch_bundles, len(weights))
-    draw = np.random.default_rng(config.seed)
-    forwards: list[Row] = []
-    numbers, tokens, taps = 0, 0, 0
-    for step in range(steps):
-        rows = draw.permutation(max(size, min(len(weights), len(weights.lengths.prompts))))[:size]
-        lengths = weights.take(rows)
-        plan = cutting.plan(step, list(range(size)), lengths)
-        numbers += len(plan.forwards)
-        taps += plan.taps
-        tokens += sum(sum(micro) for micro in plan.tokens)
-        forwards += [
+    rows, forwards, tokens = list[Row](), list[int](), list[int]()
+    for _ in range(steps):
+        bundles = draw.permutation(max(size, min(len(weights), len(weights.lengths.prompts))))[:size]
+        lengths = weights.take(bundles)
+        plan = cutting.plan(0, list(range(size)), lengths)
+        forwards.append(len(plan.forwards))
+        tokens.append(sum(map(sum, plan.tokens)))
+        rows += [
             row_of(lengths.take(list(forward.rows)), cutting, plan, said, weights.benign)
             for micro, of_micro in zip(plan.forwards, plan.tokens, strict=True)
             for forward, said in zip(micro, of_micro, strict=True)
         ]
-    mean = [
-        round(sum(column) / len(forwards)) for column in zip(*(vars(row).values() for row in forwards), strict=True)
-    ]
-    largest = max(forwards, key=lambda row: (row.tokens, row.head))
-    return Cut(tokens / steps, numbers / steps, largest, Row(*mean), taps / steps)
+    return _Kind(share, tuple(forwards), tuple(tokens), tuple(rows))
+
+
+def _shares(config: TrainConfig, cutting: Cutting, steps: int) -> dict[tuple[bool, Scope], float]:
+    """The kinds of a run's steps, whether they tap and their scope, each with its share; the widest is always one.
+
+    Terms are computed in the first step of each `mlc.every`, from some of these on. Of many, `PERIODS` spread evenly
+    over the run are looked at.
+    """
+    every = config.mlc.every
+    periods = -(-steps // every)
+    firsts = np.unique(np.linspace(0, periods - 1, min(periods, PERIODS)).astype(np.int64)) * every
+    found = Counter((cutting.taps(int(step)), cutting.scope(int(step))) for step in firsts)
+    shares: dict[tuple[bool, Scope], float] = {(cutting.ever_taps, cutting.widest): 0.0}
+    for kind, number in found.items():
+        shares[kind] = number / len(firsts) * periods / steps
+    if between := steps - periods:
+        shares[False, "none"] = shares.get((False, "none"), 0.0) + between / steps
+    return shares
 
 
 def row_of(lengths: Lengths, cutting: Cutting, plan: StepPlan, tokens: int, benign: float = 0.0) -> Row:

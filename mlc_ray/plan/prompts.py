@@ -39,11 +39,11 @@ def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, lim
     cells, assumed = Counter[tuple[Kind, str]](), list[str]()
     for source in benchmarks:
         if not (source.path.startswith("sample:") or Path(source.path).expanduser().exists()):
-            languages = scoring.languages or LANGUAGES
-            cells.update({(source.kind or "harmful", code): BUNDLES for code in languages})
+            languages, number = scoring.languages or LANGUAGES, min(BUNDLES, limit or BUNDLES)
+            cells.update({(source.kind or "harmful", code): number for code in languages})
             assumed.append(
-                f"{source.path} is not here: {BUNDLES} bundles in {len(languages)} languages, as published of one test "
-                "set"
+                f"{source.path} is not here: {number} bundles in {len(languages)} languages, as published of one test "
+                "set" + ("" if number == BUNDLES else ", of which limit takes so many")
             )
             continue
         for file in resolve_source(source):

@@ -82,7 +82,11 @@ def plan_run(
     per_node, nodes = min(workers, cluster.per_node), cluster.nodes_of(workers)
     steps = steps_of(config, weights)
     disk, checkpoint = disk_parts(config, held, steps=steps, lora=config.model.lora is not None)
-    worker = list(peak(config, shape, held, cutting.largest, forwards=cutting.forwards, kept_share=rates.kept))
+    forwards = [
+        (row, list(peak(config, shape, held, row, forwards=cutting.forwards, kept_share=rates.kept)))
+        for row in cutting.largest
+    ]
+    largest, worker = max(forwards, key=lambda each: sum(part.bytes for part in each[1]))
     node = node_parts(config, held, per_node=per_node, memory=cluster.node_memory)
     if device == "cpu":
         node = (*node, Part("workers", per_node * sum(part.bytes for part in worker), f"{per_node} workers, as above"))
@@ -106,7 +110,7 @@ def plan_run(
         },
         memory=memory,
         work=Work(
-            cutting.tokens, cutting.forwards, cutting.largest.tokens, cutting.largest.head, useful,
+            cutting.tokens, cutting.forwards, largest.tokens, largest.head, useful,
             REPEATED[config.model.gradient_checkpointing],
         ),
         seconds=step,

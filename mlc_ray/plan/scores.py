@@ -181,7 +181,7 @@ def runs_in(config: SearchConfig, *, points: int) -> int:
 def plan_search(
     config: SearchConfig, run: RunPlan, *, points: int, choosing: ScorePlan, confirming: ScorePlan, cluster: Cluster
 ) -> SearchPlan:
-    """Trials side by side, as many as `concurrency` says and GPUs beside the engines hold.
+    """Trials side by side, as many as `concurrency` says and GPUs beside the engines hold; further seeds in turn.
 
     Engines are up from the first trial to the last, so that their start is paid once, and their GPUs are held all the
     time (with `share_gpu` those of the trials). Trials that end together are scored one after another.
@@ -199,7 +199,7 @@ def plan_search(
             "cluster; lower cluster.workers of the runs, or take more GPUs"
         )
     at_once = min(config.concurrency, trials, room)
-    rounds = -(-trials // at_once) + -(-(runs - trials) // at_once)
+    rounds = -(-trials // at_once) + runs - trials  # further seeds are trained one after another
     scoring = scores[0] * choosing.working_seconds + scores[1] * confirming.working_seconds
     each = run.wall_seconds - run.reference_seconds  # the reference is asked once: its numbers are cached
     start = max(part.start for part in (choosing, *choosing.readers))  # at once

@@ -79,15 +79,19 @@ def _engines(plan: ScorePlan) -> str:
     )
 
 
-def search_lines(plan: SearchPlan, refused: str | None) -> list[str]:
-    """A search's plan; `refused` is what a search would say of trials and engines together."""
+def search_lines(plan: SearchPlan, refused: str | None, *, checks: str, together: bool) -> list[str]:
+    """A search's plan; `refused` is what a search would say of its trials, `together` whether engines beside them were
+    looked at; `checks` is `cluster.plan` of its runs."""
+    fits = "each corner of its space fits" + (", and trials and engines fit together" if together else "")
+    if checks != "check":
+        fits = f"corners of its space are not checked: cluster.plan={checks}"
     again = f" and {counted(plan.runs - plan.trials, 'runs')} with further seeds" if plan.runs > plan.trials else ""
     probe = f", of it a probe {_time(plan.probe_seconds)}" if plan.probe_seconds else ""
     return [
         f"the search, at most: {counted(plan.trials, 'trials')}{again}, {plan.at_once} at once, {plan.scores[0]} "
         f"scores to choose and {plan.scores[1]} to confirm, {_time(plan.seconds)}{probe}, "
         f"{_hours(plan.gpu_hours, plan.gpu)}",
-        "trials and engines fit together" if refused is None else f"it does not fit: {refused}",
+        fits if refused is None else f"it does not fit: {refused}",
         *(f"assumed: {each}" for each in plan.assumed),
     ]
 

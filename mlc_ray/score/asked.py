@@ -6,7 +6,7 @@ A tokenizer of an endpoint is not at hand: four bytes count as a token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -25,7 +25,10 @@ _JUDGED, _VERDICT = 500, 32  # tokens of an endpoint judge's instructions and of
 
 @dataclass(frozen=True)
 class Asked:
-    """Requests to one model or endpoint, with their estimated tokens; `usd` is None where no price is known."""
+    """Requests to one model or endpoint, with their estimated tokens; `usd` is None where no price is known.
+
+    `cap` is `max_cost_usd` of the endpoint's section, which has a purse of its own.
+    """
 
     what: str
     model: str
@@ -33,11 +36,13 @@ class Asked:
     read: int
     written: int
     usd: float | None = None
+    cap: float | None = None
 
     def times(self, number: int) -> Asked:
         """The same so often."""
         usd = None if self.usd is None else number * self.usd
-        return Asked(self.what, self.model, number * self.requests, number * self.read, number * self.written, usd)
+        counts = {name: number * getattr(self, name) for name in ("requests", "read", "written")}
+        return replace(self, **counts, usd=usd)
 
     def __str__(self) -> str:
         cost = "" if self.usd is None else f", about ${self.usd:,.2f} at the prices given"
@@ -47,16 +52,12 @@ class Asked:
         )
 
 
-def endpoint_name(endpoint: EndpointSection) -> str:
-    """What `Asked.model` calls an endpoint."""
-    return f"{endpoint.model} at {endpoint.base_url}"
-
-
 def by_endpoint(what: str, endpoint: EndpointSection, requests: int, read: float, written: float) -> Asked:
     """So many requests with so many tokens, and what an endpoint takes for them."""
     prices = endpoint.usd_per_million_input_tokens, endpoint.usd_per_million_output_tokens
     usd = (read * prices[0] + written * prices[1]) / 1e6 if any(prices) else None
-    return Asked(what, endpoint_name(endpoint), requests, round(read), round(written), usd)
+    name = f"{endpoint.model} at {endpoint.base_url}"
+    return Asked(what, name, requests, round(read), round(written), usd, endpoint.max_cost_usd)
 
 
 def endpoints_of(settings: JudgeSettings) -> list[EndpointSection]:

@@ -79,13 +79,13 @@ def budget_of(search: SizeSearch, folder: Place, parameters: float | None, clust
     return replace(found, hours=hours.seconds / 3600, gpu_hours=hours.gpu_hours, assumed=hours.assumed)
 
 
-def plan_of(search: SizeSearch, tokens: TokenArtifact, prompts: tuple[int, int], cluster: Cluster) -> SearchPlan | None:
+def plan_of(search: SizeSearch, tokens: TokenArtifact, answers: tuple[int, int], cluster: Cluster) -> SearchPlan | None:
     """The time of a search on a cluster, as `mlc-ray plan` counts it.
 
     Args:
         search: of a size.
         tokens: its bundles, tokenised.
-        prompts: of a score that chooses, and of one that confirms.
+        answers: of a score that chooses, and of one that confirms; of each prompt all its samples.
         cluster: what it runs on, or is to.
 
     Returns:
@@ -99,11 +99,12 @@ def plan_of(search: SizeSearch, tokens: TokenArtifact, prompts: tuple[int, int],
     except ShapeError:
         return None
     scoring = search.config.scoring
-    answers = dtype_of(scoring.engine.dtype, cluster)
+    dtype = dtype_of(scoring.engine.dtype, cluster)
     try:
         planned = plan_alone(run, shape, cluster, of_artifact(tokens))
         choosing, confirming = (
-            plan_scoring(scoring, shape, cluster, prompts=number, dtype=answers) for number in prompts
+            plan_scoring(scoring, shape, cluster, prompts=number // scoring.asking.samples, dtype=dtype)
+            for number in answers
         )
         return plan_search(
             search.config, planned, points=search.points, choosing=choosing, confirming=confirming, cluster=cluster

@@ -51,7 +51,7 @@ class ScoringBudget:
 
 @dataclass(frozen=True)
 class StudyBudget:
-    """A study, at most.
+    """A study: at most, if `bounded`, else as much as by the numbers of bundles and prompts that are assumed.
 
     `gpu` is what it runs on, "cpu" for CPUs. `disk` are bytes of its folder when it is largest, None where they are not
     known; `asked` what endpoints that judge are asked. `notes`, and what is `assumed`, are sentences.
@@ -64,6 +64,7 @@ class StudyBudget:
     disk: int | None
     notes: tuple[str, ...]
     assumed: tuple[str, ...]
+    bounded: bool = True
 
     @property
     def parts(self) -> list[MethodBudget | ScoringBudget]:
@@ -79,6 +80,11 @@ class StudyBudget:
     def gpu_hours(self) -> float | None:
         """Of all; None where they are not known of one."""
         return _sum([each.gpu_hours for each in self.parts])
+
+    @property
+    def bound(self) -> str:
+        """What is said before a number of hours."""
+        return "at most" if self.bounded else "about"
 
     @property
     def fits(self) -> bool:
@@ -104,8 +110,9 @@ def study_budget_lines(budget: StudyBudget) -> list[str]:
     time = (
         f"how long is not known on {budget.gpu}"
         if budget.hours is None or budget.gpu_hours is None
-        else f"at most {budget.hours:,.3g} hours and {budget.gpu_hours:,.3g} {unit} hours on {budget.gpu}"
+        else f"{budget.bound} {budget.hours:,.3g} hours and {budget.gpu_hours:,.3g} {unit} hours on {budget.gpu}"
     )
+    time += "" if budget.bounded else "; numbers of bundles and prompts are assumed"
     disk = "" if budget.disk is None else f"; at most {budget.disk / GIB:,.0f} GiB in its folder"
     return [
         f"{counted(runs, 'runs')} and {counted(scores, 'scores')} of {answers:,} answers: {time}{disk}",
@@ -142,7 +149,7 @@ def study_budget_tables(budget: StudyBudget) -> list[Table]:
         table(
             "Training", ["model and method", "runs", "steps each", *heads],
             [*of_methods, _all([f"{sum(runs):,}", ABSENT], budget.methods)],
-            "at most, as `mlc-ray plan` counts it",
+            f"{budget.bound}, as `mlc-ray plan` counts it",
         ),
         table(
             "Scoring", ["model", "scores", "answers", *heads],

@@ -17,7 +17,7 @@ from mlc_ray.plan.runs import dtype_of, plan_alone
 from mlc_ray.plan.scores import plan_scoring
 from mlc_ray.plan.shapes import Shape, known_shape
 from mlc_ray.runs import CELLS_FOLDER, artifact_cache, output_place
-from mlc_ray.score.asked import Asked, asked_to_judge, endpoint_name, endpoints_of
+from mlc_ray.score.asked import Asked, asked_to_judge
 from mlc_ray.study.budget_tables import MethodBudget, ScoringBudget, StudyBudget, study_budget_lines
 from mlc_ray.study.cells import Cell, make_cells, scoring_of
 
@@ -101,11 +101,13 @@ def budget_of_cells(
             methods.append(_runs(model, method, number, plan))
             folders.append((model, number, plan))
         scores.append(_scores(model, len(own), scoring, prompts, shape, cluster))
-    asked, caps = _asked(scoring, prompts, scores=len(cells) + len(models), models=len(models))
+    numbers = [each.scores for each in scores]
+    asked, caps = _asked(scoring, prompts, scores=sum(numbers), most=max(numbers))
     return StudyBudget(
         "cpu" if cluster.gpu is None else f"{cluster.gpus} x {cluster.gpu.name}",
         tuple(methods), tuple(scores), asked, _disk(folders, keep_models=keep_models),
         (*lengths, *caps), (*dict.fromkeys(each for _, _, plan in folders for each in plan.assumed), *prompts.assumed),
+        bounded=not prompts.assumed and not any(each.startswith("data: assumed") for each in lengths),
     )  # fmt: skip
 
 
@@ -126,21 +128,22 @@ def _methods(cells: Sequence[Cell]) -> dict[str, int]:
     return found
 
 
-def _asked(
-    scoring: ScoringSection, prompts: Prompts, *, scores: int, models: int
-) -> tuple[tuple[Asked, ...], list[str]]:
-    """What all scores ask of endpoints, and what is to be said of their caps, which hold for the scores of a model."""
+def _asked(scoring: ScoringSection, prompts: Prompts, *, scores: int, most: int) -> tuple[tuple[Asked, ...], list[str]]:
+    """What all scores ask of endpoints, and what is to be said of their caps, which hold for the scores of a model.
+
+    Each section of an endpoint has a purse of its own; `most` are the scores of the model that has most of them.
+    """
     samples = scoring.asking.samples
     one = [(*of, float(PROMPT)) for of, number in prompts.cells.items() for _ in range(number * samples)]
-    asked = tuple(each.times(scores) for each in asked_to_judge(scoring.judge, one, scoring.max_new_tokens or 1))
-    said = []
-    for endpoint in endpoints_of(scoring.judge):
-        if (cap := endpoint.max_cost_usd) is None:
+    asked = list(asked_to_judge(scoring.judge, one, scoring.max_new_tokens or 1))
+    said = dict[str, None]()
+    for each in asked:
+        if each.cap is None:
             continue
-        most = sum(each.usd or 0.0 for each in asked if each.model == endpoint_name(endpoint)) / models
-        fault = "" if most <= cap else f", which may take ${most:,.2f}: what it leaves unasked is unparsed"
-        said.append(f"endpoint.max_cost_usd={cap:g} is a cap for all scores of one model{fault}")
-    return asked, said
+        usd = most * (each.usd or 0.0)
+        fault = "" if usd <= each.cap else f", which may take ${usd:,.2f}: what it leaves unasked is unparsed"
+        said[f"max_cost_usd={each.cap:g} of {each.model} is a cap for all scores of one model{fault}"] = None
+    return tuple(each.times(scores) for each in asked), list(said)
 
 
 def _runs(model: str, method: str, number: int, plan: RunPlan) -> MethodBudget:
@@ -167,7 +170,7 @@ def _scores(
         return ScoringBudget(model, number, number * answers, fault=fault)
     dtype = dtype_of(scoring.engine.dtype, cluster)
     try:
-        plan = plan_scoring(scoring, shape, cluster, prompts=answers, dtype=dtype)
+        plan = plan_scoring(scoring, shape, cluster, prompts=len(prompts), dtype=dtype)
     except MlcRayError as error:
         return ScoringBudget(model, number, number * answers, fault=f"engines of {model}: {error}")
     engine, hours = plan.engine, (plan.start + number * (plan.seconds - plan.start)) / 3600

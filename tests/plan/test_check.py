@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -15,6 +17,7 @@ from mlc_ray.capacity import Growth, Node
 from mlc_ray.cli import build_parser, main
 from mlc_ray.cli.arguments import judge_changes
 from mlc_ray.config import ScoreConfig, SearchConfig, TrainConfig, load_config
+from mlc_ray.config.train import ClusterSection
 from mlc_ray.judges.base import make_judge
 from mlc_ray.judges.panel import readers_of
 from mlc_ray.plan.check import check_run
@@ -143,6 +146,7 @@ def test_trials_and_engines_on_cpus_share_the_memory_of_all_nodes():
         check_beside(scoring, [trial], at_once=1, cluster=small)
     elsewhere = scoring.engine.model_copy(update={"label_selector": {"pool": "engines"}})
     check_beside(scoring.model_copy(update={"engine": elsewhere}), [trial], at_once=1, cluster=small)
+    assert not check_beside(scoring, [trial], at_once=1, cluster=replace(small, node_memory=None)), "it is not known"
 
 
 GUARD = {"name": "llama-guard", "model": "meta-llama/Llama-3.1-8B"}
@@ -301,6 +305,28 @@ def test_scores_and_searches_are_planned(capsys):
         6 + 3 * 2,
         [1 + 6 * 3, 1 + 3 * 3],
     )
+
+
+def test_every_corner_of_a_search_is_asked_about_and_the_first_that_cannot_fit_is_said(tmp_path, capsys):
+    """Stage 3 of 7B on six GPUs fits, stage 0 does not: a search refuses it, and so does its plan."""
+    raw = yaml.safe_load(Path("configs/search/demo.yaml").read_text())
+    raw["space"] = {"engine.stage": {"choice": [3, 0]}}
+    raw["set"] += ["cluster.workers=6", "model.dtype=bfloat16"]
+    file = tmp_path / "search.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    asked = ["plan", "--for", "search", "--config", str(file), "--shape", "7b", "--gpus", "8"]
+    assert main([*asked, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"]["fits"] and found["score"]["fits"] and not found["search"]["fits"]
+    assert "7b with engine.stage=0 on 6 x h100 needs" in found["search"]["refused"]
+    assert main([*asked, "--set", "space={engine.stage: {choice: [3, 2]}}"]) == 0
+    words = capsys.readouterr().out
+    assert "together" not in words and "each corner of its space fits" in words
+    unchecked = yaml.safe_load(file.read_text())
+    (other,) = {*get_args(ClusterSection.model_fields["plan"].annotation)} - {"check"}
+    file.write_text(yaml.safe_dump({**unchecked, "set": [*unchecked["set"], f"cluster.plan='{other}'"]}))
+    assert main(asked) == 0
+    assert f"corners of its space are not checked: cluster.plan={other}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,47 @@ def test_a_cut_has_the_mean_of_a_run_s_steps(tmp_path):
     assert found.taps == 1.0
 
 
+def test_a_term_that_starts_late_is_in_a_cut_by_its_share_and_in_memory_as_a_whole():
+    """80 of 267 steps come before it; where the wide ones begin after all steps looked at, memory is theirs too."""
+
+    def found(start, **more):
+        terms = {"consistency": {"weight": 0.3, "start": start}}
+        config = run(
+            objective={"loss": "sft"}, mlc={"weight": 0, "every": 1}, terms=terms,
+            train={"epochs": 3, "batch_bundles": 32, **more},
+        )  # fmt: skip
+        return cut(config, assumed(config), tokens_per_forward=16384, workers=8)
+
+    plain = run(objective={"loss": "sft"}, mlc={"weight": 0}, train={"epochs": 3, "batch_bundles": 32})
+    narrow = cut(plain, assumed(plain), tokens_per_forward=16384, workers=8)
+    whole, late = found(0.0), found(0.3)
+    assert narrow.tokens < whole.tokens / 3 and narrow.taps == 0 and whole.taps == 1
+    share = 186 / 267  # steps from 0.3 x 267 on
+    assert late.taps == pytest.approx(share, abs=0.01)
+    assert late.tokens == pytest.approx(share * whole.tokens + (1 - share) * narrow.tokens, rel=0.02)
+    of_step = late.mean.tokens * late.forwards * 8
+    assert of_step == pytest.approx(late.tokens, rel=0.02)
+    assert max(row.tokens for row in late.largest) == max(row.tokens for row in whole.largest)
+    assert max(row.tapped for row in found(0.99, max_steps=20).largest) == max(row.tapped for row in whole.largest)
+
+
+def test_a_long_run_s_share_of_steps_with_terms_is_that_of_its_period():
+    config = run(objective={"loss": "sft"}, mlc={"weight": 0.8, "every": 4}, train={"epochs": 400, "batch_bundles": 32})
+    assert cut(config, assumed(config), tokens_per_forward=16384, workers=8).taps == pytest.approx(0.25, abs=1e-3)
+
+
+def test_sources_that_cannot_be_counted_are_assumed_beside_those_that_can(tmp_path):
+    def found(*paths):
+        return assumed(run(data={"train": [{"path": str(path)} for path in paths]}))
+
+    beside = found("sample:train", "/not/here.jsonl")
+    assert beside.bundles == 96 + 2835
+    assert "2,835 of them for /not/here.jsonl, which cannot be counted here" in beside.said
+    both = found("/not/here.jsonl", "/nor/this.jsonl")
+    assert both.bundles == 2 * 2835 and "2,835 of them for each of /not/here.jsonl, /nor/this.jsonl" in both.said
+    assert found("sample:train").bundles == 96 and "of them" not in found("sample:train").said
+
+
 def test_without_data_and_tokenizer_the_published_means_are_said_to_be_assumed():
     weights = assumed(run())
     assert weights.said.startswith("assumed: 10 languages")
@@ -146,3 +187,5 @@ def test_bundles_of_a_large_file_are_estimated_whatever_holds_them(smollm2, tmp_
     for name in ("array.json", "folder"):
         assert found(name).said.startswith("measured: 128 of about")
         assert found(name).bundles == pytest.approx(384, rel=0.3)
+        without = assumed(run(data={"train": [{"path": str(tmp_path / name)}]}))
+        assert without.bundles == found(name).bundles, "a tokenizer is not needed for it"

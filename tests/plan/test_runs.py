@@ -94,6 +94,19 @@ def test_a_search_asks_the_reference_once():
     assert first - seconds(without, 6) == pytest.approx(planned.reference_seconds)
 
 
+def test_further_seeds_are_trained_one_after_another():
+    config = load_config(SearchConfig, "configs/search/demo.yaml")
+    config = config.model_copy(
+        update={"concurrency": 3, "confirm": config.confirm.model_copy(update={"seeds": [7, 8], "keep": 2})}
+    )
+    planned = plan(run(engine={"stage": 2}), "smollm2-135m", CPU, 1)
+    score = plan_scoring(config.scoring, shape("smollm2-135m"), CPU, prompts=0, dtype="bfloat16")
+    found = plan_search(config, planned, points=6, choosing=score, confirming=score, cluster=CPU)
+    each = planned.wall_seconds - planned.reference_seconds
+    assert (found.trials, found.at_once, found.runs) == (6, 3, 10)
+    assert found.seconds == pytest.approx(score.start + planned.reference_seconds + (2 + 4) * each)
+
+
 def test_what_a_node_holds_is_assumed_where_its_memory_is_not_known():
     config = run(engine={"stage": 3, "offload_optimizer": True, "offload_parameters": True})
     unknown = plan(config, "qwen2.5-72b", cluster_of(1, "l4"), 1)

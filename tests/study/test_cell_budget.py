@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,20 @@ import yaml
 
 from mlc_ray.cli import main
 from mlc_ray.config import StudyConfig, TrainConfig, parse_config
+from mlc_ray.data.bundles import KINDS
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.plan.hardware import cluster_of
-from mlc_ray.plan.lengths import PROMPT, assumed
-from mlc_ray.plan.prompts import Prompts
+from mlc_ray.plan.lengths import PROMPT, Weights, assumed
+from mlc_ray.plan.prompts import Prompts, prompts_of
 from mlc_ray.plan.rates import rates_of
 from mlc_ray.plan.runs import plan_run
 from mlc_ray.plan.scores import plan_scoring
 from mlc_ray.plan.shapes import config_of, shape_of
 from mlc_ray.storage import Place
 from mlc_ray.study import run as running
-from mlc_ray.study.budget_tables import study_budget_json, study_budget_lines, study_budget_tables
-from mlc_ray.study.cell_budget import study_budget
+from mlc_ray.study.budget_tables import StudyBudget, study_budget_json, study_budget_lines, study_budget_tables
+from mlc_ray.study.cell_budget import budget_of_cells, study_budget
 from mlc_ray.study.cells import make_cells, scoring_of
 from tests.data.files import write_rows
 from tests.study.folders import asked, planned
@@ -101,7 +103,7 @@ def test_what_the_judge_asks_is_counted_for_every_score_and_costs_what_its_token
     assert verdicts.usd == pytest.approx((2.0 * verdicts.read + 8.0 * verdicts.written) / 1e6)
     said = "\n".join(study_budget_lines(found))
     assert f"6 runs and 7 scores of {requests:,} answers" in said and f"about ${verdicts.usd:,.2f}" in said
-    assert "endpoint.max_cost_usd=6 is a cap for all scores of one model" in said
+    assert "max_cost_usd=6 of m at http://localhost:1/v1 is a cap for all scores of one model" in said
     assert "/not/here.csv is not here: 180 bundles in 2 languages" in said
     assert "may take" not in said
     large = {**ENDPOINT, "max_cost_usd": verdicts.usd - 0.01}  # type: ignore[operator]
@@ -113,6 +115,80 @@ def test_what_the_judge_asks_is_counted_for_every_score_and_costs_what_its_token
     assert as_json["usd"] == pytest.approx(verdicts.usd) and as_json["requests"] == requests
     assert as_json["hours"] == pytest.approx(found.hours) and as_json["fits"] is True
     assert study_budget(configured(scoring={**raw()["scoring"], "judge": {"name": "refusal"}}), H100).asked == ()
+
+
+def test_samples_of_each_prompt_are_counted_once() -> None:
+    """Four samples are four answers each: the engines and the judge have four times the work, and start once."""
+
+    def found(samples: int) -> StudyBudget:
+        return study_budget(configured(scoring={**raw()["scoring"], "asking": sampled(samples)}), H100)
+
+    (one,), (four,) = (found(samples).scoring for samples in (1, 4))
+    assert four.answers == 4 * one.answers
+    config = configured(scoring={**raw()["scoring"], "asking": sampled(4)})
+    scoring, shape = scoring_of(config, make_cells(config)), shape_of(*config_of("qwen2.5-7b"))
+    plan = plan_scoring(scoring, shape, H100, prompts=2 * 180 + 2 * 60, dtype="bfloat16")
+    assert four.hours == pytest.approx((72 + 7 * plan.working_seconds) / 3600)
+    assert found(4).asked[0].requests == 4 * found(1).asked[0].requests
+
+
+def sampled(samples: int) -> dict[str, Any]:
+    return {"samples": samples, "temperature": 0.7} if samples > 1 else {}
+
+
+def test_a_cap_is_compared_with_what_one_endpoint_takes_for_the_model_with_most_cells() -> None:
+    """Two members of a panel have a purse each, also where they ask the same model."""
+    cells = {"models": {**raw()["models"], "b": {"path": "qwen2.5-0.5b", "methods": {}}}}
+    plain = study_budget(configured(**cells), H100).asked[0].usd
+    assert plain is not None
+    a_model = plain / 2  # of two
+
+    def notes(share: float) -> list[str]:
+        endpoint = {**ENDPOINT, "max_cost_usd": share * a_model}
+        judges = [{"judge": {"name": "endpoint", "endpoint": endpoint}, "kinds": [kind]} for kind in KINDS]
+        scoring = {**raw()["scoring"], "judge": {"name": "panel", "judges": judges}}
+        found = study_budget(configured(**cells, scoring=scoring), H100)
+        assert [each.usd for each in found.asked] == pytest.approx([0.75 * plain, 0.25 * plain])
+        return [note for note in found.notes if "max_cost_usd" in note]
+
+    (said,) = notes(0.8)  # neither purse needs so much, both together do
+    assert said.startswith(f"max_cost_usd={0.8 * a_model:g} of m at http://localhost:1/v1 is a cap")
+    assert "may take" not in said
+    harmful, benign = notes(0.7)
+    assert f"which may take ${0.75 * a_model:,.2f}: what it" in harmful and "may take" not in benign
+    lower = {"name": "endpoint", "endpoint": {**ENDPOINT, "max_cost_usd": 0.01}}
+    cells_of_one = [cell for cell in make_cells(configured(**cells)) if cell.model == "qwen" or cell.seed == 1]
+    config = configured(scoring={**raw()["scoring"], "judge": lower})
+    scoring = scoring_of(config, cells_of_one)
+    uneven = budget_of_cells(cells_of_one, scoring, PROMPTS, assumed, H100, keep_models=True)
+    (said,) = [note for note in uneven.notes if "max_cost_usd" in note]
+    of_all = uneven.asked[0].usd
+    assert of_all is not None and f"which may take ${of_all * 7 / 10:,.2f}" in said  # seven of its ten scores
+
+
+PROMPTS = Prompts(Counter({("harmful", "en"): 360, ("benign", "en"): 360}))
+
+
+def test_what_rests_on_assumed_numbers_of_bundles_and_prompts_is_not_called_at_most(tmp_path: Path) -> None:
+    found = study_budget(configured(), H100)
+    first = study_budget_lines(found)[0]
+    assert "answers: about" in first and "numbers of bundles and prompts are assumed" in first
+    assert all("at most, as" not in (table.note or "") for table in study_budget_tables(found))
+    cells = make_cells(config := configured())
+
+    def measured(run: TrainConfig) -> Weights:
+        return replace(assumed(run), said="measured: 2,835 prepared bundles")
+
+    known = budget_of_cells(cells, scoring_of(config, cells), PROMPTS, measured, H100, keep_models=True)
+    assert "answers: at most" in study_budget_lines(known)[0]
+
+
+def test_of_a_benchmark_that_is_not_here_no_more_than_the_limit_are_counted() -> None:
+    scoring = configured().scoring
+    assert len(prompts_of(scoring.benchmarks[:1], scoring, None)) == 2 * 180
+    some = prompts_of(scoring.benchmarks[:1], scoring, 20)
+    assert len(some) == 2 * 20 and "20 bundles in 2 languages" in some.assumed[0]
+    assert len(prompts_of(scoring.benchmarks[:1], scoring, 500)) == 2 * 180
 
 
 def test_of_a_panel_each_endpoint_is_asked_about_what_it_reads() -> None:

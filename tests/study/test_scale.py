@@ -308,6 +308,23 @@ def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
     assert plan_of(search, tokens, (100, 60), cluster_of(2, "h100")) is None, "an autoscaler may add to it"
 
 
+def test_hours_have_the_samples_of_each_prompt_once(tmp_path: Path) -> None:
+    """Four answers to each of 100 prompts are 400: engines are asked the 100, four times each."""
+    write_rows(tmp_path / "tokens", [rows_to_table(random_rows(40, head=range(5)))], fingerprint="x", rejected={})
+    tokens, cluster = TokenArtifact.open(tmp_path / "tokens"), cluster_of(8, "h100")
+    raw = raw_scale(tmp_path, "a", sizes={"a": {"set": ["model.path=Qwen/Qwen2.5-7B", "cluster.workers=2"]}})
+    raw["search"]["scoring"]["asking"] = {"samples": 4, "temperature": 0.7}
+    (search,) = make_searches(parse_config(ScaleConfig, raw), Place(tmp_path))
+    found = plan_of(search, tokens, (400, 240), cluster)
+    none = plan_of(search, tokens, (0, 0), cluster)
+    assert found is not None and none is not None
+    scoring, shape = search.config.scoring, shape_of(*config_of("qwen2.5-7b"))
+    choosing, confirming = (
+        plan_scoring(scoring, shape, cluster, prompts=number, dtype="bfloat16").working_seconds for number in (100, 60)
+    )
+    assert found.seconds - none.seconds == pytest.approx(found.scores[0] * choosing + found.scores[1] * confirming)
+
+
 def test_hours_have_the_probe_and_judges_and_say_what_they_leave_out(tmp_path: Path) -> None:
     write_rows(tmp_path / "tokens", [rows_to_table(random_rows(40, head=range(5)))], fingerprint="x", rejected={})
     tokens, cluster = TokenArtifact.open(tmp_path / "tokens"), cluster_of(8, "h100")
