@@ -141,5 +141,5 @@ def test_gpus_are_found_by_their_sheet_s_name_and_pytorch_s():
 
 
 def test_another_engine_is_not_planned():
-    with pytest.raises(PlanError, match=r"cluster\.plan"):
+    with pytest.raises(PlanError, match=r"only the memory of engine\.name='deepspeed' is known"):
         planned("qwen2.5-7b", 8, engine={"name": "examples.my_engine:TorchDdp"})

@@ -179,7 +179,14 @@ def test_losses_are_searched_with_the_fields_that_all_of_them_have(sampler: str)
     ]
     assert [run.needs_reference for run in runs] == [True, True, False, False, False, False]
     simpo = {"objective.loss": "simpo"}
-    kept = {"loss": "simpo", "sft_weight": 0.0, "answers": "response", "beta": 0.1, "margin": 0.5}
+    kept = {
+        "loss": "simpo",
+        "sft_weight": 0.0,
+        "answers": "response",
+        "response_share": None,
+        "beta": 0.1,
+        "margin": 0.5,
+    }
     assert space.run(simpo, name="t").objective.model_dump() == kept
 
 
@@ -189,7 +196,8 @@ def test_losses_are_searched_with_the_fields_that_all_of_them_have(sampler: str)
         (
             {"space": {"objective.loss": ["dpo", "simpo"], "objective.margin": [0.1, 0.2]}},
             r"objective\.loss='dpo' has no field margin, but space varies objective\.margin for every trial \(dpo has "
-            r"answers, beta, label_smoothing, sft_weight\); take objective\.margin out .*those that have it \(simpo\)",
+            r"answers, beta, label_smoothing, response_share, sft_weight\); take objective\.margin out .*those that have it "
+            r"\(simpo\)",
         ),
         (
             {"space": {"objective.loss": ["dpo", "sft"]}},
