@@ -196,8 +196,8 @@ def test_losses_are_searched_with_the_fields_that_all_of_them_have(sampler: str)
         (
             {"space": {"objective.loss": ["dpo", "simpo"], "objective.margin": [0.1, 0.2]}},
             r"objective\.loss='dpo' has no field margin, but space varies objective\.margin for every trial \(dpo has "
-            r"answers, beta, label_smoothing, response_share, sft_weight\); take objective\.margin out .*those that have it "
-            r"\(simpo\)",
+            r"answers, beta, label_smoothing, response_share, sft_weight\); take objective\.margin out .*those that "
+            r"have it \(simpo\)",
         ),
         (
             {"space": {"objective.loss": ["dpo", "sft"]}},
