@@ -212,7 +212,6 @@ def _accumulate(
     """Forward and backward of one optimizer step's micro-batches; `meter` takes in what they give."""
     engine.begin(len(micro_batches))
     for on_host in micro_batches:
-        idle = not bool(on_host.weight.any())
         batch = move(on_host, engine.device)
         frozen = ReferenceOutput()
         if reference is not None and (objective.alignment.needs_reference or batch.taps):
@@ -221,7 +220,7 @@ def _accumulate(
             output = engine.forward(batch)
         result = loss_of(objective, batch, output, frozen, factors)
         engine.backward(_with_telling_gradient(result.loss, output.chosen.total))
-        meter.add(batch, output, result, idle=idle)
+        meter.add(batch, output, result, idle=not bool(on_host.weight.any()))
 
 
 def loss_of(
