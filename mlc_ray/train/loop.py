@@ -88,7 +88,7 @@ def train_loop(
     total_steps: int,
     kinds: Collection[str],
     validate: Callable[[], Metrics] | None = None,
-    noticed: Callable[[], Notice] | None = None,
+    noticed: Callable[[], Notice] = lambda: Notice.NONE,
     log: Callable[[int, Metrics], None],
     saves: Saves,
 ) -> Metrics:
@@ -152,8 +152,7 @@ def train_loop(
         else:
             saves.finish()
             raise _diverged(config, progress.step + 1, rate, micro_batches, meter)
-        told = noticed() if noticed is not None else Notice.NONE
-        metrics = meter.reduce(waited, engine.device, told, writes=saves.writes())
+        metrics = meter.reduce(waited, engine.device, noticed(), writes=saves.writes())
         slow.add(meter.paces)
         metrics |= meter.tapped.measure(f"{config.seed} {progress.step}")
         progress.step += 1
