@@ -153,9 +153,8 @@ class _Grid:
         prompts = table["prompts"].combine_chunks().flatten()
         lengths = _lengths(prompts)
         bundle = np.repeat(np.arange(len(table)), _lengths(table["languages"]))
-        columns = {code: index for index, code in enumerate(languages)}
-        codes = table["languages"].combine_chunks().flatten().to_pylist()
-        column = np.array([columns.get(code, -1) for code in codes], dtype=np.int64)
+        codes = table["languages"].combine_chunks().flatten()
+        column = _integers(pc.fill_null(pc.index_in(codes, pa.array(languages, pa.string())), -1))
         if (column < 0).any():
             raise BatchError(_outside(languages, table, int(bundle[int(np.argmin(column))])))
         tapped = _integers(table["tapped"].combine_chunks().flatten())

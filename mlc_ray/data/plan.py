@@ -10,7 +10,6 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -223,10 +222,9 @@ def cut(sizes: Sequence[int], capacity: int, world_size: int) -> list[list[list[
         load, index = heapq.heappop(least)
         levelled[index].append(item)
         heapq.heappush(least, (load + sizes[item], index))
-    loads = [load for load, _ in sorted(least, key=itemgetter(1))]
-    if any(load > capacity and len(one) > 1 for load, one in zip(loads, levelled, strict=True)):
+    if any(load > capacity and len(levelled[index]) > 1 for load, index in least):
         levelled = fitted + [[] for _ in range(number - len(fitted))]
-        loads = [sum(sizes[item] for item in one) for one in levelled]
+    loads = [sum(sizes[item] for item in one) for one in levelled]
     heaviest_first = sorted(range(number), key=lambda index: (-loads[index], index))
     bins: list[list[list[int]]] = []
     totals = [0] * world_size
@@ -244,13 +242,12 @@ def cut(sizes: Sequence[int], capacity: int, world_size: int) -> list[list[list[
 def _first_fit(sizes: Sequence[int], capacity: int, order: Sequence[int]) -> list[list[int]]:
     """Each item of `order` into the first bin with space for it."""
     bins: list[list[int]] = []
-    space = np.zeros(len(sizes), dtype=np.int64)
+    space = np.full(len(sizes), capacity)
     for item in order:
         fits = space[: len(bins)] >= sizes[item]
         index = int(fits.argmax()) if fits.any() else len(bins)
         if index == len(bins):
             bins.append([])
-            space[index] = capacity
         bins[index].append(item)
         space[index] -= sizes[item]
     return bins

@@ -317,12 +317,10 @@ def token_fingerprint(
 
     `contents` are those of the sources' files; without them, they are read.
     """
-    files = _files(data.train)
-    contents = _contents(files) if contents is None else contents
     return fingerprint(
         {
             "format": FORMAT,
-            "sources": [file.fingerprint(contents) for file in files],
+            "sources": [file.fingerprint(contents) for file in _files(data.train)],
             "tokenizer": fingerprint_tokenizer(model.path),
             "chat": chat.model_dump(mode="json"),
             "settings": data.model_dump(mode="json", exclude={"train", "validation"}),

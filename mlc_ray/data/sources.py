@@ -62,10 +62,8 @@ class SourceFile:
         `contents` are those of its `files`; without them, they are read.
         """
         path = Place(self.path)
-        if path.exists():
-            content = fingerprint_of(path, contents if contents is not None else contents_of(self.files()))
-        else:
-            content = self.path  # with its commit
+        # A name of the hub says its commit.
+        content = fingerprint_of(path, contents or contents_of(self.files())) if path.exists() else self.path
         return fingerprint([content, self.format, self.kind, self.only, _code_of(self.format)])
 
 

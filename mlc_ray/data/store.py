@@ -77,8 +77,6 @@ class TokenCounts:
         cut_answers = table["truncated_response_tokens"].to_numpy()
         response = table["response_prompt"].to_numpy()
         first = starts_of(pc.list_value_length(table["languages"]).to_numpy().astype(np.int64))
-        answered = np.zeros(len(code), dtype=np.int64)
-        answered[(first + response)[response >= 0]] = 1
         return cls(
             rows=table.num_rows,
             kinds=Counter({each["values"]: each["counts"] for each in table["kind"].value_counts().to_pylist()}),
@@ -93,7 +91,7 @@ class TokenCounts:
             truncated_responses=int((cut_answers > 0).sum()),
             truncated_response_tokens=int(cut_answers.sum()),
             lacking=Counter({name: int(lack.sum()) for name, lack in _lacking(table).items() if lack.any()}),
-            answered=by_language(answered),
+            answered=by_language(np.bincount((first + response)[response >= 0], minlength=len(code))),
         )
 
     def add(self, other: TokenCounts) -> None:

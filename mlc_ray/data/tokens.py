@@ -34,7 +34,7 @@ NO_PROMPT = -1
 """`TokenRow.response_prompt` of a bundle that has no answers and no prompt in its response language."""
 
 _READ = ["bundle_id", "kind", "languages", "texts", "response_language", *ANSWERS, "answers", "pair"]
-_COPIED = ("bundle_id", "kind", "languages", "response_prompt", "pair")
+_FROM_ROWS = ("bundle_id", "kind", "languages", "response_prompt", *ANSWERS, "answers", "pair")
 SENTINEL = "qS7zK2vX9w"
 """A text that no template writes."""
 _SHORTCUTS_FROM = 256
@@ -355,11 +355,10 @@ def tokenize_table(
     kept, cuts = zip(*(template.cut_prompt(ids, max_prompt_tokens) for ids in whole), strict=True)
     lengths, cut = np.fromiter(map(len, kept), np.int32), np.array(cuts, dtype=np.int32)
     lost = np.zeros(len(rows), dtype=np.int32)
-    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in _COPIED}
     for (number, pair, name, _), ids in zip(answers, said, strict=True):
         pair[name] = ids[:max_response_tokens]
         lost[number] += max(0, len(ids) - max_response_tokens)
-    columns |= {name: [row[name] for row in rows] for name in (*ANSWERS, "answers")}
+    columns: dict[str, Any] = {name: [row[name] for row in rows] for name in _FROM_ROWS}
     ends = np.cumsum([0, *lengths])
     columns["prompts"] = _lists(starts, _lists(ends, pa.array(np.concatenate(kept))))
     columns["tapped"], columns["cut"] = _lists(starts, pa.array(lengths - 1)), _lists(starts, pa.array(cut))

@@ -397,17 +397,14 @@ def _wait_for_all(pools: Sequence[EnginePool]) -> None:
     """Wait until all actors are up, or one is not; an engine may take minutes, so those are counted."""
     engines = sum(pool.part.replicas for pool in pools if pool.part.engine is not None)
     with phase("starting engines", engines, "engines") if engines else nullcontext() as progress:
-        waiting = list(pools)
-        while waiting:
+        while waiting := [pool for pool in pools if pool.busy]:
             _wait(waiting)
-            for pool in list(waiting):
+            for pool in waiting:
                 for found in pool._outcomes():
                     if found.fault is not None:
                         raise EngineDiedError(found.fault + found.at)
                     if pool.part.engine is not None and progress is not None:
                         progress.advance()
-                if not pool.busy:
-                    waiting.remove(pool)
 
 
 def _wait(pools: Sequence[EnginePool]) -> None:

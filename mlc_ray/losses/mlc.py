@@ -123,14 +123,11 @@ def mlc_losses(
         )
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    values = singular_values(unit_rows(representations, present))
-    n_bundles, n_languages, size = representations.shape
     if present is None:
-        counts = torch.full((n_bundles,), n_languages, device=values.device)
-    else:
-        counts = present.sum(dim=1)
-    rank_limit = counts.clamp(max=size).unsqueeze(1)
-    valid = torch.arange(values.shape[1], device=values.device).unsqueeze(0) < rank_limit
+        present = torch.ones(representations.shape[:2], dtype=torch.bool, device=representations.device)
+    values = singular_values(unit_rows(representations, present))
+    counts = present.sum(dim=1)
+    valid = torch.arange(values.shape[1], device=values.device) < counts.unsqueeze(1)
     if scaling == "leading":
         # A bundle with no language at all has s1 = 0: divide by 1 there, its logits are masked anyway.
         leading = values[:, :1].detach()

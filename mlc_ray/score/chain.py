@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from mlc_ray.generate.blocks import Job, Piece, block_size, joined
@@ -92,8 +93,7 @@ class Pass:
     @property
     def table(self) -> pa.Table:
         """All rows with their columns, in order."""
-        places = [place for some, _ in self._made for place in some]
-        order = sorted(range(len(places)), key=places.__getitem__)
+        order = np.argsort([place for some, _ in self._made for place in some])
         return pa.concat_tables([table for _, table in self._made]).take(pa.array(order, pa.int64()))
 
     def _ask(self, places: Sequence[int], keys: Sequence[str], table: pa.Table) -> None:

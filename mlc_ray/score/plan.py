@@ -154,12 +154,11 @@ def reading(judging: Judging, device: Device, *, rows: int, usage: Path, replies
         parts["translate"] = _translating(translate, judging.translated, device, common("translate"))
     stages = _stages(judging.readers)
     columns = [f"verdict_{number}" for number in range(1, len(stages))]
-    for number, readers in enumerate(stages):
-        last = number == len(columns)
+    for number, (readers, column) in enumerate(zip(stages, [*columns, None], strict=True)):
         settings = {
             "readers": [(reader.name, reader.judge.settings, reader.cells) for reader in readers],
-            "column": None if last else columns[number],
-            "earlier": columns if last else (),
+            "column": column,
+            "earlier": columns if column is None else (),
         }
         # An endpoint's cache and its cost cap are one.
         own = readers[0].judge

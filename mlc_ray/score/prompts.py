@@ -120,9 +120,8 @@ def explode(bundles: pa.Table, benchmark: str, kept: Mapping[str, Sequence[str]]
     """Rows of bundles -> a row per prompt (`PROMPTS`), for the bundles and languages in `kept`, in their order."""
     owner = pc.list_parent_indices(bundles["languages"])
     table = bundles.select(["bundle_id", "kind", "category"]).take(owner)
-    columns = {"language": "languages", "prompt": "texts"}
-    for name, lists in columns.items():
-        table = table.append_column(name, pc.list_flatten(bundles[lists]))
+    table = table.append_column("language", pc.list_flatten(bundles["languages"]))
+    table = table.append_column("prompt", pc.list_flatten(bundles["texts"]))
     table = table.append_column("benchmark", pa.array([benchmark] * len(table), pa.string()))
     table = table.append_column("sample", pa.array(np.zeros(len(table), np.int32)))
     wanted = {name: frozenset(codes) for name, codes in kept.items()}

@@ -246,7 +246,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
         request = replace(request, config=config.model_copy(update={"judge": decided}))
         judging = plan_judging(make_reader(decided), responses)
         check_calibration(request.config.calibration, judging.identity)
-        _check_readers(request, judging, device, [])
+        _check_readers(judging, device, [])
         if config.plan == "check":
             check_readers(request.config, judging.readers, gpu=device == "gpu")
         logger.info("judging %d responses of %s by %s", len(responses), source, judge.name)
@@ -343,7 +343,7 @@ def _check_engines(request: Request, judging: Judging, device: Device, pool: Eng
         check_fits("engine (replicas x cpus_per_replica)", own.places(device))
     else:
         _check_pool(pool, own)
-    _check_readers(request, judging, device, [] if pool is None else pool.part.places(device))
+    _check_readers(judging, device, [] if pool is None else pool.part.places(device))
 
 
 def _check_pool(pool: EnginePool, asked: Part) -> None:
@@ -353,7 +353,7 @@ def _check_pool(pool: EnginePool, asked: Part) -> None:
         raise ScoreError("the pool was opened for other engine settings, chat, max_new_tokens, judge or device")
 
 
-def _check_readers(request: Request, judging: Judging, device: Device, held: Sequence[Need]) -> None:
+def _check_readers(judging: Judging, device: Device, held: Sequence[Need]) -> None:
     for part in reading(judging, device, rows=1, usage=Path(), replies=Place(Path())).values():
         if part.engine is not None:
             check_fits(f"{part.name}, by engines of its own,", [*held, *part.places(device)])

@@ -319,22 +319,18 @@ def _read(
     """
     rows: list[dict[str, Any]] = [dict.fromkeys(VERDICTS.names) for _ in answers]
     mine = [index for index, answer in enumerate(answers) if (answer.kind, answer.language) in reader.cells]
-    ways = [reader.cells[answers[index].kind, answers[index].language] for index in mine]
+    own = [answers[index] for index in mine]
+    ways = [reader.cells[answer.kind, answer.language] for answer in own]
     read = [english[index] if "translated" in way.values() else None for index, way in zip(mine, ways, strict=True)]
-    asked = translated_answers([answers[index] for index in mine], read, reader.judge.measures)
-    sent = [
-        (index, item) for index, item in zip(mine, asked, strict=True)
-        if isinstance(item, Answer) and item.finish not in NO_ANSWER
-    ]  # fmt: skip
+    asked = [
+        reader.judge.unparsed(NO_ANSWER[answer.finish]) if answer.finish in NO_ANSWER else item
+        for answer, item in zip(own, translated_answers(own, read, reader.judge.measures), strict=True)
+    ]
+    sent = [(index, item) for index, item in zip(mine, asked, strict=True) if isinstance(item, Answer)]
     places = table.select(_PLACE).take(pa.array([index for index, _ in sent], pa.int64()))
     given = iter(_asked(reader, [answer for _, answer in sent], places))
     for index, item, way, text in zip(mine, asked, ways, read, strict=True):
-        if (finish := answers[index].finish) in NO_ANSWER:
-            verdict = reader.judge.unparsed(NO_ANSWER[finish])
-        elif isinstance(item, Verdict):
-            verdict = item
-        else:
-            verdict = next(given)
+        verdict = item if isinstance(item, Verdict) else next(given)
         rows[index] = _verdict_row(verdict, way, reader.name) | {"judge_fault": text and text.engine_fault}
     return rows
 

@@ -30,6 +30,8 @@ AT_ONCE = 4_000_000
 """Weights held in memory at once."""
 
 Floats = NDArray[np.float64]
+Columns = NDArray[np.intp]
+"""Indices of columns."""
 
 
 def wilson(successes: float, n: float, z: float = Z) -> tuple[float, float]:
@@ -134,9 +136,7 @@ class Grid:
         source = resample(columns, self.stream)
         return [MeanRate(source, pairs + k * len(one), pairs + last * len(one)) for k in range(last)]
 
-    def _columns(
-        self, counts: str, present: str, languages: Iterable[str] | None
-    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    def _columns(self, counts: str, present: str, languages: Iterable[str] | None) -> tuple[Columns, Columns]:
         names, width = list(self.layers), len(self.languages)
         chosen = np.array([self.languages.index(code) for code in languages or self.languages])
         return names.index(counts) * width + chosen, names.index(present) * width + chosen
@@ -188,8 +188,8 @@ class Statistic(ABC):
     """A number made of rates: columns `counts` [L] over columns `present` [L] of one `source`."""
 
     source: Resampled
-    counts: NDArray[np.intp]
-    present: NDArray[np.intp]
+    counts: Columns
+    present: Columns
     number: ClassVar[Callable[..., Any]]
     """numpy's function that makes it of rates, whose NaN it leaves out."""
 

@@ -195,7 +195,6 @@ def _side(sides: Sequence[_Side], seen: frozenset[str] | None) -> SideSummary:
     english, others = _split(sides, is_english)
     gap = [*english, *((-weight, term) for weight, term in others)]
     trained, unseen = ([], []) if seen is None else _split(sides, lambda code: primary_language(code) in seen)
-    margins = (_mean(row.margin for row in side.rows.values() if row.margin is not None) for side in sides)
     counts: dict[str, Any] = {name: sum(getattr(row, name) for row in rows) for name in _COUNTS}
     read: dict[str, Any] = {
         via: tuple(dict.fromkeys(row.language for row in rows if row.via == via)) for via in _MARKED
@@ -216,7 +215,7 @@ def _side(sides: Sequence[_Side], seen: frozenset[str] | None) -> SideSummary:
         unseen=_percent(*unseen) if unseen else None,
         languages=len({row.language for row in rows}),
         bundles=sum(len(side.grid.layers["present"]) for side in sides),
-        margin=_mean(margin for margin in margins if margin is not None),
+        margin=_mean(_mean(row.margin for row in side.rows.values()) for side in sides),
         any_of=_any_of(sides) if any(side.any_of is not None for side in sides) else (),
         **counts,
         **read,
@@ -254,8 +253,8 @@ def _means(sides: Sequence[_Side], layer: str, languages: Collection[str] | None
     return averaged([side.mean(layer, codes) for side, codes in chosen if codes])
 
 
-def _mean(values: Iterable[float]) -> float | None:
-    listed = list(values)
+def _mean(values: Iterable[float | None]) -> float | None:
+    listed = [value for value in values if value is not None]
     return sum(listed) / len(listed) if listed else None
 
 

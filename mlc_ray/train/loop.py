@@ -88,7 +88,7 @@ def train_loop(
     total_steps: int,
     kinds: Collection[str],
     validate: Callable[[], Metrics] | None = None,
-    noticed: Callable[[], Notice] | None = None,
+    noticed: Callable[[], Notice] = lambda: Notice.NONE,
     log: Callable[[int, Metrics], None],
     saves: Saves,
 ) -> Metrics:
@@ -152,8 +152,7 @@ def train_loop(
         else:
             saves.finish()
             raise _diverged(config, progress.step + 1, rate, micro_batches, meter)
-        told = noticed() if noticed is not None else Notice.NONE
-        metrics = meter.reduce(waited, engine.device, told, writes=saves.writes())
+        metrics = meter.reduce(waited, engine.device, noticed(), writes=saves.writes())
         slow.add(meter.paces)
         metrics |= meter.tapped.measure(f"{config.seed} {progress.step}")
         progress.step += 1
@@ -212,7 +211,6 @@ def _accumulate(
     """Forward and backward of one optimizer step's micro-batches; `meter` takes in what they give."""
     engine.begin(len(micro_batches))
     for on_host in micro_batches:
-        idle = not bool(on_host.weight.any())
         batch = move(on_host, engine.device)
         frozen = ReferenceOutput()
         if reference is not None and (objective.alignment.needs_reference or batch.taps):
@@ -221,7 +219,7 @@ def _accumulate(
             output = engine.forward(batch)
         result = loss_of(objective, batch, output, frozen, factors)
         engine.backward(_with_telling_gradient(result.loss, output.chosen.total))
-        meter.add(batch, output, result, idle=idle)
+        meter.add(batch, output, result, idle=not bool(on_host.weight.any()))
 
 
 def loss_of(

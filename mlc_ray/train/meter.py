@@ -45,18 +45,15 @@ class StepMeter:
         real, with_terms = batch.weight > 0, batch.term_weight > 0
         add_to(self.counts, "loss/total", result.loss.detach().double())
         add_to(self.counts, "bundles", real.double().sum())
-        for name, values in result.metrics.items():
-            add_to(self.sums, name, values.double().where(real, 0.0).sum())
         if output.representations is not None:
             add_to(self.counts, "term_bundles", with_terms.double().sum())
-        for name, values in result.term_metrics.items():
-            add_to(self.term_sums, name, values.double().where(with_terms, 0.0).sum())
-        finite = [
-            values.isfinite() | ~counts
-            for metrics, counts in ((result.metrics, real), (result.term_metrics, with_terms))
-            for name, values in metrics.items()
-            if name.startswith("loss/")
-        ]
+        of_loss, of_terms = (self.sums, result.metrics, real), (self.term_sums, result.term_metrics, with_terms)
+        finite = []
+        for sums, metrics, counts in (of_loss, of_terms):
+            for name, values in metrics.items():
+                add_to(sums, name, values.double().where(counts, 0.0).sum())
+                if name.startswith("loss/"):
+                    finite.append(values.isfinite() | ~counts)
         self.losses.append((list(batch.bundle_ids), torch.stack(finite).all(dim=0)))
         self.tapped.add(batch, output)
         self.forwards += 1

@@ -200,12 +200,10 @@ def _fit(
             )
     except (DivergedError, PreemptedError) as error:
         raise _of_the_run(error, spec, to_go_on) from None
-    except MlcRayError:
-        raise
     except Exception as error:
-        if (cause := _cause(error, config, spec, to_go_on)) is not None:
-            raise cause from error
-        raise
+        if isinstance(error, MlcRayError) or (cause := _cause(error, config, spec, to_go_on)) is None:
+            raise
+        raise cause from error
     return result_of(run_folder)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -164,7 +163,7 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
             config=config,
             fingerprints=spec.fingerprints,
             may_write=partial(guard.check, now=True),
-            completing=partial(completing, run, watchdog, guard if rank == 0 else None),
+            completing=partial(watched, "completing a checkpoint", run, watchdog, guard if rank == 0 else None),
             record=partial(record, tracker, guard) if tracker is not None else lambda: None,
         )
         saves = WatchedSaves(spec, saver, watchdog, guard)
@@ -188,22 +187,24 @@ def _work(spec: WorkerSpec, config: TrainConfig, watchdog: Watchdog, device: tor
 
 
 @contextlib.contextmanager
-def completing(run: Place, watchdog: Watchdog, guard: LeaseGuard | None) -> Iterator[None]:
-    """Around a step to a checkpoint's end: watched for progress, and under the lease still.
+def watched(what: str, run: Place, watchdog: Watchdog, guard: LeaseGuard | None) -> Iterator[None]:
+    """Around a step on the way to a checkpoint: watched for progress, and under the lease still.
 
     Args:
+        what: the step, as the watchdog tells of it.
         run: its folder.
         watchdog: this worker's; it goes back to what was done before.
-        guard: rank 0's, which completes checkpoints for all: another driver may have taken over meanwhile.
+        guard: rank 0's, which removes and completes for all: another driver may have taken over meanwhile.
 
     Raises:
         LeaseError: One has.
     """
     before = watchdog.doing
-    watchdog.beat("completing a checkpoint, with all workers")
+    watchdog.beat(f"{what}, with all workers")
     if guard is not None:
         guard.check(now=True)
-    with _watched(run, watchdog):
+    # A worker that has written its files waits for the slowest one: what any of them writes is progress.
+    with watchdog.while_changing(partial(checkpoint_sizes, run)):
         yield
     watchdog.beat(before)
 
@@ -214,16 +215,12 @@ def record(tracker: Tracker, guard: LeaseGuard) -> None:
     guard.check(now=True)  # sending may have taken long, and another driver may have taken over meanwhile
 
 
-def _watched(run: Place, watchdog: Watchdog) -> AbstractContextManager[None]:
-    # A worker that has written its files waits for the slowest one: what any of them writes is progress.
-    return watchdog.while_changing(partial(checkpoint_sizes, run))
-
-
 class WatchedSaves:
     """Saves checkpoints of a run on Ray: watched for progress, under the lease, and scored where that is asked."""
 
     def __init__(self, spec: WorkerSpec, saver: CheckpointSaver, watchdog: Watchdog, guard: LeaseGuard) -> None:
-        self.spec, self.saver, self.watchdog, self.guard = spec, saver, watchdog, guard
+        self.spec, self.saver, self.watchdog = spec, saver, watchdog
+        self.guard = guard if saver.engine.rank == 0 else None
         self.writes, self.settle, self.finish = saver.writes, saver.settle, saver.finish
 
     @property
@@ -237,10 +234,7 @@ class WatchedSaves:
         Raises:
             StorageFaultError: It is needed, and could not be written; `cluster.max_failures` applies.
         """
-        if self.saver.engine.rank == 0:  # it removes and completes for all
-            self.guard.check(now=True)
-        self.watchdog.beat("saving a checkpoint, with all workers")
-        with _watched(self.spec.run_folder, self.watchdog):
+        with watched("saving a checkpoint", self.spec.run_folder, self.watchdog, self.guard):
             self.saver.save(progress)
         if wait or needed or not self.saver.in_background:
             self.finish()
@@ -260,10 +254,7 @@ class WatchedSaves:
             self._publish_and_score(asked, progress, last=last)
 
     def _publish_and_score(self, asked: WeightsScorer, progress: Progress, *, last: bool) -> None:
-        if self.saver.engine.rank == 0:
-            self.guard.check(now=True)
-        self.watchdog.beat("publishing weights, with all workers")
-        with _watched(self.spec.run_folder, self.watchdog):
+        with watched("publishing weights", self.spec.run_folder, self.watchdog, self.guard):
             self.saver.publish(progress, ends=last)
             self.finish()
         if self.saver.fault is not None or self.saver.newest is None:

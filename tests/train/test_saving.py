@@ -38,7 +38,7 @@ from mlc_ray.train.shards import CheckpointError
 from mlc_ray.train.tensor_files import parts_of
 from mlc_ray.train.tracking import Tracker
 from mlc_ray.train.watchdog import Watchdog
-from mlc_ray.train.worker import WatchedSaves, completing, record
+from mlc_ray.train.worker import WatchedSaves, record, watched
 from tests.checkpoints import complete
 from tests.train.test_checkpoint import FINGERPRINTS, config_of, tokenizer, whole_state
 from tests.train.tiny import VOCABULARY, make_engine, on_workers, random_rows, run_engine, whole_weights
@@ -184,7 +184,8 @@ def as_a_worker(model_folder, engine):
         if len(logged) <= 3:
             raise OSError(28, "No space left on device")
 
-    saver = CheckpointSaver(run, **told, completing=partial(completing, run, watchdog, guard), record=record)
+    completing = partial(watched, "completing a checkpoint", run, watchdog, guard)
+    saver = CheckpointSaver(run, **told, completing=completing, record=record)
     saves, raised = WatchedSaves(spec, saver, watchdog, guard), []
     HeldStorage.immovable = "checkpoint_000001"
     assert not saves.save(Progress(step=1), {}, wait=True, needed=False)

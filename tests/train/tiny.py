@@ -26,6 +26,7 @@ from mlc_ray.train.engines.deepspeed import DeepSpeed
 from mlc_ray.train.loop import Progress, train_loop
 from mlc_ray.train.model import PolicyWithExtractor, add_adapters, cast_parameters, checkpoint_blocks, resolve_layer
 from mlc_ray.train.planning import check_groups, tapping
+from mlc_ray.train.preemption import Notice
 from mlc_ray.train.reference import ReferenceModel, asked_of_reference, cached_reference, policy_reference
 from mlc_ray.types import ReferenceRows, TokenRow
 from tests.data.files import write_rows
@@ -240,7 +241,7 @@ def run_engine(
         total_steps=steps,
         kinds={row.kind for row in rows},
         validate=validate,
-        noticed=noticed,
+        noticed=noticed or (lambda: Notice.NONE),
         log=lambda step, metrics: history.append({"step": step, **metrics}),
         saves=saves or SavesAtOnce(save or (lambda progress, metrics: None)),
     )
