@@ -31,7 +31,7 @@ PATH = {
     "meter collectives",
     "generate": "stage engine blocks replica pool",
     "judges": "base phrase_lists refusal degenerate",
-    "stats": "rates summaries intervals lowest",
+    "stats": "rates bundles summaries intervals lowest",
     "score": "request prompts plan stages kept chain passes results run",
 }
 

@@ -63,6 +63,29 @@ def config_of(options: argparse.Namespace, folder: Path, me: str, other: str) ->
     )  # fmt: skip
 
 
+class NoSaves:
+    """No checkpoint is written (`train.loop.Saves`)."""
+
+    at_the_end = False
+
+    def save(self, progress: Progress, metrics: object, *, wait: bool, needed: bool) -> bool:
+        """Writes nothing."""
+        return True
+
+    def score(self, progress: Progress, *, last: bool) -> None:
+        """Scores nothing."""
+
+    def writes(self) -> bool:
+        """Nothing is being written."""
+        return False
+
+    def settle(self) -> None:
+        """Nothing is left to do."""
+
+    def finish(self) -> None:
+        """Nothing is waited for."""
+
+
 def plain(settings: dict[str, Any], tokens_folder: Path, gpu: bool) -> None:
     """The same loop in this process, as Ray Train's worker runs it, without Ray."""
     config = parse_config(TrainConfig, settings)
@@ -87,7 +110,7 @@ def plain(settings: dict[str, Any], tokens_folder: Path, gpu: bool) -> None:
     tracker = Tracker(config, folder, 0)
     train_loop(
         config, engine=engine, steps=steps, reference=reference, progress=Progress(), total_steps=total,
-        kinds=tokens.counts.kinds, log=tracker.log, save=lambda progress, metrics: None,
+        kinds=tokens.counts.kinds, log=tracker.log, saves=NoSaves(),
     )  # fmt: skip
     tracker.close()
     steps.close()
