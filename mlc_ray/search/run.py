@@ -28,7 +28,18 @@ from mlc_ray.config import SearchConfig
 from mlc_ray.lease import lease
 from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
-from mlc_ray.runs import BASE_FILE, BASELINE_FOLDER, COMMITS_FILE, SEARCH_CONFIG_FILE, SEARCH_TEXT, output_place
+from mlc_ray.runs import (
+    BASE_FILE,
+    BASELINE_FOLDER,
+    COMMITS_FILE,
+    KEPT_FOLDER,
+    MODEL_FOLDER,
+    PROVENANCE_FILE,
+    RESPONSES_FILE,
+    SEARCH_CONFIG_FILE,
+    SEARCH_TEXT,
+    output_place,
+)
 from mlc_ray.score.run import TooManyUnparsedError
 from mlc_ray.search.checks import TRIAL_CPUS, as_it_runs, base_of, check_search, with_dtypes_decided
 from mlc_ray.search.confirm import confirm
@@ -89,11 +100,21 @@ def search(config: SearchConfig) -> SearchResult:
         try:
             prepared = prepare(load_search(folder), space, folder)
         except BaseException:
-            # The name is free again, since the fix is another setting; what is cached by content stays.
-            for name in (BASELINE_FOLDER, SEARCH_CONFIG_FILE, BASE_FILE, COMMITS_FILE):
-                (folder / name).remove()
+            _leave(folder)
             raise
         return _search(prepared)
+
+
+def _leave(folder: Place) -> None:
+    """Free the name of a search that ended before its first trial, unless something is answered already.
+
+    Before an answer the fix is another setting; what is cached by content stays.
+    """
+    if any((folder / BASELINE_FOLDER / name).exists() for name in (KEPT_FOLDER, RESPONSES_FILE)):
+        logger.warning("what is answered is kept; `mlc-ray search --resume %s` goes on with it", folder)
+        return
+    for name in (BASELINE_FOLDER, SEARCH_CONFIG_FILE, BASE_FILE, COMMITS_FILE):
+        (folder / name).remove()
 
 
 def resume_search(folder: Path | Place, overrides: Sequence[str] = ()) -> SearchResult:
@@ -169,7 +190,10 @@ def _earlier_trials(shared: Shared) -> tuple[list[Ended], list[CutOff]]:
         if state == "diverged":
             ended.append(Ended(values, state))
         elif state != "unfinished" and scores:
+            model = folder / MODEL_FOLDER
             try:
+                if (model / PROVENANCE_FILE).is_file():  # else what engines failed on stays as it is
+                    shared.score(scores[-1], model=str(model), weights=str(model))
                 ended.append(Ended(values, state, shared.score_in(scores[-1]).values, step_of(scores[-1])))
             except TooManyUnparsedError as error:
                 logger.warning("trial %s ended without a value: %s", folder.name, error)

@@ -227,6 +227,39 @@ def test_trials_by_another_judge_or_engine_are_not_gone_on_with(place: Path, mon
             check_same(folder, shared())
 
 
+@pytest.mark.parametrize("answered", [None, "kept/pass-0/0123.parquet", "responses.parquet"])
+def test_what_is_answered_of_the_baseline_stays_where_a_search_ends_before_its_trials(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, answered: str | None
+) -> None:
+    folder = place / "again"
+
+    def prepared(*_: Any) -> None:
+        if answered is not None:
+            (folder / "baseline" / answered).parent.mkdir(parents=True)
+            (folder / "baseline" / answered).write_bytes(b"answers")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlc_ray.search.run.check_search", lambda *_: None)
+    monkeypatch.setattr("mlc_ray.search.run.prepare", prepared)
+    monkeypatch.setattr("mlc_ray.search.checks.use_gpu", lambda _: False)
+    monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda **_: "float32")
+    with pytest.raises(KeyboardInterrupt):
+        search(configured(place, "name=again"))
+    stays = answered is not None
+    assert (folder / "config.json").exists() is (folder / "base.yaml").exists() is stays
+    assert (folder / "baseline").exists() is stays
+    assert (f"search --resume {folder}" in caplog.text) is stays
+    if answered is not None:  # and the search goes on with it
+        assert (folder / "baseline" / answered).read_bytes() == b"answers"
+        with pytest.raises(KeyboardInterrupt):
+            monkeypatch.setattr("mlc_ray.search.run.prepare", lambda *_: prepared_again())
+            resume_search(folder)
+
+
+def prepared_again() -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_search_keeps_its_log_where_its_runs_are_to_keep_theirs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def prepared(*_: Any) -> None:
         logging.getLogger("mlc_ray.search.prepare").info("probe: layers are tried")
