@@ -21,8 +21,9 @@ BySeed = Mapping[int, Sequence[Judged]]
 def choice_p(objective: Objective, best: TrialScore, others: BySeed, bests: BySeed) -> float:
     """The p-value that tells the best from another by what ranks them: the largest over the seeds that both have.
 
-    That is the objective's own number, of several the least p-value times how many they are. Where even the best is not
-    sure to be above the floor, they rank by the benign side. Where no seed is common, the first of each are compared.
+    That is the objective's `rank` of its numbers: of `pareto` the sum of both sides, so that a trade of one for the
+    other alone tells nobody apart. Where even the best is not sure to be above the floor, they rank by the benign side.
+    Where no seed is common, the first of each are compared.
 
     Args:
         objective: What the trials were chosen by.
@@ -30,7 +31,7 @@ def choice_p(objective: Objective, best: TrialScore, others: BySeed, bests: BySe
         others: The verdicts of each of the other's models, by seed.
         bests: The same of the best's.
     """
-    test = _values_p if best.feasible else _benign_p
+    test = _rank_p if best.feasible else _benign_p
     return max(test(objective, best, *pair) for pair in _pairs(others, bests))
 
 
@@ -40,7 +41,7 @@ def apart_p(objective: Objective, best: TrialScore, others: BySeed, bests: BySee
         return choice_p(objective, best, others, bests)
     found = []
     for pair in _pairs(others, bests):
-        found.append(min(1.0, 2 * min(_values_p(objective, best, *pair), _benign_p(objective, best, *pair))))
+        found.append(min(1.0, 2 * min(_rank_p(objective, best, *pair), _benign_p(objective, best, *pair))))
     return max(found)
 
 
@@ -57,19 +58,18 @@ def _benign_p(objective: Objective, best: TrialScore, other: Sequence[Judged], o
     return benign.p
 
 
-def _values_p(objective: Objective, best: TrialScore, other: Sequence[Judged], own: Sequence[Judged]) -> float:
-    """The two models are exchanged in random bundles, as if they were alike: how often do values differ as much?"""
+def _rank_p(objective: Objective, best: TrialScore, other: Sequence[Judged], own: Sequence[Judged]) -> float:
+    """The two models are exchanged in random bundles, as if they were alike: how often do ranks differ as much?"""
     harmful = _exchanged(own, other, "harmful", best.measure, "hits", list(best.harmful_by_language))
     benign = None
     if best.benign is not None:
         benign = _exchanged(own, other, "benign", "refused", "misses", list(best.benign_by_language))
-    values = []
+    ranks = []
     for which in (0, 1):
         sides = each_sides(best.measure, harmful[which], None if benign is None else benign[which])
-        values.append(np.array([objective.values(each) for each in sides]))
-    changes = values[0] - values[1]
-    p_values = [swap_p(change[0], change[1:]) for change in changes.T]
-    return min(1.0, len(p_values) * min(p_values))
+        ranks.append(np.array([objective.rank(objective.values(each)) for each in sides]))
+    change = ranks[0] - ranks[1]
+    return swap_p(change[0], change[1:])
 
 
 def _exchanged(
