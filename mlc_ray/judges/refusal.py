@@ -54,12 +54,12 @@ def own_words(response: str) -> str:
     return _QUOTED.sub(" ", text)
 
 
-_SENTENCE_END = re.compile("[.!?。！？｡؟۔।॥…;；؛\n]+")
+SENTENCE_END = re.compile("[.!?。！？｡؟۔।॥…;；؛\n]+")
 
 
 def opening(response: str) -> str:
     """The first `PREFIX_CHARACTERS` of the speaker's own words as `searchable` sentences, one a line."""
-    sentences = (searchable(sentence) for sentence in _SENTENCE_END.split(own_words(response[:_READ])))
+    sentences = (searchable(sentence) for sentence in SENTENCE_END.split(own_words(response[:_READ])))
     return "\n".join(filter(None, sentences))[:PREFIX_CHARACTERS]
 
 
