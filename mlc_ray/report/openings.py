@@ -107,6 +107,7 @@ def coverage_warnings(models: Sequence[Model]) -> Iterator[str]:
             said = ", ".join(f"{each.language} {each}" for each in low)
             what = "its training's terms read" if read is not None and read.by_terms else "are listed"
             yield (
-                f"Of the refusals of {model.label}, few begin with openings that {what} ({said}): there an AUC of "
-                "openings, and what the terms teach, say little of what it refuses; `mlc-ray openings` finds others."
+                f"Of the refusals of {model.label}, under {LOW:.0%} begin with openings that {what} ({said}): there an "
+                "AUC of openings, and what the terms teach, say little of what it refuses; `mlc-ray openings` finds "
+                "others."
             )

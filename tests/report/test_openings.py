@@ -61,6 +61,7 @@ def test_the_report_has_them_beside_the_auc_and_names_a_low_share(tmp_path: Path
     score = write_score(run / "scores" / "after", rows())
     probe = probe_folder(tmp_path / "probe", decisions=[decision("en", 0.93, 80, 10), decision("es", 0.8, 90, 20)])
     (line,) = [line for line in warnings(collect([score, probe]).models) if "begin with openings" in line]
+    assert ", under 75% begin with openings" in line, "few would be untrue of 74 of 100"
     assert "that its training's terms read (en 6 of 14): " in line and "es" not in line.partition(":")[0]
     _, *paper = write_report([score, probe], tmp_path / "report.html", paper=tmp_path / "paper")
     text = paper[0].read_text()
