@@ -35,7 +35,7 @@ class Kept:
     """
 
     def __init__(self, place: Place, name: str, made_by: Any, reads: Sequence[str], columns: pa.Schema) -> None:
-        self._place, self._columns = place / KEPT_FOLDER / name, columns
+        self._place, self.columns = place / KEPT_FOLDER / name, columns
         self._made_by, self._reads = made_by, reads
         self._found = self._read()
 
@@ -67,7 +67,7 @@ class Kept:
         except (pa.ArrowException, OSError) as error:
             logger.warning("%s is damaged (%s); its rows are asked again", file, str(error).splitlines()[0])
             return []
-        return table.to_pylist() if table.schema.remove_metadata().equals(pa.schema([*self._columns, _KEY])) else []
+        return table.to_pylist() if table.schema.remove_metadata().equals(pa.schema([*self.columns, _KEY])) else []
 
 
 def row_keys(made_by: Any, table: pa.Table, reads: Sequence[str]) -> list[str]:

@@ -69,19 +69,13 @@ class Passes:
         """
         own = answering(self.request.resolved, self.request.config, judging, self.device, in_turn=False)
         part = own if pool is None else pool.part
-        by = made_by(self.request)
-        if judging.judge.runs == "prompts":
-            by.append([judging.judge.identity, dict(judging.ways)])
-        first = _Planned("answering", part, by, PROMPTS.names, "prompts", pool)
+        first = _Planned("answering", part, made_by(self.request, judging), PROMPTS.names, "prompts", pool)
         if earlier is not None:
             self._keep(first, earlier)
         return self._work([first, *self._reading(judging, len(prompts))], prompts)
 
     def _keep(self, planned: _Planned, earlier: pa.Table) -> None:
-        """Keep answers of an earlier call, but those that engines failed to give."""
-        answers = earlier.filter(pc.not_equal(earlier["finish"], ENGINE_FAULT))
-        kept = Kept(self.place, planned.name, planned.made_by, planned.reads, planned.part.columns)
-        kept.land(kept.look(answers)[0], answers.select(planned.part.columns.names))
+        keep(Kept(self.place, planned.name, planned.made_by, planned.reads, planned.part.columns), earlier)
 
     def judge(self, judging: Judging, table: pa.Table) -> pa.Table:
         """Responses with their verdicts, also in the folder's file."""
@@ -152,13 +146,15 @@ class Passes:
     def _answered(self, table: pa.Table) -> None:
         write_responses(table, self.folder)
         warn_of_thoughts(table, self.request.config)
-        if faults := table["finish"].to_pylist().count(ENGINE_FAULT):
-            _warn_of_faults(faults, len(table))
+        warn_of_faults(table)
 
 
-def made_by(request: Request) -> list[Any]:
+def made_by(request: Request, judging: Judging) -> list[Any]:
     """What the model's answers follow from, beside a prompt: a part of the keys of rows that are kept."""
-    return [request.decoding, engine_versions(request.versions)]
+    by: list[Any] = [request.decoding, engine_versions(request.versions)]
+    if judging.judge.runs == "prompts":
+        by.append([judging.judge.identity, dict(judging.ways)])
+    return by
 
 
 def judged_by(judging: Judging) -> list[Any]:
@@ -177,6 +173,14 @@ def _asked(reader: Reader) -> list[Any]:
     return [reader.name, [[*cell, {str(measure): via for measure, via in ways.items()}] for cell, ways in cells]]
 
 
-def _warn_of_faults(faults: int, prompts: int) -> None:
-    what = "%d of %d prompts have no answer: engines fail on each of them alone; the column `fault` says how"
-    logger.warning(what, faults, prompts)
+def keep(kept: Kept, earlier: pa.Table) -> None:
+    """Keep answers of an earlier call, but those that engines failed to give."""
+    answers = earlier.filter(pc.not_equal(earlier["finish"], ENGINE_FAULT))
+    kept.land(kept.look(answers)[0], answers.select(kept.columns.names))
+
+
+def warn_of_faults(table: pa.Table) -> None:
+    """Warn of prompts that engines failed to answer."""
+    if faults := table["finish"].to_pylist().count(ENGINE_FAULT):
+        what = "%d of %d prompts have no answer: engines fail on each of them alone; the column `fault` says how"
+        logger.warning(what, faults, len(table))

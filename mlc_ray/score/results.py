@@ -20,7 +20,7 @@ from mlc_ray.stats.rates import Judged, Summary, score_rows
 from mlc_ray.stats.response_languages import InLanguage, in_language
 from mlc_ray.stats.summaries import summarise
 from mlc_ray.storage import Place
-from mlc_ray.types import UNFINISHED_THOUGHTS, Measure, ScoreRow
+from mlc_ray.types import ENGINE_FAULT, UNFINISHED_THOUGHTS, Measure, ScoreRow
 
 FORMAT = 5
 CUT_BOUND = 0.1
@@ -83,6 +83,11 @@ class ScoreResult:
     def unparsed_share(self) -> float:
         """Share of responses without a verdict, as a fraction."""
         return self.unparsed / self.responses
+
+    @property
+    def faults(self) -> int:
+        """How many prompts or responses engines failed on: those without an answer, and `judge_faults`."""
+        return self.finish.get(ENGINE_FAULT, 0) + self.judge_faults
 
     @property
     def heatmap(self) -> Place:

@@ -224,7 +224,7 @@ def judge_again(scored: str | Path | Place, *, out: str | Path | Place | None = 
     source = Place(scored).absolute()
     request = load_request(source)
     finished = (source / SCORES_FILE).is_file()
-    responses = _read_responses(source)
+    responses = read_responses(source)
     if responses is None or make_judge(request.config.judge).runs == "prompts":
         raise ScoreError(f"{str(source)!r} holds no responses to judge ({RESPONSES_FILE}); score the model again")
     earlier = request.config.judge
@@ -412,7 +412,7 @@ def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging)
     if finished is not None and not finished.judge_faults:
         logger.info("%s is finished already", folder)
         return finished
-    responses = _read_responses(Place(folder))
+    responses = read_responses(Place(folder))
     if (
         responses is None
         or judging.judge.runs == "prompts"
@@ -430,7 +430,7 @@ def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging)
     return responses
 
 
-def _read_responses(folder: Place) -> pa.Table | None:
+def read_responses(folder: Place) -> pa.Table | None:
     """Prompts and answers of a score folder, without what judges made of them; None where there are none."""
     file = folder / RESPONSES_FILE
     if not file.is_file():

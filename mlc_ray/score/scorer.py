@@ -35,11 +35,11 @@ from mlc_ray.progress import phase
 from mlc_ray.runs import KEPT_FOLDER, REPLIES_FILE, SCORES_FILE, names_of
 from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.kept import Kept
-from mlc_ray.score.passes import judged_by, made_by, read_by
-from mlc_ray.score.plan import answering, plan_judging, reading
-from mlc_ray.score.request import Request
+from mlc_ray.score.passes import judged_by, keep, made_by, read_by, warn_of_faults
+from mlc_ray.score.plan import Judging, answering, plan_judging, reading
+from mlc_ray.score.request import Request, load_request
 from mlc_ray.score.results import ScoreResult, write_responses
-from mlc_ray.score.run import write_score
+from mlc_ray.score.run import read_responses, write_score
 from mlc_ray.score.stages import JUDGED
 from mlc_ray.storage import Place, working_folder
 
@@ -135,8 +135,10 @@ class Scorer:
         judging = plan_judging(make_judge(request.config.judge), table)
         parts = [pool.part for pool in self._reading]
         made: list[tuple[Any, Sequence[str], pa.Schema]]
-        made = [(made_by(request), PROMPTS.names, self._answering.part.columns)]
+        made = [(made_by(request, judging), PROMPTS.names, self._answering.part.columns)]
         made += [(judged_by(judging), read_by(part), part.columns) for part in parts]
+        if (earlier := _answered_earlier(request, judging, place)) is not None:
+            keep(Kept(place, "pass-0", *made[0]), earlier)  # those below read it
         return [Kept(place, f"pass-{number}", *each) for number, each in enumerate(made)]
 
     def close(self) -> None:
@@ -144,6 +146,14 @@ class Scorer:
         for pool in (self._answering, *self._reading):
             pool.close()
         self._log.close()
+
+
+def _answered_earlier(request: Request, judging: Judging, place: Place) -> pa.Table | None:
+    """The responses of a complete score of the same, which is made again since engines failed on some of them."""
+    if judging.judge.runs == "prompts" or not (place / SCORES_FILE).is_file():
+        return None
+    same = made_by(load_request(place), judging) == made_by(request, judging)
+    return read_responses(place) if same else None
 
 
 class WarmScorer:
@@ -215,13 +225,23 @@ def _died(error: ray.exceptions.RayError) -> ScorerDiedError:
 
 
 def write_warm_score(scored: WarmScore, request: Request, folder: Place) -> ScoreResult:
-    """Count a checkpoint's verdicts, and write its score folder, `scores.json` last; what was kept of it goes."""
+    """Count a checkpoint's verdicts, and write its score folder, `scores.json` last; what was kept of it goes.
+
+    A warning says how many prompts or responses engines failed on.
+    """
+    warn_of_faults(scored.judged)
+    (folder / SCORES_FILE).remove()  # of an earlier score, so that the folder is not whole until this one is
     judging = plan_judging(make_judge(request.config.judge), scored.judged)
     with working_folder(folder, last=(SCORES_FILE,)) as here:
         request.save(here)
         write_responses(scored.judged, here)
         result = write_score(request, judging, scored.judged, here, seconds=dict(scored.seconds))
     (folder / KEPT_FOLDER).remove()
+    if result.judge_faults:
+        what = (
+            "%d of %d responses have no verdict: engines of a judge, or its translator, fail on each alone; the column "
+        )
+        logger.warning(what + "`judge_fault` says how", result.judge_faults, result.responses)
     return result
 
 

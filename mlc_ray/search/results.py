@@ -87,8 +87,7 @@ class Change:
     """The best confirmed model against another on the same prompts: best minus other in points, paired by bundle.
 
     Of several seeds it is the difference of the mean rates. `told_apart` says whether they differ by a test at 5 %,
-    corrected for all comparisons with the best (Holm), of the objective's own numbers, or under a floor of the benign
-    side.
+    corrected for all comparisons with the best (Holm), of what ranks them, or under a floor of the benign side.
     """
 
     harmful: Interval
@@ -214,8 +213,8 @@ def confirmation_table(result: SearchResult) -> Table | None:
         rows.append(row("baseline", [*empty, *_numbers(result.config, found.baseline), "1", *_change(found.change)]))
     note = (
         "on bundles that chose no trial; the best is the first of the selection unless another is told apart from it; "
-        "told apart: by the objective's numbers, or under a floor by the benign side, at 5 %, corrected for all rows "
-        "(Holm); best less this: the harmful side"
+        "told apart: by what ranks them, or under a floor by the benign side, at 5 %, corrected for all rows (Holm); "
+        "best less this: the harmful side"
     )
     return table("Confirmed", ["trial", *heads], rows, note)
 
@@ -281,6 +280,7 @@ def findings(result: SearchResult) -> list[str]:
     objective = make_objective(result.config.objective)
     lines = [f"WARNING: {objective.warning}"] if objective.warning is not None else []
     lines += [f"WARNING: a trial failed: {fault}" for fault in result.failed]
+    lines += _engine_faults(result)
     progress, found = result.progress, result.confirmation
     if progress.ended < progress.total:
         lines.append(f"{progress.ended} of {progress.total} trials have ended{_time_left(progress)}")
@@ -312,6 +312,17 @@ def findings(result: SearchResult) -> list[str]:
     elif len(found.points) > 1:
         lines.append(f"told apart from {', '.join(point.trial for point in found.points[1:])}")
     return lines
+
+
+def _engine_faults(result: SearchResult) -> list[str]:
+    """The scores that lack what engines failed on, which counts on neither side."""
+    scores = {"the baseline": result.baseline, **{f"trial {trial.name}": trial.score for trial in result.trials}}
+    if (found := result.confirmation) is not None:
+        scores |= {f"{point.trial} as confirmed": point.score for point in found.points}
+        scores |= {} if found.baseline is None else {"the baseline as confirmed": found.baseline}
+    faults = [f"{score.faults} of {name}" for name, score in scores.items() if score.faults]
+    said = "WARNING: engines failed on prompts or responses, which count on neither side"
+    return [f"{said}: {', '.join(faults)}; --resume asks again where the model is there"] if faults else []
 
 
 def _named(point: Confirmed) -> str:

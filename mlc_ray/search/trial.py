@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray.tune
@@ -102,7 +102,8 @@ class Shared:
         Raises:
             TooManyUnparsedError: Too few responses got a verdict.
         """
-        return make_objective(self.config.objective).score(*map(self.records_in, folders))
+        score = make_objective(self.config.objective).score(*map(self.records_in, folders))
+        return replace(score, faults=sum(load_scores(folder).faults for folder in folders))
 
     def records_in(self, folder: Place) -> list[Judged]:
         """The verdicts of a score folder.
@@ -146,17 +147,23 @@ class Shared:
     def score(self, folder: Place, *, model: str, weights: str | None, prompts: Prompts | None = None) -> None:
         """Score weights, or where trials train adapters one of those (None: no adapter), unless the folder has it.
 
+        A score on whose prompts or responses engines failed is made again; answers that are there stay.
+
         Args:
             folder: The score's folder.
             model: What the score is said to be of, and where the languages of its training are recorded.
             weights: What the engines serve.
-            prompts: Others than every trial is asked.
+            prompts: Others than every trial is asked: those that confirm.
         """
-        if (folder / SCORES_FILE).is_file():
+        if (folder / SCORES_FILE).is_file() and not load_scores(folder).faults:
             return
         resolved = self.model if weights is None else weights
         scoring = self.config.scoring
-        own = {"name": folder.name, "output_dir": str(folder.parent), "model": model}
+        own: dict[str, Any] = {"name": folder.name, "output_dir": str(folder.parent), "model": model}
+        confirm = self.config.confirm
+        if prompts is not None and confirm.benchmarks is not None:
+            own["benchmarks"] = [each.model_dump(mode="json", exclude_unset=True) for each in confirm.benchmarks]
+            own["limit"] = confirm.limit
         request = Request(
             config=parse_config(ScoreConfig, {**scoring.model_dump(mode="json", exclude_unset=True), **own}),
             resolved=resolved,

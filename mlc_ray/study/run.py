@@ -34,7 +34,6 @@ from mlc_ray.runs import (
     DIVERGED_FILE,
     FINISHED_FILE,
     MODEL_FOLDER,
-    SCORES_FILE,
     STUDY_FILE,
     TRAIN_FOLDER,
     UTILITY_FILE,
@@ -46,6 +45,7 @@ from mlc_ray.runs import (
 from mlc_ray.score.plan import Judging, fitted, judge_at_commits, places, plan_judging, with_dtypes
 from mlc_ray.score.prompts import Prompts, read_prompts
 from mlc_ray.score.request import Request
+from mlc_ray.score.results import load_scores
 from mlc_ray.score.scorer import ScorerDiedError, WarmScorer, start_scorer, write_warm_score
 from mlc_ray.storage import Place, fingerprint_model, local_side, user_cache
 from mlc_ray.study.cell_budget import same_tokens, state_budget
@@ -320,7 +320,10 @@ def _finish(run: Place) -> None:
 
 
 def _score(plan: Plan, prompts: Prompts, folder: Place, model: str, cells: Sequence[Cell], recorder: Recorder) -> None:
-    """Score the model before training and all its cells that are not, by engines that are started once."""
+    """Score the model before training and all its cells that are not, by engines that are started once.
+
+    Those on whose prompts or responses engines failed are scored again.
+    """
     path = _path(plan, model)
     judge = make_judge(plan.scoring.judge)
     scoring = plan.scoring.model_copy(update={"judge": fitted(judge, prompts.by_language(), plan.scoring, path)})
@@ -329,7 +332,7 @@ def _score(plan: Plan, prompts: Prompts, folder: Place, model: str, cells: Seque
         run = folder / CELLS_FOLDER / cell.name
         if has_model(run):
             jobs.append((score_folder(run), cell.name, str(run / MODEL_FOLDER)))
-    jobs = [job for job in jobs if not is_read(job[0], scoring.max_unparsed)]
+    jobs = [job for job in jobs if not is_read(job[0], scoring.max_unparsed) or load_scores(job[0]).faults]
     if not jobs:
         return
     try:
@@ -363,8 +366,6 @@ def _score_one(scorer: WarmScorer, scoring: ScoringSection, prompts: Prompts, ta
         seen_languages=training_languages(weights),
     )
     scored = scorer.score(weights, request=request, place=target)
-    for old in (target / SCORES_FILE, target):  # of one with too few verdicts; first what says that it is whole
-        old.remove()
     write_warm_score(scored, request, target)
 
 

@@ -14,11 +14,13 @@ import ray.exceptions
 from mlc_ray.config import EngineSection, ScoreConfig, parse_config
 from mlc_ray.generate.replica import EngineDiedError, Part
 from mlc_ray.generate.stage import ANSWERS, PROMPTS, Generator
+from mlc_ray.judges.likelihood import LikelihoodJudge
 from mlc_ray.judges.refusal import RefusalJudge
 from mlc_ray.score import scorer
 from mlc_ray.score.plan import plan_judging, reading, with_longest_answer
 from mlc_ray.score.request import Request
-from mlc_ray.score.scorer import Scorer, ScorerDiedError, WarmScorer, start_scorer
+from mlc_ray.score.results import ScoreResult
+from mlc_ray.score.scorer import Scorer, ScorerDiedError, WarmScorer, start_scorer, write_warm_score
 from mlc_ray.score.stages import JUDGED
 from mlc_ray.storage import Place
 from mlc_ray.train.failures import own_error
@@ -161,3 +163,66 @@ def test_what_engines_have_done_of_a_checkpoint_is_not_asked_again(tmp_path: Pat
     assert judged["response"].to_pylist() == [f"{n}? Boil it." for n in range(9)]
     assert judged["behaviour"].to_pylist() == ["complied"] * 9
     assert scored(answer)[0] == [] and len(scored(answer, "4567")[0]) == 9  # other weights answer for themselves
+
+
+def test_a_complete_score_that_engines_failed_on_asks_for_those_answers_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        {
+            "bundle_id": f"{kind}{n}",
+            "kind": kind,
+            "language": "en",
+            "prompt": f"{n}?",
+            "benchmark": "own",
+            "category": "",
+        }
+        for n in range(4)
+        for kind in ("harmful", "benign")
+    ]
+    prompts = pa.Table.from_pylist(rows, schema=PROMPTS)
+    raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "chat": {}}
+    request = Request(with_longest_answer(parse_config(ScoreConfig, raw)), "m", "0123", "prompts", None)
+    judging = plan_judging(RefusalJudge(), prompts)
+    (judge,) = reading(judging, "cpu", rows=8, usage=tmp_path, replies=Place(tmp_path / "replies")).values()
+    answering = Part("answering", Generator, {}, request.config.engine)
+    folder = Place(tmp_path / "step")
+
+    def answer(rows: pa.Table, fails: str = "") -> pa.Table:
+        answers = [
+            {"response": "", "finish": "engine_fault", "fault": "it died"}
+            if text == fails
+            else {"response": f"{text} Boil it.", "finish": "stop"}
+            for text in rows["prompt"].to_pylist()
+        ]
+        return pa.Table.from_pylist(answers, schema=ANSWERS)
+
+    def scored(work: Any, request: Request = request) -> tuple[list[str], ScoreResult]:
+        made, pool = Scorer([answering, judge], prompts, "cpu"), LocalPool(answering, work=work)
+        made._table, made._answering, made._reading = prompts, pool, [LocalPool(judge)]
+        return pool.asked, write_warm_score(made.score("m", False, None, request, folder), request, folder)
+
+    result = scored(lambda rows: answer(rows, "2?"))[1]
+    assert result.faults == 2 and "2 of 8 prompts have no answer" in caplog.text
+    assert not (folder / "kept").exists()
+    asked, result = scored(answer)
+    assert asked == ["2?", "2?"] and result.faults == 0
+    assert scored(answer, replace(request, fingerprint="4567"))[0] == [row["prompt"] for row in rows]
+
+
+def test_what_a_judge_reads_of_the_model_is_kept_for_that_judge_alone(tmp_path: Path) -> None:
+    prompts = pa.Table.from_pylist([{"kind": "benign", "language": "en", "prompt": "?"}], schema=PROMPTS)
+    raw = {"model": "m", "benchmarks": [{"path": "sample:test"}], "chat": {}, "judge": "likelihood"}
+    request = Request(with_longest_answer(parse_config(ScoreConfig, raw)), "m", "0123", "prompts", None)
+    made = Scorer([], prompts, "cpu")
+    made._answering, made._reading = SimpleNamespace(part=Part("answering", Generator, {}, request.config.engine)), []
+
+    def keys() -> list[str]:
+        (found,) = made._kept(request, Place(tmp_path), prompts)
+        return found.look(prompts)[0]
+
+    before = keys()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LikelihoodJudge, "identity_parts", lambda self: ["other openings"])
+        assert keys() != before
+    assert keys() == before

@@ -123,6 +123,21 @@ def test_the_result_is_what_was_confirmed(tmp_path: Path, capsys: pytest.Capture
     assert "WARNING: a trial failed: OSError: disk full" in printed
 
 
+def test_what_engines_failed_on_is_named(tmp_path: Path) -> None:
+    trials = [replace(each, score=replace(each.score, faults=3 * (each.name == "c"))) for each in TRIALS]
+    folder = folder_with_runs(tmp_path / "found")
+    first, second = CONFIRMATION.points
+    faulty = replace(CONFIRMATION, points=(first, replace(second, score=replace(second.score, faults=2))))
+    baseline = replace(BASELINE, faults=1)
+    result = write_results(folder, search_config(), baseline, trials, progress=DONE, confirmation=faulty)
+    said = (
+        "engines failed on prompts or responses, which count on neither side: 1 of the baseline, 3 of trial c, 2 of c"
+    )
+    assert said in shown(result) and said in (folder / "search.md").read_text()
+    content = json.loads((folder / "trials.json").read_text())
+    assert [item["score"]["faults"] for item in content["trials"]] == [0, 0, 3, 0, 0]
+
+
 def test_a_search_that_still_runs_shows_no_result(tmp_path: Path) -> None:
     folder = folder_with_runs(tmp_path)
     result = write_results(folder, search_config(), BASELINE, TRIALS, progress=Progress(2, 6, 11_100.0))

@@ -17,10 +17,13 @@ from safetensors.torch import save_file
 from mlc_ray.config import SearchConfig, parse_config
 from mlc_ray.runs import PROVENANCE_FILE, checkpoint_folder, weights_folder
 from mlc_ray.score.prompts import Prompts
+from mlc_ray.score.request import load_request
+from mlc_ray.score.results import load_scores
 from mlc_ray.score.scorer import ScorerDiedError, WarmScore
 from mlc_ray.score.stages import JUDGED, PROMPTS
 from mlc_ray.search.confirm import confirm
 from mlc_ray.search.results import ending
+from mlc_ray.search.run import _earlier_trials
 from mlc_ray.search.space import make_space
 from mlc_ray.search.trial import ScoreWeights, Shared, run_trial, scored_trials
 from mlc_ray.search.tune import FINISHED, FOLDER, STEP, VALUES, EndEarly
@@ -40,6 +43,7 @@ class Scorer:
 
     unparsed: tuple[str, ...] = ()
     dead: bool = False
+    fails: dict[str, str] = field(default_factory=dict)  # what the first response lacks: "finish" or "judge_fault"
     asked: list[str | None] = field(default_factory=list)
 
     def check(self) -> None:
@@ -55,6 +59,7 @@ class Scorer:
              "categories": [], "via_refused": ""}
             for row in ROWS
         ]  # fmt: skip
+        rows[0] |= {**self.fails, "behaviour": "unparsed"} if self.fails else {}
         filled = [{name: row.get(name) for name in JUDGED.names} for row in rows]
         return WarmScore(pa.Table.from_pylist(filled, schema=JUDGED), {"total": 1.0})
 
@@ -115,6 +120,54 @@ def test_a_trial_that_died_after_its_last_weights_is_scored_exported_and_then_ma
     # What scoring needed goes when the next trial begins.
     shared.drop_optimizer_states()
     assert not (run / "train").exists()
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        ({"finish": "engine_fault"}, "prompts have no answer"),
+        ({"judge_fault": "the engine died"}, "responses have no verdict"),
+    ],
+)
+def test_a_score_that_engines_failed_on_is_warned_of_named_and_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: dict[str, str], said: str
+) -> None:
+    scorer = Scorer(fails=fails)
+    shared = shared_of(tmp_path, scorer)
+    monkeypatch.setattr(ray.tune, "report", lambda metrics: None)
+    trained(shared, "a", 4, ends=True)
+    run_trial({VALUES: {"mlc.weight": 0.5}, FOLDER: "a"}, shared=shared)
+    assert shared.baseline().faults == 1
+    (trial,) = scored_trials(shared)
+    assert trial.score.faults == 1
+    assert f"1 of {len(ROWS)} {said}" in caplog.text
+    scorer.fails, asked = {}, len(scorer.asked)
+    ended, _ = _earlier_trials(shared)
+    assert shared.baseline().faults == 0
+    model = shared.trial_folder("a") / "model"
+    assert scorer.asked[asked:] == [str(model), shared.model]
+    (trial,) = scored_trials(shared)
+    assert trial.score.faults == 0 and ended[0].numbers == trial.score.values
+    _earlier_trials(shared)
+    shared.baseline()
+    assert len(scorer.asked) == asked + 2  # what is whole is asked nothing again
+    # Where the model is gone, the score stays as it is.
+    scorer.fails = fails
+    (shared.trial_folder("a") / "scores" / "step-000004" / "scores.json").remove()
+    shared.score(shared.trial_folder("a") / "scores" / "step-000004", model=str(model), weights=str(model))
+    model.remove()
+    assert len(_earlier_trials(shared)[0]) == 1 and len(scorer.asked) == asked + 3
+
+
+def test_a_confirmation_records_the_benchmarks_it_asked(tmp_path: Path) -> None:
+    own = {"benchmarks": [{"path": "sample:test"}], "limit": 7}
+    shared = shared_of(tmp_path, Scorer(), confirm=own)
+    others = Prompts(pa.Table.from_pylist(ROWS, schema=PROMPTS), "others")
+    for name, prompts, path, limit in (("confirmation", others, "test", 7), ("baseline", None, "select", None)):
+        folder = shared.folder / name
+        shared.score(folder, model=shared.model, weights=shared.model, prompts=prompts)
+        for config in (load_request(folder).config.model_dump(mode="json"), load_scores(folder).config):
+            assert [each["path"] for each in config["benchmarks"]] == [f"sample:{path}"] and config["limit"] == limit
 
 
 @pytest.mark.parametrize(

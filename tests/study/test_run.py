@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,15 +18,17 @@ from mlc_ray.data.tables import rows_to_table
 from mlc_ray.generate.engine import EngineError
 from mlc_ray.judges.base import make_judge
 from mlc_ray.judges.panel import Reader
+from mlc_ray.runs import CELLS_FOLDER, SCORES_FILE
 from mlc_ray.score.plan import Judging
 from mlc_ray.show import show
 from mlc_ray.storage import Place
 from mlc_ray.study import run as running
 from mlc_ray.study.folder import StudyError, load_plan
+from mlc_ray.study.record import score_folder
 from mlc_ray.train.run_folder import ended
 from mlc_ray.types import Kind, Measure, Via
 from tests.data.files import write_rows
-from tests.study.folders import LANGUAGES, asked, planned, raw_study, recorder, write_cell
+from tests.study.folders import LANGUAGES, asked, planned, raw_study, recorder, write_cell, write_untouched
 from tests.train.tiny import random_rows
 
 
@@ -124,6 +127,30 @@ def test_engines_that_do_not_start_fail_the_cells_of_their_model_alone(
     running._score(plan, asked(), Place(tmp_path), "tiny_1", plan.cells, found)
     said = "the engines of tiny_1 did not start: no memory"
     assert found.failures == dict.fromkeys(("tiny_1-untouched", "tiny_1-dpo-1"), said)
+
+
+def test_a_score_that_engines_failed_on_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_untouched(tmp_path)
+    for seed in (1, 2):
+        write_cell(tmp_path, "dpo", seed)
+    faulty = score_folder(Place(tmp_path) / CELLS_FOLDER / "tiny_1-dpo-2")
+    result = (faulty / SCORES_FILE).read_json()
+    (faulty / SCORES_FILE).write_json({**result, "judge_faults": 3})
+    plan = planned(tmp_path)
+    asked_of: list[Place] = []
+
+    def started(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(close=lambda: None, check=lambda: None)
+
+    monkeypatch.setattr(running, "use_gpu", lambda _: False)
+    monkeypatch.setattr(running, "start_scorer", started)
+    monkeypatch.setattr(running, "fitted", lambda *_: plan.scoring.judge)
+    monkeypatch.setattr(running, "_path", lambda *_: "m")
+    monkeypatch.setattr(
+        running, "_score_one", lambda scorer, scoring, prompts, target, weights: asked_of.append(target)
+    )
+    running._score(plan, asked(), Place(tmp_path), "tiny_1", plan.cells, recorder(plan, tmp_path))
+    assert asked_of == [faulty]
 
 
 def test_a_judge_must_say_what_is_refused_of_every_kind_in_every_language() -> None:

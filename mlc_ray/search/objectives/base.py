@@ -57,7 +57,7 @@ class TrialScore:
     whether the lower end of the benign side is at or above the objective's floor; without a floor every score is. Of
     two trials the one of the higher `rank` is better. The sides by language are in % too, with Wilson's intervals.
     `worst` is the harmful side in the language where it is lowest, as the mean over benchmarks, and `worst_language`
-    which that is.
+    which that is. `faults` counts the prompts or responses that engines failed on.
     """
 
     measure: Measure
@@ -70,6 +70,7 @@ class TrialScore:
     benign_by_language: Mapping[str, Interval]
     worst: Interval
     worst_language: str
+    faults: int = 0
 
     @property
     def point(self) -> tuple[float, float]:
