@@ -111,7 +111,7 @@ def _leave(folder: Place) -> None:
     Before an answer the fix is another setting; what is cached by content stays.
     """
     if any((folder / BASELINE_FOLDER / name).exists() for name in (KEPT_FOLDER, RESPONSES_FILE)):
-        go_on = "what is answered is kept: `mlc-ray search --resume %s` goes on with it; other settings need another name"
+        go_on = "what is answered is kept: `mlc-ray search --resume %s` goes on; other settings need another name"
         logger.warning(go_on, folder)
         return
     for name in (BASELINE_FOLDER, SEARCH_CONFIG_FILE, BASE_FILE, COMMITS_FILE):
