@@ -170,8 +170,7 @@ def own_answers(
 
 
 def _declines(draft: Draft, code: str, settings: OnPolicySection) -> bool:
-    needed = settings.pairs or draft.bundle.kind == "harmful"
-    return needed and code not in settings.refusals
+    return settings.needs_refusal(draft.bundle.kind) and code not in settings.refusals
 
 
 def _refusal(
@@ -182,7 +181,7 @@ def _refusal(
     It is the one of the settings, or of what was `said`, plainly and asked to decline, the first that can be used: a
     model's refusal of a prompt as it stands is nearest to what it does.
     """
-    if not settings.pairs and kind == "benign":
+    if not settings.needs_refusal(kind):
         return None, ""
     if code in settings.refusals:
         return settings.refusals[code], ""
@@ -221,7 +220,7 @@ def _own(
     own = Own(code, text, outcome, reason, refusal[0], outcome, text != said.text)
     if kind == "harmful":  # the refusal is what is chosen; the plain answer is rejected where it complies
         own.outcome = "kept"
-    if own.outcome == "kept" and refusal[0] is None and (settings.pairs or kind == "harmful"):
+    if own.outcome == "kept" and refusal[0] is None and settings.needs_refusal(kind):
         own.outcome, own.reason = "no refusal", refusal[1]
     return own
 
