@@ -14,7 +14,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import check_lengths
 from mlc_ray.generate.translate import check_translator, translator_identity
 from mlc_ray.judges.base import make_reader
-from mlc_ray.runs import TRANSLATION_FILE, pinned_weights, training_chat
+from mlc_ray.runs import TRANSLATION_FILE, chat_of, pinned_weights
 from mlc_ray.score.plan import judge_at_commits
 from mlc_ray.storage import Place, fingerprint_model, user_cache
 from mlc_ray.translate.answers import check_judge
@@ -91,7 +91,7 @@ def decide(config: TranslateConfig, before: Mapping[str, Any] | None) -> Decided
         changes["twins"] = config.twins.model_copy(update={"judge": translator(config.twins.judge)})
     chat = None
     if (own := config.answers) is not None:
-        chat = own.chat or training_chat(own.model) or ChatSection()
+        chat = chat_of(own.chat, own.model)
         judge = judge_at_commits(own.judge)
         changes["answers"] = own.model_copy(update={"model": pinned(own.model), "judge": judge})
         check_lengths(changes["answers"].model, own.engine, own.max_new_tokens)

@@ -25,14 +25,14 @@ from typing import Any
 
 from mlc_ray.checkpoints import verify_weights
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
-from mlc_ray.config import PLAIN_CHAT, ChatSection, UtilityConfig
+from mlc_ray.config import PLAIN_CHAT, UtilityConfig
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm, check_positions, engine_environment
 from mlc_ray.generate.pool import EnginePool
 from mlc_ray.generate.replica import Part
 from mlc_ray.monitoring import told_of
-from mlc_ray.runs import KEPT_FOLDER, UTILITY_FILE, output_folder, pinned_weights, training_chat
+from mlc_ray.runs import KEPT_FOLDER, UTILITY_FILE, chat_of, output_folder, pinned_weights
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import counted
 from mlc_ray.score.request import engine_versions
@@ -120,7 +120,7 @@ def with_chat(config: UtilityConfig, model: str) -> UtilityConfig:
                 f"model={config.model!r}: its chat template writes today's date, so that backend='hf' would ask other "
                 "questions tomorrow; set backend=vllm, or chat_template=false"
             )
-    return config.model_copy(update={"chat": config.chat or training_chat(config.model) or ChatSection()})
+    return config.model_copy(update={"chat": chat_of(config.chat, config.model)})
 
 
 def open_pool(config: UtilityConfig) -> EnginePool:
