@@ -51,7 +51,7 @@ class Decided:
         """What a model's own answers follow from, beside the prompt."""
         settings, chat = self.config.answers, self.chat
         assert settings is not None and chat is not None
-        lengths = [settings.max_new_tokens, *_computing(settings.engine)]
+        lengths = [settings.max_new_tokens, *settings.engine.computing]
         return [fingerprint_model(settings.model), chat.model_dump(mode="json"), *lengths]
 
 
@@ -175,7 +175,3 @@ def _engines(config: TranslateConfig) -> dict[str, EngineSection]:
         name: section.engine for name, section in sections.items() if section is not None and section.model is not None
     }
     return found if config.answers is None else {**found, "answers": config.answers.engine}
-
-
-def _computing(engine: EngineSection) -> list[Any]:
-    return [engine.max_model_len, engine.dtype, engine.options]
