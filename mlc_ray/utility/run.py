@@ -85,7 +85,7 @@ def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Ut
             f"{str(folder / UTILITY_FILE)!r} is of another model, {earlier.resolved!r}; remove it, or leave out scores"
         )
     logger.info("lm-evaluation-harness: %s; its output goes to %s", ", ".join(config.tasks), folder / LOG_FILE)
-    run = _by_transformers if config.backend == "hf" else partial(_by_pool, pool=pool)
+    run = _by_transformers if config.backend == "hf" else partial(_by_pool, pool=pool, fingerprint=name)
     rows = rows_of(run(config, model, folder / LOG_FILE), config)
     replaced = {row.task for row in rows}
     kept = tuple(row for row in earlier.rows if row.task not in replaced) if earlier is not None else ()
@@ -238,7 +238,9 @@ def _folder(config: UtilityConfig, fingerprint: str) -> Path:
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool | None) -> dict[str, Any]:
+def _by_pool(
+    config: UtilityConfig, model: str, log: Path, *, pool: EnginePool | None, fingerprint: str
+) -> dict[str, Any]:
     """The harness's results, by a pool of engines. What the harness logs goes to `log` too."""
     handler = logging.FileHandler(log, encoding="utf-8")  # behind what an earlier measurement said
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -267,7 +269,8 @@ def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool |
                 model,
                 max_length=config.engine.max_model_len,
                 chat=config.chat or PLAIN_CHAT,
-                kept=_kept(config, model, log.parent),
+                # A folder of its own is another one the next time: nobody would look there for what was answered.
+                kept=None if config.scores is None else _kept(engines, fingerprint, log.parent),
                 trust_remote_code=config.engine.trust_remote_code,
             )
             found = simple_evaluate(
@@ -294,11 +297,10 @@ def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool |
         handler.close()
 
 
-def _kept(config: UtilityConfig, model: str, folder: Path) -> Kept:
-    """What is there of a measurement of the same model by the same engine that ended early."""
-    engine = config.engine
-    by = [fingerprint_model(model), engine.dtype, engine.options, engine.max_model_len]
-    return Kept(Place(folder), "utility", [*by, engine_versions(library_versions())], ASKED.names, SAID)
+def _kept(pool: EnginePool, fingerprint: str, folder: Path) -> Kept:
+    """What is there of a measurement of the same model by the same engines that ended early."""
+    by = [fingerprint, *pool.part.settings["settings"].computing, engine_versions(library_versions())]
+    return Kept(Place(folder), "utility", by, ASKED.names, SAID)
 
 
 @contextmanager

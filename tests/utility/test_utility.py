@@ -311,6 +311,42 @@ def test_a_measurement_that_ended_early_asks_for_the_rest_alone(
 
 
 @needs_harness
+def test_answers_are_kept_by_the_number_type_that_was_computed_in_and_where_they_are_found_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any], smollm2: Path
+) -> None:
+    def dying(rows: pa.Table) -> pa.Table:
+        if len(pool.asked) > 8 and len(first) < 3:
+            raise EngineError("the node is gone")
+        return pa.Table.from_pylist([{"log_prob": -1.0, "greedy": False}] * len(rows), schema=SAID)
+
+    scores = write_score(
+        tmp_path / "scores", [response(0, "harmful", "en")], fingerprint=fingerprint_model(str(smollm2))
+    )
+    engine, first = {**settings["engine"], "block_rows": 4}, list[list[str]]()
+
+    def told(dtype: str, **given: str) -> UtilityConfig:
+        return config(**{**settings, "engine": {**engine, "dtype": dtype}}, **given)
+
+    for asked, native in (
+        (told("auto", scores=str(scores)), "float32"),
+        (told("auto", scores=str(scores)), "bfloat16"),
+        (told("float32"), "float32"),
+    ):
+        monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda native=native, **_: native)  # of the cluster
+        pool = LocalPool(utility._part(asked, str(smollm2), "cpu", None), work=dying, asks="ids")
+        with pytest.raises(EngineError, match="the node is gone"):
+            measure_utility(asked, pool)
+        first.append(pool.asked)
+    assert first[0] == first[1] == first[2] and len(first[0]) == 12  # none found what another one kept
+    [own] = (tmp_path / "utility").iterdir()
+    assert not (own / "kept").exists()  # nobody finds that folder again
+    asked = told("float32", scores=str(scores))
+    pool = LocalPool(utility._part(asked, str(smollm2), "cpu", None), work=dying, asks="ids")
+    measure_utility(asked, pool)
+    assert len(pool.asked) == 24 - 8
+
+
+@needs_harness
 def test_an_answer_that_leaves_no_room_for_a_question_is_refused(smollm2: Path) -> None:
     from lm_eval.api.instance import Instance
 
