@@ -29,12 +29,15 @@ from mlc_ray.storage.fingerprints import (
 from mlc_ray.storage.hub import NO_COMMITS, Commits, HubError, HubModel, pinned_model, without_commit
 from mlc_ray.storage.leftovers import remove_abandoned
 from mlc_ray.storage.manifests import (
+    ENGINES,
     SEAL,
     ArtifactError,
     IncompleteArtifactError,
     artifact_folder,
     checksum,
+    engine_versions,
     fault_of,
+    installed_engines,
     library_versions,
     read_manifest,
     sealed,
@@ -44,6 +47,7 @@ from mlc_ray.storage.manifests import (
 )
 
 __all__ = [
+    "ENGINES",
     "MANIFEST",
     "NO_COMMITS",
     "SEAL",
@@ -63,12 +67,14 @@ __all__ = [
     "atomic_file",
     "atomic_folder",
     "checksum",
+    "engine_versions",
     "fault_of",
     "fetched_bytes",
     "fingerprint",
     "fingerprint_model",
     "fingerprint_source",
     "fingerprint_tokenizer",
+    "installed_engines",
     "library_versions",
     "local_model",
     "local_side",

@@ -35,9 +35,8 @@ from mlc_ray.monitoring import told_of
 from mlc_ray.runs import KEPT_FOLDER, UTILITY_FILE, chat_of, output_folder, pinned_weights
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import counted
-from mlc_ray.score.request import engine_versions
 from mlc_ray.score.results import ScoresFileError, load_scores
-from mlc_ray.storage import Place, fingerprint_model, library_versions, local_model, scratch_folder
+from mlc_ray.storage import Place, fingerprint_model, installed_engines, library_versions, local_model, scratch_folder
 from mlc_ray.utility.file import Utility, UtilityError, UtilityRow, load_utility, save_utility
 from mlc_ray.utility.stage import ASKED, SAID, Completer
 
@@ -299,7 +298,7 @@ def _by_pool(
 
 def _kept(pool: EnginePool, fingerprint: str, folder: Path) -> Kept:
     """What is there of a measurement of the same model by the same engines that ended early."""
-    by = [fingerprint, *pool.part.settings["settings"].computing, engine_versions(library_versions())]
+    by = [fingerprint, *pool.part.settings["settings"].computing, installed_engines()]
     return Kept(Place(folder), "utility", by, ASKED.names, SAID)
 
 
