@@ -74,10 +74,10 @@ def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Ut
     model = pinned_weights(config.model)
     verify_weights(model)
     check_positions(model, config.engine)
+    config = with_chat(config, model)
     name = fingerprint_model(model)
     folder = _folder(config, name)
     told_of(run=folder.name)
-    config = with_chat(config, model)
     earlier = load_utility(folder) if (folder / UTILITY_FILE).is_file() else None
     if earlier is not None and earlier.fingerprint != name:
         raise UtilityError(
@@ -107,19 +107,22 @@ def with_chat(config: UtilityConfig, model: str) -> UtilityConfig:
 
     Raises:
         UtilityError: transformers run `model`, and its chat template writes today's date, which only engines are told.
+        TemplateError: The chat template does not use what it is given, or transformers run a model that has none.
     """
     if not config.chat_template:
         return config
-    if config.backend == "hf":
-        from mlc_ray.data.tokens import load_tokenizer  # takes 4 s
+    chat = chat_of(config.chat, config.model)
+    if config.backend == "hf" or chat.arguments or chat.system is not None:
+        from mlc_ray.data.tokens import ChatTemplate, load_tokenizer  # takes 4 s
 
         tokenizer = load_tokenizer(model, trust_remote_code=config.engine.trust_remote_code)
-        if "strftime_now" in (tokenizer.chat_template or ""):
+        if config.backend == "hf" and "strftime_now" in (tokenizer.chat_template or ""):
             raise UtilityError(
                 f"model={config.model!r}: its chat template writes today's date, so that backend='hf' would ask other "
                 "questions tomorrow; set backend=vllm, or chat_template=false"
             )
-    return config.model_copy(update={"chat": chat_of(config.chat, config.model)})
+        ChatTemplate(tokenizer, chat, prompts_only=True)
+    return config.model_copy(update={"chat": chat})
 
 
 def open_pool(config: UtilityConfig) -> EnginePool:

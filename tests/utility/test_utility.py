@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from mlc_ray.cli import build_parser
 from mlc_ray.cli.arguments import utility_config
 from mlc_ray.config import ConfigError, UtilityConfig, parse_config
+from mlc_ray.data.tokens import TemplateError
 from mlc_ray.generate.engine import EngineError
 from mlc_ray.runs import PROVENANCE_FILE, ModelPathError
 from mlc_ray.storage import fingerprint_model
@@ -280,6 +281,25 @@ def test_questions_stand_in_the_conversation_of_training_and_on_its_date(
     )
     assert command[command.index("--system_instruction") + 1] == "Be brief."
     assert json.loads(command[command.index("--model_args") + 1])["chat_template_args"] == {"a": 1}
+
+
+@needs_harness
+@pytest.mark.parametrize("backend", ["vllm", "hf"])
+def test_a_conversation_that_the_template_does_not_use_is_refused_before_a_folder_is_made(
+    backend: str, tmp_path: Path, smollm2: Path
+) -> None:
+    from mlc_ray.data.tokens import load_tokenizer
+
+    model = Path(shutil.copytree(smollm2, tmp_path / "users_alone"))
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}<user>{{ m.content }}{% endfor %}<model>"
+    tokenizer.save_pretrained(model)
+    given = {"model": str(model), "backend": backend, "chat_template": True, "output_dir": str(tmp_path / "utility")}
+    with pytest.raises(TemplateError, match=r"chat\.system='Be brief\.': the chat template leaves it out"):
+        measure_utility(config(**given, chat={"system": "Be brief."}))
+    with pytest.raises(TemplateError, match=r"chat\.arguments has 'thoughts', which the chat template of .* not read"):
+        measure_utility(config(**given, chat={"arguments": {"thoughts": True}}))
+    assert not (tmp_path / "utility").exists()
 
 
 @needs_harness
