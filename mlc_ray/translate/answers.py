@@ -105,20 +105,34 @@ class AnswerJudge:
             stage.close()
 
 
-def check_judge(settings: OnPolicySection, languages: Sequence[str], cache_dir: Path) -> None:
-    """Check that the judge may be asked about all languages, and calls the refusals in the settings what they are.
+def check_refusals(settings: OnPolicySection, languages: Sequence[str]) -> None:
+    """Check that prompts are in the language of each refusal in the settings.
 
     Raises:
-        UncoveredLanguageError: it may not.
-        OwnAnswersError: it does not call one of `refusals` a refusal, or no prompt is in the language of one.
-        MlcRayError: what the judge raises before it starts.
+        OwnAnswersError: none is, of all `languages` that prompts are in.
     """
-    given = settings.refusals
-    if unread := sorted(given.keys() - set(languages)):
+    if unread := sorted(settings.refusals.keys() - set(languages)):
         raise OwnAnswersError(
             f"answers.refusals has {unread[0]!r}, which no prompt is in, only {', '.join(languages)}: remove it, or "
             "give it under the tag that the prompts have"
         )
+
+
+def check_judge(settings: OnPolicySection, languages: Sequence[str], cache_dir: Path) -> None:
+    """Check that the judge may be asked about all languages, and calls the refusals in the settings what they are.
+
+    Args:
+        settings: who judges, and the refusals, whose languages the judge is asked about too.
+        languages: of prompts, as far as they are known.
+        cache_dir: as of `BaseJudge.check_ready`.
+
+    Raises:
+        UncoveredLanguageError: it may not.
+        OwnAnswersError: it does not call one of `refusals` a refusal.
+        MlcRayError: what the judge raises before it starts.
+    """
+    given = settings.refusals
+    languages = list(dict.fromkeys([*languages, *given]))
     judge = make_reader(settings.judge)
     judge.check_ready(cache_dir)
     asked = [_row("", kind, code, PLAIN, "") for kind in settings.kinds for code in languages]
