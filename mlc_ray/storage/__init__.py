@@ -29,7 +29,6 @@ from mlc_ray.storage.fingerprints import (
 from mlc_ray.storage.hub import NO_COMMITS, Commits, HubError, HubModel, pinned_model, without_commit
 from mlc_ray.storage.leftovers import remove_abandoned
 from mlc_ray.storage.manifests import (
-    ENGINES,
     SEAL,
     ArtifactError,
     IncompleteArtifactError,
@@ -47,7 +46,6 @@ from mlc_ray.storage.manifests import (
 )
 
 __all__ = [
-    "ENGINES",
     "MANIFEST",
     "NO_COMMITS",
     "SEAL",
