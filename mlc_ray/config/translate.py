@@ -101,11 +101,15 @@ class OnPolicySection(Section):
         _REFUSAL, description="Who says what refuses; one without an engine (`refusal`, `endpoint`)."
     )
 
+    def needs_refusal(self, kind: Kind) -> bool:
+        """Whether a prompt of `kind` takes a refusal: what is rejected, or of a harmful one what is chosen."""
+        return self.pairs or kind == "harmful"
+
     @model_validator(mode="after")
     def _refusals_are_read(self) -> OnPolicySection:
         if not self.refusals:
             return self
-        if not self.pairs and "harmful" not in self.kinds:
+        if not any(map(self.needs_refusal, self.kinds)):
             raise ValueError(
                 "answers.refusals is read for rejected answers and harmful prompts, and answers.pairs=false with "
                 "answers.kinds=['benign'] has neither; remove it"

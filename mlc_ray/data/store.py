@@ -383,8 +383,8 @@ class TokenArtifact:
     @property
     def pairs(self) -> Keys:
         """The same of the pair that each row is in; one without a pair is alone in its own."""
-        parts = (batch.select(["pair", "bundle_id"]).to_pylist() for batch in self._batches)
-        return keys_of(row["pair"] or row["bundle_id"] for rows in parts for row in rows)
+        parts = (pc.if_else(pc.equal(rows["pair"], ""), rows["bundle_id"], rows["pair"]) for rows in self._batches)
+        return keys_of(name for part in parts for name in part.to_pylist())
 
     @property
     def kinds(self) -> npt.NDArray[np.int8]:

@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 import ray
 import ray.exceptions
 
-from mlc_ray.errors import MlcRayError, collected
+from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.blocks import Job, Landed, Piece, block_size
 from mlc_ray.generate.engine import Device
 from mlc_ray.generate.replica import DIED, STATES, EngineDiedError, Part, Replica, Weights, reason
@@ -339,12 +339,14 @@ class EnginePool:
         for reference, replica in doing.items():
             waits = patient and replica.method == "start" and replica.where is None
             if reference in ready:
-                with collected(raised):
+                try:
                     yield self._taken(replica)
+                except Exception as error:
+                    raised.append(error)
             elif not waits and (trouble := replica.trouble(seconds)) is not None:
                 yield self._ended(replica, trouble, hung=True)
-        for error in raised:
-            raise error
+        if raised:
+            raise raised[0]
 
     def _taken(self, replica: Replica) -> _Outcome:
         try:

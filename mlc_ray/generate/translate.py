@@ -182,8 +182,8 @@ def translator_identity(settings: TranslatorSection) -> list[Any]:
     asked = translation_request("", "xx")
     if (endpoint := settings.endpoint) is not None:
         return [endpoint.base_url, endpoint.asked, endpoint.max_reply_tokens, asked]
-    engine, weights = settings.engine, fingerprint_model(resolve_model(str(settings.model)))
-    return [weights, settings.max_new_tokens, engine.max_model_len, engine.dtype, engine.options, asked]
+    weights = fingerprint_model(resolve_model(str(settings.model)))
+    return [weights, settings.max_new_tokens, *settings.engine.computing, asked]
 
 
 def longest_translation(settings: TranslatorSection) -> int:

@@ -37,7 +37,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Engine
 from mlc_ray.generate.translate import check_translations, check_translator, translator_identity
 from mlc_ray.judges import degenerate
-from mlc_ray.storage import fingerprint, fingerprint_source, library_versions
+from mlc_ray.storage import fingerprint, fingerprint_source, installed_engines
 from mlc_ray.types import Answer, Measure, Verdict, Via, primary_language
 
 Runs = Literal["inline", "engine", "service", "prompts"]
@@ -67,7 +67,7 @@ class Policy:
 
 def _computing(engine: EngineSection) -> str:
     options = f" options={json.dumps(engine.options, sort_keys=True)}" if engine.options else ""
-    versions = [f" {name}={version}" for name, version in library_versions().items() if name.startswith("vllm")]
+    versions = [f" {name}={version}" for name, version in installed_engines().items()]
     return f"dtype={engine.dtype}{options}{''.join(versions)}"
 
 

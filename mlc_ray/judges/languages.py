@@ -131,12 +131,13 @@ class Identifier:
         """
         own = _own(language)
         read = _ASIDE.sub(" ", text)[:_READ]
-        if own in self.unknown or sum(map(str.isalpha, read)) < _SHORT or not max(self.shares(read).values()):
+        if own in self.unknown or sum(map(str.isalpha, read)) < _SHORT:
             return None
-        [told] = self.told([text], [language])
-        if told == primary_language(language):
+        shares = self._detector.compute_language_confidence_values(read)
+        likeliest = _likeliest(read, shares)
+        if not shares[0].value or likeliest == _ONE.get(own, own):
             return None
-        return f"it is not clearly {own!r}, but {'in no single language' if told is None else repr(told)}"
+        return f"it is not clearly {own!r}, but {'in no single language' if likeliest is None else repr(likeliest)}"
 
     @cached_property
     def _detector(self) -> Any:

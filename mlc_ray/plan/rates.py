@@ -21,6 +21,9 @@ LAUNCHES = 1e-3
 ADAMW_BYTES = 28
 """Of a parameter that AdamW reads and writes: master weight and moments, and the gradient in float32."""
 
+READS = 3
+"""How often a forward and backward read the weights from memory: once forward and, for both gradients, twice back."""
+
 CPU_FLOPS, CPU_ADAMW, CPU_EXCHANGE = 60e9, 2.5e8, 4e8
 """A worker on one CPU core, assumed: operations, parameters of AdamW, and bytes to other workers, a second."""
 

@@ -7,7 +7,7 @@ from mlc_ray.plan.activations import Row
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import Cut
 from mlc_ray.plan.memory import Holding
-from mlc_ray.plan.rates import Rates
+from mlc_ray.plan.rates import READS, Rates
 from mlc_ray.plan.records import Seconds
 from mlc_ray.plan.shapes import Shape
 
@@ -80,8 +80,8 @@ def seconds(
     if held.reference or (config.needs_reference and config.reference == "online"):
         online += 1 / 3  # a forward beside a forward and a backward of twice that
     overhead = cut.forwards * shape.layers * rates.forward_seconds * again * online
-    if cluster.gpu is not None:  # weights are read from memory three times, however few tokens there are
-        overhead += cut.forwards * 3 * held.size * shape.parameters / cluster.gpu.bandwidth
+    if cluster.gpu is not None:  # weights are read from memory, however few tokens there are
+        overhead += cut.forwards * READS * held.size * shape.parameters / cluster.gpu.bandwidth
     compute = worker / rates.flops * again * online
     share = held.trained / (held.workers if held.stage else 1)
     adamw = share / (OFFLOADED_ADAMW if held.offload_optimizer and cluster.gpu is not None else rates.adamw)

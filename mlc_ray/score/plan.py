@@ -16,7 +16,6 @@ import pyarrow as pa
 from mlc_ray.capacity import Need
 from mlc_ray.cluster import fits, how_many_fit, with_dtype
 from mlc_ray.config import (
-    ChatSection,
     EngineSection,
     JudgeSettings,
     ReadingJudgeSettings,
@@ -28,7 +27,7 @@ from mlc_ray.generate.replica import Part, place_of
 from mlc_ray.generate.stage import Generator
 from mlc_ray.judges.base import BaseJudge, Policy, make_judge
 from mlc_ray.judges.panel import PanelJudge, Reader, phrases_beside, readers_of, told
-from mlc_ray.runs import training_chat
+from mlc_ray.runs import chat_of, training_chat
 from mlc_ray.score.stages import JudgeStage, PromptJudgeStage, TranslateStage
 from mlc_ray.storage import Place, pinned_model, without_commit
 from mlc_ray.types import Kind, Measure, Via
@@ -249,12 +248,10 @@ def with_chat(scoring: ScoringT, model: str) -> ScoringT:
     Raises:
         ModelPathError: what describes the model is damaged.
     """
-    trained = training_chat(model)
-    if scoring.chat is None:
-        return scoring.model_copy(update={"chat": trained or ChatSection()})
-    if trained is not None and trained != scoring.chat:
-        logger.warning("%s was trained with chat=%r, and is scored with chat=%r", model, trained, scoring.chat)
-    return scoring
+    chat = chat_of(scoring.chat, model)
+    if scoring.chat is not None and (trained := training_chat(model)) not in (None, chat):
+        logger.warning("%s was trained with chat=%r, and is scored with chat=%r", model, trained, chat)
+    return scoring.model_copy(update={"chat": chat})
 
 
 def with_longest_answer(scoring: ScoringT) -> ScoringT:

@@ -53,11 +53,6 @@ class Request:
         return [self.fingerprint, likelihood, chat, asking, lengths, engine.dtype, engine.options]
 
 
-def engine_versions(versions: Mapping[str, str]) -> dict[str, str]:
-    """Those of the engine, by its name; a machine without one has none."""
-    return {name: version for name, version in versions.items() if name.startswith("vllm")}
-
-
 def load_request(folder: Path | Place) -> Request:
     """What the score in `folder` is of.
 

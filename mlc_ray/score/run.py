@@ -66,11 +66,11 @@ from mlc_ray.score.plan import (
     with_longest_answer,
 )
 from mlc_ray.score.prompts import Prompts, read_prompts, slug
-from mlc_ray.score.request import Request, ScoreError, engine_versions, load_request
+from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores, write_responses
 from mlc_ray.score.stages import RESPONSES, answers_of
 from mlc_ray.score.thoughts import with_reasoning
-from mlc_ray.storage import Place, fingerprint_model, user_cache, working_folder
+from mlc_ray.storage import Place, engine_versions, fingerprint_model, user_cache, working_folder
 from mlc_ray.types import ENGINE_FAULT
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ from mlc_ray.plan.cutting import steps_of
 from mlc_ray.runs import SEARCH_FILE, TRIALS_FOLDER, artifact_cache, resolve_model
 from mlc_ray.score.plan import fitted
 from mlc_ray.score.prompts import Prompts
-from mlc_ray.score.request import engine_versions
 from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.checks import base_of, device_of, lora_rank_of
 from mlc_ray.search.objectives.base import TrialScore, make_objective
@@ -23,7 +22,7 @@ from mlc_ray.search.selection import AskedPrompts, read_asked
 from mlc_ray.search.space import Space, check_held_out, tried, values_of
 from mlc_ray.search.trial import SearchError, Shared
 from mlc_ray.search.tune import LAYER
-from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side, user_cache
+from mlc_ray.storage import Place, engine_versions, fingerprint_model, library_versions, local_side, user_cache
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.model import model_depth, resolve_layer
 from mlc_ray.train.planning import check_kinds, check_terms

@@ -34,7 +34,7 @@ from mlc_ray.progress import phase
 from mlc_ray.report.decisions import LanguageDecision, decision_table
 from mlc_ray.report.tables import Table, markdown, row, table
 from mlc_ray.report.text import ABSENT
-from mlc_ray.runs import PROBE_FILE, PROBE_TEXT, TRIALS_FOLDER, artifact_cache, training_chat
+from mlc_ray.runs import PROBE_FILE, PROBE_TEXT, TRIALS_FOLDER, artifact_cache, chat_of
 from mlc_ray.search.criteria import CRITERIA, LayerStatistics, layer_statistics
 from mlc_ray.search.decisions import decisions
 from mlc_ray.storage import Place, fingerprint_model, library_versions, local_side, pinned_model
@@ -189,7 +189,7 @@ def probe(
     gpu = use_gpu(accelerator)
     check_fits("a probe", [(_PROBE_CPUS, 1.0 if gpu else 0.0)])
     data = DataSection(train=list(sources), languages=languages)
-    chat = chat or training_chat(model.path) or ChatSection()
+    chat = chat_of(chat, model.path)
     model = model.model_copy(update={"path": pinned_model(model.path)})
     tokens = prepare_token_rows(data, model, chat=chat, cache_dir=artifact_cache(folder.parent))
     tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)

@@ -27,13 +27,12 @@ from mlc_ray.runs import (
     read_metrics,
 )
 from mlc_ray.score.prompts import Prompts
-from mlc_ray.score.request import engine_versions
 from mlc_ray.score.results import ScoreResult, load_records, load_scores
 from mlc_ray.score.run import TooManyUnparsedError, check_unparsed
 from mlc_ray.stats.rates import Judged
 from mlc_ray.stats.study import MethodTest, Verdicts, corrected, method_rates, method_tests, read_verdicts
 from mlc_ray.stats.study_languages import method_languages
-from mlc_ray.storage import Place, library_versions
+from mlc_ray.storage import Place, engine_versions, library_versions
 from mlc_ray.study.cells import Cell
 from mlc_ray.study.folder import Plan, StudyError
 from mlc_ray.study.supervision import Supervision

@@ -30,7 +30,7 @@ from mlc_ray.data.tokens import ChatTemplate, load_tokenizer, tokenize_bundle
 from mlc_ray.device import resolved
 from mlc_ray.plan.activations import Row, head_bytes, kept_bytes, table_bytes
 from mlc_ray.plan.hardware import gpu_key
-from mlc_ray.plan.rates import Rates, bandwidth_of, threads_of
+from mlc_ray.plan.rates import READS, Rates, bandwidth_of, threads_of
 from mlc_ray.plan.shapes import shape_of
 from mlc_ray.train.flops import Work
 from mlc_ray.train.model import (
@@ -179,7 +179,7 @@ def probe(settings: dict[str, object], device: str, threads: int, bundles: int) 
     kept = _kept(module, few, many, device)
     seconds = tuple(_median(partial(_forward_backward, module, each), device) for each in (few, many))
     flops = tuple(work.step(each) if work is not None else 0.0 for each in (few, many))
-    reading = 3 * sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    reading = READS * sum(weight.numel() * weight.element_size() for weight in module.parameters())
     return Probed((seconds[0], seconds[1]), (flops[0], flops[1]), kept, _adamw(device), reading)
 
 
@@ -254,9 +254,9 @@ def _adamw(device: str) -> float:
 def _exchange(threads: int, *, workers: int) -> float:
     """Bytes a second that a worker sends in a reduction, over gloo on this machine."""
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         spent = list(pool.map(_reduce, range(workers), [workers] * workers, [port] * workers, [threads] * workers))
     return 2 * (workers - 1) / workers * 4 * SENT / max(spent)

@@ -105,20 +105,34 @@ class AnswerJudge:
             stage.close()
 
 
-def check_judge(settings: OnPolicySection, languages: Sequence[str], cache_dir: Path) -> None:
-    """Check that the judge may be asked about all languages, and calls the refusals in the settings what they are.
+def check_refusals(settings: OnPolicySection, languages: Sequence[str]) -> None:
+    """Check that prompts are in the language of each refusal in the settings.
 
     Raises:
-        UncoveredLanguageError: it may not.
-        OwnAnswersError: it does not call one of `refusals` a refusal, or no prompt is in the language of one.
-        MlcRayError: what the judge raises before it starts.
+        OwnAnswersError: none is, of all `languages` that prompts are in.
     """
-    given = settings.refusals
-    if unread := sorted(given.keys() - set(languages)):
+    if unread := sorted(settings.refusals.keys() - set(languages)):
         raise OwnAnswersError(
             f"answers.refusals has {unread[0]!r}, which no prompt is in, only {', '.join(languages)}: remove it, or "
             "give it under the tag that the prompts have"
         )
+
+
+def check_judge(settings: OnPolicySection, languages: Sequence[str], cache_dir: Path) -> None:
+    """Check that the judge may be asked about all languages, and calls the refusals in the settings what they are.
+
+    Args:
+        settings: who judges, and the refusals, whose languages the judge is asked about too.
+        languages: of prompts, as far as they are known.
+        cache_dir: as of `BaseJudge.check_ready`.
+
+    Raises:
+        UncoveredLanguageError: it may not.
+        OwnAnswersError: it does not call one of `refusals` a refusal.
+        MlcRayError: what the judge raises before it starts.
+    """
+    given = settings.refusals
+    languages = list(dict.fromkeys([*languages, *given]))
     judge = make_reader(settings.judge)
     judge.check_ready(cache_dir)
     asked = [_row("", kind, code, PLAIN, "") for kind in settings.kinds for code in languages]
@@ -170,8 +184,7 @@ def own_answers(
 
 
 def _declines(draft: Draft, code: str, settings: OnPolicySection) -> bool:
-    needed = settings.pairs or draft.bundle.kind == "harmful"
-    return needed and code not in settings.refusals
+    return settings.needs_refusal(draft.bundle.kind) and code not in settings.refusals
 
 
 def _refusal(
@@ -182,7 +195,7 @@ def _refusal(
     It is the one of the settings, or of what was `said`, plainly and asked to decline, the first that can be used: a
     model's refusal of a prompt as it stands is nearest to what it does.
     """
-    if not settings.pairs and kind == "benign":
+    if not settings.needs_refusal(kind):
         return None, ""
     if code in settings.refusals:
         return settings.refusals[code], ""
@@ -221,7 +234,7 @@ def _own(
     own = Own(code, text, outcome, reason, refusal[0], outcome, text != said.text)
     if kind == "harmful":  # the refusal is what is chosen; the plain answer is rejected where it complies
         own.outcome = "kept"
-    if own.outcome == "kept" and refusal[0] is None and (settings.pairs or kind == "harmful"):
+    if own.outcome == "kept" and refusal[0] is None and settings.needs_refusal(kind):
         own.outcome, own.reason = "no refusal", refusal[1]
     return own
 

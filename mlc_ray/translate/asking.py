@@ -22,7 +22,7 @@ from mlc_ray.runs import REPLIES_FILE
 from mlc_ray.score.chain import Pass, chain
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import counted, usage_file
-from mlc_ray.storage import Place, library_versions
+from mlc_ray.storage import Place, installed_engines
 from mlc_ray.translate.stages import REQUESTS, AskStage
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,5 @@ def asking(
 @contextmanager
 def working(part: Part, place: Place, device: Device, made_by: Any) -> Iterator[Work]:
     """The actors of a part while the block runs."""
-    versions = {name: version for name, version in library_versions().items() if name.startswith("vllm")}
     with EnginePool.open(part, device) as pool:
-        yield Work(part, pool, place, [made_by, versions])
+        yield Work(part, pool, place, [made_by, installed_engines()])

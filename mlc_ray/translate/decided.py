@@ -14,7 +14,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import check_lengths
 from mlc_ray.generate.translate import check_translator, translator_identity
 from mlc_ray.judges.base import make_reader
-from mlc_ray.runs import TRANSLATION_FILE, pinned_weights, training_chat
+from mlc_ray.runs import TRANSLATION_FILE, chat_of, pinned_weights
 from mlc_ray.score.plan import judge_at_commits
 from mlc_ray.storage import Place, fingerprint_model, user_cache
 from mlc_ray.translate.answers import check_judge
@@ -51,7 +51,7 @@ class Decided:
         """What a model's own answers follow from, beside the prompt."""
         settings, chat = self.config.answers, self.chat
         assert settings is not None and chat is not None
-        lengths = [settings.max_new_tokens, *_computing(settings.engine)]
+        lengths = [settings.max_new_tokens, *settings.engine.computing]
         return [fingerprint_model(settings.model), chat.model_dump(mode="json"), *lengths]
 
 
@@ -91,12 +91,11 @@ def decide(config: TranslateConfig, before: Mapping[str, Any] | None) -> Decided
         changes["twins"] = config.twins.model_copy(update={"judge": translator(config.twins.judge)})
     chat = None
     if (own := config.answers) is not None:
-        chat = own.chat or training_chat(own.model) or ChatSection()
+        chat = chat_of(own.chat, own.model)
         judge = judge_at_commits(own.judge)
         changes["answers"] = own.model_copy(update={"model": pinned(own.model), "judge": judge})
         check_lengths(changes["answers"].model, own.engine, own.max_new_tokens)
-        # What bundles are in is not read yet: a refusal given for another language is looked at when they are.
-        languages = list(dict.fromkeys(["en", *config.languages, *own.refusals])) if own.languages == "all" else ["en"]
+        languages = ["en", *config.languages] if own.languages == "all" else ["en"]  # bundles bring more, once read
         check_judge(changes["answers"], languages, user_cache())
     return Decided(config, config.model_copy(update=changes), resolved, chat)
 
@@ -175,7 +174,3 @@ def _engines(config: TranslateConfig) -> dict[str, EngineSection]:
         name: section.engine for name, section in sections.items() if section is not None and section.model is not None
     }
     return found if config.answers is None else {**found, "answers": config.answers.engine}
-
-
-def _computing(engine: EngineSection) -> list[Any]:
-    return [engine.max_model_len, engine.dtype, engine.options]

@@ -171,8 +171,7 @@ def _answers(config: TranslateConfig, settings: OnPolicySection, drafts: Sequenc
     for bundle in _with_twins(config, drafts):
         if bundle.kind in settings.kinds:
             codes = {"en", *bundle.prompts, *config.languages} if settings.languages == "all" else {"en"}
-            declines = settings.pairs or bundle.kind == "harmful"
-            declining = codes - settings.refusals.keys() if declines else set[str]()
+            declining = codes - settings.refusals.keys() if settings.needs_refusal(bundle.kind) else set[str]()
             length = len(bundle.prompts["en"].encode()) / BYTES_A_TOKEN
             asked += [(bundle.kind, code, length) for code in (*codes, *declining)]
             read += len(codes) * (length + _TEMPLATE) + len(declining) * (length + 5 * _TEMPLATE)

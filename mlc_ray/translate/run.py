@@ -50,7 +50,7 @@ from mlc_ray.runs import (
 from mlc_ray.score.plan import counted, read_usage, usage_file
 from mlc_ray.score.prompts import choose_prompts
 from mlc_ray.storage import MANIFEST, Place, checksum, fault_of, fingerprint, scratch_folder, user_cache, write_manifest
-from mlc_ray.translate.answers import AnswerJudge, answering_part, check_judge, own_answers
+from mlc_ray.translate.answers import AnswerJudge, answering_part, check_judge, check_refusals, own_answers
 from mlc_ray.translate.asking import Work, asking, with_what_is_left, working
 from mlc_ray.translate.assemble import Assembly
 from mlc_ray.translate.checks import Tools
@@ -138,7 +138,9 @@ def _translate(
     with scratch_folder() as scratch:
         bundles = _read(config, scratch / REJECTS_FILE)
         if (answers := decided.config.answers) is not None:
-            check_judge(answers, _answered_in(config, bundles), user_cache())
+            languages = _answered_in(config, bundles)
+            check_refusals(answers, languages)
+            check_judge(answers, languages, user_cache())
         own = fingerprint([identity(decided), bundles["bundle_id"].to_pylist()])
         if before is not None and before["identity"] != own:
             raise TranslationError(

@@ -22,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from mlc_ray.config import PLAIN_CHAT, ChatSection
 from mlc_ray.config.chat import dated
-from mlc_ray.data.tokens import ChatTemplate, load_tokenizer
+from mlc_ray.data.tokens import load_tokenizer
 from mlc_ray.generate.pool import EnginePool
 from mlc_ray.progress import phase
 from mlc_ray.score.kept import Kept
@@ -47,9 +47,6 @@ class PooledLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         chat: what the chat template is given; its system prompt is the harness's to give (`system_instruction`).
         kept: what an earlier measurement that ended early was told already, and where blocks that are done are kept.
         trust_remote_code: run the tokenizer's own Python code.
-
-    Raises:
-        TemplateError: the template does not use what `chat` gives it.
     """
 
     def __init__(
@@ -64,8 +61,6 @@ class PooledLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     ) -> None:
         super().__init__()
         self.tokenizer: Any = load_tokenizer(model, trust_remote_code=trust_remote_code)
-        if chat.arguments or chat.system is not None:
-            ChatTemplate(self.tokenizer, chat, prompts_only=True)
         self._chat = {**chat.arguments, **dated(chat.date)}
         self.max_length = max_length
         self._pool, self._kept = pool, kept

@@ -25,19 +25,18 @@ from typing import Any
 
 from mlc_ray.checkpoints import verify_weights
 from mlc_ray.cluster import check_fits, connect, use_gpu, with_dtype
-from mlc_ray.config import PLAIN_CHAT, ChatSection, UtilityConfig
+from mlc_ray.config import PLAIN_CHAT, UtilityConfig
 from mlc_ray.device import resolved
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.engine import Device, Warm, check_positions, engine_environment
 from mlc_ray.generate.pool import EnginePool
 from mlc_ray.generate.replica import Part
 from mlc_ray.monitoring import told_of
-from mlc_ray.runs import KEPT_FOLDER, UTILITY_FILE, output_folder, pinned_weights, training_chat
+from mlc_ray.runs import KEPT_FOLDER, UTILITY_FILE, chat_of, output_folder, pinned_weights
 from mlc_ray.score.kept import Kept
 from mlc_ray.score.plan import counted
-from mlc_ray.score.request import engine_versions
 from mlc_ray.score.results import ScoresFileError, load_scores
-from mlc_ray.storage import Place, fingerprint_model, library_versions, local_model, scratch_folder
+from mlc_ray.storage import Place, fingerprint_model, installed_engines, library_versions, local_model, scratch_folder
 from mlc_ray.utility.file import Utility, UtilityError, UtilityRow, load_utility, save_utility
 from mlc_ray.utility.stage import ASKED, SAID, Completer
 
@@ -75,17 +74,17 @@ def measure_utility(config: UtilityConfig, pool: EnginePool | None = None) -> Ut
     model = pinned_weights(config.model)
     verify_weights(model)
     check_positions(model, config.engine)
+    config = with_chat(config, model)
     name = fingerprint_model(model)
     folder = _folder(config, name)
     told_of(run=folder.name)
-    config = with_chat(config, model)
     earlier = load_utility(folder) if (folder / UTILITY_FILE).is_file() else None
     if earlier is not None and earlier.fingerprint != name:
         raise UtilityError(
             f"{str(folder / UTILITY_FILE)!r} is of another model, {earlier.resolved!r}; remove it, or leave out scores"
         )
     logger.info("lm-evaluation-harness: %s; its output goes to %s", ", ".join(config.tasks), folder / LOG_FILE)
-    run = _by_transformers if config.backend == "hf" else partial(_by_pool, pool=pool)
+    run = _by_transformers if config.backend == "hf" else partial(_by_pool, pool=pool, fingerprint=name)
     rows = rows_of(run(config, model, folder / LOG_FILE), config)
     replaced = {row.task for row in rows}
     kept = tuple(row for row in earlier.rows if row.task not in replaced) if earlier is not None else ()
@@ -108,19 +107,22 @@ def with_chat(config: UtilityConfig, model: str) -> UtilityConfig:
 
     Raises:
         UtilityError: transformers run `model`, and its chat template writes today's date, which only engines are told.
+        TemplateError: The chat template does not use what it is given, or transformers run a model that has none.
     """
     if not config.chat_template:
         return config
-    if config.backend == "hf":
-        from mlc_ray.data.tokens import load_tokenizer  # takes 4 s
+    chat = chat_of(config.chat, config.model)
+    if config.backend == "hf" or chat.arguments or chat.system is not None:
+        from mlc_ray.data.tokens import ChatTemplate, load_tokenizer  # takes 4 s
 
         tokenizer = load_tokenizer(model, trust_remote_code=config.engine.trust_remote_code)
-        if "strftime_now" in (tokenizer.chat_template or ""):
+        if config.backend == "hf" and "strftime_now" in (tokenizer.chat_template or ""):
             raise UtilityError(
                 f"model={config.model!r}: its chat template writes today's date, so that backend='hf' would ask other "
                 "questions tomorrow; set backend=vllm, or chat_template=false"
             )
-    return config.model_copy(update={"chat": config.chat or training_chat(config.model) or ChatSection()})
+        ChatTemplate(tokenizer, chat, prompts_only=True)
+    return config.model_copy(update={"chat": chat})
 
 
 def open_pool(config: UtilityConfig) -> EnginePool:
@@ -238,7 +240,9 @@ def _folder(config: UtilityConfig, fingerprint: str) -> Path:
 # ------------------------------------------------------------------------------------------------------------- the run
 
 
-def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool | None) -> dict[str, Any]:
+def _by_pool(
+    config: UtilityConfig, model: str, log: Path, *, pool: EnginePool | None, fingerprint: str
+) -> dict[str, Any]:
     """The harness's results, by a pool of engines. What the harness logs goes to `log` too."""
     handler = logging.FileHandler(log, encoding="utf-8")  # behind what an earlier measurement said
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -267,7 +271,8 @@ def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool |
                 model,
                 max_length=config.engine.max_model_len,
                 chat=config.chat or PLAIN_CHAT,
-                kept=_kept(config, model, log.parent),
+                # A folder of its own is another one the next time: nobody would look there for what was answered.
+                kept=None if config.scores is None else _kept(engines, fingerprint, log.parent),
                 trust_remote_code=config.engine.trust_remote_code,
             )
             found = simple_evaluate(
@@ -294,11 +299,10 @@ def _by_pool(config: UtilityConfig, model: str, log: Path, *, pool: EnginePool |
         handler.close()
 
 
-def _kept(config: UtilityConfig, model: str, folder: Path) -> Kept:
-    """What is there of a measurement of the same model by the same engine that ended early."""
-    engine = config.engine
-    by = [fingerprint_model(model), engine.dtype, engine.options, engine.max_model_len]
-    return Kept(Place(folder), "utility", [*by, engine_versions(library_versions())], ASKED.names, SAID)
+def _kept(pool: EnginePool, fingerprint: str, folder: Path) -> Kept:
+    """What is there of a measurement of the same model by the same engines that ended early."""
+    by = [fingerprint, *pool.part.settings["settings"].computing, installed_engines()]
+    return Kept(Place(folder), "utility", by, ASKED.names, SAID)
 
 
 @contextmanager

