@@ -177,8 +177,7 @@ def _refused(check: Callable[[], None]) -> str | None:
 def _scored(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts: int) -> ScorePlan:
     from mlc_ray.score.plan import with_longest_answer
 
-    dtype = dtype_of(scoring.engine.dtype, cluster)
-    return plan_scoring(with_longest_answer(scoring), shape, cluster, prompts=prompts, dtype=dtype)
+    return plan_scoring(with_longest_answer(scoring), shape, cluster, prompts=prompts)
 
 
 def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:

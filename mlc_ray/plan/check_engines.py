@@ -54,7 +54,6 @@ def _check(engines: Engines, *, gpu: bool, given: Cluster | None) -> None:
     cluster = cluster_there(gpu=gpu, labels=engine.label_selector) if given is None else given
     if cluster is None or (shape := engines.shape()) is None:
         return
-    engine = engine.model_copy(update={"dtype": dtype_of(engine.dtype, cluster)})
     plan = plan_engine(shape, engine, cluster, where=engines.where)
     if cluster.gpu is None:
         _check_a_node(shape, engines, plan, cluster, there=given is None)
@@ -148,7 +147,6 @@ def _held(shape: Shape, engines: Engines, run: TrainConfig, cluster: Cluster) ->
     engine = engines.engine
     if engine.label_selector != run.cluster.label_selector:
         return 0
-    engine = engine.model_copy(update={"dtype": dtype_of(engine.dtype, cluster)})
     return (1 if engine.replicas == "auto" else engine.replicas) * plan_engine(shape, engine, cluster).bytes
 
 

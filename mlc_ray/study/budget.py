@@ -14,7 +14,7 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import steps_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import of_artifact
-from mlc_ray.plan.runs import PlanError, dtype_of, plan_alone, plannable
+from mlc_ray.plan.runs import PlanError, plan_alone, plannable
 from mlc_ray.plan.scores import SearchPlan, plan_scoring, plan_search, runs_in, scores_in
 from mlc_ray.plan.shapes import ShapeError, config_of, shape_of
 from mlc_ray.report.scale import SizeBudget
@@ -99,12 +99,10 @@ def plan_of(search: SizeSearch, tokens: TokenArtifact, answers: tuple[int, int],
     except ShapeError:
         return None
     scoring = search.config.scoring
-    dtype = dtype_of(scoring.engine.dtype, cluster)
     try:
         planned = plan_alone(run, shape, cluster, of_artifact(tokens))
         choosing, confirming = (
-            plan_scoring(scoring, shape, cluster, prompts=number // scoring.asking.samples, dtype=dtype)
-            for number in answers
+            plan_scoring(scoring, shape, cluster, prompts=number // scoring.asking.samples) for number in answers
         )
         return plan_search(
             search.config, planned, points=search.points, choosing=choosing, confirming=confirming, cluster=cluster

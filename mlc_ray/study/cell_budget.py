@@ -13,7 +13,7 @@ from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import PROMPT, Weights, weights_of
 from mlc_ray.plan.prompts import Prompts, prompts_of
 from mlc_ray.plan.records import RunPlan
-from mlc_ray.plan.runs import dtype_of, plan_alone
+from mlc_ray.plan.runs import plan_alone
 from mlc_ray.plan.scores import plan_scoring
 from mlc_ray.plan.shapes import Shape, known_shape
 from mlc_ray.runs import CELLS_FOLDER, artifact_cache, output_place
@@ -168,9 +168,8 @@ def _scores(
     number, answers = 1 + cells, len(prompts) * scoring.asking.samples
     if shape is None:
         return ScoringBudget(model, number, number * answers, fault=fault)
-    dtype = dtype_of(scoring.engine.dtype, cluster)
     try:
-        plan = plan_scoring(scoring, shape, cluster, prompts=len(prompts), dtype=dtype)
+        plan = plan_scoring(scoring, shape, cluster, prompts=len(prompts))
     except MlcRayError as error:
         return ScoringBudget(model, number, number * answers, fault=f"engines of {model}: {error}")
     engine, hours = plan.engine, (plan.start + number * (plan.seconds - plan.start)) / 3600

@@ -226,7 +226,7 @@ def test_a_judge_that_is_a_model_has_its_time():
     judged = ScoreConfig(model="x", benchmarks=[{"path": "x"}], judge=GUARD, max_new_tokens=200)
     plain = judged.model_copy(update={"judge": ScoreConfig(model="x", benchmarks=[{"path": "x"}]).judge})
     shape = shape_of(*config_of("0.5b"))
-    with_judge, without = (plan_scoring(each, shape, cluster, prompts=10, dtype="bfloat16") for each in (judged, plain))
+    with_judge, without = (plan_scoring(each, shape, cluster, prompts=10) for each in (judged, plain))
     (guard,) = with_judge.readers
     assert not without.readers and guard.of == "meta-llama/Llama-3.1-8B"
     tokens, reply = resolve("judge", "llama-guard").max_new_tokens, 2 * 8.03e9 / 3.35e12
@@ -352,7 +352,7 @@ def test_a_search_on_cpus_pays_its_scores():
     cluster = Cluster(None, 1, 1, 24 * 2**30)
     shape, rates = shape_of(*config_of("smollm2-135m")), rates_of(None, "bfloat16")
     planned = plan_run(base, shape, cluster, assumed(base), rates, dtype="bfloat16", workers=1)
-    score = plan_scoring(config.scoring, shape, cluster, prompts=100, dtype="bfloat16")
+    score = plan_scoring(config.scoring, shape, cluster, prompts=100)
     answering = score.seconds - 13.0  # an engine starts in 13 s there
     assert answering > 0
     found = plan_search(config, planned, points=6, choosing=score, confirming=score, cluster=cluster)

@@ -81,7 +81,7 @@ def test_hours_memory_and_disk_are_those_of_the_plans_of_runs_and_scores() -> No
     (scores,) = found.scoring
     prompts = 2 * 180 + 2 * 60  # of the file that is not here as many as published; of the sample its own
     assert (scores.scores, scores.answers) == (7, 7 * prompts)
-    plan = plan_scoring(scoring_of(config, make_cells(config)), shape, H100, prompts=prompts, dtype="bfloat16")
+    plan = plan_scoring(scoring_of(config, make_cells(config)), shape, H100, prompts=prompts)
     assert scores.hours == pytest.approx((72 + 7 * (plan.seconds - 72)) / 3600)
     assert found.hours == pytest.approx(sum(expected.values()) + (scores.hours or 0))
     weights = 2 * shape.parameters
@@ -127,7 +127,7 @@ def test_samples_of_each_prompt_are_counted_once() -> None:
     assert four.answers == 4 * one.answers
     config = configured(scoring={**raw()["scoring"], "asking": sampled(4)})
     scoring, shape = scoring_of(config, make_cells(config)), shape_of(*config_of("qwen2.5-7b"))
-    plan = plan_scoring(scoring, shape, H100, prompts=2 * 180 + 2 * 60, dtype="bfloat16")
+    plan = plan_scoring(scoring, shape, H100, prompts=2 * 180 + 2 * 60)
     assert four.hours == pytest.approx((72 + 7 * plan.working_seconds) / 3600)
     assert found(4).asked[0].requests == 4 * found(1).asked[0].requests
 

@@ -292,9 +292,7 @@ def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
     rates, shape = rates_of(cluster.gpu, "bfloat16"), shape_of(*config_of("qwen2.5-7b"))
     run = plan_run(search.run, shape, cluster, of_artifact(tokens), rates, dtype="bfloat16", workers=2)
     scoring = search.config.scoring
-    choosing, confirming = (
-        plan_scoring(scoring, shape, cluster, prompts=number, dtype="bfloat16").seconds - 72 for number in (100, 60)
-    )
+    choosing, confirming = (plan_scoring(scoring, shape, cluster, prompts=number).seconds - 72 for number in (100, 60))
     assert (found.trials, found.at_once, found.runs, found.scores) == (4, 2, 5, (5, 3))
     reference = run.reference_seconds
     each = run.wall_seconds - reference
@@ -320,7 +318,7 @@ def test_hours_have_the_samples_of_each_prompt_once(tmp_path: Path) -> None:
     assert found is not None and none is not None
     scoring, shape = search.config.scoring, shape_of(*config_of("qwen2.5-7b"))
     choosing, confirming = (
-        plan_scoring(scoring, shape, cluster, prompts=number, dtype="bfloat16").working_seconds for number in (100, 60)
+        plan_scoring(scoring, shape, cluster, prompts=number).working_seconds for number in (100, 60)
     )
     assert found.seconds - none.seconds == pytest.approx(found.scores[0] * choosing + found.scores[1] * confirming)
 
