@@ -11,7 +11,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.check import broken, said
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import PROMPT, Weights, weights_of
-from mlc_ray.plan.prompts import Prompts, prompts_of
+from mlc_ray.score.counted_prompts import Prompts, prompts_of
 from mlc_ray.plan.records import RunPlan
 from mlc_ray.plan.runs import plan_alone
 from mlc_ray.plan.scores import plan_scoring

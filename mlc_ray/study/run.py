@@ -26,7 +26,7 @@ from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
 from mlc_ray.plan.lengths import of_artifact
-from mlc_ray.plan.prompts import Prompts as Counted
+from mlc_ray.score.counted_prompts import Prompts as Counted
 from mlc_ray.plan.there import cluster_there
 from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import (

@@ -19,7 +19,7 @@ from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
 from mlc_ray.plan.hardware import cluster_of
 from mlc_ray.plan.lengths import PROMPT, Weights, assumed
-from mlc_ray.plan.prompts import Prompts, prompts_of
+from mlc_ray.score.counted_prompts import Prompts
 from mlc_ray.plan.rates import rates_of
 from mlc_ray.plan.runs import plan_run
 from mlc_ray.plan.scores import plan_scoring
@@ -183,14 +183,6 @@ def test_what_rests_on_assumed_numbers_of_bundles_and_prompts_is_not_called_at_m
     assert "answers: at most" in study_budget_lines(known)[0]
 
 
-def test_of_a_benchmark_that_is_not_here_no_more_than_the_limit_are_counted() -> None:
-    scoring = configured().scoring
-    assert len(prompts_of(scoring.benchmarks[:1], scoring, None)) == 2 * 180
-    some = prompts_of(scoring.benchmarks[:1], scoring, 20)
-    assert len(some) == 2 * 20 and "20 bundles in 2 languages" in some.assumed[0]
-    assert len(prompts_of(scoring.benchmarks[:1], scoring, 500)) == 2 * 180
-
-
 def test_of_a_panel_each_endpoint_is_asked_about_what_it_reads() -> None:
     member = {"judge": {"name": "endpoint", "endpoint": ENDPOINT}, "kinds": ["harmful"]}
     panel = {"name": "panel", "judges": [member, {"judge": {"name": "refusal"}, "kinds": ["benign"]}]}
@@ -265,8 +257,3 @@ def test_a_study_states_it_before_its_first_cell(
     with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
         running._study(plan, asked(), Place(tmp_path / "s"))
     assert "data: measured: 12 prepared bundles" in caplog.text
-
-
-def test_prompts_are_counted_by_kind_and_language() -> None:
-    found = Prompts(Counter({("harmful", "en"): 3, ("benign", "en"): 2}))
-    assert len(found) == 5

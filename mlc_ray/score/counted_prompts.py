@@ -26,15 +26,15 @@ class Prompts:
 
 
 def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, limit: int | None) -> Prompts:
-    """Prompts of the benchmarks that are here; of others as many as the published test set has, in its languages.
+    """Prompts of the benchmarks that are here, chosen as a score does; of others as many as the published test set has.
 
     Args:
         benchmarks: what is asked.
         scoring: its `languages` alone are counted, where it names some.
         limit: of the bundles of a benchmark and kind.
     """
-    from mlc_ray.data.bundles import KINDS
     from mlc_ray.data.sources import Reading, resolve_source
+    from mlc_ray.score.prompts import choose_prompts
 
     cells, assumed = Counter[tuple[Kind, str]](), list[str]()
     for source in benchmarks:
@@ -46,11 +46,11 @@ def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, lim
                 "set" + ("" if number == BUNDLES else ", of which limit takes so many")
             )
             continue
-        for file in resolve_source(source):
-            bundles = [row.parsed for row in Reading(file).rows() if isinstance(row.parsed, Bundle)]
-            of_kind = [[bundle for bundle in bundles if bundle.kind == kind][:limit] for kind in KINDS]
-            for bundle in (bundle for some in of_kind for bundle in some):
-                cells.update(
-                    (bundle.kind, code) for code in set(bundle.prompts) & set(scoring.languages or bundle.prompts)
-                )
+        rows = (row.parsed for file in resolve_source(source) for row in Reading(file).rows())
+        bundles = {each.bundle_id: each for each in rows if isinstance(each, Bundle)}
+        columns = [
+            {"bundle_id": name, "kind": each.kind, "languages": list(each.prompts)} for name, each in bundles.items()
+        ]
+        for name, codes in choose_prompts(columns, scoring.languages, limit).items():
+            cells.update((bundles[name].kind, code) for code in codes)
     return Prompts(cells, tuple(assumed))
