@@ -225,6 +225,9 @@ def test_the_command_prints_it_and_starts_nothing(tmp_path: Path, capsys: pytest
     ("more", "quoted"),
     [
         (["--gpus", "8"], "--gpus 8 is read with --budget only"),
+        (["--gpu", "h100"], "--gpu h100 says what --gpus N are; give that too, or remove it"),
+        (["--gpus-per-node", "4"], "--gpus-per-node 4 says what --gpus N are"),
+        (["--node-memory", "64"], "--node-memory 64.0 says what --gpus N are"),
         (["--json"], "--json is read with --budget only"),
         (["--resume", "runs/s", "--budget"], "--budget cannot go with --resume"),
     ],
