@@ -24,7 +24,6 @@ from mlc_ray.plan.check_engines import check_beside, check_engine
 from mlc_ray.plan.hardware import Cluster, cluster_of, this_machine, with_workers
 from mlc_ray.plan.lengths import Weights, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
-from mlc_ray.score.counted_prompts import prompts_of
 from mlc_ray.plan.rates import Rates, gpu_here, rates_of, read_calibrations, threads_of
 from mlc_ray.plan.records import RunPlan
 from mlc_ray.plan.runs import PlanError, dtype_of, plan_run
@@ -32,6 +31,7 @@ from mlc_ray.plan.scores import ScorePlan, plan_scoring, plan_search
 from mlc_ray.plan.shapes import Shape, config_of, counted, shape_of
 from mlc_ray.plan.show import run_json, run_lines, score_json, score_lines, search_json, search_lines
 from mlc_ray.plan.there import cluster_there
+from mlc_ray.score.counted_prompts import prompts_of
 
 _CLUSTER = ("gpus", "gpu", "gpus_per_node", "node_memory")
 

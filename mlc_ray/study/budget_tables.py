@@ -36,7 +36,10 @@ class MethodBudget:
 
 @dataclass(frozen=True)
 class ScoringBudget:
-    """The scores of a model and all that is trained of it, by engines that start once, as `MethodBudget` has it."""
+    """The scores of a model and all that is trained of it, by engines that start once, as `MethodBudget` has it.
+
+    Engines of judges and translators are in it; those that are not known are `assumed` away, each in a sentence.
+    """
 
     model: str
     scores: int
@@ -47,6 +50,7 @@ class ScoringBudget:
     limit: int | None = None
     fits: bool | None = None
     fault: str = ""
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,9 +123,9 @@ def study_budget_lines(budget: StudyBudget) -> list[str]:
         *map(str, budget.asked),
         *([] if budget.asked else ["no endpoint is asked"]),
         *budget.notes,
-        "memory: " + ("what is known of it fits" if budget.fits else "it does not fit"),
+        "what is known of it fits the cluster" if budget.fits else "it does not fit the cluster",
         *(f"  {fault}" for fault in budget.faults),
-        "not in it: utility, starting and failures, judges that are models, and waiting for endpoints",
+        "not in it: utility, starting and failures, and waiting for endpoints",
         *(f"assumed: {each}" for each in budget.assumed),
     ]
 

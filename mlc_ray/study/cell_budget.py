@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 from mlc_ray.config import ScoringSection, StudyConfig, TrainConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.check import broken, said
+from mlc_ray.plan.check_engines import check_engine
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import PROMPT, Weights, weights_of
-from mlc_ray.score.counted_prompts import Prompts, prompts_of
 from mlc_ray.plan.records import RunPlan
-from mlc_ray.plan.runs import plan_alone
+from mlc_ray.plan.runs import PlanError, plan_alone, plannable
 from mlc_ray.plan.scores import plan_scoring
 from mlc_ray.plan.shapes import Shape, known_shape
 from mlc_ray.runs import CELLS_FOLDER, artifact_cache, output_place
 from mlc_ray.score.asked import Asked, asked_to_judge
+from mlc_ray.score.counted_prompts import Prompts, prompts_of
 from mlc_ray.study.budget_tables import MethodBudget, ScoringBudget, StudyBudget, study_budget_lines
 from mlc_ray.study.cells import Cell, make_cells, scoring_of
 
@@ -87,7 +88,7 @@ def budget_of_cells(
         shape, fault = _shape(model, own[0].config)
         if shape is None:
             methods += [MethodBudget(model, name, number, fault=fault) for name, number in _methods(own).items()]
-            scores.append(_scores(model, len(own), scoring, prompts, None, cluster, fault))
+            scores.append(_scores(model, own, scoring, prompts, None, cluster, fault))
             continue
         for method, number in _methods(own).items():
             run = next(cell.config for cell in own if cell.method == method)
@@ -95,18 +96,21 @@ def budget_of_cells(
             lengths[f"data: {weights.said}"] = None
             try:
                 plan = plan_alone(run, shape, cluster, weights)
-            except MlcRayError as error:
-                methods.append(MethodBudget(model, method, number, fault=f"{model} {method}: {error}"))
+            except PlanError as error:
+                fits = False if plannable(run) else None
+                methods.append(MethodBudget(model, method, number, fits=fits, fault=f"{model} {method}: {error}"))
                 continue
             methods.append(_runs(model, method, number, plan))
             folders.append((model, number, plan))
-        scores.append(_scores(model, len(own), scoring, prompts, shape, cluster))
+        scores.append(_scores(model, own, scoring, prompts, shape, cluster))
     numbers = [each.scores for each in scores]
     asked, caps = _asked(scoring, prompts, scores=sum(numbers), most=max(numbers))
+    assumed = dict.fromkeys(each for part in (*(plan for _, _, plan in folders), *scores) for each in part.assumed)
+    assumed |= dict.fromkeys(prompts.assumed)
     return StudyBudget(
         "cpu" if cluster.gpu is None else f"{cluster.gpus} x {cluster.gpu.name}",
         tuple(methods), tuple(scores), asked, _disk(folders, keep_models=keep_models),
-        (*lengths, *caps), (*dict.fromkeys(each for _, _, plan in folders for each in plan.assumed), *prompts.assumed),
+        (*lengths, *caps), tuple(assumed),
         bounded=not prompts.assumed and not any(each.startswith("data: assumed") for each in lengths),
     )  # fmt: skip
 
@@ -161,22 +165,29 @@ def _runs(model: str, method: str, number: int, plan: RunPlan) -> MethodBudget:
 
 
 def _scores(
-    model: str, cells: int, scoring: ScoringSection, prompts: Prompts, shape: Shape | None, cluster: Cluster,
+    model: str, own: Sequence[Cell], scoring: ScoringSection, prompts: Prompts, shape: Shape | None, cluster: Cluster,
     fault: str = "",
 ) -> ScoringBudget:  # fmt: skip
-    """The model before training is scored too; engines start once."""
-    number, answers = 1 + cells, len(prompts) * scoring.asking.samples
+    """The model before training is scored too; engines, also of judges and translators, start once."""
+    number, answers = 1 + len(own), len(prompts) * scoring.asking.samples
     if shape is None:
         return ScoringBudget(model, number, number * answers, fault=fault)
     try:
         plan = plan_scoring(scoring, shape, cluster, prompts=len(prompts))
-    except MlcRayError as error:
-        return ScoringBudget(model, number, number * answers, fault=f"engines of {model}: {error}")
-    engine, hours = plan.engine, (plan.start + number * (plan.seconds - plan.start)) / 3600
-    said = "" if engine.fits else f"engines of {model}: they need more than engine.gpu_memory_utilization leaves them"
+    except PlanError as error:
+        return ScoringBudget(model, number, number * answers, fits=False, fault=f"engines of {model}: {error}")
+    try:
+        check_engine(own[0].config.model.path, scoring, gpu=cluster.gpu is not None, cluster=cluster)
+    except PlanError as error:
+        fault = f"engines of {model}: {error}"
+    start = plan.wall_seconds - plan.working_seconds
+    parts = (plan, *plan.readers)
+    held = sum(each.gpus * (each.start + number * (each.seconds - each.start)) for each in parts)
+    engine = next((each.engine for each in parts if not each.engine.fits), plan.engine)
     return ScoringBudget(
-        model, number, number * answers, hours, plan.gpus * hours, engine.bytes, engine.limit, engine.fits, said
-    )
+        model, number, number * answers, (start + number * plan.working_seconds) / 3600, held / 3600, engine.bytes,
+        engine.limit, not fault, fault, plan.assumed,
+    )  # fmt: skip
 
 
 def _disk(folders: Sequence[tuple[str, int, RunPlan]], *, keep_models: bool) -> int | None:

@@ -26,7 +26,6 @@ from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
 from mlc_ray.plan.lengths import of_artifact
-from mlc_ray.score.counted_prompts import Prompts as Counted
 from mlc_ray.plan.there import cluster_there
 from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import (
@@ -43,6 +42,7 @@ from mlc_ray.runs import (
     resolve_model,
     training_languages,
 )
+from mlc_ray.score.counted_prompts import Prompts as Counted
 from mlc_ray.score.plan import Judging, fitted, judge_at_commits, places, plan_judging, with_dtypes
 from mlc_ray.score.prompts import Prompts, read_prompts
 from mlc_ray.score.request import Request

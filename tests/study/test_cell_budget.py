@@ -17,16 +17,22 @@ from mlc_ray.config import StudyConfig, TrainConfig, parse_config
 from mlc_ray.data.bundles import KINDS
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
-from mlc_ray.plan.hardware import cluster_of
+from mlc_ray.plan.hardware import Cluster, cluster_of
 from mlc_ray.plan.lengths import PROMPT, Weights, assumed
-from mlc_ray.score.counted_prompts import Prompts
-from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.rates import PlanCalibrationError, rates_of
 from mlc_ray.plan.runs import plan_run
 from mlc_ray.plan.scores import plan_scoring
 from mlc_ray.plan.shapes import config_of, shape_of
+from mlc_ray.score.counted_prompts import Prompts
 from mlc_ray.storage import Place
 from mlc_ray.study import run as running
-from mlc_ray.study.budget_tables import StudyBudget, study_budget_json, study_budget_lines, study_budget_tables
+from mlc_ray.study.budget_tables import (
+    ScoringBudget,
+    StudyBudget,
+    study_budget_json,
+    study_budget_lines,
+    study_budget_tables,
+)
 from mlc_ray.study.cell_budget import budget_of_cells, study_budget
 from mlc_ray.study.cells import make_cells, scoring_of
 from tests.data.files import write_rows
@@ -132,6 +138,46 @@ def test_samples_of_each_prompt_are_counted_once() -> None:
     assert found(4).asked[0].requests == 4 * found(1).asked[0].requests
 
 
+def test_engines_of_a_judge_are_counted_and_must_fit() -> None:
+    """Of 8 GPUs a judge of 72B fits none by itself, where the model that answers does."""
+
+    def found(judge: Any, cluster: Cluster = H100, **changes: Any) -> ScoringBudget:
+        budget = study_budget(configured(scoring={**raw()["scoring"], "judge": judge, **changes}), cluster)
+        assert budget.fits is all(each.fits is not False for each in (*budget.methods, *budget.scoring))
+        return budget.scoring[0]
+
+    guard = {"name": "llama-guard", "model": "meta-llama/Llama-3.1-8B", "engine": {"tensor_parallel": 2}}
+    plain, guarded = found("refusal"), found(guard)
+    assert plain.hours is not None and guarded.hours is not None and guarded.gpu_hours is not None and guarded.fits
+    assert plain.gpu_hours == plain.hours and guarded.hours - plain.hours > 72 / 3600  # which an engine takes to start
+    assert guarded.gpu_hours - plain.hours == pytest.approx(2 * (guarded.hours - plain.hours))
+    large = found({"name": "wildguard", "model": "Qwen/Qwen2.5-72B"})
+    assert large.fits is False and "judge.engine.tensor_parallel=4" in large.fault
+    assert large.needs is not None and large.limit is not None and large.needs > large.limit
+    unknown = study_budget(
+        configured(scoring={**raw()["scoring"], "judge": {"name": "wildguard", "model": "/no/model"}}), H100
+    )
+    assert "nothing for the engines of judge.model=/no/model, which are not known" in unknown.assumed
+    small = Cluster(None, 1, 1, 8 * 2**30)
+    assert "but this machine has 8.0" in found("refusal", small).fault
+    assert "gpu_memory_utilization" not in found("refusal", small).fault
+
+
+def test_what_is_known_not_to_fit_is_told_from_what_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer GPUs than workers do not fit; of an engine of one's own nothing is known; a damaged file is an error."""
+    few = study_budget(configured(), cluster_of(4, "h100"))
+    assert not few.fits and [each.fits for each in few.methods] == [False, False]
+    split = study_budget(configured(scoring={**raw()["scoring"], "engine": {"tensor_parallel": 16}}), H100)
+    assert not split.fits and "engine.tensor_parallel=16" in split.scoring[0].fault
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path))
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "calibration.json").write_text("{")
+    with pytest.raises(PlanCalibrationError, match="is damaged"):
+        study_budget(configured(), H100)
+
+
 def sampled(samples: int) -> dict[str, Any]:
     return {"samples": samples, "temperature": 0.7} if samples > 1 else {}
 
@@ -199,7 +245,7 @@ def test_what_does_not_fit_or_is_not_known_is_named_and_the_rest_is_counted() ->
     assert by["none", "sft"].hours is None and "/no/model" in by["none", "sft"].fault
     assert found.hours is None and found.gpu_hours is None
     said = study_budget_lines(found)
-    assert "how long is not known on 8 x h100" in said[0] and "memory: it does not fit" in said
+    assert "how long is not known on 8 x h100" in said[0] and "it does not fit the cluster" in said
     assert any(line.startswith("  engines of large: ") for line in said)
     assert [len(table.rows) for table in study_budget_tables(found)] == [7, 4]
     few = study_budget(configured(), cluster_of(4, "h100"))
