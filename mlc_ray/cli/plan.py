@@ -199,21 +199,17 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
     plan = plan_search(config, run, points=points, choosing=choosing, confirming=confirming, cluster=cluster)
     model, gpu, on = arguments.shape or base.model.path, cluster.gpu is not None, _to_check(arguments, cluster)
     lacks = _refused(lambda: check_engine(model, scoring, gpu=gpu, cluster=on))
-    corners = [space.run(corner, name="corner") for corner in space.corners()]
-    same_data = [each.data == base.data for each in corners]
-    runs = [_as_planned(each, model, cluster) for each in corners]
+    runs = [_as_planned(space.run(corner, name="corner"), model, cluster) for corner in space.corners()]
+    refused: str | None = None
     together = False
-
-    def check() -> None:
-        nonlocal together
-        if base.cluster.plan != "check":
-            return
-        for each, same in zip(runs, same_data, strict=True):
-            check_run(each, gpu=gpu, weights=weights if same else None, cluster=on)
-        if not gpu:
-            together = check_beside(scoring, runs, at_once=min(config.concurrency, plan.trials), cluster=on)
-
-    refused = _refused(check)
+    if base.cluster.plan == "check":
+        try:
+            for each in runs:
+                check_run(each, gpu=gpu, weights=weights if each.data == base.data else None, cluster=on)
+            if not gpu:
+                together = check_beside(scoring, runs, at_once=min(config.concurrency, plan.trials), cluster=on)
+        except PlanError as error:
+            refused = str(error)
     lines = [*run_lines(run, best), "", *score_lines(choosing, lacks), ""]
     parts = {"run": run_json(run, best), "score": score_json(choosing, lacks), "search": search_json(plan, refused)}
     return [*lines, *search_lines(plan, refused, checks=base.cluster.plan, together=together)], parts
