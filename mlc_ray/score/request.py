@@ -58,6 +58,11 @@ def engine_versions(versions: Mapping[str, str]) -> dict[str, str]:
     return {name: version for name, version in versions.items() if name.startswith("vllm")}
 
 
+def engine_named(versions: Mapping[str, str]) -> str:
+    """The same in words."""
+    return ", ".join(map(" ".join, engine_versions(versions).items())) or "no vllm"
+
+
 def load_request(folder: Path | Place) -> Request:
     """What the score in `folder` is of.
 

@@ -14,7 +14,7 @@ from mlc_ray.plan.cutting import steps_of
 from mlc_ray.runs import SEARCH_FILE, TRIALS_FOLDER, artifact_cache, resolve_model
 from mlc_ray.score.plan import fitted
 from mlc_ray.score.prompts import Prompts
-from mlc_ray.score.request import engine_versions
+from mlc_ray.score.request import engine_named
 from mlc_ray.score.scorer import start_scorer
 from mlc_ray.search.checks import base_of, device_of, lora_rank_of
 from mlc_ray.search.objectives.base import TrialScore, make_objective
@@ -126,12 +126,11 @@ def _layer_order(
 def identity_of(prompts: AskedPrompts, model: str, scoring: ScoringSection) -> dict[str, str]:
     """What all scores of a search have in common, so that they can be compared."""
     versions = library_versions()
-    engine = ", ".join(map(" ".join, engine_versions(versions).items()))
     return {
         "prompts": prompts.fingerprint,
         "model": fingerprint_model(model),
         "judge": make_judge(scoring.judge).identity,
-        "engine": engine or "no vllm",
+        "engine": engine_named(versions),
         "version of mlc_ray": versions["mlc_ray"],
     }
 

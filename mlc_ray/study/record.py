@@ -27,7 +27,7 @@ from mlc_ray.runs import (
     read_metrics,
 )
 from mlc_ray.score.prompts import Prompts
-from mlc_ray.score.request import engine_versions
+from mlc_ray.score.request import engine_named
 from mlc_ray.score.results import ScoreResult, load_records, load_scores
 from mlc_ray.score.run import TooManyUnparsedError, check_unparsed
 from mlc_ray.stats.rates import Judged
@@ -150,7 +150,7 @@ class Recorder:
         there, first = self._first
         for name, was, now in (
             ("judge", first.judge, result.judge),
-            ("engine", engine_versions(first.versions), engine_versions(result.versions)),
+            ("engine", engine_named(first.versions), engine_named(result.versions)),
         ):
             if was != now:
                 raise StudyError(
