@@ -8,6 +8,7 @@ there (`runs`), and `study.json` what it is to be.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -286,9 +287,9 @@ def _state(plan: Plan, prompts: Prompts, tokens: Mapping[str, TokenArtifact]) ->
     """Say what the whole study takes on the cluster that is there."""
     rows = prompts.table.select(["kind", "language", "sample"]).to_pylist()
     asked = ((row["kind"], row["language"]) for row in rows if not row["sample"])
-    weights = {id(artifact): of_artifact(artifact) for artifact in tokens.values()}
+    weigh = functools.cache(of_artifact)  # cells of one data set share its rows
     state_budget(
-        plan.cells, plan.scoring, Counted(Counter(asked)), lambda run: weights[id(tokens[run.name])],
+        plan.cells, plan.scoring, Counted(Counter(asked)), lambda run: weigh(tokens[run.name]),
         cluster_there(gpu=_device(plan.cells[0]) == "gpu"), keep_models=plan.config.keep_models,
     )  # fmt: skip
 
