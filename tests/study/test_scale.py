@@ -306,6 +306,23 @@ def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
     assert plan_of(search, tokens, (100, 60), cluster_of(2, "h100")) is None, "an autoscaler may add to it"
 
 
+def test_hours_of_quantised_weights_are_not_known(tmp_path: Path) -> None:
+    """Whose bytes the arithmetic does not count."""
+    write_rows(tmp_path / "tokens", [rows_to_table(random_rows(40, head=range(5)))], fingerprint="x", rejected={})
+    config, _ = config_of("qwen2.5-0.5b")
+    plain, quantised = tmp_path / "plain", tmp_path / "quantised"
+    config.save_pretrained(plain)
+    config.quantization_config = {"quant_method": "fp8"}
+    config.save_pretrained(quantised)
+
+    def known(model: Path) -> bool:
+        raw = raw_scale(tmp_path, "a", sizes={"a": {"set": [f"model.path={model}", "cluster.workers=2"]}})
+        (search,) = make_searches(parse_config(ScaleConfig, raw), Place(tmp_path))
+        return plan_of(search, TokenArtifact.open(tmp_path / "tokens"), (100, 60), cluster_of(8, "h100")) is not None
+
+    assert known(plain) and not known(quantised)
+
+
 def test_hours_have_the_samples_of_each_prompt_once(tmp_path: Path) -> None:
     """Four answers to each of 100 prompts are 400: engines are asked the 100, four times each."""
     write_rows(tmp_path / "tokens", [rows_to_table(random_rows(40, head=range(5)))], fingerprint="x", rejected={})
