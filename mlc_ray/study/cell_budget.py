@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
 
 from mlc_ray.config import ScoringSection, StudyConfig, TrainConfig
 from mlc_ray.errors import MlcRayError
@@ -87,10 +90,13 @@ def budget_of_cells(
         own = [cell for cell in cells if cell.model == model]
         shape, fault = _shape(model, own[0].config)
         if shape is None:
-            methods += [MethodBudget(model, name, number, fault=fault) for name, number in _methods(own).items()]
+            methods += [
+                MethodBudget(model=model, method=name, runs=number, fault=fault)
+                for name, number in Counter(cell.method for cell in own).items()
+            ]
             scores.append(_scores(model, own, scoring, prompts, None, cluster, fault))
             continue
-        for method, number in _methods(own).items():
+        for method, number in Counter(cell.method for cell in own).items():
             run = next(cell.config for cell in own if cell.method == method)
             weights = weigh(run)
             lengths[f"data: {weights.said}"] = None
@@ -98,19 +104,19 @@ def budget_of_cells(
                 plan = plan_alone(run, shape, cluster, weights)
             except PlanError as error:
                 fits = False if plannable(run) else None
-                methods.append(MethodBudget(model, method, number, fits=fits, fault=f"{model} {method}: {error}"))
+                fault = f"{model} {method}: {error}"
+                methods.append(MethodBudget(model=model, method=method, runs=number, fits=fits, fault=fault))
                 continue
             methods.append(_runs(model, method, number, plan))
             folders.append((model, number, plan))
         scores.append(_scores(model, own, scoring, prompts, shape, cluster))
     numbers = [each.scores for each in scores]
     asked, caps = _asked(scoring, prompts, scores=sum(numbers), most=max(numbers))
-    assumed = dict.fromkeys(each for part in (*(plan for _, _, plan in folders), *scores) for each in part.assumed)
-    assumed |= dict.fromkeys(prompts.assumed)
+    assumed = [*(plan.assumed for *_, plan in folders), *(each.assumed for each in scores), prompts.assumed]
     return StudyBudget(
         "cpu" if cluster.gpu is None else f"{cluster.gpus} x {cluster.gpu.name}",
         tuple(methods), tuple(scores), asked, _disk(folders, keep_models=keep_models),
-        (*lengths, *caps), tuple(assumed),
+        (*lengths, *caps), tuple(dict.fromkeys(chain.from_iterable(assumed))),
         bounded=not prompts.assumed and not any(each.startswith("data: assumed") for each in lengths),
     )  # fmt: skip
 
@@ -122,14 +128,6 @@ def _shape(model: str, run: TrainConfig) -> tuple[Shape | None, str]:
     except MlcRayError as error:
         return None, f"{model}: {error}"
     return shape, "" if shape is not None else f"{model}: the shape of {run.model.path} is not known"
-
-
-def _methods(cells: Sequence[Cell]) -> dict[str, int]:
-    """Cells of each method, in order."""
-    found: dict[str, int] = {}
-    for cell in cells:
-        found[cell.method] = found.get(cell.method, 0) + 1
-    return found
 
 
 def _asked(scoring: ScoringSection, prompts: Prompts, *, scores: int, most: int) -> tuple[tuple[Asked, ...], list[str]]:
@@ -159,8 +157,8 @@ def _runs(model: str, method: str, number: int, plan: RunPlan) -> MethodBudget:
     seconds = number * (plan.wall_seconds - plan.reference_seconds) + plan.reference_seconds
     fault = "" if memory.fits else f"{model} {method}: {said(plan)}"
     return MethodBudget(
-        model, method, number, plan.steps, seconds / 3600, plan.workers * seconds / 3600, needs, limit, memory.fits,
-        fault,
+        model=model, method=method, runs=number, steps=plan.steps, hours=seconds / 3600,
+        gpu_hours=plan.workers * seconds / 3600, needs=needs, limit=limit, fits=memory.fits, fault=fault,
     )  # fmt: skip
 
 
@@ -169,13 +167,14 @@ def _scores(
     fault: str = "",
 ) -> ScoringBudget:  # fmt: skip
     """The model before training is scored too; engines, also of judges and translators, start once."""
-    number, answers = 1 + len(own), len(prompts) * scoring.asking.samples
+    number = 1 + len(own)
+    counted = ScoringBudget(model=model, scores=number, answers=number * len(prompts) * scoring.asking.samples)
     if shape is None:
-        return ScoringBudget(model, number, number * answers, fault=fault)
+        return replace(counted, fault=fault)
     try:
         plan = plan_scoring(scoring, shape, cluster, prompts=len(prompts))
     except PlanError as error:
-        return ScoringBudget(model, number, number * answers, fits=False, fault=f"engines of {model}: {error}")
+        return replace(counted, fits=False, fault=f"engines of {model}: {error}")
     try:
         check_engine(own[0].config.model.path, scoring, gpu=cluster.gpu is not None, cluster=cluster)
     except PlanError as error:
@@ -184,9 +183,9 @@ def _scores(
     parts = (plan, *plan.readers)
     held = sum(each.gpus * (each.start + number * (each.seconds - each.start)) for each in parts)
     engine = next((each.engine for each in parts if not each.engine.fits), plan.engine)
-    return ScoringBudget(
-        model, number, number * answers, (start + number * plan.working_seconds) / 3600, held / 3600, engine.bytes,
-        engine.limit, not fault, fault, plan.assumed,
+    return replace(
+        counted, hours=(start + number * plan.working_seconds) / 3600, gpu_hours=held / 3600, needs=engine.bytes,
+        limit=engine.limit, fits=not fault, fault=fault, assumed=plan.assumed,
     )  # fmt: skip
 
 
