@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlc_ray.config import ScoringSection, SourceSection
 from mlc_ray.types import Bundle, Kind
@@ -33,12 +32,12 @@ def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, lim
         scoring: its `languages` alone are counted, where it names some.
         limit: of the bundles of a benchmark and kind.
     """
-    from mlc_ray.data.sources import Reading, resolve_source
+    from mlc_ray.data.sources import Reading, is_here, resolve_source
     from mlc_ray.score.prompts import choose_prompts
 
     cells, assumed = Counter[tuple[Kind, str]](), list[str]()
     for source in benchmarks:
-        if not (source.path.startswith("sample:") or Path(source.path).expanduser().exists()):
+        if not is_here(source):
             languages, number = scoring.languages or LANGUAGES, min(BUNDLES, limit or BUNDLES)
             cells.update({(source.kind or "harmful", code): number for code in languages})
             assumed.append(
