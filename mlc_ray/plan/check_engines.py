@@ -9,7 +9,7 @@ from mlc_ray.judges.panel import Reader
 from mlc_ray.plan.engines import EnginePlan, Engines, plan_engine, readers_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import least
-from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.rates import rates_of, threads_of
 from mlc_ray.plan.records import GIB
 from mlc_ray.plan.runs import PlanError, dtype_of, plan_run, plannable
 from mlc_ray.plan.shapes import Shape, known_shape
@@ -154,5 +154,6 @@ def _needed(run: TrainConfig, shape: Shape, cluster: Cluster) -> int:
     """Bytes of all workers of a trial with next to no data; without the copy of a checkpoint that `auto` leaves out."""
     dtype, workers = dtype_of(run.model.dtype, cluster), run.cluster.least_workers
     alone = Cluster(None, workers, workers, cluster.node_memory)
-    node = plan_run(run, shape, alone, least(), rates_of(None, dtype), dtype=dtype, workers=workers).memory.node
+    rates = rates_of(None, dtype, threads=threads_of(run))
+    node = plan_run(run, shape, alone, least(), rates, dtype=dtype, workers=workers).memory.node
     return sum(part.bytes for part in node if part.name != "checkpoint copy" or run.checkpoint.background is True)

@@ -24,7 +24,7 @@ from mlc_ray.plan.check import check_run
 from mlc_ray.plan.check_engines import check_beside, check_engine
 from mlc_ray.plan.hardware import Cluster, cluster_of, gpu_of
 from mlc_ray.plan.lengths import assumed
-from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.rates import Rates, rates_of, write_calibration
 from mlc_ray.plan.runs import PlanError, plan_run
 from mlc_ray.plan.scores import plan_scoring, plan_search
 from mlc_ray.plan.shapes import config_of, known_shape, shape_of
@@ -147,6 +147,20 @@ def test_trials_and_engines_on_cpus_share_the_memory_of_all_nodes():
     elsewhere = scoring.engine.model_copy(update={"label_selector": {"pool": "engines"}})
     check_beside(scoring.model_copy(update={"engine": elsewhere}), [trial], at_once=1, cluster=small)
     assert not check_beside(scoring, [trial], at_once=1, cluster=replace(small, node_memory=None)), "it is not known"
+
+
+def test_trials_are_planned_by_the_calibration_of_as_many_threads(tmp_path, monkeypatch):
+    """The one of other threads, which comes first in the file, measured far more bytes kept of each token."""
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path))
+    for threads, kept in ((1, 1e6), (2, 1.0)):
+        write_calibration(Rates("cpu", "bfloat16", 5e10, 0.0, 1e8, 4e8, kept, "today", threads))
+    scoring = load_config(SearchConfig, "configs/search/demo.yaml", ["scoring.engine.dtype=bfloat16"]).scoring
+    model, node = {"path": "Qwen/Qwen2.5-0.5B", "dtype": "bfloat16"}, Cluster(None, 1, 1, 24 * 2**30)
+    check_beside(
+        scoring, [run(model=model, cluster={"accelerator": "cpu", "cpus_per_worker": 2})], at_once=1, cluster=node
+    )
+    with pytest.raises(PlanError, match="concurrency=1 trials"):
+        check_beside(scoring, [run(model=model, cluster={"accelerator": "cpu"})], at_once=1, cluster=node)
 
 
 GUARD = {"name": "llama-guard", "model": "meta-llama/Llama-3.1-8B"}
