@@ -24,7 +24,6 @@ from mlc_ray.plan.check_engines import check_beside, check_engine
 from mlc_ray.plan.hardware import Cluster, cluster_of, this_machine, with_workers
 from mlc_ray.plan.lengths import Weights, weights_of
 from mlc_ray.plan.nearest import Fitting, cheapest, fitting
-from mlc_ray.plan.prompts import prompts_of
 from mlc_ray.plan.rates import Rates, gpu_here, rates_of, read_calibrations, threads_of
 from mlc_ray.plan.records import RunPlan
 from mlc_ray.plan.runs import PlanError, dtype_of, plan_run
@@ -32,6 +31,7 @@ from mlc_ray.plan.scores import ScorePlan, plan_scoring, plan_search
 from mlc_ray.plan.shapes import Shape, config_of, counted, shape_of
 from mlc_ray.plan.show import run_json, run_lines, score_json, score_lines, search_json, search_lines
 from mlc_ray.plan.there import cluster_there
+from mlc_ray.score.counted_prompts import prompts_of
 
 _CLUSTER = ("gpus", "gpu", "gpus_per_node", "node_memory")
 
@@ -177,8 +177,7 @@ def _refused(check: Callable[[], None]) -> str | None:
 def _scored(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts: int) -> ScorePlan:
     from mlc_ray.score.plan import with_longest_answer
 
-    dtype = dtype_of(scoring.engine.dtype, cluster)
-    return plan_scoring(with_longest_answer(scoring), shape, cluster, prompts=prompts, dtype=dtype)
+    return plan_scoring(with_longest_answer(scoring), shape, cluster, prompts=prompts)
 
 
 def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[str], Any]:
@@ -200,21 +199,17 @@ def _search(arguments: argparse.Namespace, cluster: Cluster) -> tuple[Sequence[s
     plan = plan_search(config, run, points=points, choosing=choosing, confirming=confirming, cluster=cluster)
     model, gpu, on = arguments.shape or base.model.path, cluster.gpu is not None, _to_check(arguments, cluster)
     lacks = _refused(lambda: check_engine(model, scoring, gpu=gpu, cluster=on))
-    corners = [space.run(corner, name="corner") for corner in space.corners()]
-    same_data = [each.data == base.data for each in corners]
-    runs = [_as_planned(each, model, cluster) for each in corners]
+    runs = [_as_planned(space.run(corner, name="corner"), model, cluster) for corner in space.corners()]
+    refused: str | None = None
     together = False
-
-    def check() -> None:
-        nonlocal together
-        if base.cluster.plan != "check":
-            return
-        for each, same in zip(runs, same_data, strict=True):
-            check_run(each, gpu=gpu, weights=weights if same else None, cluster=on)
-        if not gpu:
-            together = check_beside(scoring, runs, at_once=min(config.concurrency, plan.trials), cluster=on)
-
-    refused = _refused(check)
+    if base.cluster.plan == "check":
+        try:
+            for each in runs:
+                check_run(each, gpu=gpu, weights=weights if each.data == base.data else None, cluster=on)
+            if not gpu:
+                together = check_beside(scoring, runs, at_once=min(config.concurrency, plan.trials), cluster=on)
+        except PlanError as error:
+            refused = str(error)
     lines = [*run_lines(run, best), "", *score_lines(choosing, lacks), ""]
     parts = {"run": run_json(run, best), "score": score_json(choosing, lacks), "search": search_json(plan, refused)}
     return [*lines, *search_lines(plan, refused, checks=base.cluster.plan, together=together)], parts

@@ -74,13 +74,15 @@ def _check_budget(arguments: argparse.Namespace) -> None:
     """Refuse options that go with `--budget` alone, and it where a study goes on.
 
     Raises:
-        ConfigError: There are some.
+        ConfigError: There are some, or what says which GPUs is there without `--gpus`.
     """
     if arguments.budget and arguments.resume is not None:
         raise ConfigError(
             f"--budget cannot go with --resume {arguments.resume}: it is stated of a study's file; give --config FILE"
         )
-    if arguments.gpus is not None and not arguments.budget:
+    from mlc_ray.cli.plan import named_cluster
+
+    if named_cluster(arguments) is not None and not arguments.budget:
         raise ConfigError(f"--gpus {arguments.gpus} is read with --budget only: a study runs on the cluster it joins")
     if arguments.json and not arguments.budget:
         raise ConfigError("--json is read with --budget only; what a study found is in its folder as results.json")
@@ -117,16 +119,15 @@ def scale_command(arguments: argparse.Namespace) -> None:
         raise ConfigError("scale needs --config FILE (see configs/study/) or --resume FOLDER")
     config = load_config(ScaleConfig, arguments.config, arguments.overrides)
 
-    from mlc_ray.cli.plan import named_cluster
     from mlc_ray.study.scale import scale, scale_budget
 
-    cluster = named_cluster(arguments)
     if arguments.budget:
+        from mlc_ray.cli.plan import named_cluster
         from mlc_ray.report.console import show
         from mlc_ray.report.scale import budget_table
         from mlc_ray.report.tables import console
 
-        budget = scale_budget(config, cluster)
+        budget = scale_budget(config, named_cluster(arguments))
         if arguments.json:
             print(json.dumps([asdict(each) for each in budget], indent=2))
         else:

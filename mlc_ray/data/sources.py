@@ -135,6 +135,11 @@ def _in_folder(folder: Place, name: str, format: str) -> list[tuple[Place, str]]
     return [(inside, format) for inside in files]
 
 
+def is_here(source: SourceSection) -> bool:
+    """Whether it is on this machine: a shipped sample, or a file or folder of its disk."""
+    return source.path.startswith("sample:") or Path(source.path).expanduser().exists()
+
+
 def pinned(sources: Sequence[SourceSection]) -> list[SourceSection]:
     """The same sources, with each name of the hub at the commit that it stands for now; one at a commit stays.
 

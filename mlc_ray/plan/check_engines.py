@@ -9,7 +9,7 @@ from mlc_ray.judges.panel import Reader
 from mlc_ray.plan.engines import EnginePlan, Engines, plan_engine, readers_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import least
-from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.rates import rates_of, threads_of
 from mlc_ray.plan.records import GIB
 from mlc_ray.plan.runs import PlanError, dtype_of, plan_run, plannable
 from mlc_ray.plan.shapes import Shape, known_shape
@@ -54,7 +54,6 @@ def _check(engines: Engines, *, gpu: bool, given: Cluster | None) -> None:
     cluster = cluster_there(gpu=gpu, labels=engine.label_selector) if given is None else given
     if cluster is None or (shape := engines.shape()) is None:
         return
-    engine = engine.model_copy(update={"dtype": dtype_of(engine.dtype, cluster)})
     plan = plan_engine(shape, engine, cluster, where=engines.where)
     if cluster.gpu is None:
         _check_a_node(shape, engines, plan, cluster, there=given is None)
@@ -148,7 +147,6 @@ def _held(shape: Shape, engines: Engines, run: TrainConfig, cluster: Cluster) ->
     engine = engines.engine
     if engine.label_selector != run.cluster.label_selector:
         return 0
-    engine = engine.model_copy(update={"dtype": dtype_of(engine.dtype, cluster)})
     return (1 if engine.replicas == "auto" else engine.replicas) * plan_engine(shape, engine, cluster).bytes
 
 
@@ -156,5 +154,6 @@ def _needed(run: TrainConfig, shape: Shape, cluster: Cluster) -> int:
     """Bytes of all workers of a trial with next to no data; without the copy of a checkpoint that `auto` leaves out."""
     dtype, workers = dtype_of(run.model.dtype, cluster), run.cluster.least_workers
     alone = Cluster(None, workers, workers, cluster.node_memory)
-    node = plan_run(run, shape, alone, least(), rates_of(None, dtype), dtype=dtype, workers=workers).memory.node
+    rates = rates_of(None, dtype, threads=threads_of(run))
+    node = plan_run(run, shape, alone, least(), rates, dtype=dtype, workers=workers).memory.node
     return sum(part.bytes for part in node if part.name != "checkpoint copy" or run.checkpoint.background is True)

@@ -12,7 +12,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.judges.panel import PanelJudge, Reader
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.records import GIB
-from mlc_ray.plan.runs import PlanError
+from mlc_ray.plan.runs import PlanError, dtype_of
 from mlc_ray.plan.shapes import Shape, known_shape
 
 logger = logging.getLogger(__name__)
@@ -122,14 +122,14 @@ def plan_engine(shape: Shape, engine: EngineSection, cluster: Cluster, *, where:
 
     Args:
         shape: of its model.
-        engine: its settings.
+        engine: its settings; `dtype: auto` is decided for the cluster.
         cluster: it is on.
         where: what stands before `engine` in the settings, for messages.
 
     Raises:
         PlanError: The model's heads cannot be split over the engine's GPUs.
     """
-    size = 4 if engine.dtype == "float32" else 2
+    size = 4 if dtype_of(engine.dtype, cluster) == "float32" else 2
     parallel = engine.tensor_parallel if cluster.gpu is not None else 1
     if shape.heads % parallel:
         could = ", ".join(str(each) for each in range(1, cluster.per_node + 1) if not shape.heads % each)

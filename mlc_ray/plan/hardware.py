@@ -106,7 +106,7 @@ class Cluster:
     @property
     def nodes(self) -> int:
         """Nodes."""
-        return -(-self.gpus // self.per_node)
+        return self.nodes_of(self.gpus)
 
     def nodes_of(self, workers: int) -> int:
         """Nodes that so many workers lie on, a GPU each."""

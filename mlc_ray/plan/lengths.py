@@ -63,11 +63,10 @@ class Weights:
 def weights_of(config: TrainConfig, cache: Place | None) -> Weights:
     """What the bundles of a run weigh; nothing is written and nothing downloaded."""
     from mlc_ray.data.prepare import prepared_tokens
+    from mlc_ray.data.sources import is_here
 
-    paths = [Path(source.path).expanduser() for source in config.data.train]
-    shipped = all(source.path.startswith("sample:") for source in config.data.train)
-    here = shipped or all(path.exists() for path in paths)
-    small = shipped or (here and sum(map(_bytes, paths)) <= HASHED)
+    here = all(map(is_here, config.data.train))
+    small = here and sum(_bytes(Path(source.path).expanduser()) for source in config.data.train) <= HASHED
     if not here or not Path(config.model.path).expanduser().is_dir():
         return assumed(config)
     try:
@@ -120,13 +119,12 @@ def least() -> Weights:
 
 def _count(config: TrainConfig) -> tuple[int, list[str]]:
     """Bundles of the sources, and those that cannot be counted here, of which each has as many as published."""
-    from mlc_ray.data.sources import resolve_source
+    from mlc_ray.data.sources import is_here, resolve_source
 
     found, lacking = 0, []
     for source in config.data.train:
-        here = source.path.startswith("sample:") or Path(source.path).expanduser().exists()
         try:
-            own = sum(map(_bundles_in, resolve_source(source))) if here else 0
+            own = sum(map(_bundles_in, resolve_source(source))) if is_here(source) else 0
         except MlcRayError:  # the command that reads them will say what is wrong
             own = 0
         found += own or BUNDLES

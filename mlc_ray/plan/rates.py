@@ -134,13 +134,13 @@ def gpu_here(name: str, memory: int, calibrations: Sequence[Rates]) -> Gpu:
     Raises:
         HardwareError: Neither is there.
     """
-    own = {each.dtype: each for each in calibrations if each.device == gpu_key(name)}
     try:
         return replace(gpu_of(name), memory=memory)
     except HardwareError as error:
+        key = gpu_key(name)
+        own = {each.dtype: each for each in calibrations if each.device == key}
         if not own:
             raise HardwareError(f"{error}; or measure it: mlc-ray plan --calibrate --config FILE") from None
     measured = next(iter(own.values()))
     single, peak = own.get("float32", measured).flops, own.get("bfloat16", measured).flops
-    bandwidth = bandwidth_of(name, measured.adamw)
-    return Gpu(gpu_key(name), memory, bandwidth, PCIE, peak / EFFICIENCY, single / EFFICIENCY)
+    return Gpu(key, memory, ADAMW_BYTES * measured.adamw, PCIE, peak / EFFICIENCY, single / EFFICIENCY)

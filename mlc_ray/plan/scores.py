@@ -9,7 +9,7 @@ from mlc_ray.config.search import PROBE_LIMIT
 from mlc_ray.plan.engines import EnginePlan, Engines, plan_engine, readers_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import HEAD, PROMPT
-from mlc_ray.plan.rates import Rates, rates_of
+from mlc_ray.plan.rates import rates_of
 from mlc_ray.plan.records import RunPlan
 from mlc_ray.plan.runs import PlanError, dtype_of
 from mlc_ray.plan.shapes import Shape
@@ -100,7 +100,6 @@ def plan_score(
     shape: Shape,
     engine: EngineSection,
     cluster: Cluster,
-    rates: Rates,
     *,
     prompts: int,
     prompt_tokens: int,
@@ -115,6 +114,7 @@ def plan_score(
         PlanError: An engine has more GPUs than the cluster, or the model's heads cannot be split over them.
     """
     own = plan_engine(shape, engine, cluster, where=where)
+    rates = rates_of(cluster.gpu, dtype_of(engine.dtype, cluster))
     parallel = engine.tensor_parallel if cluster.gpu is not None else 1
     if parallel > cluster.gpus:
         raise PlanError(f"{where}engine.tensor_parallel={parallel}, but the cluster has {cluster.gpus} GPUs; lower it")
@@ -134,17 +134,15 @@ def plan_score(
     return ScorePlan(shape.name, prompts, replicas, replicas * parallel, name, own, start, start + answering)
 
 
-def plan_scoring(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts: int, dtype: str) -> ScorePlan:
+def plan_scoring(scoring: ScoringSection, shape: Shape, cluster: Cluster, *, prompts: int) -> ScorePlan:
     """The plan of a score with these settings, whose longest answer is decided; prompts are as long as published.
 
     Every judge and translator that is a model is taken to read every response, at its longest.
     """
-    engine = scoring.engine.model_copy(update={"dtype": dtype})
     responses, answer = prompts * scoring.asking.samples, scoring.max_new_tokens or 1
     own = plan_score(
-        shape, engine, cluster, rates_of(cluster.gpu, dtype), prompts=responses, prompt_tokens=HEAD + PROMPT,
-        answer_tokens=answer,
-    )  # fmt: skip
+        shape, scoring.engine, cluster, prompts=responses, prompt_tokens=HEAD + PROMPT, answer_tokens=answer
+    )
     named = [(each, _reading(each, cluster, responses=responses, answer=answer)) for each in readers_of(scoring.judge)]
     return replace(
         own,
@@ -158,11 +156,9 @@ def _reading(each: Engines, cluster: Cluster, *, responses: int, answer: int) ->
     """Engines that read responses, each in a conversation of its own; None where their model is not known."""
     if (shape := each.shape()) is None:
         return None
-    dtype = dtype_of(each.engine.dtype, cluster)
-    engine = each.engine.model_copy(update={"dtype": dtype})
     return plan_score(
-        shape, engine, cluster, rates_of(cluster.gpu, dtype), prompts=responses * each.asked,
-        prompt_tokens=HEAD + PROMPT + answer, answer_tokens=each.reply, where=each.where,
+        shape, each.engine, cluster, prompts=responses * each.asked, prompt_tokens=HEAD + PROMPT + answer,
+        answer_tokens=each.reply, where=each.where,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlc_ray.report.openings import coverage_of
+from mlc_ray.report.openings import coverage_of, openings_read
 from mlc_ray.report.tables import Cell, Row, Table, cell, row, table
 from mlc_ray.report.text import ABSENT, whole
 from mlc_ray.stats.rates import Interval
@@ -103,7 +103,7 @@ def _judgement(model: Model) -> Table:
     def shown(value: float | None) -> str:
         return ABSENT if value is None else whole(value)
 
-    covered = coverage_of(model)
+    covered = coverage_of(model, openings_read(model.result))
 
     def begun(language: str) -> Cell:
         found = covered.get(language)

@@ -89,11 +89,8 @@ def coverage(responses: Sequence[Response], openings: OpeningsSection) -> dict[s
     return found
 
 
-def coverage_of(model: Model) -> dict[str, Coverage]:
-    """By the openings of the run that a model is of; of one without, which is probed, by those that are listed."""
-    read = openings_read(model.result)
-    if read is None and not model.decisions:
-        return {}
+def coverage_of(model: Model, read: ReadOpenings | None) -> dict[str, Coverage]:
+    """By the openings of the run that a model is of; of one without, by those that are listed."""
     return coverage(model.responses, OpeningsSection() if read is None else read.openings)
 
 
@@ -103,7 +100,7 @@ def coverage_warnings(models: Sequence[Model]) -> Iterator[str]:
         read = openings_read(model.result)
         if not model.decisions and not (read is not None and read.by_terms):
             continue
-        if low := [each for each in coverage_of(model).values() if each.is_low]:
+        if low := [each for each in coverage_of(model, read).values() if each.is_low]:
             said = ", ".join(f"{each.language} {each}" for each in low)
             what = "its training's terms read" if read is not None and read.by_terms else "are listed"
             yield (

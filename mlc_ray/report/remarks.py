@@ -19,7 +19,7 @@ from mlc_ray.report.text import percent, whole
 from mlc_ray.report.utility import utility_warnings
 from mlc_ray.score.results import cut_share, hides_harm, unread_rows
 from mlc_ray.stats.rates import KINDS, Summary
-from mlc_ray.storage import engine_versions
+from mlc_ray.storage import engine_named
 from mlc_ray.types import (
     ENGINE_FAULT,
     FORBIDDEN_THOUGHTS,
@@ -96,7 +96,7 @@ def differing(models: Sequence[Model]) -> Iterator[str]:
         "longest responses (max_new_tokens)": [model.result.config.get("max_new_tokens") for model in models],
         "types computed in (engine.dtype)": [_dtype(model.result.config) for model in models],
         "engines' settings (engine.options)": [_options(model.result.config) for model in models],
-        "engines' versions": [_engine(model.result.versions) for model in models],
+        "engines' versions": [engine_named(model.result.versions) for model in models],
     }
     for name, found in aspects.items():
         labels: dict[object, list[str]] = {}
@@ -110,10 +110,6 @@ def differing(models: Sequence[Model]) -> Iterator[str]:
 def _options(config: Mapping[str, Any]) -> str:
     engine = config.get("engine")
     return json.dumps(engine.get("options", {}) if isinstance(engine, Mapping) else {}, sort_keys=True)
-
-
-def _engine(versions: Mapping[str, str]) -> str:
-    return ", ".join(map(" ".join, engine_versions(versions).items())) or "no vllm"
 
 
 def _other_version(models: Sequence[Model]) -> Iterator[str]:

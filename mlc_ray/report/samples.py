@@ -117,7 +117,7 @@ def _redacted(response: Response) -> Sample:
     text = response.response
     if hidden > 0:
         text = f"{text[:OPENING]} … ({hidden} more characters, redacted)"
-    return replace(_shown(replace(response, reason="")), response=_cut(text))
+    return _shown(replace(response, reason="", response=text))
 
 
 def _cut(value: str) -> str:

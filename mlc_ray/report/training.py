@@ -80,9 +80,9 @@ def _meaning(name: str) -> str:
     told = training_name(name)
     if told.startswith("loss/") and told not in _MEANING:
         return f"the term {told.removeprefix('loss/')} alone, without its weight"
-    for name in ("log_prob/chosen", "log_prob/chosen_change"):
-        if told.startswith(f"{name}/"):
-            return f"in {told.removeprefix(f'{name}/')}: {_MEANING[name]}"
+    for change in ("log_prob/chosen", "log_prob/chosen_change"):
+        if told.startswith(f"{change}/"):
+            return f"in {told.removeprefix(f'{change}/')}: {_MEANING[change]}"
     if told.startswith("mlc/cosine/"):
         return f"mean |cosine| of {told.removeprefix('mlc/cosine/')} with the bundle's other languages"
     return _MEANING.get(told, "")

@@ -70,7 +70,7 @@ from mlc_ray.score.request import Request, ScoreError, load_request
 from mlc_ray.score.results import ScoreResult, count, load_scores, records_of, save_scores, write_responses
 from mlc_ray.score.stages import RESPONSES, answers_of
 from mlc_ray.score.thoughts import with_reasoning
-from mlc_ray.storage import Place, engine_versions, fingerprint_model, user_cache, working_folder
+from mlc_ray.storage import Place, engine_named, fingerprint_model, user_cache, working_folder
 from mlc_ray.types import ENGINE_FAULT
 
 logger = logging.getLogger(__name__)
@@ -419,9 +419,8 @@ def _earlier(folder: Path, request: Request, prompts: Prompts, judging: Judging)
         or not responses.select(PROMPTS.names).equals(prompts.table)
     ):
         return None
-    engines = [engine_versions(each.versions) for each in (found, request)]
-    if engines[0] != engines[1]:
-        was, now = (", ".join(map(" ".join, each.items())) or "no vllm" for each in engines)
+    was, now = engine_named(found.versions), engine_named(request.versions)
+    if was != now:
         raise ScoreError(
             f"score folder {str(folder)!r} holds responses by {was}, and here is {now}: judge those by `mlc-ray judge "
             f"{folder}`, or choose another name"

@@ -22,7 +22,7 @@ from mlc_ray.search.selection import AskedPrompts, read_asked
 from mlc_ray.search.space import Space, check_held_out, tried, values_of
 from mlc_ray.search.trial import SearchError, Shared
 from mlc_ray.search.tune import LAYER
-from mlc_ray.storage import Place, engine_versions, fingerprint_model, library_versions, local_side, user_cache
+from mlc_ray.storage import Place, engine_named, fingerprint_model, library_versions, local_side, user_cache
 from mlc_ray.train.answers import check_answers
 from mlc_ray.train.model import model_depth, resolve_layer
 from mlc_ray.train.planning import check_kinds, check_terms
@@ -125,12 +125,11 @@ def _layer_order(
 def identity_of(prompts: AskedPrompts, model: str, scoring: ScoringSection) -> dict[str, str]:
     """What all scores of a search have in common, so that they can be compared."""
     versions = library_versions()
-    engine = ", ".join(map(" ".join, engine_versions(versions).items()))
     return {
         "prompts": prompts.fingerprint,
         "model": fingerprint_model(model),
         "judge": make_judge(scoring.judge).identity,
-        "engine": engine or "no vllm",
+        "engine": engine_named(versions),
         "version of mlc_ray": versions["mlc_ray"],
     }
 

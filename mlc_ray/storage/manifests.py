@@ -188,6 +188,11 @@ def engine_versions(versions: Mapping[str, str]) -> dict[str, str]:
     return {name: versions[name] for name in ENGINES if name in versions}
 
 
+def engine_named(versions: Mapping[str, str]) -> str:
+    """The same in words."""
+    return ", ".join(map(" ".join, engine_versions(versions).items())) or "no vllm"
+
+
 def _installed(names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:

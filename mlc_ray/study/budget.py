@@ -14,9 +14,9 @@ from mlc_ray.losses.objective import Objective
 from mlc_ray.plan.cutting import steps_of
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import of_artifact
-from mlc_ray.plan.runs import PlanError, dtype_of, plan_alone, plannable
+from mlc_ray.plan.runs import PlanError, plan_alone, plannable
 from mlc_ray.plan.scores import SearchPlan, plan_scoring, plan_search, runs_in, scores_in
-from mlc_ray.plan.shapes import ShapeError, config_of, shape_of
+from mlc_ray.plan.shapes import known_shape
 from mlc_ray.report.scale import SizeBudget
 from mlc_ray.runs import TRIALS_FOLDER, artifact_cache, resolve_model
 from mlc_ray.search.objectives.base import make_objective
@@ -89,22 +89,22 @@ def plan_of(search: SizeSearch, tokens: TokenArtifact, answers: tuple[int, int],
         cluster: what it runs on, or is to.
 
     Returns:
-        None where the engine or the kind of model is not known, or the cluster has too few GPUs.
+        None where the engine or the shape of the model is not known, or the cluster has too few GPUs.
+
+    Raises:
+        ShapeError: The model has no config.
     """
     run = search.run
     if not plannable(run):
         return None
-    try:
-        shape = shape_of(*config_of(run.model.path, trust_remote_code=run.model.trust_remote_code))
-    except ShapeError:
+    shape = known_shape(run.model.path, trust_remote_code=run.model.trust_remote_code)
+    if shape is None:
         return None
     scoring = search.config.scoring
-    dtype = dtype_of(scoring.engine.dtype, cluster)
     try:
         planned = plan_alone(run, shape, cluster, of_artifact(tokens))
         choosing, confirming = (
-            plan_scoring(scoring, shape, cluster, prompts=number // scoring.asking.samples, dtype=dtype)
-            for number in answers
+            plan_scoring(scoring, shape, cluster, prompts=number // scoring.asking.samples) for number in answers
         )
         return plan_search(
             search.config, planned, points=search.points, choosing=choosing, confirming=confirming, cluster=cluster

@@ -6,47 +6,50 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlc_ray.plan.records import GIB
 from mlc_ray.progress import counted
 from mlc_ray.report.tables import Row, Table, cell, row, table
 from mlc_ray.report.text import ABSENT
 from mlc_ray.score.asked import Asked
 
-GIB = 2**30
 
-
-@dataclass(frozen=True)
-class MethodBudget:
-    """The runs of a method on a model, a seed each; numbers are None where `fault` says why they are not known.
+@dataclass(frozen=True, kw_only=True)
+class PartBudget:
+    """Time and memory of a part of a study on a model; numbers are None where `fault` says why they are not known.
 
     `hours` follow each other; `gpu_hours` are on CPUs those of workers. `needs` and `limit` are bytes of the place that
-    is too small, else of a worker's memory; `fault` also says what does not fit.
+    is too small, else of a worker's or an engine's memory; `fault` also says what does not fit.
     """
 
     model: str
+    hours: float | None = None
+    gpu_hours: float | None = None
+    needs: int | None = None
+    limit: int | None = None
+    fits: bool | None = None
+    fault: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodBudget(PartBudget):
+    """The runs of a method, a seed each."""
+
     method: str
     runs: int
     steps: int | None = None
-    hours: float | None = None
-    gpu_hours: float | None = None
-    needs: int | None = None
-    limit: int | None = None
-    fits: bool | None = None
-    fault: str = ""
 
 
-@dataclass(frozen=True)
-class ScoringBudget:
-    """The scores of a model and all that is trained of it, by engines that start once, as `MethodBudget` has it."""
+@dataclass(frozen=True, kw_only=True)
+class ScoringBudget(PartBudget):
+    """The scores of a model and all that is trained of it.
 
-    model: str
+    Engines, also those of judges and translators, start once; those that are not known are left out, as `assumed` says
+    in sentences.
+    """
+
     scores: int
     answers: int
-    hours: float | None = None
-    gpu_hours: float | None = None
-    needs: int | None = None
-    limit: int | None = None
-    fits: bool | None = None
-    fault: str = ""
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,22 @@ class StudyBudget:
     bounded: bool = True
 
     @property
-    def parts(self) -> list[MethodBudget | ScoringBudget]:
+    def runs(self) -> int:
+        """Of all methods and models."""
+        return sum(each.runs for each in self.methods)
+
+    @property
+    def scores(self) -> int:
+        """Of all models."""
+        return sum(each.scores for each in self.scoring)
+
+    @property
+    def answers(self) -> int:
+        """Of all scores."""
+        return sum(each.answers for each in self.scoring)
+
+    @property
+    def parts(self) -> list[PartBudget]:
         """The runs and the scores."""
         return [*self.methods, *self.scoring]
 
@@ -104,8 +122,6 @@ def _sum(values: Sequence[float | None]) -> float | None:
 
 def study_budget_lines(budget: StudyBudget) -> list[str]:
     """All numbers of the whole study, in words."""
-    runs, scores = (sum(numbers) for numbers in _counts(budget))
-    answers = sum(each.answers for each in budget.scoring)
     unit = "CPU-worker" if budget.gpu == "cpu" else "GPU"
     time = (
         f"how long is not known on {budget.gpu}"
@@ -115,24 +131,20 @@ def study_budget_lines(budget: StudyBudget) -> list[str]:
     time += "" if budget.bounded else "; numbers of bundles and prompts are assumed"
     disk = "" if budget.disk is None else f"; at most {budget.disk / GIB:,.0f} GiB in its folder"
     return [
-        f"{counted(runs, 'runs')} and {counted(scores, 'scores')} of {answers:,} answers: {time}{disk}",
+        f"{counted(budget.runs, 'runs')} and {counted(budget.scores, 'scores')} of {budget.answers:,} answers: "
+        f"{time}{disk}",
         *map(str, budget.asked),
         *([] if budget.asked else ["no endpoint is asked"]),
         *budget.notes,
-        "memory: " + ("what is known of it fits" if budget.fits else "it does not fit"),
+        "what is known of it fits the cluster" if budget.fits else "it does not fit the cluster",
         *(f"  {fault}" for fault in budget.faults),
-        "not in it: utility, starting and failures, judges that are models, and waiting for endpoints",
+        "not in it: utility, starting and failures, and waiting for endpoints",
         *(f"assumed: {each}" for each in budget.assumed),
     ]
 
 
-def _counts(budget: StudyBudget) -> tuple[list[int], list[int]]:
-    return [each.runs for each in budget.methods], [each.scores for each in budget.scoring]
-
-
 def study_budget_tables(budget: StudyBudget) -> list[Table]:
     """The runs by model and method, and the scores by model."""
-    runs, scores = _counts(budget)
     of_methods = [
         row(
             f"{each.model} {each.method}",
@@ -143,29 +155,28 @@ def study_budget_tables(budget: StudyBudget) -> list[Table]:
     of_scores = [
         row(each.model, [f"{each.scores:,}", f"{each.answers:,}", *_time_and_memory(each)]) for each in budget.scoring
     ]
-    answers = sum(each.answers for each in budget.scoring)
     heads = ["hours", "GPU hours" if budget.gpu != "cpu" else "worker hours", "memory GiB", "it fits"]
     return [
         table(
             "Training", ["model and method", "runs", "steps each", *heads],
-            [*of_methods, _all([f"{sum(runs):,}", ABSENT], budget.methods)],
+            [*of_methods, _all([f"{budget.runs:,}", ABSENT], budget.methods)],
             f"{budget.bound}, as `mlc-ray plan` counts it",
         ),
         table(
             "Scoring", ["model", "scores", "answers", *heads],
-            [*of_scores, _all([f"{sum(scores):,}", f"{answers:,}"], budget.scoring)],
+            [*of_scores, _all([f"{budget.scores:,}", f"{budget.answers:,}"], budget.scoring)],
             "answers of at most max_new_tokens",
         ),
     ]  # fmt: skip
 
 
-def _time_and_memory(each: MethodBudget | ScoringBudget) -> list[Any]:
+def _time_and_memory(each: PartBudget) -> list[Any]:
     memory = ABSENT if each.needs is None or each.limit is None else f"{each.needs / GIB:.1f} of {each.limit / GIB:.1f}"
     said = {True: cell("yes"), False: cell("no", tone="alarm"), None: cell(ABSENT)}
     return [_shown(each.hours), _shown(each.gpu_hours), memory, said[each.fits]]
 
 
-def _all(counts: list[str], rows: Sequence[MethodBudget | ScoringBudget]) -> Row:
+def _all(counts: list[str], rows: Sequence[PartBudget]) -> Row:
     hours = [_shown(_sum([each.hours for each in rows])), _shown(_sum([each.gpu_hours for each in rows]))]
     return row("all", [*counts, *hours, ABSENT, ABSENT], tone="strong")
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import chain
 
 from mlc_ray.config import ScoringSection, StudyConfig, TrainConfig
 from mlc_ray.errors import MlcRayError
 from mlc_ray.plan.check import broken, said
+from mlc_ray.plan.check_engines import check_engine
 from mlc_ray.plan.hardware import Cluster
 from mlc_ray.plan.lengths import PROMPT, Weights, weights_of
-from mlc_ray.plan.prompts import Prompts, prompts_of
 from mlc_ray.plan.records import RunPlan
-from mlc_ray.plan.runs import dtype_of, plan_alone
+from mlc_ray.plan.runs import PlanError, plan_alone, plannable
 from mlc_ray.plan.scores import plan_scoring
 from mlc_ray.plan.shapes import Shape, known_shape
 from mlc_ray.runs import CELLS_FOLDER, artifact_cache, output_place
 from mlc_ray.score.asked import Asked, asked_to_judge
+from mlc_ray.score.counted_prompts import Prompts, prompts_of
 from mlc_ray.study.budget_tables import MethodBudget, ScoringBudget, StudyBudget, study_budget_lines
 from mlc_ray.study.cells import Cell, make_cells, scoring_of
 
@@ -86,27 +90,33 @@ def budget_of_cells(
         own = [cell for cell in cells if cell.model == model]
         shape, fault = _shape(model, own[0].config)
         if shape is None:
-            methods += [MethodBudget(model, name, number, fault=fault) for name, number in _methods(own).items()]
-            scores.append(_scores(model, len(own), scoring, prompts, None, cluster, fault))
+            methods += [
+                MethodBudget(model=model, method=name, runs=number, fault=fault)
+                for name, number in Counter(cell.method for cell in own).items()
+            ]
+            scores.append(_scores(model, own, scoring, prompts, None, cluster, fault))
             continue
-        for method, number in _methods(own).items():
+        for method, number in Counter(cell.method for cell in own).items():
             run = next(cell.config for cell in own if cell.method == method)
             weights = weigh(run)
             lengths[f"data: {weights.said}"] = None
             try:
                 plan = plan_alone(run, shape, cluster, weights)
-            except MlcRayError as error:
-                methods.append(MethodBudget(model, method, number, fault=f"{model} {method}: {error}"))
+            except PlanError as error:
+                fits = False if plannable(run) else None
+                fault = f"{model} {method}: {error}"
+                methods.append(MethodBudget(model=model, method=method, runs=number, fits=fits, fault=fault))
                 continue
             methods.append(_runs(model, method, number, plan))
             folders.append((model, number, plan))
-        scores.append(_scores(model, len(own), scoring, prompts, shape, cluster))
+        scores.append(_scores(model, own, scoring, prompts, shape, cluster))
     numbers = [each.scores for each in scores]
     asked, caps = _asked(scoring, prompts, scores=sum(numbers), most=max(numbers))
+    assumed = [*(plan.assumed for *_, plan in folders), *(each.assumed for each in scores), prompts.assumed]
     return StudyBudget(
         "cpu" if cluster.gpu is None else f"{cluster.gpus} x {cluster.gpu.name}",
         tuple(methods), tuple(scores), asked, _disk(folders, keep_models=keep_models),
-        (*lengths, *caps), (*dict.fromkeys(each for _, _, plan in folders for each in plan.assumed), *prompts.assumed),
+        (*lengths, *caps), tuple(dict.fromkeys(chain.from_iterable(assumed))),
         bounded=not prompts.assumed and not any(each.startswith("data: assumed") for each in lengths),
     )  # fmt: skip
 
@@ -118,14 +128,6 @@ def _shape(model: str, run: TrainConfig) -> tuple[Shape | None, str]:
     except MlcRayError as error:
         return None, f"{model}: {error}"
     return shape, "" if shape is not None else f"{model}: the shape of {run.model.path} is not known"
-
-
-def _methods(cells: Sequence[Cell]) -> dict[str, int]:
-    """Cells of each method, in order."""
-    found: dict[str, int] = {}
-    for cell in cells:
-        found[cell.method] = found.get(cell.method, 0) + 1
-    return found
 
 
 def _asked(scoring: ScoringSection, prompts: Prompts, *, scores: int, most: int) -> tuple[tuple[Asked, ...], list[str]]:
@@ -155,29 +157,36 @@ def _runs(model: str, method: str, number: int, plan: RunPlan) -> MethodBudget:
     seconds = number * (plan.wall_seconds - plan.reference_seconds) + plan.reference_seconds
     fault = "" if memory.fits else f"{model} {method}: {said(plan)}"
     return MethodBudget(
-        model, method, number, plan.steps, seconds / 3600, plan.workers * seconds / 3600, needs, limit, memory.fits,
-        fault,
+        model=model, method=method, runs=number, steps=plan.steps, hours=seconds / 3600,
+        gpu_hours=plan.workers * seconds / 3600, needs=needs, limit=limit, fits=memory.fits, fault=fault,
     )  # fmt: skip
 
 
 def _scores(
-    model: str, cells: int, scoring: ScoringSection, prompts: Prompts, shape: Shape | None, cluster: Cluster,
+    model: str, own: Sequence[Cell], scoring: ScoringSection, prompts: Prompts, shape: Shape | None, cluster: Cluster,
     fault: str = "",
 ) -> ScoringBudget:  # fmt: skip
-    """The model before training is scored too; engines start once."""
-    number, answers = 1 + cells, len(prompts) * scoring.asking.samples
+    """The model before training is scored too; engines, also of judges and translators, start once."""
+    number = 1 + len(own)
+    counted = ScoringBudget(model=model, scores=number, answers=number * len(prompts) * scoring.asking.samples)
     if shape is None:
-        return ScoringBudget(model, number, number * answers, fault=fault)
-    dtype = dtype_of(scoring.engine.dtype, cluster)
+        return replace(counted, fault=fault)
     try:
-        plan = plan_scoring(scoring, shape, cluster, prompts=len(prompts), dtype=dtype)
-    except MlcRayError as error:
-        return ScoringBudget(model, number, number * answers, fault=f"engines of {model}: {error}")
-    engine, hours = plan.engine, (plan.start + number * (plan.seconds - plan.start)) / 3600
-    said = "" if engine.fits else f"engines of {model}: they need more than engine.gpu_memory_utilization leaves them"
-    return ScoringBudget(
-        model, number, number * answers, hours, plan.gpus * hours, engine.bytes, engine.limit, engine.fits, said
-    )
+        plan = plan_scoring(scoring, shape, cluster, prompts=len(prompts))
+    except PlanError as error:
+        return replace(counted, fits=False, fault=f"engines of {model}: {error}")
+    try:
+        check_engine(own[0].config.model.path, scoring, gpu=cluster.gpu is not None, cluster=cluster)
+    except PlanError as error:
+        fault = f"engines of {model}: {error}"
+    start = plan.wall_seconds - plan.working_seconds
+    parts = (plan, *plan.readers)
+    held = sum(each.gpus * (each.start + number * (each.seconds - each.start)) for each in parts)
+    engine = next((each.engine for each in parts if not each.engine.fits), plan.engine)
+    return replace(
+        counted, hours=(start + number * plan.working_seconds) / 3600, gpu_hours=held / 3600, needs=engine.bytes,
+        limit=engine.limit, fits=not fault, fault=fault, assumed=plan.assumed,
+    )  # fmt: skip
 
 
 def _disk(folders: Sequence[tuple[str, int, RunPlan]], *, keep_models: bool) -> int | None:

@@ -32,7 +32,7 @@ from mlc_ray.score.run import TooManyUnparsedError, check_unparsed
 from mlc_ray.stats.rates import Judged
 from mlc_ray.stats.study import MethodTest, Verdicts, corrected, method_rates, method_tests, read_verdicts
 from mlc_ray.stats.study_languages import method_languages
-from mlc_ray.storage import Place, engine_versions, library_versions
+from mlc_ray.storage import Place, engine_named, library_versions
 from mlc_ray.study.cells import Cell
 from mlc_ray.study.folder import Plan, StudyError
 from mlc_ray.study.supervision import Supervision
@@ -149,7 +149,7 @@ class Recorder:
         there, first = self._first
         for name, was, now in (
             ("judge", first.judge, result.judge),
-            ("engine", engine_versions(first.versions), engine_versions(result.versions)),
+            ("engine", engine_named(first.versions), engine_named(result.versions)),
         ):
             if was != now:
                 raise StudyError(

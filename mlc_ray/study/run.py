@@ -8,6 +8,7 @@ there (`runs`), and `study.json` what it is to be.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,6 @@ from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
 from mlc_ray.nodes import check_nodes
 from mlc_ray.plan.lengths import of_artifact
-from mlc_ray.plan.prompts import Prompts as Counted
 from mlc_ray.plan.there import cluster_there
 from mlc_ray.report.study import StudyResult
 from mlc_ray.runs import (
@@ -42,6 +42,7 @@ from mlc_ray.runs import (
     resolve_model,
     training_languages,
 )
+from mlc_ray.score.counted_prompts import Prompts as Counted
 from mlc_ray.score.plan import Judging, fitted, judge_at_commits, places, plan_judging, with_dtypes
 from mlc_ray.score.prompts import Prompts, read_prompts
 from mlc_ray.score.request import Request
@@ -286,9 +287,9 @@ def _state(plan: Plan, prompts: Prompts, tokens: Mapping[str, TokenArtifact]) ->
     """Say what the whole study takes on the cluster that is there."""
     rows = prompts.table.select(["kind", "language", "sample"]).to_pylist()
     asked = ((row["kind"], row["language"]) for row in rows if not row["sample"])
-    weights = {id(artifact): of_artifact(artifact) for artifact in tokens.values()}
+    weigh = functools.cache(of_artifact)  # cells of one data set share its rows
     state_budget(
-        plan.cells, plan.scoring, Counted(Counter(asked)), lambda run: weights[id(tokens[run.name])],
+        plan.cells, plan.scoring, Counted(Counter(asked)), lambda run: weigh(tokens[run.name]),
         cluster_there(gpu=_device(plan.cells[0]) == "gpu"), keep_models=plan.config.keep_models,
     )  # fmt: skip
 

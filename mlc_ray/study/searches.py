@@ -14,7 +14,7 @@ from mlc_ray.config import ConfigError, ScaleConfig, SearchConfig, TrainConfig, 
 from mlc_ray.report.scale import SizeBudget
 from mlc_ray.report.search import SearchFileError, is_search, read_confirmed, read_progress
 from mlc_ray.runs import BASE_FILE, CELLS_FOLDER, SCALE_FILE, SEARCH_CONFIG_FILE
-from mlc_ray.search.checks import as_it_runs
+from mlc_ray.search.checks import as_it_runs, base_of
 from mlc_ray.search.folder import changed_settings, settings_in
 from mlc_ray.search.space import Space, make_space
 from mlc_ray.search.tune import number_of_points
@@ -35,7 +35,7 @@ class SizeSearch:
     @property
     def run(self) -> TrainConfig:
         """A run of it."""
-        return self.space.run(next(iter(self.space.corners())), name="base")
+        return base_of(self.space)
 
     @property
     def points(self) -> int:

@@ -24,7 +24,7 @@ from mlc_ray.plan.check import check_run
 from mlc_ray.plan.check_engines import check_beside, check_engine
 from mlc_ray.plan.hardware import Cluster, cluster_of, gpu_of
 from mlc_ray.plan.lengths import assumed
-from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.rates import Rates, rates_of, write_calibration
 from mlc_ray.plan.runs import PlanError, plan_run
 from mlc_ray.plan.scores import plan_scoring, plan_search
 from mlc_ray.plan.shapes import config_of, known_shape, shape_of
@@ -149,6 +149,20 @@ def test_trials_and_engines_on_cpus_share_the_memory_of_all_nodes():
     assert not check_beside(scoring, [trial], at_once=1, cluster=replace(small, node_memory=None)), "it is not known"
 
 
+def test_trials_are_planned_by_the_calibration_of_as_many_threads(tmp_path, monkeypatch):
+    """The one of other threads, which comes first in the file, measured far more bytes kept of each token."""
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path))
+    for threads, kept in ((1, 1e6), (2, 1.0)):
+        write_calibration(Rates("cpu", "bfloat16", 5e10, 0.0, 1e8, 4e8, kept, "today", threads))
+    scoring = load_config(SearchConfig, "configs/search/demo.yaml", ["scoring.engine.dtype=bfloat16"]).scoring
+    model, node = {"path": "Qwen/Qwen2.5-0.5B", "dtype": "bfloat16"}, Cluster(None, 1, 1, 24 * 2**30)
+    check_beside(
+        scoring, [run(model=model, cluster={"accelerator": "cpu", "cpus_per_worker": 2})], at_once=1, cluster=node
+    )
+    with pytest.raises(PlanError, match="concurrency=1 trials"):
+        check_beside(scoring, [run(model=model, cluster={"accelerator": "cpu"})], at_once=1, cluster=node)
+
+
 GUARD = {"name": "llama-guard", "model": "meta-llama/Llama-3.1-8B"}
 SMALL = Cluster(replace(gpu_of("l4"), memory=15 * 2**30), 8, 8, None)
 
@@ -226,7 +240,7 @@ def test_a_judge_that_is_a_model_has_its_time():
     judged = ScoreConfig(model="x", benchmarks=[{"path": "x"}], judge=GUARD, max_new_tokens=200)
     plain = judged.model_copy(update={"judge": ScoreConfig(model="x", benchmarks=[{"path": "x"}]).judge})
     shape = shape_of(*config_of("0.5b"))
-    with_judge, without = (plan_scoring(each, shape, cluster, prompts=10, dtype="bfloat16") for each in (judged, plain))
+    with_judge, without = (plan_scoring(each, shape, cluster, prompts=10) for each in (judged, plain))
     (guard,) = with_judge.readers
     assert not without.readers and guard.of == "meta-llama/Llama-3.1-8B"
     tokens, reply = resolve("judge", "llama-guard").max_new_tokens, 2 * 8.03e9 / 3.35e12
@@ -352,7 +366,7 @@ def test_a_search_on_cpus_pays_its_scores():
     cluster = Cluster(None, 1, 1, 24 * 2**30)
     shape, rates = shape_of(*config_of("smollm2-135m")), rates_of(None, "bfloat16")
     planned = plan_run(base, shape, cluster, assumed(base), rates, dtype="bfloat16", workers=1)
-    score = plan_scoring(config.scoring, shape, cluster, prompts=100, dtype="bfloat16")
+    score = plan_scoring(config.scoring, shape, cluster, prompts=100)
     answering = score.seconds - 13.0  # an engine starts in 13 s there
     assert answering > 0
     found = plan_search(config, planned, points=6, choosing=score, confirming=score, cluster=cluster)

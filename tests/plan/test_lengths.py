@@ -170,6 +170,11 @@ def test_sources_are_tokenised_where_nothing_is_prepared(smollm2, tmp_path):
     weights = weights_of(config, None)
     assert weights.said == "measured: 96 of 96 bundles, tokenised"
     assert weights.lengths.languages.mean() > 9
+    (tmp_path / "own.jsonl").write_text("".join(sample_path("test").read_text().splitlines(keepends=True)[:10]))
+    beside = run(
+        model={"path": str(smollm2)}, data={"train": [{"path": "sample:train"}, {"path": str(tmp_path / "own.jsonl")}]}
+    )
+    assert weights_of(beside, None).said == "measured: 74 of 106 bundles, tokenised"
 
 
 def test_bundles_of_a_large_file_are_estimated_whatever_holds_them(smollm2, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_a_search_asks_the_reference_once():
     rates = replace(assumed_rates(None, "bfloat16"), flops=1e9)
     planned = plan(base, "smollm2-135m", CPU, 1, rates)
     assert planned.reference_seconds > 100
-    scores = [plan_scoring(config.scoring, shape("smollm2-135m"), CPU, prompts=0, dtype="bfloat16")] * 2
+    scores = [plan_scoring(config.scoring, shape("smollm2-135m"), CPU, prompts=0)] * 2
 
     def seconds(run_plan, points):
         return plan_search(
@@ -100,7 +100,7 @@ def test_further_seeds_are_trained_one_after_another():
         update={"concurrency": 3, "confirm": config.confirm.model_copy(update={"seeds": [7, 8], "keep": 2})}
     )
     planned = plan(run(engine={"stage": 2}), "smollm2-135m", CPU, 1)
-    score = plan_scoring(config.scoring, shape("smollm2-135m"), CPU, prompts=0, dtype="bfloat16")
+    score = plan_scoring(config.scoring, shape("smollm2-135m"), CPU, prompts=0)
     found = plan_search(config, planned, points=6, choosing=score, confirming=score, cluster=CPU)
     each = planned.wall_seconds - planned.reference_seconds
     assert (found.trials, found.at_once, found.runs) == (6, 3, 10)
@@ -176,7 +176,7 @@ def test_a_score_and_a_step_by_hand():
     """7.6 billion parameters on H100s, by their data sheet."""
     score = plan_score(
         shape("qwen2.5-7b"), EngineSection(dtype="bfloat16", max_model_len=1024), cluster_of(2, "h100"),
-        assumed_rates(cluster_of(2, "h100").gpu, "bfloat16"), prompts=2, prompt_tokens=100, answer_tokens=200,
+        prompts=2, prompt_tokens=100, answer_tokens=200,
     )  # fmt: skip
     # One prompt on each engine: 100 tokens at 2 x 7.1 billion operations, then 200 times all weights at 3.35 TB/s.
     prompt, answer = 100 * 2 * 7.07e9 / (0.4 * 989e12), 200 * 2 * 7.616e9 / 3.35e12

@@ -17,16 +17,22 @@ from mlc_ray.config import StudyConfig, TrainConfig, parse_config
 from mlc_ray.data.bundles import KINDS
 from mlc_ray.data.store import TokenArtifact
 from mlc_ray.data.tables import rows_to_table
-from mlc_ray.plan.hardware import cluster_of
+from mlc_ray.plan.hardware import Cluster, cluster_of
 from mlc_ray.plan.lengths import PROMPT, Weights, assumed
-from mlc_ray.plan.prompts import Prompts, prompts_of
-from mlc_ray.plan.rates import rates_of
+from mlc_ray.plan.rates import PlanCalibrationError, rates_of
 from mlc_ray.plan.runs import plan_run
 from mlc_ray.plan.scores import plan_scoring
 from mlc_ray.plan.shapes import config_of, shape_of
+from mlc_ray.score.counted_prompts import Prompts
 from mlc_ray.storage import Place
 from mlc_ray.study import run as running
-from mlc_ray.study.budget_tables import StudyBudget, study_budget_json, study_budget_lines, study_budget_tables
+from mlc_ray.study.budget_tables import (
+    ScoringBudget,
+    StudyBudget,
+    study_budget_json,
+    study_budget_lines,
+    study_budget_tables,
+)
 from mlc_ray.study.cell_budget import budget_of_cells, study_budget
 from mlc_ray.study.cells import make_cells, scoring_of
 from tests.data.files import write_rows
@@ -81,7 +87,7 @@ def test_hours_memory_and_disk_are_those_of_the_plans_of_runs_and_scores() -> No
     (scores,) = found.scoring
     prompts = 2 * 180 + 2 * 60  # of the file that is not here as many as published; of the sample its own
     assert (scores.scores, scores.answers) == (7, 7 * prompts)
-    plan = plan_scoring(scoring_of(config, make_cells(config)), shape, H100, prompts=prompts, dtype="bfloat16")
+    plan = plan_scoring(scoring_of(config, make_cells(config)), shape, H100, prompts=prompts)
     assert scores.hours == pytest.approx((72 + 7 * (plan.seconds - 72)) / 3600)
     assert found.hours == pytest.approx(sum(expected.values()) + (scores.hours or 0))
     weights = 2 * shape.parameters
@@ -127,9 +133,49 @@ def test_samples_of_each_prompt_are_counted_once() -> None:
     assert four.answers == 4 * one.answers
     config = configured(scoring={**raw()["scoring"], "asking": sampled(4)})
     scoring, shape = scoring_of(config, make_cells(config)), shape_of(*config_of("qwen2.5-7b"))
-    plan = plan_scoring(scoring, shape, H100, prompts=2 * 180 + 2 * 60, dtype="bfloat16")
+    plan = plan_scoring(scoring, shape, H100, prompts=2 * 180 + 2 * 60)
     assert four.hours == pytest.approx((72 + 7 * plan.working_seconds) / 3600)
     assert found(4).asked[0].requests == 4 * found(1).asked[0].requests
+
+
+def test_engines_of_a_judge_are_counted_and_must_fit() -> None:
+    """Of 8 GPUs a judge of 72B fits none by itself, where the model that answers does."""
+
+    def found(judge: Any, cluster: Cluster = H100, **changes: Any) -> ScoringBudget:
+        budget = study_budget(configured(scoring={**raw()["scoring"], "judge": judge, **changes}), cluster)
+        assert budget.fits is all(each.fits is not False for each in (*budget.methods, *budget.scoring))
+        return budget.scoring[0]
+
+    guard = {"name": "llama-guard", "model": "meta-llama/Llama-3.1-8B", "engine": {"tensor_parallel": 2}}
+    plain, guarded = found("refusal"), found(guard)
+    assert plain.hours is not None and guarded.hours is not None and guarded.gpu_hours is not None and guarded.fits
+    assert plain.gpu_hours == plain.hours and guarded.hours - plain.hours > 72 / 3600  # which an engine takes to start
+    assert guarded.gpu_hours - plain.hours == pytest.approx(2 * (guarded.hours - plain.hours))
+    large = found({"name": "wildguard", "model": "Qwen/Qwen2.5-72B"})
+    assert large.fits is False and "judge.engine.tensor_parallel=4" in large.fault
+    assert large.needs is not None and large.limit is not None and large.needs > large.limit
+    unknown = study_budget(
+        configured(scoring={**raw()["scoring"], "judge": {"name": "wildguard", "model": "/no/model"}}), H100
+    )
+    assert "nothing for the engines of judge.model=/no/model, which are not known" in unknown.assumed
+    small = Cluster(None, 1, 1, 8 * 2**30)
+    assert "but this machine has 8.0" in found("refusal", small).fault
+    assert "gpu_memory_utilization" not in found("refusal", small).fault
+
+
+def test_what_is_known_not_to_fit_is_told_from_what_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer GPUs than workers do not fit; of an engine of one's own nothing is known; a damaged file is an error."""
+    few = study_budget(configured(), cluster_of(4, "h100"))
+    assert not few.fits and [each.fits for each in few.methods] == [False, False]
+    split = study_budget(configured(scoring={**raw()["scoring"], "engine": {"tensor_parallel": 16}}), H100)
+    assert not split.fits and "engine.tensor_parallel=16" in split.scoring[0].fault
+    monkeypatch.setenv("MLC_RAY_CACHE", str(tmp_path))
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "calibration.json").write_text("{")
+    with pytest.raises(PlanCalibrationError, match="is damaged"):
+        study_budget(configured(), H100)
 
 
 def sampled(samples: int) -> dict[str, Any]:
@@ -183,14 +229,6 @@ def test_what_rests_on_assumed_numbers_of_bundles_and_prompts_is_not_called_at_m
     assert "answers: at most" in study_budget_lines(known)[0]
 
 
-def test_of_a_benchmark_that_is_not_here_no_more_than_the_limit_are_counted() -> None:
-    scoring = configured().scoring
-    assert len(prompts_of(scoring.benchmarks[:1], scoring, None)) == 2 * 180
-    some = prompts_of(scoring.benchmarks[:1], scoring, 20)
-    assert len(some) == 2 * 20 and "20 bundles in 2 languages" in some.assumed[0]
-    assert len(prompts_of(scoring.benchmarks[:1], scoring, 500)) == 2 * 180
-
-
 def test_of_a_panel_each_endpoint_is_asked_about_what_it_reads() -> None:
     member = {"judge": {"name": "endpoint", "endpoint": ENDPOINT}, "kinds": ["harmful"]}
     panel = {"name": "panel", "judges": [member, {"judge": {"name": "refusal"}, "kinds": ["benign"]}]}
@@ -207,7 +245,7 @@ def test_what_does_not_fit_or_is_not_known_is_named_and_the_rest_is_counted() ->
     assert by["none", "sft"].hours is None and "/no/model" in by["none", "sft"].fault
     assert found.hours is None and found.gpu_hours is None
     said = study_budget_lines(found)
-    assert "how long is not known on 8 x h100" in said[0] and "memory: it does not fit" in said
+    assert "how long is not known on 8 x h100" in said[0] and "it does not fit the cluster" in said
     assert any(line.startswith("  engines of large: ") for line in said)
     assert [len(table.rows) for table in study_budget_tables(found)] == [7, 4]
     few = study_budget(configured(), cluster_of(4, "h100"))
@@ -233,6 +271,9 @@ def test_the_command_prints_it_and_starts_nothing(tmp_path: Path, capsys: pytest
     ("more", "quoted"),
     [
         (["--gpus", "8"], "--gpus 8 is read with --budget only"),
+        (["--gpu", "h100"], "--gpu h100 says what --gpus N are; give that too, or remove it"),
+        (["--gpus-per-node", "4"], "--gpus-per-node 4 says what --gpus N are"),
+        (["--node-memory", "64"], "--node-memory 64.0 says what --gpus N are"),
         (["--json"], "--json is read with --budget only"),
         (["--resume", "runs/s", "--budget"], "--budget cannot go with --resume"),
     ],
@@ -265,8 +306,3 @@ def test_a_study_states_it_before_its_first_cell(
     with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
         running._study(plan, asked(), Place(tmp_path / "s"))
     assert "data: measured: 12 prepared bundles" in caplog.text
-
-
-def test_prompts_are_counted_by_kind_and_language() -> None:
-    found = Prompts(Counter({("harmful", "en"): 3, ("benign", "en"): 2}))
-    assert len(found) == 5

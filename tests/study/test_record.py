@@ -167,7 +167,7 @@ def test_a_score_on_other_prompts_is_refused_and_one_without_verdicts_is_left_ou
 
 @pytest.mark.parametrize(
     ("changed", "said"),
-    [({"judge": "another"}, "another judge (another)"), ({"versions": {"vllm": "0.1"}}, "another engine ({'vllm'")],
+    [({"judge": "another"}, "another judge (another)"), ({"versions": {"vllm": "0.1"}}, "another engine (vllm 0.1)")],
 )
 def test_a_score_by_another_judge_or_engine_is_refused(folder: Path, changed: dict[str, Any], said: str) -> None:
     file = folder / "cells/tiny_1-mlc-2/scores/study/scores.json"

@@ -292,9 +292,7 @@ def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
     rates, shape = rates_of(cluster.gpu, "bfloat16"), shape_of(*config_of("qwen2.5-7b"))
     run = plan_run(search.run, shape, cluster, of_artifact(tokens), rates, dtype="bfloat16", workers=2)
     scoring = search.config.scoring
-    choosing, confirming = (
-        plan_scoring(scoring, shape, cluster, prompts=number, dtype="bfloat16").seconds - 72 for number in (100, 60)
-    )
+    choosing, confirming = (plan_scoring(scoring, shape, cluster, prompts=number).seconds - 72 for number in (100, 60))
     assert (found.trials, found.at_once, found.runs, found.scores) == (4, 2, 5, (5, 3))
     reference = run.reference_seconds
     each = run.wall_seconds - reference
@@ -306,6 +304,23 @@ def test_hours_are_those_of_the_planner(tmp_path: Path) -> None:
     small = plan_of(search, tokens, (100, 60), cluster_of(3, "h100"))
     assert small is not None and small.at_once == 1, "two trials and the engine need five GPUs"
     assert plan_of(search, tokens, (100, 60), cluster_of(2, "h100")) is None, "an autoscaler may add to it"
+
+
+def test_hours_of_quantised_weights_are_not_known(tmp_path: Path) -> None:
+    """Whose bytes the arithmetic does not count."""
+    write_rows(tmp_path / "tokens", [rows_to_table(random_rows(40, head=range(5)))], fingerprint="x", rejected={})
+    config, _ = config_of("qwen2.5-0.5b")
+    plain, quantised = tmp_path / "plain", tmp_path / "quantised"
+    config.save_pretrained(plain)
+    config.quantization_config = {"quant_method": "fp8"}
+    config.save_pretrained(quantised)
+
+    def known(model: Path) -> bool:
+        raw = raw_scale(tmp_path, "a", sizes={"a": {"set": [f"model.path={model}", "cluster.workers=2"]}})
+        (search,) = make_searches(parse_config(ScaleConfig, raw), Place(tmp_path))
+        return plan_of(search, TokenArtifact.open(tmp_path / "tokens"), (100, 60), cluster_of(8, "h100")) is not None
+
+    assert known(plain) and not known(quantised)
 
 
 def test_hours_have_the_samples_of_each_prompt_once(tmp_path: Path) -> None:
@@ -320,7 +335,7 @@ def test_hours_have_the_samples_of_each_prompt_once(tmp_path: Path) -> None:
     assert found is not None and none is not None
     scoring, shape = search.config.scoring, shape_of(*config_of("qwen2.5-7b"))
     choosing, confirming = (
-        plan_scoring(scoring, shape, cluster, prompts=number, dtype="bfloat16").working_seconds for number in (100, 60)
+        plan_scoring(scoring, shape, cluster, prompts=number).working_seconds for number in (100, 60)
     )
     assert found.seconds - none.seconds == pytest.approx(found.scores[0] * choosing + found.scores[1] * confirming)
 

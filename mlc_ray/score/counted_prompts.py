@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from mlc_ray.config import ScoringSection, SourceSection
 from mlc_ray.types import Bundle, Kind
@@ -26,19 +25,19 @@ class Prompts:
 
 
 def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, limit: int | None) -> Prompts:
-    """Prompts of the benchmarks that are here; of others as many as the published test set has, in its languages.
+    """Prompts of the benchmarks that are here, chosen as a score does; of others as many as the published test set has.
 
     Args:
         benchmarks: what is asked.
         scoring: its `languages` alone are counted, where it names some.
         limit: of the bundles of a benchmark and kind.
     """
-    from mlc_ray.data.bundles import KINDS
-    from mlc_ray.data.sources import Reading, resolve_source
+    from mlc_ray.data.sources import Reading, is_here, resolve_source
+    from mlc_ray.score.prompts import choose_prompts
 
     cells, assumed = Counter[tuple[Kind, str]](), list[str]()
     for source in benchmarks:
-        if not (source.path.startswith("sample:") or Path(source.path).expanduser().exists()):
+        if not is_here(source):
             languages, number = scoring.languages or LANGUAGES, min(BUNDLES, limit or BUNDLES)
             cells.update({(source.kind or "harmful", code): number for code in languages})
             assumed.append(
@@ -46,11 +45,11 @@ def prompts_of(benchmarks: Sequence[SourceSection], scoring: ScoringSection, lim
                 "set" + ("" if number == BUNDLES else ", of which limit takes so many")
             )
             continue
-        for file in resolve_source(source):
-            bundles = [row.parsed for row in Reading(file).rows() if isinstance(row.parsed, Bundle)]
-            of_kind = [[bundle for bundle in bundles if bundle.kind == kind][:limit] for kind in KINDS]
-            for bundle in (bundle for some in of_kind for bundle in some):
-                cells.update(
-                    (bundle.kind, code) for code in set(bundle.prompts) & set(scoring.languages or bundle.prompts)
-                )
+        rows = (row.parsed for file in resolve_source(source) for row in Reading(file).rows())
+        bundles = {each.bundle_id: each for each in rows if isinstance(each, Bundle)}
+        columns = [
+            {"bundle_id": name, "kind": each.kind, "languages": list(each.prompts)} for name, each in bundles.items()
+        ]
+        for name, codes in choose_prompts(columns, scoring.languages, limit).items():
+            cells.update((bundles[name].kind, code) for code in codes)
     return Prompts(cells, tuple(assumed))
