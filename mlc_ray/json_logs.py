@@ -4,7 +4,7 @@
         lines.step = lambda: 3
 
 Written are the messages of this package from INFO on, and those of libraries that go through Python's logging from
-WARNING on; an exception that ends the block is the last line. Credentials are left out (`secrets.hide`). Handlers of the
+WARNING on; an exception that ends the block is the last line. Credentials are left out (`secrets.hide`). Handlers of a
 program that uses the library get what they get without the file.
 """
 

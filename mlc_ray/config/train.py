@@ -92,8 +92,9 @@ class ClusterSection(Section):
     )
     cpus_per_worker: PositiveFloat = Field(
         1.0,
-        description="CPUs reserved per worker; leave some for Ray Data. A worker on a CPU computes with as many threads, "
-        "rounded down and at least one (Ray's `OMP_NUM_THREADS`, unless the environment that Ray starts in sets one).",
+        description="CPUs reserved per worker; leave some for Ray Data. A worker on a CPU computes with as many "
+        "threads, rounded down and at least one (Ray's `OMP_NUM_THREADS`, unless the environment that Ray starts in "
+        "sets one).",
     )
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
     label_selector: LabelSelector = Field(

@@ -18,7 +18,7 @@ _FORBIDDEN = re.compile(
 
 
 # A URL, or a path: in quotation marks, from a drive, ~ or /, of two slashes or more, or of one behind a name that
-# folders have and nobody on the hub. Else what has one slash is a path if it is there: "and/or", "Qwen/Qwen3-8B" are not.
+# folders have and nobody on the hub. Else what has one slash is a path if it is there: "and/or", "Qwen/Qwen3-8B" stay.
 _FOLDERS = (
     "models?|checkpoints?|ckpts?|weights|adapters?|runs?|scores?|exports?|outputs?|out|results?|data|datasets|artifacts|"
     "experiments|home|users|mnt|tmp|scratch|work|workspace|projects?"

@@ -199,12 +199,8 @@ class TranslateStage(Stage):
             done = translate_answers(self.translator, answers_of(table.take(pa.array(wanted, pa.int64()))))
         rows: list[dict[str, Any]] = [{} for _ in range(len(table))]
         for index, english in zip(wanted, done, strict=True):
-            rows[index] = {
-                "prompt_en": english.prompt,
-                "response_en": english.response,
-                "translation_fault": english.fault or None,
-                "translator_fault": english.outage,
-            }
+            texts = (english.prompt, english.response, english.fault or None, english.outage)
+            rows[index] = dict(zip(TRANSLATED.names, texts, strict=True))
         return rows
 
     @classmethod

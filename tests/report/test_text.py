@@ -51,7 +51,7 @@ def test_control_characters_are_replaced() -> None:
         ("x.cs.uni-a.de and ip-10-0-0-4.compute.amazonaws.com", "… and …"), ("at [fe80::1]:8000", "at …"),
         ("me@example.org wrote", "… wrote"), ("at fe80::1, ::1 and 2001:db8::8a2e:7334.", "at …, … and …."),
         ("a:b:10.0.0.4", "…"), ("via fe80::1%eth0 or [fe80::1%eth0]:80 or ::ffff:10.0.0.4", "via … or … or …"),
-        ("models/secret-llama-ft and runs/mine/", "…/secret-llama-ft and …/mine"), ("model=models/a-b.", "model=…/a-b."),
+        ("models/secret-llama-ft and runs/mine/", "…/secret-llama-ft and …/mine"), ("model=models/a.", "model=…/a."),
         ("secret/client/acme", "…/acme"), ("refused and/or safe, 98.1 to 99.2", "refused and/or safe, 98.1 to 99.2"),
     ],
 )  # fmt: skip
@@ -64,7 +64,7 @@ def test_nothing_private_is_left_of_hosts_paths_and_urls(text: str, shown: str) 
     [
         "ASR@k and ASR@10, pass@1", "Qwen2.5-0.5B-Instruct, vllm 0.32.0+cpu", "engine.dtype=auto, judge.engine.options",
         "mlc_ray.judges.refusal:RefusalJudge", "sample:test at 12:30, 3:1, step 12", "scores.json, a.tar.gz, x.test.py",
-        "Qwen/Qwen2.5-7B-Instruct, meta-llama/Llama-3.1-8B#0e9e39f", "at 12:30:45, 1:2:3; std::vector; n/a, 3/4, and/or",
+        "Qwen/Qwen2.5-7B-Instruct, meta-llama/Llama-3.1-8B#0e9e39f", "at 12:30:45, 1:2:3; std::vector; n/a, 3/4",
         "e.g. one, i.e. two", "zh-Hant: 98.1 (97.0 to 99.0)", "phrases=0a1b rules=9f",
     ],
 )  # fmt: skip
