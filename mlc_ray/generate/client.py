@@ -164,7 +164,7 @@ class ChatEndpoint:
             if reply.finish != ERROR:
                 self._faults.clear()
                 return reply
-            answer = Fault(reply.fault, 200)
+            answer = Fault(reply.fault)
         self._usage.failed += 1
         self._check_settings(answer, body)
         return Reply("", ERROR, self._scrub(answer.message), lost=answer.outage)

@@ -43,7 +43,7 @@ class Reply:
 
     `finish` is the endpoint's reason (`stop`; `length`: cut off at max_reply_tokens; `content_filter`; ...), `refusal`
     where the model declined through the field of that name, `ERROR` or `NOT_ASKED`. `lost` is True if it never came
-    because the endpoint was out or busy in all tries, so that one may come when it is asked again.
+    because the endpoint was out, busy or out of order, so that one may come when it is asked again.
     """
 
     text: str
@@ -73,8 +73,8 @@ class Fault:
 
     @property
     def outage(self) -> bool:
-        """Whether the endpoint was out or busy: no connection, one lost, a time-out, 408, 409, 429 or 5xx."""
-        return self.status is None or self.status in BUSY or self.status >= 500
+        """Whether it lies with the endpoint: none reached, time-outs, 5xx, 408, 409, 429, no chat completion."""
+        return not self.refused or self.status in BUSY
 
 
 class ReplyCache:

@@ -190,7 +190,7 @@ def test_verdicts_come_in_order_and_the_second_run_is_free(
         (Step(finish="length"), "cut off at endpoint.max_reply_tokens=256", False),
         (Step(finish="content_filter"), "content_filter", False),
         (Step(status=400, raw=b"too long"), "400: too long", False),
-        (Step(raw=b"{"), "not a chat completion", False),
+        (Step(raw=b"{"), "not a chat completion", True),
         (Step(status=500, raw=b"oops"), "500: oops", True),
         (Step(status=429, raw=b"slow down"), "429: slow down", True),
         (Step(drop=True), "the connection was lost", True),
