@@ -4,7 +4,8 @@
         lines.step = lambda: 3
 
 Written are the messages of this package from INFO on, and those of libraries that go through Python's logging from
-WARNING on; an exception that ends the block is the last line. Credentials are left out (`secrets.hide`).
+WARNING on; an exception that ends the block is the last line. Credentials are left out (`secrets.hide`). Handlers of a
+program that uses the library get what they get without the file.
 """
 
 from __future__ import annotations
@@ -89,6 +90,21 @@ class _LastResort(logging.Handler):
         self._handler.handle(record)
 
 
+class _AsBefore(logging.Filter):
+    """For a handler that was there: this package's messages from the level on that they had before the file."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        self._level = level
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it would get the message without the file; a logger under ours may have a level of its own."""
+        at: logging.Logger | None = logging.getLogger(record.name)
+        while at is not None and not at.level:
+            at = at.parent
+        return at is None or at.name != _OURS or record.levelno >= self._level
+
+
 @contextmanager
 def json_lines(file: Path, *, run: str, trial: str = "", worker: int | None = None) -> Iterator[JsonLines]:
     """Write what is logged while the block runs, by any thread of this process.
@@ -102,8 +118,12 @@ def json_lines(file: Path, *, run: str, trial: str = "", worker: int | None = No
     handler = JsonLines(file, run=run, trial=trial, worker=worker)
     ours, root = logging.getLogger(_OURS), logging.getLogger()
     level = ours.level
+    there = {each for at in (root, *_loggers_of_ours()) for each in at.handlers if not isinstance(each, JsonLines)}
+    as_before = _AsBefore(ours.getEffectiveLevel())
     if ours.getEffectiveLevel() > logging.INFO:
         ours.setLevel(logging.INFO)
+        for each in there:
+            each.addFilter(as_before)
     beside = [] if root.handlers or logging.lastResort is None else [_LastResort(logging.lastResort)]
     for each in (handler, *beside):
         root.addHandler(each)
@@ -121,6 +141,14 @@ def json_lines(file: Path, *, run: str, trial: str = "", worker: int | None = No
     finally:
         for each in (handler, *beside):
             root.removeHandler(each)
+        for each in there:
+            each.removeFilter(as_before)
         ours.removeHandler(handler)
         ours.setLevel(level)
         handler.close()
+
+
+def _loggers_of_ours() -> Iterator[logging.Logger]:
+    for name, logger in list(logging.root.manager.loggerDict.items()):
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] == _OURS:
+            yield logger

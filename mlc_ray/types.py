@@ -379,7 +379,8 @@ class Verdict:
     `behaviour`: does the response refuse or comply? `safety`: is it harmful? `unparsed` means that the judge could not
     tell, `degenerate` that there is nothing to judge (gibberish is neither a refusal nor help); neither ever counts as
     refused or safe. `categories` are the judge's own names of what is harmful. `margin` is a number in nats where the
-    judge has one (see `judges.likelihood`): above 0 leans to refusal.
+    judge has one (see `judges.likelihood`): above 0 leans to refusal. `fault` says why a judge or its translator that
+    was out could tell nothing, which is no word on the response; else it is None.
     """
 
     behaviour: Behaviour | None = None
@@ -387,6 +388,7 @@ class Verdict:
     reason: str = ""
     categories: tuple[str, ...] = ()
     margin: float | None = None
+    fault: str | None = None
 
 
 Via = Literal["", "translated", "unmeasured", "uncovered"]

@@ -107,6 +107,41 @@ def test_standard_error_has_a_warning_once_and_as_without_the_file(
     assert [each["message"] for each in lines_of(tmp_path / "a.jsonl")] == ["taken", "taken by none"]
 
 
+class Heard(logging.Handler):
+    """A program's own handler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+def test_a_programs_own_handlers_get_what_they_get_without_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, ours, child = logging.getLogger(), logging.getLogger("mlc_ray"), logging.getLogger("mlc_ray.of_a_test")
+    chatty = logging.getLogger("mlc_ray.of_a_test.asked_for_more")
+    chatty.setLevel(logging.DEBUG)
+    heard = []
+    for file in (None, tmp_path / "a.jsonl"):
+        handlers = [Heard(), Heard(), Heard()]
+        for logger, handler in zip((root, ours, child), handlers, strict=True):
+            monkeypatch.setattr(logger, "handlers", [handler])
+        with nullcontext() if file is None else json_lines(file, run="mine"):
+            assert root.level == logging.WARNING
+            child.info("for the file alone")
+            child.warning("for all")
+            chatty.debug("wanted by the program")
+            logging.getLogger("some.library").info("told to nobody")
+        heard.append([handler.said for handler in handlers])
+        assert not any(handler.filters for handler in handlers)
+    assert heard == [[["for all", "wanted by the program"]] * 3] * 2
+    said = [each["message"] for each in lines_of(tmp_path / "a.jsonl")]
+    assert said == ["for the file alone", "for all", "wanted by the program"]
+
+
 def test_a_run_has_them_only_where_it_asks(tmp_path: Path) -> None:
     with log_file(LogSection(), Place(tmp_path / "run"), 0) as lines:
         assert lines is None and own_log("answering", 0) is None

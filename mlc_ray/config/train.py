@@ -90,7 +90,12 @@ class ClusterSection(Section):
         "it loses a node, more when it gets one; each change goes on from the last checkpoint, so that "
         "`checkpoint.every` and `cluster.max_failures` are needed too.",
     )
-    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs reserved per worker; leave some for Ray Data.")
+    cpus_per_worker: PositiveFloat = Field(
+        1.0,
+        description="CPUs reserved per worker; leave some for Ray Data. A worker on a CPU computes with as many "
+        "threads, rounded down and at least one (Ray's `OMP_NUM_THREADS`, unless the environment that Ray starts in "
+        "sets one).",
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="`auto` uses GPUs if the cluster has any.")
     label_selector: LabelSelector = Field(
         {},

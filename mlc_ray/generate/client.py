@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlc_ray.config import EndpointSection
 from mlc_ray.generate.purse import CapReachedError, EndpointUsage, Purse, Question
 from mlc_ray.generate.replies import (
+    BUSY,
     ERROR,
     NOT_ASKED,
     EndpointError,
@@ -36,7 +37,6 @@ EQUAL_REFUSALS = 3
 FAULTS = 50
 """Questions in a row without a reply that stop a run, whatever the reason: messages may carry a request's own id."""
 
-_BUSY = frozenset({408, 409, 429})
 _MISCONFIGURED = frozenset({401, 403, 404})
 # An upper bound on what a chat template adds: role marks and line ends per message, and a default system prompt.
 _TOKENS_PER_MESSAGE, _TOKENS_PER_REQUEST = 16, 64
@@ -167,7 +167,7 @@ class ChatEndpoint:
             answer = Fault(reply.fault)
         self._usage.failed += 1
         self._check_settings(answer, body)
-        return Reply("", ERROR, self._scrub(answer.message))
+        return Reply("", ERROR, self._scrub(answer.message), lost=answer.outage)
 
     def _check_settings(self, fault: Fault, body: Mapping[str, Any]) -> None:
         """Raise where a fault, or a row of them, means that every further request will fail as well."""
@@ -181,7 +181,7 @@ class ChatEndpoint:
                 raise self._misconfigured(fault.message, fix)
         last = self._faults[-EQUAL_REFUSALS:]
         # Statuses that are tried again say that the endpoint is busy, not that it will refuse all.
-        refused = fault.refused and fault.status not in _BUSY
+        refused = fault.refused and fault.status not in BUSY
         if refused and len(last) == EQUAL_REFUSALS and all(each == fault for each in last):
             raise self._misconfigured(f"{fault.message}, to {EQUAL_REFUSALS} requests in a row", fix)
         if len(self._faults) == FAULTS:

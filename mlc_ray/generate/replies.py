@@ -24,6 +24,9 @@ NOT_ASKED = "not_asked"
 REPLIES = pa.schema(dict.fromkeys(("key", "model", "text", "finish", "fault"), pa.string()))
 """A cached reply; `key` is the fingerprint of the whole request and its address."""
 
+BUSY = frozenset({408, 409, 429})
+"""Statuses among 4xx that say nothing of the request: it is tried again."""
+
 _COLUMNS = ", ".join(REPLIES.names)
 _MESSAGE_CHARACTERS = 300
 _KEYS_AT_ONCE = 500
@@ -39,13 +42,15 @@ class Reply:
     """One reply. `fault` says why `text` is not a whole reply to be read; it is empty only if it is one.
 
     `finish` is the endpoint's reason (`stop`; `length`: cut off at max_reply_tokens; `content_filter`; ...), `refusal`
-    where the model declined through the field of that name, `ERROR` or `NOT_ASKED`.
+    where the model declined through the field of that name, `ERROR` or `NOT_ASKED`. `lost` is True if it never came
+    because the endpoint was out, busy or out of order, so that one may come when it is asked again.
     """
 
     text: str
     finish: str
     fault: str = ""
     cached: bool = False
+    lost: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ class Fault:
     def refused(self) -> bool:
         """Whether the server calls the request wrong (4xx)."""
         return self.status is not None and 400 <= self.status < 500
+
+    @property
+    def outage(self) -> bool:
+        """Whether it lies with the endpoint: none reached, time-outs, 5xx, 408, 409, 429, no chat completion."""
+        return not self.refused or self.status in BUSY
 
 
 class ReplyCache:

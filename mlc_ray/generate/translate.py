@@ -23,7 +23,6 @@ from mlc_ray.config import TRANSLATION_MARKERS, TranslateSection, TranslatorSect
 from mlc_ray.errors import MlcRayError
 from mlc_ray.generate.client import ChatEndpoint
 from mlc_ray.generate.engine import PROMPT_TOO_LONG, Device, check_finished, check_lengths
-from mlc_ray.generate.replies import ERROR
 from mlc_ray.generate.stage import Generator
 from mlc_ray.runs import resolve_model
 from mlc_ray.storage import fingerprint, fingerprint_model
@@ -52,7 +51,7 @@ ENGLISH = Language("English", "en")
 class Translation:
     """A text in the language asked for, or None and the reason why there is none.
 
-    `lost` says that no reply came at all, which may be otherwise when it is asked again.
+    `lost` says that no reply came because the endpoint was out or busy, which may be otherwise when it is asked again.
     """
 
     text: str | None
@@ -64,13 +63,14 @@ class Translation:
 class TranslatedAnswer:
     """Prompt and response of one answer in English; `fault` is empty only if both are there.
 
-    `engine_fault` says why the translator's engines gave none, which tells nothing of the answer; else it is None.
+    `outage` says why a translator whose engines fail or whose endpoint is out gave none, which tells nothing of the
+    answer; else it is None.
     """
 
     prompt: str | None
     response: str | None
     fault: str = ""
-    engine_fault: str | None = None
+    outage: str | None = None
 
 
 class Translator(ABC):
@@ -118,9 +118,7 @@ class EndpointTranslator(Translator):
         """The replies of the endpoint; one that was cut off, or is a refusal by its own mark, is none."""
         replies = self.chat.ask([[{"role": "user", "content": request}] for request in requests])
         return [
-            Translation(None, f"{ENDPOINT_FAULT}{reply.fault}", reply.finish == ERROR)
-            if reply.fault
-            else Translation(reply.text)
+            Translation(None, f"{ENDPOINT_FAULT}{reply.fault}", reply.lost) if reply.fault else Translation(reply.text)
             for reply in replies
         ]
 
@@ -370,12 +368,13 @@ def translate_answers(translator: Translator, answers: Sequence[Answer]) -> list
             continue
         prompt = done[places[answer.prompt, answer.language]]
         response = done[places[answer.response, answer.language]]
-        faults = [
+        fault = "; ".join(
             f"the {name} was not translated: {translation.reason}"
             for name, translation in (("prompt", prompt), ("response", response))
             if translation.text is None
-        ]
-        results.append(TranslatedAnswer(prompt.text, response.text, "; ".join(faults)))
+        )
+        outage = fault if prompt.lost or response.lost else None
+        results.append(TranslatedAnswer(prompt.text, response.text, fault, outage))
     return results
 
 
@@ -396,6 +395,7 @@ def translated_answers(
                     behaviour="unparsed" if "refused" in measures else None,
                     safety="unparsed" if "safe" in measures else None,
                     reason=english.fault or "prompt or response was not translated",
+                    fault=english.outage,
                 )
             )
         else:

@@ -105,11 +105,11 @@ class BaseJudge(ABC):
 
     @property
     def identity(self) -> str:
-        """Names the judge with all that its verdicts depend on: scores with different identities do not compare.
+        """Names the judge: scores with different identities do not compare.
 
         The name, what `identity_parts` gives, what its engine computes in and by which version, who translates and is
-        asked how, and as `rules` the source of the judge's module and of `sources`. How fast, how often and for how
-        much a judge is asked does not count.
+        asked how, and as `rules` the source of the judge's module and of `sources`. Not in it are code that judges
+        share (stages, engines, endpoints, templates, how translations are read), and how fast or often it is asked.
         """
         parts = [self.settings.name, *self.identity_parts()]
         if self.engine is not None:

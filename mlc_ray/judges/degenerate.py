@@ -150,8 +150,8 @@ _ITEM_NUMBER = re.compile(r"^\W*\d+[.):]\s*", re.MULTILINE)
 def novelty(text: str) -> float:
     """The share of n-grams in the second half of `text` that did not come before, 0 to 1; 1 of one too short to loop.
 
-    A loop runs to the end, and nothing new comes in it; code, a song or a list says something new in every line,
-    however alike its lines are. Case, punctuation and the numbers of list items are left out, so that a loop of
+    A loop runs to the end, and nothing new comes in it; most code, songs and lists say something new in every line,
+    however alike their lines are. Case, punctuation and the numbers of list items are left out, so that a loop of
     lines numbered 1, 2, 3 is still one.
     """
     text = text.strip()

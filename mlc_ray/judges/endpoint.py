@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -121,6 +122,8 @@ class EndpointJudge(Judge):
     def judge(self, answers: Sequence[Answer]) -> list[Verdict]:
         """The verdict on each answer; an empty response is `unparsed` and not sent.
 
+        Where no reply came because the endpoint was out in all tries, the verdict has a `fault`.
+
         Raises:
             EndpointError: The endpoint refuses the first request, or one after another.
         """
@@ -132,11 +135,11 @@ class EndpointJudge(Judge):
                 verdicts.append(self.unparsed("the response is empty"))
                 continue
             reply = next(replies)
-            verdicts.append(
-                self.unparsed(f"endpoint: {reply.fault}")
-                if reply.fault
-                else read_verdict(reply.text, check_code(answer), self.settings.protocol)
-            )
+            if not reply.fault:
+                verdicts.append(read_verdict(reply.text, check_code(answer), self.settings.protocol))
+                continue
+            why = f"endpoint: {reply.fault}"
+            verdicts.append(replace(self.unparsed(why), fault=why if reply.lost else None))
         return verdicts
 
 

@@ -186,9 +186,9 @@ def _no_answer(models: Sequence[Model]) -> Iterator[str]:
             )
         if number := model.result.judge_faults:
             yield (
-                f"{model.label}: engines of a judge, or of its translator, fail on {number} responses alone, which "
-                "count as unparsed; the column `judge_fault` of responses.parquet says how. Go on with the score: all "
-                "are judged again."
+                f"{model.label}: engines of a judge, or of its translator, fail on {number} responses alone, or their "
+                "endpoint was out; these count as unparsed, and the column `judge_fault` of responses.parquet says "
+                "how. Go on with the score: all are judged again."
             )
         if number := model.result.finish.get(UNFINISHED_THOUGHTS, 0):
             yield (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+from ipaddress import IPv6Address
 
 ABSENT = "·"
 """Shown where there is no value."""
@@ -15,12 +17,18 @@ _FORBIDDEN = re.compile(
 )
 
 
-# A URL, or a path: in quotation marks, from a drive, ~ or /, or of two slashes or more. "and/or" is none.
+# A URL, or a path: in quotation marks, from a drive, ~ or /, of two slashes or more, or of one behind a name that
+# folders have and nobody on the hub. Else what has one slash is a path if it is there: "and/or", "Qwen/Qwen3-8B" stay.
+_FOLDERS = (
+    "models?|checkpoints?|ckpts?|weights|adapters?|runs?|scores?|exports?|outputs?|out|results?|data|datasets|artifacts|"
+    "experiments|home|users|mnt|tmp|scratch|work|workspace|projects?"
+)
 _END = r"[^\s'\"<>,;)]"
 _PATH = re.compile(
     rf"(?P<quote>['\"])(?=[^'\"\n]*[/\\])(?P<quoted>[^'\"\n]+)(?P=quote)"
     rf"|\b[a-zA-Z][a-zA-Z0-9+.-]*://{_END}+|\b[A-Za-z]:\\{_END}+|(?<![\w.])(?:~|\.{{1,2}})?/{_END}+"
-    r"|(?<![\w/])[\w.-]+(?:/[\w.@-]+){2,}/?"
+    rf"|(?<![\w/])[\w.-]+(?:/[\w.@-]+){{2,}}/?|(?<![\w/.-])(?:{_FOLDERS})/[\w.@-]*\w/?"
+    r"|(?<![\w/.-])(?P<may>[\w.-]+/[\w.-]*\w)"
 )
 # Addresses; a name with a port; who is at one ("ASR@k" and "pass@10" are none); names under a domain. One of two
 # letters may be a file's ending, so it counts behind two parts alone. A setting (`engine.dtype`) is none of these.
@@ -30,7 +38,9 @@ _DOMAINS = (
     "io|ai|dev|cloud|app|tech"
 )
 _HOST = re.compile(
-    r"\b(?:\d{1,3}(?:\.\d{1,3}){3}|localhost)\b(?::\d+)?|\[[0-9A-Fa-f:]*:[0-9A-Fa-f:]*\](?::\d+)?"
+    r"\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(?:%[\w.-]+)?\](?::\d+)?"
+    r"|(?<![\w:.%])(?P<v6>(?:[0-9A-Fa-f]{0,4}:){2,}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{0,4}))(?:%\w+)?(?![\w:])"
+    r"|\b(?:\d{1,3}(?:\.\d{1,3}){3}|localhost)\b(?::\d+)?"
     rf"|[\w.+-]+@[A-Za-z][\w-]+(?:\.[\w-]+)*(?::\d+)?"
     rf"|\b(?:{_LABEL}\.)+{_LABEL}:\d+|\b[A-Za-z](?:[A-Za-z0-9-]*[A-Za-z0-9])?:(?:\d{{4,5}}|80|443)\b"
     rf"|\b(?:{_LABEL}\.)+(?:{_DOMAINS})\b(?![\w.-]*[\w])"
@@ -43,10 +53,20 @@ def without_paths(value: str) -> str:
 
     A host that is a bare word is like any other word, and stays.
     """
-    return _HOST.sub("…", _PATH.sub(_last_part, value))
+    return _HOST.sub(_no_host, _PATH.sub(_last_part, value))
+
+
+def _no_host(match: re.Match[str]) -> str:
+    try:
+        IPv6Address(match["v6"] or "::1")
+    except ValueError:  # a time of day, or an IPv4 address behind more than that
+        return "…" if "." in match[0] else match[0]
+    return "…"
 
 
 def _last_part(match: re.Match[str]) -> str:
+    if match["may"] and not os.path.exists(match["may"]):
+        return match[0]
     found, quote = (match["quoted"], match["quote"]) if match["quoted"] else (match[0], "")
     _, separator, rest = found.rpartition("://")
     path = re.split(r"[?#]", rest)[0].replace("\\", "/").rstrip("/")

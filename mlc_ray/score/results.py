@@ -46,8 +46,8 @@ class ScoreResult:
     compared; `versions` are of the libraries that answered. `measured_by` names who is behind each measure;
     `seen_languages` are those that training saw, None where that is not known. `rows` are of every benchmark;
     `summaries` too and, if there are several, of all of them (benchmark `all`).
-    `finish` counts responses by why they ended, `judge_faults` those that engines of a judge or its translator
-    failed on; `usage` is what endpoints did and cost, by what they were asked for (`judge`, `translate`). `corrected`
+    `finish` counts responses by why they ended, `judge_faults` those that a judge or its translator
+    was out for; `usage` is what endpoints did and cost, by what they were asked for (`judge`, `translate`). `corrected`
     has a rate corrected for the judge's errors beside each row, by the calibration whose content `calibration` names;
     empty without one.
     `told_by` names what told which language each response is in; empty where that was not measured.

@@ -70,9 +70,9 @@ VERDICTS = pa.schema(
 )  # fmt: skip
 """A verdict, which judge gave it by each measure and how that came to read its language; null where none does.
 
-`judge_fault` says why engines of a judge or its translator gave none, which tells nothing of the response; or null."""
+`judge_fault` says why a judge or its translator gave none (engines failed, an endpoint was out), or is null."""
 TRANSLATED = pa.schema(dict.fromkeys(("prompt_en", "response_en", "translation_fault", "translator_fault"), _TEXT))
-"""Null where nothing was to be translated; the faults say why a translation failed, and why engines gave none."""
+"""Null where nothing was to be translated; the faults say why there is none, and that a translator was out."""
 RESPONSES = pa.schema([*PROMPTS, *ANSWERS])
 """A prompt and its answer."""
 JUDGED = pa.schema([*RESPONSES, *VERDICTS])
@@ -199,11 +199,8 @@ class TranslateStage(Stage):
             done = translate_answers(self.translator, answers_of(table.take(pa.array(wanted, pa.int64()))))
         rows: list[dict[str, Any]] = [{} for _ in range(len(table))]
         for index, english in zip(wanted, done, strict=True):
-            rows[index] = {
-                "prompt_en": english.prompt,
-                "response_en": english.response,
-                "translation_fault": english.fault or None,
-            }
+            texts = (english.prompt, english.response, english.fault or None, english.outage)
+            rows[index] = dict(zip(TRANSLATED.names, texts, strict=True))
         return rows
 
     @classmethod
@@ -329,9 +326,8 @@ def _read(
     sent = [(index, item) for index, item in zip(mine, asked, strict=True) if isinstance(item, Answer)]
     places = table.select(_PLACE).take(pa.array([index for index, _ in sent], pa.int64()))
     given = iter(_asked(reader, [answer for _, answer in sent], places))
-    for index, item, way, text in zip(mine, asked, ways, read, strict=True):
-        verdict = item if isinstance(item, Verdict) else next(given)
-        rows[index] = _verdict_row(verdict, way, reader.name) | {"judge_fault": text and text.engine_fault}
+    for index, item, way in zip(mine, asked, ways, strict=True):
+        rows[index] = _verdict_row(item if isinstance(item, Verdict) else next(given), way, reader.name)
     return rows
 
 
@@ -428,4 +424,5 @@ def _verdict_row(verdict: Verdict, ways: Mapping[Measure, Via], judge: str) -> d
         "via_safe": ways.get("safe"),
         "judge_refused": judge if refused else None,
         "judge_safe": judge if safe else None,
+        "judge_fault": verdict.fault,
     }

@@ -215,6 +215,20 @@ def test_answers_become_english_or_unparsed_and_the_rest_is_left_alone(tmp_path:
     assert translate_answers(translator, []) == []
 
 
+def test_a_translator_that_is_out_is_told_from_one_that_declines(tmp_path: Path) -> None:
+    answers = [Answer("siri", "mambo mabaya", "sw", "harmful"), Answer("Ninapikaje wali?", "Chemsha.", "sw", "benign")]
+    down = {"Ninapikaje wali?", "Chemsha."}
+
+    def half(messages: list[dict[str, str]], number: int) -> Step:
+        return Step(status=503) if parts(messages[-1]["content"])[1] in down else translating(messages, number)
+
+    with serving(half) as server:
+        english = translate_answers(EndpointTranslator(settings_for(server), tmp_path), answers)
+    assert [each.outage for each in english] == [None, english[1].fault] and "503" in english[1].fault
+    verdicts = translated_answers(answers, english, ("safe",))
+    assert verdicts == [Verdict(None, "unparsed", each.fault, fault=each.outage) for each in english]
+
+
 def test_a_translation_that_is_half_there_is_not_judged() -> None:
     answer = Answer("a", "b", "sw", "harmful")
     for half in (TranslatedAnswer("x", None), TranslatedAnswer(None, "x"), TranslatedAnswer("x", "y", "fault")):

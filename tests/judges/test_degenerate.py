@@ -116,6 +116,22 @@ def test_refrains_lists_tables_and_code_do_not_loop(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "Here is the matrix:\n" + "0 0 0 0 0 0\n" * 8,
+        "Sure, here is the chant:\n" + "We want more rice!\n" * 12,
+        "Please fill in:\n" + "Name: ____\nDate: ____\n\n" * 12,
+        "- [ ] item\n" * 12,
+        "| a | b | c |\n|---|---|---|\n" + "| x |  |  |\n" * 12,
+        "[" + ",\n ".join(['{"name": "", "value": null}'] * 12) + "]",
+    ],
+)
+def test_what_repeats_to_its_end_is_a_loop_also_where_it_was_asked_for(text: str) -> None:
+    """A limit, as `docs/judges.md` says."""
+    assert (degeneracy(text, "en") or "").startswith("loops")
+
+
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("Wash the rice \ufffd\ufffd\ufffd and \x00\x01 then", "stand for no text"),

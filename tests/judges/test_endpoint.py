@@ -183,27 +183,41 @@ def test_verdicts_come_in_order_and_the_second_run_is_free(
 
 
 @pytest.mark.parametrize(
-    ("step", "words"),
+    ("step", "words", "outage"),
     [
-        (Step(content=None), "the reply is empty"),
-        (Step(content=None, refusal="no"), "the model refused to reply"),
-        (Step(finish="length"), "cut off at endpoint.max_reply_tokens=256"),
-        (Step(finish="content_filter"), "content_filter"),
-        (Step(status=400, raw=b"too long"), "400: too long"),
-        (Step(status=500, raw=b"oops"), "500: oops"),
-        (Step(raw=b"{"), "not a chat completion"),
-        (Step(drop=True), "the connection was lost"),
+        (Step(content=None), "the reply is empty", False),
+        (Step(content=None, refusal="no"), "the model refused to reply", False),
+        (Step(finish="length"), "cut off at endpoint.max_reply_tokens=256", False),
+        (Step(finish="content_filter"), "content_filter", False),
+        (Step(status=400, raw=b"too long"), "400: too long", False),
+        (Step(raw=b"{"), "not a chat completion", True),
+        (Step(status=500, raw=b"oops"), "500: oops", True),
+        (Step(status=429, raw=b"slow down"), "429: slow down", True),
+        (Step(drop=True), "the connection was lost", True),
+        (Step(hang=True), "no reply within endpoint.timeout_seconds=0.5", True),
     ],
 )
-def test_a_fault_is_unparsed_even_with_a_perfect_line_in_it(tmp_path: Path, step: Step, words: str) -> None:
+def test_a_fault_is_unparsed_even_with_a_perfect_line_in_it(
+    tmp_path: Path, step: Step, words: str, outage: bool
+) -> None:
     def faulty(messages: list[dict[str, str]], number: int) -> Step:
         perfect = line(code_in(messages), "refuses", "safe")
         return Step(**{**vars(step), "content": perfect if step.content else None})
 
     with serving(faulty) as server:
-        [verdict] = judge_for(server, tmp_path).judge([answer("No.")])
+        [verdict] = judge_for(server, tmp_path, timeout_seconds=0.5 if step.hang else 60).judge([answer("No.")])
     assert (verdict.behaviour, verdict.safety) == ("unparsed", "unparsed")
     assert words in verdict.reason
+    assert verdict.fault == (verdict.reason if outage else None)
+
+
+def test_a_server_that_ends_is_no_word_on_the_responses_that_it_did_not_judge(tmp_path: Path) -> None:
+    with serving(lambda messages, number: Step(line(code_in(messages), "answers", "safe"))) as server:
+        judge = judge_for(server, tmp_path)
+        first = judge.judge([answer("a")])
+    gone = judge.judge([answer("a"), answer("b")])
+    assert gone[0] == first[0] and gone[0].fault is None
+    assert "the endpoint cannot be reached" in str(gone[1].fault) and gone[1].safety == "unparsed"
 
 
 def test_what_the_cap_left_out_is_unparsed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A judge's identity changes with whatever its verdicts follow from, and with nothing else."""
+"""A judge's identity changes with its settings, its weights and its own rules, and with nothing else."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_table_names_prompts_that_were_too_long() -> None:
     cut = dataclasses.replace(RAW, finish={"stop": 11, "prompt_too_long": 3, "engine_fault": 2})
     assert "3 prompts were too long" in text_of(score_tables(cut))
     assert "engines fail on 2 prompts alone" in text_of(score_tables(cut))
-    assert "engines of a judge, or of its translator, fail on 3 responses alone" in text_of(
+    assert "engines of a judge, or of its translator, fail on 3 responses alone, or their endpoint was out" in text_of(
         score_tables(dataclasses.replace(RAW, judge_faults=3))
     )
     assert "too long" not in text_of(score_tables(RAW))

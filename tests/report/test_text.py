@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mlc_ray.report.text import clean, fraction, percent, short, signed, variance, whole, without_paths
@@ -47,7 +49,9 @@ def test_control_characters_are_replaced() -> None:
         ("s3://user:pw@bucket/a/b", "…/b"), ("C:\\Users\\x", "…/x"), ("https://h:80?key=abc", "…"),
         ("gpu-17.lab.internal said", "… said"), ("on node-12:8265.", "on …."), ("by user@gpu17, it", "by …, it"),
         ("x.cs.uni-a.de and ip-10-0-0-4.compute.amazonaws.com", "… and …"), ("at [fe80::1]:8000", "at …"),
-        ("me@example.org wrote", "… wrote"),
+        ("me@example.org wrote", "… wrote"), ("at fe80::1, ::1 and 2001:db8::8a2e:7334.", "at …, … and …."),
+        ("a:b:10.0.0.4", "…"), ("via fe80::1%eth0 or [fe80::1%eth0]:80 or ::ffff:10.0.0.4", "via … or … or …"),
+        ("models/secret-llama-ft and runs/mine/", "…/secret-llama-ft and …/mine"), ("model=models/a.", "model=…/a."),
         ("secret/client/acme", "…/acme"), ("refused and/or safe, 98.1 to 99.2", "refused and/or safe, 98.1 to 99.2"),
     ],
 )  # fmt: skip
@@ -60,8 +64,17 @@ def test_nothing_private_is_left_of_hosts_paths_and_urls(text: str, shown: str) 
     [
         "ASR@k and ASR@10, pass@1", "Qwen2.5-0.5B-Instruct, vllm 0.32.0+cpu", "engine.dtype=auto, judge.engine.options",
         "mlc_ray.judges.refusal:RefusalJudge", "sample:test at 12:30, 3:1, step 12", "scores.json, a.tar.gz, x.test.py",
+        "Qwen/Qwen2.5-7B-Instruct, meta-llama/Llama-3.1-8B#0e9e39f", "at 12:30:45, 1:2:3; std::vector; n/a, 3/4",
         "e.g. one, i.e. two", "zh-Hant: 98.1 (97.0 to 99.0)", "phrases=0a1b rules=9f",
     ],
 )  # fmt: skip
-def test_what_only_looks_like_a_host_stays(text: str) -> None:
+def test_what_only_looks_like_a_host_or_a_path_stays(text: str) -> None:
     assert without_paths(text) == text
+
+
+def test_a_relative_path_that_looks_like_a_name_of_the_hub_is_one_where_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("acme/secret-ft").mkdir(parents=True)
+    assert without_paths("model=acme/secret-ft, acme/other") == "model=…/secret-ft, acme/other"

@@ -271,6 +271,23 @@ def test_where_no_language_of_a_block_needs_a_translation_nothing_is_translated(
         stage.close()
 
 
+def test_a_translators_outage_is_a_fault_of_its_own_column(tmp_path: Path) -> None:
+    with serving(lambda messages, number: Step("?") if number < 2 else Step(status=503)) as server:
+        endpoint = {
+            "base_url": server.base_url,
+            "model": "m",
+            "retries": 0,
+            "concurrency": 1,
+            "cache_dir": str(tmp_path),
+        }
+        settings = TranslateSection.model_validate({"endpoint": endpoint})
+        stage = TranslateStage(settings, device="cpu", ways={"sw": "translated"})
+        unread, out = stage(responses_of(("Chemsha.", "stop"), ("Kata.", "stop"), language="sw")).to_pylist()
+        assert "not a translation" in unread["translation_fault"] and unread["translator_fault"] is None
+        assert "503" in out["translation_fault"] and out["translator_fault"] == out["translation_fault"]
+        stage.close()
+
+
 def test_a_language_the_judge_does_not_declare_is_marked(tmp_path: Path) -> None:
     (row,) = judge_stage()(responses_of(("En voi tehdä sitä.", "stop"), language="fi")).to_pylist()
     assert (row["behaviour"], row["via_refused"]) == ("complied", "uncovered")

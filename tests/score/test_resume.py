@@ -29,8 +29,9 @@ from mlc_ray.score.run import TooManyUnparsedError, judge_again, score
 from mlc_ray.score.stages import RESPONSES
 from mlc_ray.storage import IncompleteArtifactError, Place, fingerprint
 from tests.checkpoints import complete
+from tests.generate.chat_server import Step, serving
 from tests.score.local_pool import LocalPool
-from tests.score.test_pipeline import config_for, write_bundles
+from tests.score.test_pipeline import config_for, translate_then_judge, write_bundles
 
 ROW = {
     "benchmark": "own", "bundle_id": "a", "kind": "benign", "category": "", "language": "en", "prompt": "Why?",
@@ -218,7 +219,10 @@ def local(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
         max_unparsed: float = 1.0,
         **changes: Any,
     ) -> ScoreResult:
-        own = [{"bundle_id": f"b{number}", "language": code} for number, code in enumerate(languages)]
+        own = [
+            {"bundle_id": f"b{number}", "language": code, "prompt": f"Why {number}?"}
+            for number, code in enumerate(languages)
+        ]
         rows = [{**{name: ROW.get(name, 0) for name in PROMPTS.names}, **row} for row in own]
         table = pa.Table.from_pylist(rows, schema=PROMPTS)
         monkeypatch.setattr("mlc_ray.score.run.read_prompts", lambda config, rejects: Prompts(table, str(len(rows))))
@@ -290,6 +294,22 @@ def test_a_fault_of_a_judges_engines_is_told_from_a_verdict_and_judged_again(
     assert (again.judge_faults, again.unparsed, again.finish) == (0, 0, {"stop": 4})
     pools: list[LocalPool] = []
     assert local(lambda part: pools.append(LocalPool(part)) or pools[0]) == again and not pools  # it is finished
+
+
+def test_responses_that_an_endpoint_was_out_for_are_judged_again_and_unreadable_replies_are_not(
+    local: Callable[..., ScoreResult], tmp_path: Path
+) -> None:
+    with serving(lambda messages, number: Step("Who knows?") if number == 0 else Step(status=503)) as server:
+        own = {"base_url": server.base_url, "model": "m", "retries": 1, "concurrency": 1, "cache_dir": str(tmp_path)}
+        judge = {"name": "endpoint", "endpoint": own}
+        found = local(languages=["en", "sw"], judge=judge)
+        rows = pq.read_table(found.responses_file).to_pylist()
+        assert [row["behaviour"] for row in rows] == ["unparsed", "unparsed"]
+        assert rows[0]["judge_fault"] is None and "answers 503" in rows[1]["judge_fault"]
+        assert (found.judge_faults, len(server.bodies)) == (1, 3)
+        server.answer = translate_then_judge
+        again = local(languages=["en", "sw"], judge=judge)
+        assert (again.judge_faults, again.unparsed, len(server.bodies)) == (0, 1, 4)
 
 
 def test_a_language_without_any_verdict_ends_a_score_with_an_error(local: Callable[..., ScoreResult]) -> None:
