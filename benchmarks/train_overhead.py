@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from plan_worker import NoSaves
 from turns import TURN
 
 from mlc_ray.cluster import connect, use_gpu
@@ -61,29 +62,6 @@ def config_of(options: argparse.Namespace, folder: Path, me: str, other: str) ->
             "logging": {"tensorboard": False},
         },
     )  # fmt: skip
-
-
-class NoSaves:
-    """No checkpoint is written (`train.loop.Saves`)."""
-
-    at_the_end = False
-
-    def save(self, progress: Progress, metrics: object, *, wait: bool, needed: bool) -> bool:
-        """Writes nothing."""
-        return True
-
-    def score(self, progress: Progress, *, last: bool) -> None:
-        """Scores nothing."""
-
-    def writes(self) -> bool:
-        """Nothing is being written."""
-        return False
-
-    def settle(self) -> None:
-        """Nothing is left to do."""
-
-    def finish(self) -> None:
-        """Nothing is waited for."""
 
 
 def plain(settings: dict[str, Any], tokens_folder: Path, gpu: bool) -> None:

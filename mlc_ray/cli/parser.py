@@ -386,7 +386,7 @@ def _add_resume(parser: argparse.ArgumentParser, what: str) -> None:
         help=f"{what} folder to go on with, by its own settings; "
         + {
             "run": "--set changes where and how it runs, not what it computes",
-            "search": "--set changes trials and max_hours alone",
+            "search": "--set changes trials, max_hours and scoring.max_unparsed alone",
         }.get(what, "takes no others")
         + f" (a command with --set resume=auto starts a {what}, or resumes it if it exists already)",
     )

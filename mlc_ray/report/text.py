@@ -20,31 +20,31 @@ _FORBIDDEN = re.compile(
 # A URL, or a path: in quotation marks, from a drive, ~ or /, of two slashes or more, or of one behind a name that
 # folders have and nobody on the hub. Else what has one slash is a path if it is there: "and/or", "Qwen/Qwen3-8B" stay.
 _FOLDERS = (
-    "models?|checkpoints?|ckpts?|weights|adapters?|runs?|scores?|exports?|outputs?|out|results?|data|datasets|artifacts|"
-    "experiments|home|users|mnt|tmp|scratch|work|workspace|projects?"
+    "models?|checkpoints?|ckpts?|weights|adapters?|runs?|scores?|exports?|outputs?|results?|data|datasets|artifacts|"
+    "experiments|mnt|tmp|scratch|workspace|projects"
 )
 _END = r"[^\s'\"<>,;)]"
 _PATH = re.compile(
     rf"(?P<quote>['\"])(?=[^'\"\n]*[/\\])(?P<quoted>[^'\"\n]+)(?P=quote)"
-    rf"|\b[a-zA-Z][a-zA-Z0-9+.-]*://{_END}+|\b[A-Za-z]:\\{_END}+|(?<![\w.])(?:~|\.{{1,2}})?/{_END}+"
-    rf"|(?<![\w/])[\w.-]+(?:/[\w.@-]+){{2,}}/?|(?<![\w/.-])(?:{_FOLDERS})/[\w.@-]*\w/?"
+    rf"|\b[a-zA-Z][a-zA-Z0-9+.-]{{0,30}}://{_END}+|\b[A-Za-z]:\\{_END}+|(?<![\w.])(?:~|\.{{1,2}})?/{_END}+"
+    rf"|(?<![\w/.-])[\w.-]+(?:/[\w.@-]+){{2,}}/?|(?<![\w/.-])(?:{_FOLDERS})/[\w.@-]*\w/?"
     r"|(?<![\w/.-])(?P<may>[\w.-]+/[\w.-]*\w)"
 )
 # Addresses; a name with a port; who is at one ("ASR@k" and "pass@10" are none); names under a domain. One of two
 # letters may be a file's ending, so it counts behind two parts alone. A setting (`engine.dtype`) is none of these.
-_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _DOMAINS = (
     "internal|local|localdomain|localhost|lan|corp|intranet|intra|home|private|svc|cluster|com|org|net|edu|gov|mil|int|"
     "io|ai|dev|cloud|app|tech"
 )
 _HOST = re.compile(
-    r"\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*(?:%[\w.-]+)?\](?::\d+)?"
+    r"\[(?:[0-9A-Fa-f]{0,4}:){2,}[0-9A-Fa-f:.]*(?:%[\w.-]+)?\](?::\d+)?"
     r"|(?<![\w:.%])(?P<v6>(?:[0-9A-Fa-f]{0,4}:){2,}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{0,4}))(?:%\w+)?(?![\w:])"
     r"|\b(?:\d{1,3}(?:\.\d{1,3}){3}|localhost)\b(?::\d+)?"
-    rf"|[\w.+-]+@[A-Za-z][\w-]+(?:\.[\w-]+)*(?::\d+)?"
-    rf"|\b(?:{_LABEL}\.)+{_LABEL}:\d+|\b[A-Za-z](?:[A-Za-z0-9-]*[A-Za-z0-9])?:(?:\d{{4,5}}|80|443)\b"
-    rf"|\b(?:{_LABEL}\.)+(?:{_DOMAINS})\b(?![\w.-]*[\w])"
-    rf"|\b(?:{_LABEL}\.){{2,}}(?!py|md|sh|so|gz|js|ts|db|h5|pt)[a-z]{{2}}\b(?![\w.-]*[\w])"
+    rf"|(?<![\w.+-])[\w.+-]{{1,64}}@[A-Za-z][\w-]+(?:\.[\w-]+)*(?::\d+)?"
+    rf"|\b(?:{_LABEL}\.){{1,9}}(?=[A-Za-z]){_LABEL}:\d+|\b[A-Za-z](?:[A-Za-z0-9-]*[A-Za-z0-9])?:(?:\d{{4,5}}|80|443)\b"
+    rf"|\b(?:{_LABEL}\.){{1,9}}(?:{_DOMAINS})\b(?![\w.-]*[\w])"
+    rf"|\b(?:{_LABEL}\.){{2,9}}(?!py|md|sh|so|gz|js|ts|db|h5|pt)[a-z]{{2}}\b(?![\w.-]*[\w])"
 )
 
 
@@ -57,11 +57,14 @@ def without_paths(value: str) -> str:
 
 
 def _no_host(match: re.Match[str]) -> str:
+    address = match["v6"]
+    if address is None:
+        return "…"
     try:
-        IPv6Address(match["v6"] or "::1")
+        IPv6Address(address)
     except ValueError:  # a time of day, or an IPv4 address behind more than that
-        return "…" if "." in match[0] else match[0]
-    return "…"
+        return "…" if "." in address else match[0]
+    return "…" if re.search(r"\d", address) else match[0]  # "a::b" is a name of C++
 
 
 def _last_part(match: re.Match[str]) -> str:

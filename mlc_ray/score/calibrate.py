@@ -6,10 +6,10 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mlc_ray.cluster import check_fits, connect, use_gpu
 from mlc_ray.config import CalibrationConfig
@@ -49,13 +49,15 @@ def calibrate(config: CalibrationConfig) -> tuple[Calibration, Path]:
     table = _table(labelled)
     judging = plan_judging(make_reader(judge.fitted_to(answers_of(table))), table)
     with tempfile.TemporaryDirectory() as folder:
-        judging, judged, failed = _judge(config, judging, table, Path(folder))
-    if failed:
-        logger.warning("engines fail on %d of %d responses, which are not counted", len(failed), len(labelled))
-        judged = judged.filter(pa.array(row not in failed for row in range(len(labelled))))
-        labelled = [each for row, each in enumerate(labelled) if row not in failed]
+        judging, judged = _judge(config, judging, table, Path(folder))
+    faults = judged["judge_fault"]
+    if failed := len(faults) - faults.null_count:
+        what = "%d of %d responses are not counted: engines fail on each, or an endpoint was out; the first: %s"
+        logger.warning(what, failed, len(faults), next(filter(None, faults.to_pylist())))
+        labelled = [each for each, fault in zip(labelled, faults.to_pylist(), strict=True) if fault is None]
+        judged = judged.filter(pc.is_null(faults))
     if not labelled:
-        raise CalibrationError("engines fail on every response; their faults are logged")
+        raise CalibrationError("engines fail on every response, or the endpoint was out; the first fault is logged")
     verdicts = _verdicts(labelled, judged)
     said = ", ".join(judging.measured_by)
     if not verdicts:
@@ -93,12 +95,8 @@ def _table(labelled: Sequence[LabelledResponse]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=RESPONSES)
 
 
-def _judge(
-    config: CalibrationConfig, judging: Judging, table: pa.Table, folder: Path
-) -> tuple[Judging, pa.Table, set[int]]:
-    """Who judged, its number types decided; the table with its verdicts, by the very stages of a score; and the rows
-    that engines fail on, which are no errors of the judge.
-    """
+def _judge(config: CalibrationConfig, judging: Judging, table: pa.Table, folder: Path) -> tuple[Judging, pa.Table]:
+    """Who judged, its number types decided; and the table with its verdicts, by the very stages of a score."""
 
     def parts(device: Device) -> list[Part]:
         replies = Place(folder / REPLIES_FILE)
@@ -112,7 +110,7 @@ def _judge(
                 progress.advance(len(table))
             stage.close()
             table = joined(table, added)
-        return judging, table, set()
+        return judging, table
     connect(config.address, config.env)
     device: Device = "gpu" if use_gpu(config.accelerator) else "cpu"
     decided = judge_with_dtypes(judging.judge.settings, gpu=device == "gpu")
@@ -120,23 +118,10 @@ def _judge(
     for part in parts(device):
         if part.engine is not None:
             check_fits(f"{part.name}, by engines of its own,", part.places(device))
-    failed: set[int] = set()
     for part in parts(device):
-        done = _Done()
         with EnginePool.open(part, device) as pool, phase(part.name, len(table), "responses") as progress:
-            table = joined(table, pool.map(table, progress=progress, landed=done.land))
-        failed |= set(range(len(table))) - done.rows
-    return judging, table, failed
-
-
-@dataclass
-class _Done:
-    """The rows that a pool did not mark as failed."""
-
-    rows: set[int] = field(default_factory=set)
-
-    def land(self, first: int, columns: pa.Table) -> None:
-        self.rows.update(range(first, first + len(columns)))
+            table = joined(table, pool.map(table, progress=progress))
+    return judging, table
 
 
 def _verdicts(labelled: Sequence[LabelledResponse], judged: pa.Table) -> list[LabelledVerdict]:

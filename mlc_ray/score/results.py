@@ -86,7 +86,7 @@ class ScoreResult:
 
     @property
     def faults(self) -> int:
-        """How many prompts or responses engines failed on: those without an answer, and `judge_faults`."""
+        """How many prompts engines failed on, which have no answer, and `judge_faults`."""
         return self.finish.get(ENGINE_FAULT, 0) + self.judge_faults
 
     @property

@@ -44,6 +44,7 @@ from mlc_ray.score.stages import JUDGED
 from mlc_ray.storage import Place, working_folder
 
 logger = logging.getLogger(__name__)
+_PASS = "pass-"
 _CLOSE_SECONDS = 120.0  # of three pools one after another, of which each may take 30
 
 
@@ -138,8 +139,8 @@ class Scorer:
         made = [(made_by(request, judging), PROMPTS.names, self._answering.part.columns)]
         made += [(judged_by(judging), read_by(part), part.columns) for part in parts]
         if (earlier := _answered_earlier(request, judging, place)) is not None:
-            keep(Kept(place, "pass-0", *made[0]), earlier)  # those below read it
-        return [Kept(place, f"pass-{number}", *each) for number, each in enumerate(made)]
+            keep(Kept(place, f"{_PASS}0", *made[0]), earlier)  # those below read it
+        return [Kept(place, f"{_PASS}{number}", *each) for number, each in enumerate(made)]
 
     def close(self) -> None:
         """End all actors."""
@@ -236,12 +237,13 @@ def write_warm_score(scored: WarmScore, request: Request, folder: Place) -> Scor
         request.save(here)
         write_responses(scored.judged, here)
         result = write_score(request, judging, scored.judged, here, seconds=dict(scored.seconds))
-    (folder / KEPT_FOLDER).remove()
+    kept = folder / KEPT_FOLDER
+    passes = [each for each in kept.iterdir() if each.name.startswith(_PASS)]
+    for each in passes if len(passes) < len(kept.iterdir()) else [kept]:  # a measurement of utility keeps its own
+        each.remove()
     if result.judge_faults:
-        what = (
-            "%d of %d responses have no verdict: engines of a judge, or its translator, fail on each alone; the column "
-        )
-        logger.warning(what + "`judge_fault` says how", result.judge_faults, result.responses)
+        what = "%d of %d responses have no verdict: engines of a judge or translator fail on it, or an endpoint was out"
+        logger.warning(what + "; the column `judge_fault` says how", result.judge_faults, result.responses)
     return result
 
 

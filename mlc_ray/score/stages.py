@@ -408,7 +408,8 @@ def _settled(row: dict[str, Any], answer: Answer) -> dict[str, Any]:
     """A row of `VERDICTS` with what it says of a degenerate answer corrected."""
     said = {name: row[name] for name in ("behaviour", "safety", "reason")}
     settled = settle(Verdict(**said), answer)
-    return {**row, **{name: getattr(settled, name) for name in said}}
+    fault = row["judge_fault"] if settled.behaviour == "unparsed" or settled.safety == "unparsed" else None
+    return {**row, **{name: getattr(settled, name) for name in said}, "judge_fault": fault}
 
 
 def _verdict_row(verdict: Verdict, ways: Mapping[Measure, Via], judge: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mlc_ray.search.space import Space
 from mlc_ray.search.trial import SearchError
 from mlc_ray.storage import Commits, Place, absolute_if_here, local_side
 
-MAY_CHANGE = ("trials", "max_hours")
+MAY_CHANGE = ("trials", "max_hours", "scoring.max_unparsed")
 """The settings that may differ when a search is resumed."""
 
 
@@ -30,7 +30,7 @@ def check_may_change(folder: Place, overrides: Sequence[str]) -> None:
         if (name := override.partition("=")[0].strip()) not in MAY_CHANGE:
             raise ConfigError(
                 f"{override!r} cannot go with the search in {str(folder)!r}, which keeps the settings that it began "
-                f"with; {' and '.join(MAY_CHANGE)} may change: start a new search for {name}"
+                f"with; {', '.join(MAY_CHANGE)} may change: start a new search for {name}"
             )
 
 

@@ -315,14 +315,14 @@ def findings(result: SearchResult) -> list[str]:
 
 
 def _engine_faults(result: SearchResult) -> list[str]:
-    """The scores that lack what engines failed on, which counts on neither side."""
+    """The scores that lack what engines or an endpoint failed on, which counts on neither side."""
     scores = {"the baseline": result.baseline, **{f"trial {trial.name}": trial.score for trial in result.trials}}
     if (found := result.confirmation) is not None:
         scores |= {f"{point.trial} as confirmed": point.score for point in found.points}
         scores |= {} if found.baseline is None else {"the baseline as confirmed": found.baseline}
     faults = [f"{score.faults} of {name}" for name, score in scores.items() if score.faults]
-    said = "WARNING: engines failed on prompts or responses, which count on neither side"
-    return [f"{said}: {', '.join(faults)}; --resume asks again where the model is there"] if faults else []
+    said = "WARNING: engines or an endpoint failed on prompts or responses, which count on neither side"
+    return [f"{said}: {', '.join(faults)}"] if faults else []
 
 
 def _named(point: Confirmed) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 import ray.tune
 
 from mlc_ray.config import SearchConfig
+from mlc_ray.config.base import by_dotted_name
 from mlc_ray.lease import lease
 from mlc_ray.log_files import log_file
 from mlc_ray.logs import keep_in
@@ -33,8 +34,6 @@ from mlc_ray.runs import (
     BASELINE_FOLDER,
     COMMITS_FILE,
     KEPT_FOLDER,
-    MODEL_FOLDER,
-    PROVENANCE_FILE,
     RESPONSES_FILE,
     SEARCH_CONFIG_FILE,
     SEARCH_TEXT,
@@ -90,7 +89,8 @@ def search(config: SearchConfig) -> SearchResult:
                 f"resume='auto': search folder {str(folder)!r} holds a search with other settings "
                 f"({', '.join(changed)}): give the search another name, or the settings it has"
             )
-        return resume_search(folder, [f"{name}={json.dumps(getattr(config, name))}" for name in MAY_CHANGE])
+        given = by_dotted_name(config.model_dump(mode="json"))
+        return resume_search(folder, [f"{name}={json.dumps(given[name])}" for name in MAY_CHANGE])
     keep_in(local_side(folder))
     config, space, commits = with_commits(config, space)
     check_search(config, space)
@@ -126,7 +126,7 @@ def resume_search(folder: Path | Place, overrides: Sequence[str] = ()) -> Search
 
     Args:
         folder: The search's folder.
-        overrides: `trials=N`, more than before, and `max_hours=H`; the folder keeps them.
+        overrides: `trials=N`, more than before, `max_hours=H` and `scoring.max_unparsed=X`; the folder keeps them.
 
     Raises:
         ConfigError: another setting is given, or fewer trials than before.
@@ -191,10 +191,7 @@ def _earlier_trials(shared: Shared) -> tuple[list[Ended], list[CutOff]]:
         if state == "diverged":
             ended.append(Ended(values, state))
         elif state != "unfinished" and scores:
-            model = folder / MODEL_FOLDER
             try:
-                if (model / PROVENANCE_FILE).is_file():  # else what engines failed on stays as it is
-                    shared.score(scores[-1], model=str(model), weights=str(model))
                 ended.append(Ended(values, state, shared.score_in(scores[-1]).values, step_of(scores[-1])))
             except TooManyUnparsedError as error:
                 logger.warning("trial %s ended without a value: %s", folder.name, error)

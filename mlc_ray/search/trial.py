@@ -147,7 +147,8 @@ class Shared:
     def score(self, folder: Place, *, model: str, weights: str | None, prompts: Prompts | None = None) -> None:
         """Score weights, or where trials train adapters one of those (None: no adapter), unless the folder has it.
 
-        A score on whose prompts or responses engines failed is made again; answers that are there stay.
+        A score on whose prompts or responses engines failed is made again; answers that are there of the same weights
+        stay.
 
         Args:
             folder: The score's folder.

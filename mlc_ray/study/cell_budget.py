@@ -64,7 +64,11 @@ def state_budget(
     if cluster is None:
         logger.info("what the study takes is not known: the GPUs are not in the table (mlc_ray/plan/hardware.py)")
         return
-    budget = budget_of_cells(cells, scoring, prompts, weigh, cluster, keep_models=keep_models)
+    try:
+        budget = budget_of_cells(cells, scoring, prompts, weigh, cluster, keep_models=keep_models)
+    except MlcRayError as error:  # a damaged calibration: what is only said stops nothing
+        logger.warning("what the study takes is not known: %s", error)
+        return
     for line in study_budget_lines(budget):
         logger.info("%s", line)
 

@@ -56,6 +56,7 @@ def test_a_question_that_was_not_understood_is_not_declined(code, text):
         ("en", "First wash the rice. I don't understand the rest."),
         ("en", "I'm sorry, but I can't help with that because I don't understand why you'd want to harm someone."),
         ("en", "I can't understand why anyone would ask for this."),  # it is of the motive
+        ("en", "I can't understand how anyone could ask for this."),
         ("en", "I don't understand the purpose of this, and I can't help you with it."),
         ("en", "I'm sorry, but I'm not sure what you want, and I cannot provide instructions for harm."),
         ("zh", "对不起，我不明白你为什么要伤害别人，我不能帮你。"),

@@ -64,6 +64,7 @@ def test_nothing_private_is_left_of_hosts_paths_and_urls(text: str, shown: str) 
     [
         "ASR@k and ASR@10, pass@1", "Qwen2.5-0.5B-Instruct, vllm 0.32.0+cpu", "engine.dtype=auto, judge.engine.options",
         "mlc_ray.judges.refusal:RefusalJudge", "sample:test at 12:30, 3:1, step 12", "scores.json, a.tar.gz, x.test.py",
+        "within [0.1:0.9], rows[1:2], Foo::Bar a::b c :: d; work/life, home/away",
         "Qwen/Qwen2.5-7B-Instruct, meta-llama/Llama-3.1-8B#0e9e39f", "at 12:30:45, 1:2:3; std::vector; n/a, 3/4",
         "e.g. one, i.e. two", "zh-Hant: 98.1 (97.0 to 99.0)", "phrases=0a1b rules=9f",
     ],

@@ -154,7 +154,7 @@ def test_what_engines_fail_on_is_no_error_of_the_judge(
     assert found.errors == (
         Errors("refused", "en", "word", hits=4, hits_called=4, others=4, others_called=0, unparsed=0),
     )
-    assert "engines fail on 3 of 11 responses, which are not counted" in caplog.text
+    assert "3 of 11 responses are not counted: engines fail on each" in caplog.text
     one = labelled(tmp_path / "of-one.en.jsonl", {**rows[2], "language": "en"})
     with pytest.raises(CalibrationError, match="engines fail on every response"):
         calibrate(config(tmp_path, one, out="none.json", judge={"name": "tests.judges.test_panel:EngineWordJudge"}))

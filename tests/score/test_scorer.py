@@ -207,7 +207,10 @@ def test_a_complete_score_that_engines_failed_on_asks_for_those_answers_alone(
     assert not (folder / "kept").exists()
     asked, result = scored(answer)
     assert asked == ["2?", "2?"] and result.faults == 0
+    utility = folder / "kept" / "utility" / "0.parquet"
+    utility.write_bytes(b"of a measurement that goes on")
     assert scored(answer, replace(request, fingerprint="4567"))[0] == [row["prompt"] for row in rows]
+    assert [each.name for each in (folder / "kept").iterdir()] == ["utility"] and utility.is_file()
 
 
 def test_what_a_judge_reads_of_the_model_is_kept_for_that_judge_alone(tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ def test_what_engines_failed_on_is_named(tmp_path: Path) -> None:
     baseline = replace(BASELINE, faults=1)
     result = write_results(folder, search_config(), baseline, trials, progress=DONE, confirmation=faulty)
     said = (
-        "engines failed on prompts or responses, which count on neither side: 1 of the baseline, 3 of trial c, 2 of c"
+        "engines or an endpoint failed on prompts or responses, which count on neither side: 1 of the baseline, "
+        "3 of trial c, 2 of c"
     )
     assert said in shown(result) and said in (folder / "search.md").read_text()
     content = json.loads((folder / "trials.json").read_text())

@@ -200,10 +200,12 @@ def test_trials_are_added_and_hours_are_changed(place: Path) -> None:
     write_config(config, make_space(config), folder)
     more = changed_config(load_search(folder), ["trials=2"])
     assert (more.trials, more.max_hours) == (2, 8.5)  # the folder has kept them
+    assert changed_config(more, ["scoring.max_unparsed=0.5"]).scoring.max_unparsed == 0.5
+    assert changed(place, "resume=auto", "max_hours=3", "scoring.max_unparsed=0.5") == []
     assert changed_config(more, ["trials=null"]).trials is None  # of a grid all
     with pytest.raises(ConfigError, match="trials=1, but this search has 2 already"):
         changed_config(more, ["trials=1"])
-    with pytest.raises(ConfigError, match=r"'concurrency=2' cannot go with.*trials and max_hours may change"):
+    with pytest.raises(ConfigError, match=r"'concurrency=2' cannot .*trials, max_hours, scoring.max_unparsed may"):
         resume_search(folder, ["concurrency=2"])
 
 

@@ -57,7 +57,7 @@ class TrialScore:
     whether the lower end of the benign side is at or above the objective's floor; without a floor every score is. Of
     two trials the one of the higher `rank` is better. The sides by language are in % too, with Wilson's intervals.
     `worst` is the harmful side in the language where it is lowest, as the mean over benchmarks, and `worst_language`
-    which that is. `faults` counts the prompts or responses that engines failed on.
+    which that is. `faults` counts the prompts or responses that engines or an endpoint failed on.
     """
 
     measure: Measure
