@@ -33,6 +33,11 @@ class SourceSection(Section):
         None, description="Kind of every bundle, for formats that do not record it (default there: harmful)."
     )
     only: Literal["harmful", "benign"] | None = Field(None, description="Use the source's bundles of this kind alone.")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0,
+        description="Use about this share of these bundles, by a hash of each one's `pair` or else content: twins stay "
+        "together, and a larger share adds bundles and takes none away.",
+    )
 
 
 class ValidationSection(Section):

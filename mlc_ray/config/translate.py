@@ -79,8 +79,10 @@ class OnPolicySection(Section):
         description="The untouched model: a folder, its URL, or hub name `NAME[#REVISION]`; also a run's folder."
     )
     kinds: Annotated[list[Kind], Field(min_length=1)] = Field(["benign"], description="Kinds of prompts it answers.")
-    languages: Literal["english", "all"] = Field(
-        "english", description="`english` prompts alone, or those in `all` languages that a bundle has."
+    languages: Literal["english", "one_other", "all"] = Field(
+        "english",
+        description="`english` prompts alone; those in English and in `one_other` language of each bundle, by a hash "
+        "of its `pair` or else content; or those in `all` that it has.",
     )
     pairs: bool = Field(True, description="Also the rejected answer: to a benign prompt a refusal.")
     refusals: dict[LanguageTag, str] = Field(

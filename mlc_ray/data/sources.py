@@ -51,6 +51,13 @@ class SourceFile:
     format: str = AUTO
     kind: Kind | None = None
     only: Kind | None = None
+    share: float = 1.0
+
+    def takes(self, bundle: Bundle) -> bool:
+        """Whether a bundle is of those that `only` and `share` ask for."""
+        if self.only not in (None, bundle.kind):
+            return False
+        return self.share == 1 or int(fingerprint(bundle.pair or bundle.bundle_id), 16) < self.share * 2**64
 
     def files(self) -> list[Place]:
         """All files that belong to it; a hub dataset has none."""
@@ -64,7 +71,7 @@ class SourceFile:
         path = Place(self.path)
         # A name of the hub says its commit.
         content = fingerprint_of(path, contents or contents_of(self.files())) if path.exists() else self.path
-        return fingerprint([content, self.format, self.kind, self.only, _code_of(self.format)])
+        return fingerprint([content, self.format, self.kind, self.only, self.share, _code_of(self.format)])
 
 
 # ------------------------------------------------------------------------------------------- from source to files
@@ -96,7 +103,7 @@ def resolve_source(source: SourceSection) -> list[SourceFile]:
     name, format = source.path, source.format
 
     def file(path: str | Path | Place, as_format: str = format) -> SourceFile:
-        return SourceFile(str(path), as_format, source.kind, source.only)
+        return SourceFile(str(path), as_format, source.kind, source.only, source.share)
 
     if name.startswith("sample:"):
         return [file(sample_path(name.removeprefix("sample:")), "mlc")]
@@ -287,7 +294,7 @@ class Seen:
             raise BundleFileError(f"{file.path}: no prompts in it")
         if not self.kept:
             raise BundleFileError(
-                f"{file.path}: none of its {self.records} bundles is of kind {file.only!r}, as `only` asks"
+                f"{file.path}: only={file.only!r}, share={file.share:g} leave none of its {self.records} bundles"
             )
 
 
@@ -311,7 +318,7 @@ class Reading:
         """
         for row in _rows(self.file, self.part):
             self.seen.records += 1
-            if isinstance(row.parsed, RejectedRow) or self.file.only in (None, row.parsed.kind):
+            if isinstance(row.parsed, RejectedRow) or self.file.takes(row.parsed):
                 self.seen.kept += 1
                 yield row
 

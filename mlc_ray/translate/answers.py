@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from mlc_ray.judges.base import make_reader
 from mlc_ray.judges.understanding import merely_not_understood
 from mlc_ray.runs import REPLIES_FILE
 from mlc_ray.score.plan import counted, plan_judging, reading
-from mlc_ray.storage import Place
+from mlc_ray.storage import Place, fingerprint
 from mlc_ray.translate.asking import NOT_ASKED, Work, cap_reached
 from mlc_ray.translate.checks import Pair, Tools, template
 from mlc_ray.translate.drafts import Draft, Outcome, Own, Reply, Shard
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.requests import decline_request
-from mlc_ray.types import Kind
+from mlc_ray.types import Bundle, Kind
 
 PLAIN, DECLINE = "plain", "decline"
 
@@ -160,7 +160,7 @@ def own_answers(
         for draft in shard.drafts
         if draft.bundle.kind in settings.kinds
         for code, prompt in draft.prompts().items()
-        if settings.languages == "all" or code == "en"
+        if code in answered_in(settings, draft.bundle, draft.prompts())
     ]
     rows = [_row(draft.bundle.bundle_id, draft.bundle.kind, code, PLAIN, prompt) for draft, code, prompt in asked]
     declining = [index for index, (draft, code, _) in enumerate(asked) if _declines(draft, code, settings)]
@@ -181,6 +181,16 @@ def own_answers(
         own = _own(settings, draft.bundle.kind, code, said[index], refusal, tools)
         own.replies = [Reply(each.text, each.behaviour) for each in (said[index], refusals.get(index)) if each]
         draft.own.append(own)
+
+
+def answered_in(settings: OnPolicySection, bundle: Bundle, languages: Iterable[str]) -> set[str]:
+    """In which of the `languages` that a bundle has, or will have, its prompts are answered; twins in the same."""
+    others = sorted({*languages} - {"en"})
+    if settings.languages == "english" or not others:
+        return {"en"}
+    if settings.languages == "all":
+        return {"en", *others}
+    return {"en", others[int(fingerprint(bundle.pair or bundle.bundle_id), 16) % len(others)]}
 
 
 def _declines(draft: Draft, code: str, settings: OnPolicySection) -> bool:

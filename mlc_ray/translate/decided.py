@@ -95,7 +95,7 @@ def decide(config: TranslateConfig, before: Mapping[str, Any] | None) -> Decided
         judge = judge_at_commits(own.judge)
         changes["answers"] = own.model_copy(update={"model": pinned(own.model), "judge": judge})
         check_lengths(changes["answers"].model, own.engine, own.max_new_tokens)
-        languages = ["en", *config.languages] if own.languages == "all" else ["en"]  # bundles bring more, once read
+        languages = ["en", *config.languages] if own.languages != "english" else ["en"]  # bundles bring more, once read
         check_judge(changes["answers"], languages, user_cache())
     return Decided(config, config.model_copy(update=changes), resolved, chat)
 

@@ -15,6 +15,7 @@ from mlc_ray.config import TranslateConfig, TranslatorSection
 from mlc_ray.config.translate import OnPolicySection
 from mlc_ray.generate.translate import translation_request
 from mlc_ray.score.asked import BYTES_A_TOKEN, MARKERS, Asked, asked_to_judge, by_endpoint
+from mlc_ray.translate.answers import answered_in
 from mlc_ray.translate.drafts import Draft
 from mlc_ray.translate.languages import named
 from mlc_ray.translate.requests import OTHER, kind_request, twin_request
@@ -170,7 +171,7 @@ def _answers(config: TranslateConfig, settings: OnPolicySection, drafts: Sequenc
     read = 0.0
     for bundle in _with_twins(config, drafts):
         if bundle.kind in settings.kinds:
-            codes = {"en", *bundle.prompts, *config.languages} if settings.languages == "all" else {"en"}
+            codes = answered_in(settings, bundle, {*bundle.prompts, *config.languages})
             declining = codes - settings.refusals.keys() if settings.needs_refusal(bundle.kind) else set[str]()
             length = len(bundle.prompts["en"].encode()) / BYTES_A_TOKEN
             asked += [(bundle.kind, code, length) for code in (*codes, *declining)]

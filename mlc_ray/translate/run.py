@@ -250,7 +250,7 @@ def _languages(bundles: pa.Table) -> set[str]:
 def _answered_in(config: TranslateConfig, bundles: pa.Table) -> list[str]:
     """The languages in which a model may be asked for its own answers."""
     assert config.answers is not None
-    everything = {*_languages(bundles), *config.languages} if config.answers.languages == "all" else set[str]()
+    everything = {*_languages(bundles), *config.languages} if config.answers.languages != "english" else set[str]()
     return sorted({"en", *everything})
 
 

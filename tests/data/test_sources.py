@@ -125,9 +125,34 @@ def test_only_bundles_of_one_kind_and_every_rejected_row(tmp_path):
     assert [row.kind for *_, row in read_file(resolved) if not isinstance(row, RejectedRow)] == ["benign"]
 
 
+def test_a_share_takes_twins_together_and_a_larger_one_takes_none_away(tmp_path):
+    rows = [
+        {"kind": kind, "prompts": {"en": f"{kind} {number}?"}, "pair": f"p{number}" if number < 100 else None}
+        for number in range(200)
+        for kind in ("harmful", "benign")
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
+
+    def taken(share, **only):
+        (file,) = resolve_source(SourceSection(path=str(path), share=share, **only))
+        return file, [row for *_, row in read_file(file)]
+
+    files, found = zip(*(taken(share) for share in (0.1, 0.4, 1.0)), strict=True)
+    texts = [{bundle.prompts["en"] for bundle in each} for each in found]
+    assert texts[0] < texts[1] < texts[2] and len(texts[2]) == 400
+    assert 120 < len(texts[1]) < 200  # 160 on average, in steps of two up to p99
+    harmful, benign = ([each for each in found[1] if each.kind == kind] for kind in ("harmful", "benign"))
+    pairs = [{each.pair for each in of if each.pair} for of in (harmful, benign)]
+    assert pairs[0] == pairs[1] and 20 < len(pairs[0]) < 60
+    assert taken(0.4, only="harmful")[1] == harmful
+    assert len({file.fingerprint() for file in files}) == 3
+    with pytest.raises(BundleFileError, match="only=None, share=1e-06 leave none of its 400 bundles"):
+        taken(1e-6)
+
+
 def test_only_a_kind_that_is_not_there(tmp_path):
     path = write(tmp_path / "a.jsonl", OWN)
-    with pytest.raises(BundleFileError, match="none of its 1 bundles is of kind 'harmful'"):
+    with pytest.raises(BundleFileError, match="only='harmful', share=1 leave none of its 1 bundles"):
         list(read_file(SourceFile(str(path), "auto", only="harmful")))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from mlc_ray.storage import Place
 from mlc_ray.translate.answers import (
     AnswerJudge,
     OwnAnswersError,
+    answered_in,
     check_judge,
     check_refusals,
     own_answers,
@@ -100,6 +102,20 @@ def test_english_alone_is_asked_by_default_and_given_refusals_are_used(tmp_path:
         alone = settings(languages="english", pairs=False, kinds=kinds, refusals=refusals)
         own, asked = answered(bundle(), alone, good, tmp_path, tools)
         assert asked == [RICE["en"]] and own["en"].outcome == "kept" and own["en"].refusal is None
+
+
+def test_one_other_language_of_each_bundle_is_asked_for_beside_english(tmp_path: Path, tools: Tools) -> None:
+    one, codes = settings(languages="one_other"), ["en", "es", "fr", "ru", "zh"]
+    own, asked = answered(bundle(), one, good, tmp_path, tools)
+    assert asked[:2] == [RICE["en"], RICE["es"]] and own.keys() == {"en", "es"}
+    found = Counter[str]()
+    for number in range(400):
+        twins = [Bundle(f"{kind} {number}", kind, {}, pair=f"p{number}") for kind in ("harmful", "benign")]
+        (answered_in_both,) = {frozenset(answered_in(one, each, codes)) for each in twins}
+        found.update(answered_in_both)
+    assert found.pop("en") == 400 and sum(found.values()) == 400
+    assert all(70 < found[code] < 130 for code in codes[1:])  # 100 on average; 3 standard deviations are 26
+    assert answered_in(one, bundle(), ["en"]) == {"en"} and answered_in(settings(), bundle(), codes) == {*codes}
 
 
 @pytest.mark.parametrize(
