@@ -191,7 +191,7 @@ def test_config_prints_the_schema(arguments: list[str], title: str, capsys: pyte
         (["train", "--resume", "runs/x", "--set", "seed=1"], ["'runs/x' is not a run folder"]),
         (
             ["search", "--resume", "runs/x", "--set", "seed=1"],
-            ["'seed=1'", "runs/x", "trials and max_hours may change"],
+            ["'seed=1'", "runs/x", "trials, max_hours, scoring.max_unparsed may change"],
         ),
         (["score", "m", "--resume", "runs/x", "--limit", "3"], ["MODEL and --limit", "runs/x", "a resumed score"]),
         (["score", "--resume", "runs/x"], ["runs/x' is not a score folder"]),
