@@ -286,7 +286,11 @@ def test_train(calls: Calls, repository: Path, capsys: pytest.CaptureFixture[str
     assert main(["train", "--config", str(repository / "configs/quickstart.yaml"), "--set", "train.epochs=7"]) == 0
     ((name, (config,), named),) = calls.asked
     assert (name, config.train.epochs, named) == ("train", 7, {"resume": None})
-    assert "runs/r/train/checkpoint_000001" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "runs/r/train/checkpoint_000001" in printed and "mlc-ray score runs/r --benchmark" in printed
+    adapters = ["--set", "model.lora={rank: 4}"]
+    assert main(["train", "--config", str(repository / "configs/quickstart.yaml"), *adapters]) == 0
+    assert "export runs/r OUT --merge-lora && mlc-ray score OUT --benchmark" in capsys.readouterr().out
 
 
 def test_train_resume_uses_the_runs_own_settings(calls: Calls) -> None:
