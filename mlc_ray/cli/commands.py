@@ -90,10 +90,8 @@ def train_command(arguments: argparse.Namespace) -> None:
     print(f"run         {result.run_folder}")
     print(f"checkpoint  {result.checkpoint}")
     print(f"to export   mlc-ray export {result.run_folder} OUT")
-    if config.model.lora is None:
-        print(f"to score    mlc-ray score {result.run_folder} --benchmark sample:test")
-    else:
-        print(f"to score    mlc-ray export {result.run_folder} OUT --merge-lora && mlc-ray score OUT --benchmark sample:test")
+    merge = "" if config.model.lora is None else f"mlc-ray export {result.run_folder} OUT --merge-lora && "
+    print(f"to score    {merge}mlc-ray score {'OUT' if merge else result.run_folder} --benchmark sample:test")
 
 
 def score_command(arguments: argparse.Namespace) -> None:
