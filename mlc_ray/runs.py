@@ -43,7 +43,7 @@ CONFIG_FILE, RUN_FILE, METRICS_FILE, TRAIN_FOLDER, SCORES_FOLDER, DIVERGED_FILE,
     "config.yaml", "run.json", "metrics.jsonl", "train", "scores", "diverged.json", "failed.json",
 )  # fmt: skip
 """Of a run; `diverged.json` says at which step it diverged, until it goes on past that step, and `failed.json` what
-else ended its training, until that is resumed."""
+else ended its training, or the trial that it is of, until that is resumed."""
 DAMAGED_FILE = "damaged.txt"
 """Of a checkpoint that was found damaged at a start, which is passed over from then on: what is wrong with it."""
 MLFLOW_FILE = "mlflow.json"

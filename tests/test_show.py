@@ -207,9 +207,9 @@ def test_a_search_that_goes_on(tmp_path: Path) -> None:
     assert lines["state"] == "2 of 4 trials have ended; begun and not ended: c"
     assert lines["baseline"].startswith("harmful refused ")
     assert re.match(r"mlc.layer=20, mlc.weight=0.123: step 6, harmful refused .*, benign complied", lines["trial a"])
-    assert lines["trial b"].endswith("step 6, stopped, not scored yet")
+    assert lines["trial b"].endswith("step 6, stopped, not scored")
     record_divergence(folder / "trials" / "c", DivergedError("step 7: not finite", step=7))
-    assert said(folder)["trial c"].endswith("step 6, diverged at step 7, not scored yet")
+    assert said(folder)["trial c"].endswith("step 6, diverged at step 7, not scored")
     assert said(folder)["state"] == "3 of 4 trials have ended"  # a diverged one is not gone on with
     assert lines["next"] == f"mlc-ray search --resume {folder}   # if it is not running any more"
     write_json_atomic(folder / "trials.json", {"progress": {"ended": 3, "total": 4, "seconds_left": 7500.0}})
@@ -218,6 +218,22 @@ def test_a_search_that_goes_on(tmp_path: Path) -> None:
     trial = said(folder / "trials" / "a")
     assert trial["trial"] == "of a search, with mlc.layer=20, mlc.weight=0.123"
     assert trial["state"] == "ended, 6 of 24 steps"
+
+
+def test_a_trial_that_failed_is_shown_with_its_reason(tmp_path: Path) -> None:
+    folder = search_folder(tmp_path / "s")
+    trial = folder / "trials" / "c"
+    for name in ("run.json", "metrics.jsonl"):
+        (trial / name).unlink()
+    assert said(folder)["trial c"].endswith("step 0, not scored yet")
+    write_json_atomic(trial / "failed.json", {"message": "OSError: disk full\nand more"})
+    lines = said(folder)
+    assert lines["state"] == "2 of 4 trials have ended; failed: c"
+    assert lines["trial c"].endswith("step 0, failed: OSError: disk full, not scored")
+    lines = said(trial)
+    assert lines["state"].startswith("ended early, before its first step; last written ")
+    assert lines["because"].startswith("OSError: disk full")
+    assert lines["next"] == f"mlc-ray search --resume {folder}"
 
 
 def test_a_search_that_ended_shows_what_was_confirmed(tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def compare_command(arguments: argparse.Namespace) -> None:
     rules = [parse_rule(text) for text in arguments.fail_if]
     if arguments.json is not None:
         check_json(arguments.json)
-    one_sided = (arguments.one_sided or "").split(",")
+    one_sided = [code.strip() for code in arguments.one_sided.split(",")] if arguments.one_sided else []
     compared = compare_scores(arguments.before, arguments.after, rules, one_sided=one_sided)
     show(comparison_tables(compared))
     if arguments.json is not None:

@@ -48,8 +48,8 @@ _COMPARE = """\
 Both scores must be measured alike: same prompts, judge, conversation, length and type. Exit status: 0 if no rule fails,
 1 if one does, 2 for a mistake in the command, 3 if the scores cannot be compared or too much of them has no verdict.
   mlc-ray compare runs/scores/base runs/scores/mine
-  mlc-ray compare runs/scores/base runs/scores/mine --fail-if 'harmful.safe drops > 2 possible' \\
-      --fail-if 'benign.complied < 80' --fail-if 'worst.harmful.safe drops'
+  mlc-ray compare runs/scores/base runs/scores/mine --fail-if 'harmful.refused drops > 2 possible' \\
+      --fail-if 'benign.complied < 80' --fail-if 'worst.harmful.refused drops'
 docs/gate.md has every quantity, and what certain, estimate and possible mean.
 """
 
@@ -237,7 +237,7 @@ def build_parser() -> argparse.ArgumentParser:
     report = add("report", "Write one HTML file that shows runs and scores, and compares them.", _REPORT)
     report.add_argument(
         "runs", metavar="RUN", nargs="+", type=_place,
-        help="run folder, score folder, or a folder of those, with probes of the same models; or one study",
+        help="run, score or search folder, or a folder of those, with probes of the same models; or one study",
     )  # fmt: skip
     report.add_argument("--out", metavar="FILE.html", type=_path, default=Path("report.html"), help="file to write")
     report.add_argument(

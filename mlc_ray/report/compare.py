@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def compare_scores(
         CannotCompareError: They are one score, were not measured alike, lack responses.parquet, or have too much
             without a verdict; a rule's benchmark lacks a side in a language that `one_sided` does not name.
         NotComparableError: They share no prompt.
-        RuleError: A rule asks for what they do not have.
+        RuleError: A rule asks for what they do not have; `one_sided` names a language that `after` was not asked in.
     """
     first, second = (_only(collect([path]).models, path) for path in (before, after))
     if first.result.folder.absolute() == second.result.folder.absolute():
@@ -83,8 +84,8 @@ def compare_scores(
     models = (replace(first, label="before"), replace(second, label="after"))
     if differences := list(differing(models)):
         raise CannotCompareError(
-            f"{str(before)!r} and {str(after)!r} were not measured alike: {'; '.join(differences)}; score both with "
-            "the same settings"
+            f"{str(before)!r} and {str(after)!r} were not measured alike: {'; '.join(differences)}; "
+            + _to_fix(differences, before, judges=first.result.judge != second.result.judge)
         )
     if missing := [str(model.result.folder) for model in models if not model.responses]:
         raise CannotCompareError(
@@ -94,6 +95,7 @@ def compare_scores(
     if faults := list(unread(models)):
         raise CannotCompareError(f"{' '.join(faults)} Remove the cause, or score with a larger max_unparsed.")
     comparison = compare_models(*models)
+    _check_codes(models[1], one_sided)
     for rule in rules:
         _check_sides(rule, models[1], one_sided)
     outcomes = tuple(_outcome(rule, models[1], comparison) for rule in rules)
@@ -107,6 +109,24 @@ def _only(models: Sequence[Model], path: str | Path | Place) -> Model:
             "the folder of one score"
         )
     return models[0]
+
+
+def _to_fix(differences: Sequence[str], before: str | Path | Place, *, judges: bool) -> str:
+    if not judges or len(differences) > 1:
+        return "score both with the same settings"
+    return (
+        f"`mlc-ray judge {shlex.quote(str(before))}` judges its stored responses again, with --judge NAME by another "
+        "judge: no new responses are needed"
+    )
+
+
+def _check_codes(after: Model, one_sided: Collection[str]) -> None:
+    asked = {row.language for row in after.result.rows}
+    if unknown := [code for code in one_sided if code not in asked]:
+        raise RuleError(
+            f"--one-sided {','.join(one_sided)!r}: no prompts are in {', '.join(map(repr, unknown))}; name languages "
+            f"of the scores: {', '.join(sorted(asked))}"
+        )
 
 
 def _check_sides(rule: Rule, after: Model, allowed: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Rules of a gate: `harmful.safe drops > 2`, asked of a comparison of two scores. docs/gate.md has the grammar."""
+"""Rules of a gate: `harmful.refused drops > 2`, asked of a comparison of two scores. docs/gate.md has the grammar."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from mlc_ray.errors import MlcRayError
-from mlc_ray.stats.paired import BenchmarkChange, Consistency
+from mlc_ray.stats.paired import MOST, BenchmarkChange, Consistency
 from mlc_ray.stats.rates import Interval, Summary
 from mlc_ray.stats.response_languages import InLanguage
 from mlc_ray.types import Kind, Measure
@@ -92,7 +92,7 @@ def parse_rule(text: str) -> Rule:
     if match is None:
         raise RuleError(
             f"--fail-if {text!r}: expected `[BENCHMARK:] QUANTITY < NUMBER`, `> NUMBER`, `drops [> POINTS]` or `rises "
-            f"[> POINTS]`, then perhaps certain, estimate or possible; e.g. 'harmful.safe drops > 2 possible'"
+            f"[> POINTS]`, then perhaps certain, estimate or possible; e.g. 'harmful.refused drops > 2 possible'"
         )
     quantity, sign = match["quantity"], match["side"] or match["move"]
     if quantity not in QUANTITIES:
@@ -105,7 +105,24 @@ def parse_rule(text: str) -> Rule:
     bound = float(match["bound"] or match["by"] or 0)
     if match["move"] and bound < 0:
         raise RuleError(f"--fail-if {text!r}: {bound:g} is below 0; say 'rises' for what should not rise")
+    _check_bound(text, quantity, bound, moved=bool(match["move"]))
     return Rule(text, match["benchmark"], quantity, cast(Sign, sign), bound, cast(Basis, match["basis"] or "certain"))
+
+
+def _check_bound(text: str, quantity: str, bound: float, *, moved: bool) -> None:
+    """Refuse a number that is in another unit: such a rule would hold of any model, or of none."""
+    low, high = (-100.0, 100.0) if quantity == "difference" else (0.0, _most(quantity))
+    if high == 100 and not moved and quantity != "difference" and 0 < bound < 1:
+        raise RuleError(f"--fail-if {text!r}: {quantity} is in percent: write {100 * bound:g}")
+    if moved:
+        low, high = 0.0, high - low
+    if not low <= bound <= high:
+        what = f"a change of {quantity}" if moved else quantity
+        raise RuleError(f"--fail-if {text!r}: {bound:g} is outside of what {what} can be, {low:g} to {high:g}")
+
+
+def _most(quantity: str) -> float:
+    return next((most for name, most in MOST.items() if quantity.startswith(f"{name}.")), 100.0)
 
 
 def outcome_of(rule: Rule, after: Summary, change: BenchmarkChange, in_language: InLanguage) -> Outcome:
@@ -120,17 +137,13 @@ def outcome_of(rule: Rule, after: Summary, change: BenchmarkChange, in_language:
     Raises:
         RuleError: The scores do not have what it asks for.
     """
-    if rule.quantity in _IN_LANGUAGE:
-        kind = _IN_LANGUAGE[rule.quantity]
-        moved = next((each.change for each in change.in_language if each.kind == kind), None)
-        number = in_language.mean(after.benchmark, kind) if rule.sign in "<>" else moved
-    else:
-        number = _level(rule.quantity, after) if rule.sign in "<>" else _change(rule.quantity, change)
+    number = _number(rule.quantity, rule.sign, after, change, in_language)
     if number is None:
+        there = [each for each in QUANTITIES if _number(each, rule.sign, after, change, in_language) is not None]
         raise RuleError(
             f"--fail-if {rule.text!r}: on {after.benchmark!r} these scores have no {rule.quantity}: it needs that kind "
             "of prompts, a judge that gives the measure; for worst, var and pag several languages; for in_language the "
-            "languages of responses, told in the same way"
+            f"languages of responses, told in the same way; they have {', '.join(there) or 'none'}"
         )
     bound = -rule.bound if rule.sign == "drops" else rule.bound
     below = rule.sign in ("<", "drops")
@@ -142,6 +155,18 @@ def outcome_of(rule: Rule, after: Summary, change: BenchmarkChange, in_language:
     }
     state: State = "broken" if broken["certain"] else "open" if broken["possible"] else "holds"
     return Outcome(rule, number, state, broken[rule.basis])
+
+
+def _number(
+    quantity: str, sign: Sign, after: Summary, change: BenchmarkChange, in_language: InLanguage
+) -> Interval | None:
+    """What a rule of this sign on the quantity is asked of; None where the scores do not have it."""
+    kind = _IN_LANGUAGE.get(quantity)
+    if sign in ("<", ">"):
+        return _level(quantity, after) if kind is None else in_language.mean(after.benchmark, kind)
+    if kind is None:
+        return _change(quantity, change)
+    return next((each.change for each in change.in_language if each.kind == kind), None)
 
 
 def _level(quantity: str, summary: Summary) -> Interval | None:
@@ -162,6 +187,8 @@ def _level(quantity: str, summary: Summary) -> Interval | None:
 def _change(quantity: str, change: BenchmarkChange) -> Interval | None:
     if quantity == "difference":
         return change.difference
+    if quantity == "harmful.attack_success":
+        return None
     number, rate = _split(quantity)
     side = change.side(*_RATES[rate])
     if side is None or number is None:

@@ -6,13 +6,16 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray.tune
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
 
 from mlc_ray.monitoring import measure, told_of
 from mlc_ray.report.search import Progress, SearchFileError
-from mlc_ray.runs import STOPPED_FILE
+from mlc_ray.runs import FAILED_FILE, STOPPED_FILE
 from mlc_ray.score.scorer import ScorerDiedError
 from mlc_ray.search.confirm import drop_models
 from mlc_ray.search.objectives.base import TrialScore
@@ -29,6 +32,7 @@ from mlc_ray.search.trial import Shared, has_ended, read_trial, scored_trials, t
 from mlc_ray.search.tune import FINISHED, FOLDER, VALUES, EndEarly
 from mlc_ray.stats.rates import Interval
 from mlc_ray.storage import Place
+from mlc_ray.train.failures import said_of
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +120,12 @@ class Recorder(ray.tune.Callback):
         """Called by Tune for every trial that failed."""
         self._errors += 1
         self._began.pop(trial.trial_id, None)
-        logger.warning("trial %s  %s  failed", trial.config[FOLDER], _values(trial.config[VALUES]))
-        folder = self._shared.trial_folder(trial.config[FOLDER])
+        name, said = trial.config[FOLDER], _said(trial)
+        first = said.partition("\n")[0]
+        self.failed.append(f"{name}: {first}")
+        logger.warning("trial %s  %s  failed: %s", name, _values(trial.config[VALUES]), first)
+        folder = self._shared.trial_folder(name)
+        self._mark_failed(folder, said)
         if folder.is_dir() and (found := read_trial(self._shared, folder)) is not None:
             self.trials[found.name] = found
         try:
@@ -125,6 +133,14 @@ class Recorder(ray.tune.Callback):
         except ScorerDiedError as error:
             self._end.fault = error
         self._try_to_write()
+
+    def _mark_failed(self, folder: Place, said: str) -> None:
+        """Into the trial's folder, also of one that was killed, or that failed before its first step."""
+        try:
+            if folder.is_dir() and ending(folder) == "unfinished":
+                (folder / FAILED_FILE).write_json({"message": said})
+        except OSError as error:
+            logger.warning("%s does not say that the trial failed: %s", folder, error)
 
     def _tell(self) -> None:
         ended = sum(map(has_ended, trial_folders(self._shared.folder)))
@@ -147,6 +163,14 @@ def confirmed_earlier(folder: Place) -> Confirmation | None:
     except SearchFileError as error:
         logger.warning("%s; the best trials are confirmed again", error)
         return None
+
+
+def _said(trial: Any) -> str:
+    """What Tune's trial failed of. Tune has its error in a file on this machine, before its storage has it."""
+    if trial.pickled_error_file is None:  # Tune's own error, of which there is the text alone
+        return Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
+    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    return said_of(error.cause if isinstance(error, RayTaskError) else error)
 
 
 def _rate(rate: Interval) -> str:

@@ -214,7 +214,8 @@ def confirmation_table(result: SearchResult) -> Table | None:
     note = (
         "on bundles that chose no trial; the best is the first of the selection unless another is told apart from it; "
         "told apart: by what ranks them, or under a floor by the benign side, at 5 %, corrected for all rows (Holm); "
-        "best less this: the harmful side"
+        "best less this: the harmful side; intervals of rates are those that choose trials (docs/search.md), "
+        "computed in another way than a score's own"
     )
     return table("Confirmed", ["trial", *heads], rows, note)
 

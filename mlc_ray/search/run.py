@@ -165,7 +165,7 @@ def _search(prepared: Prepared) -> SearchResult:
             trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, shared=shared), {"cpu": TRIAL_CPUS})
             tuner = make_tuner(config, trainable, folder, points, remaining=remaining, callbacks=[recorder], stop=end)
             with keyboard_interrupt(f"to go on: {go_on}"):
-                recorder.failed = [str(error).strip().splitlines()[-1] for error in tuner.fit().errors]
+                tuner.fit()
         recorder.over = True
         shared.drop_optimizer_states()
         if end.fault is not None:

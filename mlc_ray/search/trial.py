@@ -18,6 +18,7 @@ from mlc_ray.errors import MlcRayError
 from mlc_ray.runs import (
     BASELINE_FOLDER,
     CONFIG_FILE,
+    FAILED_FILE,
     FINISHED_FILE,
     MODEL_FOLDER,
     SCORES_FILE,
@@ -220,6 +221,7 @@ def run_trial(given: dict[str, Any], *, shared: Shared) -> None:
     shared.drop_optimizer_states()
     folder, values = shared.trial_folder(given[FOLDER]), given[VALUES]
     (folder / VALUES_FILE).write_json(values)
+    (folder / FAILED_FILE).remove()  # of an earlier try
     for damaged, fault in damaged_weights(folder):
         logger.warning("trial %s goes on without %s and its score: %s", folder.name, damaged.name, fault)
         score = folder / SCORES_FOLDER / _STEP_FOLDER.format(step_of(damaged))

@@ -60,7 +60,8 @@ def run_lines(folder: Place) -> list[Line]:
         lines.append(("state", f"diverged at step {diverged.get('step')} of {total}{age(folder / DIVERGED_FILE)}"))
         lines.append(("diverged", str(diverged.get("message"))))
     elif failed:
-        lines.append(("state", f"ended early, after step {done} of {total}{age(folder / FAILED_FILE)}"))
+        after = f"after step {done} of {total}" if total else "before its first step"
+        lines.append(("state", f"ended early, {after}{age(folder / FAILED_FILE)}"))
         lines.append(("because", str(failed.get("message"))))
     elif rows and total:
         lines.append(("state", f"step {done} of {total} ({100 * done // total} %){age(folder / METRICS_FILE)}"))
@@ -81,7 +82,9 @@ def run_lines(folder: Place) -> list[Line]:
     if diverged:  # going on would come to the same step with the same batches
         return [*lines, *next_lines(_diverged_next(folder, config))]
     if failed:
-        return [*lines, *next_lines([_go_on(folder)])]
+        of_search = (folder / VALUES_FILE).is_file()
+        search = f"mlc-ray search --resume {quoted(folder.parent.parent)}"
+        return [*lines, *next_lines([search if of_search else _go_on(folder)])]
     return [*lines, *next_lines(_run_next(folder, ended or stopped, bool(checkpoints) or model, scores, model))]
 
 

@@ -16,6 +16,7 @@ from mlc_ray.runs import (
     BEST_FOLDER,
     CELLS_FOLDER,
     DIVERGED_FILE,
+    FAILED_FILE,
     FINISHED_FILE,
     MODEL_FOLDER,
     PROVENANCE_FILE,
@@ -94,20 +95,25 @@ def _confirmed(point: Point) -> str:
 
 
 def _unfinished(trials: Sequence[Place], over: Sequence[Place]) -> str:
-    names = [trial.name for trial in trials if trial not in over]
-    return f"; begun and not ended: {', '.join(names)}" if names else ""
+    names: dict[str, list[str]] = {"failed": [], "begun and not ended": []}
+    for trial in trials:
+        if trial not in over:
+            names["failed" if (trial / FAILED_FILE).is_file() else "begun and not ended"].append(trial.name)
+    return "".join(f"; {state}: {', '.join(found)}" for state, found in names.items() if found)
 
 
 def _trial(folder: Place) -> str:
     """A trial's values, its last step and the rates of its last score."""
     of_steps = [child for child in (folder / SCORES_FOLDER).iterdir() if child.name.startswith("step-")]
     scores = [child for child in of_steps if (child / SCORES_FILE).is_file()]
-    rates = rates_text(scores[-1]) if scores else "not scored yet"
     rows = read_metrics(folder)
     step = f"step {rows[-1]['step'] if rows else 0}"
     end = ", stopped" if (folder / STOPPED_FILE).is_file() else ""
     if diverged := read_json(folder / DIVERGED_FILE):
         end += f", diverged at step {diverged.get('step')}"
+    if not end and not (folder / FINISHED_FILE).is_file() and (failed := read_json(folder / FAILED_FILE)):
+        end = ", failed: " + str(failed.get("message")).partition("\n")[0]
+    rates = rates_text(scores[-1]) if scores else "not scored" if end else "not scored yet"
     return f"{values_text(read_json(folder / VALUES_FILE))}: {step}{end}, {rates}"
 
 

@@ -342,7 +342,8 @@ def _languages(grid: Grid, what: str) -> tuple[LanguageChange, ...]:
     return tuple(changes)
 
 
-_MOST: Mapping[Consistency, float] = {"var": 25, "pag": 1, "worst": 100}
+MOST: Mapping[Consistency, float] = {"var": 25, "pag": 1, "worst": 100}
+"""The highest that each can be; the lowest is 0."""
 """The most that each can change by."""
 
 
@@ -363,7 +364,7 @@ def _consistency(grids: Sequence[Grid], what: str) -> Iterable[ConsistencyChange
         terms = [term for old, new in statistics for term in ((weight, new), (-weight, old))]
         swapped = sum(weight * swapped_changes(old, new, stream) for stream, (old, new) in enumerate(statistics))
         yield ConsistencyChange(
-            name, before, after, _scaled(unit, terms, _MOST[name]), swap_p((after - before) / unit, np.asarray(swapped))
+            name, before, after, _scaled(unit, terms, MOST[name]), swap_p((after - before) / unit, np.asarray(swapped))
         )
 
 

@@ -85,6 +85,11 @@ def test_scores_that_were_not_measured_alike_are_refused(tmp_path: Path, capsys:
     error = capsys.readouterr().err
     assert "the prompts differ (feedfacecafebeef: before; others: after)" in error
     assert "the judges differ (refusal: before; guard@1: after)" in error
+    assert "score both with the same settings" in error
+    assert status(first, model(tmp_path / "f", 0.9, judge="guard@1")) == 3
+    error = capsys.readouterr().err
+    assert f"`mlc-ray judge {first}` judges its stored responses again" in error and "no new responses" in error
+    assert "same settings" not in error
     other = {"python": "3.12.1", "vllm": "0.31.0", "mlc_ray": "9"}
     assert status(first, model(tmp_path / "d", 0.9, versions=other)) == 3
     assert "the engines' versions differ (vllm 0.30.0: before; vllm 0.31.0: after)" in capsys.readouterr().err
@@ -129,6 +134,11 @@ def test_a_model_that_refuses_all_but_english_does_not_pass(tmp_path: Path, caps
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["after"]["one_sided"] == {"mine": {"sw": "benign", "zh": "benign"}}
     assert any("No benign prompts in sw, zh" in line for line in found["warnings"])
+    assert status(*arguments, "--one-sided", "sw,xx") == 2
+    assert (
+        "--one-sided 'sw,xx': no prompts are in 'xx'; name languages of the scores: en, sw, zh"
+        in capsys.readouterr().err
+    )
     assert status(good, collapsed) == 0, "without rules it only compares"
 
 
@@ -147,8 +157,18 @@ def test_a_file_that_cannot_be_written_is_told_first(tmp_path: Path, capsys: pyt
         ("harmful.refuse < 2", "'harmful.refuse' is not one of harmful.refused"),
         ("harmful.refused drops > -2", "-2 is below 0; say 'rises'"),
         ("harmful.attack_success rises", "has a bound but no change"),
+        ("benign.complied < 0.8", "benign.complied is in percent: write 80"),
+        ("worst.harmful.refused > 0.25", "worst.harmful.refused is in percent: write 25"),
+        ("harmful.refused < 101", "101 is outside of what harmful.refused can be, 0 to 100"),
+        ("harmful.refused drops > 200", "200 is outside of what a change of harmful.refused can be, 0 to 100"),
+        ("difference < -150", "-150 is outside of what difference can be, -100 to 100"),
+        ("difference drops > 201", "201 is outside of what a change of difference can be, 0 to 200"),
+        ("pag.harmful.refused < 80", "80 is outside of what pag.harmful.refused can be, 0 to 1"),
+        ("var.harmful.refused > 26", "26 is outside of what var.harmful.refused can be, 0 to 25"),
         ("harmful.refused < 2 surely", "expected `[BENCHMARK:]"),
         ("harmful.safe < 80", "on 'mine' these scores have no harmful.safe"),
+        ("harmful.safe < 80", "; they have harmful.refused, benign.complied, harmful.attack_success, var.harmful"),
+        ("harmful.safe drops > 2", "; they have harmful.refused, benign.complied, var.harmful.refused"),
         ("other: harmful.refused < 80", "'other' was not scored; there are ['mine']"),
     ],
 )
@@ -169,6 +189,13 @@ def test_a_run_with_several_scores_is_not_guessed_at(tmp_path: Path, capsys: pyt
 def test_rules_are_read() -> None:
     text = "PKU/Safe:test: worst.harmful.safe drops > 2.5 possible"
     assert parse_rule(text) == Rule(text, "PKU/Safe:test", "worst.harmful.safe", "drops", 2.5, "possible")
+    for written in (
+        "benign.complied < 1",
+        "harmful.attack_success > 0",
+        "harmful.refused drops > 0.5",
+        "pag.harmful.safe < 0.8",
+    ):
+        assert parse_rule(written).bound == float(written.split()[-1])
     assert parse_rule("difference < 40") == Rule("difference < 40", None, "difference", "<", 40, "certain")
 
 
@@ -194,7 +221,7 @@ def test_every_quantity_has_its_number(quantity: str) -> None:
     expected = {"harmful.attack_success": 50.0, "difference": 0.0, "var": 0.0, "pag": 1.0}
     level = expected.get(quantity, expected.get(quantity.partition(".")[0], 50.0))
     told = in_language(after)
-    assert outcome_of(parse_rule(f"{quantity} < 0.5"), summary, change, told).number.value == pytest.approx(level)
+    assert outcome_of(parse_rule(f"{quantity} < 1"), summary, change, told).number.value == pytest.approx(level)
     if quantity != "harmful.attack_success":
         moved = {"difference": -100.0, "var": 0.0, "pag": 0.0}.get(quantity.partition(".")[0], -50.0)
         outcome = outcome_of(parse_rule(f"{quantity} drops estimate"), summary, change, told)
