@@ -167,10 +167,15 @@ def confirmed_earlier(folder: Place) -> Confirmation | None:
 
 def _said(trial: Any) -> str:
     """What Tune's trial failed of. Tune has its error in a file on this machine, before its storage has it."""
-    if trial.pickled_error_file is None:  # Tune's own error, of which there is the text alone
-        return Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
-    error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
-    return said_of(error.cause if isinstance(error, RayTaskError) else error)
+    if trial.error_file is None:
+        return "Tune says no reason"
+    if trial.pickled_error_file is not None:  # else Tune's own error, of which there is the text alone
+        try:
+            error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+            return said_of(error.cause if isinstance(error, RayTaskError) else error)
+        except Exception:  # a class that cannot be loaded here: the others go on
+            logger.debug("the error of trial %s cannot be read", trial.config[FOLDER], exc_info=True)
+    return Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()[-1]
 
 
 def _rate(rate: Interval) -> str:
